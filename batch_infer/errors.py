@@ -1,0 +1,57 @@
+"""The errors that batch-infer raises by name.
+
+    BatchInferError
+    ├── UsageError          exit 2: nothing was rendered, the command or its settings must change
+    │   ├── SettingsError   an option, or options that do not go together
+    │   ├── TableError      no table can be read
+    │   └── ModelError      the model cannot be loaded, or not with these settings
+    ├── TryAgainLater       exit 75: run the same command again to go on
+    │   ├── LockedError     another run holds OUT
+    │   ├── StorageError    OUT cannot be written
+    │   └── Interrupted     SIGINT or SIGTERM
+    └── RowError            one row's fault: becomes that row's status, never ends a run
+
+Anything else that escapes is a bug: exit 1 with its traceback.
+"""
+
+
+class BatchInferError(Exception):
+    """Base of all errors that have a clear sentence for the user; `exit_code` is the command's."""
+
+    exit_code = 1
+
+
+class UsageError(BatchInferError):
+    exit_code = 2
+
+
+class SettingsError(UsageError):
+    pass
+
+
+class TableError(UsageError):
+    pass
+
+
+class ModelError(UsageError):
+    pass
+
+
+class TryAgainLater(BatchInferError):
+    exit_code = 75
+
+
+class LockedError(TryAgainLater):
+    pass
+
+
+class StorageError(TryAgainLater):
+    pass
+
+
+class Interrupted(TryAgainLater):
+    pass
+
+
+class RowError(BatchInferError):
+    pass

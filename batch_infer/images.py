@@ -1,0 +1,96 @@
+"""Pixels to image files: formats, the parameters written into them, and what is done to a flagged image."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageFilter
+from PIL.PngImagePlugin import PngInfo
+
+from batch_infer import __version__
+from batch_infer.records import PromptRequest
+from batch_infer.settings import ImageFormat
+
+SUFFIX: dict[ImageFormat, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
+PNG_LEVEL = 4
+JPEG_QUALITY = 95
+WEBP_QUALITY = 90
+EXIF_USER_COMMENT = 0x9286
+EXIF_IFD = 0x8769
+
+XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
+<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+<rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
+ Iptc4xmpExt:DigitalSourceType="http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"/>
+</rdf:RDF></x:xmpmeta>
+<?xpacket end="r"?>"""
+"""The mark of a generated image: IPTC Photo Metadata Standard, Digital Source Type `trainedAlgorithmicMedia`."""
+
+
+def parameters_text(request: PromptRequest, scheduler: str, model: str) -> str:
+    """The row's parameters as AUTOMATIC1111's web UI writes them, so that its readers (and others) take them up."""
+    params = request.params
+    lines = [request.prompt]
+    if request.negative_prompt:
+        lines.append(f"Negative prompt: {request.negative_prompt}")
+    fields = {
+        "Steps": params.num_inference_steps,
+        "Sampler": scheduler,
+        "CFG scale": f"{params.guidance_scale:g}",
+        "Seed": request.seed,
+        "Size": f"{params.width}x{params.height}",
+        "Model": model,
+        "CFG rescale": f"{params.guidance_rescale:g}" if params.guidance_rescale else None,
+        "Version": f"batch-infer {__version__}",
+    }
+    # A1111's reader splits this line at commas, so a value that holds one is quoted.
+    return "\n".join([*lines, ", ".join(f"{k}: {_quoted(v)}" for k, v in fields.items() if v is not None)])
+
+
+def _quoted(value: Any) -> str:
+    text = str(value)
+    return f'"{text}"' if "," in text or ":" in text else text
+
+
+def encode(pixels: np.ndarray, image_format: ImageFormat, parameters: str) -> bytes:
+    """An image (H, W, 3) uint8 as the bytes of a file that carries its parameters and the mark of a generated image."""
+    image = Image.fromarray(pixels)
+    stream = io.BytesIO()
+    match image_format:
+        case "png":
+            text = PngInfo()
+            text.add_itxt("parameters", parameters) if not _latin(parameters) else text.add_text("parameters", parameters)
+            text.add_itxt("XML:com.adobe.xmp", XMP)
+            image.save(stream, "PNG", pnginfo=text, compress_level=PNG_LEVEL)
+        case "jpeg":
+            image.save(stream, "JPEG", quality=JPEG_QUALITY, xmp=XMP.encode(), exif=_exif(parameters))
+        case "webp":
+            image.save(stream, "WEBP", quality=WEBP_QUALITY, xmp=XMP.encode(), exif=_exif(parameters))
+    return stream.getvalue()
+
+
+def _latin(text: str) -> bool:
+    try:
+        text.encode("latin-1")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _exif(parameters: str) -> Image.Exif:
+    """The parameters as Exif's UserComment; a segment holds 64 KiB, so a longer text is cut."""
+    exif = Image.Exif()
+    exif.get_ifd(EXIF_IFD)[EXIF_USER_COMMENT] = b"UNICODE\0" + parameters[:15_000].encode("utf-16-be", "replace")
+    return exif
+
+
+def blank(pixels: np.ndarray) -> np.ndarray:
+    """A black image of the same size, which is what diffusers gives for a flagged one."""
+    return np.zeros_like(pixels)
+
+
+def blur(pixels: np.ndarray) -> np.ndarray:
+    """The image blurred until no shape is left: by a sixteenth of its longer side."""
+    return np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(max(pixels.shape[:2]) / 16)))

@@ -1,0 +1,185 @@
+"""The manifest: committed results in Parquet parts, the only truth about what is done.
+
+A part is written after its images, and renamed into place last. Rows that were rendered again stand in a later part
+with a higher attempt, and for one (id, image_index) the highest attempt counts.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batch_infer.errors import StorageError
+from batch_infer.records import ResultRow, digest
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("image_index", pa.int32()),
+        ("prompt", pa.string()),
+        ("generated_image", pa.string()),
+        ("nsfw_content_detected", pa.bool_()),
+        ("status", pa.string()),
+        ("error", pa.string()),
+        ("negative_prompt", pa.string()),
+        ("seed", pa.int64()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("num_inference_steps", pa.int32()),
+        ("guidance_scale", pa.float32()),
+        ("guidance_rescale", pa.float32()),
+        ("scheduler", pa.string()),
+        ("prompt_tokens", pa.int32()),
+        ("prompt_truncated", pa.bool_()),
+        ("safety_checker", pa.string()),
+        ("safety_scores", pa.map_(pa.string(), pa.float32())),
+        ("sha256", pa.string()),
+        ("image_bytes", pa.int64()),
+        ("slots", pa.int32()),
+        ("seconds", pa.float32()),
+        ("attempt", pa.int32()),
+        ("worker", pa.string()),
+        ("finished_at", pa.timestamp("us", "UTC")),
+        ("source_file", pa.string()),
+        ("source_row", pa.int64()),
+        ("fingerprint", pa.string()),
+    ]
+)
+"""The result columns, in order; a part's carried columns follow them."""
+
+_FIELDS = [field.name for field in fields(ResultRow) if field.name != "carried"]
+if _FIELDS != SCHEMA.names:  # the columns are told twice, here with their types
+    raise TypeError(f"records.ResultRow and manifest.SCHEMA differ: {set(_FIELDS) ^ set(SCHEMA.names)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """What the manifest holds of one image."""
+
+    status: str
+    fingerprint: str
+    attempt: int
+    path: str | None
+    part: str
+    row: int
+
+
+def to_table(rows: Sequence[ResultRow], carried: pa.Schema) -> pa.Table:
+    """Rows as an Arrow table of the result columns and the carried ones."""
+    columns = [pa.array([_cell(row, field.name) for row in rows], field.type) for field in SCHEMA]
+    columns += [pa.array([row.carried.get(field.name) for row in rows], field.type) for field in carried]
+    return pa.table(columns, schema=pa.schema([*SCHEMA, *carried]))
+
+
+def _cell(row: ResultRow, name: str) -> Any:
+    value = getattr(row, name)
+    return list(value.items()) if isinstance(value, Mapping) else value
+
+
+class Manifest:
+    """The parts under OUT/manifest."""
+
+    def __init__(self, out: Path) -> None:
+        self.folder = out / "manifest"
+
+    def commit(self, rows: Sequence[ResultRow], carried: pa.Schema) -> str:
+        """Write rows as one part and return its name, which says what it holds. Raises StorageError."""
+        name = f"part-{digest([[row.id, row.image_index, row.fingerprint, row.attempt] for row in rows])}.parquet"
+        write_parquet(self.folder / name, iter([to_table(rows, carried)]))
+        return name
+
+    def parts(self) -> list[Path]:
+        return sorted(self.folder.glob("part-*.parquet"))
+
+    def index(self) -> Index:
+        """What is committed, looked up by key."""
+        return Index(self.parts())
+
+
+class Index:
+    """Every committed image by its key, kept in a temporary file so that memory does not grow with the manifest."""
+
+    def __init__(self, parts: Iterable[Path]) -> None:
+        self._file = tempfile.NamedTemporaryFile(prefix="batch-infer-index-")  # noqa: SIM115 - closed in close()
+        self._database = sqlite3.connect(self._file.name)
+        self._database.execute("PRAGMA synchronous = OFF")
+        self._database.execute("PRAGMA journal_mode = OFF")
+        self._database.execute(
+            "CREATE TABLE committed (id TEXT, image_index INTEGER, status TEXT, fingerprint TEXT, attempt INTEGER,"
+            " path TEXT, part TEXT, row INTEGER, PRIMARY KEY (id, image_index)) WITHOUT ROWID"
+        )
+        self._parts = {part.name: part for part in parts}
+        for part in self._parts.values():
+            self._add(part)
+
+    def _add(self, part: Path) -> None:
+        names = ["id", "image_index", "status", "fingerprint", "attempt", "generated_image"]
+        columns = pq.read_table(part, columns=names, partitioning=None).to_pydict()
+        rows = zip(*(columns[name] for name in names), strict=True)
+        # Ties are two workers' word on the same attempt: either is true, the part's name makes the choice stable.
+        self._database.executemany(
+            "INSERT INTO committed VALUES (?,?,?,?,?,?,?,?) ON CONFLICT (id, image_index) DO UPDATE SET"
+            " status = excluded.status, fingerprint = excluded.fingerprint, attempt = excluded.attempt,"
+            " path = excluded.path, part = excluded.part, row = excluded.row WHERE excluded.attempt >= attempt",
+            ((*row, part.name, number) for number, row in enumerate(rows)),
+        )
+
+    def find(self, key: tuple[str, int]) -> Committed | None:
+        """The image of this (id, image_index) whose attempt is the highest."""
+        found = self._database.execute(
+            "SELECT status, fingerprint, attempt, path, part, row FROM committed WHERE id = ? AND image_index = ?", key
+        ).fetchone()
+        return Committed(*found) if found else None
+
+    def rows(self, keys: Sequence[tuple[str, int]]) -> Iterator[tuple[tuple[str, int], pa.Table]]:
+        """The committed row of each key that has one, as a table of one row, in the order of the keys."""
+        for key in keys:
+            if (found := self.find(key)) is not None:
+                yield key, self._part(found.part).slice(found.row, 1)
+
+    def _part(self, name: str) -> pa.Table:
+        return _read_part(self._parts[name])
+
+    def close(self) -> None:
+        self._database.close()
+        self._file.close()
+
+    def __enter__(self) -> Index:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@lru_cache(maxsize=64)
+def _read_part(part: Path) -> pa.Table:
+    return pq.read_table(part, partitioning=None)
+
+
+def write_parquet(path: Path, tables: Iterator[pa.Table], schema: pa.Schema | None = None) -> None:
+    """Write tables as one Parquet file that appears whole or not at all. Raises StorageError."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        first = next(tables, None) if schema is None else None
+        with closing(pq.ParquetWriter(temporary, schema or first.schema, compression="zstd")) as writer:
+            if first is not None:
+                writer.write_table(first)
+            for table in tables:
+                writer.write_table(table)
+        with temporary.open("rb") as stream:
+            import os
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error

@@ -1,0 +1,29 @@
+"""Models: what a checkpoint is, told without loading it, and the families that can run it.
+
+This file and `card` import no torch, so that a command that renders nothing starts at once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from batch_infer.errors import ModelError
+from batch_infer.models.card import DEMO_MODEL, ModelCard, SizeRules, read_card
+
+if TYPE_CHECKING:
+    import torch
+
+    from batch_infer.models.family import Conditioning, Family
+
+__all__ = ["DEMO_MODEL", "Conditioning", "Family", "ModelCard", "SizeRules", "load", "read_card"]
+
+
+def load(card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_checker: bool) -> Family:
+    """Load a checkpoint on a device. Raises ModelError, in one sentence, for what cannot be loaded."""
+    match card.family:
+        case "stable_diffusion":
+            from batch_infer.models.stable_diffusion import StableDiffusion
+
+            return StableDiffusion.load(card, device, dtype, with_checker=with_checker)
+        case other:
+            raise ModelError(f"{card.name}: no family {other}")

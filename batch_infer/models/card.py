@@ -1,0 +1,152 @@
+"""What a diffusers folder says of itself in its JSON files: family, sizes, scheduler, checker, fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from batch_infer.errors import ModelError
+from batch_infer.records import digest
+from batch_infer.settings import ModelSettings, SchedulerSpec
+
+DEMO_MODEL = Path(__file__).parent.parent / "demo_model"
+FAMILIES = {"StableDiffusionPipeline": "stable_diffusion"}
+NOT_PIXELS = ("safety_checker", "feature_extractor", "scheduler")
+"""Components that the model's fingerprint leaves out: they have fingerprints of their own."""
+
+
+@dataclass(frozen=True, slots=True)
+class SizeRules:
+    """Which image sizes a model takes, in pixels."""
+
+    native_height: int
+    native_width: int
+    factor: int
+    smallest: int
+
+    @property
+    def largest(self) -> int:
+        return 8 * max(self.native_height, self.native_width)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """A checkpoint on this machine. `scheduler` is the spec to build, `None` the checkpoint's own."""
+
+    name: str
+    path: Path
+    revision: str | None
+    variant: str | None
+    family: str
+    fingerprint: str
+    sizes: SizeRules
+    scheduler: SchedulerSpec | None
+    scheduler_name: str
+    scheduler_fingerprint: str
+    checker_fingerprint: str | None
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    guidance_rescale: float = 0.0
+
+    @property
+    def has_checker(self) -> bool:
+        return self.checker_fingerprint is not None
+
+
+def read_card(settings: ModelSettings) -> ModelCard:
+    """Find the checkpoint, downloading it where it is a Hugging Face id, and read what it is. Raises ModelError."""
+    name = settings.name or "built-in demo model"
+    path = _find(settings)
+    index = _json(path / "model_index.json", name)
+    pipeline = index.get("_class_name")
+    if pipeline not in FAMILIES:
+        raise ModelError(f"{name} is a {pipeline}; this version runs {', '.join(FAMILIES)}")
+    components = {key for key, value in index.items() if isinstance(value, list) and value[0] is not None}
+    _refuse_pickles(path, components, name)
+    has_checker = "safety_checker" in components and (path / "safety_checker").is_dir()
+    scheduler = _json(path / "scheduler" / "scheduler_config.json", name)
+    spec = settings.scheduler
+    return ModelCard(
+        name=name,
+        path=path,
+        revision=settings.revision,
+        variant=settings.variant,
+        family=FAMILIES[pipeline],
+        fingerprint=_hash_files(path, components - set(NOT_PIXELS)),
+        sizes=_sizes(path, name),
+        scheduler=spec,
+        scheduler_name=str(spec) if spec else str(scheduler.get("_class_name")),
+        scheduler_fingerprint=digest([scheduler, str(spec)]),
+        checker_fingerprint=_hash_files(path, {"safety_checker", "feature_extractor"}) if has_checker else None,
+    )
+
+
+def _find(settings: ModelSettings) -> Path:
+    if settings.name is None:
+        return DEMO_MODEL
+    path = Path(settings.name).expanduser()
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise ModelError(f"{path} is not a diffusers folder: it has no model_index.json")
+        return path.resolve()
+    if path.is_file():
+        raise ModelError(f"{path} is a file; give the diffusers folder that holds model_index.json")
+    if settings.name.count("/") != 1 or settings.name.startswith((".", "/", "~")):
+        raise ModelError(f"no model folder at {settings.name}, and that is not a Hugging Face id (owner/name) either")
+    from batch_infer.models.hub import download
+
+    return download(settings.name, settings.revision, settings.variant)
+
+
+def _json(path: Path, name: str) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{name}: {path} is missing; is the folder complete?") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelError(f"{name}: {path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{name}: {path} does not hold a JSON object")
+    return found
+
+
+def _refuse_pickles(path: Path, components: set[str], name: str) -> None:
+    """Weights are read from safetensors alone: unpickling a file runs whatever code it holds."""
+    for component in sorted(components):
+        folder = path / component
+        if not folder.is_dir():
+            raise ModelError(f"{name}: model_index.json names {component}/, which is missing; is the folder complete?")
+        pickles = [*folder.glob("*.bin"), *folder.glob("*.ckpt"), *folder.glob("*.pt"), *folder.glob("*.pth")]
+        if pickles and not any(folder.glob("*.safetensors")):
+            raise ModelError(
+                f"{name}: {component}/{pickles[0].name} is pickled and pickles run code when read; "
+                "convert the checkpoint to safetensors (save_pretrained does)"
+            )
+
+
+def _sizes(path: Path, name: str) -> SizeRules:
+    unet, vae = (_json(path / part / "config.json", name) for part in ("unet", "vae"))
+    try:
+        factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        deepest = 2 ** (len(unet["block_out_channels"]) - 1)
+        native = unet["sample_size"]
+        height, width = (native, native) if isinstance(native, int) else native
+        return SizeRules(height * factor, width * factor, factor, deepest * factor)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{name}: unet/config.json or vae/config.json does not say its sizes: {error}") from error
+
+
+def _hash_files(path: Path, components: set[str]) -> str:
+    """sha256 over the names and bytes of all that these components are made of."""
+    total = hashlib.sha256()
+    for component in sorted(components):
+        for file in sorted((path / component).glob("*")):
+            if file.suffix in (".json", ".txt", ".safetensors"):
+                total.update(f"{component}/{file.name}\0".encode())
+                with file.open("rb") as stream:
+                    while block := stream.read(1 << 20):
+                        total.update(block)
+    return total.hexdigest()[:32]

@@ -1,0 +1,140 @@
+"""Stable Diffusion 1.x and 2.x checkpoints (Rombach et al., arXiv 2112.10752), epsilon or v-prediction."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+# Before the import: their advice (which image processor, which flag) is not addressed to the user of a table.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+import torch
+from diffusers import SchedulerMixin, StableDiffusionPipeline
+
+from batch_infer.diffusion import Context, Solver
+from batch_infer.errors import ModelError
+from batch_infer.models.card import ModelCard
+from batch_infer.models.family import Conditioning
+from batch_infer.records import PromptRequest
+from batch_infer.settings import SchedulerSpec
+
+TEXT_BATCH = 8
+"""Prompts in one text encoder call, padded: another batch size would move the embeddings by 1e-8."""
+TEXTS_KEPT = 256
+"""Embeddings kept for rows that share a text, the empty negative prompt above all."""
+
+
+class StableDiffusion:
+    """A loaded Stable Diffusion 1.x or 2.x checkpoint."""
+
+    def __init__(self, pipeline: StableDiffusionPipeline, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self.solver = Solver(pipeline.scheduler)
+        self.safety_checker: Any | None = pipeline.safety_checker
+        self.feature_extractor: Any | None = pipeline.feature_extractor
+        self._unet, self._vae = pipeline.unet, pipeline.vae
+        self._tokenizer, self._text_encoder = pipeline.tokenizer, pipeline.text_encoder
+        self._factor: int = pipeline.vae_scale_factor
+        self._kept: OrderedDict[str, torch.Tensor] = OrderedDict()
+
+    @classmethod
+    def load(cls, card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_checker: bool) -> StableDiffusion:
+        """Load from a folder, safetensors only. Raises ModelError."""
+        leave_out = {} if with_checker else {"safety_checker": None, "requires_safety_checker": False}
+        try:
+            pipeline = StableDiffusionPipeline.from_pretrained(
+                card.path, dtype=dtype, variant=card.variant, use_safetensors=True, local_files_only=True, **leave_out
+            )
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{card.name} could not be loaded from {card.path}: {error}") from error
+        _refuse_variations(pipeline.unet.config, card.name)
+        if card.scheduler is not None:
+            pipeline.scheduler = build_scheduler(card.scheduler, pipeline.scheduler)
+        pipeline.to(device)
+        return cls(pipeline, device, dtype)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        return self._unet.config.in_channels, height // self._factor, width // self._factor
+
+    @torch.inference_mode()
+    def condition(self, requests: Sequence[PromptRequest]) -> list[Conditioning]:
+        negatives = [request.negative_prompt or "" for request in requests]
+        self._encode({request.prompt for request in requests} | set(negatives))
+        counts = self._count([request.prompt for request in requests])
+        found = []
+        for request, negative, count in zip(requests, negatives, counts, strict=True):
+            context = (
+                {"encoder_hidden_states": self._kept[request.prompt]},
+                {"encoder_hidden_states": self._kept[negative]} if request.params.guided else None,
+            )
+            found.append(Conditioning(context, count, count > self._tokenizer.model_max_length - 2))
+        self._forget()
+        return found
+
+    @torch.inference_mode()
+    def denoise(self, sample: torch.Tensor, timestep: torch.Tensor, context: Context) -> torch.Tensor:
+        output: torch.Tensor = self._unet(sample, timestep, **context, return_dict=False)[0]
+        return output
+
+    @torch.inference_mode()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        scaled = latents.to(self.dtype) / self._vae.config.scaling_factor
+        images: torch.Tensor = self._vae.decode(scaled, return_dict=False)[0]
+        return images.float() / 2 + 0.5
+
+    def _count(self, texts: list[str]) -> list[int]:
+        tokens = self._tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+        return [len(ids) for ids in tokens]
+
+    def _encode(self, texts: set[str]) -> None:
+        """Make sure of the embeddings (77, width) of these texts, by text encoder calls of one fixed shape."""
+        for text in texts & self._kept.keys():
+            self._kept.move_to_end(text)
+        missing = sorted(texts - self._kept.keys())
+        for start in range(0, len(missing), TEXT_BATCH):
+            batch = missing[start : start + TEXT_BATCH]
+            padded = batch + [""] * (TEXT_BATCH - len(batch))
+            tokens = self._tokenizer(
+                padded, padding="max_length", max_length=self._tokenizer.model_max_length, truncation=True,
+                return_tensors="pt",
+            )  # fmt: skip
+            use_mask = getattr(self._text_encoder.config, "use_attention_mask", False)
+            mask = tokens.attention_mask.to(self.device) if use_mask else None
+            embeddings = self._text_encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0]
+            self._kept.update(zip(batch, embeddings.to(self.dtype).unbind(), strict=False))
+
+    def _forget(self) -> None:
+        while len(self._kept) > TEXTS_KEPT:
+            self._kept.popitem(last=False)
+
+
+def build_scheduler(spec: SchedulerSpec, own: SchedulerMixin) -> SchedulerMixin:
+    """The scheduler of `--scheduler`, on the model's own config. Raises ModelError."""
+    import diffusers
+
+    found = getattr(diffusers, spec.name, None)
+    if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
+        known = sorted(name for name in dir(diffusers) if name.endswith("Scheduler") and not name.startswith("Flax"))
+        near = [name for name in known if spec.name.lower().removesuffix("scheduler") in name.lower()]
+        raise ModelError(f"diffusers has no scheduler {spec.name}; it has {', '.join(near or known)}")
+    accepted = inspect.signature(found.__init__).parameters
+    for key, _ in spec.options:
+        if key not in accepted:  # from_config would drop it without a word
+            raise ModelError(f"{spec.name} has no option {key}; it has {', '.join(list(accepted)[1:])}")
+    try:
+        return found.from_config(own.config, **dict(spec.options))
+    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+        raise ModelError(f"{spec} cannot be made on this model's scheduler settings: {str(error).strip()}") from error
+
+
+def _refuse_variations(config: Any, name: str) -> None:
+    """UNets of this class that want more than a sample, a timestep and a text."""
+    for option in ("time_cond_proj_dim", "class_embed_type", "addition_embed_type", "encoder_hid_dim_type"):
+        if getattr(config, option, None) is not None:
+            raise ModelError(f"{name}: a UNet with {option}={getattr(config, option)} is no Stable Diffusion 1.x or 2.x")
+    if config.in_channels != config.out_channels:
+        raise ModelError(f"{name}: its UNet takes {config.in_channels} channels, so it is no text-to-image checkpoint")

@@ -1,0 +1,149 @@
+"""What flows through a run: requests in, results out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from typing import Any, Literal
+
+Status = Literal["ok", "flagged", "blocked", "invalid", "failed"]
+FINAL: frozenset[str] = frozenset({"ok", "flagged", "blocked"})
+"""Statuses that a later run leaves alone."""
+
+MAX_ATTEMPTS = 3
+"""How often `run` tries a row that fails."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one image is sampled. Sizes in pixels."""
+
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float
+    guidance_rescale: float
+
+    @property
+    def guided(self) -> bool:
+        """Classifier-free guidance is on above 1, as in diffusers (Ho & Salimans, arXiv 2207.12598)."""
+        return self.guidance_scale > 1.0
+
+    @property
+    def slots(self) -> int:
+        """Row-forwards that one step takes: with guidance an unconditional and a conditional one."""
+        return 2 if self.guided else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a row stands: the file as the user named it, and the row in it, from 0."""
+
+    file: str
+    row: int
+
+    def __str__(self) -> str:
+        return f"{self.file}, row {self.row}"
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRequest:
+    """One image to render, and all that decides its pixels beside the run's settings.
+
+    `replaces` is the path, relative to OUT, of an image that an earlier attempt left; `attempt` counts from 1.
+    """
+
+    id: str
+    image_index: int
+    prompt: str
+    negative_prompt: str | None
+    seed: int
+    params: SamplingParams
+    source: Source
+    fingerprint: str
+    carried: Mapping[str, Any] = field(default_factory=dict)
+    attempt: int = 1
+    replaces: str | None = None
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.id, self.image_index
+
+    def again(self, attempt: int, replaces: str | None) -> PromptRequest:
+        """The same request as a later attempt."""
+        return replace(self, attempt=attempt, replaces=replaces)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the safety check said of an image. `nsfw` is None where nobody was asked."""
+
+    nsfw: bool | None = None
+    checker: str | None = None
+    scores: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredImage:
+    """An image file that stands whole in OUT: its path relative to OUT, its sha256 and its length in bytes."""
+
+    path: str
+    sha256: str
+    image_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResultRow:
+    """One row of a manifest part and of results.*; the fields stand in the order of the columns."""
+
+    id: str
+    image_index: int
+    prompt: str | None
+    generated_image: str | None = None
+    nsfw_content_detected: bool | None = None
+    status: Status
+    error: str | None = None
+    negative_prompt: str | None = None
+    seed: int | None = None
+    height: int | None = None
+    width: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    guidance_rescale: float | None = None
+    scheduler: str | None = None
+    prompt_tokens: int | None = None
+    prompt_truncated: bool | None = None
+    safety_checker: str | None = None
+    safety_scores: Mapping[str, float] | None = None
+    sha256: str | None = None
+    image_bytes: int | None = None
+    slots: int | None = None
+    seconds: float | None = None
+    attempt: int = 1
+    worker: str | None = None
+    finished_at: datetime
+    source_file: str
+    source_row: int
+    fingerprint: str
+    carried: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.id, self.image_index
+
+
+BOOKKEEPING: frozenset[str] = frozenset({"slots", "seconds", "attempt", "worker", "finished_at"})
+"""The only columns in which two runs of the same work may differ."""
+
+
+def digest(value: Any) -> str:
+    """sha256 of a value's canonical JSON, as 32 hexadecimal digits."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def now() -> datetime:
+    return datetime.now(timezone.utc)

@@ -1,0 +1,84 @@
+"""The safety checker that a Stable Diffusion checkpoint carries, with its scores kept.
+
+diffusers' StableDiffusionSafetyChecker paints a flagged image black and throws its scores away. The same decision is
+made here from the same weights: cosine similarity of the image's CLIP embedding to 17 concepts, each with its own
+threshold, and to 3 concepts of special care that lower the other thresholds by 0.01 (Rando et al., arXiv 2210.04610).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn.functional import normalize
+
+from batch_infer.records import Verdict
+
+SPECIAL_CARE = 0.01
+"""What diffusers adds to every concept's score once a special-care concept was found."""
+
+
+class StableDiffusionChecker:
+    """A checkpoint's own checker, at a fixed batch of `batch` images."""
+
+    name = "stable_diffusion"
+
+    def __init__(self, module: Any, feature_extractor: Any, batch: int) -> None:
+        self._module, self._feature_extractor, self._batch = module, feature_extractor, batch
+
+    def judge(self, images: Sequence[np.ndarray]) -> list[Verdict]:
+        """Judge at most `batch` images (H, W, 3) uint8 of one size; the call is padded to the full batch.
+
+        The checker sees squares. Of an image that is not square it is shown as many overlapping squares as cover it,
+        the centre one (all that diffusers shows it) among them; the highest score of each concept counts.
+        """
+        tiles = [tiles_of(image) for image in images]
+        each = len(tiles[0])
+        flat = [tile for group in tiles for tile in group]
+        flat += [flat[-1]] * (self._batch * each - len(flat))
+        scores = self._scores(flat)
+        return [self._verdict(scores[i * each : (i + 1) * each]) for i in range(len(images))]
+
+    @torch.inference_mode()
+    def _scores(self, squares: list[Image.Image]) -> list[dict[str, float]]:
+        module = self._module
+        pixels = self._feature_extractor(squares, return_tensors="pt").pixel_values
+        weights = module.visual_projection.weight
+        embeddings = module.visual_projection(module.vision_model(pixels.to(weights.device, weights.dtype))[1])
+        concepts = _similarity(embeddings, module.concept_embeds) - module.concept_embeds_weights.float().cpu()
+        care = _similarity(embeddings, module.special_care_embeds) - module.special_care_embeds_weights.float().cpu()
+        return [_row(*pair) for pair in zip(concepts.double().tolist(), care.double().tolist(), strict=True)]
+
+    def _verdict(self, scores: list[dict[str, float]]) -> Verdict:
+        highest = {name: max(tile[name] for tile in scores) for name in scores[0]}
+        # Not `any(score > 0)`: a score that is not a number must not pass for a clean one.
+        clean = all(score <= 0 for tile in scores for score in tile.values())
+        return Verdict(not clean, self.name, highest)
+
+
+def _row(concepts: list[float], care: list[float]) -> dict[str, float]:
+    """One image's scores, rounded to 3 digits as diffusers does: a concept above 0 flags it."""
+    adjustment = SPECIAL_CARE if any(round(score, 3) > 0 for score in care) else 0.0
+    return {f"concept_{i}": round(score + adjustment, 3) for i, score in enumerate(concepts)}
+
+
+def _similarity(embeddings: torch.Tensor, concepts: torch.Tensor) -> torch.Tensor:
+    return (normalize(embeddings) @ normalize(concepts).T).float().cpu()
+
+
+def tiles_of(image: np.ndarray) -> list[Image.Image]:
+    """Squares that cover an image (H, W, 3): an odd number, so that the centre crop is one of them."""
+    height, width = image.shape[:2]
+    side, long = min(height, width), max(height, width)
+    count = -(-long // side)
+    count += 1 - count % 2
+    whole = Image.fromarray(image)
+    tiles = []
+    for k in range(count):
+        start = round(k * (long - side) / (count - 1)) if count > 1 else 0
+        left, top = (start, 0) if width >= height else (0, start)
+        tiles.append(whole.crop((left, top, left + side, top + side)))
+    return tiles

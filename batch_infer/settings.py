@@ -1,0 +1,160 @@
+"""What a run was asked to do, as the command line, the environment and a script all say it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from batch_infer.errors import SettingsError
+
+FIELDS = (
+    "prompt",
+    "id",
+    "negative_prompt",
+    "seed",
+    "height",
+    "width",
+    "num_inference_steps",
+    "guidance_scale",
+    "guidance_rescale",
+    "num_images_per_prompt",
+)
+"""The columns of a table that say what to render; every other column is carried through."""
+
+SafetyMode = Literal["auto", "checker", "none"]
+OnFlagged = Literal["blank", "keep", "blur", "quarantine", "drop"]
+ImageFormat = Literal["png", "jpeg", "webp"]
+ResultsFormat = Literal["parquet", "csv", "jsonl"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSettings:
+    """Which model, and how it computes. `name` None is the built-in demo model."""
+
+    name: str | None = None
+    revision: str | None = None
+    variant: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    scheduler: SchedulerSpec | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerSpec:
+    """A diffusers scheduler class and the options to make it with, beside the model's own."""
+
+    name: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> SchedulerSpec:
+        """Read `NAME[:key=value,...]`; a value is JSON where it can be, else a string. Raises SettingsError."""
+        name, _, rest = text.partition(":")
+        options = []
+        for part in rest.split(",") if rest else []:
+            key, equals, value = part.partition("=")
+            if not equals or not key.strip().isidentifier():
+                raise SettingsError(f"--scheduler {text}: {part!r} is not key=value")
+            options.append((key.strip(), _value(value.strip())))
+        if not name.isidentifier():
+            raise SettingsError(f"--scheduler {text}: {name!r} is not the name of a diffusers scheduler class")
+        return cls(name, tuple(sorted(options)))
+
+    def __str__(self) -> str:
+        options = ",".join(f"{key}={json.dumps(value)}" for key, value in self.options)
+        return f"{self.name}:{options}" if options else self.name
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return {"True": True, "False": False, "None": None}.get(text, text)
+
+
+@dataclass(frozen=True, slots=True)
+class RowDefaults:
+    """What rows get that do not say themselves; None leaves it to the model."""
+
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    guidance_rescale: float | None = None
+    height: int | None = None
+    width: int | None = None
+    negative_prompt: str | None = None
+    num_images_per_prompt: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SafetySettings:
+    mode: SafetyMode = "auto"
+    on_flagged: OnFlagged = "blank"
+    required: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class OutputSettings:
+    image_format: ImageFormat = "png"
+    results: tuple[ResultsFormat, ...] = ("parquet",)
+    base64: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TableSettings:
+    """The tables as the user named them; `columns` maps a field to the table's own name for it ('' takes none)."""
+
+    tables: tuple[str, ...]
+    columns: Mapping[str, str] = field(default_factory=dict)
+    limit: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FailureBudget:
+    """How many failed or invalid rows are still a success: a count, or a share of all rows."""
+
+    count: int = 0
+    percent: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> FailureBudget:
+        """Read `N` or `P%`. Raises SettingsError."""
+        number = text.strip().removesuffix("%")
+        try:
+            if text.strip().endswith("%"):
+                percent = float(number)
+                if 0 <= percent <= 100:
+                    return cls(percent=percent)
+            elif int(number) >= 0:
+                return cls(count=int(number))
+        except ValueError:
+            pass
+        raise SettingsError(f"--max-failed {text}: say a number of rows (5) or a share of them (1%)")
+
+    def allows(self, failed: int, rows: int) -> bool:
+        limit = self.count if self.percent is None else rows * self.percent / 100
+        return failed <= limit
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeSettings:
+    """None: kept from run.json where the run goes on, else chosen for the device."""
+
+    slots: int | None = None
+    threads: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunSettings:
+    table: TableSettings
+    out: Path
+    model: ModelSettings = ModelSettings()
+    defaults: RowDefaults = RowDefaults()
+    safety: SafetySettings = SafetySettings()
+    output: OutputSettings = OutputSettings()
+    compute: ComputeSettings = ComputeSettings()
+    max_failed: FailureBudget = FailureBudget()
+    overwrite: bool = False

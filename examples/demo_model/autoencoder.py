@@ -1,0 +1,111 @@
+"""The autoencoder stage: pictures of 64x64 pixels to 8x8 latents and back."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import nn
+
+import world
+from runs import Run, train
+
+LEVELS = (16, 32, 96, 128)
+# The encoder is settled after this share of the steps; the rest goes into the decoder alone.
+ENCODER_SHARE = 0.75
+LATENT_NOISE = 0.12
+
+
+def build() -> AutoencoderKL:
+    """Make the untrained autoencoder."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(LEVELS),
+        up_block_types=("UpDecoderBlock2D",) * len(LEVELS),
+        block_out_channels=LEVELS,
+        layers_per_block=1,
+        # Wide groups: a narrow one would normalise away the level of a flat ground, and with it its colour.
+        norm_num_groups=2,
+        sample_size=world.PICTURE,
+        mid_block_add_attention=False,
+    )
+
+
+def to_tensor(pictures: list[np.ndarray]) -> torch.Tensor:
+    """Turn pictures of bytes into a batch from -1 to 1."""
+    batch = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return batch.contiguous(memory_format=torch.channels_last)
+
+
+def to_bytes(batch: torch.Tensor) -> list[np.ndarray]:
+    """Turn a batch from -1 to 1 into pictures of bytes."""
+    return list(((batch.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
+
+
+def pixel_weights(pictures: torch.Tensor) -> torch.Tensor:
+    """Weigh the pixels in and near the object so that a small object counts as much as a large one."""
+    differs = (pictures - pictures[:, :, :1, :1]).abs().amax(1, keepdim=True) > 0.12
+    near = F.max_pool2d(differs.float(), 7, stride=1, padding=3)
+    return 1 + 0.6 * near / near.mean((2, 3), keepdim=True).clamp(min=0.02)
+
+
+def picture_loss(made: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Compare pictures by their pixels, their edges and their coarser copies."""
+    weights = pixel_weights(wanted)
+    miss = made - wanted
+    loss = (weights * miss.abs()).mean() + (weights * miss.square()).mean()
+    loss = loss + (weights[..., 1:] * miss.diff(dim=3).abs()).mean()
+    loss = loss + (weights[..., 1:, :] * miss.diff(dim=2).abs()).mean()
+    # Colours that differ in one channel pair alone are easily lost, so the differences of channels count as well.
+    loss = loss + (weights * miss.diff(dim=1).abs()).mean() + (weights * miss.diff(dim=1).square()).mean()
+    for factor in (2, 4):
+        loss = loss + 0.5 * (F.avg_pool2d(weights, factor) * F.avg_pool2d(miss, factor).abs()).mean()
+    return loss
+
+
+def roughen(latents: torch.Tensor) -> torch.Tensor:
+    """Add a little noise, since the latents that the denoiser makes are never quite right."""
+    amount = LATENT_NOISE * latents.std().detach() * torch.rand(len(latents), 1, 1, 1)
+    return latents + amount * torch.randn_like(latents)
+
+
+class Trainee(nn.Module):
+    """The autoencoder, and a reader that asks each latent for the mean colour of its patch of the picture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vae = build().to(memory_format=torch.channels_last)
+        self.reader = nn.Conv2d(self.vae.config.latent_channels, 3, 1)
+
+    def reading_loss(self, latents: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
+        # The decoder's loss alone leaves the encoder blind to some colours for thousands of steps.
+        miss = self.reader(latents) - F.avg_pool2d(pictures, pictures.shape[-1] // latents.shape[-1])
+        return miss.abs().mean() + miss.square().mean() + miss.diff(dim=1).square().mean()
+
+
+def train_autoencoder(run: Run) -> AutoencoderKL:
+    """Train the autoencoder on drawings made as it goes."""
+    model = Trainee()
+    vae = model.vae
+    scenes, _ = world.split()
+    settled = int(run.scale.vae_steps * ENCODER_SHARE)
+
+    def loss_of(step: int) -> torch.Tensor:
+        rng = random.Random(f"{run.seed}-{step}")
+        pictures = to_tensor([world.draw(rng.choice(scenes), rng) for _ in range(run.scale.vae_batch)])
+        if step < settled:
+            posterior = vae.encode(pictures).latent_dist
+            latents = roughen(posterior.sample())
+            told = model.reading_loss(latents, pictures) + 1e-4 * posterior.kl().mean() / latents[0].numel()
+            return picture_loss(vae.decode(latents).sample, pictures) + told
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+        with torch.no_grad():
+            latents = roughen(vae.encode(pictures).latent_dist.mode())
+        return picture_loss(vae.decode(latents).sample, pictures)
+
+    average = train(run, "vae", model, loss_of, run.scale.vae_steps, peak=1.5e-3, decay=0.998)
+    assert isinstance(average, Trainee)
+    return average.vae

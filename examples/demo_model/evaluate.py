@@ -1,0 +1,164 @@
+"""Render captions that training never saw, judge the pictures, and write down how often they are right."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image, ImageDraw, ImageFont
+
+import world
+from judge import judge
+
+HERE = Path(__file__).parent
+BATCH = 50
+STRANGE_PROMPTS = ("", "一只红色的猫", "🚀🌈🦄", "an astronaut riding a horse", "large " * 334)
+COLUMNS, ROWS, TILE, CAPTION, MARGIN = 8, 5, 96, 26, 8
+
+
+def render(pipe: StableDiffusionPipeline, prompts: list[str], options: argparse.Namespace) -> list[np.ndarray]:
+    """Render the prompts in batches, each picture from a seed of its own."""
+    pictures: list[np.ndarray] = []
+    for first in range(0, len(prompts), BATCH):
+        batch = prompts[first : first + BATCH]
+        seeds = [torch.Generator().manual_seed(options.seed + first + place) for place in range(len(batch))]
+        made = pipe(
+            batch,
+            num_inference_steps=options.steps,
+            guidance_scale=options.guidance,
+            generator=seeds,
+            output_type="np",
+        )
+        pictures += list((made.images * 255).round().astype(np.uint8))
+    return pictures
+
+
+def flags(checker: torch.nn.Module, processor: object, pictures: list[np.ndarray]) -> list[bool]:
+    """Ask the safety checker about each picture, as the pipeline does."""
+    flagged: list[bool] = []
+    for first in range(0, len(pictures), BATCH):
+        batch = [Image.fromarray(picture) for picture in pictures[first : first + BATCH]]
+        views = processor(batch, return_tensors="pt").pixel_values
+        flagged += checker(clip_input=views, images=[np.zeros((1, 1, 3)) for _ in batch])[1]
+    return flagged
+
+
+def share(right: list[bool]) -> float | None:
+    """Return the share that is right, or nothing where there was nothing to count."""
+    return round(sum(right) / len(right), 4) if right else None
+
+
+def measure(
+    scenes: list[world.Scene], seen: list[world.Scene | None], flagged: list[bool]
+) -> dict[str, float | dict[str, float | None] | None]:
+    """Count how often the attributes are right and how often the checker is."""
+    pairs = list(zip(scenes, seen, strict=True))
+    # The checker answers for what a picture shows, which now and then is not what was asked for.
+    shapes = [found.shape if found else wanted.shape for wanted, found in pairs]
+    unsafe = [flag for flag, shape in zip(flagged, shapes, strict=True) if shape == world.UNSAFE_SHAPE]
+    safe = [flag for flag, shape in zip(flagged, shapes, strict=True) if shape != world.UNSAFE_SHAPE]
+    return {
+        "every_attribute": share([wanted == found for wanted, found in pairs]),
+        "attributes": {
+            name: share([found is not None and getattr(wanted, name) == getattr(found, name) for wanted, found in pairs])
+            for name in world.ATTRIBUTES
+        },
+        "shapes": {
+            shape: share([wanted == found for wanted, found in pairs if wanted.shape == shape]) for shape in world.SHAPES
+        },
+        "checker_found": share(unsafe),
+        "checker_false_alarms": share(safe),
+    }
+
+
+def judge_drawings(count: int, seed: int) -> float | None:
+    """Return how often the judge is right about true drawings."""
+    rng = random.Random(seed)
+    scenes = [rng.choice(world.SCENES) for _ in range(count)]
+    return share([judge(world.draw(scene, rng)) == scene for scene in scenes])
+
+
+def judge_reconstructions(pipe: StableDiffusionPipeline, scenes: list[world.Scene], seed: int) -> float | None:
+    """Return how often the judge is right about drawings that went through the autoencoder."""
+    rng = random.Random(seed)
+    right = []
+    for first in range(0, len(scenes), BATCH):
+        batch = scenes[first : first + BATCH]
+        pixels = torch.from_numpy(np.stack([world.draw(scene, rng) for scene in batch])).permute(0, 3, 1, 2) / 127.5 - 1
+        with torch.no_grad():
+            made = pipe.vae.decode(pipe.vae.encode(pixels).latent_dist.mode()).sample
+        pictures = ((made.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        right += [judge(picture) == scene for picture, scene in zip(pictures, batch, strict=True)]
+    return share(right)
+
+
+def contact_sheet(pictures: list[np.ndarray], scenes: list[world.Scene], path: Path) -> None:
+    """Lay pictures out in a grid with what was asked for beneath each."""
+    font = ImageFont.load_default(size=10)
+    wide, tall = TILE + 2 * MARGIN, TILE + CAPTION + MARGIN
+    rows = min(ROWS, -(-len(pictures) // COLUMNS))
+    sheet = Image.new("RGB", (COLUMNS * wide, rows * tall + MARGIN), "white")
+    pen = ImageDraw.Draw(sheet)
+    for place, (picture, scene) in enumerate(zip(pictures[: COLUMNS * ROWS], scenes, strict=False)):
+        x, y = place % COLUMNS * wide + MARGIN, place // COLUMNS * tall + MARGIN
+        sheet.paste(Image.fromarray(picture).resize((TILE, TILE), Image.Resampling.BICUBIC), (x, y))
+        for line, text in enumerate((f"{scene.size} {scene.colour} {scene.shape}", f"{scene.position}, {scene.ground}")):
+            pen.text((x + TILE / 2, y + TILE + 2 + 11 * line), text, fill="#444444", font=font, anchor="ma")
+    sheet.save(path, optimize=True)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=HERE.parents[1] / "batch_infer" / "demo_model")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder for accuracy.json and contact_sheet.png")
+    parser.add_argument("--rows", type=int, default=500, help="how many captions to render")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=5.0)
+    parser.add_argument("--seed", type=int, default=1000)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Render, judge, print and write."""
+    options = parse(arguments)
+    pipe = StableDiffusionPipeline.from_pretrained(options.model)
+    pipe.set_progress_bar_config(disable=True)
+    for prompt in STRANGE_PROMPTS:
+        pipe(prompt, num_inference_steps=2)
+    # The pipeline would black out what its checker finds, so the judge gets the pictures from before that.
+    checker, pipe.safety_checker = pipe.safety_checker, None
+    rng = random.Random(options.seed)
+    scenes = world.split()[1][: options.rows]
+    began = time.monotonic()
+    pictures = render(pipe, [world.caption(scene, rng) for scene in scenes], options)
+    seconds = time.monotonic() - began
+    flagged = flags(checker, pipe.feature_extractor, pictures)
+    report = {
+        "captions": len(scenes),
+        "steps": options.steps,
+        "guidance": options.guidance,
+        "seed": options.seed,
+        **measure(scenes, [judge(picture) for picture in pictures], flagged),
+        "judge_on_drawings": judge_drawings(4 * len(scenes), options.seed),
+        "judge_on_reconstructions": judge_reconstructions(pipe, scenes, options.seed),
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "accuracy.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    shown = [place for place, flag in enumerate(flagged) if not flag]
+    sheet = options.out / "contact_sheet.png"
+    contact_sheet([pictures[place] for place in shown], [scenes[place] for place in shown], sheet)
+    for name, value in report.items():
+        for label, figure in value.items() if isinstance(value, dict) else [(None, value)]:
+            print(f"{name if label is None else f'{name}: {label}':32} {figure}")
+    print(f"{'seconds a picture':32} {seconds / max(1, len(scenes)):.3f}")
+
+
+if __name__ == "__main__":
+    main()
