@@ -6,15 +6,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
 
 from batch_infer.diffusion import Finished, Slots
 from batch_infer.errors import RowError
-from batch_infer.models import Conditioning, Family
 from batch_infer.records import PromptRequest, SamplingParams, Verdict
 from batch_infer.safety import Judge
+
+if TYPE_CHECKING:
+    from batch_infer.models import Conditioning, Family
 
 Shape = tuple[int, int]
 
@@ -42,12 +45,13 @@ class Unrendered:
 
 @dataclass(slots=True)
 class Stages:
-    """Where the time went, in seconds of the device's thread, and how full the slots were."""
+    """Where the time went, in seconds of the device's thread (`seconds`: all of them), and how full the slots were."""
 
     encode: float = 0.0
     denoise: float = 0.0
     decode: float = 0.0
     check: float = 0.0
+    seconds: float = 0.0
     row_forwards: int = 0
     slot_ticks: int = 0
     ticks: int = 0
@@ -87,7 +91,7 @@ class _Waiting:
         return max(fitting, key=lambda queue: queue[0][0].params.num_inference_steps).popleft()
 
 
-_Tag = tuple[PromptRequest, Conditioning]
+_Tag: TypeAlias = "tuple[PromptRequest, Conditioning]"
 
 
 class Chain:
@@ -107,15 +111,15 @@ class Chain:
 
         Rows next to each other should share a size: a change of size waits until the slots have emptied.
         """
+        started = time.perf_counter()
         source = _Ahead(iter(requests))
         while (first := source.peek()) is not None and not self._stop():
             yield from self._render_size(source, (first.params.height, first.params.width))
+        self.stages.seconds += time.perf_counter() - started
 
     def _render_size(self, source: _Ahead, size: Shape) -> Iterator[Rendered | Unrendered]:
         model = self._model
-        slots: Slots[_Tag] = Slots(
-            model, self._shape.slots, model.latent_shape(*size), model.device, model.dtype
-        )
+        slots: Slots[_Tag] = Slots(model, self._shape.slots, model.latent_shape(*size), model.device, model.dtype)
         waiting, finished = _Waiting(), list[Finished[_Tag]]()
         while not self._stop():
             self._read_ahead(source, size, waiting)

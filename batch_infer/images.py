@@ -61,7 +61,9 @@ def encode(pixels: np.ndarray, image_format: ImageFormat, parameters: str) -> by
     match image_format:
         case "png":
             text = PngInfo()
-            text.add_itxt("parameters", parameters) if not _latin(parameters) else text.add_text("parameters", parameters)
+            text.add_itxt("parameters", parameters) if not _latin(parameters) else text.add_text(
+                "parameters", parameters
+            )
             text.add_itxt("XML:com.adobe.xmp", XMP)
             image.save(stream, "PNG", pnginfo=text, compress_level=PNG_LEVEL)
         case "jpeg":

@@ -7,18 +7,18 @@ with a higher attempt, and for one (id, image_index) the highest attempt counts.
 from __future__ import annotations
 
 import sqlite3
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batch_infer.errors import StorageError
+from batch_infer.atomic import replacing
 from batch_infer.records import ResultRow, digest
 
 SCHEMA = pa.schema(
@@ -57,7 +57,7 @@ SCHEMA = pa.schema(
 """The result columns, in order; a part's carried columns follow them."""
 
 _FIELDS = [field.name for field in fields(ResultRow) if field.name != "carried"]
-if _FIELDS != SCHEMA.names:  # the columns are told twice, here with their types
+if SCHEMA.names != _FIELDS:  # the columns are told twice, here with their types
     raise TypeError(f"records.ResultRow and manifest.SCHEMA differ: {set(_FIELDS) ^ set(SCHEMA.names)}")
 
 
@@ -94,7 +94,8 @@ class Manifest:
     def commit(self, rows: Sequence[ResultRow], carried: pa.Schema) -> str:
         """Write rows as one part and return its name, which says what it holds. Raises StorageError."""
         name = f"part-{digest([[row.id, row.image_index, row.fingerprint, row.attempt] for row in rows])}.parquet"
-        write_parquet(self.folder / name, iter([to_table(rows, carried)]))
+        table = to_table(rows, carried)
+        write_parquet(self.folder / name, table.schema, [table])
         return name
 
     def parts(self) -> list[Path]:
@@ -109,8 +110,7 @@ class Index:
     """Every committed image by its key, kept in a temporary file so that memory does not grow with the manifest."""
 
     def __init__(self, parts: Iterable[Path]) -> None:
-        self._file = tempfile.NamedTemporaryFile(prefix="batch-infer-index-")  # noqa: SIM115 - closed in close()
-        self._database = sqlite3.connect(self._file.name)
+        self._database = sqlite3.connect("")  # sqlite's own temporary file, removed by closing
         self._database.execute("PRAGMA synchronous = OFF")
         self._database.execute("PRAGMA journal_mode = OFF")
         self._database.execute(
@@ -140,18 +140,21 @@ class Index:
         ).fetchone()
         return Committed(*found) if found else None
 
-    def rows(self, keys: Sequence[tuple[str, int]]) -> Iterator[tuple[tuple[str, int], pa.Table]]:
-        """The committed row of each key that has one, as a table of one row, in the order of the keys."""
-        for key in keys:
-            if (found := self.find(key)) is not None:
-                yield key, self._part(found.part).slice(found.row, 1)
-
-    def _part(self, name: str) -> pa.Table:
-        return _read_part(self._parts[name])
+    def take(self, found: Sequence[Committed]) -> pa.Table:
+        """The result columns of these committed images, in their order."""
+        by_part: dict[str, list[int]] = {}
+        for committed in found:
+            by_part.setdefault(committed.part, []).append(committed.row)
+        pieces = [_read_part(self._parts[part]).take(rows) for part, rows in by_part.items()]
+        starts = dict(zip(by_part, accumulate((len(piece) for piece in pieces), initial=0), strict=False))
+        order = []
+        for committed in found:
+            order.append(starts[committed.part])
+            starts[committed.part] += 1
+        return pa.concat_tables([SCHEMA.empty_table(), *pieces]).take(order)
 
     def close(self) -> None:
         self._database.close()
-        self._file.close()
 
     def __enter__(self) -> Index:
         return self
@@ -162,24 +165,11 @@ class Index:
 
 @lru_cache(maxsize=64)
 def _read_part(part: Path) -> pa.Table:
-    return pq.read_table(part, partitioning=None)
+    return pq.read_table(part, columns=SCHEMA.names, partitioning=None)
 
 
-def write_parquet(path: Path, tables: Iterator[pa.Table], schema: pa.Schema | None = None) -> None:
+def write_parquet(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
     """Write tables as one Parquet file that appears whole or not at all. Raises StorageError."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        first = next(tables, None) if schema is None else None
-        with closing(pq.ParquetWriter(temporary, schema or first.schema, compression="zstd")) as writer:
-            if first is not None:
-                writer.write_table(first)
-            for table in tables:
-                writer.write_table(table)
-        with temporary.open("rb") as stream:
-            import os
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+    with replacing(path) as temporary, closing(pq.ParquetWriter(temporary, schema, compression="zstd")) as writer:
+        for table in tables:
+            writer.write_table(table)

@@ -39,6 +39,20 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class SizeRules:
+    """Which image sizes a model takes, in pixels."""
+
+    native_height: int
+    native_width: int
+    factor: int
+    smallest: int
+
+    @property
+    def largest(self) -> int:
+        return 8 * max(self.native_height, self.native_width)
+
+
+@dataclass(frozen=True, slots=True)
 class Source:
     """Where a row stands: the file as the user named it, and the row in it, from 0."""
 

@@ -61,7 +61,12 @@ class Slots(Generic[Tag]):
     """
 
     def __init__(
-        self, denoiser: Denoiser, size: int, latent_shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype
+        self,
+        denoiser: Denoiser,
+        size: int,
+        latent_shape: tuple[int, int, int],
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         self.size = size
         self.latent_shape = latent_shape
@@ -179,5 +184,7 @@ class Slots(Generic[Tag]):
         timestep, input_scale = self._send(steps, torch.float32).unbind(1)
         return timestep, input_scale
 
-    def _send(self, values: list[int] | list[tuple[float, float]] | list[tuple[int, int]], dtype: torch.dtype) -> torch.Tensor:
+    def _send(
+        self, values: list[int] | list[tuple[float, float]] | list[tuple[int, int]], dtype: torch.dtype
+    ) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype).to(self._device, non_blocking=True)

@@ -8,14 +8,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from batch_infer.errors import ModelError
-from batch_infer.models.card import DEMO_MODEL, ModelCard, SizeRules, read_card
+from batch_infer.models.card import DEMO_MODEL, ModelCard, read_card
 
 if TYPE_CHECKING:
     import torch
 
     from batch_infer.models.family import Conditioning, Family
 
-__all__ = ["DEMO_MODEL", "Conditioning", "Family", "ModelCard", "SizeRules", "load", "read_card"]
+__all__ = ["DEMO_MODEL", "Conditioning", "Family", "ModelCard", "load", "read_card"]
 
 
 def load(card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_checker: bool) -> Family:

@@ -9,27 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from batch_infer.errors import ModelError
-from batch_infer.records import digest
+from batch_infer.records import SizeRules, digest
 from batch_infer.settings import ModelSettings, SchedulerSpec
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo_model"
 FAMILIES = {"StableDiffusionPipeline": "stable_diffusion"}
 NOT_PIXELS = ("safety_checker", "feature_extractor", "scheduler")
 """Components that the model's fingerprint leaves out: they have fingerprints of their own."""
-
-
-@dataclass(frozen=True, slots=True)
-class SizeRules:
-    """Which image sizes a model takes, in pixels."""
-
-    native_height: int
-    native_width: int
-    factor: int
-    smallest: int
-
-    @property
-    def largest(self) -> int:
-        return 8 * max(self.native_height, self.native_width)
 
 
 @dataclass(frozen=True, slots=True)

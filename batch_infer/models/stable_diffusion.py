@@ -6,13 +6,15 @@ import inspect
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 # Before the import: their advice (which image processor, which flag) is not addressed to the user of a table.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
+import diffusers
 import torch
+import transformers
 from diffusers import SchedulerMixin, StableDiffusionPipeline
 
 from batch_infer.diffusion import Context, Solver
@@ -21,6 +23,10 @@ from batch_infer.models.card import ModelCard
 from batch_infer.models.family import Conditioning
 from batch_infer.records import PromptRequest
 from batch_infer.settings import SchedulerSpec
+
+# A second and third bar would fight with the run's own.
+diffusers.utils.logging.disable_progress_bar()
+transformers.utils.logging.disable_progress_bar()
 
 TEXT_BATCH = 8
 """Prompts in one text encoder call, padded: another batch size would move the embeddings by 1e-8."""
@@ -114,19 +120,17 @@ class StableDiffusion:
 
 def build_scheduler(spec: SchedulerSpec, own: SchedulerMixin) -> SchedulerMixin:
     """The scheduler of `--scheduler`, on the model's own config. Raises ModelError."""
-    import diffusers
-
-    found = getattr(diffusers, spec.name, None)
+    found: Any = getattr(diffusers, spec.name, None)
     if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
         known = sorted(name for name in dir(diffusers) if name.endswith("Scheduler") and not name.startswith("Flax"))
         near = [name for name in known if spec.name.lower().removesuffix("scheduler") in name.lower()]
         raise ModelError(f"diffusers has no scheduler {spec.name}; it has {', '.join(near or known)}")
-    accepted = inspect.signature(found.__init__).parameters
+    accepted = inspect.signature(found).parameters
     for key, _ in spec.options:
         if key not in accepted:  # from_config would drop it without a word
-            raise ModelError(f"{spec.name} has no option {key}; it has {', '.join(list(accepted)[1:])}")
+            raise ModelError(f"{spec.name} has no option {key}; it has {', '.join(accepted)}")
     try:
-        return found.from_config(own.config, **dict(spec.options))
+        return cast(Any, found).from_config(own.config, **dict(spec.options))
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         raise ModelError(f"{spec} cannot be made on this model's scheduler settings: {str(error).strip()}") from error
 
@@ -135,6 +139,8 @@ def _refuse_variations(config: Any, name: str) -> None:
     """UNets of this class that want more than a sample, a timestep and a text."""
     for option in ("time_cond_proj_dim", "class_embed_type", "addition_embed_type", "encoder_hid_dim_type"):
         if getattr(config, option, None) is not None:
-            raise ModelError(f"{name}: a UNet with {option}={getattr(config, option)} is no Stable Diffusion 1.x or 2.x")
+            raise ModelError(
+                f"{name}: a UNet with {option}={getattr(config, option)} is no Stable Diffusion 1.x or 2.x"
+            )
     if config.in_channels != config.out_channels:
         raise ModelError(f"{name}: its UNet takes {config.in_channels} channels, so it is no text-to-image checkpoint")

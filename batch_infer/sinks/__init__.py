@@ -1,5 +1,5 @@
 """Where images are stored."""
 
-from batch_infer.sinks.folder import FolderSink, remove_leftovers
+from batch_infer.sinks.folder import FolderSink
 
-__all__ = ["FolderSink", "remove_leftovers"]
+__all__ = ["FolderSink"]

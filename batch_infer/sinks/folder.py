@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
+from batch_infer.atomic import replacing, sync
 from batch_infer.errors import StorageError
 from batch_infer.records import PromptRequest, StoredImage
 
 ROWS_PER_FOLDER = 1000
-TEMPORARY = ".tmp"
 _PLAIN = re.compile(r"[a-z0-9_](?:[a-z0-9_.-]{0,78}[a-z0-9_-])?")
 _DEVICE = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECASE)
 
@@ -22,48 +21,30 @@ class FolderSink:
 
     def __init__(self, out: Path, suffix: str) -> None:
         self._out, self._suffix = out, suffix
-        self._made: set[Path] = set()
 
     def path_of(self, request: PromptRequest, *, quarantine: bool = False) -> str:
         """Where a request's image stands, relative to OUT."""
-        folder = f"{plain_name(PurePosixPath(request.source.file).name.split('.')[0])}-{request.source.row // ROWS_PER_FOLDER:05d}"
+        stem = plain_name(PurePosixPath(request.source.file).name.split(".")[0])
+        folder = f"{stem}-{request.source.row // ROWS_PER_FOLDER:05d}"
         name = f"{plain_name(request.id)}-{request.image_index}{self._suffix}"
         return f"{'quarantine' if quarantine else 'images'}/{folder}/{name}"
 
     def write(self, path: str, content: bytes) -> StoredImage:
         """Store a file whole. Raises StorageError."""
-        target = self._out / path
-        temporary = target.with_name(f"{TEMPORARY}-{os.getpid()}-{target.name}")
-        try:
-            if target.parent not in self._made:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                self._made.add(target.parent)
+        with replacing(self._out / path, flush=False) as temporary:  # `flush` makes up for it, many files at once
             temporary.write_bytes(content)
-            temporary.replace(target)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise StorageError(f"cannot write {target}: {error.strerror or error}") from error
         return StoredImage(path, hashlib.sha256(content).hexdigest(), len(content))
 
     def remove(self, path: str) -> None:
         (self._out / path).unlink(missing_ok=True)
 
     def flush(self, paths: Iterable[str]) -> None:
-        """Have the disk hold these files before a manifest part speaks of them."""
+        """Have the disk hold these files before a manifest part speaks of them. Raises StorageError."""
         for path in paths:
-            sync(self._out / path)
-
-
-def sync(path: Path) -> None:
-    """fsync a file. Raises StorageError."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise StorageError(f"cannot flush {path}: {error.strerror or error}") from error
+            try:
+                sync(self._out / path)
+            except OSError as error:
+                raise StorageError(f"cannot flush {self._out / path}: {error.strerror or error}") from error
 
 
 def plain_name(text: str) -> str:
@@ -76,10 +57,3 @@ def plain_name(text: str) -> str:
         return text
     readable = re.sub(r"[^A-Za-z0-9_-]+", "_", text)[:60]
     return f"{readable}~{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
-
-
-def remove_leftovers(out: Path) -> None:
-    """Remove the temporary files of a run that was killed."""
-    for folder in ("images", "quarantine", "manifest"):
-        for leftover in (out / folder).glob(f"**/{TEMPORARY}-*"):
-            leftover.unlink(missing_ok=True)

@@ -46,7 +46,9 @@ def build_checker() -> StableDiffusionSafetyChecker:
     # The checker has no text tower; its configuration still describes one, so that one is kept as small as it goes.
     text = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 8}
     text |= {"bos_token_id": 6, "eos_token_id": 7, "projection_dim": PROJECTION}
-    checker = StableDiffusionSafetyChecker(CLIPConfig(text_config=text, vision_config=vision, projection_dim=PROJECTION))
+    checker = StableDiffusionSafetyChecker(
+        CLIPConfig(text_config=text, vision_config=vision, projection_dim=PROJECTION)
+    )
     with torch.no_grad():
         concepts = torch.randn(checker.concept_embeds.shape, generator=torch.Generator().manual_seed(0))
         checker.concept_embeds.copy_(F.normalize(concepts))

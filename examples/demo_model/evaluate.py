@@ -66,11 +66,14 @@ def measure(
     return {
         "every_attribute": share([wanted == found for wanted, found in pairs]),
         "attributes": {
-            name: share([found is not None and getattr(wanted, name) == getattr(found, name) for wanted, found in pairs])
+            name: share(
+                [found is not None and getattr(wanted, name) == getattr(found, name) for wanted, found in pairs]
+            )
             for name in world.ATTRIBUTES
         },
         "shapes": {
-            shape: share([wanted == found for wanted, found in pairs if wanted.shape == shape]) for shape in world.SHAPES
+            shape: share([wanted == found for wanted, found in pairs if wanted.shape == shape])
+            for shape in world.SHAPES
         },
         "checker_found": share(unsafe),
         "checker_false_alarms": share(safe),
@@ -108,7 +111,9 @@ def contact_sheet(pictures: list[np.ndarray], scenes: list[world.Scene], path: P
     for place, (picture, scene) in enumerate(zip(pictures[: COLUMNS * ROWS], scenes, strict=False)):
         x, y = place % COLUMNS * wide + MARGIN, place // COLUMNS * tall + MARGIN
         sheet.paste(Image.fromarray(picture).resize((TILE, TILE), Image.Resampling.BICUBIC), (x, y))
-        for line, text in enumerate((f"{scene.size} {scene.colour} {scene.shape}", f"{scene.position}, {scene.ground}")):
+        for line, text in enumerate(
+            (f"{scene.size} {scene.colour} {scene.shape}", f"{scene.position}, {scene.ground}")
+        ):
             pen.text((x + TILE / 2, y + TILE + 2 + 11 * line), text, fill="#444444", font=font, anchor="ma")
     sheet.save(path, optimize=True)
 
@@ -128,7 +133,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Render, judge, print and write."""
     options = parse(arguments)
-    pipe = StableDiffusionPipeline.from_pretrained(options.model)
+    pipe = StableDiffusionPipeline.from_pretrained(options.model, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     for prompt in STRANGE_PROMPTS:
         pipe(prompt, num_inference_steps=2)

@@ -28,7 +28,9 @@ def nearest(colour: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str
 def templates() -> dict[tuple[str, int], np.ndarray]:
     """Return each shape's ideal cover, centred, at every size in half pixels that a picture could hold."""
     middle = (world.PICTURE / 2, world.PICTURE / 2)
-    return {(shape, half): world.outline_mask(shape, middle, half / 2) for shape in world.SHAPES for half in range(32, 82)}
+    return {
+        (shape, half): world.outline_mask(shape, middle, half / 2) for shape in world.SHAPES for half in range(32, 82)
+    }
 
 
 def cover(picture: np.ndarray, ground: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:

@@ -68,7 +68,13 @@ class Average:
 
 
 def train(
-    run: Run, stage: str, module: nn.Module, loss_of: Callable[[int], torch.Tensor], steps: int, peak: float, decay: float
+    run: Run,
+    stage: str,
+    module: nn.Module,
+    loss_of: Callable[[int], torch.Tensor],
+    steps: int,
+    peak: float,
+    decay: float,
 ) -> nn.Module:
     """Train a module for a number of steps, or go on from its checkpoint, and return its averaged weights."""
     optimizer = torch.optim.AdamW(module.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01)

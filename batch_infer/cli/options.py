@@ -1,0 +1,163 @@
+"""Options that commands share, and the settings that they make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import click
+
+from batch_infer import settings as s
+from batch_infer.errors import SettingsError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+Decorator = Callable[[Command], Command]
+
+
+def _together(*decorators: Decorator[Any]) -> Decorator[Any]:
+    def decorate(command: Any) -> Any:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+table_options = _together(
+    click.argument("tables", metavar="TABLE...", nargs=-1, required=True),
+    click.option("-o", "--out", default="batch-infer-out", show_default=True, help="Folder for images and results."),
+    click.option(
+        "--column",
+        "columns",
+        metavar="FIELD=NAME",
+        multiple=True,
+        help="The table's column for a field: prompt=caption. `height=` takes no column for it. Repeatable.",
+    ),
+    click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Score only the first N rows."),
+)
+
+model_options = _together(
+    click.option(
+        "--model",
+        metavar="ID|DIR",
+        help="Hugging Face id or diffusers folder (Stable Diffusion 1.x, 2.x); default: the demo model.",
+    ),
+    click.option("--revision", metavar="REV", help="Revision of a Hugging Face model."),
+    click.option("--variant", metavar="NAME", help="Variant of the weight files, such as fp16."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
+        default="auto",
+        show_default=True,
+        help="auto: float16 on a GPU, float32 on a CPU.",
+    ),
+    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
+    click.option(
+        "--scheduler",
+        metavar="NAME[:KEY=VALUE,...]",
+        help="A diffusers scheduler on the model's own settings: DPMSolverMultistepScheduler:use_karras_sigmas=true.",
+    ),
+    click.option(
+        "--slots",
+        type=click.IntRange(min=2),
+        metavar="N",
+        help="Row-forwards in one UNet call; a row with guidance takes two. Default: 16 on a CPU, 32 on a GPU.",
+    ),
+    click.option(
+        "--threads", type=click.IntRange(min=1), metavar="N", help="Torch threads on a CPU. Default: all cores."
+    ),
+)
+
+row_options = _together(
+    click.option("--steps", type=int, metavar="N", help="Denoising steps of rows that do not say."),
+    click.option(
+        "--guidance-scale", type=float, metavar="X", help="Guidance of rows that do not say; up to 1 is none."
+    ),
+    click.option(
+        "--guidance-rescale", type=float, metavar="X", help="Guidance rescale (0 to 1) of rows that do not say."
+    ),
+    click.option("--height", type=int, metavar="PX", help="Height of rows that do not say."),
+    click.option("--width", type=int, metavar="PX", help="Width of rows that do not say."),
+    click.option("--negative-prompt", metavar="TEXT", help="Negative prompt of rows that do not say."),
+    click.option(
+        "--images-per-prompt", type=int, default=1, show_default=True, metavar="N", help="Images of each row."
+    ),
+    click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Rows without a seed derive one."),
+)
+
+output_options = _together(
+    click.option(
+        "--safety",
+        type=click.Choice(get_args(s.SafetyMode)),
+        default="auto",
+        show_default=True,
+        help="auto: the model's own checker where it has one; checker: it must have one; none: nobody is asked.",
+    ),
+    click.option(
+        "--on-flagged",
+        type=click.Choice(get_args(s.OnFlagged)),
+        default="blank",
+        show_default=True,
+        help="What is stored of a flagged image: a black one, it, a blurred one, it under quarantine/, nothing.",
+    ),
+    click.option("--require-safety", is_flag=True, help="Refuse to run where images would go unjudged."),
+    click.option("--image-format", type=click.Choice(get_args(s.ImageFormat)), default="png", show_default=True),
+    click.option(
+        "--results",
+        type=click.Choice(get_args(s.ResultsFormat)),
+        multiple=True,
+        help="Formats of the results beside results.parquet, which is always written. Repeatable.",
+    ),
+    click.option("--base64", is_flag=True, help="In results.csv and .jsonl, generated_image holds the file in base64."),
+    click.option(
+        "--max-failed",
+        default="0",
+        show_default=True,
+        metavar="N|P%",
+        help="How many failed or invalid rows are still a success.",
+    ),
+)
+
+
+def run_settings(options: Mapping[str, Any]) -> s.RunSettings:
+    """The settings that the options of a command say. Raises SettingsError."""
+    if options["base64"] and not {"csv", "jsonl"} & set(options["results"]):
+        raise SettingsError("--base64 is for results.csv and results.jsonl: add --results csv or --results jsonl")
+    return s.RunSettings(
+        table=s.TableSettings(options["tables"], _columns(options["columns"]), options["limit"]),
+        out=Path(options["out"]).expanduser(),
+        model=s.ModelSettings(
+            options["model"],
+            options["revision"],
+            options["variant"],
+            options["dtype"],
+            options["device"],
+            s.SchedulerSpec.parse(options["scheduler"]) if options["scheduler"] else None,
+        ),
+        defaults=s.RowDefaults(
+            num_inference_steps=options["steps"],
+            guidance_scale=options["guidance_scale"],
+            guidance_rescale=options["guidance_rescale"],
+            height=options["height"],
+            width=options["width"],
+            negative_prompt=options["negative_prompt"],
+            num_images_per_prompt=options["images_per_prompt"],
+            seed=options["seed"],
+        ),
+        safety=s.SafetySettings(options["safety"], options["on_flagged"], options["require_safety"]),
+        output=s.OutputSettings(options["image_format"], options["results"], options["base64"]),
+        compute=s.ComputeSettings(options["slots"], options["threads"]),
+        max_failed=s.FailureBudget.parse(options["max_failed"]),
+        overwrite=options["overwrite"],
+    )
+
+
+def _columns(options: tuple[str, ...]) -> dict[str, str]:
+    columns: dict[str, str] = {}
+    for option in options:
+        field, equals, name = option.partition("=")
+        if not equals or field not in s.FIELDS:
+            raise SettingsError(f"--column {option}: say FIELD=NAME, where FIELD is one of {', '.join(s.FIELDS)}")
+        columns[field] = name
+    return columns

@@ -1,0 +1,1 @@
+"""Who hands requests to workers."""

@@ -1,0 +1,35 @@
+"""The local engine: one worker in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+
+import torch
+from accelerate import PartialState
+
+from batch_infer.chain import Stages
+from batch_infer.errors import SettingsError
+from batch_infer.planning import Chunk
+from batch_infer.records import ResultRow
+from batch_infer.worker import Worker, WorkerSettings
+
+
+def find_device(asked: str) -> str:
+    """`cpu` or `cuda`, as asked or as accelerate finds it. Raises SettingsError."""
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("--device cuda: torch finds no CUDA device here")
+    # Left to itself, accelerate reports a world of one on every rank of a machine without CUDA.
+    return str(PartialState(cpu=asked == "cpu" or not torch.cuda.is_available()).device.type)
+
+
+def render(
+    chunks: Iterable[Chunk],
+    settings: WorkerSettings,
+    committed: Callable[[Sequence[ResultRow]], None],
+    stop: Callable[[], bool],
+) -> Stages:
+    """Have all chunks rendered and committed. They run as one stream: slots do not empty between them."""
+    worker = Worker(settings, stop)
+    worker.work(chain.from_iterable(chunk.requests for chunk in chunks), committed)
+    return worker.stages

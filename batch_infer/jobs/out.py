@@ -1,0 +1,83 @@
+"""OUT: its lock, its run.json, and what of it is ours to remove."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from batch_infer.atomic import replacing
+from batch_infer.errors import LockedError, SettingsError, UsageError
+from batch_infer.records import now
+
+OURS = ("images", "quarantine", "manifest", "logs", "results.parquet", "results.csv", "results.jsonl", "run.json")
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold OUT, made where it is missing. The lock dies with its holder. Raises LockedError, SettingsError."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise LockedError(f"{out} is held by another run ({_holder(out)}); run again when it has ended") from None
+    except OSError as error:
+        raise SettingsError(f"cannot write to {out}: {error.strerror or error}") from error
+    try:
+        with replacing(out / ".holder", flush=False) as temporary:
+            temporary.write_text(f"{platform.node()}, process {os.getpid()}, since {now():%Y-%m-%d %H:%M:%S} UTC")
+        yield
+    finally:
+        (out / ".holder").unlink(missing_ok=True)
+        lock.release()
+
+
+def _holder(out: Path) -> str:
+    try:
+        return (out / ".holder").read_text()
+    except OSError:
+        return "it has not said which"
+
+
+def read_run(out: Path) -> dict[str, Any] | None:
+    """run.json, or None where OUT has none. Raises UsageError."""
+    path = out / "run.json"
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise UsageError(f"{path} does not hold a JSON object")
+    return found
+
+
+def write_run(out: Path, run: dict[str, Any]) -> None:
+    """Write run.json. Raises StorageError."""
+    with replacing(out / "run.json") as temporary:
+        temporary.write_text(json.dumps(run, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+
+
+def clear(out: Path) -> None:
+    """Remove what earlier runs made in OUT, and nothing else. Raises UsageError where OUT is not a run's."""
+    if read_run(out) is None:
+        if any((out / name).exists() for name in OURS):
+            raise SettingsError(
+                f"--overwrite: {out} has no run.json, so what it holds may not be ours; remove it yourself"
+            )
+        return
+    for name in OURS:
+        path = out / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,76 @@
+"""The summary of a run: what became of the rows, how fast, and where the time went."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from batch_infer.jobs.merge import Counts
+
+
+class Stages(Protocol):
+    """Seconds that the device's thread spent in each stage and in all, and how full the slots were."""
+
+    encode: float
+    denoise: float
+    decode: float
+    check: float
+    seconds: float
+
+    @property
+    def occupancy(self) -> float: ...
+
+
+@dataclass(slots=True)
+class Summary:
+    """`rendered` images and all times are this run's; `counts` are the table's, whenever its rows were done."""
+
+    counts: Counts = field(default_factory=Counts)
+    rendered: int = 0
+    seconds: float = 0.0
+    rendering_seconds: float = 0.0
+    occupancy: float | None = None
+    stage_shares: dict[str, float] = field(default_factory=dict)
+    peak_memory: dict[str, int] = field(default_factory=dict)
+    interrupted: bool = False
+
+    def add_stages(self, stages: Stages) -> None:
+        self.rendering_seconds = stages.seconds
+        self.occupancy = round(stages.occupancy, 4)
+        spent = {name: getattr(stages, name) for name in ("encode", "denoise", "decode", "check")}
+        total = sum(spent.values()) or 1.0
+        self.stage_shares = {name: round(seconds / total, 4) for name, seconds in spent.items()}
+
+    @property
+    def images_per_second(self) -> float | None:
+        return self.rendered / self.rendering_seconds if self.rendered else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """As run.json and --json have it."""
+        rate = self.images_per_second
+        return {
+            **asdict(self.counts),
+            "rendered": self.rendered,
+            "seconds": round(self.seconds, 3),
+            "images_per_second": None if rate is None else round(rate, 3),
+            "occupancy": self.occupancy,
+            "stage_shares": self.stage_shares,
+            "peak_memory": self.peak_memory,
+            "interrupted": self.interrupted,
+        }
+
+
+def peak_memory(device: str) -> dict[str, int]:
+    """The most bytes that this process held, of main memory and of the device's."""
+    found = {}
+    try:
+        import resource
+    except ImportError:  # Windows
+        pass
+    else:
+        found["host_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device == "cuda":
+        import torch
+
+        found["device_bytes"] = torch.cuda.max_memory_allocated()
+    return found

@@ -1,0 +1,6 @@
+"""Tables of prompts: files in, requests and invalid results out."""
+
+from batch_infer.table.rows import RowRules
+from batch_infer.table.tables import Tables
+
+__all__ = ["RowRules", "Tables"]
