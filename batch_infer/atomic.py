@@ -40,9 +40,3 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def remove_leftovers(out: Path) -> None:
-    """Remove the temporary files that a killed run left under OUT."""
-    for leftover in out.rglob(f"{TEMPORARY}*"):
-        leftover.unlink(missing_ok=True)

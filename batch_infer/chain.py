@@ -69,6 +69,10 @@ class ChainShape:
     slots: int
     decode: int
 
+    def __post_init__(self) -> None:
+        if self.slots < 2 or self.decode < 1:
+            raise ValueError(f"{self}: a row with guidance takes two slots, and its image a place in a decoder call")
+
 
 @dataclass(slots=True)
 class _Waiting:

@@ -79,22 +79,25 @@ class Solver:
                 self._tables[num_inference_steps] = error
         found = self._tables[num_inference_steps]
         if isinstance(found, RowError):
-            raise found
+            # Without its traceback, which would grow by every row that asks.
+            raise found.with_traceback(None)
         return found
 
     def _probe(self) -> None:
         """Find out at once, before any row is rendered, whether the scheduler can be packed at all."""
+        refusals = []
         for steps in (10, 20, 4, 1):
             try:
                 self.table(steps)
             except NotPackable as error:
                 raise ModelError(f"{error}; choose another with --scheduler") from error
-            except RowError:
+            except RowError as error:
+                refusals.append(str(error))
                 continue
             except (TypeError, AttributeError, KeyError) as error:
                 raise ModelError(f"{self.name} is not a scheduler for latent diffusion: {_sentence(error)}") from error
             return
-        raise ModelError(f"{self.name} refuses 1, 4, 10 and 20 steps alike; choose another with --scheduler")
+        raise ModelError(f"{refusals[0]} (nor 20, 4 or 1); choose other settings with --scheduler")
 
     def _make(self, steps: int) -> CoefficientTable:
         try:

@@ -149,7 +149,16 @@ def _rows(table: pa.Table, images: Path | None) -> Iterator[dict[str, Any]]:
     for row in table.to_pylist(maps_as_pydicts="strict"):
         if images is not None and row["generated_image"] is not None:
             row["generated_image"] = _text((images / row["generated_image"]).read_bytes())
+        for name in ("guidance_scale", "guidance_rescale", "seconds"):
+            row[name] = _short(row[name])
+        if row["safety_scores"] is not None:
+            row["safety_scores"] = {name: _short(score) for name, score in row["safety_scores"].items()}
         yield row
+
+
+def _short(value: float | None) -> float | None:
+    """A float32 with the digits that it has, and not those of the double it was read into."""
+    return None if value is None else float(f"{value:.7g}")
 
 
 def _csv_cell(value: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from batch_infer.atomic import replacing
+from batch_infer.atomic import TEMPORARY, replacing
 from batch_infer.errors import LockedError, SettingsError, UsageError
 from batch_infer.records import now
 
@@ -81,3 +81,12 @@ def clear(out: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def remove_leftovers(out: Path) -> None:
+    """Remove the temporary files that a killed run left in OUT."""
+    for name in OURS:
+        for leftover in (out / name).rglob(f"{TEMPORARY}*"):
+            leftover.unlink(missing_ok=True)
+    for leftover in out.glob(f"{TEMPORARY}*"):
+        leftover.unlink(missing_ok=True)

@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import logging
-import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from batch_infer import __version__
-from batch_infer.atomic import remove_leftovers
 from batch_infer.errors import SettingsError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.merge import Counts, merge
+from batch_infer.jobs.record import choose_compute, describe, refuse_other
 from batch_infer.jobs.summary import Summary, peak_memory
 from batch_infer.manifest import SCHEMA, Index, Manifest
 from batch_infer.models import ModelCard, read_card
 from batch_infer.planning import chunks, is_done, pending
 from batch_infer.records import PromptRequest, ResultRow, digest, now
 from batch_infer.settings import RowDefaults, RunSettings
+from batch_infer.sinks import FolderSink
 from batch_infer.table import RowRules, Tables
 
 if TYPE_CHECKING:
     from batch_infer.worker import WorkerSettings
 
-LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "pyarrow", "pillow", "numpy")
-SLOTS = {"cpu": 16, "cuda": 32}
 INVALID_BATCH = 1024
 INVALID_SHOWN = 20
 """Invalid rows that are logged; the results name them all."""
@@ -62,13 +57,14 @@ def run(settings: RunSettings, progress: Progress, stop: Callable[[], bool] = la
     card = read_card(settings.model)
     _check_safety(settings, card)
     with outdir.locked(settings.out):
+        earlier = None if settings.overwrite else outdir.read_run(settings.out)
+        job = _Run(settings, tables, card, earlier)
         if settings.overwrite:
             outdir.clear(settings.out)
-        earlier = outdir.read_run(settings.out)
-        if earlier is None or earlier.get("summary") is None:
-            remove_leftovers(settings.out)
+        elif earlier is not None and earlier.get("summary") is None:
+            outdir.remove_leftovers(settings.out)
         with _logged(settings.out):
-            return _Run(settings, tables, card, earlier).go(progress, stop)
+            return job.go(progress, stop)
 
 
 class _Run:
@@ -76,10 +72,10 @@ class _Run:
 
     def __init__(self, settings: RunSettings, tables: Tables, card: ModelCard, earlier: dict[str, Any] | None) -> None:
         self._settings, self._tables, self._card = settings, tables, card
-        self._compute = _choose_compute(settings, earlier)
-        self._record = self._describe()
+        self._compute = choose_compute(settings, earlier)
+        self._record = describe(settings, card, self._compute, tables.files)
         if earlier is not None:
-            _refuse_other(earlier, self._record, settings.out)
+            refuse_other(earlier, self._record, settings.out)
         self._rules = RowRules(_fill(settings.defaults, card), card.sizes, digest(self._record["identity"]))
         self._rules.check()
 
@@ -88,14 +84,13 @@ class _Run:
         outdir.write_run(out, self._record)
         started = time.monotonic()
         manifest = Manifest(out)
-        with manifest.index() as index:
-            survey = self._survey(manifest, index)
         summary = Summary()
         with manifest.index() as index:
-            progress.start(survey)
+            survey = self._survey(manifest, index)
             if survey.pending and not stop():
-                self._render(index, progress, stop, summary)
-            progress.close()
+                with closing(progress):
+                    progress.start(survey)
+                    self._render(index, progress, stop, summary)
         with manifest.index() as index:
             counts = merge(self._items(), index, self._tables.carried, out, self._settings.output)
         self._sum_up(summary, counts, time.monotonic() - started)
@@ -137,10 +132,11 @@ class _Run:
         if not rows:
             return
         manifest.commit(rows, self._tables.carried)
+        sink = FolderSink(self._settings.out)
         for row in rows:
             found = index.find(row.key)
             if found is not None and found.path is not None:
-                (self._settings.out / found.path).unlink(missing_ok=True)
+                sink.remove(found.path)
         rows.clear()
 
     def _render(self, index: Index, progress: Progress, stop: Callable[[], bool], summary: Summary) -> None:
@@ -175,75 +171,6 @@ class _Run:
         summary.counts = counts
         summary.seconds = seconds
         summary.peak_memory = peak_memory(self._compute.device)
-
-    def _describe(self) -> dict[str, Any]:
-        """What run.json says of this run before it is over."""
-        card, settings = self._card, self._settings
-        judged = settings.safety.mode != "none" and card.has_checker
-        return {
-            "batch_infer": __version__,
-            "started_at": now(),
-            "finished_at": None,
-            "tables": self._tables.files,
-            "settings": asdict(settings),
-            "model": {
-                "name": card.name,
-                "path": card.path,
-                "revision": card.revision,
-                "family": card.family,
-                "fingerprint": card.fingerprint,
-            },
-            "identity": {
-                "model": f"{card.name} ({card.fingerprint[:12]})",
-                "scheduler": f"{card.scheduler_name} ({card.scheduler_fingerprint[:12]})",
-                "dtype": self._compute.dtype,
-                "safety": f"{(card.checker_fingerprint or '')[:12]}, on flagged {settings.safety.on_flagged}"
-                if judged
-                else "none",
-            },
-            "compute": asdict(self._compute),
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
-            "summary": None,
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Compute:
-    """Where and how a run computes. Bytes depend on all of it."""
-
-    device: str
-    dtype: str
-    slots: int
-    decode_batch: int
-    threads: int
-
-
-def _choose_compute(settings: RunSettings, earlier: dict[str, Any] | None) -> Compute:
-    """The settings that were given, else those of the run that this one goes on with, else the device's own."""
-    from batch_infer.engines import local
-
-    device = local.find_device(settings.model.device)
-    kept = (earlier or {}).get("compute", {})
-    slots = settings.compute.slots or kept.get("slots") or SLOTS[device]
-    dtype = settings.model.dtype
-    return Compute(
-        device=device,
-        dtype=("float16" if device == "cuda" else "float32") if dtype == "auto" else dtype,
-        slots=slots,
-        decode_batch=max(1, min(8, slots // 2)),
-        threads=settings.compute.threads or kept.get("threads") or os.cpu_count() or 1,
-    )
-
-
-def _refuse_other(earlier: dict[str, Any], record: dict[str, Any], out: Path) -> None:
-    """A run goes on only as the one that it goes on with. Raises SettingsError."""
-    before = earlier.get("identity", {})
-    for name, value in record["identity"].items():
-        if before.get(name) != value:
-            raise SettingsError(
-                f"{out} was made with {name} {before.get(name)}, and this run has {name} {value}: "
-                "give another --out, or start anew with --overwrite"
-            )
 
 
 def _fill(defaults: RowDefaults, card: ModelCard) -> RowDefaults:

@@ -14,7 +14,11 @@ from batch_infer.settings import ModelSettings, SchedulerSpec
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo_model"
 FAMILIES = {"StableDiffusionPipeline": "stable_diffusion"}
-NOT_PIXELS = ("safety_checker", "feature_extractor", "scheduler")
+REQUIRED = {"unet", "vae", "text_encoder", "tokenizer", "scheduler"}
+LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
+"""Where components may come from: another name could be a Python file in the model's folder."""
+CHECKER = {"safety_checker", "feature_extractor"}
+NOT_PIXELS = CHECKER | {"scheduler"}
 """Components that the model's fingerprint leaves out: they have fingerprints of their own."""
 
 
@@ -48,10 +52,13 @@ def read_card(settings: ModelSettings) -> ModelCard:
     path = _find(settings)
     index = _json(path / "model_index.json", name)
     pipeline = index.get("_class_name")
-    if pipeline not in FAMILIES:
+    if not isinstance(pipeline, str) or pipeline not in FAMILIES:
         raise ModelError(f"{name} is a {pipeline}; this version runs {', '.join(FAMILIES)}")
-    components = {key for key, value in index.items() if isinstance(value, list) and value[0] is not None}
+    components = _components(index, name)
     _refuse_pickles(path, components, name)
+    if not any((path / "tokenizer" / file).is_file() for file in ("tokenizer.json", "vocab.json")):
+        # transformers would make a tokenizer without a word in it.
+        raise ModelError(f"{name}: tokenizer/ holds neither tokenizer.json nor vocab.json; is the folder complete?")
     has_checker = "safety_checker" in components and (path / "safety_checker").is_dir()
     scheduler = _json(path / "scheduler" / "scheduler_config.json", name)
     spec = settings.scheduler
@@ -61,12 +68,12 @@ def read_card(settings: ModelSettings) -> ModelCard:
         revision=settings.revision,
         variant=settings.variant,
         family=FAMILIES[pipeline],
-        fingerprint=_hash_files(path, components - set(NOT_PIXELS)),
+        fingerprint=_hash_files(path, components - NOT_PIXELS, settings.variant),
         sizes=_sizes(path, name),
         scheduler=spec,
         scheduler_name=str(spec) if spec else str(scheduler.get("_class_name")),
         scheduler_fingerprint=digest([scheduler, str(spec)]),
-        checker_fingerprint=_hash_files(path, {"safety_checker", "feature_extractor"}) if has_checker else None,
+        checker_fingerprint=_hash_files(path, CHECKER, settings.variant) if has_checker else None,
     )
 
 
@@ -99,6 +106,22 @@ def _json(path: Path, name: str) -> dict[str, Any]:
     return found
 
 
+def _components(index: dict[str, Any], name: str) -> set[str]:
+    """The folders that model_index.json names. Raises ModelError where one is wanting, or is code of its own."""
+    found = set()
+    for key, value in index.items():
+        match value:
+            case [None, *_]:
+                continue
+            case [str(library), str()] if library in LIBRARIES:
+                found.add(key)
+            case [*_] if not key.startswith("_"):
+                raise ModelError(f"{name}: {key} is {value}, and only classes of diffusers and transformers are run")
+    if missing := REQUIRED - found:
+        raise ModelError(f"{name}: model_index.json names no {', '.join(sorted(missing))}; is the folder complete?")
+    return found
+
+
 def _refuse_pickles(path: Path, components: set[str], name: str) -> None:
     """Weights are read from safetensors alone: unpickling a file runs whatever code it holds."""
     for component in sorted(components):
@@ -125,9 +148,9 @@ def _sizes(path: Path, name: str) -> SizeRules:
         raise ModelError(f"{name}: unet/config.json or vae/config.json does not say its sizes: {error}") from error
 
 
-def _hash_files(path: Path, components: set[str]) -> str:
-    """sha256 over the names and bytes of all that these components are made of."""
-    total = hashlib.sha256()
+def _hash_files(path: Path, components: set[str], variant: str | None) -> str:
+    """sha256 over the names and bytes of all that these components are made of, and the variant that is chosen."""
+    total = hashlib.sha256((variant or "").encode())
     for component in sorted(components):
         for file in sorted((path / component).glob("*")):
             if file.suffix in (".json", ".txt", ".safetensors"):

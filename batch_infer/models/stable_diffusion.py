@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import SchedulerMixin, StableDiffusionPipeline
+from safetensors import SafetensorError, safe_open
 
 from batch_infer.diffusion import Context, Solver
 from batch_infer.errors import ModelError
@@ -55,9 +56,10 @@ class StableDiffusion:
             pipeline = StableDiffusionPipeline.from_pretrained(
                 card.path, dtype=dtype, variant=card.variant, use_safetensors=True, local_files_only=True, **leave_out
             )
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{card.name} could not be loaded from {card.path}: {error}") from error
+        except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+            raise ModelError(f"{card.name} could not be loaded from {card.path}: {_first_line(error)}") from error
         _refuse_variations(pipeline.unet.config, card.name)
+        _refuse_gaps(pipeline, card)
         if card.scheduler is not None:
             pipeline.scheduler = build_scheduler(card.scheduler, pipeline.scheduler)
         pipeline.to(device)
@@ -121,6 +123,8 @@ class StableDiffusion:
 def build_scheduler(spec: SchedulerSpec, own: SchedulerMixin) -> SchedulerMixin:
     """The scheduler of `--scheduler`, on the model's own config. Raises ModelError."""
     found: Any = getattr(diffusers, spec.name, None)
+    if needs := getattr(found, "_backends", None) if spec.name.endswith("Scheduler") else None:
+        raise ModelError(f"{spec.name} needs {' and '.join(needs)}: pip install {' '.join(needs)}")
     if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
         known = sorted(name for name in dir(diffusers) if name.endswith("Scheduler") and not name.startswith("Flax"))
         near = [name for name in known if spec.name.lower().removesuffix("scheduler") in name.lower()]
@@ -132,7 +136,28 @@ def build_scheduler(spec: SchedulerSpec, own: SchedulerMixin) -> SchedulerMixin:
     try:
         return cast(Any, found).from_config(own.config, **dict(spec.options))
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
-        raise ModelError(f"{spec} cannot be made on this model's scheduler settings: {str(error).strip()}") from error
+        raise ModelError(f"{spec} cannot be made on this model's scheduler settings: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _refuse_gaps(pipeline: StableDiffusionPipeline, card: ModelCard) -> None:
+    """Weights that no file holds are made up at random, or left as a checker's that never flags.
+
+    Counted by shape and not by name, since diffusers and transformers take up older names.
+    """
+    for name, module in pipeline.components.items():
+        if not isinstance(module, torch.nn.Module):
+            continue
+        wanted = Counter(tuple(weight.shape) for weight in module.state_dict().values())
+        for file in (card.path / name).glob("*.safetensors"):
+            with safe_open(file, framework="pt") as stored:
+                wanted.subtract(tuple(stored.get_slice(key).get_shape()) for key in stored.keys())  # noqa: SIM118
+        if missing := sum(count for count in wanted.values() if count > 0):
+            raise ModelError(f"{card.name}: {name}/ lacks {missing} of its weights; is the folder complete?")
 
 
 def _refuse_variations(config: Any, name: str) -> None:

@@ -19,7 +19,7 @@ _DEVICE = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECASE)
 class FolderSink:
     """`images/STEM-NNNNN/ID-K.png` under OUT, flagged images that are set apart under `quarantine/`."""
 
-    def __init__(self, out: Path, suffix: str) -> None:
+    def __init__(self, out: Path, suffix: str = "") -> None:
         self._out, self._suffix = out, suffix
 
     def path_of(self, request: PromptRequest, *, quarantine: bool = False) -> str:
@@ -36,7 +36,10 @@ class FolderSink:
         return StoredImage(path, hashlib.sha256(content).hexdigest(), len(content))
 
     def remove(self, path: str) -> None:
-        (self._out / path).unlink(missing_ok=True)
+        """Remove an image by its path relative to OUT; a path that leads out of it is none of ours."""
+        target = self._out / path
+        if target.resolve().is_relative_to(self._out.resolve()):
+            target.unlink(missing_ok=True)
 
     def flush(self, paths: Iterable[str]) -> None:
         """Have the disk hold these files before a manifest part speaks of them. Raises StorageError."""

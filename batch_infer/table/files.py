@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from batch_infer.errors import TableError
+from batch_infer.table.text import clean
 
 ENDINGS = (".csv", ".parquet")
+RESULTS = ("manifest", "results.parquet", "results.csv")
+"""What of an OUT ends as a table does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +25,7 @@ class TableFile:
 
     @property
     def name(self) -> str:
-        return self.path.as_posix()
+        return clean(self.path.as_posix())
 
     @property
     def format(self) -> str:
@@ -84,11 +87,21 @@ def _glob(pattern: str) -> Iterator[TableFile]:
 def _is_table(path: Path, below: Path) -> bool:
     """A file with a table's ending; hidden ones (and what lies in hidden folders) are other programs' leavings."""
     hidden = any(part.startswith((".", "_")) for part in path.relative_to(below).parts)
-    return path.suffix.lower() in ENDINGS and not hidden and path.is_file()
+    return path.suffix.lower() in ENDINGS and not hidden and path.is_file() and not _is_result(path, below)
+
+
+def _is_result(path: Path, below: Path) -> bool:
+    """Whether an earlier run made this file: its OUT may lie among the tables, or be their folder."""
+    folder = below
+    for part in path.relative_to(below).parts:
+        if part in RESULTS and (folder / "run.json").is_file():
+            return True
+        folder /= part
+    return False
 
 
 def _stem(relative: str) -> str:
-    return relative.rpartition(".")[0].replace("/", "-")
+    return clean(relative).rpartition(".")[0].replace("/", "-")
 
 
 def _endings() -> str:

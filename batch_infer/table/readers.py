@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from batch_infer.errors import TableError
 from batch_infer.table.files import TableFile
+from batch_infer.table.text import is_utf8
 
 BATCH = 1024
 LONGEST_CELL = 16 << 20
@@ -35,8 +36,7 @@ def read_schema(file: TableFile) -> pa.Schema:
         if file.format == ".parquet":
             schema = pq.read_schema(file.path)
         else:
-            with _open_csv(file) as stream:
-                schema = pa.schema([(name, pa.string()) for name in _header(csv.reader(stream, strict=True))])
+            schema = pa.schema([(name, pa.string()) for name in _csv_names(file)])
     except (OSError, pa.ArrowException, csv.Error, UnicodeError) as error:
         raise TableError(f"{file.name} cannot be read: {_reason(error)}") from error
     if not schema.names:
@@ -57,11 +57,30 @@ def _parquet(file: TableFile) -> Iterator[RawRow]:
     try:
         with pq.ParquetFile(file.path) as parquet:
             for batch in parquet.iter_batches(batch_size=BATCH):
-                for cells in batch.to_pylist():
-                    yield RawRow(number, cells)
-                    number += 1
+                yield from _batch(batch, number)
+                number += len(batch)
     except (OSError, pa.ArrowException, UnicodeError) as error:
         yield RawRow(number, {}, f"the file breaks off here: {_reason(error)}")
+
+
+def _batch(batch: pa.RecordBatch, number: int) -> Iterator[RawRow]:
+    try:
+        rows = batch.to_pylist()
+    except (ValueError, OverflowError):  # one value that Python cannot hold: it costs its own row
+        yield from (_parquet_row(batch.slice(i, 1), number + i) for i in range(len(batch)))
+    else:
+        yield from (RawRow(number + i, cells) for i, cells in enumerate(rows))
+
+
+def _parquet_row(batch: pa.RecordBatch, number: int) -> RawRow:
+    """A batch of one row, read cell by cell."""
+    cells, faults = {}, []
+    for name in batch.schema.names:
+        try:
+            cells[name] = batch.column(name)[0].as_py()
+        except (ValueError, OverflowError) as error:
+            faults.append(f"column {name!r} cannot be read: {_reason(error)}")
+    return RawRow(number, cells, "; ".join(faults) or None)
 
 
 def _csv(file: TableFile) -> Iterator[RawRow]:
@@ -106,6 +125,14 @@ def _open_csv(file: TableFile) -> TextIO:
     return file.path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
+def _csv_names(file: TableFile) -> list[str]:
+    with _open_csv(file) as stream:
+        names = _header(csv.reader(stream, strict=True))
+    if not all(map(is_utf8, names)):
+        raise TableError(f"{file.name} has a header that is not UTF-8; save it as UTF-8")
+    return names
+
+
 def _header(reader: Any) -> list[str]:
     return next((cells for cells in reader if cells), [])
 
@@ -117,4 +144,4 @@ def _lines(first: int, last: int) -> str:
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error).splitlines()[0]
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -12,6 +12,7 @@ from typing import Any
 from batch_infer.errors import RowError, SettingsError
 from batch_infer.records import PromptRequest, ResultRow, SamplingParams, SizeRules, Source, digest, now
 from batch_infer.settings import RowDefaults
+from batch_infer.table.text import clean, is_utf8
 
 LARGEST_SEED = 2**63 - 1
 MOST_STEPS = 1000
@@ -99,7 +100,7 @@ def _parse(cells: Cells, rules: RowRules, faults: list[str]) -> dict[str, Any]:
             faults.append(str(error))
 
     for name, value in {**cells.carried, **cells.fields}.items():
-        if isinstance(value, str) and not _is_utf8(value):
+        if isinstance(value, str) and not is_utf8(value):
             faults.append(f"column {name!r} is not UTF-8: save the table as UTF-8")
     take("prompt", _prompt, default=None)
     if cells.fields.get("prompt") is None:
@@ -127,15 +128,6 @@ def is_empty(value: Any) -> bool:
     return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
 
 
-def clean(text: str) -> str:
-    """Text that a results table can hold: bytes that were not UTF-8 become U+FFFD."""
-    return text if _is_utf8(text) else text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
-def _is_utf8(text: str) -> bool:
-    return not any("\ud800" <= letter <= "\udfff" for letter in text) if not text.isascii() else True
-
-
 def _prompt(field: str, value: Any) -> str:
     text = _text(field, value)
     if not text.strip():
@@ -145,9 +137,12 @@ def _prompt(field: str, value: Any) -> str:
 
 def _text(field: str, value: Any) -> str:
     if isinstance(value, bytes):
-        value = value.decode("utf-8", "surrogateescape")
+        try:
+            value = value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise RowError(f"{field} is not UTF-8: {error.reason} at byte {error.start}") from error
     if not isinstance(value, str):
-        raise RowError(f"{field} {_show(value)} is a {type(value).__name__}, not text")
+        raise RowError(f"{field} {_show(value)} is not text but {type(value).__name__}")
     if "\0" in value:
         raise RowError(f"{field} holds a NUL byte")
     return value
@@ -155,8 +150,8 @@ def _text(field: str, value: Any) -> str:
 
 def _whole(field: str, value: Any, least: int, most: int) -> int:
     number = _decimal(value)
-    # An exponent of thousands is a short cell and an endless integer: compare before converting.
-    if number is None or (abs(number) < 10**30 and number != number.to_integral_value()):
+    # An exponent of millions is a short cell, an endless integer and no operand: compare, then convert.
+    if number is None or (-(10**30) < number < 10**30 and number != number.to_integral_value()):
         raise RowError(f"{field} {_show(value)} is not a whole number")
     if not least <= number <= most:
         raise RowError(f"{field} {_show(value)} is not within {least} to {most}")

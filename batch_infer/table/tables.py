@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
@@ -16,7 +17,8 @@ from batch_infer.records import PromptRequest, ResultRow, Source
 from batch_infer.settings import FIELDS, TableSettings
 from batch_infer.table.files import TableFile, find_files, stems_that_meet
 from batch_infer.table.readers import RawRow, read_rows, read_schema
-from batch_infer.table.rows import Cells, RowRules, clean, invalid, is_empty, requests
+from batch_infer.table.rows import Cells, RowRules, invalid, is_empty, requests
+from batch_infer.table.text import clean
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,7 @@ class Tables:
             name = columns.get(field, field)
             if name in names:
                 fields[field] = name
-            elif name and (field in columns or field == "prompt"):
+            elif field == "prompt" or (name and field in columns):
                 raise TableError(f"{file.name} has no column {name!r} for {field}; {_advice(field, names)}")
         carried: dict[str, str] = {}
         for name in names:
@@ -139,10 +141,13 @@ class Tables:
         return Cells(name, Source(file.name, raw.number), fields, carried), error
 
     def _as_carried(self, value: Any, name: str) -> Any:
-        """A value in the column's common type: where files disagree that is text."""
-        if value is None or isinstance(value, str) or not pa.types.is_string(self.carried.field(name).type):
+        """A value in the column's common type: where files disagree that is a real number, or text."""
+        kind = self.carried.field(name).type
+        if value is None or isinstance(value, str):
             return value
-        return str(value)
+        if pa.types.is_string(kind):
+            return str(value)
+        return float(value) if pa.types.is_float64(kind) else value
 
 
 class _Ids:
@@ -177,7 +182,9 @@ def _id_text(value: Any) -> str | None:
 def _advice(field: str, names: list[str]) -> str:
     near = next((name for name in names if name.strip().lower() == field), None)
     found = ", ".join(repr(name) for name in names[:12])
-    return f"try --column {field}={near}" if near else f"it has {found}; name one with --column {field}=NAME"
+    if near is not None:
+        return f"try --column {shlex.quote(f'{field}={near}')}"
+    return f"it has {found}; name one with --column {field}=NAME"
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:
@@ -187,10 +194,16 @@ def _plain(kind: pa.DataType) -> pa.DataType:
 
 
 def _common(first: pa.DataType, second: pa.DataType) -> pa.DataType:
-    try:
-        unified = pa.unify_schemas(
-            [pa.schema([("_", first)]), pa.schema([("_", second)])], promote_options="permissive"
-        )
-    except pa.ArrowException:
-        return pa.string()
-    return unified.field(0).type
+    """A type that holds every value of both."""
+    kinds = (first, second)
+    if first == second or pa.types.is_null(second):
+        return first
+    if pa.types.is_null(first):
+        return second
+    if all(map(pa.types.is_unsigned_integer, kinds)):
+        return pa.uint64()
+    if all(map(pa.types.is_integer, kinds)):
+        return pa.string() if pa.uint64() in kinds else pa.int64()
+    if all(pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in kinds):
+        return pa.float64()
+    return pa.string()

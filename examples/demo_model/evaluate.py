@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 import world
 from judge import judge
@@ -19,7 +19,6 @@ from judge import judge
 HERE = Path(__file__).parent
 BATCH = 50
 STRANGE_PROMPTS = ("", "一只红色的猫", "🚀🌈🦄", "an astronaut riding a horse", "large " * 334)
-COLUMNS, ROWS, TILE, CAPTION, MARGIN = 8, 5, 96, 26, 8
 
 
 def render(pipe: StableDiffusionPipeline, prompts: list[str], options: argparse.Namespace) -> list[np.ndarray]:
@@ -101,28 +100,11 @@ def judge_reconstructions(pipe: StableDiffusionPipeline, scenes: list[world.Scen
     return share(right)
 
 
-def contact_sheet(pictures: list[np.ndarray], scenes: list[world.Scene], path: Path) -> None:
-    """Lay pictures out in a grid with what was asked for beneath each."""
-    font = ImageFont.load_default(size=10)
-    wide, tall = TILE + 2 * MARGIN, TILE + CAPTION + MARGIN
-    rows = min(ROWS, -(-len(pictures) // COLUMNS))
-    sheet = Image.new("RGB", (COLUMNS * wide, rows * tall + MARGIN), "white")
-    pen = ImageDraw.Draw(sheet)
-    for place, (picture, scene) in enumerate(zip(pictures[: COLUMNS * ROWS], scenes, strict=False)):
-        x, y = place % COLUMNS * wide + MARGIN, place // COLUMNS * tall + MARGIN
-        sheet.paste(Image.fromarray(picture).resize((TILE, TILE), Image.Resampling.BICUBIC), (x, y))
-        for line, text in enumerate(
-            (f"{scene.size} {scene.colour} {scene.shape}", f"{scene.position}, {scene.ground}")
-        ):
-            pen.text((x + TILE / 2, y + TILE + 2 + 11 * line), text, fill="#444444", font=font, anchor="ma")
-    sheet.save(path, optimize=True)
-
-
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=HERE.parents[1] / "batch_infer" / "demo_model")
-    parser.add_argument("--out", type=Path, default=HERE, help="folder for accuracy.json and contact_sheet.png")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder for accuracy.json")
     parser.add_argument("--rows", type=int, default=500, help="how many captions to render")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=5.0)
@@ -156,9 +138,6 @@ def main(arguments: list[str] | None = None) -> None:
     }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "accuracy.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    shown = [place for place, flag in enumerate(flagged) if not flag]
-    sheet = options.out / "contact_sheet.png"
-    contact_sheet([pictures[place] for place in shown], [scenes[place] for place in shown], sheet)
     for name, value in report.items():
         for label, figure in value.items() if isinstance(value, dict) else [(None, value)]:
             print(f"{name if label is None else f'{name}: {label}':32} {figure}")

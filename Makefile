@@ -1,0 +1,45 @@
+# make help says what there is.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# What is tested: pyproject.toml has the ranges. torch is installed first, by itself, so that the version and build
+# that a machine has at hand is taken and nothing pulls another.
+TORCH ?= torch==2.13.0
+PINS := diffusers==0.42.1 transformers==5.23.0 accelerate==1.15.0 huggingface-hub==2.4.0 safetensors==0.8.0 \
+	pandas==3.1.1 pyarrow==26.0.1 numpy==2.4.6 pillow==13.0.0 tqdm==4.70.1 click==8.5.1 filelock==4.2.12 scipy==1.17.1
+TOOLS := pytest==9.2.0 pytest-xdist==3.8.0 ruff==0.17.6 mypy==2.4.1
+
+.PHONY: help demo test soak lint bench clean
+
+help: ## what there is
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 14
+
+$(READY): pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINS) $(TOOLS) --editable '.[dev]'
+	@touch $@
+
+demo: $(READY) ## render examples/prompts.csv with the built-in model and show where to look
+	$(BIN)/batch-infer run examples/prompts.csv --out demo-out --steps 20 --guidance-scale 5 --results csv
+	@$(BIN)/python examples/contact_sheet.py demo-out
+
+test: $(READY) ## the tests, in a few minutes
+	$(BIN)/python -m pytest -m "not soak"
+
+soak: $(READY) ## the long versions of the tests
+	$(BIN)/python -m pytest -m soak
+
+lint: $(READY) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY) ## batch-infer against plain diffusers on this machine
+	$(BIN)/python examples/benchmark.py
+
+clean: ## remove what make made
+	rm -rf $(VENV) demo-out .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -1,0 +1,49 @@
+"""Lay the images of a run out on one sheet, each over its prompt: python examples/contact_sheet.py OUT [SHEET.png]"""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from PIL import Image, ImageDraw, ImageFont
+
+COLUMNS, MOST = 10, 60
+TILE, MARGIN, LINES = 112, 8, 3
+LETTERS = 22
+"""Letters in a line under an image."""
+COLOURS = {"ok": "#444444", "flagged": "#b00020"}
+
+
+def contact_sheet(results: list[dict[str, Any]], out: Path, path: Path) -> None:
+    """Draw the first images of a run, row by row of its results."""
+    font = ImageFont.load_default(size=9)
+    wide, tall = TILE + MARGIN, TILE + LINES * 11 + MARGIN
+    sheet = Image.new("RGB", (COLUMNS * wide + MARGIN, -(-len(results) // COLUMNS) * tall + MARGIN), "white")
+    pen = ImageDraw.Draw(sheet)
+    for place, row in enumerate(results):
+        x, y = place % COLUMNS * wide + MARGIN, place // COLUMNS * tall + MARGIN
+        with Image.open(out / row["generated_image"]) as image:
+            image.thumbnail((TILE, TILE))
+            scale = TILE / max(image.size)
+            tile = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+        sheet.paste(tile, (x + (TILE - tile.width) // 2, y))
+        text = row["prompt"] if row["status"] == "ok" else f"flagged: {row['prompt']}"
+        for number, line in enumerate(textwrap.wrap(text, LETTERS)[:LINES]):
+            pen.text((x, y + TILE + 2 + 11 * number), line, fill=COLOURS[row["status"]], font=font)
+    sheet.save(path, optimize=True)
+
+
+def main() -> None:
+    out = Path(sys.argv[1])
+    path = Path(sys.argv[2]) if len(sys.argv) > 2 else out / "contact_sheet.png"
+    columns = ["prompt", "status", "generated_image"]
+    rows = pq.read_table(out / "results.parquet", columns=columns).to_pylist()
+    contact_sheet([row for row in rows if row["generated_image"]][:MOST], out, path)
+    print(f"sheet    {path}")
+
+
+if __name__ == "__main__":
+    main()
