@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from typing import Any
 
 import numpy as np
@@ -45,13 +46,13 @@ def parameters_text(request: PromptRequest, scheduler: str, model: str) -> str:
         "CFG rescale": f"{params.guidance_rescale:g}" if params.guidance_rescale else None,
         "Version": f"batch-infer {__version__}",
     }
-    # A1111's reader splits this line at commas, so a value that holds one is quoted.
     return "\n".join([*lines, ", ".join(f"{k}: {_quoted(v)}" for k, v in fields.items() if v is not None)])
 
 
 def _quoted(value: Any) -> str:
+    """A1111's reader splits the line at commas and colons, and takes a value that holds one from a JSON string."""
     text = str(value)
-    return f'"{text}"' if "," in text or ":" in text else text
+    return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ",:\n") else text
 
 
 def encode(pixels: np.ndarray, image_format: ImageFormat, parameters: str) -> bytes:

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batch_infer.atomic import replacing
+from batch_infer.errors import UsageError
 from batch_infer.records import ResultRow, digest
 
 SCHEMA = pa.schema(
@@ -102,7 +103,7 @@ class Manifest:
         return sorted(self.folder.glob("part-*.parquet"))
 
     def index(self) -> Index:
-        """What is committed, looked up by key."""
+        """What is committed, looked up by key. Raises UsageError for a part that cannot be read."""
         return Index(self.parts())
 
 
@@ -118,12 +119,13 @@ class Index:
             " path TEXT, part TEXT, row INTEGER, PRIMARY KEY (id, image_index)) WITHOUT ROWID"
         )
         self._parts = {part.name: part for part in parts}
+        self._read_whole = lru_cache(maxsize=64)(lambda part: _read_part(part, SCHEMA.names))
         for part in self._parts.values():
             self._add(part)
 
     def _add(self, part: Path) -> None:
         names = ["id", "image_index", "status", "fingerprint", "attempt", "generated_image"]
-        columns = pq.read_table(part, columns=names, partitioning=None).to_pydict()
+        columns = _read_part(part, names).to_pydict()
         rows = zip(*(columns[name] for name in names), strict=True)
         # Ties are two workers' word on the same attempt: either is true, the part's name makes the choice stable.
         self._database.executemany(
@@ -145,13 +147,13 @@ class Index:
         by_part: dict[str, list[int]] = {}
         for committed in found:
             by_part.setdefault(committed.part, []).append(committed.row)
-        pieces = [_read_part(self._parts[part]).take(rows) for part, rows in by_part.items()]
+        pieces = [self._read_whole(self._parts[part]).take(rows) for part, rows in by_part.items()]
         starts = dict(zip(by_part, accumulate((len(piece) for piece in pieces), initial=0), strict=False))
         order = []
         for committed in found:
             order.append(starts[committed.part])
             starts[committed.part] += 1
-        return pa.concat_tables([SCHEMA.empty_table(), *pieces]).take(order)
+        return pa.concat_tables([SCHEMA.empty_table(), *pieces]).take(pa.array(order, pa.int64()))
 
     def close(self) -> None:
         self._database.close()
@@ -163,9 +165,12 @@ class Index:
         self.close()
 
 
-@lru_cache(maxsize=64)
-def _read_part(part: Path) -> pa.Table:
-    return pq.read_table(part, columns=SCHEMA.names, partitioning=None)
+def _read_part(part: Path, columns: list[str]) -> pa.Table:
+    try:
+        return pq.read_table(part, columns=columns, partitioning=None)
+    except (OSError, pa.ArrowException) as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"{part} is damaged ({reason}); remove it and run again to render its rows anew") from error
 
 
 def write_parquet(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:

@@ -48,9 +48,9 @@ def run(as_json: bool, quiet: bool, verbose: bool, no_progress: bool, **options:
     """
     settings = run_settings(options)
     set_up_logging(quiet=quiet, verbose=verbose)
-    from batch_infer.jobs.run import run as score
-
     with stop_on_signals() as stop:
+        from batch_infer.jobs.run import run as score  # seconds long, and a signal may come in them
+
         summary = score(settings, make_progress(shown=not (quiet or no_progress)), stop)
     within = settings.max_failed.allows(summary.counts.failed + summary.counts.invalid, summary.counts.rows)
     if not quiet or not within or summary.interrupted:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import csv
 import json
+import logging
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -24,6 +26,8 @@ from batch_infer.settings import OutputSettings
 
 BATCH = 2048
 Item = PromptRequest | ResultRow
+
+log = logging.getLogger("batch_infer")
 
 
 @dataclass(slots=True)
@@ -141,19 +145,28 @@ class _Jsonl:
 
     def write(self, table: pa.Table) -> None:
         for row in _rows(table, self._images):
-            self._stream.write(json.dumps(row, ensure_ascii=False, default=_text) + "\n")
+            self._stream.write(_json(row) + "\n")
 
 
 def _rows(table: pa.Table, images: Path | None) -> Iterator[dict[str, Any]]:
     """Rows as dictionaries; with `images`, generated_image is the file itself in base64, as Azure's card has it."""
-    for row in table.to_pylist(maps_as_pydicts="strict"):
+    for row in table.to_pylist():
         if images is not None and row["generated_image"] is not None:
-            row["generated_image"] = _text((images / row["generated_image"]).read_bytes())
+            row["generated_image"] = _file(images / row["generated_image"])
         for name in ("guidance_scale", "guidance_rescale", "seconds"):
             row[name] = _short(row[name])
         if row["safety_scores"] is not None:
-            row["safety_scores"] = {name: _short(score) for name, score in row["safety_scores"].items()}
+            row["safety_scores"] = {name: _short(score) for name, score in row["safety_scores"]}
         yield row
+
+
+def _file(path: Path) -> bytes | None:
+    """An image, or None where somebody has deleted it: that costs no other row its result."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        log.warning("%s is missing", path)
+        return None
 
 
 def _short(value: float | None) -> float | None:
@@ -166,9 +179,26 @@ def _csv_cell(value: Any) -> Any:
         case bool():
             return "true" if value else "false"
         case Mapping() | list():
-            return json.dumps(value, ensure_ascii=False, default=_text)
+            return _json(value)
         case datetime() | bytes():
             return _text(value)
+        case _:
+            return value
+
+
+def _json(value: Any) -> str:
+    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, default=_text)
+
+
+def _finite(value: Any) -> Any:
+    """A value with null for the numbers that JSON does not have, as pandas writes them."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {name: _finite(inner) for name, inner in value.items()}
+        case list() | tuple():
+            return [_finite(inner) for inner in value]
         case _:
             return value
 

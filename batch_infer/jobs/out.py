@@ -18,6 +18,7 @@ from batch_infer.errors import LockedError, SettingsError, UsageError
 from batch_infer.records import now
 
 OURS = ("images", "quarantine", "manifest", "logs", "results.parquet", "results.csv", "results.jsonl", "run.json")
+_WAY_OUT = "remove it to go on with what the manifest holds, or start anew in another --out"
 
 
 @contextmanager
@@ -55,16 +56,17 @@ def read_run(out: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from error
+        raise UsageError(f"{path} cannot be read: {error}; {_WAY_OUT}") from error
     if not isinstance(found, dict):
-        raise UsageError(f"{path} does not hold a JSON object")
+        raise UsageError(f"{path} does not hold a JSON object; {_WAY_OUT}")
     return found
 
 
 def write_run(out: Path, run: dict[str, Any]) -> None:
     """Write run.json. Raises StorageError."""
     with replacing(out / "run.json") as temporary:
-        temporary.write_text(json.dumps(run, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+        # In ASCII: a file name may hold bytes that are no UTF-8, and comes back so.
+        temporary.write_text(json.dumps(run, indent=2, default=str) + "\n", encoding="ascii")
 
 
 def clear(out: Path) -> None:

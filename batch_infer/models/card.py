@@ -56,9 +56,7 @@ def read_card(settings: ModelSettings) -> ModelCard:
         raise ModelError(f"{name} is a {pipeline}; this version runs {', '.join(FAMILIES)}")
     components = _components(index, name)
     _refuse_pickles(path, components, name)
-    if not any((path / "tokenizer" / file).is_file() for file in ("tokenizer.json", "vocab.json")):
-        # transformers would make a tokenizer without a word in it.
-        raise ModelError(f"{name}: tokenizer/ holds neither tokenizer.json nor vocab.json; is the folder complete?")
+    _refuse_no_words(path / "tokenizer", name)
     has_checker = "safety_checker" in components and (path / "safety_checker").is_dir()
     scheduler = _json(path / "scheduler" / "scheduler_config.json", name)
     spec = settings.scheduler
@@ -134,6 +132,12 @@ def _refuse_pickles(path: Path, components: set[str], name: str) -> None:
                 f"{name}: {component}/{pickles[0].name} is pickled and pickles run code when read; "
                 "convert the checkpoint to safetensors (save_pretrained does)"
             )
+
+
+def _refuse_no_words(folder: Path, name: str) -> None:
+    """transformers would make a tokenizer without a word in it, and every prompt would be the empty one."""
+    if not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json")):
+        raise ModelError(f"{name}: tokenizer/ holds neither tokenizer.json nor vocab.json; is the folder complete?")
 
 
 def _sizes(path: Path, name: str) -> SizeRules:

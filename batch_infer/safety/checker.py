@@ -7,6 +7,7 @@ threshold, and to 3 concepts of special care that lower the other thresholds by 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,7 +62,9 @@ class StableDiffusionChecker:
 
 def _row(concepts: list[float], care: list[float]) -> dict[str, float]:
     """One image's scores, rounded to 3 digits as diffusers does: a concept above 0 flags it."""
-    adjustment = SPECIAL_CARE if any(round(score, 3) > 0 for score in care) else 0.0
+    special = any(round(score, 3) > 0 for score in care)
+    # nan spreads to every concept, and flags.
+    adjustment = math.nan if any(map(math.isnan, care)) else SPECIAL_CARE if special else 0.0
     return {f"concept_{i}": round(score + adjustment, 3) for i, score in enumerate(concepts)}
 
 

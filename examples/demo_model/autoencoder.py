@@ -17,6 +17,7 @@ LEVELS = (16, 32, 96, 128)
 # The encoder is settled after this share of the steps; the rest goes into the decoder alone.
 ENCODER_SHARE = 0.75
 LATENT_NOISE = 0.12
+HARD_SHAPES, HARD_SHARE = ("star", "diamond", "cross"), 0.4
 
 
 def build() -> AutoencoderKL:
@@ -109,3 +110,36 @@ def train_autoencoder(run: Run) -> AutoencoderKL:
     average = train(run, "vae", model, loss_of, run.scale.vae_steps, peak=1.5e-3, decay=0.998)
     assert isinstance(average, Trainee)
     return average.vae
+
+
+class DecoderTrainee(nn.Module):
+    """The decoder alone, with the autoencoder that it came out of kept from the optimizer."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.decoder, self.post_quant_conv = vae.decoder, vae.post_quant_conv
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self.decoder(self.post_quant_conv(latents))
+        return made
+
+
+def train_decoder(run: Run, vae: AutoencoderKL) -> AutoencoderKL:
+    """Train the decoder on with the shapes it finds hardest; the encoder, and so the latents, stay as they are."""
+    vae = vae.requires_grad_(True).to(memory_format=torch.channels_last)
+    model = DecoderTrainee(vae)
+    scenes, _ = world.split()
+    hard = [scene for scene in scenes if scene.size == "small" and scene.shape in HARD_SHAPES]
+
+    def loss_of(step: int) -> torch.Tensor:
+        rng = random.Random(f"{run.seed}-decoder-{step}")
+        torch.manual_seed(run.seed * 1_000_003 + step)
+        chosen = [rng.choice(hard if rng.random() < HARD_SHARE else scenes) for _ in range(run.scale.vae_batch)]
+        pictures = to_tensor([world.draw(scene, rng) for scene in chosen])
+        with torch.no_grad():
+            latents = roughen(vae.encode(pictures).latent_dist.mode())
+        return picture_loss(model(latents), pictures)
+
+    average = train(run, "decoder", model, loss_of, run.scale.decoder_steps, peak=8e-4, decay=0.998)
+    model.load_state_dict(average.state_dict())
+    return vae

@@ -19,6 +19,7 @@ class Scale:
 
     vae_steps: int
     vae_batch: int
+    decoder_steps: int
     latents: int
     unet_steps: int
     unet_batch: int
@@ -27,8 +28,8 @@ class Scale:
     checker_renders: int
 
 
-FULL = Scale(5200, 8, 30_000, 4600, 64, 900, 48, 256)
-SMOKE = Scale(6, 4, 64, 6, 8, 6, 8, 8)
+FULL = Scale(5200, 8, 2400, 30_000, 3200, 64, 900, 48, 256)
+SMOKE = Scale(6, 4, 6, 64, 6, 8, 6, 8, 8)
 
 
 @dataclass

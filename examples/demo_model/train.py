@@ -11,13 +11,13 @@ import torch
 from diffusers import AutoencoderKL
 
 import world
-from autoencoder import train_autoencoder
+from autoencoder import train_autoencoder, train_decoder
 from checker import train_checker
 from diffusion import Denoiser, train_denoiser
 from export import build_pipeline, export
 from runs import FULL, SMOKE, Run
 
-STAGES = ("vae", "unet", "checker", "export")
+STAGES = ("vae", "decoder", "unet", "checker", "export")
 
 
 def make_renders(run: Run, vae: AutoencoderKL, denoiser: Denoiser) -> list[tuple[np.ndarray, str]]:
@@ -63,13 +63,13 @@ def main(arguments: list[str] | None = None) -> None:
     last = STAGES.index(options.stage)
     torch.manual_seed(options.seed)
     vae = train_autoencoder(run)
-    if last == 0:
-        return
-    denoiser = train_denoiser(run, vae)
-    if last == 1:
-        return
-    checker = train_checker(run, vae, make_renders(run, vae, denoiser))
-    if last == 2:
+    if last >= STAGES.index("decoder"):
+        vae = train_decoder(run, vae)
+    if last >= STAGES.index("unet"):
+        denoiser = train_denoiser(run, vae)
+    if last >= STAGES.index("checker"):
+        checker = train_checker(run, vae, make_renders(run, vae, denoiser))
+    if last < STAGES.index("export"):
         return
     export(build_pipeline(vae, denoiser, checker), options.out)
     print(f"wrote {options.out}", flush=True)

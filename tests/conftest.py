@@ -1,0 +1,39 @@
+"""What the tests share: a fixed number of threads, and tiny checkpoints made once a session."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch and transformers are imported, and for the processes that tests start: threads that spin slow each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from batch_infer.models import DEMO_MODEL
+from tests import checkpoints
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def demo_folder() -> Path:
+    return DEMO_MODEL
+
+
+@pytest.fixture(scope="session")
+def sd1_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Stable Diffusion 1.x checkpoint, with a checker. Copy it before changing anything in it."""
+    return checkpoints.save_sd1(tmp_path_factory.mktemp("checkpoints") / "sd1")
+
+
+@pytest.fixture(scope="session")
+def sd2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Stable Diffusion 2.x checkpoint, without a checker. Copy it before changing anything in it."""
+    return checkpoints.save_sd2(tmp_path_factory.mktemp("checkpoints") / "sd2")

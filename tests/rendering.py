@@ -1,0 +1,66 @@
+"""Short ways for tests to make requests, load checkpoints and render."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from batch_infer.chain import Chain, ChainShape, Rendered
+from batch_infer.models import load, read_card
+from batch_infer.records import PromptRequest, SamplingParams, Source
+from batch_infer.safety import Judge
+from batch_infer.settings import ModelSettings, SchedulerSpec
+
+if TYPE_CHECKING:
+    from batch_infer.models import Family
+
+CPU = torch.device("cpu")
+
+
+def make_request(
+    name: str = "row",
+    prompt: str = "a red circle",
+    *,
+    steps: int = 4,
+    guidance: float = 7.5,
+    rescale: float = 0.0,
+    negative: str | None = None,
+    seed: int = 0,
+    size: tuple[int, int] = (64, 64),
+) -> PromptRequest:
+    """One image to render; size is (height, width)."""
+    params = SamplingParams(*size, steps, guidance, rescale)
+    return PromptRequest(name, 0, prompt, negative, seed, params, Source("table.csv", 0), fingerprint=name)
+
+
+def load_family(folder: Path, scheduler: str | None = None, *, with_checker: bool = False) -> Family:
+    """A checkpoint on the CPU in float32, with its own scheduler or that of a `--scheduler` text."""
+    spec = SchedulerSpec.parse(scheduler) if scheduler else None
+    card = read_card(ModelSettings(name=str(folder), scheduler=spec))
+    return load(card, CPU, torch.float32, with_checker=with_checker)
+
+
+def copied(folder: Path, target: Path) -> Path:
+    """A checkpoint of one's own, to change something in it."""
+    return Path(shutil.copytree(folder, target / folder.name))
+
+
+def render(
+    model: Any, requests: Iterable[PromptRequest], *, slots: int = 6, decode: int = 2, judge: Judge | None = None
+) -> dict[str, Rendered]:
+    """Render requests that are all expected to give an image; by their ids."""
+    found = {}
+    for outcome in Chain(model, ChainShape(slots, decode), judge).render(requests):
+        assert isinstance(outcome, Rendered), outcome.error
+        found[outcome.request.id] = outcome
+    return found
+
+
+def furthest(image: np.ndarray, other: np.ndarray) -> int:
+    """The largest difference of two images in any channel of any pixel, in steps of 1/255."""
+    return int(np.abs(image.astype(int) - other.astype(int)).max())

@@ -1,0 +1,110 @@
+"""Short ways for tests to run the command and to look at what it leaves."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pyarrow.parquet as pq
+
+from batch_infer.__main__ import main
+
+QUICK = ("--steps", "2", "--slots", "8", "--threads", "1", "--device", "cpu", "--on-flagged", "keep")
+"""Few steps, on what every machine has, and no image painted over, whatever the checker thinks of it."""
+Key = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command came to."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+def command(*arguments: str | Path) -> Done:
+    """Run the command in this process, which has torch loaded already."""
+    log = logging.getLogger("batch_infer")
+    before = log.handlers, log.level, log.propagate
+    stdout, stderr = io.StringIO(), io.StringIO()
+    try:
+        with (
+            mock.patch.object(sys, "argv", ["batch-infer", *map(str, arguments)]),
+            redirect_stdout(stdout),
+            redirect_stderr(stderr),
+        ):
+            main()
+    except SystemExit as end:
+        return Done(end.code if isinstance(end.code, int) else 0, stdout.getvalue(), stderr.getvalue())
+    finally:
+        log.handlers, log.level, log.propagate = before
+    raise AssertionError("main ends the process")
+
+
+def run(table: Path | str, out: Path, *options: str | Path) -> Done:
+    """`batch-infer run` on small images; a later option beats an earlier one."""
+    return command("run", table, "--out", out, *QUICK, *options)
+
+
+def start(
+    table: Path, out: Path, *options: str, program: tuple[str, ...] = ("-m", "batch_infer")
+) -> subprocess.Popen[str]:
+    """The same in a process of its own."""
+    line = [sys.executable, *program, "run", str(table), "--out", str(out), *QUICK, *options]
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool], *, seconds: float = 120) -> bool:
+    """Wait until something holds; False where the process ended before."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if process.poll() is not None:
+            return condition()
+        assert time.monotonic() < deadline, "it took too long"
+        time.sleep(0.01)
+    return True
+
+
+def results(out: Path) -> list[dict[str, Any]]:
+    return list(pq.read_table(out / "results.parquet").to_pylist(maps_as_pydicts="strict"))
+
+
+def run_json(out: Path) -> dict[str, Any]:
+    return dict(json.loads((out / "run.json").read_text("utf-8")))
+
+
+def hashes(out: Path) -> dict[Key, str | None]:
+    """sha256 of each image by id and index, no key twice."""
+    rows = results(out)
+    found = {(row["id"], row["image_index"]): row["sha256"] for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def images(out: Path) -> set[str]:
+    """The files under images/ and quarantine/, relative to OUT."""
+    return {path.relative_to(out).as_posix() for folder in ("images", "quarantine")
+            for path in (out / folder).rglob("*") if path.is_file()}  # fmt: skip
+
+
+def assert_whole(out: Path) -> None:
+    """Every image that results speak of is there and whole, and there is no file that nothing speaks of."""
+    rows = [row for row in results(out) if row["generated_image"]]
+    assert images(out) == {row["generated_image"] for row in rows}
+    assert len(images(out)) == len(rows)
+    for row in rows:
+        content = (out / row["generated_image"]).read_bytes()
+        assert (hashlib.sha256(content).hexdigest(), len(content)) == (row["sha256"], row["image_bytes"])
+    assert not [path for path in out.rglob(".*") if path.name != ".lock"]

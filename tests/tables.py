@@ -1,0 +1,73 @@
+"""Short ways for tests to write tables and to read them as batch-infer does."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batch_infer.manifest import SCHEMA
+from batch_infer.records import PromptRequest, ResultRow, SizeRules
+from batch_infer.settings import RowDefaults, TableSettings
+from batch_infer.table import RowRules, Tables
+
+RULES = RowRules(
+    RowDefaults(num_inference_steps=20, guidance_scale=5.0, guidance_rescale=0.0, height=64, width=64),
+    SizeRules(native_height=64, native_width=64, factor=8, smallest=16),
+    fingerprint="the run",
+)
+"""Those of a model whose images are 64 pixels wide."""
+
+
+def write_csv(path: Path, rows: Iterable[Sequence[Any]], **form: Any) -> Path:
+    """A CSV file of these rows, the header among them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        csv.writer(stream, **form).writerows(rows)
+    return path
+
+
+def write_bytes(path: Path, content: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def write_parquet(path: Path, **columns: Any) -> Path:
+    """A Parquet file of these columns: lists, or Arrow arrays where the type matters."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def open_tables(*tables: Path | str, columns: Mapping[str, str] | None = None, limit: int | None = None) -> Tables:
+    return Tables(TableSettings(tuple(map(str, tables)), columns or {}, limit), SCHEMA.names)
+
+
+def read(*tables: Path | str, rules: RowRules = RULES, **options: Any) -> list[PromptRequest | ResultRow]:
+    """All rows of some tables; whatever they hold must fit into the results."""
+    opened = open_tables(*tables, **options)
+    found = list(opened.rows(rules))
+    for field in opened.carried:
+        pa.array([item.carried.get(field.name) for item in found], field.type).validate(full=True)
+    return found
+
+
+def read_requests(*tables: Path | str, **options: Any) -> list[PromptRequest]:
+    """All rows of some tables that have no fault in them."""
+    found = read(*tables, **options)
+    assert not (faults := [item.error for item in found if isinstance(item, ResultRow)]), faults
+    return [item for item in found if isinstance(item, PromptRequest)]
+
+
+def fault_of(*tables: Path | str, **options: Any) -> str:
+    """The sentence about the one row of a table, which has a fault."""
+    (found,) = read(*tables, **options)
+    assert isinstance(found, ResultRow), found
+    assert found.status == "invalid"
+    assert found.error
+    return found.error

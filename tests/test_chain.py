@@ -1,0 +1,245 @@
+"""The chain: every request comes out once, as an image or as a reason, whatever its neighbours are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import PNDMScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batch_infer.chain import Chain, ChainShape, Rendered, Unrendered
+from batch_infer.diffusion import Context, Solver
+from batch_infer.models.family import Conditioning
+from batch_infer.records import PromptRequest, Verdict
+from batch_infer.safety.checker import StableDiffusionChecker
+from tests.rendering import CPU, load_family, make_request, render
+
+REFUSED_STEPS = 3
+"""What the painter's scheduler does not take."""
+
+
+class Painter:
+    """A family of plain arithmetic: the prompt is a colour, `nan` is none."""
+
+    device, safety_checker, feature_extractor = CPU, None, None
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
+        self.solver = Solver(PNDMScheduler(skip_prk_steps=False))
+        self.decoded: list[tuple[int, ...]] = []
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        return 3, height // 8, width // 8
+
+    def condition(self, requests: Sequence[PromptRequest]) -> list[Conditioning]:
+        colours = [{"colour": torch.full((3, 1, 1), float(request.prompt), dtype=self.dtype)} for request in requests]
+        return [
+            Conditioning((colour, colour if request.params.guided else None), 1, False)
+            for colour, request in zip(colours, requests, strict=True)
+        ]
+
+    def denoise(self, sample: torch.Tensor, timestep: torch.Tensor, context: Context) -> torch.Tensor:
+        return torch.tanh(sample) + context["colour"]
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        self.decoded.append(tuple(latents.shape))
+        return torch.sigmoid(latents).float().repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
+
+
+class Recorder:
+    """A judge that finds nothing, and remembers what it was shown."""
+
+    name = "recorder"
+
+    def __init__(self) -> None:
+        self.shown: list[list[tuple[int, ...]]] = []
+
+    def judge(self, images: Sequence[np.ndarray]) -> list[Verdict]:
+        self.shown.append([image.shape for image in images])
+        return [Verdict(False, self.name, {})] * len(images)
+
+
+def paint(name: str = "row", colour: float = 0.5, **asked: Any) -> PromptRequest:
+    return make_request(name, str(colour), **{"size": (16, 16), **asked})
+
+
+def run(
+    requests: Sequence[PromptRequest], slots: int = 4, decode: int = 2
+) -> tuple[Chain, list[Rendered | Unrendered]]:
+    chain = Chain(Painter(), ChainShape(slots, decode), None)
+    return chain, list(chain.render(requests))
+
+
+ROWS = st.lists(
+    st.tuples(
+        st.integers(1, 8),
+        st.sampled_from([0.0, 1.0, 7.5]),
+        st.sampled_from([0.0, 0.7]),
+        st.sampled_from([0.5, float("nan")]),
+        st.sampled_from([(16, 16), (16, 24)]),
+    ),
+    max_size=12,
+)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(rows=ROWS, slots=st.integers(2, 5), decode=st.integers(1, 3))
+def test_every_request_comes_out_once(rows: list[Any], slots: int, decode: int) -> None:
+    requests = [
+        paint(str(k), colour, steps=steps, guidance=guidance, rescale=rescale, size=size)
+        for k, (steps, guidance, rescale, colour, size) in enumerate(rows)
+    ]
+    chain, outcomes = run(requests, slots, decode)
+    assert Counter(outcome.request.id for outcome in outcomes) == Counter(request.id for request in requests)
+    for outcome in outcomes:
+        params = outcome.request.params
+        refused = params.num_inference_steps <= REFUSED_STEPS
+        if isinstance(outcome, Rendered):
+            assert outcome.request.prompt != "nan"
+            assert not refused
+            assert outcome.pixels.shape == (params.height, params.width, 3)
+            assert outcome.pixels.dtype == np.uint8
+        else:
+            assert outcome.invalid == refused
+            assert refused or outcome.request.prompt == "nan"
+    assert set(chain._model.decoded) <= {(decode, 3, 2, 2), (decode, 3, 2, 3)}  # one padded shape a size
+
+
+def test_an_image_depends_on_its_row_alone(sd1_folder: Path) -> None:
+    """Law 1, bytes and verdict: alone, or in a crowd of any order, beside other sizes, steps and guidance."""
+    model = load_family(sd1_folder, with_checker=True)
+    judge = StableDiffusionChecker(model.safety_checker, model.feature_extractor, batch=2)
+    rows = [make_request("guided", "a red circle", steps=6, seed=5)]
+    rows += [make_request("unguided", "two blue squares", steps=5, guidance=1.0, seed=6)]
+    rows += [make_request("rescaled", "a star", steps=4, rescale=0.7, negative="green", seed=7)]
+    crowd = [
+        make_request(f"other {k}", f"{k} rings", steps=4 + k % 5, guidance=1 + k % 3, rescale=k % 2, seed=k, size=size)
+        for k, size in enumerate([(64, 64)] * 6 + [(64, 96)] * 2)
+    ]
+    alone = {row.id: render(model, [row], judge=judge)[row.id] for row in rows}
+    for order in ([*rows, *crowd], [*crowd, *rows], [*crowd[:3], rows[2], *crowd[3:6], rows[1], rows[0], *crowd[6:]]):
+        together = render(model, order, judge=judge)
+        for name, wanted in alone.items():
+            assert np.array_equal(together[name].pixels, wanted.pixels)
+            assert together[name].verdict == wanted.verdict
+
+
+def test_a_step_count_that_the_scheduler_refuses_costs_its_own_row_only() -> None:
+    _, outcomes = run([paint("few", steps=REFUSED_STEPS), paint("fine", steps=5), paint("fewer", steps=1)])
+    found = {outcome.request.id: outcome for outcome in outcomes}
+    assert isinstance(found["fine"], Rendered)
+    for name, steps in (("few", 3), ("fewer", 1)):
+        refused = found[name]
+        assert isinstance(refused, Unrendered)
+        assert refused.invalid
+        assert f"num_inference_steps={steps}" in refused.error
+
+
+@pytest.mark.parametrize(("dtype", "advice"), [(torch.float32, False), (torch.float16, True)])
+def test_values_that_are_not_finite_are_no_image(dtype: torch.dtype, advice: bool) -> None:
+    rows = [paint("broken", float("nan"), steps=4, guidance=7.5), paint("fine", steps=4)]
+    outcomes = list(Chain(Painter(dtype), ChainShape(4, 2), Recorder()).render(rows))
+    found = {outcome.request.id: outcome for outcome in outcomes}
+    broken = found["broken"]
+    assert isinstance(broken, Unrendered)
+    assert not broken.invalid
+    assert "not finite at 4 steps and guidance_scale 7.5" in broken.error
+    assert ("--dtype float32" in broken.error) == advice
+    assert isinstance(found["fine"], Rendered)
+
+
+def test_occupancy_counts_row_forwards_over_slots() -> None:
+    chain, _ = run([paint("one", steps=4, guidance=1.0), paint("two", steps=4, guidance=1.0)], slots=2)
+    evaluations = chain._model.solver.table(4).evaluations
+    assert (chain.stages.ticks, chain.stages.row_forwards) == (evaluations, 2 * evaluations)
+    assert chain.stages.occupancy == 1.0
+    chain, _ = run([paint("guided", steps=4), paint("unguided", steps=4, guidance=1.0)], slots=4)
+    assert chain.stages.occupancy == 3 / 4
+    assert Chain(Painter(), ChainShape(2, 1), None).stages.occupancy == 0.0
+
+
+def test_mixed_rows_keep_the_slots_full() -> None:
+    rows = [paint(str(k), steps=4 + k * 7 % 20, guidance=[1.0, 5.0, 7.5][k % 3]) for k in range(80)]
+    chain, outcomes = run(sorted(rows, key=lambda row: -row.params.num_inference_steps), slots=8)
+    assert len(outcomes) == 80
+    assert chain.stages.occupancy > 0.95
+    stages = chain.stages
+    assert stages.denoise > 0
+    assert stages.encode + stages.denoise + stages.decode + stages.check <= stages.seconds
+
+
+def test_a_single_free_slot_goes_to_a_row_without_guidance() -> None:
+    """Two guided rows cannot share three slots, but an unguided one can join the first."""
+    chain, outcomes = run([paint("a", steps=4), paint("b", steps=4), paint("c", steps=4, guidance=1.0)], slots=3)
+    assert {outcome.request.id for outcome in outcomes[:2]} == {"a", "c"}
+    assert chain.stages.ticks == 2 * chain._model.solver.table(4).evaluations
+
+
+def test_stop_finishes_nothing_more() -> None:
+    asked = count()
+    chain = Chain(Painter(), ChainShape(4, 1), None, stop=lambda: next(asked) > 24)
+    rows = [paint("short", steps=4), paint("long", steps=500), paint("waiting", steps=4, size=(16, 24))]
+    outcomes = list(chain.render(rows))
+    assert [outcome.request.id for outcome in outcomes] == ["short"]
+    assert isinstance(outcomes[0], Rendered)
+    assert chain.stages.ticks < 26
+
+
+def test_stop_still_gives_what_was_finished() -> None:
+    """A finished row that waits for its decoder call to fill is decoded, not lost."""
+    asked = count()
+    chain = Chain(Painter(), ChainShape(4, 4), None, stop=lambda: next(asked) > 24)
+    outcomes = list(chain.render([paint("short", steps=4), paint("long", steps=500)]))
+    assert [outcome.request.id for outcome in outcomes] == ["short"]
+
+
+def test_stop_before_the_first_tick_reads_no_more_than_one_row() -> None:
+    rows = iter([paint("a"), paint("b"), paint("c")])
+    assert list(Chain(Painter(), ChainShape(4, 1), None, stop=lambda: True).render(rows)) == []
+    assert [row.id for row in rows] == ["b", "c"]
+
+
+def test_a_table_without_an_end_is_read_as_it_is_rendered() -> None:
+    read = count()
+
+    def table() -> Iterator[PromptRequest]:
+        for k in read:
+            yield paint(str(k), steps=4)
+
+    outcomes = list(islice(Chain(Painter(), ChainShape(4, 2), None).render(table()), 10))
+    assert len(outcomes) == 10
+    assert next(read) <= 10 + 3 * 4
+
+
+def test_nobody_was_asked_where_there_is_no_judge() -> None:
+    _, (outcome,) = run([paint(steps=4)])
+    assert isinstance(outcome, Rendered)
+    assert outcome.verdict == Verdict(nsfw=None, checker=None, scores=None)
+
+
+def test_the_judge_is_shown_images_of_one_size_at_most_a_decoder_call_at_once() -> None:
+    judge = Recorder()
+    rows = [paint(str(k), steps=4, size=(16, 16 + 8 * (k > 4))) for k in range(8)]
+    outcomes = list(Chain(Painter(), ChainShape(4, 2), judge).render(rows))
+    assert all(isinstance(outcome, Rendered) and outcome.verdict.nsfw is False for outcome in outcomes)
+    assert all(len(set(shapes)) == 1 and len(shapes) <= 2 for shapes in judge.shown)
+    assert sum(map(len, judge.shown)) == 8
+
+
+def test_a_bug_ends_the_chain() -> None:
+    with pytest.raises(ValueError, match="could not convert"):
+        list(Chain(Painter(), ChainShape(4, 2), None).render([make_request(prompt="no colour", size=(16, 16))]))
+
+
+@pytest.mark.parametrize(("slots", "decode"), [(1, 1), (2, 0)])
+def test_shapes_in_which_a_row_would_wait_for_ever(slots: int, decode: int) -> None:
+    with pytest.raises(ValueError, match="takes two slots"):
+        ChainShape(slots, decode)

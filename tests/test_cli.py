@@ -1,0 +1,153 @@
+"""The command line's own rooms: progress, the closing summary, signals, and the way a process ends."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batch_infer.cli import progress
+from batch_infer.cli.progress import Bar, Lines, Silent, make_progress, set_up_logging
+from batch_infer.cli.report import report
+from batch_infer.cli.signals import stop_on_signals
+from batch_infer.jobs.merge import Counts
+from batch_infer.jobs.run import Survey
+from batch_infer.jobs.summary import Summary
+from batch_infer.records import ResultRow, now
+from tests import runs
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def _log_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("handlers", "level", "propagate"):
+        monkeypatch.setattr(progress.log, name, getattr(progress.log, name))
+
+
+def rows(*statuses: Any) -> list[ResultRow]:
+    return [
+        ResultRow(id=f"{i}", image_index=0, prompt="x", status=status, finished_at=now(), source_file="t.csv",
+                  source_row=i, fingerprint="f") for i, status in enumerate(statuses)
+    ]  # fmt: skip
+
+
+# Progress
+
+
+def test_a_terminal_gets_a_bar_and_a_file_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(make_progress(shown=True), Lines)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert isinstance(make_progress(shown=True), Bar)
+    assert isinstance(make_progress(shown=False), Silent)
+
+
+def test_the_bar_counts_what_was_done_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    bar = make_progress(shown=True)
+    bar.start(Survey(total=10, done=5, invalid=1, pending=4))
+    bar.committed(rows("ok", "flagged", "failed", "ok"))
+    bar.close()
+    last = terminal.getvalue().strip().split("\r")[-1]
+    assert last.startswith("100%")
+    assert "10/10" in last
+    assert "1 flagged, 2 failed" in last
+
+
+def test_lines_come_every_few_seconds(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    set_up_logging(quiet=False, verbose=False)
+    lines = Lines()
+    lines.start(Survey(total=10, done=2, pending=8))
+    for clock[0] in (105.0, 110.0, 111.0, 120.0):
+        lines.committed(rows("ok", "failed"))
+    lines.close()
+    assert capsys.readouterr().err.splitlines() == [
+        "batch-infer: 8 to render, 2 done before, 0 invalid",
+        "batch-infer: 6 of 10, 0.40 images/s, 00:10 left, 0 flagged, 2 failed",
+        "batch-infer: 10 of 10, 0.40 images/s, 00:00 left, 0 flagged, 4 failed",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("quiet", "verbose", "told"),
+    [(False, False, ["info", "warning", "error"]), (True, False, ["error"]),
+     (False, True, ["debug", "info", "warning", "error"])],
+)  # fmt: skip
+def test_how_much_is_logged(capsys: pytest.CaptureFixture[str], quiet: bool, verbose: bool, told: list[str]) -> None:
+    set_up_logging(quiet=quiet, verbose=verbose)
+    for level in ("debug", "info", "warning", "error"):
+        getattr(progress.log, level)(level)
+    assert capsys.readouterr().err.split() == [word for level in told for word in ("batch-infer:", level)]
+
+
+# The closing summary
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (12.34, "12.3 s"), (59.9, "1 min 00 s"), (61, "1 min 01 s"), (7260, "2 h 01 min")],
+)
+def test_durations(capsys: pytest.CaptureFixture[str], seconds: float, text: str) -> None:
+    counts = Counts(rows=1, images=1, ok=1)
+    report(Summary(counts, rendered=1, seconds=seconds, rendering_seconds=1), Path("o"), (), as_json=False)
+    assert f"1 images in {text} (" in capsys.readouterr().out
+
+
+def test_the_summary_names_what_there_is_to_know(capsys: pytest.CaptureFixture[str]) -> None:
+    counts = Counts(rows=12_345, images=12_000, ok=12_000, flagged=0, invalid=3, failed=2, left=340)
+    report(Summary(counts, interrupted=True), Path("o"), ("csv", "parquet"), as_json=False)
+    assert capsys.readouterr().out.splitlines() == [
+        "12,345 rows · 12,000 ok · 0 flagged · 3 invalid · 2 failed",
+        "images   o/images",
+        "results  o/results.parquet, o/results.csv",
+        "stopped early: 340 left; run the same command again to go on",
+    ]
+
+
+# Signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_and_a_second_interrupt_ends(number: signal.Signals) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), stop_on_signals() as stop:
+        assert not stop()
+        os.kill(os.getpid(), number)
+        assert stop()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop(), "a second SIGTERM, as some schedulers send it, changes nothing"
+        os.kill(os.getpid(), signal.SIGINT)
+    assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+
+
+# The process
+
+
+def test_an_interrupt_is_a_sentence_and_75(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("batch_infer.jobs.run.run", interrupt)
+    done = runs.run(tmp_path / "t.csv", tmp_path / "out")
+    assert done.code == 75
+    assert done.stderr.strip() == "batch-infer: interrupted; what was committed is kept, run again to go on"
+
+
+def test_a_bug_is_a_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def slip(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("batch_infer.jobs.run.run", slip)
+    with pytest.raises(ZeroDivisionError):
+        runs.run(tmp_path / "t.csv", tmp_path / "out")

@@ -1,0 +1,130 @@
+"""Image files: their pixels, the parameters and the mark that they carry, and what is done to a flagged one."""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import replace
+from typing import get_args
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from batch_infer import images
+from batch_infer.records import PromptRequest, SamplingParams, Source
+from batch_infer.settings import ImageFormat
+
+FORMATS = get_args(ImageFormat)
+PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+REQUEST = PromptRequest(
+    "a", 0, "a red circle", "blurry", 2**63 - 1, SamplingParams(512, 768, 30, 7.5, 0.0), Source("t.csv", 0), "f"
+)
+PROMPTS = {
+    "ASCII": "a red circle, (large:1.2)",
+    "Latin-1": "café à la crème",
+    "other": "赤い丸 🎨 красный круг",
+    "lines": "two\nlines\r\nand\ta tab",
+    "long": "word " * 1000,
+}
+
+
+def parameters_of(content: bytes) -> str:
+    """The parameters as other programs find them: PNG text, or Exif's UserComment."""
+    image = Image.open(io.BytesIO(content))
+    if image.format == "PNG":
+        return str(image.text["parameters"])
+    comment = image.getexif().get_ifd(0x8769)[0x9286]
+    assert comment.startswith(b"UNICODE\0")
+    return str(comment[8:].decode("utf-16-be"))
+
+
+def mark_of(content: bytes) -> str:
+    packet = (
+        Image.open(io.BytesIO(content)).info.get("XML:com.adobe.xmp") or Image.open(io.BytesIO(content)).info["xmp"]
+    )
+    return packet if isinstance(packet, str) else packet.decode()
+
+
+def test_the_parameters_are_written_as_the_field_writes_them() -> None:
+    """Prompt, negative prompt, and one line that begins with the steps: what readers of A1111's images look for."""
+    text = images.parameters_text(replace(REQUEST, params=replace(REQUEST.params, guidance_rescale=0.7)), "S", "m")
+    lines = text.split("\n")
+    assert lines[:2] == ["a red circle", "Negative prompt: blurry"]
+    assert re.match(
+        rf"Steps: 30, Sampler: S, CFG scale: 7.5, Seed: {2**63 - 1}, Size: 768x512, Model: m, CFG rescale: 0.7, ",
+        lines[2],
+    )
+
+
+def test_what_a_row_has_not_is_not_written() -> None:
+    text = images.parameters_text(replace(REQUEST, negative_prompt=None), "DDIMScheduler", "m")
+    assert "Negative" not in text
+    assert "rescale" not in text
+
+
+def test_a_value_that_holds_a_comma_is_quoted() -> None:
+    last = images.parameters_text(REQUEST, 'DPM:a=1,b="x"', "a\\b, c").split("\n")[-1]
+    found = dict(re.findall(r'\s*([\w ]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last))
+    assert found["Sampler"] == r'"DPM:a=1,b=\"x\""'
+    assert found["Model"] == r'"a\\b, c"'
+    assert found["Size"] == "768x512"
+
+
+@pytest.mark.parametrize("prompt", PROMPTS.values(), ids=list(PROMPTS))
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_parameters_come_back(image_format: ImageFormat, prompt: str) -> None:
+    text = images.parameters_text(replace(REQUEST, prompt=prompt, negative_prompt=prompt), "DDIMScheduler", "model")
+    assert parameters_of(images.encode(PIXELS, image_format, text)) == text
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_parameters_of_any_length_fit(image_format: ImageFormat) -> None:
+    """JPEG has segments of 64 KiB: there the end is left out, and a letter of two units is not cut in half."""
+    text = "x" + 100_000 * "🎨"
+    found = parameters_of(images.encode(PIXELS, image_format, text))
+    assert text.startswith(found)
+    assert len(found) >= 10_000
+    if image_format == "png":
+        assert found == text
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_images_are_marked_as_generated(image_format: ImageFormat) -> None:
+    mark = mark_of(images.encode(PIXELS, image_format, "x"))
+    assert "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia" in mark
+    assert "DigitalSourceType" in mark
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_an_image_is_the_one_that_was_given(image_format: ImageFormat) -> None:
+    smooth = np.repeat(np.linspace(0, 255, 40).astype(np.uint8)[None, :, None], 24, 0).repeat(3, 2)
+    content = images.encode(smooth, image_format, "x")
+    found = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+    assert found.shape == smooth.shape
+    assert np.abs(found.astype(int) - smooth).max() <= (0 if image_format == "png" else 4)
+    assert content == images.encode(smooth, image_format, "x"), "the same bytes for the same pixels"
+
+
+@pytest.mark.parametrize(("image_format", "suffix"), [("png", ".png"), ("jpeg", ".jpg"), ("webp", ".webp")])
+def test_suffixes(image_format: ImageFormat, suffix: str) -> None:
+    assert images.SUFFIX[image_format] == suffix
+    assert Image.registered_extensions()[suffix].lower() == image_format
+
+
+def test_blank_is_black() -> None:
+    found = images.blank(PIXELS)
+    assert (found.shape, found.dtype, found.max()) == (PIXELS.shape, np.uint8, 0)
+    assert PIXELS.max() == 255, "the image itself is left as it is"
+
+
+@pytest.mark.parametrize("side", [64, 512])
+def test_blur_leaves_colour_and_no_shape(side: int) -> None:
+    """At every size: a checkerboard of an eighth of the side, sharp as it is, becomes one even grey."""
+    cells = np.indices((8, 8)).sum(0) % 2 * 255
+    board = np.kron(cells, np.ones((side // 8, side // 8), int)).astype(np.uint8)[:, :, None].repeat(3, 2)
+    found = images.blur(board)
+    middle = found[side // 4 : -side // 4, side // 4 : -side // 4].astype(int)
+    assert (found.shape, found.dtype) == (board.shape, np.uint8)
+    assert middle.max() - middle.min() < 64 < 255
+    assert abs(int(middle.mean()) - 127) < 8

@@ -1,0 +1,206 @@
+"""The floors of the house: what may import what, and what stays out of a command that renders nothing."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import batch_infer
+
+PACKAGE = Path(batch_infer.__file__).parent
+ROOT = PACKAGE.parent
+
+FLOORS = (
+    {"batch_infer", "errors"},
+    {"records", "settings", "atomic"},
+    {"images"},
+    {"diffusion"},
+    {"models", "safety", "table", "planning", "manifest", "sinks"},
+    {"chain"},
+    {"worker"},
+    {"engines"},
+    {"jobs"},
+    {"cli"},
+    {"__main__"},
+)
+"""Rooms from the ground up: design.md's floors, told more finely where its rooms stand on each other.
+
+A room imports rooms of lower floors only, so two on one floor do not know each other.
+"""
+
+DOORS = {"batch_infer.jobs.run", "batch_infer.engines.local", "batch_infer.safety.checker"}
+"""Rooms of a wing that the floor plan names, and that others may therefore enter beside its `__init__`."""
+
+TORCH_FREE = {
+    *("batch_infer", "errors", "records", "settings", "atomic", "table", "planning", "manifest", "sinks", "jobs"),
+    *("cli", "__main__", "batch_infer.models", "batch_infer.models.card"),
+}
+"""Rooms, and modules of rooms, that a command needs which renders nothing."""
+COMMAND_LINE = {"cli", "__main__", "errors", "records", "settings"}
+RENDERING = {"torch", "diffusers", "transformers", "accelerate"}
+SLOW = RENDERING | {"pandas", "pyarrow", "numpy", "PIL", "scipy"}
+
+DISTRIBUTIONS = {"PIL": "pillow"}
+"""Distributions that are not called as their module is."""
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module: where it says so, when it is done, and whether for the type checker alone."""
+
+    target: str
+    line: int
+    at_start: bool
+    typing_only: bool
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def room_of(module: str) -> str:
+    return (module.split(".") + ["batch_infer"])[1] if "." in module else module
+
+
+def floor_of(module: str) -> int:
+    return next(floor for floor, rooms in enumerate(FLOORS) if room_of(module) in rooms)
+
+
+@cache
+def imports_of(module: str) -> tuple[Import, ...]:
+    return tuple(_walk(ast.parse(MODULES[module].read_text("utf-8")), at_start=True, typing_only=False))
+
+
+def _walk(node: ast.AST, *, at_start: bool, typing_only: bool) -> Iterator[Import]:
+    for child in ast.iter_child_nodes(node):
+        match child:
+            case ast.Import(names=names):
+                for name in names:
+                    yield Import(name.name, child.lineno, at_start, typing_only)
+            case ast.ImportFrom(module=str(module), names=names, level=0):
+                for name in names:
+                    deeper = f"{module}.{name.name}"
+                    yield Import(deeper if deeper in MODULES else module, child.lineno, at_start, typing_only)
+            case ast.ImportFrom():
+                pytest.fail(f"line {child.lineno}: a relative import")
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.Lambda():
+                yield from _walk(child, at_start=False, typing_only=typing_only)
+            case ast.If(test=ast.Name(id="TYPE_CHECKING")):
+                yield from _walk(child, at_start=at_start, typing_only=True)
+            case _:
+                yield from _walk(child, at_start=at_start, typing_only=typing_only)
+
+
+def inner_imports() -> Iterator[tuple[str, Import]]:
+    """What the rooms import of each other, with the module that does."""
+    for module in MODULES:
+        for found in imports_of(module):
+            if found.target in MODULES and room_of(found.target) != room_of(module):
+                yield module, found
+
+
+def loaded_with(module: str) -> dict[str, str]:
+    """Packages of others that importing a module of ours loads, each with the module of ours that asks for it."""
+    found: dict[str, str] = {}
+    waiting, seen = [module], {module}
+    while waiting:
+        here = waiting.pop()
+        parents = {here.rsplit(".", depth)[0] for depth in range(1, here.count(".") + 1)}
+        asked = {entry.target for entry in imports_of(here) if entry.at_start and not entry.typing_only} | parents
+        for target in asked - seen:
+            if target in MODULES:
+                seen.add(target)
+                waiting.append(target)
+            else:
+                found.setdefault(target.split(".")[0], here)
+    return found
+
+
+def test_every_module_stands_on_one_floor() -> None:
+    rooms = [room for floor in FLOORS for room in floor]
+    assert len(rooms) == len(set(rooms))
+    assert {room_of(module) for module in MODULES} == set(rooms)
+
+
+def test_imports_go_down() -> None:
+    upward = [
+        f"{MODULES[module]}:{found.line} imports {found.target}"
+        for module, found in inner_imports()
+        if floor_of(found.target) >= floor_of(module)
+    ]
+    assert not upward
+
+
+def test_a_wing_is_entered_by_its_door() -> None:
+    """Imports for the type checker run nothing, and may name a room behind the door."""
+    windows = [
+        f"{MODULES[module]}:{found.line} imports {found.target}"
+        for module, found in inner_imports()
+        if found.target.count(".") > 1 and found.target not in DOORS and not found.typing_only
+    ]
+    assert not windows
+
+
+def test_every_door_is_there() -> None:
+    assert set(MODULES) >= DOORS
+
+
+@pytest.mark.parametrize(
+    ("rooms", "kept_out"),
+    [(TORCH_FREE, RENDERING), (COMMAND_LINE, SLOW)],
+    ids=["what does not render", "the command line"],
+)
+def test_rooms_import_nothing_slow(rooms: set[str], kept_out: set[str]) -> None:
+    """Importing a module imports all that it imports in turn, so that is what is looked at."""
+    loaded = {
+        module: found
+        for module in MODULES
+        if room_of(module) in rooms or module in rooms
+        if (found := {package: by for package, by in loaded_with(module).items() if package in kept_out})
+    }
+    assert not loaded
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["--version"]], ids=" ".join)
+def test_help_answers_at_once(arguments: list[str]) -> None:
+    """Processor time, because the tests' machine may be busy with something else."""
+    script = f"""
+import sys, time
+from batch_infer.__main__ import main
+sys.argv = ["batch-infer", *{arguments!r}]
+try:
+    main()
+except SystemExit as end:
+    slow = sorted({SLOW!r} & sys.modules.keys())
+    print(end.code, slow, time.process_time() < 0.5, file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stderr == "0 [] True\n"
+    assert done.stdout
+
+
+def test_every_library_is_a_dependency_in_pyproject() -> None:
+    """An undeclared one would be found missing by the first user of a fresh environment."""
+    block = re.search(r"^dependencies = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
+    assert block
+    declared = set(re.findall(r'"([a-z-]+)', block[1]))
+    imported = {found.target.split(".")[0] for module in MODULES for found in imports_of(module)}
+    others = imported - set(sys.stdlib_module_names) - {"batch_infer"}
+    assert {DISTRIBUTIONS.get(name, name) for name in others} <= declared
+
+
+def test_a_file_opens_by_saying_what_it_is() -> None:
+    openings = {name: ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "" for name, path in MODULES.items()}
+    assert not [name for name, opening in openings.items() if not opening.split("\n\n")[0].endswith((".", ":"))]

@@ -1,0 +1,181 @@
+"""The manifest: parts that are whole, of which the highest attempt of each image counts."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from batch_infer.errors import StorageError, UsageError
+from batch_infer.manifest import SCHEMA, Manifest, to_table, write_parquet
+from batch_infer.records import BOOKKEEPING, ResultRow, now
+
+NONE = pa.schema([])
+COLUMNS = [
+    *("id", "image_index", "prompt", "generated_image", "nsfw_content_detected", "status", "error"),
+    *("negative_prompt", "seed", "height", "width", "num_inference_steps", "guidance_scale", "guidance_rescale"),
+    *("scheduler", "prompt_tokens", "prompt_truncated", "safety_checker", "safety_scores", "sha256", "image_bytes"),
+    *("slots", "seconds", "attempt", "worker", "finished_at", "source_file", "source_row", "fingerprint"),
+]
+"""The contract of interface.md, in its order."""
+
+
+def row(name: str = "a", index: int = 0, **values: Any) -> ResultRow:
+    usual = {
+        **{"prompt": "a red circle", "status": "ok", "generated_image": f"images/{name}-{index}.png"},
+        **{"finished_at": now(), "source_file": "t.csv", "source_row": 7, "fingerprint": "f"},
+    }
+    return ResultRow(**{"id": name, "image_index": index, **usual, **values})
+
+
+def test_the_columns_are_those_of_the_contract() -> None:
+    assert SCHEMA.names == COLUMNS
+    assert [field.name for field in fields(ResultRow)] == [*COLUMNS, "carried"]
+    assert set(COLUMNS) > BOOKKEEPING == {"slots", "seconds", "attempt", "worker", "finished_at"}
+    types = {name: str(SCHEMA.field(name).type) for name in COLUMNS}
+    assert types["id"] == types["generated_image"] == types["fingerprint"] == "string"
+    assert types["image_index"] == types["prompt_tokens"] == types["attempt"] == "int32"
+    assert types["seed"] == types["image_bytes"] == types["source_row"] == "int64"
+    assert types["nsfw_content_detected"] == types["prompt_truncated"] == "bool"
+    assert types["safety_scores"].startswith("map<string, float")
+    assert types["finished_at"] == "timestamp[us, tz=UTC]"
+
+
+def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
+    values: dict[str, Any] = {
+        **{"nsfw_content_detected": True, "status": "flagged", "error": "why", "negative_prompt": "dull"},
+        **{"seed": 2**63 - 1, "height": 64, "width": 72, "num_inference_steps": 20, "guidance_scale": 7.5},
+        **{"guidance_rescale": 0.5, "scheduler": "DDIMScheduler", "prompt_tokens": 3, "prompt_truncated": False},
+        **{"safety_checker": "own", "safety_scores": {"concept_0": 0.25}, "sha256": "00", "image_bytes": 2**40},
+        **{"slots": 8, "seconds": 0.5, "attempt": 2, "worker": "w"},
+    }
+    full = row(**values)
+    bare = row("ü 🎨", prompt=None, status="failed", generated_image=None)
+    Manifest(tmp_path).commit([full, bare], NONE)
+    (part,) = Manifest(tmp_path).parts()
+    first, second = pq.read_table(part).to_pylist(maps_as_pydicts="strict")
+    assert first == {name: getattr(full, name) for name in COLUMNS}
+    assert second == {name: getattr(bare, name) for name in COLUMNS}
+
+
+def test_carried_columns_follow_with_their_types() -> None:
+    carried = pa.schema([("tags", pa.list_(pa.string())), ("n", pa.int16())])
+    table = to_table([row(carried={"tags": ["x"], "n": 3}), row("b")], carried)
+    assert table.schema.names == [*COLUMNS, "tags", "n"]
+    assert table.select(["tags", "n"]).to_pylist() == [{"tags": ["x"], "n": 3}, {"tags": None, "n": None}]
+
+
+def test_what_was_not_committed_is_not_found(tmp_path: Path) -> None:
+    with Manifest(tmp_path).index() as index:
+        assert index.find(("a", 0)) is None
+        assert len(index.take([])) == 0
+
+
+@pytest.mark.parametrize("order", [(1, 2, 3), (3, 2, 1), (2, 3, 1)], ids=str)
+def test_the_highest_attempt_counts(tmp_path: Path, order: tuple[int, ...]) -> None:
+    """In whatever order the parts' names have them."""
+    manifest = Manifest(tmp_path)
+    for attempt in order:
+        manifest.commit([row("other", seed=attempt), row(attempt=attempt, seed=attempt, status="failed")], NONE)
+    with manifest.index() as index:
+        found = index.find(("a", 0))
+        assert found is not None
+        assert (found.attempt, found.status) == (3, "failed")
+        assert index.take([found])["seed"].to_pylist() == [3]
+
+
+def test_of_one_attempt_told_twice_one_counts_for_good(tmp_path: Path) -> None:
+    manifest = Manifest(tmp_path)
+    for fingerprint in ("f", "g", "h"):
+        manifest.commit([row(fingerprint=fingerprint)], NONE)
+    counted = set()
+    for _ in range(3):
+        with manifest.index() as index:
+            found = index.find(("a", 0))
+            assert found is not None
+            assert index.take([found])["fingerprint"].to_pylist() == [found.fingerprint]
+            counted.add(found.fingerprint)
+    assert len(counted) == 1
+
+
+def test_parts_are_named_by_what_they_hold(tmp_path: Path) -> None:
+    """So two workers that did the same rows leave one part, and a part is never replaced by another's rows."""
+    manifest = Manifest(tmp_path)
+    rows = [row("a"), row("b")]
+    name = manifest.commit(rows, NONE)
+    assert manifest.commit([replace(r, worker="another", finished_at=now()) for r in rows], NONE) == name
+    assert len(manifest.parts()) == 1
+    changes: list[dict[str, Any]] = [{"id": "c"}, {"image_index": 1}, {"fingerprint": "g"}, {"attempt": 2}]
+    for change in changes:
+        assert manifest.commit([rows[0], replace(rows[1], **change)], NONE) != name
+
+
+def test_a_manifest_made_anew_is_read_anew(tmp_path: Path) -> None:
+    """`--overwrite` in a process that has read the old parts, which may have had the same names."""
+    for status in ("failed", "ok"):
+        manifest = Manifest(tmp_path)
+        manifest.commit([row(status=status)], NONE)
+        with manifest.index() as index:
+            found = index.find(("a", 0))
+            assert found is not None
+            assert index.take([found])["status"].to_pylist() == [found.status] == [status]
+
+
+def test_only_whole_parts_are_read(tmp_path: Path) -> None:
+    manifest = Manifest(tmp_path)
+    part = manifest.folder / manifest.commit([row()], NONE)
+    (manifest.folder / f".tmp-1-{part.name}").write_bytes(part.read_bytes()[:100])
+    (manifest.folder / "notes.txt").touch()
+    assert manifest.parts() == [part]
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 and no more", b"another"], ids=["empty", "truncated", "another"])
+def test_a_damaged_part_is_named_with_the_way_out(tmp_path: Path, content: bytes) -> None:
+    manifest = Manifest(tmp_path)
+    part = manifest.folder / manifest.commit([row()], NONE)
+    if content == b"another":
+        pq.write_table(pa.table({"prompt": ["no part"]}), part)
+    else:
+        part.write_bytes(content)
+    with pytest.raises(UsageError, match=rf"{re.escape(str(part))} is damaged .*; remove it and run again"):
+        manifest.index()
+
+
+def test_a_full_disk_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "manifest").write_text("a file where the folder should be")
+    with pytest.raises(StorageError, match="cannot write"):
+        Manifest(tmp_path).commit([row()], NONE)
+
+
+def test_a_table_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
+    def tables() -> Any:
+        yield to_table([row()], NONE)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_parquet(tmp_path / "results.parquet", SCHEMA, tables())
+    assert list(tmp_path.iterdir()) == []
+
+
+keys = st.tuples(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8), st.integers(0, 3))
+
+
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(keys, min_size=1, max_size=12, unique=True), st.integers(1, 5), st.data())
+def test_any_rows_are_taken_in_any_order(
+    tmp_path_factory: pytest.TempPathFactory, names: list[tuple[str, int]], size: int, data: st.DataObject
+) -> None:
+    manifest = Manifest(tmp_path_factory.mktemp("out"))
+    for start in range(0, len(names), size):
+        manifest.commit([row(*key) for key in names[start : start + size]], NONE)
+    wanted = data.draw(st.lists(st.sampled_from(names), max_size=20))
+    with manifest.index() as index:
+        table = index.take([found for key in wanted if (found := index.find(key)) is not None])
+    assert list(zip(table["id"].to_pylist(), table["image_index"].to_pylist(), strict=True)) == wanted

@@ -1,0 +1,188 @@
+"""Merging: results.* in the order of the tables, of what is committed of their rows as they stand now."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+from dataclasses import replace
+from datetime import date, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from batch_infer.jobs import merge as merging
+from batch_infer.jobs.merge import Counts, Item
+from batch_infer.manifest import SCHEMA, Manifest
+from batch_infer.records import PromptRequest, ResultRow, SamplingParams, Source, now
+from batch_infer.settings import OutputSettings
+
+NONE = pa.schema([])
+
+
+def request(name: str, index: int = 0, *, row: int = 0, fingerprint: str = "f", **carried: Any) -> PromptRequest:
+    params = SamplingParams(64, 64, 2, 5.0, 0.0)
+    return PromptRequest(name, index, "x", None, 1, params, Source("t.csv", row), fingerprint, carried)
+
+
+def result(name: str, index: int = 0, **values: Any) -> ResultRow:
+    usual = {
+        **{"prompt": "x", "status": "ok", "generated_image": f"images/{name}-{index}.png", "fingerprint": "f"},
+        **{"finished_at": now(), "source_file": "before.csv", "source_row": 99, "worker": "w"},
+    }
+    return ResultRow(**{"id": name, "image_index": index, **usual, **values})
+
+
+def merge(out: Path, items: list[Item], carried: pa.Schema = NONE, **output: Any) -> tuple[Counts, pa.Table]:
+    with Manifest(out).index() as index:
+        counts = merging.merge(items, index, carried, out, OutputSettings(**output))
+    return counts, pq.read_table(out / "results.parquet")
+
+
+def csv_rows(out: Path) -> list[dict[str, str]]:
+    with (out / "results.csv").open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def json_rows(out: Path) -> list[dict[str, Any]]:
+    def refuse(text: str) -> None:
+        pytest.fail(f"{text} is no JSON")
+
+    lines = (out / "results.jsonl").read_text("utf-8").splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def test_results_stand_in_the_order_of_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However they were finished, and across the batches that they are merged in."""
+    monkeypatch.setattr(merging, "BATCH", 4)
+    names = [f"{i}" for i in range(23)]
+    for part in (names[::3], names[1::3], names[2::3][::-1]):
+        Manifest(tmp_path).commit([result(name) for name in part], NONE)
+    counts, table = merge(tmp_path, [request(name, row=i) for i, name in enumerate(names)])
+    assert table["id"].to_pylist() == names
+    assert table["source_row"].to_pylist() == list(range(23))
+    assert counts == Counts(rows=23, images=23, ok=23)
+
+
+def test_what_is_counted(tmp_path: Path) -> None:
+    rows = [
+        *(result("two", 0), result("two", 1), result("flagged", status="flagged"), result("later", fingerprint="old")),
+        result("dropped", status="flagged", generated_image=None),
+        result("failed", status="failed", generated_image=None),
+        result("blocked", status="blocked", generated_image=None),
+        result("invalid", status="invalid", generated_image=None, fingerprint="i"),
+        result("left the table"),
+    ]
+    Manifest(tmp_path).commit(rows, NONE)
+    names = ["flagged", "later", "dropped", "failed", "blocked", "never"]
+    items: list[Item] = [request("two", 0), request("two", 1), *(request(n, row=i) for i, n in enumerate(names, 1))]
+    items.append(replace(rows[7], source_file="t.csv", source_row=8))
+    counts, table = merge(tmp_path, items)
+    assert counts == Counts(rows=8, images=3, ok=2, flagged=2, blocked=1, invalid=1, failed=1, left=2)
+    assert table["id"].to_pylist() == ["two", "two", "flagged", "dropped", "failed", "blocked", "invalid"]
+
+
+def test_place_and_carried_columns_are_those_of_now(tmp_path: Path) -> None:
+    """A row that moved, or whose other columns changed, is the same image."""
+    before = pa.schema([("gone", pa.string()), ("kept", pa.string())])
+    Manifest(tmp_path).commit([result("a", carried={"gone": "x", "kept": "old"})], before)
+    carried = pa.schema([("kept", pa.int64()), ("new", pa.list_(pa.int8()))])
+    _, table = merge(tmp_path, [request("a", row=5, kept=7, new=[1])], carried)
+    assert table.schema.names == [*SCHEMA.names, "kept", "new"]
+    found = table.to_pylist()[0]
+    assert (found["source_file"], found["source_row"], found["kept"], found["new"]) == ("t.csv", 5, 7, [1])
+    assert table.schema.field("new").type == pa.list_(pa.int8())
+
+
+def test_no_rows_make_a_table_of_none(tmp_path: Path) -> None:
+    counts, table = merge(tmp_path, [], results=("csv", "jsonl"))
+    assert (counts, len(table), table.schema.names) == (Counts(), 0, SCHEMA.names)
+    assert (csv_rows(tmp_path), json_rows(tmp_path)) == ([], [])
+    assert (tmp_path / "results.csv").read_text().startswith("id,image_index,prompt,")
+
+
+def test_csv_and_jsonl_say_what_parquet_says(tmp_path: Path) -> None:
+    carried = pa.schema([("day", pa.date32()), ("price", pa.decimal128(5, 2)), ("tags", pa.list_(pa.string()))])
+    values = {"day": date(2026, 5, 1), "price": Decimal("1.50"), "tags": ["a", "ü"]}
+    row = result(
+        "ü,🎨", prompt='two\nlines, "quoted"', nsfw_content_detected=False, safety_scores={"concept_0": -0.1},
+        guidance_scale=7.1, seconds=0.25, seed=2**63 - 1, error=None,
+    )  # fmt: skip
+    Manifest(tmp_path).commit([row], NONE)
+    merge(tmp_path, [request("ü,🎨", **values)], carried, results=("csv", "jsonl", "csv"))
+    (from_csv,), (from_json,) = csv_rows(tmp_path), json_rows(tmp_path)
+    assert list(from_csv) == list(from_json) == [*SCHEMA.names, "day", "price", "tags"]
+    assert from_csv["prompt"] == from_json["prompt"] == row.prompt
+    assert (from_csv["error"], from_json["error"]) == ("", None)
+    assert (from_csv["nsfw_content_detected"], from_json["nsfw_content_detected"]) == ("false", False)
+    assert (from_csv["guidance_scale"], from_json["guidance_scale"]) == ("7.1", 7.1)
+    assert json.loads(from_csv["safety_scores"]) == from_json["safety_scores"] == {"concept_0": -0.1}
+    assert (from_csv["seed"], from_json["seed"]) == (str(2**63 - 1), 2**63 - 1)
+    assert from_csv["finished_at"] == from_json["finished_at"] == row.finished_at.isoformat()
+    assert (from_csv["day"], from_json["day"]) == ("2026-05-01", "2026-05-01")
+    assert (from_csv["price"], from_json["price"]) == ("1.50", "1.50")
+    assert json.loads(from_csv["tags"]) == from_json["tags"] == ["a", "ü"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "in_csv", "in_json"),
+    [
+        (pa.float64(), float("nan"), "nan", None),
+        (pa.float64(), float("-inf"), "-inf", None),
+        (pa.list_(pa.float64()), [1.0, float("nan")], "[1.0, null]", [1.0, None]),
+        (pa.struct([("a", pa.float32())]), {"a": float("inf")}, '{"a": null}', {"a": None}),
+        (pa.map_(pa.string(), pa.int8()), [("k", 1), ("k", 2)], '[["k", 1], ["k", 2]]', [["k", 1], ["k", 2]]),
+        (pa.binary(), b"\xff\x00", "/wA=", "/wA="),
+        (pa.list_(pa.binary()), [b"\xff"], '["/w=="]', ["/w=="]),
+        (pa.duration("s"), timedelta(seconds=90), "0:01:30", "0:01:30"),
+        (pa.string(), "", "", ""),
+        (pa.bool_(), True, "true", True),
+        (pa.null(), None, "", None),
+    ],
+    ids=str,
+)
+def test_carried_values_of_any_type(tmp_path: Path, kind: pa.DataType, value: Any, in_csv: str, in_json: Any) -> None:
+    """JSON knows no NaN: a reader that goes by the book would refuse the file."""
+    Manifest(tmp_path).commit([result("a")], NONE)
+    merge(tmp_path, [request("a", mine=value)], pa.schema([("mine", kind)]), results=("csv", "jsonl"))
+    assert csv_rows(tmp_path)[0]["mine"] == in_csv
+    assert json_rows(tmp_path)[0]["mine"] == in_json
+
+
+def test_base64_holds_the_file(tmp_path: Path) -> None:
+    """And null where there is none, be it never made or deleted by somebody: the other rows are told all the same."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a-0.png").write_bytes(b"\x89PNG")
+    rows = [result("a"), result("dropped", generated_image=None, status="flagged"), result("deleted")]
+    Manifest(tmp_path).commit(rows, NONE)
+    names = [row.id for row in rows]
+    _, table = merge(tmp_path, [request(name) for name in names], results=("csv", "jsonl"), base64=True)
+    encoded = base64.b64encode(b"\x89PNG").decode()
+    assert [row["generated_image"] for row in csv_rows(tmp_path)] == [encoded, "", ""]
+    assert [row["generated_image"] for row in json_rows(tmp_path)] == [encoded, None, None]
+    assert table["generated_image"].to_pylist() == ["images/a-0.png", None, "images/deleted-0.png"], "Parquet has paths"
+
+
+def test_results_that_nobody_asks_for_any_more_are_removed(tmp_path: Path) -> None:
+    """They would be out of date."""
+    merge(tmp_path, [], results=("csv", "jsonl"))
+    merge(tmp_path, [], results=("jsonl",))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.jsonl", "results.parquet"]
+
+
+def test_a_merge_that_breaks_off_leaves_the_old_results(tmp_path: Path) -> None:
+    Manifest(tmp_path).commit([result("a")], NONE)
+    merge(tmp_path, [request("a")], results=("csv",))
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("results.*")}
+
+    def items() -> Any:
+        yield request("a")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge(tmp_path, items(), results=("csv",))
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.*")} == before

@@ -1,0 +1,310 @@
+"""Checkpoints: what their folders say, what is refused, and what their parts compute."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+from batch_infer.errors import ModelError
+from batch_infer.models import DEMO_MODEL, ModelCard, read_card
+from batch_infer.models.stable_diffusion import TEXT_BATCH, TEXTS_KEPT
+from batch_infer.records import SizeRules
+from batch_infer.settings import ModelSettings, SchedulerSpec
+from tests.checkpoints import amend
+from tests.rendering import copied, load_family, make_request
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+TEXT = "text_encoder/model.safetensors"
+
+
+def card_of(folder: Path, **settings: Any) -> ModelCard:
+    return read_card(ModelSettings(name=str(folder), **settings))
+
+
+@pytest.fixture
+def own(sd1_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the checkpoint, to spoil."""
+    return copied(sd1_folder, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def sd1(sd1_folder: Path) -> Any:
+    return load_family(sd1_folder)
+
+
+# The card
+
+
+def test_the_built_in_model_needs_no_name() -> None:
+    card = read_card(ModelSettings())
+    assert card.path == DEMO_MODEL
+    assert card.family == "stable_diffusion"
+    assert card.has_checker
+    assert card.sizes == SizeRules(64, 64, 8, 16)
+
+
+def test_cards_of_both_layouts(sd1_folder: Path, sd2_folder: Path) -> None:
+    first, second = card_of(sd1_folder), card_of(sd2_folder)
+    assert (first.scheduler_name, second.scheduler_name) == ("PNDMScheduler", "DDIMScheduler")
+    assert (first.has_checker, second.has_checker) == (True, False)
+    assert first.sizes.native_width == first.sizes.native_height == 64
+    assert first.sizes.largest == 512
+    assert first.fingerprint != second.fingerprint
+
+
+@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
+def test_the_fingerprint_tells_one_weight(own: Path, component: str) -> None:
+    before = card_of(own)
+    (file,) = (own / component).glob("*.safetensors")
+    weights = load_file(file)
+    next(iter(weights.values())).view(-1)[0] += 1e-3
+    save_file(weights, file, metadata={"format": "pt"})
+    after = card_of(own)
+    assert after.fingerprint != before.fingerprint
+    assert after.checker_fingerprint == before.checker_fingerprint
+
+
+def test_the_fingerprint_tells_words_and_settings_but_not_the_place(own: Path, tmp_path: Path) -> None:
+    before = card_of(own)
+    moved = Path(shutil.move(own, tmp_path / "moved"))
+    assert card_of(moved).fingerprint == before.fingerprint
+    assert card_of(moved, variant="fp16").fingerprint != before.fingerprint
+    amend(moved / "vae" / "config.json", scaling_factor=0.5)
+    configured = card_of(moved).fingerprint
+    assert configured != before.fingerprint
+    amend(moved / "tokenizer" / "tokenizer_config.json", model_max_length=40)
+    assert card_of(moved).fingerprint != configured
+
+
+def test_scheduler_and_checker_have_fingerprints_of_their_own(own: Path) -> None:
+    before = card_of(own)
+    amend(own / "scheduler" / "scheduler_config.json", beta_end=0.02)
+    amend(own / "safety_checker" / "config.json", note="changed")
+    after = card_of(own)
+    assert after.fingerprint == before.fingerprint
+    assert after.scheduler_fingerprint != before.scheduler_fingerprint
+    assert after.checker_fingerprint != before.checker_fingerprint
+    karras = SchedulerSpec.parse("EulerDiscreteScheduler:use_karras_sigmas=true")
+    chosen = card_of(own, scheduler=karras)
+    assert chosen.scheduler_name == str(karras)
+    assert chosen.scheduler_fingerprint != after.scheduler_fingerprint
+
+
+# What is refused
+
+
+def pickle_weights(folder: Path) -> None:
+    torch.save(load_file(folder / TEXT), folder / "text_encoder" / "pytorch_model.bin")
+    (folder / TEXT).unlink()
+
+
+def bring_code(folder: Path) -> None:
+    (folder / "unet" / "mine.py").write_text("raise SystemExit('ran')", "utf-8")
+    amend(folder / "model_index.json", unet=["mine", "UNet"])
+
+
+def bring_pipeline(folder: Path) -> None:
+    (folder / "pipeline.py").write_text("raise SystemExit('ran')", "utf-8")
+    amend(folder / "model_index.json", _class_name=["pipeline", "StableDiffusionPipeline"])
+
+
+def cut(folder: Path, file: str) -> None:
+    (folder / file).write_bytes((folder / file).read_bytes()[:2000])
+
+
+def lose_a_weight(folder: Path, file: str) -> None:
+    weights = load_file(folder / file)
+    weights.pop(sorted(weights)[0])
+    save_file(weights, folder / file, metadata={"format": "pt"})
+
+
+SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "pickled weights": (pickle_weights, "text_encoder/pytorch_model.bin is pickled.*convert the checkpoint"),
+    "code in the folder": (bring_code, "unet is .*only classes of diffusers and transformers"),
+    "a pipeline of its own": (bring_pipeline, "this version runs StableDiffusionPipeline"),
+    "another pipeline": (lambda f: amend(f / "model_index.json", _class_name="FluxPipeline"), "is a FluxPipeline"),
+    "no pipeline": (lambda f: amend(f / "model_index.json", _class_name=None), "is a None"),
+    "a component that is nothing": (lambda f: amend(f / "model_index.json", vae=[]), "vae is"),
+    "a component not named": (lambda f: amend(f / "model_index.json", vae=[None, None]), "names no vae"),
+    "a component not there": (lambda f: shutil.rmtree(f / "vae"), "names vae/, which is missing"),
+    "a folder out of the folder": (
+        lambda f: amend(f / "model_index.json", **{"../sd1/vae2": ["diffusers", "AutoencoderKL"]}),
+        "which is missing",
+    ),
+    "no configuration": (lambda f: (f / "unet" / "config.json").unlink(), "unet/config.json is missing"),
+    "no sizes": (lambda f: amend(f / "unet" / "config.json", sample_size="8"), "does not say its sizes"),
+    "no scheduler": (lambda f: (f / "scheduler" / "scheduler_config.json").unlink(), "scheduler_config.json is miss"),
+    "no words": (lambda f: [file.unlink() for file in (f / "tokenizer").iterdir()], "neither tokenizer.json nor"),
+    "an index that is no JSON": (lambda f: (f / "model_index.json").write_text("{", "utf-8"), "is not JSON"),
+    "an index that is a list": (lambda f: (f / "model_index.json").write_text("[]", "utf-8"), "not hold a JSON object"),
+    "no index": (lambda f: (f / "model_index.json").unlink(), "not a diffusers folder"),
+}
+UNLOADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no weights": (lambda f: (f / UNET).unlink(), "could not be loaded"),
+    "half a UNet": (lambda f: cut(f, UNET), "could not be loaded"),
+    "half a text encoder": (lambda f: cut(f, TEXT), "could not be loaded"),
+    "another width": (lambda f: amend(f / "unet" / "config.json", cross_attention_dim=48), "could not be loaded"),
+    "a UNet with a weight less": (lambda f: lose_a_weight(f, UNET), "unet/ lacks 1 of its weights"),
+    "a text encoder with a weight less": (lambda f: lose_a_weight(f, TEXT), "text_encoder/ lacks 1 of its weights"),
+    "a checker with a weight less": (
+        lambda f: lose_a_weight(f, "safety_checker/model.safetensors"),
+        "safety_checker/ lacks 1 of its weights",
+    ),
+    "an unknown class": (lambda f: amend(f / "model_index.json", unet=["diffusers", "Nothing"]), "no class `Nothing`"),
+    "a distilled UNet": (lambda f: amend(f / "unet" / "config.json", time_cond_proj_dim=8), "time_cond_proj_dim=8"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_folders_are_refused_by_what_they_say(own: Path, case: str) -> None:
+    spoil, reason = SPOILED[case]
+    spoil(own)
+    with pytest.raises(ModelError, match=reason) as refusal:
+        card_of(own)
+    assert str(own) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("case", UNLOADABLE)
+def test_checkpoints_are_refused_by_what_they_hold(own: Path, case: str) -> None:
+    spoil, reason = UNLOADABLE[case]
+    spoil(own)
+    with pytest.raises(ModelError, match=reason) as refusal:
+        load_family(own, with_checker=True)
+    assert str(own) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_inpainting_checkpoint_is_refused(own: Path) -> None:
+    weights = load_file(own / UNET)
+    weights["conv_in.weight"] = weights["conv_in.weight"].repeat(1, 3, 1, 1)[:, :9].contiguous()
+    save_file(weights, own / UNET)
+    amend(own / "unet" / "config.json", in_channels=9)
+    with pytest.raises(ModelError, match="takes 9 channels"):
+        load_family(own)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("no/such/folder", "no model folder"), ("./nothing", "no model folder"), ("nothing", "no model folder")],
+)
+def test_a_name_that_is_nothing(name: str, reason: str) -> None:
+    with pytest.raises(ModelError, match=reason):
+        read_card(ModelSettings(name=name))
+
+
+def test_a_file_is_no_folder(sd1_folder: Path) -> None:
+    with pytest.raises(ModelError, match="is a file; give the diffusers folder"):
+        card_of(sd1_folder / UNET)
+
+
+def test_what_the_hub_refuses_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> str:
+        raise OSError("401 Client Error\nRepository is gated")
+
+    monkeypatch.setattr(DiffusionPipeline, "download", refuse)
+    with pytest.raises(ModelError, match="owner/name could not be fetched.*HF_TOKEN.*401 Client Error$"):
+        read_card(ModelSettings(name="owner/name"))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "reason"),
+    [
+        ("NoSuchScheduler", "diffusers has no scheduler NoSuchScheduler; it has .*DDIMScheduler"),
+        ("HeunScheduler", "it has .*HeunDiscreteScheduler"),
+        ("UNet2DConditionModel", "diffusers has no scheduler UNet2DConditionModel"),
+        ("DDIMScheduler:use_karras_sigmas=true", "DDIMScheduler has no option use_karras_sigmas; it has .*clip_sample"),
+        ("VQDiffusionScheduler", "cannot be made on this model's scheduler settings"),
+        ("RePaintScheduler", "not a scheduler for latent diffusion"),
+        ("EulerDiscreteScheduler:beta_schedule=none", "cannot be made on this model's scheduler settings"),
+    ],
+)
+def test_schedulers_that_do_not_exist_or_fit(sd1_folder: Path, scheduler: str, reason: str) -> None:
+    with pytest.raises(ModelError, match=reason) as refusal:
+        load_family(sd1_folder, scheduler)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_scheduler_whose_library_is_missing_names_it(sd1_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import diffusers
+
+    class NeedyScheduler:
+        """As diffusers stands in for a class whose library is missing."""
+
+        _backends = ("torch", "torchsde")
+
+    monkeypatch.setattr(diffusers, "NeedyScheduler", NeedyScheduler, raising=False)
+    with pytest.raises(ModelError, match="NeedyScheduler needs torch and torchsde: pip install torch torchsde"):
+        load_family(sd1_folder, "NeedyScheduler")
+
+
+# What the parts compute
+
+
+def test_prompts_are_encoded_as_the_pipeline_does(sd1: Any, sd1_folder: Path) -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(sd1_folder, dtype=torch.float32)
+    request = make_request(prompt="a red circle", negative="green")
+    (found,) = sd1.condition([request])
+    positive, negative = pipe.encode_prompt("a red circle", "cpu", 1, True, "green")
+    contexts = [context["encoder_hidden_states"] for context in found.context]
+    assert torch.allclose(torch.stack(contexts), torch.cat([positive, negative]), atol=1e-6)
+
+
+def test_an_embedding_does_not_depend_on_its_neighbours(sd1_folder: Path) -> None:
+    request = make_request(prompt="a red circle", negative="green")
+    others = [make_request(prompt=f"{k} blue squares", negative=f"{k} stars") for k in range(2 * TEXT_BATCH)]
+    (alone,) = load_family(sd1_folder).condition([request])
+    *_, crowded = load_family(sd1_folder).condition([*others, request])
+    for mine, theirs in zip(alone.context, crowded.context, strict=True):
+        assert torch.equal(mine["encoder_hidden_states"], theirs["encoder_hidden_states"])
+
+
+def test_texts_are_encoded_in_one_shape(sd1_folder: Path) -> None:
+    model: Any = load_family(sd1_folder)
+    shapes = set()
+    model._text_encoder.register_forward_pre_hook(lambda _, inputs: shapes.add(tuple(inputs[0].shape)))
+    for number in (1, TEXT_BATCH, TEXT_BATCH + 1):
+        model.condition([make_request(prompt=f"{number} {k}", guidance=1.0) for k in range(number)])
+    assert shapes == {(TEXT_BATCH, 77)}
+
+
+def test_more_texts_than_are_kept(sd1: Any) -> None:
+    rows = [make_request(prompt=f"{k} circles", negative=f"{k} squares") for k in range(TEXTS_KEPT)]
+    assert len(sd1.condition(rows)) == TEXTS_KEPT
+    again = sd1.condition(rows[:1])[0].context[0]["encoder_hidden_states"]
+    assert torch.equal(again, sd1.condition(rows[:1])[0].context[0]["encoder_hidden_states"])
+
+
+def test_rows_without_guidance_have_no_unconditional_part(sd1: Any) -> None:
+    guided, unguided = sd1.condition([make_request(guidance=1.001), make_request(guidance=1.0)])
+    assert guided.context[1] is not None
+    assert unguided.context[1] is None
+
+
+def test_tokens_are_counted_without_start_and_end(sd1: Any) -> None:
+    texts = ["", "circle", "circle " * 75, "circle " * 76]
+    found = [(c.prompt_tokens, c.prompt_truncated) for c in sd1.condition([make_request(prompt=t) for t in texts])]
+    each = found[1][0]
+    assert found[0] == (0, False)
+    assert found[2] == (75 * each, 75 * each > 75)
+    assert found[3] == (76 * each, True)
+
+
+def test_latents_and_images_have_their_sizes(sd1: Any) -> None:
+    assert sd1.latent_shape(48, 80) == (4, 6, 10)
+    assert sd1.decode(torch.zeros(2, 4, 6, 10)).shape == (2, 3, 48, 80)
+
+
+def test_the_checker_is_loaded_only_where_it_is_wanted(sd1: Any, sd1_folder: Path, sd2_folder: Path) -> None:
+    assert sd1.safety_checker is None
+    with_checker = load_family(sd1_folder, with_checker=True)
+    assert with_checker.safety_checker is not None
+    assert with_checker.feature_extractor is not None
+    assert load_family(sd2_folder).safety_checker is None

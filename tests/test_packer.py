@@ -1,0 +1,179 @@
+"""The packer: rows that come and go in a UNet call of one shape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, HeunDiscreteScheduler
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+from batch_infer.diffusion import Context, Slots, Solver
+from batch_infer.diffusion.guidance import guide
+from batch_infer.diffusion.packer import initial_noise
+from batch_infer.records import SamplingParams
+
+SHAPE = (2, 4, 4)
+CPU = torch.device("cpu")
+
+
+class Network:
+    """A denoiser whose every row is its own, and that remembers the shapes it was called with."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self._layer = torch.nn.Conv2d(2, 2, 3, padding=1)
+        self.shapes: set[tuple[int, ...]] = set()
+
+    @torch.inference_mode()
+    def denoise(self, sample: torch.Tensor, timestep: torch.Tensor, context: Context) -> torch.Tensor:
+        self.shapes.add((*sample.shape, *timestep.shape))
+        prompt = context["prompt"].mean(dim=1).reshape(-1, 1, 1, 1)
+        return torch.tanh(self._layer(sample) + prompt) + timestep.reshape(-1, 1, 1, 1) / 1000
+
+
+@pytest.fixture(scope="module")
+def solver() -> Solver:
+    return Solver(DDIMScheduler(clip_sample=False))
+
+
+def make_slots(size: int = 5) -> Slots[str]:
+    return Slots(Network(), size, SHAPE, CPU, torch.float32)
+
+
+def admit(slots: Slots[str], solver: Solver, name: str, **asked: Any) -> None:
+    """Take in a row that is told by its name: its seed and its prompt are made from it."""
+    seed = sum(name.encode())
+    params = SamplingParams(32, 32, asked.get("steps", 3), asked.get("guidance", 3.0), asked.get("rescale", 0.0))
+    prompt = torch.full((3,), asked.get("prompt", seed / 500))
+    contexts = ({"prompt": prompt}, {"prompt": torch.zeros(3)} if params.guided else None)
+    slots.admit(name, params, seed, solver.table(params.num_inference_steps), contexts)
+
+
+def finish(slots: Slots[str]) -> dict[str, torch.Tensor]:
+    done = {}
+    while slots.busy:
+        done.update({row.tag: row.latents for row in slots.tick()})
+    return done
+
+
+def test_guidance_takes_two_slots_and_none_takes_one(solver: Solver) -> None:
+    slots = make_slots(size=5)
+    admit(slots, solver, "guided")
+    assert slots.free == 3
+    admit(slots, solver, "unguided", guidance=1.0)
+    assert slots.free == 2
+    admit(slots, solver, "guided too", steps=2)
+    assert slots.free == 0
+    assert [row.tag for row in slots.tick()] == []
+    assert [row.tag for row in slots.tick()] == ["guided too"]
+    assert slots.free == 2
+    assert [row.tag for row in slots.tick()] == ["guided", "unguided"]
+    assert (slots.free, slots.busy) == (5, False)
+    assert (slots.ticks, slots.row_forwards) == (3, 5 + 5 + 3)
+
+
+def test_the_call_keeps_its_shape(solver: Solver) -> None:
+    network = Network()
+    slots: Slots[str] = Slots(network, 4, SHAPE, CPU, torch.float32)
+    for steps in (1, 2, 5):
+        admit(slots, solver, "row", steps=steps)
+        finish(slots)
+    assert network.shapes == {(4, *SHAPE, 4)}
+
+
+def test_guidance_without_an_unconditional_part_is_a_bug(solver: Solver) -> None:
+    params = SamplingParams(32, 32, 3, 7.5, 0.0)
+    with pytest.raises(ValueError, match="unconditional"):
+        make_slots().admit("row", params, 0, solver.table(3), ({"prompt": torch.zeros(3)}, None))
+
+
+@pytest.mark.parametrize("asked", [{}, {"guidance": 1.0}, {"rescale": 0.7}, {"steps": 6}], ids=str)
+def test_a_rows_bytes_do_not_depend_on_its_neighbours(solver: Solver, asked: dict[str, Any]) -> None:
+    """Law 1: alone, beside rows of any kind, in other lanes, admitted late, after a row that ended in nan."""
+    alone = make_slots()
+    admit(alone, solver, "the row", **asked)
+    wanted = finish(alone)["the row"]
+
+    crowded = make_slots()
+    admit(crowded, solver, "short", steps=2, guidance=1.0)
+    admit(crowded, solver, "broken", steps=2, prompt=float("nan"))
+    crowded.tick()
+    admit(crowded, solver, "the row", **asked)
+    found = finish(crowded)
+    assert found["broken"].isnan().all()
+    assert torch.equal(found["the row"], wanted)
+
+    admit(crowded, solver, "rescaled", rescale=1.0, steps=9)  # other lanes, and the lanes of the broken row
+    crowded.tick()
+    admit(crowded, solver, "the row", **asked)
+    assert torch.equal(finish(crowded)["the row"], wanted)
+
+
+def test_a_row_is_what_its_sampler_makes_of_its_own_noise() -> None:
+    """Rows of two samplers share the slots; each is compared with its scheduler's own loop."""
+    network, slots = Network(), make_slots(size=4)
+    schedulers = {"ddim": DDIMScheduler(clip_sample=False), "heun": HeunDiscreteScheduler()}
+    for name, scheduler in schedulers.items():
+        admit(slots, Solver(scheduler), name, steps=4)
+    found = finish(slots)
+    for name, scheduler in schedulers.items():
+        scheduler.set_timesteps(4)
+        seed = sum(name.encode())
+        sample = initial_noise(SHAPE, seed)[None] * scheduler.init_noise_sigma
+        context = {"prompt": torch.stack([torch.zeros(3), torch.full((3,), seed / 500)])}
+        for timestep in scheduler.timesteps:
+            pair = scheduler.scale_model_input(torch.cat([sample] * 2), timestep)
+            negative, positive = network.denoise(pair, timestep.float().expand(2), context).chunk(2)
+            output = negative + 3.0 * (positive - negative)
+            sample = scheduler.step(output, timestep, sample, return_dict=False)[0]
+        assert torch.allclose(found[name], sample[0], atol=1e-5 * float(sample.abs().max()))
+
+
+def test_initial_noise_is_what_a_pipeline_draws() -> None:
+    from diffusers.utils.torch_utils import randn_tensor
+
+    wanted = randn_tensor((1, *SHAPE), generator=torch.Generator().manual_seed(2**63 - 1), dtype=torch.float32)
+    assert torch.equal(initial_noise(SHAPE, 2**63 - 1), wanted[0])
+
+
+def test_rows_can_be_given_up(solver: Solver) -> None:
+    slots = make_slots()
+    admit(slots, solver, "one")
+    slots.tick()
+    slots.clear()
+    assert (slots.free, slots.busy) == (5, False)
+    admit(slots, solver, "two")
+    assert finish(slots).keys() == {"two"}
+
+
+def test_guidance_of_each_row_is_diffusers_own() -> None:
+    conditional, unconditional = torch.randn(2, 4, *SHAPE, generator=torch.Generator().manual_seed(0))
+    scale, rescale = torch.tensor([1.0, 7.5, 7.5, 3.0]), torch.tensor([0.0, 0.0, 0.7, 1.0])
+    unconditional[0] = conditional[0]
+    guided = guide(conditional, unconditional, scale, rescale)
+    assert torch.equal(guided[0], conditional[0])
+    for k in range(4):
+        wanted = unconditional[k : k + 1] + scale[k] * (conditional[k : k + 1] - unconditional[k : k + 1])
+        if rescale[k] > 0:
+            wanted = rescale_noise_cfg(wanted, conditional[k : k + 1], float(rescale[k]))
+        assert torch.allclose(guided[k], wanted[0], atol=1e-6)
+    without = guide(conditional, unconditional, scale, None)
+    assert torch.equal(without[:2], guided[:2])
+
+
+def test_a_flat_prediction_is_not_spoiled_by_a_neighbours_rescale() -> None:
+    flat = torch.ones(2, *SHAPE)
+    guided = guide(flat, flat, torch.tensor([7.5, 7.5]), torch.tensor([0.0, 0.7]))
+    assert torch.equal(guided[0], flat[0])
+
+
+def test_rescale_means_nothing_without_guidance(solver: Solver) -> None:
+    found = []
+    for asked in ({"guidance": 1.0}, {"guidance": 0.0}, {"guidance": 1.0, "rescale": 0.7}):
+        slots = make_slots()
+        admit(slots, solver, "row", **asked)
+        found.append(finish(slots)["row"])
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])

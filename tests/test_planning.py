@@ -1,0 +1,135 @@
+"""The plan: what is not done, once each, one size at a time and the long rows first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batch_infer import planning
+from batch_infer.planning import Chunk, chunks, is_done, pending
+from batch_infer.records import FINAL, MAX_ATTEMPTS, PromptRequest, ResultRow, SamplingParams, Source, now
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a manifest would say of an image."""
+
+    status: str
+    fingerprint: str = "f"
+    attempt: int = 1
+    path: str | None = "images/a.png"
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """A manifest's index by hand."""
+
+    kept: dict[tuple[str, int], Kept] = field(default_factory=dict)
+
+    def find(self, key: tuple[str, int]) -> Kept | None:
+        return self.kept.get(key)
+
+
+def request(name: str = "a", *, size: int = 64, steps: int = 20, guidance: float = 5.0) -> PromptRequest:
+    params = SamplingParams(size, size, steps, guidance, 0.0)
+    return PromptRequest(name, 0, "a red circle", None, 1, params, Source("t.csv", 0), "f")
+
+
+def invalid_row(fingerprint: str = "f") -> ResultRow:
+    return ResultRow(
+        id="a", image_index=0, prompt="", status="invalid", error="wrong", finished_at=now(), source_file="t.csv",
+        source_row=0, fingerprint=fingerprint,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("status", ["ok", "flagged", "blocked"])
+def test_a_final_row_is_left_alone_until_it_changes(status: str) -> None:
+    assert status in FINAL
+    assert is_done(request(), Kept(status))
+    assert not is_done(request(), Kept(status, fingerprint="another"))
+    assert not is_done(request(), None)
+
+
+def test_a_failed_row_is_tried_three_times() -> None:
+    tried = [is_done(request(), Kept("failed", attempt=attempt)) for attempt in range(1, 5)]
+    assert tried == [False, False, True, True]
+    assert MAX_ATTEMPTS == 3
+
+
+def test_an_invalid_row_is_told_once() -> None:
+    assert is_done(invalid_row(), Kept("invalid"))
+    assert not is_done(invalid_row(), Kept("invalid", fingerprint="another fault"))
+    assert not is_done(invalid_row(), Kept("ok"))
+    assert not is_done(request(), Kept("invalid")), "it is none any more"
+
+
+def test_what_is_pending_knows_what_it_replaces() -> None:
+    rows = [request("new"), request("done"), request("changed"), invalid_row(), request("failed")]
+    shelf = Shelf(
+        {
+            ("done", 0): Kept("ok"),
+            ("changed", 0): Kept("ok", fingerprint="before", attempt=2, path="images/old.png"),
+            ("failed", 0): Kept("failed", path=None),
+        }
+    )
+    found = [(item.id, item.attempt, item.replaces) for item in pending(rows, shelf)]
+    assert found == [("new", 1, None), ("changed", 3, "images/old.png"), ("failed", 2, None)]
+
+
+def test_chunks_hold_one_size_and_long_rows_come_first() -> None:
+    rows = [request(f"{size}-{steps}-{guidance:g}", size=size, steps=steps, guidance=guidance)
+            for size in (128, 64) for steps in (5, 50) for guidance in (1.0, 5.0)]  # fmt: skip
+    first, second = chunks(rows)
+    assert [item.id for item in first.requests] == ["64-50-5", "64-50-1", "64-5-5", "64-5-1"]
+    assert {item.params.height for item in second.requests} == {128}
+
+
+def test_a_chunk_is_named_by_what_it_holds() -> None:
+    rows = [request("a"), request("b")]
+    (here,), (there,) = chunks(rows), chunks(rows[::-1])
+    assert here.name == there.name
+    (changed,) = chunks([rows[0], replace(rows[1], fingerprint="g")])
+    assert changed.name != here.name
+
+
+def test_no_rows_make_no_chunk() -> None:
+    assert list(chunks([])) == []
+
+
+def test_the_plan_is_made_window_by_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table of any length is read as far as it is planned, and no further."""
+    monkeypatch.setattr(planning, "WINDOW", 10)
+    read = 0
+
+    def rows() -> Any:
+        nonlocal read
+        for read in range(1, 10**9):
+            yield request(f"{read}")
+
+    plan = chunks(rows())
+    next(plan)
+    assert read == 10
+
+
+shapes = st.tuples(st.sampled_from([64, 72, 128]), st.sampled_from([1, 5, 50]), st.sampled_from([1.0, 5.0]))
+
+
+@settings(deadline=None)
+@given(st.lists(shapes, max_size=60), st.integers(1, 20), st.integers(1, 8))
+def test_every_request_is_planned_once(rows: list[tuple[int, int, float]], window: int, chunk: int) -> None:
+    requests = [request(f"{i}", size=size, steps=steps, guidance=guidance)
+                for i, (size, steps, guidance) in enumerate(rows)]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "WINDOW", window)
+        patch.setattr(planning, "CHUNK", chunk)
+        plan: list[Chunk] = list(chunks(requests))
+    planned = [item for piece in plan for item in piece.requests]
+    assert sorted(item.id for item in planned) == sorted(item.id for item in requests)
+    assert all(0 < len(piece.requests) <= chunk for piece in plan)
+    assert all(len(list(groupby(piece.requests, lambda item: item.params.height))) == 1 for piece in plan)
+    assert len({piece.name for piece in plan}) == len(plan)

@@ -1,0 +1,760 @@
+"""`batch-infer run`: from tables to images and results, again and again, whatever ends it in between."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import random
+import re
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from batch_infer.cli.progress import Silent
+from batch_infer.errors import StorageError
+from batch_infer.jobs.run import run as score
+from batch_infer.manifest import SCHEMA
+from batch_infer.models import DEMO_MODEL
+from batch_infer.models.stable_diffusion import StableDiffusion
+from batch_infer.settings import ModelSettings, RowDefaults, RunSettings, SafetySettings, TableSettings
+from batch_infer.sinks import FolderSink
+from tests.runs import assert_whole, hashes, images, results, run, run_json, start, wait_for
+from tests.tables import write_bytes, write_csv, write_parquet
+
+MIXED = [
+    [
+        "id",
+        "prompt",
+        "negative_prompt",
+        "seed",
+        "height",
+        "num_inference_steps",
+        "guidance_scale",
+        "num_images_per_prompt",
+    ],
+    ["a", "a red circle", "", "1", "", "3", "", "2"],
+    ["b", "a small blue square", "dull", "", "", "1", "", ""],
+    ["c", "a green star at the top", "", "", "72", "2", "1.0", ""],
+    ["d", "a red circle", "", "2", "", "5", "0", ""],
+    ["e", "a purple triangle", "", "3", "72", "4", "9.5", ""],
+    ["f", "a sky background", "red", "", "", "2", "2", "3"],
+]
+"""Rows of different sizes, steps and guidance, which share calls and make room for each other."""
+
+
+def open_image(out: Path, row: dict[str, Any]) -> Any:
+    return Image.open(io.BytesIO((out / row["generated_image"]).read_bytes()))
+
+
+def pixels(out: Path, row: dict[str, Any]) -> np.ndarray:
+    return np.asarray(open_image(out, row))
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """Three plain rows."""
+    return write_csv(tmp_path / "prompts.csv", [["prompt"], ["a red circle"], ["a blue square"], ["a green star"]])
+
+
+def model_with_checker(folder: Path, threshold: float) -> Path:
+    """The demo model with a checker that flags all (-2) or nothing (2): similarities are between -1 and 1."""
+    shutil.copytree(DEMO_MODEL, folder)
+    weights = folder / "safety_checker" / "model.safetensors"
+    save_file(
+        {name: torch.full_like(tensor, threshold) if name.endswith("embeds_weights") else tensor
+         for name, tensor in load_file(weights).items()},
+        weights, metadata={"format": "pt"},
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def flagging(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_with_checker(tmp_path_factory.mktemp("models") / "flags-all", -2.0)
+
+
+@pytest.fixture(scope="module")
+def passing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_with_checker(tmp_path_factory.mktemp("models") / "flags-nothing", 2.0)
+
+
+@pytest.fixture(scope="module")
+def mixed_hashes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], str | None]:
+    """The images of the mixed table, rendered in one go."""
+    folder = tmp_path_factory.mktemp("mixed")
+    assert run(write_csv(folder / "t.csv", MIXED), folder / "out").code == 0
+    assert_whole(folder / "out")
+    found = hashes(folder / "out")
+    assert len(set(found.values())) == len(found) == 9
+    return found
+
+
+def settings_of(table: Path, out: Path) -> RunSettings:
+    """What the command makes of `run`'s options here, but for slots and threads."""
+    return RunSettings(
+        TableSettings((str(table),)),
+        out,
+        model=ModelSettings(device="cpu"),
+        defaults=RowDefaults(num_inference_steps=2),
+        safety=SafetySettings(on_flagged="keep"),
+    )
+
+
+# What a run leaves
+
+
+def test_every_row_is_accounted_for_in_input_order(tmp_path: Path, out: Path) -> None:
+    """Good rows and bad ones, carried columns and all, as interface.md has it."""
+    table = write_parquet(
+        tmp_path / "prompts.parquet",
+        status=["mine", None, "x", "y"],
+        prompt=["a red circle", None, "a blue square", "a green star"],
+        num_inference_steps=pa.array([1, 1, 2000, 3], pa.int16()),
+        num_images_per_prompt=[2, 1, 1, 1],
+        seed=[None, 5, 6, 7],
+        tags=[["a"], [], None, ["b", "c"]],
+        when=pa.array([1, 2, 3, None], pa.timestamp("ms")),
+    )
+    done = run(table, out)
+    assert done.code == 3
+    found = pq.read_table(out / "results.parquet")
+    assert found.schema.remove_metadata() == pa.schema(
+        [*SCHEMA, ("input_status", pa.string()), ("tags", pa.list_(pa.field("element", pa.string()))),
+         ("when", pa.timestamp("ms"))]
+    )  # fmt: skip
+    rows = found.to_pylist()
+    assert [(row["id"], row["image_index"], row["status"]) for row in rows] == [
+        ("prompts-00000000", 0, "ok"),
+        ("prompts-00000000", 1, "ok"),
+        ("prompts-00000001", 0, "invalid"),
+        ("prompts-00000002", 0, "invalid"),
+        ("prompts-00000003", 0, "ok"),
+    ]
+    assert [row["source_row"] for row in rows] == [0, 0, 1, 2, 3]
+    assert {row["source_file"] for row in rows} == {str(table)}
+    assert [row["input_status"] for row in rows] == ["mine", "mine", None, "x", "y"]
+    assert [row["tags"] for row in rows] == [["a"], ["a"], [], None, ["b", "c"]]
+    assert [row["error"] for row in rows if row["status"] == "invalid"] == [
+        "the prompt is empty",
+        "num_inference_steps '2000' is not within 1 to 1000",
+    ]
+    assert rows[1]["seed"] == rows[0]["seed"] + 1 < 2**32
+    assert [row["num_inference_steps"] for row in rows] == [1, 1, None, None, 3]
+    assert rows[4]["generated_image"] == "images/prompts-00000/prompts-00000003-0.png"
+    assert_whole(out)
+
+
+def test_what_a_result_says(table: Path, out: Path) -> None:
+    assert run(table, out, "--negative-prompt", "dull", "--guidance-scale", "3", "--limit", "1").code == 0
+    (row,) = results(out)
+    assert (row["prompt"], row["negative_prompt"], row["error"]) == ("a red circle", "dull", None)
+    assert (row["height"], row["width"], row["num_inference_steps"]) == (64, 64, 2)
+    assert (row["guidance_scale"], row["guidance_rescale"], row["scheduler"]) == (3.0, 0.0, "DDIMScheduler")
+    assert (row["prompt_truncated"], row["slots"], row["attempt"]) == (False, 8, 1)
+    assert row["prompt_tokens"] > 0
+    assert row["nsfw_content_detected"] in (True, False)
+    assert row["safety_checker"]
+    assert len(row["safety_scores"]) == 17
+    assert row["seconds"] > 0
+    assert row["worker"]
+    assert row["finished_at"].tzinfo
+    image = open_image(out, row)
+    assert image.size == (64, 64)
+    assert image.text["parameters"].startswith("a red circle\nNegative prompt: dull\nSteps: 2, Sampler: DDIMScheduler,")
+
+
+def test_what_run_json_says(table: Path, out: Path) -> None:
+    run(table, out, "--max-failed", "1%")
+    found = run_json(out)
+    assert found["tables"] == [str(table)]
+    assert found["settings"]["defaults"]["num_inference_steps"] == 2
+    assert set(found["model"]) == {"name", "path", "revision", "family", "fingerprint"}
+    assert Path(found["model"]["path"]) == DEMO_MODEL
+    assert {"torch", "diffusers", "transformers", "python"} <= set(found["versions"])
+    assert (found["compute"]["slots"], found["compute"]["threads"]) == (8, 1)
+    assert found["compute"]["decode_batch"] >= 1
+    summary = found["summary"]
+    assert (summary["rows"], summary["images"], summary["ok"] + summary["flagged"]) == (3, 3, 3)
+    assert summary["seconds"] > 0 < summary["images_per_second"]
+    assert 0 < summary["occupancy"] <= 1
+    assert sum(summary["stage_shares"].values()) == pytest.approx(1, abs=0.01)
+    assert summary["peak_memory"]["host_bytes"] > 2**20
+    assert found["started_at"] < found["finished_at"]
+
+
+def test_image_k_is_the_image_of_seed_plus_k(tmp_path: Path) -> None:
+    """So any image can be asked for by itself."""
+    header = ["id", "prompt", "seed", "num_images_per_prompt"]
+    run(write_csv(tmp_path / "t.csv", [header, ["a", "a red circle", 5, 3]]), tmp_path / "three")
+    run(write_csv(tmp_path / "t.csv", [header, ["b", "a red circle", 7, 1]]), tmp_path / "one")
+    assert hashes(tmp_path / "three")["a", 2] == hashes(tmp_path / "one")["b", 0]
+    assert len(set(hashes(tmp_path / "three").values())) == 3
+
+
+@pytest.mark.parametrize(("image_format", "suffix"), [("jpeg", ".jpg"), ("webp", ".webp")])
+def test_other_image_formats(table: Path, out: Path, image_format: str, suffix: str) -> None:
+    assert run(table, out, "--image-format", image_format, "--limit", "1").code == 0
+    (row,) = results(out)
+    assert row["generated_image"].endswith(suffix)
+    assert open_image(out, row).format == image_format.upper()
+    assert_whole(out)
+
+
+def test_results_in_csv_and_jsonl_with_images_in_base64(table: Path, out: Path) -> None:
+    assert run(table, out, "--results", "csv", "--results", "jsonl", "--base64").code == 0
+    with (out / "results.csv").open(newline="") as stream:
+        from_csv = list(csv.DictReader(stream))
+    from_json = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    for row, text, other in zip(results(out), from_csv, from_json, strict=True):
+        assert text["id"] == other["id"] == row["id"]
+        assert text["generated_image"] == other["generated_image"]
+        content = base64.b64decode(text["generated_image"], validate=True)
+        assert content == (out / row["generated_image"]).read_bytes()
+        assert Image.open(io.BytesIO(content)).format == "PNG"
+
+
+@pytest.mark.parametrize("ids", [["../../x", "/etc/passwd", "a/b"], ["A", "a", "nul"], ["x" * 300, "名前 🎨", "a\nb"]])
+def test_no_id_leads_out_of_out(tmp_path: Path, ids: list[str]) -> None:
+    table = write_csv(tmp_path / "in" / "t.csv", [["id", "prompt"], *([name, "a red circle"] for name in ids)])
+    assert run(table, tmp_path / "deep" / "out").code == 0
+    assert [row["id"] for row in results(tmp_path / "deep" / "out")] == ids
+    assert_whole(tmp_path / "deep" / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "deep"}
+    assert {path.name for path in (tmp_path / "deep").iterdir()} == {"out"}
+
+
+def test_a_file_that_cannot_be_read_costs_one_result(tmp_path: Path, table: Path, out: Path) -> None:
+    folder = tmp_path / "tables"
+    write_bytes(folder / "a.csv", table.read_bytes())
+    write_bytes(folder / "b.parquet", b"PAR1 and no more")
+    done = run(folder, out)
+    assert done.code == 3
+    assert [row["status"] for row in results(out)].count("invalid") == 1
+    assert "b.parquet cannot be read" in results(out)[-1]["error"]
+    assert "b.parquet cannot be read" in done.stderr
+
+
+# Exit codes and what is said
+
+
+@pytest.mark.parametrize(
+    ("budget", "code"), [("0", 3), ("1", 3), ("2", 0), ("10%", 3), ("50%", 0)], ids=lambda value: str(value)
+)
+def test_how_many_rows_may_fail(tmp_path: Path, out: Path, budget: str, code: int) -> None:
+    table = write_csv(tmp_path / "t.csv", [["prompt", "seed"], ["", ""], ["a red circle", "x"], ["a", ""], ["b", ""]])
+    assert run(table, out, "--max-failed", budget).code == code
+    assert run(table, out, "--max-failed", budget).code == code, "and so it is when there is nothing left to do"
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--steps", "0"], "num_inference_steps '0' is not within 1 to 1000"),
+        (["--height", "13"], "height '13' is not within"),
+        (["--guidance-scale", "nan"], "guidance_scale 'nan' is not a number"),
+        (["--seed", "-1"], "seed '-1' is not within"),
+        (["--column", "prompt=caption"], "has no column 'caption'"),
+        (["--column", "colour=x"], "--column colour=x"),
+        (["--max-failed", "few"], "--max-failed few"),
+        (["--scheduler", "No:Scheduler"], "is not key=value"),
+        (["--scheduler", "NoScheduler"], "diffusers has no scheduler NoScheduler"),
+        (["--model", "./missing"], "missing"),
+        (["--safety", "none", "--require-safety"], "do not go together"),
+        (["--device", "cuda"], "finds no CUDA device"),
+        (["--steps", "ten"], "'ten' is not a valid integer"),
+        (["--nonsense"], "No such option"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_usage_errors_render_nothing(table: Path, out: Path, options: list[str], sentence: str) -> None:
+    if "cuda" in options and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    done = run(table, out, *options)
+    assert (done.code, done.stdout) == (2, "")
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not images(out)
+    assert not (out / "results.parquet").exists()
+
+
+def test_a_table_that_is_not_there(tmp_path: Path, out: Path) -> None:
+    done = run(tmp_path / "missing.csv", out)
+    assert (done.code, out.exists()) == (2, False)
+    assert done.stderr == f"batch-infer: {tmp_path}/missing.csv: no such file or folder\n"
+
+
+def test_a_file_where_out_should_be(tmp_path: Path, table: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    done = run(table, tmp_path / "file")
+    assert done.code == 2
+    assert "cannot write to" in done.stderr
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_summary_goes_to_stdout(table: Path, out: Path) -> None:
+    first = run(table, out, "--results", "csv").stdout
+    assert re.match(r"3 rows · \d ok · \d flagged\n3 images in [\d.]+ s \([\d.]+ images/s, slots \d+% full\)\n", first)
+    assert f"{out}/results.parquet, {out}/results.csv" in first
+    assert "nothing to do: all of it was done before" in run(table, out).stdout
+
+
+def test_json_for_scripts(table: Path, out: Path) -> None:
+    done = run(table, out, "--json")
+    assert json.loads(done.stdout) == run_json(out)["summary"]
+
+
+def test_quiet_is_silent_on_success_alone(tmp_path: Path, table: Path, out: Path) -> None:
+    done = run(table, out, "-q")
+    assert (done.code, done.stdout, done.stderr) == (0, "", "")
+    write_csv(table, [["prompt"], [""]])
+    done = run(table, out, "-q")
+    assert done.code == 3
+    assert "1 invalid" in done.stdout
+
+
+def test_invalid_rows_are_told_on_stderr_and_in_the_log(tmp_path: Path, out: Path) -> None:
+    """The first twenty: the results name them all."""
+    table = write_csv(tmp_path / "t.csv", [["prompt", "seed"], *(["x", "none"] for _ in range(30))])
+    done = run(table, out)
+    assert done.stderr.count("seed 'none' is not a whole number") == 20
+    assert "t.csv, row 19 (t-00000019): seed 'none'" in done.stderr
+    assert "30 invalid rows in all" in done.stderr
+    assert "t.csv, row 29 (t-00000029): seed 'none'" in (out / "logs" / "worker-0.log").read_text()
+    assert not images(out)
+
+
+def test_options_from_the_environment(table: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flag beats it."""
+    monkeypatch.setenv("BATCH_INFER_STEPS", "3")
+    monkeypatch.setenv("BATCH_INFER_GUIDANCE_SCALE", "4")
+    monkeypatch.setenv("BATCH_INFER_RESULTS", "csv jsonl")
+    monkeypatch.setenv("BATCH_INFER_LIMIT", "1")
+    run(table, out)
+    (row,) = results(out)
+    assert (row["num_inference_steps"], row["guidance_scale"]) == (2, 4.0)
+    assert (out / "results.csv").exists() and (out / "results.jsonl").exists()
+    monkeypatch.setenv("BATCH_INFER_LIMIT", "none")
+    assert run(table, out).code == 2
+
+
+# Running again
+
+
+def parts(out: Path) -> set[str]:
+    return {path.name for path in (out / "manifest").iterdir()}
+
+
+def test_what_is_done_is_left_alone(table: Path, out: Path) -> None:
+    run(table, out)
+    before = parts(out), {path: (out / path).stat().st_mtime_ns for path in images(out)}
+    done = run(table, out, "--json")
+    assert (done.code, json.loads(done.stdout)["rendered"]) == (0, 0)
+    assert before == (parts(out), {path: (out / path).stat().st_mtime_ns for path in images(out)})
+
+
+def test_an_appended_table_costs_what_was_appended(table: Path, out: Path) -> None:
+    run(table, out)
+    before = hashes(out)
+    with table.open("a") as stream:
+        stream.write("a purple triangle\n")
+    assert json.loads(run(table, out, "--json").stdout)["rendered"] == 1
+    assert len(hashes(out)) == 4
+    assert before.items() <= hashes(out).items()
+    assert_whole(out)
+
+
+def test_a_changed_row_is_done_anew_and_leaves_no_old_file(table: Path, out: Path) -> None:
+    run(table, out)
+    before = hashes(out)
+    write_csv(table, [["prompt"], ["a red circle"], ["an orange square"], ["a green star"]])
+    assert json.loads(run(table, out, "--json", "--image-format", "webp").stdout)["rendered"] == 1
+    first, changed, last = results(out)
+    assert [row["attempt"] for row in (first, changed, last)] == [1, 2, 1]
+    assert changed["prompt"] == "an orange square"
+    assert changed["generated_image"].endswith("prompts-00000001-0.webp")
+    assert {key for key, value in hashes(out).items() if before[key] != value} == {("prompts-00000001", 0)}
+    assert_whole(out)
+
+
+def test_other_columns_can_change_for_nothing(table: Path, out: Path) -> None:
+    run(table, out)
+    rows = [["note", "prompt"], ["1", "a red circle"], ["2", "a blue square"], ["3", "a green star"]]
+    done = run(write_csv(table, rows), out, "--json")
+    assert json.loads(done.stdout)["rendered"] == 0
+    assert [row["note"] for row in results(out)] == ["1", "2", "3"]
+
+
+def test_rows_that_left_the_table_are_kept_and_not_told(table: Path, out: Path) -> None:
+    run(table, out)
+    before, rows = hashes(out), table.read_text()
+    write_csv(table, [["prompt"], ["a red circle"]])
+    assert json.loads(run(table, out, "--json").stdout)["rows"] == 1
+    assert list(hashes(out)) == [("prompts-00000000", 0)]
+    assert len(images(out)) == 3
+    table.write_text(rows)
+    assert json.loads(run(table, out, "--json").stdout)["rendered"] == 0, "they come back for nothing"
+    assert hashes(out) == before
+
+
+def test_a_row_that_turns_invalid_lets_its_image_go(table: Path, out: Path) -> None:
+    run(table, out)
+    write_csv(table, [["prompt", "seed"], ["a red circle"], ["a blue square", "x"], ["a green star"]])
+    assert run(table, out).code == 3
+    assert [row["status"] == "invalid" for row in results(out)] == [False, True, False]
+    assert_whole(out)
+    write_csv(table, [["prompt"], ["a red circle"], ["a blue square"], ["a green star"]])
+    assert run(table, out).code == 0
+    assert_whole(out)
+
+
+def test_slots_and_threads_are_kept(table: Path, out: Path) -> None:
+    """Bytes depend on them, and a run that goes on is one run."""
+    run(table, out, "--slots", "6", "--limit", "1")
+    score(settings_of(table, out), Silent())
+    assert (run_json(out)["compute"]["slots"], run_json(out)["compute"]["threads"]) == (6, 1)
+    assert [row["slots"] for row in results(out)] == [6, 6, 6]
+
+
+@pytest.mark.parametrize(
+    ("options", "what", "value"),
+    [
+        (["--scheduler", "EulerDiscreteScheduler"], "scheduler DDIMScheduler", "scheduler EulerDiscreteScheduler"),
+        (["--safety", "none"], "safety ", "safety none"),
+        (["--on-flagged", "drop"], "safety .*, on flagged keep", "safety .*, on flagged drop"),
+        (["--dtype", "bfloat16"], "dtype float32", "dtype bfloat16"),
+        (["--model", "MODEL"], "model built-in demo model", "model /"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_another_run_on_the_same_out_is_refused(
+    table: Path, out: Path, passing: Path, options: list[str], what: str, value: str
+) -> None:
+    run(table, out, "--limit", "1")
+    before = {path: path.read_bytes() for path in out.rglob("*.*") if path.is_file() and path.suffix != ".log"}
+    done = run(table, out, *(str(passing) if option == "MODEL" else option for option in options))
+    assert done.code == 2
+    assert re.search(
+        rf"{re.escape(str(out))} was made with {what}.*, and this run has {value}.*--overwrite", done.stderr
+    )
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_overwrite_begins_anew(table: Path, out: Path) -> None:
+    run(table, out, "--results", "csv", "--image-format", "jpeg")
+    (out / "notes.txt").write_text("mine")
+    done = run(table, out, "--scheduler", "EulerDiscreteScheduler", "--overwrite", "--limit", "2", "--json")
+    assert (done.code, json.loads(done.stdout)["rendered"]) == (0, 2)
+    assert {row["scheduler"] for row in results(out)} == {"EulerDiscreteScheduler"}
+    assert (out / "notes.txt").read_text() == "mine"
+    assert not (out / "results.csv").exists()
+    assert_whole(out)
+
+
+@pytest.mark.parametrize(
+    "options", [["--steps", "0"], ["--column", "prompt=x"], ["--model", "./missing"]], ids=" ".join
+)
+def test_overwrite_removes_nothing_for_a_run_that_cannot_be(table: Path, out: Path, options: list[str]) -> None:
+    run(table, out, "--limit", "1")
+    before = hashes(out)
+    assert run(table, out, "--overwrite", *options).code == 2
+    assert hashes(out) == before
+    assert_whole(out)
+
+
+def test_out_may_lie_among_the_tables(table: Path) -> None:
+    out = table.parent / "out"
+    for _ in range(2):
+        done = run(table.parent, out, "--results", "csv", "--json")
+        assert (done.code, json.loads(done.stdout)["rows"]) == (0, 3)
+
+
+# Law 1: an image depends on its row, the model and the run's settings alone
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_shuffled_rows_give_the_same_images(
+    tmp_path: Path, mixed_hashes: dict[tuple[str, int], str | None], seed: int
+) -> None:
+    header, *rows = MIXED
+    random.Random(seed).shuffle(rows)
+    assert run(write_csv(tmp_path / "t.csv", [header, *rows]), tmp_path / "out").code == 0
+    assert hashes(tmp_path / "out") == mixed_hashes
+
+
+def test_a_table_in_pieces_gives_the_same_images(
+    tmp_path: Path, mixed_hashes: dict[tuple[str, int], str | None]
+) -> None:
+    header, *rows = MIXED
+    for name, piece in (("z", rows[:1]), ("y", rows[1:4]), ("x", rows[4:])):
+        write_csv(tmp_path / "tables" / f"{name}.csv", [header, *piece])
+    assert run(tmp_path / "tables", tmp_path / "out").code == 0
+    assert hashes(tmp_path / "out") == mixed_hashes
+
+
+def test_rows_one_by_one_give_the_same_images(tmp_path: Path, mixed_hashes: dict[tuple[str, int], str | None]) -> None:
+    """An appended row at a time, each in a run of its own, with the slots otherwise empty."""
+    for count in range(2, len(MIXED) + 1):
+        assert run(write_csv(tmp_path / "t.csv", MIXED[:count]), tmp_path / "out").code == 0
+    assert hashes(tmp_path / "out") == mixed_hashes
+
+
+# Safety
+
+
+@pytest.mark.parametrize("policy", ["blank", "keep", "blur", "quarantine", "drop"])
+def test_what_is_stored_of_a_flagged_image(tmp_path: Path, table: Path, flagging: Path, policy: str) -> None:
+    plain, out = tmp_path / "plain", tmp_path / "out"
+    assert run(table, plain, "--model", flagging, "--safety", "none").code == 0
+    done = run(table, out, "--model", flagging, "--on-flagged", policy)
+    assert done.code == 0, "a flagged row is a row accounted for"
+    assert "3 rows · 0 ok · 3 flagged" in done.stdout
+    for row, unjudged in zip(results(out), results(plain), strict=True):
+        assert (row["status"], row["nsfw_content_detected"]) == ("flagged", True)
+        assert re.match(r"the safety check flagged the image \(concept_\d+ \+\d", row["error"])
+        assert max(row["safety_scores"].values()) > 0
+        match policy:
+            case "drop":
+                assert (row["generated_image"], row["sha256"], row["image_bytes"]) == (None, None, None)
+            case "blank":
+                assert pixels(out, row).max() == 0
+            case "blur":
+                assert not np.array_equal(pixels(out, row), pixels(plain, unjudged))
+                assert pixels(out, row).mean() == pytest.approx(pixels(plain, unjudged).mean(), abs=8)
+            case "keep" | "quarantine":
+                assert row["sha256"] == unjudged["sha256"]
+                assert row["generated_image"].split("/")[0] == {"keep": "images", "quarantine": "quarantine"}[policy]
+    assert_whole(out)
+    assert json.loads(run(table, out, "--model", flagging, "--on-flagged", policy, "--json").stdout)["rendered"] == 0
+
+
+def test_a_checker_that_flags_nothing(table: Path, out: Path, passing: Path) -> None:
+    assert run(table, out, "--model", passing, "--require-safety", "--safety", "checker").code == 0
+    for row in results(out):
+        assert (row["status"], row["nsfw_content_detected"], row["error"]) == ("ok", False, None)
+        assert max(row["safety_scores"].values()) < 0
+
+
+def test_where_nobody_was_asked_the_answer_is_null(table: Path, out: Path, flagging: Path) -> None:
+    done = run(table, out, "--model", flagging, "--safety", "none")
+    assert (done.code, "checker" in done.stderr) == (0, False)
+    for row in results(out):
+        assert (row["status"], row["nsfw_content_detected"]) == ("ok", None)
+        assert (row["safety_checker"], row["safety_scores"]) == (None, None)
+
+
+def test_a_model_without_a_checker_is_said_to_have_none(table: Path, out: Path, sd2_folder: Path) -> None:
+    done = run(table, out, "--model", sd2_folder, "--limit", "1")
+    assert done.code == 0
+    assert done.stderr.count("has no safety checker: nsfw_content_detected will be null") == 1
+    assert [row["nsfw_content_detected"] for row in results(out)] == [None]
+
+
+@pytest.mark.parametrize("options", [["--require-safety"], ["--safety", "checker"]], ids=" ".join)
+def test_a_model_without_a_checker_can_be_refused(table: Path, out: Path, sd2_folder: Path, options: list[str]) -> None:
+    done = run(table, out, "--model", sd2_folder, *options)
+    assert (done.code, out.exists()) == (2, False)
+    assert "has no safety checker" in done.stderr
+
+
+# Rows and machines that fail
+
+
+def test_a_row_that_fails_is_tried_three_times(table: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is done again once it changes."""
+    with monkeypatch.context() as patch:
+        patch.setattr(StableDiffusion, "decode", lambda self, latents: torch.full((len(latents), 3, 64, 64), torch.nan))
+        for attempt in (1, 2, 3, 3):
+            assert run(table, out).code == 3
+            assert [(row["status"], row["attempt"]) for row in results(out)] == [("failed", attempt)] * 3
+        assert "not finite" in results(out)[0]["error"]
+        assert results(out)[0]["generated_image"] is None
+        assert len(parts(out)) == 3
+    assert run(table, out, "--negative-prompt", "dull").code == 0
+    assert_whole(out)
+
+
+def test_a_failed_row_that_goes_well_later(table: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(StableDiffusion, "decode", lambda self, latents: torch.full((len(latents), 3, 64, 64), torch.nan))
+        assert run(table, out).code == 3
+    assert run(table, out).code == 0
+    assert {row["attempt"] for row in results(out)} == {2}
+    assert_whole(out)
+
+
+def test_a_full_disk_ends_the_run_and_keeps_what_is_done(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = write_csv(tmp_path / "t.csv", [["prompt"], *([f"prompt {i}"] for i in range(12))])
+    assert run(table, out, "--limit", "4").code == 0
+    before, write = hashes(out), FolderSink.write
+    written: list[str] = []
+
+    def fill(self: FolderSink, path: str, content: bytes) -> Any:
+        written.append(path)
+        if len(written) > 3:
+            raise StorageError(f"cannot write {path}: No space left on device")
+        return write(self, path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderSink, "write", fill)
+        done = run(table, out)
+        assert done.code == 75
+        assert "No space left on device" in done.stderr
+        assert "Traceback" not in done.stderr
+    assert run(table, out).code == 0
+    assert before.items() <= hashes(out).items()
+    assert len(hashes(out)) == 12
+    assert_whole(out)
+
+
+def test_a_run_that_is_stopped_before_it_renders_tells_what_it_knows(tmp_path: Path, out: Path) -> None:
+    table = write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"], [""]])
+    summary = score(settings_of(table, out), Silent(), lambda: True)
+    assert (summary.interrupted, summary.counts.left, summary.counts.invalid) == (True, 1, 1)
+    assert [row["status"] for row in results(out)] == ["invalid"]
+
+
+# Signals, in processes of their own
+
+
+@pytest.fixture
+def long_table(tmp_path: Path) -> Path:
+    return write_csv(tmp_path / "long.csv", [["prompt"], *([f"a red circle, {i}"] for i in range(24))])
+
+
+STEPS = ("--steps", "10")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, int], str | None]]:
+    """The images of the long table, by a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    table = write_csv(folder / "long.csv", [["prompt"], *([f"a red circle, {i}"] for i in range(24))])
+    assert run(table, folder / "out", *STEPS).code == 0
+    yield hashes(folder / "out")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_ends_a_run_in_order(
+    long_table: Path, out: Path, undisturbed: dict[tuple[str, int], str | None], number: signal.Signals
+) -> None:
+    """A second run is told to come again; the first keeps what is finished, says so, and can be gone on with."""
+    with start(long_table, out, *STEPS) as process:
+        assert wait_for(process, lambda: bool(images(out)))
+        second = run(long_table, out, *STEPS)
+        assert second.code == 75
+        assert "is held by another run (" in second.stderr
+        assert f"process {process.pid}," in second.stderr
+        process.send_signal(number)
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 75, stderr
+    assert "batch-infer: stopping" in stderr
+    assert "Traceback" not in stderr
+    kept = hashes(out)
+    assert 0 < len(kept) < 24
+    assert f"stopped early: {24 - len(kept)} left; run the same command again to go on" in stdout
+    assert run_json(out)["summary"]["interrupted"]
+    assert_whole(out)
+    done = run(long_table, out, *STEPS, "--json")
+    assert (done.code, json.loads(done.stdout)["rendered"]) == (0, 24 - len(kept))
+    assert hashes(out) == undisturbed
+    assert_whole(out)
+
+
+EARLY = """
+import os, signal, sys
+class Early:
+    def find_spec(self, name, path=None, target=None):
+        if name == "pyarrow":
+            os.kill(os.getpid(), signal.SIGTERM)
+sys.meta_path.insert(0, Early())
+from batch_infer.__main__ import main
+main()
+"""
+"""The command, with a signal that comes while it still loads its libraries."""
+
+
+def test_a_signal_at_the_very_start_ends_a_run_in_order(table: Path, out: Path) -> None:
+    with start(table, out, program=("-c", EARLY)) as process:
+        stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 75, stderr
+    assert "stopped early: 3 left" in stdout
+    assert not images(out)
+
+
+IMPATIENT = """
+import batch_infer.worker
+batch_infer.worker.COMMIT_SECONDS = 0.3
+from batch_infer.__main__ import main
+main()
+"""
+"""The command with a part every third of a second: more moments to be killed at."""
+
+
+def killed_and_gone_on_with(table: Path, out: Path, random_: random.Random, times: int) -> int:
+    """Kill a run that many times, after a few images each, and then let it end; how often it was under way."""
+    killed = 0
+    for _ in range(times):
+        enough = len(images(out)) + random_.randint(0, 6)
+        with start(table, out, *STEPS, program=("-c", IMPATIENT)) as process:
+            wait_for(process, lambda enough=enough: len(images(out)) >= enough)
+            time.sleep(random_.uniform(0, 0.5))
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+        killed += process.returncode == -signal.SIGKILL
+    assert run(table, out, *STEPS).code == 0
+    return killed
+
+
+def test_a_run_killed_at_any_moment_completes(
+    long_table: Path, out: Path, undisturbed: dict[tuple[str, int], str | None]
+) -> None:
+    """Every row once, every file whole, nothing left behind, and the same bytes."""
+    assert killed_and_gone_on_with(long_table, out, random.Random(0), times=3) > 1
+    assert hashes(out) == undisturbed
+    assert [row["source_row"] for row in results(out)] == list(range(24))
+    assert_whole(out)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(1, 9))
+def test_a_run_killed_again_and_again_completes(
+    long_table: Path, out: Path, undisturbed: dict[tuple[str, int], str | None], seed: int
+) -> None:
+    killed_and_gone_on_with(long_table, out, random.Random(seed), times=8)
+    assert hashes(out) == undisturbed
+    assert_whole(out)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(20))
+def test_any_order_and_cut_gives_the_same_images(
+    tmp_path: Path, mixed_hashes: dict[tuple[str, int], str | None], seed: int
+) -> None:
+    random_ = random.Random(seed)
+    header, *rows = MIXED
+    random_.shuffle(rows)
+    cut = sorted(random_.sample(range(len(rows) + 1), 2))
+    for number, piece in enumerate((rows[: cut[0]], rows[cut[0] : cut[1]], rows[cut[1] :])):
+        write_csv(tmp_path / "tables" / f"{number}.csv", [header, *piece])
+    assert run(tmp_path / "tables", tmp_path / "out").code == 0
+    assert hashes(tmp_path / "out") == mixed_hashes

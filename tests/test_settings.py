@@ -1,0 +1,144 @@
+"""Settings: what texts and options mean, and the sentence where they mean nothing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from batch_infer.cli.options import run_settings
+from batch_infer.cli.run import run as command
+from batch_infer.errors import SettingsError
+from batch_infer.settings import FIELDS, FailureBudget, RunSettings, SchedulerSpec, TableSettings
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "options"),
+    [
+        ("DDIMScheduler", "DDIMScheduler", {}),
+        ("A:", "A", {}),
+        ("A:x=true", "A", {"x": True}),
+        ("A:x=True,y=None", "A", {"x": True, "y": None}),
+        ("A: y = 2 , x = 0.5", "A", {"x": 0.5, "y": 2}),
+        ("A:x=trailing", "A", {"x": "trailing"}),
+        ('A:x="trailing"', "A", {"x": "trailing"}),
+        ("A:x=", "A", {"x": ""}),
+        ("A:x=a=b", "A", {"x": "a=b"}),
+    ],
+)
+def test_schedulers_and_their_options(text: str, name: str, options: dict[str, Any]) -> None:
+    spec = SchedulerSpec.parse(text)
+    assert (spec.name, dict(spec.options)) == (name, options)
+    assert SchedulerSpec.parse(str(spec)) == spec, "it can be said as it is written down"
+
+
+def test_the_order_of_options_is_no_matter() -> None:
+    assert SchedulerSpec.parse("A:x=1,y=2") == SchedulerSpec.parse("A:y=2,x=1")
+
+
+@pytest.mark.parametrize("text", ["", ":x=1", "A B", "A:x", "A:=1", "A:x=1,", "A:x y=1", "torch.nn:x=1"])
+def test_what_is_no_scheduler_is_named(text: str) -> None:
+    with pytest.raises(SettingsError, match="--scheduler "):
+        SchedulerSpec.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "rows", "most"),
+    [("0", 100, 0), ("5", 100, 5), ("1%", 100, 1), ("1%", 99, 0), ("2.5 %", 1000, 25), ("100%", 7, 7), ("0%", 7, 0)],
+)
+def test_how_many_rows_may_fail(text: str, rows: int, most: int) -> None:
+    budget = FailureBudget.parse(text)
+    assert budget.allows(most, rows)
+    assert not budget.allows(most + 1, rows)
+
+
+@pytest.mark.parametrize("text", ["", "-1", "2.5", "ten", "%", "101%", "-1%", "nan%", "inf%"])
+def test_what_is_no_number_of_failures(text: str) -> None:
+    with pytest.raises(SettingsError, match=r"--max-failed .*: say a number of rows \(5\) or a share"):
+        FailureBudget.parse(text)
+
+
+def parse(*arguments: str) -> RunSettings:
+    """The settings of a command line."""
+    with click.Context(command, info_name="run") as context:
+        command.parse_args(context, ["t.csv", *arguments])
+        return run_settings(context.params)
+
+
+def test_what_nobody_said_is_the_default() -> None:
+    assert parse() == RunSettings(TableSettings(("t.csv",)), Path("batch-infer-out"), output=parse().output)
+    assert parse().output.results == ()
+    assert (parse().safety.mode, parse().safety.on_flagged, parse().max_failed.count) == ("auto", "blank", 0)
+
+
+def test_every_option_has_its_place() -> None:
+    found = asdict(
+        parse(
+            *("--out", "o", "--column", "prompt=caption", "--column", "height=", "--limit", "3", "--model", "m"),
+            *("--revision", "r", "--variant", "fp16", "--dtype", "bfloat16", "--device", "cpu", "--scheduler", "A:x=1"),
+            *("--slots", "6", "--threads", "2", "--steps", "4", "--guidance-scale", "2", "--guidance-rescale", "0.5"),
+            *("--height", "72", "--width", "80", "--negative-prompt", "n", "--images-per-prompt", "2", "--seed", "9"),
+            *("--safety", "checker", "--on-flagged", "drop", "--require-safety", "--image-format", "webp"),
+            *("--results", "csv", "--results", "jsonl", "--base64", "--max-failed", "1%", "--overwrite"),
+        )
+    )
+    assert found == {
+        "table": {"tables": ("t.csv",), "columns": {"prompt": "caption", "height": ""}, "limit": 3},
+        "out": Path("o"),
+        "model": {
+            "name": "m",
+            "revision": "r",
+            "variant": "fp16",
+            "dtype": "bfloat16",
+            "device": "cpu",
+            "scheduler": {"name": "A", "options": (("x", 1),)},
+        },
+        "defaults": {
+            "num_inference_steps": 4,
+            "guidance_scale": 2.0,
+            "guidance_rescale": 0.5,
+            "height": 72,
+            "width": 80,
+            "negative_prompt": "n",
+            "num_images_per_prompt": 2,
+            "seed": 9,
+        },
+        "safety": {"mode": "checker", "on_flagged": "drop", "required": True},
+        "output": {"image_format": "webp", "results": ("csv", "jsonl"), "base64": True},
+        "compute": {"slots": 6, "threads": 2},
+        "max_failed": {"count": 0, "percent": 1.0},
+        "overwrite": True,
+    }
+
+
+def test_settings_can_be_written_down() -> None:
+    assert json.loads(json.dumps(asdict(parse("--scheduler", "A:x=1")), default=str))["out"] == "batch-infer-out"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--column", "prompt"], "--column prompt: say FIELD=NAME"),
+        (["--column", "colour=x"], f"--column colour=x: .* one of {', '.join(FIELDS)}"),
+        (["--base64"], "add --results csv or --results jsonl"),
+        (["--base64", "--results", "parquet"], "add --results csv or --results jsonl"),
+        (["--scheduler", "A:x"], "'x' is not key=value"),
+        (["--max-failed", "some"], "--max-failed some"),
+    ],
+)
+def test_options_that_mean_nothing(arguments: list[str], sentence: str) -> None:
+    with pytest.raises(SettingsError, match=sentence):
+        parse(*arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--slots", "1"], ["--threads", "0"], ["--limit", "0"], ["--steps", "ten"], ["--results", "xml"], ["--no"]],
+)
+def test_options_that_click_refuses(arguments: list[str]) -> None:
+    with pytest.raises(click.UsageError):
+        parse(*arguments)

@@ -1,0 +1,152 @@
+"""Where images are stored: under OUT and nowhere else, whole, and no two of them at one place."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import unicodedata
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from batch_infer.errors import StorageError
+from batch_infer.records import PromptRequest, SamplingParams, Source
+from batch_infer.sinks import FolderSink
+from batch_infer.sinks.folder import plain_name
+
+PLAIN = ["a", "row-00000012", "a.b_c-d", "0", "_", "x" * 80, "prompts-2026.05"]
+relaxed = settings(deadline=None)
+STRANGE = [
+    *("", ".", "..", "../../x", "/etc/passwd", "a/b", "a\\b", "C:\\x", "~", "~root", "-rf", "a b", "a.", ".hidden"),
+    *(
+        "x" * 300,
+        "a\nb",
+        "a\0b",
+        "名前",
+        "🎨",
+        "é",
+        "e\N{COMBINING ACUTE ACCENT}",
+        "\udcff",
+        "A",
+        "a:b",
+        "a*?<>|",
+        "%2e%2e",
+    ),
+    *("con", "nul", "aux", "prn", "com1", "lpt9", "con.txt", "NUL", "~a"),
+]
+
+
+def request(name: str, *, index: int = 0, file: str = "t.csv", row: int = 0) -> PromptRequest:
+    return PromptRequest(name, index, "x", None, 1, SamplingParams(64, 64, 2, 5.0, 0.0), Source(file, row), "f")
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_plain_name_is_kept(name: str) -> None:
+    assert plain_name(name) == name
+
+
+@pytest.mark.parametrize("name", STRANGE, ids=ascii)
+def test_a_strange_name_becomes_a_plain_one(name: str) -> None:
+    found = plain_name(name)
+    assert found != name
+    assert re.fullmatch(r"[A-Za-z0-9_-]{0,60}~[0-9a-f]{16}", found)
+
+
+def same_file(name: str) -> str:
+    """What file systems make of a name that tell neither capitals nor ways to write an accent apart."""
+    return unicodedata.normalize("NFKC", name).casefold().rstrip(". ")
+
+
+def test_no_two_strange_names_meet() -> None:
+    names = [
+        *PLAIN,
+        *STRANGE,
+        *(plain_name(name) for name in STRANGE),
+        *(name.upper() for name in PLAIN if name != "_"),
+    ]
+    names = list(dict.fromkeys(names))
+    assert len({same_file(plain_name(name)) for name in names}) == len(names)
+
+
+@relaxed
+@given(st.text(), st.text())
+@example("a", "A")
+@example("e\N{COMBINING ACUTE ACCENT}", "\N{LATIN SMALL LETTER E WITH ACUTE}")
+@example("a", "a.")
+def test_no_two_names_meet(one: str, other: str) -> None:
+    assert (one == other) == (same_file(plain_name(one)) == same_file(plain_name(other)))
+
+
+@relaxed
+@given(st.text(), st.integers(0, 999), st.text(), st.integers(0, 10**9))
+def test_a_path_stays_in_out(name: str, index: int, file: str, row: int) -> None:
+    path = FolderSink(Path("/out"), ".png").path_of(request(name, index=index, file=file, row=row))
+    assert re.fullmatch(r"images/[A-Za-z0-9_.~-]+-\d{5,}/[A-Za-z0-9_.~-]+-\d+\.png", path)
+    assert all(len(part) <= 120 and part not in (".", "..") for part in path.split("/"))
+    assert os.path.normpath(path) == path
+
+
+@relaxed
+@given(
+    st.tuples(st.text("a-0", max_size=4), st.integers(0, 11)), st.tuples(st.text("a-0", max_size=4), st.integers(0, 11))
+)
+def test_no_two_images_of_a_table_meet(one: tuple[str, int], other: tuple[str, int]) -> None:
+    """`a-1`, image 0, is not `a`, image 10."""
+    paths = {FolderSink(Path(), ".png").path_of(request(name, index=index)) for name, index in {one, other}}
+    assert len(paths) == len({one, other})
+
+
+@pytest.mark.parametrize(
+    ("file", "row", "folder"),
+    [
+        ("prompts.csv", 0, "prompts-00000"),
+        ("/data/x/prompts.parquet", 999, "prompts-00000"),
+        ("prompts.csv", 1000, "prompts-00001"),
+        ("prompts.csv", 123_456_789, "prompts-123456"),
+        ("prompts.v2.csv", 0, "prompts-00000"),
+    ],
+)
+def test_a_folder_holds_a_thousand_rows_of_a_file(file: str, row: int, folder: str) -> None:
+    sink = FolderSink(Path(), ".webp")
+    assert sink.path_of(request("a", index=3, file=file, row=row)) == f"images/{folder}/a-3.webp"
+    assert sink.path_of(request("a", file=file, row=row), quarantine=True) == f"quarantine/{folder}/a-0.webp"
+
+
+def test_what_is_stored_is_told(tmp_path: Path) -> None:
+    sink = FolderSink(tmp_path, ".png")
+    stored = sink.write("images/t-00000/a-0.png", b"first")
+    assert sink.write("images/t-00000/a-0.png", b"second") != stored
+    file = tmp_path / stored.path
+    assert file.read_bytes() == b"second"
+    assert (stored.sha256, stored.image_bytes) == (hashlib.sha256(b"first").hexdigest(), 5)
+    sink.flush([stored.path])
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
+    sink.remove(stored.path)
+    sink.remove(stored.path)
+    assert not file.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "images").write_text("a file where the folder should be")
+    with pytest.raises(StorageError, match=re.escape(str(tmp_path / "images/t/a.png"))):
+        FolderSink(tmp_path, ".png").write("images/t/a.png", b"x")
+
+
+def test_an_image_that_is_gone_cannot_be_flushed(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="cannot flush .*a.png: No such file"):
+        FolderSink(tmp_path, ".png").flush(["images/a.png"])
+
+
+@pytest.mark.parametrize("path", ["../precious", "images/../../precious", "/precious", "images/link/precious"])
+def test_nothing_outside_out_is_removed(tmp_path: Path, path: str) -> None:
+    """Paths come from manifest parts, and a part is a file like any other."""
+    precious = tmp_path / "precious"
+    precious.touch()
+    out = tmp_path / "out"
+    (out / "images").mkdir(parents=True)
+    (out / "images" / "link").symlink_to(tmp_path)
+    FolderSink(out).remove(path if path != "/precious" else str(precious))
+    assert precious.exists()

@@ -1,0 +1,723 @@
+"""Tables of prompts: every row comes back once, as requests or as the one sentence about what is wrong with it."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import os
+import re
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from batch_infer.errors import SettingsError, TableError
+from batch_infer.manifest import SCHEMA
+from batch_infer.records import PromptRequest, ResultRow, SamplingParams
+from batch_infer.settings import RowDefaults
+from batch_infer.table import RowRules
+from tests.tables import (
+    RULES,
+    fault_of,
+    open_tables,
+    read,
+    read_requests,
+    write_bytes,
+    write_csv,
+    write_parquet,
+)
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables are named as users name them, relative to where they are."""
+    monkeypatch.chdir(tmp_path)
+
+
+def one_row(**cells: Any) -> Path:
+    """A CSV table of one row with a prompt."""
+    return write_csv(Path("one.csv"), [["prompt", *cells], ["a red circle", *cells.values()]])
+
+
+# Which files a TABLE is
+
+
+def test_csv_and_parquet_say_the_same() -> None:
+    columns = {"prompt": ["a red circle", "a blue square"], "seed": [3, 4], "height": [64, 128]}
+    from_csv = read_requests(write_csv(Path("t.csv"), [list(columns), *zip(*columns.values(), strict=True)]))
+    from_parquet = read_requests(write_parquet(Path("t.parquet"), **columns))
+    assert [request.fingerprint for request in from_csv] == [request.fingerprint for request in from_parquet]
+    assert [request.params.height for request in from_csv] == [64, 128]
+
+
+def test_a_folder_is_read_by_name_and_in_depth() -> None:
+    for name in ("b.csv", "a.CSV", "deep/er/c.csv", ".hidden.csv", "_temporary/d.csv", ".git/e.csv"):
+        write_csv(Path("prompts", name), [["prompt"], [name]])
+    write_parquet(Path("prompts/d.parquet"), prompt=["d.parquet"])
+    Path("prompts/notes.txt").write_text("no table")
+    found = {request.id: request.prompt for request in read_requests("prompts")}
+    assert found == {
+        "a-00000000": "a.CSV",
+        "b-00000000": "b.csv",
+        "d-00000000": "d.parquet",
+        "deep-er-c-00000000": "deep/er/c.csv",
+    }
+    assert [request.source.file for request in read_requests("prompts")][0] == "prompts/a.CSV"
+
+
+def test_a_glob_names_rows_by_what_follows_its_fixed_part() -> None:
+    for name in ("2026/may/a.csv", "2026/june/a.csv", "2025/may/a.csv"):
+        write_csv(Path("prompts", name), [["prompt"], [name]])
+    found = [request.id for request in read_requests("prompts/2026/*/a.csv")]
+    assert found == ["june-a-00000000", "may-a-00000000"]
+    assert len(read_requests("prompts/**/*.csv")) == 3
+
+
+def test_a_name_with_brackets_is_a_file_before_it_is_a_glob() -> None:
+    assert len(read_requests(write_csv(Path("run[1].csv"), [["prompt"], ["x"]]))) == 1
+
+
+def test_a_file_named_twice_is_read_once() -> None:
+    table = write_csv(Path("t.csv"), [["prompt"], ["x"]])
+    assert len(read_requests(table, "./t.csv", table.resolve(), "*.csv")) == 1
+
+
+def test_results_in_the_folder_are_no_table() -> None:
+    """`run .` leaves its OUT among the tables, and is run again."""
+    write_csv(Path("t.csv"), [["prompt"], ["x"]])
+    for out in (Path("batch-infer-out"), Path(), Path("deep/out")):
+        write_bytes(out / "run.json", b"{}")
+        write_parquet(out / "manifest" / "part-0.parquet", prompt=["a result"])
+        write_parquet(out / "results.parquet", prompt=["a result"])
+        write_csv(out / "results.csv", [["prompt"], ["a result"]])
+    write_csv(Path("manifest/named-so-by-chance.csv"), [["prompt"], ["in the folder that is an OUT itself"]])
+    write_csv(Path("elsewhere/manifest/results.csv"), [["prompt"], ["no run.json beside it"]])
+    for argument in (".", "**/*.csv", "./*.*"):
+        assert "a result" not in [request.prompt for request in read_requests(argument)]
+    assert {request.prompt for request in read_requests(".")} == {"x", "no run.json beside it"}
+    assert len(read_requests("results.csv")) == 1, "what is named is read"
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ("missing.csv", "missing.csv: no such file or folder"),
+        ("notes.txt", "notes.txt: unknown ending .txt"),
+        ("Makefile", r"Makefile: unknown ending \(none\)"),
+        ("empty", r"empty: the folder holds no table \(.csv or .parquet\)"),
+        ("empty/*.csv", r"empty/\*.csv: the glob matches no table"),
+        ("missing/**/*.csv", "the glob matches no table"),
+    ],
+)
+def test_what_is_no_table_is_named(argument: str, sentence: str) -> None:
+    Path("empty").mkdir()
+    Path("empty/notes.txt").touch()
+    Path("notes.txt").touch()
+    Path("Makefile").touch()
+    with pytest.raises(TableError, match=sentence):
+        open_tables(argument)
+
+
+def test_a_file_name_that_is_not_utf_8_costs_nothing() -> None:
+    name = os.fsdecode(b"caf\xe9.csv")
+    write_csv(Path(name), [["prompt", "seed"], ["x", "1"], ["y", "one"]])
+    good, bad = read(name)
+    for item in (good, bad):
+        item.id.encode()
+    assert isinstance(bad, ResultRow)
+    bad.source_file.encode()
+
+
+# Ids
+
+
+def test_default_ids_count_rows_from_0() -> None:
+    table = write_csv(Path("sub/prompts.csv"), [["prompt"], *([f"prompt {i}"] for i in range(12))])
+    found = read_requests(table)
+    assert [request.id for request in found][::11] == ["prompts-00000000", "prompts-00000011"]
+    assert [request.source.row for request in found] == list(range(12))
+
+
+def test_two_files_of_one_stem_are_refused_with_the_way_out() -> None:
+    tables = [write_csv(Path(folder, "a.csv"), [["prompt"], [folder]]) for folder in ("x", "y")]
+    with pytest.raises(TableError, match=r"x/a.csv and y/a.csv .* \(a-00000000, ...\): rename one, .* id column"):
+        open_tables(*tables)
+    assert [request.id for request in read_requests(".")] == ["x-a-00000000", "y-a-00000000"]
+
+
+def test_two_files_of_one_stem_with_ids_are_fine() -> None:
+    tables = [write_csv(Path(folder, "a.csv"), [["id", "prompt"], [folder, "p"]]) for folder in ("x", "y")]
+    assert [request.id for request in read_requests(*tables)] == ["x", "y"]
+
+
+def test_a_file_in_a_folder_may_not_be_taken_for_one_in_another() -> None:
+    write_csv(Path("t/a/b.csv"), [["prompt"], ["1"]])
+    write_csv(Path("t/a-b.csv"), [["prompt"], ["2"]])
+    with pytest.raises(TableError, match="same ids"):
+        open_tables("t")
+
+
+def test_an_id_that_stands_twice_costs_the_later_row() -> None:
+    table = write_csv(Path("t.csv"), [["id", "prompt"], ["a", "1"], ["a", "2"], ["b", "3"]])
+    first, later, other = read(table)
+    assert (first.id, later.id, other.id) == ("a", "t-00000001", "b")
+    assert isinstance(later, ResultRow)
+    assert later.error == "the id 'a' stands twice"
+    assert later.prompt == "2"
+
+
+def test_an_id_in_the_shape_of_a_default_id_takes_nothing_away() -> None:
+    rows = [["t-00000001", "1"], ["", "2"], ["t-00000000", "3"], ["t-00000001", "4"]]
+    found = read(write_csv(Path("t.csv"), [["id", "prompt"], *rows]))
+    assert len({item.key for item in found}) == 4
+    assert [isinstance(item, ResultRow) for item in found] == [False, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("values", "ids"),
+    [
+        ([7, 8], ["7", "8"]),
+        ([7.0, None], ["7", "t-00000001"]),
+        ([b"caf\xc3\xa9", b"b"], ["café", "b"]),
+        (["", "b"], ["t-00000000", "b"]),
+        ([datetime.date(2026, 5, 1), None], ["2026-05-01", "t-00000001"]),
+    ],
+    ids=lambda values: type(values[0]).__name__,
+)
+def test_ids_of_any_type_are_text(values: list[Any], ids: list[str]) -> None:
+    table = write_parquet(Path("t.parquet"), id=values, prompt=["1", "2"])
+    assert [request.id for request in read_requests(table)] == ids
+
+
+# Fields and carried columns
+
+
+def test_other_columns_are_carried_as_they_are() -> None:
+    """Of the type and the value that they have."""
+    columns = {
+        "number": pa.array([1, None], pa.int16()),
+        "real": pa.array([0.1, None], pa.float32()),
+        "when": pa.array([1, None], pa.timestamp("ns", "Europe/Berlin")),
+        "how_long": pa.array([1, None], pa.duration("us")),
+        "price": pa.array([Decimal("1.50"), None]),
+        "raw": pa.array([b"\xff\x00", None]),
+        "tags": pa.array([["a", "b"], None]),
+        "nested": pa.array([{"a": {"b": [1]}}, None]),
+        "map": pa.array([[("k", 1), ("k", 2)], None], pa.map_(pa.string(), pa.int64())),
+        "nothing": pa.nulls(2),
+    }
+    table = write_parquet(Path("t.parquet"), prompt=["x", "y"], **columns)
+    tables = open_tables(table)
+    written = pq.read_table(table).select(columns)
+    assert tables.carried.equals(written.schema.remove_metadata())
+    found = list(tables.rows(RULES))
+    arrays = [pa.array([item.carried[field.name] for item in found], field.type) for field in tables.carried]
+    assert pa.table(arrays, tables.carried).equals(written.replace_schema_metadata())
+
+
+def test_categories_and_wide_strings_are_carried_as_text() -> None:
+    category = pa.array(["a", "b"]).dictionary_encode()
+    table = write_parquet(
+        Path("t.parquet"), prompt=["x", "y"], category=category, wide=pa.array(["a", "b"], pa.large_string())
+    )
+    assert open_tables(table).carried.types == [pa.string()] * 2
+
+
+def test_carried_columns_with_the_name_of_a_result_column() -> None:
+    header = ["prompt", "status", "generated_image", "input_generated_image", "mine"]
+    (request,) = read_requests(write_csv(Path("t.csv"), [header, ["x", "1", "2", "3", "4"]]))
+    assert request.carried == {
+        "input_status": "1",
+        "input_input_generated_image": "2",
+        "input_generated_image": "3",
+        "mine": "4",
+    }
+    assert not set(open_tables("t.csv").carried.names) & set(SCHEMA.names)
+
+
+def test_files_with_other_columns_share_one_schema() -> None:
+    write_csv(Path("t/a.csv"), [["prompt", "a"], ["x", "1"]])
+    write_parquet(Path("t/b.parquet"), prompt=["y"], b=[2])
+    first, second = read_requests("t")
+    assert (first.carried, second.carried) == ({"a": "1"}, {"b": 2})
+    assert open_tables("t").carried.names == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "meeting"),
+    [
+        (pa.array([1]), pa.array(["x"]), pa.string()),
+        (pa.array([1], pa.int8()), pa.array([2**40]), pa.int64()),
+        (pa.array([1]), pa.array([2.5]), pa.float64()),
+        (pa.array([2**60 + 1]), pa.array([2.5]), pa.float64()),
+        (pa.array([-1]), pa.array([2**63 + 1], pa.uint64()), pa.string()),
+        (pa.array([2**63 + 1], pa.uint64()), pa.array([0], pa.uint8()), pa.uint64()),
+        (pa.array([True]), pa.array([1]), pa.string()),
+        (pa.nulls(1), pa.array([3]), pa.int64()),
+        (pa.array([Decimal("1.5")]), pa.array([2.5]), pa.string()),
+        (pa.array([Decimal("1.5")]), pa.array([Decimal("1.55555")]), pa.string()),
+        (pa.array([b"\xff"]), pa.array(["x"]), pa.string()),
+        (pa.array([1], pa.timestamp("s")), pa.array([1], pa.timestamp("us")), pa.string()),
+        (pa.array([[1]]), pa.array([["x"]]), pa.string()),
+        (pa.array([{"a": 1}]), pa.array([{"b": "x"}]), pa.string()),
+    ],
+    ids=lambda value: str(value if isinstance(value, pa.DataType) else value.type),
+)
+def test_types_that_differ_between_files_meet(first: pa.Array, second: pa.Array, meeting: pa.DataType) -> None:
+    """In a type that holds both, or in text: carrying a column through never ends a run."""
+    for name, array, other in (("a", first, second), ("b", second, first)):
+        write_parquet(Path(name, "a.parquet"), prompt=["x"], column=array)
+        write_parquet(Path(name, "b.parquet"), prompt=["y"], column=other)
+        assert open_tables(name).carried.field("column").type == meeting
+        assert len(read_requests(name)) == 2
+
+
+def test_a_field_can_have_another_name() -> None:
+    table = write_csv(Path("t.csv"), [["caption", "prompt", "n"], ["a red circle", "the other", "2"]])
+    found = read_requests(table, columns={"prompt": "caption", "num_images_per_prompt": "n"})
+    assert [request.prompt for request in found] == ["a red circle"] * 2
+    assert found[0].carried == {"input_prompt": "the other"}
+
+
+def test_a_field_can_be_left_to_the_carried_columns() -> None:
+    (request,) = read_requests(one_row(height="tall"), columns={"height": ""})
+    assert request.params.height == 64
+    assert request.carried == {"input_height": "tall"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "sentence"),
+    [
+        ({}, "has no column 'prompt' for prompt; try --column 'prompt= Prompt'"),
+        ({"prompt": "caption"}, r"has no column 'caption' for prompt; .* --column 'prompt= Prompt'"),
+        ({"prompt": ""}, "has no column '' for prompt"),
+        ({"prompt": " Prompt", "seed": "luck"}, "has no column 'luck' for seed; it has ' Prompt', 'text'"),
+    ],
+)
+def test_a_column_that_is_not_there_is_named(columns: dict[str, str], sentence: str) -> None:
+    table = write_csv(Path("t.csv"), [[" Prompt", "text"], ["x", "y"]])
+    with pytest.raises(TableError, match=sentence):
+        open_tables(table, columns=columns)
+
+
+def test_two_columns_of_one_name_are_refused() -> None:
+    with pytest.raises(TableError, match="t.csv has two columns named 'seed'; rename one"):
+        open_tables(write_csv(Path("t.csv"), [["prompt", "seed", "seed"], ["x", "1", "2"]]))
+
+
+def test_limit_counts_rows_and_not_images() -> None:
+    table = write_csv(Path("t.csv"), [["prompt", "num_images_per_prompt"], ["a", 2], ["", 1], ["c", 1]])
+    assert [item.source.row for item in read_requests(table, limit=1)] == [0, 0]
+    assert len(read(table, limit=2)) == 3
+    assert len(read(table, limit=99)) == 4
+
+
+# Cells
+
+
+@pytest.mark.parametrize("empty", [None, "", float("nan")], ids=str)
+def test_a_cell_that_says_nothing_takes_the_default(empty: Any) -> None:
+    rules = RowRules(RowDefaults(30, 6.0, 0.5, 128, 72, "blurry", 2, 7), RULES.sizes, "f")
+    names = ("negative_prompt", "seed", "height", "width", "num_inference_steps", "guidance_scale")
+    values = {name: [empty] for name in (*names, "guidance_rescale", "num_images_per_prompt")}
+    said = read_requests(write_parquet(Path("t.parquet"), prompt=["x"], **values), rules=rules)
+    unsaid = read_requests(write_parquet(Path("t.parquet"), prompt=["x"]), rules=rules)
+    assert said == unsaid
+    assert [request.params for request in said] == [SamplingParams(128, 72, 30, 6.0, 0.5)] * 2
+    assert said[0].negative_prompt == "blurry"
+
+
+def test_a_row_is_over_the_defaults() -> None:
+    cells = {"height": 16, "width": 512, "num_inference_steps": 1000, "guidance_scale": 100, "guidance_rescale": 1}
+    (request,) = read_requests(one_row(**cells, negative_prompt="dull", seed=2**63 - 1))
+    assert request.params == SamplingParams(16, 512, 1000, 100.0, 1.0)
+    assert (request.negative_prompt, request.seed) == ("dull", 2**63 - 1)
+
+
+@pytest.mark.parametrize("text", ["11", "11.0", " 11 ", "1.1e1", "+11", "11." + 50 * "0"])
+def test_whole_numbers(text: str) -> None:
+    (request,) = read_requests(one_row(num_inference_steps=text))
+    assert request.params.num_inference_steps == 11
+
+
+@pytest.mark.parametrize("value", [11, 11.0, Decimal("11.00")], ids=repr)
+def test_whole_numbers_of_any_type(value: Any) -> None:
+    (request,) = read_requests(write_parquet(Path("t.parquet"), prompt=["x"], num_inference_steps=[value]))
+    assert request.params.num_inference_steps == 11
+
+
+WHOLE = ("seed", "height", "width", "num_inference_steps", "num_images_per_prompt")
+REAL = ("guidance_scale", "guidance_rescale")
+NO_NUMBERS = ["ten", "nan", "inf", "-inf", "sNaN", "1,5", "0x10", "--1", "true", "½", " ", "1e99999999999999999999"]
+NOT_WHOLE = ["2.5", "1e-3", "1e-999999999", "0.1" + 100 * "0" + "1", 40 * "9" + ".5"]
+OUT_OF_RANGE = ["-2", str(10**23), "1e999999", "1e9999999", "-1e999999999", 5000 * "9"]
+
+
+@pytest.mark.parametrize("text", [*NO_NUMBERS, *NOT_WHOLE, *OUT_OF_RANGE], ids=lambda text: text[:20])
+@pytest.mark.parametrize("field", WHOLE)
+def test_numbers_that_are_not_whole_or_out_of_range(field: str, text: str) -> None:
+    """The sentence names the column, shows the cell and says what is wrong with it, at no length."""
+    fault = fault_of(one_row(**{field: text}))
+    assert re.fullmatch(rf"{field} '.{{1,40}}' is not (a whole number|within \d+ to \d+)", fault)
+    if text in OUT_OF_RANGE:
+        assert "within" in fault
+
+
+@pytest.mark.parametrize("text", [*NO_NUMBERS, *OUT_OF_RANGE], ids=lambda text: text[:20])
+@pytest.mark.parametrize("field", REAL)
+def test_reals_that_are_none_or_out_of_range(field: str, text: str) -> None:
+    fault = fault_of(one_row(**{field: text}))
+    assert re.fullmatch(rf"{field} '.{{1,40}}' is not (a number|within 0 to 1(00)?)", fault)
+
+
+@pytest.mark.parametrize("value", [True, [1], b"11", datetime.date(2026, 1, 1)], ids=repr)
+def test_what_is_no_number_in_parquet(value: Any) -> None:
+    table = write_parquet(Path("t.parquet"), prompt=["x"], num_inference_steps=[value])
+    assert "is not a whole number" in fault_of(table)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("height", 13, "height '13' is not within 16 to 512"),
+        ("height", 20, "height 20 is not a multiple of 8; the nearest is 16"),
+        ("width", 100, "width 100 is not a multiple of 8; the nearest is 96"),
+        ("width", 100_000, "width '100000' is not within 16 to 512"),
+        ("height", 0, "height '0' is not within 16 to 512"),
+        ("num_inference_steps", 0, "num_inference_steps '0' is not within 1 to 1000"),
+        ("num_inference_steps", 1001, "num_inference_steps '1001' is not within 1 to 1000"),
+        ("guidance_scale", 100.5, "guidance_scale '100.5' is not within 0 to 100"),
+        ("guidance_rescale", 1.01, "guidance_rescale '1.01' is not within 0 to 1"),
+        ("num_images_per_prompt", 0, "num_images_per_prompt '0' is not within 1 to 1000"),
+        ("seed", 2**63, f"seed '{2**63}' is not within 0 to {2**63 - 1}"),
+    ],
+)
+def test_values_that_no_model_takes(field: str, value: Any, sentence: str) -> None:
+    assert fault_of(one_row(**{field: value})) == sentence
+
+
+def test_sizes_follow_the_model() -> None:
+    sizes = [{"height": 8 * k, "width": 8 * (66 - k)} for k in range(2, 65)]
+    table = write_csv(Path("t.csv"), [["prompt", "height", "width"], *(["x", *size.values()] for size in sizes)])
+    assert [request.params.height for request in read_requests(table)] == [size["height"] for size in sizes]
+
+
+def test_all_faults_of_a_row_are_told() -> None:
+    fault = fault_of(one_row(height=13, seed="x", guidance_scale="y"))
+    assert [part.split()[0] for part in fault.split("; ")] == ["seed", "height", "guidance_scale"]
+
+
+def test_defaults_are_held_to_the_rules_of_rows() -> None:
+    RULES.check()
+    with pytest.raises(SettingsError, match="num_inference_steps '0' is not within 1 to 1000; guidance_scale"):
+        RowRules(RowDefaults(0, 101.0, 0.0, 64, 64), RULES.sizes, "f").check()
+
+
+# Seeds and fingerprints
+
+
+def test_derived_seeds_are_stable_and_the_rows_own() -> None:
+    """Written down: a number that changes here changes every image that anybody made without a seed."""
+    rows = [["a", "1"], ["b", "2"], ["c", "3"]]
+    whole = {item.id: item.seed for item in read_requests(write_csv(Path("t.csv"), [["id", "prompt"], *rows]))}
+    apart = {item.id: item.seed for item in read_requests(write_csv(Path("u.csv"), [["id", "prompt"], *rows[::-1]]))}
+    assert whole == apart == {"a": 1595580616, "b": 2832508741, "c": 1358304166}
+
+
+def test_the_seed_option_changes_the_seeds_that_are_derived() -> None:
+    table = write_csv(Path("t.csv"), [["prompt", "seed"], ["x", ""], ["y", "5"]])
+    other = RowRules(RowDefaults(20, 5.0, 0.0, 64, 64, seed=1), RULES.sizes, "the run")
+    first, second = (([item.seed for item in read_requests(table, rules=rules)]) for rules in (RULES, other))
+    assert first[0] != second[0]
+    assert first[1] == second[1] == 5
+    assert max(first[0], second[0]) < 2**32
+
+
+def test_image_k_has_seed_plus_k() -> None:
+    found = read_requests(one_row(seed=41, num_images_per_prompt=3))
+    assert [(item.image_index, item.seed) for item in found] == [(0, 41), (1, 42), (2, 43)]
+    assert len({item.fingerprint for item in found}) == 3
+
+
+def test_seeds_that_would_overflow_are_refused() -> None:
+    assert "leaves no room for 2 images" in fault_of(one_row(seed=2**63 - 1, num_images_per_prompt=2))
+
+
+def test_a_fingerprint_is_of_all_that_decides_the_image_and_nothing_else() -> None:
+    plain = {"id": "a", "prompt": "x", "seed": 1}
+
+    def fingerprint(rules: RowRules = RULES, **changes: Any) -> str:
+        cells = {**plain, **changes}
+        (request,) = read_requests(write_csv(Path("t.csv"), [list(cells), list(cells.values())]), rules=rules)
+        return request.fingerprint
+
+    moving = [
+        fingerprint(prompt="y"),
+        fingerprint(seed=2),
+        fingerprint(negative_prompt="y"),
+        fingerprint(height=128),
+        fingerprint(width=128),
+        fingerprint(num_inference_steps=21),
+        fingerprint(guidance_scale=6),
+        fingerprint(guidance_rescale=0.5),
+        fingerprint(RowRules(RULES.defaults, RULES.sizes, "another run")),
+    ]
+    assert len({fingerprint(), *moving}) == len(moving) + 1
+    assert fingerprint() == fingerprint(id="b") == fingerprint(carried="c") == fingerprint(num_inference_steps="20.0")
+
+
+# What files can hold
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"\xef\xbb\xbfprompt,n\na,1\nb,2\n", id="byte order mark"),
+        pytest.param(b"prompt,n\r\na,1\r\nb,2\r\n", id="CRLF"),
+        pytest.param(b"prompt,n\ra,1\rb,2\r", id="CR"),
+        pytest.param(b'"prompt","n"\n"a","1"\n"b","2"', id="quotes, and no last line end"),
+        pytest.param(b"\n\nprompt,n\n\na,1\n\n\nb,2\n\n", id="blank lines"),
+        pytest.param(b"n,prompt\n1,a\n2,b\n", id="any order"),
+    ],
+)
+def test_ways_to_write_csv(content: bytes) -> None:
+    found = read_requests(write_bytes(Path("t.csv"), content))
+    assert [(item.id, item.prompt, item.carried["n"]) for item in found] == [
+        ("t-00000000", "a", "1"),
+        ("t-00000001", "b", "2"),
+    ]
+
+
+def test_newlines_commas_and_quotes_in_prompts() -> None:
+    prompts = ["two\nlines", "two\r\nlines", "a, b", 'say "circle"', " spaces ", "名前 🎨 é"]
+    table = write_csv(Path("t.csv"), [["prompt"], *([prompt] for prompt in prompts)])
+    assert [request.prompt for request in read_requests(table)] == prompts
+
+
+def test_a_long_prompt() -> None:
+    prompt = "word " * 20_000
+    assert read_requests(write_csv(Path("t.csv"), [["prompt"], [prompt]]))[0].prompt == prompt
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        pytest.param(b"caf\xe9,1,z", "column 'prompt' is not UTF-8: save the table as UTF-8", id="Latin-1 prompt"),
+        pytest.param(b"y,1,caf\xe9", "column 'n' is not UTF-8: save the table as UTF-8", id="Latin-1 carried"),
+        pytest.param(b"\xed\xa0\x80,1,z", "column 'prompt' is not UTF-8", id="a surrogate in UTF-8"),
+        pytest.param(b"y,1,z,more", "line 3 has 4 cells where the header names 3", id="too many cells"),
+        pytest.param(b'"y"y,1,z', "line 3 cannot be read as CSV", id="text after a quote"),
+        pytest.param(b"a\0b,1,z", "NUL", id="NUL"),
+        pytest.param(b",1,z", "the prompt is empty", id="no prompt"),
+        pytest.param(b" \t ,1,z", "the prompt is empty", id="a blank prompt"),
+        pytest.param(b"y,one,z", "seed 'one' is not a whole number", id="a word for a number"),
+        pytest.param(b"y,\xff,z", "column 'seed' is not UTF-8", id="a byte for a number"),
+    ],
+)
+def test_a_bad_line_costs_its_own_row(line: bytes, sentence: str) -> None:
+    table = write_bytes(Path("t.csv"), b"prompt,seed,n\nx,1,1\n" + line + b"\nz,3,3\n")
+    first, bad, last = read(table)
+    assert isinstance(bad, ResultRow)
+    assert sentence in (bad.error or "")
+    assert (bad.id, bad.source_row) == ("t-00000001", 1)
+    assert isinstance(first, PromptRequest)
+    assert isinstance(last, PromptRequest)
+    assert (last.prompt, last.seed, last.id) == ("z", 3, "t-00000002")
+
+
+def test_an_invalid_row_keeps_what_can_be_kept() -> None:
+    table = write_bytes(Path("t.csv"), b"id,prompt,n\nmine,caf\xe9,caf\xe9\n")
+    (bad,) = read(table)
+    assert isinstance(bad, ResultRow)
+    assert (bad.id, bad.prompt, bad.carried) == (
+        "mine",
+        "caf\N{REPLACEMENT CHARACTER}",
+        {"n": "caf\N{REPLACEMENT CHARACTER}"},
+    )
+
+
+@pytest.mark.parametrize("content", [b"caf\xe9", b"a\0b"], ids=["Latin-1", "NUL"])
+def test_an_id_that_is_no_text_costs_its_row(content: bytes) -> None:
+    first, last = read(write_bytes(Path("t.csv"), b"id,prompt\n" + content + b",x\nb,y\n"))
+    assert isinstance(first, ResultRow)
+    assert (first.id, last.id) == ("t-00000000", "b")
+
+
+def test_a_short_row_leaves_its_last_cells_empty() -> None:
+    (request,) = read_requests(write_bytes(Path("t.csv"), b"prompt,seed,n\nx\n"))
+    assert request.carried == {"n": None}
+
+
+def test_an_unclosed_quote_costs_the_rows_that_it_swallows() -> None:
+    """And says which lines those are."""
+    first, bad = read(write_bytes(Path("t.csv"), b'prompt\nx\n"y\nz\nz\n'))
+    assert isinstance(first, PromptRequest)
+    assert isinstance(bad, ResultRow)
+    assert re.match(r"lines 3 to 5 cannot be read as CSV: .*; is a quote left open\?", bad.error or "")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", "t.csv is empty"),
+        (b"\n\r\n", "t.csv is empty"),
+        ("prompt\nx\n".encode("utf-16"), "t.csv is UTF-16; save it as UTF-8"),
+        ("prompt\nx\n".encode("utf-16-be"), "t.csv has no column 'prompt'"),
+        ("prompt,größe\nx,1\n".encode("latin-1"), "t.csv has a header that is not UTF-8; save it as UTF-8"),
+        (b"some text\nmore\n", "t.csv has no column 'prompt' for prompt; it has 'some text'"),
+    ],
+    ids=["empty", "blank", "UTF-16", "UTF-16 without a mark", "Latin-1 header", "no table"],
+)
+def test_files_that_cannot_be_read(content: bytes, sentence: str) -> None:
+    with pytest.raises(TableError, match=sentence):
+        open_tables(write_bytes(Path("t.csv"), content))
+
+
+def test_a_header_alone_is_a_table_of_no_rows() -> None:
+    assert read(write_bytes(Path("t.csv"), b"prompt,seed\n")) == []
+    assert read(write_parquet(Path("t.parquet"), prompt=pa.array([], pa.string()))) == []
+
+
+def test_a_file_that_cannot_be_read_costs_one_result() -> None:
+    write_csv(Path("t/a.csv"), [["prompt"], ["x"]])
+    write_bytes(Path("t/b.parquet"), write_parquet(Path("whole.parquet"), prompt=["y"] * 100).read_bytes()[:-10])
+    write_csv(Path("t/c.csv"), [["caption"], ["z"]])
+    write_csv(Path("t/d.csv"), [["prompt"], ["x"]])
+    first, truncated, unnamed, last = read("t")
+    assert (first.id, truncated.id, unnamed.id, last.id) == tuple(f"{stem}-00000000" for stem in "abcd")
+    assert isinstance(truncated, ResultRow)
+    assert re.match("t/b.parquet cannot be read: ", truncated.error or "")
+    assert isinstance(unnamed, ResultRow)
+    assert "t/c.csv has no column 'prompt'" in (unnamed.error or "")
+
+
+def test_where_no_file_can_be_read_each_is_told() -> None:
+    tables = [write_bytes(Path("a.parquet"), b"PAR1 and so on"), write_bytes(Path("b.csv"), b"")]
+    with pytest.raises(TableError, match=r"a.parquet cannot be read: .*\nb.csv is empty"):
+        open_tables(*tables)
+
+
+def test_a_parquet_file_damaged_in_the_middle_gives_what_stands_before() -> None:
+    path = write_parquet(Path("t.parquet"), prompt=[f"prompt {i}" for i in range(10)])
+    with pq.ParquetWriter(
+        path, pa.schema([("prompt", pa.string())]), compression="none", use_dictionary=False
+    ) as writer:
+        for start in range(3):
+            writer.write_table(pa.table({"prompt": [f"prompt {start}-{i}" for i in range(2000)]}))
+        second = 30_000
+    content = bytearray(path.read_bytes())
+    content[second : second + 20_000] = bytes(20_000)
+    path.write_bytes(content)
+    found = read(path)
+    assert isinstance(found[-1], ResultRow)
+    assert "the file breaks off here" in (found[-1].error or "")
+    assert len({item.key for item in found}) == len(found) > 1
+
+
+def test_text_in_parquet_that_is_not_utf_8_costs_its_own_row() -> None:
+    """Arrow takes a writer's word that its strings are UTF-8."""
+    data = pa.array([b"one", b"caf\xe9", b"three"], pa.binary())
+    text = pa.Array.from_buffers(pa.string(), 3, data.buffers())
+    for columns in ({"prompt": text}, {"prompt": ["1", "2", "3"], "carried": text}):
+        first, bad, last = read(write_parquet(Path("t.parquet"), **columns))
+        assert isinstance(bad, ResultRow)
+        assert "UTF-8" in (bad.error or "").replace("utf-8", "UTF-8")
+        assert (bad.id, bad.source_row) == ("t-00000001", 1)
+        assert isinstance(first, PromptRequest)
+        assert isinstance(last, PromptRequest)
+
+
+def test_a_date_that_python_has_no_type_for_costs_its_own_row() -> None:
+    when = pa.array([0, 2**60, 1], pa.timestamp("us"))
+    first, bad, last = read(write_parquet(Path("t.parquet"), prompt=["x", "y", "z"], when=when))
+    assert isinstance(bad, ResultRow)
+    assert isinstance(first, PromptRequest)
+    assert isinstance(last, PromptRequest)
+    assert last.source.row == 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sentence"),
+    [
+        (7, "prompt '7' is not text but int"),
+        (["x"], r"prompt .* is not text but list"),
+        (True, "prompt 'True' is not text but bool"),
+        (b"caf\xe9", "prompt is not UTF-8"),
+        (None, "the prompt is empty"),
+        ("", "the prompt is empty"),
+    ],
+    ids=repr,
+)
+def test_prompts_in_parquet_that_are_no_text(prompt: Any, sentence: str) -> None:
+    assert re.match(sentence, fault_of(write_parquet(Path("t.parquet"), prompt=[prompt])))
+
+
+def test_bytes_in_parquet_that_are_text() -> None:
+    table = write_parquet(Path("t.parquet"), prompt=["été".encode()], negative_prompt=[b"dull"])
+    assert [(item.prompt, item.negative_prompt) for item in read_requests(table)] == [("été", "dull")]
+
+
+# Any table at all
+
+cells = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
+tables = st.integers(1, 5).flatmap(
+    lambda width: st.tuples(
+        st.lists(cells.filter(bool), min_size=width, max_size=width, unique=True),
+        st.lists(st.lists(cells, min_size=width, max_size=width), max_size=8),
+    )
+)
+WRITERS: list[dict[str, Any]] = [
+    {},
+    {"lineterminator": "\n", "quoting": csv.QUOTE_ALL},  # with fewer quotes it would leave a carriage return bare
+    {"quoting": csv.QUOTE_NONNUMERIC, "lineterminator": "\r"},
+]
+relaxed = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+
+
+@relaxed
+@given(tables, st.sampled_from(WRITERS))
+def test_what_a_csv_writer_wrote_comes_back_row_for_row(
+    table: tuple[list[str], list[list[str]]], form: dict[str, Any]
+) -> None:
+    names, rows = table
+    header = ["prompt", *(f"carried {name}" for name in names)]
+    path = write_csv(Path("t.csv"), [header, *(["x", *row] for row in rows)], **form)
+    assert [list(item.carried.values()) for item in read_requests(path)] == rows
+
+
+@relaxed
+@given(st.one_of(st.binary(max_size=200), st.binary(max_size=200).map(b"prompt,id,seed\n".__add__)))
+@example(b'prompt,id\n"a\nb,c\n')
+@example(b"prompt,id\n\xff,\xff\n\xff,\xff\n")
+@example(b"prompt\n\0\n")
+def test_no_bytes_at_all_raise_more_than_a_table_error(content: bytes) -> None:
+    """And every row is a request or an invalid result, each with a key of its own."""
+    path = write_bytes(Path("t.csv"), content)
+    try:
+        found = read(path)
+    except TableError as error:
+        assert "t.csv" in str(error)
+        return
+    assert len({item.key for item in found}) == len(found)
+    for item in found:
+        assert "".join(filter(None, [item.id, item.prompt, getattr(item, "error", None)])).encode()
+
+
+@relaxed
+@given(st.data())
+def test_no_damage_to_a_parquet_file_raises_more_than_a_table_error(data: st.DataObject) -> None:
+    content = bytearray(write_parquet(Path("t.parquet"), prompt=["x", "y"], seed=[1, 2]).read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = write_bytes(Path("t.parquet"), bytes(content[: data.draw(st.integers(0, len(content)))]))
+    try:
+        found = read(path)
+    except TableError as error:
+        assert "t.parquet" in str(error)
+        return
+    assert len({item.key for item in found}) == len(found)
