@@ -155,7 +155,8 @@ def uniform_table(options: argparse.Namespace) -> dict[str, Any]:
 
     torch.set_num_threads(options.threads)
     model: Any = load(read_card(ModelSettings()), torch.device("cpu"), torch.float32, with_checker=False)
-    rows = options.slots // 2 * max(1, UNIFORM_ROWS // (options.slots // 2))
+    batch = options.slots // 2
+    rows = batch * max(1, min(UNIFORM_ROWS, options.rows) // batch)  # whole batches: nobody pads
     chain, bare = chain_loop(model, options.slots, rows), bare_loop(model, options.slots, rows)
     times: dict[str, list[float]] = {"chain": [], "bare": []}
     for _ in range(options.rounds + 1):

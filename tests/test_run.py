@@ -394,6 +394,18 @@ def test_a_changed_row_is_done_anew_and_leaves_no_old_file(table: Path, out: Pat
     assert_whole(out)
 
 
+def test_what_a_killed_run_left_half_written_is_removed(table: Path, out: Path) -> None:
+    """And nothing in folders of others."""
+    run(table, out)
+    (out / "run.json").write_text(json.dumps({**run_json(out), "summary": None}))
+    ours, others = out / "images" / "prompts-00000" / ".tmp-1-a-0.png", out / "mine" / ".tmp-1-a.png"
+    for path in (ours, others):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    assert run(table, out).code == 0
+    assert (ours.exists(), others.exists()) == (False, True)
+
+
 def test_other_columns_can_change_for_nothing(table: Path, out: Path) -> None:
     run(table, out)
     rows = [["note", "prompt"], ["1", "a red circle"], ["2", "a blue square"], ["3", "a green star"]]

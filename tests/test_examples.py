@@ -1,0 +1,79 @@
+"""Every script under examples/ runs, on a small piece of its work."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def script(*arguments: str | Path, folder: Path | None = None) -> str:
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_prompts_are_many_and_distinct() -> None:
+    with (EXAMPLES / "prompts.csv").open(newline="", encoding="utf-8") as stream:
+        prompts = [row["prompt"] for row in csv.DictReader(stream)]
+    assert len(prompts) >= 100
+    assert len(set(prompts)) == len(prompts)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model trained for a few steps, which is enough to see that every stage runs."""
+    folder = tmp_path_factory.mktemp("training")
+    script(EXAMPLES / "demo_model" / "train.py", "--smoke", "--work", folder / "work", "--out", folder / "model")
+    return folder / "model"
+
+
+def test_training_makes_a_checkpoint_that_diffusers_loads(trained: Path) -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(trained, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    made = pipe("a large red circle", num_inference_steps=1, output_type="np")
+    assert made.images.shape == (1, 64, 64, 3)
+    assert (trained / "LICENSE").is_file()
+    assert sum(file.stat().st_size for file in trained.rglob("*.safetensors")) <= 16_000_000
+
+
+def test_evaluation_writes_its_figures(trained: Path, tmp_path: Path) -> None:
+    script(
+        EXAMPLES / "demo_model" / "evaluate.py", "--model", trained, "--rows", "4", "--steps", "2", "--out", tmp_path
+    )
+    figures = json.loads((tmp_path / "accuracy.json").read_text())
+    assert figures["captions"] == 4
+    assert figures["judge_on_drawings"] == 1.0
+
+
+def test_the_judge_is_right_about_drawings() -> None:
+    """Without it, the model's figures would say nothing."""
+    right = script("-c", "import evaluate; print(evaluate.judge_drawings(400, 3))", folder=EXAMPLES / "demo_model")
+    assert float(right) >= 0.99
+
+
+def test_a_contact_sheet_shows_a_run(tmp_path: Path) -> None:
+    prompts = EXAMPLES / "prompts.csv"
+    script("-m", "batch_infer", "run", prompts, "--limit", "3", "--steps", "1", "-q", "-o", tmp_path / "out")
+    assert "contact_sheet.png" in script(EXAMPLES / "contact_sheet.py", tmp_path / "out")
+    with Image.open(tmp_path / "out" / "contact_sheet.png") as sheet:
+        assert sheet.width > 3 * 64
+
+
+def test_the_benchmark_compares_what_it_says() -> None:
+    figures = json.loads(
+        script(EXAMPLES / "benchmark.py", "--rows", "4", "--rounds", "1", "--slots", "4", "--threads", "1", "--json")
+    )
+    assert set(figures["mixed"]["images_per_second"]) == {"batch-infer", "grouped", "one by one"}
+    assert set(figures["mixed"]["ratio"]) == {"grouped", "one by one"}
+    assert figures["uniform"]["ratio"]["bare loop"] > 0

@@ -1,0 +1,71 @@
+"""The README and --help say what is true."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from batch_infer.cli import commands
+from batch_infer.cli.run import run
+from batch_infer.manifest import SCHEMA
+from batch_infer.settings import FIELDS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^    (batch-infer .*?)(?: {2,}#.*)?$", README, re.MULTILINE)
+
+
+def test_the_readme_shows_commands() -> None:
+    assert len(COMMANDS) > 4
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_command_of_the_readme_is_understood(line: str) -> None:
+    name, *arguments = shlex.split(line)[1:]
+    command = commands.commands[name]
+    if "--help" in arguments:
+        return
+    with command.make_context(name, arguments) as context:
+        assert context.params["tables"]
+
+
+def test_every_option_that_the_readme_names_exists() -> None:
+    offered = {option for parameter in run.params for option in parameter.opts}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", README))
+    assert named - {"--help"} <= offered
+
+
+def test_every_option_says_what_it_does() -> None:
+    for parameter in run.params:
+        if isinstance(parameter, click.Option):
+            assert parameter.help or isinstance(parameter.type, click.Choice), parameter.name
+
+
+def test_every_make_target_of_the_readme_exists() -> None:
+    targets = set(re.findall(r"^([a-z]+):.*##", MAKEFILE, re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z]+)", README)) <= targets
+    assert {"demo", "test", "soak", "lint", "bench"} <= targets
+
+
+def test_the_columns_are_named() -> None:
+    for column in FIELDS:
+        assert f"`{column}`" in README, column
+    for column in SCHEMA.names[:7]:
+        assert f"`{column}`" in README, column
+
+
+def test_every_file_that_the_readme_points_to_is_there() -> None:
+    for path in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_exit_codes_are_told_in_both_places() -> None:
+    helped = run.help or ""
+    for code in ("0", "2", "3", "75", "1"):
+        assert f"| {code} |" in README
+        assert re.search(rf"\b{code}\b", helped)
