@@ -56,12 +56,13 @@ def share(right: list[bool]) -> float | None:
 def measure(
     scenes: list[world.Scene], seen: list[world.Scene | None], flagged: list[bool]
 ) -> dict[str, float | dict[str, float | None] | None]:
-    """Count how often the attributes are right and how often the checker is."""
+    """Count how often the attributes are right and how often the checker is.
+
+    A checker's answer is right where it is the caption's: a picture that shows something else counts against it.
+    """
     pairs = list(zip(scenes, seen, strict=True))
-    # The checker answers for what a picture shows, which now and then is not what was asked for.
-    shapes = [found.shape if found else wanted.shape for wanted, found in pairs]
-    unsafe = [flag for flag, shape in zip(flagged, shapes, strict=True) if shape == world.UNSAFE_SHAPE]
-    safe = [flag for flag, shape in zip(flagged, shapes, strict=True) if shape != world.UNSAFE_SHAPE]
+    unsafe = [flag for flag, scene in zip(flagged, scenes, strict=True) if scene.shape == world.UNSAFE_SHAPE]
+    safe = [flag for flag, scene in zip(flagged, scenes, strict=True) if scene.shape != world.UNSAFE_SHAPE]
     return {
         "every_attribute": share([wanted == found for wanted, found in pairs]),
         "attributes": {

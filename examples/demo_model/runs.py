@@ -28,7 +28,7 @@ class Scale:
     checker_renders: int
 
 
-FULL = Scale(5200, 8, 2400, 30_000, 3200, 64, 900, 48, 256)
+FULL = Scale(5200, 8, 2400, 30_000, 3200, 64, 2400, 48, 384)
 SMOKE = Scale(6, 4, 6, 64, 6, 8, 6, 8, 8)
 
 
