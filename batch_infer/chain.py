@@ -101,8 +101,9 @@ _Tag: TypeAlias = "tuple[PromptRequest, Conditioning]"
 class Chain:
     """One device's way from requests to judged images.
 
-    On a CPU the stages take turns on the device's thread: the CPU is the device, and a second torch thread would only
-    fight the first for its cores. What follows (compress, hash, write) is the worker's, on threads of its own.
+    The stages take turns on one thread. On a CPU that is right: the CPU is the device, and a second torch thread would
+    only fight the first for its cores. On a GPU decoding and checking still wait for a stream of their own.
+    What follows (compress, hash, write) is the worker's, on threads beside this one.
     """
 
     def __init__(self, model: Family, shape: ChainShape, judge: Judge | None, stop: Callable[[], bool] = lambda: False):

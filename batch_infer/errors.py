@@ -15,6 +15,12 @@ Anything else that escapes is a bug: exit 1 with its traceback.
 """
 
 
+def first_line(error: Exception) -> str:
+    """What a library's error says, in one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class BatchInferError(Exception):
     """Base of all errors that have a clear sentence for the user; `exit_code` is the command's."""
 

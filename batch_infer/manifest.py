@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batch_infer.atomic import replacing
-from batch_infer.errors import UsageError
+from batch_infer.errors import UsageError, first_line
 from batch_infer.records import ResultRow, digest
 
 SCHEMA = pa.schema(
@@ -72,6 +72,8 @@ class Committed:
     path: str | None
     part: str
     row: int
+    failures: int
+    """How often this very row, by its fingerprint, has failed."""
 
 
 def to_table(rows: Sequence[ResultRow], carried: pa.Schema) -> pa.Table:
@@ -118,6 +120,8 @@ class Index:
             "CREATE TABLE committed (id TEXT, image_index INTEGER, status TEXT, fingerprint TEXT, attempt INTEGER,"
             " path TEXT, part TEXT, row INTEGER, PRIMARY KEY (id, image_index)) WITHOUT ROWID"
         )
+        self._database.execute("CREATE TABLE failures (id TEXT, image_index INTEGER, fingerprint TEXT)")
+        self._database.execute("CREATE INDEX failed ON failures (id, image_index, fingerprint)")
         self._parts = {part.name: part for part in parts}
         self._read_whole = lru_cache(maxsize=64)(lambda part: _read_part(part, SCHEMA.names))
         for part in self._parts.values():
@@ -126,7 +130,9 @@ class Index:
     def _add(self, part: Path) -> None:
         names = ["id", "image_index", "status", "fingerprint", "attempt", "generated_image"]
         columns = _read_part(part, names).to_pydict()
-        rows = zip(*(columns[name] for name in names), strict=True)
+        rows = list(zip(*(columns[name] for name in names), strict=True))
+        failed = [(name, k, fingerprint) for name, k, status, fingerprint, *_ in rows if status == "failed"]
+        self._database.executemany("INSERT INTO failures VALUES (?,?,?)", failed)
         # Ties are two workers' word on the same attempt: either is true, the part's name makes the choice stable.
         self._database.executemany(
             "INSERT INTO committed VALUES (?,?,?,?,?,?,?,?) ON CONFLICT (id, image_index) DO UPDATE SET"
@@ -138,9 +144,17 @@ class Index:
     def find(self, key: tuple[str, int]) -> Committed | None:
         """The image of this (id, image_index) whose attempt is the highest."""
         found = self._database.execute(
-            "SELECT status, fingerprint, attempt, path, part, row FROM committed WHERE id = ? AND image_index = ?", key
+            "SELECT status, fingerprint, attempt, path, part, row, (SELECT count(*) FROM failures AS f"
+            " WHERE f.id = c.id AND f.image_index = c.image_index AND f.fingerprint = c.fingerprint)"
+            " FROM committed AS c WHERE id = ? AND image_index = ?",
+            key,
         ).fetchone()
         return Committed(*found) if found else None
+
+    def paths(self, row_id: str) -> list[str]:
+        """The files of all images of a row, relative to OUT."""
+        found = self._database.execute("SELECT path FROM committed WHERE id = ? AND path IS NOT NULL", (row_id,))
+        return [path for (path,) in found]
 
     def take(self, found: Sequence[Committed]) -> pa.Table:
         """The result columns of these committed images, in their order."""
@@ -169,8 +183,9 @@ def _read_part(part: Path, columns: list[str]) -> pa.Table:
     try:
         return pq.read_table(part, columns=columns, partitioning=None)
     except (OSError, pa.ArrowException) as error:
-        reason = str(error).partition("\n")[0]
-        raise UsageError(f"{part} is damaged ({reason}); remove it and run again to render its rows anew") from error
+        raise UsageError(
+            f"{part} is damaged ({first_line(error)}); remove it and run again to render its rows anew"
+        ) from error
 
 
 def write_parquet(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:

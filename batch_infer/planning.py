@@ -25,6 +25,8 @@ class Committed(Protocol):
     @property
     def attempt(self) -> int: ...
     @property
+    def failures(self) -> int: ...
+    @property
     def path(self) -> str | None: ...
 
 
@@ -48,7 +50,7 @@ def is_done(item: PromptRequest | ResultRow, found: Committed | None) -> bool:
         return False
     if isinstance(item, ResultRow):
         return found.status == item.status
-    return found.status in FINAL or (found.status == "failed" and found.attempt >= MAX_ATTEMPTS)
+    return found.status in FINAL or (found.status == "failed" and found.failures >= MAX_ATTEMPTS)
 
 
 def pending(rows: Iterable[PromptRequest | ResultRow], index: Index) -> Iterator[PromptRequest]:

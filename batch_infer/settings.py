@@ -95,6 +95,10 @@ class SafetySettings:
     on_flagged: OnFlagged = "blank"
     required: bool = False
 
+    def judges(self, *, has_checker: bool) -> bool:
+        """Whether images of a model are judged."""
+        return self.mode != "none" and has_checker
+
 
 @dataclass(frozen=True, slots=True)
 class OutputSettings:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 COMMIT_ROWS = 256
 COMMIT_SECONDS = 3.0
-"""A part is committed after this many rows or seconds: what a kill can cost, against parts of a few rows."""
+"""A part is committed once it holds this many rows, or is this old when the next one comes."""
 STORING_THREADS = 4
 STORING_AHEAD = 64
 """Images between the device and the disk: beyond this the device waits."""
@@ -61,7 +61,7 @@ class Worker:
         self._settings, self._stop = settings, stop
         self._sink = FolderSink(settings.out, images.SUFFIX[settings.output.image_format])
         self._manifest = Manifest(settings.out)
-        judged = settings.safety.mode != "none" and settings.card.has_checker
+        judged = settings.safety.judges(has_checker=settings.card.has_checker)
         model = load(settings.card, torch.device(settings.device), getattr(torch, settings.dtype), with_checker=judged)
         self._chain = Chain(model, settings.shape, _judge(model, settings.shape.decode) if judged else None, stop)
 

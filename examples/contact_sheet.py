@@ -33,7 +33,7 @@ def contact_sheet(results: list[dict[str, Any]], out: Path, path: Path) -> None:
         text = row["prompt"] if row["status"] == "ok" else f"flagged: {row['prompt']}"
         for number, line in enumerate(textwrap.wrap(text, LETTERS)[:LINES]):
             pen.text((x, y + TILE + 2 + 11 * number), line, fill=COLOURS[row["status"]], font=font)
-    sheet.save(path, optimize=True)
+    sheet.quantize(200).save(path, optimize=True)
 
 
 def main() -> None:

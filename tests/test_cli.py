@@ -100,13 +100,13 @@ def test_how_much_is_logged(capsys: pytest.CaptureFixture[str], quiet: bool, ver
 )
 def test_durations(capsys: pytest.CaptureFixture[str], seconds: float, text: str) -> None:
     counts = Counts(rows=1, images=1, ok=1)
-    report(Summary(counts, rendered=1, seconds=seconds, rendering_seconds=1), Path("o"), (), as_json=False)
+    report(Summary(counts, rendered=1, seconds=seconds, rendering_seconds=seconds), Path("o"), (), as_json=False)
     assert f"1 images in {text} (" in capsys.readouterr().out
 
 
 def test_the_summary_names_what_there_is_to_know(capsys: pytest.CaptureFixture[str]) -> None:
     counts = Counts(rows=12_345, images=12_000, ok=12_000, flagged=0, invalid=3, failed=2, left=340)
-    report(Summary(counts, interrupted=True), Path("o"), ("csv", "parquet"), as_json=False)
+    report(Summary(counts), Path("o"), ("csv", "parquet"), as_json=False)
     assert capsys.readouterr().out.splitlines() == [
         "12,345 rows · 12,000 ok · 0 flagged · 3 invalid · 2 failed",
         "images   o/images",

@@ -82,7 +82,7 @@ def test_what_is_counted(tmp_path: Path) -> None:
     items: list[Item] = [request("two", 0), request("two", 1), *(request(n, row=i) for i, n in enumerate(names, 1))]
     items.append(replace(rows[7], source_file="t.csv", source_row=8))
     counts, table = merge(tmp_path, items)
-    assert counts == Counts(rows=8, images=3, ok=2, flagged=2, blocked=1, invalid=1, failed=1, left=2)
+    assert counts == Counts(rows=8, images=3, ok=2, flagged=2, blocked=1, invalid=1, failed=1, left=2, bad_rows=2)
     assert table["id"].to_pylist() == ["two", "two", "flagged", "dropped", "failed", "blocked", "invalid"]
 
 

@@ -75,12 +75,23 @@ def test_the_fingerprint_tells_words_and_settings_but_not_the_place(own: Path, t
     before = card_of(own)
     moved = Path(shutil.move(own, tmp_path / "moved"))
     assert card_of(moved).fingerprint == before.fingerprint
+    plain = moved / "unet" / "diffusion_pytorch_model.safetensors"
+    shutil.copy(plain, plain.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    assert card_of(moved).fingerprint == before.fingerprint, "files of a variant that is not loaded do not count"
+    weights = load_file(plain)
+    next(iter(weights.values())).view(-1)[0] += 1
+    save_file(weights, plain.with_name("diffusion_pytorch_model.fp16.safetensors"), metadata={"format": "pt"})
     assert card_of(moved, variant="fp16").fingerprint != before.fingerprint
     amend(moved / "vae" / "config.json", scaling_factor=0.5)
     configured = card_of(moved).fingerprint
     assert configured != before.fingerprint
     amend(moved / "tokenizer" / "tokenizer_config.json", model_max_length=40)
     assert card_of(moved).fingerprint != configured
+
+
+def test_a_variant_that_is_not_there(own: Path) -> None:
+    with pytest.raises(ModelError, match="has no weights of variant bf16"):
+        card_of(own, variant="bf16")
 
 
 def test_scheduler_and_checker_have_fingerprints_of_their_own(own: Path) -> None:
@@ -125,6 +136,11 @@ def lose_a_weight(folder: Path, file: str) -> None:
     save_file(weights, folder / file, metadata={"format": "pt"})
 
 
+def rename_weights(folder: Path, file: str) -> None:
+    weights = {f"other.{name}": weight for name, weight in load_file(folder / file).items()}
+    save_file(weights, folder / file, metadata={"format": "pt"})
+
+
 SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "pickled weights": (pickle_weights, "text_encoder/pytorch_model.bin is pickled.*convert the checkpoint"),
     "code in the folder": (bring_code, "unet is .*only classes of diffusers and transformers"),
@@ -151,13 +167,17 @@ UNLOADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "half a UNet": (lambda f: cut(f, UNET), "could not be loaded"),
     "half a text encoder": (lambda f: cut(f, TEXT), "could not be loaded"),
     "another width": (lambda f: amend(f / "unet" / "config.json", cross_attention_dim=48), "could not be loaded"),
-    "a UNet with a weight less": (lambda f: lose_a_weight(f, UNET), "unet/ lacks 1 of its weights"),
-    "a text encoder with a weight less": (lambda f: lose_a_weight(f, TEXT), "text_encoder/ lacks 1 of its weights"),
+    "a UNet with a weight less": (lambda f: lose_a_weight(f, UNET), "unet lacks 1 of its weights"),
+    "a text encoder with a weight less": (lambda f: lose_a_weight(f, TEXT), "text_encoder lacks 1 of its weights"),
     "a checker with a weight less": (
         lambda f: lose_a_weight(f, "safety_checker/model.safetensors"),
-        "safety_checker/ lacks 1 of its weights",
+        "safety_checker lacks 1 of its weights",
     ),
-    "an unknown class": (lambda f: amend(f / "model_index.json", unet=["diffusers", "Nothing"]), "no class `Nothing`"),
+    "a checker whose weights bear other names": (
+        lambda f: rename_weights(f, "safety_checker/model.safetensors"),
+        "safety_checker lacks .* of its weights",
+    ),
+    "an unknown class": (lambda f: amend(f / "model_index.json", unet=["diffusers", "Nothing"]), "Nothing"),
     "a distilled UNet": (lambda f: amend(f / "unet" / "config.json", time_cond_proj_dim=8), "time_cond_proj_dim=8"),
 }
 

@@ -94,7 +94,7 @@ def full(out: Path) -> list[Path]:
         (out / name).touch()
     for name in ("results.parquet", "results.csv", "results.jsonl"):
         (out / name).touch()
-    (out / "run.json").write_text(json.dumps({}))
+    (out / "run.json").write_text(json.dumps({"identity": {}}))
     others = [out / "notes.txt", out / "my images" / "a.png"]
     others[1].parent.mkdir()
     for path in others:
@@ -124,7 +124,7 @@ def test_a_linked_folder_is_let_go_and_not_emptied(out: Path, tmp_path: Path) ->
 def test_a_folder_that_no_run_made_is_not_cleared(out: Path) -> None:
     full(out)
     (out / "run.json").unlink()
-    with pytest.raises(SettingsError, match="has no run.json, so what it holds may not be ours"):
+    with pytest.raises(SettingsError, match="has no run.json of ours, so what it holds may be somebody"):
         outdir.clear(out)
     assert (out / "images/t-00000/a-0.png").exists()
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,6 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from batch_infer.cli.progress import Silent
+from batch_infer.cli.run import run as run_command
 from batch_infer.errors import StorageError
 from batch_infer.jobs.run import run as score
 from batch_infer.manifest import SCHEMA
@@ -31,7 +33,7 @@ from batch_infer.models import DEMO_MODEL
 from batch_infer.models.stable_diffusion import StableDiffusion
 from batch_infer.settings import ModelSettings, RowDefaults, RunSettings, SafetySettings, TableSettings
 from batch_infer.sinks import FolderSink
-from tests.runs import assert_whole, hashes, images, results, run, run_json, start, wait_for
+from tests.runs import assert_whole, command, hashes, images, results, run, run_json, start, wait_for
 from tests.tables import write_bytes, write_csv, write_parquet
 
 MIXED = [
@@ -133,7 +135,7 @@ def test_every_row_is_accounted_for_in_input_order(tmp_path: Path, out: Path) ->
         tags=[["a"], [], None, ["b", "c"]],
         when=pa.array([1, 2, 3, None], pa.timestamp("ms")),
     )
-    done = run(table, out)
+    done = run(table, out, "--safety", "none")  # one step: who knows what it looks like
     assert done.code == 3
     found = pq.read_table(out / "results.parquet")
     assert found.schema.remove_metadata() == pa.schema(
@@ -311,7 +313,10 @@ def test_a_file_where_out_should_be(tmp_path: Path, table: Path) -> None:
 
 def test_the_summary_goes_to_stdout(table: Path, out: Path) -> None:
     first = run(table, out, "--results", "csv").stdout
-    assert re.match(r"3 rows · \d ok · \d flagged\n3 images in [\d.]+ s \([\d.]+ images/s, slots \d+% full\)\n", first)
+    assert re.match(
+        r"3 rows · \d ok · \d flagged\n3 images in [\d.]+ s \([\d.]+ images/s, slots \d+% full\), [\d.]+ s in all\n",
+        first,
+    )
     assert f"{out}/results.parquet, {out}/results.csv" in first
     assert "nothing to do: all of it was done before" in run(table, out).stdout
 
@@ -360,6 +365,75 @@ def test_options_from_the_environment(table: Path, out: Path, monkeypatch: pytes
 
 def parts(out: Path) -> set[str]:
     return {path.name for path in (out / "manifest").iterdir()}
+
+
+def test_every_option_is_an_environment_variable() -> None:
+    with run_command.make_context("run", ["t.csv"]) as context:
+        for option in (parameter for parameter in run_command.params if isinstance(parameter, click.Option)):
+            name = option.opts[-1].lstrip("-").upper().replace("-", "_")
+            known = option.envvar or f"{context.auto_envvar_prefix}_{(option.name or '').upper()}"
+            assert known == f"BATCH_INFER_{name}"
+
+
+def test_columns_from_the_environment_may_hold_blanks(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = write_csv(tmp_path / "t.csv", [["my caption", "n"], ["a red circle", "5"]])
+    monkeypatch.setenv("BATCH_INFER_COLUMN", "prompt=my caption;seed=n")
+    assert run(table, out).code == 0
+    assert [(row["prompt"], row["seed"]) for row in results(out)] == [("a red circle", 5)]
+
+
+# What is the user's own
+
+
+@pytest.mark.parametrize("options", [[], ["--overwrite"]], ids=["", "--overwrite"])
+@pytest.mark.parametrize("name", ["results.csv", "images/t.csv"])
+def test_a_table_where_the_run_would_write_is_refused(tmp_path: Path, name: str, options: list[str]) -> None:
+    table = write_csv(tmp_path / name, [["prompt"], ["a red circle"]])
+    done = run(table, tmp_path, *options)
+    assert (done.code, "give another --out" in done.stderr) == (2, True)
+    assert table.read_text() == "prompt\na red circle\n"
+
+
+def test_results_of_somebody_else_are_not_written_over(table: Path, out: Path) -> None:
+    write_bytes(out / "results.parquet", b"mine")
+    assert run(table, out).code == 2
+    assert (out / "results.parquet").read_bytes() == b"mine"
+
+
+def test_names_with_a_colon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which Arrow takes for URIs where they are relative."""
+    monkeypatch.chdir(tmp_path)
+    write_parquet(tmp_path / "t-12:30.parquet", prompt=["a red circle"])
+    assert run("t-12:30.parquet", Path("out-12:30")).code == 0
+    assert_whole(tmp_path / "out-12:30")
+    assert command("run", "t-12:30.parquet", "--out", "s3://bucket/out").code == 2
+
+
+def test_a_scheduler_that_was_refused_stands_in_nobodys_way(table: Path, out: Path) -> None:
+    refused = run(table, out, "--scheduler", "EulerAncestralDiscreteScheduler")
+    assert (refused.code, "draws noise" in refused.stderr) == (2, True)
+    assert run(table, out).code == 0
+
+
+def test_a_model_is_the_same_by_any_path(
+    tmp_path: Path, table: Path, out: Path, passing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(passing.parent)
+    run(table, out, "--model", f"./{passing.name}", "--limit", "1")
+    assert run(table, out, "--model", passing).code == 0
+    run(table, tmp_path / "other", "--model", passing)
+    assert hashes(out) == hashes(tmp_path / "other")
+    assert str(passing.parent).encode() not in (out / results(out)[0]["generated_image"]).read_bytes()
+
+
+def test_a_row_of_many_images_fails_once(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"]])
+    monkeypatch.setattr(
+        StableDiffusion, "decode", lambda self, latents: torch.full((len(latents), 3, 64, 64), torch.nan)
+    )
+    assert run(table, out, "--images-per-prompt", "3", "--max-failed", "1").code == 0
 
 
 def test_what_is_done_is_left_alone(table: Path, out: Path) -> None:
@@ -452,16 +526,16 @@ def test_slots_and_threads_are_kept(table: Path, out: Path) -> None:
         (["--safety", "none"], "safety ", "safety none"),
         (["--on-flagged", "drop"], "safety .*, on flagged keep", "safety .*, on flagged drop"),
         (["--dtype", "bfloat16"], "dtype float32", "dtype bfloat16"),
-        (["--model", "MODEL"], "model built-in demo model", "model /"),
+        (["--model", "MODEL"], "model built-in demo model", "model "),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_another_run_on_the_same_out_is_refused(
-    table: Path, out: Path, passing: Path, options: list[str], what: str, value: str
+    table: Path, out: Path, sd1_folder: Path, options: list[str], what: str, value: str
 ) -> None:
     run(table, out, "--limit", "1")
     before = {path: path.read_bytes() for path in out.rglob("*.*") if path.is_file() and path.suffix != ".log"}
-    done = run(table, out, *(str(passing) if option == "MODEL" else option for option in options))
+    done = run(table, out, *(str(sd1_folder) if option == "MODEL" else option for option in options))
     assert done.code == 2
     assert re.search(
         rf"{re.escape(str(out))} was made with {what}.*, and this run has {value}.*--overwrite", done.stderr
@@ -641,7 +715,7 @@ def test_a_full_disk_ends_the_run_and_keeps_what_is_done(
 def test_a_run_that_is_stopped_before_it_renders_tells_what_it_knows(tmp_path: Path, out: Path) -> None:
     table = write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"], [""]])
     summary = score(settings_of(table, out), Silent(), lambda: True)
-    assert (summary.interrupted, summary.counts.left, summary.counts.invalid) == (True, 1, 1)
+    assert (summary.counts.left, summary.counts.invalid) == (1, 1)
     assert [row["status"] for row in results(out)] == ["invalid"]
 
 
@@ -684,7 +758,7 @@ def test_a_signal_ends_a_run_in_order(
     kept = hashes(out)
     assert 0 < len(kept) < 24
     assert f"stopped early: {24 - len(kept)} left; run the same command again to go on" in stdout
-    assert run_json(out)["summary"]["interrupted"]
+    assert run_json(out)["summary"]["left"] == 24 - len(kept)
     assert_whole(out)
     done = run(long_table, out, *STEPS, "--json")
     assert (done.code, json.loads(done.stdout)["rendered"]) == (0, 24 - len(kept))

@@ -721,3 +721,17 @@ def test_no_damage_to_a_parquet_file_raises_more_than_a_table_error(data: st.Dat
         assert "t.parquet" in str(error)
         return
     assert len({item.key for item in found}) == len(found)
+
+
+def test_a_column_without_a_name_is_nobodys_field(tmp_path: Path) -> None:
+    """pandas writes its index so; `--column seed=` says that no column is the seed."""
+    table = write_csv(tmp_path / "t.csv", [["", "prompt"], ["7", "a red circle"]])
+    (found,) = read_requests(table, columns={"seed": ""})
+    assert found.seed != 7
+    assert found.carried == {"": "7"}
+
+
+def test_semicolons_are_told(tmp_path: Path) -> None:
+    table = write_bytes(tmp_path / "t.csv", b"prompt;seed\na red circle;1\n")
+    with pytest.raises(TableError, match="separated by ';'"):
+        open_tables(table)

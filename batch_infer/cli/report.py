@@ -19,8 +19,9 @@ def report(summary: Summary, out: Path, results: Sequence[str], *, as_json: bool
         click.echo(json.dumps(summary.as_dict()))
         return
     counts = summary.counts
+    many = f", {counts.images:,} images" if counts.images > counts.rows else ""
     told = [
-        f"{counts.rows:,} {'row' if counts.rows == 1 else 'rows'}",
+        f"{counts.rows:,} {'row' if counts.rows == 1 else 'rows'}{many}",
         f"{counts.ok:,} ok",
         f"{counts.flagged:,} flagged",
     ]
@@ -28,7 +29,8 @@ def report(summary: Summary, out: Path, results: Sequence[str], *, as_json: bool
     click.echo(" · ".join(told))
     if (rate := summary.images_per_second) is not None:
         full = f", slots {summary.occupancy:.0%} full" if summary.occupancy else ""
-        click.echo(f"{summary.rendered:,} images in {_duration(summary.seconds)} ({rate:.2f} images/s{full})")
+        spent, whole = _duration(summary.rendering_seconds), _duration(summary.seconds)
+        click.echo(f"{summary.rendered:,} images in {spent} ({rate:.2f} images/s{full}), {whole} in all")
     elif not counts.left:
         click.echo("nothing to do: all of it was done before")
     click.echo(f"images   {out / 'images'}")

@@ -28,7 +28,7 @@ ROWS_FAILED = 3
 @row_options
 @output_options
 @click.option("--overwrite", is_flag=True, help="Remove what earlier runs made in OUT and start anew.")
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@click.option("--json", "as_json", envvar="BATCH_INFER_JSON", is_flag=True, help="Print the summary as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing on success, for cron.")
 @click.option("-v", "--verbose", is_flag=True, help="Log more.")
 @click.option("--no-progress", is_flag=True, help="No progress bar or lines.")
@@ -52,9 +52,10 @@ def run(as_json: bool, quiet: bool, verbose: bool, no_progress: bool, **options:
         from batch_infer.jobs.run import run as score  # seconds long, and a signal may come in them
 
         summary = score(settings, make_progress(shown=not (quiet or no_progress)), stop)
-    within = settings.max_failed.allows(summary.counts.failed + summary.counts.invalid, summary.counts.rows)
-    if not quiet or not within or summary.interrupted:
+    counts = summary.counts
+    within = settings.max_failed.allows(counts.bad_rows, counts.rows)
+    if not quiet or not within or counts.left:
         report(summary, Path(settings.out), settings.output.results, as_json=as_json)
-    if summary.interrupted:
+    if counts.left:
         return Interrupted.exit_code
     return 0 if within else ROWS_FAILED

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from batch_infer.errors import ModelError, RowError
+from batch_infer.errors import ModelError, RowError, first_line
 
 TOLERANCE = 1e-4
 """How far, relative to the largest value, a table may be from its scheduler on random data (float32 inside some)."""
@@ -95,7 +95,7 @@ class Solver:
                 refusals.append(str(error))
                 continue
             except (TypeError, AttributeError, KeyError) as error:
-                raise ModelError(f"{self.name} is not a scheduler for latent diffusion: {_sentence(error)}") from error
+                raise ModelError(f"{self.name} is not a scheduler for latent diffusion: {first_line(error)}") from error
             return
         raise ModelError(f"{refusals[0]} (nor 20, 4 or 1); choose other settings with --scheduler")
 
@@ -103,7 +103,7 @@ class Solver:
         try:
             table = _read_off(self._fresh(steps))
         except (ValueError, IndexError, ZeroDivisionError, RuntimeError, AssertionError) as error:
-            raise RowError(f"{self.name} does not take num_inference_steps={steps}: {_sentence(error)}") from error
+            raise RowError(f"{self.name} does not take num_inference_steps={steps}: {first_line(error)}") from error
         if not torch.isfinite(table.coefficients).all():
             raise RowError(f"{self.name} does not take num_inference_steps={steps}: its steps are not finite")
         self._check(table, steps)
@@ -167,8 +167,3 @@ def _run(scheduler: Scheduler, outputs: torch.Tensor, seed: int) -> torch.Tensor
             _scale(scheduler, timestep, sample)
             sample = scheduler.step(output.reshape(1, 4, 4, 4), timestep, sample, return_dict=False)[0]
     return sample.double().flatten()
-
-
-def _sentence(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__

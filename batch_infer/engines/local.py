@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 
 from batch_infer.chain import Stages
-from batch_infer.errors import SettingsError
+from batch_infer.errors import SettingsError, first_line
 from batch_infer.planning import Chunk
 from batch_infer.records import ResultRow
 from batch_infer.worker import Worker, WorkerSettings
@@ -29,7 +29,16 @@ def render(
     committed: Callable[[Sequence[ResultRow]], None],
     stop: Callable[[], bool],
 ) -> Stages:
-    """Have all chunks rendered and committed. They run as one stream: slots do not empty between them."""
+    """Have all chunks rendered and committed. They run as one stream: slots do not empty between them.
+
+    Raises ModelError before anything is rendered, SettingsError where the device's memory does not do, StorageError.
+    """
     worker = Worker(settings, stop)
-    worker.work(chain.from_iterable(chunk.requests for chunk in chunks), committed)
+    try:
+        worker.work(chain.from_iterable(chunk.requests for chunk in chunks), committed)
+    except torch.OutOfMemoryError as error:
+        raise SettingsError(
+            f"the device's memory does not hold {settings.shape.slots} slots at this size: use fewer --slots, "
+            f"smaller images or another --dtype, and run again ({first_line(error)})"
+        ) from error
     return worker.stages

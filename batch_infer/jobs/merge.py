@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import islice
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -32,7 +32,7 @@ log = logging.getLogger("batch_infer")
 
 @dataclass(slots=True)
 class Counts:
-    """What became of the rows of a table: results by status, and those that have none yet."""
+    """What became of a table: its rows, and results (a row has one for each image) by status; `left` have none yet."""
 
     rows: int = 0
     images: int = 0
@@ -42,6 +42,8 @@ class Counts:
     invalid: int = 0
     failed: int = 0
     left: int = 0
+    bad_rows: int = 0
+    """Rows, and not images, that failed or were invalid."""
 
     def add(self, status: str, number: int) -> None:
         setattr(self, status, getattr(self, status) + number)
@@ -59,23 +61,19 @@ def merge(items: Iterable[Item], index: Index, carried: pa.Schema, out: Path, ou
         writers = [
             _open(stack, out, kind, schema, output.base64) for kind in dict.fromkeys(("parquet", *output.results))
         ]
-        for kind in {"csv", "jsonl"} - set(output.results):
-            (out / f"results.{kind}").unlink(missing_ok=True)  # one that an earlier run wrote would be out of date
         for table in _tables(items, index, carried, counts):
             for writer in writers:
                 writer.write(table)
+    for kind in {"csv", "jsonl"} - set(output.results):
+        (out / f"results.{kind}").unlink(missing_ok=True)  # an earlier run's, which is out of date now
     return counts
 
 
 def _tables(items: Iterable[Item], index: Index, carried: pa.Schema, counts: Counts) -> Iterator[pa.Table]:
-    source = iter(items)
-    last: tuple[str, int] | None = None
-    while batch := list(islice(source, BATCH)):
-        for item in batch:
-            here = _place(item)
-            counts.rows += here != last  # the images of a row stand together
-            last = here
+    for batch in _batches(items):
         found = [(item, kept) for item in batch if (kept := _result_of(item, index)) is not None]
+        counts.rows += len({_place(item) for item in batch})
+        counts.bad_rows += len({_place(item) for item, kept in found if kept.status in ("failed", "invalid")})
         counts.left += len(batch) - len(found)
         if found:
             table = _as_now([item for item, _ in found], index.take([kept for _, kept in found]), carried)
@@ -83,6 +81,18 @@ def _tables(items: Iterable[Item], index: Index, carried: pa.Schema, counts: Cou
                 counts.add(status, number)
             counts.images += len(table) - table["generated_image"].null_count
             yield table
+
+
+def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
+    """Items in batches that part no row from its images."""
+    batch: list[Item] = []
+    for _, images in groupby(items, _place):
+        batch.extend(images)
+        if len(batch) >= BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 def _result_of(item: Item, index: Index) -> Committed | None:

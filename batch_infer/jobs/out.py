@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,12 +69,32 @@ def write_run(out: Path, run: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(run, indent=2, default=str) + "\n", encoding="ascii")
 
 
+def restore_run(out: Path, earlier: dict[str, Any] | None) -> None:
+    """Put run.json back as it was before this run. Raises StorageError."""
+    if earlier is None:
+        (out / "run.json").unlink(missing_ok=True)
+    else:
+        write_run(out, earlier)
+
+
+def refuse_foreign(out: Path, tables: Iterable[str], earlier: dict[str, Any] | None) -> None:
+    """See that nothing which a run writes, or --overwrite removes, is somebody else's. Raises SettingsError."""
+    ours = [(out / name).resolve() for name in OURS]
+    for table in tables:
+        if any(Path(table).resolve().is_relative_to(path) for path in ours):
+            raise SettingsError(f"{table} lies where a run into {out} writes its own files: give another --out")
+    if earlier is None or "identity" not in earlier:
+        found = [name for name in OURS if name.startswith("results.") and (out / name).exists()]
+        if found:
+            raise SettingsError(f"{out / found[0]} is there, and no run of batch-infer made it: give another --out")
+
+
 def clear(out: Path) -> None:
     """Remove what earlier runs made in OUT, and nothing else. Raises UsageError where OUT is not a run's."""
-    if read_run(out) is None:
+    if "identity" not in (read_run(out) or {}):
         if any((out / name).exists() for name in OURS):
             raise SettingsError(
-                f"--overwrite: {out} has no run.json, so what it holds may not be ours; remove it yourself"
+                f"--overwrite: {out} has no run.json of ours, so what it holds may be somebody's; remove it yourself"
             )
         return
     for name in OURS:

@@ -18,6 +18,7 @@ from batch_infer.settings import RunSettings
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "pyarrow", "pillow", "numpy")
 SLOTS = {"cpu": 16, "cuda": 32}
+DECODE_BATCH = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,10 @@ class Compute:
 
 
 def choose_compute(settings: RunSettings, earlier: dict[str, Any] | None) -> Compute:
-    """The settings that were given, else those of the run that this one goes on with, else the device's own."""
+    """The settings that were given, else those of the run that this one goes on with, else the device's own.
+
+    decode_batch follows from a run's first slots, and stays with the run.
+    """
     from batch_infer.engines import local
 
     device = local.find_device(settings.model.device)
@@ -43,26 +47,37 @@ def choose_compute(settings: RunSettings, earlier: dict[str, Any] | None) -> Com
         device=device,
         dtype=("float16" if device == "cuda" else "float32") if dtype == "auto" else dtype,
         slots=slots,
-        decode_batch=max(1, min(8, slots // 2)),
-        threads=settings.compute.threads or kept.get("threads") or os.cpu_count() or 1,
+        decode_batch=kept.get("decode_batch") or max(1, min(DECODE_BATCH, slots // 2)),
+        threads=settings.compute.threads or kept.get("threads") or _cores(),
     )
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def refuse_other(earlier: Mapping[str, Any], record: Mapping[str, Any], out: Path) -> None:
     """A run goes on only as the one that it goes on with. Raises SettingsError."""
-    before = earlier.get("identity", {})
     for name, value in record["identity"].items():
-        if before.get(name) != value:
+        if earlier.get("identity", {}).get(name) != value:
             raise SettingsError(
-                f"{out} was made with {name} {before.get(name)}, and this run has {name} {value}: "
+                f"{out} was made with {name} {_told(earlier, name)}, and this run has {name} {_told(record, name)}: "
                 "give another --out, or start anew with --overwrite"
             )
 
 
+def _told(record: Mapping[str, Any], name: str) -> str:
+    """A part of the identity for a reader: its name, where it has one, and the start of its fingerprint."""
+    value = str(record.get("identity", {}).get(name))
+    called = record.get(name, {}).get("name") if isinstance(record.get(name), Mapping) else None
+    return f"{called} ({value[:12]})" if called else value
+
+
 def describe(settings: RunSettings, card: ModelCard, compute: Compute, tables: list[str]) -> dict[str, Any]:
     """run.json as it is before the run is over. `identity` is what rows that are done stand on."""
-    judged = settings.safety.mode != "none" and card.has_checker
-    safety = f"{(card.checker_fingerprint or '')[:12]}, on flagged {settings.safety.on_flagged}" if judged else "none"
+    judged = settings.safety.judges(has_checker=card.has_checker)
+    safety = f"checker {card.checker_fingerprint}, on flagged {settings.safety.on_flagged}" if judged else "none"
     return {
         "batch_infer": __version__,
         "started_at": now(),
@@ -76,9 +91,10 @@ def describe(settings: RunSettings, card: ModelCard, compute: Compute, tables: l
             "family": card.family,
             "fingerprint": card.fingerprint,
         },
+        "scheduler": {"name": card.scheduler_name, "fingerprint": card.scheduler_fingerprint},
         "identity": {
-            "model": f"{card.name} ({card.fingerprint[:12]})",
-            "scheduler": f"{card.scheduler_name} ({card.scheduler_fingerprint[:12]})",
+            "model": card.fingerprint,
+            "scheduler": card.scheduler_fingerprint,
             "dtype": compute.dtype,
             "safety": safety,
         },

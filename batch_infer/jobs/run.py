@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from batch_infer.errors import SettingsError
+from batch_infer.errors import ModelError, SettingsError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.merge import Counts, merge
 from batch_infer.jobs.record import choose_compute, describe, refuse_other
@@ -53,11 +53,17 @@ class Survey:
 
 def run(settings: RunSettings, progress: Progress, stop: Callable[[], bool] = lambda: False) -> Summary:
     """Score the tables into OUT, going on where an earlier run ended. Raises the errors of `batch_infer.errors`."""
+    # Absolute: Arrow takes a relative path with a colon in it for a URI.
+    settings = replace(settings, out=settings.out.absolute())
     tables = Tables(settings.table, SCHEMA.names)
     card = read_card(settings.model)
+    if settings.model.name is None:
+        log.info("no --model given: the built-in demo model draws one coloured shape at 64x64 pixels")
     _check_safety(settings, card)
     with outdir.locked(settings.out):
-        earlier = None if settings.overwrite else outdir.read_run(settings.out)
+        found = outdir.read_run(settings.out)
+        outdir.refuse_foreign(settings.out, tables.files, found)
+        earlier = None if settings.overwrite else found
         job = _Run(settings, tables, card, earlier)
         if settings.overwrite:
             outdir.clear(settings.out)
@@ -71,10 +77,10 @@ class _Run:
     """One run on an OUT that it holds the lock of."""
 
     def __init__(self, settings: RunSettings, tables: Tables, card: ModelCard, earlier: dict[str, Any] | None) -> None:
-        self._settings, self._tables, self._card = settings, tables, card
+        self._settings, self._tables, self._card, self._earlier = settings, tables, card, earlier
         self._compute = choose_compute(settings, earlier)
         self._record = describe(settings, card, self._compute, tables.files)
-        if earlier is not None:
+        if earlier is not None and Manifest(settings.out).parts():
             refuse_other(earlier, self._record, settings.out)
         self._rules = RowRules(_fill(settings.defaults, card), card.sizes, digest(self._record["identity"]))
         self._rules.check()
@@ -94,7 +100,6 @@ class _Run:
         with manifest.index() as index:
             counts = merge(self._items(), index, self._tables.carried, out, self._settings.output)
         self._sum_up(summary, counts, time.monotonic() - started)
-        summary.interrupted = stop()
         outdir.write_run(out, {**self._record, "finished_at": now(), "summary": summary.as_dict()})
         return summary
 
@@ -105,6 +110,7 @@ class _Run:
         """Count what there is to do, and commit the invalid rows: they wait for no device."""
         survey = Survey()
         invalid: list[ResultRow] = []
+        fresh = 0
         for item in self._items():
             survey.total += 1
             found = index.find(item.key)
@@ -115,15 +121,14 @@ class _Run:
                 continue
             survey.invalid += 1
             if not done:
-                log.log(
-                    logging.WARNING if survey.invalid <= INVALID_SHOWN else logging.DEBUG,
-                    "%s, row %d (%s): %s", item.source_file, item.source_row, item.id, item.error,
-                )  # fmt: skip
+                fresh += 1
+                level = logging.WARNING if fresh <= INVALID_SHOWN else logging.DEBUG
+                log.log(level, "%s, row %d (%s): %s", item.source_file, item.source_row, item.id, item.error)
                 invalid.append(replace(item, attempt=found.attempt + 1 if found else 1, worker="table"))
                 if len(invalid) == INVALID_BATCH:
                     self._commit_invalid(manifest, index, invalid)
         self._commit_invalid(manifest, index, invalid)
-        if survey.invalid > INVALID_SHOWN:
+        if survey.invalid > min(fresh, INVALID_SHOWN):
             log.warning("%d invalid rows in all; results.parquet names each with its error", survey.invalid)
         return survey
 
@@ -134,9 +139,8 @@ class _Run:
         manifest.commit(rows, self._tables.carried)
         sink = FolderSink(self._settings.out)
         for row in rows:
-            found = index.find(row.key)
-            if found is not None and found.path is not None:
-                sink.remove(found.path)
+            for path in index.paths(row.id):
+                sink.remove(path)
         rows.clear()
 
     def _render(self, index: Index, progress: Progress, stop: Callable[[], bool], summary: Summary) -> None:
@@ -146,7 +150,12 @@ class _Run:
             summary.rendered += sum(row.status in ("ok", "flagged") for row in rows)
             progress.committed(rows)
 
-        stages = local.render(chunks(pending(self._items(), index)), self._worker(), committed, stop)
+        try:
+            stages = local.render(chunks(pending(self._items(), index)), self._worker(), committed, stop)
+        except ModelError:
+            # Nothing was rendered with this model: it must not stand in the way of another.
+            outdir.restore_run(self._settings.out, self._earlier)
+            raise
         summary.add_stages(stages)
 
     def _worker(self) -> WorkerSettings:

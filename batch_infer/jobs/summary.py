@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from batch_infer.jobs.merge import Counts
 
-
-class Stages(Protocol):
-    """Seconds that the device's thread spent in each stage and in all, and how full the slots were."""
-
-    encode: float
-    denoise: float
-    decode: float
-    check: float
-    seconds: float
-
-    @property
-    def occupancy(self) -> float: ...
+if TYPE_CHECKING:
+    from batch_infer.chain import Stages
 
 
 @dataclass(slots=True)
@@ -32,7 +23,6 @@ class Summary:
     occupancy: float | None = None
     stage_shares: dict[str, float] = field(default_factory=dict)
     peak_memory: dict[str, int] = field(default_factory=dict)
-    interrupted: bool = False
 
     def add_stages(self, stages: Stages) -> None:
         self.rendering_seconds = stages.seconds
@@ -56,7 +46,6 @@ class Summary:
             "occupancy": self.occupancy,
             "stage_shares": self.stage_shares,
             "peak_memory": self.peak_memory,
-            "interrupted": self.interrupted,
         }
 
 
@@ -68,7 +57,8 @@ def peak_memory(device: str) -> dict[str, int]:
     except ImportError:  # Windows
         pass
     else:
-        found["host_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        unit = 1 if sys.platform == "darwin" else 1024
+        found["host_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     if device == "cuda":
         import torch
 

@@ -24,7 +24,10 @@ NOT_PIXELS = CHECKER | {"scheduler"}
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """A checkpoint on this machine. `scheduler` is the spec to build, `None` the checkpoint's own."""
+    """A checkpoint on this machine. `scheduler` is the spec to build, `None` the checkpoint's own.
+
+    `name` is its id or its folder's name, and not where the folder lies: images carry it.
+    """
 
     name: str
     path: Path
@@ -48,20 +51,21 @@ class ModelCard:
 
 def read_card(settings: ModelSettings) -> ModelCard:
     """Find the checkpoint, downloading it where it is a Hugging Face id, and read what it is. Raises ModelError."""
-    name = settings.name or "built-in demo model"
     path = _find(settings)
+    name = settings.name or "built-in demo model"
     index = _json(path / "model_index.json", name)
     pipeline = index.get("_class_name")
     if not isinstance(pipeline, str) or pipeline not in FAMILIES:
         raise ModelError(f"{name} is a {pipeline}; this version runs {', '.join(FAMILIES)}")
     components = _components(index, name)
     _refuse_pickles(path, components, name)
+    _refuse_no_variant(path, components, name, settings.variant)
     _refuse_no_words(path / "tokenizer", name)
     has_checker = "safety_checker" in components and (path / "safety_checker").is_dir()
     scheduler = _json(path / "scheduler" / "scheduler_config.json", name)
     spec = settings.scheduler
     return ModelCard(
-        name=name,
+        name=path.name if settings.name and Path(settings.name).expanduser().is_dir() else name,
         path=path,
         revision=settings.revision,
         variant=settings.variant,
@@ -134,6 +138,11 @@ def _refuse_pickles(path: Path, components: set[str], name: str) -> None:
             )
 
 
+def _refuse_no_variant(path: Path, components: set[str], name: str, variant: str | None) -> None:
+    if variant and not any(variant_of(path / component, variant) for component in components):
+        raise ModelError(f"{name} has no weights of variant {variant}")
+
+
 def _refuse_no_words(folder: Path, name: str) -> None:
     """transformers would make a tokenizer without a word in it, and every prompt would be the empty one."""
     if not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json")):
@@ -152,14 +161,27 @@ def _sizes(path: Path, name: str) -> SizeRules:
         raise ModelError(f"{name}: unet/config.json or vae/config.json does not say its sizes: {error}") from error
 
 
+def variant_of(folder: Path, variant: str | None) -> str | None:
+    """The variant, where this component has weights of it; else None, for its plain ones."""
+    return variant if variant and any(folder.glob(f"*.{variant}[.-]*safetensors")) else None
+
+
 def _hash_files(path: Path, components: set[str], variant: str | None) -> str:
-    """sha256 over the names and bytes of all that these components are made of, and the variant that is chosen."""
-    total = hashlib.sha256((variant or "").encode())
+    """sha256 over the names and bytes of all that is loaded of these components."""
+    total = hashlib.sha256()
     for component in sorted(components):
-        for file in sorted((path / component).glob("*")):
-            if file.suffix in (".json", ".txt", ".safetensors"):
+        folder = path / component
+        for file in sorted(folder.glob("*")):
+            if file.suffix in (".json", ".txt") or _is_loaded(file, variant_of(folder, variant)):
                 total.update(f"{component}/{file.name}\0".encode())
                 with file.open("rb") as stream:
                     while block := stream.read(1 << 20):
                         total.update(block)
     return total.hexdigest()[:32]
+
+
+def _is_loaded(file: Path, variant: str | None) -> bool:
+    """Whether a file holds weights of this variant: `model.fp16.safetensors`, `model.fp16-00001-of-2.safetensors`."""
+    _, *rest = file.name.removesuffix(".safetensors").split(".")
+    named = rest[0].split("-")[0] if rest else None
+    return file.suffix == ".safetensors" and named == variant

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from batch_infer.errors import ModelError
+from batch_infer.errors import ModelError, first_line
 
 
 def download(name: str, revision: str | None, variant: str | None) -> Path:
@@ -14,7 +14,7 @@ def download(name: str, revision: str | None, variant: str | None) -> Path:
     try:
         return Path(DiffusionPipeline.download(name, revision=revision, variant=variant, use_safetensors=True))
     except (OSError, ValueError) as error:  # what diffusers and huggingface_hub raise, HTTP errors included
-        reason = str(error).splitlines()[0]
         raise ModelError(
-            f"{name} could not be fetched from the Hugging Face Hub (a private or gated model wants HF_TOKEN): {reason}"
+            f"{name} could not be fetched from the Hugging Face Hub (a private or gated model wants HF_TOKEN): "
+            f"{first_line(error)}"
         ) from error

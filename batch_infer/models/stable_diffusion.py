@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 # Before the import: their advice (which image processor, which flag) is not addressed to the user of a table.
@@ -15,12 +15,14 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 import diffusers
 import torch
 import transformers
-from diffusers import SchedulerMixin, StableDiffusionPipeline
-from safetensors import SafetensorError, safe_open
+from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from safetensors import SafetensorError
+from transformers import CLIPTextModel
 
 from batch_infer.diffusion import Context, Solver
-from batch_infer.errors import ModelError
-from batch_infer.models.card import ModelCard
+from batch_infer.errors import ModelError, first_line
+from batch_infer.models.card import ModelCard, variant_of
 from batch_infer.models.family import Conditioning
 from batch_infer.records import PromptRequest
 from batch_infer.settings import SchedulerSpec
@@ -28,6 +30,10 @@ from batch_infer.settings import SchedulerSpec
 # A second and third bar would fight with the run's own.
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
+
+MODULES = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+LOADING_ERRORS = (OSError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError)
+"""What diffusers and transformers raise for a folder that does not hold what it says."""
 
 TEXT_BATCH = 8
 """Prompts in one text encoder call, padded: another batch size would move the embeddings by 1e-8."""
@@ -51,18 +57,19 @@ class StableDiffusion:
     @classmethod
     def load(cls, card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_checker: bool) -> StableDiffusion:
         """Load from a folder, safetensors only. Raises ModelError."""
-        leave_out = {} if with_checker else {"safety_checker": None, "requires_safety_checker": False}
+        _refuse_variations(UNet2DConditionModel.load_config(card.path / "unet", local_files_only=True), card)
+        modules: dict[str, Any] = {name: _load_module(kind, card, name, dtype) for name, kind in MODULES.items()}
+        if with_checker:
+            modules["safety_checker"] = _load_module(StableDiffusionSafetyChecker, card, "safety_checker", dtype)
+        else:
+            modules |= {"safety_checker": None, "requires_safety_checker": False}
         try:
-            pipeline = StableDiffusionPipeline.from_pretrained(
-                card.path, dtype=dtype, variant=card.variant, use_safetensors=True, local_files_only=True, **leave_out
-            )
-        except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-            raise ModelError(f"{card.name} could not be loaded from {card.path}: {_first_line(error)}") from error
-        _refuse_variations(pipeline.unet.config, card.name)
-        _refuse_gaps(pipeline, card)
+            pipeline = StableDiffusionPipeline.from_pretrained(card.path, local_files_only=True, **modules)
+            pipeline.to(device)
+        except LOADING_ERRORS as error:
+            raise ModelError(f"{card.path} could not be loaded: {first_line(error)}") from error
         if card.scheduler is not None:
             pipeline.scheduler = build_scheduler(card.scheduler, pipeline.scheduler)
-        pipeline.to(device)
         return cls(pipeline, device, dtype)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -136,36 +143,32 @@ def build_scheduler(spec: SchedulerSpec, own: SchedulerMixin) -> SchedulerMixin:
     try:
         return cast(Any, found).from_config(own.config, **dict(spec.options))
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
-        raise ModelError(f"{spec} cannot be made on this model's scheduler settings: {_first_line(error)}") from error
+        raise ModelError(f"{spec} cannot be made on this model's scheduler settings: {first_line(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def _load_module(kind: Any, card: ModelCard, name: str, dtype: torch.dtype) -> Any:
+    """One network of a checkpoint. Raises ModelError, also for weights that no file holds.
 
-
-def _refuse_gaps(pipeline: StableDiffusionPipeline, card: ModelCard) -> None:
-    """Weights that no file holds are made up at random, or left as a checker's that never flags.
-
-    Counted by shape and not by name, since diffusers and transformers take up older names.
+    diffusers and transformers make such weights up without a word: a checker would then flag at random, or never.
     """
-    for name, module in pipeline.components.items():
-        if not isinstance(module, torch.nn.Module):
-            continue
-        wanted = Counter(tuple(weight.shape) for weight in module.state_dict().values())
-        for file in (card.path / name).glob("*.safetensors"):
-            with safe_open(file, framework="pt") as stored:
-                wanted.subtract(tuple(stored.get_slice(key).get_shape()) for key in stored.keys())  # noqa: SIM118
-        if missing := sum(count for count in wanted.values() if count > 0):
-            raise ModelError(f"{card.name}: {name}/ lacks {missing} of its weights; is the folder complete?")
+    folder = card.path / name
+    try:
+        module, told = kind.from_pretrained(
+            folder, variant=variant_of(folder, card.variant), use_safetensors=True, local_files_only=True,
+            output_loading_info=True,
+        )  # fmt: skip
+    except LOADING_ERRORS as error:
+        raise ModelError(f"{folder} could not be loaded: {first_line(error)}") from error
+    if missing := sorted(told["missing_keys"]):
+        raise ModelError(f"{folder} lacks {len(missing)} of its weights ({missing[0]}, ...); is it complete?")
+    # Not by an argument: its name differs between the versions of diffusers and transformers that are supported.
+    return module.to(dtype)
 
 
-def _refuse_variations(config: Any, name: str) -> None:
+def _refuse_variations(config: Mapping[str, Any], card: ModelCard) -> None:
     """UNets of this class that want more than a sample, a timestep and a text."""
     for option in ("time_cond_proj_dim", "class_embed_type", "addition_embed_type", "encoder_hid_dim_type"):
-        if getattr(config, option, None) is not None:
-            raise ModelError(
-                f"{name}: a UNet with {option}={getattr(config, option)} is no Stable Diffusion 1.x or 2.x"
-            )
-    if config.in_channels != config.out_channels:
-        raise ModelError(f"{name}: its UNet takes {config.in_channels} channels, so it is no text-to-image checkpoint")
+        if (value := config.get(option)) is not None:
+            raise ModelError(f"{card.path}: a UNet with {option}={value} is no Stable Diffusion 1.x or 2.x")
+    if (channels := config.get("in_channels", 4)) != config.get("out_channels", 4):
+        raise ModelError(f"{card.path}: its UNet takes {channels} channels, so it is no text-to-image checkpoint")

@@ -40,7 +40,8 @@ class StableDiffusionChecker:
         each = len(tiles[0])
         flat = [tile for group in tiles for tile in group]
         flat += [flat[-1]] * (self._batch * each - len(flat))
-        scores = self._scores(flat)
+        calls = [self._scores(flat[first : first + self._batch]) for first in range(0, len(flat), self._batch)]
+        scores = [row for call in calls for row in call]
         return [self._verdict(scores[i * each : (i + 1) * each]) for i in range(len(images))]
 
     @torch.inference_mode()

@@ -24,7 +24,7 @@ class FolderSink:
 
     def path_of(self, request: PromptRequest, *, quarantine: bool = False) -> str:
         """Where a request's image stands, relative to OUT."""
-        stem = plain_name(PurePosixPath(request.source.file).name.split(".")[0])
+        stem = plain_name(PurePosixPath(request.source.file).stem)
         folder = f"{stem}-{request.source.row // ROWS_PER_FOLDER:05d}"
         name = f"{plain_name(request.id)}-{request.image_index}{self._suffix}"
         return f"{'quarantine' if quarantine else 'images'}/{folder}/{name}"
@@ -37,8 +37,12 @@ class FolderSink:
 
     def remove(self, path: str) -> None:
         """Remove an image by its path relative to OUT; a path that leads out of it is none of ours."""
-        target = self._out / path
-        if target.resolve().is_relative_to(self._out.resolve()):
+        relative = PurePosixPath(path)
+        if relative.is_absolute() or ".." in relative.parts:
+            return
+        target = self._out / relative
+        # images/ itself may be a link to a larger disk; a link within it is not ours to follow.
+        if target.parent.resolve().is_relative_to((self._out / relative.parts[0]).resolve()):
             target.unlink(missing_ok=True)
 
     def flush(self, paths: Iterable[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batch_infer.errors import TableError
+from batch_infer.errors import TableError, first_line
 from batch_infer.table.files import TableFile
 from batch_infer.table.text import is_utf8
 
@@ -34,7 +34,7 @@ def read_schema(file: TableFile) -> pa.Schema:
     """The columns of a file. Raises TableError for a file that cannot be read."""
     try:
         if file.format == ".parquet":
-            schema = pq.read_schema(file.path)
+            schema = pq.read_schema(file.path.absolute())
         else:
             schema = pa.schema([(name, pa.string()) for name in _csv_names(file)])
     except (OSError, pa.ArrowException, csv.Error, UnicodeError) as error:
@@ -55,7 +55,7 @@ def read_rows(file: TableFile) -> Iterator[RawRow]:
 def _parquet(file: TableFile) -> Iterator[RawRow]:
     number = 0
     try:
-        with pq.ParquetFile(file.path) as parquet:
+        with pq.ParquetFile(file.path.absolute()) as parquet:
             for batch in parquet.iter_batches(batch_size=BATCH):
                 yield from _batch(batch, number)
                 number += len(batch)
@@ -90,19 +90,19 @@ def _csv(file: TableFile) -> Iterator[RawRow]:
             reader = csv.reader(stream, strict=True)
             header = _header(reader)
             while True:
-                first_line = reader.line_num + 1
+                starts = reader.line_num + 1
                 try:
                     cells = next(reader)
                 except StopIteration:
                     return
                 except csv.Error as error:
-                    lines = _lines(first_line, reader.line_num)
+                    lines = _lines(starts, reader.line_num)
                     yield RawRow(number, {}, f"{lines} cannot be read as CSV: {error}; is a quote left open?")
                     number += 1
                     continue
                 if not cells:  # a blank line
                     continue
-                yield _csv_row(number, header, cells, _lines(first_line, reader.line_num))
+                yield _csv_row(number, header, cells, _lines(starts, reader.line_num))
                 number += 1
     except OSError as error:
         yield RawRow(number, {}, f"the file breaks off here: {_reason(error)}")
@@ -144,4 +144,4 @@ def _lines(first: int, last: int) -> str:
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return first_line(error)

@@ -77,7 +77,7 @@ class Tables:
         fields = {}
         for field in FIELDS:
             name = columns.get(field, field)
-            if name in names:
+            if name and name in names:
                 fields[field] = name
             elif field == "prompt" or (name and field in columns):
                 raise TableError(f"{file.name} has no column {name!r} for {field}; {_advice(field, names)}")
@@ -184,6 +184,8 @@ def _advice(field: str, names: list[str]) -> str:
     found = ", ".join(repr(name) for name in names[:12])
     if near is not None:
         return f"try --column {shlex.quote(f'{field}={near}')}"
+    if len(names) == 1 and (mark := next((mark for mark in ";\t|" if mark in names[0]), None)):
+        return f"its columns seem to be separated by {mark!r}: save it with commas, or as Parquet"
     return f"it has {found}; name one with --column {field}=NAME"
 
 
