@@ -12,6 +12,11 @@ from batch_infer.errors import StorageError
 TEMPORARY = ".tmp-"
 
 
+def temporary_of(path: Path) -> Path:
+    """The name that a file bears in this process until it is whole."""
+    return path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+
+
 @contextmanager
 def replacing(path: Path, *, flush: bool = True) -> Iterator[Path]:
     """Give a temporary path to write to, and put what was written there in the place of `path` when all went well.
@@ -19,7 +24,7 @@ def replacing(path: Path, *, flush: bool = True) -> Iterator[Path]:
     With `flush` the disk holds the bytes before the name changes, so that a power cut leaves the old file or the new
     one. Raises StorageError.
     """
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    temporary = temporary_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

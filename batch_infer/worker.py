@@ -166,7 +166,7 @@ class Worker:
 
     def _commit(self, batch: list[_Stored], committed: Callable[[Sequence[ResultRow]], None]) -> None:
         rows = [stored.row for stored in batch]
-        self._sink.flush([row.generated_image for row in rows if row.generated_image])
+        self._sink.settle([row.generated_image for row in rows if row.generated_image])
         self._manifest.commit(rows, self._settings.carried)
         for stored in batch:
             if stored.obsolete:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import click
 import numpy as np
@@ -710,6 +711,22 @@ def test_a_full_disk_ends_the_run_and_keeps_what_is_done(
     assert before.items() <= hashes(out).items()
     assert len(hashes(out)) == 12
     assert_whole(out)
+
+
+def test_a_change_that_was_not_committed_has_changed_nothing(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The row is put back, counts as done, and its image must be its own."""
+    table = write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"]])
+    run(table, out)
+    before = hashes(out)
+    write_csv(table, [["prompt"], ["a blue square"]])
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderSink, "settle", mock.Mock(side_effect=StorageError("the power went out")))
+        assert run(table, out).code == 75
+    write_csv(table, [["prompt"], ["a red circle"]])
+    assert json.loads(run(table, out, "--json").stdout)["rendered"] == 0
+    assert hashes(out) == before
 
 
 def test_a_run_that_is_stopped_before_it_renders_tells_what_it_knows(tmp_path: Path, out: Path) -> None:

@@ -118,11 +118,15 @@ def test_a_folder_holds_a_thousand_rows_of_a_file(file: str, row: int, folder: s
 def test_what_is_stored_is_told(tmp_path: Path) -> None:
     sink = FolderSink(tmp_path, ".png")
     stored = sink.write("images/t-00000/a-0.png", b"first")
-    assert sink.write("images/t-00000/a-0.png", b"second") != stored
-    file = tmp_path / stored.path
-    assert file.read_bytes() == b"second"
     assert (stored.sha256, stored.image_bytes) == (hashlib.sha256(b"first").hexdigest(), 5)
-    sink.flush([stored.path])
+    file = tmp_path / stored.path
+    assert not file.exists()
+    sink.settle([stored.path])
+    assert file.read_bytes() == b"first"
+    assert sink.write(stored.path, b"second") != stored
+    assert file.read_bytes() == b"first", "until the manifest is about to speak of the second"
+    sink.settle([stored.path])
+    assert file.read_bytes() == b"second"
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
     sink.remove(stored.path)
     sink.remove(stored.path)
@@ -135,9 +139,9 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         FolderSink(tmp_path, ".png").write("images/t/a.png", b"x")
 
 
-def test_an_image_that_is_gone_cannot_be_flushed(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="cannot flush .*a.png: No such file"):
-        FolderSink(tmp_path, ".png").flush(["images/a.png"])
+def test_an_image_that_is_gone_cannot_be_settled(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="cannot write .*a.png: No such file"):
+        FolderSink(tmp_path, ".png").settle(["images/a.png"])
 
 
 @pytest.mark.parametrize("path", ["../precious", "images/../../precious", "/precious", "images/link/precious"])

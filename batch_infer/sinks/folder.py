@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from batch_infer.atomic import replacing, sync
+from batch_infer.atomic import sync, temporary_of
 from batch_infer.errors import StorageError
 from batch_infer.records import PromptRequest, StoredImage
 
@@ -30,10 +30,28 @@ class FolderSink:
         return f"{'quarantine' if quarantine else 'images'}/{folder}/{name}"
 
     def write(self, path: str, content: bytes) -> StoredImage:
-        """Store a file whole. Raises StorageError."""
-        with replacing(self._out / path, flush=False) as temporary:  # `flush` makes up for it, many files at once
-            temporary.write_bytes(content)
+        """Store a file under a temporary name, until `settle` gives it its own. Raises StorageError."""
+        target = self._out / path
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary_of(target).write_bytes(content)
+        except OSError as error:
+            raise StorageError(f"cannot write {target}: {error.strerror or error}") from error
         return StoredImage(path, hashlib.sha256(content).hexdigest(), len(content))
+
+    def settle(self, paths: Iterable[str]) -> None:
+        """Have the disk hold these files and give them their names, just before a manifest part speaks of them.
+
+        Not when they are written: a run that ends in between has then replaced no image that the manifest stands by.
+        Raises StorageError.
+        """
+        for path in paths:
+            target = self._out / path
+            try:
+                sync(temporary_of(target))
+                temporary_of(target).replace(target)
+            except OSError as error:
+                raise StorageError(f"cannot write {target}: {error.strerror or error}") from error
 
     def remove(self, path: str) -> None:
         """Remove an image by its path relative to OUT; a path that leads out of it is none of ours."""
@@ -44,14 +62,6 @@ class FolderSink:
         # images/ itself may be a link to a larger disk; a link within it is not ours to follow.
         if target.parent.resolve().is_relative_to((self._out / relative.parts[0]).resolve()):
             target.unlink(missing_ok=True)
-
-    def flush(self, paths: Iterable[str]) -> None:
-        """Have the disk hold these files before a manifest part speaks of them. Raises StorageError."""
-        for path in paths:
-            try:
-                sync(self._out / path)
-            except OSError as error:
-                raise StorageError(f"cannot flush {self._out / path}: {error.strerror or error}") from error
 
 
 def plain_name(text: str) -> str:
