@@ -101,7 +101,7 @@ def test_how_much_is_logged(capsys: pytest.CaptureFixture[str], quiet: bool, ver
 def test_durations(capsys: pytest.CaptureFixture[str], seconds: float, text: str) -> None:
     counts = Counts(rows=1, images=1, ok=1)
     report(Summary(counts, rendered=1, seconds=seconds, rendering_seconds=seconds), Path("o"), (), as_json=False)
-    assert f"1 images in {text} (" in capsys.readouterr().out
+    assert f"1 image in {text} (" in capsys.readouterr().out
 
 
 def test_the_summary_names_what_there_is_to_know(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ def report(summary: Summary, out: Path, results: Sequence[str], *, as_json: bool
     counts = summary.counts
     many = f", {counts.images:,} images" if counts.images > counts.rows else ""
     told = [
-        f"{counts.rows:,} {'row' if counts.rows == 1 else 'rows'}{many}",
+        f"{_number(counts.rows, 'row')}{many}",
         f"{counts.ok:,} ok",
         f"{counts.flagged:,} flagged",
     ]
@@ -30,13 +30,17 @@ def report(summary: Summary, out: Path, results: Sequence[str], *, as_json: bool
     if (rate := summary.images_per_second) is not None:
         full = f", slots {summary.occupancy:.0%} full" if summary.occupancy else ""
         spent, whole = _duration(summary.rendering_seconds), _duration(summary.seconds)
-        click.echo(f"{summary.rendered:,} images in {spent} ({rate:.2f} images/s{full}), {whole} in all")
+        click.echo(f"{_number(summary.rendered, 'image')} in {spent} ({rate:.2f} images/s{full}), {whole} in all")
     elif not counts.left:
         click.echo("nothing to do: all of it was done before")
     click.echo(f"images   {out / 'images'}")
     click.echo(f"results  {', '.join(str(out / f'results.{kind}') for kind in dict.fromkeys(('parquet', *results)))}")
     if counts.left:
         click.echo(f"stopped early: {counts.left:,} left; run the same command again to go on")
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def _duration(seconds: float) -> str:
