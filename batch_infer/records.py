@@ -59,9 +59,6 @@ class Source:
     file: str
     row: int
 
-    def __str__(self) -> str:
-        return f"{self.file}, row {self.row}"
-
 
 @dataclass(frozen=True, slots=True)
 class PromptRequest:
@@ -102,7 +99,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class StoredImage:
-    """An image file that stands whole in OUT: its path relative to OUT, its sha256 and its length in bytes."""
+    """An image file as its sink wrote it: its path relative to OUT, its sha256 and its length in bytes."""
 
     path: str
     sha256: str

@@ -176,7 +176,7 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """A row whose image stands, and the image of an earlier attempt that is to go once the row is committed."""
+    """A row whose image is written, and the image of an earlier attempt that is to go once the row is committed."""
 
     row: ResultRow
     obsolete: str | None

@@ -70,7 +70,6 @@ class Slots(Generic[Tag]):
     ) -> None:
         self.size = size
         self.latent_shape = latent_shape
-        self.ticks = 0
         self.row_forwards = 0
         self._denoiser = denoiser
         self._device, self._dtype = device, dtype
@@ -124,14 +123,8 @@ class Slots(Generic[Tag]):
         sample = self._samples[self._lane_rows] * input_scale.reshape(-1, 1, 1, 1)
         output = self._denoiser.denoise(sample.to(self._dtype), timestep, self._context).float()
         guided = guide(output[self._conditional], output[self._unconditional], self._scale, self._rescale)
-        self.ticks += 1
         self.row_forwards += sum(len(row.lanes) for row in self._rows.values())
         return [done for index in list(self._rows) if (done := self._advance(index, guided[index])) is not None]
-
-    def clear(self) -> None:
-        """Give up the rows that are under way."""
-        for index in list(self._rows):
-            self._release(index)
 
     def _advance(self, index: int, output: torch.Tensor) -> Finished[Tag] | None:
         """Step one row by its own line of its own table; every operation has a shape that is the row's alone."""

@@ -8,13 +8,13 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,6 +26,7 @@ from batch_infer.settings import OutputSettings
 
 BATCH = 2048
 Item = PromptRequest | ResultRow
+_Write = Callable[[pa.Table], None]
 
 log = logging.getLogger("batch_infer")
 
@@ -49,10 +50,6 @@ class Counts:
         setattr(self, status, getattr(self, status) + number)
 
 
-class _Writer(Protocol):
-    def write(self, table: pa.Table) -> None: ...
-
-
 def merge(items: Iterable[Item], index: Index, carried: pa.Schema, out: Path, output: OutputSettings) -> Counts:
     """Write the results of these items, in their order, and count them. Raises StorageError."""
     counts = Counts()
@@ -62,8 +59,8 @@ def merge(items: Iterable[Item], index: Index, carried: pa.Schema, out: Path, ou
             _open(stack, out, kind, schema, output.base64) for kind in dict.fromkeys(("parquet", *output.results))
         ]
         for table in _tables(items, index, carried, counts):
-            for writer in writers:
-                writer.write(table)
+            for write in writers:
+                write(table)
     for kind in {"csv", "jsonl"} - set(output.results):
         (out / f"results.{kind}").unlink(missing_ok=True)  # an earlier run's, which is out of date now
     return counts
@@ -121,22 +118,14 @@ def _as_now(items: list[Item], table: pa.Table, carried: pa.Schema) -> pa.Table:
     return table
 
 
-def _open(stack: ExitStack, out: Path, kind: str, schema: pa.Schema, as_base64: bool) -> _Writer:
+def _open(stack: ExitStack, out: Path, kind: str, schema: pa.Schema, as_base64: bool) -> _Write:
     temporary = stack.enter_context(replacing(out / f"results.{kind}"))
     if kind == "parquet":
-        writer = stack.enter_context(pq.ParquetWriter(temporary, schema, compression="zstd"))
-        return _Parquet(writer)
+        write: _Write = stack.enter_context(pq.ParquetWriter(temporary, schema, compression="zstd")).write_table
+        return write
     stream = stack.enter_context(temporary.open("w", encoding="utf-8", newline=""))
     images = out if as_base64 else None
-    return _Csv(stream, schema, images) if kind == "csv" else _Jsonl(stream, images)
-
-
-class _Parquet:
-    def __init__(self, writer: pq.ParquetWriter) -> None:
-        self._writer = writer
-
-    def write(self, table: pa.Table) -> None:
-        self._writer.write_table(table)
+    return (_Csv(stream, schema, images) if kind == "csv" else _Jsonl(stream, images)).write
 
 
 class _Csv:
