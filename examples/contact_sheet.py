@@ -1,8 +1,8 @@
-"""Lay the images of a run out on one sheet, each over its prompt: python examples/contact_sheet.py OUT [SHEET.png]"""
+"""Lay the images of a run out on one sheet, each over its prompt."""
 
 from __future__ import annotations
 
-import sys
+import argparse
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,13 @@ def contact_sheet(results: list[dict[str, Any]], out: Path, path: Path) -> None:
 
 
 def main() -> None:
-    out = Path(sys.argv[1])
-    path = Path(sys.argv[2]) if len(sys.argv) > 2 else out / "contact_sheet.png"
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path, help="folder of a finished run")
+    parser.add_argument("sheet", type=Path, nargs="?", help="PNG file to write (default: OUT/contact_sheet.png)")
+    options = parser.parse_args()
+    out, path = options.out, options.sheet or options.out / "contact_sheet.png"
+    if not (out / "results.parquet").is_file():
+        parser.error(f"{out} has no results.parquet: run `batch-infer run TABLE --out {out}` first")
     columns = ["prompt", "status", "generated_image"]
     rows = pq.read_table(out / "results.parquet", columns=columns).to_pylist()
     contact_sheet([row for row in rows if row["generated_image"]][:MOST], out, path)

@@ -60,7 +60,7 @@ def test_the_bar_counts_what_was_done_before(monkeypatch: pytest.MonkeyPatch) ->
     last = terminal.getvalue().strip().split("\r")[-1]
     assert last.startswith("100%")
     assert "10/10" in last
-    assert "1 flagged, 2 failed" in last
+    assert "1 flagged, 1 failed, 1 invalid" in last
 
 
 def test_lines_come_every_few_seconds(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

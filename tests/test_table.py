@@ -293,7 +293,7 @@ def test_a_field_can_be_left_to_the_carried_columns() -> None:
 @pytest.mark.parametrize(
     ("columns", "sentence"),
     [
-        ({}, "has no column 'prompt' for prompt; try --column 'prompt= Prompt'"),
+        ({}, "has no column 'prompt'; try --column 'prompt= Prompt'"),
         ({"prompt": "caption"}, r"has no column 'caption' for prompt; .* --column 'prompt= Prompt'"),
         ({"prompt": ""}, "has no column '' for prompt"),
         ({"prompt": " Prompt", "seed": "luck"}, "has no column 'luck' for seed; it has ' Prompt', 'text'"),
@@ -569,7 +569,7 @@ def test_an_unclosed_quote_costs_the_rows_that_it_swallows() -> None:
         ("prompt\nx\n".encode("utf-16"), "t.csv is UTF-16; save it as UTF-8"),
         ("prompt\nx\n".encode("utf-16-be"), "t.csv has no column 'prompt'"),
         ("prompt,größe\nx,1\n".encode("latin-1"), "t.csv has a header that is not UTF-8; save it as UTF-8"),
-        (b"some text\nmore\n", "t.csv has no column 'prompt' for prompt; it has 'some text'"),
+        (b"some text\nmore\n", "t.csv has no column 'prompt'; it has 'some text'"),
     ],
     ids=["empty", "blank", "UTF-16", "UTF-16 without a mark", "Latin-1 header", "no table"],
 )

@@ -40,7 +40,8 @@ table_options = _together(
         type=_Column(),
         envvar="BATCH_INFER_COLUMN",
         multiple=True,
-        help="The table's column for a field: prompt=caption. `height=` takes no column for it. Repeatable.",
+        help="The table's column for a field: prompt=caption. `height=` takes no column for it. Repeatable; "
+        "in the variable BATCH_INFER_COLUMN several stand apart by semicolons.",
     ),
     click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Score only the first N rows."),
 )

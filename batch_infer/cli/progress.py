@@ -121,4 +121,5 @@ class _Tally:
         self.invalid += sum(row.status == "invalid" for row in rows)
 
     def __str__(self) -> str:
-        return f"{self.flagged} flagged, {self.failed + self.invalid} failed"
+        told = f"{self.flagged} flagged, {self.failed} failed"
+        return f"{told}, {self.invalid} invalid" if self.invalid else told

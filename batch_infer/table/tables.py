@@ -80,7 +80,7 @@ class Tables:
             if name and name in names:
                 fields[field] = name
             elif field == "prompt" or (name and field in columns):
-                raise TableError(f"{file.name} has no column {name!r} for {field}; {_advice(field, names)}")
+                raise TableError(f"{file.name} has no column {name!r}{_unless(name, field)}; {_advice(field, names)}")
         carried: dict[str, str] = {}
         for name in names:
             if name not in fields.values():
@@ -177,6 +177,10 @@ def _id_text(value: Any) -> str | None:
     if isinstance(value, bytes):
         return value.decode("utf-8", "surrogateescape")
     return None if value is None else str(value)
+
+
+def _unless(name: str, field: str) -> str:
+    return "" if name == field else f" for {field}"
 
 
 def _advice(field: str, names: list[str]) -> str:
