@@ -109,11 +109,15 @@ class OutputSettings:
 
 @dataclass(frozen=True, slots=True)
 class TableSettings:
-    """The tables as the user named them; `columns` maps a field to the table's own name for it ('' takes none)."""
+    """The tables as the user named them; `columns` maps a field to the table's own name for it ('' takes none).
+
+    `folder` is where relative names start: the current folder of the command that named them.
+    """
 
     tables: tuple[str, ...]
     columns: Mapping[str, str] = field(default_factory=dict)
     limit: int | None = None
+    folder: Path = Path()
 
 
 @dataclass(frozen=True, slots=True)
