@@ -8,6 +8,7 @@
     ├── TryAgainLater       exit 75: run the same command again to go on
     │   ├── LockedError     another run holds OUT
     │   ├── StorageError    OUT cannot be written
+    │   ├── ServiceError    somebody else's server does not answer
     │   └── Interrupted     SIGINT or SIGTERM
     └── RowError            one row's fault: becomes that row's status, never ends a run
 
@@ -52,6 +53,10 @@ class LockedError(TryAgainLater):
 
 
 class StorageError(TryAgainLater):
+    pass
+
+
+class ServiceError(TryAgainLater):
     pass
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import gzip
+import io
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,16 +47,21 @@ def write_parquet(path: Path, **columns: Any) -> Path:
     return path
 
 
-def open_tables(*tables: Path | str, columns: Mapping[str, str] | None = None, limit: int | None = None) -> Tables:
-    return Tables(TableSettings(tuple(map(str, tables)), columns or {}, limit), SCHEMA.names)
+def open_tables(
+    *tables: Path | str,
+    columns: Mapping[str, str] | None = None,
+    limit: int | None = None,
+    folder: Path = Path(),
+) -> Tables:
+    return Tables(TableSettings(tuple(map(str, tables)), columns or {}, limit, folder), SCHEMA.names)
 
 
 def read(*tables: Path | str, rules: RowRules = RULES, **options: Any) -> list[PromptRequest | ResultRow]:
     """All rows of some tables; whatever they hold must fit into the results."""
-    opened = open_tables(*tables, **options)
-    found = list(opened.rows(rules))
-    for field in opened.carried:
-        pa.array([item.carried.get(field.name) for item in found], field.type).validate(full=True)
+    with open_tables(*tables, **options) as opened:
+        found = list(opened.rows(rules))
+        for field in opened.carried:
+            pa.array([item.carried.get(field.name) for item in found], field.type).validate(full=True)
     return found
 
 
@@ -71,3 +79,44 @@ def fault_of(*tables: Path | str, **options: Any) -> str:
     assert found.status == "invalid"
     assert found.error
     return found.error
+
+
+ROWS: list[dict[str, Any]] = [
+    {"prompt": "a red circle", "height": 128, "guidance_scale": 7.5, "tag": "first"},
+    {"prompt": "zwei, drei\nÄpfel 🎨", "height": None, "guidance_scale": None, "tag": None},
+    {"prompt": 'say "square"', "height": 64, "guidance_scale": 1, "tag": "é"},
+]
+"""A table that every format but plain text can hold."""
+
+
+def in_format(ending: str, rows: list[dict[str, Any]]) -> bytes:
+    """A table as the bytes of a file with this ending."""
+    ending, _, packing = ending.lstrip(".").partition(".")
+    names = list(rows[0]) if rows else []
+    if packing:
+        return pack(packing, in_format(ending, rows))
+    if ending in ("csv", "tsv"):
+        text = io.StringIO(newline="")
+        writer = csv.writer(text, delimiter="\t" if ending == "tsv" else ",")
+        writer.writerows([names, *([row[name] for name in names] for row in rows)])
+        return text.getvalue().encode()
+    if ending in ("jsonl", "ndjson"):
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    if ending == "json":
+        return json.dumps(rows).encode()
+    if ending == "txt":
+        return "".join(f"{row['prompt']}\n" for row in rows).encode()
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    return bytes(sink.getvalue())
+
+
+def pack(packing: str, content: bytes) -> bytes:
+    if packing == "gz":
+        return gzip.compress(content)
+    return bytes(pa.compress(content, "zstd", asbytes=True))
+
+
+def essence(found: Iterable[PromptRequest]) -> list[tuple[Any, ...]]:
+    """What must be the same whatever format a table has."""
+    return [(item.id, item.prompt, item.seed, item.params, item.fingerprint, item.source.row) for item in found]

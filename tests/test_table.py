@@ -59,13 +59,15 @@ def test_a_folder_is_read_by_name_and_in_depth() -> None:
     for name in ("b.csv", "a.CSV", "deep/er/c.csv", ".hidden.csv", "_temporary/d.csv", ".git/e.csv"):
         write_csv(Path("prompts", name), [["prompt"], [name]])
     write_parquet(Path("prompts/d.parquet"), prompt=["d.parquet"])
-    Path("prompts/notes.txt").write_text("no table")
+    Path("prompts/notes.txt").write_text("a line")
+    Path("prompts/notes.md").write_text("no table")
     found = {request.id: request.prompt for request in read_requests("prompts")}
     assert found == {
         "a-00000000": "a.CSV",
         "b-00000000": "b.csv",
         "d-00000000": "d.parquet",
         "deep-er-c-00000000": "deep/er/c.csv",
+        "notes-00000000": "a line",
     }
     assert [request.source.file for request in read_requests("prompts")][0] == "prompts/a.CSV"
 
@@ -95,6 +97,9 @@ def test_results_in_the_folder_are_no_table() -> None:
         write_parquet(out / "manifest" / "part-0.parquet", prompt=["a result"])
         write_parquet(out / "results.parquet", prompt=["a result"])
         write_csv(out / "results.csv", [["prompt"], ["a result"]])
+        write_bytes(out / "results.jsonl", b'{"prompt": "a result"}')
+        for folder in ("images", "quarantine", "logs", "gallery"):
+            write_bytes(out / folder / "deep" / "some.txt", b"a result")
     write_csv(Path("manifest/named-so-by-chance.csv"), [["prompt"], ["in the folder that is an OUT itself"]])
     write_csv(Path("elsewhere/manifest/results.csv"), [["prompt"], ["no run.json beside it"]])
     for argument in (".", "**/*.csv", "./*.*"):
@@ -107,17 +112,17 @@ def test_results_in_the_folder_are_no_table() -> None:
     ("argument", "sentence"),
     [
         ("missing.csv", "missing.csv: no such file or folder"),
-        ("notes.txt", "notes.txt: unknown ending .txt"),
+        ("notes.md", "notes.md: unknown ending .md; a table ends in .csv, .tsv, .*, also with .gz or .zst after it"),
         ("Makefile", r"Makefile: unknown ending \(none\)"),
-        ("empty", r"empty: the folder holds no table \(.csv or .parquet\)"),
+        ("empty", r"empty: the folder holds no table \(.csv, .tsv, "),
         ("empty/*.csv", r"empty/\*.csv: the glob matches no table"),
         ("missing/**/*.csv", "the glob matches no table"),
     ],
 )
 def test_what_is_no_table_is_named(argument: str, sentence: str) -> None:
     Path("empty").mkdir()
-    Path("empty/notes.txt").touch()
-    Path("notes.txt").touch()
+    Path("empty/notes.md").touch()
+    Path("notes.md").touch()
     Path("Makefile").touch()
     with pytest.raises(TableError, match=sentence):
         open_tables(argument)
@@ -728,10 +733,4 @@ def test_a_column_without_a_name_is_nobodys_field(tmp_path: Path) -> None:
     table = write_csv(tmp_path / "t.csv", [["", "prompt"], ["7", "a red circle"]])
     (found,) = read_requests(table, columns={"seed": ""})
     assert found.seed != 7
-    assert found.carried == {"": "7"}
-
-
-def test_semicolons_are_told(tmp_path: Path) -> None:
-    table = write_bytes(tmp_path / "t.csv", b"prompt;seed\na red circle;1\n")
-    with pytest.raises(TableError, match="separated by ';'"):
-        open_tables(table)
+    assert found.carried == {"unnamed_0": "7"}

@@ -1,6 +1,7 @@
 """Tables of prompts: files in, requests and invalid results out."""
 
+from batch_infer.table.layout import common_type
 from batch_infer.table.rows import RowRules
 from batch_infer.table.tables import Tables
 
-__all__ = ["RowRules", "Tables"]
+__all__ = ["RowRules", "Tables", "common_type"]

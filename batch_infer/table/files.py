@@ -1,48 +1,43 @@
-"""The files that a TABLE argument means: one file, a folder of them, or a glob."""
+"""The files that TABLE arguments mean: a file, a folder, a glob, standard input, or a URL of any of the first three."""
 
 from __future__ import annotations
 
 import glob
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from batch_infer.errors import TableError
+from batch_infer.table.endings import (
+    ENDINGS,
+    TableFile,
+    holds_no_table,
+    is_table,
+    plain_stem,
+    read_ending,
+    unknown_ending,
+)
+from batch_infer.table.scratch import Scratch
+from batch_infer.table.stdin import spool
+from batch_infer.table.streams import reason
 from batch_infer.table.text import clean
+from batch_infer.table.urls import is_http, protocol_of, shown
 
-ENDINGS = (".csv", ".parquet")
-RESULTS = ("manifest", "results.parquet", "results.csv")
-"""What of an OUT ends as a table does."""
-
-
-@dataclass(frozen=True, slots=True)
-class TableFile:
-    """A file, and the stem of its rows' default ids: its path relative to the argument, without its ending."""
-
-    path: Path
-    stem: str
-
-    @property
-    def name(self) -> str:
-        return clean(self.path.as_posix())
-
-    @property
-    def format(self) -> str:
-        return self.path.suffix.lower()
-
-    def default_id(self, row: int) -> str:
-        return f"{self.stem}-{row:08d}"
+STDIN = "-"
 
 
-def find_files(arguments: Iterable[str]) -> list[TableFile]:
-    """The files of all arguments, each once, in the order given and by name within a folder. Raises TableError."""
-    found: dict[Path, TableFile] = {}
-    for argument in arguments:
-        for file in _expand(argument):
-            found.setdefault(file.path.resolve(), file)
+def find_files(arguments: Iterable[str], folder: Path, scratch: Scratch) -> list[TableFile]:
+    """The files of all arguments, each once, in the order given and by name within a folder.
+
+    Relative names start at `folder`. An argument that means no file stands in the list with its fault. Raises
+    TableError where there is no argument, and ServiceError where a service does not answer.
+    """
+    found: dict[str | Path, TableFile] = {}
+    for argument in dict.fromkeys(arguments):
+        for file in _expand(argument, folder, scratch):
+            found.setdefault(_identity(argument, file), file)
     if not found:
-        raise TableError("no TABLE given: name a CSV or Parquet file, a folder of them, or a glob")
+        raise TableError(f"no TABLE given: name a file ({ENDINGS}), a folder of them, a glob, a URL, or -")
     return list(found.values())
 
 
@@ -51,58 +46,60 @@ def stems_that_meet(files: Iterable[TableFile]) -> set[str]:
     return {stem for stem, count in Counter(file.stem for file in files).items() if count > 1}
 
 
-def _expand(argument: str) -> Iterator[TableFile]:
-    path = Path(argument).expanduser()
+def _identity(argument: str, file: TableFile) -> str | Path:
+    """By which a file that two arguments mean is known: of http, two queries are two files of one name."""
+    if file.fault is None and file.origin == "file":
+        return file.path.resolve()
+    return argument if is_http(argument) else file.name
+
+
+def _expand(argument: str, folder: Path, scratch: Scratch) -> list[TableFile]:
+    try:
+        if argument == STDIN:
+            return [spool(scratch)]
+        if protocol_of(argument):
+            from batch_infer.table.remote import fetch  # a local table does not pay for the import of fsspec
+
+            return fetch(argument, scratch)
+        return list(_local(argument, folder))
+    except TableError as error:
+        fault = str(error)
+    except (OSError, ValueError) as error:  # ValueError: a pattern that pathlib does not take
+        fault = f"{clean(shown(argument))}: {reason(error)}"
+    name = clean(shown(argument))
+    return [TableFile(folder, name, plain_stem(name.rstrip("/").rpartition("/")[2]), fault=fault)]
+
+
+def _local(argument: str, folder: Path) -> Iterator[TableFile]:
+    named = Path(argument).expanduser()
+    path = folder / named
     if path.is_dir():
-        yield from _folder(path)
+        yield from _below(argument, named, folder, path.rglob("*"))
     elif path.exists():
-        if path.suffix.lower() not in ENDINGS:
-            raise TableError(f"{argument}: unknown ending {path.suffix or '(none)'}; a table ends in {_endings()}")
-        yield TableFile(path, _stem(path.name))
+        ending = read_ending(path.name)
+        if ending is None:
+            raise TableError(f"{clean(argument)}: {unknown_ending(path.name)}")
+        yield TableFile(path, clean(named.as_posix()), ending.stem, ending.format, ending.packing)
     elif glob.has_magic(argument):
-        yield from _glob(argument)
+        first = next(i for i, part in enumerate(named.parts) if glob.has_magic(part))
+        fixed = Path(*named.parts[:first])
+        yield from _below(argument, fixed, folder, (folder / fixed).glob("/".join(named.parts[first:])))
     else:
-        raise TableError(f"{argument}: no such file or folder")
+        raise TableError(f"{clean(argument)}: no such file or folder")
 
 
-def _folder(folder: Path) -> Iterator[TableFile]:
-    tables = sorted(path for path in folder.rglob("*") if _is_table(path, folder))
+def _below(argument: str, named: Path, folder: Path, paths: Iterable[Path]) -> Iterator[TableFile]:
+    """The tables among what lies below a folder, or is matched by a glob below it."""
+    below = folder / named
+
+    def holds_run(inner: str) -> bool:
+        return (below / inner / "run.json").is_file()
+
+    relatives = {path: path.relative_to(below).as_posix() for path in sorted(paths)}
+    tables = [path for path, relative in relatives.items() if is_table(relative, holds_run) and path.is_file()]
     if not tables:
-        raise TableError(f"{folder}: the folder holds no table ({_endings()})")
+        raise TableError(holds_no_table(clean(argument)))
     for path in tables:
-        yield TableFile(path, _stem(path.relative_to(folder).as_posix()))
-
-
-def _glob(pattern: str) -> Iterator[TableFile]:
-    parts = Path(pattern).expanduser().parts
-    first = next(i for i, part in enumerate(parts) if glob.has_magic(part))
-    fixed = Path(*parts[:first])
-    tables = sorted(path for path in fixed.glob("/".join(parts[first:])) if _is_table(path, fixed))
-    if not tables:
-        raise TableError(f"{pattern}: the glob matches no table ({_endings()})")
-    for path in tables:
-        yield TableFile(path, _stem(path.relative_to(fixed).as_posix()))
-
-
-def _is_table(path: Path, below: Path) -> bool:
-    """A file with a table's ending; hidden ones (and what lies in hidden folders) are other programs' leavings."""
-    hidden = any(part.startswith((".", "_")) for part in path.relative_to(below).parts)
-    return path.suffix.lower() in ENDINGS and not hidden and path.is_file() and not _is_result(path, below)
-
-
-def _is_result(path: Path, below: Path) -> bool:
-    """Whether an earlier run made this file: its OUT may lie among the tables, or be their folder."""
-    folder = below
-    for part in path.relative_to(below).parts:
-        if part in RESULTS and (folder / "run.json").is_file():
-            return True
-        folder /= part
-    return False
-
-
-def _stem(relative: str) -> str:
-    return clean(relative).rpartition(".")[0].replace("/", "-")
-
-
-def _endings() -> str:
-    return " or ".join(ENDINGS)
+        if ending := read_ending(relatives[path]):
+            name = clean((named / relatives[path]).as_posix())
+            yield TableFile(path, name, ending.stem, ending.format, ending.packing)

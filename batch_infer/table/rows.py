@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from decimal import Decimal, InvalidOperation
+from functools import lru_cache
 from typing import Any
 
 from batch_infer.errors import RowError, SettingsError
@@ -89,31 +90,25 @@ def invalid(cells: Cells, error: str) -> ResultRow:
 
 def _parse(cells: Cells, rules: RowRules, faults: list[str]) -> dict[str, Any]:
     """The row's values by field, row over default; what is wrong is added to `faults`."""
-    defaults, sizes = rules.defaults, rules.sizes
+    for part in (cells.carried, cells.fields):
+        for name, value in part.items():
+            if value.__class__ is str and not value.isascii() and not is_utf8(value):
+                faults.append(f"column {name!r} is not UTF-8: save the table as UTF-8")
+    get = cells.fields.get
+    if get("prompt") is None:
+        faults.append("the prompt is empty")
     parsed: dict[str, Any] = {}
-
-    def take(field: str, read: Any, *limits: Any, default: Any) -> None:
-        value = cells.fields.get(field)
+    for field, read in _READ.items():
+        value = get(field)
         try:
-            parsed[field] = default if value is None else read(field, value, *limits)
+            parsed[field] = getattr(rules.defaults, field, None) if value is None else read(field, value, rules)
         except RowError as error:
             faults.append(str(error))
-
-    for name, value in {**cells.carried, **cells.fields}.items():
-        if isinstance(value, str) and not is_utf8(value):
-            faults.append(f"column {name!r} is not UTF-8: save the table as UTF-8")
-    take("prompt", _prompt, default=None)
-    if cells.fields.get("prompt") is None:
-        faults.append("the prompt is empty")
-    take("negative_prompt", _text, default=defaults.negative_prompt)
-    take("seed", _whole, 0, LARGEST_SEED, default=derived_seed(defaults.seed, cells.id))
-    take("num_images_per_prompt", _whole, 1, MOST_IMAGES, default=defaults.num_images_per_prompt)
-    for side in ("height", "width"):
-        take(side, _side, sizes, default=getattr(defaults, side))
-    take("num_inference_steps", _whole, 1, MOST_STEPS, default=defaults.num_inference_steps)
-    take("guidance_scale", _real, MOST_GUIDANCE, default=defaults.guidance_scale)
-    take("guidance_rescale", _real, 1.0, default=defaults.guidance_rescale)
-    if not faults and parsed["seed"] + parsed["num_images_per_prompt"] - 1 > LARGEST_SEED:
+    if faults:
+        return parsed
+    if get("seed") is None:
+        parsed["seed"] = derived_seed(rules.defaults.seed, cells.id)
+    if parsed["seed"] + parsed["num_images_per_prompt"] - 1 > LARGEST_SEED:
         faults.append(f"seed {parsed['seed']} leaves no room for {parsed['num_images_per_prompt']} images (seed + k)")
     return parsed
 
@@ -128,14 +123,14 @@ def is_empty(value: Any) -> bool:
     return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
 
 
-def _prompt(field: str, value: Any) -> str:
-    text = _text(field, value)
+def _prompt(field: str, value: Any, rules: RowRules) -> str:
+    text = _text(field, value, rules)
     if not text.strip():
         raise RowError("the prompt is empty")
     return text
 
 
-def _text(field: str, value: Any) -> str:
+def _text(field: str, value: Any, rules: RowRules) -> str:
     if isinstance(value, bytes):
         try:
             value = value.decode("utf-8")
@@ -149,16 +144,21 @@ def _text(field: str, value: Any) -> str:
 
 
 def _whole(field: str, value: Any, least: int, most: int) -> int:
-    number = _decimal(value)
+    if value.__class__ is str and value.isdecimal() and value.isascii() and len(value) < 20:
+        number = int(value)  # as almost all cells are: ten times as fast
+        if least <= number <= most:
+            return number
+    decimal = _decimal(value)
     # An exponent of millions is a short cell, an endless integer and no operand: compare, then convert.
-    if number is None or (-(10**30) < number < 10**30 and number != number.to_integral_value()):
+    if decimal is None or (-(10**30) < decimal < 10**30 and decimal != decimal.to_integral_value()):
         raise RowError(f"{field} {_show(value)} is not a whole number")
-    if not least <= number <= most:
+    if not least <= decimal <= most:
         raise RowError(f"{field} {_show(value)} is not within {least} to {most}")
-    return int(number)
+    return int(decimal)
 
 
-def _side(field: str, value: Any, sizes: SizeRules) -> int:
+def _side(field: str, value: Any, rules: RowRules) -> int:
+    sizes = rules.sizes
     side = _whole(field, value, sizes.smallest, sizes.largest)
     if side % sizes.factor:
         raise RowError(f"{field} {side} is not a multiple of {sizes.factor}; the nearest is {_nearest(side, sizes)}")
@@ -180,10 +180,22 @@ def _real(field: str, value: Any, most: float) -> float:
 
 def _decimal(value: Any) -> Decimal | None:
     """A cell as a finite number, or None; a boolean is not one."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str, Decimal)):
+    if isinstance(value, str):
+        return _common_decimal(value) if len(value) < 20 else _to_decimal(value.strip())
+    if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
         return None
+    return _to_decimal(value)
+
+
+@lru_cache(maxsize=4096)
+def _common_decimal(text: str) -> Decimal | None:
+    """A short text's number, remembered: a table has few that differ."""
+    return _to_decimal(text.strip())
+
+
+def _to_decimal(value: str | int | float | Decimal) -> Decimal | None:
     try:
-        number = Decimal(value.strip() if isinstance(value, str) else value)
+        number = Decimal(value)
     except InvalidOperation:
         return None
     return number if number.is_finite() else None
@@ -192,3 +204,17 @@ def _decimal(value: Any) -> Decimal | None:
 def _show(value: Any) -> str:
     text = clean(str(value))
     return repr(text if len(text) <= 40 else text[:37] + "...")
+
+
+_READ: Mapping[str, Callable[[str, Any, RowRules], Any]] = {
+    "prompt": _prompt,
+    "negative_prompt": _text,
+    "seed": lambda field, value, rules: _whole(field, value, 0, LARGEST_SEED),
+    "num_images_per_prompt": lambda field, value, rules: _whole(field, value, 1, MOST_IMAGES),
+    "height": _side,
+    "width": _side,
+    "num_inference_steps": lambda field, value, rules: _whole(field, value, 1, MOST_STEPS),
+    "guidance_scale": lambda field, value, rules: _real(field, value, MOST_GUIDANCE),
+    "guidance_rescale": lambda field, value, rules: _real(field, value, 1.0),
+}
+"""How a field is read, in the order in which faults are told and fingerprints are made."""

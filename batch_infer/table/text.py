@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import re
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+
 
 def is_utf8(text: str) -> bool:
-    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def clean(text: str) -> str:
     """Text that a results table can hold: bytes that were not UTF-8 become U+FFFD."""
-    return text if is_utf8(text) else text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    if is_utf8(text):
+        return text
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    except UnicodeEncodeError:  # JSON can spell a surrogate that stands for no byte
+        return SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)

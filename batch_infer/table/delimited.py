@@ -1,0 +1,130 @@
+"""CSV and TSV, by the standard library's csv: a fault costs its own row, and the next one is read."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+import pyarrow as pa
+
+from batch_infer.errors import RowError, TableError
+from batch_infer.table.endings import TableFile
+from batch_infer.table.raw import RawRow, broken
+from batch_infer.table.streams import LONGEST, Lines, open_text
+from batch_infer.table.text import is_utf8
+
+MARKS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+"""What may stand between cells: spreadsheets write semicolons where the comma is in the numbers."""
+
+csv.field_size_limit(LONGEST)
+
+
+@dataclass(frozen=True, slots=True)
+class Delimited:
+    file: TableFile
+    mark: str
+    header: tuple[str, ...]
+
+    @property
+    def schema(self) -> pa.Schema:
+        return pa.schema([(name, pa.string()) for name in self.header])
+
+    def rows(self) -> Iterator[RawRow]:
+        number = 0
+        try:
+            with open_text(self.file, newline="") as stream:
+                lines = Lines(stream)
+                reader = csv.reader(lines, strict=True, delimiter=self.mark)
+                _header(reader)
+                while True:
+                    starts = lines.number + 1
+                    try:
+                        cells = next(reader)
+                    except StopIteration:
+                        return
+                    except (csv.Error, RowError) as error:
+                        yield RawRow(number, {}, _fault(starts, lines.number, error))
+                        number += 1
+                        continue
+                    if cells:  # a blank line has none
+                        yield self._row(number, cells, starts, lines.number)
+                        number += 1
+        except OSError as error:
+            yield broken(number, error)
+
+    def _row(self, number: int, cells: list[str], first: int, last: int) -> RawRow:
+        error = None
+        width = len(self.header)
+        if len(cells) > width and any(cells[width:]):
+            error = (
+                f"{_at(first, last)} has {len(cells)} cells where the header names {width}; "
+                f"quote cells that hold {MARKS[self.mark]}"
+            )
+        # A short row has left its last cells out; strict=False also covers the overlong one, which is refused.
+        return RawRow(number, dict(zip(self.header, cells, strict=False)), error)
+
+
+def open_delimited(file: TableFile, prompt: str) -> Delimited:
+    """Find out what stands between the cells: for .csv the comma, or what makes a prompt column of the header.
+
+    Where nothing does, what makes the most columns: its names are what the user is shown.
+
+    Raises OSError, csv.Error and TableError.
+    """
+    marks = ["\t"] if file.format == ".tsv" else list(MARKS)
+    headers: dict[str, list[str]] = {}
+    fault = None
+    for mark in marks:
+        try:
+            headers[mark] = _read_header(file, mark)
+        except csv.Error as error:  # a quoted header is none to one who looks for another mark
+            fault = fault or error
+            continue
+        if prompt in headers[mark]:
+            return Delimited(file, mark, _named(file, headers[mark]))
+    if fault and not headers:
+        raise fault
+    mark = max(headers, key=lambda mark: len(headers[mark]))
+    return Delimited(file, mark, _named(file, headers[mark]))
+
+
+def _read_header(file: TableFile, mark: str) -> list[str]:
+    with open_text(file, newline="") as stream:
+        return _header(csv.reader(_lines(file, stream), strict=True, delimiter=mark))
+
+
+def _lines(file: TableFile, stream: TextIO) -> Iterator[str]:
+    try:
+        yield from Lines(stream)
+    except RowError as error:
+        raise TableError(f"{file.name} has a header that {error}; is it a table?") from error
+
+
+def _named(file: TableFile, header: list[str]) -> tuple[str, ...]:
+    """The header with a name for each column: spreadsheets' trailing commas and pandas' index have none."""
+    if not all(map(is_utf8, header)):
+        raise TableError(f"{file.name} has a header that is not UTF-8; save it as UTF-8")
+    names = list(header)
+    for position, name in enumerate(header):
+        if not name:
+            names[position] = f"unnamed_{position}"
+            while names[position] in header:
+                names[position] += "_"
+    return tuple(names)
+
+
+def _header(reader: Any) -> list[str]:
+    return next((cells for cells in reader if cells), [])
+
+
+def _fault(first: int, last: int, error: Exception) -> str:
+    where = _at(first, last)
+    if isinstance(error, RowError):
+        return f"{where} {error}"
+    return f"{where} cannot be read as CSV: {error}; is a quote left open?"
+
+
+def _at(first: int, last: int) -> str:
+    return f"line {first}" if first >= last else f"lines {first} to {last}"

@@ -1,0 +1,158 @@
+"""JSON documents: an array of objects or prompts, and the payloads of Azure ML, which are pandas' "split" form."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pyarrow as pa
+
+from batch_infer.errors import RowError, TableError
+from batch_infer.table.columns import MOST_COLUMNS, Columns, checked
+from batch_infer.table.endings import TableFile
+from batch_infer.table.raw import RawRow, broken
+from batch_infer.table.scanner import BrokenDocument, Scanner
+from batch_infer.table.streams import open_bytes, reason
+from batch_infer.table.text import is_utf8
+
+SHAPES = (
+    'a .json holds [{"prompt": ...}, ...], ["a prompt", ...] or '
+    '{"input_data": {"columns": ["prompt"], "data": [...]}}; one object a line is a .jsonl'
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Where the rows of a document are. `columns` names the cells of a row that is a list or a bare prompt.
+
+    `parameters` are cells of every row that has none of its own.
+    """
+
+    payload: bool
+    columns: tuple[str, ...]
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    file: TableFile
+    shape: Shape
+    schema: pa.Schema
+
+    def rows(self) -> Iterator[RawRow]:
+        known = frozenset(self.schema.names)
+        for row in _walk(self.file, self.shape):
+            yield row if row.error else checked(row.number, f"element {row.number}", row.cells, known)
+
+
+def open_document(file: TableFile, prompt: str) -> Document:
+    """Find out shape and columns, by a walk over the file. Raises OSError, and TableError where it holds no row."""
+    with open_bytes(file) as stream:
+        scanner = Scanner(stream)
+        match scanner.peek():
+            case "[":
+                shape = Shape(payload=False, columns=(prompt or "prompt",))
+            case "{":
+                shape = _payload(file, scanner, prompt or "prompt")
+            case "":
+                raise TableError(f"{file.name} is empty")
+            case _:
+                raise TableError(f"{file.name} is no table: {SHAPES}")
+    columns = Columns([*shape.columns, *shape.parameters] if shape.payload else [])
+    fault, readable = None, False
+    for row in _walk(file, shape):
+        columns.add(row.cells)
+        fault, readable = fault or row.error, readable or not row.error
+    if fault and not readable:
+        raise TableError(f"{file.name} cannot be read: {fault}")
+    return Document(file, shape, columns.schema())
+
+
+def _payload(file: TableFile, scanner: Scanner, prompt: str) -> Shape:
+    """The shape of a payload, whose keys come in any order."""
+    shape = Shape(payload=True, columns=())
+    has_rows, fault = False, ""
+    try:
+        for key in _members(scanner):
+            match key, scanner.peek():
+                case "columns", "[":
+                    shape = replace(shape, columns=_column_names(scanner))
+                case "parameters", "{":
+                    shape = replace(shape, parameters=scanner.value())
+                case _, mark:
+                    has_rows = has_rows or (key == "data" and mark == "[")
+                    scanner.skip()
+    except (OSError, BrokenDocument) as error:
+        fault = reason(error)  # the rows before the break can be read, once the columns are known
+    except RowError as error:
+        raise TableError(f"{file.name} cannot be read: its columns or parameters: {error}") from error
+    if not has_rows or (fault and not shape.columns):
+        raise TableError(f"{file.name} cannot be read: {fault}" if fault else f"{file.name} is no table: {SHAPES}")
+    if not all(map(is_utf8, (*shape.columns, *shape.parameters))):
+        raise TableError(f"{file.name} has a column whose name is not UTF-8; save it as UTF-8")
+    return shape if shape.columns else replace(shape, columns=(prompt,))
+
+
+def _column_names(scanner: Scanner) -> tuple[str, ...]:
+    names = scanner.value()
+    if len(names) > MOST_COLUMNS:
+        raise RowError(f"there are more than {MOST_COLUMNS}")
+    if twice := [name for name, count in Counter(map(str, names)).items() if count > 1]:
+        raise RowError(f"two are named {twice[0]!r}")
+    return tuple(map(str, names))
+
+
+def _members(scanner: Scanner) -> Iterator[str]:
+    """The keys of a payload, within its `input_data` or without it."""
+    for key in scanner.members():
+        if key == "input_data" and scanner.peek() == "{":
+            yield from scanner.members()
+        else:
+            yield key
+
+
+def _walk(file: TableFile, shape: Shape) -> Iterator[RawRow]:
+    number = 0
+    try:
+        with open_bytes(file) as stream:
+            scanner = Scanner(stream)
+            for _ in _elements(scanner, shape):
+                try:
+                    row = RawRow(number, _cells(scanner.value(), shape))
+                except RowError as error:
+                    row = RawRow(number, {}, f"element {number} {error}")
+                yield row
+                number += 1
+            scanner.end()
+    except (OSError, BrokenDocument) as error:
+        yield broken(number, error)
+
+
+def _elements(scanner: Scanner, shape: Shape) -> Iterator[None]:
+    """Stops before each row."""
+    if not shape.payload:
+        yield from scanner.elements()
+        return
+    for key in _members(scanner):
+        if key == "data" and scanner.peek() == "[":
+            yield from scanner.elements()
+        else:
+            scanner.skip()
+
+
+def _cells(element: Any, shape: Shape) -> dict[str, Any]:
+    if isinstance(element, dict):
+        cells = element
+    elif isinstance(element, str):
+        cells = {shape.columns[0]: element}
+    elif isinstance(element, list) and shape.payload:
+        if len(element) > len(shape.columns):
+            raise RowError(f"has {len(element)} cells where columns names {len(shape.columns)}")
+        cells = dict(zip(shape.columns, element, strict=False))
+    else:
+        raise RowError(f"is neither an object nor a prompt but {type(element).__name__}")
+    if shape.parameters:
+        cells = {**shape.parameters, **{name: value for name, value in cells.items() if value is not None}}
+    return cells

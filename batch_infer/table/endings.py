@@ -1,0 +1,99 @@
+"""What a file's name says: whether it is a table, of which format, and what its rows are called."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from glob import has_magic
+from pathlib import Path
+from typing import Literal
+
+from batch_infer.table.text import clean
+
+FORMATS = (".csv", ".tsv", ".parquet", ".jsonl", ".ndjson", ".json", ".txt")
+PACKINGS = (".gz", ".zst")
+ENDINGS = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}, also with {' or '.join(PACKINGS)} after it"
+
+RESULTS = frozenset(
+    {
+        *("run.json", "results.parquet", "results.csv", "results.jsonl"),
+        *("manifest", "images", "quarantine", "logs", "gallery"),
+    }
+)
+"""What of an OUT ends as a table does, or may hold what does."""
+
+_FORMAT, _PACKING = ("|".join(map(re.escape, endings)) for endings in (FORMATS, PACKINGS))
+_ENDING = re.compile(
+    f"(?P<stem>.*[^/])(?P<format>{_FORMAT})(?P<packing>{_PACKING})?",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TableFile:
+    """A file to read, or in its place the fault of an argument that means none.
+
+    `path` is what is read; `name` is what the user called it; `stem` is that of its rows' default ids: the path
+    relative to the argument, without its endings. `packing` is the compression's ending, or ''.
+    """
+
+    path: Path
+    name: str
+    stem: str
+    format: str = ""
+    packing: str = ""
+    origin: Literal["file", "url", "stdin"] = "file"
+    fault: str | None = None
+
+    def default_id(self, row: int) -> str:
+        return f"{self.stem}-{row:08d}"
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """A name taken apart: `stem` is of default ids."""
+
+    stem: str
+    format: str
+    packing: str
+
+
+def read_ending(relative: str) -> Ending | None:
+    """The parts of a path that ends as a table does, else None."""
+    found = _ENDING.fullmatch(relative)
+    if found is None:
+        return None
+    return Ending(_as_stem(found["stem"]), found["format"].lower(), (found["packing"] or "").lower())
+
+
+def plain_stem(name: str) -> str:
+    """The stem for a name that does not end as a table does."""
+    ending = read_ending(name)
+    return ending.stem if ending else _as_stem(name.rpartition(".")[0] or name)
+
+
+def unknown_ending(name: str) -> str:
+    return f"unknown ending {Path(name).suffix or '(none)'}; a table ends in {ENDINGS}"
+
+
+def holds_no_table(argument: str) -> str:
+    what = "glob matches" if has_magic(argument) else "folder holds"
+    return f"{argument}: the {what} no table ({ENDINGS})"
+
+
+def is_table(relative: str, holds_run: Callable[[str], bool]) -> bool:
+    """Whether a file below a folder or glob is one of its tables. `holds_run` says of a folder, relative to the same
+    place, whether a run.json lies in it.
+
+    Hidden files (and what lies in hidden folders) are other programs' leavings; what an earlier run made is no table
+    either: its OUT may lie among the tables, or be their folder.
+    """
+    parts = relative.split("/")
+    if read_ending(relative) is None or any(part.startswith((".", "_")) for part in parts):
+        return False
+    return not any(part in RESULTS and holds_run("/".join(parts[:depth])) for depth, part in enumerate(parts))
+
+
+def _as_stem(relative: str) -> str:
+    return clean(relative).replace("/", "-")

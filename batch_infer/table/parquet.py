@@ -1,0 +1,62 @@
+"""Parquet, by pyarrow, in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batch_infer.table.endings import TableFile
+from batch_infer.table.raw import RawRow, broken
+from batch_infer.table.scratch import Scratch
+from batch_infer.table.streams import reason, unpack
+
+BATCH = 1024
+BUFFER = 1 << 20
+"""Bytes of a column that are read at a time: without it pyarrow takes in a row group's whole column chunks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parquet:
+    path: Path
+    schema: pa.Schema
+
+    def rows(self) -> Iterator[RawRow]:
+        number = 0
+        try:
+            with pq.ParquetFile(self.path, buffer_size=BUFFER, pre_buffer=False) as parquet:
+                for batch in parquet.iter_batches(batch_size=BATCH):
+                    yield from _batch(batch, number)
+                    number += len(batch)
+        except (OSError, pa.ArrowException, UnicodeError) as error:
+            yield broken(number, error)
+
+
+def open_parquet(file: TableFile, scratch: Scratch) -> Parquet:
+    """Raises OSError, pa.ArrowException and UnicodeError."""
+    # Absolute: Arrow takes a relative path with a colon in it for a URI.
+    path = unpack(file, scratch.place()) if file.packing else file.path.absolute()
+    return Parquet(path, pq.read_schema(path))
+
+
+def _batch(batch: pa.RecordBatch, number: int) -> Iterator[RawRow]:
+    try:
+        rows = batch.to_pylist()
+    except (ValueError, OverflowError):  # one value that Python cannot hold: it costs its own row
+        yield from (_row(batch.slice(i, 1), number + i) for i in range(len(batch)))
+    else:
+        yield from (RawRow(number + i, cells) for i, cells in enumerate(rows))
+
+
+def _row(batch: pa.RecordBatch, number: int) -> RawRow:
+    """A batch of one row, read cell by cell."""
+    cells, faults = {}, []
+    for name in batch.schema.names:
+        try:
+            cells[name] = batch.column(name)[0].as_py()
+        except (ValueError, OverflowError) as error:
+            faults.append(f"column {name!r} cannot be read: {reason(error)}")
+    return RawRow(number, cells, "; ".join(faults) or None)

@@ -1,0 +1,201 @@
+"""Tables that lie elsewhere, by fsspec: found, and fetched whole when they are opened.
+
+So every later pass reads the same bytes, and no fault of the network falls into the middle of a walk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from glob import has_magic
+from importlib.util import find_spec
+from typing import Any
+
+import fsspec
+
+from batch_infer.errors import ServiceError, TableError, first_line
+from batch_infer.table.endings import TableFile, holds_no_table, is_table, plain_stem, read_ending, unknown_ending
+from batch_infer.table.scratch import Scratch
+from batch_infer.table.text import clean
+from batch_infer.table.urls import is_http, protocol_of, shown
+
+EXTRAS = {
+    **dict.fromkeys(("s3", "s3a"), ("s3fs", "s3")),
+    **dict.fromkeys(("gs", "gcs"), ("gcsfs", "gs")),
+    **dict.fromkeys(("abfs", "abfss", "az", "adl"), ("adlfs", "abfss")),
+    **dict.fromkeys(("http", "https"), ("aiohttp", "https")),
+}
+"""Protocol -> the package that fsspec wants for it, and our extra that brings it."""
+
+CLIENTS = (
+    ("aiohttp", "ClientError"),
+    ("botocore.exceptions", "BotoCoreError"),
+    ("botocore.exceptions", "ClientError"),
+    ("gcsfs.retry", "HttpError"),
+    ("google.auth.exceptions", "GoogleAuthError"),
+    ("azure.core.exceptions", "AzureError"),
+    ("paramiko.ssh_exception", "SSHException"),
+)
+"""The errors of the services' clients that are no OSError: fsspec lets them through."""
+UNKNOWN_TO_THEM = ("NoCredentialsError", "ClientAuthenticationError", "DefaultCredentialsError")
+
+SILENCE_S = 60
+"""How long a server may send nothing. aiohttp's own limit is on the whole file, and ends large ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a URL points. `path` is fsspec's name for it, `url` ours, without what may be secret."""
+
+    files: Any
+    path: str
+    url: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A file: fsspec's path to it, its name, and its path relative to the argument."""
+
+    path: str
+    name: str
+    relative: str
+
+
+def fetch(url: str, scratch: Scratch) -> list[TableFile]:
+    """The tables that a URL means. Raises TableError where it means none, ServiceError where nobody answers."""
+    name = clean(shown(url))
+    with _blamed(name):
+        place = _connect(url, name)
+        found = list(_single(place, name) if is_http(url) else _listed(place))
+    if not found:
+        raise TableError(holds_no_table(name))
+    return [_fetch(place, file, scratch) for file in found]
+
+
+def _connect(url: str, name: str) -> _Place:
+    protocol = protocol_of(url) or ""
+    package, extra = EXTRAS.get(protocol, (None, None))
+    if package is not None and find_spec(package) is None:
+        raise TableError(f"{name}: reading {protocol}:// needs {package}: pip install 'batch-infer[{extra}]'")
+    if is_http(url):
+        return _Place(_http(), url, name)
+    try:
+        try:  # a listing must not be older than this run
+            files, path = fsspec.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True)
+        except TypeError:  # a protocol that does not take these options
+            files, path = fsspec.url_to_fs(url)
+        return _Place(files, path, name)
+    except ImportError as error:
+        raise TableError(f"{name}: reading {protocol}:// needs another package: {first_line(error)}") from error
+
+
+def _http() -> Any:
+    from fsspec.implementations import http
+
+    timeout = http.aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_S, sock_read=SILENCE_S)
+    # Not compressed on the way: what the server unpacks is not what its name says.
+    client = {"timeout": timeout, "headers": {"Accept-Encoding": "identity"}}
+    return http.HTTPFileSystem(client_kwargs=client, use_listings_cache=False, skip_instance_cache=True)
+
+
+def _single(place: _Place, url: str) -> Iterator[_Found]:
+    relative = url.rpartition("/")[2]
+    if read_ending(relative) is None:
+        raise TableError(f"{place.url}: {unknown_ending(relative)}")
+    yield _Found(place.path, place.url, relative)
+
+
+def _listed(place: _Place) -> Iterator[_Found]:
+    """The tables of a file, a folder or a glob; a name with brackets is a file before it is a glob."""
+    try:
+        kind = place.files.info(place.path)["type"]
+    except FileNotFoundError:
+        if not has_magic(place.path):
+            raise
+        kind = "glob"
+    if kind == "directory":
+        base = place.path.rstrip("/")
+        yield from _below(place, base, place.url, place.files.find(place.path))
+    elif kind == "glob":
+        parts = place.path.split("/")
+        first = next(i for i, part in enumerate(parts) if has_magic(part))
+        matches = place.files.glob(place.path, detail=True)
+        paths = [path for path, entry in matches.items() if entry["type"] == "file"]
+        yield from _below(place, "/".join(parts[:first]), _fixed(place.url), paths)
+    else:
+        yield from _single(place, place.url.partition("::")[0])
+
+
+def _below(place: _Place, base: str, url: str, paths: list[str]) -> Iterator[_Found]:
+    @cache
+    def holds_run(inner: str) -> bool:
+        return bool(place.files.isfile("/".join(filter(None, [base, inner, "run.json"]))))
+
+    head, chained, tail = url.partition("::")
+    for path in sorted(paths, key=lambda path: path.split("/")):  # as pathlib sorts
+        relative = path[len(base) :].lstrip("/")
+        if is_table(relative, holds_run):
+            yield _Found(path, f"{head.rstrip('/')}/{relative}{chained}{tail}", relative)
+
+
+def _fixed(url: str) -> str:
+    """A URL up to its first part with magic."""
+    head, chained, tail = url.partition("::")
+    protocol, mark, rest = head.rpartition("://")
+    parts = rest.split("/")
+    first = next((i for i, part in enumerate(parts) if has_magic(part)), len(parts))
+    return f"{protocol}{mark}{'/'.join(parts[:first])}{chained}{tail}"
+
+
+def _fetch(place: _Place, found: _Found, scratch: Scratch) -> TableFile:
+    """A file of its own, or its fault: one that is gone or forbidden leaves the others readable."""
+    name, local = clean(found.name), scratch.place()
+    ending = read_ending(found.relative)
+    try:
+        with _blamed(name):
+            place.files.get_file(found.path, str(local))
+    except TableError as error:
+        return TableFile(local, name, plain_stem(found.relative), origin="url", fault=str(error))
+    if ending is None:
+        return TableFile(local, name, plain_stem(found.relative), origin="url", fault=unknown_ending(name))
+    return TableFile(local, name, ending.stem, ending.format, ending.packing, origin="url")
+
+
+@contextmanager
+def _blamed(name: str) -> Iterator[None]:
+    """Tell the file's faults and the user's from those of the network and the service.
+
+    No cause is handed on: a library's error may hold the whole URL, and a URL may hold a signature.
+    """
+    try:
+        yield
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise TableError(f"{name}: no such file or folder") from None
+    except PermissionError as error:
+        raise TableError(f"{name}: no permission to read it: {_reason(error)}") from None
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise TableError(f"{name} cannot be opened: {_reason(error)}") from None
+    except _service_errors() as error:
+        status = getattr(error, "status", None)
+        refused = isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)
+        if refused or type(error).__name__ in UNKNOWN_TO_THEM:
+            raise TableError(f"{name}: the server refuses it: {_reason(error)}") from None
+        raise ServiceError(f"could not fetch {name}: {_reason(error)}; run again") from None
+
+
+def _service_errors() -> tuple[type[BaseException], ...]:
+    loaded = ((sys.modules.get(module), error) for module, error in CLIENTS)
+    known = (getattr(module, error, None) for module, error in loaded)
+    return (OSError, asyncio.TimeoutError, *(error for error in known if error is not None))
+
+
+def _reason(error: BaseException) -> str:
+    status, message = getattr(error, "status", None), getattr(error, "message", "")
+    if isinstance(status, int):
+        return f"HTTP {status} {message}".strip()
+    said = first_line(error) if isinstance(error, Exception) else ""
+    return type(error).__name__ if "?" in said or "@" in said else said

@@ -1,0 +1,65 @@
+"""A table on standard input: kept in a file, as it is read more than once, and of the format that it begins like."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+from io import BufferedReader
+
+from batch_infer.errors import TableError
+from batch_infer.table.endings import TableFile
+from batch_infer.table.scratch import Scratch
+from batch_infer.table.streams import BUFFER, LONGEST, MAGIC, open_unpacked, reason
+
+NAME = "stdin"
+
+
+def spool(scratch: Scratch) -> TableFile:
+    """All of standard input, as a file. Raises TableError."""
+    if sys.stdin is None or sys.stdin.closed:
+        raise TableError("-: there is no standard input to read")
+    if sys.stdin.isatty():
+        raise TableError("-: standard input is a terminal; pipe a table in (batch-infer run - < prompts.csv)")
+    try:
+        place = scratch.place()
+        with place.open("wb") as copy:
+            shutil.copyfileobj(sys.stdin.buffer, copy, BUFFER)
+        return _sniffed(TableFile(place, NAME, NAME, origin="stdin"))
+    except OSError as error:
+        raise TableError(f"-: standard input cannot be read: {reason(error)}") from error
+
+
+def _sniffed(file: TableFile) -> TableFile:
+    with file.path.open("rb") as stream:
+        start = stream.read(4)
+    packing = next((packing for packing, magic in MAGIC.items() if magic.match(start)), "")
+    file = replace(file, packing=packing)
+    try:
+        with open_unpacked(file) as unpacked:
+            start = unpacked.peek(4)[:4]
+            unpacked.read(3 if start.startswith(b"\xef\xbb\xbf") else 0)
+            return replace(file, format=".parquet" if start == b"PAR1" else _text_format(_first_line(unpacked)))
+    except OSError:  # packed, and damaged at once: reading it as a table says so
+        return replace(file, format=".csv")
+
+
+def _first_line(stream: BufferedReader) -> bytes:
+    while line := stream.readline(LONGEST):
+        if text := line.strip():
+            return text
+    return b""
+
+
+def _text_format(line: bytes) -> str:
+    if line.startswith(b"["):
+        return ".json"
+    if not line.startswith(b"{"):
+        return ".csv"
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return ".json"
+    payload = "input_data" in found or ("columns" in found and "data" in found)
+    return ".json" if payload else ".jsonl"

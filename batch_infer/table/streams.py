@@ -1,0 +1,134 @@
+"""The bytes and lines of a file, unpacked as they are read."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import re
+import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO, cast
+
+import pyarrow as pa
+
+from batch_infer.errors import RowError, TableError, first_line
+from batch_infer.table.endings import TableFile
+
+LONGEST = 16 << 20
+"""Characters of one cell, line or JSON value: what an open quote may swallow before it is given up."""
+
+BUFFER = 1 << 16
+ZSTD_READ = 1 << 12
+"""Arrow loses what it had unpacked in the read that meets the break: so little at a time."""
+
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+UTF_8_MARK = b"\xef\xbb\xbf"
+MAGIC = {".gz": re.compile(rb"\x1f\x8b"), ".zst": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")}
+PACKED = {".gz": "gzip", ".zst": "zstd"}
+
+
+class _Unpacked(io.RawIOBase):
+    """What a packed file holds. All that stands before a fault is given before the fault is raised, as OSError."""
+
+    def __init__(self, packed: BinaryIO, packing: str) -> None:
+        self._packed, self._packing = packed, packing
+        self._source: Any = (
+            gzip.GzipFile(fileobj=packed, mode="rb") if packing == ".gz" else pa.CompressedInputStream(packed, "zstd")
+        )
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)
+        try:
+            found = self._read(len(view))
+        except EOFError as error:
+            raise OSError("the gzip stream is cut off") from error
+        except zlib.error as error:
+            raise OSError(f"the gzip stream is damaged: {error}") from error
+        view[: len(found)] = found
+        return len(found)
+
+    def _read(self, size: int) -> bytes:
+        if self._packing == ".gz":
+            return cast("bytes", self._source.read1(size))
+        return cast("bytes", self._source.read(min(size, ZSTD_READ)))
+
+    def close(self) -> None:
+        if not self.closed:
+            self._source.close()
+            self._packed.close()
+        super().close()
+
+
+def open_unpacked(file: TableFile) -> io.BufferedReader:
+    """The bytes of a file as they are, but for its packing. Raises OSError."""
+    with ExitStack() as stack:
+        stream = stack.enter_context(file.path.open("rb"))
+        if file.packing and (start := stream.peek(4)):
+            if not MAGIC[file.packing].match(start):
+                raise OSError(f"it is not {PACKED[file.packing]}")
+            stream = stack.enter_context(io.BufferedReader(_Unpacked(stream, file.packing), BUFFER))
+        stack.pop_all()
+        return stream
+
+
+def open_bytes(file: TableFile) -> io.BufferedReader:
+    """The bytes of a text file, after the byte order mark. Raises OSError, and TableError for UTF-16."""
+    with ExitStack() as stack:
+        stream = stack.enter_context(open_unpacked(file))
+        start = stream.peek(4)
+        if start.startswith(UTF_16):
+            raise TableError(f"{file.name} is UTF-16; save it as UTF-8, or convert it: iconv -f UTF-16 -t UTF-8")
+        if start.startswith(UTF_8_MARK):
+            stream.read(len(UTF_8_MARK))
+        stack.pop_all()
+        return stream
+
+
+def open_text(file: TableFile, newline: str | None) -> TextIO:
+    """The text of a file. Bytes that are not UTF-8 come as lone surrogates, so that they cost their own row alone."""
+    return io.TextIOWrapper(open_bytes(file), encoding="utf-8", errors="surrogateescape", newline=newline)
+
+
+def unpack(file: TableFile, place: Path) -> Path:
+    """Write what a packed file holds to `place`, for a format that is not read from front to back. Raises OSError."""
+    with open_unpacked(file) as stream, place.open("wb") as copy:
+        shutil.copyfileobj(stream, copy, BUFFER)
+    return place
+
+
+class Lines:
+    """The lines of a text, with their ends. A line that is too long raises RowError, and the next one follows it.
+
+    `number` is that of the last line, from 1.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._readline = stream.readline
+        self.number = 0
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._readline(LONGEST)
+        if not line:
+            raise StopIteration
+        self.number += 1
+        if len(line) < LONGEST or line[-1] in "\r\n":
+            return line
+        while line and line[-1] not in "\r\n":
+            line = self._readline(LONGEST)
+        raise RowError(f"is longer than {LONGEST} characters")
+
+
+def reason(error: Exception) -> str:
+    """What is wrong with a file, without its name."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return first_line(error)

@@ -1,0 +1,447 @@
+"""TABLE arguments: what each means, where it may lie, and that one which means nothing costs one result."""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from batch_infer.errors import TableError, TryAgainLater
+from batch_infer.records import PromptRequest, ResultRow
+from batch_infer.table import remote
+from tests.tables import ROWS, RULES, essence, in_format, open_tables, read, read_requests, write_bytes, write_csv
+
+FORMATS = ("csv", "tsv", "jsonl", "json", "parquet", "csv.gz", "jsonl.zst", "json.gz", "parquet.gz", "parquet.zst")
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where temporary folders are made."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    return folder
+
+
+def expected() -> list[tuple[Any, ...]]:
+    return essence(read_requests(write_csv(Path("equal/t.csv"), [list(ROWS[0]), *(row.values() for row in ROWS)])))
+
+
+def refusal_of(*tables: Path | str, **options: Any) -> str:
+    with pytest.raises(TableError) as caught:
+        open_tables(*tables, **options)
+    return str(caught.value)
+
+
+# Arguments that mean nothing, among others
+
+
+def test_an_argument_that_means_no_table_costs_one_result() -> None:
+    write_csv(Path("good.csv"), [["prompt"], ["x"]])
+    Path("empty").mkdir()
+    Path("notes.md").touch()
+    found = read("missing.csv.gz", "good.csv", "notes.md", "empty", "none/*.csv", "no://protocol/a.csv", "**x")
+    assert isinstance(found[1], PromptRequest)
+    assert found[1].id == "good-00000000"
+    bad = [item for item in found if isinstance(item, ResultRow)]
+    assert [(item.source_file, item.source_row) for item in bad] == [
+        (name, 0) for name in ("missing.csv.gz", "notes.md", "empty", "none/*.csv", "no://protocol/a.csv", "**x")
+    ]
+    assert [item.id for item in bad[:3]] == ["missing-00000000", "notes-00000000", "empty-00000000"]
+    for item, sentence in zip(
+        bad,
+        (
+            "missing.csv.gz: no such file or folder",
+            "notes.md: unknown ending .md; a table ends in .csv, ",
+            "empty: the folder holds no table (.csv, ",
+            "none/*.csv: the glob matches no table (",
+            "no://protocol/a.csv cannot be opened: Protocol not known: no",
+            "**x: ",
+        ),
+        strict=True,
+    ):
+        assert (item.error or "").startswith(sentence)
+
+
+def test_where_none_can_be_read_all_are_named() -> None:
+    assert re.fullmatch("a.csv: no such .*\nb.txt: no such .*\nc/: no such .*", refusal_of("a.csv", "b.txt", "c/"))
+
+
+def test_an_argument_that_no_file_can_have_is_told() -> None:
+    assert refusal_of("a\0b.csv")
+    assert refusal_of("x" * 5000 + ".csv")
+
+
+def test_faults_are_there_by_name() -> None:
+    write_csv(Path("good.csv"), [["prompt"], ["x"]])
+    write_bytes(Path("bad.csv"), b"caption\nx\n")
+    with open_tables("good.csv", "bad.csv", "missing.csv") as tables:
+        assert list(tables.faults) == ["bad.csv", "missing.csv"]
+        assert tables.files == ["good.csv", "bad.csv", "missing.csv"]
+        assert tables.local == [Path("good.csv").absolute(), Path("bad.csv").absolute()]
+
+
+def test_relative_names_start_at_the_folder_of_the_settings(tmp_path: Path) -> None:
+    """And results name the files as the user did."""
+    for name in ("a.csv", "more/b.csv", "more/c.txt"):
+        write_bytes(tmp_path / "there" / name, b"prompt\nx\n")
+    with open_tables("a.csv", "more", "mo*/c.txt", folder=tmp_path / "there") as tables:
+        assert tables.files == ["a.csv", "more/b.csv", "more/c.txt"]
+        assert tables.local == [tmp_path / "there" / name for name in tables.files]
+        found = list(tables.rows(RULES))
+    assert [item.id for item in found] == [
+        "a-00000000",
+        "b-00000000",
+        "c-00000000",
+        "c-00000001",
+    ]
+
+
+def test_files_that_differ_in_their_ending_have_one_stem() -> None:
+    for name in ("t/a.csv", "t/a.jsonl.gz"):
+        write_bytes(Path(name), in_format(Path(name).name.partition(".")[2], [{"prompt": "x"}]))
+    assert "t/a.csv and t/a.jsonl.gz would give their rows the same ids (a-00000000, ...)" in refusal_of("t")
+
+
+def test_a_dot_in_a_name_is_part_of_the_stem() -> None:
+    write_csv(Path("v1.2.csv"), [["prompt"], ["x"]])
+    assert [item.id for item in read("v1.2.csv")] == ["v1.2-00000000"]
+
+
+def test_run_json_is_no_table_of_its_folder() -> None:
+    write_bytes(Path("t/run.json"), b'["a result"]')
+    write_bytes(Path("t/a.json"), b'["x"]')
+    assert [item.prompt for item in read("t")] == ["x"]
+
+
+def test_nothing_temporary_is_made_for_local_files(temporary: Path) -> None:
+    read(write_bytes(Path("t.csv.gz"), in_format("csv.gz", ROWS)))
+    with open_tables("t.csv.gz"):
+        assert not list(temporary.iterdir())
+
+
+# Standard input
+
+
+def pipe(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+def test_any_format_may_be_piped_in(ending: str, monkeypatch: pytest.MonkeyPatch, temporary: Path) -> None:
+    rows = [{"id": f"row {i}", **row} for i, row in enumerate(ROWS)]
+    equal = read_requests(write_csv(Path("t.csv"), [list(rows[0]), *(row.values() for row in rows)]))
+    pipe(monkeypatch, in_format(ending, rows))
+    with open_tables("-", "-") as tables:
+        assert tables.files == ["stdin"]
+        assert tables.local == []
+        found = list(tables.rows(RULES))
+        assert list(tables.rows(RULES)) == found, "it is read again and again"
+        assert list(temporary.iterdir())
+    assert not list(temporary.iterdir())
+    assert essence(item for item in found if isinstance(item, PromptRequest)) == essence(equal)
+    assert {item.source.file for item in found if isinstance(item, PromptRequest)} == {"stdin"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"prompt\nx\n",
+        b"\xef\xbb\xbf\n\nprompt;seed\nx;1\n",
+        b"seed\tprompt\n1\tx\n",
+        b'\n  {"prompt": "x"}\n',
+        b'{"custom_id": "stdin-00000000", "body": {"prompt": "x"}}',
+        b' ["x"]',
+        b'[\n"x"]',
+        b'{"input_data": {"columns": ["prompt"], "data": ["x"]}}',
+        b'{"columns": ["prompt"], "data": ["x"]}',
+        b'{\n"data": [["x"]]}',
+    ],
+    ids=repr,
+)
+def test_the_first_bytes_of_standard_input_say_its_format(content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe(monkeypatch, content)
+    assert [(item.id, item.prompt) for item in read_requests("-")] == [("stdin-00000000", "x")]
+
+
+def test_plain_prompts_on_standard_input_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe(monkeypatch, b"a red circle\na blue square\n")
+    assert refusal_of("-") == (
+        "stdin has no column 'prompt'; standard input is taken for CSV, and its first line is 'a red circle': "
+        "a list of plain prompts wants a .txt file (or a first line 'prompt', where no prompt holds a comma)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", "stdin is empty"),
+        (b"\x1f\x8b", "stdin cannot be read: the gzip stream is cut off"),
+        (b"\x1f\x8bxxxxxxxxxxxxxxx", "stdin cannot be read: "),
+        (b"PAR1", "stdin cannot be read: "),
+        (b"{", "stdin cannot be read: it ends in the middle"),
+        ("prompt\nx".encode("utf-16"), "stdin is UTF-16"),
+    ],
+)
+def test_standard_input_that_cannot_be_read(content: bytes, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe(monkeypatch, content)
+    assert refusal_of("-").startswith(sentence)
+
+
+def test_a_terminal_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe(monkeypatch, b"")
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    assert refusal_of("-").startswith("-: standard input is a terminal; pipe a table in")
+    monkeypatch.setattr("sys.stdin", None)
+    assert refusal_of("-") == "-: there is no standard input to read"
+
+
+# URLs
+
+
+@pytest.fixture
+def memory() -> Iterator[Any]:
+    files = fsspec.filesystem("memory")
+    yield files
+    files.store.clear()
+    files.pseudo_dirs[:] = [""]
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+def test_any_format_may_lie_behind_a_url(ending: str, memory: Any, temporary: Path, tmp_path: Path) -> None:
+    content = in_format(ending, ROWS)
+    memory.pipe(f"/there/t.{ending}", content)
+    write_bytes(tmp_path / "here" / f"t.{ending}", content)
+    for url in (f"memory://there/t.{ending}", f"file://{tmp_path}/here/t.{ending}"):
+        with open_tables(url) as tables:
+            assert tables.files == [url]
+            assert tables.local == []
+            found = [item for item in tables.rows(RULES) if isinstance(item, PromptRequest)]
+        assert essence(found) == expected()
+        assert {item.source.file for item in found} == {url}
+        assert not list(temporary.iterdir())
+
+
+def test_a_folder_and_a_glob_behind_a_url(memory: Any) -> None:
+    for name in ("a.csv", "deep/er/b.txt", ".hidden.csv", "_temporary/c.csv", "notes.md"):
+        memory.pipe(f"/t/{name}", b"prompt\n" if name.endswith("csv") else b"x\n")
+    for name in ("run.json", "results.csv", "images/a.txt", "manifest/a.csv"):
+        memory.pipe(f"/t/out/{name}", b"prompt\na result\n")
+    with open_tables("memory://t/") as tables:
+        assert tables.files == ["memory://t/a.csv", "memory://t/deep/er/b.txt"]
+        assert [item.id for item in tables.rows(RULES)] == ["deep-er-b-00000000"]
+    with open_tables("memory://t/**/*.*") as tables:
+        assert tables.files == ["memory://t/a.csv", "memory://t/deep/er/b.txt"]
+    with open_tables("memory://t/deep/*/b.txt") as tables:
+        assert [item.id for item in tables.rows(RULES)] == ["er-b-00000000"]
+    with open_tables("memory://t/out/results.csv") as tables:
+        assert len(list(tables.rows(RULES))) == 1, "what is named is read"
+
+
+def test_a_file_behind_a_url_is_read_once(memory: Any) -> None:
+    memory.pipe("/t/a[1].csv", b"prompt\nx\n")
+    assert len(read_requests("memory://t/a[1].csv", "memory://t/", "memory://t/*.csv")) == 1
+
+
+def test_a_file_in_an_archive_is_read(tmp_path: Path) -> None:
+    import zipfile
+
+    with zipfile.ZipFile("t.zip", "w") as archive:
+        archive.writestr("in/a.csv", "prompt\nx\n")
+        archive.writestr("in/b.csv", "prompt\ny\n")
+    assert [item.prompt for item in read_requests(f"zip://in/a.csv::file://{tmp_path}/t.zip")] == ["x"]
+    with open_tables(f"zip://in::file://{tmp_path}/t.zip") as tables:
+        assert tables.files == [f"zip://in/{name}.csv::file://{tmp_path}/t.zip" for name in "ab"]
+        assert [item.id for item in tables.rows(RULES)] == ["a-00000000", "b-00000000"]
+
+
+@pytest.mark.parametrize(
+    ("url", "sentence"),
+    [
+        ("memory://t/missing.csv", "memory://t/missing.csv: no such file or folder"),
+        ("memory://t/*.tsv", "memory://t/*.tsv: the glob matches no table (.csv, "),
+        ("memory://t/empty", "memory://t/empty: the folder holds no table (.csv, "),
+        ("memory://t/notes.md", "memory://t/notes.md: unknown ending .md; a table ends in .csv"),
+        ("nothing://t/a.csv", "nothing://t/a.csv cannot be opened: Protocol not known: nothing"),
+        ("s3://bucket/a.csv", "s3://bucket/a.csv: reading s3:// needs s3fs: pip install 'batch-infer[s3]'"),
+        ("gs://bucket/a.csv", "gs://bucket/a.csv: reading gs:// needs gcsfs: pip install 'batch-infer[gs]'"),
+        (
+            "abfss://c@account/a.csv",
+            "abfss://c@account/a.csv: reading abfss:// needs adlfs: pip install 'batch-infer[abf",
+        ),
+        ("https://", "https://: unknown ending (none)"),
+        ("https://user:secret@/a.csv?sig=secret", "https://user@/a.csv cannot be opened: "),
+    ],
+)
+def test_urls_that_mean_no_table(url: str, sentence: str, memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("s3fs", "gcsfs", "adlfs"):
+        monkeypatch.setitem(sys.modules, package, None)
+    memory.pipe("/t/notes.md", b"")
+    memory.makedirs("/t/empty")
+    refusal = refusal_of(url)
+    assert refusal.startswith(sentence)
+    assert "secret" not in refusal
+    write_csv(Path("good.csv"), [["prompt"], ["x"]])
+    good, bad = read("good.csv", url)
+    assert isinstance(bad, ResultRow)
+    assert bad.error == refusal
+
+
+class Stubborn:
+    """A file system of which one call fails."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def info(self, path: str) -> dict[str, str]:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "sentence"),
+    [
+        (PermissionError(13, "Forbidden"), TableError, "x://a.csv: no permission to read it: "),
+        (NotImplementedError("no listing"), TableError, "x://a.csv cannot be opened: no listing"),
+        (ConnectionResetError("gone"), TryAgainLater, "could not fetch x://a.csv: gone; run again"),
+        (TimeoutError(), TryAgainLater, "could not fetch x://a.csv: TimeoutError; run again"),
+    ],
+)
+def test_whose_fault_it_is(
+    error: Exception, kind: type[Exception], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote.fsspec, "url_to_fs", lambda url, **options: (Stubborn(error), url))
+    with pytest.raises(kind) as caught:
+        open_tables("x://a.csv")
+    assert str(caught.value).startswith(sentence)
+
+
+def test_one_file_of_a_folder_that_is_forbidden_costs_one_result(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory.pipe({"/t/a.txt": b"x", "/t/b.txt": b"y"})
+    get_file = type(memory).get_file
+
+    def refusing(self: Any, path: str, *rest: Any, **options: Any) -> Any:
+        if path.endswith("a.txt"):
+            raise PermissionError(13, "Forbidden")
+        return get_file(self, path, *rest, **options)
+
+    monkeypatch.setattr(type(memory), "get_file", refusing)
+    bad, good = read("memory://t")
+    assert isinstance(bad, ResultRow)
+    assert (bad.id, bad.source_file) == ("a-00000000", "memory://t/a.txt")
+    assert "no permission to read it" in (bad.error or "")
+    assert good.prompt == "y"
+
+
+# HTTP, by a real server
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """Serves the files of a folder; what lies in a folder named as a status is refused with it."""
+
+    def do_GET(self) -> None:
+        if found := re.match("/([45][0-9][0-9])/", self.path):
+            self.send_error(int(found[1]))
+        elif self.path.startswith("/short/"):
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b"prompt\nx\n")
+            self.close_connection = True
+        else:
+            super().do_GET()
+
+    def log_message(self, *rest: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    (tmp_path / "served").mkdir()
+    handler: Any = functools.partial(Quiet, directory=str(tmp_path / "served"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as served:
+        thread = threading.Thread(target=served.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{served.server_port}"
+        served.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+def test_any_format_may_be_served(ending: str, server: str, temporary: Path) -> None:
+    write_bytes(Path(f"served/t.{ending}"), in_format(ending, ROWS))
+    with open_tables(f"{server}/t.{ending}?sig=secret#part") as tables:
+        assert tables.files == [f"{server}/t.{ending}"]
+        found = [item for item in tables.rows(RULES) if isinstance(item, PromptRequest)]
+    assert essence(found) == expected()
+    assert not list(temporary.iterdir())
+
+
+def test_two_queries_are_two_files(server: str) -> None:
+    write_bytes(Path("served/t.csv"), b"id,prompt\na,x\n")
+    found = read(f"{server}/t.csv?part=1", f"{server}/t.csv?part=2", f"{server}/t.csv?part=1")
+    assert [item.id for item in found] == ["a", "t-00000000"]
+    assert isinstance(found[1], ResultRow)
+    assert found[1].error == "the id 'a' stands twice"
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "sentence"),
+    [
+        ("missing.csv", TableError, "{url}: no such file or folder"),
+        ("403/t.csv", TableError, "{url}: the server refuses it: HTTP 403 Forbidden"),
+        ("500/t.csv", TryAgainLater, "could not fetch {url}: HTTP 500 Internal Server Error; run again"),
+        ("429/t.csv", TryAgainLater, "could not fetch {url}: HTTP 429 Too Many Requests; run again"),
+        ("short/t.csv", TryAgainLater, "could not fetch {url}: "),
+        ("folder/", TableError, "{url}: unknown ending (none)"),
+        ("*.csv", TableError, "{url}: no such file or folder"),
+    ],
+)
+def test_what_a_server_may_answer(
+    path: str, kind: type[Exception], sentence: str, server: str, temporary: Path
+) -> None:
+    with pytest.raises(kind) as caught:
+        open_tables(f"{server}/{path}?sig=secret")
+    assert str(caught.value).startswith(sentence.format(url=f"{server}/{path}"))
+    assert "secret" not in str(caught.value)
+    assert not list(temporary.iterdir())
+
+
+def test_a_service_that_is_down_ends_the_run_for_now(temporary: Path) -> None:
+    """Its rows are not invalid: the same command, later, reads them."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound and not listening: nobody answers
+        port = taken.getsockname()[1]
+        write_csv(Path("good.csv"), [["prompt"], ["x"]])
+        with pytest.raises(TryAgainLater, match=rf"could not fetch http://127.0.0.1:{port}/t.csv: .*; run again"):
+            open_tables("good.csv", f"http://127.0.0.1:{port}/t.csv")
+    assert not list(temporary.iterdir())
+
+
+def test_a_missing_extra_of_http_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    assert refusal_of("https://host/t.csv?sig=secret") == (
+        "https://host/t.csv: reading https:// needs aiohttp: pip install 'batch-infer[https]'"
+    )
+
+
+def test_local_tables_do_not_wait_for_fsspec() -> None:
+    script = "import sys, batch_infer.table; print('fsspec' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=os.environ)
+    assert done.stdout == "False\n"

@@ -1,0 +1,683 @@
+"""Formats of tables: each gives what the equal CSV does, and what is wrong in it costs no more than it must."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import tracemalloc
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from batch_infer.errors import TableError
+from batch_infer.records import PromptRequest, ResultRow
+from batch_infer.table import documents, scanner, streams
+from tests.tables import (
+    ROWS,
+    RULES,
+    essence,
+    fault_of,
+    in_format,
+    open_tables,
+    pack,
+    read,
+    read_requests,
+    write_bytes,
+    write_csv,
+)
+
+TEXT = ("csv", "tsv", "jsonl", "ndjson", "json", "txt")
+FORMATS = (*TEXT, "parquet")
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def write(name: str, content: str | bytes | Any) -> Path:
+    """A file of this text, of these bytes, or of the JSON of anything else."""
+    if not isinstance(content, (str, bytes)):
+        content = json.dumps(content)
+    return write_bytes(Path(name), content.encode() if isinstance(content, str) else content)
+
+
+def errors_of(found: list[PromptRequest | ResultRow]) -> list[str | None]:
+    return [item.error if isinstance(item, ResultRow) else None for item in found]
+
+
+def refusal_of(path: Path | str, **options: Any) -> str:
+    with pytest.raises(TableError) as caught:
+        open_tables(path, **options)
+    return str(caught.value)
+
+
+# The same table in every format
+
+
+@pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("ending", [name for name in FORMATS if name != "txt"])
+def test_every_format_says_what_the_equal_csv_does(ending: str, packing: str) -> None:
+    expected = essence(read_requests(write("t.csv", in_format("csv", ROWS))))
+    named = f"other/t.{ending}{packing}"
+    assert essence(read_requests(write(named, in_format(ending + packing, ROWS)))) == expected
+    upper = f"upper/t.{ending.upper()}{packing.upper()}"
+    assert essence(read_requests(write(upper, in_format(ending + packing, ROWS)))) == expected
+
+
+@pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
+def test_plain_text_is_a_prompt_a_line(packing: str) -> None:
+    rows = [{"prompt": "a red circle"}, {"prompt": " two, three "}, {"prompt": 'say "é"'}]
+    expected = essence(read_requests(write("t.csv", in_format("csv", rows))))
+    content = in_format("txt", rows).replace(b"\n", b"\r\n\r\n  \n")
+    content = pack(packing[1:], content) if packing else content
+    found = read_requests(write(f"t.txt{packing}", content), columns={"prompt": "caption"})
+    assert essence(found) == expected
+
+
+def test_a_line_of_plain_text_that_is_not_utf_8_costs_its_own_row() -> None:
+    found = read(write("t.txt", b"one\ncaf\xe9\nthree"))
+    assert errors_of(found) == [None, "column 'prompt' is not UTF-8: save the table as UTF-8", None]
+
+
+@pytest.mark.parametrize("ending", TEXT)
+def test_a_byte_order_mark_is_skipped(ending: str) -> None:
+    content = b"\xef\xbb\xbf" + in_format(ending, [{"prompt": "x"}])
+    assert [item.prompt for item in read_requests(write(f"t.{ending}", content))] == ["x"]
+    assert [item.prompt for item in read_requests(write(f"t.{ending}.gz", gzip.compress(content)))] == ["x"]
+
+
+@pytest.mark.parametrize("ending", TEXT)
+def test_utf_16_is_refused_with_the_way_out(ending: str) -> None:
+    content = in_format(ending, [{"prompt": "x"}]).decode().encode("utf-16")
+    assert refusal_of(write(f"t.{ending}", content)) == (
+        f"t.{ending} is UTF-16; save it as UTF-8, or convert it: iconv -f UTF-16 -t UTF-8"
+    )
+
+
+@pytest.mark.parametrize("ending", TEXT)
+@pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
+def test_an_empty_file_is_told(ending: str, packing: str) -> None:
+    assert refusal_of(write(f"t.{ending}{packing}", b"")) == f"t.{ending}{packing} is empty"
+
+
+# Packed files
+
+
+@pytest.mark.parametrize("packing", ["gz", "zst"])
+def test_a_packed_file_may_have_several_parts(packing: str) -> None:
+    content = pack(packing, b"prompt\nx\n") + pack(packing, b"y\n")
+    assert [item.prompt for item in read_requests(write(f"t.csv.{packing}", content))] == ["x", "y"]
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+@pytest.mark.parametrize(("packing", "name"), [("gz", "gzip"), ("zst", "zstd")])
+def test_what_is_not_packed_is_told(ending: str, packing: str, name: str) -> None:
+    path = write(f"t.{ending}.{packing}", in_format(ending, [{"prompt": "x"}]))
+    assert refusal_of(path) == f"t.{ending}.{packing} cannot be read: it is not {name}"
+
+
+@pytest.mark.parametrize("ending", TEXT)
+def test_a_truncated_gzip_file_gives_what_stands_before_the_break(ending: str) -> None:
+    rows = [{"prompt": f"prompt {i} {i**9}"} for i in range(2000)]
+    whole = in_format(f"{ending}.gz", rows)
+    found = read(write(f"t.{ending}.gz", whole[: len(whole) // 2]))
+    assert errors_of(found)[-1] == "the file breaks off here: the gzip stream is cut off"
+    assert all(isinstance(item, PromptRequest) for item in found[:-1])
+    assert 700 < len(found) < 1300
+    assert [item.prompt for item in found[:-1]] == [row["prompt"] for row in rows[: len(found) - 1]]
+
+
+def test_a_truncated_zstd_file_gives_what_stands_before_the_break() -> None:
+    whole = in_format("csv.zst", [{"prompt": f"prompt {i} {i**9}"} for i in range(30_000)])
+    found = read(write("t.csv.zst", whole[:-100]))
+    assert "breaks off here" in (errors_of(found)[-1] or "")
+    assert len(found) > 10_000
+
+
+def test_a_damaged_checksum_costs_no_row() -> None:
+    whole = bytearray(in_format("csv.gz", [{"prompt": "x"}] * 3))
+    whole[-6] ^= 1
+    assert [bool(error) for error in errors_of(read(write("t.csv.gz", bytes(whole))))] == [False] * 3 + [True]
+
+
+def test_a_truncated_parquet_file_in_gzip_is_one_fault() -> None:
+    whole = in_format("parquet.gz", ROWS)
+    assert "t.parquet.gz cannot be read: the gzip stream is cut off" in refusal_of(write("t.parquet.gz", whole[:-20]))
+
+
+# CSV and TSV
+
+
+@pytest.mark.parametrize("mark", [";", "\t", "|"])
+@pytest.mark.parametrize("quoted", [False, True])
+def test_what_stands_between_cells_is_found_by_the_header(mark: str, quoted: bool) -> None:
+    """German Excel writes semicolons; a comma stays a comma."""
+    form = {"delimiter": mark, "quoting": int(quoted)}
+    table = write_csv(Path("t.csv"), [["seed", "prompt", "n,m"], [1, "a red, round circle", "x"]], **form)
+    (found,) = read_requests(table)
+    assert (found.seed, found.prompt, found.carried) == (1, "a red, round circle", {"n,m": "x"})
+
+
+def test_the_comma_comes_first() -> None:
+    (found,) = read_requests(write("t.csv", "prompt,a;prompt;b\nx;y,z\n"))
+    assert found.prompt == "x;y"
+
+
+def test_a_field_of_another_name_finds_the_mark_too() -> None:
+    (found,) = read_requests(write("t.csv", "caption;prompt\nx;y\n"), columns={"prompt": "caption"})
+    assert found.prompt == "x"
+
+
+def test_tsv_has_tabs_alone() -> None:
+    assert refusal_of(write("t.tsv", "prompt,seed\nx,1\n")) == (
+        "t.tsv has no column 'prompt'; its columns seem to be separated by ',': save it as .csv, or as Parquet"
+    )
+
+
+def test_a_header_without_prompts_shows_its_columns() -> None:
+    assert refusal_of(write("t.csv", "caption;seed\nx;1\n")).endswith(
+        "it has 'caption', 'seed'; name one with --column prompt=NAME"
+    )
+    assert refusal_of(write("t.csv", '"Prompt"|"seed"\n')).endswith("try --column prompt=Prompt")
+    assert refusal_of(write("t.csv", "Caption\nx\n"), columns={"prompt": "caption"}).endswith(
+        "try --column prompt=Caption"
+    )
+
+
+def test_too_many_cells_in_other_words() -> None:
+    assert fault_of(write("t.csv", "prompt;seed\na; b;1;2\n")) == (
+        "line 2 has 4 cells where the header names 2; quote cells that hold semicolons"
+    )
+
+
+def test_columns_without_a_name_are_named_by_position() -> None:
+    """As spreadsheets' trailing commas and pandas' index make them."""
+    (found,) = read_requests(write("t.csv", ",prompt,,unnamed_2,\n7,x,,mine,\n"))
+    assert found.carried == {"unnamed_0": "7", "unnamed_2_": "", "unnamed_2": "mine", "unnamed_4": ""}
+
+
+def test_empty_cells_beyond_the_header_are_no_fault() -> None:
+    first, second, third = read(write("t.csv", "prompt\nx,,,\ny\nz,,1\n"))
+    assert isinstance(first, PromptRequest)
+    assert isinstance(second, PromptRequest)
+    assert errors_of([third]) == ["line 4 has 3 cells where the header names 1; quote cells that hold commas"]
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "txt"])
+def test_a_line_without_end_costs_its_own_row(ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "LONGEST", 1000)
+    content = in_format(ending, [{"prompt": "x"}, {"prompt": "y" * 5000}, {"prompt": "z"}])
+    first, bad, last = read(write(f"t.{ending}", content))
+    assert isinstance(first, PromptRequest)
+    assert errors_of([bad]) == [f"line {3 if ending == 'csv' else 2} is longer than 1000 characters"]
+    assert isinstance(last, PromptRequest)
+    assert (last.prompt, last.source.row) == ("z", 2)
+
+
+def test_lines_are_counted_as_an_editor_does() -> None:
+    found = read(write("t.csv", 'prompt,seed\n"x\ny",1\n\nz,one,two\n"open\n'))
+    assert [(error or "")[:12] for error in errors_of(found)] == ["", "line 5 has 3", "line 6 canno"]
+
+
+# JSON Lines
+
+
+def test_blank_lines_and_key_order_mean_nothing() -> None:
+    found = read_requests(write("t.jsonl", '\n{"prompt": "x", "seed": 1}\r\n\n \t\n{"seed": 2, "prompt": "y"}'))
+    assert [(item.id, item.prompt, item.seed) for item in found] == [("t-00000000", "x", 1), ("t-00000001", "y", 2)]
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        pytest.param(b'{"prompt": "y"', "line 3 is not JSON: Expecting ',' delimiter at character 15", id="cut off"),
+        pytest.param(b"{'prompt': 'y'}", "line 3 is not JSON: ", id="Python"),
+        pytest.param(b'"y"', "line 3 is not a JSON object but str", id="text"),
+        pytest.param(b'["y"]', "line 3 is not a JSON object but list", id="array"),
+        pytest.param(b'{"prompt": "caf\xe9"}', "line 3 is not UTF-8", id="Latin-1"),
+        pytest.param(b'{"prompt": ' + b"[" * 90_000, "line 3 is nested too deeply", id="deep"),
+        pytest.param(b'{"a": ' + b"[" * 200 + b"]" * 200 + b"}", "line 3 is nested too deeply, in 'a'", id="deeper"),
+        pytest.param(b'{"prompt": ' + b"9" * 5000 + b"}", "line 3 is not JSON that can be read", id="endless number"),
+        pytest.param(b'{"prompt": ["y"]}', "prompt \"['y']\" is not text but list", id="a list for a prompt"),
+        pytest.param(b'{"prompt": 7}', "prompt '7' is not text but int", id="a number for a prompt"),
+        pytest.param(b'{"prompt": "\\ud83d"}', "column 'prompt' is not UTF-8", id="half a letter"),
+        pytest.param(
+            b'{"prompt": "y", "\\ud83d": 1}', "line 3 has a column that the table cannot have", id="half a name"
+        ),
+        pytest.param(b'{"prompt": "y", "id": ["a"]}', "the id is not text but list", id="a list for an id"),
+        pytest.param(b'{"seed": 3}', "the prompt is empty", id="no prompt"),
+        pytest.param(b'{"prompt": null}', "the prompt is empty", id="null"),
+        pytest.param(b'{"prompt": "y", "seed": true}', "seed 'True' is not a whole number", id="a boolean"),
+    ],
+)
+def test_a_bad_line_of_json_costs_its_own_row(line: bytes, sentence: str) -> None:
+    table = write("t.jsonl", b'{"prompt": "x"}\n\n' + line + b'\n{"prompt": "z", "seed": 3}\n')
+    first, bad, last = read(table)
+    assert isinstance(first, PromptRequest)
+    assert isinstance(bad, ResultRow)
+    assert (bad.error or "").startswith(sentence)
+    assert (bad.id, bad.source_row) == ("t-00000001", 1)
+    assert isinstance(last, PromptRequest)
+    assert (last.prompt, last.seed, last.id) == ("z", 3, "t-00000002")
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "carried"),
+    [
+        ([1, None, -2], pa.int64(), [1, None, -2]),
+        ([True, None, False], pa.bool_(), [True, None, False]),
+        ([1.5, None, 2.0], pa.float64(), [1.5, None, 2.0]),
+        (["a", None, ""], pa.string(), ["a", None, ""]),
+        ([1, 2.5], pa.float64(), [1.0, 2.5]),
+        ([2**53 + 1, 2.5], pa.string(), ["9007199254740993", "2.5"]),
+        ([2**63 - 1, 1], pa.int64(), [2**63 - 1, 1]),
+        ([2**63, 1], pa.string(), ["9223372036854775808", "1"]),
+        ([True, 1], pa.string(), ["true", "1"]),
+        ([True, "é"], pa.string(), ["true", "é"]),
+        ([["é", {"a": None}], "x"], pa.string(), ['["é", {"a": null}]', "x"]),
+        ([{"a": 1.5}], pa.string(), ['{"a": 1.5}']),
+        ([None, None], pa.null(), [None, None]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+def test_a_column_has_the_type_that_holds_all_its_values(
+    ending: str, values: list[Any], kind: pa.DataType, carried: list[Any]
+) -> None:
+    rows = [{"prompt": "x", "column": value} for value in values]
+    table = write(f"t.{ending}", in_format(ending, [{"prompt": "x"}, *rows]))
+    assert open_tables(table).carried.field("column").type == kind
+    found = [item.carried["column"] for item in read_requests(table)]
+    assert found == [None, *carried]
+    assert [type(value) for value in found[1:]] == [type(value) for value in carried]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+def test_keys_that_are_values_cost_their_rows(ending: str) -> None:
+    """Memory must not grow with the table, nor must a result have a column for each row of it."""
+    rows = [{"prompt": "x"}, *({"prompt": "x", f"key {i}": 1} for i in range(2000)), {"prompt": "z"}]
+    found = read(write(f"t.{ending}", in_format(ending, rows)))
+    faults = [error for error in errors_of(found) if error]
+    assert len(faults) == 2000 - 1023
+    assert (
+        "has a column that the table cannot have, 'key 1023': it is not UTF-8, or there are 1024 before it" in faults[0]
+    )
+    assert isinstance(found[-1], PromptRequest)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+def test_a_json_table_without_prompts_is_told(ending: str) -> None:
+    table = write(f"t.{ending}", in_format(ending, [{"Prompt": "x", "seed": 1}]))
+    assert refusal_of(table) == f"t.{ending} has no column 'prompt'; try --column prompt=Prompt"
+    assert len(read_requests(table, columns={"prompt": "Prompt"})) == 1
+
+
+def test_what_is_appended_while_a_run_goes_on_is_the_next_runs() -> None:
+    """Its columns and types are not those that the results were begun with."""
+    table = write("t.jsonl", '{"prompt": "x", "n": 1}\n')
+    with open_tables(table) as tables:
+        with table.open("a") as stream:
+            stream.write('{"prompt": "y", "n": "two", "m": 3}\n')
+        assert len(list(tables.rows(RULES))) == 1
+    assert len(read_requests(table)) == 2
+
+
+def test_lines_that_are_all_no_json_are_one_fault() -> None:
+    assert refusal_of(write("t.jsonl", "prompt\nx\n")).startswith("t.jsonl cannot be read: line 1 is not JSON: ")
+
+
+# OpenAI's batch files
+
+
+def batch_line(name: str, **body: Any) -> dict[str, Any]:
+    return {"custom_id": name, "method": "POST", "url": "/v1/images/generations", "body": body}
+
+
+def test_a_batch_file_is_requests_of_openai() -> None:
+    lines = [
+        batch_line("a", model="m", prompt="x", n=2, size="128x64", seed=7),
+        batch_line("b", prompt="y", size="auto", negative_prompt="dull", num_inference_steps=3),
+        batch_line("c", prompt="z", size="", n=None),
+    ]
+    first, second, third, fourth = read_requests(write("t.jsonl", in_format("jsonl", lines)))
+    assert [item.id for item in (first, second, third, fourth)] == ["a", "a", "b", "c"]
+    assert (first.params.width, first.params.height, first.seed, second.seed) == (128, 64, 7, 8)
+    assert (third.params.width, third.negative_prompt, third.params.num_inference_steps) == (64, "dull", 3)
+    assert first.carried == {"method": "POST", "url": "/v1/images/generations", "model": "m"}
+
+
+@pytest.mark.parametrize("size", ["10 by 10", "64", 64, ["64x64"], "64x64x64", "-1x64", "1" * 5000 + "x64"])
+def test_sizes_that_are_none_cost_their_row(size: Any) -> None:
+    lines = [batch_line("a", prompt="x", size=size), batch_line("b", prompt="y")]
+    bad, good = read(write("t.jsonl", in_format("jsonl", lines)))
+    assert isinstance(bad, ResultRow)
+    assert (bad.id, bad.prompt) == ("a", "x")
+    assert bad.error == f"size {str(size)[:40]!r} is not WIDTHxHEIGHT"
+    assert isinstance(good, PromptRequest)
+
+
+def test_the_body_is_over_the_request() -> None:
+    line = {**batch_line("a", prompt="x", url="inner", id="inner"), "seed": 1}
+    (found,) = read_requests(write("t.jsonl", in_format("jsonl", [line])))
+    assert (found.id, found.seed, found.carried["url"]) == ("a", 1, "inner")
+
+
+def test_the_first_line_says_whether_it_is_a_batch_file() -> None:
+    lines = [batch_line("a", prompt="x"), {"prompt": "y"}, {"custom_id": "c", "body": "z"}]
+    assert errors_of(read(write("t.jsonl", in_format("jsonl", lines)))) == [
+        None,
+        "line 2 has no custom_id and body, as the first line has",
+        "line 3 has no custom_id and body, as the first line has",
+    ]
+    found = read(write("u.jsonl", in_format("jsonl", lines[1:2] + lines[:1])))
+    assert errors_of(found) == [None, "the prompt is empty"]
+
+
+# JSON documents
+
+
+def test_an_array_of_prompts() -> None:
+    expected = essence(read_requests(write("t.csv", "prompt\nx\ny\n")))
+    assert essence(read_requests(write("t.json", ["x", "y"]))) == expected
+    found = read_requests(write("t.json", ["x", {"caption": "y", "seed": 1}]), columns={"prompt": "caption"})
+    assert [item.prompt for item in found] == ["x", "y"]
+
+
+PAYLOADS: list[dict[str, Any]] = [
+    {"columns": ["prompt"], "data": ["x", "y"], "index": [0, 1]},
+    {"columns": ["prompt"], "data": [["x"], ["y"]]},
+    {"columns": ["prompt"], "data": [{"prompt": "x"}, {"prompt": "y"}]},
+    {"data": [["x"], ["y"]], "index": [[1], {"a": 2}], "columns": ["prompt"]},
+    {"data": ["x", "y"]},
+]
+
+
+@pytest.mark.parametrize("payload", PAYLOADS, ids=str)
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_payloads_of_azure(payload: dict[str, Any], wrapped: bool) -> None:
+    expected = essence(read_requests(write("t.csv", "prompt\nx\ny\n")))
+    assert essence(read_requests(write("t.json", {"input_data": payload} if wrapped else payload))) == expected
+
+
+@pytest.mark.parametrize("first", ["parameters", "data"])
+def test_parameters_are_cells_of_rows_that_have_none(first: str) -> None:
+    parts = {
+        "parameters": {"num_inference_steps": 3, "guidance_scale": 2.0, "who": "me"},
+        "columns": ["prompt", "num_inference_steps"],
+        "data": [["x", 5], ["y", None], {"prompt": "z", "who": "you"}, ["short"]],
+    }
+    payload = {first: parts[first], **parts}
+    found = read_requests(write("t.json", {"input_data": payload}))
+    assert [item.params.num_inference_steps for item in found] == [5, 3, 3, 3]
+    assert {item.params.guidance_scale for item in found} == {2.0}
+    assert [item.carried["who"] for item in found] == ["me", "me", "you", "me"]
+
+
+def test_a_payload_of_no_rows_is_a_table_of_no_rows() -> None:
+    assert read(write("t.json", {"input_data": {"columns": ["prompt"], "data": []}})) == []
+
+
+@pytest.mark.parametrize(
+    ("element", "sentence"),
+    [
+        ("7", "element 1 is neither an object nor a prompt but int"),
+        ("null", "element 1 is neither an object nor a prompt but NoneType"),
+        ('["y", 1, 2]', "element 1 has 3 cells where columns names 2"),
+        ('{"prompt": 7}', "prompt '7' is not text but int"),
+        (
+            '{"prompt": "y", "seed": 123456789012345678901234567890}',
+            "seed '123456789012345678901234567890' is not within",
+        ),
+        ('{"prompt": NaN}', "the prompt is empty"),
+    ],
+)
+def test_a_bad_element_costs_its_own_row(element: str, sentence: str) -> None:
+    table = write("t.json", '{"data": [["x", 1], ' + element + ', {"prompt": "z"}], "columns": ["prompt", "seed"]}')
+    first, bad, last = read(table)
+    assert isinstance(first, PromptRequest)
+    assert isinstance(bad, ResultRow)
+    assert (bad.error or "").startswith(sentence)
+    assert (bad.id, bad.source_row) == ("t-00000001", 1)
+    assert isinstance(last, PromptRequest)
+
+
+@pytest.mark.parametrize(
+    ("element", "reason"),
+    [
+        ('{"prompt": y}', "it is no JSON: Expecting value"),
+        ("[" * 50_000 + "]" * 50_000, "it is nested too deeply"),
+        ('{"prompt": "\\x"}', "it is no JSON: Invalid "),
+        ("9" * 5000, "a number in it is too long"),
+        ('"y" "y"', "'\"' stands where , or ] should"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_a_document_that_is_no_json_breaks_off(element: str, reason: str) -> None:
+    """What stands before is read, and one result says that it is not all."""
+    found = read(write("t.json", '{"columns": ["prompt"], "data": ["x", ' + element + ', "z"]}'))
+    assert isinstance(found[0], PromptRequest)
+    assert isinstance(found[-1], ResultRow)
+    assert (found[-1].error or "").startswith(f"the file breaks off here: {reason}")
+    assert "z" not in [item.prompt for item in found]
+
+
+def test_a_byte_in_an_element_that_is_not_utf_8_costs_its_own_row() -> None:
+    found = read(write("t.json", b'["x", "caf\xe9", {"prompt": "\xff"}, "z"]'))
+    assert [bool(error) for error in errors_of(found)] == [False, True, True, False]
+
+
+def test_a_list_in_an_array_is_no_row() -> None:
+    assert errors_of(read(write("t.json", ["x", ["y"]]))) == [
+        None,
+        "element 1 is neither an object nor a prompt but list",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "rows"),
+    [
+        ('["x", "y", "z', 2),
+        ('["x", {"prompt": "y"}, {"prompt": "z"', 2),
+        ('["x", "y"', 2),
+        ('["x", "y" "z"]', 2),
+        ('["x", "y"] and so on', 2),
+        ('{"input_data": {"columns": ["prompt"], "data": ["x", ["y"], ["z"', 2),
+        ('{"input_data": {"columns": ["prompt"], "data": ["x", "y"]}, 7}', 2),
+    ],
+)
+def test_a_document_that_breaks_off_gives_what_stands_before(content: str, rows: int) -> None:
+    found = read(write("t.json", content))
+    assert [bool(error) for error in errors_of(found)] == [False] * rows + [True]
+    assert (errors_of(found)[-1] or "").startswith("the file breaks off here: ")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"prompt": ["x"]}',
+        '{"prompt": "x"}\n{"prompt": "y"}',
+        '{"input_data": ["x"]}',
+        '{"data": "x"}',
+        '"x"',
+        "7",
+        "x",
+    ],
+)
+def test_other_documents_are_told_which_are_read(content: str) -> None:
+    refusal = refusal_of(write("t.json", content))
+    assert refusal.startswith('t.json is no table: a .json holds [{"prompt": ...}, ...], ["a prompt", ...] or {"input')
+    assert refusal.endswith("one object a line is a .jsonl")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("[", "t.json cannot be read: the file breaks off here: it ends in the middle"),
+        ("[7, null]", "t.json cannot be read: element 0 is neither an object nor a prompt but int"),
+        ("[]", "t.json is empty"),
+        ('{"data": ["x"', "t.json cannot be read: it ends in the middle"),
+        (
+            '{"columns": ["a", "a"], "data": ["x"]}',
+            "t.json cannot be read: its columns or parameters: two are named 'a'",
+        ),
+        ('{"columns": ["a", ], "data": ["x"]}', "t.json cannot be read: it is no JSON: "),
+        ('{"columns": ["a"], "data": ["x"]}', "t.json has no column 'prompt'; it has 'a'"),
+        ('{"columns": ["\\ud83d"], "data": ["x"]}', "t.json has a column whose name is not UTF-8"),
+    ],
+)
+def test_documents_that_cannot_be_read(content: str, sentence: str) -> None:
+    assert refusal_of(write("t.json", content)).startswith(sentence)
+
+
+def test_an_element_without_end_ends_the_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is no row may be of any length."""
+    monkeypatch.setattr(documents, "Scanner", partial(documents.Scanner, longest=1000))
+    payload = {"index": list(range(100_000)), "columns": ["prompt"], "data": ["x", "y" * 200_000, "z"]}
+    found = read(write("t.json", payload))
+    assert errors_of(found) == [None, "the file breaks off here: it is no JSON: Unterminated string starting at"]
+
+
+@given(st.lists(st.text(min_size=1), max_size=5), st.booleans(), st.integers(1, 7))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_where_a_read_ends_changes_nothing(prompts: list[str], escaped: bool, size: int) -> None:
+    """Values and letters that lie across two reads come whole."""
+    rows = [{"prompt": prompt, "n": [1.5, {"a": prompt}]} for prompt in ('é🎨\\"[{,]}', *prompts)]
+    path = write("t.json", json.dumps({"data": rows}, ensure_ascii=escaped, indent=2))
+    whole = [(item.id, item.prompt, item.carried) for item in read(path)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scanner, "BUFFER", size)
+        assert [(item.id, item.prompt, item.carried) for item in read(path)] == whole
+
+
+# Streaming
+
+
+def peak_of(path: Path) -> int:
+    """The most bytes that Python held while a table was walked, after an equal walk has filled all caches."""
+    tracemalloc.start()
+    try:
+        with open_tables(path) as tables:
+            count = sum(1 for _ in tables.rows(RULES))
+        assert count >= 2000
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("ending", ["csv", "csv.gz", "csv.zst", "jsonl", "jsonl.gz", "json", "txt", "parquet"])
+def test_memory_does_not_grow_with_the_table(ending: str) -> None:
+    def rows(count: int) -> Iterator[dict[str, Any]]:
+        return ({"prompt": f"prompt {i} " + "word " * 40} for i in range(count))
+
+    small = write(f"small.{ending}", in_format(ending, list(rows(2000))))
+    large = write(f"large.{ending}", in_format(ending, list(rows(20_000))))
+    peak_of(small)
+    # A megabyte is a third of the larger table's text.
+    assert peak_of(large) < peak_of(small) + 1_000_000
+
+
+def test_a_payload_is_not_held_either() -> None:
+    def table(count: int) -> Path:
+        data = [[f"prompt {i} " + "word " * 40] for i in range(count)]
+        return write(
+            f"{count}.json", {"input_data": {"data": data, "index": list(range(count)), "columns": ["prompt"]}}
+        )
+
+    small, large = table(2000), table(20_000)
+    peak_of(small)
+    assert peak_of(large) < peak_of(small) + 1_000_000
+
+
+def test_a_parquet_row_group_is_not_held_either() -> None:
+    """Arrow's own memory, which Python does not count."""
+    prompts = pa.array([f"prompt {i} " + "word " * 60 for i in range(100_000)])
+    pq.write_table(pa.table({"prompt": prompts}), "t.parquet", use_dictionary=False, compression="none")
+    size = prompts.nbytes
+    del prompts
+    before, most = pa.total_allocated_bytes(), 0
+    with open_tables("t.parquet") as tables:
+        for _ in islice(tables.rows(RULES), 0, None, 500):
+            most = max(most, pa.total_allocated_bytes() - before)
+    assert most < size / 3
+
+
+# Any bytes at all
+
+relaxed = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+STARTS = {
+    "csv": [b"", b"prompt,id,seed\n", b"prompt;id\n"],
+    "tsv": [b"", b"prompt\tid\n"],
+    "jsonl": [b"", b'{"prompt": "x"}\n', b'{"custom_id": "a", "body": {"prompt": "x"}}\n'],
+    "json": [b"", b'["x",', b'[{"prompt": "x"},', b'{"input_data": {"columns": ["prompt", "id"], "data": [["x", 1],'],
+    "txt": [b"", b"x\n"],
+}
+
+
+def survives(path: Path, readable: int = 0) -> None:
+    """Every row is a request or an invalid result, with a key of its own and of text that a result can hold."""
+    try:
+        found = read(path)
+    except TableError as error:
+        assert str(path) in str(error)
+        assert not readable
+        return
+    assert len({item.key for item in found}) == len(found) >= readable
+    for item in found:
+        "".join(filter(None, [item.id, item.prompt, getattr(item, "error", None)])).encode()
+
+
+@relaxed
+@given(st.sampled_from(sorted(STARTS)), st.data())
+def test_no_bytes_at_all_raise_more_than_a_table_error(ending: str, data: st.DataObject) -> None:
+    start = data.draw(st.sampled_from(STARTS[ending]))
+    rest = data.draw(st.binary(max_size=150) | st.text('{}[]",:\\\n 1axé', max_size=60).map(str.encode))
+    survives(write(f"t.{ending}", start + rest))
+
+
+@relaxed
+@given(
+    st.sampled_from(["csv.gz", "jsonl.gz", "json.gz", "txt.gz", "csv.zst", "json.zst", "jsonl", "json", "parquet.gz"]),
+    st.data(),
+)
+def test_no_damage_raises_more_than_a_table_error(ending: str, data: st.DataObject) -> None:
+    content = bytearray(in_format(ending, ROWS))
+    for _ in range(data.draw(st.integers(0, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    survives(write(f"t.{ending}", bytes(content[: data.draw(st.integers(0, len(content)))])))
+
+
+@relaxed
+@given(st.lists(st.one_of(json_values, st.fixed_dictionaries({"prompt": json_values, "c": json_values})), max_size=6))
+@example([{"prompt": "x", "a": float("nan")}, {"prompt": "x", "a": 2**70}, {"prompt": "x", "": "\ud800"}])
+def test_any_json_is_accounted_for(values: list[Any]) -> None:
+    """Nothing is lost: each value is a row, or more than one image of it."""
+    lines = "".join(json.dumps(value) + "\n" for value in [{"prompt": "x"}, *values])
+    survives(write("t.jsonl", lines), readable=1 + len(values))
+    survives(write("t.json", [{"prompt": "x"}, *values]), readable=1 + len(values))
+
+
+@relaxed
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), max_size=8))
+def test_text_is_the_same_from_every_format(prompts: list[str]) -> None:
+    rows = [{"prompt": "x"}, *({"prompt": prompt} for prompt in prompts)]
+    outcomes = [
+        [(item.id, item.prompt, item.fingerprint) for item in read(write(f"t.{ending}", in_format(ending, rows)))]
+        for ending in ("jsonl", "json", "parquet", "json.gz", "jsonl.zst")
+    ]
+    for outcome in outcomes[1:]:
+        assert [entry[0] for entry in outcome] == [entry[0] for entry in outcomes[0]]
+        assert [entry[1] or None for entry in outcome] == [entry[1] or None for entry in outcomes[0]]
