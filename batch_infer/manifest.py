@@ -7,15 +7,18 @@ with a higher attempt, and for one (id, image_index) the highest attempt counts.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
+from datetime import datetime
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batch_infer.atomic import replacing
@@ -76,6 +79,12 @@ class Committed:
     """How often this very row, by its fingerprint, has failed."""
 
 
+_FOUND = (
+    "SELECT status, fingerprint, attempt, path, part, row, (SELECT count(*) FROM failures AS f"
+    " WHERE f.id = c.id AND f.image_index = c.image_index AND f.fingerprint = c.fingerprint) FROM committed AS c"
+)
+
+
 def to_table(rows: Sequence[ResultRow], carried: pa.Schema) -> pa.Table:
     """Rows as an Arrow table of the result columns and the carried ones."""
     columns = [pa.array([_cell(row, field.name) for row in rows], field.type) for field in SCHEMA]
@@ -104,70 +113,107 @@ class Manifest:
     def parts(self) -> list[Path]:
         return sorted(self.folder.glob("part-*.parquet"))
 
-    def index(self) -> Index:
-        """What is committed, looked up by key. Raises UsageError for a part that cannot be read."""
-        return Index(self.parts())
+    def schemas(self) -> Iterator[pa.Schema]:
+        """The columns of every part. Raises UsageError for a part that cannot be read."""
+        for part in self.parts():
+            with _naming(part):
+                yield pq.read_schema(part)
+
+    def index(self, since: datetime | None = None) -> Index:
+        """What is committed, or was since, looked up by key. Raises UsageError for a part that cannot be read."""
+        return Index(self.parts(), since)
 
 
 class Index:
     """Every committed image by its key, kept in a temporary file so that memory does not grow with the manifest."""
 
-    def __init__(self, parts: Iterable[Path]) -> None:
+    def __init__(self, parts: Iterable[Path], since: datetime | None = None) -> None:
         self._database = sqlite3.connect("")  # sqlite's own temporary file, removed by closing
         self._database.execute("PRAGMA synchronous = OFF")
         self._database.execute("PRAGMA journal_mode = OFF")
         self._database.execute(
             "CREATE TABLE committed (id TEXT, image_index INTEGER, status TEXT, fingerprint TEXT, attempt INTEGER,"
-            " path TEXT, part TEXT, row INTEGER, PRIMARY KEY (id, image_index)) WITHOUT ROWID"
+            " path TEXT, source_file TEXT, source_row INTEGER, part TEXT, row INTEGER,"
+            " PRIMARY KEY (id, image_index)) WITHOUT ROWID"
         )
         self._database.execute("CREATE TABLE failures (id TEXT, image_index INTEGER, fingerprint TEXT)")
         self._database.execute("CREATE INDEX failed ON failures (id, image_index, fingerprint)")
         self._parts = {part.name: part for part in parts}
-        self._read_whole = lru_cache(maxsize=64)(lambda part: _read_part(part, SCHEMA.names))
+        self._read_whole = lru_cache(maxsize=64)(_read_part)
         for part in self._parts.values():
-            self._add(part)
+            self._add(part, since)
 
-    def _add(self, part: Path) -> None:
-        names = ["id", "image_index", "status", "fingerprint", "attempt", "generated_image"]
-        columns = _read_part(part, names).to_pydict()
+    def _add(self, part: Path, since: datetime | None) -> None:
+        names = [
+            "id",
+            "image_index",
+            "status",
+            "fingerprint",
+            "attempt",
+            "generated_image",
+            "source_file",
+            "source_row",
+        ]
+        table = _read_part(part, [*names, "finished_at"])
+        if since is not None:
+            table = table.filter(pc.field("finished_at") >= since)
+        columns = table.to_pydict()
         rows = list(zip(*(columns[name] for name in names), strict=True))
         failed = [(name, k, fingerprint) for name, k, status, fingerprint, *_ in rows if status == "failed"]
         self._database.executemany("INSERT INTO failures VALUES (?,?,?)", failed)
         # Ties are two workers' word on the same attempt: either is true, the part's name makes the choice stable.
         self._database.executemany(
-            "INSERT INTO committed VALUES (?,?,?,?,?,?,?,?) ON CONFLICT (id, image_index) DO UPDATE SET"
+            "INSERT INTO committed VALUES (?,?,?,?,?,?,?,?,?,?) ON CONFLICT (id, image_index) DO UPDATE SET"
             " status = excluded.status, fingerprint = excluded.fingerprint, attempt = excluded.attempt,"
-            " path = excluded.path, part = excluded.part, row = excluded.row WHERE excluded.attempt >= attempt",
+            " path = excluded.path, source_file = excluded.source_file, source_row = excluded.source_row,"
+            " part = excluded.part, row = excluded.row WHERE excluded.attempt >= attempt",
             ((*row, part.name, number) for number, row in enumerate(rows)),
         )
 
     def find(self, key: tuple[str, int]) -> Committed | None:
         """The image of this (id, image_index) whose attempt is the highest."""
-        found = self._database.execute(
-            "SELECT status, fingerprint, attempt, path, part, row, (SELECT count(*) FROM failures AS f"
-            " WHERE f.id = c.id AND f.image_index = c.image_index AND f.fingerprint = c.fingerprint)"
-            " FROM committed AS c WHERE id = ? AND image_index = ?",
-            key,
-        ).fetchone()
+        if not self._parts:  # a first run asks for every row
+            return None
+        found = self._database.execute(f"{_FOUND} WHERE id = ? AND image_index = ?", key).fetchone()
         return Committed(*found) if found else None
+
+    def in_order(self, tables: Sequence[str]) -> Iterator[Committed]:
+        """Everything in the order of its rows in these tables; what other tables gave follows, by their names."""
+        self._database.execute("CREATE TEMPORARY TABLE IF NOT EXISTS tables (name TEXT PRIMARY KEY, place INTEGER)")
+        self._database.execute("DELETE FROM tables")
+        self._database.executemany("INSERT OR IGNORE INTO tables VALUES (?, ?)", ((t, i) for i, t in enumerate(tables)))
+        order = "ORDER BY place IS NULL, place, source_file, source_row, id, image_index"
+        found = self._database.execute(f"{_FOUND} LEFT JOIN tables ON name = source_file {order}")
+        return (Committed(*row) for row in found)
+
+    def rows(self) -> tuple[int, int]:
+        """How many rows of tables there are, and of how many an image failed or the row was invalid."""
+        bad = "SELECT max(status IN ('failed', 'invalid')) AS bad FROM committed GROUP BY source_file, source_row"
+        rows, bad_rows = self._database.execute(f"SELECT count(*), coalesce(sum(bad), 0) FROM ({bad})").fetchone()
+        return rows, bad_rows
+
+    def statuses(self) -> Counter[str]:
+        """How many images have which status."""
+        return Counter(dict(self._database.execute("SELECT status, count(*) FROM committed GROUP BY status")))
 
     def paths(self, row_id: str) -> list[str]:
         """The files of all images of a row, relative to OUT."""
         found = self._database.execute("SELECT path FROM committed WHERE id = ? AND path IS NOT NULL", (row_id,))
         return [path for (path,) in found]
 
-    def take(self, found: Sequence[Committed]) -> pa.Table:
-        """The result columns of these committed images, in their order."""
+    def take(self, found: Sequence[Committed], schema: pa.Schema = SCHEMA) -> pa.Table:
+        """These columns of these committed images, in their order; null where a part has no such column."""
         by_part: dict[str, list[int]] = {}
         for committed in found:
             by_part.setdefault(committed.part, []).append(committed.row)
-        pieces = [self._read_whole(self._parts[part]).take(rows) for part, rows in by_part.items()]
+        names = tuple(schema.names) if schema is SCHEMA else None  # carried columns can be large
+        pieces = [_as(self._read_whole(self._parts[part], names).take(rows), schema) for part, rows in by_part.items()]
         starts = dict(zip(by_part, accumulate((len(piece) for piece in pieces), initial=0), strict=False))
         order = []
         for committed in found:
             order.append(starts[committed.part])
             starts[committed.part] += 1
-        return pa.concat_tables([SCHEMA.empty_table(), *pieces]).take(pa.array(order, pa.int64()))
+        return pa.concat_tables([schema.empty_table(), *pieces]).take(pa.array(order, pa.int64()))
 
     def close(self) -> None:
         self._database.close()
@@ -179,9 +225,33 @@ class Index:
         self.close()
 
 
-def _read_part(part: Path, columns: list[str]) -> pa.Table:
+def _as(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """A part's columns as those of a schema: of another type where other parts have it so, and null where missing."""
+    columns = [
+        _cast(table[field.name], field.type) if field.name in table.column_names else pa.nulls(len(table), field.type)
+        for field in schema
+    ]
+    return pa.table(columns, schema=schema)
+
+
+def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    if column.type == kind:
+        return column
     try:
-        return pq.read_table(part, columns=columns, partitioning=None)
+        return column.cast(kind)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # a list as text, say
+        return pa.chunked_array([[None if value is None else str(value) for value in column.to_pylist()]], pa.string())
+
+
+def _read_part(part: Path, columns: Sequence[str] | None) -> pa.Table:
+    with _naming(part):
+        return pq.read_table(part, columns=None if columns is None else list(columns), partitioning=None)
+
+
+@contextmanager
+def _naming(part: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, pa.ArrowException) as error:
         raise UsageError(
             f"{part} is damaged ({first_line(error)}); remove it and run again to render its rows anew"

@@ -28,6 +28,8 @@ SafetyMode = Literal["auto", "checker", "none"]
 OnFlagged = Literal["blank", "keep", "blur", "quarantine", "drop"]
 ImageFormat = Literal["png", "jpeg", "webp"]
 ResultsFormat = Literal["parquet", "csv", "jsonl"]
+Retried = Literal["failed", "flagged", "blocked", "invalid", "missing"]
+"""What `retry` renders again; `missing`: the result names an image, and the image is gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +158,17 @@ class ComputeSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class Compute:
+    """Where and how a run computes, once that is settled. Bytes depend on all of it."""
+
+    device: str
+    dtype: str
+    slots: int
+    decode_batch: int
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
 class RunSettings:
     table: TableSettings
     out: Path
@@ -166,3 +179,26 @@ class RunSettings:
     compute: ComputeSettings = ComputeSettings()
     max_failed: FailureBudget = FailureBudget()
     overwrite: bool = False
+    price_per_hour: float | None = None
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> RunSettings:
+        """The settings that `dataclasses.asdict` and JSON made this of. Raises KeyError, TypeError, ValueError."""
+        record, model, table = dict(record), dict(record["model"]), dict(record["table"])
+        if spec := model.pop("scheduler"):
+            spec = SchedulerSpec(spec["name"], tuple((key, value) for key, value in spec["options"]))
+        output = {**record["output"], "results": tuple(record["output"]["results"])}
+        table = {**table, "tables": tuple(table["tables"]), "folder": Path(table["folder"])}
+        return cls(
+            **{
+                **record,
+                "table": TableSettings(**table),
+                "out": Path(record["out"]),
+                "model": ModelSettings(**model, scheduler=spec),
+                "defaults": RowDefaults(**record["defaults"]),
+                "safety": SafetySettings(**record["safety"]),
+                "output": OutputSettings(**output),
+                "compute": ComputeSettings(**record["compute"]),
+                "max_failed": FailureBudget(**record["max_failed"]),
+            }
+        )

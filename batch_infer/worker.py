@@ -22,7 +22,7 @@ from batch_infer.manifest import Manifest
 from batch_infer.models import ModelCard, load
 from batch_infer.records import PromptRequest, ResultRow, Status, StoredImage, now
 from batch_infer.safety import Judge
-from batch_infer.settings import OutputSettings, SafetySettings
+from batch_infer.settings import Compute, OutputSettings, SafetySettings
 from batch_infer.sinks import FolderSink
 
 if TYPE_CHECKING:
@@ -42,10 +42,7 @@ class WorkerSettings:
 
     name: str
     card: ModelCard
-    device: str
-    dtype: str
-    shape: ChainShape
-    threads: int
+    compute: Compute
     safety: SafetySettings
     output: OutputSettings
     out: Path
@@ -57,13 +54,10 @@ class Worker:
 
     def __init__(self, settings: WorkerSettings, stop: Callable[[], bool] = lambda: False) -> None:
         """Loads the model. Raises ModelError."""
-        torch.set_num_threads(settings.threads)
-        self._settings, self._stop = settings, stop
+        self._settings = settings
         self._sink = FolderSink(settings.out, images.SUFFIX[settings.output.image_format])
         self._manifest = Manifest(settings.out)
-        judged = settings.safety.judges(has_checker=settings.card.has_checker)
-        model = load(settings.card, torch.device(settings.device), getattr(torch, settings.dtype), with_checker=judged)
-        self._chain = Chain(model, settings.shape, _judge(model, settings.shape.decode) if judged else None, stop)
+        self._chain = load_chain(settings.card, settings.compute, settings.safety, stop)
 
     @property
     def stages(self) -> Stages:
@@ -193,6 +187,17 @@ def _batches(source: Iterable[_Stored]) -> Iterator[list[_Stored]]:
             batch, started = [], time.monotonic()
     if batch:
         yield batch
+
+
+def load_chain(
+    card: ModelCard, compute: Compute, safety: SafetySettings, stop: Callable[[], bool] = lambda: False
+) -> Chain:
+    """A model on its device, with its judge where there is to be one. Raises ModelError."""
+    torch.set_num_threads(compute.threads)
+    judged = safety.judges(has_checker=card.has_checker)
+    model = load(card, torch.device(compute.device), getattr(torch, compute.dtype), with_checker=judged)
+    shape = ChainShape(compute.slots, compute.decode_batch)
+    return Chain(model, shape, _judge(model, shape.decode) if judged else None, stop)
 
 
 def _judge(model: Family, batch: int) -> Judge:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from batch_infer.chain import Chain, ChainShape, Rendered, Unrendered
 from batch_infer.diffusion import Context, Solver
 from batch_infer.models.family import Conditioning
+from batch_infer.planning import Packing
 from batch_infer.records import PromptRequest, Verdict
 from batch_infer.safety.checker import StableDiffusionChecker
 from tests.rendering import CPU, load_family, make_request, render
@@ -243,3 +244,23 @@ def test_a_bug_ends_the_chain() -> None:
 def test_shapes_in_which_a_row_would_wait_for_ever(slots: int, decode: int) -> None:
     with pytest.raises(ValueError, match="takes two slots"):
         ChainShape(slots, decode)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(rows=st.lists(st.tuples(st.integers(4, 12), st.sampled_from([0.0, 7.5])), min_size=1, max_size=40))
+def test_the_plan_knows_what_the_rows_take(rows: list[tuple[int, float]]) -> None:
+    """Row-forwards to the last one, and calls to within a row: the packer lets rows without guidance pass others."""
+    requests = sorted(
+        (paint(str(k), steps=steps, guidance=guidance) for k, (steps, guidance) in enumerate(rows)),
+        key=lambda item: (-item.params.num_inference_steps, not item.params.guided),
+    )
+    chain, outcomes = run(requests, slots=5)
+    assert len(outcomes) == len(requests)
+    packing = Packing(5)
+    for item in requests:
+        packing.add(item, Painter().solver.table(item.params.num_inference_steps).evaluations)
+    packing.close()
+    (load,) = packing.loads.values()
+    assert (load.images, load.row_forwards) == (len(requests), chain.stages.row_forwards)
+    longest = max(Painter().solver.table(steps).evaluations for steps, _ in rows)
+    assert abs(load.ticks - chain.stages.ticks) <= longest

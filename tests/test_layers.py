@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import batch_infer
+from batch_infer.cli import commands
 
 PACKAGE = Path(batch_infer.__file__).parent
 ROOT = PACKAGE.parent
@@ -23,7 +24,7 @@ FLOORS = (
     {"records", "settings", "atomic"},
     {"images"},
     {"diffusion"},
-    {"models", "safety", "table", "planning", "manifest", "sinks"},
+    {"models", "safety", "table", "planning", "manifest", "sinks", "calibration"},
     {"chain"},
     {"worker"},
     {"engines"},
@@ -36,12 +37,16 @@ FLOORS = (
 A room imports rooms of lower floors only, so two on one floor do not know each other.
 """
 
-DOORS = {"batch_infer.jobs.run", "batch_infer.engines.local", "batch_infer.safety.checker"}
+DOORS = {
+    *(f"batch_infer.jobs.{job}" for job in ("run", "plan", "status", "retry", "remerge")),
+    *("batch_infer.engines.local", "batch_infer.engines.probe", "batch_infer.safety.checker"),
+}
 """Rooms of a wing that the floor plan names, and that others may therefore enter beside its `__init__`."""
 
 TORCH_FREE = {
     *("batch_infer", "errors", "records", "settings", "atomic", "table", "planning", "manifest", "sinks", "jobs"),
-    *("cli", "__main__", "batch_infer.models", "batch_infer.models.card"),
+    *("cli", "__main__", "calibration", "batch_infer.models", "batch_infer.models.card", "batch_infer.models.tokens"),
+    *("batch_infer.engines.probe",),
 }
 """Rooms, and modules of rooms, that a command needs which renders nothing."""
 COMMAND_LINE = {"cli", "__main__", "errors", "records", "settings"}
@@ -173,7 +178,9 @@ def test_rooms_import_nothing_slow(rooms: set[str], kept_out: set[str]) -> None:
     assert not loaded
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["--version"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], *([name, "--help"] for name in commands.commands)], ids=" ".join
+)
 def test_help_answers_at_once(arguments: list[str]) -> None:
     """Processor time, because the tests' machine may be busy with something else."""
     script = f"""

@@ -16,10 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from batch_infer.jobs import merge as merging
+from batch_infer.jobs import out as outdir
 from batch_infer.jobs.merge import Counts, Item
 from batch_infer.manifest import SCHEMA, Manifest
 from batch_infer.records import PromptRequest, ResultRow, SamplingParams, Source, now
 from batch_infer.settings import OutputSettings
+from tests.runs import Done, command, results, run
+from tests.tables import write_csv
 
 NONE = pa.schema([])
 
@@ -186,3 +189,101 @@ def test_a_merge_that_breaks_off_leaves_the_old_results(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         merge(tmp_path, items(), results=("csv",))
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.*")} == before
+
+
+# Without a run
+
+
+PLACES = [("b.csv", 1), ("a.csv", 10), ("a.csv", 9), ("b.csv", 0)]
+
+
+def commit(out: Path, name: str, source_file: str, source_row: int, **more: Any) -> None:
+    carried = pa.schema([("n", pa.int64())]) if "n" in more.get("carried", {}) else NONE
+    Manifest(out).commit([result(name, source_file=source_file, source_row=source_row, **more)], carried)
+
+
+def merge_parts(out: Path, tables: list[str], **output: Any) -> tuple[Counts, pa.Table]:
+    counts = merging.merge_parts(Manifest(out), tables, out, OutputSettings(**output))
+    return counts, pq.read_table(out / "results.parquet")
+
+
+@pytest.mark.parametrize(
+    ("tables", "order"),
+    [([], ["2", "1", "3", "0"]), (["b.csv", "a.csv"], ["3", "0", "2", "1"]), (["b.csv"], ["3", "0", "2", "1"])],
+)
+def test_parts_alone_stand_in_the_order_of_their_rows(tmp_path: Path, tables: list[str], order: list[str]) -> None:
+    for name, place in enumerate(PLACES):
+        commit(tmp_path, str(name), *place)
+    counts, table = merge_parts(tmp_path, tables)
+    assert table["id"].to_pylist() == order
+    assert (counts.rows, counts.images, counts.ok) == (4, 4, 4)
+
+
+def test_of_parts_alone_the_highest_attempt_counts(tmp_path: Path) -> None:
+    commit(tmp_path, "a", "t.csv", 0, status="failed", error="x", attempt=1, generated_image=None)
+    commit(tmp_path, "a", "t.csv", 0, attempt=2)
+    commit(tmp_path, "b", "t.csv", 1, status="invalid", error="x", generated_image=None)
+    Manifest(tmp_path).commit([result("c", k, source_file="t.csv", source_row=2) for k in range(3)], NONE)
+    counts, table = merge_parts(tmp_path, ["t.csv"])
+    assert table["status"].to_pylist() == ["ok", "invalid", "ok", "ok", "ok"]
+    assert counts == Counts(rows=3, images=4, ok=4, invalid=1, bad_rows=1)
+
+
+def test_carried_columns_of_parts_meet(tmp_path: Path) -> None:
+    """Parts of one OUT may come of tables with other columns, or with the same of another type."""
+    commit(tmp_path, "a", "a.csv", 0, carried={"n": 7})
+    text = pa.schema([("n", pa.string()), ("tags", pa.list_(pa.string()))])
+    Manifest(tmp_path).commit([result("b", source_file="b.csv", source_row=0, carried={"n": "x", "tags": ["u"]})], text)
+    commit(tmp_path, "c", "c.csv", 0)
+    _, table = merge_parts(tmp_path, [], results=("csv",))
+    assert table.select(["n", "tags"]).to_pylist() == [
+        {"n": "7", "tags": None},
+        {"n": "x", "tags": ["u"]},
+        {"n": None, "tags": None},
+    ]
+    assert [row["n"] for row in csv_rows(tmp_path)] == ["7", "x", ""]
+
+
+def test_workers_without_a_run_are_merged_by_the_command(tmp_path: Path) -> None:
+    commit(tmp_path, "a", "t.csv", 0)
+    done = command("merge", tmp_path, "--results", "jsonl", "--json")
+    assert (done.code, json.loads(done.stdout)["ok"]) == (0, 1)
+    assert [row["id"] for row in json_rows(tmp_path)] == ["a"]
+    assert command("merge", tmp_path, "-q") == Done(0, "", "")
+
+
+def test_nothing_to_merge_is_told(tmp_path: Path) -> None:
+    done = command("merge", tmp_path / "nowhere")
+    assert (done.code, done.stdout) == (2, "")
+    assert "nothing to merge" in done.stderr
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_the_tables_of_a_run_decide_which_rows_there_are(tmp_path: Path) -> None:
+    """As they do for run itself; once they are gone, the manifest has the last word."""
+    table, out = tmp_path / "t.csv", tmp_path / "out"
+    write_csv(table, [["id", "prompt"], ["a", "a red circle"], ["b", "a blue square"]])
+    assert run(table, out, "--results", "csv").code == 0
+    before = results(out)
+    for name in ("results.parquet", "results.csv"):
+        (out / name).unlink()
+    assert command("merge", out).code == 0
+    assert results(out) == before
+    assert len(csv_rows(out)) == 2, "in the formats of the run"
+    write_csv(table, [["id", "prompt", "n"], ["b", "a blue square", 5], ["c", "a star", 6]])
+    done = command("merge", out)
+    assert "1 left: run again to go on" in done.stdout
+    assert [(row["id"], row["n"]) for row in results(out)] == [("b", "5")]
+    table.unlink()
+    done = command("merge", out)
+    assert done.code == 0
+    assert "are not at hand, so all that the manifest holds is merged" in done.stderr
+    assert results(out) == before
+
+
+def test_a_folder_that_is_held_is_not_merged(tmp_path: Path) -> None:
+    commit(tmp_path, "a", "t.csv", 0)
+    with outdir.locked(tmp_path):
+        done = command("merge", tmp_path)
+    assert done.code == 75
+    assert "is held by another run" in done.stderr

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batch_infer import planning
-from batch_infer.planning import Chunk, chunks, is_done, pending
+from batch_infer.planning import Chunk, Load, Packing, chunks, is_done, pending
 from batch_infer.records import FINAL, MAX_ATTEMPTS, PromptRequest, ResultRow, SamplingParams, Source, now
 
 
@@ -134,3 +134,28 @@ def test_every_request_is_planned_once(rows: list[tuple[int, int, float]], windo
     assert all(0 < len(piece.requests) <= chunk for piece in plan)
     assert all(len(list(groupby(piece.requests, lambda item: item.params.height))) == 1 for piece in plan)
     assert len({piece.name for piece in plan}) == len(plan)
+
+
+# What it costs
+
+
+def loads_of(requests: list[PromptRequest], slots: int) -> dict[tuple[int, int], Load]:
+    packing = Packing(slots)
+    for item in requests:
+        packing.add(item, item.params.num_inference_steps)
+    packing.close()
+    return packing.loads
+
+
+def test_rows_are_packed_on_paper() -> None:
+    rows = [request(steps=20), request(steps=20), request(steps=10, guidance=1.0), request(steps=5)]
+    assert loads_of(rows, slots=4) == {(64, 64): Load(images=4, row_forwards=20 * 2 + 20 * 2 + 10 + 5 * 2, ticks=30)}
+
+
+def test_slots_empty_before_the_size_changes() -> None:
+    rows = [request(steps=3), request(steps=3, size=72), request(steps=3)]
+    assert loads_of(rows, slots=4) == {(64, 64): Load(2, 12, 6), (72, 72): Load(1, 6, 3)}
+
+
+def test_no_rows_cost_nothing() -> None:
+    assert loads_of([], slots=4) == {}

@@ -84,10 +84,11 @@ def test_every_option_has_its_place() -> None:
             *("--height", "72", "--width", "80", "--negative-prompt", "n", "--images-per-prompt", "2", "--seed", "9"),
             *("--safety", "checker", "--on-flagged", "drop", "--require-safety", "--image-format", "webp"),
             *("--results", "csv", "--results", "jsonl", "--base64", "--max-failed", "1%", "--overwrite"),
+            *("--price-per-hour", "2.5"),
         )
     )
     assert found == {
-        "table": {"tables": ("t.csv",), "columns": {"prompt": "caption", "height": ""}, "limit": 3},
+        "table": {"tables": ("t.csv",), "columns": {"prompt": "caption", "height": ""}, "limit": 3, "folder": Path()},
         "out": Path("o"),
         "model": {
             "name": "m",
@@ -112,11 +113,21 @@ def test_every_option_has_its_place() -> None:
         "compute": {"slots": 6, "threads": 2},
         "max_failed": {"count": 0, "percent": 1.0},
         "overwrite": True,
+        "price_per_hour": 2.5,
     }
 
 
-def test_settings_can_be_written_down() -> None:
-    assert json.loads(json.dumps(asdict(parse("--scheduler", "A:x=1")), default=str))["out"] == "batch-infer-out"
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("--scheduler", "A:x=1,y=true,z=word", "--results", "csv", "--max-failed", "1%", "--column", "prompt=caption"),
+        ("--model", "m", "--steps", "3", "--safety", "none", "--slots", "4", "--limit", "2", "--price-per-hour", "1"),
+    ],
+)
+def test_settings_can_be_written_down_and_read(arguments: tuple[str, ...]) -> None:
+    settings = parse(*arguments)
+    assert RunSettings.from_record(json.loads(json.dumps(asdict(settings), default=str))) == settings
 
 
 @pytest.mark.parametrize(

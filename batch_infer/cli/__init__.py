@@ -5,7 +5,11 @@ from __future__ import annotations
 import click
 
 from batch_infer import __version__
+from batch_infer.cli.merge import merge
+from batch_infer.cli.plan import plan
+from batch_infer.cli.retry import retry
 from batch_infer.cli.run import run
+from batch_infer.cli.status import status
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -14,4 +18,5 @@ def commands() -> None:
     """Render tables of prompts into images and a results table that accounts for every row."""
 
 
-commands.add_command(run)
+for command in (run, plan, status, retry, merge):
+    commands.add_command(command)

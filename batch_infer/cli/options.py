@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_args
 import click
 
 from batch_infer import settings as s
+from batch_infer.cli.config import config_option
 from batch_infer.errors import SettingsError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -95,6 +96,16 @@ row_options = _together(
     click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Rows without a seed derive one."),
 )
 
+results_options = _together(
+    click.option(
+        "--results",
+        type=click.Choice(get_args(s.ResultsFormat)),
+        multiple=True,
+        help="Formats of the results beside results.parquet, which is always written. Repeatable.",
+    ),
+    click.option("--base64", is_flag=True, help="In results.csv and .jsonl, generated_image holds the file in base64."),
+)
+
 output_options = _together(
     click.option(
         "--safety",
@@ -112,13 +123,7 @@ output_options = _together(
     ),
     click.option("--require-safety", is_flag=True, help="Refuse to run where images would go unjudged."),
     click.option("--image-format", type=click.Choice(get_args(s.ImageFormat)), default="png", show_default=True),
-    click.option(
-        "--results",
-        type=click.Choice(get_args(s.ResultsFormat)),
-        multiple=True,
-        help="Formats of the results beside results.parquet, which is always written. Repeatable.",
-    ),
-    click.option("--base64", is_flag=True, help="In results.csv and .jsonl, generated_image holds the file in base64."),
+    results_options,
     click.option(
         "--max-failed",
         default="0",
@@ -126,6 +131,34 @@ output_options = _together(
         metavar="N|P%",
         help="How many failed or invalid rows are still a success.",
     ),
+    click.option(
+        "--price-per-hour", type=click.FloatRange(min=0), metavar="X", help="Of this machine: tells the cost."
+    ),
+)
+
+
+job_options = _together(
+    config_option,
+    table_options,
+    model_options,
+    row_options,
+    output_options,
+    click.option("--overwrite", is_flag=True, help="Remove what earlier runs made in OUT and start anew."),
+)
+"""All that says what is to be done, for `run` and for its dry run."""
+
+logging_options = _together(
+    click.option("-q", "--quiet", is_flag=True, help="Print nothing on success, for cron."),
+    click.option("-v", "--verbose", is_flag=True, help="Log more."),
+)
+
+out_argument = click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+"""The folder of a run that was made."""
+
+progress_option = click.option("--no-progress", is_flag=True, help="No progress bar or lines.")
+
+json_option = click.option(
+    "--json", "as_json", envvar="BATCH_INFER_JSON", is_flag=True, help="Print the result as JSON."
 )
 
 
@@ -161,6 +194,7 @@ def run_settings(options: Mapping[str, Any]) -> s.RunSettings:
         compute=s.ComputeSettings(options["slots"], options["threads"]),
         max_failed=s.FailureBudget.parse(options["max_failed"]),
         overwrite=options["overwrite"],
+        price_per_hour=options["price_per_hour"],
     )
 
 

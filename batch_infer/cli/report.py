@@ -9,8 +9,27 @@ from typing import TYPE_CHECKING
 
 import click
 
+from batch_infer.errors import Interrupted
+
 if TYPE_CHECKING:
+    from batch_infer.jobs.merge import Counts
     from batch_infer.jobs.summary import Summary
+    from batch_infer.settings import RunSettings
+
+
+ROWS_FAILED = 3
+"""The exit code where more rows failed or were invalid than --max-failed."""
+
+
+def conclude(summary: Summary, settings: RunSettings, *, as_json: bool, quiet: bool) -> int:
+    """Tell what became of the rows, where it is to be told, and give the exit code."""
+    counts = summary.counts
+    within = settings.max_failed.allows(counts.bad_rows, counts.rows)
+    if not quiet or not within or counts.left:
+        report(summary, settings.out, settings.output.results, as_json=as_json)
+    if counts.left:
+        return Interrupted.exit_code
+    return 0 if within else ROWS_FAILED
 
 
 def report(summary: Summary, out: Path, results: Sequence[str], *, as_json: bool) -> None:
@@ -19,31 +38,41 @@ def report(summary: Summary, out: Path, results: Sequence[str], *, as_json: bool
         click.echo(json.dumps(summary.as_dict()))
         return
     counts = summary.counts
-    many = f", {counts.images:,} images" if counts.images > counts.rows else ""
-    told = [
-        f"{_number(counts.rows, 'row')}{many}",
-        f"{counts.ok:,} ok",
-        f"{counts.flagged:,} flagged",
-    ]
-    told += [f"{number:,} {name}" for name in ("blocked", "invalid", "failed") if (number := getattr(counts, name))]
-    click.echo(" · ".join(told))
+    click.echo(told_counts(counts))
     if (rate := summary.images_per_second) is not None:
         full = f", slots {summary.occupancy:.0%} full" if summary.occupancy else ""
-        spent, whole = _duration(summary.rendering_seconds), _duration(summary.seconds)
-        click.echo(f"{_number(summary.rendered, 'image')} in {spent} ({rate:.2f} images/s{full}), {whole} in all")
+        spent, whole = duration(summary.rendering_seconds), duration(summary.seconds)
+        click.echo(f"{number(summary.rendered, 'image')} in {spent} ({rate:.2f} images/s{full}), {whole} in all")
+        if summary.cost is not None:
+            click.echo(f"cost     {summary.cost:,.2f}")
     elif not counts.left:
         click.echo("nothing to do: all of it was done before")
     click.echo(f"images   {out / 'images'}")
-    click.echo(f"results  {', '.join(str(out / f'results.{kind}') for kind in dict.fromkeys(('parquet', *results)))}")
+    click.echo(told_results(out, results))
     if counts.left:
         click.echo(f"stopped early: {counts.left:,} left; run the same command again to go on")
 
 
-def _number(count: int, noun: str) -> str:
+def told_counts(counts: Counts) -> str:
+    """How many rows there are, and how many results by status."""
+    many = f", {counts.images:,} images" if counts.images > counts.rows else ""
+    told = [f"{number(counts.rows, 'row')}{many}", f"{counts.ok:,} ok", f"{counts.flagged:,} flagged"]
+    told += [f"{count:,} {name}" for name in ("blocked", "invalid", "failed") if (count := getattr(counts, name))]
+    return " · ".join(told)
+
+
+def told_results(out: Path, formats: Sequence[str]) -> str:
+    """Where the results are."""
+    return f"results  {', '.join(str(out / f'results.{kind}') for kind in dict.fromkeys(('parquet', *formats)))}"
+
+
+def number(count: int, noun: str) -> str:
+    """`1 row`, `1,234 rows`."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """`12.3 s`, `3 min 05 s`, `7 h 20 min`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

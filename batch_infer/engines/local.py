@@ -38,7 +38,7 @@ def render(
         worker.work(chain.from_iterable(chunk.requests for chunk in chunks), committed)
     except torch.OutOfMemoryError as error:
         raise SettingsError(
-            f"the device's memory does not hold {settings.shape.slots} slots at this size: use fewer --slots, "
+            f"the device's memory does not hold {settings.compute.slots} slots at this size: use fewer --slots, "
             f"smaller images or another --dtype, and run again ({first_line(error)})"
         ) from error
     return worker.stages

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import base64
-import csv
-import json
-import logging
-import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, TextIO
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from batch_infer.atomic import replacing
-from batch_infer.manifest import SCHEMA, Committed, Index
-from batch_infer.records import PromptRequest, ResultRow
+from batch_infer.jobs.results import write_results
+from batch_infer.manifest import SCHEMA, Committed, Index, Manifest
+from batch_infer.planning import Item
+from batch_infer.records import PromptRequest
 from batch_infer.settings import OutputSettings
+from batch_infer.table import common_type
 
 BATCH = 2048
-Item = PromptRequest | ResultRow
-_Write = Callable[[pa.Table], None]
-
-log = logging.getLogger("batch_infer")
 
 
 @dataclass(slots=True)
@@ -46,38 +35,56 @@ class Counts:
     bad_rows: int = 0
     """Rows, and not images, that failed or were invalid."""
 
-    def add(self, status: str, number: int) -> None:
-        setattr(self, status, getattr(self, status) + number)
+    def counted(self, table: pa.Table) -> pa.Table:
+        """Take some results in."""
+        for status, number in Counter(table["status"].to_pylist()).items():
+            setattr(self, status, getattr(self, status) + number)
+        self.images += len(table) - table["generated_image"].null_count
+        return table
 
 
 def merge(items: Iterable[Item], index: Index, carried: pa.Schema, out: Path, output: OutputSettings) -> Counts:
     """Write the results of these items, in their order, and count them. Raises StorageError."""
     counts = Counts()
-    with ExitStack() as stack:
-        schema = pa.schema([*SCHEMA, *carried])
-        writers = [
-            _open(stack, out, kind, schema, output.base64) for kind in dict.fromkeys(("parquet", *output.results))
-        ]
-        for table in _tables(items, index, carried, counts):
-            for write in writers:
-                write(table)
-    for kind in {"csv", "jsonl"} - set(output.results):
-        (out / f"results.{kind}").unlink(missing_ok=True)  # an earlier run's, which is out of date now
+    write_results(_of_items(items, index, carried, counts), pa.schema([*SCHEMA, *carried]), out, output)
     return counts
 
 
-def _tables(items: Iterable[Item], index: Index, carried: pa.Schema, counts: Counts) -> Iterator[pa.Table]:
+def merge_parts(manifest: Manifest, tables: Sequence[str], out: Path, output: OutputSettings) -> Counts:
+    """Write all results that the manifest holds, in the order of these tables, and count them. Raises StorageError.
+
+    For an OUT whose tables are not at hand: rows that have left them since, or changed, cannot be told from others.
+    """
+    schema = pa.schema([*SCHEMA, *_carried(manifest)])
+    with manifest.index() as index:
+        counts = Counts()
+        counts.rows, counts.bad_rows = index.rows()
+        found = index.in_order(tables)
+        batches = iter(lambda: list(islice(found, BATCH)), [])
+        write_results((counts.counted(index.take(batch, schema)) for batch in batches), schema, out, output)
+    return counts
+
+
+def _carried(manifest: Manifest) -> pa.Schema:
+    """The carried columns of all parts, each of a type that holds what every part has in it."""
+    types: dict[str, pa.DataType] = {}
+    for schema in manifest.schemas():
+        for field in schema:
+            if field.name not in SCHEMA.names:
+                known = types.setdefault(field.name, field.type)
+                types[field.name] = common_type(known, field.type)
+    return pa.schema(list(types.items()))
+
+
+def _of_items(items: Iterable[Item], index: Index, carried: pa.Schema, counts: Counts) -> Iterator[pa.Table]:
     for batch in _batches(items):
         found = [(item, kept) for item in batch if (kept := _result_of(item, index)) is not None]
         counts.rows += len({_place(item) for item in batch})
         counts.bad_rows += len({_place(item) for item, kept in found if kept.status in ("failed", "invalid")})
         counts.left += len(batch) - len(found)
         if found:
-            table = _as_now([item for item, _ in found], index.take([kept for _, kept in found]), carried)
-            for status, number in Counter(table["status"].to_pylist()).items():
-                counts.add(status, number)
-            counts.images += len(table) - table["generated_image"].null_count
-            yield table
+            table = index.take([kept for _, kept in found])
+            yield counts.counted(_as_now([item for item, _ in found], table, carried))
 
 
 def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
@@ -116,94 +123,3 @@ def _as_now(items: list[Item], table: pa.Table, carried: pa.Schema) -> pa.Table:
     for field in carried:
         table = table.append_column(field, pa.array([item.carried.get(field.name) for item in items], field.type))
     return table
-
-
-def _open(stack: ExitStack, out: Path, kind: str, schema: pa.Schema, as_base64: bool) -> _Write:
-    temporary = stack.enter_context(replacing(out / f"results.{kind}"))
-    if kind == "parquet":
-        write: _Write = stack.enter_context(pq.ParquetWriter(temporary, schema, compression="zstd")).write_table
-        return write
-    stream = stack.enter_context(temporary.open("w", encoding="utf-8", newline=""))
-    images = out if as_base64 else None
-    return (_Csv(stream, schema, images) if kind == "csv" else _Jsonl(stream, images)).write
-
-
-class _Csv:
-    def __init__(self, stream: TextIO, schema: pa.Schema, images: Path | None) -> None:
-        self._writer, self._images = csv.writer(stream), images
-        self._writer.writerow(schema.names)
-
-    def write(self, table: pa.Table) -> None:
-        for row in _rows(table, self._images):
-            self._writer.writerow(_csv_cell(value) for value in row.values())
-
-
-class _Jsonl:
-    def __init__(self, stream: TextIO, images: Path | None) -> None:
-        self._stream, self._images = stream, images
-
-    def write(self, table: pa.Table) -> None:
-        for row in _rows(table, self._images):
-            self._stream.write(_json(row) + "\n")
-
-
-def _rows(table: pa.Table, images: Path | None) -> Iterator[dict[str, Any]]:
-    """Rows as dictionaries; with `images`, generated_image is the file itself in base64, as Azure's card has it."""
-    for row in table.to_pylist():
-        if images is not None and row["generated_image"] is not None:
-            row["generated_image"] = _file(images / row["generated_image"])
-        for name in ("guidance_scale", "guidance_rescale", "seconds"):
-            row[name] = _short(row[name])
-        if row["safety_scores"] is not None:
-            row["safety_scores"] = {name: _short(score) for name, score in row["safety_scores"]}
-        yield row
-
-
-def _file(path: Path) -> bytes | None:
-    """An image, or None where somebody has deleted it: that costs no other row its result."""
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        log.warning("%s is missing", path)
-        return None
-
-
-def _short(value: float | None) -> float | None:
-    """A float32 with the digits that it has, and not those of the double it was read into."""
-    return None if value is None else float(f"{value:.7g}")
-
-
-def _csv_cell(value: Any) -> Any:
-    match value:
-        case bool():
-            return "true" if value else "false"
-        case Mapping() | list():
-            return _json(value)
-        case datetime() | bytes():
-            return _text(value)
-        case _:
-            return value
-
-
-def _json(value: Any) -> str:
-    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, default=_text)
-
-
-def _finite(value: Any) -> Any:
-    """A value with null for the numbers that JSON does not have, as pandas writes them."""
-    match value:
-        case float():
-            return value if math.isfinite(value) else None
-        case dict():
-            return {name: _finite(inner) for name, inner in value.items()}
-        case list() | tuple():
-            return [_finite(inner) for inner in value]
-        case _:
-            return value
-
-
-def _text(value: Any) -> str:
-    """A value that JSON and CSV have no type for."""
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode("ascii")
-    return value.isoformat() if hasattr(value, "isoformat") else str(value)

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from batch_infer.errors import LockedError, SettingsError, UsageError
 from batch_infer.records import now
 
 OURS = ("images", "quarantine", "manifest", "logs", "results.parquet", "results.csv", "results.jsonl", "run.json")
+LOCK_SECONDS = 0.2
+"""How long a held OUT is waited for: `holder` holds it for a moment itself."""
 _WAY_OUT = "remove it to go on with what the manifest holds, or start anew in another --out"
 
 
@@ -27,7 +29,7 @@ def locked(out: Path) -> Iterator[None]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out / ".lock")
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=LOCK_SECONDS, poll_interval=LOCK_SECONDS / 4)
     except Timeout:
         raise LockedError(f"{out} is held by another run ({_holder(out)}); run again when it has ended") from None
     except OSError as error:
@@ -41,11 +43,33 @@ def locked(out: Path) -> Iterator[None]:
         lock.release()
 
 
+def holder(out: Path) -> str | None:
+    """Who works in OUT at this moment, None where nobody does."""
+    lock = FileLock(out / ".lock")
+    if not (out / ".lock").exists():
+        return None
+    try:
+        with lock.acquire(timeout=0):
+            return None
+    except Timeout:
+        return _holder(out)
+    except OSError:  # a folder that may only be read: who could be writing to it?
+        return None
+
+
 def _holder(out: Path) -> str:
     try:
         return (out / ".holder").read_text()
     except OSError:
         return "it has not said which"
+
+
+def known_run(out: Path) -> dict[str, Any]:
+    """The run.json of a run that was made. Raises UsageError."""
+    found = read_run(out)
+    if not found or "identity" not in found:
+        raise UsageError(f"{out} holds no run of batch-infer: it has no run.json")
+    return found
 
 
 def read_run(out: Path) -> dict[str, Any] | None:
@@ -62,14 +86,14 @@ def read_run(out: Path) -> dict[str, Any] | None:
     return found
 
 
-def write_run(out: Path, run: dict[str, Any]) -> None:
+def write_run(out: Path, run: Mapping[str, Any]) -> None:
     """Write run.json. Raises StorageError."""
     with replacing(out / "run.json") as temporary:
         # In ASCII: a file name may hold bytes that are no UTF-8, and comes back so.
         temporary.write_text(json.dumps(run, indent=2, default=str) + "\n", encoding="ascii")
 
 
-def restore_run(out: Path, earlier: dict[str, Any] | None) -> None:
+def restore_run(out: Path, earlier: Mapping[str, Any] | None) -> None:
     """Put run.json back as it was before this run. Raises StorageError."""
     if earlier is None:
         (out / "run.json").unlink(missing_ok=True)
@@ -77,11 +101,11 @@ def restore_run(out: Path, earlier: dict[str, Any] | None) -> None:
         write_run(out, earlier)
 
 
-def refuse_foreign(out: Path, tables: Iterable[str], earlier: dict[str, Any] | None) -> None:
+def refuse_foreign(out: Path, tables: Iterable[Path], earlier: Mapping[str, Any] | None) -> None:
     """See that nothing which a run writes, or --overwrite removes, is somebody else's. Raises SettingsError."""
     ours = [(out / name).resolve() for name in OURS]
     for table in tables:
-        if any(Path(table).resolve().is_relative_to(path) for path in ours):
+        if any(table.resolve().is_relative_to(path) for path in ours):
             raise SettingsError(f"{table} lies where a run into {out} writes its own files: give another --out")
     if earlier is None or "identity" not in earlier:
         found = [name for name in OURS if name.startswith("results.") and (out / name).exists()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,32 +14,19 @@ from batch_infer import __version__
 from batch_infer.errors import SettingsError
 from batch_infer.models import ModelCard
 from batch_infer.records import now
-from batch_infer.settings import RunSettings
+from batch_infer.settings import Compute, RunSettings
+from batch_infer.table import Tables
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "pyarrow", "pillow", "numpy")
 SLOTS = {"cpu": 16, "cuda": 32}
 DECODE_BATCH = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Compute:
-    """Where and how a run computes. Bytes depend on all of it."""
-
-    device: str
-    dtype: str
-    slots: int
-    decode_batch: int
-    threads: int
-
-
-def choose_compute(settings: RunSettings, earlier: dict[str, Any] | None) -> Compute:
+def choose_compute(settings: RunSettings, earlier: Mapping[str, Any] | None, device: str) -> Compute:
     """The settings that were given, else those of the run that this one goes on with, else the device's own.
 
     decode_batch follows from a run's first slots, and stays with the run.
     """
-    from batch_infer.engines import local
-
-    device = local.find_device(settings.model.device)
     kept = (earlier or {}).get("compute", {})
     slots = settings.compute.slots or kept.get("slots") or SLOTS[device]
     dtype = settings.model.dtype
@@ -74,7 +61,7 @@ def _told(record: Mapping[str, Any], name: str) -> str:
     return f"{called} ({value[:12]})" if called else value
 
 
-def describe(settings: RunSettings, card: ModelCard, compute: Compute, tables: list[str]) -> dict[str, Any]:
+def describe(settings: RunSettings, card: ModelCard, compute: Compute, tables: Tables) -> dict[str, Any]:
     """run.json as it is before the run is over. `identity` is what rows that are done stand on."""
     judged = settings.safety.judges(has_checker=card.has_checker)
     safety = f"checker {card.checker_fingerprint}, on flagged {settings.safety.on_flagged}" if judged else "none"
@@ -82,7 +69,8 @@ def describe(settings: RunSettings, card: ModelCard, compute: Compute, tables: l
         "batch_infer": __version__,
         "started_at": now(),
         "finished_at": None,
-        "tables": tables,
+        "tables": tables.files,
+        "unreadable_tables": sorted(tables.faults),
         "settings": asdict(settings),
         "model": {
             "name": card.name,
@@ -100,5 +88,6 @@ def describe(settings: RunSettings, card: ModelCard, compute: Compute, tables: l
         },
         "compute": asdict(compute),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        "survey": None,
         "summary": None,
     }

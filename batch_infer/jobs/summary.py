@@ -14,18 +14,22 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Summary:
-    """`rendered` images and all times are this run's; `counts` are the table's, whenever its rows were done."""
+    """`rendered` images, row-forwards, ticks and all times are this run's; `counts` are the table's as it is now."""
 
     counts: Counts = field(default_factory=Counts)
     rendered: int = 0
     seconds: float = 0.0
+    cost: float | None = None
     rendering_seconds: float = 0.0
+    row_forwards: int = 0
+    ticks: int = 0
     occupancy: float | None = None
     stage_shares: dict[str, float] = field(default_factory=dict)
     peak_memory: dict[str, int] = field(default_factory=dict)
 
     def add_stages(self, stages: Stages) -> None:
         self.rendering_seconds = stages.seconds
+        self.row_forwards, self.ticks = stages.row_forwards, stages.ticks
         self.occupancy = round(stages.occupancy, 4)
         spent = {name: getattr(stages, name) for name in ("encode", "denoise", "decode", "check")}
         total = sum(spent.values()) or 1.0
@@ -42,7 +46,10 @@ class Summary:
             **asdict(self.counts),
             "rendered": self.rendered,
             "seconds": round(self.seconds, 3),
+            "cost": self.cost,
             "images_per_second": None if rate is None else round(rate, 3),
+            "row_forwards": self.row_forwards,
+            "ticks": self.ticks,
             "occupancy": self.occupancy,
             "stage_shares": self.stage_shares,
             "peak_memory": self.peak_memory,

@@ -24,6 +24,7 @@ from batch_infer.diffusion import Context, Solver
 from batch_infer.errors import ModelError, first_line
 from batch_infer.models.card import ModelCard, variant_of
 from batch_infer.models.family import Conditioning
+from batch_infer.models.tokens import TokenCounter
 from batch_infer.records import PromptRequest
 from batch_infer.settings import SchedulerSpec
 
@@ -51,6 +52,7 @@ class StableDiffusion:
         self.feature_extractor: Any | None = pipeline.feature_extractor
         self._unet, self._vae = pipeline.unet, pipeline.vae
         self._tokenizer, self._text_encoder = pipeline.tokenizer, pipeline.text_encoder
+        self._counter = TokenCounter(pipeline.tokenizer)
         self._factor: int = pipeline.vae_scale_factor
         self._kept: OrderedDict[str, torch.Tensor] = OrderedDict()
 
@@ -63,13 +65,8 @@ class StableDiffusion:
             modules["safety_checker"] = _load_module(StableDiffusionSafetyChecker, card, "safety_checker", dtype)
         else:
             modules |= {"safety_checker": None, "requires_safety_checker": False}
-        try:
-            pipeline = StableDiffusionPipeline.from_pretrained(card.path, local_files_only=True, **modules)
-            pipeline.to(device)
-        except LOADING_ERRORS as error:
-            raise ModelError(f"{card.path} could not be loaded: {first_line(error)}") from error
-        if card.scheduler is not None:
-            pipeline.scheduler = build_scheduler(card.scheduler, pipeline.scheduler)
+        pipeline = _load_pipeline(card, modules)
+        pipeline.to(device)
         return cls(pipeline, device, dtype)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -79,14 +76,14 @@ class StableDiffusion:
     def condition(self, requests: Sequence[PromptRequest]) -> list[Conditioning]:
         negatives = [request.negative_prompt or "" for request in requests]
         self._encode({request.prompt for request in requests} | set(negatives))
-        counts = self._count([request.prompt for request in requests])
+        counts = self._counter.count([request.prompt for request in requests])
         found = []
         for request, negative, count in zip(requests, negatives, counts, strict=True):
             context = (
                 {"encoder_hidden_states": self._kept[request.prompt]},
                 {"encoder_hidden_states": self._kept[negative]} if request.params.guided else None,
             )
-            found.append(Conditioning(context, count, count > self._tokenizer.model_max_length - 2))
+            found.append(Conditioning(context, count, count > self._counter.longest))
         self._forget()
         return found
 
@@ -100,10 +97,6 @@ class StableDiffusion:
         scaled = latents.to(self.dtype) / self._vae.config.scaling_factor
         images: torch.Tensor = self._vae.decode(scaled, return_dict=False)[0]
         return images.float() / 2 + 0.5
-
-    def _count(self, texts: list[str]) -> list[int]:
-        tokens = self._tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
-        return [len(ids) for ids in tokens]
 
     def _encode(self, texts: set[str]) -> None:
         """Make sure of the embeddings (77, width) of these texts, by text encoder calls of one fixed shape."""
@@ -125,6 +118,22 @@ class StableDiffusion:
     def _forget(self) -> None:
         while len(self._kept) > TEXTS_KEPT:
             self._kept.popitem(last=False)
+
+
+def load_solver(card: ModelCard) -> Solver:
+    """The checkpoint's sampler, made as the whole pipeline would make it. Raises ModelError."""
+    without = dict.fromkeys([*MODULES, "tokenizer", "safety_checker", "feature_extractor"])
+    return Solver(_load_pipeline(card, {**without, "requires_safety_checker": False}).scheduler)
+
+
+def _load_pipeline(card: ModelCard, modules: Mapping[str, Any]) -> StableDiffusionPipeline:
+    try:
+        pipeline = StableDiffusionPipeline.from_pretrained(card.path, local_files_only=True, **modules)
+    except LOADING_ERRORS as error:
+        raise ModelError(f"{card.path} could not be loaded: {first_line(error)}") from error
+    if card.scheduler is not None:
+        pipeline.scheduler = build_scheduler(card.scheduler, pipeline.scheduler)
+    return pipeline
 
 
 def build_scheduler(spec: SchedulerSpec, own: SchedulerMixin) -> SchedulerMixin:

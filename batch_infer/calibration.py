@@ -1,0 +1,60 @@
+"""What rendering takes on this machine, measured once and remembered."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from platformdirs import user_cache_path
+
+from batch_infer.atomic import replacing
+from batch_infer.errors import StorageError
+from batch_infer.records import digest
+
+log = logging.getLogger("batch_infer")
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What one image size takes, in seconds but for `image_bytes`.
+
+    `start`: until the model is loaded; `tick`: one UNet call over all slots; `image`: all else that an image takes of
+    the device's time, or keeps the processor from it.
+    """
+
+    start: float
+    tick: float
+    image: float
+    image_bytes: float
+    measured_at: datetime
+
+
+def recall(conditions: Mapping[str, Any]) -> Rates | None:
+    """The rates that were measured under these conditions, on whatever day."""
+    try:
+        found = json.loads(_path(conditions).read_text("utf-8"))["rates"]
+        return Rates(**{**found, "measured_at": datetime.fromisoformat(found["measured_at"])})
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:  # damaged, or another version's
+        log.debug("a remembered calibration is measured anew: %s", error)
+        return None
+
+
+def remember(conditions: Mapping[str, Any], rates: Rates) -> None:
+    """Keep rates for later; where the cache cannot be written, they are measured again next time."""
+    try:
+        with replacing(_path(conditions), flush=False) as temporary:
+            text = json.dumps({"conditions": conditions, "rates": asdict(rates)}, default=str, indent=2)
+            temporary.write_text(text, encoding="utf-8")
+    except StorageError as error:
+        log.debug("%s", error)
+
+
+def _path(conditions: Mapping[str, Any]) -> Path:
+    return user_cache_path("batch-infer") / "calibration" / f"{digest(conditions)}.json"

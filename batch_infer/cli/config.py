@@ -1,0 +1,98 @@
+"""`--config FILE`: options from a TOML file. A flag beats the environment, and the environment beats the file."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from batch_infer.errors import SettingsError
+
+
+def _load(context: click.Context, _: click.Parameter, path: Path | None) -> None:
+    """Make the file's values the command's defaults. Raises SettingsError."""
+    if path is None:
+        return
+    group = context.parent.command if context.parent else context.command
+    known = _options(group if isinstance(group, click.Group) else context.command)
+    own = _options(context.command)
+    found = {}
+    for key, value in _read(path).items():
+        name = key.replace("_", "-")
+        if name not in known:
+            raise SettingsError(f"{path}: there is no option {key!r}{_near(name, known)}")
+        if name in own:  # one file may serve several commands
+            option = own[name]
+            found[str(option.name)] = _checked(value, option, context, f"{path}: {key} = {value!r}")
+    context.default_map = {**(context.default_map or {}), **found}
+
+
+config_option = click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    is_eager=True,
+    expose_value=False,
+    callback=_load,
+    help="TOML file with options: `steps = 30`, `results = ['csv']`. Flags and environment beat it.",
+)
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+
+    try:
+        found: dict[str, Any] = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise SettingsError(f"--config {path}: {error.strerror}") from error
+    except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError
+        raise SettingsError(f"--config {path} is not TOML: {error}") from error
+    return found
+
+
+def _options(command: click.Command) -> dict[str, click.Option]:
+    """The options of a command, or of all commands of a group, by their long names without dashes."""
+    commands = command.commands.values() if isinstance(command, click.Group) else [command]
+    return {
+        name.removeprefix("--"): option
+        for each in commands
+        for option in each.params
+        if isinstance(option, click.Option)
+        for name in option.opts
+        if name.startswith("--") and name not in ("--config", "--help")
+    }
+
+
+def _checked(value: Any, option: click.Option, context: click.Context, where: str) -> Any:
+    """A value as it would be typed after the option, so that click reads both alike. Raises SettingsError."""
+    if option.is_flag:
+        if not isinstance(value, bool):
+            raise SettingsError(f"{where}: say true or false")
+        return value
+    if isinstance(value, list) and not option.multiple:
+        raise SettingsError(f"{where}: this option takes one value")
+    values = [_text(item, where) for item in (value if isinstance(value, list) else [value])]
+    typed: Any = values if option.multiple else values[0]
+    try:
+        option.type_cast_value(context, typed)
+    except click.BadParameter as error:
+        raise SettingsError(f"{where}: {error.message}") from error
+    return typed
+
+
+def _text(value: Any, where: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise SettingsError(f"{where}: say a text or a number")
+    return str(value)
+
+
+def _near(name: str, known: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(sorted(known))}"

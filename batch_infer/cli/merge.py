@@ -1,0 +1,46 @@
+"""`batch-infer merge`: results.* from the manifest."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from batch_infer.cli.config import config_option
+from batch_infer.cli.options import json_option, logging_options, out_argument, results_options
+from batch_infer.cli.progress import set_up_logging
+from batch_infer.cli.report import told_counts, told_results
+from batch_infer.settings import ResultsFormat
+
+
+@click.command(context_settings={"auto_envvar_prefix": "BATCH_INFER"})
+@config_option
+@out_argument
+@results_options
+@json_option
+@logging_options
+def merge(
+    out: Path, results: tuple[ResultsFormat, ...], base64: bool, as_json: bool, quiet: bool, verbose: bool
+) -> int:
+    """Write OUT/results.* from the parts of OUT's manifest, in input order.
+
+    `run` does this at its end. It is left to you after a run that was killed, and where workers on a cluster have
+    committed parts. The tables that run.json names decide which rows there are; where they are not at hand, all
+    that the manifest holds is merged. Without --results the formats are those of the run.
+
+    Exit codes: 0; 2 if OUT holds no run; 75 while a run holds OUT.
+    """
+    set_up_logging(quiet=quiet, verbose=verbose)
+    from batch_infer.jobs.remerge import remerge
+
+    counts, formats = remerge(out, results, base64=base64)
+    if as_json:
+        click.echo(json.dumps(asdict(counts)))
+    elif not quiet:
+        click.echo(told_counts(counts))
+        click.echo(told_results(out, formats))
+        if counts.left:
+            click.echo(f"{counts.left:,} left: run again to go on")
+    return 0

@@ -1,0 +1,84 @@
+"""`batch-infer plan`: what a run would do and take, without doing it."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from typing import IO, TYPE_CHECKING, Any
+
+import click
+
+from batch_infer.cli.options import job_options, json_option, logging_options, run_settings
+from batch_infer.cli.progress import set_up_logging
+from batch_infer.cli.report import ROWS_FAILED, duration, number
+
+if TYPE_CHECKING:
+    from batch_infer.jobs.plan import Plan
+    from batch_infer.records import ResultRow
+    from batch_infer.settings import RunSettings
+
+
+@click.command(context_settings={"auto_envvar_prefix": "BATCH_INFER"})
+@job_options
+@json_option
+@logging_options
+def plan(as_json: bool, quiet: bool, verbose: bool, **options: Any) -> int:
+    """Say what `run` would do with TABLE... and these options, and render nothing.
+
+    Every row is validated, and each faulty one named with its reason. Then come the sizes, the row-forwards (rows of
+    UNet calls, of which a row with guidance takes two a step), the time, the disk and, with --price-per-hour, the cost.
+    What OUT holds already is not counted again. The time is told from a short calibration, which is remembered.
+
+    Exit codes: as `run` would have; 3 if more rows are invalid than --max-failed.
+    """
+    settings = run_settings(options)
+    set_up_logging(quiet=quiet, verbose=verbose)
+    from batch_infer.jobs.plan import plan as look
+
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as faults:  # as many as the table has rows, maybe
+        found = look(settings, lambda row: _note(row, faults))
+        faults.seek(0)
+        within = settings.max_failed.allows(found.invalid_rows, found.rows)
+        if as_json:
+            _print_json(found, faults)
+        elif not quiet or not within:
+            _print(found, faults, settings)
+    return 0 if within else ROWS_FAILED
+
+
+def _note(row: ResultRow, faults: IO[str]) -> None:
+    fault = {"file": row.source_file, "row": row.source_row, "id": row.id, "image_index": row.image_index}
+    faults.write(json.dumps({**fault, "error": row.error}) + "\n")
+
+
+def _print_json(plan: Plan, faults: IO[str]) -> None:
+    """One object, whose last member is written row by row."""
+    click.echo(json.dumps({**plan.as_dict(), "invalid_results": []})[:-2], nl=False)
+    for place, line in enumerate(faults):
+        click.echo(f"{', ' if place else ''}{line.rstrip()}", nl=False)
+    click.echo("]}")
+
+
+def _print(plan: Plan, faults: IO[str], settings: RunSettings) -> None:
+    for fault in map(json.loads, faults):
+        if fault["image_index"] == 0:
+            click.echo(f"{fault['file']}, row {fault['row']} ({fault['id']}): {fault['error']}")
+    many = f", {number(plan.total - plan.invalid, 'image')}" if plan.total > plan.rows else ""
+    told = [f"{number(plan.rows, 'row')}{many}", f"{plan.invalid_rows:,} invalid"]
+    if plan.truncated:
+        told.append(f"{number(plan.truncated, 'prompt')} longer than the model reads")
+    click.echo(" · ".join(told))
+    if plan.done:
+        click.echo(f"{plan.done:,} done before, in {settings.out}")
+    if not plan.pending:
+        click.echo("nothing to do")
+        return
+    click.echo(f"{'size':12}{'images':>12}{'row-forwards':>16}{'UNet calls':>14}{'time':>16}")
+    for size in plan.sizes:
+        name, time = f"{size.width}x{size.height}", duration(size.seconds)
+        click.echo(f"{name:12}{size.images:12,}{size.row_forwards:16,}{size.ticks:14,}{time:>16}")
+    click.echo(f"slots    {plan.slots}, {plan.occupancy:.0%} full")
+    click.echo(f"time     about {duration(plan.seconds)}, as measured {plan.measured_at:%Y-%m-%d %H:%M} UTC")
+    click.echo(f"disk     about {plan.bytes / 1e6:,.1f} MB")
+    if plan.cost is not None:
+        click.echo(f"cost     about {plan.cost:,.2f}")

@@ -1,0 +1,55 @@
+"""`batch-infer retry`: render again what failed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import click
+
+from batch_infer.cli.config import config_option
+from batch_infer.cli.options import json_option, logging_options, out_argument, progress_option
+from batch_infer.cli.progress import make_progress, set_up_logging
+from batch_infer.cli.report import conclude
+from batch_infer.cli.signals import stop_on_signals
+from batch_infer.settings import Retried
+
+
+@click.command(context_settings={"auto_envvar_prefix": "BATCH_INFER"})
+@config_option
+@out_argument
+@click.argument("tables", metavar="[TABLE...]", nargs=-1)
+@click.option(
+    "--status",
+    "statuses",
+    type=click.Choice(get_args(Retried)),
+    multiple=True,
+    required=True,
+    help="Which rows. missing: those whose image file is gone. Repeatable.",
+)
+@json_option
+@logging_options
+@progress_option
+def retry(
+    out: Path,
+    tables: tuple[str, ...],
+    statuses: tuple[Retried, ...],
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    no_progress: bool,
+) -> int:
+    """Render again the rows of OUT that have a status.
+
+    The tables and all settings are those of the last run, as OUT/run.json has them; name TABLE... where the tables
+    have moved. A row is tried again however often it has failed. Other rows stay as they are.
+
+    Exit codes: as those of `run`.
+    """
+    set_up_logging(quiet=quiet, verbose=verbose)
+    with stop_on_signals() as stop:
+        from batch_infer.jobs.retry import retry as render_again
+
+        progress = make_progress(shown=not (quiet or no_progress))
+        summary, settings = render_again(out, statuses, tables, progress, stop)
+    return conclude(summary, settings, as_json=as_json, quiet=quiet)

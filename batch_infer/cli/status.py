@@ -1,0 +1,49 @@
+"""`batch-infer status`: how far a run is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from batch_infer.cli.config import config_option
+from batch_infer.cli.options import json_option, out_argument
+from batch_infer.cli.report import duration
+
+if TYPE_CHECKING:
+    from batch_infer.jobs.status import Standing
+
+
+@click.command(context_settings={"auto_envvar_prefix": "BATCH_INFER"})
+@config_option
+@out_argument
+@json_option
+def status(out: Path, as_json: bool) -> int:
+    """Say what is done, flagged, blocked, failed and left in OUT, also while a run is going on.
+
+    Counted are results: a row has one for each image. What a run that was killed has committed counts as done.
+
+    Exit codes: 0; 2 if OUT holds no run.
+    """
+    from batch_infer.jobs.status import status as look
+
+    standing = look(out)
+    if as_json:
+        click.echo(json.dumps(standing.as_dict()))
+    else:
+        _print(standing, out)
+    return 0
+
+
+def _print(standing: Standing, out: Path) -> None:
+    by = f" by {standing.holder}" if standing.holder else ""
+    click.echo(f"{out}: {standing.state}{by}, started {standing.started_at[:16]} UTC")
+    told = [f"{count:,} {name}" for name, count in standing.counts.items() if count or name in ("ok", "failed")]
+    left = "the tables are being looked through" if standing.left is None else f"{standing.left:,} left"
+    click.echo(" · ".join([*told, left]))
+    if standing.images_per_second and standing.seconds_left is not None:
+        click.echo(f"{standing.images_per_second:.2f} images/s, about {duration(standing.seconds_left)} to go")
+    if standing.state == "stopped":
+        click.echo("run again to go on")

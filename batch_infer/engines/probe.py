@@ -1,0 +1,183 @@
+"""A process beside this one that knows torch, asked by commands that render nothing and so load none of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import cache
+from multiprocessing import active_children, get_context, parent_process
+from multiprocessing.connection import wait
+from threading import Thread
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+from batch_infer.calibration import Rates
+from batch_infer.errors import ModelError, RowError
+from batch_infer.models import ModelCard
+from batch_infer.records import PromptRequest, SamplingParams, Source, now
+from batch_infer.settings import Compute, ImageFormat, SafetySettings
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from batch_infer.chain import Chain
+    from batch_infer.diffusion import Solver
+
+P = ParamSpec("P")
+Answer = TypeVar("Answer")
+
+FEW_STEPS = (1, 2, 4, 10, 20)
+LONG_SECONDS = 1.5
+MOST_STEPS = 25
+"""A calibration renders at the fewest steps that the scheduler takes, and then at so many more as take so long."""
+
+
+class Probe:
+    """Answers what only torch can tell. Its process starts with the first question, and ends with `close`."""
+
+    def __init__(self) -> None:
+        self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_live_with_the_parent)
+        self._evaluations: dict[int, int | RowError] = {}
+        self.waited = 0.0
+        """Seconds spent waiting for answers."""
+
+    def find_device(self, asked: str) -> str:
+        """`cpu` or `cuda`. Raises SettingsError where what was asked for is not there."""
+        return self._ask(_find_device, asked)
+
+    def evaluations(self, card: ModelCard, steps: int) -> int:
+        """How often a row of so many steps asks the model. Raises RowError where the scheduler refuses them."""
+        if steps not in self._evaluations:
+            try:
+                self._evaluations[steps] = self._ask(_evaluations, card, steps)
+            except RowError as error:
+                self._evaluations[steps] = error
+        found = self._evaluations[steps]
+        if isinstance(found, RowError):
+            raise found.with_traceback(None)
+        return found
+
+    def rates(
+        self,
+        card: ModelCard,
+        compute: Compute,
+        safety: SafetySettings,
+        image_format: ImageFormat,
+        size: tuple[int, int],
+    ) -> Rates:
+        """Render a few images of this (height, width) and see what it takes. Raises ModelError."""
+        return self._ask(_rates, card, compute, safety, image_format, size)
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> Probe:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:  # nobody waits for the answer any more
+            for process in active_children():
+                process.terminate()
+        self.close()
+
+    def _ask(self, question: Callable[P, Answer], *args: P.args, **kwargs: P.kwargs) -> Answer:
+        started = time.perf_counter()
+        try:
+            return self._pool.submit(question, *args, **kwargs).result()
+        except BrokenProcessPool as error:
+            raise ModelError("the process that was to try the model out has died; is there enough memory?") from error
+        finally:
+            self.waited += time.perf_counter() - started
+
+
+# What follows runs in the other process.
+
+
+def _live_with_the_parent() -> None:
+    """Leave Ctrl-C to the parent, and end when it ends, however that comes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    if parent is not None:
+        Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    wait([sentinel])
+    os._exit(1)
+
+
+def _find_device(asked: str) -> str:
+    from batch_infer.engines.local import find_device
+
+    return find_device(asked)
+
+
+def _evaluations(card: ModelCard, steps: int) -> int:
+    return _solver(card).table(steps).evaluations
+
+
+@cache
+def _solver(card: ModelCard) -> Solver:
+    from batch_infer.models import load_solver
+
+    return load_solver(card)
+
+
+@cache
+def _chain(card: ModelCard, compute: Compute, safety: SafetySettings) -> tuple[Chain, float]:
+    """A loaded model, and the seconds that it took."""
+    started = time.perf_counter()
+    from batch_infer.worker import load_chain
+
+    return load_chain(card, compute, safety), time.perf_counter() - started
+
+
+def _rates(
+    card: ModelCard, compute: Compute, safety: SafetySettings, image_format: ImageFormat, size: tuple[int, int]
+) -> Rates:
+    """Time full slots at few steps and at many: the difference is the steps', the rest the images'."""
+    chain, start = _chain(card, compute, safety)
+    few = next(steps for steps in FEW_STEPS if _takes(card, steps))
+    _render(chain, compute, size, few)  # the first call of a shape sets things up
+    short = min(_render(chain, compute, size, few)[0] for _ in range(2))
+    many = next(
+        steps
+        for steps in range(few + max(2, min(MOST_STEPS, round(LONG_SECONDS / short))), 1001)
+        if _takes(card, steps)
+    )
+    long, images = _render(chain, compute, size, many)
+    tick = max(0.0, long - short) / (_evaluations(card, many) - _evaluations(card, few))
+    image = max(0.0, short - tick * _evaluations(card, few)) / len(images)
+    storing, stored = _store(images, image_format)
+    if compute.device == "cpu":  # it is done beside the rendering, but by the same cores
+        image += storing / compute.threads
+    return Rates(start, tick, image, stored, now())
+
+
+def _takes(card: ModelCard, steps: int) -> bool:
+    try:
+        return _evaluations(card, steps) > 0
+    except RowError:
+        return False
+
+
+def _render(chain: Chain, compute: Compute, size: tuple[int, int], steps: int) -> tuple[float, list[np.ndarray]]:
+    """The seconds that it takes to fill all slots once and to empty them, and the images."""
+    params = SamplingParams(*size, steps, 7.5, 0.0)
+    rows = range(compute.slots // 2)
+    requests = [PromptRequest(str(i), 0, f"number {i}", None, i, params, Source("", i), "") for i in rows]
+    started = time.perf_counter()
+    found = [getattr(outcome, "pixels", None) for outcome in chain.render(requests)]
+    return time.perf_counter() - started, [pixels for pixels in found if pixels is not None]
+
+
+def _store(pixels: list[np.ndarray], image_format: ImageFormat) -> tuple[float, float]:
+    """The seconds that compressing an image takes, and its length in bytes."""
+    from batch_infer.images import encode
+
+    started = time.perf_counter()
+    lengths = [len(encode(image, image_format, "")) for image in pixels]
+    return (time.perf_counter() - started) / len(pixels), sum(lengths) / len(pixels)

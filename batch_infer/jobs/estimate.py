@@ -1,0 +1,58 @@
+"""What sizes take on this machine: recalled where they were measured before, else measured now."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from typing import Any
+
+from batch_infer import calibration
+from batch_infer.calibration import Rates
+from batch_infer.engines.probe import Probe
+from batch_infer.jobs.job import Job
+from batch_infer.planning import Load
+
+MOST_MEASURED = 4
+"""Sizes that are measured; those of the other rows are told from the nearest of these."""
+
+Size = tuple[int, int]
+
+log = logging.getLogger("batch_infer")
+
+
+def rates_of(loads: Mapping[Size, Load], job: Job, probe: Probe) -> dict[Size, Rates]:
+    """The rates of every size. Raises ModelError where the model cannot be tried out."""
+    found = {size: rates for size in loads if (rates := calibration.recall(_conditions(job, size))) is not None}
+    dearest = sorted(loads, key=lambda size: loads[size].row_forwards * size[0] * size[1], reverse=True)
+    for size in dearest[:MOST_MEASURED]:
+        if size not in found:
+            log.info("measuring %dx%d pixels", *size[::-1])
+            settings = job.settings
+            found[size] = probe.rates(job.card, job.compute, settings.safety, settings.output.image_format, size)
+            calibration.remember(_conditions(job, size), found[size])
+    return {size: found[size] if size in found else _nearest(size, found) for size in loads}
+
+
+def _nearest(size: Size, known: Mapping[Size, Rates]) -> Rates:
+    """Those of the size nearest in pixels, in proportion to the pixels."""
+    area = size[0] * size[1]
+    near = min(known, key=lambda other: abs(other[0] * other[1] - area))
+    factor = area / (near[0] * near[1])
+    rates = known[near]
+    return replace(rates, tick=rates.tick * factor, image=rates.image * factor, image_bytes=rates.image_bytes * factor)
+
+
+def _conditions(job: Job, size: Size) -> dict[str, Any]:
+    """All that the rates depend on, as far as we know."""
+    return {
+        "machine": platform.node(),
+        "model": job.card.fingerprint,
+        "judged": job.settings.safety.judges(has_checker=job.card.has_checker),
+        "image_format": job.settings.output.image_format,
+        "size": size,
+        **asdict(job.compute),
+        **{name: version(name) for name in ("batch-infer", "torch", "diffusers")},
+    }

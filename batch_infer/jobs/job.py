@@ -1,0 +1,136 @@
+"""A job: tables, model and settings that were found to go together on an OUT, before anything is done."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from batch_infer.errors import SettingsError, UsageError
+from batch_infer.jobs import out as outdir
+from batch_infer.jobs.record import choose_compute, describe, refuse_other
+from batch_infer.manifest import SCHEMA, Manifest
+from batch_infer.models import ModelCard, read_card
+from batch_infer.planning import Item
+from batch_infer.records import SizeRules, digest
+from batch_infer.settings import Compute, RowDefaults, RunSettings
+from batch_infer.table import RowRules, Tables
+
+log = logging.getLogger("batch_infer")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is to be done. `record` will be its run.json, `earlier` is that of the run which it goes on with."""
+
+    settings: RunSettings
+    tables: Tables
+    card: ModelCard
+    compute: Compute
+    record: Mapping[str, Any]
+    earlier: Mapping[str, Any] | None
+    rules: RowRules
+
+    def items(self) -> Iterator[Item]:
+        """Every row of the tables, in input order."""
+        return self.tables.rows(self.rules)
+
+
+def rooted(settings: RunSettings) -> RunSettings:
+    """Settings that mean the same from any folder. (And Arrow takes a relative path with a colon for a URI.)"""
+    table = replace(settings.table, folder=settings.table.folder.absolute())
+    return replace(settings, out=settings.out.absolute(), table=table)
+
+
+def open_tables(settings: RunSettings) -> Tables:
+    """Raises TableError where none can be read."""
+    return Tables(settings.table, SCHEMA.names)
+
+
+def find_model(settings: RunSettings) -> ModelCard:
+    """The model, fetched where needed, with a safety check as it was asked for. Raises ModelError, SettingsError."""
+    card = read_card(settings.model)
+    if settings.model.name is None:
+        log.info("no --model given: the built-in demo model draws one coloured shape at 64x64 pixels")
+    _check_safety(settings, card)
+    return card
+
+
+def prepare(settings: RunSettings, tables: Tables, card: ModelCard, device: str) -> Job:
+    """See that a job can be done on its OUT, as this is now. Writes nothing. Raises UsageError."""
+    found = outdir.read_run(settings.out)
+    outdir.refuse_foreign(settings.out, tables.local, found)
+    earlier = None if settings.overwrite else found
+    compute = choose_compute(settings, earlier, device)
+    record = describe(settings, card, compute, tables)
+    if earlier is not None and Manifest(settings.out).parts():
+        refuse_other(earlier, record, settings.out)
+    rules = RowRules(_fill(settings.defaults, card), card.sizes, digest(record["identity"]))
+    rules.check()
+    return Job(settings, tables, card, compute, {**record, "rules": asdict(rules)}, earlier, rules)
+
+
+def settings_of(record: Mapping[str, Any], out: Path, tables: Sequence[str] = ()) -> RunSettings:
+    """The settings of the run that a run.json speaks of, for OUT and the tables as they are named now.
+
+    Raises UsageError where they cannot be had from it.
+    """
+    with _known_form(record, out):
+        settings = RunSettings.from_record(record["settings"])
+    table = settings.table
+    if tables:
+        table = replace(table, tables=tuple(tables), folder=Path.cwd())
+    elif "-" in table.tables:
+        raise SettingsError(
+            f"the rows of {out} came from standard input: name their TABLE, or `-` and pipe it in again"
+        )
+    model = settings.model
+    if model.name is not None and (settings.table.folder / model.name).is_dir():
+        model = replace(model, name=str(settings.table.folder / model.name))
+    return replace(settings, out=out, table=table, model=model, overwrite=False)
+
+
+def rules_of(record: Mapping[str, Any], out: Path) -> RowRules:
+    """The rules by which the run that a run.json speaks of read its tables. Raises UsageError."""
+    with _known_form(record, out):
+        rules = record["rules"]
+        return RowRules(RowDefaults(**rules["defaults"]), SizeRules(**rules["sizes"]), rules["fingerprint"])
+
+
+@contextmanager
+def _known_form(record: Mapping[str, Any], out: Path) -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{out / 'run.json'} was written by batch-infer {record.get('batch_infer')} in another form ({error}): "
+            "go on with `batch-infer run` and its options, which writes it anew"
+        ) from error
+
+
+def _fill(defaults: RowDefaults, card: ModelCard) -> RowDefaults:
+    """The defaults of rows, option over model."""
+    own: dict[str, Any] = {
+        "num_inference_steps": card.num_inference_steps,
+        "guidance_scale": card.guidance_scale,
+        "guidance_rescale": card.guidance_rescale,
+        "height": card.sizes.native_height,
+        "width": card.sizes.native_width,
+    }
+    missing: dict[str, Any] = {name: value for name, value in own.items() if getattr(defaults, name) is None}
+    return replace(defaults, **missing)
+
+
+def _check_safety(settings: RunSettings, card: ModelCard) -> None:
+    if settings.safety.mode == "none":
+        if settings.safety.required:
+            raise SettingsError("--require-safety and --safety none do not go together")
+        return
+    if card.has_checker:
+        return
+    if settings.safety.required or settings.safety.mode == "checker":
+        raise SettingsError(f"{card.name} has no safety checker, and this run asks for one; images would go unjudged")
+    log.warning("%s has no safety checker: nsfw_content_detected will be null, nobody is asked", card.name)

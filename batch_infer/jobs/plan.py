@@ -1,0 +1,153 @@
+"""The dry run: every row validated, and what rendering them would take, with nothing rendered or written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from typing import Any
+
+from batch_infer.engines.probe import Probe
+from batch_infer.errors import RowError
+from batch_infer.jobs.estimate import rates_of
+from batch_infer.jobs.job import Job, find_model, open_tables, prepare, rooted
+from batch_infer.manifest import Index, Manifest
+from batch_infer.models import TruncationCount, load_token_counter
+from batch_infer.planning import Packing, chunks, pending
+from batch_infer.records import PromptRequest, ResultRow, now
+from batch_infer.settings import RunSettings
+
+WALKS = 3
+"""How often a run goes through the tables: to look, to render and to merge."""
+
+
+@dataclass(slots=True)
+class SizePlan:
+    """What the images of one size take: `seconds` of the device."""
+
+    height: int
+    width: int
+    images: int
+    row_forwards: int
+    ticks: int
+    seconds: float
+
+
+@dataclass(slots=True)
+class Plan:
+    """What a run would do, counted in results (a row has one for each image) but where rows are named.
+
+    `seconds` are of the whole command, from start to end.
+    """
+
+    rows: int = 0
+    invalid_rows: int = 0
+    total: int = 0
+    invalid: int = 0
+    done: int = 0
+    pending: int = 0
+    truncated: int = 0
+    slots: int = 0
+    sizes: list[SizePlan] = field(default_factory=list)
+    row_forwards: int = 0
+    ticks: int = 0
+    occupancy: float | None = None
+    seconds: float = 0.0
+    bytes: int = 0
+    cost: float | None = None
+    measured_at: datetime | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """As --json has it."""
+        return {**asdict(self), "measured_at": self.measured_at and self.measured_at.isoformat()}
+
+
+def plan(settings: RunSettings, tell: Callable[[ResultRow], None]) -> Plan:
+    """Find out what `run` would do with these settings; `tell` is called with every invalid row as it is found.
+
+    Raises the UsageErrors that `run` would raise.
+    """
+    settings = rooted(settings)
+    with open_tables(settings) as tables, Probe() as probe:
+        card = find_model(settings)
+        job = prepare(settings, tables, card, probe.find_device(settings.model.device))
+        with Index([]) if settings.overwrite else Manifest(settings.out).index() as index:
+            return _Walk(job, probe, index, tell).go()
+
+
+class _Walk:
+    """One walk over the tables, with a tally of what is met."""
+
+    def __init__(self, job: Job, probe: Probe, index: Index, tell: Callable[[ResultRow], None]) -> None:
+        self._job, self._probe, self._index, self._tell = job, probe, index, tell
+        self._packing = Packing(job.compute.slots)
+        self._tokens = TruncationCount(load_token_counter(job.card))
+        self._plan = Plan(slots=job.compute.slots)
+
+    def go(self) -> Plan:
+        found, card = self._plan, self._job.card
+        started = time.monotonic()
+        waited = self._probe.waited
+        for chunk in chunks(pending(self._valid(), self._index)):
+            found.pending += len(chunk.requests)
+            for request in chunk.requests:
+                self._packing.add(request, self._probe.evaluations(card, request.params.num_inference_steps))
+        self._packing.close()
+        found.truncated = self._tokens.close()
+        found.done = found.total - found.invalid - found.pending
+        walking = time.monotonic() - started - (self._probe.waited - waited)
+        self._estimate(WALKS * walking)
+        return found
+
+    def _valid(self) -> Iterator[PromptRequest]:
+        """The rows of the tables that the run will render; what it will find invalid is told and counted."""
+        for item in self._job.items():
+            self._plan.total += 1
+            self._plan.rows += item.image_index == 0
+            if isinstance(item, PromptRequest):
+                try:
+                    self._probe.evaluations(self._job.card, item.params.num_inference_steps)
+                except RowError as error:
+                    item = _refused(item, error)
+                else:
+                    if item.image_index == 0:
+                        self._tokens.add(item.prompt)
+                    yield item
+                    continue
+            self._plan.invalid += 1
+            self._plan.invalid_rows += item.image_index == 0
+            self._tell(item)
+
+    def _estimate(self, walking: float) -> None:
+        found, settings, loads = self._plan, self._job.settings, self._packing.loads
+        if not loads:
+            return
+        rates = rates_of(loads, self._job, self._probe)
+        for size, load in loads.items():
+            rate = rates[size]
+            seconds = load.ticks * rate.tick + load.images * rate.image
+            found.sizes.append(SizePlan(*size, load.images, load.row_forwards, load.ticks, round(seconds, 3)))
+        found.row_forwards = sum(load.row_forwards for load in loads.values())
+        found.ticks = sum(load.ticks for load in loads.values())
+        found.occupancy = round(found.row_forwards / (found.ticks * found.slots), 4)
+        found.seconds = walking + next(iter(rates.values())).start + sum(size.seconds for size in found.sizes)
+        found.bytes = round(sum(load.images * rates[size].image_bytes for size, load in loads.items()))
+        found.measured_at = min(rate.measured_at for rate in rates.values())
+        if settings.price_per_hour is not None:
+            found.cost = found.seconds / 3600 * settings.price_per_hour
+
+
+def _refused(request: PromptRequest, error: RowError) -> ResultRow:
+    """A row whose steps the scheduler does not take, as the worker will find it."""
+    return ResultRow(
+        id=request.id,
+        image_index=request.image_index,
+        prompt=request.prompt,
+        status="invalid",
+        error=str(error),
+        finished_at=now(),
+        source_file=request.source.file,
+        source_row=request.source.row,
+        fingerprint=request.fingerprint,
+    )

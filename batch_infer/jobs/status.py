@@ -1,0 +1,69 @@
+"""How far a run is, told from what it has written: also while it goes on, and after it was killed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from batch_infer.jobs import out as outdir
+from batch_infer.manifest import Manifest
+from batch_infer.records import now
+
+STATUSES = ("ok", "flagged", "blocked", "invalid", "failed")
+
+
+@dataclass(slots=True)
+class Standing:
+    """Results by status and those that are left, None while the tables are still being looked through.
+
+    `state`: running, finished, or stopped (run again to go on). `holder` is the process that works in OUT.
+    `images_per_second` and `seconds_left` are told of a run that goes on.
+    """
+
+    state: str
+    holder: str | None
+    started_at: str
+    counts: dict[str, int] = field(default_factory=dict)
+    left: int | None = None
+    images_per_second: float | None = None
+    seconds_left: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def status(out: Path) -> Standing:
+    """Look at OUT, without holding it. Raises UsageError where it holds no run."""
+    record = outdir.known_run(out)
+    holder = outdir.holder(out)
+    summary, survey = record.get("summary"), record.get("survey")
+    standing = Standing("running" if holder else "stopped", holder, record["started_at"])
+    if summary is not None and not holder:
+        standing.counts = {name: summary[name] for name in STATUSES}
+        standing.left = summary["left"]
+        standing.state = "stopped" if standing.left else "finished"
+    elif survey is not None:
+        _count(standing, survey, Manifest(out))
+    else:
+        with Manifest(out).index() as index:
+            standing.counts = {name: index.statuses()[name] for name in STATUSES}
+    return standing
+
+
+def _count(standing: Standing, survey: Mapping[str, Any], manifest: Manifest) -> None:
+    """What the run found when it looked through the tables, and what it has committed since."""
+    since = datetime.fromisoformat(survey["finished_at"])
+    with manifest.index(since=since) as index:
+        rendered = index.statuses()
+    before = Counter(survey["standing"])
+    found = rendered + before
+    standing.counts = {name: found[name] for name in STATUSES}
+    standing.counts["invalid"] += survey["invalid"]
+    standing.left = max(0, survey["pending"] - rendered.total()) + before["left"]
+    if standing.holder and rendered:
+        rate = rendered.total() / (now() - since).total_seconds()
+        standing.images_per_second, standing.seconds_left = round(rate, 3), round(standing.left / rate)

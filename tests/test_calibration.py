@@ -1,0 +1,42 @@
+"""What rendering takes here: kept between commands, and measured again where it cannot be read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from batch_infer import calibration
+from batch_infer.calibration import Rates
+from batch_infer.records import now
+
+CONDITIONS = {"machine": "here", "size": (64, 64)}
+RATES = Rates(start=3.5, tick=0.25, image=0.01, image_bytes=1234.5, measured_at=now())
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(calibration, "user_cache_path", lambda name: tmp_path / name)
+    return tmp_path / "batch-infer"
+
+
+def test_rates_are_recalled_under_the_conditions_that_they_were_measured_under() -> None:
+    assert calibration.recall(CONDITIONS) is None
+    calibration.remember(CONDITIONS, RATES)
+    assert calibration.recall(CONDITIONS) == RATES
+    assert calibration.recall({**CONDITIONS, "size": (64, 72)}) is None
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"rates": {"tick": 1}}', '{"rates": {"measured_at": 3}}'])
+def test_what_cannot_be_read_is_not_recalled(cache: Path, content: str) -> None:
+    calibration.remember(CONDITIONS, RATES)
+    (file,) = cache.rglob("*.json")
+    file.write_text(content)
+    assert calibration.recall(CONDITIONS) is None
+
+
+def test_a_cache_that_cannot_be_written_is_no_fault(cache: Path) -> None:
+    cache.parent.mkdir(exist_ok=True)
+    cache.write_text("a file where the folder should be")
+    calibration.remember(CONDITIONS, RATES)
+    assert calibration.recall(CONDITIONS) is None

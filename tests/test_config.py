@@ -1,0 +1,107 @@
+"""`--config`: a flag beats the environment, the environment beats the file, and a slip in the file is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batch_infer.cli import commands
+from batch_infer.cli.run import run as run_command
+from batch_infer.errors import SettingsError
+from tests.runs import command
+
+
+def parsed(*arguments: str, name: str = "run") -> dict[str, Any]:
+    with commands.commands[name].make_context(name, list(arguments), parent=group_context()) as context:
+        return dict(context.params)
+
+
+def group_context() -> Any:
+    return commands.make_context("batch-infer", ["run"], resilient_parsing=True)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "job.toml"
+    path.write_text(
+        'steps = 30\nguidance-scale = 6\nguidance_rescale = 0.5\nresults = ["csv", "jsonl"]\n'
+        'column = "prompt=caption"\nmax_failed = "1%"\nquiet = true\nnegative-prompt = "dull"\nsafety = "none"\n'
+    )
+    return path
+
+
+def test_a_file_says_what_flags_say(file: Path) -> None:
+    flags = "--steps 30 --guidance-scale 6 --guidance-rescale 0.5 --results csv --results jsonl --column prompt=caption"
+    typed = parsed("t.csv", *flags.split(), "--max-failed", "1%", "-q", "--negative-prompt", "dull", "--safety", "none")
+    assert parsed("t.csv", "--config", str(file)) == typed
+
+
+def test_the_flag_beats_the_environment_and_that_the_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parsed("t.csv", "--config", str(file))["steps"] == 30
+    monkeypatch.setenv("BATCH_INFER_STEPS", "20")
+    assert parsed("t.csv", "--config", str(file))["steps"] == 20
+    assert parsed("t.csv", "--config", str(file), "--steps", "10")["steps"] == 10
+
+
+def test_the_file_itself_can_come_from_the_environment(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BATCH_INFER_CONFIG", str(file))
+    assert parsed("t.csv")["steps"] == 30
+
+
+@pytest.mark.parametrize("name", ["plan", "retry", "status", "merge"])
+def test_one_file_serves_every_command(file: Path, name: str) -> None:
+    """Each takes what it has; a key that no command has is a slip."""
+    more = ("--status", "failed") if name == "retry" else ()
+    assert "config" not in parsed("t.csv", "--config", str(file), *more, name=name)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("stepps = 3", r"there is no option 'stepps'; did you mean 'steps'\?"),
+        ("zzz = 3", "there is no option 'zzz'; there are base64, "),
+        ("steps = 2.5", r"steps = 2.5: '2.5' is not a valid integer"),
+        ('steps = "ten"', "steps = 'ten': 'ten' is not a valid integer"),
+        ("steps = [1, 2]", "this option takes one value"),
+        ("steps = true", "say a text or a number"),
+        ("quiet = 1", "say true or false"),
+        ('safety = "maybe"', "'maybe' is not one of"),
+        ('results = ["csv", "xml"]', "'xml' is not one of"),
+        ("[run]\nsteps = 3", "there is no option 'run'"),
+        ("steps = \nx", "is not TOML: .*line 1"),
+        ("config = 'other.toml'", "there is no option 'config'"),
+    ],
+)
+def test_a_slip_in_the_file_is_named(tmp_path: Path, content: str, sentence: str) -> None:
+    path = tmp_path / "job.toml"
+    path.write_text(content)
+    with pytest.raises(SettingsError, match=sentence) as caught:
+        parsed("t.csv", "--config", str(path))
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe"], ids=["missing", "no text"])
+def test_a_file_that_cannot_be_read_ends_with_2(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "job.toml"
+    if content is not None:
+        path.write_bytes(content)
+    done = command("run", "t.csv", "--config", path)
+    assert (done.code, done.stdout) == (2, "")
+    assert str(path) in done.stderr
+
+
+def test_every_option_can_stand_in_a_file(tmp_path: Path) -> None:
+    values = {"flag": "true", "choice": None, "integer": "5", "float": "2.5"}
+    for option in run_command.params:
+        name = option.opts[-1] if not option.opts[0].startswith("--") else option.opts[0]
+        if not name.startswith("--") or name in ("--config", "--help"):
+            continue
+        kind = "flag" if getattr(option, "is_flag", False) else option.type.name
+        choices = getattr(option.type, "choices", None)
+        value = f'"{choices[0]}"' if choices else values.get(kind.split(" ")[0]) or '"x"'
+        path = tmp_path / "job.toml"
+        path.write_text(f"{name.removeprefix('--')} = {value}\n")
+        found = parsed("t.csv", "--config", str(path))[str(option.name)]
+        assert found not in (None, (), False), name

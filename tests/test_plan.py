@@ -1,0 +1,193 @@
+"""`batch-infer plan`: what a run would do, told beforehand, and held against what the run then does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runs import QUICK, command, results, run, run_json, wait_for
+from tests.tables import write_csv
+
+LONG = "a red circle " * 40
+MIXED: list[list[Any]] = [
+    ["id", "prompt", "height", "num_inference_steps", "guidance_scale", "num_images_per_prompt"],
+    ["a", "a red circle", "", 3, "", 2],
+    ["b", LONG, "", 1, "", 1],
+    ["c", "a green star", 72, 2, 1.0, 1],
+    ["", "a red circle", 13, 5, 0, 1],
+    ["d", "", 72, 4, 9.5, 1],
+    ["d", LONG, "", 2, 2, 3],
+    ["f", LONG, "", 2, 2, 3],
+    ["e", "ü" * 200, 72, 9, "", 1],
+]
+DEVICE = ("--slots", "8", "--threads", "1", "--device", "cpu")
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    return write_csv(tmp_path / "t.csv", MIXED)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+def plan(table: Path | str, out: Path, *options: str | Path) -> dict[str, Any]:
+    done = command("plan", table, "--out", out, *QUICK, "--json", *options)
+    assert done.code in (0, 3), done.stderr
+    return dict(json.loads(done.stdout))
+
+
+def test_a_plan_is_what_the_run_does(table: Path, out: Path) -> None:
+    planned = plan(table, out)
+    assert not out.exists(), "a plan writes nothing"
+    done = json.loads(run(table, out, "--json").stdout)
+    made = results(out)
+    assert planned["row_forwards"] == done["row_forwards"] == sum(size["row_forwards"] for size in planned["sizes"])
+    assert planned["ticks"] == done["ticks"]
+    assert planned["occupancy"] == pytest.approx(done["occupancy"], abs=1e-3)
+    assert (planned["rows"], planned["total"], planned["pending"]) == (8, len(made), done["rendered"]) == (8, 11, 8)
+    assert planned["truncated"] == len({row["id"] for row in made if row["prompt_truncated"]}) == 3
+    told = [(fault["id"], fault["image_index"], fault["error"]) for fault in planned["invalid_results"]]
+    assert told == [(row["id"], row["image_index"], row["error"]) for row in made if row["status"] == "invalid"]
+    assert planned["invalid_rows"] == planned["invalid"] == len(told) == 3
+    assert planned["seconds"] > 0
+    assert planned["bytes"] > 0
+
+
+def test_steps_that_the_scheduler_refuses_are_invalid_beforehand(tmp_path: Path, out: Path) -> None:
+    """Only the scheduler knows which."""
+    rows = [["prompt", "num_inference_steps", "num_images_per_prompt"], ["x", 4, 1], ["x", 3, 2], ["x", 5, 1]]
+    table = write_csv(tmp_path / "t.csv", rows)
+    options = ("--scheduler", "PNDMScheduler:skip_prk_steps=false")
+    planned = plan(table, out, *options)
+    assert run(table, out, *options).code == 3
+    told = [(fault["id"], fault["image_index"], fault["error"]) for fault in planned["invalid_results"]]
+    assert told == [(row["id"], row["image_index"], row["error"]) for row in results(out) if row["status"] == "invalid"]
+    assert (planned["invalid_rows"], planned["invalid"], planned["pending"]) == (1, 2, 2)
+    assert planned["row_forwards"] == run_json(out)["summary"]["row_forwards"]
+
+
+def test_a_scheduler_of_two_evaluations_a_step_is_counted_so(table: Path, out: Path) -> None:
+    options = ("--scheduler", "HeunDiscreteScheduler")
+    planned = plan(table, out, *options)
+    assert planned["row_forwards"] == json.loads(run(table, out, "--json", *options).stdout)["row_forwards"]
+
+
+def test_what_is_done_is_not_planned_again(table: Path, out: Path) -> None:
+    assert run(table, out, "--limit", "2").code == 0
+    planned = plan(table, out)
+    assert (planned["done"], planned["pending"]) == (3, 5)
+    assert planned["row_forwards"] == json.loads(run(table, out, "--json").stdout)["row_forwards"]
+    assert plan(table, out)["row_forwards"] == 0
+    assert plan(table, out, "--overwrite")["pending"] == 8
+
+
+def test_what_a_person_reads(table: Path, out: Path) -> None:
+    done = command("plan", table, "--out", out, *QUICK, "--price-per-hour", "3600", "--limit", "7")
+    assert done.code == 3
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"{table}, row 3 (t-00000003): height '13' is not within 16 to 512"
+    assert lines[1] == f"{table}, row 4 (d): the prompt is empty"
+    assert lines[2] == f"{table}, row 5 (t-00000005): the id 'd' stands twice"
+    assert lines[3].startswith("7 rows, ")
+    assert "3 invalid" in lines[3]
+    assert [line.split()[0] for line in lines[4:]] == [
+        "size", "64x64", "64x72", "slots", "time", "disk", "cost",
+    ]  # fmt: skip
+
+
+def test_a_plan_that_is_within_the_budget_is_a_success(table: Path, out: Path) -> None:
+    done = command("plan", table, "--out", out, *QUICK, "--max-failed", "3", "-q")
+    assert (done.code, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_table_without_a_good_row(tmp_path: Path, out: Path) -> None:
+    planned = plan(write_csv(tmp_path / "t.csv", [["prompt"], [""]]), out)
+    assert (planned["rows"], planned["invalid"], planned["row_forwards"], planned["sizes"]) == (1, 1, 0, [])
+    assert plan(write_csv(tmp_path / "u.csv", [["prompt"]]), out)["rows"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--steps", "0"), "num_inference_steps '0' is not within"),
+        (("--model", "/nowhere"), "no model folder at /nowhere"),
+        (("--scheduler", "NoScheduler"), "diffusers has no scheduler NoScheduler"),
+        (("--scheduler", "EulerAncestralDiscreteScheduler"), "draws noise at every step"),
+    ],
+)
+def test_a_plan_refuses_what_a_run_would_refuse(
+    table: Path, out: Path, options: tuple[str, ...], sentence: str
+) -> None:
+    for done in (command("plan", table, "--out", out, *QUICK, *options), run(table, out, *options)):
+        assert (done.code, done.stdout) == (2, "")
+        assert sentence in done.stderr
+
+
+def test_another_model_on_the_same_out_is_refused(table: Path, out: Path, sd1_folder: Path) -> None:
+    assert run(table, out, "--limit", "1").code == 0
+    done = command("plan", table, "--out", out, *QUICK, "--model", sd1_folder)
+    assert done.code == 2
+    assert "was made with model" in done.stderr
+
+
+def test_a_plan_imports_no_torch(table: Path, out: Path) -> None:
+    """What only torch knows is asked of a process beside it."""
+    script = f"""
+import sys
+import time
+from batch_infer.__main__ import main
+if __name__ == "__main__":
+    sys.argv = ["batch-infer", "plan", {str(table)!r}, "--out", {str(out)!r}, "--json", "--steps", "2", *{DEVICE!r}]
+    try:
+        main()
+    except SystemExit as end:
+        print(end.code, sorted({{"torch", "diffusers", "accelerate", "pandas"}} & sys.modules.keys()), file=sys.stderr)
+"""
+    path = table.parent / "script.py"
+    path.write_text(script)
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, check=True, timeout=300)
+    assert done.stderr.splitlines()[-1] == "3 []"
+    assert json.loads(done.stdout)["pending"] == 8
+
+
+def test_many_sizes_are_told_from_the_few_that_are_measured(tmp_path: Path, out: Path) -> None:
+    table = write_csv(tmp_path / "t.csv", [["prompt", "height"], *(["x", 64 + 8 * k] for k in range(7))])
+    sizes = plan(table, out)["sizes"]
+    assert [size["height"] for size in sizes] == [64 + 8 * k for k in range(7)]
+    assert all(size["seconds"] > 0 for size in sizes)
+
+
+def children(process: subprocess.Popen[str]) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
+def test_a_plan_that_is_ended_leaves_no_process(table: Path, out: Path, number: signal.Signals) -> None:
+    line = [sys.executable, "-m", "batch_infer", "plan", table, "--out", out, "--device", "cpu", "--steps", "7"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(line, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as plan:
+        assert wait_for(plan, lambda: len(children(plan)) > 1)  # multiprocessing's own, and the one that knows torch
+        started = children(plan)
+        time.sleep(1)
+        os.killpg(plan.pid, number) if number == signal.SIGINT else plan.send_signal(number)
+        _, stderr = plan.communicate(timeout=60)
+        assert plan.returncode == (75 if number == signal.SIGINT else -number)
+    if number == signal.SIGINT:
+        assert "Traceback" not in stderr
+        assert "batch-infer: interrupted" in stderr
+    deadline = time.monotonic() + 30
+    while left := [pid for pid in started if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)

@@ -1,0 +1,164 @@
+"""`batch-infer retry`: what came to a status is rendered again, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from batch_infer.models.stable_diffusion import StableDiffusion
+from tests.runs import Done, assert_whole, command, hashes, images, results, run, run_json
+from tests.tables import write_csv
+
+ROWS = [["id", "prompt"], ["a", "a red circle"], ["b", "a blue square"], ["c", "a green star"]]
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    return write_csv(tmp_path / "t.csv", ROWS)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+def retry(out: Path, *arguments: str | Path) -> Done:
+    return command("retry", out, *arguments)
+
+
+def attempts(out: Path) -> dict[str, int]:
+    return {row["id"]: row["attempt"] for row in results(out)}
+
+
+def failing(prompt: str) -> Any:
+    """Rows of this prompt give values that are no numbers."""
+    decode, condition = StableDiffusion.decode, StableDiffusion.condition
+    seen: list[str] = []
+
+    def note(self: StableDiffusion, requests: Any) -> Any:
+        seen.extend(request.prompt for request in requests)
+        return condition(self, requests)
+
+    def spoil(self: StableDiffusion, latents: torch.Tensor) -> torch.Tensor:
+        made = decode(self, latents)
+        return made * float("nan") if prompt in seen else made
+
+    return mock.patch.multiple(StableDiffusion, condition=note, decode=spoil)
+
+
+def test_what_failed_is_tried_again_however_often_it_has(table: Path, out: Path) -> None:
+    with failing("a red circle"):
+        for _ in range(5):
+            assert run(table, out, "--limit", "1").code == 3
+    assert attempts(out) == {"a": 3}, "run itself gives up after three times"
+    with failing("a red circle"):
+        assert retry(out, "--status", "failed").code == 3
+    assert attempts(out) == {"a": 4}
+    done = retry(out, "--status", "failed", "--json")
+    assert (done.code, json.loads(done.stdout)["rendered"]) == (0, 1)
+    assert attempts(out) == {"a": 5}
+    assert_whole(out)
+
+
+def test_a_lost_image_is_made_again(table: Path, out: Path) -> None:
+    assert run(table, out).code == 0
+    before = hashes(out)
+    lost = next(row["generated_image"] for row in results(out) if row["id"] == "b")
+    (out / lost).unlink()
+    assert json.loads(run(table, out, "--json").stdout)["rendered"] == 0, "run trusts the manifest"
+    assert json.loads(retry(out, "--status", "failed", "--json").stdout)["rendered"] == 0
+    done = retry(out, "--status", "missing", "--status", "failed", "--json")
+    assert (done.code, json.loads(done.stdout)["rendered"]) == (0, 1)
+    assert hashes(out) == before
+    assert attempts(out) == {"a": 1, "b": 2, "c": 1}
+    assert_whole(out)
+
+
+def test_flagged_rows_are_rendered_again(table: Path, out: Path, tmp_path: Path) -> None:
+    write_csv(table, [["id", "prompt"], ["a", "a large red cross"], ["b", "a blue square"]])
+    options = ("--steps", "20", "--guidance-scale", "5")
+    assert run(table, out, *options).code == 0
+    flagged = {row["id"] for row in results(out) if row["status"] == "flagged"}
+    assert json.loads(retry(out, "--status", "flagged", "--json").stdout)["rendered"] == len(flagged) == 1
+    assert attempts(out) == {"a": 2, "b": 1}
+
+
+def test_an_invalid_row_is_done_once_its_table_is_right(table: Path, out: Path) -> None:
+    write_csv(table, [["id", "prompt", "seed"], ["a", "", 1], ["b", "a blue square", 2]])
+    assert run(table, out).code == 3
+    assert retry(out, "--status", "invalid").code == 3
+    assert attempts(out) == {"a": 1, "b": 1}, "a row that is still invalid is no work"
+    write_csv(table, [["id", "prompt", "seed"], ["a", "a red circle", 1], ["b", "a blue square", 3]])
+    done = retry(out, "--status", "invalid", "--json")
+    told = json.loads(done.stdout)
+    assert (done.code, told["rendered"], told["left"]) == (75, 1, 1), "the row that changed is left to run"
+    assert run(table, out).code == 0
+
+
+def test_rows_without_a_result_are_left_to_run(table: Path, out: Path) -> None:
+    assert run(table, out, "--limit", "1").code == 0
+    settings = run_json(out)
+    settings["settings"]["table"]["limit"] = None
+    (out / "run.json").write_text(json.dumps(settings))
+    done = retry(out, "--status", "failed", "--status", "missing", "--json")
+    told = json.loads(done.stdout)
+    assert (done.code, told["rendered"], told["left"]) == (75, 0, 2)
+
+
+def test_it_is_the_run_that_it_was(table: Path, out: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its settings and its tables, from any folder, whatever the environment says of other runs."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    options = ("--scheduler", "DPMSolverMultistepScheduler:use_karras_sigmas=true", "--results", "csv", "--seed", "7")
+    assert run("t.csv", Path("out"), *options).code == 0
+    before, settings = hashes(out), {**run_json(out)["settings"], "out": None}
+    for name in images(out):
+        (out / name).unlink()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setenv("BATCH_INFER_STEPS", "9")
+    assert retry(Path("../out"), "--status", "missing").code == 0
+    assert hashes(out) == before
+    assert {row["source_file"] for row in results(out)} == {"t.csv"}
+    assert (out / "results.csv").is_file()
+    assert {**run_json(out)["settings"], "out": None} == settings
+
+
+def test_tables_that_have_moved_are_named(table: Path, out: Path, tmp_path: Path) -> None:
+    assert run(table, out).code == 0
+    before = hashes(out)
+    moved = table.rename(tmp_path / "moved.csv")
+    for name in images(out):
+        (out / name).unlink()
+    done = retry(out, "--status", "missing")
+    assert done.code == 2
+    assert "t.csv: no such file" in done.stderr
+    assert retry(out, moved, "--status", "missing").code == 0
+    assert hashes(out) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((), "Missing option '--status'"),
+        (("--status", "ok"), "'ok' is not one of"),
+        (("--status", "failed"), "holds no run of batch-infer: it has no run.json"),
+    ],
+)
+def test_what_cannot_be_retried(tmp_path: Path, arguments: tuple[str, ...], sentence: str) -> None:
+    done = retry(tmp_path / "nothing", *arguments)
+    assert (done.code, done.stdout) == (2, "")
+    assert sentence in done.stderr
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_run_json_of_another_form_is_named(table: Path, out: Path) -> None:
+    assert run(table, out).code == 0
+    (out / "run.json").write_text(json.dumps({"identity": {}, "batch_infer": "9.9", "settings": {"x": 1}}))
+    done = retry(out, "--status", "failed")
+    assert done.code == 2
+    assert "was written by batch-infer 9.9 in another form" in done.stderr

@@ -1,0 +1,119 @@
+"""`batch-infer status`: how far a run is, while it goes on, when it was killed and when it is done."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runs import command, results, run, start, wait_for
+from tests.tables import write_csv
+
+STEPS = ("--steps", "50")
+"""Enough that a run is still under way when its first part is committed."""
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    rows = [["prompt"], ["a red circle"], [""], *([f"a red circle, {i}"] for i in range(24))]
+    return write_csv(tmp_path / "t.csv", rows)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+def status(out: Path) -> dict[str, Any]:
+    done = command("status", out, "--json")
+    assert done.code == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+def total(told: dict[str, Any]) -> int:
+    return sum(told["counts"].values()) + int(told["left"])
+
+
+def test_a_run_that_is_done(table: Path, out: Path) -> None:
+    assert run(table, out, "--limit", "4").code == 3
+    told = status(out)
+    assert (told["state"], told["holder"], told["left"]) == ("finished", None, 0)
+    assert told["counts"] == {"ok": 3, "flagged": 0, "blocked": 0, "invalid": 1, "failed": 0} or total(told) == 4
+    assert command("status", out).stdout.splitlines()[0].startswith(f"{out}: finished, started 20")
+
+
+def test_a_run_that_goes_on_and_is_killed(table: Path, out: Path) -> None:
+    """What is committed counts, and nothing else does."""
+    assert run(table, out, *STEPS, "--limit", "2").code == 3
+    before = len(list((out / "manifest").glob("part-*")))
+    with start(table, out, *STEPS) as process:
+        assert wait_for(process, lambda: len(list((out / "manifest").glob("part-*"))) > before)
+        running = status(out)
+        read = command("status", out).stdout
+        process.kill()
+        process.communicate()
+    assert running["state"] == "running"
+    assert f"process {process.pid}," in running["holder"]
+    assert running["left"] < 24
+    assert running["images_per_second"] > 0
+    assert f"{out}: running by " in read
+    assert " to go" in read
+    stopped = status(out)
+    assert (stopped["state"], stopped["holder"], total(running), total(stopped)) == ("stopped", None, 26, 26)
+    assert stopped["counts"]["invalid"] == 1
+    assert command("status", out).stdout.endswith("run again to go on\n")
+    assert command("merge", out).code == 0
+    assert len(results(out)) == 26 - stopped["left"]
+    assert status(out) == stopped
+    assert run(table, out, *STEPS).code == 3
+    assert status(out)["state"] == "finished"
+
+
+def test_a_run_before_it_knows_what_there_is(table: Path, out: Path) -> None:
+    assert run(table, out, "--limit", "2").code == 3
+    record = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps({**record, "survey": None, "summary": None}))
+    assert status(out)["left"] is None
+    assert "the tables are being looked through" in command("status", out).stdout
+
+
+def test_a_run_that_stopped_early_says_what_is_left(table: Path, out: Path) -> None:
+    from batch_infer.cli.progress import Silent
+    from batch_infer.jobs.run import run as score
+    from tests.test_run import settings_of
+
+    score(settings_of(table, out), Silent(), stop=lambda: True)
+    told = status(out)
+    assert (told["state"], told["left"], told["counts"]["invalid"]) == ("stopped", 25, 1)
+
+
+def test_looking_disturbs_nobody(table: Path, out: Path) -> None:
+    assert run(table, out, "--limit", "1").code == 0
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    status(out)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_it_loads_nothing_that_it_does_not_need(table: Path, out: Path) -> None:
+    assert run(table, out, "--limit", "1").code == 0
+    script = (
+        f"import sys; from batch_infer.__main__ import main; sys.argv = ['batch-infer', 'status', {str(out)!r}]\n"
+        "try:\n    main()\nexcept SystemExit:\n    print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=os.environ)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize("content", [None, "{}", "[]", "{"])
+def test_a_folder_that_no_run_made(out: Path, content: str | None) -> None:
+    out.mkdir()
+    if content is not None:
+        (out / "run.json").write_text(content)
+    done = command("status", out)
+    assert (done.code, done.stdout) == (2, "")
+    assert str(out) in done.stderr
