@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from pathlib import PurePosixPath
 from typing import Any, Literal
 
 Status = Literal["ok", "flagged", "blocked", "invalid", "failed"]
@@ -58,6 +59,12 @@ class Source:
 
     file: str
     row: int
+
+    @property
+    def stem(self) -> str:
+        """The file's name without its endings, of which it has two where it is packed."""
+        path = PurePosixPath(self.file)
+        return (path.with_suffix("") if path.suffix.lower() in (".gz", ".zst") else path).stem
 
 
 @dataclass(frozen=True, slots=True)

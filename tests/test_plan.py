@@ -141,24 +141,48 @@ def test_another_model_on_the_same_out_is_refused(table: Path, out: Path, sd1_fo
     assert "was made with model" in done.stderr
 
 
-def test_a_plan_imports_no_torch(table: Path, out: Path) -> None:
-    """What only torch knows is asked of a process beside it."""
-    script = f"""
-import sys
-import time
+PLANNING = """
+import resource, sys
 from batch_infer.__main__ import main
 if __name__ == "__main__":
-    sys.argv = ["batch-infer", "plan", {str(table)!r}, "--out", {str(out)!r}, "--json", "--steps", "2", *{DEVICE!r}]
+    sys.argv = ["batch-infer", "plan", *sys.argv[1:]]
     try:
         main()
     except SystemExit as end:
-        print(end.code, sorted({{"torch", "diffusers", "accelerate", "pandas"}} & sys.modules.keys()), file=sys.stderr)
+        loaded = sorted({"torch", "diffusers", "accelerate", "pandas"} & sys.modules.keys())
+        print(end.code, loaded, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
 """
-    path = table.parent / "script.py"
-    path.write_text(script)
-    done = subprocess.run([sys.executable, path], capture_output=True, text=True, check=True, timeout=300)
-    assert done.stderr.splitlines()[-1] == "3 []"
-    assert json.loads(done.stdout)["pending"] == 8
+"""The command, in a file of its own since it starts a process, that tells what it loaded and the memory it took."""
+
+
+def plan_apart(table: Path, folder: Path) -> tuple[dict[str, Any], str, int]:
+    """A plan in a process of its own: what it says, what it loaded of the rendering libraries, its peak in KiB."""
+    script = folder / "planning.py"
+    script.write_text(PLANNING)
+    line = [sys.executable, script, table, "--out", folder / "none", "--json", "--steps", "2", *DEVICE]
+    done = subprocess.run(line, capture_output=True, text=True, check=True, timeout=600)
+    _, loaded, peak = done.stderr.splitlines()[-1].split(" ", 2)
+    return json.loads(done.stdout), loaded, int(peak)
+
+
+def test_a_plan_imports_no_torch(table: Path, tmp_path: Path) -> None:
+    """What only torch knows is asked of a process beside it."""
+    planned, loaded, _ = plan_apart(table, tmp_path)
+    assert (planned["pending"], loaded) == (8, "[]")
+
+
+@pytest.mark.parametrize(
+    ("few", "many", "mib"), [(500, 20_000, 40), pytest.param(10_000, 1_000_000, 200, marks=pytest.mark.soak)]
+)
+def test_the_memory_of_a_plan_does_not_grow_with_the_table(tmp_path: Path, few: int, many: int, mib: int) -> None:
+    peaks = []
+    for count in (few, many):
+        rows = ([f"a red circle number {i}, " + "and more " * (i % 20), i % 7 + 1, "x"] for i in range(count))
+        table = write_csv(tmp_path / f"{count}.csv", [["prompt", "num_inference_steps", "tag"], *rows])
+        planned, _, peak = plan_apart(table, tmp_path)
+        assert (planned["rows"], planned["invalid"]) == (count, 0)
+        peaks.append(peak)
+    assert peaks[1] - peaks[0] < mib * 1024
 
 
 def test_many_sizes_are_told_from_the_few_that_are_measured(tmp_path: Path, out: Path) -> None:

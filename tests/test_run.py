@@ -861,3 +861,16 @@ def test_any_order_and_cut_gives_the_same_images(
         write_csv(tmp_path / "tables" / f"{number}.csv", [header, *piece])
     assert run(tmp_path / "tables", tmp_path / "out").code == 0
     assert hashes(tmp_path / "out") == mixed_hashes
+
+
+@pytest.mark.soak
+def test_the_memory_of_a_run_does_not_grow_with_the_table(tmp_path: Path) -> None:
+    """Of one step, so that rows are what there is most of."""
+    peaks = []
+    for count in (2_000, 10_000):
+        table = write_csv(tmp_path / f"{count}.csv", [["prompt"], *([f"a red circle {i}"] for i in range(count))])
+        options = ("--steps", "1", "--guidance-scale", "1", "--safety", "none")
+        with start(table, tmp_path / str(count), *options) as process:
+            assert process.wait() == 0
+        peaks.append(run_json(tmp_path / str(count))["summary"]["peak_memory"]["host_bytes"])
+    assert peaks[1] < 1.15 * peaks[0]

@@ -107,6 +107,8 @@ def test_no_two_images_of_a_table_meet(one: tuple[str, int], other: tuple[str, i
         ("prompts.csv", 1000, "prompts-00001"),
         ("prompts.csv", 123_456_789, "prompts-123456"),
         ("prompts.v2.csv", 0, "prompts.v2-00000"),
+        ("prompts.jsonl.GZ", 0, "prompts-00000"),
+        ("s3://bucket/a/prompts.csv.zst", 5, "prompts-00000"),
     ],
 )
 def test_a_folder_holds_a_thousand_rows_of_a_file(file: str, row: int, folder: str) -> None:

@@ -558,12 +558,29 @@ def test_a_short_row_leaves_its_last_cells_empty() -> None:
     assert request.carried == {"n": None}
 
 
-def test_an_unclosed_quote_costs_the_rows_that_it_swallows() -> None:
-    """And says which lines those are."""
-    first, bad = read(write_bytes(Path("t.csv"), b'prompt\nx\n"y\nz\nz\n'))
-    assert isinstance(first, PromptRequest)
-    assert isinstance(bad, ResultRow)
-    assert re.match(r"lines 3 to 5 cannot be read as CSV: .*; is a quote left open\?", bad.error or "")
+@pytest.mark.parametrize(
+    ("lines", "bad", "good"),
+    [
+        (['"y,2', "z,3", "z,4"], "line 3", ["z", "z"]),
+        (['"y,2', "z,3", 'z,"4"'], "line 3", ["z", "z"]),
+        (['"y,2', "z", '"two', 'lines",4', "z,5"], "lines 3 to 5", ["z"]),
+        (['"y,2', "", "z,3"], "lines 3 to 4", ["z"]),
+        (['"one', 'two" junk,2', "z,3"], "lines 3 to 4", ["z"]),
+        (['"y,2'], "line 3", []),
+        (["z,1", '"y,2', "z,3", '"y,4', "z,5"], "line 4", ["z", "z", "z"]),
+    ],
+)
+def test_an_unclosed_quote_costs_its_own_row(lines: list[str], bad: str, good: list[str]) -> None:
+    """The first line below that is a whole row by itself is one."""
+    content = "\n".join(["prompt,n", "x,1", *lines, ""])
+    found = read(write_bytes(Path("t.csv"), content.encode()))
+    faults = [item for item in found if isinstance(item, ResultRow)]
+    assert re.match(rf"{bad} cannot be read as CSV: .*; is a quote left open\?", faults[0].error or "")
+    prompts = [item.prompt for item in found if isinstance(item, PromptRequest)]
+    assert [prompt for prompt in prompts[1:] if prompt == "z"] == good
+    assert [item.source_row if isinstance(item, ResultRow) else item.source.row for item in found] == list(
+        range(len(found))
+    )
 
 
 @pytest.mark.parametrize(

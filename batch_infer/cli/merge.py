@@ -9,7 +9,13 @@ from pathlib import Path
 import click
 
 from batch_infer.cli.config import config_option
-from batch_infer.cli.options import json_option, logging_options, out_argument, results_options
+from batch_infer.cli.options import (
+    json_option,
+    logging_options,
+    out_argument,
+    refuse_base64_in_parquet,
+    results_options,
+)
 from batch_infer.cli.progress import set_up_logging
 from batch_infer.cli.report import told_counts, told_results
 from batch_infer.settings import ResultsFormat
@@ -32,6 +38,8 @@ def merge(
 
     Exit codes: 0; 2 if OUT holds no run; 75 while a run holds OUT.
     """
+    if results:
+        refuse_base64_in_parquet(base64, results)
     set_up_logging(quiet=quiet, verbose=verbose)
     from batch_infer.jobs.remerge import remerge
 

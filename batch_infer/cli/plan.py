@@ -7,6 +7,7 @@ import tempfile
 from typing import IO, TYPE_CHECKING, Any
 
 import click
+from tqdm import tqdm
 
 from batch_infer.cli.options import job_options, json_option, logging_options, run_settings
 from batch_infer.cli.progress import set_up_logging
@@ -79,6 +80,6 @@ def _print(plan: Plan, faults: IO[str], settings: RunSettings) -> None:
         click.echo(f"{name:12}{size.images:12,}{size.row_forwards:16,}{size.ticks:14,}{time:>16}")
     click.echo(f"slots    {plan.slots}, {plan.occupancy:.0%} full")
     click.echo(f"time     about {duration(plan.seconds)}, as measured {plan.measured_at:%Y-%m-%d %H:%M} UTC")
-    click.echo(f"disk     about {plan.bytes / 1e6:,.1f} MB")
+    click.echo(f"disk     about {tqdm.format_sizeof(plan.bytes, 'B')}")
     if plan.cost is not None:
         click.echo(f"cost     about {plan.cost:,.2f}")

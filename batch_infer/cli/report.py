@@ -46,7 +46,7 @@ def report(summary: Summary, out: Path, results: Sequence[str], *, as_json: bool
         if summary.cost is not None:
             click.echo(f"cost     {summary.cost:,.2f}")
     elif not counts.left:
-        click.echo("nothing to do: all of it was done before")
+        click.echo("nothing to do: all of it was done before" if counts.rows else "nothing to do: no rows")
     click.echo(f"images   {out / 'images'}")
     click.echo(told_results(out, results))
     if counts.left:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from functools import cache
 from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.connection import wait
@@ -43,6 +44,7 @@ class Probe:
         self._evaluations: dict[int, int | RowError] = {}
         self.waited = 0.0
         """Seconds spent waiting for answers."""
+        self._set_up: float | None = None
 
     def find_device(self, asked: str) -> str:
         """`cpu` or `cuda`. Raises SettingsError where what was asked for is not there."""
@@ -69,7 +71,10 @@ class Probe:
         size: tuple[int, int],
     ) -> Rates:
         """Render a few images of this (height, width) and see what it takes. Raises ModelError."""
-        return self._ask(_rates, card, compute, safety, image_format, size)
+        if self._set_up is None:  # a run imports what the process has been waited for until here
+            self._set_up = self.waited
+        found = self._ask(_rates, card, compute, safety, image_format, size)
+        return replace(found, start=found.start + self._set_up)
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)

@@ -80,17 +80,20 @@ def settings_of(record: Mapping[str, Any], out: Path, tables: Sequence[str] = ()
     """
     with _known_form(record, out):
         settings = RunSettings.from_record(record["settings"])
-    table = settings.table
+    table, model = settings.table, settings.model
     if tables:
         table = replace(table, tables=tuple(tables), folder=Path.cwd())
-    elif "-" in table.tables:
-        raise SettingsError(
-            f"the rows of {out} came from standard input: name their TABLE, or `-` and pipe it in again"
-        )
-    model = settings.model
     if model.name is not None and (settings.table.folder / model.name).is_dir():
         model = replace(model, name=str(settings.table.folder / model.name))
     return replace(settings, out=out, table=table, model=model, overwrite=False)
+
+
+def refuse_stdin(settings: RunSettings) -> None:
+    """What was piped in cannot be read again. Raises SettingsError."""
+    if "-" in settings.table.tables:
+        raise SettingsError(
+            f"the rows of {settings.out} came from standard input: name their TABLE, or `-` and pipe it in again"
+        )
 
 
 def rules_of(record: Mapping[str, Any], out: Path) -> RowRules:

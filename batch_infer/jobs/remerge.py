@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from batch_infer.errors import UsageError
 from batch_infer.jobs import out as outdir
-from batch_infer.jobs.job import open_tables, rules_of, settings_of
+from batch_infer.jobs.job import open_tables, refuse_stdin, rules_of, settings_of
 from batch_infer.jobs.merge import Counts, merge, merge_parts
 from batch_infer.manifest import Manifest
 from batch_infer.settings import OutputSettings, ResultsFormat
@@ -32,17 +33,20 @@ def remerge(out: Path, results: tuple[ResultsFormat, ...], *, base64: bool) -> t
             return merge_parts(Manifest(out), [], out, output), output.results
         if not results:
             output = settings_of(record, out).output
+            output = replace(output, base64=base64 or output.base64)
         return _merge(record, out, output), output.results
 
 
 def _merge(record: Mapping[str, Any], out: Path, output: OutputSettings) -> Counts:
     """By the tables of the run where they are as they were, else by the manifest alone."""
+    settings = settings_of(record, out)
     try:
-        with open_tables(settings_of(record, out)) as tables, Manifest(out).index() as index:
+        refuse_stdin(settings)
+        with open_tables(settings) as tables, Manifest(out).index() as index:
             if not tables.faults.keys() - set(record.get("unreadable_tables", ())):
                 return merge(tables.rows(rules_of(record, out)), index, tables.carried, out, output)
             reason = "; ".join(tables.faults.values())
     except UsageError as error:
         reason = str(error)
     log.warning("the tables of this run are not at hand, so all that the manifest holds is merged (%s)", reason)
-    return merge_parts(Manifest(out), record["tables"], out, output)
+    return merge_parts(Manifest(out), record.get("tables", ()), out, output)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from batch_infer.jobs import out as outdir
-from batch_infer.jobs.job import settings_of
+from batch_infer.jobs.job import refuse_stdin, settings_of
 from batch_infer.jobs.run import Progress, run
 from batch_infer.jobs.summary import Summary
 from batch_infer.planning import Committed, Item, LeavesAlone
@@ -26,6 +26,8 @@ def retry(
     no result yet are left to `run`. Raises UsageError where OUT holds no run or its tables cannot be read.
     """
     settings = settings_of(outdir.known_run(out), out, tables)
+    if not tables:
+        refuse_stdin(settings)
     return run(settings, progress, stop, leaves_all_but(statuses, out)), settings
 
 

@@ -61,6 +61,7 @@ def run(
     leaves_alone: LeavesAlone = is_done,
 ) -> Summary:
     """Score the tables into OUT, going on where an earlier run ended. Raises the errors of `batch_infer.errors`."""
+    started = time.monotonic()
     settings = rooted(settings)
     with open_tables(settings) as tables:
         card = find_model(settings)
@@ -73,7 +74,7 @@ def run(
             elif job.earlier is not None and job.earlier.get("summary") is None:
                 outdir.remove_leftovers(settings.out)
             with _logged(settings.out):
-                return _Run(job, progress, stop, leaves_alone).go()
+                return _Run(job, progress, stop, leaves_alone).go(started)
 
 
 class _Run:
@@ -86,10 +87,9 @@ class _Run:
         self._record: Mapping[str, Any] = job.record
         self._summary = Summary()
 
-    def go(self) -> Summary:
+    def go(self, started: float) -> Summary:
         settings = self._job.settings
         outdir.write_run(self._out, self._record)
-        started = time.monotonic()
         with self._manifest.index() as index:
             survey = self._survey(index)
             self._record = {**self._record, "survey": {**asdict(survey), "finished_at": now()}}

@@ -24,8 +24,7 @@ class FolderSink:
 
     def path_of(self, request: PromptRequest, *, quarantine: bool = False) -> str:
         """Where a request's image stands, relative to OUT."""
-        stem = plain_name(PurePosixPath(request.source.file).stem)
-        folder = f"{stem}-{request.source.row // ROWS_PER_FOLDER:05d}"
+        folder = f"{plain_name(request.source.stem)}-{request.source.row // ROWS_PER_FOLDER:05d}"
         name = f"{plain_name(request.id)}-{request.image_index}{self._suffix}"
         return f"{'quarantine' if quarantine else 'images'}/{folder}/{name}"
 

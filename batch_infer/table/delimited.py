@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -39,12 +40,15 @@ class Delimited:
                 reader = csv.reader(lines, strict=True, delimiter=self.mark)
                 _header(reader)
                 while True:
+                    lines.mark()
                     starts = lines.number + 1
                     try:
                         cells = next(reader)
                     except StopIteration:
                         return
                     except (csv.Error, RowError) as error:
+                        if isinstance(error, csv.Error):
+                            lines.give_back(self._rows_within(lines.taken))
                         yield RawRow(number, {}, _fault(starts, lines.number, error))
                         number += 1
                         continue
@@ -53,6 +57,18 @@ class Delimited:
                         number += 1
         except OSError as error:
             yield broken(number, error)
+
+    def _rows_within(self, broken: list[str]) -> int:
+        """How many lines of a row that cannot be read are none of its own.
+
+        A quote that is left open swallows the rows below it. The first line that is a whole row by itself ends it.
+        """
+        for place, line in enumerate(broken[1:], 1):
+            if line.count('"') % 2 == 0:
+                with suppress(csv.Error):
+                    if len(next(csv.reader([line], strict=True, delimiter=self.mark))) == len(self.header):
+                        return len(broken) - place
+        return 0
 
     def _row(self, number: int, cells: list[str], first: int, last: int) -> RawRow:
         error = None
