@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -52,9 +52,13 @@ class Stages:
     decode: float = 0.0
     check: float = 0.0
     seconds: float = 0.0
+    images: int = 0
     row_forwards: int = 0
     slot_ticks: int = 0
     ticks: int = 0
+
+    def __add__(self, other: Stages) -> Stages:
+        return Stages(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(Stages)))
 
     @property
     def occupancy(self) -> float:
@@ -109,18 +113,27 @@ class Chain:
     def __init__(self, model: Family, shape: ChainShape, judge: Judge | None, stop: Callable[[], bool] = lambda: False):
         """`stop` is asked at every tick; once it says so, rows under way are given up and `render` ends."""
         self._model, self._shape, self._judge, self._stop = model, shape, judge, stop
-        self.stages = Stages()
+        self._stages = Stages()
+        self.stages_by_size: dict[Shape, Stages] = {}
+
+    @property
+    def stages(self) -> Stages:
+        """Those of all sizes together."""
+        return sum(self.stages_by_size.values(), Stages())
 
     def render(self, requests: Iterable[PromptRequest]) -> Iterator[Rendered | Unrendered]:
         """Render requests as slots come free, in the order in which they finish.
 
         Rows next to each other should share a size: a change of size waits until the slots have emptied.
         """
-        started = time.perf_counter()
         source = _Ahead(iter(requests))
+        started = time.perf_counter()
         while (first := source.peek()) is not None and not self._stop():
-            yield from self._render_size(source, (first.params.height, first.params.width))
-        self.stages.seconds += time.perf_counter() - started
+            size = first.params.height, first.params.width
+            self._stages = self.stages_by_size.setdefault(size, Stages())
+            yield from self._render_size(source, size)
+            self._stages.seconds += time.perf_counter() - started
+            started = time.perf_counter()
 
     def _render_size(self, source: _Ahead, size: Shape) -> Iterator[Rendered | Unrendered]:
         model = self._model
@@ -149,7 +162,7 @@ class Chain:
             started = time.perf_counter()
             for request, conditioning in zip(batch, self._model.condition(batch), strict=True):
                 waiting.add(request, conditioning)
-            self.stages.encode += time.perf_counter() - started
+            self._stages.encode += time.perf_counter() - started
 
     def _admit(self, waiting: _Waiting, slots: Slots[_Tag]) -> Iterator[Unrendered]:
         while (taken := waiting.take(slots.free)) is not None:
@@ -166,14 +179,15 @@ class Chain:
         started = time.perf_counter()
         before = slots.row_forwards
         done = slots.tick()
-        self.stages.ticks += 1
-        self.stages.slot_ticks += slots.size
-        self.stages.row_forwards += slots.row_forwards - before
-        self.stages.denoise += time.perf_counter() - started
+        self._stages.ticks += 1
+        self._stages.slot_ticks += slots.size
+        self._stages.row_forwards += slots.row_forwards - before
+        self._stages.denoise += time.perf_counter() - started
         return done
 
     def _finish(self, batch: list[Finished[_Tag]]) -> Iterator[Rendered | Unrendered]:
         """Decode and judge one micro-batch of finished rows, padded to the fixed size."""
+        self._stages.images += len(batch)
         pixels, whole = self._decode([row.latents for row in batch])
         verdicts = self._check(pixels)
         for row, image, finite, verdict in zip(batch, pixels, whole, verdicts, strict=True):
@@ -192,7 +206,7 @@ class Chain:
         images = images.nan_to_num().clamp(0, 1)
         # Rounded as diffusers' image processor does, half to even.
         pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
-        self.stages.decode += time.perf_counter() - started
+        self._stages.decode += time.perf_counter() - started
         return list(pixels), finite.tolist()
 
     def _check(self, pixels: list[np.ndarray]) -> list[Verdict]:
@@ -200,7 +214,7 @@ class Chain:
             return [Verdict()] * len(pixels)
         started = time.perf_counter()
         verdicts = self._judge.judge(pixels)
-        self.stages.check += time.perf_counter() - started
+        self._stages.check += time.perf_counter() - started
         return verdicts
 
 

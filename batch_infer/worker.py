@@ -60,8 +60,9 @@ class Worker:
         self._chain = load_chain(settings.card, settings.compute, settings.safety, stop)
 
     @property
-    def stages(self) -> Stages:
-        return self._chain.stages
+    def stages(self) -> dict[tuple[int, int], Stages]:
+        """Where the time went, by image size (height, width)."""
+        return self._chain.stages_by_size
 
     def work(self, requests: Iterable[PromptRequest], committed: Callable[[Sequence[ResultRow]], None]) -> None:
         """Render requests; `committed` is called, on another thread, with rows once they are in the manifest.

@@ -28,8 +28,10 @@ def render(
     settings: WorkerSettings,
     committed: Callable[[Sequence[ResultRow]], None],
     stop: Callable[[], bool],
-) -> Stages:
-    """Have all chunks rendered and committed. They run as one stream: slots do not empty between them.
+) -> dict[tuple[int, int], Stages]:
+    """Have all chunks rendered and committed; tells where the time went, by image size (height, width).
+
+    They run as one stream: slots do not empty between them.
 
     Raises ModelError before anything is rendered, SettingsError where the device's memory does not do, StorageError.
     """

@@ -1,4 +1,4 @@
-"""What sizes take on this machine: recalled where they were measured before, else measured now."""
+"""What sizes take on this machine: recalled where a plan or a run has measured them, else measured now."""
 
 from __future__ import annotations
 
@@ -7,16 +7,23 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from batch_infer import calibration
 from batch_infer.calibration import Rates
-from batch_infer.engines.probe import Probe
 from batch_infer.jobs.job import Job
 from batch_infer.planning import Load
+from batch_infer.records import now
+
+if TYPE_CHECKING:
+    from batch_infer.chain import Stages
+    from batch_infer.engines.probe import Probe
 
 MOST_MEASURED = 4
 """Sizes that are measured; those of the other rows are told from the nearest of these."""
+
+TICKS_THAT_TELL = 100
+"""A run of fewer UNet calls is over before its figures settle."""
 
 Size = tuple[int, int]
 
@@ -34,6 +41,15 @@ def rates_of(loads: Mapping[Size, Load], job: Job, probe: Probe) -> dict[Size, R
             found[size] = probe.rates(job.card, job.compute, settings.safety, settings.output.image_format, size)
             calibration.remember(_conditions(job, size), found[size])
     return {size: found[size] if size in found else _nearest(size, found) for size in loads}
+
+
+def learn(job: Job, by_size: Mapping[Size, Stages], lengths: Mapping[Size, int], start: float) -> None:
+    """Remember what a run took, which tells more than a calibration. `lengths`: bytes of all images of a size."""
+    for size, stages in by_size.items():
+        if stages.images and stages.ticks >= TICKS_THAT_TELL:
+            tick, image = stages.denoise / stages.ticks, (stages.seconds - stages.denoise) / stages.images
+            rates = Rates(start, tick, image, lengths[size] / stages.images, now())
+            calibration.remember(_conditions(job, size), rates)
 
 
 def _nearest(size: Size, known: Mapping[Size, Rates]) -> Rates:

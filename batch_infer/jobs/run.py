@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from batch_infer.errors import ModelError
 from batch_infer.jobs import out as outdir
+from batch_infer.jobs.estimate import Size, learn
 from batch_infer.jobs.job import Job, find_model, open_tables, prepare, rooted
 from batch_infer.jobs.merge import Counts, merge
 from batch_infer.jobs.summary import Summary, peak_memory
@@ -86,10 +88,12 @@ class _Run:
         self._manifest = Manifest(self._out)
         self._record: Mapping[str, Any] = job.record
         self._summary = Summary()
+        self._set_up = 0.0
 
     def go(self, started: float) -> Summary:
         settings = self._job.settings
         outdir.write_run(self._out, self._record)
+        self._set_up = time.monotonic() - started
         with self._manifest.index() as index:
             survey = self._survey(index)
             self._record = {**self._record, "survey": {**asdict(survey), "finished_at": now()}}
@@ -148,10 +152,15 @@ class _Run:
     def _render(self, index: Index) -> None:
         from batch_infer.engines import local
 
+        lengths: Counter[Size] = Counter()
+
         def committed(rows: Sequence[ResultRow]) -> None:
             self._summary.rendered += sum(row.status in ("ok", "flagged") for row in rows)
+            for row in rows:
+                lengths[row.height or 0, row.width or 0] += row.image_bytes or 0
             self._progress.committed(rows)
 
+        before = time.monotonic()
         planned = chunks(pending(self._job.items(), index, self._leaves_alone))
         try:
             stages = local.render(planned, self._worker(), committed, self._stop)
@@ -160,6 +169,8 @@ class _Run:
             outdir.restore_run(self._out, self._job.earlier)
             raise
         self._summary.add_stages(stages)
+        loading = time.monotonic() - before - self._summary.rendering_seconds
+        learn(self._job, stages, lengths, self._set_up + loading)
 
     def _worker(self) -> WorkerSettings:
         from batch_infer.worker import WorkerSettings, worker_name

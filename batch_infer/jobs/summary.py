@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import reduce
+from operator import add
 from typing import TYPE_CHECKING, Any
 
 from batch_infer.jobs.merge import Counts
@@ -27,7 +30,10 @@ class Summary:
     stage_shares: dict[str, float] = field(default_factory=dict)
     peak_memory: dict[str, int] = field(default_factory=dict)
 
-    def add_stages(self, stages: Stages) -> None:
+    def add_stages(self, by_size: Mapping[tuple[int, int], Stages]) -> None:
+        if not by_size:  # stopped before the first row
+            return
+        stages = reduce(add, by_size.values())
         self.rendering_seconds = stages.seconds
         self.row_forwards, self.ticks = stages.row_forwards, stages.ticks
         self.occupancy = round(stages.occupancy, 4)
