@@ -21,7 +21,7 @@ def main() -> None:
         click.echo(f"batch-infer: {error}", err=True)
         code = error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        click.echo("batch-infer: interrupted; what was committed is kept, run again to go on", err=True)
+        click.echo("batch-infer: interrupted; what was committed is kept, the same command goes on", err=True)
         code = Interrupted.exit_code
     sys.exit(code or 0)
 

@@ -188,18 +188,13 @@ class Index:
 
     def rows(self) -> tuple[int, int]:
         """How many rows of tables there are, and of how many an image failed or the row was invalid."""
-        bad = "SELECT max(status IN ('failed', 'invalid')) AS bad FROM committed GROUP BY source_file, source_row"
+        bad = "SELECT max(status IN ('failed', 'invalid')) AS bad FROM committed GROUP BY id"
         rows, bad_rows = self._database.execute(f"SELECT count(*), coalesce(sum(bad), 0) FROM ({bad})").fetchone()
         return rows, bad_rows
 
     def statuses(self) -> Counter[str]:
         """How many images have which status."""
         return Counter(dict(self._database.execute("SELECT status, count(*) FROM committed GROUP BY status")))
-
-    def paths(self, row_id: str) -> list[str]:
-        """The files of all images of a row, relative to OUT."""
-        found = self._database.execute("SELECT path FROM committed WHERE id = ? AND path IS NOT NULL", (row_id,))
-        return [path for (path,) in found]
 
     def take(self, found: Sequence[Committed], schema: pa.Schema = SCHEMA) -> pa.Table:
         """These columns of these committed images, in their order; null where a part has no such column."""

@@ -100,13 +100,19 @@ def test_how_much_is_logged(capsys: pytest.CaptureFixture[str], quiet: bool, ver
 )
 def test_durations(capsys: pytest.CaptureFixture[str], seconds: float, text: str) -> None:
     counts = Counts(rows=1, images=1, ok=1)
-    report(Summary(counts, rendered=1, seconds=seconds, rendering_seconds=seconds), Path("o"), (), as_json=False)
+    report(
+        Summary(counts, rendered=1, seconds=seconds, rendering_seconds=seconds),
+        Path("o"),
+        (),
+        stopped=False,
+        as_json=False,
+    )
     assert f"1 image in {text} (" in capsys.readouterr().out
 
 
 def test_the_summary_names_what_there_is_to_know(capsys: pytest.CaptureFixture[str]) -> None:
     counts = Counts(rows=12_345, images=12_000, ok=12_000, flagged=0, invalid=3, failed=2, left=340)
-    report(Summary(counts), Path("o"), ("csv", "parquet"), as_json=False)
+    report(Summary(counts), Path("o"), ("csv", "parquet"), stopped=True, as_json=False)
     assert capsys.readouterr().out.splitlines() == [
         "12,345 rows · 12,000 ok · 0 flagged · 3 invalid · 2 failed",
         "images   o/images",
@@ -141,7 +147,7 @@ def test_an_interrupt_is_a_sentence_and_75(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr("batch_infer.jobs.run.run", interrupt)
     done = runs.run(tmp_path / "t.csv", tmp_path / "out")
     assert done.code == 75
-    assert done.stderr.strip() == "batch-infer: interrupted; what was committed is kept, run again to go on"
+    assert done.stderr.strip() == "batch-infer: interrupted; what was committed is kept, the same command goes on"
 
 
 def test_a_bug_is_a_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

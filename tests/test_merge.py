@@ -18,6 +18,7 @@ import pytest
 from batch_infer.jobs import merge as merging
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.merge import Counts, Item
+from batch_infer.jobs.results import remove_other_results
 from batch_infer.manifest import SCHEMA, Manifest
 from batch_infer.records import PromptRequest, ResultRow, SamplingParams, Source, now
 from batch_infer.settings import OutputSettings
@@ -174,6 +175,7 @@ def test_results_that_nobody_asks_for_any_more_are_removed(tmp_path: Path) -> No
     """They would be out of date."""
     merge(tmp_path, [], results=("csv", "jsonl"))
     merge(tmp_path, [], results=("jsonl",))
+    remove_other_results(tmp_path, OutputSettings(results=("jsonl",)))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.jsonl", "results.parquet"]
 
 
@@ -252,6 +254,14 @@ def test_workers_without_a_run_are_merged_by_the_command(tmp_path: Path) -> None
     assert command("merge", tmp_path, "-q") == Done(0, "", "")
 
 
+def test_a_merge_without_a_run_removes_nothing(tmp_path: Path) -> None:
+    commit(tmp_path, "a", "t.csv", 0)
+    (tmp_path / "results.csv").write_text("somebody's")
+    assert command("merge", tmp_path).code == 0
+    assert command("merge", tmp_path).code == 0
+    assert (tmp_path / "results.csv").read_text() == "somebody's"
+
+
 def test_nothing_to_merge_is_told(tmp_path: Path) -> None:
     done = command("merge", tmp_path / "nowhere")
     assert (done.code, done.stdout) == (2, "")
@@ -270,6 +280,8 @@ def test_the_tables_of_a_run_decide_which_rows_there_are(tmp_path: Path) -> None
     assert command("merge", out).code == 0
     assert results(out) == before
     assert len(csv_rows(out)) == 2, "in the formats of the run"
+    assert command("merge", out, "--results", "jsonl").code == 0
+    assert len(csv_rows(out)) == len(json_rows(out)) == 2, "and in those that are asked for"
     write_csv(table, [["id", "prompt", "n"], ["b", "a blue square", 5], ["c", "a star", 6]])
     done = command("merge", out)
     assert "1 left: run again to go on" in done.stdout

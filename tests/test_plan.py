@@ -134,6 +134,13 @@ def test_a_plan_refuses_what_a_run_would_refuse(
         assert sentence in done.stderr
 
 
+def test_what_is_somebody_elses_is_not_planned_away(table: Path, out: Path) -> None:
+    (out / "images").mkdir(parents=True)
+    for done in (command("plan", table, "--out", out, *QUICK, "--overwrite"), run(table, out, "--overwrite")):
+        assert done.code == 2
+        assert "has no run.json of ours" in done.stderr
+
+
 def test_another_model_on_the_same_out_is_refused(table: Path, out: Path, sd1_folder: Path) -> None:
     assert run(table, out, "--limit", "1").code == 0
     done = command("plan", table, "--out", out, *QUICK, "--model", sd1_folder)

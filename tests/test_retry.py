@@ -96,7 +96,7 @@ def test_an_invalid_row_is_done_once_its_table_is_right(table: Path, out: Path) 
     write_csv(table, [["id", "prompt", "seed"], ["a", "a red circle", 1], ["b", "a blue square", 3]])
     done = retry(out, "--status", "invalid", "--json")
     told = json.loads(done.stdout)
-    assert (done.code, told["rendered"], told["left"]) == (75, 1, 1), "the row that changed is left to run"
+    assert (done.code, told["rendered"], told["left"]) == (0, 1, 1), "the row that changed is left to run"
     assert run(table, out).code == 0
 
 
@@ -105,9 +105,39 @@ def test_rows_without_a_result_are_left_to_run(table: Path, out: Path) -> None:
     settings = run_json(out)
     settings["settings"]["table"]["limit"] = None
     (out / "run.json").write_text(json.dumps(settings))
-    done = retry(out, "--status", "failed", "--status", "missing", "--json")
+    done = retry(out, "--status", "failed", "--status", "missing")
+    assert done.code == 0
+    assert done.stdout.endswith("2 left: `batch-infer run` renders them\n")
+
+
+def test_all_images_of_a_row_that_was_invalid_are_made(table: Path, out: Path) -> None:
+    header = ["id", "prompt", "num_images_per_prompt"]
+    write_csv(table, [header, ["a", "", 3], ["b", "a blue square", 2]])
+    assert run(table, out).code == 3
+    write_csv(table, [header, ["a", "a red circle", 3], ["b", "a blue square", 3]])
+    done = retry(out, "--status", "invalid", "--json")
     told = json.loads(done.stdout)
-    assert (done.code, told["rendered"], told["left"]) == (75, 0, 2)
+    assert (done.code, told["rendered"], told["left"]) == (0, 3, 1)
+
+
+def test_rows_that_turned_invalid_are_left_to_run(table: Path, out: Path) -> None:
+    assert run(table, out).code == 0
+    before = images(out)
+    write_csv(table, [ROWS[0], ["a", ""], *ROWS[2:]])
+    assert retry(out, "--status", "failed").code == 0
+    assert images(out) == before
+
+
+def test_fewer_tables_than_the_run_had_are_told(table: Path, out: Path, tmp_path: Path) -> None:
+    assert run(table, out).code == 0
+    done = retry(out, write_csv(tmp_path / "some.csv", ROWS[:2]), "--status", "missing")
+    assert "these tables have 1 results to give and those of the run had 3" in done.stderr
+
+
+def test_the_status_can_come_from_the_environment(table: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(table, out).code == 0
+    monkeypatch.setenv("BATCH_INFER_STATUS", "failed missing")
+    assert retry(out).code == 0
 
 
 def test_it_is_the_run_that_it_was(table: Path, out: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

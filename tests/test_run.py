@@ -35,6 +35,7 @@ from batch_infer.models.stable_diffusion import StableDiffusion
 from batch_infer.settings import ModelSettings, RowDefaults, RunSettings, SafetySettings, TableSettings
 from batch_infer.sinks import FolderSink
 from tests.runs import assert_whole, command, hashes, images, results, run, run_json, start, wait_for
+from tests.serving import serving
 from tests.tables import write_bytes, write_csv, write_parquet
 
 MIXED = [
@@ -319,7 +320,7 @@ def test_the_summary_goes_to_stdout(table: Path, out: Path) -> None:
         first,
     )
     assert f"{out}/results.parquet, {out}/results.csv" in first
-    assert "nothing to do: all of it was done before" in run(table, out).stdout
+    assert "nothing to render" in run(table, out).stdout
 
 
 def test_json_for_scripts(table: Path, out: Path) -> None:
@@ -342,7 +343,7 @@ def test_invalid_rows_are_told_on_stderr_and_in_the_log(tmp_path: Path, out: Pat
     done = run(table, out)
     assert done.stderr.count("seed 'none' is not a whole number") == 20
     assert "t.csv, row 19 (t-00000019): seed 'none'" in done.stderr
-    assert "30 invalid rows in all" in done.stderr
+    assert "invalid in all: 30; results.parquet names each" in done.stderr
     assert "t.csv, row 29 (t-00000029): seed 'none'" in (out / "logs" / "worker-0.log").read_text()
     assert not images(out)
 
@@ -510,6 +511,49 @@ def test_a_row_that_turns_invalid_lets_its_image_go(table: Path, out: Path) -> N
     write_csv(table, [["prompt"], ["a red circle"], ["a blue square"], ["a green star"]])
     assert run(table, out).code == 0
     assert_whole(out)
+
+
+def test_a_row_of_many_images_that_was_invalid_for_a_while_keeps_the_others(tmp_path: Path, out: Path) -> None:
+    header = ["id", "prompt", "num_images_per_prompt"]
+    table = write_csv(tmp_path / "t.csv", [header, ["a", "a red circle", 3]])
+    assert run(table, out).code == 0
+    before = hashes(out)
+    write_csv(table, [header, ["a", "", 3]])
+    assert run(table, out).code == 3
+    write_csv(table, [header, ["a", "a red circle", 3]])
+    assert run(table, out).code == 0
+    assert hashes(out) == before
+    assert_whole(out)
+
+
+@pytest.mark.parametrize("change", ["gone", "appended"])
+def test_a_table_that_changes_under_a_run_loses_no_result(tmp_path: Path, out: Path, change: str) -> None:
+    rows = [["prompt"], *([f"a red circle, {i}"] for i in range(6))]
+    table = write_csv(tmp_path / "t.csv", rows)
+
+    class Changing(Silent):
+        def committed(self, rows: Any) -> None:
+            table.unlink()
+            if change == "appended":
+                write_csv(table, [["prompt"], *(["a blue square"] for _ in range(20))])
+
+    summary = score(settings_of(table, out), Changing())
+    assert (summary.counts.rows, summary.counts.left) == (6, 0)
+    assert len(results(out)) == 6
+    assert_whole(out)
+
+
+def test_a_secret_in_a_url_is_not_written_down(tmp_path: Path, out: Path) -> None:
+    """Nor is it needed again: whoever goes on names the tables."""
+    with serving(write_csv(tmp_path / "served" / "t.csv", [["prompt"], ["a red circle"]]).parent) as address:
+        url = f"{address}/t.csv?signature=SECRET"
+        assert run(url, out).code == 0
+        assert not [path for path in out.rglob("*") if path.is_file() and b"SECRET" in path.read_bytes()]
+        done = command("retry", out, "--status", "missing")
+        assert done.code == 2
+        assert "name the TABLEs after OUT" in done.stderr
+        assert command("merge", out).code == 0
+        assert command("retry", out, url, "--status", "missing").code == 0
 
 
 def test_slots_and_threads_are_kept(table: Path, out: Path) -> None:

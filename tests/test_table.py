@@ -583,6 +583,16 @@ def test_an_unclosed_quote_costs_its_own_row(lines: list[str], bad: str, good: l
     )
 
 
+def test_of_one_column_lines_are_rows_only_below_a_quote_that_never_closes() -> None:
+    first, bad, *rest = read(write_bytes(Path("t.csv"), b'prompt\nx\n"y\nz\nz\n'))
+    assert isinstance(bad, ResultRow)
+    assert [item.prompt for item in (first, *rest)] == ["x", "z", "z"]
+    bad, last = read(write_bytes(Path("u.csv"), b'prompt\n"a poem\nof red circles\nends" here\nz\n'))
+    assert isinstance(bad, ResultRow)
+    assert "lines 2 to 4" in (bad.error or "")
+    assert last.prompt == "z"
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
@@ -624,21 +634,23 @@ def test_where_no_file_can_be_read_each_is_told() -> None:
         open_tables(*tables)
 
 
-def test_a_parquet_file_damaged_in_the_middle_gives_what_stands_before() -> None:
-    path = write_parquet(Path("t.parquet"), prompt=[f"prompt {i}" for i in range(10)])
-    with pq.ParquetWriter(
-        path, pa.schema([("prompt", pa.string())]), compression="none", use_dictionary=False
-    ) as writer:
-        for start in range(3):
-            writer.write_table(pa.table({"prompt": [f"prompt {start}-{i}" for i in range(2000)]}))
-        second = 30_000
+def test_a_parquet_row_group_that_is_damaged_costs_no_other() -> None:
+    path = Path("t.parquet")
+    schema = pa.schema([("prompt", pa.string())])
+    with pq.ParquetWriter(path, schema, compression="none", use_dictionary=False) as writer:
+        for group in range(3):
+            writer.write_table(pa.table({"prompt": [f"prompt {group}-{i}" for i in range(2000)]}))
     content = bytearray(path.read_bytes())
-    content[second : second + 20_000] = bytes(20_000)
+    second = pq.read_metadata(path).row_group(1).column(0)
+    start = second.data_page_offset
+    content[start : start + second.total_compressed_size] = bytes(second.total_compressed_size)
     path.write_bytes(content)
     found = read(path)
-    assert isinstance(found[-1], ResultRow)
-    assert "the file breaks off here" in (found[-1].error or "")
-    assert len({item.key for item in found}) == len(found) > 1
+    (bad,) = (item for item in found if isinstance(item, ResultRow))
+    assert re.match("rows 2000 to 3999 cannot be read: ", bad.error or "")
+    good = [item for item in found if isinstance(item, PromptRequest)]
+    assert [item.source.row for item in good] == [*range(2000), *range(4000, 6000)]
+    assert len({item.key for item in found}) == len(found)
 
 
 def test_text_in_parquet_that_is_not_utf_8_costs_its_own_row() -> None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import os
 import re
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ import pytest
 from batch_infer.errors import TableError, TryAgainLater
 from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.table import remote
+from tests.serving import serving
 from tests.tables import ROWS, RULES, essence, in_format, open_tables, read, read_requests, write_bytes, write_csv
 
 FORMATS = ("csv", "tsv", "jsonl", "json", "parquet", "csv.gz", "jsonl.zst", "json.gz", "parquet.gz", "parquet.zst")
@@ -189,6 +187,23 @@ def test_plain_prompts_on_standard_input_are_told(monkeypatch: pytest.MonkeyPatc
     )
 
 
+def test_a_broken_first_line_of_json_lines_costs_its_own_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe(monkeypatch, b'{"prompt": "a red\n{"prompt": "b"}\n')
+    bad, good = read("-")
+    assert isinstance(bad, ResultRow)
+    assert good.prompt == "b"
+    pipe(monkeypatch, b'{\n"input_data": {\n"data": ["x"]}}\n')
+    assert [item.prompt for item in read_requests("-")] == ["x"]
+
+
+def test_a_file_that_cannot_be_read_may_have_the_stem_of_another() -> None:
+    write_csv(Path("a.csv"), [["prompt"], ["x"]])
+    good, missing = read("a.csv", "elsewhere/a.csv")
+    assert good.id == "a-00000000"
+    assert isinstance(missing, ResultRow)
+    assert "elsewhere/a.csv: no such file" in (missing.error or "")
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
@@ -352,35 +367,11 @@ def test_one_file_of_a_folder_that_is_forbidden_costs_one_result(memory: Any, mo
 # HTTP, by a real server
 
 
-class Quiet(SimpleHTTPRequestHandler):
-    """Serves the files of a folder; what lies in a folder named as a status is refused with it."""
-
-    def do_GET(self) -> None:
-        if found := re.match("/([45][0-9][0-9])/", self.path):
-            self.send_error(int(found[1]))
-        elif self.path.startswith("/short/"):
-            self.send_response(200)
-            self.send_header("Content-Length", "1000")
-            self.end_headers()
-            self.wfile.write(b"prompt\nx\n")
-            self.close_connection = True
-        else:
-            super().do_GET()
-
-    def log_message(self, *rest: Any) -> None:
-        pass
-
-
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
     (tmp_path / "served").mkdir()
-    handler: Any = functools.partial(Quiet, directory=str(tmp_path / "served"))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as served:
-        thread = threading.Thread(target=served.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{served.server_port}"
-        served.shutdown()
-        thread.join()
+    with serving(tmp_path / "served") as address:
+        yield address
 
 
 @pytest.mark.parametrize("ending", FORMATS)

@@ -44,9 +44,11 @@ def merge(
     from batch_infer.jobs.remerge import remerge
 
     counts, formats = remerge(out, results, base64=base64)
+    if quiet:
+        return 0
     if as_json:
         click.echo(json.dumps(asdict(counts)))
-    elif not quiet:
+    else:
         click.echo(told_counts(counts))
         click.echo(told_results(out, formats))
         if counts.left:

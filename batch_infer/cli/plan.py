@@ -12,6 +12,7 @@ from tqdm import tqdm
 from batch_infer.cli.options import job_options, json_option, logging_options, run_settings
 from batch_infer.cli.progress import set_up_logging
 from batch_infer.cli.report import ROWS_FAILED, duration, number
+from batch_infer.cli.signals import interrupt_on_sigterm
 
 if TYPE_CHECKING:
     from batch_infer.jobs.plan import Plan
@@ -36,13 +37,16 @@ def plan(as_json: bool, quiet: bool, verbose: bool, **options: Any) -> int:
     set_up_logging(quiet=quiet, verbose=verbose)
     from batch_infer.jobs.plan import plan as look
 
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as faults:  # as many as the table has rows, maybe
+    # In a file: there may be as many faults as the table has rows.
+    with interrupt_on_sigterm(), tempfile.TemporaryFile("w+", encoding="utf-8") as faults:
         found = look(settings, lambda row: _note(row, faults))
         faults.seek(0)
         within = settings.max_failed.allows(found.invalid_rows, found.rows)
+        if quiet and within:
+            return 0
         if as_json:
             _print_json(found, faults)
-        elif not quiet or not within:
+        else:
             _print(found, faults, settings)
     return 0 if within else ROWS_FAILED
 

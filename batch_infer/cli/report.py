@@ -21,18 +21,22 @@ ROWS_FAILED = 3
 """The exit code where more rows failed or were invalid than --max-failed."""
 
 
-def conclude(summary: Summary, settings: RunSettings, *, as_json: bool, quiet: bool) -> int:
-    """Tell what became of the rows, where it is to be told, and give the exit code."""
+def conclude(summary: Summary, settings: RunSettings, *, stopped: bool, as_json: bool, quiet: bool) -> int:
+    """Tell what became of the rows, where it is to be told, and give the exit code.
+
+    `stopped`: rows that are left are this command's, and it would do them if it came again.
+    """
     counts = summary.counts
     within = settings.max_failed.allows(counts.bad_rows, counts.rows)
-    if not quiet or not within or counts.left:
-        report(summary, settings.out, settings.output.results, as_json=as_json)
-    if counts.left:
+    stopped = stopped and counts.left > 0
+    if not quiet or not within or stopped:
+        report(summary, settings.out, settings.output.results, stopped=stopped, as_json=as_json)
+    if stopped:
         return Interrupted.exit_code
     return 0 if within else ROWS_FAILED
 
 
-def report(summary: Summary, out: Path, results: Sequence[str], *, as_json: bool) -> None:
+def report(summary: Summary, out: Path, results: Sequence[str], *, stopped: bool, as_json: bool) -> None:
     """Print the summary on stdout."""
     if as_json:
         click.echo(json.dumps(summary.as_dict()))
@@ -46,11 +50,13 @@ def report(summary: Summary, out: Path, results: Sequence[str], *, as_json: bool
         if summary.cost is not None:
             click.echo(f"cost     {summary.cost:,.2f}")
     elif not counts.left:
-        click.echo("nothing to do: all of it was done before" if counts.rows else "nothing to do: no rows")
+        click.echo("nothing to render" if counts.rows else "nothing to render: no rows")
     click.echo(f"images   {out / 'images'}")
     click.echo(told_results(out, results))
-    if counts.left:
+    if stopped:
         click.echo(f"stopped early: {counts.left:,} left; run the same command again to go on")
+    elif counts.left:
+        click.echo(f"{counts.left:,} left: `batch-infer run` renders them")
 
 
 def told_counts(counts: Counts) -> str:

@@ -22,6 +22,7 @@ from batch_infer.settings import Retried
 @click.option(
     "--status",
     "statuses",
+    envvar="BATCH_INFER_STATUS",
     type=click.Choice(get_args(Retried)),
     multiple=True,
     required=True,
@@ -42,9 +43,10 @@ def retry(
     """Render again the rows of OUT that have a status.
 
     The tables and all settings are those of the last run, as OUT/run.json has them; name TABLE... where the tables
-    have moved. A row is tried again however often it has failed. Other rows stay as they are.
+    have moved. A row is tried again however often it has failed. Other rows stay as they are, and those that have no
+    result yet are left to `run`.
 
-    Exit codes: as those of `run`.
+    Exit codes: as those of `run`; 75 if it was stopped.
     """
     set_up_logging(quiet=quiet, verbose=verbose)
     with stop_on_signals() as stop:
@@ -52,4 +54,5 @@ def retry(
 
         progress = make_progress(shown=not (quiet or no_progress))
         summary, settings = render_again(out, statuses, tables, progress, stop)
-    return conclude(summary, settings, as_json=as_json, quiet=quiet)
+        stopped = stop()
+    return conclude(summary, settings, stopped=stopped, as_json=as_json, quiet=quiet)

@@ -38,4 +38,4 @@ def run(as_json: bool, quiet: bool, verbose: bool, no_progress: bool, **options:
         from batch_infer.jobs.run import run as score  # seconds long, and a signal may come in them
 
         summary = score(settings, make_progress(shown=not (quiet or no_progress)), stop)
-    return conclude(summary, settings, as_json=as_json, quiet=quiet)
+    return conclude(summary, settings, stopped=True, as_json=as_json, quiet=quiet)

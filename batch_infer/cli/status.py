@@ -41,7 +41,10 @@ def _print(standing: Standing, out: Path) -> None:
     by = f" by {standing.holder}" if standing.holder else ""
     click.echo(f"{out}: {standing.state}{by}, started {standing.started_at[:16]} UTC")
     told = [f"{count:,} {name}" for name, count in standing.counts.items() if count or name in ("ok", "failed")]
-    left = "the tables are being looked through" if standing.left is None else f"{standing.left:,} left"
+    if standing.left is not None:
+        left = f"{standing.left:,} left"
+    else:
+        left = "the tables are being looked through" if standing.holder else "not known how many are left"
     click.echo(" · ".join([*told, left]))
     if standing.images_per_second and standing.seconds_left is not None:
         click.echo(f"{standing.images_per_second:.2f} images/s, about {duration(standing.seconds_left)} to go")

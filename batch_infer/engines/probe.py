@@ -45,6 +45,7 @@ class Probe:
 
     def __init__(self) -> None:
         self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_live_with_the_parent)
+        self._others = set(active_children())
         self._evaluations: dict[int, int | RowError] = {}
         self.waited = 0.0
         """Seconds spent waiting for answers."""
@@ -88,7 +89,7 @@ class Probe:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:  # nobody waits for the answer any more
-            for process in active_children():
+            for process in set(active_children()) - self._others:
                 process.terminate()
         self.close()
 

@@ -63,6 +63,8 @@ def prepare(settings: RunSettings, tables: Tables, card: ModelCard, device: str)
     """See that a job can be done on its OUT, as this is now. Writes nothing. Raises UsageError."""
     found = outdir.read_run(settings.out)
     outdir.refuse_foreign(settings.out, tables.local, found)
+    if settings.overwrite:
+        outdir.refuse_to_clear(settings.out)
     earlier = None if settings.overwrite else found
     compute = choose_compute(settings, earlier, device)
     record = describe(settings, card, compute, tables)
@@ -78,7 +80,7 @@ def settings_of(record: Mapping[str, Any], out: Path, tables: Sequence[str] = ()
 
     Raises UsageError where they cannot be had from it.
     """
-    with _known_form(record, out):
+    with known_form(record, out):
         settings = RunSettings.from_record(record["settings"])
     table, model = settings.table, settings.model
     if tables:
@@ -88,23 +90,26 @@ def settings_of(record: Mapping[str, Any], out: Path, tables: Sequence[str] = ()
     return replace(settings, out=out, table=table, model=model, overwrite=False)
 
 
-def refuse_stdin(settings: RunSettings) -> None:
-    """What was piped in cannot be read again. Raises SettingsError."""
-    if "-" in settings.table.tables:
-        raise SettingsError(
-            f"the rows of {settings.out} came from standard input: name their TABLE, or `-` and pipe it in again"
-        )
+def refuse_unrepeatable(record: Mapping[str, Any], out: Path) -> None:
+    """What was piped in, or a URL with a secret, which run.json does not keep, cannot be read again.
+
+    Raises SettingsError.
+    """
+    if found := record.get("unrepeatable_tables"):
+        told = ", ".join("standard input" if table == "-" else table for table in found)
+        raise SettingsError(f"{told}: {out / 'run.json'} cannot say how to read this again; name the TABLEs after OUT")
 
 
 def rules_of(record: Mapping[str, Any], out: Path) -> RowRules:
     """The rules by which the run that a run.json speaks of read its tables. Raises UsageError."""
-    with _known_form(record, out):
+    with known_form(record, out):
         rules = record["rules"]
         return RowRules(RowDefaults(**rules["defaults"]), SizeRules(**rules["sizes"]), rules["fingerprint"])
 
 
 @contextmanager
-def _known_form(record: Mapping[str, Any], out: Path) -> Iterator[None]:
+def known_form(record: Mapping[str, Any], out: Path) -> Iterator[None]:
+    """Read in a run.json what this version writes there. Raises UsageError for what another has written."""
     try:
         yield
     except (KeyError, TypeError, ValueError) as error:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
+from operator import attrgetter
 from pathlib import Path
 
 import pyarrow as pa
@@ -79,8 +80,8 @@ def _carried(manifest: Manifest) -> pa.Schema:
 def _of_items(items: Iterable[Item], index: Index, carried: pa.Schema, counts: Counts) -> Iterator[pa.Table]:
     for batch in _batches(items):
         found = [(item, kept) for item in batch if (kept := _result_of(item, index)) is not None]
-        counts.rows += len({_place(item) for item in batch})
-        counts.bad_rows += len({_place(item) for item, kept in found if kept.status in ("failed", "invalid")})
+        counts.rows += len({item.id for item in batch})
+        counts.bad_rows += len({item.id for item, kept in found if kept.status in ("failed", "invalid")})
         counts.left += len(batch) - len(found)
         if found:
             table = index.take([kept for _, kept in found])
@@ -90,7 +91,7 @@ def _of_items(items: Iterable[Item], index: Index, carried: pa.Schema, counts: C
 def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
     """Items in batches that part no row from its images."""
     batch: list[Item] = []
-    for _, images in groupby(items, _place):
+    for _, images in groupby(items, attrgetter("id")):
         batch.extend(images)
         if len(batch) >= BATCH:
             yield batch

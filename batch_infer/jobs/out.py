@@ -49,7 +49,7 @@ def holder(out: Path) -> str | None:
     if not (out / ".lock").exists():
         return None
     try:
-        with lock.acquire(timeout=0):
+        with lock.acquire(timeout=LOCK_SECONDS, poll_interval=LOCK_SECONDS / 4):  # another may be looking too
             return None
     except Timeout:
         return _holder(out)
@@ -68,7 +68,7 @@ def known_run(out: Path) -> dict[str, Any]:
     """The run.json of a run that was made. Raises UsageError."""
     found = read_run(out)
     if not found or "identity" not in found:
-        raise UsageError(f"{out} holds no run of batch-infer: it has no run.json")
+        raise UsageError(f"{out} holds no run of batch-infer: it has no run.json of ours")
     return found
 
 
@@ -107,20 +107,23 @@ def refuse_foreign(out: Path, tables: Iterable[Path], earlier: Mapping[str, Any]
     for table in tables:
         if any(table.resolve().is_relative_to(path) for path in ours):
             raise SettingsError(f"{table} lies where a run into {out} writes its own files: give another --out")
-    if earlier is None or "identity" not in earlier:
+    if (earlier is None or "identity" not in earlier) and not any((out / "manifest").glob("part-*.parquet")):
         found = [name for name in OURS if name.startswith("results.") and (out / name).exists()]
         if found:
             raise SettingsError(f"{out / found[0]} is there, and no run of batch-infer made it: give another --out")
 
 
+def refuse_to_clear(out: Path) -> None:
+    """See that what OUT holds was made by a run. Raises UsageError where it may be somebody's."""
+    if "identity" not in (read_run(out) or {}) and any((out / name).exists() for name in OURS):
+        raise SettingsError(
+            f"--overwrite: {out} has no run.json of ours, so what it holds may be somebody's; remove it yourself"
+        )
+
+
 def clear(out: Path) -> None:
     """Remove what earlier runs made in OUT, and nothing else. Raises UsageError where OUT is not a run's."""
-    if "identity" not in (read_run(out) or {}):
-        if any((out / name).exists() for name in OURS):
-            raise SettingsError(
-                f"--overwrite: {out} has no run.json of ours, so what it holds may be somebody's; remove it yourself"
-            )
-        return
+    refuse_to_clear(out)
     for name in OURS:
         path = out / name
         if path.is_dir() and not path.is_symlink():

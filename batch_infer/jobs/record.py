@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from batch_infer.errors import SettingsError
 from batch_infer.models import ModelCard
 from batch_infer.records import now
 from batch_infer.settings import Compute, RunSettings
-from batch_infer.table import Tables
+from batch_infer.table import Tables, shown
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "pyarrow", "pillow", "numpy")
 SLOTS = {"cpu": 16, "cuda": 32}
@@ -65,13 +65,17 @@ def describe(settings: RunSettings, card: ModelCard, compute: Compute, tables: T
     """run.json as it is before the run is over. `identity` is what rows that are done stand on."""
     judged = settings.safety.judges(has_checker=card.has_checker)
     safety = f"checker {card.checker_fingerprint}, on flagged {settings.safety.on_flagged}" if judged else "none"
+    arguments = settings.table.tables
     return {
         "batch_infer": __version__,
         "started_at": now(),
         "finished_at": None,
         "tables": tables.files,
         "unreadable_tables": sorted(tables.faults),
-        "settings": asdict(settings),
+        "settings": asdict(replace(settings, table=replace(settings.table, tables=tuple(map(shown, arguments))))),
+        "unrepeatable_tables": [
+            shown(argument) for argument in arguments if argument == "-" or shown(argument) != argument
+        ],
         "model": {
             "name": card.name,
             "path": card.path,

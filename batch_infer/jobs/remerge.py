@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from batch_infer.errors import UsageError
+from batch_infer.errors import ServiceError, UsageError
 from batch_infer.jobs import out as outdir
-from batch_infer.jobs.job import open_tables, refuse_stdin, rules_of, settings_of
+from batch_infer.jobs.job import open_tables, refuse_unrepeatable, rules_of, settings_of
 from batch_infer.jobs.merge import Counts, merge, merge_parts
 from batch_infer.manifest import Manifest
-from batch_infer.settings import OutputSettings, ResultsFormat
+from batch_infer.settings import OutputSettings, ResultsFormat, RunSettings
 
 log = logging.getLogger("batch_infer")
 
@@ -31,22 +31,26 @@ def remerge(out: Path, results: tuple[ResultsFormat, ...], *, base64: bool) -> t
         output = OutputSettings(results=results, base64=base64)
         if record is None:
             return merge_parts(Manifest(out), [], out, output), output.results
-        if not results:
-            output = settings_of(record, out).output
-            output = replace(output, base64=base64 or output.base64)
-        return _merge(record, out, output), output.results
+        settings = settings_of(record, out)
+        kinds = tuple(dict.fromkeys((*settings.output.results, *results)))  # what the run wrote is not left out of date
+        output = replace(output, results=kinds, base64=base64 or settings.output.base64)
+        return _merge(record, settings, output), kinds
 
 
-def _merge(record: Mapping[str, Any], out: Path, output: OutputSettings) -> Counts:
+def _merge(record: Mapping[str, Any], settings: RunSettings, output: OutputSettings) -> Counts:
     """By the tables of the run where they are as they were, else by the manifest alone."""
-    settings = settings_of(record, out)
+    out, rules = settings.out, rules_of(record, settings.out)
     try:
-        refuse_stdin(settings)
-        with open_tables(settings) as tables, Manifest(out).index() as index:
-            if not tables.faults.keys() - set(record.get("unreadable_tables", ())):
-                return merge(tables.rows(rules_of(record, out)), index, tables.carried, out, output)
-            reason = "; ".join(tables.faults.values())
-    except UsageError as error:
+        refuse_unrepeatable(record, out)
+        tables = open_tables(settings)
+    except (UsageError, ServiceError) as error:
         reason = str(error)
+    else:
+        with tables:
+            new = [fault for name, fault in tables.faults.items() if name not in record.get("unreadable_tables", ())]
+            if not new:
+                with Manifest(out).index() as index:
+                    return merge(tables.rows(rules), index, tables.carried, out, output)
+        reason = "; ".join(new)
     log.warning("the tables of this run are not at hand, so all that the manifest holds is merged (%s)", reason)
     return merge_parts(Manifest(out), record.get("tables", ()), out, output)

@@ -32,8 +32,12 @@ def write_results(tables: Iterable[pa.Table], schema: pa.Schema, out: Path, outp
         for table in tables:
             for write in writers:
                 write(table)
+
+
+def remove_other_results(out: Path, output: OutputSettings) -> None:
+    """Remove what an earlier run wrote in formats that are not asked for any more: it is out of date now."""
     for kind in {"csv", "jsonl"} - set(output.results):
-        (out / f"results.{kind}").unlink(missing_ok=True)  # an earlier run's, which is out of date now
+        (out / f"results.{kind}").unlink(missing_ok=True)
 
 
 def _open(stack: ExitStack, out: Path, kind: str, schema: pa.Schema, as_base64: bool) -> _Write:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from batch_infer.jobs import out as outdir
-from batch_infer.jobs.job import refuse_stdin, settings_of
+from batch_infer.jobs.job import refuse_unrepeatable, settings_of
 from batch_infer.jobs.run import Progress, run
 from batch_infer.jobs.summary import Summary
-from batch_infer.planning import Committed, Item, LeavesAlone
+from batch_infer.planning import Committed, Item
+from batch_infer.records import ResultRow
 from batch_infer.settings import Retried, RunSettings
+
+log = logging.getLogger("batch_infer")
 
 
 def retry(
@@ -25,19 +30,44 @@ def retry(
     The tables are those of that run, or these. However often a row has failed, it is tried once more. Rows that have
     no result yet are left to `run`. Raises UsageError where OUT holds no run or its tables cannot be read.
     """
-    settings = settings_of(outdir.known_run(out), out, tables)
+    record = outdir.known_run(out)
+    settings = settings_of(record, out, tables)
     if not tables:
-        refuse_stdin(settings)
-    return run(settings, progress, stop, leaves_all_but(statuses, out)), settings
+        refuse_unrepeatable(record, out)
+    summary = run(settings, progress, stop, _Chosen(statuses, out))
+    before, now = (_total(found) for found in (record, outdir.known_run(out)))
+    if now < before:
+        log.warning(
+            "these tables have %d results to give and those of the run had %d: results.* lists these", now, before
+        )
+    return summary, settings
 
 
-def leaves_all_but(statuses: Collection[Retried], out: Path) -> LeavesAlone:
-    """Leaves alone what has none of these statuses."""
+def _total(record: Mapping[str, Any]) -> int:
+    """The results that a run was to give, 0 where it did not come to know."""
+    return int((record.get("survey") or {}).get("total", 0))
 
-    def leaves_alone(item: Item, found: Committed | None) -> bool:
-        if found is None:
+
+class _Chosen:
+    """Leaves alone all rows but those of which an image has one of these statuses.
+
+    Rows come in order, a row's images one after the other: those that a row did not have while it was invalid are
+    rendered with its first. A row that is invalid now is no work, and `run` tells of it.
+    """
+
+    def __init__(self, statuses: Collection[Retried], out: Path) -> None:
+        self._statuses, self._out = statuses, out
+        self._row: str | None = None
+
+    def __call__(self, item: Item, found: Committed | None) -> bool:
+        if isinstance(item, ResultRow):
             return True
-        gone = found.path is not None and "missing" in statuses and not (out / found.path).is_file()
-        return found.status not in statuses and not gone
-
-    return leaves_alone
+        if item.image_index == 0:
+            self._row = None
+        if found is None:
+            return self._row != item.id
+        gone = found.path is not None and "missing" in self._statuses and not (self._out / found.path).is_file()
+        chosen = found.status in self._statuses or gone
+        if chosen and found.status == "invalid":
+            self._row = item.id
+        return not chosen

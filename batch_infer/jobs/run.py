@@ -15,7 +15,8 @@ from batch_infer.errors import ModelError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.estimate import Size, learn
 from batch_infer.jobs.job import Job, find_model, open_tables, prepare, rooted
-from batch_infer.jobs.merge import Counts, merge
+from batch_infer.jobs.merge import Counts, merge, merge_parts
+from batch_infer.jobs.results import remove_other_results
 from batch_infer.jobs.summary import Summary, peak_memory
 from batch_infer.manifest import Index, Manifest
 from batch_infer.planning import LeavesAlone, chunks, is_done, pending
@@ -89,6 +90,7 @@ class _Run:
         self._record: Mapping[str, Any] = job.record
         self._summary = Summary()
         self._set_up = 0.0
+        self._committed = 0
 
     def go(self, started: float) -> Summary:
         settings = self._job.settings
@@ -102,16 +104,31 @@ class _Run:
                 with closing(self._progress):
                     self._progress.start(survey)
                     self._render(index)
-        with self._manifest.index() as index:
-            counts = merge(self._job.items(), index, self._job.tables.carried, self._out, settings.output)
+        counts = self._merge(survey)
+        remove_other_results(self._out, settings.output)
         self._sum_up(counts, time.monotonic() - started)
         outdir.write_run(self._out, {**self._record, "finished_at": now(), "summary": self._summary.as_dict()})
         return self._summary
+
+    def _merge(self, survey: Survey) -> Counts:
+        """By the tables, or by the manifest alone where the tables have changed under the run: no result is lost."""
+        tables, output = self._job.tables, self._job.settings.output
+        if changed := tables.changed():
+            log.warning(
+                "%s changed while the run went on, so all that the manifest holds is merged; run again to take it in",
+                ", ".join(changed),
+            )
+            counts = merge_parts(self._manifest, tables.files, self._out, output)
+            counts.left = max(0, survey.pending - self._committed)
+            return counts
+        with self._manifest.index() as index:
+            return merge(self._job.items(), index, tables.carried, self._out, output)
 
     def _survey(self, index: Index) -> Survey:
         """Count what there is to do, and commit the invalid rows: they wait for no device."""
         survey = Survey()
         invalid: list[ResultRow] = []
+        obsolete: list[str] = []
         fresh = 0
         for item in self._job.items():
             survey.total += 1
@@ -126,28 +143,29 @@ class _Run:
                     survey.pending += 1
                 continue
             survey.invalid += 1
-            if not is_done(item, found):
+            if not self._leaves_alone(item, found):
                 fresh += 1
                 level = logging.WARNING if fresh <= INVALID_SHOWN else logging.DEBUG
                 log.log(level, "%s, row %d (%s): %s", item.source_file, item.source_row, item.id, item.error)
                 invalid.append(replace(item, attempt=found.attempt + 1 if found else 1, worker="table"))
+                obsolete += [found.path] if found and found.path else []
                 if len(invalid) == INVALID_BATCH:
-                    self._commit_invalid(index, invalid)
-        self._commit_invalid(index, invalid)
+                    self._commit_invalid(invalid, obsolete)
+        self._commit_invalid(invalid, obsolete)
         if survey.invalid > min(fresh, INVALID_SHOWN):
-            log.warning("%d invalid rows in all; results.parquet names each with its error", survey.invalid)
+            log.warning("invalid in all: %d; results.parquet names each with its error", survey.invalid)
         return survey
 
-    def _commit_invalid(self, index: Index, rows: list[ResultRow]) -> None:
+    def _commit_invalid(self, rows: list[ResultRow], obsolete: list[str]) -> None:
         """Commit invalid rows, and let go of the images that they had while they were valid."""
         if not rows:
             return
         self._manifest.commit(rows, self._job.tables.carried)
         sink = FolderSink(self._out)
-        for row in rows:
-            for path in index.paths(row.id):
-                sink.remove(path)
+        for path in obsolete:
+            sink.remove(path)
         rows.clear()
+        obsolete.clear()
 
     def _render(self, index: Index) -> None:
         from batch_infer.engines import local
@@ -155,6 +173,7 @@ class _Run:
         lengths: Counter[Size] = Counter()
 
         def committed(rows: Sequence[ResultRow]) -> None:
+            self._committed += len(rows)
             self._summary.rendered += sum(row.status in ("ok", "flagged") for row in rows)
             for row in rows:
                 lengths[row.height or 0, row.width or 0] += row.image_bytes or 0

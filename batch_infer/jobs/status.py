@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from batch_infer.jobs import out as outdir
+from batch_infer.jobs.job import known_form
 from batch_infer.manifest import Manifest
-from batch_infer.records import now
+from batch_infer.records import Status, now
 
-STATUSES = ("ok", "flagged", "blocked", "invalid", "failed")
+STATUSES = get_args(Status)
 
 
 @dataclass(slots=True)
@@ -39,6 +40,11 @@ class Standing:
 def status(out: Path) -> Standing:
     """Look at OUT, without holding it. Raises UsageError where it holds no run."""
     record = outdir.known_run(out)
+    with known_form(record, out):
+        return _look(record, out)
+
+
+def _look(record: Mapping[str, Any], out: Path) -> Standing:
     holder = outdir.holder(out)
     summary, survey = record.get("summary"), record.get("survey")
     standing = Standing("running" if holder else "stopped", holder, record["started_at"])

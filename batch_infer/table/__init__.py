@@ -3,5 +3,6 @@
 from batch_infer.table.layout import common_type
 from batch_infer.table.rows import RowRules
 from batch_infer.table.tables import Tables
+from batch_infer.table.urls import shown
 
-__all__ = ["RowRules", "Tables", "common_type"]
+__all__ = ["RowRules", "Tables", "common_type", "shown"]

@@ -36,7 +36,7 @@ class Delimited:
         number = 0
         try:
             with open_text(self.file, newline="") as stream:
-                lines = Lines(stream)
+                lines = _Lines(stream)
                 reader = csv.reader(lines, strict=True, delimiter=self.mark)
                 _header(reader)
                 while True:
@@ -47,7 +47,7 @@ class Delimited:
                     except StopIteration:
                         return
                     except (csv.Error, RowError) as error:
-                        if isinstance(error, csv.Error):
+                        if isinstance(error, csv.Error) and (len(self.header) > 1 or _ran_on(error)):
                             lines.give_back(self._rows_within(lines.taken))
                         yield RawRow(number, {}, _fault(starts, lines.number, error))
                         number += 1
@@ -62,6 +62,7 @@ class Delimited:
         """How many lines of a row that cannot be read are none of its own.
 
         A quote that is left open swallows the rows below it. The first line that is a whole row by itself ends it.
+        (Of one column every line is a row; it is asked only where the quote was never closed.)
         """
         for place, line in enumerate(broken[1:], 1):
             if line.count('"') % 2 == 0:
@@ -80,6 +81,31 @@ class Delimited:
             )
         # A short row has left its last cells out; strict=False also covers the overlong one, which is refused.
         return RawRow(number, dict(zip(self.header, cells, strict=False)), error)
+
+
+class _Lines(Lines):
+    """Lines of which the last ones can come again; `taken` are those since `mark`."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._returned: list[str] = []
+        self.taken: list[str] = []
+
+    def __next__(self) -> str:
+        if self._returned:
+            line = self._returned.pop()
+            self.number += 1
+        else:
+            line = super().__next__()
+        self.taken.append(line)
+        return line
+
+    def mark(self) -> None:
+        self.taken.clear()
+
+    def give_back(self, count: int) -> None:
+        self._returned += reversed(self.taken[len(self.taken) - count :])
+        self.number -= count
 
 
 def open_delimited(file: TableFile, prompt: str) -> Delimited:
@@ -133,6 +159,11 @@ def _named(file: TableFile, header: list[str]) -> tuple[str, ...]:
 
 def _header(reader: Any) -> list[str]:
     return next((cells for cells in reader if cells), [])
+
+
+def _ran_on(error: csv.Error) -> bool:
+    """Whether a quote was never closed: the file ended, or the cell grew too long, before another came."""
+    return str(error).startswith(("unexpected end of data", "field larger than"))
 
 
 def _fault(first: int, last: int, error: Exception) -> str:

@@ -79,7 +79,7 @@ def unknown_ending(name: str) -> str:
 
 def holds_no_table(argument: str) -> str:
     what = "glob matches" if has_magic(argument) else "folder holds"
-    return f"{argument}: the {what} no table ({ENDINGS})"
+    return f"{argument}: the {what} no table ({ENDINGS}; names that begin with . or _ are left out)"
 
 
 def is_table(relative: str, holds_run: Callable[[str], bool]) -> bool:

@@ -57,7 +57,7 @@ def _expand(argument: str, folder: Path, scratch: Scratch) -> list[TableFile]:
     try:
         if argument == STDIN:
             return [spool(scratch)]
-        if protocol_of(argument):
+        if protocol_of(argument) and not (folder / argument).exists():
             from batch_infer.table.remote import fetch  # a local table does not pay for the import of fsspec
 
             return fetch(argument, scratch)

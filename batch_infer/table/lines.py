@@ -80,7 +80,7 @@ def _object(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text.rstrip())
     except json.JSONDecodeError as error:
-        raise RowError(f"is not JSON: {error.msg} at character {error.pos + 1}") from error
+        raise RowError(f"is not JSON: {error.msg.removesuffix(' at')}, character {error.pos + 1}") from error
     except ValueError as error:  # a number of thousands of digits
         raise RowError("is not JSON that can be read: a number in it is too long") from error
     except RecursionError as error:

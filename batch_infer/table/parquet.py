@@ -18,6 +18,8 @@ BATCH = 1024
 BUFFER = 1 << 20
 """Bytes of a column that are read at a time: without it pyarrow takes in a row group's whole column chunks."""
 
+READ_ERRORS = (OSError, pa.ArrowException, UnicodeError)
+
 
 @dataclass(frozen=True, slots=True)
 class Parquet:
@@ -25,14 +27,16 @@ class Parquet:
     schema: pa.Schema
 
     def rows(self) -> Iterator[RawRow]:
-        number = 0
+        """A row group that is damaged costs what it holds from there on, and the next one is read."""
+        first = 0
         try:
             with pq.ParquetFile(self.path, buffer_size=BUFFER, pre_buffer=False) as parquet:
-                for batch in parquet.iter_batches(batch_size=BATCH):
-                    yield from _batch(batch, number)
-                    number += len(batch)
-        except (OSError, pa.ArrowException, UnicodeError) as error:
-            yield broken(number, error)
+                for group in range(parquet.num_row_groups):
+                    end = first + parquet.metadata.row_group(group).num_rows
+                    yield from _group(parquet, group, first, end)
+                    first = end
+        except READ_ERRORS as error:
+            yield broken(first, error)
 
 
 def open_parquet(file: TableFile, scratch: Scratch) -> Parquet:
@@ -40,6 +44,15 @@ def open_parquet(file: TableFile, scratch: Scratch) -> Parquet:
     # Absolute: Arrow takes a relative path with a colon in it for a URI.
     path = unpack(file, scratch.place()) if file.packing else file.path.absolute()
     return Parquet(path, pq.read_schema(path))
+
+
+def _group(parquet: pq.ParquetFile, group: int, number: int, end: int) -> Iterator[RawRow]:
+    try:
+        for batch in parquet.iter_batches(batch_size=BATCH, row_groups=[group]):
+            yield from _batch(batch, number)
+            number += len(batch)
+    except READ_ERRORS as error:
+        yield RawRow(number, {}, f"rows {number} to {end - 1} cannot be read: {reason(error)}")
 
 
 def _batch(batch: pa.RecordBatch, number: int) -> Iterator[RawRow]:

@@ -60,7 +60,7 @@ class Scanner:
             try:
                 found, end = self._decode(self._text, self._at)
             except json.JSONDecodeError as error:
-                fault = f"it is no JSON: {error.msg}"
+                fault = f"it is no JSON: {error.msg.removesuffix(' at')}"
             except ValueError as error:
                 raise BrokenDocument("a number in it is too long") from error
             except RecursionError as error:

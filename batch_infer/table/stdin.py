@@ -11,7 +11,7 @@ from io import BufferedReader
 from batch_infer.errors import TableError
 from batch_infer.table.endings import TableFile
 from batch_infer.table.scratch import Scratch
-from batch_infer.table.streams import BUFFER, LONGEST, MAGIC, open_unpacked, reason
+from batch_infer.table.streams import BUFFER, LONGEST, MAGIC, UTF_8_MARK, open_unpacked, reason
 
 NAME = "stdin"
 
@@ -39,27 +39,30 @@ def _sniffed(file: TableFile) -> TableFile:
     try:
         with open_unpacked(file) as unpacked:
             start = unpacked.peek(4)[:4]
-            unpacked.read(3 if start.startswith(b"\xef\xbb\xbf") else 0)
-            return replace(file, format=".parquet" if start == b"PAR1" else _text_format(_first_line(unpacked)))
+            unpacked.read(len(UTF_8_MARK) if start.startswith(UTF_8_MARK) else 0)
+            if start == b"PAR1":
+                return replace(file, format=".parquet")
+            return replace(file, format=_text_format(_next_line(unpacked), _next_line(unpacked)))
     except OSError:  # packed, and damaged at once: reading it as a table says so
         return replace(file, format=".csv")
 
 
-def _first_line(stream: BufferedReader) -> bytes:
+def _next_line(stream: BufferedReader) -> bytes:
     while line := stream.readline(LONGEST):
         if text := line.strip():
             return text
     return b""
 
 
-def _text_format(line: bytes) -> str:
+def _text_format(line: bytes, second: bytes) -> str:
+    """The format of a text by its first two lines that are not blank."""
     if line.startswith(b"["):
         return ".json"
     if not line.startswith(b"{"):
         return ".csv"
     try:
         found = json.loads(line)
-    except (ValueError, RecursionError):
-        return ".json"
+    except (ValueError, RecursionError):  # an object goes on with a key, and lines of objects with another object
+        return ".jsonl" if second.startswith(b"{") else ".json"
     payload = "input_data" in found or ("columns" in found and "data" in found)
     return ".json" if payload else ".jsonl"

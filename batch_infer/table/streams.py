@@ -105,38 +105,26 @@ def unpack(file: TableFile, place: Path) -> Path:
 class Lines:
     """The lines of a text, with their ends. A line that is too long raises RowError, and the next one follows it.
 
-    `number` is that of the last line, from 1; `taken` has the lines since `mark`.
+    `number` is that of the last line, from 1.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._readline = stream.readline
-        self._returned: list[str] = []
-        self.taken: list[str] = []
         self.number = 0
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        line = self._returned.pop() if self._returned else self._readline(LONGEST)
+        line = self._readline(LONGEST)
         if not line:
             raise StopIteration
         self.number += 1
-        self.taken.append(line)
         if len(line) < LONGEST or line[-1] in "\r\n":
             return line
-        self.taken.pop()
         while line and line[-1] not in "\r\n":
             line = self._readline(LONGEST)
         raise RowError(f"is longer than {LONGEST} characters")
-
-    def mark(self) -> None:
-        self.taken.clear()
-
-    def give_back(self, count: int) -> None:
-        """Have the last lines that were taken come again."""
-        self._returned += reversed(self.taken[len(self.taken) - count :])
-        self.number -= count
 
 
 def reason(error: Exception) -> str:

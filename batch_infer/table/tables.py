@@ -70,6 +70,7 @@ class Tables:
             self._files = [self._open(file, settings.columns, reserved) for file in found]
             self._refuse_the_unreadable()
             undo.pop_all()
+        self._stamps = {path: _stamp(path) for path in self.local}
         self.carried = common_schema((opened.layout, opened.reader.schema) for opened in self._readable())
 
     def __enter__(self) -> Tables:
@@ -100,6 +101,10 @@ class Tables:
         files = (opened.file for opened in self._files)
         return [file.path.absolute() for file in files if file.origin == "file" and file.fault is None]
 
+    def changed(self) -> list[str]:
+        """The user's own files that are not what they were when they were opened."""
+        return [str(path) for path, before in self._stamps.items() if _stamp(path) != before]
+
     def rows(self, rules: RowRules) -> Iterator[PromptRequest | ResultRow]:
         """Every row, in input order, as its requests or as its invalid result."""
         with closing(Ids(distinct=self._has_distinct_ids())) as ids:
@@ -125,10 +130,10 @@ class Tables:
         readable = self._readable()
         if not readable:
             raise TableError("\n".join(self.faults.values()))
-        meeting = stems_that_meet(opened.file for opened in self._files)
+        meeting = stems_that_meet(opened.file for opened in readable)
         for opened in readable:
             if opened.file.stem in meeting and "id" not in opened.layout.fields:
-                twins = [other.file.name for other in self._files if other.file.stem == opened.file.stem]
+                twins = [other.file.name for other in readable if other.file.stem == opened.file.stem]
                 raise TableError(
                     f"{' and '.join(twins)} would give their rows the same ids ({opened.file.default_id(0)}, ...): "
                     "rename one, name the folder that holds them, or add an id column"
@@ -150,6 +155,15 @@ class Tables:
             fields = opened.layout.fields
             for raw in opened.reader.rows():
                 yield _row(opened.file, fields, carried, raw, ids)
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Size and time of a file, None where it is gone."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
 
 
 def _row(
