@@ -11,12 +11,12 @@ from typing import Any
 
 from batch_infer.errors import ModelError, first_line
 
-COUNTED_AT_ONCE = 256
+COUNTED_AT_ONCE = 1024
 COUNTS_AHEAD = 8
 
 
 class TokenCounter:
-    """Counts with a tokenizer of transformers' that frames a text with a start and an end."""
+    """Counts with a fast tokenizer of transformers' that frames a text with a start and an end."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -25,7 +25,11 @@ class TokenCounter:
 
     def count(self, texts: Sequence[str]) -> list[int]:
         """The texts' own tokens, without start, end and padding."""
-        return [len(ids) for ids in self._tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids]
+        # Asked directly: half as long again goes by until transformers has packed up what is only counted here.
+        backend = self._tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        return [len(found) for found in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def is_short(self, text: str) -> bool:
         """Whether a text is seen whole, told without counting: in ASCII no token is shorter than a character."""
