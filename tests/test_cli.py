@@ -16,8 +16,8 @@ from batch_infer.cli.progress import Bar, Lines, Silent, make_progress, set_up_l
 from batch_infer.cli.report import report
 from batch_infer.cli.signals import stop_on_signals
 from batch_infer.jobs.merge import Counts
-from batch_infer.jobs.run import Survey
 from batch_infer.jobs.summary import Summary
+from batch_infer.jobs.survey import Survey
 from batch_infer.records import ResultRow, now
 from tests import runs
 

@@ -30,11 +30,11 @@ from batch_infer.settings import ResultsFormat
 def merge(
     out: Path, results: tuple[ResultsFormat, ...], base64: bool, as_json: bool, quiet: bool, verbose: bool
 ) -> int:
-    """Write OUT/results.* from the parts of OUT's manifest, in input order.
+    """Write OUT/results.* from OUT's manifest.
 
-    `run` does this at its end. It is left to you after a run that was killed, and where workers on a cluster have
+    The results stand in input order. `run` does this at its end. It is left to you after a run that was killed, and where workers on a cluster have
     committed parts. The tables that run.json names decide which rows there are; where they are not at hand, all
-    that the manifest holds is merged. Without --results the formats are those of the run.
+    that the manifest holds is merged. The formats are those of the run, and those of --results.
 
     Exit codes: 0; 2 if OUT holds no run; 75 while a run holds OUT.
     """

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from batch_infer.jobs.run import Survey
+    from batch_infer.jobs.survey import Survey
     from batch_infer.records import ResultRow
 
 LINE_EVERY = 10.0

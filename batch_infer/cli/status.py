@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 @out_argument
 @json_option
 def status(out: Path, as_json: bool) -> int:
-    """Say what is done, flagged, blocked, failed and left in OUT, also while a run is going on.
+    """Say how far the run in OUT is, or how far it came.
 
-    Counted are results: a row has one for each image. What a run that was killed has committed counts as done.
+    Says what is done, flagged, blocked, failed and left, also while the run is going on. Counted are results: a row has one for each image. What a run that was killed has committed counts as done.
 
     Exit codes: 0; 2 if OUT holds no run.
     """

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,18 +18,14 @@ from batch_infer.jobs.job import Job, find_model, open_tables, prepare, rooted
 from batch_infer.jobs.merge import Counts, merge, merge_parts
 from batch_infer.jobs.results import remove_other_results
 from batch_infer.jobs.summary import Summary, peak_memory
+from batch_infer.jobs.survey import Survey, look_through
 from batch_infer.manifest import Index, Manifest
 from batch_infer.planning import LeavesAlone, chunks, is_done, pending
-from batch_infer.records import PromptRequest, ResultRow, now
+from batch_infer.records import ResultRow, now
 from batch_infer.settings import RunSettings
-from batch_infer.sinks import FolderSink
 
 if TYPE_CHECKING:
     from batch_infer.worker import WorkerSettings
-
-INVALID_BATCH = 1024
-INVALID_SHOWN = 20
-"""Invalid rows that are logged; the results name them all."""
 
 log = logging.getLogger("batch_infer")
 
@@ -40,21 +36,6 @@ class Progress(Protocol):
     def start(self, survey: Survey) -> None: ...
     def committed(self, rows: Sequence[ResultRow]) -> None: ...
     def close(self) -> None: ...
-
-
-@dataclass(slots=True)
-class Survey:
-    """What a walk over the tables found before anything is rendered, in results (a row has one for each image).
-
-    `done` results are left as they are, and `standing` counts them by status; under `left` stand those that have no
-    result and are not to be rendered now either, since `retry` leaves them to `run`.
-    """
-
-    total: int = 0
-    done: int = 0
-    invalid: int = 0
-    pending: int = 0
-    standing: dict[str, int] = field(default_factory=dict)
 
 
 def run(
@@ -97,7 +78,7 @@ class _Run:
         outdir.write_run(self._out, self._record)
         self._set_up = time.monotonic() - started
         with self._manifest.index() as index:
-            survey = self._survey(index)
+            survey = look_through(self._job, index, self._leaves_alone)
             self._record = {**self._record, "survey": {**asdict(survey), "finished_at": now()}}
             outdir.write_run(self._out, self._record)
             if survey.pending and not self._stop():
@@ -123,49 +104,6 @@ class _Run:
             return counts
         with self._manifest.index() as index:
             return merge(self._job.items(), index, tables.carried, self._out, output)
-
-    def _survey(self, index: Index) -> Survey:
-        """Count what there is to do, and commit the invalid rows: they wait for no device."""
-        survey = Survey()
-        invalid: list[ResultRow] = []
-        obsolete: list[str] = []
-        fresh = 0
-        for item in self._job.items():
-            survey.total += 1
-            found = index.find(item.key)
-            if isinstance(item, PromptRequest):
-                if self._leaves_alone(item, found):
-                    survey.done += 1
-                    known = found is not None and found.fingerprint == item.fingerprint
-                    status = found.status if found and known else "left"
-                    survey.standing[status] = survey.standing.get(status, 0) + 1
-                else:
-                    survey.pending += 1
-                continue
-            survey.invalid += 1
-            if not self._leaves_alone(item, found):
-                fresh += 1
-                level = logging.WARNING if fresh <= INVALID_SHOWN else logging.DEBUG
-                log.log(level, "%s, row %d (%s): %s", item.source_file, item.source_row, item.id, item.error)
-                invalid.append(replace(item, attempt=found.attempt + 1 if found else 1, worker="table"))
-                obsolete += [found.path] if found and found.path else []
-                if len(invalid) == INVALID_BATCH:
-                    self._commit_invalid(invalid, obsolete)
-        self._commit_invalid(invalid, obsolete)
-        if survey.invalid > min(fresh, INVALID_SHOWN):
-            log.warning("invalid in all: %d; results.parquet names each with its error", survey.invalid)
-        return survey
-
-    def _commit_invalid(self, rows: list[ResultRow], obsolete: list[str]) -> None:
-        """Commit invalid rows, and let go of the images that they had while they were valid."""
-        if not rows:
-            return
-        self._manifest.commit(rows, self._job.tables.carried)
-        sink = FolderSink(self._out)
-        for path in obsolete:
-            sink.remove(path)
-        rows.clear()
-        obsolete.clear()
 
     def _render(self, index: Index) -> None:
         from batch_infer.engines import local

@@ -1,0 +1,90 @@
+"""The survey: a walk over the tables before anything is rendered, which settles the rows that are invalid."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field, replace
+
+from batch_infer.jobs.job import Job
+from batch_infer.manifest import Index, Manifest
+from batch_infer.planning import Committed, Item, LeavesAlone
+from batch_infer.records import ResultRow
+from batch_infer.sinks import FolderSink
+
+INVALID_BATCH = 1024
+INVALID_SHOWN = 20
+"""Invalid rows that are logged; the results name them all."""
+
+log = logging.getLogger("batch_infer")
+
+
+@dataclass(slots=True)
+class Survey:
+    """What a walk over the tables found before anything is rendered, in results (a row has one for each image).
+
+    `done` results are left as they are, and `standing` counts them by status; under `left` stand those that have no
+    result and are not to be rendered now either, since `retry` leaves them to `run`.
+    """
+
+    total: int = 0
+    done: int = 0
+    invalid: int = 0
+    pending: int = 0
+    standing: dict[str, int] = field(default_factory=dict)
+
+    def add(self, item: Item, found: Committed | None, *, left_alone: bool) -> None:
+        self.total += 1
+        if isinstance(item, ResultRow):
+            self.invalid += 1
+        elif left_alone:
+            self.done += 1
+            known = found is not None and found.fingerprint == item.fingerprint
+            status = found.status if found and known else "left"
+            self.standing[status] = self.standing.get(status, 0) + 1
+        else:
+            self.pending += 1
+
+
+def look_through(job: Job, index: Index, leaves_alone: LeavesAlone) -> Survey:
+    """Count what there is to do, and commit the invalid rows: they wait for no device. Raises StorageError."""
+    survey = Survey()
+    invalid = _Invalid(job)
+    for item in job.items():
+        found = index.find(item.key)
+        left_alone = leaves_alone(item, found)
+        survey.add(item, found, left_alone=left_alone)
+        if isinstance(item, ResultRow) and not left_alone:
+            invalid.add(item, found)
+    invalid.commit()
+    if survey.invalid > min(invalid.count, INVALID_SHOWN):
+        log.warning("invalid in all: %d; results.parquet names each with its error", survey.invalid)
+    return survey
+
+
+class _Invalid:
+    """Invalid rows on their way to the manifest, and the images that they had while they were valid."""
+
+    def __init__(self, job: Job) -> None:
+        self.count = 0
+        self._job = job
+        self._rows: list[ResultRow] = []
+        self._obsolete: list[str] = []
+
+    def add(self, row: ResultRow, found: Committed | None) -> None:
+        self.count += 1
+        level = logging.WARNING if self.count <= INVALID_SHOWN else logging.DEBUG
+        log.log(level, "%s, row %d (%s): %s", row.source_file, row.source_row, row.id, row.error)
+        self._rows.append(replace(row, attempt=found.attempt + 1 if found else 1, worker="table"))
+        if found and found.path:
+            self._obsolete.append(found.path)
+        if len(self._rows) == INVALID_BATCH:
+            self.commit()
+
+    def commit(self) -> None:
+        if self._rows:
+            Manifest(self._job.settings.out).commit(self._rows, self._job.tables.carried)
+        sink = FolderSink(self._job.settings.out)
+        for path in self._obsolete:
+            sink.remove(path)
+        self._rows.clear()
+        self._obsolete.clear()
