@@ -7,6 +7,9 @@ import os
 # Before torch and transformers are imported, and for the processes that tests start: threads that spin slow each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Advice for their programmers, which would otherwise stand below pytest's last line.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 from collections.abc import Iterator
 from pathlib import Path
