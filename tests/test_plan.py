@@ -12,7 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from batch_infer.engines import probe
+from batch_infer.errors import SettingsError
+from batch_infer.models import read_card
+from batch_infer.settings import Compute, ModelSettings, SafetySettings
 from tests.runs import QUICK, command, results, run, run_json, wait_for
 from tests.tables import write_csv
 
@@ -190,6 +195,18 @@ def test_the_memory_of_a_plan_does_not_grow_with_the_table(tmp_path: Path, few: 
         assert (planned["rows"], planned["invalid"]) == (count, 0)
         peaks.append(peak)
     assert peaks[1] - peaks[0] < mib * 1024
+
+
+def test_a_device_that_is_too_small_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a run tells it; torch's own error would have torch imported by whoever asked."""
+
+    def too_small(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory\nand more")
+
+    monkeypatch.setattr(probe, "_measure", too_small)
+    compute = Compute("cpu", "float32", slots=8, decode_batch=4, threads=1)
+    with pytest.raises(SettingsError, match=r"does not hold 8 slots at this size: .* \(CUDA out of memory\)"):
+        probe._rates(read_card(ModelSettings()), compute, SafetySettings(), "png", (64, 64))
 
 
 def test_many_sizes_are_told_from_the_few_that_are_measured(tmp_path: Path, out: Path) -> None:

@@ -32,9 +32,10 @@ def merge(
 ) -> int:
     """Write OUT/results.* from OUT's manifest.
 
-    The results stand in input order. `run` does this at its end. It is left to you after a run that was killed, and where workers on a cluster have
-    committed parts. The tables that run.json names decide which rows there are; where they are not at hand, all
-    that the manifest holds is merged. The formats are those of the run, and those of --results.
+    The results stand in input order. `run` does this at its end; it is left to you after a run that was killed, and
+    where workers on a cluster have committed parts. The tables that run.json names decide which rows there are; where
+    they are not at hand, all that the manifest holds is merged. The formats are those of the run, and those of
+    --results.
 
     Exit codes: 0; 2 if OUT holds no run; 75 while a run holds OUT.
     """

@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 def plan(as_json: bool, quiet: bool, verbose: bool, **options: Any) -> int:
     """Say what `run` would do, and render nothing.
 
-    The options are those of `run`. Every row is validated, and each faulty one named with its reason. Then come the sizes, the row-forwards (rows of
-    UNet calls, of which a row with guidance takes two a step), the time, the disk and, with --price-per-hour, the cost.
-    What OUT holds already is not counted again. The time is told from a short calibration, which is remembered.
+    The options are those of `run`. Every row is validated, and each faulty one named with its reason. Then come the
+    sizes, the row-forwards (rows of UNet calls, of which a row with guidance takes two a step), the time, the disk
+    and, with --price-per-hour, the cost. What OUT holds already is not counted again. The time is told from a short
+    calibration, or from the last run, which are remembered.
 
     Exit codes: as `run` would have; 3 if more rows are invalid than --max-failed.
     """

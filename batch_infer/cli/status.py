@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 def status(out: Path, as_json: bool) -> int:
     """Say how far the run in OUT is, or how far it came.
 
-    Says what is done, flagged, blocked, failed and left, also while the run is going on. Counted are results: a row has one for each image. What a run that was killed has committed counts as done.
+    Says what is done, flagged, blocked, failed and left, also while the run is going on. Counted are results: a row
+    has one for each image. What a run that was killed has committed counts as done.
 
     Exit codes: 0; 2 if OUT holds no run.
     """

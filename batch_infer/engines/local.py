@@ -39,8 +39,13 @@ def render(
     try:
         worker.work(chain.from_iterable(chunk.requests for chunk in chunks), committed)
     except torch.OutOfMemoryError as error:
-        raise SettingsError(
-            f"the device's memory does not hold {settings.compute.slots} slots at this size: use fewer --slots, "
-            f"smaller images or another --dtype, and run again ({first_line(error)})"
-        ) from error
+        raise memory_fault(settings.compute.slots, error) from error
     return worker.stages
+
+
+def memory_fault(slots: int, error: torch.OutOfMemoryError) -> SettingsError:
+    """What to do about a device that is too small."""
+    return SettingsError(
+        f"the device's memory does not hold {slots} slots at this size: use fewer --slots, smaller images or another "
+        f"--dtype, and run again ({first_line(error)})"
+    )

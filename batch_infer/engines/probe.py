@@ -46,7 +46,7 @@ class Probe:
     def __init__(self) -> None:
         self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_live_with_the_parent)
         self._others = set(active_children())
-        self._evaluations: dict[int, int | RowError] = {}
+        self._evaluations: dict[int, int | str] = {}
         self.waited = 0.0
         """Seconds spent waiting for answers."""
         self._set_up: float | None = None
@@ -57,14 +57,11 @@ class Probe:
 
     def evaluations(self, card: ModelCard, steps: int) -> int:
         """How often a row of so many steps asks the model. Raises RowError where the scheduler refuses them."""
-        if steps not in self._evaluations:
-            try:
-                self._evaluations[steps] = self._ask(_evaluations, card, steps)
-            except RowError as error:
-                self._evaluations[steps] = error
-        found = self._evaluations[steps]
-        if isinstance(found, RowError):
-            raise found.with_traceback(None)
+        found = self._evaluations.get(steps)
+        if found is None:
+            found = self._evaluations[steps] = self._ask(_evaluations, card, steps)
+        if isinstance(found, str):
+            raise RowError(found)
         return found
 
     def rates(
@@ -125,8 +122,12 @@ def _find_device(asked: str) -> str:
     return find_device(asked)
 
 
-def _evaluations(card: ModelCard, steps: int) -> int:
-    return _solver(card).table(steps).evaluations
+def _evaluations(card: ModelCard, steps: int) -> int | str:
+    """Or why not: the scheduler's own error would have torch imported where it arrives."""
+    try:
+        return _solver(card).table(steps).evaluations
+    except RowError as error:
+        return str(error)
 
 
 @cache
@@ -148,30 +149,37 @@ def _chain(card: ModelCard, compute: Compute, safety: SafetySettings) -> tuple[C
 def _rates(
     card: ModelCard, compute: Compute, safety: SafetySettings, image_format: ImageFormat, size: tuple[int, int]
 ) -> Rates:
+    from torch import OutOfMemoryError
+
+    from batch_infer.engines.local import memory_fault
+
+    try:
+        return _measure(card, compute, safety, image_format, size)
+    except OutOfMemoryError as error:
+        raise memory_fault(compute.slots, error) from None
+
+
+def _measure(
+    card: ModelCard, compute: Compute, safety: SafetySettings, image_format: ImageFormat, size: tuple[int, int]
+) -> Rates:
     """Time full slots at few steps and at many: the difference is the steps', the rest the images'."""
     chain, start = _chain(card, compute, safety)
-    few = next(steps for steps in FEW_STEPS if _takes(card, steps))
+    table = _solver(card).table
+    few = next(steps for steps in FEW_STEPS if isinstance(_evaluations(card, steps), int))
     _render(chain, compute, size, few)  # the first call of a shape sets things up
     short = min(_render(chain, compute, size, few)[0] for _ in range(REPEATS))
     many = next(
         steps
         for steps in range(few + max(2, min(MOST_STEPS, round(LONG_SECONDS / short))), 1001)
-        if _takes(card, steps)
+        if isinstance(_evaluations(card, steps), int)
     )
     long, images = min((_render(chain, compute, size, many) for _ in range(REPEATS)), key=lambda timed: timed[0])
-    tick = max(0.0, long - short) / (_evaluations(card, many) - _evaluations(card, few))
-    image = max(0.0, short - tick * _evaluations(card, few)) / len(images)
+    tick = max(0.0, long - short) / (table(many).evaluations - table(few).evaluations)
+    image = max(0.0, short - tick * table(few).evaluations) / (compute.slots // 2)
     storing, stored = _store(images, image_format)
     if compute.device == "cpu":  # it is done beside the rendering, but by the same cores
         image += storing / compute.threads
     return Rates(start, tick, image, stored, now())
-
-
-def _takes(card: ModelCard, steps: int) -> bool:
-    try:
-        return _evaluations(card, steps) > 0
-    except RowError:
-        return False
 
 
 def _render(chain: Chain, compute: Compute, size: tuple[int, int], steps: int) -> tuple[float, list[np.ndarray]]:
@@ -188,6 +196,8 @@ def _store(pixels: list[np.ndarray], image_format: ImageFormat) -> tuple[float, 
     """The seconds that compressing an image takes, and its length in bytes."""
     from batch_infer.images import encode
 
+    if not pixels:  # none that is finite: the run will say so, row by row
+        return 0.0, 0.0
     started = time.perf_counter()
     lengths = [len(encode(image, image_format, "")) for image in pixels]
     return (time.perf_counter() - started) / len(pixels), sum(lengths) / len(pixels)
