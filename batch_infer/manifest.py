@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -139,6 +139,8 @@ class Index:
         self._database.execute("CREATE TABLE failures (id TEXT, image_index INTEGER, fingerprint TEXT)")
         self._database.execute("CREATE INDEX failed ON failures (id, image_index, fingerprint)")
         self._parts = {part.name: part for part in parts}
+        self.times: list[datetime] = []
+        """Where `since` was asked for: when the first image was begun, and the last one finished."""
         self._read_whole = lru_cache(maxsize=64)(_read_part)
         for part in self._parts.values():
             self._add(part, since)
@@ -154,9 +156,10 @@ class Index:
             "source_file",
             "source_row",
         ]
-        table = _read_part(part, [*names, "finished_at"])
+        table = _read_part(part, [*names, "finished_at", "seconds"])
         if since is not None:
             table = table.filter(pc.field("finished_at") >= since)
+            self._note_times(table)
         columns = table.to_pydict()
         rows = list(zip(*(columns[name] for name in names), strict=True))
         failed = [(name, k, fingerprint) for name, k, status, fingerprint, *_ in rows if status == "failed"]
@@ -169,6 +172,13 @@ class Index:
             " part = excluded.part, row = excluded.row WHERE excluded.attempt >= attempt",
             ((*row, part.name, number) for number, row in enumerate(rows)),
         )
+
+    def _note_times(self, table: pa.Table) -> None:
+        ends = table["finished_at"].to_pylist()
+        begins = [
+            end - timedelta(seconds=took or 0) for end, took in zip(ends, table["seconds"].to_pylist(), strict=True)
+        ]
+        self.times = [min(begins + self.times), max(ends + self.times)] if ends else self.times
 
     def find(self, key: tuple[str, int]) -> Committed | None:
         """The image of this (id, image_index) whose attempt is the highest."""

@@ -12,7 +12,7 @@ from typing import Any, get_args
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.job import known_form
 from batch_infer.manifest import Manifest
-from batch_infer.records import Status, now
+from batch_infer.records import Status
 
 STATUSES = get_args(Status)
 
@@ -64,12 +64,13 @@ def _count(standing: Standing, survey: Mapping[str, Any], manifest: Manifest) ->
     """What the run found when it looked through the tables, and what it has committed since."""
     since = datetime.fromisoformat(survey["finished_at"])
     with manifest.index(since=since) as index:
-        rendered = index.statuses()
+        rendered, times = index.statuses(), index.times
     before = Counter(survey["standing"])
     found = rendered + before
     standing.counts = {name: found[name] for name in STATUSES}
     standing.counts["invalid"] += survey["invalid"]
     standing.left = max(0, survey["pending"] - rendered.total()) + before["left"]
-    if standing.holder and rendered:
-        rate = rendered.total() / (now() - since).total_seconds()
+    took = (max(times) - min(times)).total_seconds() if times else 0.0
+    if standing.holder and took:
+        rate = rendered.total() / took
         standing.images_per_second, standing.seconds_left = round(rate, 3), round(standing.left / rate)
