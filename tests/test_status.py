@@ -54,13 +54,15 @@ def test_a_run_that_goes_on_and_is_killed(table: Path, out: Path) -> None:
     before = len(list((out / "manifest").glob("part-*")))
     with start(table, out, *STEPS) as process:
         assert wait_for(process, lambda: len(list((out / "manifest").glob("part-*"))) > before)
+        early = status(out)
+        assert wait_for(process, lambda: status(out)["images_per_second"] is not None)
         running = status(out)
         read = command("status", out).stdout
         process.kill()
         process.communicate()
     assert running["state"] == "running"
     assert f"process {process.pid}," in running["holder"]
-    assert running["left"] < 24
+    assert running["left"] <= early["left"] < 24
     assert running["images_per_second"] > 0
     assert f"{out}: running by " in read
     assert " to go" in read

@@ -53,15 +53,18 @@ def _look(record: Mapping[str, Any], out: Path) -> Standing:
         standing.left = summary["left"]
         standing.state = "stopped" if standing.left else "finished"
     elif survey is not None:
-        _count(standing, survey, Manifest(out))
+        _count(standing, survey, Manifest(out), slots=record["compute"]["slots"])
     else:
         with Manifest(out).index() as index:
             standing.counts = {name: index.statuses()[name] for name in STATUSES}
     return standing
 
 
-def _count(standing: Standing, survey: Mapping[str, Any], manifest: Manifest) -> None:
-    """What the run found when it looked through the tables, and what it has committed since."""
+def _count(standing: Standing, survey: Mapping[str, Any], manifest: Manifest, slots: int) -> None:
+    """What the run found when it looked through the tables, and what it has committed since.
+
+    The speed is told once all slots have been emptied: the first images come after a wait, and then in a crowd.
+    """
     since = datetime.fromisoformat(survey["finished_at"])
     with manifest.index(since=since) as index:
         rendered, times = index.statuses(), index.times
@@ -71,6 +74,6 @@ def _count(standing: Standing, survey: Mapping[str, Any], manifest: Manifest) ->
     standing.counts["invalid"] += survey["invalid"]
     standing.left = max(0, survey["pending"] - rendered.total()) + before["left"]
     took = (max(times) - min(times)).total_seconds() if times else 0.0
-    if standing.holder and took:
+    if standing.holder and took and rendered.total() >= slots:
         rate = rendered.total() / took
         standing.images_per_second, standing.seconds_left = round(rate, 3), round(standing.left / rate)
