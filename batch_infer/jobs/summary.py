@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import reduce
 from operator import add
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batch_infer.jobs.merge import Counts
@@ -65,15 +66,24 @@ class Summary:
 def peak_memory(device: str) -> dict[str, int]:
     """The most bytes that this process held, of main memory and of the device's."""
     found = {}
-    try:
-        import resource
-    except ImportError:  # Windows
-        pass
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        found["host_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if (host := _host_peak()) is not None:
+        found["host_bytes"] = host
     if device == "cuda":
         import torch
 
         found["device_bytes"] = torch.cuda.max_memory_allocated()
     return found
+
+
+def _host_peak() -> int | None:
+    """None where the system does not tell."""
+    try:  # Linux; its getrusage would begin with what the process had held that started this one
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    except (OSError, IndexError):
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
