@@ -108,6 +108,11 @@ class OutputSettings:
     results: tuple[ResultsFormat, ...] = ("parquet",)
     base64: bool = False
 
+    def __post_init__(self) -> None:
+        """Raises SettingsError."""
+        if self.base64 and not {"csv", "jsonl"} & set(self.results):
+            raise SettingsError("--base64 is for results.csv and results.jsonl: add --results csv or --results jsonl")
+
 
 @dataclass(frozen=True, slots=True)
 class TableSettings:

@@ -252,6 +252,9 @@ def test_workers_without_a_run_are_merged_by_the_command(tmp_path: Path) -> None
     assert (done.code, json.loads(done.stdout)["ok"]) == (0, 1)
     assert [row["id"] for row in json_rows(tmp_path)] == ["a"]
     assert command("merge", tmp_path, "-q") == Done(0, "", "")
+    refused = command("merge", tmp_path, "--base64")
+    assert refused.code == 2
+    assert "add --results csv or --results jsonl" in refused.stderr
 
 
 def test_a_merge_without_a_run_removes_nothing(tmp_path: Path) -> None:
@@ -282,6 +285,7 @@ def test_the_tables_of_a_run_decide_which_rows_there_are(tmp_path: Path) -> None
     assert len(csv_rows(out)) == 2, "in the formats of the run"
     assert command("merge", out, "--results", "jsonl").code == 0
     assert len(csv_rows(out)) == len(json_rows(out)) == 2, "and in those that are asked for"
+    assert command("merge", out, "--base64").code == 0, "which the run's own can hold"
     write_csv(table, [["id", "prompt", "n"], ["b", "a blue square", 5], ["c", "a star", 6]])
     done = command("merge", out)
     assert "1 left: run again to go on" in done.stdout

@@ -13,7 +13,6 @@ from batch_infer.cli.options import (
     json_option,
     logging_options,
     out_argument,
-    refuse_base64_in_parquet,
     results_options,
 )
 from batch_infer.cli.progress import set_up_logging
@@ -39,8 +38,6 @@ def merge(
 
     Exit codes: 0; 2 if OUT holds no run; 75 while a run holds OUT.
     """
-    if results:
-        refuse_base64_in_parquet(base64, results)
     set_up_logging(quiet=quiet, verbose=verbose)
     from batch_infer.jobs.remerge import remerge
 

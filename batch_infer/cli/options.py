@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -164,7 +164,6 @@ json_option = click.option(
 
 def run_settings(options: Mapping[str, Any]) -> s.RunSettings:
     """The settings that the options of a command say. Raises SettingsError."""
-    refuse_base64_in_parquet(options["base64"], options["results"])
     if "://" in options["out"]:
         raise SettingsError(f"--out {options['out']}: this version writes to a local folder")
     return s.RunSettings(
@@ -195,12 +194,6 @@ def run_settings(options: Mapping[str, Any]) -> s.RunSettings:
         overwrite=options["overwrite"],
         price_per_hour=options["price_per_hour"],
     )
-
-
-def refuse_base64_in_parquet(base64: bool, results: Sequence[str]) -> None:
-    """Raises SettingsError."""
-    if base64 and not {"csv", "jsonl"} & set(results):
-        raise SettingsError("--base64 is for results.csv and results.jsonl: add --results csv or --results jsonl")
 
 
 def _columns(options: tuple[str, ...]) -> dict[str, str]:

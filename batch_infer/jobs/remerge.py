@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +18,21 @@ log = logging.getLogger("batch_infer")
 
 
 def remerge(out: Path, results: tuple[ResultsFormat, ...], *, base64: bool) -> tuple[Counts, tuple[ResultsFormat, ...]]:
-    """Write results.* in these formats, or those of the run; returns what was counted, and the formats.
+    """Write results.* in these formats and those of the run; returns what was counted, and the formats.
 
-    Raises UsageError where OUT holds nothing to merge, LockedError while a run holds it, StorageError.
+    Raises UsageError where OUT holds nothing to merge or base64 no format to be in, LockedError while a run holds it,
+    StorageError.
     """
     out = out.absolute()
     if not (out / "run.json").exists() and not Manifest(out).parts():
         raise UsageError(f"{out} holds neither a run.json nor a manifest: nothing to merge")
     with outdir.locked(out):
         record = outdir.read_run(out)
-        output = OutputSettings(results=results, base64=base64)
         if record is None:
-            return merge_parts(Manifest(out), [], out, output), output.results
+            return merge_parts(Manifest(out), [], out, OutputSettings(results=results, base64=base64)), results
         settings = settings_of(record, out)
         kinds = tuple(dict.fromkeys((*settings.output.results, *results)))  # what the run wrote is not left out of date
-        output = replace(output, results=kinds, base64=base64 or settings.output.base64)
+        output = OutputSettings(results=kinds, base64=base64 or settings.output.base64)
         return _merge(record, settings, output), kinds
 
 

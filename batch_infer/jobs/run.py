@@ -96,11 +96,11 @@ class _Run:
         tables, output = self._job.tables, self._job.settings.output
         if changed := tables.changed():
             log.warning(
-                "%s changed while the run went on, so all that the manifest holds is merged; run again to take it in",
+                "%s changed or went while the run did, so all that the manifest holds is merged; run again to go by it",
                 ", ".join(changed),
             )
             counts = merge_parts(self._manifest, tables.files, self._out, output)
-            counts.left = max(0, survey.pending - self._committed)
+            counts.left = max(0, survey.pending - self._committed) + survey.standing.get("left", 0)
             return counts
         with self._manifest.index() as index:
             return merge(self._job.items(), index, tables.carried, self._out, output)

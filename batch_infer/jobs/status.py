@@ -37,43 +37,53 @@ class Standing:
         return asdict(self)
 
 
+@dataclass(frozen=True, slots=True)
+class _Survey:
+    """What a run found when it looked through the tables: `before` counts by status what it left as it was."""
+
+    finished_at: datetime
+    pending: int
+    before: Counter[str]
+    slots: int
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> _Survey | None:
+        if (found := record.get("survey")) is None:
+            return None
+        before = Counter(found["standing"]) + Counter(invalid=found["invalid"])
+        finished_at = datetime.fromisoformat(found["finished_at"])
+        return cls(finished_at, found["pending"], before, record["compute"]["slots"])
+
+
 def status(out: Path) -> Standing:
     """Look at OUT, without holding it. Raises UsageError where it holds no run."""
     record = outdir.known_run(out)
-    with known_form(record, out):
-        return _look(record, out)
-
-
-def _look(record: Mapping[str, Any], out: Path) -> Standing:
     holder = outdir.holder(out)
-    summary, survey = record.get("summary"), record.get("survey")
-    standing = Standing("running" if holder else "stopped", holder, record["started_at"])
-    if summary is not None and not holder:
-        standing.counts = {name: summary[name] for name in STATUSES}
-        standing.left = summary["left"]
-        standing.state = "stopped" if standing.left else "finished"
-    elif survey is not None:
-        _count(standing, survey, Manifest(out), slots=record["compute"]["slots"])
-    else:
-        with Manifest(out).index() as index:
-            standing.counts = {name: index.statuses()[name] for name in STATUSES}
+    with known_form(record, out):
+        standing = Standing("running" if holder else "stopped", holder, record["started_at"])
+        survey = _Survey.of(record)
+        if (summary := record.get("summary")) is not None and not holder:
+            standing.counts = {name: summary[name] for name in STATUSES}
+            standing.left = summary["left"]
+            standing.state = "stopped" if standing.left else "finished"
+            return standing
+    _count(standing, survey, Manifest(out))
     return standing
 
 
-def _count(standing: Standing, survey: Mapping[str, Any], manifest: Manifest, slots: int) -> None:
+def _count(standing: Standing, survey: _Survey | None, manifest: Manifest) -> None:
     """What the run found when it looked through the tables, and what it has committed since.
 
     The speed is told once all slots have been emptied: the first images come after a wait, and then in a crowd.
     """
-    since = datetime.fromisoformat(survey["finished_at"])
-    with manifest.index(since=since) as index:
+    with manifest.index(since=survey.finished_at if survey else None) as index:
         rendered, times = index.statuses(), index.times
-    before = Counter(survey["standing"])
-    found = rendered + before
-    standing.counts = {name: found[name] for name in STATUSES}
-    standing.counts["invalid"] += survey["invalid"]
-    standing.left = max(0, survey["pending"] - rendered.total()) + before["left"]
-    took = (max(times) - min(times)).total_seconds() if times else 0.0
-    if standing.holder and took and rendered.total() >= slots:
+    counts = rendered + survey.before if survey else rendered
+    standing.counts = {name: counts[name] for name in STATUSES}
+    if survey is None:
+        return
+    standing.left = max(0, survey.pending - rendered.total()) + survey.before["left"]
+    took = (times[1] - times[0]).total_seconds() if times else 0.0
+    if standing.holder and took and rendered.total() >= survey.slots:
         rate = rendered.total() / took
         standing.images_per_second, standing.seconds_left = round(rate, 3), round(standing.left / rate)
