@@ -20,18 +20,22 @@ MAX_ATTEMPTS = 3
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one image is sampled. Sizes in pixels."""
+    """How one image is sampled. Sizes in pixels.
+
+    `embedded_guidance` is the model's: it takes the guidance scale as an input, and needs no second pass.
+    """
 
     height: int
     width: int
     num_inference_steps: int
     guidance_scale: float
     guidance_rescale: float
+    embedded_guidance: bool = False
 
     @property
     def guided(self) -> bool:
         """Classifier-free guidance is on above 1, as in diffusers (Ho & Salimans, arXiv 2207.12598)."""
-        return self.guidance_scale > 1.0
+        return self.guidance_scale > 1.0 and not self.embedded_guidance
 
     @property
     def slots(self) -> int:

@@ -45,7 +45,8 @@ DOORS = {
 
 TORCH_FREE = {
     *("batch_infer", "errors", "records", "settings", "atomic", "table", "planning", "manifest", "sinks", "jobs"),
-    *("cli", "__main__", "calibration", "batch_infer.models", "batch_infer.models.card", "batch_infer.models.tokens"),
+    *("cli", "__main__", "calibration", "batch_infer.models", "batch_infer.models.card", "batch_infer.models.files"),
+    *("batch_infer.models.tokens",),
     *("batch_infer.engines.probe",),
 }
 """Rooms, and modules of rooms, that a command needs which renders nothing."""

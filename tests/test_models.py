@@ -136,6 +136,21 @@ def lose_a_weight(folder: Path, file: str) -> None:
     save_file(weights, folder / file, metadata={"format": "pt"})
 
 
+def add_a_weight(folder: Path, file: str) -> None:
+    save_file({**load_file(folder / file), "strange": torch.zeros(1)}, folder / file, metadata={"format": "pt"})
+
+
+def fail_to_fetch(folder: Path, file: str) -> None:
+    (folder / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "utf-8")
+
+
+def name_a_shard_that_is_not_there(folder: Path) -> None:
+    index = folder / f"{UNET}.index.json"
+    index.write_text(
+        '{"weight_map": {"conv_in.weight": "diffusion_pytorch_model-00002-of-00002.safetensors"}}', "utf-8"
+    )
+
+
 def rename_weights(folder: Path, file: str) -> None:
     weights = {f"other.{name}": weight for name, weight in load_file(folder / file).items()}
     save_file(weights, folder / file, metadata={"format": "pt"})
@@ -152,33 +167,45 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a component not there": (lambda f: shutil.rmtree(f / "vae"), "names vae/, which is missing"),
     "a folder out of the folder": (
         lambda f: amend(f / "model_index.json", **{"../sd1/vae2": ["diffusers", "AutoencoderKL"]}),
-        "which is missing",
+        "only classes of diffusers and transformers",
     ),
     "no configuration": (lambda f: (f / "unet" / "config.json").unlink(), "unet/config.json is missing"),
     "no sizes": (lambda f: amend(f / "unet" / "config.json", sample_size="8"), "does not say its sizes"),
     "no scheduler": (lambda f: (f / "scheduler" / "scheduler_config.json").unlink(), "scheduler_config.json is miss"),
-    "no words": (lambda f: [file.unlink() for file in (f / "tokenizer").iterdir()], "neither tokenizer.json nor"),
+    "no words": (
+        lambda f: [file.unlink() for file in (f / "tokenizer").iterdir()],
+        "tokenizer/ holds none of tokenizer.json",
+    ),
     "an index that is no JSON": (lambda f: (f / "model_index.json").write_text("{", "utf-8"), "is not JSON"),
     "an index that is a list": (lambda f: (f / "model_index.json").write_text("[]", "utf-8"), "not hold a JSON object"),
+    "half a UNet": (lambda f: cut(f, UNET), "unet/diffusion_pytorch_model.safetensors is not whole: fetch it again"),
+    "half a text encoder": (lambda f: cut(f, TEXT), "text_encoder/model.safetensors is not whole"),
+    "an end that did not come": (
+        lambda f: (f / UNET).write_bytes((f / UNET).read_bytes()[:-1]),
+        "unet/diffusion_pytorch_model.safetensors is not whole",
+    ),
+    "a pointer": (lambda f: fail_to_fetch(f, UNET), "is a Git LFS pointer: fetch the weights with `git lfs pull`"),
+    "a page of text": (lambda f: (f / UNET).write_text("not found"), "is not whole|is not a safetensors file"),
+    "a shard that did not come": (name_a_shard_that_is_not_there, "00002-of-00002.safetensors is missing"),
     "no index": (lambda f: (f / "model_index.json").unlink(), "not a diffusers folder"),
 }
 UNLOADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda f: (f / UNET).unlink(), "could not be loaded"),
-    "half a UNet": (lambda f: cut(f, UNET), "could not be loaded"),
-    "half a text encoder": (lambda f: cut(f, TEXT), "could not be loaded"),
     "another width": (lambda f: amend(f / "unet" / "config.json", cross_attention_dim=48), "could not be loaded"),
-    "a UNet with a weight less": (lambda f: lose_a_weight(f, UNET), "unet lacks 1 of its weights"),
-    "a text encoder with a weight less": (lambda f: lose_a_weight(f, TEXT), "text_encoder lacks 1 of its weights"),
+    "a UNet with a weight less": (lambda f: lose_a_weight(f, UNET), r"unet lacks 1 tensor \(conv_in.bias\)"),
+    "a UNet with a weight more": (lambda f: add_a_weight(f, UNET), r"beside its network's, 1 tensor \(strange\)"),
+    "a text encoder with a weight less": (lambda f: lose_a_weight(f, TEXT), r"text_encoder lacks 1 tensor \("),
     "a checker with a weight less": (
         lambda f: lose_a_weight(f, "safety_checker/model.safetensors"),
-        "safety_checker lacks 1 of its weights",
+        "safety_checker lacks 1 tensor",
     ),
     "a checker whose weights bear other names": (
         lambda f: rename_weights(f, "safety_checker/model.safetensors"),
-        "safety_checker lacks .* of its weights",
+        "safety_checker lacks 44 tensors \\(.*, \\.\\.\\.\\)",
     ),
     "an unknown class": (lambda f: amend(f / "model_index.json", unet=["diffusers", "Nothing"]), "Nothing"),
-    "a distilled UNet": (lambda f: amend(f / "unet" / "config.json", time_cond_proj_dim=8), "time_cond_proj_dim=8"),
+    "a distilled UNet": (lambda f: amend(f / "unet" / "config.json", time_cond_proj_dim=8), "cond_proj.weight"),
+    "a UNet of classes": (lambda f: amend(f / "unet" / "config.json", class_embed_type="timestep"), "class_embed_type"),
 }
 
 

@@ -70,7 +70,9 @@ def prepare(settings: RunSettings, tables: Tables, card: ModelCard, device: str)
     record = describe(settings, card, compute, tables)
     if earlier is not None and Manifest(settings.out).parts():
         refuse_other(earlier, record, settings.out)
-    rules = RowRules(_fill(settings.defaults, card), card.sizes, digest(record["identity"]))
+    rules = RowRules(
+        _fill(settings.defaults, card), card.sizes, digest(record["identity"]), embedded_guidance=card.embedded_guidance
+    )
     rules.check()
     return Job(settings, tables, card, compute, {**record, "rules": asdict(rules)}, earlier, rules)
 
@@ -104,7 +106,12 @@ def rules_of(record: Mapping[str, Any], out: Path) -> RowRules:
     """The rules by which the run that a run.json speaks of read its tables. Raises UsageError."""
     with known_form(record, out):
         rules = record["rules"]
-        return RowRules(RowDefaults(**rules["defaults"]), SizeRules(**rules["sizes"]), rules["fingerprint"])
+        return RowRules(
+            RowDefaults(**rules["defaults"]),
+            SizeRules(**rules["sizes"]),
+            rules["fingerprint"],
+            rules["embedded_guidance"],
+        )
 
 
 @contextmanager

@@ -31,6 +31,7 @@ class RowRules:
     defaults: RowDefaults
     sizes: SizeRules
     fingerprint: str
+    embedded_guidance: bool = False
 
     def check(self) -> None:
         """Hold the defaults to the rules that rows are held to. Raises SettingsError."""
@@ -63,7 +64,7 @@ def requests(cells: Cells, rules: RowRules) -> Iterator[PromptRequest | ResultRo
     count, seed, prompt, negative_prompt = (
         parsed.pop(name) for name in ("num_images_per_prompt", "seed", "prompt", "negative_prompt")
     )
-    params = SamplingParams(**parsed)
+    params = SamplingParams(**parsed, embedded_guidance=rules.embedded_guidance)
     for k in range(count):
         fingerprint = digest([rules.fingerprint, prompt, negative_prompt, seed + k, *parsed.values()])
         yield PromptRequest(

@@ -1,0 +1,99 @@
+"""The weight files of a checkpoint's components: which are loaded, whether they are whole, and their fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from batch_infer.errors import ModelError
+
+PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
+POINTER = b"version https://git-lfs"
+"""How a file begins that stands for one that was not fetched."""
+
+
+def variant_of(folder: Path, variant: str | None) -> str | None:
+    """The variant, where this component has weights of it; else None, for its plain ones."""
+    return variant if variant and any(folder.glob(f"*.{variant}[.-]*safetensors")) else None
+
+
+def is_loaded(file: Path, variant: str | None) -> bool:
+    """Whether a file holds weights of this variant: `model.fp16.safetensors`, `model.fp16-00001-of-2.safetensors`."""
+    _, *rest = file.name.removesuffix(".safetensors").split(".")
+    named = rest[0].split("-")[0] if rest else None
+    return file.suffix == ".safetensors" and named == variant
+
+
+def refuse_unfit(path: Path, components: Iterable[str], name: str, variant: str | None) -> None:
+    """See that each component's folder is there and whole, its weights in safetensors. Raises ModelError.
+
+    Weights are read from safetensors alone: unpickling a file runs whatever code it holds.
+    """
+    components = sorted(components)
+    for component in components:
+        folder = path / component
+        if not folder.is_dir():
+            raise ModelError(f"{name}: model_index.json names {component}/, which is missing; is the folder complete?")
+        _refuse_pickles(folder, name)
+        for file in _wanted(folder, variant_of(folder, variant)):
+            _refuse_partial(file, name)
+    if variant and not any(variant_of(path / component, variant) for component in components):
+        raise ModelError(f"{name} has no weights of variant {variant}")
+
+
+def hash_files(path: Path, components: Iterable[str], variant: str | None) -> str:
+    """sha256 over the names and bytes of all that is loaded of these components."""
+    total = hashlib.sha256()
+    for component in sorted(components):
+        folder = path / component
+        for file in sorted(folder.glob("*")):
+            if file.suffix in (".json", ".txt", ".model") or is_loaded(file, variant_of(folder, variant)):
+                total.update(f"{component}/{file.name}\0".encode())
+                with file.open("rb") as stream:
+                    while block := stream.read(1 << 20):
+                        total.update(block)
+    return total.hexdigest()[:32]
+
+
+def _refuse_pickles(folder: Path, name: str) -> None:
+    pickles = [file for pattern in PICKLES for file in folder.glob(pattern)]
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{name}: {folder.name}/{pickles[0].name} is pickled and pickles run code when read; "
+            "convert the checkpoint to safetensors (save_pretrained does)"
+        )
+
+
+def _wanted(folder: Path, variant: str | None) -> Iterator[Path]:
+    """The weight files of a component that are there, and those that its index names and that should be."""
+    yield from (file for file in sorted(folder.glob("*.safetensors")) if is_loaded(file, variant))
+    infix = f".{variant}" if variant else ""
+    for index in folder.glob(f"*.safetensors.index{infix}.json"):
+        try:
+            named = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+            yield from (folder / file for file in sorted(named))
+        except (UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{index} is no index of weights: {error}") from error
+
+
+def _refuse_partial(file: Path, name: str) -> None:
+    """A safetensors file says in its first bytes how long it is: the header's length, the header, the tensors' ends."""
+    told = f"{name}: {file.parent.name}/{file.name}"
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(8)
+            if start + stream.read(len(POINTER) - 8) == POINTER:
+                raise ModelError(f"{told} is a Git LFS pointer: fetch the weights with `git lfs pull`")
+            stream.seek(8)
+            length = int.from_bytes(start, "little")
+            size = file.stat().st_size
+            header = json.loads(stream.read(length)) if 8 + length <= size else {}
+            ends = [tensor["data_offsets"][1] for key, tensor in header.items() if key != "__metadata__"]
+    except FileNotFoundError:
+        raise ModelError(f"{told} is missing; is the folder complete?") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ModelError(f"{told} is not a safetensors file: {error}") from error
+    if size != 8 + length + max(ends, default=0):
+        raise ModelError(f"{told} is not whole: fetch it again")
