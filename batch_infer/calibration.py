@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from platformdirs import user_cache_path
 
@@ -34,11 +34,23 @@ class Rates:
     measured_at: datetime
 
 
-def recall(conditions: Mapping[str, Any]) -> Rates | None:
-    """The rates that were measured under these conditions, on whatever day."""
+@dataclass(frozen=True, slots=True)
+class Knee:
+    """The batch sizes beyond which an image size gains no speed: row-forwards in a UNet call, images in a decoder's."""
+
+    slots: int
+    decode_batch: int
+    measured_at: datetime
+
+
+Measured = TypeVar("Measured", Rates, Knee)
+
+
+def recall(kind: type[Measured], conditions: Mapping[str, Any]) -> Measured | None:
+    """What was measured under these conditions, on whatever day."""
     try:
-        found = json.loads(_path(conditions).read_text("utf-8"))["rates"]
-        return Rates(**{**found, "measured_at": datetime.fromisoformat(found["measured_at"])})
+        found = json.loads(_path(kind, conditions).read_text("utf-8"))["measured"]
+        return kind(**{**found, "measured_at": datetime.fromisoformat(found["measured_at"])})
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:  # damaged, or another version's
@@ -46,15 +58,15 @@ def recall(conditions: Mapping[str, Any]) -> Rates | None:
         return None
 
 
-def remember(conditions: Mapping[str, Any], rates: Rates) -> None:
-    """Keep rates for later; where the cache cannot be written, they are measured again next time."""
+def remember(conditions: Mapping[str, Any], measured: Rates | Knee) -> None:
+    """Keep it for later; where the cache cannot be written, it is measured again next time."""
     try:
-        with replacing(_path(conditions), flush=False) as temporary:
-            text = json.dumps({"conditions": conditions, "rates": asdict(rates)}, default=str, indent=2)
+        with replacing(_path(type(measured), conditions), flush=False) as temporary:
+            text = json.dumps({"conditions": conditions, "measured": asdict(measured)}, default=str, indent=2)
             temporary.write_text(text, encoding="utf-8")
     except StorageError as error:
         log.debug("%s", error)
 
 
-def _path(conditions: Mapping[str, Any]) -> Path:
-    return user_cache_path("batch-infer") / "calibration" / f"{digest(conditions)}.json"
+def _path(kind: type, conditions: Mapping[str, Any]) -> Path:
+    return user_cache_path("batch-infer") / "calibration" / f"{kind.__name__.lower()}-{digest(conditions)}.json"

@@ -11,6 +11,7 @@
     │   ├── ServiceError    somebody else's server does not answer
     │   └── Interrupted     SIGINT or SIGTERM
     └── RowError            one row's fault: becomes that row's status, never ends a run
+        └── RowBroken       nobody can say that it is the row's fault: it has failed, and is tried again
 
 Anything else that escapes is a bug: exit 1 with its traceback.
 """
@@ -65,4 +66,8 @@ class Interrupted(TryAgainLater):
 
 
 class RowError(BatchInferError):
+    pass
+
+
+class RowBroken(RowError):
     pass

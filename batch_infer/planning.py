@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from heapq import heappop, heappush
-from itertools import islice
+from itertools import groupby, islice
 from typing import Protocol, TypeAlias
 
 from batch_infer.records import FINAL, MAX_ATTEMPTS, PromptRequest, ResultRow, digest
@@ -14,6 +14,11 @@ WINDOW = 8192
 """Requests that are looked at together: memory does not grow with the table."""
 CHUNK = 256
 """Requests that a worker claims at once."""
+FEW = 2048
+"""Rows of a size that are dealt out to level lanes; of more, what runs empty at the end is little anyway."""
+
+SlotsOf: TypeAlias = "Callable[[tuple[int, int]], int]"
+"""The slots that there are for an image size (height, width)."""
 
 
 class Committed(Protocol):
@@ -70,20 +75,57 @@ def pending(rows: Iterable[Item], index: Index, leaves_alone: LeavesAlone = is_d
             yield item if found is None else item.again(found.attempt + 1, found.path)
 
 
-def chunks(requests: Iterable[PromptRequest]) -> Iterator[Chunk]:
+def chunks(requests: Iterable[PromptRequest], slots_of: SlotsOf | None = None) -> Iterator[Chunk]:
     """Cut requests into chunks, window by window.
 
     Rows of one size stand together, since a change of size empties the slots. Long rows stand before short ones, so
-    that what is left at the end, when slots run empty, is short.
+    that what is left at the end, when slots run empty, is short. With `slots_of`, the slots that rows of a size will
+    be packed into, few rows are also put so that all slots run empty at about the same time.
     """
     source = iter(requests)
     while window := sorted(islice(source, WINDOW), key=_order):
-        start = 0
-        while start < len(window):
-            size = _size(window[start])
-            piece = tuple(request for request in window[start : start + CHUNK] if _size(request) == size)
-            start += len(piece)
-            yield Chunk(piece)
+        for size, group in groupby(window, key=_size):
+            alike = list(group)
+            if slots_of is not None and len(alike) <= FEW:
+                alike = _level(alike, slots_of(size) // 2)
+            for start in range(0, len(alike), CHUNK):
+                yield Chunk(tuple(alike[start : start + CHUNK]))
+
+
+def _level(rows: list[PromptRequest], lanes: int) -> list[PromptRequest]:
+    """Rows, the longest first, in the order in which they begin where they are dealt out to lanes of like length.
+
+    A lane is two slots: a row with guidance, or two without beside each other. The length is the least that first-fit
+    decreasing finds room in (MULTIFIT: Coffman, Garey & Johnson, SIAM J. Comput. 7, 1978).
+    """
+    single = [row for row in rows if not row.params.guided]
+    pieces = [[row] for row in rows if row.params.guided]
+    pieces = sorted(pieces + [single[k : k + 2] for k in range(0, len(single), 2)], key=_steps, reverse=True)
+    total, longest = sum(map(_steps, pieces)), _steps(pieces[0])
+    least, enough = max(-(-total // lanes), longest), 2 * total // lanes + longest
+    while least < enough:
+        length = (least + enough) // 2
+        least, enough = (least, length) if _deal(pieces, lanes, length) else (length + 1, enough)
+    starts = _deal(pieces, lanes, enough) or [0] * len(pieces)
+    order = sorted(range(len(pieces)), key=lambda k: (starts[k], k))
+    return [row for k in order for row in pieces[k]]
+
+
+def _steps(piece: list[PromptRequest]) -> int:
+    return piece[0].params.num_inference_steps
+
+
+def _deal(pieces: list[list[PromptRequest]], lanes: int, length: int) -> list[int] | None:
+    """When each piece begins if each goes to the first lane that has room for it; None where one finds no room."""
+    filled, starts = [0] * lanes, []
+    for piece in pieces:
+        steps = _steps(piece)
+        lane = next((lane for lane, used in enumerate(filled) if used + steps <= length), None)
+        if lane is None:
+            return None
+        starts.append(filled[lane])
+        filled[lane] += steps
+    return starts
 
 
 def _size(request: PromptRequest) -> tuple[int, int]:
@@ -92,29 +134,34 @@ def _size(request: PromptRequest) -> tuple[int, int]:
 
 def _order(request: PromptRequest) -> tuple[object, ...]:
     params = request.params
-    return *_size(request), -params.num_inference_steps, not params.guided, request.id, request.image_index
+    dear = -params.num_inference_steps, not params.guided
+    # Rows that are alike stand together: a pipeline that is driven by its own call makes them in one.
+    alike = params.guidance_scale, params.guidance_rescale, request.negative_prompt is None
+    return *_size(request), *dear, *alike, request.id, request.image_index
 
 
 @dataclass(slots=True)
 class Load:
     """What the rows of one size cost: images, row-forwards (rows of UNet calls), ticks (UNet calls over all slots)."""
 
+    slots: int
     images: int = 0
     row_forwards: int = 0
     ticks: int = 0
 
 
 class Packing:
-    """How rows will fill `size` slots, on paper: `loads` says by image size (height, width) what they cost.
+    """How rows will fill the slots, on paper: `loads` says by image size (height, width) what they cost.
 
     Rows are taken in the order in which they are handed in, each as soon as its slots are free, and all slots empty
     before the size changes. The packer does so too, but for a row without guidance, which it lets pass one that
     waits for a second slot.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, slots_of: SlotsOf) -> None:
+        """`slots_of`: the slots that there are for an image size."""
         self.loads: dict[tuple[int, int], Load] = {}
-        self._size, self._free = size, size
+        self._slots_of, self._free = slots_of, 0
         self._now = self._last = 0
         self._under_way: list[tuple[int, int]] = []
         self._load: tuple[tuple[int, int], Load] | None = None
@@ -123,7 +170,9 @@ class Packing:
         """Take in a row that asks the model `evaluations` times."""
         if self._load is None or self._load[0] != _size(request):
             self.close()
-            self._load = _size(request), self.loads.setdefault(_size(request), Load())
+            size = _size(request)
+            self._free = self._slots_of(size)
+            self._load = size, self.loads.setdefault(size, Load(self._free))
         load, needed = self._load[1], request.params.slots
         while self._free < needed:
             self._now, freed = heappop(self._under_way)
@@ -138,5 +187,35 @@ class Packing:
         """Let the rows under way come to their end."""
         if self._load is not None:
             self._load[1].ticks += self._last
-        self._now, self._last, self._free, self._load = 0, 0, self._size, None
+        self._now, self._last, self._load = 0, 0, None
         self._under_way.clear()
+
+
+class Batching:
+    """How rows will fill the calls of a pipeline that makes only rows which are alike in one; asked as `Packing` is.
+
+    Slots are row-forwards in a call of the network here too, so that a call makes half as many rows with guidance.
+    """
+
+    def __init__(self, slots_of: SlotsOf) -> None:
+        self.loads: dict[tuple[int, int], Load] = {}
+        self._slots_of = slots_of
+        self._alike: tuple[object, ...] | None = None
+        self._room = 0
+
+    def add(self, request: PromptRequest, evaluations: int) -> None:
+        """Take in a row of so many steps."""
+        size, each = _size(request), request.params.slots
+        if size not in self.loads:
+            self.loads[size] = Load(self._slots_of(size))
+        load = self.loads[size]
+        if self._alike != request.alike or not self._room:
+            self._alike, self._room = request.alike, load.slots // each
+            load.ticks += evaluations
+        self._room -= 1
+        load.images += 1
+        load.row_forwards += each * evaluations
+
+    def close(self) -> None:
+        """A batch that is not full is made as it is."""
+        self._alike = None

@@ -45,16 +45,18 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class SizeRules:
-    """Which image sizes a model takes, in pixels."""
+    """Which image sizes a model takes, in pixels. `most`: a side that the model itself cannot go beyond."""
 
     native_height: int
     native_width: int
     factor: int
     smallest: int
+    most: int | None = None
 
     @property
     def largest(self) -> int:
-        return 8 * max(self.native_height, self.native_width)
+        largest = 8 * max(self.native_height, self.native_width)
+        return largest if self.most is None else min(largest, self.most)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,13 @@ class PromptRequest:
     @property
     def key(self) -> tuple[str, int]:
         return self.id, self.image_index
+
+    @property
+    def alike(self) -> tuple[object, ...]:
+        """What rows have in common that one call of a diffusers pipeline can make together, texts and seeds apart."""
+        params = self.params
+        sampling = params.num_inference_steps, params.guidance_scale, params.guidance_rescale
+        return params.height, params.width, *sampling, self.negative_prompt is None
 
     def again(self, attempt: int, replaces: str | None) -> PromptRequest:
         """The same request as a later attempt."""

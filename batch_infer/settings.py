@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +43,8 @@ class ModelSettings:
     dtype: str = "auto"
     device: str = "auto"
     scheduler: SchedulerSpec | None = None
+    loras: tuple[LoraSpec, ...] = ()
+    long_prompts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,29 @@ class SchedulerSpec:
     def __str__(self) -> str:
         options = ",".join(f"{key}={json.dumps(value)}" for key, value in self.options)
         return f"{self.name}:{options}" if options else self.name
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSpec:
+    """A LoRA's file, and how much of it is added to the model's weights."""
+
+    file: str
+    weight: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> LoraSpec:
+        """Read `FILE[:WEIGHT]`; FILE ends in .safetensors, and colons may stand in its path. Raises SettingsError."""
+        file, ending, rest = text.rpartition(".safetensors")
+        colon, weight = rest[:1], rest[1:]
+        if not ending or colon not in ("", ":"):
+            raise SettingsError(f"--lora {text}: say FILE.safetensors or FILE.safetensors:WEIGHT")
+        try:
+            found = float(weight) if colon else 1.0
+        except ValueError:
+            found = math.nan
+        if not math.isfinite(found):
+            raise SettingsError(f"--lora {text}: the weight {weight!r} is not a finite number")
+        return cls(file + ending, found)
 
 
 def _value(text: str) -> Any:
@@ -158,19 +184,54 @@ class FailureBudget:
 class ComputeSettings:
     """None: kept from run.json where the run goes on, else chosen for the device."""
 
-    slots: int | None = None
+    slots: int | Literal["auto"] | None = None
     threads: int | None = None
+    compiled: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What a run computes on: `cpu` or `cuda`, and what its maker calls it."""
+
+    kind: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class BatchShape:
+    """Batch sizes of an image size: row-forwards in a UNet call, images in a decoder call."""
+
+    height: int
+    width: int
+    slots: int
+    decode_batch: int
 
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Where and how a run computes, once that is settled. Bytes depend on all of it."""
+    """Where and how a run computes, once that is settled. Bytes depend on all of it but the device's name.
+
+    `by_size` has the batch sizes of image sizes that have their own.
+    """
 
     device: str
     dtype: str
     slots: int
     decode_batch: int
     threads: int
+    device_name: str = ""
+    compiled: bool = False
+    by_size: tuple[BatchShape, ...] = ()
+
+    def shape_of(self, height: int, width: int) -> BatchShape:
+        """The batch sizes of an image size."""
+        own = (shape for shape in self.by_size if (shape.height, shape.width) == (height, width))
+        return next(own, BatchShape(height, width, self.slots, self.decode_batch))
+
+    def with_shapes(self, shapes: Iterable[BatchShape]) -> Compute:
+        """With other batch sizes for these image sizes."""
+        found = {(shape.height, shape.width): shape for shape in (*self.by_size, *shapes)}
+        return replace(self, by_size=tuple(found.values()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +253,7 @@ class RunSettings:
         record, model, table = dict(record), dict(record["model"]), dict(record["table"])
         if spec := model.pop("scheduler"):
             spec = SchedulerSpec(spec["name"], tuple((key, value) for key, value in spec["options"]))
+        loras = tuple(LoraSpec(**lora) for lora in model.pop("loras"))
         output = {**record["output"], "results": tuple(record["output"]["results"])}
         table = {**table, "tables": tuple(table["tables"]), "folder": Path(table["folder"])}
         return cls(
@@ -199,7 +261,7 @@ class RunSettings:
                 **record,
                 "table": TableSettings(**table),
                 "out": Path(record["out"]),
-                "model": ModelSettings(**model, scheduler=spec),
+                "model": ModelSettings(**model, scheduler=spec, loras=loras),
                 "defaults": RowDefaults(**record["defaults"]),
                 "safety": SafetySettings(**record["safety"]),
                 "output": OutputSettings(**output),

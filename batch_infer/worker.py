@@ -6,23 +6,27 @@ import os
 import platform
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from batch_infer import images
-from batch_infer.chain import Chain, ChainShape, Rendered, Stages, Unrendered
+from batch_infer.chain import Chain, ChainShape, DrivenChain, Rendered, Size, Stages, Unrendered
+from batch_infer.datasheets import dense_tflops
 from batch_infer.manifest import Manifest
-from batch_infer.models import ModelCard, load
+from batch_infer.models import ModelCard, load, load_driven
+from batch_infer.models.acceleration import is_compiled, speed_up
+from batch_infer.models.any_pipeline import AnyPipeline
+from batch_infer.models.flops import decode_flops, row_forward_flops
 from batch_infer.records import PromptRequest, ResultRow, Status, StoredImage, now
 from batch_infer.safety import Judge
-from batch_infer.settings import Compute, OutputSettings, SafetySettings
+from batch_infer.settings import BatchShape, Compute, OutputSettings, SafetySettings
 from batch_infer.sinks import FolderSink
 
 if TYPE_CHECKING:
@@ -49,6 +53,20 @@ class WorkerSettings:
     carried: pa.Schema
 
 
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What a worker's work took: where the time went, by image size (height, width), and how it computed at the end.
+
+    That is as it was told, but for batches that memory did not hold, and a compiler that failed. `mfu` is the model
+    FLOP utilisation (Chowdhery et al., arXiv 2204.02311, appendix B): what the images' UNet rows and decoding come to,
+    over what the device could have computed; None where its peak is not known.
+    """
+
+    stages: Mapping[Size, Stages]
+    compute: Compute
+    mfu: float | None
+
+
 class Worker:
     """One device, with its model loaded, that renders requests and commits what became of them."""
 
@@ -60,9 +78,23 @@ class Worker:
         self._chain = load_chain(settings.card, settings.compute, settings.safety, stop)
 
     @property
-    def stages(self) -> dict[tuple[int, int], Stages]:
-        """Where the time went, by image size (height, width)."""
-        return self._chain.stages_by_size
+    def account(self) -> Account:
+        shapes = (BatchShape(*size, *shape) for size, shape in self._chain.shape.by_size.items())
+        compute = self._settings.compute.with_shapes(shapes)
+        compiled = compute.compiled and is_compiled(self._chain.model.networks)
+        return Account(self._chain.stages_by_size, replace(compute, compiled=compiled), self._mfu())
+
+    def _mfu(self) -> float | None:
+        compute, chain = self._settings.compute, self._chain
+        peak = dense_tflops(compute.device_name, compute.dtype)
+        if peak is None or not chain.stages.seconds or isinstance(chain, DrivenChain):
+            return None
+        flops = 0
+        for size, stages in chain.stages_by_size.items():
+            latent_shape = chain.model.latent_shape(*size)
+            flops += stages.row_forwards * row_forward_flops(chain.model, latent_shape)
+            flops += stages.images * decode_flops(chain.model, latent_shape)
+        return flops / chain.stages.seconds / (peak * 1e12)
 
     def work(self, requests: Iterable[PromptRequest], committed: Callable[[Sequence[ResultRow]], None]) -> None:
         """Render requests; `committed` is called, on another thread, with rows once they are in the manifest.
@@ -110,7 +142,7 @@ class Worker:
         if pixels is None:
             return None
         card, request = self._settings.card, outcome.request
-        parameters = images.parameters_text(request, card.scheduler_name, card.name)
+        parameters = images.parameters_text(request, card.scheduler_name, card.title)
         quarantine = flagged and self._settings.safety.on_flagged == "quarantine"
         path = self._sink.path_of(request, quarantine=quarantine)
         return self._sink.write(path, images.encode(pixels, self._settings.output.image_format, parameters))
@@ -192,16 +224,44 @@ def _batches(source: Iterable[_Stored]) -> Iterator[list[_Stored]]:
 
 def load_chain(
     card: ModelCard, compute: Compute, safety: SafetySettings, stop: Callable[[], bool] = lambda: False
-) -> Chain:
+) -> Chain | DrivenChain:
     """A model on its device, with its judge where there is to be one. Raises ModelError."""
+    return make_chain(load_any_model(card, compute, judged=safety.judges(has_checker=card.has_checker)), compute, stop)
+
+
+def load_any_model(card: ModelCard, compute: Compute, *, judged: bool) -> Family | AnyPipeline:
+    """As `load_model`, and also what is driven by diffusers' own pipeline."""
+    if not card.driven:
+        return load_model(card, compute, judged=judged)
     torch.set_num_threads(compute.threads)
-    judged = safety.judges(has_checker=card.has_checker)
+    return load_driven(card, torch.device(compute.device), getattr(torch, compute.dtype), with_checker=judged)
+
+
+def load_model(card: ModelCard, compute: Compute, *, judged: bool) -> Family:
+    """A model on its device, and its checker where images are to be judged. Raises ModelError."""
+    torch.set_num_threads(compute.threads)
     model = load(card, torch.device(compute.device), getattr(torch, compute.dtype), with_checker=judged)
-    shape = ChainShape(compute.slots, compute.decode_batch)
-    return Chain(model, shape, _judge(model, shape.decode) if judged else None, stop)
+    speed_up(model.networks, model.device, compiled=compute.compiled)
+    return model
 
 
-def _judge(model: Family, batch: int) -> Judge:
+@overload
+def make_chain(model: Family, compute: Compute, stop: Callable[[], bool] = lambda: False) -> Chain: ...
+@overload
+def make_chain(model: AnyPipeline, compute: Compute, stop: Callable[[], bool] = lambda: False) -> DrivenChain: ...
+def make_chain(
+    model: Family | AnyPipeline, compute: Compute, stop: Callable[[], bool] = lambda: False
+) -> Chain | DrivenChain:
+    """A chain of a model that is loaded; images are judged where its checker is."""
+    own = {(shape.height, shape.width): (shape.slots, shape.decode_batch) for shape in compute.by_size}
+    shape = ChainShape(compute.slots, compute.decode_batch, own)
+    judge = _judge(model, shape.decode) if model.safety_checker is not None else None
+    if isinstance(model, AnyPipeline):
+        return DrivenChain(model, shape, judge, stop)
+    return Chain(model, shape, judge, stop)
+
+
+def _judge(model: Family | AnyPipeline, batch: int) -> Judge:
     from batch_infer.safety.checker import StableDiffusionChecker
 
     return StableDiffusionChecker(model.safety_checker, model.feature_extractor, batch)

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints in the layouts of Stable Diffusion 1.x and 2.x, for tests that need another model."""
+"""Tiny random checkpoints in the layouts of Stable Diffusion 1.x, 2.x and DeciDiffusion, for tests that need others."""
 
 from __future__ import annotations
 
@@ -8,13 +8,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
+from safetensors.torch import save_file
 from torch.nn.functional import normalize
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from batch_infer.models import DEMO_MODEL
+from batch_infer.models.decidiffusion_config import FlexibleUNetConfig
+from batch_infer.models.decidiffusion_unet import FlexibleUNet
 
 VIEW = 32
 """Side of the square that the tiny checker looks at."""
@@ -32,12 +44,12 @@ def save_sd1(folder: Path) -> Path:
     """Stable Diffusion 1.x: noise prediction, convolutions around its attention, PNDM, a checker of its own."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        unet = _unet(attention_head_dim=4, use_linear_projection=False, cross_attention_dim=32)
-        text_encoder = _text_encoder(hidden_size=32, num_hidden_layers=2, hidden_act="quick_gelu")
-        vae, checker = _vae(), _checker()
+        unet = make_unet(attention_head_dim=4, use_linear_projection=False, cross_attention_dim=32)
+        text_encoder = make_text_encoder(hidden_size=32, num_hidden_layers=2, hidden_act="quick_gelu")
+        vae, checker = make_vae(), _checker()
     # from_config: the class does not take clip_sample, but the real checkpoint's file holds it.
     scheduler = PNDMScheduler.from_config({**NOISE_SCHEDULE, "skip_prk_steps": True, "clip_sample": False})
-    parts = (vae, text_encoder, _tokenizer(), unet, scheduler)
+    parts = (vae, text_encoder, make_tokenizer(), unet, scheduler)
     bare = StableDiffusionPipeline(*parts, None, None, requires_safety_checker=False)
     _set_thresholds(checker, probe_images(64), _renderings(bare, 64))
     return _save(StableDiffusionPipeline(*parts, checker, _processor()), folder)
@@ -47,14 +59,98 @@ def save_sd2(folder: Path) -> Path:
     """Stable Diffusion 2.x: v-prediction, linear layers around its attention, DDIM, no checker."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
-        unet = _unet(attention_head_dim=[2, 4], use_linear_projection=True, cross_attention_dim=48)
-        text_encoder = _text_encoder(hidden_size=48, num_hidden_layers=3, hidden_act="gelu")
-        vae = _vae()
+        unet = make_unet(attention_head_dim=[2, 4], use_linear_projection=True, cross_attention_dim=48)
+        text_encoder = make_text_encoder(hidden_size=48, num_hidden_layers=3, hidden_act="gelu")
+        vae = make_vae()
     scheduler = DDIMScheduler(**NOISE_SCHEDULE, clip_sample=False, prediction_type="v_prediction")
     pipe = StableDiffusionPipeline(
-        vae, text_encoder, _tokenizer(), unet, scheduler, None, _processor(), requires_safety_checker=False
+        vae, text_encoder, make_tokenizer(), unet, scheduler, None, _processor(), requires_safety_checker=False
     )
     return _save(pipe, folder)
+
+
+def save_lcm(folder: Path) -> Path:
+    """A latent consistency model: Stable Diffusion 1.x with the guidance scale as an input, few steps, no checker."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(6)
+        unet = make_unet(attention_head_dim=4, cross_attention_dim=32, time_cond_proj_dim=16)
+        text_encoder = make_text_encoder(hidden_size=32, num_hidden_layers=2, hidden_act="quick_gelu")
+        vae = make_vae()
+    scheduler = LCMScheduler(**{**NOISE_SCHEDULE, "set_alpha_to_one": True, "steps_offset": 0})
+    pipe = LatentConsistencyModelPipeline(
+        vae, text_encoder, make_tokenizer(), unet, scheduler, None, _processor(), requires_safety_checker=False
+    )
+    return _save(pipe, folder)
+
+
+DECIDIFFUSION: dict[str, Any] = {
+    "sample_size": 64,
+    "temb_dim": 1280,
+    "resnet_eps": 1e-5,
+    "resnet_act_fn": "silu",
+    "num_attention_heads": 8,
+    "cross_attention_dim": 768,
+    "mix_block_in_forward": True,
+    "down_blocks_in_channels": [320, 320, 640],
+    "down_blocks_out_channels": [320, 640, 1280],
+    "down_blocks_num_attentions": [0, 1, 3],
+    "down_blocks_num_resnets": [2, 2, 1],
+    "add_downsample": [True, True, True],
+    "mid_num_resnets": 4,
+    "mid_num_attentions": 2,
+    "add_upsample_mid_block": True,
+    "prev_output_channels": [1280, 1280, 640],
+    "up_blocks_num_attentions": [6, 3, 0],
+    "up_blocks_num_resnets": [2, 3, 3],
+    "add_upsample": [True, True, False],
+}
+"""`configurations` of the published flexible_unet/config.json."""
+OUTER = {"_class_name": "FlexibleUNet2DConditionModel", "block_out_channels": [320, 640, 1280, 1280]}
+"""Keys around them: the second is one of those that a stock UNet has, and that are not true of this one."""
+TINY_DECIDIFFUSION = DECIDIFFUSION | {
+    "sample_size": 8,
+    "temb_dim": 48,
+    "num_attention_heads": 4,
+    "cross_attention_dim": 32,
+    "down_blocks_in_channels": [32, 32, 64],
+    "down_blocks_out_channels": [32, 64, 96],
+    "prev_output_channels": [96, 96, 64],
+}
+
+
+def save_decidiffusion(folder: Path) -> Path:
+    """DeciDiffusion 1.0: a UNet of its own in half precision, v-prediction from pure noise, a checker.
+
+    Beside it lies what the published repository holds and nobody should touch: `unet/`, which is here no network at
+    all, and a `pipeline.py`, which ends whatever runs it.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        unet = _flexible_unet()
+        text_encoder = make_text_encoder(hidden_size=32, num_hidden_layers=2, hidden_act="quick_gelu")
+        vae, checker = make_vae(), _checker()
+    scheduler = DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        rescale_betas_zero_snr=True,
+    )
+    pipe = StableDiffusionPipeline(vae, text_encoder, make_tokenizer(), None, scheduler, checker, _processor())
+    _save(pipe, folder)
+    amend(folder / "model_index.json", _class_name="DeciDiffusionPipeline", unet=["diffusers", "UNet2DConditionModel"])
+    own, stock = folder / "flexible_unet", folder / "unet"
+    own.mkdir()
+    stock.mkdir()
+    (own / "config.json").write_text(json.dumps({**OUTER, "configurations": TINY_DECIDIFFUSION}), "utf-8")
+    weights = {name: tensor.half() for name, tensor in unet.state_dict().items()}
+    save_file(weights, own / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    (stock / "config.json").write_text('{"_class_name": "UNet2DConditionModel", "block_out_channels": "nonsense"}')
+    (stock / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
+    (folder / "pipeline.py").write_text('raise SystemExit("code of the checkpoint was run")\n', "utf-8")
+    return folder
 
 
 def probe_images(count: int, height: int = VIEW, width: int = VIEW) -> list[np.ndarray]:
@@ -70,32 +166,46 @@ def amend(path: Path, **values: Any) -> None:
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}), "utf-8")
 
 
-def _save(pipe: StableDiffusionPipeline, folder: Path) -> Path:
+def _save(pipe: DiffusionPipeline, folder: Path) -> Path:
     pipe.save_pretrained(folder)
     # Without torchvision the processor's class has another name; released checkpoints hold the plain one.
     amend(folder / "model_index.json", feature_extractor=["transformers", "CLIPImageProcessor"])
     return folder
 
 
-def _unet(**architecture: Any) -> UNet2DConditionModel:
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        norm_num_groups=8,
-        **architecture,
-    )
+def make_unet(**architecture: Any) -> UNet2DConditionModel:
+    settings: dict[str, Any] = {
+        "sample_size": 8,
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "norm_num_groups": 8,
+    }
+    unet = UNet2DConditionModel(**settings | architecture)
     with torch.no_grad():
         unet.conv_out.weight *= 3  # outputs near unit variance, as a trained one's are
         for name, weight in unet.named_parameters():
             if "attn2.to_v" in name or "attn2.to_out.0.weight" in name:
                 weight *= 4  # so that the prompt, and with it guidance, moves the image
+            if "add_embedding" in name or "cond_proj" in name:
+                weight *= 4  # and so that what some are told beside it does
     return unet.eval()
 
 
-def _vae() -> AutoencoderKL:
+@torch.no_grad()
+def _flexible_unet() -> FlexibleUNet:
+    unet = FlexibleUNet(FlexibleUNetConfig.read({**OUTER, "configurations": TINY_DECIDIFFUSION}, "the tiny model"))
+    for name, weight in unet.named_parameters():
+        if weight.ndim == 1:
+            weight += 0.2 * torch.randn(weight.shape)  # so that no two norms and biases are alike
+        if "attn2.to_v" in name or "attn2.to_out.0.weight" in name:
+            weight *= 4  # so that the prompt, and with it guidance, moves the image
+    unet.conv_out.weight *= 3  # outputs near unit variance, as a trained one's are
+    return unet.eval()
+
+
+def make_vae(**settings: Any) -> AutoencoderKL:
     vae = AutoencoderKL(
         block_out_channels=(8, 8, 16, 16),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -103,27 +213,25 @@ def _vae() -> AutoencoderKL:
         norm_num_groups=4,
         layers_per_block=1,
         sample_size=64,
+        **settings,
     )
     return vae.eval()
 
 
-def _tokenizer() -> CLIPTokenizer:
-    return CLIPTokenizer.from_pretrained(DEMO_MODEL / "tokenizer")
+def make_tokenizer(**settings: Any) -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(DEMO_MODEL / "tokenizer", **settings)
 
 
-def _text_encoder(**architecture: Any) -> CLIPTextModel:
-    tokenizer = _tokenizer()
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        intermediate_size=64,
-        num_attention_heads=4,
-        projection_dim=32,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **architecture,
-    )
-    return CLIPTextModel(config).eval()
+def make_text_encoder(kind: Any = CLIPTextModel, **architecture: Any) -> Any:
+    tokenizer = make_tokenizer()
+    settings: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "projection_dim": 32,
+        **{name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+    }
+    return kind(CLIPTextConfig(**settings | architecture)).eval()
 
 
 def _processor() -> CLIPImageProcessor:

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from batch_infer.models import DEMO_MODEL
-from tests import checkpoints
+from tests import checkpoints, checkpoints_xl
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -49,3 +49,27 @@ def sd1_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sd2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Stable Diffusion 2.x checkpoint, without a checker. Copy it before changing anything in it."""
     return checkpoints.save_sd2(tmp_path_factory.mktemp("checkpoints") / "sd2")
+
+
+@pytest.fixture(scope="session")
+def decidiffusion_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny DeciDiffusion checkpoint, with a checker. Copy it before changing anything in it."""
+    return checkpoints.save_decidiffusion(tmp_path_factory.mktemp("checkpoints") / "decidiffusion")
+
+
+@pytest.fixture(scope="session")
+def lcm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny latent consistency model, without a checker. Copy it before changing anything in it."""
+    return checkpoints.save_lcm(tmp_path_factory.mktemp("checkpoints") / "lcm")
+
+
+@pytest.fixture(scope="session")
+def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Stable Diffusion XL checkpoint. Copy it before changing anything in it."""
+    return checkpoints_xl.save_sdxl(tmp_path_factory.mktemp("checkpoints") / "sdxl")
+
+
+@pytest.fixture(scope="session")
+def sdxl_turbo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SDXL Turbo checkpoint. Copy it before changing anything in it."""
+    return checkpoints_xl.save_sdxl_turbo(tmp_path_factory.mktemp("checkpoints") / "sdxl_turbo")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import count, islice
+from itertools import count, islice, pairwise
 from pathlib import Path
+from threading import active_count
 from typing import Any
 
 import numpy as np
@@ -30,7 +32,7 @@ REFUSED_STEPS = 3
 class Painter:
     """A family of plain arithmetic: the prompt is a colour, `nan` is none."""
 
-    device, safety_checker, feature_extractor = CPU, None, None
+    device, safety_checker, feature_extractor, networks = CPU, None, None, ()
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self.dtype = dtype
@@ -41,7 +43,9 @@ class Painter:
         return 3, height // 8, width // 8
 
     def condition(self, requests: Sequence[PromptRequest]) -> list[Conditioning]:
-        colours = [{"colour": torch.full((3, 1, 1), float(request.prompt), dtype=self.dtype)} for request in requests]
+        colours = [
+            {"colour": torch.full((3, 1, 1), float(request.prompt or 0), dtype=self.dtype)} for request in requests
+        ]
         return [
             Conditioning((colour, colour if request.params.guided else None), 1, False)
             for colour, request in zip(colours, requests, strict=True)
@@ -111,7 +115,7 @@ def test_every_request_comes_out_once(rows: list[Any], slots: int, decode: int) 
         else:
             assert outcome.invalid == refused
             assert refused or outcome.request.prompt == "nan"
-    assert set(chain._model.decoded) <= {(decode, 3, 2, 2), (decode, 3, 2, 3)}  # one padded shape a size
+    assert set(chain.model.decoded) <= {(decode, 3, 2, 2), (decode, 3, 2, 3)}  # one padded shape a size
 
 
 def test_an_image_depends_on_its_row_alone(sd1_folder: Path) -> None:
@@ -159,7 +163,7 @@ def test_values_that_are_not_finite_are_no_image(dtype: torch.dtype, advice: boo
 
 def test_occupancy_counts_row_forwards_over_slots() -> None:
     chain, _ = run([paint("one", steps=4, guidance=1.0), paint("two", steps=4, guidance=1.0)], slots=2)
-    evaluations = chain._model.solver.table(4).evaluations
+    evaluations = chain.model.solver.table(4).evaluations
     assert (chain.stages.ticks, chain.stages.row_forwards) == (evaluations, 2 * evaluations)
     assert chain.stages.occupancy == 1.0
     chain, _ = run([paint("guided", steps=4), paint("unguided", steps=4, guidance=1.0)], slots=4)
@@ -181,7 +185,7 @@ def test_a_single_free_slot_goes_to_a_row_without_guidance() -> None:
     """Two guided rows cannot share three slots, but an unguided one can join the first."""
     chain, outcomes = run([paint("a", steps=4), paint("b", steps=4), paint("c", steps=4, guidance=1.0)], slots=3)
     assert {outcome.request.id for outcome in outcomes[:2]} == {"a", "c"}
-    assert chain.stages.ticks == 2 * chain._model.solver.table(4).evaluations
+    assert chain.stages.ticks == 2 * chain.model.solver.table(4).evaluations
 
 
 def test_stop_finishes_nothing_more() -> None:
@@ -256,7 +260,7 @@ def test_the_plan_knows_what_the_rows_take(rows: list[tuple[int, float]]) -> Non
     )
     chain, outcomes = run(requests, slots=5)
     assert len(outcomes) == len(requests)
-    packing = Packing(5)
+    packing = Packing(lambda _: 5)
     for item in requests:
         packing.add(item, Painter().solver.table(item.params.num_inference_steps).evaluations)
     packing.close()
@@ -264,3 +268,168 @@ def test_the_plan_knows_what_the_rows_take(rows: list[tuple[int, float]]) -> Non
     assert (load.images, load.row_forwards) == (len(requests), chain.stages.row_forwards)
     longest = max(Painter().solver.table(steps).evaluations for steps, _ in rows)
     assert abs(load.ticks - chain.stages.ticks) <= longest
+
+
+# Beside the UNet
+
+
+def test_decoding_beside_the_unet_changes_no_byte(sd1_folder: Path) -> None:
+    """As on a GPU, where a thread of its own decodes and checks."""
+    model = load_family(sd1_folder, with_checker=True)
+    judge = StableDiffusionChecker(model.safety_checker, model.feature_extractor, batch=2)
+    rows = [make_request(str(k), f"{k} rings", steps=2 + k % 5, guidance=1 + k % 3, seed=k) for k in range(9)]
+    rows += [make_request("wide", "a star", steps=3, size=(64, 96))]
+    found = []
+    for beside in (False, True):
+        chain = Chain(model, ChainShape(6, 2), judge, beside=beside)
+        found.append({outcome.request.id: outcome for outcome in chain.render(rows)})
+        assert chain.stages.images == len(rows)
+        assert chain.stages.check > 0
+    assert found[0].keys() == found[1].keys() == {row.id for row in rows}
+    for name, here in found[0].items():
+        assert isinstance(here, Rendered)
+        there = found[1][name]
+        assert isinstance(there, Rendered)
+        assert np.array_equal(here.pixels, there.pixels)
+        assert here.verdict == there.verdict
+
+
+def test_the_unet_waits_for_a_slow_decoder_and_not_the_memory() -> None:
+    class Slow(Painter):
+        def decode(self, latents: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.02)
+            under_way.append(len(chain.stages_by_size) and chain.stages.ticks)
+            return super().decode(latents)
+
+    under_way: list[int] = []
+    chain = Chain(Slow(), ChainShape(2, 1), None, beside=True)
+    assert len(list(chain.render(paint(str(k), steps=4, guidance=1.0) for k in range(40)))) == 40
+    ticks = [later - earlier for earlier, later in pairwise(under_way)]
+    each = chain.model.solver.table(4).evaluations
+    assert max(ticks) <= 4 * each
+
+
+def test_an_error_beside_the_unet_ends_the_chain_and_its_thread() -> None:
+    class Broken(Painter):
+        def decode(self, latents: torch.Tensor) -> torch.Tensor:
+            raise ZeroDivisionError("a bug")
+
+    threads = active_count()
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        list(Chain(Broken(), ChainShape(4, 1), None, beside=True).render([paint(str(k), steps=4) for k in range(6)]))
+    assert active_count() == threads
+
+
+def test_giving_up_ends_the_thread() -> None:
+    threads = active_count()
+    outcomes = Chain(Painter(), ChainShape(4, 1), None, beside=True).render(paint(str(k), steps=4) for k in count())
+    assert isinstance(next(outcomes), Rendered)
+    outcomes.close()  # type: ignore[attr-defined]
+    assert active_count() == threads
+
+
+# Memory
+
+
+class Small(Painter):
+    """A painter on a device that holds so many slots, or so many images in a decoder call, and no more."""
+
+    def __init__(self, slots: int = 1000, decode: int = 1000) -> None:
+        super().__init__()
+        self.most_slots, self.most_images = slots, decode
+
+    def denoise(self, sample: torch.Tensor, timestep: torch.Tensor, context: Context) -> torch.Tensor:
+        self._refuse(len(sample) > self.most_slots)
+        return super().denoise(sample, timestep, context)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        self._refuse(len(latents) > self.most_images)
+        return super().decode(latents)
+
+    def _refuse(self, too_many: bool) -> None:
+        if too_many:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more")
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize(
+    ("device", "settled"),
+    [(Small(slots=5), (4, 4)), (Small(decode=1), (16, 1)), (Small(slots=3, decode=2), (2, 2))],
+    ids=["few slots", "few images", "few of both"],
+)
+def test_out_of_memory_halves_and_loses_nothing(
+    device: Small, settled: tuple[int, int], beside: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [paint(str(k), 0.1 * k, steps=4 + k % 3, guidance=1 + k % 2, seed=k) for k in range(30)]
+    chain = Chain(device, ChainShape(16, 4), None, beside=beside)
+    outcomes = list(chain.render(rows))
+    assert Counter(outcome.request.id for outcome in outcomes) == Counter(row.id for row in rows)
+    assert all(isinstance(outcome, Rendered) for outcome in outcomes)
+    assert chain.shape.of((16, 16)) == settled
+    assert {outcome.slots for outcome in outcomes if isinstance(outcome, Rendered)} <= {settled[0], 16}
+    assert "out of memory at 16x16 pixels: going on with" in caplog.text
+    # What was halved stays so, for rows that come later too, and for no other size.
+    list(chain.render([paint("later", steps=4)]))
+    assert chain.shape.of((16, 16)) == settled
+    assert chain.shape.of((16, 24)) == (16, 4)
+
+
+def test_memory_that_ends_later_keeps_what_is_finished() -> None:
+    device = Small(slots=8)
+    chain = Chain(device, ChainShape(8, 1), None)
+    outcomes = chain.render(paint(str(k), steps=4, guidance=1.0, seed=k) for k in range(40))
+    early = list(islice(outcomes, 10))
+    device.most_slots = 4
+    late = list(outcomes)
+    names = [outcome.request.id for outcome in (*early, *late)]
+    assert sorted(names, key=int) == [str(k) for k in range(40)]
+    slots = [outcome.slots for outcome in (*early, *late) if isinstance(outcome, Rendered)]
+    assert slots == sorted(slots, reverse=True)
+    assert set(slots) == {8, 4}
+    alone = run([paint("9", steps=4, guidance=1.0, seed=9)], slots=4)[1][0]
+    (same,) = (outcome for outcome in (*early, *late) if outcome.request.id == "9")
+    assert isinstance(alone, Rendered)
+    assert isinstance(same, Rendered)
+    assert np.array_equal(alone.pixels, same.pixels)
+
+
+def test_a_size_that_no_memory_holds_costs_its_own_rows_only() -> None:
+    class Narrow(Painter):
+        def denoise(self, sample: torch.Tensor, timestep: torch.Tensor, context: Context) -> torch.Tensor:
+            if sample.shape[-1] > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().denoise(sample, timestep, context)
+
+    rows = [paint(str(k), steps=4, size=(16, 24 if k % 2 else 16)) for k in range(8)]
+    outcomes = list(Chain(Narrow(), ChainShape(4, 2), None).render(rows))
+    assert Counter(outcome.request.id for outcome in outcomes) == Counter(row.id for row in rows)
+    for outcome in outcomes:
+        if outcome.request.params.width == 16:
+            assert isinstance(outcome, Rendered)
+        else:
+            assert isinstance(outcome, Unrendered)
+            assert not outcome.invalid
+            assert outcome.error == "the device's memory does not hold one image of 24x16 pixels (CUDA out of memory)"
+
+
+@pytest.mark.parametrize(
+    ("shape", "part", "smaller"),
+    [
+        ((32, 8), "denoise", (16, 8)),
+        ((32, 8), "decode", (32, 4)),
+        ((32, 1), "decode", (16, 1)),
+        ((3, 8), "denoise", (3, 4)),
+        ((2, 1), "denoise", None),
+    ],
+)
+def test_batches_shrink_where_it_helps(shape: tuple[int, int], part: Any, smaller: tuple[int, int] | None) -> None:
+    found = ChainShape(*shape).shrunk((64, 64), part)
+    assert (found and found.of((64, 64))) == smaller
+
+
+def test_sizes_have_batches_of_their_own() -> None:
+    painter = Painter()
+    chain = Chain(painter, ChainShape(4, 2, {(16, 24): (6, 3)}), None)
+    list(chain.render([paint(str(k), steps=4, size=(16, 16 + 8 * (k > 1))) for k in range(4)]))
+    assert set(painter.decoded) == {(2, 3, 2, 2), (3, 3, 2, 3)}
+    assert chain.stages_by_size[16, 24].slot_ticks == 6 * chain.stages_by_size[16, 24].ticks

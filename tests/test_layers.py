@@ -24,7 +24,7 @@ FLOORS = (
     {"records", "settings", "atomic"},
     {"images"},
     {"diffusion"},
-    {"models", "safety", "table", "planning", "manifest", "sinks", "calibration"},
+    {"models", "safety", "table", "planning", "manifest", "sinks", "calibration", "datasheets"},
     {"chain"},
     {"worker"},
     {"engines"},
@@ -38,23 +38,47 @@ A room imports rooms of lower floors only, so two on one floor do not know each 
 """
 
 DOORS = {
-    *(f"batch_infer.jobs.{job}" for job in ("run", "plan", "status", "retry", "remerge")),
-    *("batch_infer.engines.local", "batch_infer.engines.probe", "batch_infer.safety.checker"),
+    *(f"batch_infer.jobs.{job}" for job in ("run", "plan", "status", "retry", "remerge", "bench")),
+    *("batch_infer.engines.knee", "batch_infer.models.architectures", "batch_infer.models.flops"),
+    *(
+        "batch_infer.engines.local",
+        "batch_infer.engines.probe",
+        "batch_infer.safety.checker",
+        "batch_infer.models.acceleration",
+    ),
+    *("batch_infer.models.any_pipeline",),
 }
 """Rooms of a wing that the floor plan names, and that others may therefore enter beside its `__init__`."""
 
 TORCH_FREE = {
     *("batch_infer", "errors", "records", "settings", "atomic", "table", "planning", "manifest", "sinks", "jobs"),
     *("cli", "__main__", "calibration", "batch_infer.models", "batch_infer.models.card", "batch_infer.models.files"),
-    *("batch_infer.models.tokens",),
+    *(
+        "batch_infer.models.tokens",
+        "batch_infer.models.hub",
+        "batch_infer.models.components",
+        "batch_infer.models.layouts",
+    ),
+    *("batch_infer.models.lora", "batch_infer.models.single_file"),
     *("batch_infer.engines.probe",),
 }
 """Rooms, and modules of rooms, that a command needs which renders nothing."""
+RENDERERS = {
+    f"batch_infer.jobs.bench.{module}"
+    for module in ("bare", "clock", "contenders", "contest", "lanes", "subject", "sweep")
+}
+"""Modules of these rooms that are imported late, by a command that renders."""
 COMMAND_LINE = {"cli", "__main__", "errors", "records", "settings"}
 RENDERING = {"torch", "diffusers", "transformers", "accelerate"}
 SLOW = RENDERING | {"pandas", "pyarrow", "numpy", "PIL", "scipy"}
 
-DISTRIBUTIONS = {"PIL": "pillow"}
+EXTRAS = {
+    "matplotlib": ("plot", "batch_infer.jobs.bench.plotting"),
+    "compel": ("long-prompts", "batch_infer.models.long_prompts"),
+    "pyparsing": ("long-prompts", "batch_infer.models.long_prompts"),
+}
+"""Libraries that not everybody installs, with the extra that does and the module that needs them."""
+DISTRIBUTIONS = {"PIL": "pillow", "huggingface_hub": "huggingface-hub"}
 """Distributions that are not called as their module is."""
 
 
@@ -173,7 +197,7 @@ def test_rooms_import_nothing_slow(rooms: set[str], kept_out: set[str]) -> None:
     loaded = {
         module: found
         for module in MODULES
-        if room_of(module) in rooms or module in rooms
+        if (room_of(module) in rooms or module in rooms) and module not in RENDERERS
         if (found := {package: by for package, by in loaded_with(module).items() if package in kept_out})
     }
     assert not loaded
@@ -205,8 +229,20 @@ def test_every_library_is_a_dependency_in_pyproject() -> None:
     assert block
     declared = set(re.findall(r'"([a-z-]+)', block[1]))
     imported = {found.target.split(".")[0] for module in MODULES for found in imports_of(module)}
-    others = imported - set(sys.stdlib_module_names) - {"batch_infer"}
+    others = imported - set(sys.stdlib_module_names) - {"batch_infer"} - EXTRAS.keys()
     assert {DISTRIBUTIONS.get(name, name) for name in others} <= declared
+
+
+@pytest.mark.parametrize("library", EXTRAS)
+def test_the_library_of_an_extra_is_imported_late_in_the_one_module_that_is_named_for_it(library: str) -> None:
+    extra, home = EXTRAS[library]
+    assert re.search(rf'^{extra} = \[.*"{library}\b', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    entries = [(module, found) for module in MODULES for found in imports_of(module) if not found.typing_only]
+    homes = {module: found for module, found in entries if found.target.split(".")[0] == library}
+    assert homes.keys() == {home}
+    assert not homes[home].at_start or not [
+        module for module, found in entries if found.target == home and found.at_start
+    ]
 
 
 def test_a_file_opens_by_saying_what_it_is() -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, HeunDiscreteScheduler
+from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, HeunDiscreteScheduler, LCMScheduler
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+from diffusers.utils.torch_utils import randn_tensor
 
 from batch_infer.diffusion import Context, Slots, Solver
 from batch_infer.diffusion.guidance import guide
-from batch_infer.diffusion.packer import initial_noise
+from batch_infer.diffusion.packer import draw_noise
+from batch_infer.diffusion.solver import TABLES_KEPT
 from batch_infer.records import SamplingParams
 
 SHAPE = (2, 4, 4)
@@ -89,53 +92,80 @@ def test_guidance_without_an_unconditional_part_is_a_bug(solver: Solver) -> None
         make_slots().admit("row", params, 0, solver.table(3), ({"prompt": torch.zeros(3)}, None))
 
 
+@pytest.mark.parametrize("drawing", [False, True], ids=["ddim", "ancestral"])
 @pytest.mark.parametrize("asked", [{}, {"guidance": 1.0}, {"rescale": 0.7}, {"steps": 6}], ids=str)
-def test_a_rows_bytes_do_not_depend_on_its_neighbours(solver: Solver, asked: dict[str, Any]) -> None:
+def test_a_rows_bytes_do_not_depend_on_its_neighbours(solver: Solver, asked: dict[str, Any], drawing: bool) -> None:
     """Law 1: alone, beside rows of any kind, in other lanes, admitted late, after a row that ended in nan."""
+    ancestral = Solver(EulerAncestralDiscreteScheduler())
+    own = ancestral if drawing else solver
     alone = make_slots()
-    admit(alone, solver, "the row", **asked)
+    admit(alone, own, "the row", **asked)
     wanted = finish(alone)["the row"]
 
     crowded = make_slots()
-    admit(crowded, solver, "short", steps=2, guidance=1.0)
+    admit(crowded, ancestral, "short", steps=2, guidance=1.0)
     admit(crowded, solver, "broken", steps=2, prompt=float("nan"))
     crowded.tick()
-    admit(crowded, solver, "the row", **asked)
+    admit(crowded, own, "the row", **asked)
     found = finish(crowded)
     assert found["broken"].isnan().all()
     assert torch.equal(found["the row"], wanted)
 
-    admit(crowded, solver, "rescaled", rescale=1.0, steps=9)  # other lanes, and the lanes of the broken row
+    admit(crowded, ancestral, "rescaled", rescale=1.0, steps=9)  # other lanes, and the lanes of the broken row
     crowded.tick()
-    admit(crowded, solver, "the row", **asked)
+    admit(crowded, own, "the row", **asked)
+    torch.randn(7)  # nobody's business
     assert torch.equal(finish(crowded)["the row"], wanted)
 
 
 def test_a_row_is_what_its_sampler_makes_of_its_own_noise() -> None:
-    """Rows of two samplers share the slots; each is compared with its scheduler's own loop."""
-    network, slots = Network(), make_slots(size=4)
-    schedulers = {"ddim": DDIMScheduler(clip_sample=False), "heun": HeunDiscreteScheduler()}
+    """Rows of several samplers share the slots; each is compared with its scheduler's own loop and generator."""
+    network, slots = Network(), make_slots(size=8)
+    schedulers = {
+        "ddim": DDIMScheduler(clip_sample=False),
+        "heun": HeunDiscreteScheduler(),
+        "ancestral": EulerAncestralDiscreteScheduler(),
+        "lcm": LCMScheduler(),
+    }
     for name, scheduler in schedulers.items():
         admit(slots, Solver(scheduler), name, steps=4)
     found = finish(slots)
     for name, scheduler in schedulers.items():
         scheduler.set_timesteps(4)
         seed = sum(name.encode())
-        sample = initial_noise(SHAPE, seed)[None] * scheduler.init_noise_sigma
+        generator = torch.Generator().manual_seed(seed)
+        drawing = {} if name == "heun" else {"generator": generator}
+        sample = draw_noise(SHAPE, generator)[None] * scheduler.init_noise_sigma
         context = {"prompt": torch.stack([torch.zeros(3), torch.full((3,), seed / 500)])}
         for timestep in scheduler.timesteps:
             pair = scheduler.scale_model_input(torch.cat([sample] * 2), timestep)
             negative, positive = network.denoise(pair, timestep.float().expand(2), context).chunk(2)
             output = negative + 3.0 * (positive - negative)
-            sample = scheduler.step(output, timestep, sample, return_dict=False)[0]
+            sample = scheduler.step(output, timestep, sample, **drawing, return_dict=False)[0]
         assert torch.allclose(found[name], sample[0], atol=1e-5 * float(sample.abs().max()))
 
 
-def test_initial_noise_is_what_a_pipeline_draws() -> None:
-    from diffusers.utils.torch_utils import randn_tensor
+def test_noise_is_what_a_pipeline_draws() -> None:
+    own, theirs = (torch.Generator().manual_seed(2**63 - 1) for _ in range(2))
+    for _ in range(3):
+        wanted = randn_tensor((1, *SHAPE), generator=theirs, dtype=torch.float32)
+        assert torch.equal(draw_noise(SHAPE, own), wanted[0])
 
-    wanted = randn_tensor((1, *SHAPE), generator=torch.Generator().manual_seed(2**63 - 1), dtype=torch.float32)
-    assert torch.equal(initial_noise(SHAPE, 2**63 - 1), wanted[0])
+
+def test_tables_on_the_device_are_shared_and_let_go(solver: Solver) -> None:
+    """Rows of one table share its copy; of a thousand step counts only the latest stay."""
+    slots = make_slots(size=4)
+    admit(slots, solver, "first", steps=3)
+    admit(slots, solver, "second", steps=3)
+    first, second = slots._rows.values()
+    assert first.coefficients.data_ptr() == second.coefficients.data_ptr()
+    table = weakref.ref(first.table.coefficients)
+    finish(slots)
+    del first, second
+    for steps in range(10, 10 + TABLES_KEPT):
+        admit(slots, solver, "other", steps=steps, guidance=1.0)
+        finish(slots)
+    assert table() is None
 
 
 def test_guidance_of_each_row_is_diffusers_own() -> None:

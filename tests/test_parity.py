@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-import diffusers
-import numpy as np
 import pytest
-import torch
-from diffusers import StableDiffusionPipeline
 
 from batch_infer.errors import ModelError
-from batch_infer.records import PromptRequest
+from batch_infer.models import load_solver, read_card
 from batch_infer.safety.checker import StableDiffusionChecker
-from batch_infer.settings import SchedulerSpec
+from batch_infer.settings import ModelSettings, SchedulerSpec
 from tests.checkpoints import amend
-from tests.rendering import copied, furthest, load_family, make_request, render
+from tests.oracle import ask, assert_close, assert_parity, load_pipeline, with_scheduler
+from tests.rendering import copied, load_family, make_request, render
 
-CHECKPOINTS = ("demo", "sd1", "sd2")
+CHECKPOINTS = ("demo", "sd1", "sd2", "sdxl", "sdxl_turbo")
+UNLIKE = ("sd1", "sd2", "sdxl")
+"""Checkpoints that differ in more than their scheduler and their weights."""
 SCHEDULERS = (
     "DDIMScheduler",
     "PNDMScheduler",
@@ -31,16 +31,16 @@ SCHEDULERS = (
     "HeunDiscreteScheduler",
     "KDPM2DiscreteScheduler",
     "LMSDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++",
+    "DPMSolverSinglestepScheduler:algorithm_type=sde-dpmsolver++",
+    "SASolverScheduler",
+    "LCMScheduler",
+    "TCDScheduler",
+    "DDPMScheduler",
 )
 REFUSED = {
-    "EulerAncestralDiscreteScheduler": "draws noise",
-    "KDPM2AncestralDiscreteScheduler": "draws noise",
-    "DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++": "draws noise",
-    "DPMSolverSinglestepScheduler:algorithm_type=sde-dpmsolver++": "draws noise",
-    "SASolverScheduler": "draws noise",
-    "LCMScheduler": "draws noise",
-    "TCDScheduler": "draws noise",
-    "DDPMScheduler": "draws noise",
     "DDIMScheduler:clip_sample=true": "clip_sample=true cannot be packed",
     "DDIMScheduler:thresholding=true": "thresholding=true cannot be packed",
     "DPMSolverMultistepScheduler:thresholding=true": "thresholding=true cannot be packed",
@@ -48,9 +48,9 @@ REFUSED = {
 }
 SHORT = (
     make_request("short", "a red circle", steps=4, guidance=1.0, seed=11),
-    make_request("negative", "two blue squares", steps=7, guidance=7.5, negative="green", seed=12),
-    make_request("rescaled", "a small star", steps=12, guidance=7.5, rescale=0.7, negative="a large ring", seed=13),
-    make_request("long", "a red circle", steps=25, guidance=7.5, seed=14),
+    make_request("negative", "two blue squares", steps=5, guidance=7.5, negative="green", seed=12),
+    make_request("rescaled", "a small star", steps=8, guidance=7.5, rescale=0.7, negative="a large ring", seed=13),
+    make_request("long", "a red circle", steps=16, guidance=7.5, seed=14),
 )
 LONG = (
     make_request("unguided", "a red circle", steps=30, guidance=1.0, seed=21),
@@ -59,14 +59,24 @@ LONG = (
     make_request("negative", "a purple heart", steps=50, guidance=7.5, negative="green", seed=24),
 )
 
-Pipelines = dict[str, StableDiffusionPipeline]
+Pipelines = dict[str, Any]
+Families = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def pipelines(demo_folder: Path, sd1_folder: Path, sd2_folder: Path) -> Pipelines:
+def folders(request: pytest.FixtureRequest) -> dict[str, Path]:
+    return {name: request.getfixturevalue(f"{name}_folder") for name in CHECKPOINTS}
+
+
+@pytest.fixture(scope="module")
+def pipelines(folders: dict[str, Path]) -> Pipelines:
     """The oracle of each checkpoint, without its checker."""
-    folders = dict(zip(CHECKPOINTS, (demo_folder, sd1_folder, sd2_folder), strict=True))
     return {name: load_pipeline(folder) for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def families(folders: dict[str, Path]) -> Families:
+    return {name: load_family(folders[name]) for name in UNLIKE}
 
 
 @pytest.fixture(params=CHECKPOINTS)
@@ -75,65 +85,18 @@ def checkpoint(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def folder(checkpoint: str, request: pytest.FixtureRequest) -> Path:
-    found: Path = request.getfixturevalue(f"{checkpoint}_folder")
-    return found
-
-
-def load_pipeline(folder: Path, **components: object) -> StableDiffusionPipeline:
-    leave_out = components or {"safety_checker": None, "requires_safety_checker": False}
-    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **leave_out)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def with_scheduler(pipe: StableDiffusionPipeline, text: str) -> StableDiffusionPipeline:
-    """The same parts under another scheduler, made as diffusers' guide says."""
-    spec = SchedulerSpec.parse(text)
-    scheduler = getattr(diffusers, spec.name).from_config(pipe.scheduler.config, **dict(spec.options))
-    other = StableDiffusionPipeline(**{**pipe.components, "scheduler": scheduler}, requires_safety_checker=False)
-    other.set_progress_bar_config(disable=True)
-    return other
-
-
-def ask(pipe: StableDiffusionPipeline, request: PromptRequest) -> tuple[np.ndarray, list[bool] | None]:
-    """What diffusers makes of one row: its image (H, W, 3) uint8, and what its checker says."""
-    params = request.params
-    answer = pipe(
-        request.prompt,
-        negative_prompt=request.negative_prompt,
-        num_inference_steps=params.num_inference_steps,
-        guidance_scale=params.guidance_scale,
-        guidance_rescale=params.guidance_rescale,
-        height=params.height,
-        width=params.width,
-        generator=torch.Generator("cpu").manual_seed(request.seed),
-        output_type="np",
-    )
-    return (answer.images[0] * 255).round().astype(np.uint8), answer.nsfw_content_detected
-
-
-def assert_close(image: np.ndarray, oracle: np.ndarray) -> None:
-    """At most 1 of 255 anywhere; and seldom at all, since only a value next to a half can be rounded otherwise."""
-    assert image.shape == oracle.shape
-    assert furthest(image, oracle) <= 1
-    assert np.mean(image != oracle) < 0.01
-
-
-def assert_parity(pipe: StableDiffusionPipeline, model: object, requests: tuple[PromptRequest, ...]) -> None:
-    """Rows rendered in one packed call look as they do alone; and no two alike, so that a mix-up would show."""
-    rendered = render(model, requests, slots=6, decode=2)
-    assert rendered.keys() == {request.id for request in requests}
-    oracles = {request.id: ask(pipe, request)[0] for request in requests}
-    for name, oracle in oracles.items():
-        assert_close(rendered[name].pixels, oracle)
-        others = [image for other, image in oracles.items() if other != name and image.shape == oracle.shape]
-        assert all(furthest(oracle, other) > 2 for other in others)
+def folder(checkpoint: str, folders: dict[str, Path]) -> Path:
+    return folders[checkpoint]
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_packed_rows_look_as_they_do_alone(pipelines: Pipelines, checkpoint: str, folder: Path, scheduler: str) -> None:
-    assert_parity(with_scheduler(pipelines[checkpoint], scheduler), load_family(folder, scheduler), SHORT)
+@pytest.mark.parametrize("checkpoint", UNLIKE)
+def test_packed_rows_look_as_they_do_alone(
+    pipelines: Pipelines, families: Families, folder: Path, checkpoint: str, scheduler: str
+) -> None:
+    model = families[checkpoint]
+    model.solver = load_solver(read_card(ModelSettings(str(folder), scheduler=SchedulerSpec.parse(scheduler))))
+    assert_parity(with_scheduler(pipelines[checkpoint], scheduler), model, SHORT)
 
 
 @pytest.mark.soak

@@ -128,7 +128,7 @@ def test_a_table_without_a_good_row(tmp_path: Path, out: Path) -> None:
         (("--steps", "0"), "num_inference_steps '0' is not within"),
         (("--model", "/nowhere"), "no model folder at /nowhere"),
         (("--scheduler", "NoScheduler"), "diffusers has no scheduler NoScheduler"),
-        (("--scheduler", "EulerAncestralDiscreteScheduler"), "draws noise at every step"),
+        (("--scheduler", "DDIMScheduler:clip_sample=true"), "clip_sample=true cannot be packed"),
     ],
 )
 def test_a_plan_refuses_what_a_run_would_refuse(
@@ -208,9 +208,9 @@ def test_a_device_that_is_too_small_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     def too_small(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory\nand more")
 
-    monkeypatch.setattr(probe, "_measure", too_small)
+    monkeypatch.setattr(probe, "_model", too_small)
     compute = Compute("cpu", "float32", slots=8, decode_batch=4, threads=1)
-    with pytest.raises(SettingsError, match=r"does not hold 8 slots at this size: .* \(CUDA out of memory\)"):
+    with pytest.raises(SettingsError, match=r"does not hold the model: .* \(CUDA out of memory\)"):
         probe._rates(read_card(ModelSettings()), compute, SafetySettings(), "png", (64, 64))
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field, replace
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 from batch_infer import planning
 from batch_infer.planning import Chunk, Load, Packing, chunks, is_done, pending
 from batch_infer.records import FINAL, MAX_ATTEMPTS, PromptRequest, ResultRow, SamplingParams, Source, now
+
+GUIDANCE = [1.0, 7.5, 7.5, 7.5, 7.5]
 
 
 @dataclass(frozen=True)
@@ -121,14 +124,16 @@ shapes = st.tuples(st.sampled_from([64, 72, 128]), st.sampled_from([1, 5, 50]), 
 
 
 @settings(deadline=None)
-@given(st.lists(shapes, max_size=60), st.integers(1, 20), st.integers(1, 8))
-def test_every_request_is_planned_once(rows: list[tuple[int, int, float]], window: int, chunk: int) -> None:
+@given(st.lists(shapes, max_size=60), st.integers(1, 20), st.integers(1, 8), st.sampled_from([None, 2, 3, 8]))
+def test_every_request_is_planned_once(
+    rows: list[tuple[int, int, float]], window: int, chunk: int, slots: int | None
+) -> None:
     requests = [request(f"{i}", size=size, steps=steps, guidance=guidance)
                 for i, (size, steps, guidance) in enumerate(rows)]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planning, "WINDOW", window)
         patch.setattr(planning, "CHUNK", chunk)
-        plan: list[Chunk] = list(chunks(requests))
+        plan: list[Chunk] = list(chunks(requests, (lambda _: slots) if slots else None))
     planned = [item for piece in plan for item in piece.requests]
     assert sorted(item.id for item in planned) == sorted(item.id for item in requests)
     assert all(0 < len(piece.requests) <= chunk for piece in plan)
@@ -139,8 +144,22 @@ def test_every_request_is_planned_once(rows: list[tuple[int, int, float]], windo
 # What it costs
 
 
+@pytest.mark.parametrize(("rows", "least"), [(200, 0.94), (1000, 0.98), (10_000, 0.99)])
+@pytest.mark.parametrize("seed", range(3))
+def test_slots_are_full_on_a_mixed_table(rows: int, least: float, seed: int) -> None:
+    """Steps from 20 to 50, a row in five without guidance, three sizes, 32 slots: the share of slots in use."""
+    draw = random.Random(seed)
+    table = [
+        request(f"{k}", size=draw.choice([64, 72, 128]), steps=draw.randint(20, 50), guidance=draw.choice(GUIDANCE))
+        for k in range(rows)
+    ]
+    planned = chain.from_iterable(chunk.requests for chunk in chunks(table, lambda _: 32))
+    loads = loads_of(list(planned), slots=32).values()
+    assert sum(load.row_forwards for load in loads) / sum(32 * load.ticks for load in loads) >= least
+
+
 def loads_of(requests: list[PromptRequest], slots: int) -> dict[tuple[int, int], Load]:
-    packing = Packing(slots)
+    packing = Packing(lambda _: slots)
     for item in requests:
         packing.add(item, item.params.num_inference_steps)
     packing.close()
@@ -149,12 +168,14 @@ def loads_of(requests: list[PromptRequest], slots: int) -> dict[tuple[int, int],
 
 def test_rows_are_packed_on_paper() -> None:
     rows = [request(steps=20), request(steps=20), request(steps=10, guidance=1.0), request(steps=5)]
-    assert loads_of(rows, slots=4) == {(64, 64): Load(images=4, row_forwards=20 * 2 + 20 * 2 + 10 + 5 * 2, ticks=30)}
+    assert loads_of(rows, slots=4) == {
+        (64, 64): Load(slots=4, images=4, row_forwards=20 * 2 + 20 * 2 + 10 + 5 * 2, ticks=30)
+    }
 
 
 def test_slots_empty_before_the_size_changes() -> None:
     rows = [request(steps=3), request(steps=3, size=72), request(steps=3)]
-    assert loads_of(rows, slots=4) == {(64, 64): Load(2, 12, 6), (72, 72): Load(1, 6, 3)}
+    assert loads_of(rows, slots=4) == {(64, 64): Load(4, 2, 12, 6), (72, 72): Load(4, 1, 6, 3)}
 
 
 def test_no_rows_cost_nothing() -> None:

@@ -190,7 +190,7 @@ def test_what_run_json_says(table: Path, out: Path) -> None:
     found = run_json(out)
     assert found["tables"] == [str(table)]
     assert found["settings"]["defaults"]["num_inference_steps"] == 2
-    assert set(found["model"]) == {"name", "path", "revision", "family", "fingerprint"}
+    assert set(found["model"]) == {"name", "path", "revision", "family", "fingerprint", "loras"}
     assert Path(found["model"]["path"]) == DEMO_MODEL
     assert {"torch", "diffusers", "transformers", "python"} <= set(found["versions"])
     assert (found["compute"]["slots"], found["compute"]["threads"]) == (8, 1)
@@ -414,8 +414,8 @@ def test_names_with_a_colon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_scheduler_that_was_refused_stands_in_nobodys_way(table: Path, out: Path) -> None:
-    refused = run(table, out, "--scheduler", "EulerAncestralDiscreteScheduler")
-    assert (refused.code, "draws noise" in refused.stderr) == (2, True)
+    refused = run(table, out, "--scheduler", "DDIMScheduler:clip_sample=true")
+    assert (refused.code, "cannot be packed" in refused.stderr) == (2, True)
     assert run(table, out).code == 0
 
 
@@ -533,7 +533,7 @@ def test_a_table_that_changes_under_a_run_loses_no_result(tmp_path: Path, out: P
 
     class Changing(Silent):
         def committed(self, rows: Any) -> None:
-            table.unlink()
+            table.unlink(missing_ok=True)  # a slow machine commits more than once
             if change == "appended":
                 write_csv(table, [["prompt"], *(["a blue square"] for _ in range(20))])
 

@@ -13,7 +13,7 @@ import pytest
 from batch_infer.cli.options import run_settings
 from batch_infer.cli.run import run as command
 from batch_infer.errors import SettingsError
-from batch_infer.settings import FIELDS, FailureBudget, RunSettings, SchedulerSpec, TableSettings
+from batch_infer.settings import FIELDS, FailureBudget, LoraSpec, RunSettings, SchedulerSpec, TableSettings
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,37 @@ def test_the_order_of_options_is_no_matter() -> None:
 def test_what_is_no_scheduler_is_named(text: str) -> None:
     with pytest.raises(SettingsError, match="--scheduler "):
         SchedulerSpec.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "file", "weight"),
+    [
+        ("style.safetensors", "style.safetensors", 1.0),
+        ("style.safetensors:0.8", "style.safetensors", 0.8),
+        ("/a:b/style:2.safetensors:-1e-1", "/a:b/style:2.safetensors", -0.1),
+        ("a b.safetensors/c.safetensors:0", "a b.safetensors/c.safetensors", 0.0),
+    ],
+)
+def test_loras_and_their_weights(text: str, file: str, weight: float) -> None:
+    assert LoraSpec.parse(text) == LoraSpec(file, weight)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "say FILE.safetensors"),
+        ("style", "say FILE.safetensors"),
+        ("style.ckpt:1", "say FILE.safetensors"),
+        ("style.safetensors.bak", "say FILE.safetensors"),
+        ("style.safetensors:", "the weight '' is not a finite number"),
+        ("style.safetensors:much", "the weight 'much' is not a finite number"),
+        ("style.safetensors:nan", "the weight 'nan' is not a finite number"),
+        ("style.safetensors:inf", "the weight 'inf' is not a finite number"),
+    ],
+)
+def test_what_is_no_lora_is_named(text: str, reason: str) -> None:
+    with pytest.raises(SettingsError, match=f"--lora {text}: {reason}"):
+        LoraSpec.parse(text)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +111,20 @@ def test_every_option_has_its_place() -> None:
         parse(
             *("--out", "o", "--column", "prompt=caption", "--column", "height=", "--limit", "3", "--model", "m"),
             *("--revision", "r", "--variant", "fp16", "--dtype", "bfloat16", "--device", "cpu", "--scheduler", "A:x=1"),
-            *("--slots", "6", "--threads", "2", "--steps", "4", "--guidance-scale", "2", "--guidance-rescale", "0.5"),
+            *("--lora", "l.safetensors:0.5", "--lora", "k.safetensors", "--long-prompts"),
+            *(
+                "--slots",
+                "6",
+                "--threads",
+                "2",
+                "--no-compile",
+                "--steps",
+                "4",
+                "--guidance-scale",
+                "2",
+                "--guidance-rescale",
+                "0.5",
+            ),
             *("--height", "72", "--width", "80", "--negative-prompt", "n", "--images-per-prompt", "2", "--seed", "9"),
             *("--safety", "checker", "--on-flagged", "drop", "--require-safety", "--image-format", "webp"),
             *("--results", "csv", "--results", "jsonl", "--base64", "--max-failed", "1%", "--overwrite"),
@@ -97,6 +141,8 @@ def test_every_option_has_its_place() -> None:
             "dtype": "bfloat16",
             "device": "cpu",
             "scheduler": {"name": "A", "options": (("x", 1),)},
+            "loras": ({"file": "l.safetensors", "weight": 0.5}, {"file": "k.safetensors", "weight": 1.0}),
+            "long_prompts": True,
         },
         "defaults": {
             "num_inference_steps": 4,
@@ -110,7 +156,7 @@ def test_every_option_has_its_place() -> None:
         },
         "safety": {"mode": "checker", "on_flagged": "drop", "required": True},
         "output": {"image_format": "webp", "results": ("csv", "jsonl"), "base64": True},
-        "compute": {"slots": 6, "threads": 2},
+        "compute": {"slots": 6, "threads": 2, "compiled": False},
         "max_failed": {"count": 0, "percent": 1.0},
         "overwrite": True,
         "price_per_hour": 2.5,
@@ -122,6 +168,7 @@ def test_every_option_has_its_place() -> None:
     [
         (),
         ("--scheduler", "A:x=1,y=true,z=word", "--results", "csv", "--max-failed", "1%", "--column", "prompt=caption"),
+        ("--model", "m.safetensors", "--lora", "a:b.safetensors:-0.5", "--lora", "c.safetensors", "--long-prompts"),
         ("--model", "m", "--steps", "3", "--safety", "none", "--slots", "4", "--limit", "2", "--price-per-hour", "1"),
     ],
 )
@@ -138,6 +185,7 @@ def test_settings_can_be_written_down_and_read(arguments: tuple[str, ...]) -> No
         (["--base64"], "add --results csv or --results jsonl"),
         (["--base64", "--results", "parquet"], "add --results csv or --results jsonl"),
         (["--scheduler", "A:x"], "'x' is not key=value"),
+        (["--lora", "style.pt"], "--lora style.pt: say FILE.safetensors or FILE.safetensors:WEIGHT"),
         (["--max-failed", "some"], "--max-failed some"),
     ],
 )

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-from diffusers import DDIMScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
 
 from batch_infer.diffusion import CoefficientTable, Solver
+from batch_infer.diffusion.solver import TABLES_KEPT
 from batch_infer.errors import ModelError, RowError
 from batch_infer.settings import SchedulerSpec
 from tests.checkpoints import NOISE_SCHEDULE
@@ -35,6 +37,20 @@ SPECS = (
     "LMSDiscreteScheduler",
     "IPNDMScheduler",
     "FlowMatchEulerDiscreteScheduler",
+    "TCDScheduler",
+)
+DRAWING = (
+    "EulerAncestralDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler:prediction_type=v_prediction,timestep_spacing=trailing",
+    "KDPM2AncestralDiscreteScheduler",
+    "DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++",
+    "DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++,solver_order=3,use_karras_sigmas=true",
+    "DPMSolverSinglestepScheduler:algorithm_type=sde-dpmsolver++",
+    "SASolverScheduler",
+    "SASolverScheduler:predictor_order=3,corrector_order=4",
+    "LCMScheduler",
+    "DDPMScheduler:clip_sample=false",
+    "DDPMScheduler:clip_sample=false,variance_type=fixed_large,timestep_spacing=trailing",
 )
 
 
@@ -48,30 +64,52 @@ def model(sample: torch.Tensor, timestep: float) -> torch.Tensor:
     return torch.tanh(sample * (1 + timestep / 1000)) + 0.1 * torch.cos(sample.flip(-1) * 3)
 
 
-def by_scheduler(scheduler: Any, steps: int, noise: torch.Tensor) -> torch.Tensor:
+def by_scheduler(scheduler: Any, steps: int, seed: int) -> torch.Tensor:
+    """The scheduler's own loop, as a pipeline calls it: in float32, since that is in which it draws."""
+    pipe = StableDiffusionPipeline.__new__(StableDiffusionPipeline)
+    pipe.scheduler = scheduler
+    generator = torch.Generator().manual_seed(seed)
+    arguments = pipe.prepare_extra_step_kwargs(generator, eta=0.0)
     scheduler.set_timesteps(steps)
-    sample = noise * float(getattr(scheduler, "init_noise_sigma", 1.0))
+    sample = torch.randn(SHAPE, generator=generator) * float(getattr(scheduler, "init_noise_sigma", 1.0))
     for timestep in scheduler.timesteps:
         scaled = scheduler.scale_model_input(sample, timestep) if hasattr(scheduler, "scale_model_input") else sample
-        sample = scheduler.step(model(scaled, float(timestep)), timestep, sample, return_dict=False)[0]
+        sample = scheduler.step(model(scaled, float(timestep)), timestep, sample, **arguments, return_dict=False)[0]
     return sample
 
 
-def by_table(table: CoefficientTable, noise: torch.Tensor) -> torch.Tensor:
-    known, sample = [noise.flatten()], table.initial_scale * noise
+def by_table(table: CoefficientTable, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    known = [torch.randn(SHAPE, generator=generator)]
+    sample = table.initial_scale * known[0]
     for k in range(table.evaluations):
-        known.append(model(table.input_scale[k] * sample, table.timesteps[k]).flatten())
-        sample = (table.coefficients[k, : k + 2].double() @ torch.stack(known)).reshape(SHAPE)
+        known.append(model(table.input_scale[k] * sample, table.timesteps[k]))
+        known += [torch.randn(SHAPE, generator=generator) for _ in range(table.draws[k])]
+        sample = (table.coefficients[k, : len(known)] @ torch.stack(known).flatten(1)).reshape(SHAPE)
+    assert len(known) == table.coefficients.shape[1]
     return sample
 
 
 @pytest.mark.parametrize("steps", [4, 11, 30])
-@pytest.mark.parametrize("text", SPECS)
+@pytest.mark.parametrize("text", [*SPECS, *DRAWING])
 def test_table_walks_as_the_scheduler_does(text: str, steps: int) -> None:
-    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(steps), dtype=torch.float64)
-    wanted = by_scheduler(make_scheduler(text), steps, noise)
-    found = by_table(Solver(make_scheduler(text)).table(steps), noise)
-    assert torch.allclose(found, wanted.double(), rtol=0, atol=2e-5 * float(wanted.abs().max()))
+    wanted = by_scheduler(make_scheduler(text), steps, seed=steps)
+    found = by_table(Solver(make_scheduler(text)).table(steps), seed=steps)
+    assert torch.allclose(found, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("text", "draws"),
+    [
+        ("EulerDiscreteScheduler", (0, 0, 0, 0)),
+        ("TCDScheduler", (0, 0, 0, 0)),  # a pipeline's eta is 0, though the scheduler's own is 0.3
+        ("EulerAncestralDiscreteScheduler", (1, 1, 1, 1)),
+        ("LCMScheduler", (1, 1, 1, 0)),
+        ("KDPM2AncestralDiscreteScheduler", (0, 1, 0, 1, 0, 1, 0)),
+    ],
+)
+def test_draws_are_counted_by_the_evaluation(text: str, draws: tuple[int, ...]) -> None:
+    assert Solver(make_scheduler(text)).table(4).draws == draws
 
 
 @pytest.mark.parametrize(
@@ -89,9 +127,30 @@ def test_a_table_is_made_once_and_leaves_scheduler_and_random_state_alone() -> N
     scheduler = DDIMScheduler(clip_sample=False)
     before = torch.random.get_rng_state()
     solver = Solver(scheduler)
-    assert solver.table(7) is solver.table(7)
+    table = solver.table(7)
+    assert solver.table(7) is table
     assert scheduler.num_inference_steps is None
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_the_latest_tables_are_kept_and_an_old_one_comes_back_the_same() -> None:
+    solver = Solver(EulerAncestralDiscreteScheduler())
+    first, freed = solver.table(3), weakref.ref(solver.table(3).coefficients)
+    values = first.coefficients.clone()
+    for steps in range(100, 100 + TABLES_KEPT):
+        solver.table(steps)
+    assert solver.table(100) is solver.table(100)
+    del first
+    assert freed() is None
+    assert torch.equal(solver.table(3).coefficients, values)
+
+
+def test_a_begin_index_is_set_as_some_pipelines_do() -> None:
+    """Where two steps stand at one timestep, the scheduler's own search does not find the first."""
+    scheduler = make_scheduler("DPMSolverMultistepScheduler:use_beta_sigmas=true")
+    with pytest.raises(RowError, match="num_inference_steps=50"):
+        Solver(scheduler).table(50)
+    assert Solver(scheduler, begin_index=0).table(50).evaluations == 50
 
 
 def test_a_refused_step_count_is_the_rows_fault_each_time() -> None:
@@ -128,13 +187,53 @@ class Stub:
         return (self._rule(output, sample),)
 
 
+class DrawingStub(Stub):
+    """A scheduler of one rule that takes a generator."""
+
+    def step(  # type: ignore[override]
+        self, output: torch.Tensor, timestep: Any, sample: torch.Tensor, return_dict: bool, generator: Any = None
+    ) -> Any:
+        return (self._rule(output, sample, generator),)
+
+
 def test_rules_that_are_no_fixed_linear_map_are_refused() -> None:
     assert Solver(Stub(lambda output, sample: sample - 0.1 * output)).table(3).coefficients[2, 0] == 1
     with pytest.raises(ModelError, match="not linear in the model's outputs"):
         Solver(Stub(lambda output, sample: sample - output.clamp(-1, 1)))
-    with pytest.raises(ModelError, match="draws noise at every step"):
+    with pytest.raises(ModelError, match="draws noise of its own"):
         Solver(Stub(lambda output, sample: sample - output + 0.1 * torch.randn(sample.shape)))
     with pytest.raises(ModelError, match="not finite"):
         Solver(Stub(lambda output, sample: sample - output / 0.0))
     with pytest.raises(ModelError, match="not a scheduler for latent diffusion"):
         Solver(Stub(lambda output: output))
+
+
+def drawn(sample: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(sample.shape, generator=generator, dtype=sample.dtype)
+
+
+def test_rules_that_draw_more_than_once_are_packed() -> None:
+    rule = DrawingStub(lambda output, sample, generator: (
+        sample - output + 2 * drawn(sample, generator).mul_(0.5) + 3 * drawn(sample, generator)
+    ))  # fmt: skip
+    table = Solver(rule).table(2)
+    assert table.draws == (2, 2)
+    assert table.coefficients.tolist() == [[1, -1, 1, 3, 0, 0, 0], [1, -1, 1, 3, -1, 1, 3]]
+
+
+@pytest.mark.parametrize(
+    ("rule", "reason"),
+    [
+        (lambda output, sample, g: sample + torch.rand(sample.shape, generator=g), "noise that is not normal"),
+        (lambda output, sample, g: sample + torch.empty_like(sample).normal_(generator=g), "noise that is not normal"),
+        (lambda output, sample, g: sample + torch.randn(1, generator=g), "noise of another shape"),
+        (lambda output, sample, g: sample + drawn(sample, g).clamp(-1, 1), "not linear"),
+        (lambda output, sample, g: sample + drawn(sample, g) + torch.randn(sample.shape), "draws noise of its own"),
+        # Noise that follows from the generator's seed, and is no draw from it: a Brownian tree's, for one.
+        (lambda output, sample, g: sample + drawn(sample, torch.Generator().manual_seed(g.initial_seed())), "linear"),
+    ],
+    ids=["uniform", "in place", "shape", "clipped", "global", "seeded"],
+)
+def test_draws_that_the_packer_cannot_make_are_refused(rule: Any, reason: str) -> None:
+    with pytest.raises(ModelError, match=f"DrawingStub .*{reason}.*--scheduler"):
+        Solver(DrawingStub(rule))

@@ -83,7 +83,8 @@ def _print(plan: Plan, faults: IO[str], settings: RunSettings) -> None:
     for size in plan.sizes:
         name, time = f"{size.width}x{size.height}", duration(size.seconds)
         click.echo(f"{name:12}{size.images:12,}{size.row_forwards:16,}{size.ticks:14,}{time:>16}")
-    click.echo(f"slots    {plan.slots}, {plan.occupancy:.0%} full")
+    slots = sorted({size.slots for size in plan.sizes})
+    click.echo(f"slots    {' to '.join(map(str, slots[:1] + slots[1:][-1:]))}, {plan.occupancy:.0%} full")
     click.echo(f"time     about {duration(plan.seconds)}, as measured {plan.measured_at:%Y-%m-%d %H:%M} UTC")
     click.echo(f"disk     about {tqdm.format_sizeof(plan.bytes, 'B')}")
     if plan.cost is not None:

@@ -5,27 +5,30 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.connection import wait
+from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-from batch_infer.calibration import Rates
+from batch_infer.calibration import Knee, Rates
 from batch_infer.errors import ModelError, RowError
-from batch_infer.models import ModelCard
+from batch_infer.models import ModelCard, PipelineFacts
 from batch_infer.records import PromptRequest, SamplingParams, Source, now
-from batch_infer.settings import Compute, ImageFormat, SafetySettings
+from batch_infer.settings import Compute, Device, ImageFormat, SafetySettings
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from batch_infer.chain import Chain
+    from batch_infer.chain import Chain, DrivenChain
     from batch_infer.diffusion import Solver
+    from batch_infer.models import AnyPipeline, Family
 
 P = ParamSpec("P")
 Answer = TypeVar("Answer")
@@ -51,9 +54,13 @@ class Probe:
         """Seconds spent waiting for answers."""
         self._set_up: float | None = None
 
-    def find_device(self, asked: str) -> str:
-        """`cpu` or `cuda`. Raises SettingsError where what was asked for is not there."""
+    def find_device(self, asked: str) -> Device:
+        """Raises SettingsError where what was asked for is not there."""
         return self._ask(_find_device, asked)
+
+    def facts(self, path: Path) -> PipelineFacts:
+        """What a checkpoint's pipeline takes, where only diffusers can tell. Raises ModelError."""
+        return self._ask(_facts, path)
 
     def evaluations(self, card: ModelCard, steps: int) -> int:
         """How often a row of so many steps asks the model. Raises RowError where the scheduler refuses them."""
@@ -63,6 +70,10 @@ class Probe:
         if isinstance(found, str):
             raise RowError(found)
         return found
+
+    def knee(self, card: ModelCard, compute: Compute, safety: SafetySettings, size: tuple[int, int]) -> Knee:
+        """Try out how many slots, and images in a decoder call, this (height, width) wants. Raises ModelError."""
+        return self._ask(_knee, card, compute, safety, size)
 
     def rates(
         self,
@@ -116,14 +127,25 @@ def _end_with(sentinel: int) -> None:
     os._exit(1)
 
 
-def _find_device(asked: str) -> str:
+def _find_device(asked: str) -> Device:
     from batch_infer.engines.local import find_device
 
     return find_device(asked)
 
 
+def _facts(path: Path) -> PipelineFacts:
+    from batch_infer.models import read_facts
+
+    return read_facts(path)
+
+
 def _evaluations(card: ModelCard, steps: int) -> int | str:
-    """Or why not: the scheduler's own error would have torch imported where it arrives."""
+    """Or why not: the scheduler's own error would have torch imported where it arrives.
+
+    What a driven pipeline makes of its steps only its call knows: they are counted as they are.
+    """
+    if card.driven:
+        return steps
     try:
         return _solver(card).table(steps).evaluations
     except RowError as error:
@@ -137,55 +159,89 @@ def _solver(card: ModelCard) -> Solver:
     return load_solver(card)
 
 
-@cache
-def _chain(card: ModelCard, compute: Compute, safety: SafetySettings) -> tuple[Chain, float]:
+def _model(card: ModelCard, compute: Compute, safety: SafetySettings) -> tuple[Family | AnyPipeline, float]:
     """A loaded model, and the seconds that it took."""
-    started = time.perf_counter()
-    from batch_infer.worker import load_chain
+    judged = safety.judges(has_checker=card.has_checker)
+    return _load(card, replace(compute, slots=0, decode_batch=0, by_size=()), judged)
 
-    return load_chain(card, compute, safety), time.perf_counter() - started
+
+@cache
+def _load(card: ModelCard, compute: Compute, judged: bool) -> tuple[Family | AnyPipeline, float]:
+    started = time.perf_counter()
+    from batch_infer.worker import load_any_model
+
+    return load_any_model(card, compute, judged=judged), time.perf_counter() - started
+
+
+def _knee(card: ModelCard, compute: Compute, safety: SafetySettings, size: tuple[int, int]) -> Knee:
+    from batch_infer.engines.knee import find_driven_knee, find_knee
+    from batch_infer.models.any_pipeline import AnyPipeline
+
+    with _told_of_memory():
+        model, _ = _model(card, compute, safety)
+        params = _params(card, size, _few(card, FEW_STEPS[::-1]))
+        return find_driven_knee(model, params) if isinstance(model, AnyPipeline) else find_knee(model, params)
 
 
 def _rates(
     card: ModelCard, compute: Compute, safety: SafetySettings, image_format: ImageFormat, size: tuple[int, int]
 ) -> Rates:
+    """Time full slots at few steps and at many: the difference is the steps', the rest the images'."""
+    from batch_infer.worker import make_chain
+
+    with _told_of_memory():
+        model, start = _model(card, compute, safety)
+        chain = make_chain(model, compute)
+        few = _few(card, FEW_STEPS)
+        _render(chain, card, size, few)  # the first call of a shape sets things up
+        short = min(_render(chain, card, size, few)[0] for _ in range(REPEATS))
+        many = _first_taken(card, range(few + max(2, min(MOST_STEPS, round(LONG_SECONDS / short))), 1001))
+        long, images = min((_render(chain, card, size, many) for _ in range(REPEATS)), key=lambda timed: timed[0])
+    asked = {steps: int(_evaluations(card, steps)) for steps in (few, many)}
+    tick = max(0.0, long - short) / (asked[many] - asked[few])
+    image = max(0.0, short - tick * asked[few]) / max(1, len(images))
+    storing, stored = _store(images, image_format)
+    if compute.device == "cpu":  # it is done beside the rendering, but by the same cores
+        image += storing / compute.threads
+    # Where memory did not hold the slots, a run makes as many more calls as it has fewer of them.
+    tick *= compute.shape_of(*size).slots / chain.shape.of(size)[0]
+    return Rates(start, tick, image, stored, now())
+
+
+@contextmanager
+def _told_of_memory() -> Iterator[None]:
+    """An error that is known where torch is not. Raises SettingsError."""
     from torch import OutOfMemoryError
 
     from batch_infer.engines.local import memory_fault
 
     try:
-        return _measure(card, compute, safety, image_format, size)
+        yield
     except OutOfMemoryError as error:
-        raise memory_fault(compute.slots, error) from None
+        raise memory_fault(error) from None
 
 
-def _measure(
-    card: ModelCard, compute: Compute, safety: SafetySettings, image_format: ImageFormat, size: tuple[int, int]
-) -> Rates:
-    """Time full slots at few steps and at many: the difference is the steps', the rest the images'."""
-    chain, start = _chain(card, compute, safety)
-    table = _solver(card).table
-    few = next(steps for steps in FEW_STEPS if isinstance(_evaluations(card, steps), int))
-    _render(chain, compute, size, few)  # the first call of a shape sets things up
-    short = min(_render(chain, compute, size, few)[0] for _ in range(REPEATS))
-    many = next(
-        steps
-        for steps in range(few + max(2, min(MOST_STEPS, round(LONG_SECONDS / short))), 1001)
-        if isinstance(_evaluations(card, steps), int)
-    )
-    long, images = min((_render(chain, compute, size, many) for _ in range(REPEATS)), key=lambda timed: timed[0])
-    tick = max(0.0, long - short) / (table(many).evaluations - table(few).evaluations)
-    image = max(0.0, short - tick * table(few).evaluations) / (compute.slots // 2)
-    storing, stored = _store(images, image_format)
-    if compute.device == "cpu":  # it is done beside the rendering, but by the same cores
-        image += storing / compute.threads
-    return Rates(start, tick, image, stored, now())
+def _first_taken(card: ModelCard, counts: Iterable[int]) -> int:
+    """The first of these step counts that the scheduler takes."""
+    return next(steps for steps in counts if isinstance(_evaluations(card, steps), int))
 
 
-def _render(chain: Chain, compute: Compute, size: tuple[int, int], steps: int) -> tuple[float, list[np.ndarray]]:
+def _few(card: ModelCard, counts: Iterable[int]) -> int:
+    """A small number of steps that the model takes; of a driven one that is not known, but these are seldom refused."""
+    return min(4, card.num_inference_steps) if card.driven else _first_taken(card, counts)
+
+
+def _params(card: ModelCard, size: tuple[int, int], steps: int) -> SamplingParams:
+    guidance = card.guidance_scale if card.driven else 7.5
+    return SamplingParams(*size, steps, guidance, 0.0, card.embedded_guidance)
+
+
+def _render(
+    chain: Chain | DrivenChain, card: ModelCard, size: tuple[int, int], steps: int
+) -> tuple[float, list[np.ndarray]]:
     """The seconds that it takes to fill all slots once and to empty them, and the images."""
-    params = SamplingParams(*size, steps, 7.5, 0.0)
-    rows = range(compute.slots // 2)
+    params = _params(card, size, steps)
+    rows = range(chain.shape.of(size)[0] // params.slots)
     requests = [PromptRequest(str(i), 0, f"number {i}", None, i, params, Source("", i), "") for i in rows]
     started = time.perf_counter()
     found = [getattr(outcome, "pixels", None) for outcome in chain.render(requests)]

@@ -32,7 +32,7 @@ log = logging.getLogger("batch_infer")
 
 def rates_of(loads: Mapping[Size, Load], job: Job, probe: Probe) -> dict[Size, Rates]:
     """The rates of every size. Raises ModelError where the model cannot be tried out."""
-    found = {size: rates for size in loads if (rates := calibration.recall(_conditions(job, size))) is not None}
+    found = {size: rates for size in loads if (rates := calibration.recall(Rates, _conditions(job, size))) is not None}
     dearest = sorted(loads, key=lambda size: loads[size].row_forwards * size[0] * size[1], reverse=True)
     for size in dearest[:MOST_MEASURED]:
         if size not in found:
@@ -63,12 +63,13 @@ def _nearest(size: Size, known: Mapping[Size, Rates]) -> Rates:
 
 def _conditions(job: Job, size: Size) -> dict[str, Any]:
     """All that the rates depend on, as far as we know."""
+    compute = replace(job.compute, by_size=(job.compute.shape_of(*size),), slots=0, decode_batch=0)
     return {
         "machine": platform.node(),
         "model": job.card.fingerprint,
         "judged": job.settings.safety.judges(has_checker=job.card.has_checker),
         "image_format": job.settings.output.image_format,
         "size": size,
-        **asdict(job.compute),
+        **asdict(compute),
         **{name: version(name) for name in ("batch-infer", "torch", "diffusers")},
     }

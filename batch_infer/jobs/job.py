@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,10 +13,10 @@ from batch_infer.errors import SettingsError, UsageError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.record import choose_compute, describe, refuse_other
 from batch_infer.manifest import SCHEMA, Manifest
-from batch_infer.models import ModelCard, read_card
+from batch_infer.models import ModelCard, PipelineFacts, read_card
 from batch_infer.planning import Item
 from batch_infer.records import SizeRules, digest
-from batch_infer.settings import Compute, RowDefaults, RunSettings
+from batch_infer.settings import Compute, Device, RowDefaults, RunSettings
 from batch_infer.table import RowRules, Tables
 
 log = logging.getLogger("batch_infer")
@@ -50,29 +50,31 @@ def open_tables(settings: RunSettings) -> Tables:
     return Tables(settings.table, SCHEMA.names)
 
 
-def find_model(settings: RunSettings) -> ModelCard:
-    """The model, fetched where needed, with a safety check as it was asked for. Raises ModelError, SettingsError."""
-    card = read_card(settings.model)
+def find_model(settings: RunSettings, facts: Callable[[Path], PipelineFacts] | None = None) -> ModelCard:
+    """The model, fetched where needed, with a safety check as it was asked for. Raises ModelError, SettingsError.
+
+    `facts` is asked what diffusers alone can tell of a model; by default that is told here, which imports torch.
+    """
+    card = read_card(settings.model, facts)
     if settings.model.name is None:
         log.info("no --model given: the built-in demo model draws one coloured shape at 64x64 pixels")
     _check_safety(settings, card)
     return card
 
 
-def prepare(settings: RunSettings, tables: Tables, card: ModelCard, device: str) -> Job:
+def prepare(settings: RunSettings, tables: Tables, card: ModelCard, device: Device) -> Job:
     """See that a job can be done on its OUT, as this is now. Writes nothing. Raises UsageError."""
     found = outdir.read_run(settings.out)
     outdir.refuse_foreign(settings.out, tables.local, found)
     if settings.overwrite:
         outdir.refuse_to_clear(settings.out)
     earlier = None if settings.overwrite else found
-    compute = choose_compute(settings, earlier, device)
+    compute = choose_compute(_typed(settings, card, device), earlier, device)
     record = describe(settings, card, compute, tables)
     if earlier is not None and Manifest(settings.out).parts():
         refuse_other(earlier, record, settings.out)
-    rules = RowRules(
-        _fill(settings.defaults, card), card.sizes, digest(record["identity"]), embedded_guidance=card.embedded_guidance
-    )
+    defaults = _fill(settings.defaults, card)
+    rules = RowRules(defaults, card.sizes, digest(record["identity"]), card.embedded_guidance, card.fixed)
     rules.check()
     return Job(settings, tables, card, compute, {**record, "rules": asdict(rules)}, earlier, rules)
 
@@ -87,8 +89,10 @@ def settings_of(record: Mapping[str, Any], out: Path, tables: Sequence[str] = ()
     table, model = settings.table, settings.model
     if tables:
         table = replace(table, tables=tuple(tables), folder=Path.cwd())
-    if model.name is not None and (settings.table.folder / model.name).is_dir():
+    if model.name is not None and (settings.table.folder / model.name).exists():
         model = replace(model, name=str(settings.table.folder / model.name))
+    loras = tuple(replace(lora, file=str(settings.table.folder / Path(lora.file).expanduser())) for lora in model.loras)
+    model = replace(model, loras=loras)
     return replace(settings, out=out, table=table, model=model, overwrite=False)
 
 
@@ -111,6 +115,7 @@ def rules_of(record: Mapping[str, Any], out: Path) -> RowRules:
             SizeRules(**rules["sizes"]),
             rules["fingerprint"],
             rules["embedded_guidance"],
+            tuple((field, value) for field, value in rules["fixed"]),
         )
 
 
@@ -124,6 +129,13 @@ def known_form(record: Mapping[str, Any], out: Path) -> Iterator[None]:
             f"{out / 'run.json'} was written by batch-infer {record.get('batch_infer')} in another form ({error}): "
             "go on with `batch-infer run` and its options, which writes it anew"
         ) from error
+
+
+def _typed(settings: RunSettings, card: ModelCard, device: Device) -> RunSettings:
+    """Settings with the dtype of today's large pipelines where none is given: in float16 many of them overflow."""
+    if settings.model.dtype == "auto" and card.driven and device.kind == "cuda":
+        return replace(settings, model=replace(settings.model, dtype="bfloat16"))
+    return settings
 
 
 def _fill(defaults: RowDefaults, card: ModelCard) -> RowDefaults:

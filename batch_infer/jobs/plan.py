@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -12,9 +12,10 @@ from batch_infer.engines.probe import Probe
 from batch_infer.errors import RowError
 from batch_infer.jobs.estimate import rates_of
 from batch_infer.jobs.job import Job, find_model, open_tables, prepare, rooted
+from batch_infer.jobs.tune import BatchShapes
 from batch_infer.manifest import Index, Manifest
 from batch_infer.models import TruncationCount, load_token_counter
-from batch_infer.planning import Packing, chunks, pending
+from batch_infer.planning import Batching, Packing, chunks, pending
 from batch_infer.records import PromptRequest, ResultRow, now
 from batch_infer.settings import RunSettings
 
@@ -31,6 +32,7 @@ class SizePlan:
     images: int
     row_forwards: int
     ticks: int
+    slots: int
     seconds: float
 
 
@@ -38,7 +40,7 @@ class SizePlan:
 class Plan:
     """What a run would do, counted in results (a row has one for each image) but where rows are named.
 
-    `seconds` are of the whole command, from start to end.
+    `seconds` are of the whole command, from start to end. `truncated` is None where only the model's pipeline knows.
     """
 
     rows: int = 0
@@ -47,7 +49,7 @@ class Plan:
     invalid: int = 0
     done: int = 0
     pending: int = 0
-    truncated: int = 0
+    truncated: int | None = 0
     slots: int = 0
     sizes: list[SizePlan] = field(default_factory=list)
     row_forwards: int = 0
@@ -70,7 +72,7 @@ def plan(settings: RunSettings, tell: Callable[[ResultRow], None]) -> Plan:
     """
     settings = rooted(settings)
     with open_tables(settings) as tables, Probe() as probe:
-        card = find_model(settings)
+        card = find_model(settings, probe.facts)
         job = prepare(settings, tables, card, probe.find_device(settings.model.device))
         with Index([]) if settings.overwrite else Manifest(settings.out).index() as index:
             return _Walk(job, probe, index, tell).go()
@@ -81,24 +83,30 @@ class _Walk:
 
     def __init__(self, job: Job, probe: Probe, index: Index, tell: Callable[[ResultRow], None]) -> None:
         self._job, self._probe, self._index, self._tell = job, probe, index, tell
-        self._packing = Packing(job.compute.slots)
-        self._tokens = TruncationCount(load_token_counter(job.card))
+        self._shapes = BatchShapes(job, probe)
+        self._packing = (Batching if job.card.driven else Packing)(self._slots_of)
+        counter = load_token_counter(job.card)
+        self._tokens = TruncationCount(counter) if counter else None
         self._plan = Plan(slots=job.compute.slots)
 
     def go(self) -> Plan:
         found, card = self._plan, self._job.card
         started = time.monotonic()
         waited = self._probe.waited
-        for chunk in chunks(pending(self._valid(), self._index)):
+        slots_of = None if card.driven else self._slots_of
+        for chunk in chunks(pending(self._valid(), self._index), slots_of):
             found.pending += len(chunk.requests)
             for request in chunk.requests:
                 self._packing.add(request, self._probe.evaluations(card, request.params.num_inference_steps))
         self._packing.close()
-        found.truncated = self._tokens.close()
+        found.truncated = self._tokens.close() if self._tokens else None
         found.done = found.total - found.invalid - found.pending
         walking = time.monotonic() - started - (self._probe.waited - waited)
         self._estimate(WALKS * walking)
         return found
+
+    def _slots_of(self, size: tuple[int, int]) -> int:
+        return self._shapes.of(size).slots
 
     def _valid(self) -> Iterator[PromptRequest]:
         """The rows of the tables that the run will render; what it will find invalid is told and counted."""
@@ -111,7 +119,7 @@ class _Walk:
                 except RowError as error:
                     item = _refused(item, error)
                 else:
-                    if item.image_index == 0:
+                    if item.image_index == 0 and self._tokens:
                         self._tokens.add(item.prompt)
                     yield item
                     continue
@@ -123,14 +131,16 @@ class _Walk:
         found, settings, loads = self._plan, self._job.settings, self._packing.loads
         if not loads:
             return
-        rates = rates_of(loads, self._job, self._probe)
+        job = replace(self._job, compute=self._shapes.settle(loads))
+        rates = rates_of(loads, job, self._probe)
         for size, load in loads.items():
             rate = rates[size]
             seconds = load.ticks * rate.tick + load.images * rate.image
-            found.sizes.append(SizePlan(*size, load.images, load.row_forwards, load.ticks, round(seconds, 3)))
+            counts = load.images, load.row_forwards, load.ticks, load.slots
+            found.sizes.append(SizePlan(*size, *counts, round(seconds, 3)))
         found.row_forwards = sum(load.row_forwards for load in loads.values())
         found.ticks = sum(load.ticks for load in loads.values())
-        found.occupancy = round(found.row_forwards / (found.ticks * found.slots), 4)
+        found.occupancy = round(found.row_forwards / sum(load.ticks * load.slots for load in loads.values()), 4)
         found.seconds = walking + next(iter(rates.values())).start + sum(size.seconds for size in found.sizes)
         found.bytes = round(sum(load.images * rates[size].image_bytes for size, load in loads.items()))
         found.measured_at = min(rate.measured_at for rate in rates.values())

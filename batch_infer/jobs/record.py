@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from batch_infer import __version__
 from batch_infer.errors import SettingsError
 from batch_infer.models import ModelCard
 from batch_infer.records import now
-from batch_infer.settings import Compute, RunSettings
+from batch_infer.settings import BatchShape, Compute, Device, RunSettings
 from batch_infer.table import Tables, shown
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "pyarrow", "pillow", "numpy")
@@ -22,21 +24,35 @@ SLOTS = {"cpu": 16, "cuda": 32}
 DECODE_BATCH = 8
 
 
-def choose_compute(settings: RunSettings, earlier: Mapping[str, Any] | None, device: str) -> Compute:
+def choose_compute(settings: RunSettings, earlier: Mapping[str, Any] | None, device: Device) -> Compute:
     """The settings that were given, else those of the run that this one goes on with, else the device's own.
 
-    decode_batch follows from a run's first slots, and stays with the run.
+    decode_batch follows from a run's first slots, and stays with the run. So do batch sizes of single image sizes,
+    which were measured, or halved where memory did not hold them, until another number of slots is asked for.
     """
     kept = (earlier or {}).get("compute", {})
-    slots = settings.compute.slots or kept.get("slots") or SLOTS[device]
-    dtype = settings.model.dtype
+    asked = settings.compute.slots if isinstance(settings.compute.slots, int) else None
+    slots = asked or kept.get("slots") or SLOTS[device.kind]
+    shapes = kept.get("by_size", ()) if asked in (None, kept.get("slots")) else ()
+    dtype, compiled = settings.model.dtype, settings.compute.compiled
+    if compiled is None:
+        compiled = kept.get("compiled", device.kind == "cuda" and _has_compiler())
     return Compute(
-        device=device,
-        dtype=("float16" if device == "cuda" else "float32") if dtype == "auto" else dtype,
+        device=device.kind,
+        dtype=("float16" if device.kind == "cuda" else "float32") if dtype == "auto" else dtype,
         slots=slots,
         decode_batch=kept.get("decode_batch") or max(1, min(DECODE_BATCH, slots // 2)),
         threads=settings.compute.threads or kept.get("threads") or _cores(),
+        device_name=device.name,
+        compiled=compiled,
+        by_size=tuple(BatchShape(**shape) for shape in shapes),
     )
+
+
+def _has_compiler() -> bool:
+    """Whether torch.compile has what it works with on a GPU: Triton, and a C compiler for Triton."""
+    compilers = filter(None, (os.environ.get("CC"), "cc", "gcc", "clang"))
+    return find_spec("triton") is not None and any(map(shutil.which, compilers))
 
 
 def _cores() -> int:
@@ -82,6 +98,9 @@ def describe(settings: RunSettings, card: ModelCard, compute: Compute, tables: T
             "revision": card.revision,
             "family": card.family,
             "fingerprint": card.fingerprint,
+            "loras": [
+                {"path": lora.path, "weight": lora.weight, "fingerprint": lora.fingerprint} for lora in card.loras
+            ],
         },
         "scheduler": {"name": card.scheduler_name, "fingerprint": card.scheduler_fingerprint},
         "identity": {

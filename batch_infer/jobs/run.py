@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,10 +19,11 @@ from batch_infer.jobs.merge import Counts, merge, merge_parts
 from batch_infer.jobs.results import remove_other_results
 from batch_infer.jobs.summary import Summary, peak_memory
 from batch_infer.jobs.survey import Survey, look_through
+from batch_infer.jobs.tune import BatchShapes, learn_shapes
 from batch_infer.manifest import Index, Manifest
 from batch_infer.planning import LeavesAlone, chunks, is_done, pending
 from batch_infer.records import ResultRow, now
-from batch_infer.settings import RunSettings
+from batch_infer.settings import Compute, RunSettings
 
 if TYPE_CHECKING:
     from batch_infer.worker import WorkerSettings
@@ -82,6 +83,7 @@ class _Run:
             self._record = {**self._record, "survey": {**asdict(survey), "finished_at": now()}}
             outdir.write_run(self._out, self._record)
             if survey.pending and not self._stop():
+                self._settle_shapes(survey)
                 with closing(self._progress):
                     self._progress.start(survey)
                     self._render(index)
@@ -90,6 +92,20 @@ class _Run:
         self._sum_up(counts, time.monotonic() - started)
         outdir.write_run(self._out, {**self._record, "finished_at": now(), "summary": self._summary.as_dict()})
         return self._summary
+
+    def _settle_shapes(self, survey: Survey) -> None:
+        """Find the slots of the sizes that are pending, where that was left to us."""
+        if self._job.settings.compute.slots == "auto":
+            from batch_infer.engines.probe import Probe
+
+            with Probe() as probe:
+                self._use(BatchShapes(self._job, probe).settle(sorted(survey.sizes)))
+
+    def _use(self, compute: Compute) -> None:
+        """Compute like this from here on, and in runs that go on with this one."""
+        self._job = replace(self._job, compute=compute)
+        self._record = {**self._record, "compute": asdict(compute)}
+        outdir.write_run(self._out, self._record)
 
     def _merge(self, survey: Survey) -> Counts:
         """By the tables, or by the manifest alone where the tables have changed under the run: no result is lost."""
@@ -118,16 +134,25 @@ class _Run:
             self._progress.committed(rows)
 
         before = time.monotonic()
-        planned = chunks(pending(self._job.items(), index, self._leaves_alone))
+        slots_of = None if self._job.card.driven else self._slots_of
+        planned = chunks(pending(self._job.items(), index, self._leaves_alone), slots_of)
         try:
-            stages = local.render(planned, self._worker(), committed, self._stop)
+            account = local.render(planned, self._worker(), committed, self._stop)
         except ModelError:
             # Nothing was rendered with this model: it must not stand in the way of another.
             outdir.restore_run(self._out, self._job.earlier)
             raise
-        self._summary.add_stages(stages)
+        self._summary.add_stages(account.stages)
+        self._summary.mfu = None if account.mfu is None else round(account.mfu, 4)
         loading = time.monotonic() - before - self._summary.rendering_seconds
-        learn(self._job, stages, lengths, self._set_up + loading)
+        if account.compute == self._job.compute:
+            learn(self._job, account.stages, lengths, self._set_up + loading)
+        else:  # it changed on the way, so that its times are of neither
+            learn_shapes(self._job, account.compute)
+            self._use(account.compute)
+
+    def _slots_of(self, size: Size) -> int:
+        return self._job.compute.shape_of(*size).slots
 
     def _worker(self) -> WorkerSettings:
         from batch_infer.worker import WorkerSettings, worker_name

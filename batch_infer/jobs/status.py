@@ -52,7 +52,11 @@ class _Survey:
             return None
         before = Counter(found["standing"]) + Counter(invalid=found["invalid"])
         finished_at = datetime.fromisoformat(found["finished_at"])
-        return cls(finished_at, found["pending"], before, record["compute"]["slots"])
+        return cls(finished_at, found["pending"], before, _most_slots(record["compute"]))
+
+
+def _most_slots(compute: Mapping[str, Any]) -> int:
+    return int(max([compute["slots"], *(shape["slots"] for shape in compute["by_size"])]))
 
 
 def status(out: Path) -> Standing:

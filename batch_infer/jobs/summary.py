@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Summary:
-    """`rendered` images, row-forwards, ticks and all times are this run's; `counts` are the table's as it is now."""
+    """`rendered` images, row-forwards, ticks and all times are this run's; `counts` are the table's as it is now.
+
+    `occupancy`: of the slots, how many were full; `unet_busy`: of the time between the first UNet call and the last,
+    how much there was one; `mfu`: of what the device could have computed, how much it has, None where that is unknown.
+    Where stages overlap, on a GPU, each has its share of the sum of their times.
+    """
 
     counts: Counts = field(default_factory=Counts)
     rendered: int = 0
@@ -28,6 +33,8 @@ class Summary:
     row_forwards: int = 0
     ticks: int = 0
     occupancy: float | None = None
+    unet_busy: float | None = None
+    mfu: float | None = None
     stage_shares: dict[str, float] = field(default_factory=dict)
     peak_memory: dict[str, int] = field(default_factory=dict)
 
@@ -38,6 +45,7 @@ class Summary:
         self.rendering_seconds = stages.seconds
         self.row_forwards, self.ticks = stages.row_forwards, stages.ticks
         self.occupancy = round(stages.occupancy, 4)
+        self.unet_busy = round(stages.busy, 4)
         spent = {name: getattr(stages, name) for name in ("encode", "denoise", "decode", "check")}
         total = sum(spent.values()) or 1.0
         self.stage_shares = {name: round(seconds / total, 4) for name, seconds in spent.items()}
@@ -58,6 +66,8 @@ class Summary:
             "row_forwards": self.row_forwards,
             "ticks": self.ticks,
             "occupancy": self.occupancy,
+            "unet_busy": self.unet_busy,
+            "mfu": self.mfu,
             "stage_shares": self.stage_shares,
             "peak_memory": self.peak_memory,
         }

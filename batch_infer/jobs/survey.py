@@ -23,7 +23,8 @@ class Survey:
     """What a walk over the tables found before anything is rendered, in results (a row has one for each image).
 
     `done` results are left as they are, and `standing` counts them by status; under `left` stand those that have no
-    result and are not to be rendered now either, since `retry` leaves them to `run`.
+    result and are not to be rendered now either, since `retry` leaves them to `run`. `sizes` (height, width) are those
+    of the pending ones.
     """
 
     total: int = 0
@@ -31,6 +32,7 @@ class Survey:
     invalid: int = 0
     pending: int = 0
     standing: dict[str, int] = field(default_factory=dict)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
 
     def add(self, item: Item, found: Committed | None, *, left_alone: bool) -> None:
         self.total += 1
@@ -43,6 +45,9 @@ class Survey:
             self.standing[status] = self.standing.get(status, 0) + 1
         else:
             self.pending += 1
+            size = item.params.height, item.params.width
+            if size not in self.sizes:
+                self.sizes.append(size)
 
 
 def look_through(job: Job, index: Index, leaves_alone: LeavesAlone) -> Survey:

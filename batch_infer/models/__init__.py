@@ -5,29 +5,42 @@ This file, `card` and `tokens` import no torch, so that a command that renders n
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
+
+# Before either is imported: their advice (which image processor, which flag) is not addressed to the user of a table.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 from batch_infer.errors import ModelError
 from batch_infer.models.card import DEMO_MODEL, ModelCard, read_card
+from batch_infer.models.layouts import PipelineFacts
 from batch_infer.models.tokens import TokenCounter, TruncationCount
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from batch_infer.diffusion import Solver
+    from batch_infer.models.any_pipeline import AnyPipeline
     from batch_infer.models.family import Conditioning, Family
 
 __all__ = [
     "DEMO_MODEL",
+    "AnyPipeline",
     "Conditioning",
     "Family",
     "ModelCard",
+    "PipelineFacts",
     "TokenCounter",
     "TruncationCount",
     "load",
+    "load_driven",
     "load_solver",
     "load_token_counter",
     "read_card",
+    "read_facts",
 ]
 
 
@@ -38,27 +51,71 @@ def load(card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_chec
             from batch_infer.models.stable_diffusion import StableDiffusion
 
             return StableDiffusion.load(card, device, dtype, with_checker=with_checker)
+        case "stable_diffusion_xl":
+            from batch_infer.models.stable_diffusion_xl import StableDiffusionXL
+
+            return StableDiffusionXL.load(card, device, dtype)
+        case "stable_diffusion_3":
+            from batch_infer.models.stable_diffusion_3 import StableDiffusion3
+
+            return StableDiffusion3.load(card, device, dtype)
+        case "decidiffusion":
+            from batch_infer.models.decidiffusion import DeciDiffusion
+
+            return DeciDiffusion.load(card, device, dtype, with_checker=with_checker)
         case other:
             raise ModelError(f"{card.name}: no family {other}")
+
+
+def load_driven(card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_checker: bool) -> AnyPipeline:
+    """The same of a checkpoint that is driven by diffusers' own pipeline. Raises ModelError."""
+    from batch_infer.models.any_pipeline import AnyPipeline
+
+    return AnyPipeline.load(card, device, dtype, with_checker=with_checker)
+
+
+def read_facts(path: Path) -> PipelineFacts:
+    """What a checkpoint's pipeline takes, where only diffusers can tell; imports torch. Raises ModelError."""
+    from batch_infer.models.pipelines import read_facts
+
+    return read_facts(path)
 
 
 def load_solver(card: ModelCard) -> Solver:
     """The sampler of a checkpoint without its networks. Raises ModelError."""
     match card.family:
-        case "stable_diffusion":
+        case "stable_diffusion" | "decidiffusion":
             from batch_infer.models.stable_diffusion import load_solver
+
+            return load_solver(card)
+        case "stable_diffusion_xl":
+            from batch_infer.models.stable_diffusion_xl import load_solver
+
+            return load_solver(card)
+        case "stable_diffusion_3":
+            from batch_infer.models.stable_diffusion_3 import load_solver
 
             return load_solver(card)
         case other:
             raise ModelError(f"{card.name}: no family {other}")
 
 
-def load_token_counter(card: ModelCard) -> TokenCounter:
-    """What counts a prompt's tokens as the checkpoint will, without torch. Raises ModelError."""
+def load_token_counter(card: ModelCard) -> TokenCounter | None:
+    """What counts a prompt's tokens as the checkpoint will, without torch; None where only its pipeline knows.
+
+    Raises ModelError.
+    """
     match card.family:
-        case "stable_diffusion":
+        case "stable_diffusion" | "decidiffusion":
             from batch_infer.models.tokens import load_clip
 
-            return TokenCounter(load_clip(card.path / "tokenizer"))
+            return TokenCounter(load_clip(card.path / "tokenizer"), windows=card.windows)
+        case "stable_diffusion_xl" | "stable_diffusion_3":
+            from batch_infer.models.tokens import load_clip
+
+            both = (load_clip(card.path / name) for name in ("tokenizer", "tokenizer_2"))
+            return TokenCounter(*both, windows=card.windows)
+        case "any_pipeline":
+            return None
         case other:
             raise ModelError(f"{card.name}: no family {other}")

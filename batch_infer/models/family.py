@@ -17,12 +17,12 @@ class Conditioning:
     """A row's part in the UNet call (conditional and, with guidance, unconditional), and its prompt's tokens.
 
     `prompt_tokens` counts the prompt's own, without start, end and padding; `prompt_truncated` says that some of them
-    did not fit the text encoder.
+    did not fit the text encoder. None where that is not known.
     """
 
     context: tuple[Context, Context | None]
-    prompt_tokens: int
-    prompt_truncated: bool
+    prompt_tokens: int | None
+    prompt_truncated: bool | None
 
 
 class Family(Protocol):
@@ -33,6 +33,13 @@ class Family(Protocol):
     solver: Solver
     safety_checker: Any | None
     feature_extractor: Any | None
+    pipeline: Any
+    """diffusers' own, around the same networks; without a UNet where diffusers has none like this one."""
+
+    @property
+    def networks(self) -> Sequence[torch.nn.Module]:
+        """Those that are called at one fixed shape an image size: they may be compiled."""
+        ...
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of the latents of an image of this size in pixels."""

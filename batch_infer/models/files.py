@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path, PurePath
+from typing import Any
 
 from batch_infer.errors import ModelError
 
-PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+SMALL = (".json", ".txt", ".model", ".jinja")
+"""Settings and words: what is read of a component beside its weights."""
 POINTER = b"version https://git-lfs"
 """How a file begins that stands for one that was not fetched."""
 
 
 def variant_of(folder: Path, variant: str | None) -> str | None:
     """The variant, where this component has weights of it; else None, for its plain ones."""
-    return variant if variant and any(folder.glob(f"*.{variant}[.-]*safetensors")) else None
+    return variant_among(folder.glob("*.safetensors"), variant)
 
 
-def is_loaded(file: Path, variant: str | None) -> bool:
+def variant_among(files: Iterable[PurePath], variant: str | None) -> str | None:
+    """The same, told from the names of the component's files."""
+    return variant if variant and any(is_loaded(file, variant) for file in files) else None
+
+
+def is_loaded(file: PurePath, variant: str | None) -> bool:
     """Whether a file holds weights of this variant: `model.fp16.safetensors`, `model.fp16-00001-of-2.safetensors`."""
     _, *rest = file.name.removesuffix(".safetensors").split(".")
     named = rest[0].split("-")[0] if rest else None
@@ -36,7 +44,7 @@ def refuse_unfit(path: Path, components: Iterable[str], name: str, variant: str 
         folder = path / component
         if not folder.is_dir():
             raise ModelError(f"{name}: model_index.json names {component}/, which is missing; is the folder complete?")
-        _refuse_pickles(folder, name)
+        refuse_pickles(component, list(folder.iterdir()), name)
         for file in _wanted(folder, variant_of(folder, variant)):
             _refuse_partial(file, name)
     if variant and not any(variant_of(path / component, variant) for component in components):
@@ -49,19 +57,31 @@ def hash_files(path: Path, components: Iterable[str], variant: str | None) -> st
     for component in sorted(components):
         folder = path / component
         for file in sorted(folder.glob("*")):
-            if file.suffix in (".json", ".txt", ".model") or is_loaded(file, variant_of(folder, variant)):
+            if file.suffix in SMALL or is_loaded(file, variant_of(folder, variant)):
                 total.update(f"{component}/{file.name}\0".encode())
-                with file.open("rb") as stream:
-                    while block := stream.read(1 << 20):
-                        total.update(block)
+                _update(total, file)
     return total.hexdigest()[:32]
 
 
-def _refuse_pickles(folder: Path, name: str) -> None:
-    pickles = [file for pattern in PICKLES for file in folder.glob(pattern)]
-    if pickles and not any(folder.glob("*.safetensors")):
+def hash_file(file: Path) -> str:
+    """sha256 of a file's bytes, as 32 hexadecimal digits. Raises OSError."""
+    total = hashlib.sha256()
+    _update(total, file)
+    return total.hexdigest()[:32]
+
+
+def _update(total: hashlib._Hash, file: Path) -> None:
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            total.update(block)
+
+
+def refuse_pickles(component: str, files: Collection[PurePath], name: str) -> None:
+    """Raises ModelError where a component's weights are in pickles alone."""
+    pickles = sorted(file.name for file in files if file.suffix in PICKLES)
+    if pickles and not any(file.suffix == ".safetensors" for file in files):
         raise ModelError(
-            f"{name}: {folder.name}/{pickles[0].name} is pickled and pickles run code when read; "
+            f"{name}: {component}/{pickles[0]} is pickled and pickles run code when read; "
             "convert the checkpoint to safetensors (save_pretrained does)"
         )
 
@@ -79,8 +99,15 @@ def _wanted(folder: Path, variant: str | None) -> Iterator[Path]:
 
 
 def _refuse_partial(file: Path, name: str) -> None:
-    """A safetensors file says in its first bytes how long it is: the header's length, the header, the tensors' ends."""
-    told = f"{name}: {file.parent.name}/{file.name}"
+    read_header(file, f"{name}: {file.parent.name}/{file.name}")
+
+
+def read_header(file: Path, told: str) -> dict[str, Any]:
+    """The dtype, shape and place of each tensor of a safetensors file, by its name. `told` names the file in errors.
+
+    The file says in its first bytes how long it is: the header's length, the header, the tensors' ends. Raises
+    ModelError where it is not as long as that.
+    """
     try:
         with file.open("rb") as stream:
             start = stream.read(8)
@@ -90,10 +117,12 @@ def _refuse_partial(file: Path, name: str) -> None:
             length = int.from_bytes(start, "little")
             size = file.stat().st_size
             header = json.loads(stream.read(length)) if 8 + length <= size else {}
-            ends = [tensor["data_offsets"][1] for key, tensor in header.items() if key != "__metadata__"]
+            header.pop("__metadata__", None)
+            ends = [tensor["data_offsets"][1] for tensor in header.values()]
     except FileNotFoundError:
         raise ModelError(f"{told} is missing; is the folder complete?") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ModelError(f"{told} is not a safetensors file: {error}") from error
     if size != 8 + length + max(ends, default=0):
         raise ModelError(f"{told} is not whole: fetch it again")
+    return dict(header)

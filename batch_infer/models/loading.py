@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, cast
-
-# Before the import: their advice (which image processor, which flag) is not addressed to the user of a table.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 import diffusers
 import torch
@@ -33,21 +29,27 @@ COMPUTED = "position_ids"
 
 
 def load_module(kind: Any, card: ModelCard, name: str, dtype: torch.dtype) -> Any:
-    """One network of a checkpoint. Raises ModelError, also for weights that no file holds or that no network wants.
+    """One network of a checkpoint. Raises ModelError, also for weights that no file holds or that no network wants."""
+    # Not by an argument: its name differs between the versions of diffusers and transformers that are supported.
+    return load_network(kind, card, name).to(dtype)
 
-    diffusers and transformers make such weights up without a word: a checker would then flag at random, or never.
+
+def load_network(kind: Any, card: ModelCard, name: str, **options: Any) -> Any:
+    """One network as its library loads it with these options. Raises ModelError as `load_module` does.
+
+    diffusers and transformers make weights that are not there up without a word: a checker would then flag at random,
+    or never.
     """
     folder = card.path / name
     try:
         module, told = kind.from_pretrained(
             folder, variant=variant_of(folder, card.variant), use_safetensors=True, local_files_only=True,
-            output_loading_info=True,
+            output_loading_info=True, **options,
         )  # fmt: skip
     except LOADING_ERRORS as error:
         raise ModelError(f"{folder} could not be loaded: {first_line(error)}") from error
     refuse_strange_weights(folder, told["missing_keys"], told["unexpected_keys"])
-    # Not by an argument: its name differs between the versions of diffusers and transformers that are supported.
-    return module.to(dtype)
+    return module
 
 
 def refuse_strange_weights(place: object, missing: Iterable[str], unexpected: Iterable[str]) -> None:
@@ -62,13 +64,18 @@ def refuse_strange_weights(place: object, missing: Iterable[str], unexpected: It
 
 def load_pipeline(kind: Any, card: ModelCard, modules: Mapping[str, Any]) -> Any:
     """A diffusers pipeline around loaded networks, with the scheduler that was asked for. Raises ModelError."""
-    try:
-        pipeline = kind.from_pretrained(card.path, local_files_only=True, **modules)
-    except LOADING_ERRORS as error:
-        raise ModelError(f"{card.path} could not be loaded: {first_line(error)}") from error
+    pipeline = make_pipeline(kind, card.path, modules)
     if card.scheduler is not None:
         pipeline.scheduler = build_scheduler(card.scheduler, pipeline.scheduler)
     return pipeline
+
+
+def make_pipeline(kind: Any, path: Path, modules: Mapping[str, Any]) -> Any:
+    """A diffusers pipeline around loaded networks; diffusers reads the rest from the folder. Raises ModelError."""
+    try:
+        return kind.from_pretrained(path, local_files_only=True, use_safetensors=True, **modules)
+    except LOADING_ERRORS as error:
+        raise ModelError(f"{path} could not be loaded: {first_line(error)}") from error
 
 
 def build_scheduler(spec: SchedulerSpec, own: SchedulerMixin) -> SchedulerMixin:

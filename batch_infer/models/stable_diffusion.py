@@ -2,74 +2,109 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    LatentConsistencyModelPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from transformers import CLIPTextModel
 
 from batch_infer.diffusion import Context, Solver
 from batch_infer.errors import ModelError
 from batch_infer.models.card import ModelCard
+from batch_infer.models.embeddings import TextEmbeddings, load_long_prompts
 from batch_infer.models.family import Conditioning
+from batch_infer.models.fusing import fuse_loras
 from batch_infer.models.loading import load_module, load_pipeline
 from batch_infer.models.tokens import TokenCounter
 from batch_infer.records import PromptRequest
 
-MODULES = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+MODULES = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 
-TEXT_BATCH = 8
-"""Prompts in one text encoder call, padded: another batch size would move the embeddings by 1e-8."""
-TEXTS_KEPT = 256
-"""Embeddings kept for rows that share a text, the empty negative prompt above all."""
+
+class TextEncoder:
+    """A checkpoint's own tokenizer and text encoder: what does not fit into 77 tokens is cut off."""
+
+    def __init__(self, pipeline: Any, dtype: torch.dtype) -> None:
+        self._tokenizer, self._network, self._dtype = pipeline.tokenizer, pipeline.text_encoder, dtype
+
+    def __call__(self, texts: Sequence[str]) -> list[Context]:
+        """Each text's embedding (77, width)."""
+        tokens = self._tokenizer(
+            texts, padding="max_length", max_length=self._tokenizer.model_max_length, truncation=True,
+            return_tensors="pt",
+        ).to(self._network.device)  # fmt: skip
+        use_mask = getattr(self._network.config, "use_attention_mask", False)
+        embeddings = self._network(tokens.input_ids, attention_mask=tokens.attention_mask if use_mask else None)[0]
+        return [{"encoder_hidden_states": embedding} for embedding in embeddings.to(self._dtype).unbind()]
 
 
 class StableDiffusion:
-    """A loaded Stable Diffusion 1.x or 2.x checkpoint."""
+    """A loaded Stable Diffusion 1.x or 2.x checkpoint, or a latent consistency model distilled from one."""
 
-    def __init__(self, pipeline: StableDiffusionPipeline, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, pipeline: StableDiffusionPipeline, unet: Any, device: torch.device, dtype: torch.dtype, windows: int = 1
+    ) -> None:
+        """`pipeline` holds everything but the UNet, which need not be diffusers' own."""
         self.device, self.dtype = device, dtype
+        self.pipeline: Any = pipeline
         self.solver = Solver(pipeline.scheduler)
         self.safety_checker: Any | None = pipeline.safety_checker
         self.feature_extractor: Any | None = pipeline.feature_extractor
-        self._unet, self._vae = pipeline.unet, pipeline.vae
-        self._tokenizer, self._text_encoder = pipeline.tokenizer, pipeline.text_encoder
-        self._counter = TokenCounter(pipeline.tokenizer)
+        self._unet, self._vae = unet, pipeline.vae
+        long = load_long_prompts(pipeline, dtype, windows)
+        self._counter = long or TokenCounter(pipeline.tokenizer)
         self._factor: int = pipeline.vae_scale_factor
-        self._kept: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._embeddings = TextEmbeddings(long or TextEncoder(pipeline, dtype))
 
     @classmethod
     def load(cls, card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_checker: bool) -> StableDiffusion:
         """Load from a folder, safetensors only. Raises ModelError."""
-        _refuse_variations(UNet2DConditionModel.load_config(card.path / "unet", local_files_only=True), card)
+        unet = cls.load_unet(card, dtype)
         modules: dict[str, Any] = {name: load_module(kind, card, name, dtype) for name, kind in MODULES.items()}
         if with_checker:
             modules["safety_checker"] = load_module(StableDiffusionSafetyChecker, card, "safety_checker", dtype)
         else:
             modules |= {"safety_checker": None, "requires_safety_checker": False}
-        pipeline = load_pipeline(StableDiffusionPipeline, card, modules)
+        # diffusers looks at the UNet's class, and takes no other than the one that model_index.json names.
+        modules["unet"] = unet if isinstance(unet, UNet2DConditionModel) else None
+        pipeline = load_pipeline(_kind(card), card, modules)
+        fuse_loras(pipeline, card)
         pipeline.to(device)
-        return cls(pipeline, device, dtype)
+        return cls(pipeline, unet.to(device), device, dtype, card.windows)
+
+    @staticmethod
+    def load_unet(card: ModelCard, dtype: torch.dtype) -> Any:
+        """What is called with a sample, a timestep and a text's embedding. Raises ModelError."""
+        config = UNet2DConditionModel.load_config(card.path / "unet", local_files_only=True)
+        refuse_variations(config, card, "Stable Diffusion 1.x or 2.x")
+        return load_module(UNet2DConditionModel, card, "unet", dtype)
+
+    @property
+    def networks(self) -> Sequence[torch.nn.Module]:
+        return self._unet, self._vae.decoder
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         return self._unet.config.in_channels, height // self._factor, width // self._factor
 
     @torch.inference_mode()
     def condition(self, requests: Sequence[PromptRequest]) -> list[Conditioning]:
-        negatives = [request.negative_prompt or "" for request in requests]
-        self._encode({request.prompt for request in requests} | set(negatives))
+        guided = [request for request in requests if request.params.guided]
+        texts = {request.prompt for request in requests} | {request.negative_prompt or "" for request in guided}
+        embeddings = self._embeddings.of(texts)
         counts = self._counter.count([request.prompt for request in requests])
         found = []
-        for request, negative, count in zip(requests, negatives, counts, strict=True):
-            context = (
-                {"encoder_hidden_states": self._kept[request.prompt]},
-                {"encoder_hidden_states": self._kept[negative]} if request.params.guided else None,
-            )
+        for request, count in zip(requests, counts, strict=True):
+            scale = embed_guidance(self.pipeline, self._unet, request.params.guidance_scale, self.dtype)
+            negative = {**embeddings[request.negative_prompt or ""], **scale} if request.params.guided else None
+            context = {**embeddings[request.prompt], **scale}, negative
             found.append(Conditioning(context, count, count > self._counter.longest))
-        self._forget()
         return found
 
     @torch.inference_mode()
@@ -83,39 +118,36 @@ class StableDiffusion:
         images: torch.Tensor = self._vae.decode(scaled, return_dict=False)[0]
         return images.float() / 2 + 0.5
 
-    def _encode(self, texts: set[str]) -> None:
-        """Make sure of the embeddings (77, width) of these texts, by text encoder calls of one fixed shape."""
-        for text in texts & self._kept.keys():
-            self._kept.move_to_end(text)
-        missing = sorted(texts - self._kept.keys())
-        for start in range(0, len(missing), TEXT_BATCH):
-            batch = missing[start : start + TEXT_BATCH]
-            padded = batch + [""] * (TEXT_BATCH - len(batch))
-            tokens = self._tokenizer(
-                padded, padding="max_length", max_length=self._tokenizer.model_max_length, truncation=True,
-                return_tensors="pt",
-            )  # fmt: skip
-            use_mask = getattr(self._text_encoder.config, "use_attention_mask", False)
-            mask = tokens.attention_mask.to(self.device) if use_mask else None
-            embeddings = self._text_encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0]
-            self._kept.update(zip(batch, embeddings.to(self.dtype).unbind(), strict=False))
-
-    def _forget(self) -> None:
-        while len(self._kept) > TEXTS_KEPT:
-            self._kept.popitem(last=False)
-
 
 def load_solver(card: ModelCard) -> Solver:
     """The checkpoint's sampler, made as the whole pipeline would make it. Raises ModelError."""
-    without = dict.fromkeys([*MODULES, "tokenizer", "safety_checker", "feature_extractor"])
-    pipeline = load_pipeline(StableDiffusionPipeline, card, {**without, "requires_safety_checker": False})
+    without = dict.fromkeys(["unet", *MODULES, "tokenizer", "safety_checker", "feature_extractor"])
+    pipeline = load_pipeline(_kind(card), card, {**without, "requires_safety_checker": False})
     return Solver(pipeline.scheduler)
 
 
-def _refuse_variations(config: Mapping[str, Any], card: ModelCard) -> None:
-    """UNets of this class that want more than a sample, a timestep and a text."""
-    for option in ("class_embed_type", "addition_embed_type", "encoder_hid_dim_type"):
-        if (value := config.get(option)) is not None:
-            raise ModelError(f"{card.path}: a UNet with {option}={value} is no Stable Diffusion 1.x or 2.x")
+def _kind(card: ModelCard) -> Any:
+    """diffusers' class for a checkpoint: one mends old scheduler settings where the other takes them as they are."""
+    distilled = card.pipeline == LatentConsistencyModelPipeline.__name__
+    return LatentConsistencyModelPipeline if distilled else StableDiffusionPipeline
+
+
+def embed_guidance(pipeline: Any, unet: Any, scale: float, dtype: torch.dtype) -> Context:
+    """What a UNet is told of the guidance scale that was distilled into it; nothing where it is not of that kind.
+
+    Meng et al., arXiv 2210.03142; diffusers counts the scale from 1, and these UNets from 0.
+    """
+    width = getattr(unet.config, "time_cond_proj_dim", None)
+    if width is None:
+        return {}
+    embedding = pipeline.get_guidance_scale_embedding(torch.tensor([scale - 1]), embedding_dim=width)
+    return {"timestep_cond": embedding[0].to(unet.device, dtype)}
+
+
+def refuse_variations(config: Mapping[str, Any], card: ModelCard, family: str, added: str | None = None) -> None:
+    """UNets of this class that want something else than a family's, whose `addition_embed_type` is `added`."""
+    for option, wanted in (("class_embed_type", None), ("addition_embed_type", added), ("encoder_hid_dim_type", None)):
+        if (value := config.get(option)) != wanted:
+            raise ModelError(f"{card.path}: a UNet with {option}={value} is no {family}")
     if (channels := config.get("in_channels", 4)) != config.get("out_channels", 4):
         raise ModelError(f"{card.path}: its UNet takes {channels} channels, so it is no text-to-image checkpoint")

@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from batch_infer.errors import ModelError, first_line
 
+WINDOWS = 3
+"""Times 77 tokens that the UNet is told of a prompt with --long-prompts."""
+LENGTHENED = ("stable_diffusion", "stable_diffusion_xl", "decidiffusion")
+"""Families that --long-prompts is for."""
 COUNTED_AT_ONCE = 1024
 COUNTS_AHEAD = 8
 
 
 class TokenCounter:
-    """Counts with a fast tokenizer of transformers' that frames a text with a start and an end."""
+    """Counts with fast tokenizers of transformers' that frame a text with a start and an end."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self.longest: int = tokenizer.model_max_length - 2
-        """Tokens of a text that the encoder sees whole."""
+    def __init__(self, *tokenizers: Any, windows: int = 1) -> None:
+        self._tokenizers = tokenizers
+        self.longest: int = windows * (min(tokenizer.model_max_length for tokenizer in tokenizers) - 2)
+        """Tokens of a text that every encoder sees whole, in so many windows."""
 
     def count(self, texts: Sequence[str]) -> list[int]:
-        """The texts' own tokens, without start, end and padding."""
-        # Asked directly: half as long again goes by until transformers has packed up what is only counted here.
-        backend = self._tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        return [len(found) for found in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        """The texts' own tokens, without start, end and padding; of several tokenizers those of the one with most."""
+        texts = list(texts)
+        counts = []
+        for tokenizer in self._tokenizers:
+            # Asked directly: half as long again goes by until transformers has packed up what is only counted here.
+            backend = tokenizer.backend_tokenizer
+            backend.no_truncation()
+            backend.no_padding()
+            counts.append([len(found) for found in backend.encode_batch_fast(texts, add_special_tokens=False)])
+        return list(map(max, *counts)) if len(counts) > 1 else counts[0]
 
     def is_short(self, text: str) -> bool:
         """Whether a text is seen whole, told without counting: in ASCII no token is shorter than a character."""
@@ -70,9 +78,19 @@ class TruncationCount:
         return sum(number > self._counter.longest for number in self._counter.count(prompts))
 
 
+def count_windows(family: str, name: str, *, long_prompts: bool) -> int:
+    """How many times 77 tokens a model of this family is told of a prompt. Raises ModelError where that cannot be."""
+    if not long_prompts:
+        return 1
+    if family not in LENGTHENED:
+        raise ModelError(f"{name} is of the family {family}; --long-prompts is for Stable Diffusion and DeciDiffusion")
+    if find_spec("compel") is None:
+        raise ModelError("--long-prompts needs compel: pip install 'batch-infer[long-prompts]'")
+    return WINDOWS
+
+
 def load_clip(folder: Path) -> Any:
     """A checkpoint's CLIP tokenizer. Raises ModelError."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before the import: advice for its programmers
     from transformers import CLIPTokenizer
 
     try:

@@ -31,7 +31,7 @@ class StableDiffusionChecker:
         self._module, self._feature_extractor, self._batch = module, feature_extractor, batch
 
     def judge(self, images: Sequence[np.ndarray]) -> list[Verdict]:
-        """Judge at most `batch` images (H, W, 3) uint8 of one size; the call is padded to the full batch.
+        """Judge images (H, W, 3) uint8 of one size, in calls that are padded to the full batch.
 
         The checker sees squares. Of an image that is not square it is shown as many overlapping squares as cover it,
         the centre one (all that diffusers shows it) among them; the highest score of each concept counts.
@@ -39,7 +39,7 @@ class StableDiffusionChecker:
         tiles = [tiles_of(image) for image in images]
         each = len(tiles[0])
         flat = [tile for group in tiles for tile in group]
-        flat += [flat[-1]] * (self._batch * each - len(flat))
+        flat += [flat[-1]] * (-len(flat) % self._batch)
         calls = [self._scores(flat[first : first + self._batch]) for first in range(0, len(flat), self._batch)]
         scores = [row for call in calls for row in call]
         return [self._verdict(scores[i * each : (i + 1) * each]) for i in range(len(images))]

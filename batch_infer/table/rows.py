@@ -25,13 +25,15 @@ MOST_IMAGES = 1000
 class RowRules:
     """What a row's empty cells become, what its sizes may be, and the fingerprint of all that the run decides.
 
-    `defaults` has no None left but in negative_prompt.
+    `defaults` has no None left but in negative_prompt. `fixed` are fields that the model does not take, each with the
+    value that it has for all rows.
     """
 
     defaults: RowDefaults
     sizes: SizeRules
     fingerprint: str
     embedded_guidance: bool = False
+    fixed: tuple[tuple[str, Any], ...] = ()
 
     def check(self) -> None:
         """Hold the defaults to the rules that rows are held to. Raises SettingsError."""
@@ -105,6 +107,9 @@ def _parse(cells: Cells, rules: RowRules, faults: list[str]) -> dict[str, Any]:
             parsed[field] = getattr(rules.defaults, field, None) if value is None else read(field, value, rules)
         except RowError as error:
             faults.append(str(error))
+    for field, value in rules.fixed:
+        if field in parsed and parsed[field] != value:
+            faults.append(f"{field} {_show(parsed[field])} is given, and this model takes none")
     if faults:
         return parsed
     if get("seed") is None:

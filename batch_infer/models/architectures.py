@@ -1,0 +1,177 @@
+"""Released models' networks at full size with random weights: as much to compute, and nothing to fetch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from batch_infer.errors import ModelError
+from batch_infer.models.card import DEMO_MODEL
+from batch_infer.models.decidiffusion import DeciDiffusion
+from batch_infer.models.decidiffusion_config import FlexibleUNetConfig
+from batch_infer.models.decidiffusion_unet import FlexibleUNet
+from batch_infer.models.family import Family
+from batch_infer.models.stable_diffusion import StableDiffusion
+from batch_infer.models.stable_diffusion_xl import StableDiffusionXL
+from batch_infer.records import SizeRules
+
+BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+STABLE_DIFFUSION: dict[str, Any] = {**BETAS, "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+STABLE_DIFFUSION_XL: dict[str, Any] = {**BETAS, "timestep_spacing": "leading", "steps_offset": 1}
+DECIDIFFUSION: dict[str, Any] = {
+    **STABLE_DIFFUSION,
+    "beta_schedule": "squaredcos_cap_v2",
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+    "rescale_betas_zero_snr": True,
+}
+FLEXIBLE_UNET = FlexibleUNetConfig(
+    sample_size=64,
+    temb_dim=1280,
+    resnet_eps=1e-5,
+    num_attention_heads=8,
+    cross_attention_dim=768,
+    down_blocks_in_channels=(320, 320, 640),
+    down_blocks_out_channels=(320, 640, 1280),
+    down_blocks_num_attentions=(0, 1, 3),
+    down_blocks_num_resnets=(2, 2, 1),
+    mid_num_resnets=4,
+    mid_num_attentions=2,
+    up_blocks_num_attentions=(6, 3, 0),
+)
+UNET_XL: dict[str, Any] = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+CLIP_L: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "hidden_act": "quick_gelu",
+}
+CLIP_BIG_G: dict[str, Any] = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "hidden_act": "gelu",
+    "projection_dim": 1280,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """A model of random weights on its device, and what its rows get that do not say."""
+
+    model: Family
+    sizes: SizeRules
+    guidance_scale: float
+    guidance_rescale: float
+
+
+def build(name: str, device: torch.device, dtype: torch.dtype) -> Architecture:
+    """`sd15`, `decidiffusion` or `sdxl`, made on the device in this dtype. Raises ModelError for another name."""
+    unet: Any
+    match name:
+        case "sd15":
+            with _made_on(device, dtype):
+                unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+            pipeline = _stable_diffusion(device, dtype, unet, STABLE_DIFFUSION)
+            return Architecture(StableDiffusion(pipeline, unet, device, dtype), SizeRules(512, 512, 8, 64), 7.5, 0.0)
+        case "decidiffusion":
+            with _made_on(device, dtype):
+                unet = FlexibleUNet(FLEXIBLE_UNET)
+            pipeline = _stable_diffusion(device, dtype, None, DECIDIFFUSION)
+            return Architecture(DeciDiffusion(pipeline, unet, device, dtype), SizeRules(512, 512, 8, 64), 7.5, 0.7)
+        case "sdxl":
+            pipeline = _stable_diffusion_xl(device, dtype)
+            model = StableDiffusionXL(pipeline, pipeline.unet, device, dtype)
+            return Architecture(model, SizeRules(1024, 1024, 8, 32), 5.0, 0.0)
+        case other:
+            raise ModelError(f"there is no architecture {other}")
+
+
+def _stable_diffusion(device: torch.device, dtype: torch.dtype, unet: Any, schedule: dict[str, Any]) -> Any:
+    """Stable Diffusion 1.5's other networks, with the built-in model's tokenizer."""
+    tokenizer = _tokenizer()
+    with _made_on(device, dtype):
+        vae = _autoencoder(sample_size=512, scaling_factor=0.18215)
+        text_encoder = CLIPTextModel(_text_config(tokenizer, **CLIP_L))
+    return StableDiffusionPipeline(
+        vae, text_encoder, tokenizer, unet, DDIMScheduler(**schedule), None, None, requires_safety_checker=False
+    )
+
+
+def _stable_diffusion_xl(device: torch.device, dtype: torch.dtype) -> Any:
+    """With the VAE that does not overflow in half precision."""
+    tokenizer = _tokenizer()
+    with _made_on(device, dtype):
+        unet = UNet2DConditionModel(**UNET_XL)
+        vae = _autoencoder(sample_size=1024, scaling_factor=0.13025, force_upcast=False)
+        first = CLIPTextModel(_text_config(tokenizer, **CLIP_L))
+        second = CLIPTextModelWithProjection(_text_config(tokenizer, **CLIP_BIG_G))
+    scheduler = EulerDiscreteScheduler(**STABLE_DIFFUSION_XL)
+    return StableDiffusionXLPipeline(
+        vae, first, second, tokenizer, _tokenizer(), unet, scheduler, add_watermarker=False
+    )
+
+
+def _tokenizer() -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(DEMO_MODEL / "tokenizer", local_files_only=True)
+
+
+def _text_config(tokenizer: CLIPTokenizer, **layers: Any) -> CLIPTextConfig:
+    """An encoder that knows this tokenizer's end of a text."""
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return CLIPTextConfig(vocab_size=49408, max_position_embeddings=77, **special, **layers)
+
+
+def _autoencoder(**options: Any) -> AutoencoderKL:
+    levels = 4
+    return AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        layers_per_block=2,
+        **options,
+    )
+
+
+@contextmanager
+def _made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Networks that are made in here get the same random weights each time, on the device and in the dtype at once.
+
+    Made on the host in float32, the largest would take four times their size there.
+    """
+    before = torch.get_default_dtype()
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.device(device), torch.no_grad():
+        torch.manual_seed(0)
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)

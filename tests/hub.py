@@ -1,0 +1,104 @@
+"""A Hugging Face Hub on loopback: the few of its endpoints that fetching a checkpoint takes, and what was asked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@dataclass
+class Hub:
+    """Repositories by their ids, each a folder at one commit. `fetched` are the files that were sent, as REPO/FILE."""
+
+    repositories: dict[str, Path]
+    address: str = ""
+    fetched: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+    refusals: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """By repository: the status and the Hub's own code for why."""
+
+    def files(self, repository: str) -> list[str]:
+        """The files of a repository that were sent, in order of their names."""
+        return sorted(file.removeprefix(f"{repository}/") for file in self.fetched if file.startswith(repository))
+
+
+@contextmanager
+def hub(**repositories: Path) -> Iterator[Hub]:
+    """Serve folders as repositories of `owner`."""
+    served = Hub({f"owner/{name}": folder for name, folder in repositories.items()})
+    with ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Endpoints,), {"hub": served})) as server:
+        served.address = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield served
+        server.shutdown()
+        thread.join()
+
+
+class _Endpoints(BaseHTTPRequestHandler):
+    hub: Hub
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        self.hub.requests.append(self.path)
+        found = re.match(r"/(?:api/models/)?([^/]+/[^/]+)/(resolve|tree|revision)/([^/?]+)/?([^?]*)", self.path)
+        repository, what, revision, file = found.groups() if found else ("", "", "", "")
+        if repository in self.hub.refusals:
+            self._refuse(*self.hub.refusals[repository])
+        elif repository not in self.hub.repositories:
+            self._refuse(404, "RepoNotFound")
+        elif revision not in ("main", COMMIT):
+            self._refuse(404, "RevisionNotFound")
+        else:
+            self._answer(repository, what, file)
+
+    def _answer(self, repository: str, what: str, file: str) -> None:
+        folder = self.hub.repositories[repository]
+        if what == "tree":
+            files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+            self._send(json.dumps([_describe(path, folder) for path in files]).encode(), "application/json")
+        elif what == "revision":
+            self._send(json.dumps({"id": repository, "sha": COMMIT, "siblings": []}).encode(), "application/json")
+        elif (folder / file).is_file():
+            if self.command == "GET":
+                self.hub.fetched.append(f"{repository}/{file}")
+            self._send((folder / file).read_bytes(), "application/octet-stream")
+        else:
+            self._refuse(404, "EntryNotFound")
+
+    def _send(self, content: bytes, kind: str) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def _refuse(self, status: int, code: str) -> None:
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *rest: Any) -> None:
+        pass
+
+
+def _describe(path: Path, folder: Path) -> dict[str, Any]:
+    content = path.read_bytes()
+    name = path.relative_to(folder).as_posix()
+    return {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}

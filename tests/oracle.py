@@ -1,0 +1,76 @@
+"""The oracle: what diffusers' own pipeline makes of one row alone, and how near to that an image must be."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+
+from batch_infer.records import PromptRequest
+from batch_infer.settings import SchedulerSpec
+from tests.rendering import furthest, render
+
+WITHOUT: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False, "add_watermarker": False}
+"""What a pipeline is to do without, as far as its class knows of it."""
+
+
+def load_pipeline(folder: Path, **components: Any) -> Any:
+    """The pipeline of the class that a checkpoint names; without its checker where no components are given."""
+    kind = getattr(diffusers, json.loads((folder / "model_index.json").read_text("utf-8"))["_class_name"])
+    pipe = kind.from_pretrained(folder, dtype=torch.float32, **(components or _without(kind)))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def with_scheduler(pipe: Any, text: str) -> Any:
+    """The same parts under another scheduler, made as diffusers' guide says."""
+    spec = SchedulerSpec.parse(text)
+    scheduler = getattr(diffusers, spec.name).from_config(pipe.scheduler.config, **dict(spec.options))
+    kind = type(pipe)
+    other = kind(**_without(kind) | {**pipe.components, "scheduler": scheduler})
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def ask(pipe: Any, request: PromptRequest) -> tuple[np.ndarray, list[bool] | None]:
+    """What diffusers makes of one row: its image (H, W, 3) uint8, and what its checker says."""
+    params = request.params
+    answer = pipe(
+        request.prompt,
+        negative_prompt=request.negative_prompt,
+        num_inference_steps=params.num_inference_steps,
+        guidance_scale=params.guidance_scale,
+        guidance_rescale=params.guidance_rescale,
+        height=params.height,
+        width=params.width,
+        generator=torch.Generator("cpu").manual_seed(request.seed),
+        output_type="np",
+    )
+    return (answer.images[0] * 255).round().astype(np.uint8), getattr(answer, "nsfw_content_detected", None)
+
+
+def assert_close(image: np.ndarray, oracle: np.ndarray) -> None:
+    """At most 1 of 255 anywhere; and seldom at all, since only a value next to a half can be rounded otherwise."""
+    assert image.shape == oracle.shape
+    assert furthest(image, oracle) <= 1
+    assert np.mean(image != oracle) < 0.01
+
+
+def assert_parity(pipe: Any, model: object, requests: tuple[PromptRequest, ...]) -> None:
+    """Rows rendered in one packed call look as they do alone; and no two alike, so that a mix-up would show."""
+    rendered = render(model, requests, slots=6, decode=2)
+    assert rendered.keys() == {request.id for request in requests}
+    oracles = {request.id: ask(pipe, request)[0] for request in requests}
+    for name, oracle in oracles.items():
+        assert_close(rendered[name].pixels, oracle)
+        others = [image for other, image in oracles.items() if other != name and image.shape == oracle.shape]
+        assert all(furthest(oracle, other) > 2 for other in others)
+
+
+def _without(kind: Any) -> dict[str, Any]:
+    return {name: value for name, value in WITHOUT.items() if name in inspect.signature(kind).parameters}

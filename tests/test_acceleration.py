@@ -1,0 +1,130 @@
+"""What makes networks fast: compiled where that can be done, plain where not, and the host never far ahead of a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from batch_infer.chain import Stages, pace
+from batch_infer.models.acceleration import Compiled, is_compiled, speed_up
+from tests.rendering import CPU, furthest, load_family, make_request, render
+
+ROWS = [make_request(str(k), f"{k} rings", steps=2 + k, guidance=1 + 3 * k, seed=k) for k in range(3)]
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile as it is, but for the compiler itself, which takes minutes: what it captures is run."""
+    compile_ = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda forward, **how: compile_(forward, **{**how, "options": None, "backend": "eager"})
+    )
+
+
+@pytest.mark.usefixtures("traced")
+def test_networks_are_captured_whole_and_change_no_image(sd1_folder: Path) -> None:
+    """One graph for each shape: a break would be an error, and then a warning."""
+    plain = render(load_family(sd1_folder), ROWS)
+    model = load_family(sd1_folder)
+    speed_up(model.networks, CPU, compiled=True)
+    found = render(model, ROWS)
+    assert is_compiled(model.networks)
+    assert all(furthest(found[row.id].pixels, plain[row.id].pixels) <= 1 for row in ROWS)
+
+
+def test_what_cannot_be_compiled_runs_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    class Chatty(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            torch._dynamo.graph_break()
+            return x + 1
+
+    network = Chatty()
+    speed_up([network], CPU, compiled=True)
+    assert is_compiled([network])
+    for _ in range(2):
+        assert network(torch.zeros(1)).item() == 1
+    assert not is_compiled([network])
+    assert caplog.text.count("torch.compile failed, and the run goes on without it") == 1
+
+
+def test_memory_that_ends_in_a_compiled_network_is_told_as_such() -> None:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        Compiled(forward)(torch.zeros(1))
+
+
+def test_networks_are_left_alone_on_a_cpu(sd1_folder: Path) -> None:
+    model: Any = load_family(sd1_folder)
+    before = [network.forward for network in model.networks]
+    speed_up(model.networks, CPU, compiled=False)
+    assert [network.forward for network in model.networks] == before
+    assert not is_compiled(model.networks)
+
+
+@pytest.mark.parametrize("name", ["sd1", "decidiffusion"])
+def test_a_gpu_gets_channels_last_and_fused_projections(name: str, request: pytest.FixtureRequest) -> None:
+    """Here on the CPU, which can do both: they change no image by more than 1 of 255."""
+    folder = request.getfixturevalue(f"{name}_folder")
+    plain = render(load_family(folder), ROWS)
+    model: Any = load_family(folder)
+    speed_up(model.networks, torch.device("cuda"), compiled=False)
+    unet, decoder = model.networks
+    assert unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    fused = [module.processor for module in unet.modules() if hasattr(module, "to_q")]
+    assert {type(processor).__name__ for processor in fused} == {"FusedAttnProcessor2_0"}
+    found = render(model, ROWS)
+    assert all(furthest(found[row.id].pixels, plain[row.id].pixels) <= 1 for row in ROWS)
+
+
+@pytest.mark.soak
+def test_the_real_compiler_gives_the_same_images_each_time(demo_folder: Path) -> None:
+    plain = render(load_family(demo_folder), ROWS)
+    found = []
+    for _ in range(2):
+        torch._dynamo.reset()
+        model = load_family(demo_folder)
+        speed_up(model.networks, CPU, compiled=True)
+        found.append(render(model, ROWS))
+        assert is_compiled(model.networks)
+    for row in ROWS:
+        assert furthest(found[0][row.id].pixels, plain[row.id].pixels) <= 1
+        assert np.array_equal(found[0][row.id].pixels, found[1][row.id].pixels)
+
+
+class Clock:
+    """A GPU's clock: an event's time comes when somebody waits for it, one second a call."""
+
+    waits: list[Clock] = []
+
+    def __init__(self, **_: Any) -> None: ...
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None:
+        Clock.waits.append(self)
+
+    def elapsed_time(self, end: Clock) -> float:
+        assert end in Clock.waits, "a time that is asked for before it is known makes the host wait"
+        return 1000.0
+
+
+def test_the_host_is_a_few_calls_ahead_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    Clock.waits = []
+    monkeypatch.setattr(torch.cuda, "Event", Clock)
+    monkeypatch.setattr(torch.cuda, "current_stream", Clock)
+    stages = Stages()
+    found = pace.pace_of(torch.device("cuda"), stages)
+    for tick in range(1, 11):
+        found.start()
+        found.end()
+        assert stages.denoise == max(0, tick - pace.TICKS_AHEAD)
+    found.finish()
+    assert stages.denoise == 10
+    assert stages.ended > stages.began

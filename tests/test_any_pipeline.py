@@ -1,0 +1,544 @@
+"""Pipelines that have no family: against diffusers' own call for one row alone, and through the command."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+from batch_infer.chain import ChainShape, DrivenChain, Rendered, Unrendered
+from batch_infer.errors import ModelError, RowBroken
+from batch_infer.models import ModelCard, load_driven, read_card
+from batch_infer.models.any_pipeline import AnyPipeline
+from batch_infer.models.pipelines import find_class
+from batch_infer.records import PromptRequest, SizeRules
+from batch_infer.safety import Judge
+from batch_infer.safety.checker import StableDiffusionChecker
+from batch_infer.settings import ModelSettings, SchedulerSpec
+from tests.checkpoints import amend
+from tests.pipelines import SAVED, ask, save_perturbed
+from tests.rendering import CPU, copied, furthest, make_request
+from tests.runs import Done, assert_whole, command, hashes, results, run, run_json
+from tests.tables import write_csv
+
+NAMES = ("pixart", "flux", "z_image", "perturbed")
+SIZES = {"pixart": (256, 256)}
+"""Where 64 pixels are not what the checkpoint makes."""
+GUIDED_BY_INPUT = {"flux"}
+ONE_BY_ONE = {"z_image"}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, sd1_folder: Path) -> dict[str, Path]:
+    place = tmp_path_factory.mktemp("pipelines")
+    saved = {name: save(place / name) for name, save in SAVED.items()}
+    return {**saved, "perturbed": save_perturbed(sd1_folder, place / "perturbed")}
+
+
+@pytest.fixture(scope="module")
+def models(folders: dict[str, Path]) -> dict[str, AnyPipeline]:
+    return {name: load_model(folders[name]) for name in NAMES}
+
+
+def card_of(folder: Path, **settings: Any) -> ModelCard:
+    card = read_card(ModelSettings(name=str(folder), **settings))
+    # Flux and Z-Image are native at 1024 pixels, whatever their checkpoints hold.
+    size = SIZES.get(folder.name, (64, 64))
+    return replace(card, sizes=SizeRules(*size, card.sizes.factor, card.sizes.smallest))
+
+
+def load_model(folder: Path, scheduler: str | None = None, *, with_checker: bool = False) -> AnyPipeline:
+    spec = SchedulerSpec.parse(scheduler) if scheduler else None
+    return load_driven(card_of(folder, scheduler=spec), CPU, torch.float32, with_checker=with_checker)
+
+
+def load_oracle(folder: Path) -> Any:
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    if "safety_checker" in pipe.components:
+        pipe.register_modules(safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def row(model: str, name: str, prompt: str = "a red circle", **asked: Any) -> PromptRequest:
+    request = make_request(name, prompt, **{"size": SIZES.get(model, (64, 64)), "steps": 3, **asked})
+    return replace(request, params=replace(request.params, embedded_guidance=model in GUIDED_BY_INPUT))
+
+
+def rows_of(model: str) -> list[PromptRequest]:
+    """Rows that differ in all that a row may say."""
+    height, width = SIZES.get(model, (64, 64))
+    rows = [row(model, "plain", seed=1), row(model, "other", "two blue squares beside a star", seed=2)]
+    rows += [row(model, "weak", "a ring", guidance=1.0, steps=4, seed=3)]
+    rows += [row(model, "wide", "a star", size=(height, width + 32), seed=2**63 - 1)]
+    rows += [row(model, "long", "a small star and " * 40, seed=5)]
+    if model not in GUIDED_BY_INPUT:
+        rows += [row(model, "negative", negative="green", seed=6), row(model, "nothing", negative="", seed=7)]
+    if model == "perturbed":
+        rows += [row(model, "rescaled", rescale=0.7, seed=8)]
+    return rows
+
+
+def render(
+    model: AnyPipeline, requests: list[PromptRequest], *, slots: int = 8, judge: Judge | None = None
+) -> dict[str, Rendered]:
+    found = {}
+    for outcome in DrivenChain(model, ChainShape(slots, 2), judge).render(sorted(requests, key=_by_likeness)):
+        assert isinstance(outcome, Rendered), outcome.error
+        found[outcome.request.id] = outcome
+    return found
+
+
+def _by_likeness(request: PromptRequest) -> Any:
+    return request.alike
+
+
+# Images
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_look_as_they_do_alone(folders: dict[str, Path], models: dict[str, AnyPipeline], name: str) -> None:
+    rows = rows_of(name)
+    rendered, pipe = render(models[name], rows), load_oracle(folders[name])
+    oracles = {request.id: ask(pipe, request) for request in rows}
+    for one, oracle in oracles.items():
+        assert rendered[one].pixels.shape == oracle.shape
+        assert furthest(rendered[one].pixels, oracle) <= 1
+        others = [image for other, image in oracles.items() if other != one and image.shape == oracle.shape]
+        assert all(furthest(oracle, other) > 2 for other in others)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_image_depends_on_its_row_alone(models: dict[str, AnyPipeline], name: str) -> None:
+    """Law 1, in bytes: alone, or in a crowd of any order, beside texts of other lengths."""
+    model, rows = models[name], rows_of(name)
+    alone = {request.id: render(model, [request])[request.id].pixels for request in rows}
+    crowd = [row(name, f"crowd {k}", "and more " * (k * k), seed=k) for k in range(5)]
+    for order in ([*rows, *crowd], [*crowd[:2], *rows[::-1], *crowd[2:]]):
+        together = render(model, order)
+        for one, image in alone.items():
+            assert np.array_equal(together[one].pixels, image), one
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_not_one_bit_depends_on_the_neighbours_texts(models: dict[str, AnyPipeline], name: str) -> None:
+    """Before rounding: texts that fill the encoder whole, which then needs no mask, among such as do not."""
+    full, short, other = (row(name, "row", text) for text in ("and more " * 100, "a", "two blue squares"))
+    for first, neighbour in ((full, short), (short, full), (other, full)):
+        alone, beside = models[name].render([first], 2), models[name].render([first, neighbour], 2)
+        assert torch.equal(alone[0], beside[0])
+
+
+def test_text_encoders_choose_no_kernel_by_what_a_batch_holds(models: dict[str, AnyPipeline]) -> None:
+    """On a GPU the bytes hang on it; on a CPU, at this size, all kernels agree."""
+    for model in models.values():
+        encoders = [part for name, part in model.pipeline.components.items() if name.startswith("text_encoder")]
+        assert encoders
+        assert {encoder.config._attn_implementation for encoder in encoders} == {"eager"}
+
+
+def test_the_text_has_a_part_in_the_image(models: dict[str, AnyPipeline]) -> None:
+    for name, model in models.items():
+        texts = [row(name, str(k), text, seed=9) for k, text in enumerate(["a red circle", "two blue squares"])]
+        first, second = render(model, texts).values()
+        assert furthest(first.pixels, second.pixels) > 2
+
+
+def test_rows_share_calls_where_their_texts_leave_the_shapes_alone(models: dict[str, AnyPipeline]) -> None:
+    assert {name for name, model in models.items() if model.one_by_one} == ONE_BY_ONE
+    for name, model in models.items():
+        asked: list[int] = []
+        spied = _Spy(model.pipeline, lambda arguments, asked=asked: asked.append(len(arguments["prompt"])))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model, "pipeline", spied)
+            render(model, [row(name, str(k), seed=k) for k in range(3)], slots=4)
+        alone, each = name in ONE_BY_ONE, 1 if name in GUIDED_BY_INPUT else 2
+        assert asked == ([1, 1, 1] if alone else [4] if each == 1 else [2, 2])
+
+
+def test_another_scheduler(folders: dict[str, Path]) -> None:
+    text = "EulerDiscreteScheduler:use_karras_sigmas=true"
+    request, pipe = row("pixart", "row", steps=4), load_oracle(folders["pixart"])
+    before = ask(pipe, request)
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config, use_karras_sigmas=True)
+    oracle = ask(pipe, request)
+    found = render(load_model(folders["pixart"], text), [request])["row"].pixels
+    assert furthest(found, oracle) <= 1
+    assert furthest(before, oracle) > 2
+
+
+def test_noise_at_every_step_is_the_rows_own(folders: dict[str, Path]) -> None:
+    """A pipeline hands the rows' generators on to a scheduler that draws."""
+    model = load_model(folders["pixart"], "EulerAncestralDiscreteScheduler")
+    first, other = row("pixart", "first", seed=1), row("pixart", "other", seed=2)
+    alone, together = render(model, [first]), render(model, [other, first])
+    assert np.array_equal(alone["first"].pixels, together["first"].pixels)
+
+
+def test_noise_that_no_seed_decides_is_refused(folders: dict[str, Path]) -> None:
+    with pytest.raises(ModelError, match=r"FluxPipeline with FlowMatchEulerDiscreteScheduler draws noise \(randn"):
+        load_model(folders["flux"], "FlowMatchEulerDiscreteScheduler:stochastic_sampling=true")
+
+
+def test_the_checkers_verdict_is_diffusers_verdict(folders: dict[str, Path]) -> None:
+    model = load_model(folders["perturbed"], with_checker=True)
+    judge = StableDiffusionChecker(model.safety_checker, model.feature_extractor, batch=2)
+    rows = [row("perturbed", str(k), guidance=1.0, seed=k) for k in range(12)]
+    rendered = render(model, rows, judge=judge)
+    pipe = DiffusionPipeline.from_pretrained(folders["perturbed"])
+    pipe.set_progress_bar_config(disable=True)
+    flagged = {
+        request.id: pipe(
+            request.prompt, num_inference_steps=3, guidance_scale=1.0, height=64, width=64, output_type="np",
+            generator=torch.Generator().manual_seed(request.seed),
+        ).nsfw_content_detected[0]
+        for request in rows
+    }  # fmt: skip
+    assert {name: image.verdict.nsfw for name, image in rendered.items()} == flagged
+    assert set(flagged.values()) == {True, False}
+    assert all(image.pixels.any() for image in rendered.values()), "none is painted black before the policy is applied"
+
+
+# What a pipeline does not take
+
+
+class _Spy:
+    """A pipeline that is watched, or made to fail."""
+
+    def __init__(self, pipeline: Any, before: Callable[[dict[str, Any]], object]) -> None:
+        self._pipeline, self._before = pipeline, before
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pipeline, name)
+
+    def __call__(self, **arguments: Any) -> Any:
+        self._before(arguments)
+        return self._pipeline(**arguments)
+
+
+def failing(model: AnyPipeline, error: Exception, prompt: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the pipeline raise an error wherever this prompt is among those that it is handed."""
+
+    def fail(arguments: dict[str, Any]) -> None:
+        if prompt in arguments["prompt"]:
+            raise error
+
+    monkeypatch.setattr(model, "pipeline", _Spy(model.pipeline, fail))
+
+
+@pytest.mark.parametrize(
+    ("error", "invalid", "told"),
+    [
+        (ValueError("no such text\nand more"), True, "_Spy does not take this row: no such text"),
+        (IndexError("index 3 is out of bounds"), True, "_Spy does not take this row: index 3 is out of bounds"),
+        (RuntimeError("shapes do not match"), False, "_Spy broke off: shapes do not match"),
+    ],
+)
+def test_what_a_pipeline_raises_is_the_rows_and_not_its_neighbours(
+    models: dict[str, AnyPipeline], monkeypatch: pytest.MonkeyPatch, error: Exception, invalid: bool, told: str
+) -> None:
+    model = models["flux"]
+    rows = [row("flux", "a", seed=1), row("flux", "bad", "bad", seed=2), row("flux", "c", seed=3)]
+    wanted = render(model, rows)
+    failing(model, error, "bad", monkeypatch)
+    found = {outcome.request.id: outcome for outcome in DrivenChain(model, ChainShape(8, 2), None).render(rows)}
+    for name in "ac":
+        image = found[name]
+        assert isinstance(image, Rendered)
+        assert np.array_equal(image.pixels, wanted[name].pixels)
+    bad = found["bad"]
+    assert isinstance(bad, Unrendered)
+    assert (bad.invalid, bad.error) == (invalid, told)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("x"), RuntimeError("CUDA error: device-side assert")])
+def test_a_lost_device_is_no_rows_fault(
+    models: dict[str, AnyPipeline], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    failing(models["flux"], error, "bad", monkeypatch)
+    with pytest.raises(type(error)) as raised:
+        models["flux"].render([row("flux", "bad", "bad")], 2)
+    assert not isinstance(raised.value, RowBroken)
+
+
+def test_a_size_that_the_pipeline_rounds_is_refused(models: dict[str, AnyPipeline]) -> None:
+    (found,) = DrivenChain(models["flux"], ChainShape(4, 2), None).render([row("flux", "row", size=(64, 72))])
+    assert isinstance(found, Unrendered)
+    assert found.invalid
+    assert found.error.startswith("FluxPipeline makes images of 64x64 pixels where 72x64 are asked for")
+
+
+def test_values_that_are_not_finite_are_told(folders: dict[str, Path], tmp_path: Path) -> None:
+    own = copied(folders["flux"], tmp_path)
+    file = own / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["proj_out.bias"].fill_(float("nan"))
+    save_file(weights, file, metadata={"format": "pt"})
+    (found,) = DrivenChain(load_model(own), ChainShape(4, 2), None).render([row("flux", "row", guidance=2.5)])
+    assert isinstance(found, Unrendered)
+    assert not found.invalid
+    assert "not finite at 3 steps and guidance_scale 2.5" in found.error
+
+
+# The card
+
+
+def test_what_rows_may_ask(folders: dict[str, Path]) -> None:
+    cards = {name: read_card(ModelSettings(name=str(folder))) for name, folder in folders.items()}
+    assert {card.family for card in cards.values()} == {"any_pipeline"}
+    assert {name: (card.num_inference_steps, card.guidance_scale) for name, card in cards.items()} == {
+        "pixart": (20, 4.5), "flux": (28, 3.5), "z_image": (50, 5.0), "perturbed": (50, 7.5),
+    }  # fmt: skip
+    assert {name: [field for field, _ in card.fixed] for name, card in cards.items()} == {
+        "pixart": ["guidance_rescale"], "flux": ["negative_prompt", "guidance_rescale"],
+        "z_image": ["guidance_rescale"], "perturbed": [],
+    }  # fmt: skip
+    assert {name for name, card in cards.items() if card.embedded_guidance} == GUIDED_BY_INPUT
+    assert {name for name, card in cards.items() if card.has_checker} == {"perturbed"}
+    assert cards["pixart"].sizes == SizeRules(256, 256, 16, 16)
+    assert cards["flux"].sizes == SizeRules(1024, 1024, 16, 16)
+    assert cards["perturbed"].sizes == SizeRules(64, 64, 8, 16)
+    assert len({card.fingerprint for card in cards.values()}) == len(cards)
+
+
+def test_a_distilled_flux_takes_no_guidance(folders: dict[str, Path], tmp_path: Path) -> None:
+    own = copied(folders["flux"], tmp_path)
+    amend(own / "transformer" / "config.json", guidance_embeds=False)
+    card = read_card(ModelSettings(name=str(own)))
+    assert ("guidance_scale", 1.0) in card.fixed
+    assert (card.guidance_scale, card.embedded_guidance) == (1.0, False)
+
+
+def test_the_fingerprint_tells_the_class(folders: dict[str, Path], tmp_path: Path) -> None:
+    own = copied(folders["perturbed"], tmp_path)
+    before = card_of(own).fingerprint
+    amend(own / "model_index.json", _diffusers_version="0.1")
+    assert card_of(own).fingerprint == before
+    amend(own / "model_index.json", _class_name="StableDiffusionSAGPipeline")
+    assert card_of(own).fingerprint != before
+
+
+def test_the_fingerprint_tells_how_a_text_is_framed(folders: dict[str, Path], tmp_path: Path) -> None:
+    own = copied(folders["z_image"], tmp_path)
+    before = card_of(own).fingerprint
+    template = own / "tokenizer" / "chat_template.jinja"
+    template.write_text(template.read_text("utf-8") + "!", "utf-8")
+    assert card_of(own).fingerprint != before
+
+
+def test_a_card_is_read_without_torch_where_somebody_else_knows_the_facts(folders: dict[str, Path]) -> None:
+    script = f"""
+import sys
+from batch_infer.models import PipelineFacts, read_card
+from batch_infer.records import SizeRules
+from batch_infer.settings import ModelSettings
+facts = PipelineFacts(SizeRules(8, 8, 8, 8), 7, 3.0)
+card = read_card(ModelSettings(name={str(folders["flux"])!r}), lambda path: facts)
+print(card.family, card.num_inference_steps, sorted({{"torch", "diffusers", "transformers"}} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "any_pipeline 7 []\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("NothingPipeline", "has no pipeline NothingPipeline"),
+        ("AutoencoderKL", "has no pipeline AutoencoderKL"),
+        ("FluxControlPipeline", "FluxControlPipeline needs more than a text: control_image"),
+        ("StableDiffusionControlNetPipeline", "needs more than a text: controlnet"),
+        ("StableDiffusionImg2ImgPipeline", "makes no images of texts: its call takes no height, width"),
+        ("FluxImg2ImgPipeline", "FluxImg2ImgPipeline needs more than a text: image"),
+        ("FluxFillPipeline", "needs more than a text"),
+        ("KandinskyV22Pipeline", "makes no images of texts: its call takes no prompt"),
+        ("WuerstchenPriorPipeline", "WuerstchenPriorPipeline makes no images of texts"),
+        ("WanPipeline", "makes no images of texts: its call takes no num_images_per_prompt"),
+        ("LattePipeline", "makes no images of texts"),
+    ],
+)
+def test_classes_that_make_no_images_of_texts_are_refused(name: str, reason: str) -> None:
+    with pytest.raises(ModelError, match=reason):
+        find_class(name)
+
+
+def test_a_class_whose_library_is_missing_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Needy:
+        """As diffusers stands in for a class whose library is missing."""
+
+        _backends = ("torch", "tachyons")
+
+    monkeypatch.setattr(diffusers, "NeedyPipeline", Needy, raising=False)
+    with pytest.raises(ModelError, match="NeedyPipeline needs tachyons: pip install tachyons"):
+        find_class("NeedyPipeline")
+
+
+def bring_code(folder: Path, library: str, file: str) -> None:
+    (folder / "transformer" / file).write_text("raise SystemExit('ran')", "utf-8")
+    amend(folder / "model_index.json", transformer=[library, "FluxTransformer2DModel"])
+
+
+def pickle_weights(folder: Path) -> None:
+    file = folder / "text_encoder_2" / "model.safetensors"
+    torch.save(load_file(file), file.with_name("pytorch_model.bin"))
+    file.unlink()
+
+
+SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "code beside its component": (lambda f: bring_code(f, "mine", "mine.py"), "transformer is .*only classes of"),
+    "code in a library's name": (
+        lambda f: bring_code(f, "diffusers", "diffusers.py"), "transformer/diffusers.py is code",
+    ),
+    "code in a pipeline's name": (lambda f: bring_code(f, "flux", "flux.py"), "transformer/flux.py is code"),
+    "a library out of the folder": (lambda f: amend(f / "model_index.json", vae=["..flux", "X"]), "only classes of"),
+    "a class that is nowhere": (
+        lambda f: amend(f / "model_index.json", vae=["diffusers", "Nothing"]), "vae is a Nothing, which diffusers",
+    ),
+    "a pipeline that is nowhere": (
+        lambda f: amend(f / "model_index.json", _class_name="NothingPipeline"), "has no pipeline NothingPipeline",
+    ),
+    "a component less": (lambda f: amend(f / "model_index.json", vae=None), "could not be loaded: .*expected"),
+    "pickles": (pickle_weights, "text_encoder_2/pytorch_model.bin is pickled"),
+    "no words": (lambda f: (f / "tokenizer_2" / "tokenizer.json").unlink(), "tokenizer_2/ holds none of tokenizer"),
+    "no folder": (lambda f: shutil.rmtree(f / "vae"), "names vae/, which is missing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_folders_are_refused(folders: dict[str, Path], tmp_path: Path, case: str) -> None:
+    own = copied(folders["flux"], tmp_path)
+    spoil, reason = SPOILED[case]
+    spoil(own)
+    with pytest.raises(ModelError, match=reason) as refusal:
+        card_of(own)
+    assert "\n" not in str(refusal.value)
+
+
+def test_weights_that_no_file_holds_are_named(folders: dict[str, Path], tmp_path: Path) -> None:
+    own = copied(folders["z_image"], tmp_path)
+    file = own / "text_encoder" / "model.safetensors"
+    weights = load_file(file)
+    weights.pop("layers.0.mlp.up_proj.weight")
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"text_encoder lacks 1 tensor \(layers.0.mlp.up_proj.weight\)"):
+        load_model(own)
+
+
+def test_half_precision_leaves_alone_what_would_overflow(folders: dict[str, Path]) -> None:
+    """As diffusers loads it: T5 wants the last projection of its blocks in float32."""
+    model = load_driven(card_of(folders["flux"]), CPU, torch.float16, with_checker=False)
+    encoder = model.pipeline.text_encoder_2
+    assert encoder.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.float32
+    assert encoder.shared.weight.dtype == model.pipeline.transformer.dtype == torch.float16
+
+
+# The commands
+
+
+def flux_run(table: Path, out: Path, folders: dict[str, Path], *options: str | Path) -> Done:
+    return run(table, out, "--model", folders["flux"], "--height", "64", "--width", "64", *options)
+
+
+TABLE: list[list[Any]] = [
+    ["id", "prompt", "num_inference_steps", "guidance_scale", "num_images_per_prompt", "negative_prompt", "width"],
+    ["a", "a red circle", 3, "", 2, "", ""],
+    ["b", "two blue squares", "", 2.5, 1, "", ""],
+    ["c", "a green star", 3, "", 1, "", 96],
+    ["d", "a ring", "", 1.0, 1, "green", ""],
+    ["e", "a ring", "", 1.0, 1, "", 65],
+    ["f", "and more " * 30, 3, "", 1, "", ""],
+]
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    return write_csv(tmp_path / "t.csv", TABLE)
+
+
+def test_a_run_accounts_for_every_row(table: Path, tmp_path: Path, folders: dict[str, Path]) -> None:
+    out = tmp_path / "out"
+    assert flux_run(table, out, folders).code == 3
+    assert_whole(out)
+    rows = results(out)
+    assert [(item["id"], item["status"]) for item in rows] == [
+        ("a", "ok"), ("a", "ok"), ("b", "ok"), ("c", "ok"), ("d", "invalid"), ("e", "invalid"), ("f", "ok"),
+    ]  # fmt: skip
+    told = {item["id"]: item["error"] for item in rows if item["error"]}
+    assert told["d"] == "negative_prompt 'green' is given, and this model takes none"
+    assert "width 65 is not a multiple of 16" in told["e"]
+    made = [item for item in rows if item["status"] == "ok"]
+    assert {item["scheduler"] for item in made} == {"FlowMatchEulerDiscreteScheduler"}
+    assert {item["nsfw_content_detected"] for item in made} == {None}
+    assert {item["prompt_truncated"] for item in made} == {None}
+    assert all(item["prompt_tokens"] > 0 for item in made)
+    assert [item["guidance_scale"] for item in made] == [3.5, 3.5, 2.5, 3.5, 3.5]
+    assert run_json(out)["model"]["family"] == "any_pipeline"
+    assert not run_json(out)["compute"]["compiled"]
+
+
+def test_a_run_goes_on_to_the_same_bytes(table: Path, tmp_path: Path, folders: dict[str, Path]) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    flux_run(table, whole, folders)
+    for limit in ("1", "3", "6"):
+        flux_run(table, parts, folders, "--limit", limit)
+    assert hashes(parts) == hashes(whole)
+    before = {item["id"]: item["finished_at"] for item in results(parts)}
+    flux_run(table, parts, folders)
+    assert {item["id"]: item["finished_at"] for item in results(parts)} == before
+
+
+def test_a_plan_is_what_the_run_does(table: Path, tmp_path: Path, folders: dict[str, Path]) -> None:
+    options = ("--slots", "8", "--threads", "1", "--device", "cpu", "--steps", "2", "--height", "64", "--width", "64")
+    model = ("--model", folders["flux"])
+    planned = json.loads(command("plan", table, "--out", tmp_path / "out", *options, *model, "--json").stdout)
+    done = json.loads(flux_run(table, tmp_path / "out", folders, "--json").stdout)
+    assert planned["row_forwards"] == done["row_forwards"] == 3 * 2 + 2 * 1 + 3 * 1 + 3 * 1
+    assert planned["ticks"] == done["ticks"]
+    assert planned["occupancy"] == pytest.approx(done["occupancy"], abs=1e-3)
+    assert planned["truncated"] is None
+    told = [(fault["id"], fault["error"]) for fault in planned["invalid_results"]]
+    rows = results(tmp_path / "out")
+    assert told == [(item["id"], item["error"]) for item in rows if item["status"] == "invalid"]
+
+
+def test_options_that_the_model_does_not_take_are_refused(
+    table: Path, tmp_path: Path, folders: dict[str, Path]
+) -> None:
+    for options, told in {
+        ("--negative-prompt", "green"): "negative_prompt 'green' is given, and this model takes none",
+        ("--guidance-rescale", "0.7"): "guidance_rescale '0.7' is given, and this model takes none",
+    }.items():
+        done = flux_run(table, tmp_path / "out", folders, *options)
+        assert done.code == 2
+        assert told in done.stderr
+
+
+def test_steps_that_the_pipeline_refuses_are_invalid(tmp_path: Path, folders: dict[str, Path]) -> None:
+    table = write_csv(tmp_path / "t.csv", [["prompt", "num_inference_steps"], ["x", 3], ["x", 5], ["y", 3]])
+    options = ("--model", folders["perturbed"], "--scheduler", "PNDMScheduler:skip_prk_steps=false")
+    assert run(table, tmp_path / "out", *options, "--safety", "none").code == 3
+    rows = results(tmp_path / "out")
+    assert [item["status"] for item in rows] == ["invalid", "ok", "invalid"]
+    assert rows[0]["error"].startswith("StableDiffusionPAGPipeline does not take this row: ")
+
+
+@pytest.mark.parametrize(("safety", "judged"), [("auto", True), ("none", False)])
+def test_a_checkpoints_own_checker_is_asked(
+    tmp_path: Path, folders: dict[str, Path], safety: str, judged: bool
+) -> None:
+    table = write_csv(tmp_path / "t.csv", [["prompt", "seed"], *(["a red circle", k] for k in range(6))])
+    assert run(table, tmp_path / "out", "--model", folders["perturbed"], "--safety", safety).code == 0
+    rows = results(tmp_path / "out")
+    assert all((item["nsfw_content_detected"] is not None) == judged for item in rows)
+    assert {item["safety_checker"] for item in rows} == ({"stable_diffusion"} if judged else {None})

@@ -1,0 +1,409 @@
+"""DeciDiffusion: its architecture, its checkpoint, and its images against the same written out straight."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
+
+from batch_infer.errors import ModelError
+from batch_infer.models import load, load_solver, load_token_counter, read_card
+from batch_infer.models.decidiffusion_config import FlexibleUNetConfig
+from batch_infer.models.decidiffusion_unet import FlexibleUNet
+from batch_infer.records import SizeRules
+from batch_infer.settings import ModelSettings
+from tests import straight_line
+from tests.checkpoints import DECIDIFFUSION, OUTER, TINY_DECIDIFFUSION, amend
+from tests.rendering import CPU, copied, furthest, load_family, make_request, render
+from tests.runs import assert_whole, command, hashes, results, run_json
+from tests.straight_line import DOWN, LISTING, UP, Network, StraightLine, alphas_bar, layers
+from tests.tables import write_csv
+
+CONFIG = "flexible_unet/config.json"
+WEIGHTS = "flexible_unet/diffusion_pytorch_model.safetensors"
+ROWS = (
+    make_request("one", "a red circle", steps=1, guidance=7.5, rescale=0.7, seed=1),
+    make_request("unguided", "a red circle", steps=4, guidance=1.0, rescale=0.7, seed=2),
+    make_request("negative", "two blue squares", steps=7, guidance=7.5, negative="green", seed=3),
+    make_request("rescaled", "two blue squares", steps=7, guidance=7.5, rescale=0.7, negative="green", seed=3),
+    make_request("the defaults", "a small star", steps=30, guidance=7.5, rescale=0.7, seed=4),
+    make_request("thirty, unguided", "a large ring", steps=30, guidance=1.0, seed=5),
+    make_request("wide", "a red circle", steps=5, guidance=3.0, rescale=0.3, size=(64, 96), seed=6),
+    make_request("odd at every level", "a purple heart", steps=4, guidance=7.5, rescale=0.7, size=(72, 88), seed=7),
+)
+
+
+def config_of(configurations: dict[str, Any]) -> FlexibleUNetConfig:
+    return FlexibleUNetConfig.read({**OUTER, "configurations": configurations}, "here")
+
+
+def on_meta(configurations: dict[str, Any]) -> FlexibleUNet:
+    with torch.device("meta"):
+        return FlexibleUNet(config_of(configurations)).eval()
+
+
+@pytest.fixture(scope="module")
+def published() -> FlexibleUNet:
+    """The published model's network, without weights."""
+    return on_meta(DECIDIFFUSION)
+
+
+@pytest.fixture(scope="module")
+def model(decidiffusion_folder: Path) -> Any:
+    return load_family(decidiffusion_folder)
+
+
+@pytest.fixture(scope="module")
+def straight(decidiffusion_folder: Path) -> StraightLine:
+    return StraightLine.open(decidiffusion_folder)
+
+
+@pytest.fixture
+def own(decidiffusion_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the checkpoint, to spoil."""
+    return copied(decidiffusion_folder, tmp_path)
+
+
+# The architecture
+
+
+def with_weights(*names: str) -> set[str]:
+    return {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
+
+
+def expected_shapes() -> dict[str, tuple[int, ...] | None]:
+    """The names of the published checkpoint's tensors, as its listing has them; shapes where they are telling."""
+    stem = with_weights("conv_in", "conv_out", "conv_norm_out", "time_embedding.linear_1", "time_embedding.linear_2")
+    found: dict[str, tuple[int, ...] | None] = dict.fromkeys(stem)
+    for sampler in (*(f"{block}.downsamplers.0.conv" for block in DOWN), "mid_block.upsamplers.0.conv"):
+        found |= dict.fromkeys(with_weights(sampler))
+    for block in UP[:-1]:
+        found |= dict.fromkeys(with_weights(f"{block}.upsamplers.0.conv"))
+    for block, listing in LISTING.items():
+        width = int(re.findall(r">(\d+)", listing)[0])
+        channels = iter(re.findall(r"R\((\d+)>(\d+)\)", listing))
+        for kind, name in layers(block):
+            if kind == "R":
+                before, after = map(int, next(channels))
+                shortcut = ["conv_shortcut"] if before != after else []
+                parts = ("norm1", "conv1", "time_emb_proj", "norm2", "conv2", *shortcut)
+                found |= dict.fromkeys(with_weights(*(f"{name}.{part}" for part in parts)))
+                found[f"{name}.conv1.weight"] = (after, before, 3, 3)
+            else:
+                inner = f"{name}.transformer_blocks.0"
+                parts = ("norm1", "norm2", "norm3", "attn1.to_out.0", "attn2.to_out.0", "ff.net.0.proj", "ff.net.2")
+                found |= dict.fromkeys(with_weights(f"{name}.norm", f"{name}.proj_in", f"{name}.proj_out"))
+                found |= dict.fromkeys(with_weights(*(f"{inner}.{part}" for part in parts)))
+                found |= {f"{inner}.{attn}.to_{to}.weight": None for attn in ("attn1", "attn2") for to in "qkv"}
+                found[f"{name}.proj_in.weight"] = found[f"{name}.proj_out.weight"] = (width, width, 1, 1)
+                found[f"{inner}.attn2.to_k.weight"] = (width, 768)
+    return found
+
+
+def test_the_published_checkpoint_would_load(published: FlexibleUNet) -> None:
+    """Its weights cannot be had here, so that names, shapes and numbers stand for them."""
+    tensors = published.state_dict()
+    expected = expected_shapes()
+    assert len(tensors) == 612
+    assert sum(tensor.numel() for tensor in tensors.values()) == 814_746_884
+    assert tensors.keys() == expected.keys()
+    assert {name: tuple(tensors[name].shape) for name, shape in expected.items() if shape} == {
+        name: shape for name, shape in expected.items() if shape
+    }
+
+
+def test_a_forward_costs_what_the_published_one_does(published: FlexibleUNet) -> None:
+    """0.614 TFLOP; with the mid block's first resnet run once it would be 0.610. (On meta a host sync would raise.)"""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        (output,) = published(torch.empty(1, 4, 64, 64), torch.empty(1), torch.empty(1, 77, 768))
+    assert output.shape == (1, 4, 64, 64)
+    assert counter.get_total_flops() == pytest.approx(0.614e12, rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def exact(decidiffusion_folder: Path) -> tuple[FlexibleUNet, Network]:
+    """The tiny network and its straight line in float64, where rounding hides nothing."""
+    unet: FlexibleUNet = load_family(decidiffusion_folder)._unet.double()
+    return unet, Network(unet.state_dict(), heads=4)
+
+
+def inputs(size: tuple[int, int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(0)
+    sample, text = torch.randn(3, 4, *size, generator=random), torch.randn(3, 77, 32, generator=random)
+    return sample.to(dtype), torch.tensor([999.0, 500.0, 0.0]), text.to(dtype)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (16, 24), (11, 13), (9, 8), (7, 18), (1, 2)], ids=str)
+def test_the_network_equals_the_straight_line(exact: tuple[FlexibleUNet, Network], size: tuple[int, int]) -> None:
+    """Whatever the sides, odd ones at any level among them."""
+    unet, network = exact
+    asked = inputs(size, torch.float64)
+    with torch.inference_mode():
+        found, expected = unet(*asked)[0], network(*asked)
+    assert found.shape == asked[0].shape
+    assert 0.3 < expected.std() < 3
+    assert (found - expected).abs().max() < 1e-9
+
+
+def test_the_network_equals_the_straight_line_in_single_precision(model: Any, straight: StraightLine) -> None:
+    sample, timestep, text = inputs((8, 8), torch.float32)
+    found = model.denoise(sample, timestep, {"encoder_hidden_states": text})
+    assert (found - straight.network(sample, timestep, text)).abs().max() < 1e-5
+
+
+def test_networks_of_other_depths_are_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two levels, with counts of their own: the keys decide, and not the published model."""
+    keys = TINY_DECIDIFFUSION | {
+        "down_blocks_in_channels": [32, 64],
+        "down_blocks_out_channels": [64, 96],
+        "down_blocks_num_attentions": [2, 0],
+        "down_blocks_num_resnets": [1, 3],
+        "add_downsample": [True, True],
+        "mid_num_resnets": 0,
+        "mid_num_attentions": 1,
+        "prev_output_channels": [96, 96],
+        "up_blocks_num_attentions": [1, 0],
+        "up_blocks_num_resnets": [4, 2],
+        "add_upsample": [True, False],
+    }
+    blocks = {"down_blocks.0": "RTT", "down_blocks.1": "RRR", "mid_block": "RT"}
+    listing = blocks | {"up_blocks.0": "RTRRR", "up_blocks.1": "RR"}
+    for name, value in (("LISTING", listing), ("DOWN", DOWN[:2]), ("UP", UP[:2])):
+        monkeypatch.setattr(straight_line, name, value)
+    unet = FlexibleUNet(config_of(keys)).eval().double()
+    asked = inputs((6, 5), torch.float64)
+    with torch.inference_mode():
+        expected = Network(unet.state_dict(), heads=4)(*asked)
+        assert (unet(*asked)[0] - expected).abs().max() < 1e-9
+
+
+def test_the_network_is_compiled_whole(exact: tuple[FlexibleUNet, Network]) -> None:
+    """Without a break in its graph; by the eager backend, which is quick and changes nothing."""
+    unet, _ = exact
+    asked = inputs((9, 8), torch.float64)
+    with torch.inference_mode():
+        assert torch.equal(torch.compile(unet, backend="eager", fullgraph=True)(*asked)[0], unet(*asked)[0])
+
+
+# What config.json says
+
+
+@pytest.mark.parametrize("key", DECIDIFFUSION)
+def test_a_missing_key_is_named(key: str) -> None:
+    with pytest.raises(ModelError, match=f"^here: config.json has no {key} under `configurations`"):
+        config_of({name: value for name, value in DECIDIFFUSION.items() if name != key})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("temb_dim", "1280", "'1280' .* whole number"),
+        ("temb_dim", True, "True .* whole number"),
+        ("temb_dim", 0, "too little"),
+        ("resnet_eps", None, "None .* a number"),
+        ("resnet_eps", -1e-5, "too little"),
+        ("resnet_act_fn", "gelu", "'gelu' .* has to be silu"),
+        ("mix_block_in_forward", False, "False .* has to be True"),
+        ("num_attention_heads", 7, "down_blocks_in_channels.* by 7 attention heads"),
+        ("down_blocks_in_channels", [], "list of whole numbers"),
+        ("down_blocks_in_channels", [320, 640, 640], "has to be .320, 320, 640."),
+        ("down_blocks_in_channels", [320, 320], "down_blocks_in_channels has 2 entries"),
+        ("down_blocks_out_channels", [320, 640, 1000], "divided by 32 groups"),
+        ("down_blocks_num_attentions", [0, 1, 3.5], "list of whole numbers"),
+        ("down_blocks_num_resnets", [2, 0, 1], "too little"),
+        ("mid_num_attentions", -1, "too little"),
+        ("prev_output_channels", [1280, 640, 320], "has to be .1280, 1280, 640."),
+        ("up_blocks_num_resnets", [3, 3, 3], "has to be .2, 3, 3."),
+        ("up_blocks_num_attentions", [6, 3], "3 entries"),
+        ("add_downsample", [True, True, False], "has to be .True, True, True."),
+        ("add_upsample_mid_block", False, "has to be True"),
+        ("add_upsample", [True, True, True], "has to be .True, True, False."),
+        ("dropout", 0.1, "does not know that key"),
+    ],
+)  # fmt: skip
+def test_an_odd_key_is_named(key: str, value: object, reason: str) -> None:
+    with pytest.raises(ModelError, match=f"^here: config.json says .*{reason}") as refusal:
+        config_of(DECIDIFFUSION | {key: value})
+    assert key in str(refusal.value) or key in ("num_attention_heads", "down_blocks_in_channels")
+    assert "\n" not in str(refusal.value)
+
+
+# The checkpoint
+
+
+def test_the_card_has_the_models_own_defaults(decidiffusion_folder: Path) -> None:
+    card = read_card(ModelSettings(name=str(decidiffusion_folder)))
+    assert card.family == "decidiffusion"
+    assert (card.num_inference_steps, card.guidance_rescale, card.guidance_scale) == (30, 0.7, 7.5)
+    assert card.scheduler_name == "DDIMScheduler"
+    assert card.has_checker
+    assert card.sizes == SizeRules(native_height=64, native_width=64, factor=8, smallest=64)
+    assert load_token_counter(card).count(["a red circle"]) == [3]
+
+
+def test_the_sampler_begins_at_pure_noise(decidiffusion_folder: Path) -> None:
+    """No share of the image is in it, so that nothing may be divided by that; told without loading the networks."""
+    solver = load_solver(read_card(ModelSettings(name=str(decidiffusion_folder))))
+    assert (solver.table(30).timesteps[0], solver.table(30).timesteps[-1]) == (999, 32)
+    assert torch.isfinite(solver.table(30).coefficients).all()
+    image, noise = alphas_bar()[749], 1 - alphas_bar()[749]
+    assert alphas_bar()[999] == 0
+    # Without the rescale to zero the noise's part would be larger by 2e-5.
+    assert solver.table(4).coefficients[0, :2].tolist() == pytest.approx([noise**0.5, -(image**0.5)], abs=3e-6)
+
+
+def spoil(own: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    weights = load_file(own / WEIGHTS)
+    change(weights)
+    save_file(weights, own / WEIGHTS, metadata={"format": "pt"})
+
+
+SPOILED: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
+    "missing": (
+        lambda w: w.pop("mid_block.modules_list.6.conv1.bias"),
+        r"lacks 1 tensor \(mid_block.modules_list.6.conv1.bias\)",
+    ),
+    "unexpected": (
+        lambda w: w.update({"mid_block.modules_list.7.conv1.bias": torch.zeros(96)}),
+        r"holds, beside its network's, 1 tensor \(mid_block.modules_list.7.conv1.bias\)",
+    ),
+    "of diffusers' order": (
+        lambda w: w.update({"mid_block.resnets.0.conv1.bias": w.pop("mid_block.modules_list.0.conv1.bias")}),
+        r"lacks 1 tensor \(mid_block.modules_list.0.conv1.bias\)",
+    ),
+    "misshapen": (
+        lambda w: w.update({"conv_in.bias": torch.zeros(64)}),
+        r"has conv_in.bias of shape \[64\], where its config.json wants \[32\]",
+    ),
+    "empty": (dict.clear, r"lacks \d+ tensors"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_tensors_that_are_not_its_own_are_named(own: Path, case: str) -> None:
+    change, reason = SPOILED[case]
+    spoil(own, change)
+    with pytest.raises(ModelError, match=reason) as refusal:
+        load_family(own)
+    assert str(own / "flexible_unet") in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"_class_name": "UNet2DConditionModel"}, "is that of a UNet2DConditionModel"),
+        ({"configurations": None}, "does not say its sizes"),
+        ({"configurations": TINY_DECIDIFFUSION | {"temb_dim": 32}}, "time_embedding.* of shape"),
+        ({"configurations": TINY_DECIDIFFUSION | {"temb_dim": "wide"}}, "temb_dim='wide'"),
+        ({"configurations": TINY_DECIDIFFUSION | {"mid_num_attentions": 1}}, r"lacks \d+ tensors \(mid_block"),
+        ({"configurations": "none"}, "does not say its sizes"),
+    ],
+)  # fmt: skip
+def test_a_config_that_is_not_the_networks_is_refused(own: Path, values: dict[str, Any], reason: str) -> None:
+    amend(own / CONFIG, **values)
+    with pytest.raises(ModelError, match=reason) as refusal:
+        load_family(own)
+    assert str(own) in str(refusal.value)
+
+
+def test_shards_and_variants_are_loaded(own: Path, model: Any) -> None:
+    """Two shards with an index, in half precision under that name, beside plain weights that nobody asked for."""
+    weights = load_file(own / WEIGHTS)
+    halves = list(weights)[::2], list(weights)[1::2]
+    files = [f"diffusion_pytorch_model.fp16-0000{k}-of-00002.safetensors" for k in (1, 2)]
+    for file, names in zip(files, halves, strict=True):
+        save_file({name: weights[name] for name in names}, own / "flexible_unet" / file, metadata={"format": "pt"})
+    index = {"weight_map": {name: file for file, names in zip(files, halves, strict=True) for name in names}}
+    (own / "flexible_unet" / "diffusion_pytorch_model.safetensors.index.fp16.json").write_text(json.dumps(index))
+    spoil(own, lambda w: w["conv_out.bias"].add_(1))
+    card = read_card(ModelSettings(name=str(own), variant="fp16"))
+    sharded = load(card, CPU, torch.float32, with_checker=False)
+    request = make_request(steps=2, rescale=0.7)
+    assert np.array_equal(render(sharded, [request])["row"].pixels, render(model, [request])["row"].pixels)
+    assert furthest(render(load_family(own), [request])["row"].pixels, render(model, [request])["row"].pixels) > 1
+    (own / "flexible_unet" / files[1]).unlink()
+    with pytest.raises(ModelError, match=f"{files[1]} is missing"):
+        read_card(ModelSettings(name=str(own), variant="fp16"))
+
+
+def test_the_stock_unet_is_not_read(own: Path, decidiffusion_folder: Path, model: Any) -> None:
+    """It may be nonsense, as it is in the fixture, or not be there; nor is the repository's code run."""
+    assert (own / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == b"no weights"
+    assert "raise" in (own / "pipeline.py").read_text("utf-8")
+    shutil.rmtree(own / "unet")
+    before, after = (read_card(ModelSettings(name=str(folder))) for folder in (decidiffusion_folder, own))
+    assert before.fingerprint == after.fingerprint
+    request = make_request(steps=2, rescale=0.7)
+    assert np.array_equal(render(load_family(own), [request])["row"].pixels, render(model, [request])["row"].pixels)
+
+
+def test_the_fingerprint_tells_its_weights(own: Path, decidiffusion_folder: Path) -> None:
+    spoil(own, lambda w: w["conv_out.bias"].add_(1))
+    before, after = (read_card(ModelSettings(name=str(folder))) for folder in (decidiffusion_folder, own))
+    assert before.fingerprint != after.fingerprint
+
+
+# Images
+
+
+def test_packed_rows_look_as_the_straight_line_does(model: Any, straight: StraightLine) -> None:
+    """At most 1 of 255 anywhere, and seldom that; and no two rows alike, so that a mix-up would show."""
+    rendered = render(model, ROWS, slots=6, decode=2)
+    oracles = {row.id: straight.render(row) for row in ROWS}
+    assert rendered.keys() == oracles.keys()
+    for name, oracle in oracles.items():
+        image = rendered[name].pixels
+        assert image.shape == oracle.shape
+        assert furthest(image, oracle) <= 1
+        assert np.mean(image != oracle) < 0.01
+        others = [found for other, found in oracles.items() if other != name and found.shape == oracle.shape]
+        assert all(furthest(oracle, other) > 2 for other in others)
+
+
+def test_a_row_has_the_same_bytes_alone_and_in_a_crowd(model: Any) -> None:
+    square = [row for row in ROWS if (row.params.height, row.params.width) == (64, 64)]
+    crowd = render(model, [make_request(str(k), f"{k} stars", steps=3 + k, seed=k) for k in range(5)] + square[::-1])
+    for row in square:
+        assert np.array_equal(render(model, [row])[row.id].pixels, crowd[row.id].pixels)
+
+
+def test_the_command_renders_a_table(decidiffusion_folder: Path, straight: StraightLine, tmp_path: Path) -> None:
+    """By the model's own defaults, which the first row gets; then again, with nothing left to do."""
+    table = write_csv(
+        tmp_path / "t.csv",
+        [
+            ["prompt", "seed", "num_inference_steps", "guidance_scale", "guidance_rescale"],
+            ["a red circle", "5", "", "", ""],
+            ["a blue square", "6", "3", "1", "0"],
+            ["a green star", "7", "5", "4.5", "0"],
+        ],
+    )
+    out = tmp_path / "out"
+    options = ("--model", str(decidiffusion_folder), "--on-flagged", "keep", "--slots", "6", "--threads", "1")
+    done = command("run", table, "--out", out, "--device", "cpu", *options)
+    assert done.code == 0, done.stderr
+    assert_whole(out)
+    rows = results(out)
+    found = [(row["num_inference_steps"], row["guidance_scale"], round(row["guidance_rescale"], 6)) for row in rows]
+    assert found == [(30, 7.5, 0.7), (3, 1.0, 0.0), (5, 4.5, 0.0)]
+    assert {row["scheduler"] for row in rows} == {"DDIMScheduler"}
+    assert all(row["nsfw_content_detected"] in (True, False) for row in rows)
+    assert run_json(out)["model"]["family"] == "decidiffusion"
+    for row in rows:
+        steps, guidance, rescale = row["num_inference_steps"], row["guidance_scale"], row["guidance_rescale"]
+        request = make_request("", row["prompt"], steps=steps, guidance=guidance, rescale=rescale, seed=row["seed"])
+        assert furthest(np.asarray(Image.open(out / row["generated_image"])), straight.render(request)) <= 1
+    before = hashes(out)
+    again = command("run", table, "--out", out, "--device", "cpu", *options, "--json")
+    assert (again.code, json.loads(again.stdout)["rendered"], hashes(out)) == (0, 0, before)

@@ -1,0 +1,230 @@
+"""The driven chain: every request comes out once, as an image or as a reason, whatever its neighbours are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import count, groupby, product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batch_infer.chain import ChainShape, DrivenChain, Rendered, Unrendered
+from batch_infer.engines import knee
+from batch_infer.engines.knee import find_driven_knee
+from batch_infer.errors import RowBroken, RowError
+from batch_infer.models.family import Conditioning
+from batch_infer.planning import Batching, chunks
+from batch_infer.records import PromptRequest, Verdict
+from tests.rendering import CPU, make_request
+
+
+class Painter:
+    """A pipeline of plain arithmetic: the prompt is a colour, and some words are none."""
+
+    device, dtype, denoiser = CPU, torch.float32, None
+
+    def __init__(self, *, one_by_one: bool = False, memory: int = 1000) -> None:
+        self.one_by_one, self._memory = one_by_one, memory
+        self.calls: list[tuple[int, int]] = []
+
+    def render(self, requests: Sequence[PromptRequest], batch: int) -> torch.Tensor:
+        self.calls.append((len(requests), batch))
+        assert len(requests) <= batch
+        assert len({request.alike for request in requests}) == 1
+        if (1 if self.one_by_one else batch) > self._memory:
+            raise torch.OutOfMemoryError("out of memory\nand more")
+        for request in requests:
+            if request.prompt == "refused":
+                raise RowError("Painter does not take this row")
+            if request.prompt == "broken":
+                raise RowBroken("Painter broke off")
+        colours = torch.tensor([0.5 if request.prompt == "a trial" else float(request.prompt) for request in requests])
+        params = requests[0].params
+        return colours.reshape(-1, 1, 1, 1).expand(-1, 3, params.height, params.width)
+
+    def tell(self, request: PromptRequest) -> Conditioning:
+        return Conditioning(({}, None), len(request.prompt), None)
+
+
+class Recorder:
+    """A judge that finds nothing, and remembers how many it was shown at once."""
+
+    name = "recorder"
+
+    def __init__(self) -> None:
+        self.shown: list[int] = []
+
+    def judge(self, images: Sequence[np.ndarray]) -> list[Verdict]:
+        self.shown.append(len(images))
+        return [Verdict(False, self.name, {})] * len(images)
+
+
+def paint(name: str = "row", colour: object = 0.5, **asked: Any) -> PromptRequest:
+    return make_request(name, str(colour), **{"size": (16, 16), **asked})
+
+
+def run(
+    requests: Sequence[PromptRequest], slots: int = 4, stop: Callable[[], bool] = lambda: False, **painter: Any
+) -> tuple[DrivenChain, dict[str, Rendered | Unrendered]]:
+    chain = DrivenChain(Painter(**painter), ChainShape(slots, 2), None, stop)  # type: ignore[arg-type]
+    outcomes = list(chain.render(requests))
+    found = {outcome.request.id: outcome for outcome in outcomes}
+    assert len(found) == len(outcomes)
+    return chain, found
+
+
+def calls_of(chain: DrivenChain) -> Any:
+    return chain.model.calls  # type: ignore[attr-defined]
+
+
+ROWS = st.lists(
+    st.tuples(
+        st.integers(1, 3),
+        st.sampled_from([0.0, 1.0, 7.5]),
+        st.sampled_from([0.0, 0.7]),
+        st.sampled_from([None, "", "green"]),
+        st.sampled_from([0.25, float("nan"), "refused", "broken"]),
+        st.sampled_from([(16, 16), (16, 24)]),
+    ),
+    max_size=20,
+)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@given(rows=ROWS, slots=st.integers(2, 7), one_by_one=st.booleans())
+def test_every_request_comes_out_once_and_as_planned(rows: list[Any], slots: int, one_by_one: bool) -> None:
+    requests = [
+        paint(str(k), colour, steps=steps, guidance=guidance, rescale=rescale, negative=negative, size=size)
+        for k, (steps, guidance, rescale, negative, colour, size) in enumerate(rows)
+    ]
+    planned = [request for chunk in chunks(requests) for request in chunk.requests]
+    chain, found = run(planned, slots, one_by_one=one_by_one)
+    assert found.keys() == {request.id for request in requests}
+    for request in requests:
+        outcome = found[request.id]
+        assert outcome.request is request
+        if request.prompt == "0.25":
+            assert isinstance(outcome, Rendered)
+            assert (outcome.pixels == 64).all()
+            assert outcome.pixels.shape == (request.params.height, request.params.width, 3)
+        else:
+            assert isinstance(outcome, Unrendered)
+            assert outcome.invalid == (request.prompt == "refused")
+    if not any(request.prompt in ("refused", "broken") for request in requests):
+        packing = Batching(lambda size: slots)
+        for request in planned:
+            packing.add(request, request.params.num_inference_steps)
+        packing.close()
+        for size, load in packing.loads.items():
+            stages = chain.stages_by_size[size]
+            assert (load.images, load.row_forwards, load.ticks) == (stages.images, stages.row_forwards, stages.ticks)
+            assert stages.slot_ticks == load.ticks * load.slots
+
+
+def test_rows_that_are_alike_are_planned_together() -> None:
+    asked = product((1, 2), (1.0, 5.0, 7.5), (0.0, 0.7), (None, "green"), range(4))
+    rows = [
+        paint(str(k), steps=steps, guidance=guidance, rescale=rescale, negative=negative)
+        for k, (steps, guidance, rescale, negative, _) in enumerate(asked)
+    ]
+    planned = [row for chunk in chunks(rows[::2] + rows[1::2]) for row in chunk.requests]
+    kinds = [kind for kind, _ in groupby(planned, lambda row: row.alike)]
+    assert len(kinds) == len(set(kinds)) == 24
+
+
+def test_the_knee_is_a_batch_that_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knee, "TRIAL_SECONDS", 0.0)
+    roomy: Any = Painter(memory=4)
+    assert find_driven_knee(roomy, paint().params).slots <= 8
+    with pytest.raises(torch.OutOfMemoryError):
+        find_driven_knee(Painter(memory=0), paint().params)  # type: ignore[arg-type]
+
+
+def test_only_rows_that_are_alike_share_a_call() -> None:
+    rows = [paint("a"), paint("b"), paint("c", negative="green"), paint("d", negative=""), paint("e", guidance=5.0)]
+    rows += [paint("f", guidance=1.0), paint("g", guidance=1.0), paint("h", guidance=1.0)]
+    chain, _ = run(rows)
+    assert calls_of(chain) == [(2, 2), (2, 2), (1, 2), (3, 4)]
+    assert chain.stages.occupancy == (2 * 2 + 2 * 2 + 1 * 2 + 3) / 16
+
+
+def test_a_refused_row_costs_no_other() -> None:
+    """Each is made again in a batch of the same shape."""
+    rows = [paint("a", 0.1), paint("b", "refused"), paint("c", 0.2), paint("d", "broken"), paint("e", 0.3)]
+    chain, found = run(rows, slots=10)
+    assert [type(found[name]) for name in "abcde"] == [Rendered, Unrendered, Rendered, Unrendered, Rendered]
+    assert calls_of(chain) == [(5, 5), (1, 5), (1, 5), (1, 5), (1, 5), (1, 5)]
+    told = {
+        name: (outcome.invalid, outcome.error) for name, outcome in found.items() if isinstance(outcome, Unrendered)
+    }
+    assert told == {"b": (True, "Painter does not take this row"), "d": (False, "Painter broke off")}
+    assert chain.stages.images == 3
+
+
+def test_values_that_are_not_finite_are_no_image() -> None:
+    _, found = run([paint("broken", float("nan"), steps=3), paint("fine", steps=3)])
+    broken = found["broken"]
+    assert isinstance(broken, Unrendered)
+    assert not broken.invalid
+    assert "not finite at 3 steps and guidance_scale 7.5" in broken.error
+    assert isinstance(found["fine"], Rendered)
+
+
+def test_memory_that_does_not_hold_a_batch_halves_it(caplog: pytest.LogCaptureFixture) -> None:
+    rows = [paint(f"{size} {k}", size=size) for size in ((16, 16), (16, 24)) for k in range(9)]
+    chain, found = run(rows, slots=16, memory=3)
+    assert all(isinstance(outcome, Rendered) and outcome.slots == 4 for outcome in found.values())
+    assert len(found) == len(rows)
+    assert {batch for _, batch in calls_of(chain)} == {8, 4, 2}
+    assert chain.shape.of((16, 16))[0] == 4
+    assert "out of memory at 16x16 pixels: going on with 8 slots, not 16" in caplog.text
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_memory_that_does_not_hold_one_image_fails_it(one_by_one: bool) -> None:
+    _, found = run([paint("a"), paint("b", size=(16, 24))], memory=0, one_by_one=one_by_one)
+    for outcome in found.values():
+        assert isinstance(outcome, Unrendered)
+        assert not outcome.invalid
+        assert "memory does not hold one image of" in outcome.error
+        assert "\n" not in outcome.error
+    assert len(found) == 2
+
+
+def test_stop_is_asked_between_batches() -> None:
+    asked = count()
+    chain, found = run([paint(str(k)) for k in range(10)], stop=lambda: next(asked) >= 2)
+    assert sorted(found) == ["0", "1", "2", "3"]
+    assert calls_of(chain) == [(2, 2), (2, 2)]
+
+
+def test_a_table_is_read_as_it_is_rendered() -> None:
+    read: list[str] = []
+
+    def table() -> Any:
+        for k in count():
+            read.append(str(k))
+            yield paint(str(k))
+
+    chain = DrivenChain(Painter(), ChainShape(4, 2), None)  # type: ignore[arg-type]
+    outcomes = chain.render(table())
+    next(outcomes)
+    assert len(read) <= 3
+
+
+def test_the_judge_is_shown_its_own_batches() -> None:
+    judge = Recorder()
+    chain = DrivenChain(Painter(), ChainShape(16, 3), judge)  # type: ignore[arg-type]
+    outcomes = list(chain.render([paint(str(k)) for k in range(8)]))
+    assert judge.shown == [3, 3, 2]
+    assert all(isinstance(outcome, Rendered) and outcome.verdict.checker == "recorder" for outcome in outcomes)
+
+
+def test_the_time_is_accounted_for() -> None:
+    chain, _ = run([paint(str(k)) for k in range(8)])
+    stages = chain.stages
+    assert 0 < stages.encode + stages.denoise + stages.decode + stages.check <= stages.seconds

@@ -1,0 +1,223 @@
+"""Checkpoints from the Hub: which files are asked for, what a filled cache does, and what is said where it does not."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from batch_infer.models import read_card
+from batch_infer.settings import ModelSettings
+from tests.checkpoints import amend
+from tests.hub import COMMIT, Hub, hub
+from tests.rendering import copied
+
+CARD = """
+import json, sys
+from batch_infer.errors import ModelError
+from batch_infer.models import read_card
+from batch_infer.settings import ModelSettings
+try:
+    card = read_card(ModelSettings(**json.loads(sys.argv[1])))
+    told = {"name": card.name, "revision": card.revision, "fingerprint": card.fingerprint, "family": card.family}
+    found = {"path": str(card.path), **told}
+except ModelError as error:
+    found = {"error": str(error)}
+print(json.dumps({**found, "slow": sorted({"torch", "diffusers", "transformers"} & sys.modules.keys())}))
+"""
+"""In a process of its own, since the Hub's library reads its environment when it is imported."""
+WEIGHTS = "diffusion_pytorch_model"
+
+Read = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def repository(sd1_folder: Path, tmp_path: Path) -> Path:
+    """The checkpoint as a repository may hold it, with much beside it that nobody loads."""
+    folder = copied(sd1_folder, tmp_path)
+    for name in ("README.md", "v1-5-pruned.ckpt", "v1-5-pruned.safetensors", "unet/model.py", "pipeline.py"):
+        (folder / name).write_text("not for loading")
+    for name in ("text_encoder/pytorch_model.bin", "text_encoder/flax_model.msgpack", "unet/model.onnx"):
+        (folder / name).write_text("not for loading")
+    unet = folder / "unet" / f"{WEIGHTS}.safetensors"
+    shutil.copy(unet, unet.with_name(f"{WEIGHTS}.fp16.safetensors"))
+    shutil.copy(unet, unet.with_name(f"{WEIGHTS}.non_ema.safetensors"))
+    shutil.copytree(folder / "vae", folder / "vae_of_another")
+    return folder
+
+
+@pytest.fixture
+def served(repository: Path) -> Iterator[Hub]:
+    with hub(tiny=repository) as found:
+        yield found
+
+
+@pytest.fixture
+def read(served: Hub, tmp_path: Path) -> Read:
+    """What read_card says to a process that asks this Hub."""
+
+    def ask(name: str = "owner/tiny", *, offline: bool = False, **settings: Any) -> dict[str, Any]:
+        hidden = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": served.address, "HF_HUB_OFFLINE": str(int(offline))}
+        command = [sys.executable, "-c", CARD, json.dumps({"name": name, **settings})]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **hidden}, check=True)
+        found = json.loads(done.stdout)
+        assert found.pop("slow") == []
+        assert done.stderr == ""
+        assert "\n" not in found.get("error", "")
+        return dict(found)
+
+    return ask
+
+
+def test_what_is_loaded_is_fetched_and_nothing_else(read: Read, served: Hub, sd1_folder: Path) -> None:
+    found = read()
+    assert (found["name"], found["revision"], found["family"]) == ("owner/tiny", COMMIT, "stable_diffusion")
+    parts = sorted(path.relative_to(sd1_folder).as_posix() for path in sd1_folder.rglob("*") if path.is_file())
+    assert served.files("owner/tiny") == parts
+    assert found["fingerprint"] == read_card(ModelSettings(name=str(sd1_folder))).fingerprint
+    assert Path(found["path"]).name == COMMIT
+
+
+def test_a_variant_is_fetched_where_a_component_has_it(read: Read, served: Hub) -> None:
+    read(variant="fp16")
+    weights = [file for file in served.files("owner/tiny") if file.endswith(".safetensors")]
+    assert f"unet/{WEIGHTS}.fp16.safetensors" in weights
+    assert f"unet/{WEIGHTS}.safetensors" not in weights
+    assert {f"vae/{WEIGHTS}.safetensors", "text_encoder/model.safetensors"} < set(weights)
+
+
+def test_sharded_weights_come_with_their_index(read: Read, served: Hub, repository: Path) -> None:
+    whole = repository / "unet" / f"{WEIGHTS}.safetensors"
+    weights = load_file(whole)
+    whole.unlink()
+    places = {}
+    for number, names in enumerate((sorted(weights)[::2], sorted(weights)[1::2]), 1):
+        shard = f"{WEIGHTS}-{number:05}-of-00002.safetensors"
+        save_file({name: weights[name] for name in names}, whole.with_name(shard), metadata={"format": "pt"})
+        places |= dict.fromkeys(names, shard)
+    whole.with_name(f"{WEIGHTS}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    read()
+    assert [file for file in served.files("owner/tiny") if file.startswith("unet/")] == [
+        "unet/config.json",
+        f"unet/{WEIGHTS}-00001-of-00002.safetensors",
+        f"unet/{WEIGHTS}-00002-of-00002.safetensors",
+        f"unet/{WEIGHTS}.safetensors.index.json",
+    ]
+
+
+def test_what_decidiffusion_does_not_read_is_not_fetched(read: Read, served: Hub, repository: Path) -> None:
+    amend(repository / "model_index.json", _class_name="DeciDiffusionPipeline")
+    assert "flexible_unet/" in read()["error"]
+    (repository / "unet").rename(repository / "flexible_unet")
+    (repository / "unet").mkdir()
+    (repository / "unet" / f"{WEIGHTS}.safetensors").write_text("1.7 GB of another network")
+    assert read(revision=COMMIT)["family"] == "decidiffusion"
+    folders = {file.partition("/")[0] for file in served.files("owner/tiny")}
+    assert "flexible_unet" in folders
+    assert "unet" not in folders
+
+
+def test_a_filled_cache_asks_for_one_header_or_offline_for_nothing(read: Read, served: Hub) -> None:
+    first = read()
+    served.requests.clear()
+    served.fetched.clear()
+    assert read() == first
+    assert [path for path in served.requests if "owner" in path] == ["/owner/tiny/resolve/main/model_index.json"]
+    assert not served.fetched
+    served.requests.clear()
+    assert read(offline=True) == first
+    assert read(revision=COMMIT, offline=True) == first
+    assert not served.requests
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["with its list of files", "without"])
+@pytest.mark.parametrize("lost", [f"unet/{WEIGHTS}.safetensors", "text_encoder/config.json", "vae"])
+def test_an_incomplete_cache_is_named_offline_and_completed_online(
+    read: Read, served: Hub, lost: str, listed: bool
+) -> None:
+    first = read()
+    folder = Path(first["path"])
+    if not listed:  # as earlier versions of the Hub's library leave it
+        shutil.rmtree(folder.parent.parent / "trees")
+    gone = folder / lost
+    shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    sentence = read(offline=True)["error"]
+    assert sentence.startswith("owner/tiny")
+    assert lost.partition("/")[0] in sentence
+    assert "local cache" in sentence
+    assert "offline" in sentence
+    assert read() == first
+
+
+def test_a_family_that_is_refused_costs_its_index_alone(read: Read, served: Hub, repository: Path) -> None:
+    amend(repository / "model_index.json", _class_name=["pipeline", "MyPipeline"])
+    assert "MyPipeline" in read()["error"]
+    assert served.fetched == ["owner/tiny/model_index.json"]
+
+
+def lose_the_safetensors(folder: Path) -> None:
+    (folder / "text_encoder" / "model.safetensors").unlink()
+
+
+def lose_all_weights(folder: Path) -> None:
+    lose_the_safetensors(folder)
+    (folder / "text_encoder" / "pytorch_model.bin").unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "settings", "sentence"),
+    [
+        (lose_the_safetensors, {}, "owner/tiny: text_encoder/pytorch_model.bin is pickled"),
+        (lose_all_weights, {}, "owner/tiny: there are no safetensors of text_encoder/"),
+        (lambda folder: shutil.rmtree(folder / "vae"), {}, "owner/tiny: there are no files of vae/"),
+        (lambda folder: None, {"variant": "bf16"}, "owner/tiny has no weights of variant bf16"),
+    ],
+    ids=["pickles alone", "no weights", "no folder", "no variant"],
+)
+def test_what_cannot_be_loaded_is_refused_before_it_is_fetched(
+    read: Read, served: Hub, repository: Path, spoil: Callable[[Path], object], settings: Any, sentence: str
+) -> None:
+    spoil(repository)
+    assert read(**settings)["error"].startswith(sentence)
+    assert served.fetched == ["owner/tiny/model_index.json"]
+
+
+@pytest.mark.parametrize(
+    ("refusal", "sentence"),
+    [
+        (
+            (403, "GatedRepo"),
+            "owner/tiny is gated: accept its terms at https://\\S+/owner/tiny and set HF_TOKEN",
+        ),
+        ((404, "RepoNotFound"), "the Hugging Face Hub has no owner/tiny, or does not show it .*HF_TOKEN"),
+        ((401, "RepoNotFound"), "the Hugging Face Hub has no owner/tiny, or does not show it .*HF_TOKEN"),
+        ((401, ""), "owner/tiny could not be fetched .*HF_TOKEN.*401"),
+        ((404, "EntryNotFound"), "owner/tiny is not a diffusers repository: it has no model_index.json"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_sentence(read: Read, served: Hub, refusal: tuple[int, str], sentence: str) -> None:
+    served.refusals["owner/tiny"] = refusal
+    assert re.match(sentence, read()["error"])
+
+
+def test_a_revision_that_is_not_there(read: Read) -> None:
+    assert read(revision="v2")["error"] == "owner/tiny has no revision v2"
+
+
+def test_nothing_cached_and_no_network(read: Read, served: Hub) -> None:
+    sentence = read(offline=True)["error"]
+    assert sentence.startswith("owner/tiny is not in the local cache, and the Hub cannot be asked: ")
+    assert not served.requests
+
+
+def test_a_name_that_no_repository_can_bear(read: Read) -> None:
+    assert "owner/.. could not be fetched" in read("owner/..")["error"]

@@ -1,0 +1,108 @@
+"""The knee: batch sizes beyond which a device gains nothing, found once and remembered."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from batch_infer import calibration
+from batch_infer.diffusion import Context
+from batch_infer.engines import knee
+from batch_infer.engines.knee import find_knee
+from batch_infer.records import SamplingParams
+from tests.runs import command, run, run_json
+from tests.tables import write_csv
+from tests.test_chain import Painter, Small
+
+PARAMS = SamplingParams(16, 16, 50, 7.5, 0.0)
+
+
+class Device(Painter):
+    """Takes a fixed time for a call, and so much more for what goes beyond `wide` rows or images."""
+
+    def __init__(self, wide: int) -> None:
+        super().__init__()
+        self._wide = wide
+
+    def denoise(self, sample: torch.Tensor, timestep: torch.Tensor, context: Context) -> torch.Tensor:
+        time.sleep(0.004 * max(1.0, len(sample) / self._wide))
+        return sample
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.004 * max(1.0, len(latents) / 2))
+        return latents
+
+
+@pytest.fixture(autouse=True)
+def short_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knee, "TRIAL_SECONDS", 0.02)
+
+
+@pytest.mark.parametrize("wide", [4, 16])
+def test_the_knee_is_where_more_brings_no_more(wide: int) -> None:
+    found = find_knee(Device(wide), PARAMS)
+    assert found.slots == wide
+    assert found.decode_batch == 2
+
+
+def test_memory_bounds_what_is_tried() -> None:
+    class Roomy(Small):
+        def denoise(self, sample: torch.Tensor, timestep: torch.Tensor, context: Context) -> torch.Tensor:
+            time.sleep(0.004)  # whatever the batch: more is always faster
+            return super().denoise(sample, timestep, context)
+
+    assert find_knee(Roomy(slots=40, decode=3), PARAMS).slots == 32
+    with pytest.raises(torch.OutOfMemoryError):
+        find_knee(Small(slots=1), PARAMS)
+
+
+def test_auto_is_measured_once_kept_and_planned_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    table = write_csv(
+        tmp_path / "t.csv", [["prompt", "width"], *(["a red circle", 64 + 8 * (k > 2)] for k in range(4))]
+    )
+    options = ("--slots", "auto", "--threads", "1", "--steps", "2", "--safety", "none", "-v")
+    planned = command("plan", table, "--json", *options)
+    assert planned.code == 0, planned.stderr
+    assert planned.stderr.count("looking for the best number of slots") == 2
+    first = run(table, tmp_path / "one", *options)
+    assert first.code == 0, first.stderr
+    assert "looking for the best number of slots" not in first.stderr
+    compute = run_json(tmp_path / "one")["compute"]
+    assert [(shape["height"], shape["width"]) for shape in compute["by_size"]] == [(64, 64), (64, 72)]
+    assert all(shape["slots"] >= 2 and shape["decode_batch"] >= 1 for shape in compute["by_size"])
+    summary = run_json(tmp_path / "one")["summary"]
+    assert summary["ok"] == 4
+    assert f'"row_forwards": {summary["row_forwards"]}, "ticks": {summary["ticks"]}' in planned.stdout
+    # A run that goes on keeps them, whatever is remembered by then; a number of its own beats them.
+    for file in (tmp_path / "cache").rglob("knee-*.json"):
+        file.unlink()
+    write_csv(table, [["prompt", "width"], *(["a red circle", 64 + 8 * (k > 2)] for k in range(5))])
+    again = run(table, tmp_path / "one", *options)
+    assert again.code == 0, again.stderr
+    assert "looking for" not in again.stderr
+    assert run_json(tmp_path / "one")["compute"] == compute
+    write_csv(table, [["prompt", "width"], *(["a red circle", 64 + 8 * (k > 2)] for k in range(6))])
+    assert run(table, tmp_path / "one", *options, "--slots", "6").code == 0
+    assert (run_json(tmp_path / "one")["compute"]["slots"], run_json(tmp_path / "one")["compute"]["by_size"]) == (6, [])
+
+
+@pytest.mark.parametrize("slots", ["1", "many", "Auto", "0"])
+def test_slots_that_are_none(tmp_path: Path, slots: str) -> None:
+    table = write_csv(tmp_path / "t.csv", [["prompt"], ["x"]])
+    done = command("plan", table, "--slots", slots)
+    assert done.code == 2
+    assert "neither a number of at least 2 nor auto" in done.stderr
+
+
+def test_what_cannot_be_remembered_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = find_knee(Device(4), PARAMS)
+    monkeypatch.setattr(calibration, "user_cache_path", lambda name: tmp_path / name)
+    (tmp_path / "batch-infer").write_text("a file where the folder should be")
+    conditions: dict[str, Any] = {"size": (16, 16)}
+    calibration.remember(conditions, found)
+    assert calibration.recall(calibration.Knee, conditions) is None

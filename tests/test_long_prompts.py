@@ -1,0 +1,269 @@
+"""`--long-prompts`: embeddings and images are compel's, all rows have one shape, and no text stops a run."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from compel import Compel, ReturnedEmbeddingsType
+from compel.embeddings_provider import SplitLongTextMode
+from PIL import Image
+
+from batch_infer.errors import ModelError
+from batch_infer.models import ModelCard, load, load_token_counter, read_card
+from batch_infer.models.long_prompts import read_weights
+from batch_infer.models.tokens import WINDOWS
+from batch_infer.records import PromptRequest
+from batch_infer.settings import ModelSettings
+from tests.oracle import assert_close, load_pipeline
+from tests.rendering import CPU, furthest, make_request, render
+from tests.runs import results, run
+
+LONG = "a small red star on a blue ground and " * 12
+OVERLONG = "a small red star on a blue ground and " * 30
+TEXTS = {
+    "empty": "",
+    "short": "a red circle, two stars",
+    "long": LONG,
+    "overlong": OVERLONG,
+    "more of a word": "a (red)1.4 circle on a blue++ ground",
+    "less of a word": "a (red circle)0.6 on a blue- ground",
+    "weights in a long one": f"{LONG} (purple heart)1.3 {LONG}",
+    "less in a long one": f"{LONG} (purple heart)0.5 and a star",
+    "weights in each other": "a (large (green)1.2 ring)1.1 here",
+    "an escape": r"a ring \(green\)",
+    "quotes": 'a "red circle"1.2 here',
+    "half of a syntax": "a (red circle on a blue-green ground",
+}
+
+
+def card_of(folder: Path, *, long_prompts: bool = True) -> ModelCard:
+    return read_card(ModelSettings(name=str(folder), long_prompts=long_prompts))
+
+
+def family(folder: Path) -> Any:
+    return load(card_of(folder), CPU, torch.float32, with_checker=False)
+
+
+@pytest.fixture(scope="module")
+def sd1(sd1_folder: Path) -> Any:
+    return family(sd1_folder)
+
+
+@pytest.fixture(scope="module")
+def sdxl(sdxl_folder: Path) -> Any:
+    return family(sdxl_folder)
+
+
+class Oracle:
+    """compel around diffusers' pipeline: all texts at the length of three windows."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+        double = hasattr(pipe, "text_encoder_2")
+        kind = ReturnedEmbeddingsType
+        options = {
+            "truncate_long_prompts": False,
+            "split_long_text_mode": SplitLongTextMode.BRUTAL,
+            "returned_embeddings_type": kind.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED
+            if double
+            else kind.LAST_HIDDEN_STATES_NORMALIZED,
+        }
+        pairs = [(pipe.tokenizer, pipe.text_encoder)]
+        pairs += [(pipe.tokenizer_2, pipe.text_encoder_2)] if double else []
+        self._compels = [Compel(*pair, **options) for pair in pairs]
+
+    def embed(self, text: str) -> torch.Tensor:
+        """(1, 3 * 77, width), cut off or filled up with the empty prompt."""
+        found = []
+        for each in self._compels:
+            own = each(text)
+            full = own.new_zeros(1, WINDOWS * 77, own.shape[-1])
+            found.append(each.pad_conditioning_tensors_to_same_length([own, full])[0][:, : WINDOWS * 77])
+        return torch.cat(found, dim=-1)
+
+    def pooled(self, text: str) -> torch.Tensor:
+        found: torch.Tensor = self._compels[1].conditioning_provider.get_pooled_embeddings([text])
+        return found
+
+    def draw(self, request: PromptRequest) -> np.ndarray:
+        told = {"prompt_embeds": self.embed(request.prompt)}
+        negative = request.negative_prompt or ""
+        told["negative_prompt_embeds"] = self.embed(negative)
+        if len(self._compels) > 1:
+            told["pooled_prompt_embeds"] = self.pooled(request.prompt)
+            told["negative_pooled_prompt_embeds"] = self.pooled(negative)
+            if request.negative_prompt is None and self.pipe.config.force_zeros_for_empty_prompt:
+                told |= {name: torch.zeros_like(told[name]) for name in told if name.startswith("negative")}
+        answer = self.pipe(
+            **told,
+            num_inference_steps=request.params.num_inference_steps,
+            guidance_scale=request.params.guidance_scale,
+            generator=torch.Generator("cpu").manual_seed(request.seed),
+            output_type="np",
+        )
+        return np.asarray((answer.images[0] * 255).round().astype(np.uint8))
+
+
+def contexts(model: Any, texts: Sequence[str]) -> list[torch.Tensor]:
+    """The conditional part of rows with these prompts."""
+    found = model.condition([make_request(str(k), text, guidance=1.0) for k, text in enumerate(texts)])
+    return [row.context[0]["encoder_hidden_states"] for row in found]
+
+
+@pytest.mark.parametrize("checkpoint", ["sd1", "sd2", "sdxl"])
+def test_embeddings_are_those_of_compel(checkpoint: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(f"{checkpoint}_folder")
+    oracle = Oracle(load_pipeline(folder))
+    for (name, text), found in zip(TEXTS.items(), contexts(family(folder), list(TEXTS.values())), strict=True):
+        expected = oracle.embed(text)[0]
+        assert found.shape == expected.shape == (WINDOWS * 77, expected.shape[1]), name
+        assert torch.allclose(found, expected, atol=1e-6), name
+
+
+@pytest.mark.parametrize("checkpoint", ["sd1", "sdxl"])
+def test_images_are_those_of_diffusers_with_compel(checkpoint: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(f"{checkpoint}_folder")
+    oracle = Oracle(load_pipeline(folder))
+    rows = [
+        make_request("long", LONG, steps=5, seed=1),
+        make_request("short", "a red circle", steps=4, negative=LONG, seed=2),
+        make_request("unguided", LONG + "purple", steps=6, guidance=1.0, seed=3),
+        make_request("weighted", "a (red)1.4 circle", steps=4, negative="a (green)0.5 ring", seed=4),
+    ]
+    rendered = render(family(folder), rows)
+    for row in rows:
+        assert_close(rendered[row.id].pixels, oracle.draw(row))
+
+
+def test_a_row_does_not_depend_on_the_length_of_others(sd1_folder: Path) -> None:
+    short = make_request("short", "a red circle", seed=5)
+    others = [make_request(str(k), text, steps=3 + k, seed=k) for k, text in enumerate(TEXTS.values())]
+    alone = render(family(sd1_folder), [short])["short"].pixels
+    crowded = render(family(sd1_folder), [*others[:4], short, *others[4:]])["short"].pixels
+    assert np.array_equal(alone, crowded)
+
+
+def test_texts_are_encoded_in_one_shape(sd1_folder: Path) -> None:
+    model = family(sd1_folder)
+    shapes = set()
+    model.pipeline.text_encoder.register_forward_pre_hook(lambda _, inputs: shapes.add(tuple(inputs[0].shape)))
+    contexts(model, list(TEXTS.values()))
+    assert shapes == {(1, 77)}
+
+
+def test_a_word_counts_as_far_as_it_is_read(sd1_folder: Path, tmp_path: Path) -> None:
+    """The hundredth word decides the image with the option only, and the three hundredth never."""
+    words = ["star"] * 400
+    table = tmp_path / "t.csv"
+    prompts = [" ".join(words[:place] + ["circle"] + words[place:]) for place in (0, 99, 299, 399)]
+    table.write_text("prompt,seed\n" + "".join(f"{prompt},7\n" for prompt in prompts))
+    images: dict[str, list[bytes]] = {}
+    for name, options in (("plain", ()), ("long", ("--long-prompts",))):
+        assert run(table, tmp_path / name, "--model", sd1_folder, *options).code == 0
+        rows = results(tmp_path / name)
+        images[name] = [Image.open(tmp_path / name / row["generated_image"]).tobytes() for row in rows]
+        assert all(row["prompt_truncated"] for row in rows)
+    assert len({*images["plain"][1:]}) == 1
+    assert images["long"][1] != images["long"][2] == images["long"][3]
+    refused = run(table, tmp_path / "plain", "--model", sd1_folder, "--long-prompts")
+    assert refused.code == 2
+    assert "was made with model sd1" in refused.stderr
+
+
+def test_tokens_are_counted_without_what_is_syntax(sd1: Any, sdxl: Any, sd1_folder: Path) -> None:
+    counter = load_token_counter(card_of(sd1_folder))
+    assert counter is not None
+    each = counter.count(["circle"])[0]
+    most = WINDOWS * 75 // each
+    for model in (sd1, sdxl):
+        texts = ["", "(circle)1.3", "circle " * most, "circle " * (most + 1)]
+        found = model.condition([make_request(str(k), text) for k, text in enumerate(texts)])
+        counts = [(row.prompt_tokens, row.prompt_truncated) for row in found]
+        assert counts == [(0, False), (each, False), (most * each, False), ((most + 1) * each, True)]
+    assert counter.longest == WINDOWS * 75, "as plan tells it"
+
+
+# Texts that are no syntax
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("a red circle, well lit", (("a red circle, well lit", 1.0),)),
+        ("a (red)1.5 circle", (("a", 1.0), ("red", 1.5), ("circle", 1.0))),
+        ("a red+ circle", (("a", 1.0), ("red", 1.1), ("circle", 1.0))),
+        ("a well-known (brand)", (("a well-known brand", 1.0),)),
+        ("a (red circle", (("a (red circle", 1.0),)),
+        ("()", (("()", 1.0),)),
+        ('("a", "b").and()', (('("a", "b").and()', 1.0),)),
+        ('("a", "b").blend(1, 1)', (('("a", "b").blend(1, 1)', 1.0),)),
+        ("a (cat).swap(dog)", (("a (cat).swap(dog)", 1.0),)),
+        ("withLora(style, 1) (red)1.2", (("withLora(style, 1) (red)1.2", 1.0),)),
+        ("(red)1.2 <|endoftext|>", (("(red)1.2 <|endoftext|>", 1.0),)),
+        ("(" * 16 + "red" + ")" * 16, (("red", 1.0),)),
+        ("(" * 17 + "red" + ")" * 17, (("(" * 17 + "red" + ")" * 17, 1.0),)),
+    ],
+)
+def test_what_is_read_as_weights(text: str, pieces: tuple[tuple[str, float], ...]) -> None:
+    found = read_weights(text)
+    assert [piece for piece, _ in found] == [piece for piece, _ in pieces]
+    assert [weight for _, weight in found] == pytest.approx([weight for _, weight in pieces])
+
+
+def test_no_text_takes_long_or_breaks(sd1: Any) -> None:
+    """compel's parser alone takes minutes for ten parentheses, and fails for an empty pair."""
+    random_ = random.Random(0)
+    parts = ["a", " b ", "(", ")", "1.2", "+", "-", '"', ", ", ". ", ".and()", ".swap(", " cat", "\\(", "0", "🙂", "!"]
+    texts = ["".join(random_.choices(parts, k=random_.randint(1, 40))) for _ in range(60)]
+    texts += [
+        "(" * 5000,
+        "((" * 12 + "a" + "))" * 12,
+        '"' * 99,
+        "word " * 100_000,
+        "\0",
+        "(\0)0.5",
+        "<|startoftext|>",
+        "(!)0.5 !",
+    ]
+    started = time.process_time()
+    found = contexts(sd1, texts)
+    assert time.process_time() - started < 30
+    assert {tuple(context.shape) for context in found} == {(WINDOWS * 77, 32)}
+    assert all(torch.isfinite(context).all() for context in found)
+
+
+# What it is part of, and what it is not for
+
+
+def test_it_is_part_of_the_model(sd1_folder: Path) -> None:
+    plain, long = card_of(sd1_folder, long_prompts=False), card_of(sd1_folder)
+    assert plain.fingerprint != long.fingerprint
+    assert (plain.windows, long.windows) == (1, WINDOWS)
+
+
+def test_a_short_prompts_first_window_is_what_it_was(sd1: Any, sd1_folder: Path) -> None:
+    plain = load(card_of(sd1_folder, long_prompts=False), CPU, torch.float32, with_checker=False)
+    (long,), (short,) = contexts(sd1, ["a red circle"]), contexts(plain, ["a red circle"])
+    assert torch.allclose(long[:77], short, atol=1e-6)
+
+
+def test_decidiffusion_reads_long_prompts_too(decidiffusion_folder: Path) -> None:
+    rows = [make_request("one", LONG), make_request("other", f"{LONG} purple heart")]
+    one, other = (image.pixels for image in render(family(decidiffusion_folder), rows).values())
+    assert furthest(one, other) > 0
+
+
+def test_without_compel_it_says_how_to_get_it(sd1_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr("batch_infer.models.tokens.find_spec", lambda name: None if name == "compel" else found(name))
+    with pytest.raises(ModelError, match=r"--long-prompts needs compel: pip install 'batch-infer\[long-prompts\]'"):
+        card_of(sd1_folder)
+    assert card_of(sd1_folder, long_prompts=False).windows == 1

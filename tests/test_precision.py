@@ -1,0 +1,31 @@
+"""Half precision: what it costs in likeness, on the model that is really trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from batch_infer.models import load, read_card
+from batch_infer.settings import ModelSettings
+from tests.rendering import CPU, make_request, render
+
+PROMPTS = ("a large red circle on a white ground", "a small blue star at the left", "a green square", "a purple heart")
+ROWS = [make_request(text, text, steps=8 + 4 * k, guidance=1 + 2 * k, seed=k) for k, text in enumerate(PROMPTS)]
+LEAST_DB = 40.0
+
+
+def images_in(dtype: torch.dtype, folder: Path) -> dict[str, np.ndarray]:
+    model = load(read_card(ModelSettings(name=str(folder))), CPU, dtype, with_checker=False)
+    return {name: found.pixels for name, found in render(model, ROWS).items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_near_single(dtype: torch.dtype, demo_folder: Path) -> None:
+    """By the peak signal-to-noise ratio: 10 log10(255^2 / mean squared error)."""
+    single, half = images_in(torch.float32, demo_folder), images_in(dtype, demo_folder)
+    for name, image in single.items():
+        error = np.mean(np.square(image.astype(float) - half[name].astype(float)))
+        assert 10 * np.log10(255**2 / max(error, 1e-9)) >= LEAST_DB

@@ -1,0 +1,176 @@
+"""Stable Diffusion 3 in the packer: against diffusers' own call, and what its checkpoints say and hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FlowMatchHeunDiscreteScheduler
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from batch_infer.chain import ChainShape, DrivenChain, Rendered
+from batch_infer.errors import ModelError
+from batch_infer.models import load, load_driven, load_solver, load_token_counter, read_card
+from batch_infer.records import PromptRequest, SizeRules
+from batch_infer.settings import ModelSettings
+from tests.checkpoints import amend
+from tests.pipelines import ask, save_sd3
+from tests.rendering import CPU, copied, furthest, load_family, make_request, render
+from tests.runs import assert_whole, results, run, run_json
+from tests.tables import write_csv
+
+ROWS = (
+    make_request("unguided", "a red circle", steps=4, guidance=1.0, seed=1),
+    make_request("guided", "two blue squares", steps=6, guidance=7.0, seed=2),
+    make_request("negative", "a star", steps=5, guidance=3.5, negative="green", seed=3),
+    make_request("empty", "", steps=5, negative="", seed=4),
+    make_request("wide", "a ring", steps=4, size=(64, 96), seed=5),
+    make_request("long", "a small star and " * 40, steps=4, negative="a ring, " * 60, seed=6),
+    make_request("one step", "a heart", steps=1, seed=2**63 - 1),
+)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["with T5", "without T5"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_sd3(tmp_path_factory.mktemp("sd3") / "sd3", with_t5=request.param)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_sd3(tmp_path_factory.mktemp("sd3") / "whole")
+
+
+@pytest.fixture
+def own(whole: Path, tmp_path: Path) -> Path:
+    """A copy of the checkpoint, to change."""
+    return copied(whole, tmp_path)
+
+
+def load_oracle(folder: Path) -> Any:
+    absent = {} if (folder / "text_encoder_3").is_dir() else {"text_encoder_3": None, "tokenizer_3": None}
+    pipe = DiffusionPipeline.from_pretrained(folder, **absent)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_packed_rows_look_as_they_do_alone(folder: Path) -> None:
+    pipe, rendered = load_oracle(folder), render(load_family(folder), ROWS)
+    oracles = {request.id: ask(pipe, request) for request in ROWS}
+    for name, oracle in oracles.items():
+        assert rendered[name].pixels.shape == oracle.shape
+        assert furthest(rendered[name].pixels, oracle) <= 1
+        others = [image for other, image in oracles.items() if other != name and image.shape == oracle.shape]
+        assert all(furthest(oracle, other) > 2 for other in others)
+
+
+def test_another_flow_matching_scheduler(whole: Path) -> None:
+    request, pipe = make_request(steps=5), load_oracle(whole)
+    before = ask(pipe, request)
+    pipe.scheduler = FlowMatchHeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    oracle = ask(pipe, request)
+    assert furthest(before, oracle) > 2
+    model = load_family(whole, "FlowMatchHeunDiscreteScheduler")
+    assert furthest(render(model, [request])["row"].pixels, oracle) <= 1
+
+
+def test_an_image_depends_on_its_row_alone(whole: Path) -> None:
+    """Law 1, in bytes: alone, or in a crowd of any order, texts, steps and guidance."""
+    model = load_family(whole)
+    crowd = [
+        make_request(f"crowd {k}", f"{k} rings " * (k * k), steps=3 + k % 3, guidance=1 + k % 3, seed=k)
+        for k in range(6)
+    ]
+    alone = {row.id: render(model, [row])[row.id].pixels for row in ROWS}
+    for order in ([*ROWS, *crowd], [*crowd[:3], *ROWS[::-1], *crowd[3:]]):
+        together = render(model, sorted(order, key=lambda row: row.params.width))
+        for name, image in alone.items():
+            assert np.array_equal(together[name].pixels, image), name
+
+
+def test_every_text_encoder_has_a_part(whole: Path, own: Path) -> None:
+    before = render(load_family(whole), [make_request()])["row"].pixels
+    for component in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        file = own / component / "model.safetensors"
+        weights = load_file(file)
+        kept = {name: weight.clone() for name, weight in weights.items()}
+        weights[next(name for name in weights if "embed" in name or "shared" in name)].mul_(-1)
+        save_file(weights, file, metadata={"format": "pt"})
+        assert furthest(render(load_family(own), [make_request()])["row"].pixels, before) > 0, component
+        save_file(kept, file, metadata={"format": "pt"})
+
+
+def test_guidance_rescale_is_ours(whole: Path) -> None:
+    model = load_family(whole)
+    plain, rescaled = (render(model, [make_request(rescale=rescale)])["row"].pixels for rescale in (0.0, 0.7))
+    assert furthest(plain, rescaled) > 2
+
+
+def test_what_a_card_says(folder: Path) -> None:
+    card = read_card(ModelSettings(name=str(folder)))
+    assert (card.family, card.num_inference_steps, card.guidance_scale) == ("stable_diffusion_3", 28, 7.0)
+    assert card.sizes == SizeRules(64, 64, 16, 16, 192)
+    assert card.sizes.largest == 192
+    assert (card.has_checker, card.embedded_guidance, card.fixed) == (False, False, ())
+    assert load_solver(card).table(5).evaluations == 5
+    counter = load_token_counter(card)
+    assert counter is not None
+    (condition,) = load_family(folder).condition([make_request(prompt="a red circle")])
+    assert (condition.prompt_tokens, condition.prompt_truncated) == (counter.count(["a red circle"])[0], False)
+
+
+def test_a_schedule_that_hangs_on_the_size_is_driven(folder: Path, tmp_path: Path) -> None:
+    own = copied(folder, tmp_path)
+    amend(own / "scheduler" / "scheduler_config.json", use_dynamic_shifting=True)
+    card = read_card(ModelSettings(name=str(own)))
+    assert card.driven
+    assert (card.num_inference_steps, card.guidance_scale) == (28, 7.0)
+    request, model = make_request(), load_driven(card, CPU, torch.float32, with_checker=False)
+    (outcome,) = DrivenChain(model, ChainShape(4, 2), None).render([request])
+    assert isinstance(outcome, Rendered)
+    assert furthest(outcome.pixels, ask(load_oracle(own), request)) <= 1
+
+
+def test_half_precision_leaves_alone_what_would_overflow(whole: Path) -> None:
+    card = read_card(ModelSettings(name=str(whole)))
+    model: Any = load(card, CPU, torch.float16, with_checker=False)
+    encoder = model.pipeline.text_encoder_3
+    assert encoder.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.float32
+    assert {network.dtype for network in (encoder, model.pipeline.transformer, model.pipeline.vae)} == {torch.float16}
+    (condition,) = model.condition([make_request()])
+    context = condition.context[0]
+    assert {part.dtype for part in context.values()} == {torch.float16}
+    assert all(torch.isfinite(part).all() for part in context.values())
+
+
+def test_what_is_no_text_to_image_checkpoint_is_refused(own: Path) -> None:
+    amend(own / "transformer" / "config.json", in_channels=8)
+    with pytest.raises(ModelError, match="takes 8 channels and gives 4, so it is no text-to-image checkpoint"):
+        load_family(own)
+
+
+def test_a_run_through_the_command(tmp_path: Path, whole: Path) -> None:
+    rows: list[list[Any]] = [["id", "prompt", "num_inference_steps", "guidance_scale", "width"]]
+    rows += [["a", "a red circle", 2, 1.0, ""], ["b", "a star", 4, "", ""], ["c", "a ring", "", "", 96]]
+    rows += [["d", "a ring", "", "", 208], ["e", "a ring", "", "", 72]]
+    out = tmp_path / "out"
+    assert run(write_csv(tmp_path / "t.csv", rows), out, "--model", whole).code == 3
+    assert_whole(out)
+    found = results(out)
+    assert [item["status"] for item in found] == ["ok", "ok", "ok", "invalid", "invalid"]
+    assert "width '208' is not within 16 to 192" in found[3]["error"]
+    assert {item["nsfw_content_detected"] for item in found} == {None}
+    assert found[1]["guidance_scale"] == 7.0
+    assert run_json(out)["model"]["family"] == "stable_diffusion_3"
+    alone = render(load_family(whole), [as_made(found[1])], slots=8, decode=4)["b"]
+
+    assert np.array_equal(np.asarray(Image.open(out / found[1]["generated_image"])), alone.pixels)
+
+
+def as_made(row: dict[str, Any]) -> PromptRequest:
+    """The request that a result speaks of."""
+    asked = {"steps": row["num_inference_steps"], "guidance": row["guidance_scale"], "seed": row["seed"]}
+    return make_request(row["id"], row["prompt"], size=(row["height"], row["width"]), **asked)

@@ -1,0 +1,272 @@
+"""Stable Diffusion XL: what differs from row to row, and what its checkpoints say and hold."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+from batch_infer.errors import ModelError
+from batch_infer.models import load, load_solver, load_token_counter, read_card
+from batch_infer.models.stable_diffusion_xl import StableDiffusionXL
+from batch_infer.records import SizeRules
+from batch_infer.settings import ModelSettings
+from tests.checkpoints import amend, make_unet
+from tests.checkpoints_xl import UNET
+from tests.oracle import ask, assert_close, assert_parity, load_pipeline, with_scheduler
+from tests.rendering import CPU, copied, furthest, load_family, make_request, render
+from tests.runs import results, run
+
+FULL_SIZE: dict[str, Any] = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": [1, 2, 10],
+    "attention_head_dim": [5, 10, 20],
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+"""The UNet of Stable Diffusion XL 1.0."""
+NEGATIVES = (
+    make_request("none", "a red circle", steps=4, seed=1),
+    make_request("empty", "a red circle", steps=4, negative="", seed=1),
+    make_request("text", "a red circle", steps=4, negative="green", seed=1),
+    make_request("unguided", "a red circle", steps=4, guidance=1.0, negative="green", seed=1),
+)
+"""Rows alike but for what guidance leads away from."""
+
+
+@pytest.fixture
+def own(sdxl_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the checkpoint, to change."""
+    return copied(sdxl_folder, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def sdxl(sdxl_folder: Path) -> Any:
+    return load_family(sdxl_folder)
+
+
+def card_of(folder: Path, **settings: Any) -> Any:
+    return read_card(ModelSettings(name=str(folder), **settings))
+
+
+# What a row says
+
+
+def test_a_row_without_a_negative_prompt_is_not_one_with_an_empty_one(sdxl: Any, sdxl_folder: Path) -> None:
+    assert_parity(load_pipeline(sdxl_folder), sdxl, NEGATIVES)
+    none, empty, text, unguided = sdxl.condition(NEGATIVES)
+    assert not any(none.context[1][name].any() for name in ("encoder_hidden_states", "text_embeds"))
+    assert none.context[1]["time_ids"].tolist() == [64, 64, 0, 0, 64, 64]
+    assert empty.context[1]["text_embeds"].any()
+    assert text.context[1]["text_embeds"].any()
+    assert unguided.context[1] is None
+
+
+def test_where_the_checkpoint_says_so_it_is_the_same(own: Path) -> None:
+    amend(own / "model_index.json", force_zeros_for_empty_prompt=False)
+    rendered, pipe = render(load_family(own), NEGATIVES), load_pipeline(own)
+    for row in NEGATIVES:
+        assert_close(rendered[row.id].pixels, ask(pipe, row)[0])
+    assert np.array_equal(rendered["none"].pixels, rendered["empty"].pixels)
+
+
+def test_the_texts_reach_the_network_as_the_pipeline_encodes_them(sdxl: Any, sdxl_folder: Path) -> None:
+    pipe = load_pipeline(sdxl_folder)
+    (found,) = sdxl.condition([make_request(prompt="a red circle", negative="green", size=(48, 80))])
+    wanted = pipe.encode_prompt("a red circle", device="cpu", negative_prompt="green")
+    for part, embedding, pooled in ((found.context[0], wanted[0], wanted[2]), (found.context[1], wanted[1], wanted[3])):
+        assert torch.allclose(part["encoder_hidden_states"], embedding[0], atol=1e-6)
+        assert torch.allclose(part["text_embeds"], pooled[0], atol=1e-6)
+        assert part["time_ids"].tolist() == [48, 80, 0, 0, 48, 80]
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sdxl_turbo"])
+def test_a_rows_bytes_do_not_depend_on_its_neighbours(name: str, request: pytest.FixtureRequest) -> None:
+    """Law 1, also where the sampler draws noise at every step."""
+    model = load_family(request.getfixturevalue(f"{name}_folder"))
+    row = make_request("row", "a small star", steps=4, negative="green", seed=3)
+    wanted = render(model, [row])["row"].pixels
+    others = [make_request(str(k), f"{k} circles", steps=2 + k, guidance=k % 3, seed=k) for k in range(7)]
+    assert np.array_equal(render(model, [*others[:3], row, *others[3:]])["row"].pixels, wanted)
+
+
+def test_turbo_takes_few_steps_without_guidance(sdxl_turbo_folder: Path) -> None:
+    rows = tuple(
+        make_request(f"{steps}", "a red circle", steps=steps, guidance=guidance, seed=steps)
+        for steps, guidance in ((1, 0.0), (2, 0.0), (3, 1.0), (4, 0.0))
+    )
+    assert_parity(load_pipeline(sdxl_turbo_folder), load_family(sdxl_turbo_folder), rows)
+
+
+def test_steps_that_share_a_timestep_are_told_apart(sdxl_folder: Path) -> None:
+    """This pipeline says where to begin; Stable Diffusion's cannot take so many steps of this kind."""
+    scheduler = "DPMSolverMultistepScheduler:use_beta_sigmas=true"
+    rows = (make_request("row", steps=50, seed=1), make_request("other", steps=6))
+    assert_parity(with_scheduler(load_pipeline(sdxl_folder), scheduler), load_family(sdxl_folder, scheduler), rows)
+
+
+def test_a_distilled_guidance_scale_is_an_input(own: Path) -> None:
+    make_unet(**UNET, time_cond_proj_dim=16).save_pretrained(own / "unet")
+    model = load_family(own)
+    asked = (make_request("one", steps=4, guidance=1.0), make_request("eight", steps=4, guidance=8.0, negative="green"))
+    rows = tuple(replace(row, params=replace(row.params, embedded_guidance=True)) for row in asked)
+    assert card_of(own).embedded_guidance
+    assert_parity(load_pipeline(own), model, rows)
+    assert {conditioning.context[1] for conditioning in model.condition(rows)} == {None}
+
+
+def test_a_prompt_is_truncated_where_either_encoder_cuts_it(own: Path) -> None:
+    """The second tokenizer loses its merges, and spells each word."""
+    path = own / "tokenizer_2" / "tokenizer.json"
+    words = json.loads(path.read_text("utf-8"))
+    words["model"]["merges"] = []
+    path.write_text(json.dumps(words), "utf-8")
+    texts = ["circle", "circle " * 12, "circle " * 13]
+    found = load_family(own).condition([make_request(prompt=text) for text in texts])
+    assert [(told.prompt_tokens, told.prompt_truncated) for told in found] == [(6, False), (72, False), (78, True)]
+    counter = load_token_counter(card_of(own))
+    assert counter is not None
+    assert (counter.count(texts), counter.longest) == ([6, 72, 78], 75)
+
+
+# What a checkpoint says
+
+
+def test_the_card(sdxl_folder: Path) -> None:
+    card = card_of(sdxl_folder)
+    assert (card.family, card.pipeline) == ("stable_diffusion_xl", "StableDiffusionXLPipeline")
+    assert (card.num_inference_steps, card.guidance_scale, card.guidance_rescale) == (50, 5.0, 0.0)
+    assert card.sizes == SizeRules(64, 64, 8, 16)
+    assert not card.has_checker
+    assert load_solver(card).name == "EulerDiscreteScheduler"
+
+
+def test_the_fingerprint_tells_both_encoders_and_what_no_negative_prompt_means(own: Path) -> None:
+    before = card_of(own).fingerprint
+    index = own / "model_index.json"
+    amend(index, force_zeros_for_empty_prompt=None)
+    assert card_of(own).fingerprint == before, "it is so where nobody says"
+    amend(index, force_zeros_for_empty_prompt=False)
+    assert card_of(own).fingerprint != before
+    amend(index, force_zeros_for_empty_prompt=True)
+    amend(own / "text_encoder_2" / "config.json", note="changed")
+    assert card_of(own).fingerprint != before
+
+
+def test_latents_are_moved_where_the_autoencoder_says_so(own: Path) -> None:
+    row = (make_request("row", steps=4), make_request("other", steps=4, seed=1))
+    plain = render(load_family(own), row)["row"].pixels
+    amend(own / "vae" / "config.json", latents_mean=[-1.6, 1.4, 0.4, -0.1], latents_std=[8.4, 6.0, 3.0, 5.0])
+    model = load_family(own)
+    assert_parity(load_pipeline(own), model, row)
+    assert furthest(render(model, row)["row"].pixels, plain) > 2
+
+
+def test_half_precision_decodes_in_full_where_it_would_overflow(own: Path) -> None:
+    StableDiffusionXLPipeline.from_pretrained(own, dtype=torch.float16, add_watermarker=False).save_pretrained(
+        own, variant="fp16"
+    )
+    for file in own.glob("*/*.safetensors"):
+        if ".fp16." not in file.name:
+            file.unlink()
+    model: Any = load(card_of(own, variant="fp16"), CPU, torch.float16, with_checker=False)
+    assert {weight.dtype for weight in model.networks[0].parameters()} == {torch.float16}
+    assert {weight.dtype for weight in model.networks[1].parameters()} == {torch.float32}
+    assert model.pipeline.vae.dtype == torch.float16, "diffusers does so by itself, at every call"
+    latents = torch.randn(2, 4, 8, 8)
+    image = model.decode(latents)
+    assert image.dtype == torch.float32
+    wanted = model.pipeline.vae.to(torch.float32).decode(latents / 0.13025, return_dict=False)[0]
+    assert torch.equal(image, wanted / 2 + 0.5)
+    assert render(model, [make_request("row", steps=2)])["row"].pixels.std() > 1
+    amend(own / "vae" / "config.json", force_upcast=False)
+    fixed: Any = load(card_of(own, variant="fp16"), CPU, torch.float16, with_checker=False)
+    assert {weight.dtype for weight in fixed.networks[1].parameters()} == {torch.float16}
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"_class_name": "StableDiffusionXLImg2ImgPipeline"}, "Img2Img"),
+        ({"text_encoder": [None, None], "tokenizer": [None, None]}, "names no text_encoder, tokenizer"),
+        ({"text_encoder_2": [None, None]}, "names no text_encoder_2"),
+    ],
+)
+def test_what_is_no_base_checkpoint_is_refused(own: Path, changed: dict[str, Any], reason: str) -> None:
+    """A refiner takes an image to start from, and knows the second encoder alone."""
+    amend(own / "model_index.json", **changed)
+    with pytest.raises(ModelError, match=reason) as refusal:
+        card_of(own)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("unet", "reason"),
+    [
+        ({"projection_class_embeddings_input_dim": 64}, "takes 64 numbers .* takes 72 here; is it a refiner?"),
+        ({"addition_embed_type": None}, "addition_embed_type=None is no Stable Diffusion XL"),
+        ({"in_channels": 9}, "takes 9 channels"),
+    ],
+)
+def test_other_unets_are_refused(own: Path, unet: dict[str, Any], reason: str) -> None:
+    make_unet(**UNET | unet).save_pretrained(own / "unet")
+    with pytest.raises(ModelError, match=reason):
+        load_family(own)
+
+
+def test_the_published_unet_is_this_one() -> None:
+    """Parameters and arithmetic of the released network: 2567.5M, and 6.76 TFLOP a row at 1024x1024 pixels."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**FULL_SIZE).eval()
+        context = {
+            "encoder_hidden_states": torch.empty(1, 77, 2048),
+            "text_embeds": torch.empty(1, 1280),
+            "time_ids": torch.empty(1, 6),
+        }
+        sample, timestep = torch.empty(1, 4, 128, 128), torch.empty(1)
+    assert sum(weight.numel() for weight in unet.parameters()) == 2_567_463_684
+    with FlopCounterMode(display=False) as counter:
+        StableDiffusionXL.denoise(SimpleNamespace(_unet=unet), sample, timestep, context)  # type: ignore[arg-type]
+    assert round(counter.get_total_flops() / 1e12, 2) == 6.76
+
+
+def test_a_table_is_rendered_from_end_to_end(sdxl_folder: Path, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"id": "none", "prompt": "a red circle", "negative_prompt": "", "seed": 1, "guidance_scale": 5},
+        {"id": "text", "prompt": "a red circle", "negative_prompt": "green", "seed": 1, "guidance_scale": 7.5},
+        {"id": "wide", "prompt": "two stars", "negative_prompt": "", "seed": 2, "guidance_scale": 1, "width": 96},
+    ]
+    table, out = tmp_path / "table.csv", tmp_path / "out"
+    with table.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, ["id", "prompt", "negative_prompt", "seed", "guidance_scale", "width"])
+        writer.writeheader()
+        writer.writerows(rows)
+    done = run(table, out, "--model", sdxl_folder, "--steps", "3")
+    assert done.code == 0, done.stderr
+    found = {row["id"]: row for row in results(out)}
+    assert {row["status"] for row in found.values()} == {"ok"}
+    assert {row["nsfw_content_detected"] for row in found.values()} == {None}
+    pipe = load_pipeline(sdxl_folder)
+    for row in rows:
+        asked = make_request(
+            prompt=row["prompt"], negative=row["negative_prompt"] or None, seed=row["seed"], steps=3,
+            guidance=row["guidance_scale"], size=(64, row.get("width", 64)),
+        )  # fmt: skip
+        image = np.asarray(Image.open(out / found[row["id"]]["generated_image"]))
+        assert_close(image, ask(pipe, asked)[0])
