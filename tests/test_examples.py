@@ -68,12 +68,3 @@ def test_a_contact_sheet_shows_a_run(tmp_path: Path) -> None:
     assert "contact_sheet.png" in script(EXAMPLES / "contact_sheet.py", tmp_path / "out")
     with Image.open(tmp_path / "out" / "contact_sheet.png") as sheet:
         assert sheet.width > 3 * 64
-
-
-def test_the_benchmark_compares_what_it_says() -> None:
-    figures = json.loads(
-        script(EXAMPLES / "benchmark.py", "--rows", "4", "--rounds", "1", "--slots", "4", "--threads", "1", "--json")
-    )
-    assert set(figures["mixed"]["images_per_second"]) == {"batch-infer", "grouped", "one by one"}
-    assert set(figures["mixed"]["ratio"]) == {"grouped", "one by one"}
-    assert figures["uniform"]["ratio"]["bare loop"] > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from batch_infer import __version__
+from batch_infer.cli.bench import bench
 from batch_infer.cli.merge import merge
 from batch_infer.cli.plan import plan
 from batch_infer.cli.retry import retry
@@ -18,5 +19,5 @@ def commands() -> None:
     """Render tables of prompts into images and a results table that accounts for every row."""
 
 
-for command in (run, plan, status, retry, merge):
+for command in (run, plan, status, retry, merge, bench):
     commands.add_command(command)

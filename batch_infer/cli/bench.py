@@ -1,0 +1,170 @@
+"""`batch-infer bench`: throughput against plain diffusers, on the same rows in one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from tqdm import tqdm
+
+from batch_infer.cli.config import config_option
+from batch_infer.cli.options import compute_settings, json_option, logging_options, model_options, model_settings
+from batch_infer.cli.progress import set_up_logging
+from batch_infer.cli.report import number
+from batch_infer.jobs.bench import (
+    ARCHITECTURES,
+    RIVALS,
+    SWEEP,
+    BenchSettings,
+    TableShape,
+    parse_against,
+    parse_steps,
+    parse_sweep,
+)
+from batch_infer.jobs.bench import bench as compare
+
+if TYPE_CHECKING:
+    from batch_infer.jobs.bench.figures import Figures, Report, SweepPoint
+
+
+@click.command(context_settings={"auto_envvar_prefix": "BATCH_INFER"})
+@config_option
+@model_options
+@click.option(
+    "--architecture",
+    type=click.Choice(ARCHITECTURES),
+    help="In place of a model: the layers of a released one at full size, with random weights.",
+)
+@click.option("--rows", type=click.IntRange(min=1), default=200, show_default=True, metavar="N", help="Of the table.")
+@click.option(
+    "--steps", default="20-50", show_default=True, metavar="A-B|N", help="Each row's steps: one of these, as it comes."
+)
+@click.option(
+    "--sizes",
+    default="mixed",
+    show_default=True,
+    metavar="WxH,...",
+    help="native: the model's own; mixed: that and two of another aspect ratio; or what you name: 512x512,640x448.",
+)
+@click.option(
+    "--unguided",
+    type=click.FloatRange(0, 1),
+    default=0.2,
+    show_default=True,
+    metavar="SHARE",
+    help="The share of rows without guidance.",
+)
+@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, metavar="N", help="Of everybody.")
+@click.option(
+    "--against",
+    default="grouped,one-by-one,bare",
+    show_default=True,
+    metavar="NAME,...",
+    help=f"Of {', '.join(RIVALS)}.",
+)
+@click.option(
+    "--sweep", metavar="N,...", help="Numbers of slots to measure too: 4,8,16,32,64. Stops where memory ends."
+)
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.png",
+    help=f"Draw throughput against slots; sweeps {','.join(map(str, SWEEP))} if no --sweep says which.",
+)
+@click.option(
+    "--peak-tflops",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="X",
+    help="What the device can do at most, for MFU. Default: the datasheet's where the GPU is known, else a large "
+    "matrix product's.",
+)
+@json_option
+@logging_options
+def bench(as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
+    """Compare batch-infer with plain diffusers.
+
+    All render the same rows with the same loaded networks in one process, in turns, and a ratio is the median over the
+    rounds. grouped: diffusers' pipeline on rows of equal parameters, as many to a call as fill the slots; one-by-one:
+    a call for each row, timed on 24 of them; grouped-compiled: grouped with what torch.compile made of the networks;
+    bare: the UNet's calls and nothing else, which is the ceiling. Nobody checks for safety or writes files.
+
+    The default table mixes steps, guidance and sizes. The one of published figures: --steps 50 --unguided 0 --sizes
+    native.
+    """
+    settings = _settings(options)
+    set_up_logging(quiet=quiet, verbose=verbose)
+    report = compare(settings)
+    if as_json:
+        click.echo(json.dumps(report.as_dict()))
+    elif not quiet:
+        _print(report)
+
+
+def _settings(options: dict[str, Any]) -> BenchSettings:
+    """Raises SettingsError."""
+    sweep = parse_sweep(options["sweep"]) if options["sweep"] else ()
+    return BenchSettings(
+        table=TableShape(options["rows"], parse_steps(options["steps"]), options["sizes"], options["unguided"]),
+        model=model_settings(options),
+        architecture=options["architecture"],
+        compute=compute_settings(options),
+        rounds=options["rounds"],
+        against=parse_against(options["against"]),
+        sweep=sweep or (SWEEP if options["plot"] else ()),
+        plot=options["plot"],
+        peak_tflops=options["peak_tflops"],
+    )
+
+
+def _print(report: Report) -> None:
+    _print_conditions(report)
+    click.echo(f"\n{'':24}{'images/s':>10}{'batch-infer is':>18}{'MFU':>9}{'GPU memory':>13}".rstrip())
+    for figures in report.figures:
+        click.echo(_line(figures))
+    ours, peak = report.ours.more, report.peak
+    shares = ", ".join(f"{stage} {share:.1%}" for stage, share in ours["stage_shares"].items() if share)
+    click.echo(f"\nslots    {ours['occupancy']:.1%} full; time: {shares}")
+    product = f"a large matrix product came to {peak.matmul_tflops:.4g}"
+    told = product if peak.source == "measured matmul" else f"{peak.source} {peak.tflops:.4g}; {product}"
+    click.echo(f"MFU      of {peak.tflops:.4g} TFLOP/s ({told})")
+    if (parity := report.parity) is not None:
+        many = number(parity.rows, "image")
+        click.echo(f"images   {many} at most {parity.largest}/255 from those of diffusers ({parity.against})")
+    for point in report.sweep.points:
+        click.echo(_swept(point))
+    if report.sweep.beyond is not None:
+        click.echo(f"{report.sweep.beyond:4} slots: more than memory holds")
+
+
+def _print_conditions(report: Report) -> None:
+    conditions, table = report.conditions, report.table
+    compute, versions = conditions["compute"], conditions["versions"]
+    where = f"{compute['dtype']} on {compute['device_name']}"
+    threads = f", {number(compute['threads'], 'thread')}" if compute["device"] == "cpu" else ""
+    libraries = ", ".join(f"{name} {versions[name]}" for name in ("torch", "diffusers"))
+    click.echo(f"{conditions['model']} ({conditions['unet_parameters'] / 1e6:.1f}M in the UNet), {where}{threads}")
+    click.echo(f"{libraries}{', compiled' if compute['compiled'] else ''}")
+    steps = " to ".join(str(count) for count in dict.fromkeys(table.steps))
+    sizes = ", ".join(report.ours.more["slots"])
+    click.echo(f"{number(table.rows, 'row')} of {steps} steps, {table.unguided:.0%} without guidance, {sizes}")
+    slots = " or ".join(str(count) for count in dict.fromkeys(report.ours.more["slots"].values()))
+    click.echo(
+        f"{table.row_forwards:,} row-forwards, {table.tflop:,.4g} TFLOP; {slots} slots; "
+        f"{number(conditions['rounds'], 'round')}"
+    )
+
+
+def _line(figures: Figures) -> str:
+    name = figures.name if figures.sampled is None else f"{figures.name}, {number(figures.sampled, 'row')}"
+    ratio = "" if figures.ratio is None else f"{figures.ratio:.2f}x as fast"
+    memory = "" if figures.device_bytes is None else tqdm.format_sizeof(figures.device_bytes, "B", 1024)
+    return f"{name:24}{figures.images_per_second:10.3f}{ratio:>18}{figures.mfu:9.1%}{memory:>13}".rstrip()
+
+
+def _swept(point: SweepPoint) -> str:
+    return (
+        f"{point.slots:4} slots: {point.images_per_second:.3f} images/s, slots {point.occupancy:.1%} full; "
+        f"the bare UNet allows {point.ceiling:.3f}"
+    )

@@ -1,0 +1,158 @@
+"""The contest: everybody renders the same rows, in turns, round by round."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from batch_infer import datasheets
+from batch_infer.errors import SettingsError
+from batch_infer.jobs.bench import clock
+from batch_infer.jobs.bench.bare import BareUNet
+from batch_infer.jobs.bench.contenders import Contender, Ours, PlainDiffusers
+from batch_infer.jobs.bench.figures import TERA, Figures, Parity, Peak, Report, Sweep, TableFigures, median_ratio
+from batch_infer.jobs.bench.lanes import BareLane, Course, Lane, RenderingLane
+from batch_infer.jobs.bench.rows import Table, make_rows, row_forwards, spread, work_of
+from batch_infer.jobs.bench.settings import BenchSettings, Size
+from batch_infer.jobs.bench.subject import Subject, best_shapes, load_subject
+from batch_infer.jobs.bench.sweep import sweep
+from batch_infer.jobs.record import LIBRARIES
+from batch_infer.jobs.summary import peak_memory
+from batch_infer.models.flops import decode_flops, row_forward_flops
+
+SAMPLE = 24
+"""Rows whose images are compared, and that are timed one by one."""
+OURS = "batch-infer"
+
+log = logging.getLogger("batch_infer")
+
+
+def hold(settings: BenchSettings) -> Report:
+    """Raises UsageError before anything is timed."""
+    subject = load_subject(settings)
+    sizes = settings.table.sizes_of(subject.sizes)
+    if settings.compute.slots == "auto":
+        subject = replace(subject, compute=best_shapes(subject, sizes))
+    return _Contest(settings, subject, sizes).go()
+
+
+class _Contest:
+    """One table and those who render it."""
+
+    def __init__(self, settings: BenchSettings, subject: Subject, sizes: Sequence[Size]) -> None:
+        """Raises SettingsError for steps that the scheduler does not take, and for a rival that there is not here."""
+        self._settings, self._subject = settings, subject
+        if "grouped-compiled" in settings.against and not subject.compute.compiled:
+            raise SettingsError("--against grouped-compiled: nothing is compiled here; add --compile")
+        rows = make_rows(settings.table, sizes, subject.sampling)
+        steps = {row.params.num_inference_steps for row in rows}
+        self._evaluations = {number: subject.evaluations(number) for number in sorted(steps)}
+        self._table = Table(rows, work_of(rows, self._evaluations))
+        self._sample = spread(rows, SAMPLE)
+        self._bare = BareUNet(subject.model, rows[0])
+
+    def go(self) -> Report:
+        table, peak = self._count(), self._peak()
+        lanes = [self._lane(name) for name in (OURS, *self._settings.against)]
+        for lane in lanes:
+            log.info("warming up: %s", lane.name)
+            lane.warm_up()
+        for number in range(self._settings.rounds):
+            for lane in lanes:
+                lane.run()
+                log.info("round %d: %s %.1f s", number + 1, lane.name, lane.seconds[-1])
+        figures = [_figures(lane, lanes[0], table, peak) for lane in lanes]
+        swept = sweep(self._settings.sweep, self._subject, self._table, self._bare)
+        return Report(self._conditions(), table, peak, figures, self._parity(lanes), swept, self._memory(lanes, swept))
+
+    def _lane(self, name: str) -> Lane:
+        subject, kept = self._subject, frozenset(row.id for row in self._sample)
+        with_what = subject.model, subject.compute
+        everything = Course(self._table.rows, kept)
+        match name:
+            case "bare":
+                return BareLane(self._bare, self._table, subject)
+            case "one-by-one":
+                sampled = sum(row_forwards(row, self._evaluations) for row in self._sample)
+                course = Course(self._sample, kept, self._table.row_forwards / sampled)
+                return RenderingLane(name, PlainDiffusers(*with_what, grouped=False), course, subject)
+            case "grouped" | "grouped-compiled":
+                compiled = name == "grouped-compiled"
+                rival: Contender = PlainDiffusers(*with_what, grouped=True, compiled=compiled)
+                return RenderingLane(name, rival, everything, subject)
+            case _:
+                return RenderingLane(name, Ours(*with_what), everything, subject)
+
+    def _count(self) -> TableFigures:
+        model, table = self._subject.model, self._settings.table
+        shapes = {size: model.latent_shape(*size) for size in self._table.work}
+        return TableFigures(
+            rows=len(self._table.rows),
+            steps=table.steps,
+            unguided=table.unguided,
+            work=self._table.work,
+            row_forward_tflop={size: row_forward_flops(model, shape) / TERA for size, shape in shapes.items()},
+            decode_tflop={size: decode_flops(model, shape) / TERA for size, shape in shapes.items()},
+        )
+
+    def _peak(self) -> Peak:
+        compute, model = self._subject.compute, self._subject.model
+        measured = clock.matmul_tflops(model.device, model.dtype)
+        if self._settings.peak_tflops is not None:
+            return Peak(self._settings.peak_tflops, "given", measured)
+        known = datasheets.dense_tflops(compute.device_name, compute.dtype) if compute.device == "cuda" else None
+        return Peak(known, "datasheet", measured) if known else Peak(measured, "measured matmul", measured)
+
+    def _parity(self, lanes: Sequence[Lane]) -> Parity | None:
+        """How far our images are from those of the first rival that made some."""
+        ours, *others = (lane for lane in lanes if isinstance(lane, RenderingLane))
+        if not others:
+            return None
+        theirs = others[0]
+        largest = max(_furthest(ours.images[name], image) for name, image in theirs.images.items())
+        return Parity(len(theirs.images), largest, theirs.name)
+
+    def _memory(self, lanes: Sequence[Lane], swept: Sweep) -> dict[str, int]:
+        """The most of all of them: a GPU's count begins anew with each."""
+        counts = [lane.device_bytes or 0 for lane in lanes] + [point.device_bytes or 0 for point in swept.points]
+        found = peak_memory(self._subject.compute.device)
+        return found | ({"device_bytes": max(counts)} if "device_bytes" in found else {})
+
+    def _conditions(self) -> dict[str, Any]:
+        subject, settings, compute = self._subject, self._settings, self._subject.compute
+        return {
+            "model": subject.name,
+            "architecture": settings.architecture,
+            "unet_parameters": sum(weight.numel() for weight in subject.model.networks[0].parameters()),
+            "scheduler": subject.model.solver.name,
+            "compute": asdict(compute),
+            "rounds": settings.rounds,
+            "versions": {name: version(name) for name in ("batch-infer", *LIBRARIES)},
+        }
+
+
+def _figures(lane: Lane, ours: Lane, table: TableFigures, peak: Peak) -> Figures:
+    seconds = statistics.median(lane.seconds)
+    tflop = table.unet_tflop if isinstance(lane, BareLane) else table.tflop
+    return Figures(
+        name=lane.name,
+        seconds=lane.seconds,
+        images_per_second=table.rows / seconds,
+        mfu=tflop / seconds / peak.tflops,
+        mfu_of_matmul=tflop / seconds / peak.matmul_tflops,
+        ratio=None if lane is ours else median_ratio(lane.seconds, ours.seconds),
+        sampled=lane.sampled,
+        device_bytes=lane.device_bytes,
+        more=lane.more(),
+    )
+
+
+def _furthest(image: np.ndarray, other: np.ndarray) -> int:
+    """The largest difference in any channel of any pixel, in steps of 1/255."""
+    return int(np.abs(image.astype(int) - other.astype(int)).max())
