@@ -99,3 +99,12 @@ def test_a_table_is_rendered_from_end_to_end(lcm_folder: Path, tmp_path: Path) -
     for name in "ab":
         asked = make_request(seed=1, steps=4, guidance=found[name]["guidance_scale"])
         assert_close(np.asarray(Image.open(out / found[name]["generated_image"])), ask(pipe, asked)[0])
+
+
+def test_a_negative_prompt_is_not_ignored_in_silence(lcm_folder: Path, tmp_path: Path) -> None:
+    table, out = tmp_path / "table.csv", tmp_path / "out"
+    table.write_text("id,prompt,negative_prompt\na,a red circle,\nb,a red circle,green\n", "utf-8")
+    assert run(table, out, "--model", lcm_folder, "--steps", "4").code == 3
+    found = {row["id"]: row for row in results(out)}
+    assert (found["a"]["status"], found["b"]["status"]) == ("ok", "invalid")
+    assert found["b"]["error"] == "negative_prompt 'green' is given, and this model takes none"

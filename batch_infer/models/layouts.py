@@ -60,12 +60,15 @@ class Layout:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             place = f"{told}: {self.denoiser}/config.json or vae/config.json"
             raise ModelError(f"{place} does not say its sizes: {error}") from error
+        embedded = denoiser.get("time_cond_proj_dim") is not None
         return PipelineFacts(
             sizes,
             self.num_inference_steps,
             self.guidance_scale,
             self.guidance_rescale,
-            denoiser.get("time_cond_proj_dim") is not None,
+            embedded,
+            # Without a second pass there is nothing that a negative prompt could be told to, nor that rescales.
+            (("negative_prompt", None), ("guidance_rescale", 0.0)) if embedded else (),
         )
 
 
