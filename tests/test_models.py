@@ -190,6 +190,26 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a pointer": (lambda f: fail_to_fetch(f, UNET), "is a Git LFS pointer: fetch the weights with `git lfs pull`"),
     "a page of text": (lambda f: (f / UNET).write_text("not found"), "is not whole|is not a safetensors file"),
     "a shard that did not come": (name_a_shard_that_is_not_there, "00002-of-00002.safetensors is missing"),
+    "code that a configuration names": (
+        lambda f: amend(f / "text_encoder" / "config.json", auto_map={"AutoModel": "m.Model"}),
+        "text_encoder/config.json names code of its own .auto_map., and none is run",
+    ),
+    "whatever class": (
+        lambda f: amend(f / "model_index.json", text_encoder=["transformers", "AutoModel"]),
+        "text_encoder is any class that its folder names",
+    ),
+    "an adapter": (
+        lambda f: (f / "text_encoder" / "adapter_config.json").write_text("{}"),
+        "text_encoder/ holds an adapter; merge it",
+    ),
+    "a shard out of the folder": (
+        lambda f: (f / f"{UNET}.index.json").write_text('{"weight_map": {"a": "../../out.safetensors"}}', "utf-8"),
+        "names ../../out.safetensors, which is no shard",
+    ),
+    "weights of a variant alone": (
+        lambda f: (f / UNET).rename(f / "unet" / "diffusion_pytorch_model.fp16.safetensors"),
+        "unet/ has weights of a variant alone .*: say --variant",
+    ),
     "no index": (lambda f: (f / "model_index.json").unlink(), "not a diffusers folder"),
 }
 UNLOADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -255,6 +275,12 @@ def test_a_file_is_no_folder(sd1_folder: Path) -> None:
         card_of(sd1_folder / UNET)
 
 
+def test_a_revision_is_of_the_hub(own: Path) -> None:
+    for name in (str(own), None):
+        with pytest.raises(ModelError, match="--revision v1 is for a Hugging Face id"):
+            read_card(ModelSettings(name=name, revision="v1"))
+
+
 @pytest.mark.parametrize(
     ("scheduler", "reason"),
     [
@@ -263,6 +289,8 @@ def test_a_file_is_no_folder(sd1_folder: Path) -> None:
         ("UNet2DConditionModel", "diffusers has no scheduler UNet2DConditionModel"),
         ("DDIMScheduler:use_karras_sigmas=true", "DDIMScheduler has no option use_karras_sigmas; it has .*clip_sample"),
         ("VQDiffusionScheduler", "cannot be made on this model's scheduler settings"),
+        ("FlowMatchEulerDiscreteScheduler", "does not fit: the model has learnt to take noise away, as its PNDMSched"),
+        ("UniPCMultistepScheduler:use_flow_sigmas=true", "does not fit: the model has learnt to take noise away"),
         ("RePaintScheduler", "not a scheduler for latent diffusion"),
         ("EulerDiscreteScheduler:beta_schedule=none", "cannot be made on this model's scheduler settings"),
     ],

@@ -41,6 +41,7 @@ class DrivenChain:
         self.shape = shape
         """The batch sizes as they are now: smaller than at first where the device ran out of memory."""
         self.stages_by_size: dict[Size, Stages] = {}
+        self._singly: set[Size] = set()
 
     @property
     def stages(self) -> Stages:
@@ -59,7 +60,8 @@ class DrivenChain:
             started = time.perf_counter()
 
     def _render_batch(self, source: Ahead, size: Size, stages: Stages) -> Iterator[Rendered | Unrendered]:
-        slots = self.shape.of(size)[0]
+        first = source.peek()
+        slots = 1 if size in self._singly and first and first.params.slots == 1 else self.shape.of(size)[0]
         rows = _take_alike(source, size, slots)
         try:
             yield from self._make(rows, slots, stages)
@@ -76,7 +78,12 @@ class DrivenChain:
     ) -> Iterator[Rendered | Unrendered]:
         """Go on with half the slots; where a call made one image already, the rows have failed."""
         name, slots = f"{size[1]}x{size[0]}", self.shape.of(size)[0]
-        smaller = self.shape.shrunk(size, "denoise")
+        if rows[0].params.slots == 1 and 1 < slots < 4 and size not in self._singly:
+            log.warning("out of memory at %s pixels: going on with one row a call", name)
+            self._singly.add(size)
+            source.put_back(rows)
+            return
+        smaller = self.shape.shrunk(size, "denoise") if slots >= 4 else None
         if smaller is None or self.model.one_by_one or slots // rows[0].params.slots < 2:
             error = f"the device's memory does not hold one image of {name} pixels ({told})"
             yield from (Unrendered(request, invalid=False, error=error) for request in rows)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from batch_infer.chain.streams import stream_of
+
 if TYPE_CHECKING:
     from batch_infer.models import Conditioning
 
@@ -16,7 +18,7 @@ class Encoding:
     """A stream beside the one that the UNet is called on; on a CPU there is none."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._stream = stream_of(device, "encode")
 
     @contextmanager
     def apart(self) -> Iterator[None]:
@@ -25,9 +27,11 @@ class Encoding:
             yield
             return
         unet = torch.cuda.current_stream()
-        with torch.cuda.stream(self._stream):
-            yield
-        unet.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            unet.wait_stream(self._stream)
 
     def lend(self, conditioning: Conditioning) -> None:
         """Let the UNet's stream use what was made on this one: its memory is not given away before that has run."""

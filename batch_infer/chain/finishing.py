@@ -13,7 +13,9 @@ import numpy as np
 import torch
 
 from batch_infer.chain.outcomes import Rendered, Stages, Unrendered, not_finite
+from batch_infer.chain.streams import stream_of
 from batch_infer.diffusion import Finished
+from batch_infer.models.acceleration import is_compiled
 from batch_infer.records import PromptRequest, Verdict
 from batch_infer.safety import Judge
 
@@ -43,7 +45,13 @@ class Finishing:
         self._collected: list[Finished[Tag]] = []
         self._under_way: deque[Future[list[Rendered | Unrendered]]] = deque()
         self._pool = ThreadPoolExecutor(1, "finishing") if beside else None
-        self._stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._stream = stream_of(model.device, "finish")
+
+    def prepare(self, latent_shape: tuple[int, int, int]) -> None:
+        """Have the decoder compiled here: torch compiles on no thread while another calls what is compiled."""
+        if self._pool is not None and is_compiled(self._model.networks):
+            with torch.inference_mode():
+                self._model.decode(torch.zeros(self._batch, *latent_shape, device=self._model.device))
 
     def add(self, rows: Sequence[Finished[Tag]]) -> Iterator[Rendered | Unrendered]:
         """Take rows in; gives those that are through."""

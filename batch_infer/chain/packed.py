@@ -132,6 +132,9 @@ class _Passage:
         slots: Slots[Tag] = Slots(
             model, self._finishing.slots, model.latent_shape(*self._size), model.device, model.dtype
         )
+        self.part = "decode"
+        self._finishing.prepare(slots.latent_shape)
+        self.part = "denoise"
         while not stop():
             self._read_ahead(source, slots.size)
             yield from self._admit(slots)

@@ -120,7 +120,8 @@ def _settings(options: dict[str, Any]) -> BenchSettings:
 
 def _print(report: Report) -> None:
     _print_conditions(report)
-    click.echo(f"\n{'':24}{'images/s':>10}{'batch-infer is':>18}{'MFU':>9}{'GPU memory':>13}".rstrip())
+    memory = f"{'GPU memory':>13}" if report.ours.device_bytes is not None else ""
+    click.echo(f"\n{'':24}{'images/s':>10}{'batch-infer is':>18}{'MFU':>9}{memory}")
     for figures in report.figures:
         click.echo(_line(figures))
     ours, peak = report.ours.more, report.peak

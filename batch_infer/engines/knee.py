@@ -47,13 +47,14 @@ def find_driven_knee(model: AnyPipeline, params: SamplingParams) -> Knee:
 
 
 def _grow(numbers: Sequence[int], make: Callable[[int], Callable[[], object]]) -> tuple[int, Callable[[], object]]:
-    """The knee among these batch sizes, and the work of the one tried last, whose memory it holds."""
+    """The knee among these batch sizes, and the work of the last that fitted, whose memory it holds."""
     rates: dict[int, float] = {}
     work: Callable[[], object] = lambda: None  # noqa: E731
     for number in numbers:
         try:
-            work = make(number)
-            rates[number] = number / _seconds(work)
+            trial = make(number)
+            rates[number] = number / _seconds(trial)
+            work = trial
         except torch.OutOfMemoryError:
             if not rates:
                 raise

@@ -174,13 +174,19 @@ def _load(card: ModelCard, compute: Compute, judged: bool) -> tuple[Family | Any
 
 
 def _knee(card: ModelCard, compute: Compute, safety: SafetySettings, size: tuple[int, int]) -> Knee:
+    from torch import OutOfMemoryError
+
     from batch_infer.engines.knee import find_driven_knee, find_knee
     from batch_infer.models.any_pipeline import AnyPipeline
 
     with _told_of_memory():
-        model, _ = _model(card, compute, safety)
-        params = _params(card, size, _few(card, FEW_STEPS[::-1]))
+        # Not compiled: that moves the knee little, and would take a minute for each size of batch that is tried.
+        model, _ = _model(card, replace(compute, compiled=False), safety)
+    params = _params(card, size, _few(card, FEW_STEPS[::-1]))
+    try:
         return find_driven_knee(model, params) if isinstance(model, AnyPipeline) else find_knee(model, params)
+    except OutOfMemoryError:  # of this size alone: the run fails its rows, and no others
+        return Knee(2, 1, now())
 
 
 def _rates(

@@ -70,6 +70,10 @@ def prepare(settings: RunSettings, tables: Tables, card: ModelCard, device: Devi
         outdir.refuse_to_clear(settings.out)
     earlier = None if settings.overwrite else found
     compute = choose_compute(_typed(settings, card, device), earlier, device)
+    if card.driven and compute.compiled:
+        if settings.compute.compiled:
+            raise SettingsError(f"--compile: {card.name} is driven by its pipeline's own call, which is not compiled")
+        compute = replace(compute, compiled=False)
     record = describe(settings, card, compute, tables)
     if earlier is not None and Manifest(settings.out).parts():
         refuse_other(earlier, record, settings.out)

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from batch_infer.errors import ModelError
+from batch_infer.errors import UsageError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.estimate import Size, learn
 from batch_infer.jobs.job import Job, find_model, open_tables, prepare, rooted
@@ -83,7 +83,8 @@ class _Run:
             self._record = {**self._record, "survey": {**asdict(survey), "finished_at": now()}}
             outdir.write_run(self._out, self._record)
             if survey.pending and not self._stop():
-                self._settle_shapes(survey)
+                with self._undone_where_refused():
+                    self._settle_shapes(survey)
                 with closing(self._progress):
                     self._progress.start(survey)
                     self._render(index)
@@ -100,6 +101,15 @@ class _Run:
 
             with Probe() as probe:
                 self._use(BatchShapes(self._job, probe).settle(sorted(survey.sizes)))
+
+    @contextmanager
+    def _undone_where_refused(self) -> Iterator[None]:
+        """Nothing was rendered with these settings: they must not stand in the way of others."""
+        try:
+            yield
+        except UsageError:
+            outdir.restore_run(self._out, self._job.earlier)
+            raise
 
     def _use(self, compute: Compute) -> None:
         """Compute like this from here on, and in runs that go on with this one."""
@@ -136,18 +146,14 @@ class _Run:
         before = time.monotonic()
         slots_of = None if self._job.card.driven else self._slots_of
         planned = chunks(pending(self._job.items(), index, self._leaves_alone), slots_of)
-        try:
+        with self._undone_where_refused():
             account = local.render(planned, self._worker(), committed, self._stop)
-        except ModelError:
-            # Nothing was rendered with this model: it must not stand in the way of another.
-            outdir.restore_run(self._out, self._job.earlier)
-            raise
         self._summary.add_stages(account.stages)
         self._summary.mfu = None if account.mfu is None else round(account.mfu, 4)
         loading = time.monotonic() - before - self._summary.rendering_seconds
-        if account.compute == self._job.compute:
+        if account.compute == self._job.compute and not account.compute.compiled:
             learn(self._job, account.stages, lengths, self._set_up + loading)
-        else:  # it changed on the way, so that its times are of neither
+        elif account.compute != self._job.compute:  # it changed on the way, so that its times are of neither
             learn_shapes(self._job, account.compute)
             self._use(account.compute)
 

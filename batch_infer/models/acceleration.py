@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from batch_infer.errors import first_line
 
@@ -26,7 +26,8 @@ def speed_up(networks: Iterable[torch.nn.Module], device: torch.device, *, compi
     for network in networks:
         if device.type == "cuda":
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            if fuse := getattr(network, "fuse_qkv_projections", None):
+            # UNets alone: diffusers' fused attention of joint transformers leaves their norms out.
+            if hasattr(network, "down_blocks") and (fuse := getattr(network, "fuse_qkv_projections", None)):
                 cast(Any, fuse)()
         if compiled:
             network.forward = Compiled(cast(Any, network.forward))
@@ -57,7 +58,7 @@ class Compiled:
         if self.works:
             try:
                 return self._compiled(*args, **kwargs)
-            except TorchDynamoException as error:
+            except (TorchDynamoException, FailOnRecompileLimitHit) as error:
                 log.warning("torch.compile failed, and the run goes on without it: %s", first_line(error))
                 self.works = False
         return self._plain(*args, **kwargs)

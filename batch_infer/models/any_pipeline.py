@@ -165,7 +165,7 @@ def _load(kind: Any, card: ModelCard, name: str, dtype: torch.dtype) -> Any:
     """A network in this dtype, but for the parts that it wants in float32 (T5 overflows otherwise)."""
     if issubclass(kind, ModelMixin):
         return load_network(kind, card, name, torch_dtype=dtype)
-    return load_network(kind, card, name, dtype=dtype, attn_implementation="eager")
+    return load_network(kind, card, name, dtype=dtype, attn_implementation="eager", trust_remote_code=False)
 
 
 def _load_processor(card: ModelCard) -> Any:

@@ -127,6 +127,10 @@ def _fingerprint(weights: str, index: dict[str, Any], layout: Layout, loras: lis
         weights = digest([{**index, "_diffusers_version": None}, weights])
     elif layout.options:
         weights = digest([{key: index.get(key, value) for key, value in layout.options}, weights])
+    elif index["_class_name"] == "LatentConsistencyModelPipeline":
+        weights = digest(
+            [index["_class_name"], weights]
+        )  # the other class of its family mends the scheduler's settings
     return digest([weights, loras, windows]) if loras or windows > 1 else weights
 
 
@@ -143,9 +147,11 @@ def _facts(layout: Layout, path: Path, name: str, read_facts: Callable[[Path], P
 
 def _find(settings: ModelSettings) -> tuple[Path, str | None]:
     """The model's folder and, where it holds no more than model_index.json yet, the repository that has the rest."""
+    path = DEMO_MODEL if settings.name is None else Path(settings.name).expanduser()
+    if settings.revision and path.exists():
+        raise ModelError(f"--revision {settings.revision} is for a Hugging Face id, and {path} is here")
     if settings.name is None:
         return DEMO_MODEL, None
-    path = Path(settings.name).expanduser()
     if path.is_dir():
         if not (path / "model_index.json").is_file():
             raise ModelError(f"{path} is not a diffusers folder: it has no model_index.json")

@@ -23,6 +23,8 @@ def named_components(index: Mapping[str, Any], name: str) -> dict[str, tuple[str
         match value:
             case [None, *_]:
                 continue
+            case ["transformers", str(kind)] if kind.startswith("Auto"):
+                raise ModelError(f"{name}: {key} is any class that its folder names ({kind}); name the class itself")
             case [str(library), str(kind)] if key.isidentifier() and is_library(library):
                 found[key] = library, kind
             case [*_] if not key.startswith("_"):
@@ -47,8 +49,19 @@ def _pipelines(name: str) -> Iterator[Path]:
 
 
 def refuse_code(path: Path, components: Iterable[str], name: str) -> None:
-    """Raises ModelError where a file of the checkpoint bears a library's name: diffusers would run it in its place."""
+    """Raises ModelError for what would bring code, or weights that nobody sees.
+
+    A file that bears a library's name would be run in its place; transformers would run what `auto_map` names, and add
+    an adapter to a network where peft is installed.
+    """
     for component in sorted(components):
+        for file in (path / component).glob("*.json"):
+            if file.name == "adapter_config.json":
+                raise ModelError(
+                    f"{name}: {component}/ holds an adapter; merge it into the weights, or give it with --lora"
+                )
+            if b'"auto_map"' in file.read_bytes():
+                raise ModelError(f"{name}: {component}/{file.name} names code of its own (auto_map), and none is run")
         for file in (path / component).glob("*.py"):
             if is_library(file.stem):
                 raise ModelError(f"{name}: {component}/{file.name} is code, and would be run for {file.stem}'s")

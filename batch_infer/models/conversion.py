@@ -45,6 +45,8 @@ def convert(file: Path, header: Mapping[str, Any], folder: Path) -> None:
     kind = infer_kind(header)
     if kind not in PIPELINES:
         raise ModelError(f"{file} is of the kind {kind}; files of Stable Diffusion 1.x, 2.x and XL are converted")
+    if any(key.endswith("time_embed.cond_proj.weight") for key in header):
+        raise ModelError(f"{file} is a latent consistency model: give its diffusers folder, which says how it samples")
     repository = DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
     _copy_settings(file, repository, folder)
     _write_networks(file, PIPELINES[kind], folder)

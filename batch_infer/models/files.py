@@ -45,8 +45,12 @@ def refuse_unfit(path: Path, components: Iterable[str], name: str, variant: str 
         if not folder.is_dir():
             raise ModelError(f"{name}: model_index.json names {component}/, which is missing; is the folder complete?")
         refuse_pickles(component, list(folder.iterdir()), name)
-        for file in _wanted(folder, variant_of(folder, variant)):
+        chosen = variant_of(folder, variant)
+        for file in _wanted(folder, chosen):
             _refuse_partial(file, name)
+        weights = sorted(folder.glob("*.safetensors"))
+        if weights and not any(is_loaded(file, chosen) for file in weights):
+            raise ModelError(f"{name}: {component}/ has weights of a variant alone ({weights[0].name}): say --variant")
     if variant and not any(variant_of(path / component, variant) for component in components):
         raise ModelError(f"{name} has no weights of variant {variant}")
 
@@ -92,8 +96,11 @@ def _wanted(folder: Path, variant: str | None) -> Iterator[Path]:
     infix = f".{variant}" if variant else ""
     for index in folder.glob(f"*.safetensors.index{infix}.json"):
         try:
-            named = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-            yield from (folder / file for file in sorted(named))
+            named = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+            for file in named:
+                if Path(file).name != file or not is_loaded(Path(file), variant):
+                    raise ModelError(f"{index} names {file}, which is no shard of this component's weights")
+            yield from (folder / file for file in named)
         except (UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{index} is no index of weights: {error}") from error
 

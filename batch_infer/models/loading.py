@@ -92,6 +92,17 @@ def build_scheduler(spec: SchedulerSpec, own: SchedulerMixin) -> SchedulerMixin:
         if key not in accepted:  # from_config would drop it without a word
             raise ModelError(f"{spec.name} has no option {key}; it has {', '.join(accepted)}")
     try:
-        return cast(Any, found).from_config(own.config, **dict(spec.options))
+        made: Any = cast(Any, found).from_config(own.config, **dict(spec.options))
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         raise ModelError(f"{spec} cannot be made on this model's scheduler settings: {first_line(error)}") from error
+    if _is_flow(made) != _is_flow(own):
+        kind = "follow a flow" if _is_flow(own) else "take noise away"
+        raise ModelError(f"{spec} does not fit: the model has learnt to {kind}, as its {type(own).__name__} does")
+    return cast(SchedulerMixin, made)
+
+
+def _is_flow(scheduler: Any) -> bool:
+    """Whether a sampler follows a flow, which is another thing than taking noise away."""
+    config = scheduler.config
+    told = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+    return bool(told) or type(scheduler).__name__.startswith("FlowMatch")

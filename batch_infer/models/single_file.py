@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Collection, Mapping
@@ -13,7 +14,8 @@ from platformdirs import user_cache_path
 
 from batch_infer.atomic import sync
 from batch_infer.errors import ModelError
-from batch_infer.models.files import PICKLES, hash_file, read_header
+from batch_infer.models.components import named_components, refuse_no_words
+from batch_infer.models.files import PICKLES, hash_file, read_header, refuse_unfit
 from batch_infer.models.lora import is_lora
 
 CONVERTED = "converted-1"
@@ -75,8 +77,17 @@ def _convert(file: Path, header: Mapping[str, Any], folder: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             convert(file, header, temporary)
+            _refuse_unusable(temporary)
             for made in temporary.rglob("*.*"):
                 sync(made)
             temporary.rename(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _refuse_unusable(folder: Path) -> None:
+    """What was not whole in the Hub's cache must not be kept in ours. Raises ModelError."""
+    told = "the settings that it is read with"
+    named = named_components(json.loads((folder / "model_index.json").read_text("utf-8")), told)
+    refuse_unfit(folder, named, told, None)
+    refuse_no_words(folder, named, told)

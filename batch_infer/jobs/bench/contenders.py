@@ -86,8 +86,9 @@ def _slots(chain: Chain, row: PromptRequest) -> int:
 class PlainDiffusers:
     """diffusers' own pipeline around the same networks: without a safety checker, as ours, and one generator a row.
 
-    By default it calls the networks as they are; `compiled` lets it call what `torch.compile` made of them, in batches
-    that are padded to one size so that it is compiled once.
+    By default it calls the networks uncompiled; what else was done to them for a GPU (channels last, fused projections)
+    is to its advantage too. `compiled` lets it call what torch.compile made of them, in batches that are padded to one
+    size so that this is done once.
     """
 
     def __init__(self, model: Family, compute: Compute, *, grouped: bool, compiled: bool = False) -> None:
@@ -179,7 +180,6 @@ class _AsDiffusers(torch.nn.Module):
         self.unet = unet
         own: Any = unet.config
         self.config = SimpleNamespace(in_channels=own.in_channels, sample_size=own.sample_size, time_cond_proj_dim=None)
-
         weight = next(unet.parameters())
         self.device, self.dtype = weight.device, weight.dtype
 

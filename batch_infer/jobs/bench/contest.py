@@ -24,6 +24,7 @@ from batch_infer.jobs.bench.subject import Subject, best_shapes, load_subject
 from batch_infer.jobs.bench.sweep import sweep
 from batch_infer.jobs.record import LIBRARIES
 from batch_infer.jobs.summary import peak_memory
+from batch_infer.models.acceleration import is_compiled
 from batch_infer.models.flops import decode_flops, row_forward_flops
 
 SAMPLE = 24
@@ -126,10 +127,12 @@ class _Contest:
 
     def _conditions(self) -> dict[str, Any]:
         subject, settings, compute = self._subject, self._settings, self._subject.compute
+        networks = subject.model.networks
+        compute = replace(compute, compiled=compute.compiled and is_compiled(networks))
         return {
             "model": subject.name,
             "architecture": settings.architecture,
-            "unet_parameters": sum(weight.numel() for weight in subject.model.networks[0].parameters()),
+            "unet_parameters": sum(weight.numel() for weight in networks[0].parameters()),
             "scheduler": subject.model.solver.name,
             "compute": asdict(compute),
             "rounds": settings.rounds,

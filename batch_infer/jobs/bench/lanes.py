@@ -19,7 +19,7 @@ from batch_infer.records import PromptRequest
 
 
 class Lane(Protocol):
-    """What is timed, round by round. `seconds` are those of the whole table, `device_bytes` the most that it took."""
+    """What is timed, round by round. `seconds` are of the whole table, `device_bytes` the most of the last round."""
 
     name: str
     seconds: list[float]
