@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
 
 from batch_infer.chain import Stages, pace
 from batch_infer.models.acceleration import Compiled, is_compiled, speed_up
@@ -81,6 +82,20 @@ def test_a_gpu_gets_channels_last_and_fused_projections(name: str, request: pyte
     assert {type(processor).__name__ for processor in fused} == {"FusedAttnProcessor2_0"}
     found = render(model, ROWS)
     assert all(furthest(found[row.id].pixels, plain[row.id].pixels) <= 1 for row in ROWS)
+
+
+def test_joint_attention_keeps_its_norms_on_a_gpu() -> None:
+    """diffusers' fused attention of such transformers leaves the norms of Stable Diffusion 3.5 out."""
+    network = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16, out_channels=4,
+        pos_embed_max_size=8, qk_norm="rms_norm",
+    ).eval()  # fmt: skip
+    asked = (torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16), torch.randn(2, 16), torch.tensor([3.0, 900.0]))
+    with torch.inference_mode():
+        plain = network(*asked, return_dict=False)[0]
+        speed_up([network], torch.device("cuda"), compiled=False)
+        assert torch.allclose(network(*asked, return_dict=False)[0], plain, atol=1e-5)
 
 
 @pytest.mark.soak

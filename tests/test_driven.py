@@ -184,6 +184,15 @@ def test_memory_that_does_not_hold_a_batch_halves_it(caplog: pytest.LogCaptureFi
     assert "out of memory at 16x16 pixels: going on with 8 slots, not 16" in caplog.text
 
 
+def test_memory_that_holds_one_row_makes_rows_one_by_one(caplog: pytest.LogCaptureFixture) -> None:
+    rows = [paint(str(k), guidance=1.0) for k in range(5)]
+    chain, found = run(rows, slots=8, memory=1)
+    assert sorted(found) == [str(k) for k in range(5)]
+    assert all(isinstance(outcome, Rendered) for outcome in found.values())
+    assert calls_of(chain)[-5:] == [(1, 1)] * 5
+    assert "out of memory at 16x16 pixels: going on with one row a call" in caplog.text
+
+
 @pytest.mark.parametrize("one_by_one", [False, True])
 def test_memory_that_does_not_hold_one_image_fails_it(one_by_one: bool) -> None:
     _, found = run([paint("a"), paint("b", size=(16, 24))], memory=0, one_by_one=one_by_one)
