@@ -10,7 +10,8 @@ READY := $(VENV)/.ready
 TORCH ?= torch==2.13.0
 PINS := diffusers==0.42.1 transformers==5.23.0 accelerate==1.15.0 huggingface-hub==2.4.0 safetensors==0.8.0 \
 	pandas==3.1.1 pyarrow==26.0.1 numpy==2.4.6 pillow==13.0.0 tqdm==4.70.1 click==8.5.1 filelock==4.2.12 scipy==1.17.1 \
-	fsspec==2026.9.0 platformdirs==4.14.8 aiohttp==3.14.5 matplotlib==3.11.2 \
+	fsspec==2026.9.0 platformdirs==4.14.8 prometheus-client==0.26.0 python-json-logger==4.2.0 \
+	aiohttp==3.14.5 matplotlib==3.11.2 \
 	peft==0.21.2 compel==2.5.1 pyparsing==3.3.3
 TOOLS := pytest==9.2.0 pytest-xdist==3.8.0 hypothesis==6.170.15 ruff==0.17.6 mypy==2.4.1
 

@@ -7,23 +7,36 @@ import sys
 import click
 
 from batch_infer.cli import commands
+from batch_infer.cli.logs import give_stderr_back, in_json, settle_format, tell_error
 from batch_infer.errors import BatchInferError, Interrupted
 
 
 def main() -> None:
     """Run the command and end the process with its exit code; a fault of the user's or the world's is one sentence."""
+    settle_format()
     try:
-        code = commands.main(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except BatchInferError as error:
-        click.echo(f"batch-infer: {error}", err=True)
-        code = error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("batch-infer: interrupted; what was committed is kept, the same command goes on", err=True)
-        code = Interrupted.exit_code
+        code = _run()
+    finally:
+        give_stderr_back()
     sys.exit(code or 0)
+
+
+def _run() -> int | None:
+    try:
+        found: int | None = commands.main(standalone_mode=False)
+    except click.ClickException as error:
+        if in_json():
+            tell_error(error.format_message(), error.exit_code)
+        else:
+            error.show()
+        return error.exit_code
+    except BatchInferError as error:
+        tell_error(error, error.exit_code)
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        tell_error("interrupted; what was committed is kept, the same command goes on", Interrupted.exit_code)
+        return Interrupted.exit_code
+    return found
 
 
 if __name__ == "__main__":

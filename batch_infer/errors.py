@@ -4,17 +4,21 @@
     ├── UsageError          exit 2: nothing was rendered, the command or its settings must change
     │   ├── SettingsError   an option, or options that do not go together
     │   ├── TableError      no table can be read
-    │   └── ModelError      the model cannot be loaded, or not with these settings
+    │   ├── ModelError      the model cannot be loaded, or not with these settings
+    │   └── DamagedPart     a part of the manifest is not what was written; `run` sets it aside and goes on
     ├── TryAgainLater       exit 75: run the same command again to go on
     │   ├── LockedError     another run holds OUT
     │   ├── StorageError    OUT cannot be written
     │   ├── ServiceError    somebody else's server does not answer
+    │   ├── WorkersLost     every worker has died, again and again
     │   └── Interrupted     SIGINT or SIGTERM
     └── RowError            one row's fault: becomes that row's status, never ends a run
         └── RowBroken       nobody can say that it is the row's fault: it has failed, and is tried again
 
 Anything else that escapes is a bug: exit 1 with its traceback.
 """
+
+from pathlib import Path
 
 
 def first_line(error: Exception) -> str:
@@ -45,6 +49,17 @@ class ModelError(UsageError):
     pass
 
 
+class DamagedPart(UsageError):
+    """`part` is the path of the part, `reason` what was found."""
+
+    def __init__(self, part: Path, reason: str) -> None:
+        super().__init__(part, reason)  # both, so that it can be sent from one process to another
+        self.part, self.reason = part, reason
+
+    def __str__(self) -> str:
+        return f"{self.part} is damaged ({self.reason}); run again: that sets it aside and renders its rows anew"
+
+
 class TryAgainLater(BatchInferError):
     exit_code = 75
 
@@ -58,6 +73,10 @@ class StorageError(TryAgainLater):
 
 
 class ServiceError(TryAgainLater):
+    pass
+
+
+class WorkersLost(TryAgainLater):
     pass
 
 

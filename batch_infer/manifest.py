@@ -1,14 +1,16 @@
 """The manifest: committed results in Parquet parts, the only truth about what is done.
 
 A part is written after its images, and renamed into place last. Rows that were rendered again stand in a later part
-with a higher attempt, and for one (id, image_index) the highest attempt counts.
+with a higher attempt, and for one (id, image_index) the highest attempt counts. A part's pages bear checksums, so that
+what a disk has garbled is not taken for results.
 """
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
 from datetime import datetime, timedelta
@@ -21,8 +23,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batch_infer.atomic import replacing
-from batch_infer.errors import UsageError, first_line
+from batch_infer.atomic import KnownFolder, make_folder, replacing
+from batch_infer.errors import DamagedPart, StorageError, first_line
 from batch_infer.records import ResultRow, digest
 
 SCHEMA = pa.schema(
@@ -79,6 +81,10 @@ class Committed:
     """How often this very row, by its fingerprint, has failed."""
 
 
+Damaged = Callable[[DamagedPart], object]
+"""Who is told of a damaged part, in the place of an exception that ends all."""
+
+_INDEXED = ("id", "image_index", "status", "fingerprint", "attempt", "generated_image", "source_file", "source_row")
 _FOUND = (
     "SELECT status, fingerprint, attempt, path, part, row, (SELECT count(*) FROM failures AS f"
     " WHERE f.id = c.id AND f.image_index = c.image_index AND f.fingerprint = c.fingerprint) FROM committed AS c"
@@ -100,34 +106,51 @@ def _cell(row: ResultRow, name: str) -> Any:
 class Manifest:
     """The parts under OUT/manifest."""
 
-    def __init__(self, out: Path) -> None:
-        self.folder = out / "manifest"
+    def __init__(self, out: Path | KnownFolder) -> None:
+        self._out = KnownFolder.of(out)
+        self._made = False
+        self.folder = self._out.path / "manifest"
+
+    def check(self) -> None:
+        """See that OUT is still the folder that it was when this was made. Raises StorageError."""
+        self._out.check()
 
     def commit(self, rows: Sequence[ResultRow], carried: pa.Schema) -> str:
-        """Write rows as one part and return its name, which says what it holds. Raises StorageError."""
+        """Write rows as one part and return its name, which says what it holds. Raises StorageError.
+
+        When this returns, a power cut takes none of it any more; before, it takes all of it.
+        """
         name = f"part-{digest([[row.id, row.image_index, row.fingerprint, row.attempt] for row in rows])}.parquet"
         table = to_table(rows, carried)
-        write_parquet(self.folder / name, table.schema, [table])
+        self._out.check()
+        if not self._made:
+            make_folder(self.folder)
+            self._made = True
+        schema = table.schema.with_metadata({_NAMES_SUM: _sum_of(table.schema)})
+        write_parquet(self.folder / name, schema, [table])
         return name
 
     def parts(self) -> list[Path]:
         return sorted(self.folder.glob("part-*.parquet"))
 
     def schemas(self) -> Iterator[pa.Schema]:
-        """The columns of every part. Raises UsageError for a part that cannot be read."""
+        """The columns of every part. Raises DamagedPart, StorageError."""
         for part in self.parts():
-            with _naming(part):
-                yield pq.read_schema(part)
+            with opened_part(part) as file:
+                yield file.schema_arrow
 
-    def index(self, since: datetime | None = None) -> Index:
-        """What is committed, or was since, looked up by key. Raises UsageError for a part that cannot be read."""
-        return Index(self.parts(), since)
+    def index(self, since: datetime | None = None, damaged: Damaged | None = None) -> Index:
+        """What is committed, or was since, looked up by key. Raises DamagedPart, StorageError.
+
+        Where `damaged` is given, it is told of each damaged part, which then counts for nothing.
+        """
+        return Index(self.parts(), since, damaged)
 
 
 class Index:
     """Every committed image by its key, kept in a temporary file so that memory does not grow with the manifest."""
 
-    def __init__(self, parts: Iterable[Path], since: datetime | None = None) -> None:
+    def __init__(self, parts: Iterable[Path], since: datetime | None = None, damaged: Damaged | None = None) -> None:
         self._database = sqlite3.connect("")  # sqlite's own temporary file, removed by closing
         self._database.execute("PRAGMA synchronous = OFF")
         self._database.execute("PRAGMA journal_mode = OFF")
@@ -141,27 +164,31 @@ class Index:
         self._parts = {part.name: part for part in parts}
         self.times: list[datetime] = []
         """Where `since` was asked for: when the first image was begun, and the last one finished."""
-        self._read_whole = lru_cache(maxsize=64)(_read_part)
-        for part in self._parts.values():
-            self._add(part, since)
+        self._read_whole = lru_cache(maxsize=64)(read_part)
+        try:
+            self._add_all(since, damaged)
+        except (DamagedPart, StorageError):
+            self.close()
+            raise
+
+    def _add_all(self, since: datetime | None, damaged: Damaged | None) -> None:
+        for part in list(self._parts.values()):
+            try:
+                self._add(part, since)
+            except DamagedPart as error:
+                if damaged is None:
+                    raise
+                damaged(error)
+                del self._parts[part.name]
 
     def _add(self, part: Path, since: datetime | None) -> None:
-        names = [
-            "id",
-            "image_index",
-            "status",
-            "fingerprint",
-            "attempt",
-            "generated_image",
-            "source_file",
-            "source_row",
-        ]
-        table = _read_part(part, [*names, "finished_at", "seconds"])
+        table = read_part(part, (*_INDEXED, "finished_at", "seconds"))
+        table = table.append_column("row", pa.array(range(len(table)), pa.int64()))
         if since is not None:
             table = table.filter(pc.field("finished_at") >= since)
             self._note_times(table)
         columns = table.to_pydict()
-        rows = list(zip(*(columns[name] for name in names), strict=True))
+        rows = list(zip(*(columns[name] for name in (*_INDEXED, "row")), strict=True))
         failed = [(name, k, fingerprint) for name, k, status, fingerprint, *_ in rows if status == "failed"]
         self._database.executemany("INSERT INTO failures VALUES (?,?,?)", failed)
         # Ties are two workers' word on the same attempt: either is true, the part's name makes the choice stable.
@@ -170,7 +197,7 @@ class Index:
             " status = excluded.status, fingerprint = excluded.fingerprint, attempt = excluded.attempt,"
             " path = excluded.path, source_file = excluded.source_file, source_row = excluded.source_row,"
             " part = excluded.part, row = excluded.row WHERE excluded.attempt >= attempt",
-            ((*row, part.name, number) for number, row in enumerate(rows)),
+            ((*row[:-1], part.name, row[-1]) for row in rows),
         )
 
     def _note_times(self, table: pa.Table) -> None:
@@ -207,11 +234,15 @@ class Index:
         return Counter(dict(self._database.execute("SELECT status, count(*) FROM committed GROUP BY status")))
 
     def take(self, found: Sequence[Committed], schema: pa.Schema = SCHEMA) -> pa.Table:
-        """These columns of these committed images, in their order; null where a part has no such column."""
+        """These columns of these committed images, in their order; null where a part has no such column.
+
+        Raises DamagedPart, StorageError.
+        """
         by_part: dict[str, list[int]] = {}
         for committed in found:
             by_part.setdefault(committed.part, []).append(committed.row)
-        names = tuple(schema.names) if schema is SCHEMA else None  # carried columns can be large
+        # Carried columns can be large, and not every part has them.
+        names = tuple(schema.names) if set(schema.names) <= set(SCHEMA.names) else None
         pieces = [_as(self._read_whole(self._parts[part], names).take(rows), schema) for part, rows in by_part.items()]
         starts = dict(zip(by_part, accumulate((len(piece) for piece in pieces), initial=0), strict=False))
         order = []
@@ -248,23 +279,54 @@ def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
         return pa.chunked_array([[None if value is None else str(value) for value in column.to_pylist()]], pa.string())
 
 
-def _read_part(part: Path, columns: Sequence[str] | None) -> pa.Table:
-    with _naming(part):
-        return pq.read_table(part, columns=None if columns is None else list(columns), partitioning=None)
-
-
 @contextmanager
-def _naming(part: Path) -> Iterator[None]:
+def opened_part(part: Path) -> Iterator[pq.ParquetFile]:
+    """A part, of which nothing is read yet but its foot. Raises DamagedPart, also for what is read while it is open.
+
+    A disk that cannot be read, or a part that has gone meanwhile, is StorageError: it may be back in a moment.
+    """
     try:
-        yield
-    except (OSError, pa.ArrowException) as error:
-        raise UsageError(
-            f"{part} is damaged ({first_line(error)}); remove it and run again to render its rows anew"
-        ) from error
+        with pa.OSFile(str(part)) as stream, pq.ParquetFile(stream, page_checksum_verification=True) as file:
+            if (file.schema_arrow.metadata or {}).get(_NAMES_SUM) not in (None, _sum_of(file.schema_arrow)):
+                raise DamagedPart(part, "its columns are not those that were written")
+            yield file
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+        number = getattr(error, "errno", None)  # what the system says has one, what Arrow says of the content has none
+        if number is None:
+            raise DamagedPart(part, first_line(error).rstrip(".")) from error
+        raise StorageError(f"cannot read {part}: {os.strerror(number)}") from error
+
+
+_NAMES_SUM = b"batch-infer-columns"
+"""Where a part keeps the checksum of its columns' names, which those of its pages do not cover.
+
+Not of their types: those of carried columns may read otherwise with another version of Arrow.
+"""
+
+
+def _sum_of(schema: pa.Schema) -> bytes:
+    return digest(schema.names).encode()
+
+
+def read_part(part: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Columns of a part, all for None. Raises DamagedPart, StorageError."""
+    with opened_part(part) as file:
+        for field in SCHEMA if columns is None else (SCHEMA.field(name) for name in columns):
+            if field.name not in file.schema_arrow.names:
+                raise DamagedPart(part, f"it has no column {field.name}")
+            if (found := file.schema_arrow.field(field.name)) != field:
+                raise DamagedPart(part, f"its column {field.name} is {found.type}, and not {field.type}")
+        table = file.read(None if columns is None else list(columns), use_threads=False)
+        table.validate(full=True)
+        return table
 
 
 def write_parquet(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
     """Write tables as one Parquet file that appears whole or not at all. Raises StorageError."""
-    with replacing(path) as temporary, closing(pq.ParquetWriter(temporary, schema, compression="zstd")) as writer:
+    with replacing(path, parents=False) as temporary, _parquet_writer(temporary, schema) as writer:
         for table in tables:
             writer.write_table(table)
+
+
+def _parquet_writer(path: Path, schema: pa.Schema) -> closing[pq.ParquetWriter]:
+    return closing(pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True))

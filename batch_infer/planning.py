@@ -1,4 +1,4 @@
-"""The plan: what is not done yet, in chunks of one size with the dearest rows first, and what that will cost."""
+"""The plan: what is not done yet, size by size with the dearest rows first, and what that will cost."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from heapq import heappop, heappush
 from itertools import groupby, islice
 from typing import Protocol, TypeAlias
 
-from batch_infer.records import FINAL, MAX_ATTEMPTS, PromptRequest, ResultRow, digest
+from batch_infer.records import FINAL, MAX_ATTEMPTS, PromptRequest, ResultRow
 
 WINDOW = 8192
 """Requests that are looked at together: memory does not grow with the table."""
-CHUNK = 256
-"""Requests that a worker claims at once."""
 FEW = 2048
 """Rows of a size that are dealt out to level lanes; of more, what runs empty at the end is little anyway."""
 
@@ -42,18 +40,6 @@ class Index(Protocol):
     def find(self, key: tuple[str, int]) -> Committed | None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Requests of one size: the unit that workers claim."""
-
-    requests: tuple[PromptRequest, ...]
-
-    @property
-    def name(self) -> str:
-        """Says what the chunk holds."""
-        return digest([[request.id, request.image_index, request.fingerprint] for request in self.requests])
-
-
 Item: TypeAlias = PromptRequest | ResultRow
 LeavesAlone: TypeAlias = "Callable[[Item, Committed | None], bool]"
 """Says of an item, and of what the manifest holds of it, whether a command leaves it as it is."""
@@ -75,12 +61,12 @@ def pending(rows: Iterable[Item], index: Index, leaves_alone: LeavesAlone = is_d
             yield item if found is None else item.again(found.attempt + 1, found.path)
 
 
-def chunks(requests: Iterable[PromptRequest], slots_of: SlotsOf | None = None) -> Iterator[Chunk]:
-    """Cut requests into chunks, window by window.
+def in_order(requests: Iterable[PromptRequest], slots_of: SlotsOf | None = None) -> Iterator[PromptRequest]:
+    """Requests in the order in which they are to be rendered, window by window.
 
     Rows of one size stand together, since a change of size empties the slots. Long rows stand before short ones, so
     that what is left at the end, when slots run empty, is short. With `slots_of`, the slots that rows of a size will
-    be packed into, few rows are also put so that all slots run empty at about the same time.
+    be packed into (those of all devices), few rows are also put so that all slots run empty at about the same time.
     """
     source = iter(requests)
     while window := sorted(islice(source, WINDOW), key=_order):
@@ -88,8 +74,7 @@ def chunks(requests: Iterable[PromptRequest], slots_of: SlotsOf | None = None) -
             alike = list(group)
             if slots_of is not None and len(alike) <= FEW:
                 alike = _level(alike, slots_of(size) // 2)
-            for start in range(0, len(alike), CHUNK):
-                yield Chunk(tuple(alike[start : start + CHUNK]))
+            yield from alike
 
 
 def _level(rows: list[PromptRequest], lanes: int) -> list[PromptRequest]:

@@ -187,14 +187,17 @@ class ComputeSettings:
     slots: int | Literal["auto"] | None = None
     threads: int | None = None
     compiled: bool | None = None
+    processes: int | None = None
+    """Of workers, each with a device of its own; 0: the command renders by itself. Bytes do not depend on it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """What a run computes on: `cpu` or `cuda`, and what its maker calls it."""
+    """What a run computes on: `cpu` or `cuda`, what its maker calls it, and how many of them there are for it."""
 
     kind: str
     name: str
+    count: int = 1
 
 
 @dataclass(frozen=True, slots=True)

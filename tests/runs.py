@@ -20,8 +20,10 @@ import pyarrow.parquet as pq
 
 from batch_infer.__main__ import main
 
-QUICK = ("--steps", "2", "--slots", "8", "--threads", "1", "--device", "cpu", "--on-flagged", "keep")
-"""Few steps, on what every machine has, and no image painted over, whatever the checker thinks of it."""
+QUICK = ("--steps", "2", "--slots", "8", "--threads", "1", "--device", "cpu", "--on-flagged", "keep",
+         "--num-processes", "0")  # fmt: skip
+"""Few steps, on what every machine has, no image painted over, whatever the checker thinks of it, and no process that
+would have to import all libraries first."""
 Key = tuple[str, int]
 
 
@@ -59,11 +61,12 @@ def run(table: Path | str, out: Path, *options: str | Path) -> Done:
 
 
 def start(
-    table: Path, out: Path, *options: str, program: tuple[str, ...] = ("-m", "batch_infer")
+    table: Path, out: Path, *options: str, program: tuple[str, ...] = ("-m", "batch_infer"), session: bool = False
 ) -> subprocess.Popen[str]:
-    """The same in a process of its own."""
+    """The same in a process of its own, with `session` in a group of its own, to which signals can be sent."""
     line = [sys.executable, *program, "run", str(table), "--out", str(out), *QUICK, *options]
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            start_new_session=session)  # fmt: skip
 
 
 def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool], *, seconds: float = 120) -> bool:

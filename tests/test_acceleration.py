@@ -10,8 +10,9 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 
-from batch_infer.chain import Stages, pace
+from batch_infer.chain import pace
 from batch_infer.models.acceleration import Compiled, is_compiled, speed_up
+from batch_infer.stages import Stages
 from tests.rendering import CPU, furthest, load_family, make_request, render
 
 ROWS = [make_request(str(k), f"{k} rings", steps=2 + k, guidance=1 + 3 * k, seed=k) for k in range(3)]

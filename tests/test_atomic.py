@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import pickle
 import re
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from batch_infer import atomic
-from batch_infer.atomic import TEMPORARY, replacing
+from batch_infer.atomic import TEMPORARY, KnownFolder, replacing, temporary_of
 from batch_infer.errors import StorageError
 
 
@@ -52,17 +55,69 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, place: str) -> 
     assert {path.name for path in tmp_path.iterdir()} == {"a file", "a folder"}
 
 
-def test_the_disk_holds_the_bytes_before_the_name_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_disk_holds_the_bytes_before_the_name_changes_and_then_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "file"
     seen = []
 
-    def sync(temporary: Path) -> None:
-        seen.append((temporary.read_text(), path.exists()))
+    def sync(synced: Path) -> None:
+        seen.append((synced.is_dir(), path.exists()))
 
     monkeypatch.setattr(atomic, "sync", sync)
     with replacing(path) as temporary:
         temporary.write_text("x")
-    assert seen == [("x", False)]
+    assert seen == [(False, False), (True, True)]
+
+
+def test_a_file_system_that_syncs_no_folders_is_good_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(faults[-1], "of a folder")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    faults = [errno.EIO, errno.EINVAL, errno.EBADF]
+    for _ in range(2):
+        with replacing(tmp_path / "file") as temporary:
+            temporary.write_text("x")
+        faults.pop()
+    sentence = "cannot write .*file: Input/output error"
+    with pytest.raises(StorageError, match=sentence), replacing(tmp_path / "file") as temporary:
+        temporary.write_text("x")
+
+
+def test_without_parents_no_folder_is_made(tmp_path: Path) -> None:
+    with (
+        pytest.raises(StorageError, match="cannot write .*gone/file: No such file"),
+        replacing(tmp_path / "gone" / "file", parents=False) as temporary,
+    ):
+        temporary.write_text("x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_known_until_another_takes_its_place(tmp_path: Path) -> None:
+    """Also in another process, to which it was sent."""
+    folder = tmp_path / "out"
+    assert_gone(KnownFolder.of(folder))
+    folder.mkdir()
+    known = pickle.loads(pickle.dumps(KnownFolder.of(folder)))
+    known.check()
+    folder.rename(tmp_path / "renamed")
+    assert_gone(known)
+    folder.mkdir()
+    assert_gone(known)
+    folder.rmdir()
+    (tmp_path / "renamed").rename(folder)
+    known.check()
+    assert KnownFolder.of(known) is known
+
+
+def assert_gone(known: KnownFolder) -> None:
+    with pytest.raises(StorageError, match="out has gone since the run began: .* put it back and run again"):
+        known.check()
 
 
 def test_a_process_killed_while_it_writes_leaves_the_old_file(tmp_path: Path) -> None:
@@ -84,7 +139,18 @@ with replacing(pathlib.Path(sys.argv[1])) as temporary:
     assert path.read_text() == "before"
 
 
-def test_two_processes_do_not_share_a_temporary_name(tmp_path: Path) -> None:
-    with replacing(tmp_path / "file") as temporary:
-        temporary.touch()
-        assert str(os.getpid()) in temporary.name
+def test_no_two_processes_share_a_temporary_name(tmp_path: Path) -> None:
+    """Neither by chance nor by having been forked from one another; and one process keeps to its own."""
+    script = """
+import os, pathlib
+from batch_infer.atomic import temporary_of
+reading, writing = os.pipe()
+if os.fork() == 0:
+    os.write(writing, str(temporary_of(pathlib.Path("file"))).encode())
+    os._exit(0)
+print(os.read(reading, 100).decode(), temporary_of(pathlib.Path("file")))
+"""
+    command = [sys.executable, "-c", script]
+    names = [subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() for _ in range(2)]
+    here = {str(temporary_of(Path("file"))) for _ in range(2)}
+    assert len({*names[0], *names[1], *here}) == 5

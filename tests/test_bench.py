@@ -36,7 +36,7 @@ from batch_infer.jobs.bench.subject import load_subject
 from batch_infer.jobs.bench.sweep import sweep
 from batch_infer.models import architectures
 from batch_infer.models.flops import decode_flops, row_forward_flops
-from batch_infer.planning import Packing, chunks
+from batch_infer.planning import Packing, in_order
 from batch_infer.records import PromptRequest, SizeRules
 from batch_infer.settings import Compute, ComputeSettings, ModelSettings
 from tests.pipelines import save_sd3
@@ -306,8 +306,7 @@ def test_a_mixed_table_keeps_the_slots_of_the_real_chain_full() -> None:
 def mixed(rows: int) -> list[PromptRequest]:
     """The benchmark's table, in the order in which a run takes it."""
     sizes = MIXED.sizes_of(SizeRules(64, 64, 8, 16))
-    planned = chunks(make_rows(TableShape(rows), sizes, SAMPLING), slots_of)
-    return [request for chunk in planned for request in chunk.requests]
+    return list(in_order(make_rows(TableShape(rows), sizes, SAMPLING), slots_of))
 
 
 def slots_of(size: tuple[int, int]) -> int:

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from batch_infer.cli import progress
-from batch_infer.cli.progress import Bar, Lines, Silent, make_progress, set_up_logging
+from batch_infer.cli import logs, progress
+from batch_infer.cli.logs import set_up_logging
+from batch_infer.cli.progress import Bar, Lines, Silent, make_progress
 from batch_infer.cli.report import report
 from batch_infer.cli.signals import stop_on_signals
 from batch_infer.jobs.merge import Counts
@@ -30,7 +31,7 @@ class Terminal(io.StringIO):
 @pytest.fixture(autouse=True)
 def _log_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("handlers", "level", "propagate"):
-        monkeypatch.setattr(progress.log, name, getattr(progress.log, name))
+        monkeypatch.setattr(logs.log, name, getattr(logs.log, name))
 
 
 def rows(*statuses: Any) -> list[ResultRow]:
@@ -87,7 +88,7 @@ def test_lines_come_every_few_seconds(monkeypatch: pytest.MonkeyPatch, capsys: p
 def test_how_much_is_logged(capsys: pytest.CaptureFixture[str], quiet: bool, verbose: bool, told: list[str]) -> None:
     set_up_logging(quiet=quiet, verbose=verbose)
     for level in ("debug", "info", "warning", "error"):
-        getattr(progress.log, level)(level)
+        getattr(logs.log, level)(level)
     assert capsys.readouterr().err.split() == [word for level in told for word in ("batch-infer:", level)]
 
 
@@ -104,7 +105,7 @@ def test_durations(capsys: pytest.CaptureFixture[str], seconds: float, text: str
         Summary(counts, rendered=1, seconds=seconds, rendering_seconds=seconds),
         Path("o"),
         (),
-        stopped=False,
+        undone=0,
         as_json=False,
     )
     assert f"1 image in {text} (" in capsys.readouterr().out
@@ -112,7 +113,7 @@ def test_durations(capsys: pytest.CaptureFixture[str], seconds: float, text: str
 
 def test_the_summary_names_what_there_is_to_know(capsys: pytest.CaptureFixture[str]) -> None:
     counts = Counts(rows=12_345, images=12_000, ok=12_000, flagged=0, invalid=3, failed=2, left=340)
-    report(Summary(counts), Path("o"), ("csv", "parquet"), stopped=True, as_json=False)
+    report(Summary(counts), Path("o"), ("csv", "parquet"), undone=340, as_json=False)
     assert capsys.readouterr().out.splitlines() == [
         "12,345 rows · 12,000 ok · 0 flagged · 3 invalid · 2 failed",
         "images   o/images",

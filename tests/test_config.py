@@ -93,10 +93,10 @@ def test_a_file_that_cannot_be_read_ends_with_2(tmp_path: Path, content: bytes |
 
 
 def test_every_option_can_stand_in_a_file(tmp_path: Path) -> None:
-    values = {"flag": "true", "choice": None, "integer": "5", "float": "2.5", "N|auto": "5"}
+    values = {"flag": "true", "integer": "5", "float": "2.5", "N|auto": "5", "DURATION": '"2h"', "file": '"x.prom"'}
     for option in run_command.params:
         name = option.opts[-1] if not option.opts[0].startswith("--") else option.opts[0]
-        if not name.startswith("--") or name in ("--config", "--help"):
+        if not name.startswith("--") or name in ("--config", "--help", "--log-format"):
             continue
         kind = "flag" if getattr(option, "is_flag", False) else option.type.name
         choices = getattr(option.type, "choices", None)

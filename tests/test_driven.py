@@ -17,7 +17,7 @@ from batch_infer.engines import knee
 from batch_infer.engines.knee import find_driven_knee
 from batch_infer.errors import RowBroken, RowError
 from batch_infer.models.family import Conditioning
-from batch_infer.planning import Batching, chunks
+from batch_infer.planning import Batching, in_order
 from batch_infer.records import PromptRequest, Verdict
 from tests.rendering import CPU, make_request
 
@@ -101,7 +101,7 @@ def test_every_request_comes_out_once_and_as_planned(rows: list[Any], slots: int
         paint(str(k), colour, steps=steps, guidance=guidance, rescale=rescale, negative=negative, size=size)
         for k, (steps, guidance, rescale, negative, colour, size) in enumerate(rows)
     ]
-    planned = [request for chunk in chunks(requests) for request in chunk.requests]
+    planned = list(in_order(requests))
     chain, found = run(planned, slots, one_by_one=one_by_one)
     assert found.keys() == {request.id for request in requests}
     for request in requests:
@@ -131,7 +131,7 @@ def test_rows_that_are_alike_are_planned_together() -> None:
         paint(str(k), steps=steps, guidance=guidance, rescale=rescale, negative=negative)
         for k, (steps, guidance, rescale, negative, _) in enumerate(asked)
     ]
-    planned = [row for chunk in chunks(rows[::2] + rows[1::2]) for row in chunk.requests]
+    planned = in_order(rows[::2] + rows[1::2])
     kinds = [kind for kind, _ in groupby(planned, lambda row: row.alike)]
     assert len(kinds) == len(set(kinds)) == 24
 

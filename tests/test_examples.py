@@ -1,4 +1,4 @@
-"""Every script under examples/ runs, on a small piece of its work."""
+"""Every script under examples/ runs, on a small piece of its work; those of examples/nightly do in test_nightly."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ ROOT = PACKAGE.parent
 
 FLOORS = (
     {"batch_infer", "errors"},
-    {"records", "settings", "atomic"},
+    {"records", "settings", "atomic", "stages"},
     {"images"},
     {"diffusion"},
     {"models", "safety", "table", "planning", "manifest", "sinks", "calibration", "datasheets"},
@@ -41,12 +41,18 @@ DOORS = {
     *(f"batch_infer.jobs.{job}" for job in ("run", "plan", "status", "retry", "remerge", "bench")),
     *("batch_infer.engines.knee", "batch_infer.models.architectures", "batch_infer.models.flops"),
     *(
+        "batch_infer.engines.devices",
+        "batch_infer.engines.inline",
+        "batch_infer.engines.launched",
         "batch_infer.engines.local",
         "batch_infer.engines.probe",
+        "batch_infer.worker.device",
+        "batch_infer.worker.loading",
+        "batch_infer.worker.rows",
         "batch_infer.safety.checker",
         "batch_infer.models.acceleration",
     ),
-    *("batch_infer.models.any_pipeline",),
+    *("batch_infer.models.any_pipeline", "batch_infer.cli.logs"),
 }
 """Rooms of a wing that the floor plan names, and that others may therefore enter beside its `__init__`."""
 
@@ -60,7 +66,11 @@ TORCH_FREE = {
         "batch_infer.models.layouts",
     ),
     *("batch_infer.models.lora", "batch_infer.models.single_file"),
-    *("batch_infer.engines.probe",),
+    *(
+        f"batch_infer.engines.{module}"
+        for module in ("probe", "launched", "ledger", "local", "messages", "peers", "rank", "shift")
+    ),
+    *("batch_infer.engines", "batch_infer.worker", "batch_infer.worker.contract", "batch_infer.worker.rows"),
 }
 """Rooms, and modules of rooms, that a command needs which renders nothing."""
 RENDERERS = {
@@ -78,7 +88,10 @@ EXTRAS = {
     "pyparsing": ("long-prompts", "batch_infer.models.long_prompts"),
 }
 """Libraries that not everybody installs, with the extra that does and the module that needs them."""
-DISTRIBUTIONS = {"PIL": "pillow", "huggingface_hub": "huggingface-hub"}
+DISTRIBUTIONS = {
+    **{"PIL": "pillow", "huggingface_hub": "huggingface-hub"},
+    **{"prometheus_client": "prometheus-client", "pythonjsonlogger": "python-json-logger"},
+}
 """Distributions that are not called as their module is."""
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import pickle
+import random
 import re
 from dataclasses import fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from batch_infer.errors import StorageError, UsageError
+from batch_infer.errors import DamagedPart, StorageError
 from batch_infer.manifest import SCHEMA, Manifest, to_table, write_parquet
 from batch_infer.records import BOOKKEEPING, ResultRow, now
 
@@ -139,13 +144,143 @@ def test_only_whole_parts_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"PAR1 and no more", b"another"], ids=["empty", "truncated", "another"])
 def test_a_damaged_part_is_named_with_the_way_out(tmp_path: Path, content: bytes) -> None:
     manifest = Manifest(tmp_path)
+    whole = manifest.folder / manifest.commit([row("b")], NONE)
     part = manifest.folder / manifest.commit([row()], NONE)
     if content == b"another":
         pq.write_table(pa.table({"prompt": ["no part"]}), part)
     else:
         part.write_bytes(content)
-    with pytest.raises(UsageError, match=rf"{re.escape(str(part))} is damaged .*; remove it and run again"):
+    sentence = rf"{re.escape(str(part))} is damaged \(.*[^.]\); run again: that sets it aside"
+    with pytest.raises(DamagedPart, match=sentence) as error:
         manifest.index()
+    assert error.value.part == part
+    assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
+    told: list[DamagedPart] = []
+    with manifest.index(damaged=told.append) as index:
+        assert (index.find(("a", 0)), index.rows()) == (None, (1, 0))
+    assert [damage.part for damage in told] == [part]
+    assert part.exists()
+    assert whole.exists()
+
+
+def test_a_part_that_the_disk_does_not_give_is_not_taken_for_damaged(tmp_path: Path) -> None:
+    """It would be rendered anew for nothing."""
+    manifest = Manifest(tmp_path)
+    part = manifest.folder / manifest.commit([row()], NONE)
+    with manifest.index() as index:
+        found = index.find(("a", 0))
+        part.unlink()
+        assert found is not None
+        with pytest.raises(StorageError, match=f"cannot read {re.escape(str(part))}: No such file"):
+            index.take([found])
+
+
+def test_a_column_that_is_read_late_is_read_with_its_checksum(tmp_path: Path) -> None:
+    """Values of one length are exchanged in a page that is not compressed, so that Parquet itself sees nothing."""
+    manifest = Manifest(tmp_path)
+    part = manifest.folder / manifest.commit([row(sha256="0123456789" * 6, prompt=f"{2**70}")], NONE)
+    with manifest.index() as index:
+        content = part.read_bytes()
+        at = content.index(b"0123456789")
+        part.write_bytes(content[:at] + b"9876543210" + content[at + 10 :])
+        found = index.find(("a", 0))
+        assert found is not None
+        with pytest.raises(DamagedPart, match="CRC checksum"):
+            index.take([found])
+
+
+@pytest.mark.parametrize("change", ["renamed", "of another type"])
+def test_a_part_with_other_columns_is_damaged(tmp_path: Path, change: str) -> None:
+    manifest = Manifest(tmp_path)
+    part = manifest.folder / manifest.commit([row(carried={"n": "x"})], pa.schema([("n", pa.string())]))
+    table = pq.read_table(part)
+    if change == "renamed":
+        table = table.rename_columns([*SCHEMA.names, "m"]).replace_schema_metadata(table.schema.metadata)
+    else:
+        table = table.set_column(2, "prompt", pa.array([7]))
+    pq.write_table(table, part)
+    with pytest.raises(DamagedPart, match=r"its column"), manifest.index() as index:
+        found = index.find(("a", 0))
+        assert found is not None
+        index.take([found])
+
+
+def damaged(content: bytes, random_: random.Random) -> bytes:
+    """A file as a disk may give it back: cut off, zeroed in blocks, with bits or bytes that are others."""
+    at = random_.randrange(len(content))
+    foot = random_.randrange(len(content) - int.from_bytes(content[-8:-4], "little") - 8, len(content))
+    kind = random_.choice(["cut", "block", "bit", "byte", "foot"])
+    if kind == "cut":
+        return content[:at]
+    if kind == "block":
+        length = random_.choice([1, 16, 512, 4096])
+        return content[:at] + bytes(len(content[at : at + length])) + content[at + length :]
+    if kind == "byte":
+        return content[:at] + bytes([random_.randrange(256)]) + content[at + 1 :]
+    at = foot if kind == "foot" else at
+    return content[:at] + bytes([content[at] ^ 1 << random_.randrange(8)]) + content[at + 1 :]
+
+
+def test_whatever_is_damaged_nothing_is_read_that_was_not_written(tmp_path: Path) -> None:
+    manifest, random_ = Manifest(tmp_path), random.Random(0)
+    rows = [row(f"{k}", prompt=f"{k} circles", seed=k, safety_scores={"c": k / 7}) for k in range(30)]
+    part = manifest.folder / manifest.commit(rows, NONE)
+    content, table = part.read_bytes(), pq.read_table(part).replace_schema_metadata(None)
+    detected = 0
+    for _ in range(800):
+        part.write_bytes(damaged(content, random_))
+        try:
+            list(manifest.schemas())
+            with manifest.index() as index:
+                found = [index.find(r.key) for r in rows]
+                assert index.take([f for f in found if f is not None]).equals(table)
+        except DamagedPart:
+            detected += 1
+    assert detected > 400
+
+
+def test_rows_since_a_time_are_taken_from_where_they_stand(tmp_path: Path) -> None:
+    manifest, end = Manifest(tmp_path), now()
+    manifest.commit(
+        [row("old", finished_at=end - timedelta(hours=1), seed=1), row("new", finished_at=end, seed=2)], NONE
+    )
+    with manifest.index(since=end) as index:
+        assert index.find(("old", 0)) is None
+        found = index.find(("new", 0))
+        assert found is not None
+        assert index.take([found])["seed"].to_pylist() == [2]
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["gone", "replaced"])
+def test_out_that_has_gone_is_not_made_again(tmp_path: Path, again: bool) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    manifest = Manifest(out)
+    manifest.commit([row()], NONE)
+    out.rename(tmp_path / "elsewhere")
+    if again:
+        out.mkdir()
+    for name in ("a", "b"):
+        with pytest.raises(StorageError, match="has gone since the run began"):
+            manifest.commit([row(name)], NONE)
+    assert out.exists() == again
+    assert not again or not list(out.iterdir())
+    with pytest.raises(StorageError, match="has gone since the run began"):
+        Manifest(tmp_path / "missing").commit([row()], NONE)
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_disk_that_fails_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    manifest = Manifest(tmp_path)
+    name = manifest.commit([row()], NONE)
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(StorageError, match="cannot write .*part-.*parquet: No space left on device"):
+        manifest.commit([row("b")], NONE)
+    assert [path.name for path in manifest.folder.iterdir()] == [name]
 
 
 def test_a_full_disk_is_a_storage_error(tmp_path: Path) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from batch_infer.errors import LockedError, SettingsError, UsageError
+from batch_infer.errors import LockedError, SettingsError, StorageError, UsageError
 from batch_infer.jobs import out as outdir
 
 HOLDER = """
@@ -134,12 +136,86 @@ def test_an_empty_folder_is_as_good_as_cleared(tmp_path: Path) -> None:
     outdir.clear(tmp_path / "missing")
 
 
-def test_leftovers_of_a_killed_run_are_removed_and_no_others(out: Path) -> None:
+def test_leftovers_of_a_killed_run_are_removed_and_no_others(out: Path, tmp_path: Path) -> None:
     full(out)
-    ours = [out / ".tmp-1-run.json", out / "images/t-00000/.tmp-1-a-0.png", out / "manifest/.tmp-1-part.parquet"]
-    others = [out / "my images" / ".tmp-1-a.png"]
+    ours = [
+        *(out / ".tmp-1-run.json", out / "images/t-00000/.tmp-1-a-0.png", out / "manifest/.tmp-1-part.parquet"),
+        *(out / "quarantine/t/.tmp-1-b-0.png", out / "logs/.tmp-1-x", out / ".holder"),
+    ]
+    (tmp_path / "elsewhere").mkdir()
+    (out / "images" / "link").symlink_to(tmp_path / "elsewhere")
+    others = [out / "my images" / ".tmp-1-a.png", tmp_path / "elsewhere" / ".tmp-1-a.png"]
     for path in (*ours, *others):
         path.touch()
     outdir.remove_leftovers(out)
-    assert [path.exists() for path in (*ours, *others)] == [False, False, False, True]
+    assert [path for path in (*ours, *others) if path.exists()] == others
     assert (out / "images/t-00000/a-0.png").exists()
+
+
+def test_leftovers_on_a_larger_disk_are_removed_too(out: Path, tmp_path: Path) -> None:
+    full(out)
+    (out / "images").rename(tmp_path / "big disk")
+    (out / "images").symlink_to(tmp_path / "big disk")
+    leftover = tmp_path / "big disk" / "t-00000" / ".tmp-1-a-0.png"
+    leftover.touch()
+    outdir.remove_leftovers(out)
+    assert not leftover.exists()
+
+
+def test_the_word_of_who_holds_out_stays(out: Path, holder: subprocess.Popen[str]) -> None:
+    outdir.remove_leftovers(out)
+    assert f"process {holder.pid}," in (outdir.holder(out) or "")
+    holder.kill()
+    holder.wait()
+    outdir.remove_leftovers(out)
+    assert not (out / ".holder").exists()
+    with outdir.locked(out):
+        outdir.remove_leftovers(out)
+        assert (out / ".holder").exists()
+
+
+def test_files_are_swept_without_asking_for_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There may be a million of them, on a disk in a network."""
+    for name in ("a", "b", "c"):
+        folder = tmp_path / "images" / name
+        folder.mkdir(parents=True)
+        for number in range(100):
+            (folder / f"{number}.png").touch()
+    asked = []
+    real = os.stat
+
+    def stat(path: Any, *args: Any, **options: Any) -> os.stat_result:
+        asked.append(path)
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    outdir.remove_leftovers(tmp_path)
+    assert len(asked) < 20
+
+
+def replaced(out: Path) -> None:
+    out.rename(out.with_name("elsewhere"))
+    out.mkdir()
+
+
+def removed_and_made_again(out: Path) -> None:
+    """At once: a file system is quick to give the inode of the old folder to the new one."""
+    shutil.rmtree(out)
+    out.mkdir()
+
+
+@pytest.mark.parametrize("vanish", [replaced, shutil.rmtree, removed_and_made_again])
+def test_a_held_folder_is_not_mistaken_for_another(out: Path, vanish: Callable[[Path], None]) -> None:
+    with outdir.locked(out) as held:
+        held.check()
+        vanish(out)
+        there = out.exists()
+        if there:
+            (out / ".holder").write_text("another")
+        with pytest.raises(StorageError, match="has gone since the run began"):
+            held.check()
+        if not there:
+            with pytest.raises(StorageError, match=r"cannot write .*run.json"):
+                outdir.write_run(out, {})
+    assert out.exists() == there
+    assert not there or (out / ".holder").read_text() == "another"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field, replace
-from itertools import chain, groupby
+from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batch_infer import planning
-from batch_infer.planning import Chunk, Load, Packing, chunks, is_done, pending
+from batch_infer.planning import Load, Packing, in_order, is_done, pending
 from batch_infer.records import FINAL, MAX_ATTEMPTS, PromptRequest, ResultRow, SamplingParams, Source, now
 
 GUIDANCE = [1.0, 7.5, 7.5, 7.5, 7.5]
@@ -85,24 +85,16 @@ def test_what_is_pending_knows_what_it_replaces() -> None:
     assert found == [("new", 1, None), ("changed", 3, "images/old.png"), ("failed", 2, None)]
 
 
-def test_chunks_hold_one_size_and_long_rows_come_first() -> None:
+def test_rows_of_one_size_stand_together_and_long_ones_come_first() -> None:
     rows = [request(f"{size}-{steps}-{guidance:g}", size=size, steps=steps, guidance=guidance)
             for size in (128, 64) for steps in (5, 50) for guidance in (1.0, 5.0)]  # fmt: skip
-    first, second = chunks(rows)
-    assert [item.id for item in first.requests] == ["64-50-5", "64-50-1", "64-5-5", "64-5-1"]
-    assert {item.params.height for item in second.requests} == {128}
+    planned = list(in_order(rows))
+    assert [item.id for item in planned[:4]] == ["64-50-5", "64-50-1", "64-5-5", "64-5-1"]
+    assert {item.params.height for item in planned[4:]} == {128}
 
 
-def test_a_chunk_is_named_by_what_it_holds() -> None:
-    rows = [request("a"), request("b")]
-    (here,), (there,) = chunks(rows), chunks(rows[::-1])
-    assert here.name == there.name
-    (changed,) = chunks([rows[0], replace(rows[1], fingerprint="g")])
-    assert changed.name != here.name
-
-
-def test_no_rows_make_no_chunk() -> None:
-    assert list(chunks([])) == []
+def test_no_rows_need_no_plan() -> None:
+    assert list(in_order([])) == []
 
 
 def test_the_plan_is_made_window_by_window(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +107,7 @@ def test_the_plan_is_made_window_by_window(monkeypatch: pytest.MonkeyPatch) -> N
         for read in range(1, 10**9):
             yield request(f"{read}")
 
-    plan = chunks(rows())
+    plan = in_order(rows())
     next(plan)
     assert read == 10
 
@@ -124,21 +116,17 @@ shapes = st.tuples(st.sampled_from([64, 72, 128]), st.sampled_from([1, 5, 50]), 
 
 
 @settings(deadline=None)
-@given(st.lists(shapes, max_size=60), st.integers(1, 20), st.integers(1, 8), st.sampled_from([None, 2, 3, 8]))
-def test_every_request_is_planned_once(
-    rows: list[tuple[int, int, float]], window: int, chunk: int, slots: int | None
-) -> None:
+@given(st.lists(shapes, max_size=60), st.integers(1, 20), st.sampled_from([None, 2, 3, 8]))
+def test_every_request_is_planned_once(rows: list[tuple[int, int, float]], window: int, slots: int | None) -> None:
     requests = [request(f"{i}", size=size, steps=steps, guidance=guidance)
                 for i, (size, steps, guidance) in enumerate(rows)]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planning, "WINDOW", window)
-        patch.setattr(planning, "CHUNK", chunk)
-        plan: list[Chunk] = list(chunks(requests, (lambda _: slots) if slots else None))
-    planned = [item for piece in plan for item in piece.requests]
+        planned = list(in_order(requests, (lambda _: slots) if slots else None))
     assert sorted(item.id for item in planned) == sorted(item.id for item in requests)
-    assert all(0 < len(piece.requests) <= chunk for piece in plan)
-    assert all(len(list(groupby(piece.requests, lambda item: item.params.height))) == 1 for piece in plan)
-    assert len({piece.name for piece in plan}) == len(plan)
+    for start in range(0, len(planned), window):
+        sizes = [size for size, _ in groupby(planned[start : start + window], lambda item: item.params.height)]
+        assert len(sizes) == len(set(sizes))
 
 
 # What it costs
@@ -153,8 +141,7 @@ def test_slots_are_full_on_a_mixed_table(rows: int, least: float, seed: int) -> 
         request(f"{k}", size=draw.choice([64, 72, 128]), steps=draw.randint(20, 50), guidance=draw.choice(GUIDANCE))
         for k in range(rows)
     ]
-    planned = chain.from_iterable(chunk.requests for chunk in chunks(table, lambda _: 32))
-    loads = loads_of(list(planned), slots=32).values()
+    loads = loads_of(list(in_order(table, lambda _: 32)), slots=32).values()
     assert sum(load.row_forwards for load in loads) / sum(32 * load.ticks for load in loads) >= least
 
 

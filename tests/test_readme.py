@@ -41,7 +41,8 @@ def test_every_command_stands_in_the_readme() -> None:
 def test_every_option_that_the_readme_names_exists() -> None:
     parameters = [parameter for command in commands.commands.values() for parameter in command.params]
     offered = {option for parameter in parameters for option in (*parameter.opts, *parameter.secondary_opts)}
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", README))
+    ours = re.sub(r"^    (torchrun|accelerate) .*$", "", README, flags=re.MULTILINE)
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", ours))
     assert named - {"--help"} <= offered
 
 

@@ -344,7 +344,7 @@ def test_invalid_rows_are_told_on_stderr_and_in_the_log(tmp_path: Path, out: Pat
     assert done.stderr.count("seed 'none' is not a whole number") == 20
     assert "t.csv, row 19 (t-00000019): seed 'none'" in done.stderr
     assert "invalid in all: 30; results.parquet names each" in done.stderr
-    assert "t.csv, row 29 (t-00000029): seed 'none'" in (out / "logs" / "worker-0.log").read_text()
+    assert "t.csv, row 29 (t-00000029): seed 'none'" in (out / "logs" / "run.log").read_text()
     assert not images(out)
 
 
@@ -849,8 +849,8 @@ def test_a_signal_at_the_very_start_ends_a_run_in_order(table: Path, out: Path) 
 
 
 IMPATIENT = """
-import batch_infer.worker
-batch_infer.worker.COMMIT_SECONDS = 0.3
+import batch_infer.worker.device
+batch_infer.worker.device.COMMIT_SECONDS = 0.3
 from batch_infer.__main__ import main
 main()
 """

@@ -156,7 +156,7 @@ def test_every_option_has_its_place() -> None:
         },
         "safety": {"mode": "checker", "on_flagged": "drop", "required": True},
         "output": {"image_format": "webp", "results": ("csv", "jsonl"), "base64": True},
-        "compute": {"slots": 6, "threads": 2, "compiled": False},
+        "compute": {"slots": 6, "threads": 2, "compiled": False, "processes": None},
         "max_failed": {"count": 0, "percent": 1.0},
         "overwrite": True,
         "price_per_hour": 2.5,

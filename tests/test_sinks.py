@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
+import shutil
+import stat
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from batch_infer.atomic import TEMPORARY, KnownFolder
 from batch_infer.errors import StorageError
 from batch_infer.records import PromptRequest, SamplingParams, Source
 from batch_infer.sinks import FolderSink
@@ -137,7 +143,7 @@ def test_what_is_stored_is_told(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "images").write_text("a file where the folder should be")
-    with pytest.raises(StorageError, match=re.escape(str(tmp_path / "images/t/a.png"))):
+    with pytest.raises(StorageError, match=re.escape(str(tmp_path / "images"))):
         FolderSink(tmp_path, ".png").write("images/t/a.png", b"x")
 
 
@@ -156,3 +162,108 @@ def test_nothing_outside_out_is_removed(tmp_path: Path, path: str) -> None:
     (out / "images" / "link").symlink_to(tmp_path)
     FolderSink(out).remove(path if path != "/precious" else str(precious))
     assert precious.exists()
+
+
+NAMES = [f"images/t-0000{k % 2}/{k}-0.png" for k in range(6)]
+
+
+def written(out: Path) -> FolderSink:
+    sink = FolderSink(out, ".png")
+    for name in NAMES:
+        sink.write(name, name.encode())
+    return sink
+
+
+def test_the_disk_holds_all_images_before_one_takes_its_name_and_then_the_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folders are made once, and the disk has their own names before the images in them are settled."""
+    steps: list[str] = []
+    real_sync, real_replace, real_mkdir = os.fsync, os.replace, Path.mkdir
+
+    def fsync(descriptor: int) -> None:
+        steps.append("sync folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "sync")
+        real_sync(descriptor)
+
+    def replaced(source: Path, target: Path) -> None:
+        steps.append("replace")
+        real_replace(source, target)
+
+    def mkdir(folder: Path, *args: Any, **options: Any) -> None:
+        steps.append(f"mkdir {folder.name}")
+        real_mkdir(folder, *args, **options)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replaced)
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    sink = written(tmp_path)
+    made = [step for name in ("images", "t-00000", "t-00001") for step in (f"mkdir {name}", "sync folder")]
+    assert steps == made
+    steps.clear()
+    sink.settle(NAMES)
+    assert steps == ["sync"] * 6 + ["replace"] * 6 + ["sync folder"] * 2
+
+
+GONE = "has gone since the run began: .* run again to go on"
+
+
+def replaced_by_another(folder: Path) -> None:
+    folder.rename(folder.with_name("elsewhere"))
+    folder.mkdir()
+
+
+@pytest.mark.parametrize("place", ["out", "out/images"], ids=["OUT", "the disk that images/ links to"])
+@pytest.mark.parametrize("vanish", [shutil.rmtree, replaced_by_another], ids=["removed", "replaced"])
+def test_a_folder_that_has_gone_is_not_made_again(tmp_path: Path, place: str, vanish: Callable[[Path], object]) -> None:
+    """Nor is anything written to, or removed from, what stands in its place: a mount point without its disk, say."""
+    out = tmp_path / "out"
+    out.mkdir()
+    sink = written(out)
+    vanish(tmp_path / place)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(StorageError, match=GONE):
+        sink.settle(NAMES)
+    with pytest.raises(StorageError, match=GONE):
+        sink.write("images/t-00000/new-0.png", b"x")
+    with pytest.raises(StorageError, match=GONE):
+        sink.remove(NAMES[0])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_no_folder_no_sink(tmp_path: Path) -> None:
+    """A worker that is started once OUT has gone: it is sent the folder that the run knows."""
+    out = tmp_path / "out"
+    out.mkdir()
+    known = KnownFolder.of(out)
+    replaced_by_another(out)
+    for sink in (FolderSink(known), FolderSink(tmp_path / "missing")):
+        with pytest.raises(StorageError, match=GONE):
+            sink.write(NAMES[0], b"x")
+    assert not list(out.iterdir())
+
+
+def test_a_full_disk_is_named_and_left_no_fuller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_space(path: Path, content: bytes) -> None:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", no_space)
+    with pytest.raises(StorageError, match=f"cannot write {tmp_path}/{NAMES[0]}: No space left on device"):
+        FolderSink(tmp_path).write(NAMES[0], b"x")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_disk_that_fails_while_images_are_settled_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """With delayed allocation, a disk may be found to be full as late as that."""
+    sink = written(tmp_path)
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(StorageError, match=f"cannot write {tmp_path}/{NAMES[0]}: No space left on device"):
+        sink.settle(NAMES)
+    assert not [path for path in tmp_path.rglob("*.png") if not path.name.startswith(TEMPORARY)]

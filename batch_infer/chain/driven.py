@@ -12,13 +12,14 @@ import numpy as np
 import torch
 
 from batch_infer.chain.finishing import to_pixels
-from batch_infer.chain.outcomes import Rendered, Size, Stages, Unrendered, not_finite
+from batch_infer.chain.outcomes import Rendered, Size, Unrendered, not_finite
 from batch_infer.chain.pace import pace_of
 from batch_infer.chain.reading import Ahead
 from batch_infer.chain.shape import ChainShape
 from batch_infer.errors import RowBroken, RowError, first_line
 from batch_infer.records import PromptRequest, Verdict
 from batch_infer.safety import Judge
+from batch_infer.stages import Stages
 
 if TYPE_CHECKING:
     from batch_infer.models import AnyPipeline

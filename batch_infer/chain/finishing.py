@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import torch
 
-from batch_infer.chain.outcomes import Rendered, Stages, Unrendered, not_finite
+from batch_infer.chain.outcomes import Rendered, Unrendered, not_finite
 from batch_infer.chain.streams import stream_of
 from batch_infer.diffusion import Finished
 from batch_infer.models.acceleration import is_compiled
 from batch_infer.records import PromptRequest, Verdict
 from batch_infer.safety import Judge
+from batch_infer.stages import Stages
 
 if TYPE_CHECKING:
     from batch_infer.models import Conditioning, Family

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from batch_infer.chain.outcomes import Stages
+from batch_infer.stages import Stages
 
 TICKS_AHEAD = 3
 """UNet calls that a GPU has been handed and has not finished: enough never to starve it, few enough to hold memory."""

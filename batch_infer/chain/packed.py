@@ -11,7 +11,7 @@ import torch
 
 from batch_infer.chain.encoding import Encoding
 from batch_infer.chain.finishing import Finishing, Tag
-from batch_infer.chain.outcomes import Rendered, Size, Stages, Unrendered
+from batch_infer.chain.outcomes import Rendered, Size, Unrendered
 from batch_infer.chain.pace import pace_of
 from batch_infer.chain.reading import Ahead, Waiting
 from batch_infer.chain.shape import ChainShape, Part
@@ -19,6 +19,7 @@ from batch_infer.diffusion import Finished, Slots
 from batch_infer.errors import RowError, first_line
 from batch_infer.records import PromptRequest
 from batch_infer.safety import Judge
+from batch_infer.stages import Stages
 
 if TYPE_CHECKING:
     from batch_infer.models import Family

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from batch_infer.cli.logs import settle_format
 from batch_infer.errors import SettingsError
 
 
@@ -20,8 +21,10 @@ def _load(context: click.Context, _: click.Parameter, path: Path | None) -> None
     group = context.parent.command if context.parent else context.command
     known = _options(group if isinstance(group, click.Group) else context.command)
     own = _options(context.command)
-    found = {}
-    for key, value in _read(path).items():
+    found, values = {}, _read(path)
+    if values.get("log-format", values.get("log_format")) == "json" and not context.get_parameter_source("log_format"):
+        settle_format("json")  # a fault in the file is told so too
+    for key, value in values.items():
         name = key.replace("_", "-")
         if name not in known:
             raise SettingsError(f"{path}: there is no option {key!r}{_near(name, known)}")

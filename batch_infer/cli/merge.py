@@ -9,13 +9,8 @@ from pathlib import Path
 import click
 
 from batch_infer.cli.config import config_option
-from batch_infer.cli.options import (
-    json_option,
-    logging_options,
-    out_argument,
-    results_options,
-)
-from batch_infer.cli.progress import set_up_logging
+from batch_infer.cli.logs import set_up_logging
+from batch_infer.cli.options import json_option, logging_options, out_argument, results_options
 from batch_infer.cli.report import told_counts, told_results
 from batch_infer.settings import ResultsFormat
 

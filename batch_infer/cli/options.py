@@ -10,6 +10,9 @@ import click
 
 from batch_infer import settings as s
 from batch_infer.cli.config import config_option
+from batch_infer.cli.logs import FORMATS, settle_format
+from batch_infer.cli.time_limit import Duration
+from batch_infer.cli.values import Column, Lora, MetricsFile, Slots
 from batch_infer.errors import SettingsError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -25,32 +28,8 @@ def _together(*decorators: Decorator[Any]) -> Decorator[Any]:
     return decorate
 
 
-class _Column(click.ParamType):  # type: ignore[type-arg]  # generic in click 8.5, not so in 8.1
-    """FIELD=NAME; in the environment several stand apart by semicolons, since names hold blanks."""
-
-    name = "FIELD=NAME"
-    envvar_list_splitter = ";"
-
-
-class _Lora(click.ParamType):  # type: ignore[type-arg]
-    """FILE[:WEIGHT]; in the environment several stand apart by semicolons, since paths hold blanks and colons."""
-
-    name = "FILE[:WEIGHT]"
-    envvar_list_splitter = ";"
-
-
-class _Slots(click.ParamType):  # type: ignore[type-arg]
-    """A number of at least 2, or `auto`."""
-
-    name = "N|auto"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if value == "auto":
-            return value
-        try:
-            return click.IntRange(min=2).convert(value, param, ctx)
-        except click.BadParameter:
-            self.fail(f"{value!r} is neither a number of at least 2 nor auto", param, ctx)
+def _settle_format(_: click.Context, __: click.Parameter, found: str) -> None:
+    settle_format(found)
 
 
 table_options = _together(
@@ -59,7 +38,7 @@ table_options = _together(
     click.option(
         "--column",
         "columns",
-        type=_Column(),
+        type=Column(),
         envvar="BATCH_INFER_COLUMN",
         multiple=True,
         help="The table's column for a field: prompt=caption. `height=` takes no column for it. Repeatable; "
@@ -79,7 +58,7 @@ model_options = _together(
     click.option(
         "--lora",
         "loras",
-        type=_Lora(),
+        type=Lora(),
         envvar="BATCH_INFER_LORA",
         multiple=True,
         help="A LoRA to add to the model's weights: style.safetensors:0.8. Repeatable; in the variable "
@@ -106,13 +85,16 @@ model_options = _together(
     ),
     click.option(
         "--slots",
-        type=_Slots(),
+        type=Slots(),
         metavar="N|auto",
         help="Row-forwards in one UNet call; a row with guidance takes two. auto tries out, once for each device, "
         "model and size, where more bring no more speed. Default: 16 on a CPU, 32 on a GPU. Halved where memory ends.",
     ),
     click.option(
-        "--threads", type=click.IntRange(min=1), metavar="N", help="Torch threads on a CPU. Default: all cores."
+        "--threads",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Torch threads of each process on a CPU. Default: the cores, divided among the processes.",
     ),
     click.option(
         "--compile/--no-compile",
@@ -122,6 +104,14 @@ model_options = _together(
         help="Compile the networks with torch.compile, a minute or more for each size. Default: on a GPU, where Triton "
         "and a C compiler are there.",
     ),
+)
+
+processes_option = click.option(
+    "--num-processes",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Worker processes, each with a device of its own. Default: one for each visible GPU, else 1. 0: render in "
+    "the command's own process, which nobody restarts.",
 )
 
 row_options = _together(
@@ -182,19 +172,50 @@ output_options = _together(
 )
 
 
+unattended_options = _together(
+    click.option(
+        "--time-limit",
+        type=Duration(),
+        metavar="DURATION",
+        help="Stop after this long, as on SIGTERM: 90s, 30m, 2h, 1h30m, 1d, or seconds. What is finished is kept, the "
+        "exit code is 75 where images are left, and the same command goes on.",
+    ),
+    click.option(
+        "--metrics-file",
+        type=MetricsFile(dir_okay=False),
+        metavar="FILE",
+        help="Keep this file as metrics for Prometheus: for node_exporter's textfile collector, which reads *.prom.",
+    ),
+)
+"""For commands that nobody watches."""
+
 job_options = _together(
     config_option,
     table_options,
     model_options,
+    processes_option,
     row_options,
     output_options,
+    unattended_options,
     click.option("--overwrite", is_flag=True, help="Remove what earlier runs made in OUT and start anew."),
 )
 """All that says what is to be done, for `run` and for its dry run."""
 
+log_format_option = click.option(
+    "--log-format",
+    type=click.Choice(FORMATS),
+    default="text",
+    show_default=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_settle_format,
+    help="json: all that goes to stderr is one JSON object a line.",
+)
+
 logging_options = _together(
     click.option("-q", "--quiet", is_flag=True, help="Print nothing on success, for cron."),
     click.option("-v", "--verbose", is_flag=True, help="Log more."),
+    log_format_option,
 )
 
 out_argument = click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
@@ -249,7 +270,7 @@ def model_settings(options: Mapping[str, Any]) -> s.ModelSettings:
 
 
 def compute_settings(options: Mapping[str, Any]) -> s.ComputeSettings:
-    return s.ComputeSettings(options["slots"], options["threads"], options["compiled"])
+    return s.ComputeSettings(options["slots"], options["threads"], options["compiled"], options.get("num_processes"))
 
 
 def _columns(options: tuple[str, ...]) -> dict[str, str]:

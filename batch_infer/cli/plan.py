@@ -9,8 +9,8 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 from tqdm import tqdm
 
-from batch_infer.cli.options import job_options, json_option, logging_options, run_settings
-from batch_infer.cli.progress import set_up_logging
+from batch_infer.cli.logs import set_up_logging
+from batch_infer.cli.options import job_options, json_option, logging_options, progress_option, run_settings
 from batch_infer.cli.report import ROWS_FAILED, duration, number
 from batch_infer.cli.signals import interrupt_on_sigterm
 
@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 @job_options
 @json_option
 @logging_options
-def plan(as_json: bool, quiet: bool, verbose: bool, **options: Any) -> int:
+@progress_option
+def plan(time_limit: float | None, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> int:
     """Say what `run` would do, and render nothing.
 
     The options are those of `run`. Every row is validated, and each faulty one named with its reason. Then come the
     sizes, the row-forwards (rows of UNet calls, of which a row with guidance takes two a step), the time, the disk
     and, with --price-per-hour, the cost. What OUT holds already is not counted again. The time is told from a short
-    calibration, or from the last run, which are remembered.
+    calibration, or from the last run, which are remembered; with --time-limit, also whether it is longer than that.
 
     Exit codes: as `run` would have; 3 if more rows are invalid than --max-failed.
     """
@@ -46,9 +47,10 @@ def plan(as_json: bool, quiet: bool, verbose: bool, **options: Any) -> int:
         if quiet and within:
             return 0
         if as_json:
-            _print_json(found, faults)
+            _print_json(found, faults, time_limit)
         else:
             _print(found, faults, settings)
+            _print_limit(found, time_limit)
     return 0 if within else ROWS_FAILED
 
 
@@ -57,9 +59,10 @@ def _note(row: ResultRow, faults: IO[str]) -> None:
     faults.write(json.dumps({**fault, "error": row.error}) + "\n")
 
 
-def _print_json(plan: Plan, faults: IO[str]) -> None:
+def _print_json(plan: Plan, faults: IO[str], limit: float | None) -> None:
     """One object, whose last member is written row by row."""
-    click.echo(json.dumps({**plan.as_dict(), "invalid_results": []})[:-2], nl=False)
+    limits = {"time_limit": limit, "within_time_limit": None if limit is None else plan.seconds <= limit}
+    click.echo(json.dumps({**plan.as_dict(), **limits, "invalid_results": []})[:-2], nl=False)
     for place, line in enumerate(faults):
         click.echo(f"{', ' if place else ''}{line.rstrip()}", nl=False)
     click.echo("]}")
@@ -85,7 +88,17 @@ def _print(plan: Plan, faults: IO[str], settings: RunSettings) -> None:
         click.echo(f"{name:12}{size.images:12,}{size.row_forwards:16,}{size.ticks:14,}{time:>16}")
     slots = sorted({size.slots for size in plan.sizes})
     click.echo(f"slots    {' to '.join(map(str, slots[:1] + slots[1:][-1:]))}, {plan.occupancy:.0%} full")
+    if plan.processes > 1:
+        click.echo(f"workers  {plan.processes}, each with a device of its own")
     click.echo(f"time     about {duration(plan.seconds)}, as measured {plan.measured_at:%Y-%m-%d %H:%M} UTC")
     click.echo(f"disk     about {tqdm.format_sizeof(plan.bytes, 'B')}")
     if plan.cost is not None:
         click.echo(f"cost     about {plan.cost:,.2f}")
+
+
+def _print_limit(plan: Plan, limit: float | None) -> None:
+    if limit is not None and plan.seconds > limit:
+        click.echo(
+            f"limit    {duration(limit)}, and that is less: a run stops then with exit code 75, and the same command "
+            "goes on"
+        )

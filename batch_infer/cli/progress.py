@@ -1,47 +1,72 @@
-"""Progress on stderr: one bar on a terminal, plain lines otherwise."""
+"""Progress on stderr: one bar on a terminal, lines of the log otherwise."""
 
 from __future__ import annotations
 
-import logging
+import json
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from batch_infer.cli.logs import in_json, log
+
 if TYPE_CHECKING:
+    from batch_infer.jobs.run import Progress
     from batch_infer.jobs.survey import Survey
     from batch_infer.records import ResultRow
 
 LINE_EVERY = 10.0
 """Seconds between two lines."""
 
-log = logging.getLogger("batch_infer")
-
-
-class _Handler(logging.Handler):
-    """Log lines above the bar, where there is one."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
-
-
-def set_up_logging(*, quiet: bool, verbose: bool) -> None:
-    """Send the package's log to stderr: warnings and more, with -v everything, with -q only errors."""
-    handler = _Handler()
-    handler.setFormatter(logging.Formatter("batch-infer: %(message)s"))
-    handler.setLevel(logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO)
-    log.handlers = [handler]
-    log.setLevel(logging.DEBUG)
-    log.propagate = False
-
 
 def make_progress(*, shown: bool) -> Bar | Lines | Silent:
     """The progress for where stderr goes to."""
     if not shown:
         return Silent()
-    return Bar() if sys.stderr.isatty() else Lines()
+    return Bar() if sys.stderr.isatty() and not in_json() else Lines()
+
+
+class Together:
+    """Several that are told how a run goes."""
+
+    def __init__(self, *listeners: Progress) -> None:
+        self._listeners = listeners
+
+    def start(self, survey: Survey) -> None:
+        for listener in self._listeners:
+            listener.start(survey)
+
+    def committed(self, rows: Sequence[ResultRow]) -> None:
+        for listener in self._listeners:
+            listener.committed(rows)
+
+    def close(self) -> None:
+        for listener in self._listeners:
+            listener.close()
+
+
+class Undone:
+    """Counts what was rendered, for how much is left of it."""
+
+    def __init__(self) -> None:
+        self._committed = 0
+
+    def start(self, survey: Survey) -> None:
+        pass
+
+    def committed(self, rows: Sequence[ResultRow]) -> None:
+        self._committed += len(rows)
+
+    def close(self) -> None:
+        pass
+
+    def left(self, out: Path) -> int:
+        """How many images the run in OUT was to render and has not, once it is over."""
+        survey = json.loads((out / "run.json").read_text("utf-8"))["survey"]
+        return max(0, int(survey["pending"]) - self._committed)
 
 
 class Silent:
@@ -92,7 +117,8 @@ class Lines:
         self._total, self._done = survey.total, survey.done + survey.invalid
         self._tally.invalid = survey.invalid
         self._started = self._told = time.monotonic()
-        log.info("%d to render, %d done before, %d invalid", survey.pending, survey.done, survey.invalid)
+        counts = {"pending": survey.pending, "done": survey.done, "invalid": survey.invalid}
+        log.info("%(pending)d to render, %(done)d done before, %(invalid)d invalid", counts, extra=counts)
 
     def committed(self, rows: Sequence[ResultRow]) -> None:
         self._tally.add(rows)
@@ -101,9 +127,13 @@ class Lines:
         if now - self._told < LINE_EVERY:
             return
         self._told = now
-        rate = self._here / (now - self._started)
-        left = tqdm.format_interval((self._total - self._done - self._here) / rate)
-        log.info("%d of %d, %.2f images/s, %s left, %s", self._done + self._here, self._total, rate, left, self._tally)
+        rate, done = self._here / (now - self._started), self._done + self._here
+        seconds = (self._total - done) / rate
+        log.info(
+            *("%d of %d, %.2f images/s, %s left, %s", done, self._total, rate),
+            *(tqdm.format_interval(seconds), self._tally),
+            extra={"done": done, "total": self._total, "images_per_second": rate, "seconds_left": seconds},
+        )
 
     def close(self) -> None:
         pass

@@ -21,22 +21,22 @@ ROWS_FAILED = 3
 """The exit code where more rows failed or were invalid than --max-failed."""
 
 
-def conclude(summary: Summary, settings: RunSettings, *, stopped: bool, as_json: bool, quiet: bool) -> int:
+def conclude(summary: Summary, settings: RunSettings, *, undone: int, as_json: bool, quiet: bool) -> int:
     """Tell what became of the rows, where it is to be told, and give the exit code.
 
-    `stopped`: rows that are left are this command's, and it would do them if it came again.
+    `undone`: the images that were this command's and that it would do if it came again.
     """
     counts = summary.counts
     within = settings.max_failed.allows(counts.bad_rows, counts.rows)
-    stopped = stopped and counts.left > 0
+    stopped = undone > 0
     if not quiet or not within or stopped:
-        report(summary, settings.out, settings.output.results, stopped=stopped, as_json=as_json)
+        report(summary, settings.out, settings.output.results, undone=undone, as_json=as_json)
     if stopped:
         return Interrupted.exit_code
     return 0 if within else ROWS_FAILED
 
 
-def report(summary: Summary, out: Path, results: Sequence[str], *, stopped: bool, as_json: bool) -> None:
+def report(summary: Summary, out: Path, results: Sequence[str], *, undone: int, as_json: bool) -> None:
     """Print the summary on stdout."""
     if as_json:
         click.echo(json.dumps(summary.as_dict()))
@@ -53,8 +53,8 @@ def report(summary: Summary, out: Path, results: Sequence[str], *, stopped: bool
         click.echo("nothing to render" if counts.rows else "nothing to render: no rows")
     click.echo(f"images   {out / 'images'}")
     click.echo(told_results(out, results))
-    if stopped:
-        click.echo(f"stopped early: {counts.left:,} left; run the same command again to go on")
+    if undone:
+        click.echo(f"stopped early: {undone:,} left; run the same command again to go on")
     elif counts.left:
         click.echo(f"{counts.left:,} left: `batch-infer run` renders them")
 

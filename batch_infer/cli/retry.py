@@ -8,10 +8,13 @@ from typing import get_args
 import click
 
 from batch_infer.cli.config import config_option
-from batch_infer.cli.options import json_option, logging_options, out_argument, progress_option
-from batch_infer.cli.progress import make_progress, set_up_logging
+from batch_infer.cli.logs import set_up_logging
+from batch_infer.cli.metrics import Metrics
+from batch_infer.cli.options import json_option, logging_options, out_argument, progress_option, unattended_options
+from batch_infer.cli.progress import Together, Undone, make_progress
 from batch_infer.cli.report import conclude
 from batch_infer.cli.signals import stop_on_signals
+from batch_infer.cli.time_limit import TimeLimit
 from batch_infer.settings import Retried
 
 
@@ -28,6 +31,7 @@ from batch_infer.settings import Retried
     required=True,
     help="Which rows. missing: those whose image file is gone. Repeatable.",
 )
+@unattended_options
 @json_option
 @logging_options
 @progress_option
@@ -35,6 +39,8 @@ def retry(
     out: Path,
     tables: tuple[str, ...],
     statuses: tuple[Retried, ...],
+    time_limit: float | None,
+    metrics_file: Path | None,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -48,11 +54,17 @@ def retry(
 
     Exit codes: as those of `run`; 75 if it was stopped.
     """
+    limit = TimeLimit(time_limit)
     set_up_logging(quiet=quiet, verbose=verbose)
-    with stop_on_signals() as stop:
-        from batch_infer.jobs.retry import retry as render_again
+    with Metrics(metrics_file, str(out)) as metrics:
+        with stop_on_signals(limit) as stop:
+            from batch_infer.jobs.retry import retry as render_again
 
-        progress = make_progress(shown=not (quiet or no_progress))
-        summary, settings = render_again(out, statuses, tables, progress, stop)
-        stopped = stop()
-    return conclude(summary, settings, stopped=stopped, as_json=as_json, quiet=quiet)
+            listeners = Together(make_progress(shown=not (quiet or no_progress)), metrics, undone := Undone())
+            summary, settings = render_again(out, statuses, tables, listeners, stop)
+            left = undone.left(out) if stop() else 0
+        metrics.model = settings.model.name or "demo"
+        limit.tell(left)
+        code = conclude(summary, settings, undone=left, as_json=as_json, quiet=quiet)
+        metrics.conclude(summary, code)
+    return code

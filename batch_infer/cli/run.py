@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
+from batch_infer.cli.logs import set_up_logging
+from batch_infer.cli.metrics import Metrics
 from batch_infer.cli.options import job_options, json_option, logging_options, progress_option, run_settings
-from batch_infer.cli.progress import make_progress, set_up_logging
+from batch_infer.cli.progress import Together, make_progress
 from batch_infer.cli.report import conclude
 from batch_infer.cli.signals import stop_on_signals
+from batch_infer.cli.time_limit import TimeLimit
 
 
 @click.command(context_settings={"auto_envvar_prefix": "BATCH_INFER"})
@@ -17,7 +21,15 @@ from batch_infer.cli.signals import stop_on_signals
 @json_option
 @logging_options
 @progress_option
-def run(as_json: bool, quiet: bool, verbose: bool, no_progress: bool, **options: Any) -> int:
+def run(
+    time_limit: float | None,
+    metrics_file: Path | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    no_progress: bool,
+    **options: Any,
+) -> int:
     """Score the prompts of TABLE... into OUT.
 
     TABLE is a file (.csv, .tsv, .parquet, .jsonl, .ndjson, .json, .txt, each also .gz or .zst), a folder of them, a
@@ -30,12 +42,21 @@ def run(as_json: bool, quiet: bool, verbose: bool, no_progress: bool, **options:
     Every option is also an environment variable: BATCH_INFER_STEPS=30 is --steps 30.
 
     Exit codes: 0 all rows accounted for; 2 usage or settings; 3 more rows failed or were invalid than --max-failed;
-    75 stopped early, run again to go on; 1 a bug.
+    75 stopped early (a signal, --time-limit, another run in OUT), run again to go on; 1 a bug.
     """
-    settings = run_settings(options)
+    limit = TimeLimit(time_limit)
     set_up_logging(quiet=quiet, verbose=verbose)
-    with stop_on_signals() as stop:
-        from batch_infer.jobs.run import run as score  # seconds long, and a signal may come in them
+    with Metrics(metrics_file, options["out"], options["model"] or "demo") as metrics:
+        settings = run_settings(options)
+        with stop_on_signals(limit) as stop:
+            from batch_infer.jobs.run import assist  # seconds long, and a signal may come in them
+            from batch_infer.jobs.run import run as score
 
-        summary = score(settings, make_progress(shown=not (quiet or no_progress)), stop)
-    return conclude(summary, settings, stopped=True, as_json=as_json, quiet=quiet)
+            if assist(settings, stop):
+                return 0
+            summary = score(settings, Together(make_progress(shown=not (quiet or no_progress)), metrics), stop)
+        left = summary.counts.left
+        limit.tell(left)
+        code = conclude(summary, settings, undone=left, as_json=as_json, quiet=quiet)
+        metrics.conclude(summary, code)
+    return code

@@ -7,23 +7,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-import click
+from batch_infer.cli.logs import stop_log
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """Give a function that says whether to stop; the signals have their old meaning again afterwards."""
+def stop_on_signals(also: Callable[[], bool] = lambda: False) -> Iterator[Callable[[], bool]]:
+    """Give a function that says whether to stop; the signals have their old meaning again afterwards.
+
+    `also` is asked where no signal has come: there may be another reason to stop.
+    """
     asked = False
 
     def ask(number: int, frame: FrameType | None) -> None:
         nonlocal asked
         asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        click.echo("batch-infer: stopping; finished images are being committed (Ctrl-C again: at once)", err=True)
+        stop_log.warning("stopping; finished images are being committed (Ctrl-C again: at once)")
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: asked
+        yield lambda: asked or also()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

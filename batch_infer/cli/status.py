@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from batch_infer.cli.config import config_option
-from batch_infer.cli.options import json_option, out_argument
+from batch_infer.cli.logs import set_up_logging
+from batch_infer.cli.options import json_option, log_format_option, out_argument
 from batch_infer.cli.report import duration
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 @config_option
 @out_argument
 @json_option
+@log_format_option
 def status(out: Path, as_json: bool) -> int:
     """Say how far the run in OUT is, or how far it came.
 
@@ -28,6 +30,7 @@ def status(out: Path, as_json: bool) -> int:
 
     Exit codes: 0; 2 if OUT holds no run.
     """
+    set_up_logging()
     from batch_infer.jobs.status import status as look
 
     standing = look(out)

@@ -1,63 +1,82 @@
-"""The local engine: one worker in this process."""
+"""The local engine: workers in processes of their own on this machine, one for each device."""
 
 from __future__ import annotations
 
-import platform
+import logging
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from accelerate import PartialState
-
-from batch_infer.errors import SettingsError, first_line
-from batch_infer.planning import Chunk
+from batch_infer.engines import Task, Work
+from batch_infer.engines.messages import Broken, Found, Logged
+from batch_infer.engines.peers import Patience, Peer, start
+from batch_infer.engines.rank import Seat
+from batch_infer.engines.shift import Shift, error_of
+from batch_infer.errors import SettingsError
 from batch_infer.records import ResultRow
 from batch_infer.settings import Device
-from batch_infer.worker import Account, Worker, WorkerSettings
+
+if TYPE_CHECKING:
+    from batch_infer.worker.device import LoadChain
 
 
-def find_device(asked: str) -> Device:
-    """The device that was asked for, or that accelerate finds. Raises SettingsError."""
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise SettingsError("--device cuda: torch finds no CUDA device here")
-    # Left to itself, accelerate reports a world of one on every rank of a machine without CUDA.
-    kind = PartialState(cpu=asked == "cpu" or not torch.cuda.is_available()).device.type
-    return Device(kind, torch.cuda.get_device_name() if kind == "cuda" else _processor())
+class Local:
+    """Workers that this process starts, starts again where they die, and that do not outlive it."""
+
+    def __init__(
+        self, asked: str, processes: int | None, *, patience: Patience | None = None, load: LoadChain | None = None
+    ) -> None:
+        """`asked`: the --device. `processes`: how many workers; by default one for each visible GPU, else one."""
+        self.patience = patience or Patience()
+        self.workers = self._own = processes or 1
+        self._asked, self._processes, self._load = asked, processes, load
+        self._started: dict[int, Peer] = {}
+        self._early: Peer | None = None
+
+    def __enter__(self) -> Local:
+        self._early = self._start(0)  # it imports its libraries while the tables are looked at
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for peer in self._started.values():
+            peer.kill()
+
+    def find_device(self) -> Device:
+        """What the first worker has found."""
+        device = _device_of(self._started[0])
+        most = device.count if device.kind == "cuda" else None
+        self.workers = self._own = self._processes or most or 1
+        if most is not None and self.workers > most:
+            raise SettingsError(f"--num-processes {self.workers}: torch sees {most} GPUs here, and each worker has one")
+        return device
+
+    def render(self, task: Task, committed: Callable[[Sequence[ResultRow]], None], stop: Callable[[], bool]) -> Work:
+        return Shift(task, self, committed).go(stop)
+
+    def gather(self) -> Iterable[Peer]:
+        early, self._early = self._early, None
+        return [early if early and rank == 0 else self._start(rank) for rank in range(self._own)]
+
+    def newcomers(self) -> Iterable[Peer]:
+        return ()
+
+    def hire(self, rank: int) -> Peer | None:
+        return self._start(rank)
+
+    def _start(self, rank: int) -> Peer:
+        self._started[rank] = start(Seat(rank, rank, self._asked, self._load))
+        return self._started[rank]
 
 
-def _processor() -> str:
+def _device_of(peer: Peer) -> Device:
+    """The first thing that a worker tells."""
     try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:  # not Linux
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
-def render(
-    chunks: Iterable[Chunk],
-    settings: WorkerSettings,
-    committed: Callable[[Sequence[ResultRow]], None],
-    stop: Callable[[], bool],
-) -> Account:
-    """Have all chunks rendered and committed; tells what that took.
-
-    They run as one stream: slots do not empty between them.
-
-    Raises ModelError and SettingsError before anything is rendered, StorageError.
-    """
-    try:
-        worker = Worker(settings, stop)
-    except torch.OutOfMemoryError as error:
-        raise memory_fault(error) from error
-    worker.work(chain.from_iterable(chunk.requests for chunk in chunks), committed)
-    return worker.account
-
-
-def memory_fault(error: torch.OutOfMemoryError) -> SettingsError:
-    """What to do about a device on which there is no room for the model."""
-    return SettingsError(
-        f"the device's memory does not hold the model: use another --dtype or device, or see what else lies on it "
-        f"({first_line(error)})"
-    )
+        while True:
+            match message := peer.link.recv():
+                case Found(device):
+                    return device
+                case Logged(record):
+                    logging.getLogger(record.name).handle(record)
+                case Broken():
+                    peer.broken = message
+    except (EOFError, OSError):
+        raise error_of(peer, peer.fate()) from None

@@ -128,7 +128,7 @@ def _end_with(sentinel: int) -> None:
 
 
 def _find_device(asked: str) -> Device:
-    from batch_infer.engines.local import find_device
+    from batch_infer.engines.devices import find_device
 
     return find_device(asked)
 
@@ -168,7 +168,7 @@ def _model(card: ModelCard, compute: Compute, safety: SafetySettings) -> tuple[F
 @cache
 def _load(card: ModelCard, compute: Compute, judged: bool) -> tuple[Family | AnyPipeline, float]:
     started = time.perf_counter()
-    from batch_infer.worker import load_any_model
+    from batch_infer.worker.loading import load_any_model
 
     return load_any_model(card, compute, judged=judged), time.perf_counter() - started
 
@@ -193,7 +193,7 @@ def _rates(
     card: ModelCard, compute: Compute, safety: SafetySettings, image_format: ImageFormat, size: tuple[int, int]
 ) -> Rates:
     """Time full slots at few steps and at many: the difference is the steps', the rest the images'."""
-    from batch_infer.worker import make_chain
+    from batch_infer.worker.loading import make_chain
 
     with _told_of_memory():
         model, start = _model(card, compute, safety)
@@ -219,7 +219,7 @@ def _told_of_memory() -> Iterator[None]:
     """An error that is known where torch is not. Raises SettingsError."""
     from torch import OutOfMemoryError
 
-    from batch_infer.engines.local import memory_fault
+    from batch_infer.engines.devices import memory_fault
 
     try:
         yield

@@ -14,9 +14,9 @@ from batch_infer.calibration import Rates
 from batch_infer.jobs.job import Job
 from batch_infer.planning import Load
 from batch_infer.records import now
+from batch_infer.stages import Stages
 
 if TYPE_CHECKING:
-    from batch_infer.chain import Stages
     from batch_infer.engines.probe import Probe
 
 MOST_MEASURED = 4

@@ -7,13 +7,13 @@ import os
 import platform
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from batch_infer.atomic import TEMPORARY, replacing
+from batch_infer.atomic import TEMPORARY, KnownFolder, replacing, storing, sync_folder
 from batch_infer.errors import LockedError, SettingsError, UsageError
 from batch_infer.records import now
 
@@ -24,23 +24,51 @@ _WAY_OUT = "remove it to go on with what the manifest holds, or start anew in an
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Hold OUT, made where it is missing. The lock dies with its holder. Raises LockedError, SettingsError."""
+def locked(out: Path) -> Iterator[KnownFolder]:
+    """Hold OUT, made where it is missing. The lock dies with its holder. Raises LockedError, SettingsError.
+
+    Gives the folder that it holds: nothing else makes OUT, and who writes there can see that it is still the same.
+    """
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        _make(out)
         lock = FileLock(out / ".lock")
         lock.acquire(timeout=LOCK_SECONDS, poll_interval=LOCK_SECONDS / 4)
     except Timeout:
         raise LockedError(f"{out} is held by another run ({_holder(out)}); run again when it has ended") from None
     except OSError as error:
         raise SettingsError(f"cannot write to {out}: {error.strerror or error}") from error
+    held = KnownFolder.of(out)
     try:
-        with replacing(out / ".holder", flush=False) as temporary:
+        with replacing(out / ".holder", flush=False, parents=False) as temporary:
             temporary.write_text(f"{platform.node()}, process {os.getpid()}, since {now():%Y-%m-%d %H:%M:%S} UTC")
+        with _pinned(out):
+            yield held
+    finally:
+        if KnownFolder.of(out) == held:  # what has taken its place may be held by another
+            (out / ".holder").unlink(missing_ok=True)
+        lock.release()
+
+
+@contextmanager
+def _pinned(out: Path) -> Iterator[None]:
+    """Keep OUT open: else a folder that is made in its place, once it was removed, may be given its inode."""
+    try:
+        descriptor = os.open(out, os.O_RDONLY)
+    except OSError:  # Windows opens no folders, and removes none in which a file is open
+        yield
+        return
+    try:
         yield
     finally:
-        (out / ".holder").unlink(missing_ok=True)
-        lock.release()
+        os.close(descriptor)
+
+
+def _make(out: Path) -> None:
+    """Make OUT and the folders above it, and have the disk hold their names. Raises OSError."""
+    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync_folder(folder.parent)
 
 
 def holder(out: Path) -> str | None:
@@ -88,7 +116,7 @@ def read_run(out: Path) -> dict[str, Any] | None:
 
 def write_run(out: Path, run: Mapping[str, Any]) -> None:
     """Write run.json. Raises StorageError."""
-    with replacing(out / "run.json") as temporary:
+    with replacing(out / "run.json", parents=False) as temporary:
         # In ASCII: a file name may hold bytes that are no UTF-8, and comes back so.
         temporary.write_text(json.dumps(run, indent=2, default=str) + "\n", encoding="ascii")
 
@@ -133,9 +161,32 @@ def clear(out: Path) -> None:
 
 
 def remove_leftovers(out: Path) -> None:
-    """Remove the temporary files that a killed run left in OUT."""
-    for name in OURS:
-        for leftover in (out / name).rglob(f"{TEMPORARY}*"):
-            leftover.unlink(missing_ok=True)
-    for leftover in out.glob(f"{TEMPORARY}*"):
-        leftover.unlink(missing_ok=True)
+    """Remove what a killed run left in OUT: its temporary files, and its word on who holds OUT. Raises StorageError.
+
+    For who holds OUT, or knows that nobody writes there. Folders that links lead to from within are not entered.
+    """
+    with storing(out):
+        _sweep(out)
+        folders = [out / name for name in OURS if (out / name).is_dir()]
+        while folders:
+            folders += _sweep(folders.pop())
+        _remove_holder(out)
+
+
+def _sweep(folder: Path) -> list[Path]:
+    """Remove the temporary files of one folder and return the folders in it: of a million files none is asked for."""
+    folders = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(Path(entry.path))
+            elif entry.name.startswith(TEMPORARY):
+                Path(entry.path).unlink(missing_ok=True)
+    return folders
+
+
+def _remove_holder(out: Path) -> None:
+    """Remove what a killed run said of itself; who holds OUT now, be it this process, keeps its own."""
+    if (out / ".holder").exists():
+        with suppress(Timeout), FileLock(out / ".lock").acquire(timeout=0):
+            (out / ".holder").unlink(missing_ok=True)

@@ -12,10 +12,11 @@ from batch_infer.engines.probe import Probe
 from batch_infer.errors import RowError
 from batch_infer.jobs.estimate import rates_of
 from batch_infer.jobs.job import Job, find_model, open_tables, prepare, rooted
+from batch_infer.jobs.record import processes_of
 from batch_infer.jobs.tune import BatchShapes
 from batch_infer.manifest import Index, Manifest
 from batch_infer.models import TruncationCount, load_token_counter
-from batch_infer.planning import Batching, Packing, chunks, pending
+from batch_infer.planning import Batching, Packing, in_order, pending
 from batch_infer.records import PromptRequest, ResultRow, now
 from batch_infer.settings import RunSettings
 
@@ -25,7 +26,7 @@ WALKS = 3
 
 @dataclass(slots=True)
 class SizePlan:
-    """What the images of one size take: `seconds` of the device."""
+    """What the images of one size take: `seconds` of device time."""
 
     height: int
     width: int
@@ -40,7 +41,8 @@ class SizePlan:
 class Plan:
     """What a run would do, counted in results (a row has one for each image) but where rows are named.
 
-    `seconds` are of the whole command, from start to end. `truncated` is None where only the model's pipeline knows.
+    `seconds` are of the whole command, from start to end; those of a size are device time, of which each of the
+    `processes` has its share. `truncated` is None where only the model's pipeline knows.
     """
 
     rows: int = 0
@@ -51,6 +53,7 @@ class Plan:
     pending: int = 0
     truncated: int | None = 0
     slots: int = 0
+    processes: int = 1
     sizes: list[SizePlan] = field(default_factory=list)
     row_forwards: int = 0
     ticks: int = 0
@@ -73,31 +76,31 @@ def plan(settings: RunSettings, tell: Callable[[ResultRow], None]) -> Plan:
     settings = rooted(settings)
     with open_tables(settings) as tables, Probe() as probe:
         card = find_model(settings, probe.facts)
-        job = prepare(settings, tables, card, probe.find_device(settings.model.device))
+        device = probe.find_device(settings.model.device)
+        job = prepare(settings, tables, card, device)
         with Index([]) if settings.overwrite else Manifest(settings.out).index() as index:
-            return _Walk(job, probe, index, tell).go()
+            return _Walk(job, processes_of(settings, device), probe, index, tell).go()
 
 
 class _Walk:
     """One walk over the tables, with a tally of what is met."""
 
-    def __init__(self, job: Job, probe: Probe, index: Index, tell: Callable[[ResultRow], None]) -> None:
+    def __init__(self, job: Job, processes: int, probe: Probe, index: Index, tell: Callable[[ResultRow], None]) -> None:
         self._job, self._probe, self._index, self._tell = job, probe, index, tell
         self._shapes = BatchShapes(job, probe)
         self._packing = (Batching if job.card.driven else Packing)(self._slots_of)
         counter = load_token_counter(job.card)
         self._tokens = TruncationCount(counter) if counter else None
-        self._plan = Plan(slots=job.compute.slots)
+        self._plan = Plan(slots=job.compute.slots, processes=processes)
 
     def go(self) -> Plan:
         found, card = self._plan, self._job.card
         started = time.monotonic()
         waited = self._probe.waited
         slots_of = None if card.driven else self._slots_of
-        for chunk in chunks(pending(self._valid(), self._index), slots_of):
-            found.pending += len(chunk.requests)
-            for request in chunk.requests:
-                self._packing.add(request, self._probe.evaluations(card, request.params.num_inference_steps))
+        for request in in_order(pending(self._valid(), self._index), slots_of):
+            found.pending += 1
+            self._packing.add(request, self._probe.evaluations(card, request.params.num_inference_steps))
         self._packing.close()
         found.truncated = self._tokens.close() if self._tokens else None
         found.done = found.total - found.invalid - found.pending
@@ -141,7 +144,8 @@ class _Walk:
         found.row_forwards = sum(load.row_forwards for load in loads.values())
         found.ticks = sum(load.ticks for load in loads.values())
         found.occupancy = round(found.row_forwards / sum(load.ticks * load.slots for load in loads.values()), 4)
-        found.seconds = walking + next(iter(rates.values())).start + sum(size.seconds for size in found.sizes)
+        rendering = sum(size.seconds for size in found.sizes) / max(1, found.processes)
+        found.seconds = walking + next(iter(rates.values())).start + rendering
         found.bytes = round(sum(load.images * rates[size].image_bytes for size, load in loads.items()))
         found.measured_at = min(rate.measured_at for rate in rates.values())
         if settings.price_per_hour is not None:

@@ -35,6 +35,7 @@ def choose_compute(settings: RunSettings, earlier: Mapping[str, Any] | None, dev
     slots = asked or kept.get("slots") or SLOTS[device.kind]
     shapes = kept.get("by_size", ()) if asked in (None, kept.get("slots")) else ()
     dtype, compiled = settings.model.dtype, settings.compute.compiled
+    threads = max(1, _cores() // max(1, processes_of(settings, device)))
     if compiled is None:
         compiled = kept.get("compiled", device.kind == "cuda" and _has_compiler())
     return Compute(
@@ -42,11 +43,16 @@ def choose_compute(settings: RunSettings, earlier: Mapping[str, Any] | None, dev
         dtype=("float16" if device.kind == "cuda" else "float32") if dtype == "auto" else dtype,
         slots=slots,
         decode_batch=kept.get("decode_batch") or max(1, min(DECODE_BATCH, slots // 2)),
-        threads=settings.compute.threads or kept.get("threads") or _cores(),
+        threads=settings.compute.threads or kept.get("threads") or threads,
         device_name=device.name,
         compiled=compiled,
         by_size=tuple(BatchShape(**shape) for shape in shapes),
     )
+
+
+def processes_of(settings: RunSettings, device: Device) -> int:
+    """How many workers render, 0 where the command does so itself: as many as were asked for, else one a device."""
+    return device.count if settings.compute.processes is None else settings.compute.processes
 
 
 def _has_compiler() -> bool:

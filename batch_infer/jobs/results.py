@@ -41,7 +41,7 @@ def remove_other_results(out: Path, output: OutputSettings) -> None:
 
 
 def _open(stack: ExitStack, out: Path, kind: str, schema: pa.Schema, as_base64: bool) -> _Write:
-    temporary = stack.enter_context(replacing(out / f"results.{kind}"))
+    temporary = stack.enter_context(replacing(out / f"results.{kind}", parents=False))
     if kind == "parquet":
         write: _Write = stack.enter_context(pq.ParquetWriter(temporary, schema, compression="zstd")).write_table
         return write

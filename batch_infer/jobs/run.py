@@ -5,28 +5,31 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-from batch_infer.errors import UsageError
+from batch_infer.atomic import KnownFolder
+from batch_infer.engines import Engine, Task, Work
+from batch_infer.engines.launched import Launched, Place, join, place
+from batch_infer.engines.local import Local
+from batch_infer.errors import DamagedPart, SettingsError, UsageError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.estimate import Size, learn
 from batch_infer.jobs.job import Job, find_model, open_tables, prepare, rooted
 from batch_infer.jobs.merge import Counts, merge, merge_parts
+from batch_infer.jobs.recovery import Key, recover, set_aside
 from batch_infer.jobs.results import remove_other_results
-from batch_infer.jobs.summary import Summary, peak_memory
+from batch_infer.jobs.summary import Summary
 from batch_infer.jobs.survey import Survey, look_through
 from batch_infer.jobs.tune import BatchShapes, learn_shapes
 from batch_infer.manifest import Index, Manifest
-from batch_infer.planning import LeavesAlone, chunks, is_done, pending
+from batch_infer.planning import LeavesAlone, in_order, is_done, pending
 from batch_infer.records import ResultRow, now
 from batch_infer.settings import Compute, RunSettings
-
-if TYPE_CHECKING:
-    from batch_infer.worker import WorkerSettings
+from batch_infer.worker import WorkerSettings, least, peak_memory, together
 
 log = logging.getLogger("batch_infer")
 
@@ -48,37 +51,94 @@ def run(
     """Score the tables into OUT, going on where an earlier run ended. Raises the errors of `batch_infer.errors`."""
     started = time.monotonic()
     settings = rooted(settings)
+    here = _place(settings)
+    if here is not None and here.rank:
+        raise SettingsError("this command is not for a launcher: start it once, by itself")
     with open_tables(settings) as tables:
         card = find_model(settings)
-        with outdir.locked(settings.out):
-            from batch_infer.engines import local
-
-            job = prepare(settings, tables, card, local.find_device(settings.model.device))
+        with outdir.locked(settings.out), engine_for(settings, here) as engine:
+            job = prepare(settings, tables, card, engine.find_device())
             if settings.overwrite:
                 outdir.clear(settings.out)
-            elif job.earlier is not None and job.earlier.get("summary") is None:
-                outdir.remove_leftovers(settings.out)
             with _logged(settings.out):
-                return _Run(job, progress, stop, leaves_alone).go(started)
+                if (job.earlier or {}).get("summary") is None:
+                    leaves_alone = _all_but(recover(settings.out, Manifest(settings.out)), leaves_alone)
+                return _Run(job, engine, progress, stop, leaves_alone).go(started)
+
+
+def assist(settings: RunSettings, stop: Callable[[], bool] = lambda: False) -> bool:
+    """Render for the run of rank 0, where a launcher has started this process as another rank; else returns False.
+
+    Raises the errors of `batch_infer.errors`.
+    """
+    settings = rooted(settings)
+    here = _place(settings)
+    if here is None or not here.rank:
+        return False
+    log.setLevel(logging.WARNING)  # what there is to say of the settings, rank 0 says
+    join(here, settings.model.device, settings.out, find_model(settings), stop)
+    return True
+
+
+def _place(settings: RunSettings) -> Place | None:
+    here = place()
+    if here is not None and settings.compute.processes not in (None, here.world):
+        raise SettingsError(
+            f"--num-processes {settings.compute.processes}: a launcher has started {here.world}; leave the option out"
+        )
+    return here
+
+
+def engine_for(settings: RunSettings, here: Place | None) -> Engine:
+    """Who renders: a launcher's processes, this one, or others that it starts."""
+    if here is not None:
+        return Launched(settings.model.device, here, settings.out)
+    if settings.compute.processes == 0:
+        from batch_infer.engines.inline import Inline  # imports torch
+
+        return Inline(settings.model.device)
+    return Local(settings.model.device, settings.compute.processes)
+
+
+def _all_but(lost: Collection[Key], leaves_alone: LeavesAlone) -> LeavesAlone:
+    """Leave alone what a command does, but for results whose image is lost."""
+    return lambda item, found: item.key not in lost and leaves_alone(item, found)
 
 
 class _Run:
     """One run on an OUT that it holds the lock of."""
 
-    def __init__(self, job: Job, progress: Progress, stop: Callable[[], bool], leaves_alone: LeavesAlone) -> None:
-        self._job, self._progress, self._stop, self._leaves_alone = job, progress, stop, leaves_alone
+    def __init__(
+        self, job: Job, engine: Engine, progress: Progress, stop: Callable[[], bool], leaves_alone: LeavesAlone
+    ) -> None:
+        self._job, self._engine, self._progress = job, engine, progress
+        self._stop, self._leaves_alone = stop, leaves_alone
         self._out = job.settings.out
-        self._manifest = Manifest(self._out)
+        self._held = KnownFolder.of(self._out)
+        self._manifest = Manifest(self._held)
         self._record: Mapping[str, Any] = job.record
         self._summary = Summary()
         self._set_up = 0.0
         self._committed = 0
 
     def go(self, started: float) -> Summary:
-        settings = self._job.settings
         outdir.write_run(self._out, self._record)
         self._set_up = time.monotonic() - started
-        with self._manifest.index() as index:
+        while True:
+            try:
+                counts = self._score()
+                break
+            except DamagedPart as damage:  # where only its other columns are, which are not read until they are merged
+                set_aside(damage)
+        self._held.check()
+        remove_other_results(self._out, self._job.settings.output)
+        self._sum_up(counts, time.monotonic() - started)
+        outdir.write_run(self._out, {**self._record, "finished_at": now(), "summary": self._summary.as_dict()})
+        return self._summary
+
+    def _score(self) -> Counts:
+        """Render what is not done, and merge. Raises DamagedPart where its rows are then to be rendered anew."""
+        with self._manifest.index(damaged=set_aside) as index:
             survey = look_through(self._job, index, self._leaves_alone)
             self._record = {**self._record, "survey": {**asdict(survey), "finished_at": now()}}
             outdir.write_run(self._out, self._record)
@@ -87,12 +147,8 @@ class _Run:
                     self._settle_shapes(survey)
                 with closing(self._progress):
                     self._progress.start(survey)
-                    self._render(index)
-        counts = self._merge(survey)
-        remove_other_results(self._out, settings.output)
-        self._sum_up(counts, time.monotonic() - started)
-        outdir.write_run(self._out, {**self._record, "finished_at": now(), "summary": self._summary.as_dict()})
-        return self._summary
+                    self._render(index, survey)
+        return self._merge(survey)
 
     def _settle_shapes(self, survey: Survey) -> None:
         """Find the slots of the sizes that are pending, where that was left to us."""
@@ -119,6 +175,7 @@ class _Run:
 
     def _merge(self, survey: Survey) -> Counts:
         """By the tables, or by the manifest alone where the tables have changed under the run: no result is lost."""
+        self._held.check()
         tables, output = self._job.tables, self._job.settings.output
         if changed := tables.changed():
             log.warning(
@@ -131,9 +188,7 @@ class _Run:
         with self._manifest.index() as index:
             return merge(self._job.items(), index, tables.carried, self._out, output)
 
-    def _render(self, index: Index) -> None:
-        from batch_infer.engines import local
-
+    def _render(self, index: Index, survey: Survey) -> None:
         lengths: Counter[Size] = Counter()
 
         def committed(rows: Sequence[ResultRow]) -> None:
@@ -145,32 +200,36 @@ class _Run:
 
         before = time.monotonic()
         slots_of = None if self._job.card.driven else self._slots_of
-        planned = chunks(pending(self._job.items(), index, self._leaves_alone), slots_of)
+        requests = in_order(pending(self._job.items(), index, self._leaves_alone), slots_of)
         with self._undone_where_refused():
-            account = local.render(planned, self._worker(), committed, self._stop)
-        self._summary.add_stages(account.stages)
-        self._summary.mfu = None if account.mfu is None else round(account.mfu, 4)
-        loading = time.monotonic() - before - self._summary.rendering_seconds
-        if account.compute == self._job.compute and not account.compute.compiled:
-            learn(self._job, account.stages, lengths, self._set_up + loading)
-        elif account.compute != self._job.compute:  # it changed on the way, so that its times are of neither
-            learn_shapes(self._job, account.compute)
-            self._use(account.compute)
+            work = self._engine.render(Task(requests, survey.pending, self._worker()), committed, self._stop)
+        self._summary.add(work)
+        if work.deaths:
+            outdir.remove_leftovers(self._out)
+        self._learn(work, lengths, self._set_up + time.monotonic() - before - work.seconds)
+
+    def _learn(self, work: Work, lengths: Mapping[Size, int], start: float) -> None:
+        """Remember what it took, and how it had to compute where that has changed on the way."""
+        computes = [account.compute for account in work.accounts]
+        if all(compute == self._job.compute for compute in computes):
+            if not self._job.compute.compiled:
+                learn(self._job, together(work.accounts), lengths, start)
+        else:
+            compute = least(computes)
+            learn_shapes(self._job, compute)
+            self._use(compute)
 
     def _slots_of(self, size: Size) -> int:
-        return self._job.compute.shape_of(*size).slots
+        return self._job.compute.shape_of(*size).slots * self._engine.workers
 
     def _worker(self) -> WorkerSettings:
-        from batch_infer.worker import WorkerSettings, worker_name
-
         job = self._job
         return WorkerSettings(
-            name=worker_name(0),
             card=job.card,
             compute=job.compute,
             safety=job.settings.safety,
             output=job.settings.output,
-            out=self._out,
+            out=self._held,
             carried=job.tables.carried,
         )
 
@@ -179,14 +238,15 @@ class _Run:
         self._summary.seconds = seconds
         if (price := self._job.settings.price_per_hour) is not None:
             self._summary.cost = round(price * seconds / 3600, 4)
-        self._summary.peak_memory = peak_memory(self._job.compute.device)
+        for name, held in peak_memory("cpu").items():
+            self._summary.peak_memory[name] = max(held, self._summary.peak_memory.get(name, 0))
 
 
 @contextmanager
 def _logged(out: Path) -> Iterator[None]:
     """Keep what is logged in OUT too."""
     (out / "logs").mkdir(exist_ok=True)
-    handler = logging.FileHandler(out / "logs" / "worker-0.log", encoding="utf-8")
+    handler = logging.FileHandler(out / "logs" / "run.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     try:

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import reduce
-from operator import add
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from batch_infer.engines import Work
 from batch_infer.jobs.merge import Counts
-
-if TYPE_CHECKING:
-    from batch_infer.chain import Stages
+from batch_infer.stages import Stages
 
 
 @dataclass(slots=True)
@@ -22,7 +16,9 @@ class Summary:
 
     `occupancy`: of the slots, how many were full; `unet_busy`: of the time between the first UNet call and the last,
     how much there was one; `mfu`: of what the device could have computed, how much it has, None where that is unknown.
-    Where stages overlap, on a GPU, each has its share of the sum of their times.
+    Where stages overlap, on a GPU, each has its share of the sum of their times. All shares are means over the workers
+    (`processes`, 0 where the command rendered by itself; `deaths` of them were made good). `peak_memory` is that of the
+    process which held most.
     """
 
     counts: Counts = field(default_factory=Counts)
@@ -37,18 +33,27 @@ class Summary:
     mfu: float | None = None
     stage_shares: dict[str, float] = field(default_factory=dict)
     peak_memory: dict[str, int] = field(default_factory=dict)
+    processes: int = 0
+    deaths: int = 0
 
-    def add_stages(self, by_size: Mapping[tuple[int, int], Stages]) -> None:
-        if not by_size:  # stopped before the first row
-            return
-        stages = reduce(add, by_size.values())
-        self.rendering_seconds = stages.seconds
+    def add(self, work: Work) -> None:
+        """Take in what the workers tell of their work."""
+        self.rendering_seconds, self.processes, self.deaths = work.seconds, work.processes, work.deaths
+        for account in work.accounts:
+            for name, held in account.peak_memory.items():
+                self.peak_memory[name] = max(held, self.peak_memory.get(name, 0))
+        wholes = [account.whole for account in work.accounts]
+        stages = sum(wholes, Stages())
         self.row_forwards, self.ticks = stages.row_forwards, stages.ticks
+        if not stages.ticks:  # stopped before the first row
+            return
         self.occupancy = round(stages.occupancy, 4)
-        self.unet_busy = round(stages.busy, 4)
-        spent = {name: getattr(stages, name) for name in ("encode", "denoise", "decode", "check")}
-        total = sum(spent.values()) or 1.0
-        self.stage_shares = {name: round(seconds / total, 4) for name, seconds in spent.items()}
+        self.stage_shares = stages.shares
+        spans = sum(whole.span for whole in wholes)
+        self.unet_busy = round(stages.denoise / spans, 4) if spans else 0.0
+        told = [(account.mfu, account.whole.seconds) for account in work.accounts if account.mfu is not None]
+        if spent := sum(seconds for _, seconds in told):
+            self.mfu = round(sum(mfu * seconds for mfu, seconds in told) / spent, 4)
 
     @property
     def images_per_second(self) -> float | None:
@@ -70,30 +75,6 @@ class Summary:
             "mfu": self.mfu,
             "stage_shares": self.stage_shares,
             "peak_memory": self.peak_memory,
+            "processes": self.processes,
+            "deaths": self.deaths,
         }
-
-
-def peak_memory(device: str) -> dict[str, int]:
-    """The most bytes that this process held, of main memory and of the device's."""
-    found = {}
-    if (host := _host_peak()) is not None:
-        found["host_bytes"] = host
-    if device == "cuda":
-        import torch
-
-        found["device_bytes"] = torch.cuda.max_memory_allocated()
-    return found
-
-
-def _host_peak() -> int | None:
-    """None where the system does not tell."""
-    try:  # Linux; its getrusage would begin with what the process had held that started this one
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
-    except (OSError, IndexError):
-        pass
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

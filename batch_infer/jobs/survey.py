@@ -72,6 +72,7 @@ class _Invalid:
     def __init__(self, job: Job) -> None:
         self.count = 0
         self._job = job
+        self._manifest, self._sink = Manifest(job.settings.out), FolderSink(job.settings.out)
         self._rows: list[ResultRow] = []
         self._obsolete: list[str] = []
 
@@ -87,9 +88,8 @@ class _Invalid:
 
     def commit(self) -> None:
         if self._rows:
-            Manifest(self._job.settings.out).commit(self._rows, self._job.tables.carried)
-        sink = FolderSink(self._job.settings.out)
+            self._manifest.commit(self._rows, self._job.tables.carried)
         for path in self._obsolete:
-            sink.remove(path)
+            self._sink.remove(path)
         self._rows.clear()
         self._obsolete.clear()

@@ -6,7 +6,6 @@ import copy
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain as joined
 from itertools import groupby
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,11 +16,10 @@ import torch
 from batch_infer.chain import Chain, Unrendered
 from batch_infer.errors import ModelError
 from batch_infer.jobs.bench.figures import by_name
-from batch_infer.jobs.summary import Summary
-from batch_infer.planning import chunks
+from batch_infer.planning import in_order
 from batch_infer.records import PromptRequest
 from batch_infer.settings import Compute
-from batch_infer.worker import make_chain
+from batch_infer.worker.loading import make_chain
 
 if TYPE_CHECKING:
     from batch_infer.models import Family
@@ -56,24 +54,20 @@ class Ours:
     def render(self, rows: Sequence[PromptRequest]) -> Iterator[Image]:
         """Raises ModelError where a row gives no image."""
         self.chain.stages_by_size.clear()
-        pieces = chunks(rows, lambda size: self.chain.shape.of(size)[0])
-        planned = joined.from_iterable(piece.requests for piece in pieces)
-        for outcome in self.chain.render(planned):
+        for outcome in self.chain.render(in_order(rows, lambda size: self.chain.shape.of(size)[0])):
             if isinstance(outcome, Unrendered):
                 raise ModelError(f"a row of {outcome.request.params} gave no image: {outcome.error}")
             yield outcome.request, outcome.pixels
 
     def told(self) -> Mapping[str, Any]:
         stages, by_size = self.chain.stages, self.chain.stages_by_size
-        summary = Summary()
-        summary.add_stages(by_size)
         shapes = {size: self.chain.shape.of(size) for size in by_size}
         return {
             "ticks": stages.ticks,
             "row_forwards": stages.row_forwards,
             "slot_ticks": stages.slot_ticks,
             "occupancy": round(stages.occupancy, 4),
-            "stage_shares": summary.stage_shares,
+            "stage_shares": stages.shares,
             "slots": by_name({size: slots for size, (slots, _) in shapes.items()}),
             "decode_batch": by_name({size: decode for size, (_, decode) in shapes.items()}),
         }

@@ -23,9 +23,9 @@ from batch_infer.jobs.bench.settings import BenchSettings, Size
 from batch_infer.jobs.bench.subject import Subject, best_shapes, load_subject
 from batch_infer.jobs.bench.sweep import sweep
 from batch_infer.jobs.record import LIBRARIES
-from batch_infer.jobs.summary import peak_memory
 from batch_infer.models.acceleration import is_compiled
 from batch_infer.models.flops import decode_flops, row_forward_flops
+from batch_infer.worker import peak_memory
 
 SAMPLE = 24
 """Rows whose images are compared, and that are timed one by one."""

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from batch_infer.engines.devices import find_device, memory_fault
 from batch_infer.engines.knee import find_knee
-from batch_infer.engines.local import find_device, memory_fault
 from batch_infer.errors import RowError, SettingsError
 from batch_infer.jobs.bench.rows import Sampling
 from batch_infer.jobs.bench.settings import BenchSettings, Size
@@ -19,7 +19,7 @@ from batch_infer.models.acceleration import speed_up
 from batch_infer.models.architectures import build
 from batch_infer.records import SamplingParams, SizeRules
 from batch_infer.settings import BatchShape, Compute, RunSettings, TableSettings
-from batch_infer.worker import load_model
+from batch_infer.worker.loading import load_model
 
 if TYPE_CHECKING:
     from batch_infer.models import Family

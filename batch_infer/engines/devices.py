@@ -1,0 +1,41 @@
+"""The device that a process computes on, and what to say where it cannot hold the model."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from batch_infer.errors import SettingsError, first_line
+from batch_infer.settings import Device
+
+
+def find_device(asked: str) -> Device:
+    """The device that was asked for, or that accelerate finds. Raises SettingsError."""
+    count = torch.cuda.device_count()
+    if asked == "cuda" and not count:
+        raise SettingsError("--device cuda: torch finds no CUDA device here")
+    # Left to itself, accelerate reports a world of one on every rank of a machine without CUDA.
+    kind = PartialState(cpu=asked == "cpu" or not torch.cuda.is_available()).device.type
+    if kind == "cuda":
+        return Device(kind, torch.cuda.get_device_name(), count)
+    return Device(kind, _processor())
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def memory_fault(error: torch.OutOfMemoryError) -> SettingsError:
+    """What to do about a device on which there is no room for the model."""
+    return SettingsError(
+        f"the device's memory does not hold the model: use another --dtype or device, or see what else lies on it "
+        f"({first_line(error)})"
+    )

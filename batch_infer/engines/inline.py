@@ -1,0 +1,43 @@
+"""The inline engine: one worker in the command's own process, which nobody starts again where it dies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from batch_infer.engines import Task, Work
+from batch_infer.engines.devices import find_device, memory_fault
+from batch_infer.records import ResultRow
+from batch_infer.settings import Device
+from batch_infer.worker.device import Worker
+from batch_infer.worker.loading import load_chain
+from batch_infer.worker.rows import worker_name
+
+
+class Inline:
+    """Renders here: for a debugger, a notebook, or where one process is all that there may be."""
+
+    workers = 1
+
+    def __init__(self, asked: str) -> None:
+        """`asked`: the --device."""
+        self._asked = asked
+
+    def find_device(self) -> Device:
+        return find_device(self._asked)
+
+    def render(self, task: Task, committed: Callable[[Sequence[ResultRow]], None], stop: Callable[[], bool]) -> Work:
+        try:
+            worker = Worker(task.settings, worker_name(0), load_chain, stop)
+        except torch.OutOfMemoryError as error:
+            raise memory_fault(error) from error
+        worker.work(task.requests, committed)
+        account = worker.account(final=True)
+        return Work([account], account.whole.seconds)
+
+    def __enter__(self) -> Inline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass

@@ -1,0 +1,111 @@
+"""A worker as the one who hands out rows sees it: a link, and the process at its other end where that is ours."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+
+from batch_infer.engines.messages import Broken, FromWorker, ToWorker
+from batch_infer.engines.rank import Seat, live
+from batch_infer.worker import Account
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How many seconds a worker may go without a sign that its device has come a step further.
+
+    `load` until the model is loaded; `start` until the first sign, for something may have to be compiled; after that
+    `least`, or `factor` times the longest that it has taken, if that is more.
+    """
+
+    load: float = 3600.0
+    start: float = 3600.0
+    least: float = 600.0
+    factor: float = 10.0
+
+
+class Peer:
+    """A worker, and what is known of this life of its process."""
+
+    def __init__(self, rank: int, link: Connection, process: BaseProcess | None = None) -> None:
+        self.rank, self.link, self._process = rank, link, process
+        self.ready = self.waiting = self.ended = False
+        """Whether the model is loaded, it has nothing to do, it has ended in order."""
+        self.account: Account | None = None
+        self.broken: Broken | None = None
+        self._signs = 0
+        self._last = time.monotonic()
+        self._longest = 0.0
+
+    def send(self, message: ToWorker) -> None:
+        """To a worker that has died it goes nowhere: the link's other direction says so."""
+        with suppress(OSError):
+            self.link.send(message)
+
+    def receive(self) -> Iterator[FromWorker]:
+        """What it has said since. Raises EOFError where it has died, or ended."""
+        try:
+            while self.link.poll():
+                yield self.link.recv()
+        except OSError as error:  # a connection that was reset
+            raise EOFError from error
+
+    def note_sign(self) -> None:
+        """Its device has come a step further."""
+        now = time.monotonic()
+        if self._signs:
+            self._longest = max(self._longest, now - self._last)
+        self._signs, self._last = self._signs + 1, now
+
+    def rest(self) -> None:
+        """It has nothing to do, and that is no sign of anything."""
+        self.waiting = True
+
+    def begin(self) -> None:
+        """It has something to do from here on."""
+        self.waiting, self._last = False, time.monotonic()
+
+    def silence(self, patience: Patience) -> float | None:
+        """For how many seconds it has been silent, where that is longer than it may be."""
+        if self.waiting:
+            return None
+        silent = time.monotonic() - self._last
+        return silent if silent > self._limit(patience) else None
+
+    def _limit(self, patience: Patience) -> float:
+        if not self.ready:
+            return patience.load
+        return max(patience.least, patience.factor * self._longest) if self._signs > 1 else patience.start
+
+    def fate(self) -> str:
+        """How its process ended, as far as we know."""
+        if self._process is None:
+            return "its connection broke"
+        self._process.join(5)
+        code = self._process.exitcode
+        if code is None:
+            return "it closed its connection"
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+    def kill(self) -> None:
+        """End it at once. A process that is not ours ends by itself when its link does."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+        self.link.close()
+
+
+def start(seat: Seat) -> Peer:
+    """Start a worker's process."""
+    context = get_context("spawn")  # a fork would share the parent's threads and locks
+    ours, theirs = context.Pipe()
+    process = context.Process(target=live, args=(theirs, seat), name=f"batch-infer worker {seat.rank}")
+    process.start()
+    theirs.close()  # so that ours says when the process has ended
+    return Peer(seat.rank, ours, process)

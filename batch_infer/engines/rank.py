@@ -1,0 +1,240 @@
+"""A worker's process: it finds its device, loads the model, and renders what it is handed until it is told to stop.
+
+What it imports at its start is torch-free: which GPU it sees is settled first.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import queue
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from logging.handlers import QueueHandler
+from multiprocessing.connection import Connection
+from pathlib import Path
+from threading import Event, Lock, Thread
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from batch_infer.engines.ledger import Chunk
+from batch_infer.engines.messages import (
+    Alive,
+    Broken,
+    Committed,
+    Ended,
+    Found,
+    FromWorker,
+    Idle,
+    Logged,
+    Ready,
+    Stop,
+    ToWorker,
+    Wants,
+)
+from batch_infer.records import PromptRequest, ResultRow
+from batch_infer.worker import WorkerSettings
+from batch_infer.worker.rows import worker_name
+
+if TYPE_CHECKING:
+    from batch_infer.worker.device import LoadChain, Worker
+
+BEAT_SECONDS = 1.0
+"""How often a worker says that it is alive, while it is."""
+LISTEN_SECONDS = 0.5
+"""How often it looks, while it waits for the parent, whether to stop."""
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Variables of a launcher, by which accelerate would have all ranks wait for each other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """Which worker this is, which of the visible GPUs is its own, and the --device that was asked for.
+
+    `load` loads what renders, where that is not the model of the settings.
+    """
+
+    rank: int
+    gpu: int
+    asked: str
+    load: LoadChain | None = None
+
+
+def live(link: Connection, seat: Seat) -> None:
+    """The life of a worker's process of its own. It ends when the other end of the link does, however that comes."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # these are the parent's, which tells us to stop
+        signal.signal(number, signal.SIG_IGN)
+    work(Parent(link), seat)
+
+
+def work(
+    parent: Parent, seat: Seat, own: Callable[[WorkerSettings], WorkerSettings] = lambda settings: settings
+) -> None:
+    """Render what the parent hands out. Ends the process where it cannot go on.
+
+    `own` makes the parent's settings those of this machine.
+    """
+    keep_to(seat)
+    with parent:
+        from batch_infer.engines.devices import find_device
+
+        parent.send(Found(find_device(seat.asked)))
+        settings = own(parent.settings())
+        with _logged(settings.out.path, seat.rank, parent):
+            worker = _load(settings, seat, parent)
+            parent.send(Ready())
+            parent.serve(worker)
+
+
+def keep_to(seat: Seat) -> None:
+    """See one GPU and no launcher. The first GPU is every process's own without a word."""
+    for name in LAUNCHED:
+        os.environ.pop(name, None)
+    if seat.gpu and seat.asked != "cpu":
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else []
+        os.environ["CUDA_VISIBLE_DEVICES"] = names[seat.gpu] if seat.gpu < len(names) else str(seat.gpu)
+
+
+def _load(settings: WorkerSettings, seat: Seat, parent: Parent) -> Worker:
+    import torch
+
+    from batch_infer.engines.devices import memory_fault
+    from batch_infer.worker.device import Worker
+
+    if seat.load is None:
+        from batch_infer.worker.loading import load_chain
+    try:
+        return Worker(settings, worker_name(seat.rank), seat.load or load_chain, parent.stops)
+    except torch.OutOfMemoryError as error:
+        raise memory_fault(error) from error
+
+
+class Parent:
+    """The one who hands out rows, as a worker sees it. Left with an error, it is told of it and the process ends."""
+
+    def __init__(self, link: Connection, stop: Callable[[], bool] = lambda: False) -> None:
+        """`stop` says whether this process was told to stop by another than the parent."""
+        self._link, self._sending, self._stop = link, Lock(), stop
+        self._inbox: queue.Queue[ToWorker] = queue.Queue()
+        self._begun, self._stopped = Event(), Event()
+        self._beaten = time.monotonic()
+        Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        try:
+            while True:
+                message: ToWorker = self._link.recv()
+                if isinstance(message, Stop):
+                    self._stopped.set()
+                    if not self._begun.is_set():  # we came too late, and end by ourselves
+                        return
+                self._inbox.put(message)
+        except (EOFError, OSError):  # nobody is there who would take what we render
+            os._exit(1)
+
+    def send(self, message: FromWorker) -> None:
+        try:
+            with self._sending:
+                self._link.send(message)
+        except OSError:
+            os._exit(1)
+
+    def stops(self) -> bool:
+        """Whether to stop; it is asked at every step, which is how the parent knows that this process is alive."""
+        if time.monotonic() - self._beaten >= BEAT_SECONDS:
+            self._beaten = time.monotonic()
+            self.send(Alive())
+        return self._stopped.is_set() or self._stop()
+
+    def settings(self) -> WorkerSettings:
+        """What to render with. Ends the process where it is told to stop before."""
+        message = self._next()
+        if not isinstance(message, WorkerSettings):
+            sys.exit(0)
+        self._begun.set()
+        return message
+
+    def _next(self) -> ToWorker:
+        """What the parent says next; to stop, where that has been said in the meantime."""
+        while not (self._stopped.is_set() or self._stop()):
+            try:
+                return self._inbox.get(timeout=LISTEN_SECONDS)
+            except queue.Empty:
+                pass
+        return Stop()
+
+    def serve(self, worker: Worker) -> None:
+        """Render chunks until the parent has no more."""
+
+        def committed(rows: Sequence[ResultRow]) -> None:
+            bare = [replace(row, prompt=None, negative_prompt=None, carried={}) for row in rows]
+            self.send(Committed(bare, worker.account()))
+
+        while True:
+            self.send(Idle())
+            chunk = self._next()
+            if not isinstance(chunk, Chunk):
+                break
+            worker.work(chunk.requests if chunk.apart else self._stream(chunk), committed)
+        self.send(Ended(worker.account(final=True)))
+
+    def _stream(self, first: Chunk) -> Iterator[PromptRequest]:
+        """The rows of chunk after chunk: the next one is asked for before it is needed, so that no slot waits."""
+        message: ToWorker = first
+        while isinstance(message, Chunk):
+            self.send(Wants())
+            yield from message.requests
+            message = self._next()
+
+    def __enter__(self) -> Parent:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and not isinstance(error, SystemExit):
+            from batch_infer.errors import BatchInferError
+
+            known = isinstance(error, BatchInferError)
+            told = "" if known else "".join(traceback.format_exception(error))
+            self.send(Broken(type(error).__name__, str(error), told))
+            os._exit(1)  # without a second traceback, and without waiting for threads of ours
+
+
+@contextmanager
+def _logged(out: Path, rank: int, parent: Parent) -> Iterator[None]:
+    """Keep what is logged in OUT, with the traceback of a crash that no code survives, and send it to the parent."""
+    with (out / "logs" / f"worker-{rank}.log").open("a", encoding="utf-8") as file:
+        faulthandler.enable(file)
+        kept = logging.StreamHandler(file)
+        kept.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logging.captureWarnings(True)
+        loggers = [logging.getLogger(name) for name in ("batch_infer", "py.warnings")]
+        for logger in loggers:
+            logger.handlers = [kept, _Forward(parent.send)]
+            logger.propagate = False
+        loggers[0].setLevel(logging.DEBUG)
+        try:
+            yield
+        finally:
+            faulthandler.disable()
+            for logger in loggers:
+                logger.handlers = []
+
+
+class _Forward(QueueHandler):
+    """Sends log records to the parent, whose terminal it is."""
+
+    def __init__(self, send: Callable[[Logged], None]) -> None:
+        super().__init__(queue.Queue())
+        self._send = send
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        self._send(Logged(record))

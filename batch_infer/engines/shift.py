@@ -1,0 +1,218 @@
+"""A shift: workers render a task, rows go out and committed ones come in, and a worker that dies is replaced."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from multiprocessing.connection import wait
+from typing import Protocol
+
+from batch_infer import errors
+from batch_infer.engines import Task, Work
+from batch_infer.engines.ledger import STRIKES, Ledger
+from batch_infer.engines.messages import Alive, Broken, Committed, Ended, FromWorker, Idle, Logged, Ready, Stop, Wants
+from batch_infer.engines.peers import Patience, Peer
+from batch_infer.errors import BatchInferError, ModelError, TryAgainLater, WorkersLost
+from batch_infer.manifest import Manifest
+from batch_infer.records import PromptRequest, ResultRow
+from batch_infer.sinks import FolderSink
+from batch_infer.worker import Account
+from batch_infer.worker.rows import row_of
+
+POLL_SECONDS = 0.2
+BARREN_LIVES = 10
+"""A worker that died so often in a row without having committed a row is not started again."""
+
+log = logging.getLogger("batch_infer")
+
+
+class WorkerBroke(RuntimeError):
+    """A worker has met a bug; the message is its traceback."""
+
+
+class Crew(Protocol):
+    """Who brings the workers."""
+
+    @property
+    def workers(self) -> int: ...
+    @property
+    def patience(self) -> Patience: ...
+
+    def gather(self) -> Iterable[Peer]:
+        """Those without whom nothing begins."""
+        ...
+
+    def newcomers(self) -> Iterable[Peer]:
+        """Those who have come since."""
+        ...
+
+    def hire(self, rank: int) -> Peer | None:
+        """One in the place of this one, or None where that is somebody else's to do."""
+        ...
+
+
+class Shift:
+    """One task, from its first row to the last."""
+
+    def __init__(self, task: Task, crew: Crew, committed: Callable[[Sequence[ResultRow]], None]) -> None:
+        self._task, self._crew, self._committed = task, crew, committed
+        self._ledger = Ledger(task.requests, task.expected, crew.workers)
+        self._peers: dict[int, Peer] = {}
+        self._awaited: set[int] = set()
+        self._accounts: list[Account] = []
+        self._barren: Counter[int] = Counter()
+        self._deaths = 0
+        self._stopping = False
+        self._error: Exception | None = None
+        self._began: float | None = None
+
+    def go(self, stop: Callable[[], bool]) -> Work:
+        """Until every row is settled, or `stop` says so and what is finished is committed. Raises as an engine does."""
+        for peer in self._crew.gather():
+            self._welcome(peer)
+            self._awaited.add(peer.rank)
+        while self._peers:
+            if stop():
+                self._stop()
+            for peer in self._crew.newcomers():
+                self._welcome(peer)
+            by_link = {peer.link: peer for peer in self._peers.values()}
+            for link in wait(list(by_link), POLL_SECONDS):
+                self._hear(by_link[link])  # type: ignore[index]  # nothing else was waited for
+            self._end_the_hung()
+            self._hand_out()
+        if self._error is not None:
+            raise self._error
+        now = time.monotonic()
+        return Work(self._accounts, now - (self._began or now), self._crew.workers, self._deaths)
+
+    def _welcome(self, peer: Peer) -> None:
+        self._peers[peer.rank] = peer
+        peer.send(self._task.settings)
+
+    def _stop(self) -> None:
+        if not self._stopping:
+            self._stopping = True
+            for peer in list(self._peers.values()):
+                peer.send(Stop())
+                if not peer.ready:  # it may load for minutes, and has nothing to put in order
+                    peer.kill()
+                    self._dismiss(peer)
+
+    def _hear(self, peer: Peer) -> None:
+        try:
+            for message in peer.receive():
+                self._take(peer, message)
+        except EOFError:
+            if peer.ended or self._stopping:
+                self._dismiss(peer)
+            else:
+                self._lose(peer, peer.fate())
+
+    def _take(self, peer: Peer, message: FromWorker) -> None:
+        match message:
+            case Ready():
+                peer.ready, self._began = True, self._began or time.monotonic()
+                peer.begin()
+                self._awaited.discard(peer.rank)
+            case Wants():
+                peer.note_sign()
+                peer.send(None if self._stopping else self._ledger.stream(peer.rank))
+            case Idle():
+                peer.rest()
+                # It has lost nothing; but should it ever come back without a row, that is not to be waited for.
+                self._fail(self._ledger.give_up(peer.rank), f"worker {peer.rank} gave no result")
+            case Alive():
+                peer.note_sign()
+            case Committed(rows, account):
+                peer.account, self._barren[peer.rank] = account, 0
+                self._tell(rows)
+            case Logged(record):
+                logging.getLogger(record.name).handle(record)
+            case Broken():
+                peer.broken = message
+            case Ended(account):
+                peer.account, peer.ended = account, True
+
+    def _tell(self, rows: Sequence[ResultRow]) -> None:
+        """Rows are committed; one that two workers have done counts once."""
+        new = self._ledger.settle(row.key for row in rows)
+        self._committed([row for row in rows if row.key in new])
+
+    def _hand_out(self) -> None:
+        """Something for all who have nothing, once all are there who were to be there from the start."""
+        if self._awaited or self._stopping:
+            return
+        for peer in self._peers.values():
+            if peer.waiting:
+                chunk = self._ledger.stream(peer.rank) or self._ledger.apart(peer.rank)
+                if chunk is not None or self._ledger.over:
+                    peer.begin()
+                    peer.send(chunk)
+
+    def _end_the_hung(self) -> None:
+        for peer in list(self._peers.values()):
+            if (silent := peer.silence(self._crew.patience)) is not None:
+                peer.kill()
+                self._lose(peer, f"nothing was heard of it for {silent:.0f} s")
+
+    def _dismiss(self, peer: Peer) -> None:
+        if self._peers.get(peer.rank) is peer:
+            del self._peers[peer.rank]
+            self._awaited.discard(peer.rank)
+            if peer.account is not None:
+                self._accounts.append(peer.account)
+
+    def _lose(self, peer: Peer, fate: str) -> None:
+        """A worker has died: see to its rows, and to another in its place."""
+        error = error_of(peer, fate)
+        starting = peer.rank in self._awaited
+        self._dismiss(peer)
+        if starting or self._stopping or isinstance(error, TryAgainLater):
+            self._error = self._error or error
+            self._stop()
+            return
+        self._deaths += 1
+        self._barren[peer.rank] += 1
+        log.warning("worker %d has died (%s); its rows are tried again", peer.rank, _sentence(error))
+        self._fail(self._ledger.give_up(peer.rank), _sentence(error))
+        another = self._crew.hire(peer.rank) if self._barren[peer.rank] < BARREN_LIVES else None
+        if another is not None:
+            self._welcome(another)
+        elif not self._peers:
+            raise WorkersLost(f"no worker is left: the last has died ({_sentence(error)})") from error
+
+    def _fail(self, requests: Sequence[PromptRequest], told: str) -> None:
+        """Commit rows as failed that nobody could render and live."""
+        if not requests:
+            return
+        settings = self._task.settings
+        why = f"{STRIKES} workers have died over this row, the last with nothing else to do: {told}"
+        name = settings.card.scheduler_name
+        rows = [row_of(request, "failed", why, scheduler=name, worker="parent") for request in requests]
+        Manifest(settings.out).commit(rows, settings.carried)
+        for request in requests:
+            if request.replaces:
+                FolderSink(settings.out).remove(request.replaces)
+        self._committed(rows)
+
+
+def error_of(peer: Peer, fate: str) -> Exception:
+    """What a worker died of: an error that it told of, a bug, or something that came over it."""
+    if peer.broken is None:
+        if peer.ready:
+            return WorkerBroke(fate)
+        return ModelError(
+            f"worker {peer.rank} has died while it loaded the model ({fate}): is there memory enough for all workers?"
+        )
+    known = getattr(errors, peer.broken.kind, None)
+    if isinstance(known, type) and issubclass(known, BatchInferError):
+        return known(peer.broken.told)
+    return WorkerBroke(peer.broken.trace)
+
+
+def _sentence(error: Exception) -> str:
+    """What a reader of one line has to know of it: of a traceback that is the last."""
+    return str(error).strip().rpartition("\n")[2] or type(error).__name__

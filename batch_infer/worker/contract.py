@@ -1,0 +1,70 @@
+"""What a worker is told before it begins, and what it tells of its work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from batch_infer.atomic import KnownFolder
+from batch_infer.models import ModelCard
+from batch_infer.settings import BatchShape, Compute, OutputSettings, SafetySettings
+from batch_infer.stages import Stages
+
+if TYPE_CHECKING:
+    from batch_infer.chain import Size
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """All that a worker needs to know; it can be sent to another process."""
+
+    card: ModelCard
+    compute: Compute
+    safety: SafetySettings
+    output: OutputSettings
+    out: KnownFolder
+    carried: pa.Schema
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What a worker's work took: where the time went, by image size (height, width), and how it computed at the end.
+
+    That is as it was told, but for batches that memory did not hold, and a compiler that failed. `mfu` is the model
+    FLOP utilisation (Chowdhery et al., arXiv 2204.02311, appendix B): what the images' UNet rows and decoding come to,
+    over what the device could have computed; None where its peak is not known, and before the end. `peak_memory` is in
+    bytes.
+    """
+
+    stages: Mapping[Size, Stages]
+    compute: Compute
+    mfu: float | None
+    peak_memory: Mapping[str, int]
+
+    @property
+    def whole(self) -> Stages:
+        """Those of all sizes together."""
+        return sum(self.stages.values(), Stages())
+
+
+def together(accounts: Iterable[Account]) -> dict[Size, Stages]:
+    """The stages of all accounts, by size; their `seconds` are then those of all devices."""
+    found: dict[Size, Stages] = {}
+    for account in accounts:
+        for size, stages in account.stages.items():
+            found[size] = found.get(size, Stages()) + stages
+    return found
+
+
+def least(computes: Sequence[Compute]) -> Compute:
+    """How all of these can compute: the smallest batches of each size, and compiled only where all are."""
+    sizes = {(shape.height, shape.width) for compute in computes for shape in compute.by_size}
+    shapes = []
+    for size in sorted(sizes):
+        each = [compute.shape_of(*size) for compute in computes]
+        slots, decode = min(shape.slots for shape in each), min(shape.decode_batch for shape in each)
+        shapes.append(BatchShape(*size, slots, decode))
+    return replace(computes[0], compiled=all(compute.compiled for compute in computes)).with_shapes(shapes)

@@ -1,0 +1,164 @@
+"""One device's worker: it loads the model once, and then renders, stores and commits what it is given."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import numpy as np
+
+from batch_infer import images
+from batch_infer.chain import Chain, DrivenChain, Rendered, Unrendered
+from batch_infer.datasheets import dense_tflops
+from batch_infer.manifest import Manifest
+from batch_infer.models import ModelCard
+from batch_infer.models.acceleration import is_compiled
+from batch_infer.models.flops import decode_flops, row_forward_flops
+from batch_infer.records import PromptRequest, ResultRow, Status, StoredImage
+from batch_infer.settings import BatchShape, Compute, SafetySettings
+from batch_infer.sinks import FolderSink
+from batch_infer.worker.contract import Account, WorkerSettings
+from batch_infer.worker.memory import peak_memory
+from batch_infer.worker.rows import row_of, why_flagged, with_image
+
+COMMIT_ROWS = 256
+COMMIT_SECONDS = 3.0
+"""A part is committed once it holds this many rows, or is this old when the next one comes."""
+STORING_THREADS = 4
+STORING_AHEAD = 64
+"""Images between the device and the disk: beyond this the device waits."""
+
+LoadChain: TypeAlias = "Callable[[ModelCard, Compute, SafetySettings, Callable[[], bool]], Chain | DrivenChain]"
+"""Loads what renders; the last argument says whether to stop."""
+
+
+class Worker:
+    """One device, with its model loaded, that renders requests and commits what became of them."""
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        name: str,
+        load: LoadChain,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Loads what renders. `name` will stand in its rows. Raises ModelError."""
+        self._settings, self._name = settings, name
+        self._sink = FolderSink(settings.out, images.SUFFIX[settings.output.image_format])
+        self._manifest = Manifest(settings.out)
+        self._chain = load(settings.card, settings.compute, settings.safety, stop)
+
+    def account(self, *, final: bool = False) -> Account:
+        """Of all that it has rendered so far. Only the `final` one has an MFU: that takes a walk through the model."""
+        shapes = (BatchShape(*size, *shape) for size, shape in self._chain.shape.by_size.items())
+        compute = self._settings.compute.with_shapes(shapes)
+        compute = replace(compute, compiled=compute.compiled and is_compiled(self._chain.model.networks))
+        mfu = self._mfu() if final else None
+        return Account(dict(self._chain.stages_by_size), compute, mfu, peak_memory(compute.device))
+
+    def _mfu(self) -> float | None:
+        compute, chain = self._settings.compute, self._chain
+        peak = dense_tflops(compute.device_name, compute.dtype)
+        if peak is None or not chain.stages.seconds or isinstance(chain, DrivenChain):
+            return None
+        flops = 0
+        for size, stages in chain.stages_by_size.items():
+            latent_shape = chain.model.latent_shape(*size)
+            flops += stages.row_forwards * row_forward_flops(chain.model, latent_shape)
+            flops += stages.images * decode_flops(chain.model, latent_shape)
+        return flops / chain.stages.seconds / (peak * 1e12)
+
+    def work(self, requests: Iterable[PromptRequest], committed: Callable[[Sequence[ResultRow]], None]) -> None:
+        """Render requests; `committed` is called, on another thread, with rows once they are in the manifest.
+
+        Returns early, with all that is finished committed, once `stop` says so. Raises StorageError.
+        """
+        with ThreadPoolExecutor(STORING_THREADS) as storing, ThreadPoolExecutor(1) as committing:
+            commits: deque[Future[None]] = deque()
+            for batch in _batches(self._store_all(requests, storing)):
+                while commits and (commits[0].done() or len(commits) > 2):
+                    commits.popleft().result()
+                commits.append(committing.submit(self._commit, batch, committed))
+            for commit in commits:
+                commit.result()
+
+    def _store_all(self, requests: Iterable[PromptRequest], storing: ThreadPoolExecutor) -> Iterator[_Stored]:
+        """Store images on other threads while the device renders the next ones; give the rows back in order."""
+        under_way: deque[Future[_Stored]] = deque()
+        for outcome in self._chain.render(requests):
+            under_way.append(storing.submit(self._store, outcome))
+            while under_way and (under_way[0].done() or len(under_way) > STORING_AHEAD):
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+
+    def _store(self, outcome: Rendered | Unrendered) -> _Stored:
+        request = outcome.request
+        if isinstance(outcome, Unrendered):
+            row = self._row(request, "invalid" if outcome.invalid else "failed", outcome.error)
+            return _Stored(row, request.replaces)
+        flagged = bool(outcome.verdict.nsfw)
+        stored = self._write(outcome, flagged)
+        row = self._row(request, "flagged", why_flagged(outcome)) if flagged else self._row(request, "ok", None)
+        kept = stored is not None and stored.path == request.replaces
+        return _Stored(with_image(row, outcome, stored), None if kept else request.replaces)
+
+    def _row(self, request: PromptRequest, status: Status, error: str | None) -> ResultRow:
+        return row_of(request, status, error, scheduler=self._settings.card.scheduler_name, worker=self._name)
+
+    def _write(self, outcome: Rendered, flagged: bool) -> StoredImage | None:
+        pixels = _by_policy(outcome.pixels, self._settings.safety) if flagged else outcome.pixels
+        if pixels is None:
+            return None
+        card, request = self._settings.card, outcome.request
+        parameters = images.parameters_text(request, card.scheduler_name, card.title)
+        quarantine = flagged and self._settings.safety.on_flagged == "quarantine"
+        path = self._sink.path_of(request, quarantine=quarantine)
+        return self._sink.write(path, images.encode(pixels, self._settings.output.image_format, parameters))
+
+    def _commit(self, batch: list[_Stored], committed: Callable[[Sequence[ResultRow]], None]) -> None:
+        rows = [stored.row for stored in batch]
+        self._sink.settle([row.generated_image for row in rows if row.generated_image])
+        self._manifest.commit(rows, self._settings.carried)
+        for stored in batch:
+            if stored.obsolete:
+                self._sink.remove(stored.obsolete)
+        committed(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A row whose image is written, and the image of an earlier attempt that is to go once the row is committed."""
+
+    row: ResultRow
+    obsolete: str | None
+
+
+def _batches(source: Iterable[_Stored]) -> Iterator[list[_Stored]]:
+    """Rows in the batches that they are committed in: by number, or by time where rows come slowly."""
+    batch: list[_Stored] = []
+    started = time.monotonic()
+    for stored in source:
+        batch.append(stored)
+        if len(batch) >= COMMIT_ROWS or time.monotonic() - started >= COMMIT_SECONDS:
+            yield batch
+            batch, started = [], time.monotonic()
+    if batch:
+        yield batch
+
+
+def _by_policy(pixels: np.ndarray, safety: SafetySettings) -> np.ndarray | None:
+    """What is stored of a flagged image, None for nothing."""
+    match safety.on_flagged:
+        case "blank":
+            return images.blank(pixels)
+        case "blur":
+            return images.blur(pixels)
+        case "drop":
+            return None
+        case "keep" | "quarantine":
+            return pixels

@@ -1,0 +1,63 @@
+"""Loading: a model on its device, and the chain that renders with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, overload
+
+import torch
+
+from batch_infer.chain import Chain, ChainShape, DrivenChain
+from batch_infer.models import ModelCard, load, load_driven
+from batch_infer.models.acceleration import speed_up
+from batch_infer.models.any_pipeline import AnyPipeline
+from batch_infer.safety import Judge
+from batch_infer.settings import Compute, SafetySettings
+
+if TYPE_CHECKING:
+    from batch_infer.models import Family
+
+
+def load_chain(
+    card: ModelCard, compute: Compute, safety: SafetySettings, stop: Callable[[], bool] = lambda: False
+) -> Chain | DrivenChain:
+    """A model on its device, with its judge where there is to be one. Raises ModelError."""
+    return make_chain(load_any_model(card, compute, judged=safety.judges(has_checker=card.has_checker)), compute, stop)
+
+
+def load_any_model(card: ModelCard, compute: Compute, *, judged: bool) -> Family | AnyPipeline:
+    """As `load_model`, and also what is driven by diffusers' own pipeline."""
+    if not card.driven:
+        return load_model(card, compute, judged=judged)
+    torch.set_num_threads(compute.threads)
+    return load_driven(card, torch.device(compute.device), getattr(torch, compute.dtype), with_checker=judged)
+
+
+def load_model(card: ModelCard, compute: Compute, *, judged: bool) -> Family:
+    """A model on its device, and its checker where images are to be judged. Raises ModelError."""
+    torch.set_num_threads(compute.threads)
+    model = load(card, torch.device(compute.device), getattr(torch, compute.dtype), with_checker=judged)
+    speed_up(model.networks, model.device, compiled=compute.compiled)
+    return model
+
+
+@overload
+def make_chain(model: Family, compute: Compute, stop: Callable[[], bool] = lambda: False) -> Chain: ...
+@overload
+def make_chain(model: AnyPipeline, compute: Compute, stop: Callable[[], bool] = lambda: False) -> DrivenChain: ...
+def make_chain(
+    model: Family | AnyPipeline, compute: Compute, stop: Callable[[], bool] = lambda: False
+) -> Chain | DrivenChain:
+    """A chain of a model that is loaded; images are judged where its checker is."""
+    own = {(shape.height, shape.width): (shape.slots, shape.decode_batch) for shape in compute.by_size}
+    shape = ChainShape(compute.slots, compute.decode_batch, own)
+    judge = _judge(model, shape.decode) if model.safety_checker is not None else None
+    if isinstance(model, AnyPipeline):
+        return DrivenChain(model, shape, judge, stop)
+    return Chain(model, shape, judge, stop)
+
+
+def _judge(model: Family | AnyPipeline, batch: int) -> Judge:
+    from batch_infer.safety.checker import StableDiffusionChecker
+
+    return StableDiffusionChecker(model.safety_checker, model.feature_extractor, batch)

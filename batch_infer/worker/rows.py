@@ -1,0 +1,70 @@
+"""Result rows: what is said of a request once something has become of it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from batch_infer.records import PromptRequest, ResultRow, Status, StoredImage, now
+
+if TYPE_CHECKING:
+    from batch_infer.chain import Rendered
+
+
+def row_of(request: PromptRequest, status: Status, error: str | None, *, scheduler: str, worker: str) -> ResultRow:
+    """A request of which nothing more is known than how it ended."""
+    params = request.params
+    return ResultRow(
+        id=request.id,
+        image_index=request.image_index,
+        prompt=request.prompt,
+        status=status,
+        error=error,
+        negative_prompt=request.negative_prompt,
+        seed=request.seed,
+        height=params.height,
+        width=params.width,
+        num_inference_steps=params.num_inference_steps,
+        guidance_scale=params.guidance_scale,
+        guidance_rescale=params.guidance_rescale,
+        scheduler=scheduler,
+        attempt=request.attempt,
+        worker=worker,
+        finished_at=now(),
+        source_file=request.source.file,
+        source_row=request.source.row,
+        fingerprint=request.fingerprint,
+        carried=request.carried,
+    )
+
+
+def with_image(row: ResultRow, outcome: Rendered, stored: StoredImage | None) -> ResultRow:
+    """The row of a request that was rendered; None is stored where the policy drops flagged images."""
+    verdict, conditioning = outcome.verdict, outcome.conditioning
+    return replace(
+        row,
+        generated_image=stored.path if stored else None,
+        nsfw_content_detected=verdict.nsfw,
+        prompt_tokens=conditioning.prompt_tokens,
+        prompt_truncated=conditioning.prompt_truncated,
+        safety_checker=verdict.checker,
+        safety_scores=verdict.scores,
+        sha256=stored.sha256 if stored else None,
+        image_bytes=stored.image_bytes if stored else None,
+        slots=outcome.slots,
+        seconds=outcome.seconds,
+    )
+
+
+def why_flagged(outcome: Rendered) -> str:
+    """The sentence of a flagged image, with the score that lies highest."""
+    scores = outcome.verdict.scores or {}
+    name = max(scores, key=lambda concept: scores[concept], default="no score")
+    return f"the safety check flagged the image ({f'{name} {scores[name]:+.3f}' if scores else name})"
+
+
+def worker_name(rank: int) -> str:
+    """The name of a worker in the rows that it commits: machine, process and rank."""
+    return f"{platform.node()}-{os.getpid()}-{rank}"

@@ -1,0 +1,57 @@
+"""Take the prompts that lie in a folder into a table, which grows: `append.py prompts.jsonl inbox`.
+
+Each file NAME.txt in the folder holds one prompt a line, and is moved to FOLDER/taken/ once its prompts are in the
+table. Whoever writes it should write it under another name and then rename it, so that it is whole. A row's id is NAME
+and the line's number, so that a row keeps its id, and with that its image, however the table grows.
+
+The table is whole at any moment: the new one is written beside it and takes its name. A crash between that and the
+moving of the files does no harm, because a row whose id is in the table is not taken again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+
+def main(table: Path, inbox: Path) -> None:
+    before = table.read_bytes() if table.exists() else b""
+    known = {row["id"]: row["prompt"] for row in map(json.loads, before.splitlines())}
+    files = sorted(inbox.glob("*.txt"))
+    new = [row for file in files for row in rows_of(file, known)]
+    if new:
+        replace(table, before + "".join(json.dumps(row) + "\n" for row in new).encode())
+    taken = inbox / "taken"
+    taken.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        file.replace(taken / file.name)
+    if not before and not new:
+        sys.exit(f"{table} is not there yet, and {inbox} holds no prompts for it")
+
+
+def rows_of(file: Path, known: dict[str, str]) -> list[dict[str, str]]:
+    """The rows of a file that the table does not have."""
+    lines = enumerate(file.read_text("utf-8").splitlines())
+    rows = [{"id": f"{file.stem}-{number:06}", "prompt": line.strip()} for number, line in lines if line.strip()]
+    for row in rows:
+        if known.get(row["id"], row["prompt"]) != row["prompt"]:
+            sys.exit(f"{file}: another file of this name was taken before, with other prompts; give it a new name")
+    return [row for row in rows if row["id"] not in known]
+
+
+def replace(table: Path, content: bytes) -> None:
+    """Write a file so that a crash leaves the old one or the new one."""
+    temporary = table.with_name(f".{table.name}.new")
+    with temporary.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(table)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,79 @@
+"""A task for workers in processes of their own, with a stand-in for what renders."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batch_infer.atomic import KnownFolder
+from batch_infer.engines import Task, Work
+from batch_infer.engines.local import Local
+from batch_infer.engines.peers import Patience
+from batch_infer.manifest import Manifest
+from batch_infer.models import read_card
+from batch_infer.records import PromptRequest, ResultRow
+from batch_infer.settings import Compute, ModelSettings, OutputSettings, SafetySettings
+from batch_infer.worker import WorkerSettings
+from tests import dummies
+from tests.rendering import make_request
+from tests.runs import images
+
+PATIENT = Patience()
+
+
+@dataclass
+class Rendering:
+    """A task as it is rendered, and what was told of it."""
+
+    out: Path
+    prompts: Sequence[str]
+    processes: int = 2
+    load: Any = dummies.load
+    patience: Patience = PATIENT
+    told: list[ResultRow] = field(default_factory=list)
+
+    def go(self, stop: Callable[[], bool] = lambda: False) -> Work:
+        (self.out / "logs").mkdir(parents=True, exist_ok=True)
+        settings = WorkerSettings(
+            card=read_card(ModelSettings()),
+            compute=Compute("cpu", "float32", 16, 8, 1),
+            safety=SafetySettings("none"),
+            output=OutputSettings(),
+            out=KnownFolder.of(self.out),
+            carried=pa.schema([("tag", pa.string())]),
+        )
+        requests = [self._request(k, prompt) for k, prompt in enumerate(self.prompts)]
+        with Local("cpu", self.processes, patience=self.patience, load=self.load) as engine:
+            assert engine.find_device().kind == "cpu"
+            return engine.render(Task(iter(requests), len(requests), settings), self.told.extend, stop)
+
+    def _request(self, number: int, prompt: str) -> PromptRequest:
+        row = make_request(f"{number}", prompt, seed=number, size=(16, 16))
+        return replace(row, carried={"tag": prompt})
+
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """What is committed, by id; a row that two workers have done stands there once or twice, and alike."""
+        found: dict[str, dict[str, Any]] = {}
+        for part in Manifest(self.out).parts():
+            for row in pq.read_table(part).to_pylist():
+                before = found.setdefault(row["id"], row)
+                assert (before["status"], before["sha256"]) == (row["status"], row["sha256"])
+        return found
+
+    def assert_accounted(self, *failed: int) -> None:
+        """Every row is committed and told once, these as failed, and each image is there."""
+        rows = self.rows()
+        assert Counter(row.id for row in self.told) == Counter(str(k) for k in range(len(self.prompts)))
+        assert {int(name) for name, row in rows.items() if row["status"] == "failed"} == set(failed)
+        assert {int(name) for name, row in rows.items() if row["status"] == "ok"} == (
+            set(range(len(self.prompts))) - set(failed)
+        )
+        assert all(row["tag"] == self.prompts[int(name)] for name, row in rows.items())
+        kept = {path for path in images(self.out) if "/.tmp-" not in path}
+        assert kept == {row["generated_image"] for row in rows.values() if row["status"] == "ok"}

@@ -1,0 +1,101 @@
+"""Killing runs at random: their workers, the parent, or all together."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.runs import start
+
+SPAWNED = b"spawn_main"
+"""What stands in the command line of a worker's process."""
+
+
+def workers_of(parent: int) -> list[int]:
+    """The workers' processes of a run."""
+    try:
+        children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+        return [int(child) for child in children if SPAWNED in Path(f"/proc/{child}/cmdline").read_bytes()]
+    except OSError:  # one has just ended
+        return []
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return " Z " not in Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return False
+
+
+@dataclass
+class Killer:
+    """Starts a run again and again, and kills what it can, each time after the first new part of a start."""
+
+    table: Path
+    out: Path
+    options: tuple[str, ...]
+    draw: random.Random
+    killed: list[str] = field(default_factory=list)
+
+    def kill(self, times: int) -> None:
+        """Kill so often; what is left of the run then ends by itself, or not at all."""
+        while len(self.killed) < times:
+            with self._run() as run:
+                while len(self.killed) < times and self._new_part(run):
+                    time.sleep(self.draw.uniform(0, 0.5))
+                    if not self._strike(run):
+                        break
+                if len(self.killed) < times and run.poll() == 0:
+                    raise AssertionError(f"the run was over after {self.killed}")
+
+    def _strike(self, run: subprocess.Popen[str]) -> bool:
+        """Kill something; whether the run goes on."""
+        target = self.draw.choice(["worker", "parent", "all"])
+        workers = workers_of(run.pid)
+        if target == "worker":
+            if not workers:
+                return run.poll() is None
+            os.kill(self.draw.choice(workers), signal.SIGKILL)
+        elif target == "parent":
+            run.kill()
+            run.wait()
+            assert eventually(lambda: not any(map(is_alive, workers))), "workers outlive their parent"
+        else:
+            os.killpg(run.pid, signal.SIGKILL)
+            run.wait()
+        self.killed.append(target)
+        return target == "worker"
+
+    def _new_part(self, run: subprocess.Popen[str]) -> bool:
+        """Wait for the next part; False where the run ends before."""
+        before = self._parts()
+        return eventually(lambda: self._parts() > before or run.poll() is not None) and run.poll() is None
+
+    def _parts(self) -> int:
+        return len(list((self.out / "manifest").glob("part-*.parquet")))
+
+    @contextmanager
+    def _run(self) -> Iterator[subprocess.Popen[str]]:
+        with start(self.table, self.out, *self.options, session=True) as run:
+            try:
+                yield run
+            finally:
+                if run.poll() is None and len(self.killed):
+                    os.killpg(run.pid, signal.SIGKILL)
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 120) -> bool:
+    """Whether something comes to hold."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True

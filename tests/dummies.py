@@ -1,0 +1,92 @@
+"""A stand-in for what renders, in workers' processes: images at no cost, and prompts that tell their process to die.
+
+Rows are taken in as a chain takes them: some wait, some are under way together, and all that were taken in are lost
+when the process dies.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from batch_infer.chain import ChainShape, Rendered, Unrendered
+from batch_infer.records import PromptRequest, Verdict
+from batch_infer.stages import Stages
+
+TOGETHER = 8
+WAITED = 0.1
+
+
+class DummyChain:
+    """Gives every row an image of one colour, which its seed says; `seconds` is what a batch of rows takes."""
+
+    def __init__(self, stop: Callable[[], bool], seconds: float = 0.0) -> None:
+        self.shape = ChainShape(2 * TOGETHER, TOGETHER)
+        self.model = SimpleNamespace(networks=())
+        self.stages_by_size: dict[tuple[int, int], Stages] = {}
+        self._stop, self._seconds = stop, seconds
+
+    @property
+    def stages(self) -> Stages:
+        return sum(self.stages_by_size.values(), Stages())
+
+    def render(self, requests: Iterable[PromptRequest]) -> Iterator[Rendered | Unrendered]:
+        source = iter(requests)
+        while not self._stop() and (batch := list(islice(source, TOGETHER))):
+            for request in batch:
+                _obey(request.prompt)
+            yield from self._make(batch)
+
+    def _make(self, batch: list[PromptRequest]) -> Iterator[Rendered]:
+        started = time.perf_counter()
+        time.sleep(self._seconds)
+        for request in batch:
+            size = request.params.height, request.params.width
+            stages = self.stages_by_size.setdefault(size, Stages())
+            stages.images, stages.ticks = stages.images + 1, stages.ticks + 1
+            stages.row_forwards, stages.slot_ticks = stages.row_forwards + 1, stages.slot_ticks + 1
+            pixels = np.full((*size, 3), request.seed % 251, np.uint8)
+            conditioning: Any = SimpleNamespace(prompt_tokens=1, prompt_truncated=False)
+            yield Rendered(request, pixels, Verdict(), conditioning, self.shape.slots, time.perf_counter() - started)
+        stages.seconds += time.perf_counter() - started
+
+
+def _obey(prompt: str) -> None:
+    """Do to this process what a prompt says."""
+    match prompt.split():
+        case ["die", "by", name]:
+            os.kill(os.getpid(), getattr(signal, name))
+        case ["raise", word]:
+            raise RuntimeError(f"the device said {word}")
+        case ["hang"]:
+            time.sleep(3600)
+        case ["die", "once", marker]:
+            try:
+                os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                return
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def load(card: Any, compute: Any, safety: Any, stop: Callable[[], bool]) -> Any:
+    return DummyChain(stop)
+
+
+def load_waiting(card: Any, compute: Any, safety: Any, stop: Callable[[], bool]) -> Any:
+    """A stand-in for a GPU: a batch of rows takes its time, and none of the host's."""
+    return DummyChain(stop, seconds=WAITED)
+
+
+def load_broken(card: Any, compute: Any, safety: Any, stop: Callable[[], bool]) -> Any:
+    raise RuntimeError("no such weights")
+
+
+def load_dying(card: Any, compute: Any, safety: Any, stop: Callable[[], bool]) -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)

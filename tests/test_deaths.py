@@ -1,0 +1,168 @@
+"""Every way to die: whatever is killed, the same command completes, and its images are those of an undisturbed run."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batch_infer.records import BOOKKEEPING
+from tests.deaths import Killer, eventually, is_alive, workers_of
+from tests.runs import assert_whole, command, hashes, results, run, start
+from tests.tables import write_csv
+
+COLOURS = ("red", "green", "blue", "yellow")
+
+
+def table_of(folder: Path, rows: int) -> Path:
+    cells = [["prompt", "id", "num_inference_steps", "guidance_scale"]]
+    cells += [
+        [f"a {COLOURS[k % 4]} circle", f"r{k}", str(10 + k % 10), "1" if k % 5 == 0 else "5"] for k in range(rows)
+    ]
+    return write_csv(folder / "table.csv", cells)
+
+
+def undisturbed(table: Path, out: Path) -> list[dict[str, Any]]:
+    assert run(table, out, "--slots", "16").code == 0
+    return without_bookkeeping(out)
+
+
+def without_bookkeeping(out: Path) -> list[dict[str, Any]]:
+    return [{name: cell for name, cell in row.items() if name not in BOOKKEEPING} for row in results(out)]
+
+
+def killed_at_random(folder: Path, rows: int, kills: int, seed: int) -> None:
+    table, out = table_of(folder, rows), folder / "out"
+    options = ("--slots", "16", "--num-processes", "2")
+    killer = Killer(table, out, options, random.Random(seed))
+    killer.kill(kills)
+    print(f"seed {seed}: {killer.killed}")
+    done = run(table, out, *options)
+    assert done.code == 0, done.stderr
+    assert without_bookkeeping(out) == undisturbed(table, folder / "reference")
+    assert hashes(out) == hashes(folder / "reference")
+    assert_whole(out)
+
+
+def test_kills_at_random_change_nothing(tmp_path: Path) -> None:
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")
+    killed_at_random(tmp_path, rows=60, kills=3, seed=seed)
+
+
+@pytest.mark.soak
+def test_thirty_kills_at_random_change_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    seed = int(os.environ.get("SEED") or random.randrange(10**6))
+    with capfd.disabled():
+        print(f"\nseed {seed} (SEED={seed} repeats it)")
+    killed_at_random(tmp_path, rows=600, kills=30, seed=seed)
+
+
+def test_bytes_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
+    table = table_of(tmp_path, 20)
+    expected = undisturbed(table, tmp_path / "0")
+    for processes in ("1", "3"):
+        done = run(table, tmp_path / processes, "--slots", "16", "--num-processes", processes)
+        assert done.code == 0, done.stderr
+        assert without_bookkeeping(tmp_path / processes) == expected
+        assert len({row["worker"] for row in results(tmp_path / processes)}) <= int(processes)
+
+
+DUMMY = """
+import batch_infer.jobs.run as jobs
+from batch_infer.engines.local import Local
+from batch_infer.__main__ import main
+from tests import dummies
+jobs.engine_for = lambda settings, here: Local("cpu", 2, load=dummies.load_waiting)
+main()
+"""
+"""The command with two workers that take their time, and a model that costs nothing to load."""
+
+
+def many(folder: Path) -> Path:
+    return write_csv(folder / "many.csv", [["prompt"], *(["a red circle"] for _ in range(3000))])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_ends_a_run_in_order(tmp_path: Path, number: int) -> None:
+    """As systemd and a terminal send it: to each process of the group. What is finished is committed."""
+    table, out = many(tmp_path), tmp_path / "out"
+    with start(table, out, program=("-c", DUMMY), session=True) as process:
+        assert eventually(lambda: any((out / "manifest").glob("part-*")))
+        os.killpg(process.pid, number)
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 75, stderr
+    assert "stopped early" in stdout
+    assert 0 < len([row for row in results(out) if row["status"] == "ok"]) < 3000
+    assert_whole(out)
+
+
+def test_a_second_interrupt_ends_a_run_and_its_workers_at_once(tmp_path: Path) -> None:
+    table, out = many(tmp_path), tmp_path / "out"
+    with start(table, out, program=("-c", DUMMY)) as process:
+        assert eventually(lambda: len(workers_of(process.pid)) == 2)
+        workers = workers_of(process.pid)
+        for worker in workers:
+            os.kill(worker, signal.SIGSTOP)  # so that the first has to wait
+        process.send_signal(signal.SIGINT)
+        line = process.stderr.readline() if process.stderr else ""
+        while "stopping" not in line:
+            line = process.stderr.readline() if process.stderr else ""
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 75, stderr
+    assert "interrupted" in stderr
+    assert eventually(lambda: not any(map(is_alive, workers)), 20)
+
+
+def test_out_that_vanishes_ends_the_run_and_is_not_made_again(tmp_path: Path) -> None:
+    table, out = many(tmp_path), tmp_path / "out"
+    with start(table, out, program=("-c", DUMMY)) as process:
+        assert eventually(lambda: any((out / "manifest").glob("part-*")))
+        out.rename(tmp_path / "elsewhere")
+        _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 75, stderr
+    assert str(out) in stderr.splitlines()[-1]
+    assert "Traceback" not in stderr
+    assert not out.exists()
+
+
+def test_a_run_goes_on_without_parts_and_images_that_a_crash_has_damaged(tmp_path: Path) -> None:
+    """A part cut short, a garbled one, an image of half its length, one that is gone, and temporary files."""
+    table, out = table_of(tmp_path, 24), tmp_path / "out"
+    expected = undisturbed(table, out)
+    shutil.copytree(out, tmp_path / "reference")
+    record = (out / "run.json").read_text().replace('"summary": {', '"ended": {')  # as if it had been killed
+    (out / "run.json").write_text(record.rstrip().removesuffix("}") + ', "summary": null}')
+    first, second, *_ = (row["generated_image"] for row in results(out))
+    (out / first).write_bytes((out / first).read_bytes()[:200])
+    (out / second).unlink()
+    (out / "images" / ".tmp-x-y.png").write_bytes(b"half")
+    (out / "manifest" / "part-0.parquet").write_bytes(b"PAR1")
+    (out / "results.parquet").unlink()
+    done = run(table, out, "--slots", "16")
+    assert done.code == 0, done.stderr
+    assert "2 images" in done.stderr
+    assert "part-0.parquet is damaged" in done.stderr
+    assert without_bookkeeping(out) == expected
+    assert hashes(out) == hashes(tmp_path / "reference")
+    assert_whole(out)
+
+
+def test_a_damaged_part_of_a_run_that_had_ended_is_rendered_anew(tmp_path: Path) -> None:
+    table, out = table_of(tmp_path, 6), tmp_path / "out"
+    expected = undisturbed(table, out)
+    (part,) = (out / "manifest").glob("part-*")
+    part.write_bytes(part.read_bytes()[:-100])
+    refused = command("merge", out)
+    assert refused.code == 2
+    assert "run again: that sets it aside" in refused.stderr
+    done = run(table, out, "--slots", "16")
+    assert done.code == 0, done.stderr
+    assert without_bookkeeping(out) == expected
+    assert_whole(out)

@@ -1,0 +1,120 @@
+"""Engines: workers in processes of their own, which die in every way, and rows that are accounted for all the same."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from batch_infer.engines import shift
+from batch_infer.engines.local import Local
+from batch_infer.engines.peers import Patience
+from batch_infer.engines.shift import WorkerBroke
+from batch_infer.errors import ModelError, SettingsError, StorageError, WorkersLost
+from batch_infer.manifest import Manifest
+from tests import dummies
+from tests.crew import Rendering
+
+
+def test_two_workers_share_the_rows(tmp_path: Path) -> None:
+    rendering = Rendering(tmp_path / "out", ["a"] * 200)
+    work = rendering.go()
+    rendering.assert_accounted()
+    assert (work.processes, work.deaths) == (2, 0)
+    assert len({row.worker for row in rendering.told}) == 2
+    assert sum(account.whole.images for account in work.accounts) == 200
+    assert not list((tmp_path / "out").rglob(".*"))
+
+
+def test_a_row_that_its_process_dies_of_costs_no_other(tmp_path: Path) -> None:
+    """It is tried three times, the last time alone. What was a passing fault costs nothing."""
+    prompts = ["a"] * 200
+    prompts[30], prompts[90], prompts[150] = "die by SIGKILL", "raise hell", f"die once {tmp_path / 'marker'}"
+    rendering = Rendering(tmp_path / "out", prompts)
+    work = rendering.go()
+    rendering.assert_accounted(30, 90)
+    assert work.deaths == 7
+    told = "3 workers have died over this row, the last with nothing else to do: "
+    assert rendering.rows()["30"]["error"] == f"{told}killed by SIGKILL"
+    assert rendering.rows()["90"]["error"] == f"{told}RuntimeError: the device said hell"
+
+
+def test_a_worker_that_hangs_is_ended_and_its_row_with_it(tmp_path: Path) -> None:
+    prompts = ["a"] * 40
+    prompts[17] = "hang"
+    rendering = Rendering(tmp_path / "out", prompts, patience=Patience(start=2, least=2, factor=1))
+    work = rendering.go()
+    rendering.assert_accounted(17)
+    assert work.deaths == 3
+    assert "nothing was heard of it for 2 s" in rendering.rows()["17"]["error"]
+
+
+def test_a_worker_that_is_stopped_from_outside_is_replaced(tmp_path: Path) -> None:
+    """A process under SIGSTOP cannot watch itself."""
+    rendering = Rendering(tmp_path / "out", ["a"] * 64, load=dummies.load_waiting, patience=Patience(60, 5, 2, 2))
+    stopped: list[int] = []
+
+    def freeze() -> bool:
+        if rendering.told and not stopped:
+            stopped.append(int(str(rendering.told[0].worker).split("-")[-2]))
+            os.kill(stopped[0], signal.SIGSTOP)
+        return False
+
+    work = rendering.go(freeze)
+    rendering.assert_accounted()
+    assert work.deaths == 1
+    assert not Path(f"/proc/{stopped[0]}").exists()
+
+
+def test_a_worker_that_dies_whatever_it_does_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or it would take all rows of the table with it, one by one."""
+    monkeypatch.setattr(shift, "BARREN_LIVES", 4)
+    rendering = Rendering(tmp_path / "out", ["die by SIGKILL"] * 100, processes=1)
+    with pytest.raises(WorkersLost, match="no worker is left: the last has died .killed by SIGKILL"):
+        rendering.go()
+    assert {row.status for row in rendering.told} <= {"failed"}
+    assert len(rendering.told) < 4
+
+
+def test_a_worker_that_dies_at_its_start_ends_the_run_with_its_own_error(tmp_path: Path) -> None:
+    with pytest.raises(WorkerBroke, match="no such weights"):
+        Rendering(tmp_path / "out", ["a"] * 10, load=dummies.load_broken).go()
+    with pytest.raises(ModelError, match=r"worker \d has died while it loaded the model .killed by SIGKILL"):
+        Rendering(tmp_path / "out", ["a"] * 10, load=dummies.load_dying).go()
+    assert not Manifest(tmp_path / "out").parts()
+
+
+def test_a_stop_commits_what_is_finished_and_leaves_the_rest(tmp_path: Path) -> None:
+    rendering = Rendering(tmp_path / "out", ["a"] * 5000, load=dummies.load_waiting)
+    rendering.go(lambda: len(rendering.told) > 20)
+    assert 20 < len(rendering.told) < 5000
+    assert {row.id for row in rendering.told} == rendering.rows().keys()
+
+
+def test_a_disk_that_is_full_ends_the_run_in_order(tmp_path: Path) -> None:
+    """A file stands where the images' folder is to be."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "images").write_text("")
+    with pytest.raises(StorageError, match="images"):
+        Rendering(tmp_path / "out", ["a"] * 10).go()
+
+
+def test_a_device_that_is_not_there_is_told_before_anything_is_rendered() -> None:
+    with Local("cuda", 1) as engine, pytest.raises(SettingsError, match="torch finds no CUDA device"):
+        engine.find_device()
+
+
+@pytest.mark.parametrize("end", ["left", "killed"])
+def test_workers_end_when_their_parent_does(tmp_path: Path, end: str) -> None:
+    with Local("cpu", 1, load=dummies.load) as engine:
+        engine.find_device()
+        (peer,) = engine.gather()
+        process = peer._process
+        assert process is not None and process.is_alive()
+        if end == "killed":  # as it looks from the other end of the link
+            peer.link.close()
+            process.join(20)
+            assert process.exitcode == 1
+    assert not process.is_alive()

@@ -1,0 +1,136 @@
+"""Runs under a launcher of the user's own, on one node and on two, with its ranks killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from batch_infer.engines.launched import MEETING, Place, place
+from batch_infer.errors import SettingsError
+from tests.deaths import eventually
+from tests.runs import QUICK, assert_whole, hashes, results, run
+from tests.test_deaths import table_of, undisturbed, without_bookkeeping
+
+OURS = ("--slots", "16")
+LAUNCHED = tuple(option for option in QUICK if option not in ("--num-processes", "0"))
+TORCHRUN = ("torch.distributed.run",)
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no",
+              "--dynamo_backend", "no")  # fmt: skip
+"""On a machine without a GPU it is this option by which it starts several processes."""
+
+
+@contextmanager
+def launched(table: Path, out: Path, *launcher: str) -> Iterator[subprocess.Popen[str]]:
+    line = [sys.executable, "-m", *launcher, "-m", "batch_infer", "run", str(table), "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*line, *LAUNCHED, *OURS],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def assert_as_expected(out: Path, reference: Path) -> None:
+    assert without_bookkeeping(out) == without_bookkeeping(reference)
+    assert hashes(out) == hashes(reference)
+    assert_whole(out)
+
+
+def test_torchrun_starts_the_workers(tmp_path: Path) -> None:
+    table = table_of(tmp_path, 24)
+    undisturbed(table, tmp_path / "reference")
+    with launched(table, tmp_path / "out", *TORCHRUN, "--standalone", "--nproc-per-node", "2") as process:
+        stdout, stderr = process.communicate(timeout=200)
+    assert process.returncode == 0, stderr
+    assert stdout.count("24 rows") == 1
+    assert_as_expected(tmp_path / "out", tmp_path / "reference")
+    assert not (tmp_path / "out" / MEETING).exists()
+
+
+@pytest.mark.soak
+def test_accelerate_starts_the_workers(tmp_path: Path) -> None:
+    table = table_of(tmp_path, 60)
+    undisturbed(table, tmp_path / "reference")
+    with launched(table, tmp_path / "out", *ACCELERATE, "--num_processes", "3") as process:
+        _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    assert len({row["worker"] for row in results(tmp_path / "out")}) == 3
+    assert_as_expected(tmp_path / "out", tmp_path / "reference")
+
+
+@pytest.mark.soak
+def test_two_nodes_share_the_rows(tmp_path: Path) -> None:
+    table = table_of(tmp_path, 60)
+    undisturbed(table, tmp_path / "reference")
+    meeting = f"--master-port={free_port()}"
+    node = (*TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", meeting)
+    first = launched(table, tmp_path / "out", *node, "--node-rank", "0")
+    second = launched(table, tmp_path / "out", *node, "--node-rank", "1")
+    with first as here, second as there:
+        _, stderr = here.communicate(timeout=300)
+        assert here.returncode == 0, stderr
+        assert there.wait(60) == 0
+    assert len({row["worker"] for row in results(tmp_path / "out")}) == 2
+    assert_as_expected(tmp_path / "out", tmp_path / "reference")
+
+
+@pytest.mark.soak
+def test_a_launcher_that_starts_all_again_loses_nothing(tmp_path: Path) -> None:
+    """It does so where one of its ranks has died."""
+    table, out = table_of(tmp_path, 60), tmp_path / "out"
+    undisturbed(table, tmp_path / "reference")
+    node = (*TORCHRUN, "--standalone", "--nproc-per-node", "2", "--max-restarts", "2")
+    with launched(table, out, *node) as process:
+        assert eventually(lambda: any((out / "manifest").glob("part-*")))
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    assert_as_expected(out, tmp_path / "reference")
+
+
+def test_a_place_is_what_a_launcher_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert place() is None
+    variables = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node-0"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert place() == Place(3, 4, 1, 2, "node-0")
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    with pytest.raises(SettingsError, match="WORLD_SIZE"):
+        place()
+
+
+def test_a_launcher_and_another_number_of_processes_do_not_go_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    done = run(table_of(tmp_path, 2), tmp_path / "out", "--num-processes", "3")
+    assert done.code == 2
+    assert "--num-processes 3: a launcher has started 2" in done.stderr

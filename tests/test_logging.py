@@ -1,0 +1,276 @@
+"""The log on stderr: JSON lines and nothing else where that is asked for, and with -q nothing on success."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batch_infer.cli import commands, logs, progress
+from batch_infer.cli.logs import give_stderr_back, set_up_logging, settle_format
+from batch_infer.cli.progress import Bar, Lines, make_progress
+from batch_infer.cli.signals import stop_on_signals
+from batch_infer.jobs.survey import Survey
+from batch_infer.models import DEMO_MODEL
+from tests.runs import command, run
+from tests.tables import write_csv
+
+
+@pytest.fixture(autouse=True)
+def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The process's logging and hooks, which a command that ends its process need not give back."""
+    for name in ("", "py.warnings", "stderr", "batch_infer"):
+        for what in ("handlers", "level", "propagate"):
+            monkeypatch.setattr(logging.getLogger(name), what, getattr(logging.getLogger(name), what))
+    for module, name in ((sys, "excepthook"), (sys, "unraisablehook"), (threading, "excepthook")):
+        monkeypatch.setattr(module, name, getattr(module, name))
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    yield
+    give_stderr_back()
+    settle_format("text")
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    return write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"], ["a green star"], [""]])
+
+
+def objects(text: str) -> list[dict[str, Any]]:
+    """Every line of a log, each of which is whole, with a time that is now, and with nothing unsaid."""
+    found = [json.loads(line) for line in text.splitlines()]
+    for line in found:
+        told = datetime.fromisoformat(line["time"])
+        assert told.utcoffset() == timedelta(0)
+        assert abs(datetime.now(timezone.utc) - told) < timedelta(minutes=5)
+        assert line["level"] in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+        assert line["logger"]
+        assert line["message"]
+    return found
+
+
+def messages(text: str) -> list[str]:
+    return [line["message"] for line in objects(text)]
+
+
+# JSON lines
+
+
+def test_a_run_in_json(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    done = run(table, tmp_path / "out", "--log-format", "json", "--json")
+    assert done.code == 3
+    assert json.loads(done.stdout)["ok"] + json.loads(done.stdout)["flagged"] == 2, "the result is stdout's, as always"
+    told = objects(done.stderr)
+    assert {line["logger"] for line in told} == {"batch_infer"}
+    start = next(line for line in told if "pending" in line)
+    assert (start["message"], start["pending"], start["invalid"]) == ("2 to render, 0 done before, 1 invalid", 2, 1)
+    assert [line for line in told if line["level"] == "WARNING"][0]["message"].endswith("the prompt is empty")
+    last = [line for line in told if "images_per_second" in line][-1]
+    assert (last["done"], last["total"], last["seconds_left"]) == (3, 3, 0)
+    assert last["images_per_second"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (("run", "missing.csv"), 2, "missing.csv: no such file or folder"),
+        (("run", "missing.csv", "--bogus"), 2, "No such option '--bogus'."),
+        (("run", "missing.csv", "--steps", "ten"), 2, "Invalid value for '--steps': 'ten' is not a valid integer."),
+        (("run",), 2, "Missing argument 'TABLE...'."),
+        (("status", "nowhere"), 2, "nowhere holds no run"),
+        (("retry", "nowhere", "--status", "failed"), 2, "nowhere holds no run"),
+        (("merge", "nowhere"), 2, "nothing to merge"),
+        (("plan", "missing.csv"), 2, "missing.csv: no such file or folder"),
+        (("bench", "--steps", "x"), 2, "--steps x"),
+        (("stattus", "nowhere"), 2, "No such command 'stattus'."),
+    ],
+)
+@pytest.mark.parametrize("way", ["flag", "joined", "variable"])
+def test_a_fault_is_one_object(
+    arguments: tuple[str, ...], code: int, sentence: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way == "variable":
+        monkeypatch.setenv("BATCH_INFER_LOG_FORMAT", "json")
+    flag = {"flag": ("--log-format", "json"), "joined": ("--log-format=json",), "variable": ()}[way]
+    done = command(*arguments, *flag)
+    told = objects(done.stderr)[-1]
+    assert (done.code, done.stdout) == (code, "")
+    assert sentence in told["message"]
+    assert (told["level"], told["logger"], told["exit_code"]) == ("ERROR", "batch_infer", code)
+
+
+@pytest.mark.parametrize("more", ["steps = 'ten'", "stepps = 3", "limit = 1"])
+def test_the_file_of_options_says_it_too(tmp_path: Path, more: str) -> None:
+    config = tmp_path / "job.toml"
+    config.write_text(f"log-format = 'json'\n{more}\n")
+    assert objects(command("run", "missing.csv", "--config", config).stderr)
+    for flags in (("--log-format", "text", "--config", config), ("--config", config, "--log-format", "text")):
+        told = command("run", "missing.csv", *flags).stderr
+        assert told.startswith("batch-infer: ") or (flags[0] == "--config" and objects(told))
+
+
+def test_the_option_is_every_commands() -> None:
+    assert {name for name, each in commands.commands.items() if "log_format" in {p.name for p in each.params}} == set(
+        commands.commands
+    )
+
+
+def test_a_log_format_that_there_is_not(tmp_path: Path) -> None:
+    done = command("run", "t.csv", "-o", tmp_path / "out", "--log-format", "xml")
+    assert (done.code, "'xml' is not one of 'text', 'json'" in done.stderr) == (2, True)
+
+
+def test_fields_of_a_record_and_an_exception_are_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    settle_format("json")
+    set_up_logging()
+    try:
+        raise ValueError("of\ntwo lines")
+    except ValueError:
+        logs.log.exception("it %s", "broke", extra={"path": Path("a/b"), "many": {"x": 1}, "odd": float("inf")})
+    (line,) = objects(capsys.readouterr().err)
+    assert (line["message"], line["level"], line["many"]) == ("it broke", "ERROR", {"x": 1})
+    assert "a/b" in line["path"]
+    assert line["exception"].startswith("Traceback")
+    assert line["exception"].endswith("ValueError: of\ntwo lines")
+
+
+def test_a_signal_is_told_in_the_log(capsys: pytest.CaptureFixture[str]) -> None:
+    settle_format("json")
+    set_up_logging(quiet=True)
+    with stop_on_signals() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop()
+    (line,) = objects(capsys.readouterr().err)
+    assert (line["level"], line["message"].split(";")[0]) == ("WARNING", "stopping")
+
+
+def test_there_is_no_bar_among_json_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert isinstance(make_progress(shown=True), Bar)
+    settle_format("json")
+    lines = make_progress(shown=True)
+    assert isinstance(lines, Lines)
+    set_up_logging()
+    lines.start(Survey(total=1, pending=1))
+    assert messages(capsys.readouterr().err) == ["1 to render, 0 done before, 0 invalid"]
+
+
+SLIPS = """
+import gc, logging, sys, threading, types, warnings
+from batch_infer.__main__ import main
+
+def score(*_):
+    handler = logging.StreamHandler()  # as libraries make them for themselves
+    logging.getLogger("library").addHandler(handler)
+    logging.getLogger("library").warning("from a library\\nin two lines")
+    warnings.warn("old\\n  and tired", FutureWarning)
+    for percent in range(0, 101, 20):
+        print(f"\\rloading {percent}%", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    thread = threading.Thread(target=lambda: 1 / 0)
+    thread.start()
+    thread.join()
+    class Grave:
+        def __del__(self):
+            raise LookupError("too late")
+    Grave()
+    gc.collect()
+    print("not ended", end="", file=sys.stderr)
+    raise ArithmeticError("a bug")
+
+sys.modules["batch_infer.jobs"] = types.ModuleType("batch_infer.jobs")
+sys.modules["batch_infer.jobs.run"] = types.SimpleNamespace(run=score, assist=lambda *_: False)
+main()
+"""
+
+
+def test_what_others_write_and_bugs_are_objects_too() -> None:
+    """A process of its own, because the hooks that see these are the process's."""
+    line = [sys.executable, "-c", SLIPS, "run", "t.csv", "--log-format", "json"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "")
+    told = [(line["logger"], line["level"], line["message"]) for line in objects(done.stderr)]
+    assert told == [
+        ("stderr", "WARNING", "from a library"),
+        ("stderr", "WARNING", "in two lines"),
+        ("py.warnings", "WARNING", "FutureWarning: old and tired (<string>:9)"),
+        ("stderr", "WARNING", "loading 100%"),
+        ("batch_infer", "CRITICAL", "ZeroDivisionError: division by zero"),
+        ("batch_infer", "CRITICAL", "LookupError: too late"),
+        ("stderr", "WARNING", "not ended"),
+        ("batch_infer", "CRITICAL", "ArithmeticError: a bug"),
+    ]
+    assert objects(done.stderr)[-1]["exception"].count("Traceback") == 1
+    quiet = subprocess.run([*line, "-q"], capture_output=True, text=True, check=False, timeout=60)
+    assert [line["level"] for line in objects(quiet.stderr)] == ["CRITICAL"] * 3, "that there was a bug is told"
+
+
+# Warnings, and quiet
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_a_warning_of_python_is_one_line_and_none_when_quiet(
+    capsys: pytest.CaptureFixture[str], log_format: str
+) -> None:
+    settle_format(log_format)
+    told = 'FutureWarning: in two lines with a % (a "b".py:3)'
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        set_up_logging()
+        warnings.warn_explicit("in two\n  lines with a %", FutureWarning, 'a "b".py', 3)
+        written = capsys.readouterr().err
+        set_up_logging(quiet=True)
+        warnings.warn_explicit("again", FutureWarning, "a.py", 3)
+    assert (messages(written) if log_format == "json" else written.splitlines()) == [
+        told if log_format == "json" else f"batch-infer: {told}"
+    ]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_warning_that_a_worker_hands_on_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    set_up_logging()
+    said = warnings.formatwarning("old\nand tired", FutureWarning, "/a.py", 7, "code(here)")
+    logging.getLogger("py.warnings").handle(logging.LogRecord("py.warnings", 30, "", 0, said, (), None))
+    assert capsys.readouterr().err == "batch-infer: /a.py:7: FutureWarning: old and tired code(here)\n"
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_quiet_is_silent_though_diffusers_warns_of_an_old_scheduler(tmp_path: Path, log_format: str) -> None:
+    """A config as old as Stable Diffusion's first."""
+    model = tmp_path / "old"
+    shutil.copytree(DEMO_MODEL, model)
+    config = model / "scheduler" / "scheduler_config.json"
+    known = json.loads(config.read_text())
+    config.write_text(json.dumps({**known, "steps_offset": 0, "predict_epsilon": True, "variance_type": "fixed_small"}))
+    table = write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"]])
+    options = ("--model", str(model), "--log-format", log_format)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        loud = run(table, tmp_path / "loud", *options)
+        quiet = run(table, tmp_path / "quiet", *options, "-q")
+    assert (loud.code, quiet.code, quiet.stdout, quiet.stderr) == (0, 0, "", "")
+    assert loud.stderr.count("FutureWarning: ") == 1
+    if log_format == "json":
+        assert objects(loud.stderr)
+    else:
+        assert all(line.startswith("batch-infer: ") for line in loud.stderr.splitlines())
+
+
+def test_quiet_tells_the_summary_and_why_on_a_failure(table: Path, tmp_path: Path) -> None:
+    done = run(table, tmp_path / "out", "-q")
+    assert (done.code, done.stderr) == (3, "")
+    assert done.stdout.startswith("3 rows · ")
+    assert "1 invalid" in done.stdout
+    assert command("run", table, "--model", "/nowhere", "-q").stderr.startswith("batch-infer: ")

@@ -1,0 +1,249 @@
+"""`--metrics-file`: read by Prometheus' own parser, at the start, on the way and at every end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import prometheus_client
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+import batch_infer
+from batch_infer.cli import metrics as room
+from batch_infer.cli.metrics import GAUGES, STATUSES, Metrics
+from batch_infer.errors import Interrupted, LockedError
+from batch_infer.jobs.merge import Counts
+from batch_infer.jobs.summary import Summary
+from batch_infer.jobs.survey import Survey
+from batch_infer.records import ResultRow, now
+from tests.runs import command, run
+from tests.tables import write_csv
+
+
+def rows(*statuses: Any) -> list[ResultRow]:
+    return [
+        ResultRow(id=f"{i}", image_index=0, prompt="x", status=status, finished_at=now(), source_file="t.csv",
+                  source_row=i, fingerprint="f") for i, status in enumerate(statuses)
+    ]  # fmt: skip
+
+
+def read(file: Path, out: Path | str) -> dict[str, Any]:
+    """Values by name without its prefix, those of `results` by status; the labels of the info metric."""
+    found: dict[str, Any] = {"results": {}}
+    for family in text_string_to_metric_families(file.read_text("utf-8")):
+        assert family.documentation.endswith(".")
+        for sample in family.samples:
+            name, labels = sample.name.removeprefix("batch_infer_"), dict(sample.labels)
+            assert sample.name.startswith("batch_infer_")
+            assert labels.pop("out") == str(out)
+            if name == "info":
+                found["info"] = labels
+            elif labels:
+                found["results"][labels["status"]] = sample.value
+            else:
+                found[name] = sample.value
+    return found
+
+
+def some(**counts: int) -> dict[str, int]:
+    return dict.fromkeys(STATUSES, 0) | counts
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "nightly.prom"
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Both clocks, by hand."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(room, "time", SimpleNamespace(monotonic=lambda: clock.now, time=lambda: 1e9 + clock.now))
+    return clock
+
+
+def test_a_run_from_its_start_to_its_end(file: Path, clock: SimpleNamespace) -> None:
+    with Metrics(file, "/out", "sd") as metrics:
+        assert read(file, "/out") == {
+            "results": {}, "info": {"version": batch_infer.__version__, "model": "sd"}, "running": 1,
+            "start_timestamp_seconds": 1e9 + 100, "images_rendered": 0, "images_per_second": 0,
+        }  # fmt: skip
+        clock.now = 108
+        standing = {"ok": 3, "failed": 1, "left": 2}
+        metrics.start(Survey(total=15, done=6, invalid=1, pending=8, standing=standing))
+        assert read(file, "/out")["results"] == some(ok=3, failed=1, invalid=1)
+        assert read(file, "/out")["results_left"] == 10
+        clock.now = 112
+        metrics.committed(rows("ok", "flagged", "failed", "invalid"))
+        assert read(file, "/out")["results_left"] == 10, "not more often than every ten seconds"
+        clock.now = 118
+        metrics.committed(rows("ok", "blocked"))
+        on_the_way = read(file, "/out")
+        assert on_the_way["results"] == some(ok=5, flagged=1, failed=2, invalid=2, blocked=1)
+        assert (on_the_way["results_left"], on_the_way["images_rendered"]) == (4, 3)
+        assert on_the_way["images_per_second"] == pytest.approx(0.3)
+        assert on_the_way["running"] == 1
+        assert standing == {"ok": 3, "failed": 1, "left": 2}, "the survey is others' too"
+        metrics.close()
+        clock.now = 130
+        counts = Counts(rows=15, ok=7, flagged=1, failed=2, invalid=2, blocked=1, left=2)
+        metrics.conclude(Summary(counts, rendered=5, rendering_seconds=20.0), 0)
+    ended = read(file, "/out")
+    assert ended["results"] == some(ok=7, flagged=1, failed=2, invalid=2, blocked=1)
+    assert (ended["results_left"], ended["images_rendered"], ended["images_per_second"]) == (2, 5, 0.25)
+    assert (ended["running"], ended["exit_code"]) == (0, 0)
+    assert ended["end_timestamp_seconds"] == ended["last_success_timestamp_seconds"] == 1e9 + 130
+    assert set(GAUGES) == set(ended) - {"results", "info"}
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(LockedError("held"), 75), (Interrupted("now"), 75), (KeyboardInterrupt(), 75), (ZeroDivisionError(), 1)],
+)
+def test_an_error_is_an_end_too_and_the_last_success_is_kept(
+    file: Path, clock: SimpleNamespace, error: BaseException, code: int
+) -> None:
+    with Metrics(file, "/out", "sd") as metrics:
+        metrics.conclude(Summary(Counts(rows=2, ok=1, left=1), rendered=1, rendering_seconds=1.0), 0)
+    clock.now = 500
+    with pytest.raises(type(error)), Metrics(file, "/out"):
+        meanwhile = read(file, "/out")
+        assert (meanwhile["running"], meanwhile["exit_code"], meanwhile["end_timestamp_seconds"]) == (1, 0, 1e9 + 100)
+        assert meanwhile["info"]["model"] == "sd", "kept until it is known better"
+        raise error
+    ended = read(file, "/out")
+    assert (ended["running"], ended["exit_code"], ended["images_rendered"]) == (0, code, 0)
+    assert (ended["last_success_timestamp_seconds"], ended["end_timestamp_seconds"]) == (1e9 + 100, 1e9 + 500)
+    assert (ended["results"], ended["results_left"]) == (some(ok=1), 1), "as far as is known"
+
+
+def test_any_out_can_be_a_label(file: Path) -> None:
+    out = '/a "b"\\n\n{c="d"},ü/x'
+    for _ in range(2):
+        with Metrics(file, out, 'm"\n\\') as metrics:
+            metrics.conclude(Summary(), 0)
+        assert read(file, out)["info"]["model"] == 'm"\n\\'
+    assert read(file, out)["last_success_timestamp_seconds"] == pytest.approx(time.time(), abs=60)
+
+
+def test_another_out_has_nothing_to_do_with_this_one(file: Path) -> None:
+    with Metrics(file, "/one", "sd") as metrics:
+        metrics.conclude(Summary(Counts(ok=9)), 0)
+    with Metrics(file, "/two", "sd"):
+        assert read(file, "/two")["results"] == {}
+        assert "last_success_timestamp_seconds" not in read(file, "/two")
+
+
+@pytest.mark.parametrize("content", [b"batch_infer_exit_code{ 3", b"\xff\xfe", b"x 1 2 3 4 five"])
+def test_a_file_that_is_no_metrics_is_written_anew(
+    file: Path, caplog: pytest.LogCaptureFixture, content: bytes
+) -> None:
+    file.write_bytes(content)
+    with Metrics(file, "/out", "sd") as metrics:
+        metrics.conclude(Summary(), 3)
+    assert read(file, "/out")["exit_code"] == 3
+    assert [record.message.startswith(f"the metrics file {file} cannot be read") for record in caplog.records] == [True]
+
+
+def test_a_file_that_cannot_be_written_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "gone"
+    with Metrics(folder / "m.prom", "/out", "sd") as metrics:
+        metrics.start(Survey(total=1, pending=1))
+        metrics.conclude(Summary(), 0)
+    told = f"the metrics file {folder}/m.prom cannot be written: No such file or directory"
+    assert [record.message for record in caplog.records] == [told]
+    folder.mkdir()
+    with Metrics(folder / "m.prom", "/out", "sd") as metrics:
+        metrics.start(Survey(total=1, pending=1))
+        folder.rename(tmp_path / "moved")
+        folder.mkdir()
+        metrics.conclude(Summary(), 0)
+    assert read(folder / "m.prom", "/out")["running"] == 0
+    for where in (folder, tmp_path / "moved"):
+        assert [path.name for path in where.iterdir()] == ["m.prom"], "no temporary file stays"
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("m.tmp", "end it in .prom"), ("missing/m.prom", "there is no folder"), (".", "is a directory")]
+)
+@pytest.mark.parametrize("way", ["flag", "variable", "file"])
+def test_a_file_that_cannot_be_is_refused_before_anything_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, told: str, way: str
+) -> None:
+    table, config = write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"]]), tmp_path / "job.toml"
+    config.write_text(f"metrics-file = '{tmp_path / name}'\n" if way == "file" else "")
+    if way == "variable":
+        monkeypatch.setenv("BATCH_INFER_METRICS_FILE", str(tmp_path / name))
+    flag = ("--metrics-file", tmp_path / name) if way == "flag" else ()
+    done = run(table, tmp_path / "out", "--config", config, *flag)
+    assert (done.code, done.stdout) == (2, "")
+    assert told in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_exit_code_of_real_runs(tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, out = write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"], [""]]), tmp_path / "out"
+    options = ("--metrics-file", file, "-q")
+
+    def ends(code: int, *more: str) -> Mapping[str, Any]:
+        assert run(table, out, *options, *more).code == code
+        found = read(file, out)
+        assert (found["exit_code"], found["running"]) == (code, 0)
+        assert found["start_timestamp_seconds"] <= found["end_timestamp_seconds"] <= time.time()
+        return found
+
+    assert "last_success_timestamp_seconds" not in ends(75, "--time-limit", "0.001")
+    assert read(file, out)["results_left"] == 1
+    failed = ends(3)
+    assert (failed["results"], failed["results_left"]) == (some(ok=1, invalid=1), 0)
+    assert failed["images_rendered"] == 1
+    assert failed["images_per_second"] > 0
+    assert failed["info"] == {"version": batch_infer.__version__, "model": "demo"}
+    success = ends(0, "--max-failed", "1")
+    assert success["images_rendered"] == 0, "of this run"
+    assert success["results"] == failed["results"]
+    assert ends(2, "--scheduler", "Nonsense:")["last_success_timestamp_seconds"] == success["end_timestamp_seconds"]
+    assert command("retry", out, "--status", "ok", *options).code == 2, "no status of retry's, and not one of these"
+    next((out / "images").rglob("*.png")).unlink()
+    assert command("retry", out, "--status", "missing", "--max-failed", "1", *options).code == 2, "no option of retry's"
+    assert command("retry", out, "--status", "missing", *options).code == 0
+    again = read(file, out)
+    assert (again["exit_code"], again["images_rendered"], again["info"]["model"]) == (0, 1, "demo")
+
+    def slip(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("batch_infer.jobs.run.run", slip)
+    with pytest.raises(ZeroDivisionError):
+        run(table, out, *options)
+    assert (read(file, out)["exit_code"], read(file, out)["running"]) == (1, 0)
+
+
+def test_of_a_launchers_processes_the_first_alone_writes(
+    tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others render for it, which ends in order and without a word."""
+    monkeypatch.setattr("batch_infer.jobs.run.assist", lambda *_: True)
+    monkeypatch.setenv("RANK", "1")
+    done = run(tmp_path / "t.csv", tmp_path / "out", "--metrics-file", file)
+    assert (done.code, done.stdout, done.stderr, file.exists()) == (0, "", "", False)
+
+
+def test_a_plan_takes_the_option_and_writes_nothing(tmp_path: Path, file: Path) -> None:
+    done = command("plan", tmp_path / "missing.csv", "--metrics-file", file)
+    assert (done.code, file.exists()) == (2, False)
+
+
+def test_a_folder_that_goes_during_a_run_does_not_end_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prometheus_client, "write_to_textfile", full)
+    table, file = write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"]]), tmp_path / "m.prom"
+    done = run(table, tmp_path / "out", "--metrics-file", file)
+    assert done.code == 0
+    assert done.stderr.count(f"the metrics file {file} cannot be written: No space left on device") == 1

@@ -1,0 +1,245 @@
+"""examples/nightly: three nights as cron has them and three as systemd has them, on a table that grows."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from batch_infer.errors import TryAgainLater
+from tests.runs import assert_whole, results
+
+NIGHTLY = Path(__file__).parent.parent / "examples" / "nightly"
+APPEND = NIGHTLY / "append.py"
+ANALYZE = shutil.which("systemd-analyze")
+
+
+@dataclass(frozen=True)
+class Crontab:
+    """A crontab of one line: what it sets, when, and the command with what it is given to read."""
+
+    variables: dict[str, str]
+    schedule: list[str]
+    command: str
+    stdin: str
+
+    @classmethod
+    def read(cls, path: Path) -> Crontab:
+        """As crontab(5) says: a % that no backslash stands before ends the command's line."""
+        lines = [line for line in path.read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")]
+        settings = [re.fullmatch(r"(\w+)\s*=\s*(.*)", line) for line in lines]
+        (job,) = (line for line, setting in zip(lines, settings, strict=True) if not setting)
+        *schedule, entry = job.split(None, 5)
+        command, *stdin = re.split(r"(?<!\\)%", entry)
+        variables = {found[1]: found[2].strip("\"'") for found in settings if found}
+        return cls(variables, schedule, command.replace(r"\%", "%"), "\n".join(stdin))
+
+
+def unit(path: Path) -> dict[str, list[str]]:
+    """The settings of a systemd unit, each with its values in order; a setting that stands twice is a list's."""
+    found: dict[str, list[str]] = {}
+    for line in path.read_text().splitlines():
+        if line.strip() and not line.startswith(("#", ";", "[")):
+            name, _, value = line.partition("=")
+            found.setdefault(name, []).append(value)
+    return found
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A home folder that the example was copied into, with the environment that its README asks for."""
+    home = tmp_path / "a home"
+    shutil.copytree(NIGHTLY, home / "nightly")
+    (home / "nightly" / ".venv").symlink_to(sys.prefix)
+    config = home / "nightly" / "job.toml"
+    config.write_text(config.read_text().replace("steps = 20", "steps = 2"))
+    return home
+
+
+Done = subprocess.CompletedProcess[str]
+
+
+def by_cron(home: Path) -> Done:
+    """/bin/sh in the home folder, with the few variables that cron sets."""
+    table = Crontab.read(home / "nightly" / "crontab")
+    poor = {"HOME": str(home), "LOGNAME": "nobody", "SHELL": "/bin/sh", "PATH": "/usr/bin:/bin"}
+    shell = ["/bin/sh", "-c", table.command]
+    return _done(shell, home, {**poor, **table.variables}, table.stdin)
+
+
+def by_systemd(home: Path) -> Done:
+    """Each command without a shell, once specifiers are resolved; the first that fails is the last."""
+    service = unit(home / "nightly" / "batch-infer.service")
+    variables = {"HOME": str(home), "LOGNAME": "nobody", "USER": "nobody", "SHELL": "/bin/sh",
+                 "PATH": "/usr/local/bin:/usr/bin:/bin"}  # fmt: skip
+    (folder,) = (_resolved(value, home) for value in service["WorkingDirectory"])
+    (start,) = service["ExecStart"]
+    for line in (*service["ExecStartPre"], start):
+        words = [_resolved(word, home) for word in shlex.split(line)]
+        assert Path(words[0]).is_absolute()
+        done = _done(words, Path(folder), variables, "")
+        if done.returncode:
+            break
+    return done
+
+
+def _resolved(text: str, home: Path) -> str:
+    assert "$" not in text, "no variable is resolved here"
+    return re.sub("%(.)", lambda found: {"h": str(home), "%": "%"}[found[1]], text)
+
+
+def _done(line: list[str], folder: Path, variables: dict[str, str], stdin: str) -> Done:
+    return subprocess.run(
+        line, cwd=folder, env=variables, input=stdin, capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+def metrics(file: Path) -> dict[str, float]:
+    families = text_string_to_metric_families(file.read_text())
+    samples = [sample for family in families for sample in family.samples if "status" not in sample.labels]
+    return {sample.name.removeprefix("batch_infer_"): sample.value for sample in samples}
+
+
+@pytest.mark.parametrize(("night", "grows"), [(by_cron, (2, 1, 1)), (by_systemd, (2, 1, 0))], ids=["cron", "systemd"])
+def test_three_nights(home: Path, night: Callable[[Path], Done], grows: tuple[int, ...]) -> None:
+    folder = home / "nightly"
+    before: dict[str, dict[str, Any]] = {}
+    written: dict[str, int] = {}
+    for day, new in enumerate(grows):
+        if new:
+            (folder / "inbox").mkdir(exist_ok=True)
+            (folder / "inbox" / f"day {day}.txt").write_text("a large red circle\n" * new)
+        started = datetime.now(timezone.utc)
+        done = night(home)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        now = {row["id"]: row for row in results(folder / "out")}
+        assert len(now) == len(results(folder / "out")) == sum(grows[: day + 1])
+        assert {name: now[name] for name in before} == before, "what was done stays as it is, in every column"
+        assert {row["attempt"] for row in now.values()} == {1}
+        assert all(row["finished_at"] > started for name, row in now.items() if name not in before)
+        images = {path.name: path.stat().st_mtime_ns for path in (folder / "out" / "images").rglob("*.png")}
+        assert written.items() <= images.items()
+        assert len(images) == len(now)
+        found = metrics(folder / "nightly.prom")
+        assert (found["exit_code"], found["running"], found["images_rendered"]) == (0, 0, new)
+        assert found["last_success_timestamp_seconds"] == found["end_timestamp_seconds"] >= started.timestamp()
+        before, written = now, images
+    assert_whole(folder / "out")
+    assert len((folder / "out" / "results.csv").read_text().splitlines()) == sum(grows) + 1
+
+
+def test_a_night_without_a_table_is_told_and_renders_nothing(home: Path) -> None:
+    for night in (by_cron, by_systemd):
+        done = night(home)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "inbox holds no prompts" in done.stderr
+        assert not (home / "nightly" / "out").exists()
+
+
+def test_the_crontab_is_one() -> None:
+    table = Crontab.read(NIGHTLY / "crontab")
+    assert (list(table.variables), table.stdin) == (["MAILTO"], "")
+    assert all(re.fullmatch(r"\*|\d+", field) for field in table.schedule)
+    minute, hour, *others = table.schedule
+    assert (int(minute) < 60, int(hour) < 24, others) == (True, True, ["*", "*", "*"])
+
+
+@pytest.mark.parametrize(("code", "mailed"), [(0, ""), (75, ""), (3, "said\n"), (1, "said\n")])
+def test_the_line_that_is_silent_about_75_too(tmp_path: Path, code: int, mailed: str) -> None:
+    """With a program that ends with any code in the place of ours."""
+    command = re.findall(r"^    (cd .*)$", (NIGHTLY / "README.md").read_text(), re.MULTILINE)[-1]
+    programs = tmp_path / "nightly" / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    for name, end in (("python", 0), ("batch-infer", code)):
+        (programs / name).write_text(f"#!/bin/sh\n{'echo said >&2' if end else ':'}\nexit {end}\n")
+        (programs / name).chmod(0o755)
+    done = _done(["/bin/sh", "-c", command], tmp_path, {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}, "")
+    assert done.stdout + done.stderr == mailed
+
+
+def test_the_service_takes_75_for_a_success_and_leaves_time_to_stop() -> None:
+    service = unit(NIGHTLY / "batch-infer.service")
+    assert service["SuccessExitStatus"] == [str(TryAgainLater.exit_code)]
+    assert (service["Type"], service["KillSignal"]) == (["oneshot"], ["SIGTERM"])
+    assert not {"Restart", "RestartForceExitStatus"} & service.keys(), "it would start again, past its time limit"
+
+
+@pytest.mark.skipif(ANALYZE is None, reason="systemd is not installed here")
+def test_systemd_takes_the_units(home: Path, tmp_path: Path) -> None:
+    folder = home / "nightly"
+    line = [str(ANALYZE), "verify", "--user", str(folder / "batch-infer.service"), str(folder / "batch-infer.timer")]
+    done = _done(line, tmp_path, {"HOME": str(home), "XDG_RUNTIME_DIR": str(tmp_path), "PATH": os.environ["PATH"]}, "")
+    if "initialize manager" in done.stderr:
+        pytest.skip("systemd-analyze cannot work here")
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    (when,) = unit(NIGHTLY / "batch-infer.timer")["OnCalendar"]
+    subprocess.run([str(ANALYZE), "calendar", when], check=True, capture_output=True)
+
+
+# append.py
+
+
+def append(folder: Path) -> Done:
+    return _done([sys.executable, str(APPEND), "prompts.jsonl", "inbox"], folder, dict(os.environ), "")
+
+
+def drop(folder: Path, name: str, text: str) -> None:
+    (folder / "inbox").mkdir(exist_ok=True)
+    (folder / "inbox" / name).write_text(text, "utf-8")
+
+
+def table(folder: Path) -> list[tuple[str, str]]:
+    lines = (folder / "prompts.jsonl").read_text("utf-8").splitlines()
+    return [(row["id"], row["prompt"]) for row in map(json.loads, lines)]
+
+
+def test_appending(tmp_path: Path) -> None:
+    drop(tmp_path, "b.txt", 'one\n\n  two, ünder "quotes"  \n')
+    drop(tmp_path, "a.txt", "zero")
+    drop(tmp_path, "half.tmp", "not whole")
+    assert (done := append(tmp_path)).returncode == 0, done.stderr
+    first = [("a-000000", "zero"), ("b-000000", "one"), ("b-000002", 'two, ünder "quotes"')]
+    assert table(tmp_path) == first
+    assert sorted(path.name for path in (tmp_path / "inbox" / "taken").iterdir()) == ["a.txt", "b.txt"]
+    drop(tmp_path, "0.txt", "later")
+    assert append(tmp_path).returncode == 0
+    assert table(tmp_path) == [*first, ("0-000000", "later")], "it grows at its end alone"
+    before = (tmp_path / "prompts.jsonl").stat()
+    time.sleep(0.01)
+    assert append(tmp_path).returncode == 0
+    after = (tmp_path / "prompts.jsonl").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns), "nothing new, nothing written"
+
+
+def test_a_crash_before_the_files_were_moved_doubles_nothing(tmp_path: Path) -> None:
+    drop(tmp_path, "a.txt", "one\ntwo")
+    assert append(tmp_path).returncode == 0
+    drop(tmp_path, "a.txt", "one\ntwo")
+    (tmp_path / ".prompts.jsonl.new").write_text("half of a li")
+    drop(tmp_path, "b.txt", "three")
+    assert append(tmp_path).returncode == 0
+    assert table(tmp_path) == [("a-000000", "one"), ("a-000001", "two"), ("b-000000", "three")]
+    assert not list((tmp_path / "inbox").glob("*.txt")) + list(tmp_path.glob(".*"))
+
+
+def test_a_name_that_was_there_with_other_prompts_is_refused(tmp_path: Path) -> None:
+    drop(tmp_path, "a.txt", "one")
+    assert append(tmp_path).returncode == 0
+    drop(tmp_path, "a.txt", "two")
+    drop(tmp_path, "0.txt", "zero")
+    done = append(tmp_path)
+    assert (done.returncode, "give it a new name" in done.stderr) == (1, True)
+    assert table(tmp_path) == [("a-000000", "one")], "all or nothing"

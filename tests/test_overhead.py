@@ -1,0 +1,62 @@
+"""What the runner itself costs, with a stand-in for the model: rows a second, and what a second worker brings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batch_infer.cli.progress import Silent
+from batch_infer.engines.local import Local
+from batch_infer.jobs import run as job
+from batch_infer.jobs.summary import Summary
+from batch_infer.settings import RowDefaults, RunSettings, TableSettings
+from tests import dummies
+from tests.runs import assert_whole, results
+from tests.tables import write_csv
+
+Score = Callable[[int, int, Any], tuple[Summary, Path]]
+
+
+@pytest.fixture
+def score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Score:
+    """Run so many rows of 64x64 pixels through so many workers, each of which loads this."""
+
+    def run(rows: int, processes: int, load: Any) -> tuple[Summary, Path]:
+        out = tmp_path / f"{rows}-{processes}"
+        table = write_csv(tmp_path / "table.csv", [["prompt"], *([f"row {k}"] for k in range(rows))])
+        monkeypatch.setattr(job, "engine_for", lambda settings, here: Local("cpu", processes, load=load))
+        settings = RunSettings(TableSettings((str(table),)), out, defaults=RowDefaults(guidance_scale=1.0))
+        return job.run(settings, Silent()), out
+
+    return score
+
+
+@pytest.mark.soak
+def test_a_worker_commits_a_thousand_rows_a_second(score: Score, capfd: pytest.CaptureFixture[str]) -> None:
+    summary, out = score(20_000, 1, dummies.load)
+    with capfd.disabled():
+        print(f"\n{summary.images_per_second:.0f} rows/s by one worker")
+    assert summary.counts.ok == 20_000
+    assert_whole(out)
+    assert (summary.images_per_second or 0) >= 1000
+
+
+@pytest.mark.soak
+def test_two_workers_are_twice_as_fast_as_one(score: Score, capfd: pytest.CaptureFixture[str]) -> None:
+    """With a model that only waits; and neither is idle at the end for longer than a chunk of 32 rows takes."""
+    one, _ = score(3200, 1, dummies.load_waiting)
+    two, out = score(3200, 2, dummies.load_waiting)
+    ends: dict[str, datetime] = {}
+    for row in results(out):
+        ends[row["worker"]] = max(row["finished_at"], ends.get(row["worker"], row["finished_at"]))
+    gain = (two.images_per_second or 0) / (one.images_per_second or 1)
+    idle = (max(ends.values()) - min(ends.values())).total_seconds()
+    with capfd.disabled():
+        print(f"\ntwo workers: {gain:.2f} times one; at the end one was idle for {idle:.2f} s")
+    assert len(ends) == 2
+    assert gain >= 1.9
+    assert idle <= 32 / dummies.TOGETHER * dummies.WAITED

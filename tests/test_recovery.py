@@ -1,0 +1,264 @@
+"""Recovery: whatever a run died of, the next one makes of OUT what an undisturbed run would have made."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from batch_infer.errors import DamagedPart
+from batch_infer.jobs import recovery
+from batch_infer.jobs.recovery import recover, set_aside
+from batch_infer.manifest import Manifest
+from batch_infer.records import ResultRow
+from batch_infer.sinks import FolderSink
+
+NONE = pa.schema([])
+END = datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc)
+ROOT = Path(__file__).parent.parent
+LONG = "0123456789" * 6
+"""A value that stands in a part as it is."""
+
+
+def result(sink: FolderSink, name: str, content: bytes | None = b"pixels", **more: Any) -> ResultRow:
+    """A row whose image is written, and not settled."""
+    usual = {"id": name, "image_index": 0, "prompt": "x", "status": "ok", "source_file": "t.csv", "source_row": 0}
+    if content is not None:
+        stored = sink.write(f"images/t-0000{name > 'b':d}/{name}-0.png", content)
+        usual |= {"generated_image": stored.path, "sha256": stored.sha256, "image_bytes": stored.image_bytes}
+    return ResultRow(**{**usual, "finished_at": END, "fingerprint": "f", **more})
+
+
+def commit(out: Path, *rows: ResultRow) -> Path:
+    FolderSink(out).settle([row.generated_image for row in rows if row.generated_image])
+    manifest = Manifest(out)
+    return manifest.folder / manifest.commit(rows, NONE)
+
+
+def files(out: Path) -> dict[str, bytes]:
+    return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def commit_twice(out: Path) -> None:
+    """What a worker does with two batches of rows, of which the second are later attempts at the first."""
+    sink, manifest = FolderSink(out), Manifest(out)
+    for attempt in (1, 2):
+        rows = [result(sink, name, f"{name} {attempt}".encode(), attempt=attempt) for name in "abc"]
+        rows.append(result(sink, "d", None, status="failed", error="why", attempt=attempt))
+        sink.settle([row.generated_image for row in rows if row.generated_image])
+        manifest.commit(rows, NONE)
+        sink.remove(f"images/t-00000/old-{attempt}.png")
+
+
+def new_out(out: Path) -> Path:
+    """An OUT with two images that others are to replace."""
+    (out / "images" / "t-00000").mkdir(parents=True)
+    for attempt in (1, 2):
+        (out / "images" / "t-00000" / f"old-{attempt}.png").touch()
+    return out
+
+
+def die_at(step: int) -> None:
+    """Have this process killed just before its n-th call that changes what a disk holds."""
+    left = [step]
+
+    def deadly(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **options)
+
+        return call
+
+    for owner, name in ((os, "replace"), (os, "fsync"), (Path, "mkdir"), (Path, "unlink"), (Path, "write_bytes")):
+        setattr(owner, name, deadly(getattr(owner, name)))
+
+
+def die_everywhere(root: Path) -> None:
+    """Commit in one process for each step that it can die at, and say how each ended, until one comes to its end."""
+    for step in itertools.count(1):
+        out = new_out(root / str(step))
+        child = os.fork()
+        if child == 0:
+            die_at(step)
+            commit_twice(out)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        print(out.name, code, flush=True)
+        if code == 0:
+            break
+
+
+def mixed_up(out: Path) -> set[tuple[str, int]]:
+    """Keys of the images that are not those of the attempt which the manifest has."""
+    with Manifest(out).index() as index:
+        found = {name: index.find((name, 0)) for name in "abc"}
+        return {
+            (name, 0)
+            for name, committed in found.items()
+            if committed and (out / str(committed.path)).read_bytes() != f"{name} {committed.attempt}".encode()
+        }
+
+
+def test_a_kill_at_any_step_of_a_commit_is_made_good_by_the_next(tmp_path: Path) -> None:
+    """Processes that die for real: no `finally` of theirs cleans up."""
+    command = [sys.executable, "-m", "tests.test_recovery", str(tmp_path)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    ends = dict(line.split() for line in told.stdout.splitlines())
+    *killed, whole = ends
+    assert {ends[name] for name in killed} == {str(-signal.SIGKILL)}
+    assert len(killed) > 30
+    want = files(tmp_path / whole)
+    assert sorted(path.split("/")[0] for path in want) == ["images"] * 3 + ["manifest"] * 2
+    with_leftovers = 0
+    for out in (tmp_path / name for name in ends):
+        with_leftovers += any(".tmp-" in path for path in files(out))
+        wrong = mixed_up(out)
+        assert recover(out, Manifest(out)) == wrong, "what is settled and not committed has replaced them"
+        assert not [path for path in files(out) if ".tmp-" in path or ".damaged" in path]
+        commit_twice(out)
+        assert files(out) == want, out.name
+    assert with_leftovers > 5
+
+
+def test_an_image_that_was_never_committed_does_no_harm(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is rendered again, under its name."""
+    sink = FolderSink(tmp_path)
+    commit(tmp_path, result(sink, "a"))
+    sink.settle([str(result(sink, "b", b"settled").generated_image)])
+    result(sink, "aa", b"written")
+    with caplog.at_level(logging.WARNING):
+        assert recover(tmp_path, Manifest(tmp_path)) == frozenset()
+    assert not caplog.records
+    commit(tmp_path, result(sink, "b", b"again"))
+    images = {name: content for name, content in files(tmp_path).items() if name.startswith("images/")}
+    assert images == {"images/t-00000/a-0.png": b"pixels", "images/t-00000/b-0.png": b"again"}
+
+
+def test_an_out_without_a_manifest_is_recovered(tmp_path: Path) -> None:
+    assert recover(tmp_path, Manifest(tmp_path)) == frozenset()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_recent_images_that_the_disk_has_lost_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Older ones are not looked at: that is for `verify`."""
+    sink, early = FolderSink(tmp_path), END - recovery.RECENT
+    rows = [
+        *(result(sink, name) for name in ("a whole", "a gone", "a short", "another")),
+        result(sink, "a recent", finished_at=early),
+        result(sink, "an old", finished_at=early - timedelta(microseconds=1)),
+        result(sink, "a failure", None, status="failed"),
+    ]
+    commit(tmp_path, *rows)
+    outside = result(sink, "an outside", None, generated_image="../x.png", sha256="0", image_bytes=1)
+    Manifest(tmp_path).commit([outside], NONE)
+    commit(tmp_path, result(sink, "an older", finished_at=END - timedelta(hours=2)))
+    folder = tmp_path / "images" / "t-00000"
+    for name in ("a gone", "a recent", "an old", "an older"):
+        (folder / f"{name}-0.png").unlink()
+    (folder / "a short-0.png").write_bytes(b"pix")
+    (folder / "another-0.png").write_bytes(b"slexip")
+    with caplog.at_level(logging.WARNING):
+        lost = recover(tmp_path, Manifest(tmp_path))
+    assert lost == {(name, 0) for name in ("a gone", "a short", "another", "a recent", "an outside")}
+    assert (
+        f"5 images of the manifest are missing or not whole and must be rendered again, the first is {tmp_path}/"
+        in (caplog.text)
+    )
+
+
+def test_of_several_attempts_the_image_of_the_last_counts(tmp_path: Path) -> None:
+    sink = FolderSink(tmp_path)
+    for attempt in (2, 3, 1):
+        row = result(sink, "a", f"{attempt}".encode(), attempt=attempt)
+        Manifest(tmp_path).commit([row], NONE)
+        if attempt == 3:
+            sink.settle([str(row.generated_image)])
+    assert recover(tmp_path, Manifest(tmp_path)) == frozenset()
+    (tmp_path / "images/t-00000/a-0.png").write_bytes(b"2")
+    assert recover(tmp_path, Manifest(tmp_path)) == {("a", 0)}
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "late column"])
+def test_damaged_parts_are_set_aside_with_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str) -> None:
+    sink = FolderSink(tmp_path)
+    whole = commit(tmp_path, result(sink, "b"))
+    part = commit(tmp_path, result(sink, "a", scheduler=LONG))
+    content = part.read_bytes()
+    bad = {"empty": b"", "cut": content[:-7], "late column": garbled(content)}[damage]
+    for kept in (f"{part.name}.damaged", f"{part.name}.damaged-2"):  # it happens twice
+        part.write_bytes(bad)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert recover(tmp_path, Manifest(tmp_path)) == frozenset()
+        assert f"{part} is damaged (" in caplog.text
+        assert f"its rows are rendered anew, and it is kept as {kept}" in caplog.text
+        assert part.with_name(kept).read_bytes() == bad
+        assert Manifest(tmp_path).parts() == [whole]
+        with Manifest(tmp_path).index() as index:
+            assert index.find(("a", 0)) is None
+        assert commit(tmp_path, result(sink, "a", scheduler=LONG)) == part
+
+
+def garbled(content: bytes) -> bytes:
+    """Another value of the same length, which Parquet itself sees nothing of."""
+    at = content.index(LONG[:10].encode())
+    return content[:at] + b"98765" + content[at + 5 :]
+
+
+def test_a_damaged_part_that_is_found_later_is_set_aside_too(tmp_path: Path) -> None:
+    """An old one: by who reads its other columns, or by the index."""
+    sink = FolderSink(tmp_path)
+    part = commit(tmp_path, result(sink, "a", finished_at=END - timedelta(days=1), scheduler=LONG))
+    content = part.read_bytes()
+    commit(tmp_path, result(sink, "b"))
+    part.write_bytes(garbled(content))
+    assert recover(tmp_path, Manifest(tmp_path)) == frozenset()
+    with Manifest(tmp_path).index() as index:
+        found = index.find(("a", 0))
+        assert found is not None
+        with pytest.raises(DamagedPart) as error:
+            index.take([found])
+    assert set_aside(error.value).exists()
+    part.write_bytes(content[:100])
+    with Manifest(tmp_path).index(damaged=set_aside) as index:
+        assert index.find(("a", 0)) is None
+        assert index.find(("b", 0)) is not None
+    assert not part.exists()
+
+
+def test_of_an_old_part_one_column_is_read_and_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sink = FolderSink(tmp_path)
+    for hours in range(1, 6):
+        commit(tmp_path, result(sink, f"a{hours}", finished_at=END - timedelta(hours=hours)))
+    commit(tmp_path, result(sink, "a"))
+    read: list[object] = []
+    real_part, real_whole = recovery.read_part, recovery.is_whole
+
+    def read_part(part: Path, *columns: Any) -> pa.Table:
+        read.append(columns)
+        return real_part(part, *columns)
+
+    def is_whole(out: Path, path: str, *told: Any) -> bool:
+        read.append(path)
+        return real_whole(out, path, *told)
+
+    monkeypatch.setattr(recovery, "read_part", read_part)
+    monkeypatch.setattr(recovery, "is_whole", is_whole)
+    assert recover(tmp_path, Manifest(tmp_path)) == frozenset()
+    assert read == [(("finished_at",),)] * 6 + [(), "images/t-00000/a-0.png"]
+
+
+if __name__ == "__main__":
+    die_everywhere(Path(sys.argv[1]))

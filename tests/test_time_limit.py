@@ -1,0 +1,135 @@
+"""`--time-limit`: a run that stops in time, says so, and goes on the next time."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import click
+import pytest
+
+from batch_infer.cli import time_limit
+from batch_infer.cli.time_limit import Duration
+from batch_infer.jobs.plan import Plan, SizePlan
+from batch_infer.records import now
+from tests.runs import QUICK, assert_whole, command, hashes, results, run
+from tests.tables import write_csv
+
+ROWS = 40
+LINE = "batch-infer: the time limit of 20.0 s came, and {} left: run the same command again to go on"
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    return write_csv(tmp_path / "t.csv", [["prompt"], *(["a red circle"] for _ in range(ROWS))])
+
+
+@pytest.fixture
+def _ticking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that goes on by a second each time it is looked at."""
+    monkeypatch.setattr(time_limit, "time", SimpleNamespace(monotonic=itertools.count().__next__))
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90s", 90), ("30m", 1800), ("2h", 7200), ("1h30m", 5400), ("1d", 86400), ("90", 90), ("0.5", 0.5), (" 2h ", 7200),
+     ("1.5h", 5400), ("1d2h3m4s", 93784), ("1h 30m", 5400), ("2d12h", 216000), (45, 45)],
+)  # fmt: skip
+def test_lengths_of_time(text: Any, seconds: float) -> None:
+    assert Duration().convert(text, None, None) == seconds
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "0", "0s", "-1", "-5m", "1x", "m", "h1", "30m1h", "1h1h", "1e3", "inf", "nan", "1,5h", "5 minutes", "٣h"],
+)
+def test_what_is_no_length_of_time(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="is no length of time: say 90s, 30m, 2h, 1h30m, 1d or a number of"):
+        Duration().convert(text, None, None)
+
+
+def test_a_slip_ends_with_2_and_makes_nothing(table: Path, tmp_path: Path) -> None:
+    done = run(table, tmp_path / "out", "--time-limit", "soon")
+    assert (done.code, done.stdout) == (2, "")
+    assert "'soon' is no length of time" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("_ticking")
+def test_a_run_that_is_stopped_in_time_goes_on_the_next_time(table: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ("--slots", "2", "--num-processes", "0", "--no-progress")
+    stopped = run(table, out, *options, "--time-limit", "20")
+    assert stopped.code == 75
+    done = len(results(out))
+    assert 0 < done < ROWS, "what was finished is kept, and results.parquet has it"
+    assert_whole(out)
+    assert stopped.stderr.splitlines()[-1] == LINE.format(f"{ROWS - done} images are")
+    assert stopped.stdout.splitlines()[-1] == f"stopped early: {ROWS - done} left; run the same command again to go on"
+    before = hashes(out)
+    quiet = run(table, out, *options, "--time-limit", "20", "-q")
+    left = ROWS - len(results(out))
+    assert 0 < left < ROWS - done, "counted from this command's start"
+    assert (quiet.code, quiet.stderr) == (75, LINE.format(f"{left} images are") + "\n")
+    assert f"{left} left" in quiet.stdout
+    assert run(table, out, *options).code == 0
+    assert before.items() <= hashes(out).items()
+    assert {row["attempt"] for row in results(out)} == {1}
+
+
+def test_the_clock_is_a_real_one(table: Path, tmp_path: Path) -> None:
+    done = run(table, tmp_path / "out", "--steps", "50", "--slots", "2", "--time-limit", "0.5", "--json")
+    told = json.loads(done.stdout)
+    assert done.code == 75
+    assert 0 < told["left"] <= ROWS
+    assert told["ok"] + told["flagged"] + told["left"] == ROWS
+    assert "the time limit of 0.5 s came" in done.stderr
+
+
+def test_a_run_that_is_done_in_time_says_no_word(table: Path, tmp_path: Path) -> None:
+    done = run(table, tmp_path / "out", "--limit", "1", "--time-limit", "1h", "-q")
+    assert (done.code, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_time_that_ends_after_the_last_image_is_no_matter(table: Path, tmp_path: Path) -> None:
+    assert run(table, tmp_path / "out", "--limit", "1").code == 0
+    done = run(table, tmp_path / "out", "--limit", "1", "--time-limit", "0.001", "-q")
+    assert (done.code, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.usefixtures("_ticking")
+def test_a_retry_is_stopped_too(table: Path, tmp_path: Path) -> None:
+    """Nothing is left of the table, whose old results stand; but of the retry there is."""
+    out = tmp_path / "out"
+    options = ("--slots", "2", "--num-processes", "0")
+    assert run(table, out, *options).code == 0
+    for image in (out / "images").rglob("*.png"):
+        image.unlink()
+    stopped = command("retry", out, "--status", "missing", "--time-limit", "20")
+    again = sum(row["attempt"] == 2 for row in results(out))
+    assert 0 < again < ROWS
+    assert stopped.code == 75
+    assert stopped.stderr.splitlines()[-1] == LINE.format(f"{ROWS - again} images are")
+    assert stopped.stdout.splitlines()[-1] == f"stopped early: {ROWS - again} left; run the same command again to go on"
+    assert command("retry", out, "--status", "missing", "-q").code == 0
+    assert_whole(out)
+
+
+def test_a_plan_says_when_it_takes_longer(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = SizePlan(64, 64, images=ROWS, row_forwards=80, ticks=40, slots=16, seconds=80.0)
+    found = Plan(rows=ROWS, total=ROWS, pending=ROWS, sizes=[size], occupancy=1.0, seconds=90.0, measured_at=now())
+    monkeypatch.setattr("batch_infer.jobs.plan.plan", lambda *_: found)
+    arguments = ("plan", table, "--out", tmp_path / "out", *QUICK)
+    short = command(*arguments, "--time-limit", "1m")
+    assert short.code == 0, "an estimate is no fault"
+    assert short.stdout.splitlines()[-1] == (
+        "limit    1 min 00 s, and that is less: a run stops then with exit code 75, and the same command goes on"
+    )
+    for enough in (("--time-limit", "1m30s"), ()):
+        assert "limit" not in command(*arguments, *enough).stdout
+    for options, told in (("--time-limit=1m",), (60, False)), (("--time-limit=2m",), (120, True)), ((), (None, None)):
+        object_ = json.loads(command(*arguments, "--json", *options).stdout)
+        assert (object_["time_limit"], object_["within_time_limit"]) == told
