@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import click
 
 from batch_infer.cli import commands
-from batch_infer.cli.logs import give_stderr_back, in_json, settle_format, tell_error
+from batch_infer.cli.config import settle_format_early
+from batch_infer.cli.logs import give_stderr_back, in_json, tell_error
 from batch_infer.errors import BatchInferError, Interrupted
 
 
 def main() -> None:
     """Run the command and end the process with its exit code; a fault of the user's or the world's is one sentence."""
-    settle_format()
+    _fill_standard_streams()
+    settle_format_early()
     try:
         code = _run()
     finally:
         give_stderr_back()
     sys.exit(code or 0)
+
+
+def _fill_standard_streams() -> None:
+    """Put nothing where a standard stream is closed: a file that we open would else be what is written to."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w", encoding="utf-8"))
 
 
 def _run() -> int | None:

@@ -6,9 +6,12 @@ when the process dies.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from types import SimpleNamespace
@@ -82,6 +85,16 @@ def load(card: Any, compute: Any, safety: Any, stop: Callable[[], bool]) -> Any:
 def load_waiting(card: Any, compute: Any, safety: Any, stop: Callable[[], bool]) -> Any:
     """A stand-in for a GPU: a batch of rows takes its time, and none of the host's."""
     return DummyChain(stop, seconds=WAITED)
+
+
+def load_noisy(card: Any, compute: Any, safety: Any, stop: Callable[[], bool]) -> Any:
+    """With what libraries print, on every way that there is."""
+    print("on stdout")
+    print("on stderr", file=sys.stderr)
+    os.write(2, b"by C\n")
+    warnings.warn("old settings", FutureWarning, stacklevel=1)
+    logging.getLogger("somebody.else").warning("advice")
+    return DummyChain(stop)
 
 
 def load_broken(card: Any, compute: Any, safety: Any, stop: Callable[[], bool]) -> Any:

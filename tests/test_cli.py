@@ -13,7 +13,7 @@ import pytest
 
 from batch_infer.cli import logs, progress
 from batch_infer.cli.logs import set_up_logging
-from batch_infer.cli.progress import Bar, Lines, Silent, make_progress
+from batch_infer.cli.progress import Bar, Lines, Together, make_progress
 from batch_infer.cli.report import report
 from batch_infer.cli.signals import stop_on_signals
 from batch_infer.jobs.merge import Counts
@@ -48,7 +48,7 @@ def test_a_terminal_gets_a_bar_and_a_file_gets_lines(monkeypatch: pytest.MonkeyP
     assert isinstance(make_progress(shown=True), Lines)
     monkeypatch.setattr(sys, "stderr", Terminal())
     assert isinstance(make_progress(shown=True), Bar)
-    assert isinstance(make_progress(shown=False), Silent)
+    assert isinstance(make_progress(shown=False), Together)
 
 
 def test_the_bar_counts_what_was_done_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,19 +101,13 @@ def test_how_much_is_logged(capsys: pytest.CaptureFixture[str], quiet: bool, ver
 )
 def test_durations(capsys: pytest.CaptureFixture[str], seconds: float, text: str) -> None:
     counts = Counts(rows=1, images=1, ok=1)
-    report(
-        Summary(counts, rendered=1, seconds=seconds, rendering_seconds=seconds),
-        Path("o"),
-        (),
-        undone=0,
-        as_json=False,
-    )
+    report(Summary(counts, rendered=1, seconds=seconds, rendering_seconds=seconds), Path("o"), (), as_json=False)
     assert f"1 image in {text} (" in capsys.readouterr().out
 
 
 def test_the_summary_names_what_there_is_to_know(capsys: pytest.CaptureFixture[str]) -> None:
     counts = Counts(rows=12_345, images=12_000, ok=12_000, flagged=0, invalid=3, failed=2, left=340)
-    report(Summary(counts), Path("o"), ("csv", "parquet"), undone=340, as_json=False)
+    report(Summary(counts, undone=340), Path("o"), ("csv", "parquet"), as_json=False)
     assert capsys.readouterr().out.splitlines() == [
         "12,345 rows · 12,000 ok · 0 flagged · 3 invalid · 2 failed",
         "images   o/images",

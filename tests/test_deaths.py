@@ -84,6 +84,15 @@ main()
 """The command with two workers that take their time, and a model that costs nothing to load."""
 
 
+def test_what_libraries_print_in_a_worker_is_kept_from_a_quiet_terminal(tmp_path: Path) -> None:
+    table, out = write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"]]), tmp_path / "out"
+    with start(table, out, "-q", program=("-c", DUMMY.replace("load_waiting", "load_noisy"))) as process:
+        stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout, stderr) == (0, "", "")
+    logs = "".join(log.read_text() for log in (out / "logs").glob("worker-*.log"))
+    assert all(word in logs for word in ("on stdout", "on stderr", "by C", "old settings", "advice"))
+
+
 def many(folder: Path) -> Path:
     return write_csv(folder / "many.csv", [["prompt"], *(["a red circle"] for _ in range(3000))])
 

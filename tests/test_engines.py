@@ -68,14 +68,24 @@ def test_a_worker_that_is_stopped_from_outside_is_replaced(tmp_path: Path) -> No
     assert not Path(f"/proc/{stopped[0]}").exists()
 
 
-def test_a_worker_that_dies_whatever_it_does_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or it would take all rows of the table with it, one by one."""
-    monkeypatch.setattr(shift, "BARREN_LIVES", 4)
-    rendering = Rendering(tmp_path / "out", ["die by SIGKILL"] * 100, processes=1)
-    with pytest.raises(WorkersLost, match="no worker is left: the last has died .killed by SIGKILL"):
+@pytest.mark.parametrize(
+    ("prompt", "error", "told"),
+    [
+        ("die by SIGKILL", WorkersLost, "no worker is left: the last has died .killed by SIGKILL"),
+        ("raise hell", WorkerBroke, "(?s)Traceback.*RuntimeError: the device said hell"),
+    ],
+)
+def test_a_worker_that_dies_whatever_it_does_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompt: str, error: type[Exception], told: str
+) -> None:
+    """Or it would take all rows of the table with it, one by one. A bug is told as one."""
+    monkeypatch.setattr(shift, "BARREN_LIVES", 2)
+    rendering = Rendering(tmp_path / "out", [prompt] * 100, processes=1)
+    with pytest.raises(error, match=told):
         rendering.go()
-    assert {row.status for row in rendering.told} <= {"failed"}
-    assert len(rendering.told) < 4
+    assert not rendering.told
+    log = (tmp_path / "out" / "logs" / "worker-0.log").read_text()
+    assert log.count("RuntimeError: the device said hell") == (2 if error is WorkerBroke else 0)
 
 
 def test_a_worker_that_dies_at_its_start_ends_the_run_with_its_own_error(tmp_path: Path) -> None:

@@ -235,11 +235,20 @@ def test_a_crash_before_the_files_were_moved_doubles_nothing(tmp_path: Path) -> 
     assert not list((tmp_path / "inbox").glob("*.txt")) + list(tmp_path.glob(".*"))
 
 
-def test_a_name_that_was_there_with_other_prompts_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_taken_stays_and_is_named(tmp_path: Path) -> None:
     drop(tmp_path, "a.txt", "one")
     assert append(tmp_path).returncode == 0
     drop(tmp_path, "a.txt", "two")
-    drop(tmp_path, "0.txt", "zero")
+    (tmp_path / "inbox" / "latin.txt").write_bytes("grün".encode("latin-1"))
+    (tmp_path / "inbox" / "folder.txt").mkdir()
+    drop(tmp_path, "0.txt", "\ufeffzero")
     done = append(tmp_path)
-    assert (done.returncode, "give it a new name" in done.stderr) == (1, True)
-    assert table(tmp_path) == [("a-000000", "one")], "all or nothing"
+    assert (done.returncode, done.stdout) == (0, ""), "the run goes on"
+    told = done.stderr.splitlines()
+    assert [line.partition(" is not taken: ")[0] for line in told] == [
+        f"inbox/{name}.txt" for name in ("a", "folder", "latin")
+    ]
+    assert told[0].endswith("another file of this name was taken before, with other prompts; give it a new name")
+    assert table(tmp_path) == [("a-000000", "one"), ("0-000000", "zero")], "without the mark at its start"
+    assert sorted(path.name for path in (tmp_path / "inbox").glob("*.txt")) == ["a.txt", "folder.txt", "latin.txt"]
+    assert (tmp_path / "inbox" / "taken" / "a.txt").read_text() == "one"

@@ -22,7 +22,7 @@ Score = Callable[[int, int, Any], tuple[Summary, Path]]
 
 
 @pytest.fixture
-def score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Score:
+def scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Score:
     """Run so many rows of 64x64 pixels through so many workers, each of which loads this."""
 
     def run(rows: int, processes: int, load: Any) -> tuple[Summary, Path]:
@@ -32,12 +32,12 @@ def score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Score:
         settings = RunSettings(TableSettings((str(table),)), out, defaults=RowDefaults(guidance_scale=1.0))
         return job.run(settings, Silent()), out
 
-    return score
+    return run
 
 
 @pytest.mark.soak
-def test_a_worker_commits_a_thousand_rows_a_second(score: Score, capfd: pytest.CaptureFixture[str]) -> None:
-    summary, out = score(20_000, 1, dummies.load)
+def test_a_worker_commits_a_thousand_rows_a_second(scored: Score, capfd: pytest.CaptureFixture[str]) -> None:
+    summary, out = scored(20_000, 1, dummies.load)
     with capfd.disabled():
         print(f"\n{summary.images_per_second:.0f} rows/s by one worker")
     assert summary.counts.ok == 20_000
@@ -46,10 +46,10 @@ def test_a_worker_commits_a_thousand_rows_a_second(score: Score, capfd: pytest.C
 
 
 @pytest.mark.soak
-def test_two_workers_are_twice_as_fast_as_one(score: Score, capfd: pytest.CaptureFixture[str]) -> None:
+def test_two_workers_are_twice_as_fast_as_one(scored: Score, capfd: pytest.CaptureFixture[str]) -> None:
     """With a model that only waits; and neither is idle at the end for longer than a chunk of 32 rows takes."""
-    one, _ = score(3200, 1, dummies.load_waiting)
-    two, out = score(3200, 2, dummies.load_waiting)
+    one, _ = scored(3200, 1, dummies.load_waiting)
+    two, out = scored(3200, 2, dummies.load_waiting)
     ends: dict[str, datetime] = {}
     for row in results(out):
         ends[row["worker"]] = max(row["finished_at"], ends.get(row["worker"], row["finished_at"]))

@@ -118,7 +118,7 @@ def test_a_retry_is_stopped_too(table: Path, tmp_path: Path) -> None:
     assert_whole(out)
 
 
-def test_a_plan_says_when_it_takes_longer(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_says_whether_the_time_is_enough(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     size = SizePlan(64, 64, images=ROWS, row_forwards=80, ticks=40, slots=16, seconds=80.0)
     found = Plan(rows=ROWS, total=ROWS, pending=ROWS, sizes=[size], occupancy=1.0, seconds=90.0, measured_at=now())
     monkeypatch.setattr("batch_infer.jobs.plan.plan", lambda *_: found)
@@ -128,8 +128,11 @@ def test_a_plan_says_when_it_takes_longer(table: Path, tmp_path: Path, monkeypat
     assert short.stdout.splitlines()[-1] == (
         "limit    1 min 00 s, and that is less: a run stops then with exit code 75, and the same command goes on"
     )
-    for enough in (("--time-limit", "1m30s"), ()):
-        assert "limit" not in command(*arguments, *enough).stdout
+    assert command(*arguments, "--time-limit", "1m", "-q").stdout == short.stdout, "a night that will not do is told"
+    enough = command(*arguments, "--time-limit", "1m30s").stdout
+    assert enough.splitlines()[-1] == "limit    1 min 30 s, and that is enough"
+    assert command(*arguments, "--time-limit", "1m30s", "-q").stdout == ""
+    assert "limit" not in command(*arguments).stdout
     for options, told in (("--time-limit=1m",), (60, False)), (("--time-limit=2m",), (120, True)), ((), (None, None)):
         object_ = json.loads(command(*arguments, "--json", *options).stdout)
         assert (object_["time_limit"], object_["within_time_limit"]) == told

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from batch_infer.cli.config import config_option
 from batch_infer.cli.logs import set_up_logging
 from batch_infer.cli.options import compute_settings, json_option, logging_options, model_options, model_settings
-from batch_infer.cli.report import number
+from batch_infer.cli.report import number, printing
 from batch_infer.jobs.bench import (
     ARCHITECTURES,
     RIVALS,
@@ -96,10 +96,11 @@ def bench(as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
     settings = _settings(options)
     set_up_logging(quiet=quiet, verbose=verbose)
     report = compare(settings)
-    if as_json:
-        click.echo(json.dumps(report.as_dict()))
-    elif not quiet:
-        _print(report)
+    with printing():
+        if as_json:
+            click.echo(json.dumps(report.as_dict()))
+        elif not quiet:
+            _print(report)
 
 
 def _settings(options: dict[str, Any]) -> BenchSettings:

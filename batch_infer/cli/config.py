@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,29 @@ from batch_infer.cli.logs import settle_format
 from batch_infer.errors import SettingsError
 
 
+def settle_format_early() -> None:
+    """Have the log's format as it can be told before the command line is read, which may be faulty, as may the file."""
+    found: Any = _typed("log-format")
+    if found is None and (path := _typed("config")) is not None:
+        try:
+            values = _read(Path(path))
+        except SettingsError:  # told when the file is read for its own sake
+            values = {}
+        found = values.get("log-format", values.get("log_format"))
+    settle_format("json" if found == "json" else "text")
+
+
+def _typed(option: str) -> str | None:
+    """What stands after an option, or else in its environment variable."""
+    found = os.environ.get(f"BATCH_INFER_{option.replace('-', '_').upper()}") or None
+    for before, argument in zip(sys.argv, sys.argv[1:], strict=False):
+        if before == f"--{option}":
+            found = argument
+        elif argument.startswith(f"--{option}="):
+            found = argument.partition("=")[2]
+    return found
+
+
 def _load(context: click.Context, _: click.Parameter, path: Path | None) -> None:
     """Make the file's values the command's defaults. Raises SettingsError."""
     if path is None:
@@ -21,10 +45,8 @@ def _load(context: click.Context, _: click.Parameter, path: Path | None) -> None
     group = context.parent.command if context.parent else context.command
     known = _options(group if isinstance(group, click.Group) else context.command)
     own = _options(context.command)
-    found, values = {}, _read(path)
-    if values.get("log-format", values.get("log_format")) == "json" and not context.get_parameter_source("log_format"):
-        settle_format("json")  # a fault in the file is told so too
-    for key, value in values.items():
+    found = {}
+    for key, value in _read(path).items():
         name = key.replace("_", "-")
         if name not in known:
             raise SettingsError(f"{path}: there is no option {key!r}{_near(name, known)}")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import sys
 import threading
-import warnings
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -22,27 +20,14 @@ _stderr_log = logging.getLogger("stderr")
 _settled = {"format": "text"}
 
 
-def settle_format(found: str | None = None) -> None:
-    """Keep the format of the log, which an error may need before the command has begun.
-
-    None: as it can be told before the command line is read, which may be faulty.
-    """
-    _settled["format"] = found or _typed_format()
+def settle_format(found: str) -> None:
+    """Keep the format of the log, which an error may need before the command has begun."""
+    _settled["format"] = found
 
 
 def in_json() -> bool:
     """Whether the log is JSON lines."""
     return _settled["format"] == "json"
-
-
-def _typed_format() -> str:
-    found = os.environ.get("BATCH_INFER_LOG_FORMAT", "")
-    for before, argument in zip(sys.argv, sys.argv[1:], strict=False):
-        if before == "--log-format":
-            found = argument
-        elif argument.startswith("--log-format="):
-            found = argument.partition("=")[2]
-    return "json" if found == "json" else "text"
 
 
 def set_up_logging(*, quiet: bool = False, verbose: bool = False) -> None:
@@ -57,7 +42,7 @@ def set_up_logging(*, quiet: bool = False, verbose: bool = False) -> None:
         logger.handlers = [handler]
         logger.setLevel(logging.DEBUG)
         logger.propagate = False
-    warnings.showwarning = _log_warning
+    logging.captureWarnings(True)
     if in_json():
         _take_stderr()
 
@@ -88,16 +73,12 @@ class _Handler(logging.Handler):
         return super().filter(record)
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.name == _warnings_log.name:  # a worker's may be as Python writes them, with the line of code below
+        if record.name == _warnings_log.name:  # as Python writes them, with the line of code below
             record.msg, record.args = " ".join(record.getMessage().split()), ()
-        tqdm.write(self.format(record), file=_beneath(sys.stderr))
-
-
-def _log_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any
-) -> None:
-    """A warning of Python's in one line, where Python itself takes two."""
-    _warnings_log.warning("%s: %s (%s:%d)", category.__name__, message, filename, lineno)
+        try:
+            tqdm.write(self.format(record), file=_beneath(sys.stderr))
+        except OSError:  # full, or nobody reads it: no reason to end a run
+            _write_no_more()
 
 
 # What comes to stderr raw, where the log is JSON
@@ -117,6 +98,14 @@ def give_stderr_back() -> None:
     if isinstance(sys.stderr, _LoggedStream):
         sys.stderr.write("\n")
         sys.stderr = sys.stderr.beneath
+
+
+def _write_no_more() -> None:
+    """Have stderr lead nowhere; Python would else try again at its end, and fail."""
+    if isinstance(sys.stderr, _LoggedStream):
+        sys.stderr.beneath = io.StringIO()
+    else:
+        sys.stderr = io.StringIO()
 
 
 def _beneath(stream: TextIO) -> TextIO:

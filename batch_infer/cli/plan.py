@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from typing import IO, TYPE_CHECKING, Any
 
 import click
@@ -11,13 +12,16 @@ from tqdm import tqdm
 
 from batch_infer.cli.logs import set_up_logging
 from batch_infer.cli.options import job_options, json_option, logging_options, progress_option, run_settings
-from batch_infer.cli.report import ROWS_FAILED, duration, number
+from batch_infer.cli.report import ROWS_FAILED, duration, number, printing
 from batch_infer.cli.signals import interrupt_on_sigterm
 
 if TYPE_CHECKING:
     from batch_infer.jobs.plan import Plan
     from batch_infer.records import ResultRow
     from batch_infer.settings import RunSettings
+
+
+TOO_SHORT = "less: a run stops then with exit code 75, and the same command goes on"
 
 
 @click.command(context_settings={"auto_envvar_prefix": "BATCH_INFER"})
@@ -31,7 +35,8 @@ def plan(time_limit: float | None, as_json: bool, quiet: bool, verbose: bool, **
     The options are those of `run`. Every row is validated, and each faulty one named with its reason. Then come the
     sizes, the row-forwards (rows of UNet calls, of which a row with guidance takes two a step), the time, the disk
     and, with --price-per-hour, the cost. What OUT holds already is not counted again. The time is told from a short
-    calibration, or from the last run, which are remembered; with --time-limit, also whether it is longer than that.
+    calibration, or from the last run, which are remembered; with --time-limit, also whether that is enough (with -q,
+    only where it is not).
 
     Exit codes: as `run` would have; 3 if more rows are invalid than --max-failed.
     """
@@ -44,13 +49,16 @@ def plan(time_limit: float | None, as_json: bool, quiet: bool, verbose: bool, **
         found = look(settings, lambda row: _note(row, faults))
         faults.seek(0)
         within = settings.max_failed.allows(found.invalid_rows, found.rows)
-        if quiet and within:
+        enough = None if time_limit is None else found.seconds <= time_limit
+        if quiet and within and enough is not False:
             return 0
-        if as_json:
-            _print_json(found, faults, time_limit)
-        else:
-            _print(found, faults, settings)
-            _print_limit(found, time_limit)
+        with printing():
+            if as_json:
+                _print_json(found, faults, {"time_limit": time_limit, "within_time_limit": enough})
+            else:
+                _print(found, faults, settings)
+                if time_limit is not None:
+                    click.echo(f"limit    {duration(time_limit)}, and that is {'enough' if enough else TOO_SHORT}")
     return 0 if within else ROWS_FAILED
 
 
@@ -59,9 +67,8 @@ def _note(row: ResultRow, faults: IO[str]) -> None:
     faults.write(json.dumps({**fault, "error": row.error}) + "\n")
 
 
-def _print_json(plan: Plan, faults: IO[str], limit: float | None) -> None:
+def _print_json(plan: Plan, faults: IO[str], limits: Mapping[str, Any]) -> None:
     """One object, whose last member is written row by row."""
-    limits = {"time_limit": limit, "within_time_limit": None if limit is None else plan.seconds <= limit}
     click.echo(json.dumps({**plan.as_dict(), **limits, "invalid_results": []})[:-2], nl=False)
     for place, line in enumerate(faults):
         click.echo(f"{', ' if place else ''}{line.rstrip()}", nl=False)
@@ -94,11 +101,3 @@ def _print(plan: Plan, faults: IO[str], settings: RunSettings) -> None:
     click.echo(f"disk     about {tqdm.format_sizeof(plan.bytes, 'B')}")
     if plan.cost is not None:
         click.echo(f"cost     about {plan.cost:,.2f}")
-
-
-def _print_limit(plan: Plan, limit: float | None) -> None:
-    if limit is not None and plan.seconds > limit:
-        click.echo(
-            f"limit    {duration(limit)}, and that is less: a run stops then with exit code 75, and the same command "
-            "goes on"
-        )

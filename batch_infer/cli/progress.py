@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -22,15 +20,15 @@ LINE_EVERY = 10.0
 """Seconds between two lines."""
 
 
-def make_progress(*, shown: bool) -> Bar | Lines | Silent:
+def make_progress(*, shown: bool) -> Bar | Lines | Together:
     """The progress for where stderr goes to."""
     if not shown:
-        return Silent()
+        return Together()
     return Bar() if sys.stderr.isatty() and not in_json() else Lines()
 
 
 class Together:
-    """Several that are told how a run goes."""
+    """Several that are told how a run goes, or nobody."""
 
     def __init__(self, *listeners: Progress) -> None:
         self._listeners = listeners
@@ -48,38 +46,8 @@ class Together:
             listener.close()
 
 
-class Undone:
-    """Counts what was rendered, for how much is left of it."""
-
-    def __init__(self) -> None:
-        self._committed = 0
-
-    def start(self, survey: Survey) -> None:
-        pass
-
-    def committed(self, rows: Sequence[ResultRow]) -> None:
-        self._committed += len(rows)
-
-    def close(self) -> None:
-        pass
-
-    def left(self, out: Path) -> int:
-        """How many images the run in OUT was to render and has not, once it is over."""
-        survey = json.loads((out / "run.json").read_text("utf-8"))["survey"]
-        return max(0, int(survey["pending"]) - self._committed)
-
-
-class Silent:
-    """No progress."""
-
-    def start(self, survey: Survey) -> None:
-        pass
-
-    def committed(self, rows: Sequence[ResultRow]) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
+Silent = Together
+"""With nobody in it."""
 
 
 class Bar:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from batch_infer.cli.logs import log
 from batch_infer.errors import Interrupted
 
 if TYPE_CHECKING:
@@ -21,22 +26,28 @@ ROWS_FAILED = 3
 """The exit code where more rows failed or were invalid than --max-failed."""
 
 
-def conclude(summary: Summary, settings: RunSettings, *, undone: int, as_json: bool, quiet: bool) -> int:
-    """Tell what became of the rows, where it is to be told, and give the exit code.
-
-    `undone`: the images that were this command's and that it would do if it came again.
-    """
+def exit_code(summary: Summary, settings: RunSettings) -> int:
+    """What the command ends with."""
     counts = summary.counts
-    within = settings.max_failed.allows(counts.bad_rows, counts.rows)
-    stopped = undone > 0
-    if not quiet or not within or stopped:
-        report(summary, settings.out, settings.output.results, undone=undone, as_json=as_json)
-    if stopped:
+    if summary.undone:
         return Interrupted.exit_code
-    return 0 if within else ROWS_FAILED
+    return 0 if settings.max_failed.allows(counts.bad_rows, counts.rows) else ROWS_FAILED
 
 
-def report(summary: Summary, out: Path, results: Sequence[str], *, undone: int, as_json: bool) -> None:
+@contextmanager
+def printing() -> Iterator[None]:
+    """Print the result on stdout. Where nobody takes it, that is told on stderr, and is no reason to fail."""
+    try:
+        yield
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        sys.stdout = io.StringIO()  # else Python tries again at its end, and fails
+        closed = error.errno == errno.EPIPE
+        log.error("the result is not printed: %s", "stdout is closed" if closed else error.strerror or error)
+
+
+def report(summary: Summary, out: Path, results: Sequence[str], *, as_json: bool) -> None:
     """Print the summary on stdout."""
     if as_json:
         click.echo(json.dumps(summary.as_dict()))
@@ -53,8 +64,8 @@ def report(summary: Summary, out: Path, results: Sequence[str], *, undone: int, 
         click.echo("nothing to render" if counts.rows else "nothing to render: no rows")
     click.echo(f"images   {out / 'images'}")
     click.echo(told_results(out, results))
-    if undone:
-        click.echo(f"stopped early: {undone:,} left; run the same command again to go on")
+    if summary.undone:
+        click.echo(f"stopped early: {summary.undone:,} left; run the same command again to go on")
     elif counts.left:
         click.echo(f"{counts.left:,} left: `batch-infer run` renders them")
 

@@ -11,8 +11,8 @@ from batch_infer.cli.config import config_option
 from batch_infer.cli.logs import set_up_logging
 from batch_infer.cli.metrics import Metrics
 from batch_infer.cli.options import json_option, logging_options, out_argument, progress_option, unattended_options
-from batch_infer.cli.progress import Together, Undone, make_progress
-from batch_infer.cli.report import conclude
+from batch_infer.cli.progress import Together, make_progress
+from batch_infer.cli.report import exit_code, printing, report
 from batch_infer.cli.signals import stop_on_signals
 from batch_infer.cli.time_limit import TimeLimit
 from batch_infer.settings import Retried
@@ -56,15 +56,16 @@ def retry(
     """
     limit = TimeLimit(time_limit)
     set_up_logging(quiet=quiet, verbose=verbose)
-    with Metrics(metrics_file, str(out)) as metrics:
-        with stop_on_signals(limit) as stop:
-            from batch_infer.jobs.retry import retry as render_again
+    with stop_on_signals(limit) as stop, Metrics(metrics_file, str(out)) as metrics:
+        from batch_infer.jobs.retry import retry as render_again
 
-            listeners = Together(make_progress(shown=not (quiet or no_progress)), metrics, undone := Undone())
-            summary, settings = render_again(out, statuses, tables, listeners, stop)
-            left = undone.left(out) if stop() else 0
+        listeners = Together(make_progress(shown=not (quiet or no_progress)), metrics)
+        summary, settings = render_again(out, statuses, tables, listeners, stop)
         metrics.model = settings.model.name or "demo"
-        limit.tell(left)
-        code = conclude(summary, settings, undone=left, as_json=as_json, quiet=quiet)
+        code = exit_code(summary, settings)
         metrics.conclude(summary, code)
+    limit.tell(summary.undone)
+    if code or not quiet:
+        with printing():
+            report(summary, settings.out, settings.output.results, as_json=as_json)
     return code

@@ -11,7 +11,7 @@ from batch_infer.cli.logs import set_up_logging
 from batch_infer.cli.metrics import Metrics
 from batch_infer.cli.options import job_options, json_option, logging_options, progress_option, run_settings
 from batch_infer.cli.progress import Together, make_progress
-from batch_infer.cli.report import conclude
+from batch_infer.cli.report import exit_code, printing, report
 from batch_infer.cli.signals import stop_on_signals
 from batch_infer.cli.time_limit import TimeLimit
 
@@ -46,17 +46,18 @@ def run(
     """
     limit = TimeLimit(time_limit)
     set_up_logging(quiet=quiet, verbose=verbose)
-    with Metrics(metrics_file, options["out"], options["model"] or "demo") as metrics:
+    with stop_on_signals(limit) as stop, Metrics(metrics_file, options["out"], options["model"] or "demo") as metrics:
         settings = run_settings(options)
-        with stop_on_signals(limit) as stop:
-            from batch_infer.jobs.run import assist  # seconds long, and a signal may come in them
-            from batch_infer.jobs.run import run as score
+        from batch_infer.jobs.run import assist  # seconds long, and a signal may come in them
+        from batch_infer.jobs.run import run as score
 
-            if assist(settings, stop):
-                return 0
-            summary = score(settings, Together(make_progress(shown=not (quiet or no_progress)), metrics), stop)
-        left = summary.counts.left
-        limit.tell(left)
-        code = conclude(summary, settings, undone=left, as_json=as_json, quiet=quiet)
+        if assist(settings, stop):
+            return 0
+        summary = score(settings, Together(make_progress(shown=not (quiet or no_progress)), metrics), stop)
+        code = exit_code(summary, settings)
         metrics.conclude(summary, code)
+    limit.tell(summary.undone)
+    if code or not quiet:
+        with printing():
+            report(summary, settings.out, settings.output.results, as_json=as_json)
     return code

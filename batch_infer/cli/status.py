@@ -10,8 +10,8 @@ import click
 
 from batch_infer.cli.config import config_option
 from batch_infer.cli.logs import set_up_logging
-from batch_infer.cli.options import json_option, log_format_option, out_argument
-from batch_infer.cli.report import duration
+from batch_infer.cli.options import json_option, logging_options, out_argument
+from batch_infer.cli.report import duration, printing
 
 if TYPE_CHECKING:
     from batch_infer.jobs.status import Standing
@@ -21,23 +21,26 @@ if TYPE_CHECKING:
 @config_option
 @out_argument
 @json_option
-@log_format_option
-def status(out: Path, as_json: bool) -> int:
+@logging_options
+def status(out: Path, as_json: bool, quiet: bool, verbose: bool) -> int:
     """Say how far the run in OUT is, or how far it came.
 
     Says what is done, flagged, blocked, failed and left, also while the run is going on. Counted are results: a row
     has one for each image. What a run that was killed has committed counts as done.
 
-    Exit codes: 0; 2 if OUT holds no run.
+    Exit codes: 0; 2 if OUT holds no run, and of that alone -q tells.
     """
-    set_up_logging()
+    set_up_logging(quiet=quiet, verbose=verbose)
     from batch_infer.jobs.status import status as look
 
     standing = look(out)
-    if as_json:
-        click.echo(json.dumps(standing.as_dict()))
-    else:
-        _print(standing, out)
+    if quiet:
+        return 0
+    with printing():
+        if as_json:
+            click.echo(json.dumps(standing.as_dict()))
+        else:
+            _print(standing, out)
     return 0
 
 

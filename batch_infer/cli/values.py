@@ -41,8 +41,6 @@ class MetricsFile(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         path = Path(value).expanduser()
-        if path.suffix == ".tmp":
-            self.fail(f"{path}: a name in .tmp stands for a file that is not whole; end it in .prom", param, ctx)
         if not path.parent.is_dir():
             self.fail(f"{path}: there is no folder {path.parent}", param, ctx)
         return Path(str(super().convert(str(path), param, ctx)))

@@ -143,7 +143,7 @@ def join(here: Place, asked: str, out: Path, card: ModelCard, stop: Callable[[],
             raise ModelError(f"rank {here.rank}: {card.name} differs from what rank 0 has under that name")
         return replace(settings, card=card, out=KnownFolder.of(out))
 
-    work(Parent(link, stop), Seat(here.rank, here.local_rank, asked), own)
+    work(Parent(link, stop), Seat(here.rank, here.local_rank, asked, ours=False), own)
 
 
 def _meet(out: Path, stop: Callable[[], bool]) -> Connection | None:

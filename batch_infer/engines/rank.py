@@ -38,6 +38,7 @@ from batch_infer.engines.messages import (
     ToWorker,
     Wants,
 )
+from batch_infer.logfile import log_to
 from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.worker import WorkerSettings
 from batch_infer.worker.rows import worker_name
@@ -57,13 +58,15 @@ LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"
 class Seat:
     """Which worker this is, which of the visible GPUs is its own, and the --device that was asked for.
 
-    `load` loads what renders, where that is not the model of the settings.
+    `load` loads what renders, where that is not the model of the settings. `ours`: the process was started by this
+    package, and not by a launcher.
     """
 
     rank: int
     gpu: int
     asked: str
     load: LoadChain | None = None
+    ours: bool = True
 
 
 def live(link: Connection, seat: Seat) -> None:
@@ -86,7 +89,7 @@ def work(
 
         parent.send(Found(find_device(seat.asked)))
         settings = own(parent.settings())
-        with _logged(settings.out.path, seat.rank, parent):
+        with _logged(settings.out.path, seat, parent):
             worker = _load(settings, seat, parent)
             parent.send(Ready())
             parent.serve(worker)
@@ -209,24 +212,30 @@ class Parent:
 
 
 @contextmanager
-def _logged(out: Path, rank: int, parent: Parent) -> Iterator[None]:
-    """Keep what is logged in OUT, with the traceback of a crash that no code survives, and send it to the parent."""
-    with (out / "logs" / f"worker-{rank}.log").open("a", encoding="utf-8") as file:
+def _logged(out: Path, seat: Seat, parent: Parent) -> Iterator[None]:
+    """Keep what is logged in OUT, with the traceback of an error and of a crash that no code survives.
+
+    Log records go to the parent too. What else a process of ours would print does not: the terminal is the parent's.
+    """
+    with (out / "logs" / f"worker-{seat.rank}.log").open("a", encoding="utf-8") as file:
         faulthandler.enable(file)
-        kept = logging.StreamHandler(file)
-        kept.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        if seat.ours:
+            for standard in (1, 2):
+                os.dup2(file.fileno(), standard)
         logging.captureWarnings(True)
         loggers = [logging.getLogger(name) for name in ("batch_infer", "py.warnings")]
         for logger in loggers:
-            logger.handlers = [kept, _Forward(parent.send)]
+            logger.handlers = [log_to(file), _Forward(parent.send)]
             logger.propagate = False
         loggers[0].setLevel(logging.DEBUG)
         try:
             yield
         finally:
-            faulthandler.disable()
+            if (error := sys.exc_info()[1]) is not None and not isinstance(error, SystemExit):
+                file.write("".join(traceback.format_exception(error)))
             for logger in loggers:
                 logger.handlers = []
+            faulthandler.disable()
 
 
 class _Forward(QueueHandler):

@@ -22,6 +22,8 @@ from batch_infer.worker import Account
 from batch_infer.worker.rows import row_of
 
 POLL_SECONDS = 0.2
+STARTS = 2
+"""How often a worker may be killed while it loads the model before that ends the run."""
 BARREN_LIVES = 10
 """A worker that died so often in a row without having committed a row is not started again."""
 
@@ -114,7 +116,7 @@ class Shift:
     def _take(self, peer: Peer, message: FromWorker) -> None:
         match message:
             case Ready():
-                peer.ready, self._began = True, self._began or time.monotonic()
+                peer.ready = True
                 peer.begin()
                 self._awaited.discard(peer.rank)
             case Wants():
@@ -145,6 +147,7 @@ class Shift:
         """Something for all who have nothing, once all are there who were to be there from the start."""
         if self._awaited or self._stopping:
             return
+        self._began = self._began or time.monotonic()
         for peer in self._peers.values():
             if peer.waiting:
                 chunk = self._ledger.stream(peer.rank) or self._ledger.apart(peer.rank)
@@ -170,18 +173,29 @@ class Shift:
         error = error_of(peer, fate)
         starting = peer.rank in self._awaited
         self._dismiss(peer)
-        if starting or self._stopping or isinstance(error, TryAgainLater):
+        self._barren[peer.rank] += 1
+        chance = peer.broken is None and self._barren[peer.rank] < STARTS
+        if (starting and not chance) or self._stopping or isinstance(error, TryAgainLater):
             self._error = self._error or error
             self._stop()
             return
         self._deaths += 1
-        self._barren[peer.rank] += 1
-        log.warning("worker %d has died (%s); its rows are tried again", peer.rank, _sentence(error))
+        told = "worker %d has died (%s); its rows are tried again, and logs/worker-%d.log may say more"
+        log.warning(told, peer.rank, _sentence(error), peer.rank)
         self._fail(self._ledger.give_up(peer.rank), _sentence(error))
+        self._replace(peer, error)
+        if starting:
+            self._awaited.add(peer.rank)
+
+    def _replace(self, peer: Peer, error: Exception) -> None:
         another = self._crew.hire(peer.rank) if self._barren[peer.rank] < BARREN_LIVES else None
         if another is not None:
             self._welcome(another)
-        elif not self._peers:
+            return
+        log.warning("worker %d is not started again: %d are left", peer.rank, len(self._peers))
+        if not self._peers:
+            if peer.broken is not None:  # a bug, which another time will be no other
+                raise error
             raise WorkersLost(f"no worker is left: the last has died ({_sentence(error)})") from error
 
     def _fail(self, requests: Sequence[PromptRequest], told: str) -> None:

@@ -12,7 +12,7 @@ from batch_infer.engines.probe import Probe
 from batch_infer.errors import RowError
 from batch_infer.jobs.estimate import rates_of
 from batch_infer.jobs.job import Job, find_model, open_tables, prepare, rooted
-from batch_infer.jobs.record import processes_of
+from batch_infer.jobs.record import at_once, processes_of
 from batch_infer.jobs.tune import BatchShapes
 from batch_infer.manifest import Index, Manifest
 from batch_infer.models import TruncationCount, load_token_counter
@@ -144,7 +144,7 @@ class _Walk:
         found.row_forwards = sum(load.row_forwards for load in loads.values())
         found.ticks = sum(load.ticks for load in loads.values())
         found.occupancy = round(found.row_forwards / sum(load.ticks * load.slots for load in loads.values()), 4)
-        rendering = sum(size.seconds for size in found.sizes) / max(1, found.processes)
+        rendering = sum(size.seconds for size in found.sizes) / at_once(found.processes, job.compute)
         found.seconds = walking + next(iter(rates.values())).start + rendering
         found.bytes = round(sum(load.images * rates[size].image_bytes for size, load in loads.items()))
         found.measured_at = min(rate.measured_at for rate in rates.values())

@@ -35,7 +35,7 @@ def choose_compute(settings: RunSettings, earlier: Mapping[str, Any] | None, dev
     slots = asked or kept.get("slots") or SLOTS[device.kind]
     shapes = kept.get("by_size", ()) if asked in (None, kept.get("slots")) else ()
     dtype, compiled = settings.model.dtype, settings.compute.compiled
-    threads = max(1, _cores() // max(1, processes_of(settings, device)))
+    threads = max(1, cores() // max(1, processes_of(settings, device)))
     if compiled is None:
         compiled = kept.get("compiled", device.kind == "cuda" and _has_compiler())
     return Compute(
@@ -55,13 +55,18 @@ def processes_of(settings: RunSettings, device: Device) -> int:
     return device.count if settings.compute.processes is None else settings.compute.processes
 
 
+def at_once(processes: int, compute: Compute) -> int:
+    """How many of them compute at a time: on a CPU as many as have cores of their own."""
+    return max(1, min(processes, cores() // compute.threads) if compute.device == "cpu" else processes)
+
+
 def _has_compiler() -> bool:
     """Whether torch.compile has what it works with on a GPU: Triton, and a C compiler for Triton."""
     compilers = filter(None, (os.environ.get("CC"), "cc", "gcc", "clang"))
     return find_spec("triton") is not None and any(map(shutil.which, compilers))
 
 
-def _cores() -> int:
+def cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from batch_infer.atomic import KnownFolder
 from batch_infer.engines import Engine, Task, Work
 from batch_infer.engines.launched import Launched, Place, join, place
 from batch_infer.engines.local import Local
-from batch_infer.errors import DamagedPart, SettingsError, UsageError
+from batch_infer.errors import DamagedPart, SettingsError, UsageError, WorkersLost
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.estimate import Size, learn
 from batch_infer.jobs.job import Job, find_model, open_tables, prepare, rooted
@@ -25,6 +26,7 @@ from batch_infer.jobs.results import remove_other_results
 from batch_infer.jobs.summary import Summary
 from batch_infer.jobs.survey import Survey, look_through
 from batch_infer.jobs.tune import BatchShapes, learn_shapes
+from batch_infer.logfile import log_to
 from batch_infer.manifest import Index, Manifest
 from batch_infer.planning import LeavesAlone, in_order, is_done, pending
 from batch_infer.records import ResultRow, now
@@ -134,6 +136,7 @@ class _Run:
         remove_other_results(self._out, self._job.settings.output)
         self._sum_up(counts, time.monotonic() - started)
         outdir.write_run(self._out, {**self._record, "finished_at": now(), "summary": self._summary.as_dict()})
+        log.debug("ended in order: %s", self._summary.as_dict())
         return self._summary
 
     def _score(self) -> Counts:
@@ -147,7 +150,12 @@ class _Run:
                     self._settle_shapes(survey)
                 with closing(self._progress):
                     self._progress.start(survey)
-                    self._render(index, survey)
+                    try:
+                        self._render(index, survey)
+                    except WorkersLost:
+                        self._merge(survey)
+                        raise
+        self._summary.undone = max(0, survey.pending - self._committed)
         return self._merge(survey)
 
     def _settle_shapes(self, survey: Survey) -> None:
@@ -244,13 +252,14 @@ class _Run:
 
 @contextmanager
 def _logged(out: Path) -> Iterator[None]:
-    """Keep what is logged in OUT too."""
+    """Keep what is logged in OUT too, and how it ended."""
     (out / "logs").mkdir(exist_ok=True)
-    handler = logging.FileHandler(out / "logs" / "run.log", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    log.addHandler(handler)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        handler.close()
+    with (out / "logs" / "run.log").open("a", encoding="utf-8") as file:
+        handler = log_to(file)
+        log.addHandler(handler)
+        try:
+            yield
+        finally:
+            if (error := sys.exc_info()[1]) is not None:
+                log.debug("ended by %s: %s", type(error).__name__, error)
+            log.removeHandler(handler)

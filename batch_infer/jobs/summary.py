@@ -18,7 +18,7 @@ class Summary:
     how much there was one; `mfu`: of what the device could have computed, how much it has, None where that is unknown.
     Where stages overlap, on a GPU, each has its share of the sum of their times. All shares are means over the workers
     (`processes`, 0 where the command rendered by itself; `deaths` of them were made good). `peak_memory` is that of the
-    process which held most.
+    process which held most. `undone` images were this run's, and it would do them if it came again.
     """
 
     counts: Counts = field(default_factory=Counts)
@@ -35,6 +35,7 @@ class Summary:
     peak_memory: dict[str, int] = field(default_factory=dict)
     processes: int = 0
     deaths: int = 0
+    undone: int = 0
 
     def add(self, work: Work) -> None:
         """Take in what the workers tell of their work."""
@@ -77,4 +78,5 @@ class Summary:
             "peak_memory": self.peak_memory,
             "processes": self.processes,
             "deaths": self.deaths,
+            "undone": self.undone,
         }

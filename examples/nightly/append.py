@@ -2,7 +2,8 @@
 
 Each file NAME.txt in the folder holds one prompt a line, and is moved to FOLDER/taken/ once its prompts are in the
 table. Whoever writes it should write it under another name and then rename it, so that it is whole. A row's id is NAME
-and the line's number, so that a row keeps its id, and with that its image, however the table grows.
+and the line's number, so that a row keeps its id, and with that its image, however the table grows. A file that cannot
+be taken stays where it is and is named on stderr; the others are taken.
 
 The table is whole at any moment: the new one is written beside it and takes its name. A crash between that and the
 moving of the files does no harm, because a row whose id is in the table is not taken again.
@@ -19,25 +20,31 @@ from pathlib import Path
 def main(table: Path, inbox: Path) -> None:
     before = table.read_bytes() if table.exists() else b""
     known = {row["id"]: row["prompt"] for row in map(json.loads, before.splitlines())}
-    files = sorted(inbox.glob("*.txt"))
-    new = [row for file in files for row in rows_of(file, known)]
+    new: list[dict[str, str]] = []
+    read = []
+    for file in sorted(inbox.glob("*.txt")):
+        try:
+            new += rows_of(file, known)
+        except (OSError, ValueError) as error:
+            print(f"{file} is not taken: {error}", file=sys.stderr)
+        else:
+            read.append(file)
     if new:
         replace(table, before + "".join(json.dumps(row) + "\n" for row in new).encode())
     taken = inbox / "taken"
     taken.mkdir(parents=True, exist_ok=True)
-    for file in files:
+    for file in read:
         file.replace(taken / file.name)
     if not before and not new:
         sys.exit(f"{table} is not there yet, and {inbox} holds no prompts for it")
 
 
 def rows_of(file: Path, known: dict[str, str]) -> list[dict[str, str]]:
-    """The rows of a file that the table does not have."""
-    lines = enumerate(file.read_text("utf-8").splitlines())
+    """The rows of a file that the table does not have. Raises ValueError where they cannot be rows of it."""
+    lines = enumerate(file.read_text("utf-8-sig").splitlines())
     rows = [{"id": f"{file.stem}-{number:06}", "prompt": line.strip()} for number, line in lines if line.strip()]
-    for row in rows:
-        if known.get(row["id"], row["prompt"]) != row["prompt"]:
-            sys.exit(f"{file}: another file of this name was taken before, with other prompts; give it a new name")
+    if any(known.get(row["id"], row["prompt"]) != row["prompt"] for row in rows):
+        raise ValueError("another file of this name was taken before, with other prompts; give it a new name")
     return [row for row in rows if row["id"] not in known]
 
 
