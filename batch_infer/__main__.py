@@ -7,8 +7,7 @@ import sys
 
 import click
 
-from batch_infer.cli import commands
-from batch_infer.cli.config import settle_format_early
+from batch_infer.cli import commands, settle_format_early
 from batch_infer.cli.logs import give_stderr_back, in_json, tell_error
 from batch_infer.errors import BatchInferError, Interrupted
 

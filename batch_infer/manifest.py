@@ -111,10 +111,6 @@ class Manifest:
         self._made = False
         self.folder = self._out.path / "manifest"
 
-    def check(self) -> None:
-        """See that OUT is still the folder that it was when this was made. Raises StorageError."""
-        self._out.check()
-
     def commit(self, rows: Sequence[ResultRow], carried: pa.Schema) -> str:
         """Write rows as one part and return its name, which says what it holds. Raises StorageError.
 
@@ -156,7 +152,7 @@ class Index:
         self._database.execute("PRAGMA journal_mode = OFF")
         self._database.execute(
             "CREATE TABLE committed (id TEXT, image_index INTEGER, status TEXT, fingerprint TEXT, attempt INTEGER,"
-            " path TEXT, source_file TEXT, source_row INTEGER, part TEXT, row INTEGER,"
+            " path TEXT, source_file TEXT, source_row INTEGER, time INTEGER, part TEXT, row INTEGER,"
             " PRIMARY KEY (id, image_index)) WITHOUT ROWID"
         )
         self._database.execute("CREATE TABLE failures (id TEXT, image_index INTEGER, fingerprint TEXT)")
@@ -187,16 +183,19 @@ class Index:
         if since is not None:
             table = table.filter(pc.field("finished_at") >= since)
             self._note_times(table)
+        table = table.append_column("time", table["finished_at"].cast(pa.int64()))
         columns = table.to_pydict()
-        rows = list(zip(*(columns[name] for name in (*_INDEXED, "row")), strict=True))
+        rows = list(zip(*(columns[name] for name in (*_INDEXED, "time", "row")), strict=True))
         failed = [(name, k, fingerprint) for name, k, status, fingerprint, *_ in rows if status == "failed"]
         self._database.executemany("INSERT INTO failures VALUES (?,?,?)", failed)
-        # Ties are two workers' word on the same attempt: either is true, the part's name makes the choice stable.
+        # Ties are two workers' word on the same attempt, as where one has died before it could tell that it was done:
+        # the later one's image is the one that is there.
         self._database.executemany(
-            "INSERT INTO committed VALUES (?,?,?,?,?,?,?,?,?,?) ON CONFLICT (id, image_index) DO UPDATE SET"
+            "INSERT INTO committed VALUES (?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT (id, image_index) DO UPDATE SET"
             " status = excluded.status, fingerprint = excluded.fingerprint, attempt = excluded.attempt,"
             " path = excluded.path, source_file = excluded.source_file, source_row = excluded.source_row,"
-            " part = excluded.part, row = excluded.row WHERE excluded.attempt >= attempt",
+            " time = excluded.time, part = excluded.part, row = excluded.row"
+            " WHERE excluded.attempt > attempt OR (excluded.attempt = attempt AND excluded.time >= time)",
             ((*row[:-1], part.name, row[-1]) for row in rows),
         )
 

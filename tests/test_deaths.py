@@ -13,7 +13,7 @@ import pytest
 
 from batch_infer.records import BOOKKEEPING
 from tests.deaths import Killer, eventually, is_alive, workers_of
-from tests.runs import assert_whole, command, hashes, results, run, start
+from tests.runs import assert_whole, command, hashes, images, results, run, start
 from tests.tables import write_csv
 
 COLOURS = ("red", "green", "blue", "yellow")
@@ -109,6 +109,18 @@ def test_a_signal_to_all_processes_ends_a_run_in_order(tmp_path: Path, number: i
     assert "stopped early" in stdout
     assert 0 < len([row for row in results(out) if row["status"] == "ok"]) < 3000
     assert_whole(out)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_while_workers_start_ends_a_run_in_order(tmp_path: Path, number: int) -> None:
+    table, out = many(tmp_path), tmp_path / "out"
+    with start(table, out, program=("-c", DUMMY), session=True) as process:
+        assert eventually(lambda: bool(workers_of(process.pid)))
+        os.killpg(process.pid, number)
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 75, stderr
+    assert "Traceback" not in stderr
+    assert not images(out)
 
 
 def test_a_second_interrupt_ends_a_run_and_its_workers_at_once(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_a_device_that_is_not_there_is_told_before_anything_is_rendered() -> Non
 def test_workers_end_when_their_parent_does(tmp_path: Path, end: str) -> None:
     with Local("cpu", 1, load=dummies.load) as engine:
         engine.find_device()
-        (peer,) = engine.gather()
+        (peer,) = engine.gather(1)
         process = peer._process
         assert process is not None and process.is_alive()
         if end == "killed":  # as it looks from the other end of the link

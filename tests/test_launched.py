@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -9,11 +10,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Connection
 from pathlib import Path
 
 import pytest
 
-from batch_infer.engines.launched import MEETING, Place, place
+from batch_infer.engines.launched import MEETING, Launched, Place, find_rank_0, place
 from batch_infer.errors import SettingsError
 from tests.deaths import eventually
 from tests.runs import QUICK, assert_whole, hashes, results, run
@@ -112,12 +115,53 @@ def test_a_launcher_that_starts_all_again_loses_nothing(tmp_path: Path) -> None:
     assert_as_expected(out, tmp_path / "reference")
 
 
+@pytest.mark.soak
+def test_a_rank_that_is_asked_to_stop_leaves_its_rows_to_the_others(tmp_path: Path) -> None:
+    """As where one of several nodes is taken away."""
+    table, out = table_of(tmp_path, 60), tmp_path / "out"
+    undisturbed(table, tmp_path / "reference")
+    with launched(table, out, *TORCHRUN, "--standalone", "--nproc-per-node", "2") as process:
+        assert eventually(lambda: any((out / "manifest").glob("part-*")))
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGTERM)
+        _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    assert_as_expected(out, tmp_path / "reference")
+
+
+def test_strangers_at_the_meeting_place_keep_nobody_out(tmp_path: Path) -> None:
+    """One who goes at once, one who says nothing, and one who does not know the key."""
+    here = Place(0, 2, 0, 2, "127.0.0.1", "this launch")
+    (tmp_path / "out").mkdir()
+    with Launched("cpu", here, tmp_path / "out") as engine:
+        address = json.loads((tmp_path / "out" / MEETING).read_text())["address"]
+        socket.create_connection(address).close()
+        with socket.create_connection(address), pytest.raises((AuthenticationError, EOFError, OSError)):
+            Client(tuple(address), authkey=b"wrong")
+        with meet(tmp_path / "out", "this launch") as link:
+            link.send(1)
+            assert eventually(lambda: any(peer.rank == 1 for peer in engine.newcomers()), 20)
+
+
+def meet(out: Path, launch: str) -> Connection:
+    link = find_rank_0(out, launch, lambda: False)
+    assert link is not None
+    return link
+
+
+def test_the_note_of_another_launch_is_not_followed(tmp_path: Path) -> None:
+    note = {"launch": "another", "address": ["127.0.0.1", free_port()], "key": ""}
+    (tmp_path / MEETING).write_text(json.dumps(note))
+    answers = iter([False, False, True])
+    assert find_rank_0(tmp_path, "this launch", lambda: next(answers)) is None
+
+
 def test_a_place_is_what_a_launcher_says(monkeypatch: pytest.MonkeyPatch) -> None:
     assert place() is None
     variables = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node-0"}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert place() == Place(3, 4, 1, 2, "node-0")
+    assert place() == Place(3, 4, 1, 2, "node-0", launch="  ")
     monkeypatch.setenv("WORLD_SIZE", "many")
     with pytest.raises(SettingsError, match="WORLD_SIZE"):
         place()

@@ -52,7 +52,7 @@ DOORS = {
         "batch_infer.safety.checker",
         "batch_infer.models.acceleration",
     ),
-    *("batch_infer.models.any_pipeline", "batch_infer.cli.logs"),
+    *("batch_infer.models.any_pipeline", "batch_infer.cli.logs", "batch_infer.cli.config"),
 }
 """Rooms of a wing that the floor plan names, and that others may therefore enter beside its `__init__`."""
 

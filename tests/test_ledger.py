@@ -72,6 +72,18 @@ def test_a_row_that_three_workers_die_with_is_tried_in_smaller_company_each_time
     assert failed.key == killer
 
 
+def test_what_a_worker_hands_back_is_not_held_against_its_rows() -> None:
+    ledger = Ledger(rows(4), 100, 1)
+    for worker in range(2 * STRIKES):
+        assert len(keys(ledger.stream(worker) or ledger.apart(worker))) == 4
+        ledger.take_back(worker)
+    last = keys(ledger.apart(9))
+    assert not ledger.over
+    assert ledger.settle(last) == set(last)
+    assert ledger.stream(9) is None
+    assert ledger.over
+
+
 @settings(deadline=None)
 @given(st.integers(0, 90), st.integers(1, 4), st.randoms(use_true_random=False))
 def test_no_row_is_lost_or_done_twice_whoever_dies(number: int, workers: int, draw: st.randoms) -> None:  # type: ignore[valid-type]

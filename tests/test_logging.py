@@ -28,9 +28,6 @@ from tests.runs import command, run
 from tests.tables import write_csv
 
 
-WARNED = warnings.showwarning
-
-
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The process's logging and hooks, which a command that ends its process need not give back."""
@@ -39,8 +36,9 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             monkeypatch.setattr(logging.getLogger(name), what, getattr(logging.getLogger(name), what))
     for module, name in ((sys, "excepthook"), (sys, "unraisablehook"), (threading, "excepthook")):
         monkeypatch.setattr(module, name, getattr(module, name))
+    before = warnings.showwarning
     logging.captureWarnings(False)  # another test's, which pytest has undone
-    monkeypatch.setattr(warnings, "showwarning", WARNED)
+    warnings.showwarning = before
     yield
     logging.captureWarnings(False)
     give_stderr_back()
@@ -131,10 +129,9 @@ def test_the_file_of_options_says_it_too(tmp_path: Path, more: str, way: str, mo
         assert told.startswith(("batch-infer: ", "Usage: "))
 
 
-def test_the_option_is_every_commands() -> None:
-    assert {name for name, each in commands.commands.items() if "log_format" in {p.name for p in each.params}} == set(
-        commands.commands
-    )
+@pytest.mark.parametrize("option", ["log_format", "quiet", "verbose"])
+def test_the_option_is_every_commands(option: str) -> None:
+    assert [name for name, each in commands.commands.items() if option not in {p.name for p in each.params}] == []
 
 
 def test_a_log_format_that_there_is_not(tmp_path: Path) -> None:
@@ -227,6 +224,52 @@ def test_what_others_write_and_bugs_are_objects_too() -> None:
     assert [line["level"] for line in objects(quiet.stderr)] == ["CRITICAL"] * 3, "that there was a bug is told"
 
 
+STUB = """
+import sys, types
+from batch_infer.__main__ import main
+from batch_infer.cli.logs import log
+from batch_infer.jobs.merge import Counts
+from batch_infer.jobs.summary import Summary
+
+def score(*_):
+    log.info("on its way")
+    return Summary(Counts(rows=2, images=2, ok=2), undone=int("--seed" in sys.argv))
+
+sys.modules["batch_infer.jobs.run"] = types.SimpleNamespace(run=score, assist=lambda *_: False)
+main()
+"""
+
+
+def by_shell(streams: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """A run that renders nothing, with its streams as a shell has them; in the code of the run, also in a pipe."""
+    script = f'"$@" {streams}'
+    line = ["bash", "-o", "pipefail", "-c", script, "-", sys.executable, "-c", STUB, "run", "t.csv", *options]
+    return subprocess.run(line, capture_output=True, text=True, check=False, timeout=60)
+
+
+@pytest.mark.parametrize(("options", "code"), [((), 0), (("--seed", "1"), 75)])
+@pytest.mark.parametrize(
+    ("streams", "told"),
+    [("| sleep 0 <&-", "stdout is closed"), (">/dev/full", "No space left on device"), (">&-", None)],
+)
+def test_a_result_that_nobody_takes_is_no_failure(
+    streams: str, told: str | None, options: tuple[str, ...], code: int
+) -> None:
+    done = by_shell(streams, *options)
+    said = [f"batch-infer: the result is not printed: {told}"] if told else []
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr.splitlines() == ["batch-infer: on its way", *said]
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+@pytest.mark.parametrize("streams", ["2>&-", "2>/dev/full", "2> >(sleep 0 <&-)", "<&- 2>&-"])
+def test_a_log_that_nobody_takes_goes_nowhere_else(streams: str, log_format: str) -> None:
+    done = by_shell(streams, "--log-format", log_format)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("2 rows · 2 ok · ")
+    assert "on its way" not in done.stdout
+
+
 # Warnings, and quiet
 
 
@@ -283,4 +326,8 @@ def test_quiet_tells_the_summary_and_why_on_a_failure(table: Path, tmp_path: Pat
     assert (done.code, done.stderr) == (3, "")
     assert done.stdout.startswith("3 rows · ")
     assert "1 invalid" in done.stdout
+    assert "1 invalid" in command("status", tmp_path / "out", "-v").stdout
+    status = command("status", tmp_path / "out", "-q")
+    assert (status.code, status.stdout, status.stderr) == (0, "", "")
+    assert command("status", tmp_path, "-q").stderr.startswith("batch-infer: ")
     assert command("run", table, "--model", "/nowhere", "-q").stderr.startswith("batch-infer: ")

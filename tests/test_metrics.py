@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +16,9 @@ from prometheus_client.parser import text_string_to_metric_families
 import batch_infer
 from batch_infer.cli import metrics as room
 from batch_infer.cli.metrics import GAUGES, STATUSES, Metrics
-from batch_infer.errors import Interrupted, LockedError
+from batch_infer.errors import Interrupted, SettingsError
 from batch_infer.jobs.merge import Counts
+from batch_infer.jobs.out import locked
 from batch_infer.jobs.summary import Summary
 from batch_infer.jobs.survey import Survey
 from batch_infer.records import ResultRow, now
@@ -68,15 +70,15 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def test_a_run_from_its_start_to_its_end(file: Path, clock: SimpleNamespace) -> None:
     with Metrics(file, "/out", "sd") as metrics:
-        assert read(file, "/out") == {
-            "results": {}, "info": {"version": batch_infer.__version__, "model": "sd"}, "running": 1,
-            "start_timestamp_seconds": 1e9 + 100, "images_rendered": 0, "images_per_second": 0,
-        }  # fmt: skip
+        assert not file.exists(), "OUT may be another run's"
         clock.now = 108
         standing = {"ok": 3, "failed": 1, "left": 2}
         metrics.start(Survey(total=15, done=6, invalid=1, pending=8, standing=standing))
-        assert read(file, "/out")["results"] == some(ok=3, failed=1, invalid=1)
-        assert read(file, "/out")["results_left"] == 10
+        assert read(file, "/out") == {
+            "results": some(ok=3, failed=1, invalid=1), "results_left": 10,
+            "info": {"version": batch_infer.__version__, "model": "sd"}, "running": 1,
+            "start_timestamp_seconds": 1e9 + 100, "images_rendered": 0, "images_per_second": 0,
+        }  # fmt: skip
         clock.now = 112
         metrics.committed(rows("ok", "flagged", "failed", "invalid"))
         assert read(file, "/out")["results_left"] == 10, "not more often than every ten seconds"
@@ -91,34 +93,63 @@ def test_a_run_from_its_start_to_its_end(file: Path, clock: SimpleNamespace) -> 
         metrics.close()
         clock.now = 130
         counts = Counts(rows=15, ok=7, flagged=1, failed=2, invalid=2, blocked=1, left=2)
-        metrics.conclude(Summary(counts, rendered=5, rendering_seconds=20.0), 0)
+        metrics.conclude(Summary(counts, rendered=5, rendering_seconds=20.0, processes=2, deaths=1), 0)
     ended = read(file, "/out")
     assert ended["results"] == some(ok=7, flagged=1, failed=2, invalid=2, blocked=1)
     assert (ended["results_left"], ended["images_rendered"], ended["images_per_second"]) == (2, 5, 0.25)
     assert (ended["running"], ended["exit_code"]) == (0, 0)
+    assert (ended["workers"], ended["worker_deaths"]) == (2, 1)
     assert ended["end_timestamp_seconds"] == ended["last_success_timestamp_seconds"] == 1e9 + 130
     assert set(GAUGES) == set(ended) - {"results", "info"}
 
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(LockedError("held"), 75), (Interrupted("now"), 75), (KeyboardInterrupt(), 75), (ZeroDivisionError(), 1)],
+    [(Interrupted("now"), 75), (KeyboardInterrupt(), 75), (SettingsError("x"), 2), (ZeroDivisionError(), 1)],
 )
+@pytest.mark.parametrize("started", [False, True])
 def test_an_error_is_an_end_too_and_the_last_success_is_kept(
-    file: Path, clock: SimpleNamespace, error: BaseException, code: int
+    file: Path, clock: SimpleNamespace, error: BaseException, code: int, started: bool
 ) -> None:
     with Metrics(file, "/out", "sd") as metrics:
-        metrics.conclude(Summary(Counts(rows=2, ok=1, left=1), rendered=1, rendering_seconds=1.0), 0)
+        metrics.conclude(Summary(Counts(rows=2, ok=1, left=1), rendered=1, rendering_seconds=1.0, deaths=1), 0)
     clock.now = 500
-    with pytest.raises(type(error)), Metrics(file, "/out"):
+    with pytest.raises(type(error)), Metrics(file, "/out") as metrics:
+        if started:
+            metrics.start(Survey(total=2, done=1, pending=1, standing={"ok": 1}))
         meanwhile = read(file, "/out")
-        assert (meanwhile["running"], meanwhile["exit_code"], meanwhile["end_timestamp_seconds"]) == (1, 0, 1e9 + 100)
+        assert (meanwhile["running"], meanwhile["exit_code"]) == (started, 0)
+        assert meanwhile["end_timestamp_seconds"] == 1e9 + 100
         assert meanwhile["info"]["model"] == "sd", "kept until it is known better"
         raise error
     ended = read(file, "/out")
     assert (ended["running"], ended["exit_code"], ended["images_rendered"]) == (0, code, 0)
     assert (ended["last_success_timestamp_seconds"], ended["end_timestamp_seconds"]) == (1e9 + 100, 1e9 + 500)
+    assert ended["start_timestamp_seconds"] == 1e9 + 500
     assert (ended["results"], ended["results_left"]) == (some(ok=1), 1), "as far as is known"
+    assert not {"workers", "worker_deaths"} & ended.keys(), "what is not known is not told"
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_second_run_that_is_refused_leaves_the_firsts_file_alone(tmp_path: Path, file: Path, before: bool) -> None:
+    table, out = write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"]]), tmp_path / "out"
+    with Metrics(file, str(out), "first") as metrics, locked(out):
+        if before:
+            metrics.start(Survey(total=1, pending=1))
+        told = file.read_bytes() if before else None
+        assert run(table, out, "--metrics-file", file).code == 75
+        assert (file.read_bytes() if file.exists() else None) == told
+        metrics.conclude(Summary(), 0)
+    assert read(file, out)["info"]["model"] == "first"
+
+
+def test_how_out_is_written_makes_no_other_label(tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for out in ("out", "./out/", "x/../out", str(tmp_path / "out"), "~/out"):
+        with Metrics(file, out):
+            pass
+        assert read(file, tmp_path / "out")["exit_code"] == 1
 
 
 def test_any_out_can_be_a_label(file: Path) -> None:
@@ -134,8 +165,9 @@ def test_another_out_has_nothing_to_do_with_this_one(file: Path) -> None:
     with Metrics(file, "/one", "sd") as metrics:
         metrics.conclude(Summary(Counts(ok=9)), 0)
     with Metrics(file, "/two", "sd"):
-        assert read(file, "/two")["results"] == {}
-        assert "last_success_timestamp_seconds" not in read(file, "/two")
+        pass
+    assert read(file, "/two")["results"] == {}
+    assert "last_success_timestamp_seconds" not in read(file, "/two")
 
 
 @pytest.mark.parametrize("content", [b"batch_infer_exit_code{ 3", b"\xff\xfe", b"x 1 2 3 4 five"])
@@ -149,13 +181,30 @@ def test_a_file_that_is_no_metrics_is_written_anew(
     assert [record.message.startswith(f"the metrics file {file} cannot be read") for record in caplog.records] == [True]
 
 
-def test_a_file_that_cannot_be_written_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("value", ["NaN", "+Inf", "-Inf", "1e300"])
+def test_values_that_are_none_are_not_kept(file: Path, value: str) -> None:
+    series = [f'batch_infer_{name}{{out="/out"}} {value}' for name in GAUGES]
+    series += [f'batch_infer_results{{out="/out",status="{status}"}} {value}' for status in STATUSES]
+    series += ['batch_infer_results{out="/out"} 3', 'batch_infer_info{out="/out"} NaN']
+    file.write_text("\n".join(series) + "\n")
+    with Metrics(file, "/out") as metrics:
+        metrics.start(Survey(total=1, pending=1))
+        metrics.committed(rows("ok"))
+    found = read(file, "/out")
+    assert (found["exit_code"], found["results"], found["results_left"]) == (1, some(ok=1), 0)
+    assert all(map(math.isfinite, [each for name, each in found.items() if name not in ("results", "info")]))
+
+
+def test_a_file_that_cannot_be_written_later_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "gone"
+    folder.mkdir()
     with Metrics(folder / "m.prom", "/out", "sd") as metrics:
+        assert list(folder.iterdir()) == [], "it was tried, and nothing stays"
+        folder.rmdir()
         metrics.start(Survey(total=1, pending=1))
         metrics.conclude(Summary(), 0)
     told = f"the metrics file {folder}/m.prom cannot be written: No such file or directory"
-    assert [record.message for record in caplog.records] == [told]
+    assert [(record.levelname, record.message) for record in caplog.records] == [("ERROR", told)], "with -q too"
     folder.mkdir()
     with Metrics(folder / "m.prom", "/out", "sd") as metrics:
         metrics.start(Survey(total=1, pending=1))
@@ -167,9 +216,20 @@ def test_a_file_that_cannot_be_written_is_one_warning(tmp_path: Path, caplog: py
         assert [path.name for path in where.iterdir()] == ["m.prom"], "no temporary file stays"
 
 
+def test_a_name_that_the_collector_does_not_read_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("m.prom", "m.tmp", "m"):
+        with Metrics(tmp_path / name, "/out"):
+            pass
+        assert read(tmp_path / name, "/out")["exit_code"] == 1
+    told = "node_exporter's textfile collector reads *.prom alone, and not"
+    assert [record.message for record in caplog.records] == [f"{told} {tmp_path / name}" for name in ("m.tmp", "m")]
+
+
 @pytest.mark.parametrize(
-    ("name", "told"), [("m.tmp", "end it in .prom"), ("missing/m.prom", "there is no folder"), (".", "is a directory")]
-)
+    ("name", "told"),
+    [("missing/m.prom", "there is no folder"), (".", "is a directory"),
+     ("m" * 250 + ".prom", "cannot be written: File name too long")],
+)  # fmt: skip
 @pytest.mark.parametrize("way", ["flag", "variable", "file"])
 def test_a_file_that_cannot_be_is_refused_before_anything_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, told: str, way: str
@@ -228,9 +288,14 @@ def test_of_a_launchers_processes_the_first_alone_writes(
 ) -> None:
     """The others render for it, which ends in order and without a word."""
     monkeypatch.setattr("batch_infer.jobs.run.assist", lambda *_: True)
-    monkeypatch.setenv("RANK", "1")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
     done = run(tmp_path / "t.csv", tmp_path / "out", "--metrics-file", file)
     assert (done.code, done.stdout, done.stderr, file.exists()) == (0, "", "", False)
+    monkeypatch.delenv("MASTER_ADDR")
+    assert run(tmp_path / "t.csv", tmp_path / "out", "--metrics-file", file).code == 0
+    assert file.exists(), "a RANK alone makes no launcher"
 
 
 def test_a_plan_takes_the_option_and_writes_nothing(tmp_path: Path, file: Path) -> None:

@@ -170,6 +170,13 @@ def test_the_line_that_is_silent_about_75_too(tmp_path: Path, code: int, mailed:
     assert done.stdout + done.stderr == mailed
 
 
+def test_nights_are_quiet_and_a_try_by_hand_is_not() -> None:
+    texts = [(NIGHTLY / name).read_text() for name in ("crontab", "batch-infer.service", "README.md")]
+    ends = [end for text in texts for end in re.findall(r"batch-infer run prompts\.jsonl --config job\.toml(.*)", text)]
+    assert [end.startswith(" -q") for end in ends] == [True, True, False, True]
+    assert "quiet" not in (NIGHTLY / "job.toml").read_text()
+
+
 def test_the_service_takes_75_for_a_success_and_leaves_time_to_stop() -> None:
     service = unit(NIGHTLY / "batch-infer.service")
     assert service["SuccessExitStatus"] == [str(TryAgainLater.exit_code)]

@@ -6,11 +6,14 @@ import click
 
 from batch_infer import __version__
 from batch_infer.cli.bench import bench
+from batch_infer.cli.config import settle_format_early
 from batch_infer.cli.merge import merge
 from batch_infer.cli.plan import plan
 from batch_infer.cli.retry import retry
 from batch_infer.cli.run import run
 from batch_infer.cli.status import status
+
+__all__ = ["commands", "settle_format_early"]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

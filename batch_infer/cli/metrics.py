@@ -52,9 +52,9 @@ BUG = 1
 class Metrics:
     """A run's metrics file; a Progress, and a context that writes however it is left.
 
-    Nothing is written before the run holds OUT, since until then the file is another run's that does; and nothing at
-    all where that is why it ends. What this run does not know yet is kept from the file that an earlier one wrote.
-    Without a file nothing is done.
+    Before it holds OUT, a run writes no more than that an error has ended it, and not even that where another run holds
+    OUT, whose file it is then. What this run does not know yet is kept from the file that an earlier one wrote. Without
+    a file nothing is done.
     """
 
     def __init__(self, file: Path | None, out: str, model: str = "") -> None:

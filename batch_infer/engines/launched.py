@@ -13,9 +13,10 @@ import queue
 import secrets
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge
 from pathlib import Path
 from threading import Thread
 
@@ -34,7 +35,7 @@ MEETING = ".crew"
 LOOK_SECONDS = 0.5
 COMING_SECONDS = 1800.0
 """How long the others look for rank 0: it may fetch a model first."""
-LATE_SECONDS = 120.0
+LATE_SECONDS = 20.0
 """How long rank 0, when all is done, waits for those who have not come yet, to tell them so."""
 
 
@@ -48,6 +49,8 @@ class Place:
     local_world: int
     address: str
     """Of rank 0's machine."""
+    launch: str = ""
+    """Tells one start of all ranks from another."""
 
 
 def place() -> Place | None:
@@ -60,7 +63,8 @@ def place() -> Place | None:
         rank, world, local_rank, local_world = (int(value or "") for value in found[:4])
     except ValueError:
         raise SettingsError(f"{', '.join(names)} are set, but not to the numbers that a launcher gives") from None
-    return Place(rank, world, local_rank, local_world, found[4] or "")
+    launch = [os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")]
+    return Place(rank, world, local_rank, local_world, found[4] or "", " ".join(launch))
 
 
 class Launched(Local):
@@ -71,25 +75,30 @@ class Launched(Local):
         self._here, self._out = here, out
         self._arrived: queue.Queue[Peer] = queue.Queue()
         self._missing = here.world - 1
+        self._closed = False
 
     def __enter__(self) -> Launched:
-        key = secrets.token_bytes(32)
-        self._listener = _listen(self._here.address, key)
-        with replacing(self._out / MEETING) as temporary:
+        self._key = secrets.token_bytes(32)
+        # From all sides where others are on other machines: the name of this one may mean its loopback here.
+        alone = self._here.world == self._here.local_world
+        self._listener = Listener((self._here.address if alone else "", 0))
+        with replacing(self._out / MEETING, parents=False) as temporary:
             temporary.touch(mode=0o600)
             address = [self._here.address, self._listener.address[1]]
-            temporary.write_text(json.dumps({"address": address, "key": key.hex()}))
+            note = {"launch": self._here.launch, "address": address, "key": self._key.hex()}
+            temporary.write_text(json.dumps(note))
         Thread(target=self._accept, daemon=True).start()
         super().__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         deadline = time.monotonic() + (LATE_SECONDS if kind is None else 0.0)
-        while self._missing and time.monotonic() < deadline:
+        while self._missing > 0 and time.monotonic() < deadline:
             for peer in self.newcomers():
                 peer.send(Stop())
             time.sleep(LOOK_SECONDS)
         (self._out / MEETING).unlink(missing_ok=True)
+        self._closed = True
         self._listener.close()
         super().__exit__(kind)
 
@@ -108,22 +117,18 @@ class Launched(Local):
         return self._start(rank) if rank == 0 else None
 
     def _accept(self) -> None:
-        while True:
-            try:
-                link = self._listener.accept()
-                self._arrived.put(Peer(link.recv(), link))
-            except (AuthenticationError, EOFError):  # not one of ours, or gone again
-                continue
-            except OSError:  # closed
-                return
+        while not self._closed:
+            with suppress(OSError):  # a connection that was gone again, or the listener's end
+                Thread(target=self._admit, args=(self._listener.accept(),), daemon=True).start()
 
-
-def _listen(address: str, key: bytes) -> Listener:
-    """On the address by which the others know this machine, or on all where it has none of that name."""
-    try:
-        return Listener((address, 0), authkey=key)
-    except OSError:
-        return Listener(("", 0), authkey=key)
+    def _admit(self, link: Connection) -> None:
+        """Hear who it is. On a thread of its own, since one who says nothing must keep out nobody else."""
+        try:
+            deliver_challenge(link, self._key)
+            answer_challenge(link, self._key)
+            self._arrived.put(Peer(link.recv(), link))
+        except (AuthenticationError, EOFError, OSError):
+            link.close()
 
 
 def join(here: Place, asked: str, out: Path, card: ModelCard, stop: Callable[[], bool]) -> None:
@@ -131,7 +136,7 @@ def join(here: Place, asked: str, out: Path, card: ModelCard, stop: Callable[[],
 
     Raises ServiceError where rank 0 is not found.
     """
-    if (link := _meet(out, stop)) is None:
+    if (link := find_rank_0(out, here.launch, stop)) is None:
         return
     link.send(here.rank)
 
@@ -146,15 +151,17 @@ def join(here: Place, asked: str, out: Path, card: ModelCard, stop: Callable[[],
     work(Parent(link, stop), Seat(here.rank, here.local_rank, asked, ours=False), own)
 
 
-def _meet(out: Path, stop: Callable[[], bool]) -> Connection | None:
-    """Find rank 0; None where `stop` said so before. An earlier run's note leads nowhere, and a newer one follows."""
+def find_rank_0(out: Path, launch: str, stop: Callable[[], bool]) -> Connection | None:
+    """Find rank 0; None where `stop` said so before. The note of another launch is not for us, and ours will follow."""
     deadline = time.monotonic() + COMING_SECONDS
     while not stop():
         try:
             told = json.loads((out / MEETING).read_text())
-            return Client(tuple(told["address"]), authkey=bytes.fromhex(told["key"]))
+            if told["launch"] == launch:
+                return Client(tuple(told["address"]), authkey=bytes.fromhex(told["key"]))
         except (OSError, EOFError, ValueError, AuthenticationError):
-            if time.monotonic() > deadline:
-                raise ServiceError(f"rank 0 has not come to {out}; do all ranks see the same folder?") from None
+            pass
+        if time.monotonic() > deadline:
+            raise ServiceError(f"rank 0 has not come to {out}; do all ranks see the same folder?")
         time.sleep(LOOK_SECONDS)
     return None

@@ -69,6 +69,11 @@ class Ledger:
                     new.add(key)
         return new
 
+    def take_back(self, worker: int) -> None:
+        """A worker has ended in order: what it had not rendered waits for another, and nothing is held against it."""
+        rows = tuple(self._held.pop(worker, {}).values())
+        self._again.extend(Chunk(rows[k : k + APART], apart=True) for k in range(0, len(rows), APART))
+
     def give_up(self, worker: int) -> list[PromptRequest]:
         """A worker has died: its rows will be tried again, in smaller company. Gives those that have now failed."""
         failed: list[PromptRequest] = []

@@ -52,9 +52,10 @@ class Local:
     def render(self, task: Task, committed: Callable[[Sequence[ResultRow]], None], stop: Callable[[], bool]) -> Work:
         return Shift(task, self, committed).go(stop)
 
-    def gather(self) -> Iterable[Peer]:
+    def gather(self, rows: int) -> Iterable[Peer]:
         early, self._early = self._early, None
-        return [early if early and rank == 0 else self._start(rank) for rank in range(self._own)]
+        ranks = range(min(self._own, max(1, rows)))
+        return [early if early and rank == 0 else self._start(rank) for rank in ranks]
 
     def newcomers(self) -> Iterable[Peer]:
         return ()

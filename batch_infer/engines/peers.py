@@ -5,15 +5,18 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
 from batch_infer.engines.messages import Broken, FromWorker, ToWorker
-from batch_infer.engines.rank import Seat, live
+from batch_infer.engines.rank import STOPPING, Seat, live
 from batch_infer.worker import Account
+
+PATIENT_SECONDS = 10.0
+"""How long a process is waited for that has been killed, or should have ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +38,12 @@ class Peer:
 
     def __init__(self, rank: int, link: Connection, process: BaseProcess | None = None) -> None:
         self.rank, self.link, self._process = rank, link, process
-        self.ready = self.waiting = self.ended = False
-        """Whether the model is loaded, it has nothing to do, it has ended in order."""
+        self.ours = process is not None
+        self.ready = self.waiting = False
+        """Whether the model is loaded; whether it has nothing to do."""
         self.account: Account | None = None
         self.broken: Broken | None = None
-        self._signs = 0
+        self._signed = False
         self._last = time.monotonic()
         self._longest = 0.0
 
@@ -59,9 +63,8 @@ class Peer:
     def note_sign(self) -> None:
         """Its device has come a step further."""
         now = time.monotonic()
-        if self._signs:
-            self._longest = max(self._longest, now - self._last)
-        self._signs, self._last = self._signs + 1, now
+        self._longest = max(self._longest, now - self._last)
+        self._signed, self._last = True, now
 
     def rest(self) -> None:
         """It has nothing to do, and that is no sign of anything."""
@@ -69,7 +72,12 @@ class Peer:
 
     def begin(self) -> None:
         """It has something to do from here on."""
-        self.waiting, self._last = False, time.monotonic()
+        self.waiting = False
+        self.forgive()
+
+    def forgive(self) -> None:
+        """It may have been silent until now."""
+        self._last = time.monotonic()
 
     def silence(self, patience: Patience) -> float | None:
         """For how many seconds it has been silent, where that is longer than it may be."""
@@ -81,23 +89,26 @@ class Peer:
     def _limit(self, patience: Patience) -> float:
         if not self.ready:
             return patience.load
-        return max(patience.least, patience.factor * self._longest) if self._signs > 1 else patience.start
+        return max(patience.least, patience.factor * self._longest) if self._signed else patience.start
 
     def fate(self) -> str:
         """How its process ended, as far as we know."""
         if self._process is None:
             return "its connection broke"
-        self._process.join(5)
+        self._process.join(PATIENT_SECONDS)
         code = self._process.exitcode
         if code is None:
             return "it closed its connection"
-        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        if code >= 0:
+            return f"exit code {code}"
+        known = {number.value: number.name for number in signal.Signals}
+        return f"killed by {known.get(-code, f'signal {-code}')}"
 
     def kill(self) -> None:
         """End it at once. A process that is not ours ends by itself when its link does."""
         if self._process is not None:
             self._process.kill()
-            self._process.join()
+            self._process.join(PATIENT_SECONDS)  # one that waits for a dead disk or device cannot even be killed
         self.link.close()
 
 
@@ -106,6 +117,21 @@ def start(seat: Seat) -> Peer:
     context = get_context("spawn")  # a fork would share the parent's threads and locks
     ours, theirs = context.Pipe()
     process = context.Process(target=live, args=(theirs, seat), name=f"batch-infer worker {seat.rank}")
-    process.start()
+    with _unheard():
+        process.start()
     theirs.close()  # so that ours says when the process has ended
     return Peer(seat.rank, ours, process)
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Have a process that is started here deaf to what stops commands, until it says how it takes that."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # or it would be started in here, and open the ears again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -23,6 +23,7 @@ from threading import Event, Lock, Thread
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from batch_infer.atomic import storing
 from batch_infer.engines.ledger import Chunk
 from batch_infer.engines.messages import (
     Alive,
@@ -50,6 +51,7 @@ BEAT_SECONDS = 1.0
 """How often a worker says that it is alive, while it is."""
 LISTEN_SECONDS = 0.5
 """How often it looks, while it waits for the parent, whether to stop."""
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Variables of a launcher, by which accelerate would have all ranks wait for each other."""
 
@@ -71,8 +73,10 @@ class Seat:
 
 def live(link: Connection, seat: Seat) -> None:
     """The life of a worker's process of its own. It ends when the other end of the link does, however that comes."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # these are the parent's, which tells us to stop
+    for number in STOPPING:  # these are the parent's, which tells us to stop
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     work(Parent(link), seat)
 
 
@@ -101,8 +105,9 @@ def keep_to(seat: Seat) -> None:
         os.environ.pop(name, None)
     if seat.gpu and seat.asked != "cpu":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = visible.split(",") if visible else []
-        os.environ["CUDA_VISIBLE_DEVICES"] = names[seat.gpu] if seat.gpu < len(names) else str(seat.gpu)
+        names = range(seat.gpu + 1) if visible is None else visible.split(",")
+        if seat.gpu < len(names):  # else a launcher has given this process its own, or none
+            os.environ["CUDA_VISIBLE_DEVICES"] = str(names[seat.gpu])
 
 
 def _load(settings: WorkerSettings, seat: Seat, parent: Parent) -> Worker:
@@ -126,8 +131,8 @@ class Parent:
         """`stop` says whether this process was told to stop by another than the parent."""
         self._link, self._sending, self._stop = link, Lock(), stop
         self._inbox: queue.Queue[ToWorker] = queue.Queue()
-        self._begun, self._stopped = Event(), Event()
-        self._beaten = time.monotonic()
+        self._begun, self._stopped, self._over = Event(), Event(), Event()
+        self._beaten: float | None = None
         Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
@@ -137,10 +142,14 @@ class Parent:
                 if isinstance(message, Stop):
                     self._stopped.set()
                     if not self._begun.is_set():  # we came too late, and end by ourselves
+                        self._over.set()
                         return
                 self._inbox.put(message)
-        except (EOFError, OSError):  # nobody is there who would take what we render
-            os._exit(1)
+        except (EOFError, OSError):
+            pass
+        finally:
+            if not self._over.is_set():  # nobody is there who would take what we render
+                os._exit(1)
 
     def send(self, message: FromWorker) -> None:
         try:
@@ -151,8 +160,11 @@ class Parent:
 
     def stops(self) -> bool:
         """Whether to stop; it is asked at every step, which is how the parent knows that this process is alive."""
-        if time.monotonic() - self._beaten >= BEAT_SECONDS:
-            self._beaten = time.monotonic()
+        now = time.monotonic()
+        if self._beaten is None:  # nothing is done yet
+            self._beaten = now
+        elif now - self._beaten >= BEAT_SECONDS:
+            self._beaten = now
             self.send(Alive())
         return self._stopped.is_set() or self._stop()
 
@@ -180,13 +192,15 @@ class Parent:
             bare = [replace(row, prompt=None, negative_prompt=None, carried={}) for row in rows]
             self.send(Committed(bare, worker.account()))
 
-        while True:
+        while not self.stops():
             self.send(Idle())
             chunk = self._next()
             if not isinstance(chunk, Chunk):
                 break
             worker.work(chunk.requests if chunk.apart else self._stream(chunk), committed)
-        self.send(Ended(worker.account(final=True)))
+        account = worker.account(final=True)
+        self._over.set()
+        self.send(Ended(account))
 
     def _stream(self, first: Chunk) -> Iterator[PromptRequest]:
         """The rows of chunk after chunk: the next one is asked for before it is needed, so that no slot waits."""
@@ -217,7 +231,10 @@ def _logged(out: Path, seat: Seat, parent: Parent) -> Iterator[None]:
 
     Log records go to the parent too. What else a process of ours would print does not: the terminal is the parent's.
     """
-    with (out / "logs" / f"worker-{seat.rank}.log").open("a", encoding="utf-8") as file:
+    path = out / "logs" / f"worker-{seat.rank}.log"
+    with storing(path):
+        file = path.open("a", encoding="utf-8")
+    with file:
         faulthandler.enable(file)
         if seat.ours:
             for standard in (1, 2):
@@ -246,4 +263,5 @@ class _Forward(QueueHandler):
         self._send = send
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        self._send(Logged(record))
+        if record.name != "batch_infer.stop":  # said in a signal handler, which may have interrupted another sending
+            self._send(Logged(record))

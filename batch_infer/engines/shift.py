@@ -11,12 +11,25 @@ from typing import Protocol
 
 from batch_infer import errors
 from batch_infer.engines import Task, Work
-from batch_infer.engines.ledger import STRIKES, Ledger
-from batch_infer.engines.messages import Alive, Broken, Committed, Ended, FromWorker, Idle, Logged, Ready, Stop, Wants
+from batch_infer.engines.ledger import STRIKES, Chunk, Ledger
+from batch_infer.engines.messages import (
+    Alive,
+    Broken,
+    Committed,
+    Ended,
+    Found,
+    FromWorker,
+    Idle,
+    Logged,
+    Ready,
+    Stop,
+    Wants,
+)
 from batch_infer.engines.peers import Patience, Peer
-from batch_infer.errors import BatchInferError, ModelError, TryAgainLater, WorkersLost
+from batch_infer.errors import BatchInferError, ModelError, SettingsError, TryAgainLater, WorkersLost
 from batch_infer.manifest import Manifest
 from batch_infer.records import PromptRequest, ResultRow
+from batch_infer.settings import Device
 from batch_infer.sinks import FolderSink
 from batch_infer.worker import Account
 from batch_infer.worker.rows import row_of
@@ -24,6 +37,7 @@ from batch_infer.worker.rows import row_of
 POLL_SECONDS = 0.2
 STARTS = 2
 """How often a worker may be killed while it loads the model before that ends the run."""
+SUSPENDED_SECONDS = 5.0
 BARREN_LIVES = 10
 """A worker that died so often in a row without having committed a row is not started again."""
 
@@ -42,8 +56,8 @@ class Crew(Protocol):
     @property
     def patience(self) -> Patience: ...
 
-    def gather(self) -> Iterable[Peer]:
-        """Those without whom nothing begins."""
+    def gather(self, rows: int) -> Iterable[Peer]:
+        """Those without whom nothing begins, for about so many rows."""
         ...
 
     def newcomers(self) -> Iterable[Peer]:
@@ -72,12 +86,14 @@ class Shift:
 
     def go(self, stop: Callable[[], bool]) -> Work:
         """Until every row is settled, or `stop` says so and what is finished is committed. Raises as an engine does."""
-        for peer in self._crew.gather():
+        for peer in self._crew.gather(self._task.expected):
             self._welcome(peer)
             self._awaited.add(peer.rank)
+        turned = time.monotonic()
         while self._peers:
             if stop():
                 self._stop()
+            turned = self._note_turn(turned)
             for peer in self._crew.newcomers():
                 self._welcome(peer)
             by_link = {peer.link: peer for peer in self._peers.values()}
@@ -89,6 +105,14 @@ class Shift:
             raise self._error
         now = time.monotonic()
         return Work(self._accounts, now - (self._began or now), self._crew.workers, self._deaths)
+
+    def _note_turn(self, before: float) -> float:
+        """Hold against no worker the time in which this process was suspended and heard nobody."""
+        now = time.monotonic()
+        if now - before > SUSPENDED_SECONDS:
+            for peer in self._peers.values():
+                peer.forgive()
+        return now
 
     def _welcome(self, peer: Peer) -> None:
         self._peers[peer.rank] = peer
@@ -108,24 +132,29 @@ class Shift:
             for message in peer.receive():
                 self._take(peer, message)
         except EOFError:
-            if peer.ended or self._stopping:
-                self._dismiss(peer)
-            else:
+            if self._peers.get(peer.rank) is not peer:  # it has said that it ends, and did
+                return
+            if not self._stopping:
                 self._lose(peer, peer.fate())
+                return
+            if peer.broken is not None:
+                log.warning("worker %d ended with an error: %s", peer.rank, _sentence(error_of(peer, "")))
+            self._dismiss(peer)
 
     def _take(self, peer: Peer, message: FromWorker) -> None:
         match message:
+            case Found(device):
+                self._compare(peer, device)
             case Ready():
                 peer.ready = True
                 peer.begin()
                 self._awaited.discard(peer.rank)
             case Wants():
-                peer.note_sign()
                 peer.send(None if self._stopping else self._ledger.stream(peer.rank))
             case Idle():
                 peer.rest()
-                # It has lost nothing; but should it ever come back without a row, that is not to be waited for.
-                self._fail(self._ledger.give_up(peer.rank), f"worker {peer.rank} gave no result")
+                if not self._stopping:  # it has none left; but one that it lost must not be waited for
+                    self._fail(self._ledger.give_up(peer.rank), f"worker {peer.rank} gave no result")
             case Alive():
                 peer.note_sign()
             case Committed(rows, account):
@@ -136,7 +165,9 @@ class Shift:
             case Broken():
                 peer.broken = message
             case Ended(account):
-                peer.account, peer.ended = account, True
+                peer.account = account
+                self._ledger.take_back(peer.rank)
+                self._dismiss(peer)
 
     def _tell(self, rows: Sequence[ResultRow]) -> None:
         """Rows are committed; one that two workers have done counts once."""
@@ -148,18 +179,42 @@ class Shift:
         if self._awaited or self._stopping:
             return
         self._began = self._began or time.monotonic()
-        for peer in self._peers.values():
+        for peer in list(self._peers.values()):
             if peer.waiting:
-                chunk = self._ledger.stream(peer.rank) or self._ledger.apart(peer.rank)
+                chunk = self._next_for(peer)
                 if chunk is not None or self._ledger.over:
                     peer.begin()
                     peer.send(chunk)
+            elif self._ledger.over and not peer.ready and peer.ours:  # nobody waits for it to load
+                peer.kill()
+                self._dismiss(peer)
+
+    def _next_for(self, peer: Peer) -> Chunk | None:
+        """New rows before those that workers died with, unless that is all that this one does."""
+        ledger, rank = self._ledger, peer.rank
+        if self._barren[rank] < STARTS:
+            return ledger.stream(rank) or ledger.apart(rank)
+        return ledger.apart(rank) or ledger.stream(rank)
+
+    def _compare(self, peer: Peer, device: Device) -> None:
+        """All workers compute alike, or bytes would depend on who has a row."""
+        compute = self._task.settings.compute
+        if device.kind != compute.device:
+            told = f"worker {peer.rank} computes on {device.kind} and others on {compute.device}: say --device"
+            self._error = self._error or SettingsError(told)
+            self._stop()
+        elif device.name != compute.device_name:
+            told = "worker %d computes on %s and others on %s: bytes may depend on who has a row"
+            log.warning(told, peer.rank, device.name, compute.device_name)
 
     def _end_the_hung(self) -> None:
         for peer in list(self._peers.values()):
             if (silent := peer.silence(self._crew.patience)) is not None:
                 peer.kill()
-                self._lose(peer, f"nothing was heard of it for {silent:.0f} s")
+                if self._stopping:
+                    self._dismiss(peer)
+                else:
+                    self._lose(peer, f"nothing was heard of it for {silent:.0f} s")
 
     def _dismiss(self, peer: Peer) -> None:
         if self._peers.get(peer.rank) is peer:
@@ -175,7 +230,7 @@ class Shift:
         self._dismiss(peer)
         self._barren[peer.rank] += 1
         chance = peer.broken is None and self._barren[peer.rank] < STARTS
-        if (starting and not chance) or self._stopping or isinstance(error, TryAgainLater):
+        if (starting and not chance) or isinstance(error, TryAgainLater):
             self._error = self._error or error
             self._stop()
             return
@@ -194,7 +249,7 @@ class Shift:
             return
         log.warning("worker %d is not started again: %d are left", peer.rank, len(self._peers))
         if not self._peers:
-            if peer.broken is not None:  # a bug, which another time will be no other
+            if peer.broken is not None and isinstance(error, WorkerBroke):  # a bug, which will not be gone another time
                 raise error
             raise WorkersLost(f"no worker is left: the last has died ({_sentence(error)})") from error
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from batch_infer.atomic import KnownFolder
 from batch_infer.engines import Engine, Task, Work
-from batch_infer.engines.launched import Launched, Place, join, place
+from batch_infer.engines.launched import MEETING, Launched, Place, join, place
 from batch_infer.engines.local import Local
 from batch_infer.errors import DamagedPart, SettingsError, UsageError, WorkersLost
 from batch_infer.jobs import out as outdir
@@ -58,14 +58,16 @@ def run(
         raise SettingsError("this command is not for a launcher: start it once, by itself")
     with open_tables(settings) as tables:
         card = find_model(settings)
-        with outdir.locked(settings.out), engine_for(settings, here) as engine:
-            job = prepare(settings, tables, card, engine.find_device())
-            if settings.overwrite:
-                outdir.clear(settings.out)
-            with _logged(settings.out):
-                if (job.earlier or {}).get("summary") is None:
-                    leaves_alone = _all_but(recover(settings.out, Manifest(settings.out)), leaves_alone)
-                return _Run(job, engine, progress, stop, leaves_alone).go(started)
+        with outdir.locked(settings.out):
+            (settings.out / MEETING).unlink(missing_ok=True)  # left by a run that was killed
+            with engine_for(settings, here) as engine:
+                job = prepare(settings, tables, card, engine.find_device())
+                if settings.overwrite:
+                    outdir.clear(settings.out)
+                with _logged(settings.out):
+                    if (job.earlier or {}).get("summary") is None:
+                        leaves_alone = _all_but(recover(settings.out, Manifest(settings.out)), leaves_alone)
+                    return _Run(job, engine, progress, stop, leaves_alone).go(started)
 
 
 def assist(settings: RunSettings, stop: Callable[[], bool] = lambda: False) -> bool:
@@ -132,6 +134,7 @@ class _Run:
                 break
             except DamagedPart as damage:  # where only its other columns are, which are not read until they are merged
                 set_aside(damage)
+                self._summary, self._committed = Summary(), 0
         self._held.check()
         remove_other_results(self._out, self._job.settings.output)
         self._sum_up(counts, time.monotonic() - started)
@@ -172,6 +175,8 @@ class _Run:
         try:
             yield
         except UsageError:
+            if self._committed:
+                raise
             outdir.restore_run(self._out, self._job.earlier)
             raise
 
