@@ -89,11 +89,11 @@ def test_a_run_before_it_knows_what_there_is(table: Path, out: Path) -> None:
 
 
 def test_a_run_that_stopped_early_says_what_is_left(table: Path, out: Path) -> None:
-    from batch_infer.cli.progress import Silent
+    from batch_infer.cli.progress import Together
     from batch_infer.jobs.run import run as score
     from tests.test_run import settings_of
 
-    score(settings_of(table, out), Silent(), stop=lambda: True)
+    score(settings_of(table, out), Together(), stop=lambda: True)
     told = status(out)
     assert (told["state"], told["left"], told["counts"]["invalid"]) == ("stopped", 25, 1)
 

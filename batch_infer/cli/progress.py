@@ -46,10 +46,6 @@ class Together:
             listener.close()
 
 
-Silent = Together
-"""With nobody in it."""
-
-
 class Bar:
     """tqdm's bar: rows, images a second, time left, flagged and failed."""
 
