@@ -89,7 +89,7 @@ def _print(plan: Plan, faults: IO[str], settings: RunSettings) -> None:
     if not plan.pending:
         click.echo("nothing to do")
         return
-    click.echo(f"{'size':12}{'images':>12}{'row-forwards':>16}{'UNet calls':>14}{'time':>16}")
+    click.echo(f"{'size':12}{'images':>12}{'row-forwards':>16}{'UNet calls':>14}{'device time':>16}")
     for size in plan.sizes:
         name, time = f"{size.width}x{size.height}", duration(size.seconds)
         click.echo(f"{name:12}{size.images:12,}{size.row_forwards:16,}{size.ticks:14,}{time:>16}")

@@ -21,6 +21,7 @@ from batch_infer.jobs import out as outdir
 from batch_infer.jobs.estimate import Size, learn
 from batch_infer.jobs.job import Job, find_model, open_tables, prepare, rooted
 from batch_infer.jobs.merge import Counts, merge, merge_parts
+from batch_infer.jobs.record import at_once, cores
 from batch_infer.jobs.recovery import Key, recover, set_aside
 from batch_infer.jobs.results import remove_other_results
 from batch_infer.jobs.summary import Summary
@@ -126,6 +127,7 @@ class _Run:
         self._committed = 0
 
     def go(self, started: float) -> Summary:
+        self._warn_of_threads()
         outdir.write_run(self._out, self._record)
         self._set_up = time.monotonic() - started
         while True:
@@ -160,6 +162,14 @@ class _Run:
                         raise
         self._summary.undone = max(0, survey.pending - self._committed)
         return self._merge(survey)
+
+    def _warn_of_threads(self) -> None:
+        workers, compute = self._engine.workers, self._job.compute
+        if at_once(workers, compute) < workers:
+            told = (
+                "%d workers with %d threads each have %d cores, and will slow each other down: give a smaller --threads"
+            )
+            log.warning(told, workers, compute.threads, cores())
 
     def _settle_shapes(self, survey: Survey) -> None:
         """Find the slots of the sizes that are pending, where that was left to us."""
