@@ -3,14 +3,46 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TextIO
+
+from batch_infer.atomic import storing
+
+
+@contextmanager
+def open_log(path: Path) -> Iterator[TextIO]:
+    """A log file to append to, which also keeps the traceback of what ends its time. Raises StorageError.
+
+    That is raised where it cannot be opened. A disk that is full later costs lines, and nobody the error that he has.
+    """
+    with storing(path):
+        path.parent.mkdir(exist_ok=True)
+        file = path.open("a", encoding="utf-8")
+    try:
+        yield file
+    finally:
+        if (error := sys.exc_info()[1]) is not None and not isinstance(error, SystemExit):
+            with suppress(OSError):
+                os.write(file.fileno(), "".join(traceback.format_exception(error)).encode())
+        with suppress(OSError):
+            file.close()
 
 
 def log_to(file: TextIO) -> logging.Handler:
     """A handler that writes to a file, with the time in UTC."""
     formatter = logging.Formatter("%(asctime)sZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
     formatter.converter = time.gmtime
-    handler = logging.StreamHandler(file)
+    handler = _Handler(file)
     handler.setFormatter(formatter)
     return handler
+
+
+class _Handler(logging.StreamHandler):  # type: ignore[type-arg]  # generic for type checkers alone
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A line that a full disk does not take is no news on the terminal: what comes of the disk will be."""

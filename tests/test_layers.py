@@ -21,8 +21,8 @@ ROOT = PACKAGE.parent
 
 FLOORS = (
     {"batch_infer", "errors"},
-    {"records", "settings", "atomic", "stages", "logfile"},
-    {"images"},
+    {"records", "settings", "atomic", "stages"},
+    {"images", "logfile"},
     {"diffusion"},
     {"models", "safety", "table", "planning", "manifest", "sinks", "calibration", "datasheets"},
     {"chain"},

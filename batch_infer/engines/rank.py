@@ -23,7 +23,6 @@ from threading import Event, Lock, Thread
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from batch_infer.atomic import storing
 from batch_infer.engines.ledger import Chunk
 from batch_infer.engines.messages import (
     Alive,
@@ -39,7 +38,7 @@ from batch_infer.engines.messages import (
     ToWorker,
     Wants,
 )
-from batch_infer.logfile import log_to
+from batch_infer.logfile import log_to, open_log
 from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.worker import WorkerSettings
 from batch_infer.worker.rows import worker_name
@@ -231,10 +230,7 @@ def _logged(out: Path, seat: Seat, parent: Parent) -> Iterator[None]:
 
     Log records go to the parent too. What else a process of ours would print does not: the terminal is the parent's.
     """
-    path = out / "logs" / f"worker-{seat.rank}.log"
-    with storing(path):
-        file = path.open("a", encoding="utf-8")
-    with file:
+    with open_log(out / "logs" / f"worker-{seat.rank}.log") as file:
         faulthandler.enable(file)
         if seat.ours:
             for standard in (1, 2):
@@ -248,8 +244,6 @@ def _logged(out: Path, seat: Seat, parent: Parent) -> Iterator[None]:
         try:
             yield
         finally:
-            if (error := sys.exc_info()[1]) is not None and not isinstance(error, SystemExit):
-                file.write("".join(traceback.format_exception(error)))
             for logger in loggers:
                 logger.handlers = []
             faulthandler.disable()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from batch_infer.jobs.results import remove_other_results
 from batch_infer.jobs.summary import Summary
 from batch_infer.jobs.survey import Survey, look_through
 from batch_infer.jobs.tune import BatchShapes, learn_shapes
-from batch_infer.logfile import log_to
+from batch_infer.logfile import log_to, open_log
 from batch_infer.manifest import Index, Manifest
 from batch_infer.planning import LeavesAlone, in_order, is_done, pending
 from batch_infer.records import ResultRow, now
@@ -268,13 +267,10 @@ class _Run:
 @contextmanager
 def _logged(out: Path) -> Iterator[None]:
     """Keep what is logged in OUT too, and how it ended."""
-    (out / "logs").mkdir(exist_ok=True)
-    with (out / "logs" / "run.log").open("a", encoding="utf-8") as file:
+    with open_log(out / "logs" / "run.log") as file:
         handler = log_to(file)
         log.addHandler(handler)
         try:
             yield
         finally:
-            if (error := sys.exc_info()[1]) is not None:
-                log.debug("ended by %s: %s", type(error).__name__, error)
             log.removeHandler(handler)

@@ -1,0 +1,37 @@
+"""Log files in OUT: a disk that is full costs lines, and hides no error."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from batch_infer.errors import StorageError
+from batch_infer.logfile import log_to, open_log
+
+
+def record(told: str) -> logging.LogRecord:
+    return logging.LogRecord("batch_infer", logging.INFO, "", 0, told, None, None)
+
+
+def test_a_log_keeps_lines_and_what_ended_it(tmp_path: Path) -> None:
+    path = tmp_path / "logs" / "run.log"
+    with pytest.raises(ValueError, match="odd"), open_log(path) as file:
+        log_to(file).handle(record("began"))
+        raise ValueError("odd")
+    lines = path.read_text().splitlines()
+    assert lines[0].endswith("Z INFO began")
+    assert lines[-1] == "ValueError: odd"
+
+
+def test_a_full_disk_hides_no_error_and_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(StorageError, match="full"), open_log(Path("/dev/full")) as file:
+        log_to(file).handle(record("began"))
+        raise StorageError("the disk is full")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_log_that_cannot_be_opened_is_a_storage_error(tmp_path: Path) -> None:
+    with pytest.raises(StorageError), open_log(tmp_path / "gone" / "logs" / "run.log"):
+        raise AssertionError("it was opened")
