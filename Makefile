@@ -32,7 +32,7 @@ demo: $(READY) ## render examples/prompts.csv with the built-in model and show w
 	@$(BIN)/python examples/contact_sheet.py demo-out
 
 test: $(READY) ## the tests, in a few minutes
-	$(BIN)/python -m pytest -m "not soak" -n 2
+	$(BIN)/python -m pytest -m "not soak" -n 2 --dist worksteal
 
 soak: $(READY) ## the long versions of the tests
 	$(BIN)/python -m pytest -m soak

@@ -16,6 +16,7 @@ from tests.deaths import Killer, eventually, is_alive, workers_of
 from tests.runs import assert_whole, command, hashes, images, results, run, start
 from tests.tables import write_csv
 
+SIGNALS = (signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.soak))
 COLOURS = ("red", "green", "blue", "yellow")
 
 
@@ -63,6 +64,7 @@ def test_thirty_kills_at_random_change_nothing(tmp_path: Path, capfd: pytest.Cap
     killed_at_random(tmp_path, rows=600, kills=30, seed=seed)
 
 
+@pytest.mark.soak
 def test_bytes_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
     table = table_of(tmp_path, 20)
     expected = undisturbed(table, tmp_path / "0")
@@ -97,7 +99,7 @@ def many(folder: Path) -> Path:
     return write_csv(folder / "many.csv", [["prompt"], *(["a red circle"] for _ in range(3000))])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_to_all_processes_ends_a_run_in_order(tmp_path: Path, number: int) -> None:
     """As systemd and a terminal send it: to each process of the group. What is finished is committed."""
     table, out = many(tmp_path), tmp_path / "out"
@@ -111,7 +113,7 @@ def test_a_signal_to_all_processes_ends_a_run_in_order(tmp_path: Path, number: i
     assert_whole(out)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_to_all_processes_while_workers_start_ends_a_run_in_order(tmp_path: Path, number: int) -> None:
     table, out = many(tmp_path), tmp_path / "out"
     with start(table, out, program=("-c", DUMMY), session=True) as process:

@@ -41,6 +41,7 @@ def test_a_row_that_its_process_dies_of_costs_no_other(tmp_path: Path) -> None:
     assert rendering.rows()["90"]["error"] == f"{told}RuntimeError: the device said hell"
 
 
+@pytest.mark.soak
 def test_a_worker_that_hangs_is_ended_and_its_row_with_it(tmp_path: Path) -> None:
     prompts = ["a"] * 40
     prompts[17] = "hang"

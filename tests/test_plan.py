@@ -82,6 +82,7 @@ def test_steps_that_the_scheduler_refuses_are_invalid_beforehand(tmp_path: Path,
     assert planned["row_forwards"] == run_json(out)["summary"]["row_forwards"]
 
 
+@pytest.mark.soak
 def test_a_scheduler_of_two_evaluations_a_step_is_counted_so(table: Path, out: Path) -> None:
     options = ("--scheduler", "HeunDiscreteScheduler")
     planned = plan(table, out, *options)
@@ -214,6 +215,7 @@ def test_a_device_that_is_too_small_is_told(monkeypatch: pytest.MonkeyPatch) -> 
         probe._rates(read_card(ModelSettings()), compute, SafetySettings(), "png", (64, 64))
 
 
+@pytest.mark.soak
 def test_many_sizes_are_told_from_the_few_that_are_measured(tmp_path: Path, out: Path) -> None:
     table = write_csv(tmp_path / "t.csv", [["prompt", "height"], *(["x", 64 + 8 * k] for k in range(7))])
     sizes = plan(table, out)["sizes"]

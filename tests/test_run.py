@@ -800,7 +800,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple
     yield hashes(folder / "out")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.soak)])
 def test_a_signal_ends_a_run_in_order(
     long_table: Path, out: Path, undisturbed: dict[tuple[str, int], str | None], number: signal.Signals
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from multiprocessing import active_children
 from typing import TYPE_CHECKING
 
 from batch_infer.engines import Task, Work
@@ -31,6 +32,7 @@ class Local:
         self._asked, self._processes, self._load = asked, processes, load
         self._started: dict[int, Peer] = {}
         self._early: Peer | None = None
+        self._others = set(active_children())
 
     def __enter__(self) -> Local:
         self._early = self._start(0)  # it imports its libraries while the tables are looked at
@@ -39,6 +41,8 @@ class Local:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for peer in self._started.values():
             peer.kill()
+        for process in set(active_children()) - self._others:  # an interrupt came before we had noted it
+            process.kill()
 
     def find_device(self) -> Device:
         """What the first worker has found."""
