@@ -47,6 +47,13 @@ def printing() -> Iterator[None]:
         log.error("the result is not printed: %s", "stdout is closed" if closed else error.strerror or error)
 
 
+def give(summary: Summary, settings: RunSettings, code: int, *, as_json: bool, quiet: bool) -> None:
+    """Print the summary, with `quiet` only where the command has not succeeded."""
+    if code or not quiet:
+        with printing():
+            report(summary, settings.out, settings.output.results, as_json=as_json)
+
+
 def report(summary: Summary, out: Path, results: Sequence[str], *, as_json: bool) -> None:
     """Print the summary on stdout."""
     if as_json:
@@ -60,7 +67,7 @@ def report(summary: Summary, out: Path, results: Sequence[str], *, as_json: bool
         click.echo(f"{number(summary.rendered, 'image')} in {spent} ({rate:.2f} images/s{full}), {whole} in all")
         if summary.cost is not None:
             click.echo(f"cost     {summary.cost:,.2f}")
-    elif not counts.left:
+    elif not counts.left and not summary.rendering_seconds:
         click.echo("nothing to render" if counts.rows else "nothing to render: no rows")
     click.echo(f"images   {out / 'images'}")
     click.echo(told_results(out, results))

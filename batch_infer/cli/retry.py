@@ -12,7 +12,7 @@ from batch_infer.cli.logs import set_up_logging
 from batch_infer.cli.metrics import Metrics
 from batch_infer.cli.options import json_option, logging_options, out_argument, progress_option, unattended_options
 from batch_infer.cli.progress import Together, make_progress
-from batch_infer.cli.report import exit_code, printing, report
+from batch_infer.cli.report import exit_code, give
 from batch_infer.cli.signals import stop_on_signals
 from batch_infer.cli.time_limit import TimeLimit
 from batch_infer.settings import Retried
@@ -65,7 +65,5 @@ def retry(
         code = exit_code(summary, settings)
         metrics.conclude(summary, code)
     limit.tell(summary.undone)
-    if code or not quiet:
-        with printing():
-            report(summary, settings.out, settings.output.results, as_json=as_json)
+    give(summary, settings, code, as_json=as_json, quiet=quiet)
     return code

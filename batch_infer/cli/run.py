@@ -11,7 +11,7 @@ from batch_infer.cli.logs import set_up_logging
 from batch_infer.cli.metrics import Metrics
 from batch_infer.cli.options import job_options, json_option, logging_options, progress_option, run_settings
 from batch_infer.cli.progress import Together, make_progress
-from batch_infer.cli.report import exit_code, printing, report
+from batch_infer.cli.report import exit_code, give
 from batch_infer.cli.signals import stop_on_signals
 from batch_infer.cli.time_limit import TimeLimit
 
@@ -57,7 +57,5 @@ def run(
         code = exit_code(summary, settings)
         metrics.conclude(summary, code)
     limit.tell(summary.undone)
-    if code or not quiet:
-        with printing():
-            report(summary, settings.out, settings.output.results, as_json=as_json)
+    give(summary, settings, code, as_json=as_json, quiet=quiet)
     return code

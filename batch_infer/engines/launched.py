@@ -159,7 +159,7 @@ def find_rank_0(out: Path, launch: str, stop: Callable[[], bool]) -> Connection 
             told = json.loads((out / MEETING).read_text())
             if told["launch"] == launch:
                 return Client(tuple(told["address"]), authkey=bytes.fromhex(told["key"]))
-        except (OSError, EOFError, ValueError, AuthenticationError):
+        except (OSError, EOFError, ValueError, LookupError, AuthenticationError):
             pass
         if time.monotonic() > deadline:
             raise ServiceError(f"rank 0 has not come to {out}; do all ranks see the same folder?")
