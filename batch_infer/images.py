@@ -12,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from batch_infer import __version__
 from batch_infer.records import PromptRequest
-from batch_infer.settings import ImageFormat
+from batch_infer.settings import ImageFormat, OnFlagged
 
 SUFFIX: dict[ImageFormat, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 PNG_LEVEL = 4
@@ -87,6 +87,19 @@ def _exif(parameters: str) -> Image.Exif:
     exif = Image.Exif()
     exif.get_ifd(EXIF_IFD)[EXIF_USER_COMMENT] = b"UNICODE\0" + parameters[:15_000].encode("utf-16-be", "replace")
     return exif
+
+
+def by_policy(pixels: np.ndarray, on_flagged: OnFlagged) -> np.ndarray | None:
+    """What is stored or given of a flagged image, None for nothing."""
+    match on_flagged:
+        case "blank":
+            return blank(pixels)
+        case "blur":
+            return blur(pixels)
+        case "drop":
+            return None
+        case "keep" | "quarantine":
+            return pixels
 
 
 def blank(pixels: np.ndarray) -> np.ndarray:

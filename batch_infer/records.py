@@ -110,11 +110,29 @@ class PromptRequest:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the safety check said of an image. `nsfw` is None where nobody was asked."""
+    """What a safety check said of an image, or of a prompt.
+
+    `nsfw` is None where nobody was asked; `reason` is the sentence of one who found it unsafe.
+    """
 
     nsfw: bool | None = None
     checker: str | None = None
     scores: Mapping[str, float] | None = None
+    reason: str | None = None
+
+    def joined(self, other: Verdict) -> Verdict:
+        """What two judges say of one image: unsafe where one finds it so, and of each score the highest."""
+        names = dict.fromkeys(
+            name for verdict in (self, other) if verdict.checker for name in verdict.checker.split("+")
+        )
+        scores = dict(self.scores or {})
+        for name, score in (other.scores or {}).items():
+            scores[name] = max(score, scores.get(name, score))
+        words = [verdict.nsfw for verdict in (self, other) if verdict.nsfw is not None]
+        reasons = dict.fromkeys(verdict.reason for verdict in (self, other) if verdict.reason)
+        return Verdict(
+            any(words) if words else None, "+".join(names) or None, scores or None, "; ".join(reasons) or None
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ FIELDS = (
 )
 """The columns of a table that say what to render; every other column is carried through."""
 
-SafetyMode = Literal["auto", "checker", "none"]
+SafetyMode = Literal["auto", "checker", "azure", "checker,azure", "none"]
 OnFlagged = Literal["blank", "keep", "blur", "quarantine", "drop"]
 ImageFormat = Literal["png", "jpeg", "webp"]
 ResultsFormat = Literal["parquet", "csv", "jsonl"]
@@ -117,15 +118,65 @@ class RowDefaults:
     seed: int = 0
 
 
+CATEGORIES = ("Hate", "SelfHarm", "Sexual", "Violence")
+"""What Azure AI Content Safety judges texts and images by, each with a severity of 0, 2, 4 or 6."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceSettings:
+    """How Azure AI Content Safety is asked, and what of its answers refuses a prompt or flags an image.
+
+    That is a severity above the category's threshold, in the order of CATEGORIES, or a hit on a blocklist of the
+    resource. The key is not kept here: it stands in the environment of who asks.
+    """
+
+    endpoint: str
+    thresholds: tuple[int, ...] = (1, 1, 1, 1)
+    blocklists: tuple[str, ...] = ()
+    requests_per_second: float = 100.0
+    """The service takes 1,000 requests in 10 s; workers share them."""
+    patience: float = 120.0
+    """For how many seconds it may be silent or failing before that ends a run."""
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> ServiceSettings | None:
+        """Read CONTENT_SAFETY_ENDPOINT, _THRESHOLD and _BLOCKLISTS; None without an endpoint. Raises SettingsError."""
+        endpoint = environment.get("CONTENT_SAFETY_ENDPOINT", "").strip()
+        if not endpoint:
+            return None
+        if not re.fullmatch(r"https?://[^/\s]+/?", endpoint):
+            raise SettingsError(f"CONTENT_SAFETY_ENDPOINT={endpoint}: say https://NAME.cognitiveservices.azure.com")
+        thresholds = _thresholds(environment.get("CONTENT_SAFETY_THRESHOLD", ""))
+        blocklists = environment.get("CONTENT_SAFETY_BLOCKLISTS", "").split(",")
+        return cls(endpoint, thresholds, tuple(name.strip() for name in blocklists if name.strip()))
+
+
+def _thresholds(text: str) -> tuple[int, ...]:
+    """Of the categories in their order: `1`, `Hate=3,Sexual=1`, or `1,Hate=3`; 1 where none is said."""
+    found = dict.fromkeys(CATEGORIES, 1)
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, number = part.rpartition("=")
+        if not re.fullmatch("[0-7]", number.strip()) or (equals and name.strip() not in CATEGORIES):
+            raise SettingsError(
+                f"CONTENT_SAFETY_THRESHOLD={text}: say a number from 0 to 7, or {CATEGORIES[0]}=3,{CATEGORIES[2]}=1;"
+                f" the categories are {', '.join(CATEGORIES)}"
+            )
+        found.update(dict.fromkeys([name.strip()] if equals else CATEGORIES, int(number)))
+    return tuple(found.values())
+
+
 @dataclass(frozen=True, slots=True)
 class SafetySettings:
+    """Who judges prompts and images, and what becomes of an image that is flagged. `service` is asked where given."""
+
     mode: SafetyMode = "auto"
     on_flagged: OnFlagged = "blank"
     required: bool = False
+    service: ServiceSettings | None = None
 
-    def judges(self, *, has_checker: bool) -> bool:
-        """Whether images of a model are judged."""
-        return self.mode != "none" and has_checker
+    def asks_checker(self, *, has_checker: bool) -> bool:
+        """Whether the model's own checker judges its images."""
+        return self.mode in ("auto", "checker", "checker,azure") and has_checker
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +288,13 @@ class Compute:
         return replace(self, by_size=tuple(found.values()))
 
 
+def _service(record: Mapping[str, Any] | None) -> ServiceSettings | None:
+    if record is None:
+        return None
+    lists = {name: tuple(record[name]) for name in ("thresholds", "blocklists")}
+    return ServiceSettings(**{**record, **lists})
+
+
 @dataclass(frozen=True, slots=True)
 class RunSettings:
     table: TableSettings
@@ -266,7 +324,7 @@ class RunSettings:
                 "out": Path(record["out"]),
                 "model": ModelSettings(**model, scheduler=spec, loras=loras),
                 "defaults": RowDefaults(**record["defaults"]),
-                "safety": SafetySettings(**record["safety"]),
+                "safety": SafetySettings(**{**record["safety"], "service": _service(record["safety"]["service"])}),
                 "output": OutputSettings(**output),
                 "compute": ComputeSettings(**record["compute"]),
                 "max_failed": FailureBudget(**record["max_failed"]),

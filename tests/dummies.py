@@ -30,6 +30,8 @@ WAITED = 0.1
 class DummyChain:
     """Gives every row an image of one colour, which its seed says; `seconds` is what a batch of rows takes."""
 
+    driven = False
+
     def __init__(self, stop: Callable[[], bool], seconds: float = 0.0) -> None:
         self.shape = ChainShape(2 * TOGETHER, TOGETHER)
         self.model = SimpleNamespace(networks=())

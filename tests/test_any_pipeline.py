@@ -260,7 +260,7 @@ def test_what_a_pipeline_raises_is_the_rows_and_not_its_neighbours(
         assert np.array_equal(image.pixels, wanted[name].pixels)
     bad = found["bad"]
     assert isinstance(bad, Unrendered)
-    assert (bad.invalid, bad.error) == (invalid, told)
+    assert (bad.status == "invalid", bad.error) == (invalid, told)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("x"), RuntimeError("CUDA error: device-side assert")])
@@ -276,7 +276,7 @@ def test_a_lost_device_is_no_rows_fault(
 def test_a_size_that_the_pipeline_rounds_is_refused(models: dict[str, AnyPipeline]) -> None:
     (found,) = DrivenChain(models["flux"], ChainShape(4, 2), None).render([row("flux", "row", size=(64, 72))])
     assert isinstance(found, Unrendered)
-    assert found.invalid
+    assert found.status == "invalid"
     assert found.error.startswith("FluxPipeline makes images of 64x64 pixels where 72x64 are asked for")
 
 
@@ -288,7 +288,7 @@ def test_values_that_are_not_finite_are_told(folders: dict[str, Path], tmp_path:
     save_file(weights, file, metadata={"format": "pt"})
     (found,) = DrivenChain(load_model(own), ChainShape(4, 2), None).render([row("flux", "row", guidance=2.5)])
     assert isinstance(found, Unrendered)
-    assert not found.invalid
+    assert found.status == "failed"
     assert "not finite at 3 steps and guidance_scale 2.5" in found.error
 
 

@@ -113,7 +113,7 @@ def test_every_request_comes_out_once(rows: list[Any], slots: int, decode: int) 
             assert outcome.pixels.shape == (params.height, params.width, 3)
             assert outcome.pixels.dtype == np.uint8
         else:
-            assert outcome.invalid == refused
+            assert (outcome.status == "invalid") == refused
             assert refused or outcome.request.prompt == "nan"
     assert set(chain.model.decoded) <= {(decode, 3, 2, 2), (decode, 3, 2, 3)}  # one padded shape a size
 
@@ -144,7 +144,7 @@ def test_a_step_count_that_the_scheduler_refuses_costs_its_own_row_only() -> Non
     for name, steps in (("few", 3), ("fewer", 1)):
         refused = found[name]
         assert isinstance(refused, Unrendered)
-        assert refused.invalid
+        assert refused.status == "invalid"
         assert f"num_inference_steps={steps}" in refused.error
 
 
@@ -155,7 +155,7 @@ def test_values_that_are_not_finite_are_no_image(dtype: torch.dtype, advice: boo
     found = {outcome.request.id: outcome for outcome in outcomes}
     broken = found["broken"]
     assert isinstance(broken, Unrendered)
-    assert not broken.invalid
+    assert broken.status == "failed"
     assert "not finite at 4 steps and guidance_scale 7.5" in broken.error
     assert ("--dtype float32" in broken.error) == advice
     assert isinstance(found["fine"], Rendered)
@@ -408,7 +408,7 @@ def test_a_size_that_no_memory_holds_costs_its_own_rows_only() -> None:
             assert isinstance(outcome, Rendered)
         else:
             assert isinstance(outcome, Unrendered)
-            assert not outcome.invalid
+            assert outcome.status == "failed"
             assert outcome.error == "the device's memory does not hold one image of 24x16 pixels (CUDA out of memory)"
 
 

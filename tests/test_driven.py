@@ -113,7 +113,7 @@ def test_every_request_comes_out_once_and_as_planned(rows: list[Any], slots: int
             assert outcome.pixels.shape == (request.params.height, request.params.width, 3)
         else:
             assert isinstance(outcome, Unrendered)
-            assert outcome.invalid == (request.prompt == "refused")
+            assert (outcome.status == "invalid") == (request.prompt == "refused")
     if not any(request.prompt in ("refused", "broken") for request in requests):
         packing = Batching(lambda size: slots)
         for request in planned:
@@ -159,7 +159,9 @@ def test_a_refused_row_costs_no_other() -> None:
     assert [type(found[name]) for name in "abcde"] == [Rendered, Unrendered, Rendered, Unrendered, Rendered]
     assert calls_of(chain) == [(5, 5), (1, 5), (1, 5), (1, 5), (1, 5), (1, 5)]
     told = {
-        name: (outcome.invalid, outcome.error) for name, outcome in found.items() if isinstance(outcome, Unrendered)
+        name: (outcome.status == "invalid", outcome.error)
+        for name, outcome in found.items()
+        if isinstance(outcome, Unrendered)
     }
     assert told == {"b": (True, "Painter does not take this row"), "d": (False, "Painter broke off")}
     assert chain.stages.images == 3
@@ -169,7 +171,7 @@ def test_values_that_are_not_finite_are_no_image() -> None:
     _, found = run([paint("broken", float("nan"), steps=3), paint("fine", steps=3)])
     broken = found["broken"]
     assert isinstance(broken, Unrendered)
-    assert not broken.invalid
+    assert broken.status == "failed"
     assert "not finite at 3 steps and guidance_scale 7.5" in broken.error
     assert isinstance(found["fine"], Rendered)
 
@@ -198,7 +200,7 @@ def test_memory_that_does_not_hold_one_image_fails_it(one_by_one: bool) -> None:
     _, found = run([paint("a"), paint("b", size=(16, 24))], memory=0, one_by_one=one_by_one)
     for outcome in found.values():
         assert isinstance(outcome, Unrendered)
-        assert not outcome.invalid
+        assert outcome.status == "failed"
         assert "memory does not hold one image of" in outcome.error
         assert "\n" not in outcome.error
     assert len(found) == 2

@@ -30,7 +30,7 @@ FLOORS = (
     {"engines"},
     {"jobs"},
     {"cli"},
-    {"__main__"},
+    {"__main__", "azureml"},
 )
 """Rooms from the ground up: design.md's floors, told more finely where its rooms stand on each other.
 
@@ -38,7 +38,21 @@ A room imports rooms of lower floors only, so two on one floor do not know each 
 """
 
 DOORS = {
-    *(f"batch_infer.jobs.{job}" for job in ("run", "plan", "status", "retry", "remerge", "bench")),
+    *(
+        f"batch_infer.jobs.{job}"
+        for job in (
+            "run",
+            "plan",
+            "status",
+            "retry",
+            "rescore",
+            "rejudging",
+            "remerge",
+            "bench",
+            "simulation",
+            "packaging",
+        )
+    ),
     *("batch_infer.engines.knee", "batch_infer.models.architectures", "batch_infer.models.flops"),
     *(
         "batch_infer.engines.devices",
@@ -53,6 +67,8 @@ DOORS = {
         "batch_infer.models.acceleration",
     ),
     *("batch_infer.models.any_pipeline", "batch_infer.cli.logs", "batch_infer.cli.config"),
+    *("batch_infer.cli.environment", "batch_infer.safety.content_safety"),
+    *(f"batch_infer.jobs.{room}" for room in ("job", "merge", "out", "record", "recovery", "results", "survey")),
 }
 """Rooms of a wing that the floor plan names, and that others may therefore enter beside its `__init__`."""
 
@@ -85,11 +101,19 @@ SLOW = RENDERING | {"pandas", "pyarrow", "numpy", "PIL", "scipy"}
 EXTRAS = {
     "matplotlib": ("plot", "batch_infer.jobs.bench.plotting"),
     "compel": ("long-prompts", "batch_infer.models.long_prompts"),
+    **{
+        library: ("azure", f"batch_infer.safety.{module}")
+        for library, module in (("azure", "content_safety"), ("requests", "content_safety"), ("tenacity", "patience"))
+    },
+    "pyrate_limiter": ("azure", "batch_infer.safety.patience"),
+    "azureml_inference_server_http": ("azureml", "batch_infer.azureml.online"),
+    "mlflow": ("mlflow", "batch_infer.jobs.packaging"),
     "pyparsing": ("long-prompts", "batch_infer.models.long_prompts"),
 }
 """Libraries that not everybody installs, with the extra that does and the module that needs them."""
 DISTRIBUTIONS = {
     **{"PIL": "pillow", "huggingface_hub": "huggingface-hub"},
+    **{"pyrate_limiter": "pyrate-limiter", "azureml_inference_server_http": "azureml-inference-server-http"},
     **{"prometheus_client": "prometheus-client", "pythonjsonlogger": "python-json-logger"},
 }
 """Distributions that are not called as their module is."""
@@ -249,7 +273,9 @@ def test_every_library_is_a_dependency_in_pyproject() -> None:
 @pytest.mark.parametrize("library", EXTRAS)
 def test_the_library_of_an_extra_is_imported_late_in_the_one_module_that_is_named_for_it(library: str) -> None:
     extra, home = EXTRAS[library]
-    assert re.search(rf'^{extra} = \[.*"{library}\b', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert re.search(
+        rf'^{extra} = \[.*"{DISTRIBUTIONS.get(library, library)}\b', (ROOT / "pyproject.toml").read_text(), re.MULTILINE
+    )
     entries = [(module, found) for module in MODULES for found in imports_of(module) if not found.typing_only]
     homes = {module: found for module, found in entries if found.target.split(".")[0] == library}
     assert homes.keys() == {home}

@@ -154,7 +154,7 @@ def test_every_option_has_its_place() -> None:
             "num_images_per_prompt": 2,
             "seed": 9,
         },
-        "safety": {"mode": "checker", "on_flagged": "drop", "required": True},
+        "safety": {"mode": "checker", "on_flagged": "drop", "required": True, "service": None},
         "output": {"image_format": "webp", "results": ("csv", "jsonl"), "base64": True},
         "compute": {"slots": 6, "threads": 2, "compiled": False, "processes": None},
         "max_failed": {"count": 0, "percent": 1.0},

@@ -34,6 +34,8 @@ class DrivenChain:
     slots, of which a row with guidance takes two.
     """
 
+    driven = True
+
     def __init__(
         self, model: AnyPipeline, shape: ChainShape, judge: Judge | None, stop: Callable[[], bool] = lambda: False
     ) -> None:
@@ -87,7 +89,7 @@ class DrivenChain:
         smaller = self.shape.shrunk(size, "denoise") if slots >= 4 else None
         if smaller is None or self.model.one_by_one or slots // rows[0].params.slots < 2:
             error = f"the device's memory does not hold one image of {name} pixels ({told})"
-            yield from (Unrendered(request, invalid=False, error=error) for request in rows)
+            yield from (Unrendered(request, "failed", error) for request in rows)
             return
         log.warning("out of memory at %s pixels: going on with %d slots, not %d", name, smaller.of(size)[0], slots)
         self.shape = smaller
@@ -103,7 +105,7 @@ class DrivenChain:
             return self._made(rows, slots, stages)
         except RowError as error:
             if len(rows) == 1:
-                return [Unrendered(rows[0], invalid=not isinstance(error, RowBroken), error=str(error))]
+                return [Unrendered(rows[0], "failed" if isinstance(error, RowBroken) else "invalid", str(error))]
         return [outcome for row in rows for outcome in self._make([row], slots, stages)]
 
     def _made(self, rows: Sequence[PromptRequest], slots: int, stages: Stages) -> list[Rendered | Unrendered]:
@@ -120,7 +122,7 @@ class DrivenChain:
         return [
             Rendered(row, image, verdict, self.model.tell(row), slots, seconds)
             if finite
-            else Unrendered(row, invalid=False, error=not_finite(params, self.model.dtype))
+            else Unrendered(row, "failed", not_finite(params, self.model.dtype))
             for row, image, finite, verdict in zip(rows, pixels, whole, verdicts, strict=True)
         ]
 

@@ -113,7 +113,7 @@ class Finishing:
 
     def _failed(self, row: Finished[Tag]) -> Unrendered:
         request = row.tag[0]
-        return Unrendered(request, invalid=False, error=not_finite(request.params, self._model.dtype))
+        return Unrendered(request, "failed", not_finite(request.params, self._model.dtype))
 
     @torch.inference_mode()
     def _decode(self, latents: torch.Tensor, count: int) -> tuple[list[np.ndarray], list[bool]]:

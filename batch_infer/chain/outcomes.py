@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -31,11 +31,12 @@ class Rendered:
 
 @dataclass(frozen=True, slots=True)
 class Unrendered:
-    """A row that gave no image: `invalid` where the row asks for what cannot be had, else `failed`."""
+    """A row that gave no image, and why: `invalid` where it asks for what cannot be had, `blocked` by its prompt."""
 
     request: PromptRequest
-    invalid: bool
+    status: Literal["invalid", "failed", "blocked"]
     error: str
+    verdict: Verdict = Verdict()
 
 
 def not_finite(params: SamplingParams, dtype: torch.dtype) -> str:

@@ -33,6 +33,8 @@ class Chain:
     What follows (compress, hash, write) is the worker's, on threads beside this one.
     """
 
+    driven = False
+
     def __init__(
         self,
         model: Family,
@@ -63,6 +65,9 @@ class Chain:
         Rows next to each other should share a size: a change of size waits until the slots have emptied. Where the
         device's memory does not hold the slots, or the decoder's batch, half of them are given up and the rows that
         were in them begin again.
+
+        An iterator that has none at this moment is asked again at the next tick, for as long as there is one: it may
+        then have more.
         """
         source = Ahead(iter(requests))
         started = time.perf_counter()
@@ -100,7 +105,7 @@ class Chain:
         smaller = self.shape.shrunk(size, part)
         if smaller is None:
             error = f"the device's memory does not hold one image of {name} pixels ({told})"
-            yield from (Unrendered(request, invalid=False, error=error) for request in left)
+            yield from (Unrendered(request, "failed", error) for request in left)
             return
         before, after = (shape.of(size)[part == "decode"] for shape in (self.shape, smaller))
         what = "slots" if part == "denoise" else "images in a decoder call"
@@ -177,7 +182,7 @@ class _Passage:
                 table = self._model.solver.table(request.params.num_inference_steps)
             except RowError as error:
                 self._open.pop(request.key, None)
-                yield Unrendered(request, invalid=True, error=str(error))
+                yield Unrendered(request, "invalid", str(error))
                 continue
             slots.admit(taken, request.params, request.seed, table, conditioning.context)
 

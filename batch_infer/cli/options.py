@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -141,13 +142,14 @@ results_options = _together(
     click.option("--base64", is_flag=True, help="In results.csv and .jsonl, generated_image holds the file in base64."),
 )
 
-output_options = _together(
+safety_options = _together(
     click.option(
         "--safety",
         type=click.Choice(get_args(s.SafetyMode)),
         default="auto",
         show_default=True,
-        help="auto: the model's own checker where it has one; checker: it must have one; none: nobody is asked.",
+        help="auto: the model's own checker where it has one, and Azure AI Content Safety too where "
+        "CONTENT_SAFETY_ENDPOINT is set; checker: the model must have one; azure: the service; none: nobody is asked.",
     ),
     click.option(
         "--on-flagged",
@@ -157,6 +159,10 @@ output_options = _together(
         help="What is stored of a flagged image: a black one, it, a blurred one, it under quarantine/, nothing.",
     ),
     click.option("--require-safety", is_flag=True, help="Refuse to run where images would go unjudged."),
+)
+
+output_options = _together(
+    safety_options,
     click.option("--image-format", type=click.Choice(get_args(s.ImageFormat)), default="png", show_default=True),
     results_options,
     click.option(
@@ -246,7 +252,7 @@ def run_settings(options: Mapping[str, Any]) -> s.RunSettings:
             num_images_per_prompt=options["images_per_prompt"],
             seed=options["seed"],
         ),
-        safety=s.SafetySettings(options["safety"], options["on_flagged"], options["require_safety"]),
+        safety=safety_settings(options),
         output=s.OutputSettings(options["image_format"], options["results"], options["base64"]),
         compute=compute_settings(options),
         max_failed=s.FailureBudget.parse(options["max_failed"]),
@@ -267,6 +273,16 @@ def model_settings(options: Mapping[str, Any]) -> s.ModelSettings:
         tuple(map(s.LoraSpec.parse, options["loras"])),
         options["long_prompts"],
     )
+
+
+def safety_settings(options: Mapping[str, Any]) -> s.SafetySettings:
+    """Who is asked; the service as the environment has it. Raises SettingsError."""
+    mode, service = options["safety"], None
+    if mode in ("auto", "azure", "checker,azure"):
+        service = s.ServiceSettings.from_environment(os.environ)
+        if service is None and mode != "auto":
+            raise SettingsError(f"--safety {mode}: CONTENT_SAFETY_ENDPOINT is not set; without it nobody can be asked")
+    return s.SafetySettings(mode, options["on_flagged"], options["require_safety"], service)
 
 
 def compute_settings(options: Mapping[str, Any]) -> s.ComputeSettings:

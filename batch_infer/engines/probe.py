@@ -161,7 +161,7 @@ def _solver(card: ModelCard) -> Solver:
 
 def _model(card: ModelCard, compute: Compute, safety: SafetySettings) -> tuple[Family | AnyPipeline, float]:
     """A loaded model, and the seconds that it took."""
-    judged = safety.judges(has_checker=card.has_checker)
+    judged = safety.asks_checker(has_checker=card.has_checker)
     return _load(card, replace(compute, slots=0, decode_batch=0, by_size=()), judged)
 
 

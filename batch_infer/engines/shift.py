@@ -230,7 +230,7 @@ class Shift:
         self._dismiss(peer)
         self._barren[peer.rank] += 1
         chance = peer.broken is None and self._barren[peer.rank] < STARTS
-        if (starting and not chance) or isinstance(error, TryAgainLater):
+        if (starting and not chance) or isinstance(error, (TryAgainLater, SettingsError)):
             self._error = self._error or error
             self._stop()
             return

@@ -69,18 +69,32 @@ def prepare(settings: RunSettings, tables: Tables, card: ModelCard, device: Devi
     if settings.overwrite:
         outdir.refuse_to_clear(settings.out)
     earlier = None if settings.overwrite else found
+    compute = settle_compute(settings, card, device, earlier)
+    record = describe(settings, card, compute, tables)
+    if earlier is not None and Manifest(settings.out).parts():
+        refuse_other(earlier, record, settings.out)
+    rules = make_rules(settings, card, record)
+    return Job(settings, tables, card, compute, {**record, "rules": asdict(rules)}, earlier, rules)
+
+
+def settle_compute(
+    settings: RunSettings, card: ModelCard, device: Device, earlier: Mapping[str, Any] | None
+) -> Compute:
+    """How to compute, as was asked for, as the earlier run did, or as suits. Raises SettingsError."""
     compute = choose_compute(_typed(settings, card, device), earlier, device)
     if card.driven and compute.compiled:
         if settings.compute.compiled:
             raise SettingsError(f"--compile: {card.name} is driven by its pipeline's own call, which is not compiled")
         compute = replace(compute, compiled=False)
-    record = describe(settings, card, compute, tables)
-    if earlier is not None and Manifest(settings.out).parts():
-        refuse_other(earlier, record, settings.out)
+    return compute
+
+
+def make_rules(settings: RunSettings, card: ModelCard, record: Mapping[str, Any]) -> RowRules:
+    """How rows are read by a run that this run.json speaks of. Raises SettingsError."""
     defaults = _fill(settings.defaults, card)
     rules = RowRules(defaults, card.sizes, digest(record["identity"]), card.embedded_guidance, card.fixed)
     rules.check()
-    return Job(settings, tables, card, compute, {**record, "rules": asdict(rules)}, earlier, rules)
+    return rules
 
 
 def settings_of(record: Mapping[str, Any], out: Path, tables: Sequence[str] = ()) -> RunSettings:
@@ -156,12 +170,18 @@ def _fill(defaults: RowDefaults, card: ModelCard) -> RowDefaults:
 
 
 def _check_safety(settings: RunSettings, card: ModelCard) -> None:
-    if settings.safety.mode == "none":
-        if settings.safety.required:
+    """See that who is to judge is there. Raises SettingsError."""
+    safety = settings.safety
+    if safety.service is not None:
+        from batch_infer.safety.content_safety import check_credentials  # imports Azure's libraries
+
+        check_credentials(safety.service)
+    if safety.mode == "none":
+        if safety.required:
             raise SettingsError("--require-safety and --safety none do not go together")
         return
-    if card.has_checker:
+    if card.has_checker or (safety.service is not None and safety.mode != "checker,azure"):
         return
-    if settings.safety.required or settings.safety.mode == "checker":
+    if safety.required or safety.mode in ("checker", "checker,azure"):
         raise SettingsError(f"{card.name} has no safety checker, and this run asks for one; images would go unjudged")
     log.warning("%s has no safety checker: nsfw_content_detected will be null, nobody is asked", card.name)

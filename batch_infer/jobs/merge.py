@@ -47,7 +47,7 @@ class Counts:
 def merge(items: Iterable[Item], index: Index, carried: pa.Schema, out: Path, output: OutputSettings) -> Counts:
     """Write the results of these items, in their order, and count them. Raises StorageError."""
     counts = Counts()
-    write_results(_of_items(items, index, carried, counts), pa.schema([*SCHEMA, *carried]), out, output)
+    write_results(results_of(items, index, carried, counts), pa.schema([*SCHEMA, *carried]), out, output)
     return counts
 
 
@@ -77,7 +77,8 @@ def _carried(manifest: Manifest) -> pa.Schema:
     return pa.schema(list(types.items()))
 
 
-def _of_items(items: Iterable[Item], index: Index, carried: pa.Schema, counts: Counts) -> Iterator[pa.Table]:
+def results_of(items: Iterable[Item], index: Index, carried: pa.Schema, counts: Counts) -> Iterator[pa.Table]:
+    """What is committed of these items, in their order, in tables of a few thousand results; counts it too."""
     for batch in _batches(items):
         found = [(item, kept) for item in batch if (kept := _result_of(item, index)) is not None]
         counts.rows += len({item.id for item in batch})

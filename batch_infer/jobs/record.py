@@ -16,7 +16,7 @@ from batch_infer import __version__
 from batch_infer.errors import SettingsError
 from batch_infer.models import ModelCard
 from batch_infer.records import now
-from batch_infer.settings import BatchShape, Compute, Device, RunSettings
+from batch_infer.settings import CATEGORIES, BatchShape, Compute, Device, RunSettings, SafetySettings
 from batch_infer.table import Tables, shown
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "pyarrow", "pillow", "numpy")
@@ -71,13 +71,24 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def policy_of(safety: SafetySettings, card: ModelCard) -> str:
+    """Who judges, and by what: all that a verdict depends on beside the image."""
+    judges = [f"checker {card.checker_fingerprint}"] if safety.asks_checker(has_checker=card.has_checker) else []
+    if (service := safety.service) is not None:
+        levels = ", ".join(f"{name} {level}" for name, level in zip(CATEGORIES, service.thresholds, strict=True))
+        lists = "".join(f", blocklist {name}" for name in sorted(service.blocklists))
+        judges.append(f"azure above {levels}{lists}")
+    return f"{' and '.join(judges)}, on flagged {safety.on_flagged}" if judges else "none"
+
+
 def refuse_other(earlier: Mapping[str, Any], record: Mapping[str, Any], out: Path) -> None:
     """A run goes on only as the one that it goes on with. Raises SettingsError."""
     for name, value in record["identity"].items():
         if earlier.get("identity", {}).get(name) != value:
+            way_out = "judge its images again with `batch-infer rescore`, " if name == "safety" else ""
             raise SettingsError(
                 f"{out} was made with {name} {_told(earlier, name)}, and this run has {name} {_told(record, name)}: "
-                "give another --out, or start anew with --overwrite"
+                f"{way_out}give another --out, or start anew with --overwrite"
             )
 
 
@@ -88,17 +99,18 @@ def _told(record: Mapping[str, Any], name: str) -> str:
     return f"{called} ({value[:12]})" if called else value
 
 
-def describe(settings: RunSettings, card: ModelCard, compute: Compute, tables: Tables) -> dict[str, Any]:
-    """run.json as it is before the run is over. `identity` is what rows that are done stand on."""
-    judged = settings.safety.judges(has_checker=card.has_checker)
-    safety = f"checker {card.checker_fingerprint}, on flagged {settings.safety.on_flagged}" if judged else "none"
+def describe(settings: RunSettings, card: ModelCard, compute: Compute, tables: Tables | None) -> dict[str, Any]:
+    """run.json as it is before the run is over. `identity` is what rows that are done stand on.
+
+    Without `tables` it is that of a door to which they come one after the other.
+    """
     arguments = settings.table.tables
     return {
         "batch_infer": __version__,
         "started_at": now(),
         "finished_at": None,
-        "tables": tables.files,
-        "unreadable_tables": sorted(tables.faults),
+        "tables": tables.files if tables else [],
+        "unreadable_tables": sorted(tables.faults) if tables else [],
         "settings": asdict(replace(settings, table=replace(settings.table, tables=tuple(map(shown, arguments))))),
         "unrepeatable_tables": [
             shown(argument) for argument in arguments if argument == "-" or shown(argument) != argument
@@ -118,7 +130,7 @@ def describe(settings: RunSettings, card: ModelCard, compute: Compute, tables: T
             "model": card.fingerprint,
             "scheduler": card.scheduler_fingerprint,
             "dtype": compute.dtype,
-            "safety": safety,
+            "safety": policy_of(settings.safety, card),
         },
         "compute": asdict(compute),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},

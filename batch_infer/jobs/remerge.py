@@ -39,6 +39,8 @@ def remerge(out: Path, results: tuple[ResultsFormat, ...], *, base64: bool) -> t
 def _merge(record: Mapping[str, Any], settings: RunSettings, output: OutputSettings) -> Counts:
     """By the tables of the run where they are as they were, else by the manifest alone."""
     out, rules = settings.out, rules_of(record, settings.out)
+    if not settings.table.tables:  # they came to a door one after the other
+        return merge_parts(Manifest(out), [], out, output)
     try:
         refuse_unrepeatable(record, out)
         tables = open_tables(settings)

@@ -75,9 +75,9 @@ def _rows(table: pa.Table, images: Path | None) -> Iterator[dict[str, Any]]:
         if images is not None and row["generated_image"] is not None:
             row["generated_image"] = _file(images / row["generated_image"])
         for name in ("guidance_scale", "guidance_rescale", "seconds"):
-            row[name] = _short(row[name])
+            row[name] = short(row[name])
         if row["safety_scores"] is not None:
-            row["safety_scores"] = {name: _short(score) for name, score in row["safety_scores"]}
+            row["safety_scores"] = {name: short(score) for name, score in row["safety_scores"]}
         yield row
 
 
@@ -90,7 +90,7 @@ def _file(path: Path) -> bytes | None:
         return None
 
 
-def _short(value: float | None) -> float | None:
+def short(value: float | None) -> float | None:
     """A float32 with the digits that it has, and not those of the double it was read into."""
     return None if value is None else float(f"{value:.7g}")
 

@@ -6,7 +6,7 @@ This file, `card` and `tokens` import no torch, so that a command that renders n
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # Before either is imported: their advice (which image processor, which flag) is not addressed to the user of a table.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -36,6 +36,7 @@ __all__ = [
     "TokenCounter",
     "TruncationCount",
     "load",
+    "load_checker",
     "load_driven",
     "load_solver",
     "load_token_counter",
@@ -65,6 +66,13 @@ def load(card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_chec
             return DeciDiffusion.load(card, device, dtype, with_checker=with_checker)
         case other:
             raise ModelError(f"{card.name}: no family {other}")
+
+
+def load_checker(card: ModelCard, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A checkpoint's safety checker, and what makes its inputs of images, without the rest. Raises ModelError."""
+    from batch_infer.models import loading
+
+    return loading.load_checker(card, device, dtype)
 
 
 def load_driven(card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_checker: bool) -> AnyPipeline:

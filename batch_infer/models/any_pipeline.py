@@ -9,14 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import ModelMixin
-from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
-from transformers import CLIPImageProcessor
 
-from batch_infer.errors import ModelError, RowBroken, RowError, first_line
+from batch_infer.errors import RowBroken, RowError, first_line
 from batch_infer.models.card import ModelCard
 from batch_infer.models.family import Conditioning
 from batch_infer.models.first_step import has_one_shape
-from batch_infer.models.loading import LOADING_ERRORS, load_module, load_network, load_pipeline
+from batch_infer.models.loading import load_checker, load_network, load_pipeline
 from batch_infer.models.pipelines import (
     denoiser_of,
     denoiser_settings,
@@ -64,9 +62,7 @@ class AnyPipeline:
             pipeline.vae.enable_slicing()  # images are decoded one by one: as when alone, and in little memory
         model = cls(pipeline, card, device, dtype)
         if with_checker:
-            checker = load_module(StableDiffusionSafetyChecker, card, "safety_checker", dtype)
-            model.safety_checker = checker.to(device)
-            model.feature_extractor = _load_processor(card)
+            model.safety_checker, model.feature_extractor = load_checker(card, device, dtype)
         return model
 
     def render(self, requests: Sequence[PromptRequest], batch: int) -> torch.Tensor:
@@ -166,11 +162,3 @@ def _load(kind: Any, card: ModelCard, name: str, dtype: torch.dtype) -> Any:
     if issubclass(kind, ModelMixin):
         return load_network(kind, card, name, torch_dtype=dtype)
     return load_network(kind, card, name, dtype=dtype, attn_implementation="eager", trust_remote_code=False)
-
-
-def _load_processor(card: ModelCard) -> Any:
-    folder = card.path / "feature_extractor"
-    try:
-        return CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
-    except LOADING_ERRORS as error:
-        raise ModelError(f"{folder} could not be loaded: {first_line(error)}") from error

@@ -11,7 +11,9 @@ import diffusers
 import torch
 import transformers
 from diffusers import SchedulerMixin
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from safetensors import SafetensorError
+from transformers import CLIPImageProcessor
 
 from batch_infer.errors import ModelError, first_line
 from batch_infer.models.card import ModelCard
@@ -50,6 +52,16 @@ def load_network(kind: Any, card: ModelCard, name: str, **options: Any) -> Any:
         raise ModelError(f"{folder} could not be loaded: {first_line(error)}") from error
     refuse_strange_weights(folder, told["missing_keys"], told["unexpected_keys"])
     return module
+
+
+def load_checker(card: ModelCard, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A checkpoint's safety checker, and what makes its inputs of images. Raises ModelError."""
+    checker = load_module(StableDiffusionSafetyChecker, card, "safety_checker", dtype)
+    folder = card.path / "feature_extractor"
+    try:
+        return checker.to(device), CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
+    except LOADING_ERRORS as error:
+        raise ModelError(f"{folder} could not be loaded: {first_line(error)}") from error
 
 
 def refuse_strange_weights(place: object, missing: Iterable[str], unexpected: Iterable[str]) -> None:

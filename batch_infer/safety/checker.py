@@ -8,7 +8,7 @@ threshold, and to 3 concepts of special care that lower the other thresholds by 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,7 +58,13 @@ class StableDiffusionChecker:
         highest = {name: max(tile[name] for tile in scores) for name in scores[0]}
         # Not `any(score > 0)`: a score that is not a number must not pass for a clean one.
         clean = all(score <= 0 for tile in scores for score in tile.values())
-        return Verdict(not clean, self.name, highest)
+        return Verdict(not clean, self.name, highest, None if clean else _reason(highest))
+
+
+def _reason(scores: Mapping[str, float]) -> str:
+    """Why an image is flagged, with the score that lies highest."""
+    name = max(scores, key=lambda concept: scores[concept])
+    return f"the safety check flagged the image ({name} {scores[name]:+.3f})"
 
 
 def _row(concepts: list[float], care: list[float]) -> dict[str, float]:

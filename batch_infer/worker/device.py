@@ -9,21 +9,21 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-import numpy as np
-
 from batch_infer import images
-from batch_infer.chain import Chain, DrivenChain, Rendered, Unrendered
+from batch_infer.chain import Chain, DrivenChain, GatedChain, Rendered, Unrendered
 from batch_infer.datasheets import dense_tflops
+from batch_infer.errors import BatchInferError
 from batch_infer.manifest import Manifest
 from batch_infer.models import ModelCard
 from batch_infer.models.acceleration import is_compiled
+from batch_infer.models.any_pipeline import AnyPipeline
 from batch_infer.models.flops import decode_flops, row_forward_flops
 from batch_infer.records import PromptRequest, ResultRow, Status, StoredImage
 from batch_infer.settings import BatchShape, Compute, SafetySettings
 from batch_infer.sinks import FolderSink
 from batch_infer.worker.contract import Account, WorkerSettings
 from batch_infer.worker.memory import peak_memory
-from batch_infer.worker.rows import row_of, why_flagged, with_image
+from batch_infer.worker.rows import row_of, why_flagged, with_image, with_verdict
 
 COMMIT_ROWS = 256
 COMMIT_SECONDS = 3.0
@@ -32,7 +32,8 @@ STORING_THREADS = 4
 STORING_AHEAD = 64
 """Images between the device and the disk: beyond this the device waits."""
 
-LoadChain: TypeAlias = "Callable[[ModelCard, Compute, SafetySettings, Callable[[], bool]], Chain | DrivenChain]"
+AnyChain: TypeAlias = "Chain | DrivenChain | GatedChain"
+LoadChain: TypeAlias = "Callable[[ModelCard, Compute, SafetySettings, Callable[[], bool]], AnyChain]"
 """Loads what renders; the last argument says whether to stop."""
 
 
@@ -61,35 +62,39 @@ class Worker:
         return Account(dict(self._chain.stages_by_size), compute, mfu, peak_memory(compute.device))
 
     def _mfu(self) -> float | None:
-        compute, chain = self._settings.compute, self._chain
+        compute, chain, model = self._settings.compute, self._chain, self._chain.model
         peak = dense_tflops(compute.device_name, compute.dtype)
-        if peak is None or not chain.stages.seconds or isinstance(chain, DrivenChain):
+        if peak is None or not chain.stages.seconds or isinstance(model, AnyPipeline):
             return None
         flops = 0
         for size, stages in chain.stages_by_size.items():
-            latent_shape = chain.model.latent_shape(*size)
-            flops += stages.row_forwards * row_forward_flops(chain.model, latent_shape)
-            flops += stages.images * decode_flops(chain.model, latent_shape)
+            latent_shape = model.latent_shape(*size)
+            flops += stages.row_forwards * row_forward_flops(model, latent_shape)
+            flops += stages.images * decode_flops(model, latent_shape)
         return flops / chain.stages.seconds / (peak * 1e12)
 
     def work(self, requests: Iterable[PromptRequest], committed: Callable[[Sequence[ResultRow]], None]) -> None:
         """Render requests; `committed` is called, on another thread, with rows once they are in the manifest.
 
-        Returns early, with all that is finished committed, once `stop` says so. Raises StorageError.
+        Returns early, with all that is finished committed, once `stop` says so. Raises StorageError, and the errors of
+        a safety service, after those that were finished before are committed too.
         """
+        outcomes = _Outcomes(self._chain.render(requests))
         with ThreadPoolExecutor(STORING_THREADS) as storing, ThreadPoolExecutor(1) as committing:
             commits: deque[Future[None]] = deque()
-            for batch in _batches(self._store_all(requests, storing)):
+            for batch in _batches(self._store_all(outcomes, storing)):
                 while commits and (commits[0].done() or len(commits) > 2):
                     commits.popleft().result()
                 commits.append(committing.submit(self._commit, batch, committed))
             for commit in commits:
                 commit.result()
+        if outcomes.fault is not None:
+            raise outcomes.fault
 
-    def _store_all(self, requests: Iterable[PromptRequest], storing: ThreadPoolExecutor) -> Iterator[_Stored]:
+    def _store_all(self, outcomes: _Outcomes, storing: ThreadPoolExecutor) -> Iterator[_Stored]:
         """Store images on other threads while the device renders the next ones; give the rows back in order."""
         under_way: deque[Future[_Stored]] = deque()
-        for outcome in self._chain.render(requests):
+        for outcome in outcomes:
             under_way.append(storing.submit(self._store, outcome))
             while under_way and (under_way[0].done() or len(under_way) > STORING_AHEAD):
                 yield under_way.popleft().result()
@@ -99,11 +104,11 @@ class Worker:
     def _store(self, outcome: Rendered | Unrendered) -> _Stored:
         request = outcome.request
         if isinstance(outcome, Unrendered):
-            row = self._row(request, "invalid" if outcome.invalid else "failed", outcome.error)
+            row = with_verdict(self._row(request, outcome.status, outcome.error), outcome.verdict)
             return _Stored(row, request.replaces)
         flagged = bool(outcome.verdict.nsfw)
         stored = self._write(outcome, flagged)
-        row = self._row(request, "flagged", why_flagged(outcome)) if flagged else self._row(request, "ok", None)
+        row = self._row(request, "flagged", why_flagged(outcome.verdict)) if flagged else self._row(request, "ok", None)
         kept = stored is not None and stored.path == request.replaces
         return _Stored(with_image(row, outcome, stored), None if kept else request.replaces)
 
@@ -111,7 +116,7 @@ class Worker:
         return row_of(request, status, error, scheduler=self._settings.card.scheduler_name, worker=self._name)
 
     def _write(self, outcome: Rendered, flagged: bool) -> StoredImage | None:
-        pixels = _by_policy(outcome.pixels, self._settings.safety) if flagged else outcome.pixels
+        pixels = images.by_policy(outcome.pixels, self._settings.safety.on_flagged) if flagged else outcome.pixels
         if pixels is None:
             return None
         card, request = self._settings.card, outcome.request
@@ -128,6 +133,20 @@ class Worker:
             if stored.obsolete:
                 self._sink.remove(stored.obsolete)
         committed(rows)
+
+
+class _Outcomes:
+    """What a chain gives, until a service that it asks is the `fault` that ends it."""
+
+    def __init__(self, source: Iterable[Rendered | Unrendered]) -> None:
+        self._source = source
+        self.fault: BatchInferError | None = None
+
+    def __iter__(self) -> Iterator[Rendered | Unrendered]:
+        try:
+            yield from self._source
+        except BatchInferError as error:
+            self.fault = error
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,16 +168,3 @@ def _batches(source: Iterable[_Stored]) -> Iterator[list[_Stored]]:
             batch, started = [], time.monotonic()
     if batch:
         yield batch
-
-
-def _by_policy(pixels: np.ndarray, safety: SafetySettings) -> np.ndarray | None:
-    """What is stored of a flagged image, None for nothing."""
-    match safety.on_flagged:
-        case "blank":
-            return images.blank(pixels)
-        case "blur":
-            return images.blur(pixels)
-        case "drop":
-            return None
-        case "keep" | "quarantine":
-            return pixels

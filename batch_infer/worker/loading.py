@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
-from batch_infer.chain import Chain, ChainShape, DrivenChain
-from batch_infer.models import ModelCard, load, load_driven
+from batch_infer.chain import Chain, ChainShape, DrivenChain, GatedChain
+from batch_infer.models import ModelCard, load, load_checker, load_driven
 from batch_infer.models.acceleration import speed_up
 from batch_infer.models.any_pipeline import AnyPipeline
-from batch_infer.safety import Judge
+from batch_infer.safety import Judge, gate_of
 from batch_infer.settings import Compute, SafetySettings
 
 if TYPE_CHECKING:
@@ -20,9 +20,12 @@ if TYPE_CHECKING:
 
 def load_chain(
     card: ModelCard, compute: Compute, safety: SafetySettings, stop: Callable[[], bool] = lambda: False
-) -> Chain | DrivenChain:
-    """A model on its device, with its judge where there is to be one. Raises ModelError."""
-    return make_chain(load_any_model(card, compute, judged=safety.judges(has_checker=card.has_checker)), compute, stop)
+) -> Chain | DrivenChain | GatedChain:
+    """A model on its device, with its judge and its gate where there are to be. Raises ModelError, SettingsError."""
+    gate = gate_of(safety.service, stop)
+    judged = safety.asks_checker(has_checker=card.has_checker)
+    chain = make_chain(load_any_model(card, compute, judged=judged), compute, stop)
+    return chain if gate is None else GatedChain(chain, gate, stop)
 
 
 def load_any_model(card: ModelCard, compute: Compute, *, judged: bool) -> Family | AnyPipeline:
@@ -51,13 +54,22 @@ def make_chain(
     """A chain of a model that is loaded; images are judged where its checker is."""
     own = {(shape.height, shape.width): (shape.slots, shape.decode_batch) for shape in compute.by_size}
     shape = ChainShape(compute.slots, compute.decode_batch, own)
-    judge = _judge(model, shape.decode) if model.safety_checker is not None else None
+    judge = None
+    if model.safety_checker is not None:
+        judge = _judge(model.safety_checker, model.feature_extractor, shape.decode)
     if isinstance(model, AnyPipeline):
         return DrivenChain(model, shape, judge, stop)
     return Chain(model, shape, judge, stop)
 
 
-def _judge(model: Family | AnyPipeline, batch: int) -> Judge:
+def load_judge(card: ModelCard, compute: Compute) -> Judge:
+    """The checker of a model, without the model; it judges as it does beside it. Raises ModelError."""
+    torch.set_num_threads(compute.threads)
+    found = load_checker(card, torch.device(compute.device), getattr(torch, compute.dtype))
+    return _judge(*found, compute.decode_batch)
+
+
+def _judge(checker: Any, feature_extractor: Any, batch: int) -> Judge:
     from batch_infer.safety.checker import StableDiffusionChecker
 
-    return StableDiffusionChecker(model.safety_checker, model.feature_extractor, batch)
+    return StableDiffusionChecker(checker, feature_extractor, batch)

@@ -7,7 +7,7 @@ import platform
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from batch_infer.records import PromptRequest, ResultRow, Status, StoredImage, now
+from batch_infer.records import PromptRequest, ResultRow, Status, StoredImage, Verdict, now
 
 if TYPE_CHECKING:
     from batch_infer.chain import Rendered
@@ -40,29 +40,41 @@ def row_of(request: PromptRequest, status: Status, error: str | None, *, schedul
     )
 
 
-def with_image(row: ResultRow, outcome: Rendered, stored: StoredImage | None) -> ResultRow:
-    """The row of a request that was rendered; None is stored where the policy drops flagged images."""
-    verdict, conditioning = outcome.verdict, outcome.conditioning
+def with_verdict(row: ResultRow, verdict: Verdict) -> ResultRow:
+    """The row with what was said of its prompt or image."""
+    return replace(
+        row,
+        nsfw_content_detected=verdict.nsfw,
+        safety_checker=verdict.checker,
+        safety_scores=verdict.scores,
+    )
+
+
+def with_file(row: ResultRow, stored: StoredImage | None) -> ResultRow:
+    """The row with the image that is stored of it, or with none."""
     return replace(
         row,
         generated_image=stored.path if stored else None,
-        nsfw_content_detected=verdict.nsfw,
-        prompt_tokens=conditioning.prompt_tokens,
-        prompt_truncated=conditioning.prompt_truncated,
-        safety_checker=verdict.checker,
-        safety_scores=verdict.scores,
         sha256=stored.sha256 if stored else None,
         image_bytes=stored.image_bytes if stored else None,
+    )
+
+
+def with_image(row: ResultRow, outcome: Rendered, stored: StoredImage | None) -> ResultRow:
+    """The row of a request that was rendered; None is stored where the policy drops flagged images."""
+    conditioning = outcome.conditioning
+    return replace(
+        with_file(with_verdict(row, outcome.verdict), stored),
+        prompt_tokens=conditioning.prompt_tokens,
+        prompt_truncated=conditioning.prompt_truncated,
         slots=outcome.slots,
         seconds=outcome.seconds,
     )
 
 
-def why_flagged(outcome: Rendered) -> str:
-    """The sentence of a flagged image, with the score that lies highest."""
-    scores = outcome.verdict.scores or {}
-    name = max(scores, key=lambda concept: scores[concept], default="no score")
-    return f"the safety check flagged the image ({f'{name} {scores[name]:+.3f}' if scores else name})"
+def why_flagged(verdict: Verdict) -> str:
+    """The sentence of a flagged image."""
+    return verdict.reason or "the safety check flagged the image"
 
 
 def worker_name(rank: int) -> str:

@@ -1,0 +1,202 @@
+"""The gated chain: a service is asked about each prompt before it is rendered, and about each image after."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from batch_infer.chain.driven import DrivenChain
+from batch_infer.chain.outcomes import Rendered, Size, Unrendered
+from batch_infer.chain.packed import Chain
+from batch_infer.chain.shape import ChainShape
+from batch_infer.errors import BatchInferError, Interrupted, RowBroken
+from batch_infer.records import PromptRequest, Verdict
+from batch_infer.safety import Gate
+from batch_infer.stages import Stages
+
+if TYPE_CHECKING:
+    from batch_infer.models import AnyPipeline, Family
+
+PROMPTS_AHEAD = 32
+"""Prompts that are asked about before a slot wants them."""
+IMAGES_AHEAD = 32
+"""Images that the service has not judged yet: beyond this the device waits."""
+PROMPTS_KEPT = 1024
+"""Prompts whose verdict is kept: the images of a row have one, and so have rows that say the same."""
+REFUSED_AHEAD = 64
+"""Refused rows that are held back while the chain is at work."""
+LOOK_SECONDS = 0.2
+"""How often one who waits for the service looks whether to stop."""
+
+
+class GatedChain:
+    """A chain with a gate; asked as the chain in it is. What the service does not answer for gives no image."""
+
+    def __init__(self, chain: Chain | DrivenChain, gate: Gate, stop: Callable[[], bool] = lambda: False) -> None:
+        self._chain, self._gate, self._stop = chain, gate, stop
+
+    @property
+    def model(self) -> Family | AnyPipeline:
+        return self._chain.model
+
+    @property
+    def driven(self) -> bool:
+        return self._chain.driven
+
+    @property
+    def shape(self) -> ChainShape:
+        return self._chain.shape
+
+    @property
+    def stages_by_size(self) -> Mapping[Size, Stages]:
+        return self._chain.stages_by_size
+
+    @property
+    def stages(self) -> Stages:
+        return self._chain.stages
+
+    def render(self, requests: Iterable[PromptRequest]) -> Iterator[Rendered | Unrendered]:
+        """Render requests whose prompts pass, in the order in which they finish.
+
+        Raises ServiceError and SettingsError, once all that was judged before has been given.
+        """
+        with ThreadPoolExecutor(self._gate.at_once, "gate") as pool:
+            prompts = _Prompts(iter(requests), self._gate, pool, patient=self._chain.driven)
+            images = _Images(self._gate, pool)
+            try:
+                while not self._stop():
+                    if prompts.has_one():
+                        for outcome in self._chain.render(prompts):
+                            yield from images.add(outcome, prompts)
+                            yield from prompts.take_refused()
+                    elif awaited := [*prompts.awaited, *images.awaited]:
+                        wait(awaited, LOOK_SECONDS, FIRST_COMPLETED)
+                    else:
+                        break
+                    yield from images.through()
+                    yield from prompts.take_refused()
+            except BatchInferError as error:
+                yield from images.judged()
+                yield from prompts.take_refused()
+                if not isinstance(error, Interrupted):
+                    raise
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+
+class _Prompts(Iterator[PromptRequest]):
+    """Requests whose prompts have passed, in their order.
+
+    It says that there are none where there is none at this moment, and may have more later: the device goes on with
+    what it has. A `patient` one waits, for a chain that makes rows together which come together.
+    """
+
+    def __init__(self, source: Iterator[PromptRequest], gate: Gate, pool: ThreadPoolExecutor, *, patient: bool) -> None:
+        self._source, self._gate, self._pool, self._patient = source, gate, pool, patient
+        self._asked: deque[tuple[PromptRequest, Future[Verdict]]] = deque()
+        self._known: OrderedDict[str, Future[Verdict]] = OrderedDict()
+        self._passed: dict[tuple[str, int], Verdict] = {}
+        self._refused: list[Unrendered] = []
+
+    def __next__(self) -> PromptRequest:
+        while len(self._refused) < REFUSED_AHEAD:
+            self._ask_ahead()
+            if not self._asked or not (self._patient or self._asked[0][1].done()):
+                break
+            if (request := self._judge()) is not None:
+                return request
+        raise StopIteration
+
+    def has_one(self) -> bool:
+        """Whether there is a word on the next prompt, be it that it is refused."""
+        self._ask_ahead()
+        return any(answer.done() for answer in self.awaited)
+
+    @property
+    def awaited(self) -> list[Future[Verdict]]:
+        """The word that the next request waits for, where there is one."""
+        return [self._asked[0][1]] if self._asked else []
+
+    def take_refused(self) -> Iterator[Unrendered]:
+        refused, self._refused = self._refused, []
+        yield from refused
+
+    def verdict_of(self, request: PromptRequest) -> Verdict:
+        """What was said of the prompt of a request that has passed, to be asked for once."""
+        return self._passed.pop(request.key)
+
+    def _ask_ahead(self) -> None:
+        while len(self._asked) < PROMPTS_AHEAD and (request := next(self._source, None)) is not None:
+            self._asked.append((request, self._verdict(request.prompt)))
+
+    def _verdict(self, prompt: str) -> Future[Verdict]:
+        known = self._known.pop(prompt, None)
+        if known is None or (known.done() and known.exception() is not None):
+            known = self._pool.submit(self._gate.check_prompt, prompt)
+        self._known[prompt] = known
+        while len(self._known) > PROMPTS_KEPT:
+            self._known.popitem(last=False)
+        return known
+
+    def _judge(self) -> PromptRequest | None:
+        """The next request, None where it is refused."""
+        request, answer = self._asked.popleft()
+        try:
+            verdict = answer.result()
+        except RowBroken as error:
+            self._refused.append(Unrendered(request, "failed", str(error)))
+            return None
+        if verdict.nsfw is not False:
+            self._refused.append(Unrendered(request, "blocked", verdict.reason or "the prompt was refused", verdict))
+            return None
+        self._passed[request.key] = verdict
+        return request
+
+
+class _Images:
+    """Rendered images on their way through the gate, which they leave in their order."""
+
+    def __init__(self, gate: Gate, pool: ThreadPoolExecutor) -> None:
+        self._gate, self._pool = gate, pool
+        self._asked: deque[tuple[Rendered, Verdict, Future[Verdict]]] = deque()
+
+    def add(self, outcome: Rendered | Unrendered, prompts: _Prompts) -> Iterator[Rendered | Unrendered]:
+        """Take an outcome in; gives those that are through."""
+        before = prompts.verdict_of(outcome.request)
+        if isinstance(outcome, Unrendered):
+            yield outcome
+        else:
+            self._asked.append((outcome, before, self._pool.submit(self._gate.check_image, outcome.pixels)))
+        yield from self.through()
+
+    def through(self, ahead: int = IMAGES_AHEAD) -> Iterator[Rendered | Unrendered]:
+        """Give those that are judged; waits while more than `ahead` are not."""
+        while self._asked and (len(self._asked) > ahead or self._asked[0][2].done()):
+            yield self._judge()
+
+    @property
+    def awaited(self) -> list[Future[Verdict]]:
+        """The word that the next image waits for, where there is one."""
+        return [self._asked[0][2]] if self._asked else []
+
+    def judged(self) -> Iterator[Rendered | Unrendered]:
+        """Give what the service has a word for, wherever it stands; it is asked nothing more."""
+        wait([answer for _, _, answer in self._asked if not answer.cancel()])
+        self._asked = deque(entry for entry in self._asked if _has_word(entry[2]))
+        while self._asked:
+            yield self._judge()
+
+    def _judge(self) -> Rendered | Unrendered:
+        rendered, of_prompt, answer = self._asked.popleft()
+        try:
+            of_image = answer.result()
+        except RowBroken as error:
+            return Unrendered(rendered.request, "failed", str(error))
+        return replace(rendered, verdict=rendered.verdict.joined(of_prompt).joined(of_image))
+
+
+def _has_word(answer: Future[Verdict]) -> bool:
+    return not answer.cancelled() and (answer.exception() is None or isinstance(answer.exception(), RowBroken))

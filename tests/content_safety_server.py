@@ -1,0 +1,338 @@
+"""A server on loopback that speaks Azure AI Content Safety's API, as strictly, and fails where it is told to.
+
+Also a process of its own: `python -m tests.content_safety_server PORT [WORD=CATEGORY:SEVERITY]...`, which answers a GET
+with what it was asked: `{"texts": [...], "images": 2, "statuses": [...]}`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+import socket
+import ssl
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import parse_qs, urlsplit
+
+from PIL import Image, UnidentifiedImageError
+
+CATEGORIES = ("Hate", "SelfHarm", "Sexual", "Violence")
+KEY = "0123456789abcdef0123456789abcdef"
+API_VERSION = "2023-10-01"
+ROUTES: dict[str, Literal["text", "image"]] = {
+    "/contentsafety/text:analyze": "text",
+    "/contentsafety/image:analyze": "image",
+}
+Severities = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What becomes of one request in place of the answer, or of the answer itself."""
+
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes | None = None
+    """Sent as it stands; None is an error object with the status, or with status 200 the answer."""
+    alter: Callable[[dict[str, Any]], Any] = lambda answer: answer
+    hang: float = 0.0
+    """Seconds of silence before anything is sent."""
+    reset: bool = False
+    """The connection is broken off without a word."""
+
+
+def status(code: int, retry_after: str | None = None) -> Fault:
+    return Fault(code, {} if retry_after is None else {"Retry-After": retry_after})
+
+
+def malformed(body: bytes) -> Fault:
+    return Fault(body=body)
+
+
+def without(category: str) -> Fault:
+    """An answer in which a category is missing."""
+    return Fault(alter=lambda answer: {**answer, "categoriesAnalysis": [
+        entry for entry in answer["categoriesAnalysis"] if entry["category"] != category
+    ]})  # fmt: skip
+
+
+def with_severity(category: str, severity: Any) -> Fault:
+    """An answer in which a category has this for a severity."""
+    return Fault(alter=lambda answer: {**answer, "categoriesAnalysis": [
+        {**entry, "severity": severity} if entry["category"] == category else entry
+        for entry in answer["categoriesAnalysis"]
+    ]})  # fmt: skip
+
+
+RESET = Fault(reset=True)
+HANG = Fault(hang=60.0)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request: when it came (time.monotonic), over which connection, and what it was about.
+
+    `content` is the text, or the bytes of the image's file, or None where it was not to be found.
+    """
+
+    kind: Literal["text", "image"]
+    at: float
+    client: tuple[str, int]
+    body: Any
+    headers: Mapping[str, str]
+
+    @property
+    def content(self) -> Any:
+        if not isinstance(self.body, dict):
+            return None
+        if self.kind == "text":
+            return self.body.get("text")
+        try:
+            return base64.b64decode(self.body["image"]["content"], validate=True)
+        except (KeyError, TypeError, binascii.Error):
+            return None
+
+
+Faults = Iterable[Fault | None] | Callable[[Asked], Fault | None]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What is found in texts and images, and which requests fail.
+
+    `words` gives the category and severity of each word of a text; `judge` those of an image, as PIL sees it, where
+    they are not 0; `blocklists` the words of each blocklist that there is; `faults` is used up in the order of
+    requests (None: no fault), or decides on each request. Requests come with `key`, or with a bearer `token`.
+    """
+
+    words: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    judge: Callable[[Image.Image], Severities] = lambda image: {}
+    blocklists: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    faults: Faults = ()
+    key: str | None = KEY
+    token: str | None = None
+    latency: float = 0.0
+
+
+class Refused(Exception):
+    """A request that the service answers with an error: its status, code and message."""
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(status, code, message)
+        self.status, self.code, self.message = status, code, message
+
+
+class Service(ThreadingHTTPServer):
+    """The server, and all that it was asked."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, rules: Rules, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), Exchange)
+        self.rules = rules
+        self.requests: list[Asked] = []
+        self.statuses: list[int] = []
+        self.closing = threading.Event()
+        self._lock = threading.Lock()
+        self.script(rules.faults)
+        self.endpoint = f"http://127.0.0.1:{self.server_port}"
+
+    @property
+    def texts(self) -> list[str]:
+        """The text of every request about one, in their order."""
+        return [asked.content for asked in self.requests if asked.kind == "text"]
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """The image of every request about one, in their order."""
+        files = [asked.content for asked in self.requests if asked.kind == "image"]
+        return [Image.open(io.BytesIO(file)) for file in files]
+
+    @property
+    def connections(self) -> int:
+        return len({asked.client for asked in self.requests})
+
+    def script(self, faults: Faults) -> None:
+        """From here on, fail so."""
+        with self._lock:
+            remaining = iter(()) if callable(faults) else iter(faults)
+            self._fault_of = faults if callable(faults) else lambda asked: next(remaining, None)
+
+    def note(self, asked: Asked) -> Fault | None:
+        """Keep a request in mind, and say how it is to fail."""
+        with self._lock:
+            self.requests.append(asked)
+            return self._fault_of(asked)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that went away are what tests are about."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
+class Exchange(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: Service
+
+    def do_GET(self) -> None:
+        service = self.server
+        self._send(200, {"texts": service.texts, "images": len(service.images), "statuses": service.statuses})
+
+    def do_POST(self) -> None:
+        raw = self.rfile.read(int(self.headers["Content-Length"]))
+        url = urlsplit(self.path)
+        if url.path not in ROUTES:
+            self._send(404, {"error": {"code": "404", "message": "Resource not found"}})
+            return
+        asked = Asked(ROUTES[url.path], time.monotonic(), self.client_address, _json(raw), dict(self.headers))
+        fault = self.server.note(asked) or Fault()
+        if self.server.closing.wait(max(fault.hang, self.server.rules.latency)) or fault.reset:
+            self._break_off()
+            return
+        code, answer = self._answer(asked, url.query) if fault.status == 200 else _error(fault.status)
+        body = fault.body if fault.body is not None else fault.alter(answer) if code == 200 else answer
+        self._send(code, body, fault.headers)
+
+    def _answer(self, asked: Asked, query: str) -> tuple[int, dict[str, Any]]:
+        rules = self.server.rules
+        try:
+            _check_caller(self.headers, query, rules)
+            _check_body(asked.body)
+            return 200, _of_text(asked.body, rules) if asked.kind == "text" else _of_image(asked, rules)
+        except Refused as refused:
+            return refused.status, {"error": {"code": refused.code, "message": refused.message}}
+
+    def _send(self, status: int, body: Any, headers: Mapping[str, str] | None = None) -> None:
+        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.server.statuses.append(status)
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(raw)))
+        self.end_headers()
+        self.wfile.write(raw)
+
+    def _break_off(self) -> None:
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close_connection = True
+
+    def log_message(self, *rest: Any) -> None:
+        pass
+
+
+def _json(raw: bytes) -> Any:
+    try:
+        return json.loads(raw)
+    except ValueError:
+        return None
+
+
+def _error(status: int) -> tuple[int, dict[str, Any]]:
+    codes = {400: "InvalidRequestBody", 429: "TooManyRequests", 500: "InternalError", 503: "ServerBusy"}
+    return status, {"error": {"code": codes.get(status, str(status)), "message": f"told to answer {status}"}}
+
+
+def _check_caller(headers: Any, query: str, rules: Rules) -> None:
+    bearer = headers.get("Authorization", "")
+    if rules.token is not None and bearer == f"Bearer {rules.token}":
+        return
+    if rules.key is None or headers.get("Ocp-Apim-Subscription-Key") != rules.key:
+        raise Refused(401, "401", "Access denied due to invalid subscription key or wrong API endpoint.")
+    if parse_qs(query).get("api-version") != [API_VERSION]:
+        raise Refused(404, "404", "Resource not found")
+
+
+def _check_body(body: Any) -> None:
+    if not isinstance(body, dict):
+        raise Refused(400, "InvalidRequestBody", "The request body is not JSON.")
+    if not set(body.get("categories", ())) <= set(CATEGORIES):
+        raise Refused(400, "InvalidRequestBody", "A category is not known.")
+    if body.get("outputType", "FourSeverityLevels") != "FourSeverityLevels":
+        raise Refused(400, "InvalidRequestBody", "The output type is not known.")
+
+
+def _of_text(body: dict[str, Any], rules: Rules) -> dict[str, Any]:
+    text, names = body.get("text"), body.get("blocklistNames") or []
+    if not isinstance(text, str) or not text or len(text) > 10_000:
+        raise Refused(400, "InvalidRequestBody", "The text must have 1 to 10000 characters.")
+    if unknown := [name for name in names if name not in rules.blocklists]:
+        raise Refused(404, "ResourceNotFound", f"The blocklist {unknown[0]} does not exist.")
+    words = text.split()
+    found: dict[str, int] = {}
+    for word in words:
+        category, severity = rules.words.get(word, ("Hate", 0))
+        found[category] = max(severity, found.get(category, 0))
+    matches = [
+        {"blocklistName": name, "blocklistItemId": f"{name}-{word}", "blocklistItemText": word}
+        for name in names
+        for word in rules.blocklists[name]
+        if word in text
+    ]
+    return {"blocklistsMatch": matches, **_analysis(body, found)}
+
+
+def _of_image(asked: Asked, rules: Rules) -> dict[str, Any]:
+    file = asked.content
+    if file is None:
+        raise Refused(400, "InvalidRequestBody", "The image is not base64.")
+    if len(file) > 4 * 1024 * 1024:
+        raise Refused(400, "InvalidRequestBody", f"The image of {len(file)} bytes is larger than 4194304 bytes.")
+    try:
+        with Image.open(io.BytesIO(file)) as image:
+            image.load()
+    except (UnidentifiedImageError, OSError) as error:
+        raise Refused(400, "InvalidRequestBody", "The image cannot be read.") from error
+    if not all(50 <= side <= 2048 for side in image.size):
+        raise Refused(400, "InvalidRequestBody", f"The image has {image.size} pixels: 50 to 2048 a side are taken.")
+    return _analysis(asked.body, rules.judge(image))
+
+
+def _analysis(body: dict[str, Any], found: Severities) -> dict[str, Any]:
+    names = body.get("categories") or CATEGORIES
+    return {"categoriesAnalysis": [{"category": name, "severity": found.get(name, 0)} for name in names]}
+
+
+@contextmanager
+def serving(rules: Rules | None = None, certificate: Path | None = None, **more: Any) -> Iterator[Service]:
+    """A server with these rules, or with `more` as the fields of Rules; over TLS with a certificate's file."""
+    with Service(rules or Rules(**more)) as service:
+        if certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            service.socket = context.wrap_socket(service.socket, server_side=True)
+            service.endpoint = service.endpoint.replace("http://127.0.0.1", "https://localhost")
+        thread = threading.Thread(target=service.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            yield service
+        finally:
+            service.closing.set()
+            service.shutdown()
+            thread.join()
+
+
+def main(port: str, *words: str) -> None:
+    rules = {}
+    for entry in words:
+        word, _, found = entry.partition("=")
+        category, _, severity = found.partition(":")
+        rules[word] = (category, int(severity))
+    with Service(Rules(words=rules), int(port)) as service:
+        print(service.endpoint, flush=True)
+        service.serve_forever()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

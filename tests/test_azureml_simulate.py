@@ -1,0 +1,538 @@
+"""The driver that behaves as Azure ML's batch endpoint does, with scripts that behave in every way."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batch_infer.errors import SettingsError, TableError
+from batch_infer.jobs.simulation import Outcome, SimulationSettings, simulate
+from batch_infer.jobs.simulation.gpus import gpu_names
+from batch_infer.jobs.simulation.kills import Kills
+from batch_infer.jobs.simulation.messages import MiniBatch
+from tests import runs
+from tests.deaths import eventually, is_alive
+
+NOTES = """
+import os, sys, time
+from pathlib import Path
+
+OUT = Path(os.environ["AZUREML_BI_OUTPUT_PATH"])
+
+def note(name, *words):
+    with (OUT / name).open("a") as file:
+        print(*words, file=file)
+
+def seen(name, word):
+    path = OUT / name
+    return path.exists() and word in path.read_text().split()
+
+def init():
+    note("inits", os.getpid())
+
+def wait_for_workers(count):
+    while len((OUT / "inits").read_text().splitlines()) < count:
+        time.sleep(0.01)
+    time.sleep(0.05)  # till the driver knows of it too
+"""
+"""What the tests' scripts begin with: they tell what they see by files in OUT."""
+NAMES = """
+def run(mini_batch):
+    return [Path(path).name for path in mini_batch]
+"""
+
+
+def write_script(folder: Path, body: str, name: str = "score.py") -> Path:
+    path = folder / name
+    path.write_text(NOTES + textwrap.dedent(body))
+    return path
+
+
+def write_files(folder: Path, count: int) -> Path:
+    folder.mkdir()
+    for index in range(count):
+        (folder / f"{index:02}.csv").write_text(f"prompt\nnumber {index}\n")
+    return folder
+
+
+def run(folder: Path, body: str, *, files: int = 4, **settings: Any) -> Outcome:
+    """A job with a mini-batch for each file, on a machine without GPUs."""
+    inputs, script = write_files(folder / "in", files), write_script(folder, body)
+    rest = {"mini_batch_size": 1, "gpus": 0, **settings}
+    return simulate(SimulationSettings((inputs,), folder / "out", script, **rest))
+
+
+def notes(folder: Path, name: str) -> list[str]:
+    path = folder / "out" / name
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def predictions(folder: Path) -> list[str]:
+    return notes(folder, "predictions.csv")
+
+
+def worker_log(folder: Path, index: int = 0) -> str:
+    return (folder / "out" / "logs" / "azureml" / f"worker-{index}.log").read_text()
+
+
+# Files and mini-batches
+
+
+def test_files_directly_in_a_folder_come_in_mini_batches_by_absolute_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = """
+    def run(mini_batch):
+        note("runs", *mini_batch)
+        return [Path(path).read_text().split()[-1] for path in mini_batch]
+    """
+    monkeypatch.chdir(tmp_path)
+    folder = write_files(Path("in"), 7)
+    named = write_files(folder / "nested", 2) / "01.csv"
+    settings = SimulationSettings((folder, named, named), Path("out"), write_script(Path(), body), mini_batch_size=3)
+    done = simulate(settings)
+    batches = [line.split() for line in notes(tmp_path, "runs")]
+    files = [path for batch in batches for path in batch]
+    assert sorted(map(len, batches)) == [2, 3, 3]
+    assert sorted(files) == sorted(str(tmp_path / path) for path in [*folder.glob("*.csv"), named])
+    assert files != sorted(files)
+    assert sorted(predictions(tmp_path)) == sorted([*map(str, range(7)), "1"])
+    assert (done.fault, done.mini_batches, done.files, done.succeeded, done.rows) == (None, 3, 8, 3, 8)
+    assert (done.deliveries, done.retries, done.failed_files) == (3, 0, 0)
+
+
+def test_the_seed_decides_the_order(tmp_path: Path) -> None:
+    orders = {}
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        (tmp_path / name).mkdir()
+        run(tmp_path / name, NAMES, files=8, mini_batch_size=3, seed=seed)
+        orders[name] = predictions(tmp_path / name)
+    assert orders["a"] == orders["b"] != orders["c"]
+
+
+@pytest.mark.parametrize("missing", ["in", "empty", "score.py", "model", "settings.json"])
+def test_what_is_not_there_is_told_before_anything_starts(tmp_path: Path, missing: str) -> None:
+    (tmp_path / "empty").mkdir()
+    script = write_script(tmp_path, NAMES, name="other.py" if missing == "score.py" else "score.py")
+    (tmp_path / "empty" / "nested").mkdir()
+    inputs = tmp_path / missing if missing in ("in", "empty") else write_files(tmp_path / "files", 1)
+    settings = SimulationSettings(
+        (inputs,),
+        tmp_path / "out",
+        script.with_name("score.py"),
+        model_dir=tmp_path / "model" if missing == "model" else None,
+        settings_file=tmp_path / "settings.json" if missing == "settings.json" else None,
+    )
+    with pytest.raises((SettingsError, TableError), match=missing):
+        simulate(settings)
+    assert not (tmp_path / "out" / "predictions.csv").exists()
+
+
+# What a script finds
+
+
+def test_a_worker_has_a_temporary_folder_and_a_log(tmp_path: Path) -> None:
+    body = """
+    def run(mini_batch):
+        wait_for_workers(2)
+        note("folders", os.getcwd(), *os.listdir())
+        Path("left").touch()
+        print("told on stdout")
+        print("told on stderr", file=sys.stderr)
+        return mini_batch
+    """
+    run(tmp_path, body, workers=2)
+    found = [line.split() for line in notes(tmp_path, "folders")]
+    folders = {Path(line[0]) for line in found}
+    assert sorted(line[1:] for line in found) == [[], [], ["left"], ["left"]]
+    assert len(folders) == 2
+    assert all(folder.is_relative_to(tempfile.gettempdir()) and not folder.exists() for folder in folders)
+    logs = [worker_log(tmp_path, index) for index in range(2)]
+    assert [log.count(f"told on {name}") for log in logs for name in ("stdout", "stderr")] == [2, 2, 2, 2]
+
+
+def test_a_script_finds_its_neighbours_and_variables_and_nothing_loaded(tmp_path: Path) -> None:
+    body = """
+    import neighbour
+
+    def run(mini_batch):
+        note("modules", *sys.modules)
+        note("variables", neighbour.NAME, os.environ["AZUREML_MODEL_DIR"], os.environ["MINE"], os.environ["HOME"])
+        note("mini_batches", type(mini_batch).__name__)
+        return mini_batch
+    """
+    (tmp_path / "neighbour.py").write_text("NAME = 'next door'")
+    (tmp_path / "model").mkdir()
+    run(tmp_path, body, files=1, model_dir=tmp_path / "model", environment={"MINE": "here", "HOME": "/x"})
+    assert notes(tmp_path, "variables") == [f"next door {tmp_path / 'model'} here /x"]
+    assert notes(tmp_path, "mini_batches") == ["list"]
+    assert not {"torch", "pandas", "numpy", "click", "pyarrow", "tqdm"} & {*notes(tmp_path, "modules")[0].split()}
+
+
+def test_a_script_of_a_package_does_not_hide_libraries_by_its_neighbours(tmp_path: Path) -> None:
+    for name in ("__init__.py", "uuid.py"):
+        (tmp_path / name).touch()
+    run(tmp_path, "import uuid\ndef run(mini_batch):\n    return [uuid.NAMESPACE_URL]", files=1)
+    assert len(predictions(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("signature", ["mini_batch, context", "mini_batch, context=None"])
+def test_run_is_given_a_context_where_it_takes_one(tmp_path: Path, signature: str) -> None:
+    run(tmp_path, f"def run({signature}):\n    return [context.minibatch_index]", files=3)
+    assert sorted(predictions(tmp_path)) == ["0", "1", "2"]
+
+
+def test_shutdown_is_called_once_in_each_worker(tmp_path: Path) -> None:
+    body = """
+    def run(mini_batch):
+        wait_for_workers(2)
+        return mini_batch
+
+    def shutdown():
+        note("shutdowns", os.getpid())
+    """
+    run(tmp_path, body, workers=2)
+    assert sorted(notes(tmp_path, "shutdowns")) == sorted(notes(tmp_path, "inits"))
+
+
+def test_a_shutdown_that_fails_is_told_and_fails_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    done = run(tmp_path, NAMES + "\ndef shutdown():\n    raise ValueError('at the end')\n", files=1)
+    assert (done.fault, done.succeeded) == (None, 1)
+    assert "worker 0 has not ended in order" in caplog.text
+    assert "ValueError: at the end" in worker_log(tmp_path)
+
+
+GPUS = """
+def run(mini_batch):
+    seen_gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "none")
+    note("gpus", seen_gpus, os.environ["AZ_BATCHAI_GPU_COUNT_FOUND"])
+    if Path(mini_batch[0]).name == "00.csv" and not seen("died", "once"):
+        note("died", "once")
+        note("died_with", seen_gpus)
+        os._exit(9)
+    while len(set((OUT / "gpus").read_text().split("\\n"))) < 4:  # till all have run something
+        time.sleep(0.01)
+    return mini_batch
+"""
+
+
+def test_each_worker_sees_its_gpu_and_those_beyond_are_told_of_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    done = run(tmp_path, GPUS, files=8, workers=3, gpus=None)
+    assert {*notes(tmp_path, "gpus")} == {"5 2", "7 2", "none 2"}
+    assert (done.deaths, done.retries, done.failed) == (1, 1, 0)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert list(gpu_names(3)) == ["0", "1", "2"]
+
+
+def test_a_replacement_takes_the_gpu_of_the_worker_that_died(tmp_path: Path) -> None:
+    body = GPUS.split("    while")[0] + "    return mini_batch\n"
+    run(tmp_path, body, files=3, workers=1, gpus=1)
+    assert set(notes(tmp_path, "gpus")) == {"0 1"}
+    assert len(notes(tmp_path, "inits")) == 2
+
+
+def test_gpus_are_counted_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert list(gpu_names(None)) == []
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA (UUID: a)'\necho 'GPU 1: NVIDIA (UUID: b)'\n")
+    tool.chmod(0o755)
+    assert list(gpu_names(None)) == ["0", "1"]
+
+
+# Results
+
+
+FRAME = """
+import pandas as pd
+
+def run(mini_batch):
+    names = [Path(path).stem for path in mini_batch]
+    return pd.DataFrame({"name": names, "words": "two words"}, index=names)
+"""
+
+
+def test_a_frame_is_appended_without_a_header(tmp_path: Path) -> None:
+    run(tmp_path, FRAME, files=2)
+    assert sorted(predictions(tmp_path)) == ['00 "two words"', '01 "two words"']
+
+
+def test_a_file_beside_the_script_says_how_a_frame_is_written(tmp_path: Path) -> None:
+    arguments = {"sep": ",", "index": True, "header": ["NAME", "WORDS"]}
+    text = json.dumps({"append_row": {"pandas.DataFrame.to_csv": arguments}})
+    (tmp_path / "parallel_run_step.settings.json").write_text(text)
+    run(tmp_path, FRAME, files=2)
+    head, *rows = predictions(tmp_path)
+    assert (head, sorted(rows)) == (",NAME,WORDS", ["00,00,two words", "01,01,two words"])
+
+
+def test_a_settings_file_that_is_named_comes_before_the_one_beside_the_script(tmp_path: Path) -> None:
+    for name, sep in (("parallel_run_step.settings.json", ","), ("other.json", ";")):
+        (tmp_path / name).write_text(json.dumps({"append_row": {"pandas.DataFrame.to_csv": {"sep": sep}}}))
+    settings = SimulationSettings((), tmp_path, tmp_path / "score.py", settings_file=tmp_path / "other.json")
+    assert settings.to_csv() == {"sep": ";", "header": False, "index": False}
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"append_row": 3}', '{"append_row": {"pandas.DataFrame.to_csv": []}}'])
+def test_a_settings_file_that_says_nothing_sensible_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "parallel_run_step.settings.json").write_text(text)
+    with pytest.raises(SettingsError, match="parallel_run_step.settings.json"):
+        run(tmp_path, NAMES)
+
+
+def test_summary_only_writes_no_rows(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "predictions.csv").write_text("of an earlier job\n")
+    done = run(tmp_path, NAMES, append_rows=False)
+    assert (done.rows, done.fault, done.predictions) == (4, None, None)
+    assert not predictions(tmp_path)
+
+
+def test_predictions_are_begun_anew(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "predictions.csv").write_text("of an earlier job\n")
+    run(tmp_path, NAMES, files=1)
+    assert predictions(tmp_path) == ["00.csv"]
+
+
+# Failures
+
+
+@pytest.mark.parametrize(
+    ("returned", "told"),
+    [("'text'", "returned a str"), ("None", "returned a NoneType")],
+)
+def test_what_is_neither_list_nor_frame_fails_the_mini_batch(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, returned: str, told: str
+) -> None:
+    body = f"def run(mini_batch):\n    return {returned} if mini_batch[0].endswith('01.csv') else mini_batch"
+    done = run(tmp_path, body, max_retries=1)
+    assert (done.succeeded, done.failed, done.failed_files, done.retries, done.fault) == (3, 1, 1, 1, None)
+    assert f"run() {told}; return a list or a pandas DataFrame" in caplog.text
+    assert "try 2 of 2" in caplog.text
+
+
+def test_a_mini_batch_that_raises_is_retried_in_the_same_process(tmp_path: Path) -> None:
+    body = """
+    def run(mini_batch):
+        name = Path(mini_batch[0]).name
+        note("tries", name)
+        if name == "01.csv" or (name == "02.csv" and (OUT / "tries").read_text().count(name) < 3):
+            raise ValueError(f"not {name}")
+        return mini_batch
+    """
+    done = run(tmp_path, body)
+    assert Counter(notes(tmp_path, "tries")) == {"00.csv": 1, "01.csv": 4, "02.csv": 3, "03.csv": 1}
+    assert len(notes(tmp_path, "inits")) == 1
+    assert (done.succeeded, done.failed, done.retries, done.deliveries) == (3, 1, 5, 9)
+    assert worker_log(tmp_path).count("ValueError: not 01.csv") == 4
+
+
+@pytest.mark.parametrize("end", ["sys.exit(4)", "os.kill(os.getpid(), 11)"])
+def test_a_worker_that_dies_is_replaced_and_its_mini_batch_retried(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, end: str
+) -> None:
+    body = f"""
+    def run(mini_batch):
+        if mini_batch[0].endswith("01.csv"):
+            {end}
+        return mini_batch
+    """
+    done = run(tmp_path, body, max_retries=1)
+    assert (done.deaths, done.retries, done.succeeded, done.failed_files) == (2, 1, 3, 1)
+    assert ("exit code 4" if "exit" in end else "killed by SIGSEGV") in caplog.text
+
+
+def test_a_mini_batch_that_takes_too_long_has_its_worker_killed(tmp_path: Path) -> None:
+    body = """
+    import subprocess
+
+    def run(mini_batch):
+        if mini_batch[0].endswith("01.csv") and not seen("hung", "once"):
+            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+            note("hung", "once", os.getpid(), child.pid)
+            time.sleep(600)
+        return mini_batch
+    """
+    done = run(tmp_path, body, timeout=0.4)
+    assert (done.timeouts, done.retries, done.succeeded, done.failed) == (1, 1, 4, 0)
+    assert len(notes(tmp_path, "inits")) == 2
+    left = [int(word) for word in notes(tmp_path, "hung")[0].split()[1:]]
+    assert eventually(lambda: not any(map(is_alive, left)))
+
+
+@pytest.mark.parametrize(("threshold", "fails"), [(-1, False), (2, False), (1, True), (0, True)])
+def test_the_job_fails_where_more_files_fail_than_may(tmp_path: Path, threshold: int, fails: bool) -> None:
+    """A mini-batch of three that returns two rows has lost a file; one that raises has lost all."""
+    body = """
+    def run(mini_batch):
+        if len(mini_batch) == 1:
+            raise ValueError("the last")
+        return mini_batch[1:] if any(path.endswith("01.csv") for path in mini_batch) else mini_batch * 2
+    """
+    done = run(tmp_path, body, files=7, mini_batch_size=3, max_retries=0, error_threshold=threshold)
+    assert (done.fault is not None) == fails
+    if fails:
+        assert f"--error-threshold allows {threshold}" in str(done.fault)
+    else:
+        assert (done.failed_files, done.rows) == (2, 8)
+
+
+@pytest.mark.parametrize("body", ["def run(mini_batch):\n    return []", "def run(mini_batch):\n    raise ValueError"])
+def test_a_job_of_which_no_mini_batch_has_succeeded_fails(tmp_path: Path, body: str) -> None:
+    done = run(tmp_path, body, max_retries=1)
+    assert "no succeeded mini batch" in str(done.fault)
+    assert (done.succeeded, done.failed, done.failed_files) == (0, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ("def init():\n    raise ValueError('no model')\n" + NAMES, "ValueError: no model"),
+        ("import nothing_of_the_kind", "No module named 'nothing_of_the_kind'"),
+        ("run = None", "has no function run()"),
+        ("def init():\n    os._exit(7)\n" + NAMES, "exit code 7"),
+    ],
+)
+def test_a_script_that_cannot_begin_fails_the_job(tmp_path: Path, body: str, told: str) -> None:
+    done = run(tmp_path, body)
+    assert told in str(done.fault)
+    assert "worker-0.log" in str(done.fault)
+    assert (done.deliveries, done.succeeded) == (0, 0)
+
+
+# Simulated faults
+
+
+SLOW = """
+def run(mini_batch):
+    names = [Path(path).name for path in mini_batch]
+    note("begun", *names, time.monotonic())
+    time.sleep(0.06)
+    note("ended", *names, time.monotonic())
+    return names
+"""
+
+
+def test_kills_hit_in_the_midst_and_their_mini_batches_are_retried(tmp_path: Path) -> None:
+    done = run(tmp_path, SLOW, files=20, mini_batch_size=2, workers=2, kill=0.3)
+    assert done.kills >= 2  # one that comes when all the others are done has nothing left to hit
+    assert (done.kills + done.kills_missed, done.retries, done.deliveries) == (3, done.kills, 10 + done.kills)
+    assert len(notes(tmp_path, "begun")) - len(notes(tmp_path, "ended")) >= done.kills - 1  # noted, but not returned
+    assert sorted(predictions(tmp_path)) == [f"{index:02}.csv" for index in range(20)]
+    assert len(notes(tmp_path, "inits")) > done.kills
+    assert (done.succeeded, done.fault, done.deaths) == (10, None, 0)
+
+
+def test_every_mini_batch_can_be_killed_once(tmp_path: Path) -> None:
+    done = run(tmp_path, SLOW, files=4, workers=2, kill=1.0)
+    assert done.kills + done.kills_missed == 4
+    assert done.kills >= 2
+    assert sorted(predictions(tmp_path)) == [f"{index:02}.csv" for index in range(4)]
+
+
+def test_kills_use_up_retries(tmp_path: Path) -> None:
+    done = run(tmp_path, SLOW, files=6, kill=0.3, max_retries=0)
+    assert done.kills >= 1
+    assert (done.failed, done.retries, len(predictions(tmp_path))) == (done.kills, 0, 6 - done.kills)
+
+
+def test_kills_come_at_any_point_of_the_time_that_a_mini_batch_takes() -> None:
+    moments = []
+    for seed in range(200):
+        kills = Kills(0.5, 2, random.Random(seed))
+        first, second = MiniBatch(0, ("a",)), MiniBatch(1, ("b", "c"))
+        assert kills.arm(first, first=True) is None  # nobody knows yet how long one takes
+        kills.note(first, 10.0)
+        moment = kills.arm(second, first=True)
+        assert moment is not None
+        moments.append(moment)
+    assert all(0 <= moment <= 20 for moment in moments)
+    assert all(count > 30 for count in Counter(int(moment // 5) for moment in moments).values())
+
+
+def test_duplicates_are_delivered_twice_some_at_the_same_time(tmp_path: Path) -> None:
+    done = run(tmp_path, SLOW, files=10, workers=2, duplicate=0.5)
+    assert (done.duplicates, done.deliveries, done.rows, done.succeeded, done.retries) == (5, 15, 15, 10, 0)
+    assert sorted(Counter(predictions(tmp_path)).values()) == [1] * 5 + [2] * 5
+    begun, ended = (sorted(line.split() for line in notes(tmp_path, name)) for name in ("begun", "ended"))
+    pairs = [(name, begin) for (name, begin), (other, end) in zip(begun[1:], ended, strict=False) if name == other]
+    assert len(pairs) == 5
+    first_ends = {name: float(end) for name, end in reversed(ended)}
+    assert any(float(begin) < first_ends[name] for name, begin in pairs)
+
+
+# The command
+
+
+def simulated(tmp_path: Path, body: str, *options: str, files: int = 4) -> runs.Done:
+    inputs, script = write_files(tmp_path / "in", files), write_script(tmp_path, body)
+    line = ("azureml-simulate", inputs, "--out", tmp_path / "out", "--script", script, "--gpus", "0", *options)
+    return runs.command(*line)
+
+
+def test_the_command_tells_what_has_come_of_it(tmp_path: Path) -> None:
+    done = simulated(tmp_path, NAMES, "--mini-batch-size", "2", "--workers", "2", "--timeout", "20s")
+    assert (done.code, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[:2] == ["2 mini-batches of 4 files · 2 succeeded, 0 failed; 0 files failed", "2 deliveries"]
+    assert lines[2].startswith("4 rows in ")
+    assert lines[3:] == [f"rows     {tmp_path}/out/predictions.csv", f"logs     {tmp_path}/out/logs/azureml"]
+
+
+def test_the_command_tells_a_script_as_json(tmp_path: Path) -> None:
+    done = simulated(tmp_path, "def run(mini_batch):\n    return None", "--max-retries", "0", "--json", "-q", files=1)
+    told = json.loads(done.stdout)
+    assert (done.code, done.stderr) == (3, "")
+    assert (told["mini_batches"], told["failed_files"], told["rows_per_second"]) == (1, 1, None)
+    assert told["fault"].startswith("no succeeded mini batch")
+
+
+def test_quiet_prints_nothing_on_success_and_usage_ends_with_2(tmp_path: Path) -> None:
+    done = simulated(tmp_path, NAMES, "-q", "--output-action", "summary_only")
+    assert (done.code, done.stdout, done.stderr) == (0, "", "")
+    wrong = runs.command("azureml-simulate", tmp_path / "absent", "--script", tmp_path / "score.py")
+    assert (wrong.code, wrong.stdout) == (2, "")
+    assert "there is no such file or folder" in wrong.stderr
+    assert runs.command("azureml-simulate", tmp_path, "--kill", "2").code == 2
+
+
+HANGING = """
+def run(mini_batch):
+    note("hanging", os.getpid(), os.getcwd())
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_workers_and_their_folders_end_with_the_command(tmp_path: Path, number: signal.Signals) -> None:
+    inputs, script = write_files(tmp_path / "in", 2), write_script(tmp_path, HANGING)
+    line = [sys.executable, "-m", "batch_infer", "azureml-simulate", str(inputs), "--out", str(tmp_path / "out"),
+            "--script", str(script), "--gpus", "0", "--workers", "2", "--mini-batch-size", "1"]  # fmt: skip
+    pipe, environment = subprocess.PIPE, {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(line, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
+        assert runs.wait_for(process, lambda: len(notes(tmp_path, "hanging")) == 2)
+        process.send_signal(number)
+        stdout, stderr = process.communicate(timeout=30)
+    workers = [line.split() for line in notes(tmp_path, "hanging")]
+    assert eventually(lambda: not any(is_alive(int(pid)) for pid, _ in workers))
+    assert stdout == ""
+    if number != signal.SIGKILL:
+        assert process.returncode == 75
+        assert "interrupted" in stderr
+        assert not any(Path(folder).exists() for _, folder in workers)

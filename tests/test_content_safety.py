@@ -1,0 +1,610 @@
+"""Azure AI Content Safety: through the real SDK, against a server on loopback that is as strict and fails as much."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import random
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import datetime, timedelta, timezone
+from email.utils import format_datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from pyrate_limiter import Rate
+
+from batch_infer.errors import Interrupted, RowBroken, ServiceError, SettingsError
+from batch_infer.records import Verdict
+from batch_infer.safety import Gate, answers, content_safety, limits, patience
+from batch_infer.safety.content_safety import ContentSafety, check_credentials
+from batch_infer.settings import ServiceSettings
+from tests.content_safety_server import (
+    HANG,
+    KEY,
+    RESET,
+    Asked,
+    Fault,
+    Service,
+    malformed,
+    serving,
+    status,
+    with_severity,
+    without,
+)
+
+CLEAN = {"Hate": 0, "SelfHarm": 0, "Sexual": 0, "Violence": 0}
+WORDS = {"gore": ("Violence", 4), "slur": ("Hate", 2), "nude": ("Sexual", 6)}
+GREY = np.full((64, 64, 3), 128, np.uint8)
+REFUSES = Fault(400, body=b'{"error": {"code": "InvalidRequestBody", "message": "The text is too odd."}}')
+
+
+@pytest.fixture(autouse=True)
+def _key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONTENT_SAFETY_KEY", KEY)
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Attempts follow each other after 5 ms; gives the numbers of those that brought no answer."""
+    failed: list[int] = []
+
+    def backoff(state: Any) -> float:
+        failed.append(state.attempt_number)
+        return 0.005
+
+    monkeypatch.setattr(patience, "BACKOFF", backoff)
+    return failed
+
+
+@contextmanager
+def gate_to(service: Service, stop: Callable[[], bool] = lambda: False, **settings: Any) -> Iterator[ContentSafety]:
+    gate = ContentSafety(ServiceSettings(service.endpoint, **{"patience": 5.0, **settings}), stop)
+    try:
+        yield gate
+    finally:
+        gate.close()
+
+
+def gaps(service: Service) -> list[float]:
+    """Seconds between a request and the next."""
+    times = [asked.at for asked in service.requests]
+    return [after - before for before, after in zip(times, times[1:], strict=False)]
+
+
+def most_in(seconds: float, times: Sequence[float]) -> int:
+    """The most requests that came within so many seconds."""
+    ordered = sorted(times)
+    return max(sum(start <= time < start + seconds for time in ordered) for start in ordered)
+
+
+def test_a_prompt_costs_one_request_and_has_the_severities_of_all_categories() -> None:
+    with serving(words=WORDS) as service, gate_to(service) as gate:
+        used: Gate = gate
+        clean, unsafe = used.check_prompt("a red square"), used.check_prompt("gore and slur")
+    assert clean == Verdict(False, "azure_content_safety", CLEAN)
+    assert unsafe.nsfw is True and unsafe.scores == {**CLEAN, "Violence": 4, "Hate": 2}
+    assert unsafe.reason == "Azure AI Content Safety refused the prompt (Hate 2, Violence 4)"
+    assert service.texts == ["a red square", "gore and slur"]
+    body = service.requests[0].body
+    assert body["categories"] == list(CLEAN) and body["outputType"] == "FourSeverityLevels"
+
+
+def test_an_image_costs_one_request_and_is_sent_as_it_is() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (72, 96, 3), np.uint8)
+    with serving(judge=lambda image: {"Sexual": 6} if image.size == (96, 72) else {}) as service:
+        with gate_to(service) as gate:
+            clean, unsafe = gate.check_image(GREY), gate.check_image(pixels)
+        sent = [np.asarray(image) for image in service.images]
+    assert clean == Verdict(False, "azure_content_safety", CLEAN)
+    assert unsafe.nsfw is True and unsafe.scores == {**CLEAN, "Sexual": 6}
+    assert unsafe.reason == "Azure AI Content Safety flagged the image (Sexual 6)"
+    assert len(sent) == 2 and np.array_equal(sent[0], GREY) and np.array_equal(sent[1], pixels)
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "unsafe"),
+    [((1, 1, 1, 1), True), ((1, 1, 1, 4), True), ((2, 1, 1, 4), False), ((2, 0, 0, 3), True), ((7, 7, 7, 7), False)],
+)
+def test_each_category_has_a_threshold(thresholds: tuple[int, ...], unsafe: bool) -> None:
+    with serving(words=WORDS) as service, gate_to(service, thresholds=thresholds) as gate:
+        verdict = gate.check_prompt("gore and slur")
+    assert verdict.nsfw is unsafe and verdict.scores == {**CLEAN, "Violence": 4, "Hate": 2}
+
+
+def test_a_hit_on_a_blocklist_refuses_the_prompt() -> None:
+    lists = {"brands": ["acme"], "names": ["bob"], "unused": ["square"]}
+    with serving(blocklists=lists) as service, gate_to(service, blocklists=("brands", "names")) as gate:
+        clean, hit = gate.check_prompt("a red square"), gate.check_prompt("bob has an acme hat")
+    assert clean == Verdict(False, "azure_content_safety", CLEAN)
+    assert hit.nsfw is True and hit.scores == {**CLEAN, "blocklist brands": 1, "blocklist names": 1}
+    assert hit.reason == "Azure AI Content Safety refused the prompt (blocklist brands, blocklist names)"
+
+
+def test_a_long_prompt_is_judged_in_pieces_by_its_worst() -> None:
+    prompt = "slur " + "word " * 4500 + "gore"
+    with serving(words=WORDS) as service, gate_to(service) as gate:
+        verdict = gate.check_prompt(prompt)
+        gate.check_prompt("\U0001f600" * 10_000)
+    assert verdict.scores == {**CLEAN, "Violence": 4, "Hate": 2}
+    assert len(service.texts) == 3 + 1 and set(service.statuses) == {200}
+
+
+@pytest.mark.parametrize("cut", [9_800, 10_000, 19_600, 19_800])
+@pytest.mark.parametrize("before", [0, 1, 100, 150, 198])
+def test_a_phrase_at_a_cut_stands_whole_in_a_piece(cut: int, before: int) -> None:
+    phrase = "never these words together".ljust(200, "!")
+    text = "x" * (cut - before) + phrase + "x" * 8_000
+    assert any(phrase in piece for piece in limits.pieces(text))
+
+
+@pytest.mark.parametrize("length", [0, 1, 200, 201, 9_999, 10_000, 10_001, 19_800, 19_801, 50_000])
+def test_pieces_leave_nothing_out(length: int) -> None:
+    text = "".join(chr(32 + k % 90) for k in range(length))
+    found = list(limits.pieces(text))
+    assert all(len(piece) <= 10_000 for piece in found)
+    assert found[0] + "".join(piece[200:] for piece in found[1:]) == text
+    assert len(found) == max(1, -(-(length - 200) // 9_800))
+
+
+@pytest.mark.parametrize(
+    ("size", "sent"),
+    [
+        ((64, 64), (64, 64)),
+        ((50, 2048), (50, 2048)),
+        ((8, 8), (50, 50)),
+        ((32, 64), (50, 100)),
+        ((16, 512), (50, 1600)),
+        ((3000, 1500), (2048, 1024)),
+        ((8, 512), (50, 2048)),
+        ((4096, 64), (2048, 50)),
+        ((1, 4096), (50, 2048)),
+    ],
+    ids=str,
+)
+def test_an_image_is_scaled_into_the_bounds(size: tuple[int, int], sent: tuple[int, int]) -> None:
+    pixels = np.full((size[1], size[0], 3), 200, np.uint8)
+    with serving() as service, gate_to(service) as gate:
+        assert gate.check_image(pixels).nsfw is False
+        assert [image.size for image in service.images] == [sent]
+
+
+@pytest.mark.parametrize(("size", "shown"), [((8, 512), (32, 2048)), ((4096, 64), (2048, 32))], ids=str)
+def test_an_image_too_slender_for_both_bounds_is_framed(size: tuple[int, int], shown: tuple[int, int]) -> None:
+    framed = np.asarray(limits.fitted(Image.new("RGB", size, (255, 0, 0))))
+    red = (framed == (255, 0, 0)).all(axis=-1)
+    assert red.sum() == shown[0] * shown[1]
+    assert (framed[~red] == 0).all()
+
+
+def test_an_image_that_no_png_holds_in_4_mb_is_sent_as_a_jpeg() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (1600, 1600, 3), np.uint8)
+    with serving() as service, gate_to(service) as gate:
+        assert gate.check_image(noise).nsfw is False
+        (asked,) = service.requests
+    assert 1024 * 1024 < len(asked.content) <= 4 * 1024 * 1024
+    assert asked.content.startswith(b"\xff\xd8")
+
+
+BROKEN_ANSWERS = {
+    "no category": without("SelfHarm"),
+    "null": with_severity("Sexual", None),
+    "text": with_severity("Hate", "0"),
+    "true": with_severity("Hate", True),
+    "8": with_severity("Violence", 8),
+    "-1": with_severity("Violence", -1),
+    "2.0": with_severity("Violence", 2.0),
+    "no severity": Fault(alter=lambda answer: {"categoriesAnalysis": [{"category": name} for name in CLEAN]}),
+    "no analysis": Fault(alter=lambda answer: {"blocklistsMatch": []}),
+    "nameless blocklist": Fault(alter=lambda answer: {**answer, "blocklistsMatch": [{"blocklistName": 1}]}),
+    "odd blocklists": Fault(alter=lambda answer: {**answer, "blocklistsMatch": 1}),
+    "odd analysis": malformed(b'{"categoriesAnalysis": 1}'),
+    "analysis of lists": malformed(b'{"categoriesAnalysis": [[]]}'),
+    "list": malformed(b"[]"),
+    "nothing": malformed(b""),
+    "null body": malformed(b"null"),
+    "half": malformed(b'{"categoriesAnalysis": ['),
+    "bytes": malformed(b"\xff\xfe\x00"),
+    "deep": malformed(b"[" * 100_000),
+    "html": Fault(headers={"Content-Type": "text/html"}, body=b"<html>"),
+    "xml": Fault(headers={"Content-Type": "application/xml"}, body=b"<html>"),
+    "unknown charset": Fault(headers={"Content-Type": "application/json; charset=none"}, body=b"\xe9"),
+    "not gzip": Fault(headers={"Content-Encoding": "gzip"}),
+    "204": Fault(204, body=b""),
+}
+TRANSIENT = {str(code): status(code) for code in (408, 429, 500, 502, 503, 504)} | {"reset": RESET}
+
+
+@pytest.mark.parametrize("fault", [*BROKEN_ANSWERS.values(), *TRANSIENT.values()], ids=[*BROKEN_ANSWERS, *TRANSIENT])
+def test_what_is_no_answer_is_asked_for_again_and_each_attempt_is_one_request(fault: Fault, hurried: list[int]) -> None:
+    with serving(words=WORDS, faults=[fault, fault]) as service, gate_to(service) as gate:
+        assert gate.check_prompt("gore").nsfw is True
+        assert len(service.requests) == 3 and hurried == [1, 2]
+        service.script([fault])
+        assert gate.check_image(GREY).nsfw is False
+        assert len(service.requests) == 3 + 2 and hurried == [1, 2, 1]
+
+
+@pytest.mark.usefixtures("hurried")
+def test_a_service_that_hangs_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(content_safety, "READ_SECONDS", 0.3)
+    with serving(faults=[HANG]) as service, gate_to(service) as gate:
+        assert gate.check_prompt("a red square").nsfw is False
+        assert len(service.requests) == 2 and 0.3 <= gaps(service)[0] < 2
+
+
+def test_a_bare_429_is_survived() -> None:
+    """The SDK itself would give up at once."""
+    with serving(faults=[status(429)]) as service, gate_to(service) as gate:
+        assert gate.check_prompt("a red square").nsfw is False
+    assert service.statuses == [429, 200] and 0.5 <= gaps(service)[0] < 2
+
+
+def test_retry_after_is_honoured() -> None:
+    """A date has whole seconds: of two ahead, more than one is left."""
+    dated = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=2), usegmt=True)
+    faults = [status(429, dated), status(429, "0.7"), status(503, "0")]
+    with serving(faults=faults) as service, gate_to(service) as gate:
+        assert gate.check_prompt("a red square").nsfw is False
+    assert service.statuses == [429, 429, 503, 200]
+    dated_gap, seconds_gap, zero_gap = gaps(service)
+    assert 0.9 <= dated_gap < 2.5
+    assert 0.7 <= seconds_gap < 1.7
+    assert 0.5 <= zero_gap < 1.5, "a service that is asked again at once, and again, is not helped"
+
+
+def test_retry_after_in_its_forms() -> None:
+    now = datetime.now(timezone.utc)
+    ahead = answers.retry_after(format_datetime(now + timedelta(seconds=60)))
+    assert ahead is not None and 58 <= ahead <= 60
+    assert answers.retry_after(format_datetime(now - timedelta(seconds=60), usegmt=True)) == 0
+    assert [answers.retry_after(text) for text in ("7", "0", "0.5", "-3")] == [7, 0, 0.5, 0]
+    assert [answers.retry_after(text) for text in ("soon", "", None, "nan", "inf", "1 day")] == [None] * 6
+
+
+def test_waits_grow_to_twenty_seconds() -> None:
+    states: list[Any] = [SimpleNamespace(attempt_number=n) for n in range(1, 12)]
+    waits = [patience.BACKOFF(state) for state in states]
+    for wait, least in zip(waits, [0.5, 1, 2, 4, 8, 16, 20, 20, 20, 20, 20], strict=True):
+        assert least <= wait <= least + 0.5
+    assert len({patience.BACKOFF(states[0]) for _ in range(9)}) > 1
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize(
+    "fault", [status(500), status(429, "3600"), RESET, without("Hate")], ids=["500", "429", "reset", "no category"]
+)
+def test_a_service_that_answers_nobody_is_given_up_after_our_patience(fault: Fault) -> None:
+    with serving(faults=lambda asked: fault) as service, gate_to(service, patience=0.2) as gate:
+        for check in (lambda: gate.check_prompt("a red square"), lambda: gate.check_image(GREY)):
+            started = time.monotonic()
+            with pytest.raises(ServiceError, match=f"at {service.endpoint} has not answered for .* run again to go on"):
+                check()
+            assert 0.2 <= time.monotonic() - started < 1.5
+    assert all(text in ("a red square", None) for text in service.texts)
+
+
+@pytest.mark.usefixtures("hurried")
+def test_a_server_that_is_not_there_is_given_up_after_our_patience() -> None:
+    with serving() as service:
+        pass
+    with gate_to(service, patience=0.2) as gate, pytest.raises(ServiceError, match="Connection refused"):
+        gate.check_prompt("a red square")
+
+
+def odd(asked: Asked) -> Fault | None:
+    return status(500) if asked.kind == "text" and "odd" in asked.content else None
+
+
+@pytest.mark.usefixtures("hurried")
+def test_a_row_without_an_answer_is_broken_where_others_are_answered() -> None:
+    prompts = ["an odd one", *(f"prompt {k}" for k in range(60))]
+    with serving(faults=odd, latency=0.02) as service, gate_to(service, patience=0.5) as gate:
+        with ThreadPoolExecutor(2) as pool:
+            found = [pool.submit(gate.check_prompt, prompt) for prompt in prompts]
+        with pytest.raises(RowBroken, match=r"no answer on this row's prompt \(HTTP 500: InternalError: told"):
+            found[0].result()
+        assert all(answer.result().nsfw is False for answer in found[1:])
+    assert "a red square" not in service.texts, "it is known that others are answered"
+
+
+@pytest.mark.usefixtures("hurried")
+def test_a_row_without_an_answer_is_broken_where_another_would_be_answered() -> None:
+    """Else the last row of a table could end every run."""
+    with serving(faults=odd) as service, gate_to(service, patience=0.2) as gate, pytest.raises(RowBroken):
+        gate.check_prompt("an odd one")
+    assert service.texts[-1] == "a red square" and service.texts.count("a red square") == 1
+
+
+@pytest.mark.usefixtures("hurried")
+def test_images_can_be_unanswered_while_prompts_are_answered() -> None:
+    faults = {"image": status(503), "text": None}
+    with serving(faults=lambda asked: faults[asked.kind]) as service, gate_to(service, patience=0.3) as gate:
+        with ThreadPoolExecutor(1) as pool:
+            image = pool.submit(gate.check_image, GREY)
+            while not image.done():
+                assert gate.check_prompt("a red square").nsfw is False
+        with pytest.raises(ServiceError):
+            image.result()
+
+
+@pytest.mark.usefixtures("hurried")
+def test_a_breakdown_breaks_no_row_though_others_were_answered_at_first() -> None:
+    def breakdown(asked: Asked) -> Fault | None:
+        return status(500) if asked.at > end or asked.content == "the first to fail" else None
+
+    with (
+        serving(faults=breakdown, latency=0.02) as service,
+        gate_to(service, patience=0.8) as gate,
+        ThreadPoolExecutor(gate.at_once) as pool,
+    ):
+        end = time.monotonic() + 0.3
+        found = [pool.submit(gate.check_prompt, "the first to fail")]
+        found += [pool.submit(_ask_on, gate) for _ in range(gate.at_once - 1)]
+    assert {type(error.exception()) for error in found} == {ServiceError}
+    assert max(asked.at for asked in service.requests) - end < 2.5
+
+
+def _ask_on(gate: ContentSafety) -> Verdict:
+    while gate.check_prompt("a blue ball").nsfw is False:
+        pass
+    pytest.fail("a blue ball is not unsafe")
+
+
+def test_a_refusal_of_one_row_is_told_at_once_with_the_services_words() -> None:
+    with serving(faults=[REFUSES, status(413), status(415)]) as service, gate_to(service) as gate:
+        with pytest.raises(
+            RowBroken, match=r"this row's prompt \(HTTP 400: InvalidRequestBody: The text is too odd\.\)"
+        ):
+            gate.check_prompt("an odd one")
+        for code in (413, 415):
+            with pytest.raises(RowBroken, match=f"this row's image .*HTTP {code}"):
+                gate.check_image(GREY)
+        with pytest.raises(RowBroken, match="1 to 10000 characters"):
+            gate.check_prompt("")
+    assert len(service.requests) == 4
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (status(401), "refuses the key in CONTENT_SAFETY_KEY"),
+        (status(403), "refuses the key in CONTENT_SAFETY_KEY"),
+        (status(404), "see CONTENT_SAFETY_ENDPOINT"),
+        (Fault(307, {"Location": "/contentsafety/text:analyze?api-version=2023-10-01"}), "see CONTENT_SAFETY_ENDPOINT"),
+    ],
+    ids=["401", "403", "404", "307"],
+)
+def test_what_is_wrong_with_the_settings_is_told_at_once(fault: Fault, words: str) -> None:
+    with (
+        serving(faults=lambda asked: fault) as service,
+        gate_to(service) as gate,
+        pytest.raises(SettingsError, match=words),
+    ):
+        gate.check_prompt("a red square")
+    assert len(service.requests) == 1
+
+
+def test_a_wrong_key_and_an_unknown_blocklist_are_settings() -> None:
+    with serving(key="another") as service, gate_to(service) as gate, pytest.raises(SettingsError, match="HTTP 401"):
+        gate.check_image(GREY)
+    with (
+        serving(blocklists={"brands": []}) as service,
+        gate_to(service, blocklists=("brands", "bands")) as gate,
+        pytest.raises(SettingsError, match="The blocklist bands does not exist.*CONTENT_SAFETY_BLOCKLISTS"),
+    ):
+        gate.check_prompt("a red square")
+
+
+@pytest.mark.parametrize("fault", [status(500), status(429, "30")], ids=["backoff", "Retry-After"])
+def test_a_run_that_stops_waits_for_no_attempt(fault: Fault) -> None:
+    stopping = threading.Event()
+    with serving(faults=lambda asked: fault) as service, gate_to(service, stopping.is_set, patience=60) as gate:
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(gate.check_prompt, "a red square")
+            time.sleep(0.3)
+            stopping.set()
+            stopped = time.monotonic()
+            with pytest.raises(Interrupted):
+                asked.result()
+            assert time.monotonic() - stopped < 0.4
+        count = len(service.requests)
+        with pytest.raises(Interrupted):
+            gate.check_image(GREY)
+        assert len(service.requests) == count
+
+
+def test_a_run_that_stops_waits_for_no_turn() -> None:
+    stopping = threading.Event()
+    with serving() as service, gate_to(service, stopping.is_set, requests_per_second=0.1) as gate:
+        gate.check_prompt("a red square")
+        threading.Timer(0.2, stopping.set).start()
+        started = time.monotonic()
+        with pytest.raises(Interrupted):
+            gate.check_prompt("a red square")
+        assert 0.1 < time.monotonic() - started < 1
+    assert len(service.requests) == 1
+
+
+def ask_from_threads(service: Service, count: int, **settings: Any) -> list[Verdict]:
+    with gate_to(service, **settings) as gate, ThreadPoolExecutor(gate.at_once) as pool:
+        return list(pool.map(gate.check_prompt, [f"prompt {k}" for k in range(count)]))
+
+
+def test_threads_share_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In windows of half a second instead of ten: at the start, and in any window after."""
+    monkeypatch.setattr(patience, "COUNTED", 0.5)
+    monkeypatch.setattr(patience, "WINDOW", 1.0)
+    with serving() as service:
+        ask_from_threads(service, 64, requests_per_second=44)
+    times = [asked.at for asked in service.requests]
+    assert len(times) == 64 and most_in(0.5, times) <= 22
+    assert 1.9 < max(times) - min(times) < 4, "as slow as it has to be"
+
+
+@pytest.mark.soak
+def test_threads_share_the_rate_of_the_services_window() -> None:
+    with serving() as service:
+        ask_from_threads(service, 64, requests_per_second=3.0)
+    times = [asked.at for asked in service.requests]
+    assert len(times) == 64 and most_in(10.0, times) <= 30
+
+
+@pytest.mark.parametrize(
+    ("per_second", "limit", "milliseconds"),
+    [(100, 1000, 10_500), (12.55, 125, 10_500), (0.1, 1, 10_500), (0.05, 1, 21_000)],
+)
+def test_a_rate_is_a_count_in_ten_seconds_and_a_little(per_second: float, limit: int, milliseconds: int) -> None:
+    rate: Rate = patience.rate_of(per_second)
+    assert (rate.limit, rate.interval) == (limit, milliseconds)
+
+
+def test_threads_keep_their_connections(caplog: pytest.LogCaptureFixture) -> None:
+    """Of sixteen that come back at one time, the SDK itself would keep ten."""
+    with serving(latency=0.1) as service, gate_to(service) as gate, ThreadPoolExecutor(gate.at_once) as pool:
+        for _ in range(3):
+            assert len(list(pool.map(gate.check_prompt, ["a red square"] * gate.at_once))) == gate.at_once
+        assert service.connections == gate.at_once
+    assert not caplog.records
+
+
+@pytest.mark.usefixtures("hurried")
+def test_no_verdict_is_lost_or_mixed_up_by_a_service_that_fails_every_other_time(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Many threads, all faults at once, prompts of one kind and the other."""
+    caplog.set_level(0)
+    faults = [*BROKEN_ANSWERS.values(), *TRANSIENT.values(), status(429, "0"), Fault(hang=0.05)]
+    rng = random.Random(0)
+    prompts = [f"{'gore' if k % 3 == 0 else 'peace'} {k}" for k in range(150)]
+    with (
+        serving(words=WORDS, faults=(rng.choice([None, rng.choice(faults)]) for _ in iter(int, 1))) as service,
+        gate_to(service, patience=20) as gate,
+        ThreadPoolExecutor(gate.at_once) as pool,
+    ):
+        verdicts = list(pool.map(gate.check_prompt, prompts))
+    assert [verdict.nsfw for verdict in verdicts] == [k % 3 == 0 for k in range(150)]
+    assert len(service.requests) > 200 and set(service.texts) == set(prompts)
+    ours = {record.name for record in caplog.records} - {"asyncio"}
+    assert not ours, "the libraries' logs stay off the terminal"
+
+
+def test_credentials_are_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ServiceSettings("https://name.cognitiveservices.azure.com")
+    check_credentials(settings)
+    monkeypatch.setenv("CONTENT_SAFETY_KEY", "\u2018key\u2019")
+    with pytest.raises(SettingsError, match="characters that no key has"):
+        check_credentials(settings)
+    monkeypatch.setenv("CONTENT_SAFETY_KEY", " ")
+    monkeypatch.setenv("AZURE_TOKEN_CREDENTIALS", "EnvironmentCredential")
+    for name in ("AZURE_CLIENT_ID", "AZURE_TENANT_ID", "AZURE_CLIENT_SECRET"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(SettingsError, match="needs a key in CONTENT_SAFETY_KEY, or an identity"):
+        check_credentials(settings)
+    with pytest.raises(SettingsError, match="no identity without https: set CONTENT_SAFETY_KEY"):
+        check_credentials(ServiceSettings("http://127.0.0.1:1"))
+
+
+class Identity(BaseHTTPRequestHandler):
+    """What an Azure machine asks for the token of its managed identity."""
+
+    def do_GET(self) -> None:
+        found = {"access_token": "the-token", "expires_on": str(int(time.time()) + 86_400), "token_type": "Bearer"}
+        raw = json.dumps(found).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(raw)))
+        self.end_headers()
+        self.wfile.write(raw)
+
+    def log_message(self, *rest: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def managed_identity(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("CONTENT_SAFETY_KEY")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Identity) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        monkeypatch.setenv("AZURE_TOKEN_CREDENTIALS", "ManagedIdentityCredential")
+        monkeypatch.setenv("IDENTITY_ENDPOINT", f"http://127.0.0.1:{server.server_port}/token")
+        monkeypatch.setenv("IDENTITY_HEADER", "secret")
+        yield
+        server.shutdown()
+        thread.join()
+
+
+def certificate(folder: Path) -> Path:
+    """A certificate for localhost that nobody has signed, with its key."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(timezone.utc)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    alternatives = x509.SubjectAlternativeName(
+        [x509.DNSName("localhost"), x509.IPAddress(ipaddress.IPv4Address("127.0.0.1"))]
+    )
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
+    builder = builder.add_extension(alternatives, False)
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    file = folder / "localhost.pem"
+    file.write_bytes(private + builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+    return file
+
+
+@pytest.mark.usefixtures("managed_identity")
+def test_without_a_key_the_identity_of_the_machine_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = certificate(tmp_path)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(file))
+    with serving(certificate=file, key=None, token="the-token", words=WORDS) as service:
+        check_credentials(ServiceSettings(service.endpoint))
+        with gate_to(service) as gate:
+            assert gate.check_prompt("gore").nsfw is True
+            assert gate.check_image(GREY).nsfw is False
+    with (
+        serving(certificate=file, key=None, token="another") as service,
+        gate_to(service) as gate,
+        pytest.raises(SettingsError, match="identity .* role Cognitive Services User"),
+    ):
+        gate.check_prompt("a red square")
+
+
+@pytest.mark.parametrize("library", ["azure.ai.contentsafety", "tenacity"])
+def test_a_library_that_is_missing_is_said_with_the_way_out(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    settings = ServiceSettings("http://127.0.0.1:1")
+    for start in (check_credentials, ContentSafety):
+        with pytest.raises(SettingsError, match=rf"needs {library}: pip install 'batch-infer\[azure\]'"):
+            start(settings)
+
+
+def test_the_server_of_these_tests_is_also_a_process() -> None:
+    command = [sys.executable, "-m", "tests.content_safety_server", "0", "gore=Violence:4"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            endpoint = process.stdout.readline().strip()
+            gate = ContentSafety(ServiceSettings(endpoint, patience=5))
+            assert gate.check_prompt("gore").nsfw is True
+            gate.close()
+            with urllib.request.urlopen(endpoint) as answer:
+                assert json.load(answer) == {"texts": ["gore"], "images": 0, "statuses": [200]}
+        finally:
+            process.kill()

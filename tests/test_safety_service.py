@@ -1,0 +1,315 @@
+"""Azure AI Content Safety beside whole runs: the command, the real SDK, and a server on loopback."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from batch_infer.settings import ServiceSettings
+from tests import runs
+from tests.content_safety_server import KEY, Asked, Fault, Service, malformed, serving, status, with_severity, without
+
+RED = "a large red circle, centre, cream background"
+BLUE = "a large blue square, centre, cream background"
+READ = ServiceSettings.from_environment
+WORDS = {"axe": ("Violence", 4), "knife": ("Violence", 2)}
+CROSS = ("--on-flagged", "quarantine")
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key, and not two minutes of patience with a silent service: nobody wants to wait for that here."""
+    monkeypatch.setenv("CONTENT_SAFETY_KEY", KEY)
+    wait_for(monkeypatch, 0.5)
+
+
+def wait_for(monkeypatch: pytest.MonkeyPatch, patience: float) -> None:
+    def from_environment(environment: Mapping[str, str]) -> ServiceSettings | None:
+        found = READ(environment)
+        return found and replace(found, patience=patience)
+
+    monkeypatch.setattr(ServiceSettings, "from_environment", from_environment)
+
+
+def table(folder: Path, prompts: Sequence[str]) -> Path:
+    path = folder / "t.csv"
+    with path.open("w", newline="") as stream:
+        csv.writer(stream).writerows([["prompt"], *([prompt] for prompt in prompts)])
+    return path
+
+
+def is_red(image: Image.Image) -> dict[str, int]:
+    """Flags an image of which a twentieth is red."""
+    red, *others = np.asarray(image.convert("RGB")).astype(int).transpose(2, 0, 1)
+    return {"Sexual": 4} if np.mean(red > np.maximum(*others) + 80) > 0.05 else {}
+
+
+PROMPTS = [RED, "an axe", BLUE, f"a knife and {BLUE}", "small green ring, centre, white background"]
+CROSSES = ["a large red cross on a white ground", BLUE, RED]
+SHARP = ("--steps", "12", "--guidance-scale", "5")
+
+
+def use(monkeypatch: pytest.MonkeyPatch, service: Service, **more: str) -> None:
+    monkeypatch.setenv("CONTENT_SAFETY_ENDPOINT", service.endpoint)
+    for name, value in more.items():
+        monkeypatch.setenv(f"CONTENT_SAFETY_{name}", value)
+
+
+def test_refused_prompts_cost_no_rendering_and_each_image_is_asked_about_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with serving(words=WORDS, judge=is_red) as service:
+        use(monkeypatch, service, THRESHOLD="1,Violence=2")
+        done = runs.run(table(tmp_path, PROMPTS), out, "--safety", "azure", *SHARP, *CROSS)
+        assert done.code == 0, done.stderr
+        assert Counter(service.texts) == Counter(PROMPTS)
+        assert len(service.images) == 4
+        assert runs.run_json(out)["summary"]["row_forwards"] == 4 * 12 * 2
+        again = runs.run(table(tmp_path, PROMPTS), out, "--safety", "azure", *SHARP, *CROSS)
+        assert (again.code, len(service.requests)) == (0, 9)
+    red, axe, blue, knife, ring = runs.results(out)
+    assert (axe["status"], axe["generated_image"], axe["nsfw_content_detected"]) == ("blocked", None, True)
+    assert axe["error"] == "Azure AI Content Safety refused the prompt (Violence 4)"
+    assert axe["safety_scores"] == {"Hate": 0.0, "SelfHarm": 0.0, "Sexual": 0.0, "Violence": 4.0}
+    assert (red["status"], red["error"]) == ("flagged", "Azure AI Content Safety flagged the image (Sexual 4)")
+    assert red["generated_image"].startswith("quarantine/")
+    for row in (blue, knife, ring):
+        assert (row["status"], row["nsfw_content_detected"], row["error"]) == ("ok", False, None)
+        assert row["safety_checker"] == "azure_content_safety"
+    assert (knife["safety_scores"]["Violence"], ring["safety_scores"]["Violence"]) == (2.0, 0.0)
+    assert KEY not in (out / "run.json").read_text()
+    runs.assert_whole(out)
+
+
+def test_images_do_not_depend_on_who_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [f"a red circle {k}" for k in range(20)]
+    with serving(latency=0.01) as service:
+        use(monkeypatch, service)
+        assert runs.run(table(tmp_path, prompts), tmp_path / "a", "--safety", "azure").code == 0
+    assert runs.run(table(tmp_path, prompts), tmp_path / "b", "--safety", "none").code == 0
+    assert runs.hashes(tmp_path / "a") == runs.hashes(tmp_path / "b")
+
+
+def test_both_judges_have_their_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default too, once the endpoint is in the environment. The built-in model's own checker hates crosses."""
+    prompts = [CROSSES[0], RED, BLUE]
+    with serving(judge=is_red) as service:
+        use(monkeypatch, service)
+        done = runs.run(table(tmp_path, prompts), tmp_path / "out", *SHARP)
+        assert done.code == 0, done.stderr
+    cross, red, blue = runs.results(tmp_path / "out")
+    assert {row["safety_checker"] for row in (cross, red, blue)} == {"stable_diffusion+azure_content_safety"}
+    assert all({"concept_0", "Hate"} <= set(row["safety_scores"]) for row in (cross, red, blue))
+    assert (cross["status"], red["status"], blue["status"]) == ("flagged", "flagged", "ok")
+    assert red["error"] == "Azure AI Content Safety flagged the image (Sexual 4)"
+
+
+FAULTS = [status(429, "0"), status(429), status(500), status(503), malformed(b"<html>"), malformed(b"{}"),
+          without("Hate"), with_severity("Sexual", None), Fault(reset=True)]  # fmt: skip
+
+
+def test_faults_that_pass_cost_nothing_but_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One fault of each kind, among prompts and among images."""
+    out, prompts = tmp_path / "out", [f"a blue ring {k}" for k in range(16)]
+    with serving(faults=[*FAULTS, *[None] * 12, *FAULTS]) as service:
+        use(monkeypatch, service)
+        wait_for(monkeypatch, 30)
+        done = runs.run(table(tmp_path, prompts), out, "--safety", "azure")
+        assert done.code == 0, done.stderr
+        assert len(service.requests) == 2 * len(prompts) + 2 * len(FAULTS)
+    assert [row["status"] for row in runs.results(out)] == ["ok"] * 16
+
+
+@pytest.mark.parametrize("fault", [status(500), status(400), without("Violence")], ids=["500", "400", "no category"])
+def test_a_row_that_the_service_never_answers_for_fails_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault
+) -> None:
+    def faults(request: Asked) -> Fault | None:
+        return fault if request.kind == "text" and "cursed" in request.content else None
+
+    out = tmp_path / "out"
+    with serving(faults=faults) as service:
+        use(monkeypatch, service)
+        done = runs.run(table(tmp_path, ["a ring", "a cursed ring", "a circle"]), out, "--safety", "azure")
+    assert done.code == 3, done.stderr
+    ring, cursed, circle = runs.results(out)
+    assert (ring["status"], cursed["status"], circle["status"]) == ("ok", "failed", "ok")
+    assert cursed["generated_image"] is None and "Azure AI Content Safety" in cursed["error"]
+
+
+@pytest.mark.parametrize("fault", [status(500), Fault(hang=60)], ids=["500", "silence"])
+def test_a_service_that_is_down_ends_the_run_and_the_next_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault
+) -> None:
+    out, prompts = tmp_path / "out", [f"a ring {k}" for k in range(24)]
+    images = 0
+
+    def faults(request: Asked) -> Fault | None:
+        nonlocal images
+        images += request.kind == "image"
+        return fault if images > 10 else None
+
+    with serving(faults=faults) as service:
+        use(monkeypatch, service)
+        done = runs.run(table(tmp_path, prompts), out, "--safety", "azure")
+        assert done.code == 75
+        assert "has not answered" in done.stderr and service.endpoint in done.stderr
+    rows = runs.results(out)
+    assert 0 < len(rows) < 24 and {row["status"] for row in rows} == {"ok"}
+    runs.assert_whole(out)
+    with serving() as service:
+        use(monkeypatch, service)
+        assert runs.run(table(tmp_path, prompts), out, "--safety", "azure").code == 0
+        assert len(service.images) == 24 - len(rows)
+    assert len(runs.results(out)) == 24
+    runs.assert_whole(out)
+
+
+def test_a_key_that_is_refused_in_a_worker_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    with serving(words=WORDS) as service:
+        use(monkeypatch, service)
+        monkeypatch.setenv("CONTENT_SAFETY_KEY", "another")
+        done = runs.run(table(tmp_path, PROMPTS), out, "--safety", "azure", "--num-processes", "1")
+        assert done.code == 2
+        assert "CONTENT_SAFETY_KEY" in done.stderr and "Traceback" not in done.stderr
+        assert set(service.statuses) == {401}
+        assert not (out / "run.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "threshold", "told"),
+    [
+        (None, "1", "--safety azure: CONTENT_SAFETY_ENDPOINT is not set"),
+        ("my-resource", "1", "CONTENT_SAFETY_ENDPOINT=my-resource: say https://"),
+        ("http://127.0.0.1:1", "high", "CONTENT_SAFETY_THRESHOLD=high: say a number from 0 to 7"),
+        ("http://127.0.0.1:1", "Hat=1", "the categories are Hate, SelfHarm, Sexual, Violence"),
+    ],
+)
+def test_what_is_missing_is_told_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endpoint: str | None, threshold: str, told: str
+) -> None:
+    monkeypatch.delenv("CONTENT_SAFETY_ENDPOINT", raising=False)
+    if endpoint:
+        monkeypatch.setenv("CONTENT_SAFETY_ENDPOINT", endpoint)
+    monkeypatch.setenv("CONTENT_SAFETY_THRESHOLD", threshold)
+    done = runs.run(table(tmp_path, PROMPTS), tmp_path / "out", "--safety", "azure")
+    assert done.code == 2 and told in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_a_key_and_an_identity_nothing_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CONTENT_SAFETY_KEY")
+    with serving() as service:
+        use(monkeypatch, service)
+        done = runs.run(table(tmp_path, PROMPTS), tmp_path / "out", "--safety", "azure")
+        assert (done.code, service.requests) == (2, [])
+    assert "CONTENT_SAFETY_KEY" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+# Judging again
+
+
+def without_bookkeeping(out: Path) -> list[dict[str, Any]]:
+    kept = {"slots", "seconds", "attempt", "worker", "finished_at"}
+    return [{name: value for name, value in row.items() if name not in kept} for row in runs.results(out)]
+
+
+@pytest.mark.parametrize("policy", ["keep", "blank", "blur", "quarantine", "drop"])
+def test_images_that_are_judged_again_are_as_if_they_had_been_judged_at_once(tmp_path: Path, policy: str) -> None:
+    path, judged = table(tmp_path, CROSSES), ("--safety", "checker", "--on-flagged", policy)
+    assert runs.run(path, tmp_path / "again", *SHARP, "--safety", "none").code == 0
+    done = runs.command("rescore", tmp_path / "again", *judged, "--json")
+    assert done.code == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["judged"] == 3 and told["flagged"] == told["changed"] >= 1
+    assert runs.run(path, tmp_path / "once", *SHARP, *judged).code == 0
+    assert without_bookkeeping(tmp_path / "again") == without_bookkeeping(tmp_path / "once")
+    runs.assert_whole(tmp_path / "again")
+    more = runs.run(path, tmp_path / "again", *SHARP, *judged)
+    assert (more.code, "nothing to render" in more.stdout) == (0, True)
+    assert runs.command("rescore", tmp_path / "again", *judged, "--json").stdout.startswith('{"judged": 0')
+
+
+def test_what_was_flagged_comes_back_where_it_was_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, path = tmp_path / "out", table(tmp_path, [*CROSSES, "an axe"])
+    with serving(judge=is_red, words=WORDS) as service:
+        use(monkeypatch, service)
+        assert runs.run(path, out, *SHARP, "--safety", "azure", *CROSS).code == 0
+        flagged = [row["id"] for row in runs.results(out) if row["status"] == "flagged"]
+        assert flagged
+        use(monkeypatch, service, THRESHOLD="4")
+        before = len(service.requests)
+        done = runs.command("rescore", out, "--safety", "azure", "--on-flagged", "blank")
+        assert done.code == 0, done.stderr
+        assert [request.kind for request in service.requests[before:]] == ["image"] * 3
+    rows = {row["id"]: row for row in runs.results(out)}
+    assert [rows[name]["status"] for name in flagged] == ["ok"] * len(flagged)
+    assert all(rows[name]["generated_image"].startswith("images/") for name in flagged)
+    axe = rows["t-00000003"]
+    assert (axe["status"], axe["nsfw_content_detected"]) == ("blocked", True)
+    assert axe["error"].endswith("its image was not kept and cannot be judged again")
+    assert "1 cannot be judged again" in done.stdout
+    runs.assert_whole(out)
+
+
+def test_a_blanked_image_is_never_taken_for_a_clean_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, path = tmp_path / "out", table(tmp_path, CROSSES)
+    assert runs.run(path, out, *SHARP, "--safety", "checker", "--on-flagged", "blank").code == 0
+    for policy in ("keep", "quarantine", "blank"):
+        with serving() as service:
+            use(monkeypatch, service)
+            assert runs.command("rescore", out, "--safety", "azure", "--on-flagged", policy).code == 0
+        cross = runs.results(out)[0]
+        assert (cross["status"], cross["nsfw_content_detected"]) == ("flagged", True)
+        assert cross["error"].count("cannot be judged again") == 1
+    runs.assert_whole(out)
+
+
+def test_a_missing_or_broken_image_fails_and_is_rendered_by_the_next_run(tmp_path: Path) -> None:
+    out, path = tmp_path / "out", table(tmp_path, CROSSES)
+    assert runs.run(path, out, "--safety", "none").code == 0
+    first, second, _ = (out / row["generated_image"] for row in runs.results(out))
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:-1] + b"x")
+    judged = ("--safety", "checker", "--on-flagged", "keep")
+    done = runs.command("rescore", out, *judged)
+    assert done.code == 3 and "2 failed" in done.stdout
+    assert [row["status"] for row in runs.results(out)][:2] == ["failed", "failed"]
+    assert runs.run(path, out, *judged).code == 0
+    assert "failed" not in {row["status"] for row in runs.results(out)}
+    runs.assert_whole(out)
+
+
+def test_a_service_that_is_down_leaves_what_was_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, path = tmp_path / "out", table(tmp_path, CROSSES)
+    assert runs.run(path, out, "--safety", "none").code == 0
+    before = runs.results(out)
+    with serving(faults=lambda request: status(500)) as service:
+        use(monkeypatch, service)
+        assert runs.command("rescore", out, "--safety", "azure").code == 75
+    assert runs.results(out) == before
+    with serving() as service:
+        use(monkeypatch, service)
+        assert runs.command("rescore", out, "--safety", "azure").code == 0
+    assert {row["safety_checker"] for row in runs.results(out)} == {"azure_content_safety"}
+
+
+def test_a_run_with_other_judges_is_pointed_to_rescore(tmp_path: Path) -> None:
+    path = table(tmp_path, CROSSES)
+    assert runs.run(path, tmp_path / "out", "--safety", "none").code == 0
+    done = runs.run(path, tmp_path / "out", "--safety", "checker")
+    assert done.code == 2 and "`batch-infer rescore`" in done.stderr
+    nobody = runs.command("rescore", tmp_path / "out", "--safety", "none")
+    assert nobody.code == 2 and "nobody would be asked" in nobody.stderr
