@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+import platform
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +24,29 @@ _token = ""
 def _draw_token() -> None:
     """Numbers of processes meet where several machines write into one folder; a token that is drawn does not."""
     global _token
-    _token = secrets.token_hex(6)
+    _token = f"{_here()}-{os.getpid()}-{secrets.token_hex(6)}"
+
+
+def _here() -> str:
+    """Where a process's number means this process: the machine, and on Linux what of it a container shows."""
+    space = Path("/proc/self/ns/pid")
+    told = f"{platform.node()} {space.readlink() if space.is_symlink() else ''}"
+    return hashlib.sha256(told.encode()).hexdigest()[:8]
+
+
+def is_abandoned(name: str) -> bool:
+    """Whether a file's name is the temporary one of a process that has died here; of others nobody here can tell."""
+    here, _, rest = name.removeprefix(TEMPORARY).partition("-")
+    number = rest.partition("-")[0]
+    if not name.startswith(TEMPORARY) or os.name != "posix" or here != _here() or not number.isdecimal():
+        return False
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # somebody else's
+        pass
+    return False
 
 
 _draw_token()

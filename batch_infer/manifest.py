@@ -77,6 +77,7 @@ class Committed:
     path: str | None
     part: str
     row: int
+    source_file: str
     failures: int
     """How often this very row, by its fingerprint, has failed."""
 
@@ -86,7 +87,7 @@ Damaged = Callable[[DamagedPart], object]
 
 _INDEXED = ("id", "image_index", "status", "fingerprint", "attempt", "generated_image", "source_file", "source_row")
 _FOUND = (
-    "SELECT status, fingerprint, attempt, path, part, row, (SELECT count(*) FROM failures AS f"
+    "SELECT status, fingerprint, attempt, path, part, row, source_file, (SELECT count(*) FROM failures AS f"
     " WHERE f.id = c.id AND f.image_index = c.image_index AND f.fingerprint = c.fingerprint) FROM committed AS c"
 )
 
@@ -162,13 +163,19 @@ class Index:
         """Where `since` was asked for: when the first image was begun, and the last one finished."""
         self._read_whole = lru_cache(maxsize=64)(read_part)
         try:
-            self._add_all(since, damaged)
+            self._add_all(self._parts.values(), since, damaged)
         except (DamagedPart, StorageError):
             self.close()
             raise
 
-    def _add_all(self, since: datetime | None, damaged: Damaged | None) -> None:
-        for part in list(self._parts.values()):
+    def add(self, parts: Iterable[Path], damaged: Damaged | None = None) -> None:
+        """Take in those of these parts that are not in yet. Raises DamagedPart, StorageError."""
+        new = {part.name: part for part in parts if part.name not in self._parts}
+        self._parts.update(new)
+        self._add_all(new.values(), None, damaged)
+
+    def _add_all(self, parts: Iterable[Path], since: datetime | None, damaged: Damaged | None) -> None:
+        for part in list(parts):
             try:
                 self._add(part, since)
             except DamagedPart as error:

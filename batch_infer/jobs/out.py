@@ -6,14 +6,14 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from batch_infer.atomic import TEMPORARY, KnownFolder, replacing, storing, sync_folder
+from batch_infer.atomic import TEMPORARY, KnownFolder, is_abandoned, replacing, storing, sync_folder
 from batch_infer.errors import LockedError, SettingsError, UsageError
 from batch_infer.records import now
 
@@ -173,14 +173,24 @@ def remove_leftovers(out: Path) -> None:
         _remove_holder(out)
 
 
-def _sweep(folder: Path) -> list[Path]:
+def remove_abandoned(folders: Iterable[Path]) -> None:
+    """Remove the temporary files that dead processes of this machine have left in these folders. Raises StorageError.
+
+    For who shares OUT with others who are at work.
+    """
+    for folder in folders:
+        with storing(folder), suppress(FileNotFoundError):
+            _sweep(folder, is_abandoned)
+
+
+def _sweep(folder: Path, ours: Callable[[str], bool] = lambda name: name.startswith(TEMPORARY)) -> list[Path]:
     """Remove the temporary files of one folder and return the folders in it: of a million files none is asked for."""
     folders = []
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
                 folders.append(Path(entry.path))
-            elif entry.name.startswith(TEMPORARY):
+            elif ours(entry.name):
                 Path(entry.path).unlink(missing_ok=True)
     return folders
 

@@ -1,8 +1,22 @@
 """Tables of prompts: files in, requests and invalid results out."""
 
+from batch_infer.table.columns import is_deep
 from batch_infer.table.layout import common_type
+from batch_infer.table.loose import loose_rows
 from batch_infer.table.rows import RowRules
-from batch_infer.table.tables import Tables
+from batch_infer.table.shape import Shape, cells_of, column_names
+from batch_infer.table.tables import Others, Tables
 from batch_infer.table.urls import shown
 
-__all__ = ["RowRules", "Tables", "common_type", "shown"]
+__all__ = [
+    "Others",
+    "RowRules",
+    "Shape",
+    "Tables",
+    "cells_of",
+    "column_names",
+    "common_type",
+    "is_deep",
+    "loose_rows",
+    "shown",
+]

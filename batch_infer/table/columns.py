@@ -54,7 +54,7 @@ def checked(number: int, where: str, cells: Mapping[str, Any], known: frozenset[
                 f"it is not UTF-8, or there are {MOST_COLUMNS} before it"
             )
         for name, value in cells.items():
-            if value.__class__ in (list, dict) and _is_deep(value):
+            if value.__class__ in (list, dict) and is_deep(value):
                 raise RowError(f"is nested too deeply, in {name!r}")
     except RowError as error:
         return RawRow(number, {}, f"{where} {error}")
@@ -67,8 +67,8 @@ def _whole(value: int) -> int:
     return WHOLE if int(float(value)) == value else WHOLE | INEXACT
 
 
-def _is_deep(value: Any) -> bool:
-    """Whether lists and objects lie in each other deeper than whatever walks over them later may go."""
+def is_deep(value: Any) -> bool:
+    """Whether lists and objects lie in this one deeper than whatever walks over them later may go."""
     level = [value]
     for _ in range(DEEPEST):
         level = [

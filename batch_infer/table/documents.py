@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
 from batch_infer.errors import RowError, TableError
-from batch_infer.table.columns import MOST_COLUMNS, Columns, checked
+from batch_infer.table.columns import Columns, checked
 from batch_infer.table.endings import TableFile
 from batch_infer.table.raw import RawRow, broken
 from batch_infer.table.scanner import BrokenDocument, Scanner
+from batch_infer.table.shape import Shape, cells_of, column_names
 from batch_infer.table.streams import open_bytes, reason
 from batch_infer.table.text import is_utf8
 
@@ -21,18 +20,6 @@ SHAPES = (
     'a .json holds [{"prompt": ...}, ...], ["a prompt", ...] or '
     '{"input_data": {"columns": ["prompt"], "data": [...]}}; one object a line is a .jsonl'
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """Where the rows of a document are. `columns` names the cells of a row that is a list or a bare prompt.
-
-    `parameters` are cells of every row that has none of its own.
-    """
-
-    payload: bool
-    columns: tuple[str, ...]
-    parameters: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +65,7 @@ def _payload(file: TableFile, scanner: Scanner, prompt: str) -> Shape:
         for key in _members(scanner):
             match key, scanner.peek():
                 case "columns", "[":
-                    shape = replace(shape, columns=_column_names(scanner))
+                    shape = replace(shape, columns=column_names(scanner.value()))
                 case "parameters", "{":
                     shape = replace(shape, parameters=scanner.value())
                 case _, mark:
@@ -93,15 +80,6 @@ def _payload(file: TableFile, scanner: Scanner, prompt: str) -> Shape:
     if not all(map(is_utf8, (*shape.columns, *shape.parameters))):
         raise TableError(f"{file.name} has a column whose name is not UTF-8; save it as UTF-8")
     return shape if shape.columns else replace(shape, columns=(prompt,))
-
-
-def _column_names(scanner: Scanner) -> tuple[str, ...]:
-    names = scanner.value()
-    if len(names) > MOST_COLUMNS:
-        raise RowError(f"there are more than {MOST_COLUMNS}")
-    if twice := [name for name, count in Counter(map(str, names)).items() if count > 1]:
-        raise RowError(f"two are named {twice[0]!r}")
-    return tuple(map(str, names))
 
 
 def _members(scanner: Scanner) -> Iterator[str]:
@@ -120,7 +98,7 @@ def _walk(file: TableFile, shape: Shape) -> Iterator[RawRow]:
             scanner = Scanner(stream)
             for _ in _elements(scanner, shape):
                 try:
-                    row = RawRow(number, _cells(scanner.value(), shape))
+                    row = RawRow(number, cells_of(scanner.value(), shape))
                 except RowError as error:
                     row = RawRow(number, {}, f"element {number} {error}")
                 yield row
@@ -140,19 +118,3 @@ def _elements(scanner: Scanner, shape: Shape) -> Iterator[None]:
             yield from scanner.elements()
         else:
             scanner.skip()
-
-
-def _cells(element: Any, shape: Shape) -> dict[str, Any]:
-    if isinstance(element, dict):
-        cells = element
-    elif isinstance(element, str):
-        cells = {shape.columns[0]: element}
-    elif isinstance(element, list) and shape.payload:
-        if len(element) > len(shape.columns):
-            raise RowError(f"has {len(element)} cells where columns names {len(shape.columns)}")
-        cells = dict(zip(shape.columns, element, strict=False))
-    else:
-        raise RowError(f"is neither an object nor a prompt but {type(element).__name__}")
-    if shape.parameters:
-        cells = {**shape.parameters, **{name: value for name, value in cells.items() if value is not None}}
-    return cells

@@ -129,6 +129,15 @@ def is_empty(value: Any) -> bool:
     return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
 
 
+def own_cells(columns: Mapping[str, str], get: Callable[[str], Any]) -> dict[str, Any]:
+    """A row's cells by field, None where they say nothing; `columns` has the column of each field."""
+    own = {}
+    for field, name in columns.items():
+        value = get(name)
+        own[field] = None if value is None or is_empty(value) else value
+    return own
+
+
 def _prompt(field: str, value: Any, rules: RowRules) -> str:
     text = _text(field, value, rules)
     if not text.strip():

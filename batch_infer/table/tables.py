@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -13,13 +13,13 @@ from typing import Any
 from batch_infer.errors import TableError
 from batch_infer.records import PromptRequest, ResultRow, Source
 from batch_infer.settings import TableSettings
-from batch_infer.table.endings import TableFile
+from batch_infer.table.endings import TableFile, plain_stem, read_ending
 from batch_infer.table.files import find_files, stems_that_meet
-from batch_infer.table.ids import Ids
+from batch_infer.table.ids import Ids, id_text
 from batch_infer.table.layout import Layout, carrier, common_schema, lay_out
 from batch_infer.table.raw import RawRow, Reader
 from batch_infer.table.readers import open_reader
-from batch_infer.table.rows import Cells, RowRules, invalid, is_empty, requests
+from batch_infer.table.rows import Cells, RowRules, invalid, own_cells, requests
 from batch_infer.table.scratch import Scratch
 from batch_infer.table.text import clean
 
@@ -50,17 +50,32 @@ class _Carried:
     convert: Callable[[Any], Any] | None
 
 
+@dataclass(frozen=True, slots=True)
+class Others:
+    """What is known of tables that stand in the same folder and are read elsewhere, at another time.
+
+    `names` are those of all files there; `have_id` says of an id, and the name of the file that has it, whether one of
+    the others has it too.
+    """
+
+    names: Collection[str]
+    have_id: Callable[[str, str], bool]
+
+
 class Tables:
     """The tables of a run. `carried` is the schema of the columns that are handed through to the results.
 
     What was fetched, piped in or unpacked lies in a temporary folder until `close`.
     """
 
-    def __init__(self, settings: TableSettings, result_columns: Iterable[str]) -> None:
+    def __init__(self, settings: TableSettings, result_columns: Iterable[str], others: Others | None = None) -> None:
         """Opens every file and finds its columns.
 
-        Raises TableError where no file can be read, or default ids would meet; ServiceError where none can be fetched.
+        With `others`, a file that cannot be read, or whose default ids would meet another's, has its fault. Raises
+        TableError where, without them, no file can be read, or default ids would meet; ServiceError where none can be
+        fetched.
         """
+        self._others = others
         self._limit = settings.limit
         self._scratch = Scratch()
         with ExitStack() as undo:
@@ -68,7 +83,10 @@ class Tables:
             reserved = frozenset(result_columns)
             found = find_files(settings.tables, settings.folder, self._scratch)
             self._files = [self._open(file, settings.columns, reserved) for file in found]
-            self._refuse_the_unreadable()
+            if others is None:
+                self._refuse_the_unreadable()
+            else:
+                self._files = [_apart(opened, others.names) for opened in self._files]
             undo.pop_all()
         self._stamps = {path: _stamp(path) for path in self.local}
         self.carried = common_schema((opened.layout, opened.reader.schema) for opened in self._readable())
@@ -107,7 +125,7 @@ class Tables:
 
     def rows(self, rules: RowRules) -> Iterator[PromptRequest | ResultRow]:
         """Every row, in input order, as its requests or as its invalid result."""
-        with closing(Ids(distinct=self._has_distinct_ids())) as ids:
+        with closing(Ids(self._others.have_id if self._others else None, distinct=self._has_distinct_ids())) as ids:
             for cells, error in islice(self._cells(ids), self._limit):
                 if error is None:
                     yield from requests(cells, rules)
@@ -134,10 +152,7 @@ class Tables:
         for opened in readable:
             if opened.file.stem in meeting and "id" not in opened.layout.fields:
                 twins = [other.file.name for other in readable if other.file.stem == opened.file.stem]
-                raise TableError(
-                    f"{' and '.join(twins)} would give their rows the same ids ({opened.file.default_id(0)}, ...): "
-                    "rename one, name the folder that holds them, or add an id column"
-                )
+                raise TableError(_meeting(twins, opened))
 
     def _has_distinct_ids(self) -> bool:
         """Whether all ids are default ones, of stems that differ: then no two are the same."""
@@ -157,6 +172,23 @@ class Tables:
                 yield _row(opened.file, fields, carried, raw, ids)
 
 
+def _apart(opened: _Opened | _Refused, among: Collection[str]) -> _Opened | _Refused:
+    """A file whose rows have ids of their own among all files, or the fault that it has none."""
+    if isinstance(opened, _Refused) or "id" in opened.layout.fields:
+        return opened
+    twins = [name for name in among if name != opened.file.name and plain_stem(name) == opened.file.stem]
+    if not any(map(read_ending, twins)):
+        return opened
+    return _Refused(replace(opened.file, stem=clean(opened.file.name)), _meeting([opened.file.name, *twins], opened))
+
+
+def _meeting(names: Iterable[str], opened: _Opened) -> str:
+    return (
+        f"{' and '.join(names)} would give their rows the same ids ({opened.file.default_id(0)}, ...): "
+        "rename one, name the folder that holds them, or add an id column"
+    )
+
+
 def _stamp(path: Path) -> tuple[int, int] | None:
     """Size and time of a file, None where it is gone."""
     try:
@@ -170,7 +202,7 @@ def _row(
     file: TableFile, fields: Mapping[str, str], carried: list[_Carried], raw: RawRow, ids: Ids
 ) -> tuple[Cells, str | None]:
     get = raw.cells.get
-    own = _own_cells(fields, get)
+    own = own_cells(fields, get)
     others = {}
     for column in carried:
         value = get(column.old)
@@ -181,31 +213,17 @@ def _row(
     return Cells(name, Source(file.name, raw.number), own, others), error
 
 
-def _own_cells(fields: Mapping[str, str], get: Callable[[str], Any]) -> dict[str, Any]:
-    own = {}
-    for field, name in fields.items():
-        value = get(name)
-        own[field] = None if value is None or is_empty(value) else value
-    return own
-
-
 def _id(file: TableFile, value: Any, raw: RawRow, ids: Ids) -> tuple[str, str | None]:
     """The row's own id, or the default one, and what is wrong with the row."""
     if value is None:
         return ids.own(file.default_id(raw.number)), raw.error
-    own, fault = _id_text(value), None
+    own, fault = id_text(value), None
     if isinstance(value, (list, dict)):
         fault = f"the id is not text but {type(value).__name__}"
     elif "\0" in own or clean(own) != own:
         fault = "the id is not UTF-8 text"
-    elif not ids.add(own):
+    elif ids.are_elsewhere(own, file.name) or not ids.add(own):
         fault = f"the id {own!r} stands twice"
     if fault is None:
         return own, raw.error
     return ids.own(file.default_id(raw.number)), raw.error or fault
-
-
-def _id_text(value: Any) -> str:
-    if isinstance(value, float) and value.is_integer():  # a column of whole numbers that once held an empty cell
-        value = int(value)
-    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)

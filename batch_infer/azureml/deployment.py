@@ -1,0 +1,101 @@
+"""What a door of Azure ML is deployed with: the settings, model and device that its environment says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from batch_infer.cli.environment import settings_of_environment
+from batch_infer.cli.logs import set_up_logging
+from batch_infer.engines.devices import find_device
+from batch_infer.errors import SettingsError
+from batch_infer.jobs import out as outdir
+from batch_infer.jobs.job import find_model, make_rules, rooted, settle_compute
+from batch_infer.jobs.record import describe
+from batch_infer.models import ModelCard
+from batch_infer.settings import Compute, ModelSettings, RunSettings, TableSettings
+from batch_infer.table import RowRules
+
+MODEL_DEPTH = 4
+"""How deep below AZUREML_MODEL_DIR a model is looked for: a registered one lies some folders down."""
+_FOLDER, _FILE = "model_index.json", ".safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """All that is settled before the first request comes.
+
+    `record` is the run.json of it, `earlier` that of the OUT which it goes on with.
+    """
+
+    settings: RunSettings
+    card: ModelCard
+    compute: Compute
+    rules: RowRules
+    record: Mapping[str, Any]
+    earlier: Mapping[str, Any] | None
+
+
+def find_deployment(out: str) -> Deployment:
+    """What this process's environment asks for, on an OUT that need not be there. Raises UsageError."""
+    set_up_logging()
+    settings = _settings(out)
+    _refuse_worker_without_gpu(settings)
+    card = find_model(settings)
+    earlier = outdir.read_run(settings.out)
+    compute = settle_compute(settings, card, find_device(settings.model.device), earlier)
+    record = describe(settings, card, compute, None)
+    rules = make_rules(settings, card, record)
+    return Deployment(settings, card, compute, rules, {**record, "rules": asdict(rules)}, earlier)
+
+
+def _settings(out: str) -> RunSettings:
+    settings = settings_of_environment("-", out)
+    told = {"BATCH_INFER_OVERWRITE": settings.overwrite, "BATCH_INFER_LIMIT": settings.table.limit}
+    for name in (name for name, value in told.items() if value):
+        raise SettingsError(f"{name} is set, and here tables come one after the other, to several workers")
+    if settings.compute.slots == "auto":
+        raise SettingsError("BATCH_INFER_SLOTS=auto: say a number here; `batch-infer bench` tells what suits a device")
+    table = TableSettings((), settings.table.columns)
+    return rooted(replace(settings, table=table, model=_model(settings.model)))
+
+
+def _model(settings: ModelSettings) -> ModelSettings:
+    """BATCH_INFER_MODEL, else what is registered with the deployment, else the built-in model."""
+    folder = os.environ.get("AZUREML_MODEL_DIR", "")
+    return settings if settings.name or not folder else replace(settings, name=find_model_path(Path(folder)))
+
+
+def find_model_path(folder: Path) -> str:
+    """The one diffusers folder, or else the one .safetensors file, at or below a folder. Raises SettingsError."""
+    told = f"AZUREML_MODEL_DIR={folder}"
+    if not folder.is_dir():
+        raise SettingsError(f"{told} is no folder: register a model with the deployment, or set BATCH_INFER_MODEL")
+    level = [folder]
+    for _ in range(MODEL_DEPTH + 1):
+        inner = [path for parent in level for path in sorted(parent.iterdir())]
+        found = [path for path in level if (path / _FOLDER).is_file()]
+        found = found or [path for path in inner if path.suffix == _FILE]
+        if len(found) > 1:
+            names = ", ".join(str(path.relative_to(folder)) for path in found)
+            raise SettingsError(f"{told} holds several models ({names}): name one by BATCH_INFER_MODEL")
+        if found:
+            return str(found[0])
+        level = [path for path in inner if path.is_dir()]
+    raise SettingsError(f"{told} holds no model: register a diffusers folder (with {_FOLDER}) or a {_FILE} file")
+
+
+def _refuse_worker_without_gpu(settings: RunSettings) -> None:
+    """Azure gives each worker a GPU by CUDA_VISIBLE_DEVICES, and those beyond the last no variable at all.
+
+    Such a one would share the first one's, and its memory. Raises SettingsError.
+    """
+    gpus = os.environ.get("AZ_BATCHAI_GPU_COUNT_FOUND", "0")
+    beyond = gpus.isdecimal() and int(gpus) > 0 and "CUDA_VISIBLE_DEVICES" not in os.environ
+    if beyond and settings.model.device != "cpu":
+        raise SettingsError(
+            f"this worker has no GPU of its own: set max_concurrency_per_instance to the GPUs of an instance ({gpus})"
+        )

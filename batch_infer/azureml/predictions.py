@@ -1,0 +1,61 @@
+"""Results as the DataFrame that Azure ML appends to predictions.csv."""
+
+from __future__ import annotations
+
+import json
+from typing import Literal
+
+import pandas as pd
+import pyarrow as pa
+
+from batch_infer.jobs.results import short
+
+Columns = Literal["full", "card"]
+BLOCKED = "Blocked By Azure AI Content Safety"
+"""What the model catalog's samples write in the place of an image."""
+
+_KINDS = {
+    pa.string(): pd.StringDtype(),
+    pa.bool_(): pd.BooleanDtype(),
+    pa.int32(): pd.Int32Dtype(),
+    pa.int64(): pd.Int64Dtype(),
+    pa.float32(): pd.Float32Dtype(),
+}
+"""Types that have a null of their own: pandas would else make floats of whole numbers where one is missing."""
+
+
+def to_predictions(results: pa.Table, columns: Columns) -> pd.DataFrame:
+    """A row for each result. `full`: the columns of results.*; `card`: those five of the model catalog's deployments.
+
+    These are row_number_per_file, prompt, generated_image (a path beside predictions.csv), nsfw_content_detected and
+    input_file_name.
+    """
+    if columns == "card":
+        results = _as_card(results)
+    for k, field in enumerate(results.schema):
+        if pa.types.is_nested(field.type):  # in a cell of text, as results.csv has it
+            texts = [None if value is None else _json(value, field.type) for value in results[field.name].to_pylist()]
+            results = results.set_column(k, field.name, pa.array(texts, pa.string()))
+    frame: pd.DataFrame = results.to_pandas(types_mapper=_KINDS.get)
+    return frame
+
+
+def _as_card(results: pa.Table) -> pa.Table:
+    images = [
+        BLOCKED if status == "blocked" else path
+        for status, path in zip(results["status"].to_pylist(), results["generated_image"].to_pylist(), strict=True)
+    ]
+    found = {
+        "row_number_per_file": results["source_row"],
+        "prompt": results["prompt"],
+        "generated_image": pa.array(images, pa.string()),
+        "nsfw_content_detected": results["nsfw_content_detected"],
+        "input_file_name": results["source_file"],
+    }
+    return pa.table(found)
+
+
+def _json(value: object, kind: pa.DataType) -> str:
+    if pa.types.is_map(kind):
+        value = {name: short(score) for name, score in value}  # type: ignore[attr-defined]
+    return json.dumps(value, ensure_ascii=False, default=str)

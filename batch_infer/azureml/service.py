@@ -1,0 +1,122 @@
+"""A model that is loaded, and one thread that renders with it for whoever asks."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from threading import Event, Lock
+
+from batch_infer.azureml.deployment import Deployment
+from batch_infer.azureml.mailbox import Mailbox, Outcome
+from batch_infer.errors import Interrupted
+from batch_infer.records import PromptRequest
+from batch_infer.settings import Compute, SafetySettings
+from batch_infer.stages import Stages
+from batch_infer.worker.device import AnyChain, LoadChain
+from batch_infer.worker.loading import load_chain
+
+SLOTS = 8
+"""Row-forwards in a UNet call where nobody says. A single caller pays for the empty ones too, with his time."""
+CLOSED = "the service was closed before this was rendered"
+PATIENCE = 10.0
+"""For how many seconds callers wait for a safety service that is silent or failing."""
+
+
+class Service:
+    """Renders what callers ask for, from any thread; rows of all callers share the slots, and come and go one by one.
+
+    Rows are decoded one at a time, so that a row that is finished does not wait for others to be.
+    """
+
+    def __init__(self, deployment: Deployment, load: LoadChain = load_chain) -> None:
+        """Loads the model. Raises ModelError, SettingsError."""
+        self.deployment = replace(deployment, compute=_real_time(deployment))
+        self._closed = Event()
+        self._lock = Lock()
+        self._working = False
+        self._pool = ThreadPoolExecutor(1, "render")  # loads too: what is compiled may stay with its thread
+        self._chain = self._pool.submit(self._load, load).result()
+        driven = self._chain.driven
+        self._mailbox = Mailbox(
+            lambda request: request.alike if driven else (request.params.height, request.params.width)
+        )
+
+    @property
+    def stages(self) -> Stages:
+        """Where the time went, so far."""
+        return self._chain.stages
+
+    def render(self, requests: Sequence[PromptRequest]) -> list[Outcome]:
+        """What comes of these requests, in their order; waits for the last. Raises as `outcomes`."""
+        found = dict(self.outcomes(requests))
+        return [found[place] for place in range(len(requests))]
+
+    def outcomes(self, requests: Sequence[PromptRequest]) -> Generator[tuple[int, Outcome], None, None]:
+        """What comes of these requests, as it comes, with the place of each. Who closes this gives the rest up.
+
+        Raises ServiceError and SettingsError of a safety service, Interrupted once this is closed, and what the
+        rendering of these or of rows beside them raised.
+        """
+        order = self._mailbox.post(requests)
+        try:
+            self._wake()
+            for _ in requests:
+                found = order.outcomes.get()
+                if isinstance(found, BaseException):
+                    raise found
+                yield found
+        finally:
+            self._mailbox.withdraw(order)
+
+    def close(self) -> None:
+        """Give up what is under way, and render no more."""
+        with self._lock:
+            self._closed.set()
+        self._pool.shutdown()
+        self._wake()
+
+    def _load(self, load: LoadChain) -> AnyChain:
+        deployment = self.deployment
+        return load(deployment.card, deployment.compute, _impatient(deployment.settings.safety), self._closed.is_set)
+
+    def _wake(self) -> None:
+        """Begin to render, unless that is being done."""
+        with self._lock:
+            if self._working:
+                return
+            if self._closed.is_set():
+                self._mailbox.fail(Interrupted(CLOSED), waiting_too=True)
+            if not self._mailbox:
+                return
+            self._working = True
+            work = self._pool.submit(self._work)
+        work.add_done_callback(self._ended)  # calls it at once where that is over already
+
+    def _work(self) -> None:
+        """Render until nothing waits. What is posted meanwhile is taken in as slots come free."""
+        for outcome in self._chain.render(self._mailbox):
+            self._mailbox.deliver(outcome)
+
+    def _ended(self, work: Future[None]) -> None:
+        """See that nobody waits in vain, and that those are served who came too late for this time."""
+        error = work.exception()
+        closed = Interrupted(CLOSED) if self._closed.is_set() else None
+        told = self._mailbox.fail(error or closed or RuntimeError("the chain gave no word on a request that it took"))
+        if error is not None and not told:
+            self._mailbox.fail(error, waiting_too=True)
+        with self._lock:
+            self._working = False
+        self._wake()
+
+
+def _real_time(deployment: Deployment) -> Compute:
+    """Batch sizes for callers who wait, not for a table."""
+    asked = deployment.settings.compute.slots
+    return replace(deployment.compute, slots=asked if isinstance(asked, int) else SLOTS, decode_batch=1, by_size=())
+
+
+def _impatient(safety: SafetySettings) -> SafetySettings:
+    if safety.service is None:
+        return safety
+    return replace(safety, service=replace(safety.service, patience=PATIENCE))

@@ -1,0 +1,34 @@
+"""Rows that stand in no file: those of a request to a server, or of a data frame."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from batch_infer.records import PromptRequest, ResultRow, Source
+from batch_infer.settings import FIELDS
+from batch_infer.table.ids import id_text
+from batch_infer.table.rows import Cells, RowRules, invalid, own_cells, requests
+
+NAME = "request"
+"""Stands for the file, in ids too."""
+
+
+def loose_rows(
+    rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str], rules: RowRules
+) -> Iterator[PromptRequest | ResultRow]:
+    """Every row, in order, as its requests or as its invalid result.
+
+    `columns` has the names of fields that are called otherwise. A row without an id is known by its number; two may
+    have one id, which says no more here than what seed a row derives. Cells that are no fields are not looked at.
+    """
+    named = {field: name for field in FIELDS if (name := columns.get(field, field))}
+    for number, row in enumerate(rows):
+        own = own_cells(named, row.get)
+        value = own.pop("id", None)
+        known = f"{NAME}-{number:08d}" if value is None else id_text(value)
+        cells = Cells(known, Source(NAME, number), own, {})
+        if isinstance(value, (list, dict)):
+            yield invalid(cells, f"the id is not text but {type(value).__name__}")
+        else:
+            yield from requests(cells, rules)

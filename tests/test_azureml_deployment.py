@@ -1,0 +1,361 @@
+"""examples/azureml: what Azure's own SDK makes of it, and that it says what batch-infer does."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import json
+import logging
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pandas as pd
+import pytest
+import tomllib
+import yaml
+from click import Context, Parameter
+
+from batch_infer.azureml import online
+from batch_infer.cli import commands
+from batch_infer.cli.environment import settings_of_environment
+from batch_infer.cli.run import run
+from batch_infer.jobs.simulation import SimulationSettings
+from tests.runs import QUICK
+
+ROOT = Path(__file__).parent.parent
+EXAMPLE = ROOT / "examples" / "azureml"
+README = (EXAMPLE / "README.md").read_text("utf-8")
+MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
+DOCKERFILE = (EXAMPLE / "environment" / "Dockerfile").read_text("utf-8")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+
+SDK = Path(sys.prefix) / "azure-sdk" / "bin" / "python"
+SERVER = Path(sys.prefix) / "azure-server"
+SPECS = {
+    "environment/environment.yml": "load_environment",
+    "batch/compute.yml": "load_compute",
+    "batch/endpoint.yml": "load_batch_endpoint",
+    "batch/deployment.yml": "load_model_batch_deployment",
+    "online/endpoint.yml": "load_online_endpoint",
+    "online/deployment.yml": "load_online_deployment",
+}
+DEPLOYMENTS = ("batch", "online")
+SAFE = "https://safe.cognitiveservices.azure.com"
+DOORS_OWN = {"BATCH_INFER_PREDICTIONS"}
+"""Variables that a door reads beside the options of `run`."""
+REPLACED = {"CONTENT_SAFETY_ACCOUNT_NAME", "UAI_CLIENT_ID", "SUBSCRIPTION_ID", "RESOURCE_GROUP_NAME"}
+"""Variables of the managed models' samples that the README says are not needed any more."""
+
+# Where azure-ai-ml is. It prints, by YAML file and by script, what Azure's SDK has made of them.
+SCRIPT = r"""
+import contextlib, importlib, io, json, socket, sys
+from pathlib import Path
+
+def refused(*_):
+    raise AssertionError("somebody asks the network")
+
+socket.socket.connect = refused
+import marshmallow
+from azure.ai.ml.entities import _load_functions as loaders
+
+example, specs, safe = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
+found = {"loaded": {}, "refused": {}, "made": {}, "safe": {}, "printed": {}}
+for name, loader in specs.items():
+    load = getattr(loaders, loader)
+    found["loaded"][name] = load(example / name)._to_dict()
+    found["refused"][name] = []
+    for field in ("colour", "settings.colour", "liveness_probe.colour"):
+        try:
+            load(example / name, params_override=[{field: "red"}])
+        except marshmallow.ValidationError as error:
+            found["refused"][name] += ["Unknown field" in str(error)]
+sys.path.insert(0, str(example))
+for kind in ("batch", "online"):
+    script = importlib.import_module(f"deploy_{kind}")
+    for key, words in (("made", []), ("safe", ["--content-safety", safe])):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            script.main(["--dry-run", *words])
+        found[key][kind] = printed.getvalue()
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def seen() -> dict[str, Any]:
+    """What Azure's SDK makes of the YAML files and of the two scripts, in one process for all tests."""
+    if not SDK.is_file():
+        pytest.skip("azure-ai-ml has no environment here: make azure")
+    done = subprocess.run(
+        [SDK, "-c", SCRIPT, EXAMPLE, json.dumps(SPECS), SAFE],
+        capture_output=True, text=True, timeout=120, check=False, cwd=ROOT / "tests",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+@pytest.fixture
+def _settled_logging() -> Iterator[None]:
+    log = logging.getLogger("batch_infer")
+    before = log.handlers, log.level, log.propagate
+    yield
+    log.handlers, log.level, log.propagate = before
+
+
+def spec(name: str) -> dict[str, Any]:
+    return dict(yaml.safe_load((EXAMPLE / name).read_text("utf-8")))
+
+
+def variables(kind: str) -> dict[str, str]:
+    """What a deployment's scripts find in their environment."""
+    return variables_of(spec(f"{kind}/deployment.yml"))
+
+
+def variables_of(deployment: dict[str, Any]) -> dict[str, str]:
+    return dict(deployment.get("settings", deployment)["environment_variables"])
+
+
+def scoring_script(kind: str) -> Path:
+    code = spec(f"{kind}/deployment.yml")["code_configuration"]
+    return EXAMPLE / kind / code["code"] / code["scoring_script"]
+
+
+def imported(path: Path) -> ModuleType:
+    """A script as Azure imports it."""
+    found = importlib.util.spec_from_file_location("score", path)
+    assert found and found.loader
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def test_every_yaml_file_is_one_of_these() -> None:
+    specs = {path.relative_to(EXAMPLE).as_posix() for path in EXAMPLE.rglob("*.yml")}
+    assert specs == set(SPECS)
+
+
+def holds(larger: Any, smaller: Any) -> bool:
+    """Whether all that the one says stands in the other, which may say more."""
+    if isinstance(smaller, dict):
+        return isinstance(larger, dict) and all(holds(larger.get(key), value) for key, value in smaller.items())
+    return bool(larger == smaller)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_azures_sdk_reads_all_that_a_yaml_file_says(seen: dict[str, Any], name: str) -> None:
+    said = {key: value for key, value in spec(name).items() if key != "$schema"}
+    if "build" in said:
+        said["build"] = {**said["build"], "path": str(EXAMPLE / "environment")}
+    assert holds(seen["loaded"][name], said)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_azures_sdk_refuses_what_it_does_not_know(seen: dict[str, Any], name: str) -> None:
+    """A misspelt field, at the top and further in."""
+    assert seen["refused"][name] == [True, True, True]
+
+
+def test_what_refers_to_each_other_fits() -> None:
+    for kind in DEPLOYMENTS:
+        deployment = spec(f"{kind}/deployment.yml")
+        assert deployment["endpoint_name"] == spec(f"{kind}/endpoint.yml")["name"]
+        assert deployment["environment"] == f"azureml:{spec('environment/environment.yml')['name']}@latest"
+        assert f"--name {deployment['model'].split(':')[1].split('@')[0]} " in README
+    assert spec("batch/deployment.yml")["compute"] == f"azureml:{spec('batch/compute.yml')['name']}"
+    threads = int(variables("online")["GUNICORN_CMD_ARGS"].removeprefix("--threads "))
+    assert threads > spec("online/deployment.yml")["request_settings"]["max_concurrent_requests_per_instance"]
+
+
+def relative(deployment: dict[str, Any]) -> dict[str, Any]:
+    """With the path of the code as the YAML file has it, which is relative to where that stands."""
+    code = deployment["code_configuration"]
+    return {**deployment, "code_configuration": {**code, "code": Path(code["code"]).name}}
+
+
+@pytest.mark.parametrize("kind", DEPLOYMENTS)
+def test_the_sdk_script_makes_what_the_yaml_files_say(seen: dict[str, Any], kind: str) -> None:
+    environment, endpoint, deployment = yaml.safe_load_all(seen["made"][kind])
+    assert environment == seen["loaded"]["environment/environment.yml"]
+    assert endpoint == seen["loaded"][f"{kind}/endpoint.yml"]
+    assert Path(deployment["code_configuration"]["code"]) == scoring_script(kind).parent
+    assert relative(deployment) == seen["loaded"][f"{kind}/deployment.yml"]
+
+
+@pytest.mark.parametrize("kind", DEPLOYMENTS)
+def test_the_sdk_script_asks_content_safety_where_it_is_told_to(seen: dict[str, Any], kind: str) -> None:
+    *_, deployment = yaml.safe_load_all(seen["safe"][kind])
+    asked = {"BATCH_INFER_SAFETY": "checker,azure", "CONTENT_SAFETY_ENDPOINT": SAFE}
+    assert variables_of(deployment) == {**variables(kind), **asked}
+
+
+@pytest.mark.parametrize("kind", DEPLOYMENTS)
+def test_batch_infer_understands_the_variables(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in variables(kind).items():
+        assert isinstance(value, str)  # what Azure takes
+        monkeypatch.setenv(name, value)
+    assert settings_of_environment("table.csv", "out").safety.mode == "auto"
+
+
+def options_as_variables() -> set[str]:
+    context = Context(run, info_name="run", auto_envvar_prefix="BATCH_INFER")
+
+    def named(option: Parameter) -> str:
+        return option.envvar if isinstance(option.envvar, str) else f"BATCH_INFER_{option.name}".upper()
+
+    return {named(option) for option in run.get_params(context)}
+
+
+def texts() -> Iterator[tuple[str, str]]:
+    for path in EXAMPLE.rglob("*"):
+        if path.suffix in (".md", ".yml", ".yaml", ".py") or path.name == "Dockerfile":
+            yield path.relative_to(EXAMPLE).as_posix(), path.read_text("utf-8")
+
+
+def test_every_variable_of_batch_infer_is_one_that_it_reads() -> None:
+    read = options_as_variables() | DOORS_OWN
+    told = {(name, word) for name, text in texts() for word in re.findall(r"\bBATCH_INFER_[A-Z_]+\b", text)}
+    assert len(told) > 8
+    assert not {(name, word) for name, word in told if word not in read}
+
+
+def test_every_other_variable_is_one_that_somebody_reads() -> None:
+    sources = [*ROOT.joinpath("batch_infer").rglob("*.py")]
+    for folder in (sys.prefix, SERVER):
+        site = Path(folder) / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+        sources += [site / "azure/identity/_constants.py", site / "gunicorn/config.py"]
+        sources += [site / "azureml_inference_server_http/constants.py"]
+    read = "\n".join(path.read_text("utf-8") for path in sources if path.is_file())
+    pattern = r"\b(?:CONTENT_SAFETY|WORKER|GUNICORN|AZURE|AML|UAI|AZUREML)_[A-Z_]+\b|\bSUBSCRIPTION_ID\b"
+    told = {word for name, text in texts() if name != "workspace.py" for word in re.findall(pattern, text)}
+    told -= REPLACED | {"AZUREML_CONDA_ENVIRONMENT_PATH"}  # which the Dockerfile sets for itself, as Azure's do
+    if not SERVER.is_dir():
+        told -= {"GUNICORN_CMD_ARGS", "WORKER_COUNT", "WORKER_TIMEOUT", "AML_APP_ROOT", "AZUREML_ENTRY_SCRIPT"}
+    assert {"CONTENT_SAFETY_ENDPOINT", "CONTENT_SAFETY_KEY", "CONTENT_SAFETY_THRESHOLD", "AZURE_CLIENT_ID"} <= told
+    assert not {word for word in told if f'"{word}"' not in read and f"'{word}'" not in read}
+
+
+def test_predictions_are_written_as_the_managed_models_write_them() -> None:
+    beside = scoring_script("batch").with_name("parallel_run_step.settings.json")
+    form = json.loads(beside.read_text("utf-8"))
+    assert form.keys() == {"append_row"} and form["append_row"].keys() == {"pandas.DataFrame.to_csv"}
+    written = SimulationSettings((), Path("out"), script=scoring_script("batch")).to_csv()
+    frame = pd.DataFrame([[0, "a, b", "images/a-0.png", None, "a.csv"]])
+    assert frame.to_csv(**written) == '0,"a, b",images/a-0.png,,a.csv\n'
+
+
+def test_the_image_has_what_batch_infer_asks_for() -> None:
+    conda = yaml.safe_load((EXAMPLE / "environment" / "conda.yaml").read_text("utf-8"))["dependencies"]
+    assert "pip" in conda
+    python = next(word.removeprefix("python=") for word in conda if str(word).startswith("python="))
+    floor = PROJECT["requires-python"].removeprefix(">=")
+    assert tuple(map(int, python.split("."))) >= tuple(map(int, floor.split(".")))
+    (from_pip,) = (entry["pip"] for entry in conda if isinstance(entry, dict))
+    pinned = [word for word in from_pip if "inference-server" in word]
+    assert pinned == re.findall(r"azureml-inference-server-http==\S+", MAKEFILE)
+    assert re.findall(r"^ARG TORCH=(.*)$", DOCKERFILE, re.MULTILINE) == re.findall(r"^TORCH \?= (.*)$", MAKEFILE, re.M)
+    (extras,) = re.findall(r"batch_infer-\*\.whl \| tail -1\)\[([a-z,-]+)\]", DOCKERFILE)
+    assert set(extras.split(",")) <= PROJECT["optional-dependencies"].keys()
+    for source in re.findall(r"^COPY (\S+)", DOCKERFILE, re.MULTILINE):
+        assert "*" in source or (EXAMPLE / "environment" / source).is_file()
+
+
+@pytest.mark.usefixtures("_settled_logging")
+def test_the_batch_script_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = sorted(map(str, (EXAMPLE / "batch" / "prompts").iterdir()))
+    small = {**variables("batch"), "AZUREML_BI_OUTPUT_PATH": str(tmp_path), **quick()}
+    for name, value in small.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("AZUREML_MODEL_DIR", raising=False)
+    script = imported(scoring_script("batch"))
+    script.init()
+    try:
+        frame = script.run(prompts)
+    finally:
+        script.shutdown()
+    assert list(frame.columns) == [
+        "row_number_per_file", "prompt", "generated_image", "nsfw_content_detected", "input_file_name",
+    ]  # fmt: skip
+    assert len(frame) == 7
+    assert all((tmp_path / name).is_file() for name in frame["generated_image"])  # no row is invalid
+
+
+@pytest.mark.usefixtures("_settled_logging")
+def test_the_online_script_answers_the_sample_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**variables("online"), **quick()}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("AZUREML_MODEL_DIR", raising=False)
+    script = imported(scoring_script("online"))
+    try:
+        script.init()
+        (row,) = script.run((EXAMPLE / "online" / "sample_request.json").read_text("utf-8"))
+    finally:
+        online._service().close()
+        online._service.cache_clear()  # else other tests in this process would find these settings
+    assert list(row) == ["prompt", "generated_image", "nsfw_content_detected"]
+    assert base64.b64decode(row["generated_image"], validate=True).startswith(b"\x89PNG")
+
+
+def quick() -> dict[str, str]:
+    """The options of quick runs, as variables."""
+    words = [word for word in QUICK if word != "--num-processes"][:-1]
+    pairs = zip(words[::2], words[1::2], strict=True)
+    options = {f"BATCH_INFER_{flag.removeprefix('--').replace('-', '_').upper()}": value for flag, value in pairs}
+    return {**options, "BATCH_INFER_STEPS": "2"}
+
+
+LINES = re.findall(
+    r'^    (?:[A-Z_]+=(?:"[^"]*"|\S+) )?((?:batch-infer|python|az|azmlinfsrv|curl) .*?)(?: {2,}#.*)?$', README, re.M
+)
+
+
+def test_the_readme_shows_commands() -> None:
+    assert {shlex.split(line)[0] for line in LINES} == {"batch-infer", "python", "az", "azmlinfsrv", "curl"}
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if line.startswith("batch-infer ")])
+def test_every_command_of_the_readme_is_understood(line: str) -> None:
+    name, *arguments = shlex.split(line)[1:]
+    with commands.commands[name].make_context(name, arguments):
+        pass
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if line.startswith("python ")])
+def test_every_option_of_the_scripts_in_the_readme_exists(line: str) -> None:
+    script, *words = shlex.split(line)[1:]
+    text = (ROOT / script).read_text("utf-8") + (EXAMPLE / "workspace.py").read_text("utf-8")
+    assert all(f'"{word}"' in text for word in words if word.startswith("--"))
+
+
+def test_every_file_that_the_readme_names_is_there() -> None:
+    named = set(re.findall(r"examples/azureml/[\w./-]+", README))
+    assert len(named) > 8
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_what_the_readme_sets_is_there_to_be_set() -> None:
+    """A misspelt path would be added to the deployment beside the true one."""
+    for kind in DEPLOYMENTS:
+        (line,) = [line for line in LINES if f"{kind}/deployment.yml" in line and "CONTENT_SAFETY_ENDPOINT" in line]
+        for path, _ in (word.split("=", 1) for word in shlex.split(line.split("--set ")[-1])):
+            found: Any = spec(f"{kind}/deployment.yml")
+            for key in path.split(".")[:-1]:
+                found = found[key]
+            assert "BATCH_INFER_SAFETY" in found
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    headings = re.findall(r"^#+ (.*)$", README, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+    for target in re.findall(r"\]\(([^)]*)\)", README):
+        assert target.removeprefix("#") in anchors if target.startswith("#") else (EXAMPLE / target).exists()
+
+
+def test_azures_tools_upload_the_wheel() -> None:
+    """A .gitignore there that names it would keep it out of what Azure's tools upload, too."""
+    assert not (EXAMPLE / "environment" / ".gitignore").exists()

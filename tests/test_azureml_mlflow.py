@@ -1,0 +1,216 @@
+"""`batch-infer export-mlflow`: what real MLflow makes of the folder, and how it scores."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomllib
+import yaml
+from PIL import Image
+
+from batch_infer.cli.export_mlflow import export_mlflow
+from batch_infer.errors import SettingsError
+from batch_infer.models import DEMO_MODEL
+
+ROOT = Path(__file__).parent.parent
+SDK = Path(sys.prefix) / "azure-sdk" / "bin" / "python"
+CARD = {"prompt": "string", "generated_image": "string", "nsfw_content_detected": "boolean"}
+PARAMS = {
+    **{"num_inference_steps": "long", "guidance_scale": "double", "height": "long", "width": "long"},
+    **{"seed": "long", "negative_prompt": "string"},
+}
+
+# Where mlflow is. It exports with the batch-infer that is tested, forgets it, and has MLflow load what was exported,
+# which comes with batch-infer's code. All in one process, because torch takes its time to import.
+SCRIPT = r"""
+import json, os, sys
+from pathlib import Path
+
+root, folder, linked = sys.argv[1:4]
+sys.path.insert(0, root)
+from batch_infer.cli.export_mlflow import export_mlflow
+from batch_infer.errors import SettingsError
+
+def export(*words):
+    return export_mlflow.main([*words, "-q", "--device", "cpu"], standalone_mode=False)
+
+options = ["--model", linked, "--scheduler", "DDIMScheduler:eta=0.0", "--no-compile"]
+codes = [export(folder, "--threads", "1", "--slots", "4"), export(folder + "-linked", *options)]
+found = {"codes": codes}
+try:
+    export(folder)
+except SettingsError as error:
+    found["again"] = str(error)
+
+sys.path.remove(root)
+for name in [name for name in sys.modules if name.split(".")[0] == "batch_infer"]:
+    del sys.modules[name]
+import mlflow
+import pandas as pd
+
+model = mlflow.pyfunc.load_model(folder)
+import batch_infer
+
+def predict(prompts, **params):
+    table = model.predict(pd.DataFrame({"prompt": prompts}), params={"num_inference_steps": 2, **params})
+    return json.loads(table.to_json(orient="records"))
+
+def refusal(table, params=None):
+    try:
+        model.predict(table, params=params)
+    except mlflow.exceptions.MlflowException as error:
+        return str(error)
+
+found["code"] = batch_infer.__file__
+found["rows"] = predict(["a large red circle", "a small blue star"], seed=5, guidance_scale=2.5)
+found["again_rows"] = predict(["a small blue star"], seed=5, guidance_scale=2.5)
+found["other"] = predict(["a small blue star"], seed=6, guidance_scale=2.5, negative_prompt="green", width=80)
+found["bad"] = predict(["a small blue star", ""])
+found["refusals"] = [
+    refusal(pd.DataFrame({"text": ["a"]})),
+    refusal(pd.DataFrame({"prompt": [3]})),
+    refusal(pd.DataFrame({"prompt": ["a"]}), {"num_inference_steps": "two"}),
+]
+found["kept"] = [name for name in os.environ if name.startswith("BATCH_INFER_")]
+out = Path(folder + "-out")
+out.mkdir()
+os.environ["AZUREML_BI_OUTPUT_PATH"] = str(out)
+found["files"] = [predict(["a large red circle"], seed=5), predict(["a large red circle"], seed=5)]
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("mlflow") / "model"
+
+
+@pytest.fixture(scope="module")
+def seen(folder: Path) -> dict[str, Any]:
+    """What one process saw that exported two models and had MLflow score with one of them."""
+    if not SDK.is_file():
+        pytest.skip("mlflow has no environment here: make azure")
+    linked = folder.with_name("as-in-a-cache")
+    for file in (path for path in DEMO_MODEL.rglob("*") if path.is_file()):
+        link = linked / file.relative_to(DEMO_MODEL)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(file)
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("BATCH_INFER_", "PYTEST"))}
+    done = subprocess.run(
+        [SDK, "-c", SCRIPT, ROOT, folder, linked], capture_output=True, text=True, timeout=300, check=False,
+        cwd=folder.parent, env=variables,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def flavour(folder: Path) -> dict[str, Any]:
+    return dict(yaml.safe_load((folder / "MLmodel").read_text("utf-8")))
+
+
+def picture(row: dict[str, Any]) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(row["generated_image"], validate=True)))
+
+
+def test_a_model_has_the_signature_of_the_managed_ones(seen: dict[str, Any], folder: Path) -> None:
+    signature = {key: json.loads(text) for key, text in flavour(folder)["signature"].items()}
+    columns = {key: {entry["name"]: entry["type"] for entry in entries} for key, entries in signature.items()}
+    assert columns == {"inputs": {"prompt": "string"}, "outputs": CARD, "params": PARAMS}
+    assert {entry["default"] for entry in signature["params"]} == {None}
+    example = json.loads((folder / "input_example.json").read_text("utf-8"))
+    assert example == {"columns": ["prompt"], "data": [["A photo of an astronaut riding a horse on Mars"]]}
+
+
+def test_a_model_holds_its_files_and_its_code_and_no_pickle(seen: dict[str, Any], folder: Path) -> None:
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert "artifacts/demo_model/model_index.json" in files
+    assert not [file for file in files if file.startswith("code/batch_infer/demo_model") or "__pycache__" in file]
+    assert not [file for file in files if file.endswith((".pkl", ".bin", ".pt"))]
+    assert not [path for path in folder.rglob("*") if path.is_symlink()]
+    assert seen["codes"] == [0, 0]
+    assert seen["code"] == str(folder / "code" / "batch_infer" / "__init__.py")
+    assert {path.name for path in folder.parent.iterdir()} == {"model", "model-linked", "model-out", "as-in-a-cache"}
+
+
+def test_a_model_asks_for_what_batch_infer_does(seen: dict[str, Any], folder: Path) -> None:
+    """And does so in a way that does not contradict what MLflow asks for itself."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    own = project["dependencies"] + project["optional-dependencies"]["azure"]
+    lines = (folder / "requirements.txt").read_text("utf-8").splitlines()
+    names = {re.split("[^a-z-]", line)[0] for line in lines}
+    assert names == {re.split("[^a-z-]", line)[0] for line in own} | {"mlflow"}
+    assert {re.split("[^a-z-]", line)[0] for line in lines if "==" in line} == {
+        "mlflow", "torch", "diffusers", "transformers",
+    }  # fmt: skip
+    assert not [line for line in lines if "+" in line]
+
+
+def test_options_travel_with_the_model(seen: dict[str, Any], folder: Path) -> None:
+    config = flavour(folder)["flavors"]["python_function"]["config"]["variables"]
+    assert config == {
+        **{"BATCH_INFER_MODEL": "{model}", "BATCH_INFER_DEVICE": "cpu"},
+        **{"BATCH_INFER_THREADS": "1", "BATCH_INFER_SLOTS": "4"},
+    }
+    other = flavour(folder.with_name("model-linked"))["flavors"]["python_function"]["config"]["variables"]
+    assert other["BATCH_INFER_SCHEDULER"] == "DDIMScheduler:eta=0.0"
+    assert other["BATCH_INFER_COMPILE"] == "false"
+    assert (folder.with_name("model-linked") / "artifacts" / "as-in-a-cache" / "model_index.json").is_file()
+
+
+def test_rows_are_scored(seen: dict[str, Any]) -> None:
+    rows = seen["rows"]
+    assert [row["prompt"] for row in rows] == ["a large red circle", "a small blue star"]
+    for row in rows:
+        assert list(row) == list(CARD)
+        assert row["nsfw_content_detected"] in (True, False)
+        assert picture(row).size == (64, 64)
+
+
+def test_parameters_are_those_of_the_call(seen: dict[str, Any]) -> None:
+    (first,), (other,) = seen["again_rows"], seen["other"]
+    assert first == seen["rows"][1]  # whoever its neighbours are
+    assert picture(other).size == (80, 64)
+    text = picture(other).text["parameters"]  # type: ignore[attr-defined]
+    assert "Steps: 2" in text and "Seed: 6" in text and "Negative prompt: green" in text
+
+
+def test_a_row_without_an_image_says_why(seen: dict[str, Any]) -> None:
+    good, bad = seen["bad"]
+    assert picture(good) and good["error"] is None
+    assert bad["generated_image"] is None and "empty" in bad["error"]
+
+
+def test_the_signature_is_enforced(seen: dict[str, Any]) -> None:
+    assert all("schema" in text or "Invalid parameters" in text for text in seen["refusals"])
+
+
+def test_loading_leaves_the_environment_as_it_was(seen: dict[str, Any]) -> None:
+    assert seen["kept"] == []
+
+
+def test_in_a_batch_endpoint_images_are_files(seen: dict[str, Any], folder: Path) -> None:
+    (first,), (second,) = seen["files"]
+    assert first == second  # at a retry too
+    (file,) = folder.with_name("model-out").iterdir()
+    assert first["generated_image"] == file.name
+    assert file.stem == hashlib.sha256(file.read_bytes()).hexdigest()[:32]
+
+
+def test_nothing_is_written_over(seen: dict[str, Any], folder: Path) -> None:
+    assert seen["again"] == f"{folder} is there already; name a folder that is not, or is empty"
+
+
+def test_without_mlflow_the_way_to_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("batch_infer.cli.export_mlflow.find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match=r"pip install 'batch-infer\[mlflow\]'"):
+        export_mlflow.main([str(tmp_path / "model"), "-q"], standalone_mode=False)

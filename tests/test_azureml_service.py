@@ -1,0 +1,492 @@
+"""What is behind the real-time door: payloads, callers who share a model, and the objects that answer them."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from batch_infer.azureml import mailbox, online
+from batch_infer.azureml.deployment import Deployment, find_deployment
+from batch_infer.azureml.mailbox import Mailbox
+from batch_infer.azureml.payload import MOST_IMAGES, TooMany, read_payload
+from batch_infer.azureml.scoring import score_rows
+from batch_infer.azureml.service import PATIENCE, SLOTS, Service
+from batch_infer.chain import ChainShape, DrivenChain, Rendered, Unrendered
+from batch_infer.errors import Interrupted, ServiceError, SettingsError, TableError
+from batch_infer.records import PromptRequest, Verdict
+from batch_infer.settings import OnFlagged, ServiceSettings
+from tests import runs
+from tests.dummies import DummyChain
+from tests.rendering import furthest, make_request
+from tests.test_driven import Painter, paint
+
+Render = Callable[[Iterator[PromptRequest]], Iterator[Rendered | Unrendered]]
+
+
+@pytest.fixture(scope="module")
+def deployment() -> Deployment:
+    """The built-in model with few steps."""
+    loggers = [logging.getLogger(name) for name in ("batch_infer", "py.warnings", "stderr")]
+    before = [(logger.handlers, logger.level, logger.propagate) for logger in loggers]
+    settings = {"STEPS": "2", "THREADS": "1", "DEVICE": "cpu", "ON_FLAGGED": "keep"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(f"BATCH_INFER_{name}", value)
+        patch.delenv("AZUREML_MODEL_DIR", raising=False)
+        found = find_deployment("nowhere")
+    logging.captureWarnings(False)
+    for logger, kept in zip(loggers, before, strict=True):
+        logger.handlers, logger.level, logger.propagate = kept
+    return found
+
+
+@pytest.fixture(scope="module")
+def real(deployment: Deployment) -> Iterator[Service]:
+    with closing(Service(deployment)) as found:
+        yield found
+
+
+@pytest.fixture
+def dummy(deployment: Deployment) -> Iterator[Service]:
+    with closing(Service(deployment, lambda card, compute, safety, stop: DummyChain(stop))) as found:  # type: ignore
+        yield found
+
+
+def scripted(deployment: Deployment, render: Render) -> Service:
+    """A service whose chain is this function."""
+    chain: Any = SimpleNamespace(driven=False, render=render)
+    return Service(deployment, lambda *_: chain)
+
+
+def rendered(request: PromptRequest, verdict: Verdict = Verdict(), shade: int = 100) -> Rendered:  # noqa: B008
+    pixels = np.full((64, 64, 3), shade, np.uint8)
+    pixels[:32] = 200
+    return Rendered(request, pixels, verdict, None, 8, 1.0)  # type: ignore[arg-type]
+
+
+def opened(answer: dict[str, Any]) -> np.ndarray:
+    with Image.open(io.BytesIO(base64.b64decode(answer["generated_image"], validate=True))) as image:
+        return np.asarray(image)
+
+
+def payload(**input_data: Any) -> str:
+    return json.dumps({"input_data": input_data})
+
+
+# Payloads
+
+
+@pytest.mark.parametrize(
+    ("sent", "rows"),
+    [
+        ({"columns": ["prompt"], "data": ["p", "q"], "index": [0, 1]}, [{"prompt": "p"}, {"prompt": "q"}]),
+        ({"columns": ["prompt"], "data": [["p"], ["q"]]}, [{"prompt": "p"}, {"prompt": "q"}]),
+        ({"data": [{"prompt": "p"}, {"prompt": "q"}]}, [{"prompt": "p"}, {"prompt": "q"}]),
+        ({"data": ["p", ["q"], {"prompt": "r"}]}, [{"prompt": "p"}, {"prompt": "q"}, {"prompt": "r"}]),
+        ({"columns": ["prompt", "seed"], "data": [["p", 3], ["q"]]}, [{"prompt": "p", "seed": 3}, {"prompt": "q"}]),
+        (
+            {"data": ["p", {"prompt": "q", "seed": 4}, {"prompt": "r", "seed": None}], "parameters": {"seed": 9}},
+            [{"prompt": "p", "seed": 9}, {"prompt": "q", "seed": 4}, {"prompt": "r", "seed": 9}],
+        ),
+        ({"data": ["p"], "index": "no index", "parameters": None, "columns": None}, [{"prompt": "p"}]),
+    ],
+)
+def test_a_payload_says_its_rows_in_several_ways(sent: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    assert read_payload(payload(**sent)) == rows
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (b"\xff", "the request is not JSON"),
+        ('{"input_data": ', "the request is not JSON (Expecting value"),
+        ('{"input_data": {"data": [' + "9" * 5000 + "]}}", "the request is not JSON"),
+        (" ", "the request is empty"),
+        ("[" * 200 + "]" * 200, "the request is not a JSON object but a list"),
+        ("[" * 100_000, "the request is nested too deeply"),
+        (payload(data=["p"], more=json.loads("[" * 200 + "]" * 200)), "the request is nested too deeply"),
+        ('"p"', "the request is not a JSON object but a string"),
+        ("{}", "there is no input_data in the request"),
+        ('{"input_data": ["p"]}', "input_data is not an object but a list"),
+        (payload(columns=["prompt"]), "there is no data in input_data"),
+        (payload(data="p"), "data is not a list but a string"),
+        (payload(data=[]), "data in input_data is empty"),
+        (payload(data=["p", 3]), "element 1 of data is neither an object nor a prompt but int"),
+        (payload(data=[["p", "q"]]), "element 0 of data has 2 cells where columns names 1"),
+        (payload(columns="prompt", data=["p"]), "columns in input_data is not a list of names"),
+        (payload(columns=["prompt", 2], data=["p"]), "columns in input_data is not a list of names"),
+        (payload(columns=["prompt", "prompt"], data=["p"]), "columns in input_data: two are named 'prompt'"),
+        (payload(parameters=[1], data=["p"]), "parameters in input_data is not an object but a list"),
+        (payload(columns=["text"], data=["p"]), "there is no column 'prompt' in input_data, which has 'text'"),
+        (payload(data=[{"text": "p"}, {}]), "there is no column 'prompt' in input_data, which has 'text'"),
+    ],
+)  # fmt: skip
+def test_what_is_no_payload_is_told_in_a_sentence(text: str | bytes, sentence: str) -> None:
+    with pytest.raises(TableError) as caught:
+        read_payload(text)
+    assert str(caught.value).startswith(sentence)
+    assert "\n" not in str(caught.value)
+
+
+# Callers who share a chain
+
+
+def test_callers_take_turns_and_none_waits_for_all_rows_of_another() -> None:
+    box = Mailbox(lambda request: 0)
+    box.post([make_request(prompt=f"many {i}") for i in range(3)])
+    box.post([make_request(prompt="one")])
+    given = [next(box), next(box)]
+    box.post([make_request(prompt="late")])
+    given += list(box)
+    assert [request.prompt for request in given] == ["many 0", "one", "many 1", "late", "many 2"]
+    assert len({request.key for request in given}) == 5
+    assert next(box, None) is None
+    box.post([make_request(prompt="later")])
+    assert next(box).prompt == "later"
+
+
+def test_rows_of_one_size_go_together_until_others_have_waited_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sizes(box: Mailbox) -> list[int]:
+        small, large = ([make_request(size=(side, side)) for _ in range(3)] for side in (64, 128))
+        for requests in (small, large, [*small, *large], large):
+            box.post(requests)
+        return [request.params.height for request in box]
+
+    together = sizes(Mailbox(lambda request: request.params.height))
+    assert together == [64] * 6 + [128] * 9
+    monkeypatch.setattr(mailbox, "PATIENCE", 0.0)
+    in_turn = sizes(Mailbox(lambda request: request.params.height))
+    assert in_turn[:4] == [64, 128, 64, 128]
+    assert sorted(in_turn) == together
+
+
+def test_each_caller_gets_his_own_outcomes_in_his_order(dummy: Service) -> None:
+    """Whose ids are those of others, too."""
+
+    def ask(caller: int) -> list[tuple[str, str, int]]:
+        requests = [make_request("row", f"{caller} {i}", seed=caller + i) for i in range(5)]
+        outcomes = dummy.render(requests)
+        assert [outcome.request for outcome in outcomes] == requests
+        return [(o.request.prompt, type(o).__name__, int(o.pixels[0, 0, 0])) for o in outcomes]  # type: ignore
+
+    with ThreadPoolExecutor(12) as callers:
+        found = list(callers.map(ask, range(60)))
+    assert found == [[(f"{caller} {i}", "Rendered", caller + i) for i in range(5)] for caller in range(60)]
+    assert dummy.render([]) == []
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), ServiceError("nobody is there"), SettingsError("no key")])
+@pytest.mark.parametrize("taken", [0, 2])
+def test_callers_get_the_error_of_a_chain_and_the_next_ones_are_served(
+    deployment: Deployment, error: Exception, taken: int
+) -> None:
+    errors = [error]
+
+    def render(source: Iterator[PromptRequest]) -> Iterator[Rendered | Unrendered]:
+        if errors:
+            for _ in range(taken):
+                next(source)
+            raise errors.pop()
+        yield from map(rendered, source)
+
+    with closing(scripted(deployment, render)) as found:
+        with pytest.raises(type(error), match=str(error)):
+            found.render([make_request() for _ in range(3)])
+        assert len(found.render([make_request() for _ in range(3)])) == 3
+
+
+def test_a_caller_whose_rows_a_chain_forgets_is_told(deployment: Deployment) -> None:
+    def render(source: Iterator[PromptRequest]) -> Iterator[Rendered | Unrendered]:
+        yield rendered(next(source))
+        next(source)
+
+    with closing(scripted(deployment, render)) as found, pytest.raises(RuntimeError, match="no word on a request"):
+        found.render([make_request() for _ in range(3)])
+
+
+def test_who_asks_while_rows_are_rendered_is_served_with_them(deployment: Deployment) -> None:
+    """The chain looks again at what gave nothing a moment ago."""
+    under_way, posted = threading.Event(), threading.Event()
+    calls = []
+
+    def render(source: Iterator[PromptRequest]) -> Iterator[Rendered | Unrendered]:
+        calls.append(1)
+        first = next(source)
+        assert next(source, None) is None
+        under_way.set()
+        assert posted.wait(30)
+        while (second := next(source, None)) is None:
+            pass
+        yield rendered(second)
+        yield rendered(first)
+
+    with closing(scripted(deployment, render)) as found, ThreadPoolExecutor(2) as callers:
+        long = callers.submit(found.render, [make_request(prompt="long")])
+        assert under_way.wait(30)
+        short = callers.submit(found.render, [make_request(prompt="short")])
+        posted.set()
+        assert [outcome.request.prompt for outcome in short.result() + long.result()] == ["short", "long"]
+    assert len(calls) == 1
+
+
+def test_rows_of_a_caller_who_has_gone_are_not_rendered(deployment: Deployment) -> None:
+    gone, rows = threading.Event(), []
+
+    def render(source: Iterator[PromptRequest]) -> Iterator[Rendered | Unrendered]:
+        for request in source:
+            rows.append(request.prompt)
+            yield rendered(request)
+            assert gone.wait(30)
+
+    with closing(scripted(deployment, render)) as found:
+        with closing(found.outcomes([make_request(prompt=f"{i}") for i in range(9)])) as outcomes:
+            next(outcomes)
+        gone.set()
+        found.render([make_request(prompt="another")])
+    assert rows == ["0", "another"]
+
+
+def test_a_service_that_is_closed_leaves_nobody_waiting(deployment: Deployment) -> None:
+    under_way = threading.Event()
+
+    def load(card: Any, compute: Any, safety: Any, stop: Callable[[], bool]) -> Any:
+        def render(source: Iterator[PromptRequest]) -> Iterator[Rendered | Unrendered]:
+            next(source)
+            under_way.set()
+            while not stop():
+                pass
+            yield from ()
+
+        return SimpleNamespace(driven=False, render=render)
+
+    found = Service(deployment, load)
+    with ThreadPoolExecutor(1) as callers:
+        waiting = callers.submit(found.render, [make_request() for _ in range(3)])
+        assert under_way.wait(30)
+        found.close()
+        with pytest.raises(Interrupted):
+            waiting.result(30)
+    with pytest.raises(Interrupted):
+        found.render([make_request()])
+
+
+def test_rows_that_a_pipeline_can_make_together_go_together(deployment: Deployment) -> None:
+    painter: Any = Painter()
+    chain = DrivenChain(painter, ChainShape(8, 1), None)
+    with closing(Service(deployment, lambda *_: chain)) as found:
+        outcomes = found.render([paint(colour=i / 10, steps=4 + i % 2) for i in range(6)])
+    shades = [round(int(outcome.pixels[0, 0, 0]) / 25.5) for outcome in outcomes if isinstance(outcome, Rendered)]
+    assert shades == list(range(6))
+    assert painter.calls == [(3, 4), (3, 4)]
+
+
+def test_batches_and_patience_are_those_of_callers_who_wait(deployment: Deployment) -> None:
+    seen: list[Any] = []
+
+    def load(card: Any, compute: Any, safety: Any, stop: Any) -> Any:
+        seen.append((compute.slots, compute.decode_batch, safety.service and safety.service.patience))
+        return DummyChain(stop)
+
+    settings = deployment.settings
+    asked = replace(
+        settings,
+        compute=replace(settings.compute, slots=6),
+        safety=replace(settings.safety, service=ServiceSettings("https://there")),
+    )
+    for each in (deployment, replace(deployment, settings=asked)):
+        Service(each, load).close()
+    assert seen == [(SLOTS, 1, None), (6, 1, PATIENCE)]
+
+
+# Objects
+
+
+def test_an_image_does_not_depend_on_who_else_asks(real: Service) -> None:
+    rows = [{"prompt": f"a {colour} circle", "num_inference_steps": 4 + i} for i, colour in enumerate(["red", "blue"])]
+    alone = [score_rows([row], real) for row in rows]
+    before = real.stages.ticks
+    with ThreadPoolExecutor(10) as callers:
+        found = list(callers.map(lambda i: score_rows([rows[i % 2]], real), range(20)))
+    assert found == alone * 10
+    assert real.stages.ticks - before < 20 * 4.5 / 2, "their rows share the UNet's calls"
+
+
+def test_an_image_is_the_one_that_a_table_gives(real: Service, tmp_path: Path) -> None:
+    """But for the size of the batches, which moves it by one step of 255 at most."""
+    rows: list[dict[str, Any]] = [
+        {"id": "mine", "prompt": "a red circle"},
+        {"prompt": "a blue square", "seed": 12, "negative_prompt": "red"},
+    ]
+    table = tmp_path / "rows.jsonl"
+    table.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    assert runs.run(table, tmp_path / "out").code == 0
+    files = [tmp_path / "out" / row["generated_image"] for row in runs.results(tmp_path / "out")]
+    for file, answer in zip(files, score_rows(rows, real), strict=True):
+        with Image.open(file) as image:
+            assert furthest(np.asarray(image), opened(answer)) <= 1
+
+
+def test_a_row_without_a_seed_has_one_by_its_id_or_its_place(dummy: Service) -> None:
+    p = {"prompt": "p"}
+    first, second, named, same, again = (
+        opened(answer).tobytes()
+        for answer in score_rows([p, p, {**p, "id": 7.0}, {**p, "id": "7"}, {**p, "id": "request-00000000"}], dummy)
+    )
+    assert (first, named) == (again, same)
+    assert len({first, second, named}) == 3
+
+
+def test_images_of_a_row_stand_in_order_and_rows_that_cannot_be_had_among_them(dummy: Service) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": "p", "seed": 3, "num_images_per_prompt": 2},
+        {"prompt": None},
+        {"prompt": "p", "seed": "ten", "width": 60},
+        {"prompt": "p" * 10_001},
+        {"prompt": "p", "negative_prompt": "n" * 10_001},
+        {"prompt": "p", "id": ["7"]},
+        {"prompt": "p", "seed": 9, "note": {"any": "thing"}},
+    ]
+    found = score_rows(rows, dummy)
+    assert [int(opened(each)[0, 0, 0]) if each["generated_image"] else each["error"] for each in found] == [
+        *(3, 4),
+        "the prompt is empty",
+        "seed 'ten' is not a whole number; width 60 is not a multiple of 8; the nearest is 64",
+        "the prompt has 10001 characters, and 10000 are taken here; a model reads some 75 words",
+        "the negative_prompt has 10001 characters, and 10000 are taken here; a model reads some 75 words",
+        "the id is not text but list",
+        9,
+    ]
+    assert [each["prompt"] for each in found] == ["p", "p", None, "p", "p" * 10_001, "p", "p", "p"]
+    assert {len(each) for each in found if each["generated_image"]} == {3}
+    assert [each["nsfw_content_detected"] for each in found] == [None] * 8
+
+
+@pytest.mark.parametrize(
+    ("policy", "left"), [("blank", 0.0), ("keep", 150.0), ("blur", 150.0), ("quarantine", None), ("drop", None)]
+)
+def test_a_flagged_image_is_given_as_the_policy_says(
+    deployment: Deployment, policy: OnFlagged, left: float | None
+) -> None:
+    settings = deployment.settings
+    flagging = replace(settings, safety=replace(settings.safety, on_flagged=policy))
+    verdict = Verdict(True, "checker", {"nudity": 0.5}, "it shows too much")
+    render: Render = lambda source: (rendered(request, verdict) for request in source)  # noqa: E731
+    with closing(scripted(replace(deployment, settings=flagging), render)) as found:
+        [answer] = score_rows([{"prompt": "p"}], found)
+    assert answer["nsfw_content_detected"] is True
+    if left is None:
+        assert answer["generated_image"] is None
+        assert answer["error"] == "it shows too much"
+    else:
+        assert abs(opened(answer).mean() - left) < 2
+        assert "error" not in answer
+
+
+def test_a_refused_prompt_is_an_object_without_an_image(deployment: Deployment) -> None:
+    def render(source: Iterator[PromptRequest]) -> Iterator[Rendered | Unrendered]:
+        for request in source:
+            yield Unrendered(request, "blocked", "the service refused it", Verdict(True, "azure"))
+
+    with closing(scripted(deployment, render)) as found:
+        assert score_rows([{"prompt": "p"}], found) == [
+            {
+                "prompt": "p",
+                "generated_image": None,
+                "nsfw_content_detected": True,
+                "error": "the service refused it",
+            }
+        ]
+
+
+def test_images_are_of_the_format_that_is_set_and_say_how_they_were_made(deployment: Deployment) -> None:
+    settings = deployment.settings
+    for image_format in ("png", "webp"):
+        output: Any = replace(settings.output, image_format=image_format)
+        chain: Render = lambda source: map(rendered, source)  # noqa: E731
+        with closing(scripted(replace(deployment, settings=replace(settings, output=output)), chain)) as found:
+            [answer] = score_rows([{"prompt": "a red circle"}], found)
+        with Image.open(io.BytesIO(base64.b64decode(answer["generated_image"]))) as image:
+            assert image.format == image_format.upper()
+            if image_format == "png":
+                assert image.info["parameters"].startswith("a red circle\nSteps: 2, ")
+
+
+# The scoring script, where there is no server
+
+
+@pytest.fixture
+def door(dummy: Service, monkeypatch: pytest.MonkeyPatch) -> Service:
+    monkeypatch.setattr(online, "_service", lambda: dummy)
+    return dummy
+
+
+def test_the_script_answers_objects(door: Service) -> None:
+    online.init()
+    [answer] = online.run(payload(columns=["prompt"], data=["p"], index=[0]))
+    assert list(answer) == ["prompt", "generated_image", "nsfw_content_detected"]
+    json.dumps(answer)
+
+
+@pytest.mark.parametrize(
+    ("sent", "sentence"),
+    [
+        ({"data": ["p"] * (MOST_IMAGES + 1)}, "the request has 257 prompts, and one request may ask for 256 images"),
+        (
+            {"data": ["p"] * 100, "parameters": {"num_images_per_prompt": 3}},
+            "the 100 prompts of the request ask for more, and one request may ask for 256 images",
+        ),
+    ],
+)
+def test_a_request_for_too_many_images_is_refused_whole(door: Service, sent: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(TooMany) as caught:
+        online.run(payload(**sent))
+    assert str(caught.value).startswith(sentence)
+
+
+def test_the_prompts_column_may_have_another_name(door: Service) -> None:
+    settings = door.deployment.settings
+    table = replace(settings.table, columns={"prompt": "caption", "seed": ""})
+    door.deployment = replace(door.deployment, settings=replace(settings, table=table))
+    [first] = online.run(payload(data=["p"]))
+    [second] = online.run(payload(data=[{"caption": "p", "prompt": 3, "seed": "no seed"}]))
+    assert first == second
+
+
+def test_a_server_that_forks_after_loading_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKER_PRELOAD", "True")
+    with pytest.raises(SettingsError, match="WORKER_PRELOAD=true: "):
+        online.init()
+
+
+@pytest.mark.parametrize(("fewest", "told"), [(4, ""), (20, "the model gave no first image: it wants 20 steps")])
+def test_the_first_image_is_rendered_before_anybody_asks(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fewest: int, told: str
+) -> None:
+    steps = []
+
+    def render(source: Iterable[PromptRequest]) -> Iterator[Rendered | Unrendered]:
+        for request in source:
+            steps.append(request.params.num_inference_steps)
+            few = steps[-1] < fewest
+            yield Unrendered(request, "invalid", f"it wants {fewest} steps") if few else rendered(request)
+
+    with closing(scripted(deployment, render)) as found:
+        monkeypatch.setattr(online, "_service", lambda: found)
+        with caplog.at_level("WARNING", "batch_infer"):
+            online.init()
+    assert steps == ([2, 4] if not told else [2, 4, 10])
+    assert caplog.messages == ([told] if told else [])
