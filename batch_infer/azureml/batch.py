@@ -44,7 +44,7 @@ def run(mini_batch: Sequence[str], context: Any = None) -> pd.DataFrame:
     """
     if _worker is None:
         raise RuntimeError("init() comes before run()")
-    if isinstance(mini_batch, str) or not all(isinstance(file, str) for file in mini_batch):
+    if not isinstance(mini_batch, (list, tuple)) or not all(isinstance(file, str) for file in mini_batch):
         raise SettingsError("a mini-batch is a list of paths: this script scores files, not a tabular dataset")
     return to_predictions(_worker.score(mini_batch), _columns())
 

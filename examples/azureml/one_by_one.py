@@ -1,0 +1,41 @@
+"""A scoring script that calls the pipeline once for each prompt, in float32, as the model catalog's own wrapper does.
+
+To compare with, on the same rows, model and machine:
+
+    batch-infer azureml-simulate examples/prompts.csv -o theirs --script examples/azureml/one_by_one.py
+    batch-infer azureml-simulate examples/prompts.csv -o ours
+
+Each tells its rows/s at the end. STEPS are the denoising steps here, BATCH_INFER_STEPS there.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+
+import pandas as pd
+import torch
+from diffusers import DiffusionPipeline
+
+from batch_infer.models import DEMO_MODEL
+
+
+def init() -> None:
+    global pipeline
+    model = os.environ.get("AZUREML_MODEL_DIR", DEMO_MODEL)
+    pipeline = DiffusionPipeline.from_pretrained(model, use_safetensors=True).to(torch.float32)
+    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline.set_progress_bar_config(disable=True)
+
+
+def run(mini_batch: list[str]) -> pd.DataFrame:
+    steps = int(os.environ.get("STEPS", "30"))
+    rows = []
+    for file in mini_batch:
+        for number, prompt in enumerate(pd.read_csv(file)["prompt"]):
+            output = pipeline(prompt, num_inference_steps=steps)
+            name = f"{uuid.uuid4()}.png"
+            output.images[0].save(Path(os.environ["AZUREML_BI_OUTPUT_PATH"], name))
+            rows.append([number, prompt, name, output.nsfw_content_detected[0], Path(file).name])
+    return pd.DataFrame(rows)
