@@ -4,6 +4,7 @@
     ├── UsageError          exit 2: nothing was rendered, the command or its settings must change
     │   ├── SettingsError   an option, or options that do not go together
     │   ├── TableError      no table can be read
+    │   │   └── azureml.payload.TooMany   more than one real-time request may ask for
     │   ├── ModelError      the model cannot be loaded, or not with these settings
     │   └── DamagedPart     a part of the manifest is not what was written; `run` sets it aside and goes on
     ├── TryAgainLater       exit 75: run the same command again to go on

@@ -10,7 +10,6 @@ from typing import Any
 
 from batch_infer.cli.environment import settings_of_environment
 from batch_infer.cli.logs import set_up_logging
-from batch_infer.engines.devices import find_device
 from batch_infer.errors import SettingsError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.job import find_model, make_rules, rooted, settle_compute
@@ -46,6 +45,8 @@ def find_deployment(out: str) -> Deployment:
     _refuse_worker_without_gpu(settings)
     card = find_model(settings)
     earlier = outdir.read_run(settings.out)
+    from batch_infer.engines.devices import find_device  # imports torch, which takes seconds
+
     compute = settle_compute(settings, card, find_device(settings.model.device), earlier)
     record = describe(settings, card, compute, None)
     rules = make_rules(settings, card, record)

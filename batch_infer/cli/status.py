@@ -50,6 +50,8 @@ def _print(standing: Standing, out: Path) -> None:
     told = [f"{count:,} {name}" for name, count in standing.counts.items() if count or name in ("ok", "failed")]
     if standing.left is not None:
         left = f"{standing.left:,} left"
+    elif standing.state == "open":
+        left = "an endpoint's, which knows its tables one by one"
     else:
         left = "the tables are being looked through" if standing.holder else "not known how many are left"
     click.echo(" · ".join([*told, left]))

@@ -21,7 +21,8 @@ STATUSES = get_args(Status)
 class Standing:
     """Results by status and those that are left, None while the tables are still being looked through.
 
-    `state`: running, finished, or stopped (run again to go on). `holder` is the process that works in OUT.
+    `state`: running, finished, stopped (run again to go on), or open where tables come to an endpoint one after the
+    other, and nobody knows of those that are left. `holder` is the process that works in OUT.
     `images_per_second` and `seconds_left` are told of a run that goes on.
     """
 
@@ -71,6 +72,8 @@ def status(out: Path) -> Standing:
             standing.left = summary["left"]
             standing.state = "stopped" if standing.left else "finished"
             return standing
+        if not record["settings"]["table"]["tables"]:
+            standing.state = "open"
     _count(standing, survey, Manifest(out))
     return standing
 

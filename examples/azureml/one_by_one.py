@@ -2,8 +2,8 @@
 
 To compare with, on the same rows, model and machine:
 
-    batch-infer azureml-simulate examples/prompts.csv -o theirs --script examples/azureml/one_by_one.py
-    batch-infer azureml-simulate examples/prompts.csv -o ours
+    batch-infer azureml-simulate examples/prompts.csv -o theirs --timeout 1h --script examples/azureml/one_by_one.py
+    batch-infer azureml-simulate examples/prompts.csv -o ours --timeout 1h
 
 Each tells its rows/s at the end. STEPS are the denoising steps here, BATCH_INFER_STEPS there.
 """
