@@ -118,6 +118,8 @@ class RowDefaults:
     seed: int = 0
 
 
+_ENDPOINT = re.compile(r"https://[^/\s@?#]+/?|http://(127\.0\.0\.1|localhost|\[::1\])(:\d+)?/?")
+"""Without TLS a key goes to this machine alone."""
 CATEGORIES = ("Hate", "SelfHarm", "Sexual", "Violence")
 """What Azure AI Content Safety judges texts and images by, each with a severity of 0, 2, 4 or 6."""
 
@@ -140,29 +142,33 @@ class ServiceSettings:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> ServiceSettings | None:
-        """Read CONTENT_SAFETY_ENDPOINT, _THRESHOLD and _BLOCKLISTS; None without an endpoint. Raises SettingsError."""
+        """Read the variables that begin with CONTENT_SAFETY_; None without an endpoint. Raises SettingsError."""
         endpoint = environment.get("CONTENT_SAFETY_ENDPOINT", "").strip()
         if not endpoint:
             return None
-        if not re.fullmatch(r"https?://[^/\s]+/?", endpoint):
+        if not _ENDPOINT.fullmatch(endpoint):
             raise SettingsError(f"CONTENT_SAFETY_ENDPOINT={endpoint}: say https://NAME.cognitiveservices.azure.com")
         thresholds = _thresholds(environment.get("CONTENT_SAFETY_THRESHOLD", ""))
         blocklists = environment.get("CONTENT_SAFETY_BLOCKLISTS", "").split(",")
-        return cls(endpoint, thresholds, tuple(name.strip() for name in blocklists if name.strip()))
+        rate = environment.get("CONTENT_SAFETY_REQUESTS_PER_SECOND", "").strip() or "100"
+        if not re.fullmatch(r"\d+(\.\d+)?", rate) or not float(rate):
+            raise SettingsError(f"CONTENT_SAFETY_REQUESTS_PER_SECOND={rate}: say a number, such as 100")
+        return cls(endpoint, thresholds, tuple(name.strip() for name in blocklists if name.strip()), float(rate))
 
 
 def _thresholds(text: str) -> tuple[int, ...]:
     """Of the categories in their order: `1`, `Hate=3,Sexual=1`, or `1,Hate=3`; 1 where none is said."""
-    found = dict.fromkeys(CATEGORIES, 1)
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        name, equals, number = part.rpartition("=")
-        if not re.fullmatch("[0-7]", number.strip()) or (equals and name.strip() not in CATEGORIES):
-            raise SettingsError(
-                f"CONTENT_SAFETY_THRESHOLD={text}: say a number from 0 to 7, or {CATEGORIES[0]}=3,{CATEGORIES[2]}=1;"
-                f" the categories are {', '.join(CATEGORIES)}"
-            )
-        found.update(dict.fromkeys([name.strip()] if equals else CATEGORIES, int(number)))
-    return tuple(found.values())
+    parts = [part.rpartition("=") for part in text.split(",") if part.strip()]
+    said = [(name.strip() if equals else None, number.strip()) for name, equals, number in parts]
+    names = [name for name, _ in said]
+    known = all(name in (None, *CATEGORIES) for name in names) and len(set(names)) == len(names)
+    if not known or not all(re.fullmatch("[0-7]", number) for _, number in said):
+        raise SettingsError(
+            f"CONTENT_SAFETY_THRESHOLD={text}: say a number from 0 to 7, or {CATEGORIES[0]}=3,{CATEGORIES[2]}=1, each"
+            f" once; the categories are {', '.join(CATEGORIES)}"
+        )
+    levels = {name: int(number) for name, number in said}
+    return tuple(levels.get(name, levels.get(None, 1)) for name in CATEGORIES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +179,13 @@ class SafetySettings:
     on_flagged: OnFlagged = "blank"
     required: bool = False
     service: ServiceSettings | None = None
+
+    def shared_by(self, workers: int) -> SafetySettings:
+        """What one of several workers may ask of the service, which counts them together."""
+        if self.service is None:
+            return self
+        rate = self.service.requests_per_second / max(1, workers)
+        return replace(self, service=replace(self.service, requests_per_second=rate))
 
     def asks_checker(self, *, has_checker: bool) -> bool:
         """Whether the model's own checker judges its images."""

@@ -14,7 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from batch_infer.jobs import rescore
+from batch_infer.manifest import Manifest
 from batch_infer.settings import ServiceSettings
+from batch_infer.sinks import FolderSink
 from tests import runs
 from tests.content_safety_server import KEY, Asked, Fault, Service, malformed, serving, status, with_severity, without
 
@@ -115,7 +118,8 @@ def test_both_judges_have_their_say(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 FAULTS = [status(429, "0"), status(429), status(500), status(503), malformed(b"<html>"), malformed(b"{}"),
-          without("Hate"), with_severity("Sexual", None), Fault(reset=True)]  # fmt: skip
+          without("Hate"), with_severity("Sexual", None), Fault(reset=True),
+          Fault(429, body=b'{"error": {"code": 429, "message": {}}}')]  # fmt: skip
 
 
 def test_faults_that_pass_cost_nothing_but_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,6 +179,38 @@ def test_a_service_that_is_down_ends_the_run_and_the_next_goes_on(
     runs.assert_whole(out)
 
 
+def test_a_key_that_is_refused_on_the_way_leaves_results_to_go_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, images = tmp_path / "out", 0
+
+    def faults(request: Asked) -> Fault | None:
+        nonlocal images
+        images += request.kind == "image"
+        return status(401) if images > 10 else None
+
+    with serving(faults=faults) as service:
+        use(monkeypatch, service)
+        done = runs.run(table(tmp_path, [f"a ring {k}" for k in range(24)]), out, "--safety", "azure")
+    assert done.code == 75 and "CONTENT_SAFETY_KEY" in done.stderr
+    assert runs.results(out)
+    runs.assert_whole(out)
+
+
+def test_retry_asks_the_service_that_is_named_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    with serving(words=WORDS) as service:
+        use(monkeypatch, service)
+        assert runs.run(table(tmp_path, ["an axe"]), out, "--safety", "azure").code == 0
+    with serving() as service:
+        use(monkeypatch, service)
+        assert runs.command("retry", out, "--status", "blocked").code == 0
+        assert service.texts == ["an axe"]
+    monkeypatch.delenv("CONTENT_SAFETY_ENDPOINT")
+    done = runs.command("retry", out, "--status", "blocked")
+    assert done.code == 2 and "CONTENT_SAFETY_ENDPOINT is not set" in done.stderr
+
+
 def test_a_key_that_is_refused_in_a_worker_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     with serving(words=WORDS) as service:
@@ -194,6 +230,9 @@ def test_a_key_that_is_refused_in_a_worker_ends_the_run(tmp_path: Path, monkeypa
         ("my-resource", "1", "CONTENT_SAFETY_ENDPOINT=my-resource: say https://"),
         ("http://127.0.0.1:1", "high", "CONTENT_SAFETY_THRESHOLD=high: say a number from 0 to 7"),
         ("http://127.0.0.1:1", "Hat=1", "the categories are Hate, SelfHarm, Sexual, Violence"),
+        ("http://127.0.0.1:1", "Hate=1,Hate=3", "each once"),
+        ("http://safety.example.com", "1", "say https://"),
+        ("https://me:secret@safety.example.com", "1", "say https://"),
     ],
 )
 def test_what_is_missing_is_told_before_anything_starts(
@@ -206,6 +245,12 @@ def test_what_is_missing_is_told_before_anything_starts(
     done = runs.run(table(tmp_path, PROMPTS), tmp_path / "out", "--safety", "azure")
     assert done.code == 2 and told in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_an_endpoint_that_was_forgotten_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CONTENT_SAFETY_ENDPOINT", raising=False)
+    done = runs.run(table(tmp_path, PROMPTS), tmp_path / "out")
+    assert done.code == 2 and "CONTENT_SAFETY_KEY is set and CONTENT_SAFETY_ENDPOINT is not" in done.stderr
 
 
 def test_without_a_key_and_an_identity_nothing_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +271,8 @@ def without_bookkeeping(out: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name not in kept} for row in runs.results(out)]
 
 
-@pytest.mark.parametrize("policy", ["keep", "blank", "blur", "quarantine", "drop"])
+@pytest.mark.parametrize("policy", ["blank", "quarantine", *(pytest.param(name, marks=pytest.mark.soak) for name in
+                                    ("keep", "blur", "drop"))])  # fmt: skip
 def test_images_that_are_judged_again_are_as_if_they_had_been_judged_at_once(tmp_path: Path, policy: str) -> None:
     path, judged = table(tmp_path, CROSSES), ("--safety", "checker", "--on-flagged", policy)
     assert runs.run(path, tmp_path / "again", *SHARP, "--safety", "none").code == 0
@@ -253,14 +299,28 @@ def test_what_was_flagged_comes_back_where_it_was_kept(tmp_path: Path, monkeypat
         before = len(service.requests)
         done = runs.command("rescore", out, "--safety", "azure", "--on-flagged", "blank")
         assert done.code == 0, done.stderr
-        assert [request.kind for request in service.requests[before:]] == ["image"] * 3
+        assert Counter(request.kind for request in service.requests[before:]) == {"image": 3, "text": 4}
     rows = {row["id"]: row for row in runs.results(out)}
     assert [rows[name]["status"] for name in flagged] == ["ok"] * len(flagged)
     assert all(rows[name]["generated_image"].startswith("images/") for name in flagged)
-    axe = rows["t-00000003"]
-    assert (axe["status"], axe["nsfw_content_detected"]) == ("blocked", True)
-    assert axe["error"].endswith("its image was not kept and cannot be judged again")
-    assert "1 cannot be judged again" in done.stdout
+    assert "t-00000003" not in rows and "1 left: `batch-infer run` renders them" in done.stdout
+    with serving(judge=is_red, words=WORDS) as service:
+        use(monkeypatch, service, THRESHOLD="3")
+        assert runs.command("rescore", out, "--safety", "azure", "--on-flagged", "blank").code == 0
+    runs.assert_whole(out)
+
+
+def test_a_prompt_that_is_refused_now_flags_its_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, path = tmp_path / "out", table(tmp_path, [f"a knife and {BLUE}", "an axe", BLUE])
+    with serving(words=WORDS) as service:
+        use(monkeypatch, service, THRESHOLD="3")
+        assert runs.run(path, out, "--safety", "azure").code == 0
+        use(monkeypatch, service, THRESHOLD="1")
+        assert runs.command("rescore", out, "--safety", "azure", "--on-flagged", "drop").code == 0
+    knife, axe, blue = runs.results(out)
+    assert (knife["status"], knife["generated_image"]) == ("flagged", None)
+    assert knife["error"] == axe["error"].replace("4", "2") == "Azure AI Content Safety refused the prompt (Violence 2)"
+    assert (axe["status"], blue["status"]) == ("blocked", "ok")
     runs.assert_whole(out)
 
 
@@ -306,10 +366,88 @@ def test_a_service_that_is_down_leaves_what_was_said(tmp_path: Path, monkeypatch
     assert {row["safety_checker"] for row in runs.results(out)} == {"azure_content_safety"}
 
 
+SOME = {("quarantine", "remove"), ("drop", "commit")}
+
+
+class Killed(BaseException):
+    """What no code survives, as far as the disk can tell."""
+
+
+@pytest.mark.parametrize(
+    ("policy", "moment"),
+    [
+        pytest.param(policy, moment, marks=() if (policy, moment) in SOME else pytest.mark.soak)
+        for policy in ("quarantine", "drop", "keep")
+        for moment in ("settle", "commit", "remove")
+    ],
+)
+def test_a_rescoring_that_was_killed_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, moment: str
+) -> None:
+    """At any moment of its second batch; until it is through, nobody else works there and no row is lost."""
+    out, path = tmp_path / "out", table(tmp_path, [*CROSSES, *CROSSES])
+    judged = ("--safety", "checker", "--on-flagged", policy)
+    assert runs.run(path, out, *SHARP, "--safety", "none").code == 0
+    monkeypatch.setattr("batch_infer.jobs.rescore.BATCH", 3)
+    room = {"settle": FolderSink, "commit": Manifest, "remove": FolderSink}[moment]
+    real, calls = getattr(room, moment), Counter[str]()
+
+    def dying(self: Any, *arguments: Any) -> Any:
+        calls[moment] += 1
+        if calls[moment] == 2 or moment == "remove":
+            raise Killed
+        return real(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(room, moment, dying)
+        try:
+            runs.command("rescore", out, *judged)
+        except Killed:
+            assert "rescoring" in runs.run_json(out)
+            for line in (("merge", out), ("run", path, "-o", out, *runs.QUICK, *SHARP, *judged)):
+                refused = runs.command(*line)
+                assert refused.code == 2 and f"rescore {out} --safety checker" in refused.stderr
+            assert "rescoring" in runs.command("status", out).stdout
+    assert runs.command("rescore", out, *judged).code == 0
+    assert runs.run(path, tmp_path / "once", *SHARP, *judged).code == 0
+    assert without_bookkeeping(out) == without_bookkeeping(tmp_path / "once")
+    runs.assert_whole(out)
+
+
+def test_who_rescores_second_sees_what_the_first_has_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images that were blanked while this one loaded its judges are not taken for what was rendered."""
+    out, path = tmp_path / "out", table(tmp_path, CROSSES)
+    assert runs.run(path, out, *SHARP, "--safety", "checker", "--on-flagged", "keep").code == 0
+    real, done = rescore.find_model, []
+
+    def find_model(settings: Any) -> Any:
+        if not done:
+            done.append(True)
+            assert runs.command("rescore", out, "--safety", "checker", "--on-flagged", "blank").code == 0
+        return real(settings)
+
+    monkeypatch.setattr(rescore, "find_model", find_model)
+    with serving() as service:
+        use(monkeypatch, service)
+        assert runs.command("rescore", out, "--safety", "azure", "--on-flagged", "keep").code == 0
+    assert runs.results(out)[0]["status"] == "flagged"
+
+
+def test_one_of_two_tables_is_not_all_there_is_to_judge(tmp_path: Path) -> None:
+    one, two = tmp_path / "one.txt", tmp_path / "two.txt"
+    one.write_text("a ring\n")
+    two.write_text("a star\n")
+    out = tmp_path / "out"
+    assert runs.command("run", one, two, "-o", out, *runs.QUICK, "--safety", "none").code == 0
+    done = runs.command("rescore", out, one, "--safety", "checker")
+    assert done.code == 2 and "name all" in done.stderr
+    assert len(runs.results(out)) == 2
+
+
 def test_a_run_with_other_judges_is_pointed_to_rescore(tmp_path: Path) -> None:
     path = table(tmp_path, CROSSES)
     assert runs.run(path, tmp_path / "out", "--safety", "none").code == 0
     done = runs.run(path, tmp_path / "out", "--safety", "checker")
     assert done.code == 2 and "`batch-infer rescore`" in done.stderr
-    nobody = runs.command("rescore", tmp_path / "out", "--safety", "none")
-    assert nobody.code == 2 and "nobody would be asked" in nobody.stderr
+    for asked in (("--safety", "none"), ()):
+        assert runs.command("rescore", tmp_path / "out", *asked).code == 2

@@ -28,6 +28,8 @@ PROMPTS_KEPT = 1024
 """Prompts whose verdict is kept: the images of a row have one, and so have rows that say the same."""
 REFUSED_AHEAD = 64
 """Refused rows that are held back while the chain is at work."""
+PATIENT_SECONDS = 1.0
+"""For how long a row is waited for that would be made together with others."""
 LOOK_SECONDS = 0.2
 """How often one who waits for the service looks whether to stop."""
 
@@ -58,10 +60,15 @@ class GatedChain:
     def stages(self) -> Stages:
         return self._chain.stages
 
+    def close(self) -> None:
+        """Ask nothing more."""
+        self._gate.close()
+
     def render(self, requests: Iterable[PromptRequest]) -> Iterator[Rendered | Unrendered]:
         """Render requests whose prompts pass, in the order in which they finish.
 
-        Raises ServiceError and SettingsError, once all that was judged before has been given.
+        One that the service is slow to answer for is overtaken by those behind it. Raises ServiceError and
+        SettingsError, once all that was judged before has been given.
         """
         with ThreadPoolExecutor(self._gate.at_once, "gate") as pool:
             prompts = _Prompts(iter(requests), self._gate, pool, patient=self._chain.driven)
@@ -88,7 +95,7 @@ class GatedChain:
 
 
 class _Prompts(Iterator[PromptRequest]):
-    """Requests whose prompts have passed, in their order.
+    """Requests whose prompts have passed.
 
     It says that there are none where there is none at this moment, and may have more later: the device goes on with
     what it has. A `patient` one waits, for a chain that makes rows together which come together.
@@ -102,23 +109,22 @@ class _Prompts(Iterator[PromptRequest]):
         self._refused: list[Unrendered] = []
 
     def __next__(self) -> PromptRequest:
-        while len(self._refused) < REFUSED_AHEAD:
-            self._ask_ahead()
-            if not self._asked or not (self._patient or self._asked[0][1].done()):
-                break
+        while len(self._refused) < REFUSED_AHEAD and self.has_one(self._patient):
             if (request := self._judge()) is not None:
                 return request
         raise StopIteration
 
-    def has_one(self) -> bool:
-        """Whether there is a word on the next prompt, be it that it is refused."""
+    def has_one(self, patient: bool = False) -> bool:
+        """Whether there is a word on a prompt, be it that it is refused; `patient`: or will be in a moment."""
         self._ask_ahead()
+        if patient and self._asked:
+            wait(self.awaited[:1], PATIENT_SECONDS)
         return any(answer.done() for answer in self.awaited)
 
     @property
     def awaited(self) -> list[Future[Verdict]]:
-        """The word that the next request waits for, where there is one."""
-        return [self._asked[0][1]] if self._asked else []
+        """The words that are waited for."""
+        return [answer for _, answer in self._asked]
 
     def take_refused(self) -> Iterator[Unrendered]:
         refused, self._refused = self._refused, []
@@ -142,8 +148,10 @@ class _Prompts(Iterator[PromptRequest]):
         return known
 
     def _judge(self) -> PromptRequest | None:
-        """The next request, None where it is refused."""
-        request, answer = self._asked.popleft()
+        """The first request that there is a word on, None where it is refused."""
+        place = next(place for place, answer in enumerate(self.awaited) if answer.done())
+        request, answer = self._asked[place]
+        del self._asked[place]
         try:
             verdict = answer.result()
         except RowBroken as error:
@@ -157,7 +165,7 @@ class _Prompts(Iterator[PromptRequest]):
 
 
 class _Images:
-    """Rendered images on their way through the gate, which they leave in their order."""
+    """Rendered images on their way through the gate."""
 
     def __init__(self, gate: Gate, pool: ThreadPoolExecutor) -> None:
         self._gate, self._pool = gate, pool
@@ -174,27 +182,35 @@ class _Images:
 
     def through(self, ahead: int = IMAGES_AHEAD) -> Iterator[Rendered | Unrendered]:
         """Give those that are judged; waits while more than `ahead` are not."""
-        while self._asked and (len(self._asked) > ahead or self._asked[0][2].done()):
-            yield self._judge()
+        while self._asked:
+            if len(self._asked) > ahead:
+                wait(self.awaited, return_when=FIRST_COMPLETED)
+            place = next((place for place, answer in enumerate(self.awaited) if answer.done()), None)
+            if place is None:
+                return
+            yield self._judge(place)
 
     @property
     def awaited(self) -> list[Future[Verdict]]:
-        """The word that the next image waits for, where there is one."""
-        return [self._asked[0][2]] if self._asked else []
+        """The words that are waited for."""
+        return [answer for *_, answer in self._asked]
 
     def judged(self) -> Iterator[Rendered | Unrendered]:
         """Give what the service has a word for, wherever it stands; it is asked nothing more."""
         wait([answer for _, _, answer in self._asked if not answer.cancel()])
         self._asked = deque(entry for entry in self._asked if _has_word(entry[2]))
         while self._asked:
-            yield self._judge()
+            yield self._judge(0)
 
-    def _judge(self) -> Rendered | Unrendered:
-        rendered, of_prompt, answer = self._asked.popleft()
+    def _judge(self, place: int) -> Rendered | Unrendered:
+        rendered, of_prompt, answer = self._asked[place]
+        del self._asked[place]
         try:
             of_image = answer.result()
         except RowBroken as error:
             return Unrendered(rendered.request, "failed", str(error))
+        if of_image.nsfw is None:
+            return Unrendered(rendered.request, "failed", f"{self._gate.name} has no word on the image")
         return replace(rendered, verdict=rendered.verdict.joined(of_prompt).joined(of_image))
 
 

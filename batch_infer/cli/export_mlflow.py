@@ -12,6 +12,7 @@ from batch_infer.cli.config import config_option
 from batch_infer.cli.logs import set_up_logging
 from batch_infer.cli.options import compute_settings, logging_options, model_options, model_settings
 from batch_infer.cli.report import printing
+from batch_infer.cli.signals import interrupt_on_sigterm
 from batch_infer.errors import SettingsError
 
 
@@ -24,18 +25,19 @@ def export_mlflow(folder: Path, quiet: bool, verbose: bool, **options: Any) -> i
     """Write a model into DIR as an MLflow model, for deployments that need no scoring script.
 
     DIR gets the model's files, batch-infer itself and a signature: a DataFrame with a column `prompt` in, one with
-    prompt, generated_image (a file in base64) and nsfw_content_detected out. num_inference_steps, guidance_scale,
-    height, width, seed and negative_prompt are parameters of a call. Variables such as BATCH_INFER_SAFETY are read
-    where the model is loaded.
+    prompt, generated_image (a file in base64), nsfw_content_detected and, where a row has no image, error out.
+    num_inference_steps, guidance_scale, height, width, seed and negative_prompt are parameters of a call. Variables
+    such as BATCH_INFER_SAFETY are read where the model is loaded.
 
-    Exit codes: 0; 2 usage, or DIR is there already.
+    Exit codes: 0; 2 usage, or DIR is there already; 75 interrupted.
     """
     set_up_logging(quiet=quiet, verbose=verbose)
     if find_spec("mlflow") is None:
         raise SettingsError("export-mlflow needs mlflow: pip install 'batch-infer[mlflow]'")
-    from batch_infer.jobs.packaging import export  # imports torch, which takes seconds
+    with interrupt_on_sigterm():
+        from batch_infer.jobs.packaging import export  # imports torch, which takes seconds
 
-    card = export(folder.expanduser(), model_settings(options), compute_settings(options))
+        card = export(folder.expanduser(), model_settings(options), compute_settings(options))
     if not quiet:
         with printing():
             click.echo(f"{folder}: {card.title}, as an MLflow model")

@@ -142,6 +142,14 @@ results_options = _together(
     click.option("--base64", is_flag=True, help="In results.csv and .jsonl, generated_image holds the file in base64."),
 )
 
+on_flagged_option = click.option(
+    "--on-flagged",
+    type=click.Choice(get_args(s.OnFlagged)),
+    default="blank",
+    show_default=True,
+    help="What is stored of a flagged image: a black one, it, a blurred one, it under quarantine/, nothing.",
+)
+
 safety_options = _together(
     click.option(
         "--safety",
@@ -151,13 +159,7 @@ safety_options = _together(
         help="auto: the model's own checker where it has one, and Azure AI Content Safety too where "
         "CONTENT_SAFETY_ENDPOINT is set; checker: the model must have one; azure: the service; none: nobody is asked.",
     ),
-    click.option(
-        "--on-flagged",
-        type=click.Choice(get_args(s.OnFlagged)),
-        default="blank",
-        show_default=True,
-        help="What is stored of a flagged image: a black one, it, a blurred one, it under quarantine/, nothing.",
-    ),
+    on_flagged_option,
     click.option("--require-safety", is_flag=True, help="Refuse to run where images would go unjudged."),
 )
 
@@ -282,7 +284,15 @@ def safety_settings(options: Mapping[str, Any]) -> s.SafetySettings:
         service = s.ServiceSettings.from_environment(os.environ)
         if service is None and mode != "auto":
             raise SettingsError(f"--safety {mode}: CONTENT_SAFETY_ENDPOINT is not set; without it nobody can be asked")
+        if service is None and (others := [name for name in SERVICE_VARIABLES if os.environ.get(name)]):
+            raise SettingsError(
+                f"{others[0]} is set and CONTENT_SAFETY_ENDPOINT is not: set it too, or say --safety checker or none"
+            )
     return s.SafetySettings(mode, options["on_flagged"], options["require_safety"], service)
+
+
+SERVICE_VARIABLES = ("CONTENT_SAFETY_KEY", "CONTENT_SAFETY_THRESHOLD", "CONTENT_SAFETY_BLOCKLISTS")
+"""What nobody sets who wants no service."""
 
 
 def compute_settings(options: Mapping[str, Any]) -> s.ComputeSettings:

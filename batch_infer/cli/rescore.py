@@ -11,7 +11,7 @@ import click
 
 from batch_infer.cli.config import config_option
 from batch_infer.cli.logs import log, set_up_logging
-from batch_infer.cli.options import json_option, logging_options, out_argument, safety_options, safety_settings
+from batch_infer.cli.options import json_option, logging_options, on_flagged_option, out_argument, safety_settings
 from batch_infer.cli.report import ROWS_FAILED, number, printing, told_counts
 from batch_infer.cli.signals import stop_on_signals
 
@@ -23,17 +23,23 @@ if TYPE_CHECKING:
 @config_option
 @out_argument
 @click.argument("tables", metavar="[TABLE...]", nargs=-1)
-@safety_options
+@click.option(
+    "--safety",
+    type=click.Choice(["checker", "azure", "checker,azure"]),
+    required=True,
+    help="Who judges: the model's own checker, Azure AI Content Safety, or both.",
+)
+@on_flagged_option
 @json_option
 @logging_options
 def rescore(out: Path, tables: tuple[str, ...], as_json: bool, quiet: bool, verbose: bool, **options: Any) -> int:
     """Judge the stored images of OUT again, and render nothing.
 
-    For other judges, thresholds or another --on-flagged than those of the run: what is judged is as if a run had been
-    made with them, and `run` with the same --safety goes on from there. Prompts are not asked about again. An image
-    that was blanked, blurred or dropped cannot be judged again, nor can a prompt that was refused: what was said of
-    them stays, and their error says so; `retry --status flagged` or `--status blocked` renders them. An image that is
-    missing, or on which the service has no word, has failed: `run` renders it.
+    For other judges, thresholds or another --on-flagged than those of the run; `run` with the same --safety goes on
+    from there. The service is asked about the prompts too: an image whose prompt it refuses is flagged. A flagged image
+    that was blanked, blurred or dropped cannot be judged again: it stays flagged, and its error says so; `retry
+    --status flagged` renders it. One that is missing or not whole, or has no answer, has failed, as have those that a
+    kill finds at a bad moment; they are left to `run`, and so is a prompt that is refused no more.
 
     Exit codes: 0; 2 usage or settings; 3 where some failed; 75 stopped, or the service is down: run again to go on.
     """
@@ -44,7 +50,7 @@ def rescore(out: Path, tables: tuple[str, ...], as_json: bool, quiet: bool, verb
         log.debug("%s judged", number(found.judged, "image"))
 
     with stop_on_signals() as stop:
-        found, counts = judge_again(out, tables, safety_settings(options), tell, stop)
+        found, counts = judge_again(out, tables, safety_settings({**options, "require_safety": True}), tell, stop)
     code = ROWS_FAILED if found.failed else 0
     if code or not quiet:
         with printing():
@@ -53,12 +59,14 @@ def rescore(out: Path, tables: tuple[str, ...], as_json: bool, quiet: bool, verb
             else:
                 _report(found)
                 click.echo(told_counts(counts))
+                if counts.left:
+                    click.echo(f"{counts.left:,} left: `batch-infer run` renders them")
     return code
 
 
 def _report(found: Rescored) -> None:
     click.echo(f"{number(found.judged, 'image')} judged: {found.flagged:,} flagged, {found.changed:,} changed")
     if found.unjudged:
-        click.echo(f"{found.unjudged:,} cannot be judged again: they were blocked, or their image was not kept")
+        click.echo(f"{found.unjudged:,} flagged before cannot be judged again: their image was not kept")
     if found.failed:
         click.echo(f"{found.failed:,} failed: `batch-infer run` renders them")

@@ -59,3 +59,5 @@ def _print(standing: Standing, out: Path) -> None:
         click.echo(f"{standing.images_per_second:.2f} images/s, about {duration(standing.seconds_left)} to go")
     if standing.state == "stopped":
         click.echo("run again to go on")
+    if standing.state == "rescoring":
+        click.echo("its images are being judged again: `batch-infer rescore` goes on with that")

@@ -69,6 +69,7 @@ def prepare(settings: RunSettings, tables: Tables, card: ModelCard, device: Devi
     if settings.overwrite:
         outdir.refuse_to_clear(settings.out)
     earlier = None if settings.overwrite else found
+    outdir.refuse_while_rescored(settings.out, earlier)
     compute = settle_compute(settings, card, device, earlier)
     record = describe(settings, card, compute, tables)
     if earlier is not None and Manifest(settings.out).parts():

@@ -114,6 +114,16 @@ def read_run(out: Path) -> dict[str, Any] | None:
     return found
 
 
+def refuse_while_rescored(out: Path, record: Mapping[str, Any] | None) -> None:
+    """Results that are of two kinds are for nobody else. Raises SettingsError."""
+    if (record or {}).get("rescoring"):
+        mode = (record or {})["settings"]["safety"]["mode"]
+        raise SettingsError(
+            f"the images of {out} are being judged again, and that did not come to its end: go on with `batch-infer "
+            f"rescore {out} --safety {mode}` and its other options, or start anew with `run --overwrite`"
+        )
+
+
 def write_run(out: Path, run: Mapping[str, Any]) -> None:
     """Write run.json. Raises StorageError."""
     with replacing(out / "run.json", parents=False) as temporary:

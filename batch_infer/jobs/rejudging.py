@@ -20,29 +20,38 @@ from batch_infer.manifest import Manifest
 from batch_infer.models import ModelCard
 from batch_infer.records import PromptRequest, ResultRow, Status, StoredImage, Verdict, now
 from batch_infer.safety import Gate, Judge, gate_of
-from batch_infer.settings import RunSettings
+from batch_infer.settings import OnFlagged, RunSettings
 from batch_infer.sinks import FolderSink
 from batch_infer.worker.rows import why_flagged, with_file, with_verdict, worker_name
 
 READING_THREADS = 8
+ORIGINAL = frozenset({"keep", "quarantine"})
+"""What --on-flagged leaves as it was rendered."""
 NOT_KEPT = "its image was not kept and cannot be judged again"
 GONE = "its image is missing or not whole, and cannot be judged again"
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A result as it is, and the request by which it will be known."""
+    """A result as it is, the request by which it will be known, and what was done to its like that was flagged."""
 
     request: PromptRequest
     row: ResultRow
+    on_flagged: OnFlagged
+
+    @property
+    def is_original(self) -> bool:
+        """Whether the image is stored as it was rendered; one that was left at an earlier judging is not."""
+        row = self.row
+        kept = row.status == "ok" or (self.on_flagged in ORIGINAL and NOT_KEPT not in (row.error or ""))
+        return kept and row.generated_image is not None
 
 
 @dataclass(slots=True)
 class Rescored:
     """What became of results: `judged` images, of which `flagged` are flagged now; of `changed` it was said otherwise.
 
-    `unjudged` were flagged or blocked and have no image that could be judged; `failed` have none that is whole, or no
-    answer.
+    `unjudged` were flagged and have no image that could be judged; `failed` have none that is whole, or no answer.
     """
 
     judged: int = 0
@@ -81,13 +90,29 @@ class Rejudging:
     def judge(self, entries: Sequence[Stored]) -> None:
         """Judge images that are stored as they were rendered, and store of them what the policy says.
 
-        Raises ServiceError, SettingsError, Interrupted, StorageError: nothing of these has then been judged.
+        A flagged image that was not kept stays flagged. A prompt that was refused stays so where it is refused again;
+        one that is not has no result, and is left to be rendered. Raises ServiceError, SettingsError, Interrupted,
+        StorageError: nothing of these has then been judged.
         """
+        self._judge_images([entry for entry in entries if entry.is_original])
+        others = [entry for entry in entries if not entry.is_original]
+        self._judge_refused([entry for entry in others if entry.row.status == "blocked"])
+        for entry in others:
+            if entry.row.status == "flagged":
+                self.rescored.unjudged += 1
+                told = (entry.row.error or "").removesuffix(f"; {NOT_KEPT}")
+                self._add(entry, replace(entry.row, error=f"{told}; {NOT_KEPT}"))
+            elif entry.row.status != "blocked":  # failed before, or refused by the model itself
+                self._add(entry, entry.row)
+
+    def _judge_images(self, entries: Sequence[Stored]) -> None:
         with ThreadPoolExecutor(READING_THREADS) as pool:
             files = list(pool.map(self._read, entries))
         whole = [(entry, file) for entry, file in zip(entries, files, strict=True) if file is not None]
         verdicts = self._ask([file.pixels for _, file in whole])
-        for (entry, file), verdict in zip(whole, verdicts, strict=True):
+        prompts = self._ask_prompts([entry for entry, _ in whole])
+        for (entry, file), of_image, of_prompt in zip(whole, verdicts, prompts, strict=True):
+            verdict = _both(of_prompt, of_image)
             if isinstance(verdict, RowBroken):
                 self._fail(entry, str(verdict))
             else:
@@ -96,15 +121,17 @@ class Rejudging:
             if found is None:
                 self._fail(entry, GONE)
 
-    def leave(self, entries: Sequence[Stored]) -> None:
-        """Keep what was said of results that have no image to judge; what has failed fails as before."""
-        for entry in entries:
-            if entry.row.status == "failed":
-                self._fail(entry, entry.row.error or "")
-                continue
-            self.rescored.unjudged += 1
-            told = (entry.row.error or "").removesuffix(f"; {NOT_KEPT}")
-            self._add(entry, replace(entry.row, error=f"{told}; {NOT_KEPT}"))
+    def _judge_refused(self, entries: Sequence[Stored]) -> None:
+        for entry, verdict in zip(entries, self._ask_prompts(entries), strict=True):
+            if isinstance(verdict, RowBroken):
+                self._fail(entry, str(verdict))
+            elif verdict.nsfw:
+                self._add(entry, replace(with_verdict(entry.row, verdict), error=verdict.reason))
+
+    def tidy(self, request: PromptRequest, path: str | None) -> None:
+        """Remove what is left of an image elsewhere, where one who judged it died before he could."""
+        for other in {self._sink.path_of(request, quarantine=apart) for apart in (False, True)} - {path}:
+            self._sink.remove(other)
 
     def commit(self, carried: pa.Schema) -> None:
         """Raises StorageError."""
@@ -137,10 +164,17 @@ class Rejudging:
                 for k, verdict in zip(alike, self._judge.judge([pixels[k] for k in alike]), strict=True):
                     found[k] = verdict
         if self._gate is not None:
-            with ThreadPoolExecutor(self._gate.at_once) as pool:
-                words = list(pool.map(_answer, [self._gate] * len(pixels), pixels))
+            words = _answers(self._gate.check_image, pixels, self._gate)
             found = [_both(first, word) for first, word in zip(found, words, strict=True)]
         return found
+
+    def _ask_prompts(self, entries: Sequence[Stored]) -> list[Verdict | RowBroken]:
+        """What the service says of their prompts, of each once."""
+        if self._gate is None:
+            return [Verdict()] * len(entries)
+        prompts = list(dict.fromkeys(entry.request.prompt for entry in entries))
+        words = dict(zip(prompts, _answers(self._gate.check_prompt, prompts, self._gate), strict=True))
+        return [words[entry.request.prompt] for entry in entries]
 
     def _store(self, entry: Stored, file: _File, verdict: Verdict) -> None:
         before, flagged = entry.row, bool(verdict.nsfw)
@@ -184,11 +218,18 @@ class Rejudging:
         self._rows.append(replace(row, source_file=source.file, source_row=source.row))
 
 
-def _answer(gate: Gate, pixels: np.ndarray) -> Verdict | RowBroken:
-    try:
-        return gate.check_image(pixels)
-    except RowBroken as error:
-        return error
+def _answers(ask: Callable[[Any], Verdict], things: Sequence[Any], gate: Gate) -> list[Verdict | RowBroken]:
+    """What a gate says of each; it fails closed."""
+
+    def answer(thing: Any) -> Verdict | RowBroken:
+        try:
+            found = ask(thing)
+        except RowBroken as error:
+            return error
+        return RowBroken(f"{gate.name} has no word on this") if found.nsfw is None else found
+
+    with ThreadPoolExecutor(gate.at_once) as pool:
+        return list(pool.map(answer, things))
 
 
 def _both(first: Verdict | RowBroken, second: Verdict | RowBroken) -> Verdict | RowBroken:

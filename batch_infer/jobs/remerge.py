@@ -30,6 +30,7 @@ def remerge(out: Path, results: tuple[ResultsFormat, ...], *, base64: bool) -> t
         record = outdir.read_run(out)
         if record is None:
             return merge_parts(Manifest(out), [], out, OutputSettings(results=results, base64=base64)), results
+        outdir.refuse_while_rescored(out, record)
         settings = settings_of(record, out)
         kinds = tuple(dict.fromkeys((*settings.output.results, *results)))  # what the run wrote is not left out of date
         output = OutputSettings(results=kinds, base64=base64 or settings.output.base64)

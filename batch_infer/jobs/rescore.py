@@ -14,17 +14,15 @@ from batch_infer.jobs import out as outdir
 from batch_infer.jobs.job import find_model, open_tables, refuse_unrepeatable, rules_of, settings_of
 from batch_infer.jobs.merge import Counts, merge
 from batch_infer.jobs.record import policy_of
-from batch_infer.jobs.rejudging import NOT_KEPT, Rejudging, Rescored, Stored
-from batch_infer.manifest import Index, Manifest
+from batch_infer.jobs.rejudging import Rejudging, Rescored, Stored
+from batch_infer.manifest import Committed, Index, Manifest
 from batch_infer.models import ModelCard
 from batch_infer.records import PromptRequest, ResultRow, digest, now
-from batch_infer.settings import RunSettings, SafetySettings
+from batch_infer.settings import OnFlagged, RunSettings, SafetySettings
 from batch_infer.table import Tables
 
-BATCH = 256
-"""Results that are read, judged and committed together."""
-ORIGINAL = frozenset({"keep", "quarantine"})
-"""What --on-flagged leaves as it was rendered."""
+BATCH = 64
+"""Results that are read, judged and committed together; their pixels are held meanwhile."""
 
 
 def rescore(
@@ -34,63 +32,94 @@ def rescore(
     tell: Callable[[Rescored], None],
     stop: Callable[[], bool] = lambda: False,
 ) -> tuple[Rescored, Counts]:
-    """Have the images of OUT judged as `safety` says, and merge. Prompts are not asked about: they were rendered.
+    """Have the images of OUT judged as `safety` says, and merge.
 
-    What has no image that could be judged keeps what was said of it, with a word on that. Where it was stopped, or a
-    service was down, the same call goes on. `tell` is told how it goes. Raises UsageError, LockedError, ServiceError,
-    StorageError, Interrupted.
+    Until that is through, run.json says that it is under way, and what else would work in OUT refuses to: the same
+    call goes on, where it was stopped or a service was down. `tell` is told how it goes. Raises UsageError,
+    LockedError, ServiceError, StorageError, Interrupted.
     """
     out = out.absolute()
-    record = outdir.known_run(out)
-    before = settings_of(record, out, tables)
-    if not tables:
-        refuse_unrepeatable(record, out)
-    settings = replace(before, safety=safety)
+    settings = _settings(outdir.known_run(out), out, tables, safety)
     with open_tables(settings) as opened:
         card = find_model(settings)
         if safety.service is None and not safety.asks_checker(has_checker=card.has_checker):
             raise SettingsError(f"--safety {safety.mode}: nobody would be asked; say checker, azure, or both")
         with outdir.locked(out):
-            work = _Rescoring(outdir.known_run(out), settings, opened, card)
-            rescored = work.judge(before.safety, tell, stop)
+            record = outdir.known_run(out)  # another may have been at work until now
+            work = _Rescoring(record, _settings(record, out, tables, safety), opened, card)
+            if tables:
+                work.refuse_fewer_rows()
+            rescored = work.judge(tell, stop)
             return rescored, work.conclude()
 
 
+def _settings(record: Mapping[str, Any], out: Path, tables: Sequence[str], safety: SafetySettings) -> RunSettings:
+    if not tables:
+        refuse_unrepeatable(record, out)
+    return replace(settings_of(record, out, tables), safety=safety)
+
+
 class _Rescoring:
-    """The results of an OUT that is held, under other rules of safety."""
+    """The results of an OUT that is held, under other rules of safety.
+
+    `sources`: the fingerprints of the rules that results may still be of, each with what was then done to what was
+    flagged. There are several where a rescoring was not brought to its end.
+    """
 
     def __init__(self, record: Mapping[str, Any], settings: RunSettings, tables: Tables, card: ModelCard) -> None:
         self._settings, self._tables, self._card = settings, tables, card
-        self._old = rules_of(record, settings.out)
+        rules = rules_of(record, settings.out)
         identity = {**record["identity"], "safety": policy_of(settings.safety, card)}
-        self._new = replace(self._old, fingerprint=digest(identity))
+        self._new = replace(rules, fingerprint=digest(identity))
+        self._resumed = bool(record.get("rescoring"))
+        sources = {**record.get("rescoring", {}), rules.fingerprint: record["settings"]["safety"]["on_flagged"]}
+        self._sources = {name: policy for name, policy in sources.items() if name != self._new.fingerprint}
         told = {"settings": {**record["settings"], "safety": asdict(settings.safety)}, "identity": identity}
         self._record = {**record, **told, "rules": {**record["rules"], "fingerprint": self._new.fingerprint}}
+        self._total = (record.get("survey") or {}).get("total", 0)
 
-    def judge(self, before: SafetySettings, tell: Callable[[Rescored], None], stop: Callable[[], bool]) -> Rescored:
+    def refuse_fewer_rows(self) -> None:
+        """Results of tables that are not named would be left out, and be rendered anew. Raises SettingsError."""
+        found = sum(1 for _ in self._tables.rows(self._new))
+        if found < self._total:
+            raise SettingsError(f"these tables have {found} results to give and the run had {self._total}: name all")
+
+    def judge(self, tell: Callable[[Rescored], None], stop: Callable[[], bool]) -> Rescored:
         """Judge all that was not judged by these rules yet."""
         rejudging = Rejudging(self._settings, self._card, self._record, stop)
+        outdir.write_run(self._settings.out, {**self._record, "rescoring": self._sources})
         with closing(rejudging), Manifest(self._settings.out).index() as index:
-            todo = self._todo(index)
+            todo = self._todo(index, rejudging)
             while batch := list(islice(todo, BATCH)):
                 if stop():
                     raise Interrupted("stopped; what is judged is kept, the same command goes on")
-                rejudging.judge([entry for entry in batch if _has_original(entry, before)])
-                rejudging.leave([entry for entry in batch if not _has_original(entry, before)])
+                rejudging.judge(batch)
                 rejudging.commit(self._tables.carried)
                 tell(rejudging.rescored)
         return rejudging.rescored
 
-    def _todo(self, index: Index) -> Iterator[Stored]:
+    def _todo(self, index: Index, rejudging: Rejudging) -> Iterator[Stored]:
         """The results of the rows as the tables have them, but for those that these rules know."""
-        pairs = zip(self._tables.rows(self._old), self._tables.rows(self._new), strict=True)
-        while batch := list(islice(pairs, BATCH)):
-            known = [(old, new, index.find(new.key)) for old, new in batch if old.fingerprint != new.fingerprint]
-            found = [(new, kept) for old, new, kept in known if kept and kept.fingerprint == old.fingerprint]
-            rows = index.take([kept for _, kept in found]).to_pylist(maps_as_pydicts="strict")
-            for (new, _), row in zip(found, rows, strict=True):
-                if isinstance(new, PromptRequest):
-                    yield Stored(new, ResultRow(**row, carried=new.carried))
+        walks = [
+            self._tables.rows(replace(self._new, fingerprint=name)) for name in (self._new.fingerprint, *self._sources)
+        ]
+        items = zip(*walks, strict=True)
+        while batch := list(islice(items, BATCH)):
+            found: list[tuple[PromptRequest, Committed, OnFlagged]] = []
+            for new, *old in batch:
+                kept = index.find(new.key)
+                if kept is None or not isinstance(new, PromptRequest):
+                    continue
+                if kept.fingerprint == new.fingerprint:
+                    if self._resumed:
+                        rejudging.tidy(new, kept.path)
+                    continue
+                known = {item.fingerprint: policy for item, policy in zip(old, self._sources.values(), strict=True)}
+                if kept.fingerprint in known:
+                    found.append((new, kept, known[kept.fingerprint]))
+            rows = index.take([kept for _, kept, _ in found]).to_pylist(maps_as_pydicts="strict")
+            for (new, _, policy), row in zip(found, rows, strict=True):
+                yield Stored(new, ResultRow(**row, carried=new.carried), policy)
 
     def conclude(self) -> Counts:
         """Have run.json say who has judged the images, and write results.*. Raises StorageError."""
@@ -99,12 +128,6 @@ class _Rescoring:
             counts = merge(self._tables.rows(self._new), index, self._tables.carried, out, self._settings.output)
         summary = self._record.get("summary")
         summary = None if summary is None else {**summary, **asdict(counts)}
-        outdir.write_run(out, {**self._record, "summary": summary, "rescored_at": now()})
+        record = {name: value for name, value in self._record.items() if name != "rescoring"}
+        outdir.write_run(out, {**record, "summary": summary, "rescored_at": now()})
         return counts
-
-
-def _has_original(entry: Stored, before: SafetySettings) -> bool:
-    """Whether the image is stored as it was rendered; one that was left at an earlier judging is not."""
-    row = entry.row
-    kept = row.status == "ok" or (before.on_flagged in ORIGINAL and NOT_KEPT not in (row.error or ""))
-    return kept and row.generated_image is not None

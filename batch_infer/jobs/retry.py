@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from batch_infer.errors import SettingsError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.job import refuse_unrepeatable, settings_of
 from batch_infer.jobs.run import Progress, run
 from batch_infer.jobs.summary import Summary
 from batch_infer.planning import Committed, Item
 from batch_infer.records import ResultRow
-from batch_infer.settings import Retried, RunSettings
+from batch_infer.settings import Retried, RunSettings, ServiceSettings
 
 log = logging.getLogger("batch_infer")
 
@@ -31,7 +34,7 @@ def retry(
     no result yet are left to `run`. Raises UsageError where OUT holds no run or its tables cannot be read.
     """
     record = outdir.known_run(out)
-    settings = settings_of(record, out, tables)
+    settings = _asking(settings_of(record, out, tables))
     if not tables:
         refuse_unrepeatable(record, out)
     summary = run(settings, progress, stop, _Chosen(statuses, out))
@@ -41,6 +44,16 @@ def retry(
             "these tables have %d results to give and those of the run had %d: results.* lists these", now, before
         )
     return summary, settings
+
+
+def _asking(settings: RunSettings) -> RunSettings:
+    """With the safety service where it is now: an OUT does not say where a key is sent. Raises SettingsError."""
+    if settings.safety.service is None:
+        return settings
+    if (here := ServiceSettings.from_environment(os.environ)) is None:
+        raise SettingsError("the run asked a safety service, and CONTENT_SAFETY_ENDPOINT is not set")
+    service = replace(settings.safety.service, endpoint=here.endpoint)
+    return replace(settings, safety=replace(settings.safety, service=service))
 
 
 def _total(record: Mapping[str, Any]) -> int:

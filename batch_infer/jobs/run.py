@@ -30,7 +30,7 @@ from batch_infer.logfile import log_to, open_log
 from batch_infer.manifest import Index, Manifest
 from batch_infer.planning import LeavesAlone, in_order, is_done, pending
 from batch_infer.records import ResultRow, now
-from batch_infer.settings import Compute, RunSettings, SafetySettings
+from batch_infer.settings import Compute, RunSettings
 from batch_infer.worker import WorkerSettings, least, peak_memory, together
 
 log = logging.getLogger("batch_infer")
@@ -156,8 +156,13 @@ class _Run:
                     self._progress.start(survey)
                     try:
                         self._render(index, survey)
-                    except (WorkersLost, ServiceError):
+                    except (WorkersLost, ServiceError, SettingsError) as error:
+                        refused = isinstance(error, SettingsError)
+                        if refused and not self._committed:
+                            raise
                         self._merge(survey)
+                        if refused:  # a key that was taken when the run began
+                            raise ServiceError(str(error)) from error
                         raise
         self._summary.undone = max(0, survey.pending - self._committed)
         return self._merge(survey)
@@ -249,7 +254,7 @@ class _Run:
         return WorkerSettings(
             card=job.card,
             compute=job.compute,
-            safety=_shared(job.settings.safety, self._engine.workers),
+            safety=job.settings.safety.shared_by(self._engine.workers),
             output=job.settings.output,
             out=self._held,
             carried=job.tables.carried,
@@ -262,14 +267,6 @@ class _Run:
             self._summary.cost = round(price * seconds / 3600, 4)
         for name, held in peak_memory("cpu").items():
             self._summary.peak_memory[name] = max(held, self._summary.peak_memory.get(name, 0))
-
-
-def _shared(safety: SafetySettings, workers: int) -> SafetySettings:
-    """What one of several workers may ask of the service, which counts them together."""
-    if safety.service is None:
-        return safety
-    rate = safety.service.requests_per_second / max(1, workers)
-    return replace(safety, service=replace(safety.service, requests_per_second=rate))
 
 
 @contextmanager

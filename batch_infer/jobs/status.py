@@ -21,8 +21,8 @@ STATUSES = get_args(Status)
 class Standing:
     """Results by status and those that are left, None while the tables are still being looked through.
 
-    `state`: running, finished, stopped (run again to go on), or open where tables come to an endpoint one after the
-    other, and nobody knows of those that are left. `holder` is the process that works in OUT.
+    `state`: running, finished, stopped (run again to go on), rescoring where that has not come to its end, or open
+    where tables come to an endpoint one after the other, and nobody knows of those that are left. `holder` is the process that works in OUT.
     `images_per_second` and `seconds_left` are told of a run that goes on.
     """
 
@@ -71,6 +71,7 @@ def status(out: Path) -> Standing:
             standing.counts = {name: summary[name] for name in STATUSES}
             standing.left = summary["left"]
             standing.state = "stopped" if standing.left else "finished"
+            standing.state = "rescoring" if record.get("rescoring") else standing.state
             return standing
         if not record["settings"]["table"]["tables"]:
             standing.state = "open"

@@ -35,12 +35,14 @@ class Answer:
     blocklists: frozenset[str] = frozenset()
 
     @classmethod
-    def read(cls, body: Any) -> Answer:
-        """Read the JSON of an answer. Raises NoAnswer where it is not the documented shape with all categories."""
+    def read(cls, body: Any, *, with_blocklists: bool = False) -> Answer:
+        """Read the JSON of an answer. Raises NoAnswer where it is not the documented shape with all that was asked."""
         try:
             found = [(entry["category"], entry["severity"]) for entry in body["categoriesAnalysis"]]
-            matches = body.get("blocklistsMatch")
-            hits = frozenset(match["blocklistName"] for match in matches) if matches is not None else frozenset()
+            matches = body["blocklistsMatch"] if with_blocklists else body.get("blocklistsMatch") or []
+            if not isinstance(matches, list):
+                raise NoAnswer(UNREADABLE)
+            hits = frozenset(match["blocklistName"] for match in matches)
         except (KeyError, TypeError, AttributeError):
             raise NoAnswer(UNREADABLE) from None
         severities = {name: _highest(name, found) for name in CATEGORIES}

@@ -32,7 +32,7 @@ log = logging.getLogger("batch_infer")
 
 KEY = "CONTENT_SAFETY_KEY"
 SCOPE = "https://cognitiveservices.azure.com/.default"
-CONNECTION_SECONDS, READ_SECONDS = 10.0, 30.0
+CONNECTION_SECONDS, READ_SECONDS = 5.0, 10.0
 LIBRARIES = ("azure.ai.contentsafety", "azure.identity", "pyrate_limiter", "requests", "tenacity")
 NOISY = ("azure", "msal", "urllib3", "pyrate_limiter")
 """Whose logs would stand between a command's own lines."""
@@ -48,6 +48,7 @@ class Question:
     kind: Kind
     method: str
     options: Any
+    with_blocklists: bool = False
 
     @classmethod
     def of_text(cls, text: str, blocklists: tuple[str, ...] = ()) -> Question:
@@ -60,7 +61,7 @@ class Question:
             halt_on_blocklist_hit=False,
             output_type="FourSeverityLevels",
         )
-        return cls("prompt", "analyze_text", options)
+        return cls("prompt", "analyze_text", options, bool(blocklists))
 
     @classmethod
     def of_image(cls, pixels: np.ndarray) -> Question:
@@ -139,7 +140,8 @@ class ContentSafety:
         method = getattr(self._client, question.method)
         try:
             # The JSON itself: the SDK's model of it would not show what is missing.
-            return Answer.read(method(question.options, cls=lambda response, *_: response.http_response.json()))
+            found = method(question.options, cls=lambda response, *_: response.http_response.json())
+            return Answer.read(found, with_blocklists=question.with_blocklists)
         except AzureError as error:
             raise self._meaning(error, question.kind) from error
         except (ValueError, LookupError, RecursionError) as error:  # JSON and its encoding break in many ways
@@ -233,8 +235,9 @@ def _reason(error: AzureError, status: int) -> str:
         return answers.UNREADABLE
     if status:
         told = getattr(error, "error", None)
-        words = [getattr(told, "code", None), getattr(told, "message", None)]
-        text = ": ".join(word for word in words if word and word != str(status)) or getattr(error, "reason", None)
+        # str: what is no text is said too.
+        words = [str(word) for word in (getattr(told, "code", None), getattr(told, "message", None)) if word]
+        text = ": ".join(word for word in words if word != str(status)) or getattr(error, "reason", None)
         return _short(f"HTTP {status}: {text or 'no reason given'}")
     deepest: BaseException = error.inner_exception or error
     while deepest.__context__ is not None:

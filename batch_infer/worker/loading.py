@@ -22,9 +22,9 @@ def load_chain(
     card: ModelCard, compute: Compute, safety: SafetySettings, stop: Callable[[], bool] = lambda: False
 ) -> Chain | DrivenChain | GatedChain:
     """A model on its device, with its judge and its gate where there are to be. Raises ModelError, SettingsError."""
-    gate = gate_of(safety.service, stop)
     judged = safety.asks_checker(has_checker=card.has_checker)
     chain = make_chain(load_any_model(card, compute, judged=judged), compute, stop)
+    gate = gate_of(safety.service, stop)
     return chain if gate is None else GatedChain(chain, gate, stop)
 
 
