@@ -21,11 +21,13 @@ import tomllib
 import yaml
 from click import Context, Parameter
 
+from batch_infer.azureml import deployment as deployments
 from batch_infer.azureml import online
 from batch_infer.cli import commands
 from batch_infer.cli.environment import settings_of_environment
 from batch_infer.cli.run import run
 from batch_infer.jobs.simulation import SimulationSettings
+from batch_infer.models import DEMO_MODEL
 from tests.runs import QUICK
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +49,7 @@ SPECS = {
 }
 DEPLOYMENTS = ("batch", "online")
 SAFE = "https://safe.cognitiveservices.azure.com"
-DOORS_OWN = {"BATCH_INFER_PREDICTIONS"}
+DOORS_OWN = {"BATCH_INFER_PREDICTIONS", "BATCH_INFER_REQUEST_TIMEOUT"}
 """Variables that a door reads beside the options of `run`."""
 REPLACED = {"CONTENT_SAFETY_ACCOUNT_NAME", "UAI_CLIENT_ID", "SUBSCRIPTION_ID", "RESOURCE_GROUP_NAME"}
 """Variables of the managed models' samples that the README says are not needed any more."""
@@ -170,6 +172,13 @@ def test_what_refers_to_each_other_fits() -> None:
     assert spec("batch/deployment.yml")["compute"] == f"azureml:{spec('batch/compute.yml')['name']}"
     threads = int(variables("online")["GUNICORN_CMD_ARGS"].removeprefix("--threads "))
     assert threads > spec("online/deployment.yml")["request_settings"]["max_concurrent_requests_per_instance"]
+
+
+def test_the_server_gives_a_request_up_a_little_before_azure_does() -> None:
+    seconds = float(variables("online")[online.TIMEOUT])
+    waits = spec("online/deployment.yml")["request_settings"]["request_timeout_ms"] / 1000
+    assert seconds == online.MOST_SECONDS
+    assert waits - 20 < seconds < waits
 
 
 def relative(deployment: dict[str, Any]) -> dict[str, Any]:
@@ -307,6 +316,40 @@ def quick() -> dict[str, str]:
     pairs = zip(words[::2], words[1::2], strict=True)
     options = {f"BATCH_INFER_{flag.removeprefix('--').replace('-', '_').upper()}": value for flag, value in pairs}
     return {**options, "BATCH_INFER_STEPS": "2"}
+
+
+TELL = """
+import sys
+from batch_infer.azureml.deployment import find_deployment
+find_deployment(sys.argv[1])
+"""
+
+
+def test_a_log_is_as_the_settings_say_and_tells_of_those_that_do_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {**quick(), "BATCH_INFER_LOG_FORMAT": "json", "BATCH_INFER_TIME_LIMIT": "1h"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("BATCH_INFER_RESULTS", "csv")
+    monkeypatch.delenv("AZUREML_MODEL_DIR", raising=False)
+    line = [sys.executable, "-c", TELL, tmp_path / "out"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=True, cwd=ROOT)
+    told, *_ = map(json.loads, done.stderr.splitlines())
+    message = "BATCH_INFER_RESULTS, BATCH_INFER_TIME_LIMIT: of no use in an endpoint, and not looked at"
+    assert (told["level"], told["message"]) == ("WARNING", message)
+
+
+def test_every_option_that_does_nothing_is_one() -> None:
+    assert {f"BATCH_INFER_{name}" for name in deployments.IDLE} <= options_as_variables()
+
+
+def test_a_folder_further_down_comes_before_a_file(tmp_path: Path) -> None:
+    """Which may be a LoRA."""
+    (tmp_path / "lora.safetensors").touch()
+    assert deployments.find_model_path(tmp_path) == str(tmp_path / "lora.safetensors")
+    (tmp_path / "mlflow" / "artifacts").mkdir(parents=True)
+    (tmp_path / "mlflow" / "artifacts" / "model").symlink_to(DEMO_MODEL)
+    assert deployments.find_model_path(tmp_path) == str(tmp_path / "mlflow" / "artifacts" / "model")
 
 
 LINES = re.findall(

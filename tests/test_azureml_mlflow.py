@@ -25,6 +25,7 @@ from batch_infer.models import DEMO_MODEL
 ROOT = Path(__file__).parent.parent
 SDK = Path(sys.prefix) / "azure-sdk" / "bin" / "python"
 CARD = {"prompt": "string", "generated_image": "string", "nsfw_content_detected": "boolean"}
+ERROR = {"error": "string"}
 PARAMS = {
     **{"num_inference_steps": "long", "guidance_scale": "double", "height": "long", "width": "long"},
     **{"seed": "long", "negative_prompt": "string"},
@@ -33,11 +34,12 @@ PARAMS = {
 # Where mlflow is. It exports with the batch-infer that is tested, forgets it, and has MLflow load what was exported,
 # which comes with batch-infer's code. All in one process, because torch takes its time to import.
 SCRIPT = r"""
-import json, os, sys
+import json, os, signal, sys, threading, time
 from pathlib import Path
 
 root, folder, linked = sys.argv[1:4]
 sys.path.insert(0, root)
+import click
 from batch_infer.cli.export_mlflow import export_mlflow
 from batch_infer.errors import SettingsError
 
@@ -51,6 +53,17 @@ try:
     export(folder)
 except SettingsError as error:
     found["again"] = str(error)
+
+def end_when_it_writes():
+    while not list(Path(folder).parent.glob(".tmp-*")):
+        time.sleep(0.001)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+threading.Thread(target=end_when_it_writes).start()
+try:
+    export(folder + "-ended")
+except click.Abort:
+    found["ended"] = True
 
 sys.path.remove(root)
 for name in [name for name in sys.modules if name.split(".")[0] == "batch_infer"]:
@@ -85,7 +98,7 @@ found["kept"] = [name for name in os.environ if name.startswith("BATCH_INFER_")]
 out = Path(folder + "-out")
 out.mkdir()
 os.environ["AZUREML_BI_OUTPUT_PATH"] = str(out)
-found["files"] = [predict(["a large red circle"], seed=5), predict(["a large red circle"], seed=5)]
+found["files"] = [predict(["a large red circle"], seed=5), predict(["a large red circle"], seed=5), predict([""])]
 print(json.dumps(found))
 """
 
@@ -125,7 +138,7 @@ def picture(row: dict[str, Any]) -> Image.Image:
 def test_a_model_has_the_signature_of_the_managed_ones(seen: dict[str, Any], folder: Path) -> None:
     signature = {key: json.loads(text) for key, text in flavour(folder)["signature"].items()}
     columns = {key: {entry["name"]: entry["type"] for entry in entries} for key, entries in signature.items()}
-    assert columns == {"inputs": {"prompt": "string"}, "outputs": CARD, "params": PARAMS}
+    assert columns == {"inputs": {"prompt": "string"}, "outputs": CARD | ERROR, "params": PARAMS}
     assert {entry["default"] for entry in signature["params"]} == {None}
     example = json.loads((folder / "input_example.json").read_text("utf-8"))
     assert example == {"columns": ["prompt"], "data": [["A photo of an astronaut riding a horse on Mars"]]}
@@ -199,11 +212,18 @@ def test_loading_leaves_the_environment_as_it_was(seen: dict[str, Any]) -> None:
 
 
 def test_in_a_batch_endpoint_images_are_files(seen: dict[str, Any], folder: Path) -> None:
-    (first,), (second,) = seen["files"]
+    (first,), (second,), (bad,) = seen["files"]
     assert first == second  # at a retry too
+    assert list(first) == list(bad) == [*CARD, *ERROR]  # for what calls return is appended to one file
+    assert bad["error"] == "the prompt is empty"
     (file,) = folder.with_name("model-out").iterdir()
     assert first["generated_image"] == file.name
     assert file.stem == hashlib.sha256(file.read_bytes()).hexdigest()[:32]
+
+
+def test_an_export_that_is_ended_leaves_nothing_behind(seen: dict[str, Any], folder: Path) -> None:
+    assert seen["ended"]
+    assert not [path for path in folder.parent.iterdir() if path.name.startswith(".") or path.name.endswith("-ended")]
 
 
 def test_nothing_is_written_over(seen: dict[str, Any], folder: Path) -> None:
@@ -211,6 +231,7 @@ def test_nothing_is_written_over(seen: dict[str, Any], folder: Path) -> None:
 
 
 def test_without_mlflow_the_way_to_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batch_infer.cli.export_mlflow.find_spec", lambda name: None)
+    module = sys.modules[export_mlflow.callback.__module__]  # type: ignore[union-attr]  # its name is the command's
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(SettingsError, match=r"pip install 'batch-infer\[mlflow\]'"):
         export_mlflow.main([str(tmp_path / "model"), "-q"], standalone_mode=False)

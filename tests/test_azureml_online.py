@@ -25,7 +25,7 @@ import pytest
 from PIL import Image
 
 from batch_infer.models import DEMO_MODEL
-from tests.content_safety_server import KEY, serving, status
+from tests.content_safety_server import KEY, Service, serving, status
 
 ROOT = Path(__file__).parents[1]
 PYTHON = ROOT / ".venv" / "azure-server" / "bin" / "python"
@@ -39,10 +39,19 @@ run()
 """
 """`azmlinfsrv`, which would listen to everybody and has no option against it."""
 SCRIPT = """
+import os
+from pathlib import Path
 from batch_infer.azureml import service
 service.PATIENCE = 1.0
-from batch_infer.azureml.online import init, run
+from batch_infer.azureml import online
+from batch_infer.azureml.online import init
+
+def run(raw_data):
+    told = Path(__file__).with_name("seconds")
+    os.environ["BATCH_INFER_REQUEST_TIMEOUT"] = told.read_text() if told.exists() else ""
+    return online.run(raw_data)
 """
+"""A request has as many seconds as a file says, where there is one."""
 SAMPLE: dict[str, Any] = {
     "columns": ["prompt"],
     "data": ["A photo of an astronaut riding a horse on Mars"],
@@ -50,6 +59,8 @@ SAMPLE: dict[str, Any] = {
 }
 KEYS = ["prompt", "generated_image", "nsfw_content_detected"]
 CLIENTS = 20
+LONG = {"data": ["a red circle"] * 50, "parameters": {"num_inference_steps": 20}}
+"""More than half a minute of work."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +72,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Server:
-    """A server that is being started, or runs; `down`: content safety, which it asks, is out of order."""
+    """A server that is being started, or runs, and the service that it asks; `down`: that is out of order."""
 
     process: subprocess.Popen[bytes]
     port: int
     log: Path
+    safety: Service
     down: threading.Event
 
     def send(self, body: bytes) -> Answer:
@@ -104,7 +116,7 @@ class Server:
         pytest.fail(self.log.read_text("utf-8")[-5000:])
 
 
-def start(folder: Path, model: Path, safety: str, down: threading.Event) -> Server:
+def start(folder: Path, model: Path, safety: Service, down: threading.Event) -> Server:
     folder.mkdir()
     script, log = folder / "score.py", folder / "log"
     script.write_text(SCRIPT, "utf-8")
@@ -115,7 +127,7 @@ def start(folder: Path, model: Path, safety: str, down: threading.Event) -> Serv
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith(("BATCH_INFER_", "AZUREML_"))},
         **{f"BATCH_INFER_{name}": value for name, value in settings.items()},
-        **{"CONTENT_SAFETY_ENDPOINT": safety, "CONTENT_SAFETY_KEY": KEY},
+        **{"CONTENT_SAFETY_ENDPOINT": safety.endpoint, "CONTENT_SAFETY_KEY": KEY},
         **{"GUNICORN_CMD_ARGS": f"--threads {CLIENTS + 4}", "PYTHONPATH": str(ROOT), "HOME": str(folder)},
     }
     line: list[str | Path] = [
@@ -133,7 +145,7 @@ def start(folder: Path, model: Path, safety: str, down: threading.Event) -> Serv
         process = subprocess.Popen(
             line, cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
-    return Server(process, port, log, down)
+    return Server(process, port, log, safety, down)
 
 
 @pytest.fixture(scope="module")
@@ -145,8 +157,8 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, 
     ) as safety:
         (folder / "nothing").mkdir()
         started = [
-            start(folder / "good", DEMO_MODEL, safety.endpoint, down),
-            start(folder / "bad", folder / "nothing", safety.endpoint, down),
+            start(folder / "good", DEMO_MODEL, safety, down),
+            start(folder / "bad", folder / "nothing", safety, down),
         ]
         try:
             started[0].wait_until_healthy()
@@ -249,6 +261,38 @@ def test_while_content_safety_is_down_nothing_is_given_and_afterwards_everything
     assert (answer.status, answer.headers["Retry-After"], list(answer.body)) == (503, "10", ["error"])
     assert "127.0.0.1" not in answer.body["error"]
     assert "Azure AI Content Safety at http://127.0.0.1" in server.log.read_text("utf-8")
+    assert list(server.objects(**SAMPLE)[0]) == KEYS
+
+
+def test_clients_who_hang_up_leave_the_server_to_others(server: Server) -> None:
+    """More than it has threads: a probe is answered at once, and what they asked for is not rendered."""
+    before = len(server.safety.images)
+    body = json.dumps({"input_data": LONG}).encode()
+    head = f"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    clients = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(CLIENTS + 10)]
+    for client in clients:
+        client.sendall(head.encode() + body)
+    time.sleep(1)
+    for client in clients:
+        client.close()
+    begun = time.monotonic()
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/", timeout=10) as answer:
+        assert answer.read() == b"Healthy"
+    assert list(server.objects(**SAMPLE)[0]) == KEYS
+    assert time.monotonic() - begun < 30
+    assert len(server.safety.images) - before < 50
+    assert server.log.read_text("utf-8").count("the client has hung up") >= CLIENTS
+
+
+def test_a_request_that_takes_too_long_is_answered_and_given_up(server: Server) -> None:
+    seconds = server.log.with_name("seconds")
+    seconds.write_text("1")
+    try:
+        answer = server.ask(**LONG)
+    finally:
+        seconds.unlink()
+    assert (answer.status, list(answer.body)) == (503, ["error"])
+    assert answer.body["error"].startswith("the images were not ready in 1 seconds: ask for fewer at a time")
     assert list(server.objects(**SAMPLE)[0]) == KEYS
 
 

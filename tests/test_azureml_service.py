@@ -24,7 +24,7 @@ from batch_infer.azureml.deployment import Deployment, find_deployment
 from batch_infer.azureml.mailbox import Mailbox
 from batch_infer.azureml.payload import MOST_IMAGES, TooMany, read_payload
 from batch_infer.azureml.scoring import score_rows
-from batch_infer.azureml.service import PATIENCE, SLOTS, Service
+from batch_infer.azureml.service import PATIENCE, SLOTS, Caller, GivenUp, Service
 from batch_infer.chain import ChainShape, DrivenChain, Rendered, Unrendered
 from batch_infer.errors import Interrupted, ServiceError, SettingsError, TableError
 from batch_infer.records import PromptRequest, Verdict
@@ -114,7 +114,7 @@ def test_a_payload_says_its_rows_in_several_ways(sent: dict[str, Any], rows: lis
     [
         (b"\xff", "the request is not JSON"),
         ('{"input_data": ', "the request is not JSON (Expecting value"),
-        ('{"input_data": {"data": [' + "9" * 5000 + "]}}", "the request is not JSON"),
+        ('{"input_data": {"data": [' + "9" * 5000 + "]}}", "a number in the request has too many digits"),
         (" ", "the request is empty"),
         ("[" * 200 + "]" * 200, "the request is not a JSON object but a list"),
         ("[" * 100_000, "the request is nested too deeply"),
@@ -125,7 +125,8 @@ def test_a_payload_says_its_rows_in_several_ways(sent: dict[str, Any], rows: lis
         (payload(columns=["prompt"]), "there is no data in input_data"),
         (payload(data="p"), "data is not a list but a string"),
         (payload(data=[]), "data in input_data is empty"),
-        (payload(data=["p", 3]), "element 1 of data is neither an object nor a prompt but int"),
+        (payload(data=["p", 3]), "element 1 of data is neither an object nor a prompt but a number"),
+        (payload(data=[None]), "element 0 of data is neither an object nor a prompt but null"),
         (payload(data=[["p", "q"]]), "element 0 of data has 2 cells where columns names 1"),
         (payload(columns="prompt", data=["p"]), "columns in input_data is not a list of names"),
         (payload(columns=["prompt", 2], data=["p"]), "columns in input_data is not a list of names"),
@@ -140,6 +141,11 @@ def test_what_is_no_payload_is_told_in_a_sentence(text: str | bytes, sentence: s
         read_payload(text)
     assert str(caught.value).startswith(sentence)
     assert "\n" not in str(caught.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_payload() -> None:
+    text = "\ufeff" + payload(data=["p"])
+    assert read_payload(text) == read_payload(text.encode()) == [{"prompt": "p"}]
 
 
 # Callers who share a chain
@@ -157,6 +163,18 @@ def test_callers_take_turns_and_none_waits_for_all_rows_of_another() -> None:
     assert next(box, None) is None
     box.post([make_request(prompt="later")])
     assert next(box).prompt == "later"
+
+
+def test_a_chain_takes_in_no_more_than_it_soon_renders() -> None:
+    """A row with guidance counts twice."""
+    box = Mailbox(lambda request: 0, most=4)
+    box.post([make_request(prompt=f"many {i}") for i in range(5)])
+    box.post([make_request(prompt="one")])
+    given = list(box)
+    assert [request.prompt for request in given] == ["many 0", "one"]
+    assert box
+    box.deliver(rendered(given[0]))
+    assert [request.prompt for request in box] == ["many 1"]
 
 
 def test_rows_of_one_size_go_together_until_others_have_waited_long(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,6 +278,29 @@ def test_rows_of_a_caller_who_has_gone_are_not_rendered(deployment: Deployment) 
     assert rows == ["0", "another"]
 
 
+@pytest.mark.parametrize("ends", ["his time", "himself"])
+def test_a_caller_who_waits_no_longer_is_let_go_while_the_chain_is_at_work(deployment: Deployment, ends: str) -> None:
+    under_way, gone, rows = threading.Event(), threading.Event(), []
+
+    def render(source: Iterator[PromptRequest]) -> Iterator[Rendered | Unrendered]:
+        for request in source:
+            rows.append(request.prompt)
+            under_way.set()
+            assert gone.wait(30)
+            yield rendered(request)
+
+    caller = Caller(0.1) if ends == "his time" else Caller(has_gone=under_way.is_set)
+    told = "not ready in 0.1 seconds: ask for fewer" if ends == "his time" else "the client has hung up"
+    with closing(scripted(deployment, render)) as found:
+        with pytest.raises(GivenUp, match=told):
+            list(found.outcomes([make_request(prompt=f"{i}") for i in range(9)], caller))
+        gone.set()
+        found.render([make_request(prompt="another")])
+        with pytest.raises(GivenUp):
+            list(found.outcomes([make_request(prompt="too late")], caller))
+    assert rows == ["0", "another"]
+
+
 def test_a_service_that_is_closed_leaves_nobody_waiting(deployment: Deployment) -> None:
     under_way = threading.Event()
 
@@ -359,6 +400,7 @@ def test_images_of_a_row_stand_in_order_and_rows_that_cannot_be_had_among_them(d
         {"prompt": "p", "negative_prompt": "n" * 10_001},
         {"prompt": "p", "id": ["7"]},
         {"prompt": "p", "seed": 9, "note": {"any": "thing"}},
+        {"prompt": "p \ud800"},
     ]
     found = score_rows(rows, dummy)
     assert [int(opened(each)[0, 0, 0]) if each["generated_image"] else each["error"] for each in found] == [
@@ -369,10 +411,11 @@ def test_images_of_a_row_stand_in_order_and_rows_that_cannot_be_had_among_them(d
         "the negative_prompt has 10001 characters, and 10000 are taken here; a model reads some 75 words",
         "the id is not text but list",
         9,
+        "the prompt holds a lone surrogate, which is half a character: send whole ones",
     ]
-    assert [each["prompt"] for each in found] == ["p", "p", None, "p", "p" * 10_001, "p", "p", "p"]
+    assert [each["prompt"] for each in found] == ["p", "p", None, "p", "p" * 10_001, "p", "p", "p", "p \ufffd"]
     assert {len(each) for each in found if each["generated_image"]} == {3}
-    assert [each["nsfw_content_detected"] for each in found] == [None] * 8
+    assert [each["nsfw_content_detected"] for each in found] == [None] * 9
 
 
 @pytest.mark.parametrize(
@@ -449,12 +492,26 @@ def test_the_script_answers_objects(door: Service) -> None:
             {"data": ["p"] * 100, "parameters": {"num_images_per_prompt": 3}},
             "the 100 prompts of the request ask for more, and one request may ask for 256 images",
         ),
+        (
+            {"data": ["p"], "parameters": {"num_images_per_prompt": 300}},
+            "the one prompt of the request asks for more, and one request may ask for 256 images",
+        ),
     ],
 )
 def test_a_request_for_too_many_images_is_refused_whole(door: Service, sent: dict[str, Any], sentence: str) -> None:
     with pytest.raises(TooMany) as caught:
         online.run(payload(**sent))
     assert str(caught.value).startswith(sentence)
+
+
+def test_a_request_may_take_so_long_and_no_longer(door: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BATCH_INFER_REQUEST_TIMEOUT", "1e-9")
+    with pytest.raises(GivenUp, match="not ready in 1e-09 seconds"):
+        online.run(payload(data=["p"]))
+    for wrong in ("soon", "0", "-1", "nan", "inf"):
+        monkeypatch.setenv("BATCH_INFER_REQUEST_TIMEOUT", wrong)
+        with pytest.raises(SettingsError, match=f"BATCH_INFER_REQUEST_TIMEOUT={wrong}: say seconds"):
+            online.init()
 
 
 def test_the_prompts_column_may_have_another_name(door: Service) -> None:

@@ -100,6 +100,7 @@ def test_files_directly_in_a_folder_come_in_mini_batches_by_absolute_paths(
     monkeypatch.chdir(tmp_path)
     folder = write_files(Path("in"), 7)
     named = write_files(folder / "nested", 2) / "01.csv"
+    named = named.rename(named.with_name("other.csv"))
     settings = SimulationSettings((folder, named, named), Path("out"), write_script(Path(), body), mini_batch_size=3)
     done = simulate(settings)
     batches = [line.split() for line in notes(tmp_path, "runs")]
@@ -110,6 +111,12 @@ def test_files_directly_in_a_folder_come_in_mini_batches_by_absolute_paths(
     assert sorted(predictions(tmp_path)) == sorted([*map(str, range(7)), "1"])
     assert (done.fault, done.mini_batches, done.files, done.succeeded, done.rows) == (None, 3, 8, 3, 8)
     assert (done.deliveries, done.retries, done.failed_files) == (3, 0, 0)
+
+
+def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
+    inputs = tuple(write_files(tmp_path / name, 1) for name in "ab")
+    with pytest.raises(TableError, match="a/00.csv and .*b/00.csv have one name"):
+        simulate(SimulationSettings(inputs, tmp_path / "out", write_script(tmp_path, NAMES)))
 
 
 def test_the_seed_decides_the_order(tmp_path: Path) -> None:
@@ -513,8 +520,11 @@ def test_quiet_prints_nothing_on_success_and_usage_ends_with_2(tmp_path: Path) -
 
 
 HANGING = """
+import subprocess
+
 def run(mini_batch):
-    note("hanging", os.getpid(), os.getcwd())
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    note("hanging", os.getpid(), child.pid, os.getcwd())
     time.sleep(600)
 """
 
@@ -530,9 +540,9 @@ def test_workers_and_their_folders_end_with_the_command(tmp_path: Path, number: 
         process.send_signal(number)
         stdout, stderr = process.communicate(timeout=30)
     workers = [line.split() for line in notes(tmp_path, "hanging")]
-    assert eventually(lambda: not any(is_alive(int(pid)) for pid, _ in workers))
+    assert eventually(lambda: not any(is_alive(int(pid)) for *pids, _ in workers for pid in pids))
     assert stdout == ""
     if number != signal.SIGKILL:
         assert process.returncode == 75
         assert "interrupted" in stderr
-        assert not any(Path(folder).exists() for _, folder in workers)
+        assert not any(Path(folder).exists() for *_, folder in workers)

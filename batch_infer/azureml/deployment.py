@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,13 @@ from batch_infer.table import RowRules
 MODEL_DEPTH = 4
 """How deep below AZUREML_MODEL_DIR a model is looked for: a registered one lies some folders down."""
 _FOLDER, _FILE = "model_index.json", ".safetensors"
+IDLE = (
+    *("RESULTS", "MAX_FAILED", "PRICE_PER_HOUR", "TIME_LIMIT", "METRICS_FILE"),
+    *("OUT", "JSON", "QUIET", "VERBOSE", "NO_PROGRESS"),
+)
+"""Options of `run` for its results as a whole or for its terminal, of which there are none here."""
+
+log = logging.getLogger("batch_infer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +48,11 @@ class Deployment:
 
 def find_deployment(out: str) -> Deployment:
     """What this process's environment asks for, on an OUT that need not be there. Raises UsageError."""
-    set_up_logging()
-    settings = _settings(out)
+    asked = settings_of_environment("-", out)
+    set_up_logging()  # after it, which says in which format
+    if idle := [name for name in (f"BATCH_INFER_{option}" for option in IDLE) if os.environ.get(name)]:
+        log.warning("%s: of no use in an endpoint, and not looked at", ", ".join(idle))
+    settings = _settings(asked)
     _refuse_worker_without_gpu(settings)
     card = find_model(settings)
     earlier = outdir.read_run(settings.out)
@@ -53,15 +64,16 @@ def find_deployment(out: str) -> Deployment:
     return Deployment(settings, card, compute, rules, {**record, "rules": asdict(rules)}, earlier)
 
 
-def _settings(out: str) -> RunSettings:
-    settings = settings_of_environment("-", out)
+def _settings(settings: RunSettings) -> RunSettings:
     told = {"BATCH_INFER_OVERWRITE": settings.overwrite, "BATCH_INFER_LIMIT": settings.table.limit}
     for name in (name for name, value in told.items() if value):
         raise SettingsError(f"{name} is set, and here tables come one after the other, to several workers")
     if settings.compute.slots == "auto":
         raise SettingsError("BATCH_INFER_SLOTS=auto: say a number here; `batch-infer bench` tells what suits a device")
     table = TableSettings((), settings.table.columns)
-    return rooted(replace(settings, table=table, model=_model(settings.model)))
+    workers = settings.compute.processes or _gpus() or 1
+    safety = settings.safety.shared_by(workers)
+    return rooted(replace(settings, table=table, model=_model(settings.model), safety=safety))
 
 
 def _model(settings: ModelSettings) -> ModelSettings:
@@ -71,22 +83,33 @@ def _model(settings: ModelSettings) -> ModelSettings:
 
 
 def find_model_path(folder: Path) -> str:
-    """The one diffusers folder, or else the one .safetensors file, at or below a folder. Raises SettingsError."""
+    """The one diffusers folder, or else the one .safetensors file, at or below a folder. Raises SettingsError.
+
+    Of several levels the uppermost counts; a file, which may be a LoRA, only where there is no folder on any.
+    """
     told = f"AZUREML_MODEL_DIR={folder}"
     if not folder.is_dir():
         raise SettingsError(f"{told} is no folder: register a model with the deployment, or set BATCH_INFER_MODEL")
-    level = [folder]
-    for _ in range(MODEL_DEPTH + 1):
-        inner = [path for parent in level for path in sorted(parent.iterdir())]
-        found = [path for path in level if (path / _FOLDER).is_file()]
-        found = found or [path for path in inner if path.suffix == _FILE]
+    for found in (*_models(folder, folders=True), *_models(folder, folders=False)):
         if len(found) > 1:
             names = ", ".join(str(path.relative_to(folder)) for path in found)
             raise SettingsError(f"{told} holds several models ({names}): name one by BATCH_INFER_MODEL")
         if found:
             return str(found[0])
-        level = [path for path in inner if path.is_dir()]
     raise SettingsError(f"{told} holds no model: register a diffusers folder (with {_FOLDER}) or a {_FILE} file")
+
+
+def _models(folder: Path, *, folders: bool) -> Iterator[list[Path]]:
+    """The diffusers folders of each level, or else its files of weights, from the uppermost level down."""
+    level = [folder]
+    for _ in range(MODEL_DEPTH + 1):
+        inner = [path for parent in level for path in sorted(parent.iterdir())]
+        yield [path for path in (level if folders else inner) if _is_model(path, folders=folders)]
+        level = [path for path in inner if path.is_dir()]
+
+
+def _is_model(path: Path, *, folders: bool) -> bool:
+    return (path / _FOLDER).is_file() if folders else path.suffix == _FILE
 
 
 def _refuse_worker_without_gpu(settings: RunSettings) -> None:
@@ -94,9 +117,14 @@ def _refuse_worker_without_gpu(settings: RunSettings) -> None:
 
     Such a one would share the first one's, and its memory. Raises SettingsError.
     """
-    gpus = os.environ.get("AZ_BATCHAI_GPU_COUNT_FOUND", "0")
-    beyond = gpus.isdecimal() and int(gpus) > 0 and "CUDA_VISIBLE_DEVICES" not in os.environ
-    if beyond and settings.model.device != "cpu":
+    if _gpus() and "CUDA_VISIBLE_DEVICES" not in os.environ and settings.model.device != "cpu":
         raise SettingsError(
-            f"this worker has no GPU of its own: set max_concurrency_per_instance to the GPUs of an instance ({gpus})"
+            "this worker has no GPU of its own: set max_concurrency_per_instance to the GPUs of an instance"
+            f" ({_gpus()})"
         )
+
+
+def _gpus() -> int:
+    """Those of this instance, as Azure has counted them: a batch job has a worker for each."""
+    found = os.environ.get("AZ_BATCHAI_GPU_COUNT_FOUND", "")
+    return int(found) if found.isdecimal() else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -37,10 +38,13 @@ class Mailbox(Iterator[PromptRequest]):
 
     A chain makes rows of one `kind` at a time, and empties its slots before it goes over to another: so those of the
     kind that it is at go first, for a while. It ends where there is nothing at this moment, and may have more later.
+
+    No more than `most` row-forwards are given out and not delivered: a chain that looks far ahead would make others
+    wait, and what it has taken in is rendered for a caller who has gone.
     """
 
-    def __init__(self, kind: Callable[[PromptRequest], object]) -> None:
-        self._kind = kind
+    def __init__(self, kind: Callable[[PromptRequest], object], most: float = math.inf) -> None:
+        self._kind, self._most = kind, most
         self._lock = Lock()
         self._orders: deque[Order] = deque()
         """Those of which something waits; first whose last turn is the longest ago."""
@@ -71,7 +75,7 @@ class Mailbox(Iterator[PromptRequest]):
 
     def __next__(self) -> PromptRequest:
         with self._lock:
-            if not self._orders:
+            if not self._orders or self._out() >= self._most:
                 raise StopIteration
             order = self._in_turn()
             self._orders.remove(order)
@@ -106,6 +110,10 @@ class Mailbox(Iterator[PromptRequest]):
                 self._drop(order)
                 order.outcomes.put(error)
         return bool(failed)
+
+    def _out(self) -> int:
+        """Row-forwards that were given out."""
+        return sum(order.requests[place].params.slots for order, place in self._given.values())
 
     def _in_turn(self) -> Order:
         first = self._orders[0]

@@ -39,14 +39,18 @@ def read_payload(text: str | bytes, prompt: str = "prompt") -> list[dict[str, An
 
 
 def _input_data(text: str | bytes) -> Mapping[str, Any]:
+    if isinstance(text, str):
+        text = text.removeprefix("\ufeff")  # of bytes, json takes it off
     if not text.strip():  # which is also what the server makes of a form
         raise TableError(f"the request is empty, or its Content-Type is not application/json: send {SAMPLE}")
     try:
         document = json.loads(text)
     except RecursionError:
         raise TableError("the request is nested too deeply") from None
-    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, and numbers of thousands of digits
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise TableError(f"the request is not JSON ({first_line(error)}): send {SAMPLE}") from error
+    except ValueError as error:  # from int(), which takes some thousand digits
+        raise TableError("a number in the request has too many digits") from error
     if not isinstance(document, dict):
         raise TableError(f"the request is not a JSON object but {_kind(document)}: send {SAMPLE}")
     if is_deep(document):
@@ -82,6 +86,9 @@ def _shape(payload: Mapping[str, Any], prompt: str) -> Shape:
 
 
 def _row(number: int, element: Any, shape: Shape) -> dict[str, Any]:
+    if not isinstance(element, (str, list, dict)):
+        told = f"element {number} of data is neither an object nor a prompt but {_kind(element)}"
+        raise TableError(f"{told}: send {SAMPLE}")
     try:
         return cells_of(element, shape)
     except RowError as error:

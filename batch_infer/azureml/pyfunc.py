@@ -17,12 +17,13 @@ from uuid import uuid4
 
 import pandas as pd
 
-from batch_infer.atomic import storing, temporary_of
+from batch_infer.atomic import replacing
 from batch_infer.azureml.deployment import find_deployment
 from batch_infer.azureml.scoring import score_rows
 from batch_infer.azureml.service import Service
 
 COLUMNS = ("prompt", "generated_image", "nsfw_content_detected")
+ERROR = "error"
 _OUTPUT = "AZUREML_BI_OUTPUT_PATH"
 """Where a batch endpoint's job writes files."""
 
@@ -40,14 +41,16 @@ class PromptsToImages:
         """A row for each prompt: prompt, generated_image and nsfw_content_detected, None where nobody was asked.
 
         generated_image is a file in base64; in a batch endpoint's job it is the name of one beside predictions.csv.
-        Where a row has no image, there is a column `error` that says why. Raises ServiceError, StorageError.
+        A column `error` says why a row has no image. In a batch endpoint's job it is always there, as what the calls
+        return is appended to one file; elsewhere only where a row needs it. Raises ServiceError, StorageError.
         """
         said = {name: value for name, value in (params or {}).items() if value is not None}
         rows = [{**said, "prompt": prompt} for prompt in model_input["prompt"]]
         found = score_rows(rows, self._service)
-        if folder := os.environ.get(_OUTPUT):
+        folder = os.environ.get(_OUTPUT)
+        if folder:
             found = [_stored(row, Path(folder)) for row in found]
-        columns = [*COLUMNS, *["error"] * any("error" in row for row in found)]
+        columns = [*COLUMNS, ERROR] if folder or any(ERROR in row for row in found) else [*COLUMNS]
         cells = [[row.get(name) for name in columns] for row in found]
         table: pd.DataFrame = pd.DataFrame(cells, columns=columns, dtype=object)
         return table
@@ -80,8 +83,6 @@ def _stored(row: dict[str, Any], folder: Path) -> dict[str, Any]:
     content = base64.b64decode(row["generated_image"])
     suffix = ".png" if content.startswith(b"\x89PNG") else ".jpg" if content.startswith(b"\xff\xd8") else ".webp"
     name = hashlib.sha256(content).hexdigest()[:32] + suffix
-    path, temporary = folder / name, temporary_of(folder / name)
-    with storing(path):
+    with replacing(folder / name, parents=False) as temporary:
         temporary.write_bytes(content)
-        temporary.replace(path)
     return {**row, "generated_image": name}

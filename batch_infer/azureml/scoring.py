@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from batch_infer import images
 from batch_infer.azureml.deployment import Deployment
-from batch_infer.azureml.service import Service
+from batch_infer.azureml.service import PATIENT, Caller, Service
 from batch_infer.chain import Rendered, Unrendered
 from batch_infer.records import PromptRequest
 from batch_infer.table import loose_rows
@@ -42,7 +42,7 @@ def read_rows(rows: Iterable[Mapping[str, Any]], deployment: Deployment) -> Iter
             yield item
 
 
-def score(items: Sequence[Item], service: Service) -> list[dict[str, Any]]:
+def score(items: Sequence[Item], service: Service, caller: Caller = PATIENT) -> list[dict[str, Any]]:
     """An object for each: `prompt`, `generated_image` (a file in base64), `nsfw_content_detected`.
 
     One without an image, and only such a one, has a fourth key, `error`. Raises as `Service.outcomes`.
@@ -50,8 +50,8 @@ def score(items: Sequence[Item], service: Service) -> list[dict[str, Any]]:
     found = [_without_image(item.prompt, None, item.error) if isinstance(item, Refused) else {} for item in items]
     places = [place for place, item in enumerate(items) if isinstance(item, PromptRequest)]
     requests = [item for item in items if isinstance(item, PromptRequest)]
-    for number, outcome in service.outcomes(requests):  # compressed here, while the device renders the next ones
-        found[places[number]] = _object(outcome, service.deployment)
+    for number, outcome in service.outcomes(requests, caller):
+        found[places[number]] = _object(outcome, service.deployment)  # compressed while the device renders the next
     return found
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+import math
+import time
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from queue import Empty
 from threading import Event, Lock
 
 from batch_infer.azureml.deployment import Deployment
-from batch_infer.azureml.mailbox import Mailbox, Outcome
-from batch_infer.errors import Interrupted
+from batch_infer.azureml.mailbox import Mailbox, Order, Outcome
+from batch_infer.chain import GatedChain
+from batch_infer.errors import Interrupted, TryAgainLater
 from batch_infer.records import PromptRequest
 from batch_infer.settings import Compute, SafetySettings
 from batch_infer.stages import Stages
@@ -18,9 +22,42 @@ from batch_infer.worker.loading import load_chain
 
 SLOTS = 8
 """Row-forwards in a UNet call where nobody says. A single caller pays for the empty ones too, with his time."""
+AHEAD = 8
+"""Row-forwards, at the least, that wait for the slots or are being judged after them."""
 CLOSED = "the service was closed before this was rendered"
 PATIENCE = 10.0
 """For how many seconds callers wait for a safety service that is silent or failing."""
+LOOK_SECONDS = 0.5
+"""How often it is looked whether a caller still waits."""
+
+
+class GivenUp(TryAgainLater):
+    """A caller's time is over, or he has gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """One who waits: for how many seconds at most, since when, and whether he has gone before that."""
+
+    seconds: float = math.inf
+    has_gone: Callable[[], bool] = lambda: False
+    since: float = field(default_factory=time.monotonic)
+
+    def check(self) -> float:
+        """For how many seconds he waits yet. Raises GivenUp."""
+        if self.has_gone():
+            raise GivenUp("the client has hung up: what it asked for is not rendered any further")
+        left = self.since + self.seconds - time.monotonic()
+        if left <= 0:
+            raise GivenUp(
+                f"the images were not ready in {self.seconds:g} seconds: ask for fewer at a time, or score them by a"
+                " batch endpoint"
+            )
+        return left
+
+
+PATIENT = Caller()
+"""Waits for as long as it takes."""
 
 
 class Service:
@@ -37,9 +74,10 @@ class Service:
         self._working = False
         self._pool = ThreadPoolExecutor(1, "render")  # loads too: what is compiled may stay with its thread
         self._chain = self._pool.submit(self._load, load).result()
-        driven = self._chain.driven
+        driven, slots = self._chain.driven, self.deployment.compute.slots
         self._mailbox = Mailbox(
-            lambda request: request.alike if driven else (request.params.height, request.params.width)
+            lambda request: request.alike if driven else (request.params.height, request.params.width),
+            slots + max(slots, AHEAD),
         )
 
     @property
@@ -52,17 +90,21 @@ class Service:
         found = dict(self.outcomes(requests))
         return [found[place] for place in range(len(requests))]
 
-    def outcomes(self, requests: Sequence[PromptRequest]) -> Generator[tuple[int, Outcome], None, None]:
+    def outcomes(
+        self, requests: Sequence[PromptRequest], caller: Caller = PATIENT
+    ) -> Generator[tuple[int, Outcome], None, None]:
         """What comes of these requests, as it comes, with the place of each. Who closes this gives the rest up.
 
-        Raises ServiceError and SettingsError of a safety service, Interrupted once this is closed, and what the
-        rendering of these or of rows beside them raised.
+        What is given up is not rendered, but for the rows that the chain has taken in by then. Raises GivenUp where the
+        caller has gone or has no time left, ServiceError and SettingsError of a safety service, Interrupted once this
+        is closed, and what the rendering of these or of rows beside them raised.
         """
+        caller.check()  # who has gone while he waited for a thread is not served at all
         order = self._mailbox.post(requests)
         try:
             self._wake()
             for _ in requests:
-                found = order.outcomes.get()
+                found = _next(order, caller)
                 if isinstance(found, BaseException):
                     raise found
                 yield found
@@ -75,6 +117,8 @@ class Service:
             self._closed.set()
         self._pool.shutdown()
         self._wake()
+        if isinstance(self._chain, GatedChain):
+            self._chain.close()
 
     def _load(self, load: LoadChain) -> AnyChain:
         deployment = self.deployment
@@ -108,6 +152,16 @@ class Service:
         with self._lock:
             self._working = False
         self._wake()
+
+
+def _next(order: Order, caller: Caller) -> tuple[int, Outcome] | BaseException:
+    """The next that comes of an order. Raises GivenUp."""
+    while True:
+        left = caller.check()
+        try:
+            return order.outcomes.get(timeout=min(left, LOOK_SECONDS))
+        except Empty:
+            continue
 
 
 def _real_time(deployment: Deployment) -> Compute:

@@ -120,6 +120,8 @@ def refuse_unrepeatable(record: Mapping[str, Any], out: Path) -> None:
 
     Raises SettingsError.
     """
+    if not record["settings"]["table"]["tables"]:
+        raise SettingsError(f"{out} is an endpoint's, to which tables came one by one; name the TABLEs after OUT")
     if found := record.get("unrepeatable_tables"):
         told = ", ".join("standard input" if table == "-" else table for table in found)
         raise SettingsError(f"{told}: {out / 'run.json'} cannot say how to read this again; name the TABLEs after OUT")

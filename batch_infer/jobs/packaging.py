@@ -36,6 +36,7 @@ SIGNATURE = ModelSignature(
             ColSpec(DataType.string, "prompt"),
             ColSpec(DataType.string, "generated_image", required=False),
             ColSpec(DataType.boolean, "nsfw_content_detected", required=False),
+            ColSpec(DataType.string, "error", required=False),
         ]
     ),
     params=ParamSchema(
@@ -49,7 +50,8 @@ SIGNATURE = ModelSignature(
         ]
     ),
 )
-"""Of the catalog's models, and parameters for all rows of a call; None is the model's own default."""
+"""Of the catalog's models, why a row has no image, and parameters for all rows of a call; None is the model's own
+default."""
 CODE = """\
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel

@@ -100,7 +100,7 @@ class ContentSafety:
             session=self._session,
             session_owner=False,
             connection_timeout=min(CONNECTION_SECONDS, settings.patience),
-            read_timeout=min(READ_SECONDS, settings.patience),
+            read_timeout=min(READ_SECONDS, settings.patience / 2),  # one that hangs leaves time for another
         )
         self._client = ContentSafetyClient(
             settings.endpoint.rstrip("/"),

@@ -9,6 +9,7 @@ from batch_infer.records import PromptRequest, ResultRow, Source
 from batch_infer.settings import FIELDS
 from batch_infer.table.ids import id_text
 from batch_infer.table.rows import Cells, RowRules, invalid, own_cells, requests
+from batch_infer.table.text import is_utf8
 
 NAME = "request"
 """Stands for the file, in ids too."""
@@ -28,7 +29,10 @@ def loose_rows(
         value = own.pop("id", None)
         known = f"{NAME}-{number:08d}" if value is None else id_text(value)
         cells = Cells(known, Source(NAME, number), own, {})
-        if isinstance(value, (list, dict)):
+        broken = [field for field, cell in own.items() if isinstance(cell, str) and not is_utf8(cell)]
+        if broken:  # told here in other words than of a table, which can be saved anew
+            yield invalid(cells, f"the {broken[0]} holds a lone surrogate, which is half a character: send whole ones")
+        elif isinstance(value, (list, dict)):
             yield invalid(cells, f"the id is not text but {type(value).__name__}")
         else:
             yield from requests(cells, rules)

@@ -45,6 +45,7 @@ def make_deployment(arguments: argparse.Namespace) -> ManagedOnlineDeployment:
             "WORKER_COUNT": "1",
             "GUNICORN_CMD_ARGS": "--threads 40",
             "WORKER_TIMEOUT": "900",
+            "BATCH_INFER_REQUEST_TIMEOUT": "170",
             **safety_variables(arguments),
         },
     )

@@ -11,12 +11,27 @@ from batch_infer.jobs.simulation.messages import MiniBatch
 
 
 def find_files(inputs: Sequence[Path]) -> list[str]:
-    """Absolute paths of files that are named, and of those directly in a folder that is. Raises TableError."""
+    """Absolute paths of files that are named, and of those directly in a folder that is. Raises TableError.
+
+    No two may have one name, as in the one input folder that a batch endpoint has.
+    """
     found = list(dict.fromkeys(path for entry in inputs for path in _files_of(entry)))
     if not found:
         told = ", ".join(map(str, inputs))
         raise TableError(f"{told}: there are no files; name the folder that holds them, for folders in it are not read")
+    _refuse_two_of_one_name(found)
     return found
+
+
+def _refuse_two_of_one_name(files: Sequence[str]) -> None:
+    by_name: dict[str, str] = {}
+    for file in files:
+        other = by_name.setdefault(os.path.basename(file), file)  # noqa: PTH119
+        if other != file:
+            raise TableError(
+                f"{other} and {file} have one name: images and ids follow from it, and a batch endpoint has one input"
+                " folder; rename one of them"
+            )
 
 
 def _files_of(entry: Path) -> Iterator[str]:

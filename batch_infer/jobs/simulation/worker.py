@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import os
 import queue
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Lock, Thread
 from types import ModuleType, TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from batch_infer.jobs.simulation.messages import (
     Began,
@@ -121,7 +122,7 @@ class Driver:
             while True:
                 self._inbox.put(self._link.recv())
         except (EOFError, OSError):
-            os._exit(1)
+            _end_all()
 
     def next(self) -> ToWorker:
         return self._inbox.get()
@@ -131,10 +132,17 @@ class Driver:
             with self._sending:
                 self._link.send(message)
         except OSError:
-            os._exit(1)
+            _end_all()
 
     def telling(self) -> Telling:
         return Telling(self)
+
+
+def _end_all() -> NoReturn:
+    """End this process at once, and with it all that the script has started, as its driver would."""
+    if os.getsid(0) == os.getpid():  # a session of its own
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
 
 
 class Telling:
