@@ -169,10 +169,25 @@ class Index:
             raise
 
     def add(self, parts: Iterable[Path], damaged: Damaged | None = None) -> None:
-        """Take in those of these parts that are not in yet. Raises DamagedPart, StorageError."""
-        new = {part.name: part for part in parts if part.name not in self._parts}
-        self._parts.update(new)
-        self._add_all(new.values(), None, damaged)
+        """Take in those of these parts that are not in yet. Raises DamagedPart, StorageError.
+
+        Where it raises, those that were read are in, and the others are asked for again. A part that has gone since
+        it was listed counts for nothing: somebody has set it aside.
+        """
+        for part in parts:
+            if part.name in self._parts:
+                continue
+            try:
+                self._add(part, None)
+            except DamagedPart as error:
+                if damaged is None:
+                    raise
+                damaged(error)
+            except StorageError:
+                if part.exists():
+                    raise
+            else:
+                self._parts[part.name] = part
 
     def _add_all(self, parts: Iterable[Path], since: datetime | None, damaged: Damaged | None) -> None:
         for part in list(parts):

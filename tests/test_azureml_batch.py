@@ -7,24 +7,32 @@ import importlib.util
 import io
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from batch_infer import manifest
 from batch_infer.atomic import TEMPORARY, _here
-from batch_infer.azureml import batch, deployment
+from batch_infer.azureml import batch, deployment, rendering
 from batch_infer.azureml.mini_batch import MiniBatches
-from batch_infer.errors import ServiceError, SettingsError, TableError
+from batch_infer.errors import ServiceError, SettingsError, StorageError, TableError
 from batch_infer.jobs.simulation import Outcome, SimulationSettings, simulate
 from batch_infer.manifest import SCHEMA
 from batch_infer.models import DEMO_MODEL
-from tests import runs
+from tests import dummies, runs
 from tests.content_safety_server import KEY, serving, status
 
 ROOT = Path(__file__).parents[1]
@@ -67,7 +75,8 @@ def test_a_mini_batch_is_scored_as_a_run_would(tmp_path: Path, out: Path) -> Non
     files = [prompts(tmp_path / "in" / f"part-{k}.csv") for k in range(3)]
     found = score(*files[:2])
     found = pd.concat([found, batch.run(files[2:])])
-    assert list(found.columns) == SCHEMA.names
+    assert list(found.columns) == [*SCHEMA.names, "carried"]
+    assert set(found["carried"]) == {"{}"}
     assert list(found["id"]) == [f"part-{k}-0000000{row}" for k in range(3) for row in range(3)]
     assert set(found["status"]) == {"ok"}
     told = runs.command("status", out).stdout
@@ -98,7 +107,9 @@ def test_all_that_a_file_may_be_becomes_rows(tmp_path: Path, out: Path) -> None:
     assert told["empty-00000000"] == ("invalid", "empty.csv is empty")
     assert "no such file" in told["gone-00000000"][1]
     assert "unknown ending .docx" in told["notes-00000000"][1]
-    assert list(found["note"].dropna().astype(str)) == ["a", "b", "7"]
+    notes = {row["id"]: json.loads(row["carried"])["note"] for row in found.to_dict("records")}
+    assert [note for note in notes.values() if note is not None] == ["a", "b", "7"]
+    assert set(found["source_file"]) == {"good.csv", *names}
     assert runs.command("merge", out).code == 0
     assert len(runs.results(out)) == len(found) == 8
 
@@ -147,6 +158,17 @@ def test_a_worker_that_died_leaves_nothing_behind(tmp_path: Path, out: Path) -> 
     assert [path.exists() for path in (*left, living, elsewhere)] == [False, False, False, True, True]
 
 
+def worker(load: Any = None) -> MiniBatches:
+    """A worker on the output that the environment names; `load` gives it another chain."""
+    found = deployment.find_deployment(os.environ["AZUREML_BI_OUTPUT_PATH"])
+    with mock.patch.object(rendering, "load_chain", load or (lambda *_: dummies.DummyChain(lambda: False))):
+        return MiniBatches(found)
+
+
+def told(results: pa.Table) -> list[tuple[str, str, str | None]]:
+    return list(zip(*(results[name].to_pylist() for name in ("id", "status", "error")), strict=True))
+
+
 def test_two_rows_of_one_id_are_two_rows(tmp_path: Path, out: Path) -> None:
     """Ids of tables, of which each mini-batch sees some: the later one has its default id, and says so."""
     folder = tmp_path / "in"
@@ -162,16 +184,247 @@ def test_two_rows_of_one_id_are_two_rows(tmp_path: Path, out: Path) -> None:
     assert list(batch.run([second])["status"]) == ["ok", "ok"]
 
 
-def test_two_files_of_one_stem_would_give_their_rows_the_same_ids(tmp_path: Path, out: Path) -> None:
+@pytest.mark.parametrize("prompt", ["a square", "a ring"], ids=["another", "the same"])
+@pytest.mark.parametrize("order", ["ab", "ba", "a(b)", "b(a)", "a(b)!", "b(a)!", "[ba]"])
+def test_of_one_id_in_two_files_the_first_by_name_has_it(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, order: str, prompt: str
+) -> None:
+    """One after the other; one within the other, so that both have looked before either commits; `!`: the outer one
+    then dies before it looks again, and is tried again; both in one mini-batch."""
+    rows = {
+        "a": [{"id": "x", "prompt": "a ring"}],
+        "b": [{"id": "x", "prompt": prompt}, {"id": "z", "prompt": "a bar"}],
+    }
+    files = {name: table(tmp_path / "in" / f"{name}.csv", rows[name]) for name in rows}
+    one, two = worker(), worker()
+    first, second = (letter for letter in order if letter in files)
+    if "(" in order:
+        render, within = one._rendering.render, [second]
+
+        def and_within(*arguments: Any) -> None:
+            while within:
+                two.score([files[within.pop()]])
+            render(*arguments)
+            if order.endswith("!") and not ended:
+                ended.append(True)
+                raise StorageError("ended here")
+
+        ended: list[bool] = []
+        monkeypatch.setattr(one._rendering, "render", and_within)
+        if order.endswith("!"):
+            with pytest.raises(StorageError, match="ended here"):
+                one.score([files[first]])
+        one.score([files[first]])
+    elif order == "[ba]":
+        one.score([files["b"], files["a"]])
+    else:
+        one.score([files[first]])
+        two.score([files[second]])
+    assert runs.command("merge", out).code == 0
+    found = {(row["id"], row["source_file"]): (row["status"], row["error"]) for row in runs.results(out)}
+    expected = {
+        ("x", "a.csv"): ("ok", None),
+        ("b-00000000", "b.csv"): ("invalid", "the id 'x' stands twice"),
+        ("z", "b.csv"): ("ok", None),
+    }
+    assert found == expected
+    assert [row["prompt"] for row in runs.results(out) if row["id"] == "x"] == ["a ring"]
+    runs.assert_whole(out)
+    before = runs.images(out)
+    assert [name for name, *_ in told(two.score([files["b"], files["a"]]))] == ["b-00000000", "z", "x"]
+    assert [name for name, *_ in told(one.score([files["a"]]))] == ["x"]
+    assert runs.images(out) == before
+    one.close()
+    two.close()
+
+
+def test_no_row_has_the_default_id_of_another_files_row(tmp_path: Path, out: Path) -> None:
+    """Whichever is scored first."""
     folder = tmp_path / "in"
-    one = prompts(folder / "p.csv")
+    plain = prompts(folder / "p.csv", 2)
+    (folder / "cat.png").touch()
+    names = ("p-00000000", "p-00000001", "cat-00000000")
+    named = table(folder / "aa.csv", [{"id": name, "prompt": "a star"} for name in names])
+    why = "the id 'p-00000000' would be the default id of a row of p.csv: give it another"
+    for files in ([plain, named], [named, plain]):
+        scoring = worker()
+        found = {name: (state, error) for file in files for name, state, error in told(scoring.score([file]))}
+        scoring.close()
+        assert found["aa-00000000"] == ("invalid", why)
+        assert found["p-00000000"] == found["p-00000001"] == found["cat-00000000"] == ("ok", None)
+        runs.command("merge", out)
+        runs.assert_whole(out)
+        assert len(runs.results(out)) == 5
+        shutil.rmtree(out)
+
+
+def test_files_of_one_stem_have_rows_of_their_own(tmp_path: Path, out: Path) -> None:
+    """None is refused for another, which may be no part of the job."""
+    folder = tmp_path / "in"
+    one = prompts(folder / "p.csv", 1)
     (folder / "p.txt").write_text("a ring\n")
-    fine = prompts(folder / "q.csv")
-    found = score(one, fine)
-    assert list(found["status"])[1:] == ["ok"] * 3
-    assert (found["id"][0], found["status"][0]) == ("p.csv-00000000", "invalid")
-    assert found["error"][0].startswith("p.csv and p.txt would give their rows the same ids (p-00000000, ...)")
-    assert batch.run([fine, str(folder / "p.txt")])["id"][3] == "p.txt-00000000"
+    (folder / "p.docx").write_bytes(b"PK")
+    scoring = worker()
+    assert told(scoring.score([one])) == [("p-00000000", "ok", None)]
+    found = told(scoring.score([str(folder / "p.docx"), str(folder / "p.txt")]))
+    assert [(name, state) for name, state, _ in found] == [("p.docx-00000000", "invalid"), ("p.txt-00000000", "ok")]
+    scoring.close()
+    assert runs.command("merge", out).code == 0
+    runs.assert_whole(out)
+
+
+def test_a_file_of_two_folders_is_known_by_its_name(tmp_path: Path, out: Path) -> None:
+    one, two = (prompts(tmp_path / name / "p.csv", 1) for name in "ab")
+    scoring = worker()
+    for _ in range(2):
+        found = told(scoring.score([one, two]))
+        assert found[0] == ("p-00000000", "ok", None)
+        assert found[1][:2] == ("b/p.csv-00000000", "invalid") and "have one name" in str(found[1][2])
+    scoring.close()
+
+
+def test_folders_with_other_columns_are_one_table(tmp_path: Path, out: Path) -> None:
+    for folder, note in (("a", [1]), ("b", ["one"]), ("c", [[True]])):
+        (tmp_path / folder).mkdir()
+        pd.DataFrame({"prompt": ["a ring"], "note": note}).to_parquet(tmp_path / folder / f"{folder}.parquet")
+    scoring = worker()
+    found = scoring.score([str(tmp_path / name / f"{name}.parquet") for name in "abc"])
+    assert found["note"].to_pylist() == ["1", "one", "[true]"]
+    assert len(scoring.score([])) == 0
+    broken = [tmp_path / name / "broken.parquet" for name in "ab"]
+    for path in broken:
+        path.touch()
+    with pytest.raises(TableError, match="broken.parquet cannot be read"):
+        scoring.score([str(path) for path in broken])
+    scoring.close()
+
+
+def test_a_row_without_a_result_is_not_passed_over(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = prompts(tmp_path / "in" / "a.csv")
+    scoring = worker()
+    render = scoring._rendering._chain.render
+    monkeypatch.setattr(scoring._rendering._chain, "render", lambda requests: islice(render(requests), 0))
+    with pytest.raises(StorageError, match="a.csv: not every row came to a result"):
+        scoring.score([file])
+    monkeypatch.undo()
+    assert len(scoring.score([file])) == 3
+    scoring.close()
+
+
+@pytest.mark.parametrize("how", ["error", "gone", "cut", "late"])
+def test_parts_that_cannot_be_read_cost_no_row(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """A disk that fails for a moment, a part that another sets aside, a torn one, and one that is damaged where the
+    index does not look."""
+    files = [prompts(tmp_path / "in" / f"{name}.csv") for name in "ab"]
+    scoring, other = worker(), worker()
+    other.score(files[:1])
+    (part,) = (out / "manifest").iterdir()
+    if how == "error":
+        away = mock.patch.object(manifest, "read_part", side_effect=StorageError("the disk is away"))
+        with away, pytest.raises(StorageError, match="away"):
+            scoring.score(files)
+    elif how == "gone":
+        scoring.score(files[:1])
+        part.rename(part.with_suffix(".damaged"))
+    elif how == "cut":
+        part.write_bytes(part.read_bytes()[:100])
+    else:
+        scoring, other = worker(), worker()  # who has read it before remembers it
+        _garble(part, "prompt")
+    found = scoring.score(files)
+    assert found["status"].to_pylist() == ["ok"] * 6
+    assert other.score(files)["status"].to_pylist() == ["ok"] * 6
+    scoring.close()
+    other.close()
+    assert runs.command("merge", out).code == 0
+    runs.assert_whole(out)
+
+
+def _garble(part: Path, column: str) -> None:
+    """Turn a byte of one column's first page."""
+    chunk = pq.ParquetFile(part).metadata.row_group(0).column(SCHEMA.get_field_index(column))
+    content = bytearray(part.read_bytes())
+    content[(chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size - 3] ^= 0xFF
+    part.write_bytes(content)
+
+
+BROKEN_OFF = "work has broken off over this row 3 times, the last time with nothing else under way"
+
+
+def _score_slowly(found: deployment.Deployment, files: Sequence[str], seconds: float) -> None:
+    with mock.patch.object(rendering, "load_chain", lambda *_: dummies.DummyChain(lambda: False, seconds)):
+        MiniBatches(found).score(files)
+
+
+def delivered(files: Sequence[str], kill: Callable[[int], float | None] = lambda _: None) -> int:
+    """How many deliveries a mini-batch took, each in a process of its own as after a death; 0: four were too few."""
+    found = deployment.find_deployment(os.environ["AZUREML_BI_OUTPUT_PATH"])
+    for delivery in range(1, 5):
+        process = os.fork()
+        if not process:  # the process that Azure would start
+            code = 1
+            try:
+                seconds = kill(delivery)
+                if seconds is not None:
+                    signal.setitimer(signal.ITIMER_REAL, seconds)  # SIGALRM ends it
+                found = replace(found, earlier=found.record if found.settings.out.exists() else None)
+                _score_slowly(found, files, 0.0 if seconds is None else 0.2)
+                code = 0
+            finally:
+                os._exit(code)
+        if not os.waitpid(process, 0)[1]:
+            return delivery
+    return 0
+
+
+@pytest.mark.filterwarnings(
+    "ignore:This process:DeprecationWarning"
+)  # of os.fork beside threads, which do nothing here
+@pytest.mark.parametrize("place", [0, 6, 38])
+def test_a_row_that_kills_its_process_costs_no_other(tmp_path: Path, out: Path, place: int) -> None:
+    files = []
+    for k in range(3):
+        rows = [{"prompt": "die by SIGKILL" if 13 * k + row == place else f"a ring {row}"} for row in range(13)]
+        files.append(table(tmp_path / "in" / f"p-{k}.csv", rows))
+    assert delivered(files) == 4
+    assert runs.command("merge", out).code == 0
+    found = runs.results(out)
+    assert Counter(row["status"] for row in found) == {"ok": 38, "failed": 1}
+    (failed,) = (row for row in found if row["status"] == "failed")
+    assert failed["prompt"] == "die by SIGKILL"
+    assert failed["error"] == BROKEN_OFF
+    runs.assert_whole(out)
+    assert delivered(files) == 2  # once more, and then it is tried alone at once
+    assert delivered(files[: place // 13 or 1]) <= 2
+    runs.command("merge", out)
+    runs.assert_whole(out)
+
+
+@pytest.mark.parametrize("others", [0, 12, 39])
+def test_a_row_that_raises_is_as_one_that_kills(tmp_path: Path, out: Path, others: int) -> None:
+    rows = [{"prompt": "raise nonsense"}, *({"prompt": f"a ring {row}"} for row in range(others))]
+    file = table(tmp_path / "in" / "p.csv", rows)
+    scoring = worker()
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="nonsense"):
+            scoring.score([file])
+    for _ in range(2):
+        assert sorted(scoring.score([file])["status"].to_pylist()) == ["failed", *["ok"] * others]
+    scoring.close()
+    assert runs.command("merge", out).code == 0
+    assert [row["error"] for row in runs.results(out) if row["status"] == "failed"] == [BROKEN_OFF]
+    runs.assert_whole(out)
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_mini_batch_that_takes_too_long_fails_no_row(tmp_path: Path, out: Path) -> None:
+    files = [prompts(tmp_path / "in" / f"p-{k}.csv", 40) for k in range(3)]
+    assert delivered(files, lambda delivery: {1: 0.5, 2: 0.9}.get(delivery)) == 3
+    assert runs.command("merge", out).code == 0
+    assert Counter(row["status"] for row in runs.results(out)) == {"ok": 120}
+    runs.assert_whole(out)
 
 
 def test_the_columns_that_users_of_the_catalog_parse(
@@ -249,8 +502,13 @@ def test_another_model_or_policy_on_the_same_output_is_refused(
 ) -> None:
     score(prompts(tmp_path / "in.csv"))
     monkeypatch.setenv("BATCH_INFER_SAFETY", "checker")
-    with pytest.raises(SettingsError, match="was made with safety"):
+    told = "was made with safety none, and this run has safety .*: give the job another output path$"
+    with pytest.raises(SettingsError, match=told):
         batch.init()
+    for part in (out / "manifest").iterdir():
+        part.unlink()
+    batch.init()  # what holds no result binds nobody
+    assert runs.run_json(out)["identity"]["safety"] != "none"
 
 
 def test_a_mini_batch_is_a_list_of_paths(tmp_path: Path, out: Path) -> None:
@@ -305,6 +563,29 @@ def test_workers_that_are_killed_and_deliveries_that_come_twice(tmp_path: Path) 
     outcome = simulated(tmp_path, 6, 4, workers=2, mini_batch_size=2, kill=0.34, duplicate=0.34, seed=1)
     assert (outcome.kills, outcome.duplicates, outcome.failed_files) == (1, 1, 0)
     assert_accounted_for(tmp_path, 24)
+
+
+DYING = """
+import sys
+sys.path.insert(0, {root!r})
+from batch_infer.azureml import rendering
+from batch_infer.azureml.batch import init, run, shutdown
+from tests.dummies import DummyChain
+rendering.load_chain = lambda *_: DummyChain(lambda: False)
+"""
+
+
+@pytest.mark.soak
+def test_a_row_that_kills_its_worker_in_a_job(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(DYING.format(root=str(ROOT)))
+    table(tmp_path / "in" / "zz.csv", [{"prompt": "a star"}, {"prompt": "die by SIGKILL"}, {"prompt": "a ring"}])
+    outcome = simulated(tmp_path, 8, 13, workers=2, mini_batch_size=3, kill=0.34, seed=1, script=script)
+    assert (outcome.failed_files, outcome.kills) == (0, 1)
+    assert runs.command("merge", tmp_path / "out").code == 0
+    found = runs.results(tmp_path / "out")
+    assert Counter(row["status"] for row in found) == {"ok": 8 * 13 + 2, "failed": 1}
+    runs.assert_whole(tmp_path / "out")
 
 
 @pytest.mark.soak

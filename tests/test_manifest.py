@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import re
+from collections.abc import Callable
 from dataclasses import fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from batch_infer.errors import DamagedPart, StorageError
-from batch_infer.manifest import SCHEMA, Manifest, to_table, write_parquet
+from batch_infer.manifest import SCHEMA, Manifest, read_part, to_table, write_parquet
 from batch_infer.records import BOOKKEEPING, ResultRow, now
 
 NONE = pa.schema([])
@@ -108,6 +109,41 @@ def test_of_one_attempt_told_twice_one_counts_for_good(tmp_path: Path) -> None:
             assert index.take([found])["fingerprint"].to_pylist() == [found.fingerprint]
             counted.add(found.fingerprint)
     assert len(counted) == 1
+
+
+@pytest.mark.parametrize("fault", ["error", "gone", "damaged"])
+def test_parts_that_were_not_read_are_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    manifest = Manifest(tmp_path)
+    with manifest.index() as index:
+        names = "abc"
+        for name in names:
+            manifest.commit([row(name)], NONE)
+        parts = manifest.parts()
+        whole = parts[1].read_bytes()
+        told: list[DamagedPart] = []
+        if fault == "error":
+            with monkeypatch.context() as patch, pytest.raises(StorageError, match="away"):
+                patch.setattr("batch_infer.manifest.read_part", _raising(parts[1], read_part))
+                index.add(parts, told.append)
+        else:
+            parts[1].unlink() if fault == "gone" else parts[1].write_bytes(whole[:50])
+            index.add(parts, told.append)
+            parts[1].write_bytes(whole)
+        assert [damage.part for damage in told] == parts[1:2] * (fault == "damaged")
+        assert sum(index.find((name, 0)) is not None for name in names) < 3
+        index.add(parts, told.append)
+        assert all(index.find((name, 0)) for name in names)
+
+
+def _raising(bad: Path, read: Callable[..., pa.Table]) -> Callable[..., pa.Table]:
+    def read_part(part: Path, *columns: Any) -> pa.Table:
+        if part == bad:
+            raise StorageError("the disk is away")
+        return read(part, *columns)
+
+    return read_part
 
 
 def test_parts_are_named_by_what_they_hold(tmp_path: Path) -> None:

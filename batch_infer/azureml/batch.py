@@ -2,7 +2,8 @@
 
 Azure calls `init` once in each worker process, and `run` with the paths of some files at a time. Settings are
 environment variables of the deployment: those of `batch-infer run` (BATCH_INFER_STEPS=30 is --steps 30), and
-BATCH_INFER_PREDICTIONS=card for the five columns of the model catalog's deployments in the place of all. The model is
+BATCH_INFER_PREDICTIONS=card for the five columns of the model catalog's deployments in the place of all. All are those
+of results.*, and as the last one `carried`, a JSON object of the table's other columns. The model is
 AZUREML_MODEL_DIR's; images and the manifest go below AZUREML_BI_OUTPUT_PATH, where `batch-infer merge` makes results
 of them.
 """

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
 
 from batch_infer.atomic import KnownFolder
+from batch_infer.azureml.claims import Claim, Claims
 from batch_infer.azureml.deployment import Deployment
+from batch_infer.azureml.folders import Folder, by_folder, joined
+from batch_infer.azureml.rendering import Rendering
 from batch_infer.errors import DamagedPart, SettingsError, StorageError, TableError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.job import Job
@@ -18,15 +21,16 @@ from batch_infer.jobs.merge import Counts, results_of
 from batch_infer.jobs.record import refuse_other
 from batch_infer.jobs.recovery import set_aside
 from batch_infer.jobs.survey import look_through
-from batch_infer.manifest import SCHEMA, Manifest
-from batch_infer.planning import in_order, is_done, pending
-from batch_infer.records import Source
-from batch_infer.sinks import plain_name
+from batch_infer.manifest import SCHEMA, Index, Manifest
+from batch_infer.planning import Committed, Item, is_done, pending
+from batch_infer.records import PromptRequest, Source
+from batch_infer.sinks import FolderSink, plain_name
 from batch_infer.table import Others, Tables
-from batch_infer.worker import WorkerSettings
-from batch_infer.worker.device import Worker
-from batch_infer.worker.loading import load_chain
-from batch_infer.worker.rows import worker_name
+
+TURNS = 5
+"""How often files are gone over in one delivery, where others have claimed their ids or parts are damaged."""
+Place = tuple[str, int]
+"""A row of a table: the file's name, and the row's number."""
 
 
 class MiniBatches:
@@ -42,9 +46,10 @@ class MiniBatches:
         self._deployment, self._out = deployment, deployment.settings.out
         self._begin()
         self._held = KnownFolder.of(self._out)
-        self._chain = load_chain(deployment.card, deployment.compute, deployment.settings.safety)
-        self._manifest = Manifest(self._held)
-        self._index = self._manifest.index(damaged=_set_aside)
+        self._manifest, self._rendering = Manifest(self._held), Rendering(deployment, self._held)
+        self._index, self._claims = Index(()), Claims()
+        self._known: set[str] = set()
+        self._catch_up()
 
     def score(self, files: Sequence[str]) -> pa.Table:
         """Render what is not done of these files and return all their results, in their order.
@@ -52,24 +57,30 @@ class MiniBatches:
         A file that cannot be read is one invalid result. Raises TableError where none can be read, once that is
         committed; ServiceError where a safety service does not answer, StorageError.
         """
-        by_folder: dict[Path, list[str]] = {}
-        for file in map(Path, files):
-            by_folder.setdefault(file.parent, []).append(file.name)
-        parts = [self._score(folder, names) for folder, names in by_folder.items()]
-        faults = {name: fault for _, found in parts for name, fault in found.items()}
-        if parts and len(faults) == len(files):
-            raise TableError("\n".join(faults.values()))
-        return pa.concat_tables((table for table, _ in parts), promote_options="permissive")
+        folders, twins = by_folder(files)
+        scored = [self._score(folder) for folder in folders]
+        if new := [row for row in twins if not is_done(row, self._index.find(row.key))]:
+            self._manifest.commit(new, pa.schema([]))
+            self._catch_up()
+        self._rendering.clear(self._is_known)
+        faults = [fault for _, found in scored for fault in found.values()] + [row.error or "" for row in twins]
+        if files and len(faults) == len(set(files)):
+            raise TableError("\n".join(faults))
+        return joined([table for table, _ in scored], twins)
 
     def close(self) -> None:
+        self._catch_up()
+        self._rendering.clear(self._is_known)
         self._index.close()
+        self._claims.close()
+        self._rendering.close()
 
     def _begin(self) -> None:
         """Leave a run.json for those who merge, or go on with that of a worker who was here before."""
         deployment = self._deployment
         outdir.refuse_foreign(self._out, (), deployment.earlier)
-        if deployment.earlier is not None:
-            refuse_other(deployment.earlier, deployment.record, self._out)
+        if deployment.earlier is not None and Manifest(self._out).parts():
+            _refuse_other(deployment, self._out)
             return
         try:
             self._out.mkdir(parents=True, exist_ok=True)
@@ -77,51 +88,83 @@ class MiniBatches:
             raise SettingsError(f"cannot write to {self._out}: {error.strerror or error}") from error
         outdir.write_run(self._out, deployment.record)
 
-    def _score(self, folder: Path, names: Sequence[str]) -> tuple[pa.Table, dict[str, str]]:
+    def _score(self, folder: Folder) -> tuple[pa.Table, dict[str, str]]:
         """The results of files in one folder, and why some cannot be read."""
-        deployment = self._deployment
-        settings = replace(deployment.settings.table, tables=tuple(f"./{name}" for name in names), folder=folder)
-        with Tables(settings, SCHEMA.names, self._others(folder, names)) as tables:
-            job = Job(
-                deployment.settings,
-                tables,
-                deployment.card,
-                deployment.compute,
-                deployment.record,
-                deployment.earlier,
-                deployment.rules,
-            )
-            self._sweep(names)
-            self._catch_up()
-            look_through(job, self._index, is_done)
-            self._catch_up()
-            self._render(job)
-            self._catch_up()
-            batches = results_of(job.items(), self._index, tables.carried, Counts())
-            return pa.concat_tables([pa.schema([*SCHEMA, *tables.carried]).empty_table(), *batches]), tables.faults
+        self._sweep(folder.names)
+        with self._tables(folder, folder.names) as tables:
+            job = self._job(tables)
+            for _ in range(TURNS):
+                try:
+                    results = self._turn(job, folder)
+                except DamagedPart as damage:
+                    _set_aside(damage)
+                    continue
+                if results is not None:
+                    return folder.in_order(results), tables.faults
+        raise StorageError(
+            f"{', '.join(folder.names)}: not every row came to a result that {self._manifest.folder} holds, since"
+            " other workers were at the same rows or parts were damaged; what is done stays done, try again"
+        )
 
-    def _others(self, folder: Path, names: Sequence[str]) -> Others:
-        """What stands in the folder, and who has committed an id. A file that has gone since has left its ids."""
-        try:
-            found = {path.name for path in folder.iterdir()}
-        except OSError:
-            found = set()
+    def _turn(self, job: Job, folder: Folder) -> pa.Table | None:
+        """Go over these files once: their results, or None where somebody else's commits ask for another turn."""
+        self._catch_up()
+        before = self._disputed(folder)
+        self._go_over(job, folder)
+        disputed = self._disputed(folder)
+        if disputed != before:
+            return None  # the ids of these rows are others now
+        self._settle(disputed, folder)
+        counts = Counts()
+        batches = list(results_of(job.items(), self._index, job.tables.carried, counts))
+        empty = pa.schema([*SCHEMA, *job.tables.carried]).empty_table()
+        return None if counts.left else pa.concat_tables([empty, *batches])
+
+    def _go_over(self, job: Job, folder: Folder) -> None:
+        """Commit what is not done. No verdict on an id changes on the way: they follow from the claims alone."""
+
+        def leaves_alone(item: Item, found: Committed | None) -> bool:
+            file = item.source.file if isinstance(item, PromptRequest) else item.source_file
+            other = getattr(found, "source_file", file)
+            return is_done(item, found) and (other == file or other not in folder.standing)
+
+        look_through(job, self._index, leaves_alone)
+        self._catch_up_with_results()
+        self._rendering.render(job, pending(job.items(), self._index, leaves_alone), self._index)
+        self._catch_up()
+
+    # Ids that more than one file's rows have
+
+    def _disputed(self, folder: Folder) -> frozenset[Claim]:
+        return self._claims.disputed(folder.names, folder.standing)
+
+    def _settle(self, disputed: frozenset[Claim], folder: Folder) -> None:
+        """Have each row of other files that has claimed an id of these rows its result, and no image left behind."""
+        for file in sorted({claim.file for claim in disputed} - set(folder.names)):
+            with self._tables(folder, [file]) as tables:
+                places = {(claim.file, claim.row) for claim in disputed if claim.file == file}
+                self._go_over(self._job(tables, places), folder)
+        sink = FolderSink(self._held)
+        for claim in disputed:
+            kept = self._index.find((claim.id, claim.image_index))
+            if claim.path and kept and kept.path != claim.path:
+                sink.remove(claim.path)
+
+    def _tables(self, folder: Folder, names: Sequence[str]) -> Tables:
+        settings = self._deployment.settings.table
+        settings = replace(settings, tables=tuple(f"./{name}" for name in names), folder=folder.path)
 
         def have_id(name: str, file: str) -> bool:
-            committed = self._index.find((name, 0))
-            return committed is not None and committed.source_file != file and committed.source_file in found
+            return self._claims.has_before(name, file, folder.standing)
 
-        return Others(found | set(names), have_id)
+        return Tables(settings, SCHEMA.names, Others(folder.standing, have_id))
 
-    def _render(self, job: Job) -> None:
-        """Render and commit what is not done. Raises ServiceError, StorageError."""
-        compute = job.compute
-        slots_of = None if job.card.driven else lambda size: compute.shape_of(*size).slots
-        settings = WorkerSettings(
-            job.card, compute, job.settings.safety, job.settings.output, self._held, job.tables.carried
-        )
-        worker = Worker(settings, worker_name(0), lambda *_: self._chain)
-        worker.work(in_order(pending(job.items(), self._index), slots_of), lambda rows: None)
+    def _job(self, tables: Tables, places: Collection[Place] | None = None) -> Job:
+        known = self._deployment
+        told = (known.settings, tables, known.card, known.compute, known.record, known.earlier, known.rules)
+        return Job(*told) if places is None else _Rows(*told, places)
+
+    # What the manifest has
 
     def _sweep(self, names: Sequence[str]) -> None:
         """Remove what a worker has left that died over these files."""
@@ -133,8 +176,47 @@ class MiniBatches:
         return (self._out / kind).glob(f"{glob.escape(stem)}-[0-9]*")
 
     def _catch_up(self) -> None:
-        """Take in what has been committed since, by whoever."""
-        self._index.add(self._manifest.parts(), _set_aside)
+        """Take in what has been committed since, by whoever, and what ids were claimed."""
+        self._catch_up_with_results()
+        self._claims.add(self._manifest.parts())
+
+    def _catch_up_with_results(self) -> None:
+        parts = self._manifest.parts()
+        names = {part.name for part in parts}
+        if not self._known <= names:  # somebody has set one aside, and its rows are as if they had never been rendered
+            self._index.close()
+            self._index = Index(())
+        self._index.add(parts, _set_aside)
+        self._known = names
+
+    def _is_known(self, key: tuple[str, int]) -> bool:
+        return self._index.find(key) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows(Job):
+    """A job of which only the rows at these places are done."""
+
+    places: Collection[Place]
+
+    def items(self) -> Iterator[Item]:
+        return (item for item in self.tables.rows(self.rules) if _place(item) in self.places)
+
+
+def _place(item: Item) -> Place:
+    if isinstance(item, PromptRequest):
+        return item.source.file, item.source.row
+    return item.source_file, item.source_row
+
+
+def _refuse_other(deployment: Deployment, out: Path) -> None:
+    """Say it of an endpoint's job: what helps a run is not to be had here. Raises SettingsError."""
+    if deployment.earlier is None:
+        return
+    try:
+        refuse_other(deployment.earlier, deployment.record, out)
+    except SettingsError as error:
+        raise SettingsError(f"{str(error).rpartition(': ')[0]}: give the job another output path") from error
 
 
 def _set_aside(damage: DamagedPart) -> None:

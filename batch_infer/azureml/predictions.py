@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Literal
 
 import pandas as pd
 import pyarrow as pa
 
 from batch_infer.jobs.results import short
+from batch_infer.manifest import SCHEMA
 
 Columns = Literal["full", "card"]
 BLOCKED = "Blocked By Azure AI Content Safety"
@@ -27,17 +29,33 @@ _KINDS = {
 def to_predictions(results: pa.Table, columns: Columns) -> pd.DataFrame:
     """A row for each result. `full`: the columns of results.*; `card`: those five of the model catalog's deployments.
 
+    Azure appends without a header what mini-batches of other tables give, so `full` has one number of columns for
+    all: what a table carries through stands in the last one, `carried`, as a JSON object.
+
     These are row_number_per_file, prompt, generated_image (a path beside predictions.csv), nsfw_content_detected and
     input_file_name.
     """
-    if columns == "card":
-        results = _as_card(results)
+    results = _as_card(results) if columns == "card" else _with_carried_together(results)
     for k, field in enumerate(results.schema):
         if pa.types.is_nested(field.type):  # in a cell of text, as results.csv has it
             texts = [None if value is None else _json(value, field.type) for value in results[field.name].to_pylist()]
             results = results.set_column(k, field.name, pa.array(texts, pa.string()))
     frame: pd.DataFrame = results.to_pandas(types_mapper=_KINDS.get)
     return frame
+
+
+def _with_carried_together(results: pa.Table) -> pa.Table:
+    names = [name for name in results.column_names if name not in SCHEMA.names]
+    rows = results.select(names).to_pylist()
+    texts = [_json({name: _finite(value) for name, value in row.items()}, pa.null()) for row in rows]
+    if not names:  # Arrow counts no rows where there is no column
+        texts = ["{}"] * len(results)
+    return results.select(SCHEMA.names).append_column("carried", pa.array(texts, pa.string()))
+
+
+def _finite(value: object) -> object:
+    """JSON has no number for what is none."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _as_card(results: pa.Table) -> pa.Table:

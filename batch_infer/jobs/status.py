@@ -22,7 +22,8 @@ class Standing:
     """Results by status and those that are left, None while the tables are still being looked through.
 
     `state`: running, finished, stopped (run again to go on), rescoring where that has not come to its end, or open
-    where tables come to an endpoint one after the other, and nobody knows of those that are left. `holder` is the process that works in OUT.
+    where tables come to an endpoint one after the other, and nobody knows of those that are left. `holder` is the
+    process that works in OUT.
     `images_per_second` and `seconds_left` are told of a run that goes on.
     """
 

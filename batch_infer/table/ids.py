@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
+
+from batch_infer.table.endings import plain_stem, read_ending
+
+ID_DIGITS = 8
+"""Of the row's number in a default id."""
 
 
 class Ids:
     """Which ids are taken. Where no two rows can want the same one, as `distinct` says, nothing is kept."""
 
-    def __init__(self, elsewhere: Callable[[str, str], bool] | None = None, *, distinct: bool) -> None:
-        """`elsewhere` says of an id, and of the file that has it, whether a table has it that is read elsewhere."""
+    def __init__(self, elsewhere: Callable[[str, str], str | None] | None = None, *, distinct: bool) -> None:
+        """`elsewhere` says of an id, and of the file that has it, why it is a table's that is read elsewhere."""
         self._distinct, self._elsewhere = distinct, elsewhere
         self._database = sqlite3.connect("")  # sqlite's own temporary file, removed by closing
         self._database.execute("CREATE TABLE ids (id TEXT PRIMARY KEY) WITHOUT ROWID")
@@ -21,8 +26,9 @@ class Ids:
         """Give an id out; False where it was given out before."""
         return self._distinct or self._execute("INSERT OR IGNORE INTO ids VALUES (?)", (name,)).rowcount == 1
 
-    def are_elsewhere(self, name: str, file: str) -> bool:
-        return self._elsewhere is not None and self._elsewhere(name, file)
+    def elsewhere(self, name: str, file: str) -> str | None:
+        """Why an id of this file's own cannot be given out; None where it can, for all that is known elsewhere."""
+        return self._elsewhere(name, file) if self._elsewhere else None
 
     def own(self, name: str) -> str:
         """Give this id out, or, where a row above has taken it for its own, the next like it."""
@@ -39,3 +45,21 @@ def id_text(value: Any) -> str:
     if isinstance(value, float) and value.is_integer():  # a column of whole numbers that once held an empty cell
         value = int(value)
     return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
+
+
+def stems_among(names: Iterable[str]) -> dict[str, str]:
+    """A stem of its own for each file of a folder."""
+    stems: dict[str, str] = {}
+    first: dict[str, str] = {}
+    ordered = sorted(names, key=lambda name: (read_ending(name) is None, name))
+    for name in ordered:
+        stems[name] = plain_stem(name)
+        first.setdefault(stems[name], name)
+    taken = set(first)
+    for name in (name for name in ordered if first[stems[name]] != name):
+        stem = name
+        while stem in taken:
+            stem += "+"
+        stems[name] = stem
+        taken.add(stem)
+    return stems

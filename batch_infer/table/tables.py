@@ -13,9 +13,9 @@ from typing import Any
 from batch_infer.errors import TableError
 from batch_infer.records import PromptRequest, ResultRow, Source
 from batch_infer.settings import TableSettings
-from batch_infer.table.endings import TableFile, plain_stem, read_ending
+from batch_infer.table.endings import TableFile, read_ending
 from batch_infer.table.files import find_files, stems_that_meet
-from batch_infer.table.ids import Ids, id_text
+from batch_infer.table.ids import ID_DIGITS, Ids, id_text, stems_among
 from batch_infer.table.layout import Layout, carrier, common_schema, lay_out
 from batch_infer.table.raw import RawRow, Reader
 from batch_infer.table.readers import open_reader
@@ -54,8 +54,12 @@ class _Carried:
 class Others:
     """What is known of tables that stand in the same folder and are read elsewhere, at another time.
 
-    `names` are those of all files there; `have_id` says of an id, and the name of the file that has it, whether one of
-    the others has it too.
+    `names` are those of all files there; `have_id` says of an id, and the name of the file that has it, whether it is
+    another's.
+
+    Of files of one stem the first table by name has it for its rows' default ids, and the others have their whole
+    name (`p.txt-00000000` beside p.csv): nobody knows here which of them will be read, so none is refused for another.
+    For that, too, no row may have the default id of another file's row for its own, whether or not that one is read.
     """
 
     names: Collection[str]
@@ -71,11 +75,11 @@ class Tables:
     def __init__(self, settings: TableSettings, result_columns: Iterable[str], others: Others | None = None) -> None:
         """Opens every file and finds its columns.
 
-        With `others`, a file that cannot be read, or whose default ids would meet another's, has its fault. Raises
-        TableError where, without them, no file can be read, or default ids would meet; ServiceError where none can be
-        fetched.
+        With `others`, a file that cannot be read has its fault, and default ids do not meet. Raises TableError where,
+        without them, no file can be read, or default ids would meet; ServiceError where none can be fetched.
         """
         self._others = others
+        self._owners: Mapping[str, str] = {}
         self._limit = settings.limit
         self._scratch = Scratch()
         with ExitStack() as undo:
@@ -86,7 +90,9 @@ class Tables:
             if others is None:
                 self._refuse_the_unreadable()
             else:
-                self._files = [_apart(opened, others.names) for opened in self._files]
+                stems = stems_among(map(clean, others.names))
+                self._owners = {stem: name for name, stem in stems.items() if read_ending(name)}
+                self._files = [_apart(opened, stems) for opened in self._files]
             undo.pop_all()
         self._stamps = {path: _stamp(path) for path in self.local}
         self.carried = common_schema((opened.layout, opened.reader.schema) for opened in self._readable())
@@ -125,12 +131,20 @@ class Tables:
 
     def rows(self, rules: RowRules) -> Iterator[PromptRequest | ResultRow]:
         """Every row, in input order, as its requests or as its invalid result."""
-        with closing(Ids(self._others.have_id if self._others else None, distinct=self._has_distinct_ids())) as ids:
+        with closing(Ids(self._elsewhere if self._others else None, distinct=self._has_distinct_ids())) as ids:
             for cells, error in islice(self._cells(ids), self._limit):
                 if error is None:
                     yield from requests(cells, rules)
                 else:
                     yield invalid(cells, error)
+
+    def _elsewhere(self, name: str, file: str) -> str | None:
+        """Why an id of this file's own is another file's."""
+        stem, _, number = name.rstrip("+").rpartition("-")
+        owner = self._owners.get(stem, file) if len(number) == ID_DIGITS and number.isdecimal() else file
+        if owner != file:
+            return f"the id {name!r} would be the default id of a row of {owner}: give it another"
+        return f"the id {name!r} stands twice" if self._others and self._others.have_id(name, file) else None
 
     def _open(self, file: TableFile, columns: Mapping[str, str], reserved: frozenset[str]) -> _Opened | _Refused:
         if file.fault is not None:
@@ -172,14 +186,13 @@ class Tables:
                 yield _row(opened.file, fields, carried, raw, ids)
 
 
-def _apart(opened: _Opened | _Refused, among: Collection[str]) -> _Opened | _Refused:
-    """A file whose rows have ids of their own among all files, or the fault that it has none."""
-    if isinstance(opened, _Refused) or "id" in opened.layout.fields:
-        return opened
-    twins = [name for name in among if name != opened.file.name and plain_stem(name) == opened.file.stem]
-    if not any(map(read_ending, twins)):
-        return opened
-    return _Refused(replace(opened.file, stem=clean(opened.file.name)), _meeting([opened.file.name, *twins], opened))
+def _apart(opened: _Opened | _Refused, stems: Mapping[str, str]) -> _Opened | _Refused:
+    """A file with the stem that is its own in its folder. `./`, which tells a name from a URL, is no part of it."""
+    name = opened.file.name.removeprefix("./")
+    file = replace(opened.file, name=name, stem=stems.get(name, opened.file.stem))
+    if isinstance(opened, _Refused):
+        return _Refused(file, opened.error.removeprefix("./"))
+    return replace(opened, file=file)
 
 
 def _meeting(names: Iterable[str], opened: _Opened) -> str:
@@ -222,7 +235,7 @@ def _id(file: TableFile, value: Any, raw: RawRow, ids: Ids) -> tuple[str, str | 
         fault = f"the id is not text but {type(value).__name__}"
     elif "\0" in own or clean(own) != own:
         fault = "the id is not UTF-8 text"
-    elif ids.are_elsewhere(own, file.name) or not ids.add(own):
+    elif (fault := ids.elsewhere(own, file.name)) is None and not ids.add(own):
         fault = f"the id {own!r} stands twice"
     if fault is None:
         return own, raw.error
