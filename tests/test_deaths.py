@@ -113,6 +113,7 @@ def test_a_signal_to_all_processes_ends_a_run_in_order(tmp_path: Path, number: i
     assert_whole(out)
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_to_all_processes_while_workers_start_ends_a_run_in_order(tmp_path: Path, number: int) -> None:
     table, out = many(tmp_path), tmp_path / "out"
@@ -143,6 +144,7 @@ def test_a_second_interrupt_ends_a_run_and_its_workers_at_once(tmp_path: Path) -
     assert eventually(lambda: not any(map(is_alive, workers)), 20)
 
 
+@pytest.mark.soak
 def test_out_that_vanishes_ends_the_run_and_is_not_made_again(tmp_path: Path) -> None:
     table, out = many(tmp_path), tmp_path / "out"
     with start(table, out, program=("-c", DUMMY)) as process:

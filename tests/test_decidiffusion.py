@@ -187,6 +187,7 @@ def test_networks_of_other_depths_are_built(monkeypatch: pytest.MonkeyPatch) -> 
         assert (unet(*asked)[0] - expected).abs().max() < 1e-9
 
 
+@pytest.mark.soak
 def test_the_network_is_compiled_whole(exact: tuple[FlexibleUNet, Network]) -> None:
     """Without a break in its graph; by the eager backend, which is quick and changes nothing."""
     unet, _ = exact

@@ -52,6 +52,7 @@ def test_a_worker_that_hangs_is_ended_and_its_row_with_it(tmp_path: Path) -> Non
     assert "nothing was heard of it for 2 s" in rendering.rows()["17"]["error"]
 
 
+@pytest.mark.soak
 def test_a_worker_that_is_stopped_from_outside_is_replaced(tmp_path: Path) -> None:
     """A process under SIGSTOP cannot watch itself."""
     rendering = Rendering(tmp_path / "out", ["a"] * 64, load=dummies.load_waiting, patience=Patience(60, 5, 2, 2))

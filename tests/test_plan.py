@@ -89,6 +89,7 @@ def test_a_scheduler_of_two_evaluations_a_step_is_counted_so(table: Path, out: P
     assert planned["row_forwards"] == json.loads(run(table, out, "--json", *options).stdout)["row_forwards"]
 
 
+@pytest.mark.soak
 def test_what_is_done_is_not_planned_again(table: Path, out: Path) -> None:
     assert run(table, out, "--limit", "2").code == 0
     planned = plan(table, out)
@@ -129,7 +130,11 @@ def test_a_table_without_a_good_row(tmp_path: Path, out: Path) -> None:
         (("--steps", "0"), "num_inference_steps '0' is not within"),
         (("--model", "/nowhere"), "no model folder at /nowhere"),
         (("--scheduler", "NoScheduler"), "diffusers has no scheduler NoScheduler"),
-        (("--scheduler", "DDIMScheduler:clip_sample=true"), "clip_sample=true cannot be packed"),
+        pytest.param(
+            ("--scheduler", "DDIMScheduler:clip_sample=true"),
+            "clip_sample=true cannot be packed",
+            marks=pytest.mark.soak,
+        ),
     ],
 )
 def test_a_plan_refuses_what_a_run_would_refuse(
@@ -181,6 +186,7 @@ def plan_apart(table: Path, folder: Path) -> tuple[dict[str, Any], str, int]:
     return json.loads(done.stdout), loaded, int(peak)
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_a_plan_imports_no_torch(table: Path, tmp_path: Path) -> None:
     """What only torch knows is asked of a process beside it."""
@@ -188,10 +194,9 @@ def test_a_plan_imports_no_torch(table: Path, tmp_path: Path) -> None:
     assert (planned["pending"], loaded) == (8, "[]")
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-@pytest.mark.parametrize(
-    ("few", "many", "mib"), [(500, 20_000, 40), pytest.param(10_000, 1_000_000, 200, marks=pytest.mark.soak)]
-)
+@pytest.mark.parametrize(("few", "many", "mib"), [(500, 20_000, 40), (10_000, 1_000_000, 200)])
 def test_the_memory_of_a_plan_does_not_grow_with_the_table(tmp_path: Path, few: int, many: int, mib: int) -> None:
     peaks = []
     for count in (few, many):

@@ -526,7 +526,7 @@ def test_a_row_of_many_images_that_was_invalid_for_a_while_keeps_the_others(tmp_
     assert_whole(out)
 
 
-@pytest.mark.parametrize("change", ["gone", "appended"])
+@pytest.mark.parametrize("change", [pytest.param("gone", marks=pytest.mark.soak), "appended"])
 def test_a_table_that_changes_under_a_run_loses_no_result(tmp_path: Path, out: Path, change: str) -> None:
     rows = [["prompt"], *([f"a red circle, {i}"] for i in range(6))]
     table = write_csv(tmp_path / "t.csv", rows)
@@ -872,6 +872,7 @@ def killed_and_gone_on_with(table: Path, out: Path, random_: random.Random, time
     return killed
 
 
+@pytest.mark.soak
 def test_a_run_killed_at_any_moment_completes(
     long_table: Path, out: Path, undisturbed: dict[tuple[str, int], str | None]
 ) -> None:

@@ -211,6 +211,7 @@ def test_retry_asks_the_service_that_is_named_now(tmp_path: Path, monkeypatch: p
     assert done.code == 2 and "CONTENT_SAFETY_ENDPOINT is not set" in done.stderr
 
 
+@pytest.mark.soak
 def test_a_key_that_is_refused_in_a_worker_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     with serving(words=WORDS) as service:

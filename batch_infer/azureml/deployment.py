@@ -46,14 +46,18 @@ class Deployment:
     earlier: Mapping[str, Any] | None
 
 
-def find_deployment(out: str) -> Deployment:
-    """What this process's environment asks for, on an OUT that need not be there. Raises UsageError."""
+def find_deployment(out: str, *, alone: bool = False) -> Deployment:
+    """What this process's environment asks for, on an OUT that need not be there. Raises UsageError.
+
+    `alone`: it is no worker among others of its machine.
+    """
     asked = settings_of_environment("-", out)
     set_up_logging()  # after it, which says in which format
     if idle := [name for name in (f"BATCH_INFER_{option}" for option in IDLE) if os.environ.get(name)]:
         log.warning("%s: of no use in an endpoint, and not looked at", ", ".join(idle))
-    settings = _settings(asked)
-    _refuse_worker_without_gpu(settings)
+    settings = _settings(asked, alone=alone)
+    if not alone:
+        _refuse_worker_without_gpu(settings)
     card = find_model(settings)
     earlier = outdir.read_run(settings.out)
     from batch_infer.engines.devices import find_device  # imports torch, which takes seconds
@@ -64,14 +68,14 @@ def find_deployment(out: str) -> Deployment:
     return Deployment(settings, card, compute, rules, {**record, "rules": asdict(rules)}, earlier)
 
 
-def _settings(settings: RunSettings) -> RunSettings:
+def _settings(settings: RunSettings, *, alone: bool) -> RunSettings:
     told = {"BATCH_INFER_OVERWRITE": settings.overwrite, "BATCH_INFER_LIMIT": settings.table.limit}
     for name in (name for name, value in told.items() if value):
         raise SettingsError(f"{name} is set, and here tables come one after the other, to several workers")
     if settings.compute.slots == "auto":
         raise SettingsError("BATCH_INFER_SLOTS=auto: say a number here; `batch-infer bench` tells what suits a device")
     table = TableSettings((), settings.table.columns)
-    workers = settings.compute.processes or _gpus() or 1
+    workers = 1 if alone else settings.compute.processes or _gpus() or 1
     safety = settings.safety.shared_by(workers)
     return rooted(replace(settings, table=table, model=_model(settings.model), safety=safety))
 

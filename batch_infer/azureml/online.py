@@ -82,7 +82,7 @@ def run(raw_data: str | bytes) -> Any:
 @cache
 def _service() -> Service:
     nowhere = Path(tempfile.gettempdir(), f"batch-infer-online-{uuid4().hex}")  # nothing is written
-    deployment = find_deployment(str(nowhere))
+    deployment = find_deployment(str(nowhere), alone=True)
     from batch_infer.azureml.service import Service  # imports torch: what is wrong with the settings is told before
 
     return Service(deployment)
