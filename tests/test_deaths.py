@@ -53,7 +53,7 @@ def killed_at_random(folder: Path, rows: int, kills: int, seed: int) -> None:
 def test_kills_at_random_change_nothing(tmp_path: Path) -> None:
     seed = random.randrange(10**6)
     print(f"seed {seed}")
-    killed_at_random(tmp_path, rows=60, kills=3, seed=seed)
+    killed_at_random(tmp_path, rows=40, kills=2, seed=seed)
 
 
 @pytest.mark.soak
@@ -86,6 +86,7 @@ main()
 """The command with two workers that take their time, and a model that costs nothing to load."""
 
 
+@pytest.mark.soak
 def test_what_libraries_print_in_a_worker_is_kept_from_a_quiet_terminal(tmp_path: Path) -> None:
     table, out = write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"]]), tmp_path / "out"
     with start(table, out, "-q", program=("-c", DUMMY.replace("load_waiting", "load_noisy"))) as process:
@@ -99,6 +100,7 @@ def many(folder: Path) -> Path:
     return write_csv(folder / "many.csv", [["prompt"], *(["a red circle"] for _ in range(3000))])
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_to_all_processes_ends_a_run_in_order(tmp_path: Path, number: int) -> None:
     """As systemd and a terminal send it: to each process of the group. What is finished is committed."""

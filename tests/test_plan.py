@@ -69,6 +69,7 @@ def test_a_plan_is_what_the_run_does(table: Path, out: Path) -> None:
     assert planned["bytes"] > 0
 
 
+@pytest.mark.soak
 def test_steps_that_the_scheduler_refuses_are_invalid_beforehand(tmp_path: Path, out: Path) -> None:
     """Only the scheduler knows which."""
     rows = [["prompt", "num_inference_steps", "num_images_per_prompt"], ["x", 4, 1], ["x", 3, 2], ["x", 5, 1]]
