@@ -21,7 +21,7 @@ ROOT = PACKAGE.parent
 
 FLOORS = (
     {"batch_infer", "errors"},
-    {"records", "settings", "atomic", "stages"},
+    {"records", "settings", "atomic", "stages", "database"},
     {"images", "logfile"},
     {"diffusion"},
     {"models", "safety", "table", "planning", "manifest", "sinks", "calibration", "datasheets"},

@@ -125,7 +125,7 @@ def test_parts_that_were_not_read_are_asked_for_again(
         told: list[DamagedPart] = []
         if fault == "error":
             with monkeypatch.context() as patch, pytest.raises(StorageError, match="away"):
-                patch.setattr("batch_infer.manifest.read_part", _raising(parts[1], read_part))
+                patch.setattr("batch_infer.manifest.index.read_part", _raising(parts[1], read_part))
                 index.add(parts, told.append)
         else:
             parts[1].unlink() if fault == "gone" else parts[1].write_bytes(whole[:50])

@@ -10,7 +10,7 @@ from typing import Any
 import click
 import pytest
 
-from batch_infer.cli.options import run_settings
+from batch_infer.cli.asked import run_settings
 from batch_infer.cli.run import run as command
 from batch_infer.errors import SettingsError
 from batch_infer.settings import FIELDS, FailureBudget, LoraSpec, RunSettings, SchedulerSpec, TableSettings

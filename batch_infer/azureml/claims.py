@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from batch_infer.database import temporary_database
 from batch_infer.errors import StorageError
 from batch_infer.manifest import read_part
 from batch_infer.records import Source
@@ -36,9 +36,7 @@ class Claims:
     """
 
     def __init__(self) -> None:
-        self._database = sqlite3.connect("")  # sqlite's own temporary file, removed by closing
-        self._database.execute("PRAGMA synchronous = OFF")
-        self._database.execute("PRAGMA journal_mode = OFF")
+        self._database = temporary_database()
         self._database.execute(
             "CREATE TABLE claims (id TEXT, image_index INTEGER, file TEXT, row INTEGER, path TEXT,"
             " PRIMARY KEY (id, file, image_index)) WITHOUT ROWID"

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 from tqdm import tqdm
 
+from batch_infer.cli.asked import compute_settings, model_settings
 from batch_infer.cli.config import config_option
 from batch_infer.cli.logs import set_up_logging
-from batch_infer.cli.options import compute_settings, json_option, logging_options, model_options, model_settings
+from batch_infer.cli.options import json_option, logging_options, model_options
 from batch_infer.cli.report import number, printing
 from batch_infer.jobs.bench import (
     ARCHITECTURES,

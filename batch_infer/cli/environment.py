@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from batch_infer.cli.options import run_settings
+from batch_infer.cli.asked import run_settings
 from batch_infer.cli.run import run
 from batch_infer.errors import SettingsError
 from batch_infer.settings import RunSettings

@@ -8,9 +8,10 @@ from typing import Any
 
 import click
 
+from batch_infer.cli.asked import compute_settings, model_settings
 from batch_infer.cli.config import config_option
 from batch_infer.cli.logs import set_up_logging
-from batch_infer.cli.options import compute_settings, logging_options, model_options, model_settings
+from batch_infer.cli.options import logging_options, model_options
 from batch_infer.cli.report import printing
 from batch_infer.cli.signals import interrupt_on_sigterm
 from batch_infer.errors import SettingsError

@@ -10,8 +10,9 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 from tqdm import tqdm
 
+from batch_infer.cli.asked import run_settings
 from batch_infer.cli.logs import set_up_logging
-from batch_infer.cli.options import job_options, json_option, logging_options, progress_option, run_settings
+from batch_infer.cli.options import job_options, json_option, logging_options, progress_option
 from batch_infer.cli.report import ROWS_FAILED, duration, number, printing
 from batch_infer.cli.signals import interrupt_on_sigterm
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from batch_infer.cli.asked import safety_settings
 from batch_infer.cli.config import config_option
 from batch_infer.cli.logs import log, set_up_logging
-from batch_infer.cli.options import json_option, logging_options, on_flagged_option, out_argument, safety_settings
+from batch_infer.cli.options import json_option, logging_options, on_flagged_option, out_argument
 from batch_infer.cli.report import ROWS_FAILED, number, printing, told_counts
 from batch_infer.cli.signals import stop_on_signals
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import click
 
+from batch_infer.cli.asked import run_settings
 from batch_infer.cli.logs import set_up_logging
 from batch_infer.cli.metrics import Metrics
-from batch_infer.cli.options import job_options, json_option, logging_options, progress_option, run_settings
+from batch_infer.cli.options import job_options, json_option, logging_options, progress_option
 from batch_infer.cli.progress import Together, make_progress
 from batch_infer.cli.report import exit_code, give
 from batch_infer.cli.signals import stop_on_signals

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from batch_infer.database import temporary_database
 from batch_infer.table.endings import plain_stem, read_ending
 
 ID_DIGITS = 8
@@ -18,7 +18,7 @@ class Ids:
     def __init__(self, elsewhere: Callable[[str, str], str | None] | None = None, *, distinct: bool) -> None:
         """`elsewhere` says of an id, and of the file that has it, why it is a table's that is read elsewhere."""
         self._distinct, self._elsewhere = distinct, elsewhere
-        self._database = sqlite3.connect("")  # sqlite's own temporary file, removed by closing
+        self._database = temporary_database()
         self._database.execute("CREATE TABLE ids (id TEXT PRIMARY KEY) WITHOUT ROWID")
         self._execute = self._database.execute
 

@@ -1,0 +1,181 @@
+"""Every committed image by its key: which of the parts has it, and what is known of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from batch_infer.database import temporary_database
+from batch_infer.errors import DamagedPart, StorageError
+from batch_infer.manifest.parts import SCHEMA, as_schema, read_part
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """What the manifest holds of one image."""
+
+    status: str
+    fingerprint: str
+    attempt: int
+    path: str | None
+    part: str
+    row: int
+    source_file: str
+    failures: int
+    """How often this very row, by its fingerprint, has failed."""
+
+
+Damaged = Callable[[DamagedPart], object]
+"""Who is told of a damaged part, in the place of an exception that ends all."""
+
+_INDEXED = ("id", "image_index", "status", "fingerprint", "attempt", "generated_image", "source_file", "source_row")
+_FOUND = (
+    "SELECT status, fingerprint, attempt, path, part, row, source_file, (SELECT count(*) FROM failures AS f"
+    " WHERE f.id = c.id AND f.image_index = c.image_index AND f.fingerprint = c.fingerprint) FROM committed AS c"
+)
+
+
+class Index:
+    """Every committed image by its key, kept in a temporary file so that memory does not grow with the manifest."""
+
+    def __init__(self, parts: Iterable[Path], since: datetime | None = None, damaged: Damaged | None = None) -> None:
+        self._database = temporary_database()
+        self._database.execute(
+            "CREATE TABLE committed (id TEXT, image_index INTEGER, status TEXT, fingerprint TEXT, attempt INTEGER,"
+            " path TEXT, source_file TEXT, source_row INTEGER, time INTEGER, part TEXT, row INTEGER,"
+            " PRIMARY KEY (id, image_index)) WITHOUT ROWID"
+        )
+        self._database.execute("CREATE TABLE failures (id TEXT, image_index INTEGER, fingerprint TEXT)")
+        self._database.execute("CREATE INDEX failed ON failures (id, image_index, fingerprint)")
+        self._parts = {part.name: part for part in parts}
+        self.times: list[datetime] = []
+        """Where `since` was asked for: when the first image was begun, and the last one finished."""
+        self._read_whole = lru_cache(maxsize=64)(read_part)
+        try:
+            self._add_all(self._parts.values(), since, damaged)
+        except (DamagedPart, StorageError):
+            self.close()
+            raise
+
+    def add(self, parts: Iterable[Path], damaged: Damaged | None = None) -> None:
+        """Take in those of these parts that are not in yet. Raises DamagedPart, StorageError.
+
+        Where it raises, those that were read are in, and the others are asked for again. A part that has gone since
+        it was listed counts for nothing: somebody has set it aside.
+        """
+        for part in parts:
+            if part.name in self._parts:
+                continue
+            try:
+                self._add(part, None)
+            except DamagedPart as error:
+                if damaged is None:
+                    raise
+                damaged(error)
+            except StorageError:
+                if part.exists():
+                    raise
+            else:
+                self._parts[part.name] = part
+
+    def _add_all(self, parts: Iterable[Path], since: datetime | None, damaged: Damaged | None) -> None:
+        for part in list(parts):
+            try:
+                self._add(part, since)
+            except DamagedPart as error:
+                if damaged is None:
+                    raise
+                damaged(error)
+                del self._parts[part.name]
+
+    def _add(self, part: Path, since: datetime | None) -> None:
+        table = read_part(part, (*_INDEXED, "finished_at", "seconds"))
+        table = table.append_column("row", pa.array(range(len(table)), pa.int64()))
+        if since is not None:
+            table = table.filter(pc.field("finished_at") >= since)
+            self._note_times(table)
+        table = table.append_column("time", table["finished_at"].cast(pa.int64()))
+        columns = table.to_pydict()
+        rows = list(zip(*(columns[name] for name in (*_INDEXED, "time", "row")), strict=True))
+        failed = [(name, k, fingerprint) for name, k, status, fingerprint, *_ in rows if status == "failed"]
+        self._database.executemany("INSERT INTO failures VALUES (?,?,?)", failed)
+        # Ties are two workers' word on the same attempt, as where one has died before it could tell that it was done:
+        # the later one's image is the one that is there.
+        self._database.executemany(
+            "INSERT INTO committed VALUES (?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT (id, image_index) DO UPDATE SET"
+            " status = excluded.status, fingerprint = excluded.fingerprint, attempt = excluded.attempt,"
+            " path = excluded.path, source_file = excluded.source_file, source_row = excluded.source_row,"
+            " time = excluded.time, part = excluded.part, row = excluded.row"
+            " WHERE excluded.attempt > attempt OR (excluded.attempt = attempt AND excluded.time >= time)",
+            ((*row[:-1], part.name, row[-1]) for row in rows),
+        )
+
+    def _note_times(self, table: pa.Table) -> None:
+        ends = table["finished_at"].to_pylist()
+        begins = [
+            end - timedelta(seconds=took or 0) for end, took in zip(ends, table["seconds"].to_pylist(), strict=True)
+        ]
+        self.times = [min(begins + self.times), max(ends + self.times)] if ends else self.times
+
+    def find(self, key: tuple[str, int]) -> Committed | None:
+        """The image of this (id, image_index) whose attempt is the highest."""
+        if not self._parts:  # a first run asks for every row
+            return None
+        found = self._database.execute(f"{_FOUND} WHERE id = ? AND image_index = ?", key).fetchone()
+        return Committed(*found) if found else None
+
+    def in_order(self, tables: Sequence[str]) -> Iterator[Committed]:
+        """Everything in the order of its rows in these tables; what other tables gave follows, by their names."""
+        self._database.execute("CREATE TEMPORARY TABLE IF NOT EXISTS tables (name TEXT PRIMARY KEY, place INTEGER)")
+        self._database.execute("DELETE FROM tables")
+        self._database.executemany("INSERT OR IGNORE INTO tables VALUES (?, ?)", ((t, i) for i, t in enumerate(tables)))
+        order = "ORDER BY place IS NULL, place, source_file, source_row, id, image_index"
+        found = self._database.execute(f"{_FOUND} LEFT JOIN tables ON name = source_file {order}")
+        return (Committed(*row) for row in found)
+
+    def rows(self) -> tuple[int, int]:
+        """How many rows of tables there are, and of how many an image failed or the row was invalid."""
+        bad = "SELECT max(status IN ('failed', 'invalid')) AS bad FROM committed GROUP BY id"
+        rows, bad_rows = self._database.execute(f"SELECT count(*), coalesce(sum(bad), 0) FROM ({bad})").fetchone()
+        return rows, bad_rows
+
+    def statuses(self) -> Counter[str]:
+        """How many images have which status."""
+        return Counter(dict(self._database.execute("SELECT status, count(*) FROM committed GROUP BY status")))
+
+    def take(self, found: Sequence[Committed], schema: pa.Schema = SCHEMA) -> pa.Table:
+        """These columns of these committed images, in their order; null where a part has no such column.
+
+        Raises DamagedPart, StorageError.
+        """
+        by_part: dict[str, list[int]] = {}
+        for committed in found:
+            by_part.setdefault(committed.part, []).append(committed.row)
+        # Carried columns can be large, and not every part has them.
+        names = tuple(schema.names) if set(schema.names) <= set(SCHEMA.names) else None
+        pieces = [
+            as_schema(self._read_whole(self._parts[part], names).take(rows), schema) for part, rows in by_part.items()
+        ]
+        starts = dict(zip(by_part, accumulate((len(piece) for piece in pieces), initial=0), strict=False))
+        order = []
+        for committed in found:
+            order.append(starts[committed.part])
+            starts[committed.part] += 1
+        return pa.concat_tables([schema.empty_table(), *pieces]).take(pa.array(order, pa.int64()))
+
+    def close(self) -> None:
+        self._database.close()
+
+    def __enter__(self) -> Index:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

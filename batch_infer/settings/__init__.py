@@ -1,0 +1,40 @@
+"""What a run was asked to do, as the command line, the environment and a script all say it."""
+
+from batch_infer.settings.compute import BatchShape, Compute, ComputeSettings, Device
+from batch_infer.settings.model import LoraSpec, ModelSettings, SchedulerSpec
+from batch_infer.settings.run import (
+    FIELDS,
+    FailureBudget,
+    ImageFormat,
+    OutputSettings,
+    ResultsFormat,
+    Retried,
+    RowDefaults,
+    RunSettings,
+    TableSettings,
+)
+from batch_infer.settings.safety import CATEGORIES, OnFlagged, SafetyMode, SafetySettings, ServiceSettings
+
+__all__ = [
+    "BatchShape",
+    "CATEGORIES",
+    "Compute",
+    "ComputeSettings",
+    "Device",
+    "FIELDS",
+    "FailureBudget",
+    "ImageFormat",
+    "LoraSpec",
+    "ModelSettings",
+    "OnFlagged",
+    "OutputSettings",
+    "ResultsFormat",
+    "Retried",
+    "RowDefaults",
+    "RunSettings",
+    "SafetyMode",
+    "SafetySettings",
+    "SchedulerSpec",
+    "ServiceSettings",
+    "TableSettings",
+]
