@@ -24,21 +24,26 @@ _token = ""
 def _draw_token() -> None:
     """Numbers of processes meet where several machines write into one folder; a token that is drawn does not."""
     global _token
-    _token = f"{_here()}-{os.getpid()}-{secrets.token_hex(6)}"
+    _token = f"{here()}-{os.getpid()}-{secrets.token_hex(6)}"
 
 
-def _here() -> str:
+def here() -> str:
     """Where a process's number means this process: the machine, and on Linux what of it a container shows."""
     space = Path("/proc/self/ns/pid")
     told = f"{platform.node()} {space.readlink() if space.is_symlink() else ''}"
     return hashlib.sha256(told.encode()).hexdigest()[:8]
 
 
-def is_abandoned(name: str) -> bool:
-    """Whether a file's name is the temporary one of a process that has died here; of others nobody here can tell."""
-    here, _, rest = name.removeprefix(TEMPORARY).partition("-")
+def own_name(prefix: str, name: str) -> str:
+    """A name that this process gives a file, and no other does."""
+    return f"{prefix}{_token}-{name}"
+
+
+def is_abandoned(name: str, prefix: str = TEMPORARY) -> bool:
+    """Whether a process gave a file this name that has died here; of others nobody here can tell."""
+    where, _, rest = name.removeprefix(prefix).partition("-")
     number = rest.partition("-")[0]
-    if not name.startswith(TEMPORARY) or os.name != "posix" or here != _here() or not number.isdecimal():
+    if not name.startswith(prefix) or os.name != "posix" or where != here() or not number.isdecimal():
         return False
     try:
         os.kill(int(number), 0)
@@ -91,7 +96,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 def temporary_of(path: Path) -> Path:
     """The name that a file bears in this process, and in no other, until it is whole."""
-    return path.with_name(f"{TEMPORARY}{_token}-{path.name}")
+    return path.with_name(own_name(TEMPORARY, path.name))
 
 
 @contextmanager

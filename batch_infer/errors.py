@@ -12,8 +12,8 @@
     │   ├── StorageError    OUT cannot be written
     │   ├── ServiceError    somebody else's server does not answer
     │   ├── WorkersLost     every worker has died, again and again
-    │   └── Interrupted     SIGINT or SIGTERM
-    │       └── azureml.service.GivenUp   a real-time caller has gone, or has no time left
+    │   ├── Interrupted     SIGINT or SIGTERM
+    │   └── azureml.service.GivenUp   a real-time caller has gone, or has no time left
     └── RowError            one row's fault: becomes that row's status, never ends a run
         └── RowBroken       nobody can say that it is the row's fault: it has failed, and is tried again
 

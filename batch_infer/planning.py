@@ -41,6 +41,15 @@ class Index(Protocol):
 
 
 Item: TypeAlias = PromptRequest | ResultRow
+
+
+def place_of(item: Item) -> tuple[str, int]:
+    """Where a row stands: the name of its file, and its number."""
+    if isinstance(item, PromptRequest):
+        return item.source.file, item.source.row
+    return item.source_file, item.source_row
+
+
 LeavesAlone: TypeAlias = "Callable[[Item, Committed | None], bool]"
 """Says of an item, and of what the manifest holds of it, whether a command leaves it as it is."""
 

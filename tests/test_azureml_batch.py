@@ -24,13 +24,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batch_infer import manifest
-from batch_infer.atomic import TEMPORARY, _here
+from batch_infer.atomic import TEMPORARY, here
 from batch_infer.azureml import batch, deployment, rendering
 from batch_infer.azureml.mini_batch import MiniBatches
 from batch_infer.errors import ServiceError, SettingsError, StorageError, TableError
 from batch_infer.jobs.simulation import Outcome, SimulationSettings, simulate
 from batch_infer.manifest import SCHEMA
+from batch_infer.manifest import index as manifest_index
 from batch_infer.models import DEMO_MODEL
 from tests import dummies, runs
 from tests.content_safety_server import KEY, serving, status
@@ -149,8 +149,8 @@ def test_a_worker_that_died_leaves_nothing_behind(tmp_path: Path, out: Path) -> 
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     (image,) = (out / "images").iterdir()
-    left = [folder / f"{TEMPORARY}{_here()}-{dead.pid}-0123-name" for folder in (image, out / "manifest", out)]
-    living = image / f"{TEMPORARY}{_here()}-{os.getpid()}-0123-name"
+    left = [folder / f"{TEMPORARY}{here()}-{dead.pid}-0123-name" for folder in (image, out / "manifest", out)]
+    living = image / f"{TEMPORARY}{here()}-{os.getpid()}-0123-name"
     elsewhere = image / f"{TEMPORARY}00000000-{dead.pid}-0123-name"
     for path in (*left, living, elsewhere):
         path.touch()
@@ -289,7 +289,7 @@ def test_folders_with_other_columns_are_one_table(tmp_path: Path, out: Path) -> 
         pd.DataFrame({"prompt": ["a ring"], "note": note}).to_parquet(tmp_path / folder / f"{folder}.parquet")
     scoring = worker()
     found = scoring.score([str(tmp_path / name / f"{name}.parquet") for name in "abc"])
-    assert found["note"].to_pylist() == ["1", "one", "[true]"]
+    assert found["note"].to_pylist() == ["1", "one", "[True]"]  # as `merge` has them
     assert len(scoring.score([])) == 0
     broken = [tmp_path / name / "broken.parquet" for name in "ab"]
     for path in broken:
@@ -322,7 +322,7 @@ def test_parts_that_cannot_be_read_cost_no_row(
     other.score(files[:1])
     (part,) = (out / "manifest").iterdir()
     if how == "error":
-        away = mock.patch.object(manifest, "read_part", side_effect=StorageError("the disk is away"))
+        away = mock.patch.object(manifest_index, "read_part", side_effect=StorageError("the disk is away"))
         with away, pytest.raises(StorageError, match="away"):
             scoring.score(files)
     elif how == "gone":

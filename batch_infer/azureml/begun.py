@@ -12,7 +12,7 @@ from pathlib import Path
 from secrets import token_hex
 from threading import Lock
 
-from batch_infer.atomic import TEMPORARY, is_abandoned, replacing, storing, temporary_of
+from batch_infer.atomic import here, is_abandoned, own_name, replacing, storing
 from batch_infer.records import PromptRequest, ResultRow, digest
 
 TOGETHER = 32
@@ -73,7 +73,7 @@ class Begun:
         source = iter(requests)
         while rows := list(islice(source, TOGETHER)):
             keys = [row.key for row in rows]
-            path = self._out / temporary_of(self._out / digest(keys)).name.replace(TEMPORARY, _MARK, 1)
+            path = self._out / own_name(_MARK, digest(keys))
             with replacing(path, flush=False, parents=False) as temporary:
                 temporary.write_text(json.dumps({"alone": alone, "keys": keys}), "ascii")
             with self._lock:
@@ -96,7 +96,7 @@ class Begun:
                 if broken:
                     del self._open[path]
                     with storing(path), suppress(FileNotFoundError):
-                        path.replace(path.with_name(path.name.replace(_here(), f"broken-{token_hex(4)}", 1)))
+                        path.replace(path.with_name(f"{_MARK}broken-{token_hex(6)}"))
                 else:
                     self._remove(path)
 
@@ -123,14 +123,8 @@ class Begun:
 
     def _dead(self) -> Iterator[tuple[Path, bool, list[Key]]]:
         for path in sorted(self._out.glob(f"{_MARK}*")):
-            token = path.name.removeprefix(_MARK)
-            if token.startswith(f"{_here()}-") and not is_abandoned(f"{TEMPORARY}{token}"):
+            if path.name.startswith(f"{_MARK}{here()}-") and not is_abandoned(path.name, _MARK):
                 continue
             with suppress(OSError, ValueError, KeyError, TypeError):  # removed meanwhile, or none of ours
                 found = json.loads(path.read_text("ascii"))
                 yield path, bool(found["alone"]), [(str(name), int(k)) for name, k in found["keys"]]
-
-
-def _here() -> str:
-    """What the names of this machine's processes begin with."""
-    return temporary_of(Path("any")).name.removeprefix(TEMPORARY).partition("-")[0]

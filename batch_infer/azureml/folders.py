@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batch_infer.manifest import SCHEMA, to_table
+from batch_infer.jobs.merge import with_carried
+from batch_infer.manifest import as_schema, to_table
 from batch_infer.records import ResultRow, digest, now
-from batch_infer.table import common_type
+from batch_infer.table import default_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +63,7 @@ def _refusal(file: Path, twin: Path) -> ResultRow:
     name = f"{file.parent.name}/{file.name}"
     error = f"{file} and {twin} have one name, by which their rows and images are known: rename one"
     return ResultRow(
-        id=f"{name}-{0:08d}",  # no default id of a table holds a slash
+        id=default_id(name, 0),  # no default id of a table holds a slash
         image_index=0,
         prompt=None,
         status="invalid",
@@ -80,28 +79,5 @@ def _refusal(file: Path, twin: Path) -> ResultRow:
 def joined(tables: Sequence[pa.Table], rows: Sequence[ResultRow]) -> pa.Table:
     """Results as one table, each carried column of a type that holds what every table has in it."""
     everything = [*tables, to_table(rows, pa.schema([]))]
-    types: dict[str, pa.DataType] = {}
-    for table in everything:
-        for field in list(table.schema)[len(SCHEMA) :]:
-            types[field.name] = common_type(types.get(field.name, field.type), field.type)
-    schema = pa.schema([*SCHEMA, *types.items()])
-    return pa.concat_tables([_as(table, schema) for table in everything])
-
-
-def _as(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    columns = []
-    for field in schema:
-        if field.name not in table.column_names:
-            columns.append(pa.nulls(len(table), field.type))
-        elif (column := table[field.name]).type == field.type or not pa.types.is_string(field.type):
-            columns.append(column.cast(field.type))
-        else:
-            columns.append(pa.array(map(_text, column.to_pylist()), pa.string()))
-    return pa.table(columns, schema=schema)
-
-
-def _text(value: Any) -> str | None:
-    """Where columns of other types meet, lists and booleans are what they are in JSON."""
-    if value is None:
-        return None
-    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (bool, list, dict)) else str(value)
+    schema = with_carried(table.schema for table in everything)
+    return pa.concat_tables([as_schema(table, schema) for table in everything])

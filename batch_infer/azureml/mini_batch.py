@@ -22,8 +22,8 @@ from batch_infer.jobs.record import refuse_other
 from batch_infer.jobs.recovery import set_aside
 from batch_infer.jobs.survey import look_through
 from batch_infer.manifest import SCHEMA, Index, Manifest
-from batch_infer.planning import Committed, Item, is_done, pending
-from batch_infer.records import PromptRequest, Source
+from batch_infer.planning import Committed, Item, is_done, pending, place_of
+from batch_infer.records import Source
 from batch_infer.sinks import FolderSink, plain_name
 from batch_infer.table import Others, Tables
 
@@ -124,7 +124,7 @@ class MiniBatches:
         """Commit what is not done. No verdict on an id changes on the way: they follow from the claims alone."""
 
         def leaves_alone(item: Item, found: Committed | None) -> bool:
-            file = item.source.file if isinstance(item, PromptRequest) else item.source_file
+            file, _ = place_of(item)
             other = getattr(found, "source_file", file)
             return is_done(item, found) and (other == file or other not in folder.standing)
 
@@ -200,13 +200,7 @@ class _Rows(Job):
     places: Collection[Place]
 
     def items(self) -> Iterator[Item]:
-        return (item for item in self.tables.rows(self.rules) if _place(item) in self.places)
-
-
-def _place(item: Item) -> Place:
-    if isinstance(item, PromptRequest):
-        return item.source.file, item.source.row
-    return item.source_file, item.source_row
+        return (item for item in self.tables.rows(self.rules) if place_of(item) in self.places)
 
 
 def _refuse_other(deployment: Deployment, out: Path) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import math
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 import pyarrow as pa
 
-from batch_infer.jobs.results import short
+from batch_infer.jobs.results import json_text, short
 from batch_infer.manifest import SCHEMA
 
 Columns = Literal["full", "card"]
@@ -38,7 +36,7 @@ def to_predictions(results: pa.Table, columns: Columns) -> pd.DataFrame:
     results = _as_card(results) if columns == "card" else _with_carried_together(results)
     for k, field in enumerate(results.schema):
         if pa.types.is_nested(field.type):  # in a cell of text, as results.csv has it
-            texts = [None if value is None else _json(value, field.type) for value in results[field.name].to_pylist()]
+            texts = [None if value is None else _text(value, field.type) for value in results[field.name].to_pylist()]
             results = results.set_column(k, field.name, pa.array(texts, pa.string()))
     frame: pd.DataFrame = results.to_pandas(types_mapper=_KINDS.get)
     return frame
@@ -46,16 +44,9 @@ def to_predictions(results: pa.Table, columns: Columns) -> pd.DataFrame:
 
 def _with_carried_together(results: pa.Table) -> pa.Table:
     names = [name for name in results.column_names if name not in SCHEMA.names]
-    rows = results.select(names).to_pylist()
-    texts = [_json({name: _finite(value) for name, value in row.items()}, pa.null()) for row in rows]
-    if not names:  # Arrow counts no rows where there is no column
-        texts = ["{}"] * len(results)
+    # Arrow counts no rows where there is no column.
+    texts = [json_text(row) for row in results.select(names).to_pylist()] if names else ["{}"] * len(results)
     return results.select(SCHEMA.names).append_column("carried", pa.array(texts, pa.string()))
-
-
-def _finite(value: object) -> object:
-    """JSON has no number for what is none."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _as_card(results: pa.Table) -> pa.Table:
@@ -73,7 +64,5 @@ def _as_card(results: pa.Table) -> pa.Table:
     return pa.table(found)
 
 
-def _json(value: object, kind: pa.DataType) -> str:
-    if pa.types.is_map(kind):
-        value = {name: short(score) for name, score in value}  # type: ignore[attr-defined]
-    return json.dumps(value, ensure_ascii=False, default=str)
+def _text(value: Any, kind: pa.DataType) -> str:
+    return json_text({name: short(score) for name, score in value} if pa.types.is_map(kind) else value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection
@@ -13,6 +13,7 @@ from multiprocessing.process import BaseProcess
 
 from batch_infer.engines.messages import Broken, FromWorker, ToWorker
 from batch_infer.engines.rank import STOPPING, Seat, live
+from batch_infer.links import received, send
 from batch_infer.worker import Account
 
 PATIENT_SECONDS = 10.0
@@ -49,16 +50,11 @@ class Peer:
 
     def send(self, message: ToWorker) -> None:
         """To a worker that has died it goes nowhere: the link's other direction says so."""
-        with suppress(OSError):
-            self.link.send(message)
+        send(self.link, message)
 
     def receive(self) -> Iterator[FromWorker]:
         """What it has said since. Raises EOFError where it has died, or ended."""
-        try:
-            while self.link.poll():
-                yield self.link.recv()
-        except OSError as error:  # a connection that was reset
-            raise EOFError from error
+        return received(self.link)
 
     def note_sign(self) -> None:
         """Its device has come a step further."""

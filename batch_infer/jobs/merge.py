@@ -13,8 +13,7 @@ import pyarrow as pa
 
 from batch_infer.jobs.results import write_results
 from batch_infer.manifest import SCHEMA, Committed, Index, Manifest
-from batch_infer.planning import Item
-from batch_infer.records import PromptRequest
+from batch_infer.planning import Item, place_of
 from batch_infer.settings import OutputSettings
 from batch_infer.table import common_type
 
@@ -56,7 +55,7 @@ def merge_parts(manifest: Manifest, tables: Sequence[str], out: Path, output: Ou
 
     For an OUT whose tables are not at hand: rows that have left them since, or changed, cannot be told from others.
     """
-    schema = pa.schema([*SCHEMA, *_carried(manifest)])
+    schema = with_carried(manifest.schemas())
     with manifest.index() as index:
         counts = Counts()
         counts.rows, counts.bad_rows = index.rows()
@@ -66,15 +65,15 @@ def merge_parts(manifest: Manifest, tables: Sequence[str], out: Path, output: Ou
     return counts
 
 
-def _carried(manifest: Manifest) -> pa.Schema:
-    """The carried columns of all parts, each of a type that holds what every part has in it."""
+def with_carried(schemas: Iterable[pa.Schema]) -> pa.Schema:
+    """The result columns, and the carried ones of all parts, each of a type that holds what every part has in it."""
     types: dict[str, pa.DataType] = {}
-    for schema in manifest.schemas():
+    for schema in schemas:
         for field in schema:
             if field.name not in SCHEMA.names:
                 known = types.setdefault(field.name, field.type)
                 types[field.name] = common_type(known, field.type)
-    return pa.schema(list(types.items()))
+    return pa.schema([*SCHEMA, *types.items()])
 
 
 def results_of(items: Iterable[Item], index: Index, carried: pa.Schema, counts: Counts) -> Iterator[pa.Table]:
@@ -107,15 +106,9 @@ def _result_of(item: Item, index: Index) -> Committed | None:
     return kept if kept is not None and kept.fingerprint == item.fingerprint else None
 
 
-def _place(item: Item) -> tuple[str, int]:
-    return (
-        (item.source.file, item.source.row) if isinstance(item, PromptRequest) else (item.source_file, item.source_row)
-    )
-
-
 def _as_now(items: list[Item], table: pa.Table, carried: pa.Schema) -> pa.Table:
     """Results with the place and the carried columns that the table has now: neither changes an image."""
-    places = [_place(item) for item in items]
+    places = [place_of(item) for item in items]
     table = table.set_column(
         table.column_names.index("source_file"), SCHEMA.field("source_file"), [[p[0] for p in places]]
     )

@@ -66,7 +66,7 @@ class _Jsonl:
 
     def write(self, table: pa.Table) -> None:
         for row in _rows(table, self._images):
-            self._stream.write(_json(row) + "\n")
+            self._stream.write(json_text(row) + "\n")
 
 
 def _rows(table: pa.Table, images: Path | None) -> Iterator[dict[str, Any]]:
@@ -100,14 +100,15 @@ def _csv_cell(value: Any) -> Any:
         case bool():
             return "true" if value else "false"
         case Mapping() | list():
-            return _json(value)
+            return json_text(value)
         case datetime() | bytes():
             return _text(value)
         case _:
             return value
 
 
-def _json(value: Any) -> str:
+def json_text(value: Any) -> str:
+    """A value in JSON, whatever it holds: null for a number that is none, text for what JSON has no type for."""
     return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, default=_text)
 
 

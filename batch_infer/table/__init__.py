@@ -1,6 +1,7 @@
 """Tables of prompts: files in, requests and invalid results out."""
 
 from batch_infer.table.columns import is_deep
+from batch_infer.table.endings import default_id
 from batch_infer.table.layout import common_type
 from batch_infer.table.loose import loose_rows
 from batch_infer.table.rows import RowRules
@@ -16,6 +17,7 @@ __all__ = [
     "cells_of",
     "column_names",
     "common_type",
+    "default_id",
     "is_deep",
     "loose_rows",
     "shown",

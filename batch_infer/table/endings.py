@@ -30,6 +30,15 @@ _ENDING = re.compile(
 )
 
 
+ID_DIGITS = 8
+"""Of the row's number in a default id."""
+
+
+def default_id(stem: str, row: int) -> str:
+    """The id of a row that its table gives none."""
+    return f"{stem}-{row:0{ID_DIGITS}d}"
+
+
 @dataclass(frozen=True, slots=True)
 class TableFile:
     """A file to read, or in its place the fault of an argument that means none.
@@ -47,7 +56,7 @@ class TableFile:
     fault: str | None = None
 
     def default_id(self, row: int) -> str:
-        return f"{self.stem}-{row:08d}"
+        return default_id(self.stem, row)
 
 
 @dataclass(frozen=True, slots=True)

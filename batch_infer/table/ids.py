@@ -8,9 +8,6 @@ from typing import Any
 from batch_infer.database import temporary_database
 from batch_infer.table.endings import plain_stem, read_ending
 
-ID_DIGITS = 8
-"""Of the row's number in a default id."""
-
 
 class Ids:
     """Which ids are taken. Where no two rows can want the same one, as `distinct` says, nothing is kept."""

@@ -13,9 +13,9 @@ from typing import Any
 from batch_infer.errors import TableError
 from batch_infer.records import PromptRequest, ResultRow, Source
 from batch_infer.settings import TableSettings
-from batch_infer.table.endings import TableFile, read_ending
+from batch_infer.table.endings import ID_DIGITS, TableFile, read_ending
 from batch_infer.table.files import find_files, stems_that_meet
-from batch_infer.table.ids import ID_DIGITS, Ids, id_text, stems_among
+from batch_infer.table.ids import Ids, id_text, stems_among
 from batch_infer.table.layout import Layout, carrier, common_schema, lay_out
 from batch_infer.table.raw import RawRow, Reader
 from batch_infer.table.readers import open_reader

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import batch_infer
 from batch_infer.jobs.simulation.messages import Duty, FromWorker, MiniBatch, ToWorker
+from batch_infer.links import received, send
 
 PATIENT_SECONDS = 10.0
 """How long a process is waited for that has been killed."""
@@ -69,16 +70,11 @@ class WorkerProcess:
 
     def send(self, message: ToWorker) -> None:
         """To a worker that has died it goes nowhere: its link's other direction says so."""
-        with suppress(OSError):
-            self.link.send(message)
+        send(self.link, message)
 
     def receive(self) -> Iterator[FromWorker]:
         """What it has said since. Raises EOFError where it has died and said all."""
-        try:
-            while self.link.poll():
-                yield self.link.recv()
-        except OSError as error:  # a connection that was reset
-            raise EOFError from error
+        yield from received(self.link)
         if self._process.poll() is not None and not self.link.poll():  # its children may hold the link open
             raise EOFError
 
