@@ -66,6 +66,12 @@ def dummy(deployment: Deployment) -> Iterator[Service]:
         yield found
 
 
+def all_of(service: Service, requests: Sequence[PromptRequest]) -> list[Rendered | Unrendered]:
+    """What comes of requests, in their order."""
+    found = dict(service.outcomes(requests))
+    return [found[place] for place in range(len(requests))]
+
+
 def scripted(deployment: Deployment, render: Render) -> Service:
     """A service whose chain is this function."""
     chain: Any = SimpleNamespace(driven=False, render=render)
@@ -197,14 +203,14 @@ def test_each_caller_gets_his_own_outcomes_in_his_order(dummy: Service) -> None:
 
     def ask(caller: int) -> list[tuple[str, str, int]]:
         requests = [make_request("row", f"{caller} {i}", seed=caller + i) for i in range(5)]
-        outcomes = dummy.render(requests)
+        outcomes = all_of(dummy, requests)
         assert [outcome.request for outcome in outcomes] == requests
         return [(o.request.prompt, type(o).__name__, int(o.pixels[0, 0, 0])) for o in outcomes]  # type: ignore
 
     with ThreadPoolExecutor(12) as callers:
         found = list(callers.map(ask, range(60)))
     assert found == [[(f"{caller} {i}", "Rendered", caller + i) for i in range(5)] for caller in range(60)]
-    assert dummy.render([]) == []
+    assert all_of(dummy, []) == []
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), ServiceError("nobody is there"), SettingsError("no key")])
@@ -223,8 +229,8 @@ def test_callers_get_the_error_of_a_chain_and_the_next_ones_are_served(
 
     with closing(scripted(deployment, render)) as found:
         with pytest.raises(type(error), match=str(error)):
-            found.render([make_request() for _ in range(3)])
-        assert len(found.render([make_request() for _ in range(3)])) == 3
+            all_of(found, [make_request() for _ in range(3)])
+        assert len(all_of(found, [make_request() for _ in range(3)])) == 3
 
 
 def test_a_caller_whose_rows_a_chain_forgets_is_told(deployment: Deployment) -> None:
@@ -233,7 +239,7 @@ def test_a_caller_whose_rows_a_chain_forgets_is_told(deployment: Deployment) -> 
         next(source)
 
     with closing(scripted(deployment, render)) as found, pytest.raises(RuntimeError, match="no word on a request"):
-        found.render([make_request() for _ in range(3)])
+        all_of(found, [make_request() for _ in range(3)])
 
 
 def test_who_asks_while_rows_are_rendered_is_served_with_them(deployment: Deployment) -> None:
@@ -253,9 +259,9 @@ def test_who_asks_while_rows_are_rendered_is_served_with_them(deployment: Deploy
         yield rendered(first)
 
     with closing(scripted(deployment, render)) as found, ThreadPoolExecutor(2) as callers:
-        long = callers.submit(found.render, [make_request(prompt="long")])
+        long = callers.submit(all_of, found, [make_request(prompt="long")])
         assert under_way.wait(30)
-        short = callers.submit(found.render, [make_request(prompt="short")])
+        short = callers.submit(all_of, found, [make_request(prompt="short")])
         posted.set()
         assert [outcome.request.prompt for outcome in short.result() + long.result()] == ["short", "long"]
     assert len(calls) == 1
@@ -274,7 +280,7 @@ def test_rows_of_a_caller_who_has_gone_are_not_rendered(deployment: Deployment) 
         with closing(found.outcomes([make_request(prompt=f"{i}") for i in range(9)])) as outcomes:
             next(outcomes)
         gone.set()
-        found.render([make_request(prompt="another")])
+        all_of(found, [make_request(prompt="another")])
     assert rows == ["0", "another"]
 
 
@@ -295,7 +301,7 @@ def test_a_caller_who_waits_no_longer_is_let_go_while_the_chain_is_at_work(deplo
         with pytest.raises(GivenUp, match=told):
             list(found.outcomes([make_request(prompt=f"{i}") for i in range(9)], caller))
         gone.set()
-        found.render([make_request(prompt="another")])
+        all_of(found, [make_request(prompt="another")])
         with pytest.raises(GivenUp):
             list(found.outcomes([make_request(prompt="too late")], caller))
     assert rows == ["0", "another"]
@@ -316,20 +322,20 @@ def test_a_service_that_is_closed_leaves_nobody_waiting(deployment: Deployment) 
 
     found = Service(deployment, load)
     with ThreadPoolExecutor(1) as callers:
-        waiting = callers.submit(found.render, [make_request() for _ in range(3)])
+        waiting = callers.submit(all_of, found, [make_request() for _ in range(3)])
         assert under_way.wait(30)
         found.close()
         with pytest.raises(Interrupted):
             waiting.result(30)
     with pytest.raises(Interrupted):
-        found.render([make_request()])
+        all_of(found, [make_request()])
 
 
 def test_rows_that_a_pipeline_can_make_together_go_together(deployment: Deployment) -> None:
     painter: Any = Painter()
     chain = DrivenChain(painter, ChainShape(8, 1), None)
     with closing(Service(deployment, lambda *_: chain)) as found:
-        outcomes = found.render([paint(colour=i / 10, steps=4 + i % 2) for i in range(6)])
+        outcomes = all_of(found, [paint(colour=i / 10, steps=4 + i % 2) for i in range(6)])
     shades = [round(int(outcome.pixels[0, 0, 0]) / 25.5) for outcome in outcomes if isinstance(outcome, Rendered)]
     assert shades == list(range(6))
     assert painter.calls == [(3, 4), (3, 4)]

@@ -85,11 +85,6 @@ class Service:
         """Where the time went, so far."""
         return self._chain.stages
 
-    def render(self, requests: Sequence[PromptRequest]) -> list[Outcome]:
-        """What comes of these requests, in their order; waits for the last. Raises as `outcomes`."""
-        found = dict(self.outcomes(requests))
-        return [found[place] for place in range(len(requests))]
-
     def outcomes(
         self, requests: Sequence[PromptRequest], caller: Caller = PATIENT
     ) -> Generator[tuple[int, Outcome], None, None]:
