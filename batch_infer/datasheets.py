@@ -26,7 +26,7 @@ def dense_tflops(device_name: str, dtype: str) -> float | None:
 
     `device_name` as `torch.cuda.get_device_name` tells it: `NVIDIA H100 80GB HBM3`.
     """
-    if dtype not in HALVES:
+    if dtype not in HALVES or " MIG " in f" {device_name} ":  # a slice has only a part of what its card has
         return None
     words = f" {device_name.replace('-', ' ')} "
     return next((tflops for name, tflops in DENSE_TFLOPS if f" {name} " in words), None)

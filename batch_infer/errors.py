@@ -3,6 +3,7 @@
     BatchInferError
     ├── UsageError          exit 2: nothing was rendered, the command or its settings must change
     │   ├── SettingsError   an option, or options that do not go together
+    │   │   └── CompilationError   torch.compile failed; `run` does without it where --compile was not given
     │   ├── TableError      no table can be read
     │   │   └── azureml.payload.TooMany   more than one real-time request may ask for
     │   ├── ModelError      the model cannot be loaded, or not with these settings
@@ -40,6 +41,10 @@ class UsageError(BatchInferError):
 
 
 class SettingsError(UsageError):
+    pass
+
+
+class CompilationError(SettingsError):
     pass
 
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass, fields
 class Stages:
     """Seconds by stage, and counts.
 
-    `seconds` are all that went by. On a GPU the stages overlap: decoding and checking go on beside the UNet, so their
-    seconds are part of its own. `began` and `ended`: the first UNet call's start and the last one's end.
+    `seconds` are all that went by, except `compilation`: those in which a network was compiled for a new shape. On a
+    GPU the stages overlap: decoding and checking go on beside the UNet, so their seconds are part of its own. `began`
+    and `ended`: the first UNet call's start and the last one's end.
     """
 
     encode: float = 0.0
@@ -19,6 +20,7 @@ class Stages:
     decode: float = 0.0
     check: float = 0.0
     seconds: float = 0.0
+    compilation: float = 0.0
     images: int = 0
     row_forwards: int = 0
     slot_ticks: int = 0

@@ -22,7 +22,7 @@ ROOT = PACKAGE.parent
 FLOORS = (
     {"batch_infer", "errors"},
     {"records", "settings", "atomic", "stages", "database", "links"},
-    {"images", "logfile"},
+    {"images", "logfile", "accelerator"},
     {"diffusion"},
     {"models", "safety", "table", "planning", "manifest", "sinks", "calibration", "datasheets"},
     {"chain"},

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from batch_infer.accelerator import out_of_memory_errors
 from batch_infer.chain.finishing import to_pixels
 from batch_infer.chain.outcomes import Rendered, Size, Unrendered, not_finite
 from batch_infer.chain.pace import pace_of
@@ -67,7 +68,9 @@ class DrivenChain:
         slots = 1 if size in self._singly and first and first.params.slots == 1 else self.shape.of(size)[0]
         rows = _take_alike(source, size, slots)
         try:
-            yield from self._make(rows, slots, stages)
+            with out_of_memory_errors():
+                outcomes = self._make(rows, slots, stages)
+            yield from outcomes
             return
         except torch.OutOfMemoryError as error:
             told = first_line(error)

@@ -15,7 +15,6 @@ import torch
 from batch_infer.chain.outcomes import Rendered, Unrendered, not_finite
 from batch_infer.chain.streams import stream_of
 from batch_infer.diffusion import Finished
-from batch_infer.models.acceleration import is_compiled
 from batch_infer.records import PromptRequest, Verdict
 from batch_infer.safety import Judge
 from batch_infer.stages import Stages
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 Tag: TypeAlias = "tuple[PromptRequest, Conditioning]"
 
 BATCHES_AHEAD = 2
-"""Micro-batches between the UNet and the decoder: beyond this the UNet waits."""
+"""Micro-batches that may always wait for the decoder. See `Finishing.batches_ahead`."""
 
 
 class Finishing:
@@ -44,15 +43,20 @@ class Finishing:
         self._model, self._judge, self.stages = model, judge, stages
         self.slots, self._batch = shape
         self._collected: list[Finished[Tag]] = []
+        self.batches_ahead = max(BATCHES_AHEAD, 2 * self.slots // self._batch)
+        """Micro-batches between the UNet and the decoder; beyond this the UNet waits.
+
+        Rows of equal steps finish at one tick: there must be room for all of them while those of the tick before are
+        still being decoded. What waits are latents, 64 kB for an image of 512x512 pixels.
+        """
         self._under_way: deque[Future[list[Rendered | Unrendered]]] = deque()
         self._pool = ThreadPoolExecutor(1, "finishing") if beside else None
         self._stream = stream_of(model.device, "finish")
 
     def prepare(self, latent_shape: tuple[int, int, int]) -> None:
-        """Have the decoder compiled here: torch compiles on no thread while another calls what is compiled."""
-        if self._pool is not None and is_compiled(self._model.networks):
-            with torch.inference_mode():
-                self._model.decode(torch.zeros(self._batch, *latent_shape, device=self._model.device))
+        """Compile the decoder here: torch must not compile on one thread while another calls compiled code."""
+        with torch.inference_mode():
+            self._model.decode(torch.zeros(self._batch, *latent_shape, device=self._model.device))
 
     def add(self, rows: Sequence[Finished[Tag]]) -> Iterator[Rendered | Unrendered]:
         """Take rows in; gives those that are through."""
@@ -60,7 +64,7 @@ class Finishing:
         while len(self._collected) >= self._batch:
             batch, self._collected = self._collected[: self._batch], self._collected[self._batch :]
             yield from self._begin(batch)
-        yield from self._through(BATCHES_AHEAD)
+        yield from self._through(self.batches_ahead)
 
     def finish(self) -> Iterator[Rendered | Unrendered]:
         """Give all that was taken in, the last micro-batch padded."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from batch_infer.accelerator import out_of_memory_errors
 from batch_infer.chain.encoding import Encoding
 from batch_infer.chain.finishing import Finishing, Tag
 from batch_infer.chain.outcomes import Rendered, Size, Unrendered
@@ -17,6 +18,7 @@ from batch_infer.chain.reading import Ahead, Waiting
 from batch_infer.chain.shape import ChainShape, Part
 from batch_infer.diffusion import Finished, Slots
 from batch_infer.errors import RowError, first_line
+from batch_infer.models.acceleration import is_compiled
 from batch_infer.records import PromptRequest
 from batch_infer.safety import Judge
 from batch_infer.stages import Stages
@@ -53,6 +55,7 @@ class Chain:
         self.shape = shape
         """The batch sizes as they are now: smaller than at first where the device ran out of memory."""
         self.stages_by_size: dict[Size, Stages] = {}
+        self._compiled: set[tuple[Size, tuple[int, int]]] = set()
 
     @property
     def stages(self) -> Stages:
@@ -74,17 +77,19 @@ class Chain:
         while (first := source.peek()) is not None and not self._stop():
             size = first.params.height, first.params.width
             stages = self.stages_by_size.setdefault(size, Stages())
+            compilation = stages.compilation
             yield from self._render_size(source, size)
-            stages.seconds += time.perf_counter() - started
+            stages.seconds += time.perf_counter() - started - (stages.compilation - compilation)
             started = time.perf_counter()
 
     def _render_size(self, source: Ahead, size: Size) -> Iterator[Rendered | Unrendered]:
         finishing = Finishing(
             self.model, self._judge, self.shape.of(size), self.stages_by_size[size], beside=self._beside
         )
-        passage = _Passage(self.model, finishing, size)
+        passage = _Passage(self.model, finishing, size, compiles=self._needs_compilation(size))
         try:
-            yield from passage.run(source, self._stop)
+            with out_of_memory_errors():
+                yield from passage.run(source, self._stop)
             return
         except torch.OutOfMemoryError as error:
             told = first_line(error)
@@ -96,6 +101,13 @@ class Chain:
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
         yield from self._shrink(source, size, part, left, told)
+
+    def _needs_compilation(self, size: Size) -> bool:
+        """Whether networks are compiled, and have not been for this size and its batch sizes."""
+        key = size, self.shape.of(size)
+        is_new = is_compiled(self.model.networks) and key not in self._compiled
+        self._compiled.add(key)
+        return is_new
 
     def _shrink(
         self, source: Ahead, size: Size, part: Part, left: Sequence[PromptRequest], told: str
@@ -117,8 +129,10 @@ class Chain:
 class _Passage:
     """Rows of one size on their way through the slots of one shape: all that lies on the device for them."""
 
-    def __init__(self, model: Family, finishing: Finishing, size: Size) -> None:
+    def __init__(self, model: Family, finishing: Finishing, size: Size, *, compiles: bool) -> None:
+        """`compiles`: compile the networks for this size before any row is timed."""
         self._model, self._finishing, self._size = model, finishing, size
+        self._compiles = compiles
         self._stages = finishing.stages
         self._waiting = Waiting()
         self._pace = pace_of(model.device, self._stages)
@@ -138,12 +152,11 @@ class _Passage:
         slots: Slots[Tag] = Slots(
             model, self._finishing.slots, model.latent_shape(*self._size), model.device, model.dtype
         )
-        self.part = "decode"
-        self._finishing.prepare(slots.latent_shape)
-        self.part = "denoise"
         while not stop():
             self._read_ahead(source, slots.size)
             yield from self._admit(slots)
+            if self._compiles and slots.busy:
+                self._compile(slots)
             if not slots.busy:
                 if self._waiting or source.has(self._size):
                     continue
@@ -152,6 +165,21 @@ class _Passage:
             yield from self._through(self._finishing.add(done))
         self._pace.finish()
         yield from self._through(self._finishing.finish())
+
+    def _compile(self, slots: Slots[Tag]) -> None:
+        """Have both networks compiled for these shapes, by one call each whose result is dropped.
+
+        So the time of compiling is in no stage, and in no figure that is derived from them.
+        """
+        started = time.perf_counter()
+        slots.evaluate()
+        self.part = "decode"
+        self._finishing.prepare(slots.latent_shape)
+        self.part = "denoise"
+        if self._model.device.type == "cuda":
+            torch.cuda.synchronize()
+        self._stages.compilation += time.perf_counter() - started
+        self._compiles = False
 
     def _through(self, outcomes: Iterator[Rendered | Unrendered]) -> Iterator[Rendered | Unrendered]:
         self.part = "decode"
@@ -186,7 +214,6 @@ class _Passage:
                 continue
             slots.admit(taken, request.params, request.seed, table, conditioning.context)
 
-    @torch.inference_mode()
     def _tick(self, slots: Slots[Tag]) -> list[Finished[Tag]]:
         self._pace.start()
         before = slots.row_forwards

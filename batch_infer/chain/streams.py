@@ -1,4 +1,4 @@
-"""The streams of a GPU beside the one that the UNet is called on: one for each purpose, for as long as the process."""
+"""The CUDA streams for work besides the UNet: one for each purpose, for the lifetime of the process."""
 
 from __future__ import annotations
 
@@ -10,5 +10,8 @@ import torch
 
 @cache
 def stream_of(device: torch.device, purpose: Literal["encode", "finish"]) -> torch.cuda.Stream | None:
-    """None on a CPU. Always the same, since memory that was used on one is not given away to another."""
-    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+    """Return the stream for a purpose, or None on a CPU. It is always the same one: torch frees memory by stream.
+
+    Both have a high priority: their kernels are short, and would otherwise queue behind those of a whole UNet call.
+    """
+    return torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None  # type: ignore[no-untyped-call]

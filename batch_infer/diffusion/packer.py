@@ -15,6 +15,7 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
+from batch_infer.accelerator import copy_to
 from batch_infer.diffusion.guidance import guide
 from batch_infer.diffusion.solver import TABLES_KEPT, CoefficientTable
 from batch_infer.records import SamplingParams
@@ -59,11 +60,6 @@ def draw_noise(shape: tuple[int, int, int], generator: torch.Generator, *, pinne
     return torch.randn(shape, generator=generator, dtype=torch.float32, pin_memory=pinned)
 
 
-def send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy on the device that the host does not wait for: to a GPU it goes from pinned memory."""
-    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
-
-
 class Slots(Generic[Tag]):
     """`size` slots over latents of one shape (C, h, w), on the device and in the dtype of the UNet.
 
@@ -91,7 +87,7 @@ class Slots(Generic[Tag]):
         self._context: dict[str, torch.Tensor] = {}
         # One copy for all rows that use a table. By no method of this object, which would then outlive its last user.
         self._on_device: Callable[[CoefficientTable], torch.Tensor] = lru_cache(TABLES_KEPT)(
-            lambda table: send(table.coefficients, device)
+            lambda table: copy_to(device, table.coefficients)
         )
         # Which row each lane serves, and each row's two lanes: kept on the host, sent when rows come or go.
         self._row_of_lane = [0] * size
@@ -107,6 +103,7 @@ class Slots(Generic[Tag]):
     def busy(self) -> bool:
         return bool(self._rows)
 
+    @torch.inference_mode()
     def admit(
         self,
         tag: Tag,
@@ -132,15 +129,21 @@ class Slots(Generic[Tag]):
         self._samples[row] = table.initial_scale * history[0].reshape(self.latent_shape)
         self._stale = True
 
+    @torch.inference_mode()
     def tick(self) -> list[Finished[Tag]]:
         """One UNet call over all slots, one step for every row; returns the rows that are done."""
-        self._send_layout()
-        timestep, input_scale = self._send_steps()
-        sample = self._samples[self._lane_rows] * input_scale.reshape(-1, 1, 1, 1)
-        output = self._denoiser.denoise(sample.to(self._dtype), timestep, self._context).float()
+        output = self.evaluate().float()
         guided = guide(output[self._conditional], output[self._unconditional], self._scale, self._rescale)
         self.row_forwards += sum(len(row.lanes) for row in self._rows.values())
         return [done for index in list(self._rows) if (done := self._advance(index, guided[index])) is not None]
+
+    @torch.inference_mode()
+    def evaluate(self) -> torch.Tensor:
+        """Call the UNet on the rows as they are, and advance none: output (slots, C, h, w) in the UNet's dtype."""
+        self._send_layout()
+        timestep, input_scale = self._send_steps()
+        sample = self._samples[self._lane_rows] * input_scale.reshape(-1, 1, 1, 1)
+        return self._denoiser.denoise(sample.to(self._dtype), timestep, self._context)
 
     def _advance(self, index: int, output: torch.Tensor) -> Finished[Tag] | None:
         """Step one row by its own line of its own table; every operation has a shape that is the row's alone."""
@@ -186,15 +189,21 @@ class Slots(Generic[Tag]):
         self._stale = False
 
     def _send_steps(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each lane's timestep and input scale. An idle lane computes at timestep 0, and nobody reads it."""
-        steps = [(0.0, 1.0)] * self.size
+        """Each lane's timestep and input scale, both contiguous. An idle lane computes at timestep 0, and is not read.
+
+        A timestep with gaps would be another input to torch.compile than the bare UNet's, and be compiled once more.
+        """
+        timesteps, input_scales = [0.0] * self.size, [1.0] * self.size
         for row in self._rows.values():
             for lane in row.lanes:
-                steps[lane] = (row.table.timesteps[row.step], row.table.input_scale[row.step])
-        timestep, input_scale = self._send(steps, torch.float32).unbind(1)
+                timesteps[lane] = row.table.timesteps[row.step]
+                input_scales[lane] = row.table.input_scale[row.step]
+        timestep, input_scale = self._send([timesteps, input_scales], torch.float32).unbind(0)
         return timestep, input_scale
 
     def _send(
-        self, values: list[int] | list[tuple[float, float]] | list[tuple[int, int]], dtype: torch.dtype
+        self,
+        values: list[int] | list[list[float]] | list[tuple[float, float]] | list[tuple[int, int]],
+        dtype: torch.dtype,
     ) -> torch.Tensor:
-        return send(torch.tensor(values, dtype=dtype), self._device)
+        return copy_to(self._device, torch.tensor(values, dtype=dtype))

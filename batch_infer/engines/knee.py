@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from batch_infer.accelerator import is_comfortable, out_of_memory_errors
 from batch_infer.calibration import Knee
 from batch_infer.diffusion import Slots
 from batch_infer.records import PromptRequest, SamplingParams, Source, now
@@ -27,9 +28,9 @@ def find_knee(model: Family, params: SamplingParams) -> Knee:
 
     Raises torch.OutOfMemoryError where not even the least fits.
     """
-    slots, held = _grow(SLOTS, lambda number: _full_slots(model, params, number))
+    slots, held = _grow(SLOTS, lambda number: _full_slots(model, params, number), model.device)
     most = [number for number in DECODES if number <= max(1, slots // 2)]
-    decode, _ = _grow(most, lambda number: _decoder(model, params, number))
+    decode, _ = _grow(most, lambda number: _decoder(model, params, number), model.device)
     del held
     return Knee(slots, decode, now())
 
@@ -42,23 +43,30 @@ def find_driven_knee(model: AnyPipeline, params: SamplingParams) -> Knee:
         rows = [request] * (number // params.slots)
         return lambda: model.render(rows, len(rows))
 
-    slots, _ = _grow(SLOTS, work)
+    slots, _ = _grow(SLOTS, work, model.device)
     return Knee(slots, max(1, min(DECODES[-2], slots // 2)), now())
 
 
-def _grow(numbers: Sequence[int], make: Callable[[int], Callable[[], object]]) -> tuple[int, Callable[[], object]]:
+def _grow(
+    numbers: Sequence[int], make: Callable[[int], Callable[[], object]], device: torch.device
+) -> tuple[int, Callable[[], object]]:
     """The knee among these batch sizes, and the work of the last that fitted, whose memory it holds."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     rates: dict[int, float] = {}
     work: Callable[[], object] = lambda: None  # noqa: E731
     for number in numbers:
         try:
-            trial = make(number)
-            rates[number] = number / _seconds(trial)
-            work = trial
+            with out_of_memory_errors():
+                trial = make(number)
+                seconds = _seconds(trial)
         except torch.OutOfMemoryError:
             if not rates:
                 raise
             break
+        if rates and not is_comfortable(device):
+            break
+        rates[number], work = number / seconds, trial
         earlier = [rate for other, rate in rates.items() if other < number]
         if len(earlier) > 1 and rates[number] < max(earlier) * (2 - ENOUGH):
             break

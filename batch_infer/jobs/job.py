@@ -82,7 +82,7 @@ def settle_compute(
     settings: RunSettings, card: ModelCard, device: Device, earlier: Mapping[str, Any] | None
 ) -> Compute:
     """How to compute, as was asked for, as the earlier run did, or as suits. Raises SettingsError."""
-    compute = choose_compute(_typed(settings, card, device), earlier, device)
+    compute = choose_compute(_typed(settings, card, device, earlier), earlier, device)
     if card.driven and compute.compiled:
         if settings.compute.compiled:
             raise SettingsError(f"--compile: {card.name} is driven by its pipeline's own call, which is not compiled")
@@ -152,10 +152,16 @@ def known_form(record: Mapping[str, Any], out: Path) -> Iterator[None]:
         ) from error
 
 
-def _typed(settings: RunSettings, card: ModelCard, device: Device) -> RunSettings:
-    """Settings with the dtype of today's large pipelines where none is given: in float16 many of them overflow."""
-    if settings.model.dtype == "auto" and card.driven and device.kind == "cuda":
-        return replace(settings, model=replace(settings.model, dtype="bfloat16"))
+def _typed(settings: RunSettings, card: ModelCard, device: Device, earlier: Mapping[str, Any] | None) -> RunSettings:
+    """Settings with bfloat16 for diffusion transformers on a GPU where no dtype is given: in float16 many overflow.
+
+    A Stable Diffusion 3 run that an earlier version began keeps the dtype that it was begun with.
+    """
+    if settings.model.dtype != "auto" or device.kind != "cuda":
+        return settings
+    if card.driven or card.family == "stable_diffusion_3":
+        kept = None if card.driven else (earlier or {}).get("compute", {}).get("dtype")
+        return replace(settings, model=replace(settings.model, dtype=kept or "bfloat16"))
     return settings
 
 

@@ -15,7 +15,7 @@ from batch_infer.atomic import KnownFolder
 from batch_infer.engines import Engine, Task, Work
 from batch_infer.engines.launched import MEETING, Launched, Place, join, place
 from batch_infer.engines.local import Local
-from batch_infer.errors import DamagedPart, ServiceError, SettingsError, UsageError, WorkersLost
+from batch_infer.errors import CompilationError, DamagedPart, ServiceError, SettingsError, UsageError, WorkersLost
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.estimate import Size, learn
 from batch_infer.jobs.job import Job, find_model, open_tables, prepare, rooted
@@ -226,14 +226,31 @@ class _Run:
             self._progress.committed(rows)
 
         before = time.monotonic()
-        slots_of = None if self._job.card.driven else self._slots_of
-        requests = in_order(pending(self._job.items(), index, self._leaves_alone), slots_of)
         with self._undone_where_refused():
-            work = self._engine.render(Task(requests, survey.pending, self._worker()), committed, self._stop)
+            try:
+                work = self._engine.render(self._task(index, survey), committed, self._stop)
+            except CompilationError as error:
+                self._give_up_compiling(error)
+                work = self._engine.render(self._task(index, survey), committed, self._stop)
         self._summary.add(work)
         if work.deaths:
             outdir.remove_leftovers(self._out)
         self._learn(work, lengths, self._set_up + time.monotonic() - before - work.seconds)
+
+    def _task(self, index: Index, survey: Survey) -> Task:
+        slots_of = None if self._job.card.driven else self._slots_of
+        requests = in_order(pending(self._job.items(), index, self._leaves_alone), slots_of)
+        return Task(requests, survey.pending, self._worker())
+
+    def _give_up_compiling(self, error: CompilationError) -> None:
+        """Go on without torch.compile, in all workers alike. Raises the error where that is not ours to decide.
+
+        Compiled and plain networks give other bytes: once a row is committed, all others must be made as it was.
+        """
+        if self._committed or self._job.settings.compute.compiled or isinstance(self._engine, Launched):
+            raise error
+        log.warning("%s (no image is rendered yet, so this run continues without it)", error)
+        self._use(replace(self._job.compute, compiled=False))
 
     def _learn(self, work: Work, lengths: Mapping[Size, int], start: float) -> None:
         """Remember what it took, and how it had to compute where that has changed on the way."""

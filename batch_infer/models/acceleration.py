@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import logging
+import os
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
-from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
-from batch_infer.errors import first_line
+from batch_infer.errors import CompilationError, first_line
 
 SHAPES = 256
 """Shapes that a network is compiled for; torch by itself gives up after 8, and a table may hold more sizes."""
 
-log = logging.getLogger("batch_infer")
 
-
-def speed_up(networks: Iterable[torch.nn.Module], device: torch.device, *, compiled: bool) -> None:
+def speed_up(
+    networks: Iterable[torch.nn.Module], device: torch.device, *, compiled: bool, threads: int | None = None
+) -> None:
     """Prepare networks that are called at one fixed batch shape for each image size.
 
     On a GPU convolutions want their channels last, and one product for queries, keys and values takes less than three.
     Compiling (Ansel et al., PyTorch 2, ASPLOS 2024) is worth its minute a shape where a run is long.
+    `threads`: the most processes that compile kernels at once; workers on one machine share its cores.
     """
     for network in networks:
         if device.type == "cuda":
@@ -30,35 +30,37 @@ def speed_up(networks: Iterable[torch.nn.Module], device: torch.device, *, compi
             if hasattr(network, "down_blocks") and (fuse := getattr(network, "fuse_qkv_projections", None)):
                 cast(Any, fuse)()
         if compiled:
-            network.forward = Compiled(cast(Any, network.forward))
+            network.forward = Compiled(cast(Any, network.forward), threads)
 
 
 def is_compiled(networks: Iterable[torch.nn.Module]) -> bool:
-    """Whether these are compiled, and none was found that cannot be."""
+    """Whether all of these networks are compiled."""
     networks = list(networks)
-    works = (isinstance(network.forward, Compiled) and network.forward.works for network in networks)
-    return bool(networks) and all(works)
+    return bool(networks) and all(isinstance(network.forward, Compiled) for network in networks)
 
 
 class Compiled:
-    """A network's forward, compiled for every shape it meets, and the plain one where that cannot be done."""
+    """A network's forward, compiled for every shape it meets."""
 
-    def __init__(self, forward: Callable[..., Any]) -> None:
+    def __init__(self, forward: Callable[..., Any], threads: int | None = None) -> None:
         import torch._dynamo.config as dynamo
         import torch._inductor.config as inductor
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
         dynamo.cache_size_limit = SHAPES
+        if threads is not None and "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+            inductor.compile_threads = max(1, min(inductor.compile_threads or 1, threads))
         # Where torch has it: kernels are chosen by rule and not by a race, so that the bytes are the same next time.
         options: dict[str, Any] = {"deterministic": True} if hasattr(inductor, "deterministic") else {}
-        self.works = True
-        self._plain = forward
+        self._errors = TorchDynamoException, FailOnRecompileLimitHit
         self._compiled = torch.compile(forward, dynamic=False, fullgraph=True, options=options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.works:
-            try:
-                return self._compiled(*args, **kwargs)
-            except (TorchDynamoException, FailOnRecompileLimitHit) as error:
-                log.warning("torch.compile failed, and the run goes on without it: %s", first_line(error))
-                self.works = False
-        return self._plain(*args, **kwargs)
+        """Raises CompilationError.
+
+        It does not fall back to the plain forward: that gives other bytes, and other workers would not follow.
+        """
+        try:
+            return self._compiled(*args, **kwargs)
+        except self._errors as error:
+            raise CompilationError(f"torch.compile failed, run again with --no-compile: {first_line(error)}") from error

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from diffusers import ModelMixin
 
+from batch_infer.accelerator import is_device_fault, out_of_memory_errors
 from batch_infer.errors import RowBroken, RowError, first_line
 from batch_infer.models.card import ModelCard
 from batch_infer.models.family import Conditioning
@@ -36,6 +37,8 @@ class AnyPipeline:
     Text encoders compute their attention plainly: the faster kernels leave a mask out where no row of the batch needs
     it, and a row would depend on its neighbours by that.
     """
+
+    driven = True
 
     def __init__(self, pipeline: Any, card: ModelCard, device: torch.device, dtype: torch.dtype) -> None:
         self.pipeline, self.device, self.dtype = pipeline, device, dtype
@@ -129,13 +132,14 @@ class AnyPipeline:
     def _told(self) -> Iterator[None]:
         """Make one sentence of what the pipeline refuses. Raises RowError, and RowBroken for what it does not name."""
         try:
-            yield
+            with out_of_memory_errors():
+                yield
         except REFUSALS as error:
             raise RowError(f"{self._name} does not take this row: {first_line(error)}") from error
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError) as error:
-            if "CUDA error" in str(error):  # the device is lost, and no row's fault
+            if is_device_fault(error):  # the device is lost: not the row's fault
                 raise
             raise RowBroken(f"{self._name} broke off: {first_line(error)}") from error
 

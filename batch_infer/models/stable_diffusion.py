@@ -15,6 +15,7 @@ from diffusers import (
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from transformers import CLIPTextModel
 
+from batch_infer.accelerator import copy_to
 from batch_infer.diffusion import Context, Solver
 from batch_infer.errors import ModelError
 from batch_infer.models.card import ModelCard
@@ -39,9 +40,10 @@ class TextEncoder:
         tokens = self._tokenizer(
             texts, padding="max_length", max_length=self._tokenizer.model_max_length, truncation=True,
             return_tensors="pt",
-        ).to(self._network.device)  # fmt: skip
-        use_mask = getattr(self._network.config, "use_attention_mask", False)
-        embeddings = self._network(tokens.input_ids, attention_mask=tokens.attention_mask if use_mask else None)[0]
+        )  # fmt: skip
+        device, use_mask = self._network.device, getattr(self._network.config, "use_attention_mask", False)
+        mask = copy_to(device, tokens.attention_mask) if use_mask else None
+        embeddings = self._network(copy_to(device, tokens.input_ids), attention_mask=mask)[0]
         return [{"encoder_hidden_states": embedding} for embedding in embeddings.to(self._dtype).unbind()]
 
 

@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from batch_infer.accelerator import copy_to
 from batch_infer.diffusion import Context, Solver
 from batch_infer.errors import ModelError
 from batch_infer.models.card import ModelCard
@@ -52,8 +53,8 @@ class TextEncoders:
             tokens = tokenizer(
                 texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
                 return_tensors="pt",
-            ).to(network.device)  # fmt: skip
-            told = network(tokens.input_ids, output_hidden_states=True)
+            )  # fmt: skip
+            told = network(copy_to(network.device, tokens.input_ids), output_hidden_states=True)
             hidden.append(told.hidden_states[-2])
         embeddings, pooled = torch.cat(hidden, dim=-1).to(self._dtype), told.text_embeds.to(self._dtype)
         return [

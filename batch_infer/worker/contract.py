@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -33,7 +33,7 @@ class WorkerSettings:
 class Account:
     """What a worker's work took: where the time went, by image size (height, width), and how it computed at the end.
 
-    That is as it was told, but for batches that memory did not hold, and a compiler that failed. `mfu` is the model
+    That is as it was told, but for batches that memory did not hold. `mfu` is the model
     FLOP utilisation (Chowdhery et al., arXiv 2204.02311, appendix B): what the images' UNet rows and decoding come to,
     over what the device could have computed; None where its peak is not known, and before the end. `peak_memory` is in
     bytes.
@@ -60,11 +60,11 @@ def together(accounts: Iterable[Account]) -> dict[Size, Stages]:
 
 
 def least(computes: Sequence[Compute]) -> Compute:
-    """How all of these can compute: the smallest batches of each size, and compiled only where all are."""
+    """How all of these can compute: the smallest batches of each size."""
     sizes = {(shape.height, shape.width) for compute in computes for shape in compute.by_size}
     shapes = []
     for size in sorted(sizes):
         each = [compute.shape_of(*size) for compute in computes]
         slots, decode = min(shape.slots for shape in each), min(shape.decode_batch for shape in each)
         shapes.append(BatchShape(*size, slots, decode))
-    return replace(computes[0], compiled=all(compute.compiled for compute in computes)).with_shapes(shapes)
+    return computes[0].with_shapes(shapes)

@@ -6,8 +6,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import TypeAlias
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 from batch_infer import images
 from batch_infer.chain import Chain, DrivenChain, GatedChain, Rendered, Unrendered
@@ -15,9 +15,6 @@ from batch_infer.datasheets import dense_tflops
 from batch_infer.errors import BatchInferError
 from batch_infer.manifest import Manifest
 from batch_infer.models import ModelCard
-from batch_infer.models.acceleration import is_compiled
-from batch_infer.models.any_pipeline import AnyPipeline
-from batch_infer.models.flops import decode_flops, row_forward_flops
 from batch_infer.records import PromptRequest, ResultRow, Status, StoredImage
 from batch_infer.settings import BatchShape, Compute, SafetySettings
 from batch_infer.sinks import FolderSink
@@ -25,10 +22,19 @@ from batch_infer.worker.contract import Account, WorkerSettings
 from batch_infer.worker.memory import peak_memory
 from batch_infer.worker.rows import row_of, why_flagged, with_image, with_verdict
 
+if TYPE_CHECKING:
+    from batch_infer.models import Family
+
 COMMIT_ROWS = 256
 COMMIT_SECONDS = 3.0
 """A part is committed once it holds this many rows, or is this old when the next one comes."""
 STORING_THREADS = 4
+"""Threads that compress and write images beside a CPU's rendering.
+
+A GPU leaves the worker's cores to them: four compress about 40 PNGs of 512x512 pixels a second, and few-step models
+render more.
+"""
+MOST_STORING_THREADS = 32
 STORING_AHEAD = 64
 """Images between the device and the disk: beyond this the device waits."""
 
@@ -57,15 +63,17 @@ class Worker:
         """Of all that it has rendered so far. Only the `final` one has an MFU: that takes a walk through the model."""
         shapes = (BatchShape(*size, *shape) for size, shape in self._chain.shape.by_size.items())
         compute = self._settings.compute.with_shapes(shapes)
-        compute = replace(compute, compiled=compute.compiled and is_compiled(self._chain.model.networks))
         mfu = self._mfu() if final else None
         return Account(dict(self._chain.stages_by_size), compute, mfu, peak_memory(compute.device))
 
     def _mfu(self) -> float | None:
-        compute, chain, model = self._settings.compute, self._chain, self._chain.model
+        compute, chain = self._settings.compute, self._chain
         peak = dense_tflops(compute.device_name, compute.dtype)
-        if peak is None or not chain.stages.seconds or isinstance(model, AnyPipeline):
+        if peak is None or not chain.stages.seconds or chain.driven:
             return None
+        from batch_infer.models.flops import decode_flops, row_forward_flops
+
+        model = cast("Family", chain.model)
         flops = 0
         for size, stages in chain.stages_by_size.items():
             latent_shape = model.latent_shape(*size)
@@ -80,7 +88,10 @@ class Worker:
         a safety service, after those that were finished before are committed too.
         """
         outcomes = _Outcomes(self._chain.render(requests))
-        with ThreadPoolExecutor(STORING_THREADS) as storing, ThreadPoolExecutor(1) as committing:
+        with (
+            ThreadPoolExecutor(storing_threads(self._settings.compute)) as storing,
+            ThreadPoolExecutor(1) as committing,
+        ):
             commits: deque[Future[None]] = deque()
             for batch in _batches(self._store_all(outcomes, storing)):
                 while commits and (commits[0].done() or len(commits) > 2):
@@ -133,6 +144,13 @@ class Worker:
             if stored.obsolete:
                 self._sink.remove(stored.obsolete)
         committed(rows)
+
+
+def storing_threads(compute: Compute) -> int:
+    """How many threads compress and write a worker's images."""
+    if compute.device == "cpu":
+        return STORING_THREADS
+    return max(STORING_THREADS, min(compute.threads, MOST_STORING_THREADS))
 
 
 class _Outcomes:

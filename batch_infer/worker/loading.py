@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
 
+from batch_infer.accelerator import limit_memory, out_of_memory_errors, set_float32_precision
 from batch_infer.chain import Chain, ChainShape, DrivenChain, GatedChain
 from batch_infer.models import ModelCard, load, load_checker, load_driven
 from batch_infer.models.acceleration import speed_up
-from batch_infer.models.any_pipeline import AnyPipeline
 from batch_infer.safety import Judge, gate_of
 from batch_infer.settings import Compute, SafetySettings
 
 if TYPE_CHECKING:
-    from batch_infer.models import Family
+    from batch_infer.models import AnyPipeline, Family
 
 
 def load_chain(
@@ -32,16 +32,27 @@ def load_any_model(card: ModelCard, compute: Compute, *, judged: bool) -> Family
     """As `load_model`, and also what is driven by diffusers' own pipeline."""
     if not card.driven:
         return load_model(card, compute, judged=judged)
-    torch.set_num_threads(compute.threads)
-    return load_driven(card, torch.device(compute.device), getattr(torch, compute.dtype), with_checker=judged)
+    device, dtype = prepare_torch(compute)
+    with out_of_memory_errors():
+        return load_driven(card, device, dtype, with_checker=judged)
 
 
 def load_model(card: ModelCard, compute: Compute, *, judged: bool) -> Family:
     """A model on its device, and its checker where images are to be judged. Raises ModelError."""
-    torch.set_num_threads(compute.threads)
-    model = load(card, torch.device(compute.device), getattr(torch, compute.dtype), with_checker=judged)
-    speed_up(model.networks, model.device, compiled=compute.compiled)
+    device, dtype = prepare_torch(compute)
+    with out_of_memory_errors():
+        model = load(card, device, dtype, with_checker=judged)
+        speed_up(model.networks, model.device, compiled=compute.compiled, threads=compute.threads)
     return model
+
+
+def prepare_torch(compute: Compute) -> tuple[torch.device, torch.dtype]:
+    """Set up torch for this process, and return the device and dtype of the model."""
+    device, dtype = torch.device(compute.device), getattr(torch, compute.dtype)
+    torch.set_num_threads(compute.threads)
+    set_float32_precision(dtype)
+    limit_memory(device)
+    return device, dtype
 
 
 @overload
@@ -57,15 +68,16 @@ def make_chain(
     judge = None
     if model.safety_checker is not None:
         judge = _judge(model.safety_checker, model.feature_extractor, shape.decode)
-    if isinstance(model, AnyPipeline):
-        return DrivenChain(model, shape, judge, stop)
-    return Chain(model, shape, judge, stop)
+    if getattr(model, "driven", False):  # not isinstance: most runs need not import that class, which is slow
+        return DrivenChain(cast("AnyPipeline", model), shape, judge, stop)
+    return Chain(cast("Family", model), shape, judge, stop)
 
 
 def load_judge(card: ModelCard, compute: Compute) -> Judge:
     """The checker of a model, without the model; it judges as it does beside it. Raises ModelError."""
-    torch.set_num_threads(compute.threads)
-    found = load_checker(card, torch.device(compute.device), getattr(torch, compute.dtype))
+    device, dtype = prepare_torch(compute)
+    with out_of_memory_errors():
+        found = load_checker(card, device, dtype)
     return _judge(*found, compute.decode_batch)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
+from batch_infer.accelerator import out_of_memory_errors
 from batch_infer.chain import Chain, Unrendered
 from batch_infer.errors import ModelError
 from batch_infer.jobs.bench.figures import by_name
@@ -118,7 +119,8 @@ class PlainDiffusers:
 
     def _call(self, batch: list[PromptRequest]) -> np.ndarray:
         try:
-            return self._render(batch)
+            with out_of_memory_errors():
+                return self._render(batch)
         except torch.OutOfMemoryError:
             if self.sliced:
                 raise

@@ -19,7 +19,7 @@ from batch_infer.models.acceleration import speed_up
 from batch_infer.models.architectures import build
 from batch_infer.records import SamplingParams, SizeRules
 from batch_infer.settings import BatchShape, Compute, RunSettings, TableSettings
-from batch_infer.worker.loading import load_model
+from batch_infer.worker.loading import load_model, prepare_torch
 
 if TYPE_CHECKING:
     from batch_infer.models import Family
@@ -78,9 +78,8 @@ def _loaded(card: ModelCard, compute: Compute) -> Subject:
 
 
 def _built(name: str, compute: Compute) -> Subject:
-    torch.set_num_threads(compute.threads)
-    built = build(name, torch.device(compute.device), getattr(torch, compute.dtype))
-    speed_up(built.model.networks, built.model.device, compiled=compute.compiled)
+    built = build(name, *prepare_torch(compute))
+    speed_up(built.model.networks, built.model.device, compiled=compute.compiled, threads=compute.threads)
     sampling = Sampling(built.guidance_scale, built.guidance_rescale)
     return Subject(f"{name}, random weights", built.model, compute, built.sizes, sampling)
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from batch_infer.accelerator import out_of_memory_errors
 from batch_infer.jobs.bench import clock
 from batch_infer.jobs.bench.bare import BareUNet, seconds_for
 from batch_infer.jobs.bench.contenders import Ours
@@ -25,7 +26,8 @@ def sweep(numbers: Sequence[int], subject: Subject, table: Table, bare: BareUNet
     points: list[SweepPoint] = []
     for slots in numbers:
         try:
-            points.append(_measure(slots, subject, table, bare))
+            with out_of_memory_errors():
+                points.append(_measure(slots, subject, table, bare))
         except torch.OutOfMemoryError:
             log.info("%d slots: out of memory", slots)
             return Sweep(points, slots)
