@@ -1,0 +1,111 @@
+"""Runs whose networks are to be compiled: what happens where that fails, and what the summary says of the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batch_infer.engines import Task, Work
+from batch_infer.engines.inline import Inline
+from batch_infer.errors import CompilationError
+from batch_infer.jobs import job
+from batch_infer.jobs import run as jobs
+from batch_infer.jobs.run import run
+from batch_infer.settings import ComputeSettings, Device, ModelSettings, RunSettings, TableSettings
+from tests.runs import results, run_json
+from tests.tables import write_csv
+
+FAULT = "torch.compile failed, run again with --no-compile: no backend"
+
+
+class Silent:
+    """Progress that is shown to nobody."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_: None
+
+
+class Uncompilable(Inline):
+    """The inline engine, on a machine where nothing compiles; `before`: rows that are committed before that is met."""
+
+    def __init__(self, before: int) -> None:
+        super().__init__("cpu")
+        self._before = before
+        self.compiled: list[bool] = []
+
+    def render(self, task: Task, *args: Any) -> Work:
+        self.compiled.append(task.settings.compute.compiled)
+        if not task.settings.compute.compiled:
+            return super().render(task, *args)
+        requests = list(task.requests)[: self._before]
+        if requests:
+            plain = replace(task.settings, compute=replace(task.settings.compute, compiled=False))
+            super().render(Task(requests, len(requests), plain), *args)
+        raise CompilationError(FAULT)
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunSettings:
+    """Of a run that compiles by default, as on a GPU."""
+    choose = job.choose_compute
+    monkeypatch.setattr(
+        job,
+        "choose_compute",
+        lambda settings, *args: replace(choose(settings, *args), compiled=settings.compute.compiled is not False),
+    )
+    table = write_csv(tmp_path / "t.csv", [["prompt", "num_inference_steps"], *(["a ring", "4"] for _ in range(3))])
+    compute = ComputeSettings(slots=4, threads=1)
+    return RunSettings(TableSettings((str(table),)), tmp_path / "out", compute=compute)
+
+
+def use(engine: Uncompilable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "engine_for", lambda settings, here: engine)
+
+
+def test_a_run_that_cannot_compile_does_without_in_all_workers(
+    settings: RunSettings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    use(engine := Uncompilable(before=0), monkeypatch)
+    summary = run(settings, Silent())
+    assert (summary.counts.ok + summary.counts.flagged, engine.compiled) == (3, [True, False])
+    assert not run_json(settings.out)["compute"]["compiled"]
+    assert f"{FAULT} (no image is rendered yet, so this run continues without it)" in caplog.text
+
+
+@pytest.mark.parametrize(("before", "requested"), [(1, None), (0, True)])
+def test_what_was_compiled_or_was_to_be_is_not_mixed_with_what_is_not(
+    before: int, requested: bool | None, settings: RunSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(engine := Uncompilable(before), monkeypatch)
+    settings = replace(settings, compute=replace(settings.compute, compiled=requested))
+    with pytest.raises(Exception, match=FAULT):
+        run(settings, Silent())
+    assert engine.compiled == [True]
+    assert len(results(settings.out)) == before if before else not (settings.out / "results.parquet").exists()
+
+
+def test_the_summary_has_the_share_of_the_peak(settings: RunSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("batch_infer.worker.device.dense_tflops", lambda name, dtype: 1e-3)
+    settings = replace(settings, compute=replace(settings.compute, compiled=False, processes=0))
+    once = run(settings, Silent()).mfu
+    assert once is not None
+    monkeypatch.setattr("batch_infer.worker.device.dense_tflops", lambda name, dtype: None)
+    assert run(replace(settings, overwrite=True), Silent()).mfu is None
+    assert once > 0
+
+
+@pytest.mark.parametrize(
+    ("family", "kept", "dtype"),
+    [("stable_diffusion", None, "float16"), ("stable_diffusion_3", None, "bfloat16"),
+     ("stable_diffusion_3", "float16", "float16"), ("any_pipeline", None, "bfloat16")],
+)  # fmt: skip
+def test_the_dtype_of_a_gpu_is_the_familys(family: str, kept: str | None, dtype: str, tmp_path: Path) -> None:
+    """Diffusion transformers overflow in float16; a run that an earlier version began in it goes on in it."""
+    card = replace(job.read_card(ModelSettings()), family=family)
+    earlier = None if kept is None else {"compute": {"dtype": kept}}
+    settings = RunSettings(TableSettings(()), tmp_path, compute=ComputeSettings(compiled=False))
+    assert job.settle_compute(settings, card, Device("cuda", "NVIDIA H200"), earlier).dtype == dtype
