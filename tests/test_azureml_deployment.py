@@ -34,6 +34,7 @@ ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "azureml"
 README = (EXAMPLE / "README.md").read_text("utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
+SERVER_LOCK = (ROOT / "tools" / "azure-server.lock").read_text("utf-8")
 DOCKERFILE = (EXAMPLE / "environment" / "Dockerfile").read_text("utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
@@ -266,7 +267,7 @@ def test_the_image_has_what_batch_infer_asks_for() -> None:
     assert tuple(map(int, python.split("."))) >= tuple(map(int, floor.split(".")))
     (from_pip,) = (entry["pip"] for entry in conda if isinstance(entry, dict))
     pinned = [word for word in from_pip if "inference-server" in word]
-    assert pinned == re.findall(r"azureml-inference-server-http==\S+", MAKEFILE)
+    assert pinned == re.findall(r"azureml-inference-server-http==\S+", SERVER_LOCK)
     assert re.findall(r"^ARG TORCH=(.*)$", DOCKERFILE, re.MULTILINE) == re.findall(r"^TORCH \?= (.*)$", MAKEFILE, re.M)
     (extras,) = re.findall(r"batch_infer-\*\.whl \| tail -1\)\[([a-z,-]+)\]", DOCKERFILE)
     assert set(extras.split(",")) <= PROJECT["optional-dependencies"].keys()

@@ -1,0 +1,50 @@
+"""The lock files and the ranges of pyproject.toml: one set of dependencies, said twice."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import tomllib
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tools.lowest_versions import HELD, lowest_versions
+
+ROOT = Path(__file__).parent.parent
+PYPROJECT = ROOT / "pyproject.toml"
+PROJECT = tomllib.loads(PYPROJECT.read_text("utf-8"))["project"]
+LOCKED = {
+    canonicalize_name(name): version
+    for name, version in re.findall(
+        r"^([\w.-]+)==(\S+)$", (ROOT / "requirements.lock").read_text("utf-8"), re.MULTILINE
+    )
+}
+GROUPS = {"dependencies": PROJECT["dependencies"], **PROJECT["optional-dependencies"]}
+REQUIREMENTS = [
+    requirement
+    for requirement in (Requirement(text) for name in (*HELD, "dev") for text in GROUPS[name])
+    if requirement.name not in ("torch", "batch-infer")
+    and (requirement.marker is None or requirement.marker.evaluate())
+]
+
+
+@pytest.mark.parametrize("requirement", REQUIREMENTS, ids=str)
+def test_the_locked_version_is_in_the_supported_range(requirement: Requirement) -> None:
+    assert requirement.specifier.contains(LOCKED[canonicalize_name(requirement.name)])
+
+
+def test_every_dependency_but_torch_has_a_lowest_version() -> None:
+    lowest = lowest_versions(PYPROJECT)
+    assert lowest["diffusers"] == "0.41"
+    assert "torch" not in lowest
+    assert ("tomli" in lowest) == (sys.version_info < (3, 11))
+
+
+def test_a_dependency_without_a_lower_bound_is_refused(tmp_path: Path) -> None:
+    text = PYPROJECT.read_text("utf-8").replace('"click>=8.1"', '"click"')
+    (tmp_path / "pyproject.toml").write_text(text)
+    with pytest.raises(ValueError, match="click has no lower bound"):
+        lowest_versions(tmp_path / "pyproject.toml")

@@ -1,0 +1,1 @@
+"""Tools for working on batch-infer; not part of the package."""

@@ -1,0 +1,37 @@
+"""Print pip constraints that hold each dependency of pyproject.toml at the lowest version that it allows.
+
+torch is left out: old builds of it are not available for every machine, and `make lowest` installs one first.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    from pip._vendor import tomli as tomllib
+
+HELD = ("dependencies", "long-prompts", "lora", "plot", "https", "azure")
+
+
+def lowest_versions(pyproject: Path) -> dict[str, str]:
+    """Return the lower bound of each dependency by name. Raises ValueError for one without."""
+    project = tomllib.loads(pyproject.read_text("utf-8"))["project"]
+    groups = {"dependencies": project["dependencies"], **project["optional-dependencies"]}
+    bounds = {}
+    for requirement in (Requirement(text) for name in HELD for text in groups[name]):
+        lower = [bound.version for bound in requirement.specifier if bound.operator == ">="]
+        if not lower:
+            raise ValueError(f"{pyproject}: {requirement.name} has no lower bound")
+        if requirement.name != "torch" and (requirement.marker is None or requirement.marker.evaluate()):
+            bounds[requirement.name] = lower[0]
+    return bounds
+
+
+if __name__ == "__main__":
+    for name, version in lowest_versions(Path(__file__).parent.parent / "pyproject.toml").items():
+        print(f"{name}=={version}")

@@ -1,0 +1,31 @@
+"""Write the lock files from the environments that make has set up."""
+
+from __future__ import annotations
+
+import subprocess
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+MAIN = "Every package that the demo, the tests and the tools run with, except torch (see Makefile)."
+AZURE = "What {} needs besides requirements.lock, or in another version."
+LOCKS = {
+    "requirements.lock": (".venv", MAIN),
+    "tools/azure-server.lock": (".venv/azure-server", AZURE.format("azureml-inference-server-http")),
+    "tools/azure-sdk.lock": (".venv/azure-sdk", AZURE.format("azure-ai-ml and mlflow-skinny")),
+}
+
+
+def frozen(environment: Path) -> list[str]:
+    """Return `name==version` of each package that lies in an environment itself, without torch and this project."""
+    base = {"base": str(environment), "platbase": str(environment)}
+    folder = sysconfig.get_path("purelib", vars=base)
+    command = [environment / "bin" / "python", "-m", "pip", "freeze", "--exclude-editable", "--path", folder]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [line for line in lines if "==" in line and not line.startswith("torch==")]
+
+
+if __name__ == "__main__":
+    for name, (environment, contents) in LOCKS.items():
+        header = f"# {contents} Written by `make lock`."
+        (ROOT / name).write_text("\n".join([header, *frozen(ROOT / environment), ""]), encoding="utf-8")
