@@ -106,4 +106,6 @@ def _check(name: str, part: Mapping[str, Any], values: Any, passed: Any, detail:
 
 
 def _reason(part: Mapping[str, Any]) -> str:
+    if part.get("status") == "ok":
+        return "left out on a CPU"
     return str(part.get("skipped") or f"the part's status is {part.get('status')}")

@@ -21,6 +21,8 @@ from batch_infer.jobs.bench.rows import PROMPTS
 if TYPE_CHECKING:
     from tools.gpu_check.recorder import Recorder
 
+SMALL_TABLE = 50, (4, 6)
+"""Rows and steps on a CPU: enough to outlast the first commit, which comes after three seconds."""
 RUN_SECONDS = 600
 """Time limit of one command; the part's own limit usually ends it earlier."""
 SMALL_OPTIONS = ("--slots", "4", "--no-compile", "--threads", "1", "--num-processes", "0")
@@ -30,7 +32,7 @@ def run(recorder: Recorder) -> None:
     """Run the command uninterrupted, killed and resumed, and in another order; compare the results."""
     folder = recorder.scratch / "command"
     folder.mkdir(parents=True)
-    rows = make_rows(8, (2, 3)) if recorder.small else make_rows(700, (20, 50))
+    rows = make_rows(*SMALL_TABLE) if recorder.small else make_rows(700, (20, 50))
     shuffled = rows[:]
     random.Random(4).shuffle(shuffled)
     table, other_table = write_table(folder / "rows.csv", rows), write_table(folder / "shuffled.csv", shuffled)
