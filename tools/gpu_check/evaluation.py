@@ -48,7 +48,7 @@ def _batch_invariance(architecture: str, part: Mapping[str, Any], sections: Mapp
     if broken:
         return Check(name, False, "not so: " + ", ".join(broken))
     if not measured or part.get("status") != "ok":
-        return Check(name, None, _reason(part))
+        return Check(name, None, "; ".join([_reason(part), *(f"passed: {section}" for section in measured)]))
     if "compiled" in {section.rpartition(", ")[2] for section in measured} and not sections["first images"]["compiled"]:
         return Check(name, False, "torch.compile failed")
     return Check(name, True, "; ".join(measured))

@@ -32,20 +32,20 @@ class Part:
 
 ANYWHERE = ("cuda", "cpu")
 PARTS = (
-    Part("invariance-sd15", "invariance", 180, "sd15"),
-    Part("invariance-sdxl", "invariance", 180, "sdxl"),
-    Part("invariance-decidiffusion", "invariance", 180, "decidiffusion"),
-    Part("invariance-demo", "invariance", 180, devices=("cpu",), stand_in=True),
-    Part("parity", "parity", 180, devices=ANYWHERE),
-    Part("command", "command", 180, devices=ANYWHERE),
-    Part("bench-sd15", "architecture", 100, "sd15", timed=True),
+    Part("invariance-sd15", "invariance", 200, "sd15"),
+    Part("invariance-sdxl", "invariance", 200, "sdxl"),
+    Part("invariance-decidiffusion", "invariance", 200, "decidiffusion"),
+    Part("invariance-demo", "invariance", 200, devices=("cpu",), stand_in=True),
+    Part("parity", "parity", 200, devices=ANYWHERE),
+    Part("command", "command", 200, devices=ANYWHERE),
+    Part("bench-sd15", "architecture", 110, "sd15", timed=True),
     Part("bench-sdxl", "architecture", 90, "sdxl", timed=True),
     Part("memory", "memory", 60, "sd15", timed=True),
     Part("bench-decidiffusion", "architecture", 70, "decidiffusion", timed=True),
     Part("bench-demo", "architecture", 100, timed=True, devices=("cpu",), stand_in=True),
-    Part("attention", "attention", 30, timed=True),
+    Part("attention", "attention", 40, timed=True),
     Part("ceilings", "ceilings", 30, timed=True, devices=ANYWHERE),
-    Part("slots", "slots", 50, "sd15", timed=True),
+    Part("slots", "slots", 60, "sd15", timed=True),
 )
 """In order of importance: where time runs out, the last ones are skipped."""
 

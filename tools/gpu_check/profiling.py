@@ -63,9 +63,11 @@ class ProfiledTicks:
         """Return the summary and one line for each of the longest kernels. Raises RuntimeError without kernels."""
         events = [event for event in self._profile.events() if event.device_type.name == "CUDA"]
         kernels = [
-            Kernel(event.name, event.time_range.start, event.time_range.end, event.device_resource_id or 0)
+            Kernel(
+                event.name, event.time_range.start, event.time_range.end, getattr(event, "device_resource_id", 0) or 0
+            )
             for event in events
-            if not event.is_user_annotation
+            if not getattr(event, "is_user_annotation", False)
         ]
         if not kernels:
             raise RuntimeError("the profiler recorded no kernel: the table was too short, or profiling is not allowed")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -87,7 +86,6 @@ def profile(subject: Subject, recorder: Recorder) -> dict[str, Any]:
     ticks = ProfiledTicks(first=14, count=6)
     chain = make_chain(subject.model, subject.compute, ticks.stop)
     rows = subjects.rows_for(subject, 2 * subject.compute.slots, (8, 24))
-    rows = [replace(row, params=replace(row.params, guidance_rescale=0.0)) for row in rows]
     for _ in chain.render(rows):
         pass
     summary, lines = ticks.summarize()

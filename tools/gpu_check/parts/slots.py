@@ -23,20 +23,22 @@ SLOTS = (4, 8, 16, 32, 64, 128, 256)
 def run(recorder: Recorder) -> None:
     """Measure each number of slots, uncompiled, then search automatically."""
     subject = load_subject(subjects.bench_settings(recorder, compiled=False))
+    size = subjects.native_size(subject)
     with recorder.section("throughput") as results:
+        flop = row_forward_flops(subject.model, subject.model.latent_shape(*size))
         for slots in SLOTS:
-            results[str(slots)] = measure(subject, slots)
+            results[str(slots)] = measure(subject, slots, flop)
     torch.cuda.empty_cache()
     with recorder.section("auto") as results:
         started = time.perf_counter()
-        choice = find_knee(subject.model, SamplingParams(*subjects.native_size(subject), 20, 7.5, 0.0))
+        choice = find_knee(subject.model, SamplingParams(*size, 20, 7.5, 0.0))
         seconds = round(time.perf_counter() - started, 1)
         results |= {"slots": choice.slots, "decode_batch": choice.decode_batch, "seconds": seconds}
 
 
 @torch.inference_mode()
-def measure(subject: Subject, slots: int) -> dict[str, Any]:
-    """Time UNet calls of so many slots and report the most memory allocated."""
+def measure(subject: Subject, slots: int, flop: int) -> dict[str, Any]:
+    """Time UNet calls of so many slots and report the most memory allocated. `flop`: of one row of a call."""
     model = subject.model
     shape = model.latent_shape(*subjects.native_size(subject))
     context = subjects.example_context(subject, slots)
@@ -45,5 +47,5 @@ def measure(subject: Subject, slots: int) -> dict[str, Any]:
     torch.cuda.reset_peak_memory_stats()
     seconds = shortest_seconds(lambda: model.denoise(sample, timestep, context))
     peak_gib = round(torch.cuda.max_memory_allocated() / 2**30, 1)
-    figures = rate(row_forward_flops(model, shape) * slots, seconds)
+    figures = rate(flop * slots, seconds)
     return {"row_forwards_per_second": round(slots / seconds, 1), "peak_gib": peak_gib, **figures}
