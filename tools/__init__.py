@@ -1,1 +1,1 @@
-"""Tools for working on batch-infer; not part of the package."""
+"""Tools for the project's maintainers; none of them is installed with the package."""

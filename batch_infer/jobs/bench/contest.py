@@ -40,10 +40,10 @@ def hold(settings: BenchSettings) -> Report:
     sizes = settings.table.sizes_of(subject.sizes)
     if settings.compute.slots == "auto":
         subject = replace(subject, compute=best_shapes(subject, sizes))
-    return _Contest(settings, subject, sizes).go()
+    return Contest(settings, subject, sizes).go()
 
 
-class _Contest:
+class Contest:
     """One table and those who render it."""
 
     def __init__(self, settings: BenchSettings, subject: Subject, sizes: Sequence[Size]) -> None:

@@ -1,0 +1,68 @@
+"""Command line of the GPU check."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tools.gpu_check.environment import describe_machine, make_environment
+from tools.gpu_check.orchestrator import Orchestrator
+from tools.gpu_check.outputs import Outputs
+from tools.gpu_check.plan import PARTS, Part, select_parts
+from tools.gpu_check.report import evaluate, format_summary
+
+DEFAULT_SECONDS = {"cuda": 540.0, "cpu": 7200.0}
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; exits with a message where it is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.gpu_check",
+        description="Check and measure batch-infer on one NVIDIA GPU, without network, in about nine minutes.",
+        epilog=f"Parts: {', '.join(part.name for part in PARTS)}.",
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu runs what a CPU can, tiny")
+    parser.add_argument("--out", type=Path, default=Path("gpu-check-out"), help="folder of the output files")
+    parser.add_argument("--seconds", type=float, help="time limit of the whole check; default: 540")
+    parser.add_argument("--parts", default="", metavar="NAME[,NAME]", help="run these parts alone")
+    parsed = parser.parse_args(arguments)
+    try:
+        parsed.parts = select_parts([name for name in parsed.parts.split(",") if name], parsed.device)
+    except ValueError as error:
+        parser.error(str(error))
+    return parsed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the check. Returns 0 where every part that ran succeeded and every check passed, else 1."""
+    options = parse_arguments(arguments)
+    seconds = options.seconds or DEFAULT_SECONDS[options.device]
+    parts: list[Part] = options.parts
+    out: Path = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="gpu-check-", ignore_cleanup_errors=True) as folder:
+        scratch = Path(folder)
+        started_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        results = {"started_at": started_at, "device": options.device, "machine": describe_machine(options.device)}
+        outputs = Outputs(scratch, out, {**results, "seconds": None, "parts": {}})
+        orchestrator = Orchestrator(options.device, seconds, outputs, make_environment(scratch))
+        try:
+            orchestrator.run(parts)
+        finally:
+            outputs.results["seconds"] = round(orchestrator.elapsed, 1)
+            outputs.collect()
+            outputs.save()
+    print(format_summary(outputs.results))
+    print(f"Results: {out}")
+    broken = any(part.get("status") not in (None, "ok") for part in outputs.parts.values())
+    return int(broken or any(check.passed is False for check in evaluate(outputs.results)))
+
+
+if __name__ == "__main__":
+    # SIGTERM becomes SystemExit, so that the parts are stopped and the results saved.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
+    sys.exit(main())

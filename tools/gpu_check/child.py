@@ -1,0 +1,25 @@
+"""Entry point of a part's process: `python -m tools.gpu_check.child NAME DEVICE SCRATCH OUT`."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from tools.gpu_check.plan import select_parts
+from tools.gpu_check.recorder import Recorder
+
+
+def main(name: str, device: str, scratch: str, out: str) -> int:
+    """Run one part and return its exit code: 1 where a section failed."""
+    # SIGTERM becomes SystemExit, so that a part that is stopped ends the processes that it started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped at the time limit"))
+    (part,) = select_parts([name], device)
+    recorder = Recorder(name, device, part.architecture, Path(scratch), Path(out))
+    import_module(f"tools.gpu_check.parts.{part.module}").run(recorder)
+    return int(recorder.failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

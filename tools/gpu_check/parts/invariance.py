@@ -1,0 +1,102 @@
+"""Batch invariance of the UNet and the decoder: equal bytes at every batch position and whatever the neighbours."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from batch_infer.jobs.bench.subject import Subject, load_subject
+from batch_infer.models.acceleration import is_compiled
+from batch_infer.worker.loading import make_chain
+from tools.gpu_check import subjects
+
+if TYPE_CHECKING:
+    from tools.gpu_check.recorder import Recorder
+
+Inputs = dict[str, torch.Tensor]
+Network = Callable[[Inputs], torch.Tensor]
+
+
+def run(recorder: Recorder) -> None:
+    """Compile by rendering a few rows, then compare bytes, compiled and eager."""
+    subject = load_subject(subjects.bench_settings(recorder))
+    with recorder.section("first images") as results:
+        started = time.perf_counter()
+        rows = subjects.rows_for(subject, max(2, subject.compute.slots // 2), (2, 2))
+        subjects.pixels_of(list(make_chain(subject.model, subject.compute).render(rows)))
+        compiled = subject.compute.compiled and is_compiled(subject.model.networks)
+        results |= {"seconds": round(time.perf_counter() - started, 1), "compiled": compiled}
+    modes = {"compiled": "default", "eager": "force_eager"} if subject.compute.compiled else {"eager": "force_eager"}
+    for mode, stance in modes.items():
+        for name, make_case in (("unet", unet_case), ("decoder", decoder_case)):
+            with recorder.section(f"{name}, {mode}") as results, torch.compiler.set_stance(stance):
+                network, inputs, others = make_case(subject)
+                results |= compare_batches(network, inputs, others)
+
+
+def unet_case(subject: Subject) -> tuple[Network, Inputs, Inputs]:
+    """Return the UNet and two sets of random inputs that fill its batch."""
+    model, slots = subject.model, subject.compute.slots
+    shape = model.latent_shape(*subjects.native_size(subject))
+    generator = torch.Generator(model.device).manual_seed(1)
+
+    def make_inputs() -> Inputs:
+        context = {
+            name: _random(value.shape, value.dtype, generator) if value.is_floating_point() else value
+            for name, value in subjects.example_context(subject, slots).items()
+        }
+        sample = _random(torch.Size((slots, *shape)), model.dtype, generator)
+        return {"sample": sample, "timestep": torch.linspace(1, 999, slots, device=model.device), **context}
+
+    def call(inputs: Inputs) -> torch.Tensor:
+        context = subjects.as_packed(inputs)
+        return model.denoise(context.pop("sample"), context.pop("timestep"), context)
+
+    return call, make_inputs(), make_inputs()
+
+
+def decoder_case(subject: Subject) -> tuple[Network, Inputs, Inputs]:
+    """Return the decoder and two sets of random latents that fill its batch."""
+    model, size = subject.model, subjects.native_size(subject)
+    batch = subject.compute.shape_of(*size).decode_batch
+    shape = torch.Size((batch, *model.latent_shape(*size)))
+    generator = torch.Generator(model.device).manual_seed(2)
+    first, second = ({"latents": _random(shape, torch.float32, generator)} for _ in range(2))
+    return lambda inputs: model.decode(subjects.as_packed(inputs)["latents"]), first, second
+
+
+@torch.inference_mode()
+def compare_batches(network: Network, inputs: Inputs, others: Inputs) -> dict[str, Any]:
+    """Call a network with the same rows again, in another order, and among other rows; compare bytes."""
+    count = len(next(iter(inputs.values())))
+    device = next(iter(inputs.values())).device
+    output, repeated = network(inputs), network(inputs)
+    order = torch.roll(torch.randperm(count, generator=torch.Generator().manual_seed(3)), 1).to(device)
+    permuted = network({name: value[order] for name, value in inputs.items()})
+    kept = torch.arange(count, device=device) < max(1, count // 4)
+    mixed = network({name: _mix(kept, value, others[name]) for name, value in inputs.items()})
+    gaps = (output[order].float() - permuted.float()).abs().flatten(1).amax(1)
+    return {
+        "batch": count,
+        "finite": bool(torch.isfinite(output).all()),
+        "repeatable": torch.equal(output, repeated),
+        "same_at_other_positions": torch.equal(output[order], permuted),
+        "same_among_other_rows": torch.equal(output[kept], mixed[kept]),
+        "largest_difference": float(gaps.max()),
+        "largest_value": float(output.float().abs().max()),
+        "positions_that_differ": gaps.nonzero().flatten().tolist(),
+    }
+
+
+def _mix(kept: torch.Tensor, value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Keep some rows of a batch and take the others from another batch; timesteps (N,) are kept as they are."""
+    if value.dim() == 1:
+        return value
+    return torch.where(kept.reshape(-1, *[1] * (value.dim() - 1)), value, other)
+
+
+def _random(shape: torch.Size, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(shape, device=generator.device, generator=generator).to(dtype)

@@ -1,0 +1,71 @@
+"""Real out-of-memory errors: the run goes on with half the batch, and its images equal those of a smaller start."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from batch_infer.accelerator import MEMORY_FRACTION
+from batch_infer.chain import Chain, ChainShape, Rendered
+from batch_infer.jobs.bench.subject import Subject, load_subject
+from tools.gpu_check import subjects
+from tools.gpu_check.measure import count_equal
+
+if TYPE_CHECKING:
+    from tools.gpu_check.recorder import Recorder
+
+GIB = 2**30
+TOO_MANY_SLOTS = 4096
+ROOM_FOR_THE_DECODER = 5 * GIB
+"""Enough for the UNet's calls of 16 slots, too little for a decoder call of 16 images of 512x512."""
+
+
+def run(recorder: Recorder) -> None:
+    """Provoke both errors, uncompiled."""
+    subject = load_subject(subjects.bench_settings(recorder, compiled=False))
+    with recorder.section("too many slots") as results:
+        results |= render_twice(subject, ChainShape(TOO_MANY_SLOTS, 8), rows=10)
+    with recorder.section("too little memory for the decoder") as results:
+        results |= render_twice(subject, ChainShape(16, 16), rows=20, leave=ROOM_FOR_THE_DECODER)
+
+
+def render_twice(subject: Subject, shape: ChainShape, rows: int, leave: int | None = None) -> dict[str, Any]:
+    """Render from `shape` until memory suffices, then again from the batch sizes that were left; count equal images.
+
+    `leave`: bytes of memory left free in the first run.
+    """
+    requests = subjects.rows_for(subject, rows, (2, 3), unguided=0.3)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    ballast = occupy_memory(leave)
+    chain = Chain(subject.model, shape, None)
+    started = time.perf_counter()
+    outcomes = list(chain.render(requests))
+    seconds = round(time.perf_counter() - started, 1)
+    slots, decode = chain.shape.of(subjects.native_size(subject))
+    errors = [str(getattr(outcome, "error", "")) for outcome in outcomes if not isinstance(outcome, Rendered)]
+    images = {outcome.request.id: outcome.pixels for outcome in outcomes if isinstance(outcome, Rendered)}
+    del ballast, chain, outcomes
+    torch.cuda.empty_cache()
+    kept = torch.cuda.memory_allocated() - before
+    again = subjects.render(subject.model, requests, slots, decode) if images else {}
+    return {
+        "shape_at_first": [shape.slots, shape.decode],
+        "shape_at_the_end": [slots, decode],
+        "seconds": seconds,
+        "rows": rows,
+        "errors": errors[:3],
+        "bytes_not_freed": kept,
+        **count_equal(again, images),
+    }
+
+
+def occupy_memory(leave: int | None) -> torch.Tensor | None:
+    """Allocate what this process may take of the GPU's memory but `leave` bytes; None allocates nothing."""
+    if leave is None:
+        return None
+    free, total = torch.cuda.mem_get_info()
+    allowed = int(MEMORY_FRACTION * total) - torch.cuda.memory_reserved()
+    return torch.empty(max(0, min(free, allowed) - leave), dtype=torch.uint8, device="cuda")

@@ -1,0 +1,74 @@
+"""The built-in model through the whole chain: parity with diffusers, equal bytes in any company, half precision."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from batch_infer.jobs.bench.contenders import PlainDiffusers
+from batch_infer.jobs.bench.subject import Subject
+from tools.gpu_check import subjects
+from tools.gpu_check.measure import compare_images, count_equal
+
+if TYPE_CHECKING:
+    from batch_infer.records import PromptRequest
+    from tools.gpu_check.recorder import Recorder
+
+UNGUIDED = 0.2
+"""Share of rows without guidance, which take one slot in place of two."""
+
+
+def run(recorder: Recorder) -> None:
+    """Render the same rows in each dtype."""
+    count, steps, slots = (3, (2, 3), 4) if recorder.small else (48, (8, 40), 32)
+    reference: dict[str, Any] = {}
+    for dtype in ("float32",) if recorder.small else ("float32", "float16", "bfloat16"):
+        with recorder.section(dtype) as results:
+            # TensorFloat-32 is switched off here, so that float32 means float32; `tf32_...` has torch's default.
+            torch.backends.cudnn.allow_tf32 = False
+            subject = subjects.load_demo(recorder.device, dtype, slots)
+            rows = subjects.rows_for(subject, count, steps, unguided=UNGUIDED)
+            images = render(subject, rows)
+            results["parity_with_diffusers"] = compare_with_diffusers(subject, rows, images)
+            results |= compare_in_other_company(subject, rows, images)
+            if reference:
+                results["compared_with_float32"] = compare_images(images, reference)
+            elif not recorder.small:
+                reference = images
+                results |= compare_with_tf32(subject, rows, images)
+
+
+def render(subject: Subject, rows: list[PromptRequest]) -> dict[str, Any]:
+    """Render rows by the chain, with the subject's batch sizes."""
+    return subjects.render(subject.model, rows, subject.compute.slots, subject.compute.decode_batch)
+
+
+def compare_with_diffusers(subject: Subject, rows: list[PromptRequest], images: dict[str, Any]) -> dict[str, float]:
+    """Compare a quarter of the images, at least two, with those of the diffusers pipeline, one row a call."""
+    few = rows[: max(2, len(rows) // 4)]
+    plain = PlainDiffusers(subject.model, subject.compute, grouped=False)
+    return compare_images(images, {row.id: pixels for row, pixels in plain.render(few)})
+
+
+def compare_in_other_company(
+    subject: Subject, rows: list[PromptRequest], images: dict[str, Any]
+) -> dict[str, dict[str, int]]:
+    """Count equal images where the rows come in another order, and where half of them are missing."""
+    shuffled = rows[:]
+    random.Random(5).shuffle(shuffled)
+    return {
+        "equal_in_other_order": count_equal(images, render(subject, shuffled)),
+        "equal_among_other_rows": count_equal(images, render(subject, rows[::2])),
+    }
+
+
+def compare_with_tf32(subject: Subject, rows: list[PromptRequest], images: dict[str, Any]) -> dict[str, Any]:
+    """Render in float32 with TensorFloat-32 convolutions, which torch allows by default."""
+    torch.backends.cudnn.allow_tf32 = True
+    with_tf32 = render(subject, rows)
+    return {
+        "tf32_compared_with_float32": compare_images(with_tf32, images),
+        "tf32_parity_with_diffusers": compare_with_diffusers(subject, rows, with_tf32),
+    }

@@ -1,0 +1,68 @@
+"""Recording of one part's results, section by section, in a file that the orchestrator reads."""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+LONGEST_ERROR = 3000
+
+
+@dataclass
+class Recorder:
+    """The parameters of a part, and the results that it records.
+
+    `scratch`: a folder that is deleted after the check; `out`: the folder of the output files.
+    """
+
+    name: str
+    device: str
+    architecture: str
+    scratch: Path
+    out: Path
+    sections: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def small(self) -> bool:
+        """Whether to use tiny sizes, because the device is a CPU."""
+        return self.device == "cpu"
+
+    @property
+    def failed(self) -> bool:
+        return any("error" in results for results in self.sections.values())
+
+    @contextmanager
+    def section(self, name: str) -> Iterator[dict[str, Any]]:
+        """Record what is put into the dictionary, also after an exception, which ends the section and not the part."""
+        results = self.sections[name] = {}
+        started = time.monotonic()
+        try:
+            yield results
+        except Exception as error:  # noqa: BLE001  # the other sections go on
+            results["error"] = "".join(traceback.format_exception(error))[-LONGEST_ERROR:]
+            traceback.print_exception(error)
+        except BaseException:
+            results["error"] = "stopped before the end of the section"
+            raise
+        finally:
+            results["section_seconds"] = round(time.monotonic() - started, 2)
+            write_json(sections_file(self.scratch, self.name), self.sections)
+            print(f"{self.name}, {name}: {json.dumps(results, default=str)}", flush=True)
+
+
+def sections_file(scratch: Path, part: str) -> Path:
+    """Return the path of the file with a part's results."""
+    return scratch / f"{part}.json"
+
+
+def write_json(path: Path, value: object) -> None:
+    """Replace a JSON file in one step, so that a reader never sees half of it."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
+    temporary.replace(path)

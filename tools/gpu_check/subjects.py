@@ -1,0 +1,95 @@
+"""Models, rows and images for the parts, made by the project's own code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from batch_infer.chain import Chain, ChainShape, Rendered
+from batch_infer.jobs.bench.rows import Sampling, make_rows
+from batch_infer.jobs.bench.settings import BenchSettings, TableShape
+from batch_infer.jobs.bench.subject import Subject, load_subject
+from batch_infer.records import PromptRequest
+from batch_infer.settings import ComputeSettings, ModelSettings
+
+if TYPE_CHECKING:
+    from batch_infer.models import Family
+    from tools.gpu_check.recorder import Recorder
+
+SLOTS = {"demo": 4, "sd15": 32, "decidiffusion": 32, "sdxl": 16}
+TABLES = {
+    "demo": TableShape(3, (2, 2), "native", 0.0),
+    "sd15": TableShape(48, (50, 50), "native", 0.0),
+    "decidiffusion": TableShape(96, (30, 30), "native", 0.0),
+    "sdxl": TableShape(24, (20, 20), "native", 0.0),
+}
+"""The bench's rows. All have guidance, so that images/s compare with published figures."""
+
+
+def bench_settings(recorder: Recorder, *, against: Sequence[str] = (), compiled: bool = True) -> BenchSettings:
+    """Return the bench's settings for the part's architecture: float16 on a GPU, float32 on a CPU."""
+    name = recorder.architecture
+    return BenchSettings(
+        table=TABLES[name],
+        model=ModelSettings(dtype="auto", device=recorder.device),
+        architecture=None if name == "demo" else name,
+        compute=ComputeSettings(
+            slots=SLOTS[name], threads=threads_on(recorder.device), compiled=compiled and not recorder.small
+        ),
+        rounds=1,
+        against=tuple(against),
+    )
+
+
+def load_demo(device: str, dtype: str, slots: int) -> Subject:
+    """Load the built-in model, uncompiled."""
+    compute = ComputeSettings(slots=slots, threads=threads_on(device), compiled=False)
+    return load_subject(BenchSettings(model=ModelSettings(dtype=dtype, device=device), compute=compute))
+
+
+def threads_on(device: str) -> int | None:
+    """Return the number of torch threads: one on a CPU, whose cores may be shared; else the project's default."""
+    return 1 if device == "cpu" else None
+
+
+def native_size(subject: Subject) -> tuple[int, int]:
+    """Return the height and width of the images that the model was made for."""
+    return subject.sizes.native_height, subject.sizes.native_width
+
+
+def rows_for(subject: Subject, count: int, steps: tuple[int, int], *, unguided: float = 0.0) -> list[PromptRequest]:
+    """Make rows of the native size with random prompts and steps, the same each time."""
+    size = native_size(subject)
+    sampling = Sampling(subject.sampling.guidance_scale, subject.sampling.guidance_rescale)
+    return make_rows(TableShape(count, steps, "native", unguided), [size], sampling)
+
+
+def render(model: Family, rows: Sequence[PromptRequest], slots: int, decode: int) -> dict[str, Any]:
+    """Render rows and return pixels by id. Raises RuntimeError for a row without an image."""
+    return pixels_of(list(Chain(model, ChainShape(slots, decode), None).render(rows)))
+
+
+def pixels_of(outcomes: Sequence[Any]) -> dict[str, Any]:
+    """Return pixels by id. Raises RuntimeError for a row without an image."""
+    for outcome in outcomes:
+        if not isinstance(outcome, Rendered):
+            raise RuntimeError(f"{outcome.request.id}: {outcome.error}")
+    return {outcome.request.id: outcome.pixels for outcome in outcomes}
+
+
+@torch.inference_mode()
+def example_context(subject: Subject, slots: int) -> dict[str, torch.Tensor]:
+    """Return the conditioning of one row for each of the slots, as the packer holds it."""
+    (conditioning,) = subject.model.condition(rows_for(subject, 1, (2, 2)))
+    return as_packed({name: value.expand(slots, *value.shape) for name, value in conditioning.context[0].items()})
+
+
+@torch.inference_mode()
+def as_packed(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copy tensors as the packer makes them: contiguous and in inference mode.
+
+    torch.compile has guards on both; other tensors would be compiled for anew.
+    """
+    return {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
