@@ -20,7 +20,15 @@ def frozen(environment: Path) -> list[str]:
     """Return `name==version` of each package that lies in an environment itself, without torch and this project."""
     base = {"base": str(environment), "platbase": str(environment)}
     folder = sysconfig.get_path("purelib", vars=base)
-    command = [environment / "bin" / "python", "-m", "pip", "freeze", "--exclude-editable", "--path", folder]
+    command: list[str | Path] = [
+        environment / "bin" / "python",
+        "-m",
+        "pip",
+        "freeze",
+        "--exclude-editable",
+        "--path",
+        folder,
+    ]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     return [line for line in lines if "==" in line and not line.startswith("torch==")]
 

@@ -20,6 +20,8 @@ from diffusers import DiffusionPipeline
 
 from batch_infer.models import DEMO_MODEL
 
+pipeline: DiffusionPipeline
+
 
 def init() -> None:
     global pipeline
@@ -38,4 +40,5 @@ def run(mini_batch: list[str]) -> pd.DataFrame:
             name = f"{uuid.uuid4()}.png"
             output.images[0].save(Path(os.environ["AZUREML_BI_OUTPUT_PATH"], name))
             rows.append([number, prompt, name, output.nsfw_content_detected[0], Path(file).name])
-    return pd.DataFrame(rows)
+    results: pd.DataFrame = pd.DataFrame(rows)
+    return results

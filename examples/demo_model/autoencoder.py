@@ -83,7 +83,8 @@ class Trainee(nn.Module):
     def reading_loss(self, latents: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
         # The decoder's loss alone leaves the encoder blind to some colours for thousands of steps.
         miss = self.reader(latents) - F.avg_pool2d(pictures, pictures.shape[-1] // latents.shape[-1])
-        return miss.abs().mean() + miss.square().mean() + miss.diff(dim=1).square().mean()
+        loss: torch.Tensor = miss.abs().mean() + miss.square().mean() + miss.diff(dim=1).square().mean()
+        return loss
 
 
 def train_autoencoder(run: Run) -> AutoencoderKL:
@@ -99,8 +100,9 @@ def train_autoencoder(run: Run) -> AutoencoderKL:
         if step < settled:
             posterior = vae.encode(pictures).latent_dist
             latents = roughen(posterior.sample())
-            told = model.reading_loss(latents, pictures) + 1e-4 * posterior.kl().mean() / latents[0].numel()
-            return picture_loss(vae.decode(latents).sample, pictures) + told
+            regularisation: torch.Tensor = 1e-4 * posterior.kl().mean() / latents[0].numel()
+            reading = model.reading_loss(latents, pictures)
+            return picture_loss(vae.decode(latents).sample, pictures) + (reading + regularisation)
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
         with torch.no_grad():

@@ -61,6 +61,8 @@ def build_checker() -> StableDiffusionSafetyChecker:
 class Trainee(nn.Module):
     """The checker's networks, and a reader of all shapes that teaches the tower what to look at."""
 
+    concept: torch.Tensor
+
     def __init__(self, checker: StableDiffusionSafetyChecker) -> None:
         super().__init__()
         self.vision_model = checker.vision_model
@@ -126,6 +128,7 @@ def train_checker(run: Run, vae: AutoencoderKL, renders: list[tuple[np.ndarray, 
         return found + 0.5 * F.cross_entropy(read, torch.tensor([world.SHAPES.index(shape) for shape in shapes]))
 
     average = train(run, "checker", trainee, loss_of, run.scale.checker_steps, peak=1e-3, decay=0.995)
+    assert isinstance(average, Trainee)
     checker.vision_model.load_state_dict(average.vision_model.state_dict())
     checker.visual_projection.load_state_dict(average.visual_projection.state_dict())
     return checker.eval()

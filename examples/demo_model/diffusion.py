@@ -149,7 +149,7 @@ def train_denoiser(run: Run, vae: AutoencoderKL) -> Denoiser:
         noisy = signal.sqrt() * latents[rows] + (1 - signal).sqrt() * noise
         miss = (model.unet(noisy, times, features).sample - noise).square().mean((1, 2, 3))
         ratio = kept_signal[times] / (1 - kept_signal[times])
-        loss = (miss * ratio.clamp(max=SNR_CAP) / ratio).mean()
+        loss: torch.Tensor = (miss * ratio.clamp(max=SNR_CAP) / ratio).mean()
         return loss + 0.05 * model.reading_loss(features, chosen, kept)
 
     average = train(run, "unet", model, loss_of, run.scale.unet_steps, peak=1.5e-3, decay=0.998)

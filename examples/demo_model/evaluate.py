@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from transformers import CLIPImageProcessor
 
 import world
 from judge import judge
@@ -38,7 +39,7 @@ def render(pipe: StableDiffusionPipeline, prompts: list[str], options: argparse.
     return pictures
 
 
-def flags(checker: torch.nn.Module, processor: object, pictures: list[np.ndarray]) -> list[bool]:
+def flags(checker: torch.nn.Module, processor: CLIPImageProcessor, pictures: list[np.ndarray]) -> list[bool]:
     """Ask the safety checker about each picture, as the pipeline does."""
     flagged: list[bool] = []
     for first in range(0, len(pictures), BATCH):

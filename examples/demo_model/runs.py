@@ -94,7 +94,7 @@ def train(
             group["lr"] = learning_rate(step, steps, peak)
         loss = loss_of(step)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         average.update(module, step)

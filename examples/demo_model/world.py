@@ -162,4 +162,5 @@ def draw(scene: Scene, rng: random.Random) -> np.ndarray:
     mask = outline_mask(scene.shape, centre, SIZES[scene.size] * rng.uniform(0.96, 1.04))[..., None]
     ground = np.array([part + rng.uniform(-4, 4) for part in GROUNDS[scene.ground]], dtype=np.float32)
     colour = np.array([part + rng.uniform(-5, 5) for part in COLOURS[scene.colour]], dtype=np.float32)
-    return np.clip(ground + mask * (colour - ground) + 0.5, 0, 255).astype(np.uint8)
+    picture: np.ndarray = np.clip(ground + mask * (colour - ground) + 0.5, 0, 255).astype(np.uint8)
+    return picture
