@@ -45,6 +45,7 @@ class Peer:
         self.account: Account | None = None
         self.broken: Broken | None = None
         self._signed = False
+        self._is_first_interval = True
         self._last = time.monotonic()
         self._longest = 0.0
 
@@ -59,8 +60,9 @@ class Peer:
     def note_sign(self) -> None:
         """Its device has come a step further."""
         now = time.monotonic()
-        self._longest = max(self._longest, now - self._last)
-        self._signed, self._last = True, now
+        if not self._is_first_interval:  # the first one may include compilation, which says nothing of later steps
+            self._longest = max(self._longest, now - self._last)
+        self._signed, self._is_first_interval, self._last = True, False, now
 
     def rest(self) -> None:
         """It has nothing to do, and that is no sign of anything."""
@@ -69,6 +71,7 @@ class Peer:
     def begin(self) -> None:
         """It has something to do from here on."""
         self.waiting = False
+        self._is_first_interval = True
         self.forgive()
 
     def forgive(self) -> None:
