@@ -1,14 +1,234 @@
-"""Supervision of workers: how long a silent worker is tolerated."""
+"""Supervision: which GPU a worker gets, how long a silent one is tolerated, and workers that do not fit together."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import pyarrow as pa
 import pytest
+import torch
 
-from batch_infer.engines import peers
+from batch_infer.atomic import KnownFolder
+from batch_infer.engines import Task, devices, launched, local, peers, shift
+from batch_infer.engines.launched import Place
+from batch_infer.engines.ledger import STRIKES, Chunk
+from batch_infer.engines.messages import Found, Idle, Ready, Stop
 from batch_infer.engines.peers import Patience, Peer
+from batch_infer.engines.rank import LAUNCHED, Seat, keep_to
+from batch_infer.engines.shift import Shift
+from batch_infer.errors import Interrupted, ModelError, SettingsError, WorkersLost
+from batch_infer.models import read_card
+from batch_infer.records import ResultRow
+from batch_infer.settings import Compute, Device, ModelSettings, OutputSettings, SafetySettings
+from batch_infer.worker import WorkerSettings
+from tests.rendering import make_request
+
+MIG = "MIG-11111111-aaaa,MIG-22222222-bbbb,MIG-33333333-cccc"
+COMPUTE = Compute("cuda", "float16", 32, 8, 1, device_name="NVIDIA H200")
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpu", "device", "seen"),
+    [
+        (None, 0, "auto", None),
+        (None, 3, "auto", "3"),
+        (None, 3, "cpu", None),
+        ("4,5,6", 0, "auto", "4,5,6"),
+        ("4,5,6", 2, "auto", "6"),
+        ("4, 5", 1, "cuda", "5"),
+        ("GPU-aa,GPU-bb", 1, "cuda", "GPU-bb"),
+        (MIG, 2, "auto", "MIG-33333333-cccc"),
+        ("7", 2, "auto", "7"),
+        ("", 1, "auto", ""),
+    ],
+)
+def test_each_worker_sees_the_gpu_of_its_rank(
+    visible: str | None, gpu: int, device: str, seen: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launcher that has shown a process one GPU, or none, has decided: nothing is changed."""
+    environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    monkeypatch.setattr("batch_infer.engines.rank.os.environ", environment)
+    environment |= dict.fromkeys(LAUNCHED, "1")
+    keep_to(Seat(gpu, gpu, device))
+    assert environment == ({} if seen is None else {"CUDA_VISIBLE_DEVICES": seen})
+
+
+@pytest.mark.parametrize(
+    ("visible", "shown_by_cuda", "count"), [(None, 2, 2), ("0,1", 2, 2), (MIG, 1, 3), (MIG, 0, 0), ("MIG-1,0", 1, 1)]
+)
+def test_each_listed_mig_slice_is_a_device(
+    visible: str | None, shown_by_cuda: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: shown_by_cuda)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert devices._device_count() == count
+
+
+class Clock:
+    """Stands still until it is set."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        for module in (peers, shift, local):
+            monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self.now))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+class Pool:
+    """Workers that a test plays: what they say is put into the pipes, and what they are told is read from them."""
+
+    patience = Patience(load=3600, start=3600, least=600, factor=10)
+
+    def __init__(self, workers: int = 1) -> None:
+        self.workers = workers
+        self.peers, self.ends = [], []
+        for rank in range(workers):
+            connection, end = Pipe()
+            self.peers.append(Peer(rank, connection))
+            self.ends.append(end)
+
+    def gather(self, rows: int) -> Iterable[Peer]:
+        return self.peers
+
+    def newcomers(self) -> Iterable[Peer]:
+        return ()
+
+    def hire(self, rank: int) -> Peer | None:
+        return None
+
+
+def heard(end: Connection) -> list[Any]:
+    """All that a worker has been told, also where its connection was closed after that."""
+    messages = []
+    with suppress(EOFError):
+        while end.poll():
+            messages.append(end.recv())
+    return messages
+
+
+def shift_of(
+    pool: Pool, out: Path, rows: int = 2, committed: Callable[[Sequence[ResultRow]], None] = lambda rows: None
+) -> Shift:
+    (out / "manifest").mkdir(parents=True, exist_ok=True)
+    card, safety, folder = read_card(ModelSettings()), SafetySettings("none"), KnownFolder.of(out)
+    settings = WorkerSettings(card, COMPUTE, safety, OutputSettings(), folder, pa.schema([]))
+    requests = [make_request(str(k)) for k in range(rows)]
+    made = Shift(Task(iter(requests), rows, settings), pool, committed)
+    for peer in pool.peers:
+        made._welcome(peer)
+    return made
+
+
+def test_workers_on_other_kinds_of_devices_end_the_run(tmp_path: Path) -> None:
+    pool = Pool(2)
+    made = shift_of(pool, tmp_path)
+    made._take(pool.peers[1], Found(Device("cpu", "AMD EPYC")))
+    assert isinstance(made._error, SettingsError)
+    assert str(made._error) == "worker 1 computes on cpu and others on cuda: say --device"
+    assert isinstance(heard(pool.ends[1])[-1], Stop)
+
+
+def test_another_card_of_the_same_kind_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pool = Pool(2)
+    made = shift_of(pool, tmp_path)
+    with caplog.at_level(logging.WARNING, "batch_infer"):
+        made._take(pool.peers[0], Found(Device("cuda", "NVIDIA H200", 1)))
+        assert not caplog.records
+        made._take(pool.peers[1], Found(Device("cuda", "NVIDIA A10", 1)))
+    assert made._error is None
+    assert "worker 1 computes on NVIDIA A10 and others on NVIDIA H200" in caplog.text
+
+
+def test_a_rank_with_another_model_does_not_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = shift_of(Pool(), tmp_path)._task.settings
+    here, there = Pipe()
+    monkeypatch.setattr(launched, "find_rank_0", lambda *_: here)
+    taken: list[WorkerSettings] = []
+    monkeypatch.setattr(launched, "Parent", lambda link, stop: None)
+    monkeypatch.setattr(launched, "work", lambda parent, seat, own: taken.append(own(settings)))
+    place = Place(1, 2, 1, 2, "127.0.0.1")
+    launched.join(place, "auto", tmp_path, settings.card, lambda: False)
+    assert taken[0].card == settings.card
+    assert there.recv() == 1
+    for change in ({"fingerprint": "other"}, {"scheduler_fingerprint": "other"}):
+        with pytest.raises(ModelError, match="rank 1: built-in demo model differs from what rank 0 has"):
+            launched.join(place, "auto", tmp_path, replace(settings.card, **change), lambda: False)
+
+
+def test_a_row_that_workers_give_no_result_for_has_failed(tmp_path: Path) -> None:
+    """It is handed out again, in the end alone, and no worker that is idle is waited for."""
+    pool, done = Pool(), []
+    made = shift_of(pool, tmp_path, rows=1, committed=done.extend)
+    peer, end = pool.peers[0], pool.ends[0]
+    made._take(peer, Ready())
+    for _ in range(STRIKES):
+        made._take(peer, Idle())
+        made._hand_out()
+        assert not done
+    chunks = [message for message in heard(end) if isinstance(message, Chunk)]
+    assert [[request.id for request in chunk.requests] for chunk in chunks] == [["0"]] * STRIKES
+    made._take(peer, Idle())
+    assert [(row.id, row.status) for row in done] == [("0", "failed")]
+    assert done[0].error == f"{STRIKES} workers gave no result for this row; worker 0 had no other"
+    made._hand_out()
+    assert heard(end) == [None]
+
+
+def test_a_supervisor_that_was_suspended_does_not_hold_it_against_its_workers(tmp_path: Path, clock: Clock) -> None:
+    pool = Pool()
+    made = shift_of(pool, tmp_path)
+    peer = pool.peers[0]
+    made._take(peer, Ready())
+    turned = made._note_turn(clock.now)
+    clock.now = 4000.0
+    assert peer.silence(pool.patience) is not None
+    assert made._note_turn(turned) == 4000.0
+    assert peer.silence(pool.patience) is None
+
+
+def test_a_worker_that_waits_while_tables_are_scanned_is_not_silent(tmp_path: Path, clock: Clock) -> None:
+    pool = Pool()
+    clock.now = 7200.0
+    made = shift_of(pool, tmp_path)
+    made._end_the_hung()
+    assert made._peers == {0: pool.peers[0]}
+    clock.now += 3601.0
+    assert pool.peers[0].silence(pool.patience) == 3601.0
+
+
+@contextmanager
+def silent_worker() -> Iterator[Peer]:
+    connection, end = Pipe()
+    with connection, end:
+        yield Peer(0, connection)
+
+
+def test_a_worker_that_finds_no_device_does_not_hang_the_run(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    monkeypatch.setattr(local, "POLL_SECONDS", 0.0)
+
+    def stop() -> bool:
+        clock.now += 100.0
+        return False
+
+    with silent_worker() as peer, pytest.raises(WorkersLost, match="found no device in 600 s"):
+        local._device_of(peer, 600.0, stop)
+    assert clock.now == 700.0
+    with silent_worker() as peer, pytest.raises(Interrupted):
+        local._device_of(peer, 600.0, lambda: True)
 
 
 def test_compilation_before_the_first_sign_does_not_extend_later_patience(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,8 +46,8 @@ class Engine(Protocol):
         """How many there are, each with a device of its own; known with the device."""
         ...
 
-    def find_device(self) -> Device:
-        """Raises SettingsError where what was asked for is not there."""
+    def find_device(self, stop: Callable[[], bool] = lambda: False) -> Device:
+        """Raises SettingsError where what was asked for is not there, and Interrupted once `stop` says so."""
         ...
 
     def render(self, task: Task, committed: Callable[[Sequence[ResultRow]], None], stop: Callable[[], bool]) -> Work:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from batch_infer.settings import Device
 
 def find_device(asked: str) -> Device:
     """The device that was asked for, or that accelerate finds. Raises SettingsError."""
-    count = torch.cuda.device_count()
+    count = _device_count()
     if asked == "cuda" and not count:
         raise SettingsError("--device cuda: torch finds no CUDA device here")
     # Left to itself, accelerate reports a world of one on every rank of a machine without CUDA.
@@ -22,6 +23,16 @@ def find_device(asked: str) -> Device:
     if kind == "cuda":
         return Device(kind, torch.cuda.get_device_name(), count)
     return Device(kind, _processor())
+
+
+def _device_count() -> int:
+    """How many devices there are for workers of their own.
+
+    CUDA shows a process the first MIG slice alone, however many are listed; each worker is shown one of the list.
+    """
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    count = torch.cuda.device_count()
+    return len(listed) if count and all(name.strip().startswith("MIG-") for name in listed) else count
 
 
 def _processor() -> str:

@@ -24,7 +24,7 @@ class Inline:
         """`asked`: the --device."""
         self._asked = asked
 
-    def find_device(self) -> Device:
+    def find_device(self, stop: Callable[[], bool] = lambda: False) -> Device:
         return find_device(self._asked)
 
     def render(self, task: Task, committed: Callable[[Sequence[ResultRow]], None], stop: Callable[[], bool]) -> Work:

@@ -102,8 +102,8 @@ class Launched(Local):
         self._listener.close()
         super().__exit__(kind)
 
-    def find_device(self) -> Device:
-        device = replace(super().find_device(), count=self._here.local_world)
+    def find_device(self, stop: Callable[[], bool] = lambda: False) -> Device:
+        device = replace(super().find_device(stop), count=self._here.local_world)
         self.workers = self._here.world
         return device
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing import active_children
 from typing import TYPE_CHECKING
@@ -11,8 +12,8 @@ from batch_infer.engines import Task, Work
 from batch_infer.engines.messages import Broken, Found, Logged
 from batch_infer.engines.peers import Patience, Peer, start
 from batch_infer.engines.rank import Seat
-from batch_infer.engines.shift import Shift, error_of
-from batch_infer.errors import SettingsError
+from batch_infer.engines.shift import POLL_SECONDS, Shift, error_of
+from batch_infer.errors import Interrupted, SettingsError, WorkersLost
 from batch_infer.records import ResultRow
 from batch_infer.settings import Device
 
@@ -44,9 +45,9 @@ class Local:
         for process in set(active_children()) - self._others:  # an interrupt came before we had noted it
             process.kill()
 
-    def find_device(self) -> Device:
-        """What the first worker has found."""
-        device = _device_of(self._started[0])
+    def find_device(self, stop: Callable[[], bool] = lambda: False) -> Device:
+        """What the first worker has found. Raises WorkersLost where a hung driver keeps it from finding any."""
+        device = _device_of(self._started[0], self.patience.device, stop)
         most = device.count if device.kind == "cuda" else None
         self.workers = self._own = self._processes or most or 1
         if most is not None and self.workers > most:
@@ -72,10 +73,16 @@ class Local:
         return self._started[rank]
 
 
-def _device_of(peer: Peer) -> Device:
-    """The first thing that a worker tells."""
+def _device_of(peer: Peer, seconds: float, stop: Callable[[], bool]) -> Device:
+    """The first thing that a worker tells, within so many seconds. Raises Interrupted once `stop` says so."""
+    deadline = time.monotonic() + seconds
     try:
         while True:
+            while not peer.link.poll(POLL_SECONDS):
+                if stop():
+                    raise Interrupted("stopped before the device was known; the same command starts again")
+                if time.monotonic() > deadline:
+                    raise WorkersLost(f"worker 0 has found no device in {seconds:.0f} s: does `nvidia-smi` answer?")
             match message := peer.link.recv():
                 case Found(device):
                     return device

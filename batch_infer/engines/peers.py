@@ -24,14 +24,15 @@ PATIENT_SECONDS = 10.0
 class Patience:
     """How many seconds a worker may go without a sign that its device has come a step further.
 
-    `load` until the model is loaded; `start` until the first sign, for something may have to be compiled; after that
-    `least`, or `factor` times the longest that it has taken, if that is more.
+    `device` until its device is known; `load` until the model is loaded; `start` until the first sign, for something
+    may have to be compiled; after that `least`, or `factor` times the longest that it has taken, if that is more.
     """
 
     load: float = 3600.0
     start: float = 3600.0
     least: float = 600.0
     factor: float = 10.0
+    device: float = 600.0
 
 
 class Peer:

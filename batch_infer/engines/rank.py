@@ -111,7 +111,7 @@ def keep_to(seat: Seat) -> None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = range(seat.gpu + 1) if visible is None else visible.split(",")
         if seat.gpu < len(names):  # else a launcher has given this process its own, or none
-            os.environ["CUDA_VISIBLE_DEVICES"] = str(names[seat.gpu])
+            os.environ["CUDA_VISIBLE_DEVICES"] = str(names[seat.gpu]).strip()
 
 
 def _load(settings: WorkerSettings, seat: Seat, parent: Parent) -> Worker:

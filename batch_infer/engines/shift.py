@@ -115,6 +115,7 @@ class Shift:
         return now
 
     def _welcome(self, peer: Peer) -> None:
+        peer.forgive()  # it has waited for its task, for as long as the tables were scanned
         self._peers[peer.rank] = peer
         peer.send(self._task.settings)
 
@@ -154,7 +155,8 @@ class Shift:
             case Idle():
                 peer.rest()
                 if not self._stopping:  # it has none left; but one that it lost must not be waited for
-                    self._fail(self._ledger.give_up(peer.rank), f"worker {peer.rank} gave no result")
+                    why = f"{STRIKES} workers gave no result for this row; worker {peer.rank} had no other"
+                    self._fail(self._ledger.give_up(peer.rank), why)
             case Alive():
                 peer.note_sign()
             case Committed(rows, account):
@@ -237,7 +239,8 @@ class Shift:
         self._deaths += 1
         told = "worker %d has died (%s); its rows are tried again, and logs/worker-%d.log may say more"
         log.warning(told, peer.rank, _sentence(error), peer.rank)
-        self._fail(self._ledger.give_up(peer.rank), _sentence(error))
+        why = f"{STRIKES} workers have died over this row, the last with nothing else to do: {_sentence(error)}"
+        self._fail(self._ledger.give_up(peer.rank), why)
         self._replace(peer, error)
         if starting:
             self._awaited.add(peer.rank)
@@ -253,12 +256,11 @@ class Shift:
                 raise error
             raise WorkersLost(f"no worker is left: the last has died ({_sentence(error)})") from error
 
-    def _fail(self, requests: Sequence[PromptRequest], told: str) -> None:
-        """Commit rows as failed that nobody could render and live."""
+    def _fail(self, requests: Sequence[PromptRequest], why: str) -> None:
+        """Commit rows as failed that no worker has given a result for."""
         if not requests:
             return
         settings = self._task.settings
-        why = f"{STRIKES} workers have died over this row, the last with nothing else to do: {told}"
         name = settings.card.scheduler_name
         rows = [row_of(request, "failed", why, scheduler=name, worker="parent") for request in requests]
         Manifest(settings.out).commit(rows, settings.carried)

@@ -61,7 +61,7 @@ def run(
         with outdir.locked(settings.out):
             (settings.out / MEETING).unlink(missing_ok=True)  # left by a run that was killed
             with engine_for(settings, here) as engine:
-                job = prepare(settings, tables, card, engine.find_device())
+                job = prepare(settings, tables, card, engine.find_device(stop))
                 if settings.overwrite:
                     outdir.clear(settings.out)
                 with _logged(settings.out):
