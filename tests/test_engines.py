@@ -133,6 +133,6 @@ def test_workers_end_when_their_parent_does(tmp_path: Path, end: str) -> None:
         assert process is not None and process.is_alive()
         if end == "killed":  # as it looks from the other end of the link
             peer.link.close()
-            process.join(20)
+            process.join(300)
             assert process.exitcode == 1
     assert not process.is_alive()

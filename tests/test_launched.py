@@ -66,7 +66,7 @@ def test_torchrun_starts_the_workers(tmp_path: Path) -> None:
     table = table_of(tmp_path, 24)
     undisturbed(table, tmp_path / "reference")
     with launched(table, tmp_path / "out", *TORCHRUN, "--standalone", "--nproc-per-node", "2") as process:
-        stdout, stderr = process.communicate(timeout=200)
+        stdout, stderr = process.communicate(timeout=600)
     assert process.returncode == 0, stderr
     assert stdout.count("24 rows") == 1
     assert_as_expected(tmp_path / "out", tmp_path / "reference")
@@ -78,7 +78,7 @@ def test_accelerate_starts_the_workers(tmp_path: Path) -> None:
     table = table_of(tmp_path, 60)
     undisturbed(table, tmp_path / "reference")
     with launched(table, tmp_path / "out", *ACCELERATE, "--num_processes", "3") as process:
-        _, stderr = process.communicate(timeout=300)
+        _, stderr = process.communicate(timeout=600)
     assert process.returncode == 0, stderr
     assert len({row["worker"] for row in results(tmp_path / "out")}) == 3
     assert_as_expected(tmp_path / "out", tmp_path / "reference")
@@ -93,9 +93,9 @@ def test_two_nodes_share_the_rows(tmp_path: Path) -> None:
     first = launched(table, tmp_path / "out", *node, "--node-rank", "0")
     second = launched(table, tmp_path / "out", *node, "--node-rank", "1")
     with first as here, second as there:
-        _, stderr = here.communicate(timeout=300)
+        _, stderr = here.communicate(timeout=600)
         assert here.returncode == 0, stderr
-        assert there.wait(60) == 0
+        assert there.wait(600) == 0
     assert len({row["worker"] for row in results(tmp_path / "out")}) == 2
     assert_as_expected(tmp_path / "out", tmp_path / "reference")
 
@@ -110,7 +110,7 @@ def test_a_launcher_that_starts_all_again_loses_nothing(tmp_path: Path) -> None:
         assert eventually(lambda: any((out / "manifest").glob("part-*")))
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(children[-1]), signal.SIGKILL)
-        _, stderr = process.communicate(timeout=300)
+        _, stderr = process.communicate(timeout=600)
     assert process.returncode == 0, stderr
     assert_as_expected(out, tmp_path / "reference")
 
@@ -124,7 +124,7 @@ def test_a_rank_that_is_asked_to_stop_leaves_its_rows_to_the_others(tmp_path: Pa
         assert eventually(lambda: any((out / "manifest").glob("part-*")))
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(children[-1]), signal.SIGTERM)
-        _, stderr = process.communicate(timeout=300)
+        _, stderr = process.communicate(timeout=600)
     assert process.returncode == 0, stderr
     assert_as_expected(out, tmp_path / "reference")
 
@@ -140,7 +140,7 @@ def test_strangers_at_the_meeting_place_keep_nobody_out(tmp_path: Path) -> None:
             Client(tuple(address), authkey=b"wrong")
         with meet(tmp_path / "out", "this launch") as link:
             link.send(1)
-            assert eventually(lambda: any(peer.rank == 1 for peer in engine.newcomers()), 20)
+            assert eventually(lambda: any(peer.rank == 1 for peer in engine.newcomers()))
 
 
 def meet(out: Path, launch: str) -> Connection:

@@ -34,6 +34,7 @@ from batch_infer.models import DEMO_MODEL
 from batch_infer.models.stable_diffusion import StableDiffusion
 from batch_infer.settings import ModelSettings, RowDefaults, RunSettings, SafetySettings, TableSettings
 from batch_infer.sinks import FolderSink
+from tests.paced import MODULE
 from tests.runs import assert_whole, command, hashes, images, results, run, run_json, start, wait_for
 from tests.serving import serving
 from tests.tables import write_bytes, write_csv, write_parquet
@@ -805,14 +806,14 @@ def test_a_signal_ends_a_run_in_order(
     long_table: Path, out: Path, undisturbed: dict[tuple[str, int], str | None], number: signal.Signals
 ) -> None:
     """A second run is told to come again; the first keeps what is finished, says so, and can be gone on with."""
-    with start(long_table, out, *STEPS) as process:
+    with start(long_table, out, *STEPS, program=MODULE, PACE_HOLD="5") as process:
         assert wait_for(process, lambda: bool(images(out)))
         second = run(long_table, out, *STEPS)
         assert second.code == 75
         assert "is held by another run (" in second.stderr
         assert f"process {process.pid}," in second.stderr
         process.send_signal(number)
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate(timeout=600)
     assert process.returncode == 75, stderr
     assert "batch-infer: stopping" in stderr
     assert "Traceback" not in stderr
@@ -842,19 +843,10 @@ main()
 
 def test_a_signal_at_the_very_start_ends_a_run_in_order(table: Path, out: Path) -> None:
     with start(table, out, program=("-c", EARLY)) as process:
-        stdout, stderr = process.communicate(timeout=120)
+        stdout, stderr = process.communicate(timeout=600)
     assert process.returncode == 75, stderr
     assert "stopped early: 3 left" in stdout
     assert not images(out)
-
-
-IMPATIENT = """
-import batch_infer.worker.device
-batch_infer.worker.device.COMMIT_SECONDS = 0.3
-from batch_infer.__main__ import main
-main()
-"""
-"""The command with a part every third of a second: more moments to be killed at."""
 
 
 def killed_and_gone_on_with(table: Path, out: Path, random_: random.Random, times: int) -> int:
@@ -862,7 +854,7 @@ def killed_and_gone_on_with(table: Path, out: Path, random_: random.Random, time
     killed = 0
     for _ in range(times):
         enough = len(images(out)) + random_.randint(0, 6)
-        with start(table, out, *STEPS, program=("-c", IMPATIENT)) as process:
+        with start(table, out, *STEPS, program=MODULE, PACE_SECONDS="0.1") as process:
             wait_for(process, lambda enough=enough: len(images(out)) >= enough)
             time.sleep(random_.uniform(0, 0.5))
             process.send_signal(signal.SIGKILL)
