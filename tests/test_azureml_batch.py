@@ -574,6 +574,7 @@ def assert_accounted_for(tmp_path: Path, count: int) -> None:
     assert len(runs.hashes(out)) == count
 
 
+@pytest.mark.promises
 def test_workers_that_are_killed_and_deliveries_that_come_twice(tmp_path: Path) -> None:
     outcome = simulated(tmp_path, 6, 4, workers=2, mini_batch_size=2, kill=0.34, duplicate=0.34, seed=1)
     assert (outcome.kills, outcome.duplicates, outcome.failed_files) == (1, 1, 0)
@@ -590,7 +591,7 @@ rendering.load_chain = lambda *_: DummyChain(lambda: False)
 """
 
 
-@pytest.mark.soak
+@pytest.mark.promises
 def test_a_row_that_kills_its_worker_in_a_job(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(DYING.format(root=str(ROOT)))

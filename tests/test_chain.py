@@ -252,7 +252,7 @@ def test_shapes_in_which_a_row_would_wait_for_ever(slots: int, decode: int) -> N
 
 @settings(max_examples=40)
 @given(rows=st.lists(st.tuples(st.integers(4, 12), st.sampled_from([0.0, 7.5])), min_size=1, max_size=40))
-@pytest.mark.soak
+@pytest.mark.promises
 def test_the_plan_knows_what_the_rows_take(rows: list[tuple[int, float]]) -> None:
     """Row-forwards to the last one, and calls to within a row: the packer lets rows without guidance pass others."""
     requests = sorted(

@@ -18,7 +18,7 @@ from tests.tables import write_csv
 
 SEED = int(os.environ.get("SEED", "0"))
 """Of all that is drawn here; the variable sets another."""
-SIGNALS = (signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.soak))
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 COLOURS = ("red", "green", "blue", "yellow")
 
 
@@ -52,6 +52,7 @@ def killed_at_random(folder: Path, rows: int, kills: int, seed: int) -> None:
     assert_whole(out)
 
 
+@pytest.mark.promises
 def test_kills_at_random_change_nothing(tmp_path: Path) -> None:
     killed_at_random(tmp_path, rows=40, kills=2, seed=SEED)
 
@@ -63,7 +64,7 @@ def test_thirty_kills_at_random_change_nothing(tmp_path: Path, capfd: pytest.Cap
     killed_at_random(tmp_path, rows=600, kills=30, seed=SEED)
 
 
-@pytest.mark.soak
+@pytest.mark.promises
 def test_bytes_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
     table = table_of(tmp_path, 20)
     expected = undisturbed(table, tmp_path / "0")
@@ -85,7 +86,7 @@ main()
 """The command with two workers that take their time, and a model that costs nothing to load."""
 
 
-@pytest.mark.soak
+@pytest.mark.promises
 def test_what_libraries_print_in_a_worker_is_kept_from_a_quiet_terminal(tmp_path: Path) -> None:
     table, out = write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"]]), tmp_path / "out"
     with start(table, out, "-q", program=("-c", DUMMY.replace("load_waiting", "load_noisy"))) as process:
@@ -99,7 +100,7 @@ def many(folder: Path) -> Path:
     return write_csv(folder / "many.csv", [["prompt"], *(["a red circle"] for _ in range(3000))])
 
 
-@pytest.mark.soak
+@pytest.mark.promises
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_to_all_processes_ends_a_run_in_order(tmp_path: Path, number: int) -> None:
     """As systemd and a terminal send it: to each process of the group. What is finished is committed."""
@@ -114,7 +115,7 @@ def test_a_signal_to_all_processes_ends_a_run_in_order(tmp_path: Path, number: i
     assert_whole(out)
 
 
-@pytest.mark.soak
+@pytest.mark.promises
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_to_all_processes_while_workers_start_ends_a_run_in_order(tmp_path: Path, number: int) -> None:
     table, out = many(tmp_path), tmp_path / "out"
@@ -127,6 +128,7 @@ def test_a_signal_to_all_processes_while_workers_start_ends_a_run_in_order(tmp_p
     assert not images(out)
 
 
+@pytest.mark.promises
 def test_a_second_interrupt_ends_a_run_and_its_workers_at_once(tmp_path: Path) -> None:
     table, out = many(tmp_path), tmp_path / "out"
     with start(table, out, program=("-c", DUMMY)) as process:
@@ -145,7 +147,7 @@ def test_a_second_interrupt_ends_a_run_and_its_workers_at_once(tmp_path: Path) -
     assert eventually(lambda: not any(map(is_alive, workers)))
 
 
-@pytest.mark.soak
+@pytest.mark.promises
 def test_out_that_vanishes_ends_the_run_and_is_not_made_again(tmp_path: Path) -> None:
     table, out = many(tmp_path), tmp_path / "out"
     with start(table, out, program=("-c", DUMMY)) as process:

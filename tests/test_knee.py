@@ -72,6 +72,7 @@ def test_memory_bounds_what_is_tried(clock: Clock) -> None:
         find_knee(Small(slots=1), PARAMS)
 
 
+@pytest.mark.promises
 def test_auto_is_measured_once_kept_and_planned_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     table = write_csv(

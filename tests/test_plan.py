@@ -69,7 +69,7 @@ def test_a_plan_is_what_the_run_does(table: Path, out: Path) -> None:
     assert planned["bytes"] > 0
 
 
-@pytest.mark.soak
+@pytest.mark.promises
 def test_steps_that_the_scheduler_refuses_are_invalid_beforehand(tmp_path: Path, out: Path) -> None:
     """Only the scheduler knows which."""
     rows = [["prompt", "num_inference_steps", "num_images_per_prompt"], ["x", 4, 1], ["x", 3, 2], ["x", 5, 1]]
@@ -83,14 +83,14 @@ def test_steps_that_the_scheduler_refuses_are_invalid_beforehand(tmp_path: Path,
     assert planned["row_forwards"] == run_json(out)["summary"]["row_forwards"]
 
 
-@pytest.mark.soak
+@pytest.mark.promises
 def test_a_scheduler_of_two_evaluations_a_step_is_counted_so(table: Path, out: Path) -> None:
     options = ("--scheduler", "HeunDiscreteScheduler")
     planned = plan(table, out, *options)
     assert planned["row_forwards"] == json.loads(run(table, out, "--json", *options).stdout)["row_forwards"]
 
 
-@pytest.mark.soak
+@pytest.mark.promises
 def test_what_is_done_is_not_planned_again(table: Path, out: Path) -> None:
     assert run(table, out, "--limit", "2").code == 0
     planned = plan(table, out)
@@ -134,7 +134,7 @@ def test_a_table_without_a_good_row(tmp_path: Path, out: Path) -> None:
         pytest.param(
             ("--scheduler", "DDIMScheduler:clip_sample=true"),
             "clip_sample=true cannot be packed",
-            marks=pytest.mark.soak,
+            marks=pytest.mark.promises,
         ),
     ],
 )
@@ -187,7 +187,7 @@ def plan_apart(table: Path, folder: Path) -> tuple[dict[str, Any], str, int]:
     return json.loads(done.stdout), loaded, int(peak)
 
 
-@pytest.mark.soak
+@pytest.mark.promises
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_a_plan_imports_no_torch(table: Path, tmp_path: Path) -> None:
     """What only torch knows is asked of a process beside it."""
@@ -195,9 +195,14 @@ def test_a_plan_imports_no_torch(table: Path, tmp_path: Path) -> None:
     assert (planned["pending"], loaded) == (8, "[]")
 
 
-@pytest.mark.soak
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-@pytest.mark.parametrize(("few", "many", "mib"), [(500, 20_000, 40), (10_000, 1_000_000, 200)])
+@pytest.mark.parametrize(
+    ("few", "many", "mib"),
+    [
+        pytest.param(500, 20_000, 40, marks=pytest.mark.promises),
+        pytest.param(10_000, 1_000_000, 200, marks=pytest.mark.soak),
+    ],
+)
 def test_the_memory_of_a_plan_does_not_grow_with_the_table(tmp_path: Path, few: int, many: int, mib: int) -> None:
     peaks = []
     for count in (few, many):
@@ -221,7 +226,7 @@ def test_a_device_that_is_too_small_is_told(monkeypatch: pytest.MonkeyPatch) -> 
         probe._rates(read_card(ModelSettings()), compute, SafetySettings(), "png", (64, 64))
 
 
-@pytest.mark.soak
+@pytest.mark.promises
 def test_many_sizes_are_told_from_the_few_that_are_measured(tmp_path: Path, out: Path) -> None:
     table = write_csv(tmp_path / "t.csv", [["prompt", "height"], *(["x", 64 + 8 * k] for k in range(7))])
     sizes = plan(table, out)["sizes"]

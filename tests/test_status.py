@@ -47,6 +47,7 @@ def test_a_run_that_is_done(table: Path, out: Path) -> None:
     assert command("status", out).stdout.splitlines()[0].startswith(f"{out}: finished, started 20")
 
 
+@pytest.mark.promises
 def test_a_run_that_goes_on_and_is_killed(table: Path, out: Path) -> None:
     """What is committed counts, and nothing else does."""
     assert run(table, out, "--limit", "2").code == 3
