@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Before torch and transformers are imported, and for the processes that tests start: threads that spin slow each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,9 +17,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from batch_infer.models import DEMO_MODEL
 from tests import checkpoints, checkpoints_xl
+
+# The examples that hypothesis draws are the same each time, and as slow as the machine makes them.
+settings.register_profile("same", derandomize=True, database=None, deadline=None, print_blob=True)
+settings.load_profile("same")
+# A shell that starts the tests in the background has them ignore Ctrl-C, and so would the processes that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

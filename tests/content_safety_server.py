@@ -112,7 +112,8 @@ class Rules:
 
     `words` gives the category and severity of each word of a text; `judge` those of an image, as PIL sees it, where
     they are not 0; `blocklists` the words of each blocklist that there is; `faults` is used up in the order of
-    requests (None: no fault), or decides on each request. Requests come with `key`, or with a bearer `token`.
+    requests (None: no fault), or decides on each request. Requests come with `key`, or with a bearer `token`. None is
+    answered before `together` of them are there.
     """
 
     words: Mapping[str, tuple[str, int]] = field(default_factory=dict)
@@ -122,6 +123,7 @@ class Rules:
     key: str | None = KEY
     token: str | None = None
     latency: float = 0.0
+    together: int = 1
 
 
 class Refused(Exception):
@@ -144,6 +146,7 @@ class Service(ThreadingHTTPServer):
         self.requests: list[Asked] = []
         self.statuses: list[int] = []
         self.closing = threading.Event()
+        self.together = threading.Barrier(rules.together)
         self._lock = threading.Lock()
         self.script(rules.faults)
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
@@ -198,6 +201,7 @@ class Exchange(BaseHTTPRequestHandler):
             return
         asked = Asked(ROUTES[url.path], time.monotonic(), self.client_address, _json(raw), dict(self.headers))
         fault = self.server.note(asked) or Fault()
+        self.server.together.wait(300)
         if self.server.closing.wait(max(fault.hang, self.server.rules.latency)) or fault.reset:
             self._break_off()
             return

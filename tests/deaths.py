@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.paced import MODULE
 from tests.runs import start
 
 SPAWNED = b"spawn_main"
@@ -83,7 +84,7 @@ class Killer:
 
     @contextmanager
     def _run(self) -> Iterator[subprocess.Popen[str]]:
-        with start(self.table, self.out, *self.options, session=True) as run:
+        with start(self.table, self.out, *self.options, program=MODULE, session=True, PACE_SECONDS="0.2") as run:
             try:
                 yield run
             finally:
@@ -91,7 +92,7 @@ class Killer:
                     os.killpg(run.pid, signal.SIGKILL)
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 120) -> bool:
+def eventually(condition: Callable[[], bool], seconds: float = 300) -> bool:
     """Whether something comes to hold."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -61,15 +62,20 @@ def run(table: Path | str, out: Path, *options: str | Path) -> Done:
 
 
 def start(
-    table: Path, out: Path, *options: str, program: tuple[str, ...] = ("-m", "batch_infer"), session: bool = False
+    table: Path,
+    out: Path,
+    *options: str,
+    program: tuple[str, ...] = ("-m", "batch_infer"),
+    session: bool = False,
+    **environment: str,
 ) -> subprocess.Popen[str]:
     """The same in a process of its own, with `session` in a group of its own, to which signals can be sent."""
     line = [sys.executable, *program, "run", str(table), "--out", str(out), *QUICK, *options]
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            start_new_session=session)  # fmt: skip
+                            start_new_session=session, env={**os.environ, **environment})  # fmt: skip
 
 
-def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool], *, seconds: float = 120) -> bool:
+def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool], *, seconds: float = 600) -> bool:
     """Wait until something holds; False where the process ended before."""
     deadline = time.monotonic() + seconds
     while not condition():

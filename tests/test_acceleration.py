@@ -103,7 +103,7 @@ def test_joint_attention_keeps_its_norms_on_a_gpu() -> None:
         assert torch.allclose(network(*asked, return_dict=False)[0], plain, atol=1e-5)
 
 
-@pytest.mark.soak
+@pytest.mark.promises
 def test_the_real_compiler_gives_the_same_images_each_time(demo_folder: Path) -> None:
     plain = render(load_family(demo_folder), ROWS)
     found = []

@@ -27,11 +27,13 @@ import pytest
 from batch_infer.atomic import TEMPORARY, here
 from batch_infer.azureml import batch, deployment, rendering
 from batch_infer.azureml.mini_batch import MiniBatches
+from batch_infer.chain import Rendered
 from batch_infer.errors import ServiceError, SettingsError, StorageError, TableError
 from batch_infer.jobs.simulation import Outcome, SimulationSettings, simulate
 from batch_infer.manifest import SCHEMA
 from batch_infer.manifest import index as manifest_index
 from batch_infer.models import DEMO_MODEL
+from batch_infer.records import PromptRequest
 from tests import dummies, runs
 from tests.content_safety_server import KEY, serving, status
 
@@ -353,24 +355,36 @@ def _garble(part: Path, column: str) -> None:
 BROKEN_OFF = "work has broken off over this row 3 times, the last time with nothing else under way"
 
 
-def _score_slowly(found: deployment.Deployment, files: Sequence[str], seconds: float) -> None:
-    with mock.patch.object(rendering, "load_chain", lambda *_: dummies.DummyChain(lambda: False, seconds)):
-        MiniBatches(found).score(files)
+class Doomed(dummies.DummyChain):
+    """A chain whose process is killed from outside while it renders a batch of rows, after so many others."""
+
+    def __init__(self, batches: int) -> None:
+        super().__init__(lambda: False)
+        self._left = batches
+
+    def _make(self, batch: list[PromptRequest]) -> Iterator[Rendered]:
+        if not self._left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self._left -= 1
+        return super()._make(batch)
 
 
-def delivered(files: Sequence[str], kill: Callable[[int], float | None] = lambda _: None) -> int:
-    """How many deliveries a mini-batch took, each in a process of its own as after a death; 0: four were too few."""
+def delivered(files: Sequence[str], kill: Callable[[int], int | None] = lambda _: None) -> int:
+    """How many deliveries a mini-batch took, each in a process of its own as after a death; 0: four were too few.
+
+    `kill` says after how many batches of rows the process of a delivery is killed from outside, if it is.
+    """
     found = deployment.find_deployment(os.environ["AZUREML_BI_OUTPUT_PATH"])
     for delivery in range(1, 5):
         process = os.fork()
         if not process:  # the process that Azure would start
             code = 1
             try:
-                seconds = kill(delivery)
-                if seconds is not None:
-                    signal.setitimer(signal.ITIMER_REAL, seconds)  # SIGALRM ends it
+                batches = kill(delivery)
+                chain = dummies.DummyChain(lambda: False) if batches is None else Doomed(batches)
                 found = replace(found, earlier=found.record if found.settings.out.exists() else None)
-                _score_slowly(found, files, 0.0 if seconds is None else 0.2)
+                with mock.patch.object(rendering, "load_chain", mock.Mock(return_value=chain)):
+                    MiniBatches(found).score(files)
                 code = 0
             finally:
                 os._exit(code)
@@ -420,8 +434,9 @@ def test_a_row_that_raises_is_as_one_that_kills(tmp_path: Path, out: Path, other
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_mini_batch_that_takes_too_long_fails_no_row(tmp_path: Path, out: Path) -> None:
+    """Azure kills its process, whatever row is under way."""
     files = [prompts(tmp_path / "in" / f"p-{k}.csv", 40) for k in range(3)]
-    assert delivered(files, lambda delivery: {1: 0.5, 2: 0.9}.get(delivery)) == 3
+    assert delivered(files, lambda delivery: {1: 2, 2: 4}.get(delivery)) == 3
     assert runs.command("merge", out).code == 0
     assert Counter(row["status"] for row in runs.results(out)) == {"ok": 120}
     runs.assert_whole(out)
@@ -559,6 +574,7 @@ def assert_accounted_for(tmp_path: Path, count: int) -> None:
     assert len(runs.hashes(out)) == count
 
 
+@pytest.mark.promises
 def test_workers_that_are_killed_and_deliveries_that_come_twice(tmp_path: Path) -> None:
     outcome = simulated(tmp_path, 6, 4, workers=2, mini_batch_size=2, kill=0.34, duplicate=0.34, seed=1)
     assert (outcome.kills, outcome.duplicates, outcome.failed_files) == (1, 1, 0)
@@ -575,7 +591,7 @@ rendering.load_chain = lambda *_: DummyChain(lambda: False)
 """
 
 
-@pytest.mark.soak
+@pytest.mark.promises
 def test_a_row_that_kills_its_worker_in_a_job(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(DYING.format(root=str(ROOT)))

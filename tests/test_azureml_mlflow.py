@@ -120,7 +120,7 @@ def seen(folder: Path) -> dict[str, Any]:
         link.symlink_to(file)
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("BATCH_INFER_", "PYTEST"))}
     done = subprocess.run(
-        [SDK, "-c", SCRIPT, ROOT, folder, linked], capture_output=True, text=True, timeout=300, check=False,
+        [SDK, "-c", SCRIPT, ROOT, folder, linked], capture_output=True, text=True, timeout=600, check=False,
         cwd=folder.parent, env=variables,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

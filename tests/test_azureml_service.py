@@ -252,7 +252,7 @@ def test_who_asks_while_rows_are_rendered_is_served_with_them(deployment: Deploy
         first = next(source)
         assert next(source, None) is None
         under_way.set()
-        assert posted.wait(30)
+        assert posted.wait(300)
         while (second := next(source, None)) is None:
             pass
         yield rendered(second)
@@ -260,7 +260,7 @@ def test_who_asks_while_rows_are_rendered_is_served_with_them(deployment: Deploy
 
     with closing(scripted(deployment, render)) as found, ThreadPoolExecutor(2) as callers:
         long = callers.submit(all_of, found, [make_request(prompt="long")])
-        assert under_way.wait(30)
+        assert under_way.wait(300)
         short = callers.submit(all_of, found, [make_request(prompt="short")])
         posted.set()
         assert [outcome.request.prompt for outcome in short.result() + long.result()] == ["short", "long"]
@@ -274,7 +274,7 @@ def test_rows_of_a_caller_who_has_gone_are_not_rendered(deployment: Deployment) 
         for request in source:
             rows.append(request.prompt)
             yield rendered(request)
-            assert gone.wait(30)
+            assert gone.wait(300)
 
     with closing(scripted(deployment, render)) as found:
         with closing(found.outcomes([make_request(prompt=f"{i}") for i in range(9)])) as outcomes:
@@ -292,7 +292,7 @@ def test_a_caller_who_waits_no_longer_is_let_go_while_the_chain_is_at_work(deplo
         for request in source:
             rows.append(request.prompt)
             under_way.set()
-            assert gone.wait(30)
+            assert gone.wait(300)
             yield rendered(request)
 
     caller = Caller(0.1) if ends == "his time" else Caller(has_gone=under_way.is_set)
@@ -323,10 +323,10 @@ def test_a_service_that_is_closed_leaves_nobody_waiting(deployment: Deployment) 
     found = Service(deployment, load)
     with ThreadPoolExecutor(1) as callers:
         waiting = callers.submit(all_of, found, [make_request() for _ in range(3)])
-        assert under_way.wait(30)
+        assert under_way.wait(300)
         found.close()
         with pytest.raises(Interrupted):
-            waiting.result(30)
+            waiting.result(300)
     with pytest.raises(Interrupted):
         all_of(found, [make_request()])
 

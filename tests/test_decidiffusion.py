@@ -379,6 +379,7 @@ def test_a_row_has_the_same_bytes_alone_and_in_a_crowd(model: Any) -> None:
         assert np.array_equal(render(model, [row])[row.id].pixels, crowd[row.id].pixels)
 
 
+@pytest.mark.promises
 def test_the_command_renders_a_table(decidiffusion_folder: Path, straight: StraightLine, tmp_path: Path) -> None:
     """By the model's own defaults, which the first row gets; then again, with nothing left to do."""
     table = write_csv(

@@ -94,7 +94,7 @@ ROWS = st.lists(
 )
 
 
-@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@settings(max_examples=80)
 @given(rows=ROWS, slots=st.integers(2, 7), one_by_one=st.booleans())
 def test_every_request_comes_out_once_and_as_planned(rows: list[Any], slots: int, one_by_one: bool) -> None:
     requests = [

@@ -18,7 +18,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 def script(*arguments: str | Path, folder: Path | None = None) -> str:
     command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=folder)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, cwd=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -38,6 +38,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "model"
 
 
+@pytest.mark.promises
 def test_training_makes_a_checkpoint_that_diffusers_loads(trained: Path) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(trained, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -47,6 +48,7 @@ def test_training_makes_a_checkpoint_that_diffusers_loads(trained: Path) -> None
     assert sum(file.stat().st_size for file in trained.rglob("*.safetensors")) <= 16_000_000
 
 
+@pytest.mark.promises
 def test_evaluation_writes_its_figures(trained: Path, tmp_path: Path) -> None:
     script(
         EXAMPLES / "demo_model" / "evaluate.py", "--model", trained, "--rows", "4", "--steps", "2", "--out", tmp_path
@@ -56,12 +58,14 @@ def test_evaluation_writes_its_figures(trained: Path, tmp_path: Path) -> None:
     assert figures["judge_on_drawings"] == 1.0
 
 
+@pytest.mark.promises
 def test_the_judge_is_right_about_drawings() -> None:
     """Without it, the model's figures would say nothing."""
     right = script("-c", "import evaluate; print(evaluate.judge_drawings(400, 3))", folder=EXAMPLES / "demo_model")
     assert float(right) >= 0.99
 
 
+@pytest.mark.promises
 def test_a_contact_sheet_shows_a_run(tmp_path: Path) -> None:
     prompts = EXAMPLES / "prompts.csv"
     script("-m", "batch_infer", "run", prompts, "--limit", "3", "--steps", "1", "-q", "-o", tmp_path / "out")

@@ -24,6 +24,7 @@ from batch_infer.records import PromptRequest, Verdict
 from batch_infer.settings import Compute, ModelSettings, OutputSettings, SafetySettings
 from batch_infer.worker import WorkerSettings
 from batch_infer.worker.device import Worker
+from tests.deaths import eventually
 from tests.dummies import DummyChain
 from tests.rendering import make_request
 
@@ -63,7 +64,7 @@ class WordGate:
             case "broken":
                 raise RowBroken("no word on this prompt")
             case "gone":
-                time.sleep(0.2)
+                self._wait()
                 raise ServiceError("nobody is there")
             case "stopped":
                 raise Interrupted("the run stops")
@@ -139,7 +140,8 @@ def test_a_flagged_image_says_who_flagged_it_and_keeps_the_highest_scores() -> N
 
 def test_a_service_that_is_gone_ends_it_once_all_that_was_judged_is_given() -> None:
     rows = requests(*(f"good {k}" for k in range(20)), *["bad"] * 3, "gone 0", *(f"good {k}" for k in range(20, 40)))
-    gate, found = WordGate(), set()
+    gate = WordGate(wait=lambda: eventually(lambda: len(gate.images) >= 8 and gate.prompts["good 22"] > 0))
+    found = set()
     with pytest.raises(ServiceError, match="nobody is there"):
         for outcome in gated(gate).render(rows):
             found.add(outcome.request.id)
@@ -167,7 +169,7 @@ def test_what_a_worker_has_finished_is_committed_before_the_fault_is_raised(tmp_
 
 def test_a_prompt_that_is_long_in_coming_is_overtaken() -> None:
     answered = threading.Event()
-    gate = WordGate(wait=lambda: answered.wait(10))
+    gate = WordGate(wait=lambda: answered.wait(300))
     ids = []
     for outcome in gated(gate).render(requests("good", "good", "slow", *["good"] * 60)):
         ids.append(outcome.request.id)
@@ -213,9 +215,7 @@ def test_the_device_waits_for_a_service_that_is_slower() -> None:
 @pytest.mark.parametrize("word", ["slow", "stopped"])
 def test_it_stops_while_the_service_thinks(word: str) -> None:
     stop = threading.Event()
-    gate = WordGate(wait=lambda: stop.wait(10))
+    gate = WordGate(wait=lambda: stop.wait(300))
     threading.Timer(0.05, stop.set).start()
-    started = time.monotonic()
     found = by_id(gated(gate, stop.is_set).render(requests("good", f"{word} 1", *["good"] * 10)))
     assert "row-1" not in found
-    assert time.monotonic() - started < 5

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from batch_infer.diffusion import Context
 from batch_infer.engines import knee
 from batch_infer.engines.knee import find_knee
 from batch_infer.records import SamplingParams
+from tests.clocks import Clock
 from tests.runs import command, run, run_json
 from tests.tables import write_csv
 from tests.test_chain import Painter, Small
@@ -24,16 +24,16 @@ PARAMS = SamplingParams(16, 16, 50, 7.5, 0.0)
 class Device(Painter):
     """Takes a fixed time for a call, and so much more for what goes beyond `wide` rows or images."""
 
-    def __init__(self, wide: int) -> None:
+    def __init__(self, wide: int, clock: Clock) -> None:
         super().__init__()
-        self._wide = wide
+        self._wide, self._clock = wide, clock
 
     def denoise(self, sample: torch.Tensor, timestep: torch.Tensor, context: Context) -> torch.Tensor:
-        time.sleep(0.004 * max(1.0, len(sample) / self._wide))
+        self._clock.sleep(0.004 * max(1.0, len(sample) / self._wide))
         return sample
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        time.sleep(0.004 * max(1.0, len(latents) / 2))
+        self._clock.sleep(0.004 * max(1.0, len(latents) / 2))
         return latents
 
 
@@ -42,24 +42,37 @@ def short_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(knee, "TRIAL_SECONDS", 0.02)
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """A clock that only the devices of these tests move on."""
+    clock = Clock()
+    monkeypatch.setattr(knee, "time", clock)
+    return clock
+
+
 @pytest.mark.parametrize("wide", [4, 16])
-def test_the_knee_is_where_more_brings_no_more(wide: int) -> None:
-    found = find_knee(Device(wide), PARAMS)
+def test_the_knee_is_where_more_brings_no_more(clock: Clock, wide: int) -> None:
+    found = find_knee(Device(wide, clock), PARAMS)
     assert found.slots == wide
     assert found.decode_batch == 2
 
 
-def test_memory_bounds_what_is_tried() -> None:
+def test_memory_bounds_what_is_tried(clock: Clock) -> None:
     class Roomy(Small):
         def denoise(self, sample: torch.Tensor, timestep: torch.Tensor, context: Context) -> torch.Tensor:
-            time.sleep(0.004)  # whatever the batch: more is always faster
+            clock.sleep(0.004)  # whatever the batch: more is always faster
             return super().denoise(sample, timestep, context)
+
+        def decode(self, latents: torch.Tensor) -> torch.Tensor:
+            clock.sleep(0.004)
+            return super().decode(latents)
 
     assert find_knee(Roomy(slots=40, decode=3), PARAMS).slots == 32
     with pytest.raises(torch.OutOfMemoryError):
         find_knee(Small(slots=1), PARAMS)
 
 
+@pytest.mark.promises
 def test_auto_is_measured_once_kept_and_planned_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     table = write_csv(
@@ -99,8 +112,10 @@ def test_slots_that_are_none(tmp_path: Path, slots: str) -> None:
     assert "neither a number of at least 2 nor auto" in done.stderr
 
 
-def test_what_cannot_be_remembered_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = find_knee(Device(4), PARAMS)
+def test_what_cannot_be_remembered_is_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    found = find_knee(Device(4, clock), PARAMS)
     monkeypatch.setattr(calibration, "user_cache_path", lambda name: tmp_path / name)
     (tmp_path / "batch-infer").write_text("a file where the folder should be")
     conditions: dict[str, Any] = {"size": (16, 16)}

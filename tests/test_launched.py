@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection
@@ -19,6 +19,7 @@ import pytest
 from batch_infer.engines.launched import MEETING, Launched, Place, find_rank_0, place
 from batch_infer.errors import SettingsError
 from tests.deaths import eventually
+from tests.paced import MODULE
 from tests.runs import QUICK, assert_whole, hashes, results, run
 from tests.test_deaths import table_of, undisturbed, without_bookkeeping
 
@@ -31,9 +32,11 @@ ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"
 
 
 @contextmanager
-def launched(table: Path, out: Path, *launcher: str) -> Iterator[subprocess.Popen[str]]:
-    line = [sys.executable, "-m", *launcher, "-m", "batch_infer", "run", str(table), "--out", str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def launched(
+    table: Path, out: Path, *launcher: str, program: Sequence[str] = ("-m", "batch_infer"), **environment: str
+) -> Iterator[subprocess.Popen[str]]:
+    line = [sys.executable, "-m", *launcher, *program, "run", str(table), "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     process = subprocess.Popen(
         [*line, *LAUNCHED, *OURS],
         stdout=subprocess.PIPE,
@@ -62,69 +65,78 @@ def assert_as_expected(out: Path, reference: Path) -> None:
     assert_whole(out)
 
 
+def meeting_of(folder: Path, workers: int) -> dict[str, str]:
+    """Have each of so many workers come to work, however long they take to start."""
+    return {"PACE_MEET": str(folder / "meeting"), "PACE_WORKERS": str(workers), "PACE_SECONDS": "0.2"}
+
+
+@pytest.mark.promises
 def test_torchrun_starts_the_workers(tmp_path: Path) -> None:
     table = table_of(tmp_path, 24)
     undisturbed(table, tmp_path / "reference")
     with launched(table, tmp_path / "out", *TORCHRUN, "--standalone", "--nproc-per-node", "2") as process:
-        stdout, stderr = process.communicate(timeout=200)
+        stdout, stderr = process.communicate(timeout=600)
     assert process.returncode == 0, stderr
     assert stdout.count("24 rows") == 1
     assert_as_expected(tmp_path / "out", tmp_path / "reference")
     assert not (tmp_path / "out" / MEETING).exists()
 
 
-@pytest.mark.soak
+@pytest.mark.promises
 def test_accelerate_starts_the_workers(tmp_path: Path) -> None:
-    table = table_of(tmp_path, 60)
+    table = table_of(tmp_path, 24)
     undisturbed(table, tmp_path / "reference")
-    with launched(table, tmp_path / "out", *ACCELERATE, "--num_processes", "3") as process:
-        _, stderr = process.communicate(timeout=300)
+    together = meeting_of(tmp_path, 3)
+    with launched(table, tmp_path / "out", *ACCELERATE, "--num_processes", "3", program=MODULE, **together) as process:
+        _, stderr = process.communicate(timeout=600)
     assert process.returncode == 0, stderr
     assert len({row["worker"] for row in results(tmp_path / "out")}) == 3
     assert_as_expected(tmp_path / "out", tmp_path / "reference")
 
 
-@pytest.mark.soak
+@pytest.mark.promises
 def test_two_nodes_share_the_rows(tmp_path: Path) -> None:
-    table = table_of(tmp_path, 60)
+    table = table_of(tmp_path, 24)
     undisturbed(table, tmp_path / "reference")
+    together = meeting_of(tmp_path, 2)
     meeting = f"--master-port={free_port()}"
     node = (*TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", meeting)
-    first = launched(table, tmp_path / "out", *node, "--node-rank", "0")
-    second = launched(table, tmp_path / "out", *node, "--node-rank", "1")
+    first = launched(table, tmp_path / "out", *node, "--node-rank", "0", program=MODULE, **together)
+    second = launched(table, tmp_path / "out", *node, "--node-rank", "1", program=MODULE, **together)
     with first as here, second as there:
-        _, stderr = here.communicate(timeout=300)
+        _, stderr = here.communicate(timeout=600)
         assert here.returncode == 0, stderr
-        assert there.wait(60) == 0
+        assert there.wait(600) == 0
     assert len({row["worker"] for row in results(tmp_path / "out")}) == 2
     assert_as_expected(tmp_path / "out", tmp_path / "reference")
 
 
-@pytest.mark.soak
+@pytest.mark.promises
 def test_a_launcher_that_starts_all_again_loses_nothing(tmp_path: Path) -> None:
     """It does so where one of its ranks has died."""
-    table, out = table_of(tmp_path, 60), tmp_path / "out"
+    table, out = table_of(tmp_path, 24), tmp_path / "out"
     undisturbed(table, tmp_path / "reference")
     node = (*TORCHRUN, "--standalone", "--nproc-per-node", "2", "--max-restarts", "2")
-    with launched(table, out, *node) as process:
+    with launched(table, out, *node, program=MODULE, PACE_SECONDS="0.3") as process:
         assert eventually(lambda: any((out / "manifest").glob("part-*")))
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(children[-1]), signal.SIGKILL)
-        _, stderr = process.communicate(timeout=300)
+        _, stderr = process.communicate(timeout=600)
     assert process.returncode == 0, stderr
     assert_as_expected(out, tmp_path / "reference")
 
 
-@pytest.mark.soak
+@pytest.mark.promises
 def test_a_rank_that_is_asked_to_stop_leaves_its_rows_to_the_others(tmp_path: Path) -> None:
     """As where one of several nodes is taken away."""
-    table, out = table_of(tmp_path, 60), tmp_path / "out"
+    table, out = table_of(tmp_path, 24), tmp_path / "out"
     undisturbed(table, tmp_path / "reference")
-    with launched(table, out, *TORCHRUN, "--standalone", "--nproc-per-node", "2") as process:
+    node = (*TORCHRUN, "--standalone", "--nproc-per-node", "2")
+    with launched(table, out, *node, program=MODULE, PACE_SECONDS="0.3") as process:
         assert eventually(lambda: any((out / "manifest").glob("part-*")))
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(children[-1]), signal.SIGTERM)
-        _, stderr = process.communicate(timeout=300)
+        _, stderr = process.communicate(timeout=600)
     assert process.returncode == 0, stderr
     assert_as_expected(out, tmp_path / "reference")
 
@@ -140,7 +152,7 @@ def test_strangers_at_the_meeting_place_keep_nobody_out(tmp_path: Path) -> None:
             Client(tuple(address), authkey=b"wrong")
         with meet(tmp_path / "out", "this launch") as link:
             link.send(1)
-            assert eventually(lambda: any(peer.rank == 1 for peer in engine.newcomers()), 20)
+            assert eventually(lambda: any(peer.rank == 1 for peer in engine.newcomers()))
 
 
 def meet(out: Path, launch: str) -> Connection:

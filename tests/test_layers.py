@@ -244,19 +244,19 @@ def test_rooms_import_nothing_slow(rooms: set[str], kept_out: set[str]) -> None:
     "arguments", [["--help"], ["--version"], *([name, "--help"] for name in commands.commands)], ids=" ".join
 )
 def test_help_answers_at_once(arguments: list[str]) -> None:
-    """Processor time, because the tests' machine may be busy with something else."""
+    """What takes its time is loading libraries, so no slow one may be loaded."""
     script = f"""
-import sys, time
+import sys
 from batch_infer.__main__ import main
 sys.argv = ["batch-infer", *{arguments!r}]
 try:
     main()
 except SystemExit as end:
     slow = sorted({SLOW!r} & sys.modules.keys())
-    print(end.code, slow, time.process_time() < 0.5, file=sys.stderr)
+    print(end.code, slow, file=sys.stderr)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stderr == "0 [] True\n"
+    assert done.stderr == "0 []\n"
     assert done.stdout
 
 

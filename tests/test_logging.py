@@ -206,7 +206,7 @@ main()
 def test_what_others_write_and_bugs_are_objects_too() -> None:
     """A process of its own, because the hooks that see these are the process's."""
     line = [sys.executable, "-c", SLIPS, "run", "t.csv", "--log-format", "json"]
-    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=600)
     assert (done.returncode, done.stdout) == (1, "")
     told = [(line["logger"], line["level"], line["message"]) for line in objects(done.stderr)]
     assert told == [
@@ -220,7 +220,7 @@ def test_what_others_write_and_bugs_are_objects_too() -> None:
         ("batch_infer", "CRITICAL", "ArithmeticError: a bug"),
     ]
     assert objects(done.stderr)[-1]["exception"].count("Traceback") == 1
-    quiet = subprocess.run([*line, "-q"], capture_output=True, text=True, check=False, timeout=60)
+    quiet = subprocess.run([*line, "-q"], capture_output=True, text=True, check=False, timeout=600)
     assert [line["level"] for line in objects(quiet.stderr)] == ["CRITICAL"] * 3, "that there was a bug is told"
 
 
@@ -244,7 +244,7 @@ def by_shell(streams: str, *options: str) -> subprocess.CompletedProcess[str]:
     """A run that renders nothing, with its streams as a shell has them; in the code of the run, also in a pipe."""
     script = f'"$@" {streams}'
     line = ["bash", "-o", "pipefail", "-c", script, "-", sys.executable, "-c", STUB, "run", "t.csv", *options]
-    return subprocess.run(line, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(line, capture_output=True, text=True, check=False, timeout=600)
 
 
 @pytest.mark.parametrize(("options", "code"), [((), 0), (("--seed", "1"), 75)])

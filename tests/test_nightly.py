@@ -103,7 +103,7 @@ def _resolved(text: str, home: Path) -> str:
 
 def _done(line: list[str], folder: Path, variables: dict[str, str], stdin: str) -> Done:
     return subprocess.run(
-        line, cwd=folder, env=variables, input=stdin, capture_output=True, text=True, check=False, timeout=300
+        line, cwd=folder, env=variables, input=stdin, capture_output=True, text=True, check=False, timeout=600
     )
 
 

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from batch_infer.engines import probe
 from batch_infer.errors import SettingsError
 from batch_infer.models import read_card
 from batch_infer.settings import Compute, ModelSettings, SafetySettings
+from tests.deaths import eventually
 from tests.runs import QUICK, command, results, run, run_json, wait_for
 from tests.tables import write_csv
 
@@ -69,7 +69,7 @@ def test_a_plan_is_what_the_run_does(table: Path, out: Path) -> None:
     assert planned["bytes"] > 0
 
 
-@pytest.mark.soak
+@pytest.mark.promises
 def test_steps_that_the_scheduler_refuses_are_invalid_beforehand(tmp_path: Path, out: Path) -> None:
     """Only the scheduler knows which."""
     rows = [["prompt", "num_inference_steps", "num_images_per_prompt"], ["x", 4, 1], ["x", 3, 2], ["x", 5, 1]]
@@ -83,14 +83,14 @@ def test_steps_that_the_scheduler_refuses_are_invalid_beforehand(tmp_path: Path,
     assert planned["row_forwards"] == run_json(out)["summary"]["row_forwards"]
 
 
-@pytest.mark.soak
+@pytest.mark.promises
 def test_a_scheduler_of_two_evaluations_a_step_is_counted_so(table: Path, out: Path) -> None:
     options = ("--scheduler", "HeunDiscreteScheduler")
     planned = plan(table, out, *options)
     assert planned["row_forwards"] == json.loads(run(table, out, "--json", *options).stdout)["row_forwards"]
 
 
-@pytest.mark.soak
+@pytest.mark.promises
 def test_what_is_done_is_not_planned_again(table: Path, out: Path) -> None:
     assert run(table, out, "--limit", "2").code == 0
     planned = plan(table, out)
@@ -134,7 +134,7 @@ def test_a_table_without_a_good_row(tmp_path: Path, out: Path) -> None:
         pytest.param(
             ("--scheduler", "DDIMScheduler:clip_sample=true"),
             "clip_sample=true cannot be packed",
-            marks=pytest.mark.soak,
+            marks=pytest.mark.promises,
         ),
     ],
 )
@@ -187,7 +187,7 @@ def plan_apart(table: Path, folder: Path) -> tuple[dict[str, Any], str, int]:
     return json.loads(done.stdout), loaded, int(peak)
 
 
-@pytest.mark.soak
+@pytest.mark.promises
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_a_plan_imports_no_torch(table: Path, tmp_path: Path) -> None:
     """What only torch knows is asked of a process beside it."""
@@ -195,9 +195,14 @@ def test_a_plan_imports_no_torch(table: Path, tmp_path: Path) -> None:
     assert (planned["pending"], loaded) == (8, "[]")
 
 
-@pytest.mark.soak
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-@pytest.mark.parametrize(("few", "many", "mib"), [(500, 20_000, 40), (10_000, 1_000_000, 200)])
+@pytest.mark.parametrize(
+    ("few", "many", "mib"),
+    [
+        pytest.param(500, 20_000, 40, marks=pytest.mark.promises),
+        pytest.param(10_000, 1_000_000, 200, marks=pytest.mark.soak),
+    ],
+)
 def test_the_memory_of_a_plan_does_not_grow_with_the_table(tmp_path: Path, few: int, many: int, mib: int) -> None:
     peaks = []
     for count in (few, many):
@@ -221,7 +226,7 @@ def test_a_device_that_is_too_small_is_told(monkeypatch: pytest.MonkeyPatch) -> 
         probe._rates(read_card(ModelSettings()), compute, SafetySettings(), "png", (64, 64))
 
 
-@pytest.mark.soak
+@pytest.mark.promises
 def test_many_sizes_are_told_from_the_few_that_are_measured(tmp_path: Path, out: Path) -> None:
     table = write_csv(tmp_path / "t.csv", [["prompt", "height"], *(["x", 64 + 8 * k] for k in range(7))])
     sizes = plan(table, out)["sizes"]
@@ -233,6 +238,10 @@ def children(process: subprocess.Popen[str]) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
+def has_loaded_torch(process: int) -> bool:
+    return "libtorch" in Path(f"/proc/{process}/maps").read_text()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
 def test_a_plan_that_is_ended_leaves_no_process(table: Path, out: Path, number: signal.Signals) -> None:
@@ -241,14 +250,11 @@ def test_a_plan_that_is_ended_leaves_no_process(table: Path, out: Path, number: 
     with subprocess.Popen(line, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as plan:
         assert wait_for(plan, lambda: len(children(plan)) > 1)  # multiprocessing's own, and the one that knows torch
         started = children(plan)
-        time.sleep(1)
+        assert wait_for(plan, lambda: any(has_loaded_torch(pid) for pid in started))
         os.killpg(plan.pid, number) if number == signal.SIGINT else plan.send_signal(number)
-        _, stderr = plan.communicate(timeout=60)
+        _, stderr = plan.communicate(timeout=600)
         assert plan.returncode == (75 if number == signal.SIGINT else -number)
     if number == signal.SIGINT:
         assert "Traceback" not in stderr
         assert "batch-infer: interrupted" in stderr
-    deadline = time.monotonic() + 30
-    while left := [pid for pid in started if Path(f"/proc/{pid}").exists()]:
-        assert time.monotonic() < deadline, left
-        time.sleep(0.05)
+    assert eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started))

@@ -22,7 +22,7 @@ def images_in(dtype: torch.dtype, folder: Path) -> dict[str, np.ndarray]:
     return {name: found.pixels for name, found in render(model, ROWS).items()}
 
 
-@pytest.mark.soak
+@pytest.mark.promises
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_is_near_single(dtype: torch.dtype, demo_folder: Path) -> None:
     """By the peak signal-to-noise ratio: 10 log10(255^2 / mean squared error)."""

@@ -211,7 +211,7 @@ def test_retry_asks_the_service_that_is_named_now(tmp_path: Path, monkeypatch: p
     assert done.code == 2 and "CONTENT_SAFETY_ENDPOINT is not set" in done.stderr
 
 
-@pytest.mark.soak
+@pytest.mark.promises
 def test_a_key_that_is_refused_in_a_worker_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     with serving(words=WORDS) as service:
@@ -272,7 +272,7 @@ def without_bookkeeping(out: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name not in kept} for row in runs.results(out)]
 
 
-@pytest.mark.parametrize("policy", ["blank", "quarantine", *(pytest.param(name, marks=pytest.mark.soak) for name in
+@pytest.mark.parametrize("policy", ["blank", "quarantine", *(pytest.param(name, marks=pytest.mark.promises) for name in
                                     ("keep", "blur", "drop"))])  # fmt: skip
 def test_images_that_are_judged_again_are_as_if_they_had_been_judged_at_once(tmp_path: Path, policy: str) -> None:
     path, judged = table(tmp_path, CROSSES), ("--safety", "checker", "--on-flagged", policy)
@@ -377,7 +377,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize(
     ("policy", "moment"),
     [
-        pytest.param(policy, moment, marks=() if (policy, moment) in SOME else pytest.mark.soak)
+        pytest.param(policy, moment, marks=() if (policy, moment) in SOME else pytest.mark.promises)
         for policy in ("quarantine", "drop", "keep")
         for moment in ("settle", "commit", "remove")
     ],

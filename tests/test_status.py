@@ -12,11 +12,9 @@ from typing import Any
 import pytest
 
 from batch_infer.jobs import out as outdir
+from tests.paced import MODULE
 from tests.runs import command, results, run, start, wait_for
 from tests.tables import write_csv
-
-STEPS = ("--steps", "50")
-"""Enough that a run is still under way when its first part is committed."""
 
 
 @pytest.fixture
@@ -49,11 +47,12 @@ def test_a_run_that_is_done(table: Path, out: Path) -> None:
     assert command("status", out).stdout.splitlines()[0].startswith(f"{out}: finished, started 20")
 
 
+@pytest.mark.promises
 def test_a_run_that_goes_on_and_is_killed(table: Path, out: Path) -> None:
     """What is committed counts, and nothing else does."""
-    assert run(table, out, *STEPS, "--limit", "2").code == 3
+    assert run(table, out, "--limit", "2").code == 3
     before = len(list((out / "manifest").glob("part-*")))
-    with start(table, out, *STEPS) as process:
+    with start(table, out, program=MODULE, PACE_HOLD="16") as process:
         assert wait_for(process, lambda: len(list((out / "manifest").glob("part-*"))) > before)
         early = status(out)
         assert wait_for(process, lambda: status(out)["images_per_second"] is not None)
@@ -74,7 +73,7 @@ def test_a_run_that_goes_on_and_is_killed(table: Path, out: Path) -> None:
     assert command("merge", out).code == 0
     assert len(results(out)) == 26 - stopped["left"]
     assert status(out) == stopped
-    assert run(table, out, *STEPS).code == 3
+    assert run(table, out).code == 3
     assert status(out)["state"] == "finished"
 
 

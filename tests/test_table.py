@@ -710,7 +710,7 @@ WRITERS: list[dict[str, Any]] = [
     {"lineterminator": "\n", "quoting": csv.QUOTE_ALL},  # with fewer quotes it would leave a carriage return bare
     {"quoting": csv.QUOTE_NONNUMERIC, "lineterminator": "\r"},
 ]
-relaxed = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+relaxed = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @relaxed

@@ -547,7 +547,7 @@ def test_an_element_without_end_ends_the_document(monkeypatch: pytest.MonkeyPatc
 
 
 @given(st.lists(st.text(min_size=1), max_size=5), st.booleans(), st.integers(1, 7))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_where_a_read_ends_changes_nothing(prompts: list[str], escaped: bool, size: int) -> None:
     """Values and letters that lie across two reads come whole."""
     rows = [{"prompt": prompt, "n": [1.5, {"a": prompt}]} for prompt in ('é🎨\\"[{,]}', *prompts)]
@@ -612,7 +612,7 @@ def test_a_parquet_row_group_is_not_held_either() -> None:
 
 # Any bytes at all
 
-relaxed = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+relaxed = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),

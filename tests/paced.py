@@ -1,0 +1,62 @@
+"""The command at a pace that a test sets, whatever the machine's: `python -m tests.paced run TABLE ...`.
+
+Every image is a part of its own in the manifest. PACE_SECONDS is the pause of a worker after each image. With PACE_HOLD
+a worker makes so many images and then stays at work, without another one, until it is stopped or killed. With PACE_MEET
+(a folder) and PACE_WORKERS none begins before so many have loaded their model. The workers' processes import this
+module too, as they do with every main module, so it holds for them as well.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from batch_infer.__main__ import main
+from batch_infer.chain import Rendered, Unrendered
+from batch_infer.records import PromptRequest
+from batch_infer.worker import device, loading
+from tests.dummies import meet
+
+MODULE = ("-m", "tests.paced")
+
+
+class PacedChain:
+    """A chain that pauses after each image."""
+
+    def __init__(self, chain: Any, stop: Callable[[], bool]) -> None:
+        self._chain, self._stop = chain, stop
+        self._seconds = float(os.environ.get("PACE_SECONDS", "0"))
+        self._left = int(os.environ.get("PACE_HOLD", "-1"))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._chain, name)
+
+    def render(self, requests: Iterable[PromptRequest]) -> Iterator[Rendered | Unrendered]:
+        for outcome in self._chain.render(requests):
+            yield outcome
+            self._left -= 1
+            time.sleep(self._seconds)
+            while not self._left and not self._stop():
+                time.sleep(0.01)
+
+
+def pace() -> None:
+    load = loading.load_chain
+
+    def load_paced(card: Any, compute: Any, safety: Any, stop: Callable[[], bool] = lambda: False) -> Any:
+        chain = PacedChain(load(card, compute, safety, stop), stop)
+        if folder := os.environ.get("PACE_MEET"):
+            meet(Path(folder), int(os.environ["PACE_WORKERS"]))
+        return chain
+
+    loading.load_chain = load_paced
+    device.COMMIT_SECONDS = 0.0
+
+
+if __name__ in ("__main__", "__mp_main__"):
+    pace()
+if __name__ == "__main__":
+    main()
