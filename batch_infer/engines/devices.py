@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import platform
-from pathlib import Path
-
 import torch
 from accelerate import PartialState
 
+from batch_infer.engines.processor import processor_name
 from batch_infer.errors import SettingsError, first_line
 from batch_infer.settings import Device
 
@@ -21,16 +19,7 @@ def find_device(asked: str) -> Device:
     kind = PartialState(cpu=asked == "cpu" or not torch.cuda.is_available()).device.type
     if kind == "cuda":
         return Device(kind, torch.cuda.get_device_name(), count)
-    return Device(kind, _processor())
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:  # not Linux
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+    return Device(kind, processor_name())
 
 
 def memory_fault(error: torch.OutOfMemoryError) -> SettingsError:
