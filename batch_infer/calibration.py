@@ -48,9 +48,25 @@ Measured = TypeVar("Measured", Rates, Knee)
 
 def recall(kind: type[Measured], conditions: Mapping[str, Any]) -> Measured | None:
     """What was measured under these conditions, on whatever day."""
+    found = recall_facts(kind.__name__.lower(), conditions)
+    if found is None:
+        return None
     try:
-        found = json.loads(_path(kind, conditions).read_text("utf-8"))["measured"]
         return kind(**{**found, "measured_at": datetime.fromisoformat(found["measured_at"])})
+    except (ValueError, KeyError, TypeError) as error:
+        log.debug("a remembered calibration is measured anew: %s", error)
+        return None
+
+
+def remember(conditions: Mapping[str, Any], measured: Rates | Knee) -> None:
+    """Keep it for later; where the cache cannot be written, it is measured again next time."""
+    remember_facts(type(measured).__name__.lower(), conditions, asdict(measured))
+
+
+def recall_facts(name: str, conditions: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the JSON object that was kept under this name and these conditions, or None."""
+    try:
+        return dict(json.loads(_path(name, conditions).read_text("utf-8"))["measured"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:  # damaged, or another version's
@@ -58,15 +74,15 @@ def recall(kind: type[Measured], conditions: Mapping[str, Any]) -> Measured | No
         return None
 
 
-def remember(conditions: Mapping[str, Any], measured: Rates | Knee) -> None:
-    """Keep it for later; where the cache cannot be written, it is measured again next time."""
+def remember_facts(name: str, conditions: Mapping[str, Any], facts: Mapping[Any, Any]) -> None:
+    """Keep a JSON object; where the cache cannot be written, it is found out again next time."""
     try:
-        with replacing(_path(type(measured), conditions), flush=False) as temporary:
-            text = json.dumps({"conditions": conditions, "measured": asdict(measured)}, default=str, indent=2)
+        with replacing(_path(name, conditions), flush=False) as temporary:
+            text = json.dumps({"conditions": conditions, "measured": facts}, default=str, indent=2)
             temporary.write_text(text, encoding="utf-8")
     except StorageError as error:
         log.debug("%s", error)
 
 
-def _path(kind: type, conditions: Mapping[str, Any]) -> Path:
-    return user_cache_path("batch-infer") / "calibration" / f"{kind.__name__.lower()}-{digest(conditions)}.json"
+def _path(name: str, conditions: Mapping[str, Any]) -> Path:
+    return user_cache_path("batch-infer") / "calibration" / f"{name}-{digest(conditions)}.json"

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import platform
-from pathlib import Path
 
 import torch
 from accelerate import PartialState
 
+from batch_infer.engines.processor import processor_name
 from batch_infer.errors import SettingsError, first_line
 from batch_infer.settings import Device
 
@@ -22,7 +21,7 @@ def find_device(asked: str) -> Device:
     kind = PartialState(cpu=asked == "cpu" or not torch.cuda.is_available()).device.type
     if kind == "cuda":
         return Device(kind, torch.cuda.get_device_name(), count)
-    return Device(kind, _processor())
+    return Device(kind, processor_name())
 
 
 def _device_count() -> int:
@@ -33,15 +32,6 @@ def _device_count() -> int:
     listed = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     count = torch.cuda.device_count()
     return len(listed) if count and all(name.strip().startswith("MIG-") for name in listed) else count
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:  # not Linux
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def memory_fault(error: torch.OutOfMemoryError) -> SettingsError:

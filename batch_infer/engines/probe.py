@@ -18,6 +18,13 @@ from threading import Thread
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from batch_infer.calibration import Knee, Rates
+from batch_infer.engines.processor import processor_name
+from batch_infer.engines.remembered import (
+    recall_device,
+    recall_evaluations,
+    remember_device,
+    remember_evaluations,
+)
 from batch_infer.errors import ModelError, RowError
 from batch_infer.models import ModelCard, PipelineFacts
 from batch_infer.records import PromptRequest, SamplingParams, Source, now
@@ -44,19 +51,29 @@ The quickest of each counts: other work on the machine only ever adds.
 
 
 class Probe:
-    """Answers what only torch can tell. Its process starts with the first question, and ends with `close`."""
+    """Answers what only torch can tell, from what earlier commands have kept where that is enough.
+
+    Its process starts with the first question that is left, and ends with `close`.
+    """
 
     def __init__(self) -> None:
-        self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_live_with_the_parent)
+        self._pool: ProcessPoolExecutor | None = None
         self._others = set(active_children())
         self._evaluations: dict[int, int | str] = {}
+        self._card: ModelCard | None = None
+        self._new_evaluations = False
         self.waited = 0.0
         """Seconds spent waiting for answers."""
         self._set_up: float | None = None
 
     def find_device(self, asked: str) -> Device:
         """Raises SettingsError where what was asked for is not there."""
-        return self._ask(_find_device, asked)
+        if asked == "cpu":
+            return Device("cpu", processor_name())
+        if (device := recall_device(asked)) is None:
+            device = self._ask(_find_device, asked)
+            remember_device(asked, device)
+        return device
 
     def facts(self, path: Path) -> PipelineFacts:
         """What a checkpoint's pipeline takes, where only diffusers can tell. Raises ModelError."""
@@ -64,9 +81,14 @@ class Probe:
 
     def evaluations(self, card: ModelCard, steps: int) -> int:
         """How often a row of so many steps asks the model. Raises RowError where the scheduler refuses them."""
+        if card.driven:  # what a driven pipeline makes of its steps only its call knows: they are counted as they are
+            return steps
+        if self._card is None:
+            self._card, self._evaluations = card, recall_evaluations(card)
         found = self._evaluations.get(steps)
         if found is None:
             found = self._evaluations[steps] = self._ask(_evaluations, card, steps)
+            self._new_evaluations = True
         if isinstance(found, str):
             raise RowError(found)
         return found
@@ -85,12 +107,17 @@ class Probe:
     ) -> Rates:
         """Render a few images of this (height, width) and see what it takes. Raises ModelError."""
         if self._set_up is None:  # a run imports what the process has been waited for until here
+            self._ask(_import_renderer)
             self._set_up = self.waited
         found = self._ask(_rates, card, compute, safety, image_format, size)
         return replace(found, start=found.start + self._set_up)
 
     def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        if self._card is not None and self._new_evaluations:
+            remember_evaluations(self._card, self._evaluations)
+            self._new_evaluations = False
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
 
     def __enter__(self) -> Probe:
         return self
@@ -104,6 +131,9 @@ class Probe:
     def _ask(self, question: Callable[P, Answer], *args: P.args, **kwargs: P.kwargs) -> Answer:
         started = time.perf_counter()
         try:
+            if self._pool is None:  # making one starts multiprocessing's resource tracker, a process too
+                context = get_context("spawn")
+                self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_live_with_the_parent)
             return self._pool.submit(question, *args, **kwargs).result()
         except BrokenProcessPool as error:
             raise ModelError("the process that was to try the model out has died; is there enough memory?") from error
@@ -133,6 +163,10 @@ def _find_device(asked: str) -> Device:
     return find_device(asked)
 
 
+def _import_renderer() -> None:
+    import batch_infer.worker.loading  # noqa: F401
+
+
 def _facts(path: Path) -> PipelineFacts:
     from batch_infer.models import read_facts
 
@@ -140,10 +174,7 @@ def _facts(path: Path) -> PipelineFacts:
 
 
 def _evaluations(card: ModelCard, steps: int) -> int | str:
-    """Or why not: the scheduler's own error would have torch imported where it arrives.
-
-    What a driven pipeline makes of its steps only its call knows: they are counted as they are.
-    """
+    """Or why not: the scheduler's own error would have torch imported where it arrives."""
     if card.driven:
         return steps
     try:

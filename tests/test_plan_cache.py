@@ -1,0 +1,190 @@
+"""A plan asks torch only for what no earlier plan has kept."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batch_infer.engines import probe, remembered
+from batch_infer.engines.probe import Probe
+from batch_infer.settings import Device
+from tests.runs import QUICK, command
+from tests.tables import write_csv
+
+GPU = Device("cuda", "NVIDIA Test", 2)
+INFORMATION = "Model: \t\t NVIDIA Test\nIRQ: 35\n"
+ROWS = [["prompt", "num_inference_steps"], ["a red circle", 2], ["a green star", 3]]
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A cache that a first plan of ROWS has filled, and what that plan printed."""
+    folder = tmp_path_factory.mktemp("first")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        patch.setattr(Probe, "_ask", lambda _, question, *arguments: question(*arguments))
+        return folder / "cache", plan(write_csv(folder / "t.csv", ROWS))
+
+
+@pytest.fixture
+def cache(tmp_path: Path, calibrated: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of that cache, in use."""
+    shutil.copytree(calibrated[0], tmp_path / "cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    return write_csv(tmp_path / "t.csv", ROWS)
+
+
+@pytest.fixture
+def questions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The questions that reach the probe's process, answered in this one."""
+    names: list[str] = []
+
+    def ask(_: Probe, question: Callable[..., Any], *arguments: Any) -> Any:
+        names.append(question.__name__)
+        return question(*arguments)
+
+    monkeypatch.setattr(Probe, "_ask", ask)
+    return names
+
+
+def plan(table: Path, *options: str) -> dict[str, Any]:
+    line = ("plan", table, "--out", table.parent / "out", *QUICK, "--device", "auto", "--json", *options)
+    done = command(*line)
+    assert done.code in (0, 3), done.stderr
+    return dict(json.loads(done.stdout))
+
+
+def test_a_calibrated_plan_starts_no_process_and_prints_the_same(
+    table: Path, cache: Path, calibrated: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a calibrated plan started a process")
+
+    monkeypatch.setattr(probe, "ProcessPoolExecutor", refuse)
+    first, second = dict(calibrated[1]), plan(table)
+    for printed in (first, second):
+        assert printed.pop("seconds") > 0  # includes the time for reading the table
+    assert second == first
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_the_first_plan_asks_once_for_each_fact(
+    table: Path, tmp_path: Path, device: str, questions: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
+    plan(table, "--device", device)
+    found_by_torch = ["_find_device"] if device == "auto" else []
+    assert questions == [*found_by_torch, "_evaluations", "_evaluations", "_import_renderer", "_rates"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--scheduler", "HeunDiscreteScheduler"), ["_evaluations", "_evaluations"]),
+        (("--guidance-scale", "1"), []),
+    ],
+)
+def test_a_changed_scheduler_asks_again(
+    table: Path, cache: Path, questions: list[str], options: tuple[str, ...], expected: list[str]
+) -> None:
+    plan(table, *options)
+    assert questions == expected
+    questions.clear()
+    plan(table, *options)
+    assert questions == []
+
+
+def test_only_new_step_counts_are_asked(table: Path, cache: Path, questions: list[str]) -> None:
+    write_csv(table, [*ROWS, ["a blue square", 7], ["a blue square", 7]])
+    plan(table)
+    assert questions == ["_evaluations"]
+    questions.clear()
+    plan(write_csv(table, ROWS))
+    plan(write_csv(table, [*ROWS, ["a blue square", 7]]))
+    assert questions == []
+
+
+def test_another_choice_of_gpus_asks_again(
+    table: Path, cache: Path, questions: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    plan(table)
+    assert questions == ["_find_device"]
+    questions.clear()
+    plan(table)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    plan(table)
+    assert questions == []
+
+
+def test_a_refused_step_count_is_kept_with_its_sentence(table: Path, cache: Path, questions: list[str]) -> None:
+    options = ("--scheduler", "PNDMScheduler:skip_prk_steps=false")
+    write_csv(table, [ROWS[0], ["x", 4], ["x", 3]])
+    first = plan(table, *options)
+    assert questions == ["_evaluations", "_evaluations"]
+    questions.clear()
+    second = plan(table, *options)
+    assert questions == []
+    assert [fault["error"] for fault in first["invalid_results"]]
+    assert second["invalid_results"] == first["invalid_results"]
+
+
+def test_damaged_files_are_asked_for_anew(table: Path, cache: Path, questions: list[str]) -> None:
+    for file in cache.rglob("*.json"):
+        if not file.name.startswith("rates"):
+            file.write_text('{"measured": {"x": []}}')
+    plan(table)
+    assert questions == ["_find_device", "_evaluations", "_evaluations"]
+
+
+@pytest.fixture
+def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in for the files of the NVIDIA driver, with two GPUs."""
+    folder = tmp_path / "nvidia"
+    for number in (1, 2):
+        (folder / "gpus" / f"0000:0{number}:00.0").mkdir(parents=True)
+        (folder / "gpus" / f"0000:0{number}:00.0" / "information").write_text(INFORMATION)
+    (folder / "version").write_text("NVRM version: 550.1\n")
+    monkeypatch.setattr(remembered, "NVIDIA_DRIVER", folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return folder
+
+
+def test_a_gpu_is_recalled(driver: Path) -> None:
+    remembered.remember_device("auto", GPU)
+    assert remembered.recall_device("auto") == GPU
+    assert remembered.recall_device("cuda") is None
+
+
+def test_a_cpu_is_not_kept_where_there_are_gpus(driver: Path) -> None:
+    """Another command may find them: the driver may have failed, or torch may be exchanged."""
+    remembered.remember_device("auto", Device("cpu", "Test"))
+    assert remembered.recall_device("auto") is None
+
+
+@pytest.mark.parametrize("change", ["driver", "model", "removed", "added", "order"])
+def test_a_changed_gpu_is_not_recalled(driver: Path, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    remembered.remember_device("auto", GPU)
+    first = driver / "gpus" / "0000:01:00.0"
+    match change:
+        case "driver":
+            (driver / "version").write_text("NVRM version: 560.1\n")
+        case "model":
+            (first / "information").write_text(INFORMATION.replace("Test", "Other"))
+        case "removed":
+            shutil.rmtree(first)
+        case "added":
+            shutil.copytree(first, driver / "gpus" / "0000:03:00.0")
+        case "order":
+            monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    assert remembered.recall_device("auto") is None
