@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,10 @@ from batch_infer.chain import Chain, ChainShape, Rendered
 from batch_infer.jobs.bench.rows import Sampling, make_rows
 from batch_infer.jobs.bench.settings import BenchSettings, TableShape
 from batch_infer.jobs.bench.subject import Subject, load_subject
+from batch_infer.models.acceleration import is_compiled
 from batch_infer.records import PromptRequest
 from batch_infer.settings import ComputeSettings, ModelSettings
+from batch_infer.worker.loading import make_chain
 
 if TYPE_CHECKING:
     from batch_infer.models import Family
@@ -77,6 +80,15 @@ def pixels_of(outcomes: Sequence[Any]) -> dict[str, Any]:
         if not isinstance(outcome, Rendered):
             raise RuntimeError(f"{outcome.request.id}: {outcome.error}")
     return {outcome.request.id: outcome.pixels for outcome in outcomes}
+
+
+def render_first_images(subject: Subject) -> dict[str, Any]:
+    """Render half as many rows as there are slots, which compiles the networks, and return how long that took."""
+    started = time.perf_counter()
+    rows = rows_for(subject, max(2, subject.compute.slots // 2), (2, 2))
+    pixels_of(list(make_chain(subject.model, subject.compute).render(rows)))
+    compiled = subject.compute.compiled and is_compiled(subject.model.networks)
+    return {"seconds": round(time.perf_counter() - started, 1), "compiled": compiled}
 
 
 @torch.inference_mode()

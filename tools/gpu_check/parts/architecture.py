@@ -9,7 +9,6 @@ import torch
 
 from batch_infer.jobs.bench.contest import Contest
 from batch_infer.jobs.bench.subject import Subject, load_subject
-from batch_infer.models.acceleration import is_compiled
 from batch_infer.models.flops import decode_flops, row_forward_flops
 from batch_infer.worker.loading import make_chain
 from tools.gpu_check import subjects
@@ -28,11 +27,7 @@ def run(recorder: Recorder) -> None:
     settings = subjects.bench_settings(recorder, against=AGAINST.get(recorder.architecture, ()))
     subject = load_subject(settings)
     with recorder.section("first images") as results:
-        started = time.perf_counter()
-        rows = subjects.rows_for(subject, max(2, subject.compute.slots // 2), (2, 2))
-        subjects.pixels_of(list(make_chain(subject.model, subject.compute).render(rows)))
-        compiled = subject.compute.compiled and is_compiled(subject.model.networks)
-        results |= {"seconds": round(time.perf_counter() - started, 1), "compiled": compiled}
+        results |= subjects.render_first_images(subject)
     with recorder.section("bench") as results:
         report = Contest(settings, subject, [subjects.native_size(subject)]).go().as_dict()
         names = ("table", "contenders", "peak", "parity", "peak_memory", "compute", "unet_parameters", "versions")

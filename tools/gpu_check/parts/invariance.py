@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from batch_infer.jobs.bench.subject import Subject, load_subject
-from batch_infer.models.acceleration import is_compiled
-from batch_infer.worker.loading import make_chain
 from tools.gpu_check import subjects
 
 if TYPE_CHECKING:
@@ -24,11 +21,7 @@ def run(recorder: Recorder) -> None:
     """Compile by rendering a few rows, then compare bytes, compiled and eager."""
     subject = load_subject(subjects.bench_settings(recorder))
     with recorder.section("first images") as results:
-        started = time.perf_counter()
-        rows = subjects.rows_for(subject, max(2, subject.compute.slots // 2), (2, 2))
-        subjects.pixels_of(list(make_chain(subject.model, subject.compute).render(rows)))
-        compiled = subject.compute.compiled and is_compiled(subject.model.networks)
-        results |= {"seconds": round(time.perf_counter() - started, 1), "compiled": compiled}
+        results |= subjects.render_first_images(subject)
     modes = {"compiled": "default", "eager": "force_eager"} if subject.compute.compiled else {"eager": "force_eager"}
     for mode, stance in modes.items():
         for name, make_case in (("unet", unet_case), ("decoder", decoder_case)):
