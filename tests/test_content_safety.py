@@ -363,29 +363,21 @@ def test_images_can_be_unanswered_while_prompts_are_answered() -> None:
 
 
 @pytest.mark.usefixtures("hurried")
-def test_a_breakdown_breaks_no_row_though_others_were_answered_at_first(
-    hurried: list[int], clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It comes after 0.12 s; from then on the clock stands still until it has met everybody."""
+def test_a_breakdown_breaks_no_row_though_others_were_answered_at_first() -> None:
+    """The service answers most prompts for half a second, and then none: far less than it is waited for."""
 
     def breakdown(asked: Asked) -> Fault | None:
-        return status(500) if clock.now > 0.12 or asked.content == "the first to fail" else None
+        return status(500) if asked.at > end or asked.content == "the first to fail" else None
 
-    def sleep(seconds: float) -> None:
-        if clock.now > 0.12:
-            assert eventually(lambda: hurried.count(1) == gate.at_once)
-        Clock.sleep(clock, seconds)
-
-    monkeypatch.setattr(clock, "sleep", sleep)
     with (
-        serving(faults=breakdown, latency=0.002) as service,
-        gate_to(service, patience=0.32, requests_per_second=1e6) as gate,
+        serving(faults=breakdown, latency=0.02) as service,
+        gate_to(service, patience=5.0) as gate,
         ThreadPoolExecutor(gate.at_once) as pool,
     ):
+        end = time.monotonic() + 0.5
         found = [pool.submit(gate.check_prompt, "the first to fail")]
         found += [pool.submit(_ask_on, gate) for _ in range(gate.at_once - 1)]
     assert {type(error.exception()) for error in found} == {ServiceError}
-    assert clock.now < 1
 
 
 def _ask_on(gate: ContentSafety) -> Verdict:

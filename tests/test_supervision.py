@@ -227,8 +227,10 @@ def test_a_worker_that_finds_no_device_does_not_hang_the_run(monkeypatch: pytest
     with silent_worker() as peer, pytest.raises(WorkersLost, match="found no device in 600 s"):
         local._device_of(peer, 600.0, stop)
     assert clock.now == 700.0
+    clock.now = 0.0
     with silent_worker() as peer, pytest.raises(Interrupted):
-        local._device_of(peer, 600.0, lambda: True)
+        local._device_of(peer, 600.0, lambda: not stop())
+    assert clock.now == 200.0
 
 
 def test_compilation_before_the_first_sign_does_not_extend_later_patience(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from batch_infer.worker.device import LoadChain
 
 
+STOP_SECONDS = 10.0
+"""How long a run that is to stop waits for its device, to say what there is to render."""
+
+
 class Local:
     """Workers that this process starts, starts again where they die, and that do not outlive it."""
 
@@ -74,14 +78,16 @@ class Local:
 
 
 def _device_of(peer: Peer, seconds: float, stop: Callable[[], bool]) -> Device:
-    """The first thing that a worker tells, within so many seconds. Raises Interrupted once `stop` says so."""
-    deadline = time.monotonic() + seconds
+    """The first thing that a worker tells, within so many seconds, or a few once `stop` says so."""
+    deadline, is_stopping = time.monotonic() + seconds, False
     try:
         while True:
             while not peer.link.poll(POLL_SECONDS):
-                if stop():
-                    raise Interrupted("stopped before the device was known; the same command starts again")
+                if stop() and not is_stopping:
+                    deadline, is_stopping = min(deadline, time.monotonic() + STOP_SECONDS), True
                 if time.monotonic() > deadline:
+                    if is_stopping:
+                        raise Interrupted("stopped before the device was known; the same command starts again")
                     raise WorkersLost(f"worker 0 has found no device in {seconds:.0f} s: does `nvidia-smi` answer?")
             match message := peer.link.recv():
                 case Found(device):
