@@ -104,6 +104,7 @@ def test_joint_attention_keeps_its_norms_on_a_gpu() -> None:
 
 
 @pytest.mark.promises
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_the_real_compiler_gives_the_same_images_each_time(demo_folder: Path) -> None:
     plain = render(load_family(demo_folder), ROWS)
     found = []

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 
-from batch_infer.errors import CompilationError, first_line
+from batch_infer.errors import CompilationError
 
 SHAPES = 256
 """Shapes that a network is compiled for; torch by itself gives up after 8, and a table may hold more sizes."""
@@ -63,4 +63,5 @@ class Compiled:
         try:
             return self._compiled(*args, **kwargs)
         except self._errors as error:
-            raise CompilationError(f"torch.compile failed, run again with --no-compile: {first_line(error)}") from error
+            reason = " ".join(str(error).strip().splitlines()[:2])  # the first line may only name the backend
+            raise CompilationError(f"torch.compile failed, run again with --no-compile: {reason}") from error
