@@ -63,7 +63,7 @@ lint: $(READY) ## check style and types: ruff and mypy
 # LOWEST_TORCH: the oldest torch that this machine can install.
 LOWEST := .venv-lowest
 LOWEST_TORCH ?= $(TORCH)
-lowest: pyproject.toml ## run the tests with the lowest supported version of every dependency
+lowest: pyproject.toml ## run the tests with the lowest supported version of their dependencies, except torch
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python $(PIP_INSTALL) $(LOWEST_TORCH) packaging
 	$(LOWEST)/bin/python tools/lowest_versions.py > $(LOWEST)/constraints.txt

@@ -51,7 +51,7 @@ def test_what_cannot_be_compiled_is_an_error_that_names_the_way_out() -> None:
     speed_up([network], CPU, compiled=True)
     assert is_compiled([network])
     for _ in range(2):
-        with pytest.raises(CompilationError, match="torch.compile failed, run again with --no-compile: "):
+        with pytest.raises(CompilationError, match=r"torch.compile failed \(.*; --no-compile turns it off"):
             network(torch.zeros(1))
 
 

@@ -17,7 +17,7 @@ from batch_infer.accelerator import out_of_memory_errors
 from batch_infer.chain import Chain, ChainShape, Rendered, streams
 from batch_infer.chain.finishing import Finishing
 from batch_infer.engines import knee
-from batch_infer.errors import CompilationError
+from batch_infer.errors import CompilationError, RowError
 from batch_infer.jobs.bench.bare import BareUNet
 from batch_infer.models.acceleration import Compiled, speed_up
 from batch_infer.settings import Compute
@@ -147,6 +147,27 @@ def test_compiling_is_in_no_stage(sd1_folder: Path, monkeypatch: pytest.MonkeyPa
     assert chain.stages.seconds + chain.stages.compilation <= elapsed
 
 
+def test_a_size_that_rendered_nothing_is_yet_to_be_compiled(sd1_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row whose steps the scheduler refuses takes no slot, and so no network is called."""
+    model = load_family(sd1_folder)
+    table = model.solver.table
+
+    def refuse_two(steps: int) -> Any:
+        if steps == 2:
+            raise RowError("not two")
+        return table(steps)
+
+    monkeypatch.setattr(model.solver, "table", refuse_two)
+    monkeypatch.setattr("batch_infer.chain.packed.is_compiled", lambda networks: True)
+    chain = Chain(model, ChainShape(4, 2), None)
+    (refused,) = chain.render([make_request("a", steps=2)])
+    assert not isinstance(refused, Rendered)
+    assert chain.stages.compilation == 0
+    (rendered,) = chain.render([make_request("b", steps=4)])
+    assert isinstance(rendered, Rendered)
+    assert chain.stages.compilation > 0
+
+
 def test_no_more_processes_compile_than_a_worker_has_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch._inductor.config as inductor
 
@@ -191,5 +212,5 @@ def test_an_error_of_the_compiler_is_a_setting_to_change() -> None:
         torch._dynamo.graph_break()
         return x
 
-    with pytest.raises(CompilationError, match="--no-compile"):
+    with pytest.raises(CompilationError, match="--no-compile turns it off"):
         Compiled(broken)(torch.zeros(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,17 +10,21 @@ from typing import Any
 
 import pytest
 
+from batch_infer.calibration import Rates
 from batch_infer.engines import Task, Work
 from batch_infer.engines.inline import Inline
-from batch_infer.errors import CompilationError
+from batch_infer.engines.probe import Probe
+from batch_infer.errors import BatchInferError, CompilationError
 from batch_infer.jobs import job
 from batch_infer.jobs import run as jobs
+from batch_infer.jobs.plan import plan
 from batch_infer.jobs.run import run
-from batch_infer.settings import ComputeSettings, Device, ModelSettings, RunSettings, TableSettings
+from batch_infer.records import now
+from batch_infer.settings import Compute, ComputeSettings, Device, ModelSettings, RunSettings, TableSettings
 from tests.runs import results, run_json
 from tests.tables import write_csv
 
-FAULT = "torch.compile failed, run again with --no-compile: no backend"
+FAULT = "torch.compile failed (no backend); --no-compile turns it off"
 
 
 class Silent:
@@ -73,7 +78,7 @@ def test_a_run_that_cannot_compile_does_without_in_all_workers(
     summary = run(settings, Silent())
     assert (summary.counts.ok + summary.counts.flagged, engine.compiled) == (3, [True, False])
     assert not run_json(settings.out)["compute"]["compiled"]
-    assert f"{FAULT} (no image is rendered yet, so this run continues without it)" in caplog.text
+    assert f"{FAULT}; no image is rendered yet, so this run continues without it" in caplog.text
 
 
 @pytest.mark.parametrize(("before", "requested"), [(1, None), (0, True)])
@@ -82,10 +87,54 @@ def test_what_was_compiled_or_was_to_be_is_not_mixed_with_what_is_not(
 ) -> None:
     use(engine := Uncompilable(before), monkeypatch)
     settings = replace(settings, compute=replace(settings.compute, compiled=requested))
-    with pytest.raises(Exception, match=FAULT):
+    with pytest.raises(BatchInferError, match=re.escape(FAULT)):
         run(settings, Silent())
     assert engine.compiled == [True]
     assert len(results(settings.out)) == before if before else not (settings.out / "results.parquet").exists()
+
+
+def test_a_resumed_run_whose_compiler_is_gone_says_how_to_have_all_images_alike(
+    settings: RunSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(Uncompilable(before=2), monkeypatch)
+    with pytest.raises(BatchInferError):
+        run(settings, Silent())
+    use(engine := Uncompilable(before=0), monkeypatch)
+    with pytest.raises(CompilationError, match="already holds were compiled: .*--overwrite"):
+        run(settings, Silent())
+    assert engine.compiled == [True]
+    assert len(results(settings.out)) == 2
+
+
+def test_an_invalid_row_is_no_image_that_was_compiled(settings: RunSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = write_csv(Path(settings.table.tables[0]), [["prompt", "num_inference_steps"], ["", "4"], ["a ring", "4"]])
+    use(engine := Uncompilable(before=0), monkeypatch)
+    counts = run(replace(settings, table=replace(settings.table, tables=(str(table),))), Silent()).counts
+    assert (counts.ok + counts.flagged, counts.invalid, engine.compiled) == (1, 1, [True, False])
+
+
+@pytest.mark.parametrize("requested", [None, True])
+def test_a_plan_is_measured_as_the_run_will_render(
+    requested: bool | None, settings: RunSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiled: list[bool] = []
+
+    def rates(probe: object, card: object, compute: Compute, *_: object) -> Rates:
+        compiled.append(compute.compiled)
+        if compute.compiled:
+            raise CompilationError(FAULT)
+        return Rates(1.0, 1.0, 1.0, 1.0, now())
+
+    monkeypatch.setattr(Probe, "rates", rates)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    settings = replace(settings, compute=replace(settings.compute, compiled=requested))
+    if requested:
+        with pytest.raises(CompilationError):
+            plan(settings, lambda row: None)
+        assert compiled == [True]
+    else:
+        assert plan(settings, lambda row: None).pending == 3
+        assert compiled == [True, False]
 
 
 def test_the_summary_has_the_share_of_the_peak(settings: RunSettings, monkeypatch: pytest.MonkeyPatch) -> None:

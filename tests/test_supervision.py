@@ -183,7 +183,7 @@ def test_a_row_that_workers_give_no_result_for_has_failed(tmp_path: Path) -> Non
     assert [[request.id for request in chunk.requests] for chunk in chunks] == [["0"]] * STRIKES
     made._take(peer, Idle())
     assert [(row.id, row.status) for row in done] == [("0", "failed")]
-    assert done[0].error == f"{STRIKES} workers gave no result for this row; worker 0 had no other"
+    assert done[0].error == f"{STRIKES} workers gave no result for this row; worker 0 had no other row left"
     made._hand_out()
     assert heard(end) == [None]
 
@@ -253,3 +253,17 @@ def test_compilation_before_the_first_sign_does_not_extend_later_patience(monkey
         assert peer.silence(patience) is None
         now += 1
         assert peer.silence(patience) == 6011
+
+
+def test_a_worker_whose_every_step_is_slow_is_not_taken_for_a_hung_one(clock: Clock) -> None:
+    """A batch of a slow pipeline takes longer than `least`: the first one says so."""
+    patience = Patience(load=3600, start=3600, least=600, factor=10)
+    with silent_worker() as peer:
+        peer.ready = True
+        peer.begin()
+        for _ in range(3):
+            clock.now += 900.0
+            assert peer.silence(patience) is None
+            peer.note_sign()
+        clock.now += 9001.0
+        assert peer.silence(patience) == 9001.0

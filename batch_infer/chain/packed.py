@@ -56,6 +56,7 @@ class Chain:
         """The batch sizes as they are now: smaller than at first where the device ran out of memory."""
         self.stages_by_size: dict[Size, Stages] = {}
         self._compiled: set[tuple[Size, tuple[int, int]]] = set()
+        """The image sizes, each with its slots and decoder batch, that the networks are compiled for."""
 
     @property
     def stages(self) -> Stages:
@@ -87,6 +88,7 @@ class Chain:
             self.model, self._judge, self.shape.of(size), self.stages_by_size[size], beside=self._beside
         )
         passage = _Passage(self.model, finishing, size, compiles=self._needs_compilation(size))
+        batches = self.shape.of(size)
         try:
             with out_of_memory_errors():
                 yield from passage.run(source, self._stop)
@@ -95,6 +97,8 @@ class Chain:
             told = first_line(error)
         finally:
             left, part = passage.left, passage.part
+            if passage.has_compiled:
+                self._compiled.add((size, batches))
             finishing.close()
         # Outside of the except block, whose traceback would keep the tensors of the passage alive.
         del passage, finishing
@@ -103,11 +107,8 @@ class Chain:
         yield from self._shrink(source, size, part, left, told)
 
     def _needs_compilation(self, size: Size) -> bool:
-        """Whether networks are compiled, and have not been for this size and its batch sizes."""
-        key = size, self.shape.of(size)
-        is_new = is_compiled(self.model.networks) and key not in self._compiled
-        self._compiled.add(key)
-        return is_new
+        """Whether networks are to be compiled, and are not yet for this size and its batch sizes."""
+        return is_compiled(self.model.networks) and (size, self.shape.of(size)) not in self._compiled
 
     def _shrink(
         self, source: Ahead, size: Size, part: Part, left: Sequence[PromptRequest], told: str
@@ -133,6 +134,7 @@ class _Passage:
         """`compiles`: compile the networks for this size before any row is timed."""
         self._model, self._finishing, self._size = model, finishing, size
         self._compiles = compiles
+        self.has_compiled = False
         self._stages = finishing.stages
         self._waiting = Waiting()
         self._pace = pace_of(model.device, self._stages)
@@ -179,7 +181,7 @@ class _Passage:
         if self._model.device.type == "cuda":
             torch.cuda.synchronize()
         self._stages.compilation += time.perf_counter() - started
-        self._compiles = False
+        self._compiles, self.has_compiled = False, True
 
     def _through(self, outcomes: Iterator[Rendered | Unrendered]) -> Iterator[Rendered | Unrendered]:
         self.part = "decode"

@@ -74,7 +74,8 @@ model_options = _together(
         type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
         default="auto",
         show_default=True,
-        help="auto: float16 on a GPU (bfloat16 for diffusion transformers), float32 on a CPU.",
+        help="auto: float16 on a GPU (bfloat16 for Stable Diffusion 3 and pipelines that diffusers drives), float32 on "
+        "a CPU.",
     ),
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
     click.option(

@@ -25,13 +25,15 @@ class Patience:
     """How many seconds a worker may go without a sign that its device has come a step further.
 
     `device` until its device is known; `load` until the model is loaded; `start` until the first sign, for something
-    may have to be compiled; after that `least`, or `factor` times the longest that it has taken, if that is more.
+    may have to be compiled; after that the most of `least`, `factor` times the longest step, and `first_factor` times
+    the first one, which may have included compiling.
     """
 
     load: float = 3600.0
     start: float = 3600.0
     least: float = 600.0
     factor: float = 10.0
+    first_factor: float = 2.0
     device: float = 600.0
 
 
@@ -48,7 +50,7 @@ class Peer:
         self._signed = False
         self._is_first_interval = True
         self._last = time.monotonic()
-        self._longest = 0.0
+        self._longest = self._longest_first = 0.0
 
     def send(self, message: ToWorker) -> None:
         """To a worker that has died it goes nowhere: the link's other direction says so."""
@@ -61,7 +63,9 @@ class Peer:
     def note_sign(self) -> None:
         """Its device has come a step further."""
         now = time.monotonic()
-        if not self._is_first_interval:  # the first one may include compilation, which says nothing of later steps
+        if self._is_first_interval:
+            self._longest_first = max(self._longest_first, now - self._last)
+        else:
             self._longest = max(self._longest, now - self._last)
         self._signed, self._is_first_interval, self._last = True, False, now
 
@@ -89,7 +93,10 @@ class Peer:
     def _limit(self, patience: Patience) -> float:
         if not self.ready:
             return patience.load
-        return max(patience.least, patience.factor * self._longest) if self._signed else patience.start
+        if not self._signed:
+            return patience.start
+        by_pace = max(patience.factor * self._longest, patience.first_factor * self._longest_first)
+        return max(patience.least, by_pace)
 
     def fate(self) -> str:
         """How its process ended, as far as we know."""

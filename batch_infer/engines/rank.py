@@ -88,7 +88,7 @@ def work(
     `own` makes the parent's settings those of this machine.
     """
     keep_to(seat)
-    # What libraries make while they are imported stays: to look for garbage in it takes a sixth of their import's time.
+    # Objects that imports create stay alive; scanning them for garbage takes a sixth of the import time.
     gc.disable()
     with parent:
         from batch_infer.engines.devices import find_device
@@ -97,6 +97,7 @@ def work(
         settings = own(parent.settings())
         with _logged(settings.out.path, seat, parent):
             worker = _load(settings, seat, parent)
+            gc.collect()
             gc.freeze()
             gc.enable()
             parent.send(Ready())

@@ -155,7 +155,7 @@ class Shift:
             case Idle():
                 peer.rest()
                 if not self._stopping:  # it has none left; but one that it lost must not be waited for
-                    why = f"{STRIKES} workers gave no result for this row; worker {peer.rank} had no other"
+                    why = f"{STRIKES} workers gave no result for this row; worker {peer.rank} had no other row left"
                     self._fail(self._ledger.give_up(peer.rank), why)
             case Alive():
                 peer.note_sign()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from batch_infer import calibration
 from batch_infer.calibration import Rates
+from batch_infer.errors import CompilationError
 from batch_infer.jobs.job import Job
 from batch_infer.planning import Load
 from batch_infer.records import now
@@ -37,10 +38,22 @@ def rates_of(loads: Mapping[Size, Load], job: Job, probe: Probe) -> dict[Size, R
     for size in dearest[:MOST_MEASURED]:
         if size not in found:
             log.info("measuring %dx%d pixels", *size[::-1])
-            settings = job.settings
-            found[size] = probe.rates(job.card, job.compute, settings.safety, settings.output.image_format, size)
+            found[size] = _measure(size, job, probe)
             calibration.remember(_conditions(job, size), found[size])
     return {size: found[size] if size in found else _nearest(size, found) for size in loads}
+
+
+def _measure(size: Size, job: Job, probe: Probe) -> Rates:
+    """The rates of one size, without torch.compile where that fails and a run would go on without it."""
+    settings = job.settings
+    others = settings.safety, settings.output.image_format, size
+    try:
+        return probe.rates(job.card, job.compute, *others)
+    except CompilationError as error:
+        if settings.compute.compiled:
+            raise
+        log.warning("%s; measured without it", error)
+    return probe.rates(job.card, replace(job.compute, compiled=False), *others)
 
 
 def learn(job: Job, by_size: Mapping[Size, Stages], lengths: Mapping[Size, int], start: float) -> None:

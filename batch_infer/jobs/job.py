@@ -153,16 +153,16 @@ def known_form(record: Mapping[str, Any], out: Path) -> Iterator[None]:
 
 
 def _typed(settings: RunSettings, card: ModelCard, device: Device, earlier: Mapping[str, Any] | None) -> RunSettings:
-    """Settings with bfloat16 for diffusion transformers on a GPU where no dtype is given: in float16 many overflow.
+    """Settings with bfloat16 for Stable Diffusion 3 and driven pipelines on a GPU where no dtype is given.
 
-    A Stable Diffusion 3 run that an earlier version began keeps the dtype that it was begun with.
+    In float16 many of them overflow. A Stable Diffusion 3 run in float16, an earlier version's default, stays in it.
     """
     if settings.model.dtype != "auto" or device.kind != "cuda":
         return settings
-    if card.driven or card.family == "stable_diffusion_3":
-        kept = None if card.driven else (earlier or {}).get("compute", {}).get("dtype")
-        return replace(settings, model=replace(settings.model, dtype=kept or "bfloat16"))
-    return settings
+    is_sd3 = card.family == "stable_diffusion_3"
+    if not (card.driven or is_sd3) or (is_sd3 and (earlier or {}).get("compute", {}).get("dtype") == "float16"):
+        return settings
+    return replace(settings, model=replace(settings.model, dtype="bfloat16"))
 
 
 def _fill(defaults: RowDefaults, card: ModelCard) -> RowDefaults:

@@ -227,29 +227,47 @@ class _Run:
 
         before = time.monotonic()
         with self._undone_where_refused():
-            try:
-                work = self._engine.render(self._task(index, survey), committed, self._stop)
-            except CompilationError as error:
-                self._give_up_compiling(error)
+            work = self._render_compiled(index, survey, committed)
+            if work is None:
                 work = self._engine.render(self._task(index, survey), committed, self._stop)
         self._summary.add(work)
         if work.deaths:
             outdir.remove_leftovers(self._out)
         self._learn(work, lengths, self._set_up + time.monotonic() - before - work.seconds)
 
+    def _render_compiled(
+        self, index: Index, survey: Survey, committed: Callable[[Sequence[ResultRow]], None]
+    ) -> Work | None:
+        """Render, or return None once compiling has failed and the run is set to do without it.
+
+        The caller renders again after this has returned: within the except block, the error's traceback would keep the
+        first model in memory.
+        """
+        try:
+            return self._engine.render(self._task(index, survey), committed, self._stop)
+        except CompilationError as error:
+            self._stop_compiling(error, survey)
+            return None
+
     def _task(self, index: Index, survey: Survey) -> Task:
         slots_of = None if self._job.card.driven else self._slots_of
         requests = in_order(pending(self._job.items(), index, self._leaves_alone), slots_of)
         return Task(requests, survey.pending, self._worker())
 
-    def _give_up_compiling(self, error: CompilationError) -> None:
-        """Go on without torch.compile, in all workers alike. Raises the error where that is not ours to decide.
+    def _stop_compiling(self, error: CompilationError, survey: Survey) -> None:
+        """Continue without torch.compile in all workers. Raises CompilationError where the user must decide.
 
-        Compiled and plain networks give other bytes: once a row is committed, all others must be made as it was.
+        Compiled and uncompiled networks give different bytes. So this is done only while OUT holds no image,
+        and neither for --compile nor for a launcher, whose other ranks have ended.
         """
-        if self._committed or self._job.settings.compute.compiled or isinstance(self._engine, Launched):
+        if self._committed or survey.standing.get("ok") or survey.standing.get("flagged"):
+            raise CompilationError(
+                f"{error}, but the images that {self._out} already holds were compiled: to have all alike, "
+                "add --overwrite or give another --out"
+            ) from error
+        if self._job.settings.compute.compiled or isinstance(self._engine, Launched):
             raise error
-        log.warning("%s (no image is rendered yet, so this run continues without it)", error)
+        log.warning("%s; no image is rendered yet, so this run continues without it", error)
         self._use(replace(self._job.compute, compiled=False))
 
     def _learn(self, work: Work, lengths: Mapping[Size, int], start: float) -> None:

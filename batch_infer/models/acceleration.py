@@ -64,4 +64,4 @@ class Compiled:
             return self._compiled(*args, **kwargs)
         except self._errors as error:
             reason = " ".join(str(error).strip().splitlines()[:2])  # the first line may only name the backend
-            raise CompilationError(f"torch.compile failed, run again with --no-compile: {reason}") from error
+            raise CompilationError(f"torch.compile failed ({reason}); --no-compile turns it off") from error

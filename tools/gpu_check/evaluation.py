@@ -8,6 +8,8 @@ from typing import Any
 
 LARGEST_DIFFERENCE = 1
 """Of 255, in float32, against diffusers."""
+LEAST_PSNR_DB = 40.0
+"""Of half precision against float32, on the built-in model."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ def _parity(part: Mapping[str, Any], sections: Mapping[str, Any]) -> Iterator[Ch
         for promise in ("equal_in_other_order", "equal_among_other_rows"):
             yield _equal(f"images {promise.replace('_', ' ')}, {dtype}", part, values.get(promise))
         if half := values.get("compared_with_float32"):
-            yield Check(f"PSNR to float32, {dtype}", None, f"{half['worst_psnr_db']} dB at worst")
+            psnr = half["worst_psnr_db"]
+            yield Check(f"PSNR to float32, {dtype}", psnr >= LEAST_PSNR_DB, f"{psnr} dB at worst")
 
 
 def _command(part: Mapping[str, Any], sections: Mapping[str, Any]) -> Iterator[Check]:

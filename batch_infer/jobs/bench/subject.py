@@ -13,6 +13,7 @@ from batch_infer.engines.knee import find_knee
 from batch_infer.errors import RowError, SettingsError
 from batch_infer.jobs.bench.rows import Sampling
 from batch_infer.jobs.bench.settings import BenchSettings, Size
+from batch_infer.jobs.job import settle_compute
 from batch_infer.jobs.record import choose_compute
 from batch_infer.models import ModelCard, read_card
 from batch_infer.models.acceleration import speed_up
@@ -60,11 +61,11 @@ def load_subject(settings: BenchSettings) -> Subject:
     """Raises ModelError, and SettingsError where the device is not there or too small."""
     device = find_device(settings.model.device)
     run = RunSettings(TableSettings(()), Path(), model=settings.model, compute=settings.compute)
-    compute = choose_compute(run, None, device)
     try:
         if settings.architecture is not None:
-            return _built(settings.architecture, compute)
-        return _loaded(read_card(settings.model), compute)
+            return _built(settings.architecture, choose_compute(run, None, device))
+        card = read_card(settings.model)
+        return _loaded(card, settle_compute(run, card, device, None))
     except torch.OutOfMemoryError as error:
         raise memory_fault(error) from error
 

@@ -26,8 +26,7 @@ def run(recorder: Recorder) -> None:
     reference: dict[str, Any] = {}
     for dtype in ("float32",) if recorder.small else ("float32", "float16", "bfloat16"):
         with recorder.section(dtype) as results:
-            # TensorFloat-32 is switched off here, so that float32 means float32; `tf32_...` has torch's default.
-            torch.backends.cudnn.allow_tf32 = False
+            # Loading in float32 switches TensorFloat-32 off, for diffusers too; `tf32_...` has torch's default.
             subject = subjects.load_demo(recorder.device, dtype, slots)
             rows = subjects.rows_for(subject, count, steps, unguided=UNGUIDED)
             images = render(subject, rows)
