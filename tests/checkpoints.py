@@ -184,12 +184,12 @@ def make_unet(**architecture: Any) -> UNet2DConditionModel:
     }
     unet = UNet2DConditionModel(**settings | architecture)
     with torch.no_grad():
-        unet.conv_out.weight *= 3  # outputs near unit variance, as a trained one's are
+        unet.conv_out.weight.mul_(3)  # outputs near unit variance, as a trained one's are
         for name, weight in unet.named_parameters():
             if "attn2.to_v" in name or "attn2.to_out.0.weight" in name:
-                weight *= 4  # so that the prompt, and with it guidance, moves the image
+                weight.mul_(4)  # so that the prompt, and with it guidance, moves the image
             if "add_embedding" in name or "cond_proj" in name:
-                weight *= 4  # and so that what some are told beside it does
+                weight.mul_(4)  # and so that what some are told beside it does
     return unet.eval()
 
 
@@ -198,10 +198,10 @@ def _flexible_unet() -> FlexibleUNet:
     unet = FlexibleUNet(FlexibleUNetConfig.read({**OUTER, "configurations": TINY_DECIDIFFUSION}, "the tiny model"))
     for name, weight in unet.named_parameters():
         if weight.ndim == 1:
-            weight += 0.2 * torch.randn(weight.shape)  # so that no two norms and biases are alike
+            weight.add_(0.2 * torch.randn(weight.shape))  # so that no two norms and biases are alike
         if "attn2.to_v" in name or "attn2.to_out.0.weight" in name:
-            weight *= 4  # so that the prompt, and with it guidance, moves the image
-    unet.conv_out.weight *= 3  # outputs near unit variance, as a trained one's are
+            weight.mul_(4)  # so that the prompt, and with it guidance, moves the image
+    unet.conv_out.weight.mul_(3)  # outputs near unit variance, as a trained one's are
     return unet.eval()
 
 

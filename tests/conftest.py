@@ -82,3 +82,9 @@ def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sdxl_turbo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny SDXL Turbo checkpoint. Copy it before changing anything in it."""
     return checkpoints_xl.save_sdxl_turbo(tmp_path_factory.mktemp("checkpoints") / "sdxl_turbo")
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """Where a run of this test writes: not there yet."""
+    return tmp_path / "out"

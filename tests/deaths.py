@@ -11,12 +11,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from batch_infer.records import BOOKKEEPING
 from tests.paced import MODULE
-from tests.runs import start
+from tests.runs import results, run, start
+from tests.tables import write_csv
 
 SPAWNED = b"spawn_main"
 """What stands in the command line of a worker's process."""
+
+COLOURS = ("red", "green", "blue", "yellow")
 
 
 def workers_of(parent: int) -> list[int]:
@@ -100,3 +105,20 @@ def eventually(condition: Callable[[], bool], seconds: float = 300) -> bool:
             return False
         time.sleep(0.02)
     return True
+
+
+def table_of(folder: Path, rows: int) -> Path:
+    cells = [["prompt", "id", "num_inference_steps", "guidance_scale"]]
+    cells += [
+        [f"a {COLOURS[k % 4]} circle", f"r{k}", str(10 + k % 10), "1" if k % 5 == 0 else "5"] for k in range(rows)
+    ]
+    return write_csv(folder / "table.csv", cells)
+
+
+def undisturbed(table: Path, out: Path) -> list[dict[str, Any]]:
+    assert run(table, out, "--slots", "16").code == 0
+    return without_bookkeeping(out)
+
+
+def without_bookkeeping(out: Path) -> list[dict[str, Any]]:
+    return [{name: cell for name, cell in row.items() if name not in BOOKKEEPING} for row in results(out)]

@@ -20,6 +20,7 @@ from unittest import mock
 import pyarrow.parquet as pq
 
 from batch_infer.__main__ import main
+from batch_infer.settings import ModelSettings, RowDefaults, RunSettings, SafetySettings, TableSettings
 
 QUICK = ("--steps", "2", "--slots", "8", "--threads", "1", "--device", "cpu", "--on-flagged", "keep",
          "--num-processes", "0")  # fmt: skip
@@ -117,3 +118,14 @@ def assert_whole(out: Path) -> None:
         content = (out / row["generated_image"]).read_bytes()
         assert (hashlib.sha256(content).hexdigest(), len(content)) == (row["sha256"], row["image_bytes"])
     assert not [path for path in out.rglob(".*") if path.name != ".lock"]
+
+
+def settings_of(table: Path, out: Path) -> RunSettings:
+    """What the command makes of `run`'s options here, but for slots and threads."""
+    return RunSettings(
+        TableSettings((str(table),)),
+        out,
+        model=ModelSettings(device="cpu"),
+        defaults=RowDefaults(num_inference_steps=2),
+        safety=SafetySettings(on_flagged="keep"),
+    )

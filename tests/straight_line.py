@@ -108,7 +108,7 @@ class Network:
         return x + self.conv(f"{name}.proj_out", h)
 
     def attention(self, name: str, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        q, k, v = (self.linear(f"{name}.{to}", of).unflatten(-1, (self.heads, -1))
+        q, k, v = (self.linear(f"{name}.{to}", of).reshape(*of.shape[:-1], self.heads, -1)
                    for to, of in (("to_q", x), ("to_k", seen), ("to_v", seen)))  # fmt: skip
         weights = torch.einsum("nqhc,nkhc->nhqk", q, k) / math.sqrt(q.shape[-1])
         return self.linear(f"{name}.to_out.0", torch.einsum("nhqk,nkhc->nqhc", weights.softmax(-1), v).flatten(2))
@@ -176,7 +176,7 @@ class StraightLine:
         """The row's image, (H, W, 3) uint8."""
         image = self.vae.decode(self.denoise(request) / 0.18215).sample[0]
         image = (image / 2 + 0.5).clamp(0, 1)
-        return (image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        return np.asarray((image * 255).round().to(torch.uint8).permute(1, 2, 0))
 
     def denoise(self, request: PromptRequest) -> torch.Tensor:
         """DDIM without noise (arXiv 2010.02502, eq. 12) on v-predictions (arXiv 2202.00512, appendix D)."""

@@ -160,7 +160,11 @@ def test_rows_share_calls_where_their_texts_leave_the_shapes_alone(models: dict[
     assert {name for name, model in models.items() if model.one_by_one} == ONE_BY_ONE
     for name, model in models.items():
         asked: list[int] = []
-        spied = _Spy(model.pipeline, lambda arguments, asked=asked: asked.append(len(arguments["prompt"])))
+
+        def note(arguments: Any, asked: list[int] = asked) -> None:
+            asked.append(len(arguments["prompt"]))
+
+        spied = _Spy(model.pipeline, note)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(model, "pipeline", spied)
             render(model, [row(name, str(k), seed=k) for k in range(3)], slots=4)

@@ -17,7 +17,6 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import tomllib
 import yaml
 from click import Context, Parameter
 
@@ -28,6 +27,7 @@ from batch_infer.cli.environment import settings_of_environment
 from batch_infer.cli.run import run
 from batch_infer.jobs.simulation import SimulationSettings
 from batch_infer.models import DEMO_MODEL
+from tests import pyproject
 from tests.runs import QUICK
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +36,7 @@ README = (EXAMPLE / "README.md").read_text("utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
 SERVER_LOCK = (ROOT / "tools" / "azure-server.lock").read_text("utf-8")
 DOCKERFILE = (EXAMPLE / "environment" / "Dockerfile").read_text("utf-8")
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+PROJECT = pyproject.project()
 
 SDK = Path(sys.prefix) / "azure-sdk" / "bin" / "python"
 SERVER = Path(sys.prefix) / "azure-server"
@@ -126,7 +126,7 @@ def variables_of(deployment: dict[str, Any]) -> dict[str, str]:
 
 def scoring_script(kind: str) -> Path:
     code = spec(f"{kind}/deployment.yml")["code_configuration"]
-    return EXAMPLE / kind / code["code"] / code["scoring_script"]
+    return EXAMPLE / kind / str(code["code"]) / str(code["scoring_script"])
 
 
 def imported(path: Path) -> ModuleType:
@@ -333,7 +333,7 @@ def test_a_log_is_as_the_settings_say_and_tells_of_those_that_do_nothing(
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("BATCH_INFER_RESULTS", "csv")
     monkeypatch.delenv("AZUREML_MODEL_DIR", raising=False)
-    line = [sys.executable, "-c", TELL, tmp_path / "out"]
+    line: list[str | Path] = [sys.executable, "-c", TELL, tmp_path / "out"]
     done = subprocess.run(line, capture_output=True, text=True, timeout=600, check=True, cwd=ROOT)
     # OpenMP may say something of its own before anything of ours runs.
     told = json.loads(next(line for line in done.stderr.splitlines() if line.startswith("{")))

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tomllib
 import yaml
 from PIL import Image
 
 from batch_infer.cli.export_mlflow import export_mlflow
 from batch_infer.errors import SettingsError
 from batch_infer.models import DEMO_MODEL
+from tests import pyproject
 
 ROOT = Path(__file__).parent.parent
 SDK = Path(sys.prefix) / "azure-sdk" / "bin" / "python"
@@ -157,7 +157,7 @@ def test_a_model_holds_its_files_and_its_code_and_no_pickle(seen: dict[str, Any]
 
 def test_a_model_asks_for_what_batch_infer_does(seen: dict[str, Any], folder: Path) -> None:
     """And does so in a way that does not contradict what MLflow asks for itself."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    project = pyproject.project()
     own = project["dependencies"] + project["optional-dependencies"]["azure"]
     lines = (folder / "requirements.txt").read_text("utf-8").splitlines()
     names = {re.split("[^a-z-]", line)[0] for line in lines}
@@ -231,7 +231,7 @@ def test_nothing_is_written_over(seen: dict[str, Any], folder: Path) -> None:
 
 
 def test_without_mlflow_the_way_to_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules[export_mlflow.callback.__module__]  # type: ignore[union-attr]  # its name is the command's
+    module = sys.modules[export_mlflow.callback.__module__]  # its name is the command's
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(SettingsError, match=r"pip install 'batch-infer\[mlflow\]'"):
         export_mlflow.main([str(tmp_path / "model"), "-q"], standalone_mode=False)

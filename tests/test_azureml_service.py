@@ -31,8 +31,8 @@ from batch_infer.records import PromptRequest, Verdict
 from batch_infer.settings import OnFlagged, ServiceSettings
 from tests import runs
 from tests.dummies import DummyChain
+from tests.fakes import PaintingPipeline, paint
 from tests.rendering import furthest, make_request
-from tests.test_driven import Painter, paint
 
 Render = Callable[[Iterator[PromptRequest]], Iterator[Rendered | Unrendered]]
 
@@ -332,7 +332,7 @@ def test_a_service_that_is_closed_leaves_nobody_waiting(deployment: Deployment) 
 
 
 def test_rows_that_a_pipeline_can_make_together_go_together(deployment: Deployment) -> None:
-    painter: Any = Painter()
+    painter: Any = PaintingPipeline()
     chain = DrivenChain(painter, ChainShape(8, 1), None)
     with closing(Service(deployment, lambda *_: chain)) as found:
         outcomes = all_of(found, [paint(colour=i / 10, steps=4 + i % 2) for i in range(6)])

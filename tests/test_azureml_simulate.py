@@ -522,7 +522,17 @@ def test_duplicates_are_delivered_twice(tmp_path: Path) -> None:
 
 def simulated(tmp_path: Path, body: str, *options: str, files: int = 4) -> runs.Done:
     inputs, script = write_files(tmp_path / "in", files), write_script(tmp_path, body)
-    line = ("azureml-simulate", inputs, "--out", tmp_path / "out", "--script", script, "--gpus", "0", *options)
+    line: list[str | Path] = [
+        "azureml-simulate",
+        inputs,
+        "--out",
+        tmp_path / "out",
+        "--script",
+        script,
+        "--gpus",
+        "0",
+        *options,
+    ]
     return runs.command(*line)
 
 

@@ -39,10 +39,10 @@ from batch_infer.models.flops import decode_flops, row_forward_flops
 from batch_infer.planning import Packing, in_order
 from batch_infer.records import PromptRequest, SizeRules
 from batch_infer.settings import Compute, ComputeSettings, ModelSettings
+from tests.fakes import Painter
 from tests.pipelines import save_sd3
 from tests.rendering import furthest, load_family, make_request, render
 from tests.runs import Done, command
-from tests.test_chain import Painter
 
 ROWS = ("--rows", "9", "--steps", "1-3", "--slots", "4", "--threads", "1", "--device", "cpu")
 SAMPLED = 4
@@ -335,7 +335,12 @@ def demo() -> Any:
 def test_grouped_puts_equal_rows_together_up_to_the_slots(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[list[PromptRequest]] = []
     rival = PlainDiffusers(demo.model, demo.compute, grouped=True)
-    monkeypatch.setattr(rival, "_render", lambda batch: calls.append(batch) or np.zeros((len(batch), 1)))
+
+    def render(batch: list[PromptRequest]) -> np.ndarray:
+        calls.append(batch)
+        return np.zeros((len(batch), 1))
+
+    monkeypatch.setattr(rival, "_render", render)
     rows = [make_request(f"{k}", steps=2 + k % 2, guidance=[7.5, 1.0][k // 5], seed=k) for k in range(10)]
     assert sorted(row.id for row, _ in rival.render(rows)) == [row.id for row in rows]
     assert sorted(map(len, calls)) == [1, 2, 2, 2, 3]  # 3 and 2 with guidance, two to a call; 2 and 3 without
@@ -386,7 +391,12 @@ def test_rivals_call_the_networks_as_they_are(demo: Any) -> None:
 def test_compiled_rivals_pad_their_batches_to_one_size(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     rival = PlainDiffusers(demo.model, demo.compute, grouped=True, compiled=True)
-    monkeypatch.setattr(rival, "_render", lambda batch: sizes.append(len(batch)) or np.zeros((len(batch), 1)))
+
+    def render(batch: list[PromptRequest]) -> np.ndarray:
+        sizes.append(len(batch))
+        return np.zeros((len(batch), 1))
+
+    monkeypatch.setattr(rival, "_render", render)
     rows = [make_request(f"{k}", steps=2 + k // 3) for k in range(5)]
     assert len(list(rival.render(rows))) == 5
     assert sizes == [2, 2, 2]

@@ -13,67 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import PNDMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batch_infer.chain import Chain, ChainShape, Rendered, Unrendered
-from batch_infer.diffusion import Context, Solver
-from batch_infer.models.family import Conditioning
+from batch_infer.diffusion import Context
 from batch_infer.planning import Packing
 from batch_infer.records import PromptRequest, Verdict
 from batch_infer.safety.checker import StableDiffusionChecker
-from tests.rendering import CPU, load_family, make_request, render
+from tests.fakes import Painter, Recorder, Small, paint
+from tests.rendering import load_family, make_request, render
 
 REFUSED_STEPS = 3
 """What the painter's scheduler does not take."""
-
-
-class Painter:
-    """A family of plain arithmetic: the prompt is a colour, `nan` is none."""
-
-    device, safety_checker, feature_extractor, networks = CPU, None, None, ()
-
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        self.dtype = dtype
-        self.solver = Solver(PNDMScheduler(skip_prk_steps=False))
-        self.decoded: list[tuple[int, ...]] = []
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        return 3, height // 8, width // 8
-
-    def condition(self, requests: Sequence[PromptRequest]) -> list[Conditioning]:
-        colours = [
-            {"colour": torch.full((3, 1, 1), float(request.prompt or 0), dtype=self.dtype)} for request in requests
-        ]
-        return [
-            Conditioning((colour, colour if request.params.guided else None), 1, False)
-            for colour, request in zip(colours, requests, strict=True)
-        ]
-
-    def denoise(self, sample: torch.Tensor, timestep: torch.Tensor, context: Context) -> torch.Tensor:
-        return torch.tanh(sample) + context["colour"]
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        self.decoded.append(tuple(latents.shape))
-        return torch.sigmoid(latents).float().repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
-
-
-class Recorder:
-    """A judge that finds nothing, and remembers what it was shown."""
-
-    name = "recorder"
-
-    def __init__(self) -> None:
-        self.shown: list[list[tuple[int, ...]]] = []
-
-    def judge(self, images: Sequence[np.ndarray]) -> list[Verdict]:
-        self.shown.append([image.shape for image in images])
-        return [Verdict(False, self.name, {})] * len(images)
-
-
-def paint(name: str = "row", colour: float = 0.5, **asked: Any) -> PromptRequest:
-    return make_request(name, str(colour), **{"size": (16, 16), **asked})
 
 
 def run(
@@ -115,7 +67,8 @@ def test_every_request_comes_out_once(rows: list[Any], slots: int, decode: int) 
         else:
             assert (outcome.status == "invalid") == refused
             assert refused or outcome.request.prompt == "nan"
-    assert set(chain.model.decoded) <= {(decode, 3, 2, 2), (decode, 3, 2, 3)}  # one padded shape a size
+    painter: Any = chain.model
+    assert set(painter.decoded) <= {(decode, 3, 2, 2), (decode, 3, 2, 3)}  # one padded shape a size
 
 
 def test_an_image_depends_on_its_row_alone(sd1_folder: Path) -> None:
@@ -330,26 +283,6 @@ def test_giving_up_ends_the_thread() -> None:
 
 
 # Memory
-
-
-class Small(Painter):
-    """A painter on a device that holds so many slots, or so many images in a decoder call, and no more."""
-
-    def __init__(self, slots: int = 1000, decode: int = 1000) -> None:
-        super().__init__()
-        self.most_slots, self.most_images = slots, decode
-
-    def denoise(self, sample: torch.Tensor, timestep: torch.Tensor, context: Context) -> torch.Tensor:
-        self._refuse(len(sample) > self.most_slots)
-        return super().denoise(sample, timestep, context)
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        self._refuse(len(latents) > self.most_images)
-        return super().decode(latents)
-
-    def _refuse(self, too_many: bool) -> None:
-        if too_many:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more")
 
 
 @pytest.mark.parametrize("beside", [False, True])

@@ -300,7 +300,11 @@ def test_waits_grow_to_twenty_seconds() -> None:
 )
 def test_a_service_that_answers_nobody_is_given_up_after_our_patience(fault: Fault, clock: Clock) -> None:
     with serving(faults=lambda asked: fault) as service, gate_to(service, patience=0.2) as gate:
-        for check in (lambda: gate.check_prompt("a red square"), lambda: gate.check_image(GREY)):
+        checks: list[Callable[[], Verdict]] = [
+            lambda: gate.check_prompt("a red square"),
+            lambda: gate.check_image(GREY),
+        ]
+        for check in checks:
             started = clock.now
             with pytest.raises(ServiceError, match=f"at {service.endpoint} has not answered for .* run again to go on"):
                 check()

@@ -7,36 +7,16 @@ import random
 import shutil
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from batch_infer.records import BOOKKEEPING
-from tests.deaths import Killer, eventually, is_alive, workers_of
+from tests.deaths import Killer, eventually, is_alive, table_of, undisturbed, without_bookkeeping, workers_of
 from tests.runs import assert_whole, command, hashes, images, results, run, start
 from tests.tables import write_csv
 
 SEED = int(os.environ.get("SEED", "0"))
 """Of all that is drawn here; the variable sets another."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-COLOURS = ("red", "green", "blue", "yellow")
-
-
-def table_of(folder: Path, rows: int) -> Path:
-    cells = [["prompt", "id", "num_inference_steps", "guidance_scale"]]
-    cells += [
-        [f"a {COLOURS[k % 4]} circle", f"r{k}", str(10 + k % 10), "1" if k % 5 == 0 else "5"] for k in range(rows)
-    ]
-    return write_csv(folder / "table.csv", cells)
-
-
-def undisturbed(table: Path, out: Path) -> list[dict[str, Any]]:
-    assert run(table, out, "--slots", "16").code == 0
-    return without_bookkeeping(out)
-
-
-def without_bookkeeping(out: Path) -> list[dict[str, Any]]:
-    return [{name: cell for name, cell in row.items() if name not in BOOKKEEPING} for row in results(out)]
 
 
 def killed_at_random(folder: Path, rows: int, kills: int, seed: int) -> None:

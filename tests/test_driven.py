@@ -15,39 +15,9 @@ from hypothesis import strategies as st
 from batch_infer.chain import ChainShape, DrivenChain, Rendered, Unrendered
 from batch_infer.engines import knee
 from batch_infer.engines.knee import find_driven_knee
-from batch_infer.errors import RowBroken, RowError
-from batch_infer.models.family import Conditioning
 from batch_infer.planning import Batching, in_order
 from batch_infer.records import PromptRequest, Verdict
-from tests.rendering import CPU, make_request
-
-
-class Painter:
-    """A pipeline of plain arithmetic: the prompt is a colour, and some words are none."""
-
-    device, dtype, denoiser = CPU, torch.float32, None
-
-    def __init__(self, *, one_by_one: bool = False, memory: int = 1000) -> None:
-        self.one_by_one, self._memory = one_by_one, memory
-        self.calls: list[tuple[int, int]] = []
-
-    def render(self, requests: Sequence[PromptRequest], batch: int) -> torch.Tensor:
-        self.calls.append((len(requests), batch))
-        assert len(requests) <= batch
-        assert len({request.alike for request in requests}) == 1
-        if (1 if self.one_by_one else batch) > self._memory:
-            raise torch.OutOfMemoryError("out of memory\nand more")
-        for request in requests:
-            if request.prompt == "refused":
-                raise RowError("Painter does not take this row")
-            if request.prompt == "broken":
-                raise RowBroken("Painter broke off")
-        colours = torch.tensor([0.5 if request.prompt == "a trial" else float(request.prompt) for request in requests])
-        params = requests[0].params
-        return colours.reshape(-1, 1, 1, 1).expand(-1, 3, params.height, params.width)
-
-    def tell(self, request: PromptRequest) -> Conditioning:
-        return Conditioning(({}, None), len(request.prompt), None)
+from tests.fakes import PaintingPipeline, paint
 
 
 class Recorder:
@@ -63,14 +33,10 @@ class Recorder:
         return [Verdict(False, self.name, {})] * len(images)
 
 
-def paint(name: str = "row", colour: object = 0.5, **asked: Any) -> PromptRequest:
-    return make_request(name, str(colour), **{"size": (16, 16), **asked})
-
-
 def run(
     requests: Sequence[PromptRequest], slots: int = 4, stop: Callable[[], bool] = lambda: False, **painter: Any
 ) -> tuple[DrivenChain, dict[str, Rendered | Unrendered]]:
-    chain = DrivenChain(Painter(**painter), ChainShape(slots, 2), None, stop)  # type: ignore[arg-type]
+    chain = DrivenChain(PaintingPipeline(**painter), ChainShape(slots, 2), None, stop)  # type: ignore[arg-type]
     outcomes = list(chain.render(requests))
     found = {outcome.request.id: outcome for outcome in outcomes}
     assert len(found) == len(outcomes)
@@ -138,10 +104,10 @@ def test_rows_that_are_alike_are_planned_together() -> None:
 
 def test_the_knee_is_a_batch_that_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(knee, "TRIAL_SECONDS", 0.0)
-    roomy: Any = Painter(memory=4)
+    roomy: Any = PaintingPipeline(memory=4)
     assert find_driven_knee(roomy, paint().params).slots <= 8
     with pytest.raises(torch.OutOfMemoryError):
-        find_driven_knee(Painter(memory=0), paint().params)  # type: ignore[arg-type]
+        find_driven_knee(PaintingPipeline(memory=0), paint().params)  # type: ignore[arg-type]
 
 
 def test_only_rows_that_are_alike_share_a_call() -> None:
@@ -163,7 +129,7 @@ def test_a_refused_row_costs_no_other() -> None:
         for name, outcome in found.items()
         if isinstance(outcome, Unrendered)
     }
-    assert told == {"b": (True, "Painter does not take this row"), "d": (False, "Painter broke off")}
+    assert told == {"b": (True, "PaintingPipeline does not take this row"), "d": (False, "PaintingPipeline broke off")}
     assert chain.stages.images == 3
 
 
@@ -221,7 +187,7 @@ def test_a_table_is_read_as_it_is_rendered() -> None:
             read.append(str(k))
             yield paint(str(k))
 
-    chain = DrivenChain(Painter(), ChainShape(4, 2), None)  # type: ignore[arg-type]
+    chain = DrivenChain(PaintingPipeline(), ChainShape(4, 2), None)  # type: ignore[arg-type]
     outcomes = chain.render(table())
     next(outcomes)
     assert len(read) <= 3
@@ -229,7 +195,7 @@ def test_a_table_is_read_as_it_is_rendered() -> None:
 
 def test_the_judge_is_shown_its_own_batches() -> None:
     judge = Recorder()
-    chain = DrivenChain(Painter(), ChainShape(16, 3), judge)  # type: ignore[arg-type]
+    chain = DrivenChain(PaintingPipeline(), ChainShape(16, 3), judge)  # type: ignore[arg-type]
     outcomes = list(chain.render([paint(str(k)) for k in range(8)]))
     assert judge.shown == [3, 3, 2]
     assert all(isinstance(outcome, Rendered) and outcome.verdict.checker == "recorder" for outcome in outcomes)

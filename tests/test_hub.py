@@ -99,7 +99,7 @@ def test_sharded_weights_come_with_their_index(read: Read, served: Hub, reposito
     whole = repository / "unet" / f"{WEIGHTS}.safetensors"
     weights = load_file(whole)
     whole.unlink()
-    places = {}
+    places: dict[str, str] = {}
     for number, names in enumerate((sorted(weights)[::2], sorted(weights)[1::2]), 1):
         shard = f"{WEIGHTS}-{number:05}-of-00002.safetensors"
         save_file({name: weights[name] for name in names}, whole.with_name(shard), metadata={"format": "pt"})

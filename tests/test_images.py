@@ -33,7 +33,7 @@ def parameters_of(content: bytes) -> str:
     """The parameters as other programs find them: PNG text, or Exif's UserComment."""
     image = Image.open(io.BytesIO(content))
     if image.format == "PNG":
-        return str(image.text["parameters"])
+        return str(image.info["parameters"])
     comment = image.getexif().get_ifd(0x8769)[0x9286]
     assert comment.startswith(b"UNICODE\0")
     return str(comment[8:].decode("utf-16-be"))
@@ -114,7 +114,7 @@ def test_suffixes(image_format: ImageFormat, suffix: str) -> None:
 
 def test_blank_is_black() -> None:
     found = images.blank(PIXELS)
-    assert (found.shape, found.dtype, found.max()) == (PIXELS.shape, np.uint8, 0)
+    assert (found.shape, found.dtype, found.max()) == (PIXELS.shape, np.dtype(np.uint8), 0)
     assert PIXELS.max() == 255, "the image itself is left as it is"
 
 
@@ -125,6 +125,6 @@ def test_blur_leaves_colour_and_no_shape(side: int) -> None:
     board = np.kron(cells, np.ones((side // 8, side // 8), int)).astype(np.uint8)[:, :, None].repeat(3, 2)
     found = images.blur(board)
     middle = found[side // 4 : -side // 4, side // 4 : -side // 4].astype(int)
-    assert (found.shape, found.dtype) == (board.shape, np.uint8)
+    assert (found.shape, found.dtype) == (board.shape, np.dtype(np.uint8))
     assert middle.max() - middle.min() < 64 < 255
     assert abs(int(middle.mean()) - 127) < 8

@@ -14,9 +14,9 @@ from batch_infer.engines import knee
 from batch_infer.engines.knee import find_knee
 from batch_infer.records import SamplingParams
 from tests.clocks import Clock
+from tests.fakes import Painter, Small
 from tests.runs import command, run, run_json
 from tests.tables import write_csv
-from tests.test_chain import Painter, Small
 
 PARAMS = SamplingParams(16, 16, 50, 7.5, 0.0)
 

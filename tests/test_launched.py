@@ -18,10 +18,9 @@ import pytest
 
 from batch_infer.engines.launched import MEETING, Launched, Place, find_rank_0, place
 from batch_infer.errors import SettingsError
-from tests.deaths import eventually
+from tests.deaths import eventually, table_of, undisturbed, without_bookkeeping
 from tests.paced import MODULE
 from tests.runs import QUICK, assert_whole, hashes, results, run
-from tests.test_deaths import table_of, undisturbed, without_bookkeeping
 
 OURS = ("--slots", "16")
 LAUNCHED = tuple(option for option in QUICK if option not in ("--num-processes", "0"))

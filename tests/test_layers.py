@@ -284,6 +284,21 @@ def test_the_library_of_an_extra_is_imported_late_in_the_one_module_that_is_name
     ]
 
 
+def test_test_modules_do_not_import_each_other() -> None:
+    """What several share has a module of its own, with a plain name."""
+    imports = {
+        path.name: {
+            f"{node.module}.{name.name}" if isinstance(node, ast.ImportFrom) else name.name
+            for node in ast.walk(ast.parse(path.read_text("utf-8")))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for name in node.names
+        }
+        for path in (ROOT / "tests").glob("*.py")
+    }
+    assert "test_layers.py" in imports
+    assert not {name: bad for name, found in imports.items() if (bad := [n for n in found if "tests.test_" in n])}
+
+
 def test_a_file_opens_by_saying_what_it_is() -> None:
     openings = {name: ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "" for name, path in MODULES.items()}
     assert not [name for name, opening in openings.items() if not opening.split("\n\n")[0].endswith((".", ":"))]

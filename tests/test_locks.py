@@ -7,15 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
-import tomllib
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.pyproject import project
 from tools.lowest_versions import HELD, lowest_versions
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT = ROOT / "pyproject.toml"
-PROJECT = tomllib.loads(PYPROJECT.read_text("utf-8"))["project"]
+PROJECT = project()
 LOCKED = {
     canonicalize_name(name): version
     for name, version in re.findall(

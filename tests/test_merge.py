@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date, timedelta
 from decimal import Decimal
@@ -17,7 +18,7 @@ import pytest
 
 from batch_infer.jobs import merge as merging
 from batch_infer.jobs import out as outdir
-from batch_infer.jobs.merge import Counts, Item
+from batch_infer.jobs.merge import Counts
 from batch_infer.jobs.results import remove_other_results
 from batch_infer.manifest import SCHEMA, Manifest
 from batch_infer.records import PromptRequest, ResultRow, SamplingParams, Source, now
@@ -41,7 +42,9 @@ def result(name: str, index: int = 0, **values: Any) -> ResultRow:
     return ResultRow(**{"id": name, "image_index": index, **usual, **values})
 
 
-def merge(out: Path, items: list[Item], carried: pa.Schema = NONE, **output: Any) -> tuple[Counts, pa.Table]:
+def merge(
+    out: Path, items: Sequence[PromptRequest | ResultRow], carried: pa.Schema = NONE, **output: Any
+) -> tuple[Counts, pa.Table]:
     with Manifest(out).index() as index:
         counts = merging.merge(items, index, carried, out, OutputSettings(**output))
     return counts, pq.read_table(out / "results.parquet")
@@ -83,7 +86,8 @@ def test_what_is_counted(tmp_path: Path) -> None:
     ]
     Manifest(tmp_path).commit(rows, NONE)
     names = ["flagged", "later", "dropped", "failed", "blocked", "never"]
-    items: list[Item] = [request("two", 0), request("two", 1), *(request(n, row=i) for i, n in enumerate(names, 1))]
+    items: list[PromptRequest | ResultRow] = [request("two", 0), request("two", 1)]
+    items += [request(name, row=number) for number, name in enumerate(names, 1)]
     items.append(replace(rows[7], source_file="t.csv", source_row=8))
     counts, table = merge(tmp_path, items)
     assert counts == Counts(rows=8, images=3, ok=2, flagged=2, blocked=1, invalid=1, failed=1, left=2, bad_rows=2)
@@ -111,7 +115,7 @@ def test_no_rows_make_a_table_of_none(tmp_path: Path) -> None:
 
 def test_csv_and_jsonl_say_what_parquet_says(tmp_path: Path) -> None:
     carried = pa.schema([("day", pa.date32()), ("price", pa.decimal128(5, 2)), ("tags", pa.list_(pa.string()))])
-    values = {"day": date(2026, 5, 1), "price": Decimal("1.50"), "tags": ["a", "ü"]}
+    values: dict[str, Any] = {"day": date(2026, 5, 1), "price": Decimal("1.50"), "tags": ["a", "ü"]}
     row = result(
         "ü,🎨", prompt='two\nlines, "quoted"', nsfw_content_detected=False, safety_scores={"concept_0": -0.1},
         guidance_scale=7.1, seconds=0.25, seed=2**63 - 1, error=None,

@@ -113,6 +113,7 @@ def metrics(file: Path) -> dict[str, float]:
     return {sample.name.removeprefix("batch_infer_"): sample.value for sample in samples}
 
 
+@pytest.mark.promises
 @pytest.mark.parametrize(("night", "grows"), [(by_cron, (2, 1, 1)), (by_systemd, (2, 1, 0))], ids=["cron", "systemd"])
 def test_three_nights(home: Path, night: Callable[[Path], Done], grows: tuple[int, ...]) -> None:
     folder = home / "nightly"

@@ -41,11 +41,6 @@ def table(tmp_path: Path) -> Path:
     return write_csv(tmp_path / "t.csv", MIXED)
 
 
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out"
-
-
 def plan(table: Path | str, out: Path, *options: str | Path) -> dict[str, Any]:
     done = command("plan", table, "--out", out, *QUICK, "--json", *options)
     assert done.code in (0, 3), done.stderr
@@ -72,7 +67,12 @@ def test_a_plan_is_what_the_run_does(table: Path, out: Path) -> None:
 @pytest.mark.promises
 def test_steps_that_the_scheduler_refuses_are_invalid_beforehand(tmp_path: Path, out: Path) -> None:
     """Only the scheduler knows which."""
-    rows = [["prompt", "num_inference_steps", "num_images_per_prompt"], ["x", 4, 1], ["x", 3, 2], ["x", 5, 1]]
+    rows: list[list[Any]] = [
+        ["prompt", "num_inference_steps", "num_images_per_prompt"],
+        ["x", 4, 1],
+        ["x", 3, 2],
+        ["x", 5, 1],
+    ]
     table = write_csv(tmp_path / "t.csv", rows)
     options = ("--scheduler", "PNDMScheduler:skip_prk_steps=false")
     planned = plan(table, out, *options)
@@ -181,7 +181,17 @@ def plan_apart(table: Path, folder: Path) -> tuple[dict[str, Any], str, int]:
     """A plan in a process of its own: what it says, what it loaded of the rendering libraries, its peak in KiB."""
     script = folder / "planning.py"
     script.write_text(PLANNING)
-    line = [sys.executable, script, table, "--out", folder / "none", "--json", "--steps", "2", *DEVICE]
+    line: list[str | Path] = [
+        sys.executable,
+        script,
+        table,
+        "--out",
+        folder / "none",
+        "--json",
+        "--steps",
+        "2",
+        *DEVICE,
+    ]
     done = subprocess.run(line, capture_output=True, text=True, check=True, timeout=600)
     _, loaded, peak = done.stderr.splitlines()[-1].split(" ", 2)
     return json.loads(done.stdout), loaded, int(peak)
@@ -245,7 +255,19 @@ def has_loaded_torch(process: int) -> bool:
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
 def test_a_plan_that_is_ended_leaves_no_process(table: Path, out: Path, number: signal.Signals) -> None:
-    line = [sys.executable, "-m", "batch_infer", "plan", table, "--out", out, "--device", "cpu", "--steps", "7"]
+    line: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "batch_infer",
+        "plan",
+        table,
+        "--out",
+        out,
+        "--device",
+        "cpu",
+        "--steps",
+        "7",
+    ]
     pipe = subprocess.PIPE
     with subprocess.Popen(line, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as plan:
         assert wait_for(plan, lambda: len(children(plan)) > 1)  # multiprocessing's own, and the one that knows torch

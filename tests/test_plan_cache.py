@@ -18,7 +18,7 @@ from tests.tables import write_csv
 
 GPU = Device("cuda", "NVIDIA Test", 2)
 INFORMATION = "Model: \t\t NVIDIA Test\nIRQ: 35\n"
-ROWS = [["prompt", "num_inference_steps"], ["a red circle", 2], ["a green star", 3]]
+ROWS: list[list[Any]] = [["prompt", "num_inference_steps"], ["a red circle", 2], ["a green star", 3]]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,17 @@ def questions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def plan(table: Path, *options: str) -> dict[str, Any]:
-    line = ("plan", table, "--out", table.parent / "out", *QUICK, "--device", "auto", "--json", *options)
+    line: list[str | Path] = [
+        "plan",
+        table,
+        "--out",
+        table.parent / "out",
+        *QUICK,
+        "--device",
+        "auto",
+        "--json",
+        *options,
+    ]
     done = command(*line)
     assert done.code in (0, 3), done.stderr
     return dict(json.loads(done.stdout))

@@ -73,7 +73,13 @@ def test_an_invalid_row_is_told_once() -> None:
 
 
 def test_what_is_pending_knows_what_it_replaces() -> None:
-    rows = [request("new"), request("done"), request("changed"), invalid_row(), request("failed")]
+    rows: list[PromptRequest | ResultRow] = [
+        request("new"),
+        request("done"),
+        request("changed"),
+        invalid_row(),
+        request("failed"),
+    ]
     shelf = Shelf(
         {
             ("done", 0): Kept("ok"),

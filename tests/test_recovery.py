@@ -244,7 +244,7 @@ def test_of_an_old_part_one_column_is_read_and_no_image(tmp_path: Path, monkeypa
         commit(tmp_path, result(sink, f"a{hours}", finished_at=END - timedelta(hours=hours)))
     commit(tmp_path, result(sink, "a"))
     read: list[object] = []
-    real_part, real_whole = recovery.read_part, recovery.is_whole
+    real_part, real_whole = vars(recovery)["read_part"], vars(recovery)["is_whole"]
 
     def read_part(part: Path, *columns: Any) -> pa.Table:
         read.append(columns)
@@ -252,7 +252,7 @@ def test_of_an_old_part_one_column_is_read_and_no_image(tmp_path: Path, monkeypa
 
     def is_whole(out: Path, path: str, *told: Any) -> bool:
         read.append(path)
-        return real_whole(out, path, *told)
+        return bool(real_whole(out, path, *told))
 
     monkeypatch.setattr(recovery, "read_part", read_part)
     monkeypatch.setattr(recovery, "is_whole", is_whole)

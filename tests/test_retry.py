@@ -22,11 +22,6 @@ def table(tmp_path: Path) -> Path:
     return write_csv(tmp_path / "t.csv", ROWS)
 
 
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out"
-
-
 def retry(out: Path, *arguments: str | Path) -> Done:
     return command("retry", out, *arguments)
 

@@ -32,10 +32,9 @@ from batch_infer.jobs.run import run as score
 from batch_infer.manifest import SCHEMA
 from batch_infer.models import DEMO_MODEL
 from batch_infer.models.stable_diffusion import StableDiffusion
-from batch_infer.settings import ModelSettings, RowDefaults, RunSettings, SafetySettings, TableSettings
 from batch_infer.sinks import FolderSink
 from tests.paced import MODULE
-from tests.runs import assert_whole, command, hashes, images, results, run, run_json, start, wait_for
+from tests.runs import assert_whole, command, hashes, images, results, run, run_json, settings_of, start, wait_for
 from tests.serving import serving
 from tests.tables import write_bytes, write_csv, write_parquet
 
@@ -66,11 +65,6 @@ def open_image(out: Path, row: dict[str, Any]) -> Any:
 
 def pixels(out: Path, row: dict[str, Any]) -> np.ndarray:
     return np.asarray(open_image(out, row))
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out"
 
 
 @pytest.fixture
@@ -110,17 +104,6 @@ def mixed_hashes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, in
     found = hashes(folder / "out")
     assert len(set(found.values())) == len(found) == 9
     return found
-
-
-def settings_of(table: Path, out: Path) -> RunSettings:
-    """What the command makes of `run`'s options here, but for slots and threads."""
-    return RunSettings(
-        TableSettings((str(table),)),
-        out,
-        model=ModelSettings(device="cpu"),
-        defaults=RowDefaults(num_inference_steps=2),
-        safety=SafetySettings(on_flagged="keep"),
-    )
 
 
 # What a run leaves
@@ -856,8 +839,12 @@ def killed_and_gone_on_with(table: Path, out: Path, random_: random.Random, time
     killed = 0
     for _ in range(times):
         enough = len(images(out)) + random_.randint(0, 6)
+
+        def has_enough(enough: int = enough) -> bool:
+            return len(images(out)) >= enough
+
         with start(table, out, *STEPS, program=MODULE, PACE_SECONDS="0.1") as process:
-            wait_for(process, lambda enough=enough: len(images(out)) >= enough)
+            wait_for(process, has_enough)
             time.sleep(random_.uniform(0, 0.5))
             process.send_signal(signal.SIGKILL)
             process.communicate()

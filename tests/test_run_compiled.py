@@ -19,6 +19,7 @@ from batch_infer.jobs import job
 from batch_infer.jobs import run as jobs
 from batch_infer.jobs.plan import plan
 from batch_infer.jobs.run import run
+from batch_infer.models import read_card
 from batch_infer.records import now
 from batch_infer.settings import Compute, ComputeSettings, Device, ModelSettings, RunSettings, TableSettings
 from tests.runs import results, run_json
@@ -56,7 +57,7 @@ class Uncompilable(Inline):
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunSettings:
     """Of a run that compiles by default, as on a GPU."""
-    choose = job.choose_compute
+    choose = vars(job)["choose_compute"]
     monkeypatch.setattr(
         job,
         "choose_compute",
@@ -154,7 +155,7 @@ def test_the_summary_has_the_share_of_the_peak(settings: RunSettings, monkeypatc
 )  # fmt: skip
 def test_the_dtype_of_a_gpu_is_the_familys(family: str, kept: str | None, dtype: str, tmp_path: Path) -> None:
     """Diffusion transformers overflow in float16; a run that an earlier version began in it goes on in it."""
-    card = replace(job.read_card(ModelSettings()), family=family)
+    card = replace(read_card(ModelSettings()), family=family)
     earlier = None if kept is None else {"compute": {"dtype": kept}}
     settings = RunSettings(TableSettings(()), tmp_path, compute=ComputeSettings(compiled=False))
     assert job.settle_compute(settings, card, Device("cuda", "NVIDIA H200"), earlier).dtype == dtype

@@ -56,6 +56,7 @@ def test_squares_are_judged_as_diffusers_does(model: Any, checker: StableDiffusi
 def test_scores_are_kept_and_explain_the_verdict(checker: StableDiffusionChecker) -> None:
     for verdict in judge_all(checker, probe_images(PROBES)):
         assert verdict.checker == "stable_diffusion"
+        assert verdict.scores is not None
         assert list(verdict.scores) == [f"concept_{k}" for k in range(17)]
         assert verdict.nsfw == any(score > 0 for score in verdict.scores.values())
 
@@ -67,6 +68,7 @@ def test_special_care_lowers_the_other_thresholds(model: Any, checker: StableDif
     with filled(model, "special_care_embeds_weights", -2.0):
         alert = checker.judge(images)
     for before, after in zip(calm, alert, strict=True):
+        assert before.scores is not None
         assert after.scores == pytest.approx({name: score + 0.01 for name, score in before.scores.items()})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -419,7 +419,8 @@ def test_who_rescores_second_sees_what_the_first_has_done(tmp_path: Path, monkey
     """Images that were blanked while this one loaded its judges are not taken for what was rendered."""
     out, path = tmp_path / "out", table(tmp_path, CROSSES)
     assert runs.run(path, out, *SHARP, "--safety", "checker", "--on-flagged", "keep").code == 0
-    real, done = rescore.find_model, []
+    real: Callable[[Any], Any] = vars(rescore)["find_model"]
+    done: list[int] = []
 
     def find_model(settings: Any) -> Any:
         if not done:

@@ -174,26 +174,27 @@ def test_a_scheduler_that_takes_no_count_says_why() -> None:
 class Stub:
     """A scheduler of one rule."""
 
-    config = SimpleNamespace()
+    config: Any = SimpleNamespace()
     init_noise_sigma = 1.0
+    timesteps: torch.Tensor
 
     def __init__(self, rule: Any) -> None:
         self._rule = rule
 
-    def set_timesteps(self, steps: int, device: Any = None) -> None:
-        self.timesteps = torch.arange(steps, 0, -1)
+    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
+        self.timesteps = torch.arange(num_inference_steps, 0, -1)
 
-    def step(self, output: torch.Tensor, timestep: Any, sample: torch.Tensor, return_dict: bool) -> Any:
-        return (self._rule(output, sample),)
+    def step(self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, **kwargs: Any) -> Any:
+        return (self._rule(model_output, sample),)
 
 
 class DrawingStub(Stub):
     """A scheduler of one rule that takes a generator."""
 
-    def step(  # type: ignore[override]
-        self, output: torch.Tensor, timestep: Any, sample: torch.Tensor, return_dict: bool, generator: Any = None
+    def step(
+        self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, generator: Any = None, **kwargs: Any
     ) -> Any:
-        return (self._rule(output, sample, generator),)
+        return (self._rule(model_output, sample, generator),)
 
 
 def test_rules_that_are_no_fixed_linear_map_are_refused() -> None:

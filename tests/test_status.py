@@ -13,7 +13,7 @@ import pytest
 
 from batch_infer.jobs import out as outdir
 from tests.paced import MODULE
-from tests.runs import command, results, run, start, wait_for
+from tests.runs import command, results, run, settings_of, start, wait_for
 from tests.tables import write_csv
 
 
@@ -23,11 +23,6 @@ def table(tmp_path: Path) -> Path:
     return write_csv(tmp_path / "t.csv", rows)
 
 
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out"
-
-
 def status(out: Path) -> dict[str, Any]:
     done = command("status", out, "--json")
     assert done.code == 0, done.stderr
@@ -35,7 +30,7 @@ def status(out: Path) -> dict[str, Any]:
 
 
 def total(told: dict[str, Any]) -> int:
-    return sum(told["counts"].values()) + int(told["left"])
+    return int(sum(told["counts"].values()) + told["left"])
 
 
 def test_a_run_that_is_done(table: Path, out: Path) -> None:
@@ -90,7 +85,6 @@ def test_a_run_before_it_knows_what_there_is(table: Path, out: Path) -> None:
 def test_a_run_that_stopped_early_says_what_is_left(table: Path, out: Path) -> None:
     from batch_infer.cli.progress import Together
     from batch_infer.jobs.run import run as score
-    from tests.test_run import settings_of
 
     score(settings_of(table, out), Together(), stop=lambda: True)
     told = status(out)

@@ -164,14 +164,16 @@ def test_a_rank_with_another_model_does_not_join(tmp_path: Path, monkeypatch: py
     launched.join(place, "auto", tmp_path, settings.card, lambda: False)
     assert taken[0].card == settings.card
     assert there.recv() == 1
-    for change in ({"fingerprint": "other"}, {"scheduler_fingerprint": "other"}):
+    changes: list[dict[str, Any]] = [{"fingerprint": "other"}, {"scheduler_fingerprint": "other"}]
+    for change in changes:
         with pytest.raises(ModelError, match="rank 1: built-in demo model differs from what rank 0 has"):
             launched.join(place, "auto", tmp_path, replace(settings.card, **change), lambda: False)
 
 
 def test_a_row_that_workers_give_no_result_for_has_failed(tmp_path: Path) -> None:
     """It is handed out again, in the end alone, and no worker that is idle is waited for."""
-    pool, done = Pool(), []
+    pool = Pool()
+    done: list[ResultRow] = []
     made = shift_of(pool, tmp_path, rows=1, committed=done.extend)
     peer, end = pool.peers[0], pool.ends[0]
     made._take(peer, Ready())

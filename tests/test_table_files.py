@@ -17,7 +17,6 @@ import pytest
 
 from batch_infer.errors import TableError, TryAgainLater
 from batch_infer.records import PromptRequest, ResultRow
-from batch_infer.table import remote
 from tests.serving import serving
 from tests.tables import ROWS, RULES, essence, in_format, open_tables, read, read_requests, write_bytes, write_csv
 
@@ -39,7 +38,8 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def expected() -> list[tuple[Any, ...]]:
-    return essence(read_requests(write_csv(Path("equal/t.csv"), [list(ROWS[0]), *(row.values() for row in ROWS)])))
+    cells = [list(ROWS[0]), *(list(row.values()) for row in ROWS)]
+    return essence(read_requests(write_csv(Path("equal/t.csv"), cells)))
 
 
 def refusal_of(*tables: Path | str, **options: Any) -> str:
@@ -145,7 +145,7 @@ def pipe(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
 @pytest.mark.parametrize("ending", FORMATS)
 def test_any_format_may_be_piped_in(ending: str, monkeypatch: pytest.MonkeyPatch, temporary: Path) -> None:
     rows = [{"id": f"row {i}", **row} for i, row in enumerate(ROWS)]
-    equal = read_requests(write_csv(Path("t.csv"), [list(rows[0]), *(row.values() for row in rows)]))
+    equal = read_requests(write_csv(Path("t.csv"), [list(rows[0]), *(list(row.values()) for row in rows)]))
     pipe(monkeypatch, in_format(ending, rows))
     with open_tables("-", "-") as tables:
         assert tables.files == ["stdin"]
@@ -341,7 +341,7 @@ class Stubborn:
 def test_whose_fault_it_is(
     error: Exception, kind: type[Exception], sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote.fsspec, "url_to_fs", lambda url, **options: (Stubborn(error), url))
+    monkeypatch.setattr(fsspec, "url_to_fs", lambda url, **options: (Stubborn(error), url))
     with pytest.raises(kind) as caught:
         open_tables("x://a.csv")
     assert str(caught.value).startswith(sentence)

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from batch_infer.errors import TableError
 from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.table import documents, scanner, streams
+from batch_infer.table.scanner import Scanner
 from tests.tables import (
     ROWS,
     RULES,
@@ -304,7 +305,8 @@ def test_a_column_has_the_type_that_holds_all_its_values(
 @pytest.mark.parametrize("ending", ["jsonl", "json"])
 def test_keys_that_are_values_cost_their_rows(ending: str) -> None:
     """Memory must not grow with the table, nor must a result have a column for each row of it."""
-    rows = [{"prompt": "x"}, *({"prompt": "x", f"key {i}": 1} for i in range(2000)), {"prompt": "z"}]
+    rows: list[dict[str, Any]] = [{"prompt": "x"}, {"prompt": "z"}]
+    rows[1:1] = ({"prompt": "x", f"key {i}": 1} for i in range(2000))
     found = read(write(f"t.{ending}", in_format(ending, rows)))
     faults = [error for error in errors_of(found) if error]
     assert len(faults) == 2000 - 1023
@@ -540,7 +542,7 @@ def test_documents_that_cannot_be_read(content: str, sentence: str) -> None:
 
 def test_an_element_without_end_ends_the_document(monkeypatch: pytest.MonkeyPatch) -> None:
     """And what is no row may be of any length."""
-    monkeypatch.setattr(documents, "Scanner", partial(documents.Scanner, longest=1000))
+    monkeypatch.setattr(documents, "Scanner", partial(Scanner, longest=1000))
     payload = {"index": list(range(100_000)), "columns": ["prompt"], "data": ["x", "y" * 200_000, "z"]}
     found = read(write("t.json", payload))
     assert errors_of(found) == [None, "the file breaks off here: it is no JSON: Unterminated string starting"]
@@ -673,7 +675,7 @@ def test_any_json_is_accounted_for(values: list[Any]) -> None:
 @relaxed
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), max_size=8))
 def test_text_is_the_same_from_every_format(prompts: list[str]) -> None:
-    rows = [{"prompt": "x"}, *({"prompt": prompt} for prompt in prompts)]
+    rows: list[dict[str, Any]] = [{"prompt": "x"}, *({"prompt": prompt} for prompt in prompts)]
     outcomes = [
         [(item.id, item.prompt, item.fingerprint) for item in read(write(f"t.{ending}", in_format(ending, rows)))]
         for ending in ("jsonl", "json", "parquet", "json.gz", "jsonl.zst")

@@ -1,0 +1,115 @@
+"""Stand-ins for models and judges, of plain arithmetic: a prompt is the number of a colour."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import PNDMScheduler
+
+from batch_infer.diffusion import Context, Solver
+from batch_infer.errors import RowBroken, RowError
+from batch_infer.models.family import Conditioning
+from batch_infer.records import PromptRequest, Verdict
+from tests.rendering import CPU, make_request
+
+
+class Painter:
+    """A family of plain arithmetic: the prompt is a colour, `nan` is none."""
+
+    device = CPU
+    safety_checker: Any = None
+    feature_extractor: Any = None
+    pipeline: Any = None
+    networks: Sequence[torch.nn.Module] = ()
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
+        self.solver = Solver(PNDMScheduler(skip_prk_steps=False))
+        self.decoded: list[tuple[int, ...]] = []
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        return 3, height // 8, width // 8
+
+    def condition(self, requests: Sequence[PromptRequest]) -> list[Conditioning]:
+        colours = [
+            {"colour": torch.full((3, 1, 1), float(request.prompt or 0), dtype=self.dtype)} for request in requests
+        ]
+        return [
+            Conditioning((colour, colour if request.params.guided else None), 1, False)
+            for colour, request in zip(colours, requests, strict=True)
+        ]
+
+    def denoise(self, sample: torch.Tensor, timestep: torch.Tensor, context: Context) -> torch.Tensor:
+        return torch.tanh(sample) + context["colour"]
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        self.decoded.append(tuple(latents.shape))
+        return torch.sigmoid(latents).float().repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
+
+
+class Small(Painter):
+    """A painter on a device that holds so many slots, or so many images in a decoder call, and no more."""
+
+    def __init__(self, slots: int = 1000, decode: int = 1000) -> None:
+        super().__init__()
+        self.most_slots, self.most_images = slots, decode
+
+    def denoise(self, sample: torch.Tensor, timestep: torch.Tensor, context: Context) -> torch.Tensor:
+        self._refuse(len(sample) > self.most_slots)
+        return super().denoise(sample, timestep, context)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        self._refuse(len(latents) > self.most_images)
+        return super().decode(latents)
+
+    def _refuse(self, too_many: bool) -> None:
+        if too_many:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more")
+
+
+class PaintingPipeline:
+    """A pipeline of plain arithmetic: the prompt is a colour, and some words are none."""
+
+    device, dtype, denoiser = CPU, torch.float32, None
+
+    def __init__(self, *, one_by_one: bool = False, memory: int = 1000) -> None:
+        self.one_by_one, self._memory = one_by_one, memory
+        self.calls: list[tuple[int, int]] = []
+
+    def render(self, requests: Sequence[PromptRequest], batch: int) -> torch.Tensor:
+        self.calls.append((len(requests), batch))
+        assert len(requests) <= batch
+        assert len({request.alike for request in requests}) == 1
+        if (1 if self.one_by_one else batch) > self._memory:
+            raise torch.OutOfMemoryError("out of memory\nand more")
+        for request in requests:
+            if request.prompt == "refused":
+                raise RowError("PaintingPipeline does not take this row")
+            if request.prompt == "broken":
+                raise RowBroken("PaintingPipeline broke off")
+        colours = torch.tensor([0.5 if request.prompt == "a trial" else float(request.prompt) for request in requests])
+        params = requests[0].params
+        return colours.reshape(-1, 1, 1, 1).expand(-1, 3, params.height, params.width)
+
+    def tell(self, request: PromptRequest) -> Conditioning:
+        return Conditioning(({}, None), len(request.prompt), None)
+
+
+class Recorder:
+    """A judge that finds nothing, and remembers what it was shown."""
+
+    name = "recorder"
+
+    def __init__(self) -> None:
+        self.shown: list[list[tuple[int, ...]]] = []
+
+    def judge(self, images: Sequence[np.ndarray]) -> list[Verdict]:
+        self.shown.append([image.shape for image in images])
+        return [Verdict(False, self.name, {})] * len(images)
+
+
+def paint(name: str = "row", colour: object = 0.5, **asked: Any) -> PromptRequest:
+    return make_request(name, str(colour), **{"size": (16, 16), **asked})
