@@ -7,12 +7,11 @@ import os
 import signal
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from batch_infer.cli import logs, progress
+from batch_infer.cli import logs
 from batch_infer.cli.logs import set_up_logging
 from batch_infer.cli.progress import Bar, Lines, Together, make_progress
 from batch_infer.cli.report import report
@@ -63,22 +62,6 @@ def test_the_bar_counts_what_was_done_before(monkeypatch: pytest.MonkeyPatch) ->
     assert last.startswith("100%")
     assert "10/10" in last
     assert "1 flagged, 1 failed, 1 invalid" in last
-
-
-def test_lines_come_every_few_seconds(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    clock = [100.0]
-    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    set_up_logging(quiet=False, verbose=False)
-    lines = Lines()
-    lines.start(Survey(total=10, done=2, pending=8))
-    for clock[0] in (105.0, 110.0, 111.0, 120.0):
-        lines.committed(rows("ok", "failed"))
-    lines.close()
-    assert capsys.readouterr().err.splitlines() == [
-        "batch-infer: 8 to render, 2 done before, 0 invalid",
-        "batch-infer: 6 of 10, 0.40 images/s, 00:10 left, 0 flagged, 2 failed",
-        "batch-infer: 10 of 10, 0.40 images/s, 00:00 left, 0 flagged, 4 failed",
-    ]
 
 
 @pytest.mark.parametrize(

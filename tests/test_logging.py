@@ -171,7 +171,7 @@ def test_there_is_no_bar_among_json_lines(monkeypatch: pytest.MonkeyPatch, capsy
     assert isinstance(lines, Lines)
     set_up_logging()
     lines.start(Survey(total=1, pending=1))
-    assert messages(capsys.readouterr().err) == ["1 to render, 0 done before, 0 invalid"]
+    assert messages(capsys.readouterr().err) == ["1 to render, 0 done before, 0 invalid", "loading model"]
 
 
 SLIPS = """

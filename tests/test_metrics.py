@@ -21,6 +21,7 @@ from batch_infer.jobs.merge import Counts
 from batch_infer.jobs.out import locked
 from batch_infer.jobs.summary import Summary
 from batch_infer.jobs.survey import Survey
+from batch_infer.jobs.throughput import Throughput
 from batch_infer.records import ResultRow, now
 from tests.runs import command, run
 from tests.tables import write_csv
@@ -79,11 +80,15 @@ def test_a_run_from_its_start_to_its_end(file: Path, clock: SimpleNamespace) -> 
             "info": {"version": batch_infer.__version__, "model": "sd"}, "running": 1,
             "start_timestamp_seconds": 1e9 + 100, "images_rendered": 0, "images_per_second": 0,
         }  # fmt: skip
+        throughput = Throughput(lambda: clock.now)
+        metrics.ready(throughput)
         clock.now = 112
-        metrics.committed(rows("ok", "flagged", "failed", "invalid"))
+        for listener in (throughput.add, metrics.committed):
+            listener(rows("ok", "flagged", "failed", "invalid"))
         assert read(file, "/out")["results_left"] == 10, "not more often than every ten seconds"
         clock.now = 118
-        metrics.committed(rows("ok", "blocked"))
+        for listener in (throughput.add, metrics.committed):
+            listener(rows("ok", "blocked"))
         on_the_way = read(file, "/out")
         assert on_the_way["results"] == some(ok=5, flagged=1, failed=2, invalid=2, blocked=1)
         assert (on_the_way["results_left"], on_the_way["images_rendered"]) == (4, 3)

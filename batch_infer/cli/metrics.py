@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from batch_infer.jobs.summary import Summary
     from batch_infer.jobs.survey import Survey
+    from batch_infer.jobs.throughput import Throughput
     from batch_infer.records import ResultRow
 
 WRITE_EVERY = 10.0
@@ -35,8 +36,7 @@ STATUSES: tuple[str, ...] = get_args(Status)
 GAUGES = {
     "results_left": "Images of the tables that have no result yet.",
     "images_rendered": "Images that the last run rendered.",
-    "images_per_second": "Images that the last run rendered in a second: while it goes on, since the tables were "
-    "looked through; at its end, since its first worker was ready.",
+    "images_per_second": "Images that the last run rendered in a second: since its first worker was ready.",
     "workers": "Worker processes that the last run ended with, 0 where it rendered by itself; told at its end.",
     "worker_deaths": "Worker processes that died in the last run; told at its end.",
     "running": "1 while a run goes on, else 0.",
@@ -64,7 +64,8 @@ class Metrics:
         self._gauges: dict[str, float] = {}
         self._results: dict[str, int] = {}
         self._code = BUG
-        self._entered = self._began = self._written = 0.0
+        self._throughput: Throughput | None = None
+        self._entered = self._written = 0.0
         self._started = self._warned = False
 
     def __enter__(self) -> Metrics:
@@ -79,20 +80,24 @@ class Metrics:
     def start(self, survey: Survey) -> None:
         """The run holds OUT, and begins to render."""
         self._take_up()
+        self._throughput = None
         self._gauges["running"] = 1
         standing = dict(survey.standing)
         self._gauges["results_left"] = standing.pop("left", 0) + survey.pending
         self._results = dict.fromkeys(STATUSES, 0) | standing
         self._results["invalid"] += survey.invalid
-        self._began = time.monotonic()
         self._write()
+
+    def ready(self, throughput: Throughput) -> None:
+        self._throughput = throughput
 
     def committed(self, rows: Sequence[ResultRow]) -> None:
         for row in rows:
             self._results[row.status] += 1
         self._gauges["results_left"] -= len(rows)
         self._gauges["images_rendered"] += sum(row.status in ("ok", "flagged") for row in rows)
-        self._gauges["images_per_second"] = self._gauges["images_rendered"] / (time.monotonic() - self._began)
+        if self._throughput is not None:
+            self._gauges["images_per_second"] = self._throughput.images_per_second or 0
         if time.monotonic() - self._written >= WRITE_EVERY:
             self._write()
 

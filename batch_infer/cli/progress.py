@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -14,8 +14,10 @@ from batch_infer.cli.logs import in_json, log
 if TYPE_CHECKING:
     from batch_infer.jobs.run import Progress
     from batch_infer.jobs.survey import Survey
+    from batch_infer.jobs.throughput import Throughput
     from batch_infer.records import ResultRow
 
+LOADING = "loading model"
 LINE_EVERY = 10.0
 """Seconds between two lines."""
 
@@ -37,6 +39,10 @@ class Together:
         for listener in self._listeners:
             listener.start(survey)
 
+    def ready(self, throughput: Throughput) -> None:
+        for listener in self._listeners:
+            listener.ready(throughput)
+
     def committed(self, rows: Sequence[ResultRow]) -> None:
         for listener in self._listeners:
             listener.committed(rows)
@@ -47,16 +53,29 @@ class Together:
 
 
 class Bar:
-    """tqdm's bar: rows, images a second, time left, flagged and failed."""
+    """tqdm's bar: results, images a second, time left, flagged and failed."""
 
     def __init__(self) -> None:
         self._tally = _Tally()
         self._bar: tqdm[Any] | None = None
 
     def start(self, survey: Survey) -> None:
-        self._tally.invalid = survey.invalid
+        self._tally.start(survey)
         if survey.pending:
-            self._bar = tqdm(total=survey.total, initial=survey.done + survey.invalid, unit="image", dynamic_ncols=True)
+            self._bar = tqdm(
+                total=survey.total,
+                initial=self._tally.done,
+                unit="image",
+                dynamic_ncols=True,
+                # The rate and the time left are the tally's: tqdm's count from here, where the model is yet to load.
+                bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}",
+                postfix=LOADING,
+            )
+
+    def ready(self, throughput: Throughput) -> None:
+        self._tally.throughput = throughput
+        if self._bar is not None:
+            self._bar.set_postfix_str(str(self._tally))
 
     def committed(self, rows: Sequence[ResultRow]) -> None:
         self._tally.add(rows)
@@ -70,50 +89,78 @@ class Bar:
 
 
 class Lines:
-    """A line every few seconds, for a log file."""
+    """A line every few seconds, and one at the end, for a log file."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._tally = _Tally()
-        self._total = self._done = self._here = 0
-        self._started = self._told = 0.0
+        self._clock = clock
+        self._written_at = 0.0
+        self._is_written = True
 
     def start(self, survey: Survey) -> None:
-        self._total, self._done = survey.total, survey.done + survey.invalid
-        self._tally.invalid = survey.invalid
-        self._started = self._told = time.monotonic()
+        self._tally.start(survey)
+        self._written_at = self._clock()
         counts = {"pending": survey.pending, "done": survey.done, "invalid": survey.invalid}
         log.info("%(pending)d to render, %(done)d done before, %(invalid)d invalid", counts, extra=counts)
+        if survey.pending:
+            log.info(LOADING)
+
+    def ready(self, throughput: Throughput) -> None:
+        self._tally.throughput = throughput
+        log.info("model loaded, rendering")
 
     def committed(self, rows: Sequence[ResultRow]) -> None:
         self._tally.add(rows)
-        self._here += len(rows)
-        now = time.monotonic()
-        if now - self._told < LINE_EVERY:
-            return
-        self._told = now
-        rate, done = self._here / (now - self._started), self._done + self._here
-        seconds = (self._total - done) / rate
-        log.info(
-            *("%d of %d, %.2f images/s, %s left, %s", done, self._total, rate),
-            *(tqdm.format_interval(seconds), self._tally),
-            extra={"done": done, "total": self._total, "images_per_second": rate, "seconds_left": seconds},
-        )
+        self._is_written = False
+        if self._clock() - self._written_at >= LINE_EVERY:
+            self._write()
 
     def close(self) -> None:
-        pass
+        if not self._is_written:
+            self._write()
+
+    def _write(self) -> None:
+        self._written_at, self._is_written = self._clock(), True
+        tally = self._tally
+        fields = {
+            "done": tally.done,
+            "total": tally.total,
+            "images_per_second": tally.images_per_second,
+            "seconds_left": tally.seconds_left,
+        }
+        log.info("%d of %d, %s", tally.done, tally.total, tally, extra=fields)
 
 
 class _Tally:
-    """How many images are flagged, failed and invalid."""
+    """Counts of results, and the speed."""
 
     def __init__(self) -> None:
-        self.flagged = self.failed = self.invalid = 0
+        self.total = self.done = self.flagged = self.failed = self.invalid = 0
+        self.throughput: Throughput | None = None
+
+    def start(self, survey: Survey) -> None:
+        self.total, self.done, self.invalid = survey.total, survey.done + survey.invalid, survey.invalid
+        self.throughput = None
 
     def add(self, rows: Sequence[ResultRow]) -> None:
+        self.done += len(rows)
         self.flagged += sum(row.status == "flagged" for row in rows)
         self.failed += sum(row.status == "failed" for row in rows)
         self.invalid += sum(row.status == "invalid" for row in rows)
 
+    @property
+    def images_per_second(self) -> float | None:
+        return self.throughput.images_per_second if self.throughput else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        return self.throughput.seconds_for(self.total - self.done) if self.throughput else None
+
     def __str__(self) -> str:
-        told = f"{self.flagged} flagged, {self.failed} failed"
-        return f"{told}, {self.invalid} invalid" if self.invalid else told
+        told = []
+        if (rate := self.images_per_second) is not None:
+            told.append(f"{rate:.2f} images/s")
+        if (seconds := self.seconds_left) is not None:
+            told.append(f"{tqdm.format_interval(seconds)} left")
+        told += [f"{self.flagged} flagged", f"{self.failed} failed"]
+        return ", ".join(told + [f"{self.invalid} invalid"] * bool(self.invalid))

@@ -27,7 +27,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a task took: the accounts of its workers, and the seconds from the first that was ready to the last's end.
+    """What a task took: the accounts of its workers, and the seconds from when they were ready to the last's end.
 
     `processes` rendered it, 0 where that was the command's own; `deaths` of them were made good.
     """
@@ -50,9 +50,16 @@ class Engine(Protocol):
         """Raises SettingsError where what was asked for is not there, and Interrupted once `stop` says so."""
         ...
 
-    def render(self, task: Task, committed: Callable[[Sequence[ResultRow]], None], stop: Callable[[], bool]) -> Work:
+    def render(
+        self,
+        task: Task,
+        committed: Callable[[Sequence[ResultRow]], None],
+        stop: Callable[[], bool],
+        ready: Callable[[], None] = lambda: None,
+    ) -> Work:
         """Have all requests rendered and committed, or as many as are until `stop` says so.
 
+        `ready` is called once, when models are loaded and the first rows go to a worker.
         `committed` is told of rows once they are in the manifest; of these, status, size and length are true, and texts
         may be left out. Raises ModelError and SettingsError before anything is rendered, StorageError, WorkersLost.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -27,14 +28,22 @@ class Inline:
     def find_device(self, stop: Callable[[], bool] = lambda: False) -> Device:
         return find_device(self._asked)
 
-    def render(self, task: Task, committed: Callable[[Sequence[ResultRow]], None], stop: Callable[[], bool]) -> Work:
+    def render(
+        self,
+        task: Task,
+        committed: Callable[[Sequence[ResultRow]], None],
+        stop: Callable[[], bool],
+        ready: Callable[[], None] = lambda: None,
+    ) -> Work:
         try:
             worker = Worker(task.settings, worker_name(0), load_chain, stop)
         except torch.OutOfMemoryError as error:
             raise memory_fault(error) from error
+        began = time.monotonic()
+        ready()
         worker.work(task.requests, committed)
-        account = worker.account(final=True)
-        return Work([account], account.whole.seconds)
+        seconds = time.monotonic() - began
+        return Work([worker.account(final=True)], seconds)
 
     def __enter__(self) -> Inline:
         return self

@@ -58,8 +58,14 @@ class Local:
             raise SettingsError(f"--num-processes {self.workers}: torch sees {most} GPUs here, and each worker has one")
         return device
 
-    def render(self, task: Task, committed: Callable[[Sequence[ResultRow]], None], stop: Callable[[], bool]) -> Work:
-        return Shift(task, self, committed).go(stop)
+    def render(
+        self,
+        task: Task,
+        committed: Callable[[Sequence[ResultRow]], None],
+        stop: Callable[[], bool],
+        ready: Callable[[], None] = lambda: None,
+    ) -> Work:
+        return Shift(task, self, committed, ready).go(stop)
 
     def gather(self, rows: int) -> Iterable[Peer]:
         early, self._early = self._early, None

@@ -72,8 +72,14 @@ class Crew(Protocol):
 class Shift:
     """One task, from its first row to the last."""
 
-    def __init__(self, task: Task, crew: Crew, committed: Callable[[Sequence[ResultRow]], None]) -> None:
-        self._task, self._crew, self._committed = task, crew, committed
+    def __init__(
+        self,
+        task: Task,
+        crew: Crew,
+        committed: Callable[[Sequence[ResultRow]], None],
+        ready: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._task, self._crew, self._committed, self._ready = task, crew, committed, ready
         self._ledger = Ledger(task.requests, task.expected, crew.workers)
         self._peers: dict[int, Peer] = {}
         self._awaited: set[int] = set()
@@ -180,7 +186,9 @@ class Shift:
         """Something for all who have nothing, once all are there who were to be there from the start."""
         if self._awaited or self._stopping:
             return
-        self._began = self._began or time.monotonic()
+        if self._began is None:
+            self._began = time.monotonic()
+            self._ready()
         for peer in list(self._peers.values()):
             if peer.waiting:
                 chunk = self._next_for(peer)

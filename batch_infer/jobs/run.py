@@ -25,6 +25,7 @@ from batch_infer.jobs.recovery import Key, recover, set_aside
 from batch_infer.jobs.results import remove_other_results
 from batch_infer.jobs.summary import Summary
 from batch_infer.jobs.survey import Survey, look_through
+from batch_infer.jobs.throughput import Throughput
 from batch_infer.jobs.tune import BatchShapes, learn_shapes
 from batch_infer.logfile import log_to, open_log
 from batch_infer.manifest import Index, Manifest
@@ -39,7 +40,14 @@ log = logging.getLogger("batch_infer")
 class Progress(Protocol):
     """Who is told how a run goes."""
 
-    def start(self, survey: Survey) -> None: ...
+    def start(self, survey: Survey) -> None:
+        """The tables are looked through, and the model is loading."""
+        ...
+
+    def ready(self, throughput: Throughput) -> None:
+        """The first worker is ready. `throughput` counts from here; each commit is in it before `committed`."""
+        ...
+
     def committed(self, rows: Sequence[ResultRow]) -> None: ...
     def close(self) -> None: ...
 
@@ -147,7 +155,7 @@ class _Run:
         """Render what is not done, and merge. Raises DamagedPart where its rows are then to be rendered anew."""
         with self._manifest.index(damaged=set_aside) as index:
             survey = look_through(self._job, index, self._leaves_alone)
-            self._record = {**self._record, "survey": {**asdict(survey), "finished_at": now()}}
+            self._record = {**self._record, "survey": {**asdict(survey), "finished_at": now()}, "rendering_since": None}
             outdir.write_run(self._out, self._record)
             if survey.pending and not self._stop():
                 with self._undone_where_refused():
@@ -218,25 +226,40 @@ class _Run:
     def _render(self, index: Index, survey: Survey) -> None:
         lengths: Counter[Size] = Counter()
 
+        throughput: Throughput | None = None
+
+        def ready() -> None:
+            nonlocal throughput
+            throughput = Throughput()
+            self._record = {**self._record, "rendering_since": now()}
+            outdir.write_run(self._out, self._record)
+            self._progress.ready(throughput)
+
         def committed(rows: Sequence[ResultRow]) -> None:
             self._committed += len(rows)
-            self._summary.rendered += sum(row.status in ("ok", "flagged") for row in rows)
+            if throughput is not None:
+                throughput.add(rows)
+                self._summary.rendered, self._summary.rendering_seconds = throughput.rendered, throughput.seconds
             for row in rows:
                 lengths[row.height or 0, row.width or 0] += row.image_bytes or 0
             self._progress.committed(rows)
 
         before = time.monotonic()
         with self._undone_where_refused():
-            work = self._render_compiled(index, survey, committed)
+            work = self._render_compiled(index, survey, committed, ready)
             if work is None:
-                work = self._engine.render(self._task(index, survey), committed, self._stop)
+                work = self._engine.render(self._task(index, survey), committed, self._stop, ready)
         self._summary.add(work)
         if work.deaths:
             outdir.remove_leftovers(self._out)
         self._learn(work, lengths, self._set_up + time.monotonic() - before - work.seconds)
 
     def _render_compiled(
-        self, index: Index, survey: Survey, committed: Callable[[Sequence[ResultRow]], None]
+        self,
+        index: Index,
+        survey: Survey,
+        committed: Callable[[Sequence[ResultRow]], None],
+        ready: Callable[[], None],
     ) -> Work | None:
         """Render, or return None once compiling has failed and the run is set to do without it.
 
@@ -244,7 +267,7 @@ class _Run:
         first model in memory.
         """
         try:
-            return self._engine.render(self._task(index, survey), committed, self._stop)
+            return self._engine.render(self._task(index, survey), committed, self._stop, ready)
         except CompilationError as error:
             self._stop_compiling(error, survey)
             return None

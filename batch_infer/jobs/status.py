@@ -12,7 +12,7 @@ from typing import Any, get_args
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.job import known_form
 from batch_infer.manifest import Manifest
-from batch_infer.records import Status
+from batch_infer.records import Status, now
 
 STATUSES = get_args(Status)
 
@@ -24,7 +24,8 @@ class Standing:
     `state`: running, finished, stopped (run again to go on), rescoring where that has not come to its end, or open
     where tables come to an endpoint one after the other, and nobody knows of those that are left. `holder` is the
     process that works in OUT.
-    `images_per_second` and `seconds_left` are told of a run that goes on.
+    `images_per_second` counts the images rendered since the first worker of the run was ready, as Throughput does, and
+    comes from the summary where the run has ended. `seconds_left` is told of a run that goes on.
     """
 
     state: str
@@ -47,6 +48,10 @@ class _Survey:
     pending: int
     before: Counter[str]
     slots: int
+    rendering_since: datetime | None
+    """When the first worker was ready; None before."""
+    has_start: bool
+    """False of a run by an earlier version, which did not record `rendering_since`."""
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> _Survey | None:
@@ -54,7 +59,15 @@ class _Survey:
             return None
         before = Counter(found["standing"]) + Counter(invalid=found["invalid"])
         finished_at = datetime.fromisoformat(found["finished_at"])
-        return cls(finished_at, found["pending"], before, _most_slots(record["compute"]))
+        since = record.get("rendering_since")
+        return cls(
+            finished_at=finished_at,
+            pending=found["pending"],
+            before=before,
+            slots=_most_slots(record["compute"]),
+            rendering_since=datetime.fromisoformat(since) if since else None,
+            has_start="rendering_since" in record,
+        )
 
 
 def _most_slots(compute: Mapping[str, Any]) -> int:
@@ -71,6 +84,7 @@ def status(out: Path) -> Standing:
         if (summary := record.get("summary")) is not None and not holder:
             standing.counts = {name: summary[name] for name in STATUSES}
             standing.left = summary["left"]
+            standing.images_per_second = summary.get("images_per_second")
             standing.state = "stopped" if standing.left else "finished"
             standing.state = "rescoring" if record.get("rescoring") else standing.state
             return standing
@@ -81,10 +95,7 @@ def status(out: Path) -> Standing:
 
 
 def _count(standing: Standing, survey: _Survey | None, manifest: Manifest) -> None:
-    """What the run found when it looked through the tables, and what it has committed since.
-
-    The speed is told once all slots have been emptied: the first images come after a wait, and then in a crowd.
-    """
+    """What the run found when it looked through the tables, and what it has committed since."""
     with manifest.index(since=survey.finished_at if survey else None) as index:
         rendered, times = index.statuses(), index.times
     counts = rendered + survey.before if survey else rendered
@@ -92,7 +103,26 @@ def _count(standing: Standing, survey: _Survey | None, manifest: Manifest) -> No
     if survey is None:
         return
     standing.left = max(0, survey.pending - rendered.total()) + survey.before["left"]
-    took = (times[1] - times[0]).total_seconds() if times else 0.0
-    if standing.holder and took and rendered.total() >= survey.slots:
+    if not standing.holder:
+        return
+    if survey.has_start:
+        _rate(standing, survey, rendered)
+    elif times:
+        _rate_of_earlier_version(standing, survey, rendered, (times[1] - times[0]).total_seconds())
+
+
+def _rate(standing: Standing, survey: _Survey, rendered: Counter[str]) -> None:
+    """Divide by the time until now, so that a run that commits nothing more is seen to slow down."""
+    if survey.rendering_since is None or not (committed := rendered.total()):
+        return
+    took = (now() - survey.rendering_since).total_seconds()
+    if took > 0 and standing.left is not None:
+        standing.images_per_second = round((rendered["ok"] + rendered["flagged"]) / took, 3)
+        standing.seconds_left = round(standing.left * took / committed)
+
+
+def _rate_of_earlier_version(standing: Standing, survey: _Survey, rendered: Counter[str], took: float) -> None:
+    """Without the start of rendering: known once all slots have been emptied, since the first images come late."""
+    if took and standing.left is not None and rendered.total() >= survey.slots:
         rate = rendered.total() / took
         standing.images_per_second, standing.seconds_left = round(rate, 3), round(standing.left / rate)

@@ -18,7 +18,8 @@ class Summary:
     how much there was one; `mfu`: of what the device could have computed, how much it has, None where that is unknown.
     Where stages overlap, on a GPU, each has its share of the sum of their times. All shares are means over the workers
     (`processes`, 0 where the command rendered by itself; `deaths` of them were made good). `peak_memory` is that of the
-    process which held most. `undone` images were this run's, and it would do them if it came again.
+    process which held most. `undone` images were this run's, and it would do them if it came again. `rendering_seconds`
+    and `rendered` are those of Throughput.
     """
 
     counts: Counts = field(default_factory=Counts)
@@ -39,7 +40,7 @@ class Summary:
 
     def add(self, work: Work) -> None:
         """Take in what the workers tell of their work."""
-        self.rendering_seconds, self.processes, self.deaths = work.seconds, work.processes, work.deaths
+        self.processes, self.deaths = work.processes, work.deaths
         for account in work.accounts:
             for name, held in account.peak_memory.items():
                 self.peak_memory[name] = max(held, self.peak_memory.get(name, 0))
@@ -58,7 +59,7 @@ class Summary:
 
     @property
     def images_per_second(self) -> float | None:
-        return self.rendered / self.rendering_seconds if self.rendered else None
+        return self.rendered / self.rendering_seconds if self.rendered and self.rendering_seconds else None
 
     def as_dict(self) -> dict[str, Any]:
         """As run.json and --json have it."""

@@ -1,0 +1,239 @@
+"""Progress, metrics, summary and `status` give one rate, and say that the model loads until it is loaded."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batch_infer.cli import progress
+from batch_infer.cli.logs import set_up_logging
+from batch_infer.cli.metrics import Metrics
+from batch_infer.cli.progress import Bar, Lines, Together
+from batch_infer.engines.local import Local
+from batch_infer.jobs import out as outdir
+from batch_infer.jobs import run as run_job
+from batch_infer.jobs import status as status_job
+from batch_infer.jobs.survey import Survey
+from batch_infer.jobs.throughput import Throughput
+from batch_infer.records import ResultRow, Status, now
+from tests.crew import Rendering
+from tests.runs import run, settings_of
+from tests.tables import write_csv
+
+
+class Clock:
+    """Seconds that only the test moves on."""
+
+    def __init__(self) -> None:
+        self.seconds = 100.0
+        self.began_at = now() - timedelta(seconds=self.seconds)
+
+    def __call__(self) -> float:
+        return self.seconds
+
+    def now(self) -> Any:
+        return self.began_at + timedelta(seconds=self.seconds)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    return write_csv(tmp_path / "t.csv", [["prompt"], *([f"a red circle, {i}"] for i in range(3))])
+
+
+def rows(*statuses: Status) -> list[ResultRow]:
+    return [
+        ResultRow(
+            id=f"{i}",
+            image_index=0,
+            prompt="x",
+            status=status,
+            finished_at=now(),
+            source_file="t.csv",
+            source_row=i,
+            fingerprint="f",
+        )
+        for i, status in enumerate(statuses)
+    ]
+
+
+def commit(listener: Any, throughput: Throughput, *statuses: Status) -> None:
+    """Commit rows as a run does: they are in `throughput` before anything is told."""
+    throughput.add(rows(*statuses))
+    listener.committed(rows(*statuses))
+
+
+def test_throughput_counts_from_its_start_to_the_latest_commit(clock: Clock) -> None:
+    throughput = Throughput(clock)
+    assert (throughput.images_per_second, throughput.seconds_for(3)) == (None, None)
+    clock.seconds += 10
+    throughput.add(rows("ok", "flagged", "failed", "blocked"))
+    clock.seconds += 100
+    assert (throughput.rendered, throughput.committed, throughput.seconds) == (2, 4, 10)
+    assert (throughput.images_per_second, throughput.seconds_for(6)) == (0.2, 15)
+
+
+def test_lines_say_that_the_model_loads_and_count_from_when_it_has(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    set_up_logging(quiet=False, verbose=False)
+    lines = Lines(clock)
+    lines.start(Survey(total=10, done=2, pending=8))
+    started = ["batch-infer: 8 to render, 2 done before, 0 invalid", "batch-infer: loading model"]
+    assert capsys.readouterr().err.splitlines() == started
+    clock.seconds += 50
+    throughput = Throughput(clock)
+    lines.ready(throughput)
+    for seconds in (5, 5, 1, 4):
+        clock.seconds += seconds
+        commit(lines, throughput, "ok", "failed")
+    lines.close()
+    assert capsys.readouterr().err.splitlines() == [
+        "batch-infer: model loaded, rendering",
+        "batch-infer: 4 of 10, 0.20 images/s, 00:15 left, 0 flagged, 1 failed",
+        "batch-infer: 10 of 10, 0.27 images/s, 00:00 left, 0 flagged, 4 failed",
+    ]
+
+
+def test_the_end_is_told_once(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    set_up_logging(quiet=False, verbose=False)
+    lines = Lines(clock)
+    lines.start(Survey(total=1, pending=1))
+    throughput = Throughput(clock)
+    lines.ready(throughput)
+    clock.seconds += 20
+    commit(lines, throughput, "ok")
+    lines.close()
+    told = capsys.readouterr().err.splitlines()
+    assert [line for line in told if "images/s" in line] == [
+        "batch-infer: 1 of 1, 0.05 images/s, 00:00 left, 0 flagged, 0 failed"
+    ]
+
+
+def test_the_bar_says_the_same(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    bar = Bar()
+    bar.start(Survey(total=10, done=2, pending=8))
+    assert terminal.getvalue().rstrip().endswith("2/10, loading model")
+    clock.seconds += 50
+    throughput = Throughput(clock)
+    bar.ready(throughput)
+    assert terminal.getvalue().split("\r")[-1].rstrip().endswith("2/10, 0 flagged, 0 failed")
+    assert "images/s" not in terminal.getvalue()
+    clock.seconds += 10
+    commit(bar, throughput, "ok", "failed", "ok", "ok")
+    bar.close()
+    assert terminal.getvalue().split("\r")[-1].strip().endswith("6/10, 0.30 images/s, 00:10 left, 0 flagged, 1 failed")
+
+
+def test_metrics_count_from_when_the_model_is_loaded(clock: Clock, tmp_path: Path) -> None:
+    file = tmp_path / "m.prom"
+    with Metrics(file, str(tmp_path / "out")) as metrics:
+        metrics.start(Survey(total=4, pending=4))
+        clock.seconds += 50
+        throughput = Throughput(clock)
+        metrics.ready(throughput)
+        clock.seconds += 8
+        commit(metrics, throughput, "ok", "failed")
+    values = [line.split()[-1] for line in file.read_text().splitlines() if "images_per_second{" in line]
+    assert values == ["0.125"]
+
+
+class Recorder(Together):
+    """Notes, as a run goes on, what its throughput and `status` say at the same moments."""
+
+    def __init__(self, out: Path, clock: Clock) -> None:
+        super().__init__()
+        self._out, self._clock = out, clock
+        self._throughput: Throughput | None = None
+        self.calls: list[str] = []
+        self.rates: list[tuple[float | None, float | None]] = []
+
+    def start(self, survey: Survey) -> None:
+        self._note("start")
+
+    def ready(self, throughput: Throughput) -> None:
+        self._throughput = throughput
+        self._note("ready")
+        self._clock.seconds += 4
+
+    def committed(self, rows: Sequence[ResultRow]) -> None:
+        self._note("committed")
+
+    def _note(self, call: str) -> None:
+        self.calls.append(call)
+        rate = self._throughput.images_per_second if self._throughput else None
+        self.rates.append((round(rate, 3) if rate else None, status_job.status(self._out).images_per_second))
+
+
+def test_status_summary_and_the_last_line_agree(
+    table: Path, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run_job, "Throughput", lambda: Throughput(clock))
+    for module in (run_job, status_job):
+        monkeypatch.setattr(module, "now", clock.now)
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    set_up_logging(quiet=False, verbose=False)
+    out = tmp_path / "out"
+    recorder = Recorder(out, clock)
+    summary = run_job.run(settings_of(table, out), Together(recorder, Lines(clock)))
+    assert recorder.calls[:3] == ["start", "ready", "committed"]
+    assert recorder.rates[:2] == [(None, None), (None, None)]
+    rates = [(counted, read) for counted, read in recorder.rates if counted is not None]
+    assert all(read is not None and read >= counted for counted, read in rates)  # a worker commits before it reports
+    assert recorder.rates[-1] == (0.75, 0.75)
+    assert summary.as_dict()["images_per_second"] == 0.75
+    ended = status_job.status(out)
+    assert (ended.state, ended.images_per_second, ended.seconds_left) == ("finished", 0.75, None)
+    assert "3 of 3, 0.75 images/s, 00:00 left" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("version", ["earlier", "loading"])
+def test_the_rate_of_a_run_without_a_start_of_rendering(table: Path, tmp_path: Path, version: str) -> None:
+    out = tmp_path / "out"
+    assert run(table, out).code == 0
+    record = json.loads((out / "run.json").read_text())
+    assert record.pop("rendering_since")
+    record |= {"summary": None, "compute": {**record["compute"], "slots": 1, "by_size": []}}
+    if version == "loading":
+        record["rendering_since"] = None
+    (out / "run.json").write_text(json.dumps(record))
+    with outdir.locked(out):
+        rate = status_job.status(out).images_per_second
+    assert (rate is None) if version == "loading" else (rate is not None and rate > 0)
+
+
+def test_workers_in_processes_are_ready_once_before_the_first_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    render: Callable[..., Any] = Local.render
+
+    def noted(engine: Local, task: Any, committed: Callable[..., None], stop: Any) -> Any:
+        def commit(rows: Any) -> None:
+            calls.append("committed")
+            committed(rows)
+
+        return render(engine, task, commit, stop, lambda: calls.append("ready"))
+
+    monkeypatch.setattr(Local, "render", noted)
+    Rendering(tmp_path / "out", [f"red {i}" for i in range(6)]).go()
+    assert calls[0] == "ready"
+    assert set(calls[1:]) == {"committed"}
