@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import batch_infer
+from tools.gpu_check.__main__ import main
 from tools.gpu_check.environment import ROOT, make_environment, write_metadata
 from tools.gpu_check.evaluation import evaluate
 from tools.gpu_check.orchestrator import Orchestrator
@@ -180,3 +181,12 @@ def test_check_on_a_cpu_finds_what_is_promised(tmp_path: Path) -> None:
     assert (tmp_path / "gpu.md").read_text() == format_report(results)
     assert "| batch invariance, demo | passed |" in (tmp_path / "gpu.md").read_text()
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "gpu.md", "log.txt.gz"}
+
+
+def test_without_a_gpu_nothing_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tools.gpu_check.__main__.has_cuda", lambda: False)
+    assert main(["--device", "cuda", "--out", str(tmp_path / "out")]) == 2
+    assert "no CUDA device on this machine; --device cpu runs" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

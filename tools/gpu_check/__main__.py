@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tools.gpu_check.environment import describe_machine, make_environment
+from tools.gpu_check.environment import describe_machine, has_cuda, make_environment
 from tools.gpu_check.orchestrator import Orchestrator
 from tools.gpu_check.outputs import Outputs
 from tools.gpu_check.plan import PARTS, Part, select_parts
@@ -38,8 +38,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the check. Returns 0 where every part that ran succeeded and every check passed, else 1."""
+    """Run the check. Returns 0 where every part that ran succeeded and every check passed, 2 without a GPU, else 1."""
     options = parse_arguments(arguments)
+    if options.device == "cuda" and not has_cuda():
+        print("torch finds no CUDA device on this machine; --device cpu runs what a CPU can", file=sys.stderr)
+        return 2
     seconds = options.seconds or DEFAULT_SECONDS[options.device]
     parts: list[Part] = options.parts
     out: Path = options.out.resolve()

@@ -56,6 +56,13 @@ def write_metadata(folder: Path) -> Path:
     return folder
 
 
+def has_cuda() -> bool:
+    """Whether torch can use a CUDA device."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def describe_machine(device: str) -> dict[str, str | None]:
     """Return the GPU's name, driver, memory and clocks as nvidia-smi reports them, and the versions of libraries."""
     machine: dict[str, str | None] = {"python": platform.python_version(), "cpu_cores": str(os.cpu_count())}
