@@ -374,10 +374,18 @@ def test_a_worker_that_dies_is_replaced_and_its_mini_batch_retried(
 def test_a_mini_batch_that_takes_too_long_has_its_worker_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The driver's clock jumps by an hour once the mini-batch hangs."""
+    """The driver's clock jumps by an hour whenever it is read while the mini-batch hangs.
+
+    Once would not do: the driver may only read it for the first time when the mini-batch hangs already.
+    """
+    ahead = 0.0
 
     def monotonic() -> float:
-        return time.monotonic() + 3600 * (tmp_path / "out" / "hung").exists()
+        nonlocal ahead
+        hung = tmp_path / "out" / "hung"
+        if hung.exists() and (words := hung.read_text().split()) and is_alive(int(words[1])):
+            ahead += 3600
+        return time.monotonic() + ahead
 
     monkeypatch.setattr(job, "time", SimpleNamespace(monotonic=monotonic))
     body = """
