@@ -49,7 +49,7 @@ test: $(READY) azure ## run the tests, in a few minutes
 	$(BIN)/python -m pytest -m "not soak and not promises" -n 2 --dist worksteal
 
 promises: $(READY) azure ## run the longer tests of what README promises: kills, launchers, hung workers, equal bytes
-	$(BIN)/python -m pytest -m promises -n 2 --dist worksteal
+	$(BIN)/python -m pytest -m promises -n 3 --dist worksteal
 
 soak: $(READY) azure ## run the longest tests
 	$(BIN)/python -m pytest -m soak

@@ -19,6 +19,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from batch_infer.engines.probe import Probe
 from batch_infer.models import DEMO_MODEL
 from tests import checkpoints, checkpoints_xl
 
@@ -41,6 +42,12 @@ def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def probe_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a plan asks of a process of its own is answered in this one, which has torch loaded already."""
+    monkeypatch.setattr(Probe, "_ask", lambda _, question, *arguments: question(*arguments))
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from unittest import mock
 import pyarrow.parquet as pq
 
 from batch_infer.__main__ import main
-from batch_infer.settings import ModelSettings, RowDefaults, RunSettings, SafetySettings, TableSettings
+from batch_infer.settings import ComputeSettings, ModelSettings, RowDefaults, RunSettings, SafetySettings, TableSettings
 
 QUICK = ("--steps", "2", "--slots", "8", "--threads", "1", "--device", "cpu", "--on-flagged", "keep",
          "--num-processes", "0")  # fmt: skip
@@ -121,11 +121,12 @@ def assert_whole(out: Path) -> None:
 
 
 def settings_of(table: Path, out: Path) -> RunSettings:
-    """What the command makes of `run`'s options here, but for slots and threads."""
+    """What the command makes of `run`'s options here, but for slots."""
     return RunSettings(
         TableSettings((str(table),)),
         out,
         model=ModelSettings(device="cpu"),
+        compute=ComputeSettings(threads=1, processes=0),
         defaults=RowDefaults(num_inference_steps=2),
         safety=SafetySettings(on_flagged="keep"),
     )

@@ -28,6 +28,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@pytest.mark.promises
 @pytest.mark.usefixtures("traced")
 def test_networks_are_captured_whole_and_change_no_image(sd1_folder: Path) -> None:
     """One graph for each shape: a break would be an error, and then a warning."""

@@ -105,6 +105,7 @@ def test_batch_sizes_that_nearly_fill_the_memory_are_not_chosen(monkeypatch: pyt
     assert knee._grow(knee.SLOTS, make, CPU)[0] == 256
 
 
+@pytest.mark.promises
 def test_the_bare_unet_runs_what_the_chain_has_compiled(sd1_folder: Path) -> None:
     """A call with other strides, or with tensors made in another mode, would be compiled once more."""
     torch._dynamo.reset()

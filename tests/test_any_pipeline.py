@@ -502,7 +502,7 @@ def test_a_run_goes_on_to_the_same_bytes(table: Path, tmp_path: Path, folders: d
     assert {item["id"]: item["finished_at"] for item in results(parts)} == before
 
 
-@pytest.mark.promises
+@pytest.mark.usefixtures("probe_here")
 def test_a_plan_is_what_the_run_does(table: Path, tmp_path: Path, folders: dict[str, Path]) -> None:
     options = ("--slots", "8", "--threads", "1", "--device", "cpu", "--steps", "2", "--height", "64", "--width", "64")
     model = ("--model", folders["flux"])

@@ -577,7 +577,8 @@ def assert_accounted_for(tmp_path: Path, count: int) -> None:
 @pytest.mark.promises
 def test_workers_that_are_killed_and_deliveries_that_come_twice(tmp_path: Path) -> None:
     outcome = simulated(tmp_path, 6, 4, workers=2, mini_batch_size=2, kill=0.34, duplicate=0.34, seed=1)
-    assert (outcome.kills, outcome.duplicates, outcome.failed_files) == (1, 1, 0)
+    # A kill that comes after its mini-batch is done has missed: that depends on the machine.
+    assert (outcome.kills + outcome.kills_missed, outcome.duplicates, outcome.failed_files) == (1, 1, 0)
     assert_accounted_for(tmp_path, 24)
 
 
@@ -596,8 +597,8 @@ def test_a_row_that_kills_its_worker_in_a_job(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(DYING.format(root=str(ROOT)))
     table(tmp_path / "in" / "zz.csv", [{"prompt": "a star"}, {"prompt": "die by SIGKILL"}, {"prompt": "a ring"}])
-    outcome = simulated(tmp_path, 8, 13, workers=2, mini_batch_size=3, kill=0.34, seed=1, script=script)
-    assert (outcome.failed_files, outcome.kills) == (0, 1)
+    outcome = simulated(tmp_path, 8, 13, workers=2, mini_batch_size=3, seed=1, script=script)
+    assert (outcome.failed_files, outcome.deaths) == (0, 3)
     assert runs.command("merge", tmp_path / "out").code == 0
     found = runs.results(tmp_path / "out")
     assert Counter(row["status"] for row in found) == {"ok": 8 * 13 + 2, "failed": 1}

@@ -22,6 +22,8 @@ from batch_infer.errors import SettingsError
 from batch_infer.models import DEMO_MODEL
 from tests import pyproject
 
+pytestmark = pytest.mark.promises
+
 ROOT = Path(__file__).parent.parent
 SDK = Path(sys.prefix) / "azure-sdk" / "bin" / "python"
 CARD = {"prompt": "string", "generated_image": "string", "nsfw_content_detected": "boolean"}

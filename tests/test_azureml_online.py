@@ -30,7 +30,10 @@ from tests.deaths import eventually
 
 ROOT = Path(__file__).parents[1]
 PYTHON = ROOT / ".venv" / "azure-server" / "bin" / "python"
-pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="make azure installs Azure ML's inference server")
+pytestmark = [
+    pytest.mark.promises,
+    pytest.mark.skipif(not PYTHON.exists(), reason="make azure installs Azure ML's inference server"),
+]
 
 LOOPBACK = """
 from azureml_inference_server_http import constants

@@ -444,7 +444,7 @@ def test_a_sweep_ends_where_memory_does(demo: Any, quick: None, monkeypatch: pyt
     [
         ("sd15", 859.5e6, (4, 64, 64), 0.803, 2.51),
         ("decidiffusion", 814.7e6, (4, 64, 64), 0.614, 2.51),
-        ("sdxl", 2567.5e6, (4, 128, 128), 6.76, 10.47),
+        pytest.param("sdxl", 2567.5e6, (4, 128, 128), 6.76, 10.47, marks=pytest.mark.promises),
     ],
 )
 def test_architectures_have_the_size_of_the_released_models(

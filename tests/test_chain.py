@@ -47,7 +47,7 @@ ROWS = st.lists(
 )
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(rows=ROWS, slots=st.integers(2, 5), decode=st.integers(1, 3))
 def test_every_request_comes_out_once(rows: list[Any], slots: int, decode: int) -> None:
     requests = [

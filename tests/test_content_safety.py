@@ -375,7 +375,7 @@ def test_a_breakdown_breaks_no_row_though_others_were_answered_at_first() -> Non
 
     with (
         serving(faults=breakdown, latency=0.02) as service,
-        gate_to(service, patience=5.0) as gate,
+        gate_to(service, patience=2.0) as gate,
         ThreadPoolExecutor(gate.at_once) as pool,
     ):
         end = time.monotonic() + 0.5

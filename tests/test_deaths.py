@@ -34,7 +34,7 @@ def killed_at_random(folder: Path, rows: int, kills: int, seed: int) -> None:
 
 @pytest.mark.promises
 def test_kills_at_random_change_nothing(tmp_path: Path) -> None:
-    killed_at_random(tmp_path, rows=40, kills=2, seed=SEED)
+    killed_at_random(tmp_path, rows=30, kills=1, seed=SEED)
 
 
 @pytest.mark.soak
@@ -48,7 +48,7 @@ def test_thirty_kills_at_random_change_nothing(tmp_path: Path, capfd: pytest.Cap
 def test_bytes_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
     table = table_of(tmp_path, 20)
     expected = undisturbed(table, tmp_path / "0")
-    for processes in ("1", "3"):
+    for processes in ("1", "2"):
         done = run(table, tmp_path / processes, "--slots", "16", "--num-processes", processes)
         assert done.code == 0, done.stderr
         assert without_bookkeeping(tmp_path / processes) == expected
@@ -140,6 +140,7 @@ def test_out_that_vanishes_ends_the_run_and_is_not_made_again(tmp_path: Path) ->
     assert not out.exists()
 
 
+@pytest.mark.promises
 def test_a_run_goes_on_without_parts_and_images_that_a_crash_has_damaged(tmp_path: Path) -> None:
     """A part cut short, a garbled one, an image of half its length, one that is gone, and temporary files."""
     table, out = table_of(tmp_path, 24), tmp_path / "out"
@@ -162,6 +163,7 @@ def test_a_run_goes_on_without_parts_and_images_that_a_crash_has_damaged(tmp_pat
     assert_whole(out)
 
 
+@pytest.mark.promises
 def test_a_damaged_part_of_a_run_that_had_ended_is_rendered_anew(tmp_path: Path) -> None:
     table, out = table_of(tmp_path, 6), tmp_path / "out"
     expected = undisturbed(table, out)

@@ -18,6 +18,7 @@ from tests import dummies
 from tests.crew import Rendering
 
 
+@pytest.mark.promises
 def test_two_workers_share_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEET", str(tmp_path / "meeting"))
     rendering = Rendering(tmp_path / "out", ["a"] * 200, load=dummies.load_together)
@@ -63,7 +64,7 @@ def test_a_worker_that_hangs_is_ended_and_its_row_with_it(tmp_path: Path) -> Non
 @pytest.mark.promises
 def test_a_worker_that_is_stopped_from_outside_is_replaced(tmp_path: Path) -> None:
     """A process under SIGSTOP cannot watch itself."""
-    rendering = Rendering(tmp_path / "out", ["a"] * 64, load=dummies.load_waiting, patience=Patience(3600, 60, 5, 2))
+    rendering = Rendering(tmp_path / "out", ["a"] * 64, load=dummies.load_waiting, patience=Patience(3600, 30, 5, 2))
     stopped: list[int] = []
 
     def freeze() -> bool:

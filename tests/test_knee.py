@@ -73,6 +73,7 @@ def test_memory_bounds_what_is_tried(clock: Clock) -> None:
 
 
 @pytest.mark.promises
+@pytest.mark.usefixtures("probe_here")
 def test_auto_is_measured_once_kept_and_planned_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     table = write_csv(

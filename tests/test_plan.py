@@ -21,6 +21,8 @@ from tests.deaths import eventually
 from tests.runs import QUICK, command, results, run, run_json, wait_for
 from tests.tables import write_csv
 
+pytestmark = pytest.mark.usefixtures("probe_here")
+
 LONG = "a red circle " * 40
 MIXED: list[list[Any]] = [
     ["id", "prompt", "height", "num_inference_steps", "guidance_scale", "num_images_per_prompt"],
@@ -64,7 +66,6 @@ def test_a_plan_is_what_the_run_does(table: Path, out: Path) -> None:
     assert planned["bytes"] > 0
 
 
-@pytest.mark.promises
 def test_steps_that_the_scheduler_refuses_are_invalid_beforehand(tmp_path: Path, out: Path) -> None:
     """Only the scheduler knows which."""
     rows: list[list[Any]] = [
@@ -83,14 +84,12 @@ def test_steps_that_the_scheduler_refuses_are_invalid_beforehand(tmp_path: Path,
     assert planned["row_forwards"] == run_json(out)["summary"]["row_forwards"]
 
 
-@pytest.mark.promises
 def test_a_scheduler_of_two_evaluations_a_step_is_counted_so(table: Path, out: Path) -> None:
     options = ("--scheduler", "HeunDiscreteScheduler")
     planned = plan(table, out, *options)
     assert planned["row_forwards"] == json.loads(run(table, out, "--json", *options).stdout)["row_forwards"]
 
 
-@pytest.mark.promises
 def test_what_is_done_is_not_planned_again(table: Path, out: Path) -> None:
     assert run(table, out, "--limit", "2").code == 0
     planned = plan(table, out)
@@ -131,11 +130,7 @@ def test_a_table_without_a_good_row(tmp_path: Path, out: Path) -> None:
         (("--steps", "0"), "num_inference_steps '0' is not within"),
         (("--model", "/nowhere"), "no model folder at /nowhere"),
         (("--scheduler", "NoScheduler"), "diffusers has no scheduler NoScheduler"),
-        pytest.param(
-            ("--scheduler", "DDIMScheduler:clip_sample=true"),
-            "clip_sample=true cannot be packed",
-            marks=pytest.mark.promises,
-        ),
+        (("--scheduler", "DDIMScheduler:clip_sample=true"), "clip_sample=true cannot be packed"),
     ],
 )
 def test_a_plan_refuses_what_a_run_would_refuse(
@@ -236,7 +231,6 @@ def test_a_device_that_is_too_small_is_told(monkeypatch: pytest.MonkeyPatch) -> 
         probe._rates(read_card(ModelSettings()), compute, SafetySettings(), "png", (64, 64))
 
 
-@pytest.mark.promises
 def test_many_sizes_are_told_from_the_few_that_are_measured(tmp_path: Path, out: Path) -> None:
     table = write_csv(tmp_path / "t.csv", [["prompt", "height"], *(["x", 64 + 8 * k] for k in range(7))])
     sizes = plan(table, out)["sizes"]
@@ -253,6 +247,7 @@ def has_loaded_torch(process: int) -> bool:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.promises
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
 def test_a_plan_that_is_ended_leaves_no_process(table: Path, out: Path, number: signal.Signals) -> None:
     line: list[str | Path] = [

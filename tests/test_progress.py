@@ -220,6 +220,7 @@ def test_the_rate_of_a_run_without_a_start_of_rendering(table: Path, tmp_path: P
     assert (rate is None) if version == "loading" else (rate is not None and rate > 0)
 
 
+@pytest.mark.promises
 def test_workers_in_processes_are_ready_once_before_the_first_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,6 +111,7 @@ def mixed_up(out: Path) -> set[tuple[str, int]]:
         }
 
 
+@pytest.mark.promises
 def test_a_kill_at_any_step_of_a_commit_is_made_good_by_the_next(tmp_path: Path) -> None:
     """Processes that die for real: no `finally` of theirs cleans up."""
     command = [sys.executable, "-m", "tests.test_recovery", str(tmp_path)]

@@ -892,7 +892,7 @@ def test_any_order_and_cut_gives_the_same_images(
 @pytest.mark.parametrize(
     ("few", "many"),
     [
-        pytest.param(150, 750, marks=pytest.mark.promises),
+        pytest.param(100, 400, marks=pytest.mark.promises),
         pytest.param(2_000, 10_000, marks=pytest.mark.soak),
     ],
 )

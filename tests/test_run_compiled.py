@@ -127,6 +127,7 @@ def test_a_plan_is_measured_as_the_run_will_render(
         return Rates(1.0, 1.0, 1.0, 1.0, now())
 
     monkeypatch.setattr(Probe, "rates", rates)
+    monkeypatch.setattr(Probe, "evaluations", lambda _, card, steps: steps)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     settings = replace(settings, compute=replace(settings.compute, compiled=requested))
     if requested:

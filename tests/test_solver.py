@@ -137,9 +137,9 @@ def test_the_latest_tables_are_kept_and_an_old_one_comes_back_the_same() -> None
     solver = Solver(EulerAncestralDiscreteScheduler())
     first, freed = solver.table(3), weakref.ref(solver.table(3).coefficients)
     values = first.coefficients.clone()
-    for steps in range(100, 100 + TABLES_KEPT):
+    for steps in range(10, 10 + TABLES_KEPT):
         solver.table(steps)
-    assert solver.table(100) is solver.table(100)
+    assert solver.table(10) is solver.table(10)
     del first
     assert freed() is None
     assert torch.equal(solver.table(3).coefficients, values)

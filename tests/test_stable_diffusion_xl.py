@@ -230,6 +230,7 @@ def test_other_unets_are_refused(own: Path, unet: dict[str, Any], reason: str) -
         load_family(own)
 
 
+@pytest.mark.promises
 def test_the_published_unet_is_this_one() -> None:
     """Parameters and arithmetic of the released network: 2567.5M, and 6.76 TFLOP a row at 1024x1024 pixels."""
     with torch.device("meta"):

@@ -18,7 +18,7 @@ from batch_infer.records import now
 from tests.runs import QUICK, assert_whole, command, hashes, results, run
 from tests.tables import write_csv
 
-ROWS = 40
+ROWS = 24
 LINE = "batch-infer: the time limit of 20.0 s came, and {} left: run the same command again to go on"
 
 
