@@ -16,12 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import settings
 
 from batch_infer.engines.probe import Probe
 from batch_infer.models import DEMO_MODEL
-from tests import checkpoints, checkpoints_xl
 
 # The examples that hypothesis draws are the same each time, and as slow as the machine makes them.
 settings.register_profile("same", derandomize=True, database=None, deadline=None, print_blob=True)
@@ -33,6 +31,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
+    import torch  # not above: the process that hands out the tests loads this file too, and needs none of it
+
     torch.set_num_threads(1)
 
 
@@ -58,36 +58,48 @@ def demo_folder() -> Path:
 @pytest.fixture(scope="session")
 def sd1_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Stable Diffusion 1.x checkpoint, with a checker. Copy it before changing anything in it."""
+    from tests import checkpoints
+
     return checkpoints.save_sd1(tmp_path_factory.mktemp("checkpoints") / "sd1")
 
 
 @pytest.fixture(scope="session")
 def sd2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Stable Diffusion 2.x checkpoint, without a checker. Copy it before changing anything in it."""
+    from tests import checkpoints
+
     return checkpoints.save_sd2(tmp_path_factory.mktemp("checkpoints") / "sd2")
 
 
 @pytest.fixture(scope="session")
 def decidiffusion_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny DeciDiffusion checkpoint, with a checker. Copy it before changing anything in it."""
+    from tests import checkpoints
+
     return checkpoints.save_decidiffusion(tmp_path_factory.mktemp("checkpoints") / "decidiffusion")
 
 
 @pytest.fixture(scope="session")
 def lcm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny latent consistency model, without a checker. Copy it before changing anything in it."""
+    from tests import checkpoints
+
     return checkpoints.save_lcm(tmp_path_factory.mktemp("checkpoints") / "lcm")
 
 
 @pytest.fixture(scope="session")
 def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Stable Diffusion XL checkpoint. Copy it before changing anything in it."""
+    from tests import checkpoints_xl
+
     return checkpoints_xl.save_sdxl(tmp_path_factory.mktemp("checkpoints") / "sdxl")
 
 
 @pytest.fixture(scope="session")
 def sdxl_turbo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny SDXL Turbo checkpoint. Copy it before changing anything in it."""
+    from tests import checkpoints_xl
+
     return checkpoints_xl.save_sdxl_turbo(tmp_path_factory.mktemp("checkpoints") / "sdxl_turbo")
 
 

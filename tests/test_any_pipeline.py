@@ -120,6 +120,7 @@ def test_rows_look_as_they_do_alone(folders: dict[str, Path], models: dict[str, 
         assert all(furthest(oracle, other) > 2 for other in others)
 
 
+@pytest.mark.promises
 @pytest.mark.parametrize("name", NAMES)
 def test_an_image_depends_on_its_row_alone(models: dict[str, AnyPipeline], name: str) -> None:
     """Law 1, in bytes: alone, or in a crowd of any order, beside texts of other lengths."""
@@ -491,6 +492,7 @@ def test_a_run_accounts_for_every_row(table: Path, tmp_path: Path, folders: dict
     assert not run_json(out)["compute"]["compiled"]
 
 
+@pytest.mark.promises
 def test_a_run_goes_on_to_the_same_bytes(table: Path, tmp_path: Path, folders: dict[str, Path]) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     flux_run(table, whole, folders)
@@ -502,6 +504,7 @@ def test_a_run_goes_on_to_the_same_bytes(table: Path, tmp_path: Path, folders: d
     assert {item["id"]: item["finished_at"] for item in results(parts)} == before
 
 
+@pytest.mark.promises
 @pytest.mark.usefixtures("probe_here")
 def test_a_plan_is_what_the_run_does(table: Path, tmp_path: Path, folders: dict[str, Path]) -> None:
     options = ("--slots", "8", "--threads", "1", "--device", "cpu", "--steps", "2", "--height", "64", "--width", "64")

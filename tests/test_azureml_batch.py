@@ -396,7 +396,7 @@ def delivered(files: Sequence[str], kill: Callable[[int], int | None] = lambda _
 @pytest.mark.filterwarnings(
     "ignore:This process:DeprecationWarning"
 )  # of os.fork beside threads, which do nothing here
-@pytest.mark.parametrize("place", [0, 6, 38])
+@pytest.mark.parametrize("place", [0, *(pytest.param(place, marks=pytest.mark.promises) for place in (6, 38))])
 def test_a_row_that_kills_its_process_costs_no_other(tmp_path: Path, out: Path, place: int) -> None:
     files = []
     for k in range(3):

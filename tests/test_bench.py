@@ -74,6 +74,7 @@ def told(quick: None, plot: Path) -> dict[str, Any]:
     return dict(json.loads(done.stdout))
 
 
+@pytest.mark.promises
 def test_the_same_rows_for_everybody(told: dict[str, Any]) -> None:
     table, ours = told["table"], told["contenders"]["batch-infer"]
     assert list(told["contenders"]) == ["batch-infer", "grouped", "one-by-one", "bare"]
@@ -84,6 +85,7 @@ def test_the_same_rows_for_everybody(told: dict[str, Any]) -> None:
     assert {"torch", "diffusers", "batch-infer"} <= told["versions"].keys()
 
 
+@pytest.mark.promises
 def test_occupancy_is_what_was_done_of_what_was_computed(told: dict[str, Any]) -> None:
     ours = told["contenders"]["batch-infer"]
     assert ours["occupancy"] == pytest.approx(ours["row_forwards"] / ours["slot_ticks"], abs=1e-4)
@@ -92,6 +94,7 @@ def test_occupancy_is_what_was_done_of_what_was_computed(told: dict[str, Any]) -
     assert ours["stage_shares"]["check"] == 0  # nobody judges: nor does plain diffusers
 
 
+@pytest.mark.promises
 def test_rates_multiply_out(told: dict[str, Any]) -> None:
     ours, table, peak = told["contenders"]["batch-infer"], told["table"], told["peak"]
     for name, figures in told["contenders"].items():
@@ -107,6 +110,7 @@ def test_rates_multiply_out(told: dict[str, Any]) -> None:
     assert peak["source"] == "measured matmul"
 
 
+@pytest.mark.promises
 def test_utilisation_counts_the_unet_and_the_decoder(told: dict[str, Any]) -> None:
     sizes = told["table"]["sizes"]
     unet = sum(size["row_forwards"] * size["row_forward_tflop"] for size in sizes)
@@ -115,11 +119,13 @@ def test_utilisation_counts_the_unet_and_the_decoder(told: dict[str, Any]) -> No
     assert told["table"]["tflop"] == pytest.approx(unet + decoder)
 
 
+@pytest.mark.promises
 def test_one_by_one_is_timed_on_some_rows_and_says_so(told: dict[str, Any]) -> None:
     assert told["contenders"]["one-by-one"]["sampled_rows"] == SAMPLED
     assert told["contenders"]["grouped"]["sampled_rows"] is None
 
 
+@pytest.mark.promises
 def test_the_time_of_a_sample_is_extrapolated_by_row_forwards(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "seconds_of", lambda work, device: (work(), 2.0)[1])
     done = command("bench", *ROWS, "--sizes", "native", "--rounds", "1", "--against", "one-by-one", "--json")
@@ -131,6 +137,7 @@ def test_the_time_of_a_sample_is_extrapolated_by_row_forwards(quick: None, monke
     assert seconds == pytest.approx(2.0 * sum(taken) / sum(taken[k] for k in (0, 2, 4, 6)), abs=1e-4)
 
 
+@pytest.mark.promises
 def test_the_bare_unet_is_the_row_forwards_of_the_table_at_its_own_rate(told: dict[str, Any]) -> None:
     figures = told["contenders"]["bare"]
     rates = figures["row_forwards_per_second"]
@@ -138,12 +145,14 @@ def test_the_bare_unet_is_the_row_forwards_of_the_table_at_its_own_rate(told: di
     assert figures["seconds"][-1] == pytest.approx(seconds, rel=0.01)
 
 
+@pytest.mark.promises
 def test_the_images_are_those_of_plain_diffusers(told: dict[str, Any]) -> None:
     assert told["parity"] == {"rows": SAMPLED, "largest_difference": told["parity"]["largest_difference"],
                               "against": "grouped"}  # fmt: skip
     assert told["parity"]["largest_difference"] <= 1
 
 
+@pytest.mark.promises
 def test_images_of_other_rows_are_told_apart(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A benchmark whose rivals render something else would compare nothing."""
     monkeypatch.setattr(
@@ -153,6 +162,7 @@ def test_images_of_other_rows_are_told_apart(quick: None, monkeypatch: pytest.Mo
     assert json.loads(done.stdout)["parity"]["largest_difference"] > 20
 
 
+@pytest.mark.promises
 def test_a_sweep_has_a_point_for_each_number_of_slots(told: dict[str, Any]) -> None:
     points = told["sweep"]["points"]
     assert [point["slots"] for point in points] == [2, 4]
@@ -166,6 +176,7 @@ def test_a_sweep_has_a_point_for_each_number_of_slots(told: dict[str, Any]) -> N
         assert point["ceiling_images_per_second"] == pytest.approx(9 / seconds)
 
 
+@pytest.mark.promises
 def test_the_plot_is_a_picture(told: dict[str, Any], plot: Path) -> None:
     with Image.open(plot) as picture:
         assert picture.format == "PNG"
@@ -174,6 +185,7 @@ def test_the_plot_is_a_picture(told: dict[str, Any], plot: Path) -> None:
         assert np.asarray(picture.convert("L")).std() > 5
 
 
+@pytest.mark.promises
 def test_the_table_for_a_reader(quick: None) -> None:
     done = command("bench", *ROWS, "--rounds", "1", "--against", "bare", "--sizes", "native", "--unguided", "0", "-q")
     assert (done.code, done.stdout) == (0, "")
@@ -439,12 +451,13 @@ def test_a_sweep_ends_where_memory_does(demo: Any, quick: None, monkeypatch: pyt
 # ------------------------------------------------------------------------------------------------ the arithmetic
 
 
+@pytest.mark.promises
 @pytest.mark.parametrize(
     ("name", "parameters", "latent", "row_forward", "decode"),
     [
         ("sd15", 859.5e6, (4, 64, 64), 0.803, 2.51),
         ("decidiffusion", 814.7e6, (4, 64, 64), 0.614, 2.51),
-        pytest.param("sdxl", 2567.5e6, (4, 128, 128), 6.76, 10.47, marks=pytest.mark.promises),
+        ("sdxl", 2567.5e6, (4, 128, 128), 6.76, 10.47),
     ],
 )
 def test_architectures_have_the_size_of_the_released_models(

@@ -117,7 +117,7 @@ def contexts(model: Any, texts: Sequence[str]) -> list[torch.Tensor]:
     return [row.context[0]["encoder_hidden_states"] for row in found]
 
 
-@pytest.mark.parametrize("checkpoint", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize("checkpoint", ["sd1", "sd2", pytest.param("sdxl", marks=pytest.mark.promises)])
 def test_embeddings_are_those_of_compel(checkpoint: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(f"{checkpoint}_folder")
     oracle = Oracle(load_pipeline(folder))
@@ -127,7 +127,7 @@ def test_embeddings_are_those_of_compel(checkpoint: str, request: pytest.Fixture
         assert torch.allclose(found, expected, atol=1e-6), name
 
 
-@pytest.mark.parametrize("checkpoint", ["sd1", "sdxl"])
+@pytest.mark.parametrize("checkpoint", ["sd1", pytest.param("sdxl", marks=pytest.mark.promises)])
 def test_images_are_those_of_diffusers_with_compel(checkpoint: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(f"{checkpoint}_folder")
     oracle = Oracle(load_pipeline(folder))

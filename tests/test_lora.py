@@ -123,6 +123,7 @@ def test_images_are_those_of_diffusers(sd1_folder: Path, files: dict[str, Path],
         assert furthest(rendered[row.id].pixels, ask(plain, row)[0]) > 2
 
 
+@pytest.mark.promises
 def test_both_text_encoders_of_xl(sdxl_folder: Path, tmp_path: Path) -> None:
     tensors = make_lora(load_pipeline(sdxl_folder), "unet", "text_encoder", "text_encoder_2")
     save_file(tensors, tmp_path / "xl.safetensors")

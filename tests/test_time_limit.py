@@ -100,6 +100,7 @@ def test_time_that_ends_after_the_last_image_is_no_matter(table: Path, tmp_path:
     assert (done.code, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.promises
 @pytest.mark.usefixtures("_ticking")
 def test_a_retry_is_stopped_too(table: Path, tmp_path: Path) -> None:
     """Nothing is left of the table, whose old results stand; but of the retry there is."""
