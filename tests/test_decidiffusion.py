@@ -360,6 +360,7 @@ def test_the_fingerprint_tells_its_weights(own: Path, decidiffusion_folder: Path
 # Images
 
 
+@pytest.mark.promises
 def test_packed_rows_look_as_the_straight_line_does(model: Any, straight: StraightLine) -> None:
     """At most 1 of 255 anywhere, and seldom that; and no two rows alike, so that a mix-up would show."""
     rendered = render(model, ROWS, slots=6, decode=2)

@@ -46,6 +46,7 @@ def failing(prompt: str) -> Any:
     return mock.patch.multiple(StableDiffusion, condition=note, decode=spoil)
 
 
+@pytest.mark.promises
 def test_what_failed_is_tried_again_however_often_it_has(table: Path, out: Path) -> None:
     with failing("a red circle"):
         for _ in range(5):

@@ -624,6 +624,7 @@ def test_a_table_in_pieces_gives_the_same_images(
     assert hashes(tmp_path / "out") == mixed_hashes
 
 
+@pytest.mark.promises
 def test_rows_one_by_one_give_the_same_images(tmp_path: Path, mixed_hashes: dict[tuple[str, int], str | None]) -> None:
     """An appended row at a time, each in a run of its own, with the slots otherwise empty."""
     for count in range(2, len(MIXED) + 1):

@@ -94,6 +94,7 @@ def test_refused_prompts_cost_no_rendering_and_each_image_is_asked_about_once(
     runs.assert_whole(out)
 
 
+@pytest.mark.promises
 def test_images_do_not_depend_on_who_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [f"a red circle {k}" for k in range(20)]
     with serving(latency=0.01) as service:
