@@ -6,12 +6,14 @@ import os
 import random
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.deaths import Killer, eventually, is_alive, table_of, undisturbed, without_bookkeeping, workers_of
-from tests.runs import assert_whole, command, hashes, images, results, run, start
+from tests.paced import MODULE
+from tests.runs import assert_whole, command, hashes, images, results, run, run_json, start, wait_for
 from tests.tables import write_csv
 
 SEED = int(os.environ.get("SEED", "0"))
@@ -35,6 +37,21 @@ def killed_at_random(folder: Path, rows: int, kills: int, seed: int) -> None:
 @pytest.mark.promises
 def test_kills_at_random_change_nothing(tmp_path: Path) -> None:
     killed_at_random(tmp_path, rows=30, kills=1, seed=SEED)
+
+
+@pytest.mark.promises
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_worker_that_is_killed_is_replaced_and_changes_nothing(tmp_path: Path) -> None:
+    table, out = table_of(tmp_path, 10), tmp_path / "out"
+    options = ("--slots", "16", "--num-processes", "1")
+    with start(table, out, *options, program=MODULE, PACE_SECONDS="0.5") as process:
+        assert wait_for(process, lambda: any((out / "manifest").glob("part-*.parquet")))
+        (worker,) = workers_of(process.pid)
+        os.kill(worker, signal.SIGKILL)
+        assert process.wait() == 0
+    assert run_json(out)["summary"]["deaths"] == 1
+    assert without_bookkeeping(out) == undisturbed(table, tmp_path / "reference")
+    assert_whole(out)
 
 
 @pytest.mark.soak

@@ -110,6 +110,16 @@ def test_a_worker_that_dies_at_its_start_ends_the_run_with_its_own_error(tmp_pat
 
 
 @pytest.mark.promises
+def test_a_worker_that_was_killed_while_it_loaded_has_a_second_chance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIED", str(tmp_path / "died"))
+    rendering = Rendering(tmp_path / "out", ["a"] * 10, processes=1, load=dummies.load_dying_once)
+    assert rendering.go().deaths == 1
+    rendering.assert_accounted()
+
+
+@pytest.mark.promises
 def test_a_stop_commits_what_is_finished_and_leaves_the_rest(tmp_path: Path) -> None:
     rendering = Rendering(tmp_path / "out", ["a"] * 5000, load=dummies.load_waiting)
     rendering.go(lambda: len(rendering.told) > 20)
