@@ -46,7 +46,7 @@ def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 
 @pytest.fixture
 def probe_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a plan asks of a process of its own is answered in this one, which has torch loaded already."""
+    """Answer a plan's questions about the model in this process, which has already imported torch."""
     monkeypatch.setattr(Probe, "_ask", lambda _, question, *arguments: question(*arguments))
 
 

@@ -121,7 +121,7 @@ def assert_whole(out: Path) -> None:
 
 
 def settings_of(table: Path, out: Path) -> RunSettings:
-    """What the command makes of `run`'s options here, but for slots."""
+    """Return the settings that the options of `run` above stand for, except the slots."""
     return RunSettings(
         TableSettings((str(table),)),
         out,

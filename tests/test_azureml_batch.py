@@ -576,9 +576,10 @@ def assert_accounted_for(tmp_path: Path, count: int) -> None:
 
 @pytest.mark.promises
 def test_workers_that_are_killed_and_deliveries_that_come_twice(tmp_path: Path) -> None:
-    outcome = simulated(tmp_path, 6, 4, workers=2, mini_batch_size=2, kill=0.34, duplicate=0.34, seed=1)
-    # A kill that comes after its mini-batch is done has missed: that depends on the machine.
-    assert (outcome.kills + outcome.kills_missed, outcome.duplicates, outcome.failed_files) == (1, 1, 0)
+    outcome = simulated(tmp_path, 6, 4, workers=2, mini_batch_size=2, kill=1.0, duplicate=0.34, seed=1)
+    # The first kill comes a tenth of a second after its mini-batch has begun; a later one may come too late.
+    assert outcome.kills >= 1
+    assert (outcome.duplicates, outcome.failed_files) == (1, 0)
     assert_accounted_for(tmp_path, 24)
 
 

@@ -157,10 +157,10 @@ class _Tally:
         return self.throughput.seconds_for(self.total - self.done) if self.throughput else None
 
     def __str__(self) -> str:
-        told = []
+        parts = []
         if (rate := self.images_per_second) is not None:
-            told.append(f"{rate:.2f} images/s")
+            parts.append(f"{rate:.2f} images/s")
         if (seconds := self.seconds_left) is not None:
-            told.append(f"{tqdm.format_interval(seconds)} left")
-        told += [f"{self.flagged} flagged", f"{self.failed} failed"]
-        return ", ".join(told + [f"{self.invalid} invalid"] * bool(self.invalid))
+            parts.append(f"{tqdm.format_interval(seconds)} left")
+        parts += [f"{self.flagged} flagged", f"{self.failed} failed"]
+        return ", ".join(parts + [f"{self.invalid} invalid"] * bool(self.invalid))

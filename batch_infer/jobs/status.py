@@ -25,7 +25,7 @@ class Standing:
     where tables come to an endpoint one after the other, and nobody knows of those that are left. `holder` is the
     process that works in OUT.
     `images_per_second` counts the images rendered since the first worker of the run was ready, as Throughput does, and
-    comes from the summary where the run has ended. `seconds_left` is told of a run that goes on.
+    comes from the summary where the run has ended. `seconds_left` is set while a run is going.
     """
 
     state: str
