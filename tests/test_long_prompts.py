@@ -117,7 +117,9 @@ def contexts(model: Any, texts: Sequence[str]) -> list[torch.Tensor]:
     return [row.context[0]["encoder_hidden_states"] for row in found]
 
 
-@pytest.mark.parametrize("checkpoint", ["sd1", "sd2", pytest.param("sdxl", marks=pytest.mark.promises)])
+@pytest.mark.parametrize(
+    "checkpoint", ["sd1", *(pytest.param(name, marks=pytest.mark.promises) for name in ("sd2", "sdxl"))]
+)
 def test_embeddings_are_those_of_compel(checkpoint: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(f"{checkpoint}_folder")
     oracle = Oracle(load_pipeline(folder))

@@ -231,6 +231,7 @@ def test_a_device_that_is_too_small_is_told(monkeypatch: pytest.MonkeyPatch) -> 
         probe._rates(read_card(ModelSettings()), compute, SafetySettings(), "png", (64, 64))
 
 
+@pytest.mark.promises
 def test_many_sizes_are_told_from_the_few_that_are_measured(tmp_path: Path, out: Path) -> None:
     table = write_csv(tmp_path / "t.csv", [["prompt", "height"], *(["x", 64 + 8 * k] for k in range(7))])
     sizes = plan(table, out)["sizes"]
