@@ -161,7 +161,7 @@ class Tables:
     def _refuse_the_unreadable(self) -> None:
         readable = self._readable()
         if not readable:
-            raise TableError("\n".join(self.faults.values()))
+            raise TableError("; ".join(self.faults.values()))
         meeting = stems_that_meet(opened.file for opened in readable)
         for opened in readable:
             if opened.file.stem in meeting and "id" not in opened.layout.fields:
