@@ -289,6 +289,20 @@ def test_a_table_that_is_not_there(tmp_path: Path, out: Path) -> None:
     assert done.stderr == f"batch-infer: {tmp_path}/missing.csv: no such file or folder\n"
 
 
+def test_no_command_takes_a_table_that_is_not_there_for_a_bad_row(table: Path, out: Path) -> None:
+    """`--max-failed 5 percent` names a table `percent`."""
+    assert run(table, out, "--limit", "1").code == 0
+    before = (out / "run.json").read_bytes()
+    others = {"plan": (), "retry": ("--status", "failed"), "rescore": ("--safety", "checker")}
+    done = [run(table, out, "--max-failed", "5", "percent", "shards/*.csv")]
+    done.append(command("plan", table, "percent", "shards/*.csv", "--out", out))
+    done += [command(name, out, table, "percent", "shards/*.csv", *others[name]) for name in ("retry", "rescore")]
+    for each in done:
+        assert (each.code, each.stdout) == (2, "")
+        assert "percent: no such file or folder\nshards/*.csv: the glob matches no table" in each.stderr
+    assert (out / "run.json").read_bytes() == before
+
+
 def test_a_file_where_out_should_be(tmp_path: Path, table: Path) -> None:
     (tmp_path / "file").write_text("mine")
     done = run(table, tmp_path / "file")
