@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, get_args
 
 from batch_infer.jobs import out as outdir
-from batch_infer.jobs.job import known_form
+from batch_infer.jobs.run_json import RunRecord, parse_record, require
 from batch_infer.manifest import Manifest
 from batch_infer.records import Status, now
+from batch_infer.settings import Compute
 
 STATUSES = get_args(Status)
 
@@ -54,42 +54,31 @@ class _Survey:
     """False of a run by an earlier version, which did not record `rendering_since`."""
 
     @classmethod
-    def of(cls, record: Mapping[str, Any]) -> _Survey | None:
-        if (found := record.get("survey")) is None:
+    def of(cls, record: RunRecord, compute: Compute, *, has_start: bool) -> _Survey | None:
+        if (survey := record.survey) is None:
             return None
-        before = Counter(found["standing"]) + Counter(invalid=found["invalid"])
-        finished_at = datetime.fromisoformat(found["finished_at"])
-        since = record.get("rendering_since")
-        return cls(
-            finished_at=finished_at,
-            pending=found["pending"],
-            before=before,
-            slots=_most_slots(record["compute"]),
-            rendering_since=datetime.fromisoformat(since) if since else None,
-            has_start="rendering_since" in record,
-        )
-
-
-def _most_slots(compute: Mapping[str, Any]) -> int:
-    return int(max([compute["slots"], *(shape["slots"] for shape in compute["by_size"])]))
+        slots = max([compute.slots, *(shape.slots for shape in compute.by_size)])
+        before = Counter(survey.standing) + Counter(invalid=survey.invalid)
+        return cls(survey.finished_at, survey.pending, before, slots, record.rendering_since, has_start)
 
 
 def status(out: Path) -> Standing:
     """Look at OUT, without holding it. Raises UsageError where it holds no run."""
-    record = outdir.known_run(out)
+    raw = outdir.known_run(out)
+    record = parse_record(raw)
     holder = outdir.holder(out)
-    with known_form(record, out):
-        standing = Standing("running" if holder else "stopped", holder, record["started_at"])
-        survey = _Survey.of(record)
-        if (summary := record.get("summary")) is not None and not holder:
-            standing.counts = {name: summary[name] for name in STATUSES}
-            standing.left = summary["left"]
-            standing.images_per_second = summary.get("images_per_second")
-            standing.state = "stopped" if standing.left else "finished"
-            standing.state = "rescoring" if record.get("rescoring") else standing.state
-            return standing
-        if not record["settings"]["table"]["tables"]:
-            standing.state = "open"
+    standing = Standing("running" if holder else "stopped", holder, require(record.started_at, "started_at", out))
+    if (summary := record.summary) is not None and not holder:
+        standing.counts = {name: getattr(summary, name) for name in STATUSES}
+        standing.left = summary.left
+        standing.images_per_second = summary.images_per_second
+        standing.state = "stopped" if standing.left else "finished"
+        standing.state = "rescoring" if record.rescoring else standing.state
+        return standing
+    compute = require(record.compute, "compute", out)
+    survey = _Survey.of(record, compute, has_start="rendering_since" in raw)
+    if not require(record.settings, "settings", out).table.tables:
+        standing.state = "open"
     _count(standing, survey, Manifest(out))
     return standing
 
