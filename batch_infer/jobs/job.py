@@ -70,12 +70,19 @@ def prepare(settings: RunSettings, tables: Tables, card: ModelCard, device: Devi
         outdir.refuse_to_clear(settings.out)
     earlier = None if settings.overwrite else found
     outdir.refuse_while_rescored(settings.out, earlier)
+    settings = keep_policy(settings, earlier)
     compute = settle_compute(settings, card, device, earlier)
     record = describe(settings, card, compute, tables)
     if earlier is not None and Manifest(settings.out).parts():
         refuse_other(earlier, record, settings.out)
     rules = make_rules(settings, card, record)
     return Job(settings, tables, card, compute, {**record, "rules": asdict(rules)}, earlier, rules)
+
+
+def keep_policy(settings: RunSettings, earlier: Mapping[str, Any] | None) -> RunSettings:
+    """Settle what is stored of flagged images: as requested, as in the earlier run, or black ones."""
+    before = parse_record(earlier or {}).settings
+    return replace(settings, safety=settings.safety.continuing(before.safety if before else None))
 
 
 def settle_compute(
