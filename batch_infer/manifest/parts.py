@@ -51,7 +51,7 @@ SCHEMA = pa.schema(
 )
 """The result columns, in order; a part's carried columns follow them."""
 
-_FIELDS = [field.name for field in fields(ResultRow) if field.name != "carried"]
+_FIELDS = [field.name for field in fields(ResultRow) if field.name not in ("carried", "line")]
 if SCHEMA.names != _FIELDS:  # the columns are told twice, here with their types
     raise TypeError(f"records.ResultRow and manifest.SCHEMA differ: {set(_FIELDS) ^ set(SCHEMA.names)}")
 
