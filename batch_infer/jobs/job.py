@@ -126,7 +126,7 @@ def refuse_unrepeatable(record: Mapping[str, Any], out: Path) -> None:
 
     Raises SettingsError.
     """
-    if not record["settings"]["table"]["tables"]:
+    if not require(parse_record(record).settings, "settings", out).table.tables:
         raise SettingsError(f"{out} is an endpoint's, to which tables came one by one; name the TABLEs after OUT")
     if found := record.get("unrepeatable_tables"):
         told = ", ".join("standard input" if table == "-" else table for table in found)
