@@ -74,7 +74,8 @@ def run(
                     outdir.clear(settings.out)
                 with _logged(settings.out):
                     if (job.earlier or {}).get("summary") is None:
-                        leaves_alone = _all_but(recover(settings.out, Manifest(settings.out)), leaves_alone)
+                        lost = recover(settings.out, Manifest(settings.out), job.record["recover_from"])
+                        leaves_alone = _all_but(lost, leaves_alone)
                     return _Run(job, engine, progress, stop, leaves_alone).go(started)
 
 
@@ -316,6 +317,7 @@ class _Run:
             output=job.settings.output,
             out=self._held,
             carried=job.tables.carried,
+            run=job.number,
         )
 
     def _sum_up(self, counts: Counts, seconds: float) -> None:
