@@ -11,7 +11,8 @@
     │   └── NewerPart       a part of the manifest was written by a later version of batch-infer
     ├── TryAgainLater       exit 75: run the same command again to go on
     │   ├── LockedError     another run holds OUT
-    │   ├── StorageError    OUT cannot be written
+    │   ├── StorageError    OUT cannot be written, or not be read
+    │   │   └── MissingResults   the manifest lists fewer results than were committed
     │   ├── ServiceError    somebody else's server does not answer
     │   ├── WorkersLost     every worker has died, again and again
     │   ├── Interrupted     SIGINT or SIGTERM
@@ -81,6 +82,10 @@ class LockedError(TryAgainLater):
 
 
 class StorageError(TryAgainLater):
+    pass
+
+
+class MissingResults(StorageError):
     pass
 
 
