@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from batch_infer.cli.names import variables_of_option
 from batch_infer.cli.progress import Together
 from batch_infer.cli.run import run as run_command
 from batch_infer.errors import StorageError
@@ -289,6 +290,20 @@ def test_a_table_that_is_not_there(tmp_path: Path, out: Path) -> None:
     assert done.stderr == f"batch-infer: {tmp_path}/missing.csv: no such file or folder\n"
 
 
+def test_no_command_takes_a_table_that_is_not_there_for_a_bad_row(table: Path, out: Path) -> None:
+    """`--max-failed 5 percent` names a table `percent`."""
+    assert run(table, out, "--limit", "1").code == 0
+    before = (out / "run.json").read_bytes()
+    others = {"plan": (), "retry": ("--status", "failed"), "rescore": ("--safety", "checker")}
+    done = [run(table, out, "--max-failed", "5", "percent", "shards/*.csv")]
+    done.append(command("plan", table, "percent", "shards/*.csv", "--out", out))
+    done += [command(name, out, table, "percent", "shards/*.csv", *others[name]) for name in ("retry", "rescore")]
+    for each in done:
+        assert (each.code, each.stdout) == (2, "")
+        assert "percent: no such file or folder\nshards/*.csv: the glob matches no table" in each.stderr
+    assert (out / "run.json").read_bytes() == before
+
+
 def test_a_file_where_out_should_be(tmp_path: Path, table: Path) -> None:
     (tmp_path / "file").write_text("mine")
     done = run(table, tmp_path / "file")
@@ -354,11 +369,9 @@ def parts(out: Path) -> set[str]:
 
 
 def test_every_option_is_an_environment_variable() -> None:
-    with run_command.make_context("run", ["t.csv"]) as context:
-        for option in (parameter for parameter in run_command.params if isinstance(parameter, click.Option)):
-            name = option.opts[-1].lstrip("-").upper().replace("-", "_")
-            known = option.envvar or f"{context.auto_envvar_prefix}_{(option.name or '').upper()}"
-            assert known == f"BATCH_INFER_{name}"
+    for option in (parameter for parameter in run_command.params if isinstance(parameter, click.Option)):
+        names = [name.lstrip("-").upper().replace("-", "_") for name in option.opts if name.startswith("--")]
+        assert variables_of_option(option) == [f"BATCH_INFER_{name}" for name in names]
 
 
 def test_columns_from_the_environment_may_hold_blanks(

@@ -75,8 +75,9 @@ class Tables:
     def __init__(self, settings: TableSettings, result_columns: Iterable[str], others: Others | None = None) -> None:
         """Opens every file and finds its columns.
 
-        With `others`, a file that cannot be read has its fault, and default ids do not meet. Raises TableError where,
-        without them, no file can be read, or default ids would meet; ServiceError where none can be fetched.
+        With `others`, a file that cannot be read has its fault, and default ids do not meet. Without them, raises
+        TableError where an argument cannot be read, no file of folders and globs can be, or default ids would meet.
+        Raises ServiceError where a file cannot be fetched now.
         """
         self._others = others
         self._owners: Mapping[str, str] = {}
@@ -86,9 +87,12 @@ class Tables:
             undo.callback(self._scratch.close)
             reserved = frozenset(result_columns)
             found = find_files(settings.tables, settings.folder, self._scratch)
+            if others is None:
+                _refuse_missing(found)
             self._files = [self._open(file, settings.columns, reserved) for file in found]
             if others is None:
-                self._refuse_the_unreadable()
+                self._refuse_unreadable()
+                self._refuse_meeting_ids()
             else:
                 stems = stems_among(map(clean, others.names))
                 self._owners = {stem: name for name, stem in stems.items() if read_ending(name)}
@@ -158,10 +162,19 @@ class Tables:
     def _readable(self) -> list[_Opened]:
         return [opened for opened in self._files if isinstance(opened, _Opened)]
 
-    def _refuse_the_unreadable(self) -> None:
+    def _refuse_unreadable(self) -> None:
+        """Raise TableError where a file that the user named cannot be read, or no file at all.
+
+        A file that is only in a folder or glob costs one invalid result.
+        """
+        refused = [opened for opened in self._files if isinstance(opened, _Refused)]
+        if self._readable():
+            refused = [opened for opened in refused if opened.file.is_named]
+        if refused:
+            raise TableError("\n".join(opened.error for opened in refused))
+
+    def _refuse_meeting_ids(self) -> None:
         readable = self._readable()
-        if not readable:
-            raise TableError("\n".join(self.faults.values()))
         meeting = stems_that_meet(opened.file for opened in readable)
         for opened in readable:
             if opened.file.stem in meeting and "id" not in opened.layout.fields:
@@ -184,6 +197,12 @@ class Tables:
             fields = opened.layout.fields
             for raw in opened.reader.rows():
                 yield _row(opened.file, fields, carried, raw, ids)
+
+
+def _refuse_missing(files: Iterable[TableFile]) -> None:
+    """Raise TableError for all arguments that mean no file, before any file is read: one may be misspelt."""
+    if faults := [file.fault for file in files if file.fault is not None and file.is_named]:
+        raise TableError("\n".join(faults))
 
 
 def _apart(opened: _Opened | _Refused, stems: Mapping[str, str]) -> _Opened | _Refused:

@@ -1,0 +1,209 @@
+"""An OUT that an earlier version has written is continued, merged, rescored and retried; nothing is rendered again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from batch_infer.azureml import batch
+from batch_infer.records import BOOKKEEPING
+from tests.runs import Done, Key, assert_whole, command, images, results, run_json
+
+DATA = Path(__file__).parent / "data" / "earlier_version"
+COMPUTE = ("--slots", "8", "--threads", "1", "--device", "cpu", "--num-processes", "0")
+FORMATS = {"blank": "jpeg", "blur": "webp", "quarantine": "png", "drop": "png"}
+OPTIONS = {
+    "keep": ("keep.csv", "--steps", "12", "--images-per-prompt", "2", "--on-flagged", "keep", "--results", "csv"),
+    "carried": ("shards", "--steps", "2", "--width", "32", "--height", "32", "--safety", "none", "--image-format",
+                "webp"),
+    **{policy: ("flagged.csv", "--guidance-scale", "5", "--on-flagged", policy, "--image-format", image_format)
+       for policy, image_format in FORMATS.items()},
+}  # fmt: skip
+"""The table and the options that each folder was made with."""
+CODES = {"keep": 3}
+"""A row of it is invalid."""
+
+every_run = pytest.mark.parametrize("name", OPTIONS)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of everything, as the current folder. Its run.json files name the tables where they are now."""
+    folder = tmp_path / "earlier"
+    shutil.copytree(DATA, folder)
+    for path in folder.glob("*/run.json"):
+        path.write_text(path.read_text().replace("FOLDER", str(folder)))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def run(folder: Path, name: str, *options: str) -> Done:
+    table, *own = OPTIONS[name]
+    return command("run", table, "-o", folder / name, *COMPUTE, *own, *options)
+
+
+def rendered(done: Done, code: int = 0) -> int:
+    """How many images the command has rendered."""
+    assert done.code == code, done.stderr
+    return int(json.loads(done.stdout)["rendered"])
+
+
+def committed(out: Path) -> dict[Key, dict[str, Any]]:
+    """What the parts of an OUT hold, without bookkeeping, as long as no key has two results."""
+    found: dict[Key, dict[str, Any]] = {}
+    for part in (out / "manifest").glob("part-*.parquet"):
+        for row in pq.read_table(part).to_pylist(maps_as_pydicts="strict"):
+            assert found.setdefault((row["id"], row["image_index"]), row) is row
+    return found
+
+
+def assert_as_before(out: Path, before: Mapping[Key, Mapping[str, Any]]) -> None:
+    """results.parquet says what the parts said: all result columns of all rows, and the image files are those."""
+    rows = {(row["id"], row["image_index"]): row for row in results(out)}
+    assert rows.keys() == before.keys()
+    for key, row in before.items():
+        assert {name: rows[key][name] for name in row if name not in {*BOOKKEEPING, "n"}} == {
+            name: value for name, value in row.items() if name not in {*BOOKKEEPING, "n"}
+        }
+        assert rows[key]["attempt"] == row["attempt"]
+    assert_whole(out)
+
+
+def forget_end(out: Path) -> None:
+    """Make of a finished run one that was killed just before its end."""
+    (out / "run.json").write_text(json.dumps({**run_json(out), "finished_at": None, "summary": None}))
+    (out / ".tmp-0123abcd-1-0123456789ab-results.parquet").write_bytes(b"half")
+
+
+@every_run
+def test_a_finished_run_is_continued(folder: Path, name: str) -> None:
+    before = committed(folder / name)
+    assert rendered(run(folder, name, "--json"), CODES.get(name, 0)) == 0
+    assert_as_before(folder / name, before)
+
+
+@pytest.mark.parametrize("name", ["keep", "quarantine"])
+def test_a_killed_run_is_continued(folder: Path, name: str) -> None:
+    before = committed(folder / name)
+    forget_end(folder / name)
+    told = json.loads(command("status", folder / name, "--json").stdout)
+    assert (told["state"], told["left"]) == ("stopped", 0)
+    assert rendered(run(folder, name, "--json"), CODES.get(name, 0)) == 0
+    assert_as_before(folder / name, before)
+
+
+def test_of_a_longer_table_only_the_new_row_is_rendered(folder: Path) -> None:
+    out, before = folder / "keep", committed(folder / "keep")
+    with (folder / "keep.csv").open("a") as table:
+        table.write("a large red disc,,,,,new,5,1\n")
+    assert rendered(run(folder, "keep", "--json"), 3) == 2
+    rows = {(row["id"], row["image_index"]): row for row in results(out)}
+    assert rows.keys() - before.keys() == {("keep-00000004", 0), ("keep-00000004", 1)}
+    assert all(rows[key]["sha256"] == row["sha256"] for key, row in before.items())
+    assert_whole(out)
+
+
+@every_run
+@pytest.mark.parametrize("has_tables", [True, False])
+def test_it_is_merged(folder: Path, name: str, has_tables: bool) -> None:
+    before = committed(folder / name)
+    if not has_tables:
+        for table in ("keep.csv", "flagged.csv"):
+            (folder / table).unlink()
+        shutil.rmtree(folder / "shards")
+    assert command("merge", folder / name, "-q").code == 0
+    assert_as_before(folder / name, before)
+
+
+@every_run
+def test_status_counts_what_it_holds(folder: Path, name: str) -> None:
+    told = json.loads(command("status", folder / name, "--json").stdout)
+    assert (told["state"], told["left"]) == ("finished", 0)
+    counts = Counter(row["status"] for row in committed(folder / name).values())
+    assert told["counts"] == {status: counts[status] for status in told["counts"]}
+
+
+@every_run
+def test_it_is_rescored_and_then_continued(folder: Path, name: str) -> None:
+    """By other judges and by the same: no image is lost, and the run goes on from there."""
+    out, before = folder / name, committed(folder / name)
+    policy = name if name in FORMATS else "keep"
+    judged = ("--safety", "checker", "--on-flagged", policy)
+    done = command("rescore", out, *judged, "--json")
+    assert (done.code, json.loads(done.stdout)["failed"]) == (0, 0), done.stderr
+    assert rendered(run(folder, name, *judged, "--json"), CODES.get(name, 0)) == 0
+    rows = {(row["id"], row["image_index"]): row for row in results(out)}
+    flagged = [key for key, row in rows.items() if row["status"] == "flagged"]
+    if name != "carried":
+        assert flagged == [key for key, row in before.items() if row["status"] == "flagged"]
+    for key in rows.keys() - set(flagged):
+        assert rows[key]["sha256"] == before[key]["sha256"]
+    assert_whole(out)
+
+
+@every_run
+def test_retry_leaves_alone_what_is_there(folder: Path, name: str) -> None:
+    before = committed(folder / name)
+    done = command("retry", folder / name, "--status", "failed", "--status", "missing", "--json")
+    assert rendered(done, CODES.get(name, 0)) == 0
+    assert_as_before(folder / name, before)
+
+
+@pytest.mark.parametrize("name", ["keep", "carried"])
+def test_lost_images_are_rendered_as_they_were(folder: Path, name: str) -> None:
+    """Seeds, sizes and settings are those of the earlier version; another machine may differ in the last bit."""
+    out = folder / name
+    before = {path: np.asarray(Image.open(out / path)).astype(int) for path in images(out)}
+    for path in before:
+        (out / path).unlink()
+    done = command("retry", out, "--status", "missing", "--json")
+    assert rendered(done, CODES.get(name, 0)) == len(before)
+    assert images(out) == before.keys()
+    most = {"keep": 1, "carried": 40}[name]  # WebP loses some
+    for path, pixels in before.items():
+        assert np.abs(np.asarray(Image.open(out / path)).astype(int) - pixels).max() <= most
+    assert_whole(out)
+
+
+def test_a_rescoring_that_was_killed_goes_on(folder: Path) -> None:
+    """Its first image is judged already."""
+    out = folder / "rescoring"
+    assert json.loads(command("status", out, "--json").stdout)["state"] == "rescoring"
+    hashes = {hashlib.sha256((out / path).read_bytes()).hexdigest() for path in images(out)}
+    done = command("rescore", out, "--safety", "checker", "--on-flagged", "quarantine", "--json")
+    told = json.loads(done.stdout)
+    assert (done.code, told["judged"], told["failed"]) == (0, 1, 0), done.stderr
+    assert {row["id"]: row["status"] for row in results(out)} == {"cross": "flagged", "Blue Square": "ok"}
+    assert {row["sha256"] for row in results(out)} == hashes
+    assert_whole(out)
+
+
+def test_the_output_of_an_endpoint_is_continued_and_merged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, before = folder / "endpoint", committed(folder / "endpoint")
+    options = {"SLOTS": "8", "THREADS": "1", "DEVICE": "cpu", "GUIDANCE_SCALE": "5", "IMAGE_FORMAT": "webp"}
+    for name, value in {**options, "ON_FLAGGED": "keep"}.items():
+        monkeypatch.setenv(f"BATCH_INFER_{name}", value)
+    monkeypatch.setenv("AZUREML_BI_OUTPUT_PATH", str(out))
+    for name in ("AZUREML_MODEL_DIR", "AZ_BATCHAI_GPU_COUNT_FOUND", "CONTENT_SAFETY_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    assert json.loads(command("status", out, "--json").stdout)["state"] == "open"
+    parts = sorted((out / "manifest").iterdir())
+    try:
+        batch.init()
+        scored = batch.run([str(folder / "flagged.csv")])
+    finally:
+        batch.shutdown()
+    assert sorted((out / "manifest").iterdir()) == parts
+    assert set(scored["sha256"]) == {row["sha256"] for row in before.values()}
+    assert command("merge", out, "-q").code == 0
+    assert_as_before(out, before)
