@@ -122,7 +122,8 @@ def assert_whole(out: Path) -> None:
         assert (hashlib.sha256(content).hexdigest(), len(content)) == (row["sha256"], row["image_bytes"])
         if row["generated_image"].endswith(".png"):
             with Image.open(io.BytesIO(content)) as image:
-                assert pixels_sha256(np.asarray(image)) == row["pixels_sha256"]
+                # None: of an image that a version without this column made
+                assert row["pixels_sha256"] in (None, pixels_sha256(np.asarray(image)))
     assert not [path for path in out.rglob(".*") if path.name != ".lock"]
 
 

@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from batch_infer.errors import SettingsError, UsageError
-from batch_infer.jobs.job import Job, rules_of
+from batch_infer.jobs.job import Job, rules_of, settings_of
 from batch_infer.manifest import Index
 from batch_infer.records import FINAL, PromptRequest
-from batch_infer.settings import TableSettings
 from batch_infer.table import RowRules
 
 OPTIONS = {
@@ -57,10 +56,13 @@ def find_changes(job: Job, index: Index) -> Changes:
 
     Scans only where the defaults or --column differ from those in run.json.
     """
-    changes = Changes(columns=_columns_differ(job))
-    before = _earlier_rules(job)
-    if before is None or (before == job.rules and not changes.columns):
-        return Changes()
+    changes = Changes()
+    if (earlier := _earlier(job)) is None:
+        return changes
+    before, columns = earlier
+    columns_differ = dict(columns) != dict(job.settings.table.columns)
+    if before == job.rules and not columns_differ:
+        return changes
     for item, old in job.tables.compared_rows(job.rules, before):
         match = index.find(item.key)
         if match is None or match.status not in FINAL or match.fingerprint == item.fingerprint:
@@ -69,30 +71,21 @@ def find_changes(job: Job, index: Index) -> Changes:
             changes.images += 1
             if isinstance(item, PromptRequest) and isinstance(old, PromptRequest):
                 _note_defaults(changes, item, old, before, job.rules)
-        elif changes.columns:
+        elif columns_differ:
             changes.images += 1
-    changes.columns = changes.columns and not changes.defaults
+            changes.columns = True
     return changes
 
 
-def _earlier_rules(job: Job) -> RowRules | None:
+def _earlier(job: Job) -> tuple[RowRules, Mapping[str, str]] | None:
+    """Return the rules and the --column of the run that this one continues, None where there is none to compare."""
     if job.earlier is None:
         return None
     try:
-        return rules_of(job.earlier, job.settings.out)
+        out = job.settings.out
+        return rules_of(job.earlier, out), settings_of(job.earlier, out).table.columns
     except UsageError:  # another version wrote it in another form
         return None
-
-
-def _columns_differ(job: Job) -> bool:
-    columns = TableSettings((), dict(_get(job.earlier, "settings", "table", "columns") or {})).columns
-    return job.earlier is not None and dict(columns) != dict(job.settings.table.columns)
-
-
-def _get(record: Any, *names: str) -> Any:
-    for name in names:
-        record = record.get(name) if isinstance(record, Mapping) else None
-    return record
 
 
 def _note_defaults(

@@ -130,7 +130,7 @@ def settings_of(record: Mapping[str, Any], out: Path, tables: Sequence[str] = ()
         model = replace(model, name=str(settings.table.folder / model.name))
     loras = tuple(replace(lora, file=str(settings.table.folder / Path(lora.file).expanduser())) for lora in model.loras)
     model = replace(model, loras=loras)
-    return replace(settings, out=out, table=table, model=model, overwrite=False)
+    return replace(settings, out=out, table=table, model=model, overwrite=False, rerender_changed=False)
 
 
 def refuse_unrepeatable(record: Mapping[str, Any], out: Path) -> None:

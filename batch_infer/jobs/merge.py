@@ -72,9 +72,7 @@ def _complete(tables: Iterable[pa.Table], counts: Counts, least: int) -> Iterato
         )
 
 
-def merge_parts(
-    manifest: Manifest, tables: Sequence[str], out: Path, output: OutputSettings, least: int = 0
-) -> Counts:
+def merge_parts(manifest: Manifest, tables: Sequence[str], out: Path, output: OutputSettings, least: int = 0) -> Counts:
     """Write all results that the manifest holds, in the order of these tables, and count them. Raises as `merge` does.
 
     For an OUT whose tables are not at hand: rows that have left them since, or changed, cannot be told from others.

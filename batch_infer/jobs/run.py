@@ -27,6 +27,7 @@ from batch_infer.errors import (
     UsageError,
 )
 from batch_infer.jobs import out as outdir
+from batch_infer.jobs.changes import find_changes
 from batch_infer.jobs.estimate import Size, learn
 from batch_infer.jobs.job import Job, find_model, open_tables, prepare, rooted
 from batch_infer.jobs.merge import Counts, merge, merge_parts
@@ -168,7 +169,10 @@ class _Run:
     def _score(self) -> Counts:
         """Render what is not done, and merge. Raises DamagedPart where its rows are then to be rendered anew."""
         with self._manifest.index(damaged=set_aside) as index:
-            survey = look_through(self._job, index, self._leaves_alone)
+            with self._undone_where_refused():
+                changes = find_changes(self._job, index)
+                changes.refuse(self._job)
+            survey = look_through(self._job, index, self._leaves_alone, str(changes))
             self._record = {**self._record, "survey": {**asdict(survey), "finished_at": now()}, "rendering_since": None}
             outdir.write_run(self._out, self._record)
             if survey.pending and not self._stop():
@@ -242,17 +246,18 @@ class _Run:
         """By the tables, or by the manifest alone where the tables have changed under the run: no result is lost."""
         self._held.check()
         left = max(0, survey.pending - self._committed) + survey.standing.get("left", 0)
+        least = survey.total - left - survey.unsettled
         tables, output = self._job.tables, self._job.settings.output
         if changed := tables.changed():
             log.warning(
                 "%s changed or went while the run did, so all that the manifest holds is merged; run again to go by it",
                 ", ".join(changed),
             )
-            counts = merge_parts(self._manifest, tables.files, self._out, output, survey.total - left)
+            counts = merge_parts(self._manifest, tables.files, self._out, output, least)
             counts.left = left
             return counts
         with self._manifest.index() as index:
-            return merge(self._job.items(), index, tables.carried, self._out, output, survey.total - left)
+            return merge(self._job.items(), index, tables.carried, self._out, output, least)
 
     def _render(self, index: Index, survey: Survey) -> None:
         lengths: Counter[Size] = Counter()
