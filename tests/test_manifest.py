@@ -43,7 +43,7 @@ def row(name: str = "a", index: int = 0, **values: Any) -> ResultRow:
 
 def test_the_columns_are_those_of_the_contract() -> None:
     assert SCHEMA.names == COLUMNS
-    assert [field.name for field in fields(ResultRow)] == [*COLUMNS, "carried"]
+    assert [field.name for field in fields(ResultRow)] == [*COLUMNS, "carried", "line"]
     assert set(COLUMNS) > BOOKKEEPING == {"slots", "seconds", "attempt", "worker", "finished_at"}
     types = {name: str(SCHEMA.field(name).type) for name in COLUMNS}
     assert types["id"] == types["generated_image"] == types["fingerprint"] == "string"

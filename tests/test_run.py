@@ -35,7 +35,19 @@ from batch_infer.models import DEMO_MODEL
 from batch_infer.models.stable_diffusion import StableDiffusion
 from batch_infer.sinks import FolderSink
 from tests.paced import MODULE
-from tests.runs import assert_whole, command, hashes, images, results, run, run_json, settings_of, start, wait_for
+from tests.runs import (
+    QUICK,
+    assert_whole,
+    command,
+    hashes,
+    images,
+    results,
+    run,
+    run_json,
+    settings_of,
+    start,
+    wait_for,
+)
 from tests.serving import serving
 from tests.tables import write_bytes, write_csv, write_parquet
 
@@ -345,10 +357,23 @@ def test_invalid_rows_are_told_on_stderr_and_in_the_log(tmp_path: Path, out: Pat
     table = write_csv(tmp_path / "t.csv", [["prompt", "seed"], *(["x", "none"] for _ in range(30))])
     done = run(table, out)
     assert done.stderr.count("seed 'none' is not a whole number") == 20
-    assert "t.csv, row 19 (t-00000019): seed 'none'" in done.stderr
+    assert "t.csv, line 21 (t-00000019): seed 'none'" in done.stderr
     assert "invalid in all: 30; results.parquet names each" in done.stderr
-    assert "t.csv, row 29 (t-00000029): seed 'none'" in (out / "logs" / "run.log").read_text()
+    assert "t.csv, line 31 (t-00000029): seed 'none'" in (out / "logs" / "run.log").read_text()
     assert not images(out)
+
+
+def test_remarks_on_the_tables_are_told_by_plan_and_run(tmp_path: Path, out: Path) -> None:
+    table = write_bytes(tmp_path / "t.csv", b"prompt,seed\nx,2,\ny\n,\n")
+    planned = command("plan", table, "--out", out, *QUICK, "--json")
+    done = run(table, out)
+    assert (planned.code, done.code) == (0, 0)
+    short, blank = json.loads(planned.stdout)["remarks"]
+    assert short.endswith("t.csv, line 3: 1 of 2 cells, without 'seed')")
+    assert blank.endswith("t.csv, line 4)")
+    for told in (planned.stderr, done.stderr, (out / "logs" / "run.log").read_text()):
+        assert told.count(short) == told.count(blank) == 1
+    assert len(results(out)) == json.loads(planned.stdout)["rows"] == 2
 
 
 def test_options_from_the_environment(table: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import pytest
 from batch_infer.cli.asked import run_settings
 from batch_infer.cli.run import run as command
 from batch_infer.errors import SettingsError
+from batch_infer.jobs.run_json import parse_record
 from batch_infer.settings import FIELDS, FailureBudget, LoraSpec, RunSettings, SchedulerSpec, TableSettings
 
 
@@ -174,7 +175,8 @@ def test_every_option_has_its_place() -> None:
 )
 def test_settings_can_be_written_down_and_read(arguments: tuple[str, ...]) -> None:
     settings = parse(*arguments)
-    assert RunSettings.from_record(json.loads(json.dumps(asdict(settings), default=str))) == settings
+    record = json.loads(json.dumps({"settings": asdict(settings)}, default=str))
+    assert parse_record(record).settings == settings
 
 
 @pytest.mark.parametrize(

@@ -11,15 +11,15 @@ import click
 from tqdm import tqdm
 
 from batch_infer.cli.asked import run_settings
-from batch_infer.cli.logs import set_up_logging
+from batch_infer.cli.logs import log, set_up_logging
 from batch_infer.cli.options import job_options, json_option, logging_options, progress_option
 from batch_infer.cli.report import ROWS_FAILED, duration, number, printing
 from batch_infer.cli.signals import interrupt_on_sigterm
 from batch_infer.errors import SettingsError
+from batch_infer.records import ResultRow, Source
 
 if TYPE_CHECKING:
     from batch_infer.jobs.plan import Plan
-    from batch_infer.records import ResultRow
     from batch_infer.settings import RunSettings
 
 
@@ -49,6 +49,8 @@ def plan(time_limit: float | None, as_json: bool, quiet: bool, verbose: bool, **
     # In a file: there may be as many faults as the table has rows.
     with interrupt_on_sigterm(), tempfile.TemporaryFile("w+", encoding="utf-8") as faults:
         found = look(settings, lambda row: _note(row, faults))
+        for remark in found.remarks:
+            log.warning("%s", remark)
         faults.seek(0)
         within = settings.max_failed.allows(found.invalid_rows, found.rows)
         enough = None if time_limit is None else found.seconds <= time_limit
@@ -67,7 +69,13 @@ def plan(time_limit: float | None, as_json: bool, quiet: bool, verbose: bool, **
 
 
 def _note(row: ResultRow, faults: IO[str]) -> None:
-    fault = {"file": row.source_file, "row": row.source_row, "id": row.id, "image_index": row.image_index}
+    fault = {
+        "file": row.source_file,
+        "row": row.source_row,
+        "line": row.line,
+        "id": row.id,
+        "image_index": row.image_index,
+    }
     faults.write(json.dumps({**fault, "error": row.error}) + "\n")
 
 
@@ -84,7 +92,8 @@ def _print(plan: Plan, faults: IO[str], settings: RunSettings) -> None:
 
     for fault in map(json.loads, faults):
         if fault["image_index"] == 0:
-            click.echo(f"{fault['file']}, row {fault['row']} ({fault['id']}): {fault['error']}")
+            place = Source(fault["file"], fault["row"], fault["line"])
+            click.echo(f"{place} ({fault['id']}): {fault['error']}")
     many = f", {number(plan.total - plan.invalid, 'image')}" if plan.total > plan.rows else ""
     told = [f"{number(plan.rows, 'row')}{many}", f"{plan.invalid_rows:,} invalid"]
     if plan.truncated:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from batch_infer.errors import SettingsError, UsageError
+from batch_infer.errors import SettingsError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.record import choose_compute, describe, refuse_other
+from batch_infer.jobs.run_json import parse_record, require
 from batch_infer.manifest import SCHEMA, Manifest, run_of
 from batch_infer.models import ModelCard, PipelineFacts, read_card
 from batch_infer.planning import Item
-from batch_infer.records import SizeRules, digest
+from batch_infer.records import digest
 from batch_infer.settings import Compute, Device, RowDefaults, RunSettings
 from batch_infer.table import RowRules, Tables
 
@@ -117,12 +117,11 @@ def make_rules(settings: RunSettings, card: ModelCard, record: Mapping[str, Any]
 
 
 def settings_of(record: Mapping[str, Any], out: Path, tables: Sequence[str] = ()) -> RunSettings:
-    """The settings of the run that a run.json speaks of, for OUT and the tables as they are named now.
+    """Return the settings of the run that a run.json describes, for OUT and the tables as they are named now.
 
-    Raises UsageError where they cannot be had from it.
+    Raises UsageError where it lacks them.
     """
-    with known_form(record, out):
-        settings = RunSettings.from_record(record["settings"])
+    settings = require(parse_record(record).settings, "settings", out)
     table, model = settings.table, settings.model
     if tables:
         table = replace(table, tables=tuple(tables), folder=Path.cwd())
@@ -146,28 +145,8 @@ def refuse_unrepeatable(record: Mapping[str, Any], out: Path) -> None:
 
 
 def rules_of(record: Mapping[str, Any], out: Path) -> RowRules:
-    """The rules by which the run that a run.json speaks of read its tables. Raises UsageError."""
-    with known_form(record, out):
-        rules = record["rules"]
-        return RowRules(
-            RowDefaults(**rules["defaults"]),
-            SizeRules(**rules["sizes"]),
-            rules["fingerprint"],
-            rules["embedded_guidance"],
-            tuple((field, value) for field, value in rules["fixed"]),
-        )
-
-
-@contextmanager
-def known_form(record: Mapping[str, Any], out: Path) -> Iterator[None]:
-    """Read in a run.json what this version writes there. Raises UsageError for what another has written."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(
-            f"{out / 'run.json'} was written by batch-infer {record.get('batch_infer')} in another form ({error}): "
-            "go on with `batch-infer run` and its options, which writes it anew"
-        ) from error
+    """Return the rules by which the run that a run.json describes read its tables. Raises UsageError."""
+    return require(parse_record(record).rules, "rules", out)
 
 
 def _typed(settings: RunSettings, card: ModelCard, device: Device, earlier: Mapping[str, Any] | None) -> RunSettings:

@@ -67,6 +67,7 @@ class Plan:
     changes: str = ""
     refused: str | None = None
     cost: float | None = None
+    remarks: list[str] = field(default_factory=list)
     measured_at: datetime | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -114,6 +115,7 @@ class _Walk:
             found.pending += 1
             self._packing.add(request, self._probe.evaluations(card, request.params.num_inference_steps))
         self._packing.close()
+        found.remarks = self._job.tables.remarks
         found.truncated = self._tokens.close() if self._tokens else None
         found.done = found.total - found.invalid - found.pending
         walking = time.monotonic() - started - (self._probe.waited - waited)
@@ -183,4 +185,5 @@ def _refused(request: PromptRequest, error: RowError) -> ResultRow:
         source_file=request.source.file,
         source_row=request.source.row,
         fingerprint=request.fingerprint,
+        line=request.source.line,
     )

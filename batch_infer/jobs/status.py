@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, get_args
 
 from batch_infer.jobs import out as outdir
-from batch_infer.jobs.job import known_form
+from batch_infer.jobs.run_json import RunRecord, parse_record, require
 from batch_infer.manifest import Manifest
 from batch_infer.records import Status, now
 
@@ -51,32 +50,28 @@ class _Survey:
     """When the first worker was ready; None before."""
 
     @classmethod
-    def of(cls, record: Mapping[str, Any]) -> _Survey | None:
-        if (found := record.get("survey")) is None:
+    def of(cls, record: RunRecord) -> _Survey | None:
+        if (survey := record.survey) is None:
             return None
-        before = Counter(found["standing"]) + Counter(invalid=found["invalid"])
-        since = record.get("rendering_since")
-        since = datetime.fromisoformat(since) if since else None
-        return cls(total=found["total"], pending=found["pending"], before=before, rendering_since=since)
+        before = Counter(survey.standing) + Counter(invalid=survey.invalid)
+        return cls(survey.total, survey.pending, before, record.rendering_since)
 
 
 def status(out: Path) -> Standing:
     """Look at OUT, without holding it. Raises UsageError where it holds no run."""
-    record = outdir.known_run(out)
+    record = parse_record(outdir.known_run(out))
     holder = outdir.holder(out)
-    with known_form(record, out):
-        standing = Standing("running" if holder else "stopped", holder, record["started_at"])
-        survey = _Survey.of(record)
-        if (summary := record.get("summary")) is not None and not holder:
-            standing.counts = {name: summary[name] for name in STATUSES}
-            standing.left = summary["left"]
-            standing.images_per_second = summary.get("images_per_second")
-            standing.state = "stopped" if standing.left else "finished"
-            standing.state = "rescoring" if record.get("rescoring") else standing.state
-            return standing
-        if not record["settings"]["table"]["tables"]:
-            standing.state = "open"
-    _count(standing, survey, Manifest(out), record.get("run_number"))
+    standing = Standing("running" if holder else "stopped", holder, require(record.started_at, "started_at", out))
+    if (summary := record.summary) is not None and not holder:
+        standing.counts = {name: getattr(summary, name) for name in STATUSES}
+        standing.left = summary.left
+        standing.images_per_second = summary.images_per_second
+        standing.state = "stopped" if standing.left else "finished"
+        standing.state = "rescoring" if record.rescoring else standing.state
+        return standing
+    if not require(record.settings, "settings", out).table.tables:
+        standing.state = "open"
+    _count(standing, _Survey.of(record), Manifest(out), record.run_number)
     return standing
 
 

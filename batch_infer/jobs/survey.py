@@ -96,6 +96,8 @@ def look_through(job: Job, index: Index, leaves_alone: LeavesAlone, changes: str
         if isinstance(item, ResultRow) and not left_alone:
             invalid.add(item, found)
     invalid.commit()
+    for remark in job.tables.remarks:
+        log.warning("%s", remark)
     if survey.invalid > min(invalid.count, INVALID_SHOWN):
         log.warning("invalid in all: %d; results.parquet names each with its error", survey.invalid)
     return survey
@@ -114,7 +116,7 @@ class _Invalid:
     def add(self, row: ResultRow, found: Committed | None) -> None:
         self.count += 1
         level = logging.WARNING if self.count <= INVALID_SHOWN else logging.DEBUG
-        log.log(level, "%s, row %d (%s): %s", row.source_file, row.source_row, row.id, row.error)
+        log.log(level, "%s (%s): %s", row.source, row.id, row.error)
         self._rows.append(replace(row, attempt=found.attempt + 1 if found else 1, worker="table"))
         if found and found.path:
             self._obsolete.append(found.path)

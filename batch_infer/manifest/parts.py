@@ -59,7 +59,7 @@ VERSION = 2
 _SINCE = {"pixels_sha256": 2}
 """The version in which a result column was added, for those that version 1 does not have. Add to it, never change."""
 
-_FIELDS = [field.name for field in fields(ResultRow) if field.name != "carried"]
+_FIELDS = [field.name for field in fields(ResultRow) if field.name not in ("carried", "line")]
 if SCHEMA.names != _FIELDS:  # the columns are told twice, here with their types
     raise TypeError(f"records.ResultRow and manifest.SCHEMA differ: {set(_FIELDS) ^ set(SCHEMA.names)}")
 

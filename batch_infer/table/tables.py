@@ -17,6 +17,8 @@ from batch_infer.table.endings import ID_DIGITS, TableFile, read_ending
 from batch_infer.table.files import find_files, stems_that_meet
 from batch_infer.table.ids import Ids, id_text, stems_among
 from batch_infer.table.layout import Layout, carrier, common_schema, lay_out
+from batch_infer.table.names import doubled_sentence, refuse_doubled
+from batch_infer.table.notes import Notes
 from batch_infer.table.raw import RawRow, Reader
 from batch_infer.table.readers import open_reader
 from batch_infer.table.rows import Cells, RowRules, invalid, own_cells, requests
@@ -82,6 +84,8 @@ class Tables:
         self._others = others
         self._owners: Mapping[str, str] = {}
         self._limit = settings.limit
+        self._remarks: list[str] = []
+        self._notes = Notes()
         self._scratch = Scratch()
         with ExitStack() as undo:
             undo.callback(self._scratch.close)
@@ -129,25 +133,32 @@ class Tables:
         files = (opened.file for opened in self._files)
         return [file.path.absolute() for file in files if file.origin == "file" and file.fault is None]
 
+    @property
+    def remarks(self) -> list[str]:
+        """What the user should know and no row's fault is: of the files, and once `rows` is through, of their rows."""
+        return [*self._remarks, *self._notes.sentences()]
+
     def changed(self) -> list[str]:
         """The user's own files that are not what they were when they were opened."""
         return [str(path) for path, before in self._stamps.items() if _stamp(path) != before]
 
     def rows(self, rules: RowRules) -> Iterator[PromptRequest | ResultRow]:
         """Every row, in input order, as its requests or as its invalid result."""
+        notes = Notes()
         with closing(Ids(self._elsewhere if self._others else None, distinct=self._has_distinct_ids())) as ids:
-            for cells, error in islice(self._cells(ids), self._limit):
+            for cells, error in islice(self._cells(ids, notes), self._limit):
                 if error is None:
                     yield from requests(cells, rules)
                 else:
                     yield invalid(cells, error)
+        self._notes = notes
 
     def compared_rows(
         self, rules: RowRules, before: RowRules
     ) -> Iterator[tuple[PromptRequest | ResultRow, PromptRequest | ResultRow | None]]:
         """Every row as in `rows`, each with what it is under other rules."""
         with closing(Ids(self._elsewhere if self._others else None, distinct=self._has_distinct_ids())) as ids:
-            for cells, error in islice(self._cells(ids), self._limit):
+            for cells, error in islice(self._cells(ids, Notes()), self._limit):
                 if error is not None:
                     yield invalid(cells, error), None
                     continue
@@ -166,10 +177,14 @@ class Tables:
         if file.fault is not None:
             return _Refused(file, file.fault)
         try:
-            reader = open_reader(file, columns.get("prompt", "prompt"), self._scratch)
-            return _Opened(file, reader, lay_out(file, reader.schema.names, columns, reserved))
+            reader, renamed = open_reader(file, columns.get("prompt", "prompt"), self._scratch)
+            layout = lay_out(file, reader.schema.names, columns, reserved)
+            refuse_doubled(file.name, layout.fields.values(), renamed)
         except TableError as error:
             return _Refused(file, str(error))
+        if renamed:
+            self._remarks.append(doubled_sentence(file.name, renamed))
+        return _Opened(file, reader, layout)
 
     def _readable(self) -> list[_Opened]:
         return [opened for opened in self._files if isinstance(opened, _Opened)]
@@ -198,7 +213,7 @@ class Tables:
         named = any("id" in opened.layout.fields for opened in self._readable())
         return not named and not stems_that_meet(opened.file for opened in self._files)
 
-    def _cells(self, ids: Ids) -> Iterator[tuple[Cells, str | None]]:
+    def _cells(self, ids: Ids, notes: Notes) -> Iterator[tuple[Cells, str | None]]:
         for opened in self._files:
             if isinstance(opened, _Refused):
                 yield Cells(ids.own(opened.file.default_id(0)), Source(opened.file.name, 0), {}, {}), opened.error
@@ -208,6 +223,10 @@ class Tables:
             ]
             fields = opened.layout.fields
             for raw in opened.reader.rows():
+                if raw.note is not None:
+                    notes.add(raw.note, Source(opened.file.name, raw.number, raw.line))
+                    if raw.note.kind == "blank":
+                        continue
                 yield _row(opened.file, fields, carried, raw, ids)
 
 
@@ -254,7 +273,7 @@ def _row(
             value = column.convert(value)
         others[column.new] = value
     name, error = _id(file, own.pop("id", None), raw, ids)
-    return Cells(name, Source(file.name, raw.number), own, others), error
+    return Cells(name, Source(file.name, raw.number, raw.line), own, others), error
 
 
 def _id(file: TableFile, value: Any, raw: RawRow, ids: Ids) -> tuple[str, str | None]:

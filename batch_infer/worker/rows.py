@@ -37,6 +37,7 @@ def row_of(request: PromptRequest, status: Status, error: str | None, *, schedul
         source_row=request.source.row,
         fingerprint=request.fingerprint,
         carried=request.carried,
+        line=request.source.line,
     )
 
 
