@@ -129,7 +129,7 @@ def test_every_option_has_its_place() -> None:
             *("--height", "72", "--width", "80", "--negative-prompt", "n", "--images-per-prompt", "2", "--seed", "9"),
             *("--safety", "checker", "--on-flagged", "drop", "--require-safety", "--image-format", "webp"),
             *("--results", "csv", "--results", "jsonl", "--base64", "--max-failed", "1%", "--overwrite"),
-            *("--price-per-hour", "2.5"),
+            *("--price-per-hour", "2.5", "--rerender-changed"),
         )
     )
     assert found == {
@@ -160,6 +160,7 @@ def test_every_option_has_its_place() -> None:
         "compute": {"slots": 6, "threads": 2, "compiled": False, "processes": None},
         "max_failed": {"count": 0, "percent": 1.0},
         "overwrite": True,
+        "rerender_changed": True,
         "price_per_hour": 2.5,
     }
 
