@@ -217,6 +217,10 @@ def test_other_image_formats(table: Path, out: Path, image_format: str, suffix: 
     assert row["generated_image"].endswith(suffix)
     assert open_image(out, row).format == image_format.upper()
     assert_whole(out)
+    run(table, out.with_name("png"), "--limit", "1")
+    (png,) = results(out.with_name("png"))
+    assert png["pixels_sha256"] == row["pixels_sha256"] is not None
+    assert png["sha256"] != row["sha256"]
 
 
 def test_results_in_csv_and_jsonl_with_images_in_base64(table: Path, out: Path) -> None:

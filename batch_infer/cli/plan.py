@@ -15,6 +15,7 @@ from batch_infer.cli.logs import log, set_up_logging
 from batch_infer.cli.options import job_options, json_option, logging_options, progress_option
 from batch_infer.cli.report import ROWS_FAILED, duration, number, printing, say
 from batch_infer.cli.signals import interrupt_on_sigterm
+from batch_infer.errors import SettingsError
 from batch_infer.records import ResultRow, Source
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def plan(time_limit: float | None, as_json: bool, quiet: bool, verbose: bool, **
         faults.seek(0)
         within = settings.max_failed.allows(found.invalid_rows, found.rows)
         enough = None if time_limit is None else found.seconds <= time_limit
-        if quiet and within and enough is not False:
+        if quiet and within and enough is not False and not found.refused:
             return 0
         with printing():
             if as_json:
@@ -62,6 +63,8 @@ def plan(time_limit: float | None, as_json: bool, quiet: bool, verbose: bool, **
                 _print(found, faults, settings)
                 if time_limit is not None:
                     say(f"limit    {duration(time_limit)}, and that is {'enough' if enough else TOO_SHORT}")
+    if found.refused:
+        raise SettingsError(found.refused)
     return 0 if within else ROWS_FAILED
 
 
@@ -85,6 +88,8 @@ def _print_json(plan: Plan, faults: IO[str], limits: Mapping[str, Any]) -> None:
 
 
 def _print(plan: Plan, faults: IO[str], settings: RunSettings) -> None:
+    from batch_infer.jobs.survey import explain
+
     for fault in map(json.loads, faults):
         if fault["image_index"] == 0:
             place = Source(fault["file"], fault["row"], fault["line"])
@@ -99,6 +104,8 @@ def _print(plan: Plan, faults: IO[str], settings: RunSettings) -> None:
     if not plan.pending:
         say("nothing to do")
         return
+    if why := explain(plan.reasons, plan.changes):
+        say(f"{plan.pending:,} to render: {why}")
     say(f"{'size':12}{'images':>12}{'row-forwards':>16}{'UNet calls':>14}{'device time':>16}")
     for size in plan.sizes:
         name, time = f"{size.width}x{size.height}", duration(size.seconds)

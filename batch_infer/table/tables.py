@@ -153,6 +153,18 @@ class Tables:
                     yield invalid(cells, error)
         self._notes = notes
 
+    def compared_rows(
+        self, rules: RowRules, before: RowRules
+    ) -> Iterator[tuple[PromptRequest | ResultRow, PromptRequest | ResultRow | None]]:
+        """Every row as in `rows`, each with what it is under other rules."""
+        with closing(Ids(self._elsewhere if self._others else None, distinct=self._has_distinct_ids())) as ids:
+            for cells, error in islice(self._cells(ids, Notes()), self._limit):
+                if error is not None:
+                    yield invalid(cells, error), None
+                    continue
+                old = {item.image_index: item for item in requests(cells, before)}
+                yield from ((item, old.get(item.image_index)) for item in requests(cells, rules))
+
     def _elsewhere(self, name: str, file: str) -> str | None:
         """Why an id of this file's own is another file's."""
         stem, _, number = name.rstrip("+").rpartition("-")
