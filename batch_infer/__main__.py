@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -56,8 +57,9 @@ def _run() -> int | None:
         if in_json():
             tell_error(error.format_message(), error.exit_code)
         else:
-            error.message = escape_controls(error.message, keep="\n")
-            error.show()
+            text = io.StringIO()
+            error.show(text)
+            click.echo(escape_controls(text.getvalue(), keep="\n"), err=True, nl=False)
         return error.exit_code
     except BatchInferError as error:
         tell_error(error, error.exit_code)

@@ -82,7 +82,7 @@ def test_a_traceback_in_a_log_keeps_its_lines_alone(tmp_path: Path) -> None:
             raise KeyError(TITLE)
         except KeyError:
             logger = logging.getLogger("test_terminal")
-            log_to(file).handle(logger.makeRecord("x", 40, "", 0, "broke", None, sys.exc_info()))
+            log_to(file).handle(logger.makeRecord("x", 40, "", 0, "broke", (), sys.exc_info()))
         raise ValueError(f"odd \udcff{TITLE}")
     text = path.read_text("utf-8")
     assert len(text.splitlines()) > 5
