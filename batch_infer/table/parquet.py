@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batch_infer.carried import to_values
 from batch_infer.table.endings import TableFile
 from batch_infer.table.raw import RawRow, broken
 from batch_infer.table.scratch import Scratch
@@ -23,6 +25,8 @@ READ_ERRORS = (OSError, pa.ArrowException, UnicodeError)
 
 @dataclass(frozen=True, slots=True)
 class Parquet:
+    """A Parquet file; its cells are the plain values of `batch_infer.carried`."""
+
     path: Path
     schema: pa.Schema
 
@@ -37,6 +41,15 @@ class Parquet:
                     first = end
         except READ_ERRORS as error:
             yield broken(first, error)
+
+    def arrays(self, name: str) -> Iterator[pa.Array]:
+        """One column, in batches, up to where it cannot be read."""
+        with (
+            suppress(*READ_ERRORS),
+            pq.ParquetFile(self.path, buffer_size=BUFFER, pre_buffer=False) as parquet,
+        ):
+            for batch in parquet.iter_batches(batch_size=BATCH, columns=[name]):
+                yield batch.column(0)
 
 
 def open_parquet(file: TableFile, scratch: Scratch) -> Parquet:
@@ -56,12 +69,14 @@ def _group(parquet: pq.ParquetFile, group: int, number: int, end: int) -> Iterat
 
 
 def _batch(batch: pa.RecordBatch, number: int) -> Iterator[RawRow]:
+    names = batch.schema.names
     try:
-        rows = batch.to_pylist()
-    except (ValueError, OverflowError):  # one value that Python cannot hold: it costs its own row
+        columns = [to_values(column) for column in batch.columns]
+    except ValueError:  # one text that is not UTF-8: it costs its own row
         yield from (_row(batch.slice(i, 1), number + i) for i in range(len(batch)))
     else:
-        yield from (RawRow(number + i, cells) for i, cells in enumerate(rows))
+        for i, cells in enumerate(zip(*columns, strict=True)):
+            yield RawRow(number + i, dict(zip(names, cells, strict=True)))
 
 
 def _row(batch: pa.RecordBatch, number: int) -> RawRow:
@@ -69,7 +84,7 @@ def _row(batch: pa.RecordBatch, number: int) -> RawRow:
     cells, faults = {}, []
     for name in batch.schema.names:
         try:
-            cells[name] = batch.column(name)[0].as_py()
-        except (ValueError, OverflowError) as error:
+            (cells[name],) = to_values(batch.column(name))
+        except ValueError as error:
             faults.append(f"column {name!r} cannot be read: {reason(error)}")
     return RawRow(number, cells, "; ".join(faults) or None)
