@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from batch_infer.cli import commands, settle_format_early
+from batch_infer.cli import commands, settle_format_early, with_suggestion
 from batch_infer.cli.logs import give_stderr_back, in_json, tell_error
 from batch_infer.errors import BatchInferError, Interrupted
 
@@ -35,8 +35,9 @@ def _fill_standard_streams() -> None:
 
 def _run() -> int | None:
     try:
-        found: int | None = commands.main(standalone_mode=False)
-    except click.ClickException as error:
+        code: int | None = commands.main(standalone_mode=False)
+    except click.ClickException as found:
+        error = with_suggestion(found)
         if in_json():
             tell_error(error.format_message(), error.exit_code)
         else:
@@ -48,7 +49,7 @@ def _run() -> int | None:
     except (KeyboardInterrupt, click.Abort):
         tell_error("interrupted; what was committed is kept, the same command goes on", Interrupted.exit_code)
         return Interrupted.exit_code
-    return found
+    return code
 
 
 if __name__ == "__main__":

@@ -18,13 +18,13 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
-from click import Context, Parameter
 
 from batch_infer.azureml import deployment as deployments
 from batch_infer.azureml import online
-from batch_infer.cli import commands
+from batch_infer.cli import commands, names
 from batch_infer.cli.environment import settings_of_environment
 from batch_infer.cli.run import run
+from batch_infer.errors import SettingsError
 from batch_infer.jobs.simulation import SimulationSettings
 from batch_infer.models import DEMO_MODEL
 from tests import pyproject
@@ -50,7 +50,7 @@ SPECS = {
 }
 DEPLOYMENTS = ("batch", "online")
 SAFE = "https://safe.cognitiveservices.azure.com"
-DOORS_OWN = {"BATCH_INFER_PREDICTIONS", "BATCH_INFER_REQUEST_TIMEOUT"}
+DOORS_OWN = set(names.ENDPOINT_VARIABLES)
 """Variables that a door reads beside the options of `run`."""
 REPLACED = {"CONTENT_SAFETY_ACCOUNT_NAME", "UAI_CLIENT_ID", "SUBSCRIPTION_ID", "RESOURCE_GROUP_NAME"}
 """Variables of the managed models' samples that the README says are not needed any more."""
@@ -213,12 +213,7 @@ def test_batch_infer_understands_the_variables(kind: str, monkeypatch: pytest.Mo
 
 
 def options_as_variables() -> set[str]:
-    context = Context(run, info_name="run", auto_envvar_prefix="BATCH_INFER")
-
-    def named(option: Parameter) -> str:
-        return option.envvar if isinstance(option.envvar, str) else f"BATCH_INFER_{option.name}".upper()
-
-    return {named(option) for option in run.get_params(context)}
+    return names.variables_of(run)
 
 
 def texts() -> Iterator[tuple[str, str]]:
@@ -337,12 +332,32 @@ def test_a_log_is_as_the_settings_say_and_tells_of_those_that_do_nothing(
     done = subprocess.run(line, capture_output=True, text=True, timeout=600, check=True, cwd=ROOT)
     # OpenMP may say something of its own before anything of ours runs.
     told = json.loads(next(line for line in done.stderr.splitlines() if line.startswith("{")))
-    message = "BATCH_INFER_RESULTS, BATCH_INFER_TIME_LIMIT: of no use in an endpoint, and not looked at"
+    message = "BATCH_INFER_RESULTS, BATCH_INFER_TIME_LIMIT: ignored in an endpoint"
     assert (told["level"], told["message"]) == ("WARNING", message)
 
 
 def test_every_option_that_does_nothing_is_one() -> None:
-    assert {f"BATCH_INFER_{name}" for name in deployments.IDLE} <= options_as_variables()
+    assert set(deployments.IGNORED) <= options_as_variables()
+
+
+def test_variables_that_do_nothing_are_not_validated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nonsense = dict.fromkeys(deployments.IGNORED, "nonsense")
+    for name, value in {**nonsense, "BATCH_INFER_STEPS": "7"}.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "job.toml").write_text('time-limit = "nonsense"\nmax-failed = "nonsense"\nheight = 128\n')
+    monkeypatch.setenv("BATCH_INFER_CONFIG", str(tmp_path / "job.toml"))
+    settings = settings_of_environment("-", "out", deployments.IGNORED)
+    assert (settings.defaults.num_inference_steps, settings.defaults.height, settings.out) == (7, 128, Path("out"))
+    assert (settings.output.results, settings.max_failed.count, settings.price_per_hour) == ((), 0, None)
+
+
+def test_a_variable_that_nothing_reads_stops_a_deployment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*DOORS_OWN, "BATCH_INFER_SERVICE_HOST", "BATCH_INFER_PORT_80_TCP_ADDR"):  # the last by Kubernetes
+        monkeypatch.setenv(name, "1")
+    settings_of_environment("-", "out", deployments.IGNORED)
+    monkeypatch.setenv("BATCH_INFER_STEP", "30")
+    with pytest.raises(SettingsError, match=r"BATCH_INFER_STEP: did you mean BATCH_INFER_STEPS\?"):
+        settings_of_environment("-", "out", deployments.IGNORED)
 
 
 def test_a_folder_further_down_comes_before_a_file(tmp_path: Path) -> None:

@@ -61,7 +61,8 @@ def test_one_file_serves_every_command(file: Path, name: str) -> None:
     ("content", "sentence"),
     [
         ("stepps = 3", r"there is no option 'stepps'; did you mean 'steps'\?"),
-        ("zzz = 3", "there is no option 'zzz'; there are against, "),
+        ("cfg_scale = 3", r"there is no option 'cfg_scale'; did you mean 'guidance-scale'\?"),
+        ("zzz = 3", "there is no option 'zzz'; the options are against, "),
         ("steps = 2.5", r"steps = 2.5: '2.5' is not a valid integer"),
         ('steps = "ten"', "steps = 'ten': 'ten' is not a valid integer"),
         ("steps = [1, 2]", "this option takes one value"),
@@ -105,3 +106,68 @@ def test_every_option_can_stand_in_a_file(tmp_path: Path) -> None:
         path.write_text(f"{name.removeprefix('--')} = {value}\n")
         found = parsed("t.csv", "--config", str(path))[str(option.name)]
         assert found not in (None, (), False), name
+
+
+# Names
+
+
+def test_the_names_of_the_field_are_options_variables_and_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {
+        **{"num-inference-steps": ("steps", 7), "guidance": ("guidance_scale", 3.0), "batch-size": ("slots", 4)},
+        "num-images-per-prompt": ("images_per_prompt", 2),
+    }
+    for name, (option, value) in names.items():
+        assert parsed("t.csv", f"--{name}", str(value))[option] == value
+        (tmp_path / "job.toml").write_text(f"{name} = {value}\n")
+        assert parsed("t.csv", "--config", str(tmp_path / "job.toml"))[option] == value
+        with monkeypatch.context() as patch:
+            patch.setenv(f"BATCH_INFER_{name.replace('-', '_').upper()}", str(value))
+            assert parsed("t.csv")[option] == value
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("run t.csv --cfg-scale 3", "run has no option --cfg-scale. Did you mean --guidance-scale?"),
+        ("run t.csv --output-dir x", "run has no option --output-dir. Did you mean --out?"),
+        ("run t.csv --stepps 3", "run has no option --stepps. Did you mean --steps?"),
+        ("bench --num-inference-steps 3", "It is an option of run, plan."),
+        ("retry out --steps 3", "retry has no option --steps. It is an option of run, plan, bench."),
+        ("run t.csv --zzz", "run has no option --zzz.\n"),
+    ],
+)
+def test_an_unknown_option_is_answered_by_the_one_that_is_meant(line: str, sentence: str) -> None:
+    done = command(*line.split())
+    assert done.code == 2
+    assert sentence in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("STEP", "did you mean BATCH_INFER_STEPS?"),
+        ("CFG_SCALE", "did you mean BATCH_INFER_GUIDANCE_SCALE?"),
+        ("COLUMNS", "did you mean BATCH_INFER_COLUMN?"),
+        ("ZZZ", "remove it"),
+    ],
+)
+@pytest.mark.parametrize("line", ["status out", "run t.csv"])
+def test_a_variable_that_nothing_reads_is_refused(
+    line: str, name: str, near: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"BATCH_INFER_{name}", "30")
+    done = command(*line.split())
+    assert (done.code, done.stdout) == (2, "")
+    assert f"no option reads the environment variable BATCH_INFER_{name}: {near}" in done.stderr
+
+
+def test_variables_of_other_commands_endpoints_and_kubernetes_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ROUNDS", "STATUS", "REQUEST_TIMEOUT", "PORT", "ONLINE_SERVICE_PORT_HTTP", "PORT_80_TCP_PROTO"):
+        monkeypatch.setenv(f"BATCH_INFER_{name}", "tcp://10.0.0.1:80")
+    monkeypatch.setenv("BATCH_INFER_STEPPS", "")  # an empty variable is one that is not set
+    parsed("t.csv")
+
+
+def test_help_is_given_in_any_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BATCH_INFER_STEP", "30")
+    assert command("run", "--help").code == 0

@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from batch_infer.cli.names import variables_of_option
 from batch_infer.cli.progress import Together
 from batch_infer.cli.run import run as run_command
 from batch_infer.errors import StorageError
@@ -354,11 +355,9 @@ def parts(out: Path) -> set[str]:
 
 
 def test_every_option_is_an_environment_variable() -> None:
-    with run_command.make_context("run", ["t.csv"]) as context:
-        for option in (parameter for parameter in run_command.params if isinstance(parameter, click.Option)):
-            name = option.opts[-1].lstrip("-").upper().replace("-", "_")
-            known = option.envvar or f"{context.auto_envvar_prefix}_{(option.name or '').upper()}"
-            assert known == f"BATCH_INFER_{name}"
+    for option in (parameter for parameter in run_command.params if isinstance(parameter, click.Option)):
+        names = [name.lstrip("-").upper().replace("-", "_") for name in option.opts if name.startswith("--")]
+        assert variables_of_option(option) == [f"BATCH_INFER_{name}" for name in names]
 
 
 def test_columns_from_the_environment_may_hold_blanks(

@@ -22,11 +22,14 @@ from batch_infer.table import RowRules
 MODEL_DEPTH = 4
 """How deep below AZUREML_MODEL_DIR a model is looked for: a registered one lies some folders down."""
 _FOLDER, _FILE = "model_index.json", ".safetensors"
-IDLE = (
-    *("RESULTS", "MAX_FAILED", "PRICE_PER_HOUR", "TIME_LIMIT", "METRICS_FILE"),
-    *("OUT", "JSON", "QUIET", "VERBOSE", "NO_PROGRESS"),
+IGNORED = tuple(
+    f"BATCH_INFER_{option}"
+    for option in (
+        *("RESULTS", "MAX_FAILED", "PRICE_PER_HOUR", "TIME_LIMIT", "METRICS_FILE"),
+        *("OUT", "JSON", "QUIET", "VERBOSE", "NO_PROGRESS"),
+    )
 )
-"""Options of `run` for its results as a whole or for its terminal, of which there are none here."""
+"""Variables of `run` for its results as a whole or for its terminal. An endpoint has neither, and never reads them."""
 
 log = logging.getLogger("batch_infer")
 
@@ -51,10 +54,10 @@ def find_deployment(out: str, *, alone: bool = False) -> Deployment:
 
     `alone`: it is no worker among others of its machine.
     """
-    asked = settings_of_environment("-", out)
+    asked = settings_of_environment("-", out, IGNORED)
     set_up_logging()  # after it, which says in which format
-    if idle := [name for name in (f"BATCH_INFER_{option}" for option in IDLE) if os.environ.get(name)]:
-        log.warning("%s: of no use in an endpoint, and not looked at", ", ".join(idle))
+    if ignored := [name for name in IGNORED if os.environ.get(name)]:
+        log.warning("%s: ignored in an endpoint", ", ".join(ignored))
     settings = _settings(asked, alone=alone)
     if not alone:
         _refuse_worker_without_gpu(settings)

@@ -10,13 +10,14 @@ from batch_infer.cli.bench import bench
 from batch_infer.cli.config import settle_format_early
 from batch_infer.cli.export_mlflow import export_mlflow
 from batch_infer.cli.merge import merge
+from batch_infer.cli.names import with_suggestion
 from batch_infer.cli.plan import plan
 from batch_infer.cli.rescore import rescore
 from batch_infer.cli.retry import retry
 from batch_infer.cli.run import run
 from batch_infer.cli.status import status
 
-__all__ = ["commands", "settle_format_early"]
+__all__ = ["commands", "settle_format_early", "with_suggestion"]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

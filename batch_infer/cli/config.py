@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import Any
 import click
 
 from batch_infer.cli.logs import settle_format
+from batch_infer.cli.names import check_environment, options_of, suggest
 from batch_infer.errors import SettingsError
 
 
@@ -39,12 +39,16 @@ def _typed(option: str) -> str | None:
 
 
 def _load(context: click.Context, _: click.Parameter, path: Path | None) -> None:
-    """Make the file's values the command's defaults. Raises SettingsError."""
+    """Make the file's values the command's defaults, and check the environment's names. Raises SettingsError.
+
+    This runs for every command, also where no file is given.
+    """
+    group = context.parent.command if context.parent else context.command
+    if isinstance(group, click.Group):
+        check_environment(os.environ, group)
     if path is None:
         return
-    group = context.parent.command if context.parent else context.command
-    known = _options(group if isinstance(group, click.Group) else context.command)
-    own = _options(context.command)
+    known, own = options_of(group), options_of(context.command)
     found = {}
     for key, value in _read(path).items():
         name = key.replace("_", "-")
@@ -82,19 +86,6 @@ def _read(path: Path) -> Mapping[str, Any]:
     return found
 
 
-def _options(command: click.Command) -> dict[str, click.Option]:
-    """The options of a command, or of all commands of a group, by their long names without dashes."""
-    commands = command.commands.values() if isinstance(command, click.Group) else [command]
-    return {
-        name.removeprefix("--"): option
-        for each in commands
-        for option in each.params
-        if isinstance(option, click.Option)
-        for name in option.opts
-        if name.startswith("--") and name not in ("--config", "--help")
-    }
-
-
 def _checked(value: Any, option: click.Option, context: click.Context, where: str) -> Any:
     """A value as it would be typed after the option, so that click reads both alike. Raises SettingsError."""
     if option.is_flag:
@@ -119,5 +110,5 @@ def _text(value: Any, where: str) -> str:
 
 
 def _near(name: str, known: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(sorted(known))}"
+    near = suggest(name, known)
+    return f"; did you mean {near!r}?" if near else f"; the options are {', '.join(sorted(known))}"

@@ -11,6 +11,7 @@ import click
 from batch_infer import settings as s
 from batch_infer.cli.config import config_option
 from batch_infer.cli.logs import FORMATS, settle_format
+from batch_infer.cli.names import PREFIX
 from batch_infer.cli.time_limit import Duration
 from batch_infer.cli.values import Column, Lora, MetricsFile, Slots
 
@@ -27,6 +28,12 @@ def _together(*decorators: Decorator[Any]) -> Decorator[Any]:
     return decorate
 
 
+def _option_with_aliases(*names: str, **attributes: Any) -> Decorator[Any]:
+    """Return an option whose other long names are options, environment variables and --config keys too."""
+    variables = [f"{PREFIX}{name.removeprefix('--').replace('-', '_').upper()}" for name in names]
+    return click.option(*names, envvar=variables, **attributes)
+
+
 def _settle_format(_: click.Context, __: click.Parameter, found: str) -> None:
     settle_format(found)
 
@@ -40,8 +47,8 @@ table_options = _together(
         type=Column(),
         envvar="BATCH_INFER_COLUMN",
         multiple=True,
-        help="The table's column for a field: prompt=caption. `height=` takes no column for it. Repeatable; "
-        "in the variable BATCH_INFER_COLUMN several stand apart by semicolons.",
+        help="The table's column for a field: prompt=caption. `height=` ignores that column. Repeatable; "
+        "in BATCH_INFER_COLUMN, separate several with semicolons.",
     ),
     click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Score only the first N rows."),
 )
@@ -60,8 +67,8 @@ model_options = _together(
         type=Lora(),
         envvar="BATCH_INFER_LORA",
         multiple=True,
-        help="A LoRA to add to the model's weights: style.safetensors:0.8. Repeatable; in the variable "
-        "BATCH_INFER_LORA several stand apart by semicolons.",
+        help="A LoRA to add to the model's weights: style.safetensors:0.8. Repeatable; in "
+        "BATCH_INFER_LORA, separate several with semicolons.",
     ),
     click.option(
         "--long-prompts",
@@ -81,14 +88,17 @@ model_options = _together(
     click.option(
         "--scheduler",
         metavar="NAME[:KEY=VALUE,...]",
-        help="A diffusers scheduler on the model's own settings: DPMSolverMultistepScheduler:use_karras_sigmas=true.",
+        help="A diffusers scheduler, made from the model's own scheduler settings: "
+        "UniPCMultistepScheduler:solver_order=3.",
     ),
-    click.option(
+    _option_with_aliases(
         "--slots",
+        "--batch-size",
         type=Slots(),
         metavar="N|auto",
-        help="Row-forwards in one UNet call; a row with guidance takes two. auto tries out, once for each device, "
-        "model and size, where more bring no more speed. Default: 16 on a CPU, 32 on a GPU. Halved where memory ends.",
+        help="UNet batch size, in batch elements; a row with guidance takes two. auto measures, once for each device, "
+        "model and size, the batch size beyond which throughput stops rising. Default: 16 on a CPU, 32 on a GPU. "
+        "Halved on out-of-memory.",
     ),
     click.option(
         "--threads",
@@ -101,8 +111,8 @@ model_options = _together(
         "compiled",
         envvar="BATCH_INFER_COMPILE",
         default=None,
-        help="Compile the networks with torch.compile, a minute or more for each size. Default: on a GPU, where Triton "
-        "and a C compiler are there.",
+        help="Compile the networks with torch.compile, which takes a minute or more for each size. Default: on a GPU "
+        "where Triton and a C compiler are installed.",
     ),
 )
 
@@ -111,24 +121,45 @@ processes_option = click.option(
     type=click.IntRange(min=0),
     metavar="N",
     help="Worker processes, each with a device of its own. Default: one for each visible GPU, else 1. 0: render in "
-    "the command's own process, which nobody restarts.",
+    "the command's own process.",
 )
 
 row_options = _together(
-    click.option("--steps", type=int, metavar="N", help="Denoising steps of rows that do not say."),
-    click.option(
-        "--guidance-scale", type=float, metavar="X", help="Guidance of rows that do not say; up to 1 is none."
+    _option_with_aliases(
+        "--steps",
+        "--num-inference-steps",
+        type=int,
+        metavar="N",
+        help="Default steps for rows without num_inference_steps.",
+    ),
+    _option_with_aliases(
+        "--guidance-scale",
+        "--guidance",
+        type=float,
+        metavar="X",
+        help="Default guidance scale. Values up to 1 disable guidance.",
+    ),
+    click.option("--guidance-rescale", type=float, metavar="X", help="Default guidance rescale, 0 to 1."),
+    click.option("--height", type=int, metavar="PX", help="Default height."),
+    click.option("--width", type=int, metavar="PX", help="Default width."),
+    click.option("--negative-prompt", metavar="TEXT", help="Default negative prompt."),
+    _option_with_aliases(
+        "--images-per-prompt",
+        "--num-images-per-prompt",
+        type=int,
+        default=1,
+        show_default=True,
+        metavar="N",
+        help="Default number of images for a row.",
     ),
     click.option(
-        "--guidance-rescale", type=float, metavar="X", help="Guidance rescale (0 to 1) of rows that do not say."
+        "--seed",
+        type=int,
+        default=0,
+        show_default=True,
+        metavar="N",
+        help="Base seed for rows without their own.",
     ),
-    click.option("--height", type=int, metavar="PX", help="Height of rows that do not say."),
-    click.option("--width", type=int, metavar="PX", help="Width of rows that do not say."),
-    click.option("--negative-prompt", metavar="TEXT", help="Negative prompt of rows that do not say."),
-    click.option(
-        "--images-per-prompt", type=int, default=1, show_default=True, metavar="N", help="Images of each row."
-    ),
-    click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Rows without a seed derive one."),
 )
 
 results_options = _together(
@@ -146,7 +177,7 @@ on_flagged_option = click.option(
     type=click.Choice(get_args(s.OnFlagged)),
     default="blank",
     show_default=True,
-    help="What is stored of a flagged image: a black one, it, a blurred one, it under quarantine/, nothing.",
+    help="How to store a flagged image: as a black placeholder, as it is, blurred, under quarantine/, or not at all.",
 )
 
 safety_options = _together(
@@ -156,10 +187,11 @@ safety_options = _together(
         default="auto",
         show_default=True,
         help="auto: the model's own checker where it has one, and Azure AI Content Safety too where "
-        "CONTENT_SAFETY_ENDPOINT is set; checker: the model must have one; azure: the service; none: nobody is asked.",
+        "CONTENT_SAFETY_ENDPOINT is set; checker: the model must have one; azure: the service; none: images "
+        "are not checked.",
     ),
     on_flagged_option,
-    click.option("--require-safety", is_flag=True, help="Refuse to run where images would go unjudged."),
+    click.option("--require-safety", is_flag=True, help="Refuse to run where images would not be checked."),
 )
 
 output_options = _together(
@@ -171,10 +203,13 @@ output_options = _together(
         default="0",
         show_default=True,
         metavar="N|P%",
-        help="How many failed or invalid rows are still a success.",
+        help="How many rows may fail or be invalid in a successful run.",
     ),
     click.option(
-        "--price-per-hour", type=click.FloatRange(min=0), metavar="X", help="Of this machine: tells the cost."
+        "--price-per-hour",
+        type=click.FloatRange(min=0),
+        metavar="X",
+        help="Machine price per hour, used to report cost.",
     ),
 )
 
@@ -216,7 +251,7 @@ log_format_option = click.option(
     is_eager=True,
     expose_value=False,
     callback=_settle_format,
-    help="json: all that goes to stderr is one JSON object a line.",
+    help="json: write one JSON object per line to stderr.",
 )
 
 logging_options = _together(
