@@ -1,8 +1,8 @@
 """Values of carried columns: exact through Python and back, of one type where files differ, else as exact text.
 
-Between reading and writing, a cell is a plain Python value: dates, times and durations are their integers, decimals are
-text, and extension types are what they are stored as. So years beyond 9999 and nanoseconds, which Python's own types do
-not hold, are carried as they are.
+Between reading and writing, a cell is a plain Python value: dates, times and durations are their integers, and
+extension types are what they are stored as. So years beyond 9999 and nanoseconds, which Python's own types do not hold,
+are carried as they are.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import base64
 import json
 import uuid
 from collections.abc import Callable, Collection, Iterable
+from decimal import Decimal
 from functools import lru_cache, partial
 from typing import Any
 
@@ -30,7 +31,7 @@ def result_type(kind: pa.DataType) -> pa.DataType:
         plain = _plain_type(found)
         _cast(pa.nulls(1, found), plain)
         _from_plain(pa.nulls(1, plain), found)
-        pa.nulls(1, found).take(pa.array([0]))
+        pa.array([None], found).take(pa.array([0]))
     except (NotImplementedError, ValueError, TypeError):  # Arrow's own errors are of these
         return result_type(kind.storage_type) if isinstance(kind, pa.BaseExtensionType) else pa.string()
     return found
@@ -50,12 +51,16 @@ def to_values(array: pa.Array | pa.ChunkedArray) -> list[Any]:
 
 
 def to_array(values: Iterable[Any], kind: pa.DataType) -> pa.Array:
-    """An array of a result type from plain Python values."""
-    return _from_plain(pa.array(values, _plain_type(kind)), kind)
+    """An array of a result type from plain Python values, or from Python's own, such as datetime."""
+    values = list(values)
+    try:
+        return _from_plain(pa.array(values, _plain_type(kind)), kind)
+    except (ValueError, TypeError):
+        return pa.array(values, kind)
 
 
 def python_reader(kind: pa.DataType) -> Convert | None:
-    """How a plain value becomes Python's own, such as a datetime or Decimal; None where it is that already."""
+    """How a plain value becomes Python's own, such as a datetime; None where it is that already."""
     found = result_type(kind)
     if _plain_type(found) == found:
         return None
@@ -67,6 +72,17 @@ def python_reader(kind: pa.DataType) -> Convert | None:
             return as_text(value, found)
 
     return read
+
+
+def python_values(array: pa.Array | pa.ChunkedArray) -> list[Any]:
+    """The values of an array as Python's own, such as datetime; text for those that have none."""
+    kind = result_type(array.type)
+    if "time64[ns]" not in str(kind):  # of which Python would lose the nanoseconds
+        try:
+            return list(array.to_pylist())
+        except (ValueError, OverflowError):
+            pass
+    return [readable(value, kind) for value in to_values(array)]
 
 
 def as_text(value: Any, kind: pa.DataType | None = None) -> str:
@@ -82,6 +98,8 @@ def as_text(value: Any, kind: pa.DataType | None = None) -> str:
 
 def readable(value: Any, kind: pa.DataType | None = None) -> Any:
     """A plain value with text for whatever JSON has no type for."""
+    if isinstance(value, Decimal):
+        return str(value)
     if value is None or kind is None:
         return base64.b64encode(value).decode("ascii") if isinstance(value, bytes) else value
     if isinstance(kind, pa.BaseExtensionType):
@@ -130,18 +148,21 @@ def converter(source: pa.DataType, target: pa.DataType) -> Convert | None:
     return int if types.is_integer(target) and types.is_floating(source) else None
 
 
-def distinct_names(names: Iterable[str], taken: Collection[str]) -> dict[str, str]:
+def distinct_names(names: Iterable[str], taken: Collection[str], *, known: bool = False) -> dict[str, str]:
     """A name for each of these that differs from all others and those taken by more than case, as SQL engines compare.
 
-    One that would not is called input_<name>.
+    One that would not is called input_<name>. That name is its own even if another column has it already; with `known`
+    it is that column's earlier name, and they share it.
     """
-    spelled = list(dict.fromkeys(names))
+    spelled = dict.fromkeys(names)
     lowered = {name.lower() for name in taken}
     found = {}
     for name in spelled:
         new = name
         while new.lower() in lowered or (new != name and new in spelled):
             new = f"input_{new}"
+            if known and new in spelled:
+                break
         lowered.add(new.lower())
         found[name] = new
     return found
@@ -201,7 +222,7 @@ def _as_plain(kind: pa.DataType) -> pa.DataType:
         return pa.int64()
     if types.is_float16(kind):
         return pa.float32()
-    return pa.string() if types.is_decimal(kind) else kind
+    return kind
 
 
 def _cast(array: pa.Array, kind: pa.DataType) -> pa.Array:
@@ -217,11 +238,11 @@ def _from_plain(array: pa.Array, kind: pa.DataType) -> pa.Array:
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    return any(of(kind) for of in (types.is_string, types.is_large_string, types.is_string_view))
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
-    return types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind)
+    return any(of(kind) for of in (types.is_binary, types.is_large_binary, types.is_fixed_size_binary))
 
 
 def _moment(value: int, kind: pa.DataType) -> str:

@@ -47,7 +47,10 @@ def rooted(settings: RunSettings) -> RunSettings:
 
 def open_tables(settings: RunSettings) -> Tables:
     """Raises TableError where none can be read."""
-    return Tables(settings.table, SCHEMA.names)
+    tables = Tables(settings.table, SCHEMA.names)
+    for warning in tables.warnings:
+        log.warning("%s", warning)
+    return tables
 
 
 def find_model(settings: RunSettings, facts: Callable[[Path], PipelineFacts] | None = None) -> ModelCard:

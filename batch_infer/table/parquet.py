@@ -43,13 +43,12 @@ class Parquet:
             yield broken(first, error)
 
     def arrays(self, name: str) -> Iterator[pa.Array]:
-        """One column, in batches, up to where it cannot be read."""
-        with (
-            suppress(*READ_ERRORS),
-            pq.ParquetFile(self.path, buffer_size=BUFFER, pre_buffer=False) as parquet,
-        ):
-            for batch in parquet.iter_batches(batch_size=BATCH, columns=[name]):
-                yield batch.column(0)
+        """One column, in batches, but for what cannot be read of it."""
+        with suppress(*READ_ERRORS), pq.ParquetFile(self.path, buffer_size=BUFFER, pre_buffer=False) as parquet:
+            for group in range(parquet.num_row_groups):
+                with suppress(*READ_ERRORS):
+                    for batch in parquet.iter_batches(batch_size=BATCH, row_groups=[group], columns=[name]):
+                        yield batch.column(0)
 
 
 def open_parquet(file: TableFile, scratch: Scratch) -> Parquet:
