@@ -148,7 +148,7 @@ def converter(source: pa.DataType, target: pa.DataType) -> Convert | None:
     return int if types.is_integer(target) and types.is_floating(source) else None
 
 
-def distinct_names(names: Iterable[str], taken: Collection[str], *, known: bool = False) -> dict[str, str]:
+def result_names(names: Iterable[str], taken: Collection[str], *, known: bool = False) -> dict[str, str]:
     """A name for each of these that differs from all others and those taken by more than case, as SQL engines compare.
 
     One that would not is called input_<name>. That name is its own even if another column has it already; with `known`

@@ -61,10 +61,15 @@ class SizeRules:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a row stands: the file as the user named it, and the row in it, from 0."""
+    """Where a row is: the file as the user named it, the row in it, from 0, and in a text format its line, from 1."""
 
     file: str
     row: int
+    line: int | None = field(default=None, compare=False)
+
+    def __str__(self) -> str:
+        """The place as an editor shows it: `t.csv, line 5`, else `t.parquet, row 3`."""
+        return f"{self.file}, row {self.row}" if self.line is None else f"{self.file}, line {self.line}"
 
     @property
     def stem(self) -> str:
@@ -137,16 +142,23 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class StoredImage:
-    """An image file as its sink wrote it: its path relative to OUT, its sha256 and its length in bytes."""
+    """An image file as its sink wrote it: its path relative to OUT, its sha256 and its length in bytes.
+
+    `pixels_sha256` is that of `images.pixels_sha256`.
+    """
 
     path: str
     sha256: str
     image_bytes: int
+    pixels_sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResultRow:
-    """One row of a manifest part and of results.*; the fields stand in the order of the columns."""
+    """One row of a manifest part and of results.*; the fields stand in the order of the columns.
+
+    `line`, which is in no column, is that of `Source`.
+    """
 
     id: str
     image_index: int
@@ -168,6 +180,7 @@ class ResultRow:
     safety_checker: str | None = None
     safety_scores: Mapping[str, float] | None = None
     sha256: str | None = None
+    pixels_sha256: str | None = None
     image_bytes: int | None = None
     slots: int | None = None
     seconds: float | None = None
@@ -178,10 +191,15 @@ class ResultRow:
     source_row: int
     fingerprint: str
     carried: Mapping[str, Any] = field(default_factory=dict)
+    line: int | None = field(default=None, compare=False)
 
     @property
     def key(self) -> tuple[str, int]:
         return self.id, self.image_index
+
+    @property
+    def source(self) -> Source:
+        return Source(self.source_file, self.source_row, self.line)
 
 
 BOOKKEEPING: frozenset[str] = frozenset({"slots", "seconds", "attempt", "worker", "finished_at"})

@@ -116,7 +116,7 @@ def test_where_types_differ_values_are_exact_text(array: pa.Array, texts: list[s
     found = carry("t")["column"]
     assert found.type == pa.string()
     assert [text for text in found.to_pylist() if text is not None] == [*texts, "text"]
-    (warning,) = open_tables("t").warnings
+    (warning,) = open_tables("t").remarks
     kind = pq.read_schema("t/a.parquet").field("column").type
     where = f"column 'column' is {kind} in t/a.parquet and string in t/b.parquet"
     assert warning == f"{where}: its values are carried as text"
@@ -148,9 +148,7 @@ def test_parts_with_names_that_differ_by_case_alone_are_merged(out: Path) -> Non
     manifest = Manifest(out)
     usual: dict[str, Any] = {"image_index": 0, "prompt": "x", "status": "failed", "source_file": "t.csv"}
     for number, carried in enumerate(({"Seed": "1", "Tag": "t"}, {"input_Seed": "2", "tag": "u"})):
-        row = ResultRow(
-            **usual, id=f"{number}", source_row=number, fingerprint="f", finished_at=now(), carried=carried
-        )
+        row = ResultRow(**usual, id=f"{number}", source_row=number, fingerprint="f", finished_at=now(), carried=carried)
         manifest.commit([row], pa.schema([(column, pa.string()) for column in carried]))
     merge_parts(manifest, [], out, OutputSettings())
     rows = [{name: value for name, value in row.items() if value and name not in SCHEMA.names} for row in results(out)]

@@ -103,9 +103,9 @@ def test_what_a_person_reads(table: Path, out: Path) -> None:
     done = command("plan", table, "--out", out, *QUICK, "--price-per-hour", "3600", "--limit", "7")
     assert done.code == 3
     lines = done.stdout.splitlines()
-    assert lines[0] == f"{table}, row 3 (t-00000003): height '13' is not within 16 to 512"
-    assert lines[1] == f"{table}, row 4 (d): the prompt is empty"
-    assert lines[2] == f"{table}, row 5 (t-00000005): the id 'd' stands twice"
+    assert lines[0] == f"{table}, line 5 (t-00000003): height '13' is not within 16 to 512"
+    assert lines[1] == f"{table}, line 6 (d): the prompt is empty"
+    assert lines[2] == f"{table}, line 7 (t-00000005): the id 'd' stands twice"
     assert lines[3].startswith("7 rows, ")
     assert "3 invalid" in lines[3]
     assert [line.split()[0] for line in lines[4:]] == [

@@ -187,4 +187,4 @@ def test_a_run_json_of_another_form_is_named(table: Path, out: Path) -> None:
     (out / "run.json").write_text(json.dumps({"identity": {}, "batch_infer": "9.9", "settings": {"x": 1}}))
     done = retry(out, "--status", "failed")
     assert done.code == 2
-    assert "was written by batch-infer 9.9 in another form" in done.stderr
+    assert "run.json is damaged or was edited: settings: Object missing required field `table`" in done.stderr

@@ -35,7 +35,19 @@ from batch_infer.models import DEMO_MODEL
 from batch_infer.models.stable_diffusion import StableDiffusion
 from batch_infer.sinks import FolderSink
 from tests.paced import MODULE
-from tests.runs import assert_whole, command, hashes, images, results, run, run_json, settings_of, start, wait_for
+from tests.runs import (
+    QUICK,
+    assert_whole,
+    command,
+    hashes,
+    images,
+    results,
+    run,
+    run_json,
+    settings_of,
+    start,
+    wait_for,
+)
 from tests.serving import serving
 from tests.tables import write_bytes, write_csv, write_parquet
 
@@ -205,6 +217,10 @@ def test_other_image_formats(table: Path, out: Path, image_format: str, suffix: 
     assert row["generated_image"].endswith(suffix)
     assert open_image(out, row).format == image_format.upper()
     assert_whole(out)
+    run(table, out.with_name("png"), "--limit", "1")
+    (png,) = results(out.with_name("png"))
+    assert png["pixels_sha256"] == row["pixels_sha256"] is not None
+    assert png["sha256"] != row["sha256"]
 
 
 def test_results_in_csv_and_jsonl_with_images_in_base64(table: Path, out: Path) -> None:
@@ -290,6 +306,20 @@ def test_a_table_that_is_not_there(tmp_path: Path, out: Path) -> None:
     assert done.stderr == f"batch-infer: {tmp_path}/missing.csv: no such file or folder\n"
 
 
+def test_no_command_takes_a_table_that_is_not_there_for_a_bad_row(table: Path, out: Path) -> None:
+    """`--max-failed 5 percent` names a table `percent`."""
+    assert run(table, out, "--limit", "1").code == 0
+    before = (out / "run.json").read_bytes()
+    others = {"plan": (), "retry": ("--status", "failed"), "rescore": ("--safety", "checker")}
+    done = [run(table, out, "--max-failed", "5", "percent", "shards/*.csv")]
+    done.append(command("plan", table, "percent", "shards/*.csv", "--out", out))
+    done += [command(name, out, table, "percent", "shards/*.csv", *others[name]) for name in ("retry", "rescore")]
+    for each in done:
+        assert (each.code, each.stdout) == (2, "")
+        assert "percent: no such file or folder\nshards/*.csv: the glob matches no table" in each.stderr
+    assert (out / "run.json").read_bytes() == before
+
+
 def test_a_file_where_out_should_be(tmp_path: Path, table: Path) -> None:
     (tmp_path / "file").write_text("mine")
     done = run(table, tmp_path / "file")
@@ -327,10 +357,23 @@ def test_invalid_rows_are_told_on_stderr_and_in_the_log(tmp_path: Path, out: Pat
     table = write_csv(tmp_path / "t.csv", [["prompt", "seed"], *(["x", "none"] for _ in range(30))])
     done = run(table, out)
     assert done.stderr.count("seed 'none' is not a whole number") == 20
-    assert "t.csv, row 19 (t-00000019): seed 'none'" in done.stderr
+    assert "t.csv, line 21 (t-00000019): seed 'none'" in done.stderr
     assert "invalid in all: 30; results.parquet names each" in done.stderr
-    assert "t.csv, row 29 (t-00000029): seed 'none'" in (out / "logs" / "run.log").read_text()
+    assert "t.csv, line 31 (t-00000029): seed 'none'" in (out / "logs" / "run.log").read_text()
     assert not images(out)
+
+
+def test_remarks_on_the_tables_are_told_by_plan_and_run(tmp_path: Path, out: Path) -> None:
+    table = write_bytes(tmp_path / "t.csv", b"prompt,seed\nx,2,\ny\n,\n")
+    planned = command("plan", table, "--out", out, *QUICK, "--json")
+    done = run(table, out)
+    assert (planned.code, done.code) == (0, 0)
+    short, blank = json.loads(planned.stdout)["remarks"]
+    assert short.endswith("t.csv, line 3: 1 of 2 cells, without 'seed')")
+    assert blank.endswith("t.csv, line 4)")
+    for told in (planned.stderr, done.stderr, (out / "logs" / "run.log").read_text()):
+        assert told.count(short) == told.count(blank) == 1
+    assert len(results(out)) == json.loads(planned.stdout)["rows"] == 2
 
 
 def test_options_from_the_environment(table: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

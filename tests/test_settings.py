@@ -13,6 +13,7 @@ import pytest
 from batch_infer.cli.asked import run_settings
 from batch_infer.cli.run import run as command
 from batch_infer.errors import SettingsError
+from batch_infer.jobs.run_json import parse_record
 from batch_infer.settings import FIELDS, FailureBudget, LoraSpec, RunSettings, SchedulerSpec, TableSettings
 
 
@@ -128,7 +129,7 @@ def test_every_option_has_its_place() -> None:
             *("--height", "72", "--width", "80", "--negative-prompt", "n", "--images-per-prompt", "2", "--seed", "9"),
             *("--safety", "checker", "--on-flagged", "drop", "--require-safety", "--image-format", "webp"),
             *("--results", "csv", "--results", "jsonl", "--base64", "--max-failed", "1%", "--overwrite"),
-            *("--price-per-hour", "2.5"),
+            *("--price-per-hour", "2.5", "--rerender-changed"),
         )
     )
     assert found == {
@@ -159,6 +160,7 @@ def test_every_option_has_its_place() -> None:
         "compute": {"slots": 6, "threads": 2, "compiled": False, "processes": None},
         "max_failed": {"count": 0, "percent": 1.0},
         "overwrite": True,
+        "rerender_changed": True,
         "price_per_hour": 2.5,
     }
 
@@ -174,7 +176,8 @@ def test_every_option_has_its_place() -> None:
 )
 def test_settings_can_be_written_down_and_read(arguments: tuple[str, ...]) -> None:
     settings = parse(*arguments)
-    assert RunSettings.from_record(json.loads(json.dumps(asdict(settings), default=str))) == settings
+    record = json.loads(json.dumps({"settings": asdict(settings)}, default=str))
+    assert parse_record(record).settings == settings
 
 
 @pytest.mark.parametrize(

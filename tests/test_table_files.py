@@ -1,4 +1,4 @@
-"""TABLE arguments: what each means, where it may lie, and that one which means nothing costs one result."""
+"""TABLE arguments: what each means, where it may lie, and that one which means nothing is refused."""
 
 from __future__ import annotations
 
@@ -51,31 +51,38 @@ def refusal_of(*tables: Path | str, **options: Any) -> str:
 # Arguments that mean nothing, among others
 
 
-def test_an_argument_that_means_no_table_costs_one_result() -> None:
+def test_every_argument_that_means_no_table_is_named() -> None:
+    """A word of an option with a blank in it, or a misspelt name, must not pass for a table with one bad row."""
     write_csv(Path("good.csv"), [["prompt"], ["x"]])
     Path("empty").mkdir()
     Path("notes.md").touch()
-    found = read("missing.csv.gz", "good.csv", "notes.md", "empty", "none/*.csv", "no://protocol/a.csv", "**x")
-    assert isinstance(found[1], PromptRequest)
-    assert found[1].id == "good-00000000"
-    bad = [item for item in found if isinstance(item, ResultRow)]
-    assert [(item.source_file, item.source_row) for item in bad] == [
-        (name, 0) for name in ("missing.csv.gz", "notes.md", "empty", "none/*.csv", "no://protocol/a.csv", "**x")
-    ]
-    assert [item.id for item in bad[:3]] == ["missing-00000000", "notes-00000000", "empty-00000000"]
-    for item, sentence in zip(
-        bad,
+    refusal = refusal_of("percent", "missing.csv.gz", "good.csv", "notes.md", "empty", "none/*.csv", "no://a.csv")
+    for line, sentence in zip(
+        refusal.split("\n"),
         (
+            "percent: no such file or folder",
             "missing.csv.gz: no such file or folder",
             "notes.md: unknown ending .md; a table ends in .csv, ",
             "empty: the folder holds no table (.csv, ",
             "none/*.csv: the glob matches no table (",
-            "no://protocol/a.csv cannot be opened: Protocol not known: no",
-            "**x: ",
+            "no://a.csv cannot be opened: Protocol not known: no",
         ),
         strict=True,
     ):
-        assert (item.error or "").startswith(sentence)
+        assert line.startswith(sentence)
+
+
+@pytest.mark.parametrize("content", [b"caption\nx\n", b"", b"\xff\xfep"])
+def test_a_named_file_that_cannot_be_read_is_refused_and_one_in_a_folder_is_not(content: bytes) -> None:
+    write_csv(Path("t/good.csv"), [["prompt"], ["x"]])
+    write_bytes(Path("t/bad.csv"), content)
+    assert refusal_of("t/good.csv", "t/bad.csv").startswith("t/bad.csv ")
+    assert refusal_of("t", "t/bad.csv") == refusal_of("t/bad.csv", "t") == refusal_of("t/bad.csv")
+    for argument in ("t", "t/*.csv"):
+        bad, good = read(argument)
+        assert isinstance(bad, ResultRow)
+        assert (bad.source_file, bad.error) == ("t/bad.csv", refusal_of("t/bad.csv"))
+        assert isinstance(good, PromptRequest)
 
 
 def test_where_none_can_be_read_all_are_named() -> None:
@@ -88,12 +95,12 @@ def test_an_argument_that_no_file_can_have_is_told() -> None:
 
 
 def test_faults_are_there_by_name() -> None:
-    write_csv(Path("good.csv"), [["prompt"], ["x"]])
-    write_bytes(Path("bad.csv"), b"caption\nx\n")
-    with open_tables("good.csv", "bad.csv", "missing.csv") as tables:
-        assert list(tables.faults) == ["bad.csv", "missing.csv"]
-        assert tables.files == ["good.csv", "bad.csv", "missing.csv"]
-        assert tables.local == [Path("good.csv").absolute(), Path("bad.csv").absolute()]
+    write_csv(Path("t/good.csv"), [["prompt"], ["x"]])
+    write_bytes(Path("t/bad.csv"), b"caption\nx\n")
+    with open_tables("t") as tables:
+        assert list(tables.faults) == ["t/bad.csv"]
+        assert tables.files == ["t/bad.csv", "t/good.csv"]
+        assert tables.local == [Path("t/bad.csv").absolute(), Path("t/good.csv").absolute()]
 
 
 def test_relative_names_start_at_the_folder_of_the_settings(tmp_path: Path) -> None:
@@ -198,10 +205,11 @@ def test_a_broken_first_line_of_json_lines_costs_its_own_row(monkeypatch: pytest
 
 def test_a_file_that_cannot_be_read_may_have_the_stem_of_another() -> None:
     write_csv(Path("a.csv"), [["prompt"], ["x"]])
-    good, missing = read("a.csv", "elsewhere/a.csv")
+    write_bytes(Path("elsewhere/a.csv"), b"caption\nx\n")
+    good, bad = read("a.csv", "elsewhere")
     assert good.id == "a-00000000"
-    assert isinstance(missing, ResultRow)
-    assert "elsewhere/a.csv: no such file" in (missing.error or "")
+    assert isinstance(bad, ResultRow)
+    assert "elsewhere/a.csv has no column 'prompt'" in (bad.error or "")
 
 
 @pytest.mark.parametrize(
@@ -314,9 +322,7 @@ def test_urls_that_mean_no_table(url: str, sentence: str, memory: Any, monkeypat
     assert refusal.startswith(sentence)
     assert "secret" not in refusal
     write_csv(Path("good.csv"), [["prompt"], ["x"]])
-    good, bad = read("good.csv", url)
-    assert isinstance(bad, ResultRow)
-    assert bad.error == refusal
+    assert refusal_of("good.csv", url) == refusal
 
 
 class Stubborn:

@@ -206,6 +206,121 @@ def test_columns_without_a_name_are_named_by_position() -> None:
     assert found.carried == {"unnamed_0": "7", "unnamed_2_": "", "unnamed_2": "mine", "unnamed_4": ""}
 
 
+def remarks_of(path: Path | str, **options: Any) -> list[str]:
+    """What there is to say of a table once it was read."""
+    with open_tables(path, **options) as tables:
+        list(tables.rows(RULES))
+        return tables.remarks
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+def test_rows_of_separators_alone_are_skipped_and_counted(ending: str) -> None:
+    """Spreadsheets write them below a table. The rows that follow keep their numbers, and so their ids."""
+    text = "prompt,seed,n\nx,1,\n,,\n\n,,\ny,2,\n,,,,,\n"
+    table = write(f"t.{ending}", text.replace(",", "\t") if ending == "tsv" else text)
+    assert [(item.id, item.seed) for item in read_requests(table)] == [("t-00000000", 1), ("t-00000003", 2)]
+    assert len(read(table, limit=2)) == 2
+    assert remarks_of(table) == [f"rows without any value, which are skipped: 3 (first: t.{ending}, line 3)"]
+
+
+def test_an_empty_cell_that_is_the_whole_row_is_no_separator() -> None:
+    """pandas writes an empty prompt so."""
+    found = read(write("t.csv", 'prompt\nx\n""\ny\n'))
+    assert errors_of(found) == [None, "the prompt is empty", None]
+
+
+def test_rows_with_fewer_cells_than_the_header_are_counted() -> None:
+    """Spreadsheets leave out the last cells where they are empty; a row that was cut in two is short too."""
+    table = write("t.csv", "prompt,seed,height,n\nw,1,64,\nx,1\ny\nz,3,,\n")
+    found = read_requests(table)
+    assert [(item.prompt, item.seed) for item in found if item.seed in (1, 3)] == [("w", 1), ("x", 1), ("z", 3)]
+    assert found[1].carried == {"n": None}
+    (remark,) = remarks_of(table)
+    assert remark == (
+        "rows with fewer cells than there are columns, whose missing cells take their defaults: 2 "
+        "(first: t.csv, line 3: 2 of 4 cells, without 'height', 'n')"
+    )
+    payload = {"columns": ["prompt", "seed"], "data": [["x", 1], ["y"], "z", {"prompt": "u"}]}
+    assert remarks_of(write("t.json", payload)) == [
+        "rows with fewer cells than there are columns, whose missing cells take their defaults: 1 "
+        "(first: t.json, row 1: 1 of 2 cells, without 'seed')"
+    ]
+
+
+@pytest.mark.parametrize("first", ["sep=;", '"sep=;"', "SEP=;", "sep=|", "sep=\t", "sep=,", "sep=:"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_the_first_line_may_say_what_stands_between_cells(first: str, end: str) -> None:
+    """As Excel does; the header alone would say otherwise."""
+    mark = first.strip('"')[4]
+    lines = [first, f"prompt{mark}tag", f"x{mark}1", f'"y{mark}"{mark}2', f"z{mark}{mark}{mark}3"]
+    for ending in ("csv", "tsv"):
+        first_row, second, bad = read(write(f"t.{ending}", end.join([*lines, ""])))
+        assert isinstance(first_row, PromptRequest)
+        assert (first_row.prompt, first_row.carried, first_row.source.line) == ("x", {"tag": "1"}, 3)
+        assert (second.prompt, second.carried) == (f"y{mark}", {"tag": "2"})
+        assert (errors_of([bad])[0] or "").startswith("line 5 has 4 cells where the header names 2; quote cells that")
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet", "json"])
+def test_two_carried_columns_of_one_name_are_carried_under_two_names(ending: str) -> None:
+    if ending == "csv":
+        table = write("t.csv", "tag,prompt,tag,tag_2,tag\n1,x,2,3,4\n")
+    elif ending == "json":
+        table = write("t.json", {"columns": ["tag", "prompt", "tag", "tag_2", "tag"], "data": [list("1x234")]})
+    else:
+        table = Path("t.parquet")
+        pq.write_table(
+            pa.Table.from_arrays([[cell] for cell in "1x234"], ["tag", "prompt", "tag", "tag_2", "tag"]), table
+        )
+    (found,) = read_requests(table)
+    assert found.carried == {"tag": "1", "tag_3": "2", "tag_2": "3", "tag_4": "4"}
+    assert remarks_of(table) == [
+        f"t.{ending} has columns of one name: carried are another 'tag' as 'tag_3', another 'tag' as 'tag_4'"
+    ]
+
+
+def test_a_field_that_stands_twice_is_refused_unless_it_is_left_out() -> None:
+    table = write("t.csv", "prompt,seed,seed\nx,1,2\n")
+    assert refusal_of(table) == "t.csv has two columns named 'seed'; rename one"
+    assert refusal_of(table, columns={"guidance_scale": "seed"}) == "t.csv has two columns named 'seed'; rename one"
+    (found,) = read_requests(table, columns={"seed": ""})
+    assert found.carried == {"input_seed": "1", "seed_2": "2"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["# prompts of May", "// a comment", "a cat --steps 20", "--prompt a cat", "a cat --ar 16:9", "a cat -s50 -W512"],
+)
+def test_comments_and_options_in_plain_text_are_rendered_and_remarked_on(line: str) -> None:
+    prompts = ["a well-known cat -- sitting", line, "an n-1 -5 degrees - a"]
+    table = write("t.txt", "\n".join(["", *prompts]))
+    assert [(item.prompt, item.source.line) for item in read_requests(table)] == list(
+        zip(prompts, (2, 3, 4), strict=True)
+    )
+    (remark,) = remarks_of(table)
+    assert remark.startswith("lines of .txt that look like comments or options and are rendered word for word (")
+    assert remark.endswith(f"): 1 (first: t.txt, line 3: {line!r})")
+
+
+@pytest.mark.parametrize("ending", ["csv", "csv.gz", "jsonl", "txt"])
+def test_a_row_of_a_text_format_knows_its_line(ending: str) -> None:
+    """As an editor counts it; `source_row` counts rows from 0."""
+    kind = ending.partition(".")[0]
+    lines = in_format(kind, [{"prompt": "x"}, {"prompt": "y\0"}, {"prompt": "z"}]).replace(b"\r\n", b"\n").splitlines()
+    content = b"\n".join([lines[0], b"", *lines[1:], b""])
+    found = read(write(f"t.{ending}", pack("gz", content) if ending.endswith("gz") else content))
+    first = 3 if kind == "csv" else 1
+    assert [str(item.source) for item in found] == [
+        f"t.{ending}, line {line}" for line in (first, *((4, 5) if kind == "csv" else (3, 4)))
+    ]
+    assert [item.source.row for item in found] == [0, 1, 2]
+
+
+def test_a_row_of_parquet_is_known_by_its_number() -> None:
+    (found,) = read(write("t.parquet", in_format("parquet", [{"prompt": "x"}])))
+    assert str(found.source) == "t.parquet, row 0"
+
+
 def test_empty_cells_beyond_the_header_are_no_fault() -> None:
     first, second, third = read(write("t.csv", "prompt\nx,,,\ny\nz,,1\n"))
     assert isinstance(first, PromptRequest)
@@ -527,10 +642,6 @@ def test_other_documents_are_told_which_are_read(content: str) -> None:
         ("[7, null]", "t.json cannot be read: element 0 is neither an object nor a prompt but int"),
         ("[]", "t.json is empty"),
         ('{"data": ["x"', "t.json cannot be read: it ends in the middle"),
-        (
-            '{"columns": ["a", "a"], "data": ["x"]}',
-            "t.json cannot be read: its columns or parameters: two are named 'a'",
-        ),
         ('{"columns": ["a", ], "data": ["x"]}', "t.json cannot be read: it is no JSON: "),
         ('{"columns": ["a"], "data": ["x"]}', "t.json has no column 'prompt'; it has 'a'"),
         ('{"columns": ["\\ud83d"], "data": ["x"]}', "t.json has a column whose name is not UTF-8"),

@@ -239,6 +239,12 @@ job_options = _together(
     row_options,
     output_options,
     unattended_options,
+    click.option(
+        "--rerender-changed",
+        is_flag=True,
+        help="Replace finished images where a default, such as --steps, differs from that of the run that made them. "
+        "Without it such a run stops before it renders anything.",
+    ),
     click.option("--overwrite", is_flag=True, help="Remove what earlier runs made in OUT and start anew."),
 )
 """All that says what is to be done, for `run` and for its dry run."""

@@ -11,14 +11,15 @@ import click
 from tqdm import tqdm
 
 from batch_infer.cli.asked import run_settings
-from batch_infer.cli.logs import set_up_logging
+from batch_infer.cli.logs import log, set_up_logging
 from batch_infer.cli.options import job_options, json_option, logging_options, progress_option
 from batch_infer.cli.report import ROWS_FAILED, duration, number, printing
 from batch_infer.cli.signals import interrupt_on_sigterm
+from batch_infer.errors import SettingsError
+from batch_infer.records import ResultRow, Source
 
 if TYPE_CHECKING:
     from batch_infer.jobs.plan import Plan
-    from batch_infer.records import ResultRow
     from batch_infer.settings import RunSettings
 
 
@@ -48,10 +49,12 @@ def plan(time_limit: float | None, as_json: bool, quiet: bool, verbose: bool, **
     # In a file: there may be as many faults as the table has rows.
     with interrupt_on_sigterm(), tempfile.TemporaryFile("w+", encoding="utf-8") as faults:
         found = look(settings, lambda row: _note(row, faults))
+        for remark in found.remarks:
+            log.warning("%s", remark)
         faults.seek(0)
         within = settings.max_failed.allows(found.invalid_rows, found.rows)
         enough = None if time_limit is None else found.seconds <= time_limit
-        if quiet and within and enough is not False:
+        if quiet and within and enough is not False and not found.refused:
             return 0
         with printing():
             if as_json:
@@ -60,11 +63,19 @@ def plan(time_limit: float | None, as_json: bool, quiet: bool, verbose: bool, **
                 _print(found, faults, settings)
                 if time_limit is not None:
                     click.echo(f"limit    {duration(time_limit)}, and that is {'enough' if enough else TOO_SHORT}")
+    if found.refused:
+        raise SettingsError(found.refused)
     return 0 if within else ROWS_FAILED
 
 
 def _note(row: ResultRow, faults: IO[str]) -> None:
-    fault = {"file": row.source_file, "row": row.source_row, "id": row.id, "image_index": row.image_index}
+    fault = {
+        "file": row.source_file,
+        "row": row.source_row,
+        "line": row.line,
+        "id": row.id,
+        "image_index": row.image_index,
+    }
     faults.write(json.dumps({**fault, "error": row.error}) + "\n")
 
 
@@ -77,9 +88,12 @@ def _print_json(plan: Plan, faults: IO[str], limits: Mapping[str, Any]) -> None:
 
 
 def _print(plan: Plan, faults: IO[str], settings: RunSettings) -> None:
+    from batch_infer.jobs.survey import explain
+
     for fault in map(json.loads, faults):
         if fault["image_index"] == 0:
-            click.echo(f"{fault['file']}, row {fault['row']} ({fault['id']}): {fault['error']}")
+            place = Source(fault["file"], fault["row"], fault["line"])
+            click.echo(f"{place} ({fault['id']}): {fault['error']}")
     many = f", {number(plan.total - plan.invalid, 'image')}" if plan.total > plan.rows else ""
     told = [f"{number(plan.rows, 'row')}{many}", f"{plan.invalid_rows:,} invalid"]
     if plan.truncated:
@@ -90,6 +104,8 @@ def _print(plan: Plan, faults: IO[str], settings: RunSettings) -> None:
     if not plan.pending:
         click.echo("nothing to do")
         return
+    if why := explain(plan.reasons, plan.changes):
+        click.echo(f"{plan.pending:,} to render: {why}")
     click.echo(f"{'size':12}{'images':>12}{'row-forwards':>16}{'UNet calls':>14}{'device time':>16}")
     for size in plan.sizes:
         name, time = f"{size.width}x{size.height}", duration(size.seconds)

@@ -26,10 +26,10 @@ ROWS_FAILED = 3
 """The exit code where more rows failed or were invalid than --max-failed."""
 
 
-def exit_code(summary: Summary, settings: RunSettings) -> int:
-    """What the command ends with."""
+def exit_code(summary: Summary, settings: RunSettings, *, retry: bool = False) -> int:
+    """Return the exit code of `run`, or of `retry`, which leaves rows without a result to `run`."""
     counts = summary.counts
-    if summary.undone:
+    if summary.undone or (counts.left and not retry):
         return Interrupted.exit_code
     return 0 if settings.max_failed.allows(counts.bad_rows, counts.rows) else ROWS_FAILED
 

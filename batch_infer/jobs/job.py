@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from batch_infer.errors import SettingsError, UsageError
+from batch_infer.errors import SettingsError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.record import choose_compute, describe, refuse_other
-from batch_infer.manifest import SCHEMA, Manifest
+from batch_infer.jobs.run_json import parse_record, require
+from batch_infer.manifest import SCHEMA, Manifest, run_of
 from batch_infer.models import ModelCard, PipelineFacts, read_card
 from batch_infer.planning import Item
-from batch_infer.records import SizeRules, digest
+from batch_infer.records import digest
 from batch_infer.settings import Compute, Device, RowDefaults, RunSettings
 from batch_infer.table import RowRules, Tables
 
@@ -34,6 +34,11 @@ class Job:
     earlier: Mapping[str, Any] | None
     rules: RowRules
 
+    @property
+    def number(self) -> int:
+        """The number of this run among those of its OUT, from 1."""
+        return int(self.record["run_number"])
+
     def items(self) -> Iterator[Item]:
         """Every row of the tables, in input order."""
         return self.tables.rows(self.rules)
@@ -47,10 +52,7 @@ def rooted(settings: RunSettings) -> RunSettings:
 
 def open_tables(settings: RunSettings) -> Tables:
     """Raises TableError where none can be read."""
-    tables = Tables(settings.table, SCHEMA.names)
-    for warning in tables.warnings:
-        log.warning("%s", warning)
-    return tables
+    return Tables(settings.table, SCHEMA.names)
 
 
 def find_model(settings: RunSettings, facts: Callable[[Path], PipelineFacts] | None = None) -> ModelCard:
@@ -75,10 +77,23 @@ def prepare(settings: RunSettings, tables: Tables, card: ModelCard, device: Devi
     outdir.refuse_while_rescored(settings.out, earlier)
     compute = settle_compute(settings, card, device, earlier)
     record = describe(settings, card, compute, tables)
-    if earlier is not None and Manifest(settings.out).parts():
+    parts = [] if settings.overwrite else Manifest(settings.out).parts()
+    if earlier is not None and parts:
         refuse_other(earlier, record, settings.out)
     rules = make_rules(settings, card, record)
-    return Job(settings, tables, card, compute, {**record, "rules": asdict(rules)}, earlier, rules)
+    record = {**record, "rules": asdict(rules), **_number(earlier, parts)}
+    return Job(settings, tables, card, compute, record, earlier, rules)
+
+
+def _number(earlier: Mapping[str, Any] | None, parts: Sequence[Path]) -> dict[str, int]:
+    """Number this run, and say which runs the next one is to recover if this one is killed.
+
+    These are all runs since the last one that ended in order. The parts are looked at too: run.json may be gone.
+    """
+    known = earlier or {}
+    number = 1 + max([known.get("run_number", 0), *map(run_of, parts)])
+    ended = known.get("summary") is not None
+    return {"run_number": number, "recover_from": number if ended else known.get("recover_from", 0)}
 
 
 def settle_compute(
@@ -102,12 +117,11 @@ def make_rules(settings: RunSettings, card: ModelCard, record: Mapping[str, Any]
 
 
 def settings_of(record: Mapping[str, Any], out: Path, tables: Sequence[str] = ()) -> RunSettings:
-    """The settings of the run that a run.json speaks of, for OUT and the tables as they are named now.
+    """Return the settings of the run that a run.json describes, for OUT and the tables as they are named now.
 
-    Raises UsageError where they cannot be had from it.
+    Raises UsageError where it lacks them.
     """
-    with known_form(record, out):
-        settings = RunSettings.from_record(record["settings"])
+    settings = require(parse_record(record).settings, "settings", out)
     table, model = settings.table, settings.model
     if tables:
         table = replace(table, tables=tuple(tables), folder=Path.cwd())
@@ -115,7 +129,7 @@ def settings_of(record: Mapping[str, Any], out: Path, tables: Sequence[str] = ()
         model = replace(model, name=str(settings.table.folder / model.name))
     loras = tuple(replace(lora, file=str(settings.table.folder / Path(lora.file).expanduser())) for lora in model.loras)
     model = replace(model, loras=loras)
-    return replace(settings, out=out, table=table, model=model, overwrite=False)
+    return replace(settings, out=out, table=table, model=model, overwrite=False, rerender_changed=False)
 
 
 def refuse_unrepeatable(record: Mapping[str, Any], out: Path) -> None:
@@ -131,28 +145,8 @@ def refuse_unrepeatable(record: Mapping[str, Any], out: Path) -> None:
 
 
 def rules_of(record: Mapping[str, Any], out: Path) -> RowRules:
-    """The rules by which the run that a run.json speaks of read its tables. Raises UsageError."""
-    with known_form(record, out):
-        rules = record["rules"]
-        return RowRules(
-            RowDefaults(**rules["defaults"]),
-            SizeRules(**rules["sizes"]),
-            rules["fingerprint"],
-            rules["embedded_guidance"],
-            tuple((field, value) for field, value in rules["fixed"]),
-        )
-
-
-@contextmanager
-def known_form(record: Mapping[str, Any], out: Path) -> Iterator[None]:
-    """Read in a run.json what this version writes there. Raises UsageError for what another has written."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(
-            f"{out / 'run.json'} was written by batch-infer {record.get('batch_infer')} in another form ({error}): "
-            "go on with `batch-infer run` and its options, which writes it anew"
-        ) from error
+    """Return the rules by which the run that a run.json describes read its tables. Raises UsageError."""
+    return require(parse_record(record).rules, "rules", out)
 
 
 def _typed(settings: RunSettings, card: ModelCard, device: Device, earlier: Mapping[str, Any] | None) -> RunSettings:

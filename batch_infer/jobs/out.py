@@ -14,7 +14,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from batch_infer.atomic import TEMPORARY, KnownFolder, is_abandoned, replacing, storing, sync_folder
-from batch_infer.errors import LockedError, SettingsError, UsageError
+from batch_infer.errors import LockedError, SettingsError, UsageError, first_line
+from batch_infer.jobs.run_json import parse_record, require
 from batch_infer.records import now
 
 OURS = ("images", "quarantine", "manifest", "logs", "results.parquet", "results.csv", "results.jsonl", "run.json")
@@ -101,23 +102,27 @@ def known_run(out: Path) -> dict[str, Any]:
 
 
 def read_run(out: Path) -> dict[str, Any] | None:
-    """run.json, or None where OUT has none. Raises UsageError."""
+    """Return run.json, with its keys of the types of `run_json`, or None where OUT has none. Raises UsageError."""
     path = out / "run.json"
     try:
         found = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UsageError(f"{path} cannot be read: {error}; {_WAY_OUT}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} cannot be read: {first_line(error)}; {_WAY_OUT}") from error
     if not isinstance(found, dict):
         raise UsageError(f"{path} does not hold a JSON object; {_WAY_OUT}")
+    try:
+        parse_record(found)
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged or was edited: {error}; {_WAY_OUT}") from error
     return found
 
 
 def refuse_while_rescored(out: Path, record: Mapping[str, Any] | None) -> None:
     """Results that are of two kinds are for nobody else. Raises SettingsError."""
     if (record or {}).get("rescoring"):
-        mode = (record or {})["settings"]["safety"]["mode"]
+        mode = require(parse_record(record).settings, "settings", out).safety.mode
         raise SettingsError(
             f"the images of {out} are being judged again, and that did not come to its end: go on with `batch-infer "
             f"rescore {out} --safety {mode}` and its other options, or start anew with `run --overwrite`"

@@ -27,9 +27,9 @@ def remerge(out: Path, results: tuple[ResultsFormat, ...], *, base64: bool) -> t
     if not (out / "run.json").exists() and not Manifest(out).parts():
         raise UsageError(f"{out} holds neither a run.json nor a manifest: nothing to merge")
     with outdir.locked(out):
-        record = outdir.read_run(out)
-        if record is None:
+        if outdir.read_run(out) is None:
             return merge_parts(Manifest(out), [], out, OutputSettings(results=results, base64=base64)), results
+        record = outdir.known_run(out)
         outdir.refuse_while_rescored(out, record)
         settings = settings_of(record, out)
         kinds = tuple(dict.fromkeys((*settings.output.results, *results)))  # what the run wrote is not left out of date

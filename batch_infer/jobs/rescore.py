@@ -71,8 +71,9 @@ class _Rescoring:
         rules = rules_of(record, settings.out)
         identity = {**record["identity"], "safety": policy_of(settings.safety, card)}
         self._new = replace(rules, fingerprint=digest(identity))
+        before = settings_of(record, settings.out).safety
         self._resumed = bool(record.get("rescoring"))
-        sources = {**record.get("rescoring", {}), rules.fingerprint: record["settings"]["safety"]["on_flagged"]}
+        sources = {**record.get("rescoring", {}), rules.fingerprint: before.on_flagged}
         self._sources = {name: policy for name, policy in sources.items() if name != self._new.fingerprint}
         told = {"settings": {**record["settings"], "safety": asdict(settings.safety)}, "identity": identity}
         self._record = {**record, **told, "rules": {**record["rules"], "fingerprint": self._new.fingerprint}}

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, get_args
 
 from batch_infer.jobs import out as outdir
-from batch_infer.jobs.job import known_form
+from batch_infer.jobs.run_json import RunRecord, parse_record, require
 from batch_infer.manifest import Manifest
 from batch_infer.records import Status, now
 
@@ -44,71 +43,57 @@ class Standing:
 class _Survey:
     """What a run found when it looked through the tables: `before` counts by status what it left as it was."""
 
-    finished_at: datetime
+    total: int
     pending: int
     before: Counter[str]
-    slots: int
     rendering_since: datetime | None
     """When the first worker was ready; None before."""
-    has_start: bool
-    """False of a run by an earlier version, which did not record `rendering_since`."""
 
     @classmethod
-    def of(cls, record: Mapping[str, Any]) -> _Survey | None:
-        if (found := record.get("survey")) is None:
+    def of(cls, record: RunRecord) -> _Survey | None:
+        if (survey := record.survey) is None:
             return None
-        before = Counter(found["standing"]) + Counter(invalid=found["invalid"])
-        finished_at = datetime.fromisoformat(found["finished_at"])
-        since = record.get("rendering_since")
-        return cls(
-            finished_at=finished_at,
-            pending=found["pending"],
-            before=before,
-            slots=_most_slots(record["compute"]),
-            rendering_since=datetime.fromisoformat(since) if since else None,
-            has_start="rendering_since" in record,
-        )
-
-
-def _most_slots(compute: Mapping[str, Any]) -> int:
-    return int(max([compute["slots"], *(shape["slots"] for shape in compute["by_size"])]))
+        before = Counter(survey.standing) + Counter(invalid=survey.invalid)
+        return cls(survey.total, survey.pending, before, record.rendering_since)
 
 
 def status(out: Path) -> Standing:
     """Look at OUT, without holding it. Raises UsageError where it holds no run."""
-    record = outdir.known_run(out)
+    record = parse_record(outdir.known_run(out))
     holder = outdir.holder(out)
-    with known_form(record, out):
-        standing = Standing("running" if holder else "stopped", holder, record["started_at"])
-        survey = _Survey.of(record)
-        if (summary := record.get("summary")) is not None and not holder:
-            standing.counts = {name: summary[name] for name in STATUSES}
-            standing.left = summary["left"]
-            standing.images_per_second = summary.get("images_per_second")
-            standing.state = "stopped" if standing.left else "finished"
-            standing.state = "rescoring" if record.get("rescoring") else standing.state
-            return standing
-        if not record["settings"]["table"]["tables"]:
-            standing.state = "open"
-    _count(standing, survey, Manifest(out))
+    standing = Standing("running" if holder else "stopped", holder, require(record.started_at, "started_at", out))
+    if (summary := record.summary) is not None and not holder:
+        standing.counts = {name: getattr(summary, name) for name in STATUSES}
+        standing.left = summary.left
+        standing.images_per_second = summary.images_per_second
+        standing.state = "stopped" if standing.left else "finished"
+        standing.state = "rescoring" if record.rescoring else standing.state
+        return standing
+    if not require(record.settings, "settings", out).table.tables:
+        standing.state = "open"
+    _count(standing, _Survey.of(record), Manifest(out), record.run_number)
     return standing
 
 
-def _count(standing: Standing, survey: _Survey | None, manifest: Manifest) -> None:
-    """What the run found when it looked through the tables, and what it has committed since."""
-    with manifest.index(since=survey.finished_at if survey else None) as index:
-        rendered, times = index.statuses(), index.times
-    counts = rendered + survey.before if survey else rendered
+def _count(standing: Standing, survey: _Survey | None, manifest: Manifest, run: int | None) -> None:
+    """Count what the run found done when it scanned the tables, and what it has committed since.
+
+    All that the manifest holds is counted where the scan has not ended, and in an OUT of an earlier version, which
+    has no run number.
+    """
+    before, since_run = (Counter[str](), 0) if survey is None or run is None else (survey.before, run)
+    with manifest.index(since_run) as index:
+        committed = index.statuses()
+    counts = committed + before
     standing.counts = {name: counts[name] for name in STATUSES}
     if survey is None:
         return
-    standing.left = max(0, survey.pending - rendered.total()) + survey.before["left"]
-    if not standing.holder:
+    if run is None:
+        standing.left = max(0, survey.total - counts.total())
         return
-    if survey.has_start:
-        _rate(standing, survey, rendered)
-    elif times:
-        _rate_of_earlier_version(standing, survey, rendered, (times[1] - times[0]).total_seconds())
+    standing.left = max(0, survey.pending - committed.total()) + survey.before["left"]
+    if standing.holder:
+        _rate(standing, survey, committed)
 
 
 def _rate(standing: Standing, survey: _Survey, rendered: Counter[str]) -> None:
@@ -119,10 +104,3 @@ def _rate(standing: Standing, survey: _Survey, rendered: Counter[str]) -> None:
     if took > 0 and standing.left is not None:
         standing.images_per_second = round((rendered["ok"] + rendered["flagged"]) / took, 3)
         standing.seconds_left = round(standing.left * took / committed)
-
-
-def _rate_of_earlier_version(standing: Standing, survey: _Survey, rendered: Counter[str], took: float) -> None:
-    """Without the start of rendering: known once all slots have been emptied, since the first images come late."""
-    if took and standing.left is not None and rendered.total() >= survey.slots:
-        rate = rendered.total() / took
-        standing.images_per_second, standing.seconds_left = round(rate, 3), round(standing.left / rate)

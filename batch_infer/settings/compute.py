@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
+
+import msgspec
+
+Count = Annotated[int, msgspec.Meta(ge=1)]
+"""Checked where run.json is read."""
 
 
 @dataclass(frozen=True, slots=True)
 class ComputeSettings:
     """None: kept from run.json where the run goes on, else chosen for the device."""
 
-    slots: int | Literal["auto"] | None = None
-    threads: int | None = None
+    slots: Count | Literal["auto"] | None = None
+    threads: Count | None = None
     compiled: bool | None = None
     processes: int | None = None
     """Of workers, each with a device of its own; 0: the command renders by itself. Bytes do not depend on it."""
@@ -31,10 +36,10 @@ class Device:
 class BatchShape:
     """Batch sizes of an image size: row-forwards in a UNet call, images in a decoder call."""
 
-    height: int
-    width: int
-    slots: int
-    decode_batch: int
+    height: Count
+    width: Count
+    slots: Count
+    decode_batch: Count
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +51,9 @@ class Compute:
 
     device: str
     dtype: str
-    slots: int
-    decode_batch: int
-    threads: int
+    slots: Count
+    decode_batch: Count
+    threads: Count
     device_name: str = ""
     compiled: bool = False
     by_size: tuple[BatchShape, ...] = ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from batch_infer.errors import SettingsError
 
@@ -17,8 +17,8 @@ class ModelSettings:
     name: str | None = None
     revision: str | None = None
     variant: str | None = None
-    dtype: str = "auto"
-    device: str = "auto"
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     scheduler: SchedulerSpec | None = None
     loras: tuple[LoraSpec, ...] = ()
     long_prompts: bool = False

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from batch_infer.errors import SettingsError
-from batch_infer.settings.compute import ComputeSettings
-from batch_infer.settings.model import LoraSpec, ModelSettings, SchedulerSpec
+from batch_infer.settings.compute import ComputeSettings, Count
+from batch_infer.settings.model import ModelSettings
 from batch_infer.settings.safety import SafetySettings
 
 FIELDS = (
@@ -67,7 +67,7 @@ class TableSettings:
 
     tables: tuple[str, ...]
     columns: Mapping[str, str] = field(default_factory=dict)
-    limit: int | None = None
+    limit: Count | None = None
     folder: Path = Path()
 
 
@@ -109,27 +109,5 @@ class RunSettings:
     compute: ComputeSettings = ComputeSettings()
     max_failed: FailureBudget = FailureBudget()
     overwrite: bool = False
+    rerender_changed: bool = False
     price_per_hour: float | None = None
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> RunSettings:
-        """The settings that `dataclasses.asdict` and JSON made this of. Raises KeyError, TypeError, ValueError."""
-        record, model, table = dict(record), dict(record["model"]), dict(record["table"])
-        if spec := model.pop("scheduler"):
-            spec = SchedulerSpec(spec["name"], tuple((key, value) for key, value in spec["options"]))
-        loras = tuple(LoraSpec(**lora) for lora in model.pop("loras"))
-        output = {**record["output"], "results": tuple(record["output"]["results"])}
-        table = {**table, "tables": tuple(table["tables"]), "folder": Path(table["folder"])}
-        return cls(
-            **{
-                **record,
-                "table": TableSettings(**table),
-                "out": Path(record["out"]),
-                "model": ModelSettings(**model, scheduler=spec, loras=loras),
-                "defaults": RowDefaults(**record["defaults"]),
-                "safety": SafetySettings.from_record(record["safety"]),
-                "output": OutputSettings(**output),
-                "compute": ComputeSettings(**record["compute"]),
-                "max_failed": FailureBudget(**record["max_failed"]),
-            }
-        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from batch_infer.errors import SettingsError
 
@@ -72,16 +72,6 @@ class SafetySettings:
     on_flagged: OnFlagged = "blank"
     required: bool = False
     service: ServiceSettings | None = None
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> SafetySettings:
-        """What `dataclasses.asdict` and JSON made this of. Raises KeyError, TypeError."""
-        service = record["service"]
-        if service is not None:
-            service = ServiceSettings(
-                **{**service, **{name: tuple(service[name]) for name in ("thresholds", "blocklists")}}
-            )
-        return cls(**{**record, "service": service})
 
     def shared_by(self, workers: int) -> SafetySettings:
         """What one of several workers may ask of the service, which counts them together."""

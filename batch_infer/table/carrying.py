@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from batch_infer.carried import common_type, converter, distinct_names, python_reader, result_type, to_array
+from batch_infer.carried import common_type, converter, python_reader, result_names, result_type, to_array
 from batch_infer.table.endings import TableFile
 from batch_infer.table.layout import Layout
 from batch_infer.table.parquet import BATCH, Parquet
@@ -60,12 +60,12 @@ class CellReader:
         return found
 
 
-def rename_carried(files: Iterable[Opened], reserved: Collection[str]) -> dict[str, str]:
+def name_carried(files: Iterable[Opened], reserved: Collection[str]) -> dict[str, str]:
     """The name in the results of each carried column: none differs from another's by case alone."""
-    return distinct_names((name for opened in files for name in opened.layout.carried), reserved)
+    return result_names((name for opened in files for name in opened.layout.carried), reserved)
 
 
-def renamed(opened: Opened, names: Mapping[str, str]) -> Opened:
+def with_names(opened: Opened, names: Mapping[str, str]) -> Opened:
     """A file with these names for its carried columns."""
     carried = {name: names[name] for name in opened.layout.carried}
     return replace(opened, layout=replace(opened.layout, carried=carried))

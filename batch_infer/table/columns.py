@@ -44,8 +44,9 @@ class Columns:
         return pa.schema([(name, _TYPES.get(kinds, pa.string())) for name, kinds in self._held.items()])
 
 
-def checked(number: int, where: str, cells: Mapping[str, Any], known: frozenset[str]) -> RawRow:
+def checked(row: RawRow, where: str, known: frozenset[str]) -> RawRow:
     """A row of JSON values, with its fault where the table cannot take it. `where` says line or element."""
+    cells = row.cells
     try:
         if not known.issuperset(cells):
             unknown = clean(next(name for name in cells if name not in known))
@@ -57,8 +58,8 @@ def checked(number: int, where: str, cells: Mapping[str, Any], known: frozenset[
             if value.__class__ in (list, dict) and is_deep(value):
                 raise RowError(f"is nested too deeply, in {name!r}")
     except RowError as error:
-        return RawRow(number, {}, f"{where} {error}")
-    return RawRow(number, cells)
+        return row._replace(cells={}, error=f"{where} {error}")
+    return row
 
 
 def _whole(value: int) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TextIO
@@ -12,10 +13,13 @@ import pyarrow as pa
 
 from batch_infer.errors import RowError, TableError
 from batch_infer.table.endings import TableFile
+from batch_infer.table.names import distinct_names
+from batch_infer.table.notes import Note, short_row
 from batch_infer.table.raw import RawRow, broken
 from batch_infer.table.streams import LONGEST, Lines, open_text
 from batch_infer.table.text import is_utf8
 
+DECLARATION = re.compile(r'"?sep=(?P<mark>[^"\r\n])"?\r?\n?', re.IGNORECASE)
 MARKS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 """What may stand between cells: spreadsheets write semicolons where the comma is in the numbers."""
 
@@ -24,9 +28,16 @@ csv.field_size_limit(LONGEST)
 
 @dataclass(frozen=True, slots=True)
 class Delimited:
+    """`header` has a name for each column, `renamed` the file's own name of each that has another there.
+
+    `is_declared`: the first line is `sep=;`, by which spreadsheets say what is between cells.
+    """
+
     file: TableFile
     mark: str
     header: tuple[str, ...]
+    renamed: Mapping[str, str]
+    is_declared: bool = False
 
     @property
     def schema(self) -> pa.Schema:
@@ -37,6 +48,8 @@ class Delimited:
         try:
             with open_text(self.file, newline="") as stream:
                 lines = _Lines(stream)
+                if self.is_declared:
+                    next(lines)
                 reader = csv.reader(lines, strict=True, delimiter=self.mark)
                 _header(reader)
                 while True:
@@ -49,7 +62,7 @@ class Delimited:
                     except (csv.Error, RowError) as error:
                         if isinstance(error, csv.Error) and (len(self.header) > 1 or _ran_on(error)):
                             lines.give_back(self._rows_within(lines.taken))
-                        yield RawRow(number, {}, _fault(starts, lines.number, error))
+                        yield RawRow(number, {}, _fault(starts, lines.number, error), starts)
                         number += 1
                         continue
                     if cells:  # a blank line has none
@@ -72,15 +85,19 @@ class Delimited:
         return 0
 
     def _row(self, number: int, cells: list[str], first: int, last: int) -> RawRow:
-        error = None
+        error, note = None, None
         width = len(self.header)
+        if len(cells) > 1 and not any(cells):
+            return RawRow(number, {}, None, first, Note("blank"))
         if len(cells) > width and any(cells[width:]):
             error = (
                 f"{_at(first, last)} has {len(cells)} cells where the header names {width}; "
-                f"quote cells that hold {MARKS[self.mark]}"
+                f"quote cells that hold {MARKS.get(self.mark, repr(self.mark))}"
             )
-        # A short row has left its last cells out; strict=False also covers the overlong one, which is refused.
-        return RawRow(number, dict(zip(self.header, cells, strict=False)), error)
+        elif len(cells) < width:  # some spreadsheets leave out the last cells where they are empty
+            note = short_row(len(cells), self.header)
+        # strict=False also covers the overlong row, which is refused.
+        return RawRow(number, dict(zip(self.header, cells, strict=False)), error, first, note)
 
 
 class _Lines(Lines):
@@ -115,26 +132,38 @@ def open_delimited(file: TableFile, prompt: str) -> Delimited:
 
     Raises OSError, csv.Error and TableError.
     """
-    marks = ["\t"] if file.format == ".tsv" else list(MARKS)
+    declared = _declared_mark(file)
+    marks = [declared] if declared else ["\t"] if file.format == ".tsv" else list(MARKS)
     headers: dict[str, list[str]] = {}
     fault = None
     for mark in marks:
         try:
-            headers[mark] = _read_header(file, mark)
+            headers[mark] = _read_header(file, mark, is_declared=bool(declared))
         except csv.Error as error:  # a quoted header is none to one who looks for another mark
             fault = fault or error
             continue
         if prompt in headers[mark]:
-            return Delimited(file, mark, _named(file, headers[mark]))
+            break
     if fault and not headers:
         raise fault
-    mark = max(headers, key=lambda mark: len(headers[mark]))
-    return Delimited(file, mark, _named(file, headers[mark]))
+    mark = max(headers, key=lambda mark: (prompt in headers[mark], len(headers[mark])))
+    header, renamed = _named(file, headers[mark])
+    return Delimited(file, mark, header, renamed, bool(declared))
 
 
-def _read_header(file: TableFile, mark: str) -> list[str]:
+def _declared_mark(file: TableFile) -> str | None:
+    """What the first line says is between cells: spreadsheets write `sep=;` there, and obey it."""
     with open_text(file, newline="") as stream:
-        return _header(csv.reader(_lines(file, stream), strict=True, delimiter=mark))
+        found = DECLARATION.fullmatch(stream.readline(20))
+    return found["mark"] if found else None
+
+
+def _read_header(file: TableFile, mark: str, *, is_declared: bool) -> list[str]:
+    with open_text(file, newline="") as stream:
+        lines = _lines(file, stream)
+        if is_declared:
+            next(lines)
+        return _header(csv.reader(lines, strict=True, delimiter=mark))
 
 
 def _lines(file: TableFile, stream: TextIO) -> Iterator[str]:
@@ -144,8 +173,11 @@ def _lines(file: TableFile, stream: TextIO) -> Iterator[str]:
         raise TableError(f"{file.name} has a header that {error}; is it a table?") from error
 
 
-def _named(file: TableFile, header: list[str]) -> tuple[str, ...]:
-    """The header with a name for each column: spreadsheets' trailing commas and pandas' index have none."""
+def _named(file: TableFile, header: list[str]) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The header with a name for each column, and the names that stand twice in the file.
+
+    Spreadsheets' trailing commas and pandas' index have no name.
+    """
     if not all(map(is_utf8, header)):
         raise TableError(f"{file.name} has a header that is not UTF-8; save it as UTF-8")
     names = list(header)
@@ -154,7 +186,8 @@ def _named(file: TableFile, header: list[str]) -> tuple[str, ...]:
             names[position] = f"unnamed_{position}"
             while names[position] in header:
                 names[position] += "_"
-    return tuple(names)
+    distinct, renamed = distinct_names(names)
+    return tuple(distinct), renamed
 
 
 def _header(reader: Any) -> list[str]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pyarrow as pa
 
 from batch_infer.errors import RowError, TableError
 from batch_infer.table.columns import Columns, checked
 from batch_infer.table.endings import TableFile
+from batch_infer.table.names import distinct_names
+from batch_infer.table.notes import Note, short_row
 from batch_infer.table.raw import RawRow, broken
 from batch_infer.table.scanner import BrokenDocument, Scanner
 from batch_infer.table.shape import Shape, cells_of, column_names
@@ -27,22 +30,24 @@ class Document:
     file: TableFile
     shape: Shape
     schema: pa.Schema
+    renamed: Mapping[str, str]
 
     def rows(self) -> Iterator[RawRow]:
         known = frozenset(self.schema.names)
         for row in _walk(self.file, self.shape):
-            yield row if row.error else checked(row.number, f"element {row.number}", row.cells, known)
+            yield row if row.error else checked(row, f"element {row.number}", known)
 
 
 def open_document(file: TableFile, prompt: str) -> Document:
     """Find out shape and columns, by a walk over the file. Raises OSError, and TableError where it holds no row."""
     with open_bytes(file) as stream:
         scanner = Scanner(stream)
+        renamed: Mapping[str, str] = {}
         match scanner.peek():
             case "[":
                 shape = Shape(payload=False, columns=(prompt or "prompt",))
             case "{":
-                shape = _payload(file, scanner, prompt or "prompt")
+                shape, renamed = _payload(file, scanner, prompt or "prompt")
             case "":
                 raise TableError(f"{file.name} is empty")
             case _:
@@ -54,18 +59,19 @@ def open_document(file: TableFile, prompt: str) -> Document:
         fault, readable = fault or row.error, readable or not row.error
     if fault and not readable:
         raise TableError(f"{file.name} cannot be read: {fault}")
-    return Document(file, shape, columns.schema())
+    return Document(file, shape, columns.schema(), renamed)
 
 
-def _payload(file: TableFile, scanner: Scanner, prompt: str) -> Shape:
-    """The shape of a payload, whose keys come in any order."""
-    shape = Shape(payload=True, columns=())
+def _payload(file: TableFile, scanner: Scanner, prompt: str) -> tuple[Shape, Mapping[str, str]]:
+    """The shape of a payload, whose keys come in any order, and the columns that it names twice."""
+    shape, renamed = Shape(payload=True, columns=()), dict[str, str]()
     has_rows, fault = False, ""
     try:
         for key in _members(scanner):
             match key, scanner.peek():
                 case "columns", "[":
-                    shape = replace(shape, columns=column_names(scanner.value()))
+                    names, renamed = distinct_names(list(map(str, scanner.value())))
+                    shape = replace(shape, columns=column_names(names))
                 case "parameters", "{":
                     shape = replace(shape, parameters=scanner.value())
                 case _, mark:
@@ -79,7 +85,7 @@ def _payload(file: TableFile, scanner: Scanner, prompt: str) -> Shape:
         raise TableError(f"{file.name} cannot be read: {fault}" if fault else f"{file.name} is no table: {SHAPES}")
     if not all(map(is_utf8, (*shape.columns, *shape.parameters))):
         raise TableError(f"{file.name} has a column whose name is not UTF-8; save it as UTF-8")
-    return shape if shape.columns else replace(shape, columns=(prompt,))
+    return shape if shape.columns else replace(shape, columns=(prompt,)), renamed
 
 
 def _members(scanner: Scanner) -> Iterator[str]:
@@ -97,8 +103,9 @@ def _walk(file: TableFile, shape: Shape) -> Iterator[RawRow]:
         with open_bytes(file) as stream:
             scanner = Scanner(stream)
             for _ in _elements(scanner, shape):
+                element = scanner.value()
                 try:
-                    row = RawRow(number, cells_of(scanner.value(), shape))
+                    row = RawRow(number, cells_of(element, shape), note=_note(element, shape))
                 except RowError as error:
                     row = RawRow(number, {}, f"element {number} {error}")
                 yield row
@@ -106,6 +113,13 @@ def _walk(file: TableFile, shape: Shape) -> Iterator[RawRow]:
             scanner.end()
     except (OSError, BrokenDocument) as error:
         yield broken(number, error)
+
+
+def _note(element: Any, shape: Shape) -> Note | None:
+    """What to say of a row that is a list shorter than the columns."""
+    if not isinstance(element, list) or len(element) >= len(shape.columns):
+        return None
+    return short_row(len(element), shape.columns)
 
 
 def _elements(scanner: Scanner, shape: Shape) -> Iterator[None]:

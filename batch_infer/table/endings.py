@@ -44,7 +44,8 @@ class TableFile:
     """A file to read, or in its place the fault of an argument that means none.
 
     `path` is what is read; `name` is what the user called it; `stem` is that of its rows' default ids: the path
-    relative to the argument, without its endings. `packing` is the compression's ending, or ''.
+    relative to the argument, without its endings. `packing` is the compression's ending, or ''. `is_named`: the
+    argument is this file, and not a folder or glob that holds it.
     """
 
     path: Path
@@ -54,6 +55,7 @@ class TableFile:
     packing: str = ""
     origin: Literal["file", "url", "stdin"] = "file"
     fault: str | None = None
+    is_named: bool = True
 
     def default_id(self, row: int) -> str:
         return default_id(self.stem, row)

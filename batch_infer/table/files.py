@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from batch_infer.errors import TableError
@@ -35,7 +36,9 @@ def find_files(arguments: Iterable[str], folder: Path, scratch: Scratch) -> list
     found: dict[str | Path, TableFile] = {}
     for argument in dict.fromkeys(arguments):
         for file in _expand(argument, folder, scratch):
-            found.setdefault(_identity(argument, file), file)
+            known = found.setdefault(_identity(argument, file), file)
+            if file.is_named and not known.is_named:
+                found[_identity(argument, file)] = replace(known, is_named=True)
     if not found:
         raise TableError(f"no TABLE given: name a file ({ENDINGS}), a folder of them, a glob, a URL, or -")
     return list(found.values())
@@ -102,4 +105,4 @@ def _below(argument: str, named: Path, folder: Path, paths: Iterable[Path]) -> I
     for path in tables:
         if ending := read_ending(relatives[path]):
             name = clean((named / relatives[path]).as_posix())
-            yield TableFile(path, name, ending.stem, ending.format, ending.packing)
+            yield TableFile(path, name, ending.stem, ending.format, ending.packing, is_named=False)

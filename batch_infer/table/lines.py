@@ -32,8 +32,8 @@ class JsonLines:
 
     def rows(self) -> Iterator[RawRow]:
         known = frozenset(self.schema.names)
-        for line, row in islice(_walk(self.file), self.count):
-            yield row if row.error else checked(row.number, f"line {line}", row.cells, known)
+        for row in islice(_walk(self.file), self.count):
+            yield row if row.error else checked(row, f"line {row.line}", known)
 
 
 def open_lines(file: TableFile) -> JsonLines:
@@ -41,7 +41,7 @@ def open_lines(file: TableFile) -> JsonLines:
     with open_text(file, newline="\n"):
         pass  # what cannot be opened breaks off nowhere
     columns, fault, count = Columns(), None, 0
-    for _, row in _walk(file):
+    for row in _walk(file):
         columns.add(row.cells)
         fault, count = fault or row.error, count + 1
     schema = columns.schema()
@@ -50,8 +50,7 @@ def open_lines(file: TableFile) -> JsonLines:
     return JsonLines(file, schema, count)
 
 
-def _walk(file: TableFile) -> Iterator[tuple[int, RawRow]]:
-    """Every row with its line."""
+def _walk(file: TableFile) -> Iterator[RawRow]:
     number, batch = 0, None
     try:
         with open_text(file, newline="\n") as stream:
@@ -68,10 +67,10 @@ def _walk(file: TableFile) -> Iterator[tuple[int, RawRow]]:
                     return
                 except RowError as fault:
                     cells, error = {}, f"line {lines.number} {fault}"
-                yield lines.number, RawRow(number, cells, error)
+                yield RawRow(number, cells, error, lines.number)
                 number += 1
     except OSError as fault:
-        yield 0, broken(number, fault)
+        yield broken(number, fault)
 
 
 def _object(text: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from batch_infer.carried import to_values
 from batch_infer.table.endings import TableFile
+from batch_infer.table.names import distinct_names
 from batch_infer.table.raw import RawRow, broken
 from batch_infer.table.scratch import Scratch
 from batch_infer.table.streams import reason, unpack
@@ -25,10 +26,14 @@ READ_ERRORS = (OSError, pa.ArrowException, UnicodeError)
 
 @dataclass(frozen=True, slots=True)
 class Parquet:
-    """A Parquet file; its cells are the plain values of `batch_infer.carried`."""
+    """A Parquet file; its cells are the plain values of `batch_infer.carried`.
+
+    `schema` has distinct names; `renamed` has the file's own name of each that has another there.
+    """
 
     path: Path
     schema: pa.Schema
+    renamed: Mapping[str, str]
 
     def rows(self) -> Iterator[RawRow]:
         """A row group that is damaged costs what it holds from there on, and the next one is read."""
@@ -37,34 +42,38 @@ class Parquet:
             with pq.ParquetFile(self.path, buffer_size=BUFFER, pre_buffer=False) as parquet:
                 for group in range(parquet.num_row_groups):
                     end = first + parquet.metadata.row_group(group).num_rows
-                    yield from _group(parquet, group, first, end)
+                    yield from self._group(parquet, group, first, end)
                     first = end
         except READ_ERRORS as error:
             yield broken(first, error)
 
     def arrays(self, name: str) -> Iterator[pa.Array]:
         """One column, in batches, but for what cannot be read of it."""
+        own = self.renamed.get(name, name)
+        place = [each for each in self.schema.names if self.renamed.get(each, each) == own].index(name)
         with suppress(*READ_ERRORS), pq.ParquetFile(self.path, buffer_size=BUFFER, pre_buffer=False) as parquet:
             for group in range(parquet.num_row_groups):
                 with suppress(*READ_ERRORS):
-                    for batch in parquet.iter_batches(batch_size=BATCH, row_groups=[group], columns=[name]):
-                        yield batch.column(0)
+                    for batch in parquet.iter_batches(batch_size=BATCH, row_groups=[group], columns=[own]):
+                        yield batch.column(place)
+
+    def _group(self, parquet: pq.ParquetFile, group: int, number: int, end: int) -> Iterator[RawRow]:
+        try:
+            for batch in parquet.iter_batches(batch_size=BATCH, row_groups=[group]):
+                yield from _batch(batch.rename_columns(self.schema.names), number)
+                number += len(batch)
+        except READ_ERRORS as error:
+            yield RawRow(number, {}, f"rows {number} to {end - 1} cannot be read: {reason(error)}")
 
 
 def open_parquet(file: TableFile, scratch: Scratch) -> Parquet:
     """Raises OSError, pa.ArrowException and UnicodeError."""
     # Absolute: Arrow takes a relative path with a colon in it for a URI.
     path = unpack(file, scratch.place()) if file.packing else file.path.absolute()
-    return Parquet(path, pq.read_schema(path))
-
-
-def _group(parquet: pq.ParquetFile, group: int, number: int, end: int) -> Iterator[RawRow]:
-    try:
-        for batch in parquet.iter_batches(batch_size=BATCH, row_groups=[group]):
-            yield from _batch(batch, number)
-            number += len(batch)
-    except READ_ERRORS as error:
-        yield RawRow(number, {}, f"rows {number} to {end - 1} cannot be read: {reason(error)}")
+    schema = pq.read_schema(path)
+    names, renamed = distinct_names(schema.names)
+    fields = (field.with_name(name) for field, name in zip(schema, names, strict=True))
+    return Parquet(path, pa.schema(fields), renamed)
 
 
 def _batch(batch: pa.RecordBatch, number: int) -> Iterator[RawRow]:

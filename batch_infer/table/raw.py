@@ -7,15 +7,21 @@ from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 
+from batch_infer.table.notes import Note
 from batch_infer.table.streams import reason
 
 
 class RawRow(NamedTuple):
-    """A row of a file, counted from 0; `error` says why it could not be read. A tuple: there are millions of them."""
+    """A row of a file, counted from 0; `error` says why it could not be read. A tuple: there are millions of them.
+
+    `line` is that of a text file, from 1. A row whose `note` says that it is blank is none.
+    """
 
     number: int
     cells: Mapping[str, Any]
     error: str | None = None
+    line: int | None = None
+    note: Note | None = None
 
 
 class Reader(Protocol):

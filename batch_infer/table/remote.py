@@ -9,7 +9,7 @@ import asyncio
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from glob import has_magic
 from importlib.util import find_spec
@@ -58,11 +58,12 @@ class _Place:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """A file: fsspec's path to it, its name, and its path relative to the argument."""
+    """A file: fsspec's path to it, its name, and its path relative to the argument, unless it is the argument."""
 
     path: str
     name: str
     relative: str
+    is_named: bool = False
 
 
 def fetch(url: str, scratch: Scratch) -> list[TableFile]:
@@ -106,7 +107,7 @@ def _single(place: _Place, url: str) -> Iterator[_Found]:
     relative = url.rpartition("/")[2]
     if read_ending(relative) is None:
         raise TableError(f"{place.url}: {unknown_ending(relative)}")
-    yield _Found(place.path, place.url, relative)
+    yield _Found(place.path, place.url, relative, is_named=True)
 
 
 def _listed(place: _Place) -> Iterator[_Found]:
@@ -153,16 +154,18 @@ def _fixed(url: str) -> str:
 
 def _fetch(place: _Place, found: _Found, scratch: Scratch) -> TableFile:
     """A file of its own, or its fault: one that is gone or forbidden leaves the others readable."""
-    name, local = clean(found.name), scratch.place()
+    file = TableFile(
+        scratch.place(), clean(found.name), plain_stem(found.relative), origin="url", is_named=found.is_named
+    )
     ending = read_ending(found.relative)
-    try:
-        with _blamed(name):
-            place.files.get_file(found.path, str(local))
-    except TableError as error:
-        return TableFile(local, name, plain_stem(found.relative), origin="url", fault=str(error))
     if ending is None:
-        return TableFile(local, name, plain_stem(found.relative), origin="url", fault=unknown_ending(name))
-    return TableFile(local, name, ending.stem, ending.format, ending.packing, origin="url")
+        return replace(file, fault=unknown_ending(file.name))
+    try:
+        with _blamed(file.name):
+            place.files.get_file(found.path, str(file.path))
+    except TableError as error:
+        return replace(file, fault=str(error))
+    return replace(file, format=ending.format, packing=ending.packing)
 
 
 @contextmanager

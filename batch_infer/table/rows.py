@@ -88,6 +88,7 @@ def invalid(cells: Cells, error: str) -> ResultRow:
         source_row=cells.source.row,
         fingerprint=digest(["invalid", error, str(dict(cells.fields))]),
         carried={name: clean(value) if isinstance(value, str) else value for name, value in cells.carried.items()},
+        line=cells.source.line,
     )
 
 

@@ -13,11 +13,13 @@ from typing import Any
 from batch_infer.errors import TableError
 from batch_infer.records import PromptRequest, ResultRow, Source
 from batch_infer.settings import TableSettings
-from batch_infer.table.carrying import CellReader, Opened, common_schema, rename_carried, renamed
+from batch_infer.table.carrying import CellReader, Opened, common_schema, name_carried, with_names
 from batch_infer.table.endings import ID_DIGITS, TableFile, read_ending
 from batch_infer.table.files import find_files, stems_that_meet
 from batch_infer.table.ids import Ids, id_text, stems_among
 from batch_infer.table.layout import lay_out
+from batch_infer.table.names import doubled_sentence, refuse_doubled
+from batch_infer.table.notes import Notes
 from batch_infer.table.raw import RawRow
 from batch_infer.table.readers import open_reader
 from batch_infer.table.rows import Cells, RowRules, invalid, own_cells, requests
@@ -50,10 +52,7 @@ class Others:
 
 
 class Tables:
-    """The tables of a run.
-
-    `carried` is the schema of the columns that are handed through to the results, and `warnings` says which of them
-    come out as text because their types differ.
+    """The tables of a run. `carried` is the schema of the columns that are handed through to the results.
 
     What was fetched, piped in or unpacked lies in a temporary folder until `close`.
     """
@@ -61,28 +60,35 @@ class Tables:
     def __init__(self, settings: TableSettings, result_columns: Iterable[str], others: Others | None = None) -> None:
         """Opens every file and finds its columns.
 
-        With `others`, a file that cannot be read has its fault, and default ids do not meet. Raises TableError where,
-        without them, no file can be read, or default ids would meet; ServiceError where none can be fetched.
+        With `others`, a file that cannot be read has its fault, and default ids do not meet. Without them, raises
+        TableError where an argument cannot be read, no file of folders and globs can be, or default ids would meet.
+        Raises ServiceError where a file cannot be fetched now.
         """
         self._others = others
         self._owners: Mapping[str, str] = {}
         self._limit = settings.limit
+        self._remarks: list[str] = []
+        self._notes = Notes()
         self._scratch = Scratch()
         with ExitStack() as undo:
             undo.callback(self._scratch.close)
             found = find_files(settings.tables, settings.folder, self._scratch)
+            if others is None:
+                _refuse_missing(found)
             self._files = [self._open(file, settings.columns) for file in found]
             if others is None:
-                self._refuse_the_unreadable()
+                self._refuse_unreadable()
+                self._refuse_meeting_ids()
             else:
                 stems = stems_among(map(clean, others.names))
                 self._owners = {stem: name for name, stem in stems.items() if read_ending(name)}
                 self._files = [_apart(opened, stems) for opened in self._files]
             undo.pop_all()
         self._stamps = {path: _stamp(path) for path in self.local}
-        names = rename_carried(self._readable(), frozenset(result_columns))
-        self._files = [renamed(opened, names) if isinstance(opened, Opened) else opened for opened in self._files]
-        self.carried, self.warnings = common_schema(self._readable())
+        names = name_carried(self._readable(), frozenset(result_columns))
+        self._files = [with_names(opened, names) if isinstance(opened, Opened) else opened for opened in self._files]
+        self.carried, warnings = common_schema(self._readable())
+        self._remarks += warnings
 
     def __enter__(self) -> Tables:
         return self
@@ -112,18 +118,37 @@ class Tables:
         files = (opened.file for opened in self._files)
         return [file.path.absolute() for file in files if file.origin == "file" and file.fault is None]
 
+    @property
+    def remarks(self) -> list[str]:
+        """What the user should know and no row's fault is: of the files, and once `rows` is through, of their rows."""
+        return [*self._remarks, *self._notes.sentences()]
+
     def changed(self) -> list[str]:
         """The user's own files that are not what they were when they were opened."""
         return [str(path) for path, before in self._stamps.items() if _stamp(path) != before]
 
     def rows(self, rules: RowRules) -> Iterator[PromptRequest | ResultRow]:
         """Every row, in input order, as its requests or as its invalid result."""
+        notes = Notes()
         with closing(Ids(self._elsewhere if self._others else None, distinct=self._has_distinct_ids())) as ids:
-            for cells, error in islice(self._cells(ids), self._limit):
+            for cells, error in islice(self._cells(ids, notes), self._limit):
                 if error is None:
                     yield from requests(cells, rules)
                 else:
                     yield invalid(cells, error)
+        self._notes = notes
+
+    def compared_rows(
+        self, rules: RowRules, before: RowRules
+    ) -> Iterator[tuple[PromptRequest | ResultRow, PromptRequest | ResultRow | None]]:
+        """Every row as in `rows`, each with what it is under other rules."""
+        with closing(Ids(self._elsewhere if self._others else None, distinct=self._has_distinct_ids())) as ids:
+            for cells, error in islice(self._cells(ids, Notes()), self._limit):
+                if error is not None:
+                    yield invalid(cells, error), None
+                    continue
+                old = {item.image_index: item for item in requests(cells, before)}
+                yield from ((item, old.get(item.image_index)) for item in requests(cells, rules))
 
     def _elsewhere(self, name: str, file: str) -> str | None:
         """Why an id of this file's own is another file's."""
@@ -137,18 +162,31 @@ class Tables:
         if file.fault is not None:
             return _Refused(file, file.fault)
         try:
-            reader = open_reader(file, columns.get("prompt", "prompt"), self._scratch)
-            return Opened(file, reader, lay_out(file, reader.schema.names, columns))
+            reader, renamed = open_reader(file, columns.get("prompt", "prompt"), self._scratch)
+            layout = lay_out(file, reader.schema.names, columns)
+            refuse_doubled(file.name, layout.fields.values(), renamed)
         except TableError as error:
             return _Refused(file, str(error))
+        if renamed:
+            self._remarks.append(doubled_sentence(file.name, renamed))
+        return Opened(file, reader, layout)
 
     def _readable(self) -> list[Opened]:
         return [opened for opened in self._files if isinstance(opened, Opened)]
 
-    def _refuse_the_unreadable(self) -> None:
+    def _refuse_unreadable(self) -> None:
+        """Raise TableError where a file that the user named cannot be read, or no file at all.
+
+        A file that is only in a folder or glob costs one invalid result.
+        """
+        refused = [opened for opened in self._files if isinstance(opened, _Refused)]
+        if self._readable():
+            refused = [opened for opened in refused if opened.file.is_named]
+        if refused:
+            raise TableError("\n".join(opened.error for opened in refused))
+
+    def _refuse_meeting_ids(self) -> None:
         readable = self._readable()
-        if not readable:
-            raise TableError("\n".join(self.faults.values()))
         meeting = stems_that_meet(opened.file for opened in readable)
         for opened in readable:
             if opened.file.stem in meeting and "id" not in opened.layout.fields:
@@ -160,14 +198,24 @@ class Tables:
         named = any("id" in opened.layout.fields for opened in self._readable())
         return not named and not stems_that_meet(opened.file for opened in self._files)
 
-    def _cells(self, ids: Ids) -> Iterator[tuple[Cells, str | None]]:
+    def _cells(self, ids: Ids, notes: Notes) -> Iterator[tuple[Cells, str | None]]:
         for opened in self._files:
             if isinstance(opened, _Refused):
                 yield Cells(ids.own(opened.file.default_id(0)), Source(opened.file.name, 0), {}, {}), opened.error
                 continue
             cells = CellReader(opened, self.carried)
             for raw in opened.reader.rows():
+                if raw.note is not None:
+                    notes.add(raw.note, Source(opened.file.name, raw.number, raw.line))
+                    if raw.note.kind == "blank":
+                        continue
                 yield _row(opened.file, cells, raw, ids)
+
+
+def _refuse_missing(files: Iterable[TableFile]) -> None:
+    """Raise TableError for all arguments that mean no file, before any file is read: one may be misspelt."""
+    if faults := [file.fault for file in files if file.fault is not None and file.is_named]:
+        raise TableError("\n".join(faults))
 
 
 def _apart(opened: Opened | _Refused, stems: Mapping[str, str]) -> Opened | _Refused:
@@ -198,7 +246,7 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 def _row(file: TableFile, cells: CellReader, raw: RawRow, ids: Ids) -> tuple[Cells, str | None]:
     own = cells.own(own_cells(cells.fields, raw.cells.get))
     name, error = _id(file, own.pop("id", None), raw, ids)
-    return Cells(name, Source(file.name, raw.number), own, cells.carried(raw)), error
+    return Cells(name, Source(file.name, raw.number, raw.line), own, cells.carried(raw)), error
 
 
 def _id(file: TableFile, value: Any, raw: RawRow, ids: Ids) -> tuple[str, str | None]:

@@ -37,6 +37,7 @@ def row_of(request: PromptRequest, status: Status, error: str | None, *, schedul
         source_row=request.source.row,
         fingerprint=request.fingerprint,
         carried=request.carried,
+        line=request.source.line,
     )
 
 
@@ -56,6 +57,7 @@ def with_file(row: ResultRow, stored: StoredImage | None) -> ResultRow:
         row,
         generated_image=stored.path if stored else None,
         sha256=stored.sha256 if stored else None,
+        pixels_sha256=stored.pixels_sha256 if stored else None,
         image_bytes=stored.image_bytes if stored else None,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -33,20 +33,20 @@ TABLES = {
 
 def bench_settings(recorder: Recorder, *, against: Sequence[str] = (), compiled: bool = True) -> BenchSettings:
     """Return the bench's settings for the part's architecture: float16 on a GPU, float32 on a CPU."""
-    name = recorder.architecture
+    name, device = recorder.architecture, cast("Any", recorder.device)
     return BenchSettings(
         table=TABLES[name],
-        model=ModelSettings(dtype="auto", device=recorder.device),
+        model=ModelSettings(dtype="auto", device=device),
         architecture=None if name == "demo" else name,
         compute=ComputeSettings(
-            slots=SLOTS[name], threads=threads_on(recorder.device), compiled=compiled and not recorder.small
+            slots=SLOTS[name], threads=threads_on(device), compiled=compiled and not recorder.small
         ),
         rounds=1,
         against=tuple(against),
     )
 
 
-def load_demo(device: str, dtype: str, slots: int) -> Subject:
+def load_demo(device: Any, dtype: Any, slots: int) -> Subject:
     """Load the built-in model, uncompiled."""
     compute = ComputeSettings(slots=slots, threads=threads_on(device), compiled=False)
     return load_subject(BenchSettings(model=ModelSettings(dtype=dtype, device=device), compute=compute))

@@ -1,0 +1,99 @@
+"""The form of run.json: which type each key has that commands read, and what stands for a key that is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from batch_infer.errors import UsageError
+from batch_infer.settings import Compute, OnFlagged, RunSettings
+from batch_infer.table import RowRules
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class SurveyRecord:
+    """What a run counted in the tables before it rendered; see Survey."""
+
+    finished_at: datetime
+    total: int = 0
+    done: int = 0
+    invalid: int = 0
+    pending: int = 0
+    standing: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SummaryRecord:
+    """What a run came to; see Summary."""
+
+    rows: int = 0
+    images: int = 0
+    ok: int = 0
+    flagged: int = 0
+    blocked: int = 0
+    invalid: int = 0
+    failed: int = 0
+    left: int = 0
+    bad_rows: int = 0
+    images_per_second: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NameRecord:
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """The keys of run.json that commands read. The file has others, which are for people."""
+
+    identity: Mapping[str, str] | UnsetType = UNSET
+    batch_infer: str | None = None
+    started_at: str | UnsetType = UNSET
+    settings: RunSettings | UnsetType = UNSET
+    compute: Compute | UnsetType = UNSET
+    rules: RowRules | UnsetType = UNSET
+    model: NameRecord = NameRecord()
+    scheduler: NameRecord = NameRecord()
+    tables: tuple[str, ...] = ()
+    unreadable_tables: tuple[str, ...] = ()
+    unrepeatable_tables: tuple[str, ...] = ()
+    survey: SurveyRecord | None = None
+    run_number: int | None = None
+    recover_from: int = 0
+    rendering_since: datetime | None = None
+    summary: SummaryRecord | None = None
+    rescoring: Mapping[str, OnFlagged] = field(default_factory=dict)
+
+
+def parse_record(record: Any) -> RunRecord:
+    """Check the types of run.json's keys. Raises ValueError that names the key."""
+    try:
+        return msgspec.convert(record, RunRecord, dec_hook=_decode_path)
+    except msgspec.ValidationError as error:
+        reason, _, key = str(error).partition(" - at `$.")
+        raise ValueError(f"{key.removesuffix('`')}: {reason}" if key else reason) from error
+
+
+def require(value: T | UnsetType, key: str, out: Path) -> T:
+    """Return the value of a key. Raises UsageError where run.json lacks it, as one of another version may."""
+    if isinstance(value, UnsetType):
+        raise UsageError(
+            f"{out / 'run.json'} has no {key}, so another version of batch-infer wrote it: go on with `batch-infer run`"
+            " and its options, which writes it anew"
+        )
+    return value
+
+
+def _decode_path(kind: type, value: Any) -> Any:
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    raise TypeError(f"expected a path, got {type(value).__name__}")

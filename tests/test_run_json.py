@@ -1,0 +1,162 @@
+"""run.json as others have left it: edited, damaged, or written by another version."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batch_infer.errors import UsageError
+from batch_infer.jobs import out as outdir
+from batch_infer.jobs.run_json import RunRecord, parse_record
+from batch_infer.records import now
+from batch_infer.settings import (
+    BatchShape,
+    Compute,
+    LoraSpec,
+    ModelSettings,
+    RunSettings,
+    SafetySettings,
+    SchedulerSpec,
+    ServiceSettings,
+    TableSettings,
+)
+from tests.runs import command
+from tests.tables import RULES
+
+Keys = tuple[str | int, ...]
+SETTINGS = RunSettings(
+    TableSettings(("t.csv",), {"prompt": "caption"}, limit=3),
+    Path("out"),
+    model=ModelSettings(scheduler=SchedulerSpec("DDIMScheduler", (("eta", 0.5),)), loras=(LoraSpec("a.safetensors"),)),
+    safety=SafetySettings("azure", service=ServiceSettings("https://x.cognitiveservices.azure.com")),
+)
+RECORD: dict[str, Any] = json.loads(
+    json.dumps(
+        {
+            "identity": {"model": "m", "safety": "none"},
+            "batch_infer": "0.1.0",
+            "started_at": now(),
+            "settings": asdict(SETTINGS),
+            "compute": asdict(Compute("cpu", "float32", 8, 4, 1, by_size=(BatchShape(64, 64, 8, 4),))),
+            "rules": asdict(RULES),
+            "model": {"name": "m"},
+            "scheduler": {"name": "s"},
+            "tables": ["t.csv"],
+            "unreadable_tables": ["b.csv"],
+            "unrepeatable_tables": ["-"],
+            "survey": {"finished_at": now(), "total": 1, "done": 0, "invalid": 0, "pending": 1, "standing": {"ok": 1}},
+            "rendering_since": now(),
+            "summary": {"rows": 1, "ok": 1, "left": 0, "images_per_second": 0.5},
+            "rescoring": {"fingerprint": "keep"},
+        },
+        default=str,
+    )
+)
+ANYTHING: set[Keys] = {("settings", "model", "scheduler", "options", 0, 1)}
+"""The value of a scheduler's option."""
+
+
+def keys_of(value: Any, above: Keys = ()) -> Iterator[Keys]:
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        yield (*above, key)
+        if isinstance(inner, (dict, list)):
+            yield from keys_of(inner, (*above, key))
+
+
+def changed(keys: Keys, value: Any) -> dict[str, Any]:
+    record = copy.deepcopy(RECORD)
+    inner: Any = record
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    return record
+
+
+def test_what_is_written_comes_back_as_it_was() -> None:
+    record = parse_record(RECORD)
+    assert record.settings == SETTINGS
+    assert record.rules == RULES
+    assert parse_record({}) == RunRecord()
+
+
+def value_at(keys: Keys) -> Any:
+    inner: Any = RECORD
+    for key in keys:
+        inner = inner[key]
+    return inner
+
+
+def test_a_value_of_another_type_is_refused_and_its_key_is_named() -> None:
+    """Each key, down to the last one."""
+    for keys in set(keys_of(RECORD)) - ANYTHING:
+        wrong: Any = 7.5 if isinstance(value_at(keys), (dict, list)) else {"x": [{}]}
+        with pytest.raises(ValueError, match=f"^{keys[0]}[.:[]"):
+            parse_record(changed(keys, wrong))
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "sentence"),
+    [
+        (("settings", "safety", "on_flagged"), "hide", "settings.safety.on_flagged: Invalid enum value 'hide'"),
+        (("settings", "table", "folder"), 7, "settings.table.folder: expected a path, got int"),
+        (("compute", "slots"), 0, "compute.slots: Expected `int` >= 1"),
+        (("compute", "slots"), True, "compute.slots: Expected `int`, got `bool`"),
+        (("survey", "finished_at"), "yesterday", "survey.finished_at: Invalid RFC3339 encoded datetime"),
+        (("summary",), [], "summary: Expected `object | null`, got `array`"),
+        (("rules", "sizes", "factor"), "8", "rules.sizes.factor: Expected `int`, got `str`"),
+        (("identity",), "m", "identity: Expected `object`, got `str`"),
+    ],
+)
+def test_every_command_names_the_key(tmp_path: Path, keys: Keys, value: Any, sentence: str) -> None:
+    out = tmp_path / "out"
+    table = tmp_path / "t.csv"
+    table.write_text("caption\nx\n")
+    out.mkdir()
+    outdir.write_run(out, changed(keys, value))
+    before = (out / "run.json").read_bytes()
+    for line in (
+        ("status", out),
+        ("merge", out),
+        ("retry", out, "--status", "failed"),
+        ("rescore", out, "--safety", "checker"),
+        ("run", table, "-o", out, "--column", "prompt=caption", "--num-processes", "0", "--device", "cpu"),
+    ):
+        done = command(*line)
+        assert (done.code, done.stdout) == (2, ""), line
+        assert f"{out / 'run.json'} is damaged or was edited: {sentence}" in done.stderr
+        assert "remove it to go on" in done.stderr and "Traceback" not in done.stderr
+    assert (out / "run.json").read_bytes() == before
+    assert {path.name for path in out.iterdir()} <= {"run.json", ".lock"}
+
+
+@pytest.mark.parametrize("key", ["settings", "rules"])
+def test_a_key_that_another_version_does_not_write_is_named(tmp_path: Path, key: str) -> None:
+    record = {name: value for name, value in RECORD.items() if name not in (key, "rescoring")}
+    outdir.write_run(tmp_path, record)
+    done = command("merge", tmp_path)
+    assert done.code == 2
+    assert f"has no {key}, so another version of batch-infer wrote it: go on with `batch-infer run`" in done.stderr
+
+
+def test_keys_that_an_earlier_version_did_not_write_take_their_defaults() -> None:
+    """And those of a later one are left alone."""
+    record = copy.deepcopy(RECORD)
+    del record["settings"]["model"]["long_prompts"], record["settings"]["compute"]["processes"]
+    del record["rules"]["fixed"], record["compute"]["by_size"], record["rendering_since"], record["unreadable_tables"]
+    record["settings"]["model"]["of a later version"] = record["of a later version"] = {"x": 1}
+    parsed = parse_record(record)
+    assert parsed.settings == SETTINGS
+    assert parsed.rules == RULES
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000 + "]" * 100_000, '{"identity": ' + "9" * 5_000 + "}"])
+def test_json_that_no_parser_takes_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(UsageError, match=r"run.json .*; remove it to go on"):
+        outdir.read_run(tmp_path)
