@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batch_infer.carried import python_values, to_values
+from batch_infer.carried import python_values, result_type, to_values
 from batch_infer.jobs.merge import merge, merge_parts
 from batch_infer.manifest import SCHEMA, Manifest
 from batch_infer.records import PromptRequest, ResultRow, now
@@ -117,7 +117,7 @@ def test_where_types_differ_values_are_exact_text(array: pa.Array, texts: list[s
     assert found.type == pa.string()
     assert [text for text in found.to_pylist() if text is not None] == [*texts, "text"]
     (warning,) = open_tables("t").remarks
-    kind = pq.read_schema("t/a.parquet").field("column").type
+    kind = result_type(pq.read_schema("t/a.parquet").field("column").type)
     where = f"column 'column' is {kind} in t/a.parquet and string in t/b.parquet"
     assert warning == f"{where}: its values are carried as text"
 
