@@ -104,7 +104,7 @@ def parse(*arguments: str) -> RunSettings:
 def test_what_nobody_said_is_the_default() -> None:
     assert parse() == RunSettings(TableSettings(("t.csv",)), Path("batch-infer-out"), output=parse().output)
     assert parse().output.results == ()
-    assert (parse().safety.mode, parse().safety.on_flagged, parse().max_failed.count) == ("auto", "blank", 0)
+    assert (parse().safety.mode, parse().safety.policy, parse().max_failed.count) == ("auto", "blank", 0)
 
 
 def test_every_option_has_its_place() -> None:

@@ -175,9 +175,8 @@ results_options = _together(
 on_flagged_option = click.option(
     "--on-flagged",
     type=click.Choice(get_args(s.OnFlagged)),
-    default="blank",
-    show_default=True,
-    help="How to store a flagged image: as a black placeholder, as it is, blurred, under quarantine/, or not at all.",
+    help="How to store a flagged image: as a black placeholder, as it is, blurred, under quarantine/, or not at all. "
+    "Default: as in the run that OUT holds, else blank.",
 )
 
 safety_options = _together(

@@ -75,6 +75,7 @@ def prepare(settings: RunSettings, tables: Tables, card: ModelCard, device: Devi
         outdir.refuse_to_clear(settings.out)
     earlier = None if settings.overwrite else found
     outdir.refuse_while_rescored(settings.out, earlier)
+    settings = keep_policy(settings, earlier)
     compute = settle_compute(settings, card, device, earlier)
     record = describe(settings, card, compute, tables)
     parts = [] if settings.overwrite else Manifest(settings.out).parts()
@@ -94,6 +95,12 @@ def _number(earlier: Mapping[str, Any] | None, parts: Sequence[Path]) -> dict[st
     number = 1 + max([known.get("run_number", 0), *map(run_of, parts)])
     ended = known.get("summary") is not None
     return {"run_number": number, "recover_from": number if ended else known.get("recover_from", 0)}
+
+
+def keep_policy(settings: RunSettings, earlier: Mapping[str, Any] | None) -> RunSettings:
+    """Settle what is stored of flagged images: as requested, as in the earlier run, or black ones."""
+    before = parse_record(earlier or {}).settings
+    return replace(settings, safety=settings.safety.continuing(before.safety if before else None))
 
 
 def settle_compute(
@@ -137,7 +144,7 @@ def refuse_unrepeatable(record: Mapping[str, Any], out: Path) -> None:
 
     Raises SettingsError.
     """
-    if not record["settings"]["table"]["tables"]:
+    if not require(parse_record(record).settings, "settings", out).table.tables:
         raise SettingsError(f"{out} is an endpoint's, to which tables came one by one; name the TABLEs after OUT")
     if found := record.get("unrepeatable_tables"):
         told = ", ".join("standard input" if table == "-" else table for table in found)

@@ -191,7 +191,7 @@ class Rejudging:
 
     def _stored(self, entry: Stored, file: _File, *, flagged: bool) -> StoredImage | None:
         """The image as it is to be, written where it is another one or stands elsewhere."""
-        policy, row = self._settings.safety.on_flagged, entry.row
+        policy, row = self._settings.safety.policy, entry.row
         pixels = images.by_policy(file.pixels, policy) if flagged else file.pixels
         path = self._sink.path_of(entry.request, quarantine=flagged and policy == "quarantine")
         if pixels is None:

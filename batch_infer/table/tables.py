@@ -198,7 +198,7 @@ class Tables:
         if self._readable():
             refused = [opened for opened in refused if opened.file.is_named]
         if refused:
-            raise TableError("\n".join(opened.error for opened in refused))
+            raise TableError(" · ".join(opened.error for opened in refused))
 
     def _refuse_meeting_ids(self) -> None:
         readable = self._readable()
@@ -233,7 +233,7 @@ class Tables:
 def _refuse_missing(files: Iterable[TableFile]) -> None:
     """Raise TableError for all arguments that mean no file, before any file is read: one may be misspelt."""
     if faults := [file.fault for file in files if file.fault is not None and file.is_named]:
-        raise TableError("\n".join(faults))
+        raise TableError(" · ".join(faults))
 
 
 def _apart(opened: _Opened | _Refused, stems: Mapping[str, str]) -> _Opened | _Refused:

@@ -107,12 +107,12 @@ class Worker:
         return row_of(request, status, error, scheduler=self._settings.card.scheduler_name, worker=self._name)
 
     def _write(self, outcome: Rendered, flagged: bool) -> StoredImage | None:
-        pixels = images.by_policy(outcome.pixels, self._settings.safety.on_flagged) if flagged else outcome.pixels
+        pixels = images.by_policy(outcome.pixels, self._settings.safety.policy) if flagged else outcome.pixels
         if pixels is None:
             return None
         card, request = self._settings.card, outcome.request
         parameters = images.parameters_text(request, card.scheduler_name, card.title)
-        quarantine = flagged and self._settings.safety.on_flagged == "quarantine"
+        quarantine = flagged and self._settings.safety.policy == "quarantine"
         path = self._sink.path_of(request, quarantine=quarantine)
         stored = self._sink.write(path, images.encode(pixels, self._settings.output.image_format, parameters))
         return replace(stored, pixels_sha256=images.pixels_sha256(pixels))
