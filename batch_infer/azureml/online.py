@@ -12,7 +12,7 @@ images. Send a `seed` for others.
 
 What is wrong with a row is said in its object. A malformed request is answered 400: also one with an unknown key or
 parameter, a parameter of an invalid value, or a row of fewer cells than columns. One for more than 256 images
-413, and 503 while content safety does not answer or where BATCH_INFER_REQUEST_TIMEOUT seconds (170) do not do, each
+is answered 413, and 503 while content safety does not answer or where BATCH_INFER_REQUEST_TIMEOUT seconds (170) do not do, each
 with `{"error": "a sentence"}`; only a body that is not UTF-8 never comes here, and the server has `message` for that. A
 prompt of more than 10,000 characters is refused, in its object. Nothing is rendered for a client that has hung up.
 

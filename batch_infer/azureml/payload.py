@@ -98,7 +98,7 @@ def _parameters(document: Mapping[str, Any], payload: Mapping[str, Any], names: 
             allowed = {field: name for field, name in names.items() if field not in ("prompt", "id")}
             _refuse_unknown("parameter", values, {*allowed, *allowed.values()}, f"{key} in {place}")
             for name, value in values.items():
-                column = allowed.get(name, name)
+                column = str(allowed.get(name, name))
                 if column in found:
                     raise TableError(f"the request has the parameter {name!r} twice")
                 found[column] = value
