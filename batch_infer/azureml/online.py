@@ -11,10 +11,11 @@ derives one from --seed and its id, or its number where it has none, as in table
 images. Send a `seed` for others.
 
 What is wrong with a row is said in its object. A malformed request is answered 400: also one with an unknown key or
-parameter, a parameter of an invalid value, or a row of fewer cells than columns. One for more than 256 images
-is answered 413, and 503 while content safety does not answer or where BATCH_INFER_REQUEST_TIMEOUT seconds (170) do not do, each
-with `{"error": "a sentence"}`; only a body that is not UTF-8 never comes here, and the server has `message` for that. A
-prompt of more than 10,000 characters is refused, in its object. Nothing is rendered for a client that has hung up.
+parameter, a parameter of an invalid value, or a row of fewer cells than columns. One for more than 256 images is
+answered 413, and 503 while content safety does not answer or where BATCH_INFER_REQUEST_TIMEOUT seconds (170) do not do,
+each with `{"error": "a sentence"}`; only a body that is not UTF-8 never comes here, and the server has `message` for
+that. A prompt of more than 10,000 characters is refused, in its object. Nothing is rendered for a client that has hung
+up.
 
 Settings are the BATCH_INFER_* variables. The server has one thread unless GUNICORN_CMD_ARGS="--threads 32" gives it
 more: with these, rows of all requests share the UNet's calls.
