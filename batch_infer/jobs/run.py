@@ -259,6 +259,11 @@ class _Run:
         with self._manifest.index() as index:
             return merge(self._job.items(), index, tables.carried, self._out, output, least)
 
+    def _in_flight(self, survey: Survey) -> int:
+        """Return how many results the workers have under way together, if each row has guidance and takes two slots."""
+        slots = max(self._slots_of(size) for size in survey.sizes)
+        return min(survey.pending, max(1, slots // 2))
+
     def _render(self, index: Index, survey: Survey) -> None:
         lengths: Counter[Size] = Counter()
 
@@ -266,8 +271,9 @@ class _Run:
 
         def ready() -> None:
             nonlocal throughput
-            throughput = Throughput()
-            self._record = {**self._record, "rendering_since": now()}
+            in_flight = self._in_flight(survey)
+            throughput = Throughput(in_flight=in_flight)
+            self._record = {**self._record, "rendering_since": now(), "in_flight": in_flight}
             outdir.write_run(self._out, self._record)
             self._progress.ready(throughput)
 

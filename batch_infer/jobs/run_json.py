@@ -70,6 +70,7 @@ class RunRecord:
     run_number: int | None = None
     recover_from: int = 0
     rendering_since: datetime | None = None
+    in_flight: int = 1
     summary: SummaryRecord | None = None
     rescoring: Mapping[str, OnFlagged] = field(default_factory=dict)
 

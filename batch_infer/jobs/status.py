@@ -48,13 +48,15 @@ class _Survey:
     before: Counter[str]
     rendering_since: datetime | None
     """When the first worker was ready; None before."""
+    in_flight: int
+    """Results that are under way together: a rate is given once so many are committed."""
 
     @classmethod
     def of(cls, record: RunRecord) -> _Survey | None:
         if (survey := record.survey) is None:
             return None
         before = Counter(survey.standing) + Counter(invalid=survey.invalid)
-        return cls(survey.total, survey.pending, before, record.rendering_since)
+        return cls(survey.total, survey.pending, before, record.rendering_since, record.in_flight)
 
 
 def status(out: Path) -> Standing:
@@ -98,7 +100,8 @@ def _count(standing: Standing, survey: _Survey | None, manifest: Manifest, run: 
 
 def _rate(standing: Standing, survey: _Survey, rendered: Counter[str]) -> None:
     """Divide by the time until now, so that a run that commits nothing more is seen to slow down."""
-    if survey.rendering_since is None or not (committed := rendered.total()):
+    committed = rendered.total()
+    if survey.rendering_since is None or committed < max(1, survey.in_flight):
         return
     took = (now() - survey.rendering_since).total_seconds()
     if took > 0 and standing.left is not None:
