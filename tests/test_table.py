@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import math
 import os
 import re
 from decimal import Decimal
@@ -16,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from batch_infer.carried import to_array
 from batch_infer.errors import SettingsError, TableError
 from batch_infer.manifest import SCHEMA
 from batch_infer.records import PromptRequest, ResultRow, SamplingParams
@@ -221,7 +223,7 @@ def test_other_columns_are_carried_as_they_are() -> None:
     written = pq.read_table(table).select(columns)
     assert tables.carried.equals(written.schema.remove_metadata())
     found = list(tables.rows(RULES))
-    arrays = [pa.array([item.carried[field.name] for item in found], field.type) for field in tables.carried]
+    arrays = [to_array([item.carried[field.name] for item in found], field.type) for field in tables.carried]
     assert pa.table(arrays, tables.carried).equals(written.replace_schema_metadata())
 
 
@@ -259,7 +261,12 @@ def test_files_with_other_columns_share_one_schema() -> None:
         (pa.array([1]), pa.array(["x"]), pa.string()),
         (pa.array([1], pa.int8()), pa.array([2**40]), pa.int64()),
         (pa.array([1]), pa.array([2.5]), pa.float64()),
-        (pa.array([2**60 + 1]), pa.array([2.5]), pa.float64()),
+        (pa.array([2**60 + 1]), pa.array([2.5]), pa.string()),
+        (pa.array([2**60 + 1]), pa.array([2.0]), pa.int64()),
+        (pa.array([1]), pa.array([math.nan]), pa.float64()),
+        (pa.array([2**60 + 1]), pa.array([math.nan]), pa.string()),
+        (pa.array([2**31], pa.uint32()), pa.array([2.5], pa.float32()), pa.float64()),
+        (pa.array([-1]), pa.array([2**62], pa.uint64()), pa.int64()),
         (pa.array([-1]), pa.array([2**63 + 1], pa.uint64()), pa.string()),
         (pa.array([2**63 + 1], pa.uint64()), pa.array([0], pa.uint8()), pa.uint64()),
         (pa.array([True]), pa.array([1]), pa.string()),
@@ -666,13 +673,13 @@ def test_text_in_parquet_that_is_not_utf_8_costs_its_own_row() -> None:
         assert isinstance(last, PromptRequest)
 
 
-def test_a_date_that_python_has_no_type_for_costs_its_own_row() -> None:
-    when = pa.array([0, 2**60, 1], pa.timestamp("us"))
-    first, bad, last = read(write_parquet(Path("t.parquet"), prompt=["x", "y", "z"], when=when))
-    assert isinstance(bad, ResultRow)
-    assert isinstance(first, PromptRequest)
-    assert isinstance(last, PromptRequest)
-    assert last.source.row == 2
+def test_a_date_that_python_has_no_type_for_is_an_id() -> None:
+    when = pa.array([0, 2**60], pa.timestamp("us"))
+    found = read_requests(write_parquet(Path("t.parquet"), prompt=["x", "y"], id=when))
+    assert [request.id for request in found] == [
+        "1970-01-01 00:00:00",
+        "1152921504606846976 us since 1970-01-01 00:00:00",
+    ]
 
 
 @pytest.mark.parametrize(
