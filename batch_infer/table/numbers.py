@@ -13,7 +13,7 @@ LONGEST = 4000
 def exact_float(text: str) -> float | int | Decimal | str:
     """A JSON number with a point or an exponent as a float, or as what holds it where a float would round it.
 
-    What a float prints as is taken for exact: 0.1 is the float that 0.1 names. An exponent that is too large stays text.
+    What a float prints as is taken for exact: 0.1 is the float that 0.1 names. An exponent too large stays text.
     """
     number = float(text)
     plain = "e" not in text.lower()
