@@ -19,7 +19,7 @@ from batch_infer.records import PromptRequest, ResultRow, now
 from batch_infer.settings import OutputSettings
 from batch_infer.worker.rows import row_of
 from tests.runs import results
-from tests.tables import RULES, open_tables, read_requests, write_csv, write_parquet
+from tests.tables import RULES, open_tables, read_requests, write_bytes, write_csv, write_parquet
 
 ID = b"\x01" * 16
 
@@ -154,3 +154,21 @@ def test_parts_with_names_that_differ_by_case_alone_are_merged(out: Path) -> Non
     rows = [{name: value for name, value in row.items() if value and name not in SCHEMA.names} for row in results(out)]
     assert [row.pop("input_Seed") for row in rows] == ["1", "2"]
     assert sorted(name for row in rows for name in row) in (["Tag", "input_tag"], ["input_Tag", "tag"])
+
+
+@pytest.mark.parametrize(
+    ("numbers", "kind", "carried"),
+    [
+        (["0.12345678901234567890", "0.5"], pa.string(), ["0.12345678901234567890", "0.5"]),
+        (["1180123456789012345.0", "7"], pa.int64(), [1180123456789012345, 7]),
+        (["0.1", "1e22", "2.50"], pa.float64(), [0.1, 1e22, 2.5]),
+        (["1e400", "1e-400", "1.2345678e-320"], pa.string(), ["1E+400", "1E-400", "1.2345678E-320"]),
+        (["1e99999999999999999999", "1"], pa.string(), None),
+    ],
+)
+def test_numbers_of_json_are_not_rounded(numbers: list[str], kind: pa.DataType, carried: list[Any] | None) -> None:
+    lines = "".join(f'{{"prompt": "x", "column": {number}}}\n' for number in numbers)
+    found = carry(write_bytes(Path("t.jsonl"), lines.encode()))["column"]
+    assert found.type == kind
+    if carried is not None:
+        assert found.to_pylist() == carried

@@ -16,6 +16,7 @@ from batch_infer.jobs.job import find_model, open_tables, refuse_unrepeatable, r
 from batch_infer.jobs.merge import Counts, merge
 from batch_infer.jobs.record import policy_of
 from batch_infer.jobs.rejudging import Rejudging, Rescored, Stored
+from batch_infer.jobs.run_json import with_counts
 from batch_infer.manifest import Committed, Index, Manifest
 from batch_infer.models import ModelCard
 from batch_infer.records import PromptRequest, ResultRow, digest, now
@@ -98,6 +99,8 @@ class _Rescoring:
 
     def judge(self, tell: Callable[[Rescored], None], stop: Callable[[], bool]) -> Rescored:
         """Judge all that was not judged by these rules yet."""
+        if self._resumed:
+            outdir.remove_leftovers(self._settings.out)
         rejudging = Rejudging(self._settings, self._card, self._record, stop)
         outdir.write_run(self._settings.out, {**self._record, "rescoring": self._sources})
         with closing(rejudging), Manifest(self._settings.out).index() as index:
@@ -138,7 +141,7 @@ class _Rescoring:
                     continue
                 if kept.fingerprint == new.fingerprint:
                     if self._resumed:
-                        rejudging.tidy(new, kept.path)
+                        rejudging.tidy(new, kept, index)
                     continue
                 known = {item.fingerprint: policy for item, policy in zip(old, self._sources.values(), strict=True)}
                 if kept.fingerprint in known:
@@ -152,8 +155,6 @@ class _Rescoring:
         out = self._settings.out
         with Manifest(out).index() as index:
             counts = merge(self._tables.rows(self._new), index, self._tables.carried, out, self._settings.output)
-        summary = self._record.get("summary")
-        summary = None if summary is None else {**summary, **asdict(counts)}
         record = {name: value for name, value in self._record.items() if name != "rescoring"}
-        outdir.write_run(out, {**record, "summary": summary, "rescored_at": now()})
+        outdir.write_run(out, {**with_counts(record, asdict(counts)), "rescored_at": now()})
         return counts

@@ -64,14 +64,16 @@ def status(out: Path) -> Standing:
     record = parse_record(outdir.known_run(out))
     holder = outdir.holder(out)
     standing = Standing("running" if holder else "stopped", holder, require(record.started_at, "started_at", out))
-    if (summary := record.summary) is not None and not holder:
+    is_open = not require(record.settings, "settings", out).table.tables
+    summary = record.summary or (None if is_open else record.merged)
+    if summary is not None and not holder:
         standing.counts = {name: getattr(summary, name) for name in STATUSES}
         standing.left = summary.left
         standing.images_per_second = summary.images_per_second
         standing.state = "stopped" if standing.left else "finished"
         standing.state = "rescoring" if record.rescoring else standing.state
         return standing
-    if not require(record.settings, "settings", out).table.tables:
+    if is_open:
         standing.state = "open"
     _count(standing, _Survey.of(record), Manifest(out), record.run_number)
     return standing

@@ -19,12 +19,13 @@ from batch_infer.table.files import find_files, stems_that_meet
 from batch_infer.table.ids import Ids, id_text, stems_among
 from batch_infer.table.layout import lay_out
 from batch_infer.table.names import doubled_sentence, refuse_doubled
+from batch_infer.table.near import near_fields
 from batch_infer.table.notes import Notes
 from batch_infer.table.raw import RawRow
 from batch_infer.table.readers import open_reader
 from batch_infer.table.rows import Cells, RowRules, invalid, own_cells, requests
 from batch_infer.table.scratch import Scratch
-from batch_infer.table.text import clean
+from batch_infer.table.text import clean, encoding_fault
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,7 @@ class Tables:
         names = name_carried(self._readable(), frozenset(result_columns))
         self._files = [with_names(opened, names) if isinstance(opened, Opened) else opened for opened in self._files]
         self.carried, warnings = common_schema(self._readable())
-        self._remarks += warnings
+        self._remarks += [*near_fields(self._readable(), settings.columns), *warnings]
 
     def __enter__(self) -> Tables:
         return self
@@ -256,8 +257,10 @@ def _id(file: TableFile, value: Any, raw: RawRow, ids: Ids) -> tuple[str, str | 
     own, fault = id_text(value), None
     if isinstance(value, (list, dict)):
         fault = f"the id is not text but {type(value).__name__}"
-    elif "\0" in own or clean(own) != own:
-        fault = "the id is not UTF-8 text"
+    elif "\0" in own:
+        fault = "the id holds a NUL byte"
+    elif problem := encoding_fault(own):
+        fault = f"the id {problem}"
     elif (fault := ids.elsewhere(own, file.name)) is None and not ids.add(own):
         fault = f"the id {own!r} stands twice"
     if fault is None:
