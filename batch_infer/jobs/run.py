@@ -32,6 +32,7 @@ from batch_infer.manifest import Index, Manifest
 from batch_infer.planning import LeavesAlone, in_order, is_done, pending
 from batch_infer.records import ResultRow, now
 from batch_infer.settings import Compute, RunSettings
+from batch_infer.stopping import GRACE_SECONDS, deferred
 from batch_infer.worker import WorkerSettings, least, peak_memory, together
 
 log = logging.getLogger("batch_infer")
@@ -208,6 +209,7 @@ class _Run:
         self._record = {**self._record, "compute": asdict(compute)}
         outdir.write_run(self._out, self._record)
 
+    @deferred(GRACE_SECONDS)
     def _merge(self, survey: Survey) -> Counts:
         """By the tables, or by the manifest alone where the tables have changed under the run: no result is lost."""
         self._held.check()
