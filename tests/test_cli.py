@@ -104,6 +104,22 @@ def test_the_summary_names_what_there_is_to_know(capsys: pytest.CaptureFixture[s
     ]
 
 
+def test_the_summary_names_bad_rows_and_says_that_images_are_flagged(capsys: pytest.CaptureFixture[str]) -> None:
+    bad = ["t.csv, line 3 (t-00000001): the prompt is empty", "t.csv, line 9 (x, image 1): out of memory"]
+    counts = Counts(rows=9, images=3, flagged=3, invalid=1, failed=5, truncated=2, bad_results=bad)
+    report(Summary(counts), Path("o"), (), as_json=False)
+    assert capsys.readouterr().out.splitlines()[:5] == [
+        "9 rows · 0 ok · 3 flagged · 1 invalid · 5 failed · 2 prompts truncated",
+        *(f"  {line}" for line in bad),
+        "  and 4 more, in the results",
+        "all images are flagged: check the prompts, or keep them in another --out (--on-flagged keep)",
+    ]
+    report(Summary(Counts(rows=4, images=4, ok=1, flagged=3)), Path("o"), (), as_json=False)
+    assert "most images are flagged" in capsys.readouterr().out
+    report(Summary(Counts(rows=4, images=4, ok=2, flagged=2)), Path("o"), (), as_json=False)
+    assert "images are flagged" not in capsys.readouterr().out
+
+
 # Signals
 
 

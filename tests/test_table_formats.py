@@ -365,7 +365,7 @@ def test_blank_lines_and_key_order_mean_nothing() -> None:
         pytest.param(b'{"prompt": ' + b"9" * 5000 + b"}", "line 3 is not JSON that can be read", id="endless number"),
         pytest.param(b'{"prompt": ["y"]}', "prompt \"['y']\" is not text but list", id="a list for a prompt"),
         pytest.param(b'{"prompt": 7}', "prompt '7' is not text but int", id="a number for a prompt"),
-        pytest.param(b'{"prompt": "\\ud83d"}', "column 'prompt' is not UTF-8", id="half a letter"),
+        pytest.param(b'{"prompt": "\\ud83d"}', "column 'prompt' holds a lone surrogate", id="half a letter"),
         pytest.param(
             b'{"prompt": "y", "\\ud83d": 1}', "line 3 has a column that the table cannot have", id="half a name"
         ),

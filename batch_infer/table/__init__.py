@@ -2,7 +2,6 @@
 
 from batch_infer.table.columns import is_deep
 from batch_infer.table.endings import default_id
-from batch_infer.table.layout import common_type
 from batch_infer.table.loose import loose_rows
 from batch_infer.table.rows import RowRules
 from batch_infer.table.shape import Shape, cells_of, column_names
@@ -16,7 +15,6 @@ __all__ = [
     "Tables",
     "cells_of",
     "column_names",
-    "common_type",
     "default_id",
     "is_deep",
     "loose_rows",
