@@ -180,7 +180,7 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ids = pa.array([f"t-{number}" for number in numbers])
         part = part.set_column(0, part.schema.field("id"), ids)
         part = part.set_column(part.column_names.index("source_row"), part.schema.field("source_row"), [numbers])
-        write_part(out / "manifest" / f"part-{first}.parquet", part)
+        write_part(out / "manifest" / f"part-{first}.parquet", part, "here", 0.0)
     return out
 
 
