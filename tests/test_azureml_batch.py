@@ -291,7 +291,7 @@ def test_folders_with_other_columns_are_one_table(tmp_path: Path, out: Path) -> 
         pd.DataFrame({"prompt": ["a ring"], "note": note}).to_parquet(tmp_path / folder / f"{folder}.parquet")
     scoring = worker()
     found = scoring.score([str(tmp_path / name / f"{name}.parquet") for name in "abc"])
-    assert found["note"].to_pylist() == ["1", "one", "[True]"]  # as `merge` has them
+    assert found["note"].to_pylist() == ["1", "one", "[true]"]  # as `merge` has them
     assert len(scoring.score([])) == 0
     broken = [tmp_path / name / "broken.parquet" for name in "ab"]
     for path in broken:
