@@ -112,7 +112,10 @@ def test_results_in_the_folder_are_no_table() -> None:
     ("argument", "sentence"),
     [
         ("missing.csv", "missing.csv: no such file or folder"),
-        ("notes.md", "notes.md: unknown ending .md; a table ends in .csv, .tsv, .*, also with .gz or .zst after it"),
+        (
+            "notes.md",
+            "notes.md: unknown ending .md; a table ends in .csv, .tsv, .*, also with .gz, .bz2, .xz or .zst after it",
+        ),
         ("Makefile", r"Makefile: unknown ending \(none\)"),
         ("empty", r"empty: the folder holds no table \(.csv, .tsv, "),
         ("empty/*.csv", r"empty/\*.csv: the glob matches no table"),

@@ -54,8 +54,9 @@ class MiniBatches:
     def score(self, files: Sequence[str]) -> pa.Table:
         """Render what is not done of these files and return all their results, in their order.
 
-        A file that cannot be read is one invalid result. Raises TableError where none can be read, once that is
-        committed; ServiceError where a safety service does not answer, StorageError.
+        A file that cannot be read is one invalid result, and one that is no table by its name is none. Raises
+        TableError where no file can be read, once that is committed; ServiceError where a safety service does not
+        answer, StorageError.
         """
         folders, twins = by_folder(files)
         scored = [self._score(folder) for folder in folders]
@@ -64,7 +65,7 @@ class MiniBatches:
             self._catch_up()
         self._rendering.clear(self._is_known)
         faults = [fault for _, found in scored for fault in found.values()] + [row.error or "" for row in twins]
-        if files and len(faults) == len(set(files)):
+        if faults and len(faults) == sum(len(folder.came) for folder in folders) + len(twins):
             raise TableError("\n".join(faults))
         return joined([table for table, _ in scored], twins)
 

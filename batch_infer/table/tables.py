@@ -71,6 +71,8 @@ class Others:
 class Tables:
     """The tables of a run. `carried` is the schema of the columns that are handed through to the results.
 
+    `left_out` are the files of folders and globs that are no tables.
+
     What was fetched, piped in or unpacked lies in a temporary folder until `close`.
     """
 
@@ -90,7 +92,7 @@ class Tables:
         with ExitStack() as undo:
             undo.callback(self._scratch.close)
             reserved = frozenset(result_columns)
-            found = find_files(settings.tables, settings.folder, self._scratch)
+            found, self.left_out = find_files(settings.tables, settings.folder, self._scratch)
             if others is None:
                 _refuse_missing(found)
             self._files = [self._open(file, settings.columns, reserved) for file in found]
