@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from typing import Any
@@ -72,6 +73,17 @@ def encode(pixels: np.ndarray, image_format: ImageFormat, parameters: str) -> by
         case "webp":
             image.save(stream, "WEBP", quality=WEBP_QUALITY, xmp=XMP.encode(), exif=_exif(parameters))
     return stream.getvalue()
+
+
+def pixels_sha256(pixels: np.ndarray) -> str:
+    """Return the SHA-256 of an image (H, W, 3) uint8: of its mode, its size and its pixels before encoding.
+
+    It does not depend on the file format, the text in the file, or the version of an encoder.
+    """
+    height, width, _ = pixels.shape
+    found = hashlib.sha256(f"RGB {width}x{height}\n".encode())
+    found.update(np.ascontiguousarray(pixels).data)
+    return found.hexdigest()
 
 
 def _latin(text: str) -> bool:

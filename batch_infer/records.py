@@ -146,11 +146,15 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class StoredImage:
-    """An image file as its sink wrote it: its path relative to OUT, its sha256 and its length in bytes."""
+    """An image file as its sink wrote it: its path relative to OUT, its sha256 and its length in bytes.
+
+    `pixels_sha256` is that of `images.pixels_sha256`.
+    """
 
     path: str
     sha256: str
     image_bytes: int
+    pixels_sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,6 +184,7 @@ class ResultRow:
     safety_checker: str | None = None
     safety_scores: Mapping[str, float] | None = None
     sha256: str | None = None
+    pixels_sha256: str | None = None
     image_bytes: int | None = None
     slots: int | None = None
     seconds: float | None = None

@@ -17,7 +17,7 @@ from typing import Any
 from batch_infer.__main__ import main
 from batch_infer.chain import Rendered, Unrendered
 from batch_infer.records import PromptRequest
-from batch_infer.worker import device, loading
+from batch_infer.worker import committing, loading
 from tests.dummies import meet
 
 MODULE = ("-m", "tests.paced")
@@ -53,7 +53,7 @@ def pace() -> None:
         return chain
 
     loading.load_chain = load_paced
-    device.COMMIT_SECONDS = 0.0
+    committing.COMMIT_ROWS = 1
 
 
 if __name__ in ("__main__", "__mp_main__"):

@@ -89,8 +89,8 @@ def test_a_run_in_json(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ("arguments", "code", "sentence"),
     [
         (("run", "missing.csv"), 2, "missing.csv: no such file or folder"),
-        (("run", "missing.csv", "--bogus"), 2, "No such option '--bogus'."),
-        (("run", "missing.csv", "--steps", "ten"), 2, "Invalid value for '--steps': 'ten' is not a valid integer."),
+        (("run", "missing.csv", "--bogus"), 2, "run has no option --bogus."),
+        (("run", "missing.csv", "--steps", "ten"), 2, "'--num-inference-steps': 'ten' is not a valid integer."),
         (("run",), 2, "Missing argument 'TABLE...'."),
         (("status", "nowhere"), 2, "nowhere holds no run"),
         (("retry", "nowhere", "--status", "failed"), 2, "nowhere holds no run"),

@@ -217,6 +217,10 @@ def test_other_image_formats(table: Path, out: Path, image_format: str, suffix: 
     assert row["generated_image"].endswith(suffix)
     assert open_image(out, row).format == image_format.upper()
     assert_whole(out)
+    run(table, out.with_name("png"), "--limit", "1")
+    (png,) = results(out.with_name("png"))
+    assert png["pixels_sha256"] == row["pixels_sha256"] is not None
+    assert png["sha256"] != row["sha256"]
 
 
 def test_results_in_csv_and_jsonl_with_images_in_base64(table: Path, out: Path) -> None:
@@ -312,7 +316,7 @@ def test_no_command_takes_a_table_that_is_not_there_for_a_bad_row(table: Path, o
     done += [command(name, out, table, "percent", "shards/*.csv", *others[name]) for name in ("retry", "rescore")]
     for each in done:
         assert (each.code, each.stdout) == (2, "")
-        assert "percent: no such file or folder\nshards/*.csv: the glob matches no table" in each.stderr
+        assert "percent: no such file or folder · shards/*.csv: the glob matches no table" in each.stderr
     assert (out / "run.json").read_bytes() == before
 
 

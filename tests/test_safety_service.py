@@ -26,6 +26,7 @@ BLUE = "a large blue square, centre, cream background"
 READ = ServiceSettings.from_environment
 WORDS = {"axe": ("Violence", 4), "knife": ("Violence", 2)}
 CROSS = ("--on-flagged", "quarantine")
+COMPUTE = ("--slots", "8", "--threads", "1", "--device", "cpu", "--num-processes", "0")
 
 
 @pytest.fixture(autouse=True)
@@ -269,6 +270,10 @@ def test_without_a_key_and_an_identity_nothing_starts(tmp_path: Path, monkeypatc
 # Judging again
 
 
+class Killed(BaseException):
+    """What no code survives, as far as the disk can tell."""
+
+
 def without_bookkeeping(out: Path) -> list[dict[str, Any]]:
     kept = {"slots", "seconds", "attempt", "worker", "finished_at"}
     return [{name: value for name, value in row.items() if name not in kept} for row in runs.results(out)]
@@ -311,6 +316,56 @@ def test_what_was_flagged_comes_back_where_it_was_kept(tmp_path: Path, monkeypat
         use(monkeypatch, service, THRESHOLD="3")
         assert runs.command("rescore", out, "--safety", "azure", "--on-flagged", "blank").code == 0
     runs.assert_whole(out)
+
+
+def test_the_policy_of_the_run_is_kept_unless_another_is_requested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By rescore, and by the command of the run after it."""
+    monkeypatch.delenv("CONTENT_SAFETY_KEY")
+    out, path = tmp_path / "out", table(tmp_path, CROSSES)
+    assert runs.command("run", path, "-o", out, *COMPUTE, *SHARP, "--on-flagged", "keep").code == 0
+    before = runs.hashes(out)
+    done = runs.command("rescore", out, "--safety", "checker")
+    assert done.code == 0 and "original" not in done.stderr
+    assert runs.run_json(out)["settings"]["safety"]["on_flagged"] == "keep"
+    assert runs.hashes(out) == before, "no image was replaced"
+    assert runs.command("rescore", out, "--safety", "checker", "--on-flagged", "quarantine").code == 0
+    assert any(path.startswith("quarantine/") for path in runs.images(out))
+    again = runs.command("run", path, "-o", out, *COMPUTE, *SHARP, "--json")
+    assert (again.code, json.loads(again.stdout)["rendered"]) == (0, 0), again.stderr
+    assert runs.hashes(out) == before
+    other = runs.command("run", path, "-o", out, *COMPUTE, *SHARP, "--on-flagged", "blank")
+    assert other.code == 2 and "on flagged quarantine, and this run has safety" in other.stderr
+    runs.assert_whole(out)
+
+
+@pytest.mark.parametrize(
+    ("policy", "loss"),
+    [
+        ("blank", "replaced by a black image"),
+        *(pytest.param(*case, marks=pytest.mark.promises) for case in (
+            ("blur", "replaced by a blurred image"), ("drop", "removed"), ("keep", None), ("quarantine", None))),
+    ],
+)  # fmt: skip
+def test_what_will_be_lost_is_told_before_anything_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, loss: str | None
+) -> None:
+    """The policy is that of the run."""
+    out, path = tmp_path / "out", table(tmp_path, CROSSES)
+    assert runs.run(path, out, *SHARP, "--safety", "none", "--on-flagged", policy).code == 0
+    before = runs.hashes(out)
+
+    def judge(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("batch_infer.jobs.rescore.Rejudging.judge", judge)
+        runs.command("rescore", out, "--safety", "checker")
+    assert runs.hashes(out) == before
+    done = runs.command("rescore", out, "--safety", "checker")
+    assert (f"every image that is flagged now will be {loss} (--on-flagged {policy})" in done.stderr) == bool(loss)
+    assert "original" not in runs.command("rescore", out, "--safety", "checker").stderr, "nothing is left to judge"
 
 
 def test_a_prompt_that_is_refused_now_flags_its_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,10 +422,6 @@ def test_a_service_that_is_down_leaves_what_was_said(tmp_path: Path, monkeypatch
         use(monkeypatch, service)
         assert runs.command("rescore", out, "--safety", "azure").code == 0
     assert {row["safety_checker"] for row in runs.results(out)} == {"azure_content_safety"}
-
-
-class Killed(BaseException):
-    """What no code survives, as far as the disk can tell."""
 
 
 @pytest.mark.promises

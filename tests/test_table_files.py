@@ -61,7 +61,7 @@ def test_every_argument_that_means_no_table_is_named() -> None:
     Path("notes.md").touch()
     refusal = refusal_of("percent", "missing.csv.gz", "good.csv", "notes.md", "empty", "none/*.csv", "no://a.csv")
     for line, sentence in zip(
-        refusal.split("\n"),
+        refusal.split(" · "),
         (
             "percent: no such file or folder",
             "missing.csv.gz: no such file or folder",
@@ -89,7 +89,7 @@ def test_a_named_file_that_cannot_be_read_is_refused_and_one_in_a_folder_is_not(
 
 
 def test_where_none_can_be_read_all_are_named() -> None:
-    assert re.fullmatch("a.csv: no such .*\nb.txt: no such .*\nc/: no such .*", refusal_of("a.csv", "b.txt", "c/"))
+    assert re.fullmatch("a.csv: no such .* · b.txt: no such .* · c/: no such .*", refusal_of("a.csv", "b.txt", "c/"))
 
 
 def test_an_argument_that_no_file_can_have_is_told() -> None:

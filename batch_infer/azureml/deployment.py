@@ -13,7 +13,7 @@ from batch_infer.cli.environment import settings_of_environment
 from batch_infer.cli.logs import set_up_logging
 from batch_infer.errors import SettingsError
 from batch_infer.jobs import out as outdir
-from batch_infer.jobs.job import find_model, make_rules, rooted, settle_compute
+from batch_infer.jobs.job import find_model, keep_policy, make_rules, rooted, settle_compute
 from batch_infer.jobs.record import describe
 from batch_infer.models import ModelCard
 from batch_infer.settings import Compute, ModelSettings, RunSettings, TableSettings
@@ -63,6 +63,7 @@ def find_deployment(out: str, *, alone: bool = False) -> Deployment:
         _refuse_worker_without_gpu(settings)
     card = find_model(settings)
     earlier = outdir.read_run(settings.out)
+    settings = keep_policy(settings, earlier)
     from batch_infer.engines.devices import find_device  # imports torch, which takes seconds
 
     compute = settle_compute(settings, card, find_device(settings.model.device), earlier)

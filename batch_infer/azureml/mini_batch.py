@@ -66,7 +66,7 @@ class MiniBatches:
         self._rendering.clear(self._is_known)
         faults = [fault for _, found in scored for fault in found.values()] + [row.error or "" for row in twins]
         if faults and len(faults) == sum(len(folder.came) for folder in folders) + len(twins):
-            raise TableError("\n".join(faults))
+            raise TableError(" · ".join(faults))
         return joined([table for table, _ in scored], twins)
 
     def close(self) -> None:

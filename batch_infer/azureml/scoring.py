@@ -75,7 +75,7 @@ def _object(outcome: Rendered | Unrendered, deployment: Deployment) -> dict[str,
     pixels = outcome.pixels
     if nsfw:
         # Nothing is stored here, so what goes into quarantine goes nowhere.
-        policy = settings.safety.on_flagged
+        policy = settings.safety.policy
         left = images.by_policy(pixels, "drop" if policy == "quarantine" else policy)
         if left is None:
             return _without_image(request.prompt, nsfw, why_flagged(outcome.verdict))

@@ -12,7 +12,7 @@ from batch_infer.cli.asked import compute_settings, model_settings
 from batch_infer.cli.config import config_option
 from batch_infer.cli.logs import set_up_logging
 from batch_infer.cli.options import logging_options, model_options
-from batch_infer.cli.report import printing
+from batch_infer.cli.report import printing, say
 from batch_infer.cli.signals import interrupt_on_sigterm
 from batch_infer.errors import SettingsError
 
@@ -41,5 +41,5 @@ def export_mlflow(folder: Path, quiet: bool, verbose: bool, **options: Any) -> i
         card = export(folder.expanduser(), model_settings(options), compute_settings(options))
     if not quiet:
         with printing():
-            click.echo(f"{folder}: {card.title}, as an MLflow model")
+            say(f"{folder}: {card.title}, as an MLflow model")
     return 0

@@ -11,7 +11,7 @@ import click
 from batch_infer.cli.config import config_option
 from batch_infer.cli.logs import set_up_logging
 from batch_infer.cli.options import json_option, logging_options, out_argument, results_options
-from batch_infer.cli.report import printing, told_counts, told_results
+from batch_infer.cli.report import printing, say, told_counts, told_results
 from batch_infer.settings import ResultsFormat
 
 
@@ -43,8 +43,8 @@ def merge(
         if as_json:
             click.echo(json.dumps(asdict(counts)))
         else:
-            click.echo(told_counts(counts))
-            click.echo(told_results(out, formats))
+            say(told_counts(counts))
+            say(told_results(out, formats))
             if counts.left:
-                click.echo(f"{counts.left:,} left: run again to go on")
+                say(f"{counts.left:,} left: run again to go on")
     return 0

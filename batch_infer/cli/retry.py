@@ -62,7 +62,7 @@ def retry(
         listeners = Together(make_progress(shown=not (quiet or no_progress)), metrics)
         summary, settings = render_again(out, statuses, tables, listeners, stop)
         metrics.model = settings.model.name or "demo"
-        code = exit_code(summary, settings)
+        code = exit_code(summary, settings, retry=True)
         metrics.conclude(summary, code)
     limit.tell(summary.undone)
     give(summary, settings, code, as_json=as_json, quiet=quiet)

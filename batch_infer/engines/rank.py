@@ -88,6 +88,7 @@ def work(
     `own` makes the parent's settings those of this machine.
     """
     keep_to(seat)
+    leave_removed_folder()
     # Objects that imports create stay alive; scanning them for garbage takes a sixth of the import time.
     gc.disable()
     with parent:
@@ -104,6 +105,14 @@ def work(
             parent.serve(worker)
 
 
+def leave_removed_folder() -> None:
+    """Change to the root where the current folder was removed: importing torch and starting a process need one."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        os.chdir(os.sep)
+
+
 def keep_to(seat: Seat) -> None:
     """See one GPU and no launcher. The first GPU is every process's own without a word."""
     for name in LAUNCHED:
@@ -116,6 +125,7 @@ def keep_to(seat: Seat) -> None:
 
 
 def _load(settings: WorkerSettings, seat: Seat, parent: Parent) -> Worker:
+    leave_removed_folder()
     import torch
 
     from batch_infer.engines.devices import memory_fault

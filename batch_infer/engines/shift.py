@@ -271,7 +271,7 @@ class Shift:
         settings = self._task.settings
         name = settings.card.scheduler_name
         rows = [row_of(request, "failed", why, scheduler=name, worker="parent") for request in requests]
-        Manifest(settings.out).commit(rows, settings.carried)
+        Manifest(settings.out, settings.run).commit(rows, settings.carried)
         for request in requests:
             if request.replaces:
                 FolderSink(settings.out).remove(request.replaces)

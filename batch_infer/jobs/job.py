@@ -12,7 +12,7 @@ from batch_infer.errors import SettingsError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.record import choose_compute, describe, refuse_other
 from batch_infer.jobs.run_json import parse_record, require
-from batch_infer.manifest import SCHEMA, Manifest
+from batch_infer.manifest import SCHEMA, Manifest, run_of
 from batch_infer.models import ModelCard, PipelineFacts, read_card
 from batch_infer.planning import Item
 from batch_infer.records import digest
@@ -33,6 +33,11 @@ class Job:
     record: Mapping[str, Any]
     earlier: Mapping[str, Any] | None
     rules: RowRules
+
+    @property
+    def number(self) -> int:
+        """The number of this run among those of its OUT, from 1."""
+        return int(self.record["run_number"])
 
     def items(self) -> Iterator[Item]:
         """Every row of the tables, in input order."""
@@ -73,12 +78,32 @@ def prepare(settings: RunSettings, tables: Tables, card: ModelCard, device: Devi
         outdir.refuse_to_clear(settings.out)
     earlier = None if settings.overwrite else found
     outdir.refuse_while_rescored(settings.out, earlier)
+    settings = keep_policy(settings, earlier)
     compute = settle_compute(settings, card, device, earlier)
     record = describe(settings, card, compute, tables)
-    if earlier is not None and Manifest(settings.out).parts():
+    parts = [] if settings.overwrite else Manifest(settings.out).parts()
+    if earlier is not None and parts:
         refuse_other(earlier, record, settings.out)
     rules = make_rules(settings, card, record)
-    return Job(settings, tables, card, compute, {**record, "rules": asdict(rules)}, earlier, rules)
+    record = {**record, "rules": asdict(rules), **_number(earlier, parts)}
+    return Job(settings, tables, card, compute, record, earlier, rules)
+
+
+def _number(earlier: Mapping[str, Any] | None, parts: Sequence[Path]) -> dict[str, int]:
+    """Number this run, and say which runs the next one is to recover if this one is killed.
+
+    These are all runs since the last one that ended in order. The parts are looked at too: run.json may be gone.
+    """
+    known = earlier or {}
+    number = 1 + max([known.get("run_number", 0), *map(run_of, parts)])
+    ended = known.get("summary") is not None
+    return {"run_number": number, "recover_from": number if ended else known.get("recover_from", 0)}
+
+
+def keep_policy(settings: RunSettings, earlier: Mapping[str, Any] | None) -> RunSettings:
+    """Settle what is stored of flagged images: as requested, as in the earlier run, or black ones."""
+    before = parse_record(earlier or {}).settings
+    return replace(settings, safety=settings.safety.continuing(before.safety if before else None))
 
 
 def settle_compute(
@@ -114,7 +139,7 @@ def settings_of(record: Mapping[str, Any], out: Path, tables: Sequence[str] = ()
         model = replace(model, name=str(settings.table.folder / model.name))
     loras = tuple(replace(lora, file=str(settings.table.folder / Path(lora.file).expanduser())) for lora in model.loras)
     model = replace(model, loras=loras)
-    return replace(settings, out=out, table=table, model=model, overwrite=False)
+    return replace(settings, out=out, table=table, model=model, overwrite=False, rerender_changed=False)
 
 
 def refuse_unrepeatable(record: Mapping[str, Any], out: Path) -> None:
@@ -122,7 +147,7 @@ def refuse_unrepeatable(record: Mapping[str, Any], out: Path) -> None:
 
     Raises SettingsError.
     """
-    if not record["settings"]["table"]["tables"]:
+    if not require(parse_record(record).settings, "settings", out).table.tables:
         raise SettingsError(f"{out} is an endpoint's, to which tables came one by one; name the TABLEs after OUT")
     if found := record.get("unrepeatable_tables"):
         told = ", ".join("standard input" if table == "-" else table for table in found)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from batch_infer.errors import MissingResults
 from batch_infer.jobs.results import write_results
 from batch_infer.manifest import SCHEMA, Committed, Index, Manifest
 from batch_infer.planning import Item, place_of
@@ -42,16 +43,37 @@ class Counts:
         self.images += len(table) - table["generated_image"].null_count
         return table
 
+    @property
+    def results(self) -> int:
+        return self.ok + self.flagged + self.blocked + self.invalid + self.failed
 
-def merge(items: Iterable[Item], index: Index, carried: pa.Schema, out: Path, output: OutputSettings) -> Counts:
-    """Write the results of these items, in their order, and count them. Raises StorageError."""
+
+def merge(
+    items: Iterable[Item], index: Index, carried: pa.Schema, out: Path, output: OutputSettings, least: int = 0
+) -> Counts:
+    """Write the results of these items, in their order, and count them.
+
+    `least` results are known to be committed. Raises StorageError, and MissingResults where the index has fewer:
+    results.* then stay as they were.
+    """
     counts = Counts()
-    write_results(results_of(items, index, carried, counts), pa.schema([*SCHEMA, *carried]), out, output)
+    tables = _complete(results_of(items, index, carried, counts), counts, least)
+    write_results(tables, pa.schema([*SCHEMA, *carried]), out, output)
     return counts
 
 
-def merge_parts(manifest: Manifest, tables: Sequence[str], out: Path, output: OutputSettings) -> Counts:
-    """Write all results that the manifest holds, in the order of these tables, and count them. Raises StorageError.
+def _complete(tables: Iterable[pa.Table], counts: Counts, least: int) -> Iterator[pa.Table]:
+    """Raise MissingResults where these tables end before `least` results."""
+    yield from tables
+    if counts.results < least:
+        raise MissingResults(
+            f"the manifest lists {counts.results} results, and {least} were committed: its folder shows too few parts. "
+            "results.* are as they were before; run the same command again"
+        )
+
+
+def merge_parts(manifest: Manifest, tables: Sequence[str], out: Path, output: OutputSettings, least: int = 0) -> Counts:
+    """Write all results that the manifest holds, in the order of these tables, and count them. Raises as `merge` does.
 
     For an OUT whose tables are not at hand: rows that have left them since, or changed, cannot be told from others.
     """
@@ -61,7 +83,8 @@ def merge_parts(manifest: Manifest, tables: Sequence[str], out: Path, output: Ou
         counts.rows, counts.bad_rows = index.rows()
         found = index.in_order(tables)
         batches = iter(lambda: list(islice(found, BATCH)), [])
-        write_results((counts.counted(index.take(batch, schema)) for batch in batches), schema, out, output)
+        results = (counts.counted(index.take(batch, schema)) for batch in batches)
+        write_results(_complete(results, counts, least), schema, out, output)
     return counts
 
 

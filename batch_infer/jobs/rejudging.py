@@ -191,18 +191,19 @@ class Rejudging:
 
     def _stored(self, entry: Stored, file: _File, *, flagged: bool) -> StoredImage | None:
         """The image as it is to be, written where it is another one or stands elsewhere."""
-        policy, row = self._settings.safety.on_flagged, entry.row
+        policy, row = self._settings.safety.policy, entry.row
         pixels = images.by_policy(file.pixels, policy) if flagged else file.pixels
         path = self._sink.path_of(entry.request, quarantine=flagged and policy == "quarantine")
         if pixels is None:
             return None
         if pixels is file.pixels and path == row.generated_image:
-            return StoredImage(path, row.sha256 or "", row.image_bytes or 0)
+            return StoredImage(path, row.sha256 or "", row.image_bytes or 0, row.pixels_sha256)
         self._written.append(path)
         if pixels is file.pixels:
-            return self._sink.write(path, file.content)
+            return replace(self._sink.write(path, file.content), pixels_sha256=row.pixels_sha256)
         parameters = images.parameters_text(entry.request, self._card.scheduler_name, self._card.title)
-        return self._sink.write(path, images.encode(pixels, self._settings.output.image_format, parameters))
+        stored = self._sink.write(path, images.encode(pixels, self._settings.output.image_format, parameters))
+        return replace(stored, pixels_sha256=images.pixels_sha256(pixels))
 
     def _fail(self, entry: Stored, error: str) -> None:
         """No answer, no image: it is rendered anew by the next run."""

@@ -67,6 +67,8 @@ class RunRecord:
     unreadable_tables: tuple[str, ...] = ()
     unrepeatable_tables: tuple[str, ...] = ()
     survey: SurveyRecord | None = None
+    run_number: int | None = None
+    recover_from: int = 0
     rendering_since: datetime | None = None
     summary: SummaryRecord | None = None
     rescoring: Mapping[str, OnFlagged] = field(default_factory=dict)

@@ -155,6 +155,18 @@ class Tables:
                     yield invalid(cells, error)
         self._notes = notes
 
+    def compared_rows(
+        self, rules: RowRules, before: RowRules
+    ) -> Iterator[tuple[PromptRequest | ResultRow, PromptRequest | ResultRow | None]]:
+        """Every row as in `rows`, each with what it is under other rules."""
+        with closing(Ids(self._elsewhere if self._others else None, distinct=self._has_distinct_ids())) as ids:
+            for cells, error in islice(self._cells(ids, Notes()), self._limit):
+                if error is not None:
+                    yield invalid(cells, error), None
+                    continue
+                old = {item.image_index: item for item in requests(cells, before)}
+                yield from ((item, old.get(item.image_index)) for item in requests(cells, rules))
+
     def _elsewhere(self, name: str, file: str) -> str | None:
         """Why an id of this file's own is another file's."""
         stem, _, number = name.rstrip("+").rpartition("-")
@@ -188,7 +200,7 @@ class Tables:
         if self._readable():
             refused = [opened for opened in refused if opened.file.is_named]
         if refused:
-            raise TableError("\n".join(opened.error for opened in refused))
+            raise TableError(" · ".join(opened.error for opened in refused))
 
     def _refuse_meeting_ids(self) -> None:
         readable = self._readable()
@@ -223,7 +235,7 @@ class Tables:
 def _refuse_missing(files: Iterable[TableFile]) -> None:
     """Raise TableError for all arguments that mean no file, before any file is read: one may be misspelt."""
     if faults := [file.fault for file in files if file.fault is not None and file.is_named]:
-        raise TableError("\n".join(faults))
+        raise TableError(" · ".join(faults))
 
 
 def _apart(opened: _Opened | _Refused, stems: Mapping[str, str]) -> _Opened | _Refused:
