@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batch_infer.carried import to_array
 from batch_infer.manifest import SCHEMA
 from batch_infer.records import PromptRequest, ResultRow, SizeRules
 from batch_infer.settings import RowDefaults, TableSettings
@@ -63,7 +64,7 @@ def read(*tables: Path | str, rules: RowRules = RULES, **options: Any) -> list[P
     with open_tables(*tables, **options) as opened:
         found = list(opened.rows(rules))
         for field in opened.carried:
-            pa.array([item.carried.get(field.name) for item in found], field.type).validate(full=True)
+            to_array([item.carried.get(field.name) for item in found], field.type).validate(full=True)
     return found
 
 

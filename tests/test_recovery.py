@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import os
@@ -17,7 +18,7 @@ from unittest import mock
 import pyarrow as pa
 import pytest
 
-from batch_infer.errors import DamagedPart
+from batch_infer.errors import DamagedPart, StorageError
 from batch_infer.jobs import recovery
 from batch_infer.jobs.recovery import recover, set_aside
 from batch_infer.manifest import Manifest
@@ -181,6 +182,16 @@ def test_recent_images_that_the_disk_has_lost_are_told(tmp_path: Path, caplog: p
         f"5 images of the manifest are missing or not whole and must be rendered again, the first is {tmp_path}/"
         in (caplog.text)
     )
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE])
+def test_an_image_that_cannot_be_read_is_not_a_missing_one(tmp_path: Path, number: int) -> None:
+    (tmp_path / "a.png").write_bytes(b"x")
+    fault = OSError(number, os.strerror(number))
+    with mock.patch.object(Path, "read_bytes", side_effect=fault), pytest.raises(StorageError, match="cannot read .*a"):
+        recovery.is_whole(tmp_path, "a.png", "sum", 1)
+    with mock.patch.object(Path, "read_bytes", side_effect=OSError(errno.EIO, "")):
+        assert not recovery.is_whole(tmp_path, "a.png", "sum", 1), "the disk has lost it"
 
 
 def test_of_several_attempts_the_image_of_the_last_counts(tmp_path: Path) -> None:

@@ -6,13 +6,15 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from batch_infer.jobs import run as run_job
 from batch_infer.manifest import Manifest
 from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.worker.device import Worker
-from tests.runs import results, run
+from tests.paced import MODULE
+from tests.runs import results, run, start, wait_for
 from tests.tables import write_csv
 
 
@@ -39,6 +41,19 @@ def test_a_bug_in_a_worker_costs_no_result_that_is_committed(
     monkeypatch.undo()
     assert run(table, out).code == 0
     assert len(results(out)) == 6
+
+
+@pytest.mark.promises
+def test_finished_images_are_committed_while_no_other_finishes(table: Path, out: Path) -> None:
+    """As those of a wave of rows that finish together, while the device is at the next wave."""
+
+    def committed() -> int:
+        return sum(pq.read_metadata(part).num_rows for part in (out / "manifest").glob("part-*.parquet"))
+
+    with start(table, out, program=MODULE, PACE_HOLD="4", PACE_ROWS="256") as process:
+        assert wait_for(process, lambda: committed() == 4)
+        process.kill()
+        process.communicate()
 
 
 def hide_parts(monkeypatch: pytest.MonkeyPatch, listings: int) -> None:

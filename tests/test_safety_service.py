@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -11,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from batch_infer.jobs import rescore
 from batch_infer.manifest import Manifest
@@ -424,25 +428,42 @@ def test_a_service_that_is_down_leaves_what_was_said(tmp_path: Path, monkeypatch
     assert {row["safety_checker"] for row in runs.results(out)} == {"azure_content_safety"}
 
 
+@pytest.fixture(scope="module")
+def unjudged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a table and an OUT whose images were not judged. Copy it."""
+    folder = tmp_path_factory.mktemp("unjudged")
+    path = table(folder, [*CROSSES, *CROSSES])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("CONTENT_SAFETY_KEY", raising=False)
+        assert runs.run(path, folder / "out", *SHARP, "--safety", "none").code == 0
+    return folder
+
+
+MOMENTS = [(FolderSink, "set_aside"), (FolderSink, "settle"), (Manifest, "commit"), (FolderSink, "remove")]
+
+
 @pytest.mark.promises
-@pytest.mark.parametrize("moment", ["settle", "commit", "remove"])
-@pytest.mark.parametrize("policy", ["quarantine", "drop", "keep"])
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(("room", "moment"), MOMENTS, ids=[moment for _, moment in MOMENTS])
+@pytest.mark.parametrize("policy", ["blank", "blur", "quarantine", "drop", "keep"])
 def test_a_rescoring_that_was_killed_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, moment: str
+    unjudged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, room: Any, moment: str, after: bool
 ) -> None:
-    """At any moment of its second batch; until it is through, nobody else works there and no row is lost."""
-    out, path = tmp_path / "out", table(tmp_path, [*CROSSES, *CROSSES])
+    """At any moment of its second batch; until it is through, nobody else works there, and no image is lost."""
+    folder = tmp_path / "folder"
+    shutil.copytree(unjudged, folder)
+    out, path = folder / "out", folder / "t.csv"
     judged = ("--safety", "checker", "--on-flagged", policy)
-    assert runs.run(path, out, *SHARP, "--safety", "none").code == 0
     monkeypatch.setattr("batch_infer.jobs.rescore.BATCH", 3)
-    room = {"settle": FolderSink, "commit": Manifest, "remove": FolderSink}[moment]
     real, calls = getattr(room, moment), Counter[str]()
 
     def dying(self: Any, *arguments: Any) -> Any:
         calls[moment] += 1
-        if calls[moment] == 2 or moment == "remove":
-            raise Killed
-        return real(self, *arguments)
+        if calls[moment] != 2:
+            return real(self, *arguments)
+        if after:
+            real(self, *arguments)
+        raise Killed
 
     with monkeypatch.context() as patch:
         patch.setattr(room, moment, dying)
@@ -454,10 +475,73 @@ def test_a_rescoring_that_was_killed_goes_on(
                 refused = runs.command(*line)
                 assert refused.code == 2 and f"rescore {out} --safety checker" in refused.stderr
             assert "rescoring" in runs.command("status", out).stdout
-    assert runs.command("rescore", out, *judged).code == 0
-    assert runs.run(path, tmp_path / "once", *SHARP, *judged).code == 0
-    assert without_bookkeeping(out) == without_bookkeeping(tmp_path / "once")
+            (out / "images" / ".tmp-0123abcd-1-0123456789ab-t.png").write_bytes(b"of the process that was killed")
+    done = runs.command("rescore", out, *judged, "--json")
+    assert (done.code, json.loads(done.stdout)["failed"]) == (0, 0), done.stderr
+    shutil.copytree(unjudged, tmp_path / "once")
+    assert runs.command("rescore", tmp_path / "once" / "out", *judged).code == 0
+    assert without_bookkeeping(out) == without_bookkeeping(tmp_path / "once" / "out")
+    assert runs.images(out) == runs.images(tmp_path / "once" / "out")
     runs.assert_whole(out)
+
+
+@pytest.mark.promises
+@pytest.mark.parametrize("policy", ["blur", "quarantine"])
+def test_a_rescoring_that_was_killed_can_be_taken_back(
+    unjudged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    """New files stand in place, and the part was not committed; then the first judges are asked again."""
+    shutil.copytree(unjudged, tmp_path / "folder")
+    out = tmp_path / "folder" / "out"
+    first = ("--safety", "checker", "--on-flagged", "keep")
+    assert runs.command("rescore", out, *first).code == 0
+    before = runs.hashes(out)
+
+    def commit(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Manifest, "commit", commit)
+        runs.command("rescore", out, "--safety", "checker", "--on-flagged", policy)
+    done = runs.command("rescore", out, *first, "--json")
+    assert (done.code, json.loads(done.stdout)["failed"]) == (0, 0), done.stderr
+    assert runs.hashes(out) == before
+    runs.assert_whole(out)
+
+
+def test_images_with_more_text_than_pillow_takes_are_judged(tmp_path: Path) -> None:
+    """And one that cannot be opened costs no other row its verdict, and does not lock OUT."""
+    out, path = tmp_path / "out", table(tmp_path, CROSSES)
+    assert runs.run(path, out, *SHARP, "--safety", "none").code == 0
+    first, second, _ = runs.results(out)
+    texts = PngInfo()
+    for k in range(70):
+        texts.add_text("parameters", f"{k}" * 2**20, zip=k % 2 == 0)
+    with Image.open(out / first["generated_image"]) as image:
+        image.save(out / first["generated_image"], pnginfo=texts)
+    (out / second["generated_image"]).write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    (part,) = (out / "manifest").iterdir()
+    with_files(part, out)
+    done = runs.command("rescore", out, "--safety", "checker", "--on-flagged", "keep")
+    assert done.code == 3 and "2 images judged: 1 flagged" in done.stdout, done.stderr
+    cross, blue, red = runs.results(out)
+    assert (cross["status"], blue["status"], red["status"]) == ("flagged", "failed", "ok")
+    assert blue["error"].startswith("its image cannot be opened (")
+    again = runs.run(path, out, *SHARP, "--safety", "checker", "--json")
+    assert (again.code, json.loads(again.stdout)["rendered"]) == (0, 1), again.stderr
+
+
+def with_files(part: Path, out: Path) -> None:
+    """Have a part speak of the files as they are."""
+    rows = pq.read_table(part)
+    files = [(out / path).read_bytes() for path in rows["generated_image"].to_pylist()]
+    for name, values in {
+        "sha256": [hashlib.sha256(file).hexdigest() for file in files],
+        "image_bytes": [len(file) for file in files],
+    }.items():
+        place = rows.schema.get_field_index(name)
+        rows = rows.set_column(place, rows.schema.field(name), [values])
+    pq.write_table(rows, part)
 
 
 def test_who_rescores_second_sees_what_the_first_has_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -229,7 +229,7 @@ def remarks_of(path: Path | str, **options: Any) -> list[str]:
 @pytest.mark.parametrize("ending", ["csv", "tsv"])
 def test_rows_of_separators_alone_are_skipped_and_counted(ending: str) -> None:
     """Spreadsheets write them below a table. The rows that follow keep their numbers, and so their ids."""
-    text = "prompt,seed,n\nx,1,\n,,\n\n,,\ny,2,\n,,,,,\n"
+    text = "prompt,seed,tag\nx,1,\n,,\n\n,,\ny,2,\n,,,,,\n"
     table = write(f"t.{ending}", text.replace(",", "\t") if ending == "tsv" else text)
     assert [(item.id, item.seed) for item in read_requests(table)] == [("t-00000000", 1), ("t-00000003", 2)]
     assert len(read(table, limit=2)) == 2
@@ -244,14 +244,14 @@ def test_an_empty_cell_that_is_the_whole_row_is_no_separator() -> None:
 
 def test_rows_with_fewer_cells_than_the_header_are_counted() -> None:
     """Spreadsheets leave out the last cells where they are empty; a row that was cut in two is short too."""
-    table = write("t.csv", "prompt,seed,height,n\nw,1,64,\nx,1\ny\nz,3,,\n")
+    table = write("t.csv", "prompt,seed,height,tag\nw,1,64,\nx,1\ny\nz,3,,\n")
     found = read_requests(table)
     assert [(item.prompt, item.seed) for item in found if item.seed in (1, 3)] == [("w", 1), ("x", 1), ("z", 3)]
-    assert found[1].carried == {"n": None}
+    assert found[1].carried == {"tag": None}
     (remark,) = remarks_of(table)
     assert remark == (
         "rows with fewer cells than there are columns, whose missing cells take their defaults: 2 "
-        "(first: t.csv, line 3: 2 of 4 cells, without 'height', 'n')"
+        "(first: t.csv, line 3: 2 of 4 cells, without 'height', 'tag')"
     )
     payload = {"columns": ["prompt", "seed"], "data": [["x", 1], ["y"], "z", {"prompt": "u"}]}
     assert remarks_of(write("t.json", payload)) == [
@@ -378,7 +378,7 @@ def test_blank_lines_and_key_order_mean_nothing() -> None:
         pytest.param(b'{"prompt": ' + b"9" * 5000 + b"}", "line 3 is not JSON that can be read", id="endless number"),
         pytest.param(b'{"prompt": ["y"]}', "prompt \"['y']\" is not text but list", id="a list for a prompt"),
         pytest.param(b'{"prompt": 7}', "prompt '7' is not text but int", id="a number for a prompt"),
-        pytest.param(b'{"prompt": "\\ud83d"}', "column 'prompt' is not UTF-8", id="half a letter"),
+        pytest.param(b'{"prompt": "\\ud83d"}', "column 'prompt' holds a lone surrogate", id="half a letter"),
         pytest.param(
             b'{"prompt": "y", "\\ud83d": 1}', "line 3 has a column that the table cannot have", id="half a name"
         ),

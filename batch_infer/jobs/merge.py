@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,14 +12,16 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from batch_infer.carried import common_type, result_names, result_type, to_array
 from batch_infer.errors import MissingResults
 from batch_infer.jobs.results import write_results
 from batch_infer.manifest import SCHEMA, Committed, Index, Manifest
 from batch_infer.planning import Item, place_of
 from batch_infer.settings import OutputSettings
-from batch_infer.table import common_type
 
 BATCH = 2048
+
+log = logging.getLogger("batch_infer")
 
 
 @dataclass(slots=True)
@@ -89,14 +92,24 @@ def merge_parts(manifest: Manifest, tables: Sequence[str], out: Path, output: Ou
 
 
 def with_carried(schemas: Iterable[pa.Schema]) -> pa.Schema:
-    """The result columns, and the carried ones of all parts, each of a type that holds what every part has in it."""
-    types: dict[str, pa.DataType] = {}
+    """The result columns, and the carried ones of all parts, each of a type that holds what every part has in it.
+
+    Parts of earlier versions have carried columns whose names differ from another's by case alone.
+    """
+    kinds: dict[str, set[pa.DataType]] = {}
     for schema in schemas:
         for field in schema:
             if field.name not in SCHEMA.names:
-                known = types.setdefault(field.name, field.type)
-                types[field.name] = common_type(known, field.type)
-    return pa.schema([*SCHEMA, *types.items()])
+                kinds.setdefault(field.name, set()).add(result_type(field.type))
+    types: dict[str, set[pa.DataType]] = {}
+    for name, new in result_names(kinds, SCHEMA.names, known=True).items():
+        types.setdefault(new, set()).update(kinds[name])
+    fields = [(name, common_type(found)) for name, found in types.items()]
+    for name, kind in fields:
+        if pa.types.is_string(kind) and len(types[name] - {pa.null()}) > 1:
+            told = " and ".join(sorted(map(str, types[name] - {pa.null()})))
+            log.warning("column %r is %s in the manifest's parts: its values are carried as text", name, told)
+    return pa.schema([*SCHEMA, *fields])
 
 
 def results_of(items: Iterable[Item], index: Index, carried: pa.Schema, counts: Counts) -> Iterator[pa.Table]:
@@ -139,5 +152,5 @@ def _as_now(items: list[Item], table: pa.Table, carried: pa.Schema) -> pa.Table:
         table.column_names.index("source_row"), SCHEMA.field("source_row"), [[p[1] for p in places]]
     )
     for field in carried:
-        table = table.append_column(field, pa.array([item.carried.get(field.name) for item in items], field.type))
+        table = table.append_column(field, to_array([item.carried.get(field.name) for item in items], field.type))
     return table

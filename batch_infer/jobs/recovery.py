@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -13,7 +14,7 @@ from pathlib import Path, PurePosixPath
 import pyarrow as pa
 
 from batch_infer.atomic import storing, sync_folder
-from batch_infer.errors import DamagedPart
+from batch_infer.errors import DamagedPart, StorageError
 from batch_infer.jobs import out as outdir
 from batch_infer.manifest import SCHEMA, Index, Manifest, commit_time, read_part
 
@@ -25,6 +26,7 @@ Where commits are durable nothing needs this; a disk or a file system that promi
 READING_THREADS = 8
 BATCH = 2048
 _DAMAGED = ".damaged"
+_NO_WHOLE_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EIO}
 _IMAGE = pa.schema([SCHEMA.field(name) for name in ("id", "image_index", "generated_image", "sha256", "image_bytes")])
 
 log = logging.getLogger("batch_infer")
@@ -71,16 +73,27 @@ def set_aside(damage: DamagedPart) -> Path:
 
 
 def is_whole(out: Path, path: str, sha256: str | None, length: int | None) -> bool:
-    """Whether an image is there with the content that was written. `path` is relative to OUT, and does not leave it."""
+    """Whether an image is there with the content that was written. Raises StorageError."""
+    return read_whole(out, path, sha256, length) is not None
+
+
+def read_whole(out: Path, path: str, sha256: str | None, length: int | None) -> bytes | None:
+    """Return an image as it was written, or None where it is missing or damaged.
+
+    `path` is relative to OUT and does not leave it. Raises StorageError where it is there and cannot be read.
+    """
     relative = PurePosixPath(path)
     if relative.is_absolute() or ".." in relative.parts:
-        return False
+        return None
     try:
         if (out / relative).stat().st_size != length:
-            return False
-        return hashlib.sha256((out / relative).read_bytes()).hexdigest() == sha256
-    except OSError:
-        return False
+            return None
+        content = (out / relative).read_bytes()
+    except OSError as error:
+        if error.errno in _NO_WHOLE_FILE:
+            return None
+        raise StorageError(f"cannot read {out / relative}: {error.strerror or error}") from error
+    return content if hashlib.sha256(content).hexdigest() == sha256 else None
 
 
 def _recent(parts: Sequence[Path]) -> list[Path]:

@@ -98,6 +98,8 @@ class _Rescoring:
 
     def judge(self, tell: Callable[[Rescored], None], stop: Callable[[], bool]) -> Rescored:
         """Judge all that was not judged by these rules yet."""
+        if self._resumed:
+            outdir.remove_leftovers(self._settings.out)
         rejudging = Rejudging(self._settings, self._card, self._record, stop)
         outdir.write_run(self._settings.out, {**self._record, "rescoring": self._sources})
         with closing(rejudging), Manifest(self._settings.out).index() as index:
@@ -138,7 +140,7 @@ class _Rescoring:
                     continue
                 if kept.fingerprint == new.fingerprint:
                     if self._resumed:
-                        rejudging.tidy(new, kept.path)
+                        rejudging.tidy(new, kept, index)
                     continue
                 known = {item.fingerprint: policy for item, policy in zip(old, self._sources.values(), strict=True)}
                 if kept.fingerprint in known:

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batch_infer.atomic import replacing
+from batch_infer.carried import converter, result_type, to_array, to_values
 from batch_infer.errors import DamagedPart, NewerPart, StorageError, first_line
 from batch_infer.records import ResultRow, digest
 
@@ -67,7 +68,7 @@ if SCHEMA.names != _FIELDS:  # the columns are told twice, here with their types
 def to_table(rows: Sequence[ResultRow], carried: pa.Schema) -> pa.Table:
     """Rows as an Arrow table of the result columns and the carried ones."""
     columns = [pa.array([_cell(row, field.name) for row in rows], field.type) for field in SCHEMA]
-    columns += [pa.array([row.carried.get(field.name) for row in rows], field.type) for field in carried]
+    columns += [to_array([row.carried.get(field.name) for row in rows], field.type) for field in carried]
     return pa.table(columns, schema=pa.schema([*SCHEMA, *carried]))
 
 
@@ -219,18 +220,28 @@ def _parquet_writer(path: Path, schema: pa.Schema) -> closing[pq.ParquetWriter]:
 
 
 def as_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """Results as columns of a schema: of another type where other parts have it so, and null where missing."""
+    """Results as columns of a schema: of another type where other parts have it so, and null where missing.
+
+    A carried column that the schema does not have stands in it as input_<name>.
+    """
+    names = {_name_in(schema, name): name for name in table.column_names}
     columns = [
-        _cast(table[field.name], field.type) if field.name in table.column_names else pa.nulls(len(table), field.type)
+        _converted(table[names[field.name]], field.type) if field.name in names else pa.nulls(len(table), field.type)
         for field in schema
     ]
     return pa.table(columns, schema=schema)
 
 
-def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+def _name_in(schema: pa.Schema, name: str) -> str:
+    new = name
+    while new not in schema.names and len(new) < len(name) + 100:
+        new = f"input_{new}"
+    return new
+
+
+def _converted(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
     if column.type == kind:
         return column
-    try:
-        return column.cast(kind)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # a list as text, say
-        return pa.chunked_array([[None if value is None else str(value) for value in column.to_pylist()]], pa.string())
+    convert = converter(result_type(column.type), kind) or (lambda value: value)
+    values = [None if value is None else convert(value) for value in to_values(column)]
+    return pa.chunked_array([to_array(values, kind)])

@@ -2,7 +2,6 @@
 
 from batch_infer.table.columns import is_deep
 from batch_infer.table.endings import default_id
-from batch_infer.table.layout import common_type
 from batch_infer.table.loose import loose_rows
 from batch_infer.table.rows import RowRules
 from batch_infer.table.selection import is_no_table
@@ -17,7 +16,6 @@ __all__ = [
     "Tables",
     "cells_of",
     "column_names",
-    "common_type",
     "default_id",
     "is_deep",
     "is_no_table",
