@@ -14,7 +14,7 @@ from batch_infer.cli.asked import run_settings
 from batch_infer.cli.logs import log, set_up_logging
 from batch_infer.cli.options import job_options, json_option, logging_options, progress_option
 from batch_infer.cli.report import ROWS_FAILED, duration, number, printing, say
-from batch_infer.cli.signals import interrupt_on_sigterm
+from batch_infer.cli.signals import NOTHING_KEPT, stoppable
 from batch_infer.errors import SettingsError
 from batch_infer.records import ResultRow, Source
 
@@ -45,10 +45,10 @@ def plan(time_limit: float | None, as_json: bool, quiet: bool, verbose: bool, **
     """
     settings = run_settings(options)
     set_up_logging(quiet=quiet, verbose=verbose)
-    from batch_infer.jobs.plan import plan as look
-
     # In a file: there may be as many faults as the table has rows.
-    with interrupt_on_sigterm(), tempfile.TemporaryFile("w+", encoding="utf-8") as faults:
+    with stoppable(hint=NOTHING_KEPT), tempfile.TemporaryFile("w+", encoding="utf-8") as faults:
+        from batch_infer.jobs.plan import plan as look
+
         found = look(settings, lambda row: _note(row, faults))
         for remark in found.remarks:
             log.warning("%s", remark)
