@@ -116,6 +116,22 @@ def test_all_that_a_file_may_be_becomes_rows(tmp_path: Path, out: Path) -> None:
     assert len(runs.results(out)) == len(found) == 8
 
 
+def test_markers_and_documentation_in_a_mini_batch_are_no_tables(tmp_path: Path, out: Path) -> None:
+    """By the rule that a folder of `run` goes by. Of two files that come so, one that cannot be read is still told."""
+    folder = tmp_path / "in"
+    names = ("_SUCCESS", "_committed_1", ".good.csv.crc", "good.csv.crc", "README.txt", ".hidden.csv")
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("prompt\na red circle\n")
+    markers = [str(folder / name) for name in names]
+    found = score(*markers, prompts(folder / "good.csv", 2))
+    assert list(found["id"]) == ["good-00000000", "good-00000001"]
+    assert len(batch.run(markers)) == 0
+    (folder / "bad.csv").write_bytes(b"")
+    with pytest.raises(TableError, match=r"^bad.csv is empty$"):
+        batch.run([str(folder / "bad.csv"), *markers])
+
+
 def test_a_mini_batch_of_which_nothing_can_be_read_raises_and_is_accounted_for(tmp_path: Path, out: Path) -> None:
     bad = tmp_path / "bad.csv"
     bad.write_bytes(b"")

@@ -54,8 +54,9 @@ class MiniBatches:
     def score(self, files: Sequence[str]) -> pa.Table:
         """Render what is not done of these files and return all their results, in their order.
 
-        A file that cannot be read is one invalid result. Raises TableError where none can be read, once that is
-        committed; ServiceError where a safety service does not answer, StorageError.
+        A file that cannot be read is one invalid result, and one that is no table by its name is none. Raises
+        TableError where no file can be read, once that is committed; ServiceError where a safety service does not
+        answer, StorageError.
         """
         self._refuse_mixed()
         folders, twins = by_folder(files)
@@ -66,7 +67,7 @@ class MiniBatches:
         self._rendering.clear(self._is_known)
         self._refuse_mixed()
         faults = [fault for _, found in scored for fault in found.values()] + [row.error or "" for row in twins]
-        if files and len(faults) == len(set(files)):
+        if faults and len(faults) == sum(len(folder.came) for folder in folders) + len(twins):
             raise TableError(" · ".join(faults))
         return joined([table for table, _ in scored], twins)
 

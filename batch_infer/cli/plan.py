@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from batch_infer.settings import RunSettings
 
 
+FILES_SHOWN = 100
 TOO_SHORT = "less: a run stops then with exit code 75, and the same command goes on"
 
 
@@ -99,6 +100,10 @@ def _print(plan: Plan, faults: IO[str], settings: RunSettings) -> None:
     if plan.truncated:
         told.append(f"{number(plan.truncated, 'prompt')} longer than the model reads")
     say(" · ".join(told))
+    for name, rows in list(plan.files.items())[:FILES_SHOWN]:
+        say(f"read     {name}: {number(rows, 'row')}")
+    if len(plan.files) > FILES_SHOWN:
+        say(f"read     {len(plan.files) - FILES_SHOWN:,} more files (--json names all)")
     if plan.done:
         say(f"{plan.done:,} done before, in {settings.out}")
     if not plan.pending:
