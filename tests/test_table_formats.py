@@ -831,7 +831,7 @@ def test_one_long_text_in_many_rows_is_not_held_for_each(tmp_path: Path) -> None
 )
 def test_cells_have_a_size_limit(ending: str, text: str) -> None:
     """Which costs their row, and nothing else of it."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"id": "1", "prompt": text * 10_001, "negative_prompt": None, "tag": "a"},
         {"id": "2", "prompt": "x", "negative_prompt": text * 10_001, "tag": "b"},
         {"id": text * 10_001, "prompt": "x", "negative_prompt": None, "tag": "c"},
