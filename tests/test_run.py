@@ -316,7 +316,7 @@ def test_no_command_takes_a_table_that_is_not_there_for_a_bad_row(table: Path, o
     done += [command(name, out, table, "percent", "shards/*.csv", *others[name]) for name in ("retry", "rescore")]
     for each in done:
         assert (each.code, each.stdout) == (2, "")
-        assert "percent: no such file or folder\nshards/*.csv: the glob matches no table" in each.stderr
+        assert "percent: no such file or folder · shards/*.csv: the glob matches no table" in each.stderr
     assert (out / "run.json").read_bytes() == before
 
 

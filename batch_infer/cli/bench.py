@@ -14,6 +14,7 @@ from batch_infer.cli.config import config_option
 from batch_infer.cli.logs import set_up_logging
 from batch_infer.cli.options import json_option, logging_options, model_options
 from batch_infer.cli.report import number, printing, say
+from batch_infer.cli.signals import NOTHING_KEPT, stoppable
 from batch_infer.jobs.bench import (
     ARCHITECTURES,
     RIVALS,
@@ -96,7 +97,8 @@ def bench(as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
     """
     settings = _settings(options)
     set_up_logging(quiet=quiet, verbose=verbose)
-    report = compare(settings)
+    with stoppable(hint=NOTHING_KEPT):
+        report = compare(settings)
     with printing():
         if as_json:
             click.echo(json.dumps(report.as_dict()))

@@ -51,8 +51,11 @@ def rooted(settings: RunSettings) -> RunSettings:
 
 
 def open_tables(settings: RunSettings) -> Tables:
-    """Raises TableError where none can be read."""
-    return Tables(settings.table, SCHEMA.names)
+    """Open the tables and log which files of folders and globs are left out. Raises TableError, ServiceError."""
+    tables = Tables(settings.table, SCHEMA.names)
+    if left_out := str(tables.left_out):
+        log.info("files left out %s", left_out)
+    return tables
 
 
 def find_model(settings: RunSettings, facts: Callable[[Path], PipelineFacts] | None = None) -> ModelCard:

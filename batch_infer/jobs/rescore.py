@@ -21,6 +21,7 @@ from batch_infer.manifest import Committed, Index, Manifest
 from batch_infer.models import ModelCard
 from batch_infer.records import PromptRequest, ResultRow, digest, now
 from batch_infer.settings import OnFlagged, RunSettings, SafetySettings
+from batch_infer.stopping import GRACE_SECONDS, deferred
 from batch_infer.table import Tables
 
 BATCH = 64
@@ -111,8 +112,9 @@ class _Rescoring:
             while batch := list(islice(todo, BATCH)):
                 if stop():
                     raise Interrupted("stopped; what is judged is kept, the same command goes on")
-                rejudging.judge(batch)
-                rejudging.commit(self._tables.carried)
+                with deferred(GRACE_SECONDS):
+                    rejudging.judge(batch)
+                    rejudging.commit(self._tables.carried)
                 tell(rejudging.rescored)
         return rejudging.rescored
 

@@ -43,6 +43,7 @@ from batch_infer.manifest import Index, Manifest
 from batch_infer.planning import LeavesAlone, in_order, is_done, pending
 from batch_infer.records import ResultRow, now
 from batch_infer.settings import Compute, RunSettings
+from batch_infer.stopping import GRACE_SECONDS, deferred
 from batch_infer.worker import WorkerSettings, least, peak_memory, together
 
 LISTING_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
@@ -163,7 +164,7 @@ class _Run:
         remove_other_results(self._out, self._job.settings.output)
         self._sum_up(counts, time.monotonic() - started)
         outdir.write_run(self._out, {**self._record, "finished_at": now(), "summary": self._summary.as_dict()})
-        log.debug("ended in order: %s", self._summary.as_dict())
+        log.debug("%d images rendered, %d left; %s has the summary", self._summary.rendered, counts.left, "run.json")
         return self._summary
 
     def _score(self) -> Counts:
@@ -231,6 +232,7 @@ class _Run:
         self._record = {**self._record, "compute": asdict(compute)}
         outdir.write_run(self._out, self._record)
 
+    @deferred(GRACE_SECONDS)
     def _merge(self, survey: Survey) -> Counts:
         """Merge, and list the manifest again where it lists fewer results than this run knows of.
 

@@ -55,6 +55,8 @@ class Others:
 class Tables:
     """The tables of a run. `carried` is the schema of the columns that are handed through to the results.
 
+    `left_out` are the files of folders and globs that are no tables.
+
     What was fetched, piped in or unpacked lies in a temporary folder until `close`.
     """
 
@@ -73,7 +75,7 @@ class Tables:
         self._scratch = Scratch()
         with ExitStack() as undo:
             undo.callback(self._scratch.close)
-            found = find_files(settings.tables, settings.folder, self._scratch)
+            found, self.left_out = find_files(settings.tables, settings.folder, self._scratch)
             if others is None:
                 _refuse_missing(found)
             self._files = [self._open(file, settings.columns) for file in found]
