@@ -812,3 +812,47 @@ def test_text_is_the_same_from_every_format(prompts: list[str]) -> None:
     for outcome in outcomes[1:]:
         assert [entry[0] for entry in outcome] == [entry[0] for entry in outcomes[0]]
         assert [entry[1] or None for entry in outcome] == [entry[1] or None for entry in outcomes[0]]
+
+
+def test_one_long_text_in_many_rows_is_not_held_for_each(tmp_path: Path) -> None:
+    """A few hundred bytes of Parquet may say a megabyte a thousand times."""
+    for name in ("prompt", "tag"):
+        text = pa.DictionaryArray.from_arrays(pa.array([0] * 1000, pa.int32()), pa.array(["a" * 2_000_000]))
+        columns = {"prompt": ["x"] * 1000, name: text}
+        pq.write_table(pa.table(columns), path := tmp_path / "t.parquet", compression="zstd", store_schema=False)
+        assert path.stat().st_size < 10_000
+        before = pa.default_memory_pool().max_memory()
+        assert peak_of(path) < 20_000_000
+        assert pa.default_memory_pool().max_memory() <= max(before, 50_000_000)
+
+
+@pytest.mark.parametrize(
+    ("ending", "text"), [("jsonl", "\ud7ff"), ("csv", "x"), ("parquet", "x")], ids=["jsonl", "csv", "parquet"]
+)
+def test_cells_have_a_size_limit(ending: str, text: str) -> None:
+    """Which costs their row, and nothing else of it."""
+    rows: list[dict[str, Any]] = [
+        {"id": "1", "prompt": text * 10_001, "negative_prompt": None, "tag": "a"},
+        {"id": "2", "prompt": "x", "negative_prompt": text * 10_001, "tag": "b"},
+        {"id": text * 10_001, "prompt": "x", "negative_prompt": None, "tag": "c"},
+        {"id": "4", "prompt": "x", "negative_prompt": None, "tag": text * 2_000_000},
+        {"id": "5", "prompt": text * 10_000, "negative_prompt": text * 10_000, "tag": text * 1_000_000},
+    ]
+    *bad, good = read(write(f"t.{ending}", in_format(ending, rows)))
+    assert [item.id for item in bad] == ["1", "2", "t-00000002", "4"]
+    assert [item.carried["tag"] for item in bad] == ["a", "b", "c", None]
+    assert [item.error for item in bad if isinstance(item, ResultRow)] == [
+        "the prompt has 10001 characters, and 10000 are the most: a model reads some 75 words",
+        "the negative_prompt has 10001 characters, and 10000 are the most: a model reads some 75 words",
+        "the id has 10001 characters, and 10000 are the most",
+        "the carried cells of a row may be 1048576 bytes together: left out 'tag' of 2000000 bytes",
+    ]
+    assert all(len(item.prompt or "") <= 10_000 for item in bad)
+    assert isinstance(good, PromptRequest)
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_a_table_of_too_many_columns_is_one_fault(ending: str) -> None:
+    table = write(f"t.{ending}", in_format(ending, [{"prompt": "x", **{f"column {i}": "y" for i in range(1024)}}]))
+    with pytest.raises(TableError, match="^t.* has 1025 columns, and 1024 are the most: leave out some$"):
+        read(table)
