@@ -46,7 +46,11 @@ def settle(folder: Path, id_from: IdSource = "row") -> tuple[Counts, pa.Table]:
         found = pq.read_table(out / "results.parquet")
         merge_parts(manifest, tables.files, out, EVERYTHING)
         again = pq.read_table(out / "results.parquet")
-    assert again.select(found.column_names).equals(found)
+    assert {name: again.schema.field(name).type for name in again.column_names} == dict(
+        zip(found.column_names, found.schema.types, strict=True)
+    )
+    for name in found.column_names:  # NaN does not equal itself
+        assert repr(to_values(again[name])) == repr(to_values(found[name]))
     assert [(row.id, row.image_index) for row in rows] == list(
         zip(found["id"].to_pylist(), found["image_index"].to_pylist(), strict=True)
     )
@@ -173,7 +177,7 @@ def test_any_mix_of_types_comes_out_exactly(tables: list[Any]) -> None:
 
 
 @pytest.mark.promises
-@settings(max_examples=600)
+@settings(max_examples=300)
 @given(shards)
 def test_any_mix_of_types_comes_out_exactly_however_many_are_tried(tables: list[Any]) -> None:
     check_values(tables)
@@ -227,7 +231,7 @@ def test_any_row_is_accounted_for_exactly_once(tables: Any, id_from: IdSource) -
 
 
 @pytest.mark.promises
-@settings(max_examples=600)
+@settings(max_examples=300)
 @given(folders, st.sampled_from(["row", "content"]))
 def test_any_row_is_accounted_for_exactly_once_however_many_are_tried(tables: Any, id_from: IdSource) -> None:
     check_rows(tables, id_from)
