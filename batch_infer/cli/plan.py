@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from batch_infer.settings import RunSettings
 
 
+DEFAULT_IDS = {
+    "row": "from file name and row number: renaming, sorting or splitting the tables changes ids, derived seeds and "
+    "images; with --id-from content it does not",
+    "content": "from the content of each row: renaming, sorting or splitting the tables changes none",
+}
 FILES_SHOWN = 100
 TOO_SHORT = "too short: a run stops then with exit code 75, and the same command continues"
 
@@ -104,6 +109,8 @@ def _print(plan: Plan, faults: IO[str], settings: RunSettings) -> None:
         say(f"read     {name}: {number(rows, 'row')}")
     if len(plan.files) > FILES_SHOWN:
         say(f"read     {len(plan.files) - FILES_SHOWN:,} more files (--json names all)")
+    if plan.default_ids:
+        say(f"ids      {DEFAULT_IDS[plan.default_ids]}")
     if plan.done:
         say(f"{plan.done:,} done before, in {settings.out}")
     if not plan.pending:
