@@ -201,7 +201,7 @@ class Rejudging:
         self._written.append(path)
         if pixels is file.pixels:
             return self._sink.write(path, file.content)
-        parameters = images.parameters_text(entry.request, self._card.scheduler_name, self._card.title)
+        parameters = images.parameters_text(entry.request, self._card.scheduler_name, self._card.fingerprint)
         return self._sink.write(path, images.encode(pixels, self._settings.output.image_format, parameters))
 
     def _fail(self, entry: Stored, error: str) -> None:
