@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+from pathlib import Path
 
 import click
 
 from batch_infer.cli import commands, settle_format_early, with_suggestion
 from batch_infer.cli.logs import give_stderr_back, in_json, tell_error
-from batch_infer.errors import BatchInferError, Interrupted
+from batch_infer.errors import BatchInferError, Interrupted, UsageError
+from batch_infer.terminal import escape_controls, never_fail_to_encode
 
 
 def main() -> None:
@@ -31,9 +34,22 @@ def _fill_standard_streams() -> None:
     for name, number in (("stdout", 1), ("stderr", 2)):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(number, "w", encoding="utf-8"))
+    never_fail_to_encode(sys.stdout)
+    never_fail_to_encode(sys.stderr)
+
+
+def _has_folder() -> bool:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _run() -> int | None:
+    if not _has_folder():
+        tell_error("the current folder was removed: change to one that exists, and run again", UsageError.exit_code)
+        return UsageError.exit_code
     try:
         code: int | None = commands.main(standalone_mode=False)
     except click.ClickException as found:
@@ -41,13 +57,15 @@ def _run() -> int | None:
         if in_json():
             tell_error(error.format_message(), error.exit_code)
         else:
-            error.show()
+            text = io.StringIO()
+            error.show(text)
+            click.echo(escape_controls(text.getvalue(), keep="\n"), err=True, nl=False)
         return error.exit_code
     except BatchInferError as error:
         tell_error(error, error.exit_code)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        tell_error("interrupted; what was committed is kept, the same command goes on", Interrupted.exit_code)
+        tell_error("interrupted. Run the same command again to continue", Interrupted.exit_code)
         return Interrupted.exit_code
     return code
 

@@ -8,7 +8,7 @@ import os
 import platform
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,6 +111,7 @@ def replacing(path: Path, *, flush: bool = True, parents: bool = True) -> Iterat
     with storing(path):
         if parents:
             path.parent.mkdir(parents=True, exist_ok=True)
+        _open.add(temporary)
         try:
             yield temporary
             if flush:
@@ -118,8 +119,19 @@ def replacing(path: Path, *, flush: bool = True, parents: bool = True) -> Iterat
             os.replace(temporary, path)  # noqa: PTH105
         finally:
             temporary.unlink(missing_ok=True)
+            _open.discard(temporary)
         if flush:
             sync_folder(path.parent)
+
+
+_open: set[Path] = set()
+
+
+def remove_open() -> None:
+    """Remove the temporary files that this process is writing, before it ends without an exception."""
+    for temporary in list(_open):
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -7,10 +7,12 @@
     │   ├── TableError      no table can be read
     │   │   └── azureml.payload.TooMany   more than one real-time request may ask for
     │   ├── ModelError      the model cannot be loaded, or not with these settings
-    │   └── DamagedPart     a part of the manifest is not what was written; `run` sets it aside and goes on
+    │   ├── DamagedPart     a part of the manifest is not what was written; `run` sets it aside and goes on
+    │   └── NewerPart       a part of the manifest was written by a later version of batch-infer
     ├── TryAgainLater       exit 75: run the same command again to go on
     │   ├── LockedError     another run holds OUT
-    │   ├── StorageError    OUT cannot be written
+    │   ├── StorageError    OUT cannot be written, or not be read
+    │   │   └── MissingResults   the manifest lists fewer results than were committed
     │   ├── ServiceError    somebody else's server does not answer
     │   ├── WorkersLost     every worker has died, again and again
     │   ├── Interrupted     SIGINT or SIGTERM
@@ -67,6 +69,10 @@ class DamagedPart(UsageError):
         return f"{self.part} is damaged ({self.reason}); run again: that sets it aside and renders its rows anew"
 
 
+class NewerPart(UsageError):
+    pass
+
+
 class TryAgainLater(BatchInferError):
     exit_code = 75
 
@@ -76,6 +82,10 @@ class LockedError(TryAgainLater):
 
 
 class StorageError(TryAgainLater):
+    pass
+
+
+class MissingResults(StorageError):
     pass
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import struct
+import zlib
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter
 from PIL.PngImagePlugin import PngInfo
 
+from batch_infer.errors import RowError, first_line
 from batch_infer.records import PromptRequest
 from batch_infer.settings import ImageFormat, OnFlagged
 
@@ -19,6 +23,10 @@ JPEG_QUALITY = 95
 WEBP_QUALITY = 90
 EXIF_USER_COMMENT = 0x9286
 EXIF_IFD = 0x8769
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_DECODING_ERRORS = (OSError, ValueError, SyntaxError, TypeError, LookupError, EOFError, struct.error, zlib.error)
+"""What Pillow raises for a file that is no image, or a damaged one."""
 
 XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
@@ -75,6 +83,43 @@ def encode(pixels: np.ndarray, image_format: ImageFormat, parameters: str) -> by
         case "webp":
             image.save(stream, "WEBP", quality=WEBP_QUALITY, xmp=XMP.encode(), exif=_exif(parameters))
     return stream.getvalue()
+
+
+def decode(content: bytes) -> np.ndarray:
+    """Return the pixels (H, W, 3) uint8 of an image file. Raises RowError where it cannot be opened.
+
+    The text in a PNG is skipped: Pillow refuses files with more than 64 MiB of it.
+    """
+    try:
+        with Image.open(io.BytesIO(_without_text(content))) as image:
+            return np.asarray(image.convert("RGB"))
+    except (*_DECODING_ERRORS, Image.DecompressionBombError) as error:
+        raise RowError(f"its image cannot be opened ({first_line(error)})") from error
+
+
+def _without_text(content: bytes) -> bytes:
+    """Return a PNG without its text chunks, and anything else as it is."""
+    if not content.startswith(_PNG):
+        return content
+    kept, place = [_PNG], len(_PNG)
+    while place + 12 <= len(content):
+        length = int.from_bytes(content[place : place + 4], "big")
+        chunk = content[place : place + length + 12]
+        if chunk[4:8] not in (b"tEXt", b"zTXt", b"iTXt"):
+            kept.append(chunk)
+        place += length + 12
+    return b"".join(kept)
+
+
+def pixels_sha256(pixels: np.ndarray) -> str:
+    """Return the SHA-256 of an image (H, W, 3) uint8: of its mode, its size and its pixels before encoding.
+
+    It does not depend on the file format, the text in the file, or the version of an encoder.
+    """
+    height, width, _ = pixels.shape
+    found = hashlib.sha256(f"RGB {width}x{height}\n".encode())
+    found.update(np.ascontiguousarray(pixels).data)
+    return found.hexdigest()
 
 
 def _latin(text: str) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from batch_infer.atomic import storing
+from batch_infer.terminal import EscapingFormatter, escape_controls
 
 
 @contextmanager
@@ -29,14 +30,15 @@ def open_log(path: Path) -> Iterator[TextIO]:
     finally:
         if (error := sys.exc_info()[1]) is not None and not isinstance(error, SystemExit):
             with suppress(OSError):
-                os.write(file.fileno(), "".join(traceback.format_exception(error)).encode())
+                text = escape_controls("".join(traceback.format_exception(error)), keep="\n\t")
+                os.write(file.fileno(), text.encode())
         with suppress(OSError):
             file.close()
 
 
 def log_to(file: TextIO) -> logging.Handler:
     """A handler that writes to a file, with the time in UTC."""
-    formatter = logging.Formatter("%(asctime)sZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
+    formatter = EscapingFormatter("%(asctime)sZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
     formatter.converter = time.gmtime
     handler = _Handler(file)
     handler.setFormatter(formatter)

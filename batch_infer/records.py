@@ -59,6 +59,10 @@ class SizeRules:
         return largest if self.most is None else min(largest, self.most)
 
 
+PACKINGS = (".gz", ".bz2", ".xz", ".zst")
+"""Endings of compressed tables."""
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """Where a row is: the file as the user named it, the row in it, from 0, and in a text format its line, from 1."""
@@ -75,7 +79,7 @@ class Source:
     def stem(self) -> str:
         """The file's name without its endings, of which it has two where it is packed."""
         path = PurePosixPath(self.file)
-        return (path.with_suffix("") if path.suffix.lower() in (".gz", ".zst") else path).stem
+        return (path.with_suffix("") if path.suffix.lower() in PACKINGS else path).stem
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,11 +146,15 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class StoredImage:
-    """An image file as its sink wrote it: its path relative to OUT, its sha256 and its length in bytes."""
+    """An image file as its sink wrote it: its path relative to OUT, its sha256 and its length in bytes.
+
+    `pixels_sha256` is that of `images.pixels_sha256`.
+    """
 
     path: str
     sha256: str
     image_bytes: int
+    pixels_sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,6 +184,7 @@ class ResultRow:
     safety_checker: str | None = None
     safety_scores: Mapping[str, float] | None = None
     sha256: str | None = None
+    pixels_sha256: str | None = None
     image_bytes: int | None = None
     slots: int | None = None
     seconds: float | None = None

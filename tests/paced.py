@@ -1,9 +1,9 @@
 """The command at a pace that a test sets, whatever the machine's: `python -m tests.paced run TABLE ...`.
 
-Every image is a part of its own in the manifest. PACE_SECONDS is the pause of a worker after each image. With PACE_HOLD
-a worker makes so many images and then stays at work, without another one, until it is stopped or killed. With PACE_MEET
-(a folder) and PACE_WORKERS none begins before so many have loaded their model. The workers' processes import this
-module too, as they do with every main module, so it holds for them as well.
+Every image is a part of its own in the manifest, or with PACE_ROWS every so many are. PACE_SECONDS is the pause of a
+worker after each image. With PACE_HOLD a worker makes so many images and then stays at work, without another one, until
+it is stopped or killed. With PACE_MEET (a folder) and PACE_WORKERS none begins before so many have loaded their model.
+The workers' processes import this module too, as they do with every main module, so it holds for them as well.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from batch_infer.__main__ import main
 from batch_infer.chain import Rendered, Unrendered
 from batch_infer.records import PromptRequest
-from batch_infer.worker import device, loading
+from batch_infer.worker import committing, loading
 from tests.dummies import meet
 
 MODULE = ("-m", "tests.paced")
@@ -53,7 +53,7 @@ def pace() -> None:
         return chain
 
     loading.load_chain = load_paced
-    device.COMMIT_SECONDS = 0.0
+    committing.COMMIT_ROWS = int(os.environ.get("PACE_ROWS", "1"))
 
 
 if __name__ in ("__main__", "__mp_main__"):

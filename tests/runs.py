@@ -17,9 +17,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pyarrow.parquet as pq
+from PIL import Image
 
 from batch_infer.__main__ import main
+from batch_infer.images import pixels_sha256
 from batch_infer.settings import ComputeSettings, ModelSettings, RowDefaults, RunSettings, SafetySettings, TableSettings
 
 QUICK = ("--steps", "2", "--slots", "8", "--threads", "1", "--device", "cpu", "--on-flagged", "keep",
@@ -117,6 +120,10 @@ def assert_whole(out: Path) -> None:
     for row in rows:
         content = (out / row["generated_image"]).read_bytes()
         assert (hashlib.sha256(content).hexdigest(), len(content)) == (row["sha256"], row["image_bytes"])
+        if row["generated_image"].endswith(".png"):
+            with Image.open(io.BytesIO(content)) as image:
+                # None: of an image that a version without this column made
+                assert row["pixels_sha256"] in (None, pixels_sha256(np.asarray(image)))
     assert not [path for path in out.rglob(".*") if path.name != ".lock"]
 
 

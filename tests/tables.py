@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import lzma
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batch_infer.carried import to_array
 from batch_infer.manifest import SCHEMA
 from batch_infer.records import PromptRequest, ResultRow, SizeRules
 from batch_infer.settings import RowDefaults, TableSettings
@@ -61,7 +64,7 @@ def read(*tables: Path | str, rules: RowRules = RULES, **options: Any) -> list[P
     with open_tables(*tables, **options) as opened:
         found = list(opened.rows(rules))
         for field in opened.carried:
-            pa.array([item.carried.get(field.name) for item in found], field.type).validate(full=True)
+            to_array([item.carried.get(field.name) for item in found], field.type).validate(full=True)
     return found
 
 
@@ -112,8 +115,9 @@ def in_format(ending: str, rows: list[dict[str, Any]]) -> bytes:
 
 
 def pack(packing: str, content: bytes) -> bytes:
-    if packing == "gz":
-        return gzip.compress(content)
+    packers: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+    if packing in packers:
+        return packers[packing](content)
     return bytes(pa.compress(content, "zstd", asbytes=True))
 
 

@@ -239,6 +239,9 @@ def test_a_bad_request_is_refused_in_one_sentence_and_the_server_lives_on(server
         b"": "the request is empty, or its Content-Type is not application/json",
         b'{"input_data": {"columns": ["text"], "data": [["a"]]}}': "there is no column 'prompt' in input_data",
         b'{"input_data": {"data": []}}': "data in input_data is empty",
+        b'{"input_data": {"data": ["a"]}, "params": {"height": 65}}': "the parameters of the request: ",
+        b'{"input_data": {"data": ["a"], "parameters": {"steps": 4}}}': "unknown parameter 'steps'",
+        b'{"input_data": {"columns": ["prompt", "seed"], "data": [["a"]]}}': "element 0 of data has 1 cell",
         b"[" * 100_000: "the request is nested too deeply",
     }
     for body, sentence in bodies.items():

@@ -23,7 +23,7 @@ from batch_infer.azureml import mailbox, online
 from batch_infer.azureml.deployment import Deployment, find_deployment
 from batch_infer.azureml.mailbox import Mailbox
 from batch_infer.azureml.payload import MOST_IMAGES, TooMany, read_payload
-from batch_infer.azureml.scoring import score_rows
+from batch_infer.azureml.scoring import check_parameters, score_rows
 from batch_infer.azureml.service import PATIENCE, SLOTS, Caller, GivenUp, Service
 from batch_infer.chain import ChainShape, DrivenChain, Rendered, Unrendered
 from batch_infer.errors import Interrupted, ServiceError, SettingsError, TableError
@@ -103,7 +103,10 @@ def payload(**input_data: Any) -> str:
         ({"columns": ["prompt"], "data": [["p"], ["q"]]}, [{"prompt": "p"}, {"prompt": "q"}]),
         ({"data": [{"prompt": "p"}, {"prompt": "q"}]}, [{"prompt": "p"}, {"prompt": "q"}]),
         ({"data": ["p", ["q"], {"prompt": "r"}]}, [{"prompt": "p"}, {"prompt": "q"}, {"prompt": "r"}]),
-        ({"columns": ["prompt", "seed"], "data": [["p", 3], ["q"]]}, [{"prompt": "p", "seed": 3}, {"prompt": "q"}]),
+        (
+            {"columns": ["prompt", "seed"], "data": [["p", 3], ["q", None]]},
+            [{"prompt": "p", "seed": 3}, {"prompt": "q", "seed": None}],
+        ),
         (
             {"data": ["p", {"prompt": "q", "seed": 4}, {"prompt": "r", "seed": None}], "parameters": {"seed": 9}},
             [{"prompt": "p", "seed": 9}, {"prompt": "q", "seed": 4}, {"prompt": "r", "seed": 9}],
@@ -112,7 +115,27 @@ def payload(**input_data: Any) -> str:
     ],
 )
 def test_a_payload_says_its_rows_in_several_ways(sent: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    assert read_payload(payload(**sent)) == rows
+    assert read_payload(payload(**sent)).rows == rows
+
+
+@pytest.mark.parametrize("key", ["parameters", "params"])
+@pytest.mark.parametrize("beside", [True, False])
+def test_parameters_of_a_request_come_in_all_documented_forms(key: str, beside: bool) -> None:
+    values = {key: {"num_inference_steps": 7, "seed": 3}}
+    data = {"data": ["p", {"prompt": "q", "seed": 4}]}
+    sent = {"input_data": data, **values} if beside else {"input_data": {**data, **values}}
+    rows, parameters = read_payload(json.dumps(sent))
+    assert parameters == values[key]
+    assert rows == [
+        {"prompt": "p", "num_inference_steps": 7, "seed": 3},
+        {"prompt": "q", "num_inference_steps": 7, "seed": 4},
+    ]
+
+
+def test_parameters_go_by_the_field_or_by_its_column() -> None:
+    for name in ("num_inference_steps", "steps"):
+        text = json.dumps({"input_data": {"data": ["p"]}, "params": {name: 7}})
+        assert read_payload(text, {"num_inference_steps": "steps"}).rows == [{"prompt": "p", "steps": 7}]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +147,7 @@ def test_a_payload_says_its_rows_in_several_ways(sent: dict[str, Any], rows: lis
         (" ", "the request is empty"),
         ("[" * 200 + "]" * 200, "the request is not a JSON object but a list"),
         ("[" * 100_000, "the request is nested too deeply"),
-        (payload(data=["p"], more=json.loads("[" * 200 + "]" * 200)), "the request is nested too deeply"),
+        (payload(data=["p"], index=json.loads("[" * 200 + "]" * 200)), "the request is nested too deeply"),
         ('"p"', "the request is not a JSON object but a string"),
         ("{}", "there is no input_data in the request"),
         ('{"input_data": ["p"]}', "input_data is not an object but a list"),
@@ -138,6 +161,13 @@ def test_a_payload_says_its_rows_in_several_ways(sent: dict[str, Any], rows: lis
         (payload(columns=["prompt", 2], data=["p"]), "columns in input_data is not a list of names"),
         (payload(columns=["prompt", "prompt"], data=["p"]), "columns in input_data: two are named 'prompt'"),
         (payload(parameters=[1], data=["p"]), "parameters in input_data is not an object but a list"),
+        (payload(data=["p"], params={"steps": 7}), "unknown parameter 'steps' in params in input_data; there are "),
+        (payload(data=["p"], parameters={"guidance": 7}), "unknown parameter 'guidance' in parameters in input_data; "),
+        (payload(data=["p"], parameters={"prompt": "q"}), "unknown parameter 'prompt'"),
+        (payload(data=["p"], parameters={"seed": 1}, params={"seed": 1}), "the request has the parameter 'seed' twice"),
+        (payload(data=["p"], parameter={"seed": 1}), "unknown key 'parameter' in input_data; did you mean 'para"),
+        ('{"input_data": {"data": ["p"]}, "param": {}}', "unknown key 'param' in the request; did you mean 'params'?"),
+        (payload(columns=["prompt", "seed"], data=[["p"]]), "element 0 of data has 1 cell where columns names 2; send"),
         (payload(columns=["text"], data=["p"]), "there is no column 'prompt' in input_data, which has 'text'"),
         (payload(data=[{"text": "p"}, {}]), "there is no column 'prompt' in input_data, which has 'text'"),
     ],
@@ -151,7 +181,25 @@ def test_what_is_no_payload_is_told_in_a_sentence(text: str | bytes, sentence: s
 
 def test_a_byte_order_mark_is_no_part_of_a_payload() -> None:
     text = "\ufeff" + payload(data=["p"])
-    assert read_payload(text) == read_payload(text.encode()) == [{"prompt": "p"}]
+    assert read_payload(text) == read_payload(text.encode()) == ([{"prompt": "p"}], {})
+
+
+@pytest.mark.parametrize(
+    ("parameters", "sentence"),
+    [
+        ({"num_inference_steps": -4}, "num_inference_steps"),
+        ({"num_inference_steps": "ten"}, "num_inference_steps"),
+        ({"height": 65}, "height 65 is not a multiple of 8"),
+        ({"negative_prompt": "x" * 10_001}, "the negative_prompt has 10001 characters"),
+    ],
+)
+def test_a_parameter_that_no_row_may_have_is_refused(
+    deployment: Deployment, parameters: dict[str, Any], sentence: str
+) -> None:
+    """Also where every row has a value of its own."""
+    with pytest.raises(TableError, match=f"the parameters of the request: {sentence}"):
+        check_parameters(parameters, deployment)
+    check_parameters({"num_inference_steps": 4, "seed": None}, deployment)
 
 
 # Callers who share a chain

@@ -137,9 +137,9 @@ def test_status_counts_what_it_holds(folder: Path, name: str) -> None:
 def test_it_is_rescored_and_then_continued(folder: Path, name: str) -> None:
     """By other judges and by the same: no image is lost, and the run goes on from there."""
     out, before = folder / name, committed(folder / name)
-    policy = name if name in FORMATS else "keep"
-    judged = ("--safety", "checker", "--on-flagged", policy)
-    done = command("rescore", out, *judged, "--json")
+    judged = ("--safety", "checker", "--on-flagged", name if name in FORMATS else "keep")
+    policy = judged[2:] if name == "carried" else ()  # the others' own is kept
+    done = command("rescore", out, *judged[:2], *policy, "--json")
     assert (done.code, json.loads(done.stdout)["failed"]) == (0, 0), done.stderr
     assert rendered(run(folder, name, *judged, "--json"), CODES.get(name, 0)) == 0
     rows = {(row["id"], row["image_index"]): row for row in results(out)}

@@ -9,7 +9,6 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import fields, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from batch_infer.errors import DamagedPart, StorageError
+from batch_infer.errors import DamagedPart, NewerPart, StorageError
 from batch_infer.manifest import SCHEMA, Manifest, read_part, to_table, write_parquet
-from batch_infer.records import BOOKKEEPING, ResultRow, now
+from batch_infer.records import BOOKKEEPING, ResultRow, digest, now
 
 NONE = pa.schema([])
 COLUMNS = [
     *("id", "image_index", "prompt", "generated_image", "nsfw_content_detected", "status", "error"),
     *("negative_prompt", "seed", "height", "width", "num_inference_steps", "guidance_scale", "guidance_rescale"),
-    *("scheduler", "prompt_tokens", "prompt_truncated", "safety_checker", "safety_scores", "sha256", "image_bytes"),
-    *("slots", "seconds", "attempt", "worker", "finished_at", "source_file", "source_row", "fingerprint"),
+    *("scheduler", "prompt_tokens", "prompt_truncated", "safety_checker", "safety_scores"),
+    *("sha256", "pixels_sha256", "image_bytes", "slots", "seconds", "attempt", "worker", "finished_at"),
+    *("source_file", "source_row", "fingerprint"),
 ]
 """The contract of interface.md, in its order."""
 
@@ -60,6 +60,7 @@ def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
         **{"seed": 2**63 - 1, "height": 64, "width": 72, "num_inference_steps": 20, "guidance_scale": 7.5},
         **{"guidance_rescale": 0.5, "scheduler": "DDIMScheduler", "prompt_tokens": 3, "prompt_truncated": False},
         **{"safety_checker": "own", "safety_scores": {"concept_0": 0.25}, "sha256": "00", "image_bytes": 2**40},
+        **{"pixels_sha256": "01"},
         **{"slots": 8, "seconds": 0.5, "attempt": 2, "worker": "w"},
     }
     full = row(**values)
@@ -241,6 +242,53 @@ def test_a_part_with_other_columns_is_damaged(tmp_path: Path, change: str) -> No
         index.take([found])
 
 
+def as_version_1(part: Path, extra: dict[str, Any] | None = None) -> None:
+    """Rewrite a part as the first version of the format has it, with carried columns `extra`."""
+    table = pq.read_table(part).drop_columns(["pixels_sha256"])
+    for name, values in (extra or {}).items():
+        table = table.append_column(name, pa.array(values))
+    mark = digest(table.column_names)
+    pq.write_table(table.replace_schema_metadata({"batch-infer-columns": mark}), part)
+
+
+def test_a_part_of_an_earlier_version_has_null_in_the_columns_that_it_did_not_know(tmp_path: Path) -> None:
+    manifest = Manifest(tmp_path)
+    old = manifest.folder / manifest.commit([row("a", sha256="00", pixels_sha256="01")], NONE)
+    manifest.commit([row("b", sha256="02", pixels_sha256="03")], NONE)
+    as_version_1(old)
+    with manifest.index() as index:
+        found = [index.find((name, 0)) for name in "ab"]
+        table = index.take([entry for entry in found if entry is not None])
+    assert table.schema == SCHEMA
+    assert table.select(["id", "sha256", "pixels_sha256"]).to_pylist() == [
+        {"id": "a", "sha256": "00", "pixels_sha256": None},
+        {"id": "b", "sha256": "02", "pixels_sha256": "03"},
+    ]
+
+
+def test_a_carried_column_that_later_became_a_result_column_is_still_carried(tmp_path: Path) -> None:
+    manifest = Manifest(tmp_path)
+    part = manifest.folder / manifest.commit([row()], NONE)
+    as_version_1(part, {"pixels_sha256": ["the user's"]})
+    assert [schema.names for schema in manifest.schemas()] == [["input_pixels_sha256"]]
+    table = read_part(part)
+    assert table.column_names == [*COLUMNS, "input_pixels_sha256"]
+    assert (table["pixels_sha256"].to_pylist(), table["input_pixels_sha256"].to_pylist()) == ([None], ["the user's"])
+
+
+def test_a_part_of_a_later_version_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    manifest = Manifest(tmp_path)
+    part = manifest.folder / manifest.commit([row()], NONE)
+    table = pq.read_table(part).append_column("new", pa.array(["x"]))
+    mark = f"3 {digest([3, *table.column_names])}"
+    pq.write_table(table.replace_schema_metadata({"batch-infer-columns": mark}), part)
+    before = part.read_bytes()
+    damages: list[DamagedPart] = []
+    with pytest.raises(NewerPart, match=rf"{re.escape(str(part))} was written by a newer batch-infer \(format 3"):
+        manifest.index(damaged=damages.append)
+    assert (damages, part.read_bytes()) == ([], before)
+
+
 def damaged(content: bytes, random_: random.Random) -> bytes:
     """A file as a disk may give it back: cut off, zeroed in blocks, with bits or bytes that are others."""
     at = random_.randrange(len(content))
@@ -273,18 +321,6 @@ def test_whatever_is_damaged_nothing_is_read_that_was_not_written(tmp_path: Path
         except DamagedPart:
             detected += 1
     assert detected > 400
-
-
-def test_rows_since_a_time_are_taken_from_where_they_stand(tmp_path: Path) -> None:
-    manifest, end = Manifest(tmp_path), now()
-    manifest.commit(
-        [row("old", finished_at=end - timedelta(hours=1), seed=1), row("new", finished_at=end, seed=2)], NONE
-    )
-    with manifest.index(since=end) as index:
-        assert index.find(("old", 0)) is None
-        found = index.find(("new", 0))
-        assert found is not None
-        assert index.take([found])["seed"].to_pylist() == [2]
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["gone", "replaced"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import os
@@ -12,11 +13,12 @@ from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pyarrow as pa
 import pytest
 
-from batch_infer.errors import DamagedPart
+from batch_infer.errors import DamagedPart, StorageError
 from batch_infer.jobs import recovery
 from batch_infer.jobs.recovery import recover, set_aside
 from batch_infer.manifest import Manifest
@@ -25,6 +27,8 @@ from batch_infer.sinks import FolderSink
 
 NONE = pa.schema([])
 END = datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc)
+NOW = 50_000.0
+"""The time on the clock of a machine."""
 ROOT = Path(__file__).parent.parent
 LONG = "0123456789" * 6
 """A value that stands in a part as it is."""
@@ -39,10 +43,12 @@ def result(sink: FolderSink, name: str, content: bytes | None = b"pixels", **mor
     return ResultRow(**{**usual, "finished_at": END, "fingerprint": "f", **more})
 
 
-def commit(out: Path, *rows: ResultRow) -> Path:
+def commit(out: Path, *rows: ResultRow, at: float = NOW, run: int = 0) -> Path:
+    """Commit rows when the machine's clock says `at`."""
     FolderSink(out).settle([row.generated_image for row in rows if row.generated_image])
-    manifest = Manifest(out)
-    return manifest.folder / manifest.commit(rows, NONE)
+    manifest = Manifest(out, run)
+    with mock.patch("batch_infer.manifest.manifest.monotonic", lambda: at):
+        return manifest.folder / manifest.commit(rows, NONE)
 
 
 def files(out: Path) -> dict[str, bytes]:
@@ -56,7 +62,8 @@ def commit_twice(out: Path) -> None:
         rows = [result(sink, name, f"{name} {attempt}".encode(), attempt=attempt) for name in "abc"]
         rows.append(result(sink, "d", None, status="failed", error="why", attempt=attempt))
         sink.settle([row.generated_image for row in rows if row.generated_image])
-        manifest.commit(rows, NONE)
+        with mock.patch("batch_infer.manifest.manifest.monotonic", lambda: NOW):
+            manifest.commit(rows, NONE)
         sink.remove(f"images/t-00000/old-{attempt}.png")
 
 
@@ -154,17 +161,15 @@ def test_an_out_without_a_manifest_is_recovered(tmp_path: Path) -> None:
 
 def test_recent_images_that_the_disk_has_lost_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Older ones are not looked at: that is for `verify`."""
-    sink, early = FolderSink(tmp_path), END - recovery.RECENT
-    rows = [
-        *(result(sink, name) for name in ("a whole", "a gone", "a short", "another")),
-        result(sink, "a recent", finished_at=early),
-        result(sink, "an old", finished_at=early - timedelta(microseconds=1)),
-        result(sink, "a failure", None, status="failed"),
-    ]
-    commit(tmp_path, *rows)
+    sink, early = FolderSink(tmp_path), NOW - recovery.RECENT_SECONDS
+    rows = [*(result(sink, name) for name in ("a whole", "a gone", "a short", "another"))]
+    commit(tmp_path, *rows, result(sink, "a failure", None, status="failed"))
+    commit(tmp_path, result(sink, "a recent"), at=early)
+    commit(tmp_path, result(sink, "an old"), at=early - 0.001)
     outside = result(sink, "an outside", None, generated_image="../x.png", sha256="0", image_bytes=1)
-    Manifest(tmp_path).commit([outside], NONE)
-    commit(tmp_path, result(sink, "an older", finished_at=END - timedelta(hours=2)))
+    with mock.patch("batch_infer.manifest.manifest.monotonic", lambda: NOW):
+        Manifest(tmp_path).commit([outside], NONE)
+    commit(tmp_path, result(sink, "an older"), at=NOW - 7200)
     folder = tmp_path / "images" / "t-00000"
     for name in ("a gone", "a recent", "an old", "an older"):
         (folder / f"{name}-0.png").unlink()
@@ -177,6 +182,16 @@ def test_recent_images_that_the_disk_has_lost_are_told(tmp_path: Path, caplog: p
         f"5 images of the manifest are missing or not whole and must be rendered again, the first is {tmp_path}/"
         in (caplog.text)
     )
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE])
+def test_an_image_that_cannot_be_read_is_not_a_missing_one(tmp_path: Path, number: int) -> None:
+    (tmp_path / "a.png").write_bytes(b"x")
+    fault = OSError(number, os.strerror(number))
+    with mock.patch.object(Path, "read_bytes", side_effect=fault), pytest.raises(StorageError, match="cannot read .*a"):
+        recovery.is_whole(tmp_path, "a.png", "sum", 1)
+    with mock.patch.object(Path, "read_bytes", side_effect=OSError(errno.EIO, "")):
+        assert not recovery.is_whole(tmp_path, "a.png", "sum", 1), "the disk has lost it"
 
 
 def test_of_several_attempts_the_image_of_the_last_counts(tmp_path: Path) -> None:
@@ -221,7 +236,7 @@ def garbled(content: bytes) -> bytes:
 def test_a_damaged_part_that_is_found_later_is_set_aside_too(tmp_path: Path) -> None:
     """An old one: by who reads its other columns, or by the index."""
     sink = FolderSink(tmp_path)
-    part = commit(tmp_path, result(sink, "a", finished_at=END - timedelta(days=1), scheduler=LONG))
+    part = commit(tmp_path, result(sink, "a", scheduler=LONG), at=NOW - 40_000)
     content = part.read_bytes()
     commit(tmp_path, result(sink, "b"))
     part.write_bytes(garbled(content))
@@ -239,10 +254,10 @@ def test_a_damaged_part_that_is_found_later_is_set_aside_too(tmp_path: Path) -> 
     assert not part.exists()
 
 
-def test_of_an_old_part_one_column_is_read_and_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_an_old_part_no_column_is_read_and_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sink = FolderSink(tmp_path)
     for hours in range(1, 6):
-        commit(tmp_path, result(sink, f"a{hours}", finished_at=END - timedelta(hours=hours)))
+        commit(tmp_path, result(sink, f"a{hours}"), at=NOW - 3600 * hours)
     commit(tmp_path, result(sink, "a"))
     read: list[object] = []
     real_part, real_whole = vars(recovery)["read_part"], vars(recovery)["is_whole"]
@@ -258,7 +273,35 @@ def test_of_an_old_part_one_column_is_read_and_no_image(tmp_path: Path, monkeypa
     monkeypatch.setattr(recovery, "read_part", read_part)
     monkeypatch.setattr(recovery, "is_whole", is_whole)
     assert recover(tmp_path, Manifest(tmp_path)) == frozenset()
-    assert read == [(("finished_at",),)] * 6 + [(), "images/t-00000/a-0.png"]
+    assert read == [(), "images/t-00000/a-0.png"]
+
+
+def test_the_time_of_day_may_be_set_back_during_a_run(tmp_path: Path) -> None:
+    """What was committed last is checked, although its time of day is the earlier one."""
+    sink = FolderSink(tmp_path)
+    commit(tmp_path, result(sink, "a"), at=NOW - 700)
+    commit(tmp_path, result(sink, "b", finished_at=END - timedelta(days=1)))
+    for name in "ab":
+        (tmp_path / f"images/t-00000/{name}-0.png").write_bytes(b"lost")
+    assert recover(tmp_path, Manifest(tmp_path)) == {("b", 0)}
+
+
+def test_each_machine_has_its_own_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sink = FolderSink(tmp_path)
+    commit(tmp_path, result(sink, "a"))
+    monkeypatch.setattr("batch_infer.manifest.manifest.here", lambda: "elsewhere")
+    commit(tmp_path, result(sink, "b"), at=7.0)
+    for name in "ab":
+        (tmp_path / f"images/t-00000/{name}-0.png").write_bytes(b"lost")
+    assert recover(tmp_path, Manifest(tmp_path)) == {("a", 0), ("b", 0)}
+
+
+def test_runs_before_the_last_one_that_ended_in_order_are_not_checked(tmp_path: Path) -> None:
+    sink = FolderSink(tmp_path)
+    for run, name in enumerate("abc", 1):
+        commit(tmp_path, result(sink, name), run=run)
+        (tmp_path / f"images/t-0000{name > 'b':d}/{name}-0.png").write_bytes(b"lost")
+    assert recover(tmp_path, Manifest(tmp_path), since_run=2) == {("b", 0), ("c", 0)}
 
 
 if __name__ == "__main__":

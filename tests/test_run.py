@@ -217,6 +217,10 @@ def test_other_image_formats(table: Path, out: Path, image_format: str, suffix: 
     assert row["generated_image"].endswith(suffix)
     assert open_image(out, row).format == image_format.upper()
     assert_whole(out)
+    run(table, out.with_name("png"), "--limit", "1")
+    (png,) = results(out.with_name("png"))
+    assert png["pixels_sha256"] == row["pixels_sha256"] is not None
+    assert png["sha256"] != row["sha256"]
 
 
 def test_results_in_csv_and_jsonl_with_images_in_base64(table: Path, out: Path) -> None:
@@ -312,7 +316,7 @@ def test_no_command_takes_a_table_that_is_not_there_for_a_bad_row(table: Path, o
     done += [command(name, out, table, "percent", "shards/*.csv", *others[name]) for name in ("retry", "rescore")]
     for each in done:
         assert (each.code, each.stdout) == (2, "")
-        assert "percent: no such file or folder\nshards/*.csv: the glob matches no table" in each.stderr
+        assert "percent: no such file or folder · shards/*.csv: the glob matches no table" in each.stderr
     assert (out / "run.json").read_bytes() == before
 
 
@@ -717,7 +721,9 @@ def test_where_nobody_was_asked_the_answer_is_null(table: Path, out: Path, flagg
 def test_a_model_without_a_checker_is_said_to_have_none(table: Path, out: Path, sd2_folder: Path) -> None:
     done = run(table, out, "--model", sd2_folder, "--limit", "1")
     assert done.code == 0
-    assert done.stderr.count("has no safety checker: nsfw_content_detected will be null") == 1
+    assert (
+        done.stderr.count("has no safety checker: images will not be checked; nsfw_content_detected will be null") == 1
+    )
     assert [row["nsfw_content_detected"] for row in results(out)] == [None]
 
 
@@ -945,3 +951,16 @@ def test_the_memory_of_a_run_does_not_grow_with_the_table(tmp_path: Path, few: i
             assert process.wait() == 0
         peaks.append(run_json(tmp_path / str(count))["summary"]["peak_memory"]["host_bytes"])
     assert peaks[1] < 1.15 * peaks[0]
+
+
+def test_a_second_run_names_the_rows_that_are_still_invalid(tmp_path: Path, out: Path) -> None:
+    """Also with -q, which says nothing of what is as it should be."""
+    long = "a very long prompt " * 40
+    table = write_csv(tmp_path / "t.csv", [["prompt", "seed"], ["a red circle", ""], [" ", "1"], [long, ""]])
+    first, second = run(table, out), run(table, out, "-q")
+    assert (first.code, second.code, second.stderr) == (3, 3, "")
+    assert f"  {table}, line 3 (t-00000001): the prompt is empty" in second.stdout.splitlines()
+    assert "1 invalid · 1 prompt truncated" in second.stdout
+    assert run_json(out)["summary"]["bad_results"] == [f"{table}, line 3 (t-00000001): the prompt is empty"]
+    assert "no --model given" in first.stderr
+    assert "no --model given" not in run(table, out).stderr, "said of a new OUT alone"

@@ -135,11 +135,14 @@ def test_every_command_names_the_key(tmp_path: Path, keys: Keys, value: Any, sen
     assert {path.name for path in out.iterdir()} <= {"run.json", ".lock"}
 
 
-@pytest.mark.parametrize("key", ["settings", "rules"])
-def test_a_key_that_another_version_does_not_write_is_named(tmp_path: Path, key: str) -> None:
-    record = {name: value for name, value in RECORD.items() if name not in (key, "rescoring")}
+@pytest.mark.parametrize(
+    ("key", "line"),
+    [("settings", ("merge",)), ("rules", ("merge",)), ("settings", ("rescore", "--safety", "checker"))],
+)
+def test_a_key_that_another_version_does_not_write_is_named(tmp_path: Path, key: str, line: tuple[str, ...]) -> None:
+    record = {name: value for name, value in RECORD.items() if name not in (key, "rescoring", "unrepeatable_tables")}
     outdir.write_run(tmp_path, record)
-    done = command("merge", tmp_path)
+    done = command(line[0], tmp_path, *line[1:])
     assert done.code == 2
     assert f"has no {key}, so another version of batch-infer wrote it: go on with `batch-infer run`" in done.stderr
 

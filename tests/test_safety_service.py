@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -11,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from batch_infer.jobs import rescore
 from batch_infer.manifest import Manifest
@@ -26,6 +30,7 @@ BLUE = "a large blue square, centre, cream background"
 READ = ServiceSettings.from_environment
 WORDS = {"axe": ("Violence", 4), "knife": ("Violence", 2)}
 CROSS = ("--on-flagged", "quarantine")
+COMPUTE = ("--slots", "8", "--threads", "1", "--device", "cpu", "--num-processes", "0")
 
 
 @pytest.fixture(autouse=True)
@@ -269,6 +274,10 @@ def test_without_a_key_and_an_identity_nothing_starts(tmp_path: Path, monkeypatc
 # Judging again
 
 
+class Killed(BaseException):
+    """What no code survives, as far as the disk can tell."""
+
+
 def without_bookkeeping(out: Path) -> list[dict[str, Any]]:
     kept = {"slots", "seconds", "attempt", "worker", "finished_at"}
     return [{name: value for name, value in row.items() if name not in kept} for row in runs.results(out)]
@@ -311,6 +320,56 @@ def test_what_was_flagged_comes_back_where_it_was_kept(tmp_path: Path, monkeypat
         use(monkeypatch, service, THRESHOLD="3")
         assert runs.command("rescore", out, "--safety", "azure", "--on-flagged", "blank").code == 0
     runs.assert_whole(out)
+
+
+def test_the_policy_of_the_run_is_kept_unless_another_is_requested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By rescore, and by the command of the run after it."""
+    monkeypatch.delenv("CONTENT_SAFETY_KEY")
+    out, path = tmp_path / "out", table(tmp_path, CROSSES)
+    assert runs.command("run", path, "-o", out, *COMPUTE, *SHARP, "--on-flagged", "keep").code == 0
+    before = runs.hashes(out)
+    done = runs.command("rescore", out, "--safety", "checker")
+    assert done.code == 0 and "original" not in done.stderr
+    assert runs.run_json(out)["settings"]["safety"]["on_flagged"] == "keep"
+    assert runs.hashes(out) == before, "no image was replaced"
+    assert runs.command("rescore", out, "--safety", "checker", "--on-flagged", "quarantine").code == 0
+    assert any(path.startswith("quarantine/") for path in runs.images(out))
+    again = runs.command("run", path, "-o", out, *COMPUTE, *SHARP, "--json")
+    assert (again.code, json.loads(again.stdout)["rendered"]) == (0, 0), again.stderr
+    assert runs.hashes(out) == before
+    other = runs.command("run", path, "-o", out, *COMPUTE, *SHARP, "--on-flagged", "blank")
+    assert other.code == 2 and "on flagged quarantine, and this run has safety" in other.stderr
+    runs.assert_whole(out)
+
+
+@pytest.mark.parametrize(
+    ("policy", "loss"),
+    [
+        ("blank", "replaced by a black image"),
+        *(pytest.param(*case, marks=pytest.mark.promises) for case in (
+            ("blur", "replaced by a blurred image"), ("drop", "removed"), ("keep", None), ("quarantine", None))),
+    ],
+)  # fmt: skip
+def test_what_will_be_lost_is_told_before_anything_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, loss: str | None
+) -> None:
+    """The policy is that of the run."""
+    out, path = tmp_path / "out", table(tmp_path, CROSSES)
+    assert runs.run(path, out, *SHARP, "--safety", "none", "--on-flagged", policy).code == 0
+    before = runs.hashes(out)
+
+    def judge(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("batch_infer.jobs.rescore.Rejudging.judge", judge)
+        runs.command("rescore", out, "--safety", "checker")
+    assert runs.hashes(out) == before
+    done = runs.command("rescore", out, "--safety", "checker")
+    assert (f"every image that is flagged now will be {loss} (--on-flagged {policy})" in done.stderr) == bool(loss)
+    assert "original" not in runs.command("rescore", out, "--safety", "checker").stderr, "nothing is left to judge"
 
 
 def test_a_prompt_that_is_refused_now_flags_its_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,29 +428,42 @@ def test_a_service_that_is_down_leaves_what_was_said(tmp_path: Path, monkeypatch
     assert {row["safety_checker"] for row in runs.results(out)} == {"azure_content_safety"}
 
 
-class Killed(BaseException):
-    """What no code survives, as far as the disk can tell."""
+@pytest.fixture(scope="module")
+def unjudged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a table and an OUT whose images were not judged. Copy it."""
+    folder = tmp_path_factory.mktemp("unjudged")
+    path = table(folder, [*CROSSES, *CROSSES])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("CONTENT_SAFETY_KEY", raising=False)
+        assert runs.run(path, folder / "out", *SHARP, "--safety", "none").code == 0
+    return folder
+
+
+MOMENTS = [(FolderSink, "set_aside"), (FolderSink, "settle"), (Manifest, "commit"), (FolderSink, "remove")]
 
 
 @pytest.mark.promises
-@pytest.mark.parametrize("moment", ["settle", "commit", "remove"])
-@pytest.mark.parametrize("policy", ["quarantine", "drop", "keep"])
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(("room", "moment"), MOMENTS, ids=[moment for _, moment in MOMENTS])
+@pytest.mark.parametrize("policy", ["blank", "blur", "quarantine", "drop", "keep"])
 def test_a_rescoring_that_was_killed_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, moment: str
+    unjudged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, room: Any, moment: str, after: bool
 ) -> None:
-    """At any moment of its second batch; until it is through, nobody else works there and no row is lost."""
-    out, path = tmp_path / "out", table(tmp_path, [*CROSSES, *CROSSES])
+    """At any moment of its second batch; until it is through, nobody else works there, and no image is lost."""
+    folder = tmp_path / "folder"
+    shutil.copytree(unjudged, folder)
+    out, path = folder / "out", folder / "t.csv"
     judged = ("--safety", "checker", "--on-flagged", policy)
-    assert runs.run(path, out, *SHARP, "--safety", "none").code == 0
     monkeypatch.setattr("batch_infer.jobs.rescore.BATCH", 3)
-    room = {"settle": FolderSink, "commit": Manifest, "remove": FolderSink}[moment]
     real, calls = getattr(room, moment), Counter[str]()
 
     def dying(self: Any, *arguments: Any) -> Any:
         calls[moment] += 1
-        if calls[moment] == 2 or moment == "remove":
-            raise Killed
-        return real(self, *arguments)
+        if calls[moment] != 2:
+            return real(self, *arguments)
+        if after:
+            real(self, *arguments)
+        raise Killed
 
     with monkeypatch.context() as patch:
         patch.setattr(room, moment, dying)
@@ -403,10 +475,73 @@ def test_a_rescoring_that_was_killed_goes_on(
                 refused = runs.command(*line)
                 assert refused.code == 2 and f"rescore {out} --safety checker" in refused.stderr
             assert "rescoring" in runs.command("status", out).stdout
-    assert runs.command("rescore", out, *judged).code == 0
-    assert runs.run(path, tmp_path / "once", *SHARP, *judged).code == 0
-    assert without_bookkeeping(out) == without_bookkeeping(tmp_path / "once")
+            (out / "images" / ".tmp-0123abcd-1-0123456789ab-t.png").write_bytes(b"of the process that was killed")
+    done = runs.command("rescore", out, *judged, "--json")
+    assert (done.code, json.loads(done.stdout)["failed"]) == (0, 0), done.stderr
+    shutil.copytree(unjudged, tmp_path / "once")
+    assert runs.command("rescore", tmp_path / "once" / "out", *judged).code == 0
+    assert without_bookkeeping(out) == without_bookkeeping(tmp_path / "once" / "out")
+    assert runs.images(out) == runs.images(tmp_path / "once" / "out")
     runs.assert_whole(out)
+
+
+@pytest.mark.promises
+@pytest.mark.parametrize("policy", ["blur", "quarantine"])
+def test_a_rescoring_that_was_killed_can_be_taken_back(
+    unjudged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    """New files stand in place, and the part was not committed; then the first judges are asked again."""
+    shutil.copytree(unjudged, tmp_path / "folder")
+    out = tmp_path / "folder" / "out"
+    first = ("--safety", "checker", "--on-flagged", "keep")
+    assert runs.command("rescore", out, *first).code == 0
+    before = runs.hashes(out)
+
+    def commit(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Manifest, "commit", commit)
+        runs.command("rescore", out, "--safety", "checker", "--on-flagged", policy)
+    done = runs.command("rescore", out, *first, "--json")
+    assert (done.code, json.loads(done.stdout)["failed"]) == (0, 0), done.stderr
+    assert runs.hashes(out) == before
+    runs.assert_whole(out)
+
+
+def test_images_with_more_text_than_pillow_takes_are_judged(tmp_path: Path) -> None:
+    """And one that cannot be opened costs no other row its verdict, and does not lock OUT."""
+    out, path = tmp_path / "out", table(tmp_path, CROSSES)
+    assert runs.run(path, out, *SHARP, "--safety", "none").code == 0
+    first, second, _ = runs.results(out)
+    texts = PngInfo()
+    for k in range(70):
+        texts.add_text("parameters", f"{k}" * 2**20, zip=k % 2 == 0)
+    with Image.open(out / first["generated_image"]) as image:
+        image.save(out / first["generated_image"], pnginfo=texts)
+    (out / second["generated_image"]).write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    (part,) = (out / "manifest").iterdir()
+    with_files(part, out)
+    done = runs.command("rescore", out, "--safety", "checker", "--on-flagged", "keep")
+    assert done.code == 3 and "2 images judged: 1 flagged" in done.stdout, done.stderr
+    cross, blue, red = runs.results(out)
+    assert (cross["status"], blue["status"], red["status"]) == ("flagged", "failed", "ok")
+    assert blue["error"].startswith("its image cannot be opened (")
+    again = runs.run(path, out, *SHARP, "--safety", "checker", "--json")
+    assert (again.code, json.loads(again.stdout)["rendered"]) == (0, 1), again.stderr
+
+
+def with_files(part: Path, out: Path) -> None:
+    """Have a part speak of the files as they are."""
+    rows = pq.read_table(part)
+    files = [(out / path).read_bytes() for path in rows["generated_image"].to_pylist()]
+    for name, values in {
+        "sha256": [hashlib.sha256(file).hexdigest() for file in files],
+        "image_bytes": [len(file) for file in files],
+    }.items():
+        place = rows.schema.get_field_index(name)
+        rows = rows.set_column(place, rows.schema.field(name), [values])
+    pq.write_table(rows, part)
 
 
 def test_who_rescores_second_sees_what_the_first_has_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

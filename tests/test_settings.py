@@ -104,7 +104,7 @@ def parse(*arguments: str) -> RunSettings:
 def test_what_nobody_said_is_the_default() -> None:
     assert parse() == RunSettings(TableSettings(("t.csv",)), Path("batch-infer-out"), output=parse().output)
     assert parse().output.results == ()
-    assert (parse().safety.mode, parse().safety.on_flagged, parse().max_failed.count) == ("auto", "blank", 0)
+    assert (parse().safety.mode, parse().safety.policy, parse().max_failed.count) == ("auto", "blank", 0)
 
 
 def test_every_option_has_its_place() -> None:
@@ -129,7 +129,7 @@ def test_every_option_has_its_place() -> None:
             *("--height", "72", "--width", "80", "--negative-prompt", "n", "--images-per-prompt", "2", "--seed", "9"),
             *("--safety", "checker", "--on-flagged", "drop", "--require-safety", "--image-format", "webp"),
             *("--results", "csv", "--results", "jsonl", "--base64", "--max-failed", "1%", "--overwrite"),
-            *("--price-per-hour", "2.5"),
+            *("--price-per-hour", "2.5", "--rerender-changed"),
         )
     )
     assert found == {
@@ -160,6 +160,7 @@ def test_every_option_has_its_place() -> None:
         "compute": {"slots": 6, "threads": 2, "compiled": False, "processes": None},
         "max_failed": {"count": 0, "percent": 1.0},
         "overwrite": True,
+        "rerender_changed": True,
         "price_per_hour": 2.5,
     }
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import datetime
+import json
+import math
 import os
 import re
+import shlex
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -16,10 +19,11 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from batch_infer.carried import to_array
 from batch_infer.errors import SettingsError, TableError
 from batch_infer.manifest import SCHEMA
 from batch_infer.records import PromptRequest, ResultRow, SamplingParams
-from batch_infer.settings import RowDefaults
+from batch_infer.settings import FIELDS, RowDefaults
 from batch_infer.table import RowRules
 from tests.tables import (
     RULES,
@@ -112,7 +116,10 @@ def test_results_in_the_folder_are_no_table() -> None:
     ("argument", "sentence"),
     [
         ("missing.csv", "missing.csv: no such file or folder"),
-        ("notes.md", "notes.md: unknown ending .md; a table ends in .csv, .tsv, .*, also with .gz or .zst after it"),
+        (
+            "notes.md",
+            "notes.md: unknown ending .md; a table ends in .csv, .tsv, .*, also with .gz, .bz2, .xz or .zst after it",
+        ),
         ("Makefile", r"Makefile: unknown ending \(none\)"),
         ("empty", r"empty: the folder holds no table \(.csv, .tsv, "),
         ("empty/*.csv", r"empty/\*.csv: the glob matches no table"),
@@ -221,7 +228,7 @@ def test_other_columns_are_carried_as_they_are() -> None:
     written = pq.read_table(table).select(columns)
     assert tables.carried.equals(written.schema.remove_metadata())
     found = list(tables.rows(RULES))
-    arrays = [pa.array([item.carried[field.name] for item in found], field.type) for field in tables.carried]
+    arrays = [to_array([item.carried[field.name] for item in found], field.type) for field in tables.carried]
     assert pa.table(arrays, tables.carried).equals(written.replace_schema_metadata())
 
 
@@ -259,7 +266,12 @@ def test_files_with_other_columns_share_one_schema() -> None:
         (pa.array([1]), pa.array(["x"]), pa.string()),
         (pa.array([1], pa.int8()), pa.array([2**40]), pa.int64()),
         (pa.array([1]), pa.array([2.5]), pa.float64()),
-        (pa.array([2**60 + 1]), pa.array([2.5]), pa.float64()),
+        (pa.array([2**60 + 1]), pa.array([2.5]), pa.string()),
+        (pa.array([2**60 + 1]), pa.array([2.0]), pa.int64()),
+        (pa.array([1]), pa.array([math.nan]), pa.float64()),
+        (pa.array([2**60 + 1]), pa.array([math.nan]), pa.string()),
+        (pa.array([2**31], pa.uint32()), pa.array([2.5], pa.float32()), pa.float64()),
+        (pa.array([-1]), pa.array([2**62], pa.uint64()), pa.int64()),
         (pa.array([-1]), pa.array([2**63 + 1], pa.uint64()), pa.string()),
         (pa.array([2**63 + 1], pa.uint64()), pa.array([0], pa.uint8()), pa.uint64()),
         (pa.array([True]), pa.array([1]), pa.string()),
@@ -358,7 +370,7 @@ def test_whole_numbers_of_any_type(value: Any) -> None:
 
 WHOLE = ("seed", "height", "width", "num_inference_steps", "num_images_per_prompt")
 REAL = ("guidance_scale", "guidance_rescale")
-NO_NUMBERS = ["ten", "nan", "inf", "-inf", "sNaN", "1,5", "0x10", "--1", "true", "½", " ", "1e99999999999999999999"]
+NO_NUMBERS = ["ten", "-nan", "inf", "-inf", "sNaN", "1,5", "0x10", "--1", "true", "½", "1e99999999999999999999"]
 NOT_WHOLE = ["2.5", "1e-3", "1e-999999999", "0.1" + 100 * "0" + "1", 40 * "9" + ".5"]
 OUT_OF_RANGE = ["-2", str(10**23), "1e999999", "1e9999999", "-1e999999999", 5000 * "9"]
 
@@ -630,7 +642,7 @@ def test_a_file_that_cannot_be_read_costs_one_result() -> None:
 
 def test_where_no_file_can_be_read_each_is_told() -> None:
     tables = [write_bytes(Path("a.parquet"), b"PAR1 and so on"), write_bytes(Path("b.csv"), b"")]
-    with pytest.raises(TableError, match=r"a.parquet cannot be read: .*\nb.csv is empty"):
+    with pytest.raises(TableError, match=r"a.parquet cannot be read: .* · b.csv is empty"):
         open_tables(*tables)
 
 
@@ -666,13 +678,13 @@ def test_text_in_parquet_that_is_not_utf_8_costs_its_own_row() -> None:
         assert isinstance(last, PromptRequest)
 
 
-def test_a_date_that_python_has_no_type_for_costs_its_own_row() -> None:
-    when = pa.array([0, 2**60, 1], pa.timestamp("us"))
-    first, bad, last = read(write_parquet(Path("t.parquet"), prompt=["x", "y", "z"], when=when))
-    assert isinstance(bad, ResultRow)
-    assert isinstance(first, PromptRequest)
-    assert isinstance(last, PromptRequest)
-    assert last.source.row == 2
+def test_a_date_that_python_has_no_type_for_is_an_id() -> None:
+    when = pa.array([0, 2**60], pa.timestamp("us"))
+    found = read_requests(write_parquet(Path("t.parquet"), prompt=["x", "y"], id=when))
+    assert [request.id for request in found] == [
+        "1970-01-01 00:00:00",
+        "1152921504606846976 us since 1970-01-01 00:00:00",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -763,3 +775,84 @@ def test_a_column_without_a_name_is_nobodys_field(tmp_path: Path) -> None:
     (found,) = read_requests(table, columns={"seed": ""})
     assert found.seed != 7
     assert found.carried == {"unnamed_0": "7"}
+
+
+@pytest.mark.parametrize("cell", ["NaN", "nan", "NA", "n/a", "NULL", "null", "None", r"\N", "#N/A", "<NA>", "  ", "\t"])
+def test_a_missing_number_takes_the_default(cell: str) -> None:
+    """As databases, spreadsheets and pandas write it; in text it is text."""
+    numbers = [field for field in FIELDS if field not in ("prompt", "id", "negative_prompt")]
+    write_csv(Path("t.csv"), [["prompt", "negative_prompt", *numbers], ["x", "", *[""] * 7], ["x", "", *[cell] * 7]])
+    first, second = read_requests("t.csv")
+    assert first.params == second.params
+    if cell.strip():
+        write_csv(Path("t.csv"), [["id", "prompt", "negative_prompt", "tag"], [cell] * 4])
+        (request,) = read_requests("t.csv")
+        assert (request.id, request.prompt, request.negative_prompt, request.carried) == (
+            cell,
+            cell,
+            cell,
+            {"tag": cell},
+        )
+
+
+@pytest.mark.parametrize(
+    ("cells", "sentence"),
+    [
+        ({"id": "a\0b"}, "the id holds a NUL byte"),
+        ({"id": "a\ud83d"}, "the id holds a lone surrogate, which is half a character: write whole characters"),
+        ({"prompt": "a\ud83d"}, "column 'prompt' holds a lone surrogate"),
+        ({"tag": "a\ud83d"}, "column 'tag' holds a lone surrogate"),
+    ],
+    ids=str,
+)
+def test_text_that_is_not_unicode_is_named_for_what_it_is(cells: dict[str, str], sentence: str) -> None:
+    table = write_bytes(Path("t.jsonl"), json.dumps({"prompt": "x", **cells}).encode())
+    assert fault_of(table).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("header", "field", "column"),
+    [
+        (["prompt", "Seed"], "seed", "Seed"),
+        (["prompt", "steps"], "num_inference_steps", "steps"),
+        (["prompt", "Num Inference-Steps"], "num_inference_steps", "Num Inference-Steps"),
+        (["prompt", "cfg"], "guidance_scale", "cfg"),
+        (["prompt", "CFG scale"], "guidance_scale", "CFG scale"),
+        (["prompt", "negative"], "negative_prompt", "negative"),
+        (["prompt", "w"], "width", "w"),
+        (["prompt", "heigth"], "height", "heigth"),
+        (["prompt", "images_per_prompt"], "num_images_per_prompt", "images_per_prompt"),
+        (["prompt", "ID"], "id", "ID"),
+    ],
+)
+def test_a_column_that_is_nearly_a_field_is_carried_and_told(header: list[str], field: str, column: str) -> None:
+    write_csv(Path("t.csv"), [header, ["x", "2"]])
+    (remark,) = open_tables("t.csv").remarks
+    option = f"{field}={column}"
+    advice = f"if it is the {field}, add --column {shlex.quote(option)}"
+    assert remark == f"t.csv: column {column!r} is carried and has no effect; {advice}"
+    assert not open_tables("t.csv", columns={field: ""}).remarks
+    assert not open_tables("t.csv", columns={field: column}).remarks
+    assert list(read_requests("t.csv")[0].carried.values()) == ["2"]
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        ["prompt", "seed", "Seed"],
+        ["prompt", "caption", "text", "Prompt"],
+        ["prompt", "num_inference_steps", "steps"],
+        ["prompt", "weight", "tag", "night", "depth", "step", "image_id", "label", "id_hash"],
+    ],
+    ids=str,
+)
+def test_a_column_that_is_no_field_is_not_told(header: list[str]) -> None:
+    write_csv(Path("t.csv"), [header, ["1"] * len(header)])
+    assert not open_tables("t.csv").remarks
+
+
+def test_shards_of_one_header_are_told_of_once() -> None:
+    for name in "abc":
+        write_csv(Path(f"t/{name}.csv"), [["prompt", "steps"], ["x", "2"]])
+    (remark,) = open_tables("t").remarks
+    assert remark.startswith("t/a.csv and 2 more: column 'steps'")

@@ -18,9 +18,12 @@ import pytest
 from batch_infer.errors import TableError, TryAgainLater
 from batch_infer.records import PromptRequest, ResultRow
 from tests.serving import serving
-from tests.tables import ROWS, RULES, essence, in_format, open_tables, read, read_requests, write_bytes, write_csv
+from tests.tables import ROWS, RULES, essence, in_format, open_tables, pack, read, read_requests, write_bytes, write_csv
 
-FORMATS = ("csv", "tsv", "jsonl", "json", "parquet", "csv.gz", "jsonl.zst", "json.gz", "parquet.gz", "parquet.zst")
+FORMATS = (
+    *("csv", "tsv", "jsonl", "json", "parquet", "csv.gz", "jsonl.zst", "json.gz", "parquet.gz", "parquet.zst"),
+    *("csv.bz2", "jsonl.xz", "parquet.bz2"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +61,7 @@ def test_every_argument_that_means_no_table_is_named() -> None:
     Path("notes.md").touch()
     refusal = refusal_of("percent", "missing.csv.gz", "good.csv", "notes.md", "empty", "none/*.csv", "no://a.csv")
     for line, sentence in zip(
-        refusal.split("\n"),
+        refusal.split(" · "),
         (
             "percent: no such file or folder",
             "missing.csv.gz: no such file or folder",
@@ -86,7 +89,7 @@ def test_a_named_file_that_cannot_be_read_is_refused_and_one_in_a_folder_is_not(
 
 
 def test_where_none_can_be_read_all_are_named() -> None:
-    assert re.fullmatch("a.csv: no such .*\nb.txt: no such .*\nc/: no such .*", refusal_of("a.csv", "b.txt", "c/"))
+    assert re.fullmatch("a.csv: no such .* · b.txt: no such .* · c/: no such .*", refusal_of("a.csv", "b.txt", "c/"))
 
 
 def test_an_argument_that_no_file_can_have_is_told() -> None:
@@ -140,6 +143,104 @@ def test_nothing_temporary_is_made_for_local_files(temporary: Path) -> None:
     read(write_bytes(Path("t.csv.gz"), in_format("csv.gz", ROWS)))
     with open_tables("t.csv.gz"):
         assert not list(temporary.iterdir())
+
+
+# Files of a folder that are no tables
+
+NO_TABLES = {
+    "name": [
+        *(
+            "README.txt",
+            "README",
+            "README_first.csv",
+            "readme.md",
+            "deep/LICENSE.txt",
+            "LICENSE-MIT.txt",
+            "Licence.txt",
+        ),
+        *("CHANGELOG.csv", ".hidden.csv", "_SUCCESS", "_committed_17", "deep/.part-0.csv.crc", "part-0.csv.crc"),
+    ],
+    "ending": ["b.feather", "c.csv.7z", "deep/d.zip", "e", "notes.md"],
+}
+TABLES = ["a.csv", "deep/b.csv.bz2", "deep/license_plates.csv", "p.parq", "q.pq", "readme_prompts.csv", "t.txt"]
+
+
+def fill(folder: Path, *names: str) -> None:
+    for name in names:
+        content = in_format("parquet", [{"prompt": name}]) if name.endswith(("pq", "parq")) else b"prompt\nx\n"
+        write_bytes(folder / name, pack("bz2", content) if name.endswith("bz2") else content)
+
+
+@pytest.mark.parametrize("argument", ["t", "t/", "t/**/*", "memory://t", "memory://t/**"])
+def test_documentation_markers_and_other_endings_are_left_out_and_named(argument: str, memory: Any) -> None:
+    """By one rule, whatever a folder is and wherever it lies."""
+    fill(Path("t"), *TABLES, *NO_TABLES["name"], *NO_TABLES["ending"])
+    for path in Path("t").rglob("*.*" if "memory" in argument else "nothing"):
+        memory.pipe(f"/{path}", path.read_bytes()) if path.is_file() else None
+    for name in ("README", "_SUCCESS", "_committed_17", "e"):
+        memory.pipe(f"/t/{name}", b"")
+    scheme = "memory://" if "memory" in argument else ""
+    with open_tables(argument) as tables:
+        assert tables.files == [f"{scheme}t/{name}" for name in TABLES]
+        left_out = tables.left_out.items()
+    assert left_out == {
+        reason: {f"{scheme}t/{name}": 1 for name in sorted(names, key=lambda name: name.split("/"))}
+        for reason, names in NO_TABLES.items()
+    } | {"name": {"*.txt": 4, **{f"{scheme}t/{n}": 1 for n in NO_TABLES["name"] if not n.endswith(".txt")}}}
+
+
+def test_what_a_folder_holds_by_the_thousand_is_one_item() -> None:
+    fill(Path("t"), "a.csv", *(f"{i}.png" for i in range(2000)), *(f"{i % 9}/_SUCCESS" for i in range(9)), "x.npy")
+    fill(Path("t/.git"), *(f"{i}.txt" for i in range(50)))
+    fill(Path("t/out"), "run.json", ".lock", "results.parquet", *(f"images/p-00000/{i}.txt" for i in range(50)))
+    with open_tables("t") as tables:
+        assert tables.files == ["t/a.csv"]
+        assert str(tables.left_out) == (
+            "for their names: t/.git/, 9 */_SUCCESS; for their endings: 2,000 *.png, t/x.npy; "
+            "as output of an earlier run: t/out/"
+        )
+    with open_tables("t/**/*.*") as tables:
+        assert tables.files == ["t/a.csv"]
+        assert str(tables.left_out) == (
+            "for their names: t/.git/; for their endings: 2,000 *.png, t/x.npy; as output of an earlier run: t/out/"
+        )
+
+
+def test_what_another_argument_reads_is_not_left_out() -> None:
+    fill(Path("t"), "a.csv", "README.csv")
+    with open_tables("t", "t/README.csv") as tables:
+        assert tables.files == ["t/a.csv", "t/README.csv"]
+        assert str(tables.left_out) == ""
+
+
+def test_a_folder_without_a_table_says_what_it_holds() -> None:
+    fill(Path("t"), "README.txt", "a.zip")
+    assert refusal_of("t").endswith("after it); left out for their names: t/README.txt; for their endings: t/a.zip")
+
+
+def test_links_and_folders_that_cannot_be_read_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that leads nowhere is a fault; no file of a folder may vanish without a word."""
+    fill(Path("t"), "a.csv", "closed/b.csv")
+    fill(Path("elsewhere"), "c.csv")
+    Path("t/linked").symlink_to(Path("elsewhere").absolute())
+    Path("t/broken.csv").symlink_to("nothing.csv")
+    Path("t/also.csv").symlink_to(Path("elsewhere/c.csv").absolute())
+    listed = os.scandir
+
+    def refusing(path: Any = ".") -> Any:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with open_tables("t") as tables:
+        assert str(tables.left_out) == "as links to folders: t/linked/"
+        assert tables.files == ["t/a.csv", "t/also.csv", "t/broken.csv", "t/closed"]
+        assert tables.faults == {
+            "t/broken.csv": "t/broken.csv: the link leads to no file",
+            "t/closed": "t/closed: Permission denied",
+        }
+    assert refusal_of("t/closed") == "t/closed: Permission denied"
 
 
 # Standard input

@@ -13,7 +13,7 @@ from batch_infer.cli.environment import settings_of_environment
 from batch_infer.cli.logs import set_up_logging
 from batch_infer.errors import SettingsError
 from batch_infer.jobs import out as outdir
-from batch_infer.jobs.job import find_model, make_rules, rooted, settle_compute
+from batch_infer.jobs.job import find_model, keep_policy, make_rules, rooted, settle_compute
 from batch_infer.jobs.record import describe
 from batch_infer.models import ModelCard
 from batch_infer.settings import Compute, ModelSettings, RunSettings, TableSettings
@@ -61,8 +61,11 @@ def find_deployment(out: str, *, alone: bool = False) -> Deployment:
     settings = _settings(asked, alone=alone)
     if not alone:
         _refuse_worker_without_gpu(settings)
+    if settings.model.name is None:
+        log.warning("neither BATCH_INFER_MODEL nor AZUREML_MODEL_DIR names a model: using the built-in demo model")
     card = find_model(settings)
     earlier = outdir.read_run(settings.out)
+    settings = keep_policy(settings, earlier)
     from batch_infer.engines.devices import find_device  # imports torch, which takes seconds
 
     compute = settle_compute(settings, card, find_device(settings.model.device), earlier)

@@ -5,14 +5,17 @@ each image, in order: `prompt`, `generated_image` (a file in base64) and `nsfw_c
 asked). An object without an image, and only such a one, also has `error`.
 
 `data` holds prompts, lists or objects. Columns are those of a table: negative_prompt, seed, num_inference_steps,
-guidance_scale, guidance_rescale, height, width, num_images_per_prompt, id; others, and `index`, are ignored. Values of
-`input_data.parameters` are those of rows that do not say. A row without a seed derives one from --seed and its id, or
-its number where it has none, as in tables: so the same request gives the same images. Send a `seed` for others.
+guidance_scale, guidance_rescale, height, width, num_images_per_prompt, id; others, and `index`, are ignored.
+`parameters` or `params`, in `input_data` or beside it, has values for rows without their own. A row without a seed
+derives one from --seed and its id, or its number where it has none, as in tables: so the same request gives the same
+images. Send a `seed` for others.
 
-What is wrong with a row is said in its object. A request that is none is answered 400, one for more than 256 images
-413, and 503 while content safety does not answer or where BATCH_INFER_REQUEST_TIMEOUT seconds (170) do not do, each
-with `{"error": "a sentence"}`; only a body that is not UTF-8 never comes here, and the server has `message` for that. A
-prompt of more than 10,000 characters is refused, in its object. Nothing is rendered for a client that has hung up.
+What is wrong with a row is said in its object. A malformed request is answered 400: also one with an unknown key or
+parameter, a parameter of an invalid value, or a row of fewer cells than columns. One for more than 256 images is
+answered 413, and 503 while content safety does not answer or where BATCH_INFER_REQUEST_TIMEOUT seconds (170) do not do,
+each with `{"error": "a sentence"}`; only a body that is not UTF-8 never comes here, and the server has `message` for
+that. A prompt of more than 10,000 characters is refused, in its object. Nothing is rendered for a client that has hung
+up.
 
 Settings are the BATCH_INFER_* variables. The server has one thread unless GUNICORN_CMD_ARGS="--threads 32" gives it
 more: with these, rows of all requests share the UNet's calls.
@@ -89,14 +92,15 @@ def _service() -> Service:
 
 
 def _answer(raw_data: str | bytes, service: Service, caller: Caller) -> list[dict[str, Any]]:
-    from batch_infer.azureml.scoring import read_rows, score
+    from batch_infer.azureml.scoring import check_parameters, read_rows, score
 
     deployment = service.deployment
-    rows = read_payload(raw_data, deployment.settings.table.columns.get("prompt") or "prompt")
+    rows, parameters = read_payload(raw_data, deployment.settings.table.columns)
+    check_parameters(parameters, deployment)
     items = list(islice(read_rows(rows, deployment), MOST_IMAGES + 1))
     if len(items) > MOST_IMAGES:
-        told = f"the {len(rows)} prompts of the request ask" if len(rows) > 1 else "the one prompt of the request asks"
-        raise TooMany(f"{told} for more")
+        who = f"the {len(rows)} prompts of the request ask" if len(rows) > 1 else "the one prompt of the request asks"
+        raise TooMany(f"{who} for more")
     return score(items, service, caller)
 
 

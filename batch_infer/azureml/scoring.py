@@ -11,6 +11,7 @@ from batch_infer import images
 from batch_infer.azureml.deployment import Deployment
 from batch_infer.azureml.service import PATIENT, Caller, Service
 from batch_infer.chain import Rendered, Unrendered
+from batch_infer.errors import TableError
 from batch_infer.records import PromptRequest
 from batch_infer.table import loose_rows
 from batch_infer.worker.rows import why_flagged
@@ -40,6 +41,14 @@ def read_rows(rows: Iterable[Mapping[str, Any]], deployment: Deployment) -> Iter
             yield Refused(item.prompt, fault)
         else:
             yield item
+
+
+def check_parameters(parameters: Mapping[str, Any], deployment: Deployment) -> None:
+    """Raise TableError where a request-level parameter has a value that no row may have."""
+    prompt = deployment.settings.table.columns.get("prompt") or "prompt"
+    item = next(iter(read_rows([{**parameters, prompt: "any"}], deployment)))
+    if isinstance(item, Refused):
+        raise TableError(f"the parameters of the request: {item.error}")
 
 
 def score(items: Sequence[Item], service: Service, caller: Caller = PATIENT) -> list[dict[str, Any]]:
@@ -75,7 +84,7 @@ def _object(outcome: Rendered | Unrendered, deployment: Deployment) -> dict[str,
     pixels = outcome.pixels
     if nsfw:
         # Nothing is stored here, so what goes into quarantine goes nowhere.
-        policy = settings.safety.on_flagged
+        policy = settings.safety.policy
         left = images.by_policy(pixels, "drop" if policy == "quarantine" else policy)
         if left is None:
             return _without_image(request.prompt, nsfw, why_flagged(outcome.verdict))

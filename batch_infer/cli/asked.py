@@ -37,6 +37,7 @@ def run_settings(options: Mapping[str, Any]) -> s.RunSettings:
         compute=compute_settings(options),
         max_failed=s.FailureBudget.parse(options["max_failed"]),
         overwrite=options["overwrite"],
+        rerender_changed=options["rerender_changed"],
         price_per_hour=options["price_per_hour"],
     )
 

@@ -15,8 +15,8 @@ from batch_infer.cli.config import config_option
 from batch_infer.cli.logs import in_json, log, set_up_logging
 from batch_infer.cli.options import json_option, logging_options, progress_option
 from batch_infer.cli.progress import LINE_EVERY
-from batch_infer.cli.report import duration, number, printing
-from batch_infer.cli.signals import interrupt_on_sigterm
+from batch_infer.cli.report import duration, number, printing, say
+from batch_infer.cli.signals import NOTHING_KEPT, stoppable
 from batch_infer.cli.time_limit import Duration
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def azureml_simulate(as_json: bool, quiet: bool, verbose: bool, no_progress: boo
     script = options.pop("script") or DEFAULT_SCRIPT
     settings = SimulationSettings(script=script, append_rows=append_rows, **options)
     progress = _Progress(shown=not (quiet or no_progress))
-    with interrupt_on_sigterm():
+    with stoppable(hint=NOTHING_KEPT):
         try:
             outcome = simulate(settings, progress)
         finally:
@@ -181,7 +181,7 @@ class _Progress:
 
 
 def _print(outcome: Outcome) -> None:
-    click.echo(
+    say(
         f"{outcome.mini_batches:,} mini-batch{'es' * (outcome.mini_batches != 1)} of {number(outcome.files, 'file')} · "
         f"{outcome.succeeded:,} succeeded, {outcome.failed:,} failed; {number(outcome.failed_files, 'file')} failed"
     )
@@ -197,12 +197,12 @@ def _print(outcome: Outcome) -> None:
         )
         if count
     ]
-    click.echo(" · ".join([f"{outcome.deliveries:,} deliver{'y' if outcome.deliveries == 1 else 'ies'}", *reasons]))
+    say(" · ".join([f"{outcome.deliveries:,} deliver{'y' if outcome.deliveries == 1 else 'ies'}", *reasons]))
     if (rate := outcome.rows_per_second) is not None:
         spent, whole = duration(outcome.running_seconds), duration(outcome.seconds)
-        click.echo(f"{number(outcome.rows, 'row')} in {spent} ({rate:.2f} rows/s), {whole} in all")
+        say(f"{number(outcome.rows, 'row')} in {spent} ({rate:.2f} rows/s), {whole} in all")
     if outcome.predictions is not None:
-        click.echo(f"rows     {outcome.predictions}")
-    click.echo(f"logs     {outcome.logs}")
+        say(f"rows     {outcome.predictions}")
+    say(f"logs     {outcome.logs}")
     if outcome.fault is not None:
-        click.echo(f"the job has failed: {outcome.fault}")
+        say(f"the job has failed: {outcome.fault}", keep="\n")

@@ -13,7 +13,8 @@ from batch_infer.cli.asked import compute_settings, model_settings
 from batch_infer.cli.config import config_option
 from batch_infer.cli.logs import set_up_logging
 from batch_infer.cli.options import json_option, logging_options, model_options
-from batch_infer.cli.report import number, printing
+from batch_infer.cli.report import number, printing, say
+from batch_infer.cli.signals import NOTHING_KEPT, stoppable
 from batch_infer.jobs.bench import (
     ARCHITECTURES,
     RIVALS,
@@ -96,7 +97,8 @@ def bench(as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
     """
     settings = _settings(options)
     set_up_logging(quiet=quiet, verbose=verbose)
-    report = compare(settings)
+    with stoppable(hint=NOTHING_KEPT):
+        report = compare(settings)
     with printing():
         if as_json:
             click.echo(json.dumps(report.as_dict()))
@@ -123,22 +125,24 @@ def _settings(options: dict[str, Any]) -> BenchSettings:
 def _print(report: Report) -> None:
     _print_conditions(report)
     memory = f"{'GPU memory':>13}" if report.ours.device_bytes is not None else ""
-    click.echo(f"\n{'':24}{'images/s':>10}{'batch-infer is':>18}{'MFU':>9}{memory}")
+    say()
+    say(f"{'':24}{'images/s':>10}{'batch-infer is':>18}{'MFU':>9}{memory}")
     for figures in report.figures:
-        click.echo(_line(figures))
+        say(_line(figures))
     ours, peak = report.ours.more, report.peak
     shares = ", ".join(f"{stage} {share:.1%}" for stage, share in ours["stage_shares"].items() if share)
-    click.echo(f"\nslots    {ours['occupancy']:.1%} full; time: {shares}")
+    say()
+    say(f"slots    {ours['occupancy']:.1%} full; time: {shares}")
     product = f"a large matrix product came to {peak.matmul_tflops:.4g}"
     told = product if peak.source == "measured matmul" else f"{peak.source} {peak.tflops:.4g}; {product}"
-    click.echo(f"MFU      of {peak.tflops:.4g} TFLOP/s ({told})")
+    say(f"MFU      of {peak.tflops:.4g} TFLOP/s ({told})")
     if (parity := report.parity) is not None:
         many = number(parity.rows, "image")
-        click.echo(f"images   {many} at most {parity.largest}/255 from those of diffusers ({parity.against})")
+        say(f"images   {many} at most {parity.largest}/255 from those of diffusers ({parity.against})")
     for point in report.sweep.points:
-        click.echo(_swept(point))
+        say(_swept(point))
     if report.sweep.beyond is not None:
-        click.echo(f"{report.sweep.beyond:4} slots: more than memory holds")
+        say(f"{report.sweep.beyond:4} slots: more than memory holds")
 
 
 def _print_conditions(report: Report) -> None:
@@ -147,13 +151,13 @@ def _print_conditions(report: Report) -> None:
     where = f"{compute['dtype']} on {compute['device_name']}"
     threads = f", {number(compute['threads'], 'thread')}" if compute["device"] == "cpu" else ""
     libraries = ", ".join(f"{name} {versions[name]}" for name in ("torch", "diffusers"))
-    click.echo(f"{conditions['model']} ({conditions['unet_parameters'] / 1e6:.1f}M in the UNet), {where}{threads}")
-    click.echo(f"{libraries}{', compiled' if compute['compiled'] else ''}")
+    say(f"{conditions['model']} ({conditions['unet_parameters'] / 1e6:.1f}M in the UNet), {where}{threads}")
+    say(f"{libraries}{', compiled' if compute['compiled'] else ''}")
     steps = " to ".join(str(count) for count in dict.fromkeys(table.steps))
     sizes = ", ".join(report.ours.more["slots"])
-    click.echo(f"{number(table.rows, 'row')} of {steps} steps, {table.unguided:.0%} without guidance, {sizes}")
+    say(f"{number(table.rows, 'row')} of {steps} steps, {table.unguided:.0%} without guidance, {sizes}")
     slots = " or ".join(str(count) for count in dict.fromkeys(report.ours.more["slots"].values()))
-    click.echo(
+    say(
         f"{table.row_forwards:,} row-forwards, {table.tflop:,.4g} TFLOP; {slots} slots; "
         f"{number(conditions['rounds'], 'round')}"
     )

@@ -11,6 +11,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from batch_infer.terminal import EscapingFormatter
+
 FORMATS = ("text", "json")
 log = logging.getLogger("batch_infer")
 stop_log = logging.getLogger("batch_infer.stop")
@@ -37,7 +39,7 @@ def set_up_logging(*, quiet: bool = False, verbose: bool = False) -> None:
     """
     handler = _Handler(quiet=quiet)
     handler.setLevel(logging.DEBUG if verbose else logging.INFO)
-    handler.setFormatter(_json_formatter() if in_json() else logging.Formatter("batch-infer: %(message)s"))
+    handler.setFormatter(_json_formatter() if in_json() else EscapingFormatter("batch-infer: %(message)s"))
     for logger in (log, _warnings_log, _stderr_log):
         logger.handlers = [handler]
         logger.setLevel(logging.DEBUG)

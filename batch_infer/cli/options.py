@@ -175,9 +175,8 @@ results_options = _together(
 on_flagged_option = click.option(
     "--on-flagged",
     type=click.Choice(get_args(s.OnFlagged)),
-    default="blank",
-    show_default=True,
-    help="How to store a flagged image: as a black placeholder, as it is, blurred, under quarantine/, or not at all.",
+    help="How to store a flagged image: as a black placeholder, as it is, blurred, under quarantine/, or not at all. "
+    "Default: as in the run that OUT holds, else blank.",
 )
 
 safety_options = _together(
@@ -239,6 +238,12 @@ job_options = _together(
     row_options,
     output_options,
     unattended_options,
+    click.option(
+        "--rerender-changed",
+        is_flag=True,
+        help="Replace finished images where a default, such as --steps, differs from that of the run that made them. "
+        "Without it such a run stops before it renders anything.",
+    ),
     click.option("--overwrite", is_flag=True, help="Remove what earlier runs made in OUT and start anew."),
 )
 """All that says what is to be done, for `run` and for its dry run."""

@@ -13,8 +13,9 @@ from tqdm import tqdm
 from batch_infer.cli.asked import run_settings
 from batch_infer.cli.logs import log, set_up_logging
 from batch_infer.cli.options import job_options, json_option, logging_options, progress_option
-from batch_infer.cli.report import ROWS_FAILED, duration, number, printing
-from batch_infer.cli.signals import interrupt_on_sigterm
+from batch_infer.cli.report import ROWS_FAILED, duration, number, printing, say
+from batch_infer.cli.signals import NOTHING_KEPT, stoppable
+from batch_infer.errors import SettingsError
 from batch_infer.records import ResultRow, Source
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from batch_infer.settings import RunSettings
 
 
+FILES_SHOWN = 100
 TOO_SHORT = "less: a run stops then with exit code 75, and the same command goes on"
 
 
@@ -43,17 +45,17 @@ def plan(time_limit: float | None, as_json: bool, quiet: bool, verbose: bool, **
     """
     settings = run_settings(options)
     set_up_logging(quiet=quiet, verbose=verbose)
-    from batch_infer.jobs.plan import plan as look
-
     # In a file: there may be as many faults as the table has rows.
-    with interrupt_on_sigterm(), tempfile.TemporaryFile("w+", encoding="utf-8") as faults:
+    with stoppable(hint=NOTHING_KEPT), tempfile.TemporaryFile("w+", encoding="utf-8") as faults:
+        from batch_infer.jobs.plan import plan as look
+
         found = look(settings, lambda row: _note(row, faults))
         for remark in found.remarks:
             log.warning("%s", remark)
         faults.seek(0)
         within = settings.max_failed.allows(found.invalid_rows, found.rows)
         enough = None if time_limit is None else found.seconds <= time_limit
-        if quiet and within and enough is not False:
+        if quiet and within and enough is not False and not found.refused:
             return 0
         with printing():
             if as_json:
@@ -61,7 +63,9 @@ def plan(time_limit: float | None, as_json: bool, quiet: bool, verbose: bool, **
             else:
                 _print(found, faults, settings)
                 if time_limit is not None:
-                    click.echo(f"limit    {duration(time_limit)}, and that is {'enough' if enough else TOO_SHORT}")
+                    say(f"limit    {duration(time_limit)}, and that is {'enough' if enough else TOO_SHORT}")
+    if found.refused:
+        raise SettingsError(found.refused)
     return 0 if within else ROWS_FAILED
 
 
@@ -85,29 +89,37 @@ def _print_json(plan: Plan, faults: IO[str], limits: Mapping[str, Any]) -> None:
 
 
 def _print(plan: Plan, faults: IO[str], settings: RunSettings) -> None:
+    from batch_infer.jobs.survey import explain
+
     for fault in map(json.loads, faults):
         if fault["image_index"] == 0:
             place = Source(fault["file"], fault["row"], fault["line"])
-            click.echo(f"{place} ({fault['id']}): {fault['error']}")
+            say(f"{place} ({fault['id']}): {fault['error']}")
     many = f", {number(plan.total - plan.invalid, 'image')}" if plan.total > plan.rows else ""
     told = [f"{number(plan.rows, 'row')}{many}", f"{plan.invalid_rows:,} invalid"]
     if plan.truncated:
         told.append(f"{number(plan.truncated, 'prompt')} longer than the model reads")
-    click.echo(" · ".join(told))
+    say(" · ".join(told))
+    for name, rows in list(plan.files.items())[:FILES_SHOWN]:
+        say(f"read     {name}: {number(rows, 'row')}")
+    if len(plan.files) > FILES_SHOWN:
+        say(f"read     {len(plan.files) - FILES_SHOWN:,} more files (--json names all)")
     if plan.done:
-        click.echo(f"{plan.done:,} done before, in {settings.out}")
+        say(f"{plan.done:,} done before, in {settings.out}")
     if not plan.pending:
-        click.echo("nothing to do")
+        say("nothing to do")
         return
-    click.echo(f"{'size':12}{'images':>12}{'row-forwards':>16}{'UNet calls':>14}{'device time':>16}")
+    if why := explain(plan.reasons, plan.changes):
+        say(f"{plan.pending:,} to render: {why}")
+    say(f"{'size':12}{'images':>12}{'row-forwards':>16}{'UNet calls':>14}{'device time':>16}")
     for size in plan.sizes:
         name, time = f"{size.width}x{size.height}", duration(size.seconds)
-        click.echo(f"{name:12}{size.images:12,}{size.row_forwards:16,}{size.ticks:14,}{time:>16}")
+        say(f"{name:12}{size.images:12,}{size.row_forwards:16,}{size.ticks:14,}{time:>16}")
     slots = sorted({size.slots for size in plan.sizes})
-    click.echo(f"slots    {' to '.join(map(str, slots[:1] + slots[1:][-1:]))}, {plan.occupancy:.0%} full")
+    say(f"slots    {' to '.join(map(str, slots[:1] + slots[1:][-1:]))}, {plan.occupancy:.0%} full")
     if plan.processes > 1:
-        click.echo(f"workers  {plan.processes}, each with a device of its own")
-    click.echo(f"time     about {duration(plan.seconds)}, as measured {plan.measured_at:%Y-%m-%d %H:%M} UTC")
-    click.echo(f"disk     about {tqdm.format_sizeof(plan.bytes, 'B')}")
+        say(f"workers  {plan.processes}, each with a device of its own")
+    say(f"time     about {duration(plan.seconds)}, as measured {plan.measured_at:%Y-%m-%d %H:%M} UTC")
+    say(f"disk     about {tqdm.format_sizeof(plan.bytes, 'B')}")
     if plan.cost is not None:
-        click.echo(f"cost     about {plan.cost:,.2f}")
+        say(f"cost     about {plan.cost:,.2f}")

@@ -61,6 +61,7 @@ class Bar:
 
     def start(self, survey: Survey) -> None:
         self._tally.start(survey)
+        _log_start(survey)
         if survey.pending:
             self._bar = tqdm(
                 total=survey.total,
@@ -100,8 +101,7 @@ class Lines:
     def start(self, survey: Survey) -> None:
         self._tally.start(survey)
         self._written_at = self._clock()
-        counts = {"pending": survey.pending, "done": survey.done, "invalid": survey.invalid}
-        log.info("%(pending)d to render, %(done)d done before, %(invalid)d invalid", counts, extra=counts)
+        _log_start(survey)
         if survey.pending:
             log.info(LOADING)
 
@@ -129,6 +129,16 @@ class Lines:
             "seconds_left": tally.seconds_left,
         }
         log.info("%d of %d, %s", tally.done, tally.total, tally, extra=fields)
+
+
+def _log_start(survey: Survey) -> None:
+    why = f": {survey.why};" if survey.why else ","
+    counts = {"pending": survey.pending, "done": survey.done, "invalid": survey.invalid}
+    more = {"reasons": survey.reasons, "changes": survey.changes}
+    log.info(
+        "%d to render%s %d done before, %d invalid", survey.pending, why, survey.done, survey.invalid,
+        extra={**counts, **more},
+    )  # fmt: skip
 
 
 class _Tally:
@@ -160,7 +170,7 @@ class _Tally:
         parts = []
         if (rate := self.images_per_second) is not None:
             parts.append(f"{rate:.2f} images/s")
-        if (seconds := self.seconds_left) is not None:
+        if self.done < self.total and (seconds := self.seconds_left) is not None:
             parts.append(f"{tqdm.format_interval(seconds)} left")
         parts += [f"{self.flagged} flagged", f"{self.failed} failed"]
         return ", ".join(parts + [f"{self.invalid} invalid"] * bool(self.invalid))

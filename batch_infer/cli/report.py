@@ -15,6 +15,7 @@ import click
 
 from batch_infer.cli.logs import log
 from batch_infer.errors import Interrupted
+from batch_infer.terminal import escape_controls
 
 if TYPE_CHECKING:
     from batch_infer.jobs.merge import Counts
@@ -26,10 +27,10 @@ ROWS_FAILED = 3
 """The exit code where more rows failed or were invalid than --max-failed."""
 
 
-def exit_code(summary: Summary, settings: RunSettings) -> int:
-    """What the command ends with."""
+def exit_code(summary: Summary, settings: RunSettings, *, retry: bool = False) -> int:
+    """Return the exit code of `run`, or of `retry`, which leaves rows without a result to `run`."""
     counts = summary.counts
-    if summary.undone:
+    if summary.undone or (counts.left and not retry):
         return Interrupted.exit_code
     return 0 if settings.max_failed.allows(counts.bad_rows, counts.rows) else ROWS_FAILED
 
@@ -47,6 +48,11 @@ def printing() -> Iterator[None]:
         log.error("the result is not printed: %s", "stdout is closed" if closed else error.strerror or error)
 
 
+def say(text: str = "", keep: str = "") -> None:
+    """Print a line of a report on stdout. `keep` lists control characters that are not escaped."""
+    click.echo(escape_controls(text, keep))
+
+
 def give(summary: Summary, settings: RunSettings, code: int, *, as_json: bool, quiet: bool) -> None:
     """Print the summary, with `quiet` only where the command has not succeeded."""
     if code or not quiet:
@@ -60,21 +66,28 @@ def report(summary: Summary, out: Path, results: Sequence[str], *, as_json: bool
         click.echo(json.dumps(summary.as_dict()))
         return
     counts = summary.counts
-    click.echo(told_counts(counts))
+    say(told_counts(counts))
+    for line in counts.bad_results:
+        say(f"  {line}")
+    if (more := counts.invalid + counts.failed - len(counts.bad_results)) and counts.bad_results:
+        say(f"  and {more:,} more, in the results")
+    if counts.flagged > counts.ok:
+        which = "most" if counts.ok else "all"
+        say(f"{which} images are flagged: check the prompts, or keep them in another --out (--on-flagged keep)")
     if (rate := summary.images_per_second) is not None:
         full = f", slots {summary.occupancy:.0%} full" if summary.occupancy else ""
         spent, whole = duration(summary.rendering_seconds), duration(summary.seconds)
-        click.echo(f"{number(summary.rendered, 'image')} in {spent} ({rate:.2f} images/s{full}), {whole} in all")
+        say(f"{number(summary.rendered, 'image')} in {spent} ({rate:.2f} images/s{full}), {whole} in all")
         if summary.cost is not None:
-            click.echo(f"cost     {summary.cost:,.2f}")
+            say(f"cost     {summary.cost:,.2f}")
     elif not counts.left and not summary.rendering_seconds:
-        click.echo("nothing to render" if counts.rows else "nothing to render: no rows")
-    click.echo(f"images   {out / 'images'}")
-    click.echo(told_results(out, results))
+        say("nothing to render" if counts.rows else "nothing to render: no rows")
+    say(f"images   {out / 'images'}")
+    say(told_results(out, results))
     if summary.undone:
-        click.echo(f"stopped early: {summary.undone:,} left; run the same command again to go on")
+        say(f"stopped early: {summary.undone:,} left; run the same command again to go on")
     elif counts.left:
-        click.echo(f"{counts.left:,} left: `batch-infer run` renders them")
+        say(f"{counts.left:,} left: `batch-infer run` renders them")
 
 
 def told_counts(counts: Counts) -> str:
@@ -82,6 +95,7 @@ def told_counts(counts: Counts) -> str:
     many = f", {counts.images:,} images" if counts.images > counts.rows else ""
     told = [f"{number(counts.rows, 'row')}{many}", f"{counts.ok:,} ok", f"{counts.flagged:,} flagged"]
     told += [f"{count:,} {name}" for name in ("blocked", "invalid", "failed") if (count := getattr(counts, name))]
+    told += [f"{number(counts.truncated, 'prompt')} truncated"] * bool(counts.truncated)
     return " · ".join(told)
 
 

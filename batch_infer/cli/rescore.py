@@ -13,8 +13,8 @@ from batch_infer.cli.asked import safety_settings
 from batch_infer.cli.config import config_option
 from batch_infer.cli.logs import log, set_up_logging
 from batch_infer.cli.options import json_option, logging_options, on_flagged_option, out_argument
-from batch_infer.cli.report import ROWS_FAILED, number, printing, told_counts
-from batch_infer.cli.signals import stop_on_signals
+from batch_infer.cli.report import ROWS_FAILED, number, printing, say, told_counts
+from batch_infer.cli.signals import stoppable
 
 if TYPE_CHECKING:
     from batch_infer.jobs.rejudging import Rescored
@@ -37,20 +37,22 @@ def rescore(out: Path, tables: tuple[str, ...], as_json: bool, quiet: bool, verb
     """Judge the stored images of OUT again, and render nothing.
 
     For other judges, thresholds or another --on-flagged than those of the run; `run` with the same --safety goes on
-    from there. The service is asked about the prompts too: an image whose prompt it refuses is flagged. A flagged image
-    that was blanked, blurred or dropped cannot be judged again: it stays flagged, and its error says so; `retry
-    --status flagged` renders it. One that is missing or not whole, or has no answer, has failed, as have those that a
-    kill finds at a bad moment; they are left to `run`, and so is a prompt that is refused no more.
+    from there. With blank, blur and drop the originals of images that are flagged are lost; a warning says so first.
+    The service is asked about the prompts too: an image whose prompt it refuses is flagged. A flagged image that was
+    blanked, blurred or dropped cannot be judged again: it stays flagged, and its error says so; `retry --status
+    flagged` renders it. One that is missing, damaged or cannot be opened, or has no answer, has failed and is left to
+    `run`, and so is a prompt that is refused no more. A kill loses no image: the same command goes on.
 
     Exit codes: 0; 2 usage or settings; 3 where some failed; 75 stopped, or the service is down: run again to go on.
     """
     set_up_logging(quiet=quiet, verbose=verbose)
-    from batch_infer.jobs.rescore import rescore as judge_again
 
     def tell(found: Rescored) -> None:
         log.debug("%s judged", number(found.judged, "image"))
 
-    with stop_on_signals() as stop:
+    with stoppable() as stop:
+        from batch_infer.jobs.rescore import rescore as judge_again
+
         found, counts = judge_again(out, tables, safety_settings({**options, "require_safety": True}), tell, stop)
     code = ROWS_FAILED if found.failed else 0
     if code or not quiet:
@@ -59,15 +61,15 @@ def rescore(out: Path, tables: tuple[str, ...], as_json: bool, quiet: bool, verb
                 click.echo(json.dumps({**asdict(found), "counts": asdict(counts)}))
             else:
                 _report(found)
-                click.echo(told_counts(counts))
+                say(told_counts(counts))
                 if counts.left:
-                    click.echo(f"{counts.left:,} left: `batch-infer run` renders them")
+                    say(f"{counts.left:,} left: `batch-infer run` renders them")
     return code
 
 
 def _report(found: Rescored) -> None:
-    click.echo(f"{number(found.judged, 'image')} judged: {found.flagged:,} flagged, {found.changed:,} changed")
+    say(f"{number(found.judged, 'image')} judged: {found.flagged:,} flagged, {found.changed:,} changed")
     if found.unjudged:
-        click.echo(f"{found.unjudged:,} flagged before cannot be judged again: their image was not kept")
+        say(f"{found.unjudged:,} flagged before cannot be judged again: their image was not kept")
     if found.failed:
-        click.echo(f"{found.failed:,} failed: `batch-infer run` renders them")
+        say(f"{found.failed:,} failed: `batch-infer run` renders them")

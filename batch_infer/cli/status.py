@@ -11,7 +11,7 @@ import click
 from batch_infer.cli.config import config_option
 from batch_infer.cli.logs import set_up_logging
 from batch_infer.cli.options import json_option, logging_options, out_argument
-from batch_infer.cli.report import duration, printing
+from batch_infer.cli.report import duration, printing, say
 
 if TYPE_CHECKING:
     from batch_infer.jobs.status import Standing
@@ -46,7 +46,7 @@ def status(out: Path, as_json: bool, quiet: bool, verbose: bool) -> int:
 
 def _print(standing: Standing, out: Path) -> None:
     by = f" by {standing.holder}" if standing.holder else ""
-    click.echo(f"{out}: {standing.state}{by}, started {standing.started_at[:16]} UTC")
+    say(f"{out}: {standing.state}{by}, started {standing.started_at[:16]} UTC")
     told = [f"{count:,} {name}" for name, count in standing.counts.items() if count or name in ("ok", "failed")]
     if standing.left is not None:
         left = f"{standing.left:,} left"
@@ -54,10 +54,10 @@ def _print(standing: Standing, out: Path) -> None:
         left = "an endpoint's, which knows its tables one by one"
     else:
         left = "the tables are being looked through" if standing.holder else "not known how many are left"
-    click.echo(" · ".join([*told, left]))
+    say(" · ".join([*told, left]))
     if standing.images_per_second and standing.seconds_left is not None:
-        click.echo(f"{standing.images_per_second:.2f} images/s, about {duration(standing.seconds_left)} to go")
+        say(f"{standing.images_per_second:.2f} images/s, about {duration(standing.seconds_left)} to go")
     if standing.state == "stopped":
-        click.echo("run again to go on")
+        say("run again to go on")
     if standing.state == "rescoring":
-        click.echo("its images are being judged again: `batch-infer rescore` goes on with that")
+        say("its images are being judged again: `batch-infer rescore` goes on with that")

@@ -41,6 +41,7 @@ from batch_infer.engines.messages import (
 )
 from batch_infer.logfile import log_to, open_log
 from batch_infer.records import PromptRequest, ResultRow
+from batch_infer.stopping import STOP_SIGNALS
 from batch_infer.worker import WorkerSettings
 from batch_infer.worker.rows import worker_name
 
@@ -51,7 +52,6 @@ BEAT_SECONDS = 1.0
 """How often a worker says that it is alive, while it is."""
 LISTEN_SECONDS = 0.5
 """How often it looks, while it waits for the parent, whether to stop."""
-STOPPING = (signal.SIGINT, signal.SIGTERM)
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Variables of a launcher, by which accelerate would have all ranks wait for each other."""
 
@@ -73,10 +73,10 @@ class Seat:
 
 def live(link: Connection, seat: Seat) -> None:
     """The life of a worker's process of its own. It ends when the other end of the link does, however that comes."""
-    for number in STOPPING:  # these are the parent's, which tells us to stop
+    for number in STOP_SIGNALS:  # these are the parent's, which tells us to stop
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     work(Parent(link), seat)
 
 
@@ -88,6 +88,7 @@ def work(
     `own` makes the parent's settings those of this machine.
     """
     keep_to(seat)
+    leave_removed_folder()
     # Objects that imports create stay alive; scanning them for garbage takes a sixth of the import time.
     gc.disable()
     with parent:
@@ -104,6 +105,14 @@ def work(
             parent.serve(worker)
 
 
+def leave_removed_folder() -> None:
+    """Change to the root where the current folder was removed: importing torch and starting a process need one."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        os.chdir(os.sep)
+
+
 def keep_to(seat: Seat) -> None:
     """See one GPU and no launcher. The first GPU is every process's own without a word."""
     for name in LAUNCHED:
@@ -116,6 +125,7 @@ def keep_to(seat: Seat) -> None:
 
 
 def _load(settings: WorkerSettings, seat: Seat, parent: Parent) -> Worker:
+    leave_removed_folder()
     import torch
 
     from batch_infer.engines.devices import memory_fault

@@ -12,7 +12,7 @@ from batch_infer.errors import SettingsError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.record import choose_compute, describe, refuse_other
 from batch_infer.jobs.run_json import parse_record, require
-from batch_infer.manifest import SCHEMA, Manifest
+from batch_infer.manifest import SCHEMA, Manifest, run_of
 from batch_infer.models import ModelCard, PipelineFacts, read_card
 from batch_infer.planning import Item
 from batch_infer.records import digest
@@ -34,6 +34,11 @@ class Job:
     earlier: Mapping[str, Any] | None
     rules: RowRules
 
+    @property
+    def number(self) -> int:
+        """The number of this run among those of its OUT, from 1."""
+        return int(self.record["run_number"])
+
     def items(self) -> Iterator[Item]:
         """Every row of the tables, in input order."""
         return self.tables.rows(self.rules)
@@ -46,8 +51,11 @@ def rooted(settings: RunSettings) -> RunSettings:
 
 
 def open_tables(settings: RunSettings) -> Tables:
-    """Raises TableError where none can be read."""
-    return Tables(settings.table, SCHEMA.names)
+    """Open the tables and log which files of folders and globs are left out. Raises TableError, ServiceError."""
+    tables = Tables(settings.table, SCHEMA.names)
+    if left_out := str(tables.left_out):
+        log.info("files left out %s", left_out)
+    return tables
 
 
 def find_model(settings: RunSettings, facts: Callable[[Path], PipelineFacts] | None = None) -> ModelCard:
@@ -56,8 +64,6 @@ def find_model(settings: RunSettings, facts: Callable[[Path], PipelineFacts] | N
     `facts` is asked what diffusers alone can tell of a model; by default that is told here, which imports torch.
     """
     card = read_card(settings.model, facts, checked=settings.safety.asks_checker(has_checker=True))
-    if settings.model.name is None:
-        log.info("no --model given: the built-in demo model draws one coloured shape at 64x64 pixels")
     _check_safety(settings, card)
     return card
 
@@ -69,13 +75,35 @@ def prepare(settings: RunSettings, tables: Tables, card: ModelCard, device: Devi
     if settings.overwrite:
         outdir.refuse_to_clear(settings.out)
     earlier = None if settings.overwrite else found
+    if settings.model.name is None and earlier is None:
+        log.info("no --model given: using the built-in demo model, which draws one coloured shape at 64x64 pixels")
     outdir.refuse_while_rescored(settings.out, earlier)
+    settings = keep_policy(settings, earlier)
     compute = settle_compute(settings, card, device, earlier)
     record = describe(settings, card, compute, tables)
-    if earlier is not None and Manifest(settings.out).parts():
+    parts = [] if settings.overwrite else Manifest(settings.out).parts()
+    if earlier is not None and parts:
         refuse_other(earlier, record, settings.out)
     rules = make_rules(settings, card, record)
-    return Job(settings, tables, card, compute, {**record, "rules": asdict(rules)}, earlier, rules)
+    record = {**record, "rules": asdict(rules), **_number(earlier, parts)}
+    return Job(settings, tables, card, compute, record, earlier, rules)
+
+
+def _number(earlier: Mapping[str, Any] | None, parts: Sequence[Path]) -> dict[str, int]:
+    """Number this run, and say which runs the next one is to recover if this one is killed.
+
+    These are all runs since the last one that ended in order. The parts are looked at too: run.json may be gone.
+    """
+    known = earlier or {}
+    number = 1 + max([known.get("run_number", 0), *map(run_of, parts)])
+    ended = known.get("summary") is not None
+    return {"run_number": number, "recover_from": number if ended else known.get("recover_from", 0)}
+
+
+def keep_policy(settings: RunSettings, earlier: Mapping[str, Any] | None) -> RunSettings:
+    """Settle what is stored of flagged images: as requested, as in the earlier run, or black ones."""
+    before = parse_record(earlier or {}).settings
+    return replace(settings, safety=settings.safety.continuing(before.safety if before else None))
 
 
 def settle_compute(
@@ -111,7 +139,7 @@ def settings_of(record: Mapping[str, Any], out: Path, tables: Sequence[str] = ()
         model = replace(model, name=str(settings.table.folder / model.name))
     loras = tuple(replace(lora, file=str(settings.table.folder / Path(lora.file).expanduser())) for lora in model.loras)
     model = replace(model, loras=loras)
-    return replace(settings, out=out, table=table, model=model, overwrite=False)
+    return replace(settings, out=out, table=table, model=model, overwrite=False, rerender_changed=False)
 
 
 def refuse_unrepeatable(record: Mapping[str, Any], out: Path) -> None:
@@ -119,7 +147,7 @@ def refuse_unrepeatable(record: Mapping[str, Any], out: Path) -> None:
 
     Raises SettingsError.
     """
-    if not record["settings"]["table"]["tables"]:
+    if not require(parse_record(record).settings, "settings", out).table.tables:
         raise SettingsError(f"{out} is an endpoint's, to which tables came one by one; name the TABLEs after OUT")
     if found := record.get("unrepeatable_tables"):
         told = ", ".join("standard input" if table == "-" else table for table in found)
@@ -171,5 +199,7 @@ def _check_safety(settings: RunSettings, card: ModelCard) -> None:
     if card.has_checker or (safety.service is not None and safety.mode != "checker,azure"):
         return
     if safety.required or safety.mode in ("checker", "checker,azure"):
-        raise SettingsError(f"{card.name} has no safety checker, and this run asks for one; images would go unjudged")
-    log.warning("%s has no safety checker: nsfw_content_detected will be null, nobody is asked", card.name)
+        raise SettingsError(
+            f"{card.name} has no safety checker, and this run asks for one; images would not be checked"
+        )
+    log.warning("%s has no safety checker: images will not be checked; nsfw_content_detected will be null", card.name)

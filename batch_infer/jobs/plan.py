@@ -9,14 +9,16 @@ from datetime import datetime
 from typing import Any
 
 from batch_infer.engines.probe import Probe
-from batch_infer.errors import RowError
+from batch_infer.errors import RowError, SettingsError
+from batch_infer.jobs.changes import find_changes
 from batch_infer.jobs.estimate import rates_of
 from batch_infer.jobs.job import Job, find_model, open_tables, prepare, rooted
 from batch_infer.jobs.record import at_once, processes_of
+from batch_infer.jobs.survey import reason_of
 from batch_infer.jobs.tune import BatchShapes
 from batch_infer.manifest import Index, Manifest
 from batch_infer.models import TruncationCount, load_token_counter
-from batch_infer.planning import Batching, Packing, in_order, pending
+from batch_infer.planning import Batching, Committed, Item, Packing, in_order, is_done, pending
 from batch_infer.records import PromptRequest, ResultRow, now
 from batch_infer.settings import RunSettings
 
@@ -42,7 +44,9 @@ class Plan:
     """What a run would do, counted in results (a row has one for each image) but where rows are named.
 
     `seconds` are of the whole command, from start to end; those of a size are device time, of which each of the
-    `processes` has its share. `truncated` is None where only the model's pipeline knows.
+    `processes` has its share. `truncated` is None where only the model's pipeline knows. `reasons` says why results
+    are pending, `changes` by which options they changed, and `refused` why the run will not start. `files` has the
+    number of rows of each file that is read, `left_out` those of folders and globs that are not, by reason.
     """
 
     rows: int = 0
@@ -60,7 +64,12 @@ class Plan:
     occupancy: float | None = None
     seconds: float = 0.0
     bytes: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    changes: str = ""
+    refused: str | None = None
     cost: float | None = None
+    files: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, dict[str, int]] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
     measured_at: datetime | None = None
 
@@ -99,11 +108,17 @@ class _Walk:
         started = time.monotonic()
         waited = self._probe.waited
         slots_of = None if card.driven else self._slots_of
-        for request in in_order(pending(self._valid(), self._index), slots_of):
+        changes = find_changes(self._job, self._index)
+        found.changes = str(changes)
+        try:
+            changes.refuse(self._job)
+        except SettingsError as error:
+            found.refused = str(error)
+        for request in in_order(pending(self._valid(), self._index, self._is_done), slots_of):
             found.pending += 1
             self._packing.add(request, self._probe.evaluations(card, request.params.num_inference_steps))
         self._packing.close()
-        found.remarks = self._job.tables.remarks
+        found.remarks, found.left_out = self._job.tables.remarks, self._job.tables.left_out.items()
         found.truncated = self._tokens.close() if self._tokens else None
         found.done = found.total - found.invalid - found.pending
         walking = time.monotonic() - started - (self._probe.waited - waited)
@@ -113,11 +128,21 @@ class _Walk:
     def _slots_of(self, size: tuple[int, int]) -> int:
         return self._shapes.of(size).slots
 
+    def _is_done(self, item: Item, match: Committed | None) -> bool:
+        done = is_done(item, match)
+        if not done:
+            reason = reason_of(item, match)
+            self._plan.reasons[reason] = self._plan.reasons.get(reason, 0) + 1
+        return done
+
     def _valid(self) -> Iterator[PromptRequest]:
         """The rows of the tables that the run will render; what it will find invalid is told and counted."""
+        self._plan.files = dict.fromkeys(self._job.tables.files, 0)
         for item in self._job.items():
             self._plan.total += 1
-            self._plan.rows += item.image_index == 0
+            if item.image_index == 0:
+                self._plan.rows += 1
+                self._plan.files[item.source.file] += 1
             if isinstance(item, PromptRequest):
                 try:
                     self._probe.evaluations(self._job.card, item.params.num_inference_steps)

@@ -78,7 +78,7 @@ def policy_of(safety: SafetySettings, card: ModelCard) -> str:
         levels = ", ".join(f"{name} {level}" for name, level in zip(CATEGORIES, service.thresholds, strict=True))
         lists = "".join(f", blocklist {name}" for name in sorted(service.blocklists))
         judges.append(f"azure above {levels}{lists}")
-    return f"{' and '.join(judges)}, on flagged {safety.on_flagged}" if judges else "none"
+    return f"{' and '.join(judges)}, on flagged {safety.policy}" if judges else "none"
 
 
 def refuse_other(earlier: Mapping[str, Any], record: Mapping[str, Any], out: Path) -> None:

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timedelta
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from batch_infer.atomic import storing, sync_folder
-from batch_infer.errors import DamagedPart
+from batch_infer.errors import DamagedPart, StorageError
 from batch_infer.jobs import out as outdir
-from batch_infer.manifest import SCHEMA, Index, Manifest, read_part
+from batch_infer.manifest import SCHEMA, Index, Manifest, commit_time, read_part
 
-RECENT = timedelta(minutes=10)
-"""How long before the last result an image must have been finished to be taken for safe on the disk.
+RECENT_SECONDS = 600.0
+"""Parts committed within this time before the last one are checked.
 
 Where commits are durable nothing needs this; a disk or a file system that promises what it does not do needs it.
 """
 READING_THREADS = 8
 BATCH = 2048
 _DAMAGED = ".damaged"
+_NO_WHOLE_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EIO}
 _IMAGE = pa.schema([SCHEMA.field(name) for name in ("id", "image_index", "generated_image", "sha256", "image_bytes")])
 
 log = logging.getLogger("batch_infer")
@@ -34,16 +34,17 @@ log = logging.getLogger("batch_infer")
 Key = tuple[str, int]
 
 
-def recover(out: Path, manifest: Manifest) -> frozenset[Key]:
+def recover(out: Path, manifest: Manifest, since_run: int = 0) -> frozenset[Key]:
     """Clear up after a run that was killed, and return the key of each recent image that is missing or not whole.
 
-    Leftovers are removed and damaged parts set aside, whose rows are then as if they had never been rendered. Images
-    that were finished within the last minutes are read; older ones, and the columns of older parts, are left to who
-    reads them. For who holds OUT, before anybody writes there. Raises StorageError.
+    `since_run`: the first run after the last one that ended in order. Leftovers are removed and damaged parts set
+    aside, whose rows are then as if they had never been rendered. The images of the last minutes of those runs are
+    read; older images, and the columns of older parts, are not. The caller holds OUT, before anything is written there.
+    Raises StorageError.
     """
     outdir.remove_leftovers(out)
-    recent, since = _recent(manifest)
-    with Index(recent, since, set_aside) as index, ThreadPoolExecutor(READING_THREADS) as pool:
+    recent = _recent(manifest.parts(since_run))
+    with Index(recent, set_aside) as index, ThreadPoolExecutor(READING_THREADS) as pool:
         lost: list[tuple[Key, str]] = []
         for images in _images(index):
             whole = pool.map(lambda image: is_whole(out, *image[1:]), images)
@@ -72,37 +73,44 @@ def set_aside(damage: DamagedPart) -> Path:
 
 
 def is_whole(out: Path, path: str, sha256: str | None, length: int | None) -> bool:
-    """Whether an image is there with the content that was written. `path` is relative to OUT, and does not leave it."""
+    """Whether an image is there with the content that was written. Raises StorageError."""
+    return read_whole(out, path, sha256, length) is not None
+
+
+def read_whole(out: Path, path: str, sha256: str | None, length: int | None) -> bytes | None:
+    """Return an image as it was written, or None where it is missing or damaged.
+
+    `path` is relative to OUT and does not leave it. Raises StorageError where it is there and cannot be read.
+    """
     relative = PurePosixPath(path)
     if relative.is_absolute() or ".." in relative.parts:
-        return False
+        return None
     try:
         if (out / relative).stat().st_size != length:
-            return False
-        return hashlib.sha256((out / relative).read_bytes()).hexdigest() == sha256
-    except OSError:
-        return False
+            return None
+        content = (out / relative).read_bytes()
+    except OSError as error:
+        if error.errno in _NO_WHOLE_FILE:
+            return None
+        raise StorageError(f"cannot read {out / relative}: {error.strerror or error}") from error
+    return content if hashlib.sha256(content).hexdigest() == sha256 else None
 
 
-def _recent(manifest: Manifest) -> tuple[list[Path], datetime | None]:
-    """The parts that hold recent results, each of them whole, and since when a result is recent."""
-    ends = dict(_ends(manifest.parts()))
-    if not ends:
-        return [], None
-    since = max(ends.values()) - RECENT
-    return [part for part, end in ends.items() if end >= since and _is_readable(part)], since
+def _recent(parts: Sequence[Path]) -> list[Path]:
+    """Return the parts that were committed last, by the clock of each machine, and can be read."""
+    times = list(_commit_times(parts))
+    latest: dict[str, float] = {}
+    for _, clock, seconds in times:
+        latest[clock] = max(seconds, latest.get(clock, seconds))
+    return [part for part, clock, at in times if at >= latest[clock] - RECENT_SECONDS and _is_readable(part)]
 
 
-def _ends(parts: Sequence[Path]) -> Iterator[tuple[Path, datetime]]:
-    """When the last result of each part was finished."""
+def _commit_times(parts: Sequence[Path]) -> Iterator[tuple[Path, str, float]]:
     for part in parts:
         try:
-            end = pc.max(read_part(part, ("finished_at",))["finished_at"]).as_py()
+            yield part, *commit_time(part)
         except DamagedPart as error:
             set_aside(error)
-        else:
-            if end is not None:
-                yield part, end
 
 
 def _is_readable(part: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -10,24 +9,24 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
 from batch_infer import images
-from batch_infer.errors import RowBroken
+from batch_infer.errors import RowBroken, RowError
 from batch_infer.jobs.job import settle_compute
-from batch_infer.jobs.recovery import is_whole
-from batch_infer.manifest import Manifest
+from batch_infer.jobs.recovery import read_whole
+from batch_infer.manifest import SCHEMA, Committed, Index, Manifest
 from batch_infer.models import ModelCard
 from batch_infer.records import PromptRequest, ResultRow, Status, StoredImage, Verdict, now
 from batch_infer.safety import Gate, Judge, gate_of
 from batch_infer.settings import OnFlagged, RunSettings
-from batch_infer.sinks import FolderSink
+from batch_infer.sinks import FolderSink, path_aside
 from batch_infer.worker.rows import why_flagged, with_file, with_verdict, worker_name
 
 READING_THREADS = 8
 ORIGINAL = frozenset({"keep", "quarantine"})
 """What --on-flagged leaves as it was rendered."""
 NOT_KEPT = "its image was not kept and cannot be judged again"
+_IMAGE = pa.schema([SCHEMA.field(name) for name in ("generated_image", "sha256", "image_bytes")])
 GONE = "its image is missing or not whole, and cannot be judged again"
 
 
@@ -85,6 +84,7 @@ class Rejudging:
         self.rescored = Rescored()
         self._rows: list[ResultRow] = []
         self._written: list[str] = []
+        self._replaced: list[str] = []
         self._obsolete: list[str] = []
 
     def judge(self, entries: Sequence[Stored]) -> None:
@@ -108,7 +108,7 @@ class Rejudging:
     def _judge_images(self, entries: Sequence[Stored]) -> None:
         with ThreadPoolExecutor(READING_THREADS) as pool:
             files = list(pool.map(self._read, entries))
-        whole = [(entry, file) for entry, file in zip(entries, files, strict=True) if file is not None]
+        whole = [(entry, file) for entry, file in zip(entries, files, strict=True) if isinstance(file, _File)]
         verdicts = self._ask([file.pixels for _, file in whole])
         prompts = self._ask_prompts([entry for entry, _ in whole])
         for (entry, file), of_image, of_prompt in zip(whole, verdicts, prompts, strict=True):
@@ -117,9 +117,9 @@ class Rejudging:
                 self._fail(entry, str(verdict))
             else:
                 self._store(entry, file, verdict)
-        for entry, found in zip(entries, files, strict=True):
-            if found is None:
-                self._fail(entry, GONE)
+        for entry, file_or_fault in zip(entries, files, strict=True):
+            if isinstance(file_or_fault, str):
+                self._fail(entry, file_or_fault)
 
     def _judge_refused(self, entries: Sequence[Stored]) -> None:
         for entry, verdict in zip(entries, self._ask_prompts(entries), strict=True):
@@ -128,32 +128,58 @@ class Rejudging:
             elif verdict.nsfw:
                 self._add(entry, replace(with_verdict(entry.row, verdict), error=verdict.reason))
 
-    def tidy(self, request: PromptRequest, path: str | None) -> None:
-        """Remove what is left of an image elsewhere, where one who judged it died before he could."""
-        for other in {self._sink.path_of(request, quarantine=apart) for apart in (False, True)} - {path}:
+    def tidy(self, request: PromptRequest, committed: Committed, index: Index) -> None:
+        """Remove what a killed rescoring has left beside the image of a row that needs no judging."""
+        path = committed.path
+        others = {self._sink.path_of(request, quarantine=apart) for apart in (False, True)}
+        if path is not None:
+            aside = path_aside(path)
+            if (self._settings.out / aside).is_file():  # this row's own image, where its rescoring was not committed
+                (row,) = index.take([committed], _IMAGE).to_pylist()
+                self._content(row["generated_image"], row["sha256"], row["image_bytes"])
+            others |= {aside, *(f"{folder}/{path.partition('/')[2]}" for folder in ("images", "quarantine"))}
+        for other in others - {path}:
             self._sink.remove(other)
 
     def commit(self, carried: pa.Schema) -> None:
-        """Raises StorageError."""
+        """Put new images in place, commit the rows, and remove the images that they no longer name.
+
+        A kill at any moment loses no image: what is replaced by another of its name is set aside until the part is
+        committed. Raises StorageError.
+        """
+        self._sink.set_aside(self._replaced)
         self._sink.settle(self._written)
         if self._rows:
             self._manifest.commit(self._rows, carried)
-        for path in self._obsolete:
+        for path in (*self._obsolete, *map(path_aside, self._replaced)):
             self._sink.remove(path)
-        for done in (self._rows, self._written, self._obsolete):
+        for done in (self._rows, self._written, self._replaced, self._obsolete):
             done.clear()
 
     def close(self) -> None:
         if self._gate is not None:
             self._gate.close()
 
-    def _read(self, entry: Stored) -> _File | None:
-        row, out = entry.row, self._settings.out
-        if row.generated_image is None or not is_whole(out, row.generated_image, row.sha256, row.image_bytes):
-            return None
-        content = (out / row.generated_image).read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
-            return _File(content, np.asarray(image.convert("RGB")))
+    def _read(self, entry: Stored) -> _File | str:
+        """Return the stored image, or the sentence that says why it cannot be judged. Raises StorageError."""
+        row = entry.row
+        content = self._content(row.generated_image or "", row.sha256, row.image_bytes)
+        if content is None:
+            return GONE
+        try:
+            return _File(content, images.decode(content))
+        except RowError as error:
+            return f"{error}, and cannot be judged again"
+
+    def _content(self, path: str, sha256: str | None, length: int | None) -> bytes | None:
+        """Return an image file as it was committed, also where a killed rescoring had set it aside."""
+        for name in (path, path_aside(path)):
+            content = read_whole(self._settings.out, name, sha256, length)
+            if content is not None:
+                if name != path:
+                    self._sink.bring_back(path)
+                return content
+        return None
 
     def _ask(self, pixels: Sequence[np.ndarray]) -> list[Verdict | RowBroken]:
         """What all judges say of images."""
@@ -191,18 +217,26 @@ class Rejudging:
 
     def _stored(self, entry: Stored, file: _File, *, flagged: bool) -> StoredImage | None:
         """The image as it is to be, written where it is another one or stands elsewhere."""
-        policy, row = self._settings.safety.on_flagged, entry.row
+        policy, row = self._settings.safety.policy, entry.row
         pixels = images.by_policy(file.pixels, policy) if flagged else file.pixels
-        path = self._sink.path_of(entry.request, quarantine=flagged and policy == "quarantine")
+        path = self._path_of(row, quarantine=flagged and policy == "quarantine")
         if pixels is None:
             return None
         if pixels is file.pixels and path == row.generated_image:
-            return StoredImage(path, row.sha256 or "", row.image_bytes or 0)
+            return StoredImage(path, row.sha256 or "", row.image_bytes or 0, row.pixels_sha256)
         self._written.append(path)
+        if path == row.generated_image:
+            self._replaced.append(path)
         if pixels is file.pixels:
-            return self._sink.write(path, file.content)
+            return replace(self._sink.write(path, file.content), pixels_sha256=row.pixels_sha256)
         parameters = images.parameters_text(entry.request, self._card.scheduler_name, self._card.fingerprint)
-        return self._sink.write(path, images.encode(pixels, self._settings.output.image_format, parameters))
+        stored = self._sink.write(path, images.encode(pixels, self._settings.output.image_format, parameters))
+        return replace(stored, pixels_sha256=images.pixels_sha256(pixels))
+
+    def _path_of(self, row: ResultRow, *, quarantine: bool) -> str:
+        """Return where an image belongs: where it is, or in the same place in quarantine/ or outside it."""
+        _, _, rest = (row.generated_image or "").partition("/")
+        return f"{'quarantine' if quarantine else 'images'}/{rest}"
 
     def _fail(self, entry: Stored, error: str) -> None:
         """No answer, no image: it is rendered anew by the next run."""

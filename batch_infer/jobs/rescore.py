@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,24 @@ from batch_infer.jobs.job import find_model, open_tables, refuse_unrepeatable, r
 from batch_infer.jobs.merge import Counts, merge
 from batch_infer.jobs.record import policy_of
 from batch_infer.jobs.rejudging import Rejudging, Rescored, Stored
+from batch_infer.jobs.run_json import with_counts
 from batch_infer.manifest import Committed, Index, Manifest
 from batch_infer.models import ModelCard
 from batch_infer.records import PromptRequest, ResultRow, digest, now
 from batch_infer.settings import OnFlagged, RunSettings, SafetySettings
+from batch_infer.stopping import GRACE_SECONDS, deferred
 from batch_infer.table import Tables
 
 BATCH = 64
 """Results that are read, judged and committed together; their pixels are held meanwhile."""
+LOSSES: Mapping[OnFlagged, str] = {
+    "blank": "replaced by a black image",
+    "blur": "replaced by a blurred image",
+    "drop": "removed",
+}
+"""What becomes of the original of a flagged image, by policy; the other policies keep it."""
+
+log = logging.getLogger("batch_infer")
 
 
 def rescore(
@@ -34,6 +45,7 @@ def rescore(
 ) -> tuple[Rescored, Counts]:
     """Have the images of OUT judged as `safety` says, and merge.
 
+    Without a policy in `safety`, flagged images are stored as the run did; what is lost by that is logged before.
     Until that is through, run.json says that it is under way, and what else would work in OUT refuses to: the same
     call goes on, where it was stopped or a service was down. `tell` is told how it goes. Raises UsageError,
     LockedError, ServiceError, StorageError, Interrupted.
@@ -56,7 +68,8 @@ def rescore(
 def _settings(record: Mapping[str, Any], out: Path, tables: Sequence[str], safety: SafetySettings) -> RunSettings:
     if not tables:
         refuse_unrepeatable(record, out)
-    return replace(settings_of(record, out, tables), safety=safety)
+    settings = settings_of(record, out, tables)
+    return replace(settings, safety=safety.continuing(settings.safety))
 
 
 class _Rescoring:
@@ -73,7 +86,7 @@ class _Rescoring:
         self._new = replace(rules, fingerprint=digest(identity))
         before = settings_of(record, settings.out).safety
         self._resumed = bool(record.get("rescoring"))
-        sources = {**record.get("rescoring", {}), rules.fingerprint: before.on_flagged}
+        sources = {**record.get("rescoring", {}), rules.fingerprint: before.policy}
         self._sources = {name: policy for name, policy in sources.items() if name != self._new.fingerprint}
         told = {"settings": {**record["settings"], "safety": asdict(settings.safety)}, "identity": identity}
         self._record = {**record, **told, "rules": {**record["rules"], "fingerprint": self._new.fingerprint}}
@@ -87,17 +100,34 @@ class _Rescoring:
 
     def judge(self, tell: Callable[[Rescored], None], stop: Callable[[], bool]) -> Rescored:
         """Judge all that was not judged by these rules yet."""
+        if self._resumed:
+            outdir.remove_leftovers(self._settings.out)
         rejudging = Rejudging(self._settings, self._card, self._record, stop)
         outdir.write_run(self._settings.out, {**self._record, "rescoring": self._sources})
         with closing(rejudging), Manifest(self._settings.out).index() as index:
             todo = self._todo(index, rejudging)
+            if first := next(todo, None):
+                self._warn_of_loss()
+                todo = chain([first], todo)
             while batch := list(islice(todo, BATCH)):
                 if stop():
                     raise Interrupted("stopped; what is judged is kept, the same command goes on")
-                rejudging.judge(batch)
-                rejudging.commit(self._tables.carried)
+                with deferred(GRACE_SECONDS):
+                    rejudging.judge(batch)
+                    rejudging.commit(self._tables.carried)
                 tell(rejudging.rescored)
         return rejudging.rescored
+
+    def _warn_of_loss(self) -> None:
+        """Say, before anything is judged, that originals of flagged images will be lost."""
+        policy = self._settings.safety.policy
+        if policy in LOSSES:
+            log.warning(
+                "the original of every image that is flagged now will be %s (--on-flagged %s), and only rendering it"
+                " again brings it back; --on-flagged quarantine or keep would keep it",
+                LOSSES[policy],
+                policy,
+            )
 
     def _todo(self, index: Index, rejudging: Rejudging) -> Iterator[Stored]:
         """The results of the rows as the tables have them, but for those that these rules know."""
@@ -113,7 +143,7 @@ class _Rescoring:
                     continue
                 if kept.fingerprint == new.fingerprint:
                     if self._resumed:
-                        rejudging.tidy(new, kept.path)
+                        rejudging.tidy(new, kept, index)
                     continue
                 known = {item.fingerprint: policy for item, policy in zip(old, self._sources.values(), strict=True)}
                 if kept.fingerprint in known:
@@ -127,8 +157,6 @@ class _Rescoring:
         out = self._settings.out
         with Manifest(out).index() as index:
             counts = merge(self._tables.rows(self._new), index, self._tables.carried, out, self._settings.output)
-        summary = self._record.get("summary")
-        summary = None if summary is None else {**summary, **asdict(counts)}
         record = {name: value for name, value in self._record.items() if name != "rescoring"}
-        outdir.write_run(out, {**record, "summary": summary, "rescored_at": now()})
+        outdir.write_run(out, {**with_counts(record, asdict(counts)), "rescored_at": now()})
         return counts

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batch_infer.atomic import replacing
+from batch_infer.carried import python_values
 from batch_infer.settings import OutputSettings
 
 _Write = Callable[[pa.Table], None]
@@ -71,7 +72,8 @@ class _Jsonl:
 
 def _rows(table: pa.Table, images: Path | None) -> Iterator[dict[str, Any]]:
     """Rows as dictionaries; with `images`, generated_image is the file itself in base64, as Azure's card has it."""
-    for row in table.to_pylist():
+    for cells in zip(*map(python_values, table.columns), strict=True):
+        row = dict(zip(table.column_names, cells, strict=True))
         if images is not None and row["generated_image"] is not None:
             row["generated_image"] = _file(images / row["generated_image"])
         for name in ("guidance_scale", "guidance_rescale", "seconds"):

@@ -6,17 +6,28 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Protocol
 
 from batch_infer.atomic import KnownFolder
 from batch_infer.engines import Engine, Task, Work
 from batch_infer.engines.launched import MEETING, Launched, Place, join, place
 from batch_infer.engines.local import Local
-from batch_infer.errors import CompilationError, DamagedPart, ServiceError, SettingsError, UsageError, WorkersLost
+from batch_infer.errors import (
+    BatchInferError,
+    CompilationError,
+    DamagedPart,
+    MissingResults,
+    ServiceError,
+    SettingsError,
+    UsageError,
+)
 from batch_infer.jobs import out as outdir
+from batch_infer.jobs.changes import find_changes
 from batch_infer.jobs.estimate import Size, learn
 from batch_infer.jobs.job import Job, find_model, open_tables, prepare, rooted
 from batch_infer.jobs.merge import Counts, merge, merge_parts
@@ -32,7 +43,11 @@ from batch_infer.manifest import Index, Manifest
 from batch_infer.planning import LeavesAlone, in_order, is_done, pending
 from batch_infer.records import ResultRow, now
 from batch_infer.settings import Compute, RunSettings
+from batch_infer.stopping import GRACE_SECONDS, deferred
 from batch_infer.worker import WorkerSettings, least, peak_memory, together
+
+LISTING_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+"""Pauses before the manifest is listed again where it lists too few results."""
 
 log = logging.getLogger("batch_infer")
 
@@ -74,7 +89,8 @@ def run(
                     outdir.clear(settings.out)
                 with _logged(settings.out):
                     if (job.earlier or {}).get("summary") is None:
-                        leaves_alone = _all_but(recover(settings.out, Manifest(settings.out)), leaves_alone)
+                        lost = recover(settings.out, Manifest(settings.out), job.record["recover_from"])
+                        leaves_alone = _all_but(lost, leaves_alone)
                     return _Run(job, engine, progress, stop, leaves_alone).go(started)
 
 
@@ -148,32 +164,40 @@ class _Run:
         remove_other_results(self._out, self._job.settings.output)
         self._sum_up(counts, time.monotonic() - started)
         outdir.write_run(self._out, {**self._record, "finished_at": now(), "summary": self._summary.as_dict()})
-        log.debug("ended in order: %s", self._summary.as_dict())
+        log.debug("%d images rendered, %d left; %s has the summary", self._summary.rendered, counts.left, "run.json")
         return self._summary
 
     def _score(self) -> Counts:
         """Render what is not done, and merge. Raises DamagedPart where its rows are then to be rendered anew."""
         with self._manifest.index(damaged=set_aside) as index:
-            survey = look_through(self._job, index, self._leaves_alone)
+            with self._undone_where_refused():
+                changes = find_changes(self._job, index)
+                changes.refuse(self._job)
+            survey = look_through(self._job, index, self._leaves_alone, str(changes))
             self._record = {**self._record, "survey": {**asdict(survey), "finished_at": now()}, "rendering_since": None}
             outdir.write_run(self._out, self._record)
             if survey.pending and not self._stop():
                 with self._undone_where_refused():
                     self._settle_shapes(survey)
-                with closing(self._progress):
+                with closing(self._progress), ExitStack() as stack:
+                    stack.push(partial(self._merge_after_error, survey))
                     self._progress.start(survey)
                     try:
                         self._render(index, survey)
-                    except (WorkersLost, ServiceError, SettingsError) as error:
-                        refused = isinstance(error, SettingsError)
-                        if refused and not self._committed:
+                    except SettingsError as error:
+                        if not self._committed:
                             raise
-                        self._merge(survey)
-                        if refused:  # a key that was taken when the run began
-                            raise ServiceError(str(error)) from error
-                        raise
+                        raise ServiceError(str(error)) from error  # a key that was valid when the run began
         self._summary.undone = max(0, survey.pending - self._committed)
         return self._merge(survey)
+
+    def _merge_after_error(
+        self, survey: Survey, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        """Merge what is committed where rendering ends with an error, a bug included, without hiding that error."""
+        if isinstance(error, Exception) and self._committed:
+            with suppress(BatchInferError):
+                self._merge(survey)
 
     def _warn_of_threads(self) -> None:
         workers, compute = self._engine.workers, self._job.compute
@@ -208,20 +232,39 @@ class _Run:
         self._record = {**self._record, "compute": asdict(compute)}
         outdir.write_run(self._out, self._record)
 
+    @deferred(GRACE_SECONDS)
     def _merge(self, survey: Survey) -> Counts:
+        """Merge, and list the manifest again where it lists fewer results than this run knows of.
+
+        File systems on a network, NFS and FUSE among them, may show a directory as it was up to a minute ago.
+        """
+        for seconds in LISTING_SECONDS:
+            with suppress(MissingResults):
+                return self._merge_once(survey)
+            time.sleep(seconds)
+        return self._merge_once(survey)
+
+    def _merge_once(self, survey: Survey) -> Counts:
         """By the tables, or by the manifest alone where the tables have changed under the run: no result is lost."""
         self._held.check()
+        left = max(0, survey.pending - self._committed) + survey.standing.get("left", 0)
+        least = survey.total - left - survey.unsettled
         tables, output = self._job.tables, self._job.settings.output
         if changed := tables.changed():
             log.warning(
                 "%s changed or went while the run did, so all that the manifest holds is merged; run again to go by it",
                 ", ".join(changed),
             )
-            counts = merge_parts(self._manifest, tables.files, self._out, output)
-            counts.left = max(0, survey.pending - self._committed) + survey.standing.get("left", 0)
+            counts = merge_parts(self._manifest, tables.files, self._out, output, least)
+            counts.left = left
             return counts
         with self._manifest.index() as index:
-            return merge(self._job.items(), index, tables.carried, self._out, output)
+            return merge(self._job.items(), index, tables.carried, self._out, output, least)
+
+    def _in_flight(self, survey: Survey) -> int:
+        """Return how many results the workers have under way together, if each row has guidance and takes two slots."""
+        slots = max(self._slots_of(size) for size in survey.sizes)
+        return min(survey.pending, max(1, slots // 2))
 
     def _render(self, index: Index, survey: Survey) -> None:
         lengths: Counter[Size] = Counter()
@@ -230,8 +273,9 @@ class _Run:
 
         def ready() -> None:
             nonlocal throughput
-            throughput = Throughput()
-            self._record = {**self._record, "rendering_since": now()}
+            in_flight = self._in_flight(survey)
+            throughput = Throughput(in_flight=in_flight)
+            self._record = {**self._record, "rendering_since": now(), "in_flight": in_flight}
             outdir.write_run(self._out, self._record)
             self._progress.ready(throughput)
 
@@ -316,6 +360,7 @@ class _Run:
             output=job.settings.output,
             out=self._held,
             carried=job.tables.carried,
+            run=job.number,
         )
 
     def _sum_up(self, counts: Counts, seconds: float) -> None:

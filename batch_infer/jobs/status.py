@@ -12,7 +12,6 @@ from batch_infer.jobs import out as outdir
 from batch_infer.jobs.run_json import RunRecord, parse_record, require
 from batch_infer.manifest import Manifest
 from batch_infer.records import Status, now
-from batch_infer.settings import Compute
 
 STATUSES = get_args(Status)
 
@@ -44,74 +43,69 @@ class Standing:
 class _Survey:
     """What a run found when it looked through the tables: `before` counts by status what it left as it was."""
 
-    finished_at: datetime
+    total: int
     pending: int
     before: Counter[str]
-    slots: int
     rendering_since: datetime | None
     """When the first worker was ready; None before."""
-    has_start: bool
-    """False of a run by an earlier version, which did not record `rendering_since`."""
+    in_flight: int
+    """Results that are under way together: a rate is given once so many are committed."""
 
     @classmethod
-    def of(cls, record: RunRecord, compute: Compute, *, has_start: bool) -> _Survey | None:
+    def of(cls, record: RunRecord) -> _Survey | None:
         if (survey := record.survey) is None:
             return None
-        slots = max([compute.slots, *(shape.slots for shape in compute.by_size)])
         before = Counter(survey.standing) + Counter(invalid=survey.invalid)
-        return cls(survey.finished_at, survey.pending, before, slots, record.rendering_since, has_start)
+        return cls(survey.total, survey.pending, before, record.rendering_since, record.in_flight)
 
 
 def status(out: Path) -> Standing:
     """Look at OUT, without holding it. Raises UsageError where it holds no run."""
-    raw = outdir.known_run(out)
-    record = parse_record(raw)
+    record = parse_record(outdir.known_run(out))
     holder = outdir.holder(out)
     standing = Standing("running" if holder else "stopped", holder, require(record.started_at, "started_at", out))
-    if (summary := record.summary) is not None and not holder:
+    is_open = not require(record.settings, "settings", out).table.tables
+    summary = record.summary or (None if is_open else record.merged)
+    if summary is not None and not holder:
         standing.counts = {name: getattr(summary, name) for name in STATUSES}
         standing.left = summary.left
         standing.images_per_second = summary.images_per_second
         standing.state = "stopped" if standing.left else "finished"
         standing.state = "rescoring" if record.rescoring else standing.state
         return standing
-    compute = require(record.compute, "compute", out)
-    survey = _Survey.of(record, compute, has_start="rendering_since" in raw)
-    if not require(record.settings, "settings", out).table.tables:
+    if is_open:
         standing.state = "open"
-    _count(standing, survey, Manifest(out))
+    _count(standing, _Survey.of(record), Manifest(out), record.run_number)
     return standing
 
 
-def _count(standing: Standing, survey: _Survey | None, manifest: Manifest) -> None:
-    """What the run found when it looked through the tables, and what it has committed since."""
-    with manifest.index(since=survey.finished_at if survey else None) as index:
-        rendered, times = index.statuses(), index.times
-    counts = rendered + survey.before if survey else rendered
+def _count(standing: Standing, survey: _Survey | None, manifest: Manifest, run: int | None) -> None:
+    """Count what the run found done when it scanned the tables, and what it has committed since.
+
+    All that the manifest holds is counted where the scan has not ended, and in an OUT of an earlier version, which
+    has no run number.
+    """
+    before, since_run = (Counter[str](), 0) if survey is None or run is None else (survey.before, run)
+    with manifest.index(since_run) as index:
+        committed = index.statuses()
+    counts = committed + before
     standing.counts = {name: counts[name] for name in STATUSES}
     if survey is None:
         return
-    standing.left = max(0, survey.pending - rendered.total()) + survey.before["left"]
-    if not standing.holder:
+    if run is None:
+        standing.left = max(0, survey.total - counts.total())
         return
-    if survey.has_start:
-        _rate(standing, survey, rendered)
-    elif times:
-        _rate_of_earlier_version(standing, survey, rendered, (times[1] - times[0]).total_seconds())
+    standing.left = max(0, survey.pending - committed.total()) + survey.before["left"]
+    if standing.holder:
+        _rate(standing, survey, committed)
 
 
 def _rate(standing: Standing, survey: _Survey, rendered: Counter[str]) -> None:
     """Divide by the time until now, so that a run that commits nothing more is seen to slow down."""
-    if survey.rendering_since is None or not (committed := rendered.total()):
+    committed = rendered.total()
+    if survey.rendering_since is None or committed < max(1, survey.in_flight):
         return
     took = (now() - survey.rendering_since).total_seconds()
     if took > 0 and standing.left is not None:
         standing.images_per_second = round((rendered["ok"] + rendered["flagged"]) / took, 3)
         standing.seconds_left = round(standing.left * took / committed)
-
-
-def _rate_of_earlier_version(standing: Standing, survey: _Survey, rendered: Counter[str], took: float) -> None:
-    """Without the start of rendering: known once all slots have been emptied, since the first images come late."""
-    if took and standing.left is not None and rendered.total() >= survey.slots:
-        rate = rendered.total() / took
-        standing.images_per_second, standing.seconds_left = round(rate, 3), round(standing.left / rate)

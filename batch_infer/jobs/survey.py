@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from batch_infer.jobs.job import Job
@@ -23,8 +24,9 @@ class Survey:
     """What a walk over the tables found before anything is rendered, in results (a row has one for each image).
 
     `done` results are left as they are, and `standing` counts them by status; under `left` stand those that have no
-    result and are not to be rendered now either, since `retry` leaves them to `run`. `sizes` (height, width) are those
-    of the pending ones.
+    result and are not to be rendered now either, since `retry` leaves them to `run`; `unsettled` are invalid rows that
+    `retry` leaves to `run`. `sizes` (height, width) are those of the pending ones, and `reasons` says why they are
+    pending; `changes` are the options that changed them.
     """
 
     total: int = 0
@@ -33,26 +35,59 @@ class Survey:
     pending: int = 0
     standing: dict[str, int] = field(default_factory=dict)
     sizes: list[tuple[int, int]] = field(default_factory=list)
+    reasons: dict[str, int] = field(default_factory=dict)
+    changes: str = ""
+    unsettled: int = 0
 
     def add(self, item: Item, found: Committed | None, *, left_alone: bool) -> None:
         self.total += 1
+        known = found is not None and found.fingerprint == item.fingerprint
         if isinstance(item, ResultRow):
             self.invalid += 1
+            self.unsettled += left_alone and not known
         elif left_alone:
             self.done += 1
-            known = found is not None and found.fingerprint == item.fingerprint
             status = found.status if found and known else "left"
             self.standing[status] = self.standing.get(status, 0) + 1
         else:
             self.pending += 1
+            reason = reason_of(item, found)
+            self.reasons[reason] = self.reasons.get(reason, 0) + 1
             size = item.params.height, item.params.width
             if size not in self.sizes:
                 self.sizes.append(size)
 
+    @property
+    def why(self) -> str:
+        """Why results are pending: `1 new, 22 changed (num_inference_steps 8 -> 50)`."""
+        return explain(self.reasons, self.changes)
 
-def look_through(job: Job, index: Index, leaves_alone: LeavesAlone) -> Survey:
-    """Count what there is to do, and commit the invalid rows: they wait for no device. Raises StorageError."""
-    survey = Survey()
+
+def reason_of(item: Item, found: Committed | None) -> str:
+    """Say why a result is to be rendered, given what the manifest holds of it."""
+    if found is None:
+        return "new"
+    if found.status == "invalid":
+        return "invalid before"
+    if found.fingerprint != item.fingerprint:
+        return "changed"
+    return "missing or damaged" if found.status == "ok" else f"{found.status} before"
+
+
+def explain(reasons: Mapping[str, int], changes: str) -> str:
+    """Format the counts of `reason_of`, with the options that changed rows; empty where all rows are new."""
+    if set(reasons) <= {"new"}:
+        return ""
+    cause = {"changed": f" ({changes})"} if changes else {}
+    return ", ".join(f"{count:,} {reason}{cause.get(reason, '')}" for reason, count in reasons.items())
+
+
+def look_through(job: Job, index: Index, leaves_alone: LeavesAlone, changes: str = "") -> Survey:
+    """Count what there is to do, and commit the invalid rows: they wait for no device. Raises StorageError.
+
+    `changes`: the options by which rows changed, in words.
+    """
+    survey = Survey(changes=changes)
     invalid = _Invalid(job)
     for item in job.items():
         found = index.find(item.key)

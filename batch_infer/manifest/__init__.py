@@ -6,6 +6,17 @@ with a higher attempt, and for one (id, image_index) the highest attempt counts.
 
 from batch_infer.manifest.index import Committed, Index
 from batch_infer.manifest.manifest import Manifest
-from batch_infer.manifest.parts import SCHEMA, as_schema, read_part, to_table, write_parquet
+from batch_infer.manifest.parts import SCHEMA, as_schema, commit_time, read_part, run_of, to_table, write_parquet
 
-__all__ = ["SCHEMA", "Committed", "Index", "Manifest", "as_schema", "read_part", "to_table", "write_parquet"]
+__all__ = [
+    "SCHEMA",
+    "Committed",
+    "Index",
+    "Manifest",
+    "as_schema",
+    "commit_time",
+    "read_part",
+    "run_of",
+    "to_table",
+    "write_parquet",
+]

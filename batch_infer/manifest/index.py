@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from batch_infer.database import temporary_database
-from batch_infer.errors import DamagedPart, StorageError
+from batch_infer.errors import BatchInferError, DamagedPart, StorageError
 from batch_infer.manifest.parts import SCHEMA, as_schema, read_part
 
 
@@ -46,7 +44,7 @@ _FOUND = (
 class Index:
     """Every committed image by its key, kept in a temporary file so that memory does not grow with the manifest."""
 
-    def __init__(self, parts: Iterable[Path], since: datetime | None = None, damaged: Damaged | None = None) -> None:
+    def __init__(self, parts: Iterable[Path], damaged: Damaged | None = None) -> None:
         self._database = temporary_database()
         self._database.execute(
             "CREATE TABLE committed (id TEXT, image_index INTEGER, status TEXT, fingerprint TEXT, attempt INTEGER,"
@@ -56,12 +54,10 @@ class Index:
         self._database.execute("CREATE TABLE failures (id TEXT, image_index INTEGER, fingerprint TEXT)")
         self._database.execute("CREATE INDEX failed ON failures (id, image_index, fingerprint)")
         self._parts = {part.name: part for part in parts}
-        self.times: list[datetime] = []
-        """Where `since` was asked for: when the first image was begun, and the last one finished."""
         self._read_whole = lru_cache(maxsize=64)(read_part)
         try:
-            self._add_all(self._parts.values(), since, damaged)
-        except (DamagedPart, StorageError):
+            self._add_all(self._parts.values(), damaged)
+        except BatchInferError:
             self.close()
             raise
 
@@ -75,7 +71,7 @@ class Index:
             if part.name in self._parts:
                 continue
             try:
-                self._add(part, None)
+                self._add(part)
             except DamagedPart as error:
                 if damaged is None:
                     raise
@@ -86,22 +82,19 @@ class Index:
             else:
                 self._parts[part.name] = part
 
-    def _add_all(self, parts: Iterable[Path], since: datetime | None, damaged: Damaged | None) -> None:
+    def _add_all(self, parts: Iterable[Path], damaged: Damaged | None) -> None:
         for part in list(parts):
             try:
-                self._add(part, since)
+                self._add(part)
             except DamagedPart as error:
                 if damaged is None:
                     raise
                 damaged(error)
                 del self._parts[part.name]
 
-    def _add(self, part: Path, since: datetime | None) -> None:
-        table = read_part(part, (*_INDEXED, "finished_at", "seconds"))
+    def _add(self, part: Path) -> None:
+        table = read_part(part, (*_INDEXED, "finished_at"))
         table = table.append_column("row", pa.array(range(len(table)), pa.int64()))
-        if since is not None:
-            table = table.filter(pc.field("finished_at") >= since)
-            self._note_times(table)
         table = table.append_column("time", table["finished_at"].cast(pa.int64()))
         columns = table.to_pydict()
         rows = list(zip(*(columns[name] for name in (*_INDEXED, "time", "row")), strict=True))
@@ -117,13 +110,6 @@ class Index:
             " WHERE excluded.attempt > attempt OR (excluded.attempt = attempt AND excluded.time >= time)",
             ((*row[:-1], part.name, row[-1]) for row in rows),
         )
-
-    def _note_times(self, table: pa.Table) -> None:
-        ends = table["finished_at"].to_pylist()
-        begins = [
-            end - timedelta(seconds=took or 0) for end, took in zip(ends, table["seconds"].to_pylist(), strict=True)
-        ]
-        self.times = [min(begins + self.times), max(ends + self.times)] if ends else self.times
 
     def find(self, key: tuple[str, int]) -> Committed | None:
         """The image of this (id, image_index) whose attempt is the highest."""

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from datetime import datetime
 from pathlib import Path
+from time import monotonic
 
 import pyarrow as pa
 
-from batch_infer.atomic import KnownFolder, make_folder
+from batch_infer.atomic import KnownFolder, here, make_folder
 from batch_infer.manifest.index import Damaged, Index
-from batch_infer.manifest.parts import opened_part, to_table, write_part
+from batch_infer.manifest.parts import carried_fields, opened_part, part_name, run_of, to_table, write_part
 from batch_infer.records import ResultRow, digest
 
 
 class Manifest:
     """The parts under OUT/manifest."""
 
-    def __init__(self, out: Path | KnownFolder) -> None:
-        self._out = KnownFolder.of(out)
+    def __init__(self, out: Path | KnownFolder, run: int = 0) -> None:
+        """`run`: the number of the run that commits, which counts from 1 in each OUT; 0 for what is not a run."""
+        self._out, self._run = KnownFolder.of(out), run
         self._made = False
         self.folder = self._out.path / "manifest"
 
@@ -27,27 +28,29 @@ class Manifest:
 
         When this returns, a power cut takes none of it any more; before, it takes all of it.
         """
-        name = f"part-{digest([[row.id, row.image_index, row.fingerprint, row.attempt] for row in rows])}.parquet"
+        name = part_name(self._run, digest([[row.id, row.image_index, row.fingerprint, row.attempt] for row in rows]))
         table = to_table(rows, carried)
         self._out.check()
         if not self._made:
             make_folder(self.folder)
             self._made = True
-        write_part(self.folder / name, table)
+        write_part(self.folder / name, table, here(), monotonic())
         return name
 
-    def parts(self) -> list[Path]:
-        return sorted(self.folder.glob("part-*.parquet"))
+    def parts(self, since_run: int = 0) -> list[Path]:
+        """Return the parts that runs of this number or a higher one have committed."""
+        return sorted(part for part in self.folder.glob("part-*.parquet") if run_of(part) >= since_run)
 
     def schemas(self) -> Iterator[pa.Schema]:
-        """The columns of every part. Raises DamagedPart, StorageError."""
+        """Yield the carried columns of every part. Raises DamagedPart, NewerPart, StorageError."""
         for part in self.parts():
             with opened_part(part) as file:
-                yield file.schema_arrow
+                yield pa.schema(list(carried_fields(part, file.schema_arrow)))
 
-    def index(self, since: datetime | None = None, damaged: Damaged | None = None) -> Index:
-        """What is committed, or was since, looked up by key. Raises DamagedPart, StorageError.
+    def index(self, since_run: int = 0, damaged: Damaged | None = None) -> Index:
+        """Return what is committed, or was by runs since that number, by key.
 
-        Where `damaged` is given, it is told of each damaged part, which then counts for nothing.
+        `damaged` is called with each damaged part, which then counts for nothing. Raises DamagedPart without it,
+        NewerPart, StorageError.
         """
-        return Index(self.parts(), since, damaged)
+        return Index(self.parts(since_run), damaged)

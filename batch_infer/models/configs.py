@@ -128,6 +128,8 @@ def _type_fault(key: str, value: Any) -> Fault:
         return f"it should be one of {', '.join(PREDICTION_TYPES)}"
     if "train_timesteps" in key and (type(value) is not int or value < 1):
         return "it should be a whole number above 0"
+    if key == "steps_offset" and type(value) is not int:
+        return "it should be a whole number"
     if key in TEXTS and not isinstance(value, str):
         return "it should be a text"
     return None

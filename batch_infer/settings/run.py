@@ -109,4 +109,5 @@ class RunSettings:
     compute: ComputeSettings = ComputeSettings()
     max_failed: FailureBudget = FailureBudget()
     overwrite: bool = False
+    rerender_changed: bool = False
     price_per_hour: float | None = None

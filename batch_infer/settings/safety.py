@@ -66,12 +66,24 @@ def _thresholds(text: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class SafetySettings:
-    """Who judges prompts and images, and what becomes of an image that is flagged. `service` is asked where given."""
+    """Who judges prompts and images, and what becomes of an image that is flagged. `service` is asked where given.
+
+    `on_flagged` None: as in the run that OUT holds, else `blank`.
+    """
 
     mode: SafetyMode = "auto"
-    on_flagged: OnFlagged = "blank"
+    on_flagged: OnFlagged | None = None
     required: bool = False
     service: ServiceSettings | None = None
+
+    @property
+    def policy(self) -> OnFlagged:
+        """What is stored of a flagged image."""
+        return self.on_flagged or "blank"
+
+    def continuing(self, earlier: SafetySettings | None) -> SafetySettings:
+        """Return these settings with a policy: the one requested, else that of the earlier run, else `blank`."""
+        return replace(self, on_flagged=self.on_flagged or (earlier or self).policy)
 
     def shared_by(self, workers: int) -> SafetySettings:
         """What one of several workers may ask of the service, which counts them together."""

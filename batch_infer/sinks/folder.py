@@ -9,11 +9,13 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 from batch_infer.atomic import KnownFolder, make_folder, storing, sync, sync_folder, temporary_of
 from batch_infer.records import PromptRequest, StoredImage
 
 ROWS_PER_FOLDER = 1000
+ASIDE = ".original-"
 SYNC_THREADS = 32
 """Images that wait for the disk at once.
 
@@ -21,6 +23,7 @@ A journal takes all that wait in one go, so this is several times as fast as one
 that is slow to answer. (Linux's `syncfs` is faster yet, but also waits for what other programs have written, does not
 reach the server behind a FUSE mount, and keeps some errors to itself.)
 """
+AnyPath = TypeVar("AnyPath", Path, PurePosixPath)
 _PLAIN = re.compile(r"[a-z0-9_](?:[a-z0-9_.-]{0,78}[a-z0-9_-])?")
 _DEVICE = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECASE)
 
@@ -80,6 +83,28 @@ class FolderSink:
             with storing(folder):
                 sync_folder(folder)
 
+    def set_aside(self, paths: Iterable[str]) -> None:
+        """Give files a hidden name beside their own, before `settle` gives theirs to others. Raises StorageError.
+
+        A process that is killed before the manifest has the new files loses no image: `bring_back` undoes this.
+        """
+        self._check()
+        targets = [self._out / path for path in paths]
+        for target in targets:
+            with storing(target):
+                os.replace(target, _aside(target))  # noqa: PTH105
+        for folder in dict.fromkeys(target.parent for target in targets):
+            with storing(folder):
+                sync_folder(folder)
+
+    def bring_back(self, path: str) -> None:
+        """Give a file that was set aside its own name again. Raises StorageError."""
+        self._check()
+        target = self._out / path
+        with storing(target):
+            os.replace(_aside(target), target)  # noqa: PTH105
+            sync_folder(target.parent)
+
     def remove(self, path: str) -> None:
         """Remove an image by its path relative to OUT; a path that leads out of it is none of ours.
 
@@ -108,6 +133,15 @@ class FolderSink:
         if folder.parent == self._out:
             self._known.setdefault(folder, KnownFolder.of(folder))
         self._made.add(folder)
+
+
+def path_aside(path: str) -> str:
+    """Return the path that `set_aside` gives a file, relative to OUT like its own."""
+    return _aside(PurePosixPath(path)).as_posix()
+
+
+def _aside(path: AnyPath) -> AnyPath:
+    return path.with_name(f"{ASIDE}{path.name}")
 
 
 def plain_name(text: str) -> str:

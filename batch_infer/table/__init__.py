@@ -2,9 +2,9 @@
 
 from batch_infer.table.columns import is_deep
 from batch_infer.table.endings import default_id
-from batch_infer.table.layout import common_type
 from batch_infer.table.loose import loose_rows
 from batch_infer.table.rows import RowRules
+from batch_infer.table.selection import is_no_table
 from batch_infer.table.shape import Shape, cells_of, column_names
 from batch_infer.table.tables import Others, Tables
 from batch_infer.table.urls import shown
@@ -16,9 +16,9 @@ __all__ = [
     "Tables",
     "cells_of",
     "column_names",
-    "common_type",
     "default_id",
     "is_deep",
+    "is_no_table",
     "loose_rows",
     "shown",
 ]

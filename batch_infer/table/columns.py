@@ -62,8 +62,8 @@ def checked(row: RawRow, where: str, known: frozenset[str]) -> RawRow:
     return row
 
 
-def _whole(value: int) -> int:
-    if not -(2**63) <= value < 2**63:
+def _whole(value: Any) -> int:
+    if value.__class__ is not int or not -(2**63) <= value < 2**63:  # a Decimal, or a larger integer
         return TEXT
     return WHOLE if int(float(value)) == value else WHOLE | INEXACT
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 from batch_infer.errors import RowError, TableError
 from batch_infer.table.columns import Columns, checked
 from batch_infer.table.endings import TableFile
+from batch_infer.table.numbers import exact_float
 from batch_infer.table.raw import RawRow, broken
 from batch_infer.table.streams import Lines, open_text
 from batch_infer.table.text import is_utf8
@@ -77,7 +78,7 @@ def _object(text: str) -> dict[str, Any]:
     if not is_utf8(text):
         raise RowError("is not UTF-8")
     try:
-        found = json.loads(text.rstrip())
+        found = json.loads(text.rstrip(), parse_float=exact_float)
     except json.JSONDecodeError as error:
         raise RowError(f"is not JSON: {error.msg.removesuffix(' at')}, character {error.pos + 1}") from error
     except ValueError as error:  # a number of thousands of digits

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batch_infer.carried import to_values
 from batch_infer.table.endings import TableFile
 from batch_infer.table.names import distinct_names
 from batch_infer.table.raw import RawRow, broken
@@ -24,7 +26,10 @@ READ_ERRORS = (OSError, pa.ArrowException, UnicodeError)
 
 @dataclass(frozen=True, slots=True)
 class Parquet:
-    """`schema` has distinct names; `renamed` has the file's own name of each that has another there."""
+    """A Parquet file; its cells are the plain values of `batch_infer.carried`.
+
+    `schema` has distinct names; `renamed` has the file's own name of each that has another there.
+    """
 
     path: Path
     schema: pa.Schema
@@ -41,6 +46,16 @@ class Parquet:
                     first = end
         except READ_ERRORS as error:
             yield broken(first, error)
+
+    def arrays(self, name: str) -> Iterator[pa.Array]:
+        """One column, in batches, but for what cannot be read of it."""
+        own = self.renamed.get(name, name)
+        place = [each for each in self.schema.names if self.renamed.get(each, each) == own].index(name)
+        with suppress(*READ_ERRORS), pq.ParquetFile(self.path, buffer_size=BUFFER, pre_buffer=False) as parquet:
+            for group in range(parquet.num_row_groups):
+                with suppress(*READ_ERRORS):
+                    for batch in parquet.iter_batches(batch_size=BATCH, row_groups=[group], columns=[own]):
+                        yield batch.column(place)
 
     def _group(self, parquet: pq.ParquetFile, group: int, number: int, end: int) -> Iterator[RawRow]:
         try:
@@ -62,12 +77,14 @@ def open_parquet(file: TableFile, scratch: Scratch) -> Parquet:
 
 
 def _batch(batch: pa.RecordBatch, number: int) -> Iterator[RawRow]:
+    names = batch.schema.names
     try:
-        rows = batch.to_pylist()
-    except (ValueError, OverflowError):  # one value that Python cannot hold: it costs its own row
+        columns = [to_values(column) for column in batch.columns]
+    except ValueError:  # one text that is not UTF-8: it costs its own row
         yield from (_row(batch.slice(i, 1), number + i) for i in range(len(batch)))
     else:
-        yield from (RawRow(number + i, cells) for i, cells in enumerate(rows))
+        for i, cells in enumerate(zip(*columns, strict=True)):
+            yield RawRow(number + i, dict(zip(names, cells, strict=True)))
 
 
 def _row(batch: pa.RecordBatch, number: int) -> RawRow:
@@ -75,7 +92,7 @@ def _row(batch: pa.RecordBatch, number: int) -> RawRow:
     cells, faults = {}, []
     for name in batch.schema.names:
         try:
-            cells[name] = batch.column(name)[0].as_py()
-        except (ValueError, OverflowError) as error:
+            (cells[name],) = to_values(batch.column(name))
+        except ValueError as error:
             faults.append(f"column {name!r} cannot be read: {reason(error)}")
     return RawRow(number, cells, "; ".join(faults) or None)

@@ -18,8 +18,9 @@ from typing import Any
 import fsspec
 
 from batch_infer.errors import ServiceError, TableError, first_line
-from batch_infer.table.endings import TableFile, holds_no_table, is_table, plain_stem, read_ending, unknown_ending
+from batch_infer.table.endings import TableFile, plain_stem, read_ending, unknown_ending
 from batch_infer.table.scratch import Scratch
+from batch_infer.table.selection import LeftOut, holds_no_table, tables_among
 from batch_infer.table.text import clean
 from batch_infer.table.urls import is_http, protocol_of, shown
 
@@ -66,14 +67,17 @@ class _Found:
     is_named: bool = False
 
 
-def fetch(url: str, scratch: Scratch) -> list[TableFile]:
-    """The tables that a URL means. Raises TableError where it means none, ServiceError where nobody answers."""
+def fetch(url: str, scratch: Scratch, left_out: LeftOut) -> list[TableFile]:
+    """The tables that a URL means; `left_out` takes in the files of a folder or glob that are none.
+
+    Raises TableError where it means no table, ServiceError where a service does not answer.
+    """
     name = clean(shown(url))
     with _blamed(name):
         place = _connect(url, name)
-        found = list(_single(place, name) if is_http(url) else _listed(place))
+        found = list(_single(place, name) if is_http(url) else _listed(place, left_out))
     if not found:
-        raise TableError(holds_no_table(name))
+        raise TableError(holds_no_table(name, left_out))
     return [_fetch(place, file, scratch) for file in found]
 
 
@@ -110,7 +114,7 @@ def _single(place: _Place, url: str) -> Iterator[_Found]:
     yield _Found(place.path, place.url, relative, is_named=True)
 
 
-def _listed(place: _Place) -> Iterator[_Found]:
+def _listed(place: _Place, left_out: LeftOut) -> Iterator[_Found]:
     """The tables of a file, a folder or a glob; a name with brackets is a file before it is a glob."""
     try:
         kind = place.files.info(place.path)["type"]
@@ -120,27 +124,31 @@ def _listed(place: _Place) -> Iterator[_Found]:
         kind = "glob"
     if kind == "directory":
         base = place.path.rstrip("/")
-        yield from _below(place, base, place.url, place.files.find(place.path))
+        yield from _below(place, base, place.url, place.files.find(place.path), left_out)
     elif kind == "glob":
         parts = place.path.split("/")
         first = next(i for i, part in enumerate(parts) if has_magic(part))
         matches = place.files.glob(place.path, detail=True)
         paths = [path for path, entry in matches.items() if entry["type"] == "file"]
-        yield from _below(place, "/".join(parts[:first]), _fixed(place.url), paths)
+        yield from _below(place, "/".join(parts[:first]), _fixed(place.url), paths, left_out)
     else:
         yield from _single(place, place.url.partition("::")[0])
 
 
-def _below(place: _Place, base: str, url: str, paths: list[str]) -> Iterator[_Found]:
+def _below(place: _Place, base: str, url: str, paths: list[str], left_out: LeftOut) -> Iterator[_Found]:
     @cache
     def holds_run(inner: str) -> bool:
         return bool(place.files.isfile("/".join(filter(None, [base, inner, "run.json"]))))
 
     head, chained, tail = url.partition("::")
-    for path in sorted(paths, key=lambda path: path.split("/")):  # as pathlib sorts
-        relative = path[len(base) :].lstrip("/")
-        if is_table(relative, holds_run):
-            yield _Found(path, f"{head.rstrip('/')}/{relative}{chained}{tail}", relative)
+
+    def name_of(relative: str) -> str:
+        return clean(f"{head.rstrip('/')}/{relative.removeprefix('./')}{chained}{tail}")
+
+    ordered = sorted(paths, key=lambda path: path.split("/"))  # as pathlib sorts
+    by_relative = {path[len(base) :].lstrip("/"): path for path in ordered}
+    for relative in tables_among(by_relative, holds_run, name_of, left_out):
+        yield _Found(by_relative[relative], name_of(relative), relative)
 
 
 def _fixed(url: str) -> str:

@@ -12,13 +12,15 @@ from typing import Any
 
 from batch_infer.errors import RowError, SettingsError
 from batch_infer.records import PromptRequest, ResultRow, SamplingParams, SizeRules, Source, digest, now
-from batch_infer.settings import RowDefaults
-from batch_infer.table.text import clean, is_utf8
+from batch_infer.settings import FIELDS, RowDefaults
+from batch_infer.table.text import clean, encoding_fault
 
 LARGEST_SEED = 2**63 - 1
 MOST_STEPS = 1000
 MOST_GUIDANCE = 100.0
 MOST_IMAGES = 1000
+NUMBERS = frozenset(FIELDS) - {"prompt", "id", "negative_prompt"}
+MISSING = frozenset({"", "nan", "na", "n/a", "#n/a", "<na>", "null", "none", r"\n"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +98,8 @@ def _parse(cells: Cells, rules: RowRules, faults: list[str]) -> dict[str, Any]:
     """The row's values by field, row over default; what is wrong is added to `faults`."""
     for part in (cells.carried, cells.fields):
         for name, value in part.items():
-            if value.__class__ is str and not value.isascii() and not is_utf8(value):
-                faults.append(f"column {name!r} is not UTF-8: save the table as UTF-8")
+            if value.__class__ is str and not value.isascii() and (fault := encoding_fault(value)):
+                faults.append(f"column {name!r} {fault}")
     get = cells.fields.get
     if get("prompt") is None:
         faults.append("the prompt is empty")
@@ -135,8 +137,15 @@ def own_cells(columns: Mapping[str, str], get: Callable[[str], Any]) -> dict[str
     own = {}
     for field, name in columns.items():
         value = get(name)
-        own[field] = None if value is None or is_empty(value) else value
+        if value is None or is_empty(value) or (value.__class__ is str and field in NUMBERS and _is_missing(value)):
+            value = None
+        own[field] = value
     return own
+
+
+def _is_missing(text: str) -> bool:
+    """Whether the text of a number is what databases, spreadsheets and pandas write for a missing one."""
+    return not text[0].isdigit() and text.strip().lower() in MISSING
 
 
 def _prompt(field: str, value: Any, rules: RowRules) -> str:

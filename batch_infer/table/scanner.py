@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from batch_infer.table.numbers import exact_float
 from batch_infer.table.streams import BUFFER, LONGEST
 
 
@@ -28,7 +29,7 @@ class Scanner:
     def __init__(self, stream: io.BufferedReader, longest: int = LONGEST) -> None:
         self._stream, self._longest = stream, longest
         self._utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
-        self._decode = json.JSONDecoder().raw_decode
+        self._decode = json.JSONDecoder(parse_float=exact_float).raw_decode
         self._text, self._at = "", 0
         self._ended = False
 

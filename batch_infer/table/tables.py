@@ -13,26 +13,19 @@ from typing import Any
 from batch_infer.errors import TableError
 from batch_infer.records import PromptRequest, ResultRow, Source
 from batch_infer.settings import TableSettings
+from batch_infer.table.carrying import CellReader, Opened, common_schema, name_carried, with_names
 from batch_infer.table.endings import ID_DIGITS, TableFile, read_ending
 from batch_infer.table.files import find_files, stems_that_meet
 from batch_infer.table.ids import Ids, id_text, stems_among
-from batch_infer.table.layout import Layout, carrier, common_schema, lay_out
+from batch_infer.table.layout import lay_out
 from batch_infer.table.names import doubled_sentence, refuse_doubled
+from batch_infer.table.near import near_fields
 from batch_infer.table.notes import Notes
-from batch_infer.table.raw import RawRow, Reader
+from batch_infer.table.raw import RawRow
 from batch_infer.table.readers import open_reader
 from batch_infer.table.rows import Cells, RowRules, invalid, own_cells, requests
 from batch_infer.table.scratch import Scratch
-from batch_infer.table.text import clean
-
-
-@dataclass(frozen=True, slots=True)
-class _Opened:
-    """A file that can be read."""
-
-    file: TableFile
-    reader: Reader
-    layout: Layout
+from batch_infer.table.text import clean, encoding_fault
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +34,6 @@ class _Refused:
 
     file: TableFile
     error: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Carried:
-    """A carried column: its name in the file, its name in the results, and how a value comes to be of its type."""
-
-    old: str
-    new: str
-    convert: Callable[[Any], Any] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +55,8 @@ class Others:
 class Tables:
     """The tables of a run. `carried` is the schema of the columns that are handed through to the results.
 
+    `left_out` are the files of folders and globs that are no tables.
+
     What was fetched, piped in or unpacked lies in a temporary folder until `close`.
     """
 
@@ -89,11 +75,10 @@ class Tables:
         self._scratch = Scratch()
         with ExitStack() as undo:
             undo.callback(self._scratch.close)
-            reserved = frozenset(result_columns)
-            found = find_files(settings.tables, settings.folder, self._scratch)
+            found, self.left_out = find_files(settings.tables, settings.folder, self._scratch)
             if others is None:
                 _refuse_missing(found)
-            self._files = [self._open(file, settings.columns, reserved) for file in found]
+            self._files = [self._open(file, settings.columns) for file in found]
             if others is None:
                 self._refuse_unreadable()
                 self._refuse_meeting_ids()
@@ -103,7 +88,10 @@ class Tables:
                 self._files = [_apart(opened, stems) for opened in self._files]
             undo.pop_all()
         self._stamps = {path: _stamp(path) for path in self.local}
-        self.carried = common_schema((opened.layout, opened.reader.schema) for opened in self._readable())
+        names = name_carried(self._readable(), frozenset(result_columns))
+        self._files = [with_names(opened, names) if isinstance(opened, Opened) else opened for opened in self._files]
+        self.carried, warnings = common_schema(self._readable())
+        self._remarks += [*near_fields(self._readable(), settings.columns), *warnings]
 
     def __enter__(self) -> Tables:
         return self
@@ -153,6 +141,18 @@ class Tables:
                     yield invalid(cells, error)
         self._notes = notes
 
+    def compared_rows(
+        self, rules: RowRules, before: RowRules
+    ) -> Iterator[tuple[PromptRequest | ResultRow, PromptRequest | ResultRow | None]]:
+        """Every row as in `rows`, each with what it is under other rules."""
+        with closing(Ids(self._elsewhere if self._others else None, distinct=self._has_distinct_ids())) as ids:
+            for cells, error in islice(self._cells(ids, Notes()), self._limit):
+                if error is not None:
+                    yield invalid(cells, error), None
+                    continue
+                old = {item.image_index: item for item in requests(cells, before)}
+                yield from ((item, old.get(item.image_index)) for item in requests(cells, rules))
+
     def _elsewhere(self, name: str, file: str) -> str | None:
         """Why an id of this file's own is another file's."""
         stem, _, number = name.rstrip("+").rpartition("-")
@@ -161,21 +161,21 @@ class Tables:
             return f"the id {name!r} would be the default id of a row of {owner}: give it another"
         return f"the id {name!r} stands twice" if self._others and self._others.have_id(name, file) else None
 
-    def _open(self, file: TableFile, columns: Mapping[str, str], reserved: frozenset[str]) -> _Opened | _Refused:
+    def _open(self, file: TableFile, columns: Mapping[str, str]) -> Opened | _Refused:
         if file.fault is not None:
             return _Refused(file, file.fault)
         try:
             reader, renamed = open_reader(file, columns.get("prompt", "prompt"), self._scratch)
-            layout = lay_out(file, reader.schema.names, columns, reserved)
+            layout = lay_out(file, reader.schema.names, columns)
             refuse_doubled(file.name, layout.fields.values(), renamed)
         except TableError as error:
             return _Refused(file, str(error))
         if renamed:
             self._remarks.append(doubled_sentence(file.name, renamed))
-        return _Opened(file, reader, layout)
+        return Opened(file, reader, layout)
 
-    def _readable(self) -> list[_Opened]:
-        return [opened for opened in self._files if isinstance(opened, _Opened)]
+    def _readable(self) -> list[Opened]:
+        return [opened for opened in self._files if isinstance(opened, Opened)]
 
     def _refuse_unreadable(self) -> None:
         """Raise TableError where a file that the user named cannot be read, or no file at all.
@@ -186,7 +186,7 @@ class Tables:
         if self._readable():
             refused = [opened for opened in refused if opened.file.is_named]
         if refused:
-            raise TableError("\n".join(opened.error for opened in refused))
+            raise TableError(" · ".join(opened.error for opened in refused))
 
     def _refuse_meeting_ids(self) -> None:
         readable = self._readable()
@@ -206,25 +206,22 @@ class Tables:
             if isinstance(opened, _Refused):
                 yield Cells(ids.own(opened.file.default_id(0)), Source(opened.file.name, 0), {}, {}), opened.error
                 continue
-            carried = [
-                _Carried(old, new, carrier(self.carried.field(new).type)) for old, new in opened.layout.carried.items()
-            ]
-            fields = opened.layout.fields
+            cells = CellReader(opened, self.carried)
             for raw in opened.reader.rows():
                 if raw.note is not None:
                     notes.add(raw.note, Source(opened.file.name, raw.number, raw.line))
                     if raw.note.kind == "blank":
                         continue
-                yield _row(opened.file, fields, carried, raw, ids)
+                yield _row(opened.file, cells, raw, ids)
 
 
 def _refuse_missing(files: Iterable[TableFile]) -> None:
     """Raise TableError for all arguments that mean no file, before any file is read: one may be misspelt."""
     if faults := [file.fault for file in files if file.fault is not None and file.is_named]:
-        raise TableError("\n".join(faults))
+        raise TableError(" · ".join(faults))
 
 
-def _apart(opened: _Opened | _Refused, stems: Mapping[str, str]) -> _Opened | _Refused:
+def _apart(opened: Opened | _Refused, stems: Mapping[str, str]) -> Opened | _Refused:
     """A file with the stem that is its own in its folder. `./`, which tells a name from a URL, is no part of it."""
     name = opened.file.name.removeprefix("./")
     file = replace(opened.file, name=name, stem=stems.get(name, opened.file.stem))
@@ -233,7 +230,7 @@ def _apart(opened: _Opened | _Refused, stems: Mapping[str, str]) -> _Opened | _R
     return replace(opened, file=file)
 
 
-def _meeting(names: Iterable[str], opened: _Opened) -> str:
+def _meeting(names: Iterable[str], opened: Opened) -> str:
     return (
         f"{' and '.join(names)} would give their rows the same ids ({opened.file.default_id(0)}, ...): "
         "rename one, name the folder that holds them, or add an id column"
@@ -249,19 +246,10 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     return found.st_size, found.st_mtime_ns
 
 
-def _row(
-    file: TableFile, fields: Mapping[str, str], carried: list[_Carried], raw: RawRow, ids: Ids
-) -> tuple[Cells, str | None]:
-    get = raw.cells.get
-    own = own_cells(fields, get)
-    others = {}
-    for column in carried:
-        value = get(column.old)
-        if column.convert is not None and value is not None and value.__class__ is not str:
-            value = column.convert(value)
-        others[column.new] = value
+def _row(file: TableFile, cells: CellReader, raw: RawRow, ids: Ids) -> tuple[Cells, str | None]:
+    own = cells.own(own_cells(cells.fields, raw.cells.get))
     name, error = _id(file, own.pop("id", None), raw, ids)
-    return Cells(name, Source(file.name, raw.number, raw.line), own, others), error
+    return Cells(name, Source(file.name, raw.number, raw.line), own, cells.carried(raw)), error
 
 
 def _id(file: TableFile, value: Any, raw: RawRow, ids: Ids) -> tuple[str, str | None]:
@@ -271,8 +259,10 @@ def _id(file: TableFile, value: Any, raw: RawRow, ids: Ids) -> tuple[str, str | 
     own, fault = id_text(value), None
     if isinstance(value, (list, dict)):
         fault = f"the id is not text but {type(value).__name__}"
-    elif "\0" in own or clean(own) != own:
-        fault = "the id is not UTF-8 text"
+    elif "\0" in own:
+        fault = "the id holds a NUL byte"
+    elif problem := encoding_fault(own):
+        fault = f"the id {problem}"
     elif (fault := ids.elsewhere(own, file.name)) is None and not ids.add(own):
         fault = f"the id {own!r} stands twice"
     if fault is None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 
 SURROGATE = re.compile("[\ud800-\udfff]")
+OF_NO_BYTE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
+"""Surrogates that stand for no byte: JSON has spelled them."""
 
 
 def is_utf8(text: str) -> bool:
@@ -15,6 +17,15 @@ def is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def encoding_fault(text: str) -> str | None:
+    """What is wrong with text that cannot be UTF-8, and what to do; None where nothing is."""
+    if is_utf8(text):
+        return None
+    if OF_NO_BYTE.search(text):
+        return "holds a lone surrogate, which is half a character: write whole characters"
+    return "is not UTF-8: save the table as UTF-8"
 
 
 def clean(text: str) -> str:

@@ -27,6 +27,8 @@ class WorkerSettings:
     output: OutputSettings
     out: KnownFolder
     carried: pa.Schema
+    run: int = 0
+    """The number of the run, which its manifest parts bear; 0 where there is none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias, cast
 
 from batch_infer import images
@@ -18,6 +17,7 @@ from batch_infer.models import ModelCard
 from batch_infer.records import PromptRequest, ResultRow, Status, StoredImage
 from batch_infer.settings import BatchShape, Compute, SafetySettings
 from batch_infer.sinks import FolderSink
+from batch_infer.worker.committing import Committer
 from batch_infer.worker.contract import Account, WorkerSettings
 from batch_infer.worker.memory import peak_memory
 from batch_infer.worker.rows import row_of, why_flagged, with_image, with_verdict
@@ -25,9 +25,6 @@ from batch_infer.worker.rows import row_of, why_flagged, with_image, with_verdic
 if TYPE_CHECKING:
     from batch_infer.models import Family
 
-COMMIT_ROWS = 256
-COMMIT_SECONDS = 3.0
-"""A part is committed once it holds this many rows, or is this old when the next one comes."""
 STORING_THREADS = 4
 """Threads that compress and write images beside a CPU's rendering.
 
@@ -35,8 +32,6 @@ A GPU leaves the worker's cores to them: four compress about 40 PNGs of 512x512 
 render more.
 """
 MOST_STORING_THREADS = 32
-STORING_AHEAD = 64
-"""Images between the device and the disk: beyond this the device waits."""
 
 AnyChain: TypeAlias = "Chain | DrivenChain | GatedChain"
 LoadChain: TypeAlias = "Callable[[ModelCard, Compute, SafetySettings, Callable[[], bool]], AnyChain]"
@@ -56,7 +51,7 @@ class Worker:
         """Loads what renders. `name` will stand in its rows. Raises ModelError."""
         self._settings, self._name = settings, name
         self._sink = FolderSink(settings.out, images.SUFFIX[settings.output.image_format])
-        self._manifest = Manifest(settings.out)
+        self._manifest = Manifest(settings.out, settings.run)
         self._chain = load(settings.card, settings.compute, settings.safety, stop)
 
     def account(self, *, final: bool = False) -> Account:
@@ -89,28 +84,13 @@ class Worker:
         """
         outcomes = _Outcomes(self._chain.render(requests))
         with (
-            ThreadPoolExecutor(storing_threads(self._settings.compute)) as storing,
-            ThreadPoolExecutor(1) as committing,
+            ThreadPoolExecutor(storing_threads(self._settings.compute), "storing") as pool,
+            Committer[_Stored](lambda batch: self._commit(batch, committed)) as committer,
         ):
-            commits: deque[Future[None]] = deque()
-            for batch in _batches(self._store_all(outcomes, storing)):
-                while commits and (commits[0].done() or len(commits) > 2):
-                    commits.popleft().result()
-                commits.append(committing.submit(self._commit, batch, committed))
-            for commit in commits:
-                commit.result()
+            for outcome in outcomes:
+                committer.add(partial(pool.submit, self._store, outcome))
         if outcomes.fault is not None:
             raise outcomes.fault
-
-    def _store_all(self, outcomes: _Outcomes, storing: ThreadPoolExecutor) -> Iterator[_Stored]:
-        """Store images on other threads while the device renders the next ones; give the rows back in order."""
-        under_way: deque[Future[_Stored]] = deque()
-        for outcome in outcomes:
-            under_way.append(storing.submit(self._store, outcome))
-            while under_way and (under_way[0].done() or len(under_way) > STORING_AHEAD):
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
 
     def _store(self, outcome: Rendered | Unrendered) -> _Stored:
         request = outcome.request
@@ -127,14 +107,15 @@ class Worker:
         return row_of(request, status, error, scheduler=self._settings.card.scheduler_name, worker=self._name)
 
     def _write(self, outcome: Rendered, flagged: bool) -> StoredImage | None:
-        pixels = images.by_policy(outcome.pixels, self._settings.safety.on_flagged) if flagged else outcome.pixels
+        pixels = images.by_policy(outcome.pixels, self._settings.safety.policy) if flagged else outcome.pixels
         if pixels is None:
             return None
         card, request = self._settings.card, outcome.request
         parameters = images.parameters_text(request, card.scheduler_name, card.fingerprint)
-        quarantine = flagged and self._settings.safety.on_flagged == "quarantine"
+        quarantine = flagged and self._settings.safety.policy == "quarantine"
         path = self._sink.path_of(request, quarantine=quarantine)
-        return self._sink.write(path, images.encode(pixels, self._settings.output.image_format, parameters))
+        stored = self._sink.write(path, images.encode(pixels, self._settings.output.image_format, parameters))
+        return replace(stored, pixels_sha256=images.pixels_sha256(pixels))
 
     def _commit(self, batch: list[_Stored], committed: Callable[[Sequence[ResultRow]], None]) -> None:
         rows = [stored.row for stored in batch]
@@ -173,16 +154,3 @@ class _Stored:
 
     row: ResultRow
     obsolete: str | None
-
-
-def _batches(source: Iterable[_Stored]) -> Iterator[list[_Stored]]:
-    """Rows in the batches that they are committed in: by number, or by time where rows come slowly."""
-    batch: list[_Stored] = []
-    started = time.monotonic()
-    for stored in source:
-        batch.append(stored)
-        if len(batch) >= COMMIT_ROWS or time.monotonic() - started >= COMMIT_SECONDS:
-            yield batch
-            batch, started = [], time.monotonic()
-    if batch:
-        yield batch

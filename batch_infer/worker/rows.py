@@ -57,6 +57,7 @@ def with_file(row: ResultRow, stored: StoredImage | None) -> ResultRow:
         row,
         generated_image=stored.path if stored else None,
         sha256=stored.sha256 if stored else None,
+        pixels_sha256=stored.pixels_sha256 if stored else None,
         image_bytes=stored.image_bytes if stored else None,
     )
 

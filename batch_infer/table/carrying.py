@@ -1,0 +1,112 @@
+"""The columns that are carried through to the results: their names, their common types and their cells."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+
+from batch_infer.carried import common_type, converter, python_reader, result_names, result_type, to_array
+from batch_infer.table.endings import TableFile
+from batch_infer.table.layout import Layout
+from batch_infer.table.parquet import BATCH, Parquet
+from batch_infer.table.raw import RawRow, Reader
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A file that can be read."""
+
+    file: TableFile
+    reader: Reader
+    layout: Layout
+
+
+class CellReader:
+    """How the cells of a file's rows are read: those of its fields, and those that are carried."""
+
+    def __init__(self, opened: Opened, schema: pa.Schema) -> None:
+        """`schema` has the type of each carried column."""
+        kinds = opened.reader.schema
+        self.fields = opened.layout.fields
+        self._python = {
+            field: read for field, name in self.fields.items() if (read := python_reader(kinds.field(name).type))
+        }
+        self._carried = [
+            (old, new, converter(result_type(kinds.field(old).type), schema.field(new).type))
+            for old, new in opened.layout.carried.items()
+        ]
+
+    def own(self, cells: dict[str, Any]) -> dict[str, Any]:
+        """The cells by field as Python's own values, such as datetime."""
+        for field, read in self._python.items():
+            if cells.get(field) is not None:
+                cells[field] = read(cells[field])
+        return cells
+
+    def carried(self, raw: RawRow) -> dict[str, Any]:
+        """The carried cells by their name in the results."""
+        get = raw.cells.get
+        found = {}
+        for old, new, convert in self._carried:
+            value = get(old)
+            if convert is not None and value is not None and value.__class__ is not str:
+                value = convert(value)
+            found[new] = value
+        return found
+
+
+def name_carried(files: Iterable[Opened], reserved: Collection[str]) -> dict[str, str]:
+    """The name in the results of each carried column: none differs from another's by case alone."""
+    return result_names((name for opened in files for name in opened.layout.carried), reserved)
+
+
+def with_names(opened: Opened, names: Mapping[str, str]) -> Opened:
+    """A file with these names for its carried columns."""
+    carried = {name: names[name] for name in opened.layout.carried}
+    return replace(opened, layout=replace(opened.layout, carried=carried))
+
+
+def common_schema(files: Iterable[Opened]) -> tuple[pa.Schema, list[str]]:
+    """One type for each carried column, which holds what every file has in it, and a warning for each made text."""
+    found: dict[str, list[tuple[Opened, str]]] = {}
+    for opened in files:
+        for name, carried in opened.layout.carried.items():
+            found.setdefault(carried, []).append((opened, name))
+    fields = []
+    warnings: list[str] = []
+    for carried, columns in found.items():
+        kinds = {opened.file.name: result_type(opened.reader.schema.field(name).type) for opened, name in columns}
+        kind = common_type(kinds.values(), partial(_arrays, columns))
+        fields.append((carried, kind))
+        warnings += _drift(carried, kinds, kind)
+    return pa.schema(fields), warnings
+
+
+def _arrays(columns: Iterable[tuple[Opened, str]]) -> Iterator[pa.Array]:
+    """All values of a column whose type depends on them."""
+    for opened, name in columns:
+        if isinstance(opened.reader, Parquet):
+            yield from opened.reader.arrays(name)
+            continue
+        kind = opened.reader.schema.field(name).type
+        values = (row.cells.get(name) for row in opened.reader.rows() if not row.error)
+        while batch := list(islice(values, BATCH)):
+            yield to_array(batch, kind)
+
+
+def _drift(carried: str, kinds: Mapping[str, pa.DataType], kind: pa.DataType) -> Iterator[str]:
+    """The warning about a column that is carried as text and has another type in some file."""
+    if not pa.types.is_string(kind):
+        return
+    first: dict[pa.DataType, str] = {}
+    for file, each in kinds.items():
+        first.setdefault(each, file)
+    first.pop(pa.null(), None)
+    if len(first) > 1:
+        told = " and ".join(f"{each} in {file}" for each, file in list(first.items())[:2])
+        yield f"column {carried!r} is {told}: its values are carried as text"

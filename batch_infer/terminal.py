@@ -1,0 +1,61 @@
+r"""Text for terminals and text logs: control characters are written as escapes such as \x1b.
+
+Ids, file names, prompts and answers of servers may hold characters that set a terminal's title, move its cursor or
+reverse the order of text, and line breaks that would forge a line of the log.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+import logging
+import re
+from types import TracebackType
+from typing import TypeAlias
+
+_ExceptionInfo: TypeAlias = "tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]"
+
+_CONTROLS = re.compile(
+    "[\x00-\x1f\x7f-\x9f"  # C0, DEL and C1
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # direction of text (https://www.unicode.org/reports/tr9/)
+    "\u2028\u2029"  # line and paragraph separator
+    "\ud800-\udfff]"  # lone surrogates, which stand for bytes of file names that are not UTF-8
+)
+
+_ERRORS = "batch_infer_ascii"
+_ASCII = {"·": "-"}
+"""What a report uses beyond ASCII."""
+
+
+def escape_controls(text: object, keep: str = "") -> str:
+    """Return text that a terminal shows as it is. `keep` lists control characters that stay."""
+    return _CONTROLS.sub(lambda match: match[0] if match[0] in keep else _escape(match[0]), str(text))
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+class EscapingFormatter(logging.Formatter):
+    """Formats each record as one line, and a traceback below it with its line breaks."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = escape_controls(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: _ExceptionInfo) -> str:
+        return escape_controls(super().formatException(ei), keep="\n\t")
+
+
+def never_fail_to_encode(stream: object) -> None:
+    """Have a text stream write characters that its encoding lacks as ASCII, where it would raise UnicodeEncodeError."""
+    if isinstance(stream, io.TextIOWrapper):
+        codecs.register_error(_ERRORS, _as_ascii)
+        stream.reconfigure(errors=_ERRORS)
+
+
+def _as_ascii(error: UnicodeError) -> tuple[str | bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    characters = error.object[error.start : error.end]
+    return "".join(_ASCII.get(character) or _escape(character) for character in characters), error.end

@@ -1,0 +1,105 @@
+"""Finished images are replaced only where that was asked for, and plan and run say why rows will be rendered."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runs import assert_whole, command, hashes, results, run
+from tests.tables import write_csv
+
+pytestmark = pytest.mark.usefixtures("probe_here")
+
+ROWS: list[list[Any]] = [
+    ["id", "prompt", "num_inference_steps"],
+    ["a", "a red circle", ""],
+    ["b", "a green star", ""],
+    ["own", "a blue square", 2],
+]
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    return write_csv(tmp_path / "t.csv", ROWS)
+
+
+def state(out: Path) -> dict[str, bytes]:
+    """The content of every file in OUT, except the logs."""
+    return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*")
+            if path.is_file() and "logs" not in path.parts and path.name != ".lock"}  # fmt: skip
+
+
+def test_a_default_that_differs_replaces_nothing(table: Path, out: Path) -> None:
+    assert run(table, out).code == 0
+    before = state(out)
+    write_csv(table, [*ROWS, ["new", "a red star", ""]])
+    sentence = (
+        f"2 finished images in {out} would be rendered again and replaced, because --steps differs from the run that "
+        "made them (num_inference_steps 2 -> 3): give the same options again, or add --rerender-changed to replace "
+        "these images, or --overwrite to start anew"
+    )
+    refused = run(table, out, "--steps", "3")
+    assert (refused.code, refused.stdout) == (2, "")
+    assert sentence in refused.stderr
+    assert state(out) == before
+    planned = command("plan", table, "--out", out, "--steps", "3", "--slots", "8", "--threads", "1", "--device", "cpu",
+                      "--on-flagged", "keep")  # fmt: skip
+    assert planned.code == 2
+    assert "3 to render: 2 changed (num_inference_steps 2 -> 3), 1 new" in planned.stdout
+    assert sentence in planned.stderr
+    assert state(out) == before
+    done = run(table, out, "--steps", "3", "--rerender-changed")
+    assert done.code == 0
+    assert "3 to render: 2 changed (num_inference_steps 2 -> 3), 1 new; 1 done before, 0 invalid" in done.stderr
+    assert {row["id"]: row["num_inference_steps"] for row in results(out)} == {"a": 3, "b": 3, "own": 2, "new": 3}
+    assert_whole(out)
+    assert json.loads(run(table, out, "--steps", "3", "--json").stdout)["rendered"] == 0
+
+
+def test_a_row_whose_own_cells_changed_is_rendered_again(table: Path, out: Path) -> None:
+    assert run(table, out).code == 0
+    before = hashes(out)
+    write_csv(table, [*ROWS[:-1], ["own", "a blue circle", 3]])
+    done = run(table, out)
+    assert done.code == 0
+    assert "1 to render: 1 changed; 2 done before, 0 invalid" in done.stderr
+    after = hashes(out)
+    assert {key for key in before if before[key] != after[key]} == {("own", 0)}
+
+
+def test_a_default_that_no_finished_row_takes_stops_nothing(tmp_path: Path, out: Path) -> None:
+    rows: list[list[Any]] = [["id", "prompt", "num_inference_steps"], ["a", "a red circle", 2]]
+    assert run(write_csv(tmp_path / "t.csv", rows), out).code == 0
+    more = write_csv(tmp_path / "t.csv", [*rows, ["b", "a red star", ""]])
+    assert run(more, out, "--steps", "3").code == 0
+    assert [row["num_inference_steps"] for row in results(out)] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "cause"),
+    [
+        (["--seed", "7"], "--seed differs from the run that made them (seed 0 -> 7)"),
+        (["--negative-prompt", "dull"], "(negative_prompt None -> 'dull')"),
+        (["--height", "72", "--width", "56"], "--height and --width differ from"),
+        (["--guidance-scale", "3"], "--guidance-scale differs"),
+        (["--column", "prompt=id"], "--column differs"),
+    ],
+    ids=["seed", "negative prompt", "size", "guidance", "column"],
+)
+def test_every_option_that_changes_images_is_named(table: Path, out: Path, options: list[str], cause: str) -> None:
+    assert run(table, out).code == 0
+    before = state(out)
+    done = run(table, out, *options)
+    assert done.code == 2
+    assert cause in done.stderr
+    assert state(out) == before
+
+
+def test_more_images_of_each_row_are_new(table: Path, out: Path) -> None:
+    assert run(table, out, "--limit", "1").code == 0
+    done = run(table, out, "--limit", "1", "--images-per-prompt", "2")
+    assert done.code == 0
+    assert "1 to render, 1 done before" in done.stderr

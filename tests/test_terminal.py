@@ -1,0 +1,152 @@
+"""What reaches a terminal or a text log: control characters are escaped, and no encoding fails."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from batch_infer.engines.rank import leave_removed_folder
+from batch_infer.logfile import log_to, open_log
+from batch_infer.terminal import escape_controls, never_fail_to_encode
+from tests.runs import QUICK, command, results, run
+from tests.tables import write_csv
+
+TITLE = "\x1b]0;all ok\x07"
+FORGED = "x\nbatch-infer: forged"
+BAD = [
+    ["prompt", "id", "steps"],
+    ["a red circle", "whole", ""],
+    ["", f"{TITLE}", ""],
+    ["", FORGED, ""],
+    ["", "\u202egnp", ""],
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain, 'é' and 日本 👩‍🚀", "plain, 'é' and 日本 👩‍🚀"),
+        (TITLE, r"\x1b]0;all ok\x07"),
+        ("a\r\nb\tc\x9b", r"a\r\nb\tc\x9b"),
+        ("\u2028\u2066\udcff", r"\u2028\u2066\udcff"),
+    ],
+)
+def test_control_characters_are_escaped(text: str, shown: str) -> None:
+    assert escape_controls(text) == shown
+
+
+def assert_clean(*texts: str) -> None:
+    for text in texts:
+        assert not [line for line in text.splitlines() if line != escape_controls(line)]
+        assert not [line for line in text.splitlines() if line.startswith("batch-infer: forged")]
+
+
+@pytest.mark.usefixtures("probe_here")
+def test_a_table_sends_no_control_character_to_a_terminal_or_a_text_log(tmp_path: Path, out: Path) -> None:
+    table = write_csv(tmp_path / f"{TITLE}t.csv", BAD)
+    done = run(table, out)
+    planned = command("plan", table, "--out", tmp_path / "other", *QUICK)
+    assert (done.code, planned.code) == (3, 3)
+    for text in (done.stderr, planned.stdout, (out / "logs" / "run.log").read_text("utf-8")):
+        assert r"\x1b]0;all ok\x07" in text
+    assert_clean(
+        done.stdout, done.stderr, planned.stdout, planned.stderr, (out / "logs" / "run.log").read_text("utf-8")
+    )
+    assert FORGED in [row["id"] for row in results(out)], "results keep what the table says"
+
+
+def test_json_escapes_by_itself(tmp_path: Path, out: Path) -> None:
+    done = run(write_csv(tmp_path / "t.csv", BAD), out, "--log-format", "json", "--json")
+    assert FORGED in " ".join(json.loads(line)["message"] for line in done.stderr.splitlines())
+
+
+@pytest.mark.parametrize("arguments", [("run", "--no-such\x1b]0;x\x07"), ("status", "no\x1b[31m")])
+def test_an_error_sends_none_either(arguments: tuple[str, ...]) -> None:
+    done = command(*arguments)
+    assert done.code == 2
+    assert r"\x1b" in done.stderr
+    assert_clean(done.stderr)
+
+
+def test_a_traceback_in_a_log_keeps_its_lines_alone(tmp_path: Path) -> None:
+    path = tmp_path / "logs" / "run.log"
+    with pytest.raises(ValueError, match="odd"), open_log(path) as file:
+        try:
+            raise KeyError(TITLE)
+        except KeyError:
+            logger = logging.getLogger("test_terminal")
+            log_to(file).handle(logger.makeRecord("x", 40, "", 0, "broke", (), sys.exc_info()))
+        raise ValueError(f"odd \udcff{TITLE}")
+    text = path.read_text("utf-8")
+    assert len(text.splitlines()) > 5
+    assert r"ValueError: odd \udcff\x1b]0;all ok\x07" in text
+    assert_clean(text)
+
+
+# Encodings and folders
+
+
+def test_a_stream_writes_what_its_encoding_lacks() -> None:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="ascii", errors="strict")
+    never_fail_to_encode(stream)
+    stream.write("4 rows · é")
+    stream.flush()
+    assert raw.getvalue() == rb"4 rows - \xe9"
+
+
+def in_a_process(code: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    root = str(Path(__file__).parent.parent)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=False, cwd=folder,
+        env={**os.environ, "PYTHONPATH": root, **environment},
+    )  # fmt: skip
+
+
+MERGE = "import sys; from batch_infer.__main__ import main; sys.argv[1:] = ['merge', {out!r}]; main()"
+
+
+@pytest.mark.parametrize(("encoding", "mark"), [("iso8859-5", "-"), ("shift_jis", "-"), ("ascii", "·")])
+def test_an_encoding_without_a_character_of_the_report_is_no_failure(
+    tmp_path: Path, out: Path, encoding: str, mark: str
+) -> None:
+    """click writes UTF-8 where the encoding is ASCII, which it takes for an accident."""
+    run(write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"]]), out)
+    done = in_a_process(MERGE.format(out=str(out)), tmp_path, PYTHONIOENCODING=encoding)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"1 row {mark} 1 ok {mark} 0 flagged\n")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a current folder cannot be removed there")
+def test_a_current_folder_that_was_removed_is_a_sentence(tmp_path: Path, out: Path) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    removed = f"import os; os.rmdir({str(folder)!r}); "
+    done = in_a_process(removed + MERGE.format(out=str(out)), folder)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert (
+        done.stderr.splitlines()[-1]
+        == "batch-infer: the current folder was removed: change to one that exists, and run again"
+    )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a current folder cannot be removed there")
+def test_a_worker_can_be_started_after_the_current_folder_was_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    leave_removed_folder()
+    assert Path.cwd() == folder, "a folder that is there is kept"
+    folder.rmdir()
+    leave_removed_folder()
+    assert Path.cwd() == Path("/")
+    monkeypatch.chdir(tmp_path)
