@@ -280,7 +280,7 @@ def test_a_run_refuses_it_before_any_row_and_says_so_once(own: Path, tmp_path: P
     put(own / WORDS, "pad_token", "<new>")
     done = run(table, out, "--model", own)
     assert done.code == 2
-    assert "the token '<new>' has the number 645, and the text encoder has embeddings for 645 tokens" in done.stderr
+    assert "the token '<new>' has the number 645, and text_encoder has 645 embeddings" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (out / "results.parquet").exists()
 

@@ -49,7 +49,7 @@ class Layout:
     guidance_scale: float = 7.5
     guidance_rescale: float = 0.0
     options: tuple[tuple[str, Any], ...] = ()
-    sample_size: int = 64
+    sample_size: int | None = 64
 
     def read(self, components: set[str]) -> set[str]:
         """Of the components that model_index.json names, those that are read."""
@@ -103,6 +103,7 @@ LAYOUTS = {
         unread=frozenset({"unet"}),
         num_inference_steps=30,
         guidance_rescale=0.7,
+        sample_size=None,
     ),
 }
 """By the pipeline class that model_index.json names; the defaults are the class's own."""

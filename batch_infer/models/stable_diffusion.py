@@ -12,7 +12,6 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from transformers import CLIPTextModel
 
 from batch_infer.accelerator import copy_to
@@ -22,7 +21,7 @@ from batch_infer.models.card import ModelCard
 from batch_infer.models.embeddings import TextEmbeddings, load_long_prompts
 from batch_infer.models.family import Conditioning
 from batch_infer.models.fusing import fuse_loras
-from batch_infer.models.loading import load_module, load_pipeline, make_solver
+from batch_infer.models.loading import load_checker, load_module, load_pipeline, make_solver
 from batch_infer.models.tokens import TokenCounter
 from batch_infer.models.untrusted import read_object
 from batch_infer.records import PromptRequest
@@ -72,7 +71,7 @@ class StableDiffusion:
         unet = cls.load_unet(card, dtype)
         modules: dict[str, Any] = {name: load_module(kind, card, name, dtype) for name, kind in MODULES.items()}
         if with_checker:
-            modules["safety_checker"] = load_module(StableDiffusionSafetyChecker, card, "safety_checker", dtype)
+            modules["safety_checker"], modules["feature_extractor"] = load_checker(card, device, dtype)
         else:
             modules |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         # diffusers looks at the UNet's class, and takes no other than the one that model_index.json names.

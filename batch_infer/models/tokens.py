@@ -114,6 +114,6 @@ def fit_tokenizer(tokenizer: Any, positions: int | None, embeddings: int | None,
     token, last = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1], default=("", -1))
     if isinstance(embeddings, int) and last >= embeddings:
         raise ModelError(
-            f"{place}: the token {token!r} has the number {last}, and the text encoder has embeddings for {embeddings} "
-            "tokens; do they belong together?"
+            f"{place}: the token {token!r} has the number {last}, and "
+            f"{place.name.replace('tokenizer', 'text_encoder')} has {embeddings} embeddings; do they belong together?"
         )

@@ -29,6 +29,8 @@ LOADING_ERRORS = (
     SafetensorError,
 )
 """What diffusers, transformers and torch raise for a folder that does not hold what it says."""
+LIBRARIES = ("accelerate", "diffusers", "huggingface_hub", "safetensors", "tokenizers", "transformers")
+"""Packages whose own errors, where they are none of these, mean the same."""
 
 
 class LoadingErrors:
@@ -46,8 +48,10 @@ class LoadingErrors:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # tokenizers raises Exception itself, and nothing more precise.
-        is_library_error = isinstance(error, LOADING_ERRORS) or kind is Exception
+        is_library_error = isinstance(error, LOADING_ERRORS) or (
+            kind is not None and kind.__module__.partition(".")[0] in LIBRARIES
+        )
+        is_library_error |= kind is Exception  # which is what tokenizers raises
         if isinstance(error, Exception) and is_library_error and not _is_from_device(error):
             raise ModelError(f"{self._place} could not be loaded: {describe(error)}") from error
 
@@ -55,6 +59,8 @@ class LoadingErrors:
 def describe(error: Exception) -> str:
     """Format a library's error in one line; with its type where the text alone says little, as a KeyError's does."""
     line = first_line(error)
+    if line.endswith(":"):
+        line = " ".join(part.strip() for part in str(error).strip().splitlines()[:2])
     plain = isinstance(error, (OSError, ValueError, TypeError, SafetensorError)) or type(error) is RuntimeError
     name = type(error).__name__
     return line if plain or line == name else f"{name}: {line}"
