@@ -15,10 +15,11 @@ import torch
 
 from batch_infer.errors import ModelError
 from batch_infer.models import DEMO_MODEL, load_checker, load_solver, load_token_counter, read_card
+from batch_infer.models.schedulers import refuse_unknown_scheduler
 from batch_infer.models.untrusted import MAX_DEPTH, LoadingErrors, parse_json
 from batch_infer.records import SizeRules
 from batch_infer.safety.checker import StableDiffusionChecker
-from batch_infer.settings import ModelSettings
+from batch_infer.settings import SHORT_NAMES, ModelSettings, SchedulerSpec
 from tests import pipelines
 from tests.checkpoints import amend
 from tests.rendering import CPU, copied, load_family, make_request, render
@@ -318,6 +319,15 @@ def test_an_image_does_not_depend_on_what_its_models_folder_is_called(own: Path,
         assert run(table, tmp_path / folder.name / "out", "--model", folder, "--overwrite").code == 0
         digests.add(results(tmp_path / folder.name / "out")[0]["sha256"])
     assert len(digests) == 1
+
+
+@pytest.mark.parametrize("short", SHORT_NAMES)
+def test_short_names_of_schedulers_are_those_of_the_installed_diffusers(sd1_folder: Path, short: str) -> None:
+    spec = SchedulerSpec.parse(short)
+    refuse_unknown_scheduler(spec)
+    card = read_card(ModelSettings(name=str(sd1_folder), scheduler=spec))
+    assert card.scheduler_name.startswith(SHORT_NAMES[short][0])
+    assert load_solver(card).name == SHORT_NAMES[short][0]
 
 
 def test_a_checker_that_loads_judges(own: Path) -> None:
