@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ import pytest
 
 from batch_infer.errors import TableError, TryAgainLater
 from batch_infer.records import PromptRequest, ResultRow
+from batch_infer.table import shown
+from batch_infer.table.urls import without_secrets
 from tests.serving import serving
 from tests.tables import ROWS, RULES, essence, in_format, open_tables, pack, read, read_requests, write_bytes, write_csv
 
@@ -411,7 +414,7 @@ def test_a_file_in_an_archive_is_read(tmp_path: Path) -> None:
             "abfss://c@account/a.csv: reading abfss:// needs adlfs: pip install 'batch-infer[abf",
         ),
         ("https://", "https://: unknown ending (none)"),
-        ("https://user:secret@/a.csv?sig=secret", "https://user@/a.csv cannot be opened: "),
+        ("https://user:secret@/a.csv?sig=secret", "https:///a.csv cannot be opened: "),
     ],
 )
 def test_urls_that_mean_no_table(url: str, sentence: str, memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -471,6 +474,34 @@ def test_one_file_of_a_folder_that_is_forbidden_costs_one_result(memory: Any, mo
     assert good.prompt == "y"
 
 
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("https://TOKEN@host/t.csv?sig=S&x=1#S", "https://host/t.csv"),
+        ("HTTPS://u:S@h@ost:1/t.csv?a=b::c", "HTTPS://ost:1/t.csv"),
+        ("zip://p.csv::https://TOKEN@host/x.zip?sig=S", "zip://p.csv::https://host/x.zip"),
+        ("simplecache::https://u:S@host/t.csv?sig=S", "simplecache::https://host/t.csv"),
+        ("zip://a?.csv::simplecache::s3://K:S@bucket/x.zip?sig=S/S", "zip://a?.csv::simplecache::s3://bucket/x.zip"),
+        (
+            "abfss://container@account.dfs.core.windows.net/t.csv?sv=1&sig=S",
+            "abfss://container@account.dfs.core.windows.net/t.csv",
+        ),
+        ("sftp://me:S@host/t.csv", "sftp://me@host/t.csv"),
+        ("github://org:S@main/t.csv", "github://main/t.csv"),
+        ("memory://t/a?[0-9]/key=?/x?.csv", "memory://t/a?[0-9]/key=?/x?.csv"),
+        ("file:///a@b/t.csv", "file:///a@b/t.csv"),
+        ("local/a@b?c=d.csv", "local/a@b?c=d.csv"),
+    ],
+)
+def test_no_link_of_a_url_shows_a_secret(url: str, name: str) -> None:
+    assert shown(url) == name
+
+
+def test_a_library_message_shows_no_secret() -> None:
+    text = "cannot open 'https://TOKEN@host/x?sig=S', tried zip://a.csv::https://h/x.zip?sig=S again"
+    assert without_secrets(text) == "cannot open 'https://host/x', tried zip://a.csv::https://h/x.zip again"
+
+
 # HTTP, by a real server
 
 
@@ -489,6 +520,43 @@ def test_any_format_may_be_served(ending: str, server: str, temporary: Path) -> 
         found = [item for item in tables.rows(RULES) if isinstance(item, PromptRequest)]
     assert essence(found) == expected()
     assert not list(temporary.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("chain", "answer"),
+    [
+        ("{}/t.csv", None),
+        ("simplecache::{}/t.csv", None),
+        ("zip://in/t.csv::simplecache::{}/x.zip", None),
+        ("zip://in::simplecache::{}/x.zip", None),
+        ("zip://in/*.csv::simplecache::{}/x.zip", None),
+        ("simplecache::{}/missing.csv", "no such file"),
+        ("{}/403/t.csv", "HTTP 403"),
+        ("simplecache::{}/500/t.csv", "HTTP 500"),
+        ("simplecache::{}/short/t.csv", "could not fetch"),
+        ("zip://t.csv::simplecache::{}/t.csv", "not a zip file"),
+        ("zip://in/t.csv::{}/x.zip", "range requests"),
+    ],
+)
+def test_secrets_of_a_chain_are_used_and_not_shown(
+    chain: str, answer: str | None, server: str, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    write_bytes(Path("served/t.csv"), b"prompt\nx\n")
+    with zipfile.ZipFile("served/x.zip", "w") as archive:
+        archive.writestr("in/t.csv", "prompt\nx\n")
+    url = f"{chain.format(server.replace('://', '://me:TOP-SECRET@'))}?sig=TOP-SECRET"
+    if answer is None:
+        (found,) = read_requests(url)
+        assert (found.id, found.prompt) == ("t-00000000", "x")
+        told = found.source.file
+    else:
+        with pytest.raises((TableError, TryAgainLater), match=answer) as caught:
+            open_tables(url)
+        told = str(caught.value)
+    assert server in told
+    told += "".join(record.getMessage() for record in caplog.records if record.name.startswith("batch_infer"))
+    assert "SECRET" not in told + "".join(capfd.readouterr())
 
 
 def test_two_queries_are_two_files(server: str) -> None:

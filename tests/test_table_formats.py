@@ -552,6 +552,46 @@ def test_parameters_are_cells_of_rows_that_have_none(first: str) -> None:
     assert [item.carried["who"] for item in found] == ["me", "me", "you", "me"]
 
 
+@pytest.mark.parametrize("packing", ["", ".gz"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf\n"])
+def test_json_lines_may_be_named_json(packing: str, mark: bytes) -> None:
+    """As Spark and `datasets.to_json` name them."""
+    rows: list[dict[str, Any]] = [
+        {"prompt": "x", "data": {"a": 1}, "tag": "t"},
+        {"prompt": "y", "data": None, "seed": 3},
+    ]
+    expected = essence(read_requests(write("t.jsonl", in_format("jsonl", rows))))
+    content = mark + in_format("jsonl", rows)
+    found = read_requests(write(f"t.json{packing}", pack("gz", content) if packing else content))
+    assert essence(found) == expected
+    assert [item.source.line for item in found] == ([1, 2] if not mark else [2, 3])
+    assert [item.carried["tag"] for item in found] == ["t", None]
+
+
+def test_one_line_of_json_is_a_row_where_it_has_a_prompt() -> None:
+    assert [item.prompt for item in read_requests(write("t.json", '{"prompt": "x"}'))] == ["x"]
+    (found,) = read_requests(write("t.json", '{"caption": "x"}\n'), columns={"prompt": "caption"})
+    assert found.prompt == "x"
+
+
+def test_a_broken_first_line_of_json_lines_named_json_costs_its_own_row() -> None:
+    bad, good = read(write("t.json", '{"prompt": "a red\n{"prompt": "b"}\n'))
+    assert "line 1 is not JSON" in (errors_of([bad])[0] or "")
+    assert good.prompt == "b"
+
+
+def test_a_batch_file_of_openai_may_be_named_json() -> None:
+    lines = [batch_line("a", prompt="x"), batch_line("b", prompt="y")]
+    assert [item.id for item in read_requests(write("t.json", in_format("jsonl", lines)))] == ["a", "b"]
+
+
+@pytest.mark.parametrize("packing", ["", ".zst"])
+def test_a_long_first_line_of_json_lines_named_json(packing: str) -> None:
+    content = in_format("jsonl", [{"prompt": "x", "tag": "é" * 200_000}, {"prompt": "y"}])
+    found = read_requests(write(f"t.json{packing}", pack("zst", content) if packing else content))
+    assert [item.prompt for item in found] == ["x", "y"]
+
+
 def test_a_payload_of_no_rows_is_a_table_of_no_rows() -> None:
     assert read(write("t.json", {"input_data": {"columns": ["prompt"], "data": []}})) == []
 
@@ -634,7 +674,8 @@ def test_a_document_that_breaks_off_gives_what_stands_before(content: str, rows:
     "content",
     [
         '{"prompt": ["x"]}',
-        '{"prompt": "x"}\n{"prompt": "y"}',
+        '{"prompt": {"0": "x"}, "seed": {"0": 1}}',
+        '{\n  "prompt": "x"\n}\n{\n  "prompt": "y"\n}',
         '{"input_data": ["x"]}',
         '{"data": "x"}',
         '"x"',
@@ -645,7 +686,7 @@ def test_a_document_that_breaks_off_gives_what_stands_before(content: str, rows:
 def test_other_documents_are_told_which_are_read(content: str) -> None:
     refusal = refusal_of(write("t.json", content))
     assert refusal.startswith('t.json is no table: a .json holds [{"prompt": ...}, ...], ["a prompt", ...] or {"input')
-    assert refusal.endswith("one object a line is a .jsonl")
+    assert refusal.endswith("or one object with a prompt a line")
 
 
 @pytest.mark.parametrize(
@@ -812,3 +853,47 @@ def test_text_is_the_same_from_every_format(prompts: list[str]) -> None:
     for outcome in outcomes[1:]:
         assert [entry[0] for entry in outcome] == [entry[0] for entry in outcomes[0]]
         assert [entry[1] or None for entry in outcome] == [entry[1] or None for entry in outcomes[0]]
+
+
+def test_one_long_text_in_many_rows_is_not_held_for_each(tmp_path: Path) -> None:
+    """A few hundred bytes of Parquet may say a megabyte a thousand times."""
+    for name in ("prompt", "tag"):
+        text = pa.DictionaryArray.from_arrays(pa.array([0] * 1000, pa.int32()), pa.array(["a" * 2_000_000]))
+        columns = {"prompt": ["x"] * 1000, name: text}
+        pq.write_table(pa.table(columns), path := tmp_path / "t.parquet", compression="zstd", store_schema=False)
+        assert path.stat().st_size < 10_000
+        before = pa.default_memory_pool().max_memory()
+        assert peak_of(path) < 20_000_000
+        assert pa.default_memory_pool().max_memory() <= max(before, 50_000_000)
+
+
+@pytest.mark.parametrize(
+    ("ending", "text"), [("jsonl", "\ud7ff"), ("csv", "x"), ("parquet", "x")], ids=["jsonl", "csv", "parquet"]
+)
+def test_cells_have_a_size_limit(ending: str, text: str) -> None:
+    """Which costs their row, and nothing else of it."""
+    rows: list[dict[str, Any]] = [
+        {"id": "1", "prompt": text * 10_001, "negative_prompt": None, "tag": "a"},
+        {"id": "2", "prompt": "x", "negative_prompt": text * 10_001, "tag": "b"},
+        {"id": text * 10_001, "prompt": "x", "negative_prompt": None, "tag": "c"},
+        {"id": "4", "prompt": "x", "negative_prompt": None, "tag": text * 2_000_000},
+        {"id": "5", "prompt": text * 10_000, "negative_prompt": text * 10_000, "tag": text * 1_000_000},
+    ]
+    *bad, good = read(write(f"t.{ending}", in_format(ending, rows)))
+    assert [item.id for item in bad] == ["1", "2", "t-00000002", "4"]
+    assert [item.carried["tag"] for item in bad] == ["a", "b", "c", None]
+    assert [item.error for item in bad if isinstance(item, ResultRow)] == [
+        "the prompt has 10001 characters, and 10000 are the most: a model reads some 75 words",
+        "the negative_prompt has 10001 characters, and 10000 are the most: a model reads some 75 words",
+        "the id has 10001 characters, and 10000 are the most",
+        "the carried cells of a row may be 1048576 bytes together: left out 'tag' of 2000000 bytes",
+    ]
+    assert all(len(item.prompt or "") <= 10_000 for item in bad)
+    assert isinstance(good, PromptRequest)
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_a_table_of_too_many_columns_is_one_fault(ending: str) -> None:
+    table = write(f"t.{ending}", in_format(ending, [{"prompt": "x", **{f"column {i}": "y" for i in range(1024)}}]))
+    with pytest.raises(TableError, match="^t.* has 1025 columns, and 1024 are the most: leave out some$"):
+        read(table)

@@ -20,7 +20,7 @@ from batch_infer.manifest import Index, Manifest
 from batch_infer.models import TruncationCount, load_token_counter
 from batch_infer.planning import Batching, Committed, Item, Packing, in_order, is_done, pending
 from batch_infer.records import PromptRequest, ResultRow, now
-from batch_infer.settings import RunSettings
+from batch_infer.settings import IdSource, RunSettings
 
 WALKS = 3
 """How often a run goes through the tables: to look, to render and to merge."""
@@ -71,6 +71,7 @@ class Plan:
     files: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, dict[str, int]] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+    default_ids: IdSource | None = None
     measured_at: datetime | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -118,6 +119,7 @@ class _Walk:
             found.pending += 1
             self._packing.add(request, self._probe.evaluations(card, request.params.num_inference_steps))
         self._packing.close()
+        found.default_ids = self._job.tables.default_ids
         found.remarks, found.left_out = self._job.tables.remarks, self._job.tables.left_out.items()
         found.truncated = self._tokens.close() if self._tokens else None
         found.done = found.total - found.invalid - found.pending
