@@ -331,7 +331,7 @@ def test_a_file_where_out_should_be(tmp_path: Path, table: Path) -> None:
 def test_the_summary_goes_to_stdout(table: Path, out: Path) -> None:
     first = run(table, out, "--results", "csv").stdout
     assert re.match(
-        r"3 rows · \d ok · \d flagged\n3 images in [\d.]+ s \([\d.]+ images/s, slots \d+% full\), [\d.]+ s in all\n",
+        r"3 rows · \d ok · \d flagged\n3 images in [\d.]+ s \([\d.]+ images/s, slot occupancy \d+%\), .* s in all\n",
         first,
     )
     assert f"{out}/results.parquet, {out}/results.csv" in first
@@ -850,7 +850,7 @@ def test_a_signal_ends_a_run_in_order(
     assert "Traceback" not in stderr
     kept = hashes(out)
     assert 0 < len(kept) < 24
-    assert f"stopped early: {24 - len(kept)} left; run the same command again to go on" in stdout
+    assert f"stopped early: {24 - len(kept)} left; run the same command again to continue" in stdout
     assert run_json(out)["summary"]["left"] == 24 - len(kept)
     assert_whole(out)
     done = run(long_table, out, *STEPS, "--json")
