@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from batch_infer.errors import Interrupted, SettingsError
+from batch_infer.jobs import cleanup
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.job import find_model, open_tables, refuse_unrepeatable, rules_of, settings_of
 from batch_infer.jobs.merge import Counts, merge
@@ -99,7 +100,7 @@ class _Rescoring:
     def judge(self, tell: Callable[[Rescored], None], stop: Callable[[], bool]) -> Rescored:
         """Judge all that was not judged by these rules yet."""
         if self._resumed:
-            outdir.remove_leftovers(self._settings.out)
+            cleanup.remove_leftovers(self._settings.out)
         rejudging = Rejudging(self._settings, self._card, self._record, stop)
         outdir.write_run(self._settings.out, {**self._record, "rescoring": self._sources})
         with closing(rejudging), Manifest(self._settings.out).index() as index:

@@ -131,7 +131,8 @@ class FolderSink:
         self._make(folder.parent)
         make_folder(folder)
         if folder.parent == self._out:
-            self._known.setdefault(folder, KnownFolder.of(folder))
+            known, marker = KnownFolder.of(folder), self._known[self._out].marker
+            self._known.setdefault(folder, known.marked(marker) if marker else known)
         self._made.add(folder)
 
 
