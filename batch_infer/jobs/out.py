@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from batch_infer import __version__
 from batch_infer.atomic import (
     KnownFolder,
+    is_abandoned,
     is_temporary,
     is_there,
     list_names,
@@ -94,9 +95,9 @@ def _write_holder(out: Path) -> None:
 
 
 def _sweep_results(out: Path) -> None:
-    """Remove the temporary files of results.*, which only a holder of OUT writes."""
+    """Remove the temporary files of results.*, which only a holder of OUT writes, and those of dead processes here."""
     with storing(out):
-        sweep(out, lambda name: is_temporary(name) and name.endswith(RESULTS))
+        sweep(out, lambda name: is_abandoned(name) or (is_temporary(name) and name.endswith(RESULTS)))
 
 
 def _check_lock(path: Path) -> None:
