@@ -65,7 +65,7 @@ def _run() -> int | None:
         tell_error(error, error.exit_code)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        tell_error("interrupted; what was committed is kept, the same command goes on", Interrupted.exit_code)
+        tell_error("interrupted. Run the same command again to continue", Interrupted.exit_code)
         return Interrupted.exit_code
     return code
 

@@ -163,6 +163,7 @@ def replacing(path: Path, *, flush: bool = True, parents: bool = True) -> Iterat
     with storing(path):
         if parents:
             path.parent.mkdir(parents=True, exist_ok=True)
+        _open.add(temporary)
         try:
             yield temporary
             if flush:
@@ -170,8 +171,19 @@ def replacing(path: Path, *, flush: bool = True, parents: bool = True) -> Iterat
             os.replace(temporary, path)  # noqa: PTH105
         finally:
             temporary.unlink(missing_ok=True)
+            _open.discard(temporary)
         if flush:
             sync_folder(path.parent)
+
+
+_open: set[Path] = set()
+
+
+def remove_open() -> None:
+    """Remove the temporary files that this process is writing, before it ends without an exception."""
+    for temporary in list(_open):
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager

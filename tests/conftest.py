@@ -20,6 +20,7 @@ from hypothesis import settings
 
 from batch_infer.engines.probe import Probe
 from batch_infer.models import DEMO_MODEL
+from batch_infer.stopping import Stopper
 
 # The examples that hypothesis draws are the same each time, and as slow as the machine makes them.
 settings.register_profile("same", derandomize=True, database=None, deadline=None, print_blob=True)
@@ -34,6 +35,14 @@ def _one_thread() -> None:
     import torch  # not above: the process that hands out the tests loads this file too, and needs none of it
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_lingering() -> Iterator[None]:
+    """A command that is interrupted in this process does not end it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stopper, "_linger", lambda self: None)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -26,6 +26,9 @@ class Hub:
     requests: list[str] = field(default_factory=list)
     refusals: dict[str, tuple[int, str]] = field(default_factory=dict)
     """By repository: the status and the Hub's own code for why."""
+    slow: str | None = None
+    """A file of which only the first byte is sent before the end."""
+    over: threading.Event = field(default_factory=threading.Event)
 
     def files(self, repository: str) -> list[str]:
         """The files of a repository that were sent, in order of their names."""
@@ -41,6 +44,7 @@ def hub(**repositories: Path) -> Iterator[Hub]:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield served
+        served.over.set()
         server.shutdown()
         thread.join()
 
@@ -86,7 +90,11 @@ class _Endpoints(BaseHTTPRequestHandler):
         self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(content)
+            if self.hub.slow is not None and self.path.endswith(self.hub.slow):
+                self.wfile.write(content[:1])
+                self.hub.over.wait()
+            else:
+                self.wfile.write(content)
 
     def _refuse(self, status: int, code: str) -> None:
         self.send_response(status)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import lzma
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +115,9 @@ def in_format(ending: str, rows: list[dict[str, Any]]) -> bytes:
 
 
 def pack(packing: str, content: bytes) -> bytes:
-    if packing == "gz":
-        return gzip.compress(content)
+    packers: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+    if packing in packers:
+        return packers[packing](content)
     return bytes(pa.compress(content, "zstd", asbytes=True))
 
 

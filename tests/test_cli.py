@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click import Context
 
-from batch_infer.cli import logs
+from batch_infer import stopping
+from batch_infer.cli import commands, logs
 from batch_infer.cli.logs import set_up_logging
 from batch_infer.cli.progress import Bar, Lines, Together, make_progress
 from batch_infer.cli.report import report
-from batch_infer.cli.signals import stop_on_signals
+from batch_infer.cli.signals import NOTHING_KEPT, stoppable
+from batch_infer.errors import Interrupted
 from batch_infer.jobs.merge import Counts
 from batch_infer.jobs.summary import Summary
 from batch_infer.jobs.survey import Survey
 from batch_infer.records import ResultRow, now
+from batch_infer.stopping import STOP_SIGNALS, deferred
 from tests import runs
 
 
@@ -100,20 +106,86 @@ def test_the_summary_names_what_there_is_to_know(capsys: pytest.CaptureFixture[s
     ]
 
 
+def test_the_summary_names_bad_rows_and_says_that_images_are_flagged(capsys: pytest.CaptureFixture[str]) -> None:
+    bad = ["t.csv, line 3 (t-00000001): the prompt is empty", "t.csv, line 9 (x, image 1): out of memory"]
+    counts = Counts(rows=9, images=3, flagged=3, invalid=1, failed=5, truncated=2, bad_results=bad)
+    report(Summary(counts), Path("o"), (), as_json=False)
+    assert capsys.readouterr().out.splitlines()[:5] == [
+        "9 rows · 0 ok · 3 flagged · 1 invalid · 5 failed · 2 prompts truncated",
+        *(f"  {line}" for line in bad),
+        "  and 4 more, in the results",
+        "all images are flagged: check the prompts, or keep them in another --out (--on-flagged keep)",
+    ]
+    report(Summary(Counts(rows=4, images=4, ok=1, flagged=3)), Path("o"), (), as_json=False)
+    assert "most images are flagged" in capsys.readouterr().out
+    report(Summary(Counts(rows=4, images=4, ok=2, flagged=2)), Path("o"), (), as_json=False)
+    assert "images are flagged" not in capsys.readouterr().out
+
+
+# Help
+
+
+@pytest.mark.parametrize("name", commands.commands)
+def test_help_breaks_no_word(name: str) -> None:
+    """On a terminal of 80 columns, options that a reader may copy stay whole. A line may end with a hyphen."""
+    each = commands.commands[name]
+    with Context(each, info_name=name, terminal_width=80) as context:
+        words = re.sub(r"(?<=\w-)\s+", "", each.get_help(context)).split()
+    for option in each.params:
+        for word in (getattr(option, "help", None) or "").split():
+            assert word in words, f"{option.name}: {word}"
+
+
 # Signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_asks_and_a_second_interrupt_ends(number: signal.Signals) -> None:
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), stop_on_signals() as stop:
-        assert not stop()
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_interrupts_a_command(number: signal.Signals) -> None:
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    with pytest.raises(Interrupted, match=f"stopped by {number.name}; nothing is kept"), stoppable(hint=NOTHING_KEPT):
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+    assert before == [signal.getsignal(number) for number in STOP_SIGNALS]
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_stop_is_deferred_and_a_second_signal_ends_at_once(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Interrupted), stoppable() as stop, deferred():
         os.kill(os.getpid(), number)
         assert stop()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop(), "a second SIGTERM, as some schedulers send it, changes nothing"
+        assert stop(), "`timeout` signals the process and then its group: that is one request"
+        monkeypatch.setattr(stopping, "REPEAT_SECONDS", 0.0)
         os.kill(os.getpid(), signal.SIGINT)
-    assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+        pytest.fail("not reached")
+
+
+def test_a_time_limit_interrupts_a_command() -> None:
+    with pytest.raises(Interrupted, match="the time limit came; what was committed is kept"), stoppable(0.01):
+        time.sleep(60)
+
+
+def test_what_follows_a_deferred_stop_has_a_grace_period(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "GRACE_SECONDS", 0.01)
+    with pytest.raises(Interrupted), stoppable():
+        with deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    with pytest.raises(Interrupted), stoppable(), deferred(0.01):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+
+def test_a_hangup_that_nohup_has_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stoppable() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 # The process
@@ -126,7 +198,7 @@ def test_an_interrupt_is_a_sentence_and_75(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr("batch_infer.jobs.run.run", interrupt)
     done = runs.run(tmp_path / "t.csv", tmp_path / "out")
     assert done.code == 75
-    assert done.stderr.strip() == "batch-infer: interrupted; what was committed is kept, the same command goes on"
+    assert done.stderr.strip() == "batch-infer: interrupted. Run the same command again to continue"
 
 
 def test_a_bug_is_a_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ import random
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from batch_infer.stopping import REPEAT_SECONDS
 from tests.deaths import Killer, eventually, is_alive, table_of, undisturbed, without_bookkeeping, workers_of
 from tests.paced import MODULE
 from tests.runs import assert_whole, command, hashes, images, results, run, run_json, start, wait_for
@@ -18,7 +20,7 @@ from tests.tables import write_csv
 
 SEED = int(os.environ.get("SEED", "0"))
 """Of all that is drawn here; the variable sets another."""
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def killed_at_random(folder: Path, rows: int, kills: int, seed: int) -> None:
@@ -105,9 +107,9 @@ def test_a_signal_to_all_processes_ends_a_run_in_order(tmp_path: Path, number: i
     with start(table, out, program=("-c", DUMMY), session=True) as process:
         assert eventually(lambda: any((out / "manifest").glob("part-*")))
         os.killpg(process.pid, number)
-        stdout, stderr = process.communicate(timeout=600)
+        _, stderr = process.communicate(timeout=600)
     assert process.returncode == 75, stderr
-    assert "stopped early" in stdout
+    assert command("merge", out).code == 0  # a slow machine may not have had the time
     assert 0 < len([row for row in results(out) if row["status"] == "ok"]) < 3000
     assert_whole(out)
 
@@ -137,10 +139,11 @@ def test_a_second_interrupt_ends_a_run_and_its_workers_at_once(tmp_path: Path) -
         line = process.stderr.readline() if process.stderr else ""
         while "stopping" not in line:
             line = process.stderr.readline() if process.stderr else ""
+        time.sleep(REPEAT_SECONDS)
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=600)
     assert process.returncode == 75, stderr
-    assert "interrupted" in stderr
+    assert "stopped by SIGINT" in stderr
     assert eventually(lambda: not any(map(is_alive, workers)))
 
 

@@ -21,7 +21,7 @@ ROOT = PACKAGE.parent
 
 FLOORS = (
     {"batch_infer", "errors"},
-    {"records", "settings", "atomic", "stages", "database", "links", "terminal", "carried"},
+    {"records", "settings", "atomic", "stages", "database", "links", "terminal", "carried", "stopping"},
     {"images", "logfile", "accelerator"},
     {"diffusion"},
     {"models", "safety", "table", "planning", "manifest", "sinks", "calibration", "datasheets"},

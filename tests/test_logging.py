@@ -21,9 +21,10 @@ import pytest
 from batch_infer.cli import commands, logs, progress
 from batch_infer.cli.logs import give_stderr_back, set_up_logging, settle_format
 from batch_infer.cli.progress import Bar, Lines, make_progress
-from batch_infer.cli.signals import stop_on_signals
+from batch_infer.cli.signals import stoppable
 from batch_infer.jobs.survey import Survey
 from batch_infer.models import DEMO_MODEL
+from batch_infer.stopping import deferred
 from tests.runs import command, run
 from tests.tables import write_csv
 
@@ -156,7 +157,7 @@ def test_fields_of_a_record_and_an_exception_are_fields(capsys: pytest.CaptureFi
 def test_a_signal_is_told_in_the_log(capsys: pytest.CaptureFixture[str]) -> None:
     settle_format("json")
     set_up_logging(quiet=True)
-    with stop_on_signals() as stop:
+    with stoppable() as stop, deferred():
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop()
     (line,) = objects(capsys.readouterr().err)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date, timedelta
@@ -299,6 +300,50 @@ def test_the_tables_of_a_run_decide_which_rows_there_are(tmp_path: Path) -> None
     assert done.code == 0
     assert "are not at hand, so all that the manifest holds is merged" in done.stderr
     assert results(out) == before
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_status_says_what_results_say(tmp_path: Path, ended: bool) -> None:
+    """After a merge of tables that have changed, or are gone; after a run that ended, or was killed."""
+    table, out = tmp_path / "t.csv", tmp_path / "out"
+    write_csv(table, [["id", "prompt"], ["a", "a red circle"], ["b", "a blue square"], ["c", ""]])
+    assert run(table, out).code == 3
+    if not ended:
+        record = json.loads((out / "run.json").read_text())
+        (out / "run.json").write_text(json.dumps({**record, "summary": None, "finished_at": None}))
+
+    def told() -> tuple[dict[str, int], int, str]:
+        standing = json.loads(command("status", out, "--json").stdout)
+        return standing["counts"], standing["left"], standing["state"]
+
+    def merged() -> tuple[dict[str, int], int, str]:
+        counts = json.loads(command("merge", out, "--json").stdout)
+        assert {row["status"] for row in results(out)} == {name for name in told()[0] if counts[name]}
+        return {name: counts[name] for name in told()[0]}, counts["left"], "stopped" if counts["left"] else "finished"
+
+    assert merged() == told()
+    write_csv(table, [["id", "prompt"], ["a", "a red circle"], ["b", "a green square"], ["d", "a star"]])
+    assert merged() == told()
+    assert told()[1:] == (2, "stopped")
+    table.unlink()
+    assert merged() == told()
+    assert told()[1:] == (0, "finished")
+    (record_after,) = [json.loads((out / "run.json").read_text())]
+    assert (record_after["summary"] is not None) == ended, "the next run looks after one that was killed"
+
+
+def test_a_damaged_part_of_an_endpoint_is_named_with_what_helps_there(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(Path(__file__).parent / "data" / "earlier_version" / "endpoint", out)
+    before = json.loads(command("status", out, "--json").stdout)["counts"]
+    assert command("merge", out).code == 0
+    assert json.loads(command("status", out, "--json").stdout)["counts"] == before
+    (part,) = (out / "manifest").iterdir()
+    part.write_bytes(part.read_bytes()[:-9])
+    done = command("merge", out)
+    assert done.code == 2
+    assert f"{part} is damaged (" in done.stderr
+    assert "send its tables to the endpoint again" in done.stderr and "run again" not in done.stderr
 
 
 def test_a_folder_that_is_held_is_not_merged(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from batch_infer.jobs.survey import Survey
 from batch_infer.jobs.throughput import Throughput
 from batch_infer.records import ResultRow, Status, now
 from tests.crew import Rendering
-from tests.runs import run, settings_of
+from tests.runs import run, run_json, settings_of
 from tests.tables import write_csv
 
 
@@ -110,7 +110,7 @@ def test_lines_say_that_the_model_loads_and_count_from_when_it_has(
     assert capsys.readouterr().err.splitlines() == [
         "batch-infer: model loaded, rendering",
         "batch-infer: 4 of 10, 0.20 images/s, 00:15 left, 0 flagged, 1 failed",
-        "batch-infer: 10 of 10, 0.27 images/s, 00:00 left, 0 flagged, 4 failed",
+        "batch-infer: 10 of 10, 0.27 images/s, 0 flagged, 4 failed",
     ]
 
 
@@ -124,9 +124,7 @@ def test_the_end_is_told_once(clock: Clock, capsys: pytest.CaptureFixture[str]) 
     commit(lines, throughput, "ok")
     lines.close()
     told = capsys.readouterr().err.splitlines()
-    assert [line for line in told if "images/s" in line] == [
-        "batch-infer: 1 of 1, 0.05 images/s, 00:00 left, 0 flagged, 0 failed"
-    ]
+    assert [line for line in told if "images/s" in line] == ["batch-infer: 1 of 1, 0.05 images/s, 0 flagged, 0 failed"]
 
 
 def test_the_bar_says_the_same(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +187,7 @@ class Recorder(Together):
 def test_status_summary_and_the_last_line_agree(
     table: Path, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run_job, "Throughput", lambda: Throughput(clock))
+    monkeypatch.setattr(run_job, "Throughput", lambda in_flight: Throughput(clock, in_flight))
     for module in (run_job, status_job):
         monkeypatch.setattr(module, "now", clock.now)
     monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
@@ -198,14 +196,27 @@ def test_status_summary_and_the_last_line_agree(
     recorder = Recorder(out, clock)
     summary = run_job.run(settings_of(table, out), Together(recorder, Lines(clock)))
     assert recorder.calls[:3] == ["start", "ready", "committed"]
-    assert recorder.rates[:2] == [(None, None), (None, None)]
+    assert recorder.rates[0] == (None, None)
+    assert run_json(out)["in_flight"] == 3
     rates = [(counted, read) for counted, read in recorder.rates if counted is not None]
     assert all(read is not None and read >= counted for counted, read in rates)  # a worker commits before it reports
     assert recorder.rates[-1] == (0.75, 0.75)
     assert summary.as_dict()["images_per_second"] == 0.75
     ended = status_job.status(out)
     assert (ended.state, ended.images_per_second, ended.seconds_left) == ("finished", 0.75, None)
-    assert "3 of 3, 0.75 images/s, 00:00 left" in capsys.readouterr().err
+    assert "3 of 3, 0.75 images/s, 3 flagged" in capsys.readouterr().err
+
+
+def test_no_rate_is_given_until_as_many_are_committed_as_are_rendered_together() -> None:
+    """Eight rows finish together after 80 s, and their results come one by one: they take 10 s each, and not 80."""
+    clock = Clock()
+    throughput = Throughput(clock, in_flight=8)
+    clock.seconds += 80
+    for _ in range(7):
+        throughput.add(rows("ok"))
+        assert (throughput.images_per_second, throughput.seconds_for(15)) == (None, None)
+    throughput.add(rows("ok"))
+    assert (throughput.images_per_second, throughput.seconds_for(15)) == (0.1, 150)
 
 
 def test_a_run_has_no_rate_before_it_renders(table: Path, tmp_path: Path) -> None:

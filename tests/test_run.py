@@ -316,7 +316,7 @@ def test_no_command_takes_a_table_that_is_not_there_for_a_bad_row(table: Path, o
     done += [command(name, out, table, "percent", "shards/*.csv", *others[name]) for name in ("retry", "rescore")]
     for each in done:
         assert (each.code, each.stdout) == (2, "")
-        assert "percent: no such file or folder\nshards/*.csv: the glob matches no table" in each.stderr
+        assert "percent: no such file or folder · shards/*.csv: the glob matches no table" in each.stderr
     assert (out / "run.json").read_bytes() == before
 
 
@@ -354,12 +354,12 @@ def test_quiet_is_silent_on_success_alone(tmp_path: Path, table: Path, out: Path
 
 def test_invalid_rows_are_told_on_stderr_and_in_the_log(tmp_path: Path, out: Path) -> None:
     """The first twenty: the results name them all."""
-    table = write_csv(tmp_path / "t.csv", [["prompt", "seed"], *(["x", "none"] for _ in range(30))])
+    table = write_csv(tmp_path / "t.csv", [["prompt", "seed"], *(["x", "ten"] for _ in range(30))])
     done = run(table, out)
-    assert done.stderr.count("seed 'none' is not a whole number") == 20
-    assert "t.csv, line 21 (t-00000019): seed 'none'" in done.stderr
+    assert done.stderr.count("seed 'ten' is not a whole number") == 20
+    assert "t.csv, line 21 (t-00000019): seed 'ten'" in done.stderr
     assert "invalid in all: 30; results.parquet names each" in done.stderr
-    assert "t.csv, line 31 (t-00000029): seed 'none'" in (out / "logs" / "run.log").read_text()
+    assert "t.csv, line 31 (t-00000029): seed 'ten'" in (out / "logs" / "run.log").read_text()
     assert not images(out)
 
 
@@ -575,8 +575,10 @@ def test_a_table_that_changes_under_a_run_loses_no_result(tmp_path: Path, out: P
 def test_a_secret_in_a_url_is_not_written_down(tmp_path: Path, out: Path) -> None:
     """Nor is it needed again: whoever goes on names the tables."""
     with serving(write_csv(tmp_path / "served" / "t.csv", [["prompt"], ["a red circle"]]).parent) as address:
-        url = f"{address}/t.csv?signature=SECRET"
-        assert run(url, out).code == 0
+        url = f"simplecache::{address.replace('://', '://SECRET@')}/t.csv?signature=SECRET"
+        done = run(url, out)
+        assert done.code == 0
+        assert "SECRET" not in done.stdout + done.stderr
         assert not [path for path in out.rglob("*") if path.is_file() and b"SECRET" in path.read_bytes()]
         done = command("retry", out, "--status", "missing")
         assert done.code == 2
@@ -724,7 +726,9 @@ def test_where_nobody_was_asked_the_answer_is_null(table: Path, out: Path, flagg
 def test_a_model_without_a_checker_is_said_to_have_none(table: Path, out: Path, sd2_folder: Path) -> None:
     done = run(table, out, "--model", sd2_folder, "--limit", "1")
     assert done.code == 0
-    assert done.stderr.count("has no safety checker: nsfw_content_detected will be null") == 1
+    assert (
+        done.stderr.count("has no safety checker: images will not be checked; nsfw_content_detected will be null") == 1
+    )
     assert [row["nsfw_content_detected"] for row in results(out)] == [None]
 
 
@@ -952,3 +956,16 @@ def test_the_memory_of_a_run_does_not_grow_with_the_table(tmp_path: Path, few: i
             assert process.wait() == 0
         peaks.append(run_json(tmp_path / str(count))["summary"]["peak_memory"]["host_bytes"])
     assert peaks[1] < 1.15 * peaks[0]
+
+
+def test_a_second_run_names_the_rows_that_are_still_invalid(tmp_path: Path, out: Path) -> None:
+    """Also with -q, which says nothing of what is as it should be."""
+    long = "a very long prompt " * 40
+    table = write_csv(tmp_path / "t.csv", [["prompt", "seed"], ["a red circle", ""], [" ", "1"], [long, ""]])
+    first, second = run(table, out), run(table, out, "-q")
+    assert (first.code, second.code, second.stderr) == (3, 3, "")
+    assert f"  {table}, line 3 (t-00000001): the prompt is empty" in second.stdout.splitlines()
+    assert "1 invalid · 1 prompt truncated" in second.stdout
+    assert run_json(out)["summary"]["bad_results"] == [f"{table}, line 3 (t-00000001): the prompt is empty"]
+    assert "no --model given" in first.stderr
+    assert "no --model given" not in run(table, out).stderr, "said of a new OUT alone"

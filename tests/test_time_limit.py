@@ -11,8 +11,9 @@ from typing import Any
 import click
 import pytest
 
-from batch_infer.cli import time_limit
+from batch_infer import stopping
 from batch_infer.cli.time_limit import Duration
+from batch_infer.jobs.merge import Counts, merge
 from batch_infer.jobs.plan import Plan, SizePlan
 from batch_infer.records import now
 from tests.runs import QUICK, assert_whole, command, hashes, results, run
@@ -30,7 +31,7 @@ def table(tmp_path: Path) -> Path:
 @pytest.fixture
 def _ticking(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that goes on by a second each time it is looked at."""
-    monkeypatch.setattr(time_limit, "time", SimpleNamespace(monotonic=itertools.count().__next__))
+    monkeypatch.setattr(stopping, "time", SimpleNamespace(monotonic=itertools.count().__next__))
 
 
 @pytest.mark.parametrize(
@@ -80,24 +81,26 @@ def test_a_run_that_is_stopped_in_time_goes_on_the_next_time(table: Path, tmp_pa
     assert {row["attempt"] for row in results(out)} == {1}
 
 
-def test_the_clock_is_a_real_one(table: Path, tmp_path: Path) -> None:
-    done = run(table, tmp_path / "out", "--steps", "50", "--slots", "2", "--time-limit", "0.5", "--json")
-    told = json.loads(done.stdout)
-    assert done.code == 75
-    assert 0 < told["left"] <= ROWS
-    assert told["ok"] + told["flagged"] + told["left"] == ROWS
-    assert "the time limit of 0.5 s came" in done.stderr
-
-
 def test_a_run_that_is_done_in_time_says_no_word(table: Path, tmp_path: Path) -> None:
     done = run(table, tmp_path / "out", "--limit", "1", "--time-limit", "1h", "-q")
     assert (done.code, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_time_that_ends_after_the_last_image_is_no_matter(table: Path, tmp_path: Path) -> None:
-    assert run(table, tmp_path / "out", "--limit", "1").code == 0
-    done = run(table, tmp_path / "out", "--limit", "1", "--time-limit", "0.001", "-q")
+def test_results_may_still_be_merged_when_the_time_limit_comes(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(stopping, "time", SimpleNamespace(monotonic=lambda: now))
+
+    def merge_late(*arguments: Any) -> Counts:
+        nonlocal now
+        now = 7200.0
+        return merge(*arguments)
+
+    monkeypatch.setattr("batch_infer.jobs.run.merge", merge_late)
+    done = run(table, tmp_path / "out", "--limit", "1", "--time-limit", "1h", "-q")
     assert (done.code, done.stdout, done.stderr) == (0, "", "")
+    assert len(results(tmp_path / "out")) == 1
 
 
 @pytest.mark.promises

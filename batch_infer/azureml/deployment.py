@@ -61,6 +61,8 @@ def find_deployment(out: str, *, alone: bool = False) -> Deployment:
     settings = _settings(asked, alone=alone)
     if not alone:
         _refuse_worker_without_gpu(settings)
+    if settings.model.name is None:
+        log.warning("neither BATCH_INFER_MODEL nor AZUREML_MODEL_DIR names a model: using the built-in demo model")
     card = find_model(settings)
     earlier = outdir.read_run(settings.out)
     settings = keep_policy(settings, earlier)

@@ -16,7 +16,7 @@ from batch_infer.cli.logs import in_json, log, set_up_logging
 from batch_infer.cli.options import json_option, logging_options, progress_option
 from batch_infer.cli.progress import LINE_EVERY
 from batch_infer.cli.report import duration, number, printing, say
-from batch_infer.cli.signals import interrupt_on_sigterm
+from batch_infer.cli.signals import NOTHING_KEPT, stoppable
 from batch_infer.cli.time_limit import Duration
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def azureml_simulate(as_json: bool, quiet: bool, verbose: bool, no_progress: boo
     script = options.pop("script") or DEFAULT_SCRIPT
     settings = SimulationSettings(script=script, append_rows=append_rows, **options)
     progress = _Progress(shown=not (quiet or no_progress))
-    with interrupt_on_sigterm():
+    with stoppable(hint=NOTHING_KEPT):
         try:
             outcome = simulate(settings, progress)
         finally:

@@ -13,7 +13,7 @@ from batch_infer.cli.config import config_option
 from batch_infer.cli.logs import set_up_logging
 from batch_infer.cli.options import logging_options, model_options
 from batch_infer.cli.report import printing, say
-from batch_infer.cli.signals import interrupt_on_sigterm
+from batch_infer.cli.signals import NOTHING_KEPT, stoppable
 from batch_infer.errors import SettingsError
 
 
@@ -35,7 +35,7 @@ def export_mlflow(folder: Path, quiet: bool, verbose: bool, **options: Any) -> i
     set_up_logging(quiet=quiet, verbose=verbose)
     if find_spec("mlflow") is None:
         raise SettingsError("export-mlflow needs mlflow: pip install 'batch-infer[mlflow]'")
-    with interrupt_on_sigterm():
+    with stoppable(hint=NOTHING_KEPT):
         from batch_infer.jobs.packaging import export  # imports torch, which takes seconds
 
         card = export(folder.expanduser(), model_settings(options), compute_settings(options))

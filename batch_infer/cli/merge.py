@@ -12,6 +12,7 @@ from batch_infer.cli.config import config_option
 from batch_infer.cli.logs import set_up_logging
 from batch_infer.cli.options import json_option, logging_options, out_argument, results_options
 from batch_infer.cli.report import printing, say, told_counts, told_results
+from batch_infer.cli.signals import stoppable
 from batch_infer.settings import ResultsFormat
 
 
@@ -31,12 +32,13 @@ def merge(
     they are not at hand, all that the manifest holds is merged. The formats are those of the run, and those of
     --results.
 
-    Exit codes: 0; 2 if OUT holds no run; 75 while a run holds OUT.
+    Exit codes: 0; 2 if OUT holds no run; 75 while a run holds OUT, or interrupted.
     """
     set_up_logging(quiet=quiet, verbose=verbose)
-    from batch_infer.jobs.remerge import remerge
+    with stoppable(hint="results.* are as they were. Run the same command again"):
+        from batch_infer.jobs.remerge import remerge
 
-    counts, formats = remerge(out, results, base64=base64)
+        counts, formats = remerge(out, results, base64=base64)
     if quiet:
         return 0
     with printing():

@@ -14,7 +14,7 @@ from batch_infer.cli.asked import run_settings
 from batch_infer.cli.logs import log, set_up_logging
 from batch_infer.cli.options import job_options, json_option, logging_options, progress_option
 from batch_infer.cli.report import ROWS_FAILED, duration, number, printing, say
-from batch_infer.cli.signals import interrupt_on_sigterm
+from batch_infer.cli.signals import NOTHING_KEPT, stoppable
 from batch_infer.errors import SettingsError
 from batch_infer.records import ResultRow, Source
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from batch_infer.settings import RunSettings
 
 
+FILES_SHOWN = 100
 TOO_SHORT = "less: a run stops then with exit code 75, and the same command goes on"
 
 
@@ -44,10 +45,10 @@ def plan(time_limit: float | None, as_json: bool, quiet: bool, verbose: bool, **
     """
     settings = run_settings(options)
     set_up_logging(quiet=quiet, verbose=verbose)
-    from batch_infer.jobs.plan import plan as look
-
     # In a file: there may be as many faults as the table has rows.
-    with interrupt_on_sigterm(), tempfile.TemporaryFile("w+", encoding="utf-8") as faults:
+    with stoppable(hint=NOTHING_KEPT), tempfile.TemporaryFile("w+", encoding="utf-8") as faults:
+        from batch_infer.jobs.plan import plan as look
+
         found = look(settings, lambda row: _note(row, faults))
         for remark in found.remarks:
             log.warning("%s", remark)
@@ -99,6 +100,10 @@ def _print(plan: Plan, faults: IO[str], settings: RunSettings) -> None:
     if plan.truncated:
         told.append(f"{number(plan.truncated, 'prompt')} longer than the model reads")
     say(" · ".join(told))
+    for name, rows in list(plan.files.items())[:FILES_SHOWN]:
+        say(f"read     {name}: {number(rows, 'row')}")
+    if len(plan.files) > FILES_SHOWN:
+        say(f"read     {len(plan.files) - FILES_SHOWN:,} more files (--json names all)")
     if plan.done:
         say(f"{plan.done:,} done before, in {settings.out}")
     if not plan.pending:

@@ -170,7 +170,7 @@ class _Tally:
         parts = []
         if (rate := self.images_per_second) is not None:
             parts.append(f"{rate:.2f} images/s")
-        if (seconds := self.seconds_left) is not None:
+        if self.done < self.total and (seconds := self.seconds_left) is not None:
             parts.append(f"{tqdm.format_interval(seconds)} left")
         parts += [f"{self.flagged} flagged", f"{self.failed} failed"]
         return ", ".join(parts + [f"{self.invalid} invalid"] * bool(self.invalid))

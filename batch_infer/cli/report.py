@@ -67,6 +67,13 @@ def report(summary: Summary, out: Path, results: Sequence[str], *, as_json: bool
         return
     counts = summary.counts
     say(told_counts(counts))
+    for line in counts.bad_results:
+        say(f"  {line}")
+    if (more := counts.invalid + counts.failed - len(counts.bad_results)) and counts.bad_results:
+        say(f"  and {more:,} more, in the results")
+    if counts.flagged > counts.ok:
+        which = "most" if counts.ok else "all"
+        say(f"{which} images are flagged: check the prompts, or keep them in another --out (--on-flagged keep)")
     if (rate := summary.images_per_second) is not None:
         full = f", slots {summary.occupancy:.0%} full" if summary.occupancy else ""
         spent, whole = duration(summary.rendering_seconds), duration(summary.seconds)
@@ -88,6 +95,7 @@ def told_counts(counts: Counts) -> str:
     many = f", {counts.images:,} images" if counts.images > counts.rows else ""
     told = [f"{number(counts.rows, 'row')}{many}", f"{counts.ok:,} ok", f"{counts.flagged:,} flagged"]
     told += [f"{count:,} {name}" for name in ("blocked", "invalid", "failed") if (count := getattr(counts, name))]
+    told += [f"{number(counts.truncated, 'prompt')} truncated"] * bool(counts.truncated)
     return " · ".join(told)
 
 

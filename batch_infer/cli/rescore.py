@@ -14,7 +14,7 @@ from batch_infer.cli.config import config_option
 from batch_infer.cli.logs import log, set_up_logging
 from batch_infer.cli.options import json_option, logging_options, on_flagged_option, out_argument
 from batch_infer.cli.report import ROWS_FAILED, number, printing, say, told_counts
-from batch_infer.cli.signals import stop_on_signals
+from batch_infer.cli.signals import stoppable
 
 if TYPE_CHECKING:
     from batch_infer.jobs.rejudging import Rescored
@@ -46,12 +46,13 @@ def rescore(out: Path, tables: tuple[str, ...], as_json: bool, quiet: bool, verb
     Exit codes: 0; 2 usage or settings; 3 where some failed; 75 stopped, or the service is down: run again to go on.
     """
     set_up_logging(quiet=quiet, verbose=verbose)
-    from batch_infer.jobs.rescore import rescore as judge_again
 
     def tell(found: Rescored) -> None:
         log.debug("%s judged", number(found.judged, "image"))
 
-    with stop_on_signals() as stop:
+    with stoppable() as stop:
+        from batch_infer.jobs.rescore import rescore as judge_again
+
         found, counts = judge_again(out, tables, safety_settings({**options, "require_safety": True}), tell, stop)
     code = ROWS_FAILED if found.failed else 0
     if code or not quiet:

@@ -13,8 +13,7 @@ from batch_infer.cli.metrics import Metrics
 from batch_infer.cli.options import json_option, logging_options, out_argument, progress_option, unattended_options
 from batch_infer.cli.progress import Together, make_progress
 from batch_infer.cli.report import exit_code, give
-from batch_infer.cli.signals import stop_on_signals
-from batch_infer.cli.time_limit import TimeLimit
+from batch_infer.cli.signals import report_time_limit, stoppable
 from batch_infer.settings import Retried
 
 
@@ -54,9 +53,8 @@ def retry(
 
     Exit codes: as those of `run`; 75 if it was stopped.
     """
-    limit = TimeLimit(time_limit)
     set_up_logging(quiet=quiet, verbose=verbose)
-    with stop_on_signals(limit) as stop, Metrics(metrics_file, str(out)) as metrics:
+    with stoppable(time_limit) as stop, Metrics(metrics_file, str(out)) as metrics:
         from batch_infer.jobs.retry import retry as render_again
 
         listeners = Together(make_progress(shown=not (quiet or no_progress)), metrics)
@@ -64,6 +62,6 @@ def retry(
         metrics.model = settings.model.name or "demo"
         code = exit_code(summary, settings, retry=True)
         metrics.conclude(summary, code)
-    limit.tell(summary.undone)
+    report_time_limit(stop, summary.undone)
     give(summary, settings, code, as_json=as_json, quiet=quiet)
     return code

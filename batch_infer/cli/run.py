@@ -13,8 +13,7 @@ from batch_infer.cli.metrics import Metrics
 from batch_infer.cli.options import job_options, json_option, logging_options, progress_option
 from batch_infer.cli.progress import Together, make_progress
 from batch_infer.cli.report import exit_code, give
-from batch_infer.cli.signals import stop_on_signals
-from batch_infer.cli.time_limit import TimeLimit
+from batch_infer.cli.signals import report_time_limit, stoppable
 
 
 @click.command(context_settings={"auto_envvar_prefix": "BATCH_INFER"})
@@ -45,9 +44,8 @@ def run(
     Exit codes: 0 all rows accounted for; 2 usage or settings; 3 more rows failed or were invalid than --max-failed;
     75 stopped early (a signal, --time-limit, another run in OUT), run again to go on; 1 a bug.
     """
-    limit = TimeLimit(time_limit)
     set_up_logging(quiet=quiet, verbose=verbose)
-    with stop_on_signals(limit) as stop, Metrics(metrics_file, options["out"], options["model"] or "demo") as metrics:
+    with stoppable(time_limit) as stop, Metrics(metrics_file, options["out"], options["model"] or "demo") as metrics:
         settings = run_settings(options)
         from batch_infer.jobs.run import assist  # seconds long, and a signal may come in them
         from batch_infer.jobs.run import run as score
@@ -57,6 +55,6 @@ def run(
         summary = score(settings, Together(make_progress(shown=not (quiet or no_progress)), metrics), stop)
         code = exit_code(summary, settings)
         metrics.conclude(summary, code)
-    limit.tell(summary.undone)
+    report_time_limit(stop, summary.undone)
     give(summary, settings, code, as_json=as_json, quiet=quiet)
     return code

@@ -1,42 +1,48 @@
-"""SIGINT and SIGTERM: the first asks a run to stop, a second SIGINT ends it at once."""
+"""What stops a command: SIGINT, SIGTERM, SIGHUP and --time-limit."""
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 
-from batch_infer.cli.logs import stop_log
+from batch_infer.atomic import remove_open
+from batch_infer.cli.logs import stop_log, tell_error
+from batch_infer.cli.report import duration, number
+from batch_infer.errors import Interrupted
+from batch_infer.stopping import TIME_LIMIT, Stopper, StopRequested
+
+RESUME = "what was committed is kept. Run the same command again to continue"
+NOTHING_KEPT = "nothing is kept. Run the same command again"
 
 
 @contextmanager
-def stop_on_signals(also: Callable[[], bool] = lambda: False) -> Iterator[Callable[[], bool]]:
-    """Give a function that says whether to stop; the signals have their old meaning again afterwards.
+def stoppable(time_limit: float | None = None, *, hint: str = RESUME) -> Iterator[Stopper]:
+    """End a command early where a signal or the time limit stops it; the signals have their old meaning afterwards.
 
-    `also` is asked where no signal has come: there may be another reason to stop.
+    `hint` says what is kept and what to do. Raises Interrupted.
     """
-    asked = False
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        stop_log.warning("stopping; finished images are being committed (Ctrl-C again: at once)")
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    stop = Stopper(time_limit, hint, announce=_announce, farewell=_say_farewell, clean_up=remove_open)
     try:
-        yield lambda: asked or also()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        with stop:
+            yield stop
+    except StopRequested:
+        raise stop.error() from None
 
 
-@contextmanager
-def interrupt_on_sigterm() -> Iterator[None]:
-    """Have SIGTERM end a command as Ctrl-C does, where nothing has to be put in order first."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def report_time_limit(stop: Stopper, left: int) -> None:
+    """Say that the time limit stopped the command, if it did and `left` images are not done."""
+    if stop.reason == TIME_LIMIT and left and stop.time_limit is not None:
+        stop_log.warning(
+            "the time limit of %s came, and %s left: run the same command again to go on",
+            duration(stop.time_limit),
+            f"{number(left, 'image')} {'is' if left == 1 else 'are'}",
+            extra={"left": left},
+        )
+
+
+def _announce() -> None:
+    stop_log.warning("stopping; finished images are being committed (Ctrl-C again: at once)")
+
+
+def _say_farewell(sentence: str) -> None:
+    tell_error(sentence, Interrupted.exit_code)

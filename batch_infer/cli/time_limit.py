@@ -1,16 +1,12 @@
-"""`--time-limit DURATION`: how long a command may take, from its start."""
+"""DURATION: a length of time on the command line, as `--time-limit` takes it."""
 
 from __future__ import annotations
 
 import math
 import re
-import time
 from typing import Any
 
 import click
-
-from batch_infer.cli.logs import stop_log
-from batch_infer.cli.report import duration, number
 
 UNITS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
 _NUMBER = r"\d+(?:\.\d+)?"
@@ -34,27 +30,3 @@ class Duration(click.ParamType):  # type: ignore[type-arg]  # generic in click 8
         if not 0 < seconds < math.inf:
             self.fail(f"{value!r} is no length of time: say 90s, 30m, 2h, 1h30m, 1d or a number of seconds", param, ctx)
         return seconds
-
-
-class TimeLimit:
-    """Says whether a command's time is over; begins with it. `seconds` None: it has all the time."""
-
-    def __init__(self, seconds: float | None) -> None:
-        self._seconds = seconds
-        self._ends = time.monotonic() + (math.inf if seconds is None else seconds)
-        self._came = False
-
-    def __call__(self) -> bool:
-        """Ask this only where nothing else has stopped the command: then it is the limit that did."""
-        self._came = self._came or time.monotonic() >= self._ends
-        return self._came
-
-    def tell(self, left: int) -> None:
-        """Say that the limit stopped the command, if it did and `left` images are not done."""
-        if self._came and left and self._seconds is not None:
-            stop_log.warning(
-                "the time limit of %s came, and %s left: run the same command again to go on",
-                duration(self._seconds),
-                f"{number(left, 'image')} {'is' if left == 1 else 'are'}",
-                extra={"left": left},
-            )

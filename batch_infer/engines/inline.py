@@ -9,8 +9,10 @@ import torch
 
 from batch_infer.engines import Task, Work
 from batch_infer.engines.devices import find_device, memory_fault
+from batch_infer.engines.ledger import primed
 from batch_infer.records import ResultRow
 from batch_infer.settings import Device
+from batch_infer.stopping import deferred
 from batch_infer.worker.device import Worker
 from batch_infer.worker.loading import load_chain
 from batch_infer.worker.rows import worker_name
@@ -39,9 +41,11 @@ class Inline:
             worker = Worker(task.settings, worker_name(0), load_chain, stop)
         except torch.OutOfMemoryError as error:
             raise memory_fault(error) from error
+        requests = primed(task.requests)
         began = time.monotonic()
         ready()
-        worker.work(task.requests, committed)
+        with deferred():
+            worker.work(requests, committed)
         seconds = time.monotonic() - began
         return Work([worker.account(final=True)], seconds)
 

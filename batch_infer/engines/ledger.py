@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
+from typing import TypeVar
 
 from batch_infer.records import PromptRequest
 
@@ -17,6 +18,15 @@ STRIKES = 3
 """A row with which so many workers have died, the last with it alone, has failed."""
 
 Key = tuple[str, int]
+
+
+Item = TypeVar("Item")
+
+
+def primed(items: Iterable[Item]) -> Iterator[Item]:
+    """Return the same items, the first of them ready: to sort rows, all tables are read."""
+    source = iter(items)
+    return chain(list(islice(source, 1)), source)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +48,10 @@ class Ledger:
         self._held: dict[int, dict[Key, PromptRequest]] = {}
         self._strikes: Counter[Key] = Counter()
         self._again: deque[Chunk] = deque()
+
+    def prime(self) -> None:
+        """Have the first row ready, which may take minutes."""
+        self._source = primed(self._source)
 
     @property
     def over(self) -> bool:

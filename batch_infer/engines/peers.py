@@ -12,8 +12,9 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
 from batch_infer.engines.messages import Broken, FromWorker, ToWorker
-from batch_infer.engines.rank import STOPPING, Seat, leave_removed_folder, live
+from batch_infer.engines.rank import Seat, leave_removed_folder, live
 from batch_infer.links import received, send
+from batch_infer.stopping import STOP_SIGNALS
 from batch_infer.worker import Account
 
 PATIENT_SECONDS = 10.0
@@ -138,7 +139,7 @@ def _unheard() -> Iterator[None]:
         yield
         return
     resource_tracker.ensure_running()  # or it would be started in here, and open the ears again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:

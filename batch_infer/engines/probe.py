@@ -29,6 +29,7 @@ from batch_infer.errors import ModelError, RowError
 from batch_infer.models import ModelCard, PipelineFacts
 from batch_infer.records import PromptRequest, SamplingParams, Source, now
 from batch_infer.settings import Compute, Device, ImageFormat, SafetySettings
+from batch_infer.stopping import STOP_SIGNALS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -125,7 +126,7 @@ class Probe:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:  # nobody waits for the answer any more
             for process in set(active_children()) - self._others:
-                process.terminate()
+                process.kill()
         self.close()
 
     def _ask(self, question: Callable[P, Answer], *args: P.args, **kwargs: P.kwargs) -> Answer:
@@ -145,8 +146,9 @@ class Probe:
 
 
 def _live_with_the_parent() -> None:
-    """Leave Ctrl-C to the parent, and end when it ends, however that comes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Leave signals to the parent, and end when it ends, however that comes."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     parent = parent_process()
     if parent is not None:
         Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()

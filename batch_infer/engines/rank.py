@@ -41,6 +41,7 @@ from batch_infer.engines.messages import (
 )
 from batch_infer.logfile import log_to, open_log
 from batch_infer.records import PromptRequest, ResultRow
+from batch_infer.stopping import STOP_SIGNALS
 from batch_infer.worker import WorkerSettings
 from batch_infer.worker.rows import worker_name
 
@@ -51,7 +52,6 @@ BEAT_SECONDS = 1.0
 """How often a worker says that it is alive, while it is."""
 LISTEN_SECONDS = 0.5
 """How often it looks, while it waits for the parent, whether to stop."""
-STOPPING = (signal.SIGINT, signal.SIGTERM)
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Variables of a launcher, by which accelerate would have all ranks wait for each other."""
 
@@ -73,10 +73,10 @@ class Seat:
 
 def live(link: Connection, seat: Seat) -> None:
     """The life of a worker's process of its own. It ends when the other end of the link does, however that comes."""
-    for number in STOPPING:  # these are the parent's, which tells us to stop
+    for number in STOP_SIGNALS:  # these are the parent's, which tells us to stop
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     work(Parent(link), seat)
 
 

@@ -31,6 +31,7 @@ from batch_infer.manifest import Manifest
 from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.settings import Device
 from batch_infer.sinks import FolderSink
+from batch_infer.stopping import deferred
 from batch_infer.worker import Account
 from batch_infer.worker.rows import row_of
 
@@ -95,18 +96,20 @@ class Shift:
         for peer in self._crew.gather(self._task.expected):
             self._welcome(peer)
             self._awaited.add(peer.rank)
+        self._ledger.prime()
         turned = time.monotonic()
-        while self._peers:
-            if stop():
-                self._stop()
-            turned = self._note_turn(turned)
-            for peer in self._crew.newcomers():
-                self._welcome(peer)
-            by_link = {peer.link: peer for peer in self._peers.values()}
-            for link in wait(list(by_link), POLL_SECONDS):
-                self._hear(by_link[link])  # type: ignore[index]  # nothing else was waited for
-            self._end_the_hung()
-            self._hand_out()
+        with deferred():
+            while self._peers:
+                if stop():
+                    self._stop()
+                turned = self._note_turn(turned)
+                for peer in self._crew.newcomers():
+                    self._welcome(peer)
+                by_link = {peer.link: peer for peer in self._peers.values()}
+                for link in wait(list(by_link), POLL_SECONDS):
+                    self._hear(by_link[link])  # type: ignore[index]  # nothing else was waited for
+                self._end_the_hung()
+                self._hand_out()
         if self._error is not None:
             raise self._error
         now = time.monotonic()

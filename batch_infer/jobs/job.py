@@ -62,8 +62,11 @@ def finishing_overwrite(settings: RunSettings) -> RunSettings:
 
 
 def open_tables(settings: RunSettings) -> Tables:
-    """Raises TableError where none can be read."""
-    return Tables(settings.table, SCHEMA.names)
+    """Open the tables and log which files of folders and globs are left out. Raises TableError, ServiceError."""
+    tables = Tables(settings.table, SCHEMA.names)
+    if left_out := str(tables.left_out):
+        log.info("files left out %s", left_out)
+    return tables
 
 
 def find_model(settings: RunSettings, facts: Callable[[Path], PipelineFacts] | None = None) -> ModelCard:
@@ -72,8 +75,6 @@ def find_model(settings: RunSettings, facts: Callable[[Path], PipelineFacts] | N
     `facts` is asked what diffusers alone can tell of a model; by default that is told here, which imports torch.
     """
     card = read_card(settings.model, facts)
-    if settings.model.name is None:
-        log.info("no --model given: the built-in demo model draws one coloured shape at 64x64 pixels")
     _check_safety(settings, card)
     return card
 
@@ -85,6 +86,8 @@ def prepare(settings: RunSettings, tables: Tables, card: ModelCard, device: Devi
     if settings.overwrite:
         cleanup.refuse_to_clear(settings.out)
     earlier = None if settings.overwrite else found
+    if settings.model.name is None and earlier is None:
+        log.info("no --model given: using the built-in demo model, which draws one coloured shape at 64x64 pixels")
     outdir.refuse_while_rescored(settings.out, earlier)
     settings = keep_policy(settings, earlier)
     compute = settle_compute(settings, card, device, earlier)
@@ -207,5 +210,7 @@ def _check_safety(settings: RunSettings, card: ModelCard) -> None:
     if card.has_checker or (safety.service is not None and safety.mode != "checker,azure"):
         return
     if safety.required or safety.mode in ("checker", "checker,azure"):
-        raise SettingsError(f"{card.name} has no safety checker, and this run asks for one; images would go unjudged")
-    log.warning("%s has no safety checker: nsfw_content_detected will be null, nobody is asked", card.name)
+        raise SettingsError(
+            f"{card.name} has no safety checker, and this run asks for one; images would not be checked"
+        )
+    log.warning("%s has no safety checker: images will not be checked; nsfw_content_detected will be null", card.name)

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby, islice
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from batch_infer.carried import common_type, result_names, result_type, to_array
+from batch_infer.carried import common_type, result_names, result_type, to_array, weight
 from batch_infer.errors import MissingResults
 from batch_infer.jobs.results import write_results
 from batch_infer.manifest import SCHEMA, Committed, Index, Manifest
 from batch_infer.planning import Item, place_of
+from batch_infer.records import Source
 from batch_infer.settings import OutputSettings
 
 BATCH = 2048
+BATCH_BYTES = 64 << 20
+BAD_SHOWN = 20
+"""Failed and invalid results that are named; results.* name them all."""
 
 log = logging.getLogger("batch_infer")
 
@@ -38,17 +44,33 @@ class Counts:
     left: int = 0
     bad_rows: int = 0
     """Rows, and not images, that failed or were invalid."""
+    truncated: int = 0
+    """Rows whose prompt is longer than the model reads."""
+    bad_results: list[str] = field(default_factory=list, compare=False)
+    """The first failed and invalid results: where each row is, its id and its error."""
 
-    def counted(self, table: pa.Table) -> pa.Table:
-        """Take some results in."""
-        for status, number in Counter(table["status"].to_pylist()).items():
+    def counted(self, table: pa.Table, sources: Sequence[Source] = ()) -> pa.Table:
+        """Add some results to the counts. `sources` has the place of each, where the tables say it."""
+        statuses = table["status"].to_pylist()
+        for status, number in Counter(statuses).items():
             setattr(self, status, getattr(self, status) + number)
         self.images += len(table) - table["generated_image"].null_count
+        truncated = pc.and_(pc.equal(table["image_index"], 0), pc.fill_null(table["prompt_truncated"], False))
+        self.truncated += pc.sum(truncated).as_py() or 0
+        bad = (number for number, status in enumerate(statuses) if status in ("failed", "invalid"))
+        for number in islice(bad, BAD_SHOWN - len(self.bad_results)):
+            self.bad_results.append(_describe(table.slice(number, 1).to_pylist()[0], sources[number : number + 1]))
         return table
 
     @property
     def results(self) -> int:
         return self.ok + self.flagged + self.blocked + self.invalid + self.failed
+
+
+def _describe(row: Mapping[str, Any], sources: Sequence[Source]) -> str:
+    source = sources[0] if sources else Source(row["source_file"], row["source_row"])
+    image = f", image {row['image_index']}" if row["image_index"] else ""
+    return f"{source} ({row['id']}{image}): {row['error']}"
 
 
 def merge(
@@ -98,9 +120,9 @@ def with_carried(schemas: Iterable[pa.Schema]) -> pa.Schema:
     """
     kinds: dict[str, set[pa.DataType]] = {}
     for schema in schemas:
-        for field in schema:
-            if field.name not in SCHEMA.names:
-                kinds.setdefault(field.name, set()).add(result_type(field.type))
+        for column in schema:
+            if column.name not in SCHEMA.names:
+                kinds.setdefault(column.name, set()).add(result_type(column.type))
     types: dict[str, set[pa.DataType]] = {}
     for name, new in result_names(kinds, SCHEMA.names, known=True).items():
         types.setdefault(new, set()).update(kinds[name])
@@ -121,17 +143,20 @@ def results_of(items: Iterable[Item], index: Index, carried: pa.Schema, counts: 
         counts.left += len(batch) - len(found)
         if found:
             table = index.take([kept for _, kept in found])
-            yield counts.counted(_as_now([item for item, _ in found], table, carried))
+            items_found = [item for item, _ in found]
+            yield counts.counted(_as_now(items_found, table, carried), [item.source for item in items_found])
 
 
 def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
     """Items in batches that part no row from its images."""
     batch: list[Item] = []
+    size = 0
     for _, images in groupby(items, attrgetter("id")):
         batch.extend(images)
-        if len(batch) >= BATCH:
+        size += weight(batch[-1].carried.values())
+        if len(batch) >= BATCH or size >= BATCH_BYTES:
             yield batch
-            batch = []
+            batch, size = [], 0
     if batch:
         yield batch
 
@@ -151,6 +176,6 @@ def _as_now(items: list[Item], table: pa.Table, carried: pa.Schema) -> pa.Table:
     table = table.set_column(
         table.column_names.index("source_row"), SCHEMA.field("source_row"), [[p[1] for p in places]]
     )
-    for field in carried:
-        table = table.append_column(field, to_array([item.carried.get(field.name) for item in items], field.type))
+    for column in carried:
+        table = table.append_column(column, to_array([item.carried.get(column.name) for item in items], column.type))
     return table

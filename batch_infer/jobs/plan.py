@@ -45,7 +45,8 @@ class Plan:
 
     `seconds` are of the whole command, from start to end; those of a size are device time, of which each of the
     `processes` has its share. `truncated` is None where only the model's pipeline knows. `reasons` says why results
-    are pending, `changes` by which options they changed, and `refused` why the run will not start.
+    are pending, `changes` by which options they changed, and `refused` why the run will not start. `files` has the
+    number of rows of each file that is read, `left_out` those of folders and globs that are not, by reason.
     """
 
     rows: int = 0
@@ -67,6 +68,8 @@ class Plan:
     changes: str = ""
     refused: str | None = None
     cost: float | None = None
+    files: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, dict[str, int]] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
     measured_at: datetime | None = None
 
@@ -115,7 +118,7 @@ class _Walk:
             found.pending += 1
             self._packing.add(request, self._probe.evaluations(card, request.params.num_inference_steps))
         self._packing.close()
-        found.remarks = self._job.tables.remarks
+        found.remarks, found.left_out = self._job.tables.remarks, self._job.tables.left_out.items()
         found.truncated = self._tokens.close() if self._tokens else None
         found.done = found.total - found.invalid - found.pending
         walking = time.monotonic() - started - (self._probe.waited - waited)
@@ -134,9 +137,12 @@ class _Walk:
 
     def _valid(self) -> Iterator[PromptRequest]:
         """The rows of the tables that the run will render; what it will find invalid is told and counted."""
+        self._plan.files = dict.fromkeys(self._job.tables.files, 0)
         for item in self._job.items():
             self._plan.total += 1
-            self._plan.rows += item.image_index == 0
+            if item.image_index == 0:
+                self._plan.rows += 1
+                self._plan.files[item.source.file] += 1
             if isinstance(item, PromptRequest):
                 try:
                     self._probe.evaluations(self._job.card, item.params.num_inference_steps)

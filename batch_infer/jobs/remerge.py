@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from batch_infer.atomic import is_there
-from batch_infer.errors import ServiceError, UsageError
+from batch_infer.errors import DamagedPart, ServiceError, UsageError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.job import open_tables, refuse_unrepeatable, rules_of, settings_of
 from batch_infer.jobs.merge import Counts, merge, merge_parts
+from batch_infer.jobs.run_json import with_counts
 from batch_infer.manifest import Manifest
 from batch_infer.settings import OutputSettings, ResultsFormat, RunSettings
 
@@ -20,6 +22,8 @@ log = logging.getLogger("batch_infer")
 
 def remerge(out: Path, results: tuple[ResultsFormat, ...], *, base64: bool) -> tuple[Counts, tuple[ResultsFormat, ...]]:
     """Write results.* in these formats and those of the run; returns what was counted, and the formats.
+
+    run.json then has these counts, so that `status` says what results.* say.
 
     Raises UsageError where OUT holds nothing to merge or base64 no format to be in, LockedError while a run holds it,
     StorageError.
@@ -35,7 +39,17 @@ def remerge(out: Path, results: tuple[ResultsFormat, ...], *, base64: bool) -> t
         settings = settings_of(record, out)
         kinds = tuple(dict.fromkeys((*settings.output.results, *results)))  # what the run wrote is not left out of date
         output = OutputSettings(results=kinds, base64=base64 or settings.output.base64)
-        return _merge(record, settings, output), kinds
+        try:
+            counts = _merge(record, settings, output)
+        except DamagedPart as damage:
+            if settings.table.tables:
+                raise
+            raise UsageError(
+                f"{damage.part} is damaged ({damage.reason}): send its tables to the endpoint again with the same"
+                " output folder, which renders their rows anew, or move the part away to merge without it"
+            ) from damage
+        outdir.write_run(out, with_counts(record, asdict(counts)))
+        return counts, kinds
 
 
 def _merge(record: Mapping[str, Any], settings: RunSettings, output: OutputSettings) -> Counts:
@@ -56,4 +70,7 @@ def _merge(record: Mapping[str, Any], settings: RunSettings, output: OutputSetti
                     return merge(tables.rows(rules), index, tables.carried, out, output)
         reason = "; ".join(new)
     log.warning("the tables of this run are not at hand, so all that the manifest holds is merged (%s)", reason)
-    return merge_parts(Manifest(out), record.get("tables", ()), out, output)
+    counts = merge_parts(Manifest(out), record.get("tables", ()), out, output)
+    total = (record.get("survey") or {}).get("total", 0)
+    counts.left = max(0, total - counts.results)
+    return counts

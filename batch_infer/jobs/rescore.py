@@ -17,10 +17,12 @@ from batch_infer.jobs.job import find_model, open_tables, refuse_unrepeatable, r
 from batch_infer.jobs.merge import Counts, merge
 from batch_infer.jobs.record import policy_of
 from batch_infer.jobs.rejudging import Rejudging, Rescored, Stored
+from batch_infer.jobs.run_json import with_counts
 from batch_infer.manifest import Committed, Index, Manifest
 from batch_infer.models import ModelCard
 from batch_infer.records import PromptRequest, ResultRow, digest, now
 from batch_infer.settings import OnFlagged, RunSettings, SafetySettings
+from batch_infer.stopping import GRACE_SECONDS, deferred
 from batch_infer.table import Tables
 
 BATCH = 64
@@ -111,8 +113,9 @@ class _Rescoring:
             while batch := list(islice(todo, BATCH)):
                 if stop():
                     raise Interrupted("stopped; what is judged is kept, the same command goes on")
-                rejudging.judge(batch)
-                rejudging.commit(self._tables.carried)
+                with deferred(GRACE_SECONDS):
+                    rejudging.judge(batch)
+                    rejudging.commit(self._tables.carried)
                 tell(rejudging.rescored)
         return rejudging.rescored
 
@@ -155,8 +158,6 @@ class _Rescoring:
         out = self._settings.out
         with Manifest(out).index() as index:
             counts = merge(self._tables.rows(self._new), index, self._tables.carried, out, self._settings.output)
-        summary = self._record.get("summary")
-        summary = None if summary is None else {**summary, **asdict(counts)}
         record = {name: value for name, value in self._record.items() if name != "rescoring"}
-        outdir.write_run(out, {**record, "summary": summary, "rescored_at": now()})
+        outdir.write_run(out, {**with_counts(record, asdict(counts)), "rescored_at": now()})
         return counts

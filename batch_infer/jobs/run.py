@@ -44,6 +44,7 @@ from batch_infer.manifest import Index, Manifest
 from batch_infer.planning import LeavesAlone, in_order, is_done, pending
 from batch_infer.records import ResultRow, now
 from batch_infer.settings import Compute, RunSettings
+from batch_infer.stopping import GRACE_SECONDS, deferred
 from batch_infer.worker import WorkerSettings, least, peak_memory, together
 
 LISTING_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
@@ -165,7 +166,7 @@ class _Run:
         remove_other_results(self._out, self._job.settings.output)
         self._sum_up(counts, time.monotonic() - started)
         outdir.write_run(self._out, {**self._record, "finished_at": now(), "summary": self._summary.as_dict()})
-        log.debug("ended in order: %s", self._summary.as_dict())
+        log.debug("%d images rendered, %d left; %s has the summary", self._summary.rendered, counts.left, "run.json")
         return self._summary
 
     def _score(self) -> Counts:
@@ -233,6 +234,7 @@ class _Run:
         self._record = {**self._record, "compute": asdict(compute)}
         outdir.write_run(self._out, self._record)
 
+    @deferred(GRACE_SECONDS)
     def _merge(self, survey: Survey) -> Counts:
         """Merge, and list the manifest again where it lists fewer results than this run knows of.
 
@@ -261,6 +263,11 @@ class _Run:
         with self._manifest.index() as index:
             return merge(self._job.items(), index, tables.carried, self._out, output, least)
 
+    def _in_flight(self, survey: Survey) -> int:
+        """Return how many results the workers have under way together, if each row has guidance and takes two slots."""
+        slots = max(self._slots_of(size) for size in survey.sizes)
+        return min(survey.pending, max(1, slots // 2))
+
     def _render(self, index: Index, survey: Survey) -> None:
         lengths: Counter[Size] = Counter()
 
@@ -268,8 +275,9 @@ class _Run:
 
         def ready() -> None:
             nonlocal throughput
-            throughput = Throughput()
-            self._record = {**self._record, "rendering_since": now()}
+            in_flight = self._in_flight(survey)
+            throughput = Throughput(in_flight=in_flight)
+            self._record = {**self._record, "rendering_since": now(), "in_flight": in_flight}
             outdir.write_run(self._out, self._record)
             self._progress.ready(throughput)
 

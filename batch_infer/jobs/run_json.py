@@ -70,7 +70,10 @@ class RunRecord:
     run_number: int | None = None
     recover_from: int = 0
     rendering_since: datetime | None = None
+    in_flight: int = 1
     summary: SummaryRecord | None = None
+    merged: SummaryRecord | None = None
+    """Counts of results.* where they were merged after a run that did not end; such a run has no summary."""
     rescoring: Mapping[str, OnFlagged] = field(default_factory=dict)
 
 
@@ -81,6 +84,13 @@ def parse_record(record: Any) -> RunRecord:
     except msgspec.ValidationError as error:
         reason, _, key = str(error).partition(" - at `$.")
         raise ValueError(f"{key.removesuffix('`')}: {reason}" if key else reason) from error
+
+
+def with_counts(record: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, Any]:
+    """Return run.json with the counts of results.* as they are now, for `status`."""
+    summary = record.get("summary")
+    key = "merged" if summary is None else "summary"
+    return {**record, key: {**(summary or {}), **counts}}
 
 
 def require(value: T | UnsetType, key: str, out: Path) -> T:

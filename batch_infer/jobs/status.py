@@ -49,13 +49,15 @@ class _Survey:
     before: Counter[str]
     rendering_since: datetime | None
     """When the first worker was ready; None before."""
+    in_flight: int
+    """Results that are under way together: a rate is given once so many are committed."""
 
     @classmethod
     def of(cls, record: RunRecord) -> _Survey | None:
         if (survey := record.survey) is None:
             return None
         before = Counter(survey.standing) + Counter(invalid=survey.invalid)
-        return cls(survey.total, survey.pending, before, record.rendering_since)
+        return cls(survey.total, survey.pending, before, record.rendering_since, record.in_flight)
 
 
 def status(out: Path) -> Standing:
@@ -67,14 +69,16 @@ def status(out: Path) -> Standing:
     except StorageError:  # not this user's to look at
         holder, state = None, "unknown"
     standing = Standing(state, holder, require(record.started_at, "started_at", out))
-    if (summary := record.summary) is not None and not holder:
+    is_open = not require(record.settings, "settings", out).table.tables
+    summary = record.summary or (None if is_open else record.merged)
+    if summary is not None and not holder:
         standing.counts = {name: getattr(summary, name) for name in STATUSES}
         standing.left = summary.left
         standing.images_per_second = summary.images_per_second
         standing.state = "stopped" if standing.left else "finished"
         standing.state = "rescoring" if record.rescoring else standing.state
         return standing
-    if not require(record.settings, "settings", out).table.tables:
+    if is_open:
         standing.state = "open"
     _count(standing, _Survey.of(record), Manifest(out), record.run_number)
     return standing
@@ -103,7 +107,8 @@ def _count(standing: Standing, survey: _Survey | None, manifest: Manifest, run: 
 
 def _rate(standing: Standing, survey: _Survey, rendered: Counter[str]) -> None:
     """Divide by the time until now, so that a run that commits nothing more is seen to slow down."""
-    if survey.rendering_since is None or not (committed := rendered.total()):
+    committed = rendered.total()
+    if survey.rendering_since is None or committed < max(1, survey.in_flight):
         return
     took = (now() - survey.rendering_since).total_seconds()
     if took > 0 and standing.left is not None:

@@ -10,11 +10,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from batch_infer.carried import common_type, converter, python_reader, result_names, result_type, to_array
+from batch_infer.carried import common_type, converter, python_reader, result_names, result_type, to_array, weight
 from batch_infer.table.endings import TableFile
 from batch_infer.table.layout import Layout
 from batch_infer.table.parquet import BATCH, Parquet
 from batch_infer.table.raw import RawRow, Reader
+
+LARGEST_ROW = 1 << 20
+"""Bytes of a row's carried cells together, so that memory does not grow with what a table holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +51,8 @@ class CellReader:
                 cells[field] = read(cells[field])
         return cells
 
-    def carried(self, raw: RawRow) -> dict[str, Any]:
-        """The carried cells by their name in the results."""
+    def carried(self, raw: RawRow) -> tuple[dict[str, Any], str | None]:
+        """The carried cells by their name in the results, and what is wrong with their size."""
         get = raw.cells.get
         found = {}
         for old, new, convert in self._carried:
@@ -57,7 +60,18 @@ class CellReader:
             if convert is not None and value is not None and value.__class__ is not str:
                 value = convert(value)
             found[new] = value
-        return found
+        return found, _drop_largest(found) if weight(found.values()) > LARGEST_ROW else None
+
+
+def _drop_largest(cells: dict[str, Any]) -> str:
+    """Take out cells, the largest first, until the others fit into a row; return the sentence that says so."""
+    weights = {name: weight([value]) for name, value in cells.items()}
+    dropped = []
+    while sum(weights.values()) > LARGEST_ROW:
+        name = max(weights, key=weights.__getitem__)
+        dropped.append(f"{name!r} of {weights.pop(name)} bytes")
+        cells[name] = None
+    return f"the carried cells of a row may be {LARGEST_ROW} bytes together: left out {', '.join(dropped)}"
 
 
 def name_carried(files: Iterable[Opened], reserved: Collection[str]) -> dict[str, str]:

@@ -23,7 +23,7 @@ from batch_infer.table.near import near_fields
 from batch_infer.table.notes import Notes
 from batch_infer.table.raw import RawRow
 from batch_infer.table.readers import open_reader
-from batch_infer.table.rows import Cells, RowRules, invalid, own_cells, requests
+from batch_infer.table.rows import LONGEST_TEXT, Cells, RowRules, invalid, own_cells, requests
 from batch_infer.table.scratch import Scratch
 from batch_infer.table.text import clean, encoding_fault
 
@@ -55,6 +55,8 @@ class Others:
 class Tables:
     """The tables of a run. `carried` is the schema of the columns that are handed through to the results.
 
+    `left_out` are the files of folders and globs that are no tables.
+
     What was fetched, piped in or unpacked lies in a temporary folder until `close`.
     """
 
@@ -73,7 +75,7 @@ class Tables:
         self._scratch = Scratch()
         with ExitStack() as undo:
             undo.callback(self._scratch.close)
-            found = find_files(settings.tables, settings.folder, self._scratch)
+            found, self.left_out = find_files(settings.tables, settings.folder, self._scratch)
             if others is None:
                 _refuse_missing(found)
             self._files = [self._open(file, settings.columns) for file in found]
@@ -246,8 +248,9 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 
 def _row(file: TableFile, cells: CellReader, raw: RawRow, ids: Ids) -> tuple[Cells, str | None]:
     own = cells.own(own_cells(cells.fields, raw.cells.get))
+    carried, fault = cells.carried(raw)
     name, error = _id(file, own.pop("id", None), raw, ids)
-    return Cells(name, Source(file.name, raw.number, raw.line), own, cells.carried(raw)), error
+    return Cells(name, Source(file.name, raw.number, raw.line), own, carried), error or fault
 
 
 def _id(file: TableFile, value: Any, raw: RawRow, ids: Ids) -> tuple[str, str | None]:
@@ -257,6 +260,8 @@ def _id(file: TableFile, value: Any, raw: RawRow, ids: Ids) -> tuple[str, str | 
     own, fault = id_text(value), None
     if isinstance(value, (list, dict)):
         fault = f"the id is not text but {type(value).__name__}"
+    elif len(own) > LONGEST_TEXT:
+        fault = f"the id has {len(own)} characters, and {LONGEST_TEXT} are the most"
     elif "\0" in own:
         fault = "the id holds a NUL byte"
     elif problem := encoding_fault(own):

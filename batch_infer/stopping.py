@@ -1,0 +1,225 @@
+"""Stopping a command early: the first signal or the time limit interrupts it, or waits for what renders to finish.
+
+A command may be killed at any moment without losing committed work. So a stop raises StopRequested in the main thread
+at once, except inside `deferred`, where it is only noted: the code there asks and puts its work in order. A thread
+watches over both, for a library may neither return nor let an exception through.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing import active_children
+from types import FrameType, TracebackType
+from typing import Any
+
+from batch_infer.errors import Interrupted
+
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+GRACE_SECONDS = 3.0
+"""How long results may still be merged after a stop."""
+END_SECONDS = 1.5
+"""How long an interrupted process may take to end before it is ended."""
+REPEAT_SECONDS = 0.5
+"""Signals that follow each other faster are one request: `timeout` signals a process and then its group."""
+TICK_SECONDS = 0.1
+TIME_LIMIT = "the time limit"
+
+
+class StopRequested(KeyboardInterrupt):
+    """Raised in the main thread by a stop. It is no Exception, so that no library handles it."""
+
+
+class Stopper:
+    """Answers whether to stop, and interrupts the main thread where nothing defers that. A context manager.
+
+    `reason` is None until a stop is requested: then the name of a signal, or TIME_LIMIT. Only one is active at
+    a time, on the main thread.
+    """
+
+    reason: str | None = None
+
+    def __init__(
+        self,
+        time_limit: float | None,
+        hint: str,
+        *,
+        announce: Callable[[], object] = lambda: None,
+        farewell: Callable[[str], object] = lambda sentence: None,
+        clean_up: Callable[[], object] = lambda: None,
+    ) -> None:
+        """The time limit, in seconds, begins here. `hint` says, after a stop, what is kept and what to do.
+
+        `announce` is called in the main thread when a signal's stop is deferred. `farewell`, with a sentence, and
+        `clean_up` are called on other threads before a process that does not end by itself is ended.
+        """
+        self.time_limit, self._hint = time_limit, hint
+        self._ends = time.monotonic() + (math.inf if time_limit is None else time_limit)
+        self._announce, self._farewell, self._clean_up = announce, farewell, clean_up
+        self._grace = 0.0
+        """For how long a stop is deferred now."""
+        self._has_timer = self._interrupted = False
+        self._first: float | None = None
+        """When the first signal came."""
+        self._before: dict[int, Any] = {}
+        self._closed = threading.Event()
+
+    def __call__(self) -> bool:
+        """Return whether to stop."""
+        if self.reason is None and time.monotonic() >= self._ends:
+            self.reason = TIME_LIMIT
+        return self.reason is not None
+
+    def error(self) -> Interrupted:
+        """Return the error to end with after StopRequested."""
+        how = f"{TIME_LIMIT} came" if self.reason == TIME_LIMIT else f"stopped by {self.reason}"
+        return Interrupted(f"{how}; {self._hint}")
+
+    @contextmanager
+    def deferring(self, seconds: float) -> Iterator[None]:
+        before, self._grace = self._grace, seconds
+        if self() and seconds < math.inf:
+            self._arm(seconds)
+        try:
+            yield
+        finally:
+            self._grace = before
+        if self.reason is not None and before < math.inf:
+            self._arm(GRACE_SECONDS)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._first is None:
+            self._first = time.monotonic()
+        elif time.monotonic() - self._first >= REPEAT_SECONDS:
+            self._interrupt()
+        if self.reason is None:
+            self.reason = _name(number)
+            if self._grace == math.inf:
+                self._announce()
+            self._interrupt_or_arm()
+
+    def _handle_alarm(self, number: int, frame: FrameType | None) -> None:
+        if self._has_timer:  # the grace period is over
+            self._interrupt()
+        elif self.reason is None:
+            self.reason = TIME_LIMIT
+            self._interrupt_or_arm()
+
+    def _interrupt_or_arm(self) -> None:
+        if self._grace == 0.0:
+            self._interrupt()
+        if self._grace < math.inf:
+            self._arm(self._grace)
+
+    def _interrupt(self) -> None:
+        self._interrupted = True
+        raise StopRequested
+
+    def _arm(self, seconds: float) -> None:
+        """Interrupt after so many seconds, unless that was set before."""
+        if not self._has_timer and hasattr(signal, "setitimer"):
+            self._has_timer = True
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    def __enter__(self) -> Stopper:
+        global _active
+        _active = self
+        self._pipe, self._woken = socket.socketpair()
+        self._pipe.setblocking(False)
+        for number in STOP_SIGNALS:
+            if number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup
+            self._before[number] = signal.signal(number, self._handle)
+        if hasattr(signal, "setitimer"):
+            self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._handle_alarm)
+            if self.time_limit is not None:
+                signal.setitimer(signal.ITIMER_REAL, max(self.time_limit, 1e-6))
+        self._wakeup = signal.set_wakeup_fd(self._pipe.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        global _active
+        _active = None
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._closed.set()
+        with suppress(OSError):
+            self._pipe.send(b"\0")
+        self._pipe.close()
+
+    # What follows runs on a thread of its own. It sees signals that the main thread, in a library, does not.
+
+    def _watch(self) -> None:
+        with self._woken:
+            first, signals, last, overdue = 0, 0, -math.inf, 0.0
+            while not self._closed.is_set():
+                numbers = self._received(TICK_SECONDS if first else None)
+                first = first or next((number for number in numbers if number in self._before), 0)
+                if any(number in STOP_SIGNALS for number in numbers) and time.monotonic() - last >= REPEAT_SECONDS:
+                    signals, last = signals + 1, time.monotonic()
+                is_due = self._interrupted or self._grace < math.inf or signals > 1
+                overdue = overdue + TICK_SECONDS if first and is_due else 0.0
+                grace = GRACE_SECONDS if self._has_timer or 0 < self._grace < math.inf else 0.0
+                if overdue >= END_SECONDS + grace:
+                    self.reason = self.reason or _name(first)  # the main thread has not handled it
+                    self._end()
+        if self._interrupted:
+            self._linger()
+
+    def _received(self, seconds: float | None) -> bytes:
+        """Return the numbers of the signals that came, within so many seconds."""
+        self._woken.settimeout(seconds)
+        try:
+            return self._woken.recv(64)
+        except TimeoutError:
+            return b""
+
+    def _linger(self) -> None:
+        """End a process whose interpreter, at its end, waits too long for other threads."""
+        while threading.main_thread().is_alive():
+            time.sleep(TICK_SECONDS)
+        time.sleep(END_SECONDS)
+        os._exit(Interrupted.exit_code)
+
+    def _end(self) -> None:
+        for process in active_children():
+            process.kill()
+        # Each may wait for a lock that the main thread holds.
+        threads = [threading.Thread(target=self._clean_up, daemon=True)]
+        threads.append(threading.Thread(target=self._farewell, args=(str(self.error()),), daemon=True))
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(END_SECONDS / 4)
+        os._exit(Interrupted.exit_code)
+
+
+def _name(number: int) -> str:
+    name = signal.Signals(number).name
+    return TIME_LIMIT if name == "SIGALRM" else name
+
+
+_active: Stopper | None = None
+
+
+@contextmanager
+def deferred(seconds: float = math.inf) -> Iterator[None]:
+    """Defer a stop for so many seconds: the code in here asks whether to stop, and puts its work in order.
+
+    Once a stop was requested, what follows has GRACE_SECONDS. Without an active Stopper nothing happens.
+    """
+    if _active is None:
+        yield
+        return
+    with _active.deferring(seconds):
+        yield
