@@ -10,7 +10,7 @@ import pytest
 
 from batch_infer.engines import shift
 from batch_infer.engines.local import Local
-from batch_infer.engines.peers import Patience
+from batch_infer.engines.peers import Patience, hang_up
 from batch_infer.engines.shift import WorkerBroke
 from batch_infer.errors import ModelError, SettingsError, StorageError, WorkersLost
 from batch_infer.manifest import Manifest
@@ -150,7 +150,7 @@ def test_workers_end_when_their_parent_does(tmp_path: Path, end: str) -> None:
         process = peer._process
         assert process is not None and process.is_alive()
         if end == "killed":  # as it looks from the other end of the link
-            peer.link.close()
+            hang_up(peer._link)
             process.join(300)
             assert process.exitcode == 1
     assert not process.is_alive()

@@ -12,7 +12,9 @@ from batch_infer.errors import SettingsError
 
 PREFIX = "BATCH_INFER_"
 ENDPOINT_VARIABLES = ("BATCH_INFER_PREDICTIONS", "BATCH_INFER_REQUEST_TIMEOUT")
-"""Variables that only the Azure ML scoring scripts read. Every other one belongs to an option."""
+"""Variables that only the Azure ML scoring scripts read."""
+LAUNCH_VARIABLES = ("BATCH_INFER_LAUNCH_SECRET",)
+"""Variables that only ranks under a launcher read. Every other one belongs to an option."""
 _KUBERNETES = re.compile(
     rf"{PREFIX}(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
 )
@@ -74,7 +76,7 @@ def suggest(name: str, known: Iterable[str]) -> str | None:
 
 def check_environment(environment: Mapping[str, str], group: click.Group) -> None:
     """Raise SettingsError for a BATCH_INFER_ variable that has a value and that nothing reads."""
-    known = variables_of(group).union(ENDPOINT_VARIABLES)
+    known = variables_of(group).union(ENDPOINT_VARIABLES, LAUNCH_VARIABLES)
     unknown = sorted(
         name
         for name, value in environment.items()

@@ -46,8 +46,8 @@ class Engine(Protocol):
         """How many there are, each with a device of its own; known with the device."""
         ...
 
-    def find_device(self, stop: Callable[[], bool] = lambda: False) -> Device:
-        """Raises SettingsError where what was asked for is not there, and Interrupted once `stop` says so."""
+    def find_device(self) -> Device:
+        """Raises SettingsError where the requested device is missing, WorkersLost where none is found in time."""
         ...
 
     def render(
@@ -59,7 +59,7 @@ class Engine(Protocol):
     ) -> Work:
         """Have all requests rendered and committed, or as many as are until `stop` says so.
 
-        `ready` is called once, when models are loaded and the first rows go to a worker.
+        `ready` is called once, when the first worker has loaded its model and gets rows.
         `committed` is told of rows once they are in the manifest; of these, status, size and length are true, and texts
         may be left out. Raises ModelError and SettingsError before anything is rendered, StorageError, WorkersLost.
         """

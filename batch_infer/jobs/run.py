@@ -15,8 +15,9 @@ from typing import Any, Protocol
 
 from batch_infer.atomic import KnownFolder
 from batch_infer.engines import Engine, Task, Work
-from batch_infer.engines.launched import MEETING, Launched, Place, join, place
+from batch_infer.engines.launched import Launched, Place, join, place
 from batch_infer.engines.local import Local
+from batch_infer.engines.meeting import MEETING
 from batch_infer.errors import (
     BatchInferError,
     CompilationError,
@@ -84,7 +85,7 @@ def run(
         with outdir.locked(settings.out):
             (settings.out / MEETING).unlink(missing_ok=True)  # left by a run that was killed
             with engine_for(settings, here) as engine:
-                job = prepare(settings, tables, card, engine.find_device(stop))
+                job = prepare(settings, tables, card, engine.find_device())
                 if settings.overwrite:
                     outdir.clear(settings.out)
                 with _logged(settings.out):
