@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from batch_infer.errors import ModelError, SettingsError, StorageError, WorkersL
 from batch_infer.manifest import Manifest
 from tests import dummies
 from tests.crew import Rendering
+from tests.tables import write_csv
 
 
 @pytest.mark.promises
@@ -139,6 +142,37 @@ def test_a_disk_that_is_full_ends_the_run_in_order(tmp_path: Path) -> None:
 def test_a_device_that_is_not_there_is_told_before_anything_is_rendered() -> None:
     with Local("cuda", 1) as engine, pytest.raises(SettingsError, match="torch finds no CUDA device"):
         engine.find_device()
+
+
+UNGUARDED = """
+import sys
+from pathlib import Path
+from batch_infer.jobs.plan import plan
+from batch_infer.jobs.run import run
+from batch_infer.models import DEMO_MODEL
+from batch_infer.cli.progress import make_progress
+from batch_infer.settings import ComputeSettings, ModelSettings, RunSettings, TableSettings
+folder = Path(sys.argv[1])
+settings = RunSettings(TableSettings((str(folder / "t.csv"),)), folder / "out", model=ModelSettings(device="cpu"),
+                       compute=ComputeSettings(processes=1))
+if sys.argv[2] == "run":
+    run(settings, make_progress(shown=False))
+else:
+    plan(settings, print)
+"""
+
+
+@pytest.mark.promises
+@pytest.mark.parametrize("job", ["run", "plan"])
+def test_a_script_without_a_main_guard_is_told_what_to_write(tmp_path: Path, job: str) -> None:
+    write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"]])
+    (tmp_path / "script.py").write_text(UNGUARDED)
+    line = [sys.executable, str(tmp_path / "script.py"), str(tmp_path), job]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("batch_infer.errors.SettingsError: the script that calls")
+    assert 'put the call under `if __name__ == "__main__":`' in done.stderr
 
 
 @pytest.mark.promises

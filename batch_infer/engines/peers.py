@@ -147,6 +147,11 @@ class Peer:
             return patience.start
         return max(patience.least, patience.factor * usual)
 
+    @property
+    def exit_code(self) -> int | None:
+        """Of its process, where that is ours and has ended."""
+        return None if self._process is None else self._process.exitcode
+
     def fate(self) -> str:
         """How its process ended, as far as we know."""
         if self._process is None:

@@ -10,7 +10,7 @@ from threading import Event
 from typing import Protocol
 
 from batch_infer import errors
-from batch_infer.engines import Task, Work
+from batch_infer.engines import Task, Work, unguarded
 from batch_infer.engines.ledger import STRIKES, Chunk, Ledger
 from batch_infer.engines.messages import (
     Alive,
@@ -301,6 +301,8 @@ class Shift:
 def error_of(peer: Peer, fate: str) -> Exception:
     """What a worker died of: an error that it told of, a bug, or something that came over it."""
     if peer.broken is None:
+        if peer.exit_code == unguarded.EXIT_CODE:
+            return SettingsError(unguarded.ADVICE)
         if peer.ready:
             return WorkerBroke(fate)
         return ModelError(

@@ -1,4 +1,4 @@
-"""Scripts that call the package without a main guard: every process that is spawned imports them, and calls it again."""
+"""Scripts without a main guard that call the package: every spawned process imports them, and calls it again."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from batch_infer.engines.probe import Probe
+from batch_infer.engines.unguarded import end_unguarded_process
 from batch_infer.errors import RowError, SettingsError
 from batch_infer.jobs.changes import find_changes
 from batch_infer.jobs.estimate import rates_of
@@ -80,6 +81,7 @@ def plan(settings: RunSettings, tell: Callable[[ResultRow], None]) -> Plan:
 
     Raises the UsageErrors that `run` would raise.
     """
+    end_unguarded_process()
     settings = rooted(settings)
     with open_tables(settings) as tables, Probe() as probe:
         card = find_model(settings, probe.facts)

@@ -18,6 +18,7 @@ from batch_infer.engines import Engine, Task, Work
 from batch_infer.engines.launched import Launched, Place, join, place
 from batch_infer.engines.local import Local
 from batch_infer.engines.meeting import MEETING
+from batch_infer.engines.unguarded import end_unguarded_process
 from batch_infer.errors import (
     BatchInferError,
     CompilationError,
@@ -75,6 +76,7 @@ def run(
     leaves_alone: LeavesAlone = is_done,
 ) -> Summary:
     """Score the tables into OUT, going on where an earlier run ended. Raises the errors of `batch_infer.errors`."""
+    end_unguarded_process()
     started = time.monotonic()
     settings = rooted(settings)
     here = _place(settings)
