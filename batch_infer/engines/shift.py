@@ -167,7 +167,7 @@ class Shift:
                 peer.begin()
                 self._awaited.discard(peer.rank)
             case Wants():
-                self._give(peer, None if self._stopping else self._ledger.stream(peer.rank, len(self._awaited)))
+                self._give(peer, None if self._stopping else self._ledger.stream(peer.rank, self._loading()))
             case Idle():
                 peer.rest()
                 if not self._stopping:  # it has none left; but one that it lost must not be waited for
@@ -217,12 +217,15 @@ class Shift:
     def _give(self, peer: Peer, chunk: Chunk | None) -> None:
         peer.send(NoMore() if chunk is None else Rows.of(chunk, self._task.settings.carried))
 
+    def _loading(self) -> int:
+        return sum(not peer.ready for peer in self._peers.values())
+
     def _next_for(self, peer: Peer) -> Chunk | None:
         """New rows before those that workers died with, unless that is all that this one does."""
         ledger, rank = self._ledger, peer.rank
         if self._barren[rank] < STARTS:
-            return ledger.stream(rank, len(self._awaited)) or ledger.apart(rank)
-        return ledger.apart(rank) or ledger.stream(rank, len(self._awaited))
+            return ledger.stream(rank, self._loading()) or ledger.apart(rank)
+        return ledger.apart(rank) or ledger.stream(rank, self._loading())
 
     def _compare(self, peer: Peer, device: Device) -> None:
         """All workers compute alike, or bytes would depend on who has a row."""
