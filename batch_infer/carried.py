@@ -42,8 +42,9 @@ def to_values(array: pa.Array | pa.ChunkedArray) -> list[Any]:
     if isinstance(array, pa.ChunkedArray):
         return [value for chunk in array.chunks for value in to_values(chunk)]
     if isinstance(array, pa.DictionaryArray):  # each word once, however often it stands there
-        words = to_values(array.dictionary)
-        return [None if index is None else words[index] for index in array.indices.to_pylist()]
+        used = array.indices.unique().drop_null()
+        words = dict(zip(used.to_pylist(), to_values(array.dictionary.take(used)), strict=True))
+        return [words.get(index) for index in array.indices.to_pylist()]
     kind = result_type(array.type)
     if types.is_string(kind) and not _is_text(array.type):
         return [str(value) if value.is_valid else None for value in array]
@@ -83,6 +84,22 @@ def python_values(array: pa.Array | pa.ChunkedArray) -> list[Any]:
         except (ValueError, OverflowError):
             pass
     return [readable(value, kind) for value in to_values(array)]
+
+
+def weight(values: Iterable[Any]) -> int:
+    """About how many bytes plain values take."""
+    total = 0
+    for value in values:
+        kind = value.__class__
+        if kind is str or kind is bytes:
+            total += len(value)
+        elif kind is list or kind is tuple:
+            total += weight(value)
+        elif kind is dict:
+            total += weight(value) + weight(value.keys())
+        else:
+            total += 8
+    return total
 
 
 def as_text(value: Any, kind: pa.DataType | None = None) -> str:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from heapq import heappop, heappush
-from itertools import groupby, islice
-from typing import Protocol, TypeAlias
+from itertools import groupby
+from typing import Protocol, TypeAlias, TypeVar
 
+from batch_infer.carried import weight
 from batch_infer.records import FINAL, MAX_ATTEMPTS, PromptRequest, ResultRow
 
 WINDOW = 8192
 """Requests that are looked at together: memory does not grow with the table."""
+WINDOW_BYTES = 64 << 20
+"""Bytes of their texts and carried cells, beyond which fewer are."""
 FEW = 2048
 """Rows of a size that are dealt out to level lanes; of more, what runs empty at the end is little anyway."""
 
@@ -41,6 +44,7 @@ class Index(Protocol):
 
 
 Item: TypeAlias = PromptRequest | ResultRow
+Row = TypeVar("Row", PromptRequest, Item)
 
 
 def place_of(item: Item) -> tuple[str, int]:
@@ -77,13 +81,26 @@ def in_order(requests: Iterable[PromptRequest], slots_of: SlotsOf | None = None)
     that what is left at the end, when slots run empty, is short. With `slots_of`, the slots that rows of a size will
     be packed into (those of all devices), few rows are also put so that all slots run empty at about the same time.
     """
-    source = iter(requests)
-    while window := sorted(islice(source, WINDOW), key=_order):
-        for size, group in groupby(window, key=_size):
+    for window in batched(requests, WINDOW, WINDOW_BYTES):
+        for size, group in groupby(sorted(window, key=_order), key=_size):
             alike = list(group)
             if slots_of is not None and len(alike) <= FEW:
                 alike = _level(alike, slots_of(size) // 2)
             yield from alike
+
+
+def batched(items: Iterable[Row], number: int, size: int) -> Iterator[list[Row]]:
+    """Items in batches of at most so many, of which only the last may pass the size, in bytes."""
+    batch: list[Row] = []
+    total = 0
+    for item in items:
+        batch.append(item)
+        total += weight((item.prompt, item.negative_prompt)) + weight(item.carried.values())
+        if len(batch) >= number or total >= size:
+            yield batch
+            batch, total = [], 0
+    if batch:
+        yield batch
 
 
 def _level(rows: list[PromptRequest], lanes: int) -> list[PromptRequest]:

@@ -59,6 +59,10 @@ class SizeRules:
         return largest if self.most is None else min(largest, self.most)
 
 
+PACKINGS = (".gz", ".bz2", ".xz", ".zst")
+"""Endings of compressed tables."""
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """Where a row is: the file as the user named it, the row in it, from 0, and in a text format its line, from 1."""
@@ -75,7 +79,7 @@ class Source:
     def stem(self) -> str:
         """The file's name without its endings, of which it has two where it is packed."""
         path = PurePosixPath(self.file)
-        return (path.with_suffix("") if path.suffix.lower() in (".gz", ".zst") else path).stem
+        return (path.with_suffix("") if path.suffix.lower() in PACKINGS else path).stem
 
 
 @dataclass(frozen=True, slots=True)

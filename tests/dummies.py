@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from batch_infer.chain import ChainShape, Rendered, Unrendered
+from batch_infer.chain import ChainShape, Elsewhere, Rendered, Unrendered, nothing
 from batch_infer.records import PromptRequest, Verdict
 from batch_infer.stages import Stages
 
@@ -43,12 +43,15 @@ class DummyChain:
     def stages(self) -> Stages:
         return sum(self.stages_by_size.values(), Stages())
 
-    def render(self, requests: Iterable[PromptRequest]) -> Iterator[Rendered | Unrendered]:
+    def render(
+        self, requests: Iterable[PromptRequest], elsewhere: Elsewhere = nothing
+    ) -> Iterator[Rendered | Unrendered]:
         source = iter(requests)
         while not self._stop() and (batch := list(islice(source, TOGETHER))):
             for request in batch:
                 _obey(request.prompt)
             yield from self._make(batch)
+            yield from elsewhere()
 
     def _make(self, batch: list[PromptRequest]) -> Iterator[Rendered]:
         started = time.perf_counter()

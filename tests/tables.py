@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import lzma
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import pyarrow.parquet as pq
 from batch_infer.carried import to_array
 from batch_infer.manifest import SCHEMA
 from batch_infer.records import PromptRequest, ResultRow, SizeRules
-from batch_infer.settings import RowDefaults, TableSettings
+from batch_infer.settings import IdSource, RowDefaults, TableSettings
 from batch_infer.table import RowRules, Tables
 
 RULES = RowRules(
@@ -53,8 +55,9 @@ def open_tables(
     columns: Mapping[str, str] | None = None,
     limit: int | None = None,
     folder: Path = Path(),
+    id_from: IdSource = "row",
 ) -> Tables:
-    return Tables(TableSettings(tuple(map(str, tables)), columns or {}, limit, folder), SCHEMA.names)
+    return Tables(TableSettings(tuple(map(str, tables)), columns or {}, limit, folder, id_from), SCHEMA.names)
 
 
 def read(*tables: Path | str, rules: RowRules = RULES, **options: Any) -> list[PromptRequest | ResultRow]:
@@ -113,8 +116,9 @@ def in_format(ending: str, rows: list[dict[str, Any]]) -> bytes:
 
 
 def pack(packing: str, content: bytes) -> bytes:
-    if packing == "gz":
-        return gzip.compress(content)
+    packers: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+    if packing in packers:
+        return packers[packing](content)
     return bytes(pa.compress(content, "zstd", asbytes=True))
 
 

@@ -82,7 +82,7 @@ def test_a_mini_batch_is_scored_as_a_run_would(tmp_path: Path, out: Path) -> Non
     assert list(found["id"]) == [f"part-{k}-0000000{row}" for k in range(3) for row in range(3)]
     assert set(found["status"]) == {"ok"}
     told = runs.command("status", out).stdout
-    assert ": open, started" in told and "9 ok · 0 failed · an endpoint's" in told and "run again" not in told
+    assert ": open, started" in told and "9 ok · 0 failed · total unknown" in told and "run again" not in told
     assert runs.command("merge", out).code == 0
     assert runs.run(tmp_path / "in", tmp_path / "plain", "--steps", "2", "--safety", "none").code == 0
     assert runs.hashes(out) == runs.hashes(tmp_path / "plain")
@@ -114,6 +114,22 @@ def test_all_that_a_file_may_be_becomes_rows(tmp_path: Path, out: Path) -> None:
     assert set(found["source_file"]) == {"good.csv", *names}
     assert runs.command("merge", out).code == 0
     assert len(runs.results(out)) == len(found) == 8
+
+
+def test_markers_and_documentation_in_a_mini_batch_are_no_tables(tmp_path: Path, out: Path) -> None:
+    """By the rule that a folder of `run` goes by. Of two files that come so, one that cannot be read is still told."""
+    folder = tmp_path / "in"
+    names = ("_SUCCESS", "_committed_1", ".good.csv.crc", "good.csv.crc", "README.txt", ".hidden.csv")
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("prompt\na red circle\n")
+    markers = [str(folder / name) for name in names]
+    found = score(*markers, prompts(folder / "good.csv", 2))
+    assert list(found["id"]) == ["good-00000000", "good-00000001"]
+    assert len(batch.run(markers)) == 0
+    (folder / "bad.csv").write_bytes(b"")
+    with pytest.raises(TableError, match=r"^bad.csv is empty$"):
+        batch.run([str(folder / "bad.csv"), *markers])
 
 
 def test_a_mini_batch_of_which_nothing_can_be_read_raises_and_is_accounted_for(tmp_path: Path, out: Path) -> None:
@@ -291,7 +307,7 @@ def test_folders_with_other_columns_are_one_table(tmp_path: Path, out: Path) -> 
         pd.DataFrame({"prompt": ["a ring"], "note": note}).to_parquet(tmp_path / folder / f"{folder}.parquet")
     scoring = worker()
     found = scoring.score([str(tmp_path / name / f"{name}.parquet") for name in "abc"])
-    assert found["note"].to_pylist() == ["1", "one", "[True]"]  # as `merge` has them
+    assert found["note"].to_pylist() == ["1", "one", "[true]"]  # as `merge` has them
     assert len(scoring.score([])) == 0
     broken = [tmp_path / name / "broken.parquet" for name in "ab"]
     for path in broken:
@@ -522,8 +538,38 @@ def test_another_model_or_policy_on_the_same_output_is_refused(
         batch.init()
     for part in (out / "manifest").iterdir():
         part.unlink()
-    batch.init()  # what holds no result binds nobody
+    with pytest.raises(SettingsError, match=told):
+        batch.init()  # another worker may have written run.json and be at its first rows
+    (out / "run.json").unlink()
+    batch.init()
     assert runs.run_json(out)["identity"]["safety"] != "none"
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize(
+    ("variables", "name"),
+    [({"BATCH_INFER_SCHEDULER": "EulerDiscreteScheduler"}, "scheduler"), ({"BATCH_INFER_SAFETY": "checker"}, "safety")],
+)
+def test_workers_of_different_settings_do_not_start_in_one_fresh_output(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], name: str, links: bool
+) -> None:
+    """Both have looked at OUT before either writes there."""
+    if not links:
+        monkeypatch.setattr(Path, "hardlink_to", mock.Mock(side_effect=PermissionError(1, "no links here")))
+    first = deployment.find_deployment(str(out))
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    second = deployment.find_deployment(str(out))
+    worker = MiniBatches(first)
+    try:
+        with pytest.raises(SettingsError, match=f"was made with {name} .*: give the job another output path$"):
+            MiniBatches(second)
+        assert worker.score([prompts(tmp_path / "in.csv")])["status"].to_pylist() == ["ok"] * 3
+        (out / "run.json").write_text(json.dumps(second.record, default=str))  # as where both find no run.json
+        with pytest.raises(SettingsError, match=f"was made with {name}"):
+            worker.score([prompts(tmp_path / "more.csv")])
+    finally:
+        worker.close()
 
 
 def test_a_mini_batch_is_a_list_of_paths(tmp_path: Path, out: Path) -> None:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import signal
 import statistics
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from batch_infer import datasheets
 from batch_infer.chain import Chain, ChainShape
+from batch_infer.cli.bench import _speed
 from batch_infer.errors import SettingsError
 from batch_infer.jobs.bench import (
     BenchSettings,
@@ -196,11 +201,41 @@ def test_the_table_for_a_reader(quick: None) -> None:
         "9 rows of 1 to 3 steps",
         "64x64",
         "4 slots",
-        "x as fast",
+        "batch-infer is",
         "of 2 TFLOP/s (given",
     ):
         assert words in done.stdout
     assert "warming up" in done.stderr
+
+
+@pytest.mark.promises
+def test_a_stop_leaves_the_table_of_what_was_measured(tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "batch_infer", "bench", *ROWS, "--rounds", "1000", "--against", "grouped,bare"]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        lines = iter(process.stderr.readline, "")
+        second = next(text for text in lines if "round 2 of 1000" in text)
+        process.send_signal(signal.SIGINT)
+        stdout, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert re.search(r"round 2 of 1000: batch-infer [0-9.]+ s; about [0-9:]+ left$", second.strip())
+    assert process.returncode == 75
+    assert re.search(r"^batch-infer +[0-9.]+ .*%$", stdout, re.MULTILINE)
+    assert re.search(r"^grouped +[0-9.]+ .*(as fast|slower)", stdout, re.MULTILINE)
+    assert stdout.endswith("stopped early: this is what was measured until then\n")
+
+
+def test_the_rest_is_estimated_by_what_was_measured() -> None:
+    assert contest._seconds_for(["a", "b", "a"], {"a": 4.0}) == 12
+    assert contest._seconds_for(["a", "b"], {"a": 4.0, "b": 1.0}) == 5
+    assert contest._seconds_for([], {"a": 4.0}) == 0
+
+
+@pytest.mark.parametrize(("ratio", "words"), [(2.426, "2.43x as fast"), (0.997, "1.00x as fast"), (0.86, "14% slower")])
+def test_a_ratio_in_words(ratio: float, words: str) -> None:
+    assert _speed(ratio) == words
 
 
 REFUSED = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import sys
 import time
@@ -11,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click import Context
 
 from batch_infer import stopping
-from batch_infer.cli import logs
+from batch_infer.cli import commands, logs
 from batch_infer.cli.logs import set_up_logging
 from batch_infer.cli.progress import Bar, Lines, Together, make_progress
 from batch_infer.cli.report import report
@@ -100,7 +102,7 @@ def test_the_summary_names_what_there_is_to_know(capsys: pytest.CaptureFixture[s
         "12,345 rows · 12,000 ok · 0 flagged · 3 invalid · 2 failed",
         "images   o/images",
         "results  o/results.parquet, o/results.csv",
-        "stopped early: 340 left; run the same command again to go on",
+        "stopped early: 340 left; run the same command again to continue",
     ]
 
 
@@ -118,6 +120,20 @@ def test_the_summary_names_bad_rows_and_says_that_images_are_flagged(capsys: pyt
     assert "most images are flagged" in capsys.readouterr().out
     report(Summary(Counts(rows=4, images=4, ok=2, flagged=2)), Path("o"), (), as_json=False)
     assert "images are flagged" not in capsys.readouterr().out
+
+
+# Help
+
+
+@pytest.mark.parametrize("name", commands.commands)
+def test_help_breaks_no_word(name: str) -> None:
+    """On a terminal of 80 columns, options that a reader may copy stay whole. A line may end with a hyphen."""
+    each = commands.commands[name]
+    with Context(each, info_name=name, terminal_width=80) as context:
+        words = re.sub(r"(?<=\w-)\s+", "", each.get_help(context)).split()
+    for option in each.params:
+        for word in (getattr(option, "help", None) or "").split():
+            assert word in words, f"{option.name}: {word}"
 
 
 # Signals

@@ -424,6 +424,22 @@ def test_what_is_wrong_with_the_settings_is_told_at_once(fault: Fault, words: st
     assert len(service.requests) == 1
 
 
+@pytest.mark.parametrize("code", [400, 401, 403, 404, 500])
+def test_an_answer_that_echoes_the_key_does_not_bring_it_into_a_log(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = f"{KEY}/+="
+    monkeypatch.setenv("CONTENT_SAFETY_KEY", key)
+    echo = f"no: key {key}, key%3D{KEY}%2F%2B%3D, Authorization: Bearer abc.def, {'x' * 280}{key}, eyJh.eyJi.c-_"
+    fault = Fault(code, body=json.dumps({"error": {"code": "Denied", "message": echo}}).encode())
+    with (
+        serving(faults=lambda asked: fault) as service,
+        gate_to(service, patience=0.2) as gate,
+        pytest.raises((SettingsError, RowBroken, ServiceError), match=f"HTTP {code}: Denied: no: key") as caught,
+    ):
+        gate.check_prompt("a red square")
+    assert KEY not in str(caught.value)
+    assert "abc.def" not in str(caught.value)
+
+
 def test_a_wrong_key_and_an_unknown_blocklist_are_settings() -> None:
     with serving(key="another") as service, gate_to(service) as gate, pytest.raises(SettingsError, match="HTTP 401"):
         gate.check_image(GREY)

@@ -15,7 +15,8 @@ import pyarrow as pa
 import pytest
 
 from batch_infer.atomic import KnownFolder
-from batch_infer.chain import GatedChain, Rendered, Unrendered
+from batch_infer.chain import Elsewhere, GatedChain, Grace, Rendered, Unrendered, nothing
+from batch_infer.chain import gated as gated_chain
 from batch_infer.chain.gated import IMAGES_AHEAD, PROMPTS_AHEAD, REFUSED_AHEAD
 from batch_infer.errors import Interrupted, RowBroken, ServiceError
 from batch_infer.manifest import Manifest
@@ -24,9 +25,12 @@ from batch_infer.records import PromptRequest, Verdict
 from batch_infer.settings import Compute, ModelSettings, OutputSettings, SafetySettings
 from batch_infer.worker import WorkerSettings
 from batch_infer.worker.device import Worker
+from batch_infer.worker.loading import load_chain
 from tests.deaths import eventually
 from tests.dummies import DummyChain
 from tests.rendering import make_request
+
+COMPUTE = Compute("cpu", "float32", 16, 8, 1)
 
 
 class WordGate:
@@ -126,8 +130,10 @@ def test_no_answer_is_no_image(word: str, error: str) -> None:
 
 def test_a_flagged_image_says_who_flagged_it_and_keeps_the_highest_scores() -> None:
     class Judged(DummyChain):
-        def render(self, source: Iterable[PromptRequest]) -> Iterator[Rendered | Unrendered]:
-            for outcome in super().render(source):
+        def render(
+            self, requests: Iterable[PromptRequest], elsewhere: Elsewhere = nothing
+        ) -> Iterator[Rendered | Unrendered]:
+            for outcome in super().render(requests):
                 assert isinstance(outcome, Rendered)
                 yield replace(outcome, verdict=Verdict(True, "own", {"concept_0": -0.5, "Hate": 0.5}))
 
@@ -153,7 +159,7 @@ def test_a_service_that_is_gone_ends_it_once_all_that_was_judged_is_given() -> N
 def test_what_a_worker_has_finished_is_committed_before_the_fault_is_raised(tmp_path: Path) -> None:
     rows = [make_request(f"row-{k}", f"good {k}", seed=k) for k in range(30)]
     rows[25] = make_request("row-25", "good 25", seed=201)
-    compute = Compute("cpu", "float32", 16, 8, 1)
+    compute = COMPUTE
     settings = WorkerSettings(
         read_card(ModelSettings()), compute, SafetySettings(), OutputSettings(), KnownFolder.of(tmp_path), pa.schema([])
     )
@@ -176,6 +182,87 @@ def test_a_prompt_that_is_long_in_coming_is_overtaken() -> None:
         if len(ids) == 62:
             answered.set()
     assert ids[-1] == "row-2" and len(set(ids)) == 63
+
+
+def test_finished_images_are_given_where_the_run_stops() -> None:
+    """The service answers for them only after the stop; rows that are not rendered by then are not finished."""
+    stop = threading.Event()
+    rendered = threading.Event()
+
+    class Late(WordGate):
+        def check_image(self, image: np.ndarray) -> Verdict:
+            rendered.set()
+            assert stop.wait(300)
+            return super().check_image(image)
+
+    def stop_after_the_first() -> None:
+        rendered.wait(300)
+        stop.set()
+
+    gate = Late()
+    thread = threading.Thread(target=stop_after_the_first)
+    thread.start()
+    chain = gated(gate, stop.is_set)
+    found = by_id(chain.render(requests(*[f"good {k}" for k in range(200)])))
+    thread.join()
+    assert len(found) == chain.stages.images == gate.images.total() > 0
+    assert all(isinstance(outcome, Rendered) for outcome in found.values())
+
+
+def test_a_run_that_stops_does_not_wait_for_a_service_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gated_chain, "GRACE_SECONDS", 0.05)
+    stop = threading.Event()
+    grace = Grace(stop.is_set)
+    hung = threading.Event()
+
+    class Hanging(WordGate):
+        def check_image(self, image: np.ndarray) -> Verdict:
+            if image[0, 0, 0] == 3:
+                hung.set()
+                eventually(grace)
+                raise Interrupted("stopped")
+            return super().check_image(image)
+
+    def stop_once_it_hangs() -> None:
+        hung.wait(300)
+        stop.set()
+
+    threading.Thread(target=stop_once_it_hangs).start()
+    chain: Any = DummyChain(stop.is_set)
+    found = by_id(GatedChain(chain, Hanging(), stop.is_set, grace).render(requests(*[f"good {k}" for k in range(8)])))
+    assert "row-3" not in found
+
+
+def test_what_is_judged_is_given_while_the_device_is_at_work() -> None:
+    """And so is a prompt that is refused, though no other row comes to an end."""
+    given: list[str] = []
+
+    class Slow(DummyChain):
+        def render(
+            self, requests: Iterable[PromptRequest], elsewhere: Elsewhere = nothing
+        ) -> Iterator[Rendered | Unrendered]:
+            source = iter(requests)
+            if (first := next(source, None)) is not None:
+                yield from self._make([first])
+            while len(given) < 2:  # as a UNet at work on the third row
+                next(source, None)
+                yield from elsewhere()
+                time.sleep(0.001)
+
+    chain: Any = Slow(lambda: False)
+    rows = requests("good first", "bad", "good second")
+    for outcome in GatedChain(chain, WordGate()).render(rows):
+        given.append(outcome.request.id)
+    assert sorted(given[:2]) == ["row-0", "row-1"]
+
+
+def test_a_chain_gives_what_is_ready_elsewhere_after_each_tick(demo_folder: Path) -> None:
+    rows = [make_request(f"row-{k}", "a red circle", steps=3) for k in range(2)]
+    chain = load_chain(read_card(ModelSettings(str(demo_folder))), COMPUTE, SafetySettings("none"))
+    elsewhere = Unrendered(make_request("elsewhere"), "failed", "no word")
+    found = [outcome.request.id for outcome in chain.render(rows, lambda: [elsewhere])]  # type: ignore[call-arg]
+    assert found.count("elsewhere") == chain.stages.ticks > 0
+    assert {"row-0", "row-1"} <= set(found)
 
 
 def test_an_image_without_a_word_is_no_image() -> None:

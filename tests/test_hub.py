@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from batch_infer.errors import ModelError
+from batch_infer.models import hub as hub_files
 from batch_infer.models import read_card
 from batch_infer.settings import ModelSettings
 from tests.checkpoints import amend
@@ -24,6 +27,8 @@ from tests.rendering import copied
 CARD = """
 import json, sys
 from batch_infer.errors import ModelError
+from batch_infer.errors import ModelError
+from batch_infer.models import hub as hub_files
 from batch_infer.models import read_card
 from batch_infer.settings import ModelSettings
 try:
@@ -221,3 +226,16 @@ def test_nothing_cached_and_no_network(read: Read, served: Hub) -> None:
 
 def test_a_name_that_no_repository_can_bear(read: Read) -> None:
     assert "owner/.. could not be fetched" in read("owner/..")["error"]
+
+
+def test_retries_of_the_hub_are_one_line(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
+    from huggingface_hub.utils import _http
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    with pytest.raises(ModelError, match="owner/tiny could not be fetched"), hub_files._told("owner/tiny", None):
+        _http.http_backoff("GET", address, max_retries=3, base_wait_time=0, retry_on_exceptions=(Exception,))
+    assert [record.name for record in caplog.records] == ["batch_infer"]
+    assert re.match(r"the Hugging Face Hub does not answer \(.+\): trying again$", caplog.messages[0])
+    assert capfd.readouterr().err == ""

@@ -108,9 +108,29 @@ def test_what_a_person_reads(table: Path, out: Path) -> None:
     assert lines[2] == f"{table}, line 7 (t-00000005): the id 'd' stands twice"
     assert lines[3].startswith("7 rows, ")
     assert "3 invalid" in lines[3]
-    assert [line.split()[0] for line in lines[4:]] == [
+    assert lines[4] == f"read     {table}: 7 rows"
+    assert [line.split()[0] for line in lines[5:]] == [
         "size", "64x64", "64x72", "slots", "time", "disk", "cost",
     ]  # fmt: skip
+
+
+def test_the_files_that_are_read_and_left_out_are_listed(tmp_path: Path, out: Path) -> None:
+    folder = tmp_path / "t"
+    for name, rows in (("a.csv", 2), ("b.csv", 0), ("README.csv", 1), ("c.zip", 1)):
+        write_csv(folder / name, [["prompt"], *([["x"]] * rows)])
+    (folder / "bad.parquet").write_bytes(b"PAR1")
+    done = command("plan", folder, "--out", out, *QUICK)
+    assert [line for line in done.stdout.splitlines() if line.startswith("read")] == [
+        f"read     {folder}/{name}" for name in ("a.csv: 2 rows", "b.csv: 0 rows", "bad.parquet: 1 row")
+    ]
+    sentence = f"files left out for their names: {folder}/README.csv; for their endings: {folder}/c.zip\n"
+    assert sentence in done.stderr
+    planned = plan(folder, out)
+    assert planned["files"] == {
+        f"{folder}/{name}": rows for name, rows in (("a.csv", 2), ("b.csv", 0), ("bad.parquet", 1))
+    }
+    assert planned["left_out"] == {"name": {f"{folder}/README.csv": 1}, "ending": {f"{folder}/c.zip": 1}}
+    assert sentence in run(folder, out).stderr
 
 
 def test_a_plan_that_is_within_the_budget_is_a_success(table: Path, out: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -173,3 +174,19 @@ def test_slots_empty_before_the_size_changes() -> None:
 
 def test_no_rows_cost_nothing() -> None:
     assert loads_of([], slots=4) == {}
+
+
+def test_a_window_is_bounded_in_bytes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "WINDOW_BYTES", 1000)
+    taken = 0
+
+    def source() -> Iterator[PromptRequest]:
+        nonlocal taken
+        for number in range(100):
+            taken += 1
+            yield replace(request(f"{number}"), carried={"tag": "x" * 300})
+
+    found = planning.in_order(source())
+    next(found)
+    assert taken < 5
+    assert sum(1 for _ in found) == 99

@@ -111,6 +111,7 @@ def test_every_option_has_its_place() -> None:
     found = asdict(
         parse(
             *("--out", "o", "--column", "prompt=caption", "--column", "height=", "--limit", "3", "--model", "m"),
+            *("--id-from", "content"),
             *("--revision", "r", "--variant", "fp16", "--dtype", "bfloat16", "--device", "cpu", "--scheduler", "A:x=1"),
             *("--lora", "l.safetensors:0.5", "--lora", "k.safetensors", "--long-prompts"),
             *(
@@ -133,7 +134,10 @@ def test_every_option_has_its_place() -> None:
         )
     )
     assert found == {
-        "table": {"tables": ("t.csv",), "columns": {"prompt": "caption", "height": ""}, "limit": 3, "folder": Path()},
+        "table": {
+            **{"tables": ("t.csv",), "columns": {"prompt": "caption", "height": ""}, "limit": 3, "folder": Path()},
+            "id_from": "content",
+        },
         "out": Path("o"),
         "model": {
             "name": "m",

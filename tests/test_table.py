@@ -116,7 +116,10 @@ def test_results_in_the_folder_are_no_table() -> None:
     ("argument", "sentence"),
     [
         ("missing.csv", "missing.csv: no such file or folder"),
-        ("notes.md", "notes.md: unknown ending .md; a table ends in .csv, .tsv, .*, also with .gz or .zst after it"),
+        (
+            "notes.md",
+            "notes.md: unknown ending .md; a table ends in .csv, .tsv, .*, also with .gz, .bz2, .xz or .zst after it",
+        ),
         ("Makefile", r"Makefile: unknown ending \(none\)"),
         ("empty", r"empty: the folder holds no table \(.csv, .tsv, "),
         ("empty/*.csv", r"empty/\*.csv: the glob matches no table"),
@@ -639,7 +642,7 @@ def test_a_file_that_cannot_be_read_costs_one_result() -> None:
 
 def test_where_no_file_can_be_read_each_is_told() -> None:
     tables = [write_bytes(Path("a.parquet"), b"PAR1 and so on"), write_bytes(Path("b.csv"), b"")]
-    with pytest.raises(TableError, match=r"a.parquet cannot be read: .*\nb.csv is empty"):
+    with pytest.raises(TableError, match=r"a.parquet cannot be read: .* · b.csv is empty"):
         open_tables(*tables)
 
 

@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,15 @@ import pytest
 
 from batch_infer.errors import TableError, TryAgainLater
 from batch_infer.records import PromptRequest, ResultRow
+from batch_infer.table import shown
+from batch_infer.table.urls import without_secrets
 from tests.serving import serving
-from tests.tables import ROWS, RULES, essence, in_format, open_tables, read, read_requests, write_bytes, write_csv
+from tests.tables import ROWS, RULES, essence, in_format, open_tables, pack, read, read_requests, write_bytes, write_csv
 
-FORMATS = ("csv", "tsv", "jsonl", "json", "parquet", "csv.gz", "jsonl.zst", "json.gz", "parquet.gz", "parquet.zst")
+FORMATS = (
+    *("csv", "tsv", "jsonl", "json", "parquet", "csv.gz", "jsonl.zst", "json.gz", "parquet.gz", "parquet.zst"),
+    *("csv.bz2", "jsonl.xz", "parquet.bz2"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -140,6 +146,104 @@ def test_nothing_temporary_is_made_for_local_files(temporary: Path) -> None:
     read(write_bytes(Path("t.csv.gz"), in_format("csv.gz", ROWS)))
     with open_tables("t.csv.gz"):
         assert not list(temporary.iterdir())
+
+
+# Files of a folder that are no tables
+
+NO_TABLES = {
+    "name": [
+        *(
+            "README.txt",
+            "README",
+            "README_first.csv",
+            "readme.md",
+            "deep/LICENSE.txt",
+            "LICENSE-MIT.txt",
+            "Licence.txt",
+        ),
+        *("CHANGELOG.csv", ".hidden.csv", "_SUCCESS", "_committed_17", "deep/.part-0.csv.crc", "part-0.csv.crc"),
+    ],
+    "ending": ["b.feather", "c.csv.7z", "deep/d.zip", "e", "notes.md"],
+}
+TABLES = ["a.csv", "deep/b.csv.bz2", "deep/license_plates.csv", "p.parq", "q.pq", "readme_prompts.csv", "t.txt"]
+
+
+def fill(folder: Path, *names: str) -> None:
+    for name in names:
+        content = in_format("parquet", [{"prompt": name}]) if name.endswith(("pq", "parq")) else b"prompt\nx\n"
+        write_bytes(folder / name, pack("bz2", content) if name.endswith("bz2") else content)
+
+
+@pytest.mark.parametrize("argument", ["t", "t/", "t/**/*", "memory://t", "memory://t/**"])
+def test_documentation_markers_and_other_endings_are_left_out_and_named(argument: str, memory: Any) -> None:
+    """By one rule, whatever a folder is and wherever it lies."""
+    fill(Path("t"), *TABLES, *NO_TABLES["name"], *NO_TABLES["ending"])
+    for path in Path("t").rglob("*.*" if "memory" in argument else "nothing"):
+        memory.pipe(f"/{path}", path.read_bytes()) if path.is_file() else None
+    for name in ("README", "_SUCCESS", "_committed_17", "e"):
+        memory.pipe(f"/t/{name}", b"")
+    scheme = "memory://" if "memory" in argument else ""
+    with open_tables(argument) as tables:
+        assert tables.files == [f"{scheme}t/{name}" for name in TABLES]
+        left_out = tables.left_out.items()
+    assert left_out == {
+        reason: {f"{scheme}t/{name}": 1 for name in sorted(names, key=lambda name: name.split("/"))}
+        for reason, names in NO_TABLES.items()
+    } | {"name": {"*.txt": 4, **{f"{scheme}t/{n}": 1 for n in NO_TABLES["name"] if not n.endswith(".txt")}}}
+
+
+def test_what_a_folder_holds_by_the_thousand_is_one_item() -> None:
+    fill(Path("t"), "a.csv", *(f"{i}.png" for i in range(2000)), *(f"{i % 9}/_SUCCESS" for i in range(9)), "x.npy")
+    fill(Path("t/.git"), *(f"{i}.txt" for i in range(50)))
+    fill(Path("t/out"), "run.json", ".lock", "results.parquet", *(f"images/p-00000/{i}.txt" for i in range(50)))
+    with open_tables("t") as tables:
+        assert tables.files == ["t/a.csv"]
+        assert str(tables.left_out) == (
+            "for their names: t/.git/, 9 */_SUCCESS; for their endings: 2,000 *.png, t/x.npy; "
+            "as output of an earlier run: t/out/"
+        )
+    with open_tables("t/**/*.*") as tables:
+        assert tables.files == ["t/a.csv"]
+        assert str(tables.left_out) == (
+            "for their names: t/.git/; for their endings: 2,000 *.png, t/x.npy; as output of an earlier run: t/out/"
+        )
+
+
+def test_what_another_argument_reads_is_not_left_out() -> None:
+    fill(Path("t"), "a.csv", "README.csv")
+    with open_tables("t", "t/README.csv") as tables:
+        assert tables.files == ["t/a.csv", "t/README.csv"]
+        assert str(tables.left_out) == ""
+
+
+def test_a_folder_without_a_table_says_what_it_holds() -> None:
+    fill(Path("t"), "README.txt", "a.zip")
+    assert refusal_of("t").endswith("after it); left out for their names: t/README.txt; for their endings: t/a.zip")
+
+
+def test_links_and_folders_that_cannot_be_read_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that leads nowhere is a fault; no file of a folder may vanish without a word."""
+    fill(Path("t"), "a.csv", "closed/b.csv")
+    fill(Path("elsewhere"), "c.csv")
+    Path("t/linked").symlink_to(Path("elsewhere").absolute())
+    Path("t/broken.csv").symlink_to("nothing.csv")
+    Path("t/also.csv").symlink_to(Path("elsewhere/c.csv").absolute())
+    listed = os.scandir
+
+    def refusing(path: Any = ".") -> Any:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with open_tables("t") as tables:
+        assert str(tables.left_out) == "as links to folders: t/linked/"
+        assert tables.files == ["t/a.csv", "t/also.csv", "t/broken.csv", "t/closed"]
+        assert tables.faults == {
+            "t/broken.csv": "t/broken.csv: the link leads to no file",
+            "t/closed": "t/closed: Permission denied",
+        }
+    assert refusal_of("t/closed") == "t/closed: Permission denied"
 
 
 # Standard input
@@ -310,7 +414,7 @@ def test_a_file_in_an_archive_is_read(tmp_path: Path) -> None:
             "abfss://c@account/a.csv: reading abfss:// needs adlfs: pip install 'batch-infer[abf",
         ),
         ("https://", "https://: unknown ending (none)"),
-        ("https://user:secret@/a.csv?sig=secret", "https://user@/a.csv cannot be opened: "),
+        ("https://user:secret@/a.csv?sig=secret", "https:///a.csv cannot be opened: "),
     ],
 )
 def test_urls_that_mean_no_table(url: str, sentence: str, memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,6 +474,34 @@ def test_one_file_of_a_folder_that_is_forbidden_costs_one_result(memory: Any, mo
     assert good.prompt == "y"
 
 
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("https://TOKEN@host/t.csv?sig=S&x=1#S", "https://host/t.csv"),
+        ("HTTPS://u:S@h@ost:1/t.csv?a=b::c", "HTTPS://ost:1/t.csv"),
+        ("zip://p.csv::https://TOKEN@host/x.zip?sig=S", "zip://p.csv::https://host/x.zip"),
+        ("simplecache::https://u:S@host/t.csv?sig=S", "simplecache::https://host/t.csv"),
+        ("zip://a?.csv::simplecache::s3://K:S@bucket/x.zip?sig=S/S", "zip://a?.csv::simplecache::s3://bucket/x.zip"),
+        (
+            "abfss://container@account.dfs.core.windows.net/t.csv?sv=1&sig=S",
+            "abfss://container@account.dfs.core.windows.net/t.csv",
+        ),
+        ("sftp://me:S@host/t.csv", "sftp://me@host/t.csv"),
+        ("github://org:S@main/t.csv", "github://main/t.csv"),
+        ("memory://t/a?[0-9]/key=?/x?.csv", "memory://t/a?[0-9]/key=?/x?.csv"),
+        ("file:///a@b/t.csv", "file:///a@b/t.csv"),
+        ("local/a@b?c=d.csv", "local/a@b?c=d.csv"),
+    ],
+)
+def test_no_link_of_a_url_shows_a_secret(url: str, name: str) -> None:
+    assert shown(url) == name
+
+
+def test_a_library_message_shows_no_secret() -> None:
+    text = "cannot open 'https://TOKEN@host/x?sig=S', tried zip://a.csv::https://h/x.zip?sig=S again"
+    assert without_secrets(text) == "cannot open 'https://host/x', tried zip://a.csv::https://h/x.zip again"
+
+
 # HTTP, by a real server
 
 
@@ -388,6 +520,43 @@ def test_any_format_may_be_served(ending: str, server: str, temporary: Path) -> 
         found = [item for item in tables.rows(RULES) if isinstance(item, PromptRequest)]
     assert essence(found) == expected()
     assert not list(temporary.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("chain", "answer"),
+    [
+        ("{}/t.csv", None),
+        ("simplecache::{}/t.csv", None),
+        ("zip://in/t.csv::simplecache::{}/x.zip", None),
+        ("zip://in::simplecache::{}/x.zip", None),
+        ("zip://in/*.csv::simplecache::{}/x.zip", None),
+        ("simplecache::{}/missing.csv", "no such file"),
+        ("{}/403/t.csv", "HTTP 403"),
+        ("simplecache::{}/500/t.csv", "HTTP 500"),
+        ("simplecache::{}/short/t.csv", "could not fetch"),
+        ("zip://t.csv::simplecache::{}/t.csv", "not a zip file"),
+        ("zip://in/t.csv::{}/x.zip", "range requests"),
+    ],
+)
+def test_secrets_of_a_chain_are_used_and_not_shown(
+    chain: str, answer: str | None, server: str, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    write_bytes(Path("served/t.csv"), b"prompt\nx\n")
+    with zipfile.ZipFile("served/x.zip", "w") as archive:
+        archive.writestr("in/t.csv", "prompt\nx\n")
+    url = f"{chain.format(server.replace('://', '://me:TOP-SECRET@'))}?sig=TOP-SECRET"
+    if answer is None:
+        (found,) = read_requests(url)
+        assert (found.id, found.prompt) == ("t-00000000", "x")
+        told = found.source.file
+    else:
+        with pytest.raises((TableError, TryAgainLater), match=answer) as caught:
+            open_tables(url)
+        told = str(caught.value)
+    assert server in told
+    told += "".join(record.getMessage() for record in caplog.records if record.name.startswith("batch_infer"))
+    assert "SECRET" not in told + "".join(capfd.readouterr())
 
 
 def test_two_queries_are_two_files(server: str) -> None:

@@ -37,6 +37,7 @@ from tests.tables import (
 
 TEXT = ("csv", "tsv", "jsonl", "ndjson", "json", "txt")
 FORMATS = (*TEXT, "parquet")
+PACKINGS = ("", ".gz", ".bz2", ".xz", ".zst")
 
 
 @pytest.fixture(autouse=True)
@@ -64,8 +65,8 @@ def refusal_of(path: Path | str, **options: Any) -> str:
 # The same table in every format
 
 
-@pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
-@pytest.mark.parametrize("ending", [name for name in FORMATS if name != "txt"])
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("ending", [*(name for name in FORMATS if name != "txt"), "pq", "parq"])
 def test_every_format_says_what_the_equal_csv_does(ending: str, packing: str) -> None:
     expected = essence(read_requests(write("t.csv", in_format("csv", ROWS))))
     named = f"other/t.{ending}{packing}"
@@ -74,7 +75,7 @@ def test_every_format_says_what_the_equal_csv_does(ending: str, packing: str) ->
     assert essence(read_requests(write(upper, in_format(ending + packing, ROWS)))) == expected
 
 
-@pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("packing", PACKINGS)
 def test_plain_text_is_a_prompt_a_line(packing: str) -> None:
     rows = [{"prompt": "a red circle"}, {"prompt": " two, three "}, {"prompt": 'say "é"'}]
     expected = essence(read_requests(write("t.csv", in_format("csv", rows))))
@@ -105,7 +106,7 @@ def test_utf_16_is_refused_with_the_way_out(ending: str) -> None:
 
 
 @pytest.mark.parametrize("ending", TEXT)
-@pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("packing", PACKINGS)
 def test_an_empty_file_is_told(ending: str, packing: str) -> None:
     assert refusal_of(write(f"t.{ending}{packing}", b"")) == f"t.{ending}{packing} is empty"
 
@@ -113,14 +114,14 @@ def test_an_empty_file_is_told(ending: str, packing: str) -> None:
 # Packed files
 
 
-@pytest.mark.parametrize("packing", ["gz", "zst"])
+@pytest.mark.parametrize("packing", ["gz", "bz2", "xz", "zst"])
 def test_a_packed_file_may_have_several_parts(packing: str) -> None:
     content = pack(packing, b"prompt\nx\n") + pack(packing, b"y\n")
     assert [item.prompt for item in read_requests(write(f"t.csv.{packing}", content))] == ["x", "y"]
 
 
 @pytest.mark.parametrize("ending", FORMATS)
-@pytest.mark.parametrize(("packing", "name"), [("gz", "gzip"), ("zst", "zstd")])
+@pytest.mark.parametrize(("packing", "name"), [("gz", "gzip"), ("bz2", "bzip2"), ("xz", "xz"), ("zst", "zstd")])
 def test_what_is_not_packed_is_told(ending: str, packing: str, name: str) -> None:
     path = write(f"t.{ending}.{packing}", in_format(ending, [{"prompt": "x"}]))
     assert refusal_of(path) == f"t.{ending}.{packing} cannot be read: it is not {name}"
@@ -135,6 +136,18 @@ def test_a_truncated_gzip_file_gives_what_stands_before_the_break(ending: str) -
     assert all(isinstance(item, PromptRequest) for item in found[:-1])
     assert 700 < len(found) < 1300
     assert [item.prompt for item in found[:-1]] == [row["prompt"] for row in rows[: len(found) - 1]]
+
+
+@pytest.mark.parametrize("packing", ["bz2", "xz"])
+def test_a_packed_file_in_blocks_gives_what_stands_before_the_break(packing: str) -> None:
+    """What is in its first streams, here, which are packed by themselves."""
+    rows = "".join(f"prompt {i}\n" for i in range(100)).encode()
+    whole = pack(packing, b"prompt\n" + rows) + pack(packing, rows)
+    found = read(write(f"t.csv.{packing}", whole[:-20]))
+    name = {"bz2": "bzip2"}.get(packing, packing)
+    assert errors_of(found)[-1] == f"the file breaks off here: the {name} stream is cut off"
+    assert [item.prompt for item in found[:100]] == [f"prompt {i}" for i in range(100)]
+    assert not any(errors_of(found[:-1]))
 
 
 def test_a_truncated_zstd_file_gives_what_stands_before_the_break() -> None:
@@ -216,7 +229,7 @@ def remarks_of(path: Path | str, **options: Any) -> list[str]:
 @pytest.mark.parametrize("ending", ["csv", "tsv"])
 def test_rows_of_separators_alone_are_skipped_and_counted(ending: str) -> None:
     """Spreadsheets write them below a table. The rows that follow keep their numbers, and so their ids."""
-    text = "prompt,seed,n\nx,1,\n,,\n\n,,\ny,2,\n,,,,,\n"
+    text = "prompt,seed,tag\nx,1,\n,,\n\n,,\ny,2,\n,,,,,\n"
     table = write(f"t.{ending}", text.replace(",", "\t") if ending == "tsv" else text)
     assert [(item.id, item.seed) for item in read_requests(table)] == [("t-00000000", 1), ("t-00000003", 2)]
     assert len(read(table, limit=2)) == 2
@@ -231,14 +244,14 @@ def test_an_empty_cell_that_is_the_whole_row_is_no_separator() -> None:
 
 def test_rows_with_fewer_cells_than_the_header_are_counted() -> None:
     """Spreadsheets leave out the last cells where they are empty; a row that was cut in two is short too."""
-    table = write("t.csv", "prompt,seed,height,n\nw,1,64,\nx,1\ny\nz,3,,\n")
+    table = write("t.csv", "prompt,seed,height,tag\nw,1,64,\nx,1\ny\nz,3,,\n")
     found = read_requests(table)
     assert [(item.prompt, item.seed) for item in found if item.seed in (1, 3)] == [("w", 1), ("x", 1), ("z", 3)]
-    assert found[1].carried == {"n": None}
+    assert found[1].carried == {"tag": None}
     (remark,) = remarks_of(table)
     assert remark == (
         "rows with fewer cells than there are columns, whose missing cells take their defaults: 2 "
-        "(first: t.csv, line 3: 2 of 4 cells, without 'height', 'n')"
+        "(first: t.csv, line 3: 2 of 4 cells, without 'height', 'tag')"
     )
     payload = {"columns": ["prompt", "seed"], "data": [["x", 1], ["y"], "z", {"prompt": "u"}]}
     assert remarks_of(write("t.json", payload)) == [
@@ -539,6 +552,46 @@ def test_parameters_are_cells_of_rows_that_have_none(first: str) -> None:
     assert [item.carried["who"] for item in found] == ["me", "me", "you", "me"]
 
 
+@pytest.mark.parametrize("packing", ["", ".gz"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf\n"])
+def test_json_lines_may_be_named_json(packing: str, mark: bytes) -> None:
+    """As Spark and `datasets.to_json` name them."""
+    rows: list[dict[str, Any]] = [
+        {"prompt": "x", "data": {"a": 1}, "tag": "t"},
+        {"prompt": "y", "data": None, "seed": 3},
+    ]
+    expected = essence(read_requests(write("t.jsonl", in_format("jsonl", rows))))
+    content = mark + in_format("jsonl", rows)
+    found = read_requests(write(f"t.json{packing}", pack("gz", content) if packing else content))
+    assert essence(found) == expected
+    assert [item.source.line for item in found] == ([1, 2] if not mark else [2, 3])
+    assert [item.carried["tag"] for item in found] == ["t", None]
+
+
+def test_one_line_of_json_is_a_row_where_it_has_a_prompt() -> None:
+    assert [item.prompt for item in read_requests(write("t.json", '{"prompt": "x"}'))] == ["x"]
+    (found,) = read_requests(write("t.json", '{"caption": "x"}\n'), columns={"prompt": "caption"})
+    assert found.prompt == "x"
+
+
+def test_a_broken_first_line_of_json_lines_named_json_costs_its_own_row() -> None:
+    bad, good = read(write("t.json", '{"prompt": "a red\n{"prompt": "b"}\n'))
+    assert "line 1 is not JSON" in (errors_of([bad])[0] or "")
+    assert good.prompt == "b"
+
+
+def test_a_batch_file_of_openai_may_be_named_json() -> None:
+    lines = [batch_line("a", prompt="x"), batch_line("b", prompt="y")]
+    assert [item.id for item in read_requests(write("t.json", in_format("jsonl", lines)))] == ["a", "b"]
+
+
+@pytest.mark.parametrize("packing", ["", ".zst"])
+def test_a_long_first_line_of_json_lines_named_json(packing: str) -> None:
+    content = in_format("jsonl", [{"prompt": "x", "tag": "é" * 200_000}, {"prompt": "y"}])
+    found = read_requests(write(f"t.json{packing}", pack("zst", content) if packing else content))
+    assert [item.prompt for item in found] == ["x", "y"]
+
+
 def test_a_payload_of_no_rows_is_a_table_of_no_rows() -> None:
     assert read(write("t.json", {"input_data": {"columns": ["prompt"], "data": []}})) == []
 
@@ -621,7 +674,8 @@ def test_a_document_that_breaks_off_gives_what_stands_before(content: str, rows:
     "content",
     [
         '{"prompt": ["x"]}',
-        '{"prompt": "x"}\n{"prompt": "y"}',
+        '{"prompt": {"0": "x"}, "seed": {"0": 1}}',
+        '{\n  "prompt": "x"\n}\n{\n  "prompt": "y"\n}',
         '{"input_data": ["x"]}',
         '{"data": "x"}',
         '"x"',
@@ -632,7 +686,7 @@ def test_a_document_that_breaks_off_gives_what_stands_before(content: str, rows:
 def test_other_documents_are_told_which_are_read(content: str) -> None:
     refusal = refusal_of(write("t.json", content))
     assert refusal.startswith('t.json is no table: a .json holds [{"prompt": ...}, ...], ["a prompt", ...] or {"input')
-    assert refusal.endswith("one object a line is a .jsonl")
+    assert refusal.endswith("or one object with a prompt a line")
 
 
 @pytest.mark.parametrize(
@@ -763,7 +817,12 @@ def test_no_bytes_at_all_raise_more_than_a_table_error(ending: str, data: st.Dat
 
 @relaxed
 @given(
-    st.sampled_from(["csv.gz", "jsonl.gz", "json.gz", "txt.gz", "csv.zst", "json.zst", "jsonl", "json", "parquet.gz"]),
+    st.sampled_from(
+        [
+            *("csv.gz", "jsonl.gz", "json.gz", "txt.gz", "csv.zst", "json.zst", "jsonl", "json", "parquet.gz"),
+            *("csv.bz2", "csv.xz", "json.bz2", "jsonl.xz", "parquet.xz"),
+        ]
+    ),
     st.data(),
 )
 def test_no_damage_raises_more_than_a_table_error(ending: str, data: st.DataObject) -> None:
@@ -794,3 +853,47 @@ def test_text_is_the_same_from_every_format(prompts: list[str]) -> None:
     for outcome in outcomes[1:]:
         assert [entry[0] for entry in outcome] == [entry[0] for entry in outcomes[0]]
         assert [entry[1] or None for entry in outcome] == [entry[1] or None for entry in outcomes[0]]
+
+
+def test_one_long_text_in_many_rows_is_not_held_for_each(tmp_path: Path) -> None:
+    """A few hundred bytes of Parquet may say a megabyte a thousand times."""
+    for name in ("prompt", "tag"):
+        text = pa.DictionaryArray.from_arrays(pa.array([0] * 1000, pa.int32()), pa.array(["a" * 2_000_000]))
+        columns = {"prompt": ["x"] * 1000, name: text}
+        pq.write_table(pa.table(columns), path := tmp_path / "t.parquet", compression="zstd", store_schema=False)
+        assert path.stat().st_size < 10_000
+        before = pa.default_memory_pool().max_memory()
+        assert peak_of(path) < 20_000_000
+        assert pa.default_memory_pool().max_memory() <= max(before, 50_000_000)
+
+
+@pytest.mark.parametrize(
+    ("ending", "text"), [("jsonl", "\ud7ff"), ("csv", "x"), ("parquet", "x")], ids=["jsonl", "csv", "parquet"]
+)
+def test_cells_have_a_size_limit(ending: str, text: str) -> None:
+    """Which costs their row, and nothing else of it."""
+    rows: list[dict[str, Any]] = [
+        {"id": "1", "prompt": text * 10_001, "negative_prompt": None, "tag": "a"},
+        {"id": "2", "prompt": "x", "negative_prompt": text * 10_001, "tag": "b"},
+        {"id": text * 10_001, "prompt": "x", "negative_prompt": None, "tag": "c"},
+        {"id": "4", "prompt": "x", "negative_prompt": None, "tag": text * 2_000_000},
+        {"id": "5", "prompt": text * 10_000, "negative_prompt": text * 10_000, "tag": text * 1_000_000},
+    ]
+    *bad, good = read(write(f"t.{ending}", in_format(ending, rows)))
+    assert [item.id for item in bad] == ["1", "2", "t-00000002", "4"]
+    assert [item.carried["tag"] for item in bad] == ["a", "b", "c", None]
+    assert [item.error for item in bad if isinstance(item, ResultRow)] == [
+        "the prompt has 10001 characters, and 10000 are the most: a model reads some 75 words",
+        "the negative_prompt has 10001 characters, and 10000 are the most: a model reads some 75 words",
+        "the id has 10001 characters, and 10000 are the most",
+        "the carried cells of a row may be 1048576 bytes together: left out 'tag' of 2000000 bytes",
+    ]
+    assert all(len(item.prompt or "") <= 10_000 for item in bad)
+    assert isinstance(good, PromptRequest)
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_a_table_of_too_many_columns_is_one_fault(ending: str) -> None:
+    table = write(f"t.{ending}", in_format(ending, [{"prompt": "x", **{f"column {i}": "y" for i in range(1024)}}]))
+    with pytest.raises(TableError, match="^t.* has 1025 columns, and 1024 are the most: leave out some$"):
+        read(table)

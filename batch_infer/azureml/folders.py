@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,9 @@ import pyarrow.compute as pc
 from batch_infer.jobs.merge import with_carried
 from batch_infer.manifest import as_schema, to_table
 from batch_infer.records import ResultRow, digest, now
-from batch_infer.table import default_id
+from batch_infer.table import default_id, is_no_table
+
+log = logging.getLogger("batch_infer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +41,16 @@ def by_folder(files: Sequence[str]) -> tuple[list[Folder], list[ResultRow]]:
     """The files by folder, and the results of those that cannot be told from another file of the mini-batch.
 
     A row is known by its file's name, and not by its folder's: a worker sees none of the other mini-batches, and
-    cannot find one that has such a file.
+    cannot find one that has such a file. Hidden files, markers and documentation are left out, as of a folder of
+    `batch-infer run`.
     """
     found: dict[Path, list[str]] = {}
     first: dict[str, Path] = {}
     refused = []
     for file in dict.fromkeys(map(Path, files)):
-        if (twin := first.setdefault(file.name, file)) == file:
+        if is_no_table(file.name):
+            log.info("%s is left out: by its name it is no table", file)
+        elif (twin := first.setdefault(file.name, file)) == file:
             found.setdefault(file.parent, []).append(file.name)
         else:
             refused.append(_refusal(file, twin))

@@ -54,17 +54,20 @@ class MiniBatches:
     def score(self, files: Sequence[str]) -> pa.Table:
         """Render what is not done of these files and return all their results, in their order.
 
-        A file that cannot be read is one invalid result. Raises TableError where none can be read, once that is
-        committed; ServiceError where a safety service does not answer, StorageError.
+        A file that cannot be read is one invalid result, and one that is no table by its name is none. Raises
+        TableError where no file can be read, once that is committed; ServiceError where a safety service does not
+        answer, StorageError.
         """
+        self._refuse_mixed()
         folders, twins = by_folder(files)
         scored = [self._score(folder) for folder in folders]
         if new := [row for row in twins if not is_done(row, self._index.find(row.key))]:
             self._manifest.commit(new, pa.schema([]))
             self._catch_up()
         self._rendering.clear(self._is_known)
+        self._refuse_mixed()
         faults = [fault for _, found in scored for fault in found.values()] + [row.error or "" for row in twins]
-        if files and len(faults) == len(set(files)):
+        if faults and len(faults) == sum(len(folder.came) for folder in folders) + len(twins):
             raise TableError(" · ".join(faults))
         return joined([table for table, _ in scored], twins)
 
@@ -77,16 +80,26 @@ class MiniBatches:
 
     def _begin(self) -> None:
         """Leave a run.json for those who merge, or go on with that of a worker who was here before."""
-        deployment = self._deployment
-        outdir.refuse_foreign(self._out, (), deployment.earlier)
-        if deployment.earlier is not None and Manifest(self._out).parts():
-            _refuse_other(deployment, self._out)
-            return
+        outdir.refuse_foreign(self._out, (), self._deployment.earlier)
         try:
             self._out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SettingsError(f"cannot write to {self._out}: {error.strerror or error}") from error
-        outdir.write_run(self._out, deployment.record)
+        outdir.claim_run(self._out, self._deployment.record)
+        self._refuse_mixed()
+
+    def _refuse_mixed(self) -> None:
+        """Raise SettingsError where OUT belongs to workers of another model, scheduler, dtype or safety policy.
+
+        This is asked for every mini-batch too: on file systems without hard links, two workers that start at the same
+        moment may both write run.json, and then one of them is refused here.
+        """
+        if (found := outdir.read_run(self._out)) is None:
+            return
+        try:
+            refuse_other(found, self._deployment.record, self._out)
+        except SettingsError as error:
+            raise SettingsError(f"{str(error).rpartition(': ')[0]}: give the job another output path") from error
 
     def _score(self, folder: Folder) -> tuple[pa.Table, dict[str, str]]:
         """The results of files in one folder, and why some cannot be read."""
@@ -201,16 +214,6 @@ class _Rows(Job):
 
     def items(self) -> Iterator[Item]:
         return (item for item in self.tables.rows(self.rules) if place_of(item) in self.places)
-
-
-def _refuse_other(deployment: Deployment, out: Path) -> None:
-    """Say it of an endpoint's job: what helps a run is not to be had here. Raises SettingsError."""
-    if deployment.earlier is None:
-        return
-    try:
-        refuse_other(deployment.earlier, deployment.record, out)
-    except SettingsError as error:
-        raise SettingsError(f"{str(error).rpartition(': ')[0]}: give the job another output path") from error
 
 
 def _set_aside(damage: DamagedPart) -> None:

@@ -16,10 +16,6 @@ from batch_infer.records import PromptRequest
 from batch_infer.table import loose_rows
 from batch_infer.worker.rows import why_flagged
 
-LONGEST = 10_000
-"""Characters of a prompt. A text encoder reads some 75 words, and to split a megabyte into tokens holds up all others
-for seconds."""
-
 
 @dataclass(frozen=True, slots=True)
 class Refused:
@@ -37,8 +33,6 @@ def read_rows(rows: Iterable[Mapping[str, Any]], deployment: Deployment) -> Iter
     for item in loose_rows(rows, deployment.settings.table.columns, deployment.rules):
         if not isinstance(item, PromptRequest):
             yield Refused(item.prompt, item.error or "")
-        elif (fault := _too_long(item)) is not None:
-            yield Refused(item.prompt, fault)
         else:
             yield item
 
@@ -67,13 +61,6 @@ def score(items: Sequence[Item], service: Service, caller: Caller = PATIENT) -> 
 def score_rows(rows: Iterable[Mapping[str, Any]], service: Service) -> list[dict[str, Any]]:
     """The objects of all images that rows ask for, in order. Raises as `Service.outcomes`."""
     return score(list(read_rows(rows, service.deployment)), service)
-
-
-def _too_long(request: PromptRequest) -> str | None:
-    for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt or "")):
-        if len(text) > LONGEST:
-            return f"the {name} has {len(text)} characters, and {LONGEST} are taken here; a model reads some 75 words"
-    return None
 
 
 def _object(outcome: Rendered | Unrendered, deployment: Deployment) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 
 from batch_infer.accelerator import out_of_memory_errors
 from batch_infer.chain.finishing import to_pixels
-from batch_infer.chain.outcomes import Rendered, Size, Unrendered, not_finite
+from batch_infer.chain.outcomes import Elsewhere, Rendered, Size, Unrendered, not_finite, nothing
 from batch_infer.chain.pace import pace_of
 from batch_infer.chain.reading import Ahead
 from batch_infer.chain.shape import ChainShape
@@ -52,14 +52,20 @@ class DrivenChain:
         """Those of all sizes together."""
         return sum(self.stages_by_size.values(), Stages())
 
-    def render(self, requests: Iterable[PromptRequest]) -> Iterator[Rendered | Unrendered]:
-        """Render requests batch by batch. Rows that are alike should stand together: others end a batch."""
+    def render(
+        self, requests: Iterable[PromptRequest], elsewhere: Elsewhere = nothing
+    ) -> Iterator[Rendered | Unrendered]:
+        """Render requests batch by batch. Rows that are alike should stand together: others end a batch.
+
+        After each batch the outcomes that `elsewhere` gives are given too, as they are.
+        """
         source = Ahead(iter(requests))
         started = time.perf_counter()
         while (first := source.peek()) is not None and not self._stop():
             size = first.params.height, first.params.width
             stages = self.stages_by_size.setdefault(size, Stages())
             yield from self._render_batch(source, size, stages)
+            yield from elsewhere()
             stages.seconds += time.perf_counter() - started
             started = time.perf_counter()
 

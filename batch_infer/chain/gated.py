@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -32,13 +33,44 @@ PATIENT_SECONDS = 1.0
 """For how long a row is waited for that would be made together with others."""
 LOOK_SECONDS = 0.2
 """How often one who waits for the service looks whether to stop."""
+GRACE_SECONDS = 5.0
+"""How long a run that stops waits for the service's word on images that are rendered."""
+
+
+class Grace:
+    """Tells a gate to stop GRACE_SECONDS after a run is told to, or once `end` is called.
+
+    Until then the service can answer for images that are rendered already.
+    """
+
+    def __init__(self, stop: Callable[[], bool]) -> None:
+        self._stop, self._ended = stop, False
+        self._since: float | None = None
+
+    def __call__(self) -> bool:
+        if not self._stop():
+            return False
+        now = time.monotonic()
+        self._since = now if self._since is None else self._since
+        return self._ended or now >= self._since + GRACE_SECONDS
+
+    def end(self) -> None:
+        self._ended = True
 
 
 class GatedChain:
     """A chain with a gate; asked as the chain in it is. What the service does not answer for gives no image."""
 
-    def __init__(self, chain: Chain | DrivenChain, gate: Gate, stop: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self,
+        chain: Chain | DrivenChain,
+        gate: Gate,
+        stop: Callable[[], bool] = lambda: False,
+        grace: Grace | None = None,
+    ) -> None:
+        """`grace` is what tells the gate to stop, where anything does."""
         self._chain, self._gate, self._stop = chain, gate, stop
+        self._grace = grace or Grace(stop)
 
     @property
     def model(self) -> Family | AnyPipeline:
@@ -67,16 +99,28 @@ class GatedChain:
     def render(self, requests: Iterable[PromptRequest]) -> Iterator[Rendered | Unrendered]:
         """Render requests whose prompts pass, in the order in which they finish.
 
-        One that the service is slow to answer for is overtaken by those behind it. Raises ServiceError and
-        SettingsError, once all that was judged before has been given.
+        One that the service is slow to answer for is overtaken by those behind it. Where the run stops, images that
+        are rendered are given if the service answers within GRACE_SECONDS. Raises ServiceError and SettingsError, once
+        all that was judged before has been given.
         """
         with ThreadPoolExecutor(self._gate.at_once, "gate") as pool:
             prompts = _Prompts(iter(requests), self._gate, pool, patient=self._chain.driven)
             images = _Images(self._gate, pool)
+            judged: list[Rendered | Unrendered] = []
+
+            def ready() -> Iterator[Rendered | Unrendered]:
+                for outcome in (*images.through(), *prompts.take_refused()):
+                    judged.append(outcome)
+                    yield outcome
+
             try:
                 while not self._stop():
                     if prompts.has_one():
-                        for outcome in self._chain.render(prompts):
+                        for outcome in self._chain.render(prompts, ready):
+                            if judged and outcome is judged[-1]:
+                                judged.clear()
+                                yield outcome
+                                continue
                             yield from images.add(outcome, prompts)
                             yield from prompts.take_refused()
                     elif awaited := [*prompts.awaited, *images.awaited]:
@@ -85,13 +129,23 @@ class GatedChain:
                         break
                     yield from images.through()
                     yield from prompts.take_refused()
-            except BatchInferError as error:
+                else:
+                    yield from self._finish(prompts, images)
+            except Interrupted:
+                yield from self._finish(prompts, images)
+            except BatchInferError:
                 yield from images.judged()
                 yield from prompts.take_refused()
-                if not isinstance(error, Interrupted):
-                    raise
+                raise
             finally:
+                self._grace.end()
                 pool.shutdown(wait=False, cancel_futures=True)
+
+    def _finish(self, prompts: _Prompts, images: _Images) -> Iterator[Rendered | Unrendered]:
+        """Give what is rendered and what the service answers for in time; no more prompts are asked about."""
+        prompts.give_up()
+        yield from images.judged(GRACE_SECONDS)
+        yield from prompts.take_refused()
 
 
 class _Prompts(Iterator[PromptRequest]):
@@ -125,6 +179,11 @@ class _Prompts(Iterator[PromptRequest]):
     def awaited(self) -> list[Future[Verdict]]:
         """The words that are waited for."""
         return [answer for _, answer in self._asked]
+
+    def give_up(self) -> None:
+        """Have images asked about before prompts that were not asked about yet."""
+        for answer in self.awaited:
+            answer.cancel()
 
     def take_refused(self) -> Iterator[Unrendered]:
         refused, self._refused = self._refused, []
@@ -195,9 +254,15 @@ class _Images:
         """The words that are waited for."""
         return [answer for *_, answer in self._asked]
 
-    def judged(self) -> Iterator[Rendered | Unrendered]:
-        """Give what the service has a word for, wherever it stands; it is asked nothing more."""
-        wait([answer for _, _, answer in self._asked if not answer.cancel()])
+    def judged(self, seconds: float | None = None) -> Iterator[Rendered | Unrendered]:
+        """Give what the service has a word for, wherever it stands; it is asked nothing more.
+
+        Or, with `seconds`, about no more than it answers for in that time.
+        """
+        if seconds is None:
+            wait([answer for _, _, answer in self._asked if not answer.cancel()])
+        else:
+            wait(self.awaited, seconds)
         self._asked = deque(entry for entry in self._asked if _has_word(entry[2]))
         while self._asked:
             yield self._judge(0)
@@ -215,4 +280,8 @@ class _Images:
 
 
 def _has_word(answer: Future[Verdict]) -> bool:
-    return not answer.cancelled() and (answer.exception() is None or isinstance(answer.exception(), RowBroken))
+    return (
+        answer.done()
+        and not answer.cancelled()
+        and (answer.exception() is None or isinstance(answer.exception(), RowBroken))
+    )

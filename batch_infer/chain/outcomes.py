@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -37,6 +38,14 @@ class Unrendered:
     status: Literal["invalid", "failed", "blocked"]
     error: str
     verdict: Verdict = Verdict()
+
+
+Elsewhere: TypeAlias = "Callable[[], Iterable[Rendered | Unrendered]]"
+"""Gives outcomes that have become ready outside of a chain."""
+
+
+def nothing() -> Iterable[Rendered | Unrendered]:
+    return ()
 
 
 def not_finite(params: SamplingParams, dtype: torch.dtype) -> str:

@@ -12,7 +12,7 @@ import torch
 from batch_infer.accelerator import out_of_memory_errors
 from batch_infer.chain.encoding import Encoding
 from batch_infer.chain.finishing import Finishing, Tag
-from batch_infer.chain.outcomes import Rendered, Size, Unrendered
+from batch_infer.chain.outcomes import Elsewhere, Rendered, Size, Unrendered, nothing
 from batch_infer.chain.pace import pace_of
 from batch_infer.chain.reading import Ahead, Waiting
 from batch_infer.chain.shape import ChainShape, Part
@@ -63,7 +63,9 @@ class Chain:
         """Those of all sizes together."""
         return sum(self.stages_by_size.values(), Stages())
 
-    def render(self, requests: Iterable[PromptRequest]) -> Iterator[Rendered | Unrendered]:
+    def render(
+        self, requests: Iterable[PromptRequest], elsewhere: Elsewhere = nothing
+    ) -> Iterator[Rendered | Unrendered]:
         """Render requests as slots come free, in the order in which they finish.
 
         Rows next to each other should share a size: a change of size waits until the slots have emptied. Where the
@@ -71,7 +73,7 @@ class Chain:
         were in them begin again.
 
         An iterator that has none at this moment is asked again at the next tick, for as long as there is one: it may
-        then have more.
+        then have more. After each tick the outcomes that `elsewhere` gives are given too, as they are.
         """
         source = Ahead(iter(requests))
         started = time.perf_counter()
@@ -79,11 +81,11 @@ class Chain:
             size = first.params.height, first.params.width
             stages = self.stages_by_size.setdefault(size, Stages())
             compilation = stages.compilation
-            yield from self._render_size(source, size)
+            yield from self._render_size(source, size, elsewhere)
             stages.seconds += time.perf_counter() - started - (stages.compilation - compilation)
             started = time.perf_counter()
 
-    def _render_size(self, source: Ahead, size: Size) -> Iterator[Rendered | Unrendered]:
+    def _render_size(self, source: Ahead, size: Size, elsewhere: Elsewhere) -> Iterator[Rendered | Unrendered]:
         finishing = Finishing(
             self.model, self._judge, self.shape.of(size), self.stages_by_size[size], beside=self._beside
         )
@@ -91,7 +93,7 @@ class Chain:
         batches = self.shape.of(size)
         try:
             with out_of_memory_errors():
-                yield from passage.run(source, self._stop)
+                yield from passage.run(source, self._stop, elsewhere)
             return
         except torch.OutOfMemoryError as error:
             told = first_line(error)
@@ -148,7 +150,9 @@ class _Passage:
         """The rows that were taken in and are not through."""
         return list(self._open.values())
 
-    def run(self, source: Ahead, stop: Callable[[], bool]) -> Iterator[Rendered | Unrendered]:
+    def run(
+        self, source: Ahead, stop: Callable[[], bool], elsewhere: Elsewhere = nothing
+    ) -> Iterator[Rendered | Unrendered]:
         """Render this size's rows; gives those that are through, and returns once the next row has another size."""
         model = self._model
         slots: Slots[Tag] = Slots(
@@ -165,6 +169,7 @@ class _Passage:
                 break
             done = self._tick(slots)
             yield from self._through(self._finishing.add(done))
+            yield from elsewhere()
         self._pace.finish()
         yield from self._through(self._finishing.finish())
 

@@ -15,6 +15,7 @@ from batch_infer.cli.logs import set_up_logging
 from batch_infer.cli.options import json_option, logging_options, model_options
 from batch_infer.cli.report import number, printing, say
 from batch_infer.cli.signals import NOTHING_KEPT, stoppable
+from batch_infer.errors import Interrupted
 from batch_infer.jobs.bench import (
     ARCHITECTURES,
     RIVALS,
@@ -37,18 +38,20 @@ if TYPE_CHECKING:
 @click.option(
     "--architecture",
     type=click.Choice(ARCHITECTURES),
-    help="In place of a model: the layers of a released one at full size, with random weights.",
+    help="Instead of a model: a released architecture at full size, with random weights.",
 )
-@click.option("--rows", type=click.IntRange(min=1), default=200, show_default=True, metavar="N", help="Of the table.")
 @click.option(
-    "--steps", default="20-50", show_default=True, metavar="A-B|N", help="Each row's steps: one of these, as it comes."
+    "--rows", type=click.IntRange(min=1), default=200, show_default=True, metavar="N", help="Rows of the table."
+)
+@click.option(
+    "--steps", default="20-50", show_default=True, metavar="A-B|N", help="Steps of each row, drawn from this range."
 )
 @click.option(
     "--sizes",
     default="mixed",
     show_default=True,
     metavar="WxH,...",
-    help="native: the model's own; mixed: that and two of another aspect ratio; or what you name: 512x512,640x448.",
+    help="native: the model's own; mixed: that and two of another aspect ratio; or a list: 512x512,640x448.",
 )
 @click.option(
     "--unguided",
@@ -58,16 +61,25 @@ if TYPE_CHECKING:
     metavar="SHARE",
     help="The share of rows without guidance.",
 )
-@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, metavar="N", help="Of everybody.")
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    metavar="N",
+    help="Timed rounds per contender.",
+)
 @click.option(
     "--against",
     default="grouped,one-by-one,bare",
     show_default=True,
     metavar="NAME,...",
-    help=f"Of {', '.join(RIVALS)}.",
+    help=f"Contenders: {', '.join(RIVALS)}.",
 )
 @click.option(
-    "--sweep", metavar="N,...", help="Numbers of slots to measure too: 4,8,16,32,64. Stops where memory ends."
+    "--sweep",
+    metavar="N,...",
+    help="Measure these numbers of slots too: 4,8,16,32,64. Stops at the first that runs out of memory.",
 )
 @click.option(
     "--plot",
@@ -79,21 +91,23 @@ if TYPE_CHECKING:
     "--peak-tflops",
     type=click.FloatRange(min=0, min_open=True),
     metavar="X",
-    help="What the device can do at most, for MFU. Default: the datasheet's where the GPU is known, else a large "
-    "matrix product's.",
+    help="Peak of the device, for MFU. Default: the datasheet's where the GPU is known, else that of a large "
+    "matrix product.",
 )
 @json_option
 @logging_options
-def bench(as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
+def bench(as_json: bool, quiet: bool, verbose: bool, **options: Any) -> int:
     """Compare batch-infer with plain diffusers.
 
     All render the same rows with the same loaded networks in one process, in turns, and a ratio is the median over the
     rounds. grouped: diffusers' pipeline on rows of equal parameters, as many to a call as fill the slots; one-by-one:
     a call for each row, timed on 24 of them; grouped-compiled: grouped with what torch.compile made of the networks;
-    bare: the UNet's calls and nothing else, which is the ceiling. Nobody checks for safety or writes files.
+    bare: the UNet's calls and nothing else, which is the ceiling. No safety check runs and no files are written.
 
     The default table mixes steps, guidance and sizes. The one of published figures: --steps 50 --unguided 0 --sizes
     native.
+
+    Exit codes: 0; 2 usage or settings; 75 stopped, with the table of what was measured until then.
     """
     settings = _settings(options)
     set_up_logging(quiet=quiet, verbose=verbose)
@@ -102,8 +116,11 @@ def bench(as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
     with printing():
         if as_json:
             click.echo(json.dumps(report.as_dict()))
-        elif not quiet:
+        elif report.stopped or not quiet:
             _print(report)
+            if report.stopped:
+                say("stopped early: this is what was measured until then")
+    return Interrupted.exit_code if report.stopped else 0
 
 
 def _settings(options: dict[str, Any]) -> BenchSettings:
@@ -132,7 +149,7 @@ def _print(report: Report) -> None:
     ours, peak = report.ours.more, report.peak
     shares = ", ".join(f"{stage} {share:.1%}" for stage, share in ours["stage_shares"].items() if share)
     say()
-    say(f"slots    {ours['occupancy']:.1%} full; time: {shares}")
+    say(f"slots    occupancy {ours['occupancy']:.1%}; time: {shares}")
     product = f"a large matrix product came to {peak.matmul_tflops:.4g}"
     told = product if peak.source == "measured matmul" else f"{peak.source} {peak.tflops:.4g}; {product}"
     say(f"MFU      of {peak.tflops:.4g} TFLOP/s ({told})")
@@ -142,7 +159,7 @@ def _print(report: Report) -> None:
     for point in report.sweep.points:
         say(_swept(point))
     if report.sweep.beyond is not None:
-        say(f"{report.sweep.beyond:4} slots: more than memory holds")
+        say(f"{report.sweep.beyond:4} slots: out of memory")
 
 
 def _print_conditions(report: Report) -> None:
@@ -158,20 +175,24 @@ def _print_conditions(report: Report) -> None:
     say(f"{number(table.rows, 'row')} of {steps} steps, {table.unguided:.0%} without guidance, {sizes}")
     slots = " or ".join(str(count) for count in dict.fromkeys(report.ours.more["slots"].values()))
     say(
-        f"{table.row_forwards:,} row-forwards, {table.tflop:,.4g} TFLOP; {slots} slots; "
+        f"{table.row_forwards:,} UNet evaluations, {table.tflop:,.4g} TFLOP; {slots} slots; "
         f"{number(conditions['rounds'], 'round')}"
     )
 
 
 def _line(figures: Figures) -> str:
     name = figures.name if figures.sampled is None else f"{figures.name}, {number(figures.sampled, 'row')}"
-    ratio = "" if figures.ratio is None else f"{figures.ratio:.2f}x as fast"
+    ratio = "" if figures.ratio is None else _speed(figures.ratio)
     memory = "" if figures.device_bytes is None else tqdm.format_sizeof(figures.device_bytes, "B", 1024)
     return f"{name:24}{figures.images_per_second:10.3f}{ratio:>18}{figures.mfu:9.1%}{memory:>13}".rstrip()
 
 
+def _speed(ratio: float) -> str:
+    return f"{ratio:.2f}x as fast" if ratio >= 0.995 else f"{1 - ratio:.0%} slower"
+
+
 def _swept(point: SweepPoint) -> str:
     return (
-        f"{point.slots:4} slots: {point.images_per_second:.3f} images/s, slots {point.occupancy:.1%} full; "
+        f"{point.slots:4} slots: {point.images_per_second:.3f} images/s, occupancy {point.occupancy:.1%}; "
         f"the bare UNet allows {point.ceiling:.3f}"
     )

@@ -50,6 +50,14 @@ table_options = _together(
         help="The table's column for a field: prompt=caption. `height=` ignores that column. Repeatable; "
         "in BATCH_INFER_COLUMN, separate several with semicolons.",
     ),
+    click.option(
+        "--id-from",
+        type=click.Choice(get_args(s.IdSource)),
+        default="row",
+        show_default=True,
+        help="The id of a row without one. row: file name and row number. content: a digest of its cells, so that "
+        "renaming, sorting or splitting the tables changes no id, seed or image.",
+    ),
     click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Score only the first N rows."),
 )
 

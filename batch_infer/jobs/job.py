@@ -51,8 +51,11 @@ def rooted(settings: RunSettings) -> RunSettings:
 
 
 def open_tables(settings: RunSettings) -> Tables:
-    """Raises TableError where none can be read."""
-    return Tables(settings.table, SCHEMA.names)
+    """Open the tables and log which files of folders and globs are left out. Raises TableError, ServiceError."""
+    tables = Tables(settings.table, SCHEMA.names)
+    if left_out := str(tables.left_out):
+        log.info("files left out %s", left_out)
+    return tables
 
 
 def find_model(settings: RunSettings, facts: Callable[[Path], PipelineFacts] | None = None) -> ModelCard:
@@ -81,9 +84,21 @@ def prepare(settings: RunSettings, tables: Tables, card: ModelCard, device: Devi
     parts = [] if settings.overwrite else Manifest(settings.out).parts()
     if earlier is not None and parts:
         refuse_other(earlier, record, settings.out)
+        _warn_of_new_ids(settings, tables, earlier)
     rules = make_rules(settings, card, record)
     record = {**record, "rules": asdict(rules), **_number(earlier, parts)}
     return Job(settings, tables, card, compute, record, earlier, rules)
+
+
+def _warn_of_new_ids(settings: RunSettings, tables: Tables, earlier: Mapping[str, Any]) -> None:
+    before = earlier.get("settings", {}).get("table", {}).get("id_from", "row")
+    if tables.default_ids and before != tables.default_ids:
+        log.warning(
+            "--id-from %s: %s was made with --id-from %s; rows without an id have other ids now, and are rendered anew",
+            tables.default_ids,
+            settings.out,
+            before,
+        )
 
 
 def _number(earlier: Mapping[str, Any] | None, parts: Sequence[Path]) -> dict[str, int]:

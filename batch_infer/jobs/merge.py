@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batch_infer.carried import common_type, result_names, result_type, to_array
+from batch_infer.carried import common_type, result_names, result_type, to_array, weight
 from batch_infer.errors import MissingResults
 from batch_infer.jobs.results import write_results
 from batch_infer.manifest import SCHEMA, Committed, Index, Manifest
@@ -23,6 +23,7 @@ from batch_infer.records import Source
 from batch_infer.settings import OutputSettings
 
 BATCH = 2048
+BATCH_BYTES = 64 << 20
 BAD_SHOWN = 20
 """Failed and invalid results that are named; results.* name them all."""
 
@@ -149,11 +150,13 @@ def results_of(items: Iterable[Item], index: Index, carried: pa.Schema, counts: 
 def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
     """Items in batches that part no row from its images."""
     batch: list[Item] = []
+    size = 0
     for _, images in groupby(items, attrgetter("id")):
         batch.extend(images)
-        if len(batch) >= BATCH:
+        size += weight(batch[-1].carried.values())
+        if len(batch) >= BATCH or size >= BATCH_BYTES:
             yield batch
-            batch = []
+            batch, size = [], 0
     if batch:
         yield batch
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from batch_infer.atomic import TEMPORARY, KnownFolder, is_abandoned, replacing, storing, sync_folder
+from batch_infer.atomic import TEMPORARY, KnownFolder, is_abandoned, replacing, storing, sync, sync_folder, temporary_of
 from batch_infer.errors import LockedError, SettingsError, UsageError, first_line
 from batch_infer.jobs.run_json import parse_record, require
 from batch_infer.records import now
@@ -132,8 +132,30 @@ def refuse_while_rescored(out: Path, record: Mapping[str, Any] | None) -> None:
 def write_run(out: Path, run: Mapping[str, Any]) -> None:
     """Write run.json. Raises StorageError."""
     with replacing(out / "run.json", parents=False) as temporary:
-        # In ASCII: a file name may hold bytes that are no UTF-8, and comes back so.
-        temporary.write_text(json.dumps(run, indent=2, default=str) + "\n", encoding="ascii")
+        _write_json(temporary, run)
+
+
+def _write_json(path: Path, run: Mapping[str, Any]) -> None:
+    # In ASCII: a file name may hold bytes that are no UTF-8, and comes back so.
+    path.write_text(json.dumps(run, indent=2, default=str) + "\n", encoding="ascii")
+
+
+def claim_run(out: Path, run: Mapping[str, Any]) -> None:
+    """Write run.json unless OUT has one, so that of several processes one does. Raises StorageError."""
+    path = out / "run.json"
+    temporary = temporary_of(path)
+    with storing(path):
+        try:
+            _write_json(temporary, run)
+            sync(temporary)
+            path.hardlink_to(temporary)
+        except FileExistsError:
+            return
+        except OSError:  # a file system without hard links
+            if not path.exists():
+                temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def restore_run(out: Path, earlier: Mapping[str, Any] | None) -> None:

@@ -21,7 +21,7 @@ from batch_infer.manifest import Index, Manifest
 from batch_infer.models import TruncationCount, load_token_counter
 from batch_infer.planning import Batching, Committed, Item, Packing, in_order, is_done, pending
 from batch_infer.records import PromptRequest, ResultRow, now
-from batch_infer.settings import RunSettings
+from batch_infer.settings import IdSource, RunSettings
 
 WALKS = 3
 """How often a run goes through the tables: to look, to render and to merge."""
@@ -46,7 +46,8 @@ class Plan:
 
     `seconds` are of the whole command, from start to end; those of a size are device time, of which each of the
     `processes` has its share. `truncated` is None where only the model's pipeline knows. `reasons` says why results
-    are pending, `changes` by which options they changed, and `refused` why the run will not start.
+    are pending, `changes` by which options they changed, and `refused` why the run will not start. `files` has the
+    number of rows of each file that is read, `left_out` those of folders and globs that are not, by reason.
     """
 
     rows: int = 0
@@ -68,7 +69,10 @@ class Plan:
     changes: str = ""
     refused: str | None = None
     cost: float | None = None
+    files: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, dict[str, int]] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+    default_ids: IdSource | None = None
     measured_at: datetime | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -117,7 +121,8 @@ class _Walk:
             found.pending += 1
             self._packing.add(request, self._probe.evaluations(card, request.params.num_inference_steps))
         self._packing.close()
-        found.remarks = self._job.tables.remarks
+        found.default_ids = self._job.tables.default_ids
+        found.remarks, found.left_out = self._job.tables.remarks, self._job.tables.left_out.items()
         found.truncated = self._tokens.close() if self._tokens else None
         found.done = found.total - found.invalid - found.pending
         walking = time.monotonic() - started - (self._probe.waited - waited)
@@ -136,9 +141,12 @@ class _Walk:
 
     def _valid(self) -> Iterator[PromptRequest]:
         """The rows of the tables that the run will render; what it will find invalid is told and counted."""
+        self._plan.files = dict.fromkeys(self._job.tables.files, 0)
         for item in self._job.items():
             self._plan.total += 1
-            self._plan.rows += item.image_index == 0
+            if item.image_index == 0:
+                self._plan.rows += 1
+                self._plan.files[item.source.file] += 1
             if isinstance(item, PromptRequest):
                 try:
                     self._probe.evaluations(self._job.card, item.params.num_inference_steps)

@@ -167,7 +167,7 @@ class _Run:
         remove_other_results(self._out, self._job.settings.output)
         self._sum_up(counts, time.monotonic() - started)
         outdir.write_run(self._out, {**self._record, "finished_at": now(), "summary": self._summary.as_dict()})
-        log.debug("ended in order: %s", self._summary.as_dict())
+        log.debug("%d images rendered, %d left; %s has the summary", self._summary.rendered, counts.left, "run.json")
         return self._summary
 
     def _score(self) -> Counts:

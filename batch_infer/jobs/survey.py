@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from batch_infer.carried import weight
 from batch_infer.jobs.job import Job
 from batch_infer.manifest import Index, Manifest
 from batch_infer.planning import Committed, Item, LeavesAlone
@@ -13,6 +14,7 @@ from batch_infer.records import ResultRow
 from batch_infer.sinks import FolderSink
 
 INVALID_BATCH = 1024
+INVALID_BYTES = 64 << 20
 INVALID_SHOWN = 20
 """Invalid rows that are logged; the results name them all."""
 
@@ -111,6 +113,7 @@ class _Invalid:
         self._job = job
         self._manifest, self._sink = Manifest(job.settings.out), FolderSink(job.settings.out)
         self._rows: list[ResultRow] = []
+        self._size = 0
         self._obsolete: list[str] = []
 
     def add(self, row: ResultRow, found: Committed | None) -> None:
@@ -120,7 +123,8 @@ class _Invalid:
         self._rows.append(replace(row, attempt=found.attempt + 1 if found else 1, worker="table"))
         if found and found.path:
             self._obsolete.append(found.path)
-        if len(self._rows) == INVALID_BATCH:
+        self._size += weight(row.carried.values())
+        if len(self._rows) == INVALID_BATCH or self._size > INVALID_BYTES:
             self.commit()
 
     def commit(self) -> None:
@@ -128,5 +132,6 @@ class _Invalid:
             self._manifest.commit(self._rows, self._job.tables.carried)
         for path in self._obsolete:
             self._sink.remove(path)
+        self._size = 0
         self._rows.clear()
         self._obsolete.clear()

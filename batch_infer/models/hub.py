@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +13,11 @@ from batch_infer.models.files import SMALL, is_loaded, refuse_pickles, variant_a
 
 INDEX = "model_index.json"
 HIDDEN = "a private or gated model wants HF_TOKEN"
+
+
+_HTTP_LOGGER = "huggingface_hub.utils._http"
+
+log = logging.getLogger("batch_infer")
 
 
 def fetch_index(name: str, revision: str | None) -> Path:
@@ -63,7 +69,8 @@ def _list(name: str, folder: Path) -> tuple[list[PurePosixPath], str]:
         with suppress(huggingface_hub.errors.CachedRepoTreeNotFoundError):
             return [PurePosixPath(file.path) for file in recall(name, revision=folder.name)], ""
     try:
-        files = huggingface_hub.list_repo_files(name, revision=folder.name)
+        with _one_line_for_retries():
+            files = huggingface_hub.list_repo_files(name, revision=folder.name)
         return [PurePosixPath(file) for file in files], ""
     except _unanswered() as error:
         here = [PurePosixPath(file.relative_to(folder).as_posix()) for file in folder.glob("*/*") if file.is_file()]
@@ -95,7 +102,8 @@ def _told(name: str, revision: str | None) -> Iterator[None]:
     from huggingface_hub import errors
 
     try:
-        yield
+        with _one_line_for_retries():
+            yield
     except errors.GatedRepoError as error:
         raise ModelError(
             f"{name} is gated: accept its terms at https://huggingface.co/{name} and set HF_TOKEN"
@@ -110,6 +118,31 @@ def _told(name: str, revision: str | None) -> Iterator[None]:
         raise ModelError(f"{name} is not a diffusers repository: it has no {INDEX}") from error
     except _unanswered() as error:
         raise ModelError(f"{name} could not be fetched from the Hugging Face Hub ({HIDDEN}): {_why(error)}") from error
+
+
+class _Retries(logging.Filter):
+    """Logs one line for all retries of the Hub's library, which writes two for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._is_logged = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        reason, is_failure, _ = record.getMessage().partition(" thrown while requesting ")
+        if is_failure and not self._is_logged:
+            self._is_logged = True
+            log.warning("the Hugging Face Hub does not answer (%s): trying again", reason.strip("'"))
+        return not is_failure and "[Retry " not in reason
+
+
+@contextmanager
+def _one_line_for_retries() -> Iterator[None]:
+    logger, retries = logging.getLogger(_HTTP_LOGGER), _Retries()
+    logger.addFilter(retries)
+    try:
+        yield
+    finally:
+        logger.removeFilter(retries)
 
 
 def _unanswered() -> tuple[type[Exception], ...]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import numpy as np
 
@@ -39,6 +41,8 @@ NOISY = ("azure", "msal", "urllib3", "pyrate_limiter")
 TIMED_OUT, TOO_MANY = 408, 429
 UNAUTHORIZED, FORBIDDEN, NOT_FOUND = 401, 403, 404
 LONGEST_REASON = 300
+TOKEN = re.compile(r"(?<=Bearer )\S+|\beyJ[\w-]+\.[\w-]+\.[\w-]+")
+"""What DefaultAzureCredential sends: a JSON web token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,10 +183,10 @@ def check_credentials(settings: ServiceSettings) -> None:
         try:
             credential.get_token(SCOPE)
         except AzureError as error:
-            log.debug("%s", error)
+            log.debug("%s", _without_secrets(str(error)))
             raise SettingsError(
                 f"{SERVICE} needs a key in {KEY}, or an identity that DefaultAzureCredential finds (a managed identity,"
-                f" az login, AZURE_CLIENT_ID and its like), and there is neither: {first_line(error)}"
+                f" az login, AZURE_CLIENT_ID and its like), and there is neither: {_without_secrets(first_line(error))}"
             ) from error
 
 
@@ -246,4 +250,12 @@ def _reason(error: AzureError, status: int) -> str:
 
 
 def _short(text: str) -> str:
-    return " ".join(text.split())[:LONGEST_REASON]
+    return " ".join(_without_secrets(text).split())[:LONGEST_REASON]
+
+
+def _without_secrets(text: str) -> str:
+    """What somebody else said, without our key and without tokens: a proxy may echo the headers that it refuses."""
+    key = os.environ.get(KEY, "").strip()
+    for secret in filter(None, (key, quote(key, safe=""))):
+        text = text.replace(secret, "***")
+    return TOKEN.sub("***", text)

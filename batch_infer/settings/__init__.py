@@ -5,6 +5,7 @@ from batch_infer.settings.model import LoraSpec, ModelSettings, SchedulerSpec
 from batch_infer.settings.run import (
     FIELDS,
     FailureBudget,
+    IdSource,
     ImageFormat,
     OutputSettings,
     ResultsFormat,
@@ -23,6 +24,7 @@ __all__ = [
     "Device",
     "FIELDS",
     "FailureBudget",
+    "IdSource",
     "ImageFormat",
     "LoraSpec",
     "ModelSettings",

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from glob import has_magic
 from pathlib import Path
 from typing import Literal
 
+from batch_infer.records import PACKINGS
 from batch_infer.table.text import clean
 
-FORMATS = (".csv", ".tsv", ".parquet", ".jsonl", ".ndjson", ".json", ".txt")
-PACKINGS = (".gz", ".zst")
-ENDINGS = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}, also with {' or '.join(PACKINGS)} after it"
-
-RESULTS = frozenset(
-    {
-        *("run.json", "results.parquet", "results.csv", "results.jsonl"),
-        *("manifest", "images", "quarantine", "logs", "gallery"),
-    }
-)
-"""What of an OUT ends as a table does, or may hold what does."""
+FORMATS = (".csv", ".tsv", ".parquet", ".pq", ".parq", ".jsonl", ".ndjson", ".json", ".txt")
+SHORT_FORMS = {".pq": ".parquet", ".parq": ".parquet"}
+ENDINGS = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}, also with {', '.join(PACKINGS[:-1])} or {PACKINGS[-1]} after it"
 
 _FORMAT, _PACKING = ("|".join(map(re.escape, endings)) for endings in (FORMATS, PACKINGS))
 _ENDING = re.compile(
@@ -75,7 +66,8 @@ def read_ending(relative: str) -> Ending | None:
     found = _ENDING.fullmatch(relative)
     if found is None:
         return None
-    return Ending(_as_stem(found["stem"]), found["format"].lower(), (found["packing"] or "").lower())
+    kind = found["format"].lower()
+    return Ending(_as_stem(found["stem"]), SHORT_FORMS.get(kind, kind), (found["packing"] or "").lower())
 
 
 def plain_stem(name: str) -> str:
@@ -86,24 +78,6 @@ def plain_stem(name: str) -> str:
 
 def unknown_ending(name: str) -> str:
     return f"unknown ending {Path(name).suffix or '(none)'}; a table ends in {ENDINGS}"
-
-
-def holds_no_table(argument: str) -> str:
-    what = "glob matches" if has_magic(argument) else "folder holds"
-    return f"{argument}: the {what} no table ({ENDINGS}; names that begin with . or _ are left out)"
-
-
-def is_table(relative: str, holds_run: Callable[[str], bool]) -> bool:
-    """Whether a file below a folder or glob is one of its tables. `holds_run` says of a folder, relative to the same
-    place, whether a run.json lies in it.
-
-    Hidden files (and what lies in hidden folders) are other programs' leavings; what an earlier run made is no table
-    either: its OUT may lie among the tables, or be their folder.
-    """
-    parts = relative.split("/")
-    if read_ending(relative) is None or any(part.startswith((".", "_")) for part in parts):
-        return False
-    return not any(part in RESULTS and holds_run("/".join(parts[:depth])) for depth, part in enumerate(parts))
 
 
 def _as_stem(relative: str) -> str:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from batch_infer.errors import TableError
 from batch_infer.table.endings import (
     ENDINGS,
     TableFile,
-    holds_no_table,
-    is_table,
     plain_stem,
     read_ending,
     unknown_ending,
 )
 from batch_infer.table.scratch import Scratch
+from batch_infer.table.selection import LeftOut, holds_no_table, tables_among, why_left_out
 from batch_infer.table.stdin import spool
 from batch_infer.table.streams import reason
 from batch_infer.table.text import clean
@@ -27,21 +28,23 @@ from batch_infer.table.urls import is_http, protocol_of, shown
 STDIN = "-"
 
 
-def find_files(arguments: Iterable[str], folder: Path, scratch: Scratch) -> list[TableFile]:
-    """The files of all arguments, each once, in the order given and by name within a folder.
+def find_files(arguments: Iterable[str], folder: Path, scratch: Scratch) -> tuple[list[TableFile], LeftOut]:
+    """The files of all arguments, each once, in the order given and by name within a folder; and what is left out.
 
     Relative names start at `folder`. An argument that means no file stands in the list with its fault. Raises
     TableError where there is no argument, and ServiceError where a service does not answer.
     """
     found: dict[str | Path, TableFile] = {}
+    left_out = LeftOut()
     for argument in dict.fromkeys(arguments):
-        for file in _expand(argument, folder, scratch):
+        for file in _expand(argument, folder, scratch, left_out):
             known = found.setdefault(_identity(argument, file), file)
             if file.is_named and not known.is_named:
                 found[_identity(argument, file)] = replace(known, is_named=True)
     if not found:
         raise TableError(f"no TABLE given: name a file ({ENDINGS}), a folder of them, a glob, a URL, or -")
-    return list(found.values())
+    left_out.forget(file.name for file in found.values())
+    return list(found.values()), left_out
 
 
 def stems_that_meet(files: Iterable[TableFile]) -> set[str]:
@@ -56,15 +59,15 @@ def _identity(argument: str, file: TableFile) -> str | Path:
     return argument if is_http(argument) else file.name
 
 
-def _expand(argument: str, folder: Path, scratch: Scratch) -> list[TableFile]:
+def _expand(argument: str, folder: Path, scratch: Scratch, left_out: LeftOut) -> list[TableFile]:
     try:
         if argument == STDIN:
             return [spool(scratch)]
         if protocol_of(argument) and not (folder / argument).exists():
             from batch_infer.table.remote import fetch  # a local table does not pay for the import of fsspec
 
-            return fetch(argument, scratch)
-        return list(_local(argument, folder))
+            return fetch(argument, scratch, left_out)
+        return list(_local(argument, folder, left_out))
     except TableError as error:
         fault = str(error)
     except (OSError, ValueError) as error:  # ValueError: a pattern that pathlib does not take
@@ -73,11 +76,11 @@ def _expand(argument: str, folder: Path, scratch: Scratch) -> list[TableFile]:
     return [TableFile(folder, name, plain_stem(name.rstrip("/").rpartition("/")[2]), fault=fault)]
 
 
-def _local(argument: str, folder: Path) -> Iterator[TableFile]:
+def _local(argument: str, folder: Path, left_out: LeftOut) -> Iterator[TableFile]:
     named = Path(argument).expanduser()
     path = folder / named
     if path.is_dir():
-        yield from _below(argument, named, folder, path.rglob("*"))
+        yield from _Below(argument, named, folder, left_out).walk()
     elif path.exists():
         ending = read_ending(path.name)
         if ending is None:
@@ -85,24 +88,62 @@ def _local(argument: str, folder: Path) -> Iterator[TableFile]:
         yield TableFile(path, clean(named.as_posix()), ending.stem, ending.format, ending.packing)
     elif glob.has_magic(argument):
         first = next(i for i, part in enumerate(named.parts) if glob.has_magic(part))
-        fixed = Path(*named.parts[:first])
-        yield from _below(argument, fixed, folder, (folder / fixed).glob("/".join(named.parts[first:])))
+        yield from _Below(argument, Path(*named.parts[:first]), folder, left_out).match("/".join(named.parts[first:]))
     else:
         raise TableError(f"{clean(argument)}: no such file or folder")
 
 
-def _below(argument: str, named: Path, folder: Path, paths: Iterable[Path]) -> Iterator[TableFile]:
-    """The tables among what lies below a folder, or is matched by a glob below it."""
-    below = folder / named
+class _Below:
+    """What is below a folder, or is matched by a glob below it; `named` is the folder as the user called it."""
 
-    def holds_run(inner: str) -> bool:
-        return (below / inner / "run.json").is_file()
+    def __init__(self, argument: str, named: Path, folder: Path, left_out: LeftOut) -> None:
+        self._argument, self._named, self._left_out = argument, named, left_out
+        self._folder = folder / named
+        self._holds_run = cache(lambda inner: (self._folder / inner / "run.json").is_file())
 
-    relatives = {path: path.relative_to(below).as_posix() for path in sorted(paths)}
-    tables = [path for path, relative in relatives.items() if is_table(relative, holds_run) and path.is_file()]
-    if not tables:
-        raise TableError(holds_no_table(clean(argument)))
-    for path in tables:
-        if ending := read_ending(relatives[path]):
-            name = clean((named / relatives[path]).as_posix())
-            yield TableFile(path, name, ending.stem, ending.format, ending.packing, is_named=False)
+    def walk(self) -> Iterator[TableFile]:
+        """All tables of the folder. Raises TableError, OSError."""
+        unreadable: list[OSError] = []
+        relatives: list[str] = []
+        for here, folders, files in os.walk(self._folder, onerror=unreadable.append):
+            inner = Path(here).relative_to(self._folder)
+            paths = [(inner / name).as_posix() for name in folders]
+            folders[:] = [name for name, path in zip(folders, paths, strict=True) if self._is_entered(path)]
+            relatives += [(inner / name).as_posix() for name in files]
+        if unreadable and not relatives:
+            raise unreadable[0]
+        yield from self._tables(relatives)
+        for error in unreadable:
+            name = self._name_of(Path(error.filename).relative_to(self._folder).as_posix())
+            yield TableFile(self._folder, name, plain_stem(name), fault=f"{name}: {reason(error)}", is_named=False)
+
+    def match(self, pattern: str) -> Iterator[TableFile]:
+        """The tables among the matches of a glob. Raises TableError, OSError."""
+        paths = (path for path in self._folder.glob(pattern) if not path.is_dir())
+        yield from self._tables([path.relative_to(self._folder).as_posix() for path in paths])
+
+    def _is_entered(self, relative: str) -> bool:
+        """Whether a folder is looked into; what is in another is not even listed, since it may be a million images."""
+        if cause := why_left_out(f"{relative}/", self._holds_run):
+            self._left_out.add(self._name_of(cause.culprit), cause.reason)
+        elif (self._folder / relative).is_symlink():
+            self._left_out.add(self._name_of(f"{relative}/"), "link")
+        else:
+            return True
+        return False
+
+    def _tables(self, relatives: list[str]) -> Iterator[TableFile]:
+        relatives.sort(key=lambda relative: relative.split("/"))  # as pathlib sorts
+        tables = list(tables_among(relatives, self._holds_run, self._name_of, self._left_out))
+        if not tables:
+            raise TableError(holds_no_table(clean(self._argument), self._left_out))
+        for relative in tables:
+            path, name = self._folder / relative, self._name_of(relative)
+            if path.is_symlink() and not path.exists():
+                fault = f"{name}: the link leads to no file"
+                yield TableFile(path, name, plain_stem(relative), fault=fault, is_named=False)
+            elif (ending := read_ending(relative)) and path.is_file():
+                yield TableFile(path, name, ending.stem, ending.format, ending.packing, is_named=False)
+
+    def _name_of(self, relative: str) -> str:
+        return clean((self._named / relative).as_posix()) + ("/" if relative.endswith("/") else "")

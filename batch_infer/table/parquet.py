@@ -18,6 +18,9 @@ from batch_infer.table.scratch import Scratch
 from batch_infer.table.streams import reason, unpack
 
 BATCH = 1024
+BATCH_BYTES = 32 << 20
+WIDTH = 16
+"""Bytes of a number or of a place in a list; a long list of equal ones is stored in a few."""
 BUFFER = 1 << 20
 """Bytes of a column that are read at a time: without it pyarrow takes in a row group's whole column chunks."""
 
@@ -39,7 +42,7 @@ class Parquet:
         """A row group that is damaged costs what it holds from there on, and the next one is read."""
         first = 0
         try:
-            with pq.ParquetFile(self.path, buffer_size=BUFFER, pre_buffer=False) as parquet:
+            with self._opened() as parquet:
                 for group in range(parquet.num_row_groups):
                     end = first + parquet.metadata.row_group(group).num_rows
                     yield from self._group(parquet, group, first, end)
@@ -51,15 +54,22 @@ class Parquet:
         """One column, in batches, but for what cannot be read of it."""
         own = self.renamed.get(name, name)
         place = [each for each in self.schema.names if self.renamed.get(each, each) == own].index(name)
-        with suppress(*READ_ERRORS), pq.ParquetFile(self.path, buffer_size=BUFFER, pre_buffer=False) as parquet:
+        with suppress(*READ_ERRORS), self._opened() as parquet:
             for group in range(parquet.num_row_groups):
                 with suppress(*READ_ERRORS):
                     for batch in parquet.iter_batches(batch_size=BATCH, row_groups=[group], columns=[own]):
                         yield batch.column(place)
 
+    def _opened(self) -> pq.ParquetFile:
+        """The file, with its repeated texts as dictionaries: one long text may stand in millions of rows."""
+        with pq.ParquetFile(self.path) as parquet:
+            repeated = _repeated(parquet.metadata)
+        return pq.ParquetFile(self.path, buffer_size=BUFFER, pre_buffer=False, read_dictionary=repeated)
+
     def _group(self, parquet: pq.ParquetFile, group: int, number: int, end: int) -> Iterator[RawRow]:
         try:
-            for batch in parquet.iter_batches(batch_size=BATCH, row_groups=[group]):
+            size = _batch_size(parquet.metadata.row_group(group))
+            for batch in parquet.iter_batches(batch_size=size, row_groups=[group]):
                 yield from _batch(batch.rename_columns(self.schema.names), number)
                 number += len(batch)
         except READ_ERRORS as error:
@@ -74,6 +84,25 @@ def open_parquet(file: TableFile, scratch: Scratch) -> Parquet:
     names, renamed = distinct_names(schema.names)
     fields = (field.with_name(name) for field, name in zip(schema, names, strict=True))
     return Parquet(path, pa.schema(fields), renamed)
+
+
+def _repeated(metadata: pq.FileMetaData) -> list[str]:
+    """The columns of text or bytes that are stored as dictionaries in some row group."""
+    columns = (group.column(k) for group in map(metadata.row_group, range(metadata.num_row_groups))
+               for k in range(metadata.num_columns))  # fmt: skip
+    found = {
+        column.path_in_schema: None
+        for column in columns
+        if column.physical_type == "BYTE_ARRAY" and any("DICTIONARY" in encoding for encoding in column.encodings)
+    }
+    return [name for name in found if "." not in name]
+
+
+def _batch_size(group: pq.RowGroupMetaData) -> int:
+    """How many of its rows are read together: as many as take BATCH_BYTES, of equal ones."""
+    columns = map(group.column, range(group.num_columns))
+    size = sum(max(column.total_uncompressed_size, WIDTH * column.num_values) for column in columns)
+    return max(1, min(BATCH, BATCH_BYTES * int(group.num_rows) // max(1, int(size))))
 
 
 def _batch(batch: pa.RecordBatch, number: int) -> Iterator[RawRow]:

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 import pyarrow as pa
 
 from batch_infer.errors import TableError
+from batch_infer.table.columns import MOST_COLUMNS
 from batch_infer.table.delimited import Delimited, open_delimited
 from batch_infer.table.documents import Document, open_document
 from batch_infer.table.endings import TableFile
-from batch_infer.table.lines import open_lines
+from batch_infer.table.lines import holds_lines, open_lines
 from batch_infer.table.parquet import Parquet, open_parquet
 from batch_infer.table.plain import open_plain
 from batch_infer.table.raw import Reader
@@ -30,6 +31,8 @@ def open_reader(file: TableFile, prompt: str, scratch: Scratch) -> tuple[Reader,
         raise TableError(f"{file.name} cannot be read: {reason(error)}") from error
     if not reader.schema.names:
         raise TableError(f"{file.name} is empty")
+    if (count := len(reader.schema.names)) > MOST_COLUMNS:
+        raise TableError(f"{file.name} has {count} columns, and {MOST_COLUMNS} are the most: leave out some")
     return reader, reader.renamed if isinstance(reader, (Delimited, Document, Parquet)) else {}
 
 
@@ -40,7 +43,7 @@ def _open(file: TableFile, prompt: str, scratch: Scratch) -> Reader:
         case ".jsonl" | ".ndjson":
             return open_lines(file)
         case ".json":
-            return open_document(file, prompt)
+            return open_lines(file) if holds_lines(file, prompt) else open_document(file, prompt)
         case ".txt":
             return open_plain(file)
         case _:

@@ -6,7 +6,11 @@ So every later pass reads the same bytes, and no fault of the network falls into
 from __future__ import annotations
 
 import asyncio
+import lzma
 import sys
+import tarfile
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,10 +22,11 @@ from typing import Any
 import fsspec
 
 from batch_infer.errors import ServiceError, TableError, first_line
-from batch_infer.table.endings import TableFile, holds_no_table, is_table, plain_stem, read_ending, unknown_ending
+from batch_infer.table.endings import TableFile, plain_stem, read_ending, unknown_ending
 from batch_infer.table.scratch import Scratch
+from batch_infer.table.selection import LeftOut, holds_no_table, tables_among
 from batch_infer.table.text import clean
-from batch_infer.table.urls import is_http, protocol_of, shown
+from batch_infer.table.urls import HTTP, is_http, protocol_of, shown, split_chain, without_secrets
 
 EXTRAS = {
     **dict.fromkeys(("s3", "s3a"), ("s3fs", "s3")),
@@ -41,6 +46,8 @@ CLIENTS = (
     ("paramiko.ssh_exception", "SSHException"),
 )
 """The errors of the services' clients that are no OSError: fsspec lets them through."""
+ARCHIVE_ERRORS = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError)
+"""What is raised where a chain goes through an archive (RuntimeError where that is encrypted)."""
 UNKNOWN_TO_THEM = ("NoCredentialsError", "ClientAuthenticationError", "DefaultCredentialsError")
 
 SILENCE_S = 60
@@ -66,14 +73,18 @@ class _Found:
     is_named: bool = False
 
 
-def fetch(url: str, scratch: Scratch) -> list[TableFile]:
-    """The tables that a URL means. Raises TableError where it means none, ServiceError where nobody answers."""
+def fetch(url: str, scratch: Scratch, left_out: LeftOut) -> list[TableFile]:
+    """The tables that a URL means; `left_out` takes in the files of a folder or glob that are none.
+
+    Raises TableError where it means no table, ServiceError where a service does not answer.
+    """
     name = clean(shown(url))
     with _blamed(name):
         place = _connect(url, name)
-        found = list(_single(place, name) if is_http(url) else _listed(place))
+        link = split_chain(name)[1]
+        found = list(_single(place, link) if is_http(link) else _listed(place, left_out))
     if not found:
-        raise TableError(holds_no_table(name))
+        raise TableError(holds_no_table(name, left_out))
     return [_fetch(place, file, scratch) for file in found]
 
 
@@ -83,24 +94,29 @@ def _connect(url: str, name: str) -> _Place:
     if package is not None and find_spec(package) is None:
         raise TableError(f"{name}: reading {protocol}:// needs {package}: pip install 'batch-infer[{extra}]'")
     if is_http(url):
-        return _Place(_http(), url, name)
+        from fsspec.implementations import http
+
+        client = _http_options()
+        return _Place(http.HTTPFileSystem(**client, use_listings_cache=False, skip_instance_cache=True), url, name)
+    inner = {protocol_of(link) for link in url.split("::")[1:]}
+    options: dict[str, Any] = {name: _http_options() for name in inner if name in HTTP}
     try:
         try:  # a listing must not be older than this run
-            files, path = fsspec.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True)
+            files, path = fsspec.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True, **options)
         except TypeError:  # a protocol that does not take these options
-            files, path = fsspec.url_to_fs(url)
+            files, path = fsspec.url_to_fs(url, **options)
         return _Place(files, path, name)
     except ImportError as error:
         raise TableError(f"{name}: reading {protocol}:// needs another package: {first_line(error)}") from error
 
 
-def _http() -> Any:
+def _http_options() -> dict[str, Any]:
     from fsspec.implementations import http
 
     timeout = http.aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_S, sock_read=SILENCE_S)
     # Not compressed on the way: what the server unpacks is not what its name says.
     client = {"timeout": timeout, "headers": {"Accept-Encoding": "identity"}}
-    return http.HTTPFileSystem(client_kwargs=client, use_listings_cache=False, skip_instance_cache=True)
+    return {"client_kwargs": client}
 
 
 def _single(place: _Place, url: str) -> Iterator[_Found]:
@@ -110,7 +126,7 @@ def _single(place: _Place, url: str) -> Iterator[_Found]:
     yield _Found(place.path, place.url, relative, is_named=True)
 
 
-def _listed(place: _Place) -> Iterator[_Found]:
+def _listed(place: _Place, left_out: LeftOut) -> Iterator[_Found]:
     """The tables of a file, a folder or a glob; a name with brackets is a file before it is a glob."""
     try:
         kind = place.files.info(place.path)["type"]
@@ -120,36 +136,40 @@ def _listed(place: _Place) -> Iterator[_Found]:
         kind = "glob"
     if kind == "directory":
         base = place.path.rstrip("/")
-        yield from _below(place, base, place.url, place.files.find(place.path))
+        yield from _below(place, base, place.url, place.files.find(place.path), left_out)
     elif kind == "glob":
         parts = place.path.split("/")
         first = next(i for i, part in enumerate(parts) if has_magic(part))
         matches = place.files.glob(place.path, detail=True)
         paths = [path for path, entry in matches.items() if entry["type"] == "file"]
-        yield from _below(place, "/".join(parts[:first]), _fixed(place.url), paths)
+        yield from _below(place, "/".join(parts[:first]), _fixed(place.url), paths, left_out)
     else:
-        yield from _single(place, place.url.partition("::")[0])
+        yield from _single(place, split_chain(place.url)[1])
 
 
-def _below(place: _Place, base: str, url: str, paths: list[str]) -> Iterator[_Found]:
+def _below(place: _Place, base: str, url: str, paths: list[str], left_out: LeftOut) -> Iterator[_Found]:
     @cache
     def holds_run(inner: str) -> bool:
         return bool(place.files.isfile("/".join(filter(None, [base, inner, "run.json"]))))
 
-    head, chained, tail = url.partition("::")
-    for path in sorted(paths, key=lambda path: path.split("/")):  # as pathlib sorts
-        relative = path[len(base) :].lstrip("/")
-        if is_table(relative, holds_run):
-            yield _Found(path, f"{head.rstrip('/')}/{relative}{chained}{tail}", relative)
+    before, link, after = split_chain(url)
+
+    def name_of(relative: str) -> str:
+        return clean(f"{before}{link.rstrip('/')}/{relative.removeprefix('./')}{after}")
+
+    ordered = sorted(paths, key=lambda path: path.split("/"))  # as pathlib sorts
+    by_relative = {path[len(base) :].lstrip("/"): path for path in ordered}
+    for relative in tables_among(by_relative, holds_run, name_of, left_out):
+        yield _Found(by_relative[relative], name_of(relative), relative)
 
 
 def _fixed(url: str) -> str:
     """A URL up to its first part with magic."""
-    head, chained, tail = url.partition("::")
-    protocol, mark, rest = head.rpartition("://")
+    before, link, after = split_chain(url)
+    protocol, mark, rest = link.rpartition("://")
     parts = rest.split("/")
     first = next((i for i, part in enumerate(parts) if has_magic(part)), len(parts))
-    return f"{protocol}{mark}{'/'.join(parts[:first])}{chained}{tail}"
+    return f"{before}{protocol}{mark}{'/'.join(parts[:first])}{after}"
 
 
 def _fetch(place: _Place, found: _Found, scratch: Scratch) -> TableFile:
@@ -180,7 +200,7 @@ def _blamed(name: str) -> Iterator[None]:
         raise TableError(f"{name}: no such file or folder") from None
     except PermissionError as error:
         raise TableError(f"{name}: no permission to read it: {_reason(error)}") from None
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except (ValueError, TypeError, RuntimeError, *ARCHIVE_ERRORS) as error:
         raise TableError(f"{name} cannot be opened: {_reason(error)}") from None
     except _service_errors() as error:
         status = getattr(error, "status", None)
@@ -200,5 +220,5 @@ def _reason(error: BaseException) -> str:
     status, message = getattr(error, "status", None), getattr(error, "message", "")
     if isinstance(status, int):
         return f"HTTP {status} {message}".strip()
-    said = first_line(error) if isinstance(error, Exception) else ""
+    said = without_secrets(first_line(error)) if isinstance(error, Exception) else ""
     return type(error).__name__ if "?" in said or "@" in said else said

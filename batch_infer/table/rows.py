@@ -19,6 +19,11 @@ LARGEST_SEED = 2**63 - 1
 MOST_STEPS = 1000
 MOST_GUIDANCE = 100.0
 MOST_IMAGES = 1000
+LONGEST_TEXT = 10_000
+"""Characters of a prompt, negative prompt or id.
+
+A text encoder reads some 75 words, and splitting a megabyte into tokens holds up all other rows for seconds.
+"""
 NUMBERS = frozenset(FIELDS) - {"prompt", "id", "negative_prompt"}
 MISSING = frozenset({"", "nan", "na", "n/a", "#n/a", "<na>", "null", "none", r"\n"})
 
@@ -79,16 +84,17 @@ def requests(cells: Cells, rules: RowRules) -> Iterator[PromptRequest | ResultRo
 def invalid(cells: Cells, error: str) -> ResultRow:
     """The result of a row that cannot be rendered."""
     prompt = cells.fields.get("prompt")
+    fields = {name: value[:LONGEST_TEXT] if isinstance(value, str) else value for name, value in cells.fields.items()}
     return ResultRow(
         id=cells.id,
         image_index=0,
-        prompt=None if prompt is None else clean(str(prompt)),
+        prompt=None if prompt is None else clean(str(prompt)[:LONGEST_TEXT]),
         status="invalid",
         error=clean(error),
         finished_at=now(),
         source_file=cells.source.file,
         source_row=cells.source.row,
-        fingerprint=digest(["invalid", error, str(dict(cells.fields))]),
+        fingerprint=digest(["invalid", error, str(fields)]),
         carried={name: clean(value) if isinstance(value, str) else value for name, value in cells.carried.items()},
         line=cells.source.line,
     )
@@ -165,6 +171,9 @@ def _text(field: str, value: Any, rules: RowRules) -> str:
         raise RowError(f"{field} {_show(value)} is not text but {type(value).__name__}")
     if "\0" in value:
         raise RowError(f"{field} holds a NUL byte")
+    if len(value) > LONGEST_TEXT:
+        limit = f"{LONGEST_TEXT} are the most: a model reads some 75 words"
+        raise RowError(f"the {field} has {len(value)} characters, and {limit}")
     return value
 
 

@@ -11,7 +11,7 @@ from io import BufferedReader
 from batch_infer.errors import TableError
 from batch_infer.table.endings import TableFile
 from batch_infer.table.scratch import Scratch
-from batch_infer.table.streams import BUFFER, LONGEST, MAGIC, UTF_8_MARK, open_unpacked, reason
+from batch_infer.table.streams import BUFFER, LONGEST, MAGIC, MAGIC_BYTES, UTF_8_MARK, open_unpacked, reason
 
 NAME = "stdin"
 
@@ -33,7 +33,7 @@ def spool(scratch: Scratch) -> TableFile:
 
 def _sniffed(file: TableFile) -> TableFile:
     with file.path.open("rb") as stream:
-        start = stream.read(4)
+        start = stream.read(MAGIC_BYTES)
     packing = next((packing for packing, magic in MAGIC.items() if magic.match(start)), "")
     file = replace(file, packing=packing)
     try:

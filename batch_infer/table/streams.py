@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
 import re
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, cast
@@ -26,8 +28,22 @@ ZSTD_READ = 1 << 12
 
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 UTF_8_MARK = b"\xef\xbb\xbf"
-MAGIC = {".gz": re.compile(rb"\x1f\x8b"), ".zst": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")}
-PACKED = {".gz": "gzip", ".zst": "zstd"}
+MAGIC = {
+    ".gz": re.compile(rb"\x1f\x8b"),
+    ".bz2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),
+    ".xz": re.compile(rb"\xfd7zXZ\x00"),
+    ".zst": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
+}
+MAGIC_BYTES = 10
+PACKED = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
+
+
+_OPENERS: dict[str, Callable[[BinaryIO], Any]] = {
+    ".gz": lambda packed: gzip.GzipFile(fileobj=packed, mode="rb"),
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
+    ".zst": lambda packed: pa.CompressedInputStream(packed, "zstd"),
+}
 
 
 class _Unpacked(io.RawIOBase):
@@ -35,9 +51,7 @@ class _Unpacked(io.RawIOBase):
 
     def __init__(self, packed: BinaryIO, packing: str) -> None:
         self._packed, self._packing = packed, packing
-        self._source: Any = (
-            gzip.GzipFile(fileobj=packed, mode="rb") if packing == ".gz" else pa.CompressedInputStream(packed, "zstd")
-        )
+        self._source: Any = _OPENERS[packing](packed)
 
     def readable(self) -> bool:
         return True
@@ -47,16 +61,16 @@ class _Unpacked(io.RawIOBase):
         try:
             found = self._read(len(view))
         except EOFError as error:
-            raise OSError("the gzip stream is cut off") from error
-        except zlib.error as error:
-            raise OSError(f"the gzip stream is damaged: {error}") from error
+            raise OSError(f"the {PACKED[self._packing]} stream is cut off") from error
+        except (zlib.error, lzma.LZMAError) as error:
+            raise OSError(f"the {PACKED[self._packing]} stream is damaged: {error}") from error
         view[: len(found)] = found
         return len(found)
 
     def _read(self, size: int) -> bytes:
-        if self._packing == ".gz":
-            return cast("bytes", self._source.read1(size))
-        return cast("bytes", self._source.read(min(size, ZSTD_READ)))
+        if self._packing == ".zst":
+            return cast("bytes", self._source.read(min(size, ZSTD_READ)))
+        return cast("bytes", self._source.read1(size))
 
     def close(self) -> None:
         if not self.closed:
@@ -69,7 +83,7 @@ def open_unpacked(file: TableFile) -> io.BufferedReader:
     """The bytes of a file as they are, but for its packing. Raises OSError."""
     with ExitStack() as stack:
         stream = stack.enter_context(file.path.open("rb"))
-        if file.packing and (start := stream.peek(4)):
+        if file.packing and (start := stream.peek(MAGIC_BYTES)):
             if not MAGIC[file.packing].match(start):
                 raise OSError(f"it is not {PACKED[file.packing]}")
             stream = stack.enter_context(io.BufferedReader(_Unpacked(stream, file.packing), BUFFER))

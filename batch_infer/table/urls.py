@@ -5,7 +5,18 @@ from __future__ import annotations
 import re
 
 URL = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)(://|::)")
-PASSWORD = re.compile(r"(?<=://)([^/@:]*):[^/@]*@")
+LINK = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?:(?P<user>[^/?#]*)@)?(?P<rest>.*)", re.DOTALL)
+HTTP = frozenset({"http", "https"})
+NAMED_USERS = frozenset(
+    {
+        *("abfs", "abfss", "wasb", "wasbs"),  # CONTAINER@ACCOUNT
+        *("sftp", "ssh", "ftp", "smb", "hdfs", "webhdfs"),
+    }
+)
+"""Protocols where a name before @ that no password follows is no secret."""
+QUERY = re.compile(r"\?[\w.~%-]+=.*", re.DOTALL)
+"""Of other protocols than http, where a ? alone is part of a glob."""
+IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]*")
 
 
 def protocol_of(argument: str) -> str | None:
@@ -15,13 +26,40 @@ def protocol_of(argument: str) -> str | None:
 
 
 def is_http(argument: str) -> bool:
-    return protocol_of(argument) in ("http", "https")
+    return protocol_of(argument) in HTTP
 
 
 def shown(argument: str) -> str:
-    """An argument as names, ids and errors have it: without passwords, and without http's query, often a signature."""
+    """An argument as names, ids and messages have it: no link of a chain has its query or who asks, often a token."""
     if protocol_of(argument) is None:
         return argument
-    if is_http(argument):
-        argument = re.split("[?#]", argument, maxsplit=1)[0]
-    return PASSWORD.sub(r"\1@", argument)
+    if is_http(argument):  # no chain: what follows :: belongs to the query
+        return _shown_link(argument)
+    return "::".join(map(_shown_link, argument.split("::")))
+
+
+def without_secrets(text: str) -> str:
+    """A library's message, with the URLs in it as `shown` has them."""
+    return IN_TEXT.sub(lambda match: shown(match[0]), text)
+
+
+def split_chain(url: str) -> tuple[str, str, str]:
+    """The link of a chain that has the path of the files, with what is before and after it.
+
+    `simplecache::s3://bucket/a.csv` begins with a link that has no path.
+    """
+    links = url.split("::")
+    place = next((place for place, link in enumerate(links) if "://" in link), 0)
+    before, after = links[:place], links[place + 1 :]
+    return "".join(f"{link}::" for link in before), links[place], "".join(f"::{link}" for link in after)
+
+
+def _shown_link(link: str) -> str:
+    found = LINK.fullmatch(link)
+    if found is None:
+        return link
+    scheme, user, rest = found["scheme"], found["user"], found["rest"]
+    protocol = scheme.removesuffix("://").lower()
+    keeps_user = user is not None and protocol in NAMED_USERS
+    rest = re.split("[?#]", rest, maxsplit=1)[0] if protocol in HTTP else QUERY.sub("", rest)
+    return f"{scheme}{user.partition(':')[0] + '@' if keeps_user else ''}{rest}"

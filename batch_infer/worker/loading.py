@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast, overload
 import torch
 
 from batch_infer.accelerator import limit_memory, out_of_memory_errors, set_float32_precision
-from batch_infer.chain import Chain, ChainShape, DrivenChain, GatedChain
+from batch_infer.chain import Chain, ChainShape, DrivenChain, GatedChain, Grace
 from batch_infer.models import ModelCard, load, load_checker, load_driven
 from batch_infer.models.acceleration import speed_up
 from batch_infer.safety import Judge, gate_of
@@ -24,8 +24,9 @@ def load_chain(
     """A model on its device, with its judge and its gate where there are to be. Raises ModelError, SettingsError."""
     judged = safety.asks_checker(has_checker=card.has_checker)
     chain = make_chain(load_any_model(card, compute, judged=judged), compute, stop)
-    gate = gate_of(safety.service, stop)
-    return chain if gate is None else GatedChain(chain, gate, stop)
+    grace = Grace(stop)
+    gate = gate_of(safety.service, grace)
+    return chain if gate is None else GatedChain(chain, gate, stop, grace)
 
 
 def load_any_model(card: ModelCard, compute: Compute, *, judged: bool) -> Family | AnyPipeline:

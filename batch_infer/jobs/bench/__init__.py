@@ -40,7 +40,7 @@ def bench(settings: BenchSettings) -> Report:
     from batch_infer.jobs.bench.contest import hold
 
     report = hold(settings)
-    if settings.plot is not None:
+    if settings.plot is not None and not report.stopped:
         from batch_infer.jobs.bench.plotting import draw
 
         draw(report, settings.plot)

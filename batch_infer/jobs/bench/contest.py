@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import logging
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from batch_infer import datasheets
 from batch_infer.errors import SettingsError
 from batch_infer.jobs.bench import clock
 from batch_infer.jobs.bench.bare import BareUNet
 from batch_infer.jobs.bench.contenders import Contender, Ours, PlainDiffusers
-from batch_infer.jobs.bench.figures import TERA, Figures, Parity, Peak, Report, Sweep, TableFigures, median_ratio
+from batch_infer.jobs.bench.figures import (
+    TERA,
+    Figures,
+    Parity,
+    Peak,
+    Report,
+    Sweep,
+    SweepPoint,
+    TableFigures,
+    median_ratio,
+)
 from batch_infer.jobs.bench.lanes import BareLane, Course, Lane, RenderingLane
 from batch_infer.jobs.bench.rows import Table, make_rows, row_forwards, spread, work_of
 from batch_infer.jobs.bench.settings import BenchSettings, Size
@@ -61,16 +73,36 @@ class Contest:
     def go(self) -> Report:
         table, peak = self._count(), self._peak()
         lanes = [self._lane(name) for name in (OURS, *self._settings.against)]
-        for lane in lanes:
-            log.info("warming up: %s", lane.name)
-            lane.warm_up()
-        for number in range(self._settings.rounds):
-            for lane in lanes:
-                lane.run()
-                log.info("round %d: %s %.1f s", number + 1, lane.name, lane.seconds[-1])
+        points: list[SweepPoint] = []
+        stopped = False
+        try:
+            self._time(lanes)
+            swept = sweep(self._settings.sweep, self._subject, self._table, self._bare, points)
+        except KeyboardInterrupt:  # a stop: what was measured until then is worth its table
+            lanes = [lane for lane in lanes if lane.seconds]
+            if not lanes:
+                raise
+            stopped, swept = True, Sweep(points)
         figures = [_figures(lane, lanes[0], table, peak) for lane in lanes]
-        swept = sweep(self._settings.sweep, self._subject, self._table, self._bare)
-        return Report(self._conditions(), table, peak, figures, self._parity(lanes), swept, self._memory(lanes, swept))
+        memory = self._memory(lanes, swept)
+        return Report(self._conditions(), table, peak, figures, self._parity(lanes), swept, memory, stopped)
+
+    def _time(self, lanes: Sequence[Lane]) -> None:
+        """Have all lanes render, in turns, and log how long the rest will take."""
+        for number, lane in enumerate(lanes, 1):
+            log.info("warming up: %s (%d of %d)", lane.name, number, len(lanes))
+            lane.warm_up()
+        rounds = self._settings.rounds
+        waiting = [lane.name for _ in range(rounds) for lane in lanes] + [OURS] * len(self._settings.sweep)
+        took: dict[str, float] = {}
+        for number in range(rounds):
+            for lane in lanes:
+                started = time.monotonic()
+                lane.run()
+                took[waiting.pop(0)] = time.monotonic() - started
+                left = tqdm.format_interval(_seconds_for(waiting, took))
+                told = "round %d of %d: %s %.1f s; about %s left"
+                log.info(told, number + 1, rounds, lane.name, lane.seconds[-1], left)
 
     def _lane(self, name: str) -> Lane:
         subject, kept = self._subject, frozenset(row.id for row in self._sample)
@@ -113,7 +145,7 @@ class Contest:
     def _parity(self, lanes: Sequence[Lane]) -> Parity | None:
         """How far our images are from those of the first rival that made some."""
         ours, *others = (lane for lane in lanes if isinstance(lane, RenderingLane))
-        if not others:
+        if not others:  # none of them is asked for, or a stop came first
             return None
         theirs = others[0]
         largest = max(_furthest(ours.images[name], image) for name, image in theirs.images.items())
@@ -154,6 +186,12 @@ def _figures(lane: Lane, ours: Lane, table: TableFigures, peak: Peak) -> Figures
         device_bytes=lane.device_bytes,
         more=lane.more(),
     )
+
+
+def _seconds_for(lanes: Sequence[str], took: Mapping[str, float]) -> float:
+    """Estimate the seconds of these lanes by their last round, of one that has had none by the mean of the others."""
+    mean = statistics.mean(took.values())
+    return sum(took.get(lane, mean) for lane in lanes)
 
 
 def _furthest(image: np.ndarray, other: np.ndarray) -> int:

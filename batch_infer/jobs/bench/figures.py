@@ -147,7 +147,7 @@ class Parity:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All of it. `conditions`: model, device, batch sizes, versions."""
+    """All of it. `conditions`: model, device, batch sizes, versions. `stopped`: before all was measured."""
 
     conditions: Mapping[str, Any]
     table: TableFigures
@@ -156,6 +156,7 @@ class Report:
     parity: Parity | None
     sweep: Sweep
     peak_memory: Mapping[str, int]
+    stopped: bool = False
 
     @property
     def ours(self) -> Figures:
@@ -176,6 +177,7 @@ class Report:
             "parity": parity and {"rows": parity.rows, "largest_difference": parity.largest, "against": parity.against},
             "sweep": self.sweep.as_dict(),
             "peak_memory": self.peak_memory,
+            "stopped": self.stopped,
         }
 
 
@@ -189,5 +191,8 @@ def size_name(size: Size) -> str:
 
 
 def median_ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
-    """The median over the rounds, so that a busy moment of the machine, which falls on all alike, tells least."""
-    return statistics.median(their / our for their, our in zip(theirs, ours, strict=True))
+    """The median over the rounds, so that a busy moment of the machine, which falls on all alike, tells least.
+
+    After a stop, the last round may have some of them only.
+    """
+    return statistics.median(their / our for their, our in zip(theirs, ours, strict=False))

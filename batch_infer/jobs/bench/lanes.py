@@ -55,6 +55,7 @@ class RenderingLane:
         self.device_bytes: int | None = None
         self.sampled = None if course.factor == 1 else len(course.rows)
         self.images: dict[str, np.ndarray] = {}
+        self._more: Mapping[str, Any] = {}
         self._contender, self._course = contender, course
         self._device, self._few_steps = subject.model.device, subject.few_steps
 
@@ -73,6 +74,7 @@ class RenderingLane:
     def run(self) -> None:
         clock.forget_peak(self._device)
         self.seconds.append(self._course.factor * clock.seconds_of(self._render, self._device))
+        self._more = self._contender.told()  # now: a stop may come in the midst of the next round
         self.device_bytes = clock.device_peak(self._device)
 
     def _render(self) -> None:
@@ -81,7 +83,7 @@ class RenderingLane:
                 self.images[row.id] = pixels
 
     def more(self) -> Mapping[str, Any]:
-        return self._contender.told()
+        return self._more
 
 
 class BareLane:

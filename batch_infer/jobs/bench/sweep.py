@@ -21,9 +21,14 @@ from batch_infer.settings import Compute
 log = logging.getLogger("batch_infer")
 
 
-def sweep(numbers: Sequence[int], subject: Subject, table: Table, bare: BareUNet) -> Sweep:
-    """A point for each number of slots; where memory does not hold one, no larger one is tried."""
-    points: list[SweepPoint] = []
+def sweep(
+    numbers: Sequence[int], subject: Subject, table: Table, bare: BareUNet, points: list[SweepPoint] | None = None
+) -> Sweep:
+    """A point for each number of slots; where memory does not hold one, no larger one is tried.
+
+    Each is added to `points` once it is measured, also where a stop comes before the last.
+    """
+    points = [] if points is None else points
     for slots in numbers:
         try:
             with out_of_memory_errors():
