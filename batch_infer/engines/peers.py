@@ -27,6 +27,8 @@ from batch_infer.worker import Account
 
 PATIENT_SECONDS = 10.0
 """How long a process is waited for that has been killed, or should have ended."""
+FLUSH_SECONDS = 1.0
+"""How long the last messages to a process of another machine may take before its connection is closed."""
 INTERVALS = 99
 """Of so many intervals between signs the median is the usual one."""
 
@@ -173,7 +175,10 @@ class Peer:
     def kill(self) -> None:
         """End it at once. A process that is not ours ends by itself when its link does."""
         self.end()
-        if self._process is not None:
+        self._outbox.put(None)
+        if self._process is None:
+            self._threads[0].join(FLUSH_SECONDS)  # it may still be told to stop
+        else:
             self._process.join(PATIENT_SECONDS)  # one that waits for a dead disk or device cannot even be killed
         hang_up(self._link)
         for thread in self._threads:
