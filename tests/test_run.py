@@ -281,6 +281,8 @@ def test_how_many_rows_may_fail(tmp_path: Path, out: Path, budget: str, code: in
         (["--max-failed", "few"], "--max-failed few"),
         (["--scheduler", "No:Scheduler"], "is not key=value"),
         (["--scheduler", "NoScheduler"], "diffusers has no scheduler NoScheduler"),
+        (["--scheduler", "EulerDiscretScheduler"], "did you mean EulerDiscreteScheduler"),
+        (["--scheduler", "ddim:steps_ofset=1"], "DDIMScheduler has no option steps_ofset; did you mean steps_offset?"),
         (["--model", "./missing"], "missing"),
         (["--safety", "none", "--require-safety"], "do not go together"),
         (["--device", "cuda"], "finds no CUDA device"),
@@ -296,6 +298,8 @@ def test_usage_errors_render_nothing(table: Path, out: Path, options: list[str],
     assert (done.code, done.stdout) == (2, "")
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
+    if "--scheduler" in options:
+        assert "to render" not in done.stderr, "the tables are not scanned first"
     assert not images(out)
     assert not (out / "results.parquet").exists()
 

@@ -68,10 +68,9 @@ def variables_of_option(option: click.Option) -> list[str]:
 
 def suggest(name: str, known: Iterable[str]) -> str | None:
     """Return the known name that is most likely meant, or None."""
-    names = list(known)
-    if (meant := SYNONYMS.get(name)) in names:
-        return meant
-    return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=_CUTOFF)), None)
+    names = {each: each for each in known}
+    meant = {synonym: option for synonym, option in SYNONYMS.items() if option in names} | names
+    return next((meant[near] for near in difflib.get_close_matches(name, meant, n=1, cutoff=_CUTOFF)), None)
 
 
 def check_environment(environment: Mapping[str, str], group: click.Group) -> None:
@@ -83,7 +82,7 @@ def check_environment(environment: Mapping[str, str], group: click.Group) -> Non
         if value and name.startswith(PREFIX) and name not in known and not _KUBERNETES.fullmatch(name)
     )
     if unknown:
-        raise SettingsError("; ".join(_unknown_variable(name, known) for name in unknown))
+        raise SettingsError(" · ".join(_unknown_variable(name, known) for name in unknown))
 
 
 def _unknown_variable(name: str, known: set[str]) -> str:
