@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
 
+from batch_infer.engines.unguarded import end_unguarded_process
 from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.settings import Device
 from batch_infer.worker import Account, WorkerSettings
+
+__all__ = ["Engine", "Task", "Work", "end_unguarded_process"]
 
 
 @dataclass(frozen=True, slots=True)

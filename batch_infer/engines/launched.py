@@ -106,7 +106,7 @@ class Launched(Local):
         if self._missing > 0 and kind is None:  # those that come later need not wait
             write_note(self._out, msgspec.structs.replace(self._note, has_ended=True))
         else:
-            (self._out / MEETING).unlink(missing_ok=True)
+            remove_note(self._out)
         self._closed = True
         self._listener.close()
         super().__exit__(kind)
@@ -148,6 +148,11 @@ class Launched(Local):
         except (AuthenticationError, EOFError, OSError, msgspec.DecodeError):
             timer.cancel()
             link.close()
+
+
+def remove_note(out: Path) -> None:
+    """Remove the note of a launch that has ended, or was killed."""
+    (out / MEETING).unlink(missing_ok=True)
 
 
 def _listen(here: Place) -> socket.socket:

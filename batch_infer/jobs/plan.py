@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
+from batch_infer.engines import end_unguarded_process
 from batch_infer.engines.probe import Probe
-from batch_infer.engines.unguarded import end_unguarded_process
 from batch_infer.errors import RowError, SettingsError
 from batch_infer.jobs.changes import find_changes
 from batch_infer.jobs.estimate import rates_of

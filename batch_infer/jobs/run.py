@@ -14,11 +14,9 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from batch_infer.atomic import KnownFolder
-from batch_infer.engines import Engine, Task, Work
-from batch_infer.engines.launched import Launched, Place, join, place
+from batch_infer.engines import Engine, Task, Work, end_unguarded_process
+from batch_infer.engines.launched import Launched, Place, join, place, remove_note
 from batch_infer.engines.local import Local
-from batch_infer.engines.meeting import MEETING
-from batch_infer.engines.unguarded import end_unguarded_process
 from batch_infer.errors import (
     BatchInferError,
     CompilationError,
@@ -85,7 +83,7 @@ def run(
     with open_tables(settings) as tables:
         card = find_model(settings)
         with outdir.locked(settings.out):
-            (settings.out / MEETING).unlink(missing_ok=True)  # left by a run that was killed
+            remove_note(settings.out)  # left by a run that was killed
             with engine_for(settings, here) as engine:
                 job = prepare(settings, tables, card, engine.find_device())
                 if settings.overwrite:
