@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from batch_infer.carried import to_array
 from batch_infer.manifest import SCHEMA
 from batch_infer.records import PromptRequest, ResultRow, SizeRules
-from batch_infer.settings import RowDefaults, TableSettings
+from batch_infer.settings import IdSource, RowDefaults, TableSettings
 from batch_infer.table import RowRules, Tables
 
 RULES = RowRules(
@@ -55,8 +55,9 @@ def open_tables(
     columns: Mapping[str, str] | None = None,
     limit: int | None = None,
     folder: Path = Path(),
+    id_from: IdSource = "row",
 ) -> Tables:
-    return Tables(TableSettings(tuple(map(str, tables)), columns or {}, limit, folder), SCHEMA.names)
+    return Tables(TableSettings(tuple(map(str, tables)), columns or {}, limit, folder, id_from), SCHEMA.names)
 
 
 def read(*tables: Path | str, rules: RowRules = RULES, **options: Any) -> list[PromptRequest | ResultRow]:

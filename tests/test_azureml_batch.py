@@ -82,7 +82,7 @@ def test_a_mini_batch_is_scored_as_a_run_would(tmp_path: Path, out: Path) -> Non
     assert list(found["id"]) == [f"part-{k}-0000000{row}" for k in range(3) for row in range(3)]
     assert set(found["status"]) == {"ok"}
     told = runs.command("status", out).stdout
-    assert ": open, started" in told and "9 ok · 0 failed · an endpoint's" in told and "run again" not in told
+    assert ": open, started" in told and "9 ok · 0 failed · total unknown" in told and "run again" not in told
     assert runs.command("merge", out).code == 0
     assert runs.run(tmp_path / "in", tmp_path / "plain", "--steps", "2", "--safety", "none").code == 0
     assert runs.hashes(out) == runs.hashes(tmp_path / "plain")

@@ -87,7 +87,18 @@ TORCH_FREE = {
     *("batch_infer.models.lora", "batch_infer.models.single_file"),
     *(
         f"batch_infer.engines.{module}"
-        for module in ("probe", "launched", "ledger", "local", "messages", "peers", "rank", "shift")
+        for module in (
+            "probe",
+            "launched",
+            "ledger",
+            "local",
+            "meeting",
+            "messages",
+            "peers",
+            "rank",
+            "shift",
+            "unguarded",
+        )
     ),
     *("batch_infer.engines", "batch_infer.worker", "batch_infer.worker.contract", "batch_infer.worker.rows"),
 }

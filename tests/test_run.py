@@ -281,6 +281,8 @@ def test_how_many_rows_may_fail(tmp_path: Path, out: Path, budget: str, code: in
         (["--max-failed", "few"], "--max-failed few"),
         (["--scheduler", "No:Scheduler"], "is not key=value"),
         (["--scheduler", "NoScheduler"], "diffusers has no scheduler NoScheduler"),
+        (["--scheduler", "EulerDiscretScheduler"], "did you mean EulerDiscreteScheduler"),
+        (["--scheduler", "ddim:steps_ofset=1"], "DDIMScheduler has no option steps_ofset; did you mean steps_offset?"),
         (["--model", "./missing"], "missing"),
         (["--safety", "none", "--require-safety"], "do not go together"),
         (["--device", "cuda"], "finds no CUDA device"),
@@ -296,6 +298,8 @@ def test_usage_errors_render_nothing(table: Path, out: Path, options: list[str],
     assert (done.code, done.stdout) == (2, "")
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
+    if "--scheduler" in options:
+        assert "to render" not in done.stderr, "the tables are not scanned first"
     assert not images(out)
     assert not (out / "results.parquet").exists()
 
@@ -331,7 +335,7 @@ def test_a_file_where_out_should_be(tmp_path: Path, table: Path) -> None:
 def test_the_summary_goes_to_stdout(table: Path, out: Path) -> None:
     first = run(table, out, "--results", "csv").stdout
     assert re.match(
-        r"3 rows · \d ok · \d flagged\n3 images in [\d.]+ s \([\d.]+ images/s, slots \d+% full\), [\d.]+ s in all\n",
+        r"3 rows · \d ok · \d flagged\n3 images in [\d.]+ s \([\d.]+ images/s, slot occupancy \d+%\), .* s in all\n",
         first,
     )
     assert f"{out}/results.parquet, {out}/results.csv" in first
@@ -853,7 +857,7 @@ def test_a_signal_ends_a_run_in_order(
     assert "Traceback" not in stderr
     kept = hashes(out)
     assert 0 < len(kept) < 24
-    assert f"stopped early: {24 - len(kept)} left; run the same command again to go on" in stdout
+    assert f"stopped early: {24 - len(kept)} left; run the same command again to continue" in stdout
     assert run_json(out)["summary"]["left"] == 24 - len(kept)
     assert_whole(out)
     done = run(long_table, out, *STEPS, "--json")

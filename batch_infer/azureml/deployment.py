@@ -76,6 +76,7 @@ def find_deployment(out: str, *, alone: bool = False) -> Deployment:
 
 def _settings(settings: RunSettings, *, alone: bool) -> RunSettings:
     told = {"BATCH_INFER_OVERWRITE": settings.overwrite, "BATCH_INFER_LIMIT": settings.table.limit}
+    told["BATCH_INFER_ID_FROM"] = settings.table.id_from != "row"
     for name in (name for name, value in told.items() if value):
         raise SettingsError(f"{name} is set, and here tables come one after the other, to several workers")
     if settings.compute.slots == "auto":

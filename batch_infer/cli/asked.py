@@ -19,7 +19,9 @@ def run_settings(options: Mapping[str, Any]) -> s.RunSettings:
     if "://" in options["out"]:
         raise SettingsError(f"--out {options['out']}: this version writes to a local folder")
     return s.RunSettings(
-        table=s.TableSettings(options["tables"], _columns(options["columns"]), options["limit"]),
+        table=s.TableSettings(
+            options["tables"], _columns(options["columns"]), options["limit"], id_from=options["id_from"]
+        ),
         out=Path(options["out"]).expanduser(),
         model=model_settings(options),
         defaults=s.RowDefaults(

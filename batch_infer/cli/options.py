@@ -50,6 +50,14 @@ table_options = _together(
         help="The table's column for a field: prompt=caption. `height=` ignores that column. Repeatable; "
         "in BATCH_INFER_COLUMN, separate several with semicolons.",
     ),
+    click.option(
+        "--id-from",
+        type=click.Choice(get_args(s.IdSource)),
+        default="row",
+        show_default=True,
+        help="The id of a row without one. row: file name and row number. content: a digest of its cells, so that "
+        "renaming, sorting or splitting the tables changes no id, seed or image.",
+    ),
     click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Score only the first N rows."),
 )
 
@@ -89,7 +97,7 @@ model_options = _together(
         "--scheduler",
         metavar="NAME[:KEY=VALUE,...]",
         help="A diffusers scheduler, made from the model's own scheduler settings: "
-        "UniPCMultistepScheduler:solver_order=3.",
+        "UniPCMultistepScheduler:solver_order=3, or a short name: euler, euler a, dpm++ 2m karras, ddim, unipc.",
     ),
     _option_with_aliases(
         "--slots",

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
+from batch_infer.engines import end_unguarded_process
 from batch_infer.engines.probe import Probe
 from batch_infer.errors import RowError, SettingsError
 from batch_infer.jobs.changes import find_changes
@@ -20,7 +21,7 @@ from batch_infer.manifest import Index, Manifest
 from batch_infer.models import TruncationCount, load_token_counter
 from batch_infer.planning import Batching, Committed, Item, Packing, in_order, is_done, pending
 from batch_infer.records import PromptRequest, ResultRow, now
-from batch_infer.settings import RunSettings
+from batch_infer.settings import IdSource, RunSettings
 
 WALKS = 3
 """How often a run goes through the tables: to look, to render and to merge."""
@@ -71,6 +72,7 @@ class Plan:
     files: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, dict[str, int]] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+    default_ids: IdSource | None = None
     measured_at: datetime | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -83,6 +85,7 @@ def plan(settings: RunSettings, tell: Callable[[ResultRow], None]) -> Plan:
 
     Raises the UsageErrors that `run` would raise.
     """
+    end_unguarded_process()
     settings = finishing_overwrite(rooted(settings))
     with open_tables(settings) as tables, Probe() as probe:
         card = find_model(settings, probe.facts)
@@ -118,6 +121,7 @@ class _Walk:
             found.pending += 1
             self._packing.add(request, self._probe.evaluations(card, request.params.num_inference_steps))
         self._packing.close()
+        found.default_ids = self._job.tables.default_ids
         found.remarks, found.left_out = self._job.tables.remarks, self._job.tables.left_out.items()
         found.truncated = self._tokens.close() if self._tokens else None
         found.done = found.total - found.invalid - found.pending

@@ -14,8 +14,8 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from batch_infer.atomic import KnownFolder
-from batch_infer.engines import Engine, Task, Work
-from batch_infer.engines.launched import MEETING, Launched, Place, join, place
+from batch_infer.engines import Engine, Task, Work, end_unguarded_process
+from batch_infer.engines.launched import Launched, Place, join, place, remove_note
 from batch_infer.engines.local import Local
 from batch_infer.errors import (
     BatchInferError,
@@ -75,6 +75,7 @@ def run(
     leaves_alone: LeavesAlone = is_done,
 ) -> Summary:
     """Score the tables into OUT, going on where an earlier run ended. Raises the errors of `batch_infer.errors`."""
+    end_unguarded_process()
     started = time.monotonic()
     settings = rooted(settings)
     here = _place(settings)
@@ -84,9 +85,9 @@ def run(
         card = find_model(settings)
         with outdir.locked(settings.out):
             settings = finishing_overwrite(settings)
-            (settings.out / MEETING).unlink(missing_ok=True)  # left by a run that was killed
+            remove_note(settings.out)  # left by a run that was killed
             with engine_for(settings, here) as engine:
-                job = prepare(settings, tables, card, engine.find_device(stop))
+                job = prepare(settings, tables, card, engine.find_device())
                 if settings.overwrite:
                     cleanup.clear(settings.out)
                 with _logged(settings.out):

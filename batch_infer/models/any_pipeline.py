@@ -130,17 +130,15 @@ class AnyPipeline:
 
     @contextmanager
     def _told(self) -> Iterator[None]:
-        """Make one sentence of what the pipeline refuses. Raises RowError, and RowBroken for what it does not name."""
+        """Re-raise what the pipeline refuses as RowError, other errors as RowBroken, and device faults as they are."""
         try:
             with out_of_memory_errors():
                 yield
-        except REFUSALS as error:
-            raise RowError(f"{self._name} does not take this row: {first_line(error)}") from error
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, TypeError) as error:
-            if is_device_fault(error):  # the device is lost: not the row's fault
+        except (*REFUSALS, RuntimeError, TypeError) as error:
+            if isinstance(error, torch.OutOfMemoryError) or is_device_fault(error):
                 raise
+            if isinstance(error, REFUSALS):
+                raise RowError(f"{self._name} does not take this row: {first_line(error)}") from error
             raise RowBroken(f"{self._name} broke off: {first_line(error)}") from error
 
     def _has_one_shape(self, card: ModelCard) -> bool:
@@ -153,8 +151,11 @@ class AnyPipeline:
         denoiser: Any = self.denoiser
         processors = dict(getattr(denoiser, "attn_processors", {}))
         try:
-            return has_one_shape(self.pipeline, arguments)
-        except (*REFUSALS, RuntimeError, TypeError):
+            with out_of_memory_errors():
+                return has_one_shape(self.pipeline, arguments)
+        except (*REFUSALS, RuntimeError, TypeError) as error:
+            if isinstance(error, torch.OutOfMemoryError) or is_device_fault(error):
+                raise
             return False
         finally:
             if processors:  # some pipelines put others in for the time of their call

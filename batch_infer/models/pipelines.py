@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from math import gcd
@@ -18,7 +17,8 @@ from diffusers import DiffusionPipeline, ModelMixin
 from batch_infer.errors import ModelError
 from batch_infer.models.components import named_components
 from batch_infer.models.layouts import ANY, CHECKER, PipelineFacts
-from batch_infer.models.loading import LOADING_ERRORS, make_pipeline
+from batch_infer.models.loading import make_pipeline
+from batch_infer.models.untrusted import LOADING_ERRORS, read_object
 from batch_infer.records import SizeRules
 
 ASKED = ("prompt", "generator", "height", "width", "num_inference_steps", "num_images_per_prompt", "output_type")
@@ -90,7 +90,7 @@ def pipeline_class(path: Path) -> Any:
 
 
 def _index(path: Path) -> dict[str, Any]:
-    return dict(json.loads((path / "model_index.json").read_text("utf-8")))
+    return read_object(path / "model_index.json", path.name)
 
 
 def left_out(kind: Any, path: Path) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def _without_weights(kind: Any, folder: Path) -> Any | None:
             if issubclass(kind, ModelMixin):
                 return kind.from_config(kind.load_config(folder, local_files_only=True))
             return kind(kind.config_class.from_pretrained(folder, local_files_only=True))
-    except (*LOADING_ERRORS, NotImplementedError):
+    except LOADING_ERRORS:
         return None
 
 

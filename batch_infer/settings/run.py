@@ -26,6 +26,7 @@ FIELDS = (
 )
 """The columns of a table that say what to render; every other column is carried through."""
 
+IdSource = Literal["row", "content"]
 ImageFormat = Literal["png", "jpeg", "webp"]
 ResultsFormat = Literal["parquet", "csv", "jsonl"]
 Retried = Literal["failed", "flagged", "blocked", "invalid", "missing"]
@@ -62,13 +63,15 @@ class OutputSettings:
 class TableSettings:
     """The tables as the user named them; `columns` maps a field to the table's own name for it ('' takes none).
 
-    `folder` is where relative names start: the current folder of the command that named them.
+    `folder` is where relative names start: the current folder of the command that named them. `id_from` says what the
+    id of a row without one is made of: its file and row number, or its content.
     """
 
     tables: tuple[str, ...]
     columns: Mapping[str, str] = field(default_factory=dict)
     limit: Count | None = None
     folder: Path = Path()
+    id_from: IdSource = "row"
 
 
 @dataclass(frozen=True, slots=True)

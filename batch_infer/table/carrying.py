@@ -10,7 +10,17 @@ from typing import Any
 
 import pyarrow as pa
 
-from batch_infer.carried import common_type, converter, python_reader, result_names, result_type, to_array, weight
+from batch_infer.carried import (
+    as_text,
+    common_type,
+    converter,
+    python_reader,
+    result_names,
+    result_type,
+    to_array,
+    weight,
+)
+from batch_infer.records import digest
 from batch_infer.table.endings import TableFile
 from batch_infer.table.layout import Layout
 from batch_infer.table.parquet import BATCH, Parquet
@@ -18,6 +28,10 @@ from batch_infer.table.raw import RawRow, Reader
 
 LARGEST_ROW = 1 << 20
 """Bytes of a row's carried cells together, so that memory does not grow with what a table holds."""
+
+
+DIGEST = 20
+"""Hexadecimal digits of a row's digest: the chance that two of a billion differing rows share one is 4e-7."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +53,9 @@ class CellReader:
         self._python = {
             field: read for field, name in self.fields.items() if (read := python_reader(kinds.field(name).type))
         }
+        self._kinds = {old: result_type(kinds.field(old).type) for old in opened.layout.carried}
         self._carried = [
-            (old, new, converter(result_type(kinds.field(old).type), schema.field(new).type))
+            (old, new, converter(self._kinds[old], schema.field(new).type))
             for old, new in opened.layout.carried.items()
         ]
 
@@ -50,6 +65,17 @@ class CellReader:
             if cells.get(field) is not None:
                 cells[field] = read(cells[field])
         return cells
+
+    def digest(self, own: Mapping[str, Any], raw: RawRow) -> str:
+        """What a row is known by, whatever file and place it has: a digest of its cells as text.
+
+        Carried cells count: of two rows that differ in them alone, each keeps its image wherever it goes. Empty cells
+        do not, nor how a whole number is stored.
+        """
+        carried = {name: _content(raw.cells.get(name), kind) for name, kind in self._kinds.items()}
+        cells = {field: _content(value) for field, value in own.items()}
+        parts = [{name: text for name, text in part.items() if text} for part in (cells, carried)]
+        return digest(parts)[:DIGEST]
 
     def carried(self, raw: RawRow) -> tuple[dict[str, Any], str | None]:
         """The carried cells by their name in the results, and what is wrong with their size."""
@@ -61,6 +87,13 @@ class CellReader:
                 value = convert(value)
             found[new] = value
         return found, _drop_largest(found) if weight(found.values()) > LARGEST_ROW else None
+
+
+def _content(value: Any, kind: pa.DataType | None = None) -> str:
+    """A cell as text. A whole number is one of float64 where a cell of its column is missing."""
+    if value is None:
+        return ""
+    return as_text(int(value) if value.__class__ is float and value.is_integer() else value, kind)
 
 
 def _drop_largest(cells: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ class Ids:
         self._distinct, self._elsewhere = distinct, elsewhere
         self._database = temporary_database()
         self._database.execute("CREATE TABLE ids (id TEXT PRIMARY KEY) WITHOUT ROWID")
+        self._database.execute("CREATE TABLE counts (name TEXT PRIMARY KEY, number INTEGER) WITHOUT ROWID")
         self._execute = self._database.execute
 
     def add(self, name: str) -> bool:
@@ -32,6 +33,12 @@ class Ids:
         while not self.add(name):
             name += "+"
         return name
+
+    def numbered(self, name: str) -> str:
+        """Give out this name with the number of its occurrence, from 0."""
+        self._execute("INSERT INTO counts VALUES (?, 0) ON CONFLICT (name) DO UPDATE SET number = number + 1", (name,))
+        (number,) = self._execute("SELECT number FROM counts WHERE name = ?", (name,)).fetchone()
+        return self.own(f"{name}-{number}")
 
     def close(self) -> None:
         self._database.close()

@@ -12,7 +12,7 @@ from typing import Any
 
 from batch_infer.errors import TableError
 from batch_infer.records import PromptRequest, ResultRow, Source
-from batch_infer.settings import TableSettings
+from batch_infer.settings import IdSource, TableSettings
 from batch_infer.table.carrying import CellReader, Opened, common_schema, name_carried, with_names
 from batch_infer.table.endings import ID_DIGITS, TableFile, read_ending
 from batch_infer.table.files import find_files, stems_that_meet
@@ -69,7 +69,7 @@ class Tables:
         """
         self._others = others
         self._owners: Mapping[str, str] = {}
-        self._limit = settings.limit
+        self._limit, self._id_from = settings.limit, settings.id_from
         self._remarks: list[str] = []
         self._notes = Notes()
         self._scratch = Scratch()
@@ -125,6 +125,11 @@ class Tables:
     def remarks(self) -> list[str]:
         """What the user should know and no row's fault is: of the files, and once `rows` is through, of their rows."""
         return [*self._remarks, *self._notes.sentences()]
+
+    @property
+    def default_ids(self) -> IdSource | None:
+        """What the ids of rows are made of in tables without an id column, None where there is no such table."""
+        return None if all("id" in opened.layout.fields for opened in self._readable()) else self._id_from
 
     def changed(self) -> list[str]:
         """The user's own files that are not what they were when they were opened."""
@@ -189,6 +194,8 @@ class Tables:
             raise TableError(" · ".join(opened.error for opened in refused))
 
     def _refuse_meeting_ids(self) -> None:
+        if self._id_from == "content":
+            return
         readable = self._readable()
         meeting = stems_that_meet(opened.file for opened in readable)
         for opened in readable:
@@ -212,7 +219,18 @@ class Tables:
                     notes.add(raw.note, Source(opened.file.name, raw.number, raw.line))
                     if raw.note.kind == "blank":
                         continue
-                yield _row(opened.file, cells, raw, ids)
+                yield self._row(opened.file, cells, raw, ids)
+
+    def _row(self, file: TableFile, cells: CellReader, raw: RawRow, ids: Ids) -> tuple[Cells, str | None]:
+        own = cells.own(own_cells(cells.fields, raw.cells.get))
+        value = own.pop("id", None)
+        carried, fault = cells.carried(raw)
+        name, wrong = (None, None) if value is None else _own_id(file, value, ids)
+        if name is None and self._id_from == "content":
+            name = ids.numbered(cells.digest(own, raw))
+        elif name is None:
+            name = ids.own(file.default_id(raw.number))
+        return Cells(name, Source(file.name, raw.number, raw.line), own, carried), raw.error or wrong or fault
 
 
 def _refuse_missing(files: Iterable[TableFile]) -> None:
@@ -246,28 +264,17 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     return found.st_size, found.st_mtime_ns
 
 
-def _row(file: TableFile, cells: CellReader, raw: RawRow, ids: Ids) -> tuple[Cells, str | None]:
-    own = cells.own(own_cells(cells.fields, raw.cells.get))
-    carried, fault = cells.carried(raw)
-    name, error = _id(file, own.pop("id", None), raw, ids)
-    return Cells(name, Source(file.name, raw.number, raw.line), own, carried), error or fault
-
-
-def _id(file: TableFile, value: Any, raw: RawRow, ids: Ids) -> tuple[str, str | None]:
-    """The row's own id, or the default one, and what is wrong with the row."""
-    if value is None:
-        return ids.own(file.default_id(raw.number)), raw.error
-    own, fault = id_text(value), None
+def _own_id(file: TableFile, value: Any, ids: Ids) -> tuple[str | None, str | None]:
+    """The id that a row has itself, or what is wrong with it."""
+    own = id_text(value)
     if isinstance(value, (list, dict)):
-        fault = f"the id is not text but {type(value).__name__}"
-    elif len(own) > LONGEST_TEXT:
-        fault = f"the id has {len(own)} characters, and {LONGEST_TEXT} are the most"
-    elif "\0" in own:
-        fault = "the id holds a NUL byte"
-    elif problem := encoding_fault(own):
-        fault = f"the id {problem}"
-    elif (fault := ids.elsewhere(own, file.name)) is None and not ids.add(own):
-        fault = f"the id {own!r} stands twice"
-    if fault is None:
-        return own, raw.error
-    return ids.own(file.default_id(raw.number)), raw.error or fault
+        return None, f"the id is not text but {type(value).__name__}"
+    if len(own) > LONGEST_TEXT:
+        return None, f"the id has {len(own)} characters, and {LONGEST_TEXT} are the most"
+    if "\0" in own:
+        return None, "the id holds a NUL byte"
+    if problem := encoding_fault(own):
+        return None, f"the id {problem}"
+    if fault := ids.elsewhere(own, file.name):
+        return None, fault
+    return (own, None) if ids.add(own) else (None, f"the id {own!r} stands twice")

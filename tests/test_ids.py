@@ -1,0 +1,99 @@
+"""Ids from content: renaming, sorting, splitting and converting a table changes no id, no seed and no image."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from tests.runs import command, hashes, images, results, run, run_json
+from tests.tables import in_format, read_requests, write_bytes, write_csv, write_parquet
+
+ROWS: list[dict[str, Any]] = [
+    {"prompt": "a red circle", "height": 64, "tag": 1},
+    {"prompt": "a red circle", "height": 64, "tag": 2},
+    {"prompt": "a red circle", "height": 72, "tag": None},
+    {"prompt": "a red circle", "height": 64, "tag": 1},
+    {"prompt": "a blue square", "height": None, "tag": None},
+]
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def known(*tables: Path | str, **options: Any) -> list[tuple[Any, ...]]:
+    """What must be the same wherever a row is, in no order."""
+    found = read_requests(*tables, id_from="content", **options)
+    return sorted((row.id, row.seed, row.prompt, row.params, str(row.carried["tag"])) for row in found)
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "json", "parquet", "csv.gz"])
+def test_content_ids_do_not_depend_on_where_a_row_is(ending: str) -> None:
+    """Nor on how often its table was split and sorted, nor on its format."""
+    expected = known(write_bytes(Path("t.jsonl"), in_format("jsonl", ROWS)))
+    assert len({row[0] for row in expected}) == len(ROWS)
+    shuffled = random.Random(0).sample(ROWS, len(ROWS))
+    parts = [write_bytes(Path(f"s/{n}.{ending}"), in_format(ending, shuffled[n::2])) for n in (0, 1)]
+    found = known("s")
+    assert [(*row[:4], row[4].replace("None", "")) for row in found] == [
+        (*row[:4], row[4].replace("None", "")) for row in expected
+    ]
+    assert known(*reversed(parts)) == found
+
+
+def test_equal_rows_are_numbered_and_own_ids_stay() -> None:
+    write_csv(Path("t.csv"), [["id", "prompt"], ["", "x"], ["mine", "x"], ["", "x"], ["", "y"]])
+    first, mine, second, other = (row.id for row in read_requests("t.csv", id_from="content"))
+    assert mine == "mine"
+    assert (first[:-1], first[-2:], second) == (second[:-1], "-0", f"{first[:-1]}1")
+    assert other[-2:] == "-0"
+    assert len(first) == 22
+
+
+def test_files_of_one_stem_need_no_ids_of_their_own() -> None:
+    for name in ("t.csv", "t.tsv"):
+        write_csv(Path(name), [["prompt"], ["x"]])
+    assert len({row.id for row in read_requests("t.csv", "t.tsv", id_from="content")}) == 2
+
+
+def test_a_whole_number_is_one_however_it_is_stored() -> None:
+    write_parquet(Path("a/t.parquet"), prompt=["x"], n=pa.array([5]))
+    write_parquet(Path("b/t.parquet"), prompt=["x"], n=pa.array([5.0]))
+    (one,), (other,) = (read_requests(folder, id_from="content") for folder in "ab")
+    assert one.id == other.id
+
+
+def test_a_table_that_is_sorted_split_and_renamed_renders_nothing(out: Path) -> None:
+    rows = [["prompt", "tag"], *([f"a {colour} circle", colour] for colour in ("red", "blue", "green", "red"))]
+    table = write_csv(Path("t.csv"), rows)
+    assert run(table, out, "--id-from", "content").code == 0
+    before, files = hashes(out), images(out)
+    table.unlink()
+    write_csv(Path("s/later.csv"), [rows[0], rows[3], rows[1]])
+    write_csv(Path("s/sooner.csv"), [rows[0], rows[4], rows[2]])
+    done = run("s", out, "--id-from", "content", "--json")
+    assert json.loads(done.stdout)["rendered"] == 0
+    assert (hashes(out), images(out)) == (before, files)
+    assert run_json(out)["settings"]["table"]["id_from"] == "content"
+    assert [row["source_file"] for row in results(out)] == ["s/later.csv"] * 2 + ["s/sooner.csv"] * 2
+    # retry and merge take it from run.json.
+    (out / next(iter(files))).unlink()
+    assert command("retry", out, "--status", "missing").code == 0
+    assert command("merge", out).code == 0
+    assert hashes(out) == before
+
+
+def test_another_kind_of_ids_is_told(out: Path) -> None:
+    table = write_csv(Path("t.csv"), [["prompt"], ["a red circle"]])
+    run(table, out)
+    assert "ids      from file name and row number" in command("plan", table, "-o", out, "--steps", "2").stdout
+    done = run(table, out, "--id-from", "content")
+    assert "was made with --id-from row; rows without an id have other ids now" in done.stderr
+    assert len(images(out)) == 2
+    assert len(results(out)) == 1
