@@ -504,7 +504,10 @@ def test_what_a_killed_run_left_half_written_is_removed(table: Path, out: Path) 
     """And nothing in folders of others."""
     run(table, out)
     (out / "run.json").write_text(json.dumps({**run_json(out), "summary": None}))
-    ours, others = out / "images" / "prompts-00000" / ".tmp-1-a-0.png", out / "mine" / ".tmp-1-a.png"
+    ours, others = (
+        out / "images" / "prompts-00000" / ".tmp-0a1b2c3d-1-0123456789ab-a-0.png",
+        out / "mine" / ".tmp-0a1b2c3d-1-0123456789ab-a.png",
+    )
     for path in (ours, others):
         path.parent.mkdir(exist_ok=True)
         path.touch()
