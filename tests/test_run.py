@@ -281,6 +281,8 @@ def test_how_many_rows_may_fail(tmp_path: Path, out: Path, budget: str, code: in
         (["--max-failed", "few"], "--max-failed few"),
         (["--scheduler", "No:Scheduler"], "is not key=value"),
         (["--scheduler", "NoScheduler"], "diffusers has no scheduler NoScheduler"),
+        (["--scheduler", "EulerDiscretScheduler"], "did you mean EulerDiscreteScheduler"),
+        (["--scheduler", "ddim:steps_ofset=1"], "DDIMScheduler has no option steps_ofset; did you mean steps_offset?"),
         (["--model", "./missing"], "missing"),
         (["--safety", "none", "--require-safety"], "do not go together"),
         (["--device", "cuda"], "finds no CUDA device"),
@@ -296,6 +298,8 @@ def test_usage_errors_render_nothing(table: Path, out: Path, options: list[str],
     assert (done.code, done.stdout) == (2, "")
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
+    if "--scheduler" in options:
+        assert "to render" not in done.stderr, "the tables are not scanned first"
     assert not images(out)
     assert not (out / "results.parquet").exists()
 
@@ -510,7 +514,10 @@ def test_what_a_killed_run_left_half_written_is_removed(table: Path, out: Path) 
     """And nothing in folders of others."""
     run(table, out)
     (out / "run.json").write_text(json.dumps({**run_json(out), "summary": None}))
-    ours, others = out / "images" / "prompts-00000" / ".tmp-1-a-0.png", out / "mine" / ".tmp-1-a.png"
+    ours, others = (
+        out / "images" / "prompts-00000" / ".tmp-0a1b2c3d-1-0123456789ab-a-0.png",
+        out / "mine" / ".tmp-0a1b2c3d-1-0123456789ab-a.png",
+    )
     for path in (ours, others):
         path.parent.mkdir(exist_ok=True)
         path.touch()
