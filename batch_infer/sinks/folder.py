@@ -131,8 +131,16 @@ class FolderSink:
         self._make(folder.parent)
         make_folder(folder)
         if folder.parent == self._out:
-            self._known.setdefault(folder, KnownFolder.of(folder))
+            self._know(folder)
         self._made.add(folder)
+
+    def _know(self, folder: Path) -> None:
+        """Watch images/ or quarantine/ as OUT is watched: with a marker where it is on a disk of its own."""
+        marker = self._known[self._out].marker
+        if marker is None:
+            self._known.setdefault(folder, KnownFolder.of(folder))
+        elif folder.is_symlink() or folder.is_mount():  # else it has gone when OUT has
+            self._known.setdefault(folder, KnownFolder.of(folder).marked(marker))
 
 
 def path_aside(path: str) -> str:
