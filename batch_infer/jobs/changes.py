@@ -41,7 +41,8 @@ class Changes:
             return
         options = list(self.causes)
         raise SettingsError(
-            f"{self.images:,} finished image{'s' * (self.images != 1)} in {job.settings.out} would be rendered again and replaced, because "
+            f"{self.images:,} finished image{'s' * (self.images != 1)} in {job.settings.out} would be rendered again "
+            "and replaced, because "
             f"{' and '.join(options)} {'differs' if len(options) == 1 else 'differ'} from the run that made them "
             f"({self}): give the same options again, or add --rerender-changed to render them again, or "
             "--overwrite to start anew"
