@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -344,19 +345,18 @@ print(holder(pathlib.Path(sys.argv[1])))
 
 
 @pytest.fixture
-def shared(out: Path, tmp_path: Path) -> Path:
-    """OUT, to which others come."""
-    out.mkdir(parents=True)
-    for folder in (out, *out.parents):
-        if folder.is_relative_to(tmp_path.parent.parent):
-            folder.chmod(folder.stat().st_mode | 0o055)
-    return out
+def shared() -> Iterator[Path]:
+    """OUT, to which others come. Not below pytest's own folder, which is closed to them."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        out = Path(folder) / "out"
+        out.mkdir()
+        yield out
 
 
-def test_another_user_sees_who_holds_out(shared: Path, holder: subprocess.Popen[str]) -> None:
-    assert f"process {holder.pid}," in as_another_user(SHOW, shared).stdout
-    holder.kill()
-    holder.wait()
+def test_another_user_sees_who_holds_out(shared: Path) -> None:
+    with outdir.locked(shared):
+        assert f"process {os.getpid()}," in as_another_user(SHOW, shared).stdout
     assert as_another_user(SHOW, shared).stdout == "None\n"
 
 

@@ -95,21 +95,9 @@ def prepare(settings: RunSettings, tables: Tables, card: ModelCard, device: Devi
     parts = [] if settings.overwrite else Manifest(settings.out).parts()
     if earlier is not None and parts:
         refuse_other(earlier, record, settings.out)
-        _warn_of_new_ids(settings, tables, earlier)
     rules = make_rules(settings, card, record)
     record = {**record, "rules": asdict(rules), **_number(earlier, parts)}
     return Job(settings, tables, card, compute, record, earlier, rules)
-
-
-def _warn_of_new_ids(settings: RunSettings, tables: Tables, earlier: Mapping[str, Any]) -> None:
-    before = earlier.get("settings", {}).get("table", {}).get("id_from", "row")
-    if tables.default_ids and before != tables.default_ids:
-        log.warning(
-            "--id-from %s: %s was made with --id-from %s; rows without an id have other ids now, and are rendered anew",
-            tables.default_ids,
-            settings.out,
-            before,
-        )
 
 
 def _number(earlier: Mapping[str, Any] | None, parts: Sequence[Path]) -> dict[str, int]:
