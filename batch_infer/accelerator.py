@@ -74,6 +74,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return any(text in str(error) for text in OUT_OF_MEMORY)
 
 
-def is_device_fault(error: RuntimeError | TypeError) -> bool:
+def is_device_fault(error: BaseException) -> bool:
     """Whether an error comes from the device or its libraries, and not from what was computed."""
-    return any(text in str(error) for text in DEVICE_FAULTS)
+    accelerator_error = getattr(torch, "AcceleratorError", ())  # since torch 2.8
+    return isinstance(error, accelerator_error) or any(text in str(error) for text in DEVICE_FAULTS)

@@ -13,7 +13,6 @@ import numpy as np
 from PIL import Image, ImageFilter
 from PIL.PngImagePlugin import PngInfo
 
-from batch_infer import __version__
 from batch_infer.errors import RowError, first_line
 from batch_infer.records import PromptRequest
 from batch_infer.settings import ImageFormat, OnFlagged
@@ -38,8 +37,12 @@ XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 """The mark of a generated image: IPTC Photo Metadata Standard, Digital Source Type `trainedAlgorithmicMedia`."""
 
 
-def parameters_text(request: PromptRequest, scheduler: str, model: str) -> str:
-    """The row's parameters as AUTOMATIC1111's web UI writes them, so that its readers (and others) take them up."""
+def parameters_text(request: PromptRequest, scheduler: str, model_hash: str) -> str:
+    """Format a row's parameters as AUTOMATIC1111's web UI does, so that its readers take them up.
+
+    The model is named by its fingerprint, and this package without its version: the same image then has the same bytes
+    whatever its model's folder is called, and in the next release too.
+    """
     params = request.params
     lines = [request.prompt]
     if request.negative_prompt:
@@ -50,9 +53,9 @@ def parameters_text(request: PromptRequest, scheduler: str, model: str) -> str:
         "CFG scale": f"{params.guidance_scale:g}",
         "Seed": request.seed,
         "Size": f"{params.width}x{params.height}",
-        "Model": model,
+        "Model hash": model_hash,
         "CFG rescale": f"{params.guidance_rescale:g}" if params.guidance_rescale else None,
-        "Version": f"batch-infer {__version__}",
+        "Version": "batch-infer",
     }
     return "\n".join([*lines, ", ".join(f"{k}: {_quoted(v)}" for k, v in fields.items() if v is not None)])
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from batch_infer.chain import ChainShape, DrivenChain, Rendered, Unrendered
 from batch_infer.errors import ModelError, RowBroken
-from batch_infer.models import ModelCard, load_driven, read_card
+from batch_infer.models import ModelCard, any_pipeline, load_driven, read_card
 from batch_infer.models.any_pipeline import AnyPipeline
 from batch_infer.models.pipelines import find_class
 from batch_infer.records import PromptRequest, SizeRules
@@ -268,7 +268,17 @@ def test_what_a_pipeline_raises_is_the_rows_and_not_its_neighbours(
     assert (bad.status == "invalid", bad.error) == (invalid, told)
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("x"), RuntimeError("CUDA error: device-side assert")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("x"),
+        torch.AcceleratorError("an error of the device, by its type"),
+        RuntimeError("CUDA error: device-side assert"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+        RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"),
+        ValueError("CUDA driver error: unknown error"),
+    ],
+)
 def test_a_lost_device_is_no_rows_fault(
     models: dict[str, AnyPipeline], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
@@ -276,6 +286,17 @@ def test_a_lost_device_is_no_rows_fault(
     with pytest.raises(type(error)) as raised:
         models["flux"].render([row("flux", "bad", "bad")], 2)
     assert not isinstance(raised.value, RowBroken)
+
+
+def test_a_device_that_is_lost_while_a_pipeline_loads_is_no_property_of_its_shapes(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> bool:
+        raise RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED")
+
+    monkeypatch.setattr(any_pipeline, "has_one_shape", fail)
+    with pytest.raises(RuntimeError, match="cuDNN error"):
+        load_model(folders["flux"])
 
 
 def test_a_size_that_the_pipeline_rounds_is_refused(models: dict[str, AnyPipeline]) -> None:

@@ -36,21 +36,31 @@ PARAMS = {
 # Where mlflow is. It exports with the batch-infer that is tested, forgets it, and has MLflow load what was exported,
 # which comes with batch-infer's code. All in one process, because torch takes its time to import.
 SCRIPT = r"""
-import json, os, signal, sys, threading, time
+import json, os, signal, subprocess, sys, threading, time
 from pathlib import Path
 
 root, folder, linked = sys.argv[1:4]
 sys.path.insert(0, root)
-import click
 from batch_infer.cli.export_mlflow import export_mlflow
-from batch_infer.errors import SettingsError
+from batch_infer.errors import Interrupted, SettingsError
 
 def export(*words):
     return export_mlflow.main([*words, "-q", "--device", "cpu"], standalone_mode=False)
 
+from batch_infer.atomic import here
+
+ended = subprocess.Popen([sys.executable, "-c", ""])
+ended.wait()
+killed = Path(folder).parent / f".tmp-{here()}-{ended.pid}-0123456789ab-{Path(folder).name}"
+at_work = Path(folder).parent / f".tmp-{here()}-{os.getppid()}-0123456789ab-{Path(folder).name}"
+for left in (killed, at_work):
+    (left / "model").mkdir(parents=True)
+
 options = ["--model", linked, "--scheduler", "DDIMScheduler:eta=0.0", "--no-compile"]
 codes = [export(folder, "--threads", "1", "--slots", "4"), export(folder + "-linked", *options)]
-found = {"codes": codes}
+found = {"codes": codes, "left": [killed.exists(), at_work.exists()]}
+(at_work / "model").rmdir()
+at_work.rmdir()
 try:
     export(folder)
 except SettingsError as error:
@@ -64,7 +74,7 @@ def end_when_it_writes():
 threading.Thread(target=end_when_it_writes).start()
 try:
     export(folder + "-ended")
-except click.Abort:
+except Interrupted:
     found["ended"] = True
 
 sys.path.remove(root)
@@ -153,6 +163,7 @@ def test_a_model_holds_its_files_and_its_code_and_no_pickle(seen: dict[str, Any]
     assert not [file for file in files if file.endswith((".pkl", ".bin", ".pt"))]
     assert not [path for path in folder.rglob("*") if path.is_symlink()]
     assert seen["codes"] == [0, 0]
+    assert seen["left"] == [False, True], "what a killed export left is removed, and what another writes is not"
     assert seen["code"] == str(folder / "code" / "batch_infer" / "__init__.py")
     assert {path.name for path in folder.parent.iterdir()} == {"model", "model-linked", "model-out", "as-in-a-cache"}
 

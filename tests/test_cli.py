@@ -102,7 +102,7 @@ def test_the_summary_names_what_there_is_to_know(capsys: pytest.CaptureFixture[s
         "12,345 rows · 12,000 ok · 0 flagged · 3 invalid · 2 failed",
         "images   o/images",
         "results  o/results.parquet, o/results.csv",
-        "stopped early: 340 left; run the same command again to go on",
+        "stopped early: 340 left; run the same command again to continue",
     ]
 
 

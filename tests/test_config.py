@@ -129,6 +129,7 @@ def test_the_names_of_the_field_are_options_variables_and_keys(tmp_path: Path, m
     ("line", "sentence"),
     [
         ("run t.csv --cfg-scale 3", "run has no option --cfg-scale. Did you mean --guidance-scale?"),
+        ("run t.csv --num-step 3", "run has no option --num-step. Did you mean --steps?"),
         ("run t.csv --output-dir x", "run has no option --output-dir. Did you mean --out?"),
         ("run t.csv --stepps 3", "run has no option --stepps. Did you mean --steps?"),
         ("bench --num-inference-steps 3", "It is an option of run, plan."),

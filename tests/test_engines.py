@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from batch_infer.engines import shift
 from batch_infer.engines.local import Local
-from batch_infer.engines.peers import Patience
+from batch_infer.engines.peers import Patience, hang_up
 from batch_infer.engines.shift import WorkerBroke
 from batch_infer.errors import ModelError, SettingsError, StorageError, WorkersLost
 from batch_infer.manifest import Manifest
 from tests import dummies
 from tests.crew import Rendering
+from tests.tables import write_csv
 
 
 @pytest.mark.promises
@@ -141,6 +144,37 @@ def test_a_device_that_is_not_there_is_told_before_anything_is_rendered() -> Non
         engine.find_device()
 
 
+UNGUARDED = """
+import sys
+from pathlib import Path
+from batch_infer.jobs.plan import plan
+from batch_infer.jobs.run import run
+from batch_infer.models import DEMO_MODEL
+from batch_infer.cli.progress import make_progress
+from batch_infer.settings import ComputeSettings, ModelSettings, RunSettings, TableSettings
+folder = Path(sys.argv[1])
+settings = RunSettings(TableSettings((str(folder / "t.csv"),)), folder / "out", model=ModelSettings(device="cpu"),
+                       compute=ComputeSettings(processes=1))
+if sys.argv[2] == "run":
+    run(settings, make_progress(shown=False))
+else:
+    plan(settings, print)
+"""
+
+
+@pytest.mark.promises
+@pytest.mark.parametrize("job", ["run", "plan"])
+def test_a_script_without_a_main_guard_is_told_what_to_write(tmp_path: Path, job: str) -> None:
+    write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"]])
+    (tmp_path / "script.py").write_text(UNGUARDED)
+    line = [sys.executable, str(tmp_path / "script.py"), str(tmp_path), job]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("batch_infer.errors.SettingsError: the script that calls")
+    assert 'put the call under `if __name__ == "__main__":`' in done.stderr
+
+
 @pytest.mark.promises
 @pytest.mark.parametrize("end", ["left", "killed"])
 def test_workers_end_when_their_parent_does(tmp_path: Path, end: str) -> None:
@@ -150,7 +184,7 @@ def test_workers_end_when_their_parent_does(tmp_path: Path, end: str) -> None:
         process = peer._process
         assert process is not None and process.is_alive()
         if end == "killed":  # as it looks from the other end of the link
-            peer.link.close()
+            hang_up(peer._link)
             process.join(300)
             assert process.exitcode == 1
     assert not process.is_alive()

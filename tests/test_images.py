@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from batch_infer import images
+from batch_infer import __version__, images
 from batch_infer.records import PromptRequest, SamplingParams, Source
 from batch_infer.settings import ImageFormat
 
@@ -48,11 +48,12 @@ def mark_of(content: bytes) -> str:
 
 def test_the_parameters_are_written_as_the_field_writes_them() -> None:
     """Prompt, negative prompt, and one line that begins with the steps: what readers of A1111's images look for."""
-    text = images.parameters_text(replace(REQUEST, params=replace(REQUEST.params, guidance_rescale=0.7)), "S", "m")
+    text = images.parameters_text(replace(REQUEST, params=replace(REQUEST.params, guidance_rescale=0.7)), "S", "a1b2")
     lines = text.split("\n")
     assert lines[:2] == ["a red circle", "Negative prompt: blurry"]
     assert re.match(
-        rf"Steps: 30, Sampler: S, CFG scale: 7.5, Seed: {2**63 - 1}, Size: 768x512, Model: m, CFG rescale: 0.7, ",
+        rf"Steps: 30, Sampler: S, CFG scale: 7.5, Seed: {2**63 - 1}, Size: 768x512, Model hash: a1b2, "
+        "CFG rescale: 0.7, ",
         lines[2],
     )
 
@@ -63,11 +64,17 @@ def test_what_a_row_has_not_is_not_written() -> None:
     assert "rescale" not in text
 
 
+def test_no_byte_depends_on_the_release() -> None:
+    text = images.parameters_text(REQUEST, "DDIMScheduler", "a1b2")
+    assert text.endswith("Version: batch-infer")
+    assert __version__ not in text
+
+
 def test_a_value_that_holds_a_comma_is_quoted() -> None:
     last = images.parameters_text(REQUEST, 'DPM:a=1,b="x"', "a\\b, c").split("\n")[-1]
     found = dict(re.findall(r'\s*([\w ]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last))
     assert found["Sampler"] == r'"DPM:a=1,b=\"x\""'
-    assert found["Model"] == r'"a\\b, c"'
+    assert found["Model hash"] == r'"a\\b, c"'
     assert found["Size"] == "768x512"
 
 

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
 
 import pytest
 
-from batch_infer.engines.launched import MEETING, Launched, Place, find_rank_0, place
-from batch_infer.errors import SettingsError
+from batch_infer.engines import launched as engine_of_launches
+from batch_infer.engines.launched import Launched, Place, find_rank_0, place
+from batch_infer.engines.meeting import MEETING, SECRET, Note, Read, read_note, write_note
+from batch_infer.engines.messages import Hello, encode
+from batch_infer.errors import ServiceError, SettingsError
 from tests.deaths import eventually, table_of, undisturbed, without_bookkeeping
 from tests.paced import MODULE
 from tests.runs import QUICK, assert_whole, hashes, results, run
@@ -140,18 +145,121 @@ def test_a_rank_that_is_asked_to_stop_leaves_its_rows_to_the_others(tmp_path: Pa
     assert_as_expected(out, tmp_path / "reference")
 
 
-def test_strangers_at_the_meeting_place_keep_nobody_out(tmp_path: Path) -> None:
-    """One who goes at once, one who says nothing, and one who does not know the key."""
+def test_strangers_at_the_meeting_place_keep_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One who goes at once, one who says nothing, one who does not know the key, and ones who send garbage."""
+    monkeypatch.setattr(engine_of_launches, "GREETING_SECONDS", 0.5)
     here = Place(0, 2, 0, 2, "127.0.0.1", "this launch")
     (tmp_path / "out").mkdir()
     with Launched("cpu", here, tmp_path / "out") as engine:
-        address = json.loads((tmp_path / "out" / MEETING).read_text())["address"]
+        note = json.loads((tmp_path / "out" / MEETING).read_text())
+        address = note["host"], note["port"]
         socket.create_connection(address).close()
-        with socket.create_connection(address), pytest.raises((AuthenticationError, EOFError, OSError)):
-            Client(tuple(address), authkey=b"wrong")
+        for garbage in (b"", b"GET / HTTP/1.1\r\n\r\n", b"\0\0\0\x10" + b"x" * 16):
+            with socket.create_connection(address) as idle:
+                idle.sendall(garbage)
+                idle.settimeout(60)
+                with suppress(ConnectionResetError):
+                    while idle.recv(1024):  # until it is closed
+                        pass
+        with pytest.raises((AuthenticationError, EOFError, OSError)):
+            Client(address, authkey=b"wrong")
         with meet(tmp_path / "out", "this launch") as link:
-            link.send(1)
+            link.send(Danger(tmp_path / "harm"))
+            with pytest.raises((EOFError, OSError)):
+                link.recv_bytes()
+        with meet(tmp_path / "out", "this launch") as link:
+            link.send_bytes(encode(Hello(1)))
             assert eventually(lambda: any(peer.rank == 1 for peer in engine.newcomers()))
+    assert not (tmp_path / "harm").exists()
+
+
+class Danger:
+    """Makes a folder where its pickle is read."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return os.mkdir, (self._path,)
+
+
+def test_a_note_counts_only_where_it_is_this_users_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    own = Note("launch", "127.0.0.1", 1, "00")
+    write_note(tmp_path, own)
+    found = read_note(tmp_path)
+    assert isinstance(found, Read)
+    assert found.note == own
+    (tmp_path / MEETING).chmod(0o644)
+    assert "is ignored" in str(read_note(tmp_path))
+    (tmp_path / MEETING).chmod(0o600)
+    (tmp_path / MEETING).rename(tmp_path / "note")
+    (tmp_path / MEETING).symlink_to(tmp_path / "note")
+    assert "is ignored" in str(read_note(tmp_path))
+    answers = iter([False, False, True])
+    with caplog.at_level(logging.WARNING, "batch_infer"):
+        assert find_rank_0(tmp_path, "launch", lambda: next(answers)) is None
+    assert "is ignored" in caplog.text
+    (tmp_path / MEETING).unlink()
+    os.mkfifo(tmp_path / MEETING, 0o600)
+    assert "is ignored" in str(read_note(tmp_path))
+
+
+def test_a_note_of_another_user_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the key comes with the environment."""
+    note = Note("launch", "127.0.0.1", 1, "00")
+    write_note(tmp_path, note)
+    user = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+    assert "is ignored" in str(read_note(tmp_path))
+    with pytest.raises(SettingsError, match=f"keeps no owners and modes of files.*set {SECRET}"):
+        write_note(tmp_path, note)
+    monkeypatch.setenv(SECRET, "of all ranks")
+    key = write_note(tmp_path, note)
+    assert json.loads((tmp_path / MEETING).read_text())["key"] == ""
+    found = read_note(tmp_path)
+    assert isinstance(found, Read)
+    assert found.key == key
+
+
+def test_a_rank_that_comes_after_rank_0_has_ended_does_not_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_of_launches, "LATE_SECONDS", 0.0)
+    with Launched("cpu", Place(0, 2, 0, 2, "127.0.0.1", "this launch"), tmp_path):
+        pass
+    assert find_rank_0(tmp_path, "this launch", lambda: False) is None
+    monkeypatch.setattr(engine_of_launches, "COMING_SECONDS", 0.0)
+    monkeypatch.setattr(engine_of_launches, "STARTED", time.time() + 60)
+    with pytest.raises(ServiceError, match="rank 0 has not come"):  # that was an earlier launch of the same name
+        find_rank_0(tmp_path, "this launch", lambda: False)
+
+
+def test_a_master_address_that_is_unknown_is_a_sentence(tmp_path: Path) -> None:
+    with (
+        pytest.raises(SettingsError, match="MASTER_ADDR=nowhere.invalid: rank 0 cannot listen there"),
+        Launched("cpu", Place(0, 2, 0, 2, "nowhere.invalid"), tmp_path),
+    ):
+        pass
+    write_note(tmp_path, Note("launch", "nowhere.invalid", 1, "00"))
+    with pytest.raises(ServiceError, match="MASTER_ADDR=nowhere.invalid is not known on this machine"):
+        find_rank_0(tmp_path, "launch", lambda: False)
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="needs IPv6")
+@pytest.mark.parametrize("local_world", [1, 2])
+def test_a_master_address_may_be_ipv6(tmp_path: Path, local_world: int) -> None:
+    here = Place(0, 2, 0, local_world, "::1", "launch")
+    with Launched("cpu", here, tmp_path) as engine, meet(tmp_path, "launch") as link:
+        link.send_bytes(encode(Hello(1)))
+        assert eventually(lambda: any(peer.rank == 1 for peer in engine.newcomers()))
 
 
 def meet(out: Path, launch: str) -> Connection:
@@ -161,8 +269,7 @@ def meet(out: Path, launch: str) -> Connection:
 
 
 def test_the_note_of_another_launch_is_not_followed(tmp_path: Path) -> None:
-    note = {"launch": "another", "address": ["127.0.0.1", free_port()], "key": ""}
-    (tmp_path / MEETING).write_text(json.dumps(note))
+    write_note(tmp_path, Note("another", "127.0.0.1", free_port(), "00"))
     answers = iter([False, False, True])
     assert find_rank_0(tmp_path, "this launch", lambda: next(answers)) is None
 

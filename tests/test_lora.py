@@ -193,7 +193,7 @@ def test_a_run_says_what_was_added(sd1_folder: Path, files: dict[str, Path], tmp
     assert (lora["path"], lora["weight"]) == (str(files["both"]), 0.5)
     (row,) = results(out)
     with Image.open(out / row["generated_image"]) as image:
-        assert 'Model: "sd1 + both:0.5"' in image.info["parameters"]
+        assert f"Model hash: {run_json(out)['model']['fingerprint']}, " in image.info["parameters"]
     other = go("--lora", f"{files['both']}:0.6")
     assert other.code == 2
     assert "was made with model sd1" in other.stderr
@@ -304,10 +304,11 @@ def test_what_does_not_fit_is_refused(sd1_folder: Path, files: dict[str, Path], 
     [
         ({"conv_in.weight": torch.zeros(1)}, "is not a LoRA"),
         ({"unet.a.lora_A.weight": torch.zeros(1), "unet.a.lora_magnitude_vector": torch.zeros(1)}, "DoRA.*not read"),
-        ({"lora_unet_a.hada_w1_a": torch.zeros(1)}, "holds lora_unet_a.hada_w1_a: DoRA, LoHa and LoKr are not read"),
+        ({"lora_unet_a.hada_w1_a": torch.zeros(1)}, "holds lora_unet_a.hada_w1_a: DoRA, LoHa, LoKr and whole"),
+        ({"lora_unet_a.diff": torch.zeros(1)}, "holds lora_unet_a.diff: .* whole differences are not read"),
         (None, "there is no such file"),
     ],
-    ids=["a checkpoint", "DoRA", "LoHa", "nothing"],
+    ids=["a checkpoint", "DoRA", "LoHa", "difference", "nothing"],
 )
 def test_what_is_no_plain_lora(sd1_folder: Path, tmp_path: Path, tensors: Any, reason: str) -> None:
     path = tmp_path / "odd.safetensors"

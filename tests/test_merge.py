@@ -293,7 +293,7 @@ def test_the_tables_of_a_run_decide_which_rows_there_are(tmp_path: Path) -> None
     assert command("merge", out, "--base64").code == 0, "which the run's own can hold"
     write_csv(table, [["id", "prompt", "n"], ["b", "a blue square", 5], ["c", "a star", 6]])
     done = command("merge", out)
-    assert "1 left: run again to go on" in done.stdout
+    assert "1 left: run again to continue" in done.stdout
     assert [(row["id"], row["n"]) for row in results(out)] == [("b", "5")]
     table.unlink()
     done = command("merge", out)

@@ -178,7 +178,10 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
         "only classes of diffusers and transformers",
     ),
     "no configuration": (lambda f: (f / "unet" / "config.json").unlink(), "unet/config.json is missing"),
-    "no sizes": (lambda f: amend(f / "unet" / "config.json", sample_size="8"), "does not say its sizes"),
+    "no sizes": (
+        lambda f: amend(f / "unet" / "config.json", sample_size="8"),
+        "unet/config.json has sample_size='8', but",
+    ),
     "no scheduler": (lambda f: (f / "scheduler" / "scheduler_config.json").unlink(), "scheduler_config.json is miss"),
     "no words": (
         lambda f: empty(f / "tokenizer"),
@@ -219,7 +222,10 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 UNLOADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda f: (f / UNET).unlink(), "could not be loaded"),
-    "another width": (lambda f: amend(f / "unet" / "config.json", cross_attention_dim=48), "could not be loaded"),
+    "another width": (
+        lambda f: amend(f / "unet" / "config.json", cross_attention_dim=48),
+        "unet/config.json has cross_attention_dim=48, but hidden_size of text_encoder makes 32",
+    ),
     "a UNet with a weight less": (lambda f: lose_a_weight(f, UNET), r"unet lacks 1 tensor \(conv_in.bias\)"),
     "a UNet with a weight more": (lambda f: add_a_weight(f, UNET), r"beside its network's, 1 tensor \(strange\)"),
     "a text encoder with a weight less": (lambda f: lose_a_weight(f, TEXT), r"text_encoder lacks 1 tensor \("),
@@ -289,10 +295,15 @@ def test_a_revision_is_of_the_hub(own: Path) -> None:
 @pytest.mark.parametrize(
     ("scheduler", "reason"),
     [
-        ("NoSuchScheduler", "diffusers has no scheduler NoSuchScheduler; it has .*DDIMScheduler"),
-        ("HeunScheduler", "it has .*HeunDiscreteScheduler"),
+        ("NoSuchScheduler", "diffusers has no scheduler NoSuchScheduler; short names are .*dpm\\+\\+ 2m karras"),
+        ("HeunScheduler", "diffusers has no scheduler HeunScheduler; did you mean .*HeunDiscreteScheduler"),
+        ("EulerDiscretScheduler", "did you mean EulerDiscreteScheduler"),
         ("UNet2DConditionModel", "diffusers has no scheduler UNet2DConditionModel"),
         ("DDIMScheduler:use_karras_sigmas=true", "DDIMScheduler has no option use_karras_sigmas; it has .*clip_sample"),
+        (
+            "euler:use_karras_sigma=true",
+            "EulerDiscreteScheduler has no option use_karras_sigma; did you mean use_karras_sigmas",
+        ),
         ("VQDiffusionScheduler", "cannot be made on this model's scheduler settings"),
         ("FlowMatchEulerDiscreteScheduler", "does not fit: the model has learnt to take noise away, as its PNDMSched"),
         ("UniPCMultistepScheduler:use_flow_sigmas=true", "does not fit: the model has learnt to take noise away"),
@@ -314,9 +325,9 @@ def test_a_scheduler_whose_library_is_missing_names_it(sd1_folder: Path, monkeyp
 
         _backends = ("torch", "torchsde")
 
-    monkeypatch.setattr(diffusers, "NeedyScheduler", NeedyScheduler, raising=False)
-    with pytest.raises(ModelError, match="NeedyScheduler needs torch and torchsde: pip install torch torchsde"):
-        load_family(sd1_folder, "NeedyScheduler")
+    monkeypatch.setattr(diffusers, "DPMSolverSDEScheduler", NeedyScheduler)
+    with pytest.raises(ModelError, match="DPMSolverSDEScheduler needs torch and torchsde: pip install torch torchsde"):
+        load_family(sd1_folder, "DPMSolverSDEScheduler")
 
 
 # What the parts compute

@@ -281,6 +281,8 @@ def test_how_many_rows_may_fail(tmp_path: Path, out: Path, budget: str, code: in
         (["--max-failed", "few"], "--max-failed few"),
         (["--scheduler", "No:Scheduler"], "is not key=value"),
         (["--scheduler", "NoScheduler"], "diffusers has no scheduler NoScheduler"),
+        (["--scheduler", "EulerDiscretScheduler"], "did you mean EulerDiscreteScheduler"),
+        (["--scheduler", "ddim:steps_ofset=1"], "DDIMScheduler has no option steps_ofset; did you mean steps_offset?"),
         (["--model", "./missing"], "missing"),
         (["--safety", "none", "--require-safety"], "do not go together"),
         (["--device", "cuda"], "finds no CUDA device"),
@@ -296,6 +298,8 @@ def test_usage_errors_render_nothing(table: Path, out: Path, options: list[str],
     assert (done.code, done.stdout) == (2, "")
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
+    if "--scheduler" in options:
+        assert "to render" not in done.stderr, "the tables are not scanned first"
     assert not images(out)
     assert not (out / "results.parquet").exists()
 
@@ -331,7 +335,7 @@ def test_a_file_where_out_should_be(tmp_path: Path, table: Path) -> None:
 def test_the_summary_goes_to_stdout(table: Path, out: Path) -> None:
     first = run(table, out, "--results", "csv").stdout
     assert re.match(
-        r"3 rows · \d ok · \d flagged\n3 images in [\d.]+ s \([\d.]+ images/s, slots \d+% full\), [\d.]+ s in all\n",
+        r"3 rows · \d ok · \d flagged\n3 images in [\d.]+ s \([\d.]+ images/s, slot occupancy \d+%\), .* s in all\n",
         first,
     )
     assert f"{out}/results.parquet, {out}/results.csv" in first
@@ -361,6 +365,16 @@ def test_invalid_rows_are_told_on_stderr_and_in_the_log(tmp_path: Path, out: Pat
     assert "invalid in all: 30; results.parquet names each" in done.stderr
     assert "t.csv, line 31 (t-00000029): seed 'ten'" in (out / "logs" / "run.log").read_text()
     assert not images(out)
+
+
+def test_columns_in_the_path_are_rendered_and_carried(tmp_path: Path, out: Path) -> None:
+    for path in ("lang=en/height=72", "lang=__HIVE_DEFAULT_PARTITION__/height=64"):
+        write_parquet(tmp_path / "ds" / path / "part-0.parquet", prompt=["a red circle"])
+    planned = json.loads(command("plan", tmp_path / "ds", "--out", out, *QUICK, "--json").stdout)
+    assert sorted(size["height"] for size in planned["sizes"]) == [64, 72]
+    assert run(tmp_path / "ds", out).code == 0
+    assert [(row["height"], row["lang"]) for row in results(out)] == [(64, None), (72, "en")]
+    assert command("retry", out, "--status", "failed").code == 0
 
 
 def test_remarks_on_the_tables_are_told_by_plan_and_run(tmp_path: Path, out: Path) -> None:
@@ -500,7 +514,10 @@ def test_what_a_killed_run_left_half_written_is_removed(table: Path, out: Path) 
     """And nothing in folders of others."""
     run(table, out)
     (out / "run.json").write_text(json.dumps({**run_json(out), "summary": None}))
-    ours, others = out / "images" / "prompts-00000" / ".tmp-1-a-0.png", out / "mine" / ".tmp-1-a.png"
+    ours, others = (
+        out / "images" / "prompts-00000" / ".tmp-0a1b2c3d-1-0123456789ab-a-0.png",
+        out / "mine" / ".tmp-0a1b2c3d-1-0123456789ab-a.png",
+    )
     for path in (ours, others):
         path.parent.mkdir(exist_ok=True)
         path.touch()
@@ -850,7 +867,7 @@ def test_a_signal_ends_a_run_in_order(
     assert "Traceback" not in stderr
     kept = hashes(out)
     assert 0 < len(kept) < 24
-    assert f"stopped early: {24 - len(kept)} left; run the same command again to go on" in stdout
+    assert f"stopped early: {24 - len(kept)} left; run the same command again to continue" in stdout
     assert run_json(out)["summary"]["left"] == 24 - len(kept)
     assert_whole(out)
     done = run(long_table, out, *STEPS, "--json")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -520,8 +521,8 @@ def test_images_with_more_text_than_pillow_takes_are_judged(tmp_path: Path) -> N
     with Image.open(out / first["generated_image"]) as image:
         image.save(out / first["generated_image"], pnginfo=texts)
     (out / second["generated_image"]).write_bytes(b"\x89PNG\r\n\x1a\nnothing")
-    (part,) = (out / "manifest").iterdir()
-    with_files(part, out)
+    for part in (out / "manifest").iterdir():
+        with_files(part, out)
     done = runs.command("rescore", out, "--safety", "checker", "--on-flagged", "keep")
     assert done.code == 3 and "2 images judged: 1 flagged" in done.stdout, done.stderr
     cross, blue, red = runs.results(out)
@@ -529,6 +530,38 @@ def test_images_with_more_text_than_pillow_takes_are_judged(tmp_path: Path) -> N
     assert blue["error"].startswith("its image cannot be opened (")
     again = runs.run(path, out, *SHARP, "--safety", "checker", "--json")
     assert (again.code, json.loads(again.stdout)["rendered"]) == (0, 1), again.stderr
+
+
+@pytest.mark.parametrize("column", ["id", "prompt"])
+def test_a_damaged_part_does_not_lock_a_folder_that_is_rescored(unjudged: Path, tmp_path: Path, column: str) -> None:
+    """Damage in a column that is read at once, or only for the rows themselves: it is set aside, and `run` renders."""
+    shutil.copytree(unjudged, tmp_path / "folder")
+    out, judged = tmp_path / "folder" / "out", ("--safety", "checker", "--on-flagged", "keep")
+    parts = sorted((out / "manifest").iterdir())
+    rows = pa.concat_tables([pq.read_table(part) for part in parts])
+    half = len(rows) // 2
+    for k, piece in enumerate((rows.slice(0, half), rows.slice(half))):
+        pq.write_table(piece, out / "manifest" / f"part-{k}.parquet", write_page_checksum=True)
+    for part in parts:
+        part.unlink()
+    damage(out / "manifest" / "part-0.parquet", column)
+    done = runs.command("rescore", out, *judged, "--json")
+    assert done.code == 0, done.stderr
+    assert "part-0.parquet is damaged" in done.stderr
+    told = json.loads(done.stdout)
+    assert (told["judged"], told["counts"]["left"]) == (len(rows) - half, half)
+    assert "rescoring" not in runs.run_json(out)
+
+
+def damage(part: Path, column: str) -> None:
+    """Garble a column's pages."""
+    file = pq.ParquetFile(part)
+    chunk = file.metadata.row_group(0).column(file.schema_arrow.get_field_index(column))
+    content = bytearray(part.read_bytes())
+    end = chunk.data_page_offset + chunk.total_compressed_size
+    for place in range(end - 12, end - 4):
+        content[place] ^= 255
+    part.write_bytes(content)
 
 
 def with_files(part: Path, out: Path) -> None:

@@ -29,6 +29,16 @@ from batch_infer.settings import FIELDS, FailureBudget, LoraSpec, RunSettings, S
         ('A:x="trailing"', "A", {"x": "trailing"}),
         ("A:x=", "A", {"x": ""}),
         ("A:x=a=b", "A", {"x": "a=b"}),
+        ("euler", "EulerDiscreteScheduler", {}),
+        ("Euler a", "EulerAncestralDiscreteScheduler", {}),
+        ("DPM++ 2M Karras", "DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+        (
+            "dpmpp_2m_sde-karras:solver_order=3",
+            "DPMSolverMultistepScheduler",
+            {"algorithm_type": "sde-dpmsolver++", "solver_order": 3, "use_karras_sigmas": True},
+        ),
+        ("unipc:solver_type=bh1", "UniPCMultistepScheduler", {"solver_type": "bh1"}),
+        ("euler karras:use_karras_sigmas=false", "EulerDiscreteScheduler", {"use_karras_sigmas": False}),
     ],
 )
 def test_schedulers_and_their_options(text: str, name: str, options: dict[str, Any]) -> None:
@@ -39,6 +49,11 @@ def test_schedulers_and_their_options(text: str, name: str, options: dict[str, A
 
 def test_the_order_of_options_is_no_matter() -> None:
     assert SchedulerSpec.parse("A:x=1,y=2") == SchedulerSpec.parse("A:y=2,x=1")
+
+
+def test_a_short_name_with_a_typing_error_has_a_suggestion() -> None:
+    with pytest.raises(SettingsError, match="did you mean dpm\\+\\+ 2m karras"):
+        SchedulerSpec.parse("dpm++ 2m karas")
 
 
 @pytest.mark.parametrize("text", ["", ":x=1", "A B", "A:x", "A:=1", "A:x=1,", "A:x y=1", "torch.nn:x=1"])

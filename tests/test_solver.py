@@ -197,6 +197,18 @@ class DrawingStub(Stub):
         return (self._rule(model_output, sample, generator),)
 
 
+class TwoStates(Stub):
+    """A scheduler whose first step is not linear, and whose last forgets the sample."""
+
+    def step(self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, **kwargs: Any) -> Any:
+        return (model_output * model_output if timestep > 1 else model_output,)
+
+
+def test_every_step_is_compared_and_not_the_last_alone() -> None:
+    with pytest.raises(ModelError, match="TwoStates with these settings is not linear"):
+        Solver(TwoStates(None))
+
+
 def test_rules_that_are_no_fixed_linear_map_are_refused() -> None:
     assert Solver(Stub(lambda output, sample: sample - 0.1 * output)).table(3).coefficients[2, 0] == 1
     with pytest.raises(ModelError, match="not linear in the model's outputs"):

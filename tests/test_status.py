@@ -64,7 +64,7 @@ def test_a_run_that_goes_on_and_is_killed(table: Path, out: Path) -> None:
     stopped = status(out)
     assert (stopped["state"], stopped["holder"], total(running), total(stopped)) == ("stopped", None, 26, 26)
     assert stopped["counts"]["invalid"] == 1
-    assert command("status", out).stdout.endswith("run again to go on\n")
+    assert command("status", out).stdout.endswith("run the same command again to continue\n")
     assert command("merge", out).code == 0
     assert len(results(out)) == 26 - stopped["left"]
     assert status(out) == stopped
@@ -77,9 +77,9 @@ def test_a_run_before_it_knows_what_there_is(table: Path, out: Path) -> None:
     record = json.loads((out / "run.json").read_text())
     (out / "run.json").write_text(json.dumps({**record, "survey": None, "summary": None}))
     assert status(out)["left"] is None
-    assert "not known how many are left" in command("status", out).stdout
+    assert "total unknown" in command("status", out).stdout
     with outdir.locked(out):
-        assert "the tables are being looked through" in command("status", out).stdout
+        assert "the tables are being scanned" in command("status", out).stdout
 
 
 def test_a_run_that_stopped_early_says_what_is_left(table: Path, out: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -20,15 +21,30 @@ from batch_infer.atomic import KnownFolder
 from batch_infer.engines import Task, devices, launched, local, peers, shift
 from batch_infer.engines.launched import Place
 from batch_infer.engines.ledger import STRIKES, Chunk
-from batch_infer.engines.messages import Found, Idle, Ready, Stop
+from batch_infer.engines.messages import (
+    Alive,
+    Begin,
+    Found,
+    Hello,
+    Idle,
+    NoMore,
+    Ready,
+    Rows,
+    Stop,
+    Wants,
+    decode_from_worker,
+    decode_to_worker,
+    encode,
+)
 from batch_infer.engines.peers import Patience, Peer
 from batch_infer.engines.rank import LAUNCHED, Seat, keep_to
 from batch_infer.engines.shift import Shift
-from batch_infer.errors import Interrupted, ModelError, SettingsError, WorkersLost
+from batch_infer.errors import ModelError, SettingsError, WorkersLost
 from batch_infer.models import read_card
 from batch_infer.records import ResultRow
 from batch_infer.settings import Compute, Device, ModelSettings, OutputSettings, SafetySettings
 from batch_infer.worker import WorkerSettings
+from tests.deaths import eventually
 from tests.rendering import make_request
 
 MIG = "MIG-11111111-aaaa,MIG-22222222-bbbb,MIG-33333333-cccc"
@@ -113,10 +129,10 @@ class Pool:
 
 def heard(end: Connection) -> list[Any]:
     """All that a worker has been told, also where its connection was closed after that."""
-    messages = []
+    messages: list[Any] = []
     with suppress(EOFError):
-        while end.poll():
-            messages.append(end.recv())
+        while end.poll(0.5):
+            messages.append(decode_to_worker(end.recv_bytes()))
     return messages
 
 
@@ -163,7 +179,7 @@ def test_a_rank_with_another_model_does_not_join(tmp_path: Path, monkeypatch: py
     place = Place(1, 2, 1, 2, "127.0.0.1")
     launched.join(place, "auto", tmp_path, settings.card, lambda: False)
     assert taken[0].card == settings.card
-    assert there.recv() == 1
+    assert decode_from_worker(there.recv_bytes()) == Hello(1)
     changes: list[dict[str, Any]] = [{"fingerprint": "other"}, {"scheduler_fingerprint": "other"}]
     for change in changes:
         with pytest.raises(ModelError, match="rank 1: built-in demo model differs from what rank 0 has"):
@@ -181,13 +197,13 @@ def test_a_row_that_workers_give_no_result_for_has_failed(tmp_path: Path) -> Non
         made._take(peer, Idle())
         made._hand_out()
         assert not done
-    chunks = [message for message in heard(end) if isinstance(message, Chunk)]
+    chunks = [message for message in heard(end) if isinstance(message, Rows)]
     assert [[request.id for request in chunk.requests] for chunk in chunks] == [["0"]] * STRIKES
     made._take(peer, Idle())
     assert [(row.id, row.status) for row in done] == [("0", "failed")]
     assert done[0].error == f"{STRIKES} workers gave no result for this row; worker 0 had no other row left"
     made._hand_out()
-    assert heard(end) == [None]
+    assert heard(end) == [NoMore()]
 
 
 def test_a_supervisor_that_was_suspended_does_not_hold_it_against_its_workers(tmp_path: Path, clock: Clock) -> None:
@@ -220,41 +236,108 @@ def silent_worker() -> Iterator[Peer]:
 
 
 def test_a_worker_that_finds_no_device_does_not_hang_the_run(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
-    monkeypatch.setattr(local, "POLL_SECONDS", 0.0)
-
-    def stop() -> bool:
+    def wait_long() -> Iterator[Any]:
         clock.now += 100.0
-        return False
+        return iter(())
 
-    with silent_worker() as peer, pytest.raises(WorkersLost, match="found no device in 600 s"):
-        local._device_of(peer, 600.0, stop)
+    monkeypatch.setattr(local, "POLL_SECONDS", 0.0)
+    with silent_worker() as peer:
+        monkeypatch.setattr(peer, "receive", wait_long)
+        with pytest.raises(WorkersLost, match="found no device in 600 s"):
+            local._device_of(peer, 600.0)
     assert clock.now == 700.0
-    clock.now = 0.0
-    with silent_worker() as peer, pytest.raises(Interrupted):
-        local._device_of(peer, 600.0, lambda: not stop())
-    assert clock.now == 200.0
 
 
-def test_compilation_before_the_first_sign_does_not_extend_later_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
-    monkeypatch.setattr(peers, "time", SimpleNamespace(monotonic=lambda: now))
-    connection, other_end = Pipe()
-    with connection, other_end:
-        peer = Peer(0, connection)
-        patience = Patience(load=3600, start=3600, least=600, factor=10)
+@pytest.mark.parametrize("compiling", [300.0, 3000.0])
+def test_compilation_does_not_extend_patience(clock: Clock, compiling: float) -> None:
+    """Neither that before the first sign, nor that of another size later."""
+    patience = Patience(load=3600, start=3600, least=600, factor=10)
+    with silent_worker() as peer:
         peer.ready = True
         peer.begin()
-        now = 300.0
-        peer.note_sign()
-        now = 900.0
+        for interval in (compiling, 1.0, 1.0, compiling / 6, 1.0):
+            clock.now += interval
+            assert peer.silence(patience) is None
+            peer.note_sign()
+        clock.now += 601.0
+        assert peer.silence(patience) == 601.0
+
+
+def test_a_worker_that_is_to_stop_has_seconds(clock: Clock) -> None:
+    """Whatever it does: load, compile, or wait. A slow step has twice its time."""
+    patience = Patience(stop=4)
+    with silent_worker() as peer:
+        peer.rest()
+        clock.now = 4.5
         assert peer.silence(patience) is None
-        now = 901.0
-        assert peer.silence(patience) == 601
-        peer.note_sign()  # a regular interval of 601 s does extend it
-        now = 901.0 + 6010
-        assert peer.silence(patience) is None
-        now += 1
-        assert peer.silence(patience) == 6011
+        assert peer.silence(patience, is_stopping=True) == 4.5
+        peer.begin()
+        for _ in range(3):
+            clock.now += 10.0
+            peer.note_sign()
+        clock.now += 20.0
+        assert peer.silence(patience, is_stopping=True) is None
+        clock.now += 0.5
+        assert peer.silence(patience, is_stopping=True) == 20.5
+
+
+def test_rows_go_to_each_worker_as_soon_as_it_is_ready(tmp_path: Path) -> None:
+    """The first does not take the share of the other, which loads its model."""
+    pool = Pool(2)
+    ready: list[str] = []
+    made = shift_of(pool, tmp_path, rows=8)
+    made._ready = lambda: ready.append("ready")
+    made._awaited = {0, 1}
+    first, second = pool.peers
+    made._take(first, Ready())
+    for message in (Idle(), Wants(), Wants()):
+        made._take(first, message)
+        made._hand_out()
+    handed = heard(pool.ends[0])
+    assert [type(message) for message in handed] == [Begin, Rows, Rows, NoMore]
+    assert [request.id for message in handed[1:3] for request in message.requests] == ["0", "1", "2", "3"]
+    made._take(second, Ready())
+    made._take(second, Idle())
+    made._hand_out()
+    assert [request.id for request in heard(pool.ends[1])[1].requests] == ["4"]
+    assert ready == ["ready"]
+
+
+def test_a_frozen_worker_does_not_hold_up_the_supervisor(tmp_path: Path) -> None:
+    """It reads nothing, and has sent half a message."""
+    pool = Pool(2)
+    shift_of(pool, tmp_path)
+    frozen, other = pool.peers
+    os.write(pool.ends[0].fileno(), b"\0\0\1\0half")
+    request = replace(make_request("0"), prompt="x" * 400_000)
+    for _ in range(8):
+        frozen.send(Rows((request,), False, b""))
+    pool.ends[1].send_bytes(encode(Alive()))
+    assert eventually(lambda: list(other.receive()) == [Alive()])
+    assert list(frozen.receive()) == []
+    frozen.kill()
+    assert not any(thread.is_alive() for thread in frozen._threads)
+
+
+def test_carried_cells_arrive_as_they_were_sent() -> None:
+    schema = pa.schema([("text", pa.string()), ("at", pa.timestamp("ns")), ("many", pa.list_(pa.int64()))])
+    cells = {"text": "a", "at": 10**18 + 1, "many": [2**53 + 1]}
+    chunk = Chunk(tuple(replace(make_request(str(k)), carried=cells) for k in range(2)), True)
+    message = decode_to_worker(encode(Rows.of(chunk, schema)))
+    assert isinstance(message, Rows)
+    assert message.chunk() == chunk
+
+
+def test_what_is_no_message_ends_the_connection(caplog: pytest.LogCaptureFixture) -> None:
+    """A pickle is none."""
+    connection, end = Pipe()
+    with caplog.at_level(logging.WARNING, "batch_infer"), end:
+        peer = Peer(1, connection)
+        end.send({"a": "pickle"})
+        assert peer.news.wait(60)
+        with pytest.raises(EOFError):
+            list(peer.receive())
+    assert "worker 1 sent what is no message" in caplog.text
 
 
 def test_a_worker_whose_every_step_is_slow_is_not_taken_for_a_hung_one(clock: Clock) -> None:

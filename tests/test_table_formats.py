@@ -552,6 +552,52 @@ def test_parameters_are_cells_of_rows_that_have_none(first: str) -> None:
     assert [item.carried["who"] for item in found] == ["me", "me", "you", "me"]
 
 
+@pytest.mark.parametrize("packing", ["", ".gz"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf\n"])
+def test_json_lines_may_be_named_json(packing: str, mark: bytes) -> None:
+    """As Spark and `datasets.to_json` name them."""
+    rows: list[dict[str, Any]] = [
+        {"prompt": "x", "data": {"a": 1}, "tag": "t"},
+        {"prompt": "y", "data": None, "seed": 3},
+    ]
+    expected = essence(read_requests(write("t.jsonl", in_format("jsonl", rows))))
+    content = mark + in_format("jsonl", rows)
+    found = read_requests(write(f"t.json{packing}", pack("gz", content) if packing else content))
+    assert essence(found) == expected
+    assert [item.source.line for item in found] == ([1, 2] if not mark else [2, 3])
+    assert [item.carried["tag"] for item in found] == ["t", None]
+
+
+def test_one_line_of_json_is_a_row_where_it_has_a_prompt() -> None:
+    assert [item.prompt for item in read_requests(write("t.json", '{"prompt": "x"}'))] == ["x"]
+    (found,) = read_requests(write("t.json", '{"caption": "x"}\n'), columns={"prompt": "caption"})
+    assert found.prompt == "x"
+
+
+def test_a_broken_first_line_of_json_lines_named_json_costs_its_own_row() -> None:
+    bad, good = read(write("t.json", '{"prompt": "a red\n{"prompt": "b"}\n'))
+    assert "line 1 is not JSON" in (errors_of([bad])[0] or "")
+    assert good.prompt == "b"
+
+
+def test_a_batch_file_of_openai_may_be_named_json() -> None:
+    lines = [batch_line("a", prompt="x"), batch_line("b", prompt="y")]
+    assert [item.id for item in read_requests(write("t.json", in_format("jsonl", lines)))] == ["a", "b"]
+
+
+def test_a_payload_on_one_long_line_may_begin_with_any_key() -> None:
+    payload = {"version": 1, "input_data": {"columns": ["prompt"], "data": ["y" * 9_000] * 30}}
+    found = read(write("t.json", payload))
+    assert [len(item.prompt or "") for item in found] == [9_000] * 30
+
+
+@pytest.mark.parametrize("packing", ["", ".zst"])
+def test_a_long_first_line_of_json_lines_named_json(packing: str) -> None:
+    content = in_format("jsonl", [{"prompt": "x", "tag": "é" * 200_000}, {"prompt": "y"}])
+    found = read_requests(write(f"t.json{packing}", pack("zst", content) if packing else content))
+    assert [item.prompt for item in found] == ["x", "y"]
+
+
 def test_a_payload_of_no_rows_is_a_table_of_no_rows() -> None:
     assert read(write("t.json", {"input_data": {"columns": ["prompt"], "data": []}})) == []
 
@@ -634,7 +680,8 @@ def test_a_document_that_breaks_off_gives_what_stands_before(content: str, rows:
     "content",
     [
         '{"prompt": ["x"]}',
-        '{"prompt": "x"}\n{"prompt": "y"}',
+        '{"prompt": {"0": "x"}, "seed": {"0": 1}}',
+        '{\n  "prompt": "x"\n}\n{\n  "prompt": "y"\n}',
         '{"input_data": ["x"]}',
         '{"data": "x"}',
         '"x"',
@@ -645,7 +692,7 @@ def test_a_document_that_breaks_off_gives_what_stands_before(content: str, rows:
 def test_other_documents_are_told_which_are_read(content: str) -> None:
     refusal = refusal_of(write("t.json", content))
     assert refusal.startswith('t.json is no table: a .json holds [{"prompt": ...}, ...], ["a prompt", ...] or {"input')
-    assert refusal.endswith("one object a line is a .jsonl")
+    assert refusal.endswith("or one object with a prompt a line")
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def _object(outcome: Rendered | Unrendered, deployment: Deployment) -> dict[str,
         if left is None:
             return _without_image(request.prompt, nsfw, why_flagged(outcome.verdict))
         pixels = left
-    parameters = images.parameters_text(request, card.scheduler_name, card.title)
+    parameters = images.parameters_text(request, card.scheduler_name, card.fingerprint)
     file = base64.b64encode(images.encode(pixels, settings.output.image_format, parameters)).decode("ascii")
     return {"prompt": request.prompt, "generated_image": file, "nsfw_content_detected": nsfw}
 

@@ -149,7 +149,7 @@ def _print(report: Report) -> None:
     ours, peak = report.ours.more, report.peak
     shares = ", ".join(f"{stage} {share:.1%}" for stage, share in ours["stage_shares"].items() if share)
     say()
-    say(f"slots    {ours['occupancy']:.1%} full; time: {shares}")
+    say(f"slots    occupancy {ours['occupancy']:.1%}; time: {shares}")
     product = f"a large matrix product came to {peak.matmul_tflops:.4g}"
     told = product if peak.source == "measured matmul" else f"{peak.source} {peak.tflops:.4g}; {product}"
     say(f"MFU      of {peak.tflops:.4g} TFLOP/s ({told})")
@@ -159,7 +159,7 @@ def _print(report: Report) -> None:
     for point in report.sweep.points:
         say(_swept(point))
     if report.sweep.beyond is not None:
-        say(f"{report.sweep.beyond:4} slots: more than memory holds")
+        say(f"{report.sweep.beyond:4} slots: out of memory")
 
 
 def _print_conditions(report: Report) -> None:
@@ -175,7 +175,7 @@ def _print_conditions(report: Report) -> None:
     say(f"{number(table.rows, 'row')} of {steps} steps, {table.unguided:.0%} without guidance, {sizes}")
     slots = " or ".join(str(count) for count in dict.fromkeys(report.ours.more["slots"].values()))
     say(
-        f"{table.row_forwards:,} row-forwards, {table.tflop:,.4g} TFLOP; {slots} slots; "
+        f"{table.row_forwards:,} UNet evaluations, {table.tflop:,.4g} TFLOP; {slots} slots; "
         f"{number(conditions['rounds'], 'round')}"
     )
 
@@ -193,6 +193,6 @@ def _speed(ratio: float) -> str:
 
 def _swept(point: SweepPoint) -> str:
     return (
-        f"{point.slots:4} slots: {point.images_per_second:.3f} images/s, slots {point.occupancy:.1%} full; "
+        f"{point.slots:4} slots: {point.images_per_second:.3f} images/s, occupancy {point.occupancy:.1%}; "
         f"the bare UNet allows {point.ceiling:.3f}"
     )

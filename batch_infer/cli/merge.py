@@ -48,5 +48,5 @@ def merge(
             say(told_counts(counts))
             say(told_results(out, formats))
             if counts.left:
-                say(f"{counts.left:,} left: run again to go on")
+                say(f"{counts.left:,} left: run again to continue")
     return 0

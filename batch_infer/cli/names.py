@@ -12,7 +12,9 @@ from batch_infer.errors import SettingsError
 
 PREFIX = "BATCH_INFER_"
 ENDPOINT_VARIABLES = ("BATCH_INFER_PREDICTIONS", "BATCH_INFER_REQUEST_TIMEOUT")
-"""Variables that only the Azure ML scoring scripts read. Every other one belongs to an option."""
+"""Variables that only the Azure ML scoring scripts read."""
+LAUNCH_VARIABLES = ("BATCH_INFER_LAUNCH_SECRET",)
+"""Variables that only ranks under a launcher read. Every other one belongs to an option."""
 _KUBERNETES = re.compile(
     rf"{PREFIX}(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
 )
@@ -66,22 +68,21 @@ def variables_of_option(option: click.Option) -> list[str]:
 
 def suggest(name: str, known: Iterable[str]) -> str | None:
     """Return the known name that is most likely meant, or None."""
-    names = list(known)
-    if (meant := SYNONYMS.get(name)) in names:
-        return meant
-    return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=_CUTOFF)), None)
+    names = {each: each for each in known}
+    meant = {synonym: option for synonym, option in SYNONYMS.items() if option in names} | names
+    return next((meant[near] for near in difflib.get_close_matches(name, meant, n=1, cutoff=_CUTOFF)), None)
 
 
 def check_environment(environment: Mapping[str, str], group: click.Group) -> None:
     """Raise SettingsError for a BATCH_INFER_ variable that has a value and that nothing reads."""
-    known = variables_of(group).union(ENDPOINT_VARIABLES)
+    known = variables_of(group).union(ENDPOINT_VARIABLES, LAUNCH_VARIABLES)
     unknown = sorted(
         name
         for name, value in environment.items()
         if value and name.startswith(PREFIX) and name not in known and not _KUBERNETES.fullmatch(name)
     )
     if unknown:
-        raise SettingsError("; ".join(_unknown_variable(name, known) for name in unknown))
+        raise SettingsError(" · ".join(_unknown_variable(name, known) for name in unknown))
 
 
 def _unknown_variable(name: str, known: set[str]) -> str:

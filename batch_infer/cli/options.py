@@ -97,7 +97,7 @@ model_options = _together(
         "--scheduler",
         metavar="NAME[:KEY=VALUE,...]",
         help="A diffusers scheduler, made from the model's own scheduler settings: "
-        "UniPCMultistepScheduler:solver_order=3.",
+        "UniPCMultistepScheduler:solver_order=3, or a short name: euler, euler a, dpm++ 2m karras, ddim, unipc.",
     ),
     _option_with_aliases(
         "--slots",

@@ -29,7 +29,7 @@ DEFAULT_IDS = {
     "content": "from the content of each row: renaming, sorting or splitting the tables changes none",
 }
 FILES_SHOWN = 100
-TOO_SHORT = "less: a run stops then with exit code 75, and the same command goes on"
+TOO_SHORT = "too short: a run stops then with exit code 75, and the same command continues"
 
 
 @click.command(context_settings={"auto_envvar_prefix": "BATCH_INFER"})
@@ -41,7 +41,7 @@ def plan(time_limit: float | None, as_json: bool, quiet: bool, verbose: bool, **
     """Say what `run` would do, and render nothing.
 
     The options are those of `run`. Every row is validated, and each faulty one named with its reason. Then come the
-    sizes, the row-forwards (rows of UNet calls, of which a row with guidance takes two a step), the time, the disk
+    sizes, the UNet evaluations (a row with guidance takes two for each step), the time, the disk
     and, with --price-per-hour, the cost. What OUT holds already is not counted again. The time is told from a short
     calibration, or from the last run, which are remembered; with --time-limit, also whether that is enough (with -q,
     only where it is not).
@@ -68,7 +68,7 @@ def plan(time_limit: float | None, as_json: bool, quiet: bool, verbose: bool, **
             else:
                 _print(found, faults, settings)
                 if time_limit is not None:
-                    say(f"limit    {duration(time_limit)}, and that is {'enough' if enough else TOO_SHORT}")
+                    say(f"limit    {duration(time_limit)}, {'sufficient' if enough else TOO_SHORT}")
     if found.refused:
         raise SettingsError(found.refused)
     return 0 if within else ROWS_FAILED
@@ -118,12 +118,12 @@ def _print(plan: Plan, faults: IO[str], settings: RunSettings) -> None:
         return
     if why := explain(plan.reasons, plan.changes):
         say(f"{plan.pending:,} to render: {why}")
-    say(f"{'size':12}{'images':>12}{'row-forwards':>16}{'UNet calls':>14}{'device time':>16}")
+    say(f"{'size':12}{'images':>12}{'evaluations':>16}{'UNet calls':>14}{'device time':>16}")
     for size in plan.sizes:
         name, time = f"{size.width}x{size.height}", duration(size.seconds)
         say(f"{name:12}{size.images:12,}{size.row_forwards:16,}{size.ticks:14,}{time:>16}")
     slots = sorted({size.slots for size in plan.sizes})
-    say(f"slots    {' to '.join(map(str, slots[:1] + slots[1:][-1:]))}, {plan.occupancy:.0%} full")
+    say(f"slots    {' to '.join(map(str, slots[:1] + slots[1:][-1:]))}, occupancy {plan.occupancy:.0%}")
     if plan.processes > 1:
         say(f"workers  {plan.processes}, each with a device of its own")
     say(f"time     about {duration(plan.seconds)}, as measured {plan.measured_at:%Y-%m-%d %H:%M} UTC")

@@ -75,7 +75,7 @@ def report(summary: Summary, out: Path, results: Sequence[str], *, as_json: bool
         which = "most" if counts.ok else "all"
         say(f"{which} images are flagged: check the prompts, or keep them in another --out (--on-flagged keep)")
     if (rate := summary.images_per_second) is not None:
-        full = f", slots {summary.occupancy:.0%} full" if summary.occupancy else ""
+        full = f", slot occupancy {summary.occupancy:.0%}" if summary.occupancy else ""
         spent, whole = duration(summary.rendering_seconds), duration(summary.seconds)
         say(f"{number(summary.rendered, 'image')} in {spent} ({rate:.2f} images/s{full}), {whole} in all")
         if summary.cost is not None:
@@ -85,7 +85,7 @@ def report(summary: Summary, out: Path, results: Sequence[str], *, as_json: bool
     say(f"images   {out / 'images'}")
     say(told_results(out, results))
     if summary.undone:
-        say(f"stopped early: {summary.undone:,} left; run the same command again to go on")
+        say(f"stopped early: {summary.undone:,} left; run the same command again to continue")
     elif counts.left:
         say(f"{counts.left:,} left: `batch-infer run` renders them")
 

@@ -41,7 +41,7 @@ def rescore(out: Path, tables: tuple[str, ...], as_json: bool, quiet: bool, verb
     The service is asked about the prompts too: an image whose prompt it refuses is flagged. A flagged image that was
     blanked, blurred or dropped cannot be judged again: it stays flagged, and its error says so; `retry --status
     flagged` renders it. One that is missing, damaged or cannot be opened, or has no answer, has failed and is left to
-    `run`, and so is a prompt that is refused no more. A kill loses no image: the same command goes on.
+    `run`, and so is a prompt that is no longer blocked. A kill loses no image: the same command goes on.
 
     Exit codes: 0; 2 usage or settings; 3 where some failed; 75 stopped, or the service is down: run again to go on.
     """

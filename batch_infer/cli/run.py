@@ -32,17 +32,18 @@ def run(
 ) -> int:
     """Score the prompts of TABLE... into OUT.
 
-    TABLE is a file (.csv, .tsv, .parquet, .jsonl, .ndjson, .json, .txt, each also .gz or .zst), a folder of them, a
-    glob in quotes, a URL (s3://, https://, ...), or - for standard input. Its column `prompt` is rendered; id,
-    negative_prompt, seed, height, width, num_inference_steps, guidance_scale, guidance_rescale and
+    TABLE is a file (.csv, .tsv, .parquet, .pq, .jsonl, .ndjson, .json, .txt, each also .gz, .bz2, .xz or .zst), a
+    folder of them, a glob in quotes, a URL (s3://, https://, ...), or - for standard input. Its column `prompt` is
+    rendered; id, negative_prompt, seed, height, width, num_inference_steps, guidance_scale, guidance_rescale and
     num_images_per_prompt are taken where they stand, and every other column is carried through to the results.
+    Folders named key=value in the path of a file are columns too.
 
-    Run the same command again to go on: what is done is skipped, what is new or changed is rendered.
+    Run the same command again to continue: what is done is skipped, what is new or changed is rendered.
 
     Every option is also an environment variable: BATCH_INFER_STEPS=30 is --steps 30.
 
     Exit codes: 0 all rows accounted for; 2 usage or settings; 3 more rows failed or were invalid than --max-failed;
-    75 stopped early (a signal, --time-limit, another run in OUT), run again to go on; 1 a bug.
+    75 stopped early (a signal, --time-limit, another run in OUT), run again to continue; 1 a bug.
     """
     set_up_logging(quiet=quiet, verbose=verbose)
     with stoppable(time_limit) as stop, Metrics(metrics_file, options["out"], options["model"] or "demo") as metrics:

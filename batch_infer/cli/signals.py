@@ -33,7 +33,7 @@ def report_time_limit(stop: Stopper, left: int) -> None:
     """Say that the time limit stopped the command, if it did and `left` images are not done."""
     if stop.reason == TIME_LIMIT and left and stop.time_limit is not None:
         stop_log.warning(
-            "the time limit of %s came, and %s left: run the same command again to go on",
+            "the time limit of %s came, and %s left: run the same command again to continue",
             duration(stop.time_limit),
             f"{number(left, 'image')} {'is' if left == 1 else 'are'}",
             extra={"left": left},

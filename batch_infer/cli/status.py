@@ -28,7 +28,7 @@ def status(out: Path, as_json: bool, quiet: bool, verbose: bool) -> int:
     Says what is done, flagged, blocked, failed and left, also while the run is going on. Counted are results: a row
     has one for each image. What a run that was killed has committed counts as done.
 
-    Exit codes: 0; 2 if OUT holds no run, and of that alone -q tells.
+    Exit codes: 0; 2 if OUT holds no run. With -q only this error is printed.
     """
     set_up_logging(quiet=quiet, verbose=verbose)
     from batch_infer.jobs.status import status as look
@@ -51,13 +51,13 @@ def _print(standing: Standing, out: Path) -> None:
     if standing.left is not None:
         left = f"{standing.left:,} left"
     elif standing.state == "open":
-        left = "an endpoint's, which knows its tables one by one"
+        left = "total unknown (Azure ML endpoint output)"
     else:
-        left = "the tables are being looked through" if standing.holder else "not known how many are left"
+        left = "the tables are being scanned" if standing.holder else "total unknown"
     say(" · ".join([*told, left]))
     if standing.images_per_second and standing.seconds_left is not None:
         say(f"{standing.images_per_second:.2f} images/s, about {duration(standing.seconds_left)} to go")
     if standing.state == "stopped":
-        say("run again to go on")
+        say("run the same command again to continue")
     if standing.state == "rescoring":
-        say("its images are being judged again: `batch-infer rescore` goes on with that")
+        say("its images are being checked again: run the same `batch-infer rescore` to continue")

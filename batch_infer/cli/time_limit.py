@@ -1,4 +1,4 @@
-"""DURATION: a length of time on the command line, as `--time-limit` takes it."""
+"""DURATION: a duration on the command line, as `--time-limit` takes it."""
 
 from __future__ import annotations
 
@@ -28,5 +28,7 @@ class Duration(click.ParamType):  # type: ignore[type-arg]  # generic in click 8
             found = parts.groupdict() if parts else {}
             seconds = sum(float(count) * UNITS[unit] for unit, count in found.items() if count)
         if not 0 < seconds < math.inf:
-            self.fail(f"{value!r} is no length of time: say 90s, 30m, 2h, 1h30m, 1d or a number of seconds", param, ctx)
+            self.fail(
+                f"{value!r} is not a duration (examples: 90s, 30m, 2h, 1h30m, 1d, or a number of seconds)", param, ctx
+            )
         return seconds

@@ -9,14 +9,14 @@ import click
 
 
 class Column(click.ParamType):  # type: ignore[type-arg]  # generic in click 8.5, not so in 8.1
-    """FIELD=NAME; in the environment several stand apart by semicolons, since names hold blanks."""
+    """FIELD=NAME; in the environment, semicolons separate several, since names may hold blanks."""
 
     name = "FIELD=NAME"
     envvar_list_splitter = ";"
 
 
 class Lora(click.ParamType):  # type: ignore[type-arg]
-    """FILE[:WEIGHT]; in the environment several stand apart by semicolons, since paths hold blanks and colons."""
+    """FILE[:WEIGHT]; in the environment, semicolons separate several, since paths may hold blanks and colons."""
 
     name = "FILE[:WEIGHT]"
     envvar_list_splitter = ";"

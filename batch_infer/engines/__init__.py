@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
 
+from batch_infer.engines.unguarded import end_unguarded_process
 from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.settings import Device
 from batch_infer.worker import Account, WorkerSettings
+
+__all__ = ["Engine", "Task", "Work", "end_unguarded_process"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +49,8 @@ class Engine(Protocol):
         """How many there are, each with a device of its own; known with the device."""
         ...
 
-    def find_device(self, stop: Callable[[], bool] = lambda: False) -> Device:
-        """Raises SettingsError where what was asked for is not there, and Interrupted once `stop` says so."""
+    def find_device(self) -> Device:
+        """Raises SettingsError where the requested device is missing, WorkersLost where none is found in time."""
         ...
 
     def render(
@@ -59,7 +62,7 @@ class Engine(Protocol):
     ) -> Work:
         """Have all requests rendered and committed, or as many as are until `stop` says so.
 
-        `ready` is called once, when models are loaded and the first rows go to a worker.
+        `ready` is called once, when the first worker has loaded its model and gets rows.
         `committed` is told of rows once they are in the manifest; of these, status, size and length are true, and texts
         may be left out. Raises ModelError and SettingsError before anything is rendered, StorageError, WorkersLost.
         """

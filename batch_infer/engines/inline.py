@@ -27,7 +27,7 @@ class Inline:
         """`asked`: the --device."""
         self._asked = asked
 
-    def find_device(self, stop: Callable[[], bool] = lambda: False) -> Device:
+    def find_device(self) -> Device:
         return find_device(self._asked)
 
     def render(

@@ -1,42 +1,53 @@
 """The launched engine: workers that somebody else's launcher starts (torchrun, accelerate launch), on one node or many.
 
-Rank 0 hands out the rows, and its own share is rendered by a process that it starts. It tells the other ranks through
-OUT, which all of them see, where to come, and a key without which nobody is heard. No process group is formed: ranks
-never wait for each other.
+Rank 0 hands out the rows, and its own share is rendered by a process that it starts. It tells the other ranks its
+address through a note in OUT, which all of them see. Both sides of a connection prove that they know a key: the one in
+the note, which only its owner can read, or the one in the environment. No process group is formed: ranks never wait for
+each other.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import queue
 import secrets
+import socket
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge
+from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from pathlib import Path
-from threading import Thread
+from threading import Thread, Timer
 
-from batch_infer.atomic import KnownFolder, replacing
+import msgspec
+
+from batch_infer.atomic import KnownFolder
 from batch_infer.engines.local import Local
-from batch_infer.engines.messages import Stop
-from batch_infer.engines.peers import Peer
+from batch_infer.engines.meeting import MEETING, Note, read_note, write_note
+from batch_infer.engines.messages import Hello, Stop, decode_from_worker, encode
+from batch_infer.engines.peers import Peer, hang_up
 from batch_infer.engines.rank import Parent, Seat, work
 from batch_infer.errors import ModelError, ServiceError, SettingsError
 from batch_infer.models import ModelCard
 from batch_infer.settings import Device
+from batch_infer.stopping import StopRequested
 from batch_infer.worker import WorkerSettings
 
-MEETING = ".crew"
-"""Where rank 0 says, in OUT, how it is reached."""
 LOOK_SECONDS = 0.5
 COMING_SECONDS = 1800.0
 """How long the others look for rank 0: it may fetch a model first."""
 LATE_SECONDS = 20.0
 """How long rank 0, when all is done, waits for those who have not come yet, to tell them so."""
+GREETING_SECONDS = 30.0
+"""How long a connection may take to prove that it knows the key."""
+GREETING_BYTES = 256
+STARTED = time.time()
+"""When this process started."""
+
+log = logging.getLogger("batch_infer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +89,10 @@ class Launched(Local):
         self._closed = False
 
     def __enter__(self) -> Launched:
-        self._key = secrets.token_bytes(32)
-        # From all sides where others are on other machines: the name of this one may mean its loopback here.
-        alone = self._here.world == self._here.local_world
-        self._listener = Listener((self._here.address if alone else "", 0))
-        with replacing(self._out / MEETING, parents=False) as temporary:
-            temporary.touch(mode=0o600)
-            address = [self._here.address, self._listener.address[1]]
-            note = {"launch": self._here.launch, "address": address, "key": self._key.hex()}
-            temporary.write_text(json.dumps(note))
+        self._listener = _listen(self._here)
+        port = self._listener.getsockname()[1]
+        self._note = Note(self._here.launch, self._here.address, port, secrets.token_hex(32))
+        self._key = write_note(self._out, self._note)
         Thread(target=self._accept, daemon=True).start()
         super().__enter__()
         return self
@@ -97,13 +103,16 @@ class Launched(Local):
             for peer in self.newcomers():
                 peer.send(Stop())
             time.sleep(LOOK_SECONDS)
-        (self._out / MEETING).unlink(missing_ok=True)
+        if self._missing > 0 and kind is None:  # those that come later need not wait
+            write_note(self._out, msgspec.structs.replace(self._note, has_ended=True))
+        else:
+            remove_note(self._out)
         self._closed = True
         self._listener.close()
         super().__exit__(kind)
 
-    def find_device(self, stop: Callable[[], bool] = lambda: False) -> Device:
-        device = replace(super().find_device(stop), count=self._here.local_world)
+    def find_device(self) -> Device:
+        device = replace(super().find_device(), count=self._here.local_world)
         self.workers = self._here.world
         return device
 
@@ -119,16 +128,50 @@ class Launched(Local):
     def _accept(self) -> None:
         while not self._closed:
             with suppress(OSError):  # a connection that was gone again, or the listener's end
-                Thread(target=self._admit, args=(self._listener.accept(),), daemon=True).start()
+                link = Connection(self._listener.accept()[0].detach())
+                Thread(target=self._admit, args=(link,), daemon=True).start()
 
     def _admit(self, link: Connection) -> None:
         """Hear who it is. On a thread of its own, since one who says nothing must keep out nobody else."""
+        timer = Timer(GREETING_SECONDS, hang_up, (link,))
+        timer.daemon = True
+        timer.start()
         try:
             deliver_challenge(link, self._key)
             answer_challenge(link, self._key)
-            self._arrived.put(Peer(link.recv(), link))
-        except (AuthenticationError, EOFError, OSError):
+            message = decode_from_worker(link.recv_bytes(GREETING_BYTES))
+            timer.cancel()
+            if isinstance(message, Hello) and 0 < message.rank < self._here.world:
+                self._arrived.put(Peer(message.rank, link))
+            else:
+                link.close()
+        except (AuthenticationError, EOFError, OSError, msgspec.DecodeError):
+            timer.cancel()
             link.close()
+
+
+def remove_note(out: Path) -> None:
+    """Remove the note of a launch that has ended, or was killed."""
+    (out / MEETING).unlink(missing_ok=True)
+
+
+def _listen(here: Place) -> socket.socket:
+    """Listen where the other ranks come to. Raises SettingsError where the launcher's address is not this machine's.
+
+    From all sides where others are on other machines: the name of this one may mean its loopback here.
+    """
+    is_alone = here.world == here.local_world
+    try:
+        family, _, _, _, address = socket.getaddrinfo(here.address, 0, type=socket.SOCK_STREAM)[0]
+        if is_alone:
+            return socket.create_server(address[:2], family=family)
+        is_dual = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if is_dual else family
+        return socket.create_server(("", 0), family=family, dualstack_ipv6=is_dual)
+    except OSError as error:
+        raise SettingsError(
+            f"MASTER_ADDR={here.address}: rank 0 cannot listen there: {error.strerror or error}"
+        ) from error
 
 
 def join(here: Place, asked: str, out: Path, card: ModelCard, stop: Callable[[], bool]) -> None:
@@ -138,7 +181,7 @@ def join(here: Place, asked: str, out: Path, card: ModelCard, stop: Callable[[],
     """
     if (link := find_rank_0(out, here.launch, stop)) is None:
         return
-    link.send(here.rank)
+    link.send_bytes(encode(Hello(here.rank)))
 
     def own(settings: WorkerSettings) -> WorkerSettings:
         if (card.fingerprint, card.scheduler_fingerprint) != (
@@ -146,22 +189,47 @@ def join(here: Place, asked: str, out: Path, card: ModelCard, stop: Callable[[],
             settings.card.scheduler_fingerprint,
         ):
             raise ModelError(f"rank {here.rank}: {card.name} differs from what rank 0 has under that name")
-        return replace(settings, card=card, out=KnownFolder.of(out))
+        return replace(settings, card=card, out=replace(KnownFolder.of(out), marker=settings.out.marker))
 
-    work(Parent(link, stop), Seat(here.rank, here.local_rank, asked, ours=False), own)
+    with suppress(StopRequested):  # the others go on without this rank
+        work(Parent(link, stop), Seat(here.rank, here.local_rank, asked, ours=False), own)
 
 
 def find_rank_0(out: Path, launch: str, stop: Callable[[], bool]) -> Connection | None:
-    """Find rank 0; None where `stop` said so before. The note of another launch is not for us, and ours will follow."""
-    deadline = time.monotonic() + COMING_SECONDS
+    """Find rank 0; None where `stop` said so before, or where rank 0 of this launch has ended.
+
+    The note of another launch is not for us, and ours will follow; so is one of another user.
+    """
+    deadline, said = time.monotonic() + COMING_SECONDS, ""
     while not stop():
-        try:
-            told = json.loads((out / MEETING).read_text())
-            if told["launch"] == launch:
-                return Client(tuple(told["address"]), authkey=bytes.fromhex(told["key"]))
-        except (OSError, EOFError, ValueError, LookupError, AuthenticationError):
-            pass
+        found = read_note(out)
+        if isinstance(found, str):
+            if found != said:
+                log.warning("%s", found)
+            said = found
+        elif found is not None and found.note.launch == launch:
+            if found.note.has_ended and found.written_at >= STARTED:
+                return None
+            if not found.note.has_ended and (link := _connect(found.note, found.key)) is not None:
+                return link
         if time.monotonic() > deadline:
-            raise ServiceError(f"rank 0 has not come to {out}; do all ranks see the same folder?")
+            raise ServiceError(f"rank 0 has not come to {out}; do all ranks see the same folder? {said}".rstrip())
         time.sleep(LOOK_SECONDS)
     return None
+
+
+def _connect(note: Note, key: bytes) -> Connection | None:
+    """Connect to rank 0; None where it cannot be reached, or does not know the key. Raises ServiceError."""
+    link = None
+    try:
+        link = Connection(socket.create_connection((note.host, note.port), GREETING_SECONDS).detach())
+        os.set_blocking(link.fileno(), True)
+        answer_challenge(link, key)
+        deliver_challenge(link, key)
+    except socket.gaierror as error:
+        raise ServiceError(f"MASTER_ADDR={note.host} is not known on this machine: {error.strerror}") from error
+    except (OSError, EOFError, AuthenticationError):
+        if link is not None:
+            link.close()
+        return None
+    return link

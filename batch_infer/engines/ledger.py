@@ -58,10 +58,19 @@ class Ledger:
         """Whether every row is settled."""
         return self._ended and not self._again and not any(self._held.values())
 
-    def stream(self, worker: int) -> Chunk | None:
-        """The next rows for a worker that renders one stream of rows; None where there are no more."""
-        share = -(-self._expected // (2 * self._workers))
-        requests = tuple(islice(self._source, max(1, min(CHUNK, share))))
+    def stream(self, worker: int, loading: int = 0) -> Chunk | None:
+        """The next rows for a worker that renders one stream of rows; None where there are no more for it.
+
+        While so many others are `loading` their model, it has no more rows at once than its share.
+        """
+        number = max(1, min(CHUNK, -(-self._expected // (2 * self._workers))))
+        if loading and self._expected > 0:
+            held = sum(map(len, self._held.values()))
+            share = -(-(self._expected + held) // self._workers)
+            number = min(number, share - len(self._held.get(worker, ())))
+            if number <= 0:
+                return None
+        requests = tuple(islice(self._source, number))
         self._ended = self._ended or not requests
         self._expected -= len(requests)
         return self._hand(worker, Chunk(requests)) if requests else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing import active_children
@@ -13,16 +12,12 @@ from batch_infer.engines.messages import Broken, Found, Logged
 from batch_infer.engines.peers import Patience, Peer, start
 from batch_infer.engines.rank import Seat
 from batch_infer.engines.shift import POLL_SECONDS, Shift, error_of
-from batch_infer.errors import Interrupted, SettingsError, WorkersLost
+from batch_infer.errors import SettingsError, WorkersLost
 from batch_infer.records import ResultRow
 from batch_infer.settings import Device
 
 if TYPE_CHECKING:
     from batch_infer.worker.device import LoadChain
-
-
-STOP_SECONDS = 10.0
-"""How long a run that is to stop waits for its device, to say what there is to render."""
 
 
 class Local:
@@ -45,13 +40,15 @@ class Local:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for peer in self._started.values():
+            peer.end()
+        for peer in self._started.values():
             peer.kill()
         for process in set(active_children()) - self._others:  # an interrupt came before we had noted it
             process.kill()
 
-    def find_device(self, stop: Callable[[], bool] = lambda: False) -> Device:
+    def find_device(self) -> Device:
         """What the first worker has found. Raises WorkersLost where a hung driver keeps it from finding any."""
-        device = _device_of(self._started[0], self.patience.device, stop)
+        device = _device_of(self._started[0], self.patience.device)
         most = device.count if device.kind == "cuda" else None
         self.workers = self._own = self._processes or most or 1
         if most is not None and self.workers > most:
@@ -83,24 +80,21 @@ class Local:
         return self._started[rank]
 
 
-def _device_of(peer: Peer, seconds: float, stop: Callable[[], bool]) -> Device:
-    """The first thing that a worker tells, within so many seconds, or a few once `stop` says so."""
-    deadline, is_stopping = time.monotonic() + seconds, False
+def _device_of(peer: Peer, seconds: float) -> Device:
+    """Return the device that a worker finds within so many seconds."""
+    deadline = time.monotonic() + seconds
     try:
-        while True:
-            while not peer.link.poll(POLL_SECONDS):
-                if stop() and not is_stopping:
-                    deadline, is_stopping = min(deadline, time.monotonic() + STOP_SECONDS), True
-                if time.monotonic() > deadline:
-                    if is_stopping:
-                        raise Interrupted("stopped before the device was known; the same command starts again")
-                    raise WorkersLost(f"worker 0 has found no device in {seconds:.0f} s: does `nvidia-smi` answer?")
-            match message := peer.link.recv():
-                case Found(device):
-                    return device
-                case Logged(record):
-                    logging.getLogger(record.name).handle(record)
-                case Broken():
-                    peer.broken = message
-    except (EOFError, OSError):
+        while time.monotonic() <= deadline:
+            peer.news.wait(POLL_SECONDS)
+            peer.news.clear()
+            for message in peer.receive():
+                match message:
+                    case Found(device):
+                        return device
+                    case Logged():
+                        message.handle()
+                    case Broken():
+                        peer.broken = message
+    except EOFError:
         raise error_of(peer, peer.fate()) from None
+    raise WorkersLost(f"worker 0 has found no device in {seconds:.0f} s: does `nvidia-smi` answer?")

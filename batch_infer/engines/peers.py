@@ -2,73 +2,122 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
+import socket
 import time
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from queue import SimpleQueue
+from statistics import median_low
+from threading import Event, Thread
 
-from batch_infer.engines.messages import Broken, FromWorker, ToWorker
+import msgspec
+
+from batch_infer.engines.messages import MOST_BYTES, Broken, FromWorker, ToWorker, decode_from_worker, encode
 from batch_infer.engines.rank import Seat, leave_removed_folder, live
-from batch_infer.links import received, send
 from batch_infer.stopping import STOP_SIGNALS
 from batch_infer.worker import Account
 
 PATIENT_SECONDS = 10.0
 """How long a process is waited for that has been killed, or should have ended."""
+FLUSH_SECONDS = 1.0
+"""How long the last messages to a process of another machine may take before its connection is closed."""
+INTERVALS = 99
+"""Of so many intervals between signs the median is the usual one."""
+
+log = logging.getLogger("batch_infer")
 
 
 @dataclass(frozen=True, slots=True)
 class Patience:
     """How many seconds a worker may go without a sign that its device has come a step further.
 
-    `device` until its device is known; `load` until the model is loaded; `start` until the first sign, for something
-    may have to be compiled; after that the most of `least`, `factor` times the longest step, and `first_factor` times
-    the first one, which may have included compiling.
+    `device` until its device is known; `load` until the model is loaded; `start` until the second sign, for something
+    may have to be compiled before the first; after that the most of `least` and `factor` times the usual interval.
+    Once it is to stop, the most of `stop` and twice the usual interval.
     """
 
     load: float = 3600.0
     start: float = 3600.0
     least: float = 600.0
     factor: float = 10.0
-    first_factor: float = 2.0
     device: float = 600.0
+    stop: float = 4.0
 
 
 class Peer:
-    """A worker, and what is known of this life of its process."""
+    """A worker, and what is known of this life of its process.
+
+    Threads send and receive, so that one who is frozen in the midst of a message holds up nobody else. What is sent
+    waits in memory; that is little, for rows go out on request.
+    """
 
     def __init__(self, rank: int, link: Connection, process: BaseProcess | None = None) -> None:
-        self.rank, self.link, self._process = rank, link, process
+        self.rank, self._link, self._process = rank, link, process
         self.ours = process is not None
         self.ready = self.waiting = False
         """Whether the model is loaded; whether it has nothing to do."""
         self.account: Account | None = None
         self.broken: Broken | None = None
-        self._signed = False
-        self._is_first_interval = True
+        self.news = Event()
+        """Set when there is something to receive."""
         self._last = time.monotonic()
-        self._longest = self._longest_first = 0.0
+        self._intervals: deque[float] = deque(maxlen=INTERVALS)
+        self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
+        self._inbox: SimpleQueue[FromWorker | None] = SimpleQueue()
+        self._threads = [Thread(target=target, daemon=True) for target in (self._send_all, self._receive_all)]
+        for thread in self._threads:
+            thread.start()
 
     def send(self, message: ToWorker) -> None:
-        """To a worker that has died it goes nowhere: the link's other direction says so."""
-        send(self.link, message)
+        """Send without waiting. To a worker that has died it goes nowhere: `receive` says so."""
+        self._outbox.put(encode(message))
 
     def receive(self) -> Iterator[FromWorker]:
-        """What it has said since. Raises EOFError where it has died, or ended."""
-        return received(self.link)
+        """Give what it has sent since. Raises EOFError where it has died, or ended."""
+        while not self._inbox.empty():
+            message = self._inbox.get()
+            if message is None:
+                self._inbox.put(None)
+                raise EOFError
+            yield message
+
+    def notify(self, news: Event) -> None:
+        """Set this event from here on when there is something to receive."""
+        self.news = news
+        news.set()
+
+    def _send_all(self) -> None:
+        with suppress(OSError):
+            while (content := self._outbox.get()) is not None:
+                self._link.send_bytes(content)
+
+    def _receive_all(self) -> None:
+        try:
+            while True:
+                self._inbox.put(decode_from_worker(self._link.recv_bytes(MOST_BYTES)))
+                self.news.set()
+        except (EOFError, OSError):
+            pass
+        except msgspec.DecodeError as error:
+            log.warning("worker %d sent what is no message, and is not heard any more: %s", self.rank, error)
+        finally:
+            self._outbox.put(None)
+            self._inbox.put(None)
+            self.news.set()
 
     def note_sign(self) -> None:
         """Its device has come a step further."""
         now = time.monotonic()
-        if self._is_first_interval:
-            self._longest_first = max(self._longest_first, now - self._last)
-        else:
-            self._longest = max(self._longest, now - self._last)
-        self._signed, self._is_first_interval, self._last = True, False, now
+        self._intervals.append(now - self._last)
+        self._last = now
 
     def rest(self) -> None:
         """It has nothing to do, and that is no sign of anything."""
@@ -77,27 +126,33 @@ class Peer:
     def begin(self) -> None:
         """It has something to do from here on."""
         self.waiting = False
-        self._is_first_interval = True
         self.forgive()
 
     def forgive(self) -> None:
         """It may have been silent until now."""
         self._last = time.monotonic()
 
-    def silence(self, patience: Patience) -> float | None:
-        """For how many seconds it has been silent, where that is longer than it may be."""
-        if self.waiting:
+    def silence(self, patience: Patience, *, is_stopping: bool = False) -> float | None:
+        """Return for how many seconds it has been silent, where that is longer than it may be."""
+        if self.waiting and not is_stopping:
             return None
         silent = time.monotonic() - self._last
-        return silent if silent > self._limit(patience) else None
+        # The median: few intervals are longer because a network was compiled in them.
+        usual = median_low(self._intervals) if self._intervals else 0.0
+        limit = max(patience.stop, 2 * usual) if is_stopping else self._limit(patience, usual)
+        return silent if silent > limit else None
 
-    def _limit(self, patience: Patience) -> float:
+    def _limit(self, patience: Patience, usual: float) -> float:
         if not self.ready:
             return patience.load
-        if not self._signed:
+        if len(self._intervals) < 2:
             return patience.start
-        by_pace = max(patience.factor * self._longest, patience.first_factor * self._longest_first)
-        return max(patience.least, by_pace)
+        return max(patience.least, patience.factor * usual)
+
+    @property
+    def exit_code(self) -> int | None:
+        """Of its process, where that is ours and has ended."""
+        return None if self._process is None else self._process.exitcode
 
     def fate(self) -> str:
         """How its process ended, as far as we know."""
@@ -112,12 +167,30 @@ class Peer:
         known = {number.value: number.name for number in signal.Signals}
         return f"killed by {known.get(-code, f'signal {-code}')}"
 
-    def kill(self) -> None:
-        """End it at once. A process that is not ours ends by itself when its link does."""
+    def end(self) -> None:
+        """Have its process end at once, without waiting for that."""
         if self._process is not None:
             self._process.kill()
+
+    def kill(self) -> None:
+        """End it at once. A process that is not ours ends by itself when its link does."""
+        self.end()
+        self._outbox.put(None)
+        if self._process is None:
+            self._threads[0].join(FLUSH_SECONDS)  # it may still be told to stop
+        else:
             self._process.join(PATIENT_SECONDS)  # one that waits for a dead disk or device cannot even be killed
-        self.link.close()
+        hang_up(self._link)
+        for thread in self._threads:
+            thread.join(PATIENT_SECONDS)
+        if not any(thread.is_alive() for thread in self._threads):
+            self._link.close()
+
+
+def hang_up(link: Connection) -> None:
+    """End a connection, also for a thread that waits for it."""
+    with suppress(OSError), socket.socket(fileno=os.dup(link.fileno())) as end:
+        end.shutdown(socket.SHUT_RDWR)
 
 
 def start(seat: Seat) -> Peer:

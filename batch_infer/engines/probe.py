@@ -13,11 +13,13 @@ from dataclasses import replace
 from functools import cache
 from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from batch_infer.calibration import Knee, Rates
+from batch_infer.engines import unguarded
 from batch_infer.engines.processor import processor_name
 from batch_infer.engines.remembered import (
     recall_device,
@@ -25,7 +27,7 @@ from batch_infer.engines.remembered import (
     remember_device,
     remember_evaluations,
 )
-from batch_infer.errors import ModelError, RowError
+from batch_infer.errors import ModelError, RowError, SettingsError
 from batch_infer.models import ModelCard, PipelineFacts
 from batch_infer.records import PromptRequest, SamplingParams, Source, now
 from batch_infer.settings import Compute, Device, ImageFormat, SafetySettings
@@ -131,12 +133,17 @@ class Probe:
 
     def _ask(self, question: Callable[P, Answer], *args: P.args, **kwargs: P.kwargs) -> Answer:
         started = time.perf_counter()
+        processes: set[BaseProcess] = set()
         try:
             if self._pool is None:  # making one starts multiprocessing's resource tracker, a process too
                 context = get_context("spawn")
                 self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_live_with_the_parent)
-            return self._pool.submit(question, *args, **kwargs).result()
+            answer = self._pool.submit(question, *args, **kwargs)
+            processes = set(active_children()) - self._others
+            return answer.result()
         except BrokenProcessPool as error:
+            if unguarded.EXIT_CODE in [process.exitcode for process in processes]:
+                raise SettingsError(unguarded.ADVICE) from error
             raise ModelError("the process that was to try the model out has died; is there enough memory?") from error
         finally:
             self.waited += time.perf_counter() - started

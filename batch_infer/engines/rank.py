@@ -24,9 +24,12 @@ from threading import Event, Lock, Thread
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from batch_infer.engines.ledger import Chunk
+import msgspec
+
 from batch_infer.engines.messages import (
+    MOST_BYTES,
     Alive,
+    Begin,
     Broken,
     Committed,
     Ended,
@@ -35,13 +38,17 @@ from batch_infer.engines.messages import (
     Idle,
     Logged,
     Ready,
+    Rows,
     Stop,
     ToWorker,
     Wants,
+    decode_to_worker,
+    encodable,
+    encode,
 )
 from batch_infer.logfile import log_to, open_log
 from batch_infer.records import PromptRequest, ResultRow
-from batch_infer.stopping import STOP_SIGNALS
+from batch_infer.stopping import STOP_SIGNALS, deferred
 from batch_infer.worker import WorkerSettings
 from batch_infer.worker.rows import worker_name
 
@@ -102,7 +109,8 @@ def work(
             gc.freeze()
             gc.enable()
             parent.send(Ready())
-            parent.serve(worker)
+            with deferred():
+                parent.serve(worker)
 
 
 def leave_removed_folder() -> None:
@@ -153,23 +161,24 @@ class Parent:
     def _listen(self) -> None:
         try:
             while True:
-                message: ToWorker = self._link.recv()
+                message = decode_to_worker(self._link.recv_bytes(MOST_BYTES))
                 if isinstance(message, Stop):
                     self._stopped.set()
                     if not self._begun.is_set():  # we came too late, and end by ourselves
                         self._over.set()
                         return
                 self._inbox.put(message)
-        except (EOFError, OSError):
+        except (EOFError, OSError, msgspec.DecodeError):
             pass
         finally:
             if not self._over.is_set():  # nobody is there who would take what we render
                 os._exit(1)
 
     def send(self, message: FromWorker) -> None:
+        content = encode(message)
         try:
             with self._sending:
-                self._link.send(message)
+                self._link.send_bytes(content)
         except OSError:
             os._exit(1)
 
@@ -186,10 +195,10 @@ class Parent:
     def settings(self) -> WorkerSettings:
         """What to render with. Ends the process where it is told to stop before."""
         message = self._next()
-        if not isinstance(message, WorkerSettings):
+        if not isinstance(message, Begin):
             sys.exit(0)
         self._begun.set()
-        return message
+        return message.settings
 
     def _next(self) -> ToWorker:
         """What the parent says next; to stop, where that has been said in the meantime."""
@@ -209,20 +218,20 @@ class Parent:
 
         while not self.stops():
             self.send(Idle())
-            chunk = self._next()
-            if not isinstance(chunk, Chunk):
+            message = self._next()
+            if not isinstance(message, Rows):
                 break
-            worker.work(chunk.requests if chunk.apart else self._stream(chunk), committed)
+            worker.work(message.chunk().requests if message.apart else self._stream(message), committed)
         account = worker.account(final=True)
         self._over.set()
         self.send(Ended(account))
 
-    def _stream(self, first: Chunk) -> Iterator[PromptRequest]:
+    def _stream(self, first: Rows) -> Iterator[PromptRequest]:
         """The rows of chunk after chunk: the next one is asked for before it is needed, so that no slot waits."""
         message: ToWorker = first
-        while isinstance(message, Chunk):
+        while isinstance(message, Rows):
             self.send(Wants())
-            yield from message.requests
+            yield from message.chunk().requests
             message = self._next()
 
     def __enter__(self) -> Parent:
@@ -231,12 +240,15 @@ class Parent:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and not isinstance(error, SystemExit):
+        if isinstance(error, KeyboardInterrupt):  # a launcher's rank that is stopped before it renders
+            self._over.set()
+            self.send(Ended(None))
+        elif error is not None and not isinstance(error, SystemExit):
             from batch_infer.errors import BatchInferError
 
             known = isinstance(error, BatchInferError)
             told = "" if known else "".join(traceback.format_exception(error))
-            self.send(Broken(type(error).__name__, str(error), told))
+            self.send(Broken(type(error).__name__, encodable(str(error)), encodable(told)))
             os._exit(1)  # without a second traceback, and without waiting for threads of ours
 
 
@@ -274,4 +286,4 @@ class _Forward(QueueHandler):
 
     def enqueue(self, record: logging.LogRecord) -> None:
         if record.name != "batch_infer.stop":  # said in a signal handler, which may have interrupted another sending
-            self._send(Logged(record))
+            self._send(Logged.of(record))

@@ -104,7 +104,7 @@ def _has_gpu(conditions: Mapping[str, Any]) -> bool:
 def _sampler_conditions(card: ModelCard) -> dict[str, Any]:
     """Return all that decides how often a row evaluates the model: not its weights, which no sampler sees."""
     return {
-        "scheduler": card.scheduler_fingerprint,
+        "scheduler": [card.scheduler_name, card.scheduler_fingerprint],
         "family": card.family,
         "pipeline": card.pipeline,
         **{name: version(name) for name in SAMPLER_LIBRARIES},

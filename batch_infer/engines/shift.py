@@ -6,14 +6,15 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from multiprocessing.connection import wait
+from threading import Event
 from typing import Protocol
 
 from batch_infer import errors
-from batch_infer.engines import Task, Work
+from batch_infer.engines import Task, Work, unguarded
 from batch_infer.engines.ledger import STRIKES, Chunk, Ledger
 from batch_infer.engines.messages import (
     Alive,
+    Begin,
     Broken,
     Committed,
     Ended,
@@ -21,7 +22,9 @@ from batch_infer.engines.messages import (
     FromWorker,
     Idle,
     Logged,
+    NoMore,
     Ready,
+    Rows,
     Stop,
     Wants,
 )
@@ -83,6 +86,7 @@ class Shift:
         self._task, self._crew, self._committed, self._ready = task, crew, committed, ready
         self._ledger = Ledger(task.requests, task.expected, crew.workers)
         self._peers: dict[int, Peer] = {}
+        self._news = Event()
         self._awaited: set[int] = set()
         self._accounts: list[Account] = []
         self._barren: Counter[int] = Counter()
@@ -94,8 +98,8 @@ class Shift:
     def go(self, stop: Callable[[], bool]) -> Work:
         """Until every row is settled, or `stop` says so and what is finished is committed. Raises as an engine does."""
         for peer in self._crew.gather(self._task.expected):
-            self._welcome(peer)
             self._awaited.add(peer.rank)
+            self._welcome(peer)
         self._ledger.prime()
         turned = time.monotonic()
         with deferred():
@@ -105,9 +109,10 @@ class Shift:
                 turned = self._note_turn(turned)
                 for peer in self._crew.newcomers():
                     self._welcome(peer)
-                by_link = {peer.link: peer for peer in self._peers.values()}
-                for link in wait(list(by_link), POLL_SECONDS):
-                    self._hear(by_link[link])  # type: ignore[index]  # nothing else was waited for
+                self._news.wait(POLL_SECONDS)
+                self._news.clear()
+                for peer in list(self._peers.values()):
+                    self._hear(peer)
                 self._end_the_hung()
                 self._hand_out()
         if self._error is not None:
@@ -126,13 +131,15 @@ class Shift:
     def _welcome(self, peer: Peer) -> None:
         peer.forgive()  # it has waited for its task, for as long as the tables were scanned
         self._peers[peer.rank] = peer
-        peer.send(self._task.settings)
+        peer.notify(self._news)
+        peer.send(Begin(self._task.settings))
 
     def _stop(self) -> None:
         if not self._stopping:
             self._stopping = True
             for peer in list(self._peers.values()):
                 peer.send(Stop())
+                peer.forgive()
                 if not peer.ready:  # it may load for minutes, and has nothing to put in order
                     peer.kill()
                     self._dismiss(peer)
@@ -160,7 +167,7 @@ class Shift:
                 peer.begin()
                 self._awaited.discard(peer.rank)
             case Wants():
-                peer.send(None if self._stopping else self._ledger.stream(peer.rank))
+                self._give(peer, None if self._stopping else self._ledger.stream(peer.rank, self._loading()))
             case Idle():
                 peer.rest()
                 if not self._stopping:  # it has none left; but one that it lost must not be waited for
@@ -169,14 +176,16 @@ class Shift:
             case Alive():
                 peer.note_sign()
             case Committed(rows, account):
+                if self._stopping:
+                    peer.forgive()
                 peer.account, self._barren[peer.rank] = account, 0
                 self._tell(rows)
-            case Logged(record):
-                logging.getLogger(record.name).handle(record)
+            case Logged():
+                message.handle()
             case Broken():
                 peer.broken = message
             case Ended(account):
-                peer.account = account
+                peer.account = account or peer.account
                 self._ledger.take_back(peer.rank)
                 self._dismiss(peer)
 
@@ -186,28 +195,37 @@ class Shift:
         self._committed([row for row in rows if row.key in new])
 
     def _hand_out(self) -> None:
-        """Something for all who have nothing, once all are there who were to be there from the start."""
-        if self._awaited or self._stopping:
+        """Give something to each worker that has nothing."""
+        if self._stopping:
             return
-        if self._began is None:
-            self._began = time.monotonic()
-            self._ready()
         for peer in list(self._peers.values()):
             if peer.waiting:
                 chunk = self._next_for(peer)
                 if chunk is not None or self._ledger.over:
+                    self._note_begin()
                     peer.begin()
-                    peer.send(chunk)
+                    self._give(peer, chunk)
             elif self._ledger.over and not peer.ready and peer.ours:  # nobody waits for it to load
                 peer.kill()
                 self._dismiss(peer)
+
+    def _note_begin(self) -> None:
+        if self._began is None:
+            self._began = time.monotonic()
+            self._ready()
+
+    def _give(self, peer: Peer, chunk: Chunk | None) -> None:
+        peer.send(NoMore() if chunk is None else Rows.of(chunk, self._task.settings.carried))
+
+    def _loading(self) -> int:
+        return sum(not peer.ready for peer in self._peers.values())
 
     def _next_for(self, peer: Peer) -> Chunk | None:
         """New rows before those that workers died with, unless that is all that this one does."""
         ledger, rank = self._ledger, peer.rank
         if self._barren[rank] < STARTS:
-            return ledger.stream(rank) or ledger.apart(rank)
-        return ledger.apart(rank) or ledger.stream(rank)
+            return ledger.stream(rank, self._loading()) or ledger.apart(rank)
+        return ledger.apart(rank) or ledger.stream(rank, self._loading())
 
     def _compare(self, peer: Peer, device: Device) -> None:
         """All workers compute alike, or bytes would depend on who has a row."""
@@ -222,7 +240,7 @@ class Shift:
 
     def _end_the_hung(self) -> None:
         for peer in list(self._peers.values()):
-            if (silent := peer.silence(self._crew.patience)) is not None:
+            if (silent := peer.silence(self._crew.patience, is_stopping=self._stopping)) is not None:
                 peer.kill()
                 if self._stopping:
                     self._dismiss(peer)
@@ -244,6 +262,8 @@ class Shift:
         self._barren[peer.rank] += 1
         chance = peer.broken is None and self._barren[peer.rank] < STARTS
         if (starting and not chance) or isinstance(error, (TryAgainLater, SettingsError)):
+            if self._began is not None and isinstance(error, ModelError):  # others render: what they commit is merged
+                error = WorkersLost(f"worker {peer.rank} cannot start: {_sentence(error)}")
             self._error = self._error or error
             self._stop()
             return
@@ -284,6 +304,8 @@ class Shift:
 def error_of(peer: Peer, fate: str) -> Exception:
     """What a worker died of: an error that it told of, a bug, or something that came over it."""
     if peer.broken is None:
+        if peer.exit_code == unguarded.EXIT_CODE:
+            return SettingsError(unguarded.ADVICE)
         if peer.ready:
             return WorkerBroke(fate)
         return ModelError(

@@ -6,10 +6,10 @@ there (https://mlflow.org/docs/latest/ml/model/models-from-code).
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -23,7 +23,7 @@ from mlflow import pyfunc
 from mlflow.models import ModelSignature
 from mlflow.types.schema import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
-from batch_infer.atomic import storing, temporary_of
+from batch_infer.atomic import TEMPORARY, is_abandoned, storing, temporary_of
 from batch_infer.errors import SettingsError
 from batch_infer.models import DEMO_MODEL, ModelCard, read_card
 from batch_infer.settings import ComputeSettings, ModelSettings
@@ -87,17 +87,26 @@ def export(folder: Path, model: ModelSettings, compute: ComputeSettings) -> Mode
         raise SettingsError(f"{folder} is there already; name a folder that is not, or is empty")
     card = read_card(model)
     parts = _parts(card, model, compute)
+    # Beside the folder: what is prepared there takes no room of its own where the model is on the same disk.
     temporary = temporary_of(folder.absolute())
     with storing(folder):
-        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(folder.absolute())
+        scratch = temporary / "scratch"
         try:
-            # Beside the folder: what is prepared there takes no room of its own where the model is on the same disk.
-            with tempfile.TemporaryDirectory(prefix=temporary.name, dir=temporary.parent) as scratch:
-                _save(temporary, parts, Path(scratch))
-            temporary.replace(folder.absolute())
+            scratch.mkdir(parents=True)
+            _save(temporary / "model", parts, scratch)
+            (temporary / "model").replace(folder.absolute())
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return card
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove the copies of a model that killed exports to this folder have left beside it."""
+    for path in folder.parent.glob(f"{TEMPORARY}*-{glob.escape(folder.name)}*"):
+        if is_abandoned(path.name) and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _save(path: Path, parts: _Parts, scratch: Path) -> None:

@@ -229,7 +229,7 @@ class Rejudging:
             self._replaced.append(path)
         if pixels is file.pixels:
             return replace(self._sink.write(path, file.content), pixels_sha256=row.pixels_sha256)
-        parameters = images.parameters_text(entry.request, self._card.scheduler_name, self._card.title)
+        parameters = images.parameters_text(entry.request, self._card.scheduler_name, self._card.fingerprint)
         stored = self._sink.write(path, images.encode(pixels, self._settings.output.image_format, parameters))
         return replace(stored, pixels_sha256=images.pixels_sha256(pixels))
 

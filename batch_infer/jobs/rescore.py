@@ -8,13 +8,15 @@ from contextlib import closing
 from dataclasses import asdict, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from batch_infer.errors import Interrupted, SettingsError
+from batch_infer.errors import DamagedPart, Interrupted, SettingsError
+from batch_infer.jobs import cleanup
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.job import find_model, open_tables, refuse_unrepeatable, rules_of, settings_of
 from batch_infer.jobs.merge import Counts, merge
 from batch_infer.jobs.record import policy_of
+from batch_infer.jobs.recovery import set_aside
 from batch_infer.jobs.rejudging import Rejudging, Rescored, Stored
 from batch_infer.jobs.run_json import with_counts
 from batch_infer.manifest import Committed, Index, Manifest
@@ -32,6 +34,8 @@ LOSSES: Mapping[OnFlagged, str] = {
     "drop": "removed",
 }
 """What becomes of the original of a flagged image, by policy; the other policies keep it."""
+
+T = TypeVar("T")
 
 log = logging.getLogger("batch_infer")
 
@@ -99,12 +103,17 @@ class _Rescoring:
             raise SettingsError(f"these tables have {found} results to give and the run had {self._total}: name all")
 
     def judge(self, tell: Callable[[Rescored], None], stop: Callable[[], bool]) -> Rescored:
-        """Judge all that was not judged by these rules yet."""
+        """Judge all that was not judged by these rules yet. Raises StorageError, ServiceError, Interrupted."""
         if self._resumed:
-            outdir.remove_leftovers(self._settings.out)
+            cleanup.remove_leftovers(self._settings.out)
         rejudging = Rejudging(self._settings, self._card, self._record, stop)
         outdir.write_run(self._settings.out, {**self._record, "rescoring": self._sources})
-        with closing(rejudging), Manifest(self._settings.out).index() as index:
+        with closing(rejudging):
+            _without_damaged_parts(lambda: self._judge_all(rejudging, tell, stop))
+        return rejudging.rescored
+
+    def _judge_all(self, rejudging: Rejudging, tell: Callable[[Rescored], None], stop: Callable[[], bool]) -> None:
+        with Manifest(self._settings.out).index() as index:
             todo = self._todo(index, rejudging)
             if first := next(todo, None):
                 self._warn_of_loss()
@@ -116,7 +125,6 @@ class _Rescoring:
                     rejudging.judge(batch)
                     rejudging.commit(self._tables.carried)
                 tell(rejudging.rescored)
-        return rejudging.rescored
 
     def _warn_of_loss(self) -> None:
         """Say, before anything is judged, that originals of flagged images will be lost."""
@@ -155,8 +163,24 @@ class _Rescoring:
     def conclude(self) -> Counts:
         """Have run.json say who has judged the images, and write results.*. Raises StorageError."""
         out = self._settings.out
-        with Manifest(out).index() as index:
-            counts = merge(self._tables.rows(self._new), index, self._tables.carried, out, self._settings.output)
+        counts = _without_damaged_parts(self._merge)
         record = {name: value for name, value in self._record.items() if name != "rescoring"}
         outdir.write_run(out, {**with_counts(record, asdict(counts)), "rescored_at": now()})
         return counts
+
+    def _merge(self) -> Counts:
+        out, tables = self._settings.out, self._tables
+        with Manifest(out).index() as index:
+            return merge(tables.rows(self._new), index, tables.carried, out, self._settings.output)
+
+
+def _without_damaged_parts(work: Callable[[], T]) -> T:
+    """Do work on the manifest, and again after each damaged part is set aside.
+
+    While a rescoring is under way no other command may set it aside. Its rows are left to `run`.
+    """
+    while True:
+        try:
+            return work()
+        except DamagedPart as damage:
+            set_aside(damage)

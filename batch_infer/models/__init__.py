@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 # Before either is imported: their advice (which image processor, which flag) is not addressed to the user of a table.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+# transformers would fetch and run kernels from the Hub for some networks.
+os.environ.setdefault("USE_HUB_KERNELS", "NO")
 
 from batch_infer.errors import ModelError
 from batch_infer.models.card import DEMO_MODEL, ModelCard, read_card
@@ -117,11 +119,11 @@ def load_token_counter(card: ModelCard) -> TokenCounter | None:
         case "stable_diffusion" | "decidiffusion":
             from batch_infer.models.tokens import load_clip
 
-            return TokenCounter(load_clip(card.path / "tokenizer"), windows=card.windows)
+            return TokenCounter(load_clip(card.path), windows=card.windows)
         case "stable_diffusion_xl" | "stable_diffusion_3":
             from batch_infer.models.tokens import load_clip
 
-            both = (load_clip(card.path / name) for name in ("tokenizer", "tokenizer_2"))
+            both = (load_clip(card.path, suffix) for suffix in ("", "_2"))
             return TokenCounter(*both, windows=card.windows)
         case "any_pipeline":
             return None

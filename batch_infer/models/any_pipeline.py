@@ -14,7 +14,7 @@ from batch_infer.accelerator import is_device_fault, out_of_memory_errors
 from batch_infer.errors import RowBroken, RowError, first_line
 from batch_infer.models.card import ModelCard
 from batch_infer.models.family import Conditioning
-from batch_infer.models.first_step import has_one_shape
+from batch_infer.models.first_step import has_one_shape, take_first_step
 from batch_infer.models.loading import load_checker, load_network, load_pipeline
 from batch_infer.models.pipelines import (
     denoiser_of,
@@ -25,6 +25,7 @@ from batch_infer.models.pipelines import (
     parameters_of,
     pipeline_class,
 )
+from batch_infer.models.untrusted import LOADING_ERRORS, LoadingErrors
 from batch_infer.records import PromptRequest
 
 REFUSALS = (ValueError, IndexError, ZeroDivisionError, AssertionError, NotImplementedError)
@@ -130,21 +131,39 @@ class AnyPipeline:
 
     @contextmanager
     def _told(self) -> Iterator[None]:
-        """Make one sentence of what the pipeline refuses. Raises RowError, and RowBroken for what it does not name."""
+        """Re-raise what the pipeline refuses as RowError, other errors as RowBroken, and device faults as they are."""
         try:
             with out_of_memory_errors():
                 yield
-        except REFUSALS as error:
-            raise RowError(f"{self._name} does not take this row: {first_line(error)}") from error
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, TypeError) as error:
-            if is_device_fault(error):  # the device is lost: not the row's fault
+        except (*REFUSALS, RuntimeError, TypeError) as error:
+            if isinstance(error, torch.OutOfMemoryError) or is_device_fault(error):
                 raise
+            if isinstance(error, REFUSALS):
+                raise RowError(f"{self._name} does not take this row: {first_line(error)}") from error
             raise RowBroken(f"{self._name} broke off: {first_line(error)}") from error
 
+    def _refuse_unfit(self, card: ModelCard, arguments: dict[str, Any]) -> None:
+        """Take a step without watching. Raises ModelError for an error that is not about these arguments.
+
+        What a pipeline refuses before it calls its denoiser may be the size, which rows may have otherwise.
+        """
+        calls: list[None] = []
+        hook = self.denoiser and self.denoiser.register_forward_pre_hook(lambda *_: calls.append(None))
+        with LoadingErrors(f"{card.path}: {self._name}"), out_of_memory_errors():
+            try:
+                take_first_step(self.pipeline, arguments)
+            except REFUSALS:
+                if calls:
+                    raise
+            finally:
+                if hook:
+                    hook.remove()
+
     def _has_one_shape(self, card: ModelCard) -> bool:
-        """As this checkpoint is by itself; no, where it cannot be watched. Raises ModelError."""
+        """As this checkpoint is by itself; no, where it cannot be watched.
+
+        Raises ModelError where its parts do not go together: where it takes no text at all.
+        """
         arguments = {
             "height": card.sizes.native_height,
             "width": card.sizes.native_width,
@@ -153,8 +172,12 @@ class AnyPipeline:
         denoiser: Any = self.denoiser
         processors = dict(getattr(denoiser, "attn_processors", {}))
         try:
-            return has_one_shape(self.pipeline, arguments)
-        except (*REFUSALS, RuntimeError, TypeError):
+            with out_of_memory_errors():
+                return has_one_shape(self.pipeline, arguments)
+        except LOADING_ERRORS as error:
+            if isinstance(error, torch.OutOfMemoryError) or is_device_fault(error):
+                raise
+            self._refuse_unfit(card, arguments)
             return False
         finally:
             if processors:  # some pipelines put others in for the time of their call

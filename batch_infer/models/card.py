@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,10 +9,13 @@ from typing import Any
 
 from batch_infer.errors import ModelError
 from batch_infer.models.components import named_components, refuse_code, refuse_no_words
+from batch_infer.models.configs import check_configs, check_widths
 from batch_infer.models.files import hash_files, refuse_unfit
 from batch_infer.models.layouts import ANY, CHECKER, JUDGED, LAYOUTS, Layout, PipelineFacts
 from batch_infer.models.lora import Lora, read_loras
+from batch_infer.models.schedulers import refuse_unknown_scheduler
 from batch_infer.models.tokens import count_windows
+from batch_infer.models.untrusted import read_object
 from batch_infer.records import SizeRules, digest
 from batch_infer.settings import ModelSettings, SchedulerSpec
 
@@ -66,26 +68,39 @@ class ModelCard:
         return self.checker_fingerprint is not None
 
 
-def read_card(settings: ModelSettings, read_facts: Callable[[Path], PipelineFacts] | None = None) -> ModelCard:
+def read_card(
+    settings: ModelSettings,
+    read_facts: Callable[[Path], PipelineFacts] | None = None,
+    *,
+    checked: bool = True,
+) -> ModelCard:
     """Find the checkpoint, downloading it where it is a Hugging Face id, and read what it is. Raises ModelError.
 
     `read_facts` says of a folder what diffusers alone can tell; by default it is asked here, which imports torch.
+    With `checked` False the checkpoint's safety checker is not needed, and may be missing.
     """
+    if settings.scheduler:
+        refuse_unknown_scheduler(settings.scheduler)
     path, repository = _find(settings)
     name = settings.name or "built-in demo model"
-    index = _json(path / "model_index.json", name)
+    index = read_object(path / "model_index.json", name)
     layout = _layout(index, name)
-    components = _complete(path, repository, index, layout, settings)
-    scheduler = _json(path / "scheduler" / "scheduler_config.json", name) if "scheduler" in components else {}
+    named = named_components(index, name)
+    components = _read(named, layout, name)
+    if not checked:
+        components -= {component for component in CHECKER if not (path / component).is_dir()}
+    _complete(path, repository, {key: named.get(key, ("", "")) for key in components}, layout, settings)
+    scheduler = read_object(path / "scheduler" / "scheduler_config.json", name) if "scheduler" in named else {}
     if scheduler.get("use_dynamic_shifting"):
         layout = ANY  # its steps hang on the image's size, and rows of one table could not be packed
     if (spec := settings.scheduler) and not scheduler:
         raise ModelError(f"{name} has no scheduler that --scheduler {spec} could stand for")
     facts = _facts(layout, path, name, read_facts)
+    if layout.denoiser is not None:
+        check_widths(path, layout.family, layout.denoiser, name)
     loras = read_loras(settings.loras, layout.family, name)
     windows = count_windows(layout.family, name, long_prompts=settings.long_prompts)
     weights = hash_files(path, components - NOT_PIXELS, settings.variant)
-    has_checker = "safety_checker" in components and (path / "safety_checker").is_dir()
     return ModelCard(
         name=_called(name) if settings.name else name,
         path=path,
@@ -95,9 +110,9 @@ def read_card(settings: ModelSettings, read_facts: Callable[[Path], PipelineFact
         pipeline=index["_class_name"],
         fingerprint=_fingerprint(weights, index, layout, [(lora.fingerprint, lora.weight) for lora in loras], windows),
         scheduler=spec,
-        scheduler_name=str(spec) if spec else str(scheduler.get("_class_name")),
+        scheduler_name=str(spec) if spec else named["scheduler"][1] if scheduler else "None",
         scheduler_fingerprint=digest([scheduler, str(spec)]),
-        checker_fingerprint=hash_files(path, CHECKER, settings.variant) if has_checker else None,
+        checker_fingerprint=hash_files(path, CHECKER, settings.variant) if "safety_checker" in components else None,
         loras=loras,
         windows=windows,
         **{field.name: getattr(facts, field.name) for field in fields(facts)},
@@ -105,20 +120,22 @@ def read_card(settings: ModelSettings, read_facts: Callable[[Path], PipelineFact
 
 
 def _complete(
-    path: Path, repository: str | None, index: dict[str, Any], layout: Layout, settings: ModelSettings
-) -> set[str]:
-    """The components that are read, fetched where needed and found to be fit for it. Raises ModelError."""
+    path: Path,
+    repository: str | None,
+    components: Mapping[str, tuple[str, str]],
+    layout: Layout,
+    settings: ModelSettings,
+) -> None:
+    """Fetch the components where needed, and check all that is known without loading them. Raises ModelError."""
     name = settings.name or "built-in demo model"
-    named = named_components(index, name)
-    components = _read(named, layout, name)
     if repository is not None:
         from batch_infer.models.hub import fetch
 
         fetch(repository, path, components, settings.variant)
     refuse_unfit(path, components, name, settings.variant)
     refuse_code(path, components, name)
-    refuse_no_words(path, {key: named[key] for key in components & named.keys()}, name)
-    return components
+    refuse_no_words(path, components, name)
+    check_configs(path, components, name, settings.variant, strict=layout is not ANY)
 
 
 def _fingerprint(weights: str, index: dict[str, Any], layout: Layout, loras: list[Any], windows: int) -> str:
@@ -136,7 +153,7 @@ def _fingerprint(weights: str, index: dict[str, Any], layout: Layout, loras: lis
 
 def _facts(layout: Layout, path: Path, name: str, read_facts: Callable[[Path], PipelineFacts] | None) -> PipelineFacts:
     if layout is not ANY:
-        denoiser, vae = (_json(path / folder / "config.json", name) for folder in (str(layout.denoiser), "vae"))
+        denoiser, vae = (read_object(path / folder / "config.json", name) for folder in (str(layout.denoiser), "vae"))
         return layout.facts(denoiser, vae, told=name)
     if read_facts is not None:
         return read_facts(path)
@@ -171,18 +188,6 @@ def _called(name: str) -> str:
     """A folder by its name, a file without its ending, and a repository by its id."""
     path = Path(name).expanduser()
     return path.resolve().name if path.is_dir() else path.stem if path.is_file() else name
-
-
-def _json(path: Path, name: str) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{name}: {path} is missing; is the folder complete?") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{name}: {path} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ModelError(f"{name}: {path} does not hold a JSON object")
-    return found
 
 
 def _layout(index: dict[str, Any], name: str) -> Layout:

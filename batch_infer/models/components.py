@@ -8,10 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from batch_infer.errors import ModelError
+from batch_infer.models.untrusted import json_objects, read_json
 
 LIBRARIES = ("diffusers", "transformers")
 WORDS = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
 """Files that hold a tokenizer's words, of which each tokenizer has some."""
+MERGING = ("CLIPTokenizer", "CLIPTokenizerFast", "GPT2Tokenizer", "GPT2TokenizerFast")
+"""Tokenizers whose vocab.json needs the merges.txt beside it, unless there is a tokenizer.json."""
+CODE_KEYS = ("auto_map", "custom_pipeline", "custom_pipelines", "trust_remote_code", "custom_generate")
+"""Keys by which a library may run code that comes with a checkpoint or from a repository."""
+ATTENTION_KEYS = ("attn_implementation", "experts_implementation")
+"""Ends of keys under which transformers takes the name of a kernel too, which it fetches from the Hub and runs."""
+ATTENTIONS = (None, "eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")
+"""Implementations that torch and transformers bring."""
 WORDLESS = ("ByT5Tokenizer",)
 """Tokenizers whose words are bytes."""
 
@@ -60,11 +69,26 @@ def refuse_code(path: Path, components: Iterable[str], name: str) -> None:
                 raise ModelError(
                     f"{name}: {component}/ holds an adapter; merge it into the weights, or give it with --lora"
                 )
-            if b'"auto_map"' in file.read_bytes():
-                raise ModelError(f"{name}: {component}/{file.name} names code of its own (auto_map), and none is run")
+            for settings in json_objects(read_json(file, name)):
+                _refuse_code_keys(settings, f"{name}: {component}/{file.name}")
         for file in (path / component).glob("*.py"):
             if is_library(file.stem):
                 raise ModelError(f"{name}: {component}/{file.name} is code, and would be run for {file.stem}'s")
+
+
+def _refuse_code_keys(settings: Mapping[str, Any], place: str) -> None:
+    """Raises ModelError for a setting that makes a library fetch or run code. (A number is a word of a vocabulary.)"""
+    for key in CODE_KEYS:
+        if settings.get(key) and type(settings[key]) is not int:
+            raise ModelError(f"{place} names code of its own ({key}), and none is run")
+    for key, value in settings.items():
+        if not key.endswith(ATTENTION_KEYS) or type(value) is int:
+            continue
+        names = value.values() if isinstance(value, dict) else [value]
+        if other := [text for text in names if text not in ATTENTIONS]:
+            raise ModelError(
+                f"{place} has {key}={other[0]!r}, a kernel that would be fetched and run; remove the key, or give sdpa"
+            )
 
 
 def refuse_no_words(path: Path, components: Mapping[str, tuple[str, str]], name: str) -> None:
@@ -73,6 +97,10 @@ def refuse_no_words(path: Path, components: Mapping[str, tuple[str, str]], name:
     transformers would make one without a word in it, and every prompt would be the empty one.
     """
     for component, (_, kind) in sorted(components.items()):
-        wordless = kind in WORDLESS or any((path / component / file).is_file() for file in WORDS)
-        if component.startswith("tokenizer") and not wordless:
+        if not component.startswith("tokenizer"):
+            continue
+        held = {file.name for file in (path / component).glob("*")}
+        if kind not in WORDLESS and not held.intersection(WORDS):
             raise ModelError(f"{name}: {component}/ holds none of {', '.join(WORDS)}; is the folder complete?")
+        if kind in MERGING and "tokenizer.json" not in held and not {"vocab.json", "merges.txt"} <= held:
+            raise ModelError(f"{name}: {component}/ lacks vocab.json or merges.txt; is the folder complete?")

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from batch_infer.errors import ModelError, first_line
 from batch_infer.models.files import SMALL
 from batch_infer.models.hub import INDEX, fetch_settings
-from batch_infer.models.loading import LOADING_ERRORS
+from batch_infer.models.untrusted import LOADING_ERRORS, describe, read_object
 
 PIPELINES: dict[str, Any] = {
     "v1": StableDiffusionPipeline,
@@ -31,7 +31,7 @@ PIPELINES: dict[str, Any] = {
 """By the kind that diffusers infers."""
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
 """Components of the repository with the settings that the file holds no weights of."""
-READING_ERRORS = (*LOADING_ERRORS, KeyError, IndexError, SingleFileComponentError)
+READING_ERRORS = (*LOADING_ERRORS, SingleFileComponentError)
 
 log = logging.getLogger("batch_infer")
 
@@ -68,7 +68,7 @@ def _copy_settings(file: Path, repository: str, folder: Path) -> None:
             f"{file} is read with the settings and words of {repository}, a few small files: {error}; a diffusers "
             "folder as --model needs no network"
         ) from error
-    index = json.loads((settings / INDEX).read_text("utf-8"))
+    index = read_object(settings / INDEX, repository)
     index |= {name: [None, None] for name in LEFT_OUT if name in index}
     for component, value in index.items():
         if isinstance(value, list) and value[0] is not None:
@@ -87,7 +87,7 @@ def _write_networks(file: Path, pipeline_class: Any, folder: Path) -> None:
     except NotImplementedError as error:  # torch's for tensors of which there is no more than the shape
         raise ModelError(f"{file} lacks tensors of a network; is the file complete? ({first_line(error)})") from error
     except READING_ERRORS as error:
-        raise ModelError(f"{file} could not be read by diffusers: {first_line(error)}") from error
+        raise ModelError(f"{file} could not be read by diffusers: {describe(error)}") from error
     for name, module in pipeline.components.items():
         if isinstance(module, (ModelMixin, PreTrainedModel)):
             _refuse_missing(file, name, module)
@@ -112,7 +112,7 @@ def _narrow(module: Any) -> Any:
 def _set_scheduler(file: Path, kind: str, header: Mapping[str, Any], folder: Path) -> None:
     """A checkpoint that predicts velocity may say so by tensors that bear the name of it."""
     path = folder / "scheduler" / "scheduler_config.json"
-    scheduler = json.loads(path.read_text("utf-8"))
+    scheduler = read_object(path, file.name)
     if "v_pred" in header:
         scheduler |= {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in header}
         path.write_text(json.dumps(scheduler, indent=2), "utf-8")

@@ -5,19 +5,19 @@ The pipeline.py that lies beside the weights is not run, and the stock UNet in u
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-from batch_infer.errors import ModelError, first_line
+from batch_infer.errors import ModelError
 from batch_infer.models.card import ModelCard
 from batch_infer.models.decidiffusion_config import FlexibleUNetConfig
 from batch_infer.models.decidiffusion_unet import FlexibleUNet
 from batch_infer.models.files import is_loaded, variant_of
-from batch_infer.models.loading import LOADING_ERRORS, refuse_strange_weights
+from batch_infer.models.loading import refuse_strange_weights
 from batch_infer.models.stable_diffusion import StableDiffusion
+from batch_infer.models.untrusted import LoadingErrors, read_object
 
 FOLDER = "flexible_unet"
 
@@ -28,13 +28,11 @@ class DeciDiffusion(StableDiffusion):
     @staticmethod
     def load_unet(card: ModelCard, dtype: torch.dtype) -> FlexibleUNet:
         folder = card.path / FOLDER
-        try:
-            config = json.loads((folder / "config.json").read_text("utf-8"))
+        config = FlexibleUNetConfig.read(read_object(folder / "config.json", card.name), folder)
+        with LoadingErrors(folder):
             weights = _read_weights(folder, variant_of(folder, card.variant), dtype)
-        except LOADING_ERRORS as error:
-            raise ModelError(f"{folder} could not be loaded: {first_line(error)}") from error
-        with torch.device("meta"):  # its own first weights would be thrown away
-            unet = FlexibleUNet(FlexibleUNetConfig.read(config, folder))
+            with torch.device("meta"):  # its own first weights would be thrown away
+                unet = FlexibleUNet(config)
         _refuse_others(unet, weights, folder)
         unet.load_state_dict(weights, assign=True)
         return unet.requires_grad_(False).eval()

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
 from batch_infer.errors import ModelError
+from batch_infer.models.untrusted import parse_json, read_object
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 SMALL = (".json", ".txt", ".model", ".jinja")
 """Settings and words: what is read of a component beside its weights."""
+MAX_HEADER = 100_000_000
+"""Longest header in bytes that safetensors itself reads."""
+MAX_SIDE = 1 << 40
+"""Longest side of a tensor."""
 POINTER = b"version https://git-lfs"
 """How a file begins that stands for one that was not fetched."""
 
@@ -96,12 +100,12 @@ def _wanted(folder: Path, variant: str | None) -> Iterator[Path]:
     infix = f".{variant}" if variant else ""
     for index in folder.glob(f"*.safetensors.index{infix}.json"):
         try:
-            named = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+            named = sorted(set(read_object(index, folder.name)["weight_map"].values()))
             for file in named:
                 if Path(file).name != file or not is_loaded(Path(file), variant):
                     raise ModelError(f"{index} names {file}, which is no shard of this component's weights")
             yield from (folder / file for file in named)
-        except (UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{index} is no index of weights: {error}") from error
 
 
@@ -109,11 +113,22 @@ def _refuse_partial(file: Path, name: str) -> None:
     read_header(file, f"{name}: {file.parent.name}/{file.name}")
 
 
+def read_shapes(folder: Path, variant: str | None, name: str) -> dict[str, tuple[int, ...]]:
+    """Read the shape of each tensor that is loaded of a component, by its name. Raises ModelError."""
+    chosen = variant_of(folder, variant)
+    headers = [
+        read_header(file, f"{name}: {folder.name}/{file.name}")
+        for file in sorted(folder.glob("*.safetensors"))
+        if is_loaded(file, chosen)
+    ]
+    return {key: tuple(tensor["shape"]) for header in headers for key, tensor in header.items()}
+
+
 def read_header(file: Path, told: str) -> dict[str, Any]:
-    """The dtype, shape and place of each tensor of a safetensors file, by its name. `told` names the file in errors.
+    """Read the dtype, shape and offsets of each tensor of a safetensors file. `told` names the file in errors.
 
     The file says in its first bytes how long it is: the header's length, the header, the tensors' ends. Raises
-    ModelError where it is not as long as that.
+    ModelError where it is not as long as that, or where a shape or an offset is impossible.
     """
     try:
         with file.open("rb") as stream:
@@ -123,9 +138,11 @@ def read_header(file: Path, told: str) -> dict[str, Any]:
             stream.seek(8)
             length = int.from_bytes(start, "little")
             size = file.stat().st_size
-            header = json.loads(stream.read(length)) if 8 + length <= size else {}
+            if length > MAX_HEADER:
+                raise ModelError(f"{told} is not a safetensors file: its header would be {length} bytes long")
+            header = parse_json(stream.read(length), f"the header of {told}") if 8 + length <= size else {}
             header.pop("__metadata__", None)
-            ends = [tensor["data_offsets"][1] for tensor in header.values()]
+            ends = [_end(key, tensor, told) for key, tensor in header.items()]
     except FileNotFoundError:
         raise ModelError(f"{told} is missing; is the folder complete?") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -133,3 +150,13 @@ def read_header(file: Path, told: str) -> dict[str, Any]:
     if size != 8 + length + max(ends, default=0):
         raise ModelError(f"{told} is not whole: fetch it again")
     return dict(header)
+
+
+def _end(key: str, tensor: dict[str, Any], told: str) -> int:
+    """Return where a tensor ends, once its shape and offsets are found to be possible. Raises ModelError."""
+    shape, offsets = tensor["shape"], tensor["data_offsets"]
+    if not all(isinstance(part, list) and all(type(number) is int for number in part) for part in (shape, offsets)):
+        raise ModelError(f"{told}: shape or data_offsets of {key} are not lists of whole numbers")
+    if len(offsets) != 2 or not 0 <= offsets[0] <= offsets[1] or not all(0 <= side <= MAX_SIDE for side in shape):
+        raise ModelError(f"{told}: {key} cannot have shape {shape} and data_offsets {offsets}")
+    return int(offsets[1])

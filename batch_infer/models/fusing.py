@@ -7,14 +7,13 @@ from typing import Any
 
 from batch_infer.errors import ModelError, first_line
 from batch_infer.models.card import ModelCard
-from batch_infer.models.loading import LOADING_ERRORS
 from batch_infer.models.lora import Lora
+from batch_infer.models.untrusted import LOADING_ERRORS
 
 # It logs why a LoRA does not fit, and raises it too.
 logging.getLogger("diffusers.loaders.peft").setLevel(logging.CRITICAL)
 
 ADAPTER = "lora"
-FUSING_ERRORS = (*LOADING_ERRORS, KeyError, IndexError)
 
 
 def fuse_loras(pipeline: Any, card: ModelCard) -> None:
@@ -28,7 +27,7 @@ def fuse_loras(pipeline: Any, card: ModelCard) -> None:
                 str(lora.path.parent), weight_name=lora.path.name, adapter_name=ADAPTER, use_safetensors=True,
                 local_files_only=True,
             )  # fmt: skip
-        except FUSING_ERRORS as error:
+        except LOADING_ERRORS as error:
             why = " ".join(line.strip() for line in str(error).splitlines()[:2])
             raise _misfit(lora, card, why) from error
         placed = _placed(pipeline)

@@ -35,6 +35,7 @@ class PipelineFacts:
 class Layout:
     """How checkpoints of a pipeline class are laid out, and what rows get of them that do not say.
 
+    `sample_size` is the native latent side where the denoiser's settings do not say one, as in diffusers' pipelines.
     `denoiser` is the folder of the network that denoises, `parts` are the other components that there must be.
     `unread` components are neither read nor fetched. `options` are the values of model_index.json that decide pixels,
     each as it is where that does not say.
@@ -48,6 +49,7 @@ class Layout:
     guidance_scale: float = 7.5
     guidance_rescale: float = 0.0
     options: tuple[tuple[str, Any], ...] = ()
+    sample_size: int | None = 64
 
     def read(self, components: set[str]) -> set[str]:
         """Of the components that model_index.json names, those that are read."""
@@ -56,7 +58,9 @@ class Layout:
     def facts(self, denoiser: Mapping[str, Any], vae: Mapping[str, Any], told: str) -> PipelineFacts:
         """What rows may ask, from the settings of both networks. Raises ModelError where they do not say it."""
         try:
-            sizes = _sizes(denoiser.get("configurations", denoiser), 2 ** (len(vae["block_out_channels"]) - 1))
+            settings = denoiser.get("configurations", denoiser)
+            native = settings.get("sample_size") or self.sample_size
+            sizes = _sizes({**settings, "sample_size": native}, 2 ** (len(vae["block_out_channels"]) - 1))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             place = f"{told}: {self.denoiser}/config.json or vae/config.json"
             raise ModelError(f"{place} does not say its sizes: {error}") from error
@@ -81,6 +85,7 @@ LAYOUTS = {
         # An image encoder is for pictures as prompts, and diffusers' class has no place for a checker.
         unread=CHECKER | {"image_encoder"},
         guidance_scale=5.0,
+        sample_size=128,
         options=(("force_zeros_for_empty_prompt", True),),
     ),
     "StableDiffusion3Pipeline": Layout(
@@ -90,6 +95,7 @@ LAYOUTS = {
         unread=CHECKER | {"image_encoder"},
         num_inference_steps=28,
         guidance_scale=7.0,
+        sample_size=128,
     ),
     "DeciDiffusionPipeline": Layout(
         "decidiffusion",
@@ -97,6 +103,7 @@ LAYOUTS = {
         unread=frozenset({"unet"}),
         num_inference_steps=30,
         guidance_rescale=0.7,
+        sample_size=None,
     ),
 }
 """By the pipeline class that model_index.json names; the defaults are the class's own."""
@@ -107,7 +114,7 @@ ANY = Layout("any_pipeline", denoiser=None, parts=frozenset(), unread=frozenset(
 def _sizes(denoiser: Mapping[str, Any], factor: int) -> SizeRules:
     """In pixels, of which the VAE makes `factor` from a latent's side."""
     native = denoiser["sample_size"]
-    height, width = (native, native) if isinstance(native, int) else native
+    height, width = (native, native) if isinstance(native, int) else (native * 2)[:2]
     if patch := denoiser.get("patch_size"):
         # Its places are learned, for so many patches and no more.
         most = denoiser["pos_embed_max_size"] * patch * factor

@@ -16,6 +16,8 @@ MARKS = ("lora_", ".lora", "hada_w", "lokr_")
 """Of which the names of a LoRA's tensors have one; the last two are other ways to write an addition down."""
 UNREAD = ("dora_scale", "lora_magnitude_vector", "hada_w", "lokr_")
 """Tensors that diffusers leaves out, or puts where these families' weights are not."""
+DIFFERENCES = (".diff", ".diff_b", ".set_weight")
+"""How the names of tensors end that are a whole difference or weight; diffusers leaves them out too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,10 @@ def read_loras(specs: Sequence[LoraSpec], family: str, model: str) -> tuple[Lora
     return tuple(map(_read, specs))
 
 
+def _is_unread(name: str) -> bool:
+    return name.endswith(DIFFERENCES) or any(mark in name for mark in UNREAD)
+
+
 def _read(spec: LoraSpec) -> Lora:
     path = Path(spec.file).expanduser().absolute()
     if not path.is_file():
@@ -54,8 +60,10 @@ def _read(spec: LoraSpec) -> Lora:
     names = read_header(path, str(path)).keys()
     if not is_lora(names):
         raise ModelError(f"{path} is not a LoRA: no tensor of it bears a name of one")
-    if unread := [name for name in names if any(mark in name for mark in UNREAD)]:
-        raise ModelError(f"{path} holds {unread[0]}: DoRA, LoHa and LoKr are not read, only plain LoRA")
+    if unread := [name for name in names if _is_unread(name)]:
+        raise ModelError(
+            f"{path} holds {unread[0]}: DoRA, LoHa, LoKr and whole differences are not read, only plain LoRA"
+        )
     try:
         fingerprint = hash_file(path)
     except OSError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Collection, Mapping
@@ -17,6 +16,7 @@ from batch_infer.errors import ModelError
 from batch_infer.models.components import named_components, refuse_no_words
 from batch_infer.models.files import PICKLES, hash_file, read_header, refuse_unfit
 from batch_infer.models.lora import is_lora
+from batch_infer.models.untrusted import read_object
 
 CONVERTED = "converted-1"
 """Where converted folders lie in the user's cache; another number where they are made otherwise."""
@@ -88,6 +88,6 @@ def _convert(file: Path, header: Mapping[str, Any], folder: Path) -> None:
 def _refuse_unusable(folder: Path) -> None:
     """What was not whole in the Hub's cache must not be kept in ours. Raises ModelError."""
     told = "the settings that it is read with"
-    named = named_components(json.loads((folder / "model_index.json").read_text("utf-8")), told)
+    named = named_components(read_object(folder / "model_index.json", told), told)
     refuse_unfit(folder, named, told, None)
     refuse_no_words(folder, named, told)

@@ -12,7 +12,6 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from transformers import CLIPTextModel
 
 from batch_infer.accelerator import copy_to
@@ -22,8 +21,9 @@ from batch_infer.models.card import ModelCard
 from batch_infer.models.embeddings import TextEmbeddings, load_long_prompts
 from batch_infer.models.family import Conditioning
 from batch_infer.models.fusing import fuse_loras
-from batch_infer.models.loading import load_module, load_pipeline
+from batch_infer.models.loading import load_checker, load_module, load_pipeline, make_solver
 from batch_infer.models.tokens import TokenCounter
+from batch_infer.models.untrusted import read_object
 from batch_infer.records import PromptRequest
 
 MODULES = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel}
@@ -56,7 +56,7 @@ class StableDiffusion:
         """`pipeline` holds everything but the UNet, which need not be diffusers' own."""
         self.device, self.dtype = device, dtype
         self.pipeline: Any = pipeline
-        self.solver = Solver(pipeline.scheduler)
+        self.solver = make_solver(pipeline)
         self.safety_checker: Any | None = pipeline.safety_checker
         self.feature_extractor: Any | None = pipeline.feature_extractor
         self._unet, self._vae = unet, pipeline.vae
@@ -71,9 +71,9 @@ class StableDiffusion:
         unet = cls.load_unet(card, dtype)
         modules: dict[str, Any] = {name: load_module(kind, card, name, dtype) for name, kind in MODULES.items()}
         if with_checker:
-            modules["safety_checker"] = load_module(StableDiffusionSafetyChecker, card, "safety_checker", dtype)
+            modules["safety_checker"], modules["feature_extractor"] = load_checker(card, device, dtype)
         else:
-            modules |= {"safety_checker": None, "requires_safety_checker": False}
+            modules |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         # diffusers looks at the UNet's class, and takes no other than the one that model_index.json names.
         modules["unet"] = unet if isinstance(unet, UNet2DConditionModel) else None
         pipeline = load_pipeline(_kind(card), card, modules)
@@ -84,7 +84,7 @@ class StableDiffusion:
     @staticmethod
     def load_unet(card: ModelCard, dtype: torch.dtype) -> Any:
         """What is called with a sample, a timestep and a text's embedding. Raises ModelError."""
-        config = UNet2DConditionModel.load_config(card.path / "unet", local_files_only=True)
+        config = read_object(card.path / "unet" / "config.json", card.name)
         refuse_variations(config, card, "Stable Diffusion 1.x or 2.x")
         return load_module(UNet2DConditionModel, card, "unet", dtype)
 
@@ -125,7 +125,7 @@ def load_solver(card: ModelCard) -> Solver:
     """The checkpoint's sampler, made as the whole pipeline would make it. Raises ModelError."""
     without = dict.fromkeys(["unet", *MODULES, "tokenizer", "safety_checker", "feature_extractor"])
     pipeline = load_pipeline(_kind(card), card, {**without, "requires_safety_checker": False})
-    return Solver(pipeline.scheduler)
+    return make_solver(pipeline)
 
 
 def _kind(card: ModelCard) -> Any:

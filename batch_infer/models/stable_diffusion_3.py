@@ -14,8 +14,9 @@ from batch_infer.errors import ModelError
 from batch_infer.models.card import ModelCard
 from batch_infer.models.embeddings import TextEmbeddings
 from batch_infer.models.family import Conditioning
-from batch_infer.models.loading import load_module, load_network, load_pipeline
+from batch_infer.models.loading import load_module, load_network, load_pipeline, make_solver
 from batch_infer.models.tokens import TokenCounter
+from batch_infer.models.untrusted import read_object
 from batch_infer.records import PromptRequest
 
 MODULES = {
@@ -35,7 +36,7 @@ class StableDiffusion3:
     def __init__(self, pipeline: StableDiffusion3Pipeline, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
         self.pipeline: Any = pipeline
-        self.solver = Solver(pipeline.scheduler)
+        self.solver = make_solver(pipeline)
         self.safety_checker: Any | None = None
         self.feature_extractor: Any | None = None
         self._transformer, self._vae = pipeline.transformer, pipeline.vae
@@ -47,7 +48,7 @@ class StableDiffusion3:
     @classmethod
     def load(cls, card: ModelCard, device: torch.device, dtype: torch.dtype) -> StableDiffusion3:
         """Load from a folder, safetensors only. Raises ModelError."""
-        _refuse_variations(SD3Transformer2DModel.load_config(card.path / "transformer", local_files_only=True), card)
+        _refuse_variations(read_object(card.path / "transformer" / "config.json", card.name), card)
         modules: dict[str, Any] = {name: load_module(kind, card, name, dtype) for name, kind in MODULES.items()}
         if (card.path / LARGE).is_dir():
             # In float16 some of it would overflow: loaded with the dtype, it keeps that in float32.
@@ -104,7 +105,7 @@ class StableDiffusion3:
 def load_solver(card: ModelCard) -> Solver:
     """The checkpoint's sampler, made as the whole pipeline would make it. Raises ModelError."""
     without = dict.fromkeys([*MODULES, LARGE, "tokenizer", "tokenizer_2", "tokenizer_3"])
-    return Solver(load_pipeline(StableDiffusion3Pipeline, card, without | WITHOUT).scheduler)
+    return make_solver(load_pipeline(StableDiffusion3Pipeline, card, without | WITHOUT))
 
 
 def _refuse_variations(config: Mapping[str, Any], card: ModelCard) -> None:

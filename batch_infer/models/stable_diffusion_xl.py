@@ -20,9 +20,10 @@ from batch_infer.models.card import ModelCard
 from batch_infer.models.embeddings import TextEmbeddings, load_long_prompts
 from batch_infer.models.family import Conditioning
 from batch_infer.models.fusing import fuse_loras
-from batch_infer.models.loading import load_module, load_pipeline
+from batch_infer.models.loading import load_module, load_pipeline, make_solver
 from batch_infer.models.stable_diffusion import embed_guidance, refuse_variations
 from batch_infer.models.tokens import TokenCounter
+from batch_infer.models.untrusted import read_object
 from batch_infer.records import PromptRequest, SamplingParams
 
 MODULES = {
@@ -83,7 +84,7 @@ class StableDiffusionXL:
     @classmethod
     def load(cls, card: ModelCard, device: torch.device, dtype: torch.dtype) -> StableDiffusionXL:
         """Load from a folder, safetensors only. Raises ModelError."""
-        config = UNet2DConditionModel.load_config(card.path / "unet", local_files_only=True)
+        config = read_object(card.path / "unet" / "config.json", card.name)
         refuse_variations(config, card, "Stable Diffusion XL", added="text_time")
         modules: dict[str, Any] = {name: load_module(kind, card, name, dtype) for name, kind in MODULES.items()}
         _refuse_refiner(config, modules["text_encoder_2"].config.projection_dim, card)
@@ -158,7 +159,7 @@ def load_solver(card: ModelCard) -> Solver:
 
 def _solver(pipeline: Any) -> Solver:
     """This pipeline tells its scheduler where to begin, where Stable Diffusion's leaves it to search."""
-    return Solver(pipeline.scheduler, begin_index=0)
+    return make_solver(pipeline, begin_index=0)
 
 
 def _without_overflow(vae: Any) -> Any:

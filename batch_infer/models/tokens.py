@@ -9,7 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from batch_infer.errors import ModelError, first_line
+from batch_infer.errors import ModelError
+from batch_infer.models.configs import SHORTEST_TEXT, text_positions
+from batch_infer.models.untrusted import LoadingErrors
 
 WINDOWS = 3
 """Times 77 tokens that the UNet is told of a prompt with --long-prompts."""
@@ -89,11 +91,29 @@ def count_windows(family: str, name: str, *, long_prompts: bool) -> int:
     return WINDOWS
 
 
-def load_clip(folder: Path) -> Any:
-    """A checkpoint's CLIP tokenizer. Raises ModelError."""
+def load_clip(path: Path, suffix: str = "") -> Any:
+    """Load a checkpoint's CLIP tokenizer, `suffix` "_2" its second, fitted to its text encoder. Raises ModelError."""
     from transformers import CLIPTokenizer
 
-    try:
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
-        raise ModelError(f"{folder} could not be loaded: {first_line(error)}") from error
+    folder = path / f"tokenizer{suffix}"
+    with LoadingErrors(folder):
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        fit_tokenizer(tokenizer, *text_positions(path, f"text_encoder{suffix}", path.name), folder)
+    return tokenizer
+
+
+def fit_tokenizer(tokenizer: Any, positions: int | None, embeddings: int | None, place: Path) -> None:
+    """Limit a tokenizer to as many tokens as its text encoder has positions, where it names more or no limit.
+
+    Raises ModelError where a token has no embedding, or the limit leaves no room for a word.
+    """
+    if isinstance(positions, int):
+        tokenizer.model_max_length = int(min(tokenizer.model_max_length, positions))
+    if tokenizer.model_max_length < SHORTEST_TEXT:
+        raise ModelError(f"{place}: model_max_length={tokenizer.model_max_length} leaves no room for a word")
+    token, last = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1], default=("", -1))
+    if isinstance(embeddings, int) and last >= embeddings:
+        raise ModelError(
+            f"{place}: the token {token!r} has the number {last}, and "
+            f"{place.name.replace('tokenizer', 'text_encoder')} has {embeddings} embeddings; do they belong together?"
+        )

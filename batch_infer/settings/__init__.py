@@ -1,7 +1,7 @@
 """What a run was asked to do, as the command line, the environment and a script all say it."""
 
 from batch_infer.settings.compute import BatchShape, Compute, ComputeSettings, Device
-from batch_infer.settings.model import LoraSpec, ModelSettings, SchedulerSpec
+from batch_infer.settings.model import SHORT_NAMES, LoraSpec, ModelSettings, SchedulerSpec
 from batch_infer.settings.run import (
     FIELDS,
     FailureBudget,
@@ -34,6 +34,7 @@ __all__ = [
     "Retried",
     "RowDefaults",
     "RunSettings",
+    "SHORT_NAMES",
     "SafetyMode",
     "SafetySettings",
     "SchedulerSpec",

@@ -4,10 +4,42 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, Literal
 
 from batch_infer.errors import SettingsError
+
+_KARRAS = {"use_karras_sigmas": True}
+_SDE = {"algorithm_type": "sde-dpmsolver++"}
+_WITH_KARRAS: dict[str, tuple[str, dict[str, Any]]] = {
+    "euler": ("EulerDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "dpm2": ("KDPM2DiscreteScheduler", {}),
+    "dpm2 a": ("KDPM2AncestralDiscreteScheduler", {}),
+    "dpm++ 2m": ("DPMSolverMultistepScheduler", {}),
+    "dpm++ 2m sde": ("DPMSolverMultistepScheduler", _SDE),
+    "dpm++ sde": ("DPMSolverSinglestepScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
+}
+SHORT_NAMES: dict[str, tuple[str, dict[str, Any]]] = {
+    **_WITH_KARRAS,
+    **{f"{name} karras": (kind, {**options, **_KARRAS}) for name, (kind, options) in _WITH_KARRAS.items()},
+    "euler a": ("EulerAncestralDiscreteScheduler", {}),
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "pndm": ("PNDMScheduler", {}),
+    "plms": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "lcm": ("LCMScheduler", {}),
+    "tcd": ("TCDScheduler", {}),
+}
+"""AUTOMATIC1111's names of samplers, with the class and options that diffusers' documentation gives for each.
+
+https://huggingface.co/docs/diffusers/api/schedulers/overview
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +65,24 @@ class SchedulerSpec:
 
     @classmethod
     def parse(cls, text: str) -> SchedulerSpec:
-        """Read `NAME[:key=value,...]`; a value is JSON where it can be, else a string. Raises SettingsError."""
-        name, _, rest = text.partition(":")
-        options = []
+        """Parse `NAME[:key=value,...]`; a value is JSON where it can be, else a string. Raises SettingsError.
+
+        NAME is a class, or one of SHORT_NAMES in any case, with spaces, hyphens or underscores between its words.
+        """
+        given, _, rest = text.partition(":")
+        short = re.sub(r"[\s_-]+", " ", given.strip().lower()).replace("dpmpp", "dpm++")
+        name, preset = SHORT_NAMES.get(short, (given.strip(), {}))
+        options = dict(preset)
         for part in rest.split(",") if rest else []:
             key, equals, value = part.partition("=")
             if not equals or not key.strip().isidentifier():
                 raise SettingsError(f"--scheduler {text}: {part!r} is not key=value")
-            options.append((key.strip(), _value(value.strip())))
+            options[key.strip()] = _value(value.strip())
         if not name.isidentifier():
-            raise SettingsError(f"--scheduler {text}: {name!r} is not the name of a diffusers scheduler class")
-        return cls(name, tuple(sorted(options)))
+            near = get_close_matches(short, SHORT_NAMES, n=2)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise SettingsError(f"--scheduler {text}: {name!r} is not the name of a diffusers scheduler class{hint}")
+        return cls(name, tuple(sorted(options.items())))
 
     def __str__(self) -> str:
         options = ",".join(f"{key}={json.dumps(value)}" for key, value in self.options)

@@ -21,7 +21,7 @@ from batch_infer.table.text import is_utf8
 
 SHAPES = (
     'a .json holds [{"prompt": ...}, ...], ["a prompt", ...] or '
-    '{"input_data": {"columns": ["prompt"], "data": [...]}}; one object a line is a .jsonl'
+    '{"input_data": {"columns": ["prompt"], "data": [...]}}, or one object with a prompt a line'
 )
 
 

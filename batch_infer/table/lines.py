@@ -16,11 +16,18 @@ from batch_infer.table.columns import Columns, checked
 from batch_infer.table.endings import TableFile
 from batch_infer.table.numbers import exact_float
 from batch_infer.table.raw import RawRow, broken
-from batch_infer.table.streams import Lines, open_text
+from batch_infer.table.streams import BUFFER, Lines, open_bytes, open_text
 from batch_infer.table.text import is_utf8
 
 SIZE = re.compile("([0-9]{1,9})[xX]([0-9]{1,9})")
 """https://platform.openai.com/docs/api-reference/images/create: size is WIDTHxHEIGHT or auto."""
+
+
+PAYLOAD = re.compile(rb'\s*\{\s*("input_data"|"(columns|data|index)"\s*:\s*\[|"parameters"\s*:\s*\{)')
+"""How a payload of Azure begins on one line."""
+PAYLOAD_KEY = re.compile(rb'"(input_data|columns|data)"\s*:')
+LONG_START = 4000
+"""Bytes of a first line of which no more is read, so that it is not known whether it is JSON."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +56,26 @@ def open_lines(file: TableFile) -> JsonLines:
     if fault and not schema.names:
         raise TableError(f"{file.name} cannot be read: {fault}")
     return JsonLines(file, schema, count)
+
+
+def holds_lines(file: TableFile, prompt: str) -> bool:
+    """Whether a .json is JSON Lines under another name, as Spark and `datasets.to_json` write it. Raises OSError.
+
+    A document that begins with an object goes on with a key, JSON Lines with another object. One line alone is
+    JSON Lines where it has a prompt. Only what one read gives is looked at: a document may be one line of any length.
+    """
+    with open_bytes(file) as stream:
+        start = stream.peek(BUFFER)
+    first, *others = [line for line in start.split(b"\n") if line.strip()] or [b""]
+    if not first.lstrip().startswith(b"{") or PAYLOAD.match(first):
+        return False
+    if others:
+        return others[0].lstrip().startswith(b"{")
+    try:
+        found = json.loads(first)
+    except (ValueError, RecursionError):
+        return len(first) > LONG_START and not PAYLOAD_KEY.search(first)
+    return isinstance(found.get(prompt), str)
 
 
 def _walk(file: TableFile) -> Iterator[RawRow]:

@@ -12,7 +12,7 @@ from batch_infer.table.columns import MOST_COLUMNS
 from batch_infer.table.delimited import Delimited, open_delimited
 from batch_infer.table.documents import Document, open_document
 from batch_infer.table.endings import TableFile
-from batch_infer.table.lines import open_lines
+from batch_infer.table.lines import holds_lines, open_lines
 from batch_infer.table.parquet import Parquet, open_parquet
 from batch_infer.table.plain import open_plain
 from batch_infer.table.raw import Reader
@@ -43,7 +43,7 @@ def _open(file: TableFile, prompt: str, scratch: Scratch) -> Reader:
         case ".jsonl" | ".ndjson":
             return open_lines(file)
         case ".json":
-            return open_document(file, prompt)
+            return open_lines(file) if holds_lines(file, prompt) else open_document(file, prompt)
         case ".txt":
             return open_plain(file)
         case _:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -13,8 +12,7 @@ from batch_infer.models import ModelCard
 from batch_infer.settings import BatchShape, Compute, OutputSettings, SafetySettings
 from batch_infer.stages import Stages
 
-if TYPE_CHECKING:
-    from batch_infer.chain import Size
+Size = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,7 +111,7 @@ class Worker:
         if pixels is None:
             return None
         card, request = self._settings.card, outcome.request
-        parameters = images.parameters_text(request, card.scheduler_name, card.title)
+        parameters = images.parameters_text(request, card.scheduler_name, card.fingerprint)
         quarantine = flagged and self._settings.safety.policy == "quarantine"
         path = self._sink.path_of(request, quarantine=quarantine)
         stored = self._sink.write(path, images.encode(pixels, self._settings.output.image_format, parameters))

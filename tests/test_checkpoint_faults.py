@@ -1,0 +1,376 @@
+"""Malformed checkpoints: each is refused at load in one sentence or renders; none is a hang or the fault of a row."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from batch_infer.errors import ModelError
+from batch_infer.models import DEMO_MODEL, load_checker, load_driven, load_solver, load_token_counter, read_card
+from batch_infer.models.schedulers import refuse_unknown_scheduler
+from batch_infer.models.untrusted import MAX_DEPTH, LoadingErrors, parse_json
+from batch_infer.records import SizeRules
+from batch_infer.safety.checker import StableDiffusionChecker
+from batch_infer.settings import SHORT_NAMES, ModelSettings, SchedulerSpec
+from tests import pipelines
+from tests.checkpoints import amend
+from tests.rendering import CPU, copied, load_family, make_request, render
+from tests.runs import results, run
+
+DEEP = "[" * 5000 + "]" * 5000
+NO_KEY = object()
+UNET, VAE, TEXT = "unet/config.json", "vae/config.json", "text_encoder/config.json"
+SCHEDULER, WORDS = "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json"
+CHECKER, PROCESSOR = "safety_checker/config.json", "feature_extractor/preprocessor_config.json"
+
+REFUSED: list[tuple[str, str, Any]] = [
+    *((UNET, "sample_size", value) for value in (10**9, 0, -8, "8", 8.5, [8, 8, 8], True)),
+    *((UNET, "layers_per_block", value) for value in (10**7, "x", -1, [10**7, 1])),
+    *((UNET, "norm_num_groups", value) for value in (0, 7, "x", -1)),
+    *((UNET, "cross_attention_dim", value) for value in (0, 48, 10**12, "x")),
+    *((UNET, "in_channels", value) for value in (0, 9, "x")),
+    *((UNET, "attention_head_dim", value) for value in (0, "x", {"a": 1})),
+    *((UNET, "block_out_channels", value) for value in ([], [32] * 1000, "x", [32, 0])),
+    (UNET, "transformer_layers_per_block", 10**8),
+    (UNET, "down_block_types", ["NoSuchBlock", "DownBlock2D"]),
+    (UNET, "act_fn", "nothing"),
+    *((VAE, "scaling_factor", value) for value in ("x", 0, float("nan"), float("inf"), [1])),
+    *((VAE, "latent_channels", value) for value in (3, 16, 0, "4")),
+    *((VAE, "block_out_channels", value) for value in ([8] * 64, "x", [])),
+    (VAE, "layers_per_block", 10**7),
+    (VAE, "norm_num_groups", 0),
+    *((TEXT, "hidden_act", value) for value in ("nothing", 5)),
+    *((TEXT, "num_hidden_layers", value) for value in (10**7, -1, "x")),
+    *((TEXT, "num_attention_heads", value) for value in (0, 5)),
+    *((TEXT, "max_position_embeddings", value) for value in (10**9, 0, 5, "x")),
+    *((TEXT, "vocab_size", value) for value in (10**9, 3, "x")),
+    *((TEXT, "hidden_size", value) for value in (48, 0, [32])),
+    *((TEXT, "attn_implementation", value) for value in ("kernels-community/flash-attn", {"": "flash_attention_2"})),
+    (TEXT, "_attn_implementation", "kernels-community/flash-attn"),
+    *((WORDS, "model_max_length", value) for value in (0, 1, 2, -5, "x", 77.5, True, [77], float("inf"))),
+    (WORDS, "pad_token", "<a token without an embedding>"),
+    (WORDS, "pad_token", 5),
+    (WORDS, "added_tokens_decoder", {"x": {"content": "a"}}),
+    (WORDS, "auto_map", {"AutoTokenizer": "mine.Tokenizer"}),
+    *((SCHEDULER, "prediction_type", value) for value in ("nonsense", 5)),
+    *((SCHEDULER, "num_train_timesteps", value) for value in (0, -1, 10**9, "x", 1.5)),
+    *((SCHEDULER, "beta_start", value) for value in ("x", float("nan"))),
+    *((SCHEDULER, "beta_schedule", value) for value in ("nonsense", 5)),
+    (SCHEDULER, "steps_offset", "x"),
+    *((PROCESSOR, "crop_size", value) for value in (10**6, {"height": 10**6, "width": 10**6}, 16, "x", 0)),
+    *((PROCESSOR, "image_mean", value) for value in ("x", [0.5], None)),
+    *((CHECKER, key, 10**7) for key in ("projection_dim",)),
+]
+"""File, key and value, of a Stable Diffusion 1.x checkpoint."""
+ACCEPTED: list[tuple[str, str, Any]] = [
+    *((WORDS, "model_max_length", value) for value in (1e30, 10**9, NO_KEY, 77.0)),
+    (UNET, "sample_size", None),
+    (UNET, "sample_size", NO_KEY),
+    (UNET, "sample_size", [8, 8]),
+    (SCHEDULER, "prediction_type", NO_KEY),
+]
+QUICK = [case for number, case in enumerate(REFUSED) if number % 5 == 0]
+
+
+def put(path: Path, key: str, value: Any) -> None:
+    """Set a key of a JSON file, to null too, or remove it."""
+    content = json.loads(path.read_text("utf-8"))
+    content.pop(key, None)
+    path.write_text(json.dumps(content if value is NO_KEY else {**content, key: value}), "utf-8")
+
+
+def load_all(folder: Path) -> Any:
+    """Do what plan and a worker do before the first row."""
+    card = read_card(ModelSettings(name=str(folder)))
+    load_token_counter(card)
+    load_solver(card)
+    return load_family(folder, with_checker=card.has_checker)
+
+
+@pytest.fixture
+def own(sd1_folder: Path, tmp_path: Path) -> Path:
+    return copied(sd1_folder, tmp_path)
+
+
+def refuse(own: Path, file: str, key: str, value: Any) -> None:
+    put(own / file, key, value)
+    with pytest.raises(ModelError) as refusal:
+        load_all(own)
+    message = str(refusal.value)
+    assert "\n" not in message
+    assert file.split("/")[0] in message, message
+
+
+@pytest.mark.parametrize(("file", "key", "value"), QUICK)
+def test_a_malformed_value_is_refused_at_load(own: Path, file: str, key: str, value: Any) -> None:
+    refuse(own, file, key, value)
+
+
+@pytest.mark.promises
+@pytest.mark.parametrize(("file", "key", "value"), REFUSED)
+def test_every_malformed_value_is_refused_at_load(own: Path, file: str, key: str, value: Any) -> None:
+    refuse(own, file, key, value)
+
+
+@pytest.mark.parametrize(("file", "key", "value"), ACCEPTED)
+def test_what_does_no_harm_renders_the_same_image(own: Path, sd1_folder: Path, file: str, key: str, value: Any) -> None:
+    put(own / file, key, value)
+    counter = load_token_counter(read_card(ModelSettings(name=str(own))))
+    assert counter is not None
+    assert counter.longest == 75
+    request = make_request(prompt="a red circle " * 100, steps=2)
+    image, wanted = (render(load_all(folder), [request])["row"].pixels for folder in (own, sd1_folder))
+    assert np.array_equal(image, wanted)
+
+
+def test_a_unet_without_a_size_has_its_familys(own: Path, sdxl_folder: Path, tmp_path: Path) -> None:
+    put(own / UNET, "sample_size", None)
+    assert read_card(ModelSettings(name=str(own))).sizes == SizeRules(512, 512, 8, 16)
+    large = copied(sdxl_folder, tmp_path)
+    put(large / UNET, "sample_size", None)
+    assert read_card(ModelSettings(name=str(large))).sizes.native_width == 1024
+
+
+def write_header(path: Path, header: str) -> None:
+    path.write_bytes(struct.pack("<Q", len(header)) + header.encode())
+
+
+HEADERS = {
+    "deep": f'{{"a": {DEEP}}}',
+    "a negative shape": '{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 0]}}',
+    "a huge shape": '{"a": {"dtype": "F32", "shape": [999999999999999], "data_offsets": [0, 0]}}',
+    "negative offsets": '{"a": {"dtype": "F32", "shape": [0], "data_offsets": [-4, 0]}}',
+    "offsets in text": '{"a": {"dtype": "F32", "shape": [0], "data_offsets": ["0", "0"]}}',
+    "a shape in text": '{"a": {"dtype": "F32", "shape": "1", "data_offsets": [0, 0]}}',
+    "a list": "[]",
+    "numbers": '{"a": 5}',
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_a_malformed_header_is_refused(own: Path, case: str) -> None:
+    write_header(own / "vae" / "diffusion_pytorch_model.safetensors", HEADERS[case])
+    with pytest.raises(ModelError, match="vae/diffusion_pytorch_model.safetensors"):
+        read_card(ModelSettings(name=str(own)))
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["model_index.json", UNET, SCHEDULER, WORDS, PROCESSOR, "tokenizer/vocab.json", "unet/x.safetensors.index.json"],
+)
+@pytest.mark.parametrize("content", [DEEP, '{"a": ' * 200 + "1" + "}" * 200, "\ufeff{}", "{", "[1]"])
+def test_a_file_that_is_no_plain_json_object_is_refused(own: Path, file: str, content: str) -> None:
+    if (file, content) == ("tokenizer/vocab.json", "[1]"):
+        pytest.skip("tokenizer.json is read in its place")
+    (own / file).write_text(content, "utf-8")
+    with pytest.raises(ModelError):
+        load_all(own)
+
+
+def test_json_of_bounded_depth() -> None:
+    assert parse_json(b'{"a": [1, {"b": null}]}', "x") == {"a": [1, {"b": None}]}
+    parse_json(b"[" * MAX_DEPTH + b"]" * MAX_DEPTH, "x")
+    for depth in (MAX_DEPTH + 1, 10**6):
+        with pytest.raises(ModelError, match="x is nested more than"):
+            parse_json(b"[" * depth + b"]" * depth, "x")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ImportError("a"), KeyError("a"), IndexError("a"), ZeroDivisionError("a"), RecursionError("a"), MemoryError("a"),
+     OverflowError("a"), NotImplementedError("a"), AssertionError("a"), Exception("as tokenizers raises")],
+    ids=lambda error: type(error).__name__,
+)  # fmt: skip
+def test_what_libraries_raise_names_the_place(error: Exception) -> None:
+    with pytest.raises(ModelError, match="unet could not be loaded: "), LoadingErrors("unet"):
+        raise error
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("x"), RuntimeError("CUDA error: unknown"), StopIteration()])
+def test_errors_of_the_device_and_of_our_own_stay_what_they_are(error: Exception) -> None:
+    with pytest.raises(type(error)) as raised, LoadingErrors("unet"):
+        raise error
+    assert raised.value is error
+
+
+def hide(path: Path, text: str) -> None:
+    """Write JSON whose first key is an escape away from `text`."""
+    content = path.read_text("utf-8").strip()
+    path.write_text(f'{{"\\u{ord(text[0]):04x}{text[1:]}": {{"AutoModel": "m.M"}}, {content[1:]}', "utf-8")
+
+
+def test_a_key_that_is_written_with_escapes_is_seen(own: Path) -> None:
+    hide(own / TEXT, "auto_map")
+    assert "auto_map" not in (own / TEXT).read_text("utf-8")
+    with pytest.raises(ModelError, match="text_encoder/config.json names code of its own .auto_map., and none is run"):
+        read_card(ModelSettings(name=str(own)))
+
+
+def test_a_word_of_a_vocabulary_is_no_code(own: Path) -> None:
+    (own / "tokenizer" / "vocab.json").write_text('{"auto_map": 7}', "utf-8")
+    read_card(ModelSettings(name=str(own)))
+
+
+def test_a_tokenizer_without_its_merges_is_refused(own: Path) -> None:
+    shutil.rmtree(own / "tokenizer")
+    shutil.copytree(DEMO_MODEL / "tokenizer", own / "tokenizer", ignore=shutil.ignore_patterns("tokenizer.json"))
+    read_card(ModelSettings(name=str(own)))
+    (own / "tokenizer" / "merges.txt").unlink()
+    with pytest.raises(ModelError, match="tokenizer/ lacks vocab.json or merges.txt; is the folder complete"):
+        read_card(ModelSettings(name=str(own)))
+
+
+def spoil_xl(folder: Path) -> str:
+    amend(folder / UNET, cross_attention_dim=32)
+    return "unet/config.json has cross_attention_dim=32, but hidden_size of text_encoder and text_encoder_2 makes 80"
+
+
+def spoil_sd3(folder: Path) -> str:
+    amend(folder / "transformer" / "config.json", pooled_projection_dim=8)
+    return "transformer/config.json has pooled_projection_dim=8, but both projection_dim make 32"
+
+
+def spoil_positions(folder: Path) -> str:
+    amend(folder / "transformer" / "config.json", pos_embed_max_size=8000)
+    return "transformer/config.json has pos_embed_max_size=8000, but the largest tensor"
+
+
+def spoil_t5(folder: Path) -> str:
+    amend(folder / "text_encoder_3" / "config.json", d_model=48)
+    return "transformer/config.json has joint_attention_dim=32, but text_encoder_3 has d_model 48"
+
+
+def spoil_decidiffusion(folder: Path) -> str:
+    path = folder / "flexible_unet" / "config.json"
+    content = json.loads(path.read_text("utf-8"))
+    content["configurations"]["mid_num_resnets"] = 10**8
+    path.write_text(json.dumps(content), "utf-8")
+    return "flexible_unet/config.json has mid_num_resnets=100000000, but its weights are"
+
+
+@pytest.mark.parametrize("spoil", [spoil_xl, spoil_sd3, spoil_positions, spoil_t5, spoil_decidiffusion])
+def test_other_families(
+    spoil: Callable[[Path], str], sdxl_folder: Path, decidiffusion_folder: Path, tmp_path: Path
+) -> None:
+    whole = {"spoil_xl": sdxl_folder, "spoil_decidiffusion": decidiffusion_folder}.get(spoil.__name__)
+    own = copied(whole, tmp_path) if whole else pipelines.save_sd3(tmp_path / "sd3")
+    reason = spoil(own)
+    with pytest.raises(ModelError, match=reason):
+        read_card(ModelSettings(name=str(own)))
+
+
+def test_a_driven_pipelines_tokenizer_takes_its_encoders_limit(tmp_path: Path) -> None:
+    own = pipelines.save_sd3(tmp_path / "sd3", with_t5=False)
+    for name in ("tokenizer", "tokenizer_2"):
+        put(own / name / "tokenizer_config.json", "model_max_length", NO_KEY)
+    model = load_family(own)
+    assert model.pipeline.tokenizer.model_max_length == model.pipeline.tokenizer_max_length == 77
+
+
+DRIVEN: list[tuple[str, str, Any]] = [
+    ("transformer/config.json", "num_layers", 10**8),
+    ("transformer/config.json", "sample_size", 10**9),
+    ("transformer/config.json", "sample_size", "x"),
+    ("transformer/config.json", "cross_attention_dim", 10**6),
+    ("transformer/config.json", "norm_type", "nothing"),
+    ("transformer/config.json", "quantization_config", {"quant_method": "nothing"}),
+    ("text_encoder/config.json", "attn_implementation", "kernels-community/flash-attn"),
+    ("vae/config.json", "block_out_channels", 5),
+    ("scheduler/scheduler_config.json", "num_train_timesteps", 10**9),
+    ("scheduler/scheduler_config.json", "prediction_type", "nonsense"),
+]
+
+
+@pytest.fixture(scope="module")
+def pixart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pipelines.save_pixart(tmp_path_factory.mktemp("driven") / "pixart")
+
+
+@pytest.mark.parametrize(("file", "key", "value"), DRIVEN)
+def test_a_driven_pipelines_malformed_value_is_refused_at_load(
+    pixart: Path, tmp_path: Path, file: str, key: str, value: Any
+) -> None:
+    own = copied(pixart, tmp_path)
+    put(own / file, key, value)
+    with pytest.raises(ModelError) as refusal:
+        card = read_card(ModelSettings(name=str(own)))
+        load_driven(card, CPU, torch.float32, with_checker=False)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_driven_pipeline_whose_parts_do_not_fit_is_refused_at_load(pixart: Path, tmp_path: Path) -> None:
+    own = copied(pixart, tmp_path)
+    shutil.rmtree(own / "text_encoder")
+    pipelines.t5(32).save_pretrained(own / "text_encoder")
+    card = read_card(ModelSettings(name=str(own)))
+    with pytest.raises(ModelError, match="PixArtSigmaPipeline could not be loaded: .*shapes"):
+        load_driven(card, CPU, torch.float32, with_checker=False)
+
+
+def test_a_run_refuses_it_before_any_row_and_says_so_once(own: Path, tmp_path: Path) -> None:
+    table, out = tmp_path / "t.csv", tmp_path / "out"
+    table.write_text("prompt\na red circle\n")
+    put(own / WORDS, "pad_token", "<new>")
+    done = run(table, out, "--model", own)
+    assert done.code == 2
+    assert "the token '<new>' has the number 645, and text_encoder has 645 embeddings" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (out / "results.parquet").exists()
+
+
+def test_without_a_safety_check_the_checker_may_be_missing(own: Path, tmp_path: Path) -> None:
+    table, out = tmp_path / "t.csv", tmp_path / "out"
+    table.write_text("prompt\na red circle\n")
+    for name in ("safety_checker", "feature_extractor"):
+        shutil.rmtree(own / name)
+    refused = run(table, out, "--model", own)
+    assert refused.code == 2
+    assert "feature_extractor/, which is missing" in refused.stderr
+    assert run(table, out, "--model", own, "--safety", "none").code == 0
+    assert results(out)[0]["status"] == "ok"
+
+
+def test_the_recorded_scheduler_is_the_one_that_is_loaded(own: Path, tmp_path: Path) -> None:
+    table, out = tmp_path / "t.csv", tmp_path / "out"
+    table.write_text("prompt\na red circle\n")
+    before = read_card(ModelSettings(name=str(own))).scheduler_fingerprint
+    amend(own / "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
+    card = read_card(ModelSettings(name=str(own)))
+    assert (card.scheduler_name, card.scheduler_fingerprint) == ("DDIMScheduler", before)
+    assert load_solver(card).name == "DDIMScheduler"
+    assert run(table, out, "--model", own).code == 0
+    assert results(out)[0]["scheduler"] == "DDIMScheduler"
+
+
+def test_an_image_does_not_depend_on_what_its_models_folder_is_called(own: Path, tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text("prompt\na red circle\n")
+    renamed = copied(own, tmp_path / "elsewhere").rename(tmp_path / "another name")
+    digests = set()
+    for folder in (own, renamed):
+        assert run(table, tmp_path / folder.name / "out", "--model", folder, "--overwrite").code == 0
+        digests.add(results(tmp_path / folder.name / "out")[0]["sha256"])
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("short", SHORT_NAMES)
+def test_short_names_of_schedulers_are_those_of_the_installed_diffusers(sd1_folder: Path, short: str) -> None:
+    spec = SchedulerSpec.parse(short)
+    refuse_unknown_scheduler(spec)
+    card = read_card(ModelSettings(name=str(sd1_folder), scheduler=spec))
+    assert card.scheduler_name.startswith(SHORT_NAMES[short][0])
+    assert load_solver(card).name == SHORT_NAMES[short][0]
+
+
+def test_a_checker_that_loads_judges(own: Path) -> None:
+    card = read_card(ModelSettings(name=str(own)))
+    checker = StableDiffusionChecker(*load_checker(card, CPU, torch.float32), 1)
+    assert checker.judge([np.zeros((64, 64, 3), np.uint8)])
