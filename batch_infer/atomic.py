@@ -6,15 +6,19 @@ import errno
 import hashlib
 import os
 import platform
+import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from batch_infer.errors import StorageError
 
 TEMPORARY = ".tmp-"
+_TEMPORARY_NAME = re.compile(rf"{re.escape(TEMPORARY)}[0-9a-f]{{8}}-\d+-[0-9a-f]{{12}}-.")
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_NOT_THERE = {errno.ENOENT, errno.ENOTDIR}
 _NO_SUCH_CALL = {errno.EBADF, errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EISDIR}
 """What file systems say that do not let a folder be handed to the disk."""
 
@@ -28,15 +32,25 @@ def _draw_token() -> None:
 
 
 def here() -> str:
-    """Where a process's number means this process: the machine, and on Linux what of it a container shows."""
+    """Return a digest of where process numbers are unique: host name, and on Linux boot and PID namespace.
+
+    Many containers share a host name and the number of their PID namespace; the kernel's boot id tells their machines
+    apart.
+    """
     space = Path("/proc/self/ns/pid")
-    told = f"{platform.node()} {space.readlink() if space.is_symlink() else ''}"
-    return hashlib.sha256(told.encode()).hexdigest()[:8]
+    boot = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
+    where = f"{platform.node()} {space.readlink() if space.is_symlink() else ''} {boot}"
+    return hashlib.sha256(where.encode()).hexdigest()[:8]
 
 
 def own_name(prefix: str, name: str) -> str:
     """A name that this process gives a file, and no other does."""
     return f"{prefix}{_token}-{name}"
+
+
+def is_temporary(name: str) -> bool:
+    """Return whether `temporary_of` made this name, in any process. Other names that start alike are not ours."""
+    return _TEMPORARY_NAME.match(name) is not None
 
 
 def is_abandoned(name: str, prefix: str = TEMPORARY) -> bool:
@@ -59,6 +73,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_draw_token)
 
 
+def own_marker() -> str:
+    """Return the name of the file by which this process knows a folder again. It is swept as a temporary file is."""
+    return own_name(TEMPORARY, "here")
+
+
 @dataclass(frozen=True, slots=True)
 class KnownFolder:
     """A folder as it was when somebody began to write into it; its name may come to mean another one, or none.
@@ -69,17 +88,48 @@ class KnownFolder:
     path: Path
     identity: tuple[int, int] | None
     """Device and inode; None where there was no folder."""
+    marker: str | None = None
+    """Name of an empty file in the folder. It identifies the folder on mounts whose inode numbers change."""
 
     @classmethod
     def of(cls, path: Path | KnownFolder) -> KnownFolder:
-        return path if isinstance(path, KnownFolder) else cls(path, _identity(path))
+        """Return a folder as it is now, with the marker that this process has put there. Raises StorageError."""
+        if isinstance(path, KnownFolder):
+            return path
+        marker = own_marker()
+        with reading(path):
+            identity = _identity(path)
+        return cls(path, identity, marker if is_there(path / marker) else None)
+
+    def marked(self, marker: str | None = None) -> KnownFolder:
+        """Write a marker into the folder, by default that of this process, and return the folder with it.
+
+        Raises StorageError.
+        """
+        name = marker or own_marker()
+        with storing(self.path / name):
+            (self.path / name).touch()
+        return replace(self, marker=name)
+
+    def remove_markers(self, inner: Iterable[str]) -> None:
+        """Remove the marker from this folder and from inner ones. An error leaves it to the next sweep."""
+        if self.marker is not None:
+            for folder in (self.path, *(self.path / name for name in inner)):
+                with suppress(OSError):
+                    (folder / self.marker).unlink(missing_ok=True)
 
     def check(self) -> None:
         """See that the name still means this folder. Raises StorageError.
 
-        Where a disk was unmounted, what is written would land beneath its mount point, and not be seen again.
+        Where a disk was unmounted, what is written would land beneath its mount point, and not be seen again. FUSE
+        mounts may number their files anew between two calls, so an unexpected number alone proves nothing: the marker
+        decides. That costs one more look at the disk, and only there.
         """
-        if self.identity is None or _identity(self.path) != self.identity:
+        with reading(self.path):
+            found = _identity(self.path)
+        if found is not None and found == self.identity:
+            return
+        if found is None or self.marker is None or not is_there(self.path / self.marker):
             raise StorageError(
                 f"{self.path} has gone since the run began: it was removed, renamed or unmounted, or another folder"
                 " has taken its place; put it back and run again to go on"
@@ -89,8 +139,10 @@ class KnownFolder:
 def _identity(path: Path) -> tuple[int, int] | None:
     try:
         found = path.stat()
-    except OSError:
-        return None
+    except OSError as error:
+        if error.errno in _NOT_THERE:
+            return None
+        raise
     return found.st_dev, found.st_ino
 
 
@@ -142,6 +194,55 @@ def storing(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else error
         raise StorageError(f"cannot write {path}: {reason}") from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Re-raise OSError as StorageError naming `path`: what cannot be looked at may well be there."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else error
+        raise StorageError(f"cannot read {path}: {reason}") from error
+
+
+def is_there(path: Path) -> bool:
+    """Return whether a path exists, links not followed. Raises StorageError where that cannot be found out."""
+    with reading(path):
+        try:
+            path.lstat()
+        except OSError as error:
+            if error.errno in _NOT_THERE:
+                return False
+            raise
+    return True
+
+
+def list_names(folder: Path) -> list[str]:
+    """Return the sorted names in a folder, none where it is missing. Raises StorageError where it cannot be listed.
+
+    `Path.glob` returns nothing in that case.
+    """
+    with reading(folder):
+        try:
+            return sorted(os.listdir(folder))  # noqa: PTH208
+        except FileNotFoundError:
+            return []
+
+
+def sweep(folder: Path, ours: Callable[[str], bool] = is_temporary) -> list[Path]:
+    """Remove the files of one folder that have such names and return the folders in it, links to folders left out.
+
+    Of a million files none is asked for. Raises OSError.
+    """
+    folders = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(Path(entry.path))
+            elif ours(entry.name):
+                Path(entry.path).unlink(missing_ok=True)
+    return folders
 
 
 def make_folder(folder: Path) -> None:

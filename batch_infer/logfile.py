@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -24,7 +25,9 @@ def open_log(path: Path) -> Iterator[TextIO]:
     """
     with storing(path):
         path.parent.mkdir(exist_ok=True)
-        file = path.open("a", encoding="utf-8")
+        if path.parent.is_symlink():
+            raise OSError(errno.ELOOP, "its folder is a link")
+        file = os.fdopen(_open_without_links(path), "a", encoding="utf-8")
     try:
         yield file
     finally:
@@ -34,6 +37,12 @@ def open_log(path: Path) -> Iterator[TextIO]:
                 os.write(file.fileno(), text.encode())
         with suppress(OSError):
             file.close()
+
+
+def _open_without_links(path: Path) -> int:
+    """Open a file that is no link to append to; a pipe without a reader fails instead of waiting for one."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
 
 
 def log_to(file: TextIO) -> logging.Handler:

@@ -115,8 +115,8 @@ def test_a_folder_is_known_until_another_takes_its_place(tmp_path: Path) -> None
     assert KnownFolder.of(known) is known
 
 
-def assert_gone(known: KnownFolder) -> None:
-    with pytest.raises(StorageError, match="out has gone since the run began: .* put it back and run again"):
+def assert_gone(known: KnownFolder, name: str = "out") -> None:
+    with pytest.raises(StorageError, match=f"{name} has gone since the run began: .* put it back and run again"):
         known.check()
 
 
@@ -154,3 +154,52 @@ print(os.read(reading, 100).decode(), temporary_of(pathlib.Path("file")))
     names = [subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() for _ in range(2)]
     here = {str(temporary_of(Path("file"))) for _ in range(2)}
     assert len({*names[0], *names[1], *here}) == 5
+
+
+def test_a_folder_whose_inode_number_changes_is_known_by_its_marker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on FUSE mounts; one look more at the disk, and only then."""
+    known = KnownFolder.of(tmp_path)
+    marked = known.marked()
+    assert KnownFolder.of(tmp_path) == marked
+    assert pickle.loads(pickle.dumps(marked)) == marked
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "_identity", lambda _: (1, 2))
+        marked.check()
+        assert_gone(known, tmp_path.name)
+        marked.remove_markers(())
+        assert_gone(marked, tmp_path.name)
+    marked.check()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_looked_at_is_not_taken_for_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = KnownFolder.of(tmp_path)
+
+    def stat(path: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "stat", stat)
+    monkeypatch.setattr(Path, "lstat", stat)
+    for look in (known.check, lambda: atomic.is_there(tmp_path / "x")):
+        with pytest.raises(StorageError, match=f"cannot read {tmp_path}.*: Input/output error"):
+            look()
+
+
+def test_containers_of_equal_names_differ_by_the_boot_of_their_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = set()
+    for boot in ("a", "b", "a"):
+        monkeypatch.setattr(atomic, "_BOOT_ID", tmp_path / "boot_id")
+        (tmp_path / "boot_id").write_text(boot)
+        places.add(atomic.here())
+    assert len(places) == 2
+
+
+def test_only_names_of_our_own_making_are_temporary() -> None:
+    assert atomic.is_temporary(temporary_of(Path("x")).name)
+    assert not any(map(atomic.is_temporary, (".tmp-x", ".tmp-0a1b2c3d-x", "x", ".tmp-0a1b2c3d-1-0123456789ab-")))

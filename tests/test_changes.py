@@ -38,8 +38,8 @@ def test_a_default_that_differs_replaces_nothing(table: Path, out: Path) -> None
     write_csv(table, [*ROWS, ["new", "a red star", ""]])
     sentence = (
         f"2 finished images in {out} would be rendered again and replaced, because --steps differs from the run that "
-        "made them (num_inference_steps 2 -> 3): give the same options again, or add --rerender-changed to replace "
-        "these images, or --overwrite to start anew"
+        "made them (num_inference_steps 2 -> 3): give the same options again, or add --rerender-changed to render "
+        "them again, or --overwrite to start anew"
     )
     refused = run(table, out, "--steps", "3")
     assert (refused.code, refused.stdout) == (2, "")
@@ -85,7 +85,7 @@ def test_a_default_that_no_finished_row_takes_stops_nothing(tmp_path: Path, out:
         (["--negative-prompt", "dull"], "(negative_prompt None -> 'dull')"),
         (["--height", "72", "--width", "56"], "--height and --width differ from"),
         (["--guidance-scale", "3"], "--guidance-scale differs"),
-        (["--column", "prompt=id"], "--column differs"),
+        (["--column", "prompt=id"], "(columns as they are named -> prompt=id)"),
     ],
     ids=["seed", "negative prompt", "size", "guidance", "column"],
 )
@@ -96,6 +96,17 @@ def test_every_option_that_changes_images_is_named(table: Path, out: Path, optio
     assert done.code == 2
     assert cause in done.stderr
     assert state(out) == before
+
+
+def test_other_ids_would_leave_the_finished_images_out(tmp_path: Path, out: Path) -> None:
+    table = write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"]])
+    assert run(table, out).code == 0
+    before = state(out)
+    done = run(table, out, "--id-from", "content")
+    assert done.code == 2
+    assert "--id-from differs from the run that made them (id from row -> content)" in done.stderr
+    assert state(out) == before
+    assert run(table, out, "--id-from", "content", "--rerender-changed").code == 0
 
 
 def test_more_images_of_each_row_are_new(table: Path, out: Path) -> None:

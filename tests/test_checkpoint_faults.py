@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from batch_infer.errors import ModelError
-from batch_infer.models import DEMO_MODEL, load_checker, load_solver, load_token_counter, read_card
+from batch_infer.models import DEMO_MODEL, load_checker, load_driven, load_solver, load_token_counter, read_card
 from batch_infer.models.schedulers import refuse_unknown_scheduler
 from batch_infer.models.untrusted import MAX_DEPTH, LoadingErrors, parse_json
 from batch_infer.records import SizeRules
@@ -273,6 +273,46 @@ def test_a_driven_pipelines_tokenizer_takes_its_encoders_limit(tmp_path: Path) -
         put(own / name / "tokenizer_config.json", "model_max_length", NO_KEY)
     model = load_family(own)
     assert model.pipeline.tokenizer.model_max_length == model.pipeline.tokenizer_max_length == 77
+
+
+DRIVEN: list[tuple[str, str, Any]] = [
+    ("transformer/config.json", "num_layers", 10**8),
+    ("transformer/config.json", "sample_size", 10**9),
+    ("transformer/config.json", "sample_size", "x"),
+    ("transformer/config.json", "cross_attention_dim", 10**6),
+    ("transformer/config.json", "norm_type", "nothing"),
+    ("transformer/config.json", "quantization_config", {"quant_method": "nothing"}),
+    ("text_encoder/config.json", "attn_implementation", "kernels-community/flash-attn"),
+    ("vae/config.json", "block_out_channels", 5),
+    ("scheduler/scheduler_config.json", "num_train_timesteps", 10**9),
+    ("scheduler/scheduler_config.json", "prediction_type", "nonsense"),
+]
+
+
+@pytest.fixture(scope="module")
+def pixart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pipelines.save_pixart(tmp_path_factory.mktemp("driven") / "pixart")
+
+
+@pytest.mark.parametrize(("file", "key", "value"), DRIVEN)
+def test_a_driven_pipelines_malformed_value_is_refused_at_load(
+    pixart: Path, tmp_path: Path, file: str, key: str, value: Any
+) -> None:
+    own = copied(pixart, tmp_path)
+    put(own / file, key, value)
+    with pytest.raises(ModelError) as refusal:
+        card = read_card(ModelSettings(name=str(own)))
+        load_driven(card, CPU, torch.float32, with_checker=False)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_driven_pipeline_whose_parts_do_not_fit_is_refused_at_load(pixart: Path, tmp_path: Path) -> None:
+    own = copied(pixart, tmp_path)
+    shutil.rmtree(own / "text_encoder")
+    pipelines.t5(32).save_pretrained(own / "text_encoder")
+    card = read_card(ModelSettings(name=str(own)))
+    with pytest.raises(ModelError, match="PixArtSigmaPipeline could not be loaded: .*shapes"):
+        load_driven(card, CPU, torch.float32, with_checker=False)
 
 
 def test_a_run_refuses_it_before_any_row_and_says_so_once(own: Path, tmp_path: Path) -> None:

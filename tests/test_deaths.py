@@ -171,7 +171,7 @@ def test_a_run_goes_on_without_parts_and_images_that_a_crash_has_damaged(tmp_pat
     first, second, *_ = (row["generated_image"] for row in results(out))
     (out / first).write_bytes((out / first).read_bytes()[:200])
     (out / second).unlink()
-    (out / "images" / ".tmp-x-y.png").write_bytes(b"half")
+    (out / "images" / ".tmp-0a1b2c3d-1-0123456789ab-y.png").write_bytes(b"half")
     (out / "manifest" / "part-0.parquet").write_bytes(b"PAR1")
     (out / "results.parquet").unlink()
     done = run(table, out, "--slots", "16")

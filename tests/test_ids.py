@@ -89,11 +89,6 @@ def test_a_table_that_is_sorted_split_and_renamed_renders_nothing(out: Path) -> 
     assert hashes(out) == before
 
 
-def test_another_kind_of_ids_is_told(out: Path) -> None:
+def test_plan_says_where_ids_come_from(out: Path) -> None:
     table = write_csv(Path("t.csv"), [["prompt"], ["a red circle"]])
-    run(table, out)
     assert "ids      from file name and row number" in command("plan", table, "-o", out, "--steps", "2").stdout
-    done = run(table, out, "--id-from", "content")
-    assert "was made with --id-from row; rows without an id have other ids now" in done.stderr
-    assert len(images(out)) == 2
-    assert len(results(out)) == 1

@@ -68,7 +68,10 @@ DOORS = {
     ),
     *("batch_infer.models.any_pipeline", "batch_infer.cli.logs", "batch_infer.cli.config"),
     *("batch_infer.cli.environment", "batch_infer.safety.content_safety"),
-    *(f"batch_infer.jobs.{room}" for room in ("job", "merge", "out", "record", "recovery", "results", "survey")),
+    *(
+        f"batch_infer.jobs.{room}"
+        for room in ("cleanup", "job", "merge", "out", "record", "recovery", "results", "survey")
+    ),
 }
 """Rooms of a wing that the floor plan names, and that others may therefore enter beside its `__init__`."""
 

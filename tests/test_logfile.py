@@ -35,3 +35,15 @@ def test_a_full_disk_hides_no_error_and_prints_nothing(capfd: pytest.CaptureFixt
 def test_a_log_that_cannot_be_opened_is_a_storage_error(tmp_path: Path) -> None:
     with pytest.raises(StorageError), open_log(tmp_path / "gone" / "logs" / "run.log"):
         raise AssertionError("it was opened")
+
+
+@pytest.mark.parametrize("planted", ["logs", "logs/run.log"])
+def test_no_planted_link_is_followed(tmp_path: Path, planted: str) -> None:
+    target = tmp_path / "elsewhere"
+    target.mkdir() if planted == "logs" else target.touch()
+    link = tmp_path / planted
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(target)
+    with pytest.raises(StorageError, match=r"cannot write .*run\.log: "), open_log(tmp_path / "logs" / "run.log"):
+        raise AssertionError("it was opened")
+    assert not list(target.iterdir()) if planted == "logs" else not target.read_bytes()

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from batch_infer.errors import LockedError, SettingsError, StorageError, UsageError
+from batch_infer.jobs import cleanup
 from batch_infer.jobs import out as outdir
+from batch_infer.manifest import Manifest
+from batch_infer.records import ResultRow, now
+from batch_infer.sinks import FolderSink
 
 HOLDER = """
 import pathlib, sys, time
@@ -109,45 +117,119 @@ def test_clearing_removes_what_runs_made_and_nothing_else(out: Path, tmp_path: P
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "precious").touch()
     (out / "logs" / "link").symlink_to(tmp_path / "elsewhere")
-    outdir.clear(out)
+    cleanup.clear(out)
     assert [path for path in sorted(out.rglob("*")) if path.is_file()] == sorted(others)
     assert (tmp_path / "elsewhere" / "precious").exists()
 
 
-def test_a_linked_folder_is_let_go_and_not_emptied(out: Path, tmp_path: Path) -> None:
+def link_images(out: Path, disk: Path) -> None:
+    (out / "images").rename(disk)
+    (out / "images").symlink_to(disk)
+
+
+def commit_image(out: Path, name: str) -> Path:
+    sink = FolderSink(out)
+    stored = sink.write(f"images/t-00000/{name}-0.png", b"x")
+    sink.settle([stored.path])
+    (out / "manifest" / "part-1.parquet").unlink(missing_ok=True)
+    row = ResultRow(id=name, image_index=0, prompt="x", generated_image=stored.path, status="ok", finished_at=now(),
+                    source_file="t.csv", source_row=0, fingerprint="f")  # fmt: skip
+    Manifest(out).commit([row], pa.schema([]))
+    return out / stored.path
+
+
+def test_a_link_to_a_larger_disk_stays_and_is_emptied_of_what_the_manifest_names(out: Path, tmp_path: Path) -> None:
     full(out)
-    (out / "images").rename(tmp_path / "big disk")
-    (out / "images").symlink_to(tmp_path / "big disk")
-    outdir.clear(out)
-    assert not (out / "images").exists()
-    assert len(list((tmp_path / "big disk").iterdir())) == 1
+    link_images(out, tmp_path / "big disk")
+    image = commit_image(out, "b")
+    (tmp_path / "big disk" / "t-00001").mkdir()
+    empty = commit_image(out, "c").with_name("only")
+    cleanup.clear(out)
+    assert (out / "images").is_symlink()
+    assert not image.exists()
+    assert not empty.exists()
+    assert (tmp_path / "big disk" / "t-00000" / "a-0.png").exists(), "which no part names"
+    assert (tmp_path / "big disk" / "t-00001").exists()
+    assert not (out / "run.json").exists()
+    assert not (out / "manifest").exists()
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_what_is_killed_while_it_clears_is_cleared_by_the_next_run(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linked: bool
+) -> None:
+    """Whichever removal it dies at, no command takes what is left for results."""
+    for step in range(1, 20):
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(tmp_path / "big disk", ignore_errors=True)
+        full(out)
+        commit_image(out, "b")
+        if linked:
+            link_images(out, tmp_path / "big disk")
+        left = [step]
+        with monkeypatch.context() as patch:
+            for name in ("unlink", "rmdir"):
+                patch.setattr(os, name, dying(getattr(os, name), left))
+            try:
+                cleanup.clear(out)
+                break
+            except KeyboardInterrupt:
+                pass
+        assert outdir.is_half_cleared(out)
+        with pytest.raises(UsageError, match="run --overwrite` was stopped .* run again"):
+            outdir.known_run(out)
+        cleanup.clear(out)
+        assert not (out / "run.json").exists()
+        assert not (out / "images" / "t-00000" / "b-0.png").exists()
+    assert step > 5
+
+
+def dying(real: Callable[..., Any], left: list[int]) -> Callable[..., Any]:
+    def call(*args: Any, **options: Any) -> Any:
+        left[0] -= 1
+        if left[0] <= 0:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    return call
 
 
 def test_a_folder_that_no_run_made_is_not_cleared(out: Path) -> None:
     full(out)
     (out / "run.json").unlink()
     with pytest.raises(SettingsError, match="has no run.json of ours, so what it holds may be somebody"):
-        outdir.clear(out)
+        cleanup.clear(out)
     assert (out / "images/t-00000/a-0.png").exists()
 
 
 def test_an_empty_folder_is_as_good_as_cleared(tmp_path: Path) -> None:
-    outdir.clear(tmp_path)
-    outdir.clear(tmp_path / "missing")
+    cleanup.clear(tmp_path)
+    cleanup.clear(tmp_path / "missing")
 
 
 def test_leftovers_of_a_killed_run_are_removed_and_no_others(out: Path, tmp_path: Path) -> None:
     full(out)
     ours = [
-        *(out / ".tmp-1-run.json", out / "images/t-00000/.tmp-1-a-0.png", out / "manifest/.tmp-1-part.parquet"),
-        *(out / "quarantine/t/.tmp-1-b-0.png", out / "logs/.tmp-1-x", out / ".holder"),
+        *(
+            out / ".tmp-0a1b2c3d-1-0123456789ab-run.json",
+            out / "images/t-00000/.tmp-0a1b2c3d-1-0123456789ab-a-0.png",
+            out / "manifest/.tmp-0a1b2c3d-1-0123456789ab-part.parquet",
+        ),
+        *(
+            out / "quarantine/t/.tmp-0a1b2c3d-1-0123456789ab-b-0.png",
+            out / "logs/.tmp-0a1b2c3d-1-0123456789ab-x",
+            out / ".holder",
+        ),
     ]
     (tmp_path / "elsewhere").mkdir()
     (out / "images" / "link").symlink_to(tmp_path / "elsewhere")
-    others = [out / "my images" / ".tmp-1-a.png", tmp_path / "elsewhere" / ".tmp-1-a.png"]
+    others = [
+        out / "my images" / ".tmp-0a1b2c3d-1-0123456789ab-a.png",
+        tmp_path / "elsewhere" / ".tmp-0a1b2c3d-1-0123456789ab-a.png",
+    ]
     for path in (*ours, *others):
         path.touch()
-    outdir.remove_leftovers(out)
+    cleanup.remove_leftovers(out)
     assert [path for path in (*ours, *others) if path.exists()] == others
     assert (out / "images/t-00000/a-0.png").exists()
 
@@ -156,21 +238,21 @@ def test_leftovers_on_a_larger_disk_are_removed_too(out: Path, tmp_path: Path) -
     full(out)
     (out / "images").rename(tmp_path / "big disk")
     (out / "images").symlink_to(tmp_path / "big disk")
-    leftover = tmp_path / "big disk" / "t-00000" / ".tmp-1-a-0.png"
+    leftover = tmp_path / "big disk" / "t-00000" / ".tmp-0a1b2c3d-1-0123456789ab-a-0.png"
     leftover.touch()
-    outdir.remove_leftovers(out)
+    cleanup.remove_leftovers(out)
     assert not leftover.exists()
 
 
 def test_the_word_of_who_holds_out_stays(out: Path, holder: subprocess.Popen[str]) -> None:
-    outdir.remove_leftovers(out)
+    cleanup.remove_leftovers(out)
     assert f"process {holder.pid}," in (outdir.holder(out) or "")
     holder.kill()
     holder.wait()
-    outdir.remove_leftovers(out)
+    cleanup.remove_leftovers(out)
     assert not (out / ".holder").exists()
     with outdir.locked(out):
-        outdir.remove_leftovers(out)
+        cleanup.remove_leftovers(out)
         assert (out / ".holder").exists()
 
 
@@ -189,7 +271,7 @@ def test_files_are_swept_without_asking_for_each(tmp_path: Path, monkeypatch: py
         return real(path, *args, **options)
 
     monkeypatch.setattr(os, "stat", stat)
-    outdir.remove_leftovers(tmp_path)
+    cleanup.remove_leftovers(tmp_path)
     assert len(asked) < 20
 
 
@@ -219,3 +301,131 @@ def test_a_held_folder_is_not_mistaken_for_another(out: Path, vanish: Callable[[
                 outdir.write_run(out, {})
     assert out.exists() == there
     assert not there or (out / ".holder").read_text() == "another"
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "way_out"),
+    [
+        (
+            errno.ENOSYS,
+            SettingsError,
+            "mount its file system with support for flock .* or give an --out on a local disk",
+        ),
+        (errno.EOPNOTSUPP, SettingsError, "support for flock"),
+        (errno.ENOLCK, StorageError, "see that the lock service of its file system runs"),
+        (errno.EIO, StorageError, "lock service"),
+    ],
+)
+def test_a_file_system_that_does_not_lock_is_named_with_the_way_out(
+    out: Path, monkeypatch: pytest.MonkeyPatch, fault: int, error: type[Exception], way_out: str
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(fault, os.strerror(fault))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    sentence = rf"deep/out/.lock cannot be locked: {os.strerror(fault)}; .*{way_out}"
+    with pytest.raises(error, match=sentence), outdir.locked(out):
+        pytest.fail("held without a lock")
+
+
+def as_another_user(script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run Python code under another user id; only root can do that."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    script = f"import os, sys, pathlib\nos.setgroups([]); os.setgid(65534); os.setuid(65534)\n{script}"
+    # Libraries first: the other user may not be allowed to read them.
+    loaded = "import batch_infer.jobs.status, batch_infer.jobs.remerge\n"
+    return subprocess.run([sys.executable, "-c", loaded + script, *map(str, arguments)], capture_output=True, text=True)
+
+
+SHOW = """
+from batch_infer.jobs.out import holder
+print(holder(pathlib.Path(sys.argv[1])))
+"""
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """OUT, to which others come. Not below pytest's own folder, which is closed to them."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        out = Path(folder) / "out"
+        out.mkdir()
+        yield out
+
+
+def test_another_user_sees_who_holds_out(shared: Path) -> None:
+    with outdir.locked(shared):
+        assert f"process {os.getpid()}," in as_another_user(SHOW, shared).stdout
+    assert as_another_user(SHOW, shared).stdout == "None\n"
+
+
+def test_a_lock_that_may_not_be_read_is_not_taken_for_free(shared: Path) -> None:
+    (shared / ".lock").touch()
+    (shared / ".lock").chmod(0o600)
+    done = as_another_user(SHOW, shared)
+    assert f"StorageError: cannot read {shared}/.lock: Permission denied" in done.stderr
+
+
+def test_a_manifest_that_may_not_be_listed_is_not_taken_for_empty(shared: Path) -> None:
+    commit_image(shared, "a")
+    (shared / "manifest").chmod(0o700)
+    script = "from batch_infer.manifest import Manifest\nprint(Manifest(pathlib.Path(sys.argv[1])).parts())"
+    done = as_another_user(script, shared)
+    assert f"StorageError: cannot read {shared}/manifest: Permission denied" in done.stderr
+
+
+@pytest.mark.parametrize("name", [*outdir.FOLDERS, *outdir.RESULTS, "run.json"])
+def test_files_of_the_wrong_kind_are_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.touch() if name in outdir.FOLDERS else path.mkdir()
+    with pytest.raises(SettingsError, match=rf"{name} is not a f\w+, and a run writes one there: remove it"):
+        outdir.refuse_foreign(tmp_path, [], {"identity": {}})
+
+
+@pytest.mark.parametrize("name", outdir.FOLDERS)
+def test_only_images_may_be_a_link(tmp_path: Path, name: str) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / name).symlink_to(tmp_path / "elsewhere")
+    if name in outdir.LINKABLE:
+        outdir.refuse_foreign(tmp_path, [], None)
+        return
+    with pytest.raises(SettingsError, match=f"{name} is a link; in OUT only images/ and quarantine/ may be links"):
+        outdir.refuse_foreign(tmp_path, [], None)
+
+
+def test_a_path_that_is_not_utf_8_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    out = tmp_path / os.fsdecode(b"caf\xe9")
+    for look in (outdir.read_run, lambda path: outdir.locked(path).__enter__()):
+        with pytest.raises(SettingsError, match=r"the path of OUT is not UTF-8: b'.*caf\\xe9'; give another --out"):
+            look(out)
+    assert not out.exists()
+
+
+def test_results_that_a_killed_merge_left_are_swept_by_the_next_holder(out: Path) -> None:
+    """Temporary files of others stay: workers of an endpoint share OUT with a merge."""
+    out.mkdir(parents=True)
+    token = ".tmp-0a1b2c3d-1-0123456789ab-"
+    for name in (f"{token}results.parquet", f"{token}results.csv", f"{token}run.json", ".tmp-mine-results.csv"):
+        (out / name).touch()
+    with outdir.locked(out):
+        assert not list(out.glob(f"{token}results.*"))
+        assert (out / f"{token}run.json").exists()
+        assert (out / ".tmp-mine-results.csv").exists()
+
+
+def test_an_out_that_can_no_longer_be_written_is_a_storage_error(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in the way out, where nothing may hide the error that ends the run."""
+
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(StorageError, match=r"cannot write .*out/x: Permission denied"),
+        outdir.locked(out),
+    ):
+        patch.setattr(Path, "unlink", refuse)
+        (out / "x").unlink()
+    with pytest.raises(OSError, match="elsewhere"), outdir.locked(out):
+        raise OSError(errno.EACCES, "no", "/elsewhere")

@@ -367,6 +367,16 @@ def test_invalid_rows_are_told_on_stderr_and_in_the_log(tmp_path: Path, out: Pat
     assert not images(out)
 
 
+def test_columns_in_the_path_are_rendered_and_carried(tmp_path: Path, out: Path) -> None:
+    for path in ("lang=en/height=72", "lang=__HIVE_DEFAULT_PARTITION__/height=64"):
+        write_parquet(tmp_path / "ds" / path / "part-0.parquet", prompt=["a red circle"])
+    planned = json.loads(command("plan", tmp_path / "ds", "--out", out, *QUICK, "--json").stdout)
+    assert sorted(size["height"] for size in planned["sizes"]) == [64, 72]
+    assert run(tmp_path / "ds", out).code == 0
+    assert [(row["height"], row["lang"]) for row in results(out)] == [(64, None), (72, "en")]
+    assert command("retry", out, "--status", "failed").code == 0
+
+
 def test_remarks_on_the_tables_are_told_by_plan_and_run(tmp_path: Path, out: Path) -> None:
     table = write_bytes(tmp_path / "t.csv", b"prompt,seed\nx,2,\ny\n,\n")
     planned = command("plan", table, "--out", out, *QUICK, "--json")
@@ -504,7 +514,10 @@ def test_what_a_killed_run_left_half_written_is_removed(table: Path, out: Path) 
     """And nothing in folders of others."""
     run(table, out)
     (out / "run.json").write_text(json.dumps({**run_json(out), "summary": None}))
-    ours, others = out / "images" / "prompts-00000" / ".tmp-1-a-0.png", out / "mine" / ".tmp-1-a.png"
+    ours, others = (
+        out / "images" / "prompts-00000" / ".tmp-0a1b2c3d-1-0123456789ab-a-0.png",
+        out / "mine" / ".tmp-0a1b2c3d-1-0123456789ab-a.png",
+    )
     for path in (ours, others):
         path.parent.mkdir(exist_ok=True)
         path.touch()

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from batch_infer.atomic import TEMPORARY, KnownFolder
 from batch_infer.errors import StorageError
 from batch_infer.records import PromptRequest, SamplingParams, Source
-from batch_infer.sinks import FolderSink
+from batch_infer.sinks import FolderSink, stored_path
 from batch_infer.sinks.folder import plain_name
 
 PLAIN = ["a", "row-00000012", "a.b_c-d", "0", "_", "x" * 80, "prompts-2026.05"]
@@ -267,3 +267,21 @@ def test_a_disk_that_fails_while_images_are_settled_is_named(
     with pytest.raises(StorageError, match=f"cannot write {tmp_path}/{NAMES[0]}: No space left on device"):
         sink.settle(NAMES)
     assert not [path for path in tmp_path.rglob("*.png") if not path.name.startswith(TEMPORARY)]
+
+
+def test_an_image_folder_that_is_a_link_is_not_written_into(tmp_path: Path) -> None:
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (out / "images").mkdir(parents=True)
+    (out / "images" / "t-00000").symlink_to(elsewhere)
+    with pytest.raises(StorageError, match="t-00000 is a link; only images/ and quarantine/ may be"):
+        FolderSink(out).write("images/t-00000/a-0.png", b"x")
+    assert not list(elsewhere.iterdir())
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../x", "images/../x", "manifest/part.parquet", "images/link/x"])
+def test_only_images_are_stored_paths(tmp_path: Path, path: str) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "link").symlink_to("/etc")
+    assert stored_path(tmp_path, path) is None
+    assert stored_path(tmp_path, "images/t/a.png") == tmp_path / "images" / "t" / "a.png"

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,25 @@ import fsspec
 import pytest
 
 from batch_infer.errors import TableError, TryAgainLater
+from batch_infer.manifest import SCHEMA
 from batch_infer.records import PromptRequest, ResultRow
-from batch_infer.table import shown
+from batch_infer.settings import TableSettings
+from batch_infer.table import Others, Tables, shown
 from batch_infer.table.urls import without_secrets
 from tests.serving import serving
-from tests.tables import ROWS, RULES, essence, in_format, open_tables, pack, read, read_requests, write_bytes, write_csv
+from tests.tables import (
+    ROWS,
+    RULES,
+    essence,
+    in_format,
+    open_tables,
+    pack,
+    read,
+    read_requests,
+    write_bytes,
+    write_csv,
+    write_parquet,
+)
 
 FORMATS = (
     *("csv", "tsv", "jsonl", "json", "parquet", "csv.gz", "jsonl.zst", "json.gz", "parquet.gz", "parquet.zst"),
@@ -244,6 +258,103 @@ def test_links_and_folders_that_cannot_be_read_are_told(monkeypatch: pytest.Monk
             "t/closed": "t/closed: Permission denied",
         }
     assert refusal_of("t/closed") == "t/closed: Permission denied"
+
+
+# Columns in the path
+
+
+def partitioned(ending: str, store: Callable[[str, bytes], Any]) -> None:
+    """A folder as Spark and pyarrow write it, with the columns lang, height and a coded one in its paths."""
+    for path, prompt in (
+        ("lang=en/height=128", "a"),
+        ("lang=de/height=64", "b"),
+        ("lang=__HIVE_DEFAULT_PARTITION__/height=__HIVE_DEFAULT_PARTITION__", "c"),
+        ("lang=05/height=72/a%20b=S%C3%A3o%2FPaulo=1", "d"),
+    ):
+        store(f"ds/{path}/part.0.{ending}", in_format(ending, [{"prompt": prompt, "tag": "t"}]))
+    store("ds/_SUCCESS", b"")
+
+
+def described(*tables: str, **options: Any) -> dict[str, tuple[Any, ...]]:
+    found = read_requests(*tables, **options)
+    return {item.prompt: (item.params.height, *(item.carried.get(name) for name in ("lang", "a b"))) for item in found}
+
+
+PARTITIONED = {
+    "a": (128, "en", None),
+    "b": (64, "de", None),
+    "c": (64, None, None),
+    "d": (72, "05", "São/Paulo=1"),
+}
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "json", "txt", "parquet", "csv.gz", "parquet.xz"])
+def test_columns_in_the_path_are_columns(ending: str, memory: Any, tmp_path: Path) -> None:
+    """Of every format, wherever a folder lies, and however its files are named."""
+    partitioned(ending, lambda path, content: write_bytes(Path(path), content))
+    partitioned(ending, lambda path, content: memory.pipe(f"/{path}", content))
+    for argument in ("ds", "ds/**/*.*", "memory://ds", "memory://ds/**/*.*", f"file://{tmp_path}/ds"):
+        assert described(argument) == PARTITIONED
+    assert described("ds/lang=en") == described("ds/lang=*n/*/*") == {"a": PARTITIONED["a"]}
+    assert described(f"ds/lang=en/height=128/part.0.{ending}") == {"a": PARTITIONED["a"]}
+    with open_tables("ds") as tables:
+        kinds = {field.name: str(field.type) for field in tables.carried}
+        assert {kinds.pop(name) for name in ("lang", "a b")} == {"string"}
+        assert kinds.keys() == ({"tag"} if ending != "txt" else set())
+    assert sorted(item.id for item in read_requests("ds"))[-1] == "lang=en-height=128-part.0-00000000"
+
+
+def test_columns_in_the_path_of_a_served_file(server: str) -> None:
+    partitioned("csv", lambda path, content: write_bytes(Path("served", path), content))
+    assert described(f"{server}/ds/lang=en/height=128/part.0.csv?sig=x=y/z") == {"a": PARTITIONED["a"]}
+    coded = "lang=05/height=72/a%2520b=S%25C3%25A3o%252FPaulo=1"
+    for url in (f"{server}/ds/{coded}/part.0.csv", f"simplecache::{server}/ds/{coded}/part.0.csv"):
+        assert described(url) == {"d": PARTITIONED["d"]}
+
+
+def test_columns_in_the_path_within_an_archive(tmp_path: Path) -> None:
+    with zipfile.ZipFile("seed=9.zip", "w") as archive:
+        partitioned("csv", archive.writestr)
+    assert described(f"zip://ds::file://{tmp_path}/seed=9.zip") == PARTITIONED
+
+
+def test_the_path_wins_over_a_column_of_the_file_and_says_so() -> None:
+    write_parquet(Path("t/height=128/n=5/a.parquet"), prompt=["x"], n=[7], height=[64])
+    write_parquet(Path("t/b.parquet"), prompt=["y"], n=[7])
+    with open_tables("t", columns={"seed": ""}) as tables:
+        assert tables.carried.field("n").type == "string"
+        first, second = tables.rows(RULES)
+        assert any("t/height=128/n=5/a.parquet has a column 'height' (and 1 more" in text for text in tables.remarks)
+    assert isinstance(second, PromptRequest)
+    assert (second.params.height, second.carried, first.carried) == (128, {"n": "5"}, {"n": "7"})
+
+
+def test_a_bad_value_in_the_path_costs_the_rows_of_its_file() -> None:
+    write_csv(Path("t/height=tall/a.csv"), [["prompt"], ["x"]])
+    write_csv(Path("t/height=64/b.csv"), [["prompt"], ["y"]])
+    write_csv(Path("t/prompt=a%20ring/c.csv"), [["tag"], ["z"]])
+    good, bad, named = read("t")
+    assert isinstance(bad, ResultRow)
+    assert bad.error == "height 'tall' is not a whole number"
+    assert (good.prompt, named.prompt) == ("y", "a ring")
+
+
+def test_a_file_of_a_mini_batch_has_the_columns_of_its_path(tmp_path: Path) -> None:
+    """Though it is named by its last part alone."""
+    write_csv(tmp_path / "lang=en" / "height=128" / "a.csv", [["prompt"], ["x"]])
+    settings = TableSettings(("./a.csv",), folder=tmp_path / "lang=en" / "height=128")
+    with Tables(settings, SCHEMA.names, Others(("a.csv",), lambda name, file: False)) as tables:
+        (found,) = tables.rows(RULES)
+    assert isinstance(found, PromptRequest)
+    assert (found.id, found.params.height, found.carried) == ("a-00000000", 128, {"lang": "en"})
+
+
+def test_only_a_name_and_an_equals_sign_make_a_column() -> None:
+    for path in ("a=/x.csv", "=b/x.csv", "c/x.csv", "_d/x.csv"):
+        write_csv(Path("t", path), [["prompt"], [path]])
+    with open_tables("t") as tables:
+        assert tables.carried.names == ["a"]
+        assert [item.carried for item in tables.rows(RULES)] == [{}, {"a": ""}, {}]
 
 
 # Standard input

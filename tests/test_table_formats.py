@@ -585,6 +585,12 @@ def test_a_batch_file_of_openai_may_be_named_json() -> None:
     assert [item.id for item in read_requests(write("t.json", in_format("jsonl", lines)))] == ["a", "b"]
 
 
+def test_a_payload_on_one_long_line_may_begin_with_any_key() -> None:
+    payload = {"version": 1, "input_data": {"columns": ["prompt"], "data": ["y" * 9_000] * 30}}
+    found = read(write("t.json", payload))
+    assert [len(item.prompt or "") for item in found] == [9_000] * 30
+
+
 @pytest.mark.parametrize("packing", ["", ".zst"])
 def test_a_long_first_line_of_json_lines_named_json(packing: str) -> None:
     content = in_format("jsonl", [{"prompt": "x", "tag": "é" * 200_000}, {"prompt": "y"}])

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from batch_infer.atomic import is_there
 from batch_infer.database import temporary_database
 from batch_infer.errors import StorageError
 from batch_infer.manifest import read_part
@@ -53,7 +54,7 @@ class Claims:
             try:
                 columns = read_part(part, _COLUMNS).to_pydict()
             except StorageError:
-                if part.exists():
+                if is_there(part):
                     raise
                 continue  # somebody has set it aside
             rows = (row for row in zip(*(columns[name] for name in _COLUMNS), strict=True) if not _is_default(*row))

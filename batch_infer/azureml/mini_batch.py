@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from batch_infer.atomic import KnownFolder
+from batch_infer.atomic import KnownFolder, is_there
 from batch_infer.azureml.claims import Claim, Claims
 from batch_infer.azureml.deployment import Deployment
 from batch_infer.azureml.folders import Folder, by_folder, joined
 from batch_infer.azureml.rendering import Rendering
 from batch_infer.errors import DamagedPart, SettingsError, StorageError, TableError
+from batch_infer.jobs import cleanup
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.job import Job
 from batch_infer.jobs.merge import Counts, results_of
@@ -45,7 +46,7 @@ class MiniBatches:
         """Makes OUT, and its run.json where there is none. Raises UsageError, StorageError."""
         self._deployment, self._out = deployment, deployment.settings.out
         self._begin()
-        self._held = KnownFolder.of(self._out)
+        self._held = KnownFolder.of(self._out).marked()
         self._manifest, self._rendering = Manifest(self._held), Rendering(deployment, self._held)
         self._index, self._claims = Index(()), Claims()
         self._known: set[str] = set()
@@ -77,6 +78,7 @@ class MiniBatches:
         self._index.close()
         self._claims.close()
         self._rendering.close()
+        self._held.remove_markers(outdir.LINKABLE)
 
     def _begin(self) -> None:
         """Leave a run.json for those who merge, or go on with that of a worker who was here before."""
@@ -183,7 +185,9 @@ class MiniBatches:
         """Remove what a worker has left that died over these files."""
         stems = {plain_name(Source(name, 0).stem) for name in names}
         folders = [path for kind in ("images", "quarantine") for stem in stems for path in self._folders(kind, stem)]
-        outdir.remove_abandoned([self._out, self._manifest.folder, *folders])
+        cleanup.remove_abandoned(
+            [self._out, self._manifest.folder, *(self._out / name for name in outdir.LINKABLE), *folders]
+        )
 
     def _folders(self, kind: str, stem: str) -> Iterator[Path]:
         return (self._out / kind).glob(f"{glob.escape(stem)}-[0-9]*")
@@ -221,5 +225,5 @@ def _set_aside(damage: DamagedPart) -> None:
     try:
         set_aside(damage)
     except StorageError:
-        if damage.part.exists():
+        if is_there(damage.part):
             raise

@@ -32,10 +32,11 @@ def run(
 ) -> int:
     """Score the prompts of TABLE... into OUT.
 
-    TABLE is a file (.csv, .tsv, .parquet, .jsonl, .ndjson, .json, .txt, each also .gz or .zst), a folder of them, a
-    glob in quotes, a URL (s3://, https://, ...), or - for standard input. Its column `prompt` is rendered; id,
-    negative_prompt, seed, height, width, num_inference_steps, guidance_scale, guidance_rescale and
+    TABLE is a file (.csv, .tsv, .parquet, .pq, .jsonl, .ndjson, .json, .txt, each also .gz, .bz2, .xz or .zst), a
+    folder of them, a glob in quotes, a URL (s3://, https://, ...), or - for standard input. Its column `prompt` is
+    rendered; id, negative_prompt, seed, height, width, num_inference_steps, guidance_scale, guidance_rescale and
     num_images_per_prompt are taken where they stand, and every other column is carried through to the results.
+    Folders named key=value in the path of a file are columns too.
 
     Run the same command again to continue: what is done is skipped, what is new or changed is rendered.
 

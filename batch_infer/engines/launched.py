@@ -189,7 +189,7 @@ def join(here: Place, asked: str, out: Path, card: ModelCard, stop: Callable[[],
             settings.card.scheduler_fingerprint,
         ):
             raise ModelError(f"rank {here.rank}: {card.name} differs from what rank 0 has under that name")
-        return replace(settings, card=card, out=KnownFolder.of(out))
+        return replace(settings, card=card, out=replace(KnownFolder.of(out), marker=settings.out.marker))
 
     with suppress(StopRequested):  # the others go on without this rank
         work(Parent(link, stop), Seat(here.rank, here.local_rank, asked, ours=False), own)

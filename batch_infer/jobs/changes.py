@@ -10,6 +10,7 @@ from batch_infer.errors import SettingsError, UsageError
 from batch_infer.jobs.job import Job, rules_of, settings_of
 from batch_infer.manifest import Index
 from batch_infer.records import FINAL, PromptRequest
+from batch_infer.settings import TableSettings
 from batch_infer.table import RowRules
 
 OPTIONS = {
@@ -26,27 +27,24 @@ OPTIONS = {
 
 @dataclass(slots=True)
 class Changes:
-    """Finished images whose settings change with an option: how many, and the old and new default of each field."""
+    """How many finished images options change, and the cause by option: `num_inference_steps 8 -> 50`."""
 
     images: int = 0
-    defaults: dict[str, tuple[Any, Any]] = field(default_factory=dict)
-    columns: bool = False
-    """Whether --column differs: then rows whose cells seem to have changed are counted too."""
+    causes: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """Name the fields with their old and new defaults: `num_inference_steps 8 -> 50`."""
-        told = [f"{name} {_shown(before)} -> {_shown(after)}" for name, (before, after) in self.defaults.items()]
-        return ", ".join([*told, *["--column"] * self.columns])
+        return ", ".join(self.causes.values())
 
     def refuse(self, job: Job) -> None:
         """Raise SettingsError where finished images would be replaced and that was not asked for."""
         if not self.images or job.settings.rerender_changed:
             return
-        options = [*(OPTIONS[name] for name in self.defaults), *["--column"] * self.columns]
+        options = list(self.causes)
         raise SettingsError(
-            f"{self.images:,} finished images in {job.settings.out} would be rendered again and replaced, because "
+            f"{self.images:,} finished image{'s' * (self.images != 1)} in {job.settings.out} would be rendered again "
+            "and replaced, because "
             f"{' and '.join(options)} {'differs' if len(options) == 1 else 'differ'} from the run that made them "
-            f"({self}): give the same options again, or add --rerender-changed to replace these images, or "
+            f"({self}): give the same options again, or add --rerender-changed to render them again, or "
             "--overwrite to start anew"
         )
 
@@ -56,12 +54,16 @@ def find_changes(job: Job, index: Index) -> Changes:
 
     Scans only where the defaults or --column differ from those in run.json.
     """
-    changes = Changes()
     if (earlier := _earlier(job)) is None:
-        return changes
-    before, columns = earlier
-    columns_differ = dict(columns) != dict(job.settings.table.columns)
-    if before == job.rules and not columns_differ:
+        return Changes()
+    before, table = earlier
+    if job.tables.default_ids not in (None, table.id_from):
+        statuses = index.statuses()
+        cause = f"id from {table.id_from} -> {job.tables.default_ids}"
+        return Changes(sum(statuses[status] for status in FINAL), {"--id-from": cause})
+    columns, now = dict(table.columns), dict(job.settings.table.columns)
+    changes = Changes()
+    if before == job.rules and columns == now:
         return changes
     for item, old in job.tables.compared_rows(job.rules, before):
         match = index.find(item.key)
@@ -70,34 +72,38 @@ def find_changes(job: Job, index: Index) -> Changes:
         if old is not None and match.fingerprint == old.fingerprint:
             changes.images += 1
             if isinstance(item, PromptRequest) and isinstance(old, PromptRequest):
-                _note_defaults(changes, item, old, before, job.rules)
-        elif columns_differ:
+                changes.causes |= _causes(item, old, before, job.rules)
+        elif columns != now:
             changes.images += 1
-            changes.columns = True
+            changes.causes["--column"] = f"columns {_named(columns)} -> {_named(now)}"
     return changes
 
 
-def _earlier(job: Job) -> tuple[RowRules, Mapping[str, str]] | None:
-    """Return the rules and the --column of the run that this one continues, None where there is none to compare."""
+def _earlier(job: Job) -> tuple[RowRules, TableSettings] | None:
+    """Return how the run that this one continues read its tables, None where there is none to compare."""
     if job.earlier is None:
         return None
     try:
         out = job.settings.out
-        return rules_of(job.earlier, out), settings_of(job.earlier, out).table.columns
+        return rules_of(job.earlier, out), settings_of(job.earlier, out).table
     except UsageError:  # another version wrote it in another form
         return None
 
 
-def _note_defaults(
-    changes: Changes, item: PromptRequest, old: PromptRequest, before: RowRules, after: RowRules
-) -> None:
-    """Note each field whose value in this row comes from a default that differs."""
+def _causes(item: PromptRequest, old: PromptRequest, before: RowRules, after: RowRules) -> dict[str, str]:
+    """Return the options whose defaults differ and give this row another value."""
     then, now = asdict(before.defaults), asdict(after.defaults)
     values = [{**asdict(request.params), "negative_prompt": request.negative_prompt, "seed": request.seed}
               for request in (old, item)]  # fmt: skip
-    for name in OPTIONS:
-        if then[name] != now[name] and values[0][name] != values[1][name]:
-            changes.defaults[name] = then[name], now[name]
+    return {
+        option: f"{name} {_shown(then[name])} -> {_shown(now[name])}"
+        for name, option in OPTIONS.items()
+        if then[name] != now[name] and values[0][name] != values[1][name]
+    }
+
+
+def _named(columns: Mapping[str, str]) -> str:
+    return " ".join(f"{field}={name}" for field, name in columns.items()) or "as they are named"
 
 
 def _shown(value: Any) -> str:

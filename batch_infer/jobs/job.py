@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from batch_infer.errors import SettingsError
+from batch_infer.jobs import cleanup
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.record import choose_compute, describe, refuse_other
 from batch_infer.jobs.run_json import parse_record, require
@@ -46,8 +47,18 @@ class Job:
 
 def rooted(settings: RunSettings) -> RunSettings:
     """Settings that mean the same from any folder. (And Arrow takes a relative path with a colon for a URI.)"""
-    table = replace(settings.table, folder=settings.table.folder.absolute())
-    return replace(settings, out=settings.out.absolute(), table=table)
+    try:
+        table = replace(settings.table, folder=settings.table.folder.absolute())
+        out = settings.out.absolute()
+    except FileNotFoundError as error:
+        raise SettingsError("the working folder has been deleted; change to one that exists") from error
+    outdir.refuse_unprintable(out)
+    return replace(settings, out=out, table=table)
+
+
+def finishing_overwrite(settings: RunSettings) -> RunSettings:
+    """Return settings that clear OUT first where an earlier --overwrite was stopped before it was empty."""
+    return replace(settings, overwrite=settings.overwrite or outdir.is_half_cleared(settings.out))
 
 
 def open_tables(settings: RunSettings) -> Tables:
@@ -73,7 +84,7 @@ def prepare(settings: RunSettings, tables: Tables, card: ModelCard, device: Devi
     found = outdir.read_run(settings.out)
     outdir.refuse_foreign(settings.out, tables.local, found)
     if settings.overwrite:
-        outdir.refuse_to_clear(settings.out)
+        cleanup.refuse_to_clear(settings.out)
     earlier = None if settings.overwrite else found
     if settings.model.name is None and earlier is None:
         log.info("no --model given: using the built-in demo model, which draws one coloured shape at 64x64 pixels")
@@ -84,21 +95,9 @@ def prepare(settings: RunSettings, tables: Tables, card: ModelCard, device: Devi
     parts = [] if settings.overwrite else Manifest(settings.out).parts()
     if earlier is not None and parts:
         refuse_other(earlier, record, settings.out)
-        _warn_of_new_ids(settings, tables, earlier)
     rules = make_rules(settings, card, record)
     record = {**record, "rules": asdict(rules), **_number(earlier, parts)}
     return Job(settings, tables, card, compute, record, earlier, rules)
-
-
-def _warn_of_new_ids(settings: RunSettings, tables: Tables, earlier: Mapping[str, Any]) -> None:
-    before = earlier.get("settings", {}).get("table", {}).get("id_from", "row")
-    if tables.default_ids and before != tables.default_ids:
-        log.warning(
-            "--id-from %s: %s was made with --id-from %s; rows without an id have other ids now, and are rendered anew",
-            tables.default_ids,
-            settings.out,
-            before,
-        )
 
 
 def _number(earlier: Mapping[str, Any] | None, parts: Sequence[Path]) -> dict[str, int]:

@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import stat
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from batch_infer.atomic import TEMPORARY, KnownFolder, is_abandoned, replacing, storing, sync, sync_folder, temporary_of
-from batch_infer.errors import LockedError, SettingsError, UsageError, first_line
+from batch_infer import __version__
+from batch_infer.atomic import (
+    KnownFolder,
+    is_abandoned,
+    is_temporary,
+    is_there,
+    list_names,
+    reading,
+    replacing,
+    storing,
+    sweep,
+    sync,
+    sync_folder,
+    temporary_of,
+)
+from batch_infer.errors import LockedError, SettingsError, StorageError, UsageError, first_line
 from batch_infer.jobs.run_json import parse_record, require
 from batch_infer.records import now
 
-OURS = ("images", "quarantine", "manifest", "logs", "results.parquet", "results.csv", "results.jsonl", "run.json")
+LINKABLE = ("images", "quarantine")
+"""Folders of OUT that may be links, to a larger disk."""
+FOLDERS = (*LINKABLE, "manifest", "logs")
+RESULTS = ("results.parquet", "results.csv", "results.jsonl")
+OURS = (*FOLDERS, *RESULTS, "run.json")
 LOCK_SECONDS = 0.2
-"""How long a held OUT is waited for: `holder` holds it for a moment itself."""
+"""How long a held OUT is waited for: a look at it holds it for a moment."""
 _WAY_OUT = "remove it to go on with what the manifest holds, or start anew in another --out"
+_HALF_CLEARED = "overwriting"
+"""Key of run.json while --overwrite removes what OUT holds."""
 
 
 @contextmanager
@@ -29,25 +50,99 @@ def locked(out: Path) -> Iterator[KnownFolder]:
     """Hold OUT, made where it is missing. The lock dies with its holder. Raises LockedError, SettingsError.
 
     Gives the folder that it holds: nothing else makes OUT, and who writes there can see that it is still the same.
+    Temporary files of results that a killed holder has left are removed. An OSError that names a path in OUT ends as
+    StorageError.
     """
+    refuse_unprintable(out)
+    path = out / ".lock"
     try:
         _make(out)
-        lock = FileLock(out / ".lock")
+        _check_lock(path)
+        lock = FileLock(path)
         lock.acquire(timeout=LOCK_SECONDS, poll_interval=LOCK_SECONDS / 4)
     except Timeout:
         raise LockedError(f"{out} is held by another run ({_holder(out)}); run again when it has ended") from None
     except OSError as error:
         raise SettingsError(f"cannot write to {out}: {error.strerror or error}") from error
-    held = KnownFolder.of(out)
+    known = KnownFolder.of(out)
     try:
-        with replacing(out / ".holder", flush=False, parents=False) as temporary:
-            temporary.write_text(f"{platform.node()}, process {os.getpid()}, since {now():%Y-%m-%d %H:%M:%S} UTC")
-        with _pinned(out):
-            yield held
+        with _pinned(out), storing_in(out):
+            _write_holder(out)
+            _sweep_results(out)
+            known = known.marked()
+            yield known
     finally:
-        if KnownFolder.of(out) == held:  # what has taken its place may be held by another
-            (out / ".holder").unlink(missing_ok=True)
+        known.remove_markers(LINKABLE)
+        with suppress(OSError, StorageError):  # else it would hide the error that ends the run
+            if KnownFolder.of(out).identity == known.identity:  # what has taken its place may be held by another
+                (out / ".holder").unlink(missing_ok=True)
         lock.release()
+
+
+@contextmanager
+def storing_in(out: Path) -> Iterator[None]:
+    """Re-raise an OSError that names a path in OUT as StorageError."""
+    try:
+        yield
+    except OSError as error:
+        names = [name for name in (error.filename, error.filename2) if isinstance(name, str | os.PathLike)]
+        if any(Path(name).is_relative_to(out) for name in names):
+            raise StorageError(f"cannot write {names[-1]}: {error.strerror}") from error
+        raise
+
+
+def _write_holder(out: Path) -> None:
+    with replacing(out / ".holder", flush=False, parents=False) as temporary:
+        temporary.write_text(f"{platform.node()}, process {os.getpid()}, since {now():%Y-%m-%d %H:%M:%S} UTC")
+
+
+def _sweep_results(out: Path) -> None:
+    """Remove the temporary files of results.*, which only a holder of OUT writes, and those of dead processes here."""
+    with storing(out):
+        sweep(out, lambda name: is_abandoned(name) or (is_temporary(name) and name.endswith(RESULTS)))
+
+
+def _check_lock(path: Path) -> None:
+    """See that the file system can lock. Raises SettingsError, StorageError for a fault that may pass, OSError.
+
+    filelock takes a file that merely exists for the lock where flock is missing. Such a lock outlives its holder.
+    """
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666))
+    try:
+        _is_locked(path)
+    except OSError as error:
+        told = f"{path} cannot be locked: {error.strerror}"
+        if error.errno in (errno.ENOLCK, errno.EIO):
+            raise StorageError(
+                f"{told}; see that the lock service of its file system runs (NFS: rpc.statd), or give an --out on a"
+                " local disk"
+            ) from error
+        raise SettingsError(
+            f"{told}; mount its file system with support for flock (Lustre: -o flock, NFS: -o local_lock=flock), or"
+            " give an --out on a local disk"
+        ) from error
+
+
+def _is_locked(path: Path) -> bool:
+    """Return whether a process holds a lock file, which need only be readable. Raises OSError."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        try:
+            with FileLock(path).acquire(timeout=LOCK_SECONDS):
+                return False
+        except Timeout:
+            return True
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two who look do not see each other
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK):
+            return True
+        raise
+    finally:
+        os.close(descriptor)
+    return False
 
 
 @contextmanager
@@ -73,17 +168,12 @@ def _make(out: Path) -> None:
 
 
 def holder(out: Path) -> str | None:
-    """Who works in OUT at this moment, None where nobody does."""
-    lock = FileLock(out / ".lock")
-    if not (out / ".lock").exists():
+    """Return who works in OUT at this moment, None where nobody does. Raises StorageError where that is not known."""
+    path = out / ".lock"
+    if not is_there(path):
         return None
-    try:
-        with lock.acquire(timeout=LOCK_SECONDS, poll_interval=LOCK_SECONDS / 4):  # another may be looking too
-            return None
-    except Timeout:
-        return _holder(out)
-    except OSError:  # a folder that may only be read: who could be writing to it?
-        return None
+    with reading(path):
+        return _holder(out) if _is_locked(path) else None
 
 
 def _holder(out: Path) -> str:
@@ -93,22 +183,37 @@ def _holder(out: Path) -> str:
         return "it has not said which"
 
 
+def refuse_unprintable(out: Path) -> None:
+    """Refuse a path that is not UTF-8: neither Parquet libraries nor JSON can name it. Raises SettingsError."""
+    try:
+        str(out.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise SettingsError(f"the path of OUT is not UTF-8: {os.fsencode(out)!r}; give another --out") from error
+
+
 def known_run(out: Path) -> dict[str, Any]:
     """The run.json of a run that was made. Raises UsageError."""
     found = read_run(out)
     if not found or "identity" not in found:
         raise UsageError(f"{out} holds no run of batch-infer: it has no run.json of ours")
+    if found.get(_HALF_CLEARED):
+        raise UsageError(f"{out}: `run --overwrite` was stopped while it removed what was there; run again to go on")
     return found
 
 
 def read_run(out: Path) -> dict[str, Any] | None:
     """Return run.json, with its keys of the types of `run_json`, or None where OUT has none. Raises UsageError."""
+    refuse_unprintable(out)
     path = out / "run.json"
     try:
         found = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    except (PermissionError, IsADirectoryError) as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read: {first_line(error)}; {_WAY_OUT}") from error
     if not isinstance(found, dict):
         raise UsageError(f"{path} does not hold a JSON object; {_WAY_OUT}")
@@ -161,79 +266,54 @@ def claim_run(out: Path, run: Mapping[str, Any]) -> None:
 def restore_run(out: Path, earlier: Mapping[str, Any] | None) -> None:
     """Put run.json back as it was before this run. Raises StorageError."""
     if earlier is None:
-        (out / "run.json").unlink(missing_ok=True)
+        with storing(out / "run.json"):
+            (out / "run.json").unlink(missing_ok=True)
     else:
         write_run(out, earlier)
 
 
+def mark_half_cleared(out: Path) -> None:
+    """Have run.json say that what OUT holds is being removed. Raises StorageError."""
+    write_run(out, {"batch_infer": __version__, "identity": {}, _HALF_CLEARED: True})
+
+
+def is_half_cleared(out: Path) -> bool:
+    """Return whether an --overwrite was stopped before OUT was empty. Raises UsageError, StorageError."""
+    return bool((read_run(out) or {}).get(_HALF_CLEARED))
+
+
 def refuse_foreign(out: Path, tables: Iterable[Path], earlier: Mapping[str, Any] | None) -> None:
     """See that nothing which a run writes, or --overwrite removes, is somebody else's. Raises SettingsError."""
+    _refuse_other_kinds(out)
     ours = [(out / name).resolve() for name in OURS]
     for table in tables:
         if any(table.resolve().is_relative_to(path) for path in ours):
             raise SettingsError(f"{table} lies where a run into {out} writes its own files: give another --out")
-    if (earlier is None or "identity" not in earlier) and not any((out / "manifest").glob("part-*.parquet")):
-        found = [name for name in OURS if name.startswith("results.") and (out / name).exists()]
+    parts = [name for name in list_names(out / "manifest") if name.startswith("part-")]
+    if (earlier is None or "identity" not in earlier) and not parts:
+        found = [name for name in RESULTS if is_there(out / name)]
         if found:
             raise SettingsError(f"{out / found[0]} is there, and no run of batch-infer made it: give another --out")
 
 
-def refuse_to_clear(out: Path) -> None:
-    """See that what OUT holds was made by a run. Raises UsageError where it may be somebody's."""
-    if "identity" not in (read_run(out) or {}) and any((out / name).exists() for name in OURS):
-        raise SettingsError(
-            f"--overwrite: {out} has no run.json of ours, so what it holds may be somebody's; remove it yourself"
-        )
+def _refuse_other_kinds(out: Path) -> None:
+    """Refuse files where folders belong, folders where files do, and links, which may lead anywhere.
 
-
-def clear(out: Path) -> None:
-    """Remove what earlier runs made in OUT, and nothing else. Raises UsageError where OUT is not a run's."""
-    refuse_to_clear(out)
+    Raises SettingsError, StorageError.
+    """
     for name in OURS:
         path = out / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def remove_leftovers(out: Path) -> None:
-    """Remove what a killed run left in OUT: its temporary files, and its word on who holds OUT. Raises StorageError.
-
-    For who holds OUT, or knows that nobody writes there. Folders that links lead to from within are not entered.
-    """
-    with storing(out):
-        _sweep(out)
-        folders = [out / name for name in OURS if (out / name).is_dir()]
-        while folders:
-            folders += _sweep(folders.pop())
-        _remove_holder(out)
-
-
-def remove_abandoned(folders: Iterable[Path]) -> None:
-    """Remove the temporary files that dead processes of this machine have left in these folders. Raises StorageError.
-
-    For who shares OUT with others who are at work.
-    """
-    for folder in folders:
-        with storing(folder), suppress(FileNotFoundError):
-            _sweep(folder, is_abandoned)
-
-
-def _sweep(folder: Path, ours: Callable[[str], bool] = lambda name: name.startswith(TEMPORARY)) -> list[Path]:
-    """Remove the temporary files of one folder and return the folders in it: of a million files none is asked for."""
-    folders = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                folders.append(Path(entry.path))
-            elif ours(entry.name):
-                Path(entry.path).unlink(missing_ok=True)
-    return folders
-
-
-def _remove_holder(out: Path) -> None:
-    """Remove what a killed run said of itself; who holds OUT now, be it this process, keeps its own."""
-    if (out / ".holder").exists():
-        with suppress(Timeout), FileLock(out / ".lock").acquire(timeout=0):
-            (out / ".holder").unlink(missing_ok=True)
+        with reading(path):
+            try:
+                kind = (path.stat() if name in LINKABLE else path.lstat()).st_mode
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+        if stat.S_ISLNK(kind) and name in FOLDERS:
+            raise SettingsError(
+                f"{path} is a link; in OUT only images/ and quarantine/ may be links: put the folder itself there"
+            )
+        if stat.S_ISDIR(kind) != (name in FOLDERS):
+            wanted = "folder" if name in FOLDERS else "file"
+            raise SettingsError(
+                f"{path} is not a {wanted}, and a run writes one there: remove it or give another --out"
+            )

@@ -13,7 +13,7 @@ from batch_infer.engines.probe import Probe
 from batch_infer.errors import RowError, SettingsError
 from batch_infer.jobs.changes import find_changes
 from batch_infer.jobs.estimate import rates_of
-from batch_infer.jobs.job import Job, find_model, open_tables, prepare, rooted
+from batch_infer.jobs.job import Job, find_model, finishing_overwrite, open_tables, prepare, rooted
 from batch_infer.jobs.record import at_once, processes_of
 from batch_infer.jobs.survey import reason_of
 from batch_infer.jobs.tune import BatchShapes
@@ -86,7 +86,7 @@ def plan(settings: RunSettings, tell: Callable[[ResultRow], None]) -> Plan:
     Raises the UsageErrors that `run` would raise.
     """
     end_unguarded_process()
-    settings = rooted(settings)
+    settings = finishing_overwrite(rooted(settings))
     with open_tables(settings) as tables, Probe() as probe:
         card = find_model(settings, probe.facts)
         device = probe.find_device(settings.model.device)

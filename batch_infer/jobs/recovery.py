@@ -13,9 +13,9 @@ from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 
-from batch_infer.atomic import storing, sync_folder
+from batch_infer.atomic import is_there, storing, sync_folder
 from batch_infer.errors import DamagedPart, StorageError
-from batch_infer.jobs import out as outdir
+from batch_infer.jobs import cleanup
 from batch_infer.manifest import SCHEMA, Index, Manifest, commit_time, read_part
 
 RECENT_SECONDS = 600.0
@@ -42,7 +42,7 @@ def recover(out: Path, manifest: Manifest, since_run: int = 0) -> frozenset[Key]
     read; older images, and the columns of older parts, are not. The caller holds OUT, before anything is written there.
     Raises StorageError.
     """
-    outdir.remove_leftovers(out)
+    cleanup.remove_leftovers(out)
     recent = _recent(manifest.parts(since_run))
     with Index(recent, set_aside) as index, ThreadPoolExecutor(READING_THREADS) as pool:
         lost: list[tuple[Key, str]] = []
@@ -62,7 +62,7 @@ def set_aside(damage: DamagedPart) -> Path:
     """
     part = damage.part
     kept, number = part.with_name(f"{part.name}{_DAMAGED}"), 1
-    while kept.exists():  # a part that is made anew bears the same name, and may be damaged too
+    while is_there(kept):  # a part that is made anew bears the same name, and may be damaged too
         number += 1
         kept = part.with_name(f"{part.name}{_DAMAGED}-{number}")
     with storing(kept):

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from batch_infer.atomic import is_there
 from batch_infer.errors import DamagedPart, ServiceError, UsageError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.job import open_tables, refuse_unrepeatable, rules_of, settings_of
@@ -28,7 +29,7 @@ def remerge(out: Path, results: tuple[ResultsFormat, ...], *, base64: bool) -> t
     StorageError.
     """
     out = out.absolute()
-    if not (out / "run.json").exists() and not Manifest(out).parts():
+    if not is_there(out / "run.json") and not Manifest(out).parts():
         raise UsageError(f"{out} holds neither a run.json nor a manifest: nothing to merge")
     with outdir.locked(out):
         if outdir.read_run(out) is None:

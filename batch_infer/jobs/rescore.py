@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from batch_infer.errors import DamagedPart, Interrupted, SettingsError
+from batch_infer.jobs import cleanup
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.job import find_model, open_tables, refuse_unrepeatable, rules_of, settings_of
 from batch_infer.jobs.merge import Counts, merge
@@ -104,7 +105,7 @@ class _Rescoring:
     def judge(self, tell: Callable[[Rescored], None], stop: Callable[[], bool]) -> Rescored:
         """Judge all that was not judged by these rules yet. Raises StorageError, ServiceError, Interrupted."""
         if self._resumed:
-            outdir.remove_leftovers(self._settings.out)
+            cleanup.remove_leftovers(self._settings.out)
         rejudging = Rejudging(self._settings, self._card, self._record, stop)
         outdir.write_run(self._settings.out, {**self._record, "rescoring": self._sources})
         with closing(rejudging):

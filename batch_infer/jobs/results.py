@@ -16,9 +16,10 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batch_infer.atomic import replacing
+from batch_infer.atomic import reading, replacing
 from batch_infer.carried import python_values
 from batch_infer.settings import OutputSettings
+from batch_infer.sinks import stored_path
 
 _Write = Callable[[pa.Table], None]
 
@@ -75,7 +76,7 @@ def _rows(table: pa.Table, images: Path | None) -> Iterator[dict[str, Any]]:
     for cells in zip(*map(python_values, table.columns), strict=True):
         row = dict(zip(table.column_names, cells, strict=True))
         if images is not None and row["generated_image"] is not None:
-            row["generated_image"] = _file(images / row["generated_image"])
+            row["generated_image"] = _file(images, row["generated_image"])
         for name in ("guidance_scale", "guidance_rescale", "seconds"):
             row[name] = short(row[name])
         if row["safety_scores"] is not None:
@@ -83,13 +84,21 @@ def _rows(table: pa.Table, images: Path | None) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _file(path: Path) -> bytes | None:
-    """An image, or None where somebody has deleted it: that costs no other row its result."""
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        log.warning("%s is missing", path)
+def _file(out: Path, name: str) -> bytes | None:
+    """Return an image, or None where it was deleted or is not a file of ours: that costs no other row its result.
+
+    Raises StorageError where it is there and cannot be read.
+    """
+    path = stored_path(out, name)
+    if path is None or path.is_symlink():
+        log.warning("%s is not an image of this run, so it is left out", out / name)
         return None
+    with reading(path):
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            log.warning("%s is missing", path)
+            return None
 
 
 def short(value: float | None) -> float | None:

@@ -26,10 +26,11 @@ from batch_infer.errors import (
     SettingsError,
     UsageError,
 )
+from batch_infer.jobs import cleanup
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.changes import find_changes
 from batch_infer.jobs.estimate import Size, learn
-from batch_infer.jobs.job import Job, find_model, open_tables, prepare, rooted
+from batch_infer.jobs.job import Job, find_model, finishing_overwrite, open_tables, prepare, rooted
 from batch_infer.jobs.merge import Counts, merge, merge_parts
 from batch_infer.jobs.record import at_once, cores
 from batch_infer.jobs.recovery import Key, recover, set_aside
@@ -83,11 +84,12 @@ def run(
     with open_tables(settings) as tables:
         card = find_model(settings)
         with outdir.locked(settings.out):
+            settings = finishing_overwrite(settings)
             remove_note(settings.out)  # left by a run that was killed
             with engine_for(settings, here) as engine:
                 job = prepare(settings, tables, card, engine.find_device())
                 if settings.overwrite:
-                    outdir.clear(settings.out)
+                    cleanup.clear(settings.out)
                 with _logged(settings.out):
                     if (job.earlier or {}).get("summary") is None:
                         lost = recover(settings.out, Manifest(settings.out), job.record["recover_from"])
@@ -296,7 +298,7 @@ class _Run:
                 work = self._engine.render(self._task(index, survey), committed, self._stop, ready)
         self._summary.add(work)
         if work.deaths:
-            outdir.remove_leftovers(self._out)
+            cleanup.remove_leftovers(self._out)
         self._learn(work, lengths, self._set_up + time.monotonic() - before - work.seconds)
 
     def _render_compiled(

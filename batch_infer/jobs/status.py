@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, get_args
 
+from batch_infer.errors import StorageError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.run_json import RunRecord, parse_record, require
 from batch_infer.manifest import Manifest
@@ -20,9 +21,9 @@ STATUSES = get_args(Status)
 class Standing:
     """Results by status and those that are left, None while the tables are still being looked through.
 
-    `state`: running, finished, stopped (run again to go on), rescoring where that has not come to its end, or open
-    where tables come to an endpoint one after the other, and nobody knows of those that are left. `holder` is the
-    process that works in OUT.
+    `state`: running, finished, stopped (run again to go on), rescoring where that has not come to its end, open where
+    tables come to an endpoint one after the other, and nobody knows of those that are left, or unknown: not finished,
+    and this user may not look at OUT's lock. `holder` is the process that works in OUT.
     `images_per_second` counts the images rendered since the first worker of the run was ready, as Throughput does, and
     comes from the summary where the run has ended. `seconds_left` is set while a run is going.
     """
@@ -62,8 +63,12 @@ class _Survey:
 def status(out: Path) -> Standing:
     """Look at OUT, without holding it. Raises UsageError where it holds no run."""
     record = parse_record(outdir.known_run(out))
-    holder = outdir.holder(out)
-    standing = Standing("running" if holder else "stopped", holder, require(record.started_at, "started_at", out))
+    try:
+        holder = outdir.holder(out)
+        state = "running" if holder else "stopped"
+    except StorageError:  # not this user's to look at
+        holder, state = None, "unknown"
+    standing = Standing(state, holder, require(record.started_at, "started_at", out))
     is_open = not require(record.settings, "settings", out).table.tables
     summary = record.summary or (None if is_open else record.merged)
     if summary is not None and not holder:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from batch_infer.atomic import is_there
 from batch_infer.database import temporary_database
 from batch_infer.errors import BatchInferError, DamagedPart, StorageError
 from batch_infer.manifest.parts import SCHEMA, as_schema, read_part
@@ -77,7 +78,7 @@ class Index:
                     raise
                 damaged(error)
             except StorageError:
-                if part.exists():
+                if is_there(part):
                     raise
             else:
                 self._parts[part.name] = part

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from time import monotonic
 
 import pyarrow as pa
 
-from batch_infer.atomic import KnownFolder, here, make_folder
+from batch_infer.atomic import KnownFolder, here, list_names, make_folder
 from batch_infer.manifest.index import Damaged, Index
 from batch_infer.manifest.parts import carried_fields, opened_part, part_name, run_of, to_table, write_part
 from batch_infer.records import ResultRow, digest
@@ -38,8 +39,12 @@ class Manifest:
         return name
 
     def parts(self, since_run: int = 0) -> list[Path]:
-        """Return the parts that runs of this number or a higher one have committed."""
-        return sorted(part for part in self.folder.glob("part-*.parquet") if run_of(part) >= since_run)
+        """Return the parts that runs of this number or a higher one have committed, none where there is no folder.
+
+        Raises StorageError where the folder cannot be listed.
+        """
+        parts = (self.folder / name for name in list_names(self.folder) if fnmatchcase(name, "part-*.parquet"))
+        return [part for part in parts if run_of(part) >= since_run]
 
     def schemas(self) -> Iterator[pa.Schema]:
         """Yield the carried columns of every part. Raises DamagedPart, NewerPart, StorageError."""

@@ -14,7 +14,7 @@ from batch_infer.accelerator import is_device_fault, out_of_memory_errors
 from batch_infer.errors import RowBroken, RowError, first_line
 from batch_infer.models.card import ModelCard
 from batch_infer.models.family import Conditioning
-from batch_infer.models.first_step import has_one_shape
+from batch_infer.models.first_step import has_one_shape, take_first_step
 from batch_infer.models.loading import load_checker, load_network, load_pipeline
 from batch_infer.models.pipelines import (
     denoiser_of,
@@ -25,6 +25,7 @@ from batch_infer.models.pipelines import (
     parameters_of,
     pipeline_class,
 )
+from batch_infer.models.untrusted import LOADING_ERRORS, LoadingErrors
 from batch_infer.records import PromptRequest
 
 REFUSALS = (ValueError, IndexError, ZeroDivisionError, AssertionError, NotImplementedError)
@@ -141,8 +142,28 @@ class AnyPipeline:
                 raise RowError(f"{self._name} does not take this row: {first_line(error)}") from error
             raise RowBroken(f"{self._name} broke off: {first_line(error)}") from error
 
+    def _refuse_unfit(self, card: ModelCard, arguments: dict[str, Any]) -> None:
+        """Take a step without watching. Raises ModelError for an error that is not about these arguments.
+
+        What a pipeline refuses before it calls its denoiser may be the size, which rows may have otherwise.
+        """
+        calls: list[None] = []
+        hook = self.denoiser and self.denoiser.register_forward_pre_hook(lambda *_: calls.append(None))
+        with LoadingErrors(f"{card.path}: {self._name}"), out_of_memory_errors():
+            try:
+                take_first_step(self.pipeline, arguments)
+            except REFUSALS:
+                if calls:
+                    raise
+            finally:
+                if hook:
+                    hook.remove()
+
     def _has_one_shape(self, card: ModelCard) -> bool:
-        """As this checkpoint is by itself; no, where it cannot be watched. Raises ModelError."""
+        """As this checkpoint is by itself; no, where it cannot be watched.
+
+        Raises ModelError where its parts do not go together: where it takes no text at all.
+        """
         arguments = {
             "height": card.sizes.native_height,
             "width": card.sizes.native_width,
@@ -153,9 +174,10 @@ class AnyPipeline:
         try:
             with out_of_memory_errors():
                 return has_one_shape(self.pipeline, arguments)
-        except (*REFUSALS, RuntimeError, TypeError) as error:
+        except LOADING_ERRORS as error:
             if isinstance(error, torch.OutOfMemoryError) or is_device_fault(error):
                 raise
+            self._refuse_unfit(card, arguments)
             return False
         finally:
             if processors:  # some pipelines put others in for the time of their call

@@ -35,11 +35,17 @@ def has_one_shape(pipeline: Any, arguments: Mapping[str, Any]) -> bool:
     return short == longer
 
 
+def take_first_step(pipeline: Any, arguments: Mapping[str, Any]) -> None:
+    """Call a pipeline up to the end of its first step, or wholly where it has no scheduler."""
+    generator = [torch.Generator("cpu").manual_seed(0)]
+    with _first_step_alone(pipeline), suppress(_Left):
+        pipeline(**{"prompt": [TEXTS[0]], **arguments}, generator=generator, output_type="np")
+
+
 def _watch(pipeline: Any, arguments: Mapping[str, Any]) -> list[Operation]:
     watch = _Watch()
-    generator = [torch.Generator("cpu").manual_seed(0)]
-    with _first_step_alone(pipeline), watch, suppress(_Left):
-        pipeline(**arguments, generator=generator, output_type="np")
+    with watch:
+        take_first_step(pipeline, arguments)
     if watch.drawn:
         name = " with ".join(type(part).__name__ for part in (pipeline, getattr(pipeline, "scheduler", None)) if part)
         raise ModelError(

@@ -18,7 +18,7 @@ from batch_infer.errors import ModelError
 from batch_infer.models.components import named_components
 from batch_infer.models.layouts import ANY, CHECKER, PipelineFacts
 from batch_infer.models.loading import make_pipeline
-from batch_infer.models.untrusted import LOADING_ERRORS, read_object
+from batch_infer.models.untrusted import LOADING_ERRORS, LoadingErrors, read_object
 from batch_infer.records import SizeRules
 
 ASKED = ("prompt", "generator", "height", "width", "num_inference_steps", "num_images_per_prompt", "output_type")
@@ -74,7 +74,8 @@ def network_classes(path: Path) -> dict[str, Any]:
     found = {}
     for name, (library, kind) in named_components(_index(path), path.name).items():
         module: Any = {"diffusers": diffusers, "transformers": transformers}.get(library)
-        known = getattr(module or getattr(diffusers.pipelines, library), kind, None)
+        with LoadingErrors(f"{path}: {name} ({kind})"):
+            known = getattr(module or getattr(diffusers.pipelines, library), kind, None)
         if name in ANY.unread | CHECKER:
             continue
         if known is None:
@@ -112,6 +113,11 @@ def read_facts(path: Path) -> PipelineFacts:
     kind = pipeline_class(path)
     networks = {name: _without_weights(network, path / name) for name, network in network_classes(path).items()}
     pipeline = make_pipeline(kind, path, {**networks, **left_out(kind, path)})
+    with LoadingErrors(f"{path}: the settings of {kind.__name__}"):
+        return _facts_of(kind, pipeline)
+
+
+def _facts_of(kind: Any, pipeline: Any) -> PipelineFacts:
     call, denoiser = parameters_of(kind), denoiser_settings(pipeline)
     steps = call["num_inference_steps"].default
     guidance = guidance_argument(kind, denoiser)

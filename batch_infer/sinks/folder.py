@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from batch_infer.atomic import KnownFolder, make_folder, storing, sync, sync_folder, temporary_of
+from batch_infer.errors import StorageError
 from batch_infer.records import PromptRequest, StoredImage
 
 ROWS_PER_FOLDER = 1000
@@ -110,13 +111,9 @@ class FolderSink:
 
         Raises StorageError.
         """
-        relative = PurePosixPath(path)
-        if relative.is_absolute() or ".." in relative.parts:
-            return
         self._check()
-        target = self._out / relative
-        # images/ itself may be a link to a larger disk; a link within it is not ours to follow.
-        if target.parent.resolve().is_relative_to((self._out / relative.parts[0]).resolve()):
+        target = stored_path(self._out, path)
+        if target is not None:
             with storing(target):
                 target.unlink(missing_ok=True)
 
@@ -130,9 +127,32 @@ class FolderSink:
             return
         self._make(folder.parent)
         make_folder(folder)
+        if folder.parent.parent == self._out and folder.is_symlink():
+            raise StorageError(f"{folder} is a link; only images/ and quarantine/ may be: put the folder itself there")
         if folder.parent == self._out:
-            self._known.setdefault(folder, KnownFolder.of(folder))
+            self._know(folder)
         self._made.add(folder)
+
+    def _know(self, folder: Path) -> None:
+        """Watch images/ or quarantine/ as OUT is watched: with a marker where it is on a disk of its own."""
+        marker = self._known[self._out].marker
+        if marker is None:
+            self._known.setdefault(folder, KnownFolder.of(folder))
+        elif folder.is_symlink() or folder.is_mount():  # else it has gone when OUT has
+            self._known.setdefault(folder, KnownFolder.of(folder).marked(marker))
+
+
+def stored_path(out: Path, path: str) -> Path | None:
+    """Return where an image of this path is, or None for a path that leaves images/ and quarantine/.
+
+    Paths come from manifest parts, and a part is a file like any other. images/ itself may be a link to a larger disk;
+    a link within it is not followed.
+    """
+    relative = PurePosixPath(path)
+    if relative.is_absolute() or ".." in relative.parts or relative.parts[:1] not in (("images",), ("quarantine",)):
+        return None
+    target, top = out / relative, out / relative.parts[0]
+    return target if target.parent.resolve().is_relative_to(top.resolve()) else None
 
 
 def path_aside(path: str) -> str:

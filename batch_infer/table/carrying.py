@@ -24,6 +24,7 @@ from batch_infer.records import digest
 from batch_infer.table.endings import TableFile
 from batch_infer.table.layout import Layout
 from batch_infer.table.parquet import BATCH, Parquet
+from batch_infer.table.partitions import Partitioned
 from batch_infer.table.raw import RawRow, Reader
 
 LARGEST_ROW = 1 << 20
@@ -137,11 +138,14 @@ def common_schema(files: Iterable[Opened]) -> tuple[pa.Schema, list[str]]:
 def _arrays(columns: Iterable[tuple[Opened, str]]) -> Iterator[pa.Array]:
     """All values of a column whose type depends on them."""
     for opened, name in columns:
-        if isinstance(opened.reader, Parquet):
-            yield from opened.reader.arrays(name)
+        reader = opened.reader
+        if isinstance(reader, Partitioned) and name not in reader.values:
+            reader = reader.reader
+        if isinstance(reader, Parquet):
+            yield from reader.arrays(name)
             continue
-        kind = opened.reader.schema.field(name).type
-        values = (row.cells.get(name) for row in opened.reader.rows() if not row.error)
+        kind = reader.schema.field(name).type
+        values = (row.cells.get(name) for row in reader.rows() if not row.error)
         while batch := list(islice(values, BATCH)):
             yield to_array(batch, kind)
 

@@ -21,6 +21,7 @@ from batch_infer.table.layout import lay_out
 from batch_infer.table.names import doubled_sentence, refuse_doubled
 from batch_infer.table.near import near_fields
 from batch_infer.table.notes import Notes
+from batch_infer.table.partitions import overlap_sentence, partitions_of, with_partitions
 from batch_infer.table.raw import RawRow
 from batch_infer.table.readers import open_reader
 from batch_infer.table.rows import LONGEST_TEXT, Cells, RowRules, invalid, own_cells, requests
@@ -72,6 +73,7 @@ class Tables:
         self._limit, self._id_from = settings.limit, settings.id_from
         self._remarks: list[str] = []
         self._notes = Notes()
+        self._overlaps: list[tuple[str, str]] = []
         self._scratch = Scratch()
         with ExitStack() as undo:
             undo.callback(self._scratch.close)
@@ -91,7 +93,11 @@ class Tables:
         names = name_carried(self._readable(), frozenset(result_columns))
         self._files = [with_names(opened, names) if isinstance(opened, Opened) else opened for opened in self._files]
         self.carried, warnings = common_schema(self._readable())
-        self._remarks += [*near_fields(self._readable(), settings.columns), *warnings]
+        self._remarks += [
+            *near_fields(self._readable(), settings.columns),
+            *warnings,
+            *overlap_sentence(self._overlaps),
+        ]
 
     def __enter__(self) -> Tables:
         return self
@@ -171,6 +177,9 @@ class Tables:
             return _Refused(file, file.fault)
         try:
             reader, renamed = open_reader(file, columns.get("prompt", "prompt"), self._scratch)
+            values = partitions_of(self._path_of(file))
+            self._overlaps += [(file.name, name) for name in values if name in reader.schema.names]
+            reader = with_partitions(reader, values)
             layout = lay_out(file, reader.schema.names, columns)
             refuse_doubled(file.name, layout.fields.values(), renamed)
         except TableError as error:
@@ -178,6 +187,10 @@ class Tables:
         if renamed:
             self._remarks.append(doubled_sentence(file.name, renamed))
         return Opened(file, reader, layout)
+
+    def _path_of(self, file: TableFile) -> str:
+        """The path whose folders are columns; beside others, a file is named by its last part alone."""
+        return file.path.as_posix() if self._others else file.name
 
     def _readable(self) -> list[Opened]:
         return [opened for opened in self._files if isinstance(opened, Opened)]

@@ -1,0 +1,108 @@
+"""What runs leave in OUT, removed: all of it before a run starts anew, and the leftovers of processes that died."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from batch_infer.atomic import is_abandoned, is_temporary, is_there, own_marker, storing, sweep, sync_folder
+from batch_infer.errors import DamagedPart, SettingsError, UsageError
+from batch_infer.jobs.out import LINKABLE, OURS, mark_half_cleared, read_run
+from batch_infer.manifest import Manifest, read_part
+from batch_infer.sinks import FolderSink
+
+
+def refuse_to_clear(out: Path) -> None:
+    """Refuse an OUT that may hold the files of something else than a run. Raises UsageError."""
+    if "identity" not in (read_run(out) or {}) and any(is_there(out / name) for name in OURS):
+        raise SettingsError(
+            f"--overwrite: {out} has no run.json of ours, so what it holds may be somebody's; remove it yourself"
+        )
+
+
+def clear(out: Path) -> None:
+    """Remove what earlier runs made in OUT, and nothing else. Raises UsageError where OUT is not a run's, StorageError.
+
+    run.json says first that OUT is being cleared, and is removed last: killed at any moment between, OUT holds no
+    results for any command, and the next run continues. Where images/ or quarantine/ is a link to a larger disk, the
+    link stays, and of what it leads to only the files are removed that the manifest names.
+    """
+    refuse_to_clear(out)
+    if not is_there(out / "run.json"):
+        return
+    mark_half_cleared(out)
+    linked = [name for name in LINKABLE if (out / name).is_symlink()]
+    if linked:
+        _remove_named_images(out)
+    for name in ("manifest", *(name for name in OURS if name not in ("manifest", "run.json", *linked))):
+        _remove(out / name)
+    with storing(out):
+        sync_folder(out)
+    _remove(out / "run.json")
+
+
+def _remove(path: Path) -> None:
+    with storing(path):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _remove_named_images(out: Path) -> None:
+    """Remove the images that the manifest names, and the folders that are empty then."""
+    sink, folders = FolderSink(out), set()
+    for part in Manifest(out).parts():
+        try:
+            paths = read_part(part, ("generated_image",))["generated_image"].drop_null().to_pylist()
+        except (DamagedPart, UsageError):
+            continue
+        for path in paths:
+            sink.remove(path)
+            folders.add((out / path).parent)
+    for folder in folders:
+        if folder.parent.parent == out and not folder.is_symlink():
+            with suppress(OSError):  # not empty
+                folder.rmdir()
+
+
+def remove_leftovers(out: Path) -> None:
+    """Remove the temporary files of a killed run, and its note on who holds OUT. Raises StorageError.
+
+    The caller holds OUT, or knows that nobody writes there. Links are not followed, except that images/ and quarantine/
+    may themselves be links. The marker by which this process knows its folders stays.
+    """
+    marker = own_marker()
+
+    def ours(name: str) -> bool:
+        return is_temporary(name) and name != marker
+
+    with storing(out):
+        sweep(out, ours)
+        paths = [out / name for name in OURS]
+        folders = [path for path in paths if path.is_dir() and (path.name in LINKABLE or not path.is_symlink())]
+        while folders:
+            folders += sweep(folders.pop(), ours)
+        _remove_holder(out)
+
+
+def remove_abandoned(folders: Iterable[Path]) -> None:
+    """Remove the temporary files that dead processes of this machine have left in these folders. Raises StorageError.
+
+    For a process that shares OUT with others which are writing. Links are not followed.
+    """
+    for folder in folders:
+        with storing(folder), suppress(FileNotFoundError, NotADirectoryError):
+            if not folder.is_symlink():
+                sweep(folder, is_abandoned)
+
+
+def _remove_holder(out: Path) -> None:
+    """Remove what a killed run said of itself; who holds OUT now, be it this process, keeps its own."""
+    if (out / ".holder").exists():
+        with suppress(Timeout), FileLock(out / ".lock").acquire(timeout=0):
+            (out / ".holder").unlink(missing_ok=True)

@@ -1,0 +1,237 @@
+"""Any mix of types, nulls, formats and faults: each value comes out exactly or as exact text, and each row once."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batch_infer.carried import as_text, result_type, to_array, to_values
+from batch_infer.jobs.merge import Counts, merge, merge_parts
+from batch_infer.manifest import Manifest
+from batch_infer.records import PromptRequest
+from batch_infer.settings import IdSource, OutputSettings
+from batch_infer.worker.rows import row_of
+from tests.tables import RULES, in_format, open_tables
+
+EVERYTHING = OutputSettings(results=("parquet", "csv", "jsonl"))
+
+
+def settle(folder: Path, id_from: IdSource = "row") -> tuple[Counts, pa.Table]:
+    """The results of a folder of tables of which no row could be rendered."""
+    out = folder / "out"
+    out.mkdir()
+    with open_tables(folder / "tables", id_from=id_from) as tables:
+        rows = list(tables.rows(RULES))
+        done = [
+            row_of(row, "failed", "x", scheduler="s", worker="w") if isinstance(row, PromptRequest) else row
+            for row in rows
+        ]
+        manifest = Manifest(out)
+        for part in (done[::2], done[1::2]):
+            if part:
+                manifest.commit(part, tables.carried)
+        with manifest.index() as index:
+            counts = merge(tables.rows(RULES), index, tables.carried, out, EVERYTHING)
+        found = pq.read_table(out / "results.parquet")
+        merge_parts(manifest, tables.files, out, EVERYTHING)
+        again = pq.read_table(out / "results.parquet")
+    assert {name: again.schema.field(name).type for name in again.column_names} == dict(
+        zip(found.column_names, found.schema.types, strict=True)
+    )
+    for name in found.column_names:  # NaN does not equal itself
+        assert repr(to_values(again[name])) == repr(to_values(found[name]))
+    assert [(row.id, row.image_index) for row in rows] == list(
+        zip(found["id"].to_pylist(), found["image_index"].to_pylist(), strict=True)
+    )
+    return counts, found
+
+
+# Values
+
+INTEGERS = [(getattr(pa, f"{sign}int{bits}")(), bits, sign) for bits in (8, 16, 32, 64) for sign in ("", "u")]
+
+
+def integers(bits: int, sign: str = "") -> st.SearchStrategy[int]:
+    lowest, highest = (0, 2**bits - 1) if sign else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    some = [value for value in (0, 1, 2**53, 2**53 + 1, lowest, highest) if lowest <= value <= highest]
+    return st.sampled_from(some) | st.integers(lowest, highest)
+
+
+def decimals(digits: int, scale: int) -> st.SearchStrategy[Decimal]:
+    return st.integers(-(10**digits) + 1, 10**digits - 1).map(lambda value: Decimal(f"{value}E-{scale}"))
+
+
+LEAVES: list[tuple[pa.DataType, st.SearchStrategy[Any]]] = [
+    *((kind, integers(bits, sign)) for kind, bits, sign in INTEGERS),
+    (pa.float32(), st.floats(width=32)),
+    (pa.float16(), st.floats(width=16)),
+    (pa.float64(), st.floats() | st.sampled_from([1.0, 2.0**53, 2.0**63, -0.0, 0.5])),
+    (pa.bool_(), st.booleans()),
+    (pa.string(), st.text(max_size=5)),
+    (pa.large_string(), st.text(max_size=5)),
+    (pa.binary(), st.binary(max_size=5)),
+    (pa.binary(2), st.binary(min_size=2, max_size=2)),
+    (pa.uuid(), st.binary(min_size=16, max_size=16)),
+    (pa.bool8(), st.integers(0, 1)),
+    (pa.json_(), st.just('{"a": 1}')),
+    (pa.date32(), integers(32)),
+    (pa.time32("ms"), st.integers(0, 86_399_999)),
+    (pa.time64("ns"), st.integers(0, 86_399_999_999_999)),
+    *((pa.timestamp(unit, zone), integers(64)) for unit in ("ms", "us", "ns") for zone in (None, "UTC", "Asia/Tokyo")),
+    (pa.duration("us"), integers(64)),
+    (pa.decimal128(9, 2), decimals(9, 2)),
+    (pa.decimal256(60, 30), decimals(60, 30)),
+    (pa.null(), st.none()),
+]
+
+
+def nested(kind: pa.DataType, values: st.SearchStrategy[Any]) -> list[tuple[pa.DataType, st.SearchStrategy[Any]]]:
+    some = values | st.none()
+    return [
+        (pa.list_(kind), st.lists(some, max_size=2)),
+        (pa.large_list(kind), st.lists(some, max_size=2)),
+        (pa.struct([("a", kind), ("b", pa.string())]), st.fixed_dictionaries({"a": some, "b": st.text(max_size=2)})),
+        (pa.map_(pa.string(), kind), st.lists(st.tuples(st.text(max_size=2), some), max_size=2)),
+    ]
+
+
+@st.composite
+def columns(draw: st.DrawFn) -> pa.Array:
+    kind, values = draw(st.sampled_from(LEAVES))
+    if not pa.types.is_null(kind) and draw(st.integers(0, 3)) == 0:
+        storage = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
+        kind, values = draw(st.sampled_from(nested(storage, values)))
+    cells = draw(st.lists(values | st.none(), min_size=1, max_size=3))
+    array = to_array(cells, kind)
+    return array.dictionary_encode() if pa.types.is_string(kind) and draw(st.booleans()) else array
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | integers(70) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=3,
+)
+texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=5)
+shards = st.lists(
+    columns()
+    | st.tuples(st.just("jsonl"), st.lists(json_values, min_size=1, max_size=3))
+    | st.tuples(st.just("csv"), st.lists(texts, min_size=1, max_size=3)),
+    min_size=1,
+    max_size=3,
+)
+
+
+def check_values(tables: list[Any]) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder, expected = Path(name), []
+        (folder / "tables").mkdir()
+        for number, shard in enumerate(tables):
+            path = folder / "tables" / f"{number}"
+            if isinstance(shard, pa.Array):
+                pq.write_table(pa.table({"prompt": ["x"] * len(shard), "column": shard}), path.with_suffix(".parquet"))
+                stored = pq.read_table(path.with_suffix(".parquet"))["column"]
+                expected += [(value, result_type(stored.type)) for value in to_values(stored)]
+                continue
+            ending, cells = shard
+            rows = [{"prompt": "x", "column": cell} for cell in cells]
+            path.with_suffix(f".{ending}").write_bytes(in_format(ending, rows))
+            expected += [(cell, pa.string() if ending == "csv" else None) for cell in cells]
+        _, found = settle(folder)
+        column = found["column"] if "column" in found.column_names else pa.chunked_array([pa.nulls(len(expected))])
+        assert len(column) == len(expected)
+        for (value, kind), got in zip(expected, to_values(column), strict=True):
+            assert is_same(value, kind, got, column.type), (value, kind, got, column.type)
+
+
+def is_same(value: Any, kind: pa.DataType | None, found: Any, into: pa.DataType) -> bool:
+    """Whether a value came out exactly, or as text that says it exactly."""
+    if value is None or found is None:
+        return value is None and found is None
+    if pa.types.is_string(into) and not isinstance(value, str):
+        assert found == as_text(value, kind)
+        if isinstance(value, float):
+            return float(found) == value or (math.isnan(value) and found == "nan")
+        if isinstance(value, int) and not isinstance(value, bool) and (kind is None or pa.types.is_integer(kind)):
+            return int(found) == value
+        if isinstance(value, Decimal):
+            return Decimal(found) == value
+        return True
+    return bool(found == value) or repr(found) == repr(value)
+
+
+@settings(max_examples=40)
+@given(shards)
+def test_any_mix_of_types_comes_out_exactly(tables: list[Any]) -> None:
+    check_values(tables)
+
+
+@pytest.mark.promises
+@settings(max_examples=300)
+@given(shards)
+def test_any_mix_of_types_comes_out_exactly_however_many_are_tried(tables: list[Any]) -> None:
+    check_values(tables)
+
+
+# Rows
+
+cells = st.fixed_dictionaries(
+    {"prompt": st.sampled_from(["x", "", None, "a red circle", "y" * 10_001, " "]), "row": st.just("is not blank")},
+    optional={
+        "id": st.sampled_from([None, "", "a", "A", "0-00000000", "0-00000001", "1-00000000", "x" * 10_001, "b/../c"]),
+        "num_images_per_prompt": st.sampled_from([None, 1, 2, 3, "0", "NaN", "many"]),
+        "seed": st.sampled_from([None, 0, 2**63 - 1, -1, "7", "NULL"]),
+        "height": st.sampled_from([None, 64, 72, 13, "tall"]),
+        "tag": st.text(max_size=3),
+        "Tag": st.integers() | st.none(),
+    },
+)  # fmt: skip
+files = st.tuples(st.sampled_from(["csv", "jsonl", "json"]), st.lists(cells, min_size=1, max_size=5))
+folders = st.lists(files, min_size=1, max_size=3)
+
+
+def check_rows(tables: Iterable[tuple[str, list[dict[str, Any]]]], id_from: IdSource) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder, places = Path(name), []
+        for number, (ending, rows) in enumerate(tables):
+            path = folder / "tables" / f"{number}.{ending}"
+            path.parent.mkdir(exist_ok=True)
+            names = dict.fromkeys(key for row in rows for key in row)
+            whole = [{key: row.get(key) for key in names} for row in rows]
+            path.write_bytes(in_format(ending, whole if ending == "csv" else rows))
+            places += [(str(path), row) for row in range(len(rows))]
+        counts, found = settle(folder, id_from)
+        rows = found.select(["source_file", "source_row", "image_index", "status"]).to_pylist()
+        assert Counter((row["source_file"], row["source_row"]) for row in rows).keys() == set(places)
+        assert (counts.rows, counts.left) == (len(places), 0)
+        images: dict[Any, list[dict[str, Any]]] = {}
+        for row in rows:
+            images.setdefault((row["source_file"], row["source_row"]), []).append(row)
+        for group in images.values():
+            assert [row["image_index"] for row in group] == list(range(len(group)))
+            assert len(group) == 1 or {row["status"] for row in group} == {"failed"}
+        keys = list(zip(found["id"].to_pylist(), found["image_index"].to_pylist(), strict=True))
+        assert len(set(keys)) == len(keys)
+
+
+@settings(max_examples=40)
+@given(folders, st.sampled_from(["row", "content"]))
+def test_any_row_is_accounted_for_exactly_once(tables: Any, id_from: IdSource) -> None:
+    check_rows(tables, id_from)
+
+
+@pytest.mark.promises
+@settings(max_examples=300)
+@given(folders, st.sampled_from(["row", "content"]))
+def test_any_row_is_accounted_for_exactly_once_however_many_are_tried(tables: Any, id_from: IdSource) -> None:
+    check_rows(tables, id_from)

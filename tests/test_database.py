@@ -1,0 +1,33 @@
+"""The temporary database: a full disk is named with the way out."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from batch_infer.database import temporary_database
+from batch_infer.errors import StorageError
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_full_temporary_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool) -> None:
+    monkeypatch.delenv("SQLITE_TMPDIR", raising=False)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    database = temporary_database()
+    database.execute("CREATE TABLE ids (id TEXT)")
+    database.execute("PRAGMA max_page_count = 10")
+    insert, rows = "INSERT INTO ids VALUES (?)", [("x" * 1000,)] * 100
+    sentence = f"cannot write a temporary database in {tmp_path}: database or disk is full; .* or set TMPDIR"
+    with pytest.raises(StorageError, match=sentence):
+        database.executemany(insert, rows) if together else [database.execute(insert, row) for row in rows]
+    database.close()
+
+
+def test_other_errors_of_the_database_are_bugs() -> None:
+    database = temporary_database()
+    assert list(database.execute("SELECT ?", (1,))) == [(1,)]
+    with pytest.raises(sqlite3.OperationalError, match="no such table"):
+        database.execute("SELECT * FROM other")
+    database.close()
