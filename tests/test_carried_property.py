@@ -177,7 +177,7 @@ def test_any_mix_of_types_comes_out_exactly(tables: list[Any]) -> None:
 
 
 @pytest.mark.promises
-@settings(max_examples=120)
+@settings(max_examples=300)
 @given(shards)
 def test_any_mix_of_types_comes_out_exactly_however_many_are_tried(tables: list[Any]) -> None:
     check_values(tables)
@@ -231,7 +231,7 @@ def test_any_row_is_accounted_for_exactly_once(tables: Any, id_from: IdSource) -
 
 
 @pytest.mark.promises
-@settings(max_examples=120)
+@settings(max_examples=300)
 @given(folders, st.sampled_from(["row", "content"]))
 def test_any_row_is_accounted_for_exactly_once_however_many_are_tried(tables: Any, id_from: IdSource) -> None:
     check_rows(tables, id_from)
