@@ -7,7 +7,7 @@ import sqlite3
 from collections.abc import Iterable
 from typing import Any
 
-from batch_infer.errors import StorageError
+from batch_infer.temporary import storage_fault
 
 _STORAGE_FAULTS = ("full", "disk I/O error", "unable to open database file")
 
@@ -47,10 +47,7 @@ class _Database(sqlite3.Connection):
 def _named(error: sqlite3.OperationalError) -> Exception:
     if not any(fault in str(error) for fault in _STORAGE_FAULTS):
         return error
-    return StorageError(
-        f"cannot write a temporary database in {_folder()}: {error}; free some space there, or set TMPDIR to a folder"
-        " on a larger disk"
-    )
+    return storage_fault("a temporary database", _folder(), error)
 
 
 def _folder() -> str:

@@ -11,7 +11,7 @@
     │   └── NewerPart       a part of the manifest was written by a later version of batch-infer
     ├── TryAgainLater       exit 75: run the same command again to go on
     │   ├── LockedError     another run holds OUT
-    │   ├── StorageError    OUT cannot be written, or not be read
+    │   ├── StorageError    OUT cannot be written or read, or the temporary folder not be written
     │   │   └── MissingResults   the manifest lists fewer results than were committed
     │   ├── ServiceError    somebody else's server does not answer
     │   ├── WorkersLost     every worker has died, again and again

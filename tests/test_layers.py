@@ -21,6 +21,7 @@ ROOT = PACKAGE.parent
 
 FLOORS = (
     {"batch_infer", "errors"},
+    {"temporary"},
     {"records", "settings", "atomic", "stages", "database", "links", "terminal", "carried", "stopping"},
     {"images", "logfile", "accelerator"},
     {"diffusion"},
@@ -77,7 +78,15 @@ DOORS = {
 
 TORCH_FREE = {
     *("batch_infer", "errors", "records", "settings", "atomic", "table", "planning", "manifest", "sinks", "jobs"),
-    *("cli", "__main__", "calibration", "batch_infer.models", "batch_infer.models.card", "batch_infer.models.files"),
+    *(
+        "temporary",
+        "cli",
+        "__main__",
+        "calibration",
+        "batch_infer.models",
+        "batch_infer.models.card",
+        "batch_infer.models.files",
+    ),
     *(
         "batch_infer.models.tokens",
         "batch_infer.models.hub",
@@ -108,7 +117,7 @@ RENDERERS = {
     for module in ("bare", "clock", "contenders", "contest", "lanes", "subject", "sweep")
 }
 """Modules of these rooms that are imported late, by a command that renders."""
-COMMAND_LINE = {"cli", "__main__", "errors", "records", "settings"}
+COMMAND_LINE = {"cli", "__main__", "errors", "records", "settings", "temporary"}
 RENDERING = {"torch", "diffusers", "transformers", "accelerate"}
 SLOW = RENDERING | {"pandas", "pyarrow", "numpy", "PIL", "scipy"}
 

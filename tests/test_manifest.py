@@ -289,6 +289,34 @@ def test_a_part_of_a_later_version_is_refused_and_left_as_it_is(tmp_path: Path) 
     assert (damages, part.read_bytes()) == ([], before)
 
 
+def test_parts_that_were_read_are_kept_up_to_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    carried = pa.schema([("text", pa.string())])
+    manifest = Manifest(tmp_path)
+    for name in "abc":
+        manifest.commit([row(name, carried={"text": "x" * 1000})], carried)
+    with manifest.index() as index:
+        found = [entry for name in "abc" if (entry := index.find((name, 0))) is not None]
+        reads: list[Path] = []
+
+        def read(part: Path, columns: Any = None) -> pa.Table:
+            reads.append(part)
+            return read_part(part, columns)
+
+        monkeypatch.setattr("batch_infer.manifest.index.read_part", read)
+        schema = pa.schema([*SCHEMA, *carried])
+
+        def take_twice() -> int:
+            reads.clear()
+            for entry in (*found, *found):
+                assert index.take([entry], schema)["text"].to_pylist() == ["x" * 1000]
+            return len(reads)
+
+        assert take_twice() == 3
+        monkeypatch.setattr("batch_infer.manifest.index.CACHED_BYTES", 2500)
+        index.take(found[:1], SCHEMA)  # other columns: what is too much goes
+        assert take_twice() == 6
+
+
 def damaged(content: bytes, random_: random.Random) -> bytes:
     """A file as a disk may give it back: cut off, zeroed in blocks, with bits or bytes that are others."""
     at = random_.randrange(len(content))

@@ -262,7 +262,6 @@ def test_every_exit_code_of_real_runs(tmp_path: Path, file: Path, monkeypatch: p
         return found
 
     assert "last_success_timestamp_seconds" not in ends(75, "--time-limit", "0.001")
-    assert read(file, out)["results_left"] == 1
     failed = ends(3)
     assert (failed["results"], failed["results_left"]) == (some(ok=1, invalid=1), 0)
     assert failed["images_rendered"] == 1

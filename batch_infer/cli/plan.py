@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 from tqdm import tqdm
@@ -17,6 +16,7 @@ from batch_infer.cli.report import ROWS_FAILED, duration, number, printing, say
 from batch_infer.cli.signals import NOTHING_KEPT, stoppable
 from batch_infer.errors import SettingsError
 from batch_infer.records import ResultRow, Source
+from batch_infer.temporary import temporary_text
 
 if TYPE_CHECKING:
     from batch_infer.jobs.plan import Plan
@@ -51,7 +51,7 @@ def plan(time_limit: float | None, as_json: bool, quiet: bool, verbose: bool, **
     settings = run_settings(options)
     set_up_logging(quiet=quiet, verbose=verbose)
     # In a file: there may be as many faults as the table has rows.
-    with stoppable(hint=NOTHING_KEPT), tempfile.TemporaryFile("w+", encoding="utf-8") as faults:
+    with stoppable(hint=NOTHING_KEPT), temporary_text() as faults:
         from batch_infer.jobs.plan import plan as look
 
         found = look(settings, lambda row: _note(row, faults))
@@ -74,7 +74,7 @@ def plan(time_limit: float | None, as_json: bool, quiet: bool, verbose: bool, **
     return 0 if within else ROWS_FAILED
 
 
-def _note(row: ResultRow, faults: IO[str]) -> None:
+def _note(row: ResultRow, faults: TextIO) -> None:
     fault = {
         "file": row.source_file,
         "row": row.source_row,
@@ -85,7 +85,7 @@ def _note(row: ResultRow, faults: IO[str]) -> None:
     faults.write(json.dumps({**fault, "error": row.error}) + "\n")
 
 
-def _print_json(plan: Plan, faults: IO[str], limits: Mapping[str, Any]) -> None:
+def _print_json(plan: Plan, faults: TextIO, limits: Mapping[str, Any]) -> None:
     """One object, whose last member is written row by row."""
     click.echo(json.dumps({**plan.as_dict(), **limits, "invalid_results": []})[:-2], nl=False)
     for place, line in enumerate(faults):
@@ -93,7 +93,7 @@ def _print_json(plan: Plan, faults: IO[str], limits: Mapping[str, Any]) -> None:
     click.echo("]}")
 
 
-def _print(plan: Plan, faults: IO[str], settings: RunSettings) -> None:
+def _print(plan: Plan, faults: TextIO, settings: RunSettings) -> None:
     from batch_infer.jobs.survey import explain
 
     for fault in map(json.loads, faults):

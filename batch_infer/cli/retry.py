@@ -54,7 +54,7 @@ def retry(
     Exit codes: as those of `run`; 75 if it was stopped.
     """
     set_up_logging(quiet=quiet, verbose=verbose)
-    with stoppable(time_limit) as stop, Metrics(metrics_file, str(out)) as metrics:
+    with Metrics(metrics_file, str(out)) as metrics, stoppable(time_limit) as stop:
         from batch_infer.jobs.retry import retry as render_again
 
         listeners = Together(make_progress(shown=not (quiet or no_progress)), metrics)

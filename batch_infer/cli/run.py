@@ -46,7 +46,7 @@ def run(
     75 stopped early (a signal, --time-limit, another run in OUT), run again to continue; 1 a bug.
     """
     set_up_logging(quiet=quiet, verbose=verbose)
-    with stoppable(time_limit) as stop, Metrics(metrics_file, options["out"], options["model"] or "demo") as metrics:
+    with Metrics(metrics_file, options["out"], options["model"] or "demo") as metrics, stoppable(time_limit) as stop:
         settings = run_settings(options)
         from batch_infer.jobs.run import assist  # seconds long, and a signal may come in them
         from batch_infer.jobs.run import run as score

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 
@@ -35,11 +34,32 @@ class Committed:
 Damaged = Callable[[DamagedPart], object]
 """Who is told of a damaged part, in the place of an exception that ends all."""
 
+CACHED_BYTES = 64 << 20
+"""Of parts that are kept in memory: rows of neighbouring parts stand in turns in the tables."""
 _INDEXED = ("id", "image_index", "status", "fingerprint", "attempt", "generated_image", "source_file", "source_row")
 _FOUND = (
     "SELECT status, fingerprint, attempt, path, part, row, source_file, (SELECT count(*) FROM failures AS f"
     " WHERE f.id = c.id AND f.image_index = c.image_index AND f.fingerprint = c.fingerprint) FROM committed AS c"
 )
+
+
+class _Tables:
+    """The parts that were read last, bounded by their size in memory."""
+
+    def __init__(self) -> None:
+        self._tables: OrderedDict[tuple[Path, tuple[str, ...] | None], pa.Table] = OrderedDict()
+        self._size = 0
+
+    def read(self, part: Path, columns: tuple[str, ...] | None) -> pa.Table:
+        """Read columns of a part, all for None. Raises DamagedPart, StorageError."""
+        key = part, columns
+        if key not in self._tables:
+            self._tables[key] = read_part(part, columns)
+            self._size += self._tables[key].nbytes
+            while self._size > CACHED_BYTES and len(self._tables) > 1:
+                self._size -= self._tables.popitem(last=False)[1].nbytes
+        self._tables.move_to_end(key)
+        return self._tables[key]
 
 
 class Index:
@@ -55,7 +75,7 @@ class Index:
         self._database.execute("CREATE TABLE failures (id TEXT, image_index INTEGER, fingerprint TEXT)")
         self._database.execute("CREATE INDEX failed ON failures (id, image_index, fingerprint)")
         self._parts = {part.name: part for part in parts}
-        self._read_whole = lru_cache(maxsize=64)(read_part)
+        self._tables = _Tables()
         try:
             self._add_all(self._parts.values(), damaged)
         except BatchInferError:
@@ -149,7 +169,7 @@ class Index:
         # Carried columns can be large, and not every part has them.
         names = tuple(schema.names) if set(schema.names) <= set(SCHEMA.names) else None
         pieces = [
-            as_schema(self._read_whole(self._parts[part], names).take(rows), schema) for part, rows in by_part.items()
+            as_schema(self._tables.read(self._parts[part], names).take(rows), schema) for part, rows in by_part.items()
         ]
         starts = dict(zip(by_part, accumulate((len(piece) for piece in pieces), initial=0), strict=False))
         order = []

@@ -27,6 +27,7 @@ from batch_infer.table.scratch import Scratch
 from batch_infer.table.selection import LeftOut, holds_no_table, tables_among
 from batch_infer.table.text import clean
 from batch_infer.table.urls import HTTP, is_http, protocol_of, shown, split_chain, without_secrets
+from batch_infer.temporary import storing_temporarily
 
 EXTRAS = {
     **dict.fromkeys(("s3", "s3a"), ("s3fs", "s3")),
@@ -76,10 +77,11 @@ class _Found:
 def fetch(url: str, scratch: Scratch, left_out: LeftOut) -> list[TableFile]:
     """The tables that a URL means; `left_out` takes in the files of a folder or glob that are none.
 
-    Raises TableError where it means no table, ServiceError where a service does not answer.
+    Raises TableError where it means no table, ServiceError where a service does not answer, StorageError where
+    the temporary folder is full.
     """
     name = clean(shown(url))
-    with _blamed(name):
+    with _blamed(name), storing_temporarily(reads=True):  # a chain may keep copies
         place = _connect(url, name)
         link = split_chain(name)[1]
         found = list(_single(place, link) if is_http(link) else _listed(place, left_out))
@@ -181,7 +183,7 @@ def _fetch(place: _Place, found: _Found, scratch: Scratch) -> TableFile:
     if ending is None:
         return replace(file, fault=unknown_ending(file.name))
     try:
-        with _blamed(file.name):
+        with _blamed(file.name), storing_temporarily(reads=True):
             place.files.get_file(found.path, str(file.path))
     except TableError as error:
         return replace(file, fault=str(error))

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from batch_infer.temporary import temporary_folder
 
 
 class Scratch:
     """A folder that is made when the first file wants a place in it."""
 
     def __init__(self) -> None:
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: TemporaryDirectory[str] | None = None
         self._given = 0
 
     def place(self) -> Path:
-        """A path for one more file. Raises OSError."""
+        """Return a path for one more file. Raises StorageError."""
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="batch-infer-")
+            self._folder = temporary_folder()
         self._given += 1
         return Path(self._folder.name, f"{self._given:06d}")
 

@@ -12,19 +12,20 @@ from batch_infer.errors import TableError
 from batch_infer.table.endings import TableFile
 from batch_infer.table.scratch import Scratch
 from batch_infer.table.streams import BUFFER, LONGEST, MAGIC, MAGIC_BYTES, UTF_8_MARK, open_unpacked, reason
+from batch_infer.temporary import create_temporary
 
 NAME = "stdin"
 
 
 def spool(scratch: Scratch) -> TableFile:
-    """All of standard input, as a file. Raises TableError."""
+    """Keep all of standard input in a file. Raises TableError, StorageError."""
     if sys.stdin is None or sys.stdin.closed:
         raise TableError("-: there is no standard input to read")
     if sys.stdin.isatty():
         raise TableError("-: standard input is a terminal; pipe a table in (batch-infer run - < prompts.csv)")
     try:
         place = scratch.place()
-        with place.open("wb") as copy:
+        with create_temporary(place) as copy:
             shutil.copyfileobj(sys.stdin.buffer, copy, BUFFER)
         return _sniffed(TableFile(place, NAME, NAME, origin="stdin"))
     except OSError as error:

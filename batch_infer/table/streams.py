@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from batch_infer.errors import RowError, TableError, first_line
 from batch_infer.table.endings import TableFile
+from batch_infer.temporary import create_temporary
 
 LONGEST = 16 << 20
 """Characters of one cell, line or JSON value: what an open quote may swallow before it is given up."""
@@ -110,8 +111,11 @@ def open_text(file: TableFile, newline: str | None) -> TextIO:
 
 
 def unpack(file: TableFile, place: Path) -> Path:
-    """Write what a packed file holds to `place`, for a format that is not read from front to back. Raises OSError."""
-    with open_unpacked(file) as stream, place.open("wb") as copy:
+    """Write what a packed file holds to `place`, for a format that is not read from front to back.
+
+    Raises OSError where it cannot be read, StorageError where the copy cannot be written.
+    """
+    with open_unpacked(file) as stream, create_temporary(place) as copy:
         shutil.copyfileobj(stream, copy, BUFFER)
     return place
 

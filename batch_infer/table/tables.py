@@ -66,7 +66,7 @@ class Tables:
 
         With `others`, a file that cannot be read has its fault, and default ids do not meet. Without them, raises
         TableError where an argument cannot be read, no file of folders and globs can be, or default ids would meet.
-        Raises ServiceError where a file cannot be fetched now.
+        Raises ServiceError where a file cannot be fetched now, StorageError where the temporary folder is full.
         """
         self._others = others
         self._owners: Mapping[str, str] = {}

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable
 from multiprocessing.connection import wait
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from batch_infer.atomic import storing
 from batch_infer.jobs.simulation.crew import Crew
@@ -21,6 +20,7 @@ from batch_infer.jobs.simulation.outcome import Outcome
 from batch_infer.jobs.simulation.predictions import Predictions
 from batch_infer.jobs.simulation.process import SIMULATED, TIMED_OUT, Assignment, WorkerProcess, end
 from batch_infer.jobs.simulation.settings import SimulationSettings
+from batch_infer.temporary import temporary_folder
 
 POLL_SECONDS = 0.2
 SHUTDOWN_SECONDS = 30.0
@@ -38,7 +38,7 @@ def run_job(settings: SimulationSettings, told: Told) -> Outcome:
     with storing(settings.out):
         settings.out.mkdir(parents=True, exist_ok=True)
     predictions = Predictions(settings.out / "predictions.csv", kept=settings.append_rows)
-    with TemporaryDirectory(prefix="batch-infer-azureml-", ignore_cleanup_errors=True) as folder:
+    with temporary_folder() as folder:
         crew = Crew(settings, Path(folder))
         try:
             with predictions:

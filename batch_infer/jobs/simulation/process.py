@@ -17,6 +17,7 @@ from pathlib import Path
 import batch_infer
 from batch_infer.jobs.simulation.messages import Duty, FromWorker, MiniBatch, ToWorker
 from batch_infer.links import received, send
+from batch_infer.temporary import storing_temporarily
 
 PATIENT_SECONDS = 10.0
 """How long a process is waited for that has been killed."""
@@ -61,7 +62,8 @@ class WorkerProcess:
         self.fate = ""
         """Why it was killed, where it was."""
         self.link, theirs = Pipe()
-        place.folder.mkdir()
+        with storing_temporarily():
+            place.folder.mkdir()
         try:
             self._process = _start(place, theirs)
         finally:
