@@ -116,10 +116,10 @@ def save_perturbed(sd1: Path, folder: Path) -> Path:
 SAVED: dict[str, Callable[[Path], Path]] = {"pixart": save_pixart, "flux": save_flux, "z_image": save_z_image}
 
 
-def vae(**settings: Any) -> AutoencoderKL:
+def vae(latent_channels: int = 4, **settings: Any) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=[8] * 4, down_block_types=["DownEncoderBlock2D"] * 4, layers_per_block=1, norm_num_groups=4,
-        up_block_types=["UpDecoderBlock2D"] * 4, latent_channels=4, **settings,
+        up_block_types=["UpDecoderBlock2D"] * 4, latent_channels=latent_channels, **settings,
     ).eval()  # fmt: skip
 
 

@@ -315,6 +315,15 @@ def test_a_driven_pipeline_whose_parts_do_not_fit_is_refused_at_load(pixart: Pat
         load_driven(card, CPU, torch.float32, with_checker=False)
 
 
+def test_a_driven_pipelines_decoder_that_does_not_fit_is_refused_at_load(pixart: Path, tmp_path: Path) -> None:
+    own = copied(pixart, tmp_path)
+    shutil.rmtree(own / "vae")
+    pipelines.vae(latent_channels=3).save_pretrained(own / "vae")
+    with pytest.raises(ModelError, match="vae of PixArtSigmaPipeline could not be loaded: "):
+        card = read_card(ModelSettings(name=str(own)))
+        load_driven(card, CPU, torch.float32, with_checker=False)
+
+
 def test_a_run_refuses_it_before_any_row_and_says_so_once(own: Path, tmp_path: Path) -> None:
     table, out = tmp_path / "t.csv", tmp_path / "out"
     table.write_text("prompt\na red circle\n")

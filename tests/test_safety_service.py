@@ -558,7 +558,8 @@ def damage(part: Path, column: str) -> None:
     file = pq.ParquetFile(part)
     chunk = file.metadata.row_group(0).column(file.schema_arrow.get_field_index(column))
     content = bytearray(part.read_bytes())
-    end = chunk.data_page_offset + chunk.total_compressed_size
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    end = start + chunk.total_compressed_size
     for place in range(end - 12, end - 4):
         content[place] ^= 255
     part.write_bytes(content)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from batch_infer.accelerator import is_device_fault, out_of_memory_errors
 from batch_infer.errors import RowBroken, RowError, first_line
 from batch_infer.models.card import ModelCard
 from batch_infer.models.family import Conditioning
-from batch_infer.models.first_step import has_one_shape, take_first_step
+from batch_infer.models.first_step import has_one_shape, make_cheap_image, take_first_step
 from batch_infer.models.loading import load_checker, load_network, load_pipeline
 from batch_infer.models.pipelines import (
     denoiser_of,
@@ -51,8 +52,15 @@ class AnyPipeline:
         kind = type(pipeline)
         self._guidance = guidance_argument(kind, denoiser_settings(pipeline))
         self._rescales, self._cleans = (name in parameters_of(kind) for name in ("guidance_rescale", "clean_caption"))
-        self.one_by_one = not self._has_one_shape(card)
-        """Whether rows cannot share a call: what is computed of one would depend on how long the others' texts are."""
+        arguments = {
+            "height": card.sizes.native_height,
+            "width": card.sizes.native_width,
+            "num_inference_steps": card.num_inference_steps,
+        }
+        with self._kept_processors():
+            self.one_by_one = not self._has_one_shape(card, arguments)
+            """Whether rows cannot share a call: one's result would depend on how long the others' texts are."""
+            self._try_decoder(card, arguments)
 
     @classmethod
     def load(cls, card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_checker: bool) -> AnyPipeline:
@@ -159,18 +167,11 @@ class AnyPipeline:
                 if hook:
                     hook.remove()
 
-    def _has_one_shape(self, card: ModelCard) -> bool:
+    def _has_one_shape(self, card: ModelCard, arguments: dict[str, Any]) -> bool:
         """As this checkpoint is by itself; no, where it cannot be watched.
 
         Raises ModelError where its parts do not go together: where it takes no text at all.
         """
-        arguments = {
-            "height": card.sizes.native_height,
-            "width": card.sizes.native_width,
-            "num_inference_steps": card.num_inference_steps,
-        }
-        denoiser: Any = self.denoiser
-        processors = dict(getattr(denoiser, "attn_processors", {}))
         try:
             with out_of_memory_errors():
                 return has_one_shape(self.pipeline, arguments)
@@ -179,8 +180,35 @@ class AnyPipeline:
                 raise
             self._refuse_unfit(card, arguments)
             return False
+
+    def _try_decoder(self, card: ModelCard, arguments: dict[str, Any]) -> None:
+        """Decode one image, so that a decoder which does not fit is found here. Raises ModelError."""
+        vae: Any = getattr(self.pipeline, "vae", None)
+        if vae is None or self.denoiser is None:
+            return
+        decode = vae.decode
+
+        @functools.wraps(decode)
+        def tried(*args: Any, **kwargs: Any) -> Any:
+            with LoadingErrors(f"{card.path}: vae of {self._name}"):
+                return decode(*args, **kwargs)
+
+        vae.decode = tried
+        try:
+            with out_of_memory_errors(), suppress(*LOADING_ERRORS):  # of what comes before, `_has_one_shape` decides
+                make_cheap_image(self.pipeline, self.denoiser, arguments)
         finally:
-            if processors:  # some pipelines put others in for the time of their call
+            del vae.decode
+
+    @contextmanager
+    def _kept_processors(self) -> Iterator[None]:
+        """Put the denoiser's attention processors back: some pipelines exchange them for the time of their call."""
+        denoiser: Any = self.denoiser
+        processors = dict(getattr(denoiser, "attn_processors", {}))
+        try:
+            yield
+        finally:
+            if processors:
                 denoiser.set_attn_processor(processors)
 
 
