@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from batch_infer.errors import Interrupted
 from tests.runs import assert_whole, command, hashes, results, run
 from tests.tables import write_csv
 
@@ -95,6 +96,34 @@ def test_every_option_that_changes_images_is_named(table: Path, out: Path, optio
     done = run(table, out, *options)
     assert done.code == 2
     assert cause in done.stderr
+    assert state(out) == before
+
+
+def test_an_interrupted_scan_does_not_make_the_next_run_forget(
+    table: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(table, out).code == 0
+    before = state(out)
+
+    def interrupt(*_: Any) -> None:
+        raise Interrupted("stopped by SIGTERM")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("batch_infer.jobs.run.find_changes", interrupt)
+        assert run(table, out, "--steps", "3").code == 75
+    assert run(table, out, "--steps", "3").code == 2
+    assert state(out) == before
+
+
+def test_a_default_that_makes_finished_rows_invalid_is_named(tmp_path: Path, out: Path) -> None:
+    table = write_csv(
+        tmp_path / "t.csv", [["id", "prompt", "seed", "num_images_per_prompt"], ["a", "x", 2**63 - 1, ""]]
+    )
+    assert run(table, out).code == 0
+    before = state(out)
+    done = run(table, out, "--images-per-prompt", "2")
+    assert done.code == 2
+    assert "--images-per-prompt differs" in done.stderr
     assert state(out) == before
 
 

@@ -429,3 +429,30 @@ def test_an_out_that_can_no_longer_be_written_is_a_storage_error(out: Path, monk
         (out / "x").unlink()
     with pytest.raises(OSError, match="elsewhere"), outdir.locked(out):
         raise OSError(errno.EACCES, "no", "/elsewhere")
+
+
+def test_a_full_disk_is_no_fault_of_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(outdir, "_make", fill)
+        with pytest.raises(StorageError, match="No space left"), outdir.locked(tmp_path / "out"):
+            pytest.fail("not reached")
+    monkeypatch.setattr(outdir, "_write_json", fill)
+    with pytest.raises(StorageError, match="No space left"):
+        outdir.claim_run(tmp_path, {"identity": {}})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_of_several_run_jsons_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    for folder in (tmp_path / "linked", tmp_path / "unlinked"):
+        folder.mkdir()
+        for identity in ("first", "second"):
+            outdir.claim_run(folder, {"identity": {"model": identity}})
+        assert outdir.known_run(folder)["identity"] == {"model": "first"}
+        assert [path.name for path in folder.iterdir()] == ["run.json"]
+        monkeypatch.setattr(Path, "hardlink_to", refuse)

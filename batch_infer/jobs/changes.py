@@ -9,6 +9,7 @@ from typing import Any
 from batch_infer.errors import SettingsError, UsageError
 from batch_infer.jobs.job import Job, rules_of, settings_of
 from batch_infer.manifest import Index
+from batch_infer.planning import Item
 from batch_infer.records import FINAL, PromptRequest
 from batch_infer.settings import TableSettings
 from batch_infer.table import RowRules
@@ -21,8 +22,9 @@ OPTIONS = {
     "width": "--width",
     "negative_prompt": "--negative-prompt",
     "seed": "--seed",
+    "num_images_per_prompt": "--images-per-prompt",
 }
-"""The option that gives a field its default. --images-per-prompt adds or leaves out images, and replaces none."""
+"""The option that gives a field its default."""
 
 
 @dataclass(slots=True)
@@ -71,8 +73,7 @@ def find_changes(job: Job, index: Index) -> Changes:
             continue
         if old is not None and match.fingerprint == old.fingerprint:
             changes.images += 1
-            if isinstance(item, PromptRequest) and isinstance(old, PromptRequest):
-                changes.causes |= _causes(item, old, before, job.rules)
+            changes.causes |= _causes(item, old, before, job.rules)
         elif columns != now:
             changes.images += 1
             changes.causes["--column"] = f"columns {_named(columns)} -> {_named(now)}"
@@ -90,15 +91,19 @@ def _earlier(job: Job) -> tuple[RowRules, TableSettings] | None:
         return None
 
 
-def _causes(item: PromptRequest, old: PromptRequest, before: RowRules, after: RowRules) -> dict[str, str]:
-    """Return the options whose defaults differ and give this row another value."""
+def _causes(item: Item, old: Item, before: RowRules, after: RowRules) -> dict[str, str]:
+    """Return the options whose defaults differ and give this row another value, or make it invalid."""
     then, now = asdict(before.defaults), asdict(after.defaults)
-    values = [{**asdict(request.params), "negative_prompt": request.negative_prompt, "seed": request.seed}
-              for request in (old, item)]  # fmt: skip
+    values: list[Mapping[str, Any]] = [
+        {**asdict(request.params), "negative_prompt": request.negative_prompt, "seed": request.seed}
+        if isinstance(request, PromptRequest)
+        else now
+        for request in (old, item)
+    ]
     return {
         option: f"{name} {_shown(then[name])} -> {_shown(now[name])}"
         for name, option in OPTIONS.items()
-        if then[name] != now[name] and values[0][name] != values[1][name]
+        if then[name] != now[name] and values[0].get(name) != values[1].get(name)
     }
 
 

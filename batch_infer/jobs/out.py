@@ -40,6 +40,12 @@ RESULTS = ("results.parquet", "results.csv", "results.jsonl")
 OURS = (*FOLDERS, *RESULTS, "run.json")
 LOCK_SECONDS = 0.2
 """How long a held OUT is waited for: a look at it holds it for a moment."""
+_WRONG_OUT = {
+    *(errno.EACCES, errno.EEXIST, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT),
+    *(errno.ENOTDIR, errno.EPERM, errno.EROFS),
+}
+"""Errors of making OUT that another --out or other permissions mend. Others, such as a full disk, may pass."""
+_NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EXDEV}
 _WAY_OUT = "remove it to go on with what the manifest holds, or start anew in another --out"
 _HALF_CLEARED = "overwriting"
 """Key of run.json while --overwrite removes what OUT holds."""
@@ -63,7 +69,8 @@ def locked(out: Path) -> Iterator[KnownFolder]:
     except Timeout:
         raise LockedError(f"{out} is held by another run ({_holder(out)}); run again when it has ended") from None
     except OSError as error:
-        raise SettingsError(f"cannot write to {out}: {error.strerror or error}") from error
+        kind = SettingsError if error.errno in _WRONG_OUT else StorageError
+        raise kind(f"cannot write to {out}: {error.strerror or error}") from error
     known = KnownFolder.of(out)
     try:
         with _pinned(out), storing_in(out):
@@ -253,14 +260,23 @@ def claim_run(out: Path, run: Mapping[str, Any]) -> None:
         try:
             _write_json(temporary, run)
             sync(temporary)
-            path.hardlink_to(temporary)
-        except FileExistsError:
-            return
-        except OSError:  # a file system without hard links
-            if not is_there(path):
-                temporary.replace(path)
+            _link(temporary, path)
+            sync_folder(out)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _link(temporary: Path, path: Path) -> None:
+    """Give a file its name unless there is one of that name. Raises OSError."""
+    try:
+        path.hardlink_to(temporary)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        if not is_there(path):
+            temporary.replace(path)
 
 
 def restore_run(out: Path, earlier: Mapping[str, Any] | None) -> None:

@@ -154,7 +154,8 @@ class _Run:
 
     def go(self, started: float) -> Summary:
         self._warn_of_threads()
-        outdir.write_run(self._out, self._record)
+        if self._job.earlier is None:
+            outdir.write_run(self._out, self._record)
         self._set_up = time.monotonic() - started
         while True:
             try:
@@ -173,9 +174,10 @@ class _Run:
     def _score(self) -> Counts:
         """Render what is not done, and merge. Raises DamagedPart where its rows are then to be rendered anew."""
         with self._manifest.index(damaged=set_aside) as index:
-            with self._undone_where_refused():
-                changes = find_changes(self._job, index)
-                changes.refuse(self._job)
+            # Before run.json is replaced: where this is interrupted, the next run must compare with the same run.
+            changes = find_changes(self._job, index)
+            changes.refuse(self._job)
+            outdir.write_run(self._out, self._record)
             survey = look_through(self._job, index, self._leaves_alone, str(changes))
             self._record = {**self._record, "survey": {**asdict(survey), "finished_at": now()}, "rendering_since": None}
             outdir.write_run(self._out, self._record)
