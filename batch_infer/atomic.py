@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import secrets
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -208,14 +209,31 @@ def reading(path: Path) -> Iterator[None]:
 
 def is_there(path: Path) -> bool:
     """Return whether a path exists, links not followed. Raises StorageError where that cannot be found out."""
+    return _mode(path) != 0
+
+
+def is_folder(path: Path, *, follow: bool = False) -> bool:
+    """Return whether a path is a folder; a link to one counts with `follow`.
+
+    Raises StorageError where that cannot be found out.
+    """
+    return stat.S_ISDIR(_mode(path, follow=follow))
+
+
+def is_link(path: Path) -> bool:
+    """Return whether a path is a symbolic link. Raises StorageError where that cannot be found out."""
+    return stat.S_ISLNK(_mode(path))
+
+
+def _mode(path: Path, *, follow: bool = False) -> int:
+    """Return the mode of a path, 0 where it is missing. Raises StorageError."""
     with reading(path):
         try:
-            path.lstat()
+            return path.stat(follow_symlinks=follow).st_mode
         except OSError as error:
             if error.errno in _NOT_THERE:
-                return False
+                return 0
             raise
-    return True
 
 
 def list_names(folder: Path) -> list[str]:

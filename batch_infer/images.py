@@ -23,6 +23,11 @@ JPEG_QUALITY = 95
 WEBP_QUALITY = 90
 EXIF_USER_COMMENT = 0x9286
 EXIF_IFD = 0x8769
+MOST_TEXT = 50_000
+"""Characters of text in a PNG: at most 200 kB, where Pillow opens no file with a text of more than 1 MiB."""
+MOST_EXIF = 15_000
+"""Characters in Exif, which holds 64 KiB in a JPEG: at most 60 kB of UTF-16."""
+MOST_FIELDS = 1_000
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _DECODING_ERRORS = (OSError, ValueError, SyntaxError, TypeError, LookupError, EOFError, struct.error, zlib.error)
@@ -70,6 +75,7 @@ def encode(pixels: np.ndarray, image_format: ImageFormat, parameters: str) -> by
     """An image (H, W, 3) uint8 as the bytes of a file that carries its parameters and the mark of a generated image."""
     image = Image.fromarray(pixels)
     stream = io.BytesIO()
+    parameters = _cut(parameters, MOST_TEXT)
     match image_format:
         case "png":
             text = PngInfo()
@@ -130,10 +136,21 @@ def _latin(text: str) -> bool:
     return True
 
 
+def _cut(text: str, most: int) -> str:
+    """Shorten a text to so many characters: `…` marks where, and its last line, the fields, is kept."""
+    if len(text) <= most:
+        return text
+    start, _, last = text.rpartition("\n")
+    end = f"…\n{last}" if start and len(last) <= MOST_FIELDS else "…"
+    return text[: most - len(end)] + end
+
+
 def _exif(parameters: str) -> Image.Exif:
-    """The parameters as Exif's UserComment; a segment holds 64 KiB, so a longer text is cut."""
+    """Return the parameters as Exif's UserComment."""
     exif = Image.Exif()
-    exif.get_ifd(EXIF_IFD)[EXIF_USER_COMMENT] = b"UNICODE\0" + parameters[:15_000].encode("utf-16-be", "replace")
+    exif.get_ifd(EXIF_IFD)[EXIF_USER_COMMENT] = b"UNICODE\0" + _cut(parameters, MOST_EXIF).encode(
+        "utf-16-be", "replace"
+    )
     return exif
 
 

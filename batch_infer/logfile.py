@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from batch_infer.atomic import storing
+from batch_infer.atomic import is_link, storing
 from batch_infer.terminal import EscapingFormatter, escape_controls
 
 
@@ -25,7 +25,7 @@ def open_log(path: Path) -> Iterator[TextIO]:
     """
     with storing(path):
         path.parent.mkdir(exist_ok=True)
-        if path.parent.is_symlink():
+        if is_link(path.parent):
             raise OSError(errno.ELOOP, "its folder is a link")
         file = os.fdopen(_open_without_links(path), "a", encoding="utf-8")
     try:

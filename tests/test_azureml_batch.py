@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import importlib.util
 import io
 import json
@@ -36,6 +37,7 @@ from batch_infer.models import DEMO_MODEL
 from batch_infer.records import PromptRequest
 from tests import dummies, runs
 from tests.content_safety_server import KEY, serving, status
+from tests.storage import fail_at
 
 ROOT = Path(__file__).parents[1]
 QUICK = {"STEPS": "2", "SLOTS": "8", "THREADS": "1", "DEVICE": "cpu", "SAFETY": "none"}
@@ -174,6 +176,19 @@ def test_a_worker_that_died_leaves_nothing_behind(tmp_path: Path, out: Path) -> 
         path.touch()
     batch.run([file])
     assert [path.exists() for path in (*left, living, elsewhere)] == [False, False, False, True, True]
+
+
+def test_an_output_whose_images_cannot_be_listed_is_not_an_empty_one(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = prompts(tmp_path / "in" / "a.csv")
+    score(file)
+    before = runs.images(out)
+    with monkeypatch.context() as patch:
+        fail_at(patch, out / "images", errno.EACCES)
+        with pytest.raises(StorageError, match=f"cannot read {out / 'images'}"):
+            batch.run([file])
+    assert runs.images(out) == before
 
 
 def worker(load: Any = None) -> MiniBatches:

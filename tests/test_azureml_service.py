@@ -461,13 +461,13 @@ def test_images_of_a_row_stand_in_order_and_rows_that_cannot_be_had_among_them(d
         *(3, 4),
         "the prompt is empty",
         "seed 'ten' is not a whole number; width 60 is not a multiple of 8; the nearest is 64",
-        "the prompt has 10001 characters, and 10000 are taken here; a model reads some 75 words",
-        "the negative_prompt has 10001 characters, and 10000 are taken here; a model reads some 75 words",
+        "the prompt has 10001 characters, and 10000 are the most: a model reads some 75 words",
+        "the negative_prompt has 10001 characters, and 10000 are the most: a model reads some 75 words",
         "the id is not text but list",
         9,
         "the prompt holds a lone surrogate, which is half a character: send whole ones",
     ]
-    assert [each["prompt"] for each in found] == ["p", "p", None, "p", "p" * 10_001, "p", "p", "p", "p \ufffd"]
+    assert [each["prompt"] for each in found] == ["p", "p", None, "p", "p" * 10_000, "p", "p", "p", "p \ufffd"]
     assert {len(each) for each in found if each["generated_image"]} == {3}
     assert [each["nsfw_content_detected"] for each in found] == [None] * 9
 

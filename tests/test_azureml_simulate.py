@@ -595,5 +595,5 @@ def test_workers_and_their_folders_end_with_the_command(tmp_path: Path, number: 
     assert stdout == ""
     if number != signal.SIGKILL:
         assert process.returncode == 75
-        assert "interrupted" in stderr
+        assert "stopped by SIG" in stderr
         assert not any(Path(folder).exists() for *_, folder in workers)

@@ -5,15 +5,21 @@ from __future__ import annotations
 import io
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from batch_infer import __version__, images
 from batch_infer.records import PromptRequest, SamplingParams, Source
 from batch_infer.settings import ImageFormat
+from batch_infer.sinks import FolderSink
+from batch_infer.table.rows import LONGEST_TEXT, Cells, requests
+from tests.tables import RULES
 
 FORMATS = get_args(ImageFormat)
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
@@ -87,13 +93,44 @@ def test_parameters_come_back(image_format: ImageFormat, prompt: str) -> None:
 
 @pytest.mark.parametrize("image_format", FORMATS)
 def test_parameters_of_any_length_fit(image_format: ImageFormat) -> None:
-    """JPEG has segments of 64 KiB: there the end is left out, and a letter of two units is not cut in half."""
-    text = "x" + 100_000 * "🎨"
-    found = parameters_of(images.encode(PIXELS, image_format, text))
-    assert text.startswith(found)
-    assert len(found) >= 10_000
+    """What is left out is marked, the line of fields is kept, and a letter of two UTF-16 units is not cut in half."""
+    for fields in ("\nSteps: 30, Seed: 1", "", "\n" + "x" * 200_000):
+        text = "x" + 20_000_000 * "🎨" + fields
+        found = parameters_of(images.encode(PIXELS, image_format, text))
+        start, mark, end = found.partition("…")
+        assert text.startswith(start) and mark
+        assert end == ("" if len(fields) > 1_000 else fields)
+        assert len(found) >= 10_000
+
+
+LONG = st.tuples(st.sampled_from(["a", "é", "赤", "🎨", "\n", "\\", "á\t"]), st.text(max_size=20)).map(
+    lambda parts: (parts[1].replace("\0", "") + parts[0] * LONGEST_TEXT)[:LONGEST_TEXT]
+)
+
+
+@settings(max_examples=20)
+@given(prompt=LONG, negative=LONG, scheduler=st.sampled_from(["DDIMScheduler", "D:" + "a=1," * 2_000]))
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_the_longest_row_gives_a_file_that_opens(
+    image_format: ImageFormat, prompt: str, negative: str, scheduler: str
+) -> None:
+    """With Pillow's default limits, as other programs have them."""
+    cells = {"prompt": prompt, "negative_prompt": negative, "seed": 2**63 - 1, "height": 512, "width": 512}
+    (request,) = requests(Cells("a" * LONGEST_TEXT, Source("t.csv", 0), cells, {}), RULES)
+    assert isinstance(request, PromptRequest)
+    content = images.encode(PIXELS, image_format, images.parameters_text(request, scheduler, "f" * 64))
+    with Image.open(io.BytesIO(content)) as image:
+        assert image.convert("RGB").size == (40, 24)
+    found = parameters_of(content)
+    assert found.startswith(prompt[:10_000])
     if image_format == "png":
-        assert found == text
+        assert f"\nNegative prompt: {negative}\nSteps: 20, Sampler: " in found
+    assert "Steps: 20" in found or len(scheduler) > 1_000
+    assert images.decode(content).shape == PIXELS.shape
+
+
+def test_the_longest_id_has_a_short_path() -> None:
+    assert len(FolderSink(Path(), ".png").path_of(replace(REQUEST, id="ä" * LONGEST_TEXT)).encode()) < 200
 
 
 @pytest.mark.parametrize("image_format", FORMATS)

@@ -84,6 +84,7 @@ def test_a_calibrated_plan_starts_no_process_and_prints_the_same(
     first, second = dict(calibrated[1]), plan(table)
     for printed in (first, second):
         assert printed.pop("seconds") > 0  # includes the time for reading the table
+        assert list(printed.pop("files").values()) == [2]
     assert second == first
 
 

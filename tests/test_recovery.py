@@ -186,12 +186,13 @@ def test_recent_images_that_the_disk_has_lost_are_told(tmp_path: Path, caplog: p
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE])
 def test_an_image_that_cannot_be_read_is_not_a_missing_one(tmp_path: Path, number: int) -> None:
-    (tmp_path / "a.png").write_bytes(b"x")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(b"x")
     fault = OSError(number, os.strerror(number))
-    with mock.patch.object(Path, "read_bytes", side_effect=fault), pytest.raises(StorageError, match="cannot read .*a"):
-        recovery.is_whole(tmp_path, "a.png", "sum", 1)
-    with mock.patch.object(Path, "read_bytes", side_effect=OSError(errno.EIO, "")):
-        assert not recovery.is_whole(tmp_path, "a.png", "sum", 1), "the disk has lost it"
+    with mock.patch.object(os, "open", side_effect=fault), pytest.raises(StorageError, match="cannot read .*a"):
+        recovery.is_whole(tmp_path, "images/a.png", "sum", 1)
+    with mock.patch.object(os, "open", side_effect=OSError(errno.EIO, "")):
+        assert not recovery.is_whole(tmp_path, "images/a.png", "sum", 1), "the disk has lost it"
 
 
 def test_of_several_attempts_the_image_of_the_last_counts(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from batch_infer.models.stable_diffusion import StableDiffusion
 from tests.runs import Done, assert_whole, command, hashes, images, results, run, run_json
+from tests.storage import fail_at
 from tests.tables import write_csv
 
 ROWS = [["id", "prompt"], ["a", "a red circle"], ["b", "a blue square"], ["c", "a green star"]]
@@ -73,6 +75,30 @@ def test_a_lost_image_is_made_again(table: Path, out: Path) -> None:
     assert hashes(out) == before
     assert attempts(out) == {"a": 1, "b": 2, "c": 1}
     assert_whole(out)
+
+
+def test_an_image_that_cannot_be_looked_at_is_not_missing(
+    table: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(table, out).code == 0
+    (image,) = (out / row["generated_image"] for row in results(out) if row["id"] == "b")
+    with monkeypatch.context() as patch:
+        fail_at(patch, image, errno.EACCES)
+        done = retry(out, "--status", "missing")
+    assert done.code == 75, done.stderr
+    assert f"cannot read {image}: Permission denied" in done.stderr
+    done = retry(out, "--status", "missing", "--json")
+    assert (done.code, json.loads(done.stdout)["rendered"]) == (0, 0)
+
+
+def test_a_link_in_the_place_of_an_image_is_not_the_image(table: Path, out: Path) -> None:
+    assert run(table, out).code == 0
+    (image,) = (out / row["generated_image"] for row in results(out) if row["id"] == "b")
+    before = image.read_bytes()
+    image.rename(out.parent / "elsewhere.png")
+    image.symlink_to(out.parent / "elsewhere.png")
+    assert json.loads(retry(out, "--status", "missing", "--json").stdout)["rendered"] == 1
+    assert (image.read_bytes(), image.is_symlink()) == (before, False)
 
 
 def test_flagged_rows_are_rendered_again(table: Path, out: Path, tmp_path: Path) -> None:

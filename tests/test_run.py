@@ -264,7 +264,7 @@ def test_a_file_that_cannot_be_read_costs_one_result(tmp_path: Path, table: Path
     ("budget", "code"), [("0", 3), ("1", 3), ("2", 0), ("10%", 3), ("50%", 0)], ids=lambda value: str(value)
 )
 def test_how_many_rows_may_fail(tmp_path: Path, out: Path, budget: str, code: int) -> None:
-    table = write_csv(tmp_path / "t.csv", [["prompt", "seed"], ["", ""], ["a red circle", "x"], ["a", ""], ["b", ""]])
+    table = write_csv(tmp_path / "t.csv", [["prompt", "seed"], ["", "5"], ["a red circle", "x"], ["a", ""], ["b", ""]])
     assert run(table, out, "--max-failed", budget).code == code
     assert run(table, out, "--max-failed", budget).code == code, "and so it is when there is nothing left to do"
 
@@ -287,7 +287,7 @@ def test_how_many_rows_may_fail(tmp_path: Path, out: Path, budget: str, code: in
         (["--safety", "none", "--require-safety"], "do not go together"),
         (["--device", "cuda"], "finds no CUDA device"),
         (["--steps", "ten"], "'ten' is not a valid integer"),
-        (["--nonsense"], "No such option"),
+        (["--nonsense"], "run has no option --nonsense"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +29,8 @@ from batch_infer.settings import (
     ServiceSettings,
     TableSettings,
 )
-from tests.runs import command
-from tests.tables import RULES
+from tests.runs import QUICK, command, run
+from tests.tables import RULES, write_csv
 
 Keys = tuple[str | int, ...]
 SETTINGS = RunSettings(
@@ -69,8 +72,8 @@ def keys_of(value: Any, above: Keys = ()) -> Iterator[Keys]:
             yield from keys_of(inner, (*above, key))
 
 
-def changed(keys: Keys, value: Any) -> dict[str, Any]:
-    record = copy.deepcopy(RECORD)
+def changed(keys: Keys, value: Any, record: dict[str, Any] = RECORD) -> dict[str, Any]:
+    record = copy.deepcopy(record)
     inner: Any = record
     for key in keys[:-1]:
         inner = inner[key]
@@ -156,6 +159,71 @@ def test_keys_that_an_earlier_version_did_not_write_take_their_defaults() -> Non
     parsed = parse_record(record)
     assert parsed.settings == SETTINGS
     assert parsed.rules == RULES
+
+
+WRONG: tuple[Any, ...] = (None, True, 0, -1, 10**30, 1.5, float("nan"), "", "x", [], {})
+READ_BY_PEOPLE = ("finished_at", "versions", "summary.", "survey.sizes", "survey.reasons", "survey.changes", "model.")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a table of one row and its OUT."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert run(write_csv(folder / "t.csv", [["prompt"], ["a red circle"]]), folder / "out", "--steps", "1").code == 0
+    return folder
+
+
+def wrong_records(record: dict[str, Any]) -> Iterator[tuple[Keys, Any, dict[str, Any]]]:
+    """Each key of a run.json with each wrong value that its form does not refuse."""
+    for keys in keys_of(record):
+        for value in WRONG:
+            edited = changed(keys, value, record)
+            with suppress(ValueError):
+                parse_record(edited)
+                yield keys, value, edited
+
+
+def assert_no_traceback(folder: Path, *names: str, left_out: tuple[str, ...] = (), every: int = 1) -> None:
+    """Run commands on OUT with each of these run.json: `command` raises what would be a traceback."""
+    out = folder / "out"
+    lines: dict[str, tuple[str | Path, ...]] = {
+        "status": ("status", out),
+        "merge": ("merge", out),
+        "retry": ("retry", out, "--status", "failed"),
+        "rescore": ("rescore", out, "--safety", "checker"),
+        "run": ("run", folder / "t.csv", "-o", out, *QUICK, "--steps", "1"),
+    }
+    records = wrong_records(json.loads((out / "run.json").read_text()))
+    for keys, value, edited in islice(records, 0, None, every):
+        if not ".".join(map(str, keys)).startswith(left_out or ("none",)):
+            for name in names:
+                outdir.write_run(out, edited)
+                assert command(*lines[name]).code in (0, 2, 3, 75), (name, keys, value)
+
+
+def test_few_wrong_values_give_no_command_a_traceback(finished: Path, tmp_path: Path) -> None:
+    """One of every 60; the test below goes through all."""
+    shutil.copytree(finished, tmp_path / "copy")
+    assert_no_traceback(tmp_path / "copy", "status", "merge", every=60)
+
+
+@pytest.mark.promises
+@pytest.mark.parametrize("name", ["status", "merge", "retry", "rescore", "run"])
+def test_no_wrong_value_gives_a_command_a_traceback(finished: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(finished, tmp_path / "copy")
+    assert_no_traceback(tmp_path / "copy", name, left_out=READ_BY_PEOPLE)
+
+
+def test_a_limit_beyond_what_there_is(finished: Path, tmp_path: Path) -> None:
+    done = command("run", finished / "t.csv", "-o", tmp_path / "out", *QUICK, "--steps", "1", "--limit", str(10**30))
+    assert done.code == 0, done.stderr
+
+
+def test_settings_that_do_not_go_together_are_of_run_json(tmp_path: Path) -> None:
+    outdir.write_run(tmp_path, changed(("settings", "output", "base64"), True))
+    done = command("status", tmp_path)
+    assert done.code == 2
+    assert f"{tmp_path / 'run.json'} is damaged or was edited: settings: --base64 is for results.csv" in done.stderr
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000 + "]" * 100_000, '{"identity": ' + "9" * 5_000 + "}"])

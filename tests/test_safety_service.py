@@ -6,10 +6,14 @@ import csv
 import hashlib
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -487,6 +491,87 @@ def test_a_rescoring_that_was_killed_goes_on(
 
 
 @pytest.mark.promises
+@pytest.mark.parametrize("requests", [1, 3, 5])
+@pytest.mark.parametrize("policy", ["blank", "blur", "quarantine", "drop"])
+def test_a_rescoring_whose_process_is_killed_goes_on(
+    unjudged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, requests: int
+) -> None:
+    """SIGKILL while the service keeps the process waiting for its verdict on an image, in one batch or another."""
+    shutil.copytree(unjudged, tmp_path / "folder")
+    shutil.copytree(unjudged, tmp_path / "once")
+    out, once = tmp_path / "folder" / "out", tmp_path / "once" / "out"
+    judged = ("--safety", "azure", "--on-flagged", policy)
+    held = Event()
+
+    def hold(asked: Asked) -> Fault | None:
+        if asked.kind == "image" and len(service.images) >= requests:
+            held.set()
+            return Fault(hang=600.0)
+        return None
+
+    program = "import batch_infer.jobs.rescore as r; r.BATCH = 2; from batch_infer.__main__ import main; main()"
+    with serving(judge=is_red, faults=hold) as service:
+        use(monkeypatch, service)
+        line = [sys.executable, "-c", program, "rescore", str(out), *judged]
+        with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert runs.wait_for(process, held.is_set), process.communicate()[1]
+            process.kill()
+            process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert "rescoring" in runs.run_json(out)
+    with serving(judge=is_red) as service:
+        use(monkeypatch, service)
+        done = runs.command("rescore", out, *judged, "--json")
+        assert done.code == 0, done.stderr
+        assert json.loads(done.stdout)["failed"] == 0
+        assert runs.command("rescore", once, *judged).code == 0
+    assert without_bookkeeping(out) == without_bookkeeping(once)
+    assert runs.images(out) == runs.images(once)
+    runs.assert_whole(out)
+
+
+DYING = """
+import os, signal
+import batch_infer.jobs.rescore as rescore
+from batch_infer.__main__ import main
+from batch_infer.manifest import Manifest
+from batch_infer.sinks import FolderSink
+
+rescore.BATCH, room, calls = 3, {room}, []
+real = room.{moment}
+
+def dying(*arguments):
+    calls.append(1)
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*arguments)
+
+room.{moment} = dying
+main()
+"""
+
+
+@pytest.mark.promises
+@pytest.mark.parametrize(("room", "moment"), MOMENTS, ids=[moment for _, moment in MOMENTS])
+def test_a_rescoring_whose_process_is_killed_while_it_commits_goes_on(
+    unjudged: Path, tmp_path: Path, room: Any, moment: str
+) -> None:
+    shutil.copytree(unjudged, tmp_path / "folder")
+    shutil.copytree(unjudged, tmp_path / "once")
+    out, once = tmp_path / "folder" / "out", tmp_path / "once" / "out"
+    judged = ("--safety", "checker", "--on-flagged", "blur")
+    program = DYING.format(room=room.__name__, moment=moment)
+    killed = subprocess.run([sys.executable, "-c", program, "rescore", str(out), *judged], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    done = runs.command("rescore", out, *judged, "--json")
+    assert done.code == 0, done.stderr
+    assert json.loads(done.stdout)["failed"] == 0
+    assert runs.command("rescore", once, *judged).code == 0
+    assert without_bookkeeping(out) == without_bookkeeping(once)
+    runs.assert_whole(out)
+
+
+@pytest.mark.promises
 @pytest.mark.parametrize("policy", ["blur", "quarantine"])
 def test_a_rescoring_that_was_killed_can_be_taken_back(
     unjudged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str
@@ -558,7 +643,8 @@ def damage(part: Path, column: str) -> None:
     file = pq.ParquetFile(part)
     chunk = file.metadata.row_group(0).column(file.schema_arrow.get_field_index(column))
     content = bytearray(part.read_bytes())
-    end = chunk.data_page_offset + chunk.total_compressed_size
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    end = start + chunk.total_compressed_size
     for place in range(end - 12, end - 4):
         content[place] ^= 255
     part.write_bytes(content)

@@ -9,12 +9,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from batch_infer.engines import inline
 from batch_infer.engines.rank import leave_removed_folder
+from batch_infer.jobs import run as run_job
+from batch_infer.jobs import survey
 from batch_infer.logfile import log_to, open_log
 from batch_infer.terminal import escape_controls, never_fail_to_encode
+from batch_infer.worker import loading
 from tests.runs import QUICK, command, results, run
 from tests.tables import write_csv
 
@@ -150,3 +155,58 @@ def test_a_worker_can_be_started_after_the_current_folder_was_removed(
     leave_removed_folder()
     assert Path.cwd() == Path("/")
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a current folder cannot be removed there")
+@pytest.mark.parametrize("moment", ["before", "meanwhile", "after"])
+def test_the_current_folder_is_removed_while_a_run_renders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """OUT is elsewhere, and named relative to it."""
+    folder, load, walk = tmp_path / "gone", loading.load_chain, survey.look_through
+    folder.mkdir()
+    table = write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"]])
+    monkeypatch.chdir(folder)
+
+    def load_chain(*arguments: Any) -> Any:
+        if moment == "meanwhile":
+            folder.rmdir()
+            os.getcwd()  # as torch does when it is imported  # noqa: PTH109
+        chain = load(*arguments)
+        if moment == "after":
+            folder.rmdir()
+        return chain
+
+    def look_through(*arguments: Any) -> Any:
+        found = walk(*arguments)
+        if moment == "before":
+            folder.rmdir()
+        return found
+
+    monkeypatch.setattr(inline, "load_chain", load_chain)
+    monkeypatch.setattr(run_job, "look_through", look_through)
+    done = run(table, Path("../out"))
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    if moment == "meanwhile":
+        assert done.code == 75
+        assert "the current folder was removed while the model was loaded: change to one that" in done.stderr
+        assert run(table, Path("out")).code == 0
+    assert done.code == 0 or moment == "meanwhile", done.stderr
+    assert [row["status"] for row in results(tmp_path / "out")] == ["ok"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a current folder cannot be removed there")
+@pytest.mark.parametrize("name", ["run", "plan", "status", "merge", "retry", "rescore", "bench"])
+def test_a_command_that_is_started_in_a_removed_folder_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    done = command(name, "t.csv")
+    monkeypatch.chdir(tmp_path)
+    assert (done.code, done.stdout) == (2, "")
+    assert "the current folder was removed: change to one that exists, and run again" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -12,7 +12,7 @@ from pathlib import Path
 from secrets import token_hex
 from threading import Lock
 
-from batch_infer.atomic import here, is_abandoned, own_name, replacing, storing
+from batch_infer.atomic import here, is_abandoned, list_names, own_name, reading, replacing, storing
 from batch_infer.records import PromptRequest, ResultRow, digest
 
 TOGETHER = 32
@@ -122,9 +122,11 @@ class Begun:
                     path.unlink(missing_ok=True)
 
     def _dead(self) -> Iterator[tuple[Path, bool, list[Key]]]:
-        for path in sorted(self._out.glob(f"{_MARK}*")):
-            if path.name.startswith(f"{_MARK}{here()}-") and not is_abandoned(path.name, _MARK):
+        """Yield the marks of processes that may have died. Raises StorageError where one cannot be read."""
+        for name in list_names(self._out):
+            path = self._out / name
+            if not name.startswith(_MARK) or (name.startswith(f"{_MARK}{here()}-") and not is_abandoned(name, _MARK)):
                 continue
-            with suppress(OSError, ValueError, KeyError, TypeError):  # removed meanwhile, or none of ours
-                found = json.loads(path.read_text("ascii"))
+            with reading(path), suppress(FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+                found = json.loads(path.read_text("ascii"))  # else removed meanwhile, or none of ours
                 yield path, bool(found["alone"]), [(str(name), int(k)) for name, k in found["keys"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from batch_infer.atomic import KnownFolder, is_there
+from batch_infer.atomic import KnownFolder, is_there, list_names
 from batch_infer.azureml.claims import Claim, Claims
 from batch_infer.azureml.deployment import Deployment
 from batch_infer.azureml.folders import Folder, by_folder, joined
@@ -190,7 +191,8 @@ class MiniBatches:
         )
 
     def _folders(self, kind: str, stem: str) -> Iterator[Path]:
-        return (self._out / kind).glob(f"{glob.escape(stem)}-[0-9]*")
+        folder = self._out / kind
+        return (folder / name for name in fnmatch.filter(list_names(folder), f"{glob.escape(stem)}-[0-9]*"))
 
     def _catch_up(self) -> None:
         """Take in what has been committed since, by whoever, and what ids were claimed."""

@@ -10,6 +10,7 @@ import torch
 from batch_infer.engines import Task, Work
 from batch_infer.engines.devices import find_device, memory_fault
 from batch_infer.engines.ledger import primed
+from batch_infer.engines.rank import loading
 from batch_infer.records import ResultRow
 from batch_infer.settings import Device
 from batch_infer.stopping import deferred
@@ -38,7 +39,8 @@ class Inline:
         ready: Callable[[], None] = lambda: None,
     ) -> Work:
         try:
-            worker = Worker(task.settings, worker_name(0), load_chain, stop)
+            with loading():
+                worker = Worker(task.settings, worker_name(0), load_chain, stop)
         except torch.OutOfMemoryError as error:
             raise memory_fault(error) from error
         requests = primed(task.requests)

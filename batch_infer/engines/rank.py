@@ -46,6 +46,7 @@ from batch_infer.engines.messages import (
     encodable,
     encode,
 )
+from batch_infer.errors import StorageError
 from batch_infer.logfile import log_to, open_log
 from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.stopping import STOP_SIGNALS, deferred
@@ -104,7 +105,8 @@ def work(
         parent.send(Found(find_device(seat.asked)))
         settings = own(parent.settings())
         with _logged(settings.out.path, seat, parent):
-            worker = _load(settings, seat, parent)
+            with loading():
+                worker = _load(settings, seat, parent)
             gc.collect()
             gc.freeze()
             gc.enable()
@@ -121,6 +123,21 @@ def leave_removed_folder() -> None:
         os.chdir(os.sep)
 
 
+@contextmanager
+def loading() -> Iterator[None]:
+    """Load a model though the current folder was removed. Raises StorageError where it is removed meanwhile."""
+    leave_removed_folder()
+    try:
+        yield
+    except FileNotFoundError as error:
+        try:
+            Path.cwd()
+        except FileNotFoundError:
+            told = "the current folder was removed while the model was loaded: change to one that exists, and run again"
+            raise StorageError(told) from error
+        raise
+
+
 def keep_to(seat: Seat) -> None:
     """See one GPU and no launcher. The first GPU is every process's own without a word."""
     for name in LAUNCHED:
@@ -133,7 +150,6 @@ def keep_to(seat: Seat) -> None:
 
 
 def _load(settings: WorkerSettings, seat: Seat, parent: Parent) -> Worker:
-    leave_removed_folder()
     import torch
 
     from batch_infer.engines.devices import memory_fault

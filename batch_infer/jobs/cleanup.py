@@ -9,7 +9,17 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from batch_infer.atomic import is_abandoned, is_temporary, is_there, own_marker, storing, sweep, sync_folder
+from batch_infer.atomic import (
+    is_abandoned,
+    is_folder,
+    is_link,
+    is_temporary,
+    is_there,
+    own_marker,
+    storing,
+    sweep,
+    sync_folder,
+)
 from batch_infer.errors import DamagedPart, SettingsError, UsageError
 from batch_infer.jobs.out import LINKABLE, OURS, mark_half_cleared, read_run
 from batch_infer.manifest import Manifest, read_part
@@ -35,7 +45,7 @@ def clear(out: Path) -> None:
     if not is_there(out / "run.json"):
         return
     mark_half_cleared(out)
-    linked = [name for name in LINKABLE if (out / name).is_symlink()]
+    linked = [name for name in LINKABLE if is_link(out / name)]
     if linked:
         _remove_named_images(out)
     for name in ("manifest", *(name for name in OURS if name not in ("manifest", "run.json", *linked))):
@@ -47,7 +57,7 @@ def clear(out: Path) -> None:
 
 def _remove(path: Path) -> None:
     with storing(path):
-        if path.is_dir() and not path.is_symlink():
+        if is_folder(path):
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
@@ -65,7 +75,7 @@ def _remove_named_images(out: Path) -> None:
             sink.remove(path)
             folders.add((out / path).parent)
     for folder in folders:
-        if folder.parent.parent == out and not folder.is_symlink():
+        if folder.parent.parent == out and not is_link(folder):
             with suppress(OSError):  # not empty
                 folder.rmdir()
 
@@ -83,8 +93,7 @@ def remove_leftovers(out: Path) -> None:
 
     with storing(out):
         sweep(out, ours)
-        paths = [out / name for name in OURS]
-        folders = [path for path in paths if path.is_dir() and (path.name in LINKABLE or not path.is_symlink())]
+        folders = [out / name for name in OURS if is_folder(out / name, follow=name in LINKABLE)]
         while folders:
             folders += sweep(folders.pop(), ours)
         _remove_holder(out)
@@ -97,12 +106,12 @@ def remove_abandoned(folders: Iterable[Path]) -> None:
     """
     for folder in folders:
         with storing(folder), suppress(FileNotFoundError, NotADirectoryError):
-            if not folder.is_symlink():
+            if not is_link(folder):
                 sweep(folder, is_abandoned)
 
 
 def _remove_holder(out: Path) -> None:
     """Remove what a killed run said of itself; who holds OUT now, be it this process, keeps its own."""
-    if (out / ".holder").exists():
+    if is_there(out / ".holder"):
         with suppress(Timeout), FileLock(out / ".lock").acquire(timeout=0):
             (out / ".holder").unlink(missing_ok=True)

@@ -49,11 +49,19 @@ def rooted(settings: RunSettings) -> RunSettings:
     """Settings that mean the same from any folder. (And Arrow takes a relative path with a colon for a URI.)"""
     try:
         table = replace(settings.table, folder=settings.table.folder.absolute())
-        out = settings.out.absolute()
+        out = _absolute(settings.out)
     except FileNotFoundError as error:
         raise SettingsError("the working folder has been deleted; change to one that exists") from error
     outdir.refuse_unprintable(out)
     return replace(settings, out=out, table=table)
+
+
+def _absolute(path: Path) -> Path:
+    """Make a path absolute without its leading `..`: those lead through the working folder, which may be removed."""
+    base, parts = Path(path.anchor or Path.cwd()), path.parts[bool(path.anchor) :]
+    while parts[:1] == ("..",):
+        base, parts = base.parent, parts[1:]
+    return base.joinpath(*parts)
 
 
 def finishing_overwrite(settings: RunSettings) -> RunSettings:

@@ -27,6 +27,8 @@ BATCH_BYTES = 64 << 20
 BAD_SHOWN = 20
 """Failed and invalid results that are named; results.* name them all."""
 
+_DESCRIBED = ["id", "image_index", "error", "source_file", "source_row"]
+
 log = logging.getLogger("batch_infer")
 
 
@@ -59,7 +61,8 @@ class Counts:
         self.truncated += pc.sum(truncated).as_py() or 0
         bad = (number for number, status in enumerate(statuses) if status in ("failed", "invalid"))
         for number in islice(bad, BAD_SHOWN - len(self.bad_results)):
-            self.bad_results.append(_describe(table.slice(number, 1).to_pylist()[0], sources[number : number + 1]))
+            (row,) = table.select(_DESCRIBED).slice(number, 1).to_pylist()
+            self.bad_results.append(_describe(row, sources[number : number + 1]))
         return table
 
     @property

@@ -257,7 +257,7 @@ def claim_run(out: Path, run: Mapping[str, Any]) -> None:
         except FileExistsError:
             return
         except OSError:  # a file system without hard links
-            if not path.exists():
+            if not is_there(path):
                 temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import pyarrow as pa
 
@@ -17,6 +17,7 @@ from batch_infer.atomic import is_there, storing, sync_folder
 from batch_infer.errors import DamagedPart, StorageError
 from batch_infer.jobs import cleanup
 from batch_infer.manifest import SCHEMA, Index, Manifest, commit_time, read_part
+from batch_infer.sinks import read_image
 
 RECENT_SECONDS = 600.0
 """Parts committed within this time before the last one are checked.
@@ -26,7 +27,6 @@ Where commits are durable nothing needs this; a disk or a file system that promi
 READING_THREADS = 8
 BATCH = 2048
 _DAMAGED = ".damaged"
-_NO_WHOLE_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EIO}
 _IMAGE = pa.schema([SCHEMA.field(name) for name in ("id", "image_index", "generated_image", "sha256", "image_bytes")])
 
 log = logging.getLogger("batch_infer")
@@ -80,20 +80,17 @@ def is_whole(out: Path, path: str, sha256: str | None, length: int | None) -> bo
 def read_whole(out: Path, path: str, sha256: str | None, length: int | None) -> bytes | None:
     """Return an image as it was written, or None where it is missing or damaged.
 
-    `path` is relative to OUT and does not leave it. Raises StorageError where it is there and cannot be read.
+    `path` is relative to OUT; one that leads out of it is missing. Raises StorageError where it cannot be read.
     """
-    relative = PurePosixPath(path)
-    if relative.is_absolute() or ".." in relative.parts:
+    if length is None:
         return None
     try:
-        if (out / relative).stat().st_size != length:
+        content = read_image(out, path, length)
+    except StorageError as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EIO:  # the disk has lost it
             return None
-        content = (out / relative).read_bytes()
-    except OSError as error:
-        if error.errno in _NO_WHOLE_FILE:
-            return None
-        raise StorageError(f"cannot read {out / relative}: {error.strerror or error}") from error
-    return content if hashlib.sha256(content).hexdigest() == sha256 else None
+        raise
+    return content if content is not None and hashlib.sha256(content).hexdigest() == sha256 else None
 
 
 def _recent(parts: Sequence[Path]) -> list[Path]:

@@ -19,7 +19,7 @@ from batch_infer.models import ModelCard
 from batch_infer.records import PromptRequest, ResultRow, Status, StoredImage, Verdict, now
 from batch_infer.safety import Gate, Judge, gate_of
 from batch_infer.settings import OnFlagged, RunSettings
-from batch_infer.sinks import FolderSink, path_aside
+from batch_infer.sinks import FolderSink, has_image, path_aside, stored_path
 from batch_infer.worker.rows import why_flagged, with_file, with_verdict, worker_name
 
 READING_THREADS = 8
@@ -130,11 +130,11 @@ class Rejudging:
 
     def tidy(self, request: PromptRequest, committed: Committed, index: Index) -> None:
         """Remove what a killed rescoring has left beside the image of a row that needs no judging."""
-        path = committed.path
+        path = committed.path if committed.path and stored_path(self._settings.out, committed.path) else None
         others = self._sink.possible_paths(request)
         if path is not None:
             aside = path_aside(path)
-            if (self._settings.out / aside).is_file():  # this row's own image, where its rescoring was not committed
+            if has_image(self._settings.out, aside):  # this row's own image, where its rescoring was not committed
                 (row,) = index.take([committed], _IMAGE).to_pylist()
                 self._content(row["generated_image"], row["sha256"], row["image_bytes"])
             others |= {aside, *(f"{folder}/{path.partition('/')[2]}" for folder in ("images", "quarantine"))}
@@ -173,6 +173,8 @@ class Rejudging:
 
     def _content(self, path: str, sha256: str | None, length: int | None) -> bytes | None:
         """Return an image file as it was committed, also where a killed rescoring had set it aside."""
+        if stored_path(self._settings.out, path) is None:  # of a part that is not ours
+            return None
         for name in (path, path_aside(path)):
             content = read_whole(self._settings.out, name, sha256, length)
             if content is not None:

@@ -16,10 +16,10 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batch_infer.atomic import reading, replacing
+from batch_infer.atomic import replacing
 from batch_infer.carried import python_values
 from batch_infer.settings import OutputSettings
-from batch_infer.sinks import stored_path
+from batch_infer.sinks import read_image
 
 _Write = Callable[[pa.Table], None]
 
@@ -89,16 +89,10 @@ def _file(out: Path, name: str) -> bytes | None:
 
     Raises StorageError where it is there and cannot be read.
     """
-    path = stored_path(out, name)
-    if path is None or path.is_symlink():
-        log.warning("%s is not an image of this run, so it is left out", out / name)
-        return None
-    with reading(path):
-        try:
-            return path.read_bytes()
-        except FileNotFoundError:
-            log.warning("%s is missing", path)
-            return None
+    content = read_image(out, name)
+    if content is None:
+        log.warning("%s is missing, or is not an image of this run, so it is left out", out / name)
+    return content
 
 
 def short(value: float | None) -> float | None:

@@ -17,6 +17,7 @@ from batch_infer.jobs.summary import Summary
 from batch_infer.planning import Committed, Item
 from batch_infer.records import ResultRow
 from batch_infer.settings import Retried, RunSettings, ServiceSettings
+from batch_infer.sinks import has_image
 
 log = logging.getLogger("batch_infer")
 
@@ -79,7 +80,7 @@ class _Chosen:
             self._row = None
         if found is None:
             return self._row != item.id
-        gone = found.path is not None and "missing" in self._statuses and not (self._out / found.path).is_file()
+        gone = found.path is not None and "missing" in self._statuses and not has_image(self._out, found.path)
         chosen = found.status in self._statuses or gone
         if chosen and found.status == "invalid":
             self._row = item.id

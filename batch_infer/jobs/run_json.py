@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from batch_infer.errors import UsageError
+from batch_infer.errors import SettingsError, UsageError
 from batch_infer.settings import Compute, OnFlagged, RunSettings
 from batch_infer.table import RowRules
 
@@ -84,6 +84,8 @@ def parse_record(record: Any) -> RunRecord:
     except msgspec.ValidationError as error:
         reason, _, key = str(error).partition(" - at `$.")
         raise ValueError(f"{key.removesuffix('`')}: {reason}" if key else reason) from error
+    except SettingsError as error:  # settings that do not go together
+        raise ValueError(f"settings: {error}") from error
 
 
 def with_counts(record: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, Any]:

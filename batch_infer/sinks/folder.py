@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
+import stat
 import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from batch_infer.atomic import (
     KnownFolder,
     distinguishes_case,
+    is_link,
     is_there,
     make_folder,
+    reading,
     storing,
     sync,
     sync_folder,
@@ -35,6 +40,9 @@ that is slow to answer. (Linux's `syncfs` is faster yet, but also waits for what
 reach the server behind a FUSE mount, and keeps some errors to itself.)
 """
 AnyPath = TypeVar("AnyPath", Path, PurePosixPath)
+_NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+_READ = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY", "O_CLOEXEC"))
+"""A pipe, which somebody may have put there, is not waited for."""
 _PLAIN = re.compile(r"[a-z0-9_](?:[a-z0-9_.-]{0,78}[a-z0-9_-])?")
 _PLAIN_WITH_CAPITALS = re.compile(_PLAIN.pattern, re.IGNORECASE | re.ASCII)
 _DEVICE = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECASE)
@@ -182,7 +190,7 @@ class FolderSink:
             return
         self._make(folder.parent)
         make_folder(folder)
-        if folder.parent.parent == self._out and folder.is_symlink():
+        if folder.parent.parent == self._out and is_link(folder):
             raise StorageError(f"{folder} is a link; only images/ and quarantine/ may be: put the folder itself there")
         if folder.parent == self._out:
             self._know(folder)
@@ -193,7 +201,7 @@ class FolderSink:
         marker = self._known[self._out].marker
         if marker is None:
             self._known.setdefault(folder, KnownFolder.of(folder))
-        elif folder.is_symlink() or folder.is_mount():  # else it has gone when OUT has
+        elif is_link(folder) or folder.is_mount():  # else it has gone when OUT has
             self._known.setdefault(folder, KnownFolder.of(folder).marked(marker))
 
 
@@ -204,10 +212,51 @@ def stored_path(out: Path, path: str) -> Path | None:
     a link within it is not followed.
     """
     relative = PurePosixPath(path)
-    if relative.is_absolute() or ".." in relative.parts or relative.parts[:1] not in (("images",), ("quarantine",)):
+    top, *inner = relative.parts or ("",)
+    if "\0" in path or ".." in inner or not inner or top not in ("images", "quarantine"):
         return None
-    target, top = out / relative, out / relative.parts[0]
-    return target if target.parent.resolve().is_relative_to(top.resolve()) else None
+    folders = accumulate(inner[:-1], Path.joinpath, initial=out / top)
+    next(folders)
+    return None if any(map(os.path.islink, folders)) else out / relative
+
+
+def has_image(out: Path, path: str) -> bool:
+    """Return whether an image of this path is a file. Raises StorageError where that cannot be found out."""
+    target = stored_path(out, path)
+    if target is None:
+        return False
+    with reading(target):
+        try:
+            return stat.S_ISREG(target.lstat().st_mode)
+        except OSError as error:
+            if error.errno in _NO_FILE:
+                return False
+            raise
+
+
+def read_image(out: Path, path: str, length: int | None = None) -> bytes | None:
+    """Return the content of an image, or None where there is no such file, or with `length` none of that length.
+
+    Links are not followed, and nothing but a file is opened. Raises StorageError where it is there and cannot be read.
+    """
+    target = stored_path(out, path)
+    if target is None:
+        return None
+    with reading(target):
+        try:
+            descriptor = os.open(target, _READ)
+        except OSError as error:
+            if error.errno in _NO_FILE:
+                return None
+            raise
+        try:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode) or length not in (None, found.st_size):
+                return None
+            with os.fdopen(descriptor, "rb", closefd=False) as file:
+                return file.read()
+        finally:
+            os.close(descriptor)
 
 
 def path_aside(path: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -70,7 +71,8 @@ class Tables:
         """
         self._others = others
         self._owners: Mapping[str, str] = {}
-        self._limit, self._id_from = settings.limit, settings.id_from
+        self._limit = None if settings.limit is None else min(settings.limit, sys.maxsize)
+        self._id_from = settings.id_from
         self._remarks: list[str] = []
         self._notes = Notes()
         self._overlaps: list[tuple[str, str]] = []

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 
-from batch_infer.atomic import storing
+from batch_infer.atomic import list_names, storing
 from batch_infer.jobs.simulation.gpus import gpu_names
 from batch_infer.jobs.simulation.messages import Duty
 from batch_infer.jobs.simulation.process import Place, WorkerProcess
@@ -31,8 +32,8 @@ class Crew:
     def _clear_logs(self) -> None:
         with storing(self.logs):
             self.logs.mkdir(parents=True, exist_ok=True)
-            for log in self.logs.glob("worker-*.log"):
-                log.unlink()
+            for name in fnmatch.filter(list_names(self.logs), "worker-*.log"):
+                (self.logs / name).unlink()
 
     def fill(self) -> None:
         """Start whoever is missing."""

@@ -1,0 +1,30 @@
+"""Faults of a file system that tests cannot have otherwise: they may run as root, whom no mode keeps out."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CALLS = ("stat", "lstat", "open", "listdir", "scandir")
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, path: Path, number: int) -> None:
+    """Have every look at a path fail, as a folder without permission or a broken mount does; not its realpath."""
+
+    def failing(module: Any, name: str) -> Any:
+        real = getattr(module, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            if arguments and isinstance(arguments[0], str | os.PathLike) and os.fspath(arguments[0]) == str(path):
+                raise OSError(number, os.strerror(number), str(path))
+            return real(*arguments, **options)
+
+        return call
+
+    for name in CALLS:
+        monkeypatch.setattr(os, name, failing(os, name))
+    monkeypatch.setattr(io, "open", failing(io, "open"))

@@ -1,0 +1,86 @@
+"""What cannot be looked at may well be there: a look at OUT that fails is a StorageError, and changes nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+
+from batch_infer.atomic import is_folder, is_link, is_there, own_name
+from batch_infer.azureml.begun import Begun
+from batch_infer.errors import StorageError
+from batch_infer.jobs import cleanup, recovery
+from batch_infer.manifest import Manifest
+from batch_infer.sinks import FolderSink
+from tests.storage import fail_at
+
+MARK = ".begun-elsewhere-1-0123456789ab-x"
+"""Of a process on another machine, which may have died."""
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ENOTCONN])
+@pytest.mark.parametrize("name", ["", MARK])
+def test_rows_in_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int) -> None:
+    (tmp_path / MARK).write_text(json.dumps({"alone": True, "keys": [["a", 0]]}))
+    assert Begun(tmp_path).deaths().alone == {("a", 0)}
+    with monkeypatch.context() as patch:
+        fail_at(patch, tmp_path / name, number)
+        with pytest.raises(StorageError, match="cannot read"):
+            Begun(tmp_path).deaths()
+        with pytest.raises(StorageError, match="cannot read"):
+            Begun(tmp_path).clear(lambda key: True)
+    Begun(tmp_path).clear(lambda key: True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", ["", "[", "[]", '{"alone": 1}', "[" * 100_000])
+def test_marks_of_others_are_no_rows_in_progress(tmp_path: Path, content: str) -> None:
+    (tmp_path / MARK).write_text(content)
+    assert not Begun(tmp_path).deaths().times
+
+
+@pytest.mark.parametrize("name", ["images", "manifest", "logs", ".holder"])
+def test_leftovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    for folder in ("images", "manifest", "logs"):
+        (tmp_path / folder).mkdir()
+    left = tmp_path / "images" / own_name(".tmp-", "a.png")
+    left.touch()
+    (tmp_path / ".holder").touch()
+    with monkeypatch.context() as patch:
+        fail_at(patch, tmp_path / name, errno.EACCES)
+        with pytest.raises(StorageError, match=name):
+            cleanup.remove_leftovers(tmp_path)
+        if name == "manifest":
+            with pytest.raises(StorageError, match=name):
+                recovery.recover(tmp_path, Manifest(tmp_path))
+    cleanup.remove_leftovers(tmp_path)
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("name", ["images", "quarantine"])
+def test_overwriting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    (tmp_path / "run.json").write_text('{"identity": {}}')
+    (tmp_path / name).mkdir()
+    image = FolderSink(tmp_path).write(f"{name}/t-00000/a.png", b"x")
+    FolderSink(tmp_path).settle([image.path])
+    with monkeypatch.context() as patch:
+        fail_at(patch, tmp_path / name, errno.EACCES)
+        with pytest.raises(StorageError, match=f"cannot read {tmp_path / name}"):
+            cleanup.clear(tmp_path)
+    assert (tmp_path / image.path).exists()
+    cleanup.clear(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_kinds(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    (tmp_path / "dangling").symlink_to(tmp_path / "gone")
+    names = ("folder", "file", "link", "dangling", "gone", "file/x")
+    assert [name for name in names if is_there(tmp_path / name)] == ["folder", "file", "link", "dangling"]
+    assert [name for name in names if is_link(tmp_path / name)] == ["link", "dangling"]
+    assert [name for name in names if is_folder(tmp_path / name)] == ["folder"]
+    assert [name for name in names if is_folder(tmp_path / name, follow=True)] == ["folder", "link"]
