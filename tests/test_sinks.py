@@ -47,9 +47,9 @@ STRANGE = [
 ]
 
 
-def request(name: str, *, index: int = 0, file: str = "t.csv", row: int = 0, **collides: bool) -> PromptRequest:
+def request(name: str, *, index: int = 0, file: str = "t.csv", row: int = 0, **more: Any) -> PromptRequest:
     params = SamplingParams(64, 64, 2, 5.0, 0.0)
-    return PromptRequest(name, index, "x", None, 1, params, Source(file, row), "f", **collides)
+    return PromptRequest(name, index, "x", None, 1, params, Source(file, row), "f", **more)
 
 
 def sink_on(*, case_matters: bool) -> FolderSink:

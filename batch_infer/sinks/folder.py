@@ -76,17 +76,19 @@ class FolderSink:
         folder = self._name(top, request.source.stem, collides=request.stem_collides)
         path = self._path(request, top, folder, self._name(top, request.id, collides=request.id_collides))
         kept = f"{top}/{(request.replaces or '').partition('/')[2]}"
-        return kept if kept != path and kept in self.possible_paths(request) else path
+        return kept if request.replaces and kept in self._possible_paths(request, top) else path
 
     def possible_paths(self, request: PromptRequest) -> set[str]:
         """Return all paths that this and earlier versions may give a request's image, and no other's.
 
         Raises StorageError.
         """
+        return self._possible_paths(request, "images") | self._possible_paths(request, "quarantine")
+
+    def _possible_paths(self, request: PromptRequest, top: str) -> set[str]:
         stem, name = request.source.stem, request.id
         return {
             self._path(request, top, folder, file)
-            for top in ("images", "quarantine")
             for folder in {self._name(top, stem, collides=request.stem_collides), *_names_with_digest(stem)}
             for file in {self._name(top, name, collides=request.id_collides), *_names_with_digest(name)}
         }

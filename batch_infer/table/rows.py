@@ -76,11 +76,19 @@ def requests(cells: Cells, rules: RowRules) -> Iterator[PromptRequest | ResultRo
         parsed.pop(name) for name in ("num_images_per_prompt", "seed", "prompt", "negative_prompt")
     )
     params = SamplingParams(**parsed, embedded_guidance=rules.embedded_guidance)
-    collides = {"id_collides": cells.id_collides, "stem_collides": cells.stem_collides}
     for k in range(count):
-        fingerprint = digest([rules.fingerprint, prompt, negative_prompt, seed + k, *parsed.values()])
         yield PromptRequest(
-            cells.id, k, prompt, negative_prompt, seed + k, params, cells.source, fingerprint, cells.carried, **collides
+            cells.id,
+            k,
+            prompt,
+            negative_prompt,
+            seed + k,
+            params,
+            cells.source,
+            digest([rules.fingerprint, prompt, negative_prompt, seed + k, *parsed.values()]),
+            cells.carried,
+            id_collides=cells.id_collides,
+            stem_collides=cells.stem_collides,
         )
 
 
