@@ -248,6 +248,20 @@ def list_names(folder: Path) -> list[str]:
             return []
 
 
+def distinguishes_case(folder: Path) -> bool:
+    """Return whether names in a folder may differ by case alone, as they may not on NTFS, APFS, FAT and SMB.
+
+    Writes a temporary file there and removes it. Raises StorageError.
+    """
+    probe = temporary_of(folder / "case")
+    with storing(probe):
+        probe.touch()
+        try:
+            return not is_there(probe.with_name(probe.name.upper()))
+        finally:
+            probe.unlink(missing_ok=True)
+
+
 def sweep(folder: Path, ours: Callable[[str], bool] = is_temporary) -> list[Path]:
     """Remove the files of one folder that have such names and return the folders in it, links to folders left out.
 

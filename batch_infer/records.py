@@ -87,6 +87,8 @@ class PromptRequest:
     """One image to render, and all that decides its pixels beside the run's settings.
 
     `replaces` is the path, relative to OUT, of an image that an earlier attempt left; `attempt` counts from 1.
+    `id_collides`: the id differs from that of an earlier row by case alone; `stem_collides`: so does its file's stem
+    from that of an earlier file.
     """
 
     id: str
@@ -100,6 +102,8 @@ class PromptRequest:
     carried: Mapping[str, Any] = field(default_factory=dict)
     attempt: int = 1
     replaces: str | None = None
+    id_collides: bool = False
+    stem_collides: bool = False
 
     @property
     def key(self) -> tuple[str, int]:

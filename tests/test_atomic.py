@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from batch_infer import atomic
-from batch_infer.atomic import TEMPORARY, KnownFolder, replacing, temporary_of
+from batch_infer.atomic import TEMPORARY, KnownFolder, distinguishes_case, replacing, temporary_of
 from batch_infer.errors import StorageError
 
 
@@ -203,3 +203,13 @@ def test_containers_of_equal_names_differ_by_the_boot_of_their_machine(
 def test_only_names_of_our_own_making_are_temporary() -> None:
     assert atomic.is_temporary(temporary_of(Path("x")).name)
     assert not any(map(atomic.is_temporary, (".tmp-x", ".tmp-0a1b2c3d-x", "x", ".tmp-0a1b2c3d-1-0123456789ab-")))
+
+
+def test_whether_case_matters_is_seen_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "A").touch()
+    assert distinguishes_case(tmp_path) == (not (tmp_path / "a").exists())
+    assert [path.name for path in tmp_path.iterdir()] == ["A"]
+    monkeypatch.setattr(atomic, "is_there", lambda path: (path.parent / path.name.lower()).exists())
+    assert not distinguishes_case(tmp_path)
+    with pytest.raises(StorageError, match="cannot write .*missing"):
+        distinguishes_case(tmp_path / "missing")

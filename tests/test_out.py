@@ -24,6 +24,8 @@ from batch_infer.jobs import out as outdir
 from batch_infer.manifest import Manifest
 from batch_infer.records import ResultRow, now
 from batch_infer.sinks import FolderSink
+from tests.runs import run, run_json
+from tests.tables import write_csv
 
 HOLDER = """
 import pathlib, sys, time
@@ -334,7 +336,7 @@ def as_another_user(script: str, *arguments: str | Path) -> subprocess.Completed
         pytest.skip("only root can become another user")
     script = f"import os, sys, pathlib\nos.setgroups([]); os.setgid(65534); os.setuid(65534)\n{script}"
     # Libraries first: the other user may not be allowed to read them.
-    loaded = "import batch_infer.jobs.status, batch_infer.jobs.remerge\n"
+    loaded = "import batch_infer.jobs.status, batch_infer.jobs.remerge, zoneinfo\n"
     return subprocess.run([sys.executable, "-c", loaded + script, *map(str, arguments)], capture_output=True, text=True)
 
 
@@ -365,6 +367,20 @@ def test_a_lock_that_may_not_be_read_is_not_taken_for_free(shared: Path) -> None
     (shared / ".lock").chmod(0o600)
     done = as_another_user(SHOW, shared)
     assert f"StorageError: cannot read {shared}/.lock: Permission denied" in done.stderr
+
+
+def test_status_does_not_know_whether_a_run_goes_on_whose_lock_may_not_be_read(shared: Path) -> None:
+    table = write_csv(shared.parent / "t.csv", [["prompt"], ["a red circle"]])
+    assert run(table, shared).code == 0
+    (shared / "run.json").write_text(json.dumps({**run_json(shared), "summary": None}))
+    for path in (shared, *shared.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    script = "from batch_infer.jobs.status import status\nprint(status(pathlib.Path(sys.argv[1])))"
+    assert "state='stopped'" in as_another_user(script, shared).stdout
+    (shared / ".lock").chmod(0o600)
+    done = as_another_user(script, shared)
+    assert "state='unknown', holder=None" in done.stdout, done.stderr
+    assert "left=0" in done.stdout
 
 
 def test_a_manifest_that_may_not_be_listed_is_not_taken_for_empty(shared: Path) -> None:
@@ -414,21 +430,39 @@ def test_results_that_a_killed_merge_left_are_swept_by_the_next_holder(out: Path
         assert (out / ".tmp-mine-results.csv").exists()
 
 
+def refuse_to_unlink(path: Path, *_: object, **__: object) -> None:
+    raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+
 def test_an_out_that_can_no_longer_be_written_is_a_storage_error(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in the way out, where nothing may hide the error that ends the run."""
-
-    def refuse(path: Path, *_: object, **__: object) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
-
     with (
         monkeypatch.context() as patch,
         pytest.raises(StorageError, match=r"cannot write .*out/x: Permission denied"),
         outdir.locked(out),
     ):
-        patch.setattr(Path, "unlink", refuse)
+        patch.setattr(Path, "unlink", refuse_to_unlink)
         (out / "x").unlink()
     with pytest.raises(OSError, match="elsewhere"), outdir.locked(out):
         raise OSError(errno.EACCES, "no", "/elsewhere")
+
+
+def test_an_out_that_cannot_be_cleaned_up_is_free_and_cleaned_up_by_the_next_holder(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UsageError, match="what ended the run"),
+        outdir.locked(out),
+    ):
+        left = {path.name for path in out.iterdir()}
+        patch.setattr(Path, "unlink", refuse_to_unlink)
+        raise UsageError("what ended the run")
+    assert {path.name for path in out.iterdir()} == left > {".lock", ".holder"}
+    assert outdir.holder(out) is None
+    with outdir.locked(out):
+        pass
+    assert {path.name for path in out.iterdir()} == {".lock"}
 
 
 def test_a_full_disk_is_no_fault_of_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -633,6 +633,31 @@ def test_another_run_on_the_same_out_is_refused(
     assert before == {path: path.read_bytes() for path in before}
 
 
+def test_capitals_of_ids_stay_in_file_names(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of an earlier version, which kept none, keep their names."""
+    ids = ["SKU-1", "sku-1", "B", "c"]
+    table = write_csv(tmp_path / "T.csv", [["id", "prompt"], *([name, "a red circle"] for name in ids)])
+    with monkeypatch.context() as patch:
+        patch.setattr("batch_infer.sinks.folder.distinguishes_case", lambda folder: False)
+        assert run(table, out).code == 0
+    earlier = images(out)
+    assert all(re.fullmatch(r"images/T~[0-9a-f]{16}-00000/(SKU-1|sku-1|B)~[0-9a-f]{16}-0\.png|.*/c-0\.png", path)
+               for path in earlier)  # fmt: skip
+    assert json.loads(run(table, out, "--json").stdout)["rendered"] == 0
+    assert command("rescore", out, "--safety", "checker", "--on-flagged", "keep").code == 0
+    assert images(out) == earlier
+    assert_whole(out)
+    done = run(table, out, "--safety", "checker", "--steps", "3", "--rerender-changed", "--json")
+    assert json.loads(done.stdout)["rendered"] == 4
+    assert images(out) == earlier
+    assert_whole(out)
+    assert run(table, out, "--overwrite").code == 0
+    (digest,) = {path for path in images(out) if "~" in path}
+    assert re.fullmatch(r"images/T-00000/sku-1~[0-9a-f]{16}-0\.png", digest)
+    assert images(out) - {digest} == {f"images/T-00000/{name}-0.png" for name in ("SKU-1", "B", "c")}
+    assert_whole(out)
+
+
 def test_overwrite_begins_anew(table: Path, out: Path) -> None:
     run(table, out, "--results", "csv", "--image-format", "jpeg")
     (out / "notes.txt").write_text("mine")

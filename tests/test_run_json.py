@@ -219,6 +219,13 @@ def test_a_limit_beyond_what_there_is(finished: Path, tmp_path: Path) -> None:
     assert done.code == 0, done.stderr
 
 
+def test_a_run_without_a_number_is_continued(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "copy")
+    out = tmp_path / "copy" / "out"
+    outdir.write_run(out, {**json.loads((out / "run.json").read_text()), "run_number": None})
+    assert command("run", tmp_path / "copy" / "t.csv", "-o", out, *QUICK, "--steps", "1").code == 0
+
+
 def test_settings_that_do_not_go_together_are_of_run_json(tmp_path: Path) -> None:
     outdir.write_run(tmp_path, changed(("settings", "output", "base64"), True))
     done = command("status", tmp_path)

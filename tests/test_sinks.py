@@ -10,6 +10,7 @@ import shutil
 import stat
 import unicodedata
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from batch_infer.atomic import TEMPORARY, KnownFolder
 from batch_infer.errors import StorageError
 from batch_infer.records import PromptRequest, SamplingParams, Source
 from batch_infer.sinks import FolderSink, stored_path
-from batch_infer.sinks.folder import plain_name
+from batch_infer.sinks.folder import name_with_digest, plain_name
+from batch_infer.table.ids import Ids, colliding_stems
 
 PLAIN = ["a", "row-00000012", "a.b_c-d", "0", "_", "x" * 80, "prompts-2026.05"]
 relaxed = settings(deadline=None)
@@ -45,8 +47,16 @@ STRANGE = [
 ]
 
 
-def request(name: str, *, index: int = 0, file: str = "t.csv", row: int = 0) -> PromptRequest:
-    return PromptRequest(name, index, "x", None, 1, SamplingParams(64, 64, 2, 5.0, 0.0), Source(file, row), "f")
+def request(name: str, *, index: int = 0, file: str = "t.csv", row: int = 0, **more: Any) -> PromptRequest:
+    params = SamplingParams(64, 64, 2, 5.0, 0.0)
+    return PromptRequest(name, index, "x", None, 1, params, Source(file, row), "f", **more)
+
+
+def sink_on(*, case_matters: bool) -> FolderSink:
+    """A sink on a file system that tells capitals from small letters, or on one that does not."""
+    sink = FolderSink(Path("/out"), ".png")
+    sink._case = dict.fromkeys(("images", "quarantine"), case_matters)
+    return sink
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -87,9 +97,11 @@ def test_no_two_names_meet(one: str, other: str) -> None:
 
 
 @relaxed
-@given(st.text(), st.integers(0, 999), st.text(), st.integers(0, 10**9))
-def test_a_path_stays_in_out(name: str, index: int, file: str, row: int) -> None:
-    path = FolderSink(Path("/out"), ".png").path_of(request(name, index=index, file=file, row=row))
+@given(st.text(), st.integers(0, 999), st.text(), st.integers(0, 10**9), st.booleans(), st.booleans())
+def test_a_path_stays_in_out(name: str, index: int, file: str, row: int, case_matters: bool, collides: bool) -> None:
+    known = request(name, index=index, file=file, row=row, id_collides=collides, stem_collides=collides)
+    path = sink_on(case_matters=case_matters).path_of(known)
+    assert path in sink_on(case_matters=case_matters).possible_paths(known)
     assert re.fullmatch(r"images/[A-Za-z0-9_.~-]+-\d{5,}/[A-Za-z0-9_.~-]+-\d+\.png", path)
     assert all(len(part) <= 120 and part not in (".", "..") for part in path.split("/"))
     assert os.path.normpath(path) == path
@@ -103,6 +115,81 @@ def test_no_two_images_of_a_table_meet(one: tuple[str, int], other: tuple[str, i
     """`a-1`, image 0, is not `a`, image 10."""
     paths = {FolderSink(Path(), ".png").path_of(request(name, index=index)) for name, index in {one, other}}
     assert len(paths) == len({one, other})
+
+
+NAMES_ALIKE = st.text("aAbB.~ Kk", min_size=1, max_size=3)
+
+
+@relaxed
+@given(st.lists(st.tuples(NAMES_ALIKE, NAMES_ALIKE), unique_by=lambda row: row[0]), st.booleans())
+def test_no_two_images_of_a_run_meet_on_any_file_system(rows: list[tuple[str, str]], case_matters: bool) -> None:
+    """Even if OUT is copied to another one."""
+    sink, ids, colliding = sink_on(case_matters=case_matters), Ids(distinct=False), colliding_stems(s for _, s in rows)
+    paths: dict[str, str] = {}
+    for name, stem in rows:
+        assert ids.add(name, stem)
+        collides = {"id_collides": ids.collides(name), "stem_collides": Source(f"{stem}.csv", 0).stem in colliding}
+        known = request(name, file=f"{stem}.csv", **collides)
+        for path in sink.possible_paths(known):
+            assert paths.setdefault(same_file(path), name) == name
+    ids.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "case_matters", "collides", "expected"),
+    [
+        ("SKU-1000", True, False, "SKU-1000"),
+        ("SKU-1000", True, True, name_with_digest("SKU-1000")),
+        ("SKU-1000", False, False, name_with_digest("SKU-1000")),
+        ("sku-1000", True, True, name_with_digest("sku-1000")),
+        ("sku-1000", False, True, name_with_digest("sku-1000")),
+        ("sku-1000", False, False, "sku-1000"),
+        ("NUL", True, False, name_with_digest("NUL")),
+        ("Blue Square", True, False, name_with_digest("Blue Square")),
+    ],
+)
+def test_capitals_stay_where_case_matters(name: str, case_matters: bool, collides: bool, expected: str) -> None:
+    sink = sink_on(case_matters=case_matters)
+    assert sink.path_of(request(name, id_collides=collides)) == f"images/t-00000/{expected}-0.png"
+    of_stem = request("a", file=f"{name}.csv", stem_collides=collides)
+    assert sink.path_of(of_stem, quarantine=True) == f"quarantine/{expected}-00000/a-0.png"
+
+
+def test_a_file_of_an_earlier_version_is_known_and_no_other_rows_is() -> None:
+    sink = sink_on(case_matters=False)
+    digest = name_with_digest("SKU")
+    assert sink.possible_paths(request("SKU")) == {f"{top}/t-00000/{digest}-0.png" for top in ("images", "quarantine")}
+    colliding = request("sku", id_collides=True)
+    assert "images/t-00000/sku-0.png" not in sink.possible_paths(colliding), "which may be SKU-0.png"
+    on_case = sink_on(case_matters=True)
+    assert on_case.possible_paths(request("SKU")) == {
+        f"{top}/t-00000/{name}-0.png" for top in ("images", "quarantine") for name in ("SKU", digest)
+    }
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_the_disk_that_holds_the_images_is_asked_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linked: bool
+) -> None:
+    asked: list[Path] = []
+
+    def ask(folder: Path) -> bool:
+        asked.append(folder)
+        return not linked
+
+    monkeypatch.setattr("batch_infer.sinks.folder.distinguishes_case", ask)
+    out = tmp_path / "out"
+    out.mkdir()
+    if linked:
+        (tmp_path / "disk").mkdir()
+        (out / "images").symlink_to(tmp_path / "disk")
+    sink = FolderSink(out, ".png")
+    assert sink.path_of(request("a")) == "images/t-00000/a-0.png"
+    assert asked == [], "small letters need no answer"
+    with ThreadPoolExecutor(4) as pool:
+        paths = set(pool.map(sink.path_of, [request("A")] * 8))
+    assert paths == {f"images/t-00000/{name_with_digest('A') if linked else 'A'}-0.png"}
+    assert asked == [out / "images" if linked else out]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from batch_infer.errors import StorageError
 from batch_infer.jobs import out as outdir
 from tests.paced import MODULE
 from tests.runs import command, results, run, settings_of, start, wait_for
@@ -80,6 +81,22 @@ def test_a_run_before_it_knows_what_there_is(table: Path, out: Path) -> None:
     assert "total unknown" in command("status", out).stdout
     with outdir.locked(out):
         assert "the tables are being scanned" in command("status", out).stdout
+
+
+def test_a_run_whose_lock_may_not_be_read(table: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(table, out, "--limit", "1").code == 0
+    record = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps({**record, "summary": None}))
+
+    def refuse(path: Path) -> str | None:
+        raise StorageError(f"cannot read {path}/.lock: Permission denied")
+
+    monkeypatch.setattr(outdir, "holder", refuse)
+    told = status(out)
+    assert (told["state"], told["holder"], told["left"]) == ("unknown", None, 0)
+    lines = command("status", out).stdout.splitlines()
+    assert lines[0].startswith(f"{out}: unknown, started 20")
+    assert lines[-1] == (f"{out}/.lock may not be read by this user, so whether a run is working there is not known")
 
 
 def test_a_run_that_stopped_early_says_what_is_left(table: Path, out: Path) -> None:

@@ -174,6 +174,25 @@ def test_a_file_in_a_folder_may_not_be_taken_for_one_in_another() -> None:
         open_tables("t")
 
 
+def test_ids_and_files_that_differ_by_case_alone_are_marked_from_the_second_on() -> None:
+    write_csv(Path("t/A.csv"), [["id", "prompt"], ["SKU", "x"], ["other", "x"], ["sku", "x"], ["Sku", "x"]])
+    write_csv(Path("t/a.csv"), [["id", "prompt"], ["sKU", "x"], ["", "x"], ["A-00000001", "x"]])
+    found = {row.id: (row.id_collides, row.stem_collides) for row in read_requests("t/A.csv", "t/a.csv")}
+    assert found == {
+        "SKU": (False, False),
+        "other": (False, False),
+        "sku": (True, False),
+        "Sku": (True, False),
+        "sKU": (True, True),
+        "a-00000001": (False, True),
+        "A-00000001": (True, True),
+    }
+    with open_tables("t/A.csv", "t/a.csv") as tables:
+        assert [getattr(new, "id_collides", None) for new, _ in tables.compared_rows(RULES, RULES)] == [
+            collides for collides, _ in found.values()
+        ]
+
+
 def test_an_id_that_stands_twice_costs_the_later_row() -> None:
     table = write_csv(Path("t.csv"), [["id", "prompt"], ["a", "1"], ["a", "2"], ["b", "3"]])
     first, later, other = read(table)

@@ -349,6 +349,18 @@ def test_a_file_of_a_mini_batch_has_the_columns_of_its_path(tmp_path: Path) -> N
     assert (found.id, found.params.height, found.carried) == ("a-00000000", 128, {"lang": "en"})
 
 
+@pytest.mark.parametrize("names", [("a.csv", "b.csv", "B.csv"), ("B.csv", "b.csv"), ("b.csv",)])
+def test_what_collides_in_a_mini_batch_does_not_depend_on_its_other_files(tmp_path: Path, names: tuple[str]) -> None:
+    for name, ids in {"a.csv": ["SKU", "Z"], "b.csv": ["Sku", "sku", "z"], "B.csv": ["sKu"]}.items():
+        write_csv(tmp_path / name, [["id", "prompt"], *([known, "x"] for known in ids)])
+    settings = TableSettings(tuple(f"./{name}" for name in names), folder=tmp_path)
+    others = Others(("b.csv", "a.csv", "B.csv"), lambda name, file: False)
+    with Tables(settings, SCHEMA.names, others) as tables:
+        found = {row.id: (row.id_collides, row.stem_collides) for row in tables.rows(RULES)
+                 if isinstance(row, PromptRequest) and row.source.file == "b.csv"}  # fmt: skip
+    assert found == {"Sku": (False, True), "sku": (True, True), "z": (False, True)}
+
+
 def test_only_a_name_and_an_equals_sign_make_a_column() -> None:
     for path in ("a=/x.csv", "=b/x.csv", "c/x.csv", "_d/x.csv"):
         write_csv(Path("t", path), [["prompt"], [path]])

@@ -26,7 +26,7 @@ from batch_infer.jobs.survey import look_through
 from batch_infer.manifest import SCHEMA, Index, Manifest
 from batch_infer.planning import Committed, Item, is_done, pending, place_of
 from batch_infer.records import Source
-from batch_infer.sinks import FolderSink, plain_name
+from batch_infer.sinks import FolderSink, possible_names
 from batch_infer.table import Others, Tables
 
 TURNS = 5
@@ -184,7 +184,7 @@ class MiniBatches:
 
     def _sweep(self, names: Sequence[str]) -> None:
         """Remove what a worker has left that died over these files."""
-        stems = {plain_name(Source(name, 0).stem) for name in names}
+        stems = {stem for name in names for stem in possible_names(Source(name, 0).stem)}
         folders = [path for kind in ("images", "quarantine") for stem in stems for path in self._folders(kind, stem)]
         cleanup.remove_abandoned(
             [self._out, self._manifest.folder, *(self._out / name for name in outdir.LINKABLE), *folders]

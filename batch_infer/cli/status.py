@@ -59,5 +59,7 @@ def _print(standing: Standing, out: Path) -> None:
         say(f"{standing.images_per_second:.2f} images/s, about {duration(standing.seconds_left)} to go")
     if standing.state == "stopped":
         say("run the same command again to continue")
+    if standing.state == "unknown":
+        say(f"{out / '.lock'} may not be read by this user, so whether a run is working there is not known")
     if standing.state == "rescoring":
         say("its images are being checked again: run the same `batch-infer rescore` to continue")

@@ -114,7 +114,7 @@ def _number(earlier: Mapping[str, Any] | None, parts: Sequence[Path]) -> dict[st
     These are all runs since the last one that ended in order. The parts are looked at too: run.json may be gone.
     """
     known = earlier or {}
-    number = 1 + max([known.get("run_number", 0), *map(run_of, parts)])
+    number = 1 + max([known.get("run_number") or 0, *map(run_of, parts)])
     ended = known.get("summary") is not None
     return {"run_number": number, "recover_from": number if ended else known.get("recover_from", 0)}
 

@@ -131,7 +131,7 @@ class Rejudging:
     def tidy(self, request: PromptRequest, committed: Committed, index: Index) -> None:
         """Remove what a killed rescoring has left beside the image of a row that needs no judging."""
         path = committed.path if committed.path and stored_path(self._settings.out, committed.path) else None
-        others = {self._sink.path_of(request, quarantine=apart) for apart in (False, True)}
+        others = self._sink.possible_paths(request)
         if path is not None:
             aside = path_aside(path)
             if has_image(self._settings.out, aside):  # this row's own image, where its rescoring was not committed

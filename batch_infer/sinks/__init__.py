@@ -1,5 +1,5 @@
 """Where images are stored."""
 
-from batch_infer.sinks.folder import FolderSink, has_image, path_aside, plain_name, read_image, stored_path
+from batch_infer.sinks.folder import FolderSink, has_image, path_aside, possible_names, read_image, stored_path
 
-__all__ = ["FolderSink", "has_image", "path_aside", "plain_name", "read_image", "stored_path"]
+__all__ = ["FolderSink", "has_image", "path_aside", "possible_names", "read_image", "stored_path"]

@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import stat
+import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -14,7 +15,18 @@ from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
-from batch_infer.atomic import KnownFolder, is_link, make_folder, reading, storing, sync, sync_folder, temporary_of
+from batch_infer.atomic import (
+    KnownFolder,
+    distinguishes_case,
+    is_link,
+    is_there,
+    make_folder,
+    reading,
+    storing,
+    sync,
+    sync_folder,
+    temporary_of,
+)
 from batch_infer.errors import StorageError
 from batch_infer.records import PromptRequest, StoredImage
 
@@ -32,6 +44,7 @@ _NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno
 _READ = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY", "O_CLOEXEC"))
 """A pipe, which somebody may have put there, is not waited for."""
 _PLAIN = re.compile(r"[a-z0-9_](?:[a-z0-9_.-]{0,78}[a-z0-9_-])?")
+_PLAIN_WITH_CAPITALS = re.compile(_PLAIN.pattern, re.IGNORECASE | re.ASCII)
 _DEVICE = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECASE)
 
 
@@ -40,6 +53,8 @@ class FolderSink:
 
     OUT is the folder that bore this name when the sink was made: once it has gone, nothing is written any more. Nor
     once images/ or quarantine/ has, which may be links to a larger disk.
+
+    Ids keep their dots. A webdataset key would end at the first of them, so a sink of tar shards must replace dots.
     """
 
     def __init__(self, out: Path | KnownFolder, suffix: str = "") -> None:
@@ -47,12 +62,56 @@ class FolderSink:
         self._out, self._suffix = known.path, suffix
         self._known = {known.path: known}
         self._made = {known.path}
+        self._case: dict[str, bool] = {}
+        self._case_lock = threading.Lock()
 
     def path_of(self, request: PromptRequest, *, quarantine: bool = False) -> str:
-        """Where a request's image stands, relative to OUT."""
-        folder = f"{plain_name(request.source.stem)}-{request.source.row // ROWS_PER_FOLDER:05d}"
-        name = f"{plain_name(request.id)}-{request.image_index}{self._suffix}"
-        return f"{'quarantine' if quarantine else 'images'}/{folder}/{name}"
+        """Return where to store a request's image, relative to OUT.
+
+        An image that is rendered again keeps its name. No two paths of a run differ by case alone, so that an OUT can
+        be copied to any file system; only files that an Azure ML job reads on different workers are an exception.
+        Raises StorageError.
+        """
+        top = "quarantine" if quarantine else "images"
+        folder = self._name(top, request.source.stem, collides=request.stem_collides)
+        path = self._path(request, top, folder, self._name(top, request.id, collides=request.id_collides))
+        kept = f"{top}/{(request.replaces or '').partition('/')[2]}"
+        return kept if request.replaces and kept in self._possible_paths(request, top) else path
+
+    def possible_paths(self, request: PromptRequest) -> set[str]:
+        """Return all paths that this and earlier versions may give a request's image, and no other's.
+
+        Raises StorageError.
+        """
+        return self._possible_paths(request, "images") | self._possible_paths(request, "quarantine")
+
+    def _possible_paths(self, request: PromptRequest, top: str) -> set[str]:
+        stem, name = request.source.stem, request.id
+        return {
+            self._path(request, top, folder, file)
+            for folder in {self._name(top, stem, collides=request.stem_collides), *_names_with_digest(stem)}
+            for file in {self._name(top, name, collides=request.id_collides), *_names_with_digest(name)}
+        }
+
+    def _path(self, request: PromptRequest, top: str, folder: str, name: str) -> str:
+        number = request.source.row // ROWS_PER_FOLDER
+        return f"{top}/{folder}-{number:05d}/{name}-{request.image_index}{self._suffix}"
+
+    def _name(self, top: str, text: str, *, collides: bool) -> str:
+        """Return a text's part of a path; capitals are kept where the file system tells them from small letters."""
+        if collides:
+            return name_with_digest(text)
+        names = plain_name(text), plain_name(text, capitals=True)
+        return names[names[0] != names[1] and self._distinguishes_case(top)]
+
+    def _distinguishes_case(self, top: str) -> bool:
+        """Return `distinguishes_case` of images/ or quarantine/, which may be on another disk than OUT."""
+        with self._case_lock:
+            if top not in self._case:
+                self._check()
+                folder = self._out / top
+                self._case[top] = distinguishes_case(folder if is_there(folder) else self._out)
+            return self._case[top]
 
     def write(self, path: str, content: bytes) -> StoredImage:
         """Store a file under a temporary name, until `settle` gives it its own. Raises StorageError."""
@@ -211,13 +270,27 @@ def _aside(path: AnyPath) -> AnyPath:
     return path.with_name(f"{ASIDE}{path.name}")
 
 
-def plain_name(text: str) -> str:
-    """A file name for any text, on any file system, such that no two texts share one.
+def plain_name(text: str, *, capitals: bool = False) -> str:
+    """Return a file name for any text, on any file system, such that no two texts share one.
 
-    Lower-case letters, digits, `_`, `.` and `-` stand for themselves. Whatever else there is (capitals too: some
-    file systems do not tell them apart) becomes `_`, and `~` with a digest of the whole text keeps names apart.
+    Lower-case letters, digits, `_`, `.` and `-` stay as they are, and with `capitals` capital letters do, for file
+    systems that tell them apart. A text with any other character has `name_with_digest`, as have Windows's devices.
     """
-    if _PLAIN.fullmatch(text) and not _DEVICE.fullmatch(text):
-        return text
+    pattern = _PLAIN_WITH_CAPITALS if capitals else _PLAIN
+    return text if pattern.fullmatch(text) and not _DEVICE.fullmatch(text) else name_with_digest(text)
+
+
+def possible_names(text: str) -> set[str]:
+    """Return all names that a text may have in a path, on any file system."""
+    return {plain_name(text), plain_name(text, capitals=True), name_with_digest(text)}
+
+
+def name_with_digest(text: str) -> str:
+    """Return a text's readable characters, `~` and a digest of the whole: no other text has it, whatever its case."""
     readable = re.sub(r"[^A-Za-z0-9_-]+", "_", text)[:60]
     return f"{readable}~{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
+
+
+def _names_with_digest(text: str) -> set[str]:
+    """Return the name that earlier versions gave a text, where it has a digest."""
+    return {plain_name(text)} - {text}

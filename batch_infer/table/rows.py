@@ -54,13 +54,15 @@ class RowRules:
 class Cells:
     """A row's own cells by field (None where empty), its carried ones, and where it stands.
 
-    `id` is the row's own or the default one, and is the row's alone.
+    `id` is the row's own or the default one, and is the row's alone. The last two are those of PromptRequest.
     """
 
     id: str
     source: Source
     fields: Mapping[str, Any]
     carried: Mapping[str, Any]
+    id_collides: bool = False
+    stem_collides: bool = False
 
 
 def requests(cells: Cells, rules: RowRules) -> Iterator[PromptRequest | ResultRow]:
@@ -75,9 +77,18 @@ def requests(cells: Cells, rules: RowRules) -> Iterator[PromptRequest | ResultRo
     )
     params = SamplingParams(**parsed, embedded_guidance=rules.embedded_guidance)
     for k in range(count):
-        fingerprint = digest([rules.fingerprint, prompt, negative_prompt, seed + k, *parsed.values()])
         yield PromptRequest(
-            cells.id, k, prompt, negative_prompt, seed + k, params, cells.source, fingerprint, cells.carried
+            cells.id,
+            k,
+            prompt,
+            negative_prompt,
+            seed + k,
+            params,
+            cells.source,
+            digest([rules.fingerprint, prompt, negative_prompt, seed + k, *parsed.values()]),
+            cells.carried,
+            id_collides=cells.id_collides,
+            stem_collides=cells.stem_collides,
         )
 
 

@@ -17,7 +17,7 @@ from batch_infer.settings import IdSource, TableSettings
 from batch_infer.table.carrying import CellReader, Opened, common_schema, name_carried, with_names
 from batch_infer.table.endings import ID_DIGITS, TableFile, read_ending
 from batch_infer.table.files import find_files, stems_that_meet
-from batch_infer.table.ids import Ids, id_text, stems_among
+from batch_infer.table.ids import Ids, colliding_stems, id_text, stems_among
 from batch_infer.table.layout import lay_out
 from batch_infer.table.names import doubled_sentence, refuse_doubled
 from batch_infer.table.near import near_fields
@@ -91,9 +91,11 @@ class Tables:
                 self._owners = {stem: name for name, stem in stems.items() if read_ending(name)}
                 self._files = [_apart(opened, stems) for opened in self._files]
             undo.pop_all()
+        names = self.files if others is None else sorted(map(clean, others.names))
+        self._colliding = colliding_stems(Source(name, 0).stem for name in names)
         self._stamps = {path: _stamp(path) for path in self.local}
-        names = name_carried(self._readable(), frozenset(result_columns))
-        self._files = [with_names(opened, names) if isinstance(opened, Opened) else opened for opened in self._files]
+        carried = name_carried(self._readable(), frozenset(result_columns))
+        self._files = [with_names(opened, carried) if isinstance(opened, Opened) else opened for opened in self._files]
         self.carried, warnings = common_schema(self._readable())
         self._remarks += [
             *near_fields(self._readable(), settings.columns),
@@ -226,7 +228,8 @@ class Tables:
     def _cells(self, ids: Ids, notes: Notes) -> Iterator[tuple[Cells, str | None]]:
         for opened in self._files:
             if isinstance(opened, _Refused):
-                yield Cells(ids.own(opened.file.default_id(0)), Source(opened.file.name, 0), {}, {}), opened.error
+                file = opened.file
+                yield Cells(ids.own(file.default_id(0), file.name), Source(file.name, 0), {}, {}), opened.error
                 continue
             cells = CellReader(opened, self.carried)
             for raw in opened.reader.rows():
@@ -242,10 +245,12 @@ class Tables:
         carried, fault = cells.carried(raw)
         name, wrong = (None, None) if value is None else _own_id(file, value, ids)
         if name is None and self._id_from == "content":
-            name = ids.numbered(cells.digest(own, raw))
+            name = ids.numbered(cells.digest(own, raw), file.name)
         elif name is None:
-            name = ids.own(file.default_id(raw.number))
-        return Cells(name, Source(file.name, raw.number, raw.line), own, carried), raw.error or wrong or fault
+            name = ids.own(file.default_id(raw.number), file.name)
+        source = Source(file.name, raw.number, raw.line)
+        collides = ids.collides(name), bool(self._colliding) and source.stem in self._colliding
+        return Cells(name, source, own, carried, *collides), raw.error or wrong or fault
 
 
 def _refuse_missing(files: Iterable[TableFile]) -> None:
@@ -292,4 +297,4 @@ def _own_id(file: TableFile, value: Any, ids: Ids) -> tuple[str | None, str | No
         return None, f"the id {problem}"
     if fault := ids.elsewhere(own, file.name):
         return None, fault
-    return (own, None) if ids.add(own) else (None, f"the id {own!r} stands twice")
+    return (own, None) if ids.add(own, file.name) else (None, f"the id {own!r} stands twice")
