@@ -179,7 +179,7 @@ def test_a_folder_that_cannot_be_looked_at_is_not_taken_for_gone(
 ) -> None:
     known = KnownFolder.of(tmp_path)
 
-    def stat(path: Path) -> None:
+    def stat(path: Path, **_: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(Path, "stat", stat)
