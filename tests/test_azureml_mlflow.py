@@ -56,7 +56,7 @@ at_work = Path(folder).parent / f".tmp-{here()}-{os.getppid()}-0123456789ab-{Pat
 for left in (killed, at_work):
     (left / "model").mkdir(parents=True)
 
-options = ["--model", linked, "--scheduler", "DDIMScheduler:eta=0.0", "--no-compile"]
+options = ["--model", linked, "--scheduler", "DDIMScheduler:clip_sample=false", "--no-compile"]
 codes = [export(folder, "--threads", "1", "--slots", "4"), export(folder + "-linked", *options)]
 found = {"codes": codes, "left": [killed.exists(), at_work.exists()]}
 (at_work / "model").rmdir()
@@ -188,7 +188,7 @@ def test_options_travel_with_the_model(seen: dict[str, Any], folder: Path) -> No
         **{"BATCH_INFER_THREADS": "1", "BATCH_INFER_SLOTS": "4"},
     }
     other = flavour(folder.with_name("model-linked"))["flavors"]["python_function"]["config"]["variables"]
-    assert other["BATCH_INFER_SCHEDULER"] == "DDIMScheduler:eta=0.0"
+    assert other["BATCH_INFER_SCHEDULER"] == "DDIMScheduler:clip_sample=false"
     assert other["BATCH_INFER_COMPILE"] == "false"
     assert (folder.with_name("model-linked") / "artifacts" / "as-in-a-cache" / "model_index.json").is_file()
 
