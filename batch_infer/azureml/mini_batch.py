@@ -47,7 +47,8 @@ class MiniBatches:
         """Makes OUT, and its run.json where there is none. Raises UsageError, StorageError."""
         self._deployment, self._out = deployment, deployment.settings.out
         self._begin()
-        self._held = KnownFolder.of(self._out).marked()
+        # run.json marks the folder: a marker of its own would stay where a worker is killed.
+        self._held = replace(KnownFolder.of(self._out), marker="run.json")
         self._manifest, self._rendering = Manifest(self._held), Rendering(deployment, self._held)
         self._index, self._claims = Index(()), Claims()
         self._known: set[str] = set()
@@ -79,7 +80,6 @@ class MiniBatches:
         self._index.close()
         self._claims.close()
         self._rendering.close()
-        self._held.remove_markers(outdir.LINKABLE)
 
     def _begin(self) -> None:
         """Leave a run.json for those who merge, or go on with that of a worker who was here before."""

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from batch_infer.atomic import (
+    TEMPORARY,
     KnownFolder,
     distinguishes_case,
     is_link,
@@ -201,7 +202,7 @@ class FolderSink:
     def _know(self, folder: Path) -> None:
         """Watch images/ or quarantine/ as OUT is watched: with a marker where it is on a disk of its own."""
         marker = self._known[self._out].marker
-        if marker is None:
+        if marker is None or not marker.startswith(TEMPORARY):
             self._known.setdefault(folder, KnownFolder.of(folder))
         elif is_link(folder) or folder.is_mount():  # else it has gone when OUT has
             self._known.setdefault(folder, KnownFolder.of(folder).marked(marker))
