@@ -24,6 +24,8 @@ Convert = Callable[[Any], Any]
 @lru_cache(maxsize=4096)
 def result_type(kind: pa.DataType) -> pa.DataType:
     """The type that results have for a column of this type: without dictionaries and views, else the same."""
+    if types.is_string(kind) or types.is_null(kind) or types.is_primitive(kind) and not types.is_temporal(kind):
+        return kind  # not tried: an array of Python values imports pandas, which takes a third of a second
     found = _rebuilt(kind, _as_result)
     if isinstance(kind, pa.BaseExtensionType):
         found = kind

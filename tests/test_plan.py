@@ -294,5 +294,5 @@ def test_a_plan_that_is_ended_leaves_no_process(table: Path, out: Path, number: 
         assert plan.returncode == (75 if number == signal.SIGINT else -number)
     if number == signal.SIGINT:
         assert "Traceback" not in stderr
-        assert "batch-infer: interrupted" in stderr
+        assert "batch-infer: stopped by SIGINT" in stderr
     assert eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started))

@@ -22,9 +22,11 @@ import msgspec
 
 from batch_infer.engines.messages import MOST_BYTES, Broken, FromWorker, ToWorker, decode_from_worker, encode
 from batch_infer.engines.rank import Seat, leave_removed_folder, live
-from batch_infer.stopping import STOP_SIGNALS
+from batch_infer.stopping import STOP_SIGNALS, deferred
 from batch_infer.worker import Account
 
+START_SECONDS = 1.0
+"""How long a stop waits for a process that is being started."""
 PATIENT_SECONDS = 10.0
 """How long a process is waited for that has been killed, or should have ended."""
 FLUSH_SECONDS = 1.0
@@ -199,7 +201,8 @@ def start(seat: Seat) -> Peer:
     ours, theirs = context.Pipe()
     leave_removed_folder()  # a worker may be replaced hours after the command began
     process = context.Process(target=live, args=(theirs, seat), name=f"batch-infer worker {seat.rank}")
-    with _unheard():
+    # A process whose start is interrupted would read half of what it is sent, and print a traceback.
+    with _unheard(), deferred(START_SECONDS):
         process.start()
     theirs.close()  # so that ours says when the process has ended
     return Peer(seat.rank, ours, process)
