@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from batch_infer.errors import Interrupted
-from tests.runs import assert_whole, command, hashes, results, run
+from tests.runs import QUICK, assert_whole, command, hashes, results, run
 from tests.tables import write_csv
 
 pytestmark = pytest.mark.usefixtures("probe_here")
@@ -136,6 +136,39 @@ def test_other_ids_would_leave_the_finished_images_out(tmp_path: Path, out: Path
     assert "--id-from differs from the run that made them (id from row -> content)" in done.stderr
     assert state(out) == before
     assert run(table, out, "--id-from", "content", "--rerender-changed").code == 0
+
+
+def test_what_an_earlier_run_made_is_kept_although_another_came_since(table: Path, tmp_path: Path, out: Path) -> None:
+    other = write_csv(tmp_path / "other.csv", [["id", "prompt"], ["other", "a red star"]])
+    assert run(table, out).code == 0
+    assert run(other, out, "--steps", "3").code == 0
+    before = state(out)
+    done = run(table, out, "--steps", "3")
+    assert done.code == 2
+    assert "--steps differs from the run that made them (num_inference_steps 2 -> 3)" in done.stderr
+    assert state(out) == before
+    assert json.loads(run(table, out, "--json").stdout)["rendered"] == 0
+
+
+def test_without_run_json_no_finished_image_is_replaced(table: Path, out: Path) -> None:
+    assert run(table, out).code == 0
+    (out / "run.json").unlink()
+    before = state(out)
+    done = run(table, out, "--steps", "3")
+    assert done.code == 2
+    assert "2 finished images" in done.stderr and "run.json, which records the options, is missing" in done.stderr
+    assert state(out) == before
+    assert json.loads(run(table, out, "--json").stdout)["rendered"] == 0
+
+
+def test_ids_from_content_for_a_new_file_leave_rows_with_their_own_ids(table: Path, tmp_path: Path, out: Path) -> None:
+    assert run(table, out).code == 0
+    plain = write_csv(tmp_path / "plain.csv", [["prompt"], ["a red star"]])
+    done = command("run", table, plain, "--out", out, *QUICK, "--id-from", "content", "--json")
+    assert (done.code, json.loads(done.stdout)["rendered"]) == (0, 1)
+    refused = command("run", table, plain, "--out", out, *QUICK)
+    assert refused.code == 2
+    assert "(id from content -> row)" in refused.stderr
 
 
 def test_more_images_of_each_row_are_new(table: Path, out: Path) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from batch_infer.errors import SettingsError, UsageError
-from batch_infer.jobs.job import Job, rules_of, settings_of
+from msgspec import UnsetType
+
+from batch_infer.errors import SettingsError
+from batch_infer.jobs.job import Job
+from batch_infer.jobs.run_json import parse_record
 from batch_infer.manifest import Index
 from batch_infer.planning import Item
 from batch_infer.records import FINAL, PromptRequest
-from batch_infer.settings import TableSettings
 from batch_infer.table import RowRules
 
 OPTIONS = {
@@ -38,7 +40,7 @@ class Changes:
         return ", ".join(self.causes.values())
 
     def refuse(self, job: Job) -> None:
-        """Raise SettingsError where finished images would be replaced and that was not asked for."""
+        """Raise SettingsError where finished images would be replaced without --rerender-changed."""
         if not self.images or job.settings.rerender_changed:
             return
         options = list(self.causes)
@@ -54,41 +56,56 @@ class Changes:
 def find_changes(job: Job, index: Index) -> Changes:
     """Scan the tables for finished images that the options of this run change. A row whose own cells changed is none.
 
-    Scans only where the defaults or --column differ from those in run.json.
+    Scans only where a default has ever differed in this OUT, where --column differs, and where run.json is missing.
     """
-    if (earlier := _earlier(job)) is None:
-        return Changes()
-    before, table = earlier
-    if job.tables.default_ids not in (None, table.id_from):
-        statuses = index.statuses()
-        cause = f"id from {table.id_from} -> {job.tables.default_ids}"
-        return Changes(sum(statuses[status] for status in FINAL), {"--id-from": cause})
-    columns, now = dict(table.columns), dict(job.settings.table.columns)
+    if job.earlier is None:
+        return _changes_of_unknown_runs(job, index)
+    earlier = parse_record(job.earlier)
+    if earlier.ids_from is not None and job.tables.default_ids not in (None, earlier.ids_from):
+        cause = f"id from {earlier.ids_from} -> {job.tables.default_ids}"
+        return Changes(_finished(index), {"--id-from": cause})
+    known = () if isinstance(earlier.rules, UnsetType) else (earlier.rules,)
+    rules = [each for each in (*known, *earlier.earlier_rules) if each != job.rules]
+    before = {} if isinstance(earlier.settings, UnsetType) else dict(earlier.settings.table.columns)
+    now = dict(job.settings.table.columns)
     changes = Changes()
-    if before == job.rules and columns == now:
+    if not rules and before == now:
         return changes
-    for item, old in job.tables.compared_rows(job.rules, before):
+    for item, others in job.tables.compared_rows(job.rules, rules):
         match = index.find(item.key)
         if match is None or match.status not in FINAL or match.fingerprint == item.fingerprint:
             continue
-        if old is not None and match.fingerprint == old.fingerprint:
+        if made := _made_by(match.fingerprint, others, rules):
             changes.images += 1
-            changes.causes |= _causes(item, old, before, job.rules)
-        elif columns != now:
+            changes.causes |= _causes(item, *made, job.rules)
+        elif before != now:
             changes.images += 1
-            changes.causes["--column"] = f"columns {_named(columns)} -> {_named(now)}"
+            changes.causes["--column"] = f"columns {_named(before)} -> {_named(now)}"
     return changes
 
 
-def _earlier(job: Job) -> tuple[RowRules, TableSettings] | None:
-    """Return how the run that this one continues read its tables, None where there is none to compare."""
-    if job.earlier is None:
-        return None
-    try:
-        out = job.settings.out
-        return rules_of(job.earlier, out), settings_of(job.earlier, out).table
-    except UsageError:  # another version wrote it in another form
-        return None
+def _made_by(
+    fingerprint: str, others: Sequence[Item | None], rules: Sequence[RowRules]
+) -> tuple[Item, RowRules] | None:
+    """Return what a row was when this result was made of it, and the rules of that run."""
+    pairs = zip(others, rules, strict=True)
+    return next(((old, each) for old, each in pairs if old is not None and old.fingerprint == fingerprint), None)
+
+
+def _changes_of_unknown_runs(job: Job, index: Index) -> Changes:
+    """Count the finished images that would be replaced in an OUT whose run.json is missing."""
+    if not _finished(index):
+        return Changes()
+    matches = ((item, index.find(item.key)) for item in job.items())
+    images = sum(
+        match is not None and match.status in FINAL and match.fingerprint != item.fingerprint for item, match in matches
+    )
+    return Changes(images, {"an option or a row": "run.json, which records the options, is missing"} if images else {})
+
+
+def _finished(index: Index) -> int:
+    statuses = index.statuses()
+    return sum(statuses[status] for status in FINAL)
 
 
 def _causes(item: Item, old: Item, before: RowRules, after: RowRules) -> dict[str, str]:

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from msgspec import UnsetType
+
 from batch_infer.errors import SettingsError
 from batch_infer.jobs import cleanup
 from batch_infer.jobs import out as outdir
@@ -104,14 +106,25 @@ def prepare(settings: RunSettings, tables: Tables, card: ModelCard, device: Devi
     if earlier is not None and parts:
         refuse_other(earlier, record, settings.out)
     rules = make_rules(settings, card, record)
-    record = {**record, "rules": asdict(rules), **_number(earlier, parts)}
+    record = {**record, "rules": asdict(rules), **_number(earlier, parts), **_history(earlier, tables, rules)}
     return Job(settings, tables, card, compute, record, earlier, rules)
+
+
+def _history(earlier: Mapping[str, Any] | None, tables: Tables, rules: RowRules) -> dict[str, Any]:
+    """Record all other rules by which runs of this OUT read their rows, and where default ids are from.
+
+    So `find_changes` knows the images that an option would replace, whichever run made them.
+    """
+    known = parse_record(earlier or {})
+    before = () if isinstance(known.rules, UnsetType) else (known.rules,)
+    others = [asdict(each) for each in dict.fromkeys((*before, *known.earlier_rules)) if each != rules]
+    return {"earlier_rules": others, "default_ids": tables.default_ids or known.ids_from}
 
 
 def _number(earlier: Mapping[str, Any] | None, parts: Sequence[Path]) -> dict[str, int]:
     """Number this run, and say which runs the next one is to recover if this one is killed.
 
-    These are all runs since the last one that ended in order. The parts are looked at too: run.json may be gone.
+    These are all runs since the last one that ended in order. The parts are looked at too: run.json may be missing.
     """
     known = earlier or {}
     number = 1 + max([known.get("run_number") or 0, *map(run_of, parts)])

@@ -154,8 +154,6 @@ class _Run:
 
     def go(self, started: float) -> Summary:
         self._warn_of_threads()
-        if self._job.earlier is None:
-            outdir.write_run(self._out, self._record)
         self._set_up = time.monotonic() - started
         while True:
             try:

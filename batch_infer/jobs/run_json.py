@@ -1,4 +1,4 @@
-"""The form of run.json: which type each key has that commands read, and what stands for a key that is missing."""
+"""The form of run.json: which type each key has that commands read, and the default of a key that is missing."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from batch_infer.errors import SettingsError, UsageError
+from batch_infer.jobs.merge import Counts
 from batch_infer.settings import Compute, OnFlagged, RunSettings
 from batch_infer.table import RowRules
 
@@ -30,19 +31,10 @@ class SurveyRecord:
     standing: Mapping[str, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class SummaryRecord:
+@dataclass(slots=True)
+class SummaryRecord(Counts):
     """What a run came to; see Summary."""
 
-    rows: int = 0
-    images: int = 0
-    ok: int = 0
-    flagged: int = 0
-    blocked: int = 0
-    invalid: int = 0
-    failed: int = 0
-    left: int = 0
-    bad_rows: int = 0
     images_per_second: float | None = None
 
 
@@ -61,6 +53,8 @@ class RunRecord:
     settings: RunSettings | UnsetType = UNSET
     compute: Compute | UnsetType = UNSET
     rules: RowRules | UnsetType = UNSET
+    earlier_rules: tuple[RowRules, ...] = ()
+    default_ids: str | None | UnsetType = UNSET
     model: NameRecord = NameRecord()
     scheduler: NameRecord = NameRecord()
     tables: tuple[str, ...] = ()
@@ -75,6 +69,13 @@ class RunRecord:
     merged: SummaryRecord | None = None
     """Counts of results.* where they were merged after a run that did not end; such a run has no summary."""
     rescoring: Mapping[str, OnFlagged] = field(default_factory=dict)
+
+    @property
+    def ids_from(self) -> str | None:
+        """Where default ids are from, None where no row has one. Earlier versions record --id-from only."""
+        if not isinstance(self.default_ids, UnsetType):
+            return self.default_ids
+        return None if isinstance(self.settings, UnsetType) else self.settings.table.id_from
 
 
 def parse_record(record: Any) -> RunRecord:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -157,16 +157,17 @@ class Tables:
         self._notes = notes
 
     def compared_rows(
-        self, rules: RowRules, before: RowRules
-    ) -> Iterator[tuple[PromptRequest | ResultRow, PromptRequest | ResultRow | None]]:
-        """Every row as in `rows`, each with what it is under other rules."""
+        self, rules: RowRules, others: Sequence[RowRules]
+    ) -> Iterator[tuple[PromptRequest | ResultRow, list[PromptRequest | ResultRow | None]]]:
+        """Yield every row as `rows` does, each with what it is under each of the other rules."""
         with closing(Ids(self._elsewhere if self._others else None, distinct=self._has_distinct_ids())) as ids:
             for cells, error in islice(self._cells(ids, Notes()), self._limit):
                 if error is not None:
-                    yield invalid(cells, error), None
+                    yield invalid(cells, error), [None for _ in others]
                     continue
-                old = {item.image_index: item for item in requests(cells, before)}
-                yield from ((item, old.get(item.image_index)) for item in requests(cells, rules))
+                old = [{item.image_index: item for item in requests(cells, other)} for other in others]
+                for item in requests(cells, rules):
+                    yield item, [items.get(item.image_index) for items in old]
 
     def _elsewhere(self, name: str, file: str) -> str | None:
         """Why an id of this file's own is another file's."""
