@@ -204,6 +204,16 @@ def test_a_note_counts_only_where_it_is_this_users_own(tmp_path: Path, caplog: p
     assert "is ignored" in str(read_note(tmp_path))
 
 
+def test_a_server_that_has_the_port_of_a_killed_rank_0_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_of_launches, "GREETING_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        write_note(tmp_path, Note("launch", "127.0.0.1", silent.getsockname()[1], "00"))
+        answers = iter([False, False, True])
+        assert find_rank_0(tmp_path, "launch", lambda: next(answers)) is None
+
+
 def test_a_note_of_another_user_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unless the key comes with the environment."""
     note = Note("launch", "127.0.0.1", 1, "00")

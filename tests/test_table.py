@@ -188,7 +188,7 @@ def test_ids_and_files_that_differ_by_case_alone_are_marked_from_the_second_on()
         "A-00000001": (True, True),
     }
     with open_tables("t/A.csv", "t/a.csv") as tables:
-        assert [getattr(new, "id_collides", None) for new, _ in tables.compared_rows(RULES, RULES)] == [
+        assert [getattr(new, "id_collides", None) for new, _ in tables.compared_rows(RULES, [RULES])] == [
             collides for collides, _ in found.values()
         ]
 
@@ -875,3 +875,10 @@ def test_shards_of_one_header_are_told_of_once() -> None:
         write_csv(Path(f"t/{name}.csv"), [["prompt", "steps"], ["x", "2"]])
     (remark,) = open_tables("t").remarks
     assert remark.startswith("t/a.csv and 2 more: column 'steps'")
+
+
+def test_empty_bytes_are_an_empty_cell(tmp_path: Path) -> None:
+    table = pa.table({"id": [b"", b""], "prompt": ["x", "y"], "negative_prompt": [b"", b"dull"]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    rows = read_requests(tmp_path / "t.parquet")
+    assert [(row.id, row.negative_prompt) for row in rows] == [("t-00000000", None), ("t-00000001", "dull")]

@@ -98,18 +98,23 @@ class Launched(Local):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        deadline = time.monotonic() + (LATE_SECONDS if kind is None else 0.0)
+        try:
+            self._release_late_ranks(LATE_SECONDS if kind is None else 0.0, has_ended=kind is None)
+        finally:
+            self._closed = True
+            self._listener.close()
+            super().__exit__(kind)
+
+    def _release_late_ranks(self, seconds: float, *, has_ended: bool) -> None:
+        deadline = time.monotonic() + seconds
         while self._missing > 0 and time.monotonic() < deadline:
             for peer in self.newcomers():
                 peer.send(Stop())
             time.sleep(LOOK_SECONDS)
-        if self._missing > 0 and kind is None:  # those that come later need not wait
+        if self._missing > 0 and has_ended:  # those that come later need not wait
             write_note(self._out, msgspec.structs.replace(self._note, has_ended=True))
         else:
             remove_note(self._out)
-        self._closed = True
-        self._listener.close()
-        super().__exit__(kind)
 
     def find_device(self) -> Device:
         device = replace(super().find_device(), count=self._here.local_world)
@@ -224,8 +229,13 @@ def _connect(note: Note, key: bytes) -> Connection | None:
     try:
         link = Connection(socket.create_connection((note.host, note.port), GREETING_SECONDS).detach())
         os.set_blocking(link.fileno(), True)
-        answer_challenge(link, key)
-        deliver_challenge(link, key)
+        timer = Timer(GREETING_SECONDS, hang_up, (link,))  # another server may have the port of a killed rank 0
+        timer.start()
+        try:
+            answer_challenge(link, key)
+            deliver_challenge(link, key)
+        finally:
+            timer.cancel()
     except socket.gaierror as error:
         raise ServiceError(f"MASTER_ADDR={note.host} is not known on this machine: {error.strerror}") from error
     except (OSError, EOFError, AuthenticationError):

@@ -57,7 +57,7 @@ class Patience:
 class Peer:
     """A worker, and what is known of this life of its process.
 
-    Threads send and receive, so that one who is frozen in the midst of a message holds up nobody else. What is sent
+    Threads send and receive, so that a worker that is frozen in the middle of a message blocks no other. What is sent
     waits in memory; that is little, for rows go out on request.
     """
 
@@ -179,7 +179,7 @@ class Peer:
         self.end()
         self._outbox.put(None)
         if self._process is None:
-            self._threads[0].join(FLUSH_SECONDS)  # it may still be told to stop
+            self._threads[0].join(FLUSH_SECONDS)  # the stop may still be on its way
         else:
             self._process.join(PATIENT_SECONDS)  # one that waits for a dead disk or device cannot even be killed
         hang_up(self._link)

@@ -133,8 +133,10 @@ def loading() -> Iterator[None]:
         try:
             Path.cwd()
         except FileNotFoundError:
-            told = "the current folder was removed while the model was loaded: change to one that exists, and run again"
-            raise StorageError(told) from error
+            message = (
+                "the current folder was removed while the model was loaded: change to one that exists, and run again"
+            )
+            raise StorageError(message) from error
         raise
 
 

@@ -129,6 +129,9 @@ class Shift:
         return now
 
     def _welcome(self, peer: Peer) -> None:
+        if self._stopping:  # it came too late
+            peer.send(Stop())
+            return
         peer.forgive()  # it has waited for its task, for as long as the tables were scanned
         self._peers[peer.rank] = peer
         peer.notify(self._news)

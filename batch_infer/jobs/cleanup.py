@@ -23,7 +23,7 @@ from batch_infer.atomic import (
 from batch_infer.errors import DamagedPart, SettingsError, UsageError
 from batch_infer.jobs.out import LINKABLE, OURS, mark_half_cleared, read_run
 from batch_infer.manifest import Manifest, read_part
-from batch_infer.sinks import FolderSink
+from batch_infer.sinks import FolderSink, stored_path
 
 
 def refuse_to_clear(out: Path) -> None:
@@ -73,7 +73,8 @@ def _remove_named_images(out: Path) -> None:
             continue
         for path in paths:
             sink.remove(path)
-            folders.add((out / path).parent)
+            if (image := stored_path(out, path)) is not None:
+                folders.add(image.parent)
     for folder in folders:
         if folder.parent.parent == out and not is_link(folder):
             with suppress(OSError):  # not empty
@@ -83,8 +84,8 @@ def _remove_named_images(out: Path) -> None:
 def remove_leftovers(out: Path) -> None:
     """Remove the temporary files of a killed run, and its note on who holds OUT. Raises StorageError.
 
-    The caller holds OUT, or knows that nobody writes there. Links are not followed, except that images/ and quarantine/
-    may themselves be links. The marker by which this process knows its folders stays.
+    The caller holds OUT, or knows that no other process writes there. Links are not followed, except that images/ and
+    quarantine/ may themselves be links. The marker by which this process knows its folders stays.
     """
     marker = own_marker()
 

@@ -145,8 +145,8 @@ def derived_seed(seed: int, row_id: str) -> int:
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a cell says nothing: null, NaN or an empty string."""
-    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+    """Return whether a cell is empty: null, NaN, or an empty string of characters or bytes."""
+    return value is None or value in ("", b"") or (isinstance(value, float) and math.isnan(value))
 
 
 def own_cells(columns: Mapping[str, str], get: Callable[[str], Any]) -> dict[str, Any]:
