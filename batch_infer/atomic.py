@@ -265,7 +265,7 @@ def distinguishes_case(folder: Path) -> bool:
 def sweep(folder: Path, ours: Callable[[str], bool] = is_temporary) -> list[Path]:
     """Remove the files of one folder that have such names and return the folders in it, links to folders left out.
 
-    Of a million files none is asked for. Raises OSError.
+    No file is opened or statted, however many there are. Raises OSError.
     """
     folders = []
     with os.scandir(folder) as entries:

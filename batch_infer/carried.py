@@ -43,7 +43,7 @@ def to_values(array: pa.Array | pa.ChunkedArray) -> list[Any]:
     """The plain Python values of an array. Raises ValueError, such as UnicodeDecodeError, for text that is none."""
     if isinstance(array, pa.ChunkedArray):
         return [value for chunk in array.chunks for value in to_values(chunk)]
-    if isinstance(array, pa.DictionaryArray):  # each word once, however often it stands there
+    if isinstance(array, pa.DictionaryArray):  # each word once, however often it occurs
         used = array.indices.unique().drop_null()
         words = dict(zip(used.to_pylist(), to_values(array.dictionary.take(used)), strict=True))
         return [words.get(index) for index in array.indices.to_pylist()]
@@ -210,7 +210,7 @@ def _plain_type(kind: pa.DataType) -> pa.DataType:
 
 
 def _rebuilt(kind: pa.DataType, leaf: Convert) -> pa.DataType:
-    """A type with another in the place of each that is not nested."""
+    """Replace each type within a type that is not itself nested."""
     if isinstance(kind, pa.BaseExtensionType):
         return _rebuilt(kind.storage_type, leaf)
     if types.is_dictionary(kind) or types.is_run_end_encoded(kind):

@@ -7,7 +7,7 @@
     │   ├── TableError      no table can be read
     │   │   └── azureml.payload.TooMany   more than one real-time request may ask for
     │   ├── ModelError      the model cannot be loaded, or not with these settings
-    │   ├── DamagedPart     a part of the manifest is not what was written; `run` sets it aside and goes on
+    │   ├── DamagedPart     a part of the manifest is not what was written; `run` sets it aside and continues
     │   └── NewerPart       a part of the manifest was written by a later version of batch-infer
     ├── TryAgainLater       exit 75: run the same command again to go on
     │   ├── LockedError     another run holds OUT

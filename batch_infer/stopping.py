@@ -157,7 +157,7 @@ class Stopper:
             self._pipe.send(b"\0")
         self._pipe.close()
 
-    # What follows runs on a thread of its own. It sees signals that the main thread, in a library, does not.
+    # What follows runs on the watching thread, which sees signals while the main thread is inside a library.
 
     def _watch(self) -> None:
         with self._woken:

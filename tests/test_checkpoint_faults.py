@@ -210,7 +210,10 @@ def hide(path: Path, text: str) -> None:
 def test_a_key_that_is_written_with_escapes_is_seen(own: Path) -> None:
     hide(own / TEXT, "auto_map")
     assert "auto_map" not in (own / TEXT).read_text("utf-8")
-    with pytest.raises(ModelError, match="text_encoder/config.json names code of its own .auto_map., and none is run"):
+    with pytest.raises(
+        ModelError,
+        match="text_encoder/config.json names code to load .auto_map.: batch-infer runs no code of a checkpoint",
+    ):
         read_card(ModelSettings(name=str(own)))
 
 

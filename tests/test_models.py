@@ -200,7 +200,7 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a shard that did not come": (name_a_shard_that_is_not_there, "00002-of-00002.safetensors is missing"),
     "code that a configuration names": (
         lambda f: amend(f / "text_encoder" / "config.json", auto_map={"AutoModel": "m.Model"}),
-        "text_encoder/config.json names code of its own .auto_map., and none is run",
+        "text_encoder/config.json names code to load .auto_map.: batch-infer runs no code of a checkpoint",
     ),
     "whatever class": (
         lambda f: amend(f / "model_index.json", text_encoder=["transformers", "AutoModel"]),

@@ -47,7 +47,7 @@ class MiniBatches:
         """Makes OUT, and its run.json where there is none. Raises UsageError, StorageError."""
         self._deployment, self._out = deployment, deployment.settings.out
         self._begin()
-        # run.json marks the folder: a marker of its own would stay where a worker is killed.
+        # run.json marks the folder: a separate marker would remain where a worker is killed.
         self._held = replace(KnownFolder.of(self._out), marker="run.json")
         self._manifest, self._rendering = Manifest(self._held), Rendering(deployment, self._held)
         self._index, self._claims = Index(()), Claims()
@@ -94,7 +94,7 @@ class MiniBatches:
     def _refuse_mixed(self) -> None:
         """Raise SettingsError where OUT belongs to workers of another model, scheduler, dtype or safety policy.
 
-        This is asked for every mini-batch too: on file systems without hard links, two workers that start at the same
+        This is checked for every mini-batch too: on file systems without hard links, two workers that start at the same
         moment may both write run.json, and then one of them is refused here.
         """
         if (found := outdir.read_run(self._out)) is None:

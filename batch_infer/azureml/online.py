@@ -6,11 +6,11 @@ asked). An object without an image, and only such a one, also has `error`.
 
 `data` holds prompts, lists or objects. Columns are those of a table: negative_prompt, seed, num_inference_steps,
 guidance_scale, guidance_rescale, height, width, num_images_per_prompt, id; others, and `index`, are ignored.
-`parameters` or `params`, in `input_data` or beside it, has values for rows without their own. A row without a seed
+`parameters` or `params`, in `input_data` or next to it, has values for rows without their own. A row without a seed
 derives one from --seed and its id, or its number where it has none, as in tables: so the same request gives the same
 images. Send a `seed` for others.
 
-What is wrong with a row is said in its object. A malformed request is answered 400: also one with an unknown key or
+The object of a row has its error. A malformed request is answered 400: also one with an unknown key or
 parameter, a parameter of an invalid value, or a row of fewer cells than columns. One for more than 256 images is
 answered 413, and 503 while content safety does not answer or where BATCH_INFER_REQUEST_TIMEOUT seconds (170) do not do,
 each with `{"error": "a sentence"}`; only a body that is not UTF-8 never comes here, and the server has `message` for

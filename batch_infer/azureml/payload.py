@@ -14,7 +14,7 @@ from batch_infer.table import Shape, cells_of, column_names, is_deep
 SAMPLE = '{"input_data": {"columns": ["prompt"], "data": ["a prompt"]}}'
 PARAMETER_KEYS = ("parameters", "params")
 """Both names are in use: Azure ML's model catalog documents `input_data.parameters`, MLflow's scoring server `params`
-beside the data (https://mlflow.org/docs/latest/ml/deployment/deploy-model-locally/)."""
+next to the data (https://mlflow.org/docs/latest/ml/deployment/deploy-model-locally/)."""
 _KEYS = ("input_data", *PARAMETER_KEYS)
 _INPUT_KEYS = ("columns", "data", "index", *PARAMETER_KEYS)
 MOST_IMAGES = 256
@@ -140,8 +140,8 @@ def _row(number: int, element: Any, shape: Shape) -> dict[str, Any]:
         told = f"element {number} of data is neither an object nor a prompt but {_kind(element)}"
         raise TableError(f"{told}: send {SAMPLE}")
     if isinstance(element, list) and len(element) < len(shape.columns):
-        told = f"element {number} of data has {_cells(element)} where columns names {len(shape.columns)}"
-        raise TableError(f"{told}; send null for a cell without a value")
+        fault = f"element {number} of data has {_cells(element)} where columns names {len(shape.columns)}"
+        raise TableError(f"{fault}; send null for a cell without a value")
     try:
         return cells_of(element, shape)
     except RowError as error:

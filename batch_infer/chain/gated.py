@@ -38,7 +38,7 @@ GRACE_SECONDS = 5.0
 
 
 class Grace:
-    """Tells a gate to stop GRACE_SECONDS after a run is told to, or once `end` is called.
+    """Stops a gate GRACE_SECONDS after the run is stopped, or once `end` is called.
 
     Until then the service can answer for images that are rendered already.
     """
@@ -142,7 +142,7 @@ class GatedChain:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _finish(self, prompts: _Prompts, images: _Images) -> Iterator[Rendered | Unrendered]:
-        """Give what is rendered and what the service answers for in time; no more prompts are asked about."""
+        """Yield what is rendered and checked in time. No more prompts are sent to the service."""
         prompts.give_up()
         yield from images.judged(GRACE_SECONDS)
         yield from prompts.take_refused()
@@ -181,7 +181,7 @@ class _Prompts(Iterator[PromptRequest]):
         return [answer for _, answer in self._asked]
 
     def give_up(self) -> None:
-        """Have images asked about before prompts that were not asked about yet."""
+        """Send images to the service before prompts that were not sent yet."""
         for answer in self.awaited:
             answer.cancel()
 
@@ -255,7 +255,7 @@ class _Images:
         return [answer for *_, answer in self._asked]
 
     def judged(self, seconds: float | None = None) -> Iterator[Rendered | Unrendered]:
-        """Give what the service has a word for, wherever it stands; it is asked nothing more.
+        """Yield what the service has answered, in any position. Nothing more is sent to it.
 
         Or, with `seconds`, about no more than it answers for in that time.
         """

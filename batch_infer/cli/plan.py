@@ -125,7 +125,7 @@ def _print(plan: Plan, faults: TextIO, settings: RunSettings) -> None:
     slots = sorted({size.slots for size in plan.sizes})
     say(f"slots    {' to '.join(map(str, slots[:1] + slots[1:][-1:]))}, occupancy {plan.occupancy:.0%}")
     if plan.processes > 1:
-        say(f"workers  {plan.processes}, each with a device of its own")
+        say(f"workers  {plan.processes}, each with its own device")
     say(f"time     about {duration(plan.seconds)}, as measured {plan.measured_at:%Y-%m-%d %H:%M} UTC")
     say(f"disk     about {tqdm.format_sizeof(plan.bytes, 'B')}")
     if plan.cost is not None:

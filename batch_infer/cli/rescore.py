@@ -38,10 +38,10 @@ def rescore(out: Path, tables: tuple[str, ...], as_json: bool, quiet: bool, verb
 
     For other judges, thresholds or another --on-flagged than those of the run; `run` with the same --safety goes on
     from there. With blank, blur and drop the originals of images that are flagged are lost; a warning says so first.
-    The service is asked about the prompts too: an image whose prompt it refuses is flagged. A flagged image that was
+    The service checks the prompts too: an image whose prompt it refuses is flagged. A flagged image that was
     blanked, blurred or dropped cannot be judged again: it stays flagged, and its error says so; `retry --status
     flagged` renders it. One that is missing, damaged or cannot be opened, or has no answer, has failed and is left to
-    `run`, and so is a prompt that is no longer blocked. A kill loses no image: the same command goes on.
+    `run`, and so is a prompt that is no longer blocked. A kill loses no image: run the same command again to continue.
 
     Exit codes: 0; 2 usage or settings; 3 where some failed; 75 stopped, or the service is down: run again to go on.
     """

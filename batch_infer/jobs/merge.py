@@ -132,8 +132,8 @@ def with_carried(schemas: Iterable[pa.Schema]) -> pa.Schema:
     fields = [(name, common_type(found)) for name, found in types.items()]
     for name, kind in fields:
         if pa.types.is_string(kind) and len(types[name] - {pa.null()}) > 1:
-            told = " and ".join(sorted(map(str, types[name] - {pa.null()})))
-            log.warning("column %r is %s in the manifest's parts: its values are carried as text", name, told)
+            names = " and ".join(sorted(map(str, types[name] - {pa.null()})))
+            log.warning("column %r is %s in the manifest's parts: its values are carried as text", name, names)
     return pa.schema([*SCHEMA, *fields])
 
 

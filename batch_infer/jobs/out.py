@@ -118,14 +118,14 @@ def _check_lock(path: Path) -> None:
     try:
         _is_locked(path)
     except OSError as error:
-        told = f"{path} cannot be locked: {error.strerror}"
+        fault = f"{path} cannot be locked: {error.strerror}"
         if error.errno in (errno.ENOLCK, errno.EIO):
             raise StorageError(
-                f"{told}; see that the lock service of its file system runs (NFS: rpc.statd), or give an --out on a"
+                f"{fault}; see that the lock service of its file system runs (NFS: rpc.statd), or give an --out on a"
                 " local disk"
             ) from error
         raise SettingsError(
-            f"{told}; mount its file system with support for flock (Lustre: -o flock, NFS: -o local_lock=flock), or"
+            f"{fault}; mount its file system with support for flock (Lustre: -o flock, NFS: -o local_lock=flock), or"
             " give an --out on a local disk"
         ) from error
 
@@ -175,7 +175,7 @@ def _make(out: Path) -> None:
 
 
 def holder(out: Path) -> str | None:
-    """Return who works in OUT at this moment, None where nobody does. Raises StorageError where that is not known."""
+    """Return which process holds OUT now, or None. Raises StorageError where the lock cannot be read."""
     path = out / ".lock"
     if not is_there(path):
         return None

@@ -87,7 +87,7 @@ def export(folder: Path, model: ModelSettings, compute: ComputeSettings) -> Mode
         raise SettingsError(f"{folder} is there already; name a folder that is not, or is empty")
     card = read_card(model)
     parts = _parts(card, model, compute)
-    # Beside the folder: what is prepared there takes no room of its own where the model is on the same disk.
+    # Next to the folder: on the disk of the model its files are linked, and take no more room.
     temporary = temporary_of(folder.absolute())
     with storing(folder):
         temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ def export(folder: Path, model: ModelSettings, compute: ComputeSettings) -> Mode
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove the copies of a model that killed exports to this folder have left beside it."""
+    """Remove the copies of a model that killed exports to this folder have left next to it."""
     for path in folder.parent.glob(f"{TEMPORARY}*-{glob.escape(folder.name)}*"):
         if is_abandoned(path.name) and path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

@@ -129,7 +129,7 @@ class Rejudging:
                 self._add(entry, replace(with_verdict(entry.row, verdict), error=verdict.reason))
 
     def tidy(self, request: PromptRequest, committed: Committed, index: Index) -> None:
-        """Remove what a killed rescoring has left beside the image of a row that needs no judging."""
+        """Remove what a killed rescoring has left next to the image of a row that needs no judging."""
         path = committed.path if committed.path and stored_path(self._settings.out, committed.path) else None
         others = self._sink.possible_paths(request)
         if path is not None:

@@ -80,8 +80,8 @@ class _Chosen:
             self._row = None
         if found is None:
             return self._row != item.id
-        gone = found.path is not None and "missing" in self._statuses and not has_image(self._out, found.path)
-        chosen = found.status in self._statuses or gone
+        is_missing = found.path is not None and "missing" in self._statuses and not has_image(self._out, found.path)
+        chosen = found.status in self._statuses or is_missing
         if chosen and found.status == "invalid":
             self._row = item.id
         return not chosen

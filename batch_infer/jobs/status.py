@@ -22,7 +22,7 @@ class Standing:
     """Results by status and those that are left, None while the tables are still being looked through.
 
     `state`: running, finished, stopped (run again to go on), rescoring where that has not come to its end, open where
-    tables come to an endpoint one after the other, and nobody knows of those that are left, or unknown: not finished,
+    tables come to an endpoint one after the other, and the total is not known, or unknown: not finished,
     and this user may not look at OUT's lock. `holder` is the process that works in OUT.
     `images_per_second` counts the images rendered since the first worker of the run was ready, as Throughput does, and
     comes from the summary where the run has ended. `seconds_left` is set while a run is going.

@@ -81,7 +81,7 @@ _NAME = re.compile(r"part-(?:(?P<run>[0-9]{5,})-)?.*\.parquet")
 
 
 def part_name(run: int, content: str) -> str:
-    """Return the file name of a part that a run of this number commits; 0 stands for a writer that is not a run."""
+    """Return the file name of a part that a run of this number commits; 0 is for a writer that is not a run."""
     return f"part-{run:05d}-{content}.parquet" if run else f"part-{content}.parquet"
 
 
@@ -222,7 +222,7 @@ def _parquet_writer(path: Path, schema: pa.Schema) -> closing[pq.ParquetWriter]:
 def as_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """Results as columns of a schema: of another type where other parts have it so, and null where missing.
 
-    A carried column that the schema does not have stands in it as input_<name>.
+    A carried column that the schema does not have is named input_<name> there.
     """
     names = {_name_in(schema, name): name for name in table.column_names}
     columns = [

@@ -14,7 +14,7 @@ LIBRARIES = ("diffusers", "transformers")
 WORDS = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
 """Files that hold a tokenizer's words, of which each tokenizer has some."""
 MERGING = ("CLIPTokenizer", "CLIPTokenizerFast", "GPT2Tokenizer", "GPT2TokenizerFast")
-"""Tokenizers whose vocab.json needs the merges.txt beside it, unless there is a tokenizer.json."""
+"""Tokenizers whose vocab.json needs a merges.txt, unless there is a tokenizer.json."""
 CODE_KEYS = ("auto_map", "custom_pipeline", "custom_pipelines", "trust_remote_code", "custom_generate")
 """Keys by which a library may run code that comes with a checkpoint or from a repository."""
 ATTENTION_KEYS = ("attn_implementation", "experts_implementation")
@@ -80,7 +80,7 @@ def _refuse_code_keys(settings: Mapping[str, Any], place: str) -> None:
     """Raises ModelError for a setting that makes a library fetch or run code. (A number is a word of a vocabulary.)"""
     for key in CODE_KEYS:
         if settings.get(key) and type(settings[key]) is not int:
-            raise ModelError(f"{place} names code of its own ({key}), and none is run")
+            raise ModelError(f"{place} names code to load ({key}): batch-infer runs no code of a checkpoint")
     for key, value in settings.items():
         if not key.endswith(ATTENTION_KEYS) or type(value) is int:
             continue

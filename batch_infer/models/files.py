@@ -124,8 +124,8 @@ def read_shapes(folder: Path, variant: str | None, name: str) -> dict[str, tuple
     return {key: tuple(tensor["shape"]) for header in headers for key, tensor in header.items()}
 
 
-def read_header(file: Path, told: str) -> dict[str, Any]:
-    """Read the dtype, shape and offsets of each tensor of a safetensors file. `told` names the file in errors.
+def read_header(file: Path, name: str) -> dict[str, Any]:
+    """Read the dtype, shape and offsets of each tensor of a safetensors file. `name` is that of the file in errors.
 
     The file says in its first bytes how long it is: the header's length, the header, the tensors' ends. Raises
     ModelError where it is not as long as that, or where a shape or an offset is impossible.
@@ -134,29 +134,29 @@ def read_header(file: Path, told: str) -> dict[str, Any]:
         with file.open("rb") as stream:
             start = stream.read(8)
             if start + stream.read(len(POINTER) - 8) == POINTER:
-                raise ModelError(f"{told} is a Git LFS pointer: fetch the weights with `git lfs pull`")
+                raise ModelError(f"{name} is a Git LFS pointer: fetch the weights with `git lfs pull`")
             stream.seek(8)
             length = int.from_bytes(start, "little")
             size = file.stat().st_size
             if length > MAX_HEADER:
-                raise ModelError(f"{told} is not a safetensors file: its header would be {length} bytes long")
-            header = parse_json(stream.read(length), f"the header of {told}") if 8 + length <= size else {}
+                raise ModelError(f"{name} is not a safetensors file: its header would be {length} bytes long")
+            header = parse_json(stream.read(length), f"the header of {name}") if 8 + length <= size else {}
             header.pop("__metadata__", None)
-            ends = [_end(key, tensor, told) for key, tensor in header.items()]
+            ends = [_end(key, tensor, name) for key, tensor in header.items()]
     except FileNotFoundError:
-        raise ModelError(f"{told} is missing; is the folder complete?") from None
+        raise ModelError(f"{name} is missing; is the folder complete?") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ModelError(f"{told} is not a safetensors file: {error}") from error
+        raise ModelError(f"{name} is not a safetensors file: {error}") from error
     if size != 8 + length + max(ends, default=0):
-        raise ModelError(f"{told} is not whole: fetch it again")
+        raise ModelError(f"{name} is not whole: fetch it again")
     return dict(header)
 
 
-def _end(key: str, tensor: dict[str, Any], told: str) -> int:
+def _end(key: str, tensor: dict[str, Any], name: str) -> int:
     """Return where a tensor ends, once its shape and offsets are found to be possible. Raises ModelError."""
     shape, offsets = tensor["shape"], tensor["data_offsets"]
     if not all(isinstance(part, list) and all(type(number) is int for number in part) for part in (shape, offsets)):
-        raise ModelError(f"{told}: shape or data_offsets of {key} are not lists of whole numbers")
+        raise ModelError(f"{name}: shape or data_offsets of {key} are not lists of whole numbers")
     if len(offsets) != 2 or not 0 <= offsets[0] <= offsets[1] or not all(0 <= side <= MAX_SIDE for side in shape):
-        raise ModelError(f"{told}: {key} cannot have shape {shape} and data_offsets {offsets}")
+        raise ModelError(f"{name}: {key} cannot have shape {shape} and data_offsets {offsets}")
     return int(offsets[1])

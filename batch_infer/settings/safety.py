@@ -40,8 +40,8 @@ class ServiceSettings:
         if not endpoint:
             return None
         if not _ENDPOINT.fullmatch(endpoint):
-            told = re.sub(r"(?<=://)[^/]*@|[?#].*", "", endpoint)  # either may be a secret
-            raise SettingsError(f"CONTENT_SAFETY_ENDPOINT={told}: say https://NAME.cognitiveservices.azure.com")
+            redacted = re.sub(r"(?<=://)[^/]*@|[?#].*", "", endpoint)  # either may be a secret
+            raise SettingsError(f"CONTENT_SAFETY_ENDPOINT={redacted}: say https://NAME.cognitiveservices.azure.com")
         thresholds = _thresholds(environment.get("CONTENT_SAFETY_THRESHOLD", ""))
         blocklists = environment.get("CONTENT_SAFETY_BLOCKLISTS", "").split(",")
         rate = environment.get("CONTENT_SAFETY_REQUESTS_PER_SECOND", "").strip() or "100"

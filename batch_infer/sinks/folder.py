@@ -151,7 +151,7 @@ class FolderSink:
                 sync_folder(folder)
 
     def set_aside(self, paths: Iterable[str]) -> None:
-        """Give files a hidden name beside their own, before `settle` gives theirs to others. Raises StorageError.
+        """Give files a hidden name in the same folder, before `settle` gives theirs to others. Raises StorageError.
 
         A process that is killed before the manifest has the new files loses no image: `bring_back` undoes this.
         """
@@ -200,11 +200,11 @@ class FolderSink:
         self._made.add(folder)
 
     def _know(self, folder: Path) -> None:
-        """Watch images/ or quarantine/ as OUT is watched: with a marker where it is on a disk of its own."""
+        """Watch images/ or quarantine/ as OUT is watched: with a marker where it is on another disk."""
         marker = self._known[self._out].marker
         if marker is None or not marker.startswith(TEMPORARY):
             self._known.setdefault(folder, KnownFolder.of(folder))
-        elif is_link(folder) or folder.is_mount():  # else it has gone when OUT has
+        elif is_link(folder) or folder.is_mount():  # else it disappears with OUT
             self._known.setdefault(folder, KnownFolder.of(folder).marked(marker))
 
 

@@ -159,5 +159,5 @@ def _drift(carried: str, kinds: Mapping[str, pa.DataType], kind: pa.DataType) ->
         first.setdefault(each, file)
     first.pop(pa.null(), None)
     if len(first) > 1:
-        told = " and ".join(f"{each} in {file}" for each, file in list(first.items())[:2])
-        yield f"column {carried!r} is {told}: its values are carried as text"
+        where = " and ".join(f"{each} in {file}" for each, file in list(first.items())[:2])
+        yield f"column {carried!r} is {where}: its values are carried as text"

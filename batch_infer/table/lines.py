@@ -61,7 +61,7 @@ def open_lines(file: TableFile) -> JsonLines:
 def holds_lines(file: TableFile, prompt: str) -> bool:
     """Whether a .json is JSON Lines under another name, as Spark and `datasets.to_json` write it. Raises OSError.
 
-    A document that begins with an object goes on with a key, JSON Lines with another object. One line alone is
+    A document that begins with an object continues with a key, JSON Lines with another object. One line alone is
     JSON Lines where it has a prompt. Only what one read gives is looked at: a document may be one line of any length.
     """
     with open_bytes(file) as stream:

@@ -29,7 +29,7 @@ def distinct_names(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def refuse_doubled(file: str, fields: Collection[str], renamed: Mapping[str, str]) -> None:
-    """Raise TableError where a column that stands twice is a field's: nobody can say which one counts."""
+    """Raise TableError where two columns have the name of one field: it is not known which one counts."""
     if twice := sorted(set(fields) & set(renamed.values())):
         raise TableError(f"{file} has two columns named {twice[0]!r}; rename one")
 

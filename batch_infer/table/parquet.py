@@ -51,7 +51,7 @@ class Parquet:
             yield broken(first, error)
 
     def arrays(self, name: str) -> Iterator[pa.Array]:
-        """One column, in batches, but for what cannot be read of it."""
+        """Yield one column in batches, without what cannot be read."""
         own = self.renamed.get(name, name)
         place = [each for each in self.schema.names if self.renamed.get(each, each) == own].index(name)
         with suppress(*READ_ERRORS), self._opened() as parquet:

@@ -24,7 +24,7 @@ RESULTS = frozenset(
 _DOCUMENTATION = re.compile(
     r"(README|LICEN[CS]E|CHANGELOG).*|(?i:readme|licen[cs]e|changelog)(\..*)?|.*\.(?i:crc)", re.DOTALL
 )
-"""Words about data, and the checksums that Hadoop writes beside it."""
+"""Words about data, and the checksums that Hadoop writes with it."""
 
 _MEANING: dict[str, str] = {
     "name": "for their names",

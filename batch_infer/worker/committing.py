@@ -1,4 +1,4 @@
-"""The committer: a thread that commits finished rows by number or by age, whether or not more rows follow."""
+"""Committer: a thread that commits finished rows by number or by age, whether or not more rows follow."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Stored = TypeVar("Stored")
 
 
 class Committer(Generic[Stored]):
-    """Takes rows that are being stored, in order, and commits them in batches on a thread of its own.
+    """Takes rows that are being stored, in order, and commits them in batches on another thread.
 
     A context manager: leaving it commits what was added. The first error of storing or committing is raised by `add`
     or on leaving; nothing is committed after it.

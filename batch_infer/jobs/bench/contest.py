@@ -101,8 +101,8 @@ class Contest:
                 lane.run()
                 took[waiting.pop(0)] = time.monotonic() - started
                 left = tqdm.format_interval(_seconds_for(waiting, took))
-                told = "round %d of %d: %s %.1f s; about %s left"
-                log.info(told, number + 1, rounds, lane.name, lane.seconds[-1], left)
+                message = "round %d of %d: %s %.1f s; about %s left"
+                log.info(message, number + 1, rounds, lane.name, lane.seconds[-1], left)
 
     def _lane(self, name: str) -> Lane:
         subject, kept = self._subject, frozenset(row.id for row in self._sample)
@@ -145,7 +145,7 @@ class Contest:
     def _parity(self, lanes: Sequence[Lane]) -> Parity | None:
         """How far our images are from those of the first rival that made some."""
         ours, *others = (lane for lane in lanes if isinstance(lane, RenderingLane))
-        if not others:  # none of them is asked for, or a stop came first
+        if not others:  # none was requested, or a stop came first
             return None
         theirs = others[0]
         largest = max(_furthest(ours.images[name], image) for name, image in theirs.images.items())

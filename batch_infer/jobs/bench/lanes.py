@@ -74,7 +74,7 @@ class RenderingLane:
     def run(self) -> None:
         clock.forget_peak(self._device)
         self.seconds.append(self._course.factor * clock.seconds_of(self._render, self._device))
-        self._more = self._contender.told()  # now: a stop may come in the midst of the next round
+        self._more = self._contender.told()  # now: a stop may come during the next round
         self.device_bytes = clock.device_peak(self._device)
 
     def _render(self) -> None:
