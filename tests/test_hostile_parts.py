@@ -9,12 +9,14 @@ import os
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from batch_infer.sinks import has_image, read_image, stored_path
+from batch_infer.worker import committing
 from tests.runs import command, images, results, run
 from tests.tables import write_csv
 
@@ -25,10 +27,11 @@ SHARP = ("--steps", "12", "--guidance-scale", "5", "--safety", "none")
 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a table and its OUT. Copy it."""
+    """A folder with a table and its OUT, whose manifest is one part. Copy it."""
     folder = tmp_path_factory.mktemp("hostile")
     table = write_csv(folder / "t.csv", [["prompt"], *([PROMPT] for _ in range(9))])
-    assert run(table, folder / "out", *SHARP).code == 0
+    with mock.patch.object(committing, "COMMIT_SECONDS", 3600.0):
+        assert run(table, folder / "out", *SHARP).code == 0
     return folder
 
 
