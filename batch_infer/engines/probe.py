@@ -142,6 +142,8 @@ class Probe:
             processes = set(active_children()) - self._others
             return answer.result()
         except BrokenProcessPool as error:
+            if self._pool is not None:
+                self._pool.shutdown()  # joins the process: until then its exit code may be unknown
             if unguarded.EXIT_CODE in [process.exitcode for process in processes]:
                 raise SettingsError(unguarded.ADVICE) from error
             raise ModelError("the process that was to try the model out has died; is there enough memory?") from error
