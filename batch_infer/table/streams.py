@@ -114,7 +114,7 @@ class _Unpacked(io.RawIOBase):
 def open_unpacked(file: TableFile) -> io.BufferedReader:
     """The bytes of a file as they are, but for its packing. Raises OSError, and StorageError where the disk fails."""
     with ExitStack() as stack:
-        stream = stack.enter_context(io.BufferedReader(_File(file), BUFFER))
+        stream: io.BufferedReader = stack.enter_context(io.BufferedReader(_File(file), BUFFER))
         if file.packing and (start := stream.peek(MAGIC_BYTES)):
             if not MAGIC[file.packing].match(start):
                 raise OSError(f"it is not {PACKED[file.packing]}")
