@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -61,6 +62,8 @@ class SizeRules:
 
 PACKINGS = (".gz", ".bz2", ".xz", ".zst")
 """Endings of compressed tables."""
+_NUMBER = re.compile(r"#\d+$")
+"""Of tables of one name the second is called `t.csv#2`: no name of a table itself ends so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +80,8 @@ class Source:
 
     @property
     def stem(self) -> str:
-        """The file's name without its endings, of which it has two where it is packed."""
-        path = PurePosixPath(self.file)
+        """The file's name without its endings, of which it has two where it is packed, and without `#2`."""
+        path = PurePosixPath(_NUMBER.sub("", self.file))
         return (path.with_suffix("") if path.suffix.lower() in PACKINGS else path).stem
 
 

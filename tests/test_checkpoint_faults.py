@@ -6,6 +6,7 @@ import json
 import shutil
 import struct
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,14 @@ import pytest
 import torch
 
 from batch_infer.errors import ModelError
-from batch_infer.models import DEMO_MODEL, load_checker, load_driven, load_solver, load_token_counter, read_card
+from batch_infer.models import (
+    DEMO_MODEL,
+    load_checker,
+    load_driven,
+    load_solver,
+    load_token_counter,
+    read_card,
+)
 from batch_infer.models.schedulers import refuse_unknown_scheduler
 from batch_infer.models.untrusted import MAX_DEPTH, LoadingErrors, parse_json
 from batch_infer.records import SizeRules
@@ -54,6 +62,7 @@ REFUSED: list[tuple[str, str, Any]] = [
     *((TEXT, "vocab_size", value) for value in (10**9, 3, "x")),
     *((TEXT, "hidden_size", value) for value in (48, 0, [32])),
     *((TEXT, "attn_implementation", value) for value in ("kernels-community/flash-attn", {"": "flash_attention_2"})),
+    *((TEXT, f"_{key}_implementation_internal", "someone/kernel") for key in ("attn", "experts")),
     (TEXT, "_attn_implementation", "kernels-community/flash-attn"),
     *((WORDS, "model_max_length", value) for value in (0, 1, 2, -5, "x", 77.5, True, [77], float("inf"))),
     (WORDS, "pad_token", "<a token without an embedding>"),
@@ -218,7 +227,49 @@ def test_a_key_that_is_written_with_escapes_is_seen(own: Path) -> None:
 
 
 def test_a_word_of_a_vocabulary_is_no_code(own: Path) -> None:
-    (own / "tokenizer" / "vocab.json").write_text('{"auto_map": 7}', "utf-8")
+    (own / "tokenizer" / "vocab.json").write_text('{"auto_map": 7, "quantization_config": 8}', "utf-8")
+    read_card(ModelSettings(name=str(own)))
+
+
+FOREIGN: list[tuple[str, dict[str, Any], str]] = [
+    (
+        TEXT,
+        {"_attn_implementation_internal": "someone/kernel"},
+        "_attn_implementation_internal='someone/kernel'",
+    ),
+    (TEXT, {"attribute_map": {"a": "_attn_implementation"}, "a": "someone/kernel"}, "renames settings"),
+    (TEXT, {"use_kernels": True}, "asks for kernels, which would be fetched and run .use_kernels."),
+    (TEXT, {"kernel_config": {"kernel_mapping": {"GeLU": "someone/kernel:GeLU"}}}, "asks for kernels"),
+    (TEXT, {"transformers_weights": "adapter_model.bin"}, "names weights to load .* .transformers_weights."),
+    (WORDS, {"gguf_file": "words.gguf", "name_or_path": "someone/words"}, "names a tokenizer to load"),
+    (PROCESSOR, {"audio_tokenizer": {"audio_tokenizer_name_or_path": "someone/model"}}, "names another model to load"),
+    *(
+        (file, {"quantization_config": {"quant_method": method}}, f"quantization_config of the method '{method}', for")
+        for file, method in ((UNET, "nunchaku_lite"), (UNET, "gguf"), (TEXT, "fp8"), (TEXT, "mxfp4"), (TEXT, "custom"))
+    ),
+    (UNET, {"quantization_config": {"load_in_8bit": True}}, "quantization_config of the method None"),
+]
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+@pytest.mark.parametrize(("file", "keys", "reason"), FOREIGN)
+def test_a_setting_that_brings_code_is_refused_at_any_depth(
+    own: Path, file: str, keys: dict[str, Any], reason: str, depth: int
+) -> None:
+    for _ in range(depth):
+        keys = {"text_config": keys}
+    amend(own / file, **keys)
+    with pytest.raises(ModelError, match=f"{file} (has|has a|)[ ]?{reason}"):
+        read_card(ModelSettings(name=str(own)))
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_quantized_weights_need_the_package_of_their_method(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    amend(own / UNET, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    with pytest.raises(ModelError, match="unet/config.json has .* 'bitsandbytes': pip install bitsandbytes"):
+        read_card(ModelSettings(name=str(own)))
+    (own / "bitsandbytes").mkdir()
+    monkeypatch.syspath_prepend(own)
     read_card(ModelSettings(name=str(own)))
 
 

@@ -690,6 +690,47 @@ def test_two_queries_are_two_files(server: str) -> None:
     assert found[1].error == "the id 'a' stands twice"
 
 
+@pytest.mark.parametrize("chain", ["{}/t.csv?in={}", "simplecache::{}/t.csv.gz?in={}", "{}/t.csv?sig=SECRET&in={}"])
+def test_urls_that_differ_in_what_is_not_shown_are_files_of_their_own(chain: str, server: str) -> None:
+    for name in "ab":
+        write_bytes(Path(f"served/{name}/t.csv"), f"id,prompt\n{name},in {name}\n".encode())
+        write_bytes(Path(f"served/{name}/t.csv.gz"), pack("gz", f"id,prompt\n{name},in {name}\n".encode()))
+    urls = [chain.format(server, name) for name in "aba"]
+    found = read_requests(*urls)
+    assert [item.prompt for item in found] == ["in a", "in b"]
+    assert [item.source.file for item in found] == [shown(urls[0]), f"{shown(urls[0])}#2"]
+    assert {item.source.stem for item in found} == {"t"}
+    assert "SECRET" not in str(found)
+    with open_tables(*urls) as tables:
+        assert tables.files == [item.source.file for item in found]
+    assert [item.id for item in read_requests(*urls, columns={"id": ""}, id_from="content")] == [
+        item.id for item in read_requests(urls[1], urls[0], columns={"id": ""}, id_from="content")
+    ][::-1]
+    refusal = refusal_of(*urls, columns={"id": ""})
+    assert refusal.startswith(f"{shown(urls[0])} and {shown(urls[0])}#2 would give their rows the same ids (t-00000000")
+    assert "--id-from content" in refusal
+
+
+def test_urls_that_differ_in_what_is_not_shown_are_refused_once_where_none_can_be_read(server: str) -> None:
+    url = f"{server}/missing.csv"
+    assert refusal_of(f"{url}?id=1", f"{url}?id=2") == f"{url}: no such file or folder"
+
+
+def test_a_folder_and_a_file_in_it_are_known_by_the_whole_url(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory.pipe("/t/a.csv", b"prompt\nx\n")
+    with monkeypatch.context() as patched:
+        patched.setattr(fsspec, "url_to_fs", lambda url, **options: (memory, re.sub("memory:/|[?].*", "", url)))
+        assert len(read_requests("memory://t?v=1", "memory://t/a.csv?v=1", "memory://t/*.csv?v=1")) == 1
+        with open_tables("memory://t?v=1", "memory://t/a.csv?v=2", id_from="content") as tables:
+            assert tables.files == ["memory://t/a.csv", "memory://t/a.csv#2"]
+
+
+def test_file_names_that_are_no_utf_8_are_files_of_their_own() -> None:
+    for name in (b"caf\xe8.csv", b"caf\xe9.csv"):
+        write_csv(Path(os.fsdecode(name)), [["id", "prompt"], [name.hex(), "x"]])
+    assert {item.source.file for item in read_requests(".")} == {"caf\ufffd.csv", "caf\ufffd.csv#2"}
+
+
 @pytest.mark.parametrize(
     ("path", "kind", "sentence"),
     [

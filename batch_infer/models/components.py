@@ -15,12 +15,24 @@ WORDS = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer
 """Files that hold a tokenizer's words, of which each tokenizer has some."""
 MERGING = ("CLIPTokenizer", "CLIPTokenizerFast", "GPT2Tokenizer", "GPT2TokenizerFast")
 """Tokenizers whose vocab.json needs a merges.txt, unless there is a tokenizer.json."""
-CODE_KEYS = ("auto_map", "custom_pipeline", "custom_pipelines", "trust_remote_code", "custom_generate")
-"""Keys by which a library may run code that comes with a checkpoint or from a repository."""
+REFUSED_KEYS = {
+    **dict.fromkeys(
+        ("auto_map", "custom_pipeline", "custom_pipelines", "trust_remote_code", "custom_generate"),
+        "names code to load",
+    ),
+    **dict.fromkeys(("use_kernels", "kernel_config"), "asks for kernels, which would be fetched and run"),
+    "attribute_map": "renames settings, so that one of these could pass under another name",
+    "transformers_weights": "names weights to load in place of those that are checked",
+    "gguf_file": "names a tokenizer to load in place of the one that is checked",
+    "audio_tokenizer": "names another model to load",
+}
+"""Keys by which a library runs code of a checkpoint, or loads what is no part of it, and what each does."""
 ATTENTION_KEYS = ("attn_implementation", "experts_implementation")
 """Ends of keys under which transformers takes the name of a kernel too, which it fetches from the Hub and runs."""
 ATTENTIONS = (None, "eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")
 """Implementations that torch and transformers bring."""
+QUANTIZERS = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "quanto": "optimum"}
+"""Methods of quantization whose kernels are in the package of that name; for others the Hub's are fetched and run."""
 WORDLESS = ("ByT5Tokenizer",)
 """Tokenizers whose words are bytes."""
 
@@ -78,17 +90,36 @@ def refuse_code(path: Path, components: Iterable[str], name: str) -> None:
 
 def _refuse_code_keys(settings: Mapping[str, Any], place: str) -> None:
     """Raises ModelError for a setting that makes a library fetch or run code. (A number is a word of a vocabulary.)"""
-    for key in CODE_KEYS:
-        if settings.get(key) and type(settings[key]) is not int:
-            raise ModelError(f"{place} names code to load ({key}): batch-infer runs no code of a checkpoint")
     for key, value in settings.items():
-        if not key.endswith(ATTENTION_KEYS) or type(value) is int:
+        if not value or type(value) is int:
             continue
-        names = value.values() if isinstance(value, dict) else [value]
-        if other := [text for text in names if text not in ATTENTIONS]:
+        if key in REFUSED_KEYS:
             raise ModelError(
-                f"{place} has {key}={other[0]!r}, a kernel that would be fetched and run; remove the key, or give sdpa"
+                f"{place} {REFUSED_KEYS[key]} ({key}): batch-infer runs no code of a checkpoint, and loads nothing "
+                "but its components"
             )
+        if key == "quantization_config":
+            _refuse_quantizer(value, place)
+        if key.removesuffix("_internal").endswith(ATTENTION_KEYS):
+            names = value.values() if isinstance(value, dict) else [value]
+            if other := [text for text in names if text not in ATTENTIONS]:
+                raise ModelError(
+                    f"{place} has {key}={other[0]!r}, a kernel that would be fetched and run; remove the key, or give "
+                    "sdpa"
+                )
+
+
+def _refuse_quantizer(settings: Any, place: str) -> None:
+    """Raises ModelError for weights that a library could read only with code from the Hub or a missing package."""
+    method = settings.get("quant_method") if isinstance(settings, dict) else settings
+    if not isinstance(method, str) or method not in QUANTIZERS:
+        raise ModelError(
+            f"{place} has a quantization_config of the method {method!r}, for which code may be fetched and run; "
+            f"methods that can be loaded are {', '.join(QUANTIZERS)}. Use the checkpoint that is not quantized"
+        )
+    if find_spec(QUANTIZERS[method]) is None:
+        package = "optimum-quanto" if method == "quanto" else method
+        raise ModelError(f"{place} has a quantization_config of the method {method!r}: pip install {package}")
 
 
 def refuse_no_words(path: Path, components: Mapping[str, tuple[str, str]], name: str) -> None:

@@ -34,7 +34,9 @@ COMPUTED = "position_ids"
 def load_module(kind: Any, card: ModelCard, name: str, dtype: torch.dtype) -> Any:
     """One network of a checkpoint. Raises ModelError, also for weights that no file holds or that no network wants."""
     # Not by an argument: its name differs between the versions of diffusers and transformers that are supported.
-    return load_network(kind, card, name).to(dtype)
+    network = load_network(kind, card, name)
+    with LoadingErrors(card.path / name):  # quantized weights may refuse another dtype
+        return network.to(dtype)
 
 
 def load_network(kind: Any, card: ModelCard, name: str, **options: Any) -> Any:

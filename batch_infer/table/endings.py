@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -36,7 +36,8 @@ class TableFile:
 
     `path` is what is read; `name` is what the user called it; `stem` is that of its rows' default ids: the path
     relative to the argument, without its endings. `packing` is the compression's ending, or ''. `is_named`: the
-    argument is this file, and not a folder or glob that holds it.
+    argument is this file, and not a folder or glob that holds it. `url` is what is opened of a remote file: it may hold
+    a secret, and is never shown or stored.
     """
 
     path: Path
@@ -47,6 +48,7 @@ class TableFile:
     origin: Literal["file", "url", "stdin"] = "file"
     fault: str | None = None
     is_named: bool = True
+    url: str = field(default="", repr=False)
 
     def default_id(self, row: int) -> str:
         return default_id(self.stem, row)

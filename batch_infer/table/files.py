@@ -21,9 +21,9 @@ from batch_infer.table.endings import (
 from batch_infer.table.scratch import Scratch
 from batch_infer.table.selection import LeftOut, holds_no_table, tables_among, why_left_out
 from batch_infer.table.stdin import spool
-from batch_infer.table.streams import reason
+from batch_infer.table.streams import reason, refuse_storage_fault
 from batch_infer.table.text import clean
-from batch_infer.table.urls import is_http, protocol_of, shown
+from batch_infer.table.urls import protocol_of, shown
 
 STDIN = "-"
 
@@ -32,15 +32,16 @@ def find_files(arguments: Iterable[str], folder: Path, scratch: Scratch) -> tupl
     """The files of all arguments, each once, in the order given and by name within a folder; and what is left out.
 
     Relative names start at `folder`. An argument that means no file stands in the list with its fault. Raises
-    TableError where there is no argument, and ServiceError where a service does not answer.
+    TableError where there is no argument, ServiceError where a service does not answer, StorageError where the disk
+    fails.
     """
     found: dict[str | Path, TableFile] = {}
     left_out = LeftOut()
     for argument in dict.fromkeys(arguments):
         for file in _expand(argument, folder, scratch, left_out):
-            known = found.setdefault(_identity(argument, file), file)
+            known = found.setdefault(_identity(file), file)
             if file.is_named and not known.is_named:
-                found[_identity(argument, file)] = replace(known, is_named=True)
+                found[_identity(file)] = replace(known, is_named=True)
     if not found:
         raise TableError(f"no TABLE given: name a file ({ENDINGS}), a folder of them, a glob, a URL, or -")
     left_out.forget(file.name for file in found.values())
@@ -52,11 +53,25 @@ def stems_that_meet(files: Iterable[TableFile]) -> set[str]:
     return {stem for stem, count in Counter(file.stem for file in files).items() if count > 1}
 
 
-def _identity(argument: str, file: TableFile) -> str | Path:
-    """By which a file that two arguments mean is known: of http, two queries are two files of one name."""
-    if file.fault is None and file.origin == "file":
-        return file.path.resolve()
-    return argument if is_http(argument) else file.name
+def with_distinct_names(files: Iterable[TableFile]) -> list[TableFile]:
+    """Return the files with `t.csv#2` as the name of the second one named `t.csv`.
+
+    URLs that differ only in a part that is not shown, such as the query, have one name.
+    """
+    count = Counter[str]()
+    distinct = []
+    for file in files:
+        count[file.name] += 1
+        number = count[file.name]
+        distinct.append(file if number == 1 else replace(file, name=f"{file.name}#{number}"))
+    return distinct
+
+
+def _identity(file: TableFile) -> str | Path:
+    """Return what identifies a file that several arguments may mean: the whole URL or path that is opened."""
+    if file.url:
+        return file.url
+    return file.path.resolve() if file.fault is None and file.origin == "file" else file.name
 
 
 def _expand(argument: str, folder: Path, scratch: Scratch, left_out: LeftOut) -> list[TableFile]:
@@ -71,9 +86,10 @@ def _expand(argument: str, folder: Path, scratch: Scratch, left_out: LeftOut) ->
     except TableError as error:
         fault = str(error)
     except (OSError, ValueError) as error:  # ValueError: a pattern that pathlib does not take
+        refuse_storage_fault(error, clean(shown(argument)))
         fault = f"{clean(shown(argument))}: {reason(error)}"
-    name = clean(shown(argument))
-    return [TableFile(folder, name, plain_stem(name.rstrip("/").rpartition("/")[2]), fault=fault)]
+    name, url = clean(shown(argument)), argument if protocol_of(argument) else ""
+    return [TableFile(folder, name, plain_stem(name.rstrip("/").rpartition("/")[2]), fault=fault, url=url)]
 
 
 def _local(argument: str, folder: Path, left_out: LeftOut) -> Iterator[TableFile]:
@@ -115,6 +131,7 @@ class _Below:
         yield from self._tables(relatives)
         for error in unreadable:
             name = self._name_of(Path(error.filename).relative_to(self._folder).as_posix())
+            refuse_storage_fault(error, name)
             yield TableFile(self._folder, name, plain_stem(name), fault=f"{name}: {reason(error)}", is_named=False)
 
     def match(self, pattern: str) -> Iterator[TableFile]:

@@ -26,7 +26,16 @@ from batch_infer.table.endings import TableFile, plain_stem, read_ending, unknow
 from batch_infer.table.scratch import Scratch
 from batch_infer.table.selection import LeftOut, holds_no_table, tables_among
 from batch_infer.table.text import clean
-from batch_infer.table.urls import HTTP, is_http, protocol_of, shown, split_chain, without_secrets
+from batch_infer.table.urls import (
+    HTTP,
+    is_http,
+    join_url,
+    protocol_of,
+    shown,
+    split_chain,
+    split_query,
+    without_secrets,
+)
 from batch_infer.temporary import storing_temporarily
 
 EXTRAS = {
@@ -57,18 +66,26 @@ SILENCE_S = 60
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a URL points. `path` is fsspec's name for it, `url` ours, without what may be secret."""
+    """Where a URL points. `path` is fsspec's name for it; `url` may hold a secret, and `name` is without it."""
 
     files: Any
     path: str
     url: str
 
+    @property
+    def name(self) -> str:
+        return clean(shown(self.url))
+
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """A file: fsspec's path to it, its name, and its path relative to the argument, unless it is the argument."""
+    """A file: fsspec's path to it, its URL and name, and its path relative to the argument, unless it is the argument.
+
+    The URL may hold a secret.
+    """
 
     path: str
+    url: str
     name: str
     relative: str
     is_named: bool = False
@@ -99,7 +116,7 @@ def _connect(url: str, name: str) -> _Place:
         from fsspec.implementations import http
 
         client = _http_options()
-        return _Place(http.HTTPFileSystem(**client, use_listings_cache=False, skip_instance_cache=True), url, name)
+        return _Place(http.HTTPFileSystem(**client, use_listings_cache=False, skip_instance_cache=True), url, url)
     inner = {protocol_of(link) for link in url.split("::")[1:]}
     options: dict[str, Any] = {name: _http_options() for name in inner if name in HTTP}
     try:
@@ -107,7 +124,7 @@ def _connect(url: str, name: str) -> _Place:
             files, path = fsspec.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True, **options)
         except TypeError:  # a protocol that does not take these options
             files, path = fsspec.url_to_fs(url, **options)
-        return _Place(files, path, name)
+        return _Place(files, path, url)
     except ImportError as error:
         raise TableError(f"{name}: reading {protocol}:// needs another package: {first_line(error)}") from error
 
@@ -121,11 +138,12 @@ def _http_options() -> dict[str, Any]:
     return {"client_kwargs": client}
 
 
-def _single(place: _Place, url: str) -> Iterator[_Found]:
-    relative = url.rpartition("/")[2]
+def _single(place: _Place, link: str) -> Iterator[_Found]:
+    relative = link.rpartition("/")[2]
     if read_ending(relative) is None:
-        raise TableError(f"{place.url}: {unknown_ending(relative)}")
-    yield _Found(place.path, place.url, relative, is_named=True)
+        raise TableError(f"{place.name}: {unknown_ending(relative)}")
+    url = place.url.partition("#")[0] if is_http(place.url) else place.url  # a fragment is not sent
+    yield _Found(place.path, url, place.name, relative, is_named=True)
 
 
 def _listed(place: _Place, left_out: LeftOut) -> Iterator[_Found]:
@@ -146,7 +164,7 @@ def _listed(place: _Place, left_out: LeftOut) -> Iterator[_Found]:
         paths = [path for path, entry in matches.items() if entry["type"] == "file"]
         yield from _below(place, "/".join(parts[:first]), _fixed(place.url), paths, left_out)
     else:
-        yield from _single(place, split_chain(place.url)[1])
+        yield from _single(place, split_chain(place.name)[1])
 
 
 def _below(place: _Place, base: str, url: str, paths: list[str], left_out: LeftOut) -> Iterator[_Found]:
@@ -154,31 +172,29 @@ def _below(place: _Place, base: str, url: str, paths: list[str], left_out: LeftO
     def holds_run(inner: str) -> bool:
         return bool(place.files.isfile("/".join(filter(None, [base, inner, "run.json"]))))
 
-    before, link, after = split_chain(url)
-
     def name_of(relative: str) -> str:
-        return clean(f"{before}{link.rstrip('/')}/{relative.removeprefix('./')}{after}")
+        return clean(join_url(shown(url), relative))
 
     ordered = sorted(paths, key=lambda path: path.split("/"))  # as pathlib sorts
     by_relative = {path[len(base) :].lstrip("/"): path for path in ordered}
     for relative in tables_among(by_relative, holds_run, name_of, left_out):
-        yield _Found(by_relative[relative], name_of(relative), relative)
+        yield _Found(by_relative[relative], join_url(url, relative), name_of(relative), relative)
 
 
 def _fixed(url: str) -> str:
     """A URL up to its first part with magic."""
     before, link, after = split_chain(url)
-    protocol, mark, rest = link.rpartition("://")
+    head, query = split_query(link)
+    protocol, mark, rest = head.rpartition("://")
     parts = rest.split("/")
     first = next((i for i, part in enumerate(parts) if has_magic(part)), len(parts))
-    return f"{before}{protocol}{mark}{'/'.join(parts[:first])}{after}"
+    return f"{before}{protocol}{mark}{'/'.join(parts[:first])}{query}{after}"
 
 
 def _fetch(place: _Place, found: _Found, scratch: Scratch) -> TableFile:
     """A file of its own, or its fault: one that is gone or forbidden leaves the others readable."""
-    file = TableFile(
-        scratch.place(), clean(found.name), plain_stem(found.relative), origin="url", is_named=found.is_named
-    )
+    path, stem = scratch.place(), plain_stem(found.relative)
+    file = TableFile(path, clean(found.name), stem, origin="url", is_named=found.is_named, url=found.url)
     ending = read_ending(found.relative)
     if ending is None:
         return replace(file, fault=unknown_ending(file.name))

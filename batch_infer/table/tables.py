@@ -16,7 +16,7 @@ from batch_infer.records import PromptRequest, ResultRow, Source
 from batch_infer.settings import IdSource, TableSettings
 from batch_infer.table.carrying import CellReader, Opened, common_schema, name_carried, with_names
 from batch_infer.table.endings import ID_DIGITS, TableFile, read_ending
-from batch_infer.table.files import find_files, stems_that_meet
+from batch_infer.table.files import find_files, stems_that_meet, with_distinct_names
 from batch_infer.table.ids import Ids, colliding_stems, id_text, stems_among
 from batch_infer.table.layout import lay_out
 from batch_infer.table.names import doubled_sentence, refuse_doubled
@@ -82,6 +82,7 @@ class Tables:
             found, self.left_out = find_files(settings.tables, settings.folder, self._scratch)
             if others is None:
                 _refuse_missing(found)
+                found = with_distinct_names(found)
             self._files = [self._open(file, settings.columns) for file in found]
             if others is None:
                 self._refuse_unreadable()
@@ -257,7 +258,7 @@ class Tables:
 def _refuse_missing(files: Iterable[TableFile]) -> None:
     """Raise TableError for all arguments that mean no file, before any file is read: one may be misspelt."""
     if faults := [file.fault for file in files if file.fault is not None and file.is_named]:
-        raise TableError(" · ".join(faults))
+        raise TableError(" · ".join(dict.fromkeys(faults)))
 
 
 def _apart(opened: Opened | _Refused, stems: Mapping[str, str]) -> Opened | _Refused:
@@ -269,11 +270,14 @@ def _apart(opened: Opened | _Refused, stems: Mapping[str, str]) -> Opened | _Ref
     return replace(opened, file=file)
 
 
-def _meeting(names: Iterable[str], opened: Opened) -> str:
-    return (
-        f"{' and '.join(names)} would give their rows the same ids ({opened.file.default_id(0)}, ...): "
-        "rename one, name the folder that holds them, or add an id column"
-    )
+def _meeting(names: Collection[str], opened: Opened) -> str:
+    fault = f"{' and '.join(names)} would give their rows the same ids ({opened.file.default_id(0)}, ...): "
+    if any(name.rpartition("#")[0] in names for name in names):
+        return (
+            f"{fault}add an id column, use --id-from content, or save one under another name (#2 is a URL that differs "
+            "only in parts that may be secret and are not shown)"
+        )
+    return f"{fault}rename one, name the folder that holds them, or add an id column"
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

@@ -54,6 +54,19 @@ def split_chain(url: str) -> tuple[str, str, str]:
     return "".join(f"{link}::" for link in before), links[place], "".join(f"::{link}" for link in after)
 
 
+def split_query(link: str) -> tuple[str, str]:
+    """Return a link of a chain without its query, and the query."""
+    head = re.split("[?#]", link, maxsplit=1)[0] if is_http(link) else QUERY.sub("", link)
+    return head, link[len(head) :]
+
+
+def join_url(url: str, relative: str) -> str:
+    """Return the URL of what is at a relative path below the folder that a URL means."""
+    before, link, after = split_chain(url)
+    head, query = split_query(link)
+    return f"{before}{head.rstrip('/')}/{relative.removeprefix('./')}{query}{after}"
+
+
 def _shown_link(link: str) -> str:
     found = LINK.fullmatch(link)
     if found is None:
@@ -61,5 +74,4 @@ def _shown_link(link: str) -> str:
     scheme, user, rest = found["scheme"], found["user"], found["rest"]
     protocol = scheme.removesuffix("://").lower()
     keeps_user = user is not None and protocol in NAMED_USERS
-    rest = re.split("[?#]", rest, maxsplit=1)[0] if protocol in HTTP else QUERY.sub("", rest)
-    return f"{scheme}{user.partition(':')[0] + '@' if keeps_user else ''}{rest}"
+    return split_query(f"{scheme}{user.partition(':')[0] + '@' if keeps_user else ''}{rest}")[0]
