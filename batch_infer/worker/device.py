@@ -100,7 +100,7 @@ class Worker:
         flagged = bool(outcome.verdict.nsfw)
         stored = self._write(outcome, flagged)
         row = self._row(request, "flagged", why_flagged(outcome.verdict)) if flagged else self._row(request, "ok", None)
-        return _Stored(with_image(row, outcome, stored), stored and stored.path, request.replaces)
+        return _Stored(with_image(row, outcome, stored), stored.path if stored else None, request.replaces)
 
     def _row(self, request: PromptRequest, status: Status, error: str | None) -> ResultRow:
         return row_of(request, status, error, scheduler=self._settings.card.scheduler_name, worker=self._name)
