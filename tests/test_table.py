@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import datetime
+import errno
 import json
 import math
 import os
 import re
 import shlex
+from contextlib import ExitStack
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from batch_infer.carried import to_array
-from batch_infer.errors import SettingsError, TableError
+from batch_infer.errors import SettingsError, StorageError, TableError
 from batch_infer.manifest import SCHEMA
 from batch_infer.records import PromptRequest, ResultRow, SamplingParams
 from batch_infer.settings import FIELDS, RowDefaults
@@ -28,6 +30,7 @@ from batch_infer.table import RowRules
 from tests.tables import (
     RULES,
     fault_of,
+    in_format,
     open_tables,
     read,
     read_requests,
@@ -665,23 +668,119 @@ def test_where_no_file_can_be_read_each_is_told() -> None:
         open_tables(*tables)
 
 
-def test_a_parquet_row_group_that_is_damaged_costs_no_other() -> None:
-    path = Path("t.parquet")
+def write_groups(path: Path) -> Path:
+    """A Parquet file of three row groups of 2000 rows."""
     schema = pa.schema([("prompt", pa.string())])
     with pq.ParquetWriter(path, schema, compression="none", use_dictionary=False) as writer:
         for group in range(3):
             writer.write_table(pa.table({"prompt": [f"prompt {group}-{i}" for i in range(2000)]}))
+    return path
+
+
+def test_a_parquet_row_group_that_is_damaged_costs_no_other() -> None:
+    path = write_groups(Path("t.parquet"))
     content = bytearray(path.read_bytes())
     second = pq.read_metadata(path).row_group(1).column(0)
     start = second.data_page_offset
     content[start : start + second.total_compressed_size] = bytes(second.total_compressed_size)
     path.write_bytes(content)
     found = read(path)
-    (bad,) = (item for item in found if isinstance(item, ResultRow))
-    assert re.match("rows 2000 to 3999 cannot be read: ", bad.error or "")
+    bad = [item for item in found if isinstance(item, ResultRow)]
+    assert [item.source_row for item in bad] == [*range(2000, 4000)]
+    assert [item.id for item in bad][::1999] == ["t-00002000", "t-00003999"]
+    for item in bad:
+        assert re.match("rows 2000 to 3999, in row group 1, cannot be read: ", item.error or "")
     good = [item for item in found if isinstance(item, PromptRequest)]
     assert [item.source.row for item in good] == [*range(2000), *range(4000, 6000)]
     assert len({item.key for item in found}) == len(found)
+
+
+def zigzag(number: int) -> bytes:
+    """An integer as Thrift's compact protocol writes it."""
+    number, digits = (number << 1) ^ (number >> 63), []
+    while number > 127:
+        digits.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*digits, number])
+
+
+def test_every_row_that_a_damaged_footer_counts_is_accounted_for() -> None:
+    """Of many such files Arrow reads fewer rows than they count, and reports no error."""
+    path = write_groups(Path("t.parquet"))
+    content = path.read_bytes()
+    footer = slice(-8 - int.from_bytes(content[-8:-4], "little"), -8)
+    whole, after = content[footer], content[footer.stop :]
+    places = [match.start() for count in (2000, 6000) for match in re.finditer(re.escape(zigzag(count)), whole)]
+    seen = set()
+    for place in places:
+        for count in (0, 1999, 5000, 10**12, 2**62, -5):
+            damaged = whole[:place] + zigzag(count) + whole[place + 2 :]
+            path.write_bytes(content[: footer.start] + damaged + len(damaged).to_bytes(4, "little") + after[4:])
+            metadata = pq.read_metadata(path)
+            groups = [metadata.row_group(group).num_rows for group in range(3)]
+            counted = max(metadata.num_rows, sum(count for count in groups if 0 <= count < 10_000))
+            found = read(path)
+            assert len({item.key for item in found}) == len(found)
+            bad = [item.error or "" for item in found if isinstance(item, ResultRow)]
+            seen |= {re.sub("[0-9]+", "N", error) for error in bad}
+            if len(found) != counted:
+                assert any(f"counts {number} rows" in error for error in bad for number in (metadata.num_rows, *groups))
+            for number in groups:
+                assert 0 <= number < 10_000 or any(f"counts {number} rows in it" in error for error in bad)
+    assert seen == {
+        "rows N to N, in row group N, cannot be read: it has fewer rows than the footer counts",
+        "row group N is damaged: the footer counts N rows in it; it has fewer rows than the footer counts",
+        "row group N is damaged: the footer counts -N rows in it; Negative size (corrupt file?)",
+        "the footer is damaged: it counts N rows, and its row groups N",
+    }
+
+
+UNREADABLE = Path("/proc/self/mem")
+"""A file whose first byte gives EIO."""
+
+
+@pytest.mark.skipif(not UNREADABLE.exists(), reason="a file that gives EIO is there on Linux alone")
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "json", "txt", "csv.gz", "jsonl.zst", "txt.bz2", "csv.xz"])
+@pytest.mark.parametrize("when", ["at first", "later", "gone"])
+def test_a_disk_that_fails_costs_no_row(ending: str, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file may be whole: the same command reads it once the disk can be read again."""
+    path = write_bytes(Path(f"t/t.{ending}"), in_format(ending, [{"prompt": "x"}]))
+    write_csv(Path("t/good.csv"), [["prompt"], ["x"]])
+    sentence = "cannot read t/t.*: .*; run the same command again to continue"
+    with ExitStack() as stack:
+        if when != "at first":
+            tables = stack.enter_context(open_tables("t"))
+        path.unlink()
+        if when != "gone":
+            path.symlink_to(UNREADABLE)
+        with pytest.raises(StorageError, match=sentence):
+            list((tables if when != "at first" else open_tables("t")).rows(RULES))
+
+
+@pytest.mark.parametrize("call", ["read_schema", "iter_batches"])
+def test_a_disk_that_fails_under_parquet_costs_no_row(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*rest: Any, **options: Any) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    write_parquet(Path("t/t.parquet"), prompt=["x"])
+    monkeypatch.setattr(pq if call == "read_schema" else pq.ParquetFile, call, fail)
+    with pytest.raises(StorageError, match=r"cannot read t/t.parquet: Input/output error; run the same"):
+        read("t")
+
+
+def test_a_folder_on_a_disk_that_fails_costs_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    write_csv(Path("t/a/t.csv"), [["prompt"], ["x"]])
+    write_csv(Path("t/b/t.csv"), [["prompt"], ["x"]])
+    scandir = os.scandir
+
+    def fail(path: Any) -> Any:
+        if str(path).endswith("t/b"):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", fail)
+    with pytest.raises(StorageError, match="cannot read t/b: Input/output error; run the same"):
+        read("t")
 
 
 def test_text_in_parquet_that_is_not_utf_8_costs_its_own_row() -> None:

@@ -21,7 +21,7 @@ from batch_infer.jobs import out as outdir
 from batch_infer.jobs.job import Job
 from batch_infer.jobs.merge import Counts, results_of
 from batch_infer.jobs.record import refuse_other
-from batch_infer.jobs.recovery import set_aside
+from batch_infer.jobs.recovery import restore, set_aside
 from batch_infer.jobs.survey import look_through
 from batch_infer.manifest import SCHEMA, Index, Manifest
 from batch_infer.planning import Committed, Item, is_done, pending, place_of
@@ -186,9 +186,10 @@ class MiniBatches:
         """Remove what a worker has left that died over these files."""
         stems = {stem for name in names for stem in possible_names(Source(name, 0).stem)}
         folders = [path for kind in ("images", "quarantine") for stem in stems for path in self._folders(kind, stem)]
-        cleanup.remove_abandoned(
-            [self._out, self._manifest.folder, *(self._out / name for name in outdir.LINKABLE), *folders]
-        )
+        everywhere = [self._out, self._manifest.folder, *(self._out / name for name in outdir.LINKABLE), *folders]
+        if originals := cleanup.remove_abandoned(self._out, everywhere):
+            self._catch_up_with_results()
+            restore(self._out, self._index, originals)
 
     def _folders(self, kind: str, stem: str) -> Iterator[Path]:
         folder = self._out / kind

@@ -33,7 +33,7 @@ from batch_infer.jobs.estimate import Size, learn
 from batch_infer.jobs.job import Job, find_model, finishing_overwrite, open_tables, prepare, rooted
 from batch_infer.jobs.merge import Counts, merge, merge_parts
 from batch_infer.jobs.record import at_once, cores
-from batch_infer.jobs.recovery import Key, recover, set_aside
+from batch_infer.jobs.recovery import Key, recover, remove_leftovers, set_aside
 from batch_infer.jobs.results import remove_other_results
 from batch_infer.jobs.summary import Summary
 from batch_infer.jobs.survey import Survey, look_through
@@ -298,7 +298,7 @@ class _Run:
                 work = self._engine.render(self._task(index, survey), committed, self._stop, ready)
         self._summary.add(work)
         if work.deaths:
-            cleanup.remove_leftovers(self._out)
+            remove_leftovers(self._out, self._manifest)
         self._learn(work, lengths, self._set_up + time.monotonic() - before - work.seconds)
 
     def _render_compiled(

@@ -69,7 +69,7 @@ class Delimited:
                         yield self._row(number, cells, starts, lines.number)
                         number += 1
         except OSError as error:
-            yield broken(number, error)
+            yield broken(self.file, number, error)
 
     def _rows_within(self, broken: list[str]) -> int:
         """How many lines of a row that cannot be read are none of its own.

@@ -112,7 +112,7 @@ def _walk(file: TableFile, shape: Shape) -> Iterator[RawRow]:
                 number += 1
             scanner.end()
     except (OSError, BrokenDocument) as error:
-        yield broken(number, error)
+        yield broken(file, number, error)
 
 
 def _note(element: Any, shape: Shape) -> Note | None:

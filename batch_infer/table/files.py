@@ -21,7 +21,7 @@ from batch_infer.table.endings import (
 from batch_infer.table.scratch import Scratch
 from batch_infer.table.selection import LeftOut, holds_no_table, tables_among, why_left_out
 from batch_infer.table.stdin import spool
-from batch_infer.table.streams import reason
+from batch_infer.table.streams import reason, refuse_storage_fault
 from batch_infer.table.text import clean
 from batch_infer.table.urls import protocol_of, shown
 
@@ -32,7 +32,8 @@ def find_files(arguments: Iterable[str], folder: Path, scratch: Scratch) -> tupl
     """The files of all arguments, each once, in the order given and by name within a folder; and what is left out.
 
     Relative names start at `folder`. An argument that means no file stands in the list with its fault. Raises
-    TableError where there is no argument, and ServiceError where a service does not answer.
+    TableError where there is no argument, ServiceError where a service does not answer, StorageError where the disk
+    fails.
     """
     found: dict[str | Path, TableFile] = {}
     left_out = LeftOut()
@@ -85,6 +86,7 @@ def _expand(argument: str, folder: Path, scratch: Scratch, left_out: LeftOut) ->
     except TableError as error:
         fault = str(error)
     except (OSError, ValueError) as error:  # ValueError: a pattern that pathlib does not take
+        refuse_storage_fault(error, clean(shown(argument)))
         fault = f"{clean(shown(argument))}: {reason(error)}"
     name, url = clean(shown(argument)), argument if protocol_of(argument) else ""
     return [TableFile(folder, name, plain_stem(name.rstrip("/").rpartition("/")[2]), fault=fault, url=url)]
@@ -129,6 +131,7 @@ class _Below:
         yield from self._tables(relatives)
         for error in unreadable:
             name = self._name_of(Path(error.filename).relative_to(self._folder).as_posix())
+            refuse_storage_fault(error, name)
             yield TableFile(self._folder, name, plain_stem(name), fault=f"{name}: {reason(error)}", is_named=False)
 
     def match(self, pattern: str) -> Iterator[TableFile]:

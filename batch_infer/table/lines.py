@@ -98,7 +98,7 @@ def _walk(file: TableFile) -> Iterator[RawRow]:
                 yield RawRow(number, cells, error, lines.number)
                 number += 1
     except OSError as fault:
-        yield broken(number, fault)
+        yield broken(file, number, fault)
 
 
 def _object(text: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from batch_infer.table.endings import TableFile
 from batch_infer.table.names import distinct_names
 from batch_infer.table.raw import RawRow, broken
 from batch_infer.table.scratch import Scratch
-from batch_infer.table.streams import reason, unpack
+from batch_infer.table.streams import reason, refuse_storage_fault, unpack
 
 BATCH = 1024
 BATCH_BYTES = 32 << 20
@@ -25,6 +25,8 @@ BUFFER = 1 << 20
 """Bytes of a column that are read at a time: without it pyarrow takes in a row group's whole column chunks."""
 
 READ_ERRORS = (OSError, pa.ArrowException, UnicodeError)
+FEW_ROWS = 1 << 20
+"""Rows that a row group may have whatever its size: a million equal ones take some bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,31 +36,47 @@ class Parquet:
     `schema` has distinct names; `renamed` has the file's own name of each that has another there.
     """
 
+    file: TableFile
     path: Path
     schema: pa.Schema
     renamed: Mapping[str, str]
 
     def rows(self) -> Iterator[RawRow]:
-        """A row group that is damaged costs what it holds from there on, and the next one is read."""
-        first = 0
+        """Yield a row for each that the footer counts: a row that a damaged row group does not give has its fault.
+
+        Where the counts of the footer are damaged themselves, one row says so.
+        """
+        number = counted = 0
         try:
             with self._opened() as parquet:
                 for group in range(parquet.num_row_groups):
-                    end = first + parquet.metadata.row_group(group).num_rows
-                    yield from self._group(parquet, group, first, end)
-                    first = end
+                    for row in self._group(parquet, group, number):
+                        yield row
+                        number = row.number + 1
+                    counted += max(0, parquet.metadata.row_group(group).num_rows)
+                if counted < (total := parquet.metadata.num_rows):
+                    fault = f"the footer is damaged: it counts {total} rows, and its row groups {counted}"
+                    yield RawRow(number, {}, fault)
         except READ_ERRORS as error:
-            yield broken(first, error)
+            yield broken(self.file, number, error)
 
     def arrays(self, name: str) -> Iterator[pa.Array]:
         """Yield one column in batches, without what cannot be read."""
         own = self.renamed.get(name, name)
         place = [each for each in self.schema.names if self.renamed.get(each, each) == own].index(name)
-        with suppress(*READ_ERRORS), self._opened() as parquet:
+        with self._skipping_damage(), self._opened() as parquet:
             for group in range(parquet.num_row_groups):
-                with suppress(*READ_ERRORS):
+                with self._skipping_damage():
                     for batch in parquet.iter_batches(batch_size=BATCH, row_groups=[group], columns=[own]):
                         yield batch.column(place)
+
+    @contextmanager
+    def _skipping_damage(self) -> Iterator[None]:
+        """Ignore what cannot be read, unless the disk fails. Raises StorageError."""
+        try:
+            yield
+        except READ_ERRORS as error:
+            refuse_storage_fault(error, self.file.name, was_opened=True)
 
     def _opened(self) -> pq.ParquetFile:
         """The file, with its repeated texts as dictionaries: one long text may stand in millions of rows."""
@@ -66,14 +84,25 @@ class Parquet:
             repeated = _repeated(parquet.metadata)
         return pq.ParquetFile(self.path, buffer_size=BUFFER, pre_buffer=False, read_dictionary=repeated)
 
-    def _group(self, parquet: pq.ParquetFile, group: int, number: int, end: int) -> Iterator[RawRow]:
+    def _group(self, parquet: pq.ParquetFile, group: int, number: int) -> Iterator[RawRow]:
+        fault = "it has fewer rows than the footer counts"
+        first, count = number, parquet.metadata.row_group(group).num_rows
         try:
             size = _batch_size(parquet.metadata.row_group(group))
             for batch in parquet.iter_batches(batch_size=size, row_groups=[group]):
                 yield from _batch(batch.rename_columns(self.schema.names), number)
                 number += len(batch)
         except READ_ERRORS as error:
-            yield RawRow(number, {}, f"rows {number} to {end - 1} cannot be read: {reason(error)}")
+            refuse_storage_fault(error, self.file.name, was_opened=True)
+            fault = reason(error)
+        else:
+            if number - first >= count:
+                return
+        if 0 < count <= max(FEW_ROWS, 8 * self.path.stat().st_size):  # a bit is the least that rows which differ take
+            fault = f"rows {number} to {first + count - 1}, in row group {group}, cannot be read: {fault}"
+            yield from (RawRow(missing, {}, fault) for missing in range(number, first + count))
+        else:
+            yield RawRow(number, {}, f"row group {group} is damaged: the footer counts {count} rows in it; {fault}")
 
 
 def open_parquet(file: TableFile, scratch: Scratch) -> Parquet:
@@ -83,7 +112,7 @@ def open_parquet(file: TableFile, scratch: Scratch) -> Parquet:
     schema = pq.read_schema(path)
     names, renamed = distinct_names(schema.names)
     fields = (field.with_name(name) for field, name in zip(schema, names, strict=True))
-    return Parquet(path, pa.schema(fields), renamed)
+    return Parquet(file, path, pa.schema(fields), renamed)
 
 
 def _repeated(metadata: pq.FileMetaData) -> list[str]:

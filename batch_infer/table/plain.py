@@ -48,7 +48,7 @@ class Plain:
                         yield RawRow(number, {COLUMN: prompt}, None, lines.number, _note(prompt))
                     number += 1
         except OSError as error:
-            yield broken(number, error)
+            yield broken(self.file, number, error)
 
 
 def _note(prompt: str) -> Note | None:

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 
+from batch_infer.table.endings import TableFile
 from batch_infer.table.notes import Note
-from batch_infer.table.streams import reason
+from batch_infer.table.streams import reason, refuse_storage_fault
 
 
 class RawRow(NamedTuple):
@@ -35,6 +36,7 @@ class Reader(Protocol):
         ...
 
 
-def broken(number: int, error: Exception) -> RawRow:
-    """The last row of a file that breaks off."""
+def broken(file: TableFile, number: int, error: Exception) -> RawRow:
+    """The last row of a file that breaks off. Raises StorageError where the file may be whole."""
+    refuse_storage_fault(error, file.name, was_opened=True)
     return RawRow(number, {}, f"the file breaks off here: {reason(error)}")

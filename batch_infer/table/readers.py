@@ -17,17 +17,18 @@ from batch_infer.table.parquet import Parquet, open_parquet
 from batch_infer.table.plain import open_plain
 from batch_infer.table.raw import Reader
 from batch_infer.table.scratch import Scratch
-from batch_infer.table.streams import reason
+from batch_infer.table.streams import reason, refuse_storage_fault
 
 
 def open_reader(file: TableFile, prompt: str, scratch: Scratch) -> tuple[Reader, Mapping[str, str]]:
     """A file whose columns are known, and the file's own name of each that has another now, since it has two of it.
 
-    `prompt` names its column of prompts. Raises TableError for an unreadable file.
+    `prompt` names its column of prompts. Raises TableError for an unreadable file, StorageError where the disk fails.
     """
     try:
         reader = _open(file, prompt, scratch)
     except (OSError, pa.ArrowException, csv.Error, UnicodeError) as error:
+        refuse_storage_fault(error, file.name)
         raise TableError(f"{file.name} cannot be read: {reason(error)}") from error
     if not reader.schema.names:
         raise TableError(f"{file.name} is empty")

@@ -11,7 +11,16 @@ from io import BufferedReader
 from batch_infer.errors import TableError
 from batch_infer.table.endings import TableFile
 from batch_infer.table.scratch import Scratch
-from batch_infer.table.streams import BUFFER, LONGEST, MAGIC, MAGIC_BYTES, UTF_8_MARK, open_unpacked, reason
+from batch_infer.table.streams import (
+    BUFFER,
+    LONGEST,
+    MAGIC,
+    MAGIC_BYTES,
+    UTF_8_MARK,
+    open_unpacked,
+    reason,
+    refuse_storage_fault,
+)
 from batch_infer.temporary import create_temporary
 
 NAME = "stdin"
@@ -29,6 +38,7 @@ def spool(scratch: Scratch) -> TableFile:
             shutil.copyfileobj(sys.stdin.buffer, copy, BUFFER)
         return _sniffed(TableFile(place, NAME, NAME, origin="stdin"))
     except OSError as error:
+        refuse_storage_fault(error, "standard input")
         raise TableError(f"-: standard input cannot be read: {reason(error)}") from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import io
 import lzma
@@ -16,7 +17,7 @@ from typing import Any, BinaryIO, TextIO, cast
 
 import pyarrow as pa
 
-from batch_infer.errors import RowError, TableError, first_line
+from batch_infer.errors import RowError, StorageError, TableError, first_line
 from batch_infer.table.endings import TableFile
 from batch_infer.temporary import create_temporary
 
@@ -38,6 +39,10 @@ MAGIC = {
 MAGIC_BYTES = 10
 PACKED = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
 
+_NAMES = ("ENOENT", "ENOTDIR", "EISDIR", "EACCES", "EPERM", "ELOOP", "ENAMETOOLONG", "ENXIO", "EINVAL")
+_OF_THE_FILE = {getattr(errno, name) for name in _NAMES}
+"""What the system answers where a path means no file that can be read. Other errors are of the disk or the network."""
+
 
 _OPENERS: dict[str, Callable[[BinaryIO], Any]] = {
     ".gz": lambda packed: gzip.GzipFile(fileobj=packed, mode="rb"),
@@ -45,6 +50,32 @@ _OPENERS: dict[str, Callable[[BinaryIO], Any]] = {
     ".xz": lzma.LZMAFile,
     ".zst": lambda packed: pa.CompressedInputStream(packed, "zstd"),
 }
+
+
+def refuse_storage_fault(error: Exception, name: str, *, was_opened: bool = False) -> None:
+    """Raise StorageError for an error of the system, such as EIO: it says nothing about what the file holds.
+
+    With `was_opened`, so is an error about a file that could be opened earlier, such as one that is gone.
+    """
+    if not isinstance(error, OSError) or error.errno in (None, errno.EINVAL):
+        return
+    if was_opened or error.errno not in _OF_THE_FILE:
+        raise StorageError(f"cannot read {name}: {reason(error)}; run the same command again to continue") from error
+
+
+class _File(io.FileIO):
+    """A file on disk. Errors while it is read are raised as StorageError that names the table."""
+
+    def __init__(self, file: TableFile) -> None:
+        super().__init__(file.path)
+        self._table = file.name
+
+    def readinto(self, buffer: Any, /) -> int | None:
+        try:
+            return super().readinto(buffer)
+        except OSError as error:
+            refuse_storage_fault(error, self._table)
+            raise
 
 
 class _Unpacked(io.RawIOBase):
@@ -81,9 +112,9 @@ class _Unpacked(io.RawIOBase):
 
 
 def open_unpacked(file: TableFile) -> io.BufferedReader:
-    """The bytes of a file as they are, but for its packing. Raises OSError."""
+    """The bytes of a file as they are, but for its packing. Raises OSError, and StorageError where the disk fails."""
     with ExitStack() as stack:
-        stream = stack.enter_context(file.path.open("rb"))
+        stream: io.BufferedReader = stack.enter_context(io.BufferedReader(_File(file), BUFFER))
         if file.packing and (start := stream.peek(MAGIC_BYTES)):
             if not MAGIC[file.packing].match(start):
                 raise OSError(f"it is not {PACKED[file.packing]}")
