@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,12 +15,13 @@ from batch_infer.atomic import (
     is_link,
     is_temporary,
     is_there,
+    list_names,
     own_marker,
     storing,
     sweep,
     sync_folder,
 )
-from batch_infer.errors import DamagedPart, SettingsError, UsageError
+from batch_infer.errors import DamagedPart, Interrupted, SettingsError, UsageError
 from batch_infer.jobs.out import LINKABLE, OURS, mark_half_cleared, read_run
 from batch_infer.manifest import Manifest, read_part
 from batch_infer.sinks import FolderSink, is_aside, path_before_aside, stored_path
@@ -34,9 +35,10 @@ def refuse_to_clear(out: Path) -> None:
         )
 
 
-def clear(out: Path) -> None:
-    """Remove what earlier runs made in OUT, and nothing else. Raises UsageError where OUT is not a run's, StorageError.
+def clear(out: Path, stop: Callable[[], bool] = lambda: False) -> None:
+    """Remove what earlier runs made in OUT, except logs/, and nothing else.
 
+    Raises UsageError where OUT is not a run's, StorageError, and Interrupted where `stop` says so on the way.
     run.json says first that OUT is being cleared, and is removed last: killed at any moment between, OUT holds no
     results for any command, and the next run continues. Where images/ or quarantine/ is a link to a larger disk, the
     link stays, and of what it leads to only the files are removed that the manifest names.
@@ -48,11 +50,20 @@ def clear(out: Path) -> None:
     linked = [name for name in LINKABLE if is_link(out / name)]
     if linked:
         _remove_named_images(out)
-    for name in ("manifest", *(name for name in OURS if name not in ("manifest", "run.json", *linked))):
-        _remove(out / name)
+    for name in ("manifest", *(name for name in OURS if name not in ("manifest", "logs", "run.json", *linked))):
+        for path in (*_folders(out / name), out / name):
+            if stop():
+                raise Interrupted(f"stopped while --overwrite removed what {out} held; run again to continue")
+            _remove(path)
     with storing(out):
         sync_folder(out)
     _remove(out / "run.json")
+
+
+def _folders(path: Path) -> Iterator[Path]:
+    """Return the folders in one, none for a file."""
+    inner = (path / name for name in (list_names(path) if is_folder(path) else ()))
+    return (folder for folder in inner if is_folder(folder))
 
 
 def _remove(path: Path) -> None:
