@@ -595,6 +595,54 @@ def test_a_rescoring_that_was_killed_can_be_taken_back(
     runs.assert_whole(out)
 
 
+def test_a_rescoring_after_a_run_that_was_killed_is_counted_and_kept(
+    unjudged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second run is killed: `status` says what is left, and the third does not take new images for damaged ones."""
+    shutil.copytree(unjudged, tmp_path / "folder")
+    out, path = tmp_path / "folder" / "out", tmp_path / "folder" / "t.csv"
+    with path.open("a", newline="") as stream:
+        csv.writer(stream).writerows([[""], *([prompt] for prompt in CROSSES)])
+    judged = ("--safety", "checker", "--on-flagged", "blank")
+
+    def standing() -> dict[str, Any]:
+        told = json.loads(runs.command("status", out, "--json").stdout)
+        counts = {name: count for name, count in told["counts"].items() if count}
+        return {"state": told["state"], "left": told["left"], **counts, "total": sum(counts.values()) + told["left"]}
+
+    def dying(moment: int) -> Callable[..., str]:
+        calls = [moment]
+
+        def commit(self: Manifest, *arguments: Any) -> str:
+            calls[0] -= 1
+            if not calls[0]:
+                raise Killed
+            return real(self, *arguments)
+
+        return commit
+
+    real: Callable[..., str] = vars(Manifest)["commit"]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("batch_infer.worker.committing.COMMIT_ROWS", 2)
+        patch.setattr(Manifest, "commit", dying(3))  # the invalid row is first
+        runs.run(path, out, *SHARP, "--safety", "none", "--slots", "2")
+    assert standing() == {"state": "stopped", "left": 1, "ok": 8, "invalid": 1, "total": 10}
+    monkeypatch.setattr("batch_infer.jobs.rescore.BATCH", 3)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Manifest, "commit", dying(2))
+        runs.command("rescore", out, *judged)
+    found = standing()
+    assert (found["state"], found["left"], found["total"]) == ("rescoring", 1, 10)
+    assert runs.command("rescore", out, *judged).code == 0
+    found = standing()
+    assert (found["state"], found["left"], found["total"]) == ("stopped", 1, 10)
+    assert found["flagged"] >= 1
+    done = runs.run(path, out, *SHARP, *judged, "--json")
+    assert json.loads(done.stdout)["rendered"] == 1, done.stderr
+    assert "missing or not whole" not in done.stderr
+    runs.assert_whole(out)
+
+
 def test_images_with_more_text_than_pillow_takes_are_judged(tmp_path: Path) -> None:
     """And one that cannot be opened costs no other row its verdict, and does not lock OUT."""
     out, path = tmp_path / "out", table(tmp_path, CROSSES)

@@ -63,5 +63,5 @@ def _print(standing: Standing, out: Path) -> None:
         say("run the same command again to continue")
     if standing.state == "unknown":
         say(f"{out / '.lock'} may not be read by this user, so whether a run is working there is not known")
-    if standing.state == "rescoring":
+    if standing.state == "rescoring" and not standing.holder:
         say("its images are being checked again: run the same `batch-infer rescore` to continue")

@@ -39,8 +39,8 @@ class Job:
 
     @property
     def number(self) -> int:
-        """The number of this run among those of its OUT, from 1."""
-        return int(self.record["run_number"])
+        """The number of this run among those of its OUT, from 1; 0 for an endpoint's."""
+        return int(self.record.get("run_number", 0))
 
     def items(self) -> Iterator[Item]:
         """Every row of the tables, in input order."""

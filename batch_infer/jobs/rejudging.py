@@ -77,7 +77,7 @@ class Rejudging:
         """Loads the checker, where it is to be asked. Raises ModelError, SettingsError."""
         self._settings, self._card = settings, card
         self._sink = FolderSink(settings.out, images.SUFFIX[settings.output.image_format])
-        self._manifest, self._name = Manifest(settings.out), worker_name(0)
+        self._manifest, self._name = Manifest(settings.out, record.get("run_number") or 0), worker_name(0)
         asks_checker = settings.safety.asks_checker(has_checker=card.has_checker)
         self._judge = _load_judge(settings, card, record) if asks_checker else None
         self._gate = gate_of(settings.safety.service, stop)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any, get_args
 
@@ -42,26 +41,6 @@ class Standing:
         return asdict(self)
 
 
-@dataclass(frozen=True, slots=True)
-class _Survey:
-    """What a run found when it looked through the tables: `before` counts by status what it left as it was."""
-
-    total: int
-    pending: int
-    before: Counter[str]
-    rendering_since: datetime | None
-    """When the first worker was ready; None before."""
-    in_flight: int
-    """Results that are under way together: a rate is given once so many are committed."""
-
-    @classmethod
-    def of(cls, record: RunRecord) -> _Survey | None:
-        if (survey := record.survey) is None:
-            return None
-        before = Counter(survey.standing) + Counter(invalid=survey.invalid)
-        return cls(survey.total, survey.pending, before, record.rendering_since, record.in_flight)
-
-
 def status(out: Path) -> Standing:
     """Look at OUT, without holding it. Raises UsageError where it holds no run."""
     record = parse_record(outdir.known_run(out))
@@ -73,47 +52,50 @@ def status(out: Path) -> Standing:
     standing = Standing(state, holder, require(record.started_at, "started_at", out))
     is_open = not require(record.settings, "settings", out).table.tables
     summary = record.summary or (None if is_open else record.merged)
-    if summary is not None and not holder:
+    if summary is not None:  # a run that works there now has not scanned its tables yet
         standing.counts = {name: getattr(summary, name) for name in STATUSES}
         standing.left = summary.left
-        standing.images_per_second = summary.images_per_second
-        standing.state = "stopped" if standing.left else "finished"
-        standing.state = "rescoring" if record.rescoring else standing.state
-        return standing
-    if is_open:
-        standing.state = "open"
-    standing.is_stale = standing.state == "stopped"
-    _count(standing, _Survey.of(record), Manifest(out), record.run_number)
+        if not holder:
+            standing.images_per_second = summary.images_per_second
+            standing.state = "stopped" if standing.left else "finished"
+    else:
+        standing.state = "open" if is_open else standing.state
+        standing.is_stale = standing.state == "stopped" and not record.rescoring
+        _count(standing, record, Manifest(out))
+    standing.state = "rescoring" if record.rescoring else standing.state
     return standing
 
 
-def _count(standing: Standing, survey: _Survey | None, manifest: Manifest, run: int | None) -> None:
+def _count(standing: Standing, record: RunRecord, manifest: Manifest) -> None:
     """Count what the run found done when it scanned the tables, and what it has committed since.
 
-    All that the manifest holds is counted where the scan has not ended, and in an OUT of an earlier version, which
-    has no run number.
+    All that the manifest holds is counted where the scan has not ended, while images are rescored, which commits
+    results of earlier runs again, and in an OUT of an earlier version, which has no run number.
     """
-    before, since_run = (Counter[str](), 0) if survey is None or run is None else (survey.before, run)
-    with manifest.index(since_run) as index:
+    survey, run = record.survey, record.run_number
+    is_partial = survey is not None and run is not None and not record.rescoring
+    with manifest.index(run if is_partial and run else 0) as index:
         committed = index.statuses()
-    counts = committed + before
-    standing.counts = {name: counts[name] for name in STATUSES}
+    standing.counts = {name: committed[name] for name in STATUSES}
     if survey is None:
         return
-    if run is None:
-        standing.left = max(0, survey.total - counts.total())
+    if not is_partial:
+        standing.left = max(0, survey.total - committed.total())
         return
-    standing.left = max(0, survey.pending - committed.total()) + survey.before["left"]
+    rendered = committed - Counter(invalid=committed["invalid"])
+    counts = Counter(survey.standing) + Counter(invalid=survey.invalid) + rendered
+    standing.counts = {name: counts[name] for name in STATUSES}
+    standing.left = max(0, survey.pending - rendered.total()) + counts["left"]
     if standing.holder:
-        _rate(standing, survey, committed)
+        _rate(standing, record, rendered)
 
 
-def _rate(standing: Standing, survey: _Survey, rendered: Counter[str]) -> None:
+def _rate(standing: Standing, record: RunRecord, rendered: Counter[str]) -> None:
     """Divide by the time until now, so that a run that commits nothing more is seen to slow down."""
     committed = rendered.total()
-    if survey.rendering_since is None or committed < max(1, survey.in_flight):
+    if record.rendering_since is None or committed < max(1, record.in_flight):
         return
-    took = (now() - survey.rendering_since).total_seconds()
+    took = (now() - record.rendering_since).total_seconds()
     if took > 0 and standing.left is not None:
         standing.images_per_second = round((rendered["ok"] + rendered["flagged"]) / took, 3)
         standing.seconds_left = round(standing.left * took / committed)

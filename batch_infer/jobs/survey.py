@@ -126,7 +126,7 @@ class _Invalid:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._manifest, self._sink = Manifest(job.settings.out), FolderSink(job.settings.out)
+        self._manifest, self._sink = Manifest(job.settings.out, job.number), FolderSink(job.settings.out)
         self._rows: list[ResultRow] = []
         self._size = 0
         self._obsolete: list[str] = []
