@@ -45,7 +45,7 @@ from batch_infer.manifest import Index, Manifest
 from batch_infer.planning import LeavesAlone, in_order, is_done, pending
 from batch_infer.records import ResultRow, now
 from batch_infer.settings import Compute, RunSettings
-from batch_infer.stopping import GRACE_SECONDS, deferred
+from batch_infer.stopping import GRACE_SECONDS, StopRequested, deferred
 from batch_infer.worker import WorkerSettings, least, peak_memory, together
 
 LISTING_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
@@ -220,8 +220,10 @@ class _Run:
     ) -> None:
         """Merge what is committed where rendering ends with an error, a bug included, without hiding that error."""
         if isinstance(error, Exception) and self._committed:
-            with suppress(BatchInferError):
+            try:
                 self._merge(survey)
+            except BatchInferError as fault:
+                self._warn_of_stale_results(fault)
 
     def _warn_of_threads(self) -> None:
         workers, compute = self._engine.workers, self._job.compute
@@ -260,14 +262,23 @@ class _Run:
 
         File systems on a network, NFS and FUSE among them, may show a directory as it was up to a minute ago.
         """
-        if self._has_invalid and not self._job.tables.changed():
-            commit_invalid(self._job)
-            self._has_invalid = False
-        for seconds in LISTING_SECONDS:
-            with suppress(MissingResults):
-                return self._merge_once(survey)
-            time.sleep(seconds)
-        return self._merge_once(survey)
+        try:
+            if self._has_invalid and not self._job.tables.changed():
+                commit_invalid(self._job)
+                self._has_invalid = False
+            for seconds in LISTING_SECONDS:
+                with suppress(MissingResults):
+                    return self._merge_once(survey)
+                time.sleep(seconds)
+            return self._merge_once(survey)
+        except StopRequested:
+            self._warn_of_stale_results("there was no time to merge")
+            raise
+
+    def _warn_of_stale_results(self, reason: object) -> None:
+        """Say that results.* lack what this run has committed."""
+        path = self._out / "results.parquet"
+        log.warning("%s was not updated (%s): run `batch-infer merge %s`", path, reason, self._out)
 
     def _merge_once(self, survey: Survey) -> Counts:
         """By the tables, or by the manifest alone where the tables have changed under the run: no result is lost."""
