@@ -262,8 +262,14 @@ def distinguishes_case(folder: Path) -> bool:
             probe.unlink(missing_ok=True)
 
 
-def sweep(folder: Path, ours: Callable[[str], bool] = is_temporary) -> list[Path]:
-    """Remove the files of one folder that have such names and return the folders in it, links to folders left out.
+def _unlink(path: Path) -> None:
+    path.unlink(missing_ok=True)
+
+
+def sweep(
+    folder: Path, ours: Callable[[str], bool] = is_temporary, remove: Callable[[Path], object] = _unlink
+) -> list[Path]:
+    """Call `remove` with the files of one folder that have such names and return the folders in it, but no links.
 
     No file is opened or statted, however many there are. Raises OSError.
     """
@@ -273,7 +279,7 @@ def sweep(folder: Path, ours: Callable[[str], bool] = is_temporary) -> list[Path
             if entry.is_dir(follow_symlinks=False):
                 folders.append(Path(entry.path))
             elif ours(entry.name):
-                Path(entry.path).unlink(missing_ok=True)
+                remove(Path(entry.path))
     return folders
 
 

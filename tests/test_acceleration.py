@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
+from torch._dynamo.exc import BackendCompilerFailed
 
 from batch_infer.chain import pace
 from batch_infer.errors import CompilationError
+from batch_infer.models import acceleration
 from batch_infer.models.acceleration import Compiled, is_compiled, speed_up
 from batch_infer.stages import Stages
 from tests.rendering import CPU, furthest, load_family, make_request, render
@@ -54,6 +59,63 @@ def test_what_cannot_be_compiled_is_an_error_that_names_the_way_out() -> None:
     for _ in range(2):
         with pytest.raises(CompilationError, match=r"torch.compile failed \(.*; --no-compile turns it off"):
             network(torch.zeros(1))
+
+
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """The compiler's cache folder, which is the test's own."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(acceleration, "_cache", made := acceleration.CompilerCache())
+    yield tmp_path / "cache"
+    made.close()
+
+
+def test_what_fails_with_a_cache_is_compiled_once_more_without(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class FileFault(BackendCompilerFailed):
+        def __init__(self) -> None:
+            RuntimeError.__init__(self, "OSError: a.so: file too short")
+
+    folders = []
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        folders.append(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+        if len(folders) != 2:
+            raise FileFault
+        return x
+
+    network = Compiled(lambda x: x)
+    network._compiled = forward
+    network(torch.zeros(1))
+    assert folders[0] == str(cache) != folders[1]
+    assert (
+        f"file too short); compiling again with an empty cache, because files in {cache} may be damaged" in caplog.text
+    )
+    with pytest.raises(CompilationError, match="file too short.*--no-compile"):
+        network(torch.zeros(1))
+    assert folders[1:] == [folders[1]] * 2
+
+
+@pytest.mark.promises
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("ending", ["so", "py"])
+def test_a_cache_of_truncated_files_is_no_error(ending: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed process leaves such files."""
+    network = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3), torch.nn.SiLU()).eval()
+    found = []
+    for name in ("whole", "truncated"):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache / name))
+        torch._dynamo.reset()
+        torch._inductor.utils.clear_inductor_caches()
+        with torch.inference_mode():
+            found.append(Compiled(network.forward)(torch.ones(1, 4, 8, 8)))
+        if name == "whole":
+            shutil.copytree(cache / "whole", cache / "truncated")  # another folder: loaded files are not to be touched
+            files = list((cache / "truncated").rglob(f"*.{ending}"))
+            assert files
+            for file in files:
+                os.truncate(file, 100)
+    assert torch.equal(*found)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] != str(cache / "truncated")
 
 
 def test_memory_that_ends_in_a_compiled_network_is_told_as_such() -> None:

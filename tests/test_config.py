@@ -45,6 +45,34 @@ def test_the_flag_beats_the_environment_and_that_the_file(file: Path, monkeypatc
     assert parsed("t.csv", "--config", str(file), "--steps", "10")["steps"] == 10
 
 
+@pytest.mark.parametrize("content", ['steps = "ten"', "num-inference-steps = [1, 2]"])
+def test_a_wrong_value_that_is_replaced_is_not_read(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (path := tmp_path / "job.toml").write_text(content)
+    assert parsed("t.csv", "--config", str(path), "--steps", "10")["steps"] == 10
+    assert command("run", "--config", path, "--help").code == 0
+    monkeypatch.setenv("BATCH_INFER_STEPS", "20")
+    assert parsed("t.csv", "--config", str(path))["steps"] == 20
+    monkeypatch.setenv("BATCH_INFER_STEPS", "twenty")
+    assert parsed("t.csv", "--steps", "10")["steps"] == 10
+    path.write_text(content + "\nstepps = 3")
+    with pytest.raises(SettingsError, match="there is no option 'stepps'"):
+        parsed("t.csv", "--config", str(path), "--steps", "10")
+
+
+def test_two_names_of_one_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As flags, the last one counts; as variables, there is no last one."""
+    assert parsed("t.csv", "--steps", "3", "--num-inference-steps", "4")["steps"] == 4
+    assert parsed("t.csv", "--num-inference-steps", "4", "--steps", "3")["steps"] == 3
+    monkeypatch.setenv("BATCH_INFER_STEPS", "")
+    monkeypatch.setenv("BATCH_INFER_NUM_INFERENCE_STEPS", "4")
+    assert parsed("t.csv")["steps"] == 4
+    monkeypatch.setenv("BATCH_INFER_STEPS", "3")
+    with pytest.raises(SettingsError, match="BATCH_INFER_STEPS and BATCH_INFER_NUM_INFERENCE_STEPS are names of one"):
+        parsed("t.csv")
+
+
 def test_the_file_itself_can_come_from_the_environment(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BATCH_INFER_CONFIG", str(file))
     assert parsed("t.csv")["steps"] == 30
@@ -73,6 +101,9 @@ def test_one_file_serves_every_command(file: Path, name: str) -> None:
         ("[run]\nsteps = 3", "there is no option 'run'"),
         ("steps = \nx", "is not TOML: .*line 1"),
         ("config = 'other.toml'", "there is no option 'config'"),
+        ("steps = 3\nnum-inference-steps = 3", "steps and num-inference-steps are names of one option; remove one"),
+        ("batch_size = 8\nslots = 4", "batch_size and slots are names of one option"),
+        ("guidance-scale = 3\nguidance_scale = 3", "guidance-scale and guidance_scale are names of one option"),
     ],
 )
 def test_a_slip_in_the_file_is_named(tmp_path: Path, content: str, sentence: str) -> None:

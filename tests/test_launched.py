@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -231,15 +232,27 @@ def test_a_note_of_another_user_is_ignored(tmp_path: Path, monkeypatch: pytest.M
     assert found.key == key
 
 
+@pytest.mark.parametrize("skew", [0.0, -3600.0, 3600.0], ids=["", "slow server", "fast server"])
 def test_a_rank_that_comes_after_rank_0_has_ended_does_not_wait(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    skew: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The clock of the file server that gives files their times may differ from that of this machine."""
+    touch = Path.touch
+
+    def touch_by_server(path: Path, *args: Any, **kwargs: Any) -> None:
+        touch(path, *args, **kwargs)
+        os.utime(path, (time.time() + skew,) * 2)
+
+    monkeypatch.setattr(Path, "touch", touch_by_server)
     monkeypatch.setattr(engine_of_launches, "LATE_SECONDS", 0.0)
     with Launched("cpu", Place(0, 2, 0, 2, "127.0.0.1", "this launch"), tmp_path):
         pass
+    note = tmp_path / MEETING
+    os.utime(note, (note.stat().st_mtime + skew,) * 2)
     assert find_rank_0(tmp_path, "this launch", lambda: False) is None
+    assert [path.name for path in tmp_path.iterdir()] == [MEETING]
     monkeypatch.setattr(engine_of_launches, "COMING_SECONDS", 0.0)
-    monkeypatch.setattr(engine_of_launches, "STARTED", time.time() + 60)
+    monkeypatch.setattr(engine_of_launches, "STARTED", time.monotonic() + 60)
     with pytest.raises(ServiceError, match="rank 0 has not come"):  # that was an earlier launch of the same name
         find_rank_0(tmp_path, "this launch", lambda: False)
 

@@ -299,6 +299,7 @@ def test_a_revision_is_of_the_hub(own: Path) -> None:
         ("HeunScheduler", "diffusers has no scheduler HeunScheduler; did you mean .*HeunDiscreteScheduler"),
         ("EulerDiscretScheduler", "did you mean EulerDiscreteScheduler"),
         ("UNet2DConditionModel", "diffusers has no scheduler UNet2DConditionModel"),
+        ("DDIMScheduler:eta=0.0", "DDIMScheduler has no option eta; eta is an argument of its step method"),
         ("DDIMScheduler:use_karras_sigmas=true", "DDIMScheduler has no option use_karras_sigmas; it has .*clip_sample"),
         (
             "euler:use_karras_sigma=true",

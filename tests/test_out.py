@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from batch_infer.errors import LockedError, SettingsError, StorageError, UsageError
+from batch_infer.errors import Interrupted, LockedError, SettingsError, StorageError, UsageError
 from batch_infer.jobs import cleanup
 from batch_infer.jobs import out as outdir
 from batch_infer.manifest import Manifest
@@ -120,7 +120,8 @@ def test_clearing_removes_what_runs_made_and_nothing_else(out: Path, tmp_path: P
     (tmp_path / "elsewhere" / "precious").touch()
     (out / "logs" / "link").symlink_to(tmp_path / "elsewhere")
     cleanup.clear(out)
-    assert [path for path in sorted(out.rglob("*")) if path.is_file()] == sorted(others)
+    kept = [*others, out / "logs" / "worker-0.log"]  # this run's own log is open already
+    assert [path for path in sorted(out.rglob("*")) if path.is_file()] == sorted(kept)
     assert (tmp_path / "elsewhere" / "precious").exists()
 
 
@@ -184,6 +185,14 @@ def test_what_is_killed_while_it_clears_is_cleared_by_the_next_run(
         assert not (out / "run.json").exists()
         assert not (out / "images" / "t-00000" / "b-0.png").exists()
     assert step > 5
+
+
+def test_a_stop_while_out_is_cleared_is_heeded(out: Path) -> None:
+    full(out)
+    with pytest.raises(Interrupted, match="run again"):
+        cleanup.clear(out, lambda: not (out / "manifest").exists())
+    assert outdir.is_half_cleared(out)
+    assert (out / "images" / "t-00000" / "a-0.png").exists()
 
 
 def dying(real: Callable[..., Any], left: list[int]) -> Callable[..., Any]:

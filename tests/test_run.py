@@ -12,6 +12,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,9 +27,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from batch_infer.cli.names import variables_of_option
-from batch_infer.cli.progress import Together
+from batch_infer.cli.progress import Together, make_progress
 from batch_infer.cli.run import run as run_command
-from batch_infer.errors import StorageError
+from batch_infer.errors import Interrupted, ModelError, StorageError
 from batch_infer.jobs.run import run as score
 from batch_infer.manifest import SCHEMA
 from batch_infer.models import DEMO_MODEL
@@ -658,10 +659,12 @@ def test_capitals_of_ids_stay_in_file_names(tmp_path: Path, out: Path, monkeypat
     assert_whole(out)
 
 
-def test_overwrite_begins_anew(table: Path, out: Path) -> None:
+@pytest.mark.parametrize("processes", ["0", pytest.param("2", marks=pytest.mark.promises)])
+def test_overwrite_begins_anew(table: Path, out: Path, processes: str) -> None:
     run(table, out, "--results", "csv", "--image-format", "jpeg")
     (out / "notes.txt").write_text("mine")
-    done = run(table, out, "--scheduler", "EulerDiscreteScheduler", "--overwrite", "--limit", "2", "--json")
+    options = ("--scheduler", "EulerDiscreteScheduler", "--num-processes", processes)
+    done = run(table, out, *options, "--overwrite", "--limit", "2", "--json")
     assert (done.code, json.loads(done.stdout)["rendered"]) == (0, 2)
     assert {row["scheduler"] for row in results(out)} == {"EulerDiscreteScheduler"}
     assert (out / "notes.txt").read_text() == "mine"
@@ -677,6 +680,46 @@ def test_overwrite_removes_nothing_for_a_run_that_cannot_be(table: Path, out: Pa
     before = hashes(out)
     assert run(table, out, "--overwrite", *options).code == 2
     assert hashes(out) == before
+    assert_whole(out)
+
+
+def test_overwrite_removes_nothing_for_a_model_that_does_not_load(
+    table: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(table, out, "--image-format", "jpeg")
+    files = {path: path.read_bytes() for path in out.rglob("[!.]*") if path.is_file() and path.suffix != ".log"}
+
+    def load(*_: Any) -> None:
+        raise ModelError("the weights do not fit")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("batch_infer.engines.inline.load_chain", load)
+        done = run(table, out, "--overwrite", "--scheduler", "EulerDiscreteScheduler")
+    assert (done.code, "the weights do not fit" in done.stderr) == (2, True)
+    assert {path: path.read_bytes() for path in files} == files
+    assert images(out) == {path.relative_to(out).as_posix() for path in files if path.suffix == ".jpg"}
+    assert json.loads(run(table, out, "--image-format", "jpeg", "--json").stdout)["rendered"] == 0
+
+
+def test_overwrite_removes_nothing_for_a_run_that_is_stopped_before_the_model_is_loaded(table: Path, out: Path) -> None:
+    run(table, out)
+    before = hashes(out)
+    with pytest.raises(Interrupted, match="stopped before --overwrite removed what .* holds"):
+        score(replace(settings_of(table, out), overwrite=True), make_progress(shown=False), lambda: True)
+    assert hashes(out) == before
+    assert_whole(out)
+
+
+@pytest.mark.parametrize("valid", [True, False])
+def test_overwrite_accounts_for_invalid_rows(tmp_path: Path, out: Path, valid: bool) -> None:
+    table = write_csv(tmp_path / "t.csv", [["prompt"], [""], *([["a red circle"]] * 2)])
+    assert run(table, out).code == 3
+    table = write_csv(tmp_path / "t.csv", [["prompt", "seed"], ["x", "-1"], *([["a blue circle", "3"]] * valid)])
+    done = run(table, out, "--overwrite", "--json")
+    assert done.code == 3, done.stderr
+    assert done.stderr.count("seed '-1' is not within") == 1
+    assert [row["status"] for row in results(out)] == ["invalid", *(["ok"] * valid)]
+    assert (json.loads(done.stdout)["invalid"], json.loads(done.stdout)["left"]) == (1, 0)
     assert_whole(out)
 
 

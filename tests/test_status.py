@@ -13,6 +13,7 @@ import pytest
 
 from batch_infer.errors import StorageError
 from batch_infer.jobs import out as outdir
+from batch_infer.stopping import StopRequested
 from tests.paced import MODULE
 from tests.runs import command, results, run, settings_of, start, wait_for
 from tests.tables import write_csv
@@ -68,7 +69,7 @@ def test_a_run_that_goes_on_and_is_killed(table: Path, out: Path) -> None:
     assert command("status", out).stdout.endswith("run the same command again to continue\n")
     assert command("merge", out).code == 0
     assert len(results(out)) == 26 - stopped["left"]
-    assert status(out) == stopped
+    assert status(out) == {**stopped, "is_stale": False}
     assert run(table, out).code == 3
     assert status(out)["state"] == "finished"
 
@@ -106,6 +107,30 @@ def test_a_run_that_stopped_early_says_what_is_left(table: Path, out: Path) -> N
     score(settings_of(table, out), Together(), stop=lambda: True)
     told = status(out)
     assert (told["state"], told["left"], told["counts"]["invalid"]) == ("stopped", 25, 1)
+
+
+def test_results_that_a_stopped_run_did_not_update_are_recognised(
+    table: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run says so, and `status` does until they are merged."""
+    assert run(table, out, "--limit", "2").code == 3
+    assert not status(out)["is_stale"]
+    before = (out / "results.parquet").read_bytes()
+
+    def merge(*_: Any) -> None:
+        raise StopRequested
+
+    with monkeypatch.context() as patch:
+        patch.setattr("batch_infer.jobs.run.merge", merge)
+        done = run(table, out)
+    assert done.code == 75
+    assert f"{out}/results.parquet was not updated (there was no time to merge): run `batch-infer merge" in done.stderr
+    assert (out / "results.parquet").read_bytes() == before
+    assert status(out)["is_stale"]
+    assert f"`batch-infer merge {out}` updates them" in command("status", out).stdout
+    assert command("merge", out).code == 0
+    assert not status(out)["is_stale"]
+    assert len(results(out)) == 26
 
 
 def test_looking_disturbs_nobody(table: Path, out: Path) -> None:

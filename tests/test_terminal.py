@@ -177,8 +177,8 @@ def test_the_current_folder_is_removed_while_a_run_renders(
             folder.rmdir()
         return chain
 
-    def look_through(*arguments: Any) -> Any:
-        found = walk(*arguments)
+    def look_through(*arguments: Any, **more: Any) -> Any:
+        found = walk(*arguments, **more)
         if moment == "before":
             folder.rmdir()
         return found

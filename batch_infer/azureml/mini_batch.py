@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from batch_infer.atomic import KnownFolder, is_there, list_names
 from batch_infer.azureml.claims import Claim, Claims
-from batch_infer.azureml.deployment import Deployment
+from batch_infer.azureml.deployment import Deployment, read_run
 from batch_infer.azureml.folders import Folder, by_folder, joined
 from batch_infer.azureml.rendering import Rendering
 from batch_infer.errors import DamagedPart, SettingsError, StorageError, TableError
@@ -21,7 +21,7 @@ from batch_infer.jobs import out as outdir
 from batch_infer.jobs.job import Job
 from batch_infer.jobs.merge import Counts, results_of
 from batch_infer.jobs.record import refuse_other
-from batch_infer.jobs.recovery import set_aside
+from batch_infer.jobs.recovery import restore, set_aside
 from batch_infer.jobs.survey import look_through
 from batch_infer.manifest import SCHEMA, Index, Manifest
 from batch_infer.planning import Committed, Item, is_done, pending, place_of
@@ -97,7 +97,7 @@ class MiniBatches:
         This is checked for every mini-batch too: on file systems without hard links, two workers that start at the same
         moment may both write run.json, and then one of them is refused here.
         """
-        if (found := outdir.read_run(self._out)) is None:
+        if (found := read_run(self._out)) is None:
             return
         try:
             refuse_other(found, self._deployment.record, self._out)
@@ -186,9 +186,10 @@ class MiniBatches:
         """Remove what a worker has left that died over these files."""
         stems = {stem for name in names for stem in possible_names(Source(name, 0).stem)}
         folders = [path for kind in ("images", "quarantine") for stem in stems for path in self._folders(kind, stem)]
-        cleanup.remove_abandoned(
-            [self._out, self._manifest.folder, *(self._out / name for name in outdir.LINKABLE), *folders]
-        )
+        everywhere = [self._out, self._manifest.folder, *(self._out / name for name in outdir.LINKABLE), *folders]
+        if originals := cleanup.remove_abandoned(self._out, everywhere):
+            self._catch_up_with_results()
+            restore(self._out, self._index, originals)
 
     def _folders(self, kind: str, stem: str) -> Iterator[Path]:
         folder = self._out / kind

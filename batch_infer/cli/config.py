@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
 from batch_infer.cli.logs import settle_format
-from batch_infer.cli.names import check_environment, options_of, suggest
+from batch_infer.cli.names import check_environment, options_of, suggest, variables_of_option
 from batch_infer.errors import SettingsError
 
 
@@ -46,18 +47,48 @@ def _load(context: click.Context, _: click.Parameter, path: Path | None) -> None
     group = context.parent.command if context.parent else context.command
     if isinstance(group, click.Group):
         check_environment(os.environ, group)
+    own = options_of(context.command)
+    for option in own.values():
+        _refuse_two([name for name in variables_of_option(option) if os.environ.get(name)], "environment")
     if path is None:
         return
-    known, own = options_of(group), options_of(context.command)
-    found = {}
+    known = options_of(group)
+    values: dict[str, _Value] = {}
     for key, value in _read(path).items():
         name = key.replace("_", "-")
         if name not in known:
             raise SettingsError(f"{path}: there is no option {key!r}{_near(name, known)}")
         if name in own:  # one file may serve several commands
             option = own[name]
-            found[str(option.name)] = _checked(value, option, context, f"{path}: {key} = {value!r}")
-    context.default_map = {**(context.default_map or {}), **found}
+            if earlier := values.get(str(option.name)):
+                _refuse_two([earlier.key, key], str(path))
+            values[str(option.name)] = _Value(value, option, context, path, key)
+    context.default_map = {**(context.default_map or {}), **values}
+
+
+def _refuse_two(names: list[str], where: str) -> None:
+    """Raise SettingsError for several names of one option."""
+    if len(names) > 1:
+        raise SettingsError(f"{where}: {' and '.join(names)} are names of one option; remove one of them")
+
+
+@dataclass(frozen=True)
+class _Value:
+    """A value of the file, which click calls for only where neither a flag nor the environment replaces it."""
+
+    value: Any
+    option: click.Option
+    context: click.Context
+    path: Path
+    key: str
+
+    def __call__(self) -> Any:
+        """Return the value as it would be typed after the option. Raises SettingsError."""
+        return _checked(self.value, self.option, self.context, f"{self.path}: {self.key} = {self.value!r}")
+
+    def __str__(self) -> str:
+        """Return the default that --help shows."""
+        return str(self.value)
 
 
 config_option = click.option(

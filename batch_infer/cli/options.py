@@ -252,7 +252,9 @@ job_options = _together(
         help="Replace finished images where a default, such as --steps, differs from that of the run that made them. "
         "Without it such a run stops before it renders anything.",
     ),
-    click.option("--overwrite", is_flag=True, help="Remove what earlier runs made in OUT and start anew."),
+    click.option(
+        "--overwrite", is_flag=True, help="Start anew: remove what earlier runs made in OUT, once the model is loaded."
+    ),
 )
 """All that says what is to be done, for `run` and for its dry run."""
 

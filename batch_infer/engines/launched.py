@@ -26,7 +26,7 @@ import msgspec
 
 from batch_infer.atomic import KnownFolder
 from batch_infer.engines.local import Local
-from batch_infer.engines.meeting import MEETING, Note, read_note, write_note
+from batch_infer.engines.meeting import MEETING, Note, age_of, read_note, write_note
 from batch_infer.engines.messages import Hello, Stop, decode_from_worker, encode
 from batch_infer.engines.peers import Peer, hang_up
 from batch_infer.engines.rank import Parent, Seat, work
@@ -44,7 +44,7 @@ LATE_SECONDS = 20.0
 GREETING_SECONDS = 30.0
 """How long a connection may take to prove that it knows the key."""
 GREETING_BYTES = 256
-STARTED = time.time()
+STARTED = time.monotonic()
 """When this process started."""
 
 log = logging.getLogger("batch_infer")
@@ -203,7 +203,8 @@ def join(here: Place, asked: str, out: Path, card: ModelCard, stop: Callable[[],
 def find_rank_0(out: Path, launch: str, stop: Callable[[], bool]) -> Connection | None:
     """Find rank 0; None where `stop` said so before, or where rank 0 of this launch has ended.
 
-    The note of another launch is not for us, and ours will follow; so is one of another user.
+    The note of another launch is not for us, and ours will follow; so is one of another user. Launches may share a
+    name, so a note that rank 0 has ended counts where it is younger than this process.
     """
     deadline, said = time.monotonic() + COMING_SECONDS, ""
     while not stop():
@@ -213,7 +214,7 @@ def find_rank_0(out: Path, launch: str, stop: Callable[[], bool]) -> Connection 
                 log.warning("%s", found)
             said = found
         elif found is not None and found.note.launch == launch:
-            if found.note.has_ended and found.written_at >= STARTED:
+            if found.note.has_ended and age_of(found, out) <= time.monotonic() - STARTED:
                 return None
             if not found.note.has_ended and (link := _connect(found.note, found.key)) is not None:
                 return link

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from batch_infer.atomic import replacing
+from batch_infer.atomic import replacing, storing, temporary_of
 from batch_infer.errors import SettingsError
 
 MEETING = ".crew"
@@ -35,7 +35,7 @@ class Note(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """A note that can be trusted, the key for the connection, and when the note was written."""
+    """A note that can be trusted, the key for the connection, and when the note was written by OUT's file system."""
 
     note: Note
     key: bytes
@@ -78,6 +78,20 @@ def read_note(out: Path) -> Read | str | None:
             return Read(note, _derived(secret) if secret else bytes.fromhex(note.key), status.st_mtime)
         except (OSError, ValueError):  # of another version, or half read
             return None
+
+
+def age_of(found: Read, out: Path) -> float:
+    """Return the seconds since a note in OUT was written. Raises StorageError.
+
+    A file that is written now gives the time: a file server's clock need not agree with this machine's.
+    """
+    probe = temporary_of(out / MEETING)
+    with storing(probe):
+        probe.touch()
+        try:
+            return probe.stat().st_mtime - found.written_at
+        finally:
+            probe.unlink(missing_ok=True)
 
 
 def _is_own(status: os.stat_result) -> bool:

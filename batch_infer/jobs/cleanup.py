@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,15 +15,16 @@ from batch_infer.atomic import (
     is_link,
     is_temporary,
     is_there,
+    list_names,
     own_marker,
     storing,
     sweep,
     sync_folder,
 )
-from batch_infer.errors import DamagedPart, SettingsError, UsageError
+from batch_infer.errors import DamagedPart, Interrupted, SettingsError, UsageError
 from batch_infer.jobs.out import LINKABLE, OURS, mark_half_cleared, read_run
 from batch_infer.manifest import Manifest, read_part
-from batch_infer.sinks import FolderSink, stored_path
+from batch_infer.sinks import FolderSink, is_aside, path_before_aside, stored_path
 
 
 def refuse_to_clear(out: Path) -> None:
@@ -34,9 +35,10 @@ def refuse_to_clear(out: Path) -> None:
         )
 
 
-def clear(out: Path) -> None:
-    """Remove what earlier runs made in OUT, and nothing else. Raises UsageError where OUT is not a run's, StorageError.
+def clear(out: Path, stop: Callable[[], bool] = lambda: False) -> None:
+    """Remove what earlier runs made in OUT, except logs/, and nothing else.
 
+    Raises UsageError where OUT is not a run's, StorageError, and Interrupted where `stop` says so on the way.
     run.json says first that OUT is being cleared, and is removed last: killed at any moment between, OUT holds no
     results for any command, and the next run continues. Where images/ or quarantine/ is a link to a larger disk, the
     link stays, and of what it leads to only the files are removed that the manifest names.
@@ -48,11 +50,20 @@ def clear(out: Path) -> None:
     linked = [name for name in LINKABLE if is_link(out / name)]
     if linked:
         _remove_named_images(out)
-    for name in ("manifest", *(name for name in OURS if name not in ("manifest", "run.json", *linked))):
-        _remove(out / name)
+    for name in ("manifest", *(name for name in OURS if name not in ("manifest", "logs", "run.json", *linked))):
+        for path in (*_folders(out / name), out / name):
+            if stop():
+                raise Interrupted(f"stopped while --overwrite removed what {out} held; run again to continue")
+            _remove(path)
     with storing(out):
         sync_folder(out)
     _remove(out / "run.json")
+
+
+def _folders(path: Path) -> Iterator[Path]:
+    """Return the folders in one, none for a file."""
+    inner = (path / name for name in (list_names(path) if is_folder(path) else ()))
+    return (folder for folder in inner if is_folder(folder))
 
 
 def _remove(path: Path) -> None:
@@ -81,34 +92,52 @@ def _remove_named_images(out: Path) -> None:
                 folder.rmdir()
 
 
-def remove_leftovers(out: Path) -> None:
+def remove_leftovers(out: Path) -> list[str]:
     """Remove the temporary files of a killed run, and its note on who holds OUT. Raises StorageError.
 
-    The caller holds OUT, or knows that no other process writes there. Links are not followed, except that images/ and
-    quarantine/ may themselves be links. The marker by which this process knows its folders stays.
+    Returns the images, relative to OUT, that it had set aside when it was killed; `recovery` restores them. The caller
+    holds OUT, or knows that no other process writes there. Links are not followed, except that images/ and quarantine/
+    may themselves be links. The marker by which this process knows its folders stays.
     """
     marker = own_marker()
+    originals: list[str] = []
 
     def ours(name: str) -> bool:
         return is_temporary(name) and name != marker
 
     with storing(out):
-        sweep(out, ours)
+        _sweep(out, out, ours, originals)
         folders = [out / name for name in OURS if is_folder(out / name, follow=name in LINKABLE)]
         while folders:
-            folders += sweep(folders.pop(), ours)
+            folders += _sweep(out, folders.pop(), ours, originals)
         _remove_holder(out)
+    return originals
 
 
-def remove_abandoned(folders: Iterable[Path]) -> None:
-    """Remove the temporary files that dead processes of this machine have left in these folders. Raises StorageError.
+def remove_abandoned(out: Path, folders: Iterable[Path]) -> list[str]:
+    """Remove the temporary files that dead processes of this machine have left in these folders of OUT.
 
-    For a process that shares OUT with others which are writing. Links are not followed.
+    For a process that shares OUT with others which are writing. Returns the images there that are set aside. Links are
+    not followed. Raises StorageError.
     """
+    originals: list[str] = []
     for folder in folders:
         with storing(folder), suppress(FileNotFoundError, NotADirectoryError):
             if not is_link(folder):
-                sweep(folder, is_abandoned)
+                _sweep(out, folder, is_abandoned, originals)
+    return originals
+
+
+def _sweep(out: Path, folder: Path, ours: Callable[[str], bool], originals: list[str]) -> list[Path]:
+    """Remove such files, add the images that were set aside to `originals`, and return the folders in this one."""
+
+    def remove(path: Path) -> None:
+        if not is_aside(path.name):
+            path.unlink(missing_ok=True)
+        elif stored_path(out, image := path_before_aside(path.relative_to(out).as_posix())) is not None:
+            originals.append(image)
+
+    return sweep(folder, lambda name: ours(name) or is_aside(name), remove)
 
 
 def _remove_holder(out: Path) -> None:

@@ -6,7 +6,7 @@ import errno
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,7 @@ from batch_infer.atomic import is_there, storing, sync_folder
 from batch_infer.errors import DamagedPart, StorageError
 from batch_infer.jobs import cleanup
 from batch_infer.manifest import SCHEMA, Index, Manifest, commit_time, read_part
-from batch_infer.sinks import read_image
+from batch_infer.sinks import FolderSink, path_aside, read_image
 
 RECENT_SECONDS = 600.0
 """Parts committed within this time before the last one are checked.
@@ -42,7 +42,7 @@ def recover(out: Path, manifest: Manifest, since_run: int = 0) -> frozenset[Key]
     read; older images, and the columns of older parts, are not. The caller holds OUT, before anything is written there.
     Raises StorageError.
     """
-    cleanup.remove_leftovers(out)
+    remove_leftovers(out, manifest, set_aside)
     recent = _recent(manifest.parts(since_run))
     with Index(recent, set_aside) as index, ThreadPoolExecutor(READING_THREADS) as pool:
         lost: list[tuple[Key, str]] = []
@@ -53,6 +53,32 @@ def recover(out: Path, manifest: Manifest, since_run: int = 0) -> frozenset[Key]
         sentence = "%d images of the manifest are missing or not whole and must be rendered again, the first is %s"
         log.warning(sentence, len(lost), out / lost[0][1])
     return frozenset(key for key, _ in lost)
+
+
+def remove_leftovers(out: Path, manifest: Manifest, damaged: Callable[[DamagedPart], object] | None = None) -> None:
+    """Remove what a killed run has left in OUT and restore the images that it had set aside.
+
+    The caller holds OUT. `damaged` is that of `Manifest.index`. Raises DamagedPart without it, StorageError.
+    """
+    if originals := cleanup.remove_leftovers(out):
+        with manifest.index(damaged=damaged) as index:
+            restore(out, index, originals)
+
+
+def restore(out: Path, index: Index, originals: Sequence[str]) -> None:
+    """Bring back images that were set aside while others of their name were committed, and never were.
+
+    Where the image in place is the one that the manifest has, the one set aside is removed. Raises StorageError.
+    """
+    sink, committed = FolderSink(out), index.of_paths(originals)
+    rows = index.take(list(committed.values()), _IMAGE).to_pylist()
+    of_path = {row["generated_image"]: (row["sha256"], row["image_bytes"]) for row in rows}
+    for path in originals:
+        content = of_path.get(path, (None, None))
+        if not is_whole(out, path, *content) and is_whole(out, path_aside(path), *content):
+            sink.bring_back(path)
+        else:
+            sink.remove(path_aside(path))
 
 
 def set_aside(damage: DamagedPart) -> Path:

@@ -14,19 +14,19 @@ from batch_infer import images
 from batch_infer.errors import RowBroken, RowError
 from batch_infer.jobs.job import settle_compute
 from batch_infer.jobs.recovery import read_whole
-from batch_infer.manifest import SCHEMA, Committed, Index, Manifest
+from batch_infer.manifest import Committed, Manifest
 from batch_infer.models import ModelCard
 from batch_infer.records import PromptRequest, ResultRow, Status, StoredImage, Verdict, now
 from batch_infer.safety import Gate, Judge, gate_of
 from batch_infer.settings import OnFlagged, RunSettings
-from batch_infer.sinks import FolderSink, has_image, path_aside, stored_path
+from batch_infer.sinks import FolderSink, stored_path
+from batch_infer.worker import commit_images
 from batch_infer.worker.rows import why_flagged, with_file, with_verdict, worker_name
 
 READING_THREADS = 8
 ORIGINAL = frozenset({"keep", "quarantine"})
 """What --on-flagged leaves as it was rendered."""
 NOT_KEPT = "its image was not kept and cannot be judged again"
-_IMAGE = pa.schema([SCHEMA.field(name) for name in ("generated_image", "sha256", "image_bytes")])
 GONE = "its image is missing or not whole, and cannot be judged again"
 
 
@@ -84,8 +84,7 @@ class Rejudging:
         self.rescored = Rescored()
         self._rows: list[ResultRow] = []
         self._written: list[str] = []
-        self._replaced: list[str] = []
-        self._obsolete: list[str] = []
+        self._former: list[str] = []
 
     def judge(self, entries: Sequence[Stored]) -> None:
         """Judge images that are stored as they were rendered, and store of them what the policy says.
@@ -128,32 +127,22 @@ class Rejudging:
             elif verdict.nsfw:
                 self._add(entry, replace(with_verdict(entry.row, verdict), error=verdict.reason))
 
-    def tidy(self, request: PromptRequest, committed: Committed, index: Index) -> None:
-        """Remove what a killed rescoring has left next to the image of a row that needs no judging."""
+    def tidy(self, request: PromptRequest, committed: Committed) -> None:
+        """Remove the files that a killed rescoring has left elsewhere of a row that needs no judging."""
         path = committed.path if committed.path and stored_path(self._settings.out, committed.path) else None
         others = self._sink.possible_paths(request)
         if path is not None:
-            aside = path_aside(path)
-            if has_image(self._settings.out, aside):  # this row's own image, where its rescoring was not committed
-                (row,) = index.take([committed], _IMAGE).to_pylist()
-                self._content(row["generated_image"], row["sha256"], row["image_bytes"])
-            others |= {aside, *(f"{folder}/{path.partition('/')[2]}" for folder in ("images", "quarantine"))}
+            others |= {f"{folder}/{path.partition('/')[2]}" for folder in ("images", "quarantine")}
         for other in others - {path}:
             self._sink.remove(other)
 
     def commit(self, carried: pa.Schema) -> None:
         """Put new images in place, commit the rows, and remove the images that they no longer name.
 
-        A kill at any moment loses no image: what is replaced by another of its name is set aside until the part is
-        committed. Raises StorageError.
+        A kill at any moment loses no image. Raises StorageError.
         """
-        self._sink.set_aside(self._replaced)
-        self._sink.settle(self._written)
-        if self._rows:
-            self._manifest.commit(self._rows, carried)
-        for path in (*self._obsolete, *map(path_aside, self._replaced)):
-            self._sink.remove(path)
-        for done in (self._rows, self._written, self._replaced, self._obsolete):
+        commit_images(self._sink, self._manifest, self._rows, carried, written=self._written, former=self._former)
+        for done in (self._rows, self._written, self._former):
             done.clear()
 
     def close(self) -> None:
@@ -163,25 +152,13 @@ class Rejudging:
     def _read(self, entry: Stored) -> _File | str:
         """Return the stored image, or the sentence that says why it cannot be judged. Raises StorageError."""
         row = entry.row
-        content = self._content(row.generated_image or "", row.sha256, row.image_bytes)
+        content = read_whole(self._settings.out, row.generated_image or "", row.sha256, row.image_bytes)
         if content is None:
             return GONE
         try:
             return _File(content, images.decode(content))
         except RowError as error:
             return f"{error}, and cannot be judged again"
-
-    def _content(self, path: str, sha256: str | None, length: int | None) -> bytes | None:
-        """Return an image file as it was committed, also where a killed rescoring had set it aside."""
-        if stored_path(self._settings.out, path) is None:  # of a part that is not ours
-            return None
-        for name in (path, path_aside(path)):
-            content = read_whole(self._settings.out, name, sha256, length)
-            if content is not None:
-                if name != path:
-                    self._sink.bring_back(path)
-                return content
-        return None
 
     def _ask(self, pixels: Sequence[np.ndarray]) -> list[Verdict | RowBroken]:
         """What all judges say of images."""
@@ -212,10 +189,7 @@ class Rejudging:
         stored = self._stored(entry, file, flagged=flagged)
         status: Status = "flagged" if flagged else "ok"
         row = replace(with_verdict(before, verdict), status=status, error=why_flagged(verdict) if flagged else None)
-        row = with_file(row, stored)
-        if before.generated_image not in (None, row.generated_image):
-            self._obsolete.append(str(before.generated_image))
-        self._add(entry, row)
+        self._add(entry, with_file(row, stored))
 
     def _stored(self, entry: Stored, file: _File, *, flagged: bool) -> StoredImage | None:
         """The image as it is to be, written where it is another one or stands elsewhere."""
@@ -227,8 +201,6 @@ class Rejudging:
         if pixels is file.pixels and path == row.generated_image:
             return StoredImage(path, row.sha256 or "", row.image_bytes or 0, row.pixels_sha256)
         self._written.append(path)
-        if path == row.generated_image:
-            self._replaced.append(path)
         if pixels is file.pixels:
             return replace(self._sink.write(path, file.content), pixels_sha256=row.pixels_sha256)
         parameters = images.parameters_text(entry.request, self._card.scheduler_name, self._card.fingerprint)
@@ -243,13 +215,13 @@ class Rejudging:
     def _fail(self, entry: Stored, error: str) -> None:
         """No answer, no image: it is rendered anew by the next run."""
         self.rescored.failed += 1
-        if entry.row.generated_image is not None:
-            self._obsolete.append(entry.row.generated_image)
         row = with_file(with_verdict(entry.row, Verdict()), None)
         self._add(entry, replace(row, status="failed", error=error))
 
     def _add(self, entry: Stored, row: ResultRow) -> None:
         source, attempt = entry.request.source, entry.row.attempt + 1
+        if entry.row.generated_image is not None:
+            self._former.append(entry.row.generated_image)
         row = replace(row, attempt=attempt, worker=self._name, finished_at=now(), fingerprint=entry.request.fingerprint)
         self._rows.append(replace(row, source_file=source.file, source_row=source.row))
 

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from batch_infer.errors import DamagedPart, Interrupted, SettingsError
-from batch_infer.jobs import cleanup
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.job import find_model, open_tables, refuse_unrepeatable, rules_of, settings_of
 from batch_infer.jobs.merge import Counts, merge
 from batch_infer.jobs.record import policy_of
-from batch_infer.jobs.recovery import set_aside
+from batch_infer.jobs.recovery import remove_leftovers, set_aside
 from batch_infer.jobs.rejudging import Rejudging, Rescored, Stored
 from batch_infer.jobs.run_json import with_counts
 from batch_infer.manifest import Committed, Index, Manifest
@@ -104,10 +103,11 @@ class _Rescoring:
 
     def judge(self, tell: Callable[[Rescored], None], stop: Callable[[], bool]) -> Rescored:
         """Judge all that was not judged by these rules yet. Raises StorageError, ServiceError, Interrupted."""
-        if self._resumed:
-            cleanup.remove_leftovers(self._settings.out)
+        out = self._settings.out
+        if self._resumed or self._record.get("summary") is None:
+            remove_leftovers(out, Manifest(out), set_aside)
         rejudging = Rejudging(self._settings, self._card, self._record, stop)
-        outdir.write_run(self._settings.out, {**self._record, "rescoring": self._sources})
+        outdir.write_run(out, {**self._record, "rescoring": self._sources})
         with closing(rejudging):
             _without_damaged_parts(lambda: self._judge_all(rejudging, tell, stop))
         return rejudging.rescored
@@ -151,7 +151,7 @@ class _Rescoring:
                     continue
                 if kept.fingerprint == new.fingerprint:
                     if self._resumed:
-                        rejudging.tidy(new, kept, index)
+                        rejudging.tidy(new, kept)
                     continue
                 known = {item.fingerprint: policy for item, policy in zip(old, self._sources.values(), strict=True)}
                 if kept.fingerprint in known:

@@ -21,6 +21,7 @@ from batch_infer.errors import (
     BatchInferError,
     CompilationError,
     DamagedPart,
+    Interrupted,
     MissingResults,
     ServiceError,
     SettingsError,
@@ -33,10 +34,10 @@ from batch_infer.jobs.estimate import Size, learn
 from batch_infer.jobs.job import Job, find_model, finishing_overwrite, open_tables, prepare, rooted
 from batch_infer.jobs.merge import Counts, merge, merge_parts
 from batch_infer.jobs.record import at_once, cores
-from batch_infer.jobs.recovery import Key, recover, set_aside
+from batch_infer.jobs.recovery import Key, recover, remove_leftovers, set_aside
 from batch_infer.jobs.results import remove_other_results
 from batch_infer.jobs.summary import Summary
-from batch_infer.jobs.survey import Survey, look_through
+from batch_infer.jobs.survey import Survey, commit_invalid, look_through
 from batch_infer.jobs.throughput import Throughput
 from batch_infer.jobs.tune import BatchShapes, learn_shapes
 from batch_infer.logfile import log_to, open_log
@@ -44,7 +45,7 @@ from batch_infer.manifest import Index, Manifest
 from batch_infer.planning import LeavesAlone, in_order, is_done, pending
 from batch_infer.records import ResultRow, now
 from batch_infer.settings import Compute, RunSettings
-from batch_infer.stopping import GRACE_SECONDS, deferred
+from batch_infer.stopping import GRACE_SECONDS, StopRequested, deferred
 from batch_infer.worker import WorkerSettings, least, peak_memory, together
 
 LISTING_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
@@ -88,10 +89,8 @@ def run(
             remove_note(settings.out)  # left by a run that was killed
             with engine_for(settings, here) as engine:
                 job = prepare(settings, tables, card, engine.find_device())
-                if settings.overwrite:
-                    cleanup.clear(settings.out)
                 with _logged(settings.out):
-                    if (job.earlier or {}).get("summary") is None:
+                    if not settings.overwrite and (job.earlier or {}).get("summary") is None:
                         lost = recover(settings.out, Manifest(settings.out), job.record["recover_from"])
                         leaves_alone = _all_but(lost, leaves_alone)
                     return _Run(job, engine, progress, stop, leaves_alone).go(started)
@@ -151,6 +150,10 @@ class _Run:
         self._summary = Summary()
         self._set_up = 0.0
         self._committed = 0
+        self._is_cleared = not job.settings.overwrite
+        """Whether OUT holds nothing that --overwrite removes. Until then nothing is written there."""
+        self._has_invalid = False
+        """Whether invalid rows are not committed yet, because OUT was not cleared when they were read."""
 
     def go(self, started: float) -> Summary:
         self._warn_of_threads()
@@ -171,14 +174,14 @@ class _Run:
 
     def _score(self) -> Counts:
         """Render what is not done, and merge. Raises DamagedPart where its rows are then to be rendered anew."""
-        with self._manifest.index(damaged=set_aside) as index:
+        with self._manifest.index(damaged=set_aside) if self._is_cleared else Index(()) as index:
             # Before run.json is replaced: where this is interrupted, the next run must compare with the same run.
             changes = find_changes(self._job, index)
             changes.refuse(self._job)
-            outdir.write_run(self._out, self._record)
-            survey = look_through(self._job, index, self._leaves_alone, str(changes))
-            self._record = {**self._record, "survey": {**asdict(survey), "finished_at": now()}, "rendering_since": None}
-            outdir.write_run(self._out, self._record)
+            self._write_record()
+            survey = look_through(self._job, index, self._leaves_alone, str(changes), writes=self._is_cleared)
+            self._has_invalid = not self._is_cleared
+            self._write_record(survey={**asdict(survey), "finished_at": now()}, rendering_since=None)
             if survey.pending and not self._stop():
                 with self._undone_where_refused():
                     self._settle_shapes(survey)
@@ -191,16 +194,36 @@ class _Run:
                         if not self._committed:
                             raise
                         raise ServiceError(str(error)) from error  # a key that was valid when the run began
+            self._clear()
         self._summary.undone = max(0, survey.pending - self._committed)
         return self._merge(survey)
+
+    def _write_record(self, **more: Any) -> None:
+        """Add entries to run.json, which stays as it was until OUT is cleared."""
+        self._record = {**self._record, **more}
+        if self._is_cleared:
+            outdir.write_run(self._out, self._record)
+
+    def _clear(self) -> None:
+        """Remove what OUT held, for --overwrite: only now, since a model that does not load must cost no images."""
+        if self._is_cleared:
+            return
+        if self._stop():
+            raise Interrupted(f"stopped before --overwrite removed what {self._out} holds; run the same command again")
+        cleanup.clear(self._out, self._stop)
+        remove_leftovers(self._out, self._manifest)
+        self._is_cleared = True
+        self._write_record()
 
     def _merge_after_error(
         self, survey: Survey, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         """Merge what is committed where rendering ends with an error, a bug included, without hiding that error."""
         if isinstance(error, Exception) and self._committed:
-            with suppress(BatchInferError):
+            try:
                 self._merge(survey)
+            except BatchInferError as fault:
+                self._warn_of_stale_results(fault)
 
     def _warn_of_threads(self) -> None:
         workers, compute = self._engine.workers, self._job.compute
@@ -224,16 +247,14 @@ class _Run:
         try:
             yield
         except UsageError:
-            if self._committed:
-                raise
-            outdir.restore_run(self._out, self._job.earlier)
+            if self._is_cleared and not self._committed:
+                outdir.restore_run(self._out, self._job.earlier)
             raise
 
     def _use(self, compute: Compute) -> None:
         """Compute like this from here on, and in runs that go on with this one."""
         self._job = replace(self._job, compute=compute)
-        self._record = {**self._record, "compute": asdict(compute)}
-        outdir.write_run(self._out, self._record)
+        self._write_record(compute=asdict(compute))
 
     @deferred(GRACE_SECONDS)
     def _merge(self, survey: Survey) -> Counts:
@@ -241,16 +262,29 @@ class _Run:
 
         File systems on a network, NFS and FUSE among them, may show a directory as it was up to a minute ago.
         """
-        for seconds in LISTING_SECONDS:
-            with suppress(MissingResults):
-                return self._merge_once(survey)
-            time.sleep(seconds)
-        return self._merge_once(survey)
+        try:
+            if self._has_invalid and not self._job.tables.changed():
+                commit_invalid(self._job)
+                self._has_invalid = False
+            for seconds in LISTING_SECONDS:
+                with suppress(MissingResults):
+                    return self._merge_once(survey)
+                time.sleep(seconds)
+            return self._merge_once(survey)
+        except StopRequested:
+            self._warn_of_stale_results("there was no time to merge")
+            raise
+
+    def _warn_of_stale_results(self, reason: object) -> None:
+        """Say that results.* lack what this run has committed."""
+        path = self._out / "results.parquet"
+        log.warning("%s was not updated (%s): run `batch-infer merge %s`", path, reason, self._out)
 
     def _merge_once(self, survey: Survey) -> Counts:
         """By the tables, or by the manifest alone where the tables have changed under the run: no result is lost."""
         self._held.check()
         left = max(0, survey.pending - self._committed) + survey.standing.get("left", 0)
+        left += survey.invalid * self._has_invalid
         least = survey.total - left - survey.unsettled
         tables, output = self._job.tables, self._job.settings.output
         if changed := tables.changed():
@@ -276,10 +310,10 @@ class _Run:
 
         def ready() -> None:
             nonlocal throughput
+            self._clear()
             in_flight = self._in_flight(survey)
             throughput = Throughput(in_flight=in_flight)
-            self._record = {**self._record, "rendering_since": now(), "in_flight": in_flight}
-            outdir.write_run(self._out, self._record)
+            self._write_record(rendering_since=now(), in_flight=in_flight)
             self._progress.ready(throughput)
 
         def committed(rows: Sequence[ResultRow]) -> None:
@@ -298,7 +332,7 @@ class _Run:
                 work = self._engine.render(self._task(index, survey), committed, self._stop, ready)
         self._summary.add(work)
         if work.deaths:
-            cleanup.remove_leftovers(self._out)
+            remove_leftovers(self._out, self._manifest)
         self._learn(work, lengths, self._set_up + time.monotonic() - before - work.seconds)
 
     def _render_compiled(

@@ -24,6 +24,7 @@ class Standing:
     `state`: running, finished, stopped (run again to go on), rescoring where that has not come to its end, open where
     tables come to an endpoint one after the other, and the total is not known, or unknown: not finished,
     and this user may not look at OUT's lock. `holder` is the process that works in OUT.
+    `is_stale`: results.* lack what was committed since they were written, because the run did not end in order.
     `images_per_second` counts the images rendered since the first worker of the run was ready, as Throughput does, and
     comes from the summary where the run has ended. `seconds_left` is set while a run is going.
     """
@@ -35,6 +36,7 @@ class Standing:
     left: int | None = None
     images_per_second: float | None = None
     seconds_left: float | None = None
+    is_stale: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -80,6 +82,7 @@ def status(out: Path) -> Standing:
         return standing
     if is_open:
         standing.state = "open"
+    standing.is_stale = standing.state == "stopped"
     _count(standing, _Survey.of(record), Manifest(out), record.run_number)
     return standing
 

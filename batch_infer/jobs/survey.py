@@ -84,32 +84,47 @@ def explain(reasons: Mapping[str, int], changes: str) -> str:
     return ", ".join(f"{count:,} {reason}{cause.get(reason, '')}" for reason, count in reasons.items())
 
 
-def look_through(job: Job, index: Index, leaves_alone: LeavesAlone, changes: str = "") -> Survey:
+def look_through(
+    job: Job, index: Index, leaves_alone: LeavesAlone, changes: str = "", *, writes: bool = True
+) -> Survey:
     """Count what there is to do, and commit the invalid rows: they wait for no device. Raises StorageError.
 
-    `changes`: the options by which rows changed, in words.
+    `changes`: the options by which rows changed, in words. Without `writes` invalid rows are left to `commit_invalid`.
     """
     survey = Survey(changes=changes)
     invalid = _Invalid(job)
+    count = 0
     for item in job.items():
         found = index.find(item.key)
         left_alone = leaves_alone(item, found)
         survey.add(item, found, left_alone=left_alone)
         if isinstance(item, ResultRow) and not left_alone:
-            invalid.add(item, found)
+            count += 1
+            level = logging.WARNING if count <= INVALID_SHOWN else logging.DEBUG
+            log.log(level, "%s (%s): %s", item.source, item.id, item.error)
+            if writes:
+                invalid.add(item, found)
     invalid.commit()
     for remark in job.tables.remarks:
         log.warning("%s", remark)
-    if survey.invalid > min(invalid.count, INVALID_SHOWN):
+    if survey.invalid > min(count, INVALID_SHOWN):
         log.warning("invalid in all: %d; results.parquet names each with its error", survey.invalid)
     return survey
+
+
+def commit_invalid(job: Job) -> None:
+    """Commit the invalid rows of an OUT that holds no results of them. Raises StorageError."""
+    invalid = _Invalid(job)
+    for item in job.items():
+        if isinstance(item, ResultRow):
+            invalid.add(item, None)
+    invalid.commit()
 
 
 class _Invalid:
     """Invalid rows on their way to the manifest, and the images that they had while they were valid."""
 
     def __init__(self, job: Job) -> None:
-        self.count = 0
         self._job = job
         self._manifest, self._sink = Manifest(job.settings.out), FolderSink(job.settings.out)
         self._rows: list[ResultRow] = []
@@ -117,9 +132,6 @@ class _Invalid:
         self._obsolete: list[str] = []
 
     def add(self, row: ResultRow, found: Committed | None) -> None:
-        self.count += 1
-        level = logging.WARNING if self.count <= INVALID_SHOWN else logging.DEBUG
-        log.log(level, "%s (%s): %s", row.source, row.id, row.error)
         self._rows.append(replace(row, attempt=found.attempt + 1 if found else 1, worker="table"))
         if found and found.path:
             self._obsolete.append(found.path)

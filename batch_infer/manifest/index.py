@@ -139,6 +139,14 @@ class Index:
         found = self._database.execute(f"{_FOUND} WHERE id = ? AND image_index = ?", key).fetchone()
         return Committed(*found) if found else None
 
+    def of_paths(self, paths: Iterable[str]) -> dict[str, Committed]:
+        """Return the images that are stored at these paths, by path. Reads the whole index."""
+        self._database.execute("CREATE TEMPORARY TABLE IF NOT EXISTS paths (name TEXT PRIMARY KEY)")
+        self._database.execute("DELETE FROM paths")
+        self._database.executemany("INSERT OR IGNORE INTO paths VALUES (?)", ((path,) for path in paths))
+        found = self._database.execute(f"{_FOUND} WHERE path IN (SELECT name FROM paths)")
+        return {row[3]: Committed(*row) for row in found}
+
     def in_order(self, tables: Sequence[str]) -> Iterator[Committed]:
         """Everything in the order of its rows in these tables; what other tables gave follows, by their names."""
         self._database.execute("CREATE TEMPORARY TABLE IF NOT EXISTS tables (name TEXT PRIMARY KEY, place INTEGER)")

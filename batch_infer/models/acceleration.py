@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
+import logging
 import os
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
 
 from batch_infer.errors import CompilationError
+from batch_infer.temporary import storing_temporarily
+
+logger = logging.getLogger(__name__)
 
 SHAPES = 256
 """Shapes that a network is compiled for; torch by itself gives up after 8, and a table may hold more sizes."""
@@ -45,7 +51,7 @@ class Compiled:
     def __init__(self, forward: Callable[..., Any], threads: int | None = None) -> None:
         import torch._dynamo.config as dynamo
         import torch._inductor.config as inductor
-        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+        from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
 
         dynamo.cache_size_limit = SHAPES
         if threads is not None and "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
@@ -53,6 +59,7 @@ class Compiled:
         # Where torch has it: kernels are chosen by rule and not by a race, so that the bytes are the same next time.
         options: dict[str, Any] = {"deterministic": True} if hasattr(inductor, "deterministic") else {}
         self._errors = TorchDynamoException, FailOnRecompileLimitHit
+        self._backend_error = BackendCompilerFailed
         self._compiled = torch.compile(forward, dynamic=False, fullgraph=True, options=options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -61,7 +68,52 @@ class Compiled:
         It does not fall back to the plain forward: that gives other bytes, and other workers would not follow.
         """
         try:
-            return self._compiled(*args, **kwargs)
+            try:
+                return self._compiled(*args, **kwargs)
+            except self._backend_error as error:
+                if not _cache.replace(_reason(error)):
+                    raise
+                return self._compiled(*args, **kwargs)
         except self._errors as error:
-            reason = " ".join(str(error).strip().splitlines()[:2])  # the first line may only name the backend
-            raise CompilationError(f"torch.compile failed ({reason}); --no-compile turns it off") from error
+            raise CompilationError(f"torch.compile failed ({_reason(error)}); --no-compile turns it off") from error
+
+
+class CompilerCache:
+    """The folder in which this process keeps what torch.compile made.
+
+    By default it is shared with other processes and later runs. A process that is killed while it writes there leaves a
+    truncated file, on which every later compilation would fail.
+    """
+
+    def __init__(self) -> None:
+        self._temporary = ExitStack()
+        self._is_temporary = False
+
+    def replace(self, reason: str) -> bool:
+        """Use an empty temporary folder from now on; return False where that was done before. Raises StorageError."""
+        from torch._inductor import utils
+
+        if self._is_temporary:
+            return False
+        folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "the cache")  # which torch sets where the user does not
+        logger.warning(
+            f"torch.compile failed ({reason}); compiling again with an empty cache, because files in {folder} may be "
+            "damaged. If you see this in every run, remove that folder"
+        )
+        fresh_cache = getattr(utils, "fresh_cache", None) or utils.fresh_inductor_cache  # its name before torch 2.8
+        with storing_temporarily():
+            self._temporary.enter_context(fresh_cache())
+        self._is_temporary = True
+        atexit.register(self.close)
+        return True
+
+    def close(self) -> None:
+        """Remove the temporary folder."""
+        self._temporary.close()
+
+
+_cache = CompilerCache()
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).strip().splitlines()[:2])  # the first line may only name the backend

@@ -17,11 +17,13 @@ def refuse_unknown_scheduler(spec: SchedulerSpec) -> None:
     classes = _classes()
     if spec.name not in classes:
         raise ModelError(f"diffusers has no scheduler {spec.name}; {_suggest(spec.name, classes)}")
-    accepted = _options(classes[spec.name], spec.name)
+    accepted = _arguments(classes[spec.name], spec.name, "__init__")
     for key, _ in spec.options:
         if key not in accepted:  # from_config would drop it in silence
             near = get_close_matches(key, accepted, n=1)
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(accepted)}"
+            if key in _arguments(classes[spec.name], spec.name, "step"):
+                hint = f"{key} is an argument of its step method, called as diffusers' pipelines call it: leave it out"
             raise ModelError(f"{spec.name} has no option {key}; {hint}")
 
 
@@ -51,9 +53,9 @@ def _classes() -> dict[str, Path]:
     return {name: file for name, file in found.items() if name.endswith("Scheduler")}
 
 
-def _options(file: Path, name: str) -> list[str]:
-    """Return the arguments that a scheduler class is made with."""
+def _arguments(file: Path, name: str, method: str) -> list[str]:
+    """Return the arguments that a method of a scheduler class takes."""
     tree = ast.parse(file.read_text("utf-8"))
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
-    made = (node for node in body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
-    return [argument.arg for node in made for argument in (*node.args.args[1:], *node.args.kwonlyargs)]
+    found = (node for node in body if isinstance(node, ast.FunctionDef) and node.name == method)
+    return [argument.arg for node in found for argument in (*node.args.args[1:], *node.args.kwonlyargs)]

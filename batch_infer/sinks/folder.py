@@ -151,14 +151,16 @@ class FolderSink:
                 sync_folder(folder)
 
     def set_aside(self, paths: Iterable[str]) -> None:
-        """Give files a hidden name in the same folder, before `settle` gives theirs to others. Raises StorageError.
+        """Rename images to hidden names in the same folder, before `settle` gives their names to others.
 
-        A process that is killed before the manifest has the new files loses no image: `bring_back` undoes this.
+        A process that is killed before the manifest has the new images loses none: `bring_back` undoes this. A file
+        that was set aside before stays: what took its name then was never committed. Missing images are skipped.
+        Raises StorageError.
         """
         self._check()
-        targets = [self._out / path for path in paths]
+        targets = [target for path in paths if not is_there(_aside(target := self._out / path))]
         for target in targets:
-            with storing(target):
+            with storing(target), suppress(FileNotFoundError):
                 os.replace(target, _aside(target))  # noqa: PTH105
         for folder in dict.fromkeys(target.parent for target in targets):
             with storing(folder):
@@ -265,6 +267,17 @@ def read_image(out: Path, path: str, length: int | None = None) -> bytes | None:
 def path_aside(path: str) -> str:
     """Return the path that `set_aside` gives a file, relative to OUT like its own."""
     return _aside(PurePosixPath(path)).as_posix()
+
+
+def is_aside(name: str) -> bool:
+    """Return whether `set_aside` made this file name."""
+    return name.startswith(ASIDE)
+
+
+def path_before_aside(path: str) -> str:
+    """Return the path that a file had before `set_aside`."""
+    aside = PurePosixPath(path)
+    return aside.with_name(aside.name.removeprefix(ASIDE)).as_posix()
 
 
 def _aside(path: AnyPath) -> AnyPath:

@@ -1,9 +1,11 @@
 """A worker: one device, requests in, committed results out.
 
-This file, `contract` and `memory` import no torch, so that the process that only watches over workers does not either.
+This file, `committing`, `contract` and `memory` import no torch, so that the process that only watches over workers
+does not either.
 """
 
+from batch_infer.worker.committing import commit_images
 from batch_infer.worker.contract import Account, WorkerSettings, least, together
 from batch_infer.worker.memory import peak_memory
 
-__all__ = ["Account", "WorkerSettings", "least", "peak_memory", "together"]
+__all__ = ["Account", "WorkerSettings", "commit_images", "least", "peak_memory", "together"]

@@ -1,15 +1,21 @@
-"""Committer: a thread that commits finished rows by number or by age, whether or not more rows follow."""
+"""Committing: images and rows in one step that a kill cannot split, and a thread that does it by number or by age."""
 
 from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from threading import Semaphore
 from types import TracebackType
 from typing import Generic, TypeVar
+
+import pyarrow as pa
+
+from batch_infer.manifest import Manifest
+from batch_infer.records import ResultRow
+from batch_infer.sinks import FolderSink, path_aside
 
 COMMIT_ROWS = 256
 """Rows in a manifest part."""
@@ -24,6 +30,30 @@ COMMITTING_AHEAD = 4 * COMMIT_ROWS
 """Rows that wait to be committed, in memory without their pixels. Beyond this the device waits."""
 
 Stored = TypeVar("Stored")
+
+
+def commit_images(
+    sink: FolderSink,
+    manifest: Manifest,
+    rows: Sequence[ResultRow],
+    carried: pa.Schema,
+    *,
+    written: Collection[str],
+    former: Collection[str],
+) -> None:
+    """Give the images that were written their names, commit rows, and remove the former images that no row names.
+
+    A former image whose name another takes is set aside until the rows are committed. Killed before that, the process
+    has lost none: `jobs.recovery` brings them back. Raises StorageError.
+    """
+    new, kept = set(written), {row.generated_image for row in rows}
+    replaced = [path for path in former if path in new]
+    sink.set_aside(replaced)
+    sink.settle(written)
+    if rows:
+        manifest.commit(rows, carried)
+    for path in (*(path for path in former if path not in kept), *map(path_aside, replaced)):
+        sink.remove(path)
 
 
 class Committer(Generic[Stored]):

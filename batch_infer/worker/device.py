@@ -17,7 +17,7 @@ from batch_infer.models import ModelCard
 from batch_infer.records import PromptRequest, ResultRow, Status, StoredImage
 from batch_infer.settings import BatchShape, Compute, SafetySettings
 from batch_infer.sinks import FolderSink
-from batch_infer.worker.committing import Committer
+from batch_infer.worker.committing import Committer, commit_images
 from batch_infer.worker.contract import Account, WorkerSettings
 from batch_infer.worker.memory import peak_memory
 from batch_infer.worker.rows import row_of, why_flagged, with_image, with_verdict
@@ -96,12 +96,11 @@ class Worker:
         request = outcome.request
         if isinstance(outcome, Unrendered):
             row = with_verdict(self._row(request, outcome.status, outcome.error), outcome.verdict)
-            return _Stored(row, request.replaces)
+            return _Stored(row, None, request.replaces)
         flagged = bool(outcome.verdict.nsfw)
         stored = self._write(outcome, flagged)
         row = self._row(request, "flagged", why_flagged(outcome.verdict)) if flagged else self._row(request, "ok", None)
-        kept = stored is not None and stored.path == request.replaces
-        return _Stored(with_image(row, outcome, stored), None if kept else request.replaces)
+        return _Stored(with_image(row, outcome, stored), stored.path if stored else None, request.replaces)
 
     def _row(self, request: PromptRequest, status: Status, error: str | None) -> ResultRow:
         return row_of(request, status, error, scheduler=self._settings.card.scheduler_name, worker=self._name)
@@ -119,11 +118,9 @@ class Worker:
 
     def _commit(self, batch: list[_Stored], committed: Callable[[Sequence[ResultRow]], None]) -> None:
         rows = [stored.row for stored in batch]
-        self._sink.settle([row.generated_image for row in rows if row.generated_image])
-        self._manifest.commit(rows, self._settings.carried)
-        for stored in batch:
-            if stored.obsolete:
-                self._sink.remove(stored.obsolete)
+        written = [stored.written for stored in batch if stored.written]
+        former = [stored.former for stored in batch if stored.former]
+        commit_images(self._sink, self._manifest, rows, self._settings.carried, written=written, former=former)
         committed(rows)
 
 
@@ -150,7 +147,8 @@ class _Outcomes:
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """A row whose image is written, and the image of an earlier attempt that is to go once the row is committed."""
+    """A row, and the paths of the image that was written for it and of the one that an earlier attempt left."""
 
     row: ResultRow
-    obsolete: str | None
+    written: str | None
+    former: str | None

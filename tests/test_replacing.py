@@ -1,0 +1,181 @@
+"""Images that others of their name replace: a kill before the others are committed loses none of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batch_infer.errors import StorageError
+from batch_infer.jobs import recovery
+from batch_infer.manifest import Manifest
+from batch_infer.sinks import FolderSink, path_aside
+from tests import runs
+from tests.tables import write_csv
+
+OTHER = ("--steps", "3", "--rerender-changed")
+MOMENTS = [(FolderSink, "set_aside"), (FolderSink, "settle"), (Manifest, "commit"), (FolderSink, "remove")]
+every_moment = pytest.mark.parametrize(("room", "moment"), MOMENTS, ids=[moment for _, moment in MOMENTS])
+
+
+class Killed(BaseException):
+    """Ends a process so that no code of it handles that."""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a table and the OUT of a finished run. Copy it."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_csv(folder / "t.csv", [["id", "prompt"], *([f"row-{k}", f"a large red disc {k}"] for k in range(3))])
+    assert runs.run(folder / "t.csv", folder / "out").code == 0
+    return folder
+
+
+@pytest.fixture
+def folder(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "folder"))
+
+
+def files(out: Path) -> dict[str, bytes]:
+    return {path: (out / path).read_bytes() for path in runs.images(out)}
+
+
+def rendered(done: runs.Done) -> int:
+    assert done.code == 0, done.stderr
+    return int(json.loads(done.stdout)["rendered"])
+
+
+def die(room: Any, moment: str, *, after: bool) -> Callable[..., Any]:
+    """Return the method with an end that nothing handles before or after it."""
+    real = getattr(room, moment)
+
+    def dying(self: Any, *arguments: Any) -> None:
+        if after:
+            real(self, *arguments)
+        raise Killed
+
+    return dying
+
+
+def killed_while_replacing(folder: Path, room: Any, moment: str, *, after: bool) -> dict[str, bytes]:
+    """Have a run with other options killed at a moment of its only commit; return the images as they were before."""
+    before = files(folder / "out")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(room, moment, die(room, moment, after=after))
+        runs.run(folder / "t.csv", folder / "out", *OTHER)
+    assert runs.run_json(folder / "out")["summary"] is None
+    return before
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@every_moment
+def test_a_run_that_is_killed_while_it_replaces_images_can_be_taken_back(
+    folder: Path, room: Any, moment: str, after: bool
+) -> None:
+    """The old options render nothing, and every image is the old one, unless the new ones were committed."""
+    out = folder / "out"
+    before = killed_while_replacing(folder, room, moment, after=after)
+    committed = moment == "remove" or (moment == "commit" and after)
+    again = runs.run(folder / "t.csv", out, "--json", *(OTHER if committed else ()))
+    assert rendered(again) == 0
+    assert (files(out) == before) is not committed
+    assert "failed" not in {row["status"] for row in runs.results(out)}
+    runs.assert_whole(out)
+
+
+@pytest.mark.parametrize("line", [("merge",), ("rescore", "--safety", "checker"), ("retry", "--status", "missing")])
+def test_every_command_that_works_in_out_restores_the_images(folder: Path, line: tuple[str, ...]) -> None:
+    out = folder / "out"
+    before = killed_while_replacing(folder, Manifest, "commit", after=False)
+    name, *options = line
+    done = runs.command(name, out, *options, "--json")
+    # run.json names the other options, and without --rerender-changed no image is rendered by them.
+    assert done.code == (2 if name == "retry" else 0), done.stderr
+    assert files(out) == before
+    assert not list(out.rglob(".original-*"))
+
+
+def test_the_same_options_render_the_images_again(folder: Path, tmp_path: Path) -> None:
+    killed_while_replacing(folder, Manifest, "commit", after=False)
+    assert rendered(runs.run(folder / "t.csv", folder / "out", "--json", *OTHER)) == 3
+    runs.assert_whole(folder / "out")
+    assert runs.run(folder / "t.csv", tmp_path / "once", "--steps", "3").code == 0
+    assert files(folder / "out") == files(tmp_path / "once")
+
+
+def test_a_disk_that_is_full_while_rows_are_committed_loses_no_image(folder: Path) -> None:
+    before = files(folder / "out")
+
+    def commit(*_: Any) -> None:
+        raise StorageError("cannot write: no space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Manifest, "commit", commit)
+        assert runs.run(folder / "t.csv", folder / "out", *OTHER).code == 75
+    assert rendered(runs.run(folder / "t.csv", folder / "out", "--json")) == 0
+    assert files(folder / "out") == before
+
+
+def test_an_image_that_is_missing_when_it_is_replaced_costs_nothing(folder: Path) -> None:
+    out = folder / "out"
+    first, *_ = sorted(runs.images(out))
+    (out / first).unlink()
+    assert rendered(runs.run(folder / "t.csv", out, "--json", *OTHER)) == 3
+    runs.assert_whole(out)
+
+
+def test_what_a_second_attempt_of_a_run_replaces_is_the_image_of_the_manifest(tmp_path: Path) -> None:
+    """A worker died over the first attempt: what it put in place was never committed."""
+    sink = FolderSink(tmp_path)
+    for content in (b"old", b"first", b"second"):
+        path = sink.write("images/t-00000/a-0.png", content).path
+        sink.set_aside([path])
+        sink.settle([path])
+    assert (tmp_path / path_aside(path)).read_bytes() == b"old"
+    assert (tmp_path / path).read_bytes() == b"second"
+
+
+def test_an_original_that_the_manifest_does_not_have_is_removed(folder: Path) -> None:
+    """Also of an image that no row has any more; files of other folders are left alone."""
+    out = folder / "out"
+    first, *_ = sorted(runs.images(out))
+    strangers = [out / ".original-mine.png", out / "logs" / ".original-log"]
+    for path in (out / path_aside(first), (out / first).with_name(".original-gone-0.png"), *strangers):
+        path.write_bytes(b"of an earlier attempt")
+    before = files(out)
+    recovery.remove_leftovers(out, Manifest(out))
+    assert {path for path in before if "/.original-" not in path} == runs.images(out)
+    assert all(path.exists() for path in strangers)
+
+
+DYING = """
+import os, signal
+from batch_infer.__main__ import main
+from batch_infer.manifest import Manifest
+from batch_infer.sinks import FolderSink
+
+{room}.{moment} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+main()
+"""
+
+
+@pytest.mark.promises
+@every_moment
+def test_a_process_that_is_killed_while_it_replaces_images_can_be_taken_back(
+    folder: Path, room: Any, moment: str
+) -> None:
+    out, program = folder / "out", DYING.format(room=room.__name__, moment=moment)
+    before = files(out)
+    line = [sys.executable, "-c", program, "run", str(folder / "t.csv"), "-o", str(out), *runs.QUICK, *OTHER]
+    assert subprocess.run(line, capture_output=True).returncode == -signal.SIGKILL
+    committed = moment == "remove"
+    assert rendered(runs.run(folder / "t.csv", out, "--json", *(OTHER if committed else ()))) == 0
+    assert (files(out) == before) is not committed
+    runs.assert_whole(out)
