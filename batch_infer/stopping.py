@@ -29,6 +29,7 @@ END_SECONDS = 1.5
 REPEAT_SECONDS = 0.5
 """Signals that follow each other faster are one request: `timeout` signals a process and then its group."""
 TICK_SECONDS = 0.1
+_ALARM = getattr(signal, "SIGALRM", None)
 TIME_LIMIT = "the time limit"
 
 
@@ -123,7 +124,7 @@ class Stopper:
 
     def _arm(self, seconds: float) -> None:
         """Interrupt after so many seconds, unless that was set before."""
-        if not self._has_timer and hasattr(signal, "setitimer"):
+        if not self._has_timer and _ALARM in self._before:
             self._has_timer = True
             signal.setitimer(signal.ITIMER_REAL, seconds)
 
@@ -135,11 +136,11 @@ class Stopper:
         for number in STOP_SIGNALS:
             if number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) == signal.SIG_IGN:
                 continue  # nohup
-            self._before[number] = signal.signal(number, self._handle)
-        if hasattr(signal, "setitimer"):
-            self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._handle_alarm)
-            if self.time_limit is not None:
-                signal.setitimer(signal.ITIMER_REAL, max(self.time_limit, 1e-6))
+            self._take(number, self._handle)
+        if _ALARM is not None:
+            self._take(_ALARM, self._handle_alarm)
+        if _ALARM in self._before and self.time_limit is not None:
+            signal.setitimer(signal.ITIMER_REAL, max(self.time_limit, 1e-6))
         self._wakeup = signal.set_wakeup_fd(self._pipe.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._watch, daemon=True).start()
         return self
@@ -147,7 +148,7 @@ class Stopper:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         global _active
         _active = None
-        if hasattr(signal, "setitimer"):
+        if _ALARM in self._before:
             signal.setitimer(signal.ITIMER_REAL, 0)
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._before.items():
@@ -156,6 +157,11 @@ class Stopper:
         with suppress(OSError):
             self._pipe.send(b"\0")
         self._pipe.close()
+
+    def _take(self, number: int, handler: Callable[[int, FrameType | None], None]) -> None:
+        """Handle a signal, unless a program that embeds Python does: its handler could not be restored."""
+        if signal.getsignal(number) is not None:
+            self._before[number] = signal.signal(number, handler)
 
     # What follows runs on the watching thread, which sees signals while the main thread is inside a library.
 

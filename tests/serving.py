@@ -1,12 +1,13 @@
-"""A real HTTP server on loopback, which also refuses and breaks off where it is asked to."""
+"""Real servers of HTTP and FTP on loopback, which also refuse and break off where they are asked to."""
 
 from __future__ import annotations
 
 import functools
 import re
+import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -46,4 +47,31 @@ def serving(folder: Path) -> Iterator[str]:
         thread.start()
         yield f"http://127.0.0.1:{served.server_port}"
         served.shutdown()
+        thread.join()
+
+
+@contextmanager
+def answering_ftp(answers: Mapping[str, str]) -> Iterator[str]:
+    """Answer FTP commands, and the connection itself under '', with these lines, and hang up at any other command."""
+
+    def serve() -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                clients.append(client)
+                with client, client.makefile("rw", newline="\r\n") as stream:
+                    command = ""
+                    while answer := answers.get(command):
+                        stream.write(f"{answer}\n")
+                        stream.flush()
+                        command = stream.readline().partition(" ")[0].strip()
+
+    clients: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+        for each in (listener, *clients):
+            with suppress(OSError):  # one that is closed
+                each.shutdown(socket.SHUT_RDWR)
         thread.join()

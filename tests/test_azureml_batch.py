@@ -29,7 +29,7 @@ from batch_infer.atomic import TEMPORARY, here
 from batch_infer.azureml import batch, deployment, rendering
 from batch_infer.azureml.mini_batch import MiniBatches
 from batch_infer.chain import Rendered
-from batch_infer.errors import ServiceError, SettingsError, StorageError, TableError
+from batch_infer.errors import ServiceError, SettingsError, StorageError, TableError, UsageError
 from batch_infer.jobs.simulation import Outcome, SimulationSettings, simulate
 from batch_infer.manifest import SCHEMA, Manifest
 from batch_infer.manifest import index as manifest_index
@@ -606,6 +606,31 @@ def test_workers_of_different_settings_do_not_start_in_one_fresh_output(
             worker.score([prompts(tmp_path / "more.csv")])
     finally:
         worker.close()
+
+
+def test_a_run_json_that_is_cut_short_for_a_while_is_looked_at_again(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a mount shows it whose cached size is that of an earlier file."""
+    score(prompts(tmp_path / "in.csv"))
+    whole = (out / "run.json").read_bytes()
+    waits: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) % 3 == 0:
+            (out / "run.json").write_bytes(whole)
+
+    monkeypatch.setattr(deployment, "time", mock.Mock(sleep=wait))
+    (out / "run.json").write_bytes(whole[:100])
+    batch.init()
+    (out / "run.json").write_bytes(whole[:100])
+    assert len(batch.run([prompts(tmp_path / "more.csv")])) == 3
+    assert len(waits) == 6
+    monkeypatch.setattr(deployment, "time", mock.Mock(sleep=lambda _: None))
+    (out / "run.json").write_bytes(whole[:100])
+    with pytest.raises(UsageError, match="run.json cannot be read"):
+        batch.init()
 
 
 def test_a_mini_batch_is_a_list_of_paths(tmp_path: Path, out: Path) -> None:

@@ -188,6 +188,22 @@ def test_a_hangup_that_nohup_has_ignored_stays_ignored(monkeypatch: pytest.Monke
         signal.signal(signal.SIGHUP, before)
 
 
+def test_signals_of_a_program_that_embeds_python_stay_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """getsignal gives None for a handler that is not Python's, and signal.signal cannot restore it."""
+    taken: list[int] = []
+
+    def take(number: int, _: object) -> object:
+        taken.append(number)
+        return signal.SIG_DFL
+
+    monkeypatch.setattr(signal, "getsignal", lambda number: None if number != signal.SIGINT else signal.SIG_DFL)
+    monkeypatch.setattr(signal, "signal", take)
+    monkeypatch.setattr(signal, "setitimer", lambda *_: pytest.fail("its handler of SIGALRM would be called"))
+    with stoppable(60.0) as stop, deferred(60.0):
+        stop.reason = "the time limit"
+    assert taken == [signal.SIGINT, signal.SIGINT]
+
+
 # The process
 
 

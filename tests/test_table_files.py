@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ftplib
 import io
 import os
 import re
@@ -16,13 +17,13 @@ from typing import Any
 import fsspec
 import pytest
 
-from batch_infer.errors import TableError, TryAgainLater
+from batch_infer.errors import ServiceError, TableError, TryAgainLater
 from batch_infer.manifest import SCHEMA
 from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.settings import TableSettings
 from batch_infer.table import Others, Tables, shown
 from batch_infer.table.urls import without_secrets
-from tests.serving import serving
+from tests.serving import answering_ftp, serving
 from tests.tables import (
     ROWS,
     RULES,
@@ -569,6 +570,12 @@ class Stubborn:
         (NotImplementedError("no listing"), TableError, "x://a.csv cannot be opened: no listing"),
         (ConnectionResetError("gone"), TryAgainLater, "could not fetch x://a.csv: gone; run again"),
         (TimeoutError(), TryAgainLater, "could not fetch x://a.csv: TimeoutError; run again"),
+        (ftplib.error_temp("421 busy"), TryAgainLater, "could not fetch x://a.csv: 421 busy; run again"),
+        (ftplib.error_perm("550 no"), TableError, "x://a.csv: the server refuses it: 550 no"),
+        (EOFError(), TableError, "x://a.csv cannot be opened: EOFError"),
+        (KeyError("size"), TableError, "x://a.csv cannot be opened: KeyError: 'size'"),
+        (AssertionError(), TableError, "x://a.csv cannot be opened: AssertionError"),
+        (type("OfNoKind", (Exception,), {})("secret?"), TableError, "x://a.csv cannot be opened: OfNoKind"),
     ],
 )
 def test_whose_fault_it_is(
@@ -578,6 +585,75 @@ def test_whose_fault_it_is(
     with pytest.raises(kind) as caught:
         open_tables("x://a.csv")
     assert str(caught.value).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("answers", "kind", "sentence"),
+    [
+        ({"": "220 ready"}, ServiceError, "could not fetch {url}: EOFError; run again"),
+        ({"": "421 too many"}, ServiceError, "could not fetch {url}: 421 too many; run again"),
+        ({"": "hello"}, ServiceError, "could not fetch {url}: hello; run again"),
+        (
+            {"": "220 ready", "USER": "331 go on", "PASS": "530 Login incorrect."},
+            TableError,
+            "{url}: the server refuses it: 530 Login incorrect.",
+        ),
+        (
+            {"": "220 ready", "USER": "331 go on", "PASS": "230 in"},
+            ServiceError,
+            "could not fetch {url}: EOFError; run again",
+        ),
+    ],
+)
+def test_what_an_ftp_server_may_answer(answers: dict[str, str], kind: type[Exception], sentence: str) -> None:
+    with answering_ftp(answers) as address, pytest.raises(kind) as caught:
+        open_tables(f"ftp://me:SECRET@{address}/t.csv")
+    assert str(caught.value).startswith(sentence.format(url=f"ftp://me@{address}/t.csv"))
+    assert "SECRET" not in str(caught.value)
+
+
+def test_a_folder_that_a_glob_matches_is_read_as_a_folder(memory: Any) -> None:
+    names = ["lang=en/a.csv", "lang=de/deep/b.csv", "c.csv", "_tmp/d.csv", "lang=en/.hidden.csv", "lang=en/notes.md"]
+    for name in names:
+        content = f"prompt\n{name}\n".encode()
+        write_bytes(Path("ds", name), content)
+        memory.pipe(f"/ds/{name}", content)
+    for base in ("ds", "memory://ds"):
+        for pattern in ("*", "**", "**/*"):
+            with open_tables(f"{base}/{pattern}") as tables:
+                requests = [item for item in tables.rows(RULES) if isinstance(item, PromptRequest)]
+                assert tables.files == [f"{base}/{name}" for name in ("c.csv", "lang=de/deep/b.csv", "lang=en/a.csv")]
+                assert {"_tmp/", ".hidden.csv", "notes.md"} == {
+                    Path(name).name + "/" * name.endswith("/")
+                    for items in tables.left_out.items().values()
+                    for name in items
+                }
+            assert [item.id for item in requests] == ["c-00000000", "lang=de-deep-b-00000000", "lang=en-a-00000000"]
+            assert [item.carried.get("lang") for item in requests] == [None, "de", "en"]
+        assert [item.id for item in read_requests(f"{base}/lang=*")] == [item.id for item in requests[1:]]
+        with open_tables(base) as tables:
+            assert tables.files == [item.source.file for item in requests]
+
+
+def test_links_and_folders_that_a_glob_matches_and_that_cannot_be_read_are_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write_csv(Path("ds/a/t.csv"), [["prompt"], ["x"]])
+    write_csv(Path("elsewhere/b.csv"), [["prompt"], ["x"]])
+    Path("ds/link").symlink_to(Path("elsewhere").resolve())
+    Path("ds/closed").mkdir()
+    scandir = os.scandir
+
+    def refusing(path: Any) -> Any:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with open_tables("ds/*") as tables:
+        assert tables.faults == {"ds/closed": "ds/closed: Permission denied"}
+        assert str(tables.left_out) == "as links to folders: ds/link/"
+        assert tables.files == ["ds/a/t.csv", "ds/closed"]
 
 
 def test_one_file_of_a_folder_that_is_forbidden_costs_one_result(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:

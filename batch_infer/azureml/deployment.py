@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from batch_infer.cli.environment import settings_of_environment
 from batch_infer.cli.logs import set_up_logging
-from batch_infer.errors import SettingsError
+from batch_infer.errors import SettingsError, UsageError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.job import find_model, keep_policy, make_rules, rooted, settle_compute
 from batch_infer.jobs.record import describe
@@ -21,6 +23,8 @@ from batch_infer.table import RowRules
 
 MODEL_DEPTH = 4
 """How deep below AZUREML_MODEL_DIR a model is looked for: a registered one lies some folders down."""
+LOOKS, LOOK_SECONDS = 10, 2.0
+"""How often a run.json that cannot be read is looked at, and how long after each look."""
 _FOLDER, _FILE = "model_index.json", ".safetensors"
 IGNORED = tuple(
     f"BATCH_INFER_{option}"
@@ -64,7 +68,7 @@ def find_deployment(out: str, *, alone: bool = False) -> Deployment:
     if settings.model.name is None:
         log.warning("neither BATCH_INFER_MODEL nor AZUREML_MODEL_DIR names a model: using the built-in demo model")
     card = find_model(settings)
-    earlier = outdir.read_run(settings.out)
+    earlier = read_run(settings.out)
     settings = keep_policy(settings, earlier)
     from batch_infer.engines.devices import find_device  # imports torch, which takes seconds
 
@@ -72,6 +76,19 @@ def find_deployment(out: str, *, alone: bool = False) -> Deployment:
     record = describe(settings, card, compute, None)
     rules = make_rules(settings, card, record)
     return Deployment(settings, card, compute, rules, {**record, "rules": asdict(rules)}, earlier)
+
+
+def read_run(out: Path) -> dict[str, Any] | None:
+    """Return run.json, which another worker may just have written, or None where OUT has none. Raises UsageError.
+
+    Disks show the old file or the new one. A mount of a storage account that caches the sizes of files, as blobfuse
+    does, may for a while show a new file cut to the size of the old one.
+    """
+    for _ in range(LOOKS - 1):
+        with suppress(UsageError):
+            return outdir.read_run(out)
+        time.sleep(LOOK_SECONDS)
+    return outdir.read_run(out)
 
 
 def _settings(settings: RunSettings, *, alone: bool) -> RunSettings:

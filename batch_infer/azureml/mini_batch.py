@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from batch_infer.atomic import KnownFolder, is_there, list_names
 from batch_infer.azureml.claims import Claim, Claims
-from batch_infer.azureml.deployment import Deployment
+from batch_infer.azureml.deployment import Deployment, read_run
 from batch_infer.azureml.folders import Folder, by_folder, joined
 from batch_infer.azureml.rendering import Rendering
 from batch_infer.errors import DamagedPart, SettingsError, StorageError, TableError
@@ -97,7 +97,7 @@ class MiniBatches:
         This is checked for every mini-batch too: on file systems without hard links, two workers that start at the same
         moment may both write run.json, and then one of them is refused here.
         """
-        if (found := outdir.read_run(self._out)) is None:
+        if (found := read_run(self._out)) is None:
             return
         try:
             refuse_other(found, self._deployment.record, self._out)

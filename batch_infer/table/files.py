@@ -19,7 +19,7 @@ from batch_infer.table.endings import (
     unknown_ending,
 )
 from batch_infer.table.scratch import Scratch
-from batch_infer.table.selection import LeftOut, holds_no_table, tables_among, why_left_out
+from batch_infer.table.selection import LeftOut, holds_no_table, outermost, tables_among, why_left_out
 from batch_infer.table.stdin import spool
 from batch_infer.table.streams import reason, refuse_storage_fault
 from batch_infer.table.text import clean
@@ -115,29 +115,36 @@ class _Below:
     def __init__(self, argument: str, named: Path, folder: Path, left_out: LeftOut) -> None:
         self._argument, self._named, self._left_out = argument, named, left_out
         self._folder = folder / named
+        self._unreadable: list[OSError] = []
         self._holds_run = cache(lambda inner: (self._folder / inner / "run.json").is_file())
 
     def walk(self) -> Iterator[TableFile]:
         """All tables of the folder. Raises TableError, OSError."""
-        unreadable: list[OSError] = []
-        relatives: list[str] = []
-        for here, folders, files in os.walk(self._folder, onerror=unreadable.append):
+        return self._tables(list(self._files_in(".")))
+
+    def match(self, pattern: str) -> Iterator[TableFile]:
+        """The tables among the matches of a glob, and those in folders that it matches. Raises TableError, OSError."""
+        paths = {path.relative_to(self._folder).as_posix(): path for path in self._folder.glob(pattern)}
+        folders = [relative for relative, path in paths.items() if path.is_dir()]
+        files = [relative for relative in paths if relative not in folders]
+        for relative in outermost(folders):
+            if relative == "." or self._is_entered(relative):
+                files += self._files_in(relative)
+        return self._tables(list(dict.fromkeys(files)))
+
+    def _files_in(self, relative: str) -> Iterator[str]:
+        """Yield the files in a folder and those below it."""
+        for here, folders, files in os.walk(self._folder / relative, onerror=self._unreadable.append):
             inner = Path(here).relative_to(self._folder)
             paths = [(inner / name).as_posix() for name in folders]
             folders[:] = [name for name, path in zip(folders, paths, strict=True) if self._is_entered(path)]
-            relatives += [(inner / name).as_posix() for name in files]
-        if unreadable and not relatives:
-            raise unreadable[0]
-        yield from self._tables(relatives)
-        for error in unreadable:
+            yield from ((inner / name).as_posix() for name in files)
+
+    def _faults(self) -> Iterator[TableFile]:
+        for error in self._unreadable:
             name = self._name_of(Path(error.filename).relative_to(self._folder).as_posix())
             refuse_storage_fault(error, name)
             yield TableFile(self._folder, name, plain_stem(name), fault=f"{name}: {reason(error)}", is_named=False)
-
-    def match(self, pattern: str) -> Iterator[TableFile]:
-        """The tables among the matches of a glob. Raises TableError, OSError."""
-        paths = (path for path in self._folder.glob(pattern) if not path.is_dir())
-        yield from self._tables([path.relative_to(self._folder).as_posix() for path in paths])
 
     def _is_entered(self, relative: str) -> bool:
         """Whether a folder is looked into; what is in another is not even listed, since it may be a million images."""
@@ -150,6 +157,8 @@ class _Below:
         return False
 
     def _tables(self, relatives: list[str]) -> Iterator[TableFile]:
+        if self._unreadable and not relatives:
+            raise self._unreadable[0]
         relatives.sort(key=lambda relative: relative.split("/"))  # as pathlib sorts
         tables = list(tables_among(relatives, self._holds_run, self._name_of, self._left_out))
         if not tables:
@@ -161,6 +170,7 @@ class _Below:
                 yield TableFile(path, name, plain_stem(relative), fault=fault, is_named=False)
             elif (ending := read_ending(relative)) and path.is_file():
                 yield TableFile(path, name, ending.stem, ending.format, ending.packing, is_named=False)
+        yield from self._faults()
 
     def _name_of(self, relative: str) -> str:
         return clean((self._named / relative).as_posix()) + ("/" if relative.endswith("/") else "")

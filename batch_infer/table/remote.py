@@ -6,25 +6,21 @@ So every later pass reads the same bytes, and no fault of the network falls into
 from __future__ import annotations
 
 import asyncio
-import lzma
-import sys
-import tarfile
-import zipfile
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+import traceback
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from glob import has_magic
 from importlib.util import find_spec
+from types import TracebackType
 from typing import Any
 
 import fsspec
 
-from batch_infer.errors import ServiceError, TableError, first_line
+from batch_infer.errors import BatchInferError, ServiceError, TableError, first_line
 from batch_infer.table.endings import TableFile, plain_stem, read_ending, unknown_ending
 from batch_infer.table.scratch import Scratch
-from batch_infer.table.selection import LeftOut, holds_no_table, tables_among
+from batch_infer.table.selection import LeftOut, holds_no_table, outermost, tables_among
 from batch_infer.table.text import clean
 from batch_infer.table.urls import (
     HTTP,
@@ -46,19 +42,15 @@ EXTRAS = {
 }
 """Protocol -> the package that fsspec wants for it, and our extra that brings it."""
 
-CLIENTS = (
-    ("aiohttp", "ClientError"),
-    ("botocore.exceptions", "BotoCoreError"),
-    ("botocore.exceptions", "ClientError"),
-    ("gcsfs.retry", "HttpError"),
-    ("google.auth.exceptions", "GoogleAuthError"),
-    ("azure.core.exceptions", "AzureError"),
-    ("paramiko.ssh_exception", "SSHException"),
+CLIENTS = frozenset(
+    {
+        *("aiohttp", "azure", "botocore", "ftplib", "gcsfs", "google", "http", "httpx", "huggingface_hub"),
+        *("paramiko", "requests", "smbprotocol", "urllib3"),
+    }
 )
-"""The errors of the services' clients that are no OSError: fsspec lets them through."""
-ARCHIVE_ERRORS = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError)
-"""What is raised where a chain goes through an archive (RuntimeError where that is encrypted)."""
-UNKNOWN_TO_THEM = ("NoCredentialsError", "ClientAuthenticationError", "DefaultCredentialsError")
+"""Packages of the services' clients. Many of their errors are no OSError, and fsspec lets them through."""
+REFUSALS = ("NoCredentialsError", "ClientAuthenticationError", "DefaultCredentialsError", "error_perm")
+"""Errors of clients by which a service refuses the user, and which have no HTTP status."""
 
 SILENCE_S = 60
 """How long a server may send nothing. aiohttp's own limit is on the whole file, and ends large ones."""
@@ -98,7 +90,7 @@ def fetch(url: str, scratch: Scratch, left_out: LeftOut) -> list[TableFile]:
     the temporary folder is full.
     """
     name = clean(shown(url))
-    with _blamed(name), storing_temporarily(reads=True):  # a chain may keep copies
+    with _Blamed(name), storing_temporarily(reads=True):  # a chain may keep copies
         place = _connect(url, name)
         link = split_chain(name)[1]
         found = list(_single(place, link) if is_http(link) else _listed(place, left_out))
@@ -161,13 +153,15 @@ def _listed(place: _Place, left_out: LeftOut) -> Iterator[_Found]:
         parts = place.path.split("/")
         first = next(i for i, part in enumerate(parts) if has_magic(part))
         matches = place.files.glob(place.path, detail=True)
-        paths = [path for path, entry in matches.items() if entry["type"] == "file"]
+        paths = {path for path, entry in matches.items() if entry["type"] in ("file", "link")}
+        for folder in outermost(path for path, entry in matches.items() if entry["type"] == "directory"):
+            paths.update(place.files.find(folder))
         yield from _below(place, "/".join(parts[:first]), _fixed(place.url), paths, left_out)
     else:
         yield from _single(place, split_chain(place.name)[1])
 
 
-def _below(place: _Place, base: str, url: str, paths: list[str], left_out: LeftOut) -> Iterator[_Found]:
+def _below(place: _Place, base: str, url: str, paths: Iterable[str], left_out: LeftOut) -> Iterator[_Found]:
     @cache
     def holds_run(inner: str) -> bool:
         return bool(place.files.isfile("/".join(filter(None, [base, inner, "run.json"]))))
@@ -199,44 +193,67 @@ def _fetch(place: _Place, found: _Found, scratch: Scratch) -> TableFile:
     if ending is None:
         return replace(file, fault=unknown_ending(file.name))
     try:
-        with _blamed(file.name), storing_temporarily(reads=True):
+        with _Blamed(file.name), storing_temporarily(reads=True):
             place.files.get_file(found.path, str(file.path))
     except TableError as error:
         return replace(file, fault=str(error))
     return replace(file, format=ending.format, packing=ending.packing)
 
 
-@contextmanager
-def _blamed(name: str) -> Iterator[None]:
-    """Tell the file's faults and the user's from those of the network and the service.
+class _Blamed:
+    """Raises whatever fsspec and its file systems raise as an error of ours, which says whose fault it is.
 
-    No cause is handed on: a library's error may hold the whole URL, and a URL may hold a signature.
+    Their set of errors is open: each file system has its own client. No cause is handed on: a library's error may
+    hold the whole URL, and a URL may hold a signature.
     """
-    try:
-        yield
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise TableError(f"{name}: no such file or folder") from None
-    except PermissionError as error:
-        raise TableError(f"{name}: no permission to read it: {_reason(error)}") from None
-    except (ValueError, TypeError, RuntimeError, *ARCHIVE_ERRORS) as error:
-        raise TableError(f"{name} cannot be opened: {_reason(error)}") from None
-    except _service_errors() as error:
-        status = getattr(error, "status", None)
-        refused = isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)
-        if refused or type(error).__name__ in UNKNOWN_TO_THEM:
-            raise TableError(f"{name}: the server refuses it: {_reason(error)}") from None
-        raise ServiceError(f"could not fetch {name}: {_reason(error)}; run again") from None
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if isinstance(error, Exception) and not isinstance(error, (BatchInferError, MemoryError)):
+            raise _translated(self._name, error) from None
 
 
-def _service_errors() -> tuple[type[BaseException], ...]:
-    loaded = ((sys.modules.get(module), error) for module, error in CLIENTS)
-    known = (getattr(module, error, None) for module, error in loaded)
-    return (OSError, asyncio.TimeoutError, *(error for error in known if error is not None))
+def _translated(name: str, error: Exception) -> TableError | ServiceError:
+    if isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError)):
+        return TableError(f"{name}: no such file or folder")
+    if isinstance(error, PermissionError):
+        return TableError(f"{name}: no permission to read it: {_reason(error)}")
+    if isinstance(error, (ValueError, TypeError, RuntimeError)) or not _is_of_service(error):
+        return TableError(f"{name} cannot be opened: {_reason(error)}")
+    status = _status(error)
+    refused = status is not None and 400 <= status < 500 and status not in (408, 429)
+    if refused or type(error).__name__ in REFUSALS:
+        return TableError(f"{name}: the server refuses it: {_reason(error)}")
+    return ServiceError(f"could not fetch {name}: {_reason(error)}; run again")
 
 
-def _reason(error: BaseException) -> str:
-    status, message = getattr(error, "status", None), getattr(error, "message", "")
-    if isinstance(status, int):
-        return f"HTTP {status} {message}".strip()
-    said = without_secrets(first_line(error)) if isinstance(error, Exception) else ""
-    return type(error).__name__ if "?" in said or "@" in said else said
+def _is_of_service(error: Exception) -> bool:
+    """Return whether an error is of the network or a service, rather than of what is read, such as an archive."""
+    modules = {kind.__module__ for kind in type(error).__mro__}
+    if isinstance(error, EOFError):  # what ftplib raises where a server hangs up, and gzip where a file is cut off
+        modules |= {frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)}
+    packages = {module.partition(".")[0] for module in modules}
+    return isinstance(error, (OSError, asyncio.TimeoutError)) or bool(packages & CLIENTS)
+
+
+def _status(error: Exception) -> int | None:
+    """The HTTP status of a client's error."""
+    response = getattr(error, "response", None)
+    for holder, name in ((error, "status"), (error, "status_code"), (response, "status_code"), (error, "code")):
+        if isinstance(status := getattr(holder, name, None), int):
+            return status
+    return None
+
+
+def _reason(error: Exception) -> str:
+    if (status := _status(error)) is not None:
+        return f"HTTP {status} {getattr(error, 'message', '')}".strip()
+    text, kind = without_secrets(first_line(error)), type(error).__name__
+    if text == kind or "?" in text or "@" in text:
+        return kind
+    return f"{kind}: {text}" if isinstance(error, (LookupError, AttributeError, AssertionError)) else text

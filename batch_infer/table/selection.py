@@ -110,6 +110,15 @@ def tables_among(
             yield relative
 
 
+def outermost(folders: Iterable[str]) -> list[str]:
+    """Return those of these folders that are not below another one of them, in order."""
+    found: list[str] = []
+    for folder in sorted(folders, key=lambda path: [] if path == "." else path.split("/")):
+        if not found or not (found[-1] == "." or folder.startswith(f"{found[-1].rstrip('/')}/")):
+            found.append(folder)
+    return found
+
+
 def holds_no_table(argument: str, left_out: LeftOut) -> str:
     """What to say of a folder or glob without a table."""
     what = "glob matches" if has_magic(argument) else "folder holds"
