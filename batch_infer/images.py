@@ -18,6 +18,7 @@ from batch_infer.records import PromptRequest
 from batch_infer.settings import ImageFormat, OnFlagged
 
 SUFFIX: dict[ImageFormat, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
+FORMATS: dict[str, ImageFormat] = {suffix: image_format for image_format, suffix in SUFFIX.items()}
 PNG_LEVEL = 4
 JPEG_QUALITY = 95
 WEBP_QUALITY = 90

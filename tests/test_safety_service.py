@@ -643,6 +643,24 @@ def test_a_rescoring_after_a_run_that_was_killed_is_counted_and_kept(
     runs.assert_whole(out)
 
 
+@pytest.mark.parametrize("policy", ["blank", "blur"])
+def test_an_image_keeps_its_format_with_its_name(unjudged: Path, tmp_path: Path, policy: str) -> None:
+    """Also where the last run, which rendered one row more, had another --image-format."""
+    shutil.copytree(unjudged, tmp_path / "folder")
+    out, path = tmp_path / "folder" / "out", tmp_path / "folder" / "t.csv"
+    with path.open("a", newline="") as stream:
+        csv.writer(stream).writerow([CROSSES[0]])
+    assert runs.run(path, out, *SHARP, "--safety", "none", "--image-format", "jpeg").code == 0
+    assert {name.rpartition(".")[2] for name in runs.images(out)} == {"png", "jpg"}
+    assert runs.command("rescore", out, "--safety", "checker", "--on-flagged", policy).code == 0
+    flagged = [row["generated_image"] for row in runs.results(out) if row["status"] == "flagged"]
+    assert {name.rpartition(".")[2] for name in flagged} == {"png", "jpg"}
+    for name in runs.images(out):
+        with Image.open(out / name) as image:
+            assert image.format == ("PNG" if name.endswith(".png") else "JPEG")
+    runs.assert_whole(out)
+
+
 def test_images_with_more_text_than_pillow_takes_are_judged(tmp_path: Path) -> None:
     """And one that cannot be opened costs no other row its verdict, and does not lock OUT."""
     out, path = tmp_path / "out", table(tmp_path, CROSSES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -204,7 +205,9 @@ class Rejudging:
         if pixels is file.pixels:
             return replace(self._sink.write(path, file.content), pixels_sha256=row.pixels_sha256)
         parameters = images.parameters_text(entry.request, self._card.scheduler_name, self._card.fingerprint)
-        stored = self._sink.write(path, images.encode(pixels, self._settings.output.image_format, parameters))
+        # The image keeps its name, so its format too: a later run may have had another --image-format.
+        image_format = images.FORMATS.get(Path(path).suffix, self._settings.output.image_format)
+        stored = self._sink.write(path, images.encode(pixels, image_format, parameters))
         return replace(stored, pixels_sha256=images.pixels_sha256(pixels))
 
     def _path_of(self, row: ResultRow, *, quarantine: bool) -> str:
