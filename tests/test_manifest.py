@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from batch_infer.errors import DamagedPart, NewerPart, StorageError
 from batch_infer.manifest import SCHEMA, Manifest, read_part, to_table, write_parquet
-from batch_infer.records import BOOKKEEPING, ResultRow, digest, now
+from batch_infer.records import BOOKKEEPING, PromptRequest, ResultRow, SamplingParams, Source, digest, now
 
 NONE = pa.schema([])
 COLUMNS = [
@@ -83,6 +83,30 @@ def test_what_was_not_committed_is_not_found(tmp_path: Path) -> None:
     with Manifest(tmp_path).index() as index:
         assert index.find(("a", 0)) is None
         assert len(index.take([])) == 0
+
+
+def test_a_request_is_kept_apart_from_images_whose_paths_differ_by_case_alone(tmp_path: Path) -> None:
+    paths = {"sku": "images/t-00000/sku-0.png", "Sku": "images/t-00000/Sku~0123456789abcdef-0.png",
+             "B": "quarantine/T-00000/B-0.png", "C-1": "images/U-00000/C-1-0.png", "d": None}  # fmt: skip
+    Manifest(tmp_path).commit([row(name, generated_image=path) for name, path in paths.items()], NONE)
+    params = SamplingParams(64, 64, 2, 5.0, 0.0)
+
+    def collisions(name: str, file: str, path: str | None = None, **flags: Any) -> tuple[bool, bool]:
+        new = PromptRequest(name, 0, "x", None, 1, params, Source(file, 0), "f", **flags)
+        apart = index.with_collisions(new, path)
+        assert replace(apart, id_collides=new.id_collides, stem_collides=new.stem_collides) == new
+        return apart.id_collides, apart.stem_collides
+
+    with Manifest(tmp_path).index() as index:
+        assert collisions("SKU", "v.csv") == (True, False)
+        assert collisions("b", "v.csv") == (True, False)
+        assert collisions("c-1", "u.csv") == (True, True)
+        assert collisions("D", "V.csv") == (False, False), "no image is named after it"
+        assert collisions("sku", "T.csv", paths["sku"]) == (False, True), "the other id has a digest in its path"
+        assert collisions("Sku", "t.csv", paths["Sku"]) == (True, False), "its path has a digest too"
+        assert collisions("sku", "t.csv", paths["sku"], id_collides=True, stem_collides=True) == (False, False)
+        assert collisions("e", "U.csv", stem_collides=True) == (False, False), "the folder of its file is there"
+        assert collisions("e", "v.csv", id_collides=True, stem_collides=True) == (True, True)
 
 
 @pytest.mark.parametrize("order", [(1, 2, 3), (3, 2, 1), (2, 3, 1)], ids=str)

@@ -659,6 +659,31 @@ def test_capitals_of_ids_stay_in_file_names(tmp_path: Path, out: Path, monkeypat
     assert_whole(out)
 
 
+def test_no_two_paths_of_an_out_differ_by_case_alone_whenever_their_rows_came(tmp_path: Path, out: Path) -> None:
+    tables = tmp_path / "tables"
+    write_csv(tables / "x/a.csv", [["prompt"], ["a red circle"]])
+    write_csv(tables / "y/b.csv", [["id", "prompt"], ["sku", "a red circle"]])
+    assert run(tables, out).code == 0
+    before = images(out)
+    assert before == {"images/a-00000/x-a-00000000-0.png", "images/b-00000/sku-0.png"}
+    write_csv(tables / "X/a.csv", [["prompt"], ["a red circle"]])
+    write_csv(tables / "X/A.csv", [["prompt"], ["a red circle"]])
+    write_csv(tables / "B.csv", [["id", "prompt"], ["SKU", "a red circle"], ["c", "a red circle"]])
+    assert json.loads(run(tables, out, "--json").stdout)["rendered"] == 4
+    after = images(out)
+    assert before < after
+    assert len({part.lower() for path in after for part in (path, path.rpartition("/")[0])}) == len(
+        {part for path in after for part in (path, path.rpartition("/")[0])}
+    )
+    assert_whole(out)
+    assert json.loads(run(tables, out, "--json").stdout)["rendered"] == 0
+    assert command("rescore", out, "--safety", "checker", "--on-flagged", "keep").code == 0
+    done = run(tables, out, "--safety", "checker", "--steps", "3", "--rerender-changed", "--json")
+    assert json.loads(done.stdout)["rendered"] == 6
+    assert images(out) == after
+    assert_whole(out)
+
+
 @pytest.mark.parametrize("processes", ["0", pytest.param("2", marks=pytest.mark.promises)])
 def test_overwrite_begins_anew(table: Path, out: Path, processes: str) -> None:
     run(table, out, "--results", "csv", "--image-format", "jpeg")

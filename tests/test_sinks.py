@@ -167,6 +167,15 @@ def test_a_file_of_an_earlier_version_is_known_and_no_other_rows_is() -> None:
     }
 
 
+@pytest.mark.parametrize("case_matters", [False, True])
+def test_an_image_keeps_its_path_when_nothing_collides_with_it_any_more(case_matters: bool) -> None:
+    sink = sink_on(case_matters=case_matters)
+    path = sink.path_of(request("sku", file="a.csv", id_collides=True, stem_collides=True))
+    for name in (path, path.replace(name_with_digest("a"), "a"), path.replace(name_with_digest("sku"), "sku")):
+        assert sink.path_of(request("sku", file="a.csv", replaces=name)) == name
+    assert sink.path_of(request("sku", file="b.csv", replaces=path)) == "images/b-00000/sku-0.png"
+
+
 @pytest.mark.parametrize("linked", [False, True])
 def test_the_disk_that_holds_the_images_is_asked_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linked: bool

@@ -196,6 +196,19 @@ def test_ids_and_files_that_differ_by_case_alone_are_marked_from_the_second_on()
         ]
 
 
+def test_default_ids_that_differ_by_case_alone_are_marked_from_the_second_file_on() -> None:
+    for folder in ("X", "x", "y"):
+        write_csv(Path("t", folder, "a.csv"), [["prompt"], ["one"], ["two"]])
+    assert {row.id: (row.id_collides, row.stem_collides) for row in read_requests("t")} == {
+        "X-a-00000000": (False, False),
+        "X-a-00000001": (False, False),
+        "x-a-00000000": (True, False),
+        "x-a-00000001": (True, False),
+        "y-a-00000000": (False, False),
+        "y-a-00000001": (False, False),
+    }
+
+
 def test_an_id_that_stands_twice_costs_the_later_row() -> None:
     table = write_csv(Path("t.csv"), [["id", "prompt"], ["a", "1"], ["a", "2"], ["b", "3"]])
     first, later, other = read(table)

@@ -158,7 +158,7 @@ class _Rescoring:
                     continue
                 if kept.fingerprint == new.fingerprint:
                     if self._resumed:
-                        rejudging.tidy(new, kept)
+                        rejudging.tidy(index.with_collisions(new, kept.path), kept)
                     continue
                 known = {item.fingerprint: policy for item, policy in zip(old, self._sources.values(), strict=True)}
                 if kept.fingerprint in known:

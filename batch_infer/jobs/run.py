@@ -355,7 +355,8 @@ class _Run:
 
     def _task(self, index: Index, survey: Survey) -> Task:
         slots_of = None if self._job.card.driven else self._slots_of
-        requests = in_order(pending(self._job.items(index), index, self._leaves_alone), slots_of)
+        new = pending(self._job.items(index), index, self._leaves_alone)
+        requests = in_order((index.with_collisions(request, request.replaces) for request in new), slots_of)
         return Task(requests, survey.pending, self._worker())
 
     def _stop_compiling(self, error: CompilationError, survey: Survey) -> None:

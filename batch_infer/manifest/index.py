@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -14,6 +15,7 @@ from batch_infer.atomic import is_there
 from batch_infer.database import temporary_database
 from batch_infer.errors import BatchInferError, DamagedPart, StorageError
 from batch_infer.manifest.parts import SCHEMA, as_schema, read_part
+from batch_infer.records import PromptRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,12 @@ _FOUND = (
     "SELECT status, fingerprint, attempt, path, part, row, source_file, (SELECT count(*) FROM failures AS f"
     " WHERE f.id = c.id AND f.image_index = c.image_index AND f.fingerprint = c.fingerprint) FROM committed AS c"
 )
+
+
+def _names_in(path: str) -> tuple[str, str]:
+    """The names of a file and a row in the path of an image, `images/STEM-NNNNN/ID-K.png`: `STEM` and `ID`."""
+    folders, _, file = path.rpartition("/")
+    return folders.rpartition("/")[2].rpartition("-")[0], file.rpartition("-")[0]
 
 
 class _Tables:
@@ -72,8 +80,10 @@ class Index:
             " path TEXT, source_file TEXT, source_row INTEGER, time INTEGER, part TEXT, row INTEGER,"
             " PRIMARY KEY (id, image_index)) WITHOUT ROWID"
         )
+        self._database.execute("CREATE INDEX capitals ON committed (lower(id)) WHERE id != lower(id)")
         self._database.execute("CREATE TABLE failures (id TEXT, image_index INTEGER, fingerprint TEXT)")
         self._database.execute("CREATE INDEX failed ON failures (id, image_index, fingerprint)")
+        self._stems: dict[str, set[str]] = {}
         self._parts = {part.name: part for part in parts}
         self._tables = _Tables()
         try:
@@ -119,6 +129,9 @@ class Index:
         table = table.append_column("time", table["finished_at"].cast(pa.int64()))
         columns = table.to_pydict()
         rows = list(zip(*(columns[name] for name in (*_INDEXED, "time", "row")), strict=True))
+        for path in filter(None, columns["generated_image"]):
+            stem, _ = _names_in(path)
+            self._stems.setdefault(stem.lower(), set()).add(stem)
         failed = [(name, k, fingerprint) for name, k, status, fingerprint, *_ in rows if status == "failed"]
         self._database.executemany("INSERT INTO failures VALUES (?,?,?)", failed)
         # Ties are two workers' word on the same attempt, as where one has died before it could tell that it was done:
@@ -146,6 +159,35 @@ class Index:
         self._database.executemany("INSERT OR IGNORE INTO paths VALUES (?)", ((path,) for path in paths))
         found = self._database.execute(f"{_FOUND} WHERE path IN (SELECT name FROM paths)")
         return {row[3]: Committed(*row) for row in found}
+
+    def with_collisions(self, request: PromptRequest, path: str | None) -> PromptRequest:
+        """Return a request whose image path differs from those of committed images by more than case.
+
+        `path` is that of the image that is committed for the request itself, and which it keeps. This must not be used
+        where several processes without a common lock give names.
+        """
+        if not self._parts:
+            return request
+        folder, name = _names_in(path or "")
+        stem = request.source.stem
+        stems = self._stems.get(stem.lower(), set())
+        collides: dict[str, Any] = {
+            "id_collides": name != request.id and (request.id_collides or self._has_alike(request.id)),
+            "stem_collides": folder != stem and (bool(stems - {stem}) or (request.stem_collides and not stems)),
+        }
+        if collides == {flag: getattr(request, flag) for flag in collides}:
+            return request
+        return replace(request, **collides)
+
+    def _has_alike(self, name: str) -> bool:
+        """Return whether an image is named after another id that differs from this one by case alone."""
+        alike = self._database.execute(
+            "SELECT id, path FROM committed WHERE id = lower(?1) AND id != ?1 AND path IS NOT NULL"
+            " UNION ALL SELECT id, path FROM committed"
+            " WHERE lower(id) = lower(?1) AND id != lower(id) AND id != ?1 AND path IS NOT NULL",
+            (name,),
+        )
+        return any(_names_in(path)[1] == other for other, path in alike)
 
     def in_order(self, tables: Sequence[str]) -> Iterator[Committed]:
         """Everything in the order of its rows in these tables; what other tables gave follows, by their names."""

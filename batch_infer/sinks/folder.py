@@ -8,7 +8,7 @@ import os
 import re
 import stat
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import accumulate
@@ -69,7 +69,7 @@ class FolderSink:
     def path_of(self, request: PromptRequest, *, quarantine: bool = False) -> str:
         """Return where to store a request's image, relative to OUT.
 
-        An image that is rendered again keeps its name. No two paths of a run differ by case alone, so that an OUT can
+        An image that is rendered again keeps its name. No two paths of an OUT differ by case alone, so that it can
         be copied to any file system; only files that an Azure ML job reads on different workers are an exception.
         Raises StorageError.
         """
@@ -77,7 +77,8 @@ class FolderSink:
         folder = self._name(top, request.source.stem, collides=request.stem_collides)
         path = self._path(request, top, folder, self._name(top, request.id, collides=request.id_collides))
         kept = f"{top}/{(request.replaces or '').partition('/')[2]}"
-        return kept if request.replaces and kept in self._possible_paths(request, top) else path
+        possible = self._possible_paths(request, top, lambda text: {name_with_digest(text)})
+        return kept if request.replaces and kept in possible else path
 
     def possible_paths(self, request: PromptRequest) -> set[str]:
         """Return all paths that this and earlier versions may give a request's image, and no other's.
@@ -86,12 +87,14 @@ class FolderSink:
         """
         return self._possible_paths(request, "images") | self._possible_paths(request, "quarantine")
 
-    def _possible_paths(self, request: PromptRequest, top: str) -> set[str]:
-        stem, name = request.source.stem, request.id
+    def _possible_paths(
+        self, request: PromptRequest, top: str, digests: Callable[[str], set[str]] | None = None
+    ) -> set[str]:
+        stem, name, digests = request.source.stem, request.id, digests or _names_with_digest
         return {
             self._path(request, top, folder, file)
-            for folder in {self._name(top, stem, collides=request.stem_collides), *_names_with_digest(stem)}
-            for file in {self._name(top, name, collides=request.id_collides), *_names_with_digest(name)}
+            for folder in {self._name(top, stem, collides=request.stem_collides), *digests(stem)}
+            for file in {self._name(top, name, collides=request.id_collides), *digests(name)}
         }
 
     def _path(self, request: PromptRequest, top: str, folder: str, name: str) -> str:

@@ -223,9 +223,10 @@ class Tables:
                 raise TableError(_meeting(twins, opened))
 
     def _has_distinct_ids(self) -> bool:
-        """Whether all ids are default ones, of stems that differ: then no two are the same."""
+        """Whether all ids are default ones, of stems that differ by more than case: then the ids do too."""
         named = any("id" in opened.layout.fields for opened in self._readable())
-        return not named and not stems_that_meet(opened.file for opened in self._files)
+        stems = [opened.file.stem.lower() for opened in self._files]
+        return not named and len(set(stems)) == len(stems)
 
     def _cells(self, ids: Ids, notes: Notes) -> Iterator[tuple[Cells, str | None]]:
         for opened in self._files:
