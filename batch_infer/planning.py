@@ -67,6 +67,16 @@ def is_done(item: Item, found: Committed | None) -> bool:
     return found.status in FINAL or (found.status == "failed" and found.failures >= MAX_ATTEMPTS)
 
 
+def finished_in(index: Index) -> Callable[[PromptRequest], bool]:
+    """Return the test whether the manifest has a final result of a request as it is now."""
+
+    def is_finished(request: PromptRequest) -> bool:
+        match = index.find(request.key)
+        return match is not None and match.status in FINAL and match.fingerprint == request.fingerprint
+
+    return is_finished
+
+
 def pending(rows: Iterable[Item], index: Index, leaves_alone: LeavesAlone = is_done) -> Iterator[PromptRequest]:
     """The requests that are to be done, each as the attempt that it will be; invalid rows are somebody else's."""
     for item in rows:

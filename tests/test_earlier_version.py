@@ -17,7 +17,9 @@ from PIL import Image
 
 from batch_infer.azureml import batch
 from batch_infer.records import BOOKKEEPING
+from batch_infer.table.carrying import LARGEST_ROW
 from tests.runs import Done, Key, assert_whole, command, images, results, run_json
+from tests.tables import write_csv
 
 DATA = Path(__file__).parent / "data" / "earlier_version"
 COMPUTE = ("--slots", "8", "--threads", "1", "--device", "cpu", "--num-processes", "0")
@@ -207,3 +209,53 @@ def test_the_output_of_an_endpoint_is_continued_and_merged(folder: Path, monkeyp
     assert set(scored["sha256"]) == {row["sha256"] for row in before.values()}
     assert command("merge", out, "-q").code == 0
     assert_as_before(out, before)
+
+
+@pytest.fixture
+def unlimited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The OUT and the table of a version without limits for texts and carried cells."""
+    table, out = tmp_path / "t.csv", tmp_path / "out"
+    rows = [["prompt", "negative_prompt", "note", "num_images_per_prompt"], ["a red disc", "", "", ""]]
+    rows += [["a red disc" + " " * 10_000, "", "", "2"], ["a disc", "x" * 10_001, "", ""]]
+    write_csv(table, [*rows, ["a blue disc", "", "y" * (LARGEST_ROW + 1), ""]])
+    with monkeypatch.context() as patch:
+        patch.setattr("batch_infer.table.rows.LONGEST_TEXT", 1 << 30)
+        patch.setattr("batch_infer.table.carrying.LARGEST_ROW", 1 << 30)
+        assert command("run", table, "-o", out, *COMPUTE, *BRIEF).code == 0
+    with table.open("a") as stream:
+        stream.write("z" * 10_001 + ",,,\n")
+    return out
+
+
+BRIEF = ("--steps", "2", "--on-flagged", "keep")
+
+
+def test_a_finished_row_is_kept_although_it_is_larger_than_a_new_one_may_be(unlimited: Path) -> None:
+    """By every command; a row like it that is new is invalid."""
+    out, table = unlimited, unlimited.with_name("t.csv")
+    before = committed(out)
+    for line in (
+        ("run", table, "-o", out, *COMPUTE, *BRIEF),
+        ("merge", out),
+        ("retry", out, "--status", "missing", "--status", "failed"),
+        ("rescore", out, "--safety", "checker", "--on-flagged", "quarantine"),
+        ("run", table, "-o", out, *COMPUTE, *BRIEF[:2], "--on-flagged", "quarantine"),
+    ):
+        assert command(*line).code in (0, 3), line
+        rows = {(row["id"], row["image_index"]): row for row in results(out)}
+        assert rows.pop(("t-00000004", 0))["error"].startswith("the prompt has 10001 characters")
+        assert {key: row["sha256"] for key, row in rows.items()} == {key: row["sha256"] for key, row in before.items()}
+        assert {row["status"] for row in rows.values()} <= {"ok", "flagged"}
+    assert_whole(out)
+    plan = json.loads(command("plan", table, "-o", out, *COMPUTE, *BRIEF[:2], "--json").stdout)
+    assert (plan["done"], plan["pending"], plan["invalid"]) == (5, 0, 1)
+
+
+def test_a_finished_row_that_is_too_large_to_be_rendered_again_is_not(unlimited: Path) -> None:
+    """Other options would replace it: that is refused, and where it is wanted the row is invalid."""
+    out, table = unlimited, unlimited.with_name("t.csv")
+    other = ("run", table, "-o", out, *COMPUTE, "--steps", "3", "--on-flagged", "keep")
+    refused = command(*other)
+    assert refused.code == 2 and "finished images in" in refused.stderr
+    assert rendered(command(*other, "--rerender-changed", "--json"), 3) == 1
+    assert [row["status"] for row in results(out)] == ["ok", *["invalid"] * 4]

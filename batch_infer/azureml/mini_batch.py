@@ -132,7 +132,7 @@ class MiniBatches:
             return None  # the ids of these rows are others now
         self._settle(disputed, folder)
         counts = Counts()
-        batches = list(results_of(job.items(), self._index, job.tables.carried, counts))
+        batches = list(results_of(job.items(self._index), self._index, job.tables.carried, counts))
         empty = pa.schema([*SCHEMA, *job.tables.carried]).empty_table()
         return None if counts.left else pa.concat_tables([empty, *batches])
 
@@ -146,7 +146,7 @@ class MiniBatches:
 
         look_through(job, self._index, leaves_alone)
         self._catch_up_with_results()
-        self._rendering.render(job, pending(job.items(), self._index, leaves_alone), self._index)
+        self._rendering.render(job, pending(job.items(self._index), self._index, leaves_alone), self._index)
         self._catch_up()
 
     # Ids that more than one file's rows have
@@ -219,8 +219,8 @@ class _Rows(Job):
 
     places: Collection[Place]
 
-    def items(self) -> Iterator[Item]:
-        return (item for item in self.tables.rows(self.rules) if place_of(item) in self.places)
+    def items(self, index: Index) -> Iterator[Item]:
+        return (item for item in super(_Rows, self).items(index) if place_of(item) in self.places)
 
 
 def _set_aside(damage: DamagedPart) -> None:

@@ -12,7 +12,7 @@ from batch_infer.errors import SettingsError
 from batch_infer.jobs.job import Job
 from batch_infer.jobs.run_json import parse_record
 from batch_infer.manifest import Index
-from batch_infer.planning import Item
+from batch_infer.planning import Item, finished_in
 from batch_infer.records import FINAL, PromptRequest
 from batch_infer.table import RowRules
 
@@ -71,7 +71,7 @@ def find_changes(job: Job, index: Index) -> Changes:
     changes = Changes()
     if not rules and before == now:
         return changes
-    for item, others in job.tables.compared_rows(job.rules, rules):
+    for item, others in job.tables.compared_rows(job.rules, rules, finished_in(index)):
         match = index.find(item.key)
         if match is None or match.status not in FINAL or match.fingerprint == item.fingerprint:
             continue
@@ -96,7 +96,7 @@ def _changes_of_unknown_runs(job: Job, index: Index) -> Changes:
     """Count the finished images that would be replaced in an OUT whose run.json is missing."""
     if not _finished(index):
         return Changes()
-    matches = ((item, index.find(item.key)) for item in job.items())
+    matches = ((item, index.find(item.key)) for item in job.items(index))
     images = sum(
         match is not None and match.status in FINAL and match.fingerprint != item.fingerprint for item, match in matches
     )

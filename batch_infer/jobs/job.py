@@ -15,9 +15,9 @@ from batch_infer.jobs import cleanup
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.record import choose_compute, describe, refuse_other
 from batch_infer.jobs.run_json import parse_record, require
-from batch_infer.manifest import SCHEMA, Manifest, run_of
+from batch_infer.manifest import SCHEMA, Index, Manifest, run_of
 from batch_infer.models import ModelCard, PipelineFacts, read_card
-from batch_infer.planning import Item
+from batch_infer.planning import Item, finished_in
 from batch_infer.records import digest
 from batch_infer.settings import Compute, Device, RowDefaults, RunSettings
 from batch_infer.table import RowRules, Tables
@@ -42,9 +42,9 @@ class Job:
         """The number of this run among those of its OUT, from 1; 0 for an endpoint's."""
         return int(self.record.get("run_number", 0))
 
-    def items(self) -> Iterator[Item]:
-        """Every row of the tables, in input order."""
-        return self.tables.rows(self.rules)
+    def items(self, index: Index) -> Iterator[Item]:
+        """Every row of the tables, in input order. `index` says which rows are finished."""
+        return self.tables.rows(self.rules, finished_in(index))
 
 
 def rooted(settings: RunSettings) -> RunSettings:

@@ -142,7 +142,7 @@ class _Walk:
     def _valid(self) -> Iterator[PromptRequest]:
         """The rows of the tables that the run will render; what it will find invalid is told and counted."""
         self._plan.files = dict.fromkeys(self._job.tables.files, 0)
-        for item in self._job.items():
+        for item in self._job.items(self._index):
             self._plan.total += 1
             if item.image_index == 0:
                 self._plan.rows += 1

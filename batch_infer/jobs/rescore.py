@@ -20,7 +20,8 @@ from batch_infer.jobs.rejudging import Rejudging, Rescored, Stored
 from batch_infer.jobs.run_json import with_counts
 from batch_infer.manifest import Committed, Index, Manifest
 from batch_infer.models import ModelCard
-from batch_infer.records import PromptRequest, ResultRow, digest, now
+from batch_infer.planning import finished_in
+from batch_infer.records import FINAL, PromptRequest, ResultRow, digest, now
 from batch_infer.settings import OnFlagged, RunSettings, SafetySettings
 from batch_infer.stopping import GRACE_SECONDS, deferred
 from batch_infer.table import Tables
@@ -97,7 +98,7 @@ class _Rescoring:
 
     def refuse_fewer_rows(self) -> None:
         """Results of tables that are not named would be left out, and be rendered anew. Raises SettingsError."""
-        found = sum(1 for _ in self._tables.rows(self._new))
+        found = sum(1 for _ in self._tables.rows(self._new, lambda _: True))
         if found < self._total:
             raise SettingsError(f"these tables have {found} results to give and the run had {self._total}: name all")
 
@@ -139,8 +140,14 @@ class _Rescoring:
 
     def _todo(self, index: Index, rejudging: Rejudging) -> Iterator[Stored]:
         """The results of the rows as the tables have them, but for those that these rules know."""
+
+        def is_finished(request: PromptRequest) -> bool:
+            """By any rules: each walk gives as many items of a row."""
+            return (match := index.find(request.key)) is not None and match.status in FINAL
+
         walks = [
-            self._tables.rows(replace(self._new, fingerprint=name)) for name in (self._new.fingerprint, *self._sources)
+            self._tables.rows(replace(self._new, fingerprint=name), is_finished)
+            for name in (self._new.fingerprint, *self._sources)
         ]
         items = zip(*walks, strict=True)
         while batch := list(islice(items, BATCH)):
@@ -171,7 +178,7 @@ class _Rescoring:
     def _merge(self) -> Counts:
         out, tables = self._settings.out, self._tables
         with Manifest(out).index() as index:
-            return merge(tables.rows(self._new), index, tables.carried, out, self._settings.output)
+            return merge(tables.rows(self._new, finished_in(index)), index, tables.carried, out, self._settings.output)
 
 
 def _without_damaged_parts(work: Callable[[], T]) -> T:

@@ -264,7 +264,7 @@ class _Run:
         """
         try:
             if self._has_invalid and not self._job.tables.changed():
-                commit_invalid(self._job)
+                commit_invalid(self._job, Index(()))
                 self._has_invalid = False
             for seconds in LISTING_SECONDS:
                 with suppress(MissingResults):
@@ -296,7 +296,7 @@ class _Run:
             counts.left = left
             return counts
         with self._manifest.index() as index:
-            return merge(self._job.items(), index, tables.carried, self._out, output, least)
+            return merge(self._job.items(index), index, tables.carried, self._out, output, least)
 
     def _in_flight(self, survey: Survey) -> int:
         """Return how many results the workers have under way together, if each row has guidance and takes two slots."""
@@ -355,7 +355,7 @@ class _Run:
 
     def _task(self, index: Index, survey: Survey) -> Task:
         slots_of = None if self._job.card.driven else self._slots_of
-        new = pending(self._job.items(), index, self._leaves_alone)
+        new = pending(self._job.items(index), index, self._leaves_alone)
         requests = in_order((index.with_collisions(request, request.replaces) for request in new), slots_of)
         return Task(requests, survey.pending, self._worker())
 

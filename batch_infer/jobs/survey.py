@@ -94,7 +94,7 @@ def look_through(
     survey = Survey(changes=changes)
     invalid = _Invalid(job)
     count = 0
-    for item in job.items():
+    for item in job.items(index):
         found = index.find(item.key)
         left_alone = leaves_alone(item, found)
         survey.add(item, found, left_alone=left_alone)
@@ -112,12 +112,12 @@ def look_through(
     return survey
 
 
-def commit_invalid(job: Job) -> None:
-    """Commit the invalid rows of an OUT that holds no results of them. Raises StorageError."""
+def commit_invalid(job: Job, index: Index) -> None:
+    """Commit the invalid rows that `look_through` has left. The index is the one that it had. Raises StorageError."""
     invalid = _Invalid(job)
-    for item in job.items():
+    for item in job.items(index):
         if isinstance(item, ResultRow):
-            invalid.add(item, None)
+            invalid.add(item, index.find(item.key))
     invalid.commit()
 
 

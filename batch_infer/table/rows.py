@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from decimal import Decimal, InvalidOperation
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 from batch_infer.errors import RowError, SettingsError
 from batch_infer.records import PromptRequest, ResultRow, SamplingParams, SizeRules, Source, digest, now
@@ -45,8 +45,8 @@ class RowRules:
     def check(self) -> None:
         """Hold the defaults to the rules that rows are held to. Raises SettingsError."""
         faults: list[str] = []
-        _parse(Cells("", Source("", 0), {**asdict(self.defaults), "prompt": "any"}, {}), self, faults)
-        if faults:
+        parsed = _parse(Cells("", Source("", 0), {**asdict(self.defaults), "prompt": "any"}, {}), self, faults)
+        if faults := faults or _too_long(parsed):
             raise SettingsError("; ".join(faults))
 
 
@@ -54,24 +54,44 @@ class RowRules:
 class Cells:
     """A row's own cells by field (None where empty), its carried ones, and where it stands.
 
-    `id` is the row's own or the default one, and is the row's alone. The last two are those of PromptRequest.
+    `id` is the row's own or the default one, and is the row's alone. `too_large` says which carried cells were left
+    out because a row has no room for them. The last two are those of PromptRequest.
     """
 
     id: str
     source: Source
     fields: Mapping[str, Any]
     carried: Mapping[str, Any]
+    too_large: str | None = None
     id_collides: bool = False
     stem_collides: bool = False
 
 
-def requests(cells: Cells, rules: RowRules) -> Iterator[PromptRequest | ResultRow]:
-    """One request for each image of a row, or its one invalid result."""
+IsFinished: TypeAlias = "Callable[[PromptRequest], bool]"
+"""Returns whether a request has its image already."""
+
+
+def requests(
+    cells: Cells, rules: RowRules, is_finished: IsFinished = lambda _: False
+) -> Iterator[PromptRequest | ResultRow]:
+    """One request for each image of a row, or its one invalid result.
+
+    The limits of texts and carried cells are for rows that are to be rendered: earlier versions had none, so a row of
+    which an image is finished is not invalid for them.
+    """
     faults: list[str] = []
     parsed = _parse(cells, rules, faults)
     if faults:
         yield invalid(cells, "; ".join(faults))
         return
+    limits = [*_too_long(parsed), *([cells.too_large] if cells.too_large else ())]
+    if limits and not any(map(is_finished, _requests(cells, rules, dict(parsed)))):
+        yield invalid(cells, "; ".join(limits))
+    else:
+        yield from _requests(cells, rules, parsed)
+
+
+def _requests(cells: Cells, rules: RowRules, parsed: dict[str, Any]) -> Iterator[PromptRequest]:
     count, seed, prompt, negative_prompt = (
         parsed.pop(name) for name in ("num_images_per_prompt", "seed", "prompt", "negative_prompt")
     )
@@ -182,10 +202,14 @@ def _text(field: str, value: Any, rules: RowRules) -> str:
         raise RowError(f"{field} {_show(value)} is not text but {type(value).__name__}")
     if "\0" in value:
         raise RowError(f"{field} holds a NUL byte")
-    if len(value) > LONGEST_TEXT:
-        limit = f"{LONGEST_TEXT} are the most: a model reads some 75 words"
-        raise RowError(f"the {field} has {len(value)} characters, and {limit}")
     return value
+
+
+def _too_long(parsed: Mapping[str, Any]) -> list[str]:
+    """Say which texts of a row are longer than a row to be rendered may have."""
+    texts = [(field, parsed[field]) for field in ("prompt", "negative_prompt") if parsed[field] is not None]
+    limit = f"{LONGEST_TEXT} are the most: a model reads some 75 words"
+    return [f"the {field} has {len(text)} characters, and {limit}" for field, text in texts if len(text) > LONGEST_TEXT]
 
 
 def _whole(field: str, value: Any, least: int, most: int) -> int:

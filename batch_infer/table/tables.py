@@ -25,7 +25,7 @@ from batch_infer.table.notes import Notes
 from batch_infer.table.partitions import overlap_sentence, partitions_of, with_partitions
 from batch_infer.table.raw import RawRow
 from batch_infer.table.readers import open_reader
-from batch_infer.table.rows import LONGEST_TEXT, Cells, RowRules, invalid, own_cells, requests
+from batch_infer.table.rows import LONGEST_TEXT, Cells, IsFinished, RowRules, invalid, own_cells, requests
 from batch_infer.table.scratch import Scratch
 from batch_infer.table.text import clean, encoding_fault
 
@@ -146,19 +146,19 @@ class Tables:
         """The user's own files that are not what they were when they were opened."""
         return [str(path) for path, before in self._stamps.items() if _stamp(path) != before]
 
-    def rows(self, rules: RowRules) -> Iterator[PromptRequest | ResultRow]:
-        """Every row, in input order, as its requests or as its invalid result."""
+    def rows(self, rules: RowRules, is_finished: IsFinished = lambda _: False) -> Iterator[PromptRequest | ResultRow]:
+        """Every row, in input order, as its requests or as its invalid result; see `table.rows.requests`."""
         notes = Notes()
         with closing(Ids(self._elsewhere if self._others else None, distinct=self._has_distinct_ids())) as ids:
             for cells, error in islice(self._cells(ids, notes), self._limit):
                 if error is None:
-                    yield from requests(cells, rules)
+                    yield from requests(cells, rules, is_finished)
                 else:
                     yield invalid(cells, error)
         self._notes = notes
 
     def compared_rows(
-        self, rules: RowRules, others: Sequence[RowRules]
+        self, rules: RowRules, others: Sequence[RowRules], is_finished: IsFinished = lambda _: False
     ) -> Iterator[tuple[PromptRequest | ResultRow, list[PromptRequest | ResultRow | None]]]:
         """Yield every row as `rows` does, each with what it is under each of the other rules."""
         with closing(Ids(self._elsewhere if self._others else None, distinct=self._has_distinct_ids())) as ids:
@@ -166,8 +166,8 @@ class Tables:
                 if error is not None:
                     yield invalid(cells, error), [None for _ in others]
                     continue
-                old = [{item.image_index: item for item in requests(cells, other)} for other in others]
-                for item in requests(cells, rules):
+                old = [{item.image_index: item for item in requests(cells, other, is_finished)} for other in others]
+                for item in requests(cells, rules, is_finished):
                     yield item, [items.get(item.image_index) for items in old]
 
     def _elsewhere(self, name: str, file: str) -> str | None:
@@ -253,7 +253,7 @@ class Tables:
             name = ids.own(file.default_id(raw.number), file.name)
         source = Source(file.name, raw.number, raw.line)
         collides = ids.collides(name), bool(self._colliding) and source.stem in self._colliding
-        return Cells(name, source, own, carried, *collides), raw.error or wrong or fault
+        return Cells(name, source, own, carried, fault, *collides), raw.error or wrong
 
 
 def _refuse_missing(files: Iterable[TableFile]) -> None:
