@@ -352,18 +352,31 @@ def test_a_line_without_end_costs_its_own_row(ending: str, monkeypatch: pytest.M
     assert (last.prompt, last.source.row) == ("z", 2)
 
 
-@pytest.mark.parametrize("width", [1, 2, 40])
+@pytest.mark.parametrize("width", [2, 40])
 def test_a_row_of_many_lines_has_the_limit_of_one(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However long each of its cells may be."""
+    """However long each of its cells may be. Its lines are no rows."""
     monkeypatch.setattr(streams, "LONGEST", 1000)
     header = ",".join(["prompt", *(f"c{k}" for k in range(1, width))])
     good = ",".join(["x", *["y"] * (width - 1)])
-    cells = ",".join(['"' + "word\n" * (2000 // 5 // width) + '"'] * width)
-    first, bad, *rest = read(write("t.csv", f"{header}\n{good}\n{cells}\n{good}\n"))
+    cells = ",".join(['"' + "word\n" * (20_000 // 5 // width) + '"'] * width)
+    first, bad, last = read(write("t.csv", f"{header}\n{good}\n{cells}\n{good}\n"))
     assert isinstance(first, PromptRequest)
-    assert errors_of([bad]) == ["line 3 begins a row of more than 1000 characters; is a quote left open?"]
-    assert isinstance(rest[-1], PromptRequest)
-    assert rest[-1].prompt == "x"
+    assert errors_of([bad]) == [
+        f"lines 3 to {3 + cells.count(chr(10))} are a row of more than 1000 characters; is a quote left open?"
+    ]
+    assert isinstance(last, PromptRequest)
+    assert (last.prompt, last.source.row) == ("x", 2)
+
+
+@pytest.mark.parametrize("closes", [True, False])
+def test_rows_below_a_quote_that_is_closed_far_below_are_read(closes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "LONGEST", 1000)
+    good = "".join(f"{k},y\n" for k in range(500))
+    text = 'prompt,tag\n"open,y\n' + "prose\n" * 500 + good + 'closed",y\n' * closes
+    bad, *rest = read(write("t.csv", text))
+    assert errors_of([bad]) == ["lines 2 to 502 are a row of more than 1000 characters; is a quote left open?"]
+    assert [item.prompt for item in rest][:500] == [f"{k}" for k in range(500)]
+    assert len(rest) == 500 + closes
 
 
 def test_a_header_of_many_lines_has_the_limit_of_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,9 @@ class Delimited:
                         return
                     except (csv.Error, RowError) as error:
                         if len(self.header) > 1 or _ran_on(error):
-                            lines.give_back(self._rows_within(lines.taken))
+                            lines.give_back(count := self._rows_within(lines.taken))
+                            if isinstance(error, _TooLong) and not count:
+                                self._skip_row(lines)
                         yield RawRow(number, {}, _fault(starts, lines.number, error), starts)
                         number += 1
                         continue
@@ -77,12 +79,28 @@ class Delimited:
         A quote that is left open swallows the rows below it. The first line that is a whole row by itself ends it.
         (Of one column every line is a row; it is asked only where the quote was never closed.)
         """
-        for place, line in enumerate(broken[1:], 1):
-            if line.count('"') % 2 == 0:
-                with suppress(csv.Error):
-                    if len(next(csv.reader([line], strict=True, delimiter=self.mark))) == len(self.header):
-                        return len(broken) - place
-        return 0
+        return next((len(broken) - place for place, line in enumerate(broken) if place and self._is_row(line)), 0)
+
+    def _is_row(self, line: str) -> bool:
+        """Return whether a line is a whole row by itself."""
+        if line.count('"') % 2 == 0:
+            with suppress(csv.Error):
+                return len(next(csv.reader([line], strict=True, delimiter=self.mark))) == len(self.header)
+        return False
+
+    def _skip_row(self, lines: _Lines) -> None:
+        """Go past a row that is too long: to where its quote is closed, or to a line that is a row by itself."""
+        is_open = sum(line.count('"') for line in lines.taken) % 2 == 1
+        while is_open:
+            lines.mark()
+            try:
+                line = next(lines)
+            except (StopIteration, RowError):
+                return
+            if self._is_row(line):
+                lines.give_back(1)
+                return
+            is_open ^= line.count('"') % 2 == 1
 
     def _row(self, number: int, cells: list[str], first: int, last: int) -> RawRow:
         error, note = None, None
@@ -125,7 +143,7 @@ class _Lines(Lines):
         self.taken.append(line)
         self._size += len(line)
         if self._size > self.longest:
-            raise _TooLong(f"begins a row of more than {self.longest} characters; is a quote left open?")
+            raise _TooLong(f"a row of more than {self.longest} characters; is a quote left open?")
         return line
 
     def mark(self) -> None:
@@ -214,7 +232,9 @@ def _ran_on(error: Exception) -> bool:
 
 
 def _fault(first: int, last: int, error: Exception) -> str:
-    where = _at(first, first if isinstance(error, _TooLong) else last)
+    where = _at(first, last)
+    if isinstance(error, _TooLong):
+        return f"{where} {'begins' if first >= last else 'are'} {error}"
     if isinstance(error, RowError):
         return f"{where} {error}"
     return f"{where} cannot be read as CSV: {error}; is a quote left open?"
