@@ -316,7 +316,7 @@ def error_of(peer: Peer, fate: str) -> Exception:
         )
     known = getattr(errors, peer.broken.kind, None)
     if isinstance(known, type) and issubclass(known, BatchInferError):
-        return known(peer.broken.told)
+        return known.from_text(peer.broken.told)
     return WorkerBroke(peer.broken.trace)
 
 
