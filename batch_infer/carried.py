@@ -11,6 +11,7 @@ import base64
 import json
 import uuid
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
 from decimal import Decimal
 from functools import lru_cache, partial
 from typing import Any
@@ -37,6 +38,12 @@ def result_type(kind: pa.DataType) -> pa.DataType:
     except (NotImplementedError, ValueError, TypeError):  # Arrow's own errors are of these
         return result_type(kind.storage_type) if isinstance(kind, pa.BaseExtensionType) else pa.string()
     return found
+
+
+def as_result(array: pa.Array) -> pa.Array:
+    """An array as its result type, or as it is where that type is text for want of a closer one."""
+    kind = result_type(array.type)
+    return array if types.is_string(kind) and not _is_text(array.type) else _cast(array, kind)
 
 
 def to_values(array: pa.Array | pa.ChunkedArray) -> list[Any]:
@@ -111,13 +118,37 @@ def as_text(value: Any, kind: pa.DataType | None = None) -> str:
     """
     found = readable(value, kind)
     if isinstance(found, (bool, list, dict)):
-        return json.dumps(found, ensure_ascii=False, default=str)
+        return _json_text(found)
     return repr(found) if isinstance(found, float) else str(found)
+
+
+@dataclass(frozen=True, slots=True)
+class JsonNumber:
+    """A number as JSON spells it, for one that no type of Python's holds."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def _json_text(value: Any) -> str:
+    """JSON in which each number has all its digits. json.dumps has no way to write a Decimal as a number."""
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except TypeError:
+        pass
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{json.dumps(key, ensure_ascii=False)}: {_json_text(value[key])}' for key in value)}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_json_text, value))}]"
+    is_number = isinstance(value, (Decimal, JsonNumber))
+    return str(value) if is_number else json.dumps(str(value), ensure_ascii=False)
 
 
 def readable(value: Any, kind: pa.DataType | None = None) -> Any:
     """A plain value with text for whatever JSON has no type for."""
-    if isinstance(value, Decimal):
+    if isinstance(value, (Decimal, JsonNumber)):
         return str(value)
     if value is None or kind is None:
         return base64.b64encode(value).decode("ascii") if isinstance(value, bytes) else value

@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,14 +106,20 @@ def in_format(ending: str, rows: list[dict[str, Any]]) -> bytes:
         writer.writerows([names, *([row[name] for name in names] for row in rows)])
         return text.getvalue().encode()
     if ending in ("jsonl", "ndjson"):
-        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        return "".join(f"{exact_json(row, ensure_ascii=False)}\n" for row in rows).encode()
     if ending == "json":
-        return json.dumps(rows).encode()
+        return exact_json(rows).encode()
     if ending == "txt":
         return "".join(f"{row['prompt']}\n" for row in rows).encode()
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows), sink)
     return bytes(sink.getvalue())
+
+
+def exact_json(value: Any, **form: Any) -> str:
+    """JSON of a value in which a Decimal is a number of all its digits."""
+    text = json.dumps(value, default=lambda number: f"\0{number}\0", **form)
+    return re.sub(r'"\\u0000([^"\\]*)\\u0000"', r"\1", text)
 
 
 def pack(packing: str, content: bytes) -> bytes:

@@ -122,6 +122,31 @@ def test_where_types_differ_values_are_exact_text(array: pa.Array, texts: list[s
     assert warning == f"{where}: its values are carried as text"
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+def test_numbers_within_a_nested_json_value_stay_numbers_of_all_their_digits(ending: str) -> None:
+    cell = '{"n": 0.1234567890123456789, "of": [1e400, 2E9999999999999999999, 123456789012345678901, -0.5, "0.5"]}'
+    row = f'{{"prompt": "x", "column": {cell}}}'
+    write_bytes(Path(f"t.{ending}"), (row if ending == "jsonl" else f"[{row}]").encode())
+    found = carry(f"t.{ending}")["column"]
+    assert (found.type, found.to_pylist()) == (pa.string(), [cell.replace("1e400", "1E+400")])
+
+
+def test_fields_of_one_name_in_a_struct_have_two_names() -> None:
+    struct = pa.StructArray.from_arrays([pa.array([1, 2]), pa.array(["a", "b"])], names=["k", "k"])
+    twins = pa.ListArray.from_arrays(pa.array([0, 1, 2], pa.int32()), struct)
+    write_parquet(Path("t.parquet"), prompt=["x", "y"], struct=struct, deep=twins, tag=pa.array([["p"], ["q"]]))
+    found = carry("t.parquet")
+    assert found.to_pylist() == [
+        {"struct": {"k": k, "k_2": name}, "deep": [{"k": k, "k_2": name}], "tag": [tag]}
+        for k, name, tag in [(1, "a", "p"), (2, "b", "q")]
+    ]
+    (warning,) = open_tables("t.parquet").remarks
+    assert warning == (
+        "t.parquet has columns of one name: carried are another 'struct.k' as 'struct.k_2', "
+        "another 'deep.k' as 'deep.k_2'"
+    )
+
+
 def test_whole_floats_beside_large_integers_are_integers() -> None:
     """As pandas writes a column of integers where a cell is missing."""
     write_parquet(Path("t/a.parquet"), prompt=["x"], id=[1], column=[2**60 + 1])

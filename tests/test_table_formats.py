@@ -352,6 +352,48 @@ def test_a_line_without_end_costs_its_own_row(ending: str, monkeypatch: pytest.M
     assert (last.prompt, last.source.row) == ("z", 2)
 
 
+@pytest.mark.parametrize("width", [1, 2, 40])
+def test_a_row_of_many_lines_has_the_limit_of_one(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long each of its cells may be."""
+    monkeypatch.setattr(streams, "LONGEST", 1000)
+    header = ",".join(["prompt", *(f"c{k}" for k in range(1, width))])
+    good = ",".join(["x", *["y"] * (width - 1)])
+    cells = ",".join(['"' + "word\n" * (2000 // 5 // width) + '"'] * width)
+    first, bad, *rest = read(write("t.csv", f"{header}\n{good}\n{cells}\n{good}\n"))
+    assert isinstance(first, PromptRequest)
+    assert errors_of([bad]) == ["line 3 begins a row of more than 1000 characters; is a quote left open?"]
+    assert isinstance(rest[-1], PromptRequest)
+    assert rest[-1].prompt == "x"
+
+
+def test_a_header_of_many_lines_has_the_limit_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "LONGEST", 1000)
+    with pytest.raises(TableError, match="^t.csv has a header that is longer than 1000 characters"):
+        read(write("t.csv", 'prompt,"' + "word\n" * 400 + '"\nx,y\n'))
+
+
+def test_a_long_row_of_parquet_costs_itself_alone() -> None:
+    """It is not even converted; of words that many rows have, each counts for its row."""
+    long = "x" * (9 << 20)
+    columns: dict[str, Any] = {
+        "prompt": ["1", "2", "3", None, "5"],
+        "text": ["", long, long, None, ""],
+        "words": pa.array([long, None, long, "", "w"]).dictionary_encode(),
+        "deep": [[b""], [long.encode()], [], None, [b"y"]],
+        "number": [1, 2, 3, 4, None],
+    }
+    pq.write_table(pa.table(columns), "t.parquet")
+    found = read("t.parquet")
+    assert [isinstance(item, ResultRow) for item in found] == [True, True, True, True, False]
+    assert [(error or "").partition(":")[0] for error in errors_of(found[:4])] == [
+        "the carried cells of a row may be 1048576 bytes together",
+        "the row has more than 16777216 bytes",
+        "the row has more than 16777216 bytes",
+        "the prompt is empty",
+    ]
+    assert [item.id for item in found] == [f"t-{row:08d}" for row in range(5)]
+
+
 def test_lines_are_counted_as_an_editor_does() -> None:
     found = read(write("t.csv", 'prompt,seed\n"x\ny",1\n\nz,one,two\n"open\n'))
     assert [(error or "")[:12] for error in errors_of(found)] == ["", "line 5 has 3", "line 6 canno"]

@@ -23,7 +23,7 @@ DECLARATION = re.compile(r'"?sep=(?P<mark>[^"\r\n])"?\r?\n?', re.IGNORECASE)
 MARKS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 """What may stand between cells: spreadsheets write semicolons where the comma is in the numbers."""
 
-csv.field_size_limit(LONGEST)
+csv.field_size_limit(LONGEST)  # which the limit of a row comes before
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Delimited:
                     except StopIteration:
                         return
                     except (csv.Error, RowError) as error:
-                        if isinstance(error, csv.Error) and (len(self.header) > 1 or _ran_on(error)):
+                        if len(self.header) > 1 or _ran_on(error):
                             lines.give_back(self._rows_within(lines.taken))
                         yield RawRow(number, {}, _fault(starts, lines.number, error), starts)
                         number += 1
@@ -100,12 +100,20 @@ class Delimited:
         return RawRow(number, dict(zip(self.header, cells, strict=False)), error, first, note)
 
 
+class _TooLong(RowError):
+    """A row of several lines, each of which is short enough."""
+
+
 class _Lines(Lines):
-    """Lines of which the last ones can come again; `taken` are those since `mark`."""
+    """Lines of which the last ones can come again; `taken` are those since `mark`.
+
+    Where they are too long together, `_TooLong` is raised: memory is bounded by what a row may have.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
         self._returned: list[str] = []
+        self._size = 0
         self.taken: list[str] = []
 
     def __next__(self) -> str:
@@ -115,10 +123,14 @@ class _Lines(Lines):
         else:
             line = super().__next__()
         self.taken.append(line)
+        self._size += len(line)
+        if self._size > self.longest:
+            raise _TooLong(f"begins a row of more than {self.longest} characters; is a quote left open?")
         return line
 
     def mark(self) -> None:
         self.taken.clear()
+        self._size = 0
 
     def give_back(self, count: int) -> None:
         self._returned += reversed(self.taken[len(self.taken) - count :])
@@ -167,10 +179,12 @@ def _read_header(file: TableFile, mark: str, *, is_declared: bool) -> list[str]:
 
 
 def _lines(file: TableFile, stream: TextIO) -> Iterator[str]:
+    lines = _Lines(stream)
     try:
-        yield from Lines(stream)
+        yield from lines
     except RowError as error:
-        raise TableError(f"{file.name} has a header that {error}; is it a table?") from error
+        fault = f"{file.name} has a header that is longer than {lines.longest} characters; is it a table?"
+        raise TableError(fault) from error
 
 
 def _named(file: TableFile, header: list[str]) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -194,13 +208,13 @@ def _header(reader: Any) -> list[str]:
     return next((cells for cells in reader if cells), [])
 
 
-def _ran_on(error: csv.Error) -> bool:
-    """Whether a quote was never closed: the file ended, or the cell grew too long, before another came."""
-    return str(error).startswith(("unexpected end of data", "field larger than"))
+def _ran_on(error: Exception) -> bool:
+    """Whether a quote was never closed: the file ended, or the row grew too long, before another came."""
+    return isinstance(error, _TooLong) or str(error).startswith("unexpected end of data")
 
 
 def _fault(first: int, last: int, error: Exception) -> str:
-    where = _at(first, last)
+    where = _at(first, first if isinstance(error, _TooLong) else last)
     if isinstance(error, RowError):
         return f"{where} {error}"
     return f"{where} cannot be read as CSV: {error}; is a quote left open?"

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batch_infer.carried import to_values
+from batch_infer.carried import as_result, to_values
 from batch_infer.table.endings import TableFile
-from batch_infer.table.names import distinct_names
+from batch_infer.table.names import distinct_fields, distinct_names
 from batch_infer.table.raw import RawRow, broken
 from batch_infer.table.scratch import Scratch
-from batch_infer.table.streams import reason, refuse_storage_fault, unpack
+from batch_infer.table.streams import LONGEST, reason, refuse_storage_fault, unpack
 
 BATCH = 1024
 BATCH_BYTES = 32 << 20
@@ -23,6 +25,8 @@ WIDTH = 16
 """Bytes of a number or of a place in a list; a long list of equal ones is stored in a few."""
 BUFFER = 1 << 20
 """Bytes of a column that are read at a time: without it pyarrow takes in a row group's whole column chunks."""
+
+_WITH_LENGTH = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
 
 READ_ERRORS = (OSError, pa.ArrowException, UnicodeError)
 FEW_ROWS = 1 << 20
@@ -33,13 +37,15 @@ FEW_ROWS = 1 << 20
 class Parquet:
     """A Parquet file; its cells are the plain values of `batch_infer.carried`.
 
-    `schema` has distinct names; `renamed` has the file's own name of each that has another there.
+    `schema` has distinct names; `renamed` has the file's own name of each that has another there, and `renamed_fields`
+    that of each such field of a struct.
     """
 
     file: TableFile
     path: Path
     schema: pa.Schema
     renamed: Mapping[str, str]
+    renamed_fields: Mapping[str, str]
 
     def rows(self) -> Iterator[RawRow]:
         """Yield a row for each that the footer counts: a row that a damaged row group does not give has its fault.
@@ -90,7 +96,7 @@ class Parquet:
         try:
             size = _batch_size(parquet.metadata.row_group(group))
             for batch in parquet.iter_batches(batch_size=size, row_groups=[group]):
-                yield from _batch(batch.rename_columns(self.schema.names), number)
+                yield from _batch(self._named(batch), number)
                 number += len(batch)
         except READ_ERRORS as error:
             refuse_storage_fault(error, self.file.name, was_opened=True)
@@ -104,6 +110,16 @@ class Parquet:
         else:
             yield RawRow(number, {}, f"row group {group} is damaged: the footer counts {count} rows in it; {fault}")
 
+    def _named(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """A batch with the names of the schema, in its structs too."""
+        if not self.renamed_fields:
+            return batch.rename_columns(self.schema.names)
+        columns = [
+            column.view(field.type) if pa.types.is_nested(field.type) else column
+            for column, field in zip(batch.columns, self.schema, strict=True)
+        ]
+        return pa.RecordBatch.from_arrays(columns, self.schema.names)
+
 
 def open_parquet(file: TableFile, scratch: Scratch) -> Parquet:
     """Raises OSError, pa.ArrowException and UnicodeError."""
@@ -111,8 +127,12 @@ def open_parquet(file: TableFile, scratch: Scratch) -> Parquet:
     path = unpack(file, scratch.place()) if file.packing else file.path.absolute()
     schema = pq.read_schema(path)
     names, renamed = distinct_names(schema.names)
-    fields = (field.with_name(name) for field, name in zip(schema, names, strict=True))
-    return Parquet(file, path, pa.schema(fields), renamed)
+    inner: dict[str, str] = {}
+    fields = [
+        field.with_name(name).with_type(distinct_fields(field.type, name, inner))
+        for field, name in zip(schema, names, strict=True)
+    ]
+    return Parquet(file, path, pa.schema(fields), renamed, inner)
 
 
 def _repeated(metadata: pq.FileMetaData) -> list[str]:
@@ -135,6 +155,39 @@ def _batch_size(group: pq.RowGroupMetaData) -> int:
 
 
 def _batch(batch: pa.RecordBatch, number: int) -> Iterator[RawRow]:
+    """Yield the rows of a batch. One that is too long is not converted to Python's values."""
+    start = 0
+    for place in _too_long(batch):
+        yield from _short_rows(batch.slice(start, place - start), number + start)
+        yield RawRow(number + place, {}, f"the row has more than {LONGEST} bytes")
+        start = place + 1
+    yield from _short_rows(batch.slice(start), number + start)
+
+
+def _too_long(batch: pa.RecordBatch) -> list[int]:
+    """The rows of a batch that have more than LONGEST bytes."""
+    if batch.nbytes <= LONGEST:
+        return []
+    total = reduce(pc.add, map(_sizes, batch.columns))
+    return list(pc.indices_nonzero(pc.greater(total, LONGEST)).to_pylist())
+
+
+def _sizes(column: pa.Array) -> pa.Array:
+    """The bytes of each cell, without what a few numbers take."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        sizes = _sizes(column.dictionary).take(column.indices)
+    elif any(of(kind) for of in _WITH_LENGTH):
+        sizes = pc.binary_length(column).cast(pa.int64())
+    elif pa.types.is_primitive(kind):
+        sizes = pa.nulls(len(column), pa.int64())
+    else:
+        cells = (column.slice(place, 1) for place in range(len(column)))
+        sizes = pa.array([as_result(cell).nbytes for cell in cells], pa.int64())
+    return sizes.fill_null(0)
+
+
+def _short_rows(batch: pa.RecordBatch, number: int) -> Iterator[RawRow]:
     names = batch.schema.names
     try:
         columns = [to_values(column) for column in batch.columns]

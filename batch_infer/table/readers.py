@@ -23,7 +23,8 @@ from batch_infer.table.streams import reason, refuse_storage_fault
 def open_reader(file: TableFile, prompt: str, scratch: Scratch) -> tuple[Reader, Mapping[str, str]]:
     """A file whose columns are known, and the file's own name of each that has another now, since it has two of it.
 
-    `prompt` names its column of prompts. Raises TableError for an unreadable file, StorageError where the disk fails.
+    Fields of structs count too, as `column.field`. `prompt` names the file's column of prompts. Raises TableError for
+    an unreadable file, StorageError where the disk fails.
     """
     try:
         reader = _open(file, prompt, scratch)
@@ -34,7 +35,9 @@ def open_reader(file: TableFile, prompt: str, scratch: Scratch) -> tuple[Reader,
         raise TableError(f"{file.name} is empty")
     if (count := len(reader.schema.names)) > MOST_COLUMNS:
         raise TableError(f"{file.name} has {count} columns, and {MOST_COLUMNS} are the most: leave out some")
-    return reader, reader.renamed if isinstance(reader, (Delimited, Document, Parquet)) else {}
+    if isinstance(reader, Parquet):
+        return reader, {**reader.renamed, **reader.renamed_fields}
+    return reader, reader.renamed if isinstance(reader, (Delimited, Document)) else {}
 
 
 def _open(file: TableFile, prompt: str, scratch: Scratch) -> Reader:

@@ -22,7 +22,7 @@ from batch_infer.table.endings import TableFile
 from batch_infer.temporary import create_temporary
 
 LONGEST = 16 << 20
-"""Characters of one cell, line or JSON value: what an open quote may swallow before it is given up."""
+"""Characters of one row, or bytes of one of Parquet: what an open quote may take in before it is given up."""
 
 BUFFER = 1 << 16
 ZSTD_READ = 1 << 12
@@ -159,21 +159,22 @@ class Lines:
 
     def __init__(self, stream: TextIO) -> None:
         self._readline = stream.readline
+        self.longest = LONGEST
         self.number = 0
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        line = self._readline(LONGEST)
+        line = self._readline(self.longest)
         if not line:
             raise StopIteration
         self.number += 1
-        if len(line) < LONGEST or line[-1] in "\r\n":
+        if len(line) < self.longest or line[-1] in "\r\n":
             return line
         while line and line[-1] not in "\r\n":
-            line = self._readline(LONGEST)
-        raise RowError(f"is longer than {LONGEST} characters")
+            line = self._readline(self.longest)
+        raise RowError(f"is longer than {self.longest} characters")
 
 
 def reason(error: Exception) -> str:
