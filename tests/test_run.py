@@ -708,7 +708,11 @@ def test_overwrite_removes_nothing_for_a_run_that_cannot_be(table: Path, out: Pa
     assert_whole(out)
 
 
-def test_overwrite_of_nothing_is_a_first_run(table: Path, out: Path) -> None:
+@pytest.mark.parametrize("left", [None, "logs"])
+def test_overwrite_of_nothing_is_a_first_run(left: str | None, table: Path, out: Path) -> None:
+    """A run whose model does not load leaves logs/."""
+    if left:
+        (out / left).mkdir(parents=True)
     assert run(table, out, "--overwrite").code == 0
     assert_whole(out)
 
