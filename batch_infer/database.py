@@ -9,28 +9,42 @@ from typing import Any
 
 from batch_infer.temporary import storage_fault
 
-_STORAGE_FAULTS = ("full", "disk I/O error", "unable to open database file")
+_STORAGE_FAULTS = ("full", "disk I/O error", "unable to open database file", "malformed", "not a database")
 
 
 class _Cursor(sqlite3.Cursor):
+    """A cursor that raises StorageError for faults of the disk, also where rows are read: SQLite reads as they come."""
+
     def execute(self, sql: str, parameters: Any = ()) -> _Cursor:
         try:
             super().execute(sql, parameters)
-        except sqlite3.OperationalError as error:
+        except sqlite3.DatabaseError as error:
             raise _named(error) from error
         return self
 
     def executemany(self, sql: str, parameters: Iterable[Any]) -> _Cursor:
         try:
             super().executemany(sql, parameters)
-        except sqlite3.OperationalError as error:
+        except sqlite3.DatabaseError as error:
             raise _named(error) from error
         return self
 
     def __next__(self) -> Any:
         try:
             return super().__next__()
-        except sqlite3.OperationalError as error:
+        except sqlite3.DatabaseError as error:
+            raise _named(error) from error
+
+    def fetchone(self) -> Any:
+        try:
+            return super().fetchone()
+        except sqlite3.DatabaseError as error:
+            raise _named(error) from error
+
+    def fetchall(self) -> list[Any]:
+        try:
+            return super().fetchall()
+        except sqlite3.DatabaseError as error:
             raise _named(error) from error
 
 
@@ -44,7 +58,7 @@ class _Database(sqlite3.Connection):
         return self.cursor(_Cursor).executemany(sql, parameters)
 
 
-def _named(error: sqlite3.OperationalError) -> Exception:
+def _named(error: sqlite3.DatabaseError) -> Exception:
     if not any(fault in str(error) for fault in _STORAGE_FAULTS):
         return error
     return storage_fault("a temporary database", _folder(), error)

@@ -23,6 +23,8 @@
 Anything else that escapes is a bug: exit 1 with its traceback.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
 
 
@@ -36,6 +38,11 @@ class BatchInferError(Exception):
     """Base of all errors that have a clear sentence for the user; `exit_code` is the command's."""
 
     exit_code = 1
+
+    @classmethod
+    def from_text(cls, text: str) -> BatchInferError:
+        """Return an error with the text of one of this class that was raised in another process."""
+        return cls(text)
 
 
 class UsageError(BatchInferError):
@@ -64,6 +71,11 @@ class DamagedPart(UsageError):
     def __init__(self, part: Path, reason: str) -> None:
         super().__init__(part, reason)  # both, so that it can be sent from one process to another
         self.part, self.reason = part, reason
+
+    @classmethod
+    def from_text(cls, text: str) -> BatchInferError:
+        """Return an error that is not mistaken for one that knows its part."""
+        return UsageError(text)
 
     def __str__(self) -> str:
         return f"{self.part} is damaged ({self.reason}); run again: that sets it aside and renders its rows anew"

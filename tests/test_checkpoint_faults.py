@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -271,6 +272,14 @@ def test_quantized_weights_need_the_package_of_their_method(own: Path, monkeypat
     (own / "bitsandbytes").mkdir()
     monkeypatch.syspath_prepend(own)
     read_card(ModelSettings(name=str(own)))
+
+
+@pytest.mark.parametrize("file", ["tokenizer/merges.txt", "tokenizer/notes.txt", "unet/x.json", "unet/x.safetensors"])
+def test_a_folder_in_the_place_of_a_file_is_named(own: Path, file: str) -> None:
+    (own / file).unlink(missing_ok=True)
+    (own / file).mkdir()
+    with pytest.raises(ModelError, match=f"{re.escape(file)} .*: .*Is a directory"):
+        read_card(ModelSettings(str(own)))
 
 
 def test_a_tokenizer_without_its_merges_is_refused(own: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,29 @@ def test_a_full_temporary_folder_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     sentence = f"cannot write a temporary database in {tmp_path}: database or disk is full; .* or set TMPDIR"
     with pytest.raises(StorageError, match=sentence):
         database.executemany(insert, rows) if together else [database.execute(insert, row) for row in rows]
+    database.close()
+
+
+def temporary_databases() -> set[Path]:
+    """The files of SQLite that this process has open; they have no name any more."""
+    return {link for link in Path("/proc/self/fd").iterdir() if link.is_symlink() and "etilqs" in str(link.readlink())}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the file in /proc")
+@pytest.mark.parametrize("read", ["fetchone", "fetchall", "__next__"])
+def test_a_temporary_database_that_is_damaged_while_rows_are_read_is_named(read: str) -> None:
+    before = temporary_databases()
+    database = temporary_database()
+    database.execute("PRAGMA cache_size = 1")
+    database.execute("CREATE TABLE ids (id TEXT)")
+    database.executemany("INSERT INTO ids VALUES (?)", [("x" * 1000,)] * 5000)
+    cursor = database.execute("SELECT id FROM ids")
+    for file in temporary_databases() - before:
+        with file.open("r+b") as stream:
+            stream.write(b"\xff" * file.stat().st_size)
+    with pytest.raises(StorageError, match="cannot write a temporary database in .*: database disk image is malformed"):
+        while getattr(cursor, read)():
+            pass
     database.close()
 
 

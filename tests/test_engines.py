@@ -6,15 +6,20 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
+from batch_infer import errors
 from batch_infer.engines import shift
 from batch_infer.engines.local import Local
-from batch_infer.engines.peers import Patience, hang_up
-from batch_infer.engines.shift import WorkerBroke
-from batch_infer.errors import ModelError, SettingsError, StorageError, WorkersLost
+from batch_infer.engines.messages import Broken
+from batch_infer.engines.peers import Patience, Peer, hang_up
+from batch_infer.engines.shift import WorkerBroke, error_of
+from batch_infer.errors import BatchInferError, ModelError, SettingsError, StorageError, WorkersLost
 from batch_infer.manifest import Manifest
 from tests import dummies
 from tests.crew import Rendering
@@ -188,3 +193,20 @@ def test_workers_end_when_their_parent_does(tmp_path: Path, end: str) -> None:
             process.join(300)
             assert process.exitcode == 1
     assert not process.is_alive()
+
+
+def kinds_of(kind: type[BatchInferError]) -> Iterator[type[BatchInferError]]:
+    yield kind
+    for inner in kind.__subclasses__():
+        yield from kinds_of(inner)
+
+
+NAMED = sorted({kind for kind in kinds_of(BatchInferError) if hasattr(errors, kind.__name__)}, key=str)
+
+
+@pytest.mark.parametrize("kind", NAMED, ids=lambda kind: kind.__name__)
+def test_an_error_of_a_worker_keeps_its_sentence_and_its_exit_code(kind: type[BatchInferError]) -> None:
+    broken = Broken(kind.__name__, "the sentence", "the traceback")
+    error = error_of(cast(Peer, SimpleNamespace(broken=broken)), "its fate")
+    assert isinstance(error, BatchInferError)
+    assert (str(error), error.exit_code) == ("the sentence", kind.exit_code)

@@ -708,6 +708,15 @@ def test_overwrite_removes_nothing_for_a_run_that_cannot_be(table: Path, out: Pa
     assert_whole(out)
 
 
+@pytest.mark.parametrize("left", [None, "logs"])
+def test_overwrite_of_nothing_is_a_first_run(left: str | None, table: Path, out: Path) -> None:
+    """A run whose model does not load leaves logs/."""
+    if left:
+        (out / left).mkdir(parents=True)
+    assert run(table, out, "--overwrite").code == 0
+    assert_whole(out)
+
+
 def test_overwrite_removes_nothing_for_a_model_that_does_not_load(
     table: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -319,6 +319,21 @@ def test_a_frozen_worker_does_not_hold_up_the_supervisor(tmp_path: Path) -> None
     assert not any(thread.is_alive() for thread in frozen._threads)
 
 
+def test_a_worker_that_dies_while_it_stops_has_died(tmp_path: Path) -> None:
+    """What it may have left in OUT is removed, as after any death."""
+    pool = Pool()
+    (end,) = pool.ends
+    made = shift_of(pool, tmp_path)
+
+    def stop() -> bool:
+        if pool.peers[0].ready:
+            end.close()
+        return pool.peers[0].ready
+
+    end.send_bytes(encode(Ready()))
+    assert made.go(stop).deaths == 1
+
+
 def test_carried_cells_arrive_as_they_were_sent() -> None:
     schema = pa.schema([("text", pa.string()), ("at", pa.timestamp("ns")), ("many", pa.list_(pa.int64()))])
     cells = {"text": "a", "at": 10**18 + 1, "many": [2**53 + 1]}

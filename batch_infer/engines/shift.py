@@ -159,6 +159,7 @@ class Shift:
                 return
             if peer.broken is not None:
                 log.warning("worker %d ended with an error: %s", peer.rank, _sentence(error_of(peer, "")))
+            self._deaths += 1  # it may have left something in OUT
             self._dismiss(peer)
 
     def _take(self, peer: Peer, message: FromWorker) -> None:
@@ -246,6 +247,7 @@ class Shift:
             if (silent := peer.silence(self._crew.patience, is_stopping=self._stopping)) is not None:
                 peer.kill()
                 if self._stopping:
+                    self._deaths += peer.ours  # another's process may still be writing
                     self._dismiss(peer)
                 else:
                     self._lose(peer, f"nothing was heard of it for {silent:.0f} s")
@@ -316,7 +318,7 @@ def error_of(peer: Peer, fate: str) -> Exception:
         )
     known = getattr(errors, peer.broken.kind, None)
     if isinstance(known, type) and issubclass(known, BatchInferError):
-        return known(peer.broken.told)
+        return known.from_text(peer.broken.told)
     return WorkerBroke(peer.broken.trace)
 
 

@@ -29,7 +29,8 @@ from batch_infer.sinks import FolderSink, is_aside, path_before_aside, stored_pa
 
 def refuse_to_clear(out: Path) -> None:
     """Refuse an OUT that may hold the files of something else than a run. Raises UsageError."""
-    if "identity" not in (read_run(out) or {}) and any(is_there(out / name) for name in OURS):
+    held = (name for name in OURS if name != "logs")  # logs/ is kept; a run that could not start leaves only that
+    if "identity" not in (read_run(out) or {}) and any(is_there(out / name) for name in held):
         raise SettingsError(
             f"--overwrite: {out} has no run.json of ours, so what it holds may be somebody's; remove it yourself"
         )

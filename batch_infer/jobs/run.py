@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from batch_infer.atomic import KnownFolder
+from batch_infer.atomic import KnownFolder, is_there
 from batch_infer.engines import Engine, Task, Work, end_unguarded_process
 from batch_infer.engines.launched import Launched, Place, join, place, remove_note
 from batch_infer.engines.local import Local
@@ -150,7 +150,7 @@ class _Run:
         self._summary = Summary()
         self._set_up = 0.0
         self._committed = 0
-        self._is_cleared = not job.settings.overwrite
+        self._is_cleared = not (job.settings.overwrite and is_there(self._out / "run.json"))
         """Whether OUT holds nothing that --overwrite removes. Until then nothing is written there."""
         self._has_invalid = False
         """Whether invalid rows are not committed yet, because OUT was not cleared when they were read."""

@@ -60,7 +60,7 @@ def refuse_unfit(path: Path, components: Iterable[str], name: str, variant: str 
 
 
 def hash_files(path: Path, components: Iterable[str], variant: str | None) -> str:
-    """sha256 over the names and bytes of all that is loaded of these components."""
+    """Return the sha256 of the names and bytes of all that is loaded of these components. Raises ModelError."""
     total = hashlib.sha256()
     for component in sorted(components):
         folder = path / component
@@ -72,16 +72,19 @@ def hash_files(path: Path, components: Iterable[str], variant: str | None) -> st
 
 
 def hash_file(file: Path) -> str:
-    """sha256 of a file's bytes, as 32 hexadecimal digits. Raises OSError."""
+    """Return the sha256 of a file's bytes, as 32 hexadecimal digits. Raises ModelError."""
     total = hashlib.sha256()
     _update(total, file)
     return total.hexdigest()[:32]
 
 
 def _update(total: hashlib._Hash, file: Path) -> None:
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            total.update(block)
+    try:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                total.update(block)
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read: {error.strerror or error}") from error
 
 
 def refuse_pickles(component: str, files: Collection[PurePath], name: str) -> None:

@@ -64,8 +64,4 @@ def _read(spec: LoraSpec) -> Lora:
         raise ModelError(
             f"{path} holds {unread[0]}: DoRA, LoHa, LoKr and whole differences are not read, only plain LoRA"
         )
-    try:
-        fingerprint = hash_file(path)
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
-    return Lora(path, spec.weight, fingerprint, sum(not name.endswith("alpha") for name in names))
+    return Lora(path, spec.weight, hash_file(path), sum(not name.endswith("alpha") for name in names))
