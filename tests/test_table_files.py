@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ftplib
 import io
 import os
@@ -17,7 +18,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from batch_infer.errors import ServiceError, TableError, TryAgainLater
+from batch_infer.errors import ServiceError, StorageError, TableError, TryAgainLater
 from batch_infer.manifest import SCHEMA
 from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.settings import TableSettings
@@ -456,6 +457,20 @@ def test_standard_input_that_cannot_be_read(content: bytes, sentence: str, monke
     assert refusal_of("-").startswith(sentence)
 
 
+def test_standard_input_that_breaks_off_with_an_error_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(io.RawIOBase):
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: Any) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    pipe(monkeypatch, b"")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(Failing())))
+    with pytest.raises(StorageError, match="cannot read standard input: Input/output error; run the same"):
+        open_tables("-")
+
+
 def test_a_terminal_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe(monkeypatch, b"")
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
@@ -654,6 +669,10 @@ def test_links_and_folders_that_a_glob_matches_and_that_cannot_be_read_are_told(
         assert tables.faults == {"ds/closed": "ds/closed: Permission denied"}
         assert str(tables.left_out) == "as links to folders: ds/link/"
         assert tables.files == ["ds/a/t.csv", "ds/closed"]
+    for pattern in ("ds/*/*.csv", "ds/**/t.csv"):
+        with open_tables(pattern) as tables:
+            assert tables.faults == {"ds/closed": "ds/closed: Permission denied"}
+            assert "ds/a/t.csv" in tables.files
 
 
 def test_one_file_of_a_folder_that_is_forbidden_costs_one_result(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,13 +124,25 @@ class _Below:
 
     def match(self, pattern: str) -> Iterator[TableFile]:
         """The tables among the matches of a glob, and those in folders that it matches. Raises TableError, OSError."""
-        paths = {path.relative_to(self._folder).as_posix(): path for path in self._folder.glob(pattern)}
-        folders = [relative for relative, path in paths.items() if path.is_dir()]
-        files = [relative for relative in paths if relative not in folders]
-        for relative in outermost(folders):
+        self._note_unreadable(pattern)
+        is_folder = {path.relative_to(self._folder).as_posix(): path.is_dir() for path in self._folder.glob(pattern)}
+        files = [relative for relative, folder in is_folder.items() if not folder]
+        for relative in outermost(relative for relative, folder in is_folder.items() if folder):
             if relative == "." or self._is_entered(relative):
                 files += self._files_in(relative)
         return self._tables(list(dict.fromkeys(files)))
+
+    def _note_unreadable(self, pattern: str) -> None:
+        """Take in the folders on the way of a glob that cannot be listed: pathlib skips them without a word."""
+        parts = pattern.split("/")
+        for count in range(1, len(parts)):
+            for path in self._folder.glob("/".join(parts[:count])):
+                relative = path.relative_to(self._folder).as_posix()
+                if path.is_dir() and (relative == "." or not why_left_out(f"{relative}/", self._holds_run)):
+                    try:
+                        os.scandir(path).close()
+                    except PermissionError as error:
+                        self._unreadable.append(error)
 
     def _files_in(self, relative: str) -> Iterator[str]:
         """Yield the files in a folder and those below it."""
