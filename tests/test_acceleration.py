@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor.exc import InvalidCxxCompiler
 
 from batch_infer.chain import pace
 from batch_infer.errors import CompilationError
@@ -93,6 +94,23 @@ def test_what_fails_with_a_cache_is_compiled_once_more_without(cache: Path, capl
     with pytest.raises(CompilationError, match="file too short.*--no-compile"):
         network(torch.zeros(1))
     assert folders[1:] == [folders[1]] * 2
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_machine_without_a_compiler_is_not_taken_for_a_damaged_cache(caplog: pytest.LogCaptureFixture) -> None:
+    class NoCompiler(BackendCompilerFailed):
+        def __init__(self) -> None:
+            self.inner_exception = InvalidCxxCompiler()
+            RuntimeError.__init__(self, f"InvalidCxxCompiler: {self.inner_exception}")
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        raise NoCompiler
+
+    network = Compiled(lambda x: x)
+    network._compiled = forward
+    with pytest.raises(CompilationError, match="No working C.. compiler found"):
+        network(torch.zeros(1))
+    assert "empty cache" not in caplog.text
 
 
 @pytest.mark.promises

@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 SHAPES = 256
 """Shapes that a network is compiled for; torch by itself gives up after 8, and a table may hold more sizes."""
+MISSING = ("InvalidCxxCompiler", "TritonMissing", "GPUTooOldForTriton")
+"""What torch._inductor raises where this machine cannot compile at all."""
 
 
 def speed_up(
@@ -52,6 +54,7 @@ class Compiled:
         import torch._dynamo.config as dynamo
         import torch._inductor.config as inductor
         from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
+        from torch._inductor import exc
 
         dynamo.cache_size_limit = SHAPES
         if threads is not None and "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
@@ -60,6 +63,7 @@ class Compiled:
         options: dict[str, Any] = {"deterministic": True} if hasattr(inductor, "deterministic") else {}
         self._errors = TorchDynamoException, FailOnRecompileLimitHit
         self._backend_error = BackendCompilerFailed
+        self._missing = tuple(getattr(exc, name) for name in MISSING if hasattr(exc, name))
         self._compiled = torch.compile(forward, dynamic=False, fullgraph=True, options=options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -71,6 +75,8 @@ class Compiled:
             try:
                 return self._compiled(*args, **kwargs)
             except self._backend_error as error:
+                if isinstance(getattr(error, "inner_exception", None), self._missing):
+                    raise
                 if not _cache.replace(_reason(error)):
                     raise
                 return self._compiled(*args, **kwargs)
