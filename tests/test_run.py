@@ -659,6 +659,23 @@ def test_capitals_of_ids_stay_in_file_names(tmp_path: Path, out: Path, monkeypat
     assert_whole(out)
 
 
+def test_two_urls_of_one_name_are_two_tables_of_a_run(tmp_path: Path, out: Path) -> None:
+    for name in "ab":
+        write_csv(tmp_path / name / "t.csv", [["id", "prompt"], [f"{name}1", "a red circle"], [f"{name}2", "x"]])
+    with serving(tmp_path) as server:
+        urls = [f"simplecache::{server}/t.csv?in={name}" for name in "ab"]
+        assert run(urls[0], out, urls[1]).code == 0
+        assert json.loads(run(urls[0], out, urls[1], "--json").stdout)["rendered"] == 0
+    assert command("merge", out).code == 0
+    assert [(row["id"], row["source_file"], row["source_row"], row["generated_image"]) for row in results(out)] == [
+        (f"{name}{row + 1}", f"simplecache::{server}/t.csv{mark}", row, f"images/t-00000/{name}{row + 1}-0.png")
+        for name, mark in (("a", ""), ("b", "#2"))
+        for row in (0, 1)
+    ]
+    assert "?in" not in (out / "run.json").read_text()
+    assert_whole(out)
+
+
 def test_no_two_paths_of_an_out_differ_by_case_alone_whenever_their_rows_came(tmp_path: Path, out: Path) -> None:
     tables = tmp_path / "tables"
     write_csv(tables / "x/a.csv", [["prompt"], ["a red circle"]])
