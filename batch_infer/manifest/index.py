@@ -129,8 +129,8 @@ class Index:
         table = table.append_column("time", table["finished_at"].cast(pa.int64()))
         columns = table.to_pydict()
         rows = list(zip(*(columns[name] for name in (*_INDEXED, "time", "row")), strict=True))
-        for path in filter(None, columns["generated_image"]):
-            stem, _ = _names_in(path)
+        for folder in {path.rpartition("/")[0] for path in columns["generated_image"] if path}:
+            stem, _ = _names_in(f"{folder}/")
             self._stems.setdefault(stem.lower(), set()).add(stem)
         failed = [(name, k, fingerprint) for name, k, status, fingerprint, *_ in rows if status == "failed"]
         self._database.executemany("INSERT INTO failures VALUES (?,?,?)", failed)

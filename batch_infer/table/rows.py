@@ -207,9 +207,11 @@ def _text(field: str, value: Any, rules: RowRules) -> str:
 
 def _too_long(parsed: Mapping[str, Any]) -> list[str]:
     """Say which texts of a row are longer than a row to be rendered may have."""
-    texts = [(field, parsed[field]) for field in ("prompt", "negative_prompt") if parsed[field] is not None]
-    limit = f"{LONGEST_TEXT} are the most: a model reads some 75 words"
-    return [f"the {field} has {len(text)} characters, and {limit}" for field, text in texts if len(text) > LONGEST_TEXT]
+    return [
+        f"the {field} has {len(text)} characters, and {LONGEST_TEXT} are the most: a model reads some 75 words"
+        for field in ("prompt", "negative_prompt")
+        if len(text := parsed[field] or "") > LONGEST_TEXT
+    ]
 
 
 def _whole(field: str, value: Any, least: int, most: int) -> int:
