@@ -115,6 +115,27 @@ def test_an_interrupted_scan_does_not_make_the_next_run_forget(
     assert state(out) == before
 
 
+def test_retry_renders_what_is_chosen_although_other_images_have_old_options(
+    table: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a run with --rerender-changed that was stopped."""
+    assert run(table, out).code == 0
+    before = hashes(out)
+
+    def interrupt(*_: Any) -> None:
+        raise Interrupted("stopped by SIGTERM")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("batch_infer.jobs.run._Run._render", interrupt)
+        assert run(table, out, "--steps", "3", "--rerender-changed").code == 75
+    (out / next(row["generated_image"] for row in results(out) if row["id"] == "own")).unlink()
+    done = command("retry", out, "--status", "missing")
+    assert done.code == 0
+    assert "1 to render" in done.stderr
+    assert "2 left: `batch-infer run` renders them" in done.stdout
+    assert hashes(out) == before
+
+
 def test_a_default_that_makes_finished_rows_invalid_is_named(tmp_path: Path, out: Path) -> None:
     table = write_csv(
         tmp_path / "t.csv", [["id", "prompt", "seed", "num_images_per_prompt"], ["a", "x", 2**63 - 1, ""]]
