@@ -105,13 +105,15 @@ def describe(settings: RunSettings, card: ModelCard, compute: Compute, tables: T
     Without `tables` it is that of a door to which they come one after the other.
     """
     arguments = settings.table.tables
+    table = replace(settings.table, tables=tuple(map(shown, arguments)))
     return {
         "batch_infer": __version__,
         "started_at": now(),
         "finished_at": None,
         "tables": tables.files if tables else [],
         "unreadable_tables": sorted(tables.faults) if tables else [],
-        "settings": asdict(replace(settings, table=replace(settings.table, tables=tuple(map(shown, arguments))))),
+        # --rerender-changed is a permission that one command has, and retry always.
+        "settings": asdict(replace(settings, table=table, rerender_changed=False)),
         "unrepeatable_tables": [
             shown(argument) for argument in arguments if argument == "-" or shown(argument) != argument
         ],

@@ -35,7 +35,7 @@ def retry(
     no result yet are left to `run`. Raises UsageError where OUT holds no run or its tables cannot be read.
     """
     record = outdir.known_run(out)
-    settings = replace(_asking(settings_of(record, out, tables)), rerender_changed=True)  # and only what is chosen
+    settings = replace(_asking(settings_of(record, out, tables)), rerender_changed=True)  # of the chosen rows alone
     if not tables:
         refuse_unrepeatable(record, out)
     summary = run(settings, progress, stop, _Chosen(statuses, out))
