@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 from torch._dynamo.exc import BackendCompilerFailed
-from torch._inductor.exc import InvalidCxxCompiler
+from torch._inductor.exc import InductorError, InvalidCxxCompiler, LoweringException
 
 from batch_infer.chain import pace
 from batch_infer.errors import CompilationError
@@ -97,18 +97,23 @@ def test_what_fails_with_a_cache_is_compiled_once_more_without(cache: Path, capl
 
 
 @pytest.mark.usefixtures("cache")
-def test_a_machine_without_a_compiler_is_not_taken_for_a_damaged_cache(caplog: pytest.LogCaptureFixture) -> None:
-    class NoCompiler(BackendCompilerFailed):
-        def __init__(self) -> None:
-            self.inner_exception = InvalidCxxCompiler()
-            RuntimeError.__init__(self, f"InvalidCxxCompiler: {self.inner_exception}")
-
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (InvalidCxxCompiler(), "No working C.. compiler found"),
+        (LoweringException(NotImplementedError("no kernel"), "aten.op", [], {}), "NotImplementedError: no kernel"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "CUDA out of memory"),
+    ],
+)
+def test_an_error_that_no_file_causes_is_not_taken_for_a_damaged_cache(
+    error: Exception, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
     def forward(x: torch.Tensor) -> torch.Tensor:
-        raise NoCompiler
+        raise InductorError(error, None)
 
     network = Compiled(lambda x: x)
     network._compiled = forward
-    with pytest.raises(CompilationError, match="No working C.. compiler found"):
+    with pytest.raises(CompilationError, match=message):
         network(torch.zeros(1))
     assert "empty cache" not in caplog.text
 

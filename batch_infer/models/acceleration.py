@@ -18,8 +18,12 @@ logger = logging.getLogger(__name__)
 
 SHAPES = 256
 """Shapes that a network is compiled for; torch by itself gives up after 8, and a table may hold more sizes."""
-MISSING = ("InvalidCxxCompiler", "TritonMissing", "GPUTooOldForTriton")
-"""What torch._inductor raises where this machine cannot compile at all."""
+UNRELATED = ("InvalidCxxCompiler", "TritonMissing", "GPUTooOldForTriton", "LoweringException")
+"""Errors of torch._inductor that no damaged file causes: no compiler on this machine, and an operator without a kernel.
+
+A list of those that a damaged file causes would have to name RuntimeError (a truncated .py file, or any error of a
+process that compiles) and CppCompileError (a truncated .cpp file).
+"""
 
 
 def speed_up(
@@ -63,7 +67,8 @@ class Compiled:
         options: dict[str, Any] = {"deterministic": True} if hasattr(inductor, "deterministic") else {}
         self._errors = TorchDynamoException, FailOnRecompileLimitHit
         self._backend_error = BackendCompilerFailed
-        self._missing = tuple(getattr(exc, name) for name in MISSING if hasattr(exc, name))
+        names = (name for name in UNRELATED if hasattr(exc, name))
+        self._unrelated = torch.OutOfMemoryError, *(getattr(exc, name) for name in names)
         self._compiled = torch.compile(forward, dynamic=False, fullgraph=True, options=options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -75,7 +80,7 @@ class Compiled:
             try:
                 return self._compiled(*args, **kwargs)
             except self._backend_error as error:
-                if isinstance(getattr(error, "inner_exception", None), self._missing):
+                if isinstance(getattr(error, "inner_exception", None), self._unrelated):
                     raise
                 if not _cache.replace(_reason(error)):
                     raise
