@@ -41,12 +41,14 @@ def hub(**repositories: Path) -> Iterator[Hub]:
     served = Hub({f"owner/{name}": folder for name, folder in repositories.items()})
     with ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Endpoints,), {"hub": served})) as server:
         served.address = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
-        yield served
-        served.over.set()
-        server.shutdown()
-        thread.join()
+        try:
+            yield served
+        finally:
+            served.over.set()
+            server.shutdown()
+            thread.join()
 
 
 class _Endpoints(BaseHTTPRequestHandler):

@@ -43,11 +43,13 @@ def serving(folder: Path) -> Iterator[str]:
     """Serve a folder's files; gives the server's address."""
     handler: Any = functools.partial(Quiet, directory=str(folder))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as served:
-        thread = threading.Thread(target=served.serve_forever)
+        thread = threading.Thread(target=served.serve_forever, daemon=True)
         thread.start()
-        yield f"http://127.0.0.1:{served.server_port}"
-        served.shutdown()
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{served.server_port}"
+        finally:
+            served.shutdown()
+            thread.join()
 
 
 @contextmanager
@@ -68,10 +70,12 @@ def answering_ftp(answers: Mapping[str, str]) -> Iterator[str]:
 
     clients: list[socket.socket] = []
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=serve)
+        thread = threading.Thread(target=serve, daemon=True)
         thread.start()
-        yield f"127.0.0.1:{listener.getsockname()[1]}"
-        for each in (listener, *clients):
-            with suppress(OSError):  # one that is closed
-                each.shutdown(socket.SHUT_RDWR)
-        thread.join()
+        try:
+            yield f"127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            for each in (listener, *clients):
+                with suppress(OSError):  # one that is closed
+                    each.shutdown(socket.SHUT_RDWR)
+            thread.join()
