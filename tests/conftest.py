@@ -55,6 +55,14 @@ def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 
 
 @pytest.fixture
+def default_hangup() -> Iterator[None]:
+    """Set SIGHUP to its default action, also for processes that the test starts: `nohup` has it ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.fixture
 def probe_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answer a plan's questions about the model in this process, which has already imported torch."""
     monkeypatch.setattr(Probe, "_ask", lambda _, question, *arguments: question(*arguments))

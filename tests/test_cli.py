@@ -139,6 +139,7 @@ def test_help_breaks_no_word(name: str) -> None:
 # Signals
 
 
+@pytest.mark.usefixtures("default_hangup")
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_interrupts_a_command(number: signal.Signals) -> None:
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
@@ -148,6 +149,7 @@ def test_a_signal_interrupts_a_command(number: signal.Signals) -> None:
     assert before == [signal.getsignal(number) for number in STOP_SIGNALS]
 
 
+@pytest.mark.usefixtures("default_hangup")
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_stop_is_deferred_and_a_second_signal_ends_at_once(
     number: signal.Signals, monkeypatch: pytest.MonkeyPatch
@@ -178,7 +180,7 @@ def test_what_follows_a_deferred_stop_has_a_grace_period(monkeypatch: pytest.Mon
         time.sleep(60)
 
 
-def test_a_hangup_that_nohup_has_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hangup_that_nohup_has_ignored_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with stoppable() as stop:

@@ -100,6 +100,7 @@ def many(folder: Path) -> Path:
 
 
 @pytest.mark.promises
+@pytest.mark.usefixtures("default_hangup")
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_to_all_processes_ends_a_run_in_order(tmp_path: Path, number: int) -> None:
     """As systemd and a terminal send it: to each process of the group. What is finished is committed."""
@@ -115,6 +116,7 @@ def test_a_signal_to_all_processes_ends_a_run_in_order(tmp_path: Path, number: i
 
 
 @pytest.mark.promises
+@pytest.mark.usefixtures("default_hangup")
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_to_all_processes_while_workers_start_ends_a_run_in_order(tmp_path: Path, number: int) -> None:
     table, out = many(tmp_path), tmp_path / "out"

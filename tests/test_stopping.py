@@ -124,6 +124,7 @@ def table_of(folder: Path, rows: int = 1) -> Path:
 OPTIONS = ("--device", "cpu", "--threads", "1", "--steps", "2", "--slots", "8")
 
 
+@pytest.mark.usefixtures("default_hangup")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_while_a_model_is_downloaded(tmp_path: Path, number: signal.Signals) -> None:
     with mute_server() as (address, asked), started(
