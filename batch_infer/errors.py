@@ -74,7 +74,7 @@ class DamagedPart(UsageError):
 
     @classmethod
     def from_text(cls, text: str) -> BatchInferError:
-        """Return an error that is not mistaken for one that knows its part."""
+        """Return a plain UsageError, since the part is unknown here."""
         return UsageError(text)
 
     def __str__(self) -> str:

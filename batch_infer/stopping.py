@@ -159,7 +159,7 @@ class Stopper:
         self._pipe.close()
 
     def _take(self, number: int, handler: Callable[[int, FrameType | None], None]) -> None:
-        """Handle a signal, unless a program that embeds Python does: its handler could not be restored."""
+        """Install a handler, unless the embedding program has one, which could not be restored."""
         if signal.getsignal(number) is not None:
             self._before[number] = signal.signal(number, handler)
 

@@ -222,7 +222,7 @@ def test_a_key_that_is_written_with_escapes_is_seen(own: Path) -> None:
     assert "auto_map" not in (own / TEXT).read_text("utf-8")
     with pytest.raises(
         ModelError,
-        match="text_encoder/config.json names code to load .auto_map.: batch-infer runs no code of a checkpoint",
+        match="text_encoder/config.json names code to load .auto_map.: batch-infer does not run code from a checkpoint",
     ):
         read_card(ModelSettings(name=str(own)))
 
@@ -245,10 +245,10 @@ FOREIGN: list[tuple[str, dict[str, Any], str]] = [
     (WORDS, {"gguf_file": "words.gguf", "name_or_path": "someone/words"}, "names a tokenizer to load"),
     (PROCESSOR, {"audio_tokenizer": {"audio_tokenizer_name_or_path": "someone/model"}}, "names another model to load"),
     *(
-        (file, {"quantization_config": {"quant_method": method}}, f"quantization_config of the method '{method}', for")
+        (file, {"quantization_config": {"quant_method": method}}, f"has quant_method '{method}', which may")
         for file, method in ((UNET, "nunchaku_lite"), (UNET, "gguf"), (TEXT, "fp8"), (TEXT, "mxfp4"), (TEXT, "custom"))
     ),
-    (UNET, {"quantization_config": {"load_in_8bit": True}}, "quantization_config of the method None"),
+    (UNET, {"quantization_config": {"load_in_8bit": True}}, "has quant_method None"),
 ]
 
 

@@ -69,7 +69,9 @@ def test_two_names_of_one_option(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BATCH_INFER_NUM_INFERENCE_STEPS", "4")
     assert parsed("t.csv")["steps"] == 4
     monkeypatch.setenv("BATCH_INFER_STEPS", "3")
-    with pytest.raises(SettingsError, match="BATCH_INFER_STEPS and BATCH_INFER_NUM_INFERENCE_STEPS are names of one"):
+    with pytest.raises(
+        SettingsError, match="BATCH_INFER_STEPS and BATCH_INFER_NUM_INFERENCE_STEPS set the same option"
+    ):
         parsed("t.csv")
 
 
@@ -101,9 +103,9 @@ def test_one_file_serves_every_command(file: Path, name: str) -> None:
         ("[run]\nsteps = 3", "there is no option 'run'"),
         ("steps = \nx", "is not TOML: .*line 1"),
         ("config = 'other.toml'", "there is no option 'config'"),
-        ("steps = 3\nnum-inference-steps = 3", "steps and num-inference-steps are names of one option; remove one"),
-        ("batch_size = 8\nslots = 4", "batch_size and slots are names of one option"),
-        ("guidance-scale = 3\nguidance_scale = 3", "guidance-scale and guidance_scale are names of one option"),
+        ("steps = 3\nnum-inference-steps = 3", "steps and num-inference-steps set the same option; remove one"),
+        ("batch_size = 8\nslots = 4", "batch_size and slots set the same option"),
+        ("guidance-scale = 3\nguidance_scale = 3", "guidance-scale and guidance_scale set the same option"),
     ],
 )
 def test_a_slip_in_the_file_is_named(tmp_path: Path, content: str, sentence: str) -> None:

@@ -200,7 +200,7 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a shard that did not come": (name_a_shard_that_is_not_there, "00002-of-00002.safetensors is missing"),
     "code that a configuration names": (
         lambda f: amend(f / "text_encoder" / "config.json", auto_map={"AutoModel": "m.Model"}),
-        "text_encoder/config.json names code to load .auto_map.: batch-infer runs no code of a checkpoint",
+        "text_encoder/config.json names code to load .auto_map.: batch-infer does not run code from a checkpoint",
     ),
     "whatever class": (
         lambda f: amend(f / "model_index.json", text_encoder=["transformers", "AutoModel"]),
@@ -299,7 +299,7 @@ def test_a_revision_is_of_the_hub(own: Path) -> None:
         ("HeunScheduler", "diffusers has no scheduler HeunScheduler; did you mean .*HeunDiscreteScheduler"),
         ("EulerDiscretScheduler", "did you mean EulerDiscreteScheduler"),
         ("UNet2DConditionModel", "diffusers has no scheduler UNet2DConditionModel"),
-        ("DDIMScheduler:eta=0.0", "DDIMScheduler has no option eta; eta is an argument of its step method"),
+        ("DDIMScheduler:eta=0.0", "DDIMScheduler has no option eta; eta is an argument of its `step` method"),
         ("DDIMScheduler:use_karras_sigmas=true", "DDIMScheduler has no option use_karras_sigmas; it has .*clip_sample"),
         (
             "euler:use_karras_sigma=true",

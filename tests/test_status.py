@@ -127,7 +127,7 @@ def test_results_that_a_stopped_run_did_not_update_are_recognised(
     assert f"{out}/results.parquet was not updated (there was no time to merge): run `batch-infer merge" in done.stderr
     assert (out / "results.parquet").read_bytes() == before
     assert status(out)["is_stale"]
-    assert f"`batch-infer merge {out}` updates them" in command("status", out).stdout
+    assert f"results.* are out of date: run `batch-infer merge {out}` to update them" in command("status", out).stdout
     assert command("merge", out).code == 0
     assert not status(out)["is_stale"]
     assert len(results(out)) == 26

@@ -67,9 +67,9 @@ def _load(context: click.Context, _: click.Parameter, path: Path | None) -> None
 
 
 def _refuse_two(names: list[str], where: str) -> None:
-    """Raise SettingsError for several names of one option."""
+    """Raise SettingsError if several names that set the same option are given."""
     if len(names) > 1:
-        raise SettingsError(f"{where}: {' and '.join(names)} are names of one option; remove one of them")
+        raise SettingsError(f"{where}: {' and '.join(names)} set the same option; remove one of them")
 
 
 @dataclass(frozen=True)

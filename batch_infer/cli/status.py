@@ -58,7 +58,7 @@ def _print(standing: Standing, out: Path) -> None:
     if standing.images_per_second and standing.seconds_left is not None:
         say(f"{standing.images_per_second:.2f} images/s, about {duration(standing.seconds_left)} to go")
     if standing.is_stale:
-        say(f"results.* lack what was committed since they were written: `batch-infer merge {out}` updates them")
+        say(f"results.* are out of date: run `batch-infer merge {out}` to update them")
     if standing.state == "stopped":
         say("run the same command again to continue")
     if standing.state == "unknown":

@@ -204,7 +204,7 @@ def find_rank_0(out: Path, launch: str, stop: Callable[[], bool]) -> Connection 
     """Find rank 0; None where `stop` said so before, or where rank 0 of this launch has ended.
 
     The note of another launch is not for us, and ours will follow; so is one of another user. Launches may share a
-    name, so a note that rank 0 has ended counts where it is younger than this process.
+    name, so a note that rank 0 has ended counts only if it was written after this process started.
     """
     deadline, said = time.monotonic() + COMING_SECONDS, ""
     while not stop():

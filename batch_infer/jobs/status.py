@@ -23,7 +23,7 @@ class Standing:
     `state`: running, finished, stopped (run again to go on), rescoring where that has not come to its end, open where
     tables come to an endpoint one after the other, and the total is not known, or unknown: not finished,
     and this user may not look at OUT's lock. `holder` is the process that works in OUT.
-    `is_stale`: results.* lack what was committed since they were written, because the run did not end in order.
+    `is_stale`: results.* lack rows that were committed later, because the run was killed or had no time to merge.
     `images_per_second` counts the images rendered since the first worker of the run was ready, as Throughput does, and
     comes from the summary where the run has ended. `seconds_left` is set while a run is going.
     """

@@ -113,7 +113,7 @@ def look_through(
 
 
 def commit_invalid(job: Job, index: Index) -> None:
-    """Commit the invalid rows that `look_through` has left. The index is the one that it had. Raises StorageError."""
+    """Commit the invalid rows that `look_through` did not commit. Pass the same index. Raises StorageError."""
     invalid = _Invalid(job)
     for item in job.items(index):
         if isinstance(item, ResultRow):

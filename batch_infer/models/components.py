@@ -95,8 +95,8 @@ def _refuse_code_keys(settings: Mapping[str, Any], place: str) -> None:
             continue
         if key in REFUSED_KEYS:
             raise ModelError(
-                f"{place} {REFUSED_KEYS[key]} ({key}): batch-infer runs no code of a checkpoint, and loads nothing "
-                "but its components"
+                f"{place} {REFUSED_KEYS[key]} ({key}): batch-infer does not run code from a checkpoint and "
+                "loads only its components"
             )
         if key == "quantization_config":
             _refuse_quantizer(value, place)
@@ -114,12 +114,12 @@ def _refuse_quantizer(settings: Any, place: str) -> None:
     method = settings.get("quant_method") if isinstance(settings, dict) else settings
     if not isinstance(method, str) or method not in QUANTIZERS:
         raise ModelError(
-            f"{place} has a quantization_config of the method {method!r}, for which code may be fetched and run; "
+            f"{place} has quant_method {method!r}, which may fetch and run code; "
             f"methods that can be loaded are {', '.join(QUANTIZERS)}. Use the checkpoint that is not quantized"
         )
     if find_spec(QUANTIZERS[method]) is None:
         package = "optimum-quanto" if method == "quanto" else method
-        raise ModelError(f"{place} has a quantization_config of the method {method!r}: pip install {package}")
+        raise ModelError(f"{place} has quant_method {method!r}: pip install {package}")
 
 
 def refuse_no_words(path: Path, components: Mapping[str, tuple[str, str]], name: str) -> None:

@@ -23,7 +23,7 @@ def refuse_unknown_scheduler(spec: SchedulerSpec) -> None:
             near = get_close_matches(key, accepted, n=1)
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(accepted)}"
             if key in _arguments(classes[spec.name], spec.name, "step"):
-                hint = f"{key} is an argument of its step method, called as diffusers' pipelines call it: leave it out"
+                hint = f"{key} is an argument of its `step` method, which cannot be set here; remove it"
             raise ModelError(f"{spec.name} has no option {key}; {hint}")
 
 

@@ -133,7 +133,7 @@ class _Below:
         return self._tables(list(dict.fromkeys(files)))
 
     def _note_unreadable(self, pattern: str) -> None:
-        """Take in the folders on the way of a glob that cannot be listed: pathlib skips them without a word."""
+        """Record unreadable folders along a glob's path: pathlib skips them silently."""
         parts = pattern.split("/")
         for count in range(1, len(parts)):
             for path in self._folder.glob("/".join(parts[:count])):

@@ -22,7 +22,7 @@ from batch_infer.table.streams import LONGEST, reason, refuse_storage_fault, unp
 BATCH = 1024
 BATCH_BYTES = 32 << 20
 WIDTH = 16
-"""Bytes of a number or of a place in a list; a long list of equal ones is stored in a few."""
+"""Bytes of a number or of a list element; a long list of equal ones takes only a few in the file."""
 BUFFER = 1 << 20
 """Bytes of a column that are read at a time: without it pyarrow takes in a row group's whole column chunks."""
 
@@ -30,7 +30,7 @@ _WITH_LENGTH = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary
 
 READ_ERRORS = (OSError, pa.ArrowException, UnicodeError)
 FEW_ROWS = 1 << 20
-"""Rows that a row group may have whatever its size: a million equal ones take some bytes."""
+"""Rows that a row group may have whatever its size: a million equal rows take only a few bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ class Parquet:
         else:
             if number - first >= count:
                 return
-        if 0 < count <= max(FEW_ROWS, 8 * self.path.stat().st_size):  # a bit is the least that rows which differ take
+        if 0 < count <= max(FEW_ROWS, 8 * self.path.stat().st_size):  # distinct rows take at least one bit each
             fault = f"rows {number} to {first + count - 1}, in row group {group}, cannot be read: {fault}"
             yield from (RawRow(missing, {}, fault) for missing in range(number, first + count))
         else:
@@ -173,7 +173,7 @@ def _too_long(batch: pa.RecordBatch) -> list[int]:
 
 
 def _sizes(column: pa.Array) -> pa.Array:
-    """The bytes of each cell, without what a few numbers take."""
+    """Return the bytes of each cell, ignoring fixed-width numbers."""
     kind = column.type
     if pa.types.is_dictionary(kind):
         sizes = _sizes(column.dictionary).take(column.indices)

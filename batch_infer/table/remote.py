@@ -201,10 +201,10 @@ def _fetch(place: _Place, found: _Found, scratch: Scratch) -> TableFile:
 
 
 class _Blamed:
-    """Raises whatever fsspec and its file systems raise as an error of ours, which says whose fault it is.
+    """Translate errors of fsspec and its file systems into TableError or ServiceError.
 
-    Their set of errors is open: each file system has its own client. No cause is handed on: a library's error may
-    hold the whole URL, and a URL may hold a signature.
+    Any exception may come: each file system has its own client. The cause is dropped: a library's error may contain
+    the whole URL, and a URL may contain a signature.
     """
 
     def __init__(self, name: str) -> None:

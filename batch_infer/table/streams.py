@@ -41,7 +41,7 @@ PACKED = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
 
 _NAMES = ("ENOENT", "ENOTDIR", "EISDIR", "EACCES", "EPERM", "ELOOP", "ENAMETOOLONG", "ENXIO", "EINVAL")
 _OF_THE_FILE = {getattr(errno, name) for name in _NAMES}
-"""What the system answers where a path means no file that can be read. Other errors are of the disk or the network."""
+"""The errnos that mean the path is not a readable file. Other errors are of the disk or the network."""
 
 
 _OPENERS: dict[str, Callable[[BinaryIO], Any]] = {
@@ -53,9 +53,9 @@ _OPENERS: dict[str, Callable[[BinaryIO], Any]] = {
 
 
 def refuse_storage_fault(error: Exception, name: str, *, was_opened: bool = False) -> None:
-    """Raise StorageError for an error of the system, such as EIO: it says nothing about what the file holds.
+    """Raise StorageError for an error of the system, such as EIO, which says nothing about the content of the file.
 
-    With `was_opened`, so is an error about a file that could be opened earlier, such as one that is gone.
+    With `was_opened`, also for errors on a file that was opened before, such as one that was removed since.
     """
     if not isinstance(error, OSError) or error.errno in (None, errno.EINVAL):
         return
