@@ -139,7 +139,7 @@ with replacing(pathlib.Path(sys.argv[1])) as temporary:
     assert path.read_text() == "before"
 
 
-def test_no_two_processes_share_a_temporary_name(tmp_path: Path) -> None:
+def test_no_two_processes_share_a_temporary_name() -> None:
     """Neither by chance nor by having been forked from one another; and one process keeps to its own."""
     script = """
 import os, pathlib

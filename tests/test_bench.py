@@ -209,7 +209,7 @@ def test_the_table_for_a_reader(quick: None) -> None:
 
 
 @pytest.mark.promises
-def test_a_stop_leaves_the_table_of_what_was_measured(tmp_path: Path) -> None:
+def test_a_stop_leaves_the_table_of_what_was_measured() -> None:
     line = [sys.executable, "-m", "batch_infer", "bench", *ROWS, "--rounds", "1000", "--against", "grouped,bare"]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:

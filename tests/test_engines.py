@@ -182,7 +182,7 @@ def test_a_script_without_a_main_guard_is_told_what_to_write(tmp_path: Path, job
 
 @pytest.mark.promises
 @pytest.mark.parametrize("end", ["left", "killed"])
-def test_workers_end_when_their_parent_does(tmp_path: Path, end: str) -> None:
+def test_workers_end_when_their_parent_does(end: str) -> None:
     with Local("cpu", 1, load=dummies.load) as engine:
         engine.find_device()
         (peer,) = engine.gather(1)

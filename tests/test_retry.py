@@ -101,7 +101,7 @@ def test_a_link_in_the_place_of_an_image_is_not_the_image(table: Path, out: Path
     assert (image.read_bytes(), image.is_symlink()) == (before, False)
 
 
-def test_flagged_rows_are_rendered_again(table: Path, out: Path, tmp_path: Path) -> None:
+def test_flagged_rows_are_rendered_again(table: Path, out: Path) -> None:
     write_csv(table, [["id", "prompt"], ["a", "a large red cross"], ["b", "a blue square"]])
     options = ("--steps", "20", "--guidance-scale", "5")
     assert run(table, out, *options).code == 0

@@ -348,7 +348,7 @@ def test_json_for_scripts(table: Path, out: Path) -> None:
     assert json.loads(done.stdout) == run_json(out)["summary"]
 
 
-def test_quiet_is_silent_on_success_alone(tmp_path: Path, table: Path, out: Path) -> None:
+def test_quiet_is_silent_on_success_alone(table: Path, out: Path) -> None:
     done = run(table, out, "-q")
     assert (done.code, done.stdout, done.stderr) == (0, "", "")
     write_csv(table, [["prompt"], [""]])

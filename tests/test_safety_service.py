@@ -624,6 +624,7 @@ def test_a_rescoring_after_a_run_that_was_killed_is_counted_and_kept(
     real: Callable[..., str] = vars(Manifest)["commit"]
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr("batch_infer.worker.committing.COMMIT_ROWS", 2)
+        patch.setattr("batch_infer.worker.committing.COMMIT_SECONDS", 3600.0)
         patch.setattr(Manifest, "commit", dying(3))  # the invalid row is first
         runs.run(path, out, *SHARP, "--safety", "none", "--slots", "2")
     assert standing() == {"state": "stopped", "left": 1, "ok": 8, "invalid": 1, "total": 10}

@@ -735,7 +735,8 @@ def test_every_row_that_a_damaged_footer_counts_is_accounted_for() -> None:
             found = read(path)
             assert len({item.key for item in found}) == len(found)
             bad = [item.error or "" for item in found if isinstance(item, ResultRow)]
-            seen |= {re.sub("[0-9]+", "N", error) for error in bad}
+            errors = (re.sub("[0-9]+", "N", error) for error in bad)
+            seen |= {re.sub("(?<=counts -N rows in it; ).+", "...", error) for error in errors}  # in Arrow's words
             if len(found) != counted:
                 assert any(f"counts {number} rows" in error for error in bad for number in (metadata.num_rows, *groups))
             for number in groups:
@@ -743,7 +744,7 @@ def test_every_row_that_a_damaged_footer_counts_is_accounted_for() -> None:
     assert seen == {
         "rows N to N, in row group N, cannot be read: it has fewer rows than the footer counts",
         "row group N is damaged: the footer counts N rows in it; it has fewer rows than the footer counts",
-        "row group N is damaged: the footer counts -N rows in it; Negative size (corrupt file?)",
+        "row group N is damaged: the footer counts -N rows in it; ...",
         "the footer is damaged: it counts N rows, and its row groups N",
     }
 
@@ -755,7 +756,7 @@ UNREADABLE = Path("/proc/self/mem")
 @pytest.mark.skipif(not UNREADABLE.exists(), reason="a file that gives EIO is there on Linux alone")
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "json", "txt", "csv.gz", "jsonl.zst", "txt.bz2", "csv.xz"])
 @pytest.mark.parametrize("when", ["at first", "later", "gone"])
-def test_a_disk_that_fails_costs_no_row(ending: str, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fails_costs_no_row(ending: str, when: str) -> None:
     """The file may be whole: the same command reads it once the disk can be read again."""
     path = write_bytes(Path(f"t/t.{ending}"), in_format(ending, [{"prompt": "x"}]))
     write_csv(Path("t/good.csv"), [["prompt"], ["x"]])

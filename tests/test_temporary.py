@@ -104,7 +104,7 @@ def test_what_reading_may_give_is_left_alone() -> None:
         raise FileNotFoundError(errno.ENOENT, "No such file or directory")
 
 
-def test_text_comes_back(tmp_path: Path) -> None:
+def test_text_comes_back() -> None:
     with temporary_text() as file:
         file.write("ä\nb\r\n" * 100_000)
         file.seek(0)
