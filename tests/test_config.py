@@ -69,9 +69,7 @@ def test_two_names_of_one_option(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BATCH_INFER_NUM_INFERENCE_STEPS", "4")
     assert parsed("t.csv")["steps"] == 4
     monkeypatch.setenv("BATCH_INFER_STEPS", "3")
-    with pytest.raises(
-        SettingsError, match="BATCH_INFER_STEPS and BATCH_INFER_NUM_INFERENCE_STEPS set the same option"
-    ):
+    with pytest.raises(SettingsError, match="BATCH_INFER_STEPS and BATCH_INFER_NUM_INFERENCE_STEPS set the same"):
         parsed("t.csv")
 
 
