@@ -41,7 +41,7 @@ def result_type(kind: pa.DataType) -> pa.DataType:
 
 
 def as_result(array: pa.Array) -> pa.Array:
-    """An array as its result type, or as it is where that type is text for want of a closer one."""
+    """An array as its result type, or as it is where that type is text for lack of a closer type."""
     kind = result_type(array.type)
     return array if types.is_string(kind) and not _is_text(array.type) else _cast(array, kind)
 
@@ -124,7 +124,7 @@ def as_text(value: Any, kind: pa.DataType | None = None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class JsonNumber:
-    """A number as JSON spells it, for one that no type of Python's holds."""
+    """A number as JSON spells it, for one that no Python type can hold."""
 
     text: str
 

@@ -622,7 +622,7 @@ def test_an_unclosed_quote_costs_its_own_row(lines: list[str], bad: str, good: l
     content = "\n".join(["prompt,n", "x,1", *lines, ""])
     found = read(write_bytes(Path("t.csv"), content.encode()))
     faults = [item for item in found if isinstance(item, ResultRow)]
-    assert re.match(rf"{bad} cannot be read as CSV: .*; is a quote left open\?", faults[0].error or "")
+    assert re.match(rf"{bad} cannot be read as CSV: .*; is there an unclosed quote\?", faults[0].error or "")
     prompts = [item.prompt for item in found if isinstance(item, PromptRequest)]
     assert [prompt for prompt in prompts[1:] if prompt == "z"] == good
     assert [item.source_row if isinstance(item, ResultRow) else item.source.row for item in found] == list(

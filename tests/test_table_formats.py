@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import tracemalloc
 from collections.abc import Iterator
 from functools import partial
@@ -362,7 +363,7 @@ def test_a_row_of_many_lines_has_the_limit_of_one(width: int, monkeypatch: pytes
     first, bad, last = read(write("t.csv", f"{header}\n{good}\n{cells}\n{good}\n"))
     assert isinstance(first, PromptRequest)
     assert errors_of([bad]) == [
-        f"lines 3 to {3 + cells.count(chr(10))} are a row of more than 1000 characters; is a quote left open?"
+        f"lines 3 to {3 + cells.count(chr(10))} are a row of more than 1000 characters; is there an unclosed quote?"
     ]
     assert isinstance(last, PromptRequest)
     assert (last.prompt, last.source.row) == ("x", 2)
@@ -374,9 +375,71 @@ def test_rows_below_a_quote_that_is_closed_far_below_are_read(closes: bool, monk
     good = "".join(f"{k},y\n" for k in range(500))
     text = 'prompt,tag\n"open,y\n' + "prose\n" * 500 + good + 'closed",y\n' * closes
     bad, *rest = read(write("t.csv", text))
-    assert errors_of([bad]) == ["lines 2 to 502 are a row of more than 1000 characters; is a quote left open?"]
+    assert errors_of([bad]) == ["lines 2 to 502 are a row of more than 1000 characters; is there an unclosed quote?"]
     assert [item.prompt for item in rest][:500] == [f"{k}" for k in range(500)]
     assert len(rest) == 500 + closes
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ('a,"never closed\nr0,p0\nr1,p1\nz,GIANT\nb,ok\n', ["2 unclosed", "r0 p0 3", "r1 p1 4", "5 long", "b ok 6"]),
+        ('a,"never closed\nz,GIANT\nb,ok\n', ["2 unclosed", "3 long", "b ok 4"]),
+        ('a,"never closed\nz,GIANT', ["2 unclosed", "3 long"]),
+        ('a,"never closed\nz,GIANT\ny,"GIANT"\nb,"ok"\n', ["2 unclosed", "3 long", "4 long", "b ok 5"]),
+        ('a,"begin\nGIANT\nmiddle, words\nend"\nb,ok\n', ["2-5 long 3", "b ok 6"]),
+        ('a,"begin\nGIANT""GIANT\nGIANT\nmiddle, words\nend"\nb,ok\n', ["2-6 long 3", "b ok 7"]),
+        ('a,"GIANT\nmiddle, words\nend"\nb,ok\n', ["2-4 long 2", "b ok 5"]),
+        ('a,"begin\nmiddle, words\nGIANT"\nb,ok\n', ["2-4 long 4", "b ok 5"]),
+        ('a,"GIANT"\nb,"two\nlines"\n', ["2 long", "b two\nlines 3"]),
+        ("COMMAS\nb,ok\n", ["2 long", "b ok 3"]),
+        ('a,"begin\nCOMMAS\nmiddle, words\nend"\nb,ok\n', ["2-5 long 3", "b ok 6"]),
+        ('a,"beginCOMMAS\nmiddle, words\nend"\nb,ok\n', ["2-4 long 2", "b ok 5"]),
+    ],
+)
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_a_line_that_is_too_long_costs_the_row_that_it_is_in(
+    rows: str, expected: list[str], ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every row has its result, with its own line, and words within a quoted cell are no row."""
+    monkeypatch.setattr(streams, "LONGEST", 80)
+    content = "id,prompt\n" + rows.replace("GIANT", "red circle " * 100).replace("COMMAS", "," * 500)
+    found = read(write("t.csv", content.replace("\n", ending).encode()))
+
+    def short(item: PromptRequest | ResultRow) -> str:
+        if isinstance(item, PromptRequest):
+            return f"{item.id} {item.prompt} {item.source.line}".replace("\r", "")
+        error = item.error or ""
+        error = re.sub(r"^lines? (\d+) cannot be read as CSV: .*; is there an unclosed quote\?$", r"\1 unclosed", error)
+        error = re.sub(r"^line (\d+) is longer than 80 characters$", r"\1 long", error)
+        where = r"^lines (\d+) to (\d+) are a row in which line (\d+) is longer than 80 characters$"
+        return re.sub(where, r"\1-\2 long \3", error)
+
+    assert [short(item) for item in found] == expected
+    assert [item.source_row if isinstance(item, ResultRow) else item.source.row for item in found] == list(
+        range(len(found))
+    )
+
+
+@pytest.mark.parametrize("words", ["red circle, ", ",", '""'])
+def test_memory_does_not_grow_with_a_line_below_an_open_quote(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "LONGEST", 10_000)
+    path = write("t.csv", 'id,prompt\na,"open\n' + words * (3_000_000 // len(words)) + '\nend"\nb,ok\n')
+    read(path)
+    tracemalloc.start()
+    try:
+        bad, good = read(path)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+    assert errors_of([bad]) == ["lines 2 to 4 are a row in which line 3 is longer than 10000 characters"]
+    assert good.id == "b"
+
+
+def test_a_header_that_is_one_long_line_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "LONGEST", 1000)
+    with pytest.raises(TableError, match="^t.csv has a header that is longer than 1000 characters"):
+        read(write("t.csv", "prompt," + "word" * 400 + "\nx,y\n"))
 
 
 def test_a_header_of_many_lines_has_the_limit_of_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ DECLARATION = re.compile(r'"?sep=(?P<mark>[^"\r\n])"?\r?\n?', re.IGNORECASE)
 MARKS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 """What may stand between cells: spreadsheets write semicolons where the comma is in the numbers."""
 
-csv.field_size_limit(LONGEST)  # which the limit of a row comes before
+csv.field_size_limit(LONGEST)  # The row limit applies first.
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,31 +47,37 @@ class Delimited:
         number = 0
         try:
             with open_text(self.file, newline="") as stream:
-                lines = _Lines(stream)
+                lines = _Lines(stream, self.mark)
                 if self.is_declared:
                     next(lines)
                 reader = csv.reader(lines, strict=True, delimiter=self.mark)
                 _header(reader)
                 while True:
                     lines.mark()
-                    starts = lines.number + 1
                     try:
-                        cells = next(reader)
+                        row = self._read_row(reader, lines, number)
                     except StopIteration:
                         return
-                    except (csv.Error, RowError) as error:
-                        if len(self.header) > 1 or _ran_on(error):
-                            lines.give_back(count := self._rows_within(lines.taken))
-                            if isinstance(error, _TooLong) and not count:
-                                self._skip_row(lines)
-                        yield RawRow(number, {}, _fault(starts, lines.number, error), starts)
-                        number += 1
-                        continue
-                    if cells:  # a blank line has none
-                        yield self._row(number, cells, starts, lines.number)
+                    if row:
+                        yield row
                         number += 1
         except OSError as error:
             yield broken(self.file, number, error)
+
+    def _read_row(self, reader: Any, lines: _Lines, number: int) -> RawRow | None:
+        """Return the next row, or None for a blank line. Raises StopIteration at the end of the file."""
+        first = lines.number + 1
+        try:
+            cells = next(reader)
+        except (csv.Error, RowError) as error:
+            if len(self.header) > 1 or _ran_on(error):
+                lines.give_back(count := self._rows_within(lines.taken))
+                if isinstance(error, RowError) and not count:
+                    self._skip_row(lines)
+            return RawRow(number, {}, _fault(first, lines.number, error), first)
+        if lines.shortened:
+            return RawRow(number, {}, _too_long(first, lines), first)
+        return self._row(number, cells, first, lines.number) if cells else None
 
     def _rows_within(self, broken: list[str]) -> int:
         """How many lines of a row that cannot be read are none of its own.
@@ -89,13 +95,13 @@ class Delimited:
         return False
 
     def _skip_row(self, lines: _Lines) -> None:
-        """Go past a row that is too long: to where its quote is closed, or to a line that is a row by itself."""
+        """Skip the rest of a row that is too long, up to its closing quote or to a line that is a row by itself."""
         is_open = sum(line.count('"') for line in lines.taken) % 2 == 1
         while is_open:
             lines.mark()
             try:
                 line = next(lines)
-            except (StopIteration, RowError):
+            except StopIteration:
                 return
             if self._is_row(line):
                 lines.give_back(1)
@@ -118,21 +124,21 @@ class Delimited:
         return RawRow(number, dict(zip(self.header, cells, strict=False)), error, first, note)
 
 
-class _TooLong(RowError):
-    """A row of several lines, each of which is short enough."""
-
-
 class _Lines(Lines):
-    """Lines of which the last ones can come again; `taken` are those since `mark`.
+    """Lines of which the last ones can be read again. `taken` has those since `mark`.
 
-    Where they are too long together, `_TooLong` is raised: memory is bounded by what a row may have.
+    Memory is bounded by what a row may have: RowError is raised where lines are too long together. A line that is too
+    long by itself is shortened, so that the row ends where it would end otherwise. `shortened` is the number of the
+    first such line since `mark`, or 0.
     """
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, mark: str) -> None:
         super().__init__(stream)
+        self._words = re.compile(rf'[^"{re.escape(mark)}\r\n]+')
         self._returned: list[str] = []
         self._size = 0
         self.taken: list[str] = []
+        self.shortened = 0
 
     def __next__(self) -> str:
         if self._returned:
@@ -141,18 +147,37 @@ class _Lines(Lines):
         else:
             line = super().__next__()
         self.taken.append(line)
+        if line.__class__ is _Shortened:
+            self.shortened = self.shortened or self.number
         self._size += len(line)
         if self._size > self.longest:
-            raise _TooLong(f"a row of more than {self.longest} characters; is a quote left open?")
+            raise RowError(f"a row of more than {self.longest} characters; is there an unclosed quote?")
         return line
+
+    def too_long(self, pieces: Iterator[str]) -> str:
+        """Return a line with one letter for each word between quotes and marks.
+
+        If that is too long too, only an unpaired quote is kept: the next line still is inside or outside of a cell.
+        """
+        text, quotes = "", 0
+        for piece in pieces:
+            quotes += piece.count('"')
+            if len(text) <= self.longest:
+                text += self._words.sub("x", piece)
+        return _Shortened(text if len(text) <= self.longest else '"' * (quotes % 2))
 
     def mark(self) -> None:
         self.taken.clear()
         self._size = 0
+        self.shortened = 0
 
     def give_back(self, count: int) -> None:
         self._returned += reversed(self.taken[len(self.taken) - count :])
         self.number -= count
+
+
+class _Shortened(str):
+    """A line that was too long."""
 
 
 def open_delimited(file: TableFile, prompt: str) -> Delimited:
@@ -190,19 +215,14 @@ def _declared_mark(file: TableFile) -> str | None:
 
 def _read_header(file: TableFile, mark: str, *, is_declared: bool) -> list[str]:
     with open_text(file, newline="") as stream:
-        lines = _lines(file, stream)
-        if is_declared:
-            next(lines)
-        return _header(csv.reader(lines, strict=True, delimiter=mark))
-
-
-def _lines(file: TableFile, stream: TextIO) -> Iterator[str]:
-    lines = _Lines(stream)
-    try:
-        yield from lines
-    except RowError as error:
-        fault = f"{file.name} has a header that is longer than {lines.longest} characters; is it a table?"
-        raise TableError(fault) from error
+        lines = _Lines(stream, mark)
+        with suppress(RowError):
+            if is_declared:
+                next(lines)
+            header = _header(csv.reader(lines, strict=True, delimiter=mark))
+            if not lines.shortened:
+                return header
+    raise TableError(f"{file.name} has a header that is longer than {lines.longest} characters; is it a table?")
 
 
 def _named(file: TableFile, header: list[str]) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -228,16 +248,19 @@ def _header(reader: Any) -> list[str]:
 
 def _ran_on(error: Exception) -> bool:
     """Whether a quote was never closed: the file ended, or the row grew too long, before another came."""
-    return isinstance(error, _TooLong) or str(error).startswith("unexpected end of data")
+    return isinstance(error, RowError) or str(error).startswith("unexpected end of data")
 
 
 def _fault(first: int, last: int, error: Exception) -> str:
     where = _at(first, last)
-    if isinstance(error, _TooLong):
-        return f"{where} {'begins' if first >= last else 'are'} {error}"
     if isinstance(error, RowError):
-        return f"{where} {error}"
-    return f"{where} cannot be read as CSV: {error}; is a quote left open?"
+        return f"{where} {'begins' if first >= last else 'are'} {error}"
+    return f"{where} cannot be read as CSV: {error}; is there an unclosed quote?"
+
+
+def _too_long(first: int, lines: _Lines) -> str:
+    message = f"line {lines.shortened} is longer than {lines.longest} characters"
+    return message if first >= lines.number else f"{_at(first, lines.number)} are a row in which {message}"
 
 
 def _at(first: int, last: int) -> str:

@@ -31,7 +31,7 @@ def distinct_names(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def distinct_fields(kind: pa.DataType, name: str, renamed: dict[str, str]) -> pa.DataType:
-    """Return a type whose structs have fields of distinct names; `renamed` takes in those that have another one now.
+    """Return a type whose structs have fields of distinct names; renamed fields are added to `renamed`.
 
     `name` is that of the column. Python, pandas and SQL engines cannot read a struct with two fields of one name.
     """

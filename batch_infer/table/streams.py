@@ -152,9 +152,9 @@ def unpack(file: TableFile, place: Path) -> Path:
 
 
 class Lines:
-    """The lines of a text, with their ends. A line that is too long raises RowError, and the next one follows it.
+    """The lines of a text, with their ends. `number` is that of the last line, from 1.
 
-    `number` is that of the last line, from 1.
+    A line that is too long raises RowError, unless `too_long` is overridden. The next line follows it.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -172,9 +172,19 @@ class Lines:
         self.number += 1
         if len(line) < self.longest or line[-1] in "\r\n":
             return line
-        while line and line[-1] not in "\r\n":
-            line = self._readline(self.longest)
+        return self.too_long(self._pieces(line))
+
+    def too_long(self, pieces: Iterator[str]) -> str:
+        """Skip the pieces of a line that is too long. A subclass may return what it keeps of the line."""
+        for _ in pieces:
+            pass
         raise RowError(f"is longer than {self.longest} characters")
+
+    def _pieces(self, piece: str) -> Iterator[str]:
+        """Yield a line in pieces, of which this is the first."""
+        while piece:
+            yield piece
+            piece = "" if piece[-1] in "\r\n" else self._readline(self.longest)
 
 
 def reason(error: Exception) -> str:
