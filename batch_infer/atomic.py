@@ -17,7 +17,7 @@ from pathlib import Path
 from batch_infer.errors import StorageError
 
 TEMPORARY = ".tmp-"
-_TEMPORARY_NAME = re.compile(rf"{re.escape(TEMPORARY)}[0-9a-f]{{8}}-\d+-[0-9a-f]{{12}}-.")
+_TOKEN = re.compile(r"[0-9a-f]{8}-\d+-[0-9a-f]{12}-(?=.)")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _NOT_THERE = {errno.ENOENT, errno.ENOTDIR}
 _NO_SUCH_CALL = {errno.EBADF, errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EISDIR}
@@ -49,9 +49,15 @@ def own_name(prefix: str, name: str) -> str:
     return f"{prefix}{_token}-{name}"
 
 
+def name_in(prefix: str, own: str) -> str | None:
+    """Return the name that `own_name` was given, in any process, or None where it did not make this one."""
+    match = _TOKEN.match(own, len(prefix)) if own.startswith(prefix) else None
+    return None if match is None else own[match.end() :]
+
+
 def is_temporary(name: str) -> bool:
     """Return whether `temporary_of` made this name, in any process. Other names that start alike are not ours."""
-    return _TEMPORARY_NAME.match(name) is not None
+    return name_in(TEMPORARY, name) is not None
 
 
 def is_abandoned(name: str, prefix: str = TEMPORARY) -> bool:

@@ -71,7 +71,7 @@ def test_overwriting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str)
             cleanup.clear(tmp_path)
     assert (tmp_path / image.path).exists()
     cleanup.clear(tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
 def test_kinds(tmp_path: Path) -> None:

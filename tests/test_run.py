@@ -761,6 +761,25 @@ def test_overwrite_removes_nothing_for_a_run_that_is_stopped_before_the_model_is
     assert_whole(out)
 
 
+def test_overwrite_that_is_killed_once_out_is_cleared_is_continued(
+    table: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where images/ is a link to a disk that holds other files."""
+    run(table, out)
+    (out / "images").rename(tmp_path / "disk")
+    (out / "images").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "mine").touch()
+
+    def end(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("batch_infer.jobs.run.remove_leftovers", end)
+        score(replace(settings_of(table, out), overwrite=True), make_progress(shown=False))
+    assert run(table, out).code == 0
+    assert (tmp_path / "disk" / "mine").exists()
+
+
 @pytest.mark.parametrize("valid", [True, False])
 def test_overwrite_accounts_for_invalid_rows(tmp_path: Path, out: Path, valid: bool) -> None:
     table = write_csv(tmp_path / "t.csv", [["prompt"], [""], *([["a red circle"]] * 2)])

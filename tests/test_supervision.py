@@ -319,19 +319,26 @@ def test_a_frozen_worker_does_not_hold_up_the_supervisor(tmp_path: Path) -> None
     assert not any(thread.is_alive() for thread in frozen._threads)
 
 
-def test_a_worker_that_dies_while_it_stops_has_died(tmp_path: Path) -> None:
-    """What it may have left in OUT is removed, as after any death."""
+@pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.parametrize("fate", ["closed", "silent"])
+def test_a_worker_that_dies_while_it_stops_has_died(tmp_path: Path, clock: Clock, ours: bool, fate: str) -> None:
+    """What it may have left in OUT is removed, unless its process may still be writing there."""
     pool = Pool()
     (end,) = pool.ends
+    pool.peers[0].ours = ours
     made = shift_of(pool, tmp_path)
 
     def stop() -> bool:
-        if pool.peers[0].ready:
+        if not pool.peers[0].ready:
+            return False
+        if fate == "closed":
             end.close()
-        return pool.peers[0].ready
+        clock.now += 1.0 * (fate == "silent")
+        return True
 
     end.send_bytes(encode(Ready()))
-    assert made.go(stop).deaths == 1
+    work = made.go(stop)
+    assert (work.deaths, work.has_strays) == (1, not ours)
 
 
 def test_carried_cells_arrive_as_they_were_sent() -> None:

@@ -187,9 +187,14 @@ class MiniBatches:
         stems = {stem for name in names for stem in possible_names(Source(name, 0).stem)}
         folders = [path for kind in ("images", "quarantine") for stem in stems for path in self._folders(kind, stem)]
         everywhere = [self._out, self._manifest.folder, *(self._out / name for name in outdir.LINKABLE), *folders]
-        if originals := cleanup.remove_abandoned(self._out, everywhere):
+        originals = cleanup.remove_abandoned(self._out, everywhere)
+        while originals:
             self._catch_up_with_results()
-            restore(self._out, self._index, originals)
+            try:
+                restore(self._out, self._index, originals)
+                return
+            except DamagedPart as damage:
+                _set_aside(damage)
 
     def _folders(self, kind: str, stem: str) -> Iterator[Path]:
         folder = self._out / kind

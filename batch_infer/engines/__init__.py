@@ -32,13 +32,15 @@ class Task:
 class Work:
     """What a task took: the accounts of its workers, and the seconds from when they were ready to the last's end.
 
-    `processes` rendered it, 0 where that was the command's own; `deaths` of them were made good.
+    `processes` rendered it, 0 where that was the command's own; `deaths` of them were made good. `has_strays`: one that
+    was lost is not a child of this process, and may still be writing in OUT.
     """
 
     accounts: Sequence[Account]
     seconds: float
     processes: int = 0
     deaths: int = 0
+    has_strays: bool = False
 
 
 class Engine(Protocol):

@@ -90,7 +90,7 @@ class Shift:
         self._awaited: set[int] = set()
         self._accounts: list[Account] = []
         self._barren: Counter[int] = Counter()
-        self._deaths = 0
+        self._deaths, self._has_strays = 0, False
         self._stopping = False
         self._error: Exception | None = None
         self._began: float | None = None
@@ -118,7 +118,7 @@ class Shift:
         if self._error is not None:
             raise self._error
         now = time.monotonic()
-        return Work(self._accounts, now - (self._began or now), self._crew.workers, self._deaths)
+        return Work(self._accounts, now - (self._began or now), self._crew.workers, self._deaths, self._has_strays)
 
     def _note_turn(self, before: float) -> float:
         """Hold against no worker the time in which this process was suspended and heard nobody."""
@@ -159,7 +159,7 @@ class Shift:
                 return
             if peer.broken is not None:
                 log.warning("worker %d ended with an error: %s", peer.rank, _sentence(error_of(peer, "")))
-            self._deaths += 1  # it may have left something in OUT
+            self._count_death(peer)
             self._dismiss(peer)
 
     def _take(self, peer: Peer, message: FromWorker) -> None:
@@ -247,7 +247,7 @@ class Shift:
             if (silent := peer.silence(self._crew.patience, is_stopping=self._stopping)) is not None:
                 peer.kill()
                 if self._stopping:
-                    self._deaths += peer.ours  # another's process may still be writing
+                    self._count_death(peer)
                     self._dismiss(peer)
                 else:
                     self._lose(peer, f"nothing was heard of it for {silent:.0f} s")
@@ -258,6 +258,11 @@ class Shift:
             self._awaited.discard(peer.rank)
             if peer.account is not None:
                 self._accounts.append(peer.account)
+
+    def _count_death(self, peer: Peer) -> None:
+        """Count a worker that may have left something in OUT."""
+        self._deaths += 1
+        self._has_strays |= not peer.ours
 
     def _lose(self, peer: Peer, fate: str) -> None:
         """A worker has died: see to its rows, and to another in its place."""
@@ -272,7 +277,7 @@ class Shift:
             self._error = self._error or error
             self._stop()
             return
-        self._deaths += 1
+        self._count_death(peer)
         told = "worker %d has died (%s); its rows are tried again, and logs/worker-%d.log may say more"
         log.warning(told, peer.rank, _sentence(error), peer.rank)
         why = f"{STRIKES} workers have died over this row, the last with nothing else to do: {_sentence(error)}"

@@ -24,7 +24,7 @@ from batch_infer.atomic import (
 from batch_infer.errors import DamagedPart, Interrupted, SettingsError, UsageError
 from batch_infer.jobs.out import LINKABLE, OURS, mark_half_cleared, read_run
 from batch_infer.manifest import Manifest, read_part
-from batch_infer.sinks import FolderSink, is_aside, path_before_aside, stored_path
+from batch_infer.sinks import ASIDE, FolderSink, path_before_aside, stored_path
 
 
 def refuse_to_clear(out: Path) -> None:
@@ -40,8 +40,8 @@ def clear(out: Path, stop: Callable[[], bool] = lambda: False) -> None:
     """Remove what earlier runs made in OUT, except logs/, and nothing else.
 
     Raises UsageError where OUT is not a run's, StorageError, and Interrupted where `stop` says so on the way.
-    run.json says first that OUT is being cleared, and is removed last: killed at any moment between, OUT holds no
-    results for any command, and the next run continues. Where images/ or quarantine/ is a link to a larger disk, the
+    run.json says first that OUT is being cleared, until the caller replaces it: killed at any moment between, OUT holds
+    no results for any command, and the next run continues. Where images/ or quarantine/ is a link to a larger disk, the
     link stays, and of what it leads to only the files are removed that the manifest names.
     """
     refuse_to_clear(out)
@@ -58,7 +58,6 @@ def clear(out: Path, stop: Callable[[], bool] = lambda: False) -> None:
             _remove(path)
     with storing(out):
         sync_folder(out)
-    _remove(out / "run.json")
 
 
 def _folders(path: Path) -> Iterator[Path]:
@@ -96,15 +95,15 @@ def _remove_named_images(out: Path) -> None:
 def remove_leftovers(out: Path) -> list[str]:
     """Remove the temporary files of a killed run, and its note on who holds OUT. Raises StorageError.
 
-    Returns the images, relative to OUT, that it had set aside when it was killed; `recovery` restores them. The caller
-    holds OUT, or knows that no other process writes there. Links are not followed, except that images/ and quarantine/
-    may themselves be links. The marker by which this process knows its folders stays.
+    Returns the paths, relative to OUT, of images that were set aside; `recovery` restores them. The caller holds OUT,
+    or knows that no other process writes there. Links are not followed, except that images/ and quarantine/ may
+    themselves be links. The marker by which this process knows its folders stays.
     """
     marker = own_marker()
     originals: list[str] = []
 
     def ours(name: str) -> bool:
-        return is_temporary(name) and name != marker
+        return (is_temporary(name) and name != marker) or path_before_aside(name) is not None
 
     with storing(out):
         _sweep(out, out, ours, originals)
@@ -118,27 +117,27 @@ def remove_leftovers(out: Path) -> list[str]:
 def remove_abandoned(out: Path, folders: Iterable[Path]) -> list[str]:
     """Remove the temporary files that dead processes of this machine have left in these folders of OUT.
 
-    For a process that shares OUT with others which are writing. Returns the images there that are set aside. Links are
-    not followed. Raises StorageError.
+    For a process that shares OUT with others which are writing. Returns the paths of images that those processes had
+    set aside. Links are not followed. Raises StorageError.
     """
     originals: list[str] = []
     for folder in folders:
         with storing(folder), suppress(FileNotFoundError, NotADirectoryError):
             if not is_link(folder):
-                _sweep(out, folder, is_abandoned, originals)
+                _sweep(out, folder, lambda name: is_abandoned(name) or is_abandoned(name, ASIDE), originals)
     return originals
 
 
 def _sweep(out: Path, folder: Path, ours: Callable[[str], bool], originals: list[str]) -> list[Path]:
-    """Remove such files, add the images that were set aside to `originals`, and return the folders in this one."""
+    """Remove such files, but add images that were set aside to `originals`. Return the folders in this one."""
 
     def remove(path: Path) -> None:
-        if not is_aside(path.name):
+        if path_before_aside(path.name) is None:
             path.unlink(missing_ok=True)
-        elif stored_path(out, image := path_before_aside(path.relative_to(out).as_posix())) is not None:
-            originals.append(image)
+        elif stored_path(out, aside := path.relative_to(out).as_posix()) is not None:
+            originals.append(aside)
 
-    return sweep(folder, lambda name: ours(name) or is_aside(name), remove)
+    return sweep(folder, ours, remove)
 
 
 def _remove_holder(out: Path) -> None:

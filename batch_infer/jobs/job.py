@@ -14,7 +14,7 @@ from batch_infer.errors import SettingsError
 from batch_infer.jobs import cleanup
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.record import choose_compute, describe, refuse_other
-from batch_infer.jobs.run_json import parse_record, require
+from batch_infer.jobs.run_json import ended_in_order, parse_record, require
 from batch_infer.manifest import SCHEMA, Index, Manifest, run_of
 from batch_infer.models import ModelCard, PipelineFacts, read_card
 from batch_infer.planning import Item, finished_in
@@ -128,8 +128,7 @@ def _number(earlier: Mapping[str, Any] | None, parts: Sequence[Path]) -> dict[st
     """
     known = earlier or {}
     number = 1 + max([known.get("run_number") or 0, *map(run_of, parts)])
-    ended = known.get("summary") is not None
-    return {"run_number": number, "recover_from": number if ended else known.get("recover_from", 0)}
+    return {"run_number": number, "recover_from": number if ended_in_order(known) else known.get("recover_from", 0)}
 
 
 def keep_policy(settings: RunSettings, earlier: Mapping[str, Any] | None) -> RunSettings:

@@ -17,7 +17,7 @@ from batch_infer.atomic import is_there, storing, sync_folder
 from batch_infer.errors import DamagedPart, StorageError
 from batch_infer.jobs import cleanup
 from batch_infer.manifest import SCHEMA, Index, Manifest, commit_time, read_part
-from batch_infer.sinks import FolderSink, path_aside, read_image
+from batch_infer.sinks import FolderSink, path_before_aside, read_image
 
 RECENT_SECONDS = 600.0
 """Parts committed within this time before the last one are checked.
@@ -60,25 +60,34 @@ def remove_leftovers(out: Path, manifest: Manifest, damaged: Callable[[DamagedPa
 
     The caller holds OUT. `damaged` is that of `Manifest.index`. Raises DamagedPart without it, StorageError.
     """
-    if originals := cleanup.remove_leftovers(out):
-        with manifest.index(damaged=damaged) as index:
-            restore(out, index, originals)
+    originals = cleanup.remove_leftovers(out)
+    while originals:
+        try:
+            with manifest.index(damaged=damaged) as index:
+                restore(out, index, originals)
+            return
+        except DamagedPart as damage:  # in columns that the index does not read
+            if damaged is None:
+                raise
+            damaged(damage)
 
 
 def restore(out: Path, index: Index, originals: Sequence[str]) -> None:
-    """Bring back images that were set aside while others of their name were committed, and never were.
+    """Bring back images that were set aside for others which were never committed.
 
-    Where the image in place is the one that the manifest has, the one set aside is removed. Raises StorageError.
+    `originals`: paths that `set_aside` gave. Where the image in place is the one that the manifest has, the one set
+    aside is removed. Raises DamagedPart, StorageError.
     """
-    sink, committed = FolderSink(out), index.of_paths(originals)
+    former = {aside: path_before_aside(aside) or aside for aside in originals}
+    sink, committed = FolderSink(out), index.of_paths(former.values())
     rows = index.take(list(committed.values()), _IMAGE).to_pylist()
     of_path = {row["generated_image"]: (row["sha256"], row["image_bytes"]) for row in rows}
-    for path in originals:
+    for aside, path in former.items():
         content = of_path.get(path, (None, None))
-        if not is_whole(out, path, *content) and is_whole(out, path_aside(path), *content):
-            sink.bring_back(path)
+        if not is_whole(out, path, *content) and is_whole(out, aside, *content):
+            sink.bring_back(aside)
         else:
-            sink.remove(path_aside(path))
+            sink.remove(aside)
 
 
 def set_aside(damage: DamagedPart) -> Path:

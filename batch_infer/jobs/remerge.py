@@ -14,7 +14,7 @@ from batch_infer.jobs import out as outdir
 from batch_infer.jobs.job import open_tables, refuse_unrepeatable, rules_of, settings_of
 from batch_infer.jobs.merge import Counts, merge, merge_parts
 from batch_infer.jobs.recovery import remove_leftovers
-from batch_infer.jobs.run_json import with_counts
+from batch_infer.jobs.run_json import ended_in_order, with_counts
 from batch_infer.manifest import Manifest
 from batch_infer.planning import finished_in
 from batch_infer.settings import OutputSettings, ResultsFormat, RunSettings
@@ -42,7 +42,7 @@ def remerge(out: Path, results: tuple[ResultsFormat, ...], *, base64: bool) -> t
         kinds = tuple(dict.fromkeys((*settings.output.results, *results)))  # what the run wrote is not left out of date
         output = OutputSettings(results=kinds, base64=base64 or settings.output.base64)
         try:
-            if record.get("summary") is None and settings.table.tables:
+            if not ended_in_order(record) and settings.table.tables:
                 remove_leftovers(out, Manifest(out))  # not an endpoint's: its workers may be writing now
             counts = _merge(record, settings, output)
         except DamagedPart as damage:

@@ -17,7 +17,7 @@ from batch_infer.jobs.merge import Counts, merge
 from batch_infer.jobs.record import policy_of
 from batch_infer.jobs.recovery import remove_leftovers, set_aside
 from batch_infer.jobs.rejudging import Rejudging, Rescored, Stored
-from batch_infer.jobs.run_json import with_counts
+from batch_infer.jobs.run_json import ended_in_order, with_counts
 from batch_infer.manifest import Committed, Index, Manifest
 from batch_infer.models import ModelCard
 from batch_infer.planning import finished_in
@@ -105,7 +105,7 @@ class _Rescoring:
     def judge(self, tell: Callable[[Rescored], None], stop: Callable[[], bool]) -> Rescored:
         """Judge all that was not judged by these rules yet. Raises StorageError, ServiceError, Interrupted."""
         out = self._settings.out
-        if self._resumed or self._record.get("summary") is None:
+        if self._resumed or not ended_in_order(self._record):
             remove_leftovers(out, Manifest(out), set_aside)
         rejudging = Rejudging(self._settings, self._card, self._record, stop)
         outdir.write_run(out, {**self._record, "rescoring": self._sources})

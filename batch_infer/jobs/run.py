@@ -36,6 +36,7 @@ from batch_infer.jobs.merge import Counts, merge, merge_parts
 from batch_infer.jobs.record import at_once, cores
 from batch_infer.jobs.recovery import Key, recover, remove_leftovers, set_aside
 from batch_infer.jobs.results import remove_other_results
+from batch_infer.jobs.run_json import ended_in_order
 from batch_infer.jobs.summary import Summary
 from batch_infer.jobs.survey import Survey, commit_invalid, look_through
 from batch_infer.jobs.throughput import Throughput
@@ -90,7 +91,7 @@ def run(
             with engine_for(settings, here) as engine:
                 job = prepare(settings, tables, card, engine.find_device())
                 with _logged(settings.out):
-                    if not settings.overwrite and (job.earlier or {}).get("summary") is None:
+                    if not settings.overwrite and not ended_in_order(job.earlier):
                         lost = recover(settings.out, Manifest(settings.out), job.record["recover_from"])
                         leaves_alone = _all_but(lost, leaves_alone)
                     return _Run(job, engine, progress, stop, leaves_alone).go(started)
@@ -248,6 +249,7 @@ class _Run:
             yield
         except UsageError:
             if self._is_cleared and not self._committed:
+                remove_leftovers(self._out, self._manifest)
                 outdir.restore_run(self._out, self._job.earlier)
             raise
 
@@ -331,7 +333,9 @@ class _Run:
             if work is None:
                 work = self._engine.render(self._task(index, survey), committed, self._stop, ready)
         self._summary.add(work)
-        if work.deaths:
+        if work.has_strays:  # the next run removes what they leave
+            self._write_record(has_strays=True)
+        elif work.deaths:
             remove_leftovers(self._out, self._manifest)
         self._learn(work, lengths, self._set_up + time.monotonic() - before - work.seconds)
 

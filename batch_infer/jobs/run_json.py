@@ -65,6 +65,8 @@ class RunRecord:
     recover_from: int = 0
     rendering_since: datetime | None = None
     in_flight: int = 1
+    has_strays: bool = False
+    """Whether a worker was lost that may still have been writing in OUT when the run ended; see Work."""
     summary: SummaryRecord | None = None
     merged: SummaryRecord | None = None
     """Counts of results.* where they were merged after a run that did not end; such a run has no summary."""
@@ -87,6 +89,11 @@ def parse_record(record: Any) -> RunRecord:
         raise ValueError(f"{key.removesuffix('`')}: {reason}" if key else reason) from error
     except SettingsError as error:  # settings that do not go together
         raise ValueError(f"settings: {error}") from error
+
+
+def ended_in_order(record: Mapping[str, Any] | None) -> bool:
+    """Return whether the run of this run.json left nothing that the next command must recover."""
+    return record is not None and record.get("summary") is not None and not record.get("has_strays")
 
 
 def with_counts(record: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Where images are stored."""
 
 from batch_infer.sinks.folder import (
+    ASIDE,
     FolderSink,
     has_image,
-    is_aside,
     path_aside,
     path_before_aside,
     possible_names,
@@ -12,9 +12,9 @@ from batch_infer.sinks.folder import (
 )
 
 __all__ = [
+    "ASIDE",
     "FolderSink",
     "has_image",
-    "is_aside",
     "path_aside",
     "path_before_aside",
     "possible_names",

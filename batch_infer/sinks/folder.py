@@ -22,6 +22,8 @@ from batch_infer.atomic import (
     is_link,
     is_there,
     make_folder,
+    name_in,
+    own_name,
     reading,
     storing,
     sync,
@@ -157,8 +159,8 @@ class FolderSink:
         """Rename images to hidden names in the same folder, before `settle` gives their names to others.
 
         A process that is killed before the manifest has the new images loses none: `bring_back` undoes this. A file
-        that was set aside before stays: what took its name then was never committed. Missing images are skipped.
-        Raises StorageError.
+        that this process set aside before stays: what took its name then was never committed. Missing images are
+        skipped. Raises StorageError.
         """
         self._check()
         targets = [target for path in paths if not is_there(_aside(target := self._out / path))]
@@ -169,12 +171,12 @@ class FolderSink:
             with storing(folder):
                 sync_folder(folder)
 
-    def bring_back(self, path: str) -> None:
-        """Give a file that was set aside its own name again. Raises StorageError."""
+    def bring_back(self, aside: str) -> None:
+        """Give a file that a process has set aside its former name again. Raises StorageError."""
         self._check()
-        target = self._out / path
+        target = self._out / (path_before_aside(aside) or aside)
         with storing(target):
-            os.replace(_aside(target), target)  # noqa: PTH105
+            os.replace(self._out / aside, target)  # noqa: PTH105
             sync_folder(target.parent)
 
     def remove(self, path: str) -> None:
@@ -268,23 +270,19 @@ def read_image(out: Path, path: str, length: int | None = None) -> bytes | None:
 
 
 def path_aside(path: str) -> str:
-    """Return the path that `set_aside` gives a file, relative to OUT like its own."""
+    """Return the path that `set_aside` gives a file in this process, relative to OUT like its own."""
     return _aside(PurePosixPath(path)).as_posix()
 
 
-def is_aside(name: str) -> bool:
-    """Return whether `set_aside` made this file name."""
-    return name.startswith(ASIDE)
-
-
-def path_before_aside(path: str) -> str:
-    """Return the path that a file had before `set_aside`."""
+def path_before_aside(path: str) -> str | None:
+    """Return the path that a file had before `set_aside`, in any process, or None where it was not set aside."""
     aside = PurePosixPath(path)
-    return aside.with_name(aside.name.removeprefix(ASIDE)).as_posix()
+    name = name_in(ASIDE, aside.name)
+    return None if name is None else aside.with_name(name).as_posix()
 
 
 def _aside(path: AnyPath) -> AnyPath:
-    return path.with_name(f"{ASIDE}{path.name}")
+    return path.with_name(own_name(ASIDE, path.name))
 
 
 def plain_name(text: str, *, capitals: bool = False) -> str:
