@@ -366,9 +366,7 @@ def test_a_row_without_a_result_is_not_passed_over(tmp_path: Path, out: Path, mo
 
 
 @pytest.mark.parametrize("how", ["error", "gone", "cut", "late"])
-def test_parts_that_cannot_be_read_cost_no_row(
-    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, how: str
-) -> None:
+def test_parts_that_cannot_be_read_cost_no_row(tmp_path: Path, out: Path, how: str) -> None:
     """A disk that fails for a moment, a part that another sets aside, a torn one, and one that is damaged where the
     index does not look."""
     files = [prompts(tmp_path / "in" / f"{name}.csv") for name in "ab"]
@@ -634,7 +632,7 @@ def test_a_run_json_that_is_cut_short_for_a_while_is_looked_at_again(
         batch.init()
 
 
-def test_a_mini_batch_is_a_list_of_paths(tmp_path: Path, out: Path) -> None:
+def test_a_mini_batch_is_a_list_of_paths(out: Path) -> None:
     with pytest.raises(RuntimeError, match="init"):
         batch.run(["a.csv"])
     batch.init()

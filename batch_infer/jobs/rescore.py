@@ -142,7 +142,7 @@ class _Rescoring:
         """The results of the rows as the tables have them, but for those that these rules know."""
 
         def is_finished(request: PromptRequest) -> bool:
-            """By any rules: each walk gives as many items of a row."""
+            """Return whether the row is finished under any rules: every walk yields the same number of items."""
             return (match := index.find(request.key)) is not None and match.status in FINAL
 
         walks = [

@@ -278,7 +278,7 @@ class _Run:
             raise
 
     def _warn_of_stale_results(self, reason: object) -> None:
-        """Say that results.* lack what this run has committed."""
+        """Warn that results.* lack rows that this run has committed."""
         path = self._out / "results.parquet"
         log.warning("%s was not updated (%s): run `batch-infer merge %s`", path, reason, self._out)
 
