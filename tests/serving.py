@@ -1,4 +1,4 @@
-"""Real servers of HTTP and FTP on loopback, which also refuse and break off where they are asked to."""
+"""Real servers of HTTP and FTP on loopback, which refuse requests and break off answers on request."""
 
 from __future__ import annotations
 

@@ -191,7 +191,7 @@ def test_what_a_worker_replaces_now_is_no_leftover_for_another(folder: Path) -> 
 
 
 def test_a_run_with_a_worker_out_of_reach_is_recovered_by_the_next(folder: Path) -> None:
-    """It ended in order but for a worker on another machine, which may have been about to commit."""
+    """It ended in order, except that a worker on another machine may have been about to commit."""
     out = folder / "out"
     before = files(out)
     FolderSink(out).set_aside(before)

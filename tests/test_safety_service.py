@@ -606,9 +606,10 @@ def test_a_rescoring_after_a_run_that_was_killed_is_counted_and_kept(
     judged = ("--safety", "checker", "--on-flagged", "blank")
 
     def standing() -> dict[str, Any]:
-        told = json.loads(runs.command("status", out, "--json").stdout)
-        counts = {name: count for name, count in told["counts"].items() if count}
-        return {"state": told["state"], "left": told["left"], **counts, "total": sum(counts.values()) + told["left"]}
+        status = json.loads(runs.command("status", out, "--json").stdout)
+        counts = {name: count for name, count in status["counts"].items() if count}
+        total = sum(counts.values()) + status["left"]
+        return {"state": status["state"], "left": status["left"], **counts, "total": total}
 
     def dying(moment: int) -> Callable[..., str]:
         calls = [moment]

@@ -229,10 +229,8 @@ class _Run:
     def _warn_of_threads(self) -> None:
         workers, compute = self._engine.workers, self._job.compute
         if at_once(workers, compute) < workers:
-            told = (
-                "%d workers with %d threads each have %d cores, and will slow each other down: give a smaller --threads"
-            )
-            log.warning(told, workers, compute.threads, cores())
+            sentence = "%d workers with %d threads each share %d cores and slow each other down: reduce --threads"
+            log.warning(sentence, workers, compute.threads, cores())
 
     def _settle_shapes(self, survey: Survey) -> None:
         """Find the slots of the sizes that are pending, where that was left to us."""
@@ -266,7 +264,7 @@ class _Run:
         """
         try:
             if self._has_invalid and not self._job.tables.changed():
-                commit_invalid(self._job, Index(()))
+                commit_invalid(self._job)
                 self._has_invalid = False
             for seconds in LISTING_SECONDS:
                 with suppress(MissingResults):
@@ -291,7 +289,8 @@ class _Run:
         tables, output = self._job.tables, self._job.settings.output
         if changed := tables.changed():
             log.warning(
-                "%s changed or went while the run did, so all that the manifest holds is merged; run again to go by it",
+                "%s changed or disappeared during the run, so results.* hold all that the manifest does; run again to "
+                "merge by the tables as they are now",
                 ", ".join(changed),
             )
             counts = merge_parts(self._manifest, tables.files, self._out, output, least)

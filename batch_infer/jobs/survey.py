@@ -112,12 +112,13 @@ def look_through(
     return survey
 
 
-def commit_invalid(job: Job, index: Index) -> None:
-    """Commit the invalid rows that `look_through` did not commit. Pass the same index. Raises StorageError."""
+def commit_invalid(job: Job) -> None:
+    """Commit the invalid rows of an OUT that held no results when its tables were scanned. Raises StorageError."""
     invalid = _Invalid(job)
-    for item in job.items(index):
-        if isinstance(item, ResultRow):
-            invalid.add(item, index.find(item.key))
+    with Index(()) as index:
+        for item in job.items(index):
+            if isinstance(item, ResultRow):
+                invalid.add(item, None)
     invalid.commit()
 
 

@@ -112,7 +112,7 @@ class _Unpacked(io.RawIOBase):
 
 
 def open_unpacked(file: TableFile) -> io.BufferedReader:
-    """The bytes of a file as they are, but for its packing. Raises OSError, and StorageError where the disk fails."""
+    """Return a file decompressed, as a stream of bytes. Raises OSError, and StorageError where the disk fails."""
     with ExitStack() as stack:
         stream: io.BufferedReader = stack.enter_context(io.BufferedReader(_File(file), BUFFER))
         if file.packing and (start := stream.peek(MAGIC_BYTES)):
