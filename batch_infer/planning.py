@@ -54,7 +54,7 @@ def place_of(item: Item) -> tuple[str, int]:
     return item.source_file, item.source_row
 
 
-LeavesAlone: TypeAlias = "Callable[[Item, Committed | None], bool]"
+SkipRule: TypeAlias = "Callable[[Item, Committed | None], bool]"
 """Says of an item, and of what the manifest holds of it, whether a command leaves it as it is."""
 
 
@@ -77,7 +77,7 @@ def finished_in(index: Index) -> Callable[[PromptRequest], bool]:
     return is_finished
 
 
-def pending(rows: Iterable[Item], index: Index, leaves_alone: LeavesAlone = is_done) -> Iterator[PromptRequest]:
+def pending(rows: Iterable[Item], index: Index, leaves_alone: SkipRule = is_done) -> Iterator[PromptRequest]:
     """The requests that are to be done, each as the attempt that it will be; invalid rows are somebody else's."""
     for item in rows:
         if isinstance(item, PromptRequest) and not leaves_alone(item, found := index.find(item.key)):

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from batch_infer.engines.probe import Probe
+from batch_infer.autotune.probe import Probe
 from batch_infer.models import DEMO_MODEL
 from batch_infer.stopping import Stopper
 

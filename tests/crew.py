@@ -11,20 +11,20 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batch_infer.atomic import KnownFolder
-from batch_infer.engines import Task, Work
+from batch_infer.engines import Task, TaskReport
+from batch_infer.engines.handle import Timeouts
 from batch_infer.engines.local import Local
-from batch_infer.engines.peers import Patience
 from batch_infer.manifest import Manifest
 from batch_infer.models import read_card
 from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.settings import Compute, ModelSettings, OutputSettings, SafetySettings
+from batch_infer.store.atomic import KnownFolder
 from batch_infer.worker import WorkerSettings
 from tests import dummies
 from tests.rendering import make_request
 from tests.runs import images
 
-PATIENT = Patience()
+PATIENT = Timeouts()
 
 
 @dataclass
@@ -35,10 +35,10 @@ class Rendering:
     prompts: Sequence[str]
     processes: int = 2
     load: Any = dummies.load
-    patience: Patience = PATIENT
+    patience: Timeouts = PATIENT
     told: list[ResultRow] = field(default_factory=list)
 
-    def go(self, stop: Callable[[], bool] = lambda: False) -> Work:
+    def go(self, stop: Callable[[], bool] = lambda: False) -> TaskReport:
         (self.out / "logs").mkdir(parents=True, exist_ok=True)
         settings = WorkerSettings(
             card=read_card(ModelSettings()),

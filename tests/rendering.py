@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from batch_infer.chain import Chain, ChainShape, Rendered
+from batch_infer.chain import ChainShape, Rendered, StepLevelChain
 from batch_infer.models import load, read_card
 from batch_infer.records import PromptRequest, SamplingParams, Source
-from batch_infer.safety import Judge
+from batch_infer.safety import ImageChecker
 from batch_infer.settings import ModelSettings, SchedulerSpec
 
 if TYPE_CHECKING:
@@ -51,11 +51,11 @@ def copied(folder: Path, target: Path) -> Path:
 
 
 def render(
-    model: Any, requests: Iterable[PromptRequest], *, slots: int = 6, decode: int = 2, judge: Judge | None = None
+    model: Any, requests: Iterable[PromptRequest], *, slots: int = 6, decode: int = 2, judge: ImageChecker | None = None
 ) -> dict[str, Rendered]:
     """Render requests that are all expected to give an image; by their ids."""
     found = {}
-    for outcome in Chain(model, ChainShape(slots, decode), judge).render(requests):
+    for outcome in StepLevelChain(model, ChainShape(slots, decode), judge).render(requests):
         assert isinstance(outcome, Rendered), outcome.error
         found[outcome.request.id] = outcome
     return found

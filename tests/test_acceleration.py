@@ -15,7 +15,7 @@ from diffusers import SD3Transformer2DModel
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.exc import InductorError, InvalidCxxCompiler, LoweringException
 
-from batch_infer.chain import pace
+from batch_infer.chain import pacing
 from batch_infer.errors import CompilationError
 from batch_infer.models import acceleration
 from batch_infer.models.acceleration import Compiled, is_compiled, speed_up
@@ -227,11 +227,11 @@ def test_the_host_is_a_few_calls_ahead_and_no_more(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "Event", Clock)
     monkeypatch.setattr(torch.cuda, "current_stream", Clock)
     stages = Stages()
-    found = pace.pace_of(torch.device("cuda"), stages)
+    found = pacing.pace_of(torch.device("cuda"), stages)
     for tick in range(1, 11):
         found.start()
         found.end()
-        assert stages.denoise == max(0, tick - pace.TICKS_AHEAD)
+        assert stages.denoise == max(0, tick - pacing.TICKS_AHEAD)
     found.finish()
     assert stages.denoise == 10
     assert stages.ended > stages.began

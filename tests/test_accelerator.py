@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from batch_infer import accelerator, datasheets
+from batch_infer import accelerator, peak_flops
 from batch_infer.accelerator import out_of_memory_errors
-from batch_infer.chain import Chain, ChainShape, Rendered, streams
-from batch_infer.chain.finishing import Finishing
-from batch_infer.engines import knee
+from batch_infer.autotune import plateau
+from batch_infer.bench.bare import BareUNet
+from batch_infer.chain import ChainShape, Rendered, StepLevelChain, streams
+from batch_infer.chain.postprocessing import Finishing
 from batch_infer.errors import CompilationError, RowError
-from batch_infer.jobs.bench.bare import BareUNet
 from batch_infer.models.acceleration import Compiled, speed_up
 from batch_infer.settings import Compute
 from batch_infer.stages import Stages
@@ -68,7 +68,7 @@ def test_the_chain_halves_its_slots_whoever_reports_it(text: str, sd1_folder: Pa
         return denoise(sample, *args)  # type: ignore[no-any-return]
 
     model.denoise = limited
-    chain = Chain(model, ChainShape(16, 2), None)
+    chain = StepLevelChain(model, ChainShape(16, 2), None)
     outcomes = list(chain.render([make_request(str(k), seed=k) for k in range(5)]))
     assert all(isinstance(outcome, Rendered) for outcome in outcomes)
     assert (len(outcomes), chain.shape.of((64, 64))[0]) == (5, 4)
@@ -96,13 +96,13 @@ def test_batch_sizes_that_nearly_fill_the_memory_are_not_chosen(monkeypatch: pyt
         tried.append(number)
         return lambda: None
 
-    monkeypatch.setattr(knee, "_seconds", lambda work: 1.0)
+    monkeypatch.setattr(plateau, "_seconds", lambda work: 1.0)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 1000))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 27 * tried[-1])
-    assert knee._grow(knee.SLOTS, make, GPU)[0] == 16
+    assert plateau._grow(plateau.SLOTS, make, GPU)[0] == 16
     assert tried == [2, 4, 8, 16, 32]
-    assert knee._grow(knee.SLOTS, make, CPU)[0] == 256
+    assert plateau._grow(plateau.SLOTS, make, CPU)[0] == 256
 
 
 @pytest.mark.promises
@@ -113,7 +113,7 @@ def test_the_bare_unet_runs_what_the_chain_has_compiled(sd1_folder: Path) -> Non
     model: Any = load_family(sd1_folder)
     model._unet.forward = torch.compile(model._unet.forward, backend=counter, dynamic=False, fullgraph=True)
     rows = [make_request(str(k), steps=2 + k, guidance=1 + 3 * k) for k in range(3)]
-    assert len(list(Chain(model, ChainShape(4, 2), None).render(rows))) == 3
+    assert len(list(StepLevelChain(model, ChainShape(4, 2), None).render(rows))) == 3
     assert counter.frame_count == 1
     BareUNet(model, rows[0]).rate((64, 64), 4)
     assert counter.frame_count == 1
@@ -136,8 +136,8 @@ def test_compiling_is_in_no_stage(sd1_folder: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("batch_infer.models.acceleration.Compiled", Recording)
     model = load_family(sd1_folder)
     speed_up(model.networks[:1], CPU, compiled=True)
-    monkeypatch.setattr("batch_infer.chain.packed.is_compiled", lambda networks: True)
-    chain = Chain(model, ChainShape(4, 2), None)
+    monkeypatch.setattr("batch_infer.chain.step_level.is_compiled", lambda networks: True)
+    chain = StepLevelChain(model, ChainShape(4, 2), None)
     rows = [make_request("a", steps=3), make_request("b", steps=3, size=(72, 64)), make_request("c", steps=3)]
     started = time.perf_counter()
     assert all(isinstance(outcome, Rendered) for outcome in chain.render(rows))
@@ -159,8 +159,8 @@ def test_a_size_that_rendered_nothing_is_yet_to_be_compiled(sd1_folder: Path, mo
         return table(steps)
 
     monkeypatch.setattr(model.solver, "table", refuse_two)
-    monkeypatch.setattr("batch_infer.chain.packed.is_compiled", lambda networks: True)
-    chain = Chain(model, ChainShape(4, 2), None)
+    monkeypatch.setattr("batch_infer.chain.step_level.is_compiled", lambda networks: True)
+    chain = StepLevelChain(model, ChainShape(4, 2), None)
     (refused,) = chain.render([make_request("a", steps=2)])
     assert not isinstance(refused, Rendered)
     assert chain.stages.compilation == 0
@@ -204,8 +204,8 @@ def test_a_gpu_leaves_its_cores_to_the_threads_that_store() -> None:
 
 
 def test_a_slice_of_a_card_has_no_known_peak() -> None:
-    assert datasheets.dense_tflops("NVIDIA H100 80GB HBM3", "float16") == 989.4
-    assert datasheets.dense_tflops("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "float16") is None
+    assert peak_flops.dense_tflops("NVIDIA H100 80GB HBM3", "float16") == 989.4
+    assert peak_flops.dense_tflops("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "float16") is None
 
 
 def test_an_error_of_the_compiler_is_a_setting_to_change() -> None:

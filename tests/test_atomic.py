@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from batch_infer import atomic
-from batch_infer.atomic import TEMPORARY, KnownFolder, distinguishes_case, replacing, temporary_of
 from batch_infer.errors import StorageError
+from batch_infer.store import atomic
+from batch_infer.store.atomic import TEMPORARY, KnownFolder, distinguishes_case, replacing, temporary_of
 
 
 @pytest.mark.parametrize("flush", [True, False])
@@ -125,7 +125,7 @@ def test_a_process_killed_while_it_writes_leaves_the_old_file(tmp_path: Path) ->
     path.write_text("before")
     script = """
 import sys, time, pathlib
-from batch_infer.atomic import replacing
+from batch_infer.store.atomic import replacing
 with replacing(pathlib.Path(sys.argv[1])) as temporary:
     temporary.write_text("half")
     print("writing", flush=True)
@@ -143,7 +143,7 @@ def test_no_two_processes_share_a_temporary_name() -> None:
     """Neither by chance nor by having been forked from one another; and one process keeps to its own."""
     script = """
 import os, pathlib
-from batch_infer.atomic import temporary_of
+from batch_infer.store.atomic import temporary_of
 reading, writing = os.pipe()
 if os.fork() == 0:
     os.write(writing, str(temporary_of(pathlib.Path("file"))).encode())

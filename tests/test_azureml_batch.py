@@ -25,16 +25,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batch_infer.atomic import TEMPORARY, here
 from batch_infer.azureml import batch, deployment, rendering
 from batch_infer.azureml.mini_batch import MiniBatches
 from batch_infer.chain import Rendered
 from batch_infer.errors import ServiceError, SettingsError, StorageError, TableError, UsageError
-from batch_infer.jobs.simulation import Outcome, SimulationSettings, simulate
 from batch_infer.manifest import SCHEMA, Manifest
 from batch_infer.manifest import index as manifest_index
 from batch_infer.models import DEMO_MODEL
 from batch_infer.records import PromptRequest
+from batch_infer.simulation import Outcome, SimulationSettings, simulate
+from batch_infer.store.atomic import TEMPORARY, here
 from batch_infer.worker import committing
 from tests import dummies, runs
 from tests.content_safety_server import KEY, serving, status

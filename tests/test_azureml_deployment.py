@@ -25,8 +25,8 @@ from batch_infer.cli import commands, names
 from batch_infer.cli.environment import settings_of_environment
 from batch_infer.cli.run import run
 from batch_infer.errors import SettingsError
-from batch_infer.jobs.simulation import SimulationSettings
 from batch_infer.models import DEMO_MODEL
+from batch_infer.simulation import SimulationSettings
 from tests import pyproject
 from tests.runs import QUICK
 

@@ -47,7 +47,7 @@ from batch_infer.errors import Interrupted, SettingsError
 def export(*words):
     return export_mlflow.main([*words, "-q", "--device", "cpu"], standalone_mode=False)
 
-from batch_infer.atomic import here
+from batch_infer.store.atomic import here
 
 ended = subprocess.Popen([sys.executable, "-c", ""])
 ended.wait()

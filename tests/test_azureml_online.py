@@ -45,7 +45,7 @@ run()
 SCRIPT = """
 import os
 from pathlib import Path
-from batch_infer.azureml import service
+from batch_infer.serving import service
 service.PATIENCE = 1.0
 from batch_infer.azureml import online
 from batch_infer.azureml.online import init

@@ -19,15 +19,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from batch_infer.azureml import mailbox, online
+from batch_infer.azureml import online
 from batch_infer.azureml.deployment import Deployment, find_deployment
-from batch_infer.azureml.mailbox import Mailbox
 from batch_infer.azureml.payload import MOST_IMAGES, TooMany, read_payload
-from batch_infer.azureml.scoring import check_parameters, score_rows
-from batch_infer.azureml.service import PATIENCE, SLOTS, Caller, GivenUp, Service
-from batch_infer.chain import ChainShape, DrivenChain, Rendered, Unrendered
+from batch_infer.chain import ChainShape, PipelineCallChain, Rendered, Unrendered
 from batch_infer.errors import Interrupted, ServiceError, SettingsError, TableError
 from batch_infer.records import PromptRequest, Verdict
+from batch_infer.serving import request_queue
+from batch_infer.serving.request_queue import Mailbox
+from batch_infer.serving.scoring import check_parameters, score_rows
+from batch_infer.serving.service import PATIENCE, SLOTS, Caller, GivenUp, Service
 from batch_infer.settings import OnFlagged, ServiceSettings
 from tests import runs
 from tests.dummies import DummyChain
@@ -240,7 +241,7 @@ def test_rows_of_one_size_go_together_until_others_have_waited_long(monkeypatch:
 
     together = sizes(Mailbox(lambda request: request.params.height))
     assert together == [64] * 6 + [128] * 9
-    monkeypatch.setattr(mailbox, "PATIENCE", 0.0)
+    monkeypatch.setattr(request_queue, "PATIENCE", 0.0)
     in_turn = sizes(Mailbox(lambda request: request.params.height))
     assert in_turn[:4] == [64, 128, 64, 128]
     assert sorted(in_turn) == together
@@ -381,7 +382,7 @@ def test_a_service_that_is_closed_leaves_nobody_waiting(deployment: Deployment) 
 
 def test_rows_that_a_pipeline_can_make_together_go_together(deployment: Deployment) -> None:
     painter: Any = PaintingPipeline()
-    chain = DrivenChain(painter, ChainShape(8, 1), None)
+    chain = PipelineCallChain(painter, ChainShape(8, 1), None)
     with closing(Service(deployment, lambda *_: chain)) as found:
         outcomes = all_of(found, [paint(colour=i / 10, steps=4 + i % 2) for i in range(6)])
     shades = [round(int(outcome.pixels[0, 0, 0]) / 25.5) for outcome in outcomes if isinstance(outcome, Rendered)]

@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 
 from batch_infer.errors import SettingsError, TableError
-from batch_infer.jobs.simulation import Outcome, SimulationSettings, job, simulate
-from batch_infer.jobs.simulation.gpus import gpu_names
-from batch_infer.jobs.simulation.kills import Kills
-from batch_infer.jobs.simulation.messages import MiniBatch
+from batch_infer.simulation import Outcome, SimulationSettings, job, simulate
+from batch_infer.simulation.gpus import gpu_names
+from batch_infer.simulation.kills import Kills
+from batch_infer.simulation.messages import MiniBatch
 from tests import runs
 from tests.deaths import eventually, is_alive
 

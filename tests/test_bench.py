@@ -21,11 +21,8 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from batch_infer import datasheets
-from batch_infer.chain import Chain, ChainShape
-from batch_infer.cli.bench import _speed
-from batch_infer.errors import SettingsError
-from batch_infer.jobs.bench import (
+from batch_infer import peak_flops
+from batch_infer.bench import (
     BenchSettings,
     TableShape,
     bare,
@@ -35,10 +32,13 @@ from batch_infer.jobs.bench import (
     parse_steps,
     parse_sweep,
 )
-from batch_infer.jobs.bench.contenders import PlainDiffusers
-from batch_infer.jobs.bench.rows import Sampling, Table, make_rows, size_of, work_of
-from batch_infer.jobs.bench.subject import load_subject
-from batch_infer.jobs.bench.sweep import sweep
+from batch_infer.bench.contenders import PlainDiffusers
+from batch_infer.bench.rows import Sampling, Table, make_rows, size_of, work_of
+from batch_infer.bench.subject import load_subject
+from batch_infer.bench.sweep import sweep
+from batch_infer.chain import ChainShape, StepLevelChain
+from batch_infer.cli.bench import _speed
+from batch_infer.errors import SettingsError
 from batch_infer.models import architectures
 from batch_infer.models.flops import decode_flops, row_forward_flops
 from batch_infer.planning import Packing, in_order
@@ -267,7 +267,7 @@ def test_what_cannot_be_is_refused_before_the_work(options: tuple[str, ...], sen
 def test_a_plot_without_matplotlib_says_how_to_have_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(
-        "batch_infer.jobs.bench.plotting.find_spec", lambda name: None if name == "matplotlib" else real(name)
+        "batch_infer.bench.plotting.find_spec", lambda name: None if name == "matplotlib" else real(name)
     )
     done = refused("--plot", str(tmp_path / "plot.png"))
     assert "pip install 'batch-infer[plot]'" in done.stderr
@@ -361,7 +361,7 @@ def slots_of(size: tuple[int, int]) -> int:
 
 
 def painted(requests: list[PromptRequest]) -> Any:
-    chain = Chain(Painter(), ChainShape(32, 8), None)
+    chain = StepLevelChain(Painter(), ChainShape(32, 8), None)
     assert sum(1 for _ in chain.render(replace(request, prompt="0.5") for request in requests)) == len(requests)
     return chain.stages
 
@@ -537,7 +537,7 @@ def test_flops_are_those_of_a_real_call(demo: Any) -> None:
     ],
 )
 def test_datasheets_know_cards_by_the_names_that_torch_gives(name: str, dtype: str, tflops: float | None) -> None:
-    assert datasheets.dense_tflops(name, dtype) == tflops
+    assert peak_flops.dense_tflops(name, dtype) == tflops
 
 
 def test_a_matrix_product_is_timed() -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from batch_infer import calibration
-from batch_infer.calibration import Knee, Rates
+from batch_infer.autotune import calibration
+from batch_infer.autotune.calibration import Plateau, Rates
 from batch_infer.records import now
 
 CONDITIONS = {"machine": "here", "size": (64, 64)}
@@ -21,12 +21,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_rates_are_recalled_under_the_conditions_that_they_were_measured_under() -> None:
-    knee = Knee(slots=32, decode_batch=4, measured_at=now())
+    knee = Plateau(slots=32, decode_batch=4, measured_at=now())
     assert calibration.recall(Rates, CONDITIONS) is None
     calibration.remember(CONDITIONS, RATES)
     calibration.remember(CONDITIONS, knee)
     assert calibration.recall(Rates, CONDITIONS) == RATES
-    assert calibration.recall(Knee, CONDITIONS) == knee
+    assert calibration.recall(Plateau, CONDITIONS) == knee
     assert calibration.recall(Rates, {**CONDITIONS, "size": (64, 72)}) is None
 
 

@@ -22,8 +22,8 @@ from batch_infer.cli.report import report
 from batch_infer.cli.signals import NOTHING_KEPT, stoppable
 from batch_infer.errors import Interrupted
 from batch_infer.jobs.merge import Counts
+from batch_infer.jobs.scan import ScanResult
 from batch_infer.jobs.summary import Summary
-from batch_infer.jobs.survey import Survey
 from batch_infer.records import ResultRow, now
 from batch_infer.stopping import STOP_SIGNALS, deferred
 from tests import runs
@@ -61,7 +61,7 @@ def test_the_bar_counts_what_was_done_before(monkeypatch: pytest.MonkeyPatch) ->
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     bar = make_progress(shown=True)
-    bar.start(Survey(total=10, done=5, invalid=1, pending=4))
+    bar.start(ScanResult(total=10, done=5, invalid=1, pending=4))
     bar.committed(rows("ok", "flagged", "failed", "ok"))
     bar.close()
     last = terminal.getvalue().strip().split("\r")[-1]

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batch_infer.chain import ChainShape, DrivenChain, Rendered, Unrendered
-from batch_infer.engines import knee
-from batch_infer.engines.knee import find_driven_knee
+from batch_infer.autotune import plateau
+from batch_infer.autotune.plateau import find_pipeline_plateau
+from batch_infer.chain import ChainShape, PipelineCallChain, Rendered, Unrendered
 from batch_infer.planning import Batching, in_order
 from batch_infer.records import PromptRequest, Verdict
 from tests.fakes import PaintingPipeline, paint
@@ -35,15 +35,15 @@ class Recorder:
 
 def run(
     requests: Sequence[PromptRequest], slots: int = 4, stop: Callable[[], bool] = lambda: False, **painter: Any
-) -> tuple[DrivenChain, dict[str, Rendered | Unrendered]]:
-    chain = DrivenChain(PaintingPipeline(**painter), ChainShape(slots, 2), None, stop)  # type: ignore[arg-type]
+) -> tuple[PipelineCallChain, dict[str, Rendered | Unrendered]]:
+    chain = PipelineCallChain(PaintingPipeline(**painter), ChainShape(slots, 2), None, stop)  # type: ignore[arg-type]
     outcomes = list(chain.render(requests))
     found = {outcome.request.id: outcome for outcome in outcomes}
     assert len(found) == len(outcomes)
     return chain, found
 
 
-def calls_of(chain: DrivenChain) -> Any:
+def calls_of(chain: PipelineCallChain) -> Any:
     return chain.model.calls  # type: ignore[attr-defined]
 
 
@@ -103,11 +103,11 @@ def test_rows_that_are_alike_are_planned_together() -> None:
 
 
 def test_the_knee_is_a_batch_that_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(knee, "TRIAL_SECONDS", 0.0)
+    monkeypatch.setattr(plateau, "TRIAL_SECONDS", 0.0)
     roomy: Any = PaintingPipeline(memory=4)
-    assert find_driven_knee(roomy, paint().params).slots <= 8
+    assert find_pipeline_plateau(roomy, paint().params).slots <= 8
     with pytest.raises(torch.OutOfMemoryError):
-        find_driven_knee(PaintingPipeline(memory=0), paint().params)  # type: ignore[arg-type]
+        find_pipeline_plateau(PaintingPipeline(memory=0), paint().params)  # type: ignore[arg-type]
 
 
 def test_only_rows_that_are_alike_share_a_call() -> None:
@@ -187,7 +187,7 @@ def test_a_table_is_read_as_it_is_rendered() -> None:
             read.append(str(k))
             yield paint(str(k))
 
-    chain = DrivenChain(PaintingPipeline(), ChainShape(4, 2), None)  # type: ignore[arg-type]
+    chain = PipelineCallChain(PaintingPipeline(), ChainShape(4, 2), None)  # type: ignore[arg-type]
     outcomes = chain.render(table())
     next(outcomes)
     assert len(read) <= 3
@@ -195,7 +195,7 @@ def test_a_table_is_read_as_it_is_rendered() -> None:
 
 def test_the_judge_is_shown_its_own_batches() -> None:
     judge = Recorder()
-    chain = DrivenChain(PaintingPipeline(), ChainShape(16, 3), judge)  # type: ignore[arg-type]
+    chain = PipelineCallChain(PaintingPipeline(), ChainShape(16, 3), judge)  # type: ignore[arg-type]
     outcomes = list(chain.render([paint(str(k)) for k in range(8)]))
     assert judge.shown == [3, 3, 2]
     assert all(isinstance(outcome, Rendered) and outcome.verdict.checker == "recorder" for outcome in outcomes)

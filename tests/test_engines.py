@@ -14,11 +14,11 @@ from typing import cast
 import pytest
 
 from batch_infer import errors
-from batch_infer.engines import shift
+from batch_infer.engines import supervisor
+from batch_infer.engines.handle import Timeouts, WorkerHandle, hang_up
 from batch_infer.engines.local import Local
 from batch_infer.engines.messages import Broken
-from batch_infer.engines.peers import Patience, Peer, hang_up
-from batch_infer.engines.shift import WorkerBroke, error_of
+from batch_infer.engines.supervisor import WorkerBroke, error_of
 from batch_infer.errors import BatchInferError, ModelError, SettingsError, StorageError, WorkersLost
 from batch_infer.manifest import Manifest
 from tests import dummies
@@ -62,7 +62,7 @@ def test_a_row_that_its_process_dies_of_costs_no_other(tmp_path: Path, prompt: s
 def test_a_worker_that_hangs_is_ended_and_its_row_with_it(tmp_path: Path) -> None:
     prompts = ["a"] * 40
     prompts[17] = "hang"
-    rendering = Rendering(tmp_path / "out", prompts, patience=Patience(start=5, least=5, factor=1))
+    rendering = Rendering(tmp_path / "out", prompts, patience=Timeouts(start=5, least=5, factor=1))
     work = rendering.go()
     rendering.assert_accounted(17)
     assert work.deaths == 3
@@ -72,7 +72,7 @@ def test_a_worker_that_hangs_is_ended_and_its_row_with_it(tmp_path: Path) -> Non
 @pytest.mark.promises
 def test_a_worker_that_is_stopped_from_outside_is_replaced(tmp_path: Path) -> None:
     """A process under SIGSTOP cannot watch itself."""
-    rendering = Rendering(tmp_path / "out", ["a"] * 64, load=dummies.load_waiting, patience=Patience(3600, 30, 5, 2))
+    rendering = Rendering(tmp_path / "out", ["a"] * 64, load=dummies.load_waiting, patience=Timeouts(3600, 30, 5, 2))
     stopped: list[int] = []
 
     def freeze() -> bool:
@@ -99,7 +99,7 @@ def test_a_worker_that_dies_whatever_it_does_ends_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompt: str, error: type[Exception], told: str
 ) -> None:
     """Or it would take all rows of the table with it, one by one. A bug is told as one."""
-    monkeypatch.setattr(shift, "BARREN_LIVES", 2)
+    monkeypatch.setattr(supervisor, "BARREN_LIVES", 2)
     rendering = Rendering(tmp_path / "out", [prompt] * 100, processes=1)
     with pytest.raises(error, match=told):
         rendering.go()
@@ -207,6 +207,6 @@ NAMED = sorted({kind for kind in kinds_of(BatchInferError) if hasattr(errors, ki
 @pytest.mark.parametrize("kind", NAMED, ids=lambda kind: kind.__name__)
 def test_an_error_of_a_worker_keeps_its_sentence_and_its_exit_code(kind: type[BatchInferError]) -> None:
     broken = Broken(kind.__name__, "the sentence", "the traceback")
-    error = error_of(cast(Peer, SimpleNamespace(broken=broken)), "its fate")
+    error = error_of(cast(WorkerHandle, SimpleNamespace(broken=broken)), "its fate")
     assert isinstance(error, BatchInferError)
     assert (str(error), error.exit_code) == ("the sentence", kind.exit_code)

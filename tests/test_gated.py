@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from batch_infer.atomic import KnownFolder
 from batch_infer.chain import Elsewhere, GatedChain, Grace, Rendered, Unrendered, nothing
 from batch_infer.chain import gated as gated_chain
 from batch_infer.chain.gated import IMAGES_AHEAD, PROMPTS_AHEAD, REFUSED_AHEAD
@@ -23,6 +22,7 @@ from batch_infer.manifest import Manifest
 from batch_infer.models import read_card
 from batch_infer.records import PromptRequest, Verdict
 from batch_infer.settings import Compute, ModelSettings, OutputSettings, SafetySettings
+from batch_infer.store.atomic import KnownFolder
 from batch_infer.worker import WorkerSettings
 from batch_infer.worker.device import Worker
 from batch_infer.worker.loading import load_chain

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from batch_infer import calibration
+from batch_infer.autotune import calibration, plateau
+from batch_infer.autotune.plateau import find_plateau
 from batch_infer.diffusion import Context
-from batch_infer.engines import knee
-from batch_infer.engines.knee import find_knee
 from batch_infer.records import SamplingParams
 from tests.clocks import Clock
 from tests.fakes import Painter, Small
@@ -39,20 +38,20 @@ class Device(Painter):
 
 @pytest.fixture(autouse=True)
 def short_trials(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(knee, "TRIAL_SECONDS", 0.02)
+    monkeypatch.setattr(plateau, "TRIAL_SECONDS", 0.02)
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """A clock that only the devices of these tests move on."""
     clock = Clock()
-    monkeypatch.setattr(knee, "time", clock)
+    monkeypatch.setattr(plateau, "time", clock)
     return clock
 
 
 @pytest.mark.parametrize("wide", [4, 16])
 def test_the_knee_is_where_more_brings_no_more(clock: Clock, wide: int) -> None:
-    found = find_knee(Device(wide, clock), PARAMS)
+    found = find_plateau(Device(wide, clock), PARAMS)
     assert found.slots == wide
     assert found.decode_batch == 2
 
@@ -67,9 +66,9 @@ def test_memory_bounds_what_is_tried(clock: Clock) -> None:
             clock.sleep(0.004)
             return super().decode(latents)
 
-    assert find_knee(Roomy(slots=40, decode=3), PARAMS).slots == 32
+    assert find_plateau(Roomy(slots=40, decode=3), PARAMS).slots == 32
     with pytest.raises(torch.OutOfMemoryError):
-        find_knee(Small(slots=1), PARAMS)
+        find_plateau(Small(slots=1), PARAMS)
 
 
 @pytest.mark.promises
@@ -116,9 +115,9 @@ def test_slots_that_are_none(tmp_path: Path, slots: str) -> None:
 def test_what_cannot_be_remembered_is_measured_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
-    found = find_knee(Device(4, clock), PARAMS)
+    found = find_plateau(Device(4, clock), PARAMS)
     monkeypatch.setattr(calibration, "user_cache_path", lambda name: tmp_path / name)
     (tmp_path / "batch-infer").write_text("a file where the folder should be")
     conditions: dict[str, Any] = {"size": (16, 16)}
     calibration.remember(conditions, found)
-    assert calibration.recall(calibration.Knee, conditions) is None
+    assert calibration.recall(calibration.Plateau, conditions) is None

@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 
 from batch_infer.engines import launched as engine_of_launches
-from batch_infer.engines.launched import Launched, Place, find_rank_0, place
-from batch_infer.engines.meeting import MEETING, SECRET, Note, Read, read_note, write_note
+from batch_infer.engines.launched import Launched, RankInfo, find_rank_0, place
 from batch_infer.engines.messages import Hello, encode
+from batch_infer.engines.rendezvous import MEETING, SECRET, Note, Read, read_note, write_note
 from batch_infer.errors import ServiceError, SettingsError
 from tests.deaths import eventually, table_of, undisturbed, without_bookkeeping
 from tests.paced import MODULE
@@ -149,7 +149,7 @@ def test_a_rank_that_is_asked_to_stop_leaves_its_rows_to_the_others(tmp_path: Pa
 def test_strangers_at_the_meeting_place_keep_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One who goes at once, one who says nothing, one who does not know the key, and ones who send garbage."""
     monkeypatch.setattr(engine_of_launches, "GREETING_SECONDS", 0.5)
-    here = Place(0, 2, 0, 2, "127.0.0.1", "this launch")
+    here = RankInfo(0, 2, 0, 2, "127.0.0.1", "this launch")
     (tmp_path / "out").mkdir()
     with Launched("cpu", here, tmp_path / "out") as engine:
         note = json.loads((tmp_path / "out" / MEETING).read_text())
@@ -245,7 +245,7 @@ def test_a_rank_that_comes_after_rank_0_has_ended_does_not_wait(
 
     monkeypatch.setattr(Path, "touch", touch_by_server)
     monkeypatch.setattr(engine_of_launches, "LATE_SECONDS", 0.0)
-    with Launched("cpu", Place(0, 2, 0, 2, "127.0.0.1", "this launch"), tmp_path):
+    with Launched("cpu", RankInfo(0, 2, 0, 2, "127.0.0.1", "this launch"), tmp_path):
         pass
     note = tmp_path / MEETING
     os.utime(note, (note.stat().st_mtime + skew,) * 2)
@@ -260,7 +260,7 @@ def test_a_rank_that_comes_after_rank_0_has_ended_does_not_wait(
 def test_a_master_address_that_is_unknown_is_a_sentence(tmp_path: Path) -> None:
     with (
         pytest.raises(SettingsError, match="MASTER_ADDR=nowhere.invalid: rank 0 cannot listen there"),
-        Launched("cpu", Place(0, 2, 0, 2, "nowhere.invalid"), tmp_path),
+        Launched("cpu", RankInfo(0, 2, 0, 2, "nowhere.invalid"), tmp_path),
     ):
         pass
     write_note(tmp_path, Note("launch", "nowhere.invalid", 1, "00"))
@@ -279,7 +279,7 @@ def has_ipv6() -> bool:
 @pytest.mark.skipif(not has_ipv6(), reason="needs IPv6")
 @pytest.mark.parametrize("local_world", [1, 2])
 def test_a_master_address_may_be_ipv6(tmp_path: Path, local_world: int) -> None:
-    here = Place(0, 2, 0, local_world, "::1", "launch")
+    here = RankInfo(0, 2, 0, local_world, "::1", "launch")
     with Launched("cpu", here, tmp_path) as engine, meet(tmp_path, "launch") as link:
         link.send_bytes(encode(Hello(1)))
         assert eventually(lambda: any(peer.rank == 1 for peer in engine.newcomers()))
@@ -302,7 +302,7 @@ def test_a_place_is_what_a_launcher_says(monkeypatch: pytest.MonkeyPatch) -> Non
     variables = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node-0"}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert place() == Place(3, 4, 1, 2, "node-0", launch="  ")
+    assert place() == RankInfo(3, 4, 1, 2, "node-0", launch="  ")
     monkeypatch.setenv("WORLD_SIZE", "many")
     with pytest.raises(SettingsError, match="WORLD_SIZE"):
         place()

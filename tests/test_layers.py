@@ -54,13 +54,13 @@ DOORS = {
             "packaging",
         )
     ),
-    *("batch_infer.engines.knee", "batch_infer.models.architectures", "batch_infer.models.flops"),
+    *("batch_infer.autotune.plateau", "batch_infer.models.architectures", "batch_infer.models.flops"),
     *(
-        "batch_infer.engines.devices",
+        "batch_infer.autotune.devices",
         "batch_infer.engines.inline",
         "batch_infer.engines.launched",
         "batch_infer.engines.local",
-        "batch_infer.engines.probe",
+        "batch_infer.autotune.probe",
         "batch_infer.worker.device",
         "batch_infer.worker.loading",
         "batch_infer.worker.rows",
@@ -113,8 +113,7 @@ TORCH_FREE = {
 }
 """Rooms, and modules of rooms, that a command needs which renders nothing."""
 RENDERERS = {
-    f"batch_infer.jobs.bench.{module}"
-    for module in ("bare", "clock", "contenders", "contest", "lanes", "subject", "sweep")
+    f"batch_infer.bench.{module}" for module in ("bare", "clock", "contenders", "contest", "lanes", "subject", "sweep")
 }
 """Modules of these rooms that are imported late, by a command that renders."""
 COMMAND_LINE = {"cli", "__main__", "errors", "records", "settings", "temporary"}
@@ -122,7 +121,7 @@ RENDERING = {"torch", "diffusers", "transformers", "accelerate"}
 SLOW = RENDERING | {"pandas", "pyarrow", "numpy", "PIL", "scipy"}
 
 EXTRAS = {
-    "matplotlib": ("plot", "batch_infer.jobs.bench.plotting"),
+    "matplotlib": ("plot", "batch_infer.bench.plotting"),
     "compel": ("long-prompts", "batch_infer.models.long_prompts"),
     **{
         library: ("azure", f"batch_infer.safety.{module}")
@@ -130,7 +129,7 @@ EXTRAS = {
     },
     "pyrate_limiter": ("azure", "batch_infer.safety.patience"),
     "azureml_inference_server_http": ("azureml", "batch_infer.azureml.online"),
-    "mlflow": ("mlflow", "batch_infer.jobs.packaging"),
+    "mlflow": ("mlflow", "batch_infer.jobs.export_mlflow"),
     "pyparsing": ("long-prompts", "batch_infer.models.long_prompts"),
 }
 """Libraries that not everybody installs, with the extra that does and the module that needs them."""

@@ -22,7 +22,7 @@ from batch_infer.cli import commands, logs, progress
 from batch_infer.cli.logs import give_stderr_back, set_up_logging, settle_format
 from batch_infer.cli.progress import Bar, Lines, make_progress
 from batch_infer.cli.signals import stoppable
-from batch_infer.jobs.survey import Survey
+from batch_infer.jobs.scan import ScanResult
 from batch_infer.models import DEMO_MODEL
 from batch_infer.stopping import deferred
 from tests.runs import command, run
@@ -171,7 +171,7 @@ def test_there_is_no_bar_among_json_lines(monkeypatch: pytest.MonkeyPatch, capsy
     lines = make_progress(shown=True)
     assert isinstance(lines, Lines)
     set_up_logging()
-    lines.start(Survey(total=1, pending=1))
+    lines.start(ScanResult(total=1, pending=1))
     assert messages(capsys.readouterr().err) == ["1 to render, 0 done before, 0 invalid", "loading model"]
 
 

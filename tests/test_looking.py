@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from batch_infer.atomic import is_folder, is_link, is_there, own_name
-from batch_infer.azureml.begun import Begun
+from batch_infer.azureml.in_progress import Begun
 from batch_infer.errors import StorageError
 from batch_infer.jobs import cleanup, recovery
 from batch_infer.manifest import Manifest
 from batch_infer.sinks import FolderSink
+from batch_infer.store.atomic import is_folder, is_link, is_there, own_name
 from tests.storage import fail_at
 
 MARK = ".begun-elsewhere-1-0123456789ab-x"

@@ -19,8 +19,8 @@ from batch_infer.cli.metrics import GAUGES, STATUSES, Metrics
 from batch_infer.errors import Interrupted, SettingsError
 from batch_infer.jobs.merge import Counts
 from batch_infer.jobs.out import locked
+from batch_infer.jobs.scan import ScanResult
 from batch_infer.jobs.summary import Summary
-from batch_infer.jobs.survey import Survey
 from batch_infer.jobs.throughput import Throughput
 from batch_infer.records import ResultRow, now
 from tests.runs import command, run
@@ -74,7 +74,7 @@ def test_a_run_from_its_start_to_its_end(file: Path, clock: SimpleNamespace) -> 
         assert not file.exists(), "OUT may be another run's"
         clock.now = 108
         standing = {"ok": 3, "failed": 1, "left": 2}
-        metrics.start(Survey(total=15, done=6, invalid=1, pending=8, standing=standing))
+        metrics.start(ScanResult(total=15, done=6, invalid=1, pending=8, standing=standing))
         assert read(file, "/out") == {
             "results": some(ok=3, failed=1, invalid=1), "results_left": 10,
             "info": {"version": batch_infer.__version__, "model": "sd"}, "running": 1,
@@ -121,7 +121,7 @@ def test_an_error_is_an_end_too_and_the_last_success_is_kept(
     clock.now = 500
     with pytest.raises(type(error)), Metrics(file, "/out") as metrics:
         if started:
-            metrics.start(Survey(total=2, done=1, pending=1, standing={"ok": 1}))
+            metrics.start(ScanResult(total=2, done=1, pending=1, standing={"ok": 1}))
         meanwhile = read(file, "/out")
         assert (meanwhile["running"], meanwhile["exit_code"]) == (started, 0)
         assert meanwhile["end_timestamp_seconds"] == 1e9 + 100
@@ -140,7 +140,7 @@ def test_a_second_run_that_is_refused_leaves_the_firsts_file_alone(tmp_path: Pat
     table, out = write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"]]), tmp_path / "out"
     with Metrics(file, str(out), "first") as metrics, locked(out):
         if before:
-            metrics.start(Survey(total=1, pending=1))
+            metrics.start(ScanResult(total=1, pending=1))
         told = file.read_bytes() if before else None
         assert run(table, out, "--metrics-file", file).code == 75
         assert (file.read_bytes() if file.exists() else None) == told
@@ -193,7 +193,7 @@ def test_values_that_are_none_are_not_kept(file: Path, value: str) -> None:
     series += ['batch_infer_results{out="/out"} 3', 'batch_infer_info{out="/out"} NaN']
     file.write_text("\n".join(series) + "\n")
     with Metrics(file, "/out") as metrics:
-        metrics.start(Survey(total=1, pending=1))
+        metrics.start(ScanResult(total=1, pending=1))
         metrics.committed(rows("ok"))
     found = read(file, "/out")
     assert (found["exit_code"], found["results"], found["results_left"]) == (1, some(ok=1), 0)
@@ -206,13 +206,13 @@ def test_a_file_that_cannot_be_written_later_is_told_once(tmp_path: Path, caplog
     with Metrics(folder / "m.prom", "/out", "sd") as metrics:
         assert list(folder.iterdir()) == [], "it was tried, and nothing stays"
         folder.rmdir()
-        metrics.start(Survey(total=1, pending=1))
+        metrics.start(ScanResult(total=1, pending=1))
         metrics.conclude(Summary(), 0)
     told = f"the metrics file {folder}/m.prom cannot be written: No such file or directory"
     assert [(record.levelname, record.message) for record in caplog.records] == [("ERROR", told)], "with -q too"
     folder.mkdir()
     with Metrics(folder / "m.prom", "/out", "sd") as metrics:
-        metrics.start(Survey(total=1, pending=1))
+        metrics.start(ScanResult(total=1, pending=1))
         folder.rename(tmp_path / "moved")
         folder.mkdir()
         metrics.conclude(Summary(), 0)

@@ -30,7 +30,7 @@ def scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Score:
         table = write_csv(tmp_path / "table.csv", [["prompt"], *([f"row {k}"] for k in range(rows))])
         monkeypatch.setattr(job, "engine_for", lambda settings, here: Local("cpu", processes, load=load))
         settings = RunSettings(TableSettings((str(table),)), out, defaults=RowDefaults(guidance_scale=1.0))
-        return job.run(settings, Together()), out
+        return job.render_tables(settings, Together()), out
 
     return run
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from batch_infer.engines import probe
+from batch_infer.autotune import probe
 from batch_infer.errors import SettingsError
 from batch_infer.models import read_card
 from batch_infer.settings import Compute, ModelSettings, SafetySettings

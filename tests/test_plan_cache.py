@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from batch_infer.engines import probe, remembered
-from batch_infer.engines.probe import Probe
+from batch_infer.autotune import facts, probe
+from batch_infer.autotune.probe import Probe
 from batch_infer.settings import Device
 from tests.runs import QUICK, command
 from tests.tables import write_csv
@@ -166,26 +166,26 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / "gpus" / f"0000:0{number}:00.0").mkdir(parents=True)
         (folder / "gpus" / f"0000:0{number}:00.0" / "information").write_text(INFORMATION)
     (folder / "version").write_text("NVRM version: 550.1\n")
-    monkeypatch.setattr(remembered, "NVIDIA_DRIVER", folder)
+    monkeypatch.setattr(facts, "NVIDIA_DRIVER", folder)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return folder
 
 
 def test_a_gpu_is_recalled(driver: Path) -> None:
-    remembered.remember_device("auto", GPU)
-    assert remembered.recall_device("auto") == GPU
-    assert remembered.recall_device("cuda") is None
+    facts.remember_device("auto", GPU)
+    assert facts.recall_device("auto") == GPU
+    assert facts.recall_device("cuda") is None
 
 
 def test_a_cpu_is_not_kept_where_there_are_gpus(driver: Path) -> None:
     """Another command may find them: the driver may have failed, or torch may be exchanged."""
-    remembered.remember_device("auto", Device("cpu", "Test"))
-    assert remembered.recall_device("auto") is None
+    facts.remember_device("auto", Device("cpu", "Test"))
+    assert facts.recall_device("auto") is None
 
 
 @pytest.mark.parametrize("change", ["driver", "model", "removed", "added", "order"])
 def test_a_changed_gpu_is_not_recalled(driver: Path, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    remembered.remember_device("auto", GPU)
+    facts.remember_device("auto", GPU)
     first = driver / "gpus" / "0000:01:00.0"
     match change:
         case "driver":
@@ -198,4 +198,4 @@ def test_a_changed_gpu_is_not_recalled(driver: Path, change: str, monkeypatch: p
             shutil.copytree(first, driver / "gpus" / "0000:03:00.0")
         case "order":
             monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-    assert remembered.recall_device("auto") is None
+    assert facts.recall_device("auto") is None

@@ -20,7 +20,7 @@ from batch_infer.engines.local import Local
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs import run as run_job
 from batch_infer.jobs import status as status_job
-from batch_infer.jobs.survey import Survey
+from batch_infer.jobs.scan import ScanResult
 from batch_infer.jobs.throughput import Throughput
 from batch_infer.records import ResultRow, Status, now
 from tests.crew import Rendering
@@ -94,7 +94,7 @@ def test_lines_say_that_the_model_loads_and_count_from_when_it_has(
 ) -> None:
     set_up_logging(quiet=False, verbose=False)
     lines = Lines(clock)
-    lines.start(Survey(total=10, done=2, pending=8, reasons={"new": 1, "changed": 7}, changes="height 64 -> 72"))
+    lines.start(ScanResult(total=10, done=2, pending=8, reasons={"new": 1, "changed": 7}, changes="height 64 -> 72"))
     started = [
         "batch-infer: 8 to render: 1 new, 7 changed (height 64 -> 72); 2 done before, 0 invalid",
         "batch-infer: loading model",
@@ -117,7 +117,7 @@ def test_lines_say_that_the_model_loads_and_count_from_when_it_has(
 def test_the_end_is_told_once(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     set_up_logging(quiet=False, verbose=False)
     lines = Lines(clock)
-    lines.start(Survey(total=1, pending=1))
+    lines.start(ScanResult(total=1, pending=1))
     throughput = Throughput(clock)
     lines.ready(throughput)
     clock.seconds += 20
@@ -131,7 +131,7 @@ def test_the_bar_says_the_same(clock: Clock, monkeypatch: pytest.MonkeyPatch) ->
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     bar = Bar()
-    bar.start(Survey(total=10, done=2, pending=8))
+    bar.start(ScanResult(total=10, done=2, pending=8))
     assert terminal.getvalue().rstrip().endswith("2/10, loading model")
     clock.seconds += 50
     throughput = Throughput(clock)
@@ -147,7 +147,7 @@ def test_the_bar_says_the_same(clock: Clock, monkeypatch: pytest.MonkeyPatch) ->
 def test_metrics_count_from_when_the_model_is_loaded(clock: Clock, tmp_path: Path) -> None:
     file = tmp_path / "m.prom"
     with Metrics(file, str(tmp_path / "out")) as metrics:
-        metrics.start(Survey(total=4, pending=4))
+        metrics.start(ScanResult(total=4, pending=4))
         clock.seconds += 50
         throughput = Throughput(clock)
         metrics.ready(throughput)
@@ -167,7 +167,7 @@ class Recorder(Together):
         self.calls: list[str] = []
         self.rates: list[tuple[float | None, float | None]] = []
 
-    def start(self, survey: Survey) -> None:
+    def start(self, survey: ScanResult) -> None:
         self._note("start")
 
     def ready(self, throughput: Throughput) -> None:
@@ -181,7 +181,7 @@ class Recorder(Together):
     def _note(self, call: str) -> None:
         self.calls.append(call)
         rate = self._throughput.images_per_second if self._throughput else None
-        self.rates.append((round(rate, 3) if rate else None, status_job.status(self._out).images_per_second))
+        self.rates.append((round(rate, 3) if rate else None, status_job.read_status(self._out).images_per_second))
 
 
 def test_status_summary_and_the_last_line_agree(
@@ -194,7 +194,7 @@ def test_status_summary_and_the_last_line_agree(
     set_up_logging(quiet=False, verbose=False)
     out = tmp_path / "out"
     recorder = Recorder(out, clock)
-    summary = run_job.run(settings_of(table, out), Together(recorder, Lines(clock)))
+    summary = run_job.render_tables(settings_of(table, out), Together(recorder, Lines(clock)))
     assert recorder.calls[:3] == ["start", "ready", "committed"]
     assert recorder.rates[0] == (None, None)
     assert run_json(out)["in_flight"] == 3
@@ -202,7 +202,7 @@ def test_status_summary_and_the_last_line_agree(
     assert all(read is not None and read >= counted for counted, read in rates)  # a worker commits before it reports
     assert recorder.rates[-1] == (0.75, 0.75)
     assert summary.as_dict()["images_per_second"] == 0.75
-    ended = status_job.status(out)
+    ended = status_job.read_status(out)
     assert (ended.state, ended.images_per_second, ended.seconds_left) == ("finished", 0.75, None)
     assert "3 of 3, 0.75 images/s, 3 flagged" in capsys.readouterr().err
 
@@ -226,7 +226,7 @@ def test_a_run_has_no_rate_before_it_renders(table: Path, tmp_path: Path) -> Non
     assert record["rendering_since"]
     (out / "run.json").write_text(json.dumps({**record, "summary": None, "rendering_since": None}))
     with outdir.locked(out):
-        assert status_job.status(out).images_per_second is None
+        assert status_job.read_status(out).images_per_second is None
 
 
 @pytest.mark.promises

@@ -15,11 +15,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from batch_infer.atomic import own_name
 from batch_infer.errors import SettingsError, StorageError
 from batch_infer.jobs import cleanup, recovery
 from batch_infer.manifest import Manifest
 from batch_infer.sinks import ASIDE, FolderSink, path_aside
+from batch_infer.store.atomic import own_name
 from tests import runs
 from tests.tables import write_csv
 

@@ -30,7 +30,7 @@ from batch_infer.cli.names import variables_of_option
 from batch_infer.cli.progress import Together, make_progress
 from batch_infer.cli.run import run as run_command
 from batch_infer.errors import Interrupted, ModelError, StorageError
-from batch_infer.jobs.run import run as score
+from batch_infer.jobs.run import render_tables as score
 from batch_infer.manifest import SCHEMA
 from batch_infer.models import DEMO_MODEL
 from batch_infer.models.stable_diffusion import StableDiffusion

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from batch_infer.calibration import Rates
-from batch_infer.engines import Task, Work
+from batch_infer.autotune.calibration import Rates
+from batch_infer.autotune.probe import Probe
+from batch_infer.engines import Task, TaskReport
 from batch_infer.engines.inline import Inline
-from batch_infer.engines.probe import Probe
 from batch_infer.errors import BatchInferError, CompilationError
 from batch_infer.jobs import job
 from batch_infer.jobs import run as jobs
-from batch_infer.jobs.plan import plan
-from batch_infer.jobs.run import run
+from batch_infer.jobs.plan import make_plan
+from batch_infer.jobs.run import render_tables
 from batch_infer.models import read_card
 from batch_infer.records import now
 from batch_infer.settings import Compute, ComputeSettings, Device, ModelSettings, RunSettings, TableSettings
@@ -43,7 +43,7 @@ class Uncompilable(Inline):
         self._before = before
         self.compiled: list[bool] = []
 
-    def render(self, task: Task, *args: Any) -> Work:
+    def render(self, task: Task, *args: Any) -> TaskReport:
         self.compiled.append(task.settings.compute.compiled)
         if not task.settings.compute.compiled:
             return super().render(task, *args)
@@ -76,7 +76,7 @@ def test_a_run_that_cannot_compile_does_without_in_all_workers(
     settings: RunSettings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     use(engine := Uncompilable(before=0), monkeypatch)
-    summary = run(settings, Silent())
+    summary = render_tables(settings, Silent())
     assert (summary.counts.ok + summary.counts.flagged, engine.compiled) == (3, [True, False])
     assert not run_json(settings.out)["compute"]["compiled"]
     assert f"{FAULT}; no image is rendered yet, so this run continues without it" in caplog.text
@@ -89,7 +89,7 @@ def test_what_was_compiled_or_was_to_be_is_not_mixed_with_what_is_not(
     use(engine := Uncompilable(before), monkeypatch)
     settings = replace(settings, compute=replace(settings.compute, compiled=requested))
     with pytest.raises(BatchInferError, match=re.escape(FAULT)):
-        run(settings, Silent())
+        render_tables(settings, Silent())
     assert engine.compiled == [True]
     assert len(results(settings.out)) == before if before else not (settings.out / "results.parquet").exists()
 
@@ -99,10 +99,10 @@ def test_a_resumed_run_whose_compiler_is_gone_says_how_to_have_all_images_alike(
 ) -> None:
     use(Uncompilable(before=2), monkeypatch)
     with pytest.raises(BatchInferError):
-        run(settings, Silent())
+        render_tables(settings, Silent())
     use(engine := Uncompilable(before=0), monkeypatch)
     with pytest.raises(CompilationError, match="already holds were compiled: .*--overwrite"):
-        run(settings, Silent())
+        render_tables(settings, Silent())
     assert engine.compiled == [True]
     assert len(results(settings.out)) == 2
 
@@ -110,7 +110,7 @@ def test_a_resumed_run_whose_compiler_is_gone_says_how_to_have_all_images_alike(
 def test_an_invalid_row_is_no_image_that_was_compiled(settings: RunSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     table = write_csv(Path(settings.table.tables[0]), [["prompt", "num_inference_steps"], ["", "4"], ["a ring", "4"]])
     use(engine := Uncompilable(before=0), monkeypatch)
-    counts = run(replace(settings, table=replace(settings.table, tables=(str(table),))), Silent()).counts
+    counts = render_tables(replace(settings, table=replace(settings.table, tables=(str(table),))), Silent()).counts
     assert (counts.ok + counts.flagged, counts.invalid, engine.compiled) == (1, 1, [True, False])
 
 
@@ -132,20 +132,20 @@ def test_a_plan_is_measured_as_the_run_will_render(
     settings = replace(settings, compute=replace(settings.compute, compiled=requested))
     if requested:
         with pytest.raises(CompilationError):
-            plan(settings, lambda row: None)
+            make_plan(settings, lambda row: None)
         assert compiled == [True]
     else:
-        assert plan(settings, lambda row: None).pending == 3
+        assert make_plan(settings, lambda row: None).pending == 3
         assert compiled == [True, False]
 
 
 def test_the_summary_has_the_share_of_the_peak(settings: RunSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("batch_infer.worker.device.dense_tflops", lambda name, dtype: 1e-3)
     settings = replace(settings, compute=replace(settings.compute, compiled=False, processes=0))
-    once = run(settings, Silent()).mfu
+    once = render_tables(settings, Silent()).mfu
     assert once is not None
     monkeypatch.setattr("batch_infer.worker.device.dense_tflops", lambda name, dtype: None)
-    assert run(replace(settings, overwrite=True), Silent()).mfu is None
+    assert render_tables(replace(settings, overwrite=True), Silent()).mfu is None
     assert once > 0
 
 

@@ -18,11 +18,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from batch_infer.atomic import TEMPORARY, KnownFolder
 from batch_infer.errors import StorageError
 from batch_infer.records import PromptRequest, SamplingParams, Source
 from batch_infer.sinks import FolderSink, stored_path
 from batch_infer.sinks.folder import name_with_digest, plain_name
+from batch_infer.store.atomic import TEMPORARY, KnownFolder
 from batch_infer.table.ids import Ids, colliding_stems
 
 PLAIN = ["a", "row-00000012", "a.b_c-d", "0", "_", "x" * 80, "prompts-2026.05"]

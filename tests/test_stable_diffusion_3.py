@@ -12,9 +12,9 @@ from diffusers import DiffusionPipeline, FlowMatchHeunDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from batch_infer.chain import ChainShape, DrivenChain, Rendered
+from batch_infer.chain import ChainShape, PipelineCallChain, Rendered
 from batch_infer.errors import ModelError
-from batch_infer.models import load, load_driven, load_solver, load_token_counter, read_card
+from batch_infer.models import load, load_pipeline, load_solver, load_token_counter, read_card
 from batch_infer.records import PromptRequest, SizeRules
 from batch_infer.settings import ModelSettings
 from tests.checkpoints import amend
@@ -128,8 +128,8 @@ def test_a_schedule_that_hangs_on_the_size_is_driven(folder: Path, tmp_path: Pat
     card = read_card(ModelSettings(name=str(own)))
     assert card.driven
     assert (card.num_inference_steps, card.guidance_scale) == (28, 7.0)
-    request, model = make_request(), load_driven(card, CPU, torch.float32, with_checker=False)
-    (outcome,) = DrivenChain(model, ChainShape(4, 2), None).render([request])
+    request, model = make_request(), load_pipeline(card, CPU, torch.float32, with_checker=False)
+    (outcome,) = PipelineCallChain(model, ChainShape(4, 2), None).render([request])
     assert isinstance(outcome, Rendered)
     assert furthest(outcome.pixels, ask(load_oracle(own), request)) <= 1
 

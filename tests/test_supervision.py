@@ -17,9 +17,10 @@ import pyarrow as pa
 import pytest
 import torch
 
-from batch_infer.atomic import KnownFolder
-from batch_infer.engines import Task, devices, launched, local, peers, shift
-from batch_infer.engines.launched import Place
+from batch_infer.autotune import devices
+from batch_infer.engines import Task, handle, launched, local, supervisor
+from batch_infer.engines.handle import Timeouts, WorkerHandle
+from batch_infer.engines.launched import RankInfo
 from batch_infer.engines.ledger import STRIKES, Chunk
 from batch_infer.engines.messages import (
     Alive,
@@ -36,13 +37,13 @@ from batch_infer.engines.messages import (
     decode_to_worker,
     encode,
 )
-from batch_infer.engines.peers import Patience, Peer
-from batch_infer.engines.rank import LAUNCHED, Seat, keep_to
-from batch_infer.engines.shift import Shift
+from batch_infer.engines.supervisor import Supervisor
+from batch_infer.engines.worker_process import LAUNCHED, WorkerSpec, keep_to
 from batch_infer.errors import ModelError, SettingsError, WorkersLost
 from batch_infer.models import read_card
 from batch_infer.records import ResultRow
 from batch_infer.settings import Compute, Device, ModelSettings, OutputSettings, SafetySettings
+from batch_infer.store.atomic import KnownFolder
 from batch_infer.worker import WorkerSettings
 from tests.deaths import eventually
 from tests.rendering import make_request
@@ -71,9 +72,9 @@ def test_each_worker_sees_the_gpu_of_its_rank(
 ) -> None:
     """A launcher that has shown a process one GPU, or none, has decided: nothing is changed."""
     environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    monkeypatch.setattr("batch_infer.engines.rank.os.environ", environment)
+    monkeypatch.setattr("batch_infer.engines.worker_process.os.environ", environment)
     environment |= dict.fromkeys(LAUNCHED, "1")
-    keep_to(Seat(gpu, gpu, device))
+    keep_to(WorkerSpec(gpu, gpu, device))
     assert environment == ({} if seen is None else {"CUDA_VISIBLE_DEVICES": seen})
 
 
@@ -95,7 +96,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        for module in (peers, shift, local):
+        for module in (handle, supervisor, local):
             monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self.now))
 
 
@@ -107,23 +108,23 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 class Pool:
     """Workers that a test plays: what they say is put into the pipes, and what they are told is read from them."""
 
-    patience = Patience(load=3600, start=3600, least=600, factor=10)
+    patience = Timeouts(load=3600, start=3600, least=600, factor=10)
 
     def __init__(self, workers: int = 1) -> None:
         self.workers = workers
         self.peers, self.ends = [], []
         for rank in range(workers):
             connection, end = Pipe()
-            self.peers.append(Peer(rank, connection))
+            self.peers.append(WorkerHandle(rank, connection))
             self.ends.append(end)
 
-    def gather(self, rows: int) -> Iterable[Peer]:
+    def gather(self, rows: int) -> Iterable[WorkerHandle]:
         return self.peers
 
-    def newcomers(self) -> Iterable[Peer]:
+    def newcomers(self) -> Iterable[WorkerHandle]:
         return ()
 
-    def hire(self, rank: int) -> Peer | None:
+    def hire(self, rank: int) -> WorkerHandle | None:
         return None
 
 
@@ -138,12 +139,12 @@ def heard(end: Connection) -> list[Any]:
 
 def shift_of(
     pool: Pool, out: Path, rows: int = 2, committed: Callable[[Sequence[ResultRow]], None] = lambda rows: None
-) -> Shift:
+) -> Supervisor:
     (out / "manifest").mkdir(parents=True, exist_ok=True)
     card, safety, folder = read_card(ModelSettings()), SafetySettings("none"), KnownFolder.of(out)
     settings = WorkerSettings(card, COMPUTE, safety, OutputSettings(), folder, pa.schema([]))
     requests = [make_request(str(k)) for k in range(rows)]
-    made = Shift(Task(iter(requests), rows, settings), pool, committed)
+    made = Supervisor(Task(iter(requests), rows, settings), pool, committed)
     for peer in pool.peers:
         made._welcome(peer)
     return made
@@ -176,7 +177,7 @@ def test_a_rank_with_another_model_does_not_join(tmp_path: Path, monkeypatch: py
     taken: list[WorkerSettings] = []
     monkeypatch.setattr(launched, "Parent", lambda link, stop: None)
     monkeypatch.setattr(launched, "work", lambda parent, seat, own: taken.append(own(settings)))
-    place = Place(1, 2, 1, 2, "127.0.0.1")
+    place = RankInfo(1, 2, 1, 2, "127.0.0.1")
     launched.join(place, "auto", tmp_path, settings.card, lambda: False)
     assert taken[0].card == settings.card
     assert decode_from_worker(there.recv_bytes()) == Hello(1)
@@ -229,10 +230,10 @@ def test_a_worker_that_waits_while_tables_are_scanned_is_not_silent(tmp_path: Pa
 
 
 @contextmanager
-def silent_worker() -> Iterator[Peer]:
+def silent_worker() -> Iterator[WorkerHandle]:
     connection, end = Pipe()
     with connection, end:
-        yield Peer(0, connection)
+        yield WorkerHandle(0, connection)
 
 
 def test_a_worker_that_finds_no_device_does_not_hang_the_run(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
@@ -251,7 +252,7 @@ def test_a_worker_that_finds_no_device_does_not_hang_the_run(monkeypatch: pytest
 @pytest.mark.parametrize("compiling", [300.0, 3000.0])
 def test_compilation_does_not_extend_patience(clock: Clock, compiling: float) -> None:
     """Neither that before the first sign, nor that of another size later."""
-    patience = Patience(load=3600, start=3600, least=600, factor=10)
+    patience = Timeouts(load=3600, start=3600, least=600, factor=10)
     with silent_worker() as peer:
         peer.ready = True
         peer.begin()
@@ -265,7 +266,7 @@ def test_compilation_does_not_extend_patience(clock: Clock, compiling: float) ->
 
 def test_a_worker_that_is_to_stop_has_seconds(clock: Clock) -> None:
     """Whatever it does: load, compile, or wait. A slow step has twice its time."""
-    patience = Patience(stop=4)
+    patience = Timeouts(stop=4)
     with silent_worker() as peer:
         peer.rest()
         clock.now = 4.5
@@ -354,7 +355,7 @@ def test_what_is_no_message_ends_the_connection(caplog: pytest.LogCaptureFixture
     """A pickle is none."""
     connection, end = Pipe()
     with caplog.at_level(logging.WARNING, "batch_infer"), end:
-        peer = Peer(1, connection)
+        peer = WorkerHandle(1, connection)
         end.send({"a": "pickle"})
         assert peer.news.wait(60)
         with pytest.raises(EOFError):
@@ -364,7 +365,7 @@ def test_what_is_no_message_ends_the_connection(caplog: pytest.LogCaptureFixture
 
 def test_a_worker_whose_every_step_is_slow_is_not_taken_for_a_hung_one(clock: Clock) -> None:
     """A batch of a slow pipeline takes longer than `least`: the first one says so."""
-    patience = Patience(load=3600, start=3600, least=600, factor=10)
+    patience = Timeouts(load=3600, start=3600, least=600, factor=10)
     with silent_worker() as peer:
         peer.ready = True
         peer.begin()

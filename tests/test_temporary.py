@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from batch_infer import temporary
 from batch_infer.errors import StorageError
-from batch_infer.temporary import create_temporary, storing_temporarily, temporary_folder, temporary_text
+from batch_infer.store import temporary
+from batch_infer.store.temporary import create_temporary, storing_temporarily, temporary_folder, temporary_text
 from tests.runs import Done, command
 
 FULL = OSError(errno.ENOSPC, "No space left on device")

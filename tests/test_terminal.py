@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from batch_infer.engines import inline
-from batch_infer.engines.rank import leave_removed_folder
+from batch_infer.engines.worker_process import leave_removed_folder
 from batch_infer.jobs import run as run_job
-from batch_infer.jobs import survey
-from batch_infer.logfile import log_to, open_log
+from batch_infer.jobs import scan
+from batch_infer.store.logfile import log_to, open_log
 from batch_infer.terminal import escape_controls, never_fail_to_encode
 from batch_infer.worker import loading
 from tests.runs import QUICK, command, results, run
@@ -163,7 +163,7 @@ def test_the_current_folder_is_removed_while_a_run_renders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     """OUT is elsewhere, and named relative to it."""
-    folder, load, walk = tmp_path / "gone", loading.load_chain, survey.look_through
+    folder, load, walk = tmp_path / "gone", loading.load_chain, scan.scan_tables
     folder.mkdir()
     table = write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"]])
     monkeypatch.chdir(folder)
@@ -177,14 +177,14 @@ def test_the_current_folder_is_removed_while_a_run_renders(
             folder.rmdir()
         return chain
 
-    def look_through(*arguments: Any, **more: Any) -> Any:
+    def scan_tables(*arguments: Any, **more: Any) -> Any:
         found = walk(*arguments, **more)
         if moment == "before":
             folder.rmdir()
         return found
 
     monkeypatch.setattr(inline, "load_chain", load_chain)
-    monkeypatch.setattr(run_job, "look_through", look_through)
+    monkeypatch.setattr(run_job, "scan_tables", scan_tables)
     done = run(table, Path("../out"))
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)

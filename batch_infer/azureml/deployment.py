@@ -70,7 +70,7 @@ def find_deployment(out: str, *, alone: bool = False) -> Deployment:
     card = find_model(settings)
     earlier = read_run(settings.out)
     settings = keep_policy(settings, earlier)
-    from batch_infer.engines.devices import find_device  # imports torch, which takes seconds
+    from batch_infer.autotune.devices import find_device  # imports torch, which takes seconds
 
     compute = settle_compute(settings, card, find_device(settings.model.device), earlier)
     record = describe(settings, card, compute, None)

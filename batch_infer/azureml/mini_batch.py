@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from batch_infer.atomic import KnownFolder, is_there, list_names
 from batch_infer.azureml.claims import Claim, Claims
 from batch_infer.azureml.deployment import Deployment, read_run
 from batch_infer.azureml.folders import Folder, by_folder, joined
@@ -22,11 +21,12 @@ from batch_infer.jobs.job import Job
 from batch_infer.jobs.merge import Counts, results_of
 from batch_infer.jobs.record import refuse_other
 from batch_infer.jobs.recovery import restore, set_aside
-from batch_infer.jobs.survey import look_through
+from batch_infer.jobs.scan import scan_tables
 from batch_infer.manifest import SCHEMA, Index, Manifest
 from batch_infer.planning import Committed, Item, is_done, pending, place_of
 from batch_infer.records import Source
 from batch_infer.sinks import FolderSink, possible_names
+from batch_infer.store.atomic import KnownFolder, is_there, list_names
 from batch_infer.table import Others, Tables
 
 TURNS = 5
@@ -144,7 +144,7 @@ class MiniBatches:
             other = getattr(found, "source_file", file)
             return is_done(item, found) and (other == file or other not in folder.standing)
 
-        look_through(job, self._index, leaves_alone)
+        scan_tables(job, self._index, leaves_alone)
         self._catch_up_with_results()
         self._rendering.render(job, pending(job.items(self._index), self._index, leaves_alone), self._index)
         self._catch_up()

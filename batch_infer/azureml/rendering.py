@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from batch_infer.atomic import KnownFolder
-from batch_infer.azureml.begun import STRIKES, Begun, Key
 from batch_infer.azureml.deployment import Deployment
+from batch_infer.azureml.in_progress import STRIKES, Begun, Key
 from batch_infer.chain import GatedChain
 from batch_infer.errors import BatchInferError
 from batch_infer.jobs.job import Job
@@ -14,6 +13,7 @@ from batch_infer.manifest import Index, Manifest
 from batch_infer.planning import in_order
 from batch_infer.records import PromptRequest
 from batch_infer.sinks import FolderSink
+from batch_infer.store.atomic import KnownFolder
 from batch_infer.worker import WorkerSettings
 from batch_infer.worker.device import Worker
 from batch_infer.worker.loading import load_chain

@@ -1,15 +1,15 @@
 """The chain: requests in, judged images out (gate, encode, denoise, decode, check)."""
 
-from batch_infer.chain.driven import DrivenChain
 from batch_infer.chain.gated import GatedChain, Grace
 from batch_infer.chain.outcomes import Elsewhere, Rendered, Size, Unrendered, nothing
-from batch_infer.chain.packed import Chain
+from batch_infer.chain.pipeline_call import PipelineCallChain
 from batch_infer.chain.shape import ChainShape
+from batch_infer.chain.step_level import StepLevelChain
 
 __all__ = [
-    "Chain",
+    "StepLevelChain",
     "ChainShape",
-    "DrivenChain",
+    "PipelineCallChain",
     "Elsewhere",
     "GatedChain",
     "Grace",

@@ -9,10 +9,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from batch_infer.chain.driven import DrivenChain
 from batch_infer.chain.outcomes import Rendered, Size, Unrendered
-from batch_infer.chain.packed import Chain
+from batch_infer.chain.pipeline_call import PipelineCallChain
 from batch_infer.chain.shape import ChainShape
+from batch_infer.chain.step_level import StepLevelChain
 from batch_infer.errors import BatchInferError, Interrupted, RowBroken
 from batch_infer.records import PromptRequest, Verdict
 from batch_infer.safety import Gate
@@ -63,7 +63,7 @@ class GatedChain:
 
     def __init__(
         self,
-        chain: Chain | DrivenChain,
+        chain: StepLevelChain | PipelineCallChain,
         gate: Gate,
         stop: Callable[[], bool] = lambda: False,
         grace: Grace | None = None,

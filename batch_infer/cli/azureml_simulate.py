@@ -20,7 +20,7 @@ from batch_infer.cli.signals import NOTHING_KEPT, stoppable
 from batch_infer.cli.time_limit import Duration
 
 if TYPE_CHECKING:
-    from batch_infer.jobs.simulation import Outcome
+    from batch_infer.simulation import Outcome
 
 JOB_FAILED = 3
 """The exit code where Azure would say that the job has failed."""
@@ -135,7 +135,7 @@ def azureml_simulate(as_json: bool, quiet: bool, verbose: bool, no_progress: boo
     Exit codes: 0; 2 usage; 3 where Azure would say that the job has failed; 75 interrupted.
     """
     set_up_logging(quiet=quiet, verbose=verbose)
-    from batch_infer.jobs.simulation import DEFAULT_SCRIPT, SimulationSettings, simulate
+    from batch_infer.simulation import DEFAULT_SCRIPT, SimulationSettings, simulate
 
     append_rows = options.pop("output_action") == "append_row"
     script = options.pop("script") or DEFAULT_SCRIPT

@@ -9,14 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from tqdm import tqdm
 
-from batch_infer.cli.asked import compute_settings, model_settings
-from batch_infer.cli.config import config_option
-from batch_infer.cli.logs import set_up_logging
-from batch_infer.cli.options import json_option, logging_options, model_options
-from batch_infer.cli.report import number, printing, say
-from batch_infer.cli.signals import NOTHING_KEPT, stoppable
-from batch_infer.errors import Interrupted
-from batch_infer.jobs.bench import (
+from batch_infer.bench import (
     ARCHITECTURES,
     RIVALS,
     SWEEP,
@@ -26,10 +19,17 @@ from batch_infer.jobs.bench import (
     parse_steps,
     parse_sweep,
 )
-from batch_infer.jobs.bench import bench as compare
+from batch_infer.bench import bench as compare
+from batch_infer.cli.asked import compute_settings, model_settings
+from batch_infer.cli.config import config_option
+from batch_infer.cli.logs import set_up_logging
+from batch_infer.cli.options import json_option, logging_options, model_options
+from batch_infer.cli.report import number, printing, say
+from batch_infer.cli.signals import NOTHING_KEPT, stoppable
+from batch_infer.errors import Interrupted
 
 if TYPE_CHECKING:
-    from batch_infer.jobs.bench.figures import Figures, Report, SweepPoint
+    from batch_infer.bench.figures import Figures, Report, SweepPoint
 
 
 @click.command(context_settings={"auto_envvar_prefix": "BATCH_INFER"})

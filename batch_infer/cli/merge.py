@@ -36,9 +36,9 @@ def merge(
     """
     set_up_logging(quiet=quiet, verbose=verbose)
     with stoppable(hint="results.* are as they were. Run the same command again"):
-        from batch_infer.jobs.remerge import remerge
+        from batch_infer.jobs.remerge import merge_results
 
-        counts, formats = remerge(out, results, base64=base64)
+        counts, formats = merge_results(out, results, base64=base64)
     if quiet:
         return 0
     with printing():

@@ -25,8 +25,8 @@ from batch_infer.records import Status
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
+    from batch_infer.jobs.scan import ScanResult
     from batch_infer.jobs.summary import Summary
-    from batch_infer.jobs.survey import Survey
     from batch_infer.jobs.throughput import Throughput
     from batch_infer.records import ResultRow
 
@@ -77,7 +77,7 @@ class Metrics:
         self._entered = time.time()
         return self
 
-    def start(self, survey: Survey) -> None:
+    def start(self, survey: ScanResult) -> None:
         """The run holds OUT, and begins to render."""
         self._take_up()
         self._throughput = None

@@ -13,7 +13,7 @@ from batch_infer.cli.logs import in_json, log
 
 if TYPE_CHECKING:
     from batch_infer.jobs.run import Progress
-    from batch_infer.jobs.survey import Survey
+    from batch_infer.jobs.scan import ScanResult
     from batch_infer.jobs.throughput import Throughput
     from batch_infer.records import ResultRow
 
@@ -35,7 +35,7 @@ class Together:
     def __init__(self, *listeners: Progress) -> None:
         self._listeners = listeners
 
-    def start(self, survey: Survey) -> None:
+    def start(self, survey: ScanResult) -> None:
         for listener in self._listeners:
             listener.start(survey)
 
@@ -59,7 +59,7 @@ class Bar:
         self._tally = _Tally()
         self._bar: tqdm[Any] | None = None
 
-    def start(self, survey: Survey) -> None:
+    def start(self, survey: ScanResult) -> None:
         self._tally.start(survey)
         _log_start(survey)
         if survey.pending:
@@ -98,7 +98,7 @@ class Lines:
         self._written_at = 0.0
         self._is_written = True
 
-    def start(self, survey: Survey) -> None:
+    def start(self, survey: ScanResult) -> None:
         self._tally.start(survey)
         self._written_at = self._clock()
         _log_start(survey)
@@ -131,7 +131,7 @@ class Lines:
         log.info("%d of %d, %s", tally.done, tally.total, tally, extra=fields)
 
 
-def _log_start(survey: Survey) -> None:
+def _log_start(survey: ScanResult) -> None:
     why = f": {survey.why};" if survey.why else ","
     counts = {"pending": survey.pending, "done": survey.done, "invalid": survey.invalid}
     more = {"reasons": survey.reasons, "changes": survey.changes}
@@ -148,7 +148,7 @@ class _Tally:
         self.total = self.done = self.flagged = self.failed = self.invalid = 0
         self.throughput: Throughput | None = None
 
-    def start(self, survey: Survey) -> None:
+    def start(self, survey: ScanResult) -> None:
         self.total, self.done, self.invalid = survey.total, survey.done + survey.invalid, survey.invalid
         self.throughput = None
 

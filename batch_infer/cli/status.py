@@ -14,7 +14,7 @@ from batch_infer.cli.options import json_option, logging_options, out_argument
 from batch_infer.cli.report import duration, printing, say
 
 if TYPE_CHECKING:
-    from batch_infer.jobs.status import Standing
+    from batch_infer.jobs.status import RunStatus
 
 
 @click.command(context_settings={"auto_envvar_prefix": "BATCH_INFER"})
@@ -31,7 +31,7 @@ def status(out: Path, as_json: bool, quiet: bool, verbose: bool) -> int:
     Exit codes: 0; 2 if OUT holds no run. With -q only this error is printed.
     """
     set_up_logging(quiet=quiet, verbose=verbose)
-    from batch_infer.jobs.status import status as look
+    from batch_infer.jobs.status import read_status as look
 
     standing = look(out)
     if quiet:
@@ -44,7 +44,7 @@ def status(out: Path, as_json: bool, quiet: bool, verbose: bool) -> int:
     return 0
 
 
-def _print(standing: Standing, out: Path) -> None:
+def _print(standing: RunStatus, out: Path) -> None:
     by = f" by {standing.holder}" if standing.holder else ""
     say(f"{out}: {standing.state}{by}, started {standing.started_at[:16]} UTC")
     told = [f"{count:,} {name}" for name, count in standing.counts.items() if count or name in ("ok", "failed")]

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
 
-from batch_infer.engines.unguarded import end_unguarded_process
+from batch_infer.main_guard import end_unguarded_process
 from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.settings import Device
-from batch_infer.worker import Account, WorkerSettings
+from batch_infer.worker import WorkerReport, WorkerSettings
 
-__all__ = ["Engine", "Task", "Work", "end_unguarded_process"]
+__all__ = ["Engine", "Task", "TaskReport", "end_unguarded_process"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +29,14 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class TaskReport:
     """What a task took: the accounts of its workers, and the seconds from when they were ready to the last's end.
 
     `processes` rendered it, 0 where that was the command's own; `deaths` of them were made good. `has_strays`: one that
     was lost is not a child of this process, and may still be writing in OUT.
     """
 
-    accounts: Sequence[Account]
+    accounts: Sequence[WorkerReport]
     seconds: float
     processes: int = 0
     deaths: int = 0
@@ -61,7 +61,7 @@ class Engine(Protocol):
         committed: Callable[[Sequence[ResultRow]], None],
         stop: Callable[[], bool],
         ready: Callable[[], None] = lambda: None,
-    ) -> Work:
+    ) -> TaskReport:
         """Have all requests rendered and committed, or as many as are until `stop` says so.
 
         `ready` is called once, when the first worker has loaded its model and gets rows.

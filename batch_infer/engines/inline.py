@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from batch_infer.engines import Task, Work
-from batch_infer.engines.devices import find_device, memory_fault
+from batch_infer.autotune.devices import find_device, memory_fault
+from batch_infer.engines import Task, TaskReport
 from batch_infer.engines.ledger import primed
-from batch_infer.engines.rank import loading
+from batch_infer.engines.worker_process import loading
 from batch_infer.records import ResultRow
 from batch_infer.settings import Device
 from batch_infer.stopping import deferred
@@ -37,7 +37,7 @@ class Inline:
         committed: Callable[[Sequence[ResultRow]], None],
         stop: Callable[[], bool],
         ready: Callable[[], None] = lambda: None,
-    ) -> Work:
+    ) -> TaskReport:
         try:
             with loading():
                 worker = Worker(task.settings, worker_name(0), load_chain, stop)
@@ -49,7 +49,7 @@ class Inline:
         with deferred():
             worker.work(requests, committed)
         seconds = time.monotonic() - began
-        return Work([worker.account(final=True)], seconds)
+        return TaskReport([worker.account(final=True)], seconds)
 
     def __enter__(self) -> Inline:
         return self

@@ -24,16 +24,16 @@ from threading import Thread, Timer
 
 import msgspec
 
-from batch_infer.atomic import KnownFolder
+from batch_infer.engines.handle import WorkerHandle, hang_up
 from batch_infer.engines.local import Local
-from batch_infer.engines.meeting import MEETING, Note, age_of, read_note, write_note
 from batch_infer.engines.messages import Hello, Stop, decode_from_worker, encode
-from batch_infer.engines.peers import Peer, hang_up
-from batch_infer.engines.rank import Parent, Seat, work
+from batch_infer.engines.rendezvous import MEETING, Note, age_of, read_note, write_note
+from batch_infer.engines.worker_process import Parent, WorkerSpec, work
 from batch_infer.errors import ModelError, ServiceError, SettingsError
 from batch_infer.models import ModelCard
 from batch_infer.settings import Device
 from batch_infer.stopping import StopRequested
+from batch_infer.store.atomic import KnownFolder
 from batch_infer.worker import WorkerSettings
 
 LOOK_SECONDS = 0.5
@@ -51,7 +51,7 @@ log = logging.getLogger("batch_infer")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RankInfo:
     """Where a launcher has put this process: its rank among all, and on its own machine."""
 
     rank: int
@@ -64,7 +64,7 @@ class Place:
     """Tells one start of all ranks from another."""
 
 
-def place() -> Place | None:
+def place() -> RankInfo | None:
     """This process's place, None where no launcher has started it. Raises SettingsError."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
     found = [os.environ.get(name) for name in names]
@@ -75,16 +75,16 @@ def place() -> Place | None:
     except ValueError:
         raise SettingsError(f"{', '.join(names)} are set, but not to the numbers that a launcher gives") from None
     launch = [os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")]
-    return Place(rank, world, local_rank, local_world, found[4] or "", " ".join(launch))
+    return RankInfo(rank, world, local_rank, local_world, found[4] or "", " ".join(launch))
 
 
 class Launched(Local):
     """The workers as rank 0 has them: its own, and those that come."""
 
-    def __init__(self, asked: str, here: Place, out: Path) -> None:
+    def __init__(self, asked: str, here: RankInfo, out: Path) -> None:
         super().__init__(asked, 1)
         self._here, self._out = here, out
-        self._arrived: queue.Queue[Peer] = queue.Queue()
+        self._arrived: queue.Queue[WorkerHandle] = queue.Queue()
         self._missing = here.world - 1
         self._closed = False
 
@@ -121,12 +121,12 @@ class Launched(Local):
         self.workers = self._here.world
         return device
 
-    def newcomers(self) -> Iterable[Peer]:
+    def newcomers(self) -> Iterable[WorkerHandle]:
         while not self._arrived.empty():
             self._missing -= 1
             yield self._arrived.get()
 
-    def hire(self, rank: int) -> Peer | None:
+    def hire(self, rank: int) -> WorkerHandle | None:
         """Of the others, a launcher starts all again when one has died, this process too."""
         return self._start(rank) if rank == 0 else None
 
@@ -147,7 +147,7 @@ class Launched(Local):
             message = decode_from_worker(link.recv_bytes(GREETING_BYTES))
             timer.cancel()
             if isinstance(message, Hello) and 0 < message.rank < self._here.world:
-                self._arrived.put(Peer(message.rank, link))
+                self._arrived.put(WorkerHandle(message.rank, link))
             else:
                 link.close()
         except (AuthenticationError, EOFError, OSError, msgspec.DecodeError):
@@ -160,7 +160,7 @@ def remove_note(out: Path) -> None:
     (out / MEETING).unlink(missing_ok=True)
 
 
-def _listen(here: Place) -> socket.socket:
+def _listen(here: RankInfo) -> socket.socket:
     """Listen where the other ranks come to. Raises SettingsError where the launcher's address is not this machine's.
 
     From all sides where others are on other machines: the name of this one may mean its loopback here.
@@ -179,7 +179,7 @@ def _listen(here: Place) -> socket.socket:
         ) from error
 
 
-def join(here: Place, asked: str, out: Path, card: ModelCard, stop: Callable[[], bool]) -> None:
+def join(here: RankInfo, asked: str, out: Path, card: ModelCard, stop: Callable[[], bool]) -> None:
     """Render as one of the other ranks, with the model as it lies on this machine, until rank 0 has no more.
 
     Raises ServiceError where rank 0 is not found.
@@ -197,7 +197,7 @@ def join(here: Place, asked: str, out: Path, card: ModelCard, stop: Callable[[],
         return replace(settings, card=card, out=replace(KnownFolder.of(out), marker=settings.out.marker))
 
     with suppress(StopRequested):  # the others go on without this rank
-        work(Parent(link, stop), Seat(here.rank, here.local_rank, asked, ours=False), own)
+        work(Parent(link, stop), WorkerSpec(here.rank, here.local_rank, asked, ours=False), own)
 
 
 def find_rank_0(out: Path, launch: str, stop: Callable[[], bool]) -> Connection | None:

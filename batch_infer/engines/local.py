@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from multiprocessing import active_children
 from typing import TYPE_CHECKING
 
-from batch_infer.engines import Task, Work
+from batch_infer.engines import Task, TaskReport
+from batch_infer.engines.handle import Timeouts, WorkerHandle, start
 from batch_infer.engines.messages import Broken, Found, Logged
-from batch_infer.engines.peers import Patience, Peer, start
-from batch_infer.engines.rank import Seat
-from batch_infer.engines.shift import POLL_SECONDS, Shift, error_of
+from batch_infer.engines.supervisor import POLL_SECONDS, Supervisor, error_of
+from batch_infer.engines.worker_process import WorkerSpec
 from batch_infer.errors import SettingsError, WorkersLost
 from batch_infer.records import ResultRow
 from batch_infer.settings import Device
@@ -24,14 +24,14 @@ class Local:
     """Workers that this process starts, starts again where they die, and that do not outlive it."""
 
     def __init__(
-        self, asked: str, processes: int | None, *, patience: Patience | None = None, load: LoadChain | None = None
+        self, asked: str, processes: int | None, *, patience: Timeouts | None = None, load: LoadChain | None = None
     ) -> None:
         """`asked`: the --device. `processes`: how many workers; by default one for each visible GPU, else one."""
-        self.patience = patience or Patience()
+        self.patience = patience or Timeouts()
         self.workers = self._own = processes or 1
         self._asked, self._processes, self._load = asked, processes, load
-        self._started: dict[int, Peer] = {}
-        self._early: Peer | None = None
+        self._started: dict[int, WorkerHandle] = {}
+        self._early: WorkerHandle | None = None
         self._others = set(active_children())
 
     def __enter__(self) -> Local:
@@ -61,26 +61,26 @@ class Local:
         committed: Callable[[Sequence[ResultRow]], None],
         stop: Callable[[], bool],
         ready: Callable[[], None] = lambda: None,
-    ) -> Work:
-        return Shift(task, self, committed, ready).go(stop)
+    ) -> TaskReport:
+        return Supervisor(task, self, committed, ready).go(stop)
 
-    def gather(self, rows: int) -> Iterable[Peer]:
+    def gather(self, rows: int) -> Iterable[WorkerHandle]:
         early, self._early = self._early, None
         ranks = range(min(self._own, max(1, rows)))
         return [early if early and rank == 0 else self._start(rank) for rank in ranks]
 
-    def newcomers(self) -> Iterable[Peer]:
+    def newcomers(self) -> Iterable[WorkerHandle]:
         return ()
 
-    def hire(self, rank: int) -> Peer | None:
+    def hire(self, rank: int) -> WorkerHandle | None:
         return self._start(rank)
 
-    def _start(self, rank: int) -> Peer:
-        self._started[rank] = start(Seat(rank, rank, self._asked, self._load))
+    def _start(self, rank: int) -> WorkerHandle:
+        self._started[rank] = start(WorkerSpec(rank, rank, self._asked, self._load))
         return self._started[rank]
 
 
-def _device_of(peer: Peer, seconds: float) -> Device:
+def _device_of(peer: WorkerHandle, seconds: float) -> Device:
     """Return the device that a worker finds within so many seconds."""
     deadline = time.monotonic() + seconds
     try:

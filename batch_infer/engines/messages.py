@@ -19,7 +19,7 @@ from batch_infer.carried import to_array, to_values
 from batch_infer.engines.ledger import Chunk
 from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.settings import Device
-from batch_infer.worker import Account, WorkerSettings
+from batch_infer.worker import WorkerReport, WorkerSettings
 
 MOST_BYTES = 2**30
 """Length of the longest message."""
@@ -52,7 +52,7 @@ class Idle(msgspec.Struct, tag=True, frozen=True):
 class Ended(msgspec.Struct, tag=True, frozen=True):
     """A worker has ended in order; without an account it had rendered nothing."""
 
-    account: Account | None
+    account: WorkerReport | None
 
 
 class Alive(msgspec.Struct, tag=True, frozen=True):
@@ -63,7 +63,7 @@ class Committed(msgspec.Struct, tag=True, frozen=True):
     """These rows, without their texts, are in the manifest."""
 
     rows: Sequence[ResultRow]
-    account: Account
+    account: WorkerReport
 
 
 class Logged(msgspec.Struct, tag=True, frozen=True):

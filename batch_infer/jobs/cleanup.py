@@ -9,7 +9,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from batch_infer.atomic import (
+from batch_infer.errors import DamagedPart, Interrupted, SettingsError, UsageError
+from batch_infer.jobs.out import LINKABLE, OURS, mark_half_cleared, read_run
+from batch_infer.manifest import Manifest, read_part
+from batch_infer.sinks import ASIDE, FolderSink, path_before_aside, stored_path
+from batch_infer.store.atomic import (
     is_abandoned,
     is_folder,
     is_link,
@@ -21,10 +25,6 @@ from batch_infer.atomic import (
     sweep,
     sync_folder,
 )
-from batch_infer.errors import DamagedPart, Interrupted, SettingsError, UsageError
-from batch_infer.jobs.out import LINKABLE, OURS, mark_half_cleared, read_run
-from batch_infer.manifest import Manifest, read_part
-from batch_infer.sinks import ASIDE, FolderSink, path_before_aside, stored_path
 
 
 def refuse_to_clear(out: Path) -> None:

@@ -9,8 +9,8 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from batch_infer import calibration
-from batch_infer.calibration import Rates
+from batch_infer.autotune import calibration
+from batch_infer.autotune.calibration import Rates
 from batch_infer.errors import CompilationError
 from batch_infer.jobs.job import Job
 from batch_infer.planning import Load
@@ -18,7 +18,7 @@ from batch_infer.records import now
 from batch_infer.stages import Stages
 
 if TYPE_CHECKING:
-    from batch_infer.engines.probe import Probe
+    from batch_infer.autotune.probe import Probe
 
 MOST_MEASURED = 4
 """Sizes that are measured; those of the other rows are told from the nearest of these."""

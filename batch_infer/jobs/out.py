@@ -15,7 +15,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from batch_infer import __version__
-from batch_infer.atomic import (
+from batch_infer.errors import LockedError, SettingsError, StorageError, UsageError, first_line
+from batch_infer.jobs.run_json import parse_record, require
+from batch_infer.records import now
+from batch_infer.store.atomic import (
     KnownFolder,
     is_abandoned,
     is_temporary,
@@ -29,9 +32,6 @@ from batch_infer.atomic import (
     sync_folder,
     temporary_of,
 )
-from batch_infer.errors import LockedError, SettingsError, StorageError, UsageError, first_line
-from batch_infer.jobs.run_json import parse_record, require
-from batch_infer.records import now
 
 LINKABLE = ("images", "quarantine")
 """Folders of OUT that may be links, to a larger disk."""

@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
+from batch_infer.autotune.probe import Probe
 from batch_infer.engines import end_unguarded_process
-from batch_infer.engines.probe import Probe
 from batch_infer.errors import RowError, SettingsError
 from batch_infer.jobs.changes import find_changes
 from batch_infer.jobs.estimate import rates_of
 from batch_infer.jobs.job import Job, find_model, finishing_overwrite, open_tables, prepare, rooted
 from batch_infer.jobs.record import at_once, processes_of
-from batch_infer.jobs.survey import reason_of
+from batch_infer.jobs.scan import reason_of
 from batch_infer.jobs.tune import BatchShapes
 from batch_infer.manifest import Index, Manifest
 from batch_infer.models import TruncationCount, load_token_counter
@@ -80,7 +80,7 @@ class Plan:
         return {**asdict(self), "measured_at": self.measured_at and self.measured_at.isoformat()}
 
 
-def plan(settings: RunSettings, tell: Callable[[ResultRow], None]) -> Plan:
+def make_plan(settings: RunSettings, tell: Callable[[ResultRow], None]) -> Plan:
     """Find out what `run` would do with these settings; `tell` is called with every invalid row as it is found.
 
     Raises the UsageErrors that `run` would raise.

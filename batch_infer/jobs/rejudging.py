@@ -18,7 +18,7 @@ from batch_infer.jobs.recovery import read_whole
 from batch_infer.manifest import Committed, Manifest
 from batch_infer.models import ModelCard
 from batch_infer.records import PromptRequest, ResultRow, Status, StoredImage, Verdict, now
-from batch_infer.safety import Gate, Judge, gate_of
+from batch_infer.safety import Gate, ImageChecker, gate_of
 from batch_infer.settings import OnFlagged, RunSettings
 from batch_infer.sinks import FolderSink, stored_path
 from batch_infer.worker import commit_images
@@ -249,8 +249,8 @@ def _both(first: Verdict | RowBroken, second: Verdict | RowBroken) -> Verdict | 
     return second if isinstance(second, RowBroken) else first.joined(second)
 
 
-def _load_judge(settings: RunSettings, card: ModelCard, record: Mapping[str, Any]) -> Judge:
-    from batch_infer.engines.devices import find_device  # these import torch, which a service alone does without
+def _load_judge(settings: RunSettings, card: ModelCard, record: Mapping[str, Any]) -> ImageChecker:
+    from batch_infer.autotune.devices import find_device  # these import torch, which a service alone does without
     from batch_infer.worker.loading import load_judge
 
     return load_judge(card, settle_compute(settings, card, find_device(settings.model.device), record))

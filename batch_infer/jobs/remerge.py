@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from batch_infer.atomic import is_there
 from batch_infer.errors import DamagedPart, ServiceError, UsageError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.job import open_tables, refuse_unrepeatable, rules_of, settings_of
@@ -18,11 +17,14 @@ from batch_infer.jobs.run_json import ended_in_order, with_counts
 from batch_infer.manifest import Manifest
 from batch_infer.planning import finished_in
 from batch_infer.settings import OutputSettings, ResultsFormat, RunSettings
+from batch_infer.store.atomic import is_there
 
 log = logging.getLogger("batch_infer")
 
 
-def remerge(out: Path, results: tuple[ResultsFormat, ...], *, base64: bool) -> tuple[Counts, tuple[ResultsFormat, ...]]:
+def merge_results(
+    out: Path, results: tuple[ResultsFormat, ...], *, base64: bool
+) -> tuple[Counts, tuple[ResultsFormat, ...]]:
     """Write results.* in these formats and those of the run; returns what was counted, and the formats.
 
     run.json then has these counts, so that `status` says what results.* say.

@@ -40,7 +40,7 @@ T = TypeVar("T")
 log = logging.getLogger("batch_infer")
 
 
-def rescore(
+def rescore_images(
     out: Path,
     tables: Sequence[str],
     safety: SafetySettings,

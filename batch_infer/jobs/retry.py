@@ -12,7 +12,7 @@ from typing import Any
 from batch_infer.errors import SettingsError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.job import refuse_unrepeatable, settings_of
-from batch_infer.jobs.run import Progress, run
+from batch_infer.jobs.run import Progress, render_tables
 from batch_infer.jobs.summary import Summary
 from batch_infer.planning import Committed, Item
 from batch_infer.records import ResultRow
@@ -22,7 +22,7 @@ from batch_infer.sinks import has_image
 log = logging.getLogger("batch_infer")
 
 
-def retry(
+def retry_rows(
     out: Path,
     statuses: Collection[Retried],
     tables: Sequence[str],
@@ -38,7 +38,7 @@ def retry(
     settings = replace(_asking(settings_of(record, out, tables)), rerender_changed=True)  # of the chosen rows alone
     if not tables:
         refuse_unrepeatable(record, out)
-    summary = run(settings, progress, stop, _Chosen(statuses, out))
+    summary = render_tables(settings, progress, stop, _Chosen(statuses, out))
     before, now = (_total(found) for found in (record, outdir.known_run(out)))
     if now < before:
         log.warning(

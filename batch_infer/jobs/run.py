@@ -13,9 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from batch_infer.atomic import KnownFolder, is_there
-from batch_infer.engines import Engine, Task, Work, end_unguarded_process
-from batch_infer.engines.launched import Launched, Place, join, place, remove_note
+from batch_infer.engines import Engine, Task, TaskReport, end_unguarded_process
+from batch_infer.engines.launched import Launched, RankInfo, join, place, remove_note
 from batch_infer.engines.local import Local
 from batch_infer.errors import (
     BatchInferError,
@@ -37,16 +36,17 @@ from batch_infer.jobs.record import at_once, cores
 from batch_infer.jobs.recovery import Key, recover, remove_leftovers, set_aside
 from batch_infer.jobs.results import remove_other_results
 from batch_infer.jobs.run_json import ended_in_order
+from batch_infer.jobs.scan import ScanResult, commit_invalid, scan_tables
 from batch_infer.jobs.summary import Summary
-from batch_infer.jobs.survey import Survey, commit_invalid, look_through
 from batch_infer.jobs.throughput import Throughput
 from batch_infer.jobs.tune import BatchShapes, learn_shapes
-from batch_infer.logfile import log_to, open_log
 from batch_infer.manifest import Index, Manifest
-from batch_infer.planning import LeavesAlone, in_order, is_done, pending
+from batch_infer.planning import SkipRule, in_order, is_done, pending
 from batch_infer.records import ResultRow, now
 from batch_infer.settings import Compute, RunSettings
 from batch_infer.stopping import GRACE_SECONDS, StopRequested, deferred
+from batch_infer.store.atomic import KnownFolder, is_there
+from batch_infer.store.logfile import log_to, open_log
 from batch_infer.worker import WorkerSettings, least, peak_memory, together
 
 LISTING_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
@@ -58,7 +58,7 @@ log = logging.getLogger("batch_infer")
 class Progress(Protocol):
     """Who is told how a run goes."""
 
-    def start(self, survey: Survey) -> None:
+    def start(self, survey: ScanResult) -> None:
         """The tables are looked through, and the model is loading."""
         ...
 
@@ -70,11 +70,11 @@ class Progress(Protocol):
     def close(self) -> None: ...
 
 
-def run(
+def render_tables(
     settings: RunSettings,
     progress: Progress,
     stop: Callable[[], bool] = lambda: False,
-    leaves_alone: LeavesAlone = is_done,
+    leaves_alone: SkipRule = is_done,
 ) -> Summary:
     """Score the tables into OUT, going on where an earlier run ended. Raises the errors of `batch_infer.errors`."""
     end_unguarded_process()
@@ -111,7 +111,7 @@ def assist(settings: RunSettings, stop: Callable[[], bool] = lambda: False) -> b
     return True
 
 
-def _place(settings: RunSettings) -> Place | None:
+def _place(settings: RunSettings) -> RankInfo | None:
     here = place()
     if here is not None and settings.compute.processes not in (None, here.world):
         raise SettingsError(
@@ -120,7 +120,7 @@ def _place(settings: RunSettings) -> Place | None:
     return here
 
 
-def engine_for(settings: RunSettings, here: Place | None) -> Engine:
+def engine_for(settings: RunSettings, here: RankInfo | None) -> Engine:
     """Who renders: a launcher's processes, this one, or others that it starts."""
     if here is not None:
         return Launched(settings.model.device, here, settings.out)
@@ -131,7 +131,7 @@ def engine_for(settings: RunSettings, here: Place | None) -> Engine:
     return Local(settings.model.device, settings.compute.processes)
 
 
-def _all_but(lost: Collection[Key], leaves_alone: LeavesAlone) -> LeavesAlone:
+def _all_but(lost: Collection[Key], leaves_alone: SkipRule) -> SkipRule:
     """Leave alone what a command does, but for results whose image is lost."""
     return lambda item, found: item.key not in lost and leaves_alone(item, found)
 
@@ -140,7 +140,7 @@ class _Run:
     """One run on an OUT that it holds the lock of."""
 
     def __init__(
-        self, job: Job, engine: Engine, progress: Progress, stop: Callable[[], bool], leaves_alone: LeavesAlone
+        self, job: Job, engine: Engine, progress: Progress, stop: Callable[[], bool], leaves_alone: SkipRule
     ) -> None:
         self._job, self._engine, self._progress = job, engine, progress
         self._stop, self._leaves_alone = stop, leaves_alone
@@ -180,7 +180,7 @@ class _Run:
             changes = find_changes(self._job, index)
             changes.refuse(self._job)
             self._write_record()
-            survey = look_through(self._job, index, self._leaves_alone, str(changes), writes=self._is_cleared)
+            survey = scan_tables(self._job, index, self._leaves_alone, str(changes), writes=self._is_cleared)
             self._has_invalid = not self._is_cleared
             self._write_record(survey={**asdict(survey), "finished_at": now()}, rendering_since=None)
             if survey.pending and not self._stop():
@@ -217,7 +217,7 @@ class _Run:
         self._write_record()
 
     def _merge_after_error(
-        self, survey: Survey, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+        self, survey: ScanResult, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         """Merge what is committed where rendering ends with an error, a bug included, without hiding that error."""
         if isinstance(error, Exception) and self._committed:
@@ -232,10 +232,10 @@ class _Run:
             sentence = "%d workers with %d threads each share %d cores and slow each other down: reduce --threads"
             log.warning(sentence, workers, compute.threads, cores())
 
-    def _settle_shapes(self, survey: Survey) -> None:
+    def _settle_shapes(self, survey: ScanResult) -> None:
         """Find the slots of the sizes that are pending, where that was left to us."""
         if self._job.settings.compute.slots == "auto":
-            from batch_infer.engines.probe import Probe
+            from batch_infer.autotune.probe import Probe
 
             with Probe() as probe:
                 self._use(BatchShapes(self._job, probe).settle(sorted(survey.sizes)))
@@ -257,7 +257,7 @@ class _Run:
         self._write_record(compute=asdict(compute))
 
     @deferred(GRACE_SECONDS)
-    def _merge(self, survey: Survey) -> Counts:
+    def _merge(self, survey: ScanResult) -> Counts:
         """Merge, and list the manifest again where it lists fewer results than this run knows of.
 
         File systems on a network, NFS and FUSE among them, may show a directory as it was up to a minute ago.
@@ -280,7 +280,7 @@ class _Run:
         path = self._out / "results.parquet"
         log.warning("%s was not updated (%s): run `batch-infer merge %s`", path, reason, self._out)
 
-    def _merge_once(self, survey: Survey) -> Counts:
+    def _merge_once(self, survey: ScanResult) -> Counts:
         """By the tables, or by the manifest alone where the tables have changed under the run: no result is lost."""
         self._held.check()
         left = max(0, survey.pending - self._committed) + survey.standing.get("left", 0)
@@ -299,12 +299,12 @@ class _Run:
         with self._manifest.index() as index:
             return merge(self._job.items(index), index, tables.carried, self._out, output, least)
 
-    def _in_flight(self, survey: Survey) -> int:
+    def _in_flight(self, survey: ScanResult) -> int:
         """Return how many results the workers have under way together, if each row has guidance and takes two slots."""
         slots = max(self._slots_of(size) for size in survey.sizes)
         return min(survey.pending, max(1, slots // 2))
 
-    def _render(self, index: Index, survey: Survey) -> None:
+    def _render(self, index: Index, survey: ScanResult) -> None:
         lengths: Counter[Size] = Counter()
 
         throughput: Throughput | None = None
@@ -341,10 +341,10 @@ class _Run:
     def _render_compiled(
         self,
         index: Index,
-        survey: Survey,
+        survey: ScanResult,
         committed: Callable[[Sequence[ResultRow]], None],
         ready: Callable[[], None],
-    ) -> Work | None:
+    ) -> TaskReport | None:
         """Render, or return None once compiling has failed and the run is set to do without it.
 
         The caller renders again after this has returned: within the except block, the error's traceback would keep the
@@ -356,13 +356,13 @@ class _Run:
             self._stop_compiling(error, survey)
             return None
 
-    def _task(self, index: Index, survey: Survey) -> Task:
+    def _task(self, index: Index, survey: ScanResult) -> Task:
         slots_of = None if self._job.card.driven else self._slots_of
         new = pending(self._job.items(index), index, self._leaves_alone)
         requests = in_order((index.with_collisions(request, request.replaces) for request in new), slots_of)
         return Task(requests, survey.pending, self._worker())
 
-    def _stop_compiling(self, error: CompilationError, survey: Survey) -> None:
+    def _stop_compiling(self, error: CompilationError, survey: ScanResult) -> None:
         """Continue without torch.compile in all workers. Raises CompilationError where the user must decide.
 
         Compiled and uncompiled networks give different bytes. So this is done only while OUT holds no image,
@@ -378,7 +378,7 @@ class _Run:
         log.warning("%s; no image is rendered yet, so this run continues without it", error)
         self._use(replace(self._job.compute, compiled=False))
 
-    def _learn(self, work: Work, lengths: Mapping[Size, int], start: float) -> None:
+    def _learn(self, work: TaskReport, lengths: Mapping[Size, int], start: float) -> None:
         """Remember what it took, and how it had to compute where that has changed on the way."""
         computes = [account.compute for account in work.accounts]
         if all(compute == self._job.compute for compute in computes):

@@ -17,7 +17,7 @@ STATUSES = get_args(Status)
 
 
 @dataclass(slots=True)
-class Standing:
+class RunStatus:
     """Results by status and those that are left, None while the tables are still being looked through.
 
     `state`: running, finished, stopped (run again to go on), rescoring where that has not come to its end, open where
@@ -41,7 +41,7 @@ class Standing:
         return asdict(self)
 
 
-def status(out: Path) -> Standing:
+def read_status(out: Path) -> RunStatus:
     """Look at OUT, without holding it. Raises UsageError where it holds no run."""
     record = parse_record(outdir.known_run(out))
     try:
@@ -49,7 +49,7 @@ def status(out: Path) -> Standing:
         state = "running" if holder else "stopped"
     except StorageError:  # not this user's to look at
         holder, state = None, "unknown"
-    standing = Standing(state, holder, require(record.started_at, "started_at", out))
+    standing = RunStatus(state, holder, require(record.started_at, "started_at", out))
     is_open = not require(record.settings, "settings", out).table.tables
     summary = record.summary or (None if is_open else record.merged)
     if summary is not None:  # a run that works there now has not scanned its tables yet
@@ -66,7 +66,7 @@ def status(out: Path) -> Standing:
     return standing
 
 
-def _count(standing: Standing, record: RunRecord, manifest: Manifest) -> None:
+def _count(standing: RunStatus, record: RunRecord, manifest: Manifest) -> None:
     """Count what the run found done when it scanned the tables, and what it has committed since.
 
     All that the manifest holds is counted where the scan has not ended, while images are rescored, which commits
@@ -90,7 +90,7 @@ def _count(standing: Standing, record: RunRecord, manifest: Manifest) -> None:
         _rate(standing, record, rendered)
 
 
-def _rate(standing: Standing, record: RunRecord, rendered: Counter[str]) -> None:
+def _rate(standing: RunStatus, record: RunRecord, rendered: Counter[str]) -> None:
     """Divide by the time until now, so that a run that commits nothing more is seen to slow down."""
     committed = rendered.total()
     if record.rendering_since is None or committed < max(1, record.in_flight):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from batch_infer.engines import Work
+from batch_infer.engines import TaskReport
 from batch_infer.jobs.merge import Counts
 from batch_infer.stages import Stages
 
@@ -38,7 +38,7 @@ class Summary:
     deaths: int = 0
     undone: int = 0
 
-    def add(self, work: Work) -> None:
+    def add(self, work: TaskReport) -> None:
         """Take in what the workers tell of their work."""
         self.processes, self.deaths = work.processes, work.deaths
         for account in work.accounts:

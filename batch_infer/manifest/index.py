@@ -11,11 +11,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from batch_infer.atomic import is_there
-from batch_infer.database import temporary_database
 from batch_infer.errors import BatchInferError, DamagedPart, StorageError
 from batch_infer.manifest.parts import SCHEMA, as_schema, read_part
 from batch_infer.records import PromptRequest
+from batch_infer.store.atomic import is_there
+from batch_infer.store.database import temporary_database
 
 
 @dataclass(frozen=True, slots=True)

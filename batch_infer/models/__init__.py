@@ -39,7 +39,7 @@ __all__ = [
     "TruncationCount",
     "load",
     "load_checker",
-    "load_driven",
+    "load_pipeline",
     "load_solver",
     "load_token_counter",
     "read_card",
@@ -77,7 +77,7 @@ def load_checker(card: ModelCard, device: torch.device, dtype: torch.dtype) -> t
     return loading.load_checker(card, device, dtype)
 
 
-def load_driven(card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_checker: bool) -> AnyPipeline:
+def load_pipeline(card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_checker: bool) -> AnyPipeline:
     """The same of a checkpoint that is driven by diffusers' own pipeline. Raises ModelError."""
     from batch_infer.models.any_pipeline import AnyPipeline
 

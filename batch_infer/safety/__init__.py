@@ -11,10 +11,10 @@ from batch_infer.settings import ServiceSettings
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Gate", "Judge", "gate_of"]
+__all__ = ["Gate", "ImageChecker", "gate_of"]
 
 
-class Judge(Protocol):
+class ImageChecker(Protocol):
     """Says of images what it thinks of them; `images` are (H, W, 3) uint8, all of one size."""
 
     name: str

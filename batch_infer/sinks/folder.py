@@ -15,7 +15,9 @@ from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
-from batch_infer.atomic import (
+from batch_infer.errors import StorageError
+from batch_infer.records import PromptRequest, StoredImage
+from batch_infer.store.atomic import (
     TEMPORARY,
     KnownFolder,
     distinguishes_case,
@@ -30,8 +32,6 @@ from batch_infer.atomic import (
     sync_folder,
     temporary_of,
 )
-from batch_infer.errors import StorageError
-from batch_infer.records import PromptRequest, StoredImage
 
 ROWS_PER_FOLDER = 1000
 ASIDE = ".original-"

@@ -18,6 +18,7 @@ from typing import Any
 import fsspec
 
 from batch_infer.errors import BatchInferError, ServiceError, TableError, first_line
+from batch_infer.store.temporary import storing_temporarily
 from batch_infer.table.endings import TableFile, plain_stem, read_ending, unknown_ending
 from batch_infer.table.scratch import Scratch
 from batch_infer.table.selection import LeftOut, holds_no_table, outermost, tables_among
@@ -32,7 +33,6 @@ from batch_infer.table.urls import (
     split_query,
     without_secrets,
 )
-from batch_infer.temporary import storing_temporarily
 
 EXTRAS = {
     **dict.fromkeys(("s3", "s3a"), ("s3fs", "s3")),

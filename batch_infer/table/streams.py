@@ -18,8 +18,8 @@ from typing import Any, BinaryIO, TextIO, cast
 import pyarrow as pa
 
 from batch_infer.errors import RowError, StorageError, TableError, first_line
+from batch_infer.store.temporary import create_temporary
 from batch_infer.table.endings import TableFile
-from batch_infer.temporary import create_temporary
 
 LONGEST = 16 << 20
 """Characters of one row, or bytes of one of Parquet: what an open quote may take in before it is given up."""

@@ -5,7 +5,7 @@ does not either.
 """
 
 from batch_infer.worker.committing import commit_images
-from batch_infer.worker.contract import Account, WorkerSettings, least, together
+from batch_infer.worker.contract import WorkerReport, WorkerSettings, least, together
 from batch_infer.worker.memory import peak_memory
 
-__all__ = ["Account", "WorkerSettings", "commit_images", "least", "peak_memory", "together"]
+__all__ = ["WorkerReport", "WorkerSettings", "commit_images", "least", "peak_memory", "together"]

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from batch_infer.atomic import KnownFolder
 from batch_infer.models import ModelCard
 from batch_infer.settings import BatchShape, Compute, OutputSettings, SafetySettings
 from batch_infer.stages import Stages
+from batch_infer.store.atomic import KnownFolder
 
 Size = tuple[int, int]
 
@@ -30,7 +30,7 @@ class WorkerSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Account:
+class WorkerReport:
     """What a worker's work took: where the time went, by image size (height, width), and how it computed at the end.
 
     That is as it was told, but for batches that memory did not hold. `mfu` is the model
@@ -50,7 +50,7 @@ class Account:
         return sum(self.stages.values(), Stages())
 
 
-def together(accounts: Iterable[Account]) -> dict[Size, Stages]:
+def together(accounts: Iterable[WorkerReport]) -> dict[Size, Stages]:
     """The stages of all accounts, by size; their `seconds` are then those of all devices."""
     found: dict[Size, Stages] = {}
     for account in accounts:

@@ -9,16 +9,16 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeAlias, cast
 
 from batch_infer import images
-from batch_infer.chain import Chain, DrivenChain, GatedChain, Rendered, Unrendered
-from batch_infer.datasheets import dense_tflops
+from batch_infer.chain import GatedChain, PipelineCallChain, Rendered, StepLevelChain, Unrendered
 from batch_infer.errors import BatchInferError
 from batch_infer.manifest import Manifest
 from batch_infer.models import ModelCard
+from batch_infer.peak_flops import dense_tflops
 from batch_infer.records import PromptRequest, ResultRow, Status, StoredImage
 from batch_infer.settings import BatchShape, Compute, SafetySettings
 from batch_infer.sinks import FolderSink
 from batch_infer.worker.committing import Committer, commit_images
-from batch_infer.worker.contract import Account, WorkerSettings
+from batch_infer.worker.contract import WorkerReport, WorkerSettings
 from batch_infer.worker.memory import peak_memory
 from batch_infer.worker.rows import row_of, why_flagged, with_image, with_verdict
 
@@ -33,7 +33,7 @@ render more.
 """
 MOST_STORING_THREADS = 32
 
-AnyChain: TypeAlias = "Chain | DrivenChain | GatedChain"
+AnyChain: TypeAlias = "StepLevelChain | PipelineCallChain | GatedChain"
 LoadChain: TypeAlias = "Callable[[ModelCard, Compute, SafetySettings, Callable[[], bool]], AnyChain]"
 """Loads what renders; the last argument says whether to stop."""
 
@@ -54,12 +54,12 @@ class Worker:
         self._manifest = Manifest(settings.out, settings.run)
         self._chain = load(settings.card, settings.compute, settings.safety, stop)
 
-    def account(self, *, final: bool = False) -> Account:
+    def account(self, *, final: bool = False) -> WorkerReport:
         """Of all that it has rendered so far. Only the `final` one has an MFU: that takes a walk through the model."""
         shapes = (BatchShape(*size, *shape) for size, shape in self._chain.shape.by_size.items())
         compute = self._settings.compute.with_shapes(shapes)
         mfu = self._mfu() if final else None
-        return Account(dict(self._chain.stages_by_size), compute, mfu, peak_memory(compute.device))
+        return WorkerReport(dict(self._chain.stages_by_size), compute, mfu, peak_memory(compute.device))
 
     def _mfu(self) -> float | None:
         compute, chain = self._settings.compute, self._chain

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, cast, overload
 import torch
 
 from batch_infer.accelerator import limit_memory, out_of_memory_errors, set_float32_precision
-from batch_infer.chain import Chain, ChainShape, DrivenChain, GatedChain, Grace
-from batch_infer.models import ModelCard, load, load_checker, load_driven
+from batch_infer.chain import ChainShape, GatedChain, Grace, PipelineCallChain, StepLevelChain
+from batch_infer.models import ModelCard, load, load_checker, load_pipeline
 from batch_infer.models.acceleration import speed_up
-from batch_infer.safety import Judge, gate_of
+from batch_infer.safety import ImageChecker, gate_of
 from batch_infer.settings import Compute, SafetySettings
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def load_chain(
     card: ModelCard, compute: Compute, safety: SafetySettings, stop: Callable[[], bool] = lambda: False
-) -> Chain | DrivenChain | GatedChain:
+) -> StepLevelChain | PipelineCallChain | GatedChain:
     """A model on its device, with its judge and its gate where there are to be. Raises ModelError, SettingsError."""
     judged = safety.asks_checker(has_checker=card.has_checker)
     chain = make_chain(load_any_model(card, compute, judged=judged), compute, stop)
@@ -35,7 +35,7 @@ def load_any_model(card: ModelCard, compute: Compute, *, judged: bool) -> Family
         return load_model(card, compute, judged=judged)
     device, dtype = prepare_torch(compute)
     with out_of_memory_errors():
-        return load_driven(card, device, dtype, with_checker=judged)
+        return load_pipeline(card, device, dtype, with_checker=judged)
 
 
 def load_model(card: ModelCard, compute: Compute, *, judged: bool) -> Family:
@@ -57,12 +57,12 @@ def prepare_torch(compute: Compute) -> tuple[torch.device, torch.dtype]:
 
 
 @overload
-def make_chain(model: Family, compute: Compute, stop: Callable[[], bool] = lambda: False) -> Chain: ...
+def make_chain(model: Family, compute: Compute, stop: Callable[[], bool] = lambda: False) -> StepLevelChain: ...
 @overload
-def make_chain(model: AnyPipeline, compute: Compute, stop: Callable[[], bool] = lambda: False) -> DrivenChain: ...
+def make_chain(model: AnyPipeline, compute: Compute, stop: Callable[[], bool] = lambda: False) -> PipelineCallChain: ...
 def make_chain(
     model: Family | AnyPipeline, compute: Compute, stop: Callable[[], bool] = lambda: False
-) -> Chain | DrivenChain:
+) -> StepLevelChain | PipelineCallChain:
     """A chain of a model that is loaded; images are judged where its checker is."""
     own = {(shape.height, shape.width): (shape.slots, shape.decode_batch) for shape in compute.by_size}
     shape = ChainShape(compute.slots, compute.decode_batch, own)
@@ -70,11 +70,11 @@ def make_chain(
     if model.safety_checker is not None:
         judge = _judge(model.safety_checker, model.feature_extractor, shape.decode)
     if getattr(model, "driven", False):  # not isinstance: most runs need not import that class, which is slow
-        return DrivenChain(cast("AnyPipeline", model), shape, judge, stop)
-    return Chain(cast("Family", model), shape, judge, stop)
+        return PipelineCallChain(cast("AnyPipeline", model), shape, judge, stop)
+    return StepLevelChain(cast("Family", model), shape, judge, stop)
 
 
-def load_judge(card: ModelCard, compute: Compute) -> Judge:
+def load_judge(card: ModelCard, compute: Compute) -> ImageChecker:
     """The checker of a model, without the model; it judges as it does beside it. Raises ModelError."""
     device, dtype = prepare_torch(compute)
     with out_of_memory_errors():
@@ -82,7 +82,7 @@ def load_judge(card: ModelCard, compute: Compute) -> Judge:
     return _judge(*found, compute.decode_batch)
 
 
-def _judge(checker: Any, feature_extractor: Any, batch: int) -> Judge:
+def _judge(checker: Any, feature_extractor: Any, batch: int) -> ImageChecker:
     from batch_infer.safety.checker import StableDiffusionChecker
 
     return StableDiffusionChecker(checker, feature_extractor, batch)

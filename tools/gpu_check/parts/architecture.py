@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from batch_infer.jobs.bench.contest import Contest
-from batch_infer.jobs.bench.subject import Subject, load_subject
+from batch_infer.bench.contest import Contest
+from batch_infer.bench.subject import Subject, load_subject
 from batch_infer.models.flops import decode_flops, row_forward_flops
 from batch_infer.worker.loading import make_chain
 from tools.gpu_check import subjects

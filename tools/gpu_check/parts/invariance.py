@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from batch_infer.jobs.bench.subject import Subject, load_subject
+from batch_infer.bench.subject import Subject, load_subject
 from tools.gpu_check import subjects
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from batch_infer.accelerator import MEMORY_FRACTION
-from batch_infer.chain import Chain, ChainShape, Rendered
-from batch_infer.jobs.bench.subject import Subject, load_subject
+from batch_infer.bench.subject import Subject, load_subject
+from batch_infer.chain import ChainShape, Rendered, StepLevelChain
 from tools.gpu_check import subjects
 from tools.gpu_check.measure import count_equal
 
@@ -40,7 +40,7 @@ def render_twice(subject: Subject, shape: ChainShape, rows: int, leave: int | No
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     ballast = occupy_memory(leave)
-    chain = Chain(subject.model, shape, None)
+    chain = StepLevelChain(subject.model, shape, None)
     started = time.perf_counter()
     outcomes = list(chain.render(requests))
     seconds = round(time.perf_counter() - started, 1)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from batch_infer.engines.knee import find_knee
-from batch_infer.jobs.bench.subject import Subject, load_subject
+from batch_infer.autotune.plateau import find_plateau
+from batch_infer.bench.subject import Subject, load_subject
 from batch_infer.models.flops import row_forward_flops
 from batch_infer.records import SamplingParams
 from tools.gpu_check import subjects
@@ -31,7 +31,7 @@ def run(recorder: Recorder) -> None:
     torch.cuda.empty_cache()
     with recorder.section("auto") as results:
         started = time.perf_counter()
-        choice = find_knee(subject.model, SamplingParams(*size, 20, 7.5, 0.0))
+        choice = find_plateau(subject.model, SamplingParams(*size, 20, 7.5, 0.0))
         seconds = round(time.perf_counter() - started, 1)
         results |= {"slots": choice.slots, "decode_batch": choice.decode_batch, "seconds": seconds}
 

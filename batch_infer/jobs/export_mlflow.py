@@ -1,0 +1,194 @@
+"""An MLflow model with the signature of the model catalog's text-to-image models, for deployments without a script.
+
+The folder holds a diffusers folder, batch-infer itself and no pickle: MLflow runs some lines of code that it finds
+there (https://mlflow.org/docs/latest/ml/model/models-from-code).
+"""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # who packs a model asks nobody
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+import pandas as pd
+from mlflow import pyfunc
+from mlflow.models import ModelSignature
+from mlflow.types.schema import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+from batch_infer.errors import SettingsError
+from batch_infer.models import DEMO_MODEL, ModelCard, read_card
+from batch_infer.settings import ComputeSettings, ModelSettings
+from batch_infer.store.atomic import TEMPORARY, is_abandoned, storing, temporary_of
+
+EXAMPLE = pd.DataFrame({"prompt": ["A photo of an astronaut riding a horse on Mars"]})
+SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec(DataType.string, "prompt")]),
+    outputs=Schema(
+        [
+            ColSpec(DataType.string, "prompt"),
+            ColSpec(DataType.string, "generated_image", required=False),
+            ColSpec(DataType.boolean, "nsfw_content_detected", required=False),
+            ColSpec(DataType.string, "error", required=False),
+        ]
+    ),
+    params=ParamSchema(
+        [
+            ParamSpec("num_inference_steps", DataType.long, None),
+            ParamSpec("guidance_scale", DataType.double, None),
+            ParamSpec("height", DataType.long, None),
+            ParamSpec("width", DataType.long, None),
+            ParamSpec("seed", DataType.long, None),
+            ParamSpec("negative_prompt", DataType.string, None),
+        ]
+    ),
+)
+"""Of the catalog's models, why a row has no image, and parameters for all rows of a call; None is the model's own
+default."""
+CODE = """\
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel
+
+from batch_infer.azureml.pyfunc import PromptsToImages
+
+
+class Model(PromptsToImages, PythonModel):
+    pass
+
+
+set_model(Model())
+"""
+PINNED = ("torch", "diffusers", "transformers")
+_PACKAGE = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What a model is made of, by the names that MLflow knows it by.
+
+    `files` says where each lies and how it is called in the model; variables have its name in braces for its path.
+    """
+
+    files: Mapping[str, tuple[Path, str]]
+    variables: Mapping[str, str]
+    extras: frozenset[str]
+
+
+def export_model(folder: Path, model: ModelSettings, compute: ComputeSettings) -> ModelCard:
+    """Write the model there, whole or not at all. Raises SettingsError, ModelError, StorageError."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise SettingsError(f"{folder} is there already; name a folder that is not, or is empty")
+    card = read_card(model)
+    parts = _parts(card, model, compute)
+    # Next to the folder: on the disk of the model its files are linked, and take no more room.
+    temporary = temporary_of(folder.absolute())
+    with storing(folder):
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(folder.absolute())
+        scratch = temporary / "scratch"
+        try:
+            scratch.mkdir(parents=True)
+            _save(temporary / "model", parts, scratch)
+            (temporary / "model").replace(folder.absolute())
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return card
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove the copies of a model that killed exports to this folder have left next to it."""
+    for path in folder.parent.glob(f"{TEMPORARY}*-{glob.escape(folder.name)}*"):
+        if is_abandoned(path.name) and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _save(path: Path, parts: _Parts, scratch: Path) -> None:
+    code, package = scratch / "model.py", scratch / _PACKAGE.name
+    code.write_text(CODE, "utf-8")
+    # The model that is built in comes as any other, where it is the one.
+    shutil.copytree(_PACKAGE, package, ignore=shutil.ignore_patterns("demo_model", "__pycache__"))
+    for name, (source, called) in parts.files.items():
+        _gather(source, scratch / name / called)
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    pyfunc.save_model(
+        path=str(path),
+        python_model=str(code),
+        artifacts={name: str(scratch / name / called) for name, (_, called) in parts.files.items()},
+        code_paths=[str(package)],
+        signature=SIGNATURE,
+        input_example=EXAMPLE,
+        pip_requirements=_requirements(parts.extras),
+        model_config={"variables": dict(parts.variables)},
+    )
+
+
+def _gather(source: Path, target: Path) -> None:
+    """Put a file or folder there without links that lead out of it: MLflow takes none, and the Hub's cache is made of
+    them. MLflow then copies it, under the name that it has.
+    """
+    target.parent.mkdir()
+    if source.is_dir():
+        shutil.copytree(source, target, copy_function=_link_or_copy)
+    else:
+        _link_or_copy(str(source), str(target))
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        Path(target).hardlink_to(Path(source).resolve())
+    except OSError:  # another disk, or one that knows no links
+        shutil.copyfile(source, target)
+
+
+def _parts(card: ModelCard, model: ModelSettings, compute: ComputeSettings) -> _Parts:
+    told = {
+        "VARIANT": card.variant,
+        "DTYPE": None if model.dtype == "auto" else model.dtype,
+        "DEVICE": None if model.device == "auto" else model.device,
+        "SCHEDULER": str(model.scheduler) if model.scheduler else None,
+        "LONG_PROMPTS": "true" if model.long_prompts else None,
+        "SLOTS": compute.slots,
+        "THREADS": compute.threads,
+        "COMPILE": None if compute.compiled is None else str(compute.compiled).lower(),
+        "LORA": ";".join(f"{{lora-{k}}}:{lora.weight!r}" for k, lora in enumerate(card.loras)) or None,
+        "MODEL": "{model}",
+    }
+    if compute.slots == "auto":
+        raise SettingsError("--slots auto: say a number here; `batch-infer bench` tells what suits a device")
+    extras = {"azure"} | ({"lora"} if card.loras else set()) | ({"long-prompts"} if model.long_prompts else set())
+    called = card.path.name if card.path == DEMO_MODEL else card.name.rpartition("/")[2]  # images bear it
+    loras = {f"lora-{k}": (lora.path, f"lora-{k}-{lora.path.name}") for k, lora in enumerate(card.loras)}
+    return _Parts(
+        {"model": (card.path, called), **loras},
+        {f"BATCH_INFER_{name}": str(value) for name, value in told.items() if value is not None},
+        frozenset(extras),
+    )
+
+
+def _requirements(extras: frozenset[str]) -> list[str]:
+    """batch-infer's own dependencies; itself comes with the model.
+
+    Those that pixels hang on are pinned to what is installed here. More pins would contradict MLflow's own.
+    """
+    found = []
+    for line in metadata.requires("batch-infer") or []:
+        requirement, _, marker = (part.strip() for part in line.partition(";"))
+        if "extra" not in marker:
+            found.append(line)
+        elif any(f'extra == "{extra}"' in marker for extra in extras):
+            found.append(requirement)
+    return [_pinned(line) for line in found]
+
+
+def _pinned(requirement: str) -> str:
+    for name in PINNED:
+        if requirement.startswith(name) and not requirement[len(name)].isalnum():
+            return f"{name}=={metadata.version(name).partition('+')[0]}"  # a build for a CPU says so after a plus
+    return requirement
