@@ -9,8 +9,7 @@ from pathlib import Path
 
 import click
 
-from batch_infer.cli import commands, settle_format_early, with_suggestion
-from batch_infer.cli.logs import give_stderr_back, in_json, tell_error
+from batch_infer.cli import commands, give_stderr_back, in_json, settle_format_early, tell_error, with_suggestion
 from batch_infer.errors import BatchInferError, Interrupted, UsageError
 from batch_infer.terminal import escape_controls, never_fail_to_encode
 

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from batch_infer.azureml import online
-from batch_infer.azureml.deployment import Deployment, find_deployment
+from batch_infer.azureml.deployment import AzureDeployment, find_deployment
 from batch_infer.azureml.payload import MOST_IMAGES, TooMany, read_payload
 from batch_infer.chain import ChainShape, PipelineCallChain, Rendered, Unrendered
 from batch_infer.errors import Interrupted, ServiceError, SettingsError, TableError
@@ -39,7 +39,7 @@ Render = Callable[[Iterator[PromptRequest]], Iterator[Rendered | Unrendered]]
 
 
 @pytest.fixture(scope="module")
-def deployment() -> Deployment:
+def deployment() -> AzureDeployment:
     """The built-in model with few steps."""
     loggers = [logging.getLogger(name) for name in ("batch_infer", "py.warnings", "stderr")]
     before = [(logger.handlers, logger.level, logger.propagate) for logger in loggers]
@@ -56,13 +56,13 @@ def deployment() -> Deployment:
 
 
 @pytest.fixture(scope="module")
-def real(deployment: Deployment) -> Iterator[Service]:
+def real(deployment: AzureDeployment) -> Iterator[Service]:
     with closing(Service(deployment)) as found:
         yield found
 
 
 @pytest.fixture
-def dummy(deployment: Deployment) -> Iterator[Service]:
+def dummy(deployment: AzureDeployment) -> Iterator[Service]:
     with closing(Service(deployment, lambda card, compute, safety, stop: DummyChain(stop))) as found:  # type: ignore
         yield found
 
@@ -73,7 +73,7 @@ def all_of(service: Service, requests: Sequence[PromptRequest]) -> list[Rendered
     return [found[place] for place in range(len(requests))]
 
 
-def scripted(deployment: Deployment, render: Render) -> Service:
+def scripted(deployment: AzureDeployment, render: Render) -> Service:
     """A service whose chain is this function."""
     chain: Any = SimpleNamespace(driven=False, render=render)
     return Service(deployment, lambda *_: chain)
@@ -195,7 +195,7 @@ def test_a_byte_order_mark_is_no_part_of_a_payload() -> None:
     ],
 )
 def test_a_parameter_that_no_row_may_have_is_refused(
-    deployment: Deployment, parameters: dict[str, Any], sentence: str
+    deployment: AzureDeployment, parameters: dict[str, Any], sentence: str
 ) -> None:
     """Also where every row has a value of its own."""
     with pytest.raises(TableError, match=f"the parameters of the request: {sentence}"):
@@ -265,7 +265,7 @@ def test_each_caller_gets_his_own_outcomes_in_his_order(dummy: Service) -> None:
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), ServiceError("nobody is there"), SettingsError("no key")])
 @pytest.mark.parametrize("taken", [0, 2])
 def test_callers_get_the_error_of_a_chain_and_the_next_ones_are_served(
-    deployment: Deployment, error: Exception, taken: int
+    deployment: AzureDeployment, error: Exception, taken: int
 ) -> None:
     errors = [error]
 
@@ -282,7 +282,7 @@ def test_callers_get_the_error_of_a_chain_and_the_next_ones_are_served(
         assert len(all_of(found, [make_request() for _ in range(3)])) == 3
 
 
-def test_a_caller_whose_rows_a_chain_forgets_is_told(deployment: Deployment) -> None:
+def test_a_caller_whose_rows_a_chain_forgets_is_told(deployment: AzureDeployment) -> None:
     def render(source: Iterator[PromptRequest]) -> Iterator[Rendered | Unrendered]:
         yield rendered(next(source))
         next(source)
@@ -291,7 +291,7 @@ def test_a_caller_whose_rows_a_chain_forgets_is_told(deployment: Deployment) -> 
         all_of(found, [make_request() for _ in range(3)])
 
 
-def test_who_asks_while_rows_are_rendered_is_served_with_them(deployment: Deployment) -> None:
+def test_who_asks_while_rows_are_rendered_is_served_with_them(deployment: AzureDeployment) -> None:
     """The chain looks again at what gave nothing a moment ago."""
     under_way, posted = threading.Event(), threading.Event()
     calls = []
@@ -316,7 +316,7 @@ def test_who_asks_while_rows_are_rendered_is_served_with_them(deployment: Deploy
     assert len(calls) == 1
 
 
-def test_rows_of_a_caller_who_has_gone_are_not_rendered(deployment: Deployment) -> None:
+def test_rows_of_a_caller_who_has_gone_are_not_rendered(deployment: AzureDeployment) -> None:
     gone, rows = threading.Event(), []
 
     def render(source: Iterator[PromptRequest]) -> Iterator[Rendered | Unrendered]:
@@ -334,7 +334,9 @@ def test_rows_of_a_caller_who_has_gone_are_not_rendered(deployment: Deployment) 
 
 
 @pytest.mark.parametrize("ends", ["his time", "himself"])
-def test_a_caller_who_waits_no_longer_is_let_go_while_the_chain_is_at_work(deployment: Deployment, ends: str) -> None:
+def test_a_caller_who_waits_no_longer_is_let_go_while_the_chain_is_at_work(
+    deployment: AzureDeployment, ends: str
+) -> None:
     under_way, gone, rows = threading.Event(), threading.Event(), []
 
     def render(source: Iterator[PromptRequest]) -> Iterator[Rendered | Unrendered]:
@@ -356,7 +358,7 @@ def test_a_caller_who_waits_no_longer_is_let_go_while_the_chain_is_at_work(deplo
     assert rows == ["0", "another"]
 
 
-def test_a_service_that_is_closed_leaves_nobody_waiting(deployment: Deployment) -> None:
+def test_a_service_that_is_closed_leaves_nobody_waiting(deployment: AzureDeployment) -> None:
     under_way = threading.Event()
 
     def load(card: Any, compute: Any, safety: Any, stop: Callable[[], bool]) -> Any:
@@ -380,7 +382,7 @@ def test_a_service_that_is_closed_leaves_nobody_waiting(deployment: Deployment) 
         all_of(found, [make_request()])
 
 
-def test_rows_that_a_pipeline_can_make_together_go_together(deployment: Deployment) -> None:
+def test_rows_that_a_pipeline_can_make_together_go_together(deployment: AzureDeployment) -> None:
     painter: Any = PaintingPipeline()
     chain = PipelineCallChain(painter, ChainShape(8, 1), None)
     with closing(Service(deployment, lambda *_: chain)) as found:
@@ -390,7 +392,7 @@ def test_rows_that_a_pipeline_can_make_together_go_together(deployment: Deployme
     assert painter.calls == [(3, 4), (3, 4)]
 
 
-def test_batches_and_patience_are_those_of_callers_who_wait(deployment: Deployment) -> None:
+def test_batches_and_patience_are_those_of_callers_who_wait(deployment: AzureDeployment) -> None:
     seen: list[Any] = []
 
     def load(card: Any, compute: Any, safety: Any, stop: Any) -> Any:
@@ -477,7 +479,7 @@ def test_images_of_a_row_stand_in_order_and_rows_that_cannot_be_had_among_them(d
     ("policy", "left"), [("blank", 0.0), ("keep", 150.0), ("blur", 150.0), ("quarantine", None), ("drop", None)]
 )
 def test_a_flagged_image_is_given_as_the_policy_says(
-    deployment: Deployment, policy: OnFlagged, left: float | None
+    deployment: AzureDeployment, policy: OnFlagged, left: float | None
 ) -> None:
     settings = deployment.settings
     flagging = replace(settings, safety=replace(settings.safety, on_flagged=policy))
@@ -494,7 +496,7 @@ def test_a_flagged_image_is_given_as_the_policy_says(
         assert "error" not in answer
 
 
-def test_a_refused_prompt_is_an_object_without_an_image(deployment: Deployment) -> None:
+def test_a_refused_prompt_is_an_object_without_an_image(deployment: AzureDeployment) -> None:
     def render(source: Iterator[PromptRequest]) -> Iterator[Rendered | Unrendered]:
         for request in source:
             yield Unrendered(request, "blocked", "the service refused it", Verdict(True, "azure"))
@@ -510,7 +512,7 @@ def test_a_refused_prompt_is_an_object_without_an_image(deployment: Deployment) 
         ]
 
 
-def test_images_are_of_the_format_that_is_set_and_say_how_they_were_made(deployment: Deployment) -> None:
+def test_images_are_of_the_format_that_is_set_and_say_how_they_were_made(deployment: AzureDeployment) -> None:
     settings = deployment.settings
     for image_format in ("png", "webp"):
         output: Any = replace(settings.output, image_format=image_format)
@@ -586,7 +588,11 @@ def test_a_server_that_forks_after_loading_is_refused(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize(("fewest", "told"), [(4, ""), (20, "the model gave no first image: it wants 20 steps")])
 def test_the_first_image_is_rendered_before_anybody_asks(
-    deployment: Deployment, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fewest: int, told: str
+    deployment: AzureDeployment,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fewest: int,
+    told: str,
 ) -> None:
     steps = []
 

@@ -499,7 +499,7 @@ def test_architectures_have_the_size_of_the_released_models(
     name: str, parameters: float, latent: tuple[int, int, int], row_forward: float, decode: float
 ) -> None:
     """Parameters and TFLOP as published or counted elsewhere; nothing is computed."""
-    built = architectures.build(name, torch.device("meta"), torch.float16)
+    built = architectures.build_architecture(name, torch.device("meta"), torch.float16)
     model = built.model
     unet = model.networks[0]
     assert sum(weight.numel() for weight in unet.parameters()) == pytest.approx(parameters, rel=1e-4)

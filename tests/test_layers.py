@@ -1,4 +1,4 @@
-"""The floors of the house: what may import what, and what stays out of a command that renders nothing."""
+"""The layers: what may import what, and what a command that renders nothing must not load."""
 
 from __future__ import annotations
 
@@ -19,104 +19,27 @@ from batch_infer.cli import commands
 PACKAGE = Path(batch_infer.__file__).parent
 ROOT = PACKAGE.parent
 
-FLOORS = (
-    {"batch_infer", "errors"},
-    {"temporary"},
-    {"records", "settings", "atomic", "stages", "database", "links", "terminal", "carried", "stopping"},
-    {"images", "logfile", "accelerator"},
+LAYERS = (
+    {"batch_infer", "errors", "lazy"},
+    {"records", "settings", "stages", "carried", "terminal", "stopping", "peak_flops", "main_guard"},
+    {"store"},
+    {"images", "accelerator"},
     {"diffusion"},
-    {"models", "safety", "table", "planning", "manifest", "sinks", "calibration", "datasheets"},
+    {"models", "safety", "table", "planning", "manifest", "sinks"},
     {"chain"},
     {"worker"},
+    {"autotune"},
     {"engines"},
-    {"jobs"},
+    {"serving", "jobs"},
+    {"bench", "simulation"},
     {"cli"},
     {"__main__", "azureml"},
 )
-"""Rooms from the ground up: design.md's floors, told more finely where its rooms stand on each other.
+"""Packages and modules from the lowest layer up. Imports point down, so two of one layer do not import each other."""
 
-A room imports rooms of lower floors only, so two on one floor do not know each other.
-"""
-
-DOORS = {
-    *(
-        f"batch_infer.jobs.{job}"
-        for job in (
-            "run",
-            "plan",
-            "status",
-            "retry",
-            "rescore",
-            "rejudging",
-            "remerge",
-            "bench",
-            "simulation",
-            "packaging",
-        )
-    ),
-    *("batch_infer.autotune.plateau", "batch_infer.models.architectures", "batch_infer.models.flops"),
-    *(
-        "batch_infer.autotune.devices",
-        "batch_infer.engines.inline",
-        "batch_infer.engines.launched",
-        "batch_infer.engines.local",
-        "batch_infer.autotune.probe",
-        "batch_infer.worker.device",
-        "batch_infer.worker.loading",
-        "batch_infer.worker.rows",
-        "batch_infer.safety.checker",
-        "batch_infer.models.acceleration",
-    ),
-    *("batch_infer.models.any_pipeline", "batch_infer.cli.logs", "batch_infer.cli.config"),
-    *("batch_infer.cli.environment", "batch_infer.safety.content_safety"),
-    *(
-        f"batch_infer.jobs.{room}"
-        for room in ("cleanup", "job", "merge", "out", "record", "recovery", "results", "survey")
-    ),
-}
-"""Rooms of a wing that the floor plan names, and that others may therefore enter beside its `__init__`."""
-
-TORCH_FREE = {
-    *("batch_infer", "errors", "records", "settings", "atomic", "table", "planning", "manifest", "sinks", "jobs"),
-    *(
-        "temporary",
-        "cli",
-        "__main__",
-        "calibration",
-        "batch_infer.models",
-        "batch_infer.models.card",
-        "batch_infer.models.files",
-    ),
-    *(
-        "batch_infer.models.tokens",
-        "batch_infer.models.hub",
-        "batch_infer.models.components",
-        "batch_infer.models.layouts",
-    ),
-    *("batch_infer.models.lora", "batch_infer.models.single_file"),
-    *(
-        f"batch_infer.engines.{module}"
-        for module in (
-            "probe",
-            "launched",
-            "ledger",
-            "local",
-            "meeting",
-            "messages",
-            "peers",
-            "rank",
-            "shift",
-            "unguarded",
-        )
-    ),
-    *("batch_infer.engines", "batch_infer.worker", "batch_infer.worker.contract", "batch_infer.worker.rows"),
-}
-"""Rooms, and modules of rooms, that a command needs which renders nothing."""
-RENDERERS = {
-    f"batch_infer.bench.{module}" for module in ("bare", "clock", "contenders", "contest", "lanes", "subject", "sweep")
-}
-"""Modules of these rooms that are imported late, by a command that renders."""
-COMMAND_LINE = {"cli", "__main__", "errors", "records", "settings", "temporary"}
+LOADS_TORCH = {"accelerator", "diffusion", "images", "serving", "azureml"}
+"""Packages that load torch, or may, when they are imported. All others do it when a name that needs it is used."""
+COMMAND_LINE = {"cli", "__main__", "errors", "records", "settings", "store", "lazy"}
 RENDERING = {"torch", "diffusers", "transformers", "accelerate"}
 SLOW = RENDERING | {"pandas", "pyarrow", "numpy", "PIL", "scipy"}
 
@@ -143,9 +66,10 @@ DISTRIBUTIONS = {
 
 @dataclass(frozen=True)
 class Import:
-    """One imported module: where it says so, when it is done, and whether for the type checker alone."""
+    """One import statement's module, as written, and the module that defines the imported name."""
 
     target: str
+    defined_in: str
     line: int
     at_start: bool
     typing_only: bool
@@ -159,12 +83,23 @@ def name_of(path: Path) -> str:
 MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
-def room_of(module: str) -> str:
+def package_of(module: str) -> str:
+    """Return the name in LAYERS that a module belongs to."""
     return (module.split(".") + ["batch_infer"])[1] if "." in module else module
 
 
-def floor_of(module: str) -> int:
-    return next(floor for floor, rooms in enumerate(FLOORS) if room_of(module) in rooms)
+def layer_of(module: str) -> int:
+    return next(layer for layer, packages in enumerate(LAYERS) if package_of(module) in packages)
+
+
+@cache
+def exports_of(package: str) -> dict[str, str]:
+    """Return the module that defines each name that a package's `__init__` imports, now or on use."""
+    if MODULES[package].name != "__init__.py":
+        return {}
+    tree = ast.parse(MODULES[package].read_text("utf-8"))
+    statements = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    return {name.name: str(node.module) for node in statements for name in node.names}
 
 
 @cache
@@ -177,89 +112,96 @@ def _walk(node: ast.AST, *, at_start: bool, typing_only: bool) -> Iterator[Impor
         match child:
             case ast.Import(names=names):
                 for name in names:
-                    yield Import(name.name, child.lineno, at_start, typing_only)
+                    yield Import(name.name, name.name, child.lineno, at_start, typing_only)
             case ast.ImportFrom(module=str(module), names=names, level=0):
                 for name in names:
-                    deeper = f"{module}.{name.name}"
-                    yield Import(deeper if deeper in MODULES else module, child.lineno, at_start, typing_only)
+                    submodule = f"{module}.{name.name}"
+                    target = submodule if submodule in MODULES else module
+                    defined_in = exports_of(module).get(name.name, target) if target in MODULES else target
+                    yield Import(target, defined_in, child.lineno, at_start, typing_only)
             case ast.ImportFrom():
                 pytest.fail(f"line {child.lineno}: a relative import")
             case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.Lambda():
                 yield from _walk(child, at_start=False, typing_only=typing_only)
             case ast.If(test=ast.Name(id="TYPE_CHECKING")):
-                yield from _walk(child, at_start=at_start, typing_only=True)
+                for part in child.body:
+                    yield from _walk(ast.Module([part], []), at_start=at_start, typing_only=True)
+                for part in child.orelse:
+                    yield from _walk(ast.Module([part], []), at_start=at_start, typing_only=typing_only)
             case _:
                 yield from _walk(child, at_start=at_start, typing_only=typing_only)
 
 
 def inner_imports() -> Iterator[tuple[str, Import]]:
-    """What the rooms import of each other, with the module that does."""
+    """Yield each import of one package from another, with the importing module."""
     for module in MODULES:
-        for found in imports_of(module):
-            if found.target in MODULES and room_of(found.target) != room_of(module):
-                yield module, found
+        for entry in imports_of(module):
+            if entry.target in MODULES and package_of(entry.target) != package_of(module):
+                yield module, entry
 
 
 def loaded_with(module: str) -> dict[str, str]:
-    """Packages of others that importing a module of ours loads, each with the module of ours that asks for it."""
-    found: dict[str, str] = {}
+    """Return the libraries that importing a module loads, each with the module of ours that imports it."""
+    libraries: dict[str, str] = {}
     waiting, seen = [module], {module}
     while waiting:
         here = waiting.pop()
         parents = {here.rsplit(".", depth)[0] for depth in range(1, here.count(".") + 1)}
-        asked = {entry.target for entry in imports_of(here) if entry.at_start and not entry.typing_only} | parents
-        for target in asked - seen:
+        entries = [entry for entry in imports_of(here) if entry.at_start and not entry.typing_only]
+        targets = {name for entry in entries for name in (entry.target, entry.defined_in)} | parents
+        for target in targets - seen:
             if target in MODULES:
                 seen.add(target)
                 waiting.append(target)
             else:
-                found.setdefault(target.split(".")[0], here)
-    return found
+                libraries.setdefault(target.split(".")[0], here)
+    return libraries
 
 
-def test_every_module_stands_on_one_floor() -> None:
-    rooms = [room for floor in FLOORS for room in floor]
-    assert len(rooms) == len(set(rooms))
-    assert {room_of(module) for module in MODULES} == set(rooms)
+def test_every_module_belongs_to_one_layer() -> None:
+    packages = [package for layer in LAYERS for package in layer]
+    assert len(packages) == len(set(packages))
+    assert {package_of(module) for module in MODULES} == set(packages)
 
 
-def test_imports_go_down() -> None:
+def test_imports_point_down() -> None:
     upward = [
-        f"{MODULES[module]}:{found.line} imports {found.target}"
-        for module, found in inner_imports()
-        if floor_of(found.target) >= floor_of(module)
+        f"{MODULES[module]}:{entry.line} imports {entry.target}"
+        for module, entry in inner_imports()
+        if layer_of(entry.target) >= layer_of(module)
     ]
     assert not upward
 
 
-def test_a_wing_is_entered_by_its_door() -> None:
-    """Imports for the type checker run nothing, and may name a room behind the door."""
-    windows = [
-        f"{MODULES[module]}:{found.line} imports {found.target}"
-        for module, found in inner_imports()
-        if found.target.count(".") > 1 and found.target not in DOORS and not found.typing_only
+def test_a_package_is_entered_through_its_init() -> None:
+    inside = [
+        f"{MODULES[module]}:{entry.line} imports {entry.target}"
+        for module, entry in inner_imports()
+        if entry.target.count(".") > 1
     ]
-    assert not windows
+    assert not inside
 
 
-def test_every_door_is_there() -> None:
-    assert set(MODULES) >= DOORS
+def test_a_package_does_not_import_itself_through_its_init() -> None:
+    """Such an import would depend on the order of the imports in `__init__`."""
+    circular = [
+        f"{path}:{entry.line}"
+        for module, path in MODULES.items()
+        for entry in imports_of(module)
+        if entry.target == f"batch_infer.{package_of(module)}" != module
+    ]
+    assert not circular
 
 
-@pytest.mark.parametrize(
-    ("rooms", "kept_out"),
-    [(TORCH_FREE, RENDERING), (COMMAND_LINE, SLOW)],
-    ids=["what does not render", "the command line"],
-)
-def test_rooms_import_nothing_slow(rooms: set[str], kept_out: set[str]) -> None:
-    """Importing a module imports all that it imports in turn, so that is what is looked at."""
-    loaded = {
-        module: found
-        for module in MODULES
-        if (room_of(module) in rooms or module in rooms) and module not in RENDERERS
-        if (found := {package: by for package, by in loaded_with(module).items() if package in kept_out})
-    }
-    assert not loaded
+def test_packages_load_torch_only_on_use() -> None:
+    packages = [module for module in MODULES if module.count(".") < 2 and package_of(module) not in LOADS_TORCH]
+    slow = {module: loaded_with(module).keys() & RENDERING for module in packages}
+    assert not {module: libraries for module, libraries in slow.items() if libraries}
+
+
+def test_the_command_line_loads_nothing_slow() -> None:
+    slow = {module: loaded_with(module).keys() & SLOW for module in MODULES if package_of(module) in COMMAND_LINE}
+    assert not {module: libraries for module, libraries in slow.items() if libraries}
 
 
 @pytest.mark.parametrize(
@@ -287,7 +229,7 @@ def test_every_library_is_a_dependency_in_pyproject() -> None:
     block = re.search(r"^dependencies = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
     assert block
     declared = set(re.findall(r'"([a-z-]+)', block[1]))
-    imported = {found.target.split(".")[0] for module in MODULES for found in imports_of(module)}
+    imported = {entry.target.split(".")[0] for module in MODULES for entry in imports_of(module)}
     others = imported - set(sys.stdlib_module_names) - {"batch_infer"} - EXTRAS.keys()
     assert {DISTRIBUTIONS.get(name, name) for name in others} <= declared
 
@@ -298,11 +240,11 @@ def test_the_library_of_an_extra_is_imported_late_in_the_one_module_that_is_name
     assert re.search(
         rf'^{extra} = \[.*"{DISTRIBUTIONS.get(library, library)}\b', (ROOT / "pyproject.toml").read_text(), re.MULTILINE
     )
-    entries = [(module, found) for module in MODULES for found in imports_of(module) if not found.typing_only]
-    homes = {module: found for module, found in entries if found.target.split(".")[0] == library}
+    entries = [(module, entry) for module in MODULES for entry in imports_of(module) if not entry.typing_only]
+    homes = {module: entry for module, entry in entries if entry.target.split(".")[0] == library}
     assert homes.keys() == {home}
     assert not homes[home].at_start or not [
-        module for module, found in entries if found.target == home and found.at_start
+        module for module, entry in entries if entry.defined_in == home and entry.at_start
     ]
 
 

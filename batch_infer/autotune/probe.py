@@ -175,7 +175,7 @@ def _find_device(asked: str) -> Device:
 
 
 def _import_renderer() -> None:
-    import batch_infer.worker.loading  # noqa: F401
+    from batch_infer.worker import load_any_model  # noqa: F401
 
 
 def _facts(path: Path) -> PipelineFacts:
@@ -210,7 +210,7 @@ def _model(card: ModelCard, compute: Compute, safety: SafetySettings) -> tuple[F
 @cache
 def _load(card: ModelCard, compute: Compute, judged: bool) -> tuple[Family | AnyPipeline, float]:
     started = time.perf_counter()
-    from batch_infer.worker.loading import load_any_model
+    from batch_infer.worker import load_any_model
 
     return load_any_model(card, compute, judged=judged), time.perf_counter() - started
 
@@ -219,7 +219,7 @@ def _knee(card: ModelCard, compute: Compute, safety: SafetySettings, size: tuple
     from torch import OutOfMemoryError
 
     from batch_infer.autotune.plateau import find_pipeline_plateau, find_plateau
-    from batch_infer.models.any_pipeline import AnyPipeline
+    from batch_infer.models import AnyPipeline
 
     with _told_of_memory():
         # Not compiled: that moves the knee little, and would take a minute for each size of batch that is tried.
@@ -235,7 +235,7 @@ def _rates(
     card: ModelCard, compute: Compute, safety: SafetySettings, image_format: ImageFormat, size: tuple[int, int]
 ) -> Rates:
     """Time full slots at few steps and at many: the difference is the steps', the rest the images'."""
-    from batch_infer.worker.loading import make_chain
+    from batch_infer.worker import make_chain
 
     with _told_of_memory():
         model, start = _model(card, compute, safety)

@@ -9,8 +9,7 @@ from pathlib import Path
 from batch_infer.errors import StorageError
 from batch_infer.manifest import read_part
 from batch_infer.records import Source
-from batch_infer.store.atomic import is_there
-from batch_infer.store.database import temporary_database
+from batch_infer.store import is_there, temporary_database
 from batch_infer.table import default_id
 
 _COLUMNS = ("id", "image_index", "source_file", "source_row", "generated_image")

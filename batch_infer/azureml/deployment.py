@@ -11,15 +11,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from batch_infer.cli.environment import settings_of_environment
-from batch_infer.cli.logs import set_up_logging
+from batch_infer.cli import set_up_logging, settings_of_environment
 from batch_infer.errors import SettingsError, UsageError
-from batch_infer.jobs import out as outdir
-from batch_infer.jobs.job import find_model, keep_policy, make_rules, rooted, settle_compute
-from batch_infer.jobs.record import describe
-from batch_infer.models import ModelCard
-from batch_infer.settings import Compute, ModelSettings, RunSettings, TableSettings
-from batch_infer.table import RowRules
+from batch_infer.jobs import describe, find_model, keep_policy, make_rules, read_run, rooted, settle_compute
+from batch_infer.serving import Deployment
+from batch_infer.settings import ModelSettings, RunSettings, TableSettings
 
 MODEL_DEPTH = 4
 """How deep below AZUREML_MODEL_DIR a model is looked for: a registered one lies some folders down."""
@@ -39,21 +35,14 @@ log = logging.getLogger("batch_infer")
 
 
 @dataclass(frozen=True, slots=True)
-class Deployment:
-    """All that is settled before the first request comes.
+class AzureDeployment(Deployment):
+    """A deployment on an OUT: `record` is its run.json, `earlier` the run.json that OUT already has."""
 
-    `record` is the run.json of it, `earlier` that of the OUT which it goes on with.
-    """
-
-    settings: RunSettings
-    card: ModelCard
-    compute: Compute
-    rules: RowRules
     record: Mapping[str, Any]
     earlier: Mapping[str, Any] | None
 
 
-def find_deployment(out: str, *, alone: bool = False) -> Deployment:
+def find_deployment(out: str, *, alone: bool = False) -> AzureDeployment:
     """What this process's environment asks for, on an OUT that need not be there. Raises UsageError.
 
     `alone`: it is no worker among others of its machine.
@@ -68,17 +57,17 @@ def find_deployment(out: str, *, alone: bool = False) -> Deployment:
     if settings.model.name is None:
         log.warning("neither BATCH_INFER_MODEL nor AZUREML_MODEL_DIR names a model: using the built-in demo model")
     card = find_model(settings)
-    earlier = read_run(settings.out)
+    earlier = read_cached_run(settings.out)
     settings = keep_policy(settings, earlier)
-    from batch_infer.autotune.devices import find_device  # imports torch, which takes seconds
+    from batch_infer.autotune import find_device  # imports torch, which takes seconds
 
     compute = settle_compute(settings, card, find_device(settings.model.device), earlier)
     record = describe(settings, card, compute, None)
     rules = make_rules(settings, card, record)
-    return Deployment(settings, card, compute, rules, {**record, "rules": asdict(rules)}, earlier)
+    return AzureDeployment(settings, card, compute, rules, {**record, "rules": asdict(rules)}, earlier)
 
 
-def read_run(out: Path) -> dict[str, Any] | None:
+def read_cached_run(out: Path) -> dict[str, Any] | None:
     """Return run.json, which another worker may just have written, or None where OUT has none. Raises UsageError.
 
     Disks show the old file or the new one. A mount of a storage account that caches the sizes of files, as blobfuse
@@ -86,9 +75,9 @@ def read_run(out: Path) -> dict[str, Any] | None:
     """
     for _ in range(LOOKS - 1):
         with suppress(UsageError):
-            return outdir.read_run(out)
+            return read_run(out)
         time.sleep(LOOK_SECONDS)
-    return outdir.read_run(out)
+    return read_run(out)
 
 
 def _settings(settings: RunSettings, *, alone: bool) -> RunSettings:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batch_infer.jobs.merge import with_carried
+from batch_infer.jobs import with_carried
 from batch_infer.manifest import as_schema, to_table
 from batch_infer.records import ResultRow, digest, now
 from batch_infer.table import default_id, is_no_table

@@ -13,7 +13,7 @@ from secrets import token_hex
 from threading import Lock
 
 from batch_infer.records import PromptRequest, ResultRow, digest
-from batch_infer.store.atomic import here, is_abandoned, list_names, own_name, reading, replacing, storing
+from batch_infer.store import here, is_abandoned, list_names, own_name, reading, replacing, storing
 
 TOGETHER = 32
 """Rows that share a mark while all goes well."""

@@ -11,22 +11,28 @@ from pathlib import Path
 import pyarrow as pa
 
 from batch_infer.azureml.claims import Claim, Claims
-from batch_infer.azureml.deployment import Deployment, read_run
+from batch_infer.azureml.deployment import AzureDeployment, read_cached_run
 from batch_infer.azureml.folders import Folder, by_folder, joined
 from batch_infer.azureml.rendering import Rendering
 from batch_infer.errors import DamagedPart, SettingsError, StorageError, TableError
-from batch_infer.jobs import cleanup
-from batch_infer.jobs import out as outdir
-from batch_infer.jobs.job import Job
-from batch_infer.jobs.merge import Counts, results_of
-from batch_infer.jobs.record import refuse_other
-from batch_infer.jobs.recovery import restore, set_aside
-from batch_infer.jobs.scan import scan_tables
+from batch_infer.jobs import (
+    LINKABLE,
+    Counts,
+    Job,
+    claim_run,
+    refuse_foreign,
+    refuse_other,
+    remove_abandoned,
+    restore,
+    results_of,
+    scan_tables,
+    set_aside,
+)
 from batch_infer.manifest import SCHEMA, Index, Manifest
 from batch_infer.planning import Committed, Item, is_done, pending, place_of
 from batch_infer.records import Source
 from batch_infer.sinks import FolderSink, possible_names
-from batch_infer.store.atomic import KnownFolder, is_there, list_names
+from batch_infer.store import KnownFolder, is_there, list_names
 from batch_infer.table import Others, Tables
 
 TURNS = 5
@@ -43,7 +49,7 @@ class MiniBatches:
     manifest, also where another worker has committed it.
     """
 
-    def __init__(self, deployment: Deployment) -> None:
+    def __init__(self, deployment: AzureDeployment) -> None:
         """Makes OUT, and its run.json where there is none. Raises UsageError, StorageError."""
         self._deployment, self._out = deployment, deployment.settings.out
         self._begin()
@@ -83,12 +89,12 @@ class MiniBatches:
 
     def _begin(self) -> None:
         """Leave a run.json for those who merge, or go on with that of a worker who was here before."""
-        outdir.refuse_foreign(self._out, (), self._deployment.earlier)
+        refuse_foreign(self._out, (), self._deployment.earlier)
         try:
             self._out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SettingsError(f"cannot write to {self._out}: {error.strerror or error}") from error
-        outdir.claim_run(self._out, self._deployment.record)
+        claim_run(self._out, self._deployment.record)
         self._refuse_mixed()
 
     def _refuse_mixed(self) -> None:
@@ -97,7 +103,7 @@ class MiniBatches:
         This is checked for every mini-batch too: on file systems without hard links, two workers that start at the same
         moment may both write run.json, and then one of them is refused here.
         """
-        if (found := read_run(self._out)) is None:
+        if (found := read_cached_run(self._out)) is None:
             return
         try:
             refuse_other(found, self._deployment.record, self._out)
@@ -186,8 +192,8 @@ class MiniBatches:
         """Remove what a worker has left that died over these files."""
         stems = {stem for name in names for stem in possible_names(Source(name, 0).stem)}
         folders = [path for kind in ("images", "quarantine") for stem in stems for path in self._folders(kind, stem)]
-        everywhere = [self._out, self._manifest.folder, *(self._out / name for name in outdir.LINKABLE), *folders]
-        originals = cleanup.remove_abandoned(self._out, everywhere)
+        everywhere = [self._out, self._manifest.folder, *(self._out / name for name in LINKABLE), *folders]
+        originals = remove_abandoned(self._out, everywhere)
         while originals:
             self._catch_up_with_results()
             try:

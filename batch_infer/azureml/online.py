@@ -40,7 +40,7 @@ from batch_infer.azureml.payload import MOST_IMAGES, TooMany, read_payload
 from batch_infer.errors import BatchInferError, ServiceError, SettingsError, TableError, TryAgainLater
 
 if TYPE_CHECKING:
-    from batch_infer.serving.service import Caller, Service
+    from batch_infer.serving import Caller, Service
 
 BAD_REQUEST, TOO_LARGE, UNAVAILABLE = 400, 413, 503
 RETRY_AFTER = 10
@@ -66,7 +66,7 @@ def init() -> None:
 def run(raw_data: str | bytes) -> Any:
     """Answer a request: objects, or the server's response where it has another status than 200."""
     service = _service()
-    from batch_infer.serving.service import Caller, GivenUp
+    from batch_infer.serving import Caller, GivenUp
 
     try:
         return _answer(raw_data, service, Caller(_seconds(), _hung_up()))
@@ -86,13 +86,13 @@ def run(raw_data: str | bytes) -> Any:
 def _service() -> Service:
     nowhere = Path(tempfile.gettempdir(), f"batch-infer-online-{uuid4().hex}")  # nothing is written
     deployment = find_deployment(str(nowhere), alone=True)
-    from batch_infer.serving.service import Service  # imports torch: what is wrong with the settings is told before
+    from batch_infer.serving import Service  # imports torch: what is wrong with the settings is told before
 
     return Service(deployment)
 
 
 def _answer(raw_data: str | bytes, service: Service, caller: Caller) -> list[dict[str, Any]]:
-    from batch_infer.serving.scoring import check_parameters, read_rows, score
+    from batch_infer.serving import check_parameters, read_rows, score
 
     deployment = service.deployment
     rows, parameters = read_payload(raw_data, deployment.settings.table.columns)
@@ -149,7 +149,7 @@ def _response(error: BatchInferError, status: int, sentence: str) -> Any:
 
 
 def _warm_up(service: Service) -> None:
-    from batch_infer.serving.scoring import score_rows
+    from batch_infer.serving import score_rows
 
     for steps in FEW_STEPS:
         try:

@@ -8,7 +8,7 @@ import pandas as pd
 import pyarrow as pa
 
 from batch_infer.carried import python_values
-from batch_infer.jobs.results import json_text, short
+from batch_infer.jobs import json_text, short
 from batch_infer.manifest import SCHEMA
 
 Columns = Literal["full", "card"]

@@ -18,9 +18,8 @@ from uuid import uuid4
 import pandas as pd
 
 from batch_infer.azureml.deployment import find_deployment
-from batch_infer.serving.scoring import score_rows
-from batch_infer.serving.service import Service
-from batch_infer.store.atomic import replacing
+from batch_infer.serving import Service, score_rows
+from batch_infer.store import replacing
 
 COLUMNS = ("prompt", "generated_image", "nsfw_content_detected")
 ERROR = "error"

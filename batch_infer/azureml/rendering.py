@@ -4,26 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from batch_infer.azureml.deployment import Deployment
+from batch_infer.azureml.deployment import AzureDeployment
 from batch_infer.azureml.in_progress import STRIKES, Begun, Key
 from batch_infer.chain import GatedChain
 from batch_infer.errors import BatchInferError
-from batch_infer.jobs.job import Job
+from batch_infer.jobs import Job
 from batch_infer.manifest import Index, Manifest
 from batch_infer.planning import in_order
 from batch_infer.records import PromptRequest
 from batch_infer.sinks import FolderSink
-from batch_infer.store.atomic import KnownFolder
-from batch_infer.worker import WorkerSettings
-from batch_infer.worker.device import Worker
-from batch_infer.worker.loading import load_chain
-from batch_infer.worker.rows import row_of, worker_name
+from batch_infer.store import KnownFolder
+from batch_infer.worker import Worker, WorkerSettings, load_chain, row_of, worker_name
 
 
 class Rendering:
     """A loaded model, and the rows that are under way in it."""
 
-    def __init__(self, deployment: Deployment, out: KnownFolder) -> None:
+    def __init__(self, deployment: AzureDeployment, out: KnownFolder) -> None:
         """Raises ModelError."""
         self._chain = load_chain(deployment.card, deployment.compute, deployment.settings.safety)
         self._held, self._manifest, self._begun = out, Manifest(out), Begun(out.path)

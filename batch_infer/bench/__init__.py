@@ -1,7 +1,5 @@
 """The benchmark: batch-infer beside plain diffusers and the bare UNet, on the same rows in one process."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from batch_infer.bench.settings import (
@@ -14,34 +12,33 @@ from batch_infer.bench.settings import (
     parse_steps,
     parse_sweep,
 )
+from batch_infer.lazy import import_on_use
 
 if TYPE_CHECKING:
-    from batch_infer.bench.figures import Report
+    from batch_infer.bench.contest import benchmark
+    from batch_infer.bench.figures import Figures, Report, SweepPoint
+else:
+    __getattr__ = import_on_use(
+        __name__,
+        contest=("benchmark",),
+        figures=(
+            "Figures",
+            "Report",
+            "SweepPoint",
+        ),
+    )
 
 __all__ = [
     "ARCHITECTURES",
-    "RIVALS",
-    "SWEEP",
     "BenchSettings",
+    "Figures",
+    "RIVALS",
+    "Report",
+    "SWEEP",
+    "SweepPoint",
     "TableShape",
-    "bench",
+    "benchmark",
     "parse_against",
     "parse_steps",
     "parse_sweep",
 ]
-
-
-def bench(settings: BenchSettings) -> Report:
-    """Time all that the settings name. Raises UsageError before anything is timed."""
-    if settings.plot is not None:
-        from batch_infer.bench.plotting import refuse_unfit
-
-        refuse_unfit(settings.plot)
-    from batch_infer.bench.contest import hold
-
-    report = hold(settings)
-    if settings.plot is not None and not report.stopped:
-        from batch_infer.bench.plotting import draw
-
-        draw(report, settings.plot)
-    return report

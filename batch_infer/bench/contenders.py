@@ -20,7 +20,7 @@ from batch_infer.errors import ModelError
 from batch_infer.planning import in_order
 from batch_infer.records import PromptRequest
 from batch_infer.settings import Compute
-from batch_infer.worker.loading import make_chain
+from batch_infer.worker import make_chain
 
 if TYPE_CHECKING:
     from batch_infer.models import Family

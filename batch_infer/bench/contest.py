@@ -29,14 +29,14 @@ from batch_infer.bench.figures import (
     median_ratio,
 )
 from batch_infer.bench.lanes import BareLane, Course, Lane, RenderingLane
+from batch_infer.bench.plotting import draw, refuse_unfit
 from batch_infer.bench.rows import Table, make_rows, row_forwards, spread, work_of
 from batch_infer.bench.settings import BenchSettings, Size
 from batch_infer.bench.subject import Subject, best_shapes, load_subject
 from batch_infer.bench.sweep import sweep
 from batch_infer.errors import SettingsError
-from batch_infer.jobs.record import LIBRARIES
-from batch_infer.models.acceleration import is_compiled
-from batch_infer.models.flops import decode_flops, row_forward_flops
+from batch_infer.jobs import LIBRARIES
+from batch_infer.models import decode_flops, is_compiled, row_forward_flops
 from batch_infer.worker import peak_memory
 
 SAMPLE = 24
@@ -46,8 +46,17 @@ OURS = "batch-infer"
 log = logging.getLogger("batch_infer")
 
 
-def hold(settings: BenchSettings) -> Report:
-    """Raises UsageError before anything is timed."""
+def benchmark(settings: BenchSettings) -> Report:
+    """Time all that the settings name. Raises UsageError before anything is timed."""
+    if settings.plot is not None:
+        refuse_unfit(settings.plot)
+    report = _hold(settings)
+    if settings.plot is not None and not report.stopped:
+        draw(report, settings.plot)
+    return report
+
+
+def _hold(settings: BenchSettings) -> Report:
     subject = load_subject(settings)
     sizes = settings.table.sizes_of(subject.sizes)
     if settings.compute.slots == "auto":

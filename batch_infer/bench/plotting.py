@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from batch_infer.bench.figures import Report, SweepPoint
 from batch_infer.errors import SettingsError
-from batch_infer.store.atomic import replacing
+from batch_infer.store import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,19 +8,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from batch_infer.autotune.devices import find_device, memory_fault
-from batch_infer.autotune.plateau import find_plateau
+from batch_infer.autotune import find_device, find_plateau, memory_fault
 from batch_infer.bench.rows import Sampling
 from batch_infer.bench.settings import BenchSettings, Size
 from batch_infer.errors import RowError, SettingsError
-from batch_infer.jobs.job import settle_compute
-from batch_infer.jobs.record import choose_compute
-from batch_infer.models import ModelCard, read_card
-from batch_infer.models.acceleration import speed_up
-from batch_infer.models.architectures import build
+from batch_infer.jobs import choose_compute, settle_compute
+from batch_infer.models import ModelCard, build_architecture, read_card, speed_up
 from batch_infer.records import SamplingParams, SizeRules
 from batch_infer.settings import BatchShape, Compute, RunSettings, TableSettings
-from batch_infer.worker.loading import load_model, prepare_torch
+from batch_infer.worker import load_model, prepare_torch
 
 if TYPE_CHECKING:
     from batch_infer.models import Family
@@ -79,7 +75,7 @@ def _loaded(card: ModelCard, compute: Compute) -> Subject:
 
 
 def _built(name: str, compute: Compute) -> Subject:
-    built = build(name, *prepare_torch(compute))
+    built = build_architecture(name, *prepare_torch(compute))
     speed_up(built.model.networks, built.model.device, compiled=compute.compiled, threads=compute.threads)
     sampling = Sampling(built.guidance_scale, built.guidance_rescale)
     return Subject(f"{name}, random weights", built.model, compute, built.sizes, sampling)

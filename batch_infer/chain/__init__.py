@@ -1,20 +1,43 @@
 """The chain: requests in, judged images out (gate, encode, denoise, decode, check)."""
 
-from batch_infer.chain.gated import GatedChain, Grace
-from batch_infer.chain.outcomes import Elsewhere, Rendered, Size, Unrendered, nothing
-from batch_infer.chain.pipeline_call import PipelineCallChain
-from batch_infer.chain.shape import ChainShape
-from batch_infer.chain.step_level import StepLevelChain
+from typing import TYPE_CHECKING
+
+from batch_infer.lazy import import_on_use
+
+if TYPE_CHECKING:
+    from batch_infer.chain.gated import GatedChain, Grace
+    from batch_infer.chain.outcomes import Elsewhere, Rendered, Size, Unrendered, nothing
+    from batch_infer.chain.pipeline_call import PipelineCallChain
+    from batch_infer.chain.shape import ChainShape
+    from batch_infer.chain.step_level import StepLevelChain
+else:
+    __getattr__ = import_on_use(
+        __name__,
+        gated=(
+            "GatedChain",
+            "Grace",
+        ),
+        outcomes=(
+            "Elsewhere",
+            "Rendered",
+            "Size",
+            "Unrendered",
+            "nothing",
+        ),
+        pipeline_call=("PipelineCallChain",),
+        shape=("ChainShape",),
+        step_level=("StepLevelChain",),
+    )
 
 __all__ = [
-    "StepLevelChain",
     "ChainShape",
-    "PipelineCallChain",
     "Elsewhere",
     "GatedChain",
     "Grace",
+    "PipelineCallChain",
     "Rendered",
     "Size",
+    "StepLevelChain",
     "Unrendered",
     "nothing",
 ]

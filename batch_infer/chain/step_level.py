@@ -18,7 +18,7 @@ from batch_infer.chain.read_ahead import Ahead, Waiting
 from batch_infer.chain.shape import ChainShape, Part
 from batch_infer.diffusion import Finished, Slots
 from batch_infer.errors import RowError, first_line
-from batch_infer.models.acceleration import is_compiled
+from batch_infer.models import is_compiled
 from batch_infer.records import PromptRequest
 from batch_infer.safety import ImageChecker
 from batch_infer.stages import Stages

@@ -1,30 +1,18 @@
-"""The commands of batch-infer. No torch here: --help answers at once."""
+"""The command line: options become settings, one call of `jobs`, an exit code. No torch: --help answers at once."""
 
-from __future__ import annotations
-
-import click
-
-from batch_infer import __version__
-from batch_infer.cli.azureml_simulate import azureml_simulate
-from batch_infer.cli.bench import bench
 from batch_infer.cli.config import settle_format_early
-from batch_infer.cli.export_mlflow import export_mlflow
-from batch_infer.cli.merge import merge
+from batch_infer.cli.environment import settings_of_environment
+from batch_infer.cli.logs import give_stderr_back, in_json, set_up_logging, tell_error
+from batch_infer.cli.main import commands
 from batch_infer.cli.names import with_suggestion
-from batch_infer.cli.plan import plan
-from batch_infer.cli.rescore import rescore
-from batch_infer.cli.retry import retry
-from batch_infer.cli.run import run
-from batch_infer.cli.status import status
 
-__all__ = ["commands", "settle_format_early", "with_suggestion"]
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="batch-infer")
-def commands() -> None:
-    """Render tables of prompts into images and a results table that accounts for every row."""
-
-
-for command in (run, plan, status, retry, rescore, merge, bench, azureml_simulate, export_mlflow):
-    commands.add_command(command)
+__all__ = [
+    "commands",
+    "give_stderr_back",
+    "in_json",
+    "set_up_logging",
+    "settings_of_environment",
+    "settle_format_early",
+    "tell_error",
+    "with_suggestion",
+]

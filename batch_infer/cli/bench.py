@@ -19,7 +19,6 @@ from batch_infer.bench import (
     parse_steps,
     parse_sweep,
 )
-from batch_infer.bench import bench as compare
 from batch_infer.cli.asked import compute_settings, model_settings
 from batch_infer.cli.config import config_option
 from batch_infer.cli.logs import set_up_logging
@@ -29,7 +28,7 @@ from batch_infer.cli.signals import NOTHING_KEPT, stoppable
 from batch_infer.errors import Interrupted
 
 if TYPE_CHECKING:
-    from batch_infer.bench.figures import Figures, Report, SweepPoint
+    from batch_infer.bench import Figures, Report, SweepPoint
 
 
 @click.command(context_settings={"auto_envvar_prefix": "BATCH_INFER"})
@@ -112,7 +111,9 @@ def bench(as_json: bool, quiet: bool, verbose: bool, **options: Any) -> int:
     settings = _settings(options)
     set_up_logging(quiet=quiet, verbose=verbose)
     with stoppable(hint=NOTHING_KEPT):
-        report = compare(settings)
+        from batch_infer.bench import benchmark  # imports torch
+
+        report = benchmark(settings)
     with printing():
         if as_json:
             click.echo(json.dumps(report.as_dict()))

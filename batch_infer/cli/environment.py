@@ -7,8 +7,8 @@ from collections.abc import Collection
 
 import click
 
-from batch_infer.cli import commands
 from batch_infer.cli.asked import run_settings
+from batch_infer.cli.main import commands
 from batch_infer.cli.names import variables_of_option
 from batch_infer.cli.run import run
 from batch_infer.errors import SettingsError

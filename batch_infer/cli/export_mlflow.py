@@ -36,7 +36,7 @@ def export_mlflow(folder: Path, quiet: bool, verbose: bool, **options: Any) -> i
     if find_spec("mlflow") is None:
         raise SettingsError("export-mlflow needs mlflow: pip install 'batch-infer[mlflow]'")
     with stoppable(hint=NOTHING_KEPT):
-        from batch_infer.jobs.export_mlflow import export_model  # imports torch, which takes seconds
+        from batch_infer.jobs import export_model  # imports torch, which takes seconds
 
         card = export_model(folder.expanduser(), model_settings(options), compute_settings(options))
     if not quiet:

@@ -36,7 +36,7 @@ def merge(
     """
     set_up_logging(quiet=quiet, verbose=verbose)
     with stoppable(hint="results.* are as they were. Run the same command again"):
-        from batch_infer.jobs.remerge import merge_results
+        from batch_infer.jobs import merge_results
 
         counts, formats = merge_results(out, results, base64=base64)
     if quiet:

@@ -25,9 +25,7 @@ from batch_infer.records import Status
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
-    from batch_infer.jobs.scan import ScanResult
-    from batch_infer.jobs.summary import Summary
-    from batch_infer.jobs.throughput import Throughput
+    from batch_infer.jobs import ScanResult, Summary, Throughput
     from batch_infer.records import ResultRow
 
 WRITE_EVERY = 10.0
@@ -186,7 +184,7 @@ class Metrics:
 
 def _is_first() -> bool:
     """Whether this is the command, or of a launcher's processes the first: the others render for it."""
-    from batch_infer.engines.launched import place
+    from batch_infer.engines import place
 
     here = place()
     return here is None or here.rank == 0

@@ -16,10 +16,10 @@ from batch_infer.cli.report import ROWS_FAILED, duration, number, printing, say
 from batch_infer.cli.signals import NOTHING_KEPT, stoppable
 from batch_infer.errors import SettingsError
 from batch_infer.records import ResultRow, Source
-from batch_infer.store.temporary import temporary_text
+from batch_infer.store import temporary_text
 
 if TYPE_CHECKING:
-    from batch_infer.jobs.plan import Plan
+    from batch_infer.jobs import Plan
     from batch_infer.settings import RunSettings
 
 
@@ -52,7 +52,7 @@ def plan(time_limit: float | None, as_json: bool, quiet: bool, verbose: bool, **
     set_up_logging(quiet=quiet, verbose=verbose)
     # In a file: there may be as many faults as the table has rows.
     with stoppable(hint=NOTHING_KEPT), temporary_text() as faults:
-        from batch_infer.jobs.plan import make_plan as look
+        from batch_infer.jobs import make_plan as look
 
         found = look(settings, lambda row: _note(row, faults))
         for remark in found.remarks:
@@ -94,7 +94,7 @@ def _print_json(plan: Plan, faults: TextIO, limits: Mapping[str, Any]) -> None:
 
 
 def _print(plan: Plan, faults: TextIO, settings: RunSettings) -> None:
-    from batch_infer.jobs.scan import explain
+    from batch_infer.jobs import explain
 
     for fault in map(json.loads, faults):
         if fault["image_index"] == 0:

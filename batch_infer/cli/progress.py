@@ -12,9 +12,7 @@ from tqdm import tqdm
 from batch_infer.cli.logs import in_json, log
 
 if TYPE_CHECKING:
-    from batch_infer.jobs.run import Progress
-    from batch_infer.jobs.scan import ScanResult
-    from batch_infer.jobs.throughput import Throughput
+    from batch_infer.jobs import Progress, ScanResult, Throughput
     from batch_infer.records import ResultRow
 
 LOADING = "loading model"

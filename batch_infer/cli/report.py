@@ -18,8 +18,7 @@ from batch_infer.errors import Interrupted
 from batch_infer.terminal import escape_controls
 
 if TYPE_CHECKING:
-    from batch_infer.jobs.merge import Counts
-    from batch_infer.jobs.summary import Summary
+    from batch_infer.jobs import Counts, Summary
     from batch_infer.settings import RunSettings
 
 

@@ -17,7 +17,7 @@ from batch_infer.cli.report import ROWS_FAILED, number, printing, say, told_coun
 from batch_infer.cli.signals import stoppable
 
 if TYPE_CHECKING:
-    from batch_infer.jobs.rejudging import Rescored
+    from batch_infer.jobs import Rescored
 
 
 @click.command(context_settings={"auto_envvar_prefix": "BATCH_INFER"})
@@ -51,7 +51,7 @@ def rescore(out: Path, tables: tuple[str, ...], as_json: bool, quiet: bool, verb
         log.debug("%s judged", number(found.judged, "image"))
 
     with stoppable() as stop:
-        from batch_infer.jobs.rescore import rescore_images as judge_again
+        from batch_infer.jobs import rescore_images as judge_again
 
         found, counts = judge_again(out, tables, safety_settings({**options, "require_safety": True}), tell, stop)
     code = ROWS_FAILED if found.failed else 0

@@ -55,7 +55,7 @@ def retry(
     """
     set_up_logging(quiet=quiet, verbose=verbose)
     with Metrics(metrics_file, str(out)) as metrics, stoppable(time_limit) as stop:
-        from batch_infer.jobs.retry import retry_rows as render_again
+        from batch_infer.jobs import retry_rows as render_again
 
         listeners = Together(make_progress(shown=not (quiet or no_progress)), metrics)
         summary, settings = render_again(out, statuses, tables, listeners, stop)

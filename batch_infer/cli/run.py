@@ -48,8 +48,8 @@ def run(
     set_up_logging(quiet=quiet, verbose=verbose)
     with Metrics(metrics_file, options["out"], options["model"] or "demo") as metrics, stoppable(time_limit) as stop:
         settings = run_settings(options)
-        from batch_infer.jobs.run import assist  # seconds long, and a signal may come in them
-        from batch_infer.jobs.run import render_tables as score
+        from batch_infer.jobs import assist  # seconds long, and a signal may come in them
+        from batch_infer.jobs import render_tables as score
 
         if assist(settings, stop):
             return 0

@@ -9,7 +9,7 @@ from batch_infer.cli.logs import stop_log, tell_error
 from batch_infer.cli.report import duration, number
 from batch_infer.errors import Interrupted
 from batch_infer.stopping import TIME_LIMIT, Stopper, StopRequested
-from batch_infer.store.atomic import remove_open
+from batch_infer.store import remove_open
 
 RESUME = "what was committed is kept. Run the same command again to continue"
 NOTHING_KEPT = "nothing is kept. Run the same command again"

@@ -14,7 +14,7 @@ from batch_infer.cli.options import json_option, logging_options, out_argument
 from batch_infer.cli.report import duration, printing, say
 
 if TYPE_CHECKING:
-    from batch_infer.jobs.status import RunStatus
+    from batch_infer.jobs import RunStatus
 
 
 @click.command(context_settings={"auto_envvar_prefix": "BATCH_INFER"})
@@ -31,7 +31,7 @@ def status(out: Path, as_json: bool, quiet: bool, verbose: bool) -> int:
     Exit codes: 0; 2 if OUT holds no run. With -q only this error is printed.
     """
     set_up_logging(quiet=quiet, verbose=verbose)
-    from batch_infer.jobs.status import read_status as look
+    from batch_infer.jobs import read_status as look
 
     standing = look(out)
     if quiet:

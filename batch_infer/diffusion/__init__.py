@@ -1,6 +1,25 @@
 """The latent diffusion loop: many rows, each at its own step of its own sampler, in one UNet call."""
 
-from batch_infer.diffusion.packer import Context, Denoiser, Finished, Slots
-from batch_infer.diffusion.solver import CoefficientTable, Solver
+from typing import TYPE_CHECKING
+
+from batch_infer.lazy import import_on_use
+
+if TYPE_CHECKING:
+    from batch_infer.diffusion.packer import Context, Denoiser, Finished, Slots
+    from batch_infer.diffusion.solver import CoefficientTable, Solver
+else:
+    __getattr__ = import_on_use(
+        __name__,
+        packer=(
+            "Context",
+            "Denoiser",
+            "Finished",
+            "Slots",
+        ),
+        solver=(
+            "CoefficientTable",
+            "Solver",
+        ),
+    )
 
 __all__ = ["CoefficientTable", "Context", "Denoiser", "Finished", "Slots", "Solver"]

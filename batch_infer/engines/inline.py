@@ -7,16 +7,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from batch_infer.autotune.devices import find_device, memory_fault
-from batch_infer.engines import Task, TaskReport
+from batch_infer.autotune import find_device, memory_fault
 from batch_infer.engines.ledger import primed
+from batch_infer.engines.protocol import Task, TaskReport
 from batch_infer.engines.worker_process import loading
 from batch_infer.records import ResultRow
 from batch_infer.settings import Device
 from batch_infer.stopping import deferred
-from batch_infer.worker.device import Worker
-from batch_infer.worker.loading import load_chain
-from batch_infer.worker.rows import worker_name
+from batch_infer.worker import Worker, load_chain, worker_name
 
 
 class Inline:

@@ -33,7 +33,7 @@ from batch_infer.errors import ModelError, ServiceError, SettingsError
 from batch_infer.models import ModelCard
 from batch_infer.settings import Device
 from batch_infer.stopping import StopRequested
-from batch_infer.store.atomic import KnownFolder
+from batch_infer.store import KnownFolder
 from batch_infer.worker import WorkerSettings
 
 LOOK_SECONDS = 0.5

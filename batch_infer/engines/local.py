@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from multiprocessing import active_children
 from typing import TYPE_CHECKING
 
-from batch_infer.engines import Task, TaskReport
 from batch_infer.engines.handle import Timeouts, WorkerHandle, start
 from batch_infer.engines.messages import Broken, Found, Logged
+from batch_infer.engines.protocol import Task, TaskReport
 from batch_infer.engines.supervisor import POLL_SECONDS, Supervisor, error_of
 from batch_infer.engines.worker_process import WorkerSpec
 from batch_infer.errors import SettingsError, WorkersLost
@@ -17,7 +17,7 @@ from batch_infer.records import ResultRow
 from batch_infer.settings import Device
 
 if TYPE_CHECKING:
-    from batch_infer.worker.device import LoadChain
+    from batch_infer.worker import LoadChain
 
 
 class Local:

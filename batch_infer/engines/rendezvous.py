@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from batch_infer.errors import SettingsError
-from batch_infer.store.atomic import replacing, storing, temporary_of
+from batch_infer.store import replacing, storing, temporary_of
 
 MEETING = ".crew"
 SECRET = "BATCH_INFER_LAUNCH_SECRET"

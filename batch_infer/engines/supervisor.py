@@ -10,7 +10,6 @@ from threading import Event
 from typing import Protocol
 
 from batch_infer import errors, main_guard
-from batch_infer.engines import Task, TaskReport
 from batch_infer.engines.handle import Timeouts, WorkerHandle
 from batch_infer.engines.ledger import STRIKES, Chunk, Ledger
 from batch_infer.engines.messages import (
@@ -29,14 +28,14 @@ from batch_infer.engines.messages import (
     Stop,
     Wants,
 )
+from batch_infer.engines.protocol import Task, TaskReport
 from batch_infer.errors import BatchInferError, ModelError, SettingsError, TryAgainLater, WorkersLost
 from batch_infer.manifest import Manifest
 from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.settings import Device
 from batch_infer.sinks import FolderSink
 from batch_infer.stopping import deferred
-from batch_infer.worker import WorkerReport
-from batch_infer.worker.rows import row_of
+from batch_infer.worker import WorkerReport, row_of
 
 POLL_SECONDS = 0.2
 STARTS = 2

@@ -49,12 +49,11 @@ from batch_infer.engines.messages import (
 from batch_infer.errors import StorageError
 from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.stopping import STOP_SIGNALS, deferred
-from batch_infer.store.logfile import log_to, open_log
-from batch_infer.worker import WorkerSettings
-from batch_infer.worker.rows import worker_name
+from batch_infer.store import log_to, open_log
+from batch_infer.worker import WorkerSettings, worker_name
 
 if TYPE_CHECKING:
-    from batch_infer.worker.device import LoadChain, Worker
+    from batch_infer.worker import LoadChain, Worker
 
 BEAT_SECONDS = 1.0
 """How often a worker says that it is alive, while it is."""
@@ -100,7 +99,7 @@ def work(
     # Objects that imports create stay alive; scanning them for garbage takes a sixth of the import time.
     gc.disable()
     with parent:
-        from batch_infer.autotune.devices import find_device
+        from batch_infer.autotune import find_device
 
         parent.send(Found(find_device(seat.asked)))
         settings = own(parent.settings())
@@ -154,11 +153,11 @@ def keep_to(seat: WorkerSpec) -> None:
 def _load(settings: WorkerSettings, seat: WorkerSpec, parent: Parent) -> Worker:
     import torch
 
-    from batch_infer.autotune.devices import memory_fault
-    from batch_infer.worker.device import Worker
+    from batch_infer.autotune import memory_fault
+    from batch_infer.worker import Worker
 
     if seat.load is None:
-        from batch_infer.worker.loading import load_chain
+        from batch_infer.worker import load_chain
     try:
         return Worker(settings, worker_name(seat.rank), seat.load or load_chain, parent.stops)
     except torch.OutOfMemoryError as error:

@@ -13,7 +13,7 @@ from batch_infer.errors import DamagedPart, Interrupted, SettingsError, UsageErr
 from batch_infer.jobs.out import LINKABLE, OURS, mark_half_cleared, read_run
 from batch_infer.manifest import Manifest, read_part
 from batch_infer.sinks import ASIDE, FolderSink, path_before_aside, stored_path
-from batch_infer.store.atomic import (
+from batch_infer.store import (
     is_abandoned,
     is_folder,
     is_link,

@@ -9,8 +9,7 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from batch_infer.autotune import calibration
-from batch_infer.autotune.calibration import Rates
+from batch_infer.autotune import Rates, recall_calibration, remember_calibration
 from batch_infer.errors import CompilationError
 from batch_infer.jobs.job import Job
 from batch_infer.planning import Load
@@ -18,7 +17,7 @@ from batch_infer.records import now
 from batch_infer.stages import Stages
 
 if TYPE_CHECKING:
-    from batch_infer.autotune.probe import Probe
+    from batch_infer.autotune import Probe
 
 MOST_MEASURED = 4
 """Sizes that are measured; those of the other rows are told from the nearest of these."""
@@ -33,13 +32,13 @@ log = logging.getLogger("batch_infer")
 
 def rates_of(loads: Mapping[Size, Load], job: Job, probe: Probe) -> dict[Size, Rates]:
     """The rates of every size. Raises ModelError where the model cannot be tried out."""
-    found = {size: rates for size in loads if (rates := calibration.recall(Rates, _conditions(job, size))) is not None}
+    found = {size: rates for size in loads if (rates := recall_calibration(Rates, _conditions(job, size))) is not None}
     dearest = sorted(loads, key=lambda size: loads[size].row_forwards * size[0] * size[1], reverse=True)
     for size in dearest[:MOST_MEASURED]:
         if size not in found:
             log.info("measuring %dx%d pixels", *size[::-1])
             found[size] = _measure(size, job, probe)
-            calibration.remember(_conditions(job, size), found[size])
+            remember_calibration(_conditions(job, size), found[size])
     return {size: found[size] if size in found else _nearest(size, found) for size in loads}
 
 
@@ -62,7 +61,7 @@ def learn(job: Job, by_size: Mapping[Size, Stages], lengths: Mapping[Size, int],
         if stages.images and stages.ticks >= TICKS_THAT_TELL:
             tick, image = stages.denoise / stages.ticks, (stages.seconds - stages.denoise) / stages.images
             rates = Rates(start, tick, image, lengths[size] / stages.images, now())
-            calibration.remember(_conditions(job, size), rates)
+            remember_calibration(_conditions(job, size), rates)
 
 
 def _nearest(size: Size, known: Mapping[Size, Rates]) -> Rates:

@@ -26,7 +26,7 @@ from mlflow.types.schema import ColSpec, DataType, ParamSchema, ParamSpec, Schem
 from batch_infer.errors import SettingsError
 from batch_infer.models import DEMO_MODEL, ModelCard, read_card
 from batch_infer.settings import ComputeSettings, ModelSettings
-from batch_infer.store.atomic import TEMPORARY, is_abandoned, storing, temporary_of
+from batch_infer.store import TEMPORARY, is_abandoned, storing, temporary_of
 
 EXAMPLE = pd.DataFrame({"prompt": ["A photo of an astronaut riding a horse on Mars"]})
 SIGNATURE = ModelSignature(

@@ -220,7 +220,7 @@ def _check_safety(settings: RunSettings, card: ModelCard) -> None:
     """See that who is to judge is there. Raises SettingsError."""
     safety = settings.safety
     if safety.service is not None:
-        from batch_infer.safety.content_safety import check_credentials  # imports Azure's libraries
+        from batch_infer.safety import check_credentials  # imports Azure's libraries
 
         check_credentials(safety.service)
     if safety.mode == "none":

@@ -18,7 +18,7 @@ from batch_infer import __version__
 from batch_infer.errors import LockedError, SettingsError, StorageError, UsageError, first_line
 from batch_infer.jobs.run_json import parse_record, require
 from batch_infer.records import now
-from batch_infer.store.atomic import (
+from batch_infer.store import (
     KnownFolder,
     is_abandoned,
     is_temporary,

@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
-from batch_infer.autotune.probe import Probe
-from batch_infer.engines import end_unguarded_process
+from batch_infer.autotune import Probe
 from batch_infer.errors import RowError, SettingsError
 from batch_infer.jobs.changes import find_changes
 from batch_infer.jobs.estimate import rates_of
@@ -17,6 +16,7 @@ from batch_infer.jobs.job import Job, find_model, finishing_overwrite, open_tabl
 from batch_infer.jobs.record import at_once, processes_of
 from batch_infer.jobs.scan import reason_of
 from batch_infer.jobs.tune import BatchShapes
+from batch_infer.main_guard import end_unguarded_process
 from batch_infer.manifest import Index, Manifest
 from batch_infer.models import TruncationCount, load_token_counter
 from batch_infer.planning import Batching, Committed, Item, Packing, in_order, is_done, pending

@@ -17,7 +17,7 @@ from batch_infer.errors import DamagedPart, StorageError
 from batch_infer.jobs import cleanup
 from batch_infer.manifest import SCHEMA, Index, Manifest, commit_time, read_part
 from batch_infer.sinks import FolderSink, path_before_aside, read_image
-from batch_infer.store.atomic import is_there, storing, sync_folder
+from batch_infer.store import is_there, storing, sync_folder
 
 RECENT_SECONDS = 600.0
 """Parts committed within this time before the last one are checked.

@@ -21,8 +21,7 @@ from batch_infer.records import PromptRequest, ResultRow, Status, StoredImage, V
 from batch_infer.safety import Gate, ImageChecker, gate_of
 from batch_infer.settings import OnFlagged, RunSettings
 from batch_infer.sinks import FolderSink, stored_path
-from batch_infer.worker import commit_images
-from batch_infer.worker.rows import why_flagged, with_file, with_verdict, worker_name
+from batch_infer.worker import commit_images, why_flagged, with_file, with_verdict, worker_name
 
 READING_THREADS = 8
 ORIGINAL = frozenset({"keep", "quarantine"})
@@ -250,7 +249,7 @@ def _both(first: Verdict | RowBroken, second: Verdict | RowBroken) -> Verdict | 
 
 
 def _load_judge(settings: RunSettings, card: ModelCard, record: Mapping[str, Any]) -> ImageChecker:
-    from batch_infer.autotune.devices import find_device  # these import torch, which a service alone does without
-    from batch_infer.worker.loading import load_judge
+    from batch_infer.autotune import find_device  # these import torch, which a service alone does without
+    from batch_infer.worker import load_judge
 
     return load_judge(card, settle_compute(settings, card, find_device(settings.model.device), record))

@@ -17,7 +17,7 @@ from batch_infer.jobs.run_json import ended_in_order, with_counts
 from batch_infer.manifest import Manifest
 from batch_infer.planning import finished_in
 from batch_infer.settings import OutputSettings, ResultsFormat, RunSettings
-from batch_infer.store.atomic import is_there
+from batch_infer.store import is_there
 
 log = logging.getLogger("batch_infer")
 

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from batch_infer.carried import python_values
 from batch_infer.settings import OutputSettings
 from batch_infer.sinks import read_image
-from batch_infer.store.atomic import replacing
+from batch_infer.store import replacing
 
 _Write = Callable[[pa.Table], None]
 

@@ -13,9 +13,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from batch_infer.engines import Engine, Task, TaskReport, end_unguarded_process
-from batch_infer.engines.launched import Launched, RankInfo, join, place, remove_note
-from batch_infer.engines.local import Local
+from batch_infer.engines import (
+    Engine,
+    Launched,
+    Local,
+    RankInfo,
+    Task,
+    TaskReport,
+    join,
+    place,
+    remove_note,
+)
 from batch_infer.errors import (
     BatchInferError,
     CompilationError,
@@ -40,13 +48,13 @@ from batch_infer.jobs.scan import ScanResult, commit_invalid, scan_tables
 from batch_infer.jobs.summary import Summary
 from batch_infer.jobs.throughput import Throughput
 from batch_infer.jobs.tune import BatchShapes, learn_shapes
+from batch_infer.main_guard import end_unguarded_process
 from batch_infer.manifest import Index, Manifest
 from batch_infer.planning import SkipRule, in_order, is_done, pending
 from batch_infer.records import ResultRow, now
 from batch_infer.settings import Compute, RunSettings
 from batch_infer.stopping import GRACE_SECONDS, StopRequested, deferred
-from batch_infer.store.atomic import KnownFolder, is_there
-from batch_infer.store.logfile import log_to, open_log
+from batch_infer.store import KnownFolder, is_there, log_to, open_log
 from batch_infer.worker import WorkerSettings, least, peak_memory, together
 
 LISTING_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
@@ -125,7 +133,7 @@ def engine_for(settings: RunSettings, here: RankInfo | None) -> Engine:
     if here is not None:
         return Launched(settings.model.device, here, settings.out)
     if settings.compute.processes == 0:
-        from batch_infer.engines.inline import Inline  # imports torch
+        from batch_infer.engines import Inline  # imports torch
 
         return Inline(settings.model.device)
     return Local(settings.model.device, settings.compute.processes)
@@ -235,7 +243,7 @@ class _Run:
     def _settle_shapes(self, survey: ScanResult) -> None:
         """Find the slots of the sizes that are pending, where that was left to us."""
         if self._job.settings.compute.slots == "auto":
-            from batch_infer.autotune.probe import Probe
+            from batch_infer.autotune import Probe
 
             with Probe() as probe:
                 self._use(BatchShapes(self._job, probe).settle(sorted(survey.sizes)))

@@ -9,10 +9,10 @@ from batch_infer.manifest.manifest import Manifest
 from batch_infer.manifest.parts import SCHEMA, as_schema, commit_time, read_part, run_of, to_table, write_parquet
 
 __all__ = [
-    "SCHEMA",
     "Committed",
     "Index",
     "Manifest",
+    "SCHEMA",
     "as_schema",
     "commit_time",
     "read_part",

@@ -14,8 +14,7 @@ import pyarrow as pa
 from batch_infer.errors import BatchInferError, DamagedPart, StorageError
 from batch_infer.manifest.parts import SCHEMA, as_schema, read_part
 from batch_infer.records import PromptRequest
-from batch_infer.store.atomic import is_there
-from batch_infer.store.database import temporary_database
+from batch_infer.store import is_there, temporary_database
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import pyarrow as pa
 from batch_infer.manifest.index import Damaged, Index
 from batch_infer.manifest.parts import carried_fields, opened_part, part_name, run_of, to_table, write_part
 from batch_infer.records import ResultRow, digest
-from batch_infer.store.atomic import KnownFolder, here, list_names, make_folder
+from batch_infer.store import KnownFolder, here, list_names, make_folder
 
 
 class Manifest:

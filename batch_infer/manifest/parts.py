@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from batch_infer.carried import converter, result_type, to_array, to_values
 from batch_infer.errors import DamagedPart, NewerPart, StorageError, first_line
 from batch_infer.records import ResultRow, digest
-from batch_infer.store.atomic import replacing
+from batch_infer.store import replacing
 
 SCHEMA = pa.schema(
     [

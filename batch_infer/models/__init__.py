@@ -1,12 +1,6 @@
-"""Models: what a checkpoint is, told without loading it, and the families that can run it.
-
-This file, `card` and `tokens` import no torch, so that a command that renders nothing starts at once.
-"""
-
-from __future__ import annotations
+"""Models: what a checkpoint is, read without loading it, and the families that can run it."""
 
 import os
-from typing import TYPE_CHECKING, Any
 
 # Before either is imported: their advice (which image processor, which flag) is not addressed to the user of a table.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -14,29 +8,51 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 # transformers would fetch and run kernels from the Hub for some networks.
 os.environ.setdefault("USE_HUB_KERNELS", "NO")
 
-from batch_infer.errors import ModelError
+from typing import TYPE_CHECKING
+
+from batch_infer.lazy import import_on_use
 from batch_infer.models.card import DEMO_MODEL, ModelCard, read_card
+from batch_infer.models.families import load, load_checker, load_pipeline, load_solver, load_token_counter, read_facts
 from batch_infer.models.layouts import PipelineFacts
 from batch_infer.models.tokens import TokenCounter, TruncationCount
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    import torch
-
-    from batch_infer.diffusion import Solver
+    from batch_infer.models.acceleration import is_compiled, speed_up
     from batch_infer.models.any_pipeline import AnyPipeline
+    from batch_infer.models.architectures import build_architecture
     from batch_infer.models.family import Conditioning, Family
+    from batch_infer.models.flops import decode_flops, row_forward_flops
+else:
+    __getattr__ = import_on_use(
+        __name__,
+        acceleration=(
+            "is_compiled",
+            "speed_up",
+        ),
+        any_pipeline=("AnyPipeline",),
+        architectures=("build_architecture",),
+        family=(
+            "Conditioning",
+            "Family",
+        ),
+        flops=(
+            "decode_flops",
+            "row_forward_flops",
+        ),
+    )
 
 __all__ = [
-    "DEMO_MODEL",
     "AnyPipeline",
     "Conditioning",
+    "DEMO_MODEL",
     "Family",
     "ModelCard",
     "PipelineFacts",
     "TokenCounter",
     "TruncationCount",
+    "build_architecture",
+    "decode_flops",
+    "is_compiled",
     "load",
     "load_checker",
     "load_pipeline",
@@ -44,88 +60,6 @@ __all__ = [
     "load_token_counter",
     "read_card",
     "read_facts",
+    "row_forward_flops",
+    "speed_up",
 ]
-
-
-def load(card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_checker: bool) -> Family:
-    """Load a checkpoint on a device. Raises ModelError, in one sentence, for what cannot be loaded."""
-    match card.family:
-        case "stable_diffusion":
-            from batch_infer.models.stable_diffusion import StableDiffusion
-
-            return StableDiffusion.load(card, device, dtype, with_checker=with_checker)
-        case "stable_diffusion_xl":
-            from batch_infer.models.stable_diffusion_xl import StableDiffusionXL
-
-            return StableDiffusionXL.load(card, device, dtype)
-        case "stable_diffusion_3":
-            from batch_infer.models.stable_diffusion_3 import StableDiffusion3
-
-            return StableDiffusion3.load(card, device, dtype)
-        case "decidiffusion":
-            from batch_infer.models.decidiffusion import DeciDiffusion
-
-            return DeciDiffusion.load(card, device, dtype, with_checker=with_checker)
-        case other:
-            raise ModelError(f"{card.name}: no family {other}")
-
-
-def load_checker(card: ModelCard, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
-    """A checkpoint's safety checker, and what makes its inputs of images, without the rest. Raises ModelError."""
-    from batch_infer.models import loading
-
-    return loading.load_checker(card, device, dtype)
-
-
-def load_pipeline(card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_checker: bool) -> AnyPipeline:
-    """The same of a checkpoint that is driven by diffusers' own pipeline. Raises ModelError."""
-    from batch_infer.models.any_pipeline import AnyPipeline
-
-    return AnyPipeline.load(card, device, dtype, with_checker=with_checker)
-
-
-def read_facts(path: Path) -> PipelineFacts:
-    """What a checkpoint's pipeline takes, where only diffusers can tell; imports torch. Raises ModelError."""
-    from batch_infer.models.pipelines import read_facts
-
-    return read_facts(path)
-
-
-def load_solver(card: ModelCard) -> Solver:
-    """The sampler of a checkpoint without its networks. Raises ModelError."""
-    match card.family:
-        case "stable_diffusion" | "decidiffusion":
-            from batch_infer.models.stable_diffusion import load_solver
-
-            return load_solver(card)
-        case "stable_diffusion_xl":
-            from batch_infer.models.stable_diffusion_xl import load_solver
-
-            return load_solver(card)
-        case "stable_diffusion_3":
-            from batch_infer.models.stable_diffusion_3 import load_solver
-
-            return load_solver(card)
-        case other:
-            raise ModelError(f"{card.name}: no family {other}")
-
-
-def load_token_counter(card: ModelCard) -> TokenCounter | None:
-    """What counts a prompt's tokens as the checkpoint will, without torch; None where only its pipeline knows.
-
-    Raises ModelError.
-    """
-    match card.family:
-        case "stable_diffusion" | "decidiffusion":
-            from batch_infer.models.tokens import load_clip
-
-            return TokenCounter(load_clip(card.path), windows=card.windows)
-        case "stable_diffusion_xl" | "stable_diffusion_3":
-            from batch_infer.models.tokens import load_clip
-
-            both = (load_clip(card.path, suffix) for suffix in ("", "_2"))
-            return TokenCounter(*both, windows=card.windows)
-        case "any_pipeline":
-            return None
-        case other:
-            raise ModelError(f"{card.name}: no family {other}")

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 
 from batch_infer.errors import CompilationError
-from batch_infer.store.temporary import storing_temporarily
+from batch_infer.store import storing_temporarily
 
 logger = logging.getLogger(__name__)
 

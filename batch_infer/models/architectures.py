@@ -92,7 +92,7 @@ class Architecture:
     guidance_rescale: float
 
 
-def build(name: str, device: torch.device, dtype: torch.dtype) -> Architecture:
+def build_architecture(name: str, device: torch.device, dtype: torch.dtype) -> Architecture:
     """`sd15`, `decidiffusion` or `sdxl`, made on the device in this dtype. Raises ModelError for another name."""
     unet: Any
     match name:

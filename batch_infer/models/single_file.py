@@ -16,7 +16,7 @@ from batch_infer.models.components import named_components, refuse_no_words
 from batch_infer.models.files import PICKLES, hash_file, read_header, refuse_unfit
 from batch_infer.models.lora import is_lora
 from batch_infer.models.untrusted import read_object
-from batch_infer.store.atomic import sync
+from batch_infer.store import sync
 
 CONVERTED = "converted-1"
 """Where converted folders lie in the user's cache; another number where they are made otherwise."""

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from batch_infer import images
-from batch_infer.azureml.deployment import Deployment
 from batch_infer.chain import Rendered, Unrendered
 from batch_infer.errors import TableError
 from batch_infer.records import PromptRequest
+from batch_infer.serving.deployment import Deployment
 from batch_infer.serving.service import PATIENT, Caller, Service
 from batch_infer.table import loose_rows
-from batch_infer.worker.rows import why_flagged
+from batch_infer.worker import why_flagged
 
 
 @dataclass(frozen=True, slots=True)

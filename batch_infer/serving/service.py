@@ -10,15 +10,14 @@ from dataclasses import dataclass, field, replace
 from queue import Empty
 from threading import Event, Lock
 
-from batch_infer.azureml.deployment import Deployment
 from batch_infer.chain import GatedChain
 from batch_infer.errors import Interrupted, TryAgainLater
 from batch_infer.records import PromptRequest
+from batch_infer.serving.deployment import Deployment
 from batch_infer.serving.request_queue import Mailbox, Order, Outcome
 from batch_infer.settings import Compute, SafetySettings
 from batch_infer.stages import Stages
-from batch_infer.worker.device import AnyChain, LoadChain
-from batch_infer.worker.loading import load_chain
+from batch_infer.worker import AnyChain, LoadChain, load_chain
 
 SLOTS = 8
 """Row-forwards in a UNet call where nobody says. A single caller pays for the empty ones too, with his time."""

@@ -19,8 +19,7 @@ from batch_infer.simulation.pool import WorkerPool
 from batch_infer.simulation.predictions import Predictions
 from batch_infer.simulation.process import SIMULATED, TIMED_OUT, Assignment, WorkerProcess, end
 from batch_infer.simulation.settings import SimulationSettings
-from batch_infer.store.atomic import storing
-from batch_infer.store.temporary import temporary_folder
+from batch_infer.store import storing, temporary_folder
 
 POLL_SECONDS = 0.2
 SHUTDOWN_SECONDS = 30.0
@@ -31,8 +30,11 @@ log = logging.getLogger("batch_infer")
 Told = Callable[[Outcome], None]
 
 
-def run_job(settings: SimulationSettings, told: Told) -> Outcome:
-    """The wing's `simulate`."""
+def simulate(settings: SimulationSettings, told: Told = lambda outcome: None) -> Outcome:
+    """Run a scoring script over files as a batch endpoint does, and report the outcome so far to `told`.
+
+    Whether the job has failed is in the outcome. Raises SettingsError, TableError, StorageError.
+    """
     settings.check()
     files = find_files(settings.inputs)
     with storing(settings.out):

@@ -12,7 +12,7 @@ from batch_infer.simulation.gpus import gpu_names
 from batch_infer.simulation.messages import Duty
 from batch_infer.simulation.process import Place, WorkerProcess
 from batch_infer.simulation.settings import SimulationSettings
-from batch_infer.store.atomic import list_names, storing
+from batch_infer.store import list_names, storing
 
 
 class WorkerPool:

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TextIO
 
 from batch_infer.simulation.messages import Returned
-from batch_infer.store.atomic import storing
+from batch_infer.store import storing
 
 
 class Predictions:

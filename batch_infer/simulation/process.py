@@ -17,7 +17,7 @@ from pathlib import Path
 import batch_infer
 from batch_infer.simulation.connection import received, send
 from batch_infer.simulation.messages import Duty, FromWorker, MiniBatch, ToWorker
-from batch_infer.store.temporary import storing_temporarily
+from batch_infer.store import storing_temporarily
 
 PATIENT_SECONDS = 10.0
 """How long a process is waited for that has been killed."""

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from batch_infer.errors import StorageError
 from batch_infer.records import PromptRequest, StoredImage
-from batch_infer.store.atomic import (
+from batch_infer.store import (
     TEMPORARY,
     KnownFolder,
     distinguishes_case,

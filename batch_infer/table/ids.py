@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from batch_infer.store.database import temporary_database
+from batch_infer.store import temporary_database
 from batch_infer.table.endings import plain_stem, read_ending
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import fsspec
 
 from batch_infer.errors import BatchInferError, ServiceError, TableError, first_line
-from batch_infer.store.temporary import storing_temporarily
+from batch_infer.store import storing_temporarily
 from batch_infer.table.endings import TableFile, plain_stem, read_ending, unknown_ending
 from batch_infer.table.scratch import Scratch
 from batch_infer.table.selection import LeftOut, holds_no_table, outermost, tables_among

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from batch_infer.store.temporary import temporary_folder
+from batch_infer.store import temporary_folder
 
 
 class Scratch:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from io import BufferedReader
 
 from batch_infer.errors import TableError
-from batch_infer.store.temporary import create_temporary
+from batch_infer.store import create_temporary
 from batch_infer.table.endings import TableFile
 from batch_infer.table.scratch import Scratch
 from batch_infer.table.streams import (

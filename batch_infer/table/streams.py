@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, TextIO, cast
 import pyarrow as pa
 
 from batch_infer.errors import RowError, StorageError, TableError, first_line
-from batch_infer.store.temporary import create_temporary
+from batch_infer.store import create_temporary
 from batch_infer.table.endings import TableFile
 
 LONGEST = 16 << 20

@@ -10,7 +10,7 @@ import pyarrow as pa
 from batch_infer.models import ModelCard
 from batch_infer.settings import BatchShape, Compute, OutputSettings, SafetySettings
 from batch_infer.stages import Stages
-from batch_infer.store.atomic import KnownFolder
+from batch_infer.store import KnownFolder
 
 Size = tuple[int, int]
 

@@ -66,7 +66,7 @@ class Worker:
         peak = dense_tflops(compute.device_name, compute.dtype)
         if peak is None or not chain.stages.seconds or chain.driven:
             return None
-        from batch_infer.models.flops import decode_flops, row_forward_flops
+        from batch_infer.models import decode_flops, row_forward_flops
 
         model = cast("Family", chain.model)
         flops = 0

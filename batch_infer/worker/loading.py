@@ -9,8 +9,7 @@ import torch
 
 from batch_infer.accelerator import limit_memory, out_of_memory_errors, set_float32_precision
 from batch_infer.chain import ChainShape, GatedChain, Grace, PipelineCallChain, StepLevelChain
-from batch_infer.models import ModelCard, load, load_checker, load_pipeline
-from batch_infer.models.acceleration import speed_up
+from batch_infer.models import ModelCard, load, load_checker, load_pipeline, speed_up
 from batch_infer.safety import ImageChecker, gate_of
 from batch_infer.settings import Compute, SafetySettings
 
@@ -83,6 +82,6 @@ def load_judge(card: ModelCard, compute: Compute) -> ImageChecker:
 
 
 def _judge(checker: Any, feature_extractor: Any, batch: int) -> ImageChecker:
-    from batch_infer.safety.checker import StableDiffusionChecker
+    from batch_infer.safety import StableDiffusionChecker
 
     return StableDiffusionChecker(checker, feature_extractor, batch)

@@ -1,0 +1,22 @@
+"""Names of a package that are imported when they are first used, because their modules load torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+
+def import_on_use(package: str, **modules: tuple[str, ...]) -> Callable[[str], Any]:
+    """Return a module-level `__getattr__` (PEP 562) that imports names from these modules of a package.
+
+    `modules`: the names that each module provides. The type checker needs the same imports under `TYPE_CHECKING`.
+    """
+    module_of = {name: module for module, names in modules.items() for name in names}
+
+    def __getattr__(name: str) -> Any:
+        if name not in module_of:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(f"{package}.{module_of[name]}"), name)
+
+    return __getattr__
