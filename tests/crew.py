@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from batch_infer.engines import Task, TaskReport
 from batch_infer.engines.handle import Timeouts
-from batch_infer.engines.local import Local
+from batch_infer.engines.local import LocalEngine
 from batch_infer.manifest import Manifest
 from batch_infer.models import read_card
 from batch_infer.records import PromptRequest, ResultRow
@@ -49,7 +49,7 @@ class Rendering:
             carried=pa.schema([("tag", pa.string())]),
         )
         requests = [self._request(k, prompt) for k, prompt in enumerate(self.prompts)]
-        with Local("cpu", self.processes, patience=self.patience, load=self.load) as engine:
+        with LocalEngine("cpu", self.processes, patience=self.patience, load=self.load) as engine:
             assert engine.find_device().kind == "cpu"
             return engine.render(Task(iter(requests), len(requests), settings), self.told.extend, stop)
 

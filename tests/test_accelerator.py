@@ -22,8 +22,8 @@ from batch_infer.errors import CompilationError, RowError
 from batch_infer.models.acceleration import Compiled, speed_up
 from batch_infer.settings import Compute
 from batch_infer.stages import Stages
-from batch_infer.worker.device import storing_threads
 from batch_infer.worker.loading import prepare_torch
+from batch_infer.worker.worker import storing_threads
 from tests.rendering import CPU, load_family, make_request
 
 GPU = torch.device("cuda")

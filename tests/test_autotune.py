@@ -119,5 +119,5 @@ def test_what_cannot_be_remembered_is_measured_again(
     monkeypatch.setattr(calibration, "user_cache_path", lambda name: tmp_path / name)
     (tmp_path / "batch-infer").write_text("a file where the folder should be")
     conditions: dict[str, Any] = {"size": (16, 16)}
-    calibration.remember_calibration(conditions, found)
-    assert calibration.recall_calibration(calibration.Plateau, conditions) is None
+    calibration.save_calibration(conditions, found)
+    assert calibration.load_calibration(calibration.Plateau, conditions) is None

@@ -22,24 +22,24 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_rates_are_recalled_under_the_conditions_that_they_were_measured_under() -> None:
     knee = Plateau(slots=32, decode_batch=4, measured_at=now())
-    assert calibration.recall_calibration(Rates, CONDITIONS) is None
-    calibration.remember_calibration(CONDITIONS, RATES)
-    calibration.remember_calibration(CONDITIONS, knee)
-    assert calibration.recall_calibration(Rates, CONDITIONS) == RATES
-    assert calibration.recall_calibration(Plateau, CONDITIONS) == knee
-    assert calibration.recall_calibration(Rates, {**CONDITIONS, "size": (64, 72)}) is None
+    assert calibration.load_calibration(Rates, CONDITIONS) is None
+    calibration.save_calibration(CONDITIONS, RATES)
+    calibration.save_calibration(CONDITIONS, knee)
+    assert calibration.load_calibration(Rates, CONDITIONS) == RATES
+    assert calibration.load_calibration(Plateau, CONDITIONS) == knee
+    assert calibration.load_calibration(Rates, {**CONDITIONS, "size": (64, 72)}) is None
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"measured": {"tick": 1}}', '{"measured": {"measured_at": 3}}'])
 def test_what_cannot_be_read_is_not_recalled(cache: Path, content: str) -> None:
-    calibration.remember_calibration(CONDITIONS, RATES)
+    calibration.save_calibration(CONDITIONS, RATES)
     (file,) = cache.rglob("*.json")
     file.write_text(content)
-    assert calibration.recall_calibration(Rates, CONDITIONS) is None
+    assert calibration.load_calibration(Rates, CONDITIONS) is None
 
 
 def test_a_cache_that_cannot_be_written_is_no_fault(cache: Path) -> None:
     cache.parent.mkdir(exist_ok=True)
     cache.write_text("a file where the folder should be")
-    calibration.remember_calibration(CONDITIONS, RATES)
-    assert calibration.recall_calibration(Rates, CONDITIONS) is None
+    calibration.save_calibration(CONDITIONS, RATES)
+    assert calibration.load_calibration(Rates, CONDITIONS) is None

@@ -17,7 +17,7 @@ from batch_infer.jobs.merge import merge, merge_parts
 from batch_infer.manifest import SCHEMA, Manifest
 from batch_infer.records import PromptRequest, ResultRow, now
 from batch_infer.settings import OutputSettings
-from batch_infer.worker.rows import row_of
+from batch_infer.worker.rows import make_row
 from tests.runs import results
 from tests.tables import RULES, open_tables, read_requests, write_bytes, write_csv, write_parquet
 
@@ -35,7 +35,7 @@ def carry(table: str | Path, out: Path = Path("out")) -> pa.Table:
     with open_tables(table) as tables:
         rows = list(tables.rows(RULES))
         failed = [
-            row_of(row, "failed", "x", scheduler="s", worker="w") if isinstance(row, PromptRequest) else row
+            make_row(row, "failed", "x", scheduler="s", worker="w") if isinstance(row, PromptRequest) else row
             for row in rows
         ]
         manifest = Manifest(out)

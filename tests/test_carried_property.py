@@ -22,7 +22,7 @@ from batch_infer.jobs.merge import Counts, merge, merge_parts
 from batch_infer.manifest import Manifest
 from batch_infer.records import PromptRequest
 from batch_infer.settings import IdSource, OutputSettings
-from batch_infer.worker.rows import row_of
+from batch_infer.worker.rows import make_row
 from tests.tables import RULES, exact_json, in_format, open_tables
 
 EVERYTHING = OutputSettings(results=("parquet", "csv", "jsonl"))
@@ -35,7 +35,7 @@ def settle(folder: Path, id_from: IdSource = "row") -> tuple[Counts, pa.Table]:
     with open_tables(folder / "tables", id_from=id_from) as tables:
         rows = list(tables.rows(RULES))
         done = [
-            row_of(row, "failed", "x", scheduler="s", worker="w") if isinstance(row, PromptRequest) else row
+            make_row(row, "failed", "x", scheduler="s", worker="w") if isinstance(row, PromptRequest) else row
             for row in rows
         ]
         manifest = Manifest(out)

@@ -76,10 +76,10 @@ def test_bytes_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
 
 DUMMY = """
 import batch_infer.jobs.run as jobs
-from batch_infer.engines.local import Local
+from batch_infer.engines.local import LocalEngine
 from batch_infer.__main__ import main
 from tests import dummies
-jobs.engine_for = lambda settings, here: Local("cpu", 2, load=dummies.load_waiting)
+jobs.engine_for = lambda settings, here: LocalEngine("cpu", 2, load=dummies.load_waiting)
 main()
 """
 """The command with two workers that take their time, and a model that costs nothing to load."""

@@ -16,9 +16,9 @@ import pytest
 from batch_infer import errors
 from batch_infer.engines import supervisor
 from batch_infer.engines.handle import Timeouts, WorkerHandle, hang_up
-from batch_infer.engines.local import Local
+from batch_infer.engines.local import LocalEngine
 from batch_infer.engines.messages import Broken
-from batch_infer.engines.supervisor import WorkerBroke, error_of
+from batch_infer.engines.supervisor import WorkerCrash, error_of
 from batch_infer.errors import BatchInferError, ModelError, SettingsError, StorageError, WorkersLost
 from batch_infer.manifest import Manifest
 from tests import dummies
@@ -34,7 +34,7 @@ def test_two_workers_share_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     rendering.assert_accounted()
     assert (work.processes, work.deaths) == (2, 0)
     assert len({row.worker for row in rendering.told}) == 2
-    assert sum(account.whole.images for account in work.accounts) == 200
+    assert sum(account.total.images for account in work.worker_reports) == 200
     assert not list((tmp_path / "out").rglob(".*"))
 
 
@@ -92,7 +92,7 @@ def test_a_worker_that_is_stopped_from_outside_is_replaced(tmp_path: Path) -> No
     ("prompt", "error", "told"),
     [
         ("die by SIGKILL", WorkersLost, "no worker is left: the last has died .killed by SIGKILL"),
-        ("raise hell", WorkerBroke, "(?s)Traceback.*RuntimeError: the device said hell"),
+        ("raise hell", WorkerCrash, "(?s)Traceback.*RuntimeError: the device said hell"),
     ],
 )
 def test_a_worker_that_dies_whatever_it_does_ends_the_run(
@@ -105,12 +105,12 @@ def test_a_worker_that_dies_whatever_it_does_ends_the_run(
         rendering.go()
     assert not rendering.told
     log = (tmp_path / "out" / "logs" / "worker-0.log").read_text()
-    assert log.count("RuntimeError: the device said hell") == (2 if error is WorkerBroke else 0)
+    assert log.count("RuntimeError: the device said hell") == (2 if error is WorkerCrash else 0)
 
 
 @pytest.mark.promises
 def test_a_worker_that_dies_at_its_start_ends_the_run_with_its_own_error(tmp_path: Path) -> None:
-    with pytest.raises(WorkerBroke, match="no such weights"):
+    with pytest.raises(WorkerCrash, match="no such weights"):
         Rendering(tmp_path / "out", ["a"] * 10, load=dummies.load_broken).go()
     with pytest.raises(ModelError, match=r"worker \d has died while it loaded the model .killed by SIGKILL"):
         Rendering(tmp_path / "out", ["a"] * 10, load=dummies.load_dying).go()
@@ -145,7 +145,7 @@ def test_a_disk_that_is_full_ends_the_run_in_order(tmp_path: Path) -> None:
 
 
 def test_a_device_that_is_not_there_is_told_before_anything_is_rendered() -> None:
-    with Local("cuda", 1) as engine, pytest.raises(SettingsError, match="torch finds no CUDA device"):
+    with LocalEngine("cuda", 1) as engine, pytest.raises(SettingsError, match="torch finds no CUDA device"):
         engine.find_device()
 
 
@@ -183,7 +183,7 @@ def test_a_script_without_a_main_guard_is_told_what_to_write(tmp_path: Path, job
 @pytest.mark.promises
 @pytest.mark.parametrize("end", ["left", "killed"])
 def test_workers_end_when_their_parent_does(end: str) -> None:
-    with Local("cpu", 1, load=dummies.load) as engine:
+    with LocalEngine("cpu", 1, load=dummies.load) as engine:
         engine.find_device()
         (peer,) = engine.gather(1)
         process = peer._process

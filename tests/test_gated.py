@@ -24,8 +24,8 @@ from batch_infer.records import PromptRequest, Verdict
 from batch_infer.settings import Compute, ModelSettings, OutputSettings, SafetySettings
 from batch_infer.store.atomic import KnownFolder
 from batch_infer.worker import WorkerSettings
-from batch_infer.worker.device import Worker
 from batch_infer.worker.loading import load_chain
+from batch_infer.worker.worker import Worker
 from tests.deaths import eventually
 from tests.dummies import DummyChain
 from tests.rendering import make_request
@@ -165,7 +165,7 @@ def test_what_a_worker_has_finished_is_committed_before_the_fault_is_raised(tmp_
     )
     worker = Worker(settings, "w", lambda *_: gated(WordGate()))
     with pytest.raises(ServiceError, match="nobody is there"):
-        worker.work(rows, lambda _: None)
+        worker.render(rows, lambda _: None)
     with Manifest(tmp_path).index() as index:
         done = [k for k in range(30) if index.find((f"row-{k}", 0))]
     assert set(range(16)) <= set(done) and 25 not in done

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from batch_infer.engines import launched as engine_of_launches
-from batch_infer.engines.launched import Launched, RankInfo, find_rank_0, place
+from batch_infer.engines.launched import LaunchedEngine, RankInfo, find_rank_0, read_rank_info
 from batch_infer.engines.messages import Hello, encode
 from batch_infer.engines.rendezvous import MEETING, SECRET, Note, Read, read_note, write_note
 from batch_infer.errors import ServiceError, SettingsError
@@ -151,7 +151,7 @@ def test_strangers_at_the_meeting_place_keep_nobody_out(tmp_path: Path, monkeypa
     monkeypatch.setattr(engine_of_launches, "GREETING_SECONDS", 0.5)
     here = RankInfo(0, 2, 0, 2, "127.0.0.1", "this launch")
     (tmp_path / "out").mkdir()
-    with Launched("cpu", here, tmp_path / "out") as engine:
+    with LaunchedEngine("cpu", here, tmp_path / "out") as engine:
         note = json.loads((tmp_path / "out" / MEETING).read_text())
         address = note["host"], note["port"]
         socket.create_connection(address).close()
@@ -245,7 +245,7 @@ def test_a_rank_that_comes_after_rank_0_has_ended_does_not_wait(
 
     monkeypatch.setattr(Path, "touch", touch_by_server)
     monkeypatch.setattr(engine_of_launches, "LATE_SECONDS", 0.0)
-    with Launched("cpu", RankInfo(0, 2, 0, 2, "127.0.0.1", "this launch"), tmp_path):
+    with LaunchedEngine("cpu", RankInfo(0, 2, 0, 2, "127.0.0.1", "this launch"), tmp_path):
         pass
     note = tmp_path / MEETING
     os.utime(note, (note.stat().st_mtime + skew,) * 2)
@@ -260,7 +260,7 @@ def test_a_rank_that_comes_after_rank_0_has_ended_does_not_wait(
 def test_a_master_address_that_is_unknown_is_a_sentence(tmp_path: Path) -> None:
     with (
         pytest.raises(SettingsError, match="MASTER_ADDR=nowhere.invalid: rank 0 cannot listen there"),
-        Launched("cpu", RankInfo(0, 2, 0, 2, "nowhere.invalid"), tmp_path),
+        LaunchedEngine("cpu", RankInfo(0, 2, 0, 2, "nowhere.invalid"), tmp_path),
     ):
         pass
     write_note(tmp_path, Note("launch", "nowhere.invalid", 1, "00"))
@@ -280,7 +280,7 @@ def has_ipv6() -> bool:
 @pytest.mark.parametrize("local_world", [1, 2])
 def test_a_master_address_may_be_ipv6(tmp_path: Path, local_world: int) -> None:
     here = RankInfo(0, 2, 0, local_world, "::1", "launch")
-    with Launched("cpu", here, tmp_path) as engine, meet(tmp_path, "launch") as link:
+    with LaunchedEngine("cpu", here, tmp_path) as engine, meet(tmp_path, "launch") as link:
         link.send_bytes(encode(Hello(1)))
         assert eventually(lambda: any(peer.rank == 1 for peer in engine.newcomers()))
 
@@ -298,14 +298,14 @@ def test_the_note_of_another_launch_is_not_followed(tmp_path: Path) -> None:
 
 
 def test_a_place_is_what_a_launcher_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert place() is None
+    assert read_rank_info() is None
     variables = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node-0"}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert place() == RankInfo(3, 4, 1, 2, "node-0", launch="  ")
+    assert read_rank_info() == RankInfo(3, 4, 1, 2, "node-0", launch="  ")
     monkeypatch.setenv("WORLD_SIZE", "many")
     with pytest.raises(SettingsError, match="WORLD_SIZE"):
-        place()
+        read_rank_info()
 
 
 def test_a_launcher_and_another_number_of_processes_do_not_go_together(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from batch_infer.models.stable_diffusion import StableDiffusion
-from batch_infer.worker import device
+from batch_infer.worker import worker as worker_module
 from tests.runs import assert_whole, hashes, results, run, run_json
 from tests.tables import write_csv
 
@@ -62,7 +62,7 @@ def test_the_utilisation_is_told_where_the_peak_is_known(tmp_path: Path, monkeyp
     table = table_of(tmp_path / "t.csv", 4)
     assert run(table, tmp_path / "unknown").code == 0
     assert run_json(tmp_path / "unknown")["summary"]["mfu"] is None
-    monkeypatch.setattr(device, "dense_tflops", lambda name, dtype: 1.0)
+    monkeypatch.setattr(worker_module, "dense_tflops", lambda name, dtype: 1.0)
     assert run(table, tmp_path / "known").code == 0
     summary = run_json(tmp_path / "known")["summary"]
     assert 0 < summary["mfu"] < 1

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from batch_infer.cli.progress import Together
-from batch_infer.engines.local import Local
+from batch_infer.engines.local import LocalEngine
 from batch_infer.jobs import run as job
 from batch_infer.jobs.summary import Summary
 from batch_infer.settings import RowDefaults, RunSettings, TableSettings
@@ -28,7 +28,7 @@ def scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Score:
     def run(rows: int, processes: int, load: Any) -> tuple[Summary, Path]:
         out = tmp_path / f"{rows}-{processes}"
         table = write_csv(tmp_path / "table.csv", [["prompt"], *([f"row {k}"] for k in range(rows))])
-        monkeypatch.setattr(job, "engine_for", lambda settings, here: Local("cpu", processes, load=load))
+        monkeypatch.setattr(job, "engine_for", lambda settings, here: LocalEngine("cpu", processes, load=load))
         settings = RunSettings(TableSettings((str(table),)), out, defaults=RowDefaults(guidance_scale=1.0))
         return job.render_tables(settings, Together()), out
 

@@ -16,7 +16,7 @@ from batch_infer.cli import progress
 from batch_infer.cli.logs import set_up_logging
 from batch_infer.cli.metrics import Metrics
 from batch_infer.cli.progress import Bar, Lines, Together
-from batch_infer.engines.local import Local
+from batch_infer.engines.local import LocalEngine
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs import run as run_job
 from batch_infer.jobs import status as status_job
@@ -234,16 +234,16 @@ def test_workers_in_processes_are_ready_once_before_the_first_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
-    render: Callable[..., Any] = Local.render
+    render: Callable[..., Any] = LocalEngine.render
 
-    def noted(engine: Local, task: Any, committed: Callable[..., None], stop: Any) -> Any:
+    def noted(engine: LocalEngine, task: Any, committed: Callable[..., None], stop: Any) -> Any:
         def commit(rows: Any) -> None:
             calls.append("committed")
             committed(rows)
 
         return render(engine, task, commit, stop, lambda: calls.append("ready"))
 
-    monkeypatch.setattr(Local, "render", noted)
+    monkeypatch.setattr(LocalEngine, "render", noted)
     Rendering(tmp_path / "out", [f"red {i}" for i in range(6)]).go()
     assert calls[0] == "ready"
     assert set(calls[1:]) == {"committed"}

@@ -13,7 +13,7 @@ import pytest
 from batch_infer.autotune.calibration import Rates
 from batch_infer.autotune.probe import Probe
 from batch_infer.engines import Task, TaskReport
-from batch_infer.engines.inline import Inline
+from batch_infer.engines.inline import InlineEngine
 from batch_infer.errors import BatchInferError, CompilationError
 from batch_infer.jobs import job
 from batch_infer.jobs import run as jobs
@@ -35,7 +35,7 @@ class Silent:
         return lambda *_: None
 
 
-class Uncompilable(Inline):
+class Uncompilable(InlineEngine):
     """The inline engine, on a machine where nothing compiles; `before`: rows that are committed before that is met."""
 
     def __init__(self, before: int) -> None:
@@ -126,8 +126,8 @@ def test_a_plan_is_measured_as_the_run_will_render(
             raise CompilationError(FAULT)
         return Rates(1.0, 1.0, 1.0, 1.0, now())
 
-    monkeypatch.setattr(Probe, "rates", rates)
-    monkeypatch.setattr(Probe, "evaluations", lambda _, card, steps: steps)
+    monkeypatch.setattr(Probe, "measure_rates", rates)
+    monkeypatch.setattr(Probe, "count_evaluations", lambda _, card, steps: steps)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     settings = replace(settings, compute=replace(settings.compute, compiled=requested))
     if requested:
@@ -140,11 +140,11 @@ def test_a_plan_is_measured_as_the_run_will_render(
 
 
 def test_the_summary_has_the_share_of_the_peak(settings: RunSettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batch_infer.worker.device.dense_tflops", lambda name, dtype: 1e-3)
+    monkeypatch.setattr("batch_infer.worker.worker.dense_tflops", lambda name, dtype: 1e-3)
     settings = replace(settings, compute=replace(settings.compute, compiled=False, processes=0))
     once = render_tables(settings, Silent()).mfu
     assert once is not None
-    monkeypatch.setattr("batch_infer.worker.device.dense_tflops", lambda name, dtype: None)
+    monkeypatch.setattr("batch_infer.worker.worker.dense_tflops", lambda name, dtype: None)
     assert render_tables(replace(settings, overwrite=True), Silent()).mfu is None
     assert once > 0
 

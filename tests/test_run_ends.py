@@ -12,7 +12,7 @@ import pytest
 from batch_infer.jobs import run as run_job
 from batch_infer.manifest import Manifest
 from batch_infer.records import PromptRequest, ResultRow
-from batch_infer.worker.device import Worker
+from batch_infer.worker.worker import Worker
 from tests.paced import MODULE
 from tests.runs import results, run, start, wait_for
 from tests.tables import write_csv
@@ -26,7 +26,7 @@ def table(tmp_path: Path) -> Path:
 def test_a_bug_in_a_worker_costs_no_result_that_is_committed(
     table: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work = Worker.work
+    work = Worker.render
 
     def broken(
         self: Worker, requests: Iterable[PromptRequest], committed: Callable[[Sequence[ResultRow]], None]
@@ -34,7 +34,7 @@ def test_a_bug_in_a_worker_costs_no_result_that_is_committed(
         work(self, islice(requests, 2), committed)
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(Worker, "work", broken)
+    monkeypatch.setattr(Worker, "render", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         run(table, out)
     assert len(results(out)) == 2

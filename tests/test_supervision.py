@@ -178,13 +178,13 @@ def test_a_rank_with_another_model_does_not_join(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(launched, "Parent", lambda link, stop: None)
     monkeypatch.setattr(launched, "work", lambda parent, seat, own: taken.append(own(settings)))
     place = RankInfo(1, 2, 1, 2, "127.0.0.1")
-    launched.join(place, "auto", tmp_path, settings.card, lambda: False)
+    launched.join_launch(place, "auto", tmp_path, settings.card, lambda: False)
     assert taken[0].card == settings.card
     assert decode_from_worker(there.recv_bytes()) == Hello(1)
     changes: list[dict[str, Any]] = [{"fingerprint": "other"}, {"scheduler_fingerprint": "other"}]
     for change in changes:
         with pytest.raises(ModelError, match="rank 1: built-in demo model differs from what rank 0 has"):
-            launched.join(place, "auto", tmp_path, replace(settings.card, **change), lambda: False)
+            launched.join_launch(place, "auto", tmp_path, replace(settings.card, **change), lambda: False)
 
 
 def test_a_row_that_workers_give_no_result_for_has_failed(tmp_path: Path) -> None:
@@ -339,7 +339,7 @@ def test_a_worker_that_dies_while_it_stops_has_died(tmp_path: Path, clock: Clock
 
     end.send_bytes(encode(Ready()))
     work = made.go(stop)
-    assert (work.deaths, work.has_strays) == (1, not ours)
+    assert (work.deaths, work.lost_remote_worker) == (1, not ours)
 
 
 def test_carried_cells_arrive_as_they_were_sent() -> None:

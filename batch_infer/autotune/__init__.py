@@ -2,19 +2,19 @@
 
 from typing import TYPE_CHECKING
 
-from batch_infer.autotune.calibration import Plateau, Rates, recall_calibration, remember_calibration
+from batch_infer.autotune.calibration import Plateau, Rates, load_calibration, save_calibration
 from batch_infer.autotune.probe import Probe
 from batch_infer.lazy import import_on_use
 
 if TYPE_CHECKING:
-    from batch_infer.autotune.devices import find_device, memory_fault
+    from batch_infer.autotune.devices import explain_out_of_memory, find_device
     from batch_infer.autotune.plateau import find_plateau
 else:
     __getattr__ = import_on_use(
         __name__,
         devices=(
             "find_device",
-            "memory_fault",
+            "explain_out_of_memory",
         ),
         plateau=("find_plateau",),
     )
@@ -25,7 +25,7 @@ __all__ = [
     "Rates",
     "find_device",
     "find_plateau",
-    "memory_fault",
-    "recall_calibration",
-    "remember_calibration",
+    "explain_out_of_memory",
+    "load_calibration",
+    "save_calibration",
 ]

@@ -46,7 +46,7 @@ class Plateau:
 Measured = TypeVar("Measured", Rates, Plateau)
 
 
-def recall_calibration(kind: type[Measured], conditions: Mapping[str, Any]) -> Measured | None:
+def load_calibration(kind: type[Measured], conditions: Mapping[str, Any]) -> Measured | None:
     """What was measured under these conditions, on whatever day."""
     found = recall_facts(kind.__name__.lower(), conditions)
     if found is None:
@@ -58,7 +58,7 @@ def recall_calibration(kind: type[Measured], conditions: Mapping[str, Any]) -> M
         return None
 
 
-def remember_calibration(conditions: Mapping[str, Any], measured: Rates | Plateau) -> None:
+def save_calibration(conditions: Mapping[str, Any], measured: Rates | Plateau) -> None:
     """Keep it for later; where the cache cannot be written, it is measured again next time."""
     remember_facts(type(measured).__name__.lower(), conditions, asdict(measured))
 

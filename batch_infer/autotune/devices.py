@@ -34,7 +34,7 @@ def _device_count() -> int:
     return len(listed) if count and all(name.strip().startswith("MIG-") for name in listed) else count
 
 
-def memory_fault(error: torch.OutOfMemoryError) -> SettingsError:
+def explain_out_of_memory(error: torch.OutOfMemoryError) -> SettingsError:
     """What to do about a device on which there is no room for the model."""
     return SettingsError(
         f"the device's memory does not hold the model: use another --dtype or device, or see what else lies on it "

@@ -65,7 +65,7 @@ class Probe:
         self._evaluations: dict[int, int | str] = {}
         self._card: ModelCard | None = None
         self._new_evaluations = False
-        self.waited = 0.0
+        self.seconds_waited = 0.0
         """Seconds spent waiting for answers."""
         self._set_up: float | None = None
 
@@ -78,11 +78,11 @@ class Probe:
             remember_device(asked, device)
         return device
 
-    def facts(self, path: Path) -> PipelineFacts:
+    def read_pipeline_facts(self, path: Path) -> PipelineFacts:
         """What a checkpoint's pipeline takes, where only diffusers can tell. Raises ModelError."""
         return self._ask(_facts, path)
 
-    def evaluations(self, card: ModelCard, steps: int) -> int:
+    def count_evaluations(self, card: ModelCard, steps: int) -> int:
         """How often a row of so many steps asks the model. Raises RowError where the scheduler refuses them."""
         if card.driven:  # what a driven pipeline makes of its steps only its call knows: they are counted as they are
             return steps
@@ -96,11 +96,11 @@ class Probe:
             raise RowError(found)
         return found
 
-    def plateau(self, card: ModelCard, compute: Compute, safety: SafetySettings, size: tuple[int, int]) -> Plateau:
+    def find_plateau(self, card: ModelCard, compute: Compute, safety: SafetySettings, size: tuple[int, int]) -> Plateau:
         """Try out how many slots, and images in a decoder call, this (height, width) wants. Raises ModelError."""
         return self._ask(_knee, card, compute, safety, size)
 
-    def rates(
+    def measure_rates(
         self,
         card: ModelCard,
         compute: Compute,
@@ -111,7 +111,7 @@ class Probe:
         """Render a few images of this (height, width) and see what it takes. Raises ModelError."""
         if self._set_up is None:  # a run imports what the process has been waited for until here
             self._ask(_import_renderer)
-            self._set_up = self.waited
+            self._set_up = self.seconds_waited
         found = self._ask(_rates, card, compute, safety, image_format, size)
         return replace(found, start=found.start + self._set_up)
 
@@ -148,7 +148,7 @@ class Probe:
                 raise SettingsError(main_guard.ADVICE) from error
             raise ModelError("the process that was to try the model out has died; is there enough memory?") from error
         finally:
-            self.waited += time.perf_counter() - started
+            self.seconds_waited += time.perf_counter() - started
 
 
 # What follows runs in the other process.
@@ -203,16 +203,16 @@ def _solver(card: ModelCard) -> Solver:
 
 def _model(card: ModelCard, compute: Compute, safety: SafetySettings) -> tuple[Family | AnyPipeline, float]:
     """A loaded model, and the seconds that it took."""
-    judged = safety.asks_checker(has_checker=card.has_checker)
-    return _load(card, replace(compute, slots=0, decode_batch=0, by_size=()), judged)
+    with_checker = safety.asks_checker(has_checker=card.has_checker)
+    return _load(card, replace(compute, slots=0, decode_batch=0, by_size=()), with_checker)
 
 
 @cache
-def _load(card: ModelCard, compute: Compute, judged: bool) -> tuple[Family | AnyPipeline, float]:
+def _load(card: ModelCard, compute: Compute, with_checker: bool) -> tuple[Family | AnyPipeline, float]:
     started = time.perf_counter()
     from batch_infer.worker import load_any_model
 
-    return load_any_model(card, compute, judged=judged), time.perf_counter() - started
+    return load_any_model(card, compute, with_checker=with_checker), time.perf_counter() - started
 
 
 def _knee(card: ModelCard, compute: Compute, safety: SafetySettings, size: tuple[int, int]) -> Plateau:
@@ -261,12 +261,12 @@ def _told_of_memory() -> Iterator[None]:
     """An error that is known where torch is not. Raises SettingsError."""
     from torch import OutOfMemoryError
 
-    from batch_infer.autotune.devices import memory_fault
+    from batch_infer.autotune.devices import explain_out_of_memory
 
     try:
         yield
     except OutOfMemoryError as error:
-        raise memory_fault(error) from None
+        raise explain_out_of_memory(error) from None
 
 
 def _first_taken(card: ModelCard, counts: Iterable[int]) -> int:

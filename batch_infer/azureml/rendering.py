@@ -14,7 +14,7 @@ from batch_infer.planning import in_order
 from batch_infer.records import PromptRequest
 from batch_infer.sinks import FolderSink
 from batch_infer.store import KnownFolder
-from batch_infer.worker import Worker, WorkerSettings, load_chain, row_of, worker_name
+from batch_infer.worker import Worker, WorkerSettings, format_worker_name, load_chain, make_row
 
 
 class Rendering:
@@ -61,10 +61,10 @@ class Rendering:
         settings = WorkerSettings(
             job.card, compute, job.settings.safety, job.settings.output, self._held, job.tables.carried
         )
-        worker = Worker(settings, worker_name(0), lambda *_: self._chain)
+        worker = Worker(settings, format_worker_name(0), lambda *_: self._chain)
         broken = True
         try:
-            worker.work(self._begun.watched(in_order(requests, slots_of), alone=alone), self._begun.settle)
+            worker.render(self._begun.watched(in_order(requests, slots_of), alone=alone), self._begun.settle)
             broken = False
         except BatchInferError:  # a service or a disk: no row's fault
             broken = False
@@ -78,7 +78,7 @@ class Rendering:
             return
         why = f"work has broken off over this row {STRIKES} times, the last time with nothing else under way"
         name = job.card.scheduler_name
-        rows = [row_of(request, "failed", why, scheduler=name, worker=worker_name(0)) for request in requests]
+        rows = [make_row(request, "failed", why, scheduler=name, worker=format_worker_name(0)) for request in requests]
         self._manifest.commit(rows, job.tables.carried)
         self._given_up.update(request.key for request in requests)
         for request in requests:

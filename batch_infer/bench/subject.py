@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from batch_infer.autotune import find_device, find_plateau, memory_fault
+from batch_infer.autotune import explain_out_of_memory, find_device, find_plateau
 from batch_infer.bench.rows import Sampling
 from batch_infer.bench.settings import BenchSettings, Size
 from batch_infer.errors import RowError, SettingsError
@@ -63,13 +63,13 @@ def load_subject(settings: BenchSettings) -> Subject:
         card = read_card(settings.model)
         return _loaded(card, settle_compute(run, card, device, None))
     except torch.OutOfMemoryError as error:
-        raise memory_fault(error) from error
+        raise explain_out_of_memory(error) from error
 
 
 def _loaded(card: ModelCard, compute: Compute) -> Subject:
     if card.driven:
         raise SettingsError(f"{card.name} is driven by diffusers' own pipeline: there is nothing to compare it with")
-    model = load_model(card, compute, judged=False)
+    model = load_model(card, compute, with_checker=False)
     sampling = Sampling(card.guidance_scale, card.guidance_rescale, card.embedded_guidance)
     return Subject(card.name, model, compute, card.sizes, sampling)
 

@@ -184,9 +184,9 @@ class Metrics:
 
 def _is_first() -> bool:
     """Whether this is the command, or of a launcher's processes the first: the others render for it."""
-    from batch_infer.engines import place
+    from batch_infer.engines import read_rank_info
 
-    here = place()
+    here = read_rank_info()
     return here is None or here.rank == 0
 
 

@@ -5,28 +5,28 @@ This package imports no torch before `Inline` is used: a process that only super
 
 from typing import TYPE_CHECKING
 
-from batch_infer.engines.launched import Launched, RankInfo, join, place, remove_note
-from batch_infer.engines.local import Local
+from batch_infer.engines.launched import LaunchedEngine, RankInfo, join_launch, read_rank_info, remove_rendezvous
+from batch_infer.engines.local import LocalEngine
 from batch_infer.engines.protocol import Engine, Task, TaskReport
 from batch_infer.lazy import import_on_use
 
 if TYPE_CHECKING:
-    from batch_infer.engines.inline import Inline
+    from batch_infer.engines.inline import InlineEngine
 else:
     __getattr__ = import_on_use(
         __name__,
-        inline=("Inline",),
+        inline=("InlineEngine",),
     )
 
 __all__ = [
     "Engine",
-    "Inline",
-    "Launched",
-    "Local",
+    "InlineEngine",
+    "LaunchedEngine",
+    "LocalEngine",
     "RankInfo",
     "Task",
     "TaskReport",
-    "join",
-    "place",
-    "remove_note",
+    "join_launch",
+    "read_rank_info",
+    "remove_rendezvous",
 ]

@@ -7,17 +7,17 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from batch_infer.autotune import find_device, memory_fault
+from batch_infer.autotune import explain_out_of_memory, find_device
 from batch_infer.engines.ledger import primed
 from batch_infer.engines.protocol import Task, TaskReport
 from batch_infer.engines.worker_process import loading
 from batch_infer.records import ResultRow
 from batch_infer.settings import Device
 from batch_infer.stopping import deferred
-from batch_infer.worker import Worker, load_chain, worker_name
+from batch_infer.worker import Worker, format_worker_name, load_chain
 
 
-class Inline:
+class InlineEngine:
     """Renders here: for a debugger, a notebook, or where one process is all that there may be."""
 
     workers = 1
@@ -38,18 +38,18 @@ class Inline:
     ) -> TaskReport:
         try:
             with loading():
-                worker = Worker(task.settings, worker_name(0), load_chain, stop)
+                worker = Worker(task.settings, format_worker_name(0), load_chain, stop)
         except torch.OutOfMemoryError as error:
-            raise memory_fault(error) from error
+            raise explain_out_of_memory(error) from error
         requests = primed(task.requests)
         began = time.monotonic()
         ready()
         with deferred():
-            worker.work(requests, committed)
+            worker.render(requests, committed)
         seconds = time.monotonic() - began
-        return TaskReport([worker.account(final=True)], seconds)
+        return TaskReport([worker.report(final=True)], seconds)
 
-    def __enter__(self) -> Inline:
+    def __enter__(self) -> InlineEngine:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -25,7 +25,7 @@ from threading import Thread, Timer
 import msgspec
 
 from batch_infer.engines.handle import WorkerHandle, hang_up
-from batch_infer.engines.local import Local
+from batch_infer.engines.local import LocalEngine
 from batch_infer.engines.messages import Hello, Stop, decode_from_worker, encode
 from batch_infer.engines.rendezvous import MEETING, Note, age_of, read_note, write_note
 from batch_infer.engines.worker_process import Parent, WorkerSpec, work
@@ -64,7 +64,7 @@ class RankInfo:
     """Tells one start of all ranks from another."""
 
 
-def place() -> RankInfo | None:
+def read_rank_info() -> RankInfo | None:
     """This process's place, None where no launcher has started it. Raises SettingsError."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
     found = [os.environ.get(name) for name in names]
@@ -78,7 +78,7 @@ def place() -> RankInfo | None:
     return RankInfo(rank, world, local_rank, local_world, found[4] or "", " ".join(launch))
 
 
-class Launched(Local):
+class LaunchedEngine(LocalEngine):
     """The workers as rank 0 has them: its own, and those that come."""
 
     def __init__(self, asked: str, here: RankInfo, out: Path) -> None:
@@ -88,7 +88,7 @@ class Launched(Local):
         self._missing = here.world - 1
         self._closed = False
 
-    def __enter__(self) -> Launched:
+    def __enter__(self) -> LaunchedEngine:
         self._listener = _listen(self._here)
         port = self._listener.getsockname()[1]
         self._note = Note(self._here.launch, self._here.address, port, secrets.token_hex(32))
@@ -114,7 +114,7 @@ class Launched(Local):
         if self._missing > 0 and has_ended:  # those that come later need not wait
             write_note(self._out, msgspec.structs.replace(self._note, has_ended=True))
         else:
-            remove_note(self._out)
+            remove_rendezvous(self._out)
 
     def find_device(self) -> Device:
         device = replace(super().find_device(), count=self._here.local_world)
@@ -155,7 +155,7 @@ class Launched(Local):
             link.close()
 
 
-def remove_note(out: Path) -> None:
+def remove_rendezvous(out: Path) -> None:
     """Remove the note of a launch that has ended, or was killed."""
     (out / MEETING).unlink(missing_ok=True)
 
@@ -179,7 +179,7 @@ def _listen(here: RankInfo) -> socket.socket:
         ) from error
 
 
-def join(here: RankInfo, asked: str, out: Path, card: ModelCard, stop: Callable[[], bool]) -> None:
+def join_launch(here: RankInfo, asked: str, out: Path, card: ModelCard, stop: Callable[[], bool]) -> None:
     """Render as one of the other ranks, with the model as it lies on this machine, until rank 0 has no more.
 
     Raises ServiceError where rank 0 is not found.

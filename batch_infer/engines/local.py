@@ -17,14 +17,14 @@ from batch_infer.records import ResultRow
 from batch_infer.settings import Device
 
 if TYPE_CHECKING:
-    from batch_infer.worker import LoadChain
+    from batch_infer.worker import ChainLoader
 
 
-class Local:
+class LocalEngine:
     """Workers that this process starts, starts again where they die, and that do not outlive it."""
 
     def __init__(
-        self, asked: str, processes: int | None, *, patience: Timeouts | None = None, load: LoadChain | None = None
+        self, asked: str, processes: int | None, *, patience: Timeouts | None = None, load: ChainLoader | None = None
     ) -> None:
         """`asked`: the --device. `processes`: how many workers; by default one for each visible GPU, else one."""
         self.patience = patience or Timeouts()
@@ -34,7 +34,7 @@ class Local:
         self._early: WorkerHandle | None = None
         self._others = set(active_children())
 
-    def __enter__(self) -> Local:
+    def __enter__(self) -> LocalEngine:
         self._early = self._start(0)  # it imports its libraries while the tables are looked at
         return self
 

@@ -29,11 +29,11 @@ class TaskReport:
     was lost is not a child of this process, and may still be writing in OUT.
     """
 
-    accounts: Sequence[WorkerReport]
+    worker_reports: Sequence[WorkerReport]
     seconds: float
     processes: int = 0
     deaths: int = 0
-    has_strays: bool = False
+    lost_remote_worker: bool = False
 
 
 class Engine(Protocol):

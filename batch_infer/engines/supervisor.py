@@ -35,7 +35,7 @@ from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.settings import Device
 from batch_infer.sinks import FolderSink
 from batch_infer.stopping import deferred
-from batch_infer.worker import WorkerReport, row_of
+from batch_infer.worker import WorkerReport, make_row
 
 POLL_SECONDS = 0.2
 STARTS = 2
@@ -47,7 +47,7 @@ BARREN_LIVES = 10
 log = logging.getLogger("batch_infer")
 
 
-class WorkerBroke(RuntimeError):
+class WorkerCrash(RuntimeError):
     """A worker has met a bug; the message is its traceback."""
 
 
@@ -294,7 +294,7 @@ class Supervisor:
             return
         log.warning("worker %d is not started again: %d are left", peer.rank, len(self._peers))
         if not self._peers:
-            if peer.broken is not None and isinstance(error, WorkerBroke):  # a bug, which will not be gone another time
+            if peer.broken is not None and isinstance(error, WorkerCrash):  # a bug, which will not be gone another time
                 raise error
             raise WorkersLost(f"no worker is left: the last has died ({_sentence(error)})") from error
 
@@ -304,7 +304,7 @@ class Supervisor:
             return
         settings = self._task.settings
         name = settings.card.scheduler_name
-        rows = [row_of(request, "failed", why, scheduler=name, worker="parent") for request in requests]
+        rows = [make_row(request, "failed", why, scheduler=name, worker="parent") for request in requests]
         Manifest(settings.out, settings.run).commit(rows, settings.carried)
         for request in requests:
             if request.replaces:
@@ -318,14 +318,14 @@ def error_of(peer: WorkerHandle, fate: str) -> Exception:
         if peer.exit_code == main_guard.EXIT_CODE:
             return SettingsError(main_guard.ADVICE)
         if peer.ready:
-            return WorkerBroke(fate)
+            return WorkerCrash(fate)
         return ModelError(
             f"worker {peer.rank} has died while it loaded the model ({fate}): is there memory enough for all workers?"
         )
     known = getattr(errors, peer.broken.kind, None)
     if isinstance(known, type) and issubclass(known, BatchInferError):
         return known.from_text(peer.broken.told)
-    return WorkerBroke(peer.broken.trace)
+    return WorkerCrash(peer.broken.trace)
 
 
 def _sentence(error: Exception) -> str:

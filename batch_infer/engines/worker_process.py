@@ -50,10 +50,10 @@ from batch_infer.errors import StorageError
 from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.stopping import STOP_SIGNALS, deferred
 from batch_infer.store import log_to, open_log
-from batch_infer.worker import WorkerSettings, worker_name
+from batch_infer.worker import WorkerSettings, format_worker_name
 
 if TYPE_CHECKING:
-    from batch_infer.worker import LoadChain, Worker
+    from batch_infer.worker import ChainLoader, Worker
 
 BEAT_SECONDS = 1.0
 """How often a worker says that it is alive, while it is."""
@@ -74,7 +74,7 @@ class WorkerSpec:
     rank: int
     gpu: int
     asked: str
-    load: LoadChain | None = None
+    load: ChainLoader | None = None
     ours: bool = True
 
 
@@ -153,15 +153,15 @@ def keep_to(seat: WorkerSpec) -> None:
 def _load(settings: WorkerSettings, seat: WorkerSpec, parent: Parent) -> Worker:
     import torch
 
-    from batch_infer.autotune import memory_fault
+    from batch_infer.autotune import explain_out_of_memory
     from batch_infer.worker import Worker
 
     if seat.load is None:
         from batch_infer.worker import load_chain
     try:
-        return Worker(settings, worker_name(seat.rank), seat.load or load_chain, parent.stops)
+        return Worker(settings, format_worker_name(seat.rank), seat.load or load_chain, parent.stops)
     except torch.OutOfMemoryError as error:
-        raise memory_fault(error) from error
+        raise explain_out_of_memory(error) from error
 
 
 class Parent:
@@ -231,15 +231,15 @@ class Parent:
 
         def committed(rows: Sequence[ResultRow]) -> None:
             bare = [replace(row, prompt=None, negative_prompt=None, carried={}) for row in rows]
-            self.send(Committed(bare, worker.account()))
+            self.send(Committed(bare, worker.report()))
 
         while not self.stops():
             self.send(Idle())
             message = self._next()
             if not isinstance(message, Rows):
                 break
-            worker.work(message.chunk().requests if message.apart else self._stream(message), committed)
-        account = worker.account(final=True)
+            worker.render(message.chunk().requests if message.apart else self._stream(message), committed)
+        account = worker.report(final=True)
         self._over.set()
         self.send(Ended(account))
 

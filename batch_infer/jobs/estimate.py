@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from batch_infer.autotune import Rates, recall_calibration, remember_calibration
+from batch_infer.autotune import Rates, load_calibration, save_calibration
 from batch_infer.errors import CompilationError
 from batch_infer.jobs.job import Job
 from batch_infer.planning import Load
@@ -32,13 +32,13 @@ log = logging.getLogger("batch_infer")
 
 def rates_of(loads: Mapping[Size, Load], job: Job, probe: Probe) -> dict[Size, Rates]:
     """The rates of every size. Raises ModelError where the model cannot be tried out."""
-    found = {size: rates for size in loads if (rates := recall_calibration(Rates, _conditions(job, size))) is not None}
+    found = {size: rates for size in loads if (rates := load_calibration(Rates, _conditions(job, size))) is not None}
     dearest = sorted(loads, key=lambda size: loads[size].row_forwards * size[0] * size[1], reverse=True)
     for size in dearest[:MOST_MEASURED]:
         if size not in found:
             log.info("measuring %dx%d pixels", *size[::-1])
             found[size] = _measure(size, job, probe)
-            remember_calibration(_conditions(job, size), found[size])
+            save_calibration(_conditions(job, size), found[size])
     return {size: found[size] if size in found else _nearest(size, found) for size in loads}
 
 
@@ -47,12 +47,12 @@ def _measure(size: Size, job: Job, probe: Probe) -> Rates:
     settings = job.settings
     others = settings.safety, settings.output.image_format, size
     try:
-        return probe.rates(job.card, job.compute, *others)
+        return probe.measure_rates(job.card, job.compute, *others)
     except CompilationError as error:
         if settings.compute.compiled:
             raise
         log.warning("%s; measured without it", error)
-    return probe.rates(job.card, replace(job.compute, compiled=False), *others)
+    return probe.measure_rates(job.card, replace(job.compute, compiled=False), *others)
 
 
 def learn(job: Job, by_size: Mapping[Size, Stages], lengths: Mapping[Size, int], start: float) -> None:
@@ -61,7 +61,7 @@ def learn(job: Job, by_size: Mapping[Size, Stages], lengths: Mapping[Size, int],
         if stages.images and stages.ticks >= TICKS_THAT_TELL:
             tick, image = stages.denoise / stages.ticks, (stages.seconds - stages.denoise) / stages.images
             rates = Rates(start, tick, image, lengths[size] / stages.images, now())
-            remember_calibration(_conditions(job, size), rates)
+            save_calibration(_conditions(job, size), rates)
 
 
 def _nearest(size: Size, known: Mapping[Size, Rates]) -> Rates:

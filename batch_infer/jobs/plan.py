@@ -88,7 +88,7 @@ def make_plan(settings: RunSettings, tell: Callable[[ResultRow], None]) -> Plan:
     end_unguarded_process()
     settings = finishing_overwrite(rooted(settings))
     with open_tables(settings) as tables, Probe() as probe:
-        card = find_model(settings, probe.facts)
+        card = find_model(settings, probe.read_pipeline_facts)
         device = probe.find_device(settings.model.device)
         job = prepare(settings, tables, card, device)
         with Index([]) if settings.overwrite else Manifest(settings.out).index() as index:
@@ -109,7 +109,7 @@ class _Walk:
     def go(self) -> Plan:
         found, card = self._plan, self._job.card
         started = time.monotonic()
-        waited = self._probe.waited
+        waited = self._probe.seconds_waited
         slots_of = None if card.driven else self._slots_of
         changes = find_changes(self._job, self._index)
         found.changes = str(changes)
@@ -119,13 +119,13 @@ class _Walk:
             found.refused = str(error)
         for request in in_order(pending(self._valid(), self._index, self._is_done), slots_of):
             found.pending += 1
-            self._packing.add(request, self._probe.evaluations(card, request.params.num_inference_steps))
+            self._packing.add(request, self._probe.count_evaluations(card, request.params.num_inference_steps))
         self._packing.close()
         found.default_ids = self._job.tables.default_ids
         found.remarks, found.left_out = self._job.tables.remarks, self._job.tables.left_out.items()
         found.truncated = self._tokens.close() if self._tokens else None
         found.done = found.total - found.invalid - found.pending
-        walking = time.monotonic() - started - (self._probe.waited - waited)
+        walking = time.monotonic() - started - (self._probe.seconds_waited - waited)
         self._estimate(WALKS * walking)
         return found
 
@@ -149,7 +149,7 @@ class _Walk:
                 self._plan.files[item.source.file] += 1
             if isinstance(item, PromptRequest):
                 try:
-                    self._probe.evaluations(self._job.card, item.params.num_inference_steps)
+                    self._probe.count_evaluations(self._job.card, item.params.num_inference_steps)
                 except RowError as error:
                     item = _refused(item, error)
                 else:

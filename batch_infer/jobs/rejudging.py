@@ -21,7 +21,7 @@ from batch_infer.records import PromptRequest, ResultRow, Status, StoredImage, V
 from batch_infer.safety import Gate, ImageChecker, gate_of
 from batch_infer.settings import OnFlagged, RunSettings
 from batch_infer.sinks import FolderSink, stored_path
-from batch_infer.worker import commit_images, why_flagged, with_file, with_verdict, worker_name
+from batch_infer.worker import commit_images, explain_flag, format_worker_name, set_image, set_verdict
 
 READING_THREADS = 8
 ORIGINAL = frozenset({"keep", "quarantine"})
@@ -77,7 +77,7 @@ class Rejudging:
         """Loads the checker, where it is to be asked. Raises ModelError, SettingsError."""
         self._settings, self._card = settings, card
         self._sink = FolderSink(settings.out, images.SUFFIX[settings.output.image_format])
-        self._manifest, self._name = Manifest(settings.out, record.get("run_number") or 0), worker_name(0)
+        self._manifest, self._name = Manifest(settings.out, record.get("run_number") or 0), format_worker_name(0)
         asks_checker = settings.safety.asks_checker(has_checker=card.has_checker)
         self._judge = _load_judge(settings, card, record) if asks_checker else None
         self._gate = gate_of(settings.safety.service, stop)
@@ -125,7 +125,7 @@ class Rejudging:
             if isinstance(verdict, RowBroken):
                 self._fail(entry, str(verdict))
             elif verdict.nsfw:
-                self._add(entry, replace(with_verdict(entry.row, verdict), error=verdict.reason))
+                self._add(entry, replace(set_verdict(entry.row, verdict), error=verdict.reason))
 
     def tidy(self, request: PromptRequest, committed: Committed) -> None:
         """Remove the files that a killed rescoring has left elsewhere of a row that needs no judging."""
@@ -188,8 +188,8 @@ class Rejudging:
         self.rescored.changed += flagged != (before.status == "flagged")
         stored = self._stored(entry, file, flagged=flagged)
         status: Status = "flagged" if flagged else "ok"
-        row = replace(with_verdict(before, verdict), status=status, error=why_flagged(verdict) if flagged else None)
-        self._add(entry, with_file(row, stored))
+        row = replace(set_verdict(before, verdict), status=status, error=explain_flag(verdict) if flagged else None)
+        self._add(entry, set_image(row, stored))
 
     def _stored(self, entry: Stored, file: _File, *, flagged: bool) -> StoredImage | None:
         """The image as it is to be, written where it is another one or stands elsewhere."""
@@ -217,7 +217,7 @@ class Rejudging:
     def _fail(self, entry: Stored, error: str) -> None:
         """No answer, no image: it is rendered anew by the next run."""
         self.rescored.failed += 1
-        row = with_file(with_verdict(entry.row, Verdict()), None)
+        row = set_image(set_verdict(entry.row, Verdict()), None)
         self._add(entry, replace(row, status="failed", error=error))
 
     def _add(self, entry: Stored, row: ResultRow) -> None:
@@ -250,6 +250,6 @@ def _both(first: Verdict | RowBroken, second: Verdict | RowBroken) -> Verdict | 
 
 def _load_judge(settings: RunSettings, card: ModelCard, record: Mapping[str, Any]) -> ImageChecker:
     from batch_infer.autotune import find_device  # these import torch, which a service alone does without
-    from batch_infer.worker import load_judge
+    from batch_infer.worker import load_image_checker
 
-    return load_judge(card, settle_compute(settings, card, find_device(settings.model.device), record))
+    return load_image_checker(card, settle_compute(settings, card, find_device(settings.model.device), record))

@@ -15,14 +15,14 @@ from typing import Any, Protocol
 
 from batch_infer.engines import (
     Engine,
-    Launched,
-    Local,
+    LaunchedEngine,
+    LocalEngine,
     RankInfo,
     Task,
     TaskReport,
-    join,
-    place,
-    remove_note,
+    join_launch,
+    read_rank_info,
+    remove_rendezvous,
 )
 from batch_infer.errors import (
     BatchInferError,
@@ -55,7 +55,7 @@ from batch_infer.records import ResultRow, now
 from batch_infer.settings import Compute, RunSettings
 from batch_infer.stopping import GRACE_SECONDS, StopRequested, deferred
 from batch_infer.store import KnownFolder, is_there, log_to, open_log
-from batch_infer.worker import WorkerSettings, least, peak_memory, together
+from batch_infer.worker import WorkerSettings, peak_memory, smallest_batches, sum_stages_by_size
 
 LISTING_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """Pauses before the manifest is listed again where it lists too few results."""
@@ -95,7 +95,7 @@ def render_tables(
         card = find_model(settings)
         with outdir.locked(settings.out):
             settings = finishing_overwrite(settings)
-            remove_note(settings.out)  # left by a run that was killed
+            remove_rendezvous(settings.out)  # left by a run that was killed
             with engine_for(settings, here) as engine:
                 job = prepare(settings, tables, card, engine.find_device())
                 with _logged(settings.out):
@@ -115,12 +115,12 @@ def assist(settings: RunSettings, stop: Callable[[], bool] = lambda: False) -> b
     if here is None or not here.rank:
         return False
     log.setLevel(logging.WARNING)  # what there is to say of the settings, rank 0 says
-    join(here, settings.model.device, settings.out, find_model(settings), stop)
+    join_launch(here, settings.model.device, settings.out, find_model(settings), stop)
     return True
 
 
 def _place(settings: RunSettings) -> RankInfo | None:
-    here = place()
+    here = read_rank_info()
     if here is not None and settings.compute.processes not in (None, here.world):
         raise SettingsError(
             f"--num-processes {settings.compute.processes}: a launcher has started {here.world}; leave the option out"
@@ -131,12 +131,12 @@ def _place(settings: RunSettings) -> RankInfo | None:
 def engine_for(settings: RunSettings, here: RankInfo | None) -> Engine:
     """Who renders: a launcher's processes, this one, or others that it starts."""
     if here is not None:
-        return Launched(settings.model.device, here, settings.out)
+        return LaunchedEngine(settings.model.device, here, settings.out)
     if settings.compute.processes == 0:
-        from batch_infer.engines import Inline  # imports torch
+        from batch_infer.engines import InlineEngine  # imports torch
 
-        return Inline(settings.model.device)
-    return Local(settings.model.device, settings.compute.processes)
+        return InlineEngine(settings.model.device)
+    return LocalEngine(settings.model.device, settings.compute.processes)
 
 
 def _all_but(lost: Collection[Key], leaves_alone: SkipRule) -> SkipRule:
@@ -340,7 +340,7 @@ class _Run:
             if work is None:
                 work = self._engine.render(self._task(index, survey), committed, self._stop, ready)
         self._summary.add(work)
-        if work.has_strays:  # the next run removes what they leave
+        if work.lost_remote_worker:  # the next run removes what they leave
             self._write_record(has_strays=True)
         elif work.deaths:
             remove_leftovers(self._out, self._manifest)
@@ -381,19 +381,19 @@ class _Run:
                 f"{error}, but the images that {self._out} already holds were compiled: to have all alike, "
                 "add --overwrite or give another --out"
             ) from error
-        if self._job.settings.compute.compiled or isinstance(self._engine, Launched):
+        if self._job.settings.compute.compiled or isinstance(self._engine, LaunchedEngine):
             raise error
         log.warning("%s; no image is rendered yet, so this run continues without it", error)
         self._use(replace(self._job.compute, compiled=False))
 
     def _learn(self, work: TaskReport, lengths: Mapping[Size, int], start: float) -> None:
         """Remember what it took, and how it had to compute where that has changed on the way."""
-        computes = [account.compute for account in work.accounts]
+        computes = [account.compute for account in work.worker_reports]
         if all(compute == self._job.compute for compute in computes):
             if not self._job.compute.compiled:
-                learn(self._job, together(work.accounts), lengths, start)
+                learn(self._job, sum_stages_by_size(work.worker_reports), lengths, start)
         else:
-            compute = least(computes)
+            compute = smallest_batches(computes)
             learn_shapes(self._job, compute)
             self._use(compute)
 

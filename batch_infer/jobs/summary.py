@@ -41,10 +41,10 @@ class Summary:
     def add(self, work: TaskReport) -> None:
         """Take in what the workers tell of their work."""
         self.processes, self.deaths = work.processes, work.deaths
-        for account in work.accounts:
+        for account in work.worker_reports:
             for name, held in account.peak_memory.items():
                 self.peak_memory[name] = max(held, self.peak_memory.get(name, 0))
-        wholes = [account.whole for account in work.accounts]
+        wholes = [account.total for account in work.worker_reports]
         stages = sum(wholes, Stages())
         self.row_forwards, self.ticks = stages.row_forwards, stages.ticks
         if not stages.ticks:  # stopped before the first row
@@ -53,7 +53,7 @@ class Summary:
         self.stage_shares = stages.shares
         spans = sum(whole.span for whole in wholes)
         self.unet_busy = round(stages.denoise / spans, 4) if spans else 0.0
-        told = [(account.mfu, account.whole.seconds) for account in work.accounts if account.mfu is not None]
+        told = [(account.mfu, account.total.seconds) for account in work.worker_reports if account.mfu is not None]
         if spent := sum(seconds for _, seconds in told):
             self.mfu = round(sum(mfu * seconds for mfu, seconds in told) / spent, 4)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from batch_infer.autotune import Plateau, recall_calibration, remember_calibration
+from batch_infer.autotune import Plateau, load_calibration, save_calibration
 from batch_infer.jobs.job import Job
 from batch_infer.records import now
 from batch_infer.settings import BatchShape, Compute
@@ -45,12 +45,12 @@ class BatchShapes:
         return self._job.compute.with_shapes([self.of(size) for size in sizes])
 
     def _find(self, size: Size) -> BatchShape:
-        if (knee := recall_calibration(Plateau, _conditions(self._job, size))) is None:
+        if (knee := load_calibration(Plateau, _conditions(self._job, size))) is None:
             if len(self._measured) >= MOST_MEASURED:
                 return _nearest(size, self._measured)
             log.info("looking for the best number of slots at %dx%d pixels", *size[::-1])
-            knee = self._probe.plateau(self._job.card, self._job.compute, self._job.settings.safety, size)
-            remember_calibration(_conditions(self._job, size), knee)
+            knee = self._probe.find_plateau(self._job.card, self._job.compute, self._job.settings.safety, size)
+            save_calibration(_conditions(self._job, size), knee)
         shape = BatchShape(*size, knee.slots, knee.decode_batch)
         self._measured.append(shape)
         return shape
@@ -63,7 +63,7 @@ def learn_shapes(job: Job, compute: Compute) -> None:
     for shape in compute.by_size:
         size = shape.height, shape.width
         if shape != job.compute.shape_of(*size):
-            remember_calibration(_conditions(job, size), Plateau(shape.slots, shape.decode_batch, now()))
+            save_calibration(_conditions(job, size), Plateau(shape.slots, shape.decode_batch, now()))
 
 
 def _nearest(size: Size, known: Iterable[BatchShape]) -> BatchShape:

@@ -14,7 +14,7 @@ from batch_infer.records import PromptRequest
 from batch_infer.serving.deployment import Deployment
 from batch_infer.serving.service import PATIENT, Caller, Service
 from batch_infer.table import loose_rows
-from batch_infer.worker import why_flagged
+from batch_infer.worker import explain_flag
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def _object(outcome: Rendered | Unrendered, deployment: Deployment) -> dict[str,
         policy = settings.safety.policy
         left = images.by_policy(pixels, "drop" if policy == "quarantine" else policy)
         if left is None:
-            return _without_image(request.prompt, nsfw, why_flagged(outcome.verdict))
+            return _without_image(request.prompt, nsfw, explain_flag(outcome.verdict))
         pixels = left
     parameters = images.parameters_text(request, card.scheduler_name, card.fingerprint)
     file = base64.b64encode(images.encode(pixels, settings.output.image_format, parameters)).decode("ascii")

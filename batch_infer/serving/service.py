@@ -17,7 +17,7 @@ from batch_infer.serving.deployment import Deployment
 from batch_infer.serving.request_queue import Mailbox, Order, Outcome
 from batch_infer.settings import Compute, SafetySettings
 from batch_infer.stages import Stages
-from batch_infer.worker import AnyChain, LoadChain, load_chain
+from batch_infer.worker import Chain, ChainLoader, load_chain
 
 SLOTS = 8
 """Row-forwards in a UNet call where nobody says. A single caller pays for the empty ones too, with his time."""
@@ -65,7 +65,7 @@ class Service:
     Rows are decoded one at a time, so that a row that is finished does not wait for others to be.
     """
 
-    def __init__(self, deployment: Deployment, load: LoadChain = load_chain) -> None:
+    def __init__(self, deployment: Deployment, load: ChainLoader = load_chain) -> None:
         """Loads the model. Raises ModelError, SettingsError."""
         self.deployment = replace(deployment, compute=_real_time(deployment))
         self._closed = Event()
@@ -114,7 +114,7 @@ class Service:
         if isinstance(self._chain, GatedChain):
             self._chain.close()
 
-    def _load(self, load: LoadChain) -> AnyChain:
+    def _load(self, load: ChainLoader) -> Chain:
         deployment = self.deployment
         return load(deployment.card, deployment.compute, _impatient(deployment.settings.safety), self._closed.is_set)
 

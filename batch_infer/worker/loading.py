@@ -21,27 +21,27 @@ def load_chain(
     card: ModelCard, compute: Compute, safety: SafetySettings, stop: Callable[[], bool] = lambda: False
 ) -> StepLevelChain | PipelineCallChain | GatedChain:
     """A model on its device, with its judge and its gate where there are to be. Raises ModelError, SettingsError."""
-    judged = safety.asks_checker(has_checker=card.has_checker)
-    chain = make_chain(load_any_model(card, compute, judged=judged), compute, stop)
+    with_checker = safety.asks_checker(has_checker=card.has_checker)
+    chain = make_chain(load_any_model(card, compute, with_checker=with_checker), compute, stop)
     grace = Grace(stop)
     gate = gate_of(safety.service, grace)
     return chain if gate is None else GatedChain(chain, gate, stop, grace)
 
 
-def load_any_model(card: ModelCard, compute: Compute, *, judged: bool) -> Family | AnyPipeline:
+def load_any_model(card: ModelCard, compute: Compute, *, with_checker: bool) -> Family | AnyPipeline:
     """As `load_model`, and also what is driven by diffusers' own pipeline."""
     if not card.driven:
-        return load_model(card, compute, judged=judged)
+        return load_model(card, compute, with_checker=with_checker)
     device, dtype = prepare_torch(compute)
     with out_of_memory_errors():
-        return load_pipeline(card, device, dtype, with_checker=judged)
+        return load_pipeline(card, device, dtype, with_checker=with_checker)
 
 
-def load_model(card: ModelCard, compute: Compute, *, judged: bool) -> Family:
+def load_model(card: ModelCard, compute: Compute, *, with_checker: bool) -> Family:
     """A model on its device, and its checker where images are to be judged. Raises ModelError."""
     device, dtype = prepare_torch(compute)
     with out_of_memory_errors():
-        model = load(card, device, dtype, with_checker=judged)
+        model = load(card, device, dtype, with_checker=with_checker)
         speed_up(model.networks, model.device, compiled=compute.compiled, threads=compute.threads)
     return model
 
@@ -73,7 +73,7 @@ def make_chain(
     return StepLevelChain(cast("Family", model), shape, judge, stop)
 
 
-def load_judge(card: ModelCard, compute: Compute) -> ImageChecker:
+def load_image_checker(card: ModelCard, compute: Compute) -> ImageChecker:
     """The checker of a model, without the model; it judges as it does beside it. Raises ModelError."""
     device, dtype = prepare_torch(compute)
     with out_of_memory_errors():

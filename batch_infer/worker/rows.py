@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from batch_infer.chain import Rendered
 
 
-def row_of(request: PromptRequest, status: Status, error: str | None, *, scheduler: str, worker: str) -> ResultRow:
+def make_row(request: PromptRequest, status: Status, error: str | None, *, scheduler: str, worker: str) -> ResultRow:
     """A request of which nothing more is known than how it ended."""
     params = request.params
     return ResultRow(
@@ -41,7 +41,7 @@ def row_of(request: PromptRequest, status: Status, error: str | None, *, schedul
     )
 
 
-def with_verdict(row: ResultRow, verdict: Verdict) -> ResultRow:
+def set_verdict(row: ResultRow, verdict: Verdict) -> ResultRow:
     """The row with what was said of its prompt or image."""
     return replace(
         row,
@@ -51,7 +51,7 @@ def with_verdict(row: ResultRow, verdict: Verdict) -> ResultRow:
     )
 
 
-def with_file(row: ResultRow, stored: StoredImage | None) -> ResultRow:
+def set_image(row: ResultRow, stored: StoredImage | None) -> ResultRow:
     """The row with the image that is stored of it, or with none."""
     return replace(
         row,
@@ -62,11 +62,11 @@ def with_file(row: ResultRow, stored: StoredImage | None) -> ResultRow:
     )
 
 
-def with_image(row: ResultRow, outcome: Rendered, stored: StoredImage | None) -> ResultRow:
+def set_rendering(row: ResultRow, outcome: Rendered, stored: StoredImage | None) -> ResultRow:
     """The row of a request that was rendered; None is stored where the policy drops flagged images."""
     conditioning = outcome.conditioning
     return replace(
-        with_file(with_verdict(row, outcome.verdict), stored),
+        set_image(set_verdict(row, outcome.verdict), stored),
         prompt_tokens=conditioning.prompt_tokens,
         prompt_truncated=conditioning.prompt_truncated,
         slots=outcome.slots,
@@ -74,11 +74,11 @@ def with_image(row: ResultRow, outcome: Rendered, stored: StoredImage | None) ->
     )
 
 
-def why_flagged(verdict: Verdict) -> str:
+def explain_flag(verdict: Verdict) -> str:
     """The sentence of a flagged image."""
     return verdict.reason or "the safety check flagged the image"
 
 
-def worker_name(rank: int) -> str:
+def format_worker_name(rank: int) -> str:
     """The name of a worker in the rows that it commits: machine, process and rank."""
     return f"{platform.node()}-{os.getpid()}-{rank}"

@@ -45,12 +45,12 @@ class WorkerReport:
     peak_memory: Mapping[str, int]
 
     @property
-    def whole(self) -> Stages:
+    def total(self) -> Stages:
         """Those of all sizes together."""
         return sum(self.stages.values(), Stages())
 
 
-def together(accounts: Iterable[WorkerReport]) -> dict[Size, Stages]:
+def sum_stages_by_size(accounts: Iterable[WorkerReport]) -> dict[Size, Stages]:
     """The stages of all accounts, by size; their `seconds` are then those of all devices."""
     found: dict[Size, Stages] = {}
     for account in accounts:
@@ -59,7 +59,7 @@ def together(accounts: Iterable[WorkerReport]) -> dict[Size, Stages]:
     return found
 
 
-def least(computes: Sequence[Compute]) -> Compute:
+def smallest_batches(computes: Sequence[Compute]) -> Compute:
     """How all of these can compute: the smallest batches of each size."""
     sizes = {(shape.height, shape.width) for compute in computes for shape in compute.by_size}
     shapes = []

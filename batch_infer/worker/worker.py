@@ -18,9 +18,9 @@ from batch_infer.records import PromptRequest, ResultRow, Status, StoredImage
 from batch_infer.settings import BatchShape, Compute, SafetySettings
 from batch_infer.sinks import FolderSink
 from batch_infer.worker.committing import Committer, commit_images
-from batch_infer.worker.contract import WorkerReport, WorkerSettings
+from batch_infer.worker.interface import WorkerReport, WorkerSettings
 from batch_infer.worker.memory import peak_memory
-from batch_infer.worker.rows import row_of, why_flagged, with_image, with_verdict
+from batch_infer.worker.rows import explain_flag, make_row, set_rendering, set_verdict
 
 if TYPE_CHECKING:
     from batch_infer.models import Family
@@ -33,8 +33,8 @@ render more.
 """
 MOST_STORING_THREADS = 32
 
-AnyChain: TypeAlias = "StepLevelChain | PipelineCallChain | GatedChain"
-LoadChain: TypeAlias = "Callable[[ModelCard, Compute, SafetySettings, Callable[[], bool]], AnyChain]"
+Chain: TypeAlias = "StepLevelChain | PipelineCallChain | GatedChain"
+ChainLoader: TypeAlias = "Callable[[ModelCard, Compute, SafetySettings, Callable[[], bool]], Chain]"
 """Loads what renders; the last argument says whether to stop."""
 
 
@@ -45,7 +45,7 @@ class Worker:
         self,
         settings: WorkerSettings,
         name: str,
-        load: LoadChain,
+        load: ChainLoader,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """Loads what renders. `name` will stand in its rows. Raises ModelError."""
@@ -54,7 +54,7 @@ class Worker:
         self._manifest = Manifest(settings.out, settings.run)
         self._chain = load(settings.card, settings.compute, settings.safety, stop)
 
-    def account(self, *, final: bool = False) -> WorkerReport:
+    def report(self, *, final: bool = False) -> WorkerReport:
         """Of all that it has rendered so far. Only the `final` one has an MFU: that takes a walk through the model."""
         shapes = (BatchShape(*size, *shape) for size, shape in self._chain.shape.by_size.items())
         compute = self._settings.compute.with_shapes(shapes)
@@ -76,7 +76,7 @@ class Worker:
             flops += stages.images * decode_flops(model, latent_shape)
         return flops / chain.stages.seconds / (peak * 1e12)
 
-    def work(self, requests: Iterable[PromptRequest], committed: Callable[[Sequence[ResultRow]], None]) -> None:
+    def render(self, requests: Iterable[PromptRequest], committed: Callable[[Sequence[ResultRow]], None]) -> None:
         """Render requests; `committed` is called, on another thread, with rows once they are in the manifest.
 
         Returns early, with all that is finished committed, once `stop` says so. Raises StorageError, and the errors of
@@ -95,15 +95,17 @@ class Worker:
     def _store(self, outcome: Rendered | Unrendered) -> _Stored:
         request = outcome.request
         if isinstance(outcome, Unrendered):
-            row = with_verdict(self._row(request, outcome.status, outcome.error), outcome.verdict)
+            row = set_verdict(self._row(request, outcome.status, outcome.error), outcome.verdict)
             return _Stored(row, None, request.replaces)
         flagged = bool(outcome.verdict.nsfw)
         stored = self._write(outcome, flagged)
-        row = self._row(request, "flagged", why_flagged(outcome.verdict)) if flagged else self._row(request, "ok", None)
-        return _Stored(with_image(row, outcome, stored), stored.path if stored else None, request.replaces)
+        row = (
+            self._row(request, "flagged", explain_flag(outcome.verdict)) if flagged else self._row(request, "ok", None)
+        )
+        return _Stored(set_rendering(row, outcome, stored), stored.path if stored else None, request.replaces)
 
     def _row(self, request: PromptRequest, status: Status, error: str | None) -> ResultRow:
-        return row_of(request, status, error, scheduler=self._settings.card.scheduler_name, worker=self._name)
+        return make_row(request, status, error, scheduler=self._settings.card.scheduler_name, worker=self._name)
 
     def _write(self, outcome: Rendered, flagged: bool) -> StoredImage | None:
         pixels = images.by_policy(outcome.pixels, self._settings.safety.policy) if flagged else outcome.pixels
