@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from batch_infer.cli import commands, give_stderr_back, in_json, settle_format_early, tell_error, with_suggestion
+from batch_infer.cli import commands, detect_log_format, is_json, log_error, restore_stderr, with_suggestion
 from batch_infer.errors import BatchInferError, Interrupted, UsageError
 from batch_infer.terminal import escape_controls, never_fail_to_encode
 
@@ -17,11 +17,11 @@ from batch_infer.terminal import escape_controls, never_fail_to_encode
 def main() -> None:
     """Run the command and end the process with its exit code; a fault of the user's or the world's is one sentence."""
     _fill_standard_streams()
-    settle_format_early()
+    detect_log_format()
     try:
         code = _run()
     finally:
-        give_stderr_back()
+        restore_stderr()
     sys.exit(code or 0)
 
 
@@ -47,24 +47,24 @@ def _has_folder() -> bool:
 
 def _run() -> int | None:
     if not _has_folder():
-        tell_error("the current folder was removed: change to one that exists, and run again", UsageError.exit_code)
+        log_error("the current folder was removed: change to one that exists, and run again", UsageError.exit_code)
         return UsageError.exit_code
     try:
         code: int | None = commands.main(standalone_mode=False)
     except click.ClickException as found:
         error = with_suggestion(found)
-        if in_json():
-            tell_error(error.format_message(), error.exit_code)
+        if is_json():
+            log_error(error.format_message(), error.exit_code)
         else:
             text = io.StringIO()
             error.show(text)
             click.echo(escape_controls(text.getvalue(), keep="\n"), err=True, nl=False)
         return error.exit_code
     except BatchInferError as error:
-        tell_error(error, error.exit_code)
+        log_error(error, error.exit_code)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        tell_error("interrupted. Run the same command again to continue", Interrupted.exit_code)
+        log_error("interrupted. Run the same command again to continue", Interrupted.exit_code)
         return Interrupted.exit_code
     return code
 

@@ -22,7 +22,7 @@ import yaml
 from batch_infer.azureml import deployment as deployments
 from batch_infer.azureml import online
 from batch_infer.cli import commands, names
-from batch_infer.cli.environment import settings_of_environment
+from batch_infer.cli.environment import settings_from_environment
 from batch_infer.cli.run import run
 from batch_infer.errors import SettingsError
 from batch_infer.models import DEMO_MODEL
@@ -209,7 +209,7 @@ def test_batch_infer_understands_the_variables(kind: str, monkeypatch: pytest.Mo
     for name, value in variables(kind).items():
         assert isinstance(value, str)  # what Azure takes
         monkeypatch.setenv(name, value)
-    assert settings_of_environment("table.csv", "out").safety.mode == "auto"
+    assert settings_from_environment("table.csv", "out").safety.mode == "auto"
 
 
 def options_as_variables() -> set[str]:
@@ -346,7 +346,7 @@ def test_variables_that_do_nothing_are_not_validated(tmp_path: Path, monkeypatch
         monkeypatch.setenv(name, value)
     (tmp_path / "job.toml").write_text('time-limit = "nonsense"\nmax-failed = "nonsense"\nheight = 128\n')
     monkeypatch.setenv("BATCH_INFER_CONFIG", str(tmp_path / "job.toml"))
-    settings = settings_of_environment("-", "out", deployments.IGNORED)
+    settings = settings_from_environment("-", "out", deployments.IGNORED)
     assert (settings.defaults.num_inference_steps, settings.defaults.height, settings.out) == (7, 128, Path("out"))
     assert (settings.output.results, settings.max_failed.count, settings.price_per_hour) == ((), 0, None)
 
@@ -354,10 +354,10 @@ def test_variables_that_do_nothing_are_not_validated(tmp_path: Path, monkeypatch
 def test_a_variable_that_nothing_reads_stops_a_deployment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (*DOORS_OWN, "BATCH_INFER_SERVICE_HOST", "BATCH_INFER_PORT_80_TCP_ADDR"):  # the last by Kubernetes
         monkeypatch.setenv(name, "1")
-    settings_of_environment("-", "out", deployments.IGNORED)
+    settings_from_environment("-", "out", deployments.IGNORED)
     monkeypatch.setenv("BATCH_INFER_STEP", "30")
     with pytest.raises(SettingsError, match=r"BATCH_INFER_STEP: did you mean BATCH_INFER_STEPS\?"):
-        settings_of_environment("-", "out", deployments.IGNORED)
+        settings_from_environment("-", "out", deployments.IGNORED)
 
 
 def test_a_folder_further_down_comes_before_a_file(tmp_path: Path) -> None:

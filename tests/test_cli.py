@@ -17,7 +17,7 @@ from click import Context
 from batch_infer import stopping
 from batch_infer.cli import commands, logs
 from batch_infer.cli.logs import set_up_logging
-from batch_infer.cli.progress import Bar, Lines, Together, make_progress
+from batch_infer.cli.progress import ProgressBar, ProgressGroup, ProgressLog, make_progress
 from batch_infer.cli.report import report
 from batch_infer.cli.signals import NOTHING_KEPT, stoppable
 from batch_infer.errors import Interrupted
@@ -51,10 +51,10 @@ def rows(*statuses: Any) -> list[ResultRow]:
 
 
 def test_a_terminal_gets_a_bar_and_a_file_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(make_progress(shown=True), Lines)
+    assert isinstance(make_progress(shown=True), ProgressLog)
     monkeypatch.setattr(sys, "stderr", Terminal())
-    assert isinstance(make_progress(shown=True), Bar)
-    assert isinstance(make_progress(shown=False), Together)
+    assert isinstance(make_progress(shown=True), ProgressBar)
+    assert isinstance(make_progress(shown=False), ProgressGroup)
 
 
 def test_the_bar_counts_what_was_done_before(monkeypatch: pytest.MonkeyPatch) -> None:

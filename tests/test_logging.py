@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from batch_infer.cli import commands, logs, progress
-from batch_infer.cli.logs import give_stderr_back, set_up_logging, settle_format
-from batch_infer.cli.progress import Bar, Lines, make_progress
+from batch_infer.cli.logs import restore_stderr, set_log_format, set_up_logging
+from batch_infer.cli.progress import ProgressBar, ProgressLog, make_progress
 from batch_infer.cli.signals import stoppable
 from batch_infer.jobs.scan import ScanResult
 from batch_infer.models import DEMO_MODEL
@@ -42,8 +42,8 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     warnings.showwarning = before
     yield
     logging.captureWarnings(False)
-    give_stderr_back()
-    settle_format("text")
+    restore_stderr()
+    set_log_format("text")
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_a_log_format_that_there_is_not(tmp_path: Path) -> None:
 
 
 def test_fields_of_a_record_and_an_exception_are_fields(capsys: pytest.CaptureFixture[str]) -> None:
-    settle_format("json")
+    set_log_format("json")
     set_up_logging()
     try:
         raise ValueError("of\ntwo lines")
@@ -155,7 +155,7 @@ def test_fields_of_a_record_and_an_exception_are_fields(capsys: pytest.CaptureFi
 
 
 def test_a_signal_is_told_in_the_log(capsys: pytest.CaptureFixture[str]) -> None:
-    settle_format("json")
+    set_log_format("json")
     set_up_logging(quiet=True)
     with stoppable() as stop, deferred():
         os.kill(os.getpid(), signal.SIGTERM)
@@ -166,10 +166,10 @@ def test_a_signal_is_told_in_the_log(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_there_is_no_bar_among_json_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    assert isinstance(make_progress(shown=True), Bar)
-    settle_format("json")
+    assert isinstance(make_progress(shown=True), ProgressBar)
+    set_log_format("json")
     lines = make_progress(shown=True)
-    assert isinstance(lines, Lines)
+    assert isinstance(lines, ProgressLog)
     set_up_logging()
     lines.start(ScanResult(total=1, pending=1))
     assert messages(capsys.readouterr().err) == ["1 to render, 0 done before, 0 invalid", "loading model"]
@@ -278,7 +278,7 @@ def test_a_log_that_nobody_takes_goes_nowhere_else(streams: str, log_format: str
 def test_a_warning_of_python_is_one_line_and_none_when_quiet(
     capsys: pytest.CaptureFixture[str], log_format: str
 ) -> None:
-    settle_format(log_format)
+    set_log_format(log_format)
     told = 'a "b".py:3: FutureWarning: in two lines with a %'
     with warnings.catch_warnings():
         warnings.simplefilter("always")

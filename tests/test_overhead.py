@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from batch_infer.cli.progress import Together
+from batch_infer.cli.progress import ProgressGroup
 from batch_infer.engines.local import LocalEngine
 from batch_infer.jobs import run as job
 from batch_infer.jobs.summary import Summary
@@ -30,7 +30,7 @@ def scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Score:
         table = write_csv(tmp_path / "table.csv", [["prompt"], *([f"row {k}"] for k in range(rows))])
         monkeypatch.setattr(job, "engine_for", lambda settings, here: LocalEngine("cpu", processes, load=load))
         settings = RunSettings(TableSettings((str(table),)), out, defaults=RowDefaults(guidance_scale=1.0))
-        return job.render_tables(settings, Together()), out
+        return job.render_tables(settings, ProgressGroup()), out
 
     return run
 

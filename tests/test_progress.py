@@ -15,7 +15,7 @@ import pytest
 from batch_infer.cli import progress
 from batch_infer.cli.logs import set_up_logging
 from batch_infer.cli.metrics import Metrics
-from batch_infer.cli.progress import Bar, Lines, Together
+from batch_infer.cli.progress import ProgressBar, ProgressGroup, ProgressLog
 from batch_infer.engines.local import LocalEngine
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs import run as run_job
@@ -93,7 +93,7 @@ def test_lines_say_that_the_model_loads_and_count_from_when_it_has(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     set_up_logging(quiet=False, verbose=False)
-    lines = Lines(clock)
+    lines = ProgressLog(clock)
     lines.start(ScanResult(total=10, done=2, pending=8, reasons={"new": 1, "changed": 7}, changes="height 64 -> 72"))
     started = [
         "batch-infer: 8 to render: 1 new, 7 changed (height 64 -> 72); 2 done before, 0 invalid",
@@ -116,7 +116,7 @@ def test_lines_say_that_the_model_loads_and_count_from_when_it_has(
 
 def test_the_end_is_told_once(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     set_up_logging(quiet=False, verbose=False)
-    lines = Lines(clock)
+    lines = ProgressLog(clock)
     lines.start(ScanResult(total=1, pending=1))
     throughput = Throughput(clock)
     lines.ready(throughput)
@@ -130,7 +130,7 @@ def test_the_end_is_told_once(clock: Clock, capsys: pytest.CaptureFixture[str]) 
 def test_the_bar_says_the_same(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    bar = Bar()
+    bar = ProgressBar()
     bar.start(ScanResult(total=10, done=2, pending=8))
     assert terminal.getvalue().rstrip().endswith("2/10, loading model")
     clock.seconds += 50
@@ -157,7 +157,7 @@ def test_metrics_count_from_when_the_model_is_loaded(clock: Clock, tmp_path: Pat
     assert values == ["0.125"]
 
 
-class Recorder(Together):
+class Recorder(ProgressGroup):
     """Notes, as a run goes on, what its throughput and `status` say at the same moments."""
 
     def __init__(self, out: Path, clock: Clock) -> None:
@@ -194,7 +194,7 @@ def test_status_summary_and_the_last_line_agree(
     set_up_logging(quiet=False, verbose=False)
     out = tmp_path / "out"
     recorder = Recorder(out, clock)
-    summary = run_job.render_tables(settings_of(table, out), Together(recorder, Lines(clock)))
+    summary = run_job.render_tables(settings_of(table, out), ProgressGroup(recorder, ProgressLog(clock)))
     assert recorder.calls[:3] == ["start", "ready", "committed"]
     assert recorder.rates[0] == (None, None)
     assert run_json(out)["in_flight"] == 3

@@ -27,7 +27,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from batch_infer.cli.names import variables_of_option
-from batch_infer.cli.progress import Together, make_progress
+from batch_infer.cli.progress import ProgressGroup, make_progress
 from batch_infer.cli.run import run as run_command
 from batch_infer.errors import Interrupted, ModelError, StorageError
 from batch_infer.jobs.run import render_tables as score
@@ -575,7 +575,7 @@ def test_a_table_that_changes_under_a_run_loses_no_result(tmp_path: Path, out: P
     rows = [["prompt"], *([f"a red circle, {i}"] for i in range(6))]
     table = write_csv(tmp_path / "t.csv", rows)
 
-    class Changing(Together):
+    class Changing(ProgressGroup):
         def committed(self, rows: Any) -> None:
             table.unlink(missing_ok=True)  # a slow machine commits more than once
             if change == "appended":
@@ -605,7 +605,7 @@ def test_a_secret_in_a_url_is_not_written_down(tmp_path: Path, out: Path) -> Non
 def test_slots_and_threads_are_kept(table: Path, out: Path) -> None:
     """Bytes depend on them, and a run that goes on is one run."""
     run(table, out, "--slots", "6", "--limit", "1")
-    score(settings_of(table, out), Together())
+    score(settings_of(table, out), ProgressGroup())
     assert (run_json(out)["compute"]["slots"], run_json(out)["compute"]["threads"]) == (6, 1)
     assert [row["slots"] for row in results(out)] == [6, 6, 6]
 
@@ -961,7 +961,7 @@ def test_a_change_that_was_not_committed_has_changed_nothing(
 
 def test_a_run_that_is_stopped_before_it_renders_tells_what_it_knows(tmp_path: Path, out: Path) -> None:
     table = write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"], [""]])
-    summary = score(settings_of(table, out), Together(), lambda: True)
+    summary = score(settings_of(table, out), ProgressGroup(), lambda: True)
     assert (summary.counts.left, summary.counts.invalid) == (1, 1)
     assert [row["status"] for row in results(out)] == ["invalid"]
 

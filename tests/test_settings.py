@@ -10,7 +10,7 @@ from typing import Any
 import click
 import pytest
 
-from batch_infer.cli.asked import run_settings
+from batch_infer.cli.asked import make_run_settings
 from batch_infer.cli.run import run as command
 from batch_infer.errors import SettingsError
 from batch_infer.jobs.run_json import parse_record
@@ -113,7 +113,7 @@ def parse(*arguments: str) -> RunSettings:
     """The settings of a command line."""
     with click.Context(command, info_name="run") as context:
         command.parse_args(context, ["t.csv", *arguments])
-        return run_settings(context.params)
+        return make_run_settings(context.params)
 
 
 def test_what_nobody_said_is_the_default() -> None:

@@ -101,10 +101,10 @@ def test_a_run_whose_lock_may_not_be_read(table: Path, out: Path, monkeypatch: p
 
 
 def test_a_run_that_stopped_early_says_what_is_left(table: Path, out: Path) -> None:
-    from batch_infer.cli.progress import Together
+    from batch_infer.cli.progress import ProgressGroup
     from batch_infer.jobs.run import render_tables as score
 
-    score(settings_of(table, out), Together(), stop=lambda: True)
+    score(settings_of(table, out), ProgressGroup(), stop=lambda: True)
     told = status(out)
     assert (told["state"], told["left"], told["counts"]["invalid"]) == ("stopped", 25, 1)
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from batch_infer.cli import set_up_logging, settings_of_environment
+from batch_infer.cli import set_up_logging, settings_from_environment
 from batch_infer.errors import SettingsError, UsageError
 from batch_infer.jobs import describe, find_model, keep_policy, make_rules, read_run, rooted, settle_compute
 from batch_infer.serving import Deployment
@@ -47,7 +47,7 @@ def find_deployment(out: str, *, alone: bool = False) -> AzureDeployment:
 
     `alone`: it is no worker among others of its machine.
     """
-    asked = settings_of_environment("-", out, IGNORED)
+    asked = settings_from_environment("-", out, IGNORED)
     set_up_logging()  # after it, which says in which format
     if ignored := [name for name in IGNORED if os.environ.get(name)]:
         log.warning("%s: ignored in an endpoint", ", ".join(ignored))

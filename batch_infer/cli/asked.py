@@ -14,7 +14,7 @@ SERVICE_VARIABLES = ("CONTENT_SAFETY_KEY", "CONTENT_SAFETY_THRESHOLD", "CONTENT_
 """What nobody sets who wants no service."""
 
 
-def run_settings(options: Mapping[str, Any]) -> s.RunSettings:
+def make_run_settings(options: Mapping[str, Any]) -> s.RunSettings:
     """The settings that the options of a command say. Raises SettingsError."""
     if "://" in options["out"]:
         raise SettingsError(f"--out {options['out']}: this version writes to a local folder")
@@ -23,7 +23,7 @@ def run_settings(options: Mapping[str, Any]) -> s.RunSettings:
             options["tables"], _columns(options["columns"]), options["limit"], id_from=options["id_from"]
         ),
         out=Path(options["out"]).expanduser(),
-        model=model_settings(options),
+        model=make_model_settings(options),
         defaults=s.RowDefaults(
             num_inference_steps=options["steps"],
             guidance_scale=options["guidance_scale"],
@@ -34,9 +34,9 @@ def run_settings(options: Mapping[str, Any]) -> s.RunSettings:
             num_images_per_prompt=options["images_per_prompt"],
             seed=options["seed"],
         ),
-        safety=safety_settings(options),
+        safety=make_safety_settings(options),
         output=s.OutputSettings(options["image_format"], options["results"], options["base64"]),
-        compute=compute_settings(options),
+        compute=make_compute_settings(options),
         max_failed=s.FailureBudget.parse(options["max_failed"]),
         overwrite=options["overwrite"],
         rerender_changed=options["rerender_changed"],
@@ -44,7 +44,7 @@ def run_settings(options: Mapping[str, Any]) -> s.RunSettings:
     )
 
 
-def model_settings(options: Mapping[str, Any]) -> s.ModelSettings:
+def make_model_settings(options: Mapping[str, Any]) -> s.ModelSettings:
     """Which model, and how it computes. Raises SettingsError."""
     return s.ModelSettings(
         options["model"],
@@ -58,7 +58,7 @@ def model_settings(options: Mapping[str, Any]) -> s.ModelSettings:
     )
 
 
-def safety_settings(options: Mapping[str, Any]) -> s.SafetySettings:
+def make_safety_settings(options: Mapping[str, Any]) -> s.SafetySettings:
     """Who is asked; the service as the environment has it. Raises SettingsError."""
     mode, service = options["safety"], None
     if mode in ("auto", "azure", "checker,azure"):
@@ -72,7 +72,7 @@ def safety_settings(options: Mapping[str, Any]) -> s.SafetySettings:
     return s.SafetySettings(mode, options["on_flagged"], options["require_safety"], service)
 
 
-def compute_settings(options: Mapping[str, Any]) -> s.ComputeSettings:
+def make_compute_settings(options: Mapping[str, Any]) -> s.ComputeSettings:
     return s.ComputeSettings(options["slots"], options["threads"], options["compiled"], options.get("num_processes"))
 
 

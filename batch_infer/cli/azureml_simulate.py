@@ -12,7 +12,7 @@ import click
 from tqdm import tqdm
 
 from batch_infer.cli.config import config_option
-from batch_infer.cli.logs import in_json, log, set_up_logging
+from batch_infer.cli.logs import is_json, log, set_up_logging
 from batch_infer.cli.options import json_option, logging_options, progress_option
 from batch_infer.cli.progress import LINE_EVERY
 from batch_infer.cli.report import duration, number, printing, say
@@ -162,7 +162,7 @@ class _Progress:
     def __call__(self, outcome: Outcome) -> None:
         if not self._shown:
             return
-        if sys.stderr.isatty() and not in_json():
+        if sys.stderr.isatty() and not is_json():
             self._draw(outcome)
         elif (now := time.monotonic()) - self._told >= LINE_EVERY:
             self._told = now

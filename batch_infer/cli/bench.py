@@ -19,7 +19,7 @@ from batch_infer.bench import (
     parse_steps,
     parse_sweep,
 )
-from batch_infer.cli.asked import compute_settings, model_settings
+from batch_infer.cli.asked import make_compute_settings, make_model_settings
 from batch_infer.cli.config import config_option
 from batch_infer.cli.logs import set_up_logging
 from batch_infer.cli.options import json_option, logging_options, model_options
@@ -129,9 +129,9 @@ def _settings(options: dict[str, Any]) -> BenchSettings:
     sweep = parse_sweep(options["sweep"]) if options["sweep"] else ()
     return BenchSettings(
         table=TableShape(options["rows"], parse_steps(options["steps"]), options["sizes"], options["unguided"]),
-        model=model_settings(options),
+        model=make_model_settings(options),
         architecture=options["architecture"],
-        compute=compute_settings(options),
+        compute=make_compute_settings(options),
         rounds=options["rounds"],
         against=parse_against(options["against"]),
         sweep=sweep or (SWEEP if options["plot"] else ()),

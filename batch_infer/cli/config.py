@@ -11,12 +11,12 @@ from typing import Any
 
 import click
 
-from batch_infer.cli.logs import settle_format
+from batch_infer.cli.logs import set_log_format
 from batch_infer.cli.names import check_environment, options_of, suggest, variables_of_option
 from batch_infer.errors import SettingsError
 
 
-def settle_format_early() -> None:
+def detect_log_format() -> None:
     """Have the log's format as it can be told before the command line is read, which may be faulty, as may the file."""
     found: Any = _typed("log-format")
     if found is None and (path := _typed("config")) is not None:
@@ -25,7 +25,7 @@ def settle_format_early() -> None:
         except SettingsError:  # told when the file is read for its own sake
             values = {}
         found = values.get("log-format", values.get("log_format"))
-    settle_format("json" if found == "json" else "text")
+    set_log_format("json" if found == "json" else "text")
 
 
 def _typed(option: str) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 import click
 
-from batch_infer.cli.asked import run_settings
+from batch_infer.cli.asked import make_run_settings
 from batch_infer.cli.main import commands
 from batch_infer.cli.names import variables_of_option
 from batch_infer.cli.run import run
@@ -15,7 +15,7 @@ from batch_infer.errors import SettingsError
 from batch_infer.settings import RunSettings
 
 
-def settings_of_environment(table: str, out: str, ignored: Collection[str] = ()) -> RunSettings:
+def settings_from_environment(table: str, out: str, ignored: Collection[str] = ()) -> RunSettings:
     """Return the settings that `batch-infer run TABLE --out OUT` would have in this environment.
 
     `ignored` names variables that are not read, nor are their options in a --config file: these options keep their
@@ -28,7 +28,7 @@ def settings_of_environment(table: str, out: str, ignored: Collection[str] = ())
     parent = click.Context(commands, info_name="batch-infer")
     try:
         with command.make_context("run", ["--out", out, "--", table], parent=parent) as context:
-            return run_settings(context.params)
+            return make_run_settings(context.params)
     except click.ClickException as error:
         raise SettingsError(error.format_message()) from error
 

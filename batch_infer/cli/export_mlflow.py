@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from batch_infer.cli.asked import compute_settings, model_settings
+from batch_infer.cli.asked import make_compute_settings, make_model_settings
 from batch_infer.cli.config import config_option
 from batch_infer.cli.logs import set_up_logging
 from batch_infer.cli.options import logging_options, model_options
@@ -38,7 +38,7 @@ def export_mlflow(folder: Path, quiet: bool, verbose: bool, **options: Any) -> i
     with stoppable(hint=NOTHING_KEPT):
         from batch_infer.jobs import export_model  # imports torch, which takes seconds
 
-        card = export_model(folder.expanduser(), model_settings(options), compute_settings(options))
+        card = export_model(folder.expanduser(), make_model_settings(options), make_compute_settings(options))
     if not quiet:
         with printing():
             say(f"{folder}: {card.title}, as an MLflow model")

@@ -22,12 +22,12 @@ _stderr_log = logging.getLogger("stderr")
 _settled = {"format": "text"}
 
 
-def settle_format(found: str) -> None:
+def set_log_format(found: str) -> None:
     """Keep the format of the log, which an error may need before the command has begun."""
     _settled["format"] = found
 
 
-def in_json() -> bool:
+def is_json() -> bool:
     """Whether the log is JSON lines."""
     return _settled["format"] == "json"
 
@@ -37,19 +37,19 @@ def set_up_logging(*, quiet: bool = False, verbose: bool = False) -> None:
 
     With it go Python's warnings, and where it is JSON also the traceback of a bug and what others write to stderr.
     """
-    handler = _Handler(quiet=quiet)
+    handler = StderrHandler(quiet=quiet)
     handler.setLevel(logging.DEBUG if verbose else logging.INFO)
-    handler.setFormatter(_json_formatter() if in_json() else EscapingFormatter("batch-infer: %(message)s"))
+    handler.setFormatter(_json_formatter() if is_json() else EscapingFormatter("batch-infer: %(message)s"))
     for logger in (log, _warnings_log, _stderr_log):
         logger.handlers = [handler]
         logger.setLevel(logging.DEBUG)
         logger.propagate = False
     logging.captureWarnings(True)
-    if in_json():
+    if is_json():
         _take_stderr()
 
 
-def tell_error(sentence: object, code: int) -> None:
+def log_error(sentence: object, code: int) -> None:
     """The sentence that a command ends with, whether or not it had set up its log before."""
     set_up_logging()
     log.error("%s", sentence, extra={"exit_code": code})
@@ -62,7 +62,7 @@ def _json_formatter() -> logging.Formatter:
     return JsonFormatter(["levelname", "name", "message"], rename_fields=names, timestamp="time")
 
 
-class _Handler(logging.Handler):
+class StderrHandler(logging.Handler):
     """Log lines above the bar, where there is one."""
 
     def __init__(self, *, quiet: bool) -> None:
@@ -95,7 +95,7 @@ def _take_stderr() -> None:
     sys.unraisablehook = lambda met: _log_bug(met.exc_type, met.exc_value, met.exc_traceback)
 
 
-def give_stderr_back() -> None:
+def restore_stderr() -> None:
     """Log the line that was not ended, and let stderr be what it was."""
     if isinstance(sys.stderr, _LoggedStream):
         sys.stderr.write("\n")

@@ -10,7 +10,7 @@ import click
 
 from batch_infer import settings as s
 from batch_infer.cli.config import config_option
-from batch_infer.cli.logs import FORMATS, settle_format
+from batch_infer.cli.logs import FORMATS, set_log_format
 from batch_infer.cli.names import PREFIX
 from batch_infer.cli.time_limit import Duration
 from batch_infer.cli.values import Column, Lora, MetricsFile, Slots
@@ -35,7 +35,7 @@ def _option_with_aliases(*names: str, **attributes: Any) -> Decorator[Any]:
 
 
 def _settle_format(_: click.Context, __: click.Parameter, found: str) -> None:
-    settle_format(found)
+    set_log_format(found)
 
 
 table_options = _together(

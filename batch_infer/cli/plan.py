@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 from tqdm import tqdm
 
-from batch_infer.cli.asked import run_settings
+from batch_infer.cli.asked import make_run_settings
 from batch_infer.cli.logs import log, set_up_logging
 from batch_infer.cli.options import job_options, json_option, logging_options, progress_option
 from batch_infer.cli.report import ROWS_FAILED, duration, number, printing, say
@@ -48,7 +48,7 @@ def plan(time_limit: float | None, as_json: bool, quiet: bool, verbose: bool, **
 
     Exit codes: as `run` would have; 3 if more rows are invalid than --max-failed.
     """
-    settings = run_settings(options)
+    settings = make_run_settings(options)
     set_up_logging(quiet=quiet, verbose=verbose)
     # In a file: there may be as many faults as the table has rows.
     with stoppable(hint=NOTHING_KEPT), temporary_text() as faults:

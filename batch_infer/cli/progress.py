@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from batch_infer.cli.logs import in_json, log
+from batch_infer.cli.logs import is_json, log
 
 if TYPE_CHECKING:
     from batch_infer.jobs import Progress, ScanResult, Throughput
@@ -20,14 +20,14 @@ LINE_EVERY = 10.0
 """Seconds between two lines."""
 
 
-def make_progress(*, shown: bool) -> Bar | Lines | Together:
+def make_progress(*, shown: bool) -> ProgressBar | ProgressLog | ProgressGroup:
     """The progress for where stderr goes to."""
     if not shown:
-        return Together()
-    return Bar() if sys.stderr.isatty() and not in_json() else Lines()
+        return ProgressGroup()
+    return ProgressBar() if sys.stderr.isatty() and not is_json() else ProgressLog()
 
 
-class Together:
+class ProgressGroup:
     """Several that are told how a run goes, or nobody."""
 
     def __init__(self, *listeners: Progress) -> None:
@@ -50,11 +50,11 @@ class Together:
             listener.close()
 
 
-class Bar:
+class ProgressBar:
     """tqdm's bar: results, images a second, time left, flagged and failed."""
 
     def __init__(self) -> None:
-        self._tally = _Tally()
+        self._tally = ProgressCounts()
         self._bar: tqdm[Any] | None = None
 
     def start(self, survey: ScanResult) -> None:
@@ -87,11 +87,11 @@ class Bar:
             self._bar.close()
 
 
-class Lines:
+class ProgressLog:
     """A line every few seconds, and one at the end, for a log file."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._tally = _Tally()
+        self._tally = ProgressCounts()
         self._clock = clock
         self._written_at = 0.0
         self._is_written = True
@@ -139,7 +139,7 @@ def _log_start(survey: ScanResult) -> None:
     )  # fmt: skip
 
 
-class _Tally:
+class ProgressCounts:
     """Counts of results, and the speed."""
 
     def __init__(self) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from batch_infer.cli.asked import safety_settings
+from batch_infer.cli.asked import make_safety_settings
 from batch_infer.cli.config import config_option
 from batch_infer.cli.logs import log, set_up_logging
 from batch_infer.cli.options import json_option, logging_options, on_flagged_option, out_argument
@@ -53,7 +53,7 @@ def rescore(out: Path, tables: tuple[str, ...], as_json: bool, quiet: bool, verb
     with stoppable() as stop:
         from batch_infer.jobs import rescore_images as judge_again
 
-        found, counts = judge_again(out, tables, safety_settings({**options, "require_safety": True}), tell, stop)
+        found, counts = judge_again(out, tables, make_safety_settings({**options, "require_safety": True}), tell, stop)
     code = ROWS_FAILED if found.failed else 0
     if code or not quiet:
         with printing():

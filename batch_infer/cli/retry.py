@@ -11,7 +11,7 @@ from batch_infer.cli.config import config_option
 from batch_infer.cli.logs import set_up_logging
 from batch_infer.cli.metrics import Metrics
 from batch_infer.cli.options import json_option, logging_options, out_argument, progress_option, unattended_options
-from batch_infer.cli.progress import Together, make_progress
+from batch_infer.cli.progress import ProgressGroup, make_progress
 from batch_infer.cli.report import exit_code, give
 from batch_infer.cli.signals import report_time_limit, stoppable
 from batch_infer.settings import Retried
@@ -57,7 +57,7 @@ def retry(
     with Metrics(metrics_file, str(out)) as metrics, stoppable(time_limit) as stop:
         from batch_infer.jobs import retry_rows as render_again
 
-        listeners = Together(make_progress(shown=not (quiet or no_progress)), metrics)
+        listeners = ProgressGroup(make_progress(shown=not (quiet or no_progress)), metrics)
         summary, settings = render_again(out, statuses, tables, listeners, stop)
         metrics.model = settings.model.name or "demo"
         code = exit_code(summary, settings, retry=True)

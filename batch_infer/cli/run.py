@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 
-from batch_infer.cli.asked import run_settings
+from batch_infer.cli.asked import make_run_settings
 from batch_infer.cli.logs import set_up_logging
 from batch_infer.cli.metrics import Metrics
 from batch_infer.cli.options import job_options, json_option, logging_options, progress_option
-from batch_infer.cli.progress import Together, make_progress
+from batch_infer.cli.progress import ProgressGroup, make_progress
 from batch_infer.cli.report import exit_code, give
 from batch_infer.cli.signals import report_time_limit, stoppable
 
@@ -47,13 +47,13 @@ def run(
     """
     set_up_logging(quiet=quiet, verbose=verbose)
     with Metrics(metrics_file, options["out"], options["model"] or "demo") as metrics, stoppable(time_limit) as stop:
-        settings = run_settings(options)
+        settings = make_run_settings(options)
         from batch_infer.jobs import assist  # seconds long, and a signal may come in them
         from batch_infer.jobs import render_tables as score
 
         if assist(settings, stop):
             return 0
-        summary = score(settings, Together(make_progress(shown=not (quiet or no_progress)), metrics), stop)
+        summary = score(settings, ProgressGroup(make_progress(shown=not (quiet or no_progress)), metrics), stop)
         code = exit_code(summary, settings)
         metrics.conclude(summary, code)
     report_time_limit(stop, summary.undone)

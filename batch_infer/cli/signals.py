@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from batch_infer.cli.logs import stop_log, tell_error
+from batch_infer.cli.logs import log_error, stop_log
 from batch_infer.cli.report import duration, number
 from batch_infer.errors import Interrupted
 from batch_infer.stopping import TIME_LIMIT, Stopper, StopRequested
@@ -45,4 +45,4 @@ def _announce() -> None:
 
 
 def _say_farewell(sentence: str) -> None:
-    tell_error(sentence, Interrupted.exit_code)
+    log_error(sentence, Interrupted.exit_code)
