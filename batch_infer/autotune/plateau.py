@@ -11,7 +11,7 @@ import torch
 from batch_infer.accelerator import is_comfortable, out_of_memory_errors
 from batch_infer.autotune.calibration import Plateau
 from batch_infer.diffusion import Slots
-from batch_infer.records import PromptRequest, SamplingParams, Source, now
+from batch_infer.records import PromptRequest, SamplingParams, Source, utc_now
 
 if TYPE_CHECKING:
     from batch_infer.models import AnyPipeline, Family
@@ -32,7 +32,7 @@ def find_plateau(model: Family, params: SamplingParams) -> Plateau:
     most = [number for number in DECODES if number <= max(1, slots // 2)]
     decode, _ = _grow(most, lambda number: _decoder(model, params, number), model.device)
     del held
-    return Plateau(slots, decode, now())
+    return Plateau(slots, decode, utc_now())
 
 
 def find_pipeline_plateau(model: AnyPipeline, params: SamplingParams) -> Plateau:
@@ -44,7 +44,7 @@ def find_pipeline_plateau(model: AnyPipeline, params: SamplingParams) -> Plateau
         return lambda: model.render(rows, len(rows))
 
     slots, _ = _grow(SLOTS, work, model.device)
-    return Plateau(slots, max(1, min(DECODES[-2], slots // 2)), now())
+    return Plateau(slots, max(1, min(DECODES[-2], slots // 2)), utc_now())
 
 
 def _grow(

@@ -29,7 +29,7 @@ from batch_infer.autotune.facts import (
 from batch_infer.autotune.processor import processor_name
 from batch_infer.errors import ModelError, RowError, SettingsError
 from batch_infer.models import ModelCard, PipelineFacts
-from batch_infer.records import PromptRequest, SamplingParams, Source, now
+from batch_infer.records import PromptRequest, SamplingParams, Source, utc_now
 from batch_infer.settings import Compute, Device, ImageFormat, SafetySettings
 from batch_infer.stopping import STOP_SIGNALS
 
@@ -228,7 +228,7 @@ def _knee(card: ModelCard, compute: Compute, safety: SafetySettings, size: tuple
     try:
         return find_pipeline_plateau(model, params) if isinstance(model, AnyPipeline) else find_plateau(model, params)
     except OutOfMemoryError:  # of this size alone: the run fails its rows, and no others
-        return Plateau(2, 1, now())
+        return Plateau(2, 1, utc_now())
 
 
 def _rates(
@@ -253,7 +253,7 @@ def _rates(
         image += storing / compute.threads
     # Where memory did not hold the slots, a run makes as many more calls as it has fewer of them.
     tick *= compute.shape_of(*size).slots / chain.shape.of(size)[0]
-    return Rates(start, tick, image, stored, now())
+    return Rates(start, tick, image, stored, utc_now())
 
 
 @contextmanager
