@@ -97,7 +97,7 @@ def test_durations(capsys: pytest.CaptureFixture[str], seconds: float, text: str
 
 def test_the_summary_names_what_there_is_to_know(capsys: pytest.CaptureFixture[str]) -> None:
     counts = Counts(rows=12_345, images=12_000, ok=12_000, flagged=0, invalid=3, failed=2, left=340)
-    report(Summary(counts, undone=340), Path("o"), ("csv", "parquet"), as_json=False)
+    report(Summary(counts, unfinished=340), Path("o"), ("csv", "parquet"), as_json=False)
     assert capsys.readouterr().out.splitlines() == [
         "12,345 rows · 12,000 ok · 0 flagged · 3 invalid · 2 failed",
         "images   o/images",
