@@ -383,7 +383,7 @@ def test_status_does_not_know_whether_a_run_goes_on_whose_lock_may_not_be_read(s
     (shared / "run.json").write_text(json.dumps({**run_json(shared), "summary": None}))
     for path in (shared, *shared.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
-    script = "from batch_infer.jobs.status import status\nprint(status(pathlib.Path(sys.argv[1])))"
+    script = "from batch_infer.jobs import read_status\nprint(read_status(pathlib.Path(sys.argv[1])))"
     assert "state='stopped'" in as_another_user(script, shared).stdout
     (shared / ".lock").chmod(0o600)
     done = as_another_user(script, shared)
