@@ -18,7 +18,7 @@ from batch_infer.jobs.scan import reason_of
 from batch_infer.jobs.tune import BatchShapes
 from batch_infer.main_guard import end_unguarded_process
 from batch_infer.manifest import Manifest, ManifestIndex
-from batch_infer.models import TruncationCount, load_token_counter
+from batch_infer.models import TruncationCounter, load_token_counter
 from batch_infer.planning import Batching, Committed, Item, Packing, in_order, is_done, pending
 from batch_infer.records import PromptRequest, ResultRow, utc_now
 from batch_infer.settings import IdSource, RunSettings
@@ -103,16 +103,16 @@ class _Walk:
     ) -> None:
         self._job, self._probe, self._index, self._tell = job, probe, index, tell
         self._shapes = BatchShapes(job, probe)
-        self._packing = (Batching if job.card.driven else Packing)(self._slots_of)
+        self._packing = (Batching if job.card.uses_pipeline_call else Packing)(self._slots_of)
         counter = load_token_counter(job.card)
-        self._tokens = TruncationCount(counter) if counter else None
+        self._tokens = TruncationCounter(counter) if counter else None
         self._plan = Plan(slots=job.compute.slots, processes=processes)
 
     def go(self) -> Plan:
         found, card = self._plan, self._job.card
         started = time.monotonic()
         waited = self._probe.seconds_waited
-        slots_of = None if card.driven else self._slots_of
+        slots_of = None if card.uses_pipeline_call else self._slots_of
         changes = find_changes(self._job, self._index)
         found.changes = str(changes)
         try:

@@ -365,7 +365,7 @@ class _Run:
             return None
 
     def _task(self, index: ManifestIndex, survey: ScanResult) -> Task:
-        slots_of = None if self._job.card.driven else self._slots_of
+        slots_of = None if self._job.card.uses_pipeline_call else self._slots_of
         new = pending(self._job.items(index), index, self._leaves_alone)
         requests = in_order((index.with_collisions(request, request.replaces) for request in new), slots_of)
         return Task(requests, survey.pending, self._worker())
