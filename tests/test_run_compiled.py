@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from batch_infer.autotune.calibration import Rates
+from batch_infer.autotune.cache import Rates
 from batch_infer.autotune.probe import Probe
 from batch_infer.engines import Task, TaskReport
 from batch_infer.engines.inline import InlineEngine
