@@ -40,7 +40,7 @@ from batch_infer.chain import ChainShape, StepLevelChain
 from batch_infer.cli.bench import _speed
 from batch_infer.errors import SettingsError
 from batch_infer.models import architectures
-from batch_infer.models.flops import decode_flops, row_forward_flops
+from batch_infer.models.flops import decode_flops, denoise_flops
 from batch_infer.planning import Packing, in_order
 from batch_infer.records import PromptRequest, SizeRules
 from batch_infer.settings import Compute, ComputeSettings, ModelSettings
@@ -505,7 +505,7 @@ def test_architectures_have_the_size_of_the_released_models(
     assert sum(weight.numel() for weight in unet.parameters()) == pytest.approx(parameters, rel=1e-4)
     assert {weight.dtype for weight in unet.parameters()} == {torch.float16}
     assert model.latent_shape(built.sizes.native_height, built.sizes.native_width) == latent
-    assert row_forward_flops(model, latent) / 1e12 == pytest.approx(row_forward, rel=0.01)
+    assert denoise_flops(model, latent) / 1e12 == pytest.approx(row_forward, rel=0.01)
     assert decode_flops(model, latent) / 1e12 == pytest.approx(decode, rel=0.01)
     assert torch.get_default_dtype() == torch.float32
 
@@ -517,7 +517,7 @@ def test_flops_are_those_of_a_real_call(demo: Any) -> None:
     context = {name: part[None] for name, part in conditioning.context[0].items()}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.denoise(torch.zeros(1, 4, 8, 12), torch.zeros(1), context)
-    assert row_forward_flops(model, (4, 8, 12)) == counter.get_total_flops() > 0
+    assert denoise_flops(model, (4, 8, 12)) == counter.get_total_flops() > 0
 
 
 @pytest.mark.parametrize(

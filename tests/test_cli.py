@@ -97,7 +97,7 @@ def test_durations(capsys: pytest.CaptureFixture[str], seconds: float, text: str
 
 def test_the_summary_names_what_there_is_to_know(capsys: pytest.CaptureFixture[str]) -> None:
     counts = Counts(rows=12_345, images=12_000, ok=12_000, flagged=0, invalid=3, failed=2, left=340)
-    report(Summary(counts, undone=340), Path("o"), ("csv", "parquet"), as_json=False)
+    report(Summary(counts, unfinished=340), Path("o"), ("csv", "parquet"), as_json=False)
     assert capsys.readouterr().out.splitlines() == [
         "12,345 rows · 12,000 ok · 0 flagged · 3 invalid · 2 failed",
         "images   o/images",
@@ -213,7 +213,7 @@ def test_an_interrupt_is_a_sentence_and_75(monkeypatch: pytest.MonkeyPatch, tmp_
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("batch_infer.jobs.run.run", interrupt)
+    monkeypatch.setattr("batch_infer.jobs.render_tables", interrupt)
     done = runs.run(tmp_path / "t.csv", tmp_path / "out")
     assert done.code == 75
     assert done.stderr.strip() == "batch-infer: interrupted. Run the same command again to continue"
@@ -223,6 +223,6 @@ def test_a_bug_is_a_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     def slip(*_: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("batch_infer.jobs.run.run", slip)
+    monkeypatch.setattr("batch_infer.jobs.render_tables", slip)
     with pytest.raises(ZeroDivisionError):
         runs.run(tmp_path / "t.csv", tmp_path / "out")

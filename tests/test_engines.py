@@ -152,8 +152,7 @@ def test_a_device_that_is_not_there_is_told_before_anything_is_rendered() -> Non
 UNGUARDED = """
 import sys
 from pathlib import Path
-from batch_infer.jobs.plan import plan
-from batch_infer.jobs.run import run
+from batch_infer.jobs import make_plan, render_tables
 from batch_infer.models import DEMO_MODEL
 from batch_infer.cli.progress import make_progress
 from batch_infer.settings import ComputeSettings, ModelSettings, RunSettings, TableSettings
@@ -161,9 +160,9 @@ folder = Path(sys.argv[1])
 settings = RunSettings(TableSettings((str(folder / "t.csv"),)), folder / "out", model=ModelSettings(device="cpu"),
                        compute=ComputeSettings(processes=1))
 if sys.argv[2] == "run":
-    run(settings, make_progress(shown=False))
+    render_tables(settings, make_progress(shown=False))
 else:
-    plan(settings, print)
+    make_plan(settings, print)
 """
 
 

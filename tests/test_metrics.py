@@ -265,7 +265,7 @@ def test_every_exit_code_of_real_runs(tmp_path: Path, file: Path, monkeypatch: p
         raise Interrupted("stopped")
 
     with monkeypatch.context() as patch:
-        patch.setattr("batch_infer.jobs.run.run", stop)
+        patch.setattr("batch_infer.jobs.render_tables", stop)
         assert "last_success_timestamp_seconds" not in ends(75)
     failed = ends(3)
     assert (failed["results"], failed["results_left"]) == (some(ok=1, invalid=1), 0)
@@ -286,7 +286,7 @@ def test_every_exit_code_of_real_runs(tmp_path: Path, file: Path, monkeypatch: p
     def slip(*_: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("batch_infer.jobs.run.run", slip)
+    monkeypatch.setattr("batch_infer.jobs.render_tables", slip)
     with pytest.raises(ZeroDivisionError):
         run(table, out, *options)
     assert (read(file, out)["exit_code"], read(file, out)["running"]) == (1, 0)
@@ -296,7 +296,7 @@ def test_of_a_launchers_processes_the_first_alone_writes(
     tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The others render for it, which ends in order and without a word."""
-    monkeypatch.setattr("batch_infer.jobs.run.assist", lambda *_: True)
+    monkeypatch.setattr("batch_infer.jobs.join_run", lambda *_: True)
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_ADDR", "localhost")

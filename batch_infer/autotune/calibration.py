@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from batch_infer.chain import PipelineCallChain, StepLevelChain
     from batch_infer.diffusion import Solver
-    from batch_infer.models import AnyPipeline, Family
+    from batch_infer.models import AnyPipeline, LatentDiffusion
 
 FEW_STEPS = (1, 2, 4, 10, 20)
 """Step counts for the short rendering of a calibration: the first that the scheduler accepts."""
@@ -42,7 +42,7 @@ def count_evaluations(card: ModelCard, steps: int) -> int | str:
 
     The reason is returned, since unpickling the scheduler's own error would import torch in the parent process.
     """
-    if card.driven:
+    if card.uses_pipeline_call:
         return steps
     try:
         return _load_solver(card).table(steps).evaluations
@@ -103,14 +103,16 @@ def measure_rates(
     return Rates(start, tick, image, image_bytes, now())
 
 
-def _load_model(card: ModelCard, compute: Compute, safety: SafetySettings) -> tuple[Family | AnyPipeline, float]:
+def _load_model(
+    card: ModelCard, compute: Compute, safety: SafetySettings
+) -> tuple[LatentDiffusion | AnyPipeline, float]:
     """Return a model, and the seconds that loading it took."""
     with_checker = safety.asks_checker(has_checker=card.has_checker)
     return _load_once(card, replace(compute, slots=0, decode_batch=0, by_size=()), with_checker)
 
 
 @cache
-def _load_once(card: ModelCard, compute: Compute, with_checker: bool) -> tuple[Family | AnyPipeline, float]:
+def _load_once(card: ModelCard, compute: Compute, with_checker: bool) -> tuple[LatentDiffusion | AnyPipeline, float]:
     started = time.perf_counter()
     from batch_infer.worker import load_any_model
 
@@ -135,11 +137,11 @@ def _first_accepted(card: ModelCard, step_counts: Iterable[int]) -> int:
 
 def _few_steps(card: ModelCard, step_counts: Iterable[int]) -> int:
     """Return a small step count that the model accepts. Only a pipeline's own call knows; few refuse these."""
-    return min(4, card.num_inference_steps) if card.driven else _first_accepted(card, step_counts)
+    return min(4, card.num_inference_steps) if card.uses_pipeline_call else _first_accepted(card, step_counts)
 
 
 def _make_params(card: ModelCard, size: tuple[int, int], steps: int) -> SamplingParams:
-    guidance_scale = card.guidance_scale if card.driven else 7.5
+    guidance_scale = card.guidance_scale if card.uses_pipeline_call else 7.5
     return SamplingParams(*size, steps, guidance_scale, 0.0, card.embedded_guidance)
 
 

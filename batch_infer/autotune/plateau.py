@@ -14,7 +14,7 @@ from batch_infer.diffusion import Slots
 from batch_infer.records import PromptRequest, SamplingParams, Source, now
 
 if TYPE_CHECKING:
-    from batch_infer.models import AnyPipeline, Family
+    from batch_infer.models import AnyPipeline, LatentDiffusion
 
 SLOTS = (2, 4, 8, 16, 32, 64, 128, 256)
 DECODE_BATCHES = (1, 2, 4, 8, 16)
@@ -25,7 +25,7 @@ TRIAL_SECONDS = 0.4
 Trial = Callable[[], object]
 
 
-def find_plateau(model: Family, params: SamplingParams) -> Plateau:
+def find_plateau(model: LatentDiffusion, params: SamplingParams) -> Plateau:
     """Measure growing batches of rows with `params` until throughput stops rising.
 
     Raises torch.OutOfMemoryError if not even the smallest batch fits.
@@ -96,7 +96,7 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def _make_tick(model: Family, params: SamplingParams, size: int) -> Trial:
+def _make_tick(model: LatentDiffusion, params: SamplingParams, size: int) -> Trial:
     """Return one UNet call over `size` full slots."""
     latent_shape = model.latent_shape(params.height, params.width)
     slots: Slots[None] = Slots(model, size, latent_shape, model.device, model.dtype)
@@ -112,7 +112,7 @@ def _make_tick(model: Family, params: SamplingParams, size: int) -> Trial:
     return tick
 
 
-def _make_decode(model: Family, params: SamplingParams, size: int) -> Trial:
+def _make_decode(model: LatentDiffusion, params: SamplingParams, size: int) -> Trial:
     """Return one decoder call over `size` images."""
     latents = torch.zeros(size, *model.latent_shape(params.height, params.width), device=model.device)
     return lambda: model.decode(latents)

@@ -22,7 +22,7 @@ from batch_infer.autotune.cache import Plateau, Rates, load_facts, save_facts
 from batch_infer.autotune.calibration import count_evaluations, import_renderer, measure_plateau, measure_rates
 from batch_infer.autotune.devices import find_device, load_device, processor_name, save_device
 from batch_infer.errors import ModelError, RowError, SettingsError
-from batch_infer.models import ModelCard, PipelineFacts
+from batch_infer.models import ModelCard, SamplingRules
 from batch_infer.settings import Compute, Device, ImageFormat, SafetySettings
 from batch_infer.stopping import STOP_SIGNALS
 
@@ -55,16 +55,16 @@ class Probe:
             save_device(requested, device)
         return device
 
-    def read_pipeline_facts(self, path: Path) -> PipelineFacts:
+    def read_pipeline_facts(self, path: Path) -> SamplingRules:
         """Return what only diffusers can tell about a checkpoint's pipeline. Raises ModelError."""
-        return self._call(_read_facts, path)
+        return self._call(_inspect_pipeline, path)
 
     def count_evaluations(self, card: ModelCard, steps: int) -> int:
         """Return how often a row of `steps` steps evaluates the model. Raises RowError if the scheduler refuses them.
 
         How often a pipeline with its own call does is known only to that call; each step counts as one.
         """
-        if card.driven:
+        if card.uses_pipeline_call:
             return steps
         if self._card is None:
             self._card, self._evaluations = card, _load_evaluations(card)
@@ -151,10 +151,10 @@ def _evaluation_conditions(card: ModelCard) -> dict[str, Any]:
     }
 
 
-def _read_facts(path: Path) -> PipelineFacts:
-    from batch_infer.models import read_facts
+def _inspect_pipeline(path: Path) -> SamplingRules:
+    from batch_infer.models import inspect_pipeline
 
-    return read_facts(path)
+    return inspect_pipeline(path)
 
 
 def _end_with_parent() -> None:

@@ -57,7 +57,7 @@ class Rendering:
 
     def _work(self, job: Job, requests: Iterable[PromptRequest], *, alone: bool = False) -> None:
         compute = job.compute
-        slots_of = None if job.card.driven else lambda size: compute.shape_of(*size).slots
+        slots_of = None if job.card.uses_pipeline_call else lambda size: compute.shape_of(*size).slots
         settings = WorkerSettings(
             job.card, compute, job.settings.safety, job.settings.output, self._held, job.tables.carried
         )

@@ -19,7 +19,7 @@ from batch_infer.safety import Gate
 from batch_infer.stages import Stages
 
 if TYPE_CHECKING:
-    from batch_infer.models import AnyPipeline, Family
+    from batch_infer.models import AnyPipeline, LatentDiffusion
 
 PROMPTS_AHEAD = 32
 """Prompts that are asked about before a slot wants them."""
@@ -73,7 +73,7 @@ class GatedChain:
         self._grace = grace or Grace(stop)
 
     @property
-    def model(self) -> Family | AnyPipeline:
+    def model(self) -> LatentDiffusion | AnyPipeline:
         return self._chain.model
 
     @property

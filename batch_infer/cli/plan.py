@@ -94,7 +94,7 @@ def _print_json(plan: Plan, faults: TextIO, limits: Mapping[str, Any]) -> None:
 
 
 def _print(plan: Plan, faults: TextIO, settings: RunSettings) -> None:
-    from batch_infer.jobs import explain
+    from batch_infer.jobs import format_reasons
 
     for fault in map(json.loads, faults):
         if fault["image_index"] == 0:
@@ -116,7 +116,7 @@ def _print(plan: Plan, faults: TextIO, settings: RunSettings) -> None:
     if not plan.pending:
         say("nothing to do")
         return
-    if why := explain(plan.reasons, plan.changes):
+    if why := format_reasons(plan.reasons, plan.changes):
         say(f"{plan.pending:,} to render: {why}")
     say(f"{'size':12}{'images':>12}{'evaluations':>16}{'UNet calls':>14}{'device time':>16}")
     for size in plan.sizes:

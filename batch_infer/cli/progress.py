@@ -130,7 +130,7 @@ class ProgressLog:
 
 
 def _log_start(survey: ScanResult) -> None:
-    why = f": {survey.why};" if survey.why else ","
+    why = f": {survey.explanation};" if survey.explanation else ","
     counts = {"pending": survey.pending, "done": survey.done, "invalid": survey.invalid}
     more = {"reasons": survey.reasons, "changes": survey.changes}
     log.info(

@@ -29,7 +29,7 @@ ROWS_FAILED = 3
 def exit_code(summary: Summary, settings: RunSettings, *, retry: bool = False) -> int:
     """Return the exit code of `run`, or of `retry`, which leaves rows without a result to `run`."""
     counts = summary.counts
-    if summary.undone or (counts.left and not retry):
+    if summary.unfinished or (counts.left and not retry):
         return Interrupted.exit_code
     return 0 if settings.max_failed.allows(counts.bad_rows, counts.rows) else ROWS_FAILED
 
@@ -83,8 +83,8 @@ def report(summary: Summary, out: Path, results: Sequence[str], *, as_json: bool
         say("nothing to render" if counts.rows else "nothing to render: no rows")
     say(f"images   {out / 'images'}")
     say(told_results(out, results))
-    if summary.undone:
-        say(f"stopped early: {summary.undone:,} left; run the same command again to continue")
+    if summary.unfinished:
+        say(f"stopped early: {summary.unfinished:,} left; run the same command again to continue")
     elif counts.left:
         say(f"{counts.left:,} left: `batch-infer run` renders them")
 

@@ -17,7 +17,7 @@ from batch_infer.cli.report import ROWS_FAILED, number, printing, say, told_coun
 from batch_infer.cli.signals import stoppable
 
 if TYPE_CHECKING:
-    from batch_infer.jobs import Rescored
+    from batch_infer.jobs import RescoreCounts
 
 
 @click.command(context_settings={"auto_envvar_prefix": "BATCH_INFER"})
@@ -47,7 +47,7 @@ def rescore(out: Path, tables: tuple[str, ...], as_json: bool, quiet: bool, verb
     """
     set_up_logging(quiet=quiet, verbose=verbose)
 
-    def tell(found: Rescored) -> None:
+    def tell(found: RescoreCounts) -> None:
         log.debug("%s judged", number(found.judged, "image"))
 
     with stoppable() as stop:
@@ -67,7 +67,7 @@ def rescore(out: Path, tables: tuple[str, ...], as_json: bool, quiet: bool, verb
     return code
 
 
-def _report(found: Rescored) -> None:
+def _report(found: RescoreCounts) -> None:
     say(f"{number(found.judged, 'image')} judged: {found.flagged:,} flagged, {found.changed:,} changed")
     if found.unjudged:
         say(f"{found.unjudged:,} flagged before cannot be judged again: their image was not kept")

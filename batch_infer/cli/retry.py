@@ -62,6 +62,6 @@ def retry(
         metrics.model = settings.model.name or "demo"
         code = exit_code(summary, settings, retry=True)
         metrics.conclude(summary, code)
-    report_time_limit(stop, summary.undone)
+    report_time_limit(stop, summary.unfinished)
     give(summary, settings, code, as_json=as_json, quiet=quiet)
     return code

@@ -48,14 +48,14 @@ def run(
     set_up_logging(quiet=quiet, verbose=verbose)
     with Metrics(metrics_file, options["out"], options["model"] or "demo") as metrics, stoppable(time_limit) as stop:
         settings = make_run_settings(options)
-        from batch_infer.jobs import assist  # seconds long, and a signal may come in them
+        from batch_infer.jobs import join_run  # seconds long, and a signal may come in them
         from batch_infer.jobs import render_tables as score
 
-        if assist(settings, stop):
+        if join_run(settings, stop):
             return 0
         summary = score(settings, ProgressGroup(make_progress(shown=not (quiet or no_progress)), metrics), stop)
         code = exit_code(summary, settings)
         metrics.conclude(summary, code)
-    report_time_limit(stop, summary.undone)
+    report_time_limit(stop, summary.unfinished)
     give(summary, settings, code, as_json=as_json, quiet=quiet)
     return code

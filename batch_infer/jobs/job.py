@@ -13,10 +13,10 @@ from msgspec import UnsetType
 from batch_infer.errors import SettingsError
 from batch_infer.jobs import cleanup
 from batch_infer.jobs import out as outdir
-from batch_infer.jobs.record import choose_compute, describe, refuse_other
+from batch_infer.jobs.record import check_identity, choose_compute, describe_run
 from batch_infer.jobs.run_json import ended_in_order, parse_record, require
 from batch_infer.manifest import SCHEMA, Index, Manifest, run_of
-from batch_infer.models import ModelCard, PipelineFacts, read_card
+from batch_infer.models import ModelCard, SamplingRules, read_card
 from batch_infer.planning import Item, finished_in
 from batch_infer.records import digest
 from batch_infer.settings import Compute, Device, RowDefaults, RunSettings
@@ -47,7 +47,7 @@ class Job:
         return self.tables.rows(self.rules, finished_in(index))
 
 
-def rooted(settings: RunSettings) -> RunSettings:
+def make_paths_absolute(settings: RunSettings) -> RunSettings:
     """Settings that mean the same from any folder. (And Arrow takes a relative path with a colon for a URI.)"""
     try:
         table = replace(settings.table, folder=settings.table.folder.absolute())
@@ -79,7 +79,7 @@ def open_tables(settings: RunSettings) -> Tables:
     return tables
 
 
-def find_model(settings: RunSettings, facts: Callable[[Path], PipelineFacts] | None = None) -> ModelCard:
+def find_model(settings: RunSettings, facts: Callable[[Path], SamplingRules] | None = None) -> ModelCard:
     """The model, fetched where needed, with a safety check as it was asked for. Raises ModelError, SettingsError.
 
     `facts` is asked what diffusers alone can tell of a model; by default that is told here, which imports torch.
@@ -92,20 +92,20 @@ def find_model(settings: RunSettings, facts: Callable[[Path], PipelineFacts] | N
 def prepare(settings: RunSettings, tables: Tables, card: ModelCard, device: Device) -> Job:
     """See that a job can be done on its OUT, as this is now. Writes nothing. Raises UsageError."""
     found = outdir.read_run(settings.out)
-    outdir.refuse_foreign(settings.out, tables.local, found)
+    outdir.refuse_foreign_files(settings.out, tables.local, found)
     if settings.overwrite:
         cleanup.refuse_to_clear(settings.out)
     earlier = None if settings.overwrite else found
     if settings.model.name is None and earlier is None:
         log.info("no --model given: using the built-in demo model, which draws one coloured shape at 64x64 pixels")
     outdir.refuse_while_rescored(settings.out, earlier)
-    settings = keep_policy(settings, earlier)
+    settings = resolve_on_flagged(settings, earlier)
     compute = settle_compute(settings, card, device, earlier)
-    record = describe(settings, card, compute, tables)
+    record = describe_run(settings, card, compute, tables)
     parts = [] if settings.overwrite else Manifest(settings.out).parts()
     if earlier is not None and parts:
-        refuse_other(earlier, record, settings.out)
-    rules = make_rules(settings, card, record)
+        check_identity(earlier, record, settings.out)
+    rules = make_row_rules(settings, card, record)
     record = {**record, "rules": asdict(rules), **_number(earlier, parts), **_history(earlier, tables, rules)}
     return Job(settings, tables, card, compute, record, earlier, rules)
 
@@ -131,7 +131,7 @@ def _number(earlier: Mapping[str, Any] | None, parts: Sequence[Path]) -> dict[st
     return {"run_number": number, "recover_from": number if ended_in_order(known) else known.get("recover_from", 0)}
 
 
-def keep_policy(settings: RunSettings, earlier: Mapping[str, Any] | None) -> RunSettings:
+def resolve_on_flagged(settings: RunSettings, earlier: Mapping[str, Any] | None) -> RunSettings:
     """Settle what is stored of flagged images: as requested, as in the earlier run, or black ones."""
     before = parse_record(earlier or {}).settings
     return replace(settings, safety=settings.safety.continuing(before.safety if before else None))
@@ -142,14 +142,14 @@ def settle_compute(
 ) -> Compute:
     """How to compute, as was asked for, as the earlier run did, or as suits. Raises SettingsError."""
     compute = choose_compute(_typed(settings, card, device, earlier), earlier, device)
-    if card.driven and compute.compiled:
+    if card.uses_pipeline_call and compute.compiled:
         if settings.compute.compiled:
             raise SettingsError(f"--compile: {card.name} is driven by its pipeline's own call, which is not compiled")
         compute = replace(compute, compiled=False)
     return compute
 
 
-def make_rules(settings: RunSettings, card: ModelCard, record: Mapping[str, Any]) -> RowRules:
+def make_row_rules(settings: RunSettings, card: ModelCard, record: Mapping[str, Any]) -> RowRules:
     """How rows are read by a run that this run.json speaks of. Raises SettingsError."""
     defaults = _fill(settings.defaults, card)
     rules = RowRules(defaults, card.sizes, digest(record["identity"]), card.embedded_guidance, card.fixed)
@@ -198,7 +198,8 @@ def _typed(settings: RunSettings, card: ModelCard, device: Device, earlier: Mapp
     if settings.model.dtype != "auto" or device.kind != "cuda":
         return settings
     is_sd3 = card.family == "stable_diffusion_3"
-    if not (card.driven or is_sd3) or (is_sd3 and (earlier or {}).get("compute", {}).get("dtype") == "float16"):
+    began_in_float16 = (earlier or {}).get("compute", {}).get("dtype") == "float16"
+    if not (card.uses_pipeline_call or is_sd3) or (is_sd3 and began_in_float16):
         return settings
     return replace(settings, model=replace(settings.model, dtype="bfloat16"))
 

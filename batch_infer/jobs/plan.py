@@ -12,13 +12,13 @@ from batch_infer.autotune import Probe
 from batch_infer.errors import RowError, SettingsError
 from batch_infer.jobs.changes import find_changes
 from batch_infer.jobs.estimate import rates_of
-from batch_infer.jobs.job import Job, find_model, finishing_overwrite, open_tables, prepare, rooted
+from batch_infer.jobs.job import Job, find_model, finishing_overwrite, make_paths_absolute, open_tables, prepare
 from batch_infer.jobs.record import at_once, processes_of
 from batch_infer.jobs.scan import reason_of
 from batch_infer.jobs.tune import BatchShapes
 from batch_infer.main_guard import end_unguarded_process
 from batch_infer.manifest import Index, Manifest
-from batch_infer.models import TruncationCount, load_token_counter
+from batch_infer.models import TruncationCounter, load_token_counter
 from batch_infer.planning import Batching, Committed, Item, Packing, in_order, is_done, pending
 from batch_infer.records import PromptRequest, ResultRow, now
 from batch_infer.settings import IdSource, RunSettings
@@ -86,7 +86,7 @@ def make_plan(settings: RunSettings, tell: Callable[[ResultRow], None]) -> Plan:
     Raises the UsageErrors that `run` would raise.
     """
     end_unguarded_process()
-    settings = finishing_overwrite(rooted(settings))
+    settings = finishing_overwrite(make_paths_absolute(settings))
     with open_tables(settings) as tables, Probe() as probe:
         card = find_model(settings, probe.read_pipeline_facts)
         device = probe.find_device(settings.model.device)
@@ -101,16 +101,16 @@ class _Walk:
     def __init__(self, job: Job, processes: int, probe: Probe, index: Index, tell: Callable[[ResultRow], None]) -> None:
         self._job, self._probe, self._index, self._tell = job, probe, index, tell
         self._shapes = BatchShapes(job, probe)
-        self._packing = (Batching if job.card.driven else Packing)(self._slots_of)
+        self._packing = (Batching if job.card.uses_pipeline_call else Packing)(self._slots_of)
         counter = load_token_counter(job.card)
-        self._tokens = TruncationCount(counter) if counter else None
+        self._tokens = TruncationCounter(counter) if counter else None
         self._plan = Plan(slots=job.compute.slots, processes=processes)
 
     def go(self) -> Plan:
         found, card = self._plan, self._job.card
         started = time.monotonic()
         waited = self._probe.seconds_waited
-        slots_of = None if card.driven else self._slots_of
+        slots_of = None if card.uses_pipeline_call else self._slots_of
         changes = find_changes(self._job, self._index)
         found.changes = str(changes)
         try:

@@ -26,7 +26,7 @@ process that compiles) and CppCompileError (a truncated .cpp file).
 """
 
 
-def speed_up(
+def optimize_networks(
     networks: Iterable[torch.nn.Module], device: torch.device, *, compiled: bool, threads: int | None = None
 ) -> None:
     """Prepare networks that are called at one fixed batch shape for each image size.
