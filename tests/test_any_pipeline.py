@@ -56,7 +56,7 @@ def card_of(folder: Path, **settings: Any) -> ModelCard:
     card = read_card(ModelSettings(name=str(folder), **settings))
     # Flux and Z-Image are native at 1024 pixels, whatever their checkpoints hold.
     size = SIZES.get(folder.name, (64, 64))
-    return replace(card, sizes=SizeRules(*size, card.sizes.factor, card.sizes.smallest))
+    return replace(card, sizes=SizeRules(*size, card.sizes.factor, card.sizes.min_side))
 
 
 def load_model(folder: Path, scheduler: str | None = None, *, with_checker: bool = False) -> AnyPipeline:
@@ -102,7 +102,7 @@ def render(
 
 
 def _by_likeness(request: PromptRequest) -> Any:
-    return request.alike
+    return request.batch_key
 
 
 # Images

@@ -51,7 +51,7 @@ from tests.runs import Done, command
 
 ROWS = ("--rows", "9", "--steps", "1-3", "--slots", "4", "--threads", "1", "--device", "cpu")
 SAMPLED = 4
-RULES = SizeRules(native_height=512, native_width=512, factor=8, smallest=64)
+RULES = SizeRules(native_height=512, native_width=512, factor=8, min_side=64)
 MIXED = TableShape()
 SAMPLING = Sampling(7.5, 0.0)
 
@@ -304,7 +304,7 @@ def test_the_mixed_table_is_mixed_and_always_the_same() -> None:
         range(20, 51)
     )
     assert set(Counter(map(size_of, table))) == set(sizes)
-    assert sum(not row.params.guided for row in table) == pytest.approx(len(table) / 5, rel=0.3)
+    assert sum(not row.params.uses_guidance for row in table) == pytest.approx(len(table) / 5, rel=0.3)
     assert len({row.seed for row in table}) == len({row.id for row in table}) == len(table) == 200
     assert len({row.prompt for row in table}) > 60
 
@@ -312,7 +312,7 @@ def test_the_mixed_table_is_mixed_and_always_the_same() -> None:
 def test_the_uniform_table_has_one_kind_of_row() -> None:
     shape = TableShape(rows=20, steps=(50, 50), sizes="native", unguided=0)
     params = {row.params for row in make_rows(shape, shape.sizes_of(RULES), SAMPLING)}
-    assert {(each.height, each.width, each.num_inference_steps, each.guided) for each in params} == {
+    assert {(each.height, each.width, each.num_inference_steps, each.uses_guidance) for each in params} == {
         (512, 512, 50, True)
     }
 

@@ -8,10 +8,10 @@ import pytest
 
 from batch_infer.autotune import cache
 from batch_infer.autotune.cache import Plateau, Rates, load_calibration, save_calibration
-from batch_infer.records import now
+from batch_infer.records import utc_now
 
 CONDITIONS = {"machine": "here", "size": (64, 64)}
-RATES = Rates(start=3.5, tick=0.25, image=0.01, image_bytes=1234.5, measured_at=now())
+RATES = Rates(start=3.5, tick=0.25, image=0.01, image_bytes=1234.5, measured_at=utc_now())
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +21,7 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_calibration_is_loaded_only_under_its_own_conditions() -> None:
-    plateau = Plateau(slots=32, decode_batch=4, measured_at=now())
+    plateau = Plateau(slots=32, decode_batch=4, measured_at=utc_now())
     assert load_calibration(Rates, CONDITIONS) is None
     save_calibration(CONDITIONS, RATES)
     save_calibration(CONDITIONS, plateau)

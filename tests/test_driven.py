@@ -98,7 +98,7 @@ def test_rows_that_are_alike_are_planned_together() -> None:
         for k, (steps, guidance, rescale, negative, _) in enumerate(asked)
     ]
     planned = in_order(rows[::2] + rows[1::2])
-    kinds = [kind for kind, _ in groupby(planned, lambda row: row.alike)]
+    kinds = [kind for kind, _ in groupby(planned, lambda row: row.batch_key)]
     assert len(kinds) == len(set(kinds)) == 24
 
 

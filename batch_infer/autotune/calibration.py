@@ -13,7 +13,7 @@ from batch_infer.autotune.cache import Plateau, Rates
 from batch_infer.autotune.devices import explain_out_of_memory
 from batch_infer.errors import RowError
 from batch_infer.models import ModelCard
-from batch_infer.records import PromptRequest, SamplingParams, Source, now
+from batch_infer.records import PromptRequest, SamplingParams, Source, utc_now
 from batch_infer.settings import Compute, ImageFormat, SafetySettings
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def measure_plateau(card: ModelCard, compute: Compute, safety: SafetySettings, s
     try:
         return find_pipeline_plateau(model, params) if isinstance(model, AnyPipeline) else find_plateau(model, params)
     except OutOfMemoryError:  # only at this size: the run fails its rows, and no others
-        return Plateau(2, 1, now())
+        return Plateau(2, 1, utc_now())
 
 
 def measure_rates(
@@ -100,7 +100,7 @@ def measure_rates(
         image += encode_seconds / compute.threads
     # If the slots did not fit into memory, a run makes as many more calls as it has fewer slots.
     tick *= compute.shape_of(*size).slots / chain.shape.of(size)[0]
-    return Rates(start, tick, image, image_bytes, now())
+    return Rates(start, tick, image, image_bytes, utc_now())
 
 
 def _load_model(

@@ -11,7 +11,7 @@ import torch
 from batch_infer.accelerator import is_comfortable, out_of_memory_errors
 from batch_infer.autotune.cache import Plateau
 from batch_infer.diffusion import Slots
-from batch_infer.records import PromptRequest, SamplingParams, Source, now
+from batch_infer.records import PromptRequest, SamplingParams, Source, utc_now
 
 if TYPE_CHECKING:
     from batch_infer.models import AnyPipeline, LatentDiffusion
@@ -34,7 +34,7 @@ def find_plateau(model: LatentDiffusion, params: SamplingParams) -> Plateau:
     sizes = [size for size in DECODE_BATCHES if size <= max(1, slots // 2)]
     decode_batch, _ = _grow(sizes, lambda size: _make_decode(model, params, size), model.device)
     del full_slots  # decoding was measured while the slots were in memory
-    return Plateau(slots, decode_batch, now())
+    return Plateau(slots, decode_batch, utc_now())
 
 
 def find_pipeline_plateau(model: AnyPipeline, params: SamplingParams) -> Plateau:
@@ -49,7 +49,7 @@ def find_pipeline_plateau(model: AnyPipeline, params: SamplingParams) -> Plateau
         return lambda: model.render(rows, len(rows))
 
     slots, _ = _grow(SLOTS, make_call, model.device)
-    return Plateau(slots, max(1, min(DECODE_BATCHES[-2], slots // 2)), now())
+    return Plateau(slots, max(1, min(DECODE_BATCHES[-2], slots // 2)), utc_now())
 
 
 def _grow(sizes: Sequence[int], make_trial: Callable[[int], Trial], device: torch.device) -> tuple[int, Trial]:

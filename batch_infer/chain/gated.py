@@ -276,7 +276,7 @@ class _Images:
             return Unrendered(rendered.request, "failed", str(error))
         if of_image.nsfw is None:
             return Unrendered(rendered.request, "failed", f"{self._gate.name} has no word on the image")
-        return replace(rendered, verdict=rendered.verdict.joined(of_prompt).joined(of_image))
+        return replace(rendered, verdict=rendered.verdict.merge(of_prompt).merge(of_image))
 
 
 def _has_word(answer: Future[Verdict]) -> bool:

@@ -180,7 +180,7 @@ def _take_alike(source: Ahead, size: Size, slots: int) -> list[PromptRequest]:
     rows = source.take(size, 1)
     while len(rows) < slots // rows[0].params.slots:
         ahead = source.peek()
-        if ahead is None or ahead.alike != rows[0].alike:
+        if ahead is None or ahead.batch_key != rows[0].batch_key:
             break
         rows += source.take(size, 1)
     return rows

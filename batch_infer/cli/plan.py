@@ -16,7 +16,7 @@ from batch_infer.cli.report import ROWS_FAILED, duration, number, printing, say
 from batch_infer.cli.signals import NOTHING_KEPT, stoppable
 from batch_infer.errors import SettingsError
 from batch_infer.records import ResultRow, Source
-from batch_infer.store import temporary_text
+from batch_infer.store import open_temporary_text
 
 if TYPE_CHECKING:
     from batch_infer.jobs import Plan
@@ -51,7 +51,7 @@ def plan(time_limit: float | None, as_json: bool, quiet: bool, verbose: bool, **
     settings = make_run_settings(options)
     set_up_logging(quiet=quiet, verbose=verbose)
     # In a file: there may be as many faults as the table has rows.
-    with stoppable(hint=NOTHING_KEPT), temporary_text() as faults:
+    with stoppable(hint=NOTHING_KEPT), open_temporary_text() as faults:
         from batch_infer.jobs import make_plan as look
 
         found = look(settings, lambda row: _note(row, faults))

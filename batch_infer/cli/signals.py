@@ -9,7 +9,7 @@ from batch_infer.cli.logs import log_error, stop_log
 from batch_infer.cli.report import duration, number
 from batch_infer.errors import Interrupted
 from batch_infer.stopping import TIME_LIMIT, Stopper, StopRequested
-from batch_infer.store import remove_open
+from batch_infer.store import remove_unfinished
 
 RESUME = "what was committed is kept. Run the same command again to continue"
 NOTHING_KEPT = "nothing is kept. Run the same command again"
@@ -21,7 +21,7 @@ def stoppable(time_limit: float | None = None, *, hint: str = RESUME) -> Iterato
 
     `hint` says what is kept and what to do. Raises Interrupted.
     """
-    stop = Stopper(time_limit, hint, announce=_announce, farewell=_say_farewell, clean_up=remove_open)
+    stop = Stopper(time_limit, hint, announce=_announce, farewell=_say_farewell, clean_up=remove_unfinished)
     try:
         with stop:
             yield stop

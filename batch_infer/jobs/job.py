@@ -15,7 +15,7 @@ from batch_infer.jobs import cleanup
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.record import check_identity, choose_compute, describe_run
 from batch_infer.jobs.run_json import ended_in_order, parse_record, require
-from batch_infer.manifest import SCHEMA, Index, Manifest, run_of
+from batch_infer.manifest import SCHEMA, Manifest, ManifestIndex, run_number
 from batch_infer.models import ModelCard, SamplingRules, read_card
 from batch_infer.planning import Item, finished_in
 from batch_infer.records import digest
@@ -42,7 +42,7 @@ class Job:
         """The number of this run among those of its OUT, from 1; 0 for an endpoint's."""
         return int(self.record.get("run_number", 0))
 
-    def items(self, index: Index) -> Iterator[Item]:
+    def items(self, index: ManifestIndex) -> Iterator[Item]:
         """Every row of the tables, in input order. `index` says which rows are finished."""
         return self.tables.rows(self.rules, finished_in(index))
 
@@ -127,7 +127,7 @@ def _number(earlier: Mapping[str, Any] | None, parts: Sequence[Path]) -> dict[st
     These are all runs since the last one that ended in order. The parts are looked at too: run.json may be missing.
     """
     known = earlier or {}
-    number = 1 + max([known.get("run_number") or 0, *map(run_of, parts)])
+    number = 1 + max([known.get("run_number") or 0, *map(run_number, parts)])
     return {"run_number": number, "recover_from": number if ended_in_order(known) else known.get("recover_from", 0)}
 
 

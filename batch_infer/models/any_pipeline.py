@@ -129,7 +129,7 @@ class AnyPipeline:
             found["guidance_rescale"] = params.guidance_rescale
         if first.negative_prompt is not None:
             found["negative_prompt"] = [request.negative_prompt for request in requests]
-        elif self._guidance == "true_cfg_scale" and params.guided:
+        elif self._guidance == "true_cfg_scale" and params.uses_guidance:
             found["negative_prompt"] = [" "] * len(requests)  # without one, it would leave the guidance out
         return found
 

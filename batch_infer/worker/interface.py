@@ -12,7 +12,7 @@ import pyarrow as pa
 from batch_infer.models import ModelCard
 from batch_infer.settings import BatchShape, Compute, OutputSettings, SafetySettings
 from batch_infer.stages import Stages
-from batch_infer.store import KnownFolder
+from batch_infer.store import PinnedFolder
 
 Size = tuple[int, int]
 """Height and width in pixels."""
@@ -26,7 +26,7 @@ class WorkerSettings:
     compute: Compute
     safety: SafetySettings
     output: OutputSettings
-    out: KnownFolder
+    out: PinnedFolder
     carried: pa.Schema
     run: int = 0
     """Number of the run, stored in its manifest parts. 0 if there is no run."""
