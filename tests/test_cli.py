@@ -95,7 +95,7 @@ def test_durations(seconds: float, text: str) -> None:
 
 def test_the_summary_lists_counts_and_files() -> None:
     counts = Counts(rows=12_345, images=12_000, ok=12_000, flagged=0, invalid=3, failed=2, left=340)
-    assert list(summary_lines(Summary(counts, undone=340), Path("o"), ("csv", "parquet"))) == [
+    assert list(summary_lines(Summary(counts, unfinished=340), Path("o"), ("csv", "parquet"))) == [
         "12,345 rows · 12,000 ok · 0 flagged · 3 invalid · 2 failed",
         "images   o/images",
         "results  o/results.parquet, o/results.csv",
@@ -114,7 +114,9 @@ def test_the_summary_names_bad_rows_and_warns_of_flagged_images() -> None:
     ]
     for flagged, warned in ((3, True), (2, False)):
         summary = Summary(Counts(rows=4, images=4, ok=4 - flagged, flagged=flagged))
-        assert any(line.startswith("most images are flagged") for line in summary_lines(summary, Path("o"), ())) == warned
+        assert (
+            any(line.startswith("most images are flagged") for line in summary_lines(summary, Path("o"), ())) == warned
+        )
 
 
 # Help

@@ -198,7 +198,7 @@ def score(*_):
     print("not ended", end="", file=sys.stderr)
     raise ArithmeticError("a bug")
 
-sys.modules["batch_infer.jobs"] = types.SimpleNamespace(render_tables=score, assist=lambda *_: False)
+sys.modules["batch_infer.jobs"] = types.SimpleNamespace(render_tables=score, join_run=lambda *_: False)
 main()
 """
 
@@ -233,9 +233,9 @@ from batch_infer.jobs.summary import Summary
 
 def score(*_):
     log.info("on its way")
-    return Summary(Counts(rows=2, images=2, ok=2), undone=int("--seed" in sys.argv))
+    return Summary(Counts(rows=2, images=2, ok=2), unfinished=int("--seed" in sys.argv))
 
-sys.modules["batch_infer.jobs"] = types.SimpleNamespace(render_tables=score, assist=lambda *_: False)
+sys.modules["batch_infer.jobs"] = types.SimpleNamespace(render_tables=score, join_run=lambda *_: False)
 main()
 """
 

@@ -296,7 +296,7 @@ def test_of_a_launchers_processes_the_first_alone_writes(
     tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The others render for it, which ends in order and without a word."""
-    monkeypatch.setattr("batch_infer.jobs.assist", lambda *_: True)
+    monkeypatch.setattr("batch_infer.jobs.join_run", lambda *_: True)
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_ADDR", "localhost")

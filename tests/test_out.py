@@ -404,7 +404,7 @@ def test_files_of_the_wrong_kind_are_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.touch() if name in outdir.FOLDERS else path.mkdir()
     with pytest.raises(SettingsError, match=rf"{name} is not a f\w+, and a run writes one there: remove it"):
-        outdir.refuse_foreign(tmp_path, [], {"identity": {}})
+        outdir.refuse_foreign_files(tmp_path, [], {"identity": {}})
 
 
 @pytest.mark.parametrize("name", outdir.FOLDERS)
@@ -412,10 +412,10 @@ def test_only_images_may_be_a_link(tmp_path: Path, name: str) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / name).symlink_to(tmp_path / "elsewhere")
     if name in outdir.LINKABLE:
-        outdir.refuse_foreign(tmp_path, [], None)
+        outdir.refuse_foreign_files(tmp_path, [], None)
         return
     with pytest.raises(SettingsError, match=f"{name} is a link; in OUT only images/ and quarantine/ may be links"):
-        outdir.refuse_foreign(tmp_path, [], None)
+        outdir.refuse_foreign_files(tmp_path, [], None)
 
 
 def test_a_path_that_is_not_utf_8_is_refused_in_a_sentence(tmp_path: Path) -> None:
@@ -483,7 +483,7 @@ def test_a_full_disk_is_no_fault_of_the_settings(tmp_path: Path, monkeypatch: py
             pytest.fail("not reached")
     monkeypatch.setattr(outdir, "_write_json", fill)
     with pytest.raises(StorageError, match="No space left"):
-        outdir.claim_run(tmp_path, {"identity": {}})
+        outdir.create_run_json(tmp_path, {"identity": {}})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -494,7 +494,7 @@ def test_one_of_several_run_jsons_is_kept(tmp_path: Path, monkeypatch: pytest.Mo
     for folder in (tmp_path / "linked", tmp_path / "unlinked"):
         folder.mkdir()
         for identity in ("first", "second"):
-            outdir.claim_run(folder, {"identity": {"model": identity}})
+            outdir.create_run_json(folder, {"identity": {"model": identity}})
         assert outdir.known_run(folder)["identity"] == {"model": "first"}
         assert [path.name for path in folder.iterdir()] == ["run.json"]
         monkeypatch.setattr(Path, "hardlink_to", refuse)

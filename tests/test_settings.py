@@ -10,8 +10,8 @@ from typing import Any
 import click
 import pytest
 
-from batch_infer.cli.settings import make_run_settings
 from batch_infer.cli.run import run as command
+from batch_infer.cli.settings import make_run_settings
 from batch_infer.errors import SettingsError
 from batch_infer.jobs.run_json import parse_record
 from batch_infer.settings import FIELDS, FailureBudget, LoraSpec, RunSettings, SchedulerSpec, TableSettings

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batch_infer.jobs import with_carried
+from batch_infer.jobs import results_schema
 from batch_infer.manifest import as_schema, to_table
 from batch_infer.records import ResultRow, digest, now
 from batch_infer.table import default_id, is_no_table
@@ -85,5 +85,5 @@ def _refusal(file: Path, twin: Path) -> ResultRow:
 def joined(tables: Sequence[pa.Table], rows: Sequence[ResultRow]) -> pa.Table:
     """Results as one table, each carried column of a type that holds what every table has in it."""
     everything = [*tables, to_table(rows, pa.schema([]))]
-    schema = with_carried(table.schema for table in everything)
+    schema = results_schema(table.schema for table in everything)
     return pa.concat_tables([as_schema(table, schema) for table in everything])

@@ -19,12 +19,12 @@ from batch_infer.jobs import (
     LINKABLE,
     Counts,
     Job,
-    claim_run,
-    refuse_foreign,
-    refuse_other,
+    check_identity,
+    create_run_json,
+    read_results,
+    refuse_foreign_files,
     remove_abandoned,
     restore,
-    results_of,
     scan_tables,
     set_aside,
 )
@@ -89,12 +89,12 @@ class MiniBatches:
 
     def _begin(self) -> None:
         """Leave a run.json for those who merge, or go on with that of a worker who was here before."""
-        refuse_foreign(self._out, (), self._deployment.earlier)
+        refuse_foreign_files(self._out, (), self._deployment.earlier)
         try:
             self._out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SettingsError(f"cannot write to {self._out}: {error.strerror or error}") from error
-        claim_run(self._out, self._deployment.record)
+        create_run_json(self._out, self._deployment.record)
         self._refuse_mixed()
 
     def _refuse_mixed(self) -> None:
@@ -106,7 +106,7 @@ class MiniBatches:
         if (found := read_cached_run(self._out)) is None:
             return
         try:
-            refuse_other(found, self._deployment.record, self._out)
+            check_identity(found, self._deployment.record, self._out)
         except SettingsError as error:
             raise SettingsError(f"{str(error).rpartition(': ')[0]}: give the job another output path") from error
 
@@ -138,7 +138,7 @@ class MiniBatches:
             return None  # the ids of these rows are others now
         self._settle(disputed, folder)
         counts = Counts()
-        batches = list(results_of(job.items(self._index), self._index, job.tables.carried, counts))
+        batches = list(read_results(job.items(self._index), self._index, job.tables.carried, counts))
         empty = pa.schema([*SCHEMA, *job.tables.carried]).empty_table()
         return None if counts.left else pa.concat_tables([empty, *batches])
 

@@ -113,9 +113,9 @@ def _lines(plan: Plan, errors: TextIO, settings: RunSettings) -> Iterator[str]:
 
 
 def _cost_lines(plan: Plan) -> Iterator[str]:
-    from batch_infer.jobs import explain
+    from batch_infer.jobs import format_reasons
 
-    if why := explain(plan.reasons, plan.changes):
+    if why := format_reasons(plan.reasons, plan.changes):
         yield f"{plan.pending:,} to render: {why}"
     yield f"{'size':12}{'images':>12}{'evaluations':>16}{'UNet calls':>14}{'device time':>16}"
     for size in plan.sizes:

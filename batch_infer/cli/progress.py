@@ -66,7 +66,7 @@ class ProgressCounts:
         """Count and log the results of a scan."""
         self.total, self.done, self.invalid = survey.total, survey.done + survey.invalid, survey.invalid
         self.throughput = None
-        reasons = f": {survey.why};" if survey.why else ","
+        reasons = f": {survey.explanation};" if survey.explanation else ","
         fields = {name: getattr(survey, name) for name in ("pending", "done", "invalid", "reasons", "changes")}
         counts = survey.pending, reasons, survey.done, survey.invalid
         log.info("%d to render%s %d done before, %d invalid", *counts, extra=fields)

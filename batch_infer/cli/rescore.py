@@ -15,7 +15,7 @@ from batch_infer.cli.report import ROWS_FAILED, format_count, format_counts, pri
 from batch_infer.cli.settings import make_safety_settings
 
 if TYPE_CHECKING:
-    from batch_infer.jobs import Counts, Rescored
+    from batch_infer.jobs import Counts, RescoreCounts
 
 
 @command(
@@ -43,7 +43,7 @@ def rescore(*, out: Path, tables: tuple[str, ...], as_json: bool, quiet: bool, *
     Exit codes: 0; 2 usage or settings; 3 if some failed; 75 stopped, or the service is down: run again to continue.
     """
 
-    def log_progress(result: Rescored) -> None:
+    def log_progress(result: RescoreCounts) -> None:
         log.debug("%s checked", format_count(result.judged, "image"))
 
     with stoppable() as stop:
@@ -57,7 +57,7 @@ def rescore(*, out: Path, tables: tuple[str, ...], as_json: bool, quiet: bool, *
     return code
 
 
-def _lines(result: Rescored, counts: Counts) -> Iterator[str]:
+def _lines(result: RescoreCounts, counts: Counts) -> Iterator[str]:
     yield f"{format_count(result.judged, 'image')} checked: {result.flagged:,} flagged, {result.changed:,} changed"
     if result.unjudged:
         yield f"{result.unjudged:,} flagged earlier cannot be checked again: their images were not kept"

@@ -57,7 +57,7 @@ def retry(
         metrics.model = settings.model.name or "demo"
         code = exit_code(summary, settings, retry=True)
         metrics.conclude(summary, code)
-    log_time_limit(stop, summary.undone)
+    log_time_limit(stop, summary.unfinished)
     if code or not quiet:
         lines = summary_lines(summary, settings.out, settings.output.results)
         print_result(lines, summary.as_dict() if as_json else None)

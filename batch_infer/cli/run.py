@@ -39,15 +39,15 @@ def run(
     """
     with Metrics(metrics_file, options["out"], options["model"] or "demo") as metrics, stoppable(time_limit) as stop:
         settings = make_run_settings(options)
-        from batch_infer.jobs import assist, render_tables  # takes seconds, in which a signal may come
+        from batch_infer.jobs import join_run, render_tables  # takes seconds, in which a signal may come
 
-        if assist(settings, stop):
+        if join_run(settings, stop):
             return 0
         progress = ProgressGroup(make_progress(shown=not (quiet or no_progress)), metrics)
         summary = render_tables(settings, progress, stop)
         code = exit_code(summary, settings)
         metrics.conclude(summary, code)
-    log_time_limit(stop, summary.undone)
+    log_time_limit(stop, summary.unfinished)
     if code or not quiet:
         lines = summary_lines(summary, settings.out, settings.output.results)
         print_result(lines, summary.as_dict() if as_json else None)

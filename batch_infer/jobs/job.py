@@ -13,7 +13,7 @@ from msgspec import UnsetType
 from batch_infer.errors import SettingsError
 from batch_infer.jobs import cleanup
 from batch_infer.jobs import out as outdir
-from batch_infer.jobs.record import choose_compute, describe, refuse_other
+from batch_infer.jobs.record import check_identity, choose_compute, describe_run
 from batch_infer.jobs.run_json import ended_in_order, parse_record, require
 from batch_infer.manifest import SCHEMA, Index, Manifest, run_of
 from batch_infer.models import ModelCard, PipelineFacts, read_card
@@ -47,7 +47,7 @@ class Job:
         return self.tables.rows(self.rules, finished_in(index))
 
 
-def rooted(settings: RunSettings) -> RunSettings:
+def make_paths_absolute(settings: RunSettings) -> RunSettings:
     """Settings that mean the same from any folder. (And Arrow takes a relative path with a colon for a URI.)"""
     try:
         table = replace(settings.table, folder=settings.table.folder.absolute())
@@ -92,20 +92,20 @@ def find_model(settings: RunSettings, facts: Callable[[Path], PipelineFacts] | N
 def prepare(settings: RunSettings, tables: Tables, card: ModelCard, device: Device) -> Job:
     """See that a job can be done on its OUT, as this is now. Writes nothing. Raises UsageError."""
     found = outdir.read_run(settings.out)
-    outdir.refuse_foreign(settings.out, tables.local, found)
+    outdir.refuse_foreign_files(settings.out, tables.local, found)
     if settings.overwrite:
         cleanup.refuse_to_clear(settings.out)
     earlier = None if settings.overwrite else found
     if settings.model.name is None and earlier is None:
         log.info("no --model given: using the built-in demo model, which draws one coloured shape at 64x64 pixels")
     outdir.refuse_while_rescored(settings.out, earlier)
-    settings = keep_policy(settings, earlier)
+    settings = resolve_on_flagged(settings, earlier)
     compute = settle_compute(settings, card, device, earlier)
-    record = describe(settings, card, compute, tables)
+    record = describe_run(settings, card, compute, tables)
     parts = [] if settings.overwrite else Manifest(settings.out).parts()
     if earlier is not None and parts:
-        refuse_other(earlier, record, settings.out)
-    rules = make_rules(settings, card, record)
+        check_identity(earlier, record, settings.out)
+    rules = make_row_rules(settings, card, record)
     record = {**record, "rules": asdict(rules), **_number(earlier, parts), **_history(earlier, tables, rules)}
     return Job(settings, tables, card, compute, record, earlier, rules)
 
@@ -131,7 +131,7 @@ def _number(earlier: Mapping[str, Any] | None, parts: Sequence[Path]) -> dict[st
     return {"run_number": number, "recover_from": number if ended_in_order(known) else known.get("recover_from", 0)}
 
 
-def keep_policy(settings: RunSettings, earlier: Mapping[str, Any] | None) -> RunSettings:
+def resolve_on_flagged(settings: RunSettings, earlier: Mapping[str, Any] | None) -> RunSettings:
     """Settle what is stored of flagged images: as requested, as in the earlier run, or black ones."""
     before = parse_record(earlier or {}).settings
     return replace(settings, safety=settings.safety.continuing(before.safety if before else None))
@@ -149,7 +149,7 @@ def settle_compute(
     return compute
 
 
-def make_rules(settings: RunSettings, card: ModelCard, record: Mapping[str, Any]) -> RowRules:
+def make_row_rules(settings: RunSettings, card: ModelCard, record: Mapping[str, Any]) -> RowRules:
     """How rows are read by a run that this run.json speaks of. Raises SettingsError."""
     defaults = _fill(settings.defaults, card)
     rules = RowRules(defaults, card.sizes, digest(record["identity"]), card.embedded_guidance, card.fixed)

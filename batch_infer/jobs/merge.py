@@ -85,7 +85,7 @@ def merge(
     results.* then stay as they were.
     """
     counts = Counts()
-    tables = _complete(results_of(items, index, carried, counts), counts, least)
+    tables = _complete(read_results(items, index, carried, counts), counts, least)
     write_results(tables, pa.schema([*SCHEMA, *carried]), out, output)
     return counts
 
@@ -105,7 +105,7 @@ def merge_parts(manifest: Manifest, tables: Sequence[str], out: Path, output: Ou
 
     For an OUT whose tables are not at hand: rows that have left them since, or changed, cannot be told from others.
     """
-    schema = with_carried(manifest.schemas())
+    schema = results_schema(manifest.schemas())
     with manifest.index() as index:
         counts = Counts()
         counts.rows, counts.bad_rows = index.rows()
@@ -116,7 +116,7 @@ def merge_parts(manifest: Manifest, tables: Sequence[str], out: Path, output: Ou
     return counts
 
 
-def with_carried(schemas: Iterable[pa.Schema]) -> pa.Schema:
+def results_schema(schemas: Iterable[pa.Schema]) -> pa.Schema:
     """The result columns, and the carried ones of all parts, each of a type that holds what every part has in it.
 
     Parts of earlier versions have carried columns whose names differ from another's by case alone.
@@ -137,7 +137,7 @@ def with_carried(schemas: Iterable[pa.Schema]) -> pa.Schema:
     return pa.schema([*SCHEMA, *fields])
 
 
-def results_of(items: Iterable[Item], index: Index, carried: pa.Schema, counts: Counts) -> Iterator[pa.Table]:
+def read_results(items: Iterable[Item], index: Index, carried: pa.Schema, counts: Counts) -> Iterator[pa.Table]:
     """What is committed of these items, in their order, in tables of a few thousand results; counts it too."""
     for batch in _batches(items):
         found = [(item, kept) for item in batch if (kept := _result_of(item, index)) is not None]

@@ -252,7 +252,7 @@ def _write_json(path: Path, run: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(run, indent=2, default=str) + "\n", encoding="ascii")
 
 
-def claim_run(out: Path, run: Mapping[str, Any]) -> None:
+def create_run_json(out: Path, run: Mapping[str, Any]) -> None:
     """Write run.json unless OUT has one, so that of several processes one does. Raises StorageError."""
     path = out / "run.json"
     temporary = temporary_of(path)
@@ -298,7 +298,7 @@ def is_half_cleared(out: Path) -> bool:
     return bool((read_run(out) or {}).get(_HALF_CLEARED))
 
 
-def refuse_foreign(out: Path, tables: Iterable[Path], earlier: Mapping[str, Any] | None) -> None:
+def refuse_foreign_files(out: Path, tables: Iterable[Path], earlier: Mapping[str, Any] | None) -> None:
     """See that nothing which a run writes, or --overwrite removes, is somebody else's. Raises SettingsError."""
     _refuse_other_kinds(out)
     ours = [(out / name).resolve() for name in OURS]

@@ -12,7 +12,7 @@ from batch_infer.autotune import Probe
 from batch_infer.errors import RowError, SettingsError
 from batch_infer.jobs.changes import find_changes
 from batch_infer.jobs.estimate import rates_of
-from batch_infer.jobs.job import Job, find_model, finishing_overwrite, open_tables, prepare, rooted
+from batch_infer.jobs.job import Job, find_model, finishing_overwrite, make_paths_absolute, open_tables, prepare
 from batch_infer.jobs.record import at_once, processes_of
 from batch_infer.jobs.scan import reason_of
 from batch_infer.jobs.tune import BatchShapes
@@ -86,7 +86,7 @@ def make_plan(settings: RunSettings, tell: Callable[[ResultRow], None]) -> Plan:
     Raises the UsageErrors that `run` would raise.
     """
     end_unguarded_process()
-    settings = finishing_overwrite(rooted(settings))
+    settings = finishing_overwrite(make_paths_absolute(settings))
     with open_tables(settings) as tables, Probe() as probe:
         card = find_model(settings, probe.read_pipeline_facts)
         device = probe.find_device(settings.model.device)

@@ -81,7 +81,7 @@ def policy_of(safety: SafetySettings, card: ModelCard) -> str:
     return f"{' and '.join(judges)}, on flagged {safety.policy}" if judges else "none"
 
 
-def refuse_other(earlier: Mapping[str, Any], record: Mapping[str, Any], out: Path) -> None:
+def check_identity(earlier: Mapping[str, Any], record: Mapping[str, Any], out: Path) -> None:
     """A run goes on only as the one that it goes on with. Raises SettingsError."""
     for name, value in record["identity"].items():
         if earlier.get("identity", {}).get(name) != value:
@@ -99,7 +99,7 @@ def _told(record: Mapping[str, Any], name: str) -> str:
     return f"{called} ({value[:12]})" if called else value
 
 
-def describe(settings: RunSettings, card: ModelCard, compute: Compute, tables: Tables | None) -> dict[str, Any]:
+def describe_run(settings: RunSettings, card: ModelCard, compute: Compute, tables: Tables | None) -> dict[str, Any]:
     """run.json as it is before the run is over. `identity` is what rows that are done stand on.
 
     Without `tables` it is that of a door to which they come one after the other.

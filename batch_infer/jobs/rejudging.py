@@ -47,7 +47,7 @@ class Stored:
 
 
 @dataclass(slots=True)
-class Rescored:
+class RescoreCounts:
     """What became of results: `judged` images, of which `flagged` are flagged now; of `changed` it was said otherwise.
 
     `unjudged` were flagged and have no image that could be judged; `failed` have none that is whole, or no answer.
@@ -81,7 +81,7 @@ class Rejudging:
         asks_checker = settings.safety.asks_checker(has_checker=card.has_checker)
         self._judge = _load_judge(settings, card, record) if asks_checker else None
         self._gate = gate_of(settings.safety.service, stop)
-        self.rescored = Rescored()
+        self.rescored = RescoreCounts()
         self._rows: list[ResultRow] = []
         self._written: list[str] = []
         self._former: list[str] = []

@@ -16,7 +16,7 @@ from batch_infer.jobs.job import find_model, open_tables, refuse_unrepeatable, r
 from batch_infer.jobs.merge import Counts, merge
 from batch_infer.jobs.record import policy_of
 from batch_infer.jobs.recovery import remove_leftovers, set_aside
-from batch_infer.jobs.rejudging import Rejudging, Rescored, Stored
+from batch_infer.jobs.rejudging import Rejudging, RescoreCounts, Stored
 from batch_infer.jobs.run_json import ended_in_order, with_counts
 from batch_infer.manifest import Committed, Index, Manifest
 from batch_infer.models import ModelCard
@@ -44,9 +44,9 @@ def rescore_images(
     out: Path,
     tables: Sequence[str],
     safety: SafetySettings,
-    tell: Callable[[Rescored], None],
+    tell: Callable[[RescoreCounts], None],
     stop: Callable[[], bool] = lambda: False,
-) -> tuple[Rescored, Counts]:
+) -> tuple[RescoreCounts, Counts]:
     """Have the images of OUT judged as `safety` says, and merge.
 
     Without a policy in `safety`, flagged images are stored as the run did; what is lost by that is logged before.
@@ -102,7 +102,7 @@ class _Rescoring:
         if found < self._total:
             raise SettingsError(f"these tables have {found} results to give and the run had {self._total}: name all")
 
-    def judge(self, tell: Callable[[Rescored], None], stop: Callable[[], bool]) -> Rescored:
+    def judge(self, tell: Callable[[RescoreCounts], None], stop: Callable[[], bool]) -> RescoreCounts:
         """Judge all that was not judged by these rules yet. Raises StorageError, ServiceError, Interrupted."""
         out = self._settings.out
         if self._resumed or not ended_in_order(self._record):
@@ -113,7 +113,7 @@ class _Rescoring:
             _without_damaged_parts(lambda: self._judge_all(rejudging, tell, stop))
         return rejudging.rescored
 
-    def _judge_all(self, rejudging: Rejudging, tell: Callable[[Rescored], None], stop: Callable[[], bool]) -> None:
+    def _judge_all(self, rejudging: Rejudging, tell: Callable[[RescoreCounts], None], stop: Callable[[], bool]) -> None:
         with Manifest(self._settings.out).index() as index:
             todo = self._todo(index, rejudging)
             if first := next(todo, None):

@@ -68,7 +68,7 @@ class _Jsonl:
 
     def write(self, table: pa.Table) -> None:
         for row in _rows(table, self._images):
-            self._stream.write(json_text(row) + "\n")
+            self._stream.write(to_json(row) + "\n")
 
 
 def _rows(table: pa.Table, images: Path | None) -> Iterator[dict[str, Any]]:
@@ -78,9 +78,9 @@ def _rows(table: pa.Table, images: Path | None) -> Iterator[dict[str, Any]]:
         if images is not None and row["generated_image"] is not None:
             row["generated_image"] = _file(images, row["generated_image"])
         for name in ("guidance_scale", "guidance_rescale", "seconds"):
-            row[name] = short(row[name])
+            row[name] = shorten_float32(row[name])
         if row["safety_scores"] is not None:
-            row["safety_scores"] = {name: short(score) for name, score in row["safety_scores"]}
+            row["safety_scores"] = {name: shorten_float32(score) for name, score in row["safety_scores"]}
         yield row
 
 
@@ -95,7 +95,7 @@ def _file(out: Path, name: str) -> bytes | None:
     return content
 
 
-def short(value: float | None) -> float | None:
+def shorten_float32(value: float | None) -> float | None:
     """A float32 with the digits that it has, and not those of the double it was read into."""
     return None if value is None else float(f"{value:.7g}")
 
@@ -105,14 +105,14 @@ def _csv_cell(value: Any) -> Any:
         case bool():
             return "true" if value else "false"
         case Mapping() | list():
-            return json_text(value)
+            return to_json(value)
         case datetime() | bytes():
             return _text(value)
         case _:
             return value
 
 
-def json_text(value: Any) -> str:
+def to_json(value: Any) -> str:
     """A value in JSON, whatever it holds: null for a number that is none, text for what JSON has no type for."""
     return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, default=_text)
 

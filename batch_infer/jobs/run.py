@@ -38,7 +38,7 @@ from batch_infer.jobs import cleanup
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.changes import find_changes
 from batch_infer.jobs.estimate import Size, learn
-from batch_infer.jobs.job import Job, find_model, finishing_overwrite, open_tables, prepare, rooted
+from batch_infer.jobs.job import Job, find_model, finishing_overwrite, make_paths_absolute, open_tables, prepare
 from batch_infer.jobs.merge import Counts, merge, merge_parts
 from batch_infer.jobs.record import at_once, cores
 from batch_infer.jobs.recovery import Key, recover, remove_leftovers, set_aside
@@ -87,7 +87,7 @@ def render_tables(
     """Score the tables into OUT, going on where an earlier run ended. Raises the errors of `batch_infer.errors`."""
     end_unguarded_process()
     started = time.monotonic()
-    settings = rooted(settings)
+    settings = make_paths_absolute(settings)
     here = _place(settings)
     if here is not None and here.rank:
         raise SettingsError("this command is not for a launcher: start it once, by itself")
@@ -105,12 +105,12 @@ def render_tables(
                     return _Run(job, engine, progress, stop, leaves_alone).go(started)
 
 
-def assist(settings: RunSettings, stop: Callable[[], bool] = lambda: False) -> bool:
+def join_run(settings: RunSettings, stop: Callable[[], bool] = lambda: False) -> bool:
     """Render for the run of rank 0, where a launcher has started this process as another rank; else returns False.
 
     Raises the errors of `batch_infer.errors`.
     """
-    settings = rooted(settings)
+    settings = make_paths_absolute(settings)
     here = _place(settings)
     if here is None or not here.rank:
         return False
@@ -204,7 +204,7 @@ class _Run:
                             raise
                         raise ServiceError(str(error)) from error  # a key that was valid when the run began
             self._clear()
-        self._summary.undone = max(0, survey.pending - self._committed)
+        self._summary.unfinished = max(0, survey.pending - self._committed)
         return self._merge(survey)
 
     def _write_record(self, **more: Any) -> None:

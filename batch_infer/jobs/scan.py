@@ -60,9 +60,9 @@ class ScanResult:
                 self.sizes.append(size)
 
     @property
-    def why(self) -> str:
+    def explanation(self) -> str:
         """Why results are pending: `1 new, 22 changed (num_inference_steps 8 -> 50)`."""
-        return explain(self.reasons, self.changes)
+        return format_reasons(self.reasons, self.changes)
 
 
 def reason_of(item: Item, found: Committed | None) -> str:
@@ -76,7 +76,7 @@ def reason_of(item: Item, found: Committed | None) -> str:
     return "missing or damaged" if found.status == "ok" else f"{found.status} before"
 
 
-def explain(reasons: Mapping[str, int], changes: str) -> str:
+def format_reasons(reasons: Mapping[str, int], changes: str) -> str:
     """Format the counts of `reason_of`, with the options that changed rows; empty where all rows are new."""
     if set(reasons) <= {"new"}:
         return ""

@@ -36,7 +36,7 @@ class Summary:
     peak_memory: dict[str, int] = field(default_factory=dict)
     processes: int = 0
     deaths: int = 0
-    undone: int = 0
+    unfinished: int = 0
 
     def add(self, work: TaskReport) -> None:
         """Take in what the workers tell of their work."""
@@ -79,5 +79,5 @@ class Summary:
             "peak_memory": self.peak_memory,
             "processes": self.processes,
             "deaths": self.deaths,
-            "undone": self.undone,
+            "undone": self.unfinished,
         }
