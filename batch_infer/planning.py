@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import Protocol, TypeAlias, TypeVar
 
 from batch_infer.carried import weight
-from batch_infer.records import FINAL, MAX_ATTEMPTS, PromptRequest, ResultRow
+from batch_infer.records import FINAL_STATUSES, MAX_ATTEMPTS, PromptRequest, ResultRow
 
 WINDOW = 8192
 """Requests that are looked at together: memory does not grow with the table."""
@@ -64,7 +64,7 @@ def is_done(item: Item, found: Committed | None) -> bool:
         return False
     if isinstance(item, ResultRow):
         return found.status == item.status
-    return found.status in FINAL or (found.status == "failed" and found.failures >= MAX_ATTEMPTS)
+    return found.status in FINAL_STATUSES or (found.status == "failed" and found.failures >= MAX_ATTEMPTS)
 
 
 def finished_in(index: Index) -> Callable[[PromptRequest], bool]:
@@ -72,7 +72,7 @@ def finished_in(index: Index) -> Callable[[PromptRequest], bool]:
 
     def is_finished(request: PromptRequest) -> bool:
         match = index.find(request.key)
-        return match is not None and match.status in FINAL and match.fingerprint == request.fingerprint
+        return match is not None and match.status in FINAL_STATUSES and match.fingerprint == request.fingerprint
 
     return is_finished
 
@@ -81,7 +81,7 @@ def pending(rows: Iterable[Item], index: Index, leaves_alone: SkipRule = is_done
     """The requests that are to be done, each as the attempt that it will be; invalid rows are somebody else's."""
     for item in rows:
         if isinstance(item, PromptRequest) and not leaves_alone(item, found := index.find(item.key)):
-            yield item if found is None else item.again(found.attempt + 1, found.path)
+            yield item if found is None else item.as_attempt(found.attempt + 1, found.path)
 
 
 def in_order(requests: Iterable[PromptRequest], slots_of: SlotsOf | None = None) -> Iterator[PromptRequest]:
@@ -119,8 +119,8 @@ def _level(rows: list[PromptRequest], lanes: int) -> list[PromptRequest]:
     A lane is two slots: a row with guidance, or two without beside each other. The length is the least that first-fit
     decreasing finds room in (MULTIFIT: Coffman, Garey & Johnson, SIAM J. Comput. 7, 1978).
     """
-    single = [row for row in rows if not row.params.guided]
-    pieces = [[row] for row in rows if row.params.guided]
+    single = [row for row in rows if not row.params.uses_guidance]
+    pieces = [[row] for row in rows if row.params.uses_guidance]
     pieces = sorted(pieces + [single[k : k + 2] for k in range(0, len(single), 2)], key=_steps, reverse=True)
     total, longest = sum(map(_steps, pieces)), _steps(pieces[0])
     least, enough = max(-(-total // lanes), longest), 2 * total // lanes + longest
@@ -155,7 +155,7 @@ def _size(request: PromptRequest) -> tuple[int, int]:
 
 def _order(request: PromptRequest) -> tuple[object, ...]:
     params = request.params
-    dear = -params.num_inference_steps, not params.guided
+    dear = -params.num_inference_steps, not params.uses_guidance
     # Rows that are alike stand together: a pipeline that is driven by its own call makes them in one.
     alike = params.guidance_scale, params.guidance_rescale, request.negative_prompt is None
     return *_size(request), *dear, *alike, request.id, request.image_index
@@ -230,8 +230,8 @@ class Batching:
         if size not in self.loads:
             self.loads[size] = Load(self._slots_of(size))
         load = self.loads[size]
-        if self._alike != request.alike or not self._room:
-            self._alike, self._room = request.alike, load.slots // each
+        if self._alike != request.batch_key or not self._room:
+            self._alike, self._room = request.batch_key, load.slots // each
             load.ticks += evaluations
         self._room -= 1
         load.images += 1

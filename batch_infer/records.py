@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from typing import Any, Literal
 
 Status = Literal["ok", "flagged", "blocked", "invalid", "failed"]
-FINAL: frozenset[str] = frozenset({"ok", "flagged", "blocked"})
+FINAL_STATUSES: frozenset[str] = frozenset({"ok", "flagged", "blocked"})
 """Statuses that a later run leaves alone."""
 
 MAX_ATTEMPTS = 3
@@ -34,14 +34,14 @@ class SamplingParams:
     embedded_guidance: bool = False
 
     @property
-    def guided(self) -> bool:
+    def uses_guidance(self) -> bool:
         """Classifier-free guidance is on above 1, as in diffusers (Ho & Salimans, arXiv 2207.12598)."""
         return self.guidance_scale > 1.0 and not self.embedded_guidance
 
     @property
     def slots(self) -> int:
         """Row-forwards that one step takes: with guidance an unconditional and a conditional one."""
-        return 2 if self.guided else 1
+        return 2 if self.uses_guidance else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +51,16 @@ class SizeRules:
     native_height: int
     native_width: int
     factor: int
-    smallest: int
-    most: int | None = None
+    min_side: int
+    max_side: int | None = None
 
     @property
     def largest(self) -> int:
         largest = 8 * max(self.native_height, self.native_width)
-        return largest if self.most is None else min(largest, self.most)
+        return largest if self.max_side is None else min(largest, self.max_side)
 
 
-PACKINGS = (".gz", ".bz2", ".xz", ".zst")
+COMPRESSION_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 """Endings of compressed tables."""
 _NUMBER = re.compile(r"#\d+$")
 """Of tables of one name the second is called `t.csv#2`: no name of a table itself ends so."""
@@ -82,7 +82,7 @@ class Source:
     def stem(self) -> str:
         """The file's name without its endings, of which it has two where it is packed, and without `#2`."""
         path = PurePosixPath(_NUMBER.sub("", self.file))
-        return (path.with_suffix("") if path.suffix.lower() in PACKINGS else path).stem
+        return (path.with_suffix("") if path.suffix.lower() in COMPRESSION_SUFFIXES else path).stem
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,13 +113,13 @@ class PromptRequest:
         return self.id, self.image_index
 
     @property
-    def alike(self) -> tuple[object, ...]:
+    def batch_key(self) -> tuple[object, ...]:
         """What rows have in common that one call of a diffusers pipeline can make together, texts and seeds apart."""
         params = self.params
         sampling = params.num_inference_steps, params.guidance_scale, params.guidance_rescale
         return params.height, params.width, *sampling, self.negative_prompt is None
 
-    def again(self, attempt: int, replaces: str | None) -> PromptRequest:
+    def as_attempt(self, attempt: int, replaces: str | None) -> PromptRequest:
         """The same request as a later attempt."""
         return replace(self, attempt=attempt, replaces=replaces)
 
@@ -136,7 +136,7 @@ class Verdict:
     scores: Mapping[str, float] | None = None
     reason: str | None = None
 
-    def joined(self, other: Verdict) -> Verdict:
+    def merge(self, other: Verdict) -> Verdict:
         """What two judges say of one image: unsafe where one finds it so, and of each score the highest."""
         names = dict.fromkeys(
             name for verdict in (self, other) if verdict.checker for name in verdict.checker.split("+")
@@ -223,5 +223,5 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-def now() -> datetime:
+def utc_now() -> datetime:
     return datetime.now(timezone.utc)

@@ -19,7 +19,7 @@ from batch_infer.bench.bare import BareUNet
 from batch_infer.chain import ChainShape, Rendered, StepLevelChain, streams
 from batch_infer.chain.postprocessing import Finishing
 from batch_infer.errors import CompilationError, RowError
-from batch_infer.models.acceleration import Compiled, speed_up
+from batch_infer.models.acceleration import Compiled, optimize_networks
 from batch_infer.settings import Compute
 from batch_infer.stages import Stages
 from batch_infer.worker.loading import prepare_torch
@@ -135,7 +135,7 @@ def test_compiling_is_in_no_stage(sd1_folder: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("batch_infer.models.acceleration.Compiled", Recording)
     model = load_family(sd1_folder)
-    speed_up(model.networks[:1], CPU, compiled=True)
+    optimize_networks(model.networks[:1], CPU, compiled=True)
     monkeypatch.setattr("batch_infer.chain.step_level.is_compiled", lambda networks: True)
     chain = StepLevelChain(model, ChainShape(4, 2), None)
     rows = [make_request("a", steps=3), make_request("b", steps=3, size=(72, 64)), make_request("c", steps=3)]

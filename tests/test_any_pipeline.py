@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from batch_infer.chain import ChainShape, PipelineCallChain, Rendered, Unrendered
 from batch_infer.errors import ModelError, RowBroken
-from batch_infer.models import ModelCard, any_pipeline, load_pipeline, read_card
+from batch_infer.models import ModelCard, any_pipeline, load_any_pipeline, read_card
 from batch_infer.models.any_pipeline import AnyPipeline
 from batch_infer.models.pipelines import find_class
 from batch_infer.records import PromptRequest, SizeRules
@@ -56,12 +56,12 @@ def card_of(folder: Path, **settings: Any) -> ModelCard:
     card = read_card(ModelSettings(name=str(folder), **settings))
     # Flux and Z-Image are native at 1024 pixels, whatever their checkpoints hold.
     size = SIZES.get(folder.name, (64, 64))
-    return replace(card, sizes=SizeRules(*size, card.sizes.factor, card.sizes.smallest))
+    return replace(card, sizes=SizeRules(*size, card.sizes.factor, card.sizes.min_side))
 
 
 def load_model(folder: Path, scheduler: str | None = None, *, with_checker: bool = False) -> AnyPipeline:
     spec = SchedulerSpec.parse(scheduler) if scheduler else None
-    return load_pipeline(card_of(folder, scheduler=spec), CPU, torch.float32, with_checker=with_checker)
+    return load_any_pipeline(card_of(folder, scheduler=spec), CPU, torch.float32, with_checker=with_checker)
 
 
 def load_oracle(folder: Path) -> Any:
@@ -102,7 +102,7 @@ def render(
 
 
 def _by_likeness(request: PromptRequest) -> Any:
-    return request.alike
+    return request.batch_key
 
 
 # Images
@@ -158,7 +158,7 @@ def test_the_text_has_a_part_in_the_image(models: dict[str, AnyPipeline]) -> Non
 
 
 def test_rows_share_calls_where_their_texts_leave_the_shapes_alone(models: dict[str, AnyPipeline]) -> None:
-    assert {name for name, model in models.items() if model.one_by_one} == ONE_BY_ONE
+    assert {name for name, model in models.items() if model.one_row_per_call} == ONE_BY_ONE
     for name, model in models.items():
         asked: list[int] = []
 
@@ -463,7 +463,7 @@ def test_weights_that_no_file_holds_are_named(folders: dict[str, Path], tmp_path
 
 def test_half_precision_leaves_alone_what_would_overflow(folders: dict[str, Path]) -> None:
     """As diffusers loads it: T5 wants the last projection of its blocks in float32."""
-    model = load_pipeline(card_of(folders["flux"]), CPU, torch.float16, with_checker=False)
+    model = load_any_pipeline(card_of(folders["flux"]), CPU, torch.float16, with_checker=False)
     encoder = model.pipeline.text_encoder_2
     assert encoder.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.float32
     assert encoder.shared.weight.dtype == model.pipeline.transformer.dtype == torch.float16

@@ -40,7 +40,7 @@ from batch_infer.chain import ChainShape, StepLevelChain
 from batch_infer.cli.bench import _speed
 from batch_infer.errors import SettingsError
 from batch_infer.models import architectures
-from batch_infer.models.flops import decode_flops, row_forward_flops
+from batch_infer.models.flops import decode_flops, denoise_flops
 from batch_infer.planning import Packing, in_order
 from batch_infer.records import PromptRequest, SizeRules
 from batch_infer.settings import Compute, ComputeSettings, ModelSettings
@@ -51,7 +51,7 @@ from tests.runs import Done, command
 
 ROWS = ("--rows", "9", "--steps", "1-3", "--slots", "4", "--threads", "1", "--device", "cpu")
 SAMPLED = 4
-RULES = SizeRules(native_height=512, native_width=512, factor=8, smallest=64)
+RULES = SizeRules(native_height=512, native_width=512, factor=8, min_side=64)
 MIXED = TableShape()
 SAMPLING = Sampling(7.5, 0.0)
 
@@ -304,7 +304,7 @@ def test_the_mixed_table_is_mixed_and_always_the_same() -> None:
         range(20, 51)
     )
     assert set(Counter(map(size_of, table))) == set(sizes)
-    assert sum(not row.params.guided for row in table) == pytest.approx(len(table) / 5, rel=0.3)
+    assert sum(not row.params.uses_guidance for row in table) == pytest.approx(len(table) / 5, rel=0.3)
     assert len({row.seed for row in table}) == len({row.id for row in table}) == len(table) == 200
     assert len({row.prompt for row in table}) > 60
 
@@ -312,7 +312,7 @@ def test_the_mixed_table_is_mixed_and_always_the_same() -> None:
 def test_the_uniform_table_has_one_kind_of_row() -> None:
     shape = TableShape(rows=20, steps=(50, 50), sizes="native", unguided=0)
     params = {row.params for row in make_rows(shape, shape.sizes_of(RULES), SAMPLING)}
-    assert {(each.height, each.width, each.num_inference_steps, each.guided) for each in params} == {
+    assert {(each.height, each.width, each.num_inference_steps, each.uses_guidance) for each in params} == {
         (512, 512, 50, True)
     }
 
@@ -505,7 +505,7 @@ def test_architectures_have_the_size_of_the_released_models(
     assert sum(weight.numel() for weight in unet.parameters()) == pytest.approx(parameters, rel=1e-4)
     assert {weight.dtype for weight in unet.parameters()} == {torch.float16}
     assert model.latent_shape(built.sizes.native_height, built.sizes.native_width) == latent
-    assert row_forward_flops(model, latent) / 1e12 == pytest.approx(row_forward, rel=0.01)
+    assert denoise_flops(model, latent) / 1e12 == pytest.approx(row_forward, rel=0.01)
     assert decode_flops(model, latent) / 1e12 == pytest.approx(decode, rel=0.01)
     assert torch.get_default_dtype() == torch.float32
 
@@ -517,7 +517,7 @@ def test_flops_are_those_of_a_real_call(demo: Any) -> None:
     context = {name: part[None] for name, part in conditioning.context[0].items()}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.denoise(torch.zeros(1, 4, 8, 12), torch.zeros(1), context)
-    assert row_forward_flops(model, (4, 8, 12)) == counter.get_total_flops() > 0
+    assert denoise_flops(model, (4, 8, 12)) == counter.get_total_flops() > 0
 
 
 @pytest.mark.parametrize(

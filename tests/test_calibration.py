@@ -8,10 +8,10 @@ import pytest
 
 from batch_infer.autotune import calibration
 from batch_infer.autotune.calibration import Plateau, Rates
-from batch_infer.records import now
+from batch_infer.records import utc_now
 
 CONDITIONS = {"machine": "here", "size": (64, 64)}
-RATES = Rates(start=3.5, tick=0.25, image=0.01, image_bytes=1234.5, measured_at=now())
+RATES = Rates(start=3.5, tick=0.25, image=0.01, image_bytes=1234.5, measured_at=utc_now())
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +21,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_rates_are_recalled_under_the_conditions_that_they_were_measured_under() -> None:
-    knee = Plateau(slots=32, decode_batch=4, measured_at=now())
+    knee = Plateau(slots=32, decode_batch=4, measured_at=utc_now())
     assert calibration.load_calibration(Rates, CONDITIONS) is None
     calibration.save_calibration(CONDITIONS, RATES)
     calibration.save_calibration(CONDITIONS, knee)

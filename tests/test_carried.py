@@ -15,7 +15,7 @@ import pytest
 from batch_infer.carried import python_values, result_type, to_values
 from batch_infer.jobs.merge import merge, merge_parts
 from batch_infer.manifest import SCHEMA, Manifest
-from batch_infer.records import PromptRequest, ResultRow, now
+from batch_infer.records import PromptRequest, ResultRow, utc_now
 from batch_infer.settings import OutputSettings
 from batch_infer.worker.rows import make_row
 from tests.runs import results
@@ -173,7 +173,9 @@ def test_parts_with_names_that_differ_by_case_alone_are_merged(out: Path) -> Non
     manifest = Manifest(out)
     usual: dict[str, Any] = {"image_index": 0, "prompt": "x", "status": "failed", "source_file": "t.csv"}
     for number, carried in enumerate(({"Seed": "1", "Tag": "t"}, {"input_Seed": "2", "tag": "u"})):
-        row = ResultRow(**usual, id=f"{number}", source_row=number, fingerprint="f", finished_at=now(), carried=carried)
+        row = ResultRow(
+            **usual, id=f"{number}", source_row=number, fingerprint="f", finished_at=utc_now(), carried=carried
+        )
         manifest.commit([row], pa.schema([(column, pa.string()) for column in carried]))
     merge_parts(manifest, [], out, OutputSettings())
     rows = [{name: value for name, value in row.items() if value and name not in SCHEMA.names} for row in results(out)]

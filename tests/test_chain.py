@@ -212,7 +212,7 @@ def test_the_plan_knows_what_the_rows_take(rows: list[tuple[int, float]]) -> Non
     """Row-forwards to the last one, and calls to within a row: the packer lets rows without guidance pass others."""
     requests = sorted(
         (paint(str(k), steps=steps, guidance=guidance) for k, (steps, guidance) in enumerate(rows)),
-        key=lambda item: (-item.params.num_inference_steps, not item.params.guided),
+        key=lambda item: (-item.params.num_inference_steps, not item.params.uses_guidance),
     )
     chain, outcomes = run(requests, slots=5)
     assert len(outcomes) == len(requests)

@@ -23,7 +23,7 @@ from batch_infer.errors import Interrupted
 from batch_infer.jobs.merge import Counts
 from batch_infer.jobs.scan import ScanResult
 from batch_infer.jobs.summary import Summary
-from batch_infer.records import ResultRow, now
+from batch_infer.records import ResultRow, utc_now
 from batch_infer.stopping import STOP_SIGNALS, deferred
 from tests import runs
 
@@ -41,7 +41,7 @@ def _log_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def rows(*statuses: Any) -> list[ResultRow]:
     return [
-        ResultRow(id=f"{i}", image_index=0, prompt="x", status=status, finished_at=now(), source_file="t.csv",
+        ResultRow(id=f"{i}", image_index=0, prompt="x", status=status, finished_at=utc_now(), source_file="t.csv",
                   source_row=i, fingerprint="f") for i, status in enumerate(statuses)
     ]  # fmt: skip
 

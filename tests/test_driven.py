@@ -61,14 +61,14 @@ ROWS = st.lists(
 
 
 @settings(max_examples=80)
-@given(rows=ROWS, slots=st.integers(2, 7), one_by_one=st.booleans())
-def test_every_request_comes_out_once_and_as_planned(rows: list[Any], slots: int, one_by_one: bool) -> None:
+@given(rows=ROWS, slots=st.integers(2, 7), one_row_per_call=st.booleans())
+def test_every_request_comes_out_once_and_as_planned(rows: list[Any], slots: int, one_row_per_call: bool) -> None:
     requests = [
         paint(str(k), colour, steps=steps, guidance=guidance, rescale=rescale, negative=negative, size=size)
         for k, (steps, guidance, rescale, negative, colour, size) in enumerate(rows)
     ]
     planned = list(in_order(requests))
-    chain, found = run(planned, slots, one_by_one=one_by_one)
+    chain, found = run(planned, slots, one_row_per_call=one_row_per_call)
     assert found.keys() == {request.id for request in requests}
     for request in requests:
         outcome = found[request.id]
@@ -98,7 +98,7 @@ def test_rows_that_are_alike_are_planned_together() -> None:
         for k, (steps, guidance, rescale, negative, _) in enumerate(asked)
     ]
     planned = in_order(rows[::2] + rows[1::2])
-    kinds = [kind for kind, _ in groupby(planned, lambda row: row.alike)]
+    kinds = [kind for kind, _ in groupby(planned, lambda row: row.batch_key)]
     assert len(kinds) == len(set(kinds)) == 24
 
 
@@ -161,9 +161,9 @@ def test_memory_that_holds_one_row_makes_rows_one_by_one(caplog: pytest.LogCaptu
     assert "out of memory at 16x16 pixels: going on with one row a call" in caplog.text
 
 
-@pytest.mark.parametrize("one_by_one", [False, True])
-def test_memory_that_does_not_hold_one_image_fails_it(one_by_one: bool) -> None:
-    _, found = run([paint("a"), paint("b", size=(16, 24))], memory=0, one_by_one=one_by_one)
+@pytest.mark.parametrize("one_row_per_call", [False, True])
+def test_memory_that_does_not_hold_one_image_fails_it(one_row_per_call: bool) -> None:
+    _, found = run([paint("a"), paint("b", size=(16, 24))], memory=0, one_row_per_call=one_row_per_call)
     for outcome in found.values():
         assert isinstance(outcome, Unrendered)
         assert outcome.status == "failed"

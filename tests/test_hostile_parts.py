@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from batch_infer.sinks import has_image, read_image, stored_path
+from batch_infer.sinks import has_image, read_image, resolve_path
 from batch_infer.worker import committing
 from tests.runs import command, images, results, run
 from tests.tables import write_csv
@@ -138,6 +138,6 @@ def test_what_is_no_file_is_not_read(tmp_path: Path, path: str) -> None:
     (tmp_path / "images" / "t" / "x").write_bytes(b"x")
     assert read_image(tmp_path, path) is None
     assert not has_image(tmp_path, path)
-    assert stored_path(tmp_path, "images/t/x") == tmp_path / "images" / "t" / "x"
+    assert resolve_path(tmp_path, "images/t/x") == tmp_path / "images" / "t" / "x"
     assert read_image(tmp_path, "images/t/x") == b"x"
     assert read_image(tmp_path, "images/t/x", 2) is None

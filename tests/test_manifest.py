@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from batch_infer.errors import DamagedPart, NewerPart, StorageError
 from batch_infer.manifest import SCHEMA, Manifest, read_part, to_table, write_parquet
-from batch_infer.records import BOOKKEEPING, PromptRequest, ResultRow, SamplingParams, Source, digest, now
+from batch_infer.records import BOOKKEEPING, PromptRequest, ResultRow, SamplingParams, Source, digest, utc_now
 
 NONE = pa.schema([])
 COLUMNS = [
@@ -36,7 +36,7 @@ COLUMNS = [
 def row(name: str = "a", index: int = 0, **values: Any) -> ResultRow:
     usual = {
         **{"prompt": "a red circle", "status": "ok", "generated_image": f"images/{name}-{index}.png"},
-        **{"finished_at": now(), "source_file": "t.csv", "source_row": 7, "fingerprint": "f"},
+        **{"finished_at": utc_now(), "source_file": "t.csv", "source_row": 7, "fingerprint": "f"},
     }
     return ResultRow(**{"id": name, "image_index": index, **usual, **values})
 
@@ -176,7 +176,7 @@ def test_parts_are_named_by_what_they_hold(tmp_path: Path) -> None:
     manifest = Manifest(tmp_path)
     rows = [row("a"), row("b")]
     name = manifest.commit(rows, NONE)
-    assert manifest.commit([replace(r, worker="another", finished_at=now()) for r in rows], NONE) == name
+    assert manifest.commit([replace(r, worker="another", finished_at=utc_now()) for r in rows], NONE) == name
     assert len(manifest.parts()) == 1
     changes: list[dict[str, Any]] = [{"id": "c"}, {"image_index": 1}, {"fingerprint": "g"}, {"attempt": 2}]
     for change in changes:
@@ -218,7 +218,7 @@ def test_a_damaged_part_is_named_with_the_way_out(tmp_path: Path, content: bytes
     assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
     told: list[DamagedPart] = []
     with manifest.index(damaged=told.append) as index:
-        assert (index.find(("a", 0)), index.rows()) == (None, (1, 0))
+        assert (index.find(("a", 0)), index.count_rows()) == (None, (1, 0))
     assert [damage.part for damage in told] == [part]
     assert part.exists()
     assert whole.exists()

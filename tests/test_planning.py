@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from batch_infer import planning
 from batch_infer.planning import Load, Packing, in_order, is_done, pending
-from batch_infer.records import FINAL, MAX_ATTEMPTS, PromptRequest, ResultRow, SamplingParams, Source, now
+from batch_infer.records import FINAL_STATUSES, MAX_ATTEMPTS, PromptRequest, ResultRow, SamplingParams, Source, utc_now
 
 GUIDANCE = [1.0, 7.5, 7.5, 7.5, 7.5]
 
@@ -47,14 +47,14 @@ def request(name: str = "a", *, size: int = 64, steps: int = 20, guidance: float
 
 def invalid_row(fingerprint: str = "f") -> ResultRow:
     return ResultRow(
-        id="a", image_index=0, prompt="", status="invalid", error="wrong", finished_at=now(), source_file="t.csv",
+        id="a", image_index=0, prompt="", status="invalid", error="wrong", finished_at=utc_now(), source_file="t.csv",
         source_row=0, fingerprint=fingerprint,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("status", ["ok", "flagged", "blocked"])
 def test_a_final_row_is_left_alone_until_it_changes(status: str) -> None:
-    assert status in FINAL
+    assert status in FINAL_STATUSES
     assert is_done(request(), Kept(status))
     assert not is_done(request(), Kept(status, fingerprint="another"))
     assert not is_done(request(), None)

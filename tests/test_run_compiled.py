@@ -20,7 +20,7 @@ from batch_infer.jobs import run as jobs
 from batch_infer.jobs.plan import make_plan
 from batch_infer.jobs.run import render_tables
 from batch_infer.models import read_card
-from batch_infer.records import now
+from batch_infer.records import utc_now
 from batch_infer.settings import Compute, ComputeSettings, Device, ModelSettings, RunSettings, TableSettings
 from tests.runs import results, run_json
 from tests.tables import write_csv
@@ -124,7 +124,7 @@ def test_a_plan_is_measured_as_the_run_will_render(
         compiled.append(compute.compiled)
         if compute.compiled:
             raise CompilationError(FAULT)
-        return Rates(1.0, 1.0, 1.0, 1.0, now())
+        return Rates(1.0, 1.0, 1.0, 1.0, utc_now())
 
     monkeypatch.setattr(Probe, "measure_rates", rates)
     monkeypatch.setattr(Probe, "count_evaluations", lambda _, card, steps: steps)

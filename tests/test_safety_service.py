@@ -444,7 +444,7 @@ def unjudged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-MOMENTS = [(FolderSink, "set_aside"), (FolderSink, "settle"), (Manifest, "commit"), (FolderSink, "remove")]
+MOMENTS = [(FolderSink, "back_up"), (FolderSink, "publish"), (Manifest, "commit"), (FolderSink, "remove")]
 
 
 @pytest.mark.promises

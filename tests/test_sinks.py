@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 
 from batch_infer.errors import StorageError
 from batch_infer.records import PromptRequest, SamplingParams, Source
-from batch_infer.sinks import FolderSink, stored_path
+from batch_infer.sinks import FolderSink, resolve_path
 from batch_infer.sinks.folder import name_with_digest, plain_name
-from batch_infer.store.atomic import TEMPORARY, KnownFolder
+from batch_infer.store.atomic import TEMPORARY_PREFIX, PinnedFolder
 from batch_infer.table.ids import Ids, colliding_stems
 
 PLAIN = ["a", "row-00000012", "a.b_c-d", "0", "_", "x" * 80, "prompts-2026.05"]
@@ -186,7 +186,7 @@ def test_the_disk_that_holds_the_images_is_asked_once(
         asked.append(folder)
         return not linked
 
-    monkeypatch.setattr("batch_infer.sinks.folder.distinguishes_case", ask)
+    monkeypatch.setattr("batch_infer.sinks.folder.is_case_sensitive", ask)
     out = tmp_path / "out"
     out.mkdir()
     if linked:
@@ -225,11 +225,11 @@ def test_what_is_stored_is_told(tmp_path: Path) -> None:
     assert (stored.sha256, stored.image_bytes) == (hashlib.sha256(b"first").hexdigest(), 5)
     file = tmp_path / stored.path
     assert not file.exists()
-    sink.settle([stored.path])
+    sink.publish([stored.path])
     assert file.read_bytes() == b"first"
     assert sink.write(stored.path, b"second") != stored
     assert file.read_bytes() == b"first", "until the manifest is about to speak of the second"
-    sink.settle([stored.path])
+    sink.publish([stored.path])
     assert file.read_bytes() == b"second"
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
     sink.remove(stored.path)
@@ -245,7 +245,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 def test_an_image_that_is_gone_cannot_be_settled(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="cannot write .*a.png: No such file"):
-        FolderSink(tmp_path, ".png").settle(["images/a.png"])
+        FolderSink(tmp_path, ".png").publish(["images/a.png"])
 
 
 @pytest.mark.parametrize("path", ["../precious", "images/../../precious", "/precious", "images/link/precious"])
@@ -296,7 +296,7 @@ def test_the_disk_holds_all_images_before_one_takes_its_name_and_then_the_names(
     made = [step for name in ("images", "t-00000", "t-00001") for step in (f"mkdir {name}", "sync folder")]
     assert steps == made
     steps.clear()
-    sink.settle(NAMES)
+    sink.publish(NAMES)
     assert steps == ["sync"] * 6 + ["replace"] * 6 + ["sync folder"] * 2
 
 
@@ -318,7 +318,7 @@ def test_a_folder_that_has_gone_is_not_made_again(tmp_path: Path, place: str, va
     vanish(tmp_path / place)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(StorageError, match=GONE):
-        sink.settle(NAMES)
+        sink.publish(NAMES)
     with pytest.raises(StorageError, match=GONE):
         sink.write("images/t-00000/new-0.png", b"x")
     with pytest.raises(StorageError, match=GONE):
@@ -330,7 +330,7 @@ def test_no_folder_no_sink(tmp_path: Path) -> None:
     """A worker that is started once OUT has gone: it is sent the folder that the run knows."""
     out = tmp_path / "out"
     out.mkdir()
-    known = KnownFolder.of(out)
+    known = PinnedFolder.of(out)
     replaced_by_another(out)
     for sink in (FolderSink(known), FolderSink(tmp_path / "missing")):
         with pytest.raises(StorageError, match=GONE):
@@ -361,8 +361,8 @@ def test_a_disk_that_fails_while_images_are_settled_is_named(
 
     monkeypatch.setattr(os, call, fail)
     with pytest.raises(StorageError, match=f"cannot write {tmp_path}/{NAMES[0]}: No space left on device"):
-        sink.settle(NAMES)
-    assert not [path for path in tmp_path.rglob("*.png") if not path.name.startswith(TEMPORARY)]
+        sink.publish(NAMES)
+    assert not [path for path in tmp_path.rglob("*.png") if not path.name.startswith(TEMPORARY_PREFIX)]
 
 
 def test_an_image_folder_that_is_a_link_is_not_written_into(tmp_path: Path) -> None:
@@ -379,5 +379,5 @@ def test_an_image_folder_that_is_a_link_is_not_written_into(tmp_path: Path) -> N
 def test_only_images_are_stored_paths(tmp_path: Path, path: str) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "link").symlink_to("/etc")
-    assert stored_path(tmp_path, path) is None
-    assert stored_path(tmp_path, "images/t/a.png") == tmp_path / "images" / "t" / "a.png"
+    assert resolve_path(tmp_path, path) is None
+    assert resolve_path(tmp_path, "images/t/a.png") == tmp_path / "images" / "t" / "a.png"

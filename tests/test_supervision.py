@@ -43,7 +43,7 @@ from batch_infer.errors import ModelError, SettingsError, WorkersLost
 from batch_infer.models import read_card
 from batch_infer.records import ResultRow
 from batch_infer.settings import Compute, Device, ModelSettings, OutputSettings, SafetySettings
-from batch_infer.store.atomic import KnownFolder
+from batch_infer.store.atomic import PinnedFolder
 from batch_infer.worker import WorkerSettings
 from tests.deaths import eventually
 from tests.rendering import make_request
@@ -141,7 +141,7 @@ def shift_of(
     pool: Pool, out: Path, rows: int = 2, committed: Callable[[Sequence[ResultRow]], None] = lambda rows: None
 ) -> Supervisor:
     (out / "manifest").mkdir(parents=True, exist_ok=True)
-    card, safety, folder = read_card(ModelSettings()), SafetySettings("none"), KnownFolder.of(out)
+    card, safety, folder = read_card(ModelSettings()), SafetySettings("none"), PinnedFolder.of(out)
     settings = WorkerSettings(card, COMPUTE, safety, OutputSettings(), folder, pa.schema([]))
     requests = [make_request(str(k)) for k in range(rows)]
     made = Supervisor(Task(iter(requests), rows, settings), pool, committed)

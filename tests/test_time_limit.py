@@ -15,7 +15,7 @@ from batch_infer import stopping
 from batch_infer.cli.option_types import DurationType
 from batch_infer.jobs.merge import Counts, merge
 from batch_infer.jobs.plan import Plan, SizePlan
-from batch_infer.records import now
+from batch_infer.records import utc_now
 from tests.runs import QUICK, assert_whole, command, hashes, results, run
 from tests.tables import write_csv
 
@@ -128,7 +128,7 @@ def test_a_retry_is_stopped_too(table: Path, tmp_path: Path) -> None:
 
 def test_a_plan_says_whether_the_time_is_enough(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     size = SizePlan(64, 64, images=ROWS, row_forwards=80, ticks=40, slots=16, seconds=80.0)
-    found = Plan(rows=ROWS, total=ROWS, pending=ROWS, sizes=[size], occupancy=1.0, seconds=90.0, measured_at=now())
+    found = Plan(rows=ROWS, total=ROWS, pending=ROWS, sizes=[size], occupancy=1.0, seconds=90.0, measured_at=utc_now())
     monkeypatch.setattr("batch_infer.jobs.make_plan", lambda *_: found)
     arguments = ("plan", table, "--out", tmp_path / "out", *QUICK)
     short = command(*arguments, "--time-limit", "1m")

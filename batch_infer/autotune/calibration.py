@@ -14,7 +14,7 @@ from platformdirs import user_cache_path
 
 from batch_infer.errors import StorageError
 from batch_infer.records import digest
-from batch_infer.store import replacing
+from batch_infer.store import atomic_write
 
 log = logging.getLogger("batch_infer")
 
@@ -77,7 +77,7 @@ def recall_facts(name: str, conditions: Mapping[str, Any]) -> dict[str, Any] | N
 def remember_facts(name: str, conditions: Mapping[str, Any], facts: Mapping[Any, Any]) -> None:
     """Keep a JSON object; where the cache cannot be written, it is found out again next time."""
     try:
-        with replacing(_path(name, conditions), flush=False) as temporary:
+        with atomic_write(_path(name, conditions), flush=False) as temporary:
             text = json.dumps({"conditions": conditions, "measured": facts}, default=str, indent=2)
             temporary.write_text(text, encoding="utf-8")
     except StorageError as error:

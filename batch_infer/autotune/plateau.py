@@ -11,10 +11,10 @@ import torch
 from batch_infer.accelerator import is_comfortable, out_of_memory_errors
 from batch_infer.autotune.calibration import Plateau
 from batch_infer.diffusion import Slots
-from batch_infer.records import PromptRequest, SamplingParams, Source, now
+from batch_infer.records import PromptRequest, SamplingParams, Source, utc_now
 
 if TYPE_CHECKING:
-    from batch_infer.models import AnyPipeline, Family
+    from batch_infer.models import AnyPipeline, LatentDiffusion
 
 SLOTS = (2, 4, 8, 16, 32, 64, 128, 256)
 DECODES = (1, 2, 4, 8, 16)
@@ -23,7 +23,7 @@ ENOUGH = 0.95
 TRIAL_SECONDS = 0.4
 
 
-def find_plateau(model: Family, params: SamplingParams) -> Plateau:
+def find_plateau(model: LatentDiffusion, params: SamplingParams) -> Plateau:
     """Try batch sizes with rows of this kind until a larger one does no more.
 
     Raises torch.OutOfMemoryError where not even the least fits.
@@ -32,7 +32,7 @@ def find_plateau(model: Family, params: SamplingParams) -> Plateau:
     most = [number for number in DECODES if number <= max(1, slots // 2)]
     decode, _ = _grow(most, lambda number: _decoder(model, params, number), model.device)
     del held
-    return Plateau(slots, decode, now())
+    return Plateau(slots, decode, utc_now())
 
 
 def find_pipeline_plateau(model: AnyPipeline, params: SamplingParams) -> Plateau:
@@ -44,7 +44,7 @@ def find_pipeline_plateau(model: AnyPipeline, params: SamplingParams) -> Plateau
         return lambda: model.render(rows, len(rows))
 
     slots, _ = _grow(SLOTS, work, model.device)
-    return Plateau(slots, max(1, min(DECODES[-2], slots // 2)), now())
+    return Plateau(slots, max(1, min(DECODES[-2], slots // 2)), utc_now())
 
 
 def _grow(
@@ -93,7 +93,7 @@ def _settle() -> None:
         torch.cuda.synchronize()
 
 
-def _full_slots(model: Family, params: SamplingParams, number: int) -> Callable[[], object]:
+def _full_slots(model: LatentDiffusion, params: SamplingParams, number: int) -> Callable[[], object]:
     """One UNet call over so many slots, all of them taken."""
     latent_shape = model.latent_shape(params.height, params.width)
     slots: Slots[None] = Slots(model, number, latent_shape, model.device, model.dtype)
@@ -110,7 +110,7 @@ def _full_slots(model: Family, params: SamplingParams, number: int) -> Callable[
     return tick
 
 
-def _decoder(model: Family, params: SamplingParams, number: int) -> Callable[[], object]:
+def _decoder(model: LatentDiffusion, params: SamplingParams, number: int) -> Callable[[], object]:
     """One decoder call over so many images."""
     latents = torch.zeros(number, *model.latent_shape(params.height, params.width), device=model.device)
     return lambda: model.decode(latents)

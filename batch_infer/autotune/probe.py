@@ -28,8 +28,8 @@ from batch_infer.autotune.facts import (
 )
 from batch_infer.autotune.processor import processor_name
 from batch_infer.errors import ModelError, RowError, SettingsError
-from batch_infer.models import ModelCard, PipelineFacts
-from batch_infer.records import PromptRequest, SamplingParams, Source, now
+from batch_infer.models import ModelCard, SamplingRules
+from batch_infer.records import PromptRequest, SamplingParams, Source, utc_now
 from batch_infer.settings import Compute, Device, ImageFormat, SafetySettings
 from batch_infer.stopping import STOP_SIGNALS
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from batch_infer.chain import PipelineCallChain, StepLevelChain
     from batch_infer.diffusion import Solver
-    from batch_infer.models import AnyPipeline, Family
+    from batch_infer.models import AnyPipeline, LatentDiffusion
 
 P = ParamSpec("P")
 Answer = TypeVar("Answer")
@@ -78,13 +78,13 @@ class Probe:
             remember_device(asked, device)
         return device
 
-    def read_pipeline_facts(self, path: Path) -> PipelineFacts:
+    def read_pipeline_facts(self, path: Path) -> SamplingRules:
         """What a checkpoint's pipeline takes, where only diffusers can tell. Raises ModelError."""
         return self._ask(_facts, path)
 
     def count_evaluations(self, card: ModelCard, steps: int) -> int:
         """How often a row of so many steps asks the model. Raises RowError where the scheduler refuses them."""
-        if card.driven:  # what a driven pipeline makes of its steps only its call knows: they are counted as they are
+        if card.uses_pipeline_call:  # only the call knows its evaluations per step: count one for each
             return steps
         if self._card is None:
             self._card, self._evaluations = card, recall_evaluations(card)
@@ -178,15 +178,15 @@ def _import_renderer() -> None:
     from batch_infer.worker import load_any_model  # noqa: F401
 
 
-def _facts(path: Path) -> PipelineFacts:
-    from batch_infer.models import read_facts
+def _facts(path: Path) -> SamplingRules:
+    from batch_infer.models import inspect_pipeline
 
-    return read_facts(path)
+    return inspect_pipeline(path)
 
 
 def _evaluations(card: ModelCard, steps: int) -> int | str:
     """Or why not: the scheduler's own error would have torch imported where it arrives."""
-    if card.driven:
+    if card.uses_pipeline_call:
         return steps
     try:
         return _solver(card).table(steps).evaluations
@@ -201,14 +201,14 @@ def _solver(card: ModelCard) -> Solver:
     return load_solver(card)
 
 
-def _model(card: ModelCard, compute: Compute, safety: SafetySettings) -> tuple[Family | AnyPipeline, float]:
+def _model(card: ModelCard, compute: Compute, safety: SafetySettings) -> tuple[LatentDiffusion | AnyPipeline, float]:
     """A loaded model, and the seconds that it took."""
     with_checker = safety.asks_checker(has_checker=card.has_checker)
     return _load(card, replace(compute, slots=0, decode_batch=0, by_size=()), with_checker)
 
 
 @cache
-def _load(card: ModelCard, compute: Compute, with_checker: bool) -> tuple[Family | AnyPipeline, float]:
+def _load(card: ModelCard, compute: Compute, with_checker: bool) -> tuple[LatentDiffusion | AnyPipeline, float]:
     started = time.perf_counter()
     from batch_infer.worker import load_any_model
 
@@ -228,7 +228,7 @@ def _knee(card: ModelCard, compute: Compute, safety: SafetySettings, size: tuple
     try:
         return find_pipeline_plateau(model, params) if isinstance(model, AnyPipeline) else find_plateau(model, params)
     except OutOfMemoryError:  # of this size alone: the run fails its rows, and no others
-        return Plateau(2, 1, now())
+        return Plateau(2, 1, utc_now())
 
 
 def _rates(
@@ -253,7 +253,7 @@ def _rates(
         image += storing / compute.threads
     # Where memory did not hold the slots, a run makes as many more calls as it has fewer of them.
     tick *= compute.shape_of(*size).slots / chain.shape.of(size)[0]
-    return Rates(start, tick, image, stored, now())
+    return Rates(start, tick, image, stored, utc_now())
 
 
 @contextmanager
@@ -276,11 +276,11 @@ def _first_taken(card: ModelCard, counts: Iterable[int]) -> int:
 
 def _few(card: ModelCard, counts: Iterable[int]) -> int:
     """A small number of steps that the model takes; of a driven one that is not known, but these are seldom refused."""
-    return min(4, card.num_inference_steps) if card.driven else _first_taken(card, counts)
+    return min(4, card.num_inference_steps) if card.uses_pipeline_call else _first_taken(card, counts)
 
 
 def _params(card: ModelCard, size: tuple[int, int], steps: int) -> SamplingParams:
-    guidance = card.guidance_scale if card.driven else 7.5
+    guidance = card.guidance_scale if card.uses_pipeline_call else 7.5
     return SamplingParams(*size, steps, guidance, 0.0, card.embedded_guidance)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from batch_infer.errors import StorageError
 from batch_infer.manifest import read_part
 from batch_infer.records import Source
-from batch_infer.store import is_there, temporary_database
+from batch_infer.store import path_exists, temporary_database
 from batch_infer.table import default_id
 
 _COLUMNS = ("id", "image_index", "source_file", "source_row", "generated_image")
@@ -53,7 +53,7 @@ class Claims:
             try:
                 columns = read_part(part, _COLUMNS).to_pydict()
             except StorageError:
-                if is_there(part):
+                if path_exists(part):
                     raise
                 continue  # somebody has set it aside
             rows = (row for row in zip(*(columns[name] for name in _COLUMNS), strict=True) if not _is_default(*row))

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batch_infer.jobs import results_schema
-from batch_infer.manifest import as_schema, to_table
-from batch_infer.records import ResultRow, digest, now
+from batch_infer.manifest import cast_table, to_table
+from batch_infer.records import ResultRow, digest, utc_now
 from batch_infer.table import default_id, is_no_table
 
 log = logging.getLogger("batch_infer")
@@ -75,7 +75,7 @@ def _refusal(file: Path, twin: Path) -> ResultRow:
         status="invalid",
         error=error,
         worker="table",
-        finished_at=now(),
+        finished_at=utc_now(),
         source_file=name,
         source_row=0,
         fingerprint=digest(["invalid", error]),
@@ -86,4 +86,4 @@ def joined(tables: Sequence[pa.Table], rows: Sequence[ResultRow]) -> pa.Table:
     """Results as one table, each carried column of a type that holds what every table has in it."""
     everything = [*tables, to_table(rows, pa.schema([]))]
     schema = results_schema(table.schema for table in everything)
-    return pa.concat_tables([as_schema(table, schema) for table in everything])
+    return pa.concat_tables([cast_table(table, schema) for table in everything])

@@ -28,11 +28,11 @@ from batch_infer.jobs import (
     scan_tables,
     set_aside,
 )
-from batch_infer.manifest import SCHEMA, Index, Manifest
+from batch_infer.manifest import SCHEMA, Manifest, ManifestIndex
 from batch_infer.planning import Committed, Item, is_done, pending, place_of
 from batch_infer.records import Source
 from batch_infer.sinks import FolderSink, possible_names
-from batch_infer.store import KnownFolder, is_there, list_names
+from batch_infer.store import PinnedFolder, list_names, path_exists
 from batch_infer.table import Others, Tables
 
 TURNS = 5
@@ -54,9 +54,9 @@ class MiniBatches:
         self._deployment, self._out = deployment, deployment.settings.out
         self._begin()
         # run.json marks the folder: a separate marker would remain where a worker is killed.
-        self._held = replace(KnownFolder.of(self._out), marker="run.json")
+        self._held = replace(PinnedFolder.of(self._out), marker="run.json")
         self._manifest, self._rendering = Manifest(self._held), Rendering(deployment, self._held)
-        self._index, self._claims = Index(()), Claims()
+        self._index, self._claims = ManifestIndex(()), Claims()
         self._known: set[str] = set()
         self._catch_up()
 
@@ -216,7 +216,7 @@ class MiniBatches:
         names = {part.name for part in parts}
         if not self._known <= names:  # somebody has set one aside, and its rows are as if they had never been rendered
             self._index.close()
-            self._index = Index(())
+            self._index = ManifestIndex(())
         self._index.add(parts, _set_aside)
         self._known = names
 
@@ -230,7 +230,7 @@ class _Rows(Job):
 
     places: Collection[Place]
 
-    def items(self, index: Index) -> Iterator[Item]:
+    def items(self, index: ManifestIndex) -> Iterator[Item]:
         return (item for item in super(_Rows, self).items(index) if place_of(item) in self.places)
 
 
@@ -239,5 +239,5 @@ def _set_aside(damage: DamagedPart) -> None:
     try:
         set_aside(damage)
     except StorageError:
-        if is_there(damage.part):
+        if path_exists(damage.part):
             raise

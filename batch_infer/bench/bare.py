@@ -14,7 +14,7 @@ from batch_infer.bench.settings import Size
 from batch_infer.records import PromptRequest
 
 if TYPE_CHECKING:
-    from batch_infer.models import Family
+    from batch_infer.models import LatentDiffusion
 
 LEAST_SECONDS = 1.0
 """A measurement takes as many calls as take so long, once a call has set things up."""
@@ -24,7 +24,7 @@ class BareUNet:
     """Row-forwards per second that the UNet does by itself: what a table could be rendered with if nothing else took
     time and every slot were always taken."""
 
-    def __init__(self, model: Family, example: PromptRequest) -> None:
+    def __init__(self, model: LatentDiffusion, example: PromptRequest) -> None:
         """`example`: a row of any size, whose prompt is the UNet's input."""
         self._model, self._example = model, example
 

@@ -23,7 +23,7 @@ from batch_infer.settings import Compute
 from batch_infer.worker import make_chain
 
 if TYPE_CHECKING:
-    from batch_infer.models import Family
+    from batch_infer.models import LatentDiffusion
 
 Image = tuple[PromptRequest, np.ndarray]
 """A row, and its pixels (H, W, 3) uint8 on the host."""
@@ -46,7 +46,7 @@ class Contender(Protocol):
 class Ours:
     """batch-infer: the chain that a run has, over rows in the order in which a run takes them."""
 
-    def __init__(self, model: Family, compute: Compute) -> None:
+    def __init__(self, model: LatentDiffusion, compute: Compute) -> None:
         self.chain: StepLevelChain = make_chain(model, compute)
 
     def capacity(self, row: PromptRequest) -> int:
@@ -86,7 +86,7 @@ class PlainDiffusers:
     size so that this is done once.
     """
 
-    def __init__(self, model: Family, compute: Compute, *, grouped: bool, compiled: bool = False) -> None:
+    def __init__(self, model: LatentDiffusion, compute: Compute, *, grouped: bool, compiled: bool = False) -> None:
         self._model, self._compute = model, compute
         self._grouped, self._compiled = grouped, compiled
         self._pipeline = _pipeline(model)
@@ -155,7 +155,7 @@ def _alike(row: PromptRequest) -> tuple[float, ...]:
     return params.height, params.width, params.num_inference_steps, params.guidance_scale
 
 
-def _pipeline(model: Family) -> Any:
+def _pipeline(model: LatentDiffusion) -> Any:
     own = model.pipeline
     parts = dict(own.components)
     parts |= {"scheduler": copy.deepcopy(own.scheduler), "safety_checker": None, "feature_extractor": None}

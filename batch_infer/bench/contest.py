@@ -36,7 +36,7 @@ from batch_infer.bench.subject import Subject, best_shapes, load_subject
 from batch_infer.bench.sweep import sweep
 from batch_infer.errors import SettingsError
 from batch_infer.jobs import LIBRARIES
-from batch_infer.models import decode_flops, is_compiled, row_forward_flops
+from batch_infer.models import decode_flops, denoise_flops, is_compiled
 from batch_infer.worker import peak_memory
 
 SAMPLE = 24
@@ -139,7 +139,7 @@ class Contest:
             steps=table.steps,
             unguided=table.unguided,
             work=self._table.work,
-            row_forward_tflop={size: row_forward_flops(model, shape) / TERA for size, shape in shapes.items()},
+            row_forward_tflop={size: denoise_flops(model, shape) / TERA for size, shape in shapes.items()},
             decode_tflop={size: decode_flops(model, shape) / TERA for size, shape in shapes.items()},
         )
 

@@ -65,7 +65,7 @@ class RenderingLane:
             pass
 
     def _warming(self) -> Iterator[PromptRequest]:
-        kinds = {(size_of(row), row.params.guided): row for row in self._course.rows}
+        kinds = {(size_of(row), row.params.uses_guidance): row for row in self._course.rows}
         for kind, row in kinds.items():
             params = replace(row.params, num_inference_steps=self._few_steps)
             for number in range(self._contender.capacity(row)):

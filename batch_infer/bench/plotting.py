@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from batch_infer.bench.figures import Report, SweepPoint
 from batch_infer.errors import SettingsError
-from batch_infer.store import replacing
+from batch_infer.store import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,7 +40,7 @@ def draw(report: Report, file: Path) -> None:
     _levels(axes, report)
     _frame(axes, report)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    with replacing(file) as temporary:
+    with atomic_write(file) as temporary:
         figure.savefig(temporary, format=file.suffix.lower().removeprefix("."))
 
 

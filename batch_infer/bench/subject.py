@@ -13,13 +13,13 @@ from batch_infer.bench.rows import Sampling
 from batch_infer.bench.settings import BenchSettings, Size
 from batch_infer.errors import RowError, SettingsError
 from batch_infer.jobs import choose_compute, settle_compute
-from batch_infer.models import ModelCard, build_architecture, read_card, speed_up
+from batch_infer.models import ModelCard, build_architecture, optimize_networks, read_card
 from batch_infer.records import SamplingParams, SizeRules
 from batch_infer.settings import BatchShape, Compute, RunSettings, TableSettings
 from batch_infer.worker import load_model, prepare_torch
 
 if TYPE_CHECKING:
-    from batch_infer.models import Family
+    from batch_infer.models import LatentDiffusion
 
 FEW_STEPS = (1, 2, 4, 10, 20)
 
@@ -29,7 +29,7 @@ class Subject:
     """A loaded model, which every contender shares."""
 
     name: str
-    model: Family
+    model: LatentDiffusion
     compute: Compute
     sizes: SizeRules
     sampling: Sampling
@@ -67,7 +67,7 @@ def load_subject(settings: BenchSettings) -> Subject:
 
 
 def _loaded(card: ModelCard, compute: Compute) -> Subject:
-    if card.driven:
+    if card.uses_pipeline_call:
         raise SettingsError(f"{card.name} is driven by diffusers' own pipeline: there is nothing to compare it with")
     model = load_model(card, compute, with_checker=False)
     sampling = Sampling(card.guidance_scale, card.guidance_rescale, card.embedded_guidance)
@@ -76,7 +76,7 @@ def _loaded(card: ModelCard, compute: Compute) -> Subject:
 
 def _built(name: str, compute: Compute) -> Subject:
     built = build_architecture(name, *prepare_torch(compute))
-    speed_up(built.model.networks, built.model.device, compiled=compute.compiled, threads=compute.threads)
+    optimize_networks(built.model.networks, built.model.device, compiled=compute.compiled, threads=compute.threads)
     sampling = Sampling(built.guidance_scale, built.guidance_rescale)
     return Subject(f"{name}, random weights", built.model, compute, built.sizes, sampling)
 

@@ -19,7 +19,7 @@ from batch_infer.safety import Gate
 from batch_infer.stages import Stages
 
 if TYPE_CHECKING:
-    from batch_infer.models import AnyPipeline, Family
+    from batch_infer.models import AnyPipeline, LatentDiffusion
 
 PROMPTS_AHEAD = 32
 """Prompts that are asked about before a slot wants them."""
@@ -73,7 +73,7 @@ class GatedChain:
         self._grace = grace or Grace(stop)
 
     @property
-    def model(self) -> Family | AnyPipeline:
+    def model(self) -> LatentDiffusion | AnyPipeline:
         return self._chain.model
 
     @property
@@ -276,7 +276,7 @@ class _Images:
             return Unrendered(rendered.request, "failed", str(error))
         if of_image.nsfw is None:
             return Unrendered(rendered.request, "failed", f"{self._gate.name} has no word on the image")
-        return replace(rendered, verdict=rendered.verdict.joined(of_prompt).joined(of_image))
+        return replace(rendered, verdict=rendered.verdict.merge(of_prompt).merge(of_image))
 
 
 def _has_word(answer: Future[Verdict]) -> bool:

@@ -100,7 +100,7 @@ class PipelineCallChain:
             source.put_back(rows)
             return
         smaller = self.shape.shrunk(size, "denoise") if slots >= 4 else None
-        if smaller is None or self.model.one_by_one or slots // rows[0].params.slots < 2:
+        if smaller is None or self.model.one_row_per_call or slots // rows[0].params.slots < 2:
             error = f"the device's memory does not hold one image of {name} pixels ({told})"
             yield from (Unrendered(request, "failed", error) for request in rows)
             return
@@ -133,7 +133,7 @@ class PipelineCallChain:
         stages.slot_ticks += params.num_inference_steps * slots
         verdicts = self._check(pixels, stages)
         return [
-            Rendered(row, image, verdict, self.model.tell(row), slots, seconds)
+            Rendered(row, image, verdict, self.model.count_tokens(row), slots, seconds)
             if finite
             else Unrendered(row, "failed", not_finite(params, self.model.dtype))
             for row, image, finite, verdict in zip(rows, pixels, whole, verdicts, strict=True)
@@ -180,7 +180,7 @@ def _take_alike(source: Ahead, size: Size, slots: int) -> list[PromptRequest]:
     rows = source.take(size, 1)
     while len(rows) < slots // rows[0].params.slots:
         ahead = source.peek()
-        if ahead is None or ahead.alike != rows[0].alike:
+        if ahead is None or ahead.batch_key != rows[0].batch_key:
             break
         rows += source.take(size, 1)
     return rows

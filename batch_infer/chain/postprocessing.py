@@ -20,7 +20,7 @@ from batch_infer.safety import ImageChecker
 from batch_infer.stages import Stages
 
 if TYPE_CHECKING:
-    from batch_infer.models import Conditioning, Family
+    from batch_infer.models import Conditioning, LatentDiffusion
 
 Tag: TypeAlias = "tuple[PromptRequest, Conditioning]"
 
@@ -37,7 +37,13 @@ class Finishing:
     """
 
     def __init__(
-        self, model: Family, judge: ImageChecker | None, shape: tuple[int, int], stages: Stages, *, beside: bool
+        self,
+        model: LatentDiffusion,
+        judge: ImageChecker | None,
+        shape: tuple[int, int],
+        stages: Stages,
+        *,
+        beside: bool,
     ) -> None:
         """`shape`: the slots of the UNet, and the size of a micro-batch. `beside`: on a thread of its own."""
         self._model, self._judge, self.stages = model, judge, stages

@@ -24,7 +24,7 @@ from batch_infer.safety import ImageChecker
 from batch_infer.stages import Stages
 
 if TYPE_CHECKING:
-    from batch_infer.models import Family
+    from batch_infer.models import LatentDiffusion
 
 log = logging.getLogger("batch_infer")
 
@@ -39,7 +39,7 @@ class StepLevelChain:
 
     def __init__(
         self,
-        model: Family,
+        model: LatentDiffusion,
         shape: ChainShape,
         judge: ImageChecker | None,
         stop: Callable[[], bool] = lambda: False,
@@ -132,7 +132,7 @@ class StepLevelChain:
 class _Passage:
     """Rows of one size on their way through the slots of one shape: all that lies on the device for them."""
 
-    def __init__(self, model: Family, finishing: Finishing, size: Size, *, compiles: bool) -> None:
+    def __init__(self, model: LatentDiffusion, finishing: Finishing, size: Size, *, compiles: bool) -> None:
         """`compiles`: compile the networks for this size before any row is timed."""
         self._model, self._finishing, self._size = model, finishing, size
         self._compiles = compiles

@@ -23,7 +23,7 @@ from batch_infer.cli.report import (
 from batch_infer.cli.settings import make_run_settings
 from batch_infer.errors import SettingsError
 from batch_infer.records import ResultRow, Source
-from batch_infer.store import temporary_text
+from batch_infer.store import open_temporary_text
 
 if TYPE_CHECKING:
     from batch_infer.jobs import Plan
@@ -52,7 +52,7 @@ def plan(*, time_limit: float | None, as_json: bool, quiet: bool, **options: Any
     """
     settings = make_run_settings(options)
     # Errors go to a file, because there may be as many as the table has rows.
-    with stoppable(hint=NOTHING_KEPT), temporary_text() as errors:
+    with stoppable(hint=NOTHING_KEPT), open_temporary_text() as errors:
         from batch_infer.jobs import make_plan
 
         plan = make_plan(settings, lambda row: _write_error(row, errors))

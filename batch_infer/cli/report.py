@@ -16,7 +16,7 @@ import click
 from batch_infer.cli.logs import log, log_error, stop_log
 from batch_infer.errors import Interrupted
 from batch_infer.stopping import TIME_LIMIT, Stopper, StopRequested
-from batch_infer.store import remove_open
+from batch_infer.store import remove_unfinished
 from batch_infer.terminal import escape_controls
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def stoppable(time_limit: float | None = None, *, hint: str = RESUME) -> Iterato
     def log_last_message(message: str) -> None:
         log_error(message, Interrupted.exit_code)
 
-    stop = Stopper(time_limit, hint, announce=announce, farewell=log_last_message, clean_up=remove_open)
+    stop = Stopper(time_limit, hint, announce=announce, farewell=log_last_message, clean_up=remove_unfinished)
     try:
         with stop:
             yield stop

@@ -33,7 +33,7 @@ from batch_infer.errors import ModelError, ServiceError, SettingsError
 from batch_infer.models import ModelCard
 from batch_infer.settings import Device
 from batch_infer.stopping import StopRequested
-from batch_infer.store import KnownFolder
+from batch_infer.store import PinnedFolder
 from batch_infer.worker import WorkerSettings
 
 LOOK_SECONDS = 0.5
@@ -194,7 +194,7 @@ def join_launch(here: RankInfo, asked: str, out: Path, card: ModelCard, stop: Ca
             settings.card.scheduler_fingerprint,
         ):
             raise ModelError(f"rank {here.rank}: {card.name} differs from what rank 0 has under that name")
-        return replace(settings, card=card, out=replace(KnownFolder.of(out), marker=settings.out.marker))
+        return replace(settings, card=card, out=replace(PinnedFolder.of(out), marker=settings.out.marker))
 
     with suppress(StopRequested):  # the others go on without this rank
         work(Parent(link, stop), WorkerSpec(here.rank, here.local_rank, asked, ours=False), own)

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from batch_infer.errors import SettingsError
-from batch_infer.store import replacing, storing, temporary_of
+from batch_infer.store import atomic_write, temporary_path, write_errors
 
 MEETING = ".crew"
 SECRET = "BATCH_INFER_LAUNCH_SECRET"
@@ -46,7 +46,7 @@ def write_note(out: Path, note: Note) -> bytes:
     """Write rank 0's note and return the key. Raises SettingsError where the note does not prove who wrote it."""
     if secret := os.environ.get(SECRET):
         note = msgspec.structs.replace(note, key="")
-    with replacing(out / MEETING, parents=False) as temporary:
+    with atomic_write(out / MEETING, parents=False) as temporary:
         temporary.touch(mode=0o600)
         temporary.write_bytes(msgspec.json.encode(note))
     if secret:
@@ -85,8 +85,8 @@ def age_of(found: Read, out: Path) -> float:
 
     A file that is written now gives the time: a file server's clock need not agree with this machine's.
     """
-    probe = temporary_of(out / MEETING)
-    with storing(probe):
+    probe = temporary_path(out / MEETING)
+    with write_errors(probe):
         probe.touch()
         try:
             return probe.stat().st_mtime - found.written_at

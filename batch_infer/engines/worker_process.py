@@ -49,7 +49,7 @@ from batch_infer.engines.messages import (
 from batch_infer.errors import StorageError
 from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.stopping import STOP_SIGNALS, deferred
-from batch_infer.store import log_to, open_log
+from batch_infer.store import log_handler, open_log
 from batch_infer.worker import WorkerSettings, format_worker_name
 
 if TYPE_CHECKING:
@@ -283,7 +283,7 @@ def _logged(out: Path, seat: WorkerSpec, parent: Parent) -> Iterator[None]:
         logging.captureWarnings(True)
         loggers = [logging.getLogger(name) for name in ("batch_infer", "py.warnings")]
         for logger in loggers:
-            logger.handlers = [log_to(file), _Forward(parent.send)]
+            logger.handlers = [log_handler(file), _Forward(parent.send)]
             logger.propagate = False
         loggers[0].setLevel(logging.DEBUG)
         try:

@@ -13,7 +13,7 @@ from batch_infer.autotune import Rates, load_calibration, save_calibration
 from batch_infer.errors import CompilationError
 from batch_infer.jobs.job import Job
 from batch_infer.planning import Load
-from batch_infer.records import now
+from batch_infer.records import utc_now
 from batch_infer.stages import Stages
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def learn(job: Job, by_size: Mapping[Size, Stages], lengths: Mapping[Size, int],
     for size, stages in by_size.items():
         if stages.images and stages.ticks >= TICKS_THAT_TELL:
             tick, image = stages.denoise / stages.ticks, (stages.seconds - stages.denoise) / stages.images
-            rates = Rates(start, tick, image, lengths[size] / stages.images, now())
+            rates = Rates(start, tick, image, lengths[size] / stages.images, utc_now())
             save_calibration(_conditions(job, size), rates)
 
 

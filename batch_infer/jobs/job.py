@@ -15,8 +15,8 @@ from batch_infer.jobs import cleanup
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.record import check_identity, choose_compute, describe_run
 from batch_infer.jobs.run_json import ended_in_order, parse_record, require
-from batch_infer.manifest import SCHEMA, Index, Manifest, run_of
-from batch_infer.models import ModelCard, PipelineFacts, read_card
+from batch_infer.manifest import SCHEMA, Manifest, ManifestIndex, run_number
+from batch_infer.models import ModelCard, SamplingRules, read_card
 from batch_infer.planning import Item, finished_in
 from batch_infer.records import digest
 from batch_infer.settings import Compute, Device, RowDefaults, RunSettings
@@ -42,7 +42,7 @@ class Job:
         """The number of this run among those of its OUT, from 1; 0 for an endpoint's."""
         return int(self.record.get("run_number", 0))
 
-    def items(self, index: Index) -> Iterator[Item]:
+    def items(self, index: ManifestIndex) -> Iterator[Item]:
         """Every row of the tables, in input order. `index` says which rows are finished."""
         return self.tables.rows(self.rules, finished_in(index))
 
@@ -79,7 +79,7 @@ def open_tables(settings: RunSettings) -> Tables:
     return tables
 
 
-def find_model(settings: RunSettings, facts: Callable[[Path], PipelineFacts] | None = None) -> ModelCard:
+def find_model(settings: RunSettings, facts: Callable[[Path], SamplingRules] | None = None) -> ModelCard:
     """The model, fetched where needed, with a safety check as it was asked for. Raises ModelError, SettingsError.
 
     `facts` is asked what diffusers alone can tell of a model; by default that is told here, which imports torch.
@@ -127,7 +127,7 @@ def _number(earlier: Mapping[str, Any] | None, parts: Sequence[Path]) -> dict[st
     These are all runs since the last one that ended in order. The parts are looked at too: run.json may be missing.
     """
     known = earlier or {}
-    number = 1 + max([known.get("run_number") or 0, *map(run_of, parts)])
+    number = 1 + max([known.get("run_number") or 0, *map(run_number, parts)])
     return {"run_number": number, "recover_from": number if ended_in_order(known) else known.get("recover_from", 0)}
 
 
@@ -142,7 +142,7 @@ def settle_compute(
 ) -> Compute:
     """How to compute, as was asked for, as the earlier run did, or as suits. Raises SettingsError."""
     compute = choose_compute(_typed(settings, card, device, earlier), earlier, device)
-    if card.driven and compute.compiled:
+    if card.uses_pipeline_call and compute.compiled:
         if settings.compute.compiled:
             raise SettingsError(f"--compile: {card.name} is driven by its pipeline's own call, which is not compiled")
         compute = replace(compute, compiled=False)
@@ -198,7 +198,8 @@ def _typed(settings: RunSettings, card: ModelCard, device: Device, earlier: Mapp
     if settings.model.dtype != "auto" or device.kind != "cuda":
         return settings
     is_sd3 = card.family == "stable_diffusion_3"
-    if not (card.driven or is_sd3) or (is_sd3 and (earlier or {}).get("compute", {}).get("dtype") == "float16"):
+    began_in_float16 = (earlier or {}).get("compute", {}).get("dtype") == "float16"
+    if not (card.uses_pipeline_call or is_sd3) or (is_sd3 and began_in_float16):
         return settings
     return replace(settings, model=replace(settings.model, dtype="bfloat16"))
 

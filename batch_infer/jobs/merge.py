@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from batch_infer.carried import common_type, result_names, result_type, to_array, weight
 from batch_infer.errors import MissingResults
 from batch_infer.jobs.results import write_results
-from batch_infer.manifest import SCHEMA, Committed, Index, Manifest
+from batch_infer.manifest import SCHEMA, CommittedImage, Manifest, ManifestIndex
 from batch_infer.planning import Item, place_of
 from batch_infer.records import Source
 from batch_infer.settings import OutputSettings
@@ -77,7 +77,7 @@ def _describe(row: Mapping[str, Any], sources: Sequence[Source]) -> str:
 
 
 def merge(
-    items: Iterable[Item], index: Index, carried: pa.Schema, out: Path, output: OutputSettings, least: int = 0
+    items: Iterable[Item], index: ManifestIndex, carried: pa.Schema, out: Path, output: OutputSettings, least: int = 0
 ) -> Counts:
     """Write the results of these items, in their order, and count them.
 
@@ -108,7 +108,7 @@ def merge_parts(manifest: Manifest, tables: Sequence[str], out: Path, output: Ou
     schema = results_schema(manifest.schemas())
     with manifest.index() as index:
         counts = Counts()
-        counts.rows, counts.bad_rows = index.rows()
+        counts.rows, counts.bad_rows = index.count_rows()
         found = index.in_order(tables)
         batches = iter(lambda: list(islice(found, BATCH)), [])
         results = (counts.counted(index.take(batch, schema)) for batch in batches)
@@ -137,7 +137,7 @@ def results_schema(schemas: Iterable[pa.Schema]) -> pa.Schema:
     return pa.schema([*SCHEMA, *fields])
 
 
-def read_results(items: Iterable[Item], index: Index, carried: pa.Schema, counts: Counts) -> Iterator[pa.Table]:
+def read_results(items: Iterable[Item], index: ManifestIndex, carried: pa.Schema, counts: Counts) -> Iterator[pa.Table]:
     """What is committed of these items, in their order, in tables of a few thousand results; counts it too."""
     for batch in _batches(items):
         found = [(item, kept) for item in batch if (kept := _result_of(item, index)) is not None]
@@ -164,7 +164,7 @@ def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
         yield batch
 
 
-def _result_of(item: Item, index: Index) -> Committed | None:
+def _result_of(item: Item, index: ManifestIndex) -> CommittedImage | None:
     """What is committed of an item as it stands in the table now; a result of what it was before does not count."""
     kept = index.find(item.key)
     return kept if kept is not None and kept.fingerprint == item.fingerprint else None

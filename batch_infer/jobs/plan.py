@@ -17,10 +17,10 @@ from batch_infer.jobs.record import at_once, processes_of
 from batch_infer.jobs.scan import reason_of
 from batch_infer.jobs.tune import BatchShapes
 from batch_infer.main_guard import end_unguarded_process
-from batch_infer.manifest import Index, Manifest
-from batch_infer.models import TruncationCount, load_token_counter
+from batch_infer.manifest import Manifest, ManifestIndex
+from batch_infer.models import TruncationCounter, load_token_counter
 from batch_infer.planning import Batching, Committed, Item, Packing, in_order, is_done, pending
-from batch_infer.records import PromptRequest, ResultRow, now
+from batch_infer.records import PromptRequest, ResultRow, utc_now
 from batch_infer.settings import IdSource, RunSettings
 
 WALKS = 3
@@ -91,26 +91,28 @@ def make_plan(settings: RunSettings, tell: Callable[[ResultRow], None]) -> Plan:
         card = find_model(settings, probe.read_pipeline_facts)
         device = probe.find_device(settings.model.device)
         job = prepare(settings, tables, card, device)
-        with Index([]) if settings.overwrite else Manifest(settings.out).index() as index:
+        with ManifestIndex([]) if settings.overwrite else Manifest(settings.out).index() as index:
             return _Walk(job, processes_of(settings, device), probe, index, tell).go()
 
 
 class _Walk:
     """One walk over the tables, with a tally of what is met."""
 
-    def __init__(self, job: Job, processes: int, probe: Probe, index: Index, tell: Callable[[ResultRow], None]) -> None:
+    def __init__(
+        self, job: Job, processes: int, probe: Probe, index: ManifestIndex, tell: Callable[[ResultRow], None]
+    ) -> None:
         self._job, self._probe, self._index, self._tell = job, probe, index, tell
         self._shapes = BatchShapes(job, probe)
-        self._packing = (Batching if job.card.driven else Packing)(self._slots_of)
+        self._packing = (Batching if job.card.uses_pipeline_call else Packing)(self._slots_of)
         counter = load_token_counter(job.card)
-        self._tokens = TruncationCount(counter) if counter else None
+        self._tokens = TruncationCounter(counter) if counter else None
         self._plan = Plan(slots=job.compute.slots, processes=processes)
 
     def go(self) -> Plan:
         found, card = self._plan, self._job.card
         started = time.monotonic()
         waited = self._probe.seconds_waited
-        slots_of = None if card.driven else self._slots_of
+        slots_of = None if card.uses_pipeline_call else self._slots_of
         changes = find_changes(self._job, self._index)
         found.changes = str(changes)
         try:
@@ -191,7 +193,7 @@ def _refused(request: PromptRequest, error: RowError) -> ResultRow:
         prompt=request.prompt,
         status="invalid",
         error=str(error),
-        finished_at=now(),
+        finished_at=utc_now(),
         source_file=request.source.file,
         source_row=request.source.row,
         fingerprint=request.fingerprint,

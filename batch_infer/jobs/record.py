@@ -15,7 +15,7 @@ from typing import Any
 from batch_infer import __version__
 from batch_infer.errors import SettingsError
 from batch_infer.models import ModelCard
-from batch_infer.records import now
+from batch_infer.records import utc_now
 from batch_infer.settings import CATEGORIES, BatchShape, Compute, Device, RunSettings, SafetySettings
 from batch_infer.table import Tables, shown
 
@@ -108,7 +108,7 @@ def describe_run(settings: RunSettings, card: ModelCard, compute: Compute, table
     table = replace(settings.table, tables=tuple(map(shown, arguments)))
     return {
         "batch_infer": __version__,
-        "started_at": now(),
+        "started_at": utc_now(),
         "finished_at": None,
         "tables": tables.files if tables else [],
         "unreadable_tables": sorted(tables.faults) if tables else [],

@@ -15,12 +15,12 @@ from batch_infer import images
 from batch_infer.errors import RowBroken, RowError
 from batch_infer.jobs.job import settle_compute
 from batch_infer.jobs.recovery import read_whole
-from batch_infer.manifest import Committed, Manifest
+from batch_infer.manifest import CommittedImage, Manifest
 from batch_infer.models import ModelCard
-from batch_infer.records import PromptRequest, ResultRow, Status, StoredImage, Verdict, now
+from batch_infer.records import PromptRequest, ResultRow, Status, StoredImage, Verdict, utc_now
 from batch_infer.safety import Gate, ImageChecker, gate_of
 from batch_infer.settings import OnFlagged, RunSettings
-from batch_infer.sinks import FolderSink, stored_path
+from batch_infer.sinks import FolderSink, resolve_path
 from batch_infer.worker import commit_images, explain_flag, format_worker_name, set_image, set_verdict
 
 READING_THREADS = 8
@@ -127,9 +127,9 @@ class Rejudging:
             elif verdict.nsfw:
                 self._add(entry, replace(set_verdict(entry.row, verdict), error=verdict.reason))
 
-    def tidy(self, request: PromptRequest, committed: Committed) -> None:
+    def tidy(self, request: PromptRequest, committed: CommittedImage) -> None:
         """Remove the files that a killed rescoring has left elsewhere of a row that needs no judging."""
-        path = committed.path if committed.path and stored_path(self._settings.out, committed.path) else None
+        path = committed.path if committed.path and resolve_path(self._settings.out, committed.path) else None
         others = self._sink.possible_paths(request)
         if path is not None:
             others |= {f"{folder}/{path.partition('/')[2]}" for folder in ("images", "quarantine")}
@@ -224,7 +224,9 @@ class Rejudging:
         source, attempt = entry.request.source, entry.row.attempt + 1
         if entry.row.generated_image is not None:
             self._former.append(entry.row.generated_image)
-        row = replace(row, attempt=attempt, worker=self._name, finished_at=now(), fingerprint=entry.request.fingerprint)
+        row = replace(
+            row, attempt=attempt, worker=self._name, finished_at=utc_now(), fingerprint=entry.request.fingerprint
+        )
         self._rows.append(replace(row, source_file=source.file, source_row=source.row))
 
 
@@ -245,7 +247,7 @@ def _answers(ask: Callable[[Any], Verdict], things: Sequence[Any], gate: Gate) -
 def _both(first: Verdict | RowBroken, second: Verdict | RowBroken) -> Verdict | RowBroken:
     if isinstance(first, RowBroken):
         return first
-    return second if isinstance(second, RowBroken) else first.joined(second)
+    return second if isinstance(second, RowBroken) else first.merge(second)
 
 
 def _load_judge(settings: RunSettings, card: ModelCard, record: Mapping[str, Any]) -> ImageChecker:

@@ -17,7 +17,7 @@ from batch_infer.jobs.run_json import ended_in_order, with_counts
 from batch_infer.manifest import Manifest
 from batch_infer.planning import finished_in
 from batch_infer.settings import OutputSettings, ResultsFormat, RunSettings
-from batch_infer.store import is_there
+from batch_infer.store import path_exists
 
 log = logging.getLogger("batch_infer")
 
@@ -33,7 +33,7 @@ def merge_results(
     StorageError.
     """
     out = out.absolute()
-    if not is_there(out / "run.json") and not Manifest(out).parts():
+    if not path_exists(out / "run.json") and not Manifest(out).parts():
         raise UsageError(f"{out} holds neither a run.json nor a manifest: nothing to merge")
     with outdir.locked(out):
         if outdir.read_run(out) is None:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from batch_infer.carried import python_values
 from batch_infer.settings import OutputSettings
 from batch_infer.sinks import read_image
-from batch_infer.store import replacing
+from batch_infer.store import atomic_write
 
 _Write = Callable[[pa.Table], None]
 
@@ -43,7 +43,7 @@ def remove_other_results(out: Path, output: OutputSettings) -> None:
 
 
 def _open(stack: ExitStack, out: Path, kind: str, schema: pa.Schema, as_base64: bool) -> _Write:
-    temporary = stack.enter_context(replacing(out / f"results.{kind}", parents=False))
+    temporary = stack.enter_context(atomic_write(out / f"results.{kind}", parents=False))
     if kind == "parquet":
         write: _Write = stack.enter_context(pq.ParquetWriter(temporary, schema, compression="zstd")).write_table
         return write

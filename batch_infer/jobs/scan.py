@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from batch_infer.carried import weight
 from batch_infer.jobs.job import Job
-from batch_infer.manifest import Index, Manifest
+from batch_infer.manifest import Manifest, ManifestIndex
 from batch_infer.planning import Committed, Item, SkipRule
 from batch_infer.records import ResultRow
 from batch_infer.sinks import FolderSink
@@ -85,7 +85,7 @@ def format_reasons(reasons: Mapping[str, int], changes: str) -> str:
 
 
 def scan_tables(
-    job: Job, index: Index, leaves_alone: SkipRule, changes: str = "", *, writes: bool = True
+    job: Job, index: ManifestIndex, leaves_alone: SkipRule, changes: str = "", *, writes: bool = True
 ) -> ScanResult:
     """Count what there is to do, and commit the invalid rows: they wait for no device. Raises StorageError.
 
@@ -115,7 +115,7 @@ def scan_tables(
 def commit_invalid(job: Job) -> None:
     """Commit the invalid rows of an OUT that held no results when its tables were scanned. Raises StorageError."""
     invalid = _Invalid(job)
-    with Index(()) as index:
+    with ManifestIndex(()) as index:
         for item in job.items(index):
             if isinstance(item, ResultRow):
                 invalid.add(item, None)

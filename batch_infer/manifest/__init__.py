@@ -4,19 +4,19 @@ A part is written after its images, and renamed into place last. Rows that were 
 with a higher attempt, and for one (id, image_index) the highest attempt counts.
 """
 
-from batch_infer.manifest.index import Committed, Index
+from batch_infer.manifest.index import CommittedImage, ManifestIndex
 from batch_infer.manifest.manifest import Manifest
-from batch_infer.manifest.parts import SCHEMA, as_schema, commit_time, read_part, run_of, to_table, write_parquet
+from batch_infer.manifest.parts import SCHEMA, cast_table, commit_time, read_part, run_number, to_table, write_parquet
 
 __all__ = [
-    "Committed",
-    "Index",
+    "CommittedImage",
+    "ManifestIndex",
     "Manifest",
     "SCHEMA",
-    "as_schema",
+    "cast_table",
     "commit_time",
     "read_part",
-    "run_of",
+    "run_number",
     "to_table",
     "write_parquet",
 ]

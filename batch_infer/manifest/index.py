@@ -12,13 +12,13 @@ from typing import Any
 import pyarrow as pa
 
 from batch_infer.errors import BatchInferError, DamagedPart, StorageError
-from batch_infer.manifest.parts import SCHEMA, as_schema, read_part
+from batch_infer.manifest.parts import SCHEMA, cast_table, read_part
 from batch_infer.records import PromptRequest
-from batch_infer.store import is_there, temporary_database
+from batch_infer.store import path_exists, temporary_database
 
 
 @dataclass(frozen=True, slots=True)
-class Committed:
+class CommittedImage:
     """What the manifest holds of one image."""
 
     status: str
@@ -69,7 +69,7 @@ class _Tables:
         return self._tables[key]
 
 
-class Index:
+class ManifestIndex:
     """Every committed image by its key, kept in a temporary file so that memory does not grow with the manifest."""
 
     def __init__(self, parts: Iterable[Path], damaged: Damaged | None = None) -> None:
@@ -107,7 +107,7 @@ class Index:
                     raise
                 damaged(error)
             except StorageError:
-                if is_there(part):
+                if path_exists(part):
                     raise
             else:
                 self._parts[part.name] = part
@@ -144,20 +144,20 @@ class Index:
             ((*row[:-1], part.name, row[-1]) for row in rows),
         )
 
-    def find(self, key: tuple[str, int]) -> Committed | None:
+    def find(self, key: tuple[str, int]) -> CommittedImage | None:
         """The image of this (id, image_index) whose attempt is the highest."""
         if not self._parts:  # a first run asks for every row
             return None
         found = self._database.execute(f"{_FOUND} WHERE id = ? AND image_index = ?", key).fetchone()
-        return Committed(*found) if found else None
+        return CommittedImage(*found) if found else None
 
-    def of_paths(self, paths: Iterable[str]) -> dict[str, Committed]:
+    def get_by_paths(self, paths: Iterable[str]) -> dict[str, CommittedImage]:
         """Return the images that are stored at these paths, by path. Reads the whole index."""
         self._database.execute("CREATE TEMPORARY TABLE IF NOT EXISTS paths (name TEXT PRIMARY KEY)")
         self._database.execute("DELETE FROM paths")
         self._database.executemany("INSERT OR IGNORE INTO paths VALUES (?)", ((path,) for path in paths))
         found = self._database.execute(f"{_FOUND} WHERE path IN (SELECT name FROM paths)")
-        return {row[3]: Committed(*row) for row in found}
+        return {row[3]: CommittedImage(*row) for row in found}
 
     def with_collisions(self, request: PromptRequest, path: str | None) -> PromptRequest:
         """Return a request whose image path differs from those of committed images by more than case.
@@ -188,26 +188,26 @@ class Index:
         )
         return any(_names_in(path)[1] == other for other, path in alike)
 
-    def in_order(self, tables: Sequence[str]) -> Iterator[Committed]:
+    def in_order(self, tables: Sequence[str]) -> Iterator[CommittedImage]:
         """Everything in the order of its rows in these tables; what other tables gave follows, by their names."""
         self._database.execute("CREATE TEMPORARY TABLE IF NOT EXISTS tables (name TEXT PRIMARY KEY, place INTEGER)")
         self._database.execute("DELETE FROM tables")
         self._database.executemany("INSERT OR IGNORE INTO tables VALUES (?, ?)", ((t, i) for i, t in enumerate(tables)))
         order = "ORDER BY place IS NULL, place, source_file, source_row, id, image_index"
         found = self._database.execute(f"{_FOUND} LEFT JOIN tables ON name = source_file {order}")
-        return (Committed(*row) for row in found)
+        return (CommittedImage(*row) for row in found)
 
-    def rows(self) -> tuple[int, int]:
+    def count_rows(self) -> tuple[int, int]:
         """How many rows of tables there are, and of how many an image failed or the row was invalid."""
         bad = "SELECT max(status IN ('failed', 'invalid')) AS bad FROM committed GROUP BY id"
         rows, bad_rows = self._database.execute(f"SELECT count(*), coalesce(sum(bad), 0) FROM ({bad})").fetchone()
         return rows, bad_rows
 
-    def statuses(self) -> Counter[str]:
+    def count_statuses(self) -> Counter[str]:
         """How many images have which status."""
         return Counter(dict(self._database.execute("SELECT status, count(*) FROM committed GROUP BY status")))
 
-    def take(self, found: Sequence[Committed], schema: pa.Schema = SCHEMA) -> pa.Table:
+    def take(self, found: Sequence[CommittedImage], schema: pa.Schema = SCHEMA) -> pa.Table:
         """These columns of these committed images, in their order; null where a part has no such column.
 
         Raises DamagedPart, StorageError.
@@ -218,7 +218,7 @@ class Index:
         # Carried columns can be large, and not every part has them.
         names = tuple(schema.names) if set(schema.names) <= set(SCHEMA.names) else None
         pieces = [
-            as_schema(self._tables.read(self._parts[part], names).take(rows), schema) for part, rows in by_part.items()
+            cast_table(self._tables.read(self._parts[part], names).take(rows), schema) for part, rows in by_part.items()
         ]
         starts = dict(zip(by_part, accumulate((len(piece) for piece in pieces), initial=0), strict=False))
         order = []
@@ -230,7 +230,7 @@ class Index:
     def close(self) -> None:
         self._database.close()
 
-    def __enter__(self) -> Index:
+    def __enter__(self) -> ManifestIndex:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -9,18 +9,18 @@ from time import monotonic
 
 import pyarrow as pa
 
-from batch_infer.manifest.index import Damaged, Index
-from batch_infer.manifest.parts import carried_fields, opened_part, part_name, run_of, to_table, write_part
+from batch_infer.manifest.index import Damaged, ManifestIndex
+from batch_infer.manifest.parts import carried_fields, opened_part, part_name, run_number, to_table, write_part
 from batch_infer.records import ResultRow, digest
-from batch_infer.store import KnownFolder, here, list_names, make_folder
+from batch_infer.store import PinnedFolder, host_id, list_names, make_folder
 
 
 class Manifest:
     """The parts under OUT/manifest."""
 
-    def __init__(self, out: Path | KnownFolder, run: int = 0) -> None:
+    def __init__(self, out: Path | PinnedFolder, run: int = 0) -> None:
         """`run`: the number of the run that commits, which counts from 1 in each OUT; 0 for what is not a run."""
-        self._out, self._run = KnownFolder.of(out), run
+        self._out, self._run = PinnedFolder.of(out), run
         self._made = False
         self.folder = self._out.path / "manifest"
 
@@ -35,7 +35,7 @@ class Manifest:
         if not self._made:
             make_folder(self.folder)
             self._made = True
-        write_part(self.folder / name, table, here(), monotonic())
+        write_part(self.folder / name, table, host_id(), monotonic())
         return name
 
     def parts(self, since_run: int = 0) -> list[Path]:
@@ -44,7 +44,7 @@ class Manifest:
         Raises StorageError where the folder cannot be listed.
         """
         parts = (self.folder / name for name in list_names(self.folder) if fnmatchcase(name, "part-*.parquet"))
-        return [part for part in parts if run_of(part) >= since_run]
+        return [part for part in parts if run_number(part) >= since_run]
 
     def schemas(self) -> Iterator[pa.Schema]:
         """Yield the carried columns of every part. Raises DamagedPart, NewerPart, StorageError."""
@@ -52,10 +52,10 @@ class Manifest:
             with opened_part(part) as file:
                 yield pa.schema(list(carried_fields(part, file.schema_arrow)))
 
-    def index(self, since_run: int = 0, damaged: Damaged | None = None) -> Index:
+    def index(self, since_run: int = 0, damaged: Damaged | None = None) -> ManifestIndex:
         """Return what is committed, or was by runs since that number, by key.
 
         `damaged` is called with each damaged part, which then counts for nothing. Raises DamagedPart without it,
         NewerPart, StorageError.
         """
-        return Index(self.parts(since_run), damaged)
+        return ManifestIndex(self.parts(since_run), damaged)

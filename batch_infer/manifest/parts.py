@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from batch_infer.carried import converter, result_type, to_array, to_values
 from batch_infer.errors import DamagedPart, NewerPart, StorageError, first_line
 from batch_infer.records import ResultRow, digest
-from batch_infer.store import replacing
+from batch_infer.store import atomic_write
 
 SCHEMA = pa.schema(
     [
@@ -85,7 +85,7 @@ def part_name(run: int, content: str) -> str:
     return f"part-{run:05d}-{content}.parquet" if run else f"part-{content}.parquet"
 
 
-def run_of(part: Path) -> int:
+def run_number(part: Path) -> int:
     """Return the number of the run that committed a part."""
     match = _NAME.fullmatch(part.name)
     return int(match["run"] or 0) if match else 0
@@ -210,7 +210,7 @@ def write_part(path: Path, table: pa.Table, clock: str, seconds: float) -> None:
 
 def write_parquet(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
     """Write tables as one Parquet file that appears whole or not at all. Raises StorageError."""
-    with replacing(path, parents=False) as temporary, _parquet_writer(temporary, schema) as writer:
+    with atomic_write(path, parents=False) as temporary, _parquet_writer(temporary, schema) as writer:
         for table in tables:
             writer.write_table(table)
 
@@ -219,7 +219,7 @@ def _parquet_writer(path: Path, schema: pa.Schema) -> closing[pq.ParquetWriter]:
     return closing(pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True))
 
 
-def as_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
+def cast_table(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """Results as columns of a schema: of another type where other parts have it so, and null where missing.
 
     A carried column that the schema does not have is named input_<name> there.

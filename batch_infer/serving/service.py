@@ -75,7 +75,7 @@ class Service:
         self._chain = self._pool.submit(self._load, load).result()
         driven, slots = self._chain.driven, self.deployment.compute.slots
         self._mailbox = Mailbox(
-            lambda request: request.alike if driven else (request.params.height, request.params.width),
+            lambda request: request.batch_key if driven else (request.params.height, request.params.width),
             slots + max(slots, AHEAD),
         )
 

@@ -1,23 +1,23 @@
 """Where images are stored."""
 
 from batch_infer.sinks.folder import (
-    ASIDE,
+    BACKUP_PREFIX,
     FolderSink,
+    backup_path,
     has_image,
-    path_aside,
-    path_before_aside,
+    original_path,
     possible_names,
     read_image,
-    stored_path,
+    resolve_path,
 )
 
 __all__ = [
-    "ASIDE",
+    "BACKUP_PREFIX",
     "FolderSink",
     "has_image",
-    "path_aside",
-    "path_before_aside",
+    "backup_path",
+    "original_path",
     "possible_names",
     "read_image",
-    "stored_path",
+    "resolve_path",
 ]

@@ -18,23 +18,23 @@ from typing import TypeVar
 from batch_infer.errors import StorageError
 from batch_infer.records import PromptRequest, StoredImage
 from batch_infer.store import (
-    TEMPORARY,
-    KnownFolder,
-    distinguishes_case,
+    TEMPORARY_PREFIX,
+    PinnedFolder,
+    fsync,
+    fsync_folder,
+    is_case_sensitive,
     is_link,
-    is_there,
     make_folder,
-    name_in,
-    own_name,
-    reading,
-    storing,
-    sync,
-    sync_folder,
-    temporary_of,
+    original_name,
+    path_exists,
+    read_errors,
+    temporary_path,
+    unique_name,
+    write_errors,
 )
 
 ROWS_PER_FOLDER = 1000
-ASIDE = ".original-"
+BACKUP_PREFIX = ".original-"
 SYNC_THREADS = 32
 """Images that wait for the disk at once.
 
@@ -60,8 +60,8 @@ class FolderSink:
     Ids keep their dots. A webdataset key would end at the first of them, so a sink of tar shards must replace dots.
     """
 
-    def __init__(self, out: Path | KnownFolder, suffix: str = "") -> None:
-        known = KnownFolder.of(out)
+    def __init__(self, out: Path | PinnedFolder, suffix: str = "") -> None:
+        known = PinnedFolder.of(out)
         self._out, self._suffix = known.path, suffix
         self._known = {known.path: known}
         self._made = {known.path}
@@ -116,7 +116,7 @@ class FolderSink:
             if top not in self._case:
                 self._check()
                 folder = self._out / top
-                self._case[top] = distinguishes_case(folder if is_there(folder) else self._out)
+                self._case[top] = is_case_sensitive(folder if path_exists(folder) else self._out)
             return self._case[top]
 
     def write(self, path: str, content: bytes) -> StoredImage:
@@ -124,8 +124,8 @@ class FolderSink:
         target = self._out / path
         self._check()
         self._make(target.parent)
-        temporary = temporary_of(target)
-        with storing(target):
+        temporary = temporary_path(target)
+        with write_errors(target):
             try:
                 temporary.write_bytes(content)
             except OSError:  # a full disk must not be left fuller
@@ -134,7 +134,7 @@ class FolderSink:
                 raise
         return StoredImage(path, hashlib.sha256(content).hexdigest(), len(content))
 
-    def settle(self, paths: Iterable[str]) -> None:
+    def publish(self, paths: Iterable[str]) -> None:
         """Have the disk hold these files and give them their names, just before a manifest part speaks of them.
 
         Not when they are written: a run that ends in between has then replaced no image that the manifest stands by.
@@ -144,18 +144,18 @@ class FolderSink:
         targets = [self._out / path for path in paths]
         self._check()
         with ThreadPoolExecutor(SYNC_THREADS) as pool:
-            under_way = [(target, pool.submit(sync, temporary_of(target))) for target in targets]
+            under_way = [(target, pool.submit(fsync, temporary_path(target))) for target in targets]
             for target, held in under_way:
-                with storing(target):
+                with write_errors(target):
                     held.result()
         for target in targets:
-            with storing(target):
-                os.replace(temporary_of(target), target)  # noqa: PTH105
+            with write_errors(target):
+                os.replace(temporary_path(target), target)  # noqa: PTH105
         for folder in dict.fromkeys(target.parent for target in targets):
-            with storing(folder):
-                sync_folder(folder)
+            with write_errors(folder):
+                fsync_folder(folder)
 
-    def set_aside(self, paths: Iterable[str]) -> None:
+    def back_up(self, paths: Iterable[str]) -> None:
         """Rename images to hidden names in the same folder, before `settle` gives their names to others.
 
         A process that is killed before the manifest has the new images loses none: `bring_back` undoes this. A file
@@ -163,21 +163,21 @@ class FolderSink:
         skipped. Raises StorageError.
         """
         self._check()
-        targets = [target for path in paths if not is_there(_aside(target := self._out / path))]
+        targets = [target for path in paths if not path_exists(_aside(target := self._out / path))]
         for target in targets:
-            with storing(target), suppress(FileNotFoundError):
+            with write_errors(target), suppress(FileNotFoundError):
                 os.replace(target, _aside(target))  # noqa: PTH105
         for folder in dict.fromkeys(target.parent for target in targets):
-            with storing(folder):
-                sync_folder(folder)
+            with write_errors(folder):
+                fsync_folder(folder)
 
-    def bring_back(self, aside: str) -> None:
+    def restore(self, aside: str) -> None:
         """Give a file that a process has set aside its former name again. Raises StorageError."""
         self._check()
-        target = self._out / (path_before_aside(aside) or aside)
-        with storing(target):
+        target = self._out / (original_path(aside) or aside)
+        with write_errors(target):
             os.replace(self._out / aside, target)  # noqa: PTH105
-            sync_folder(target.parent)
+            fsync_folder(target.parent)
 
     def remove(self, path: str) -> None:
         """Remove an image by its path relative to OUT; a path that leads out of it is none of ours.
@@ -185,9 +185,9 @@ class FolderSink:
         Raises StorageError.
         """
         self._check()
-        target = stored_path(self._out, path)
+        target = resolve_path(self._out, path)
         if target is not None:
-            with storing(target):
+            with write_errors(target):
                 target.unlink(missing_ok=True)
 
     def _check(self) -> None:
@@ -209,13 +209,13 @@ class FolderSink:
     def _know(self, folder: Path) -> None:
         """Watch images/ or quarantine/ as OUT is watched: with a marker where it is on another disk."""
         marker = self._known[self._out].marker
-        if marker is None or not marker.startswith(TEMPORARY):
-            self._known.setdefault(folder, KnownFolder.of(folder))
+        if marker is None or not marker.startswith(TEMPORARY_PREFIX):
+            self._known.setdefault(folder, PinnedFolder.of(folder))
         elif is_link(folder) or folder.is_mount():  # else it disappears with OUT
-            self._known.setdefault(folder, KnownFolder.of(folder).marked(marker))
+            self._known.setdefault(folder, PinnedFolder.of(folder).with_marker(marker))
 
 
-def stored_path(out: Path, path: str) -> Path | None:
+def resolve_path(out: Path, path: str) -> Path | None:
     """Return where an image of this path is, or None for a path that leaves images/ and quarantine/.
 
     Paths come from manifest parts, and a part is a file like any other. images/ itself may be a link to a larger disk;
@@ -232,10 +232,10 @@ def stored_path(out: Path, path: str) -> Path | None:
 
 def has_image(out: Path, path: str) -> bool:
     """Return whether an image of this path is a file. Raises StorageError where that cannot be found out."""
-    target = stored_path(out, path)
+    target = resolve_path(out, path)
     if target is None:
         return False
-    with reading(target):
+    with read_errors(target):
         try:
             return stat.S_ISREG(target.lstat().st_mode)
         except OSError as error:
@@ -249,10 +249,10 @@ def read_image(out: Path, path: str, length: int | None = None) -> bytes | None:
 
     Links are not followed, and nothing but a file is opened. Raises StorageError where it is there and cannot be read.
     """
-    target = stored_path(out, path)
+    target = resolve_path(out, path)
     if target is None:
         return None
-    with reading(target):
+    with read_errors(target):
         try:
             descriptor = os.open(target, _READ)
         except OSError as error:
@@ -269,20 +269,20 @@ def read_image(out: Path, path: str, length: int | None = None) -> bytes | None:
             os.close(descriptor)
 
 
-def path_aside(path: str) -> str:
+def backup_path(path: str) -> str:
     """Return the path that `set_aside` gives a file in this process, relative to OUT like its own."""
     return _aside(PurePosixPath(path)).as_posix()
 
 
-def path_before_aside(path: str) -> str | None:
+def original_path(path: str) -> str | None:
     """Return the path that a file had before `set_aside`, in any process, or None where it was not set aside."""
     aside = PurePosixPath(path)
-    name = name_in(ASIDE, aside.name)
+    name = original_name(BACKUP_PREFIX, aside.name)
     return None if name is None else aside.with_name(name).as_posix()
 
 
 def _aside(path: AnyPath) -> AnyPath:
-    return path.with_name(own_name(ASIDE, path.name))
+    return path.with_name(unique_name(BACKUP_PREFIX, path.name))
 
 
 def plain_name(text: str, *, capitals: bool = False) -> str:

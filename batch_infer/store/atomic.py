@@ -16,7 +16,7 @@ from pathlib import Path
 
 from batch_infer.errors import StorageError
 
-TEMPORARY = ".tmp-"
+TEMPORARY_PREFIX = ".tmp-"
 _TOKEN = re.compile(r"[0-9a-f]{8}-\d+-[0-9a-f]{12}-(?=.)")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _NOT_THERE = {errno.ENOENT, errno.ENOTDIR}
@@ -29,10 +29,10 @@ _token = ""
 def _draw_token() -> None:
     """Numbers of processes meet where several machines write into one folder; a token that is drawn does not."""
     global _token
-    _token = f"{here()}-{os.getpid()}-{secrets.token_hex(6)}"
+    _token = f"{host_id()}-{os.getpid()}-{secrets.token_hex(6)}"
 
 
-def here() -> str:
+def host_id() -> str:
     """Return a digest of where process numbers are unique: host name, and on Linux boot and PID namespace.
 
     Many containers share a host name and the number of their PID namespace; the kernel's boot id tells their machines
@@ -44,12 +44,12 @@ def here() -> str:
     return hashlib.sha256(where.encode()).hexdigest()[:8]
 
 
-def own_name(prefix: str, name: str) -> str:
+def unique_name(prefix: str, name: str) -> str:
     """A name that this process gives a file, and no other does."""
     return f"{prefix}{_token}-{name}"
 
 
-def name_in(prefix: str, own: str) -> str | None:
+def original_name(prefix: str, own: str) -> str | None:
     """Return the name that `own_name` was given, in any process, or None where it did not make this one."""
     match = _TOKEN.match(own, len(prefix)) if own.startswith(prefix) else None
     return None if match is None else own[match.end() :]
@@ -57,14 +57,14 @@ def name_in(prefix: str, own: str) -> str | None:
 
 def is_temporary(name: str) -> bool:
     """Return whether `temporary_of` made this name, in any process. Other names that start alike are not ours."""
-    return name_in(TEMPORARY, name) is not None
+    return original_name(TEMPORARY_PREFIX, name) is not None
 
 
-def is_abandoned(name: str, prefix: str = TEMPORARY) -> bool:
+def is_abandoned(name: str, prefix: str = TEMPORARY_PREFIX) -> bool:
     """Whether a process gave a file this name that has died here; of others nobody here can tell."""
     where, _, rest = name.removeprefix(prefix).partition("-")
     number = rest.partition("-")[0]
-    if not name.startswith(prefix) or os.name != "posix" or where != here() or not number.isdecimal():
+    if not name.startswith(prefix) or os.name != "posix" or where != host_id() or not number.isdecimal():
         return False
     try:
         os.kill(int(number), 0)
@@ -80,13 +80,13 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_draw_token)
 
 
-def own_marker() -> str:
+def marker_name() -> str:
     """Return the name of the file by which this process knows a folder again. It is swept as a temporary file is."""
-    return own_name(TEMPORARY, "here")
+    return unique_name(TEMPORARY_PREFIX, "here")
 
 
 @dataclass(frozen=True, slots=True)
-class KnownFolder:
+class PinnedFolder:
     """A folder as it was when somebody began to write into it; its name may come to mean another one, or none.
 
     It can be sent to another process on this machine, which then writes into this folder or none.
@@ -99,22 +99,22 @@ class KnownFolder:
     """Name of an empty file in the folder. It identifies the folder on mounts whose inode numbers change."""
 
     @classmethod
-    def of(cls, path: Path | KnownFolder) -> KnownFolder:
+    def of(cls, path: Path | PinnedFolder) -> PinnedFolder:
         """Return a folder as it is now, with the marker that this process has put there. Raises StorageError."""
-        if isinstance(path, KnownFolder):
+        if isinstance(path, PinnedFolder):
             return path
-        marker = own_marker()
-        with reading(path):
+        marker = marker_name()
+        with read_errors(path):
             identity = _identity(path)
-        return cls(path, identity, marker if is_there(path / marker) else None)
+        return cls(path, identity, marker if path_exists(path / marker) else None)
 
-    def marked(self, marker: str | None = None) -> KnownFolder:
+    def with_marker(self, marker: str | None = None) -> PinnedFolder:
         """Write a marker into the folder, by default that of this process, and return the folder with it.
 
         Raises StorageError.
         """
-        name = marker or own_marker()
-        with storing(self.path / name):
+        name = marker or marker_name()
+        with write_errors(self.path / name):
             (self.path / name).touch()
         return replace(self, marker=name)
 
@@ -132,11 +132,11 @@ class KnownFolder:
         mounts may number their files anew between two calls, so an unexpected number alone proves nothing: the marker
         decides. That costs one more look at the disk, and only there.
         """
-        with reading(self.path):
+        with read_errors(self.path):
             found = _identity(self.path)
         if found is not None and found == self.identity:
             return
-        if found is None or self.marker is None or not is_there(self.path / self.marker):
+        if found is None or self.marker is None or not path_exists(self.path / self.marker):
             raise StorageError(
                 f"{self.path} has gone since the run began: it was removed, renamed or unmounted, or another folder"
                 " has taken its place; put it back and run again to go on"
@@ -153,40 +153,40 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
-def temporary_of(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
     """The name that a file bears in this process, and in no other, until it is whole."""
-    return path.with_name(own_name(TEMPORARY, path.name))
+    return path.with_name(unique_name(TEMPORARY_PREFIX, path.name))
 
 
 @contextmanager
-def replacing(path: Path, *, flush: bool = True, parents: bool = True) -> Iterator[Path]:
+def atomic_write(path: Path, *, flush: bool = True, parents: bool = True) -> Iterator[Path]:
     """Give a temporary path to write to, and put what was written there in the place of `path` when all went well.
 
     With `flush` the disk holds the bytes before the name changes, and the name before this returns: a power cut leaves
     the old file or the new one, and after that the new one. Without `parents` the folder must be there. Raises
     StorageError.
     """
-    temporary = temporary_of(path)
-    with storing(path):
+    temporary = temporary_path(path)
+    with write_errors(path):
         if parents:
             path.parent.mkdir(parents=True, exist_ok=True)
         _open.add(temporary)
         try:
             yield temporary
             if flush:
-                sync(temporary)
+                fsync(temporary)
             os.replace(temporary, path)  # noqa: PTH105
         finally:
             temporary.unlink(missing_ok=True)
             _open.discard(temporary)
         if flush:
-            sync_folder(path.parent)
+            fsync_folder(path.parent)
 
 
 _open: set[Path] = set()
 
 
-def remove_open() -> None:
+def remove_unfinished() -> None:
     """Remove the temporary files that this process is writing, before it ends without an exception."""
     for temporary in list(_open):
         with suppress(OSError):
@@ -194,7 +194,7 @@ def remove_open() -> None:
 
 
 @contextmanager
-def storing(path: Path) -> Iterator[None]:
+def write_errors(path: Path) -> Iterator[None]:
     """Say of what goes wrong with the disk in here which file it befell. Raises StorageError."""
     try:
         yield
@@ -204,7 +204,7 @@ def storing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def read_errors(path: Path) -> Iterator[None]:
     """Re-raise OSError as StorageError naming `path`: what cannot be looked at may well be there."""
     try:
         yield
@@ -213,7 +213,7 @@ def reading(path: Path) -> Iterator[None]:
         raise StorageError(f"cannot read {path}: {reason}") from error
 
 
-def is_there(path: Path) -> bool:
+def path_exists(path: Path) -> bool:
     """Return whether a path exists, links not followed. Raises StorageError where that cannot be found out."""
     return _mode(path) != 0
 
@@ -233,7 +233,7 @@ def is_link(path: Path) -> bool:
 
 def _mode(path: Path, *, follow: bool = False) -> int:
     """Return the mode of a path, 0 where it is missing. Raises StorageError."""
-    with reading(path):
+    with read_errors(path):
         try:
             return path.stat(follow_symlinks=follow).st_mode
         except OSError as error:
@@ -247,23 +247,23 @@ def list_names(folder: Path) -> list[str]:
 
     `Path.glob` returns nothing in that case.
     """
-    with reading(folder):
+    with read_errors(folder):
         try:
             return sorted(os.listdir(folder))  # noqa: PTH208
         except FileNotFoundError:
             return []
 
 
-def distinguishes_case(folder: Path) -> bool:
+def is_case_sensitive(folder: Path) -> bool:
     """Return whether names in a folder may differ by case alone, as they may not on NTFS, APFS, FAT and SMB.
 
     Writes a temporary file there and removes it. Raises StorageError.
     """
-    probe = temporary_of(folder / "case")
-    with storing(probe):
+    probe = temporary_path(folder / "case")
+    with write_errors(probe):
         probe.touch()
         try:
-            return not is_there(probe.with_name(probe.name.upper()))
+            return not path_exists(probe.with_name(probe.name.upper()))
         finally:
             probe.unlink(missing_ok=True)
 
@@ -291,12 +291,12 @@ def sweep(
 
 def make_folder(folder: Path) -> None:
     """Have a folder in one that is there already, and the disk hold its name. Raises StorageError."""
-    with storing(folder):
+    with write_errors(folder):
         folder.mkdir(exist_ok=True)
-        sync_folder(folder.parent)
+        fsync_folder(folder.parent)
 
 
-def sync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Have the disk hold a file. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -305,10 +305,10 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sync_folder(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
     """Have the disk hold the names in a folder, where its file system can do that. Raises OSError."""
     try:
-        sync(folder)
+        fsync(folder)
     except OSError as error:
         if error.errno not in _NO_SUCH_CALL:
             raise

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from batch_infer.store.atomic import is_link, storing
+from batch_infer.store.atomic import is_link, write_errors
 from batch_infer.terminal import EscapingFormatter, escape_controls
 
 
@@ -23,7 +23,7 @@ def open_log(path: Path) -> Iterator[TextIO]:
 
     That is raised where it cannot be opened. A disk that is full later costs lines, and nobody the error that he has.
     """
-    with storing(path):
+    with write_errors(path):
         path.parent.mkdir(exist_ok=True)
         if is_link(path.parent):
             raise OSError(errno.ELOOP, "its folder is a link")
@@ -45,15 +45,15 @@ def _open_without_links(path: Path) -> int:
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
 
 
-def log_to(file: TextIO) -> logging.Handler:
+def log_handler(file: TextIO) -> logging.Handler:
     """A handler that writes to a file, with the time in UTC."""
     formatter = EscapingFormatter("%(asctime)sZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
     formatter.converter = time.gmtime
-    handler = _Handler(file)
+    handler = LogfileHandler(file)
     handler.setFormatter(formatter)
     return handler
 
 
-class _Handler(logging.StreamHandler):  # type: ignore[type-arg]  # generic for type checkers alone
+class LogfileHandler(logging.StreamHandler):  # type: ignore[type-arg]  # generic for type checkers alone
     def handleError(self, record: logging.LogRecord) -> None:
         """A line that a full disk does not take is no news on the terminal: what comes of the disk will be."""

@@ -26,7 +26,7 @@ def storage_fault(what: str, folder: str, reason: object) -> StorageError:
 
 
 @contextmanager
-def storing_temporarily(*, reads: bool = False) -> Iterator[None]:
+def temporary_file_errors(*, reads: bool = False) -> Iterator[None]:
     """Re-raise OSError as StorageError that names the temporary folder and TMPDIR.
 
     With `reads`, the code inside also reads from elsewhere: only errors that reading never gives are re-raised.
@@ -50,24 +50,24 @@ class _Raw(io.FileIO):
     """A file whose faults are those of the temporary folder. Closing its buffer raises them too."""
 
     def write(self, data: object, /) -> int:
-        with storing_temporarily():
+        with temporary_file_errors():
             return super().write(data)  # type: ignore[arg-type]
 
 
 def temporary_folder() -> tempfile.TemporaryDirectory[str]:
     """Make a temporary folder. Raises StorageError."""
-    with storing_temporarily():
+    with temporary_file_errors():
         return tempfile.TemporaryDirectory(prefix="batch-infer-", ignore_cleanup_errors=True)
 
 
 def create_temporary(path: Path) -> BinaryIO:
     """Create a file in a temporary folder for writing. Creating, writing and closing it raise StorageError."""
-    with storing_temporarily():
+    with temporary_file_errors():
         return io.BufferedWriter(_Raw(path, "w"), BUFFER)
 
 
-def temporary_text() -> TextIO:
+def open_temporary_text() -> TextIO:
     """Open a nameless file for text that is written, then read. Opening, writing, closing it raise StorageError."""
-    with storing_temporarily(), tempfile.TemporaryFile(buffering=0) as file:
+    with temporary_file_errors(), tempfile.TemporaryFile(buffering=0) as file:
         raw = _Raw(os.dup(file.fileno()), "r+")
     return io.TextIOWrapper(io.BufferedRandom(raw, BUFFER), encoding="utf-8", newline="")

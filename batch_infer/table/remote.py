@@ -18,7 +18,7 @@ from typing import Any
 import fsspec
 
 from batch_infer.errors import BatchInferError, ServiceError, TableError, first_line
-from batch_infer.store import storing_temporarily
+from batch_infer.store import temporary_file_errors
 from batch_infer.table.endings import TableFile, plain_stem, read_ending, unknown_ending
 from batch_infer.table.scratch import Scratch
 from batch_infer.table.selection import LeftOut, holds_no_table, outermost, tables_among
@@ -90,7 +90,7 @@ def fetch(url: str, scratch: Scratch, left_out: LeftOut) -> list[TableFile]:
     the temporary folder is full.
     """
     name = clean(shown(url))
-    with _Blamed(name), storing_temporarily(reads=True):  # a chain may keep copies
+    with _Blamed(name), temporary_file_errors(reads=True):  # a chain may keep copies
         place = _connect(url, name)
         link = split_chain(name)[1]
         found = list(_single(place, link) if is_http(link) else _listed(place, left_out))
@@ -193,7 +193,7 @@ def _fetch(place: _Place, found: _Found, scratch: Scratch) -> TableFile:
     if ending is None:
         return replace(file, fault=unknown_ending(file.name))
     try:
-        with _Blamed(file.name), storing_temporarily(reads=True):
+        with _Blamed(file.name), temporary_file_errors(reads=True):
             place.files.get_file(found.path, str(file.path))
     except TableError as error:
         return replace(file, fault=str(error))

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from batch_infer.manifest import Manifest
 from batch_infer.records import ResultRow
-from batch_infer.sinks import FolderSink, path_aside
+from batch_infer.sinks import FolderSink, backup_path
 
 COMMIT_ROWS = 256
 """Rows in a manifest part."""
@@ -48,11 +48,11 @@ def commit_images(
     """
     new, kept = set(written), {row.generated_image for row in rows}
     replaced = [path for path in former if path in new]
-    sink.set_aside(replaced)
-    sink.settle(written)
+    sink.back_up(replaced)
+    sink.publish(written)
     if rows:
         manifest.commit(rows, carried)
-    for path in (*(path for path in former if path not in kept), *map(path_aside, replaced)):
+    for path in (*(path for path in former if path not in kept), *map(backup_path, replaced)):
         sink.remove(path)
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 from batch_infer.models import ModelCard
 from batch_infer.settings import BatchShape, Compute, OutputSettings, SafetySettings
 from batch_infer.stages import Stages
-from batch_infer.store import KnownFolder
+from batch_infer.store import PinnedFolder
 
 Size = tuple[int, int]
 
@@ -23,7 +23,7 @@ class WorkerSettings:
     compute: Compute
     safety: SafetySettings
     output: OutputSettings
-    out: KnownFolder
+    out: PinnedFolder
     carried: pa.Schema
     run: int = 0
     """The number of the run, which its manifest parts bear; 0 where there is none."""

@@ -9,12 +9,12 @@ import torch
 
 from batch_infer.accelerator import limit_memory, out_of_memory_errors, set_float32_precision
 from batch_infer.chain import ChainShape, GatedChain, Grace, PipelineCallChain, StepLevelChain
-from batch_infer.models import ModelCard, load, load_checker, load_pipeline, speed_up
+from batch_infer.models import ModelCard, load_any_pipeline, load_checker, load_latent_diffusion, optimize_networks
 from batch_infer.safety import ImageChecker, gate_of
 from batch_infer.settings import Compute, SafetySettings
 
 if TYPE_CHECKING:
-    from batch_infer.models import AnyPipeline, Family
+    from batch_infer.models import AnyPipeline, LatentDiffusion
 
 
 def load_chain(
@@ -28,21 +28,21 @@ def load_chain(
     return chain if gate is None else GatedChain(chain, gate, stop, grace)
 
 
-def load_any_model(card: ModelCard, compute: Compute, *, with_checker: bool) -> Family | AnyPipeline:
+def load_any_model(card: ModelCard, compute: Compute, *, with_checker: bool) -> LatentDiffusion | AnyPipeline:
     """As `load_model`, and also what is driven by diffusers' own pipeline."""
-    if not card.driven:
+    if not card.uses_pipeline_call:
         return load_model(card, compute, with_checker=with_checker)
     device, dtype = prepare_torch(compute)
     with out_of_memory_errors():
-        return load_pipeline(card, device, dtype, with_checker=with_checker)
+        return load_any_pipeline(card, device, dtype, with_checker=with_checker)
 
 
-def load_model(card: ModelCard, compute: Compute, *, with_checker: bool) -> Family:
+def load_model(card: ModelCard, compute: Compute, *, with_checker: bool) -> LatentDiffusion:
     """A model on its device, and its checker where images are to be judged. Raises ModelError."""
     device, dtype = prepare_torch(compute)
     with out_of_memory_errors():
-        model = load(card, device, dtype, with_checker=with_checker)
-        speed_up(model.networks, model.device, compiled=compute.compiled, threads=compute.threads)
+        model = load_latent_diffusion(card, device, dtype, with_checker=with_checker)
+        optimize_networks(model.networks, model.device, compiled=compute.compiled, threads=compute.threads)
     return model
 
 
@@ -56,11 +56,13 @@ def prepare_torch(compute: Compute) -> tuple[torch.device, torch.dtype]:
 
 
 @overload
-def make_chain(model: Family, compute: Compute, stop: Callable[[], bool] = lambda: False) -> StepLevelChain: ...
+def make_chain(
+    model: LatentDiffusion, compute: Compute, stop: Callable[[], bool] = lambda: False
+) -> StepLevelChain: ...
 @overload
 def make_chain(model: AnyPipeline, compute: Compute, stop: Callable[[], bool] = lambda: False) -> PipelineCallChain: ...
 def make_chain(
-    model: Family | AnyPipeline, compute: Compute, stop: Callable[[], bool] = lambda: False
+    model: LatentDiffusion | AnyPipeline, compute: Compute, stop: Callable[[], bool] = lambda: False
 ) -> StepLevelChain | PipelineCallChain:
     """A chain of a model that is loaded; images are judged where its checker is."""
     own = {(shape.height, shape.width): (shape.slots, shape.decode_batch) for shape in compute.by_size}
@@ -68,9 +70,10 @@ def make_chain(
     judge = None
     if model.safety_checker is not None:
         judge = _judge(model.safety_checker, model.feature_extractor, shape.decode)
-    if getattr(model, "driven", False):  # not isinstance: most runs need not import that class, which is slow
+    # Not isinstance: importing AnyPipeline is slow, and most runs do not need it.
+    if getattr(model, "uses_pipeline_call", False):
         return PipelineCallChain(cast("AnyPipeline", model), shape, judge, stop)
-    return StepLevelChain(cast("Family", model), shape, judge, stop)
+    return StepLevelChain(cast("LatentDiffusion", model), shape, judge, stop)
 
 
 def load_image_checker(card: ModelCard, compute: Compute) -> ImageChecker:

@@ -7,7 +7,7 @@ import platform
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from batch_infer.records import PromptRequest, ResultRow, Status, StoredImage, Verdict, now
+from batch_infer.records import PromptRequest, ResultRow, Status, StoredImage, Verdict, utc_now
 
 if TYPE_CHECKING:
     from batch_infer.chain import Rendered
@@ -32,7 +32,7 @@ def make_row(request: PromptRequest, status: Status, error: str | None, *, sched
         scheduler=scheduler,
         attempt=request.attempt,
         worker=worker,
-        finished_at=now(),
+        finished_at=utc_now(),
         source_file=request.source.file,
         source_row=request.source.row,
         fingerprint=request.fingerprint,

@@ -23,7 +23,7 @@ from batch_infer.worker.memory import peak_memory
 from batch_infer.worker.rows import explain_flag, make_row, set_rendering, set_verdict
 
 if TYPE_CHECKING:
-    from batch_infer.models import Family
+    from batch_infer.models import LatentDiffusion
 
 STORING_THREADS = 4
 """Threads that compress and write images beside a CPU's rendering.
@@ -66,13 +66,13 @@ class Worker:
         peak = dense_tflops(compute.device_name, compute.dtype)
         if peak is None or not chain.stages.seconds or chain.driven:
             return None
-        from batch_infer.models import decode_flops, row_forward_flops
+        from batch_infer.models import decode_flops, denoise_flops
 
-        model = cast("Family", chain.model)
+        model = cast("LatentDiffusion", chain.model)
         flops = 0
         for size, stages in chain.stages_by_size.items():
             latent_shape = model.latent_shape(*size)
-            flops += stages.row_forwards * row_forward_flops(model, latent_shape)
+            flops += stages.row_forwards * denoise_flops(model, latent_shape)
             flops += stages.images * decode_flops(model, latent_shape)
         return flops / chain.stages.seconds / (peak * 1e12)
 

@@ -18,7 +18,7 @@ from batch_infer.settings import ComputeSettings, ModelSettings
 from batch_infer.worker.loading import make_chain
 
 if TYPE_CHECKING:
-    from batch_infer.models import Family
+    from batch_infer.models import LatentDiffusion
     from tools.gpu_check.recorder import Recorder
 
 SLOTS = {"demo": 4, "sd15": 32, "decidiffusion": 32, "sdxl": 16}
@@ -69,7 +69,7 @@ def rows_for(subject: Subject, count: int, steps: tuple[int, int], *, unguided: 
     return make_rows(TableShape(count, steps, "native", unguided), [size], sampling)
 
 
-def render(model: Family, rows: Sequence[PromptRequest], slots: int, decode: int) -> dict[str, Any]:
+def render(model: LatentDiffusion, rows: Sequence[PromptRequest], slots: int, decode: int) -> dict[str, Any]:
     """Render rows and return pixels by id. Raises RuntimeError for a row without an image."""
     return pixels_of(list(StepLevelChain(model, ChainShape(slots, decode), None).render(rows)))
 
