@@ -50,7 +50,7 @@ from batch_infer.jobs.throughput import Throughput
 from batch_infer.jobs.tune import BatchShapes, learn_shapes
 from batch_infer.main_guard import end_unguarded_process
 from batch_infer.manifest import Manifest, ManifestIndex
-from batch_infer.planning import SkipRule, in_order, is_done, pending
+from batch_infer.planning import SkipRule, is_done, order_requests, select_pending
 from batch_infer.records import ResultRow, utc_now
 from batch_infer.settings import Compute, RunSettings
 from batch_infer.stopping import GRACE_SECONDS, StopRequested, deferred
@@ -271,7 +271,7 @@ class _Run:
         File systems on a network, NFS and FUSE among them, may show a directory as it was up to a minute ago.
         """
         try:
-            if self._has_invalid and not self._job.tables.changed():
+            if self._has_invalid and not self._job.tables.changed_files():
                 commit_invalid(self._job)
                 self._has_invalid = False
             for seconds in LISTING_SECONDS:
@@ -295,7 +295,7 @@ class _Run:
         left += survey.invalid * self._has_invalid
         least = survey.total - left - survey.unsettled
         tables, output = self._job.tables, self._job.settings.output
-        if changed := tables.changed():
+        if changed := tables.changed_files():
             log.warning(
                 "%s changed or disappeared during the run, so results.* hold all that the manifest does; run again to "
                 "merge by the tables as they are now",
@@ -366,8 +366,8 @@ class _Run:
 
     def _task(self, index: ManifestIndex, survey: ScanResult) -> Task:
         slots_of = None if self._job.card.uses_pipeline_call else self._slots_of
-        new = pending(self._job.items(index), index, self._leaves_alone)
-        requests = in_order((index.with_collisions(request, request.replaces) for request in new), slots_of)
+        new = select_pending(self._job.items(index), index, self._leaves_alone)
+        requests = order_requests((index.with_collisions(request, request.replaces) for request in new), slots_of)
         return Task(requests, survey.pending, self._worker())
 
     def _stop_compiling(self, error: CompilationError, survey: ScanResult) -> None:
