@@ -16,11 +16,11 @@ from typing import Any, Protocol
 from batch_infer.engines import (
     Engine,
     LaunchedEngine,
-    LocalEngine,
     RankInfo,
     Task,
     TaskReport,
     join_launch,
+    make_engine,
     read_rank_info,
     remove_rendezvous,
 )
@@ -96,7 +96,7 @@ def render_tables(
         with outdir.locked(settings.out):
             settings = finishing_overwrite(settings)
             remove_rendezvous(settings.out)  # left by a run that was killed
-            with engine_for(settings, here) as engine:
+            with make_engine(settings.model.device, settings.compute.processes, here, settings.out) as engine:
                 job = prepare(settings, tables, card, engine.find_device())
                 with _logged(settings.out):
                     if not settings.overwrite and not ended_in_order(job.earlier):
@@ -126,17 +126,6 @@ def _place(settings: RunSettings) -> RankInfo | None:
             f"--num-processes {settings.compute.processes}: a launcher has started {here.world}; leave the option out"
         )
     return here
-
-
-def engine_for(settings: RunSettings, here: RankInfo | None) -> Engine:
-    """Who renders: a launcher's processes, this one, or others that it starts."""
-    if here is not None:
-        return LaunchedEngine(settings.model.device, here, settings.out)
-    if settings.compute.processes == 0:
-        from batch_infer.engines import InlineEngine  # imports torch
-
-        return InlineEngine(settings.model.device)
-    return LocalEngine(settings.model.device, settings.compute.processes)
 
 
 def _all_but(lost: Collection[Key], leaves_alone: SkipRule) -> SkipRule:
