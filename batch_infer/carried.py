@@ -40,7 +40,7 @@ def result_type(kind: pa.DataType) -> pa.DataType:
     return found
 
 
-def as_result(array: pa.Array) -> pa.Array:
+def to_result_array(array: pa.Array) -> pa.Array:
     """An array as its result type, or as it is where that type is text for lack of a closer type."""
     kind = result_type(array.type)
     return array if types.is_string(kind) and not _is_text(array.type) else _cast(array, kind)
@@ -69,7 +69,7 @@ def to_array(values: Iterable[Any], kind: pa.DataType) -> pa.Array:
         return pa.array(values, kind)
 
 
-def python_reader(kind: pa.DataType) -> Convert | None:
+def make_python_reader(kind: pa.DataType) -> Convert | None:
     """How a plain value becomes Python's own, such as a datetime; None where it is that already."""
     found = result_type(kind)
     if _plain_type(found) == found:
@@ -79,12 +79,12 @@ def python_reader(kind: pa.DataType) -> Convert | None:
         try:
             return to_array([value], found)[0].as_py()
         except (ValueError, OverflowError):  # it has no such type
-            return as_text(value, found)
+            return to_text(value, found)
 
     return read
 
 
-def python_values(array: pa.Array | pa.ChunkedArray) -> list[Any]:
+def to_python_values(array: pa.Array | pa.ChunkedArray) -> list[Any]:
     """The values of an array as Python's own, such as datetime; text for those that have none."""
     kind = result_type(array.type)
     if "time64[ns]" not in str(kind):  # of which Python would lose the nanoseconds
@@ -95,7 +95,7 @@ def python_values(array: pa.Array | pa.ChunkedArray) -> list[Any]:
     return [readable(value, kind) for value in to_values(array)]
 
 
-def weight(values: Iterable[Any]) -> int:
+def estimate_bytes(values: Iterable[Any]) -> int:
     """About how many bytes plain values take."""
     total = 0
     for value in values:
@@ -103,15 +103,15 @@ def weight(values: Iterable[Any]) -> int:
         if kind is str or kind is bytes:
             total += len(value)
         elif kind is list or kind is tuple:
-            total += weight(value)
+            total += estimate_bytes(value)
         elif kind is dict:
-            total += weight(value) + weight(value.keys())
+            total += estimate_bytes(value) + estimate_bytes(value.keys())
         else:
             total += 8
     return total
 
 
-def as_text(value: Any, kind: pa.DataType | None = None) -> str:
+def to_text(value: Any, kind: pa.DataType | None = None) -> str:
     """A plain value of this type as text that says it exactly: bytes in base64, lists and structs in JSON.
 
     Without a type, that of the value counts.
@@ -189,16 +189,16 @@ def common_type(kinds: Collection[pa.DataType], arrays: Callable[[], Iterable[pa
     return _fitting(arrays()) if arrays else pa.string()
 
 
-def converter(source: pa.DataType, target: pa.DataType) -> Convert | None:
+def make_converter(source: pa.DataType, target: pa.DataType) -> Convert | None:
     """How a plain value of one type becomes one of a common type; None where it is one. Null stays null."""
     if types.is_string(target):
-        return partial(as_text, kind=None if types.is_string(source) else source)
+        return partial(to_text, kind=None if types.is_string(source) else source)
     if types.is_float64(target):  # a JSON column of floats has integers too
         return float
     return int if types.is_integer(target) and types.is_floating(source) else None
 
 
-def result_names(names: Iterable[str], taken: Collection[str], *, known: bool = False) -> dict[str, str]:
+def make_result_names(names: Iterable[str], taken: Collection[str], *, known: bool = False) -> dict[str, str]:
     """A name for each of these that differs from all others and those taken by more than case, as SQL engines compare.
 
     One that would not is called input_<name>. That name is its own even if another column has it already; with `known`

@@ -8,7 +8,7 @@ from heapq import heappop, heappush
 from itertools import groupby
 from typing import Protocol, TypeAlias, TypeVar
 
-from batch_infer.carried import weight
+from batch_infer.carried import estimate_bytes
 from batch_infer.records import FINAL_STATUSES, MAX_ATTEMPTS, PromptRequest, ResultRow
 
 WINDOW = 8192
@@ -22,7 +22,7 @@ SlotsOf: TypeAlias = "Callable[[tuple[int, int]], int]"
 """The slots that there are for an image size (height, width)."""
 
 
-class Committed(Protocol):
+class ManifestEntry(Protocol):
     """What the manifest holds of an image."""
 
     @property
@@ -37,28 +37,28 @@ class Committed(Protocol):
     def path(self) -> str | None: ...
 
 
-class Index(Protocol):
+class ManifestLookup(Protocol):
     """What is asked of the manifest."""
 
-    def find(self, key: tuple[str, int]) -> Committed | None: ...
+    def find(self, key: tuple[str, int]) -> ManifestEntry | None: ...
 
 
 Item: TypeAlias = PromptRequest | ResultRow
 Row = TypeVar("Row", PromptRequest, Item)
 
 
-def place_of(item: Item) -> tuple[str, int]:
+def source_of(item: Item) -> tuple[str, int]:
     """Where a row stands: the name of its file, and its number."""
     if isinstance(item, PromptRequest):
         return item.source.file, item.source.row
     return item.source_file, item.source_row
 
 
-SkipRule: TypeAlias = "Callable[[Item, Committed | None], bool]"
+SkipRule: TypeAlias = "Callable[[Item, ManifestEntry | None], bool]"
 """Says of an item, and of what the manifest holds of it, whether a command leaves it as it is."""
 
 
-def is_done(item: Item, found: Committed | None) -> bool:
+def is_done(item: Item, found: ManifestEntry | None) -> bool:
     """Whether a run leaves this item as the manifest has it."""
     if found is None or found.fingerprint != item.fingerprint:
         return False
@@ -67,7 +67,7 @@ def is_done(item: Item, found: Committed | None) -> bool:
     return found.status in FINAL_STATUSES or (found.status == "failed" and found.failures >= MAX_ATTEMPTS)
 
 
-def finished_in(index: Index) -> Callable[[PromptRequest], bool]:
+def make_finished_check(index: ManifestLookup) -> Callable[[PromptRequest], bool]:
     """Return the test whether the manifest has a final result of a request as it is now."""
 
     def is_finished(request: PromptRequest) -> bool:
@@ -77,21 +77,23 @@ def finished_in(index: Index) -> Callable[[PromptRequest], bool]:
     return is_finished
 
 
-def pending(rows: Iterable[Item], index: Index, leaves_alone: SkipRule = is_done) -> Iterator[PromptRequest]:
+def select_pending(
+    rows: Iterable[Item], index: ManifestLookup, leaves_alone: SkipRule = is_done
+) -> Iterator[PromptRequest]:
     """The requests that are to be done, each as the attempt that it will be; invalid rows are somebody else's."""
     for item in rows:
         if isinstance(item, PromptRequest) and not leaves_alone(item, found := index.find(item.key)):
             yield item if found is None else item.as_attempt(found.attempt + 1, found.path)
 
 
-def in_order(requests: Iterable[PromptRequest], slots_of: SlotsOf | None = None) -> Iterator[PromptRequest]:
+def order_requests(requests: Iterable[PromptRequest], slots_of: SlotsOf | None = None) -> Iterator[PromptRequest]:
     """Requests in the order in which they are to be rendered, window by window.
 
     Rows of one size stand together, since a change of size empties the slots. Long rows stand before short ones, so
     that what is left at the end, when slots run empty, is short. With `slots_of`, the slots that rows of a size will
     be packed into (those of all devices), few rows are also put so that all slots run empty at about the same time.
     """
-    for window in batched(requests, WINDOW, WINDOW_BYTES):
+    for window in split_batches(requests, WINDOW, WINDOW_BYTES):
         for size, group in groupby(sorted(window, key=_order), key=_size):
             alike = list(group)
             if slots_of is not None and len(alike) <= FEW:
@@ -99,13 +101,13 @@ def in_order(requests: Iterable[PromptRequest], slots_of: SlotsOf | None = None)
             yield from alike
 
 
-def batched(items: Iterable[Row], number: int, size: int) -> Iterator[list[Row]]:
+def split_batches(items: Iterable[Row], number: int, size: int) -> Iterator[list[Row]]:
     """Items in batches of at most so many, of which only the last may pass the size, in bytes."""
     batch: list[Row] = []
     total = 0
     for item in items:
         batch.append(item)
-        total += weight((item.prompt, item.negative_prompt)) + weight(item.carried.values())
+        total += estimate_bytes((item.prompt, item.negative_prompt)) + estimate_bytes(item.carried.values())
         if len(batch) >= number or total >= size:
             yield batch
             batch, total = [], 0
@@ -162,7 +164,7 @@ def _order(request: PromptRequest) -> tuple[object, ...]:
 
 
 @dataclass(slots=True)
-class Load:
+class SizeCost:
     """What the rows of one size cost: images, row-forwards (rows of UNet calls), ticks (UNet calls over all slots)."""
 
     slots: int
@@ -171,7 +173,7 @@ class Load:
     ticks: int = 0
 
 
-class Packing:
+class StepBatchingEstimator:
     """How rows will fill the slots, on paper: `loads` says by image size (height, width) what they cost.
 
     Rows are taken in the order in which they are handed in, each as soon as its slots are free, and all slots empty
@@ -181,11 +183,11 @@ class Packing:
 
     def __init__(self, slots_of: SlotsOf) -> None:
         """`slots_of`: the slots that there are for an image size."""
-        self.loads: dict[tuple[int, int], Load] = {}
+        self.loads: dict[tuple[int, int], SizeCost] = {}
         self._slots_of, self._free = slots_of, 0
         self._now = self._last = 0
         self._under_way: list[tuple[int, int]] = []
-        self._load: tuple[tuple[int, int], Load] | None = None
+        self._load: tuple[tuple[int, int], SizeCost] | None = None
 
     def add(self, request: PromptRequest, evaluations: int) -> None:
         """Take in a row that asks the model `evaluations` times."""
@@ -193,7 +195,7 @@ class Packing:
             self.close()
             size = _size(request)
             self._free = self._slots_of(size)
-            self._load = size, self.loads.setdefault(size, Load(self._free))
+            self._load = size, self.loads.setdefault(size, SizeCost(self._free))
         load, needed = self._load[1], request.params.slots
         while self._free < needed:
             self._now, freed = heappop(self._under_way)
@@ -212,14 +214,14 @@ class Packing:
         self._under_way.clear()
 
 
-class Batching:
+class PipelineBatchingEstimator:
     """How rows will fill the calls of a pipeline that makes only rows which are alike in one; asked as `Packing` is.
 
     Slots are row-forwards in a call of the network here too, so that a call makes half as many rows with guidance.
     """
 
     def __init__(self, slots_of: SlotsOf) -> None:
-        self.loads: dict[tuple[int, int], Load] = {}
+        self.loads: dict[tuple[int, int], SizeCost] = {}
         self._slots_of = slots_of
         self._alike: tuple[object, ...] | None = None
         self._room = 0
@@ -228,7 +230,7 @@ class Batching:
         """Take in a row of so many steps."""
         size, each = _size(request), request.params.slots
         if size not in self.loads:
-            self.loads[size] = Load(self._slots_of(size))
+            self.loads[size] = SizeCost(self._slots_of(size))
         load = self.loads[size]
         if self._alike != request.batch_key or not self._room:
             self._alike, self._room = request.batch_key, load.slots // each

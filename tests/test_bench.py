@@ -41,7 +41,7 @@ from batch_infer.cli.bench import _speed
 from batch_infer.errors import SettingsError
 from batch_infer.models import architectures
 from batch_infer.models.flops import decode_flops, denoise_flops
-from batch_infer.planning import Packing, in_order
+from batch_infer.planning import StepBatchingEstimator, order_requests
 from batch_infer.records import PromptRequest, SizeRules
 from batch_infer.settings import Compute, ComputeSettings, ModelSettings
 from tests.fakes import Painter
@@ -337,7 +337,7 @@ def test_sizes_are_named_width_first() -> None:
 @pytest.mark.parametrize(("rows", "least"), [(200, 0.90), (1_000, 0.95), (10_000, 0.98)])
 def test_mixed_tables_keep_32_slots_full(rows: int, least: float) -> None:
     """On paper, which a test of the chain holds to within a row."""
-    packing = Packing(slots_of)
+    packing = StepBatchingEstimator(slots_of)
     for request in mixed(rows):
         packing.add(request, request.params.num_inference_steps)
     packing.close()
@@ -353,7 +353,7 @@ def test_a_mixed_table_keeps_the_slots_of_the_real_chain_full() -> None:
 def mixed(rows: int) -> list[PromptRequest]:
     """The benchmark's table, in the order in which a run takes it."""
     sizes = MIXED.sizes_of(SizeRules(64, 64, 8, 16))
-    return list(in_order(make_rows(TableShape(rows), sizes, SAMPLING), slots_of))
+    return list(order_requests(make_rows(TableShape(rows), sizes, SAMPLING), slots_of))
 
 
 def slots_of(size: tuple[int, int]) -> int:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batch_infer.carried import python_values, result_type, to_values
+from batch_infer.carried import result_type, to_python_values, to_values
 from batch_infer.jobs.merge import merge, merge_parts
 from batch_infer.manifest import SCHEMA, Manifest
 from batch_infer.records import PromptRequest, ResultRow, utc_now
@@ -86,7 +86,7 @@ def test_a_column_comes_out_as_it_was(name: str) -> None:
 @pytest.mark.parametrize("array", EXACT.values(), ids=EXACT)
 def test_any_column_can_be_written_as_text(array: pa.Array) -> None:
     """Results as CSV and JSON need text where Python has no type."""
-    json.dumps(python_values(array), default=str)
+    json.dumps(to_python_values(array), default=str)
 
 
 @pytest.mark.parametrize(

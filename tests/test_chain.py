@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from batch_infer.chain import ChainShape, Rendered, StepLevelChain, Unrendered
 from batch_infer.diffusion import Context
-from batch_infer.planning import Packing
+from batch_infer.planning import StepBatchingEstimator
 from batch_infer.records import PromptRequest, Verdict
 from batch_infer.safety.checker import StableDiffusionChecker
 from tests.fakes import Painter, Recorder, Small, paint
@@ -216,7 +216,7 @@ def test_the_plan_knows_what_the_rows_take(rows: list[tuple[int, float]]) -> Non
     )
     chain, outcomes = run(requests, slots=5)
     assert len(outcomes) == len(requests)
-    packing = Packing(lambda _: 5)
+    packing = StepBatchingEstimator(lambda _: 5)
     for item in requests:
         packing.add(item, Painter().solver.table(item.params.num_inference_steps).evaluations)
     packing.close()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from batch_infer.autotune import plateau
 from batch_infer.autotune.plateau import find_pipeline_plateau
 from batch_infer.chain import ChainShape, PipelineCallChain, Rendered, Unrendered
-from batch_infer.planning import Batching, in_order
+from batch_infer.planning import PipelineBatchingEstimator, order_requests
 from batch_infer.records import PromptRequest, Verdict
 from tests.fakes import PaintingPipeline, paint
 
@@ -67,7 +67,7 @@ def test_every_request_comes_out_once_and_as_planned(rows: list[Any], slots: int
         paint(str(k), colour, steps=steps, guidance=guidance, rescale=rescale, negative=negative, size=size)
         for k, (steps, guidance, rescale, negative, colour, size) in enumerate(rows)
     ]
-    planned = list(in_order(requests))
+    planned = list(order_requests(requests))
     chain, found = run(planned, slots, one_row_per_call=one_row_per_call)
     assert found.keys() == {request.id for request in requests}
     for request in requests:
@@ -81,7 +81,7 @@ def test_every_request_comes_out_once_and_as_planned(rows: list[Any], slots: int
             assert isinstance(outcome, Unrendered)
             assert (outcome.status == "invalid") == (request.prompt == "refused")
     if not any(request.prompt in ("refused", "broken") for request in requests):
-        packing = Batching(lambda size: slots)
+        packing = PipelineBatchingEstimator(lambda size: slots)
         for request in planned:
             packing.add(request, request.params.num_inference_steps)
         packing.close()
@@ -97,7 +97,7 @@ def test_rows_that_are_alike_are_planned_together() -> None:
         paint(str(k), steps=steps, guidance=guidance, rescale=rescale, negative=negative)
         for k, (steps, guidance, rescale, negative, _) in enumerate(asked)
     ]
-    planned = in_order(rows[::2] + rows[1::2])
+    planned = order_requests(rows[::2] + rows[1::2])
     kinds = [kind for kind, _ in groupby(planned, lambda row: row.batch_key)]
     assert len(kinds) == len(set(kinds)) == 24
 

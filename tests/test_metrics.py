@@ -226,7 +226,7 @@ def test_a_name_that_the_collector_does_not_read_is_told(tmp_path: Path, caplog:
         with Metrics(tmp_path / name, "/out"):
             pass
         assert read(tmp_path / name, "/out")["exit_code"] == 1
-    told = "node_exporter's textfile collector reads *.prom alone, and not"
+    told = "node_exporter's textfile collector reads only *.prom, and not"
     assert [record.message for record in caplog.records] == [f"{told} {tmp_path / name}" for name in ("m.tmp", "m")]
 
 

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from batch_infer.jobs import results_schema
 from batch_infer.manifest import cast_table, to_table
 from batch_infer.records import ResultRow, digest, utc_now
-from batch_infer.table import default_id, is_no_table
+from batch_infer.table import is_ignored_name, make_default_id
 
 log = logging.getLogger("batch_infer")
 
@@ -48,7 +48,7 @@ def by_folder(files: Sequence[str]) -> tuple[list[Folder], list[ResultRow]]:
     first: dict[str, Path] = {}
     refused = []
     for file in dict.fromkeys(map(Path, files)):
-        if is_no_table(file.name):
+        if is_ignored_name(file.name):
             log.info("%s is left out: by its name it is no table", file)
         elif (twin := first.setdefault(file.name, file)) == file:
             found.setdefault(file.parent, []).append(file.name)
@@ -69,7 +69,7 @@ def _refusal(file: Path, twin: Path) -> ResultRow:
     name = f"{file.parent.name}/{file.name}"
     error = f"{file} and {twin} have one name, by which their rows and images are known: rename one"
     return ResultRow(
-        id=default_id(name, 0),  # no default id of a table holds a slash
+        id=make_default_id(name, 0),  # no default id of a table holds a slash
         image_index=0,
         prompt=None,
         status="invalid",

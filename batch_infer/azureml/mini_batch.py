@@ -25,10 +25,10 @@ from batch_infer.jobs import (
     set_aside,
 )
 from batch_infer.manifest import SCHEMA, Manifest, ManifestIndex
-from batch_infer.planning import Committed, Item, is_done, pending, place_of
+from batch_infer.planning import Item, ManifestEntry, is_done, select_pending, source_of
 from batch_infer.sinks import make_sink
 from batch_infer.store import PinnedFolder, path_exists
-from batch_infer.table import Others, Tables
+from batch_infer.table import OtherTables, Tables
 
 TURNS = 5
 """How often files are gone over in one delivery, where others have claimed their ids or parts are damaged."""
@@ -117,7 +117,7 @@ class MiniBatches:
                     _set_aside(damage)
                     continue
                 if results is not None:
-                    return folder.in_order(results), tables.faults
+                    return folder.in_order(results), tables.unreadable_files
         raise StorageError(
             f"{', '.join(folder.names)}: not every row came to a result that {self._manifest.folder} holds, since"
             " other workers were at the same rows or parts were damaged; what is done stays done, try again"
@@ -140,14 +140,14 @@ class MiniBatches:
     def _go_over(self, job: Job, folder: Folder) -> None:
         """Commit what is not done. No verdict on an id changes on the way: they follow from the claims alone."""
 
-        def leaves_alone(item: Item, found: Committed | None) -> bool:
-            file, _ = place_of(item)
+        def leaves_alone(item: Item, found: ManifestEntry | None) -> bool:
+            file, _ = source_of(item)
             other = getattr(found, "source_file", file)
             return is_done(item, found) and (other == file or other not in folder.standing)
 
         scan_tables(job, self._index, leaves_alone)
         self._catch_up_with_results()
-        self._rendering.render(job, pending(job.items(self._index), self._index, leaves_alone), self._index)
+        self._rendering.render(job, select_pending(job.items(self._index), self._index, leaves_alone), self._index)
         self._catch_up()
 
     # Ids that more than one file's rows have
@@ -171,10 +171,10 @@ class MiniBatches:
         settings = self._deployment.settings.table
         settings = replace(settings, tables=tuple(f"./{name}" for name in names), folder=folder.path)
 
-        def have_id(name: str, file: str) -> bool:
+        def has_id(name: str, file: str) -> bool:
             return self._claims.has_before(name, file, folder.standing)
 
-        return Tables(settings, SCHEMA.names, Others(folder.standing, have_id))
+        return Tables(settings, SCHEMA.names, OtherTables(folder.standing, has_id))
 
     def _job(self, tables: Tables, places: Collection[Place] | None = None) -> Job:
         known = self._deployment
@@ -220,7 +220,7 @@ class _Rows(Job):
     places: Collection[Place]
 
     def items(self, index: ManifestIndex) -> Iterator[Item]:
-        return (item for item in super(_Rows, self).items(index) if place_of(item) in self.places)
+        return (item for item in super(_Rows, self).items(index) if source_of(item) in self.places)
 
 
 def _set_aside(damage: DamagedPart) -> None:

@@ -10,7 +10,7 @@ from batch_infer.chain import GatedChain
 from batch_infer.errors import BatchInferError
 from batch_infer.jobs import Job
 from batch_infer.manifest import Manifest, ManifestIndex
-from batch_infer.planning import in_order
+from batch_infer.planning import order_requests
 from batch_infer.records import PromptRequest
 from batch_infer.sinks import make_sink
 from batch_infer.store import PinnedFolder
@@ -64,7 +64,7 @@ class Rendering:
         worker = Worker(settings, format_worker_name(0), lambda *_: self._chain)
         broken = True
         try:
-            worker.render(self._begun.watched(in_order(requests, slots_of), alone=alone), self._begun.settle)
+            worker.render(self._begun.watched(order_requests(requests, slots_of), alone=alone), self._begun.settle)
             broken = False
         except BatchInferError:  # a service or a disk: no row's fault
             broken = False

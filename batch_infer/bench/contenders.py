@@ -17,7 +17,7 @@ from batch_infer.accelerator import out_of_memory_errors
 from batch_infer.bench.figures import by_name
 from batch_infer.chain import StepLevelChain, Unrendered
 from batch_infer.errors import ModelError
-from batch_infer.planning import in_order
+from batch_infer.planning import order_requests
 from batch_infer.records import PromptRequest
 from batch_infer.settings import Compute
 from batch_infer.worker import make_chain
@@ -55,7 +55,7 @@ class Ours:
     def render(self, rows: Sequence[PromptRequest]) -> Iterator[Image]:
         """Raises ModelError where a row gives no image."""
         self.chain.stages_by_size.clear()
-        for outcome in self.chain.render(in_order(rows, lambda size: self.chain.shape.of(size)[0])):
+        for outcome in self.chain.render(order_requests(rows, lambda size: self.chain.shape.of(size)[0])):
             if isinstance(outcome, Unrendered):
                 raise ModelError(f"a row of {outcome.request.params} gave no image: {outcome.error}")
             yield outcome.request, outcome.pixels

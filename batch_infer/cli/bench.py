@@ -19,83 +19,79 @@ from batch_infer.bench import (
     parse_steps,
     parse_sweep,
 )
-from batch_infer.cli.asked import make_compute_settings, make_model_settings
-from batch_infer.cli.config import config_option
-from batch_infer.cli.logs import set_up_logging
-from batch_infer.cli.options import json_option, logging_options, model_options
-from batch_infer.cli.report import number, printing, say
-from batch_infer.cli.signals import NOTHING_KEPT, stoppable
+from batch_infer.cli.options import command, json_option, model_options
+from batch_infer.cli.report import NOTHING_KEPT, format_count, print_lines, printing, stoppable
+from batch_infer.cli.settings import make_compute_settings, make_model_settings
 from batch_infer.errors import Interrupted
 
 if TYPE_CHECKING:
     from batch_infer.bench import Figures, Report, SweepPoint
 
 
-@click.command(context_settings={"auto_envvar_prefix": "BATCH_INFER"})
-@config_option
-@model_options
-@click.option(
-    "--architecture",
-    type=click.Choice(ARCHITECTURES),
-    help="Instead of a model: a released architecture at full size, with random weights.",
+@command(
+    model_options,
+    click.option(
+        "--architecture",
+        type=click.Choice(ARCHITECTURES),
+        help="Instead of a model: a released architecture at full size, with random weights.",
+    ),
+    click.option(
+        "--rows", type=click.IntRange(min=1), default=200, show_default=True, metavar="N", help="Rows of the table."
+    ),
+    click.option(
+        "--steps", default="20-50", show_default=True, metavar="A-B|N", help="Steps of each row, drawn from this range."
+    ),
+    click.option(
+        "--sizes",
+        default="mixed",
+        show_default=True,
+        metavar="WxH,...",
+        help="native: the model's own; mixed: that and two of another aspect ratio; or a list: 512x512,640x448.",
+    ),
+    click.option(
+        "--unguided",
+        type=click.FloatRange(0, 1),
+        default=0.2,
+        show_default=True,
+        metavar="SHARE",
+        help="The share of rows without guidance.",
+    ),
+    click.option(
+        "--rounds",
+        type=click.IntRange(min=1),
+        default=3,
+        show_default=True,
+        metavar="N",
+        help="Timed rounds per contender.",
+    ),
+    click.option(
+        "--against",
+        default="grouped,one-by-one,bare",
+        show_default=True,
+        metavar="NAME,...",
+        help=f"Contenders: {', '.join(RIVALS)}.",
+    ),
+    click.option(
+        "--sweep",
+        metavar="N,...",
+        help="Measure these numbers of slots too: 4,8,16,32,64. Stops at the first that runs out of memory.",
+    ),
+    click.option(
+        "--plot",
+        type=click.Path(path_type=Path, dir_okay=False),
+        metavar="FILE.png",
+        help=f"Draw throughput against slots; sweeps {','.join(map(str, SWEEP))} if no --sweep says which.",
+    ),
+    click.option(
+        "--peak-tflops",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="X",
+        help="Peak of the device, for MFU. Default: the datasheet's where the GPU is known, else that of a large "
+        "matrix product.",
+    ),
+    json_option,
 )
-@click.option(
-    "--rows", type=click.IntRange(min=1), default=200, show_default=True, metavar="N", help="Rows of the table."
-)
-@click.option(
-    "--steps", default="20-50", show_default=True, metavar="A-B|N", help="Steps of each row, drawn from this range."
-)
-@click.option(
-    "--sizes",
-    default="mixed",
-    show_default=True,
-    metavar="WxH,...",
-    help="native: the model's own; mixed: that and two of another aspect ratio; or a list: 512x512,640x448.",
-)
-@click.option(
-    "--unguided",
-    type=click.FloatRange(0, 1),
-    default=0.2,
-    show_default=True,
-    metavar="SHARE",
-    help="The share of rows without guidance.",
-)
-@click.option(
-    "--rounds",
-    type=click.IntRange(min=1),
-    default=3,
-    show_default=True,
-    metavar="N",
-    help="Timed rounds per contender.",
-)
-@click.option(
-    "--against",
-    default="grouped,one-by-one,bare",
-    show_default=True,
-    metavar="NAME,...",
-    help=f"Contenders: {', '.join(RIVALS)}.",
-)
-@click.option(
-    "--sweep",
-    metavar="N,...",
-    help="Measure these numbers of slots too: 4,8,16,32,64. Stops at the first that runs out of memory.",
-)
-@click.option(
-    "--plot",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE.png",
-    help=f"Draw throughput against slots; sweeps {','.join(map(str, SWEEP))} if no --sweep says which.",
-)
-@click.option(
-    "--peak-tflops",
-    type=click.FloatRange(min=0, min_open=True),
-    metavar="X",
-    help="Peak of the device, for MFU. Default: the datasheet's where the GPU is known, else that of a large "
-    "matrix product.",
-)
-@json_option
-@logging_options
-def bench(as_json: bool, quiet: bool, verbose: bool, **options: Any) -> int:
+def bench(*, as_json: bool, quiet: bool, **options: Any) -> int:
     """Compare batch-infer with plain diffusers.
 
     All render the same rows with the same loaded networks in one process, in turns, and a ratio is the median over the
@@ -109,7 +105,6 @@ def bench(as_json: bool, quiet: bool, verbose: bool, **options: Any) -> int:
     Exit codes: 0; 2 usage or settings; 75 stopped, with the table of what was measured until then.
     """
     settings = _settings(options)
-    set_up_logging(quiet=quiet, verbose=verbose)
     with stoppable(hint=NOTHING_KEPT):
         from batch_infer.bench import benchmark  # imports torch
 
@@ -120,7 +115,7 @@ def bench(as_json: bool, quiet: bool, verbose: bool, **options: Any) -> int:
         elif report.stopped or not quiet:
             _print(report)
             if report.stopped:
-                say("stopped early: this is what was measured until then")
+                _say("stopped early: this is what was measured until then")
     return Interrupted.exit_code if report.stopped else 0
 
 
@@ -143,46 +138,46 @@ def _settings(options: dict[str, Any]) -> BenchSettings:
 def _print(report: Report) -> None:
     _print_conditions(report)
     memory = f"{'GPU memory':>13}" if report.ours.device_bytes is not None else ""
-    say()
-    say(f"{'':24}{'images/s':>10}{'batch-infer is':>18}{'MFU':>9}{memory}")
+    print_lines([""])
+    _say(f"{'':24}{'images/s':>10}{'batch-infer is':>18}{'MFU':>9}{memory}")
     for figures in report.figures:
-        say(_line(figures))
+        _say(_line(figures))
     ours, peak = report.ours.more, report.peak
     shares = ", ".join(f"{stage} {share:.1%}" for stage, share in ours["stage_shares"].items() if share)
-    say()
-    say(f"slots    occupancy {ours['occupancy']:.1%}; time: {shares}")
+    print_lines([""])
+    _say(f"slots    occupancy {ours['occupancy']:.1%}; time: {shares}")
     product = f"a large matrix product came to {peak.matmul_tflops:.4g}"
     told = product if peak.source == "measured matmul" else f"{peak.source} {peak.tflops:.4g}; {product}"
-    say(f"MFU      of {peak.tflops:.4g} TFLOP/s ({told})")
+    _say(f"MFU      of {peak.tflops:.4g} TFLOP/s ({told})")
     if (parity := report.parity) is not None:
-        many = number(parity.rows, "image")
-        say(f"images   {many} at most {parity.largest}/255 from those of diffusers ({parity.against})")
+        many = format_count(parity.rows, "image")
+        _say(f"images   {many} at most {parity.largest}/255 from those of diffusers ({parity.against})")
     for point in report.sweep.points:
-        say(_swept(point))
+        _say(_swept(point))
     if report.sweep.beyond is not None:
-        say(f"{report.sweep.beyond:4} slots: out of memory")
+        _say(f"{report.sweep.beyond:4} slots: out of memory")
 
 
 def _print_conditions(report: Report) -> None:
     conditions, table = report.conditions, report.table
     compute, versions = conditions["compute"], conditions["versions"]
     where = f"{compute['dtype']} on {compute['device_name']}"
-    threads = f", {number(compute['threads'], 'thread')}" if compute["device"] == "cpu" else ""
+    threads = f", {format_count(compute['threads'], 'thread')}" if compute["device"] == "cpu" else ""
     libraries = ", ".join(f"{name} {versions[name]}" for name in ("torch", "diffusers"))
-    say(f"{conditions['model']} ({conditions['unet_parameters'] / 1e6:.1f}M in the UNet), {where}{threads}")
-    say(f"{libraries}{', compiled' if compute['compiled'] else ''}")
+    _say(f"{conditions['model']} ({conditions['unet_parameters'] / 1e6:.1f}M in the UNet), {where}{threads}")
+    _say(f"{libraries}{', compiled' if compute['compiled'] else ''}")
     steps = " to ".join(str(count) for count in dict.fromkeys(table.steps))
     sizes = ", ".join(report.ours.more["slots"])
-    say(f"{number(table.rows, 'row')} of {steps} steps, {table.unguided:.0%} without guidance, {sizes}")
+    _say(f"{format_count(table.rows, 'row')} of {steps} steps, {table.unguided:.0%} without guidance, {sizes}")
     slots = " or ".join(str(count) for count in dict.fromkeys(report.ours.more["slots"].values()))
-    say(
+    _say(
         f"{table.row_forwards:,} UNet evaluations, {table.tflop:,.4g} TFLOP; {slots} slots; "
-        f"{number(conditions['rounds'], 'round')}"
+        f"{format_count(conditions['rounds'], 'round')}"
     )
 
 
 def _line(figures: Figures) -> str:
-    name = figures.name if figures.sampled is None else f"{figures.name}, {number(figures.sampled, 'row')}"
+    name = figures.name if figures.sampled is None else f"{figures.name}, {format_count(figures.sampled, 'row')}"
     ratio = "" if figures.ratio is None else _speed(figures.ratio)
     memory = "" if figures.device_bytes is None else tqdm.format_sizeof(figures.device_bytes, "B", 1024)
     return f"{name:24}{figures.images_per_second:10.3f}{ratio:>18}{figures.mfu:9.1%}{memory:>13}".rstrip()
@@ -197,3 +192,7 @@ def _swept(point: SweepPoint) -> str:
         f"{point.slots:4} slots: {point.images_per_second:.3f} images/s, occupancy {point.occupancy:.1%}; "
         f"the bare UNet allows {point.ceiling:.3f}"
     )
+
+
+def _say(line: str) -> None:
+    print_lines([line])

@@ -12,7 +12,7 @@ from batch_infer.errors import SettingsError
 from batch_infer.jobs.job import Job
 from batch_infer.jobs.run_json import parse_record
 from batch_infer.manifest import ManifestIndex
-from batch_infer.planning import Item, finished_in
+from batch_infer.planning import Item, make_finished_check
 from batch_infer.records import FINAL_STATUSES, PromptRequest
 from batch_infer.table import RowRules
 
@@ -61,8 +61,8 @@ def find_changes(job: Job, index: ManifestIndex) -> Changes:
     if job.earlier is None:
         return _changes_of_unknown_runs(job, index)
     earlier = parse_record(job.earlier)
-    if earlier.ids_from is not None and job.tables.default_ids not in (None, earlier.ids_from):
-        cause = f"id from {earlier.ids_from} -> {job.tables.default_ids}"
+    if earlier.ids_from is not None and job.tables.default_id_source not in (None, earlier.ids_from):
+        cause = f"id from {earlier.ids_from} -> {job.tables.default_id_source}"
         return Changes(_finished(index), {"--id-from": cause})
     known = () if isinstance(earlier.rules, UnsetType) else (earlier.rules,)
     rules = [each for each in (*known, *earlier.earlier_rules) if each != job.rules]
@@ -71,7 +71,7 @@ def find_changes(job: Job, index: ManifestIndex) -> Changes:
     changes = Changes()
     if not rules and before == now:
         return changes
-    for item, others in job.tables.compared_rows(job.rules, rules, finished_in(index)):
+    for item, others in job.tables.compared_rows(job.rules, rules, make_finished_check(index)):
         match = index.find(item.key)
         if match is None or match.status not in FINAL_STATUSES or match.fingerprint == item.fingerprint:
             continue

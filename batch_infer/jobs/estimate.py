@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from batch_infer.autotune import Rates, load_calibration, save_calibration
 from batch_infer.errors import CompilationError
 from batch_infer.jobs.job import Job
-from batch_infer.planning import Load
+from batch_infer.planning import SizeCost
 from batch_infer.records import utc_now
 from batch_infer.stages import Stages
 
@@ -30,7 +30,7 @@ Size = tuple[int, int]
 log = logging.getLogger("batch_infer")
 
 
-def rates_of(loads: Mapping[Size, Load], job: Job, probe: Probe) -> dict[Size, Rates]:
+def rates_of(loads: Mapping[Size, SizeCost], job: Job, probe: Probe) -> dict[Size, Rates]:
     """The rates of every size. Raises ModelError where the model cannot be tried out."""
     found = {size: rates for size in loads if (rates := load_calibration(Rates, _conditions(job, size))) is not None}
     dearest = sorted(loads, key=lambda size: loads[size].row_forwards * size[0] * size[1], reverse=True)

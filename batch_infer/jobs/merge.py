@@ -14,11 +14,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batch_infer.carried import common_type, result_names, result_type, to_array, weight
+from batch_infer.carried import common_type, estimate_bytes, make_result_names, result_type, to_array
 from batch_infer.errors import MissingResults
 from batch_infer.jobs.results import write_results
 from batch_infer.manifest import SCHEMA, CommittedImage, Manifest, ManifestIndex
-from batch_infer.planning import Item, place_of
+from batch_infer.planning import Item, source_of
 from batch_infer.records import Source
 from batch_infer.settings import OutputSettings
 
@@ -127,7 +127,7 @@ def results_schema(schemas: Iterable[pa.Schema]) -> pa.Schema:
             if column.name not in SCHEMA.names:
                 kinds.setdefault(column.name, set()).add(result_type(column.type))
     types: dict[str, set[pa.DataType]] = {}
-    for name, new in result_names(kinds, SCHEMA.names, known=True).items():
+    for name, new in make_result_names(kinds, SCHEMA.names, known=True).items():
         types.setdefault(new, set()).update(kinds[name])
     fields = [(name, common_type(found)) for name, found in types.items()]
     for name, kind in fields:
@@ -156,7 +156,7 @@ def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
     size = 0
     for _, images in groupby(items, attrgetter("id")):
         batch.extend(images)
-        size += weight(batch[-1].carried.values())
+        size += estimate_bytes(batch[-1].carried.values())
         if len(batch) >= BATCH or size >= BATCH_BYTES:
             yield batch
             batch, size = [], 0
@@ -172,7 +172,7 @@ def _result_of(item: Item, index: ManifestIndex) -> CommittedImage | None:
 
 def _as_now(items: list[Item], table: pa.Table, carried: pa.Schema) -> pa.Table:
     """Results with the place and the carried columns that the table has now: neither changes an image."""
-    places = [place_of(item) for item in items]
+    places = [source_of(item) for item in items]
     table = table.set_column(
         table.column_names.index("source_file"), SCHEMA.field("source_file"), [[p[0] for p in places]]
     )

@@ -20,7 +20,7 @@ from batch_infer.jobs.rejudging import Rejudging, RescoreCounts, Stored
 from batch_infer.jobs.run_json import ended_in_order, with_counts
 from batch_infer.manifest import CommittedImage, Manifest, ManifestIndex
 from batch_infer.models import ModelCard
-from batch_infer.planning import finished_in
+from batch_infer.planning import make_finished_check
 from batch_infer.records import FINAL_STATUSES, PromptRequest, ResultRow, digest, utc_now
 from batch_infer.settings import OnFlagged, RunSettings, SafetySettings
 from batch_infer.stopping import GRACE_SECONDS, deferred
@@ -178,7 +178,9 @@ class _Rescoring:
     def _merge(self) -> Counts:
         out, tables = self._settings.out, self._tables
         with Manifest(out).index() as index:
-            return merge(tables.rows(self._new, finished_in(index)), index, tables.carried, out, self._settings.output)
+            return merge(
+                tables.rows(self._new, make_finished_check(index)), index, tables.carried, out, self._settings.output
+            )
 
 
 def _without_damaged_parts(work: Callable[[], T]) -> T:

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batch_infer.carried import python_values
+from batch_infer.carried import to_python_values
 from batch_infer.settings import OutputSettings
 from batch_infer.sinks import Sink, make_sink
 from batch_infer.store import atomic_write
@@ -73,7 +73,7 @@ class _Jsonl:
 
 def _rows(table: pa.Table, images: Sink | None) -> Iterator[dict[str, Any]]:
     """Rows as dictionaries; with `images`, generated_image is the file itself in base64, as Azure's card has it."""
-    for cells in zip(*map(python_values, table.columns), strict=True):
+    for cells in zip(*map(to_python_values, table.columns), strict=True):
         row = dict(zip(table.column_names, cells, strict=True))
         if images is not None and row["generated_image"] is not None:
             row["generated_image"] = _file(images, row["generated_image"])

@@ -14,7 +14,7 @@ from batch_infer.jobs import out as outdir
 from batch_infer.jobs.job import refuse_unrepeatable, settings_of
 from batch_infer.jobs.run import Progress, render_tables
 from batch_infer.jobs.summary import Summary
-from batch_infer.planning import Committed, Item
+from batch_infer.planning import Item, ManifestEntry
 from batch_infer.records import ResultRow
 from batch_infer.settings import Retried, RunSettings, ServiceSettings
 from batch_infer.sinks import make_sink
@@ -73,7 +73,7 @@ class _Chosen:
         self._statuses, self._sink = statuses, make_sink(out)
         self._row: str | None = None
 
-    def __call__(self, item: Item, found: Committed | None) -> bool:
+    def __call__(self, item: Item, found: ManifestEntry | None) -> bool:
         if isinstance(item, ResultRow):
             return True
         if item.image_index == 0:

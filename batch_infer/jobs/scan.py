@@ -6,10 +6,10 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from batch_infer.carried import weight
+from batch_infer.carried import estimate_bytes
 from batch_infer.jobs.job import Job
 from batch_infer.manifest import Manifest, ManifestIndex
-from batch_infer.planning import Committed, Item, SkipRule
+from batch_infer.planning import Item, ManifestEntry, SkipRule
 from batch_infer.records import ResultRow
 from batch_infer.sinks import make_sink
 
@@ -41,7 +41,7 @@ class ScanResult:
     changes: str = ""
     unsettled: int = 0
 
-    def add(self, item: Item, found: Committed | None, *, left_alone: bool) -> None:
+    def add(self, item: Item, found: ManifestEntry | None, *, left_alone: bool) -> None:
         self.total += 1
         known = found is not None and found.fingerprint == item.fingerprint
         if isinstance(item, ResultRow):
@@ -65,7 +65,7 @@ class ScanResult:
         return format_reasons(self.reasons, self.changes)
 
 
-def reason_of(item: Item, found: Committed | None) -> str:
+def reason_of(item: Item, found: ManifestEntry | None) -> str:
     """Say why a result is to be rendered, given what the manifest holds of it."""
     if found is None:
         return "new"
@@ -132,11 +132,11 @@ class _Invalid:
         self._size = 0
         self._obsolete: list[str] = []
 
-    def add(self, row: ResultRow, found: Committed | None) -> None:
+    def add(self, row: ResultRow, found: ManifestEntry | None) -> None:
         self._rows.append(replace(row, attempt=found.attempt + 1 if found else 1, worker="table"))
         if found and found.path:
             self._obsolete.append(found.path)
-        self._size += weight(row.carried.values())
+        self._size += estimate_bytes(row.carried.values())
         if len(self._rows) == INVALID_BATCH or self._size > INVALID_BYTES:
             self.commit()
 

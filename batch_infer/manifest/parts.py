@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batch_infer.carried import converter, result_type, to_array, to_values
+from batch_infer.carried import make_converter, result_type, to_array, to_values
 from batch_infer.errors import DamagedPart, NewerPart, StorageError, first_line
 from batch_infer.records import ResultRow, digest
 from batch_infer.store import atomic_write
@@ -242,6 +242,6 @@ def _name_in(schema: pa.Schema, name: str) -> str:
 def _converted(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
     if column.type == kind:
         return column
-    convert = converter(result_type(column.type), kind) or (lambda value: value)
+    convert = make_converter(result_type(column.type), kind) or (lambda value: value)
     values = [None if value is None else convert(value) for value in to_values(column)]
     return pa.chunked_array([to_array(values, kind)])

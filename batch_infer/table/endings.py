@@ -28,7 +28,7 @@ ID_DIGITS = 8
 """Of the row's number in a default id."""
 
 
-def default_id(stem: str, row: int) -> str:
+def make_default_id(stem: str, row: int) -> str:
     """The id of a row that its table gives none."""
     return f"{stem}-{row:0{ID_DIGITS}d}"
 
@@ -54,7 +54,7 @@ class TableFile:
     url: str = field(default="", repr=False)
 
     def default_id(self, row: int) -> str:
-        return default_id(self.stem, row)
+        return make_default_id(self.stem, row)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,10 +28,10 @@ from batch_infer.table.urls import (
     is_http,
     join_url,
     protocol_of,
-    shown,
+    redact_url,
+    redact_urls,
     split_chain,
     split_query,
-    without_secrets,
 )
 
 EXTRAS = {
@@ -66,7 +66,7 @@ class _Place:
 
     @property
     def name(self) -> str:
-        return clean(shown(self.url))
+        return clean(redact_url(self.url))
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def fetch(url: str, scratch: Scratch, left_out: LeftOut) -> list[TableFile]:
     Raises TableError where it means no table, ServiceError where a service does not answer, StorageError where
     the temporary folder is full.
     """
-    name = clean(shown(url))
+    name = clean(redact_url(url))
     with _Blamed(name), temporary_file_errors(reads=True):  # a chain may keep copies
         place = _connect(url, name)
         link = split_chain(name)[1]
@@ -167,7 +167,7 @@ def _below(place: _Place, base: str, url: str, paths: Iterable[str], left_out: L
         return bool(place.files.isfile("/".join(filter(None, [base, inner, "run.json"]))))
 
     def name_of(relative: str) -> str:
-        return clean(join_url(shown(url), relative))
+        return clean(join_url(redact_url(url), relative))
 
     ordered = sorted(paths, key=lambda path: path.split("/"))  # as pathlib sorts
     by_relative = {path[len(base) :].lstrip("/"): path for path in ordered}
@@ -253,7 +253,7 @@ def _status(error: Exception) -> int | None:
 def _reason(error: Exception) -> str:
     if (status := _status(error)) is not None:
         return f"HTTP {status} {getattr(error, 'message', '')}".strip()
-    text, kind = without_secrets(first_line(error)), type(error).__name__
+    text, kind = redact_urls(first_line(error)), type(error).__name__
     if text == kind or "?" in text or "@" in text:
         return kind
     return f"{kind}: {text}" if isinstance(error, (LookupError, AttributeError, AssertionError)) else text
