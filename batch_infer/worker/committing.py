@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from batch_infer.manifest import Manifest
 from batch_infer.records import ResultRow
-from batch_infer.sinks import FolderSink, backup_path
+from batch_infer.sinks import Sink
 
 COMMIT_ROWS = 256
 """Rows in a manifest part."""
@@ -33,7 +33,7 @@ Stored = TypeVar("Stored")
 
 
 def commit_images(
-    sink: FolderSink,
+    sink: Sink,
     manifest: Manifest,
     rows: Sequence[ResultRow],
     carried: pa.Schema,
@@ -52,7 +52,7 @@ def commit_images(
     sink.publish(written)
     if rows:
         manifest.commit(rows, carried)
-    for path in (*(path for path in former if path not in kept), *map(backup_path, replaced)):
+    for path in (*(path for path in former if path not in kept), *map(sink.backup_path, replaced)):
         sink.remove(path)
 
 
