@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from batch_infer.autotune import calibration, plateau
+from batch_infer.autotune import cache, plateau
 from batch_infer.autotune.plateau import find_plateau
 from batch_infer.diffusion import Context
 from batch_infer.records import SamplingParams
@@ -92,7 +92,7 @@ def test_auto_is_measured_once_kept_and_planned_with(tmp_path: Path, monkeypatch
     assert summary["ok"] == 4
     assert f'"row_forwards": {summary["row_forwards"]}, "ticks": {summary["ticks"]}' in planned.stdout
     # A run that goes on keeps them, whatever is remembered by then; a number of its own beats them.
-    for file in (tmp_path / "cache").rglob("knee-*.json"):
+    for file in (tmp_path / "cache").rglob("plateau-*.json"):
         file.unlink()
     write_csv(table, [["prompt", "width"], *(["a red circle", 64 + 8 * (k > 2)] for k in range(5))])
     again = run(table, tmp_path / "one", *options)
@@ -116,8 +116,8 @@ def test_what_cannot_be_remembered_is_measured_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
     found = find_plateau(Device(4, clock), PARAMS)
-    monkeypatch.setattr(calibration, "user_cache_path", lambda name: tmp_path / name)
+    monkeypatch.setattr(cache, "user_cache_path", lambda name: tmp_path / name)
     (tmp_path / "batch-infer").write_text("a file where the folder should be")
     conditions: dict[str, Any] = {"size": (16, 16)}
-    calibration.save_calibration(conditions, found)
-    assert calibration.load_calibration(calibration.Plateau, conditions) is None
+    cache.save_calibration(conditions, found)
+    assert cache.load_calibration(cache.Plateau, conditions) is None

@@ -334,8 +334,8 @@ def test_mixed_tables_keep_32_slots_full(rows: int, least: float) -> None:
     for request in mixed(rows):
         packing.add(request, request.params.num_inference_steps)
     packing.close()
-    done = sum(load.row_forwards for load in packing.loads.values())
-    assert done / sum(32 * load.ticks for load in packing.loads.values()) > least
+    done = sum(load.row_forwards for load in packing.costs.values())
+    assert done / sum(32 * load.ticks for load in packing.costs.values()) > least
 
 
 def test_a_mixed_table_keeps_the_slots_of_the_real_chain_full() -> None:

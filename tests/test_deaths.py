@@ -79,7 +79,7 @@ import batch_infer.jobs.run as jobs
 from batch_infer.engines.local import LocalEngine
 from batch_infer.__main__ import main
 from tests import dummies
-jobs.engine_for = lambda settings, here: LocalEngine("cpu", 2, load=dummies.load_waiting)
+jobs.make_engine = lambda *_: LocalEngine("cpu", 2, load=dummies.load_waiting)
 main()
 """
 """The command with two workers that take their time, and a model that costs nothing to load."""

@@ -28,7 +28,7 @@ def scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Score:
     def run(rows: int, processes: int, load: Any) -> tuple[Summary, Path]:
         out = tmp_path / f"{rows}-{processes}"
         table = write_csv(tmp_path / "table.csv", [["prompt"], *([f"row {k}"] for k in range(rows))])
-        monkeypatch.setattr(job, "engine_for", lambda settings, here: LocalEngine("cpu", processes, load=load))
+        monkeypatch.setattr(job, "make_engine", lambda *_: LocalEngine("cpu", processes, load=load))
         settings = RunSettings(TableSettings((str(table),)), out, defaults=RowDefaults(guidance_scale=1.0))
         return job.render_tables(settings, ProgressGroup()), out
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from batch_infer.autotune.calibration import Rates
+from batch_infer.autotune.cache import Rates
 from batch_infer.autotune.probe import Probe
 from batch_infer.engines import Task, TaskReport
 from batch_infer.engines.inline import InlineEngine
@@ -69,7 +69,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunSettings:
 
 
 def use(engine: Uncompilable, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "engine_for", lambda settings, here: engine)
+    monkeypatch.setattr(jobs, "make_engine", lambda *_: engine)
 
 
 def test_a_run_that_cannot_compile_does_without_in_all_workers(

@@ -88,7 +88,7 @@ def test_each_listed_mig_slice_is_a_device(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert devices._device_count() == count
+    assert devices._count_cuda_devices() == count
 
 
 class Clock:

@@ -33,7 +33,7 @@ from batch_infer.errors import BatchInferError, ModelError, SettingsError, TryAg
 from batch_infer.manifest import Manifest
 from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.settings import Device
-from batch_infer.sinks import FolderSink
+from batch_infer.sinks import make_sink
 from batch_infer.stopping import deferred
 from batch_infer.worker import WorkerReport, make_row
 
@@ -308,7 +308,7 @@ class Supervisor:
         Manifest(settings.out, settings.run).commit(rows, settings.carried)
         for request in requests:
             if request.replaces:
-                FolderSink(settings.out).remove(request.replaces)
+                make_sink(settings.out).remove(request.replaces)
         self._committed(rows)
 
 

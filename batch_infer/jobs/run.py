@@ -16,11 +16,11 @@ from typing import Any, Protocol
 from batch_infer.engines import (
     Engine,
     LaunchedEngine,
-    LocalEngine,
     RankInfo,
     Task,
     TaskReport,
     join_launch,
+    make_engine,
     read_rank_info,
     remove_rendezvous,
 )
@@ -53,6 +53,7 @@ from batch_infer.manifest import Manifest, ManifestIndex
 from batch_infer.planning import SkipRule, is_done, order_requests, select_pending
 from batch_infer.records import ResultRow, utc_now
 from batch_infer.settings import Compute, RunSettings
+from batch_infer.sinks import make_sink
 from batch_infer.stopping import GRACE_SECONDS, StopRequested, deferred
 from batch_infer.store import PinnedFolder, log_handler, open_log, path_exists
 from batch_infer.worker import WorkerSettings, peak_memory, smallest_batches, sum_stages_by_size
@@ -96,7 +97,7 @@ def render_tables(
         with outdir.locked(settings.out):
             settings = finishing_overwrite(settings)
             remove_rendezvous(settings.out)  # left by a run that was killed
-            with engine_for(settings, here) as engine:
+            with make_engine(settings.model.device, settings.compute.processes, here, settings.out) as engine:
                 job = prepare(settings, tables, card, engine.find_device())
                 with _logged(settings.out):
                     if not settings.overwrite and not ended_in_order(job.earlier):
@@ -126,17 +127,6 @@ def _place(settings: RunSettings) -> RankInfo | None:
             f"--num-processes {settings.compute.processes}: a launcher has started {here.world}; leave the option out"
         )
     return here
-
-
-def engine_for(settings: RunSettings, here: RankInfo | None) -> Engine:
-    """Who renders: a launcher's processes, this one, or others that it starts."""
-    if here is not None:
-        return LaunchedEngine(settings.model.device, here, settings.out)
-    if settings.compute.processes == 0:
-        from batch_infer.engines import InlineEngine  # imports torch
-
-        return InlineEngine(settings.model.device)
-    return LocalEngine(settings.model.device, settings.compute.processes)
 
 
 def _all_but(lost: Collection[Key], leaves_alone: SkipRule) -> SkipRule:
@@ -367,7 +357,8 @@ class _Run:
     def _task(self, index: ManifestIndex, survey: ScanResult) -> Task:
         slots_of = None if self._job.card.uses_pipeline_call else self._slots_of
         new = select_pending(self._job.items(index), index, self._leaves_alone)
-        requests = order_requests((index.with_collisions(request, request.replaces) for request in new), slots_of)
+        collisions = make_sink(self._out).collisions(index)
+        requests = order_requests((collisions.mark(request, request.replaces) for request in new), slots_of)
         return Task(requests, survey.pending, self._worker())
 
     def _stop_compiling(self, error: CompilationError, survey: ScanResult) -> None:
