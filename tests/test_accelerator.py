@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounter
 from batch_infer import accelerator, peak_flops
 from batch_infer.accelerator import out_of_memory_errors
 from batch_infer.autotune import plateau
-from batch_infer.bench.bare import BareUNet
+from batch_infer.bench.contenders import unet_rate
 from batch_infer.chain import ChainShape, Rendered, StepLevelChain, streams
 from batch_infer.chain.postprocessing import Finishing
 from batch_infer.errors import CompilationError, RowError
@@ -115,7 +115,7 @@ def test_the_bare_unet_runs_what_the_chain_has_compiled(sd1_folder: Path) -> Non
     rows = [make_request(str(k), steps=2 + k, guidance=1 + 3 * k) for k in range(3)]
     assert len(list(StepLevelChain(model, ChainShape(4, 2), None).render(rows))) == 3
     assert counter.frame_count == 1
-    BareUNet(model, rows[0]).rate((64, 64), 4)
+    unet_rate(model, rows[0], (64, 64), 4)
     assert counter.frame_count == 1
     torch._dynamo.reset()
 

@@ -220,7 +220,7 @@ def test_the_plan_knows_what_the_rows_take(rows: list[tuple[int, float]]) -> Non
     for item in requests:
         packing.add(item, Painter().solver.table(item.params.num_inference_steps).evaluations)
     packing.close()
-    (load,) = packing.loads.values()
+    (load,) = packing.costs.values()
     assert (load.images, load.row_forwards) == (len(requests), chain.stages.row_forwards)
     longest = max(Painter().solver.table(steps).evaluations for steps, _ in rows)
     assert abs(load.ticks - chain.stages.ticks) <= longest

@@ -85,7 +85,7 @@ def test_every_request_comes_out_once_and_as_planned(rows: list[Any], slots: int
         for request in planned:
             packing.add(request, request.params.num_inference_steps)
         packing.close()
-        for size, load in packing.loads.items():
+        for size, load in packing.costs.items():
             stages = chain.stages_by_size[size]
             assert (load.images, load.row_forwards, load.ticks) == (stages.images, stages.row_forwards, stages.ticks)
             assert stages.slot_ticks == load.ticks * load.slots

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from batch_infer.errors import DamagedPart, NewerPart, StorageError
 from batch_infer.manifest import SCHEMA, Manifest, read_part, to_table, write_parquet
 from batch_infer.records import BOOKKEEPING, PromptRequest, ResultRow, SamplingParams, Source, digest, utc_now
+from batch_infer.sinks.names import Collisions
 
 NONE = pa.schema([])
 COLUMNS = [
@@ -93,7 +94,7 @@ def test_a_request_is_kept_apart_from_images_whose_paths_differ_by_case_alone(tm
 
     def collisions(name: str, file: str, path: str | None = None, **flags: Any) -> tuple[bool, bool]:
         new = PromptRequest(name, 0, "x", None, 1, params, Source(file, 0), "f", **flags)
-        apart = index.with_collisions(new, path)
+        apart = Collisions(index).mark(new, path)
         assert replace(apart, id_collides=new.id_collides, stem_collides=new.stem_collides) == new
         return apart.id_collides, apart.stem_collides
 

@@ -157,7 +157,7 @@ def loads_of(requests: list[PromptRequest], slots: int) -> dict[tuple[int, int],
     for item in requests:
         packing.add(item, item.params.num_inference_steps)
     packing.close()
-    return packing.loads
+    return packing.costs
 
 
 def test_rows_are_packed_on_paper() -> None:

@@ -23,7 +23,7 @@ from batch_infer.jobs import recovery
 from batch_infer.jobs.recovery import recover, set_aside
 from batch_infer.manifest import Manifest
 from batch_infer.records import ResultRow
-from batch_infer.sinks import FolderSink
+from batch_infer.sinks import FolderSink, Sink
 
 NONE = pa.schema([])
 END = datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc)
@@ -190,9 +190,9 @@ def test_an_image_that_cannot_be_read_is_not_a_missing_one(tmp_path: Path, numbe
     (tmp_path / "images" / "a.png").write_bytes(b"x")
     fault = OSError(number, os.strerror(number))
     with mock.patch.object(os, "open", side_effect=fault), pytest.raises(StorageError, match="cannot read .*a"):
-        recovery.is_whole(tmp_path, "images/a.png", "sum", 1)
+        recovery.is_whole(FolderSink(tmp_path), "images/a.png", "sum", 1)
     with mock.patch.object(os, "open", side_effect=OSError(errno.EIO, "")):
-        assert not recovery.is_whole(tmp_path, "images/a.png", "sum", 1), "the disk has lost it"
+        assert not recovery.is_whole(FolderSink(tmp_path), "images/a.png", "sum", 1), "the disk has lost it"
 
 
 def test_of_several_attempts_the_image_of_the_last_counts(tmp_path: Path) -> None:
@@ -267,9 +267,9 @@ def test_of_an_old_part_no_column_is_read_and_no_image(tmp_path: Path, monkeypat
         read.append(columns)
         return real_part(part, *columns)
 
-    def is_whole(out: Path, path: str, *told: Any) -> bool:
+    def is_whole(sink: Sink, path: str, *told: Any) -> bool:
         read.append(path)
-        return bool(real_whole(out, path, *told))
+        return bool(real_whole(sink, path, *told))
 
     monkeypatch.setattr(recovery, "read_part", read_part)
     monkeypatch.setattr(recovery, "is_whole", is_whole)

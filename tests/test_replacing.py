@@ -18,7 +18,7 @@ import pytest
 from batch_infer.errors import SettingsError, StorageError
 from batch_infer.jobs import cleanup, recovery
 from batch_infer.manifest import Manifest
-from batch_infer.sinks import BACKUP_PREFIX, FolderSink, backup_path
+from batch_infer.sinks import BACKUP_PREFIX, FolderSink
 from batch_infer.store.atomic import unique_name
 from tests import runs
 from tests.tables import write_csv
@@ -140,7 +140,7 @@ def test_what_a_second_attempt_of_a_run_replaces_is_the_image_of_the_manifest(tm
         path = sink.write("images/t-00000/a-0.png", content).path
         sink.back_up([path])
         sink.publish([path])
-    assert (tmp_path / backup_path(path)).read_bytes() == b"old"
+    assert (tmp_path / FolderSink(tmp_path).backup_path(path)).read_bytes() == b"old"
     assert (tmp_path / path).read_bytes() == b"second"
 
 
@@ -150,7 +150,7 @@ def test_an_original_that_the_manifest_does_not_have_is_removed(folder: Path) ->
     first, *_ = sorted(runs.images(out))
     strangers = [out / ".original-mine.png", out / "logs" / ".original-log"]
     for path in (
-        out / backup_path(first),
+        out / FolderSink(out).backup_path(first),
         (out / first).with_name(unique_name(BACKUP_PREFIX, "gone-0.png")),
         *strangers,
     ):

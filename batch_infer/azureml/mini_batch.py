@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import fnmatch
-import glob
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pyarrow as pa
 
@@ -16,7 +13,6 @@ from batch_infer.azureml.folders import Folder, by_folder, joined
 from batch_infer.azureml.rendering import Rendering
 from batch_infer.errors import DamagedPart, SettingsError, StorageError, TableError
 from batch_infer.jobs import (
-    LINKABLE,
     Counts,
     Job,
     check_identity,
@@ -30,9 +26,8 @@ from batch_infer.jobs import (
 )
 from batch_infer.manifest import SCHEMA, Manifest, ManifestIndex
 from batch_infer.planning import Item, ManifestEntry, is_done, select_pending, source_of
-from batch_infer.records import Source
-from batch_infer.sinks import FolderSink, possible_names
-from batch_infer.store import PinnedFolder, list_names, path_exists
+from batch_infer.sinks import make_sink
+from batch_infer.store import PinnedFolder, path_exists
 from batch_infer.table import OtherTables, Tables
 
 TURNS = 5
@@ -166,7 +161,7 @@ class MiniBatches:
             with self._tables(folder, [file]) as tables:
                 places = {(claim.file, claim.row) for claim in disputed if claim.file == file}
                 self._go_over(self._job(tables, places), folder)
-        sink = FolderSink(self._held)
+        sink = make_sink(self._held)
         for claim in disputed:
             kept = self._index.find((claim.id, claim.image_index))
             if claim.path and kept and kept.path != claim.path:
@@ -190,9 +185,7 @@ class MiniBatches:
 
     def _sweep(self, names: Sequence[str]) -> None:
         """Remove what a worker has left that died over these files."""
-        stems = {stem for name in names for stem in possible_names(Source(name, 0).stem)}
-        folders = [path for kind in ("images", "quarantine") for stem in stems for path in self._folders(kind, stem)]
-        everywhere = [self._out, self._manifest.folder, *(self._out / name for name in LINKABLE), *folders]
+        everywhere = [self._out, self._manifest.folder, *make_sink(self._held).folders_of(names)]
         originals = remove_abandoned(self._out, everywhere)
         while originals:
             self._catch_up_with_results()
@@ -201,10 +194,6 @@ class MiniBatches:
                 return
             except DamagedPart as damage:
                 _set_aside(damage)
-
-    def _folders(self, kind: str, stem: str) -> Iterator[Path]:
-        folder = self._out / kind
-        return (folder / name for name in fnmatch.filter(list_names(folder), f"{glob.escape(stem)}-[0-9]*"))
 
     def _catch_up(self) -> None:
         """Take in what has been committed since, by whoever, and what ids were claimed."""

@@ -12,7 +12,7 @@ from batch_infer.jobs import Job
 from batch_infer.manifest import Manifest, ManifestIndex
 from batch_infer.planning import order_requests
 from batch_infer.records import PromptRequest
-from batch_infer.sinks import FolderSink
+from batch_infer.sinks import make_sink
 from batch_infer.store import PinnedFolder
 from batch_infer.worker import Worker, WorkerSettings, format_worker_name, load_chain, make_row
 
@@ -83,7 +83,7 @@ class Rendering:
         self._given_up.update(request.key for request in requests)
         for request in requests:
             if request.replaces:
-                FolderSink(self._held).remove(request.replaces)
+                make_sink(self._held).remove(request.replaces)
 
 
 def _failures(request: PromptRequest, index: ManifestIndex) -> int:

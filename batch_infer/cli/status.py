@@ -48,6 +48,6 @@ def _lines(run: RunStatus, out: Path) -> Iterator[str]:
     if run.state == "stopped":
         yield "run the same command again to continue"
     if run.state == "unknown":
-        yield f"whether a run works in {out} is unknown: you have no permission to read {out / '.lock'}"
+        yield f"{out / '.lock'} cannot be read (permission denied), so it is unknown whether a run is active"
     if run.state == "rescoring" and not run.holder:
         yield "its images are being checked again: run the same `batch-infer rescore` to continue"

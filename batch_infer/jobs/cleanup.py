@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from batch_infer.errors import DamagedPart, Interrupted, SettingsError, UsageError
 from batch_infer.jobs.out import LINKABLE, OURS, mark_half_cleared, read_run
 from batch_infer.manifest import Manifest, read_part
-from batch_infer.sinks import BACKUP_PREFIX, FolderSink, original_path, resolve_path
+from batch_infer.sinks import BACKUP_PREFIX, make_sink, original_path, resolve_path
 from batch_infer.store import (
     fsync_folder,
     is_abandoned,
@@ -76,7 +76,7 @@ def _remove(path: Path) -> None:
 
 def _remove_named_images(out: Path) -> None:
     """Remove the images that the manifest names, and the folders that are empty then."""
-    sink, folders = FolderSink(out), set()
+    sink, folders = make_sink(out), set()
     for part in Manifest(out).parts():
         try:
             paths = read_part(part, ("generated_image",))["generated_image"].drop_null().to_pylist()

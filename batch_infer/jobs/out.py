@@ -18,6 +18,7 @@ from batch_infer import __version__
 from batch_infer.errors import LockedError, SettingsError, StorageError, UsageError, first_line
 from batch_infer.jobs.run_json import parse_record, require
 from batch_infer.records import utc_now
+from batch_infer.sinks import IMAGE_FOLDERS
 from batch_infer.store import (
     PinnedFolder,
     atomic_write,
@@ -33,7 +34,7 @@ from batch_infer.store import (
     write_errors,
 )
 
-LINKABLE = ("images", "quarantine")
+LINKABLE = IMAGE_FOLDERS
 """Folders of OUT that may be links, to a larger disk."""
 FOLDERS = (*LINKABLE, "manifest", "logs")
 RESULTS = ("results.parquet", "results.csv", "results.jsonl")

@@ -174,7 +174,7 @@ class _Walk:
             self._tell(item)
 
     def _estimate(self, walking: float) -> None:
-        found, settings, loads = self._plan, self._job.settings, self._packing.loads
+        found, settings, loads = self._plan, self._job.settings, self._packing.costs
         if not loads:
             return
         job = replace(self._job, compute=self._shapes.settle(loads))

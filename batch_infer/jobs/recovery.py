@@ -16,7 +16,7 @@ import pyarrow as pa
 from batch_infer.errors import DamagedPart, StorageError
 from batch_infer.jobs import cleanup
 from batch_infer.manifest import SCHEMA, Manifest, ManifestIndex, commit_time, read_part
-from batch_infer.sinks import FolderSink, original_path, read_image
+from batch_infer.sinks import Sink, make_sink, original_path
 from batch_infer.store import fsync_folder, path_exists, write_errors
 
 RECENT_SECONDS = 600.0
@@ -44,10 +44,11 @@ def recover(out: Path, manifest: Manifest, since_run: int = 0) -> frozenset[Key]
     """
     remove_leftovers(out, manifest, set_aside)
     recent = _recent(manifest.parts(since_run))
+    sink = make_sink(out)
     with ManifestIndex(recent, set_aside) as index, ThreadPoolExecutor(READING_THREADS) as pool:
         lost: list[tuple[Key, str]] = []
         for images in _images(index):
-            whole = pool.map(lambda image: is_whole(out, *image[1:]), images)
+            whole = pool.map(lambda image: is_whole(sink, *image[1:]), images)
             lost += [(key, path) for (key, path, *_), kept in zip(images, whole, strict=True) if not kept]
     if lost:
         sentence = "%d images of the manifest are missing or not whole and must be rendered again, the first is %s"
@@ -79,12 +80,12 @@ def restore(out: Path, index: ManifestIndex, originals: Sequence[str]) -> None:
     aside is removed. Raises DamagedPart, StorageError.
     """
     former = {aside: original_path(aside) or aside for aside in originals}
-    sink, committed = FolderSink(out), index.get_by_paths(former.values())
+    sink, committed = make_sink(out), index.get_by_paths(former.values())
     rows = index.take(list(committed.values()), _IMAGE).to_pylist()
     of_path = {row["generated_image"]: (row["sha256"], row["image_bytes"]) for row in rows}
     for aside, path in former.items():
         content = of_path.get(path, (None, None))
-        if not is_whole(out, path, *content) and is_whole(out, aside, *content):
+        if not is_whole(sink, path, *content) and is_whole(sink, aside, *content):
             sink.restore(aside)
         else:
             sink.remove(aside)
@@ -107,12 +108,12 @@ def set_aside(damage: DamagedPart) -> Path:
     return kept
 
 
-def is_whole(out: Path, path: str, sha256: str | None, length: int | None) -> bool:
+def is_whole(sink: Sink, path: str, sha256: str | None, length: int | None) -> bool:
     """Whether an image is there with the content that was written. Raises StorageError."""
-    return read_whole(out, path, sha256, length) is not None
+    return read_whole(sink, path, sha256, length) is not None
 
 
-def read_whole(out: Path, path: str, sha256: str | None, length: int | None) -> bytes | None:
+def read_whole(sink: Sink, path: str, sha256: str | None, length: int | None) -> bytes | None:
     """Return an image as it was written, or None where it is missing or damaged.
 
     `path` is relative to OUT; one that leads out of it is missing. Raises StorageError where it cannot be read.
@@ -120,7 +121,7 @@ def read_whole(out: Path, path: str, sha256: str | None, length: int | None) -> 
     if length is None:
         return None
     try:
-        content = read_image(out, path, length)
+        content = sink.read(path, length)
     except StorageError as error:
         if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EIO:  # the disk has lost it
             return None

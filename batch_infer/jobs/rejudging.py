@@ -20,7 +20,7 @@ from batch_infer.models import ModelCard
 from batch_infer.records import PromptRequest, ResultRow, Status, StoredImage, Verdict, utc_now
 from batch_infer.safety import Gate, ImageChecker, gate_of
 from batch_infer.settings import OnFlagged, RunSettings
-from batch_infer.sinks import FolderSink, resolve_path
+from batch_infer.sinks import make_sink, resolve_path
 from batch_infer.worker import commit_images, explain_flag, format_worker_name, set_image, set_verdict
 
 READING_THREADS = 8
@@ -76,7 +76,7 @@ class Rejudging:
     ) -> None:
         """Loads the checker, where it is to be asked. Raises ModelError, SettingsError."""
         self._settings, self._card = settings, card
-        self._sink = FolderSink(settings.out, images.SUFFIX[settings.output.image_format])
+        self.sink = make_sink(settings.out, settings.output.image_format)
         self._manifest, self._name = Manifest(settings.out, record.get("run_number") or 0), format_worker_name(0)
         asks_checker = settings.safety.asks_checker(has_checker=card.has_checker)
         self._judge = _load_judge(settings, card, record) if asks_checker else None
@@ -130,18 +130,18 @@ class Rejudging:
     def tidy(self, request: PromptRequest, committed: CommittedImage) -> None:
         """Remove the files that a killed rescoring has left elsewhere of a row that needs no judging."""
         path = committed.path if committed.path and resolve_path(self._settings.out, committed.path) else None
-        others = self._sink.possible_paths(request)
+        others = self.sink.possible_paths(request)
         if path is not None:
-            others |= {f"{folder}/{path.partition('/')[2]}" for folder in ("images", "quarantine")}
+            others |= {self.sink.path_in(path, quarantine=quarantine) for quarantine in (False, True)}
         for other in others - {path}:
-            self._sink.remove(other)
+            self.sink.remove(other)
 
     def commit(self, carried: pa.Schema) -> None:
         """Put new images in place, commit the rows, and remove the images that they no longer name.
 
         A kill at any moment loses no image. Raises StorageError.
         """
-        commit_images(self._sink, self._manifest, self._rows, carried, written=self._written, former=self._former)
+        commit_images(self.sink, self._manifest, self._rows, carried, written=self._written, former=self._former)
         for done in (self._rows, self._written, self._former):
             done.clear()
 
@@ -152,7 +152,7 @@ class Rejudging:
     def _read(self, entry: Stored) -> _File | str:
         """Return the stored image, or the sentence that says why it cannot be judged. Raises StorageError."""
         row = entry.row
-        content = read_whole(self._settings.out, row.generated_image or "", row.sha256, row.image_bytes)
+        content = read_whole(self.sink, row.generated_image or "", row.sha256, row.image_bytes)
         if content is None:
             return GONE
         try:
@@ -195,24 +195,19 @@ class Rejudging:
         """The image as it is to be, written where it is another one or stands elsewhere."""
         policy, row = self._settings.safety.policy, entry.row
         pixels = images.by_policy(file.pixels, policy) if flagged else file.pixels
-        path = self._path_of(row, quarantine=flagged and policy == "quarantine")
+        path = self.sink.path_in(row.generated_image or "", quarantine=flagged and policy == "quarantine")
         if pixels is None:
             return None
         if pixels is file.pixels and path == row.generated_image:
             return StoredImage(path, row.sha256 or "", row.image_bytes or 0, row.pixels_sha256)
         self._written.append(path)
         if pixels is file.pixels:
-            return replace(self._sink.write(path, file.content), pixels_sha256=row.pixels_sha256)
+            return replace(self.sink.write(path, file.content), pixels_sha256=row.pixels_sha256)
         parameters = images.parameters_text(entry.request, self._card.scheduler_name, self._card.fingerprint)
         # The image keeps its name, so its format too: a later run may have had another --image-format.
         image_format = images.FORMATS.get(Path(path).suffix, self._settings.output.image_format)
-        stored = self._sink.write(path, images.encode(pixels, image_format, parameters))
+        stored = self.sink.write(path, images.encode(pixels, image_format, parameters))
         return replace(stored, pixels_sha256=images.pixels_sha256(pixels))
-
-    def _path_of(self, row: ResultRow, *, quarantine: bool) -> str:
-        """Return where an image belongs: where it is, or in the same place in quarantine/ or outside it."""
-        _, _, rest = (row.generated_image or "").partition("/")
-        return f"{'quarantine' if quarantine else 'images'}/{rest}"
 
     def _fail(self, entry: Stored, error: str) -> None:
         """No answer, no image: it is rendered anew by the next run."""

@@ -149,7 +149,7 @@ class _Rescoring:
             self._tables.rows(replace(self._new, fingerprint=name), is_finished)
             for name in (self._new.fingerprint, *self._sources)
         ]
-        items = zip(*walks, strict=True)
+        items, collisions = zip(*walks, strict=True), rejudging.sink.collisions(index)
         while batch := list(islice(items, BATCH)):
             found: list[tuple[PromptRequest, CommittedImage, OnFlagged]] = []
             for new, *old in batch:
@@ -158,7 +158,7 @@ class _Rescoring:
                     continue
                 if kept.fingerprint == new.fingerprint:
                     if self._resumed:
-                        rejudging.tidy(index.with_collisions(new, kept.path), kept)
+                        rejudging.tidy(collisions.mark(new, kept.path), kept)
                     continue
                 known = {item.fingerprint: policy for item, policy in zip(old, self._sources.values(), strict=True)}
                 if kept.fingerprint in known:

@@ -17,7 +17,7 @@ from batch_infer.jobs.summary import Summary
 from batch_infer.planning import Item, ManifestEntry
 from batch_infer.records import ResultRow
 from batch_infer.settings import Retried, RunSettings, ServiceSettings
-from batch_infer.sinks import has_image
+from batch_infer.sinks import make_sink
 
 log = logging.getLogger("batch_infer")
 
@@ -70,7 +70,7 @@ class _Chosen:
     """
 
     def __init__(self, statuses: Collection[Retried], out: Path) -> None:
-        self._statuses, self._out = statuses, out
+        self._statuses, self._sink = statuses, make_sink(out)
         self._row: str | None = None
 
     def __call__(self, item: Item, found: ManifestEntry | None) -> bool:
@@ -80,7 +80,7 @@ class _Chosen:
             self._row = None
         if found is None:
             return self._row != item.id
-        is_missing = found.path is not None and "missing" in self._statuses and not has_image(self._out, found.path)
+        is_missing = found.path is not None and "missing" in self._statuses and not self._sink.has(found.path)
         chosen = found.status in self._statuses or is_missing
         if chosen and found.status == "invalid":
             self._row = item.id

@@ -53,6 +53,7 @@ from batch_infer.manifest import Manifest, ManifestIndex
 from batch_infer.planning import SkipRule, is_done, order_requests, select_pending
 from batch_infer.records import ResultRow, utc_now
 from batch_infer.settings import Compute, RunSettings
+from batch_infer.sinks import make_sink
 from batch_infer.stopping import GRACE_SECONDS, StopRequested, deferred
 from batch_infer.store import PinnedFolder, log_handler, open_log, path_exists
 from batch_infer.worker import WorkerSettings, peak_memory, smallest_batches, sum_stages_by_size
@@ -356,7 +357,8 @@ class _Run:
     def _task(self, index: ManifestIndex, survey: ScanResult) -> Task:
         slots_of = None if self._job.card.uses_pipeline_call else self._slots_of
         new = select_pending(self._job.items(index), index, self._leaves_alone)
-        requests = order_requests((index.with_collisions(request, request.replaces) for request in new), slots_of)
+        collisions = make_sink(self._out).collisions(index)
+        requests = order_requests((collisions.mark(request, request.replaces) for request in new), slots_of)
         return Task(requests, survey.pending, self._worker())
 
     def _stop_compiling(self, error: CompilationError, survey: ScanResult) -> None:

@@ -11,7 +11,7 @@ from batch_infer.jobs.job import Job
 from batch_infer.manifest import Manifest, ManifestIndex
 from batch_infer.planning import Item, ManifestEntry, SkipRule
 from batch_infer.records import ResultRow
-from batch_infer.sinks import FolderSink
+from batch_infer.sinks import make_sink
 
 INVALID_BATCH = 1024
 INVALID_BYTES = 64 << 20
@@ -127,7 +127,7 @@ class _Invalid:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._manifest, self._sink = Manifest(job.settings.out, job.number), FolderSink(job.settings.out)
+        self._manifest, self._sink = Manifest(job.settings.out, job.number), make_sink(job.settings.out)
         self._rows: list[ResultRow] = []
         self._size = 0
         self._obsolete: list[str] = []

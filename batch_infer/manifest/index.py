@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
 from batch_infer.errors import BatchInferError, DamagedPart, StorageError
 from batch_infer.manifest.parts import SCHEMA, cast_table, read_part
-from batch_infer.records import PromptRequest
 from batch_infer.store import path_exists, temporary_database
 
 
@@ -42,12 +40,6 @@ _FOUND = (
     "SELECT status, fingerprint, attempt, path, part, row, source_file, (SELECT count(*) FROM failures AS f"
     " WHERE f.id = c.id AND f.image_index = c.image_index AND f.fingerprint = c.fingerprint) FROM committed AS c"
 )
-
-
-def _names_in(path: str) -> tuple[str, str]:
-    """The names of a file and a row in the path of an image, `images/STEM-NNNNN/ID-K.png`: `STEM` and `ID`."""
-    folders, _, file = path.rpartition("/")
-    return folders.rpartition("/")[2].rpartition("-")[0], file.rpartition("-")[0]
 
 
 class _Tables:
@@ -82,7 +74,8 @@ class ManifestIndex:
         self._database.execute("CREATE INDEX capitals ON committed (lower(id)) WHERE id != lower(id)")
         self._database.execute("CREATE TABLE failures (id TEXT, image_index INTEGER, fingerprint TEXT)")
         self._database.execute("CREATE INDEX failed ON failures (id, image_index, fingerprint)")
-        self._stems: dict[str, set[str]] = {}
+        self.image_folders: set[str] = set()
+        """Folders of all images that any part names, relative to OUT."""
         self._parts = {part.name: part for part in parts}
         self._tables = _Tables()
         try:
@@ -128,9 +121,7 @@ class ManifestIndex:
         table = table.append_column("time", table["finished_at"].cast(pa.int64()))
         columns = table.to_pydict()
         rows = list(zip(*(columns[name] for name in (*_INDEXED, "time", "row")), strict=True))
-        for folder in {path.rpartition("/")[0] for path in columns["generated_image"] if path}:
-            stem, _ = _names_in(f"{folder}/")
-            self._stems.setdefault(stem.lower(), set()).add(stem)
+        self.image_folders.update(path.rpartition("/")[0] for path in columns["generated_image"] if path)
         failed = [(name, k, fingerprint) for name, k, status, fingerprint, *_ in rows if status == "failed"]
         self._database.executemany("INSERT INTO failures VALUES (?,?,?)", failed)
         # Ties are two workers' word on the same attempt, as where one has died before it could tell that it was done:
@@ -159,34 +150,17 @@ class ManifestIndex:
         found = self._database.execute(f"{_FOUND} WHERE path IN (SELECT name FROM paths)")
         return {row[3]: CommittedImage(*row) for row in found}
 
-    def with_collisions(self, request: PromptRequest, path: str | None) -> PromptRequest:
-        """Return a request whose image path differs from those of committed images by more than case.
-
-        `path` is that of the image that is committed for the request itself, and which it keeps. This must not be used
-        where several processes without a common lock give names.
-        """
+    def similar_ids(self, name: str) -> list[tuple[str, str]]:
+        """Return the other ids that equal this one when case is ignored, each with the path of an image of it."""
         if not self._parts:
-            return request
-        folder, name = _names_in(path or "")
-        stem = request.source.stem
-        stems = self._stems.get(stem.lower(), set())
-        collides: dict[str, Any] = {
-            "id_collides": name != request.id and (request.id_collides or self._has_alike(request.id)),
-            "stem_collides": folder != stem and (bool(stems - {stem}) or (request.stem_collides and not stems)),
-        }
-        if collides == {flag: getattr(request, flag) for flag in collides}:
-            return request
-        return replace(request, **collides)
-
-    def _has_alike(self, name: str) -> bool:
-        """Return whether an image is named after another id that differs from this one by case alone."""
-        alike = self._database.execute(
+            return []
+        similar = self._database.execute(
             "SELECT id, path FROM committed WHERE id = lower(?1) AND id != ?1 AND path IS NOT NULL"
             " UNION ALL SELECT id, path FROM committed"
             " WHERE lower(id) = lower(?1) AND id != lower(id) AND id != ?1 AND path IS NOT NULL",
             (name,),
         )
-        return any(_names_in(path)[1] == other for other, path in alike)
+        return similar.fetchall()
 
     def in_order(self, tables: Sequence[str]) -> Iterator[CommittedImage]:
         """Everything in the order of its rows in these tables; what other tables gave follows, by their names."""

@@ -1,23 +1,9 @@
-"""Where images are stored."""
+"""Sinks store images in OUT, durable before their manifest part is committed, and find them again.
 
-from batch_infer.sinks.folder import (
-    BACKUP_PREFIX,
-    FolderSink,
-    backup_path,
-    has_image,
-    original_path,
-    possible_names,
-    read_image,
-    resolve_path,
-)
+A new sink is one file with a class that has the methods of `Sink`, and one line in `sink.SINKS`.
+"""
 
-__all__ = [
-    "BACKUP_PREFIX",
-    "FolderSink",
-    "has_image",
-    "backup_path",
-    "original_path",
-    "possible_names",
-    "read_image",
-    "resolve_path",
-]
+from batch_infer.sinks.folder import BACKUP_PREFIX, IMAGE_FOLDERS, FolderSink, original_path, resolve_path
+from batch_infer.sinks.sink import Sink, make_sink
+
+__all__ = ["BACKUP_PREFIX", "FolderSink", "IMAGE_FOLDERS", "Sink", "make_sink", "original_path", "resolve_path"]

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from batch_infer.manifest import Manifest
 from batch_infer.records import PromptRequest, ResultRow
-from batch_infer.sinks import FolderSink, backup_path
+from batch_infer.sinks import Sink, make_sink
 from batch_infer.worker.interface import WorkerSettings
 from batch_infer.worker.rows import make_row
 
@@ -35,7 +35,7 @@ Stored = TypeVar("Stored")
 
 
 def commit_images(
-    sink: FolderSink,
+    sink: Sink,
     manifest: Manifest,
     rows: Sequence[ResultRow],
     carried: pa.Schema,
@@ -54,7 +54,7 @@ def commit_images(
     sink.publish(written)
     if rows:
         manifest.commit(rows, carried)
-    for path in (*(path for path in former if path not in kept), *map(backup_path, replaced)):
+    for path in (*(path for path in former if path not in kept), *map(sink.backup_path, replaced)):
         sink.remove(path)
 
 
@@ -66,7 +66,7 @@ def commit_failed(
     rows = [make_row(request, "failed", reason, scheduler=scheduler, worker=worker) for request in requests]
     if rows:
         former = [request.replaces for request in requests if request.replaces]
-        manifest, sink = Manifest(settings.out, settings.run), FolderSink(settings.out)
+        manifest, sink = Manifest(settings.out, settings.run), make_sink(settings.out)
         commit_images(sink, manifest, rows, settings.carried, written=(), former=former)
     return rows
 

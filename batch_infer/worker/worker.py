@@ -16,7 +16,7 @@ from batch_infer.models import ModelCard
 from batch_infer.peak_flops import dense_tflops
 from batch_infer.records import PromptRequest, ResultRow, Status, StoredImage
 from batch_infer.settings import BatchShape, Compute, SafetySettings
-from batch_infer.sinks import FolderSink
+from batch_infer.sinks import make_sink
 from batch_infer.worker.committing import Committer, commit_images
 from batch_infer.worker.interface import WorkerReport, WorkerSettings, peak_memory
 from batch_infer.worker.rows import explain_flag, make_row, set_rendering, set_verdict
@@ -49,7 +49,7 @@ class Worker:
     ) -> None:
         """Load the chain. `name` is stored in each row as its `worker`. Raises ModelError."""
         self._settings, self._name = settings, name
-        self._sink = FolderSink(settings.out, images.SUFFIX[settings.output.image_format])
+        self._sink = make_sink(settings.out, settings.output.image_format)
         self._manifest = Manifest(settings.out, settings.run)
         self._chain = load(settings.card, settings.compute, settings.safety, stop)
 
