@@ -35,7 +35,7 @@ class Rendering:
     prompts: Sequence[str]
     processes: int = 2
     load: Any = dummies.load
-    patience: Timeouts = PATIENT
+    timeouts: Timeouts = PATIENT
     told: list[ResultRow] = field(default_factory=list)
 
     def go(self, stop: Callable[[], bool] = lambda: False) -> TaskReport:
@@ -49,7 +49,7 @@ class Rendering:
             carried=pa.schema([("tag", pa.string())]),
         )
         requests = [self._request(k, prompt) for k, prompt in enumerate(self.prompts)]
-        with LocalEngine("cpu", self.processes, patience=self.patience, load=self.load) as engine:
+        with LocalEngine("cpu", self.processes, timeouts=self.timeouts, load=self.load) as engine:
             assert engine.find_device().kind == "cpu"
             return engine.render(Task(iter(requests), len(requests), settings), self.told.extend, stop)
 

@@ -15,10 +15,9 @@ import pytest
 
 from batch_infer import errors
 from batch_infer.engines import supervisor
-from batch_infer.engines.handle import Timeouts, WorkerHandle, hang_up
+from batch_infer.engines.handle import Timeouts, WorkerCrash, WorkerHandle, shut_down
 from batch_infer.engines.local import LocalEngine
-from batch_infer.engines.messages import Broken
-from batch_infer.engines.supervisor import WorkerCrash, error_of
+from batch_infer.engines.messages import WorkerError
 from batch_infer.errors import BatchInferError, ModelError, SettingsError, StorageError, WorkersLost
 from batch_infer.manifest import Manifest
 from tests import dummies
@@ -54,7 +53,7 @@ def test_a_row_that_its_process_dies_of_costs_no_other(tmp_path: Path, prompt: s
     work = rendering.go()
     rendering.assert_accounted(30)
     assert 3 <= work.deaths <= 4  # a worker may die with both of them at once
-    told = "3 workers have died over this row, the last with nothing else to do: "
+    told = "3 workers died over this row, the last with no other row: "
     assert rendering.rows()["30"]["error"] == f"{told}{fate}"
 
 
@@ -62,17 +61,17 @@ def test_a_row_that_its_process_dies_of_costs_no_other(tmp_path: Path, prompt: s
 def test_a_worker_that_hangs_is_ended_and_its_row_with_it(tmp_path: Path) -> None:
     prompts = ["a"] * 40
     prompts[17] = "hang"
-    rendering = Rendering(tmp_path / "out", prompts, patience=Timeouts(start=5, least=5, factor=1))
+    rendering = Rendering(tmp_path / "out", prompts, timeouts=Timeouts(start=5, least=5, factor=1))
     work = rendering.go()
     rendering.assert_accounted(17)
     assert work.deaths == 3
-    assert "nothing was heard of it for 5 s" in rendering.rows()["17"]["error"]
+    assert "no heartbeat for 5 s" in rendering.rows()["17"]["error"]
 
 
 @pytest.mark.promises
 def test_a_worker_that_is_stopped_from_outside_is_replaced(tmp_path: Path) -> None:
     """A process under SIGSTOP cannot watch itself."""
-    rendering = Rendering(tmp_path / "out", ["a"] * 64, load=dummies.load_waiting, patience=Timeouts(3600, 30, 5, 2))
+    rendering = Rendering(tmp_path / "out", ["a"] * 64, load=dummies.load_waiting, timeouts=Timeouts(3600, 30, 5, 2))
     stopped: list[int] = []
 
     def freeze() -> bool:
@@ -91,7 +90,7 @@ def test_a_worker_that_is_stopped_from_outside_is_replaced(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("prompt", "error", "told"),
     [
-        ("die by SIGKILL", WorkersLost, "no worker is left: the last has died .killed by SIGKILL"),
+        ("die by SIGKILL", WorkersLost, "no worker is left: the last one died .killed by SIGKILL"),
         ("raise hell", WorkerCrash, "(?s)Traceback.*RuntimeError: the device said hell"),
     ],
 )
@@ -99,7 +98,7 @@ def test_a_worker_that_dies_whatever_it_does_ends_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompt: str, error: type[Exception], told: str
 ) -> None:
     """Or it would take all rows of the table with it, one by one. A bug is told as one."""
-    monkeypatch.setattr(supervisor, "BARREN_LIVES", 2)
+    monkeypatch.setattr(supervisor, "MAX_FAILURES", 2)
     rendering = Rendering(tmp_path / "out", [prompt] * 100, processes=1)
     with pytest.raises(error, match=told):
         rendering.go()
@@ -112,7 +111,7 @@ def test_a_worker_that_dies_whatever_it_does_ends_the_run(
 def test_a_worker_that_dies_at_its_start_ends_the_run_with_its_own_error(tmp_path: Path) -> None:
     with pytest.raises(WorkerCrash, match="no such weights"):
         Rendering(tmp_path / "out", ["a"] * 10, load=dummies.load_broken).go()
-    with pytest.raises(ModelError, match=r"worker \d has died while it loaded the model .killed by SIGKILL"):
+    with pytest.raises(ModelError, match=r"worker \d died while it loaded the model .killed by SIGKILL"):
         Rendering(tmp_path / "out", ["a"] * 10, load=dummies.load_dying).go()
     assert not Manifest(tmp_path / "out").parts()
 
@@ -184,11 +183,11 @@ def test_a_script_without_a_main_guard_is_told_what_to_write(tmp_path: Path, job
 def test_workers_end_when_their_parent_does(end: str) -> None:
     with LocalEngine("cpu", 1, load=dummies.load) as engine:
         engine.find_device()
-        (peer,) = engine.gather(1)
+        (peer,) = engine.start(1)
         process = peer._process
         assert process is not None and process.is_alive()
         if end == "killed":  # as it looks from the other end of the link
-            hang_up(peer._link)
+            shut_down(peer._connection)
             process.join(300)
             assert process.exitcode == 1
     assert not process.is_alive()
@@ -205,7 +204,7 @@ NAMED = sorted({kind for kind in kinds_of(BatchInferError) if hasattr(errors, ki
 
 @pytest.mark.parametrize("kind", NAMED, ids=lambda kind: kind.__name__)
 def test_an_error_of_a_worker_keeps_its_sentence_and_its_exit_code(kind: type[BatchInferError]) -> None:
-    broken = Broken(kind.__name__, "the sentence", "the traceback")
-    error = error_of(cast(WorkerHandle, SimpleNamespace(broken=broken)), "its fate")
+    broken = WorkerError(kind.__name__, "the sentence", "the traceback")
+    error = WorkerHandle.exit_error(cast(WorkerHandle, SimpleNamespace(error=broken)), "its fate")
     assert isinstance(error, BatchInferError)
     assert (str(error), error.exit_code) == ("the sentence", kind.exit_code)

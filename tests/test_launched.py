@@ -20,9 +20,16 @@ from typing import Any
 import pytest
 
 from batch_infer.engines import launched as engine_of_launches
-from batch_infer.engines.launched import LaunchedEngine, RankInfo, find_rank_0, read_rank_info
+from batch_infer.engines.launched import LaunchedEngine, RankInfo, connect_to_rank_0, read_rank_info
 from batch_infer.engines.messages import Hello, encode
-from batch_infer.engines.rendezvous import MEETING, SECRET, Note, Read, read_note, write_note
+from batch_infer.engines.rendezvous import (
+    FILE_NAME,
+    SECRET,
+    Rendezvous,
+    TrustedRendezvous,
+    read_rendezvous,
+    write_rendezvous,
+)
 from batch_infer.errors import ServiceError, SettingsError
 from tests.deaths import eventually, table_of, undisturbed, without_bookkeeping
 from tests.paced import MODULE
@@ -84,7 +91,7 @@ def test_torchrun_starts_the_workers(tmp_path: Path) -> None:
     assert process.returncode == 0, stderr
     assert stdout.count("24 rows") == 1
     assert_as_expected(tmp_path / "out", tmp_path / "reference")
-    assert not (tmp_path / "out" / MEETING).exists()
+    assert not (tmp_path / "out" / FILE_NAME).exists()
 
 
 @pytest.mark.promises
@@ -148,11 +155,11 @@ def test_a_rank_that_is_asked_to_stop_leaves_its_rows_to_the_others(tmp_path: Pa
 
 def test_strangers_at_the_meeting_place_keep_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One who goes at once, one who says nothing, one who does not know the key, and ones who send garbage."""
-    monkeypatch.setattr(engine_of_launches, "GREETING_SECONDS", 0.5)
+    monkeypatch.setattr(engine_of_launches, "HANDSHAKE_SECONDS", 0.5)
     here = RankInfo(0, 2, 0, 2, "127.0.0.1", "this launch")
     (tmp_path / "out").mkdir()
     with LaunchedEngine("cpu", here, tmp_path / "out") as engine:
-        note = json.loads((tmp_path / "out" / MEETING).read_text())
+        note = json.loads((tmp_path / "out" / FILE_NAME).read_text())
         address = note["host"], note["port"]
         socket.create_connection(address).close()
         for garbage in (b"", b"GET / HTTP/1.1\r\n\r\n", b"\0\0\0\x10" + b"x" * 16):
@@ -170,7 +177,7 @@ def test_strangers_at_the_meeting_place_keep_nobody_out(tmp_path: Path, monkeypa
                 link.recv_bytes()
         with meet(tmp_path / "out", "this launch") as link:
             link.send_bytes(encode(Hello(1)))
-            assert eventually(lambda: any(peer.rank == 1 for peer in engine.newcomers()))
+            assert eventually(lambda: any(peer.rank == 1 for peer in engine.arrivals()))
     assert not (tmp_path / "harm").exists()
 
 
@@ -185,50 +192,50 @@ class Danger:
 
 
 def test_a_note_counts_only_where_it_is_this_users_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    own = Note("launch", "127.0.0.1", 1, "00")
-    write_note(tmp_path, own)
-    found = read_note(tmp_path)
-    assert isinstance(found, Read)
-    assert found.note == own
-    (tmp_path / MEETING).chmod(0o644)
-    assert "is ignored" in str(read_note(tmp_path))
-    (tmp_path / MEETING).chmod(0o600)
-    (tmp_path / MEETING).rename(tmp_path / "note")
-    (tmp_path / MEETING).symlink_to(tmp_path / "note")
-    assert "is ignored" in str(read_note(tmp_path))
+    own = Rendezvous("launch", "127.0.0.1", 1, "00")
+    write_rendezvous(tmp_path, own)
+    found = read_rendezvous(tmp_path)
+    assert isinstance(found, TrustedRendezvous)
+    assert found.rendezvous == own
+    (tmp_path / FILE_NAME).chmod(0o644)
+    assert "is ignored" in str(read_rendezvous(tmp_path))
+    (tmp_path / FILE_NAME).chmod(0o600)
+    (tmp_path / FILE_NAME).rename(tmp_path / "note")
+    (tmp_path / FILE_NAME).symlink_to(tmp_path / "note")
+    assert "is ignored" in str(read_rendezvous(tmp_path))
     answers = iter([False, False, True])
     with caplog.at_level(logging.WARNING, "batch_infer"):
-        assert find_rank_0(tmp_path, "launch", lambda: next(answers)) is None
+        assert connect_to_rank_0(tmp_path, "launch", lambda: next(answers)) is None
     assert "is ignored" in caplog.text
-    (tmp_path / MEETING).unlink()
-    os.mkfifo(tmp_path / MEETING, 0o600)
-    assert "is ignored" in str(read_note(tmp_path))
+    (tmp_path / FILE_NAME).unlink()
+    os.mkfifo(tmp_path / FILE_NAME, 0o600)
+    assert "is ignored" in str(read_rendezvous(tmp_path))
 
 
 def test_a_server_that_has_the_port_of_a_killed_rank_0_holds_nobody_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_of_launches, "GREETING_SECONDS", 0.2)
+    monkeypatch.setattr(engine_of_launches, "HANDSHAKE_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        write_note(tmp_path, Note("launch", "127.0.0.1", silent.getsockname()[1], "00"))
+        write_rendezvous(tmp_path, Rendezvous("launch", "127.0.0.1", silent.getsockname()[1], "00"))
         answers = iter([False, False, True])
-        assert find_rank_0(tmp_path, "launch", lambda: next(answers)) is None
+        assert connect_to_rank_0(tmp_path, "launch", lambda: next(answers)) is None
 
 
 def test_a_note_of_another_user_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unless the key comes with the environment."""
-    note = Note("launch", "127.0.0.1", 1, "00")
-    write_note(tmp_path, note)
+    note = Rendezvous("launch", "127.0.0.1", 1, "00")
+    write_rendezvous(tmp_path, note)
     user = os.geteuid()
     monkeypatch.setattr(os, "geteuid", lambda: user + 1)
-    assert "is ignored" in str(read_note(tmp_path))
-    with pytest.raises(SettingsError, match=f"keeps no owners and modes of files.*set {SECRET}"):
-        write_note(tmp_path, note)
+    assert "is ignored" in str(read_rendezvous(tmp_path))
+    with pytest.raises(SettingsError, match=f"does not store owners and modes of files.*set {SECRET}"):
+        write_rendezvous(tmp_path, note)
     monkeypatch.setenv(SECRET, "of all ranks")
-    key = write_note(tmp_path, note)
-    assert json.loads((tmp_path / MEETING).read_text())["key"] == ""
-    found = read_note(tmp_path)
-    assert isinstance(found, Read)
+    key = write_rendezvous(tmp_path, note)
+    assert json.loads((tmp_path / FILE_NAME).read_text())["key"] == ""
+    found = read_rendezvous(tmp_path)
+    assert isinstance(found, TrustedRendezvous)
     assert found.key == key
 
 
@@ -247,14 +254,14 @@ def test_a_rank_that_comes_after_rank_0_has_ended_does_not_wait(
     monkeypatch.setattr(engine_of_launches, "LATE_SECONDS", 0.0)
     with LaunchedEngine("cpu", RankInfo(0, 2, 0, 2, "127.0.0.1", "this launch"), tmp_path):
         pass
-    note = tmp_path / MEETING
+    note = tmp_path / FILE_NAME
     os.utime(note, (note.stat().st_mtime + skew,) * 2)
-    assert find_rank_0(tmp_path, "this launch", lambda: False) is None
-    assert [path.name for path in tmp_path.iterdir()] == [MEETING]
-    monkeypatch.setattr(engine_of_launches, "COMING_SECONDS", 0.0)
+    assert connect_to_rank_0(tmp_path, "this launch", lambda: False) is None
+    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+    monkeypatch.setattr(engine_of_launches, "ARRIVAL_SECONDS", 0.0)
     monkeypatch.setattr(engine_of_launches, "STARTED", time.monotonic() + 60)
-    with pytest.raises(ServiceError, match="rank 0 has not come"):  # that was an earlier launch of the same name
-        find_rank_0(tmp_path, "this launch", lambda: False)
+    with pytest.raises(ServiceError, match="rank 0 was not found"):  # that was an earlier launch of the same name
+        connect_to_rank_0(tmp_path, "this launch", lambda: False)
 
 
 def test_a_master_address_that_is_unknown_is_a_sentence(tmp_path: Path) -> None:
@@ -263,9 +270,9 @@ def test_a_master_address_that_is_unknown_is_a_sentence(tmp_path: Path) -> None:
         LaunchedEngine("cpu", RankInfo(0, 2, 0, 2, "nowhere.invalid"), tmp_path),
     ):
         pass
-    write_note(tmp_path, Note("launch", "nowhere.invalid", 1, "00"))
-    with pytest.raises(ServiceError, match="MASTER_ADDR=nowhere.invalid is not known on this machine"):
-        find_rank_0(tmp_path, "launch", lambda: False)
+    write_rendezvous(tmp_path, Rendezvous("launch", "nowhere.invalid", 1, "00"))
+    with pytest.raises(ServiceError, match="MASTER_ADDR=nowhere.invalid cannot be resolved on this machine"):
+        connect_to_rank_0(tmp_path, "launch", lambda: False)
 
 
 def has_ipv6() -> bool:
@@ -282,19 +289,19 @@ def test_a_master_address_may_be_ipv6(tmp_path: Path, local_world: int) -> None:
     here = RankInfo(0, 2, 0, local_world, "::1", "launch")
     with LaunchedEngine("cpu", here, tmp_path) as engine, meet(tmp_path, "launch") as link:
         link.send_bytes(encode(Hello(1)))
-        assert eventually(lambda: any(peer.rank == 1 for peer in engine.newcomers()))
+        assert eventually(lambda: any(peer.rank == 1 for peer in engine.arrivals()))
 
 
 def meet(out: Path, launch: str) -> Connection:
-    link = find_rank_0(out, launch, lambda: False)
+    link = connect_to_rank_0(out, launch, lambda: False)
     assert link is not None
     return link
 
 
 def test_the_note_of_another_launch_is_not_followed(tmp_path: Path) -> None:
-    write_note(tmp_path, Note("another", "127.0.0.1", free_port(), "00"))
+    write_rendezvous(tmp_path, Rendezvous("another", "127.0.0.1", free_port(), "00"))
     answers = iter([False, False, True])
-    assert find_rank_0(tmp_path, "this launch", lambda: next(answers)) is None
+    assert connect_to_rank_0(tmp_path, "this launch", lambda: next(answers)) is None
 
 
 def test_a_place_is_what_a_launcher_says(monkeypatch: pytest.MonkeyPatch) -> None:
