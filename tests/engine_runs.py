@@ -18,7 +18,7 @@ from batch_infer.manifest import Manifest
 from batch_infer.models import read_card
 from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.settings import Compute, ModelSettings, OutputSettings, SafetySettings
-from batch_infer.store.atomic import PinnedFolder
+from batch_infer.store import PinnedFolder
 from batch_infer.worker import WorkerSettings
 from tests import dummies
 from tests.rendering import make_request

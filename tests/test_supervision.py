@@ -44,7 +44,7 @@ from batch_infer.errors import ModelError, SettingsError, WorkersLost
 from batch_infer.models import read_card
 from batch_infer.records import ResultRow
 from batch_infer.settings import Compute, Device, ModelSettings, OutputSettings, SafetySettings
-from batch_infer.store.atomic import PinnedFolder
+from batch_infer.store import PinnedFolder
 from batch_infer.worker import WorkerSettings
 from tests.deaths import eventually
 from tests.rendering import make_request
