@@ -56,7 +56,7 @@ def card_of(folder: Path, **settings: Any) -> ModelCard:
     card = read_card(ModelSettings(name=str(folder), **settings))
     # Flux and Z-Image are native at 1024 pixels, whatever their checkpoints hold.
     size = SIZES.get(folder.name, (64, 64))
-    return replace(card, sizes=SizeRules(*size, card.sizes.factor, card.sizes.min_side))
+    return replace(card, sizes=SizeRules(*size, card.sizes.factor, card.sizes.smallest))
 
 
 def load_model(folder: Path, scheduler: str | None = None, *, with_checker: bool = False) -> AnyPipeline:

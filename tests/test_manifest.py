@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,7 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from batch_infer.errors import DamagedPart, NewerPart, StorageError
-from batch_infer.manifest import SCHEMA, Manifest, read_part, to_table, write_parquet
+from batch_infer.manifest import SCHEMA, Manifest, read_part, to_table
+from batch_infer.manifest.parts import write_part
 from batch_infer.records import BOOKKEEPING, PromptRequest, ResultRow, SamplingParams, Source, digest, utc_now
 from batch_infer.sinks.names import Collisions
 
@@ -414,13 +416,10 @@ def test_a_full_disk_is_a_storage_error(tmp_path: Path) -> None:
         Manifest(tmp_path).commit([row()], NONE)
 
 
-def test_a_table_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
-    def tables() -> Any:
-        yield to_table([row()], NONE)
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_parquet(tmp_path / "results.parquet", SCHEMA, tables())
+def test_an_interrupted_write_leaves_no_part(tmp_path: Path) -> None:
+    stopped = mock.patch.object(pq.ParquetWriter, "write_table", side_effect=KeyboardInterrupt)
+    with stopped, pytest.raises(KeyboardInterrupt):
+        write_part(tmp_path / "part-0.parquet", to_table([row()], NONE), "clock", 0.0)
     assert list(tmp_path.iterdir()) == []
 
 

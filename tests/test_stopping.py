@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.csv
 import pytest
 
-from batch_infer.manifest.parts import to_table, write_part
+from batch_infer.manifest import to_table
+from batch_infer.manifest.parts import write_part
 from batch_infer.records import ResultRow, utc_now
 from tests.deaths import eventually, is_alive, workers_of
 from tests.hub import hub

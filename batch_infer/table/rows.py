@@ -230,14 +230,14 @@ def _whole(field: str, value: Any, least: int, most: int) -> int:
 
 def _side(field: str, value: Any, rules: RowRules) -> int:
     sizes = rules.sizes
-    side = _whole(field, value, sizes.min_side, sizes.largest)
+    side = _whole(field, value, sizes.smallest, sizes.largest)
     if side % sizes.factor:
         raise RowError(f"{field} {side} is not a multiple of {sizes.factor}; the nearest is {_nearest(side, sizes)}")
     return side
 
 
 def _nearest(side: int, sizes: SizeRules) -> int:
-    return max(sizes.min_side, round(side / sizes.factor) * sizes.factor)
+    return max(sizes.smallest, round(side / sizes.factor) * sizes.factor)
 
 
 def _real(field: str, value: Any, most: float) -> float:

@@ -6,7 +6,7 @@
 from typing import TYPE_CHECKING
 
 from batch_infer.lazy import import_on_use
-from batch_infer.worker.committing import commit_images
+from batch_infer.worker.committing import commit_failed, commit_images
 from batch_infer.worker.interface import (
     WorkerReport,
     WorkerSettings,
@@ -39,6 +39,7 @@ __all__ = [
     "Worker",
     "WorkerReport",
     "WorkerSettings",
+    "commit_failed",
     "commit_images",
     "explain_flag",
     "format_worker_name",

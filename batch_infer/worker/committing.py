@@ -14,8 +14,10 @@ from typing import Generic, TypeVar
 import pyarrow as pa
 
 from batch_infer.manifest import Manifest
-from batch_infer.records import ResultRow
-from batch_infer.sinks import Sink
+from batch_infer.records import PromptRequest, ResultRow
+from batch_infer.sinks import Sink, make_sink
+from batch_infer.worker.interface import WorkerSettings
+from batch_infer.worker.rows import make_row
 
 COMMIT_ROWS = 256
 """Rows in a manifest part."""
@@ -54,6 +56,19 @@ def commit_images(
         manifest.commit(rows, carried)
     for path in (*(path for path in former if path not in kept), *map(sink.backup_path, replaced)):
         sink.remove(path)
+
+
+def commit_failed(
+    settings: WorkerSettings, requests: Sequence[PromptRequest], reason: str, worker: str
+) -> list[ResultRow]:
+    """Commit requests as failed, and return their rows. Raises StorageError."""
+    scheduler = settings.card.scheduler_name
+    rows = [make_row(request, "failed", reason, scheduler=scheduler, worker=worker) for request in requests]
+    if rows:
+        former = [request.replaces for request in requests if request.replaces]
+        manifest, sink = Manifest(settings.out, settings.run), make_sink(settings.out)
+        commit_images(sink, manifest, rows, settings.carried, written=(), former=former)
+    return rows
 
 
 class Committer(Generic[Stored]):
