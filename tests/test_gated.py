@@ -22,7 +22,7 @@ from batch_infer.manifest import Manifest
 from batch_infer.models import read_card
 from batch_infer.records import PromptRequest, Verdict
 from batch_infer.settings import Compute, ModelSettings, OutputSettings, SafetySettings
-from batch_infer.store.atomic import PinnedFolder
+from batch_infer.store import PinnedFolder
 from batch_infer.worker import WorkerSettings
 from batch_infer.worker.loading import load_chain
 from batch_infer.worker.worker import Worker
