@@ -8,11 +8,16 @@ from types import TracebackType
 from typing import Protocol
 
 from batch_infer.engines.handle import Timeouts, WorkerHandle
+from batch_infer.errors import TryAgainLater
 from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.settings import Device
 from batch_infer.worker import WorkerReport, WorkerSettings
 
 OnCommit = Callable[[Sequence[ResultRow]], None]
+
+
+class WorkersLost(TryAgainLater):
+    """Every worker died, repeatedly, or none found a device."""
 
 
 @dataclass(frozen=True, slots=True)
