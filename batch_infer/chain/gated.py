@@ -9,9 +9,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from batch_infer.chain.shape import BatchSizes
 from batch_infer.chain.outcomes import Rendered, Size, Unrendered
 from batch_infer.chain.pipeline_call import PipelineCallChain
+from batch_infer.chain.shape import BatchSizes
 from batch_infer.chain.step_level import StepLevelChain
 from batch_infer.errors import BatchInferError, Interrupted, RowBroken
 from batch_infer.records import PromptRequest, Verdict
