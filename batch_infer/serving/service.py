@@ -84,9 +84,9 @@ class Service:
         self._is_rendering = False
         self._pool = ThreadPoolExecutor(1, "render")  # also loads: a compiled network may be bound to its thread
         self._chain = self._pool.submit(self._load, load).result()
-        driven, slots = self._chain.driven, self.deployment.compute.slots
+        slots, uses_pipeline_call = self.deployment.compute.slots, self._chain.uses_pipeline_call
         self._queue = RequestQueue(
-            lambda request: request.batch_key if driven else (request.params.height, request.params.width),
+            lambda request: request.batch_key if uses_pipeline_call else (request.params.height, request.params.width),
             slots + max(slots, MIN_READ_AHEAD),
         )
 
