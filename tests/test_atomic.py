@@ -15,8 +15,19 @@ from pathlib import Path
 import pytest
 
 from batch_infer.errors import StorageError
-from batch_infer.store import atomic
-from batch_infer.store.atomic import TEMPORARY_PREFIX, PinnedFolder, atomic_write, is_case_sensitive, temporary_path
+from batch_infer.store import (
+    TEMPORARY_PREFIX,
+    PinnedFolder,
+    atomic,
+    atomic_write,
+    host_id,
+    is_case_sensitive,
+    is_temporary,
+    path_exists,
+    paths,
+    pinned,
+    temporary_path,
+)
 
 
 @pytest.mark.parametrize("flush", [True, False])
@@ -64,7 +75,8 @@ def test_the_disk_holds_the_bytes_before_the_name_changes_and_then_the_name(
     def sync(synced: Path) -> None:
         seen.append((synced.is_dir(), path.exists()))
 
-    monkeypatch.setattr(atomic, "fsync", sync)
+    for module in (atomic, paths):
+        monkeypatch.setattr(module, "fsync", sync)
     with atomic_write(path) as temporary:
         temporary.write_text("x")
     assert seen == [(False, False), (True, True)]
@@ -165,7 +177,7 @@ def test_a_folder_whose_inode_number_changes_is_known_by_its_marker(
     assert PinnedFolder.of(tmp_path) == marked
     assert pickle.loads(pickle.dumps(marked)) == marked
     with monkeypatch.context() as patch:
-        patch.setattr(atomic, "_identity", lambda _: (1, 2))
+        patch.setattr(pinned, "_identity", lambda _: (1, 2))
         marked.check()
         assert_gone(known, tmp_path.name)
         marked.remove_markers(())
@@ -184,7 +196,7 @@ def test_a_folder_that_cannot_be_looked_at_is_not_taken_for_gone(
 
     monkeypatch.setattr(Path, "stat", stat)
     monkeypatch.setattr(Path, "lstat", stat)
-    for look in (known.check, lambda: atomic.path_exists(tmp_path / "x")):
+    for look in (known.check, lambda: path_exists(tmp_path / "x")):
         with pytest.raises(StorageError, match=f"cannot read {tmp_path}.*: Input/output error"):
             look()
 
@@ -196,13 +208,13 @@ def test_containers_of_equal_names_differ_by_the_boot_of_their_machine(
     for boot in ("a", "b", "a"):
         monkeypatch.setattr(atomic, "_BOOT_ID", tmp_path / "boot_id")
         (tmp_path / "boot_id").write_text(boot)
-        places.add(atomic.host_id())
+        places.add(host_id())
     assert len(places) == 2
 
 
 def test_only_names_of_our_own_making_are_temporary() -> None:
-    assert atomic.is_temporary(temporary_path(Path("x")).name)
-    assert not any(map(atomic.is_temporary, (".tmp-x", ".tmp-0a1b2c3d-x", "x", ".tmp-0a1b2c3d-1-0123456789ab-")))
+    assert is_temporary(temporary_path(Path("x")).name)
+    assert not any(map(is_temporary, (".tmp-x", ".tmp-0a1b2c3d-x", "x", ".tmp-0a1b2c3d-1-0123456789ab-")))
 
 
 def test_whether_case_matters_is_seen_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ from batch_infer.manifest import index as manifest_index
 from batch_infer.models import DEMO_MODEL
 from batch_infer.records import PromptRequest
 from batch_infer.simulation import Outcome, SimulationSettings, simulate
-from batch_infer.store.atomic import TEMPORARY_PREFIX, host_id
+from batch_infer.store import TEMPORARY_PREFIX, host_id
 from batch_infer.worker import committing
 from tests import dummies, runs
 from tests.content_safety_server import KEY, serving, status

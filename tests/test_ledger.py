@@ -1,4 +1,4 @@
-"""The ledger: every row is with one worker, waits, or is settled, whoever dies."""
+"""The ledger: every row is unassigned, held by one worker, retried or committed, whichever worker dies."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from batch_infer.records import PromptRequest
 from tests.rendering import make_request
 
 
-def rows(number: int) -> list[PromptRequest]:
-    return [make_request(str(k)) for k in range(number)]
+def rows(count: int) -> list[PromptRequest]:
+    return [make_request(str(k)) for k in range(count)]
 
 
 def keys(chunk: Chunk | None) -> list[tuple[str, int]]:
@@ -45,7 +45,7 @@ def test_more_rows_than_were_expected_are_handed_out_too() -> None:
     assert handed == 10
 
 
-def test_it_is_over_when_every_row_is_settled() -> None:
+def test_it_is_done_when_every_row_is_committed() -> None:
     ledger = Ledger(rows(2), 2, 1)
     first, second = keys(ledger.next_chunk(0)), keys(ledger.next_chunk(0))
     assert ledger.next_chunk(0) is None
@@ -55,24 +55,24 @@ def test_it_is_over_when_every_row_is_settled() -> None:
     assert ledger.is_done
 
 
-def test_a_row_that_three_workers_die_with_is_tried_in_smaller_company_each_time() -> None:
+def test_a_row_that_kills_workers_is_retried_in_smaller_chunks() -> None:
     ledger = Ledger(rows(40), 80, 1)
     (killer, *others) = keys(ledger.next_chunk(0))
     assert len(others) == CHUNK_ROWS - 1
     assert ledger.record_death(0) == []
-    company = ledger.next_retry(1)
-    assert company is not None
-    assert company.isolated
-    assert killer in keys(company)
-    assert len(company.requests) == RETRY_ROWS
+    together = ledger.next_retry(1)
+    assert together is not None
+    assert together.isolated
+    assert killer in keys(together)
+    assert len(together.requests) == RETRY_ROWS
     assert ledger.record_death(1) == []
-    alone = [ledger.next_retry(2) for _ in range(1 + RETRY_ROWS)]  # those that were not in it come first
+    alone = [ledger.next_retry(2) for _ in range(1 + RETRY_ROWS)]  # the rows that were not in that chunk come first
     assert keys(alone[1]) == [killer]
     (failed,) = (request for request in ledger.record_death(2) if request.key == killer)
     assert failed.key == killer
 
 
-def test_what_a_worker_hands_back_is_not_held_against_its_rows() -> None:
+def test_rows_of_a_worker_that_ended_normally_do_not_fail() -> None:
     ledger = Ledger(rows(4), 100, 1)
     for worker in range(2 * MAX_DEATHS):
         assert len(keys(ledger.next_chunk(worker) or ledger.next_retry(worker))) == 4
@@ -86,9 +86,9 @@ def test_what_a_worker_hands_back_is_not_held_against_its_rows() -> None:
 
 @settings(deadline=None)
 @given(st.integers(0, 90), st.integers(1, 4), st.randoms(use_true_random=False))
-def test_no_row_is_lost_or_done_twice_whoever_dies(number: int, workers: int, draw: st.randoms) -> None:  # type: ignore[valid-type]
-    """Workers that take what there is, and at times die with it."""
-    ledger = Ledger(rows(number), number, workers)
+def test_no_row_is_lost_or_committed_twice(count: int, workers: int, draw: st.randoms) -> None:  # type: ignore[valid-type]
+    """Workers take any rows there are, and sometimes die with them."""
+    ledger = Ledger(rows(count), count, workers)
     held: dict[int, list[tuple[str, int]]] = {worker: [] for worker in range(workers)}
     ends: Counter[tuple[str, int]] = Counter()
     deaths: Counter[tuple[str, int]] = Counter()
@@ -106,5 +106,5 @@ def test_no_row_is_lost_or_done_twice_whoever_dies(number: int, workers: int, dr
         elif ledger.is_done:
             break
     assert ledger.is_done
-    assert ends == Counter({(str(k), 0): 1 for k in range(number)})
-    assert all(count <= MAX_DEATHS for count in deaths.values())
+    assert ends == Counter({(str(k), 0): 1 for k in range(count)})
+    assert all(number <= MAX_DEATHS for number in deaths.values())

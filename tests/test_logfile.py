@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from batch_infer.errors import StorageError
-from batch_infer.store.logfile import log_handler, open_log
+from batch_infer.store import log_handler, open_log
 
 
 def record(told: str) -> logging.LogRecord:

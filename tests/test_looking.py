@@ -13,7 +13,7 @@ from batch_infer.errors import StorageError
 from batch_infer.jobs import cleanup, recovery
 from batch_infer.manifest import Manifest
 from batch_infer.sinks import FolderSink
-from batch_infer.store.atomic import is_folder, is_link, path_exists, unique_name
+from batch_infer.store import is_folder, is_link, path_exists, unique_name
 from tests.storage import fail_at
 
 MARK = ".begun-elsewhere-1-0123456789ab-x"

@@ -23,7 +23,7 @@ from batch_infer.jobs import status as status_job
 from batch_infer.jobs.scan import ScanResult
 from batch_infer.jobs.throughput import Throughput
 from batch_infer.records import ResultRow, Status, utc_now
-from tests.crew import Rendering
+from tests.engine_runs import EngineRun
 from tests.runs import run, run_json, settings_of
 from tests.tables import write_csv
 
@@ -244,6 +244,6 @@ def test_workers_in_processes_are_ready_once_before_the_first_commit(
         return render(engine, task, commit, stop, lambda: calls.append("ready"))
 
     monkeypatch.setattr(LocalEngine, "render", noted)
-    Rendering(tmp_path / "out", [f"red {i}" for i in range(6)]).go()
+    EngineRun(tmp_path / "out", [f"red {i}" for i in range(6)]).run()
     assert calls[0] == "ready"
     assert set(calls[1:]) == {"committed"}

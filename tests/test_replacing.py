@@ -19,7 +19,7 @@ from batch_infer.errors import SettingsError, StorageError
 from batch_infer.jobs import cleanup, recovery
 from batch_infer.manifest import Manifest
 from batch_infer.sinks import BACKUP_PREFIX, FolderSink
-from batch_infer.store.atomic import unique_name
+from batch_infer.store import unique_name
 from tests import runs
 from tests.tables import write_csv
 

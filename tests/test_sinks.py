@@ -22,7 +22,7 @@ from batch_infer.errors import StorageError
 from batch_infer.records import PromptRequest, SamplingParams, Source
 from batch_infer.sinks import FolderSink, resolve_path
 from batch_infer.sinks.names import hashed_name, safe_name
-from batch_infer.store.atomic import TEMPORARY_PREFIX, PinnedFolder
+from batch_infer.store import TEMPORARY_PREFIX, PinnedFolder
 from batch_infer.table.ids import Ids, colliding_stems
 
 PLAIN = ["a", "row-00000012", "a.b_c-d", "0", "_", "x" * 80, "prompts-2026.05"]

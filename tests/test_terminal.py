@@ -17,7 +17,7 @@ from batch_infer.engines import inline
 from batch_infer.engines.worker_process import leave_removed_folder
 from batch_infer.jobs import run as run_job
 from batch_infer.jobs import scan
-from batch_infer.store.logfile import log_handler, open_log
+from batch_infer.store import log_handler, open_log
 from batch_infer.terminal import escape_controls, never_fail_to_encode
 from batch_infer.worker import loading
 from tests.runs import QUICK, command, results, run

@@ -77,7 +77,7 @@ class SupervisorConnection:
         return self._is_stopped.is_set() or self._stop()
 
     def wait_for_settings(self) -> WorkerSettings:
-        """Return the settings of the task. Ends the process if it is told to stop before."""
+        """Return the settings of the task. Ends the process if it is to stop before they arrive."""
         message = self._wait_for_message()
         if not isinstance(message, messages.StartTask):
             sys.exit(0)

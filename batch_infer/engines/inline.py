@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import torch
 
 from batch_infer.autotune import explain_out_of_memory, find_device
 from batch_infer.engines.ledger import prefetch_first
-from batch_infer.engines.protocol import OnCommit, Task, TaskReport
+from batch_infer.engines.protocol import OnCommit, OnReady, Stop, Task, TaskReport
 from batch_infer.engines.worker_process import loading
 from batch_infer.settings import Device
 from batch_infer.stopping import deferred
@@ -27,13 +26,7 @@ class InlineEngine:
     def find_device(self) -> Device:
         return find_device(self._requested_device)
 
-    def render(
-        self,
-        task: Task,
-        on_commit: OnCommit,
-        stop: Callable[[], bool],
-        on_ready: Callable[[], None] = lambda: None,
-    ) -> TaskReport:
+    def render(self, task: Task, on_commit: OnCommit, stop: Stop, on_ready: OnReady = lambda: None) -> TaskReport:
         try:
             with loading():
                 worker = Worker(task.settings, format_worker_name(0), load_chain, stop)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from multiprocessing import active_children
 from typing import TYPE_CHECKING
 
 from batch_infer.engines import messages
 from batch_infer.engines.handle import Timeouts, WorkerHandle, start_worker
-from batch_infer.engines.protocol import OnCommit, Task, TaskReport
+from batch_infer.engines.protocol import OnCommit, OnReady, Stop, Task, TaskReport, WorkersLost
 from batch_infer.engines.supervisor import POLL_SECONDS, Supervisor
 from batch_infer.engines.worker_process import WorkerSpec
-from batch_infer.errors import SettingsError, WorkersLost
+from batch_infer.errors import SettingsError
 from batch_infer.settings import Device
 
 if TYPE_CHECKING:
@@ -58,13 +58,7 @@ class LocalEngine:
             raise SettingsError(f"--num-processes {self.workers}: torch sees {gpus} GPUs here, and each worker has one")
         return device
 
-    def render(
-        self,
-        task: Task,
-        on_commit: OnCommit,
-        stop: Callable[[], bool],
-        on_ready: Callable[[], None] = lambda: None,
-    ) -> TaskReport:
+    def render(self, task: Task, on_commit: OnCommit, stop: Stop, on_ready: OnReady = lambda: None) -> TaskReport:
         return Supervisor(task, self, on_commit, on_ready).run(stop)
 
     def start(self, rows: int) -> Iterable[WorkerHandle]:

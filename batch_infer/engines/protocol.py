@@ -8,11 +8,18 @@ from types import TracebackType
 from typing import Protocol
 
 from batch_infer.engines.handle import Timeouts, WorkerHandle
+from batch_infer.errors import TryAgainLater
 from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.settings import Device
 from batch_infer.worker import WorkerReport, WorkerSettings
 
 OnCommit = Callable[[Sequence[ResultRow]], None]
+OnReady = Callable[[], None]
+Stop = Callable[[], bool]
+
+
+class WorkersLost(TryAgainLater):
+    """Every worker died, repeatedly, or none found a device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +69,7 @@ class Engine(Protocol):
         """
         ...
 
-    def render(
-        self,
-        task: Task,
-        on_commit: OnCommit,
-        stop: Callable[[], bool],
-        on_ready: Callable[[], None] = lambda: None,
-    ) -> TaskReport:
+    def render(self, task: Task, on_commit: OnCommit, stop: Stop, on_ready: OnReady = lambda: None) -> TaskReport:
         """Render and commit all requests, or until `stop` returns True and finished rows are committed.
 
         `on_ready` is called once, when the first worker has loaded its model. `on_commit` is called with rows that are

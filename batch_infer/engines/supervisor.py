@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from threading import Event
 
 from batch_infer.engines import messages
 from batch_infer.engines.handle import WorkerCrash, WorkerHandle, last_line
 from batch_infer.engines.ledger import MAX_DEATHS, Chunk, Ledger
-from batch_infer.engines.protocol import OnCommit, Task, TaskReport, WorkerSource
-from batch_infer.errors import ModelError, SettingsError, TryAgainLater, WorkersLost
+from batch_infer.engines.protocol import OnCommit, OnReady, Stop, Task, TaskReport, WorkersLost, WorkerSource
+from batch_infer.errors import ModelError, SettingsError, TryAgainLater
 from batch_infer.records import PromptRequest
 from batch_infer.settings import Device
 from batch_infer.stopping import deferred
@@ -32,9 +32,7 @@ log = logging.getLogger("batch_infer")
 class Supervisor:
     """Supervises the workers of one task."""
 
-    def __init__(
-        self, task: Task, source: WorkerSource, on_commit: OnCommit, on_ready: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, task: Task, source: WorkerSource, on_commit: OnCommit, on_ready: OnReady = lambda: None) -> None:
         self._task, self._source, self._on_commit, self._on_ready = task, source, on_commit, on_ready
         self._ledger = Ledger(task.requests, task.expected, source.workers)
         self._workers: dict[int, WorkerHandle] = {}
@@ -49,7 +47,7 @@ class Supervisor:
         self._error: Exception | None = None
         self._rendering_since: float | None = None
 
-    def run(self, stop: Callable[[], bool]) -> TaskReport:
+    def run(self, stop: Stop) -> TaskReport:
         """Supervise until every row is committed, or `stop` returns True and finished rows are committed.
 
         Raises the errors of `Engine.render`, and WorkerCrash.
@@ -141,7 +139,7 @@ class Supervisor:
                 self._send_rows(worker, None if self._is_stopping else self._next_chunk(worker))
             case messages.WorkerIdle():
                 worker.is_idle = True
-                if not self._is_stopping:  # rows that it still holds got no result, and nobody else will commit them
+                if not self._is_stopping:  # it still holds rows that it has no result for
                     reason = (
                         f"{MAX_DEATHS} workers gave no result for this row; worker {worker.rank} had no other row left"
                     )

@@ -1,61 +1,70 @@
-"""Where files are written."""
+"""The disk: durable atomic files in OUT, checks of paths, temporary files and log files.
+
+Errors of the disk become StorageError, which names the path and what to do.
+"""
 
 from batch_infer.store.atomic import (
     TEMPORARY_PREFIX,
-    PinnedFolder,
     atomic_write,
-    fsync,
-    fsync_folder,
     host_id,
     is_abandoned,
     is_case_sensitive,
-    is_folder,
-    is_link,
     is_temporary,
-    list_names,
-    make_folder,
-    marker_name,
     original_name,
-    path_exists,
-    read_errors,
     remove_unfinished,
     sweep,
     temporary_path,
     unique_name,
+)
+from batch_infer.store.logfile import log_handler, open_log
+from batch_infer.store.paths import (
+    fsync,
+    fsync_folder,
+    is_folder,
+    is_link,
+    list_names,
+    make_folder,
+    path_exists,
+    read_errors,
     write_errors,
 )
-from batch_infer.store.database import temporary_database
-from batch_infer.store.logfile import log_handler, open_log
-from batch_infer.store.temporary import create_temporary, open_temporary_text, temporary_file_errors, temporary_folder
+from batch_infer.store.pinned import PinnedFolder, marker_name
+from batch_infer.store.temporary import (
+    create_temporary,
+    open_temporary_text,
+    temporary_database,
+    temporary_file_errors,
+    temporary_folder,
+)
 
 __all__ = [
     "PinnedFolder",
     "TEMPORARY_PREFIX",
+    "atomic_write",
     "create_temporary",
-    "is_case_sensitive",
+    "fsync",
+    "fsync_folder",
     "host_id",
     "is_abandoned",
+    "is_case_sensitive",
     "is_folder",
     "is_link",
     "is_temporary",
-    "path_exists",
     "list_names",
     "log_handler",
     "make_folder",
-    "original_name",
-    "open_log",
     "marker_name",
-    "unique_name",
+    "open_log",
+    "open_temporary_text",
+    "original_name",
+    "path_exists",
     "read_errors",
     "remove_unfinished",
-    "atomic_write",
-    "write_errors",
-    "temporary_file_errors",
     "sweep",
-    "fsync",
-    "fsync_folder",
     "temporary_database",
+    "temporary_file_errors",
     "temporary_folder",
     "temporary_path",
-    "open_temporary_text",
+    "unique_name",
+    "write_errors",
 ]

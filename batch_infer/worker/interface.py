@@ -1,4 +1,4 @@
-"""What a worker is given and what it returns: its settings, and a report of time, batch sizes and memory."""
+"""The interface of a worker: its settings, and its report of time, batch sizes and memory."""
 
 from __future__ import annotations
 
