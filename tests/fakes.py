@@ -106,7 +106,7 @@ class Recorder:
     def __init__(self) -> None:
         self.shown: list[list[tuple[int, ...]]] = []
 
-    def judge(self, images: Sequence[np.ndarray]) -> list[Verdict]:
+    def check(self, images: Sequence[np.ndarray]) -> list[Verdict]:
         self.shown.append([image.shape for image in images])
         return [Verdict(False, self.name, {})] * len(images)
 
