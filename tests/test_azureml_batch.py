@@ -33,7 +33,7 @@ from batch_infer.manifest import SCHEMA, Manifest
 from batch_infer.manifest import index as manifest_index
 from batch_infer.models import DEMO_MODEL
 from batch_infer.records import PromptRequest
-from batch_infer.simulation import Outcome, SimulationSettings, simulate
+from batch_infer.simulation import SimulationOutcome, SimulationSettings, simulate
 from batch_infer.store import TEMPORARY_PREFIX, host_id
 from batch_infer.worker import committing
 from tests import dummies, runs
@@ -657,7 +657,7 @@ def test_a_registered_model_lies_some_folders_down(tmp_path: Path) -> None:
 # As Azure runs it
 
 
-def simulated(tmp_path: Path, files: int, rows: int, **more: Any) -> Outcome:
+def simulated(tmp_path: Path, files: int, rows: int, **more: Any) -> SimulationOutcome:
     for k in range(files):
         prompts(tmp_path / "in" / f"prompts-{k:02d}.csv", rows)
     settings = SimulationSettings(
