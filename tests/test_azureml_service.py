@@ -63,7 +63,7 @@ def real(deployment: AzureDeployment) -> Iterator[Service]:
 
 @pytest.fixture
 def dummy(deployment: AzureDeployment) -> Iterator[Service]:
-    with closing(Service(deployment, lambda card, compute, safety, stop: DummyChain(stop))) as found:  # type: ignore
+    with closing(Service(deployment, lambda card, compute, safety, stop: DummyChain(stop))) as found:
         yield found
 
 
@@ -75,7 +75,7 @@ def all_of(service: Service, requests: Sequence[PromptRequest]) -> list[Rendered
 
 def scripted(deployment: AzureDeployment, render: Render) -> Service:
     """A service whose chain is this function."""
-    chain: Any = SimpleNamespace(uses_pipeline_call=False, render=render)
+    chain: Any = SimpleNamespace(uses_pipeline_call=False, render=render, close=lambda: None)
     return Service(deployment, lambda *_: chain)
 
 
@@ -369,7 +369,7 @@ def test_a_service_that_is_closed_leaves_nobody_waiting(deployment: AzureDeploym
                 pass
             yield from ()
 
-        return SimpleNamespace(uses_pipeline_call=False, render=render)
+        return SimpleNamespace(uses_pipeline_call=False, render=render, close=lambda: None)
 
     found = Service(deployment, load)
     with ThreadPoolExecutor(1) as callers:

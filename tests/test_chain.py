@@ -365,8 +365,8 @@ def test_a_size_that_no_memory_holds_costs_its_own_rows_only() -> None:
     ],
 )
 def test_batches_shrink_where_it_helps(shape: tuple[int, int], part: Any, smaller: tuple[int, int] | None) -> None:
-    found = BatchSizes(*shape).shrunk((64, 64), part)
-    assert (found and found.of((64, 64))) == smaller
+    smaller_sizes = BatchSizes(*shape).halved((64, 64), part)
+    assert (smaller_sizes and smaller_sizes.of((64, 64))) == smaller
 
 
 def test_sizes_have_batches_of_their_own() -> None:

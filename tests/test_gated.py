@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from batch_infer.chain import Elsewhere, GatedChain, GracePeriod, Rendered, Unrendered, nothing
+from batch_infer.chain import GatedChain, GracePeriod, NoRequest, Rendered, RequestSource, StepLevelChain, Unrendered
 from batch_infer.chain import gated as gated_chain
-from batch_infer.chain.gated import IMAGES_AHEAD, PROMPTS_AHEAD, REFUSED_AHEAD
+from batch_infer.chain.gated import BLOCKED_AHEAD, IMAGES_AHEAD, PROMPTS_AHEAD
+from batch_infer.chain.sources import IteratorSource
 from batch_infer.errors import Interrupted, RowBroken, ServiceError
 from batch_infer.manifest import Manifest
 from batch_infer.models import read_card
 from batch_infer.records import PromptRequest, Verdict
 from batch_infer.settings import Compute, ModelSettings, OutputSettings, SafetySettings
+from batch_infer.stages import Stages
 from batch_infer.store import PinnedFolder
 from batch_infer.worker import WorkerSettings
 from batch_infer.worker.loading import load_chain
@@ -130,12 +133,11 @@ def test_no_answer_is_no_image(word: str, error: str) -> None:
 
 def test_a_flagged_image_says_who_flagged_it_and_keeps_the_highest_scores() -> None:
     class Judged(DummyChain):
-        def render(
-            self, requests: Iterable[PromptRequest], elsewhere: Elsewhere = nothing
-        ) -> Iterator[Rendered | Unrendered]:
-            for outcome in super().render(requests):
-                assert isinstance(outcome, Rendered)
-                yield replace(outcome, verdict=Verdict(True, "own", {"concept_0": -0.5, "Hate": 0.5}))
+        def steps(self, source: RequestSource) -> Iterator[list[Rendered | Unrendered]]:
+            for outcomes in super().steps(source):
+                for outcome in outcomes:
+                    assert isinstance(outcome, Rendered)
+                    yield [replace(outcome, verdict=Verdict(True, "own", {"concept_0": -0.5, "Hate": 0.5}))]
 
     chain: Any = Judged(lambda: False)
     (found,) = GatedChain(chain, WordGate()).render([make_request("row", "good", seed=120)])
@@ -243,15 +245,13 @@ def test_what_is_judged_is_given_while_the_device_is_at_work() -> None:
     given: list[str] = []
 
     class Slow(DummyChain):
-        def render(
-            self, requests: Iterable[PromptRequest], elsewhere: Elsewhere = nothing
-        ) -> Iterator[Rendered | Unrendered]:
-            source = iter(requests)
-            if (first := next(source, None)) is not None:
-                yield from self._make([first])
+        def steps(self, source: RequestSource) -> Iterator[list[Rendered | Unrendered]]:
+            while isinstance(first := source.poll(1.0), NoRequest):
+                yield []
+            yield self._make([first], Stages())
             while len(given) < 2:  # as a UNet at work on the third row
-                next(source, None)
-                yield from elsewhere()
+                source.poll()
+                yield []
                 time.sleep(0.001)
 
     chain: Any = Slow(lambda: False)
@@ -261,13 +261,17 @@ def test_what_is_judged_is_given_while_the_device_is_at_work() -> None:
     assert sorted(given[:2]) == ["row-0", "row-1"]
 
 
-def test_a_chain_gives_what_is_ready_elsewhere_after_each_tick(demo_folder: Path) -> None:
+def test_a_chain_returns_control_after_each_unet_call(demo_folder: Path) -> None:
     rows = [make_request(f"row-{k}", "a red circle", steps=3) for k in range(2)]
     chain = load_chain(read_card(ModelSettings(str(demo_folder))), COMPUTE, SafetySettings("none"))
-    elsewhere = Unrendered(make_request("elsewhere"), "failed", "no word")
-    found = [outcome.request.id for outcome in chain.render(rows, lambda: [elsewhere])]  # type: ignore[call-arg]
-    assert found.count("elsewhere") == chain.stages.ticks > 0
-    assert {"row-0", "row-1"} <= set(found)
+    assert isinstance(chain, StepLevelChain)
+    ids: list[str] = []
+    calls = [0]
+    for outcomes in chain.steps(IteratorSource(rows)):
+        ids += [outcome.request.id for outcome in outcomes]
+        calls.append(chain.stages.ticks)
+    assert calls[-1] > 0 and all(later - earlier <= 1 for earlier, later in pairwise(calls))
+    assert sorted(ids) == ["row-0", "row-1"]
 
 
 def test_an_image_without_a_word_is_no_image() -> None:
@@ -277,7 +281,7 @@ def test_an_image_without_a_word_is_no_image() -> None:
 
     (found,) = gated(Silent()).render([make_request("row", "good")])
     assert isinstance(found, Unrendered)
-    assert (found.status, found.error) == ("failed", "words has no word on the image")
+    assert (found.status, found.error) == ("failed", "words has no verdict on the image")
 
 
 def test_a_table_of_refused_prompts_is_given_as_it_goes() -> None:
@@ -292,7 +296,7 @@ def test_a_table_of_refused_prompts_is_given_as_it_goes() -> None:
     given = set()
     for outcome in gated(WordGate()).render(rows()):
         given.add(outcome.request.id)
-        assert taken <= len(given) + PROMPTS_AHEAD + REFUSED_AHEAD
+        assert taken <= len(given) + PROMPTS_AHEAD + BLOCKED_AHEAD
     assert len(given) == 500
 
 

@@ -10,14 +10,14 @@ from dataclasses import dataclass, field, replace
 from queue import Empty
 from threading import Event, Lock
 
-from batch_infer.chain import GatedChain
+from batch_infer.chain import Chain
 from batch_infer.errors import Interrupted, TryAgainLater
 from batch_infer.records import PromptRequest
 from batch_infer.serving.deployment import Deployment
 from batch_infer.serving.request_queue import Mailbox, Order, Outcome
 from batch_infer.settings import Compute, SafetySettings
 from batch_infer.stages import Stages
-from batch_infer.worker import Chain, ChainLoader, load_chain
+from batch_infer.worker import ChainLoader, load_chain
 
 SLOTS = 8
 """Row-forwards in a UNet call where nobody says. A single caller pays for the empty ones too, with his time."""
@@ -111,8 +111,7 @@ class Service:
             self._closed.set()
         self._pool.shutdown()
         self._wake()
-        if isinstance(self._chain, GatedChain):
-            self._chain.close()
+        self._chain.close()
 
     def _load(self, load: ChainLoader) -> Chain:
         deployment = self.deployment

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast, overload
 import torch
 
 from batch_infer.accelerator import limit_memory, out_of_memory_errors, set_float32_precision
-from batch_infer.chain import BatchSizes, GatedChain, GracePeriod, PipelineCallChain, StepLevelChain
+from batch_infer.chain import BatchSizes, Chain, GatedChain, GracePeriod, PipelineCallChain, StepLevelChain
 from batch_infer.models import ModelCard, load_any_pipeline, load_checker, load_latent_diffusion, optimize_networks
 from batch_infer.safety import ImageChecker, make_gate
 from batch_infer.settings import Compute, SafetySettings
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def load_chain(
     card: ModelCard, compute: Compute, safety: SafetySettings, stop: Callable[[], bool] = lambda: False
-) -> StepLevelChain | PipelineCallChain | GatedChain:
+) -> Chain:
     """Load a model and return its chain, with the checker and the gate that `safety` names.
 
     Raises ModelError, SettingsError.

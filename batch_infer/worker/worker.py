@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeAlias, cast
 
 from batch_infer import images
-from batch_infer.chain import GatedChain, PipelineCallChain, Rendered, StepLevelChain, Unrendered
+from batch_infer.chain import Chain, Rendered, RowOutcome, Unrendered
 from batch_infer.errors import BatchInferError
 from batch_infer.manifest import Manifest
 from batch_infer.models import ModelCard
@@ -32,8 +32,7 @@ render more.
 """
 MOST_STORING_THREADS = 32
 
-Chain: TypeAlias = "StepLevelChain | PipelineCallChain | GatedChain"
-ChainLoader: TypeAlias = "Callable[[ModelCard, Compute, SafetySettings, Callable[[], bool]], Chain]"
+ChainLoader: TypeAlias = Callable[[ModelCard, Compute, SafetySettings, Callable[[], bool]], Chain]
 """Loads a model and returns its chain. The last argument returns whether to stop."""
 
 
@@ -94,7 +93,7 @@ class Worker:
         if chain_error is not None:
             raise chain_error
 
-    def _store(self, outcome: Rendered | Unrendered) -> _StoredRow:
+    def _store(self, outcome: RowOutcome) -> _StoredRow:
         request = outcome.request
         if isinstance(outcome, Unrendered):
             row = set_verdict(self._make_row(request, outcome.status, outcome.error), outcome.verdict)
