@@ -158,7 +158,7 @@ def test_memory_that_holds_one_row_makes_rows_one_by_one(caplog: pytest.LogCaptu
     assert sorted(found) == [str(k) for k in range(5)]
     assert all(isinstance(outcome, Rendered) for outcome in found.values())
     assert calls_of(chain)[-5:] == [(1, 1)] * 5
-    assert "out of memory at 16x16 pixels: going on with one row a call" in caplog.text
+    assert "out of memory at 16x16 pixels: going on with one row per call" in caplog.text
 
 
 @pytest.mark.parametrize("one_row_per_call", [False, True])
