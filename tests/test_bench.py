@@ -40,7 +40,7 @@ from batch_infer.chain import ChainShape, StepLevelChain
 from batch_infer.cli.bench import _speed
 from batch_infer.errors import SettingsError
 from batch_infer.models import architectures
-from batch_infer.models.flops import decode_flops, denoise_flops
+from batch_infer.models.acceleration import decode_flops, denoise_flops
 from batch_infer.planning import Packing, in_order
 from batch_infer.records import PromptRequest, SizeRules
 from batch_infer.settings import Compute, ComputeSettings, ModelSettings
