@@ -38,7 +38,7 @@ class Painter(LatentDiffusion):
             {"colour": torch.full((3, 1, 1), float(request.prompt or 0), dtype=self.dtype)} for request in requests
         ]
         return [
-            Conditioning((colour, colour if request.params.guided else None), 1, False)
+            Conditioning((colour, colour if request.params.uses_guidance else None), 1, False)
             for colour, request in zip(colours, requests, strict=True)
         ]
 
@@ -82,7 +82,7 @@ class PaintingPipeline:
     def render(self, requests: Sequence[PromptRequest], batch: int) -> torch.Tensor:
         self.calls.append((len(requests), batch))
         assert len(requests) <= batch
-        assert len({request.alike for request in requests}) == 1
+        assert len({request.batch_key for request in requests}) == 1
         if (1 if self.one_row_per_call else batch) > self._memory:
             raise torch.OutOfMemoryError("out of memory\nand more")
         for request in requests:
@@ -106,7 +106,7 @@ class Recorder:
     def __init__(self) -> None:
         self.shown: list[list[tuple[int, ...]]] = []
 
-    def judge(self, images: Sequence[np.ndarray]) -> list[Verdict]:
+    def check(self, images: Sequence[np.ndarray]) -> list[Verdict]:
         self.shown.append([image.shape for image in images])
         return [Verdict(False, self.name, {})] * len(images)
 

@@ -18,7 +18,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from batch_infer.chain import ChainShape, PipelineCallChain, Rendered, Unrendered
+from batch_infer.chain import BatchSizes, PipelineCallChain, Rendered, Unrendered
 from batch_infer.errors import ModelError, RowBroken
 from batch_infer.models import AnyPipeline, ModelCard, read_card, trial_calls
 from batch_infer.models.pipelines import find_class
@@ -94,14 +94,14 @@ def render(
     model: AnyPipeline, requests: list[PromptRequest], *, slots: int = 8, judge: ImageChecker | None = None
 ) -> dict[str, Rendered]:
     found = {}
-    for outcome in PipelineCallChain(model, ChainShape(slots, 2), judge).render(sorted(requests, key=_by_likeness)):
+    for outcome in PipelineCallChain(model, BatchSizes(slots, 2), judge).render(sorted(requests, key=_by_likeness)):
         assert isinstance(outcome, Rendered), outcome.error
         found[outcome.request.id] = outcome
     return found
 
 
 def _by_likeness(request: PromptRequest) -> Any:
-    return request.alike
+    return request.batch_key
 
 
 # Images
@@ -257,7 +257,7 @@ def test_what_a_pipeline_raises_is_the_rows_and_not_its_neighbours(
     rows = [row("flux", "a", seed=1), row("flux", "bad", "bad", seed=2), row("flux", "c", seed=3)]
     wanted = render(model, rows)
     failing(model, error, "bad", monkeypatch)
-    found = {outcome.request.id: outcome for outcome in PipelineCallChain(model, ChainShape(8, 2), None).render(rows)}
+    found = {outcome.request.id: outcome for outcome in PipelineCallChain(model, BatchSizes(8, 2), None).render(rows)}
     for name in "ac":
         image = found[name]
         assert isinstance(image, Rendered)
@@ -299,7 +299,7 @@ def test_a_device_that_is_lost_while_a_pipeline_loads_is_no_property_of_its_shap
 
 
 def test_a_size_that_the_pipeline_rounds_is_refused(models: dict[str, AnyPipeline]) -> None:
-    (found,) = PipelineCallChain(models["flux"], ChainShape(4, 2), None).render([row("flux", "row", size=(64, 72))])
+    (found,) = PipelineCallChain(models["flux"], BatchSizes(4, 2), None).render([row("flux", "row", size=(64, 72))])
     assert isinstance(found, Unrendered)
     assert found.status == "invalid"
     assert found.error.startswith("FluxPipeline makes images of 64x64 pixels instead of 72x64")
@@ -311,7 +311,7 @@ def test_values_that_are_not_finite_are_told(folders: dict[str, Path], tmp_path:
     weights = load_file(file)
     weights["proj_out.bias"].fill_(float("nan"))
     save_file(weights, file, metadata={"format": "pt"})
-    (found,) = PipelineCallChain(load_model(own), ChainShape(4, 2), None).render([row("flux", "row", guidance=2.5)])
+    (found,) = PipelineCallChain(load_model(own), BatchSizes(4, 2), None).render([row("flux", "row", guidance=2.5)])
     assert isinstance(found, Unrendered)
     assert found.status == "failed"
     assert "not finite at 3 steps and guidance_scale 2.5" in found.error

@@ -445,4 +445,4 @@ def test_short_names_of_schedulers_are_those_of_the_installed_diffusers(sd1_fold
 def test_a_checker_that_loads_judges(own: Path) -> None:
     card = read_card(ModelSettings(name=str(own)))
     checker = StableDiffusionChecker(*load_checker(card, CPU, torch.float32), 1)
-    assert checker.judge([np.zeros((64, 64, 3), np.uint8)])
+    assert checker.check([np.zeros((64, 64, 3), np.uint8)])

@@ -22,7 +22,7 @@ from batch_infer.errors import Interrupted, LockedError, SettingsError, StorageE
 from batch_infer.jobs import cleanup
 from batch_infer.jobs import out as outdir
 from batch_infer.manifest import Manifest
-from batch_infer.records import ResultRow, now
+from batch_infer.records import ResultRow, utc_now
 from batch_infer.sinks import FolderSink
 from tests.runs import run, run_json
 from tests.tables import write_csv
@@ -133,9 +133,9 @@ def link_images(out: Path, disk: Path) -> None:
 def commit_image(out: Path, name: str) -> Path:
     sink = FolderSink(out)
     stored = sink.write(f"images/t-00000/{name}-0.png", b"x")
-    sink.settle([stored.path])
+    sink.publish([stored.path])
     (out / "manifest" / "part-1.parquet").unlink(missing_ok=True)
-    row = ResultRow(id=name, image_index=0, prompt="x", generated_image=stored.path, status="ok", finished_at=now(),
+    row = ResultRow(id=name, image_index=0, prompt="x", generated_image=stored.path, status="ok", finished_at=utc_now(),
                     source_file="t.csv", source_row=0, fingerprint="f")  # fmt: skip
     Manifest(out).commit([row], pa.schema([]))
     return out / stored.path

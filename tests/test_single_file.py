@@ -240,7 +240,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a LoRA of diffusers": (write("unet.mid_block.proj_in.lora_A.weight"), "is a LoRA: give it with --lora"),
     "a ControlNet": (write("control_model.time_embed.0.weight"), "is a ControlNet"),
     "a ControlNet of diffusers": (write("controlnet_cond_embedding.conv_in.weight"), "is a ControlNet"),
-    "an embedding": (write("emb_params"), "no tensors of a checkpoint's UNet and VAE and text encoder: give a complete"),
+    "an embedding": (write("emb_params"), "UNet and VAE and text encoder: give a complete checkpoint"),
     "a UNet": (keep("model.diffusion_model."), "no tensors of a checkpoint's VAE and text encoder"),
     "no text encoder": (rewrite(lambda t: [t.pop(n) for n in list(t) if "cond_" in n]), "checkpoint.s text encoder"),
     "the half of a file": (lambda f: f.write_bytes(f.read_bytes()[: f.stat().st_size // 2]), "is incomplete: fetch"),

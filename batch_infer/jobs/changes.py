@@ -11,9 +11,9 @@ from msgspec import UnsetType
 from batch_infer.errors import SettingsError
 from batch_infer.jobs.job import Job
 from batch_infer.jobs.run_json import parse_record
-from batch_infer.manifest import Index
-from batch_infer.planning import Item, finished_in
-from batch_infer.records import FINAL, PromptRequest
+from batch_infer.manifest import ManifestIndex
+from batch_infer.planning import Item, make_finished_check
+from batch_infer.records import FINAL_STATUSES, PromptRequest
 from batch_infer.table import RowRules
 
 OPTIONS = {
@@ -53,7 +53,7 @@ class Changes:
         )
 
 
-def find_changes(job: Job, index: Index) -> Changes:
+def find_changes(job: Job, index: ManifestIndex) -> Changes:
     """Scan the tables for finished images that the options of this run change. A row whose own cells changed is none.
 
     Scans only where a default has ever differed in this OUT, where --column differs, and where run.json is missing.
@@ -61,8 +61,8 @@ def find_changes(job: Job, index: Index) -> Changes:
     if job.earlier is None:
         return _changes_of_unknown_runs(job, index)
     earlier = parse_record(job.earlier)
-    if earlier.ids_from is not None and job.tables.default_ids not in (None, earlier.ids_from):
-        cause = f"id from {earlier.ids_from} -> {job.tables.default_ids}"
+    if earlier.ids_from is not None and job.tables.default_id_source not in (None, earlier.ids_from):
+        cause = f"id from {earlier.ids_from} -> {job.tables.default_id_source}"
         return Changes(_finished(index), {"--id-from": cause})
     known = () if isinstance(earlier.rules, UnsetType) else (earlier.rules,)
     rules = [each for each in (*known, *earlier.earlier_rules) if each != job.rules]
@@ -71,9 +71,9 @@ def find_changes(job: Job, index: Index) -> Changes:
     changes = Changes()
     if not rules and before == now:
         return changes
-    for item, others in job.tables.compared_rows(job.rules, rules, finished_in(index)):
+    for item, others in job.tables.compared_rows(job.rules, rules, make_finished_check(index)):
         match = index.find(item.key)
-        if match is None or match.status not in FINAL or match.fingerprint == item.fingerprint:
+        if match is None or match.status not in FINAL_STATUSES or match.fingerprint == item.fingerprint:
             continue
         if made := _made_by(match.fingerprint, others, rules):
             changes.images += 1
@@ -92,20 +92,21 @@ def _made_by(
     return next(((old, each) for old, each in pairs if old is not None and old.fingerprint == fingerprint), None)
 
 
-def _changes_of_unknown_runs(job: Job, index: Index) -> Changes:
+def _changes_of_unknown_runs(job: Job, index: ManifestIndex) -> Changes:
     """Count the finished images that would be replaced in an OUT whose run.json is missing."""
     if not _finished(index):
         return Changes()
     matches = ((item, index.find(item.key)) for item in job.items(index))
     images = sum(
-        match is not None and match.status in FINAL and match.fingerprint != item.fingerprint for item, match in matches
+        match is not None and match.status in FINAL_STATUSES and match.fingerprint != item.fingerprint
+        for item, match in matches
     )
     return Changes(images, {"an option or a row": "run.json, which records the options, is missing"} if images else {})
 
 
-def _finished(index: Index) -> int:
-    statuses = index.statuses()
-    return sum(statuses[status] for status in FINAL)
+def _finished(index: ManifestIndex) -> int:
+    statuses = index.count_statuses()
+    return sum(statuses[status] for status in FINAL_STATUSES)
 
 
 def _causes(item: Item, old: Item, before: RowRules, after: RowRules) -> dict[str, str]:

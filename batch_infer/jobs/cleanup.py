@@ -12,25 +12,25 @@ from filelock import FileLock, Timeout
 from batch_infer.errors import DamagedPart, Interrupted, SettingsError, UsageError
 from batch_infer.jobs.out import LINKABLE, OURS, mark_half_cleared, read_run
 from batch_infer.manifest import Manifest, read_part
-from batch_infer.sinks import ASIDE, FolderSink, path_before_aside, stored_path
+from batch_infer.sinks import BACKUP_PREFIX, make_sink, original_path, resolve_path
 from batch_infer.store import (
+    fsync_folder,
     is_abandoned,
     is_folder,
     is_link,
     is_temporary,
-    is_there,
     list_names,
-    own_marker,
-    storing,
+    marker_name,
+    path_exists,
     sweep,
-    sync_folder,
+    write_errors,
 )
 
 
 def refuse_to_clear(out: Path) -> None:
     """Refuse an OUT that may hold the files of something else than a run. Raises UsageError."""
     held = (name for name in OURS if name != "logs")  # logs/ is kept; a run that could not start leaves only that
-    if "identity" not in (read_run(out) or {}) and any(is_there(out / name) for name in held):
+    if "identity" not in (read_run(out) or {}) and any(path_exists(out / name) for name in held):
         raise SettingsError(
             f"--overwrite: {out} has no run.json of ours, so what it holds may be somebody's; remove it yourself"
         )
@@ -45,7 +45,7 @@ def clear(out: Path, stop: Callable[[], bool] = lambda: False) -> None:
     link stays, and of what it leads to only the files are removed that the manifest names.
     """
     refuse_to_clear(out)
-    if not is_there(out / "run.json"):
+    if not path_exists(out / "run.json"):
         return
     mark_half_cleared(out)
     linked = [name for name in LINKABLE if is_link(out / name)]
@@ -56,8 +56,8 @@ def clear(out: Path, stop: Callable[[], bool] = lambda: False) -> None:
             if stop():
                 raise Interrupted(f"stopped while --overwrite removed what {out} held; run again to continue")
             _remove(path)
-    with storing(out):
-        sync_folder(out)
+    with write_errors(out):
+        fsync_folder(out)
 
 
 def _folders(path: Path) -> Iterator[Path]:
@@ -67,7 +67,7 @@ def _folders(path: Path) -> Iterator[Path]:
 
 
 def _remove(path: Path) -> None:
-    with storing(path):
+    with write_errors(path):
         if is_folder(path):
             shutil.rmtree(path)
         else:
@@ -76,7 +76,7 @@ def _remove(path: Path) -> None:
 
 def _remove_named_images(out: Path) -> None:
     """Remove the images that the manifest names, and the folders that are empty then."""
-    sink, folders = FolderSink(out), set()
+    sink, folders = make_sink(out), set()
     for part in Manifest(out).parts():
         try:
             paths = read_part(part, ("generated_image",))["generated_image"].drop_null().to_pylist()
@@ -84,7 +84,7 @@ def _remove_named_images(out: Path) -> None:
             continue
         for path in paths:
             sink.remove(path)
-            if (image := stored_path(out, path)) is not None:
+            if (image := resolve_path(out, path)) is not None:
                 folders.add(image.parent)
     for folder in folders:
         if folder.parent.parent == out and not is_link(folder):
@@ -99,13 +99,13 @@ def remove_leftovers(out: Path) -> list[str]:
     or knows that no other process writes there. Links are not followed, except that images/ and quarantine/ may
     themselves be links. The marker by which this process knows its folders stays.
     """
-    marker = own_marker()
+    marker = marker_name()
     originals: list[str] = []
 
     def ours(name: str) -> bool:
-        return (is_temporary(name) and name != marker) or path_before_aside(name) is not None
+        return (is_temporary(name) and name != marker) or original_path(name) is not None
 
-    with storing(out):
+    with write_errors(out):
         _sweep(out, out, ours, originals)
         folders = [out / name for name in OURS if is_folder(out / name, follow=name in LINKABLE)]
         while folders:
@@ -122,9 +122,9 @@ def remove_abandoned(out: Path, folders: Iterable[Path]) -> list[str]:
     """
     originals: list[str] = []
     for folder in folders:
-        with storing(folder), suppress(FileNotFoundError, NotADirectoryError):
+        with write_errors(folder), suppress(FileNotFoundError, NotADirectoryError):
             if not is_link(folder):
-                _sweep(out, folder, lambda name: is_abandoned(name) or is_abandoned(name, ASIDE), originals)
+                _sweep(out, folder, lambda name: is_abandoned(name) or is_abandoned(name, BACKUP_PREFIX), originals)
     return originals
 
 
@@ -132,9 +132,9 @@ def _sweep(out: Path, folder: Path, ours: Callable[[str], bool], originals: list
     """Remove such files, but add images that were set aside to `originals`. Return the folders in this one."""
 
     def remove(path: Path) -> None:
-        if path_before_aside(path.name) is None:
+        if original_path(path.name) is None:
             path.unlink(missing_ok=True)
-        elif stored_path(out, aside := path.relative_to(out).as_posix()) is not None:
+        elif resolve_path(out, aside := path.relative_to(out).as_posix()) is not None:
             originals.append(aside)
 
     return sweep(folder, ours, remove)
@@ -142,6 +142,6 @@ def _sweep(out: Path, folder: Path, ours: Callable[[str], bool], originals: list
 
 def _remove_holder(out: Path) -> None:
     """Remove what a killed run said of itself; who holds OUT now, be it this process, keeps its own."""
-    if is_there(out / ".holder"):
+    if path_exists(out / ".holder"):
         with suppress(Timeout), FileLock(out / ".lock").acquire(timeout=0):
             (out / ".holder").unlink(missing_ok=True)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from batch_infer.autotune import Rates, load_calibration, save_calibration
 from batch_infer.errors import CompilationError
 from batch_infer.jobs.job import Job
-from batch_infer.planning import Load
-from batch_infer.records import now
+from batch_infer.planning import SizeCost
+from batch_infer.records import utc_now
 from batch_infer.stages import Stages
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ Size = tuple[int, int]
 log = logging.getLogger("batch_infer")
 
 
-def rates_of(loads: Mapping[Size, Load], job: Job, probe: Probe) -> dict[Size, Rates]:
+def rates_of(loads: Mapping[Size, SizeCost], job: Job, probe: Probe) -> dict[Size, Rates]:
     """The rates of every size. Raises ModelError where the model cannot be tried out."""
     found = {size: rates for size in loads if (rates := load_calibration(Rates, _conditions(job, size))) is not None}
     dearest = sorted(loads, key=lambda size: loads[size].row_forwards * size[0] * size[1], reverse=True)
@@ -60,7 +60,7 @@ def learn(job: Job, by_size: Mapping[Size, Stages], lengths: Mapping[Size, int],
     for size, stages in by_size.items():
         if stages.images and stages.ticks >= TICKS_THAT_TELL:
             tick, image = stages.denoise / stages.ticks, (stages.seconds - stages.denoise) / stages.images
-            rates = Rates(start, tick, image, lengths[size] / stages.images, now())
+            rates = Rates(start, tick, image, lengths[size] / stages.images, utc_now())
             save_calibration(_conditions(job, size), rates)
 
 

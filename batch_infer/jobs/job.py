@@ -15,9 +15,9 @@ from batch_infer.jobs import cleanup
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.record import check_identity, choose_compute, describe_run
 from batch_infer.jobs.run_json import ended_in_order, parse_record, require
-from batch_infer.manifest import SCHEMA, Index, Manifest, run_of
+from batch_infer.manifest import SCHEMA, Manifest, ManifestIndex, run_number
 from batch_infer.models import ModelCard, SamplingRules, read_card
-from batch_infer.planning import Item, finished_in
+from batch_infer.planning import Item, make_finished_check
 from batch_infer.records import digest
 from batch_infer.settings import Compute, Device, RowDefaults, RunSettings
 from batch_infer.table import RowRules, Tables
@@ -42,9 +42,9 @@ class Job:
         """The number of this run among those of its OUT, from 1; 0 for an endpoint's."""
         return int(self.record.get("run_number", 0))
 
-    def items(self, index: Index) -> Iterator[Item]:
+    def items(self, index: ManifestIndex) -> Iterator[Item]:
         """Every row of the tables, in input order. `index` says which rows are finished."""
-        return self.tables.rows(self.rules, finished_in(index))
+        return self.tables.rows(self.rules, make_finished_check(index))
 
 
 def make_paths_absolute(settings: RunSettings) -> RunSettings:
@@ -92,7 +92,7 @@ def find_model(settings: RunSettings, facts: Callable[[Path], SamplingRules] | N
 def prepare(settings: RunSettings, tables: Tables, card: ModelCard, device: Device) -> Job:
     """See that a job can be done on its OUT, as this is now. Writes nothing. Raises UsageError."""
     found = outdir.read_run(settings.out)
-    outdir.refuse_foreign_files(settings.out, tables.local, found)
+    outdir.refuse_foreign_files(settings.out, tables.local_paths, found)
     if settings.overwrite:
         cleanup.refuse_to_clear(settings.out)
     earlier = None if settings.overwrite else found
@@ -118,7 +118,7 @@ def _history(earlier: Mapping[str, Any] | None, tables: Tables, rules: RowRules)
     known = parse_record(earlier or {})
     before = () if isinstance(known.rules, UnsetType) else (known.rules,)
     others = [asdict(each) for each in dict.fromkeys((*before, *known.earlier_rules)) if each != rules]
-    return {"earlier_rules": others, "default_ids": tables.default_ids or known.ids_from}
+    return {"earlier_rules": others, "default_ids": tables.default_id_source or known.ids_from}
 
 
 def _number(earlier: Mapping[str, Any] | None, parts: Sequence[Path]) -> dict[str, int]:
@@ -127,7 +127,7 @@ def _number(earlier: Mapping[str, Any] | None, parts: Sequence[Path]) -> dict[st
     These are all runs since the last one that ended in order. The parts are looked at too: run.json may be missing.
     """
     known = earlier or {}
-    number = 1 + max([known.get("run_number") or 0, *map(run_of, parts)])
+    number = 1 + max([known.get("run_number") or 0, *map(run_number, parts)])
     return {"run_number": number, "recover_from": number if ended_in_order(known) else known.get("recover_from", 0)}
 
 

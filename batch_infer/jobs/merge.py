@@ -14,11 +14,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batch_infer.carried import common_type, result_names, result_type, to_array, weight
-from batch_infer.errors import MissingResults
+from batch_infer.carried import common_type, estimate_bytes, make_result_names, result_type, to_array
+from batch_infer.errors import StorageError
 from batch_infer.jobs.results import write_results
-from batch_infer.manifest import SCHEMA, Committed, Index, Manifest
-from batch_infer.planning import Item, place_of
+from batch_infer.manifest import SCHEMA, CommittedImage, Manifest, ManifestIndex
+from batch_infer.planning import Item, source_of
 from batch_infer.records import Source
 from batch_infer.settings import OutputSettings
 
@@ -30,6 +30,10 @@ BAD_SHOWN = 20
 _DESCRIBED = ["id", "image_index", "error", "source_file", "source_row"]
 
 log = logging.getLogger("batch_infer")
+
+
+class MissingResults(StorageError):
+    """The manifest lists fewer results than were committed."""
 
 
 @dataclass(slots=True)
@@ -77,7 +81,7 @@ def _describe(row: Mapping[str, Any], sources: Sequence[Source]) -> str:
 
 
 def merge(
-    items: Iterable[Item], index: Index, carried: pa.Schema, out: Path, output: OutputSettings, least: int = 0
+    items: Iterable[Item], index: ManifestIndex, carried: pa.Schema, out: Path, output: OutputSettings, least: int = 0
 ) -> Counts:
     """Write the results of these items, in their order, and count them.
 
@@ -108,7 +112,7 @@ def merge_parts(manifest: Manifest, tables: Sequence[str], out: Path, output: Ou
     schema = results_schema(manifest.schemas())
     with manifest.index() as index:
         counts = Counts()
-        counts.rows, counts.bad_rows = index.rows()
+        counts.rows, counts.bad_rows = index.count_rows()
         found = index.in_order(tables)
         batches = iter(lambda: list(islice(found, BATCH)), [])
         results = (counts.counted(index.take(batch, schema)) for batch in batches)
@@ -127,7 +131,7 @@ def results_schema(schemas: Iterable[pa.Schema]) -> pa.Schema:
             if column.name not in SCHEMA.names:
                 kinds.setdefault(column.name, set()).add(result_type(column.type))
     types: dict[str, set[pa.DataType]] = {}
-    for name, new in result_names(kinds, SCHEMA.names, known=True).items():
+    for name, new in make_result_names(kinds, SCHEMA.names, known=True).items():
         types.setdefault(new, set()).update(kinds[name])
     fields = [(name, common_type(found)) for name, found in types.items()]
     for name, kind in fields:
@@ -137,7 +141,7 @@ def results_schema(schemas: Iterable[pa.Schema]) -> pa.Schema:
     return pa.schema([*SCHEMA, *fields])
 
 
-def read_results(items: Iterable[Item], index: Index, carried: pa.Schema, counts: Counts) -> Iterator[pa.Table]:
+def read_results(items: Iterable[Item], index: ManifestIndex, carried: pa.Schema, counts: Counts) -> Iterator[pa.Table]:
     """What is committed of these items, in their order, in tables of a few thousand results; counts it too."""
     for batch in _batches(items):
         found = [(item, kept) for item in batch if (kept := _result_of(item, index)) is not None]
@@ -156,7 +160,7 @@ def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
     size = 0
     for _, images in groupby(items, attrgetter("id")):
         batch.extend(images)
-        size += weight(batch[-1].carried.values())
+        size += estimate_bytes(batch[-1].carried.values())
         if len(batch) >= BATCH or size >= BATCH_BYTES:
             yield batch
             batch, size = [], 0
@@ -164,7 +168,7 @@ def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
         yield batch
 
 
-def _result_of(item: Item, index: Index) -> Committed | None:
+def _result_of(item: Item, index: ManifestIndex) -> CommittedImage | None:
     """What is committed of an item as it stands in the table now; a result of what it was before does not count."""
     kept = index.find(item.key)
     return kept if kept is not None and kept.fingerprint == item.fingerprint else None
@@ -172,7 +176,7 @@ def _result_of(item: Item, index: Index) -> Committed | None:
 
 def _as_now(items: list[Item], table: pa.Table, carried: pa.Schema) -> pa.Table:
     """Results with the place and the carried columns that the table has now: neither changes an image."""
-    places = [place_of(item) for item in items]
+    places = [source_of(item) for item in items]
     table = table.set_column(
         table.column_names.index("source_file"), SCHEMA.field("source_file"), [[p[0] for p in places]]
     )

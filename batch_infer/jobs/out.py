@@ -17,23 +17,24 @@ from filelock import FileLock, Timeout
 from batch_infer import __version__
 from batch_infer.errors import LockedError, SettingsError, StorageError, UsageError, first_line
 from batch_infer.jobs.run_json import parse_record, require
-from batch_infer.records import now
+from batch_infer.records import utc_now
+from batch_infer.sinks import IMAGE_FOLDERS
 from batch_infer.store import (
-    KnownFolder,
+    PinnedFolder,
+    atomic_write,
+    fsync,
+    fsync_folder,
     is_abandoned,
     is_temporary,
-    is_there,
     list_names,
-    reading,
-    replacing,
-    storing,
+    path_exists,
+    read_errors,
     sweep,
-    sync,
-    sync_folder,
-    temporary_of,
+    temporary_path,
+    write_errors,
 )
 
-LINKABLE = ("images", "quarantine")
+LINKABLE = IMAGE_FOLDERS
 """Folders of OUT that may be links, to a larger disk."""
 FOLDERS = (*LINKABLE, "manifest", "logs")
 RESULTS = ("results.parquet", "results.csv", "results.jsonl")
@@ -52,7 +53,7 @@ _HALF_CLEARED = "overwriting"
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[KnownFolder]:
+def locked(out: Path) -> Iterator[PinnedFolder]:
     """Hold OUT, made where it is missing. The lock dies with its holder. Raises LockedError, SettingsError.
 
     Gives the folder that it holds: nothing else makes OUT, and who writes there can see that it is still the same.
@@ -71,17 +72,17 @@ def locked(out: Path) -> Iterator[KnownFolder]:
     except OSError as error:
         kind = SettingsError if error.errno in _WRONG_OUT else StorageError
         raise kind(f"cannot write to {out}: {error.strerror or error}") from error
-    known = KnownFolder.of(out)
+    known = PinnedFolder.of(out)
     try:
         with _pinned(out), storing_in(out):
             _write_holder(out)
             _sweep_results(out)
-            known = known.marked()
+            known = known.with_marker()
             yield known
     finally:
         known.remove_markers(LINKABLE)
         with suppress(OSError, StorageError):  # else it would hide the error that ends the run
-            if KnownFolder.of(out).identity == known.identity:  # what has taken its place may be held by another
+            if PinnedFolder.of(out).identity == known.identity:  # what has taken its place may be held by another
                 (out / ".holder").unlink(missing_ok=True)
         lock.release()
 
@@ -99,13 +100,13 @@ def storing_in(out: Path) -> Iterator[None]:
 
 
 def _write_holder(out: Path) -> None:
-    with replacing(out / ".holder", flush=False, parents=False) as temporary:
-        temporary.write_text(f"{platform.node()}, process {os.getpid()}, since {now():%Y-%m-%d %H:%M:%S} UTC")
+    with atomic_write(out / ".holder", flush=False, parents=False) as temporary:
+        temporary.write_text(f"{platform.node()}, process {os.getpid()}, since {utc_now():%Y-%m-%d %H:%M:%S} UTC")
 
 
 def _sweep_results(out: Path) -> None:
     """Remove the temporary files of results.*, which only a holder of OUT writes, and those of dead processes here."""
-    with storing(out):
+    with write_errors(out):
         sweep(out, lambda name: is_abandoned(name) or (is_temporary(name) and name.endswith(RESULTS)))
 
 
@@ -171,15 +172,15 @@ def _make(out: Path) -> None:
     missing = [folder for folder in (out, *out.parents) if not folder.exists()]
     out.mkdir(parents=True, exist_ok=True)
     for folder in missing:
-        sync_folder(folder.parent)
+        fsync_folder(folder.parent)
 
 
 def holder(out: Path) -> str | None:
     """Return which process holds OUT now, or None. Raises StorageError where the lock cannot be read."""
     path = out / ".lock"
-    if not is_there(path):
+    if not path_exists(path):
         return None
-    with reading(path):
+    with read_errors(path):
         return _holder(out) if _is_locked(path) else None
 
 
@@ -243,7 +244,7 @@ def refuse_while_rescored(out: Path, record: Mapping[str, Any] | None) -> None:
 
 def write_run(out: Path, run: Mapping[str, Any]) -> None:
     """Write run.json. Raises StorageError."""
-    with replacing(out / "run.json", parents=False) as temporary:
+    with atomic_write(out / "run.json", parents=False) as temporary:
         _write_json(temporary, run)
 
 
@@ -255,13 +256,13 @@ def _write_json(path: Path, run: Mapping[str, Any]) -> None:
 def create_run_json(out: Path, run: Mapping[str, Any]) -> None:
     """Write run.json unless OUT has one, so that of several processes one does. Raises StorageError."""
     path = out / "run.json"
-    temporary = temporary_of(path)
-    with storing(path):
+    temporary = temporary_path(path)
+    with write_errors(path):
         try:
             _write_json(temporary, run)
-            sync(temporary)
+            fsync(temporary)
             _link(temporary, path)
-            sync_folder(out)
+            fsync_folder(out)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -275,14 +276,14 @@ def _link(temporary: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_HARD_LINKS:
             raise
-        if not is_there(path):
+        if not path_exists(path):
             temporary.replace(path)
 
 
 def restore_run(out: Path, earlier: Mapping[str, Any] | None) -> None:
     """Put run.json back as it was before this run. Raises StorageError."""
     if earlier is None:
-        with storing(out / "run.json"):
+        with write_errors(out / "run.json"):
             (out / "run.json").unlink(missing_ok=True)
     else:
         write_run(out, earlier)
@@ -307,7 +308,7 @@ def refuse_foreign_files(out: Path, tables: Iterable[Path], earlier: Mapping[str
             raise SettingsError(f"{table} lies where a run into {out} writes its own files: give another --out")
     parts = [name for name in list_names(out / "manifest") if name.startswith("part-")]
     if (earlier is None or "identity" not in earlier) and not parts:
-        found = [name for name in RESULTS if is_there(out / name)]
+        found = [name for name in RESULTS if path_exists(out / name)]
         if found:
             raise SettingsError(f"{out / found[0]} is there, and no run of batch-infer made it: give another --out")
 
@@ -319,7 +320,7 @@ def _refuse_other_kinds(out: Path) -> None:
     """
     for name in OURS:
         path = out / name
-        with reading(path):
+        with read_errors(path):
             try:
                 kind = (path.stat() if name in LINKABLE else path.lstat()).st_mode
             except (FileNotFoundError, NotADirectoryError):

@@ -17,10 +17,18 @@ from batch_infer.jobs.record import at_once, processes_of
 from batch_infer.jobs.scan import reason_of
 from batch_infer.jobs.tune import BatchShapes
 from batch_infer.main_guard import end_unguarded_process
-from batch_infer.manifest import Index, Manifest
+from batch_infer.manifest import Manifest, ManifestIndex
 from batch_infer.models import TruncationCounter, load_token_counter
-from batch_infer.planning import Batching, Committed, Item, Packing, in_order, is_done, pending
-from batch_infer.records import PromptRequest, ResultRow, now
+from batch_infer.planning import (
+    Item,
+    ManifestEntry,
+    PipelineBatchingEstimator,
+    StepBatchingEstimator,
+    is_done,
+    order_requests,
+    select_pending,
+)
+from batch_infer.records import PromptRequest, ResultRow, utc_now
 from batch_infer.settings import IdSource, RunSettings
 
 WALKS = 3
@@ -91,17 +99,21 @@ def make_plan(settings: RunSettings, tell: Callable[[ResultRow], None]) -> Plan:
         card = find_model(settings, probe.read_pipeline_facts)
         device = probe.find_device(settings.model.device)
         job = prepare(settings, tables, card, device)
-        with Index([]) if settings.overwrite else Manifest(settings.out).index() as index:
+        with ManifestIndex([]) if settings.overwrite else Manifest(settings.out).index() as index:
             return _Walk(job, processes_of(settings, device), probe, index, tell).go()
 
 
 class _Walk:
     """One walk over the tables, with a tally of what is met."""
 
-    def __init__(self, job: Job, processes: int, probe: Probe, index: Index, tell: Callable[[ResultRow], None]) -> None:
+    def __init__(
+        self, job: Job, processes: int, probe: Probe, index: ManifestIndex, tell: Callable[[ResultRow], None]
+    ) -> None:
         self._job, self._probe, self._index, self._tell = job, probe, index, tell
         self._shapes = BatchShapes(job, probe)
-        self._packing = (Batching if job.card.uses_pipeline_call else Packing)(self._slots_of)
+        self._packing = (PipelineBatchingEstimator if job.card.uses_pipeline_call else StepBatchingEstimator)(
+            self._slots_of
+        )
         counter = load_token_counter(job.card)
         self._tokens = TruncationCounter(counter) if counter else None
         self._plan = Plan(slots=job.compute.slots, processes=processes)
@@ -117,11 +129,11 @@ class _Walk:
             changes.refuse(self._job)
         except SettingsError as error:
             found.refused = str(error)
-        for request in in_order(pending(self._valid(), self._index, self._is_done), slots_of):
+        for request in order_requests(select_pending(self._valid(), self._index, self._is_done), slots_of):
             found.pending += 1
             self._packing.add(request, self._probe.count_evaluations(card, request.params.num_inference_steps))
         self._packing.close()
-        found.default_ids = self._job.tables.default_ids
+        found.default_ids = self._job.tables.default_id_source
         found.remarks, found.left_out = self._job.tables.remarks, self._job.tables.left_out.items()
         found.truncated = self._tokens.close() if self._tokens else None
         found.done = found.total - found.invalid - found.pending
@@ -132,7 +144,7 @@ class _Walk:
     def _slots_of(self, size: tuple[int, int]) -> int:
         return self._shapes.of(size).slots
 
-    def _is_done(self, item: Item, match: Committed | None) -> bool:
+    def _is_done(self, item: Item, match: ManifestEntry | None) -> bool:
         done = is_done(item, match)
         if not done:
             reason = reason_of(item, match)
@@ -162,7 +174,7 @@ class _Walk:
             self._tell(item)
 
     def _estimate(self, walking: float) -> None:
-        found, settings, loads = self._plan, self._job.settings, self._packing.loads
+        found, settings, loads = self._plan, self._job.settings, self._packing.costs
         if not loads:
             return
         job = replace(self._job, compute=self._shapes.settle(loads))
@@ -191,7 +203,7 @@ def _refused(request: PromptRequest, error: RowError) -> ResultRow:
         prompt=request.prompt,
         status="invalid",
         error=str(error),
-        finished_at=now(),
+        finished_at=utc_now(),
         source_file=request.source.file,
         source_row=request.source.row,
         fingerprint=request.fingerprint,

@@ -15,9 +15,9 @@ from typing import Any
 from batch_infer import __version__
 from batch_infer.errors import SettingsError
 from batch_infer.models import ModelCard
-from batch_infer.records import now
+from batch_infer.records import utc_now
 from batch_infer.settings import CATEGORIES, BatchShape, Compute, Device, RunSettings, SafetySettings
-from batch_infer.table import Tables, shown
+from batch_infer.table import Tables, redact_url
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "pyarrow", "pillow", "numpy")
 SLOTS = {"cpu": 16, "cuda": 32}
@@ -105,17 +105,17 @@ def describe_run(settings: RunSettings, card: ModelCard, compute: Compute, table
     Without `tables` it is that of a door to which they come one after the other.
     """
     arguments = settings.table.tables
-    table = replace(settings.table, tables=tuple(map(shown, arguments)))
+    table = replace(settings.table, tables=tuple(map(redact_url, arguments)))
     return {
         "batch_infer": __version__,
-        "started_at": now(),
+        "started_at": utc_now(),
         "finished_at": None,
         "tables": tables.files if tables else [],
-        "unreadable_tables": sorted(tables.faults) if tables else [],
+        "unreadable_tables": sorted(tables.unreadable_files) if tables else [],
         # --rerender-changed is a permission that one command has, and retry always.
         "settings": asdict(replace(settings, table=table, rerender_changed=False)),
         "unrepeatable_tables": [
-            shown(argument) for argument in arguments if argument == "-" or shown(argument) != argument
+            redact_url(argument) for argument in arguments if argument == "-" or redact_url(argument) != argument
         ],
         "model": {
             "name": card.name,

@@ -15,9 +15,9 @@ import pyarrow as pa
 
 from batch_infer.errors import DamagedPart, StorageError
 from batch_infer.jobs import cleanup
-from batch_infer.manifest import SCHEMA, Index, Manifest, commit_time, read_part
-from batch_infer.sinks import FolderSink, path_before_aside, read_image
-from batch_infer.store import is_there, storing, sync_folder
+from batch_infer.manifest import SCHEMA, Manifest, ManifestIndex, commit_time, read_part
+from batch_infer.sinks import Sink, make_sink, original_path
+from batch_infer.store import fsync_folder, path_exists, write_errors
 
 RECENT_SECONDS = 600.0
 """Parts committed within this time before the last one are checked.
@@ -44,10 +44,11 @@ def recover(out: Path, manifest: Manifest, since_run: int = 0) -> frozenset[Key]
     """
     remove_leftovers(out, manifest, set_aside)
     recent = _recent(manifest.parts(since_run))
-    with Index(recent, set_aside) as index, ThreadPoolExecutor(READING_THREADS) as pool:
+    sink = make_sink(out)
+    with ManifestIndex(recent, set_aside) as index, ThreadPoolExecutor(READING_THREADS) as pool:
         lost: list[tuple[Key, str]] = []
         for images in _images(index):
-            whole = pool.map(lambda image: is_whole(out, *image[1:]), images)
+            whole = pool.map(lambda image: is_whole(sink, *image[1:]), images)
             lost += [(key, path) for (key, path, *_), kept in zip(images, whole, strict=True) if not kept]
     if lost:
         sentence = "%d images of the manifest are missing or not whole and must be rendered again, the first is %s"
@@ -72,20 +73,20 @@ def remove_leftovers(out: Path, manifest: Manifest, damaged: Callable[[DamagedPa
             damaged(damage)
 
 
-def restore(out: Path, index: Index, originals: Sequence[str]) -> None:
+def restore(out: Path, index: ManifestIndex, originals: Sequence[str]) -> None:
     """Bring back images that were set aside for others which were never committed.
 
     `originals`: paths that `set_aside` gave. Where the image in place is the one that the manifest has, the one set
     aside is removed. Raises DamagedPart, StorageError.
     """
-    former = {aside: path_before_aside(aside) or aside for aside in originals}
-    sink, committed = FolderSink(out), index.of_paths(former.values())
+    former = {aside: original_path(aside) or aside for aside in originals}
+    sink, committed = make_sink(out), index.get_by_paths(former.values())
     rows = index.take(list(committed.values()), _IMAGE).to_pylist()
     of_path = {row["generated_image"]: (row["sha256"], row["image_bytes"]) for row in rows}
     for aside, path in former.items():
         content = of_path.get(path, (None, None))
-        if not is_whole(out, path, *content) and is_whole(out, aside, *content):
-            sink.bring_back(aside)
+        if not is_whole(sink, path, *content) and is_whole(sink, aside, *content):
+            sink.restore(aside)
         else:
             sink.remove(aside)
 
@@ -97,22 +98,22 @@ def set_aside(damage: DamagedPart) -> Path:
     """
     part = damage.part
     kept, number = part.with_name(f"{part.name}{_DAMAGED}"), 1
-    while is_there(kept):  # a part that is made anew bears the same name, and may be damaged too
+    while path_exists(kept):  # a part that is made anew bears the same name, and may be damaged too
         number += 1
         kept = part.with_name(f"{part.name}{_DAMAGED}-{number}")
-    with storing(kept):
+    with write_errors(kept):
         os.rename(part, kept)  # noqa: PTH104
-        sync_folder(part.parent)
+        fsync_folder(part.parent)
     log.warning("%s is damaged (%s): its rows are rendered anew, and it is kept as %s", part, damage.reason, kept.name)
     return kept
 
 
-def is_whole(out: Path, path: str, sha256: str | None, length: int | None) -> bool:
+def is_whole(sink: Sink, path: str, sha256: str | None, length: int | None) -> bool:
     """Whether an image is there with the content that was written. Raises StorageError."""
-    return read_whole(out, path, sha256, length) is not None
+    return read_whole(sink, path, sha256, length) is not None
 
 
-def read_whole(out: Path, path: str, sha256: str | None, length: int | None) -> bytes | None:
+def read_whole(sink: Sink, path: str, sha256: str | None, length: int | None) -> bytes | None:
     """Return an image as it was written, or None where it is missing or damaged.
 
     `path` is relative to OUT; one that leads out of it is missing. Raises StorageError where it cannot be read.
@@ -120,7 +121,7 @@ def read_whole(out: Path, path: str, sha256: str | None, length: int | None) -> 
     if length is None:
         return None
     try:
-        content = read_image(out, path, length)
+        content = sink.read(path, length)
     except StorageError as error:
         if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EIO:  # the disk has lost it
             return None
@@ -155,7 +156,7 @@ def _is_readable(part: Path) -> bool:
     return True
 
 
-def _images(index: Index) -> Iterator[list[tuple[Key, str, str | None, int | None]]]:
+def _images(index: ManifestIndex) -> Iterator[list[tuple[Key, str, str | None, int | None]]]:
     """The images that an index knows, in batches: key, path, sha256 and length."""
     found = (committed for committed in index.in_order([]) if committed.path is not None)
     while batch := list(islice(found, BATCH)):

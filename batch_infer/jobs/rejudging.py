@@ -15,12 +15,12 @@ from batch_infer import images
 from batch_infer.errors import RowBroken, RowError
 from batch_infer.jobs.job import settle_compute
 from batch_infer.jobs.recovery import read_whole
-from batch_infer.manifest import Committed, Manifest
+from batch_infer.manifest import CommittedImage, Manifest
 from batch_infer.models import ModelCard
-from batch_infer.records import PromptRequest, ResultRow, Status, StoredImage, Verdict, now
-from batch_infer.safety import Gate, ImageChecker, gate_of
+from batch_infer.records import PromptRequest, ResultRow, Status, StoredImage, Verdict, utc_now
+from batch_infer.safety import Gate, ImageChecker, make_gate
 from batch_infer.settings import OnFlagged, RunSettings
-from batch_infer.sinks import FolderSink, stored_path
+from batch_infer.sinks import make_sink, resolve_path
 from batch_infer.worker import commit_images, explain_flag, format_worker_name, set_image, set_verdict
 
 READING_THREADS = 8
@@ -76,11 +76,11 @@ class Rejudging:
     ) -> None:
         """Loads the checker, where it is to be asked. Raises ModelError, SettingsError."""
         self._settings, self._card = settings, card
-        self._sink = FolderSink(settings.out, images.SUFFIX[settings.output.image_format])
+        self.sink = make_sink(settings.out, settings.output.image_format)
         self._manifest, self._name = Manifest(settings.out, record.get("run_number") or 0), format_worker_name(0)
         asks_checker = settings.safety.asks_checker(has_checker=card.has_checker)
         self._judge = _load_judge(settings, card, record) if asks_checker else None
-        self._gate = gate_of(settings.safety.service, stop)
+        self._gate = make_gate(settings.safety.service, stop)
         self.rescored = RescoreCounts()
         self._rows: list[ResultRow] = []
         self._written: list[str] = []
@@ -127,21 +127,21 @@ class Rejudging:
             elif verdict.nsfw:
                 self._add(entry, replace(set_verdict(entry.row, verdict), error=verdict.reason))
 
-    def tidy(self, request: PromptRequest, committed: Committed) -> None:
+    def tidy(self, request: PromptRequest, committed: CommittedImage) -> None:
         """Remove the files that a killed rescoring has left elsewhere of a row that needs no judging."""
-        path = committed.path if committed.path and stored_path(self._settings.out, committed.path) else None
-        others = self._sink.possible_paths(request)
+        path = committed.path if committed.path and resolve_path(self._settings.out, committed.path) else None
+        others = self.sink.possible_paths(request)
         if path is not None:
-            others |= {f"{folder}/{path.partition('/')[2]}" for folder in ("images", "quarantine")}
+            others |= {self.sink.path_in(path, quarantine=quarantine) for quarantine in (False, True)}
         for other in others - {path}:
-            self._sink.remove(other)
+            self.sink.remove(other)
 
     def commit(self, carried: pa.Schema) -> None:
         """Put new images in place, commit the rows, and remove the images that they no longer name.
 
         A kill at any moment loses no image. Raises StorageError.
         """
-        commit_images(self._sink, self._manifest, self._rows, carried, written=self._written, former=self._former)
+        commit_images(self.sink, self._manifest, self._rows, carried, written=self._written, former=self._former)
         for done in (self._rows, self._written, self._former):
             done.clear()
 
@@ -152,7 +152,7 @@ class Rejudging:
     def _read(self, entry: Stored) -> _File | str:
         """Return the stored image, or the sentence that says why it cannot be judged. Raises StorageError."""
         row = entry.row
-        content = read_whole(self._settings.out, row.generated_image or "", row.sha256, row.image_bytes)
+        content = read_whole(self.sink, row.generated_image or "", row.sha256, row.image_bytes)
         if content is None:
             return GONE
         try:
@@ -166,7 +166,7 @@ class Rejudging:
         if self._judge is not None:
             for shape in {image.shape for image in pixels}:
                 alike = [k for k, image in enumerate(pixels) if image.shape == shape]
-                for k, verdict in zip(alike, self._judge.judge([pixels[k] for k in alike]), strict=True):
+                for k, verdict in zip(alike, self._judge.check([pixels[k] for k in alike]), strict=True):
                     found[k] = verdict
         if self._gate is not None:
             words = _answers(self._gate.check_image, pixels, self._gate)
@@ -195,24 +195,19 @@ class Rejudging:
         """The image as it is to be, written where it is another one or stands elsewhere."""
         policy, row = self._settings.safety.policy, entry.row
         pixels = images.by_policy(file.pixels, policy) if flagged else file.pixels
-        path = self._path_of(row, quarantine=flagged and policy == "quarantine")
+        path = self.sink.path_in(row.generated_image or "", quarantine=flagged and policy == "quarantine")
         if pixels is None:
             return None
         if pixels is file.pixels and path == row.generated_image:
             return StoredImage(path, row.sha256 or "", row.image_bytes or 0, row.pixels_sha256)
         self._written.append(path)
         if pixels is file.pixels:
-            return replace(self._sink.write(path, file.content), pixels_sha256=row.pixels_sha256)
+            return replace(self.sink.write(path, file.content), pixels_sha256=row.pixels_sha256)
         parameters = images.parameters_text(entry.request, self._card.scheduler_name, self._card.fingerprint)
         # The image keeps its name, so its format too: a later run may have had another --image-format.
         image_format = images.FORMATS.get(Path(path).suffix, self._settings.output.image_format)
-        stored = self._sink.write(path, images.encode(pixels, image_format, parameters))
+        stored = self.sink.write(path, images.encode(pixels, image_format, parameters))
         return replace(stored, pixels_sha256=images.pixels_sha256(pixels))
-
-    def _path_of(self, row: ResultRow, *, quarantine: bool) -> str:
-        """Return where an image belongs: where it is, or in the same place in quarantine/ or outside it."""
-        _, _, rest = (row.generated_image or "").partition("/")
-        return f"{'quarantine' if quarantine else 'images'}/{rest}"
 
     def _fail(self, entry: Stored, error: str) -> None:
         """No answer, no image: it is rendered anew by the next run."""
@@ -224,7 +219,9 @@ class Rejudging:
         source, attempt = entry.request.source, entry.row.attempt + 1
         if entry.row.generated_image is not None:
             self._former.append(entry.row.generated_image)
-        row = replace(row, attempt=attempt, worker=self._name, finished_at=now(), fingerprint=entry.request.fingerprint)
+        row = replace(
+            row, attempt=attempt, worker=self._name, finished_at=utc_now(), fingerprint=entry.request.fingerprint
+        )
         self._rows.append(replace(row, source_file=source.file, source_row=source.row))
 
 
@@ -245,7 +242,7 @@ def _answers(ask: Callable[[Any], Verdict], things: Sequence[Any], gate: Gate) -
 def _both(first: Verdict | RowBroken, second: Verdict | RowBroken) -> Verdict | RowBroken:
     if isinstance(first, RowBroken):
         return first
-    return second if isinstance(second, RowBroken) else first.joined(second)
+    return second if isinstance(second, RowBroken) else first.merge(second)
 
 
 def _load_judge(settings: RunSettings, card: ModelCard, record: Mapping[str, Any]) -> ImageChecker:

@@ -15,9 +15,9 @@ from batch_infer.jobs.merge import Counts, merge, merge_parts
 from batch_infer.jobs.recovery import remove_leftovers
 from batch_infer.jobs.run_json import ended_in_order, with_counts
 from batch_infer.manifest import Manifest
-from batch_infer.planning import finished_in
+from batch_infer.planning import make_finished_check
 from batch_infer.settings import OutputSettings, ResultsFormat, RunSettings
-from batch_infer.store import is_there
+from batch_infer.store import path_exists
 
 log = logging.getLogger("batch_infer")
 
@@ -33,7 +33,7 @@ def merge_results(
     StorageError.
     """
     out = out.absolute()
-    if not is_there(out / "run.json") and not Manifest(out).parts():
+    if not path_exists(out / "run.json") and not Manifest(out).parts():
         raise UsageError(f"{out} holds neither a run.json nor a manifest: nothing to merge")
     with outdir.locked(out):
         if outdir.read_run(out) is None:
@@ -70,10 +70,14 @@ def _merge(record: Mapping[str, Any], settings: RunSettings, output: OutputSetti
         reason = str(error)
     else:
         with tables:
-            new = [fault for name, fault in tables.faults.items() if name not in record.get("unreadable_tables", ())]
+            new = [
+                fault
+                for name, fault in tables.unreadable_files.items()
+                if name not in record.get("unreadable_tables", ())
+            ]
             if not new:
                 with Manifest(out).index() as index:
-                    return merge(tables.rows(rules, finished_in(index)), index, tables.carried, out, output)
+                    return merge(tables.rows(rules, make_finished_check(index)), index, tables.carried, out, output)
         reason = "; ".join(new)
     log.warning("the tables of this run are not at hand, so all that the manifest holds is merged (%s)", reason)
     counts = merge_parts(Manifest(out), record.get("tables", ()), out, output)

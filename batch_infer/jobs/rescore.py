@@ -18,10 +18,10 @@ from batch_infer.jobs.record import policy_of
 from batch_infer.jobs.recovery import remove_leftovers, set_aside
 from batch_infer.jobs.rejudging import Rejudging, RescoreCounts, Stored
 from batch_infer.jobs.run_json import ended_in_order, with_counts
-from batch_infer.manifest import Committed, Index, Manifest
+from batch_infer.manifest import CommittedImage, Manifest, ManifestIndex
 from batch_infer.models import ModelCard
-from batch_infer.planning import finished_in
-from batch_infer.records import FINAL, PromptRequest, ResultRow, digest, now
+from batch_infer.planning import make_finished_check
+from batch_infer.records import FINAL_STATUSES, PromptRequest, ResultRow, digest, utc_now
 from batch_infer.settings import OnFlagged, RunSettings, SafetySettings
 from batch_infer.stopping import GRACE_SECONDS, deferred
 from batch_infer.table import Tables
@@ -138,27 +138,27 @@ class _Rescoring:
                 policy,
             )
 
-    def _todo(self, index: Index, rejudging: Rejudging) -> Iterator[Stored]:
+    def _todo(self, index: ManifestIndex, rejudging: Rejudging) -> Iterator[Stored]:
         """The results of the rows as the tables have them, but for those that these rules know."""
 
         def is_finished(request: PromptRequest) -> bool:
             """Return whether the row is finished under any rules: every walk yields the same number of items."""
-            return (match := index.find(request.key)) is not None and match.status in FINAL
+            return (match := index.find(request.key)) is not None and match.status in FINAL_STATUSES
 
         walks = [
             self._tables.rows(replace(self._new, fingerprint=name), is_finished)
             for name in (self._new.fingerprint, *self._sources)
         ]
-        items = zip(*walks, strict=True)
+        items, collisions = zip(*walks, strict=True), rejudging.sink.collisions(index)
         while batch := list(islice(items, BATCH)):
-            found: list[tuple[PromptRequest, Committed, OnFlagged]] = []
+            found: list[tuple[PromptRequest, CommittedImage, OnFlagged]] = []
             for new, *old in batch:
                 kept = index.find(new.key)
                 if kept is None or not isinstance(new, PromptRequest):
                     continue
                 if kept.fingerprint == new.fingerprint:
                     if self._resumed:
-                        rejudging.tidy(index.with_collisions(new, kept.path), kept)
+                        rejudging.tidy(collisions.mark(new, kept.path), kept)
                     continue
                 known = {item.fingerprint: policy for item, policy in zip(old, self._sources.values(), strict=True)}
                 if kept.fingerprint in known:
@@ -172,13 +172,15 @@ class _Rescoring:
         out = self._settings.out
         counts = _without_damaged_parts(self._merge)
         record = {name: value for name, value in self._record.items() if name != "rescoring"}
-        outdir.write_run(out, {**with_counts(record, asdict(counts)), "rescored_at": now()})
+        outdir.write_run(out, {**with_counts(record, asdict(counts)), "rescored_at": utc_now()})
         return counts
 
     def _merge(self) -> Counts:
         out, tables = self._settings.out, self._tables
         with Manifest(out).index() as index:
-            return merge(tables.rows(self._new, finished_in(index)), index, tables.carried, out, self._settings.output)
+            return merge(
+                tables.rows(self._new, make_finished_check(index)), index, tables.carried, out, self._settings.output
+            )
 
 
 def _without_damaged_parts(work: Callable[[], T]) -> T:

@@ -16,10 +16,10 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batch_infer.carried import python_values
+from batch_infer.carried import to_python_values
 from batch_infer.settings import OutputSettings
-from batch_infer.sinks import read_image
-from batch_infer.store import replacing
+from batch_infer.sinks import Sink, make_sink
+from batch_infer.store import atomic_write
 
 _Write = Callable[[pa.Table], None]
 
@@ -43,17 +43,17 @@ def remove_other_results(out: Path, output: OutputSettings) -> None:
 
 
 def _open(stack: ExitStack, out: Path, kind: str, schema: pa.Schema, as_base64: bool) -> _Write:
-    temporary = stack.enter_context(replacing(out / f"results.{kind}", parents=False))
+    temporary = stack.enter_context(atomic_write(out / f"results.{kind}", parents=False))
     if kind == "parquet":
         write: _Write = stack.enter_context(pq.ParquetWriter(temporary, schema, compression="zstd")).write_table
         return write
     stream = stack.enter_context(temporary.open("w", encoding="utf-8", newline=""))
-    images = out if as_base64 else None
+    images = make_sink(out) if as_base64 else None
     return (_Csv(stream, schema, images) if kind == "csv" else _Jsonl(stream, images)).write
 
 
 class _Csv:
-    def __init__(self, stream: TextIO, schema: pa.Schema, images: Path | None) -> None:
+    def __init__(self, stream: TextIO, schema: pa.Schema, images: Sink | None) -> None:
         self._writer, self._images = csv.writer(stream), images
         self._writer.writerow(schema.names)
 
@@ -63,7 +63,7 @@ class _Csv:
 
 
 class _Jsonl:
-    def __init__(self, stream: TextIO, images: Path | None) -> None:
+    def __init__(self, stream: TextIO, images: Sink | None) -> None:
         self._stream, self._images = stream, images
 
     def write(self, table: pa.Table) -> None:
@@ -71,9 +71,9 @@ class _Jsonl:
             self._stream.write(to_json(row) + "\n")
 
 
-def _rows(table: pa.Table, images: Path | None) -> Iterator[dict[str, Any]]:
+def _rows(table: pa.Table, images: Sink | None) -> Iterator[dict[str, Any]]:
     """Rows as dictionaries; with `images`, generated_image is the file itself in base64, as Azure's card has it."""
-    for cells in zip(*map(python_values, table.columns), strict=True):
+    for cells in zip(*map(to_python_values, table.columns), strict=True):
         row = dict(zip(table.column_names, cells, strict=True))
         if images is not None and row["generated_image"] is not None:
             row["generated_image"] = _file(images, row["generated_image"])
@@ -84,14 +84,14 @@ def _rows(table: pa.Table, images: Path | None) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _file(out: Path, name: str) -> bytes | None:
+def _file(images: Sink, name: str) -> bytes | None:
     """Return an image, or None where it was deleted or is not a file of ours: that costs no other row its result.
 
     Raises StorageError where it is there and cannot be read.
     """
-    content = read_image(out, name)
+    content = images.read(name)
     if content is None:
-        log.warning("%s is missing, or is not an image of this run, so it is left out", out / name)
+        log.warning("%s is missing, or is not an image of this run, so it is left out", name)
     return content
 
 

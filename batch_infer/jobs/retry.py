@@ -14,10 +14,10 @@ from batch_infer.jobs import out as outdir
 from batch_infer.jobs.job import refuse_unrepeatable, settings_of
 from batch_infer.jobs.run import Progress, render_tables
 from batch_infer.jobs.summary import Summary
-from batch_infer.planning import Committed, Item
+from batch_infer.planning import Item, ManifestEntry
 from batch_infer.records import ResultRow
 from batch_infer.settings import Retried, RunSettings, ServiceSettings
-from batch_infer.sinks import has_image
+from batch_infer.sinks import make_sink
 
 log = logging.getLogger("batch_infer")
 
@@ -70,17 +70,17 @@ class _Chosen:
     """
 
     def __init__(self, statuses: Collection[Retried], out: Path) -> None:
-        self._statuses, self._out = statuses, out
+        self._statuses, self._sink = statuses, make_sink(out)
         self._row: str | None = None
 
-    def __call__(self, item: Item, found: Committed | None) -> bool:
+    def __call__(self, item: Item, found: ManifestEntry | None) -> bool:
         if isinstance(item, ResultRow):
             return True
         if item.image_index == 0:
             self._row = None
         if found is None:
             return self._row != item.id
-        is_missing = found.path is not None and "missing" in self._statuses and not has_image(self._out, found.path)
+        is_missing = found.path is not None and "missing" in self._statuses and not self._sink.has(found.path)
         chosen = found.status in self._statuses or is_missing
         if chosen and found.status == "invalid":
             self._row = item.id

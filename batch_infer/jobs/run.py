@@ -16,11 +16,11 @@ from typing import Any, Protocol
 from batch_infer.engines import (
     Engine,
     LaunchedEngine,
-    LocalEngine,
     RankInfo,
     Task,
     TaskReport,
     join_launch,
+    make_engine,
     read_rank_info,
     remove_rendezvous,
 )
@@ -29,7 +29,6 @@ from batch_infer.errors import (
     CompilationError,
     DamagedPart,
     Interrupted,
-    MissingResults,
     ServiceError,
     SettingsError,
     UsageError,
@@ -39,7 +38,7 @@ from batch_infer.jobs import out as outdir
 from batch_infer.jobs.changes import find_changes
 from batch_infer.jobs.estimate import Size, learn
 from batch_infer.jobs.job import Job, find_model, finishing_overwrite, make_paths_absolute, open_tables, prepare
-from batch_infer.jobs.merge import Counts, merge, merge_parts
+from batch_infer.jobs.merge import Counts, MissingResults, merge, merge_parts
 from batch_infer.jobs.record import at_once, cores
 from batch_infer.jobs.recovery import Key, recover, remove_leftovers, set_aside
 from batch_infer.jobs.results import remove_other_results
@@ -49,12 +48,13 @@ from batch_infer.jobs.summary import Summary
 from batch_infer.jobs.throughput import Throughput
 from batch_infer.jobs.tune import BatchShapes, learn_shapes
 from batch_infer.main_guard import end_unguarded_process
-from batch_infer.manifest import Index, Manifest
-from batch_infer.planning import SkipRule, in_order, is_done, pending
-from batch_infer.records import ResultRow, now
+from batch_infer.manifest import Manifest, ManifestIndex
+from batch_infer.planning import SkipRule, is_done, order_requests, select_pending
+from batch_infer.records import ResultRow, utc_now
 from batch_infer.settings import Compute, RunSettings
+from batch_infer.sinks import make_sink
 from batch_infer.stopping import GRACE_SECONDS, StopRequested, deferred
-from batch_infer.store import KnownFolder, is_there, log_to, open_log
+from batch_infer.store import PinnedFolder, log_handler, open_log, path_exists
 from batch_infer.worker import WorkerSettings, peak_memory, smallest_batches, sum_stages_by_size
 
 LISTING_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
@@ -96,7 +96,7 @@ def render_tables(
         with outdir.locked(settings.out):
             settings = finishing_overwrite(settings)
             remove_rendezvous(settings.out)  # left by a run that was killed
-            with engine_for(settings, here) as engine:
+            with make_engine(settings.model.device, settings.compute.processes, here, settings.out) as engine:
                 job = prepare(settings, tables, card, engine.find_device())
                 with _logged(settings.out):
                     if not settings.overwrite and not ended_in_order(job.earlier):
@@ -128,17 +128,6 @@ def _place(settings: RunSettings) -> RankInfo | None:
     return here
 
 
-def engine_for(settings: RunSettings, here: RankInfo | None) -> Engine:
-    """Who renders: a launcher's processes, this one, or others that it starts."""
-    if here is not None:
-        return LaunchedEngine(settings.model.device, here, settings.out)
-    if settings.compute.processes == 0:
-        from batch_infer.engines import InlineEngine  # imports torch
-
-        return InlineEngine(settings.model.device)
-    return LocalEngine(settings.model.device, settings.compute.processes)
-
-
 def _all_but(lost: Collection[Key], leaves_alone: SkipRule) -> SkipRule:
     """Leave alone what a command does, but for results whose image is lost."""
     return lambda item, found: item.key not in lost and leaves_alone(item, found)
@@ -153,13 +142,13 @@ class _Run:
         self._job, self._engine, self._progress = job, engine, progress
         self._stop, self._leaves_alone = stop, leaves_alone
         self._out = job.settings.out
-        self._held = KnownFolder.of(self._out)
+        self._held = PinnedFolder.of(self._out)
         self._manifest = Manifest(self._held)
         self._record: Mapping[str, Any] = job.record
         self._summary = Summary()
         self._set_up = 0.0
         self._committed = 0
-        self._is_cleared = not (job.settings.overwrite and is_there(self._out / "run.json"))
+        self._is_cleared = not (job.settings.overwrite and path_exists(self._out / "run.json"))
         """Whether OUT holds nothing that --overwrite removes. Until then nothing is written there."""
         self._has_invalid = False
         """Whether invalid rows are not committed yet, because OUT was not cleared when they were read."""
@@ -177,20 +166,20 @@ class _Run:
         self._held.check()
         remove_other_results(self._out, self._job.settings.output)
         self._sum_up(counts, time.monotonic() - started)
-        outdir.write_run(self._out, {**self._record, "finished_at": now(), "summary": self._summary.as_dict()})
+        outdir.write_run(self._out, {**self._record, "finished_at": utc_now(), "summary": self._summary.as_dict()})
         log.debug("%d images rendered, %d left; %s has the summary", self._summary.rendered, counts.left, "run.json")
         return self._summary
 
     def _score(self) -> Counts:
         """Render what is not done, and merge. Raises DamagedPart where its rows are then to be rendered anew."""
-        with self._manifest.index(damaged=set_aside) if self._is_cleared else Index(()) as index:
+        with self._manifest.index(damaged=set_aside) if self._is_cleared else ManifestIndex(()) as index:
             # Before run.json is replaced: where this is interrupted, the next run must compare with the same run.
             changes = find_changes(self._job, index)
             changes.refuse(self._job)
             self._write_record()
             survey = scan_tables(self._job, index, self._leaves_alone, str(changes), writes=self._is_cleared)
             self._has_invalid = not self._is_cleared
-            self._write_record(survey={**asdict(survey), "finished_at": now()}, rendering_since=None)
+            self._write_record(survey={**asdict(survey), "finished_at": utc_now()}, rendering_since=None)
             if survey.pending and not self._stop():
                 with self._undone_where_refused():
                     self._settle_shapes(survey)
@@ -271,7 +260,7 @@ class _Run:
         File systems on a network, NFS and FUSE among them, may show a directory as it was up to a minute ago.
         """
         try:
-            if self._has_invalid and not self._job.tables.changed():
+            if self._has_invalid and not self._job.tables.changed_files():
                 commit_invalid(self._job)
                 self._has_invalid = False
             for seconds in LISTING_SECONDS:
@@ -295,7 +284,7 @@ class _Run:
         left += survey.invalid * self._has_invalid
         least = survey.total - left - survey.unsettled
         tables, output = self._job.tables, self._job.settings.output
-        if changed := tables.changed():
+        if changed := tables.changed_files():
             log.warning(
                 "%s changed or disappeared during the run, so results.* hold all that the manifest does; run again to "
                 "merge by the tables as they are now",
@@ -312,7 +301,7 @@ class _Run:
         slots = max(self._slots_of(size) for size in survey.sizes)
         return min(survey.pending, max(1, slots // 2))
 
-    def _render(self, index: Index, survey: ScanResult) -> None:
+    def _render(self, index: ManifestIndex, survey: ScanResult) -> None:
         lengths: Counter[Size] = Counter()
 
         throughput: Throughput | None = None
@@ -322,7 +311,7 @@ class _Run:
             self._clear()
             in_flight = self._in_flight(survey)
             throughput = Throughput(in_flight=in_flight)
-            self._write_record(rendering_since=now(), in_flight=in_flight)
+            self._write_record(rendering_since=utc_now(), in_flight=in_flight)
             self._progress.ready(throughput)
 
         def committed(rows: Sequence[ResultRow]) -> None:
@@ -348,7 +337,7 @@ class _Run:
 
     def _render_compiled(
         self,
-        index: Index,
+        index: ManifestIndex,
         survey: ScanResult,
         committed: Callable[[Sequence[ResultRow]], None],
         ready: Callable[[], None],
@@ -364,10 +353,11 @@ class _Run:
             self._stop_compiling(error, survey)
             return None
 
-    def _task(self, index: Index, survey: ScanResult) -> Task:
+    def _task(self, index: ManifestIndex, survey: ScanResult) -> Task:
         slots_of = None if self._job.card.uses_pipeline_call else self._slots_of
-        new = pending(self._job.items(index), index, self._leaves_alone)
-        requests = in_order((index.with_collisions(request, request.replaces) for request in new), slots_of)
+        new = select_pending(self._job.items(index), index, self._leaves_alone)
+        collisions = make_sink(self._out).collisions(index)
+        requests = order_requests((collisions.mark(request, request.replaces) for request in new), slots_of)
         return Task(requests, survey.pending, self._worker())
 
     def _stop_compiling(self, error: CompilationError, survey: ScanResult) -> None:
@@ -425,7 +415,7 @@ class _Run:
 def _logged(out: Path) -> Iterator[None]:
     """Keep what is logged in OUT too, and how it ended."""
     with open_log(out / "logs" / "run.log") as file:
-        handler = log_to(file)
+        handler = log_handler(file)
         log.addHandler(handler)
         try:
             yield

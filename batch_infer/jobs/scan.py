@@ -6,12 +6,12 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from batch_infer.carried import weight
+from batch_infer.carried import estimate_bytes
 from batch_infer.jobs.job import Job
-from batch_infer.manifest import Index, Manifest
-from batch_infer.planning import Committed, Item, SkipRule
+from batch_infer.manifest import Manifest, ManifestIndex
+from batch_infer.planning import Item, ManifestEntry, SkipRule
 from batch_infer.records import ResultRow
-from batch_infer.sinks import FolderSink
+from batch_infer.sinks import make_sink
 
 INVALID_BATCH = 1024
 INVALID_BYTES = 64 << 20
@@ -41,7 +41,7 @@ class ScanResult:
     changes: str = ""
     unsettled: int = 0
 
-    def add(self, item: Item, found: Committed | None, *, left_alone: bool) -> None:
+    def add(self, item: Item, found: ManifestEntry | None, *, left_alone: bool) -> None:
         self.total += 1
         known = found is not None and found.fingerprint == item.fingerprint
         if isinstance(item, ResultRow):
@@ -65,7 +65,7 @@ class ScanResult:
         return format_reasons(self.reasons, self.changes)
 
 
-def reason_of(item: Item, found: Committed | None) -> str:
+def reason_of(item: Item, found: ManifestEntry | None) -> str:
     """Say why a result is to be rendered, given what the manifest holds of it."""
     if found is None:
         return "new"
@@ -85,7 +85,7 @@ def format_reasons(reasons: Mapping[str, int], changes: str) -> str:
 
 
 def scan_tables(
-    job: Job, index: Index, leaves_alone: SkipRule, changes: str = "", *, writes: bool = True
+    job: Job, index: ManifestIndex, leaves_alone: SkipRule, changes: str = "", *, writes: bool = True
 ) -> ScanResult:
     """Count what there is to do, and commit the invalid rows: they wait for no device. Raises StorageError.
 
@@ -115,7 +115,7 @@ def scan_tables(
 def commit_invalid(job: Job) -> None:
     """Commit the invalid rows of an OUT that held no results when its tables were scanned. Raises StorageError."""
     invalid = _Invalid(job)
-    with Index(()) as index:
+    with ManifestIndex(()) as index:
         for item in job.items(index):
             if isinstance(item, ResultRow):
                 invalid.add(item, None)
@@ -127,16 +127,16 @@ class _Invalid:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._manifest, self._sink = Manifest(job.settings.out, job.number), FolderSink(job.settings.out)
+        self._manifest, self._sink = Manifest(job.settings.out, job.number), make_sink(job.settings.out)
         self._rows: list[ResultRow] = []
         self._size = 0
         self._obsolete: list[str] = []
 
-    def add(self, row: ResultRow, found: Committed | None) -> None:
+    def add(self, row: ResultRow, found: ManifestEntry | None) -> None:
         self._rows.append(replace(row, attempt=found.attempt + 1 if found else 1, worker="table"))
         if found and found.path:
             self._obsolete.append(found.path)
-        self._size += weight(row.carried.values())
+        self._size += estimate_bytes(row.carried.values())
         if len(self._rows) == INVALID_BATCH or self._size > INVALID_BYTES:
             self.commit()
 

@@ -11,7 +11,7 @@ from batch_infer.errors import StorageError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.run_json import RunRecord, parse_record, require
 from batch_infer.manifest import Manifest
-from batch_infer.records import Status, now
+from batch_infer.records import Status, utc_now
 
 STATUSES = get_args(Status)
 
@@ -75,7 +75,7 @@ def _count(standing: RunStatus, record: RunRecord, manifest: Manifest) -> None:
     survey, run = record.survey, record.run_number
     is_partial = survey is not None and run is not None and not record.rescoring
     with manifest.index(run if is_partial and run else 0) as index:
-        committed = index.statuses()
+        committed = index.count_statuses()
     standing.counts = {name: committed[name] for name in STATUSES}
     if survey is None:
         return
@@ -95,7 +95,7 @@ def _rate(standing: RunStatus, record: RunRecord, rendered: Counter[str]) -> Non
     committed = rendered.total()
     if record.rendering_since is None or committed < max(1, record.in_flight):
         return
-    took = (now() - record.rendering_since).total_seconds()
+    took = (utc_now() - record.rendering_since).total_seconds()
     if took > 0 and standing.left is not None:
         standing.images_per_second = round((rendered["ok"] + rendered["flagged"]) / took, 3)
         standing.seconds_left = round(standing.left * took / committed)

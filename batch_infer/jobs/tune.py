@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from batch_infer.autotune import Plateau, load_calibration, save_calibration
 from batch_infer.jobs.job import Job
-from batch_infer.records import now
+from batch_infer.records import utc_now
 from batch_infer.settings import BatchShape, Compute
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def learn_shapes(job: Job, compute: Compute) -> None:
     for shape in compute.by_size:
         size = shape.height, shape.width
         if shape != job.compute.shape_of(*size):
-            save_calibration(_conditions(job, size), Plateau(shape.slots, shape.decode_batch, now()))
+            save_calibration(_conditions(job, size), Plateau(shape.slots, shape.decode_batch, utc_now()))
 
 
 def _nearest(size: Size, known: Iterable[BatchShape]) -> BatchShape:

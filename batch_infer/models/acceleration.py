@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from batch_infer.errors import CompilationError
 from batch_infer.records import PromptRequest, SamplingParams, Source
-from batch_infer.store import storing_temporarily
+from batch_infer.store import temporary_file_errors
 
 if TYPE_CHECKING:
     from batch_infer.models.latent_diffusion import LatentDiffusion
@@ -121,7 +121,7 @@ class CompilerCache:
             "damaged. If you see this in every run, remove that folder"
         )
         fresh_cache = getattr(utils, "fresh_cache", None) or utils.fresh_inductor_cache  # its name before torch 2.8
-        with storing_temporarily():
+        with temporary_file_errors():
             self._temporary.enter_context(fresh_cache())
         self._is_temporary = True
         atexit.register(self.close)

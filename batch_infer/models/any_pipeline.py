@@ -121,7 +121,7 @@ class AnyPipeline:
             arguments["guidance_rescale"] = params.guidance_rescale
         if first.negative_prompt is not None:
             arguments["negative_prompt"] = [request.negative_prompt for request in requests]
-        elif self._guidance == "true_cfg_scale" and params.guided:
+        elif self._guidance == "true_cfg_scale" and params.uses_guidance:
             arguments["negative_prompt"] = [" "] * len(requests)  # without one the pipeline omits guidance
         return arguments
 

@@ -142,14 +142,14 @@ class LatentDiffusion:
     @torch.inference_mode()
     def condition(self, requests: Sequence[PromptRequest]) -> list[Conditioning]:
         """Encode the prompts of rows."""
-        negatives = [self._negative_prompt(request) if request.params.guided else None for request in requests]
+        negatives = [self._negative_prompt(request) if request.params.uses_guidance else None for request in requests]
         texts = {request.prompt for request in requests} | {text for text in negatives if text is not None}
         embeddings = self._embeddings.get(texts, self._encoder or self._encode)
         counts = self._counter.count([request.prompt for request in requests])
         conditionings = []
         for request, text, count in zip(requests, negatives, counts, strict=True):
             prompt, extra, negative = embeddings[request.prompt], self._make_inputs(request.params), None
-            if request.params.guided:
+            if request.params.uses_guidance:
                 zeros = {name: torch.zeros_like(part) for name, part in prompt.items()} if text is None else {}
                 negative = {**(zeros if text is None else embeddings[text]), **extra}
             truncated = count > self._counter.max_tokens

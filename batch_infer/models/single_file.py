@@ -15,7 +15,7 @@ from batch_infer.errors import ModelError
 from batch_infer.models.components import check_vocabularies, named_components
 from batch_infer.models.lora import is_lora
 from batch_infer.models.untrusted import PICKLES, check_weights, hash_file, read_header, read_object
-from batch_infer.store import sync
+from batch_infer.store import fsync
 
 CACHE_FOLDER = "converted-1"
 """Folder of conversions in the user's cache; the number changes with the conversion."""
@@ -78,7 +78,7 @@ def _convert(file: Path, header: Mapping[str, Any], folder: Path) -> None:
             convert(file, header, temporary)
             _refuse_incomplete(temporary)
             for path in temporary.rglob("*.*"):
-                sync(path)
+                fsync(path)
             temporary.rename(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from batch_infer.bench.contest import Contest
+from batch_infer.bench.comparison import compare
 from batch_infer.bench.subject import Subject, load_subject
 from batch_infer.models import decode_flops, denoise_flops
 from batch_infer.worker.loading import make_chain
@@ -29,7 +29,7 @@ def run(recorder: Recorder) -> None:
     with recorder.section("first images") as results:
         results |= subjects.render_first_images(subject)
     with recorder.section("bench") as results:
-        report = Contest(settings, subject, [subjects.native_size(subject)]).go().as_dict()
+        report = compare(settings, subject).as_dict()
         names = ("table", "contenders", "peak", "parity", "peak_memory", "compute", "unet_parameters", "versions")
         results |= {name: report[name] for name in names}
     with recorder.section("bare unet") as results:
