@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from batch_infer.chain import ChainShape, Elsewhere, Rendered, Unrendered, nothing
+from batch_infer.chain import BatchSizes, Elsewhere, Rendered, Unrendered, nothing
 from batch_infer.records import PromptRequest, Verdict
 from batch_infer.stages import Stages
 
@@ -30,10 +30,10 @@ WAITED = 0.1
 class DummyChain:
     """Gives every row an image of one grey level, its seed. A batch of rows takes `seconds`."""
 
-    driven = False
+    uses_pipeline_call = False
 
     def __init__(self, stop: Callable[[], bool], seconds: float = 0.0) -> None:
-        self.shape = ChainShape(2 * TOGETHER, TOGETHER)
+        self.batch_sizes = BatchSizes(2 * TOGETHER, TOGETHER)
         self.model = SimpleNamespace(networks=())
         self.stages_by_size: dict[tuple[int, int], Stages] = {}
         self._stop, self._seconds = stop, seconds
@@ -62,7 +62,9 @@ class DummyChain:
             stages.row_forwards, stages.slot_ticks = stages.row_forwards + 1, stages.slot_ticks + 1
             pixels = np.full((*size, 3), request.seed % 251, np.uint8)
             conditioning: Any = SimpleNamespace(prompt_tokens=1, prompt_truncated=False)
-            yield Rendered(request, pixels, Verdict(), conditioning, self.shape.slots, time.perf_counter() - started)
+            yield Rendered(
+                request, pixels, Verdict(), conditioning, self.batch_sizes.slots, time.perf_counter() - started
+            )
         stages.seconds += time.perf_counter() - started
 
 

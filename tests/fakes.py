@@ -11,12 +11,12 @@ from diffusers import PNDMScheduler
 
 from batch_infer.diffusion import Context, Solver
 from batch_infer.errors import RowBroken, RowError
-from batch_infer.models.family import Conditioning
+from batch_infer.models import Conditioning, LatentDiffusion
 from batch_infer.records import PromptRequest, Verdict
 from tests.rendering import CPU, make_request
 
 
-class Painter:
+class Painter(LatentDiffusion):
     """A family of plain arithmetic: the prompt is a colour, `nan` is none."""
 
     device = CPU
@@ -106,7 +106,7 @@ class Recorder:
     def __init__(self) -> None:
         self.shown: list[list[tuple[int, ...]]] = []
 
-    def judge(self, images: Sequence[np.ndarray]) -> list[Verdict]:
+    def check(self, images: Sequence[np.ndarray]) -> list[Verdict]:
         self.shown.append([image.shape for image in images])
         return [Verdict(False, self.name, {})] * len(images)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from batch_infer.chain import ChainShape, Rendered, StepLevelChain
+from batch_infer.chain import BatchSizes, Rendered, StepLevelChain
 from batch_infer.models import load_latent_diffusion, read_card
 from batch_infer.records import PromptRequest, SamplingParams, Source
 from batch_infer.safety import ImageChecker
@@ -55,7 +55,7 @@ def render(
 ) -> dict[str, Rendered]:
     """Render requests that are all expected to give an image; by their ids."""
     found = {}
-    for outcome in StepLevelChain(model, ChainShape(slots, decode), judge).render(requests):
+    for outcome in StepLevelChain(model, BatchSizes(slots, decode), judge).render(requests):
         assert isinstance(outcome, Rendered), outcome.error
         found[outcome.request.id] = outcome
     return found

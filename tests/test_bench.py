@@ -29,11 +29,11 @@ from batch_infer.bench.renderers import PlainDiffusers
 from batch_infer.bench.report import Sweep
 from batch_infer.bench.subject import load_subject
 from batch_infer.bench.workload import make_rows, make_workload, size_of
-from batch_infer.chain import ChainShape, StepLevelChain
+from batch_infer.chain import BatchSizes, StepLevelChain
 from batch_infer.cli.bench import format_ratio
 from batch_infer.errors import SettingsError
 from batch_infer.models import architectures
-from batch_infer.models.flops import decode_flops, denoise_flops
+from batch_infer.models.acceleration import decode_flops, denoise_flops
 from batch_infer.planning import StepBatchingEstimator, order_requests
 from batch_infer.records import PromptRequest, SamplingParams, SizeRules
 from batch_infer.settings import Compute, ComputeSettings, ModelSettings
@@ -354,7 +354,7 @@ def slots_of(size: tuple[int, int]) -> int:
 
 
 def painted(requests: list[PromptRequest]) -> Any:
-    chain = StepLevelChain(Painter(), ChainShape(32, 8), None)
+    chain = StepLevelChain(Painter(), BatchSizes(32, 8), None)
     assert sum(1 for _ in chain.render(replace(request, prompt="0.5") for request in requests)) == len(requests)
     return chain.stages
 

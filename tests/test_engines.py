@@ -18,7 +18,8 @@ from batch_infer.engines import supervisor
 from batch_infer.engines.handle import Timeouts, WorkerCrash, WorkerHandle, shut_down
 from batch_infer.engines.local import LocalEngine
 from batch_infer.engines.messages import WorkerError
-from batch_infer.errors import BatchInferError, ModelError, SettingsError, StorageError, WorkersLost
+from batch_infer.engines.protocol import WorkersLost
+from batch_infer.errors import BatchInferError, ModelError, SettingsError, StorageError
 from batch_infer.manifest import Manifest
 from tests import dummies
 from tests.engine_runs import EngineRun

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from batch_infer.chain import Elsewhere, GatedChain, Grace, Rendered, Unrendered, nothing
+from batch_infer.chain import Elsewhere, GatedChain, GracePeriod, Rendered, Unrendered, nothing
 from batch_infer.chain import gated as gated_chain
 from batch_infer.chain.gated import IMAGES_AHEAD, PROMPTS_AHEAD, REFUSED_AHEAD
 from batch_infer.errors import Interrupted, RowBroken, ServiceError
@@ -217,7 +217,7 @@ def test_finished_images_are_given_where_the_run_stops() -> None:
 def test_a_run_that_stops_does_not_wait_for_a_service_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gated_chain, "GRACE_SECONDS", 0.05)
     stop = threading.Event()
-    grace = Grace(stop.is_set)
+    grace = GracePeriod(stop.is_set)
     hung = threading.Event()
 
     class Hanging(WordGate):

@@ -38,9 +38,10 @@ from batch_infer.engines.messages import (
     decode_to_worker,
     encode,
 )
+from batch_infer.engines.protocol import WorkersLost
 from batch_infer.engines.supervisor import Supervisor
 from batch_infer.engines.worker_process import LAUNCHER_NAMES, WorkerSpec, select_gpu
-from batch_infer.errors import ModelError, SettingsError, WorkersLost
+from batch_infer.errors import ModelError, SettingsError
 from batch_infer.models import read_card
 from batch_infer.records import ResultRow
 from batch_infer.settings import Compute, Device, ModelSettings, OutputSettings, SafetySettings

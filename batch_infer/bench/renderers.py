@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import groupby
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -29,20 +29,6 @@ RowImage = tuple[PromptRequest, np.ndarray]
 """A row and its pixels (H, W, 3) uint8 on the host."""
 
 
-class Renderer(Protocol):
-    """Renders rows and yields each image once its pixels are on the host."""
-
-    def capacity(self, row: PromptRequest) -> int:
-        """Return how many rows like this one are computed together."""
-        ...
-
-    def render(self, rows: Sequence[PromptRequest]) -> Iterable[RowImage]: ...
-
-    def details(self) -> Mapping[str, Any]:
-        """Return further figures of the last rendering, as --json prints them."""
-        ...
-
-
 class BatchInfer:
     """The chain of a run, with rows in the order of a run."""
 
@@ -50,19 +36,21 @@ class BatchInfer:
         self.chain: StepLevelChain = make_chain(model, compute)
 
     def capacity(self, row: PromptRequest) -> int:
-        return self.chain.shape.of(size_of(row))[0] // row.params.slots
+        """Return how many rows like this one are computed together."""
+        return self.chain.batch_sizes.of(size_of(row))[0] // row.params.slots
 
     def render(self, rows: Sequence[PromptRequest]) -> Iterator[RowImage]:
-        """Raises ModelError for a row that gives no image."""
+        """Yield each image once its pixels are on the host. Raises ModelError for a row that gives no image."""
         self.chain.stages_by_size.clear()
-        for outcome in self.chain.render(order_requests(rows, lambda size: self.chain.shape.of(size)[0])):
+        for outcome in self.chain.render(order_requests(rows, lambda size: self.chain.batch_sizes.of(size)[0])):
             if isinstance(outcome, Unrendered):
                 raise ModelError(f"a row of {outcome.request.params} gave no image: {outcome.error}")
             yield outcome.request, outcome.pixels
 
     def details(self) -> Mapping[str, Any]:
+        """Return further figures of the last rendering, as --json prints them."""
         stages = self.chain.stages
-        shapes = {size_name(size): self.chain.shape.of(size) for size in self.chain.stages_by_size}
+        shapes = {size_name(size): self.chain.batch_sizes.of(size) for size in self.chain.stages_by_size}
         return {
             "ticks": stages.ticks,
             "row_forwards": stages.row_forwards,
@@ -142,6 +130,9 @@ class PlainDiffusers:
     @staticmethod
     def _generator(row: PromptRequest) -> torch.Generator:
         return torch.Generator("cpu").manual_seed(row.seed)
+
+
+Renderer: TypeAlias = BatchInfer | PlainDiffusers
 
 
 def _group_key(row: PromptRequest) -> tuple[float, ...]:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from batch_infer.cli.logs import log
 from batch_infer.cli.option_types import DurationType
-from batch_infer.cli.options import command, json_option, progress_option
+from batch_infer.cli.options import command, json_option, option, progress_option
 from batch_infer.cli.progress import LINE_EVERY, shows_bar
 from batch_infer.cli.report import NOTHING_KEPT, format_count, format_duration, print_result, stoppable
 
@@ -25,96 +25,73 @@ JOB_FAILED = 3
 
 @command(
     click.argument("inputs", metavar="INPUT...", nargs=-1, required=True, type=click.Path(path_type=Path)),
-    click.option(
+    option(
         "-o",
         "--out",
         default="batch-infer-out",
-        show_default=True,
         type=click.Path(path_type=Path),
         help="Folder for the script's output, predictions.csv and logs.",
     ),
-    click.option(
+    option(
         "--script",
         type=click.Path(path_type=Path),
         metavar="FILE.py",
         help="Scoring script. Default: batch-infer's own.",
     ),
-    click.option("--model-dir", type=click.Path(path_type=Path), metavar="DIR", help="The script's AZUREML_MODEL_DIR."),
-    click.option(
-        "--mini-batch-size",
-        type=click.IntRange(min=1),
-        default=10,
-        show_default=True,
-        metavar="N",
-        help="Files per call of run().",
-    ),
-    click.option(
+    option("--model-dir", type=click.Path(path_type=Path), metavar="DIR", help="The script's AZUREML_MODEL_DIR."),
+    option("--mini-batch-size", type=click.IntRange(min=1), default=10, metavar="N", help="Files per call of run()."),
+    option(
         "--workers", type=click.IntRange(min=1), metavar="N", help="Worker processes. Default: one per GPU, else 1."
     ),
-    click.option(
+    option(
         "--timeout",
         type=DurationType(),
         default="30s",
-        show_default=True,
         help="How long a mini-batch may take before its worker is killed.",
     ),
-    click.option(
-        "--max-retries",
-        type=click.IntRange(min=0),
-        default=3,
-        show_default=True,
-        metavar="N",
-        help="How often a mini-batch is retried.",
+    option(
+        "--max-retries", type=click.IntRange(min=0), default=3, metavar="N", help="How often a mini-batch is retried."
     ),
-    click.option(
+    option(
         "--error-threshold",
         type=click.IntRange(min=-1),
         default=-1,
-        show_default=True,
         metavar="N",
         help="Failed files that a successful job may have; -1: any number.",
     ),
-    click.option(
+    option(
         "--gpus",
         type=click.IntRange(min=0),
         metavar="N",
         help="The first N workers see one GPU each. Default: the number that nvidia-smi lists.",
     ),
-    click.option(
+    option(
         "--kill",
         type=click.FloatRange(0, 1),
         default=0.0,
-        show_default=True,
         metavar="SHARE",
         help="Share of mini-batches whose worker is killed during the call of run().",
     ),
-    click.option(
+    option(
         "--duplicate",
         type=click.FloatRange(0, 1),
         default=0.0,
-        show_default=True,
         metavar="SHARE",
         help="Share of mini-batches that are delivered twice.",
     ),
-    click.option(
-        "--seed",
-        type=int,
-        default=0,
-        show_default=True,
-        metavar="N",
-        help="Seed for the order of files and the choice of mini-batches.",
+    option(
+        "--seed", type=int, default=0, metavar="N", help="Seed for the order of files and the choice of mini-batches."
     ),
-    click.option(
+    option(
         "--settings-file",
         type=click.Path(path_type=Path),
         metavar="FILE",
         help="Format of predictions.csv. Default: parallel_run_step.settings.json in the folder of the script.",
     ),
-    click.option(
+    option(
         "--output-action",
         type=click.Choice(["append_row", "summary_only"]),
         default="append_row",
-        show_default=True,
         help="append_row: write predictions.csv; summary_only: do not.",
     ),
     json_option,

@@ -19,7 +19,7 @@ from batch_infer.bench import (
     parse_steps,
     parse_sweep,
 )
-from batch_infer.cli.options import command, json_option, model_options
+from batch_infer.cli.options import command, json_option, model_options, option
 from batch_infer.cli.report import NOTHING_KEPT, format_count, print_result, stoppable
 from batch_infer.cli.settings import make_compute_settings, make_model_settings
 from batch_infer.errors import Interrupted
@@ -30,59 +30,38 @@ if TYPE_CHECKING:
 
 @command(
     model_options,
-    click.option(
+    option(
         "--architecture",
         type=click.Choice(ARCHITECTURES),
         help="A released architecture at full size with random weights, instead of a model.",
     ),
-    click.option(
-        "--rows", type=click.IntRange(min=1), default=200, show_default=True, metavar="N", help="Number of rows."
-    ),
-    click.option(
-        "--steps", default="20-50", show_default=True, metavar="A-B|N", help="Steps of each row, drawn from this range."
-    ),
-    click.option(
+    option("--rows", type=click.IntRange(min=1), default=200, metavar="N", help="Number of rows."),
+    option("--steps", default="20-50", metavar="A-B|N", help="Steps of each row, drawn from this range."),
+    option(
         "--sizes",
         default="mixed",
-        show_default=True,
         metavar="WxH,...",
         help="native: the model's own; mixed: that and two of another aspect ratio; or a list: 512x512,640x448.",
     ),
-    click.option(
-        "--unguided",
-        type=click.FloatRange(0, 1),
-        default=0.2,
-        show_default=True,
-        metavar="SHARE",
-        help="Share of rows without guidance.",
+    option(
+        "--unguided", type=click.FloatRange(0, 1), default=0.2, metavar="SHARE", help="Share of rows without guidance."
     ),
-    click.option(
-        "--rounds",
-        type=click.IntRange(min=1),
-        default=3,
-        show_default=True,
-        metavar="N",
-        help="Timed rounds per contender.",
+    option("--rounds", type=click.IntRange(min=1), default=3, metavar="N", help="Timed rounds per contender."),
+    option(
+        "--against", default="grouped,one-by-one,bare", metavar="NAME,...", help=f"Baselines: {', '.join(BASELINES)}."
     ),
-    click.option(
-        "--against",
-        default="grouped,one-by-one,bare",
-        show_default=True,
-        metavar="NAME,...",
-        help=f"Baselines: {', '.join(BASELINES)}.",
-    ),
-    click.option(
+    option(
         "--sweep",
         metavar="N,...",
         help="Numbers of slots to measure too: 4,8,16,32,64. Stops at the first for which memory is too small.",
     ),
-    click.option(
+    option(
         "--plot",
         type=click.Path(path_type=Path, dir_okay=False),
         metavar="FILE.png",
         help=f"Plot throughput against slots. Default --sweep: {','.join(map(str, SWEEP))}.",
     ),
-    click.option(
+    option(
         "--peak-tflops",
         type=click.FloatRange(min=0, min_open=True),
         metavar="X",

@@ -46,15 +46,20 @@ def command(*options: Decorator[Any], name: str | None = None) -> Callable[[Call
     return decorate
 
 
-def _option_with_aliases(*names: str, **attributes: Any) -> Decorator[Any]:
+def option(*names: str, **attributes: Any) -> Decorator[Any]:
+    """Return an option whose help shows its default."""
+    return click.option(*names, show_default="default" in attributes, **attributes)
+
+
+def option_with_aliases(*names: str, **attributes: Any) -> Decorator[Any]:
     """Return an option whose other long names are options, environment variables and --config keys too."""
-    return click.option(*names, envvar=[variable_of(name) for name in names], **attributes)
+    return option(*names, envvar=[variable_of(name) for name in names], **attributes)
 
 
 table_options = _group(
     click.argument("tables", metavar="TABLE...", nargs=-1, required=True),
-    click.option("-o", "--out", default="batch-infer-out", show_default=True, help="Folder for images and results."),
-    click.option(
+    option("-o", "--out", default="batch-infer-out", help="Folder for images and results."),
+    option(
         "--column",
         "columns",
         type=SemicolonList(),
@@ -64,26 +69,25 @@ table_options = _group(
         help="The table's column for a field: prompt=caption. `height=` ignores that column. Repeatable; "
         "in BATCH_INFER_COLUMN, separate several with semicolons.",
     ),
-    click.option(
+    option(
         "--id-from",
         type=click.Choice(get_args(s.IdSource)),
         default="row",
-        show_default=True,
         help="Default id of a row. row: file name and row number. content: a digest of its cells, so that renaming, "
         "sorting or splitting the tables changes no id, seed or image.",
     ),
-    click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Render only the first N rows."),
+    option("--limit", type=click.IntRange(min=1), metavar="N", help="Render only the first N rows."),
 )
 
 model_options = _group(
-    click.option(
+    option(
         "--model",
         metavar="ID|DIR|FILE",
         help="Hugging Face id, diffusers folder or single .safetensors file; default: the demo model.",
     ),
-    click.option("--revision", metavar="REV", help="Revision of a Hugging Face model."),
-    click.option("--variant", metavar="NAME", help="Variant of the weight files, such as fp16."),
-    click.option(
+    option("--revision", metavar="REV", help="Revision of a Hugging Face model."),
+    option("--variant", metavar="NAME", help="Variant of the weight files, such as fp16."),
+    option(
         "--lora",
         "loras",
         type=SemicolonList(),
@@ -93,28 +97,27 @@ model_options = _group(
         help="A LoRA to add to the model's weights: style.safetensors:0.8. Repeatable; in "
         "BATCH_INFER_LORA, separate several with semicolons.",
     ),
-    click.option(
+    option(
         "--long-prompts",
         is_flag=True,
         help="Read 225 tokens of a prompt instead of 75, and weights of words such as (dark red)1.3 or blue++, with "
         "compel. Changes every image slightly.",
     ),
-    click.option(
+    option(
         "--dtype",
         type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
         default="auto",
-        show_default=True,
         help="auto: float16 on a GPU (bfloat16 for Stable Diffusion 3 and models that run in their diffusers "
         "pipeline), float32 on a CPU.",
     ),
-    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
-    click.option(
+    option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto"),
+    option(
         "--scheduler",
         metavar="NAME[:KEY=VALUE,...]",
         help="A diffusers scheduler class, such as UniPCMultistepScheduler:solver_order=3, or a short name: euler, "
         "euler a, dpm++ 2m karras, ddim, unipc. Other settings are those of the model's own scheduler.",
     ),
-    _option_with_aliases(
+    option_with_aliases(
         "--slots",
         "--batch-size",
         type=SlotsType(),
@@ -123,13 +126,13 @@ model_options = _group(
         "model and size, the batch size beyond which throughput stops rising. Default: 16 on a CPU, 32 on a GPU. "
         "Halved on out-of-memory.",
     ),
-    click.option(
+    option(
         "--threads",
         type=click.IntRange(min=1),
         metavar="N",
         help="torch threads of each process on a CPU. Default: the number of cores divided by that of processes.",
     ),
-    click.option(
+    option(
         "--compile/--no-compile",
         "compiled",
         envvar="BATCH_INFER_COMPILE",
@@ -139,7 +142,7 @@ model_options = _group(
     ),
 )
 
-processes_option = click.option(
+processes_option = option(
     "--num-processes",
     type=click.IntRange(min=0),
     metavar="N",
@@ -148,56 +151,46 @@ processes_option = click.option(
 )
 
 row_options = _group(
-    _option_with_aliases(
+    option_with_aliases(
         "--steps",
         "--num-inference-steps",
         type=int,
         metavar="N",
         help="Default steps for rows without num_inference_steps.",
     ),
-    _option_with_aliases(
+    option_with_aliases(
         "--guidance-scale",
         "--guidance",
         type=float,
         metavar="X",
         help="Default guidance scale. Values up to 1 disable guidance.",
     ),
-    click.option("--guidance-rescale", type=float, metavar="X", help="Default guidance rescale, 0 to 1."),
-    click.option("--height", type=int, metavar="PX", help="Default height."),
-    click.option("--width", type=int, metavar="PX", help="Default width."),
-    click.option("--negative-prompt", metavar="TEXT", help="Default negative prompt."),
-    _option_with_aliases(
+    option("--guidance-rescale", type=float, metavar="X", help="Default guidance rescale, 0 to 1."),
+    option("--height", type=int, metavar="PX", help="Default height."),
+    option("--width", type=int, metavar="PX", help="Default width."),
+    option("--negative-prompt", metavar="TEXT", help="Default negative prompt."),
+    option_with_aliases(
         "--images-per-prompt",
         "--num-images-per-prompt",
         type=int,
         default=1,
-        show_default=True,
         metavar="N",
         help="Default number of images per row.",
     ),
-    click.option(
-        "--seed",
-        type=int,
-        default=0,
-        show_default=True,
-        metavar="N",
-        help="Base seed for rows without their own.",
-    ),
+    option("--seed", type=int, default=0, metavar="N", help="Base seed for rows without their own."),
 )
 
 results_options = _group(
-    click.option(
+    option(
         "--results",
         type=click.Choice(get_args(s.ResultsFormat)),
         multiple=True,
         help="Additional formats of the results; results.parquet is always written. Repeatable.",
     ),
-    click.option(
-        "--base64", is_flag=True, help="In results.csv and .jsonl, embed images in base64 as generated_image."
-    ),
+    option("--base64", is_flag=True, help="In results.csv and .jsonl, embed images in base64 as generated_image."),
 )
 
-on_flagged_option = click.option(
+on_flagged_option = option(
     "--on-flagged",
     type=click.Choice(get_args(s.OnFlagged)),
     help="How to store a flagged image: as a black placeholder, as it is, blurred, under quarantine/, or not at all. "
@@ -205,30 +198,28 @@ on_flagged_option = click.option(
 )
 
 safety_options = _group(
-    click.option(
+    option(
         "--safety",
         type=click.Choice(get_args(s.SafetyMode)),
         default="auto",
-        show_default=True,
         help="auto: the model's own checker if it has one, and Azure AI Content Safety if CONTENT_SAFETY_ENDPOINT is "
         "set; checker: the model must have one; azure: the service; none: images are not checked.",
     ),
     on_flagged_option,
-    click.option("--require-safety", is_flag=True, help="Refuse to run if images would not be checked."),
+    option("--require-safety", is_flag=True, help="Refuse to run if images would not be checked."),
 )
 
 output_options = _group(
     safety_options,
-    click.option("--image-format", type=click.Choice(get_args(s.ImageFormat)), default="png", show_default=True),
+    option("--image-format", type=click.Choice(get_args(s.ImageFormat)), default="png"),
     results_options,
-    click.option(
+    option(
         "--max-failed",
         default="0",
-        show_default=True,
         metavar="N|P%",
         help="Number or share of rows that may fail or be invalid in a successful run.",
     ),
-    click.option(
+    option(
         "--price-per-hour",
         type=click.FloatRange(min=0),
         metavar="X",
@@ -238,14 +229,14 @@ output_options = _group(
 
 
 unattended_options = _group(
-    click.option(
+    option(
         "--time-limit",
         type=DurationType(),
         metavar="DURATION",
         help="Stop after this long, as on SIGTERM: 90s, 30m, 2h, 1h30m, 1d, or seconds. Finished images are kept, the "
         "exit code is 75 if images are left, and the same command resumes.",
     ),
-    click.option(
+    option(
         "--metrics-file",
         type=MetricsPath(dir_okay=False),
         metavar="FILE",
@@ -261,13 +252,13 @@ job_options = _group(
     row_options,
     output_options,
     unattended_options,
-    click.option(
+    option(
         "--rerender-changed",
         is_flag=True,
         help="Render finished images again if a default, such as --steps, differs from that of the run that made them. "
         "Without this option such a run stops before it renders anything.",
     ),
-    click.option(
+    option(
         "--overwrite",
         is_flag=True,
         help="Start from scratch: remove what earlier runs made in OUT, once the model is loaded.",
@@ -278,18 +269,15 @@ job_options = _group(
 out_argument = click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
 """The folder of an existing run."""
 
-json_option = click.option(
-    "--json", "as_json", envvar="BATCH_INFER_JSON", is_flag=True, help="Print the result as JSON."
-)
-progress_option = click.option("--no-progress", is_flag=True, help="No progress bar or lines.")
+json_option = option("--json", "as_json", envvar="BATCH_INFER_JSON", is_flag=True, help="Print the result as JSON.")
+progress_option = option("--no-progress", is_flag=True, help="No progress bar or lines.")
 logging_options = (
-    click.option("-q", "--quiet", is_flag=True, help="Print nothing on success, for cron."),
-    click.option("-v", "--verbose", is_flag=True, help="Log more."),
-    click.option(
+    option("-q", "--quiet", is_flag=True, help="Print nothing on success, for cron."),
+    option("-v", "--verbose", is_flag=True, help="Log more."),
+    option(
         "--log-format",
         type=click.Choice(FORMATS),
         default="text",
-        show_default=True,
         is_eager=True,
         expose_value=False,
         callback=lambda context, param, name: set_log_format(name),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batch_infer.cli.logs import log
-from batch_infer.cli.options import command, json_option, on_flagged_option, out_argument
+from batch_infer.cli.options import command, json_option, on_flagged_option, option, out_argument
 from batch_infer.cli.report import ROWS_FAILED, format_count, format_counts, print_result, stoppable
 from batch_infer.cli.settings import make_safety_settings
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @command(
     out_argument,
     click.argument("tables", metavar="[TABLE...]", nargs=-1),
-    click.option(
+    option(
         "--safety",
         type=click.Choice(["checker", "azure", "checker,azure"]),
         required=True,

@@ -8,7 +8,7 @@ from typing import get_args
 import click
 
 from batch_infer.cli.metrics import Metrics
-from batch_infer.cli.options import command, json_option, out_argument, progress_option, unattended_options
+from batch_infer.cli.options import command, json_option, option, out_argument, progress_option, unattended_options
 from batch_infer.cli.progress import ProgressGroup, make_progress
 from batch_infer.cli.report import exit_code, log_time_limit, print_result, stoppable, summary_lines
 from batch_infer.settings import Retried
@@ -17,7 +17,7 @@ from batch_infer.settings import Retried
 @command(
     out_argument,
     click.argument("tables", metavar="[TABLE...]", nargs=-1),
-    click.option(
+    option(
         "--status",
         "statuses",
         envvar="BATCH_INFER_STATUS",

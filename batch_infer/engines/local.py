@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from batch_infer.engines import messages
 from batch_infer.engines.handle import Timeouts, WorkerHandle, start_worker
-from batch_infer.engines.protocol import OnCommit, OnReady, Stop, Task, TaskReport
+from batch_infer.engines.protocol import OnCommit, OnReady, Stop, Task, TaskReport, WorkersLost
 from batch_infer.engines.supervisor import POLL_SECONDS, Supervisor
 from batch_infer.engines.worker_process import WorkerSpec
-from batch_infer.errors import SettingsError, WorkersLost
+from batch_infer.errors import SettingsError
 from batch_infer.settings import Device
 
 if TYPE_CHECKING:

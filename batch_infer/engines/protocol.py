@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Protocol
 
 from batch_infer.engines.handle import Timeouts, WorkerHandle
+from batch_infer.errors import TryAgainLater
 from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.settings import Device
 from batch_infer.worker import WorkerReport, WorkerSettings
@@ -15,6 +16,10 @@ from batch_infer.worker import WorkerReport, WorkerSettings
 OnCommit = Callable[[Sequence[ResultRow]], None]
 OnReady = Callable[[], None]
 Stop = Callable[[], bool]
+
+
+class WorkersLost(TryAgainLater):
+    """Every worker died, repeatedly, or none found a device."""
 
 
 @dataclass(frozen=True, slots=True)

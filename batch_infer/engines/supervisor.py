@@ -11,8 +11,8 @@ from threading import Event
 from batch_infer.engines import messages
 from batch_infer.engines.handle import WorkerCrash, WorkerHandle, last_line
 from batch_infer.engines.ledger import MAX_DEATHS, Chunk, Ledger
-from batch_infer.engines.protocol import OnCommit, OnReady, Stop, Task, TaskReport, WorkerSource
-from batch_infer.errors import ModelError, SettingsError, TryAgainLater, WorkersLost
+from batch_infer.engines.protocol import OnCommit, OnReady, Stop, Task, TaskReport, WorkersLost, WorkerSource
+from batch_infer.errors import ModelError, SettingsError, TryAgainLater
 from batch_infer.records import PromptRequest
 from batch_infer.settings import Device
 from batch_infer.stopping import deferred

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batch_infer.carried import common_type, estimate_bytes, make_result_names, result_type, to_array
-from batch_infer.errors import MissingResults
+from batch_infer.errors import StorageError
 from batch_infer.jobs.results import write_results
 from batch_infer.manifest import SCHEMA, CommittedImage, Manifest, ManifestIndex
 from batch_infer.planning import Item, source_of
@@ -30,6 +30,10 @@ BAD_SHOWN = 20
 _DESCRIBED = ["id", "image_index", "error", "source_file", "source_row"]
 
 log = logging.getLogger("batch_infer")
+
+
+class MissingResults(StorageError):
+    """The manifest lists fewer results than were committed."""
 
 
 @dataclass(slots=True)

@@ -18,7 +18,7 @@ from batch_infer.jobs.recovery import read_whole
 from batch_infer.manifest import CommittedImage, Manifest
 from batch_infer.models import ModelCard
 from batch_infer.records import PromptRequest, ResultRow, Status, StoredImage, Verdict, utc_now
-from batch_infer.safety import Gate, ImageChecker, gate_of
+from batch_infer.safety import Gate, ImageChecker, make_gate
 from batch_infer.settings import OnFlagged, RunSettings
 from batch_infer.sinks import make_sink, resolve_path
 from batch_infer.worker import commit_images, explain_flag, format_worker_name, set_image, set_verdict
@@ -80,7 +80,7 @@ class Rejudging:
         self._manifest, self._name = Manifest(settings.out, record.get("run_number") or 0), format_worker_name(0)
         asks_checker = settings.safety.asks_checker(has_checker=card.has_checker)
         self._judge = _load_judge(settings, card, record) if asks_checker else None
-        self._gate = gate_of(settings.safety.service, stop)
+        self._gate = make_gate(settings.safety.service, stop)
         self.rescored = RescoreCounts()
         self._rows: list[ResultRow] = []
         self._written: list[str] = []
@@ -166,7 +166,7 @@ class Rejudging:
         if self._judge is not None:
             for shape in {image.shape for image in pixels}:
                 alike = [k for k, image in enumerate(pixels) if image.shape == shape]
-                for k, verdict in zip(alike, self._judge.judge([pixels[k] for k in alike]), strict=True):
+                for k, verdict in zip(alike, self._judge.check([pixels[k] for k in alike]), strict=True):
                     found[k] = verdict
         if self._gate is not None:
             words = _answers(self._gate.check_image, pixels, self._gate)

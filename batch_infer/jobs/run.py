@@ -29,7 +29,6 @@ from batch_infer.errors import (
     CompilationError,
     DamagedPart,
     Interrupted,
-    MissingResults,
     ServiceError,
     SettingsError,
     UsageError,
@@ -39,7 +38,7 @@ from batch_infer.jobs import out as outdir
 from batch_infer.jobs.changes import find_changes
 from batch_infer.jobs.estimate import Size, learn
 from batch_infer.jobs.job import Job, find_model, finishing_overwrite, make_paths_absolute, open_tables, prepare
-from batch_infer.jobs.merge import Counts, merge, merge_parts
+from batch_infer.jobs.merge import Counts, MissingResults, merge, merge_parts
 from batch_infer.jobs.record import at_once, cores
 from batch_infer.jobs.recovery import Key, recover, remove_leftovers, set_aside
 from batch_infer.jobs.results import remove_other_results

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, cast, overload
 import torch
 
 from batch_infer.accelerator import limit_memory, out_of_memory_errors, set_float32_precision
-from batch_infer.chain import ChainShape, GatedChain, Grace, PipelineCallChain, StepLevelChain
-from batch_infer.models import ModelCard, load_any_pipeline, load_checker, load_latent_diffusion, optimize_networks
-from batch_infer.safety import ImageChecker, gate_of
+from batch_infer.chain import BatchSizes, GatedChain, GracePeriod, PipelineCallChain, StepLevelChain
+from batch_infer.models import ModelCard, load_checker, load_latent_diffusion, optimize_networks
+from batch_infer.safety import ImageChecker, make_gate
 from batch_infer.settings import Compute, SafetySettings
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ def load_chain(
     """
     with_checker = safety.asks_checker(has_checker=card.has_checker)
     chain = make_chain(load_any_model(card, compute, with_checker=with_checker), compute, stop)
-    grace = Grace(stop)
-    gate = gate_of(safety.service, grace)
+    grace = GracePeriod(stop)
+    gate = make_gate(safety.service, grace)
     return chain if gate is None else GatedChain(chain, gate, stop, grace)
 
 
@@ -36,8 +36,10 @@ def load_any_model(card: ModelCard, compute: Compute, *, with_checker: bool) -> 
     if not card.uses_pipeline_call:
         return load_model(card, compute, with_checker=with_checker)
     device, dtype = prepare_torch(compute)
+    from batch_infer.models import AnyPipeline
+
     with out_of_memory_errors():
-        return load_any_pipeline(card, device, dtype, with_checker=with_checker)
+        return AnyPipeline.load(card, device, dtype, with_checker=with_checker)
 
 
 def load_model(card: ModelCard, compute: Compute, *, with_checker: bool) -> LatentDiffusion:
@@ -77,7 +79,7 @@ def make_chain(
 ) -> StepLevelChain | PipelineCallChain:
     """Return the chain of a loaded model. Images are checked if the model has its checker."""
     by_size = {(shape.height, shape.width): (shape.slots, shape.decode_batch) for shape in compute.by_size}
-    shape = ChainShape(compute.slots, compute.decode_batch, by_size)
+    shape = BatchSizes(compute.slots, compute.decode_batch, by_size)
     checker = None
     if model.safety_checker is not None:
         checker = _make_image_checker(model.safety_checker, model.feature_extractor, shape.decode)

@@ -55,7 +55,7 @@ class Worker:
 
     def report(self, *, final: bool = False) -> WorkerReport:
         """Return a report of everything rendered so far. Only the `final` one has an MFU, which takes time to count."""
-        shapes = (BatchShape(*size, *shape) for size, shape in self._chain.shape.by_size.items())
+        shapes = (BatchShape(*size, *shape) for size, shape in self._chain.batch_sizes.by_size.items())
         compute = self._settings.compute.with_shapes(shapes)
         mfu = self._mfu() if final else None
         return WorkerReport(dict(self._chain.stages_by_size), compute, mfu, peak_memory(compute.device))
@@ -63,7 +63,7 @@ class Worker:
     def _mfu(self) -> float | None:
         compute, chain = self._settings.compute, self._chain
         peak = dense_tflops(compute.device_name, compute.dtype)
-        if peak is None or not chain.stages.seconds or chain.driven:
+        if peak is None or not chain.stages.seconds or chain.uses_pipeline_call:
             return None
         from batch_infer.models import decode_flops, denoise_flops
 

@@ -11,8 +11,8 @@ import torch
 from batch_infer.bench.settings import BenchSettings, WorkloadSettings
 from batch_infer.bench.subject import Subject, load_subject
 from batch_infer.bench.workload import make_rows
-from batch_infer.chain import ChainShape, Rendered, StepLevelChain
-from batch_infer.models.acceleration import is_compiled
+from batch_infer.chain import BatchSizes, Rendered, StepLevelChain
+from batch_infer.models import is_compiled
 from batch_infer.records import PromptRequest
 from batch_infer.settings import ComputeSettings, ModelSettings
 from batch_infer.worker.loading import make_chain
@@ -70,7 +70,7 @@ def rows_for(subject: Subject, count: int, steps: tuple[int, int], *, unguided: 
 
 def render(model: LatentDiffusion, rows: Sequence[PromptRequest], slots: int, decode: int) -> dict[str, Any]:
     """Render rows and return pixels by id. Raises RuntimeError for a row without an image."""
-    return pixels_of(list(StepLevelChain(model, ChainShape(slots, decode), None).render(rows)))
+    return pixels_of(list(StepLevelChain(model, BatchSizes(slots, decode), None).render(rows)))
 
 
 def pixels_of(outcomes: Sequence[Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from batch_infer.autotune import plateau
 from batch_infer.autotune.plateau import find_pipeline_plateau
-from batch_infer.chain import ChainShape, PipelineCallChain, Rendered, Unrendered
+from batch_infer.chain import BatchSizes, PipelineCallChain, Rendered, Unrendered
 from batch_infer.planning import PipelineBatchingEstimator, order_requests
 from batch_infer.records import PromptRequest, Verdict
 from tests.fakes import PaintingPipeline, paint
@@ -28,7 +28,7 @@ class Recorder:
     def __init__(self) -> None:
         self.shown: list[int] = []
 
-    def judge(self, images: Sequence[np.ndarray]) -> list[Verdict]:
+    def check(self, images: Sequence[np.ndarray]) -> list[Verdict]:
         self.shown.append(len(images))
         return [Verdict(False, self.name, {})] * len(images)
 
@@ -36,7 +36,7 @@ class Recorder:
 def run(
     requests: Sequence[PromptRequest], slots: int = 4, stop: Callable[[], bool] = lambda: False, **painter: Any
 ) -> tuple[PipelineCallChain, dict[str, Rendered | Unrendered]]:
-    chain = PipelineCallChain(PaintingPipeline(**painter), ChainShape(slots, 2), None, stop)  # type: ignore[arg-type]
+    chain = PipelineCallChain(PaintingPipeline(**painter), BatchSizes(slots, 2), None, stop)  # type: ignore[arg-type]
     outcomes = list(chain.render(requests))
     found = {outcome.request.id: outcome for outcome in outcomes}
     assert len(found) == len(outcomes)
@@ -148,7 +148,7 @@ def test_memory_that_does_not_hold_a_batch_halves_it(caplog: pytest.LogCaptureFi
     assert all(isinstance(outcome, Rendered) and outcome.slots == 4 for outcome in found.values())
     assert len(found) == len(rows)
     assert {batch for _, batch in calls_of(chain)} == {8, 4, 2}
-    assert chain.shape.of((16, 16))[0] == 4
+    assert chain.batch_sizes.of((16, 16))[0] == 4
     assert "out of memory at 16x16 pixels: going on with 8 slots, not 16" in caplog.text
 
 
@@ -187,7 +187,7 @@ def test_a_table_is_read_as_it_is_rendered() -> None:
             read.append(str(k))
             yield paint(str(k))
 
-    chain = PipelineCallChain(PaintingPipeline(), ChainShape(4, 2), None)  # type: ignore[arg-type]
+    chain = PipelineCallChain(PaintingPipeline(), BatchSizes(4, 2), None)  # type: ignore[arg-type]
     outcomes = chain.render(table())
     next(outcomes)
     assert len(read) <= 3
@@ -195,7 +195,7 @@ def test_a_table_is_read_as_it_is_rendered() -> None:
 
 def test_the_judge_is_shown_its_own_batches() -> None:
     judge = Recorder()
-    chain = PipelineCallChain(PaintingPipeline(), ChainShape(16, 3), judge)  # type: ignore[arg-type]
+    chain = PipelineCallChain(PaintingPipeline(), BatchSizes(16, 3), judge)  # type: ignore[arg-type]
     outcomes = list(chain.render([paint(str(k)) for k in range(8)]))
     assert judge.shown == [3, 3, 2]
     assert all(isinstance(outcome, Rendered) and outcome.verdict.checker == "recorder" for outcome in outcomes)
