@@ -677,7 +677,7 @@ def test_images_with_more_text_than_pillow_takes_are_judged(tmp_path: Path) -> N
     for part in (out / "manifest").iterdir():
         with_files(part, out)
     done = runs.command("rescore", out, "--safety", "checker", "--on-flagged", "keep")
-    assert done.code == 3 and "2 images judged: 1 flagged" in done.stdout, done.stderr
+    assert done.code == 3 and "2 images checked: 1 flagged" in done.stdout, done.stderr
     cross, blue, red = runs.results(out)
     assert (cross["status"], blue["status"], red["status"]) == ("flagged", "failed", "ok")
     assert blue["error"].startswith("its image cannot be opened (")
