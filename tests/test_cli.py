@@ -21,9 +21,8 @@ from batch_infer.cli.progress import ProgressBar, ProgressGroup, ProgressLog, ma
 from batch_infer.cli.report import report
 from batch_infer.cli.signals import NOTHING_KEPT, stoppable
 from batch_infer.errors import Interrupted
-from batch_infer.jobs.merge import Counts
 from batch_infer.jobs.scan import ScanResult
-from batch_infer.jobs.summary import Summary
+from batch_infer.jobs.summary import Counts, Summary
 from batch_infer.records import ResultRow, now
 from batch_infer.stopping import STOP_SIGNALS, deferred
 from tests import runs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import glob
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from batch_infer.jobs import (
     read_results,
     refuse_foreign_files,
     remove_abandoned,
-    restore,
+    restore_images,
     scan_tables,
     set_aside,
 )
@@ -194,13 +195,12 @@ class MiniBatches:
         folders = [path for kind in ("images", "quarantine") for stem in stems for path in self._folders(kind, stem)]
         everywhere = [self._out, self._manifest.folder, *(self._out / name for name in LINKABLE), *folders]
         originals = remove_abandoned(self._out, everywhere)
-        while originals:
-            self._catch_up_with_results()
-            try:
-                restore(self._out, self._index, originals)
-                return
-            except DamagedPart as damage:
-                _set_aside(damage)
+        restore_images(self._out, originals, self._caught_up_index, _set_aside)
+
+    @contextmanager
+    def _caught_up_index(self) -> Iterator[Index]:
+        self._catch_up_with_results()
+        yield self._index
 
     def _folders(self, kind: str, stem: str) -> Iterator[Path]:
         folder = self._out / kind

@@ -12,7 +12,7 @@ from batch_infer.autotune import explain_out_of_memory, find_device, find_platea
 from batch_infer.bench.rows import Sampling
 from batch_infer.bench.settings import BenchSettings, Size
 from batch_infer.errors import RowError, SettingsError
-from batch_infer.jobs import choose_compute, settle_compute
+from batch_infer.jobs import choose_compute
 from batch_infer.models import ModelCard, build_architecture, read_card, speed_up
 from batch_infer.records import SamplingParams, SizeRules
 from batch_infer.settings import BatchShape, Compute, RunSettings, TableSettings
@@ -59,9 +59,9 @@ def load_subject(settings: BenchSettings) -> Subject:
     run = RunSettings(TableSettings(()), Path(), model=settings.model, compute=settings.compute)
     try:
         if settings.architecture is not None:
-            return _built(settings.architecture, choose_compute(run, None, device))
+            return _built(settings.architecture, choose_compute(run, device))
         card = read_card(settings.model)
-        return _loaded(card, settle_compute(run, card, device, None))
+        return _loaded(card, choose_compute(run, device, card=card))
     except torch.OutOfMemoryError as error:
         raise explain_out_of_memory(error) from error
 

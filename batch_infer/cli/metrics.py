@@ -80,7 +80,7 @@ class Metrics:
         self._take_up()
         self._throughput = None
         self._gauges["running"] = 1
-        standing = dict(survey.standing)
+        standing = dict(survey.skipped)
         self._gauges["results_left"] = standing.pop("left", 0) + survey.pending
         self._results = dict.fromkeys(STATUSES, 0) | standing
         self._results["invalid"] += survey.invalid

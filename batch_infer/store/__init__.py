@@ -25,6 +25,7 @@ from batch_infer.store.atomic import (
     temporary_of,
 )
 from batch_infer.store.database import temporary_database
+from batch_infer.store.lock import find_holder, locked_folder, remove_stale_holder
 from batch_infer.store.logfile import log_to, open_log
 from batch_infer.store.temporary import create_temporary, storing_temporarily, temporary_folder, temporary_text
 
@@ -33,6 +34,7 @@ __all__ = [
     "TEMPORARY",
     "create_temporary",
     "distinguishes_case",
+    "find_holder",
     "here",
     "is_abandoned",
     "is_folder",
@@ -40,6 +42,7 @@ __all__ = [
     "is_temporary",
     "is_there",
     "list_names",
+    "locked_folder",
     "log_to",
     "make_folder",
     "name_in",
@@ -48,6 +51,7 @@ __all__ = [
     "own_name",
     "reading",
     "remove_open",
+    "remove_stale_holder",
     "replacing",
     "storing",
     "storing_temporarily",
