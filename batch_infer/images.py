@@ -15,10 +15,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from batch_infer.errors import RowError, first_line
 from batch_infer.records import PromptRequest
-from batch_infer.settings import ImageFormat, OnFlagged
+from batch_infer.settings import IMAGE_SUFFIXES, ImageFormat, OnFlagged
 
-SUFFIX: dict[ImageFormat, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
-FORMATS: dict[str, ImageFormat] = {suffix: image_format for image_format, suffix in SUFFIX.items()}
+FORMATS: dict[str, ImageFormat] = {suffix: image_format for image_format, suffix in IMAGE_SUFFIXES.items()}
 PNG_LEVEL = 4
 JPEG_QUALITY = 95
 WEBP_QUALITY = 90

@@ -1,7 +1,6 @@
-"""A stand-in for what renders, in workers' processes: images at no cost, and prompts that tell their process to die.
+"""A dummy chain for worker processes: images at no cost, and prompts that kill their process.
 
-Rows are taken in as a chain takes them: some wait, some are under way together, and all that were taken in are lost
-when the process dies.
+It takes several rows at once, as a chain does, and all of them are lost if the process dies.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from batch_infer.chain import ChainShape, Elsewhere, Rendered, Unrendered, nothing
+from batch_infer.chain import BatchSizes, Elsewhere, Rendered, Unrendered, nothing
 from batch_infer.records import PromptRequest, Verdict
 from batch_infer.stages import Stages
 
@@ -29,12 +28,12 @@ WAITED = 0.1
 
 
 class DummyChain:
-    """Gives every row an image of one colour, which its seed says; `seconds` is what a batch of rows takes."""
+    """Gives every row an image of one grey level, its seed. A batch of rows takes `seconds`."""
 
-    driven = False
+    uses_pipeline_call = False
 
     def __init__(self, stop: Callable[[], bool], seconds: float = 0.0) -> None:
-        self.shape = ChainShape(2 * TOGETHER, TOGETHER)
+        self.batch_sizes = BatchSizes(2 * TOGETHER, TOGETHER)
         self.model = SimpleNamespace(networks=())
         self.stages_by_size: dict[tuple[int, int], Stages] = {}
         self._stop, self._seconds = stop, seconds
@@ -63,12 +62,14 @@ class DummyChain:
             stages.row_forwards, stages.slot_ticks = stages.row_forwards + 1, stages.slot_ticks + 1
             pixels = np.full((*size, 3), request.seed % 251, np.uint8)
             conditioning: Any = SimpleNamespace(prompt_tokens=1, prompt_truncated=False)
-            yield Rendered(request, pixels, Verdict(), conditioning, self.shape.slots, time.perf_counter() - started)
+            yield Rendered(
+                request, pixels, Verdict(), conditioning, self.batch_sizes.slots, time.perf_counter() - started
+            )
         stages.seconds += time.perf_counter() - started
 
 
 def _obey(prompt: str) -> None:
-    """Do to this process what a prompt says."""
+    """Do to this process what the prompt says."""
     match prompt.split():
         case ["die", "by", name]:
             os.kill(os.getpid(), getattr(signal, name))
@@ -89,7 +90,7 @@ def load(card: Any, compute: Any, safety: Any, stop: Callable[[], bool]) -> Any:
 
 
 def meet(folder: Path, count: int) -> None:
-    """Wait until so many processes have called this, with a folder that is theirs."""
+    """Wait until `count` processes have called this with the same folder."""
     folder.mkdir(exist_ok=True)
     (folder / str(os.getpid())).touch()
     while len(list(folder.iterdir())) < count:
@@ -97,18 +98,18 @@ def meet(folder: Path, count: int) -> None:
 
 
 def load_together(card: Any, compute: Any, safety: Any, stop: Callable[[], bool]) -> Any:
-    """Loaded once two workers are there, and slow enough that each of them has some of the rows."""
+    """Return once two workers load, with a chain slow enough that each of them gets some of the rows."""
     meet(Path(os.environ["MEET"]), 2)
     return DummyChain(stop, seconds=WAITED)
 
 
 def load_waiting(card: Any, compute: Any, safety: Any, stop: Callable[[], bool]) -> Any:
-    """A stand-in for a GPU: a batch of rows takes its time, and none of the host's."""
+    """Return a chain like a GPU: a batch of rows takes time, but none of the CPU's."""
     return DummyChain(stop, seconds=WAITED)
 
 
 def load_noisy(card: Any, compute: Any, safety: Any, stop: Callable[[], bool]) -> Any:
-    """With what libraries print, on every way that there is."""
+    """Print as libraries do: to stdout, stderr, file descriptor 2, warnings and logging."""
     print("on stdout")
     print("on stderr", file=sys.stderr)
     os.write(2, b"by C\n")
@@ -122,7 +123,7 @@ def load_broken(card: Any, compute: Any, safety: Any, stop: Callable[[], bool]) 
 
 
 def load_dying_once(card: Any, compute: Any, safety: Any, stop: Callable[[], bool]) -> Any:
-    """In the first process that loads: the file that DIED names then says so."""
+    """Kill the first process that loads, which creates the file named by DIED."""
     died = Path(os.environ["DIED"])
     if not died.exists():
         died.touch()

@@ -38,7 +38,7 @@ class Painter:
             {"colour": torch.full((3, 1, 1), float(request.prompt or 0), dtype=self.dtype)} for request in requests
         ]
         return [
-            Conditioning((colour, colour if request.params.guided else None), 1, False)
+            Conditioning((colour, colour if request.params.uses_guidance else None), 1, False)
             for colour, request in zip(colours, requests, strict=True)
         ]
 
@@ -75,15 +75,15 @@ class PaintingPipeline:
 
     device, dtype, denoiser = CPU, torch.float32, None
 
-    def __init__(self, *, one_by_one: bool = False, memory: int = 1000) -> None:
-        self.one_by_one, self._memory = one_by_one, memory
+    def __init__(self, *, one_row_per_call: bool = False, memory: int = 1000) -> None:
+        self.one_row_per_call, self._memory = one_row_per_call, memory
         self.calls: list[tuple[int, int]] = []
 
     def render(self, requests: Sequence[PromptRequest], batch: int) -> torch.Tensor:
         self.calls.append((len(requests), batch))
         assert len(requests) <= batch
-        assert len({request.alike for request in requests}) == 1
-        if (1 if self.one_by_one else batch) > self._memory:
+        assert len({request.batch_key for request in requests}) == 1
+        if (1 if self.one_row_per_call else batch) > self._memory:
             raise torch.OutOfMemoryError("out of memory\nand more")
         for request in requests:
             if request.prompt == "refused":
@@ -94,7 +94,7 @@ class PaintingPipeline:
         params = requests[0].params
         return colours.reshape(-1, 1, 1, 1).expand(-1, 3, params.height, params.width)
 
-    def tell(self, request: PromptRequest) -> Conditioning:
+    def count_tokens(self, request: PromptRequest) -> Conditioning:
         return Conditioning(({}, None), len(request.prompt), None)
 
 
@@ -106,7 +106,7 @@ class Recorder:
     def __init__(self) -> None:
         self.shown: list[list[tuple[int, ...]]] = []
 
-    def judge(self, images: Sequence[np.ndarray]) -> list[Verdict]:
+    def check(self, images: Sequence[np.ndarray]) -> list[Verdict]:
         self.shown.append([image.shape for image in images])
         return [Verdict(False, self.name, {})] * len(images)
 

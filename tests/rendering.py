@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from batch_infer.chain import ChainShape, Rendered, StepLevelChain
-from batch_infer.models import load, read_card
+from batch_infer.chain import BatchSizes, Rendered, StepLevelChain
+from batch_infer.models import load_latent_diffusion, read_card
 from batch_infer.records import PromptRequest, SamplingParams, Source
 from batch_infer.safety import ImageChecker
 from batch_infer.settings import ModelSettings, SchedulerSpec
 
 if TYPE_CHECKING:
-    from batch_infer.models import Family
+    from batch_infer.models import LatentDiffusion
 
 CPU = torch.device("cpu")
 
@@ -38,11 +38,11 @@ def make_request(
     return PromptRequest(name, 0, prompt, negative, seed, params, Source("table.csv", 0), fingerprint=name)
 
 
-def load_family(folder: Path, scheduler: str | None = None, *, with_checker: bool = False) -> Family:
+def load_family(folder: Path, scheduler: str | None = None, *, with_checker: bool = False) -> LatentDiffusion:
     """A checkpoint on the CPU in float32, with its own scheduler or that of a `--scheduler` text."""
     spec = SchedulerSpec.parse(scheduler) if scheduler else None
     card = read_card(ModelSettings(name=str(folder), scheduler=spec))
-    return load(card, CPU, torch.float32, with_checker=with_checker)
+    return load_latent_diffusion(card, CPU, torch.float32, with_checker=with_checker)
 
 
 def copied(folder: Path, target: Path) -> Path:
@@ -55,7 +55,7 @@ def render(
 ) -> dict[str, Rendered]:
     """Render requests that are all expected to give an image; by their ids."""
     found = {}
-    for outcome in StepLevelChain(model, ChainShape(slots, decode), judge).render(requests):
+    for outcome in StepLevelChain(model, BatchSizes(slots, decode), judge).render(requests):
         assert isinstance(outcome, Rendered), outcome.error
         found[outcome.request.id] = outcome
     return found

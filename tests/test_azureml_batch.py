@@ -34,7 +34,7 @@ from batch_infer.manifest import index as manifest_index
 from batch_infer.models import DEMO_MODEL
 from batch_infer.records import PromptRequest
 from batch_infer.simulation import Outcome, SimulationSettings, simulate
-from batch_infer.store.atomic import TEMPORARY, here
+from batch_infer.store import TEMPORARY_PREFIX, host_id
 from batch_infer.worker import committing
 from tests import dummies, runs
 from tests.content_safety_server import KEY, serving, status
@@ -170,9 +170,9 @@ def test_a_worker_that_died_leaves_nothing_behind(tmp_path: Path, out: Path) -> 
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     (image,) = (out / "images").iterdir()
-    left = [folder / f"{TEMPORARY}{here()}-{dead.pid}-0123-name" for folder in (image, out / "manifest", out)]
-    living = image / f"{TEMPORARY}{here()}-{os.getpid()}-0123-name"
-    elsewhere = image / f"{TEMPORARY}00000000-{dead.pid}-0123-name"
+    left = [folder / f"{TEMPORARY_PREFIX}{host_id()}-{dead.pid}-0123-name" for folder in (image, out / "manifest", out)]
+    living = image / f"{TEMPORARY_PREFIX}{host_id()}-{os.getpid()}-0123-name"
+    elsewhere = image / f"{TEMPORARY_PREFIX}00000000-{dead.pid}-0123-name"
     for path in (*left, living, elsewhere):
         path.touch()
     batch.run([file])
@@ -672,7 +672,7 @@ def assert_accounted_for(tmp_path: Path, count: int) -> None:
     predictions = pd.read_csv(out / "predictions.csv", sep=" ", header=None)
     assert predictions[0].nunique() == count
     assert len(runs.images(out)) == count
-    assert not list(out.rglob(f"{TEMPORARY}*"))
+    assert not list(out.rglob(f"{TEMPORARY_PREFIX}*"))
     assert runs.command("merge", out).code == 0
     runs.assert_whole(out)
     assert runs.run(tmp_path / "in", tmp_path / "plain", "--steps", "2", "--safety", "none").code == 0

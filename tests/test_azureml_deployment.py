@@ -21,8 +21,7 @@ import yaml
 
 from batch_infer.azureml import deployment as deployments
 from batch_infer.azureml import online
-from batch_infer.cli import commands, names
-from batch_infer.cli.environment import settings_from_environment
+from batch_infer.cli import commands, names, settings_from_environment
 from batch_infer.cli.run import run
 from batch_infer.errors import SettingsError
 from batch_infer.models import DEMO_MODEL

@@ -47,12 +47,12 @@ from batch_infer.errors import Interrupted, SettingsError
 def export(*words):
     return export_mlflow.main([*words, "-q", "--device", "cpu"], standalone_mode=False)
 
-from batch_infer.store.atomic import here
+from batch_infer.store import host_id
 
 ended = subprocess.Popen([sys.executable, "-c", ""])
 ended.wait()
-killed = Path(folder).parent / f".tmp-{here()}-{ended.pid}-0123456789ab-{Path(folder).name}"
-at_work = Path(folder).parent / f".tmp-{here()}-{os.getppid()}-0123456789ab-{Path(folder).name}"
+killed = Path(folder).parent / f".tmp-{host_id()}-{ended.pid}-0123456789ab-{Path(folder).name}"
+at_work = Path(folder).parent / f".tmp-{host_id()}-{os.getppid()}-0123456789ab-{Path(folder).name}"
 for left in (killed, at_work):
     (left / "model").mkdir(parents=True)
 

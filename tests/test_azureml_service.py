@@ -22,7 +22,7 @@ from PIL import Image
 from batch_infer.azureml import online
 from batch_infer.azureml.deployment import AzureDeployment, find_deployment
 from batch_infer.azureml.payload import MOST_IMAGES, TooMany, read_payload
-from batch_infer.chain import ChainShape, PipelineCallChain, Rendered, Unrendered
+from batch_infer.chain import BatchSizes, PipelineCallChain, Rendered, Unrendered
 from batch_infer.errors import Interrupted, ServiceError, SettingsError, TableError
 from batch_infer.records import PromptRequest, Verdict
 from batch_infer.serving import request_queue
@@ -75,7 +75,7 @@ def all_of(service: Service, requests: Sequence[PromptRequest]) -> list[Rendered
 
 def scripted(deployment: AzureDeployment, render: Render) -> Service:
     """A service whose chain is this function."""
-    chain: Any = SimpleNamespace(driven=False, render=render)
+    chain: Any = SimpleNamespace(uses_pipeline_call=False, render=render)
     return Service(deployment, lambda *_: chain)
 
 
@@ -369,7 +369,7 @@ def test_a_service_that_is_closed_leaves_nobody_waiting(deployment: AzureDeploym
                 pass
             yield from ()
 
-        return SimpleNamespace(driven=False, render=render)
+        return SimpleNamespace(uses_pipeline_call=False, render=render)
 
     found = Service(deployment, load)
     with ThreadPoolExecutor(1) as callers:
@@ -384,7 +384,7 @@ def test_a_service_that_is_closed_leaves_nobody_waiting(deployment: AzureDeploym
 
 def test_rows_that_a_pipeline_can_make_together_go_together(deployment: AzureDeployment) -> None:
     painter: Any = PaintingPipeline()
-    chain = PipelineCallChain(painter, ChainShape(8, 1), None)
+    chain = PipelineCallChain(painter, BatchSizes(8, 1), None)
     with closing(Service(deployment, lambda *_: chain)) as found:
         outcomes = all_of(found, [paint(colour=i / 10, steps=4 + i % 2) for i in range(6)])
     shades = [round(int(outcome.pixels[0, 0, 0]) / 25.5) for outcome in outcomes if isinstance(outcome, Rendered)]

@@ -22,27 +22,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from batch_infer import peak_flops
-from batch_infer.bench import (
-    BenchSettings,
-    TableShape,
-    bare,
-    clock,
-    contest,
-    parse_against,
-    parse_steps,
-    parse_sweep,
-)
-from batch_infer.bench.contenders import PlainDiffusers
-from batch_infer.bench.rows import Sampling, Table, make_rows, size_of, work_of
+from batch_infer.bench import BenchSettings, WorkloadSettings, contenders, parse_against, parse_steps, parse_sweep
+from batch_infer.bench.comparison import _estimate_seconds, measure_sweep
+from batch_infer.bench.contenders import matmul_tflops
+from batch_infer.bench.renderers import PlainDiffusers
+from batch_infer.bench.report import Sweep
 from batch_infer.bench.subject import load_subject
-from batch_infer.bench.sweep import sweep
-from batch_infer.chain import ChainShape, StepLevelChain
-from batch_infer.cli.bench import _speed
+from batch_infer.bench.workload import make_rows, make_workload, size_of
+from batch_infer.chain import BatchSizes, StepLevelChain
+from batch_infer.cli.bench import format_ratio
 from batch_infer.errors import SettingsError
 from batch_infer.models import architectures
-from batch_infer.models.flops import decode_flops, row_forward_flops
-from batch_infer.planning import Packing, in_order
-from batch_infer.records import PromptRequest, SizeRules
+from batch_infer.models.flops import decode_flops, denoise_flops
+from batch_infer.planning import StepBatchingEstimator, order_requests
+from batch_infer.records import PromptRequest, SamplingParams, SizeRules
 from batch_infer.settings import Compute, ComputeSettings, ModelSettings
 from tests.fakes import Painter
 from tests.pipelines import save_sd3
@@ -52,17 +45,17 @@ from tests.runs import Done, command
 ROWS = ("--rows", "9", "--steps", "1-3", "--slots", "4", "--threads", "1", "--device", "cpu")
 SAMPLED = 4
 RULES = SizeRules(native_height=512, native_width=512, factor=8, smallest=64)
-MIXED = TableShape()
-SAMPLING = Sampling(7.5, 0.0)
+MIXED = WorkloadSettings()
+DEFAULTS = SamplingParams(512, 512, 50, 7.5, 0.0)
 
 
 @pytest.fixture(scope="module")
 def quick() -> Any:
     """No figure of these tests has to be exact."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bare, "LEAST_SECONDS", 0.01)
-        patch.setattr(clock, "MATMUL_SIDE", {"cpu": 256})
-        patch.setattr(contest, "SAMPLE", SAMPLED)
+        patch.setattr(contenders, "LEAST_SECONDS", 0.01)
+        patch.setattr(contenders, "MATMUL_SIDE", {"cpu": 256})
+        patch.setattr("batch_infer.bench.comparison.SAMPLE", SAMPLED)
         yield
 
 
@@ -132,10 +125,10 @@ def test_one_by_one_is_timed_on_some_rows_and_says_so(told: dict[str, Any]) -> N
 
 @pytest.mark.promises
 def test_the_time_of_a_sample_is_extrapolated_by_row_forwards(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clock, "seconds_of", lambda work, device: (work(), 2.0)[1])
+    monkeypatch.setattr(contenders, "seconds_of", lambda work, device: (work(), 2.0)[1])
     done = command("bench", *ROWS, "--sizes", "native", "--rounds", "1", "--against", "one-by-one", "--json")
     figures = json.loads(done.stdout)["contenders"]
-    rows = make_rows(TableShape(9, (1, 3), "native"), [(64, 64)], SAMPLING)
+    rows = make_rows(WorkloadSettings(9, (1, 3), "native"), [(64, 64)], DEFAULTS)
     taken = [row.params.slots * row.params.num_inference_steps for row in rows]
     assert figures["batch-infer"]["seconds"] == [2.0]
     (seconds,) = figures["one-by-one"]["seconds"]
@@ -228,20 +221,20 @@ def test_a_stop_leaves_the_table_of_what_was_measured() -> None:
 
 
 def test_the_rest_is_estimated_by_what_was_measured() -> None:
-    assert contest._seconds_for(["a", "b", "a"], {"a": 4.0}) == 12
-    assert contest._seconds_for(["a", "b"], {"a": 4.0, "b": 1.0}) == 5
-    assert contest._seconds_for([], {"a": 4.0}) == 0
+    assert _estimate_seconds(["a", "b", "a"], {"a": 4.0}) == 12
+    assert _estimate_seconds(["a", "b"], {"a": 4.0, "b": 1.0}) == 5
+    assert _estimate_seconds([], {"a": 4.0}) == 0
 
 
 @pytest.mark.parametrize(("ratio", "words"), [(2.426, "2.43x as fast"), (0.997, "1.00x as fast"), (0.86, "14% slower")])
 def test_a_ratio_in_words(ratio: float, words: str) -> None:
-    assert _speed(ratio) == words
+    assert format_ratio(ratio) == words
 
 
 REFUSED = {
     "an architecture that there is not": (("--architecture", "sd9"), "sd9"),
-    "a rival that there is not": (("--against", "grouped,tensorrt"), "--against tensorrt: there are grouped"),
-    "an architecture and a model": (("--architecture", "sd15", "--model", "x/y"), "do not go together"),
+    "a rival that there is not": (("--against", "grouped,tensorrt"), "--against tensorrt: the baselines are grouped"),
+    "an architecture and a model": (("--architecture", "sd15", "--model", "x/y"), "exclude each other"),
     "a compiled rival where nothing is": (("--against", "grouped-compiled", "--no-compile"), "add --compile"),
     "steps that are no range": (("--steps", "9-3"), "--steps 9-3"),
     "a sweep of one slot": (("--sweep", "1,4"), "--sweep 1,4"),
@@ -252,7 +245,7 @@ REFUSED = {
         ("--scheduler", "PNDMScheduler:skip_prk_steps=false", "--steps", "2"),
         "choose other --steps",
     ),
-    "a plot of no format": (("--plot", "plot.jpg"), "--plot plot.jpg: the ending"),
+    "a plot of no format": (("--plot", "plot.jpg"), "--plot plot.jpg: the file must end"),
     "a plot without a folder": (("--plot", "nowhere/plot.png"), "there is no folder"),
 }
 
@@ -298,21 +291,21 @@ def test_lists_are_read_in_order_and_without_repeats() -> None:
 
 def test_the_mixed_table_is_mixed_and_always_the_same() -> None:
     sizes = MIXED.sizes_of(RULES)
-    table = make_rows(MIXED, sizes, SAMPLING)
-    assert table == make_rows(MIXED, sizes, SAMPLING)
-    assert {row.params.num_inference_steps for row in make_rows(TableShape(2000), sizes, SAMPLING)} == set(
+    table = make_rows(MIXED, sizes, DEFAULTS)
+    assert table == make_rows(MIXED, sizes, DEFAULTS)
+    assert {row.params.num_inference_steps for row in make_rows(WorkloadSettings(2000), sizes, DEFAULTS)} == set(
         range(20, 51)
     )
     assert set(Counter(map(size_of, table))) == set(sizes)
-    assert sum(not row.params.guided for row in table) == pytest.approx(len(table) / 5, rel=0.3)
+    assert sum(not row.params.uses_guidance for row in table) == pytest.approx(len(table) / 5, rel=0.3)
     assert len({row.seed for row in table}) == len({row.id for row in table}) == len(table) == 200
     assert len({row.prompt for row in table}) > 60
 
 
 def test_the_uniform_table_has_one_kind_of_row() -> None:
-    shape = TableShape(rows=20, steps=(50, 50), sizes="native", unguided=0)
-    params = {row.params for row in make_rows(shape, shape.sizes_of(RULES), SAMPLING)}
-    assert {(each.height, each.width, each.num_inference_steps, each.guided) for each in params} == {
+    shape = WorkloadSettings(rows=20, steps=(50, 50), sizes="native", unguided=0)
+    params = {row.params for row in make_rows(shape, shape.sizes_of(RULES), DEFAULTS)}
+    assert {(each.height, each.width, each.num_inference_steps, each.uses_guidance) for each in params} == {
         (512, 512, 50, True)
     }
 
@@ -327,22 +320,22 @@ def test_the_uniform_table_has_one_kind_of_row() -> None:
 )
 def test_mixed_sizes_are_of_about_the_same_area(rules: SizeRules, sizes: tuple[tuple[int, int], ...]) -> None:
     assert MIXED.sizes_of(rules) == sizes
-    assert TableShape(sizes="native").sizes_of(rules) == sizes[:1]
+    assert WorkloadSettings(sizes="native").sizes_of(rules) == sizes[:1]
 
 
 def test_sizes_are_named_width_first() -> None:
-    assert TableShape(sizes="640x448, 512x512").sizes_of(RULES) == ((448, 640), (512, 512))
+    assert WorkloadSettings(sizes="640x448, 512x512").sizes_of(RULES) == ((448, 640), (512, 512))
 
 
 @pytest.mark.parametrize(("rows", "least"), [(200, 0.90), (1_000, 0.95), (10_000, 0.98)])
 def test_mixed_tables_keep_32_slots_full(rows: int, least: float) -> None:
     """On paper, which a test of the chain holds to within a row."""
-    packing = Packing(slots_of)
+    packing = StepBatchingEstimator(slots_of)
     for request in mixed(rows):
         packing.add(request, request.params.num_inference_steps)
     packing.close()
-    done = sum(load.row_forwards for load in packing.loads.values())
-    assert done / sum(32 * load.ticks for load in packing.loads.values()) > least
+    done = sum(load.row_forwards for load in packing.costs.values())
+    assert done / sum(32 * load.ticks for load in packing.costs.values()) > least
 
 
 def test_a_mixed_table_keeps_the_slots_of_the_real_chain_full() -> None:
@@ -353,7 +346,7 @@ def test_a_mixed_table_keeps_the_slots_of_the_real_chain_full() -> None:
 def mixed(rows: int) -> list[PromptRequest]:
     """The benchmark's table, in the order in which a run takes it."""
     sizes = MIXED.sizes_of(SizeRules(64, 64, 8, 16))
-    return list(in_order(make_rows(TableShape(rows), sizes, SAMPLING), slots_of))
+    return list(order_requests(make_rows(WorkloadSettings(rows), sizes, DEFAULTS), slots_of))
 
 
 def slots_of(size: tuple[int, int]) -> int:
@@ -361,7 +354,7 @@ def slots_of(size: tuple[int, int]) -> int:
 
 
 def painted(requests: list[PromptRequest]) -> Any:
-    chain = StepLevelChain(Painter(), ChainShape(32, 8), None)
+    chain = StepLevelChain(Painter(), BatchSizes(32, 8), None)
     assert sum(1 for _ in chain.render(replace(request, prompt="0.5") for request in requests)) == len(requests)
     return chain.stages
 
@@ -464,23 +457,22 @@ def test_rivals_decode_one_by_one_where_memory_does_not_hold_a_batch(
 
     monkeypatch.setattr(vae, "_decode", small)
     sliced = [pixels for _, pixels in rival.render(rows)]
-    assert rival.told() == {"vae_slicing": True}
+    assert rival.details() == {"vae_slicing": True}
     assert not vae.use_slicing  # ours is not concerned
     assert all(furthest(one, other) <= 1 for one, other in zip(whole, sliced, strict=True))
 
 
 def test_a_sweep_ends_where_memory_does(demo: Any, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def rate(self: Any, size: Any, slots: int) -> float:
+    def rate(model: Any, example: Any, size: Any, slots: int) -> float:
         if slots > 4:
             raise torch.OutOfMemoryError("full")
         return 100.0
 
-    monkeypatch.setattr(bare.BareUNet, "rate", rate)
-    rows = make_rows(TableShape(2, (1, 1), "native"), [(64, 64)], SAMPLING)
-    table = Table(rows, work_of(rows, {1: 1}))
-    found = sweep([2, 8, 16], demo, table, bare.BareUNet(demo.model, rows[0]))
-    assert [point.slots for point in found.points] == [2]
-    assert found.beyond == 8
+    monkeypatch.setattr("batch_infer.bench.comparison.unet_rate", rate)
+    sweep = Sweep()
+    measure_sweep(sweep, [2, 8, 16], demo, make_workload(WorkloadSettings(2, (1, 1), "native"), demo))
+    assert [point.slots for point in sweep.points] == [2]
+    assert sweep.out_of_memory_at == 8
 
 
 # ------------------------------------------------------------------------------------------------ the arithmetic
@@ -505,7 +497,7 @@ def test_architectures_have_the_size_of_the_released_models(
     assert sum(weight.numel() for weight in unet.parameters()) == pytest.approx(parameters, rel=1e-4)
     assert {weight.dtype for weight in unet.parameters()} == {torch.float16}
     assert model.latent_shape(built.sizes.native_height, built.sizes.native_width) == latent
-    assert row_forward_flops(model, latent) / 1e12 == pytest.approx(row_forward, rel=0.01)
+    assert denoise_flops(model, latent) / 1e12 == pytest.approx(row_forward, rel=0.01)
     assert decode_flops(model, latent) / 1e12 == pytest.approx(decode, rel=0.01)
     assert torch.get_default_dtype() == torch.float32
 
@@ -517,7 +509,7 @@ def test_flops_are_those_of_a_real_call(demo: Any) -> None:
     context = {name: part[None] for name, part in conditioning.context[0].items()}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.denoise(torch.zeros(1, 4, 8, 12), torch.zeros(1), context)
-    assert row_forward_flops(model, (4, 8, 12)) == counter.get_total_flops() > 0
+    assert denoise_flops(model, (4, 8, 12)) == counter.get_total_flops() > 0
 
 
 @pytest.mark.parametrize(
@@ -541,4 +533,4 @@ def test_datasheets_know_cards_by_the_names_that_torch_gives(name: str, dtype: s
 
 
 def test_a_matrix_product_is_timed() -> None:
-    assert clock.matmul_tflops(torch.device("cpu"), torch.float32) > 0.001
+    assert matmul_tflops(torch.device("cpu"), torch.float32) > 0.001

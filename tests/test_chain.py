@@ -16,9 +16,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batch_infer.chain import ChainShape, Rendered, StepLevelChain, Unrendered
+from batch_infer.chain import BatchSizes, Rendered, StepLevelChain, Unrendered
 from batch_infer.diffusion import Context
-from batch_infer.planning import Packing
+from batch_infer.planning import StepBatchingEstimator
 from batch_infer.records import PromptRequest, Verdict
 from batch_infer.safety.checker import StableDiffusionChecker
 from tests.fakes import Painter, Recorder, Small, paint
@@ -31,7 +31,7 @@ REFUSED_STEPS = 3
 def run(
     requests: Sequence[PromptRequest], slots: int = 4, decode: int = 2
 ) -> tuple[StepLevelChain, list[Rendered | Unrendered]]:
-    chain = StepLevelChain(Painter(), ChainShape(slots, decode), None)
+    chain = StepLevelChain(Painter(), BatchSizes(slots, decode), None)
     return chain, list(chain.render(requests))
 
 
@@ -104,7 +104,7 @@ def test_a_step_count_that_the_scheduler_refuses_costs_its_own_row_only() -> Non
 @pytest.mark.parametrize(("dtype", "advice"), [(torch.float32, False), (torch.float16, True)])
 def test_values_that_are_not_finite_are_no_image(dtype: torch.dtype, advice: bool) -> None:
     rows = [paint("broken", float("nan"), steps=4, guidance=7.5), paint("fine", steps=4)]
-    outcomes = list(StepLevelChain(Painter(dtype), ChainShape(4, 2), Recorder()).render(rows))
+    outcomes = list(StepLevelChain(Painter(dtype), BatchSizes(4, 2), Recorder()).render(rows))
     found = {outcome.request.id: outcome for outcome in outcomes}
     broken = found["broken"]
     assert isinstance(broken, Unrendered)
@@ -121,7 +121,7 @@ def test_occupancy_counts_row_forwards_over_slots() -> None:
     assert chain.stages.occupancy == 1.0
     chain, _ = run([paint("guided", steps=4), paint("unguided", steps=4, guidance=1.0)], slots=4)
     assert chain.stages.occupancy == 3 / 4
-    assert StepLevelChain(Painter(), ChainShape(2, 1), None).stages.occupancy == 0.0
+    assert StepLevelChain(Painter(), BatchSizes(2, 1), None).stages.occupancy == 0.0
 
 
 def test_mixed_rows_keep_the_slots_full() -> None:
@@ -143,7 +143,7 @@ def test_a_single_free_slot_goes_to_a_row_without_guidance() -> None:
 
 def test_stop_finishes_nothing_more() -> None:
     asked = count()
-    chain = StepLevelChain(Painter(), ChainShape(4, 1), None, stop=lambda: next(asked) > 24)
+    chain = StepLevelChain(Painter(), BatchSizes(4, 1), None, stop=lambda: next(asked) > 24)
     rows = [paint("short", steps=4), paint("long", steps=500), paint("waiting", steps=4, size=(16, 24))]
     outcomes = list(chain.render(rows))
     assert [outcome.request.id for outcome in outcomes] == ["short"]
@@ -154,14 +154,14 @@ def test_stop_finishes_nothing_more() -> None:
 def test_stop_still_gives_what_was_finished() -> None:
     """A finished row that waits for its decoder call to fill is decoded, not lost."""
     asked = count()
-    chain = StepLevelChain(Painter(), ChainShape(4, 4), None, stop=lambda: next(asked) > 24)
+    chain = StepLevelChain(Painter(), BatchSizes(4, 4), None, stop=lambda: next(asked) > 24)
     outcomes = list(chain.render([paint("short", steps=4), paint("long", steps=500)]))
     assert [outcome.request.id for outcome in outcomes] == ["short"]
 
 
 def test_stop_before_the_first_tick_reads_no_more_than_one_row() -> None:
     rows = iter([paint("a"), paint("b"), paint("c")])
-    assert list(StepLevelChain(Painter(), ChainShape(4, 1), None, stop=lambda: True).render(rows)) == []
+    assert list(StepLevelChain(Painter(), BatchSizes(4, 1), None, stop=lambda: True).render(rows)) == []
     assert [row.id for row in rows] == ["b", "c"]
 
 
@@ -172,7 +172,7 @@ def test_a_table_without_an_end_is_read_as_it_is_rendered() -> None:
         for k in read:
             yield paint(str(k), steps=4)
 
-    outcomes = list(islice(StepLevelChain(Painter(), ChainShape(4, 2), None).render(table()), 10))
+    outcomes = list(islice(StepLevelChain(Painter(), BatchSizes(4, 2), None).render(table()), 10))
     assert len(outcomes) == 10
     assert next(read) <= 10 + 3 * 4
 
@@ -186,7 +186,7 @@ def test_nobody_was_asked_where_there_is_no_judge() -> None:
 def test_the_judge_is_shown_images_of_one_size_at_most_a_decoder_call_at_once() -> None:
     judge = Recorder()
     rows = [paint(str(k), steps=4, size=(16, 16 + 8 * (k > 4))) for k in range(8)]
-    outcomes = list(StepLevelChain(Painter(), ChainShape(4, 2), judge).render(rows))
+    outcomes = list(StepLevelChain(Painter(), BatchSizes(4, 2), judge).render(rows))
     assert all(isinstance(outcome, Rendered) and outcome.verdict.nsfw is False for outcome in outcomes)
     assert all(len(set(shapes)) == 1 and len(shapes) <= 2 for shapes in judge.shown)
     assert sum(map(len, judge.shown)) == 8
@@ -195,14 +195,14 @@ def test_the_judge_is_shown_images_of_one_size_at_most_a_decoder_call_at_once() 
 def test_a_bug_ends_the_chain() -> None:
     with pytest.raises(ValueError, match="could not convert"):
         list(
-            StepLevelChain(Painter(), ChainShape(4, 2), None).render([make_request(prompt="no colour", size=(16, 16))])
+            StepLevelChain(Painter(), BatchSizes(4, 2), None).render([make_request(prompt="no colour", size=(16, 16))])
         )
 
 
 @pytest.mark.parametrize(("slots", "decode"), [(1, 1), (2, 0)])
 def test_shapes_in_which_a_row_would_wait_for_ever(slots: int, decode: int) -> None:
     with pytest.raises(ValueError, match="takes two slots"):
-        ChainShape(slots, decode)
+        BatchSizes(slots, decode)
 
 
 @settings(max_examples=40)
@@ -212,15 +212,15 @@ def test_the_plan_knows_what_the_rows_take(rows: list[tuple[int, float]]) -> Non
     """Row-forwards to the last one, and calls to within a row: the packer lets rows without guidance pass others."""
     requests = sorted(
         (paint(str(k), steps=steps, guidance=guidance) for k, (steps, guidance) in enumerate(rows)),
-        key=lambda item: (-item.params.num_inference_steps, not item.params.guided),
+        key=lambda item: (-item.params.num_inference_steps, not item.params.uses_guidance),
     )
     chain, outcomes = run(requests, slots=5)
     assert len(outcomes) == len(requests)
-    packing = Packing(lambda _: 5)
+    packing = StepBatchingEstimator(lambda _: 5)
     for item in requests:
         packing.add(item, Painter().solver.table(item.params.num_inference_steps).evaluations)
     packing.close()
-    (load,) = packing.loads.values()
+    (load,) = packing.costs.values()
     assert (load.images, load.row_forwards) == (len(requests), chain.stages.row_forwards)
     longest = max(Painter().solver.table(steps).evaluations for steps, _ in rows)
     assert abs(load.ticks - chain.stages.ticks) <= longest
@@ -237,7 +237,7 @@ def test_decoding_beside_the_unet_changes_no_byte(sd1_folder: Path) -> None:
     rows += [make_request("wide", "a star", steps=3, size=(64, 96))]
     found = []
     for beside in (False, True):
-        chain = StepLevelChain(model, ChainShape(6, 2), judge, beside=beside)
+        chain = StepLevelChain(model, BatchSizes(6, 2), judge, in_background=beside)
         found.append({outcome.request.id: outcome for outcome in chain.render(rows)})
         assert chain.stages.images == len(rows)
         assert chain.stages.check > 0
@@ -258,7 +258,7 @@ def test_the_unet_waits_for_a_slow_decoder_and_not_the_memory() -> None:
             return super().decode(latents)
 
     under_way: list[int] = []
-    chain = StepLevelChain(Slow(), ChainShape(2, 1), None, beside=True)
+    chain = StepLevelChain(Slow(), BatchSizes(2, 1), None, in_background=True)
     assert len(list(chain.render(paint(str(k), steps=4, guidance=1.0) for k in range(40)))) == 40
     ticks = [later - earlier for earlier, later in pairwise(under_way)]
     each = chain.model.solver.table(4).evaluations
@@ -273,7 +273,7 @@ def test_an_error_beside_the_unet_ends_the_chain_and_its_thread() -> None:
     threads = active_count()
     with pytest.raises(ZeroDivisionError, match="a bug"):
         list(
-            StepLevelChain(Broken(), ChainShape(4, 1), None, beside=True).render(
+            StepLevelChain(Broken(), BatchSizes(4, 1), None, in_background=True).render(
                 [paint(str(k), steps=4) for k in range(6)]
             )
         )
@@ -282,7 +282,7 @@ def test_an_error_beside_the_unet_ends_the_chain_and_its_thread() -> None:
 
 def test_giving_up_ends_the_thread() -> None:
     threads = active_count()
-    outcomes = StepLevelChain(Painter(), ChainShape(4, 1), None, beside=True).render(
+    outcomes = StepLevelChain(Painter(), BatchSizes(4, 1), None, in_background=True).render(
         paint(str(k), steps=4) for k in count()
     )
     assert isinstance(next(outcomes), Rendered)
@@ -303,22 +303,22 @@ def test_out_of_memory_halves_and_loses_nothing(
     device: Small, settled: tuple[int, int], beside: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = [paint(str(k), 0.1 * k, steps=4 + k % 3, guidance=1 + k % 2, seed=k) for k in range(30)]
-    chain = StepLevelChain(device, ChainShape(16, 4), None, beside=beside)
+    chain = StepLevelChain(device, BatchSizes(16, 4), None, in_background=beside)
     outcomes = list(chain.render(rows))
     assert Counter(outcome.request.id for outcome in outcomes) == Counter(row.id for row in rows)
     assert all(isinstance(outcome, Rendered) for outcome in outcomes)
-    assert chain.shape.of((16, 16)) == settled
+    assert chain.batch_sizes.of((16, 16)) == settled
     assert {outcome.slots for outcome in outcomes if isinstance(outcome, Rendered)} <= {settled[0], 16}
     assert "out of memory at 16x16 pixels: going on with" in caplog.text
     # What was halved stays so, for rows that come later too, and for no other size.
     list(chain.render([paint("later", steps=4)]))
-    assert chain.shape.of((16, 16)) == settled
-    assert chain.shape.of((16, 24)) == (16, 4)
+    assert chain.batch_sizes.of((16, 16)) == settled
+    assert chain.batch_sizes.of((16, 24)) == (16, 4)
 
 
 def test_memory_that_ends_later_keeps_what_is_finished() -> None:
     device = Small(slots=8)
-    chain = StepLevelChain(device, ChainShape(8, 1), None)
+    chain = StepLevelChain(device, BatchSizes(8, 1), None)
     outcomes = chain.render(paint(str(k), steps=4, guidance=1.0, seed=k) for k in range(40))
     early = list(islice(outcomes, 10))
     device.most_slots = 4
@@ -343,7 +343,7 @@ def test_a_size_that_no_memory_holds_costs_its_own_rows_only() -> None:
             return super().denoise(sample, timestep, context)
 
     rows = [paint(str(k), steps=4, size=(16, 24 if k % 2 else 16)) for k in range(8)]
-    outcomes = list(StepLevelChain(Narrow(), ChainShape(4, 2), None).render(rows))
+    outcomes = list(StepLevelChain(Narrow(), BatchSizes(4, 2), None).render(rows))
     assert Counter(outcome.request.id for outcome in outcomes) == Counter(row.id for row in rows)
     for outcome in outcomes:
         if outcome.request.params.width == 16:
@@ -365,13 +365,13 @@ def test_a_size_that_no_memory_holds_costs_its_own_rows_only() -> None:
     ],
 )
 def test_batches_shrink_where_it_helps(shape: tuple[int, int], part: Any, smaller: tuple[int, int] | None) -> None:
-    found = ChainShape(*shape).shrunk((64, 64), part)
+    found = BatchSizes(*shape).shrunk((64, 64), part)
     assert (found and found.of((64, 64))) == smaller
 
 
 def test_sizes_have_batches_of_their_own() -> None:
     painter = Painter()
-    chain = StepLevelChain(painter, ChainShape(4, 2, {(16, 24): (6, 3)}), None)
+    chain = StepLevelChain(painter, BatchSizes(4, 2, {(16, 24): (6, 3)}), None)
     list(chain.render([paint(str(k), steps=4, size=(16, 16 + 8 * (k > 1))) for k in range(4)]))
     assert set(painter.decoded) == {(2, 3, 2, 2), (3, 3, 2, 3)}
     assert chain.stages_by_size[16, 24].slot_ticks == 6 * chain.stages_by_size[16, 24].ticks

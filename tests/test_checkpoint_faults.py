@@ -18,8 +18,8 @@ import torch
 from batch_infer.errors import ModelError
 from batch_infer.models import (
     DEMO_MODEL,
+    load_any_pipeline,
     load_checker,
-    load_pipeline,
     load_solver,
     load_token_counter,
     read_card,
@@ -365,7 +365,7 @@ def test_a_driven_pipelines_malformed_value_is_refused_at_load(
     put(own / file, key, value)
     with pytest.raises(ModelError) as refusal:
         card = read_card(ModelSettings(name=str(own)))
-        load_pipeline(card, CPU, torch.float32, with_checker=False)
+        load_any_pipeline(card, CPU, torch.float32, with_checker=False)
     assert "\n" not in str(refusal.value)
 
 
@@ -375,7 +375,7 @@ def test_a_driven_pipeline_whose_parts_do_not_fit_is_refused_at_load(pixart: Pat
     pipelines.t5(32).save_pretrained(own / "text_encoder")
     card = read_card(ModelSettings(name=str(own)))
     with pytest.raises(ModelError, match="PixArtSigmaPipeline could not be loaded: .*shapes"):
-        load_pipeline(card, CPU, torch.float32, with_checker=False)
+        load_any_pipeline(card, CPU, torch.float32, with_checker=False)
 
 
 def test_a_driven_pipelines_decoder_that_does_not_fit_is_refused_at_load(pixart: Path, tmp_path: Path) -> None:
@@ -384,7 +384,7 @@ def test_a_driven_pipelines_decoder_that_does_not_fit_is_refused_at_load(pixart:
     pipelines.vae(latent_channels=3).save_pretrained(own / "vae")
     with pytest.raises(ModelError, match="vae of PixArtSigmaPipeline could not be loaded: "):
         card = read_card(ModelSettings(name=str(own)))
-        load_pipeline(card, CPU, torch.float32, with_checker=False)
+        load_any_pipeline(card, CPU, torch.float32, with_checker=False)
 
 
 def test_a_run_refuses_it_before_any_row_and_says_so_once(own: Path, tmp_path: Path) -> None:
@@ -445,4 +445,4 @@ def test_short_names_of_schedulers_are_those_of_the_installed_diffusers(sd1_fold
 def test_a_checker_that_loads_judges(own: Path) -> None:
     card = read_card(ModelSettings(name=str(own)))
     checker = StableDiffusionChecker(*load_checker(card, CPU, torch.float32), 1)
-    assert checker.judge([np.zeros((64, 64, 3), np.uint8)])
+    assert checker.check([np.zeros((64, 64, 3), np.uint8)])

@@ -18,12 +18,11 @@ from batch_infer import stopping
 from batch_infer.cli import commands, logs
 from batch_infer.cli.logs import set_up_logging
 from batch_infer.cli.progress import ProgressBar, ProgressGroup, ProgressLog, make_progress
-from batch_infer.cli.report import report
-from batch_infer.cli.signals import NOTHING_KEPT, stoppable
+from batch_infer.cli.report import NOTHING_KEPT, stoppable, summary_lines
 from batch_infer.errors import Interrupted
 from batch_infer.jobs.scan import ScanResult
 from batch_infer.jobs.summary import Counts, Summary
-from batch_infer.records import ResultRow, now
+from batch_infer.records import ResultRow, utc_now
 from batch_infer.stopping import STOP_SIGNALS, deferred
 from tests import runs
 
@@ -41,7 +40,7 @@ def _log_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def rows(*statuses: Any) -> list[ResultRow]:
     return [
-        ResultRow(id=f"{i}", image_index=0, prompt="x", status=status, finished_at=now(), source_file="t.csv",
+        ResultRow(id=f"{i}", image_index=0, prompt="x", status=status, finished_at=utc_now(), source_file="t.csv",
                   source_row=i, fingerprint="f") for i, status in enumerate(statuses)
     ]  # fmt: skip
 
@@ -88,16 +87,14 @@ def test_how_much_is_logged(capsys: pytest.CaptureFixture[str], quiet: bool, ver
     ("seconds", "text"),
     [(0.04, "0.0 s"), (12.34, "12.3 s"), (59.9, "1 min 00 s"), (61, "1 min 01 s"), (7260, "2 h 01 min")],
 )
-def test_durations(capsys: pytest.CaptureFixture[str], seconds: float, text: str) -> None:
-    counts = Counts(rows=1, images=1, ok=1)
-    report(Summary(counts, rendered=1, seconds=seconds, rendering_seconds=seconds), Path("o"), (), as_json=False)
-    assert f"1 image in {text} (" in capsys.readouterr().out
+def test_durations(seconds: float, text: str) -> None:
+    summary = Summary(Counts(rows=1, images=1, ok=1), rendered=1, seconds=seconds, rendering_seconds=seconds)
+    assert f"1 image in {text} (" in "\n".join(summary_lines(summary, Path("o"), ()))
 
 
-def test_the_summary_names_what_there_is_to_know(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_summary_lists_counts_and_files() -> None:
     counts = Counts(rows=12_345, images=12_000, ok=12_000, flagged=0, invalid=3, failed=2, left=340)
-    report(Summary(counts, unfinished=340), Path("o"), ("csv", "parquet"), as_json=False)
-    assert capsys.readouterr().out.splitlines() == [
+    assert list(summary_lines(Summary(counts, unfinished=340), Path("o"), ("csv", "parquet"))) == [
         "12,345 rows · 12,000 ok · 0 flagged · 3 invalid · 2 failed",
         "images   o/images",
         "results  o/results.parquet, o/results.csv",
@@ -105,20 +102,20 @@ def test_the_summary_names_what_there_is_to_know(capsys: pytest.CaptureFixture[s
     ]
 
 
-def test_the_summary_names_bad_rows_and_says_that_images_are_flagged(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_summary_names_bad_rows_and_warns_of_flagged_images() -> None:
     bad = ["t.csv, line 3 (t-00000001): the prompt is empty", "t.csv, line 9 (x, image 1): out of memory"]
     counts = Counts(rows=9, images=3, flagged=3, invalid=1, failed=5, truncated=2, bad_results=bad)
-    report(Summary(counts), Path("o"), (), as_json=False)
-    assert capsys.readouterr().out.splitlines()[:5] == [
+    assert list(summary_lines(Summary(counts), Path("o"), ()))[:5] == [
         "9 rows · 0 ok · 3 flagged · 1 invalid · 5 failed · 2 prompts truncated",
         *(f"  {line}" for line in bad),
         "  and 4 more, in the results",
         "all images are flagged: check the prompts, or keep them in another --out (--on-flagged keep)",
     ]
-    report(Summary(Counts(rows=4, images=4, ok=1, flagged=3)), Path("o"), (), as_json=False)
-    assert "most images are flagged" in capsys.readouterr().out
-    report(Summary(Counts(rows=4, images=4, ok=2, flagged=2)), Path("o"), (), as_json=False)
-    assert "images are flagged" not in capsys.readouterr().out
+    for flagged, warned in ((3, True), (2, False)):
+        summary = Summary(Counts(rows=4, images=4, ok=4 - flagged, flagged=flagged))
+        assert (
+            any(line.startswith("most images are flagged") for line in summary_lines(summary, Path("o"), ())) == warned
+        )
 
 
 # Help

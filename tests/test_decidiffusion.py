@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from batch_infer.errors import ModelError
-from batch_infer.models import load, load_solver, load_token_counter, read_card
+from batch_infer.models import load_latent_diffusion, load_solver, load_token_counter, read_card
 from batch_infer.models.decidiffusion_config import FlexibleUNetConfig
 from batch_infer.models.decidiffusion_unet import FlexibleUNet
 from batch_infer.records import SizeRules
@@ -331,7 +331,7 @@ def test_shards_and_variants_are_loaded(own: Path, model: Any) -> None:
     (own / "flexible_unet" / "diffusion_pytorch_model.safetensors.index.fp16.json").write_text(json.dumps(index))
     spoil(own, lambda w: w["conv_out.bias"].add_(1))
     card = read_card(ModelSettings(name=str(own), variant="fp16"))
-    sharded = load(card, CPU, torch.float32, with_checker=False)
+    sharded = load_latent_diffusion(card, CPU, torch.float32, with_checker=False)
     request = make_request(steps=2, rescale=0.7)
     assert np.array_equal(render(sharded, [request])["row"].pixels, render(model, [request])["row"].pixels)
     assert furthest(render(load_family(own), [request])["row"].pixels, render(model, [request])["row"].pixels) > 1

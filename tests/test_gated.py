@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from batch_infer.chain import Elsewhere, GatedChain, Grace, Rendered, Unrendered, nothing
+from batch_infer.chain import Elsewhere, GatedChain, GracePeriod, Rendered, Unrendered, nothing
 from batch_infer.chain import gated as gated_chain
 from batch_infer.chain.gated import IMAGES_AHEAD, PROMPTS_AHEAD, REFUSED_AHEAD
 from batch_infer.errors import Interrupted, RowBroken, ServiceError
@@ -22,7 +22,7 @@ from batch_infer.manifest import Manifest
 from batch_infer.models import read_card
 from batch_infer.records import PromptRequest, Verdict
 from batch_infer.settings import Compute, ModelSettings, OutputSettings, SafetySettings
-from batch_infer.store.atomic import KnownFolder
+from batch_infer.store import PinnedFolder
 from batch_infer.worker import WorkerSettings
 from batch_infer.worker.loading import load_chain
 from batch_infer.worker.worker import Worker
@@ -161,7 +161,12 @@ def test_what_a_worker_has_finished_is_committed_before_the_fault_is_raised(tmp_
     rows[25] = make_request("row-25", "good 25", seed=201)
     compute = COMPUTE
     settings = WorkerSettings(
-        read_card(ModelSettings()), compute, SafetySettings(), OutputSettings(), KnownFolder.of(tmp_path), pa.schema([])
+        read_card(ModelSettings()),
+        compute,
+        SafetySettings(),
+        OutputSettings(),
+        PinnedFolder.of(tmp_path),
+        pa.schema([]),
     )
     worker = Worker(settings, "w", lambda *_: gated(WordGate()))
     with pytest.raises(ServiceError, match="nobody is there"):
@@ -212,7 +217,7 @@ def test_finished_images_are_given_where_the_run_stops() -> None:
 def test_a_run_that_stops_does_not_wait_for_a_service_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gated_chain, "GRACE_SECONDS", 0.05)
     stop = threading.Event()
-    grace = Grace(stop.is_set)
+    grace = GracePeriod(stop.is_set)
     hung = threading.Event()
 
     class Hanging(WordGate):

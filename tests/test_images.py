@@ -16,7 +16,7 @@ from PIL import Image
 
 from batch_infer import __version__, images
 from batch_infer.records import PromptRequest, SamplingParams, Source
-from batch_infer.settings import ImageFormat
+from batch_infer.settings import IMAGE_SUFFIXES, ImageFormat
 from batch_infer.sinks import FolderSink
 from batch_infer.table.rows import LONGEST_TEXT, Cells, requests
 from tests.tables import RULES
@@ -152,7 +152,7 @@ def test_an_image_is_the_one_that_was_given(image_format: ImageFormat) -> None:
 
 @pytest.mark.parametrize(("image_format", "suffix"), [("png", ".png"), ("jpeg", ".jpg"), ("webp", ".webp")])
 def test_suffixes(image_format: ImageFormat, suffix: str) -> None:
-    assert images.SUFFIX[image_format] == suffix
+    assert IMAGE_SUFFIXES[image_format] == suffix
     assert Image.registered_extensions()[suffix].lower() == image_format
 
 

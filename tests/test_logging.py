@@ -21,7 +21,7 @@ import pytest
 from batch_infer.cli import commands, logs, progress
 from batch_infer.cli.logs import restore_stderr, set_log_format, set_up_logging
 from batch_infer.cli.progress import ProgressBar, ProgressLog, make_progress
-from batch_infer.cli.signals import stoppable
+from batch_infer.cli.report import stoppable
 from batch_infer.jobs.scan import ScanResult
 from batch_infer.models import DEMO_MODEL
 from batch_infer.stopping import deferred

@@ -14,7 +14,7 @@ from batch_infer.jobs import out as outdir
 from batch_infer.jobs import recovery
 from batch_infer.manifest import Manifest
 from batch_infer.sinks import FolderSink
-from batch_infer.store.atomic import is_folder, is_link, is_there, own_name
+from batch_infer.store import is_folder, is_link, path_exists, unique_name
 from tests.storage import fail_at
 
 MARK = ".begun-elsewhere-1-0123456789ab-x"
@@ -46,7 +46,7 @@ def test_marks_of_others_are_no_rows_in_progress(tmp_path: Path, content: str) -
 def test_leftovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     for folder in ("images", "manifest", "logs"):
         (tmp_path / folder).mkdir()
-    left = tmp_path / "images" / own_name(".tmp-", "a.png")
+    left = tmp_path / "images" / unique_name(".tmp-", "a.png")
     left.touch()
     (tmp_path / ".holder").touch()
     with monkeypatch.context() as patch:
@@ -65,7 +65,7 @@ def test_overwriting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str)
     (tmp_path / "run.json").write_text('{"identity": {}}')
     (tmp_path / name).mkdir()
     image = FolderSink(tmp_path).write(f"{name}/t-00000/a.png", b"x")
-    FolderSink(tmp_path).settle([image.path])
+    FolderSink(tmp_path).publish([image.path])
     with monkeypatch.context() as patch:
         fail_at(patch, tmp_path / name, errno.EACCES)
         with pytest.raises(StorageError, match=f"cannot read {tmp_path / name}"):
@@ -81,7 +81,7 @@ def test_kinds(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "folder")
     (tmp_path / "dangling").symlink_to(tmp_path / "gone")
     names = ("folder", "file", "link", "dangling", "gone", "file/x")
-    assert [name for name in names if is_there(tmp_path / name)] == ["folder", "file", "link", "dangling"]
+    assert [name for name in names if path_exists(tmp_path / name)] == ["folder", "file", "link", "dangling"]
     assert [name for name in names if is_link(tmp_path / name)] == ["link", "dangling"]
     assert [name for name in names if is_folder(tmp_path / name)] == ["folder"]
     assert [name for name in names if is_folder(tmp_path / name, follow=True)] == ["folder", "link"]

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from batch_infer.errors import ModelError
-from batch_infer.models import ModelCard, load, read_card
+from batch_infer.models import ModelCard, load_latent_diffusion, read_card
 from batch_infer.settings import LoraSpec, ModelSettings
 from tests.checkpoints import amend
 from tests.oracle import ask, assert_close, load_pipeline
@@ -86,7 +86,7 @@ def card_of(folder: Path, *specs: LoraSpec) -> ModelCard:
 
 
 def family(folder: Path, *specs: LoraSpec) -> Any:
-    return load(card_of(folder, *specs), CPU, torch.float32, with_checker=False)
+    return load_latent_diffusion(card_of(folder, *specs), CPU, torch.float32, with_checker=False)
 
 
 def oracle(folder: Path, *specs: LoraSpec) -> StableDiffusionPipeline:

@@ -22,7 +22,7 @@ from batch_infer.jobs import out as outdir
 from batch_infer.jobs.results import remove_other_results
 from batch_infer.jobs.summary import Counts
 from batch_infer.manifest import SCHEMA, Manifest
-from batch_infer.records import PromptRequest, ResultRow, SamplingParams, Source, now
+from batch_infer.records import PromptRequest, ResultRow, SamplingParams, Source, utc_now
 from batch_infer.settings import OutputSettings
 from tests.runs import Done, command, results, run
 from tests.tables import write_csv
@@ -38,7 +38,7 @@ def request(name: str, index: int = 0, *, row: int = 0, fingerprint: str = "f", 
 def result(name: str, index: int = 0, **values: Any) -> ResultRow:
     usual = {
         **{"prompt": "x", "status": "ok", "generated_image": f"images/{name}-{index}.png", "fingerprint": "f"},
-        **{"finished_at": now(), "source_file": "before.csv", "source_row": 99, "worker": "w"},
+        **{"finished_at": utc_now(), "source_file": "before.csv", "source_row": 99, "worker": "w"},
     }
     return ResultRow(**{"id": name, "image_index": index, **usual, **values})
 

@@ -20,14 +20,14 @@ from batch_infer.errors import Interrupted, SettingsError
 from batch_infer.jobs.out import locked
 from batch_infer.jobs.scan import ScanResult
 from batch_infer.jobs.summary import Counts, Summary, Throughput
-from batch_infer.records import ResultRow, now
+from batch_infer.records import ResultRow, utc_now
 from tests.runs import command, run
 from tests.tables import write_csv
 
 
 def rows(*statuses: Any) -> list[ResultRow]:
     return [
-        ResultRow(id=f"{i}", image_index=0, prompt="x", status=status, finished_at=now(), source_file="t.csv",
+        ResultRow(id=f"{i}", image_index=0, prompt="x", status=status, finished_at=utc_now(), source_file="t.csv",
                   source_row=i, fingerprint="f") for i, status in enumerate(statuses)
     ]  # fmt: skip
 
@@ -224,7 +224,7 @@ def test_a_name_that_the_collector_does_not_read_is_told(tmp_path: Path, caplog:
         with Metrics(tmp_path / name, "/out"):
             pass
         assert read(tmp_path / name, "/out")["exit_code"] == 1
-    told = "node_exporter's textfile collector reads *.prom alone, and not"
+    told = "node_exporter's textfile collector reads only *.prom, and not"
     assert [record.message for record in caplog.records] == [f"{told} {tmp_path / name}" for name in ("m.tmp", "m")]
 
 

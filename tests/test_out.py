@@ -22,8 +22,8 @@ from batch_infer.errors import Interrupted, LockedError, SettingsError, StorageE
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs import recovery
 from batch_infer.manifest import Manifest
-from batch_infer.records import ResultRow, now
-from batch_infer.sinks import FolderSink
+from batch_infer.records import ResultRow, utc_now
+from batch_infer.sinks import IMAGE_FOLDERS, FolderSink
 from batch_infer.store import find_holder
 from tests.runs import run, run_json
 from tests.tables import write_csv
@@ -134,9 +134,9 @@ def link_images(out: Path, disk: Path) -> None:
 def commit_image(out: Path, name: str) -> Path:
     sink = FolderSink(out)
     stored = sink.write(f"images/t-00000/{name}-0.png", b"x")
-    sink.settle([stored.path])
+    sink.publish([stored.path])
     (out / "manifest" / "part-1.parquet").unlink(missing_ok=True)
-    row = ResultRow(id=name, image_index=0, prompt="x", generated_image=stored.path, status="ok", finished_at=now(),
+    row = ResultRow(id=name, image_index=0, prompt="x", generated_image=stored.path, status="ok", finished_at=utc_now(),
                     source_file="t.csv", source_row=0, fingerprint="f")  # fmt: skip
     Manifest(out).commit([row], pa.schema([]))
     return out / stored.path
@@ -412,7 +412,7 @@ def test_files_of_the_wrong_kind_are_refused(tmp_path: Path, name: str) -> None:
 def test_only_images_may_be_a_link(tmp_path: Path, name: str) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / name).symlink_to(tmp_path / "elsewhere")
-    if name in outdir.LINKABLE:
+    if name in IMAGE_FOLDERS:
         outdir.refuse_foreign_files(tmp_path, [], None)
         return
     with pytest.raises(SettingsError, match=f"{name} is a link; in OUT only images/ and quarantine/ may be links"):

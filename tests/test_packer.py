@@ -50,7 +50,7 @@ def admit(slots: Slots[str], solver: Solver, name: str, **asked: Any) -> None:
     seed = sum(name.encode())
     params = SamplingParams(32, 32, asked.get("steps", 3), asked.get("guidance", 3.0), asked.get("rescale", 0.0))
     prompt = torch.full((3,), asked.get("prompt", seed / 500))
-    contexts = ({"prompt": prompt}, {"prompt": torch.zeros(3)} if params.guided else None)
+    contexts = ({"prompt": prompt}, {"prompt": torch.zeros(3)} if params.uses_guidance else None)
     slots.admit(name, params, seed, solver.table(params.num_inference_steps), contexts)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from batch_infer.autotune import probe
+from batch_infer.autotune import calibration
 from batch_infer.errors import SettingsError
 from batch_infer.models import read_card
 from batch_infer.settings import Compute, ModelSettings, SafetySettings
@@ -245,10 +245,10 @@ def test_a_device_that_is_too_small_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     def too_small(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory\nand more")
 
-    monkeypatch.setattr(probe, "_model", too_small)
+    monkeypatch.setattr(calibration, "_load_model", too_small)
     compute = Compute("cpu", "float32", slots=8, decode_batch=4, threads=1)
-    with pytest.raises(SettingsError, match=r"does not hold the model: .* \(CUDA out of memory\)"):
-        probe._rates(read_card(ModelSettings()), compute, SafetySettings(), "png", (64, 64))
+    with pytest.raises(SettingsError, match=r"the model does not fit .*.* \(CUDA out of memory\)"):
+        calibration.measure_rates(read_card(ModelSettings()), compute, SafetySettings(), "png", (64, 64))
 
 
 @pytest.mark.promises

@@ -22,8 +22,8 @@ from batch_infer.jobs import out as outdir
 from batch_infer.jobs import status as status_job
 from batch_infer.jobs.scan import ScanResult
 from batch_infer.jobs.summary import Throughput
-from batch_infer.records import ResultRow, Status, now
-from tests.crew import Rendering
+from batch_infer.records import ResultRow, Status, utc_now
+from tests.engine_runs import EngineRun
 from tests.runs import run, run_json, settings_of
 from tests.tables import write_csv
 
@@ -33,7 +33,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.seconds = 100.0
-        self.began_at = now() - timedelta(seconds=self.seconds)
+        self.began_at = utc_now() - timedelta(seconds=self.seconds)
 
     def __call__(self) -> float:
         return self.seconds
@@ -64,7 +64,7 @@ def rows(*statuses: Status) -> list[ResultRow]:
             image_index=0,
             prompt="x",
             status=status,
-            finished_at=now(),
+            finished_at=utc_now(),
             source_file="t.csv",
             source_row=i,
             fingerprint="f",
@@ -189,7 +189,7 @@ def test_status_summary_and_the_last_line_agree(
 ) -> None:
     monkeypatch.setattr(execution, "Throughput", lambda in_flight: Throughput(clock, in_flight))
     for module in (execution, status_job):
-        monkeypatch.setattr(module, "now", clock.now)
+        monkeypatch.setattr(module, "utc_now", clock.now)
     monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
     set_up_logging(quiet=False, verbose=False)
     out = tmp_path / "out"
@@ -244,6 +244,6 @@ def test_workers_in_processes_are_ready_once_before_the_first_commit(
         return render(engine, task, commit, stop, lambda: calls.append("ready"))
 
     monkeypatch.setattr(LocalEngine, "render", noted)
-    Rendering(tmp_path / "out", [f"red {i}" for i in range(6)]).go()
+    EngineRun(tmp_path / "out", [f"red {i}" for i in range(6)]).run()
     assert calls[0] == "ready"
     assert set(calls[1:]) == {"committed"}

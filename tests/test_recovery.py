@@ -23,7 +23,7 @@ from batch_infer.jobs import recovery
 from batch_infer.jobs.recovery import recover, set_aside
 from batch_infer.manifest import Manifest
 from batch_infer.records import ResultRow
-from batch_infer.sinks import FolderSink
+from batch_infer.sinks import FolderSink, Sink
 
 NONE = pa.schema([])
 END = datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc)
@@ -45,7 +45,7 @@ def result(sink: FolderSink, name: str, content: bytes | None = b"pixels", **mor
 
 def commit(out: Path, *rows: ResultRow, at: float = NOW, run: int = 0) -> Path:
     """Commit rows when the machine's clock says `at`."""
-    FolderSink(out).settle([row.generated_image for row in rows if row.generated_image])
+    FolderSink(out).publish([row.generated_image for row in rows if row.generated_image])
     manifest = Manifest(out, run)
     with mock.patch("batch_infer.manifest.manifest.monotonic", lambda: at):
         return manifest.folder / manifest.commit(rows, NONE)
@@ -61,7 +61,7 @@ def commit_twice(out: Path) -> None:
     for attempt in (1, 2):
         rows = [result(sink, name, f"{name} {attempt}".encode(), attempt=attempt) for name in "abc"]
         rows.append(result(sink, "d", None, status="failed", error="why", attempt=attempt))
-        sink.settle([row.generated_image for row in rows if row.generated_image])
+        sink.publish([row.generated_image for row in rows if row.generated_image])
         with mock.patch("batch_infer.manifest.manifest.monotonic", lambda: NOW):
             manifest.commit(rows, NONE)
         sink.remove(f"images/t-00000/old-{attempt}.png")
@@ -144,7 +144,7 @@ def test_an_image_that_was_never_committed_does_no_harm(tmp_path: Path, caplog: 
     """It is rendered again, under its name."""
     sink = FolderSink(tmp_path)
     commit(tmp_path, result(sink, "a"))
-    sink.settle([str(result(sink, "b", b"settled").generated_image)])
+    sink.publish([str(result(sink, "b", b"settled").generated_image)])
     result(sink, "aa", b"written")
     with caplog.at_level(logging.WARNING):
         assert recover(tmp_path, Manifest(tmp_path)) == frozenset()
@@ -189,9 +189,9 @@ def test_an_image_that_cannot_be_read_is_not_a_missing_one(tmp_path: Path, numbe
     (tmp_path / "images" / "a.png").write_bytes(b"x")
     fault = OSError(number, os.strerror(number))
     with mock.patch.object(os, "open", side_effect=fault), pytest.raises(StorageError, match="cannot read .*a"):
-        recovery.is_intact(tmp_path, "images/a.png", "sum", 1)
+        recovery.is_intact(FolderSink(tmp_path), "images/a.png", "sum", 1)
     with mock.patch.object(os, "open", side_effect=OSError(errno.EIO, "")):
-        assert not recovery.is_intact(tmp_path, "images/a.png", "sum", 1), "the disk has lost it"
+        assert not recovery.is_intact(FolderSink(tmp_path), "images/a.png", "sum", 1), "the disk has lost it"
 
 
 def test_of_several_attempts_the_image_of_the_last_counts(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_of_several_attempts_the_image_of_the_last_counts(tmp_path: Path) -> Non
         row = result(sink, "a", f"{attempt}".encode(), attempt=attempt)
         Manifest(tmp_path).commit([row], NONE)
         if attempt == 3:
-            sink.settle([str(row.generated_image)])
+            sink.publish([str(row.generated_image)])
     assert recover(tmp_path, Manifest(tmp_path)) == frozenset()
     (tmp_path / "images/t-00000/a-0.png").write_bytes(b"2")
     assert recover(tmp_path, Manifest(tmp_path)) == {("a", 0)}
@@ -266,9 +266,9 @@ def test_of_an_old_part_no_column_is_read_and_no_image(tmp_path: Path, monkeypat
         read.append(columns)
         return real_part(part, *columns)
 
-    def is_whole(out: Path, path: str, *told: Any) -> bool:
+    def is_whole(sink: Sink, path: str, *told: Any) -> bool:
         read.append(path)
-        return bool(real_whole(out, path, *told))
+        return bool(real_whole(sink, path, *told))
 
     monkeypatch.setattr(recovery, "read_part", read_part)
     monkeypatch.setattr(recovery, "is_intact", is_whole)
@@ -289,7 +289,7 @@ def test_the_time_of_day_may_be_set_back_during_a_run(tmp_path: Path) -> None:
 def test_each_machine_has_its_own_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sink = FolderSink(tmp_path)
     commit(tmp_path, result(sink, "a"))
-    monkeypatch.setattr("batch_infer.manifest.manifest.here", lambda: "elsewhere")
+    monkeypatch.setattr("batch_infer.manifest.manifest.host_id", lambda: "elsewhere")
     commit(tmp_path, result(sink, "b"), at=7.0)
     for name in "ab":
         (tmp_path / f"images/t-00000/{name}-0.png").write_bytes(b"lost")

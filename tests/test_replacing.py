@@ -18,13 +18,13 @@ import pytest
 from batch_infer.errors import SettingsError, StorageError
 from batch_infer.jobs import recovery
 from batch_infer.manifest import Manifest
-from batch_infer.sinks import ASIDE, FolderSink, path_aside
-from batch_infer.store.atomic import own_name
+from batch_infer.sinks import BACKUP_PREFIX, FolderSink
+from batch_infer.store import unique_name
 from tests import runs
 from tests.tables import write_csv
 
 OTHER = ("--steps", "3", "--rerender-changed")
-MOMENTS = [(FolderSink, "set_aside"), (FolderSink, "settle"), (Manifest, "commit"), (FolderSink, "remove")]
+MOMENTS = [(FolderSink, "back_up"), (FolderSink, "publish"), (Manifest, "commit"), (FolderSink, "remove")]
 every_moment = pytest.mark.parametrize(("room", "moment"), MOMENTS, ids=[moment for _, moment in MOMENTS])
 
 
@@ -138,9 +138,9 @@ def test_what_a_second_attempt_of_a_run_replaces_is_the_image_of_the_manifest(tm
     sink = FolderSink(tmp_path)
     for content in (b"old", b"first", b"second"):
         path = sink.write("images/t-00000/a-0.png", content).path
-        sink.set_aside([path])
-        sink.settle([path])
-    assert (tmp_path / path_aside(path)).read_bytes() == b"old"
+        sink.back_up([path])
+        sink.publish([path])
+    assert (tmp_path / FolderSink(tmp_path).backup_path(path)).read_bytes() == b"old"
     assert (tmp_path / path).read_bytes() == b"second"
 
 
@@ -149,7 +149,11 @@ def test_an_original_that_the_manifest_does_not_have_is_removed(folder: Path) ->
     out = folder / "out"
     first, *_ = sorted(runs.images(out))
     strangers = [out / ".original-mine.png", out / "logs" / ".original-log"]
-    for path in (out / path_aside(first), (out / first).with_name(own_name(ASIDE, "gone-0.png")), *strangers):
+    for path in (
+        out / FolderSink(out).backup_path(first),
+        (out / first).with_name(unique_name(BACKUP_PREFIX, "gone-0.png")),
+        *strangers,
+    ):
         path.write_bytes(b"of an earlier attempt")
     before = files(out)
     recovery.remove_leftovers(out, Manifest(out))
@@ -183,7 +187,7 @@ def test_what_a_worker_replaces_now_is_no_leftover_for_another(folder: Path) -> 
     """Workers of an endpoint share OUT, and each removes only what dead ones have left."""
     out = folder / "out"
     first, *_ = sorted(runs.images(out))
-    FolderSink(out).set_aside([first])
+    FolderSink(out).back_up([first])
     (aside,) = out.rglob(".original-*")
     assert recovery.remove_abandoned(out, [aside.parent]) == []
     aside = of_another_process(aside)
@@ -194,7 +198,7 @@ def test_a_run_with_a_worker_out_of_reach_is_recovered_by_the_next(folder: Path)
     """It ended in order, except that a worker on another machine may have been about to commit."""
     out = folder / "out"
     before = files(out)
-    FolderSink(out).set_aside(before)
+    FolderSink(out).back_up(before)
     (out / "run.json").write_text(json.dumps({**runs.run_json(out), "has_strays": True}))
     assert rendered(runs.run(folder / "t.csv", out, "--json")) == 0
     assert files(out) == before

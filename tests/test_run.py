@@ -639,7 +639,7 @@ def test_capitals_of_ids_stay_in_file_names(tmp_path: Path, out: Path, monkeypat
     ids = ["SKU-1", "sku-1", "B", "c"]
     table = write_csv(tmp_path / "T.csv", [["id", "prompt"], *([name, "a red circle"] for name in ids)])
     with monkeypatch.context() as patch:
-        patch.setattr("batch_infer.sinks.folder.distinguishes_case", lambda folder: False)
+        patch.setattr("batch_infer.sinks.folder.is_case_sensitive", lambda folder: False)
         assert run(table, out).code == 0
     earlier = images(out)
     assert all(re.fullmatch(r"images/T~[0-9a-f]{16}-00000/(SKU-1|sku-1|B)~[0-9a-f]{16}-0\.png|.*/c-0\.png", path)
@@ -952,7 +952,7 @@ def test_a_change_that_was_not_committed_has_changed_nothing(
     before = hashes(out)
     write_csv(table, [["prompt"], ["a blue square"]])
     with monkeypatch.context() as patch:
-        patch.setattr(FolderSink, "settle", mock.Mock(side_effect=StorageError("the power went out")))
+        patch.setattr(FolderSink, "publish", mock.Mock(side_effect=StorageError("the power went out")))
         assert run(table, out).code == 75
     write_csv(table, [["prompt"], ["a red circle"]])
     assert json.loads(run(table, out, "--json").stdout)["rendered"] == 0

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from batch_infer.autotune.calibration import Rates
+from batch_infer.autotune.cache import Rates
 from batch_infer.autotune.probe import Probe
 from batch_infer.engines import Task, TaskReport
 from batch_infer.engines.inline import InlineEngine
@@ -20,7 +20,7 @@ from batch_infer.jobs import run as jobs
 from batch_infer.jobs.plan import make_plan
 from batch_infer.jobs.run import render_tables
 from batch_infer.models import read_card
-from batch_infer.records import now
+from batch_infer.records import utc_now
 from batch_infer.settings import Compute, ComputeSettings, Device, ModelSettings, RunSettings, TableSettings
 from tests.runs import results, run_json
 from tests.tables import write_csv
@@ -69,7 +69,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunSettings:
 
 
 def use(engine: Uncompilable, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "engine_for", lambda settings, here: engine)
+    monkeypatch.setattr(jobs, "make_engine", lambda *_: engine)
 
 
 def test_a_run_that_cannot_compile_does_without_in_all_workers(
@@ -124,7 +124,7 @@ def test_a_plan_is_measured_as_the_run_will_render(
         compiled.append(compute.compiled)
         if compute.compiled:
             raise CompilationError(FAULT)
-        return Rates(1.0, 1.0, 1.0, 1.0, now())
+        return Rates(1.0, 1.0, 1.0, 1.0, utc_now())
 
     monkeypatch.setattr(Probe, "measure_rates", rates)
     monkeypatch.setattr(Probe, "count_evaluations", lambda _, card, steps: steps)

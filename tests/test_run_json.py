@@ -17,7 +17,7 @@ import pytest
 from batch_infer.errors import UsageError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.run_json import RunRecord, parse_record
-from batch_infer.records import now
+from batch_infer.records import utc_now
 from batch_infer.settings import (
     BatchShape,
     Compute,
@@ -44,7 +44,7 @@ RECORD: dict[str, Any] = json.loads(
         {
             "identity": {"model": "m", "safety": "none"},
             "batch_infer": "0.1.0",
-            "started_at": now(),
+            "started_at": utc_now(),
             "settings": asdict(SETTINGS),
             "compute": asdict(Compute("cpu", "float32", 8, 4, 1, by_size=(BatchShape(64, 64, 8, 4),))),
             "rules": asdict(RULES),
@@ -53,8 +53,15 @@ RECORD: dict[str, Any] = json.loads(
             "tables": ["t.csv"],
             "unreadable_tables": ["b.csv"],
             "unrepeatable_tables": ["-"],
-            "survey": {"finished_at": now(), "total": 1, "done": 0, "invalid": 0, "pending": 1, "standing": {"ok": 1}},
-            "rendering_since": now(),
+            "survey": {
+                "finished_at": utc_now(),
+                "total": 1,
+                "done": 0,
+                "invalid": 0,
+                "pending": 1,
+                "standing": {"ok": 1},
+            },
+            "rendering_since": utc_now(),
             "summary": {"rows": 1, "ok": 1, "left": 0, "images_per_second": 0.5},
             "rescoring": {"fingerprint": "keep"},
         },

@@ -42,7 +42,7 @@ def filled(model: Any, part: str, value: float) -> Iterator[None]:
 
 
 def judge_all(checker: StableDiffusionChecker, images: list[np.ndarray], at_once: int = 4) -> list[Verdict]:
-    return [v for start in range(0, len(images), at_once) for v in checker.judge(images[start : start + at_once])]
+    return [v for start in range(0, len(images), at_once) for v in checker.check(images[start : start + at_once])]
 
 
 def test_squares_are_judged_as_diffusers_does(model: Any, checker: StableDiffusionChecker) -> None:
@@ -64,9 +64,9 @@ def test_scores_are_kept_and_explain_the_verdict(checker: StableDiffusionChecker
 def test_special_care_lowers_the_other_thresholds(model: Any, checker: StableDiffusionChecker) -> None:
     images = probe_images(4)
     with filled(model, "special_care_embeds_weights", 2.0):  # a cosine never gets there
-        calm = checker.judge(images)
+        calm = checker.check(images)
     with filled(model, "special_care_embeds_weights", -2.0):
-        alert = checker.judge(images)
+        alert = checker.check(images)
     for before, after in zip(calm, alert, strict=True):
         assert before.scores is not None
         assert after.scores == pytest.approx({name: score + 0.01 for name, score in before.scores.items()})
@@ -74,9 +74,9 @@ def test_special_care_lowers_the_other_thresholds(model: Any, checker: StableDif
 
 def test_a_verdict_does_not_depend_on_its_neighbours(checker: StableDiffusionChecker) -> None:
     images = probe_images(4)
-    together = checker.judge(images)
-    assert [checker.judge([image])[0] for image in images] == together
-    assert checker.judge(images[::-1]) == together[::-1]
+    together = checker.check(images)
+    assert [checker.check([image])[0] for image in images] == together
+    assert checker.check(images[::-1]) == together[::-1]
 
 
 def test_images_are_left_as_they_are(checker: StableDiffusionChecker) -> None:
@@ -94,9 +94,9 @@ def test_edges_of_long_images_are_judged(checker: StableDiffusionChecker, place:
     bad = images[[verdict.nsfw for verdict in verdicts].index(True)]
     fine = Image.fromarray(images[[verdict.nsfw for verdict in verdicts].index(False)])
     squares = [np.asarray(fine)] * 3
-    assert not checker.judge([np.concatenate(squares, axis=1 - turn)])[0].nsfw or place != 1
+    assert not checker.check([np.concatenate(squares, axis=1 - turn)])[0].nsfw or place != 1
     squares[place] = bad
-    assert checker.judge([np.concatenate(squares, axis=1 - turn)])[0].nsfw
+    assert checker.check([np.concatenate(squares, axis=1 - turn)])[0].nsfw
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (32, 40), (40, 32), (32, 64), (96, 32), (32, 257)])
@@ -116,5 +116,5 @@ def test_tiles_cover_the_image_and_hold_its_centre(height: int, width: int) -> N
 @pytest.mark.parametrize("part", ["concept_embeds_weights", "special_care_embeds_weights", "visual_projection.weight"])
 def test_a_score_that_is_not_a_number_flags(model: Any, checker: StableDiffusionChecker, part: str) -> None:
     with filled(model, part, float("nan")):
-        verdicts = checker.judge(probe_images(4))
+        verdicts = checker.check(probe_images(4))
     assert [verdict.nsfw for verdict in verdicts] == [True] * 4

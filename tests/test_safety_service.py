@@ -263,7 +263,7 @@ def test_what_is_missing_is_told_before_anything_starts(
 def test_an_endpoint_that_was_forgotten_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CONTENT_SAFETY_ENDPOINT", raising=False)
     done = runs.run(table(tmp_path, PROMPTS), tmp_path / "out")
-    assert done.code == 2 and "CONTENT_SAFETY_KEY is set and CONTENT_SAFETY_ENDPOINT is not" in done.stderr
+    assert done.code == 2 and "CONTENT_SAFETY_KEY is set but CONTENT_SAFETY_ENDPOINT is not" in done.stderr
 
 
 def test_without_a_key_and_an_identity_nothing_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -444,7 +444,7 @@ def unjudged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-MOMENTS = [(FolderSink, "set_aside"), (FolderSink, "settle"), (Manifest, "commit"), (FolderSink, "remove")]
+MOMENTS = [(FolderSink, "back_up"), (FolderSink, "publish"), (Manifest, "commit"), (FolderSink, "remove")]
 
 
 @pytest.mark.promises

@@ -10,8 +10,8 @@ from typing import Any
 import click
 import pytest
 
-from batch_infer.cli.asked import make_run_settings
 from batch_infer.cli.run import run as command
+from batch_infer.cli.settings import make_run_settings
 from batch_infer.errors import SettingsError
 from batch_infer.jobs.run_json import parse_record
 from batch_infer.settings import FIELDS, FailureBudget, LoraSpec, RunSettings, SchedulerSpec, TableSettings
@@ -202,7 +202,7 @@ def test_settings_can_be_written_down_and_read(arguments: tuple[str, ...]) -> No
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--column", "prompt"], "--column prompt: say FIELD=NAME"),
+        (["--column", "prompt"], "--column prompt: write FIELD=NAME"),
         (["--column", "colour=x"], f"--column colour=x: .* one of {', '.join(FIELDS)}"),
         (["--base64"], "add --results csv or --results jsonl"),
         (["--base64", "--results", "parquet"], "add --results csv or --results jsonl"),

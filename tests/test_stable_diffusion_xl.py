@@ -17,7 +17,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from batch_infer.errors import ModelError
-from batch_infer.models import load, load_solver, load_token_counter, read_card
+from batch_infer.models import load_latent_diffusion, load_solver, load_token_counter, read_card
 from batch_infer.models.stable_diffusion_xl import StableDiffusionXL
 from batch_infer.records import SizeRules
 from batch_infer.settings import ModelSettings
@@ -185,7 +185,7 @@ def test_half_precision_decodes_in_full_where_it_would_overflow(own: Path) -> No
     for file in own.glob("*/*.safetensors"):
         if ".fp16." not in file.name:
             file.unlink()
-    model: Any = load(card_of(own, variant="fp16"), CPU, torch.float16, with_checker=False)
+    model: Any = load_latent_diffusion(card_of(own, variant="fp16"), CPU, torch.float16, with_checker=False)
     assert {weight.dtype for weight in model.networks[0].parameters()} == {torch.float16}
     assert {weight.dtype for weight in model.networks[1].parameters()} == {torch.float32}
     assert model.pipeline.vae.dtype == torch.float16, "diffusers does so by itself, at every call"
@@ -196,7 +196,7 @@ def test_half_precision_decodes_in_full_where_it_would_overflow(own: Path) -> No
     assert torch.equal(image, wanted / 2 + 0.5)
     assert render(model, [make_request("row", steps=2)])["row"].pixels.std() > 1
     amend(own / "vae" / "config.json", force_upcast=False)
-    fixed: Any = load(card_of(own, variant="fp16"), CPU, torch.float16, with_checker=False)
+    fixed: Any = load_latent_diffusion(card_of(own, variant="fp16"), CPU, torch.float16, with_checker=False)
     assert {weight.dtype for weight in fixed.networks[1].parameters()} == {torch.float16}
 
 

@@ -97,7 +97,7 @@ def test_a_run_whose_lock_may_not_be_read(table: Path, out: Path, monkeypatch: p
     assert (told["state"], told["holder"], told["left"]) == ("unknown", None, 0)
     lines = command("status", out).stdout.splitlines()
     assert lines[0].startswith(f"{out}: unknown, started 20")
-    assert lines[-1] == (f"{out}/.lock may not be read by this user, so whether a run is working there is not known")
+    assert lines[-1] == f"{out}/.lock cannot be read (permission denied), so it is unknown whether a run is active"
 
 
 def test_a_run_that_stopped_early_says_what_is_left(table: Path, out: Path) -> None:

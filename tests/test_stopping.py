@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.csv
 import pytest
 
-from batch_infer.manifest.parts import to_table, write_part
-from batch_infer.records import ResultRow, now
+from batch_infer.manifest import to_table
+from batch_infer.manifest.parts import write_part
+from batch_infer.records import ResultRow, utc_now
 from tests.deaths import eventually, is_alive, workers_of
 from tests.hub import hub
 
@@ -173,8 +174,10 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An OUT whose manifest has 300,000 rows."""
     out = tmp_path_factory.mktemp("merged") / "out"
     (out / "manifest").mkdir(parents=True)
-    row = ResultRow(id="", image_index=0, prompt="a red circle", status="ok", finished_at=now(), source_file="t.csv",
-                    source_row=0, fingerprint="f")  # fmt: skip
+    row = ResultRow(
+        id="", image_index=0, prompt="a red circle", status="ok", finished_at=utc_now(),
+        source_file="t.csv", source_row=0, fingerprint="f",
+    )  # fmt: skip
     part = to_table([row] * 10_000, pa.schema([]))
     for first in range(0, 300_000, len(part)):
         numbers = range(first, first + len(part))

@@ -12,16 +12,16 @@ import click
 import pytest
 
 from batch_infer import stopping
-from batch_infer.cli.time_limit import Duration
+from batch_infer.cli.option_types import DurationType
 from batch_infer.jobs.merge import merge
 from batch_infer.jobs.plan import Plan, SizePlan
 from batch_infer.jobs.summary import Counts
-from batch_infer.records import now
+from batch_infer.records import utc_now
 from tests.runs import QUICK, assert_whole, command, hashes, results, run
 from tests.tables import write_csv
 
 ROWS = 24
-LINE = "batch-infer: the time limit of 20.0 s came, and {} left: run the same command again to continue"
+LINE = "batch-infer: the time limit of 20.0 s was reached, and {} left: run the same command again to continue"
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def _ticking(monkeypatch: pytest.MonkeyPatch) -> None:
      ("1.5h", 5400), ("1d2h3m4s", 93784), ("1h 30m", 5400), ("2d12h", 216000), (45, 45)],
 )  # fmt: skip
 def test_lengths_of_time(text: Any, seconds: float) -> None:
-    assert Duration().convert(text, None, None) == seconds
+    assert DurationType().convert(text, None, None) == seconds
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_lengths_of_time(text: Any, seconds: float) -> None:
 )
 def test_what_is_no_length_of_time(text: str) -> None:
     with pytest.raises(click.BadParameter, match="is not a duration \\(examples: 90s, 30m, 2h"):
-        Duration().convert(text, None, None)
+        DurationType().convert(text, None, None)
 
 
 def test_a_slip_ends_with_2_and_makes_nothing(table: Path, tmp_path: Path) -> None:
@@ -129,13 +129,13 @@ def test_a_retry_is_stopped_too(table: Path, tmp_path: Path) -> None:
 
 def test_a_plan_says_whether_the_time_is_enough(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     size = SizePlan(64, 64, images=ROWS, row_forwards=80, ticks=40, slots=16, seconds=80.0)
-    found = Plan(rows=ROWS, total=ROWS, pending=ROWS, sizes=[size], occupancy=1.0, seconds=90.0, measured_at=now())
+    found = Plan(rows=ROWS, total=ROWS, pending=ROWS, sizes=[size], occupancy=1.0, seconds=90.0, measured_at=utc_now())
     monkeypatch.setattr("batch_infer.jobs.make_plan", lambda *_: found)
     arguments = ("plan", table, "--out", tmp_path / "out", *QUICK)
     short = command(*arguments, "--time-limit", "1m")
     assert short.code == 0, "an estimate is no fault"
     assert short.stdout.splitlines()[-1] == (
-        "limit    1 min 00 s, too short: a run stops then with exit code 75, and the same command continues"
+        "limit    1 min 00 s, too short: the run would stop with exit code 75, and the same command would continue it"
     )
     assert command(*arguments, "--time-limit", "1m", "-q").stdout == short.stdout, "a night that will not do is told"
     enough = command(*arguments, "--time-limit", "1m30s").stdout

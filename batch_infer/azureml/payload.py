@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from batch_infer.errors import RowError, TableError, first_line
 from batch_infer.settings import FIELDS
-from batch_infer.table import Shape, cells_of, column_names, is_deep
+from batch_infer.table import DocumentFormat, element_cells, is_too_deep, payload_columns
 
 SAMPLE = '{"input_data": {"columns": ["prompt"], "data": ["a prompt"]}}'
 PARAMETER_KEYS = ("parameters", "params")
@@ -71,7 +71,7 @@ def _document(text: str | bytes) -> Mapping[str, Any]:
         raise TableError("a number in the request has too many digits") from error
     if not isinstance(document, dict):
         raise TableError(f"the request is not a JSON object but {_kind(document)}: send {SAMPLE}")
-    if is_deep(document):
+    if is_too_deep(document):
         raise TableError("the request is nested too deeply")
     return document
 
@@ -125,17 +125,17 @@ def _elements(payload: Mapping[str, Any]) -> Sequence[Any]:
     return elements
 
 
-def _shape(payload: Mapping[str, Any], prompt: str, parameters: dict[str, Any]) -> Shape:
+def _shape(payload: Mapping[str, Any], prompt: str, parameters: dict[str, Any]) -> DocumentFormat:
     columns = payload.get("columns") or [prompt]
     if not isinstance(columns, list) or not all(isinstance(name, str) for name in columns):
         raise TableError(f"columns in input_data is not a list of names, as it is in {SAMPLE}")
     try:
-        return Shape(True, column_names(columns), parameters)
+        return DocumentFormat(True, payload_columns(columns), parameters)
     except RowError as error:
         raise TableError(f"columns in input_data: {error}") from error
 
 
-def _row(number: int, element: Any, shape: Shape) -> dict[str, Any]:
+def _row(number: int, element: Any, shape: DocumentFormat) -> dict[str, Any]:
     if not isinstance(element, (str, list, dict)):
         told = f"element {number} of data is neither an object nor a prompt but {_kind(element)}"
         raise TableError(f"{told}: send {SAMPLE}")
@@ -143,7 +143,7 @@ def _row(number: int, element: Any, shape: Shape) -> dict[str, Any]:
         fault = f"element {number} of data has {_cells(element)} where columns names {len(shape.columns)}"
         raise TableError(f"{fault}; send null for a cell without a value")
     try:
-        return cells_of(element, shape)
+        return element_cells(element, shape)
     except RowError as error:
         raise TableError(f"element {number} of data {error}: send {SAMPLE}") from error
 

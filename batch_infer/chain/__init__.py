@@ -5,17 +5,17 @@ from typing import TYPE_CHECKING
 from batch_infer.lazy import import_on_use
 
 if TYPE_CHECKING:
-    from batch_infer.chain.gated import GatedChain, Grace
+    from batch_infer.chain.gated import GatedChain, GracePeriod
     from batch_infer.chain.outcomes import Elsewhere, Rendered, Size, Unrendered, nothing
     from batch_infer.chain.pipeline_call import PipelineCallChain
-    from batch_infer.chain.shape import ChainShape
+    from batch_infer.chain.shape import BatchSizes
     from batch_infer.chain.step_level import StepLevelChain
 else:
     __getattr__ = import_on_use(
         __name__,
         gated=(
             "GatedChain",
-            "Grace",
+            "GracePeriod",
         ),
         outcomes=(
             "Elsewhere",
@@ -25,15 +25,15 @@ else:
             "nothing",
         ),
         pipeline_call=("PipelineCallChain",),
-        shape=("ChainShape",),
+        shape=("BatchSizes",),
         step_level=("StepLevelChain",),
     )
 
 __all__ = [
-    "ChainShape",
+    "BatchSizes",
     "Elsewhere",
     "GatedChain",
-    "Grace",
+    "GracePeriod",
     "PipelineCallChain",
     "Rendered",
     "Size",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from batch_infer.chain.outcomes import Rendered, Size, Unrendered
 from batch_infer.chain.pipeline_call import PipelineCallChain
-from batch_infer.chain.shape import ChainShape
+from batch_infer.chain.shape import BatchSizes
 from batch_infer.chain.step_level import StepLevelChain
 from batch_infer.errors import BatchInferError, Interrupted, RowBroken
 from batch_infer.records import PromptRequest, Verdict
@@ -19,7 +19,7 @@ from batch_infer.safety import Gate
 from batch_infer.stages import Stages
 
 if TYPE_CHECKING:
-    from batch_infer.models import AnyPipeline, Family
+    from batch_infer.models import AnyPipeline, LatentDiffusion
 
 PROMPTS_AHEAD = 32
 """Prompts that are asked about before a slot wants them."""
@@ -37,7 +37,7 @@ GRACE_SECONDS = 5.0
 """How long a run that stops waits for the service's word on images that are rendered."""
 
 
-class Grace:
+class GracePeriod:
     """Stops a gate GRACE_SECONDS after the run is stopped, or once `end` is called.
 
     Until then the service can answer for images that are rendered already.
@@ -66,23 +66,23 @@ class GatedChain:
         chain: StepLevelChain | PipelineCallChain,
         gate: Gate,
         stop: Callable[[], bool] = lambda: False,
-        grace: Grace | None = None,
+        grace: GracePeriod | None = None,
     ) -> None:
         """`grace` is what tells the gate to stop, where anything does."""
         self._chain, self._gate, self._stop = chain, gate, stop
-        self._grace = grace or Grace(stop)
+        self._grace = grace or GracePeriod(stop)
 
     @property
-    def model(self) -> Family | AnyPipeline:
+    def model(self) -> LatentDiffusion | AnyPipeline:
         return self._chain.model
 
     @property
-    def driven(self) -> bool:
-        return self._chain.driven
+    def uses_pipeline_call(self) -> bool:
+        return self._chain.uses_pipeline_call
 
     @property
-    def shape(self) -> ChainShape:
-        return self._chain.shape
+    def batch_sizes(self) -> BatchSizes:
+        return self._chain.batch_sizes
 
     @property
     def stages_by_size(self) -> Mapping[Size, Stages]:
@@ -104,7 +104,7 @@ class GatedChain:
         all that was judged before has been given.
         """
         with ThreadPoolExecutor(self._gate.at_once, "gate") as pool:
-            prompts = _Prompts(iter(requests), self._gate, pool, patient=self._chain.driven)
+            prompts = _Prompts(iter(requests), self._gate, pool, patient=self._chain.uses_pipeline_call)
             images = _Images(self._gate, pool)
             judged: list[Rendered | Unrendered] = []
 
@@ -276,7 +276,7 @@ class _Images:
             return Unrendered(rendered.request, "failed", str(error))
         if of_image.nsfw is None:
             return Unrendered(rendered.request, "failed", f"{self._gate.name} has no word on the image")
-        return replace(rendered, verdict=rendered.verdict.joined(of_prompt).joined(of_image))
+        return replace(rendered, verdict=rendered.verdict.merge(of_prompt).merge(of_image))
 
 
 def _has_word(answer: Future[Verdict]) -> bool:

@@ -16,7 +16,7 @@ from batch_infer.chain.outcomes import Elsewhere, Rendered, Size, Unrendered, no
 from batch_infer.chain.pacing import pace_of
 from batch_infer.chain.postprocessing import to_pixels
 from batch_infer.chain.read_ahead import Ahead
-from batch_infer.chain.shape import ChainShape
+from batch_infer.chain.shape import BatchSizes
 from batch_infer.errors import RowBroken, RowError, first_line
 from batch_infer.records import PromptRequest, Verdict
 from batch_infer.safety import ImageChecker
@@ -35,18 +35,18 @@ class PipelineCallChain:
     slots, of which a row with guidance takes two.
     """
 
-    driven = True
+    uses_pipeline_call = True
 
     def __init__(
         self,
         model: AnyPipeline,
-        shape: ChainShape,
-        judge: ImageChecker | None,
+        shape: BatchSizes,
+        checker: ImageChecker | None,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """`stop` is asked between batches; once it says so, `render` ends."""
-        self.model, self._judge, self._stop = model, judge, stop
-        self.shape = shape
+        self.model, self._checker, self._stop = model, checker, stop
+        self.batch_sizes = shape
         """The batch sizes as they are now: smaller than at first where the device ran out of memory."""
         self.stages_by_size: dict[Size, Stages] = {}
         self._singly: set[Size] = set()
@@ -75,7 +75,7 @@ class PipelineCallChain:
 
     def _render_batch(self, source: Ahead, size: Size, stages: Stages) -> Iterator[Rendered | Unrendered]:
         first = source.peek()
-        slots = 1 if size in self._singly and first and first.params.slots == 1 else self.shape.of(size)[0]
+        slots = 1 if size in self._singly and first and first.params.slots == 1 else self.batch_sizes.of(size)[0]
         rows = _take_alike(source, size, slots)
         try:
             with out_of_memory_errors():
@@ -93,19 +93,19 @@ class PipelineCallChain:
         self, source: Ahead, size: Size, rows: Sequence[PromptRequest], told: str
     ) -> Iterator[Rendered | Unrendered]:
         """Go on with half the slots; where a call made one image already, the rows have failed."""
-        name, slots = f"{size[1]}x{size[0]}", self.shape.of(size)[0]
+        name, slots = f"{size[1]}x{size[0]}", self.batch_sizes.of(size)[0]
         if rows[0].params.slots == 1 and 1 < slots < 4 and size not in self._singly:
             log.warning("out of memory at %s pixels: going on with one row a call", name)
             self._singly.add(size)
             source.put_back(rows)
             return
-        smaller = self.shape.shrunk(size, "denoise") if slots >= 4 else None
-        if smaller is None or self.model.one_by_one or slots // rows[0].params.slots < 2:
+        smaller = self.batch_sizes.shrunk(size, "denoise") if slots >= 4 else None
+        if smaller is None or self.model.one_row_per_call or slots // rows[0].params.slots < 2:
             error = f"the device's memory does not hold one image of {name} pixels ({told})"
             yield from (Unrendered(request, "failed", error) for request in rows)
             return
         log.warning("out of memory at %s pixels: going on with %d slots, not %d", name, smaller.of(size)[0], slots)
-        self.shape = smaller
+        self.batch_sizes = smaller
         source.put_back(rows)
 
     def _make(self, rows: Sequence[PromptRequest], slots: int, stages: Stages) -> list[Rendered | Unrendered]:
@@ -133,7 +133,7 @@ class PipelineCallChain:
         stages.slot_ticks += params.num_inference_steps * slots
         verdicts = self._check(pixels, stages)
         return [
-            Rendered(row, image, verdict, self.model.tell(row), slots, seconds)
+            Rendered(row, image, verdict, self.model.count_tokens(row), slots, seconds)
             if finite
             else Unrendered(row, "failed", not_finite(params, self.model.dtype))
             for row, image, finite, verdict in zip(rows, pixels, whole, verdicts, strict=True)
@@ -166,11 +166,13 @@ class PipelineCallChain:
         stages.decode += max(0.0, ended - started - encoding - (stages.denoise - before))
 
     def _check(self, pixels: list[np.ndarray], stages: Stages) -> list[Verdict]:
-        if self._judge is None:
+        if self._checker is None:
             return [Verdict()] * len(pixels)
         started = time.perf_counter()
-        pieces = [pixels[first : first + self.shape.decode] for first in range(0, len(pixels), self.shape.decode)]
-        verdicts = [verdict for piece in pieces for verdict in self._judge.judge(piece)]
+        pieces = [
+            pixels[first : first + self.batch_sizes.decode] for first in range(0, len(pixels), self.batch_sizes.decode)
+        ]
+        verdicts = [verdict for piece in pieces for verdict in self._checker.check(piece)]
         stages.check += time.perf_counter() - started
         return verdicts
 
@@ -180,7 +182,7 @@ def _take_alike(source: Ahead, size: Size, slots: int) -> list[PromptRequest]:
     rows = source.take(size, 1)
     while len(rows) < slots // rows[0].params.slots:
         ahead = source.peek()
-        if ahead is None or ahead.alike != rows[0].alike:
+        if ahead is None or ahead.batch_key != rows[0].batch_key:
             break
         rows += source.take(size, 1)
     return rows

@@ -20,7 +20,7 @@ from batch_infer.safety import ImageChecker
 from batch_infer.stages import Stages
 
 if TYPE_CHECKING:
-    from batch_infer.models import Conditioning, Family
+    from batch_infer.models import Conditioning, LatentDiffusion
 
 Tag: TypeAlias = "tuple[PromptRequest, Conditioning]"
 
@@ -37,10 +37,16 @@ class Finishing:
     """
 
     def __init__(
-        self, model: Family, judge: ImageChecker | None, shape: tuple[int, int], stages: Stages, *, beside: bool
+        self,
+        model: LatentDiffusion,
+        checker: ImageChecker | None,
+        shape: tuple[int, int],
+        stages: Stages,
+        *,
+        in_background: bool,
     ) -> None:
-        """`shape`: the slots of the UNet, and the size of a micro-batch. `beside`: on a thread of its own."""
-        self._model, self._judge, self.stages = model, judge, stages
+        """`shape`: the slots of the UNet, and the size of a micro-batch. `in_background`: on a thread of its own."""
+        self._model, self._checker, self.stages = model, checker, stages
         self.slots, self._batch = shape
         self._collected: list[Finished[Tag]] = []
         self.batches_ahead = max(BATCHES_AHEAD, 2 * self.slots // self._batch)
@@ -50,7 +56,7 @@ class Finishing:
         still being decoded. What waits are latents, 64 kB for an image of 512x512 pixels.
         """
         self._under_way: deque[Future[list[Rendered | Unrendered]]] = deque()
-        self._pool = ThreadPoolExecutor(1, "finishing") if beside else None
+        self._pool = ThreadPoolExecutor(1, "finishing") if in_background else None
         self._stream = stream_of(model.device, "finish")
 
     def prepare(self, latent_shape: tuple[int, int, int]) -> None:
@@ -127,10 +133,10 @@ class Finishing:
         return found
 
     def _check(self, pixels: list[np.ndarray]) -> list[Verdict]:
-        if self._judge is None:
+        if self._checker is None:
             return [Verdict()] * len(pixels)
         started = time.perf_counter()
-        verdicts = self._judge.judge(pixels)
+        verdicts = self._checker.check(pixels)
         self.stages.check += time.perf_counter() - started
         return verdicts
 

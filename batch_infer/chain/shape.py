@@ -12,7 +12,7 @@ Part = Literal["denoise", "decode"]
 
 
 @dataclass(frozen=True, slots=True)
-class ChainShape:
+class BatchSizes:
     """Row-forwards in a UNet call, and images in a decoder and checker call.
 
     `by_size` has those of image sizes (height, width) that have batch sizes of their own.
@@ -33,7 +33,7 @@ class ChainShape:
         """The slots and the decoder batch of an image size."""
         return self.by_size.get(size, (self.slots, self.decode))
 
-    def shrunk(self, size: Size, part: Part) -> ChainShape | None:
+    def shrunk(self, size: Size, part: Part) -> BatchSizes | None:
         """With half the slots for this size, or half the decoder batch where `part` says so or the slots are few.
 
         None where there is no less.

@@ -15,7 +15,7 @@ from batch_infer.chain.outcomes import Elsewhere, Rendered, Size, Unrendered, no
 from batch_infer.chain.pacing import pace_of
 from batch_infer.chain.postprocessing import Finishing, Tag
 from batch_infer.chain.read_ahead import Ahead, Waiting
-from batch_infer.chain.shape import ChainShape, Part
+from batch_infer.chain.shape import BatchSizes, Part
 from batch_infer.diffusion import Finished, Slots
 from batch_infer.errors import RowError, first_line
 from batch_infer.models import is_compiled
@@ -24,7 +24,7 @@ from batch_infer.safety import ImageChecker
 from batch_infer.stages import Stages
 
 if TYPE_CHECKING:
-    from batch_infer.models import Family
+    from batch_infer.models import LatentDiffusion
 
 log = logging.getLogger("batch_infer")
 
@@ -35,24 +35,24 @@ class StepLevelChain:
     What follows (compress, hash, write) is the worker's, on threads beside this one.
     """
 
-    driven = False
+    uses_pipeline_call = False
 
     def __init__(
         self,
-        model: Family,
-        shape: ChainShape,
-        judge: ImageChecker | None,
+        model: LatentDiffusion,
+        shape: BatchSizes,
+        checker: ImageChecker | None,
         stop: Callable[[], bool] = lambda: False,
         *,
-        beside: bool | None = None,
+        in_background: bool | None = None,
     ) -> None:
         """`stop` is asked at every tick; once it says so, rows under way are given up and `render` ends.
 
-        `beside`: decode and check on a thread of their own; by default on a GPU.
+        `in_background`: decode and check on a thread of their own; by default on a GPU.
         """
-        self.model, self._judge, self._stop = model, judge, stop
-        self._beside = model.device.type == "cuda" if beside is None else beside
-        self.shape = shape
+        self.model, self._checker, self._stop = model, checker, stop
+        self._in_background = model.device.type == "cuda" if in_background is None else in_background
+        self.batch_sizes = shape
         """The batch sizes as they are now: smaller than at first where the device ran out of memory."""
         self.stages_by_size: dict[Size, Stages] = {}
         self._compiled: set[tuple[Size, tuple[int, int]]] = set()
@@ -87,10 +87,14 @@ class StepLevelChain:
 
     def _render_size(self, source: Ahead, size: Size, elsewhere: Elsewhere) -> Iterator[Rendered | Unrendered]:
         finishing = Finishing(
-            self.model, self._judge, self.shape.of(size), self.stages_by_size[size], beside=self._beside
+            self.model,
+            self._checker,
+            self.batch_sizes.of(size),
+            self.stages_by_size[size],
+            in_background=self._in_background,
         )
         passage = _Passage(self.model, finishing, size, compiles=self._needs_compilation(size))
-        batches = self.shape.of(size)
+        batches = self.batch_sizes.of(size)
         try:
             with out_of_memory_errors():
                 yield from passage.run(source, self._stop, elsewhere)
@@ -110,29 +114,29 @@ class StepLevelChain:
 
     def _needs_compilation(self, size: Size) -> bool:
         """Whether networks are to be compiled, and are not yet for this size and its batch sizes."""
-        return is_compiled(self.model.networks) and (size, self.shape.of(size)) not in self._compiled
+        return is_compiled(self.model.networks) and (size, self.batch_sizes.of(size)) not in self._compiled
 
     def _shrink(
         self, source: Ahead, size: Size, part: Part, left: Sequence[PromptRequest], told: str
     ) -> Iterator[Unrendered]:
         """Go on with half; with nothing left to halve, the rows that were under way have failed."""
         name = f"{size[1]}x{size[0]}"
-        smaller = self.shape.shrunk(size, part)
+        smaller = self.batch_sizes.shrunk(size, part)
         if smaller is None:
             error = f"the device's memory does not hold one image of {name} pixels ({told})"
             yield from (Unrendered(request, "failed", error) for request in left)
             return
-        before, after = (shape.of(size)[part == "decode"] for shape in (self.shape, smaller))
+        before, after = (shape.of(size)[part == "decode"] for shape in (self.batch_sizes, smaller))
         what = "slots" if part == "denoise" else "images in a decoder call"
         log.warning("out of memory at %s pixels: going on with %d %s, not %d", name, after, what, before)
-        self.shape = smaller
+        self.batch_sizes = smaller
         source.put_back(left)
 
 
 class _Passage:
     """Rows of one size on their way through the slots of one shape: all that lies on the device for them."""
 
-    def __init__(self, model: Family, finishing: Finishing, size: Size, *, compiles: bool) -> None:
+    def __init__(self, model: LatentDiffusion, finishing: Finishing, size: Size, *, compiles: bool) -> None:
         """`compiles`: compile the networks for this size before any row is timed."""
         self._model, self._finishing, self._size = model, finishing, size
         self._compiles = compiles

@@ -120,7 +120,7 @@ class Slots(Generic[Tag]):
             self._row_of_lane[lane] = row
             self._write_context(lane, part)
         self._lanes_of_row[row] = (lanes[0], lanes[-1])
-        self._guidance[row] = (params.guidance_scale, params.guidance_rescale) if params.guided else (1.0, 0.0)
+        self._guidance[row] = (params.guidance_scale, params.guidance_rescale) if params.uses_guidance else (1.0, 0.0)
         coefficients = self._on_device(table)
         history = torch.empty(coefficients.shape[1], self._samples[0].numel(), device=self._device)
         generator = torch.Generator("cpu").manual_seed(seed)

@@ -16,7 +16,7 @@ from batch_infer.jobs.job import (
     resolve_on_flagged,
 )
 from batch_infer.jobs.merge import merge_results, read_results, results_schema
-from batch_infer.jobs.out import LINKABLE, create_run_json, read_run, refuse_foreign_files
+from batch_infer.jobs.out import create_run_json, read_run, refuse_foreign_files
 from batch_infer.jobs.plan import Plan, make_plan
 from batch_infer.jobs.recovery import remove_abandoned, restore_images, set_aside
 from batch_infer.jobs.rescore import rescore_images
@@ -42,7 +42,6 @@ __all__ = [
     "Counts",
     "Job",
     "LIBRARIES",
-    "LINKABLE",
     "Plan",
     "Progress",
     "RescoreCounts",

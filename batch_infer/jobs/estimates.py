@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from batch_infer.autotune import Plateau, Rates, load_calibration, save_calibration
 from batch_infer.errors import CompilationError
 from batch_infer.jobs.job import Job
-from batch_infer.planning import Load
-from batch_infer.records import now
+from batch_infer.planning import SizeCost
+from batch_infer.records import utc_now
 from batch_infer.settings import BatchShape, Compute
 from batch_infer.stages import Stages
 
@@ -75,10 +75,10 @@ def remember_shapes(job: Job, compute: Compute) -> None:
     for shape in compute.by_size:
         size = shape.height, shape.width
         if shape != job.compute.shape_of(*size):
-            save_calibration(_shape_conditions(job, size), Plateau(shape.slots, shape.decode_batch, now()))
+            save_calibration(_shape_conditions(job, size), Plateau(shape.slots, shape.decode_batch, utc_now()))
 
 
-def find_rates(loads: Mapping[Size, Load], job: Job, probe: Probe) -> dict[Size, Rates]:
+def find_rates(loads: Mapping[Size, SizeCost], job: Job, probe: Probe) -> dict[Size, Rates]:
     """Return the rates of every size. Raises ModelError where the model cannot be tried."""
     known = {size: rates for size in loads if (rates := load_calibration(Rates, _rate_conditions(job, size)))}
     costliest = sorted(loads, key=lambda size: loads[size].row_forwards * _pixels(size), reverse=True)
@@ -111,7 +111,7 @@ def remember_rates(job: Job, by_size: Mapping[Size, Stages], image_bytes: Mappin
     for size, stages in by_size.items():
         if stages.images and stages.ticks >= MIN_TICKS:
             tick, image = stages.denoise / stages.ticks, (stages.seconds - stages.denoise) / stages.images
-            rates = Rates(startup, tick, image, image_bytes[size] / stages.images, now())
+            rates = Rates(startup, tick, image, image_bytes[size] / stages.images, utc_now())
             save_calibration(_rate_conditions(job, size), rates)
 
 

@@ -18,7 +18,6 @@ from batch_infer.errors import (
     CompilationError,
     DamagedPart,
     Interrupted,
-    MissingResults,
     ServiceError,
     SettingsError,
     UsageError,
@@ -26,17 +25,18 @@ from batch_infer.errors import (
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.estimates import BatchShapes, Size, remember_rates, remember_shapes
 from batch_infer.jobs.job import Job, count_cores, count_parallel
-from batch_infer.jobs.merge import merge, merge_parts
+from batch_infer.jobs.merge import MissingResults, merge, merge_parts
 from batch_infer.jobs.recovery import remove_leftovers, set_aside
 from batch_infer.jobs.results import remove_other_results
 from batch_infer.jobs.scan import ScanResult, commit_invalid, find_changes, scan_tables
 from batch_infer.jobs.summary import Counts, Summary, Throughput
-from batch_infer.manifest import Index, Manifest
-from batch_infer.planning import SkipRule, in_order, pending
-from batch_infer.records import ResultRow, now
+from batch_infer.manifest import Manifest, ManifestIndex
+from batch_infer.planning import SkipRule, order_requests, select_pending
+from batch_infer.records import ResultRow, utc_now
 from batch_infer.settings import Compute
+from batch_infer.sinks import make_sink
 from batch_infer.stopping import GRACE_SECONDS, StopRequested, deferred
-from batch_infer.store import KnownFolder, is_there
+from batch_infer.store import PinnedFolder, path_exists
 from batch_infer.worker import WorkerSettings, peak_memory, smallest_batches, sum_stages_by_size
 
 LISTING_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
@@ -87,11 +87,11 @@ class RunExecution:
     def __init__(self, job: Job, engine: Engine, progress: Progress, stop: Callable[[], bool], skip: SkipRule) -> None:
         self._job, self._engine, self._progress, self._stop, self._skip = job, engine, progress, stop, skip
         self._out = job.settings.out
-        self._folder = KnownFolder.of(self._out)
+        self._folder = PinnedFolder.of(self._out)
         self._manifest = Manifest(self._folder)
         self._record: Mapping[str, Any] = job.record
         self._summary, self._commits = Summary(), _Commits()
-        self._is_cleared = not (job.settings.overwrite and is_there(self._out / "run.json"))
+        self._is_cleared = not (job.settings.overwrite and path_exists(self._out / "run.json"))
         self._has_invalid = False
         self._setup_seconds = 0.0
 
@@ -109,7 +109,7 @@ class RunExecution:
         self._folder.check()
         remove_other_results(self._out, self._job.settings.output)
         self._sum_up(counts, time.monotonic() - started)
-        outdir.write_run(self._out, {**self._record, "finished_at": now(), "summary": self._summary.as_dict()})
+        outdir.write_run(self._out, {**self._record, "finished_at": utc_now(), "summary": self._summary.as_dict()})
         log.debug("%d images rendered, %d left; run.json has the summary", self._summary.rendered, counts.left)
         return self._summary
 
@@ -121,7 +121,7 @@ class RunExecution:
 
     def _scan_render_merge(self) -> Counts:
         """Render what is pending, and merge. Raises DamagedPart where its rows are then to be rendered again."""
-        with self._manifest.index(damaged=set_aside) if self._is_cleared else Index(()) as index:
+        with self._manifest.index(damaged=set_aside) if self._is_cleared else ManifestIndex(()) as index:
             scan = self._scan(index)
             if scan.pending and not self._stop():
                 with self._restoring_run_json():
@@ -139,14 +139,14 @@ class RunExecution:
         self._summary.unfinished = max(0, scan.pending - self._commits.results)
         return self._merge(scan)
 
-    def _scan(self, index: Index) -> ScanResult:
+    def _scan(self, index: ManifestIndex) -> ScanResult:
         # Before run.json is replaced: if this is interrupted, the next run must compare with the same earlier run.
         changes = find_changes(self._job, index)
         changes.refuse(self._job)
         self._write_record()
         scan = scan_tables(self._job, index, self._skip, str(changes), writes=self._is_cleared)
         self._has_invalid = not self._is_cleared
-        self._write_record(survey={**scan.as_dict(), "finished_at": now()}, rendering_since=None)
+        self._write_record(survey={**scan.as_dict(), "finished_at": utc_now()}, rendering_since=None)
         return scan
 
     def _write_record(self, **entries: Any) -> None:
@@ -199,7 +199,7 @@ class RunExecution:
         self._job = replace(self._job, compute=compute)
         self._write_record(compute=asdict(compute))
 
-    def _render(self, index: Index, scan: ScanResult) -> None:
+    def _render(self, index: ManifestIndex, scan: ScanResult) -> None:
         started = time.monotonic()
         with self._restoring_run_json():
             report = self._render_compiled(index, scan)
@@ -214,7 +214,7 @@ class RunExecution:
             remove_leftovers(self._out, self._manifest)
         self._remember(report, self._setup_seconds + time.monotonic() - started - report.seconds)
 
-    def _render_compiled(self, index: Index, scan: ScanResult) -> TaskReport | None:
+    def _render_compiled(self, index: ManifestIndex, scan: ScanResult) -> TaskReport | None:
         """Render, or return None once compiling has failed and the run is set to do without it.
 
         The caller renders again after this has returned: within the except block, the error's traceback would keep the
@@ -226,10 +226,11 @@ class RunExecution:
             self._stop_compiling(error, scan)
             return None
 
-    def _render_once(self, index: Index, scan: ScanResult) -> TaskReport:
-        slots_of = None if self._job.card.driven else self._slots_of
-        new = pending(self._job.items(index), index, self._skip)
-        requests = in_order((index.with_collisions(request, request.replaces) for request in new), slots_of)
+    def _render_once(self, index: ManifestIndex, scan: ScanResult) -> TaskReport:
+        slots_of = None if self._job.card.uses_pipeline_call else self._slots_of
+        new = select_pending(self._job.items(index), index, self._skip)
+        collisions = make_sink(self._out).collisions(index)
+        requests = order_requests((collisions.mark(request, request.replaces) for request in new), slots_of)
         task = Task(requests, scan.pending, self._worker_settings())
         return self._engine.render(task, self._on_commit, self._stop, partial(self._on_ready, scan))
 
@@ -239,7 +240,7 @@ class RunExecution:
         slots = max(self._slots_of(size) for size in scan.sizes)
         in_flight = min(scan.pending, max(1, slots // 2))
         throughput = self._commits.throughput = Throughput(in_flight=in_flight)
-        self._write_record(rendering_since=now(), in_flight=in_flight)
+        self._write_record(rendering_since=utc_now(), in_flight=in_flight)
         self._progress.ready(throughput)
 
     def _on_commit(self, rows: Sequence[ResultRow]) -> None:
@@ -298,7 +299,7 @@ class RunExecution:
         Network file systems, NFS and FUSE among them, may show a directory as it was up to a minute ago.
         """
         try:
-            if self._has_invalid and not self._job.tables.changed():
+            if self._has_invalid and not self._job.tables.changed_files():
                 commit_invalid(self._job)
                 self._has_invalid = False
             for seconds in LISTING_SECONDS:
@@ -317,7 +318,7 @@ class RunExecution:
         left += scan.invalid * self._has_invalid
         least = scan.total - left - scan.unsettled
         tables, output = self._job.tables, self._job.settings.output
-        if changed := tables.changed():
+        if changed := tables.changed_files():
             log.warning(
                 "%s changed or disappeared during the run, so results.* hold all that the manifest does; run again to "
                 "merge by the tables as they are now",

@@ -26,7 +26,7 @@ from mlflow.types.schema import ColSpec, DataType, ParamSchema, ParamSpec, Schem
 from batch_infer.errors import SettingsError
 from batch_infer.models import DEMO_MODEL, ModelCard, read_card
 from batch_infer.settings import ComputeSettings, ModelSettings
-from batch_infer.store import TEMPORARY, is_abandoned, storing, temporary_of
+from batch_infer.store import TEMPORARY_PREFIX, is_abandoned, temporary_path, write_errors
 
 EXAMPLE = pd.DataFrame({"prompt": ["A photo of an astronaut riding a horse on Mars"]})
 SIGNATURE = ModelSignature(
@@ -88,8 +88,8 @@ def export_model(folder: Path, model: ModelSettings, compute: ComputeSettings) -
     card = read_card(model)
     parts = _parts(card, model, compute)
     # Next to the folder: on the same disk as the model, its files are hard-linked and take no space.
-    temporary = temporary_of(folder.absolute())
-    with storing(folder):
+    temporary = temporary_path(folder.absolute())
+    with write_errors(folder):
         temporary.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(folder.absolute())
         scratch = temporary / "scratch"
@@ -104,7 +104,7 @@ def export_model(folder: Path, model: ModelSettings, compute: ComputeSettings) -
 
 def _remove_abandoned(folder: Path) -> None:
     """Remove the copies of a model that killed exports to this folder have left next to it."""
-    for path in folder.parent.glob(f"{TEMPORARY}*-{glob.escape(folder.name)}*"):
+    for path in folder.parent.glob(f"{TEMPORARY_PREFIX}*-{glob.escape(folder.name)}*"):
         if is_abandoned(path.name) and path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
 

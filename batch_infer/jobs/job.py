@@ -14,9 +14,9 @@ from typing import Any
 from batch_infer.errors import SettingsError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.run_json import check_identity, describe_run, ended_cleanly, parse_record
-from batch_infer.manifest import SCHEMA, Index, Manifest, run_of
-from batch_infer.models import ModelCard, PipelineFacts, read_card
-from batch_infer.planning import Item, finished_in
+from batch_infer.manifest import SCHEMA, Manifest, ManifestIndex, run_number
+from batch_infer.models import ModelCard, SamplingRules, read_card
+from batch_infer.planning import Item, make_finished_check
 from batch_infer.records import digest
 from batch_infer.settings import BatchShape, Compute, Device, RowDefaults, RunSettings
 from batch_infer.table import RowRules, Tables
@@ -44,9 +44,9 @@ class Job:
         """The number of this run among those of its OUT, from 1; 0 for an endpoint."""
         return int(self.record.get("run_number", 0))
 
-    def items(self, index: Index) -> Iterator[Item]:
+    def items(self, index: ManifestIndex) -> Iterator[Item]:
         """Yield every row of the tables in input order. `index` says which rows are finished."""
-        return self.tables.rows(self.rules, finished_in(index))
+        return self.tables.rows(self.rules, make_finished_check(index))
 
 
 def make_paths_absolute(settings: RunSettings) -> RunSettings:
@@ -81,7 +81,7 @@ def open_tables(settings: RunSettings) -> Tables:
     return tables
 
 
-def find_model(settings: RunSettings, facts: Callable[[Path], PipelineFacts] | None = None) -> ModelCard:
+def find_model(settings: RunSettings, facts: Callable[[Path], SamplingRules] | None = None) -> ModelCard:
     """Return the model, fetched where needed, with the safety check that the settings require.
 
     `facts` reads what only diffusers knows about a model; by default that happens here, which imports torch. Raises
@@ -115,7 +115,7 @@ def _check_safety(settings: RunSettings, card: ModelCard) -> None:
 def prepare(settings: RunSettings, tables: Tables, card: ModelCard, device: Device) -> Job:
     """Check that a run can start on OUT as it is now, and return its job. Writes nothing. Raises UsageError."""
     found = outdir.read_run(settings.out)
-    outdir.refuse_foreign_files(settings.out, tables.local, found)
+    outdir.refuse_foreign_files(settings.out, tables.local_paths, found)
     if settings.overwrite:
         outdir.refuse_to_clear(settings.out)
     earlier = None if settings.overwrite else found
@@ -139,7 +139,7 @@ def _number_run(earlier: Mapping[str, Any] | None, parts: Sequence[Path]) -> dic
     The parts are read too: run.json may be missing.
     """
     known = earlier or {}
-    number = 1 + max([known.get("run_number") or 0, *map(run_of, parts)])
+    number = 1 + max([known.get("run_number") or 0, *map(run_number, parts)])
     return {"run_number": number, "recover_from": number if ended_cleanly(known) else known.get("recover_from", 0)}
 
 
@@ -150,7 +150,7 @@ def _history(earlier: Mapping[str, Any] | None, tables: Tables, rules: RowRules)
     """
     known = parse_record(earlier or {})
     others = [asdict(each) for each in dict.fromkeys(known.known_rules) if each != rules]
-    return {"earlier_rules": others, "default_ids": tables.default_ids or known.ids_from}
+    return {"earlier_rules": others, "default_ids": tables.default_id_source or known.ids_from}
 
 
 def resolve_on_flagged(settings: RunSettings, earlier: Mapping[str, Any] | None) -> RunSettings:
@@ -215,14 +215,14 @@ def _choose_dtype(settings: RunSettings, device: Device, kept: Mapping[str, Any]
     if device.kind != "cuda":
         return "float32"
     is_sd3 = card is not None and card.family == "stable_diffusion_3"
-    overflows = is_sd3 or (card is not None and card.driven)
+    overflows = is_sd3 or (card is not None and card.uses_pipeline_call)
     return "bfloat16" if overflows and not (is_sd3 and kept.get("dtype") == "float16") else "float16"
 
 
 def _choose_compiled(settings: RunSettings, device: Device, kept: Mapping[str, Any], card: ModelCard | None) -> bool:
     """Return whether to use torch.compile, which needs Triton and a C compiler for it on a GPU."""
     requested = settings.compute.compiled
-    if card is not None and card.driven:
+    if card is not None and card.uses_pipeline_call:
         if requested:
             raise SettingsError(f"--compile: {card.name} is driven by its pipeline's own call, which is not compiled")
         return False

@@ -11,8 +11,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from batch_infer.carried import common_type, result_names, result_type, to_array, weight
-from batch_infer.errors import DamagedPart, MissingResults, ServiceError, UsageError
+from batch_infer.carried import common_type, estimate_bytes, make_result_names, result_type, to_array
+from batch_infer.errors import DamagedPart, ServiceError, StorageError, UsageError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.job import open_tables
 from batch_infer.jobs.recovery import remove_leftovers
@@ -26,15 +26,19 @@ from batch_infer.jobs.run_json import (
     with_counts,
 )
 from batch_infer.jobs.summary import Counts
-from batch_infer.manifest import SCHEMA, Committed, Index, Manifest
-from batch_infer.planning import Item, finished_in, place_of
+from batch_infer.manifest import SCHEMA, CommittedImage, Manifest, ManifestIndex
+from batch_infer.planning import Item, make_finished_check, source_of
 from batch_infer.settings import OutputSettings, ResultsFormat, RunSettings
-from batch_infer.store import is_there
+from batch_infer.store import path_exists
 
 BATCH = 2048
 BATCH_BYTES = 64 << 20
 
 log = logging.getLogger("batch_infer")
+
+
+class MissingResults(StorageError):
+    """The manifest lists fewer results than were committed."""
 
 
 def merge_results(
@@ -46,7 +50,7 @@ def merge_results(
     base64, LockedError while another process holds OUT, StorageError.
     """
     out = out.absolute()
-    if not is_there(out / "run.json") and not Manifest(out).parts():
+    if not path_exists(out / "run.json") and not Manifest(out).parts():
         raise UsageError(f"{out} holds neither a run.json nor a manifest: nothing to merge")
     with outdir.locked(out):
         if outdir.read_run(out) is None:
@@ -83,10 +87,11 @@ def _merge_recorded(record: Mapping[str, Any], settings: RunSettings, output: Ou
         reason = str(error)
     else:
         with tables:
-            new = [fault for name, fault in tables.faults.items() if name not in record.get("unreadable_tables", ())]
+            known = record.get("unreadable_tables", ())
+            new = [fault for name, fault in tables.unreadable_files.items() if name not in known]
             if not new:
                 with Manifest(out).index() as index:
-                    return merge(tables.rows(rules, finished_in(index)), index, tables.carried, out, output)
+                    return merge(tables.rows(rules, make_finished_check(index)), index, tables.carried, out, output)
         reason = "; ".join(new)
     log.warning("the tables of this run cannot be read, so all that the manifest holds is merged (%s)", reason)
     counts = merge_parts(Manifest(out), record.get("tables", ()), out, output)
@@ -95,7 +100,7 @@ def _merge_recorded(record: Mapping[str, Any], settings: RunSettings, output: Ou
 
 
 def merge(
-    items: Iterable[Item], index: Index, carried: pa.Schema, out: Path, output: OutputSettings, least: int = 0
+    items: Iterable[Item], index: ManifestIndex, carried: pa.Schema, out: Path, output: OutputSettings, least: int = 0
 ) -> Counts:
     """Write the results of these items, in their order, and count them.
 
@@ -116,12 +121,12 @@ def merge_parts(manifest: Manifest, tables: Sequence[str], out: Path, output: Ou
     schema = results_schema(manifest.schemas())
     with manifest.index() as index:
         counts = Counts()
-        counts.rows, counts.bad_rows = index.rows()
+        counts.rows, counts.bad_rows = index.count_rows()
         write_results(_require_results(_read_all(index, tables, schema, counts), counts, least), schema, out, output)
     return counts
 
 
-def _read_all(index: Index, tables: Sequence[str], schema: pa.Schema, counts: Counts) -> Iterator[pa.Table]:
+def _read_all(index: ManifestIndex, tables: Sequence[str], schema: pa.Schema, counts: Counts) -> Iterator[pa.Table]:
     committed = index.in_order(tables)
     while batch := list(islice(committed, BATCH)):
         table = index.take(batch, schema)
@@ -150,7 +155,7 @@ def results_schema(schemas: Iterable[pa.Schema]) -> pa.Schema:
             if column.name not in SCHEMA.names:
                 by_name.setdefault(column.name, set()).add(result_type(column.type))
     types: dict[str, set[pa.DataType]] = {}
-    for name, new in result_names(by_name, SCHEMA.names, known=True).items():
+    for name, new in make_result_names(by_name, SCHEMA.names, known=True).items():
         types.setdefault(new, set()).update(by_name[name])
     fields = [(name, common_type(found)) for name, found in types.items()]
     for name, kind in fields:
@@ -161,7 +166,7 @@ def results_schema(schemas: Iterable[pa.Schema]) -> pa.Schema:
     return pa.schema([*SCHEMA, *fields])
 
 
-def read_results(items: Iterable[Item], index: Index, carried: pa.Schema, counts: Counts) -> Iterator[pa.Table]:
+def read_results(items: Iterable[Item], index: ManifestIndex, carried: pa.Schema, counts: Counts) -> Iterator[pa.Table]:
     """Yield the committed results of these items in tables of a few thousand rows, and count them.
 
     A result of a row as it was before it changed does not count.
@@ -187,7 +192,7 @@ def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
     size = 0
     for _, images in groupby(items, attrgetter("id")):
         batch.extend(images)
-        size += weight(batch[-1].carried.values())
+        size += estimate_bytes(batch[-1].carried.values())
         if len(batch) >= BATCH or size >= BATCH_BYTES:
             yield batch
             batch, size = [], 0
@@ -195,10 +200,12 @@ def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
         yield batch
 
 
-def _with_current_cells(matches: Sequence[tuple[Item, Committed]], index: Index, carried: pa.Schema) -> pa.Table:
+def _with_current_cells(
+    matches: Sequence[tuple[Item, CommittedImage]], index: ManifestIndex, carried: pa.Schema
+) -> pa.Table:
     """Return results with the place and the carried cells that rows have in the table now: neither changes an image."""
     table = index.take([committed for _, committed in matches])
-    places = [place_of(item) for item, _ in matches]
+    places = [source_of(item) for item, _ in matches]
     for k, name in enumerate(("source_file", "source_row")):
         current = [place[k] for place in places]
         table = table.set_column(table.column_names.index(name), SCHEMA.field(name), [current])

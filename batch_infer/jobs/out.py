@@ -16,28 +16,26 @@ from batch_infer import __version__
 from batch_infer.errors import DamagedPart, Interrupted, SettingsError, StorageError, UsageError, first_line
 from batch_infer.jobs.run_json import parse_record, require
 from batch_infer.manifest import Manifest, read_part
-from batch_infer.sinks import FolderSink, stored_path
+from batch_infer.sinks import IMAGE_FOLDERS, make_sink, resolve_path
 from batch_infer.store import (
-    KnownFolder,
+    PinnedFolder,
+    atomic_write,
+    fsync,
+    fsync_folder,
     is_abandoned,
     is_folder,
     is_link,
     is_temporary,
-    is_there,
     list_names,
     locked_folder,
-    reading,
-    replacing,
-    storing,
+    path_exists,
+    read_errors,
     sweep,
-    sync,
-    sync_folder,
-    temporary_of,
+    temporary_path,
+    write_errors,
 )
 
-LINKABLE = ("images", "quarantine")
-"""Folders of OUT that may be links, to a larger disk."""
-FOLDERS = (*LINKABLE, "manifest", "logs")
+FOLDERS = (*IMAGE_FOLDERS, "manifest", "logs")
 RESULTS = ("results.parquet", "results.csv", "results.jsonl")
 OWN_NAMES = (*FOLDERS, *RESULTS, "run.json")
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EXDEV}
@@ -47,15 +45,15 @@ _CLEARING = "overwriting"
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[KnownFolder]:
+def locked(out: Path) -> Iterator[PinnedFolder]:
     """Lock OUT, which is created if missing, and yield it as the folder that it is now.
 
     Temporary files of results.* that a killed process has left are removed: only the process that holds the lock writes
     them. An OSError on a path in OUT becomes a StorageError. Raises LockedError, SettingsError, StorageError.
     """
     refuse_unprintable(out)
-    with locked_folder(out, LINKABLE) as known:
-        with storing(out):
+    with locked_folder(out, IMAGE_FOLDERS) as known:
+        with write_errors(out):
             sweep(out, lambda name: is_abandoned(name) or (is_temporary(name) and name.endswith(RESULTS)))
         yield known
 
@@ -106,7 +104,7 @@ def read_existing_run(out: Path) -> dict[str, Any]:
 
 def write_run(out: Path, record: Mapping[str, Any]) -> None:
     """Replace run.json. Raises StorageError."""
-    with replacing(out / "run.json", parents=False) as temporary:
+    with atomic_write(out / "run.json", parents=False) as temporary:
         _write_json(temporary, record)
 
 
@@ -116,11 +114,11 @@ def create_run_json(out: Path, record: Mapping[str, Any]) -> None:
     Raises StorageError.
     """
     path = out / "run.json"
-    temporary = temporary_of(path)
-    with storing(path):
+    temporary = temporary_path(path)
+    with write_errors(path):
         try:
             _write_json(temporary, record)
-            sync(temporary)
+            fsync(temporary)
             try:
                 path.hardlink_to(temporary)
             except FileExistsError:
@@ -128,9 +126,9 @@ def create_run_json(out: Path, record: Mapping[str, Any]) -> None:
             except OSError as error:
                 if error.errno not in _NO_HARD_LINKS:
                     raise
-                if not is_there(path):
+                if not path_exists(path):
                     temporary.replace(path)
-            sync_folder(out)
+            fsync_folder(out)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -140,7 +138,7 @@ def restore_run(out: Path, earlier: Mapping[str, Any] | None) -> None:
     if earlier is not None:
         write_run(out, earlier)
     else:
-        with storing(out / "run.json"):
+        with write_errors(out / "run.json"):
             (out / "run.json").unlink(missing_ok=True)
 
 
@@ -162,7 +160,7 @@ def refuse_foreign_files(out: Path, tables: Iterable[Path], earlier: Mapping[str
     has_parts = any(name.startswith("part-") for name in list_names(out / "manifest"))
     if (earlier is None or "identity" not in earlier) and not has_parts:
         for name in RESULTS:
-            if is_there(out / name):
+            if path_exists(out / name):
                 raise SettingsError(f"{out / name} is there, and no run of batch-infer made it: give another --out")
 
 
@@ -170,9 +168,9 @@ def _check_kinds(out: Path) -> None:
     """Refuse files in place of folders, folders in place of files, and links. Raises SettingsError, StorageError."""
     for name in OWN_NAMES:
         path = out / name
-        with reading(path):
+        with read_errors(path):
             try:
-                mode = path.stat(follow_symlinks=name in LINKABLE).st_mode
+                mode = path.stat(follow_symlinks=name in IMAGE_FOLDERS).st_mode
             except (FileNotFoundError, NotADirectoryError):
                 continue
         if stat.S_ISLNK(mode) and name in FOLDERS:
@@ -200,7 +198,7 @@ def refuse_while_rescoring(out: Path, record: Mapping[str, Any] | None) -> None:
 def refuse_to_clear(out: Path) -> None:
     """Raise SettingsError for an OUT that may hold the files of another program."""
     names = (name for name in OWN_NAMES if name != "logs")  # a run that could not start leaves logs/ alone
-    if "identity" not in (read_run(out) or {}) and any(is_there(out / name) for name in names):
+    if "identity" not in (read_run(out) or {}) and any(path_exists(out / name) for name in names):
         raise SettingsError(
             f"--overwrite: {out} has no run.json written by batch-infer, so its files may belong to something else;"
             " remove them yourself"
@@ -216,10 +214,10 @@ def clear(out: Path, stop: Callable[[], bool] = lambda: False) -> None:
     Interrupted once `stop` returns True.
     """
     refuse_to_clear(out)
-    if not is_there(out / "run.json"):
+    if not path_exists(out / "run.json"):
         return
     mark_clearing(out)
-    linked = [name for name in LINKABLE if is_link(out / name)]
+    linked = [name for name in IMAGE_FOLDERS if is_link(out / name)]
     if linked:
         _remove_named_images(out)
     names = [name for name in OWN_NAMES if name not in ("manifest", "logs", "run.json", *linked)]
@@ -228,10 +226,10 @@ def clear(out: Path, stop: Callable[[], bool] = lambda: False) -> None:
         for target in (*filter(is_folder, (path / child for child in children)), path):
             if stop():
                 raise Interrupted(f"stopped while --overwrite removed what {out} held; run again to continue")
-            with storing(target):
+            with write_errors(target):
                 shutil.rmtree(target) if is_folder(target) else target.unlink(missing_ok=True)
-    with storing(out):
-        sync_folder(out)
+    with write_errors(out):
+        fsync_folder(out)
 
 
 def mark_clearing(out: Path) -> None:
@@ -246,7 +244,7 @@ def is_clearing(out: Path) -> bool:
 
 def _remove_named_images(out: Path) -> None:
     """Remove the images that the manifest names, and the folders that are then empty."""
-    sink, folders = FolderSink(out), set()
+    sink, folders = make_sink(out), set()
     for part in Manifest(out).parts():
         try:
             paths = read_part(part, ("generated_image",))["generated_image"].drop_null().to_pylist()
@@ -254,7 +252,7 @@ def _remove_named_images(out: Path) -> None:
             continue
         for path in paths:
             sink.remove(path)
-            if (image := stored_path(out, path)) is not None:
+            if (image := resolve_path(out, path)) is not None:
                 folders.add(image.parent)
     for folder in folders:
         if folder.parent.parent == out and not is_link(folder):

@@ -23,10 +23,18 @@ from batch_infer.jobs.job import (
 )
 from batch_infer.jobs.scan import find_changes, reason_of
 from batch_infer.main_guard import end_unguarded_process
-from batch_infer.manifest import Index, Manifest
-from batch_infer.models import TruncationCount, load_token_counter
-from batch_infer.planning import Batching, Committed, Item, Packing, in_order, is_done, pending
-from batch_infer.records import PromptRequest, ResultRow, now
+from batch_infer.manifest import Manifest, ManifestIndex
+from batch_infer.models import TruncationCounter, load_token_counter
+from batch_infer.planning import (
+    Item,
+    ManifestEntry,
+    PipelineBatchingEstimator,
+    StepBatchingEstimator,
+    is_done,
+    order_requests,
+    select_pending,
+)
+from batch_infer.records import PromptRequest, ResultRow, utc_now
 from batch_infer.settings import IdSource, RunSettings
 
 TABLE_READS = 3
@@ -97,7 +105,7 @@ def make_plan(settings: RunSettings, report: Callable[[ResultRow], None]) -> Pla
         card = find_model(settings, probe.read_pipeline_facts)
         device = probe.find_device(settings.model.device)
         job = prepare(settings, tables, card, device)
-        with Index([]) if settings.overwrite else Manifest(settings.out).index() as index:
+        with ManifestIndex([]) if settings.overwrite else Manifest(settings.out).index() as index:
             return _Planner(job, count_workers(settings, device), probe, index, report).make()
 
 
@@ -105,13 +113,14 @@ class _Planner:
     """Reads the tables once and counts."""
 
     def __init__(
-        self, job: Job, processes: int, probe: Probe, index: Index, report: Callable[[ResultRow], None]
+        self, job: Job, processes: int, probe: Probe, index: ManifestIndex, report: Callable[[ResultRow], None]
     ) -> None:
         self._job, self._probe, self._index, self._report = job, probe, index, report
         self._shapes = BatchShapes(job, probe)
-        self._packing = (Batching if job.card.driven else Packing)(self._slots_of)
+        estimator = PipelineBatchingEstimator if job.card.uses_pipeline_call else StepBatchingEstimator
+        self._estimator = estimator(self._slots_of)
         counter = load_token_counter(job.card)
-        self._tokens = TruncationCount(counter) if counter else None
+        self._tokens = TruncationCounter(counter) if counter else None
         self._plan = Plan(slots=job.compute.slots, processes=processes)
 
     def make(self) -> Plan:
@@ -123,8 +132,8 @@ class _Planner:
             changes.refuse(self._job)
         except SettingsError as error:
             plan.refused = str(error)
-        self._pack()
-        plan.default_ids = tables.default_ids
+        self._count_evaluations()
+        plan.default_ids = tables.default_id_source
         plan.remarks, plan.left_out = tables.remarks, tables.left_out.items()
         plan.truncated = self._tokens.close() if self._tokens else None
         plan.done = plan.total - plan.invalid - plan.pending
@@ -132,19 +141,19 @@ class _Planner:
         self._estimate(TABLE_READS * reading)
         return plan
 
-    def _pack(self) -> None:
+    def _count_evaluations(self) -> None:
         """Count the UNet evaluations of the pending rows, in the order of the run."""
         card = self._job.card
-        slots_of = None if card.driven else self._slots_of
-        for request in in_order(pending(self._valid_rows(), self._index, self._is_done), slots_of):
+        slots_of = None if card.uses_pipeline_call else self._slots_of
+        for request in order_requests(select_pending(self._valid_rows(), self._index, self._is_done), slots_of):
             self._plan.pending += 1
-            self._packing.add(request, self._probe.count_evaluations(card, request.params.num_inference_steps))
-        self._packing.close()
+            self._estimator.add(request, self._probe.count_evaluations(card, request.params.num_inference_steps))
+        self._estimator.close()
 
     def _slots_of(self, size: Size) -> int:
         return self._shapes.of(size).slots
 
-    def _is_done(self, item: Item, committed: Committed | None) -> bool:
+    def _is_done(self, item: Item, committed: ManifestEntry | None) -> bool:
         done = is_done(item, committed)
         if not done:
             reason = reason_of(item, committed)
@@ -176,7 +185,7 @@ class _Planner:
 
     def _estimate(self, reading: float) -> None:
         """Estimate time, disk and cost. `reading`: seconds that the run spends on the tables."""
-        plan, settings, loads = self._plan, self._job.settings, self._packing.loads
+        plan, settings, loads = self._plan, self._job.settings, self._estimator.costs
         if not loads:
             return
         job = replace(self._job, compute=self._shapes.choose(loads))
@@ -204,7 +213,7 @@ def _invalid_row(request: PromptRequest, error: RowError) -> ResultRow:
         prompt=request.prompt,
         status="invalid",
         error=str(error),
-        finished_at=now(),
+        finished_at=utc_now(),
         source_file=request.source.file,
         source_row=request.source.row,
         fingerprint=request.fingerprint,

@@ -15,20 +15,20 @@ from pathlib import Path
 import pyarrow as pa
 
 from batch_infer.errors import DamagedPart, StorageError
-from batch_infer.jobs.out import LINKABLE, OWN_NAMES
-from batch_infer.manifest import SCHEMA, Index, Manifest, commit_time, read_part
-from batch_infer.sinks import ASIDE, FolderSink, path_before_aside, read_image, stored_path
+from batch_infer.jobs.out import OWN_NAMES
+from batch_infer.manifest import SCHEMA, Manifest, ManifestIndex, commit_time, read_part
+from batch_infer.sinks import BACKUP_PREFIX, IMAGE_FOLDERS, Sink, make_sink, original_path, resolve_path
 from batch_infer.store import (
+    fsync_folder,
     is_abandoned,
     is_folder,
     is_link,
     is_temporary,
-    is_there,
-    own_marker,
+    marker_name,
+    path_exists,
     remove_stale_holder,
-    storing,
     sweep,
-    sync_folder,
+    write_errors,
 )
 
 RECENT_SECONDS = 600.0
@@ -56,10 +56,10 @@ def recover(out: Path, manifest: Manifest, since_run: int = 0) -> frozenset[Key]
     """
     remove_leftovers(out, manifest, set_aside)
     recent = _recent_parts(manifest.parts(since_run))
-    missing: list[tuple[Key, str]] = []
-    with Index(recent, set_aside) as index, ThreadPoolExecutor(READING_THREADS) as pool:
+    sink, missing = make_sink(out), list[tuple[Key, str]]()
+    with ManifestIndex(recent, set_aside) as index, ThreadPoolExecutor(READING_THREADS) as pool:
         for images in _stored_images(index):
-            intact = pool.map(lambda image: is_intact(out, *image[1:]), images)
+            intact = pool.map(lambda image: is_intact(sink, *image[1:]), images)
             missing += [(key, path) for (key, path, *_), good in zip(images, intact, strict=True) if not good]
     if missing:
         log.warning(
@@ -85,15 +85,15 @@ def remove_temporary_files(out: Path) -> list[str]:
     not followed, except that images/ and quarantine/ may be links. This process's own marker stays. Raises
     StorageError.
     """
-    marker = own_marker()
+    marker = marker_name()
     originals: list[str] = []
 
     def is_own(name: str) -> bool:
-        return (is_temporary(name) and name != marker) or path_before_aside(name) is not None
+        return (is_temporary(name) and name != marker) or original_path(name) is not None
 
-    with storing(out):
+    with write_errors(out):
         _sweep(out, out, is_own, originals)
-        folders = [out / name for name in OWN_NAMES if is_folder(out / name, follow=name in LINKABLE)]
+        folders = [out / name for name in OWN_NAMES if is_folder(out / name, follow=name in IMAGE_FOLDERS)]
         while folders:
             folders += _sweep(out, folders.pop(), is_own, originals)
         remove_stale_holder(out)
@@ -107,9 +107,9 @@ def remove_abandoned(out: Path, folders: Iterable[Path]) -> list[str]:
     """
     originals: list[str] = []
     for folder in folders:
-        with storing(folder), suppress(FileNotFoundError, NotADirectoryError):
+        with write_errors(folder), suppress(FileNotFoundError, NotADirectoryError):
             if not is_link(folder):
-                _sweep(out, folder, lambda name: is_abandoned(name) or is_abandoned(name, ASIDE), originals)
+                _sweep(out, folder, lambda name: is_abandoned(name) or is_abandoned(name, BACKUP_PREFIX), originals)
     return originals
 
 
@@ -117,9 +117,9 @@ def _sweep(out: Path, folder: Path, is_own: Callable[[str], bool], originals: li
     """Remove matching files, but add images that were set aside to `originals`. Return the folders in this one."""
 
     def remove(path: Path) -> None:
-        if path_before_aside(path.name) is None:
+        if original_path(path.name) is None:
             path.unlink(missing_ok=True)
-        elif stored_path(out, aside := path.relative_to(out).as_posix()) is not None:
+        elif resolve_path(out, aside := path.relative_to(out).as_posix()) is not None:
             originals.append(aside)
 
     return sweep(folder, is_own, remove)
@@ -128,7 +128,7 @@ def _sweep(out: Path, folder: Path, is_own: Callable[[str], bool], originals: li
 def restore_images(
     out: Path,
     originals: Sequence[str],
-    open_index: Callable[[], AbstractContextManager[Index]],
+    open_index: Callable[[], AbstractContextManager[ManifestIndex]],
     on_damage: OnDamage | None = None,
 ) -> None:
     """Restore images that were set aside for others which were never committed.
@@ -148,15 +148,15 @@ def restore_images(
             on_damage(damage)
 
 
-def _restore(out: Path, index: Index, originals: Sequence[str]) -> None:
-    places = {aside: path_before_aside(aside) or aside for aside in originals}
-    sink, committed = FolderSink(out), index.of_paths(places.values())
+def _restore(out: Path, index: ManifestIndex, originals: Sequence[str]) -> None:
+    places = {aside: original_path(aside) or aside for aside in originals}
+    sink, committed = make_sink(out), index.get_by_paths(places.values())
     rows = index.take(list(committed.values()), _IMAGE).to_pylist()
     contents = {row["generated_image"]: (row["sha256"], row["image_bytes"]) for row in rows}
     for aside, path in places.items():
         content = contents.get(path, (None, None))
-        if not is_intact(out, path, *content) and is_intact(out, aside, *content):
-            sink.bring_back(aside)
+        if not is_intact(sink, path, *content) and is_intact(sink, aside, *content):
+            sink.restore(aside)
         else:
             sink.remove(aside)
 
@@ -165,22 +165,22 @@ def set_aside(damage: DamagedPart) -> Path:
     """Rename a damaged part, so that its rows are rendered again, and return its new path. Raises StorageError."""
     part = damage.part
     kept, number = part.with_name(f"{part.name}{_DAMAGED}"), 1
-    while is_there(kept):  # a part of the same rows has the same name, and may be damaged too
+    while path_exists(kept):  # a part of the same rows has the same name, and may be damaged too
         number += 1
         kept = part.with_name(f"{part.name}{_DAMAGED}-{number}")
-    with storing(kept):
+    with write_errors(kept):
         os.rename(part, kept)  # noqa: PTH104
-        sync_folder(part.parent)
+        fsync_folder(part.parent)
     log.warning("%s is damaged (%s): its rows are rendered anew, and it is kept as %s", part, damage.reason, kept.name)
     return kept
 
 
-def is_intact(out: Path, path: str, sha256: str | None, length: int | None) -> bool:
+def is_intact(sink: Sink, path: str, sha256: str | None, length: int | None) -> bool:
     """Return whether an image is stored as it was written. Raises StorageError."""
-    return read_intact(out, path, sha256, length) is not None
+    return read_intact(sink, path, sha256, length) is not None
 
 
-def read_intact(out: Path, path: str, sha256: str | None, length: int | None) -> bytes | None:
+def read_intact(sink: Sink, path: str, sha256: str | None, length: int | None) -> bytes | None:
     """Return an image as it was written, or None where it is missing, damaged or its path leads out of OUT.
 
     Raises StorageError where it cannot be read.
@@ -188,7 +188,7 @@ def read_intact(out: Path, path: str, sha256: str | None, length: int | None) ->
     if length is None:
         return None
     try:
-        content = read_image(out, path, length)
+        content = sink.read(path, length)
     except StorageError as error:
         if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EIO:  # the disk has lost it
             return None
@@ -220,7 +220,7 @@ def _recent_parts(parts: Sequence[Path]) -> list[Path]:
     return recent
 
 
-def _stored_images(index: Index) -> Iterator[list[tuple[Key, str, str | None, int | None]]]:
+def _stored_images(index: ManifestIndex) -> Iterator[list[tuple[Key, str, str | None, int | None]]]:
     """Yield the images of an index in batches: key, path, sha256 and length."""
     stored = (committed for committed in index.in_order([]) if committed.path is not None)
     while batch := list(islice(stored, BATCH)):

@@ -26,10 +26,10 @@ from batch_infer.jobs.run_json import (
     with_counts,
 )
 from batch_infer.jobs.summary import Counts
-from batch_infer.manifest import Committed, Index, Manifest
+from batch_infer.manifest import CommittedImage, Manifest, ManifestIndex
 from batch_infer.models import ModelCard
-from batch_infer.planning import Item, finished_in
-from batch_infer.records import FINAL, PromptRequest, ResultRow, digest, now
+from batch_infer.planning import Item, make_finished_check
+from batch_infer.records import FINAL_STATUSES, PromptRequest, ResultRow, digest, utc_now
 from batch_infer.settings import OnFlagged, RunSettings, SafetySettings
 from batch_infer.stopping import GRACE_SECONDS, deferred
 from batch_infer.table import Tables
@@ -148,18 +148,18 @@ class _Rescore:
                 policy,
             )
 
-    def _pending(self, index: Index, rescorer: Rescorer) -> Iterator[StoredResult]:
+    def _pending(self, index: ManifestIndex, rescorer: Rescorer) -> Iterator[StoredResult]:
         """Yield the results of current rows that do not have the new rules yet."""
-        items = self._items(index)
+        items, collisions = self._items(index), rescorer.sink.collisions(index)
         while batch := list(islice(items, BATCH)):
-            matches: list[tuple[PromptRequest, Committed, OnFlagged]] = []
+            matches: list[tuple[PromptRequest, CommittedImage, OnFlagged]] = []
             for new, *old in batch:
                 committed = index.find(new.key)
                 if committed is None or not isinstance(new, PromptRequest):
                     continue
                 if committed.fingerprint == new.fingerprint:
                     if self._is_resumed:
-                        rescorer.remove_duplicates(index.with_collisions(new, committed.path), committed)
+                        rescorer.remove_duplicates(collisions.mark(new, committed.path), committed)
                     continue
                 known = {item.fingerprint: policy for item, policy in zip(old, self._sources.values(), strict=True)}
                 if committed.fingerprint in known:
@@ -168,12 +168,12 @@ class _Rescore:
             for (new, _, policy), row in zip(matches, rows, strict=True):
                 yield StoredResult(new, ResultRow(**row, carried=new.carried), policy)
 
-    def _items(self, index: Index) -> Iterator[tuple[Item, ...]]:
+    def _items(self, index: ManifestIndex) -> Iterator[tuple[Item, ...]]:
         """Yield each row as it is under the new rules, and under those of each source."""
 
         def is_finished(request: PromptRequest) -> bool:
             """Return whether the row is finished under any rules: every scan then yields the same number of items."""
-            return (committed := index.find(request.key)) is not None and committed.status in FINAL
+            return (committed := index.find(request.key)) is not None and committed.status in FINAL_STATUSES
 
         fingerprints = (self._rules.fingerprint, *self._sources)
         scans = [self._tables.rows(replace(self._rules, fingerprint=name), is_finished) for name in fingerprints]
@@ -184,13 +184,13 @@ class _Rescore:
         out = self._settings.out
         counts = _without_damaged_parts(self._merge)
         record = {name: value for name, value in self._record.items() if name != "rescoring"}
-        outdir.write_run(out, {**with_counts(record, counts), "rescored_at": now()})
+        outdir.write_run(out, {**with_counts(record, counts), "rescored_at": utc_now()})
         return counts
 
     def _merge(self) -> Counts:
         out, tables = self._settings.out, self._tables
         with Manifest(out).index() as index:
-            items = tables.rows(self._rules, finished_in(index))
+            items = tables.rows(self._rules, make_finished_check(index))
             return merge(items, index, tables.carried, out, self._settings.output)
 
 

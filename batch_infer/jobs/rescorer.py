@@ -15,12 +15,12 @@ from batch_infer import images
 from batch_infer.errors import RowBroken, RowError
 from batch_infer.jobs.job import choose_compute
 from batch_infer.jobs.recovery import read_intact
-from batch_infer.manifest import Committed, Manifest
+from batch_infer.manifest import CommittedImage, Manifest
 from batch_infer.models import ModelCard
-from batch_infer.records import PromptRequest, ResultRow, StoredImage, Verdict, now
-from batch_infer.safety import Gate, ImageChecker, gate_of
+from batch_infer.records import PromptRequest, ResultRow, StoredImage, Verdict, utc_now
+from batch_infer.safety import Gate, ImageChecker, make_gate
 from batch_infer.settings import OnFlagged, RunSettings
-from batch_infer.sinks import FolderSink, stored_path
+from batch_infer.sinks import make_sink, resolve_path
 from batch_infer.worker import commit_images, explain_flag, format_worker_name, set_image, set_verdict
 
 READING_THREADS = 8
@@ -75,13 +75,13 @@ class Rescorer:
     def __init__(
         self, settings: RunSettings, card: ModelCard, record: Mapping[str, Any], stop: Callable[[], bool]
     ) -> None:
-        """Load the checker if the settings name it. Raises ModelError, SettingsError."""
+        """SizeCost the checker if the settings name it. Raises ModelError, SettingsError."""
         self._settings, self._card = settings, card
-        self._sink = FolderSink(settings.out, images.SUFFIX[settings.output.image_format])
+        self.sink = make_sink(settings.out, settings.output.image_format)
         self._manifest = Manifest(settings.out, record.get("run_number") or 0)
         has_checker = settings.safety.asks_checker(has_checker=card.has_checker)
         self._checker = _load_checker(settings, card, record) if has_checker else None
-        self._gate = gate_of(settings.safety.service, stop)
+        self._gate = make_gate(settings.safety.service, stop)
         self.counts = RescoreCounts()
         self._rows: list[ResultRow] = []
         self._written: list[str] = []
@@ -111,18 +111,18 @@ class Rescorer:
 
         A kill at any moment loses no image. Raises StorageError.
         """
-        commit_images(self._sink, self._manifest, self._rows, carried, written=self._written, former=self._former)
+        commit_images(self.sink, self._manifest, self._rows, carried, written=self._written, former=self._former)
         for pending in (self._rows, self._written, self._former):
             pending.clear()
 
-    def remove_duplicates(self, request: PromptRequest, committed: Committed) -> None:
+    def remove_duplicates(self, request: PromptRequest, committed: CommittedImage) -> None:
         """Remove files that a killed rescore has left under other names for a row that is already rescored."""
-        path = committed.path if committed.path and stored_path(self._settings.out, committed.path) else None
-        others = self._sink.possible_paths(request)
+        path = committed.path if committed.path and resolve_path(self._settings.out, committed.path) else None
+        others = self.sink.possible_paths(request)
         if path is not None:
-            others |= {f"{folder}/{path.partition('/')[2]}" for folder in ("images", "quarantine")}
+            others |= {self.sink.path_in(path, quarantine=quarantine) for quarantine in (False, True)}
         for other in others - {path}:
-            self._sink.remove(other)
+            self.sink.remove(other)
 
     def close(self) -> None:
         if self._gate is not None:
@@ -154,7 +154,7 @@ class Rescorer:
     def _read(self, result: StoredResult) -> _ImageFile | str:
         """Return the stored image, or why it cannot be checked. Raises StorageError."""
         row = result.row
-        content = read_intact(self._settings.out, row.generated_image or "", row.sha256, row.image_bytes)
+        content = read_intact(self.sink, row.generated_image or "", row.sha256, row.image_bytes)
         if content is None:
             return LOST
         try:
@@ -168,7 +168,7 @@ class Rescorer:
         if self._checker is not None:
             for shape in {image.shape for image in pixels}:
                 alike = [k for k, image in enumerate(pixels) if image.shape == shape]
-                for k, verdict in zip(alike, self._checker.judge([pixels[k] for k in alike]), strict=True):
+                for k, verdict in zip(alike, self._checker.check([pixels[k] for k in alike]), strict=True):
                     verdicts[k] = verdict
         if self._gate is not None:
             verdicts = list(map(_join, verdicts, _check_all(self._gate, self._gate.check_image, pixels)))
@@ -198,19 +198,18 @@ class Rescorer:
         """Write the image as the policy says, unless it is stored like that already."""
         policy, row = self._settings.safety.policy, result.row
         pixels = images.by_policy(file.pixels, policy) if is_flagged else file.pixels
-        _, _, name = (row.generated_image or "").partition("/")
-        path = f"{'quarantine' if is_flagged and policy == 'quarantine' else 'images'}/{name}"
+        path = self.sink.path_in(row.generated_image or "", quarantine=is_flagged and policy == "quarantine")
         if pixels is None:
             return None
         if pixels is file.pixels and path == row.generated_image:
             return StoredImage(path, row.sha256 or "", row.image_bytes or 0, row.pixels_sha256)
         self._written.append(path)
         if pixels is file.pixels:
-            return replace(self._sink.write(path, file.content), pixels_sha256=row.pixels_sha256)
+            return replace(self.sink.write(path, file.content), pixels_sha256=row.pixels_sha256)
         parameters = images.parameters_text(result.request, self._card.scheduler_name, self._card.fingerprint)
         # The image keeps its name, so its format too: a later run may have had another --image-format.
         image_format = images.FORMATS.get(Path(path).suffix, self._settings.output.image_format)
-        stored = self._sink.write(path, images.encode(pixels, image_format, parameters))
+        stored = self.sink.write(path, images.encode(pixels, image_format, parameters))
         return replace(stored, pixels_sha256=images.pixels_sha256(pixels))
 
     def _fail(self, result: StoredResult, error: str) -> None:
@@ -228,7 +227,7 @@ class Rescorer:
                 row,
                 attempt=result.row.attempt + 1,
                 worker=format_worker_name(0),
-                finished_at=now(),
+                finished_at=utc_now(),
                 fingerprint=request.fingerprint,
                 source_file=request.source.file,
                 source_row=request.source.row,
@@ -253,7 +252,7 @@ def _check_all(gate: Gate, check: Callable[[T], Verdict], contents: Sequence[T])
 def _join(first: Verdict | RowBroken, second: Verdict | RowBroken) -> Verdict | RowBroken:
     if isinstance(first, RowBroken):
         return first
-    return second if isinstance(second, RowBroken) else first.joined(second)
+    return second if isinstance(second, RowBroken) else first.merge(second)
 
 
 def _load_checker(settings: RunSettings, card: ModelCard, record: Mapping[str, Any]) -> ImageChecker:

@@ -16,20 +16,22 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batch_infer.carried import python_values
+from batch_infer.carried import to_python_values
 from batch_infer.settings import OutputSettings
-from batch_infer.sinks import read_image
-from batch_infer.store import replacing
+from batch_infer.sinks import Sink, make_sink
+from batch_infer.store import atomic_write
 
 log = logging.getLogger("batch_infer")
 
 
 def write_results(tables: Iterable[pa.Table], schema: pa.Schema, out: Path, output: OutputSettings) -> None:
     """Write all tables, each of this schema, to results.parquet and the other formats. Raises StorageError."""
-    images = out if output.base64 else None
+    images = make_sink(out) if output.base64 else None
     with ExitStack() as stack:
         writers = [
-            _open_writer(stack, stack.enter_context(replacing(out / f"results.{name}", parents=False)), schema, images)
+            _open_writer(
+                stack, stack.enter_context(atomic_write(out / f"results.{name}", parents=False)), schema, images
+            )
             for name in dict.fromkeys(("parquet", *output.results))
         ]
         for table in tables:
@@ -43,7 +45,7 @@ def remove_other_results(out: Path, output: OutputSettings) -> None:
         (out / f"results.{name}").unlink(missing_ok=True)
 
 
-def _open_writer(stack: ExitStack, path: Path, schema: pa.Schema, images: Path | None) -> Callable[[pa.Table], object]:
+def _open_writer(stack: ExitStack, path: Path, schema: pa.Schema, images: Sink | None) -> Callable[[pa.Table], object]:
     """Return the function that appends a table to a file; with `images`, an image is its bytes instead of its path."""
     if path.suffix == ".parquet":
         parquet = stack.enter_context(pq.ParquetWriter(path, schema, compression="zstd"))
@@ -56,9 +58,9 @@ def _open_writer(stack: ExitStack, path: Path, schema: pa.Schema, images: Path |
     return lambda table: writer.writerows(map(_csv_cell, row.values()) for row in _rows(table, images))
 
 
-def _rows(table: pa.Table, images: Path | None) -> Iterator[dict[str, Any]]:
+def _rows(table: pa.Table, images: Sink | None) -> Iterator[dict[str, Any]]:
     """Yield rows as dictionaries. With `images`, generated_image is the file's bytes, as on Azure's model card."""
-    for cells in zip(*map(python_values, table.columns), strict=True):
+    for cells in zip(*map(to_python_values, table.columns), strict=True):
         row = dict(zip(table.column_names, cells, strict=True))
         if images is not None and row["generated_image"] is not None:
             row["generated_image"] = _read_image(images, row["generated_image"])
@@ -69,11 +71,11 @@ def _rows(table: pa.Table, images: Path | None) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _read_image(out: Path, name: str) -> bytes | None:
+def _read_image(images: Sink, name: str) -> bytes | None:
     """Return an image, or None where it was deleted or is not a file of this run. Raises StorageError."""
-    content = read_image(out, name)
+    content = images.read(name)
     if content is None:
-        log.warning("%s is missing, or is not an image of this run, so it is left out", out / name)
+        log.warning("%s is missing, or is not an image of this run, so it is left out", name)
     return content
 
 

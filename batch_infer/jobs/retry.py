@@ -14,10 +14,10 @@ from batch_infer.jobs.execution import Progress
 from batch_infer.jobs.run import render_tables
 from batch_infer.jobs.run_json import read_settings, refuse_unrepeatable_tables, scanned_results
 from batch_infer.jobs.summary import Summary
-from batch_infer.planning import Committed, Item
+from batch_infer.planning import Item, ManifestEntry
 from batch_infer.records import ResultRow
 from batch_infer.settings import Retried, RunSettings, ServiceSettings
-from batch_infer.sinks import has_image
+from batch_infer.sinks import make_sink
 
 log = logging.getLogger("batch_infer")
 
@@ -67,10 +67,10 @@ class _NotChosen:
     """
 
     def __init__(self, statuses: Collection[Retried], out: Path) -> None:
-        self._statuses, self._out = statuses, out
+        self._statuses, self._sink = statuses, make_sink(out)
         self._chosen_row: str | None = None
 
-    def __call__(self, item: Item, committed: Committed | None) -> bool:
+    def __call__(self, item: Item, committed: ManifestEntry | None) -> bool:
         if isinstance(item, ResultRow):
             return True
         if item.image_index == 0:
@@ -82,5 +82,5 @@ class _NotChosen:
             self._chosen_row = item.id
         return not is_chosen
 
-    def _is_missing(self, committed: Committed) -> bool:
-        return committed.path is not None and not has_image(self._out, committed.path)
+    def _is_missing(self, committed: ManifestEntry) -> bool:
+        return committed.path is not None and not self._sink.has(committed.path)

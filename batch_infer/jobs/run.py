@@ -9,11 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from batch_infer.engines import (
-    Engine,
-    LaunchedEngine,
-    LocalEngine,
     RankInfo,
     join_launch,
+    make_engine,
     read_rank_info,
     remove_rendezvous,
 )
@@ -28,7 +26,7 @@ from batch_infer.main_guard import end_unguarded_process
 from batch_infer.manifest import Manifest
 from batch_infer.planning import SkipRule, is_done
 from batch_infer.settings import RunSettings
-from batch_infer.store import log_to, open_log
+from batch_infer.store import log_handler, open_log
 
 log = logging.getLogger("batch_infer")
 
@@ -48,7 +46,7 @@ def render_tables(
         with outdir.locked(settings.out):
             settings = finish_overwrite(settings)
             remove_rendezvous(settings.out)  # left by a run that was killed
-            with engine_for(settings, rank) as engine:
+            with make_engine(settings.model.device, settings.compute.processes, rank, settings.out) as engine:
                 job = prepare(settings, tables, card, engine.find_device())
                 with _run_log(settings.out):
                     execution = RunExecution(job, engine, progress, stop, _recovering(job, skip))
@@ -67,17 +65,6 @@ def join_run(settings: RunSettings, stop: Callable[[], bool] = lambda: False) ->
     log.setLevel(logging.WARNING)  # rank 0 logs what the settings imply
     join_launch(rank, settings.model.device, settings.out, find_model(settings), stop)
     return True
-
-
-def engine_for(settings: RunSettings, rank: RankInfo | None) -> Engine:
-    """Return the engine that renders: the processes of a launcher, this process, or workers that it starts."""
-    if rank is not None:
-        return LaunchedEngine(settings.model.device, rank, settings.out)
-    if settings.compute.processes == 0:
-        from batch_infer.engines import InlineEngine  # imports torch
-
-        return InlineEngine(settings.model.device)
-    return LocalEngine(settings.model.device, settings.compute.processes)
 
 
 def _read_rank(settings: RunSettings) -> RankInfo | None:
@@ -102,7 +89,7 @@ def _recovering(job: Job, skip: SkipRule) -> SkipRule:
 def _run_log(out: Path) -> Iterator[None]:
     """Write the log to OUT too."""
     with open_log(out / "logs" / "run.log") as file:
-        handler = log_to(file)
+        handler = log_handler(file)
         log.addHandler(handler)
         try:
             yield

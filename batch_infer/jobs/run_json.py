@@ -17,9 +17,9 @@ from batch_infer import __version__
 from batch_infer.errors import SettingsError, UsageError
 from batch_infer.jobs.summary import Counts
 from batch_infer.models import ModelCard
-from batch_infer.records import now
+from batch_infer.records import utc_now
 from batch_infer.settings import CATEGORIES, Compute, OnFlagged, RunSettings, SafetySettings
-from batch_infer.table import RowRules, Tables, shown
+from batch_infer.table import RowRules, Tables, redact_url
 
 T = TypeVar("T")
 
@@ -174,16 +174,16 @@ def describe_run(settings: RunSettings, card: ModelCard, compute: Compute, table
     `identity` is what a later run must share. `tables` is None for an endpoint, whose tables come one by one.
     """
     arguments = settings.table.tables
-    table = replace(settings.table, tables=tuple(map(shown, arguments)))
+    table = replace(settings.table, tables=tuple(map(redact_url, arguments)))
     return {
         "batch_infer": __version__,
-        "started_at": now(),
+        "started_at": utc_now(),
         "finished_at": None,
         "tables": tables.files if tables else [],
-        "unreadable_tables": sorted(tables.faults) if tables else [],
+        "unreadable_tables": sorted(tables.unreadable_files) if tables else [],
         # --rerender-changed permits one command to replace images, and not those that continue it.
         "settings": asdict(replace(settings, table=table, rerender_changed=False)),
-        "unrepeatable_tables": [shown(name) for name in arguments if name == "-" or shown(name) != name],
+        "unrepeatable_tables": [redact_url(name) for name in arguments if name == "-" or redact_url(name) != name],
         "model": {
             "name": card.name,
             "path": card.path,

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from batch_infer.carried import weight
+from batch_infer.carried import estimate_bytes
 from batch_infer.errors import SettingsError
 from batch_infer.jobs.job import Job
 from batch_infer.jobs.run_json import parse_record
-from batch_infer.manifest import Index, Manifest
-from batch_infer.planning import Committed, Item, SkipRule, finished_in
-from batch_infer.records import FINAL, PromptRequest, ResultRow
-from batch_infer.sinks import FolderSink
+from batch_infer.manifest import Manifest, ManifestIndex
+from batch_infer.planning import Item, ManifestEntry, SkipRule, make_finished_check
+from batch_infer.records import FINAL_STATUSES, PromptRequest, ResultRow
+from batch_infer.sinks import make_sink
 from batch_infer.table import RowRules
 
 INVALID_BATCH = 1024
@@ -55,7 +55,7 @@ class ScanResult:
     changes: str = ""
     unsettled: int = 0
 
-    def add(self, item: Item, committed: Committed | None, *, skip: bool) -> None:
+    def add(self, item: Item, committed: ManifestEntry | None, *, skip: bool) -> None:
         self.total += 1
         current = committed if committed is not None and committed.fingerprint == item.fingerprint else None
         if isinstance(item, ResultRow):
@@ -83,7 +83,7 @@ class ScanResult:
         return {"standing" if name == "skipped" else name: value for name, value in asdict(self).items()}
 
 
-def reason_of(item: Item, committed: Committed | None) -> str:
+def reason_of(item: Item, committed: ManifestEntry | None) -> str:
     """Return why an item is to be rendered, given its committed result."""
     if committed is None:
         return "new"
@@ -102,7 +102,9 @@ def format_reasons(reasons: Mapping[str, int], changes: str) -> str:
     return ", ".join(f"{count:,} {reason}{cause.get(reason, '')}" for reason, count in reasons.items())
 
 
-def scan_tables(job: Job, index: Index, skip: SkipRule, changes: str = "", *, writes: bool = True) -> ScanResult:
+def scan_tables(
+    job: Job, index: ManifestIndex, skip: SkipRule, changes: str = "", *, writes: bool = True
+) -> ScanResult:
     """Count what is to be done, and commit the invalid rows, which need no device. Raises StorageError.
 
     `changes` names the options that changed rows. Without `writes`, invalid rows are left to `commit_invalid`.
@@ -131,7 +133,7 @@ def scan_tables(job: Job, index: Index, skip: SkipRule, changes: str = "", *, wr
 def commit_invalid(job: Job) -> None:
     """Commit the invalid rows of an OUT that held no results when its tables were scanned. Raises StorageError."""
     invalid = _InvalidRows(job)
-    with Index(()) as index:
+    with ManifestIndex(()) as index:
         for item in job.items(index):
             if isinstance(item, ResultRow):
                 invalid.add(item, None)
@@ -143,16 +145,16 @@ class _InvalidRows:
 
     def __init__(self, job: Job) -> None:
         self._carried = job.tables.carried
-        self._manifest, self._sink = Manifest(job.settings.out, job.number), FolderSink(job.settings.out)
+        self._manifest, self._sink = Manifest(job.settings.out, job.number), make_sink(job.settings.out)
         self._rows: list[ResultRow] = []
         self._size = 0
         self._obsolete: list[str] = []
 
-    def add(self, row: ResultRow, committed: Committed | None) -> None:
+    def add(self, row: ResultRow, committed: ManifestEntry | None) -> None:
         self._rows.append(replace(row, attempt=committed.attempt + 1 if committed else 1, worker="table"))
         if committed and committed.path:
             self._obsolete.append(committed.path)
-        self._size += weight(row.carried.values())
+        self._size += estimate_bytes(row.carried.values())
         if len(self._rows) == INVALID_BATCH or self._size > INVALID_BYTES:
             self.commit()
 
@@ -190,7 +192,7 @@ class Changes:
         )
 
 
-def find_changes(job: Job, index: Index) -> Changes:
+def find_changes(job: Job, index: ManifestIndex) -> Changes:
     """Return which finished images the options of this run would replace. Rows whose own cells changed do not count.
 
     The tables are scanned only where a default has ever differed in this OUT, --column differs or run.json is missing.
@@ -198,15 +200,15 @@ def find_changes(job: Job, index: Index) -> Changes:
     if job.earlier is None:
         return _changes_without_record(job, index)
     earlier = parse_record(job.earlier)
-    if earlier.ids_from is not None and job.tables.default_ids not in (None, earlier.ids_from):
-        return Changes(_finished(index), {"--id-from": f"id from {earlier.ids_from} -> {job.tables.default_ids}"})
+    if earlier.ids_from is not None and job.tables.default_id_source not in (None, earlier.ids_from):
+        return Changes(_finished(index), {"--id-from": f"id from {earlier.ids_from} -> {job.tables.default_id_source}"})
     rules = [each for each in earlier.known_rules if each != job.rules]
     before = dict(earlier.settings.table.columns) if earlier.settings else {}
     now = dict(job.settings.table.columns)
     changes = Changes()
     if not rules and before == now:
         return changes
-    for item, others in job.tables.compared_rows(job.rules, rules, finished_in(index)):
+    for item, others in job.tables.compared_rows(job.rules, rules, make_finished_check(index)):
         replaced = _find_replaced(item, index)
         if replaced is None:
             continue
@@ -219,10 +221,12 @@ def find_changes(job: Job, index: Index) -> Changes:
     return changes
 
 
-def _find_replaced(item: Item, index: Index) -> Committed | None:
+def _find_replaced(item: Item, index: ManifestIndex) -> ManifestEntry | None:
     """Return the finished result that rendering this row would replace."""
     committed = index.find(item.key)
-    is_replaced = committed is not None and committed.status in FINAL and committed.fingerprint != item.fingerprint
+    is_replaced = (
+        committed is not None and committed.status in FINAL_STATUSES and committed.fingerprint != item.fingerprint
+    )
     return committed if is_replaced else None
 
 
@@ -234,7 +238,7 @@ def _find_rendered(
     return next(((old, each) for old, each in pairs if old is not None and old.fingerprint == fingerprint), None)
 
 
-def _changes_without_record(job: Job, index: Index) -> Changes:
+def _changes_without_record(job: Job, index: ManifestIndex) -> Changes:
     """Count the finished images that would be replaced in an OUT whose run.json is missing."""
     if not _finished(index):
         return Changes()
@@ -242,9 +246,9 @@ def _changes_without_record(job: Job, index: Index) -> Changes:
     return Changes(images, {"an option or a row": "run.json, which records the options, is missing"} if images else {})
 
 
-def _finished(index: Index) -> int:
-    statuses = index.statuses()
-    return sum(statuses[status] for status in FINAL)
+def _finished(index: ManifestIndex) -> int:
+    statuses = index.count_statuses()
+    return sum(statuses[status] for status in FINAL_STATUSES)
 
 
 def _causes(item: Item, old: Item, before: RowRules, after: RowRules) -> dict[str, str]:

@@ -11,7 +11,7 @@ from batch_infer.errors import StorageError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.run_json import RunRecord, parse_record, require
 from batch_infer.manifest import Manifest
-from batch_infer.records import Status, now
+from batch_infer.records import Status, utc_now
 from batch_infer.store import find_holder
 
 STATUSES = get_args(Status)
@@ -74,7 +74,7 @@ def _count(status: RunStatus, record: RunRecord, manifest: Manifest) -> None:
     scan, run = record.survey, record.run_number
     is_partial = scan is not None and run is not None and not record.rescoring
     with manifest.index(run if is_partial and run else 0) as index:
-        committed = index.statuses()
+        committed = index.count_statuses()
     status.counts = {name: committed[name] for name in STATUSES}
     if scan is None:
         return
@@ -94,7 +94,7 @@ def _estimate(status: RunStatus, record: RunRecord, rendered: Counter[str]) -> N
     committed = rendered.total()
     if record.rendering_since is None or committed < max(1, record.in_flight):
         return
-    seconds = (now() - record.rendering_since).total_seconds()
+    seconds = (utc_now() - record.rendering_since).total_seconds()
     if seconds > 0 and status.left is not None:
         status.images_per_second = round((rendered["ok"] + rendered["flagged"]) / seconds, 3)
         status.seconds_left = round(status.left * seconds / committed)

@@ -12,32 +12,39 @@ from typing import TYPE_CHECKING
 
 from batch_infer.lazy import import_on_use
 from batch_infer.models.card import DEMO_MODEL, ModelCard, read_card
-from batch_infer.models.families import load, load_checker, load_pipeline, load_solver, load_token_counter, read_facts
-from batch_infer.models.layouts import PipelineFacts
-from batch_infer.models.tokens import TokenCounter, TruncationCount
+from batch_infer.models.families import (
+    inspect_pipeline,
+    load_any_pipeline,
+    load_checker,
+    load_latent_diffusion,
+    load_solver,
+    load_token_counter,
+)
+from batch_infer.models.layouts import SamplingRules
+from batch_infer.models.tokens import TokenCounter, TruncationCounter
 
 if TYPE_CHECKING:
-    from batch_infer.models.acceleration import is_compiled, speed_up
+    from batch_infer.models.acceleration import is_compiled, optimize_networks
     from batch_infer.models.any_pipeline import AnyPipeline
     from batch_infer.models.architectures import build_architecture
-    from batch_infer.models.family import Conditioning, Family
-    from batch_infer.models.flops import decode_flops, row_forward_flops
+    from batch_infer.models.family import Conditioning, LatentDiffusion
+    from batch_infer.models.flops import decode_flops, denoise_flops
 else:
     __getattr__ = import_on_use(
         __name__,
         acceleration=(
             "is_compiled",
-            "speed_up",
+            "optimize_networks",
         ),
         any_pipeline=("AnyPipeline",),
         architectures=("build_architecture",),
         family=(
             "Conditioning",
-            "Family",
+            "LatentDiffusion",
         ),
         flops=(
             "decode_flops",
-            "row_forward_flops",
+            "denoise_flops",
         ),
     )
 
@@ -45,21 +52,21 @@ __all__ = [
     "AnyPipeline",
     "Conditioning",
     "DEMO_MODEL",
-    "Family",
+    "LatentDiffusion",
     "ModelCard",
-    "PipelineFacts",
+    "SamplingRules",
     "TokenCounter",
-    "TruncationCount",
+    "TruncationCounter",
     "build_architecture",
     "decode_flops",
     "is_compiled",
-    "load",
+    "load_latent_diffusion",
     "load_checker",
-    "load_pipeline",
+    "load_any_pipeline",
     "load_solver",
     "load_token_counter",
     "read_card",
-    "read_facts",
-    "row_forward_flops",
-    "speed_up",
+    "inspect_pipeline",
+    "denoise_flops",
+    "optimize_networks",
 ]

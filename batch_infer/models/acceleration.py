@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 
 from batch_infer.errors import CompilationError
-from batch_infer.store import storing_temporarily
+from batch_infer.store import temporary_file_errors
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ process that compiles) and CppCompileError (a truncated .cpp file).
 """
 
 
-def speed_up(
+def optimize_networks(
     networks: Iterable[torch.nn.Module], device: torch.device, *, compiled: bool, threads: int | None = None
 ) -> None:
     """Prepare networks that are called at one fixed batch shape for each image size.
@@ -112,7 +112,7 @@ class CompilerCache:
             "damaged. If you see this in every run, remove that folder"
         )
         fresh_cache = getattr(utils, "fresh_cache", None) or utils.fresh_inductor_cache  # its name before torch 2.8
-        with storing_temporarily():
+        with temporary_file_errors():
             self._temporary.enter_context(fresh_cache())
         self._is_temporary = True
         atexit.register(self.close)

@@ -40,7 +40,7 @@ class AnyPipeline:
     it, and a row would depend on its neighbours by that.
     """
 
-    driven = True
+    uses_pipeline_call = True
 
     def __init__(self, pipeline: Any, card: ModelCard, device: torch.device, dtype: torch.dtype) -> None:
         self.pipeline, self.device, self.dtype = pipeline, device, dtype
@@ -58,7 +58,7 @@ class AnyPipeline:
             "num_inference_steps": card.num_inference_steps,
         }
         with self._kept_processors():
-            self.one_by_one = not self._has_one_shape(card, arguments)
+            self.one_row_per_call = not self._has_one_shape(card, arguments)
             """Whether rows cannot share a call: one's result would depend on how long the others' texts are."""
             self._try_decoder(card, arguments)
 
@@ -84,12 +84,12 @@ class AnyPipeline:
 
         Raises RowError where the pipeline does not take a row.
         """
-        if self.one_by_one:
+        if self.one_row_per_call:
             return torch.cat([self._call([request]) for request in requests])
         padding = [requests[-1]] * (batch - len(requests))
         return self._call([*requests, *padding])[: len(requests)]
 
-    def tell(self, request: PromptRequest) -> Conditioning:
+    def count_tokens(self, request: PromptRequest) -> Conditioning:
         """A prompt's tokens, as the pipeline's first tokenizer counts them; how many are read, only its call knows."""
         tokenizer = getattr(self.pipeline, "tokenizer", None)
         if not callable(tokenizer):
@@ -129,7 +129,7 @@ class AnyPipeline:
             found["guidance_rescale"] = params.guidance_rescale
         if first.negative_prompt is not None:
             found["negative_prompt"] = [request.negative_prompt for request in requests]
-        elif self._guidance == "true_cfg_scale" and params.guided:
+        elif self._guidance == "true_cfg_scale" and params.uses_guidance:
             found["negative_prompt"] = [" "] * len(requests)  # without one, it would leave the guidance out
         return found
 

@@ -23,7 +23,7 @@ from batch_infer.models.card import DEMO_MODEL
 from batch_infer.models.decidiffusion import DeciDiffusion
 from batch_infer.models.decidiffusion_config import FlexibleUNetConfig
 from batch_infer.models.decidiffusion_unet import FlexibleUNet
-from batch_infer.models.family import Family
+from batch_infer.models.family import LatentDiffusion
 from batch_infer.models.stable_diffusion import StableDiffusion
 from batch_infer.models.stable_diffusion_xl import StableDiffusionXL
 from batch_infer.records import SizeRules
@@ -86,7 +86,7 @@ CLIP_BIG_G: dict[str, Any] = {
 class Architecture:
     """A model of random weights on its device, and what its rows get that do not say."""
 
-    model: Family
+    model: LatentDiffusion
     sizes: SizeRules
     guidance_scale: float
     guidance_rescale: float

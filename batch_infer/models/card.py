@@ -11,7 +11,7 @@ from batch_infer.errors import ModelError
 from batch_infer.models.components import named_components, refuse_code, refuse_no_words
 from batch_infer.models.configs import check_configs, check_widths
 from batch_infer.models.files import hash_files, refuse_unfit
-from batch_infer.models.layouts import ANY, CHECKER, JUDGED, LAYOUTS, Layout, PipelineFacts
+from batch_infer.models.layouts import ANY, CHECKER, JUDGED, LAYOUTS, Layout, SamplingRules
 from batch_infer.models.lora import Lora, read_loras
 from batch_infer.models.schedulers import refuse_unknown_scheduler
 from batch_infer.models.tokens import count_windows
@@ -59,7 +59,7 @@ class ModelCard:
         return " + ".join((self.name, *map(str, self.loras)))
 
     @property
-    def driven(self) -> bool:
+    def uses_pipeline_call(self) -> bool:
         """Whether diffusers' own pipeline has the loop, and not we."""
         return self.family == ANY.family
 
@@ -70,7 +70,7 @@ class ModelCard:
 
 def read_card(
     settings: ModelSettings,
-    read_facts: Callable[[Path], PipelineFacts] | None = None,
+    read_facts: Callable[[Path], SamplingRules] | None = None,
     *,
     checked: bool = True,
 ) -> ModelCard:
@@ -151,7 +151,7 @@ def _fingerprint(weights: str, index: dict[str, Any], layout: Layout, loras: lis
     return digest([weights, loras, windows]) if loras or windows > 1 else weights
 
 
-def _facts(layout: Layout, path: Path, name: str, read_facts: Callable[[Path], PipelineFacts] | None) -> PipelineFacts:
+def _facts(layout: Layout, path: Path, name: str, read_facts: Callable[[Path], SamplingRules] | None) -> SamplingRules:
     if layout is not ANY:
         denoiser, vae = (read_object(path / folder / "config.json", name) for folder in (str(layout.denoiser), "vae"))
         return layout.facts(denoiser, vae, told=name)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from batch_infer.errors import ModelError
 from batch_infer.models.card import ModelCard
-from batch_infer.models.layouts import PipelineFacts
+from batch_infer.models.layouts import SamplingRules
 from batch_infer.models.tokens import TokenCounter
 
 if TYPE_CHECKING:
@@ -16,10 +16,12 @@ if TYPE_CHECKING:
 
     from batch_infer.diffusion import Solver
     from batch_infer.models.any_pipeline import AnyPipeline
-    from batch_infer.models.family import Family
+    from batch_infer.models.family import LatentDiffusion
 
 
-def load(card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_checker: bool) -> Family:
+def load_latent_diffusion(
+    card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_checker: bool
+) -> LatentDiffusion:
     """Load a checkpoint on a device. Raises ModelError, in one sentence, for what cannot be loaded."""
     match card.family:
         case "stable_diffusion":
@@ -49,14 +51,14 @@ def load_checker(card: ModelCard, device: torch.device, dtype: torch.dtype) -> t
     return loading.load_checker(card, device, dtype)
 
 
-def load_pipeline(card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_checker: bool) -> AnyPipeline:
+def load_any_pipeline(card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_checker: bool) -> AnyPipeline:
     """The same of a checkpoint that is driven by diffusers' own pipeline. Raises ModelError."""
     from batch_infer.models.any_pipeline import AnyPipeline
 
     return AnyPipeline.load(card, device, dtype, with_checker=with_checker)
 
 
-def read_facts(path: Path) -> PipelineFacts:
+def inspect_pipeline(path: Path) -> SamplingRules:
     """What a checkpoint's pipeline takes, where only diffusers can tell; imports torch. Raises ModelError."""
     from batch_infer.models.pipelines import read_facts
 

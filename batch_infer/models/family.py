@@ -25,7 +25,7 @@ class Conditioning:
     prompt_truncated: bool | None
 
 
-class Family(Protocol):
+class LatentDiffusion(Protocol):
     """A loaded checkpoint. Every method computes at one fixed, padded batch shape, whatever it is handed."""
 
     device: torch.device

@@ -13,13 +13,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from batch_infer.models.family import Family
+from batch_infer.models.family import LatentDiffusion
 from batch_infer.records import PromptRequest, SamplingParams, Source
 
 LatentShape = tuple[int, int, int]
 
 
-def row_forward_flops(model: Family, latent_shape: LatentShape) -> int:
+def denoise_flops(model: LatentDiffusion, latent_shape: LatentShape) -> int:
     """FLOP of one row of one UNet call on latents (C, h, w). Encodes a prompt, and computes nothing else."""
     params = SamplingParams(8 * latent_shape[1], 8 * latent_shape[2], 1, 1.0, 0.0)
     (conditioning,) = model.condition([PromptRequest("flops", 0, "", None, 0, params, Source("", 0), "")])
@@ -33,7 +33,7 @@ def row_forward_flops(model: Family, latent_shape: LatentShape) -> int:
     return _count(call)
 
 
-def decode_flops(model: Family, latent_shape: LatentShape) -> int:
+def decode_flops(model: LatentDiffusion, latent_shape: LatentShape) -> int:
     """FLOP of decoding one image from latents (C, h, w). Computes nothing."""
     return _count(lambda: model.decode(torch.empty(1, *latent_shape, device=model.device)))
 

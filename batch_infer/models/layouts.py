@@ -15,7 +15,7 @@ CHECKER = frozenset({"safety_checker", "feature_extractor"})
 
 
 @dataclass(frozen=True, slots=True)
-class PipelineFacts:
+class SamplingRules:
     """What rows may ask of a model, and what they get that do not say.
 
     `fixed`: fields of a row that the model does not take, each with the one value that it may have.
@@ -55,7 +55,7 @@ class Layout:
         """Of the components that model_index.json names, those that are read."""
         return (components | {self.denoiser or ""}) - self.unread - {""}
 
-    def facts(self, denoiser: Mapping[str, Any], vae: Mapping[str, Any], told: str) -> PipelineFacts:
+    def facts(self, denoiser: Mapping[str, Any], vae: Mapping[str, Any], told: str) -> SamplingRules:
         """What rows may ask, from the settings of both networks. Raises ModelError where they do not say it."""
         try:
             settings = denoiser.get("configurations", denoiser)
@@ -65,7 +65,7 @@ class Layout:
             place = f"{told}: {self.denoiser}/config.json or vae/config.json"
             raise ModelError(f"{place} does not say its sizes: {error}") from error
         embedded = denoiser.get("time_cond_proj_dim") is not None
-        return PipelineFacts(
+        return SamplingRules(
             sizes,
             self.num_inference_steps,
             self.guidance_scale,

@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 
 from batch_infer.errors import ModelError
 from batch_infer.models.components import named_components
-from batch_infer.models.layouts import ANY, CHECKER, PipelineFacts
+from batch_infer.models.layouts import ANY, CHECKER, SamplingRules
 from batch_infer.models.loading import make_pipeline
 from batch_infer.models.untrusted import LOADING_ERRORS, LoadingErrors, read_object
 from batch_infer.records import SizeRules
@@ -105,7 +105,7 @@ def left_out(kind: Any, path: Path) -> dict[str, Any]:
     return {name: value for name, value in without.items() if name in taken}
 
 
-def read_facts(path: Path) -> PipelineFacts:
+def read_facts(path: Path) -> SamplingRules:
     """What rows may ask of a checkpoint, told from its pipeline's call and settings, without its weights.
 
     Raises ModelError.
@@ -117,14 +117,14 @@ def read_facts(path: Path) -> PipelineFacts:
         return _facts_of(kind, pipeline)
 
 
-def _facts_of(kind: Any, pipeline: Any) -> PipelineFacts:
+def _facts_of(kind: Any, pipeline: Any) -> SamplingRules:
     call, denoiser = parameters_of(kind), denoiser_settings(pipeline)
     steps = call["num_inference_steps"].default
     guidance = guidance_argument(kind, denoiser)
     taken = {"guidance_scale": guidance, "negative_prompt": takes_negative(kind, denoiser)}
     taken["guidance_rescale"] = "guidance_rescale" in call
     nothing = {"guidance_scale": 1.0, "negative_prompt": None, "guidance_rescale": 0.0}
-    return PipelineFacts(
+    return SamplingRules(
         _sizes(pipeline, denoiser),
         steps if isinstance(steps, int) else 50,
         float(call[guidance].default) if guidance else 1.0,

@@ -16,7 +16,7 @@ from batch_infer.models.components import named_components, refuse_no_words
 from batch_infer.models.files import PICKLES, hash_file, read_header, refuse_unfit
 from batch_infer.models.lora import is_lora
 from batch_infer.models.untrusted import read_object
-from batch_infer.store import sync
+from batch_infer.store import fsync
 
 CONVERTED = "converted-1"
 """Where converted folders lie in the user's cache; another number where they are made otherwise."""
@@ -79,7 +79,7 @@ def _convert(file: Path, header: Mapping[str, Any], folder: Path) -> None:
             convert(file, header, temporary)
             _refuse_unusable(temporary)
             for made in temporary.rglob("*.*"):
-                sync(made)
+                fsync(made)
             temporary.rename(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

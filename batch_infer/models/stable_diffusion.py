@@ -97,14 +97,14 @@ class StableDiffusion:
 
     @torch.inference_mode()
     def condition(self, requests: Sequence[PromptRequest]) -> list[Conditioning]:
-        guided = [request for request in requests if request.params.guided]
+        guided = [request for request in requests if request.params.uses_guidance]
         texts = {request.prompt for request in requests} | {request.negative_prompt or "" for request in guided}
         embeddings = self._embeddings.of(texts)
         counts = self._counter.count([request.prompt for request in requests])
         found = []
         for request, count in zip(requests, counts, strict=True):
             scale = embed_guidance(self.pipeline, self._unet, request.params.guidance_scale, self.dtype)
-            negative = {**embeddings[request.negative_prompt or ""], **scale} if request.params.guided else None
+            negative = {**embeddings[request.negative_prompt or ""], **scale} if request.params.uses_guidance else None
             context = {**embeddings[request.prompt], **scale}, negative
             found.append(Conditioning(context, count, count > self._counter.longest))
         return found

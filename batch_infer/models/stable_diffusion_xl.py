@@ -110,7 +110,7 @@ class StableDiffusionXL:
         for request, count in zip(requests, counts, strict=True):
             told, prompt, text = self._tell(request.params), embeddings[request.prompt], self._negative(request)
             negative = None
-            if request.params.guided:
+            if request.params.uses_guidance:
                 nothing = {name: torch.zeros_like(part) for name, part in prompt.items()}
                 negative = {**(nothing if text is None else embeddings[text]), **told}
             found.append(Conditioning(({**prompt, **told}, negative), count, count > self._counter.longest))
@@ -142,7 +142,7 @@ class StableDiffusionXL:
         To some checkpoints a row without a negative prompt is nothing; an empty one is a text to all of them.
         """
         silent = request.negative_prompt is None and self.pipeline.config.force_zeros_for_empty_prompt
-        return None if silent or not request.params.guided else request.negative_prompt or ""
+        return None if silent or not request.params.uses_guidance else request.negative_prompt or ""
 
     def _tell(self, params: SamplingParams) -> Context:
         """What the UNet is told of a row beside its texts: that the image is not scaled and not cropped."""

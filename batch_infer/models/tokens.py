@@ -46,7 +46,7 @@ class TokenCounter:
         return len(text) <= self.longest and text.isascii()
 
 
-class TruncationCount:
+class TruncationCounter:
     """Counts, on a thread beside the one that reads the prompts, those that the text encoder will not see whole."""
 
     def __init__(self, counter: TokenCounter) -> None:

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from batch_infer.lazy import import_on_use
-from batch_infer.safety.protocols import Gate, ImageChecker, gate_of
+from batch_infer.safety.protocols import Gate, ImageChecker, make_gate
 
 if TYPE_CHECKING:
     from batch_infer.safety.checker import StableDiffusionChecker
@@ -15,4 +15,4 @@ else:
         content_safety=("check_credentials",),
     )
 
-__all__ = ["Gate", "ImageChecker", "StableDiffusionChecker", "check_credentials", "gate_of"]
+__all__ = ["Gate", "ImageChecker", "StableDiffusionChecker", "check_credentials", "make_gate"]

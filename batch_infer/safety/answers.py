@@ -9,7 +9,7 @@ from datetime import timezone
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal
 
-from batch_infer.records import Verdict, now
+from batch_infer.records import Verdict, utc_now
 from batch_infer.settings import CATEGORIES, ServiceSettings
 
 SERVICE, NAME = "Azure AI Content Safety", "azure_content_safety"
@@ -86,5 +86,5 @@ def retry_after(header: str | None) -> float | None:
         except ValueError:
             return None
         # A date of -0000 comes without a zone, and is UTC like all others in HTTP.
-        seconds = (date.replace(tzinfo=date.tzinfo or timezone.utc) - now()).total_seconds()
+        seconds = (date.replace(tzinfo=date.tzinfo or timezone.utc) - utc_now()).total_seconds()
     return max(seconds, 0.0) if math.isfinite(seconds) else None

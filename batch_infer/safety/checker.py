@@ -30,7 +30,7 @@ class StableDiffusionChecker:
     def __init__(self, module: Any, feature_extractor: Any, batch: int) -> None:
         self._module, self._feature_extractor, self._batch = module, feature_extractor, batch
 
-    def judge(self, images: Sequence[np.ndarray]) -> list[Verdict]:
+    def check(self, images: Sequence[np.ndarray]) -> list[Verdict]:
         """Judge images (H, W, 3) uint8 of one size, in calls that are padded to the full batch.
 
         The checker sees squares. Of an image that is not square it is shown as many overlapping squares as cover it,

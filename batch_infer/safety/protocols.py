@@ -17,7 +17,7 @@ class ImageChecker(Protocol):
 
     name: str
 
-    def judge(self, images: Sequence[np.ndarray]) -> list[Verdict]: ...
+    def check(self, images: Sequence[np.ndarray]) -> list[Verdict]: ...
 
 
 class Gate(Protocol):
@@ -41,7 +41,7 @@ class Gate(Protocol):
     def close(self) -> None: ...
 
 
-def gate_of(settings: ServiceSettings | None, stop: Callable[[], bool]) -> Gate | None:
+def make_gate(settings: ServiceSettings | None, stop: Callable[[], bool]) -> Gate | None:
     """The service that is to be asked, where one is; `stop` ends every wait for it. Raises SettingsError."""
     if settings is None:
         return None

@@ -13,7 +13,7 @@ from batch_infer.errors import TableError
 from batch_infer.records import PromptRequest
 from batch_infer.serving.deployment import Deployment
 from batch_infer.serving.service import PATIENT, Caller, Service
-from batch_infer.table import loose_rows
+from batch_infer.table import parse_rows
 from batch_infer.worker import explain_flag
 
 
@@ -30,7 +30,7 @@ Item: TypeAlias = "PromptRequest | Refused"
 
 def read_rows(rows: Iterable[Mapping[str, Any]], deployment: Deployment) -> Iterator[Item]:
     """The images that rows ask for, in order: each row is its cells, by the names of a table's columns."""
-    for item in loose_rows(rows, deployment.settings.table.columns, deployment.rules):
+    for item in parse_rows(rows, deployment.settings.table.columns, deployment.rules):
         if not isinstance(item, PromptRequest):
             yield Refused(item.prompt, item.error or "")
         else:

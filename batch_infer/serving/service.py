@@ -73,9 +73,9 @@ class Service:
         self._working = False
         self._pool = ThreadPoolExecutor(1, "render")  # loads too: what is compiled may stay with its thread
         self._chain = self._pool.submit(self._load, load).result()
-        driven, slots = self._chain.driven, self.deployment.compute.slots
+        driven, slots = self._chain.uses_pipeline_call, self.deployment.compute.slots
         self._mailbox = Mailbox(
-            lambda request: request.alike if driven else (request.params.height, request.params.width),
+            lambda request: request.batch_key if driven else (request.params.height, request.params.width),
             slots + max(slots, AHEAD),
         )
 

@@ -4,6 +4,7 @@ from batch_infer.settings.compute import BatchShape, Compute, ComputeSettings, D
 from batch_infer.settings.model import SHORT_NAMES, LoraSpec, ModelSettings, SchedulerSpec
 from batch_infer.settings.run import (
     FIELDS,
+    IMAGE_SUFFIXES,
     FailureBudget,
     IdSource,
     ImageFormat,
@@ -24,6 +25,7 @@ __all__ = [
     "Device",
     "FIELDS",
     "FailureBudget",
+    "IMAGE_SUFFIXES",
     "IdSource",
     "ImageFormat",
     "LoraSpec",

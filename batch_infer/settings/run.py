@@ -28,6 +28,7 @@ FIELDS = (
 
 IdSource = Literal["row", "content"]
 ImageFormat = Literal["png", "jpeg", "webp"]
+IMAGE_SUFFIXES: dict[ImageFormat, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 ResultsFormat = Literal["parquet", "csv", "jsonl"]
 Retried = Literal["failed", "flagged", "blocked", "invalid", "missing"]
 """What `retry` renders again; `missing`: the result names an image, and the image is gone."""

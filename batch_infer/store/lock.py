@@ -12,8 +12,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from batch_infer.errors import LockedError, SettingsError, StorageError
-from batch_infer.records import now
-from batch_infer.store.atomic import KnownFolder, is_there, reading, replacing, sync_folder
+from batch_infer.records import utc_now
+from batch_infer.store.atomic import atomic_write
+from batch_infer.store.paths import fsync_folder, path_exists, read_errors
+from batch_infer.store.pinned import PinnedFolder
 
 LOCK_SECONDS = 0.2
 """How long to wait for a locked folder: `find_holder` holds its lock for a moment."""
@@ -26,23 +28,23 @@ _USAGE_ERRORS = {
 
 
 @contextmanager
-def locked_folder(folder: Path, inner: Sequence[str] = ()) -> Iterator[KnownFolder]:
+def locked_folder(folder: Path, inner: Sequence[str] = ()) -> Iterator[PinnedFolder]:
     """Lock a folder, which is created if missing, and yield it with a marker by which writers recognise it.
 
     The marker is removed at the end, also from the folders named `inner`. An OSError on a path in the folder becomes
     a StorageError. Raises LockedError, SettingsError, StorageError.
     """
     lock = _acquire(folder)
-    known = KnownFolder.of(folder)
+    known = PinnedFolder.of(folder)
     try:
         with _kept_open(folder), _storing_in(folder):
             _write_holder(folder)
-            known = known.marked()
+            known = known.with_marker()
             yield known
     finally:
         known.remove_markers(inner)
         with suppress(OSError, StorageError):  # either would hide the error that ends the command
-            if KnownFolder.of(folder).identity == known.identity:  # a folder that replaced it may have another holder
+            if PinnedFolder.of(folder).identity == known.identity:  # a folder that replaced it may have another holder
                 (folder / HOLDER).unlink(missing_ok=True)
         lock.release()
 
@@ -50,15 +52,15 @@ def locked_folder(folder: Path, inner: Sequence[str] = ()) -> Iterator[KnownFold
 def find_holder(folder: Path) -> str | None:
     """Return which process holds the lock, None if none does. Raises StorageError where the lock cannot be read."""
     path = folder / LOCK
-    if not is_there(path):
+    if not path_exists(path):
         return None
-    with reading(path):
+    with read_errors(path):
         return _read_holder(folder) if _is_locked(path) else None
 
 
 def remove_stale_holder(folder: Path) -> None:
     """Remove the name of a holder that was killed. The current holder, also this process, keeps its own."""
-    if is_there(folder / HOLDER):
+    if path_exists(folder / HOLDER):
         with suppress(Timeout), FileLock(folder / LOCK).acquire(timeout=0):
             (folder / HOLDER).unlink(missing_ok=True)
 
@@ -83,7 +85,7 @@ def _create(folder: Path) -> None:
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
-        sync_folder(path.parent)
+        fsync_folder(path.parent)
 
 
 def _check_lock(path: Path) -> None:
@@ -156,8 +158,8 @@ def _storing_in(folder: Path) -> Iterator[None]:
 
 
 def _write_holder(folder: Path) -> None:
-    with replacing(folder / HOLDER, flush=False, parents=False) as temporary:
-        temporary.write_text(f"{platform.node()}, process {os.getpid()}, since {now():%Y-%m-%d %H:%M:%S} UTC")
+    with atomic_write(folder / HOLDER, flush=False, parents=False) as temporary:
+        temporary.write_text(f"{platform.node()}, process {os.getpid()}, since {utc_now():%Y-%m-%d %H:%M:%S} UTC")
 
 
 def _read_holder(folder: Path) -> str:

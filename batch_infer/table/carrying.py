@@ -11,14 +11,14 @@ from typing import Any
 import pyarrow as pa
 
 from batch_infer.carried import (
-    as_text,
     common_type,
-    converter,
-    python_reader,
-    result_names,
+    estimate_bytes,
+    make_converter,
+    make_python_reader,
+    make_result_names,
     result_type,
     to_array,
-    weight,
+    to_text,
 )
 from batch_infer.records import digest
 from batch_infer.table.endings import TableFile
@@ -52,11 +52,11 @@ class CellReader:
         kinds = opened.reader.schema
         self.fields = opened.layout.fields
         self._python = {
-            field: read for field, name in self.fields.items() if (read := python_reader(kinds.field(name).type))
+            field: read for field, name in self.fields.items() if (read := make_python_reader(kinds.field(name).type))
         }
         self._kinds = {old: result_type(kinds.field(old).type) for old in opened.layout.carried}
         self._carried = [
-            (old, new, converter(self._kinds[old], schema.field(new).type))
+            (old, new, make_converter(self._kinds[old], schema.field(new).type))
             for old, new in opened.layout.carried.items()
         ]
 
@@ -87,19 +87,19 @@ class CellReader:
             if convert is not None and value is not None and value.__class__ is not str:
                 value = convert(value)
             found[new] = value
-        return found, _drop_largest(found) if weight(found.values()) > LARGEST_ROW else None
+        return found, _drop_largest(found) if estimate_bytes(found.values()) > LARGEST_ROW else None
 
 
 def _content(value: Any, kind: pa.DataType | None = None) -> str:
     """A cell as text. A whole number is one of float64 where a cell of its column is missing."""
     if value is None:
         return ""
-    return as_text(int(value) if value.__class__ is float and value.is_integer() else value, kind)
+    return to_text(int(value) if value.__class__ is float and value.is_integer() else value, kind)
 
 
 def _drop_largest(cells: dict[str, Any]) -> str:
     """Take out cells, the largest first, until the others fit into a row; return the sentence that says so."""
-    weights = {name: weight([value]) for name, value in cells.items()}
+    weights = {name: estimate_bytes([value]) for name, value in cells.items()}
     dropped = []
     while sum(weights.values()) > LARGEST_ROW:
         name = max(weights, key=weights.__getitem__)
@@ -110,7 +110,7 @@ def _drop_largest(cells: dict[str, Any]) -> str:
 
 def name_carried(files: Iterable[Opened], reserved: Collection[str]) -> dict[str, str]:
     """The name in the results of each carried column: none differs from another's by case alone."""
-    return result_names((name for opened in files for name in opened.layout.carried), reserved)
+    return make_result_names((name for opened in files for name in opened.layout.carried), reserved)
 
 
 def with_names(opened: Opened, names: Mapping[str, str]) -> Opened:

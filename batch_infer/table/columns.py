@@ -55,7 +55,7 @@ def checked(row: RawRow, where: str, known: frozenset[str]) -> RawRow:
                 f"it is not UTF-8, or there are {MOST_COLUMNS} before it"
             )
         for name, value in cells.items():
-            if value.__class__ in (list, dict) and is_deep(value):
+            if value.__class__ in (list, dict) and is_too_deep(value):
                 raise RowError(f"is nested too deeply, in {name!r}")
     except RowError as error:
         return row._replace(cells={}, error=f"{where} {error}")
@@ -68,7 +68,7 @@ def _whole(value: Any) -> int:
     return WHOLE if int(float(value)) == value else WHOLE | INEXACT
 
 
-def is_deep(value: Any) -> bool:
+def is_too_deep(value: Any) -> bool:
     """Whether lists and objects lie in this one deeper than whatever walks over them later may go."""
     level = [value]
     for _ in range(DEEPEST):

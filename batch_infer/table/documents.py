@@ -15,7 +15,7 @@ from batch_infer.table.names import distinct_names
 from batch_infer.table.notes import Note, short_row
 from batch_infer.table.raw import RawRow, broken
 from batch_infer.table.scanner import BrokenDocument, Scanner
-from batch_infer.table.shape import Shape, cells_of, column_names
+from batch_infer.table.shape import DocumentFormat, element_cells, payload_columns
 from batch_infer.table.streams import open_bytes, reason
 from batch_infer.table.text import is_utf8
 
@@ -28,7 +28,7 @@ SHAPES = (
 @dataclass(frozen=True, slots=True)
 class Document:
     file: TableFile
-    shape: Shape
+    shape: DocumentFormat
     schema: pa.Schema
     renamed: Mapping[str, str]
 
@@ -45,7 +45,7 @@ def open_document(file: TableFile, prompt: str) -> Document:
         renamed: Mapping[str, str] = {}
         match scanner.peek():
             case "[":
-                shape = Shape(payload=False, columns=(prompt or "prompt",))
+                shape = DocumentFormat(payload=False, columns=(prompt or "prompt",))
             case "{":
                 shape, renamed = _payload(file, scanner, prompt or "prompt")
             case "":
@@ -62,16 +62,16 @@ def open_document(file: TableFile, prompt: str) -> Document:
     return Document(file, shape, columns.schema(), renamed)
 
 
-def _payload(file: TableFile, scanner: Scanner, prompt: str) -> tuple[Shape, Mapping[str, str]]:
+def _payload(file: TableFile, scanner: Scanner, prompt: str) -> tuple[DocumentFormat, Mapping[str, str]]:
     """The shape of a payload, whose keys come in any order, and the columns that it names twice."""
-    shape, renamed = Shape(payload=True, columns=()), dict[str, str]()
+    shape, renamed = DocumentFormat(payload=True, columns=()), dict[str, str]()
     has_rows, fault = False, ""
     try:
         for key in _members(scanner):
             match key, scanner.peek():
                 case "columns", "[":
                     names, renamed = distinct_names(list(map(str, scanner.value())))
-                    shape = replace(shape, columns=column_names(names))
+                    shape = replace(shape, columns=payload_columns(names))
                 case "parameters", "{":
                     shape = replace(shape, parameters=scanner.value())
                 case _, mark:
@@ -97,7 +97,7 @@ def _members(scanner: Scanner) -> Iterator[str]:
             yield key
 
 
-def _walk(file: TableFile, shape: Shape) -> Iterator[RawRow]:
+def _walk(file: TableFile, shape: DocumentFormat) -> Iterator[RawRow]:
     number = 0
     try:
         with open_bytes(file) as stream:
@@ -105,7 +105,7 @@ def _walk(file: TableFile, shape: Shape) -> Iterator[RawRow]:
             for _ in _elements(scanner, shape):
                 element = scanner.value()
                 try:
-                    row = RawRow(number, cells_of(element, shape), note=_note(element, shape))
+                    row = RawRow(number, element_cells(element, shape), note=_note(element, shape))
                 except RowError as error:
                     row = RawRow(number, {}, f"element {number} {error}")
                 yield row
@@ -115,14 +115,14 @@ def _walk(file: TableFile, shape: Shape) -> Iterator[RawRow]:
         yield broken(file, number, error)
 
 
-def _note(element: Any, shape: Shape) -> Note | None:
+def _note(element: Any, shape: DocumentFormat) -> Note | None:
     """What to say of a row that is a list shorter than the columns."""
     if not isinstance(element, list) or len(element) >= len(shape.columns):
         return None
     return short_row(len(element), shape.columns)
 
 
-def _elements(scanner: Scanner, shape: Shape) -> Iterator[None]:
+def _elements(scanner: Scanner, shape: DocumentFormat) -> Iterator[None]:
     """Stops before each row."""
     if not shape.payload:
         yield from scanner.elements()

@@ -7,14 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from batch_infer.records import PACKINGS
+from batch_infer.records import COMPRESSION_SUFFIXES
 from batch_infer.table.text import clean
 
 FORMATS = (".csv", ".tsv", ".parquet", ".pq", ".parq", ".jsonl", ".ndjson", ".json", ".txt")
 SHORT_FORMS = {".pq": ".parquet", ".parq": ".parquet"}
-ENDINGS = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}, also with {', '.join(PACKINGS[:-1])} or {PACKINGS[-1]} after it"
+ENDINGS = (
+    f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}, also with {', '.join(COMPRESSION_SUFFIXES[:-1])}"
+    f" or {COMPRESSION_SUFFIXES[-1]} after it"
+)
 
-_FORMAT, _PACKING = ("|".join(map(re.escape, endings)) for endings in (FORMATS, PACKINGS))
+_FORMAT, _PACKING = ("|".join(map(re.escape, endings)) for endings in (FORMATS, COMPRESSION_SUFFIXES))
 _ENDING = re.compile(
     f"(?P<stem>.*[^/])(?P<format>{_FORMAT})(?P<packing>{_PACKING})?",
     re.IGNORECASE | re.DOTALL,
@@ -25,7 +28,7 @@ ID_DIGITS = 8
 """Of the row's number in a default id."""
 
 
-def default_id(stem: str, row: int) -> str:
+def make_default_id(stem: str, row: int) -> str:
     """The id of a row that its table gives none."""
     return f"{stem}-{row:0{ID_DIGITS}d}"
 
@@ -51,7 +54,7 @@ class TableFile:
     url: str = field(default="", repr=False)
 
     def default_id(self, row: int) -> str:
-        return default_id(self.stem, row)
+        return make_default_id(self.stem, row)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from batch_infer.table.selection import LeftOut, holds_no_table, outermost, tabl
 from batch_infer.table.stdin import spool
 from batch_infer.table.streams import reason, refuse_storage_fault
 from batch_infer.table.text import clean
-from batch_infer.table.urls import protocol_of, shown
+from batch_infer.table.urls import protocol_of, redact_url
 
 STDIN = "-"
 
@@ -86,9 +86,9 @@ def _expand(argument: str, folder: Path, scratch: Scratch, left_out: LeftOut) ->
     except TableError as error:
         fault = str(error)
     except (OSError, ValueError) as error:  # ValueError: a pattern that pathlib does not take
-        refuse_storage_fault(error, clean(shown(argument)))
-        fault = f"{clean(shown(argument))}: {reason(error)}"
-    name, url = clean(shown(argument)), argument if protocol_of(argument) else ""
+        refuse_storage_fault(error, clean(redact_url(argument)))
+        fault = f"{clean(redact_url(argument))}: {reason(error)}"
+    name, url = clean(redact_url(argument)), argument if protocol_of(argument) else ""
     return [TableFile(folder, name, plain_stem(name.rstrip("/").rpartition("/")[2]), fault=fault, url=url)]
 
 

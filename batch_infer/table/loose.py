@@ -7,7 +7,7 @@ from typing import Any
 
 from batch_infer.records import PromptRequest, ResultRow, Source
 from batch_infer.settings import FIELDS
-from batch_infer.table.endings import default_id
+from batch_infer.table.endings import make_default_id
 from batch_infer.table.ids import id_text
 from batch_infer.table.rows import Cells, RowRules, invalid, own_cells, requests
 from batch_infer.table.text import is_utf8
@@ -16,7 +16,7 @@ NAME = "request"
 """Stands for the file, in ids too."""
 
 
-def loose_rows(
+def parse_rows(
     rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str], rules: RowRules
 ) -> Iterator[PromptRequest | ResultRow]:
     """Every row, in order, as its requests or as its invalid result.
@@ -28,7 +28,7 @@ def loose_rows(
     for number, row in enumerate(rows):
         own = own_cells(named, row.get)
         value = own.pop("id", None)
-        known = default_id(NAME, number) if value is None else id_text(value)
+        known = make_default_id(NAME, number) if value is None else id_text(value)
         cells = Cells(known, Source(NAME, number), own, {})
         broken = [field for field, cell in own.items() if isinstance(cell, str) and not is_utf8(cell)]
         if broken:  # told here in other words than of a table, which can be saved anew

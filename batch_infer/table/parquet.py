@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batch_infer.carried import as_result, to_values
+from batch_infer.carried import to_result_array, to_values
 from batch_infer.table.endings import TableFile
 from batch_infer.table.names import distinct_fields, distinct_names
 from batch_infer.table.raw import RawRow, broken
@@ -183,7 +183,7 @@ def _sizes(column: pa.Array) -> pa.Array:
         sizes = pa.nulls(len(column), pa.int64())
     else:
         cells = (column.slice(place, 1) for place in range(len(column)))
-        sizes = pa.array([as_result(cell).nbytes for cell in cells], pa.int64())
+        sizes = pa.array([to_result_array(cell).nbytes for cell in cells], pa.int64())
     return sizes.fill_null(0)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import fsspec
 
 from batch_infer.errors import BatchInferError, ServiceError, TableError, first_line
-from batch_infer.store import storing_temporarily
+from batch_infer.store import temporary_file_errors
 from batch_infer.table.endings import TableFile, plain_stem, read_ending, unknown_ending
 from batch_infer.table.scratch import Scratch
 from batch_infer.table.selection import LeftOut, holds_no_table, outermost, tables_among
@@ -28,10 +28,10 @@ from batch_infer.table.urls import (
     is_http,
     join_url,
     protocol_of,
-    shown,
+    redact_url,
+    redact_urls,
     split_chain,
     split_query,
-    without_secrets,
 )
 
 EXTRAS = {
@@ -66,7 +66,7 @@ class _Place:
 
     @property
     def name(self) -> str:
-        return clean(shown(self.url))
+        return clean(redact_url(self.url))
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +89,8 @@ def fetch(url: str, scratch: Scratch, left_out: LeftOut) -> list[TableFile]:
     Raises TableError where it means no table, ServiceError where a service does not answer, StorageError where
     the temporary folder is full.
     """
-    name = clean(shown(url))
-    with _Blamed(name), storing_temporarily(reads=True):  # a chain may keep copies
+    name = clean(redact_url(url))
+    with _Blamed(name), temporary_file_errors(reads=True):  # a chain may keep copies
         place = _connect(url, name)
         link = split_chain(name)[1]
         found = list(_single(place, link) if is_http(link) else _listed(place, left_out))
@@ -167,7 +167,7 @@ def _below(place: _Place, base: str, url: str, paths: Iterable[str], left_out: L
         return bool(place.files.isfile("/".join(filter(None, [base, inner, "run.json"]))))
 
     def name_of(relative: str) -> str:
-        return clean(join_url(shown(url), relative))
+        return clean(join_url(redact_url(url), relative))
 
     ordered = sorted(paths, key=lambda path: path.split("/"))  # as pathlib sorts
     by_relative = {path[len(base) :].lstrip("/"): path for path in ordered}
@@ -193,7 +193,7 @@ def _fetch(place: _Place, found: _Found, scratch: Scratch) -> TableFile:
     if ending is None:
         return replace(file, fault=unknown_ending(file.name))
     try:
-        with _Blamed(file.name), storing_temporarily(reads=True):
+        with _Blamed(file.name), temporary_file_errors(reads=True):
             place.files.get_file(found.path, str(file.path))
     except TableError as error:
         return replace(file, fault=str(error))
@@ -253,7 +253,7 @@ def _status(error: Exception) -> int | None:
 def _reason(error: Exception) -> str:
     if (status := _status(error)) is not None:
         return f"HTTP {status} {getattr(error, 'message', '')}".strip()
-    text, kind = without_secrets(first_line(error)), type(error).__name__
+    text, kind = redact_urls(first_line(error)), type(error).__name__
     if text == kind or "?" in text or "@" in text:
         return kind
     return f"{kind}: {text}" if isinstance(error, (LookupError, AttributeError, AssertionError)) else text

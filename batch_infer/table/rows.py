@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any, TypeAlias
 
 from batch_infer.errors import RowError, SettingsError
-from batch_infer.records import PromptRequest, ResultRow, SamplingParams, SizeRules, Source, digest, now
+from batch_infer.records import PromptRequest, ResultRow, SamplingParams, SizeRules, Source, digest, utc_now
 from batch_infer.settings import FIELDS, RowDefaults
 from batch_infer.table.text import clean, encoding_fault
 
@@ -122,7 +122,7 @@ def invalid(cells: Cells, error: str) -> ResultRow:
         prompt=None if prompt is None else clean(str(prompt)[:LONGEST_TEXT]),
         status="invalid",
         error=clean(error),
-        finished_at=now(),
+        finished_at=utc_now(),
         source_file=cells.source.file,
         source_row=cells.source.row,
         fingerprint=digest(["invalid", error, str(fields)]),

@@ -43,7 +43,7 @@ class Cause(NamedTuple):
     culprit: str
 
 
-def is_no_table(name: str, *, is_folder: bool = False) -> bool:
+def is_ignored_name(name: str, *, is_folder: bool = False) -> bool:
     """Whether the name of a file or folder says that no table is there: hidden files, markers, documentation.
 
     Like Spark, this takes a folder `_year=2026` for a partition.
@@ -66,7 +66,7 @@ def why_left_out(relative: str, holds_run: Callable[[str], bool]) -> Cause | Non
         inner = is_folder or depth < len(parts)
         if (part in RESULTS or part.startswith(".")) and holds_run(above):
             return Cause("run", f"{above or '.'}/")
-        if is_no_table(part, is_folder=inner):
+        if is_ignored_name(part, is_folder=inner):
             return Cause("name", f"{here}/" if inner else here)
     return None if is_folder or read_ending(relative) else Cause("ending", relative)
 

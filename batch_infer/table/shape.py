@@ -12,7 +12,7 @@ from batch_infer.table.columns import MOST_COLUMNS
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class DocumentFormat:
     """Where the rows of a document are. `columns` names the cells of a row that is a list or a bare prompt.
 
     `parameters` are cells of every row that has none of its own.
@@ -23,7 +23,7 @@ class Shape:
     parameters: dict[str, Any] = field(default_factory=dict)
 
 
-def column_names(values: Sequence[Any]) -> tuple[str, ...]:
+def payload_columns(values: Sequence[Any]) -> tuple[str, ...]:
     """What a payload's `columns` are called. Raises RowError."""
     if len(values) > MOST_COLUMNS:
         raise RowError(f"there are more than {MOST_COLUMNS}")
@@ -32,7 +32,7 @@ def column_names(values: Sequence[Any]) -> tuple[str, ...]:
     return tuple(map(str, values))
 
 
-def cells_of(element: Any, shape: Shape) -> dict[str, Any]:
+def element_cells(element: Any, shape: DocumentFormat) -> dict[str, Any]:
     """The cells of a row, by column. Raises RowError for what is no row."""
     if isinstance(element, dict):
         cells = element

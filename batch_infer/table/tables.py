@@ -39,10 +39,10 @@ class _Refused:
 
 
 @dataclass(frozen=True, slots=True)
-class Others:
+class OtherTables:
     """What is known of tables that stand in the same folder and are read elsewhere, at another time.
 
-    `names` are those of all files there; `have_id` says of an id, and the name of the file that has it, whether it is
+    `names` are those of all files there; `has_id` says of an id, and the name of the file that has it, whether it is
     another's.
 
     Of files of one stem the first table by name has it for its rows' default ids, and the others have their whole
@@ -51,7 +51,7 @@ class Others:
     """
 
     names: Collection[str]
-    have_id: Callable[[str, str], bool]
+    has_id: Callable[[str, str], bool]
 
 
 class Tables:
@@ -62,7 +62,9 @@ class Tables:
     What was fetched, piped in or unpacked lies in a temporary folder until `close`.
     """
 
-    def __init__(self, settings: TableSettings, result_columns: Iterable[str], others: Others | None = None) -> None:
+    def __init__(
+        self, settings: TableSettings, result_columns: Iterable[str], others: OtherTables | None = None
+    ) -> None:
         """Opens every file and finds its columns.
 
         With `others`, a file that cannot be read has its fault, and default ids do not meet. Without them, raises
@@ -94,7 +96,7 @@ class Tables:
             undo.pop_all()
         names = self.files if others is None else sorted(map(clean, others.names))
         self._colliding = colliding_stems(Source(name, 0).stem for name in names)
-        self._stamps = {path: _stamp(path) for path in self.local}
+        self._stamps = {path: _stamp(path) for path in self.local_paths}
         carried = name_carried(self._readable(), frozenset(result_columns))
         self._files = [with_names(opened, carried) if isinstance(opened, Opened) else opened for opened in self._files]
         self.carried, warnings = common_schema(self._readable())
@@ -122,12 +124,12 @@ class Tables:
         return [opened.file.name for opened in self._files]
 
     @property
-    def faults(self) -> dict[str, str]:
+    def unreadable_files(self) -> dict[str, str]:
         """Why a file cannot be read, by the name of each that cannot."""
         return {opened.file.name: opened.error for opened in self._files if isinstance(opened, _Refused)}
 
     @property
-    def local(self) -> list[Path]:
+    def local_paths(self) -> list[Path]:
         """The absolute paths of those tables that are the user's own files on this machine."""
         files = (opened.file for opened in self._files)
         return [file.path.absolute() for file in files if file.origin == "file" and file.fault is None]
@@ -138,11 +140,11 @@ class Tables:
         return [*self._remarks, *self._notes.sentences()]
 
     @property
-    def default_ids(self) -> IdSource | None:
+    def default_id_source(self) -> IdSource | None:
         """What the ids of rows are made of in tables without an id column, None where there is no such table."""
         return None if all("id" in opened.layout.fields for opened in self._readable()) else self._id_from
 
-    def changed(self) -> list[str]:
+    def changed_files(self) -> list[str]:
         """The user's own files that are not what they were when they were opened."""
         return [str(path) for path, before in self._stamps.items() if _stamp(path) != before]
 
@@ -176,7 +178,7 @@ class Tables:
         owner = self._owners.get(stem, file) if len(number) == ID_DIGITS and number.isdecimal() else file
         if owner != file:
             return f"the id {name!r} would be the default id of a row of {owner}: give it another"
-        return f"the id {name!r} stands twice" if self._others and self._others.have_id(name, file) else None
+        return f"the id {name!r} stands twice" if self._others and self._others.has_id(name, file) else None
 
     def _open(self, file: TableFile, columns: Mapping[str, str]) -> Opened | _Refused:
         if file.fault is not None:

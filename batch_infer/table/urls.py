@@ -29,7 +29,7 @@ def is_http(argument: str) -> bool:
     return protocol_of(argument) in HTTP
 
 
-def shown(argument: str) -> str:
+def redact_url(argument: str) -> str:
     """An argument as names, ids and messages have it: no link of a chain has its query or who asks, often a token."""
     if protocol_of(argument) is None:
         return argument
@@ -38,9 +38,9 @@ def shown(argument: str) -> str:
     return "::".join(map(_shown_link, argument.split("::")))
 
 
-def without_secrets(text: str) -> str:
+def redact_urls(text: str) -> str:
     """A library's message, with the URLs in it as `shown` has them."""
-    return IN_TEXT.sub(lambda match: shown(match[0]), text)
+    return IN_TEXT.sub(lambda match: redact_url(match[0]), text)
 
 
 def split_chain(url: str) -> tuple[str, str, str]:

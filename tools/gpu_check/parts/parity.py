@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from batch_infer.bench.contenders import PlainDiffusers
+from batch_infer.bench.renderers import PlainDiffusers
 from batch_infer.bench.subject import Subject
 from tools.gpu_check import subjects
 from tools.gpu_check.measure import compare_images, count_equal

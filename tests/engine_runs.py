@@ -1,4 +1,4 @@
-"""A task for workers in processes of their own, with a stand-in for what renders."""
+"""A task rendered by local worker processes with a dummy chain."""
 
 from __future__ import annotations
 
@@ -18,58 +18,58 @@ from batch_infer.manifest import Manifest
 from batch_infer.models import read_card
 from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.settings import Compute, ModelSettings, OutputSettings, SafetySettings
-from batch_infer.store.atomic import KnownFolder
+from batch_infer.store import PinnedFolder
 from batch_infer.worker import WorkerSettings
 from tests import dummies
 from tests.rendering import make_request
 from tests.runs import images
 
-PATIENT = Timeouts()
+DEFAULT_TIMEOUTS = Timeouts()
 
 
 @dataclass
-class Rendering:
-    """A task as it is rendered, and what was told of it."""
+class EngineRun:
+    """A task, and the rows that the engine reports as committed."""
 
     out: Path
     prompts: Sequence[str]
     processes: int = 2
     load: Any = dummies.load
-    patience: Timeouts = PATIENT
-    told: list[ResultRow] = field(default_factory=list)
+    timeouts: Timeouts = DEFAULT_TIMEOUTS
+    committed: list[ResultRow] = field(default_factory=list)
 
-    def go(self, stop: Callable[[], bool] = lambda: False) -> TaskReport:
+    def run(self, stop: Callable[[], bool] = lambda: False) -> TaskReport:
         (self.out / "logs").mkdir(parents=True, exist_ok=True)
         settings = WorkerSettings(
             card=read_card(ModelSettings()),
             compute=Compute("cpu", "float32", 16, 8, 1),
             safety=SafetySettings("none"),
             output=OutputSettings(),
-            out=KnownFolder.of(self.out),
+            out=PinnedFolder.of(self.out),
             carried=pa.schema([("tag", pa.string())]),
         )
         requests = [self._request(k, prompt) for k, prompt in enumerate(self.prompts)]
-        with LocalEngine("cpu", self.processes, patience=self.patience, load=self.load) as engine:
+        with LocalEngine("cpu", self.processes, timeouts=self.timeouts, load=self.load) as engine:
             assert engine.find_device().kind == "cpu"
-            return engine.render(Task(iter(requests), len(requests), settings), self.told.extend, stop)
+            return engine.render(Task(iter(requests), len(requests), settings), self.committed.extend, stop)
 
     def _request(self, number: int, prompt: str) -> PromptRequest:
         row = make_request(f"{number}", prompt, seed=number, size=(16, 16))
         return replace(row, carried={"tag": prompt})
 
     def rows(self) -> dict[str, dict[str, Any]]:
-        """What is committed, by id; a row that two workers have done stands there once or twice, and alike."""
-        found: dict[str, dict[str, Any]] = {}
+        """Return committed rows by id. Rows that two workers committed are equal."""
+        rows: dict[str, dict[str, Any]] = {}
         for part in Manifest(self.out).parts():
             for row in pq.read_table(part).to_pylist():
-                before = found.setdefault(row["id"], row)
+                before = rows.setdefault(row["id"], row)
                 assert (before["status"], before["sha256"]) == (row["status"], row["sha256"])
-        return found
+        return rows
 
     def assert_accounted(self, *failed: int) -> None:
-        """Every row is committed and told once, these as failed, and each image is there."""
+        """Assert that every row is committed and reported once, these as failed, and that each image exists."""
         rows = self.rows()
-        assert Counter(row.id for row in self.told) == Counter(str(k) for k in range(len(self.prompts)))
+        assert Counter(row.id for row in self.committed) == Counter(str(k) for k in range(len(self.prompts)))
         assert {int(name) for name, row in rows.items() if row["status"] == "failed"} == set(failed)
         assert {int(name) for name, row in rows.items() if row["status"] == "ok"} == (
             set(range(len(self.prompts))) - set(failed)

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from batch_infer.autotune import plateau
 from batch_infer.autotune.plateau import find_pipeline_plateau
-from batch_infer.chain import ChainShape, PipelineCallChain, Rendered, Unrendered
-from batch_infer.planning import Batching, in_order
+from batch_infer.chain import BatchSizes, PipelineCallChain, Rendered, Unrendered
+from batch_infer.planning import PipelineBatchingEstimator, order_requests
 from batch_infer.records import PromptRequest, Verdict
 from tests.fakes import PaintingPipeline, paint
 
@@ -28,7 +28,7 @@ class Recorder:
     def __init__(self) -> None:
         self.shown: list[int] = []
 
-    def judge(self, images: Sequence[np.ndarray]) -> list[Verdict]:
+    def check(self, images: Sequence[np.ndarray]) -> list[Verdict]:
         self.shown.append(len(images))
         return [Verdict(False, self.name, {})] * len(images)
 
@@ -36,7 +36,7 @@ class Recorder:
 def run(
     requests: Sequence[PromptRequest], slots: int = 4, stop: Callable[[], bool] = lambda: False, **painter: Any
 ) -> tuple[PipelineCallChain, dict[str, Rendered | Unrendered]]:
-    chain = PipelineCallChain(PaintingPipeline(**painter), ChainShape(slots, 2), None, stop)  # type: ignore[arg-type]
+    chain = PipelineCallChain(PaintingPipeline(**painter), BatchSizes(slots, 2), None, stop)  # type: ignore[arg-type]
     outcomes = list(chain.render(requests))
     found = {outcome.request.id: outcome for outcome in outcomes}
     assert len(found) == len(outcomes)
@@ -61,14 +61,14 @@ ROWS = st.lists(
 
 
 @settings(max_examples=80)
-@given(rows=ROWS, slots=st.integers(2, 7), one_by_one=st.booleans())
-def test_every_request_comes_out_once_and_as_planned(rows: list[Any], slots: int, one_by_one: bool) -> None:
+@given(rows=ROWS, slots=st.integers(2, 7), one_row_per_call=st.booleans())
+def test_every_request_comes_out_once_and_as_planned(rows: list[Any], slots: int, one_row_per_call: bool) -> None:
     requests = [
         paint(str(k), colour, steps=steps, guidance=guidance, rescale=rescale, negative=negative, size=size)
         for k, (steps, guidance, rescale, negative, colour, size) in enumerate(rows)
     ]
-    planned = list(in_order(requests))
-    chain, found = run(planned, slots, one_by_one=one_by_one)
+    planned = list(order_requests(requests))
+    chain, found = run(planned, slots, one_row_per_call=one_row_per_call)
     assert found.keys() == {request.id for request in requests}
     for request in requests:
         outcome = found[request.id]
@@ -81,11 +81,11 @@ def test_every_request_comes_out_once_and_as_planned(rows: list[Any], slots: int
             assert isinstance(outcome, Unrendered)
             assert (outcome.status == "invalid") == (request.prompt == "refused")
     if not any(request.prompt in ("refused", "broken") for request in requests):
-        packing = Batching(lambda size: slots)
+        packing = PipelineBatchingEstimator(lambda size: slots)
         for request in planned:
             packing.add(request, request.params.num_inference_steps)
         packing.close()
-        for size, load in packing.loads.items():
+        for size, load in packing.costs.items():
             stages = chain.stages_by_size[size]
             assert (load.images, load.row_forwards, load.ticks) == (stages.images, stages.row_forwards, stages.ticks)
             assert stages.slot_ticks == load.ticks * load.slots
@@ -97,8 +97,8 @@ def test_rows_that_are_alike_are_planned_together() -> None:
         paint(str(k), steps=steps, guidance=guidance, rescale=rescale, negative=negative)
         for k, (steps, guidance, rescale, negative, _) in enumerate(asked)
     ]
-    planned = in_order(rows[::2] + rows[1::2])
-    kinds = [kind for kind, _ in groupby(planned, lambda row: row.alike)]
+    planned = order_requests(rows[::2] + rows[1::2])
+    kinds = [kind for kind, _ in groupby(planned, lambda row: row.batch_key)]
     assert len(kinds) == len(set(kinds)) == 24
 
 
@@ -148,7 +148,7 @@ def test_memory_that_does_not_hold_a_batch_halves_it(caplog: pytest.LogCaptureFi
     assert all(isinstance(outcome, Rendered) and outcome.slots == 4 for outcome in found.values())
     assert len(found) == len(rows)
     assert {batch for _, batch in calls_of(chain)} == {8, 4, 2}
-    assert chain.shape.of((16, 16))[0] == 4
+    assert chain.batch_sizes.of((16, 16))[0] == 4
     assert "out of memory at 16x16 pixels: going on with 8 slots, not 16" in caplog.text
 
 
@@ -161,9 +161,9 @@ def test_memory_that_holds_one_row_makes_rows_one_by_one(caplog: pytest.LogCaptu
     assert "out of memory at 16x16 pixels: going on with one row a call" in caplog.text
 
 
-@pytest.mark.parametrize("one_by_one", [False, True])
-def test_memory_that_does_not_hold_one_image_fails_it(one_by_one: bool) -> None:
-    _, found = run([paint("a"), paint("b", size=(16, 24))], memory=0, one_by_one=one_by_one)
+@pytest.mark.parametrize("one_row_per_call", [False, True])
+def test_memory_that_does_not_hold_one_image_fails_it(one_row_per_call: bool) -> None:
+    _, found = run([paint("a"), paint("b", size=(16, 24))], memory=0, one_row_per_call=one_row_per_call)
     for outcome in found.values():
         assert isinstance(outcome, Unrendered)
         assert outcome.status == "failed"
@@ -187,7 +187,7 @@ def test_a_table_is_read_as_it_is_rendered() -> None:
             read.append(str(k))
             yield paint(str(k))
 
-    chain = PipelineCallChain(PaintingPipeline(), ChainShape(4, 2), None)  # type: ignore[arg-type]
+    chain = PipelineCallChain(PaintingPipeline(), BatchSizes(4, 2), None)  # type: ignore[arg-type]
     outcomes = chain.render(table())
     next(outcomes)
     assert len(read) <= 3
@@ -195,7 +195,7 @@ def test_a_table_is_read_as_it_is_rendered() -> None:
 
 def test_the_judge_is_shown_its_own_batches() -> None:
     judge = Recorder()
-    chain = PipelineCallChain(PaintingPipeline(), ChainShape(16, 3), judge)  # type: ignore[arg-type]
+    chain = PipelineCallChain(PaintingPipeline(), BatchSizes(16, 3), judge)  # type: ignore[arg-type]
     outcomes = list(chain.render([paint(str(k)) for k in range(8)]))
     assert judge.shown == [3, 3, 2]
     assert all(isinstance(outcome, Rendered) and outcome.verdict.checker == "recorder" for outcome in outcomes)

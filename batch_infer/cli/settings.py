@@ -1,4 +1,4 @@
-"""What the options of a command ask for, as settings."""
+"""Settings made from the option values of a command."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from batch_infer import settings as s
 from batch_infer.errors import SettingsError
 
 SERVICE_VARIABLES = ("CONTENT_SAFETY_KEY", "CONTENT_SAFETY_THRESHOLD", "CONTENT_SAFETY_BLOCKLISTS")
-"""What nobody sets who wants no service."""
+"""Variables that are set only where the content safety service is meant to be used."""
 
 
 def make_run_settings(options: Mapping[str, Any]) -> s.RunSettings:
-    """The settings that the options of a command say. Raises SettingsError."""
+    """Return the settings of `run`. Raises SettingsError."""
     if "://" in options["out"]:
         raise SettingsError(f"--out {options['out']}: this version writes to a local folder")
     return s.RunSettings(
         table=s.TableSettings(
-            options["tables"], _columns(options["columns"]), options["limit"], id_from=options["id_from"]
+            options["tables"], _parse_columns(options["columns"]), options["limit"], id_from=options["id_from"]
         ),
         out=Path(options["out"]).expanduser(),
         model=make_model_settings(options),
@@ -45,7 +45,7 @@ def make_run_settings(options: Mapping[str, Any]) -> s.RunSettings:
 
 
 def make_model_settings(options: Mapping[str, Any]) -> s.ModelSettings:
-    """Which model, and how it computes. Raises SettingsError."""
+    """Return which model to load, and how. Raises SettingsError."""
     return s.ModelSettings(
         options["model"],
         options["revision"],
@@ -59,28 +59,30 @@ def make_model_settings(options: Mapping[str, Any]) -> s.ModelSettings:
 
 
 def make_safety_settings(options: Mapping[str, Any]) -> s.SafetySettings:
-    """Who is asked; the service as the environment has it. Raises SettingsError."""
+    """Return how images are checked, with the service of the environment. Raises SettingsError."""
     mode, service = options["safety"], None
     if mode in ("auto", "azure", "checker,azure"):
         service = s.ServiceSettings.from_environment(os.environ)
         if service is None and mode != "auto":
-            raise SettingsError(f"--safety {mode}: CONTENT_SAFETY_ENDPOINT is not set; without it nobody can be asked")
+            raise SettingsError(f"--safety {mode}: CONTENT_SAFETY_ENDPOINT is not set, so the service cannot be called")
         if service is None and (others := [name for name in SERVICE_VARIABLES if os.environ.get(name)]):
             raise SettingsError(
-                f"{others[0]} is set and CONTENT_SAFETY_ENDPOINT is not: set it too, or say --safety checker or none"
+                f"{others[0]} is set but CONTENT_SAFETY_ENDPOINT is not: set it too, or use --safety checker or none"
             )
     return s.SafetySettings(mode, options["on_flagged"], options["require_safety"], service)
 
 
 def make_compute_settings(options: Mapping[str, Any]) -> s.ComputeSettings:
+    """Return where and with which batch size to compute."""
     return s.ComputeSettings(options["slots"], options["threads"], options["compiled"], options.get("num_processes"))
 
 
-def _columns(options: tuple[str, ...]) -> dict[str, str]:
+def _parse_columns(options: tuple[str, ...]) -> dict[str, str]:
+    """Return the table's column for each field. Raises SettingsError."""
     columns: dict[str, str] = {}
     for option in options:
         field, equals, name = option.partition("=")
         if not equals or field not in s.FIELDS:
-            raise SettingsError(f"--column {option}: say FIELD=NAME, where FIELD is one of {', '.join(s.FIELDS)}")
+            raise SettingsError(f"--column {option}: write FIELD=NAME, where FIELD is one of {', '.join(s.FIELDS)}")
         columns[field] = name
     return columns
