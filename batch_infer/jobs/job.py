@@ -84,7 +84,7 @@ def find_model(settings: RunSettings, facts: Callable[[Path], SamplingRules] | N
 
     `facts` is asked what diffusers alone can tell of a model; by default that is told here, which imports torch.
     """
-    card = read_card(settings.model, facts, checked=settings.safety.asks_checker(has_checker=True))
+    card = read_card(settings.model, facts, checked=settings.safety.uses_checker(has_checker=True))
     _check_safety(settings, card)
     return card
 
@@ -134,7 +134,7 @@ def _number(earlier: Mapping[str, Any] | None, parts: Sequence[Path]) -> dict[st
 def resolve_on_flagged(settings: RunSettings, earlier: Mapping[str, Any] | None) -> RunSettings:
     """Settle what is stored of flagged images: as requested, as in the earlier run, or black ones."""
     before = parse_record(earlier or {}).settings
-    return replace(settings, safety=settings.safety.continuing(before.safety if before else None))
+    return replace(settings, safety=settings.safety.with_policy_of(before.safety if before else None))
 
 
 def settle_compute(

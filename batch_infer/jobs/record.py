@@ -73,7 +73,7 @@ def cores() -> int:
 
 def policy_of(safety: SafetySettings, card: ModelCard) -> str:
     """Who judges, and by what: all that a verdict depends on beside the image."""
-    judges = [f"checker {card.checker_fingerprint}"] if safety.asks_checker(has_checker=card.has_checker) else []
+    judges = [f"checker {card.checker_fingerprint}"] if safety.uses_checker(has_checker=card.has_checker) else []
     if (service := safety.service) is not None:
         levels = ", ".join(f"{name} {level}" for name, level in zip(CATEGORIES, service.thresholds, strict=True))
         lists = "".join(f", blocklist {name}" for name in sorted(service.blocklists))

@@ -78,8 +78,8 @@ class Rejudging:
         self._settings, self._card = settings, card
         self.sink = make_sink(settings.out, settings.output.image_format)
         self._manifest, self._name = Manifest(settings.out, record.get("run_number") or 0), format_worker_name(0)
-        asks_checker = settings.safety.asks_checker(has_checker=card.has_checker)
-        self._judge = _load_judge(settings, card, record) if asks_checker else None
+        uses_checker = settings.safety.uses_checker(has_checker=card.has_checker)
+        self._judge = _load_judge(settings, card, record) if uses_checker else None
         self._gate = make_gate(settings.safety.service, stop)
         self.rescored = RescoreCounts()
         self._rows: list[ResultRow] = []

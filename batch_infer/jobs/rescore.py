@@ -58,7 +58,7 @@ def rescore_images(
     settings = _settings(outdir.known_run(out), out, tables, safety)
     with open_tables(settings) as opened:
         card = find_model(settings)
-        if safety.service is None and not safety.asks_checker(has_checker=card.has_checker):
+        if safety.service is None and not safety.uses_checker(has_checker=card.has_checker):
             raise SettingsError(f"--safety {safety.mode}: nobody would be asked; say checker, azure, or both")
         with outdir.locked(out):
             record = outdir.known_run(out)  # another may have been at work until now
@@ -73,7 +73,7 @@ def _settings(record: Mapping[str, Any], out: Path, tables: Sequence[str], safet
     if not tables:
         refuse_unrepeatable(record, out)
     settings = settings_of(record, out, tables)
-    return replace(settings, safety=safety.continuing(settings.safety))
+    return replace(settings, safety=safety.with_policy_of(settings.safety))
 
 
 class _Rescoring:

@@ -16,7 +16,7 @@ from batch_infer.jobs.run import Progress, render_tables
 from batch_infer.jobs.summary import Summary
 from batch_infer.planning import Item, ManifestEntry
 from batch_infer.records import ResultRow
-from batch_infer.settings import Retried, RunSettings, ServiceSettings
+from batch_infer.settings import RetryStatus, RunSettings, ServiceSettings
 from batch_infer.sinks import make_sink
 
 log = logging.getLogger("batch_infer")
@@ -24,7 +24,7 @@ log = logging.getLogger("batch_infer")
 
 def retry_rows(
     out: Path,
-    statuses: Collection[Retried],
+    statuses: Collection[RetryStatus],
     tables: Sequence[str],
     progress: Progress,
     stop: Callable[[], bool] = lambda: False,
@@ -69,7 +69,7 @@ class _Chosen:
     rendered with its first. A row that is invalid now is no work, and `run` tells of it.
     """
 
-    def __init__(self, statuses: Collection[Retried], out: Path) -> None:
+    def __init__(self, statuses: Collection[RetryStatus], out: Path) -> None:
         self._statuses, self._sink = statuses, make_sink(out)
         self._row: str | None = None
 

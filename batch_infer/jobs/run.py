@@ -395,7 +395,7 @@ class _Run:
         return WorkerSettings(
             card=job.card,
             compute=job.compute,
-            safety=job.settings.safety.shared_by(self._engine.workers),
+            safety=job.settings.safety.split_among(self._engine.workers),
             output=job.settings.output,
             out=self._held,
             carried=job.tables.carried,
