@@ -84,7 +84,7 @@ def find_model(settings: RunSettings, facts: Callable[[Path], SamplingRules] | N
 
     `facts` is asked what diffusers alone can tell of a model; by default that is told here, which imports torch.
     """
-    card = read_card(settings.model, facts, checked=settings.safety.uses_checker(has_checker=True))
+    card = read_card(settings.model, facts, needs_checker=settings.safety.uses_checker(has_checker=True))
     _check_safety(settings, card)
     return card
 
