@@ -231,7 +231,7 @@ def test_two_rows_of_one_id_are_two_rows(tmp_path: Path, out: Path) -> None:
     score(first)
     found = batch.run([second])
     assert list(found["id"]) == ["b-00000000", "z"]
-    assert found["error"][0] == "the id 'x' stands twice"
+    assert found["error"][0] == "duplicate id 'x'"
     again = batch.run([first])
     assert list(again["status"]) == ["ok", "ok"]
     Path(first).unlink()  # renamed, say, and scored into the same folder once more
@@ -278,7 +278,7 @@ def test_of_one_id_in_two_files_the_first_by_name_has_it(
     found = {(row["id"], row["source_file"]): (row["status"], row["error"]) for row in runs.results(out)}
     expected = {
         ("x", "a.csv"): ("ok", None),
-        ("b-00000000", "b.csv"): ("invalid", "the id 'x' stands twice"),
+        ("b-00000000", "b.csv"): ("invalid", "duplicate id 'x'"),
         ("z", "b.csv"): ("ok", None),
     }
     assert found == expected

@@ -33,7 +33,7 @@ from batch_infer.chain import BatchSizes, StepLevelChain
 from batch_infer.cli.bench import format_ratio
 from batch_infer.errors import SettingsError
 from batch_infer.models import architectures
-from batch_infer.models.flops import decode_flops, denoise_flops
+from batch_infer.models.acceleration import decode_flops, denoise_flops
 from batch_infer.planning import StepBatchingEstimator, order_requests
 from batch_infer.records import PromptRequest, SamplingParams, SizeRules
 from batch_infer.settings import Compute, ComputeSettings, ModelSettings

@@ -145,7 +145,7 @@ def test_a_night_without_a_table_is_told_and_renders_nothing(home: Path) -> None
     for night in (by_cron, by_systemd):
         done = night(home)
         assert (done.returncode, done.stdout) == (1, "")
-        assert "inbox holds no prompts" in done.stderr
+        assert "inbox has no prompts" in done.stderr
         assert not (home / "nightly" / "out").exists()
 
 
@@ -252,10 +252,10 @@ def test_a_file_that_cannot_be_taken_stays_and_is_named(tmp_path: Path) -> None:
     done = append(tmp_path)
     assert (done.returncode, done.stdout) == (0, ""), "the run goes on"
     told = done.stderr.splitlines()
-    assert [line.partition(" is not taken: ")[0] for line in told] == [
+    assert [line.partition(" is not appended: ")[0] for line in told] == [
         f"inbox/{name}.txt" for name in ("a", "folder", "latin")
     ]
-    assert told[0].endswith("another file of this name was taken before, with other prompts; give it a new name")
+    assert told[0].endswith("a file of this name with other prompts was appended before; give it a new name")
     assert table(tmp_path) == [("a-000000", "one"), ("0-000000", "zero")], "without the mark at its start"
     assert sorted(path.name for path in (tmp_path / "inbox").glob("*.txt")) == ["a.txt", "folder.txt", "latin.txt"]
     assert (tmp_path / "inbox" / "taken" / "a.txt").read_text() == "one"

@@ -105,7 +105,7 @@ def test_what_a_person_reads(table: Path, out: Path) -> None:
     lines = done.stdout.splitlines()
     assert lines[0] == f"{table}, line 5 (t-00000003): height '13' is not within 16 to 512"
     assert lines[1] == f"{table}, line 6 (d): the prompt is empty"
-    assert lines[2] == f"{table}, line 7 (t-00000005): the id 'd' stands twice"
+    assert lines[2] == f"{table}, line 7 (t-00000005): duplicate id 'd'"
     assert lines[3].startswith("7 rows, ")
     assert "3 invalid" in lines[3]
     assert lines[4] == f"read     {table}: 7 rows"

@@ -782,7 +782,7 @@ def test_two_queries_are_two_files(server: str) -> None:
     found = read(f"{server}/t.csv?part=1", f"{server}/t.csv?part=2", f"{server}/t.csv?part=1")
     assert [item.id for item in found] == ["a", "t-00000000"]
     assert isinstance(found[1], ResultRow)
-    assert found[1].error == "the id 'a' stands twice"
+    assert found[1].error == "duplicate id 'a'"
 
 
 @pytest.mark.parametrize("chain", ["{}/t.csv?in={}", "simplecache::{}/t.csv.gz?in={}", "{}/t.csv?sig=SECRET&in={}"])

@@ -97,7 +97,7 @@ def _settings(settings: RunSettings, *, alone: bool) -> RunSettings:
         raise SettingsError("BATCH_INFER_SLOTS=auto: say a number here; `batch-infer bench` tells what suits a device")
     table = TableSettings((), settings.table.columns)
     workers = 1 if alone else settings.compute.processes or _gpus() or 1
-    safety = settings.safety.shared_by(workers)
+    safety = settings.safety.split_among(workers)
     return make_paths_absolute(replace(settings, table=table, model=_model(settings.model), safety=safety))
 
 

@@ -155,7 +155,7 @@ def _rate_conditions(job: Job, size: Size) -> dict[str, Any]:
     return {
         "machine": platform.node(),
         "model": job.card.fingerprint,
-        "judged": job.settings.safety.asks_checker(has_checker=job.card.has_checker),
+        "judged": job.settings.safety.uses_checker(has_checker=job.card.has_checker),
         "image_format": job.settings.output.image_format,
         "size": size,
         **asdict(compute),

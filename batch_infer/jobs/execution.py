@@ -255,7 +255,7 @@ class RunExecution:
         return WorkerSettings(
             card=job.card,
             compute=job.compute,
-            safety=job.settings.safety.shared_by(self._engine.workers),
+            safety=job.settings.safety.split_among(self._engine.workers),
             output=job.settings.output,
             out=self._folder,
             carried=job.tables.carried,

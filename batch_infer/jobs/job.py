@@ -87,7 +87,7 @@ def find_model(settings: RunSettings, facts: Callable[[Path], SamplingRules] | N
     `facts` reads what only diffusers knows about a model; by default that happens here, which imports torch. Raises
     ModelError, SettingsError.
     """
-    card = read_card(settings.model, facts, checked=settings.safety.asks_checker(has_checker=True))
+    card = read_card(settings.model, facts, needs_checker=settings.safety.uses_checker(has_checker=True))
     _check_safety(settings, card)
     return card
 
@@ -156,7 +156,7 @@ def _history(earlier: Mapping[str, Any] | None, tables: Tables, rules: RowRules)
 def resolve_on_flagged(settings: RunSettings, earlier: Mapping[str, Any] | None) -> RunSettings:
     """Return settings with a policy for flagged images: as requested, else of the earlier run, else `blank`."""
     before = parse_record(earlier or {}).settings
-    return replace(settings, safety=settings.safety.continuing(before.safety if before else None))
+    return replace(settings, safety=settings.safety.with_policy_of(before.safety if before else None))
 
 
 def make_row_rules(settings: RunSettings, card: ModelCard, record: Mapping[str, Any]) -> RowRules:

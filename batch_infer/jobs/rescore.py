@@ -65,7 +65,7 @@ def rescore_images(
     settings = _read_settings(outdir.read_existing_run(out), out, tables, safety)
     with open_tables(settings) as opened:
         card = find_model(settings)
-        if safety.service is None and not safety.asks_checker(has_checker=card.has_checker):
+        if safety.service is None and not safety.uses_checker(has_checker=card.has_checker):
             raise SettingsError(f"--safety {safety.mode}: no safety checker is available; say checker, azure, or both")
         with outdir.locked(out):
             record = outdir.read_existing_run(out)  # another command may have changed it until now
@@ -80,7 +80,7 @@ def _read_settings(record: Mapping[str, Any], out: Path, tables: Sequence[str], 
     if not tables:
         refuse_unrepeatable_tables(record, out)
     settings = read_settings(record, out, tables)
-    return replace(settings, safety=safety.continuing(settings.safety))
+    return replace(settings, safety=safety.with_policy_of(settings.safety))
 
 
 class _Rescore:

@@ -79,7 +79,7 @@ class Rescorer:
         self._settings, self._card = settings, card
         self.sink = make_sink(settings.out, settings.output.image_format)
         self._manifest = Manifest(settings.out, record.get("run_number") or 0)
-        has_checker = settings.safety.asks_checker(has_checker=card.has_checker)
+        has_checker = settings.safety.uses_checker(has_checker=card.has_checker)
         self._checker = _load_checker(settings, card, record) if has_checker else None
         self._gate = make_gate(settings.safety.service, stop)
         self.counts = RescoreCounts()

@@ -16,7 +16,7 @@ from batch_infer.jobs.run_json import read_settings, refuse_unrepeatable_tables,
 from batch_infer.jobs.summary import Summary
 from batch_infer.planning import Item, ManifestEntry
 from batch_infer.records import ResultRow
-from batch_infer.settings import Retried, RunSettings, ServiceSettings
+from batch_infer.settings import RetryStatus, RunSettings, ServiceSettings
 from batch_infer.sinks import make_sink
 
 log = logging.getLogger("batch_infer")
@@ -24,7 +24,7 @@ log = logging.getLogger("batch_infer")
 
 def retry_rows(
     out: Path,
-    statuses: Collection[Retried],
+    statuses: Collection[RetryStatus],
     tables: Sequence[str],
     progress: Progress,
     stop: Callable[[], bool] = lambda: False,
@@ -66,7 +66,7 @@ class _NotChosen:
     with its first. Rows that are invalid now are skipped.
     """
 
-    def __init__(self, statuses: Collection[Retried], out: Path) -> None:
+    def __init__(self, statuses: Collection[RetryStatus], out: Path) -> None:
         self._statuses, self._sink = statuses, make_sink(out)
         self._chosen_row: str | None = None
 

@@ -210,7 +210,7 @@ def describe_run(settings: RunSettings, card: ModelCard, compute: Compute, table
 
 def describe_safety(safety: SafetySettings, card: ModelCard) -> str:
     """Return the checkers, thresholds and policy: all that a verdict depends on besides the image."""
-    checkers = [f"checker {card.checker_fingerprint}"] if safety.asks_checker(has_checker=card.has_checker) else []
+    checkers = [f"checker {card.checker_fingerprint}"] if safety.uses_checker(has_checker=card.has_checker) else []
     if (service := safety.service) is not None:
         levels = ", ".join(f"{name} {level}" for name, level in zip(CATEGORIES, service.thresholds, strict=True))
         lists = "".join(f", blocklist {name}" for name in sorted(service.blocklists))
