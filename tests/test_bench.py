@@ -53,7 +53,7 @@ DEFAULTS = SamplingParams(512, 512, 50, 7.5, 0.0)
 def quick() -> Any:
     """No figure of these tests has to be exact."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(contenders, "LEAST_SECONDS", 0.01)
+        patch.setattr(contenders, "MIN_SECONDS", 0.01)
         patch.setattr(contenders, "MATMUL_SIDE", {"cpu": 256})
         patch.setattr("batch_infer.bench.comparison.SAMPLE", SAMPLED)
         yield
