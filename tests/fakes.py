@@ -11,12 +11,12 @@ from diffusers import PNDMScheduler
 
 from batch_infer.diffusion import Context, Solver
 from batch_infer.errors import RowBroken, RowError
-from batch_infer.models.family import Conditioning
+from batch_infer.models import Conditioning, LatentDiffusion
 from batch_infer.records import PromptRequest, Verdict
 from tests.rendering import CPU, make_request
 
 
-class Painter:
+class Painter(LatentDiffusion):
     """A family of plain arithmetic: the prompt is a colour, `nan` is none."""
 
     device = CPU

@@ -17,11 +17,9 @@ import batch_infer
 from batch_infer.cli import metrics as metrics_module
 from batch_infer.cli.metrics import GAUGES, STATUSES, Metrics
 from batch_infer.errors import Interrupted, SettingsError
-from batch_infer.jobs.merge import Counts
 from batch_infer.jobs.out import locked
 from batch_infer.jobs.scan import ScanResult
-from batch_infer.jobs.summary import Summary
-from batch_infer.jobs.throughput import Throughput
+from batch_infer.jobs.summary import Counts, Summary, Throughput
 from batch_infer.records import ResultRow, utc_now
 from tests.runs import command, run
 from tests.tables import write_csv
@@ -76,7 +74,7 @@ def test_metrics_during_a_run(file: Path, clock: SimpleNamespace) -> None:
         assert not file.exists(), "OUT may belong to another run"
         clock.now = 108
         standing = {"ok": 3, "failed": 1, "left": 2}
-        metrics.start(ScanResult(total=15, done=6, invalid=1, pending=8, standing=standing))
+        metrics.start(ScanResult(total=15, done=6, invalid=1, pending=8, skipped=standing))
         assert read(file, "/out") == {
             "results": results_by_status(ok=3, failed=1, invalid=1), "results_left": 10,
             "info": {"version": batch_infer.__version__, "model": "sd"}, "running": 1,
@@ -123,7 +121,7 @@ def test_error_sets_the_exit_code_and_keeps_the_last_success(
     clock.now = 500
     with pytest.raises(type(error)), Metrics(file, "/out") as metrics:
         if started:
-            metrics.start(ScanResult(total=2, done=1, pending=1, standing={"ok": 1}))
+            metrics.start(ScanResult(total=2, done=1, pending=1, skipped={"ok": 1}))
         before_the_error = read(file, "/out")
         assert (before_the_error["running"], before_the_error["exit_code"]) == (started, 0)
         assert before_the_error["end_timestamp_seconds"] == 1e9 + 100

@@ -14,13 +14,13 @@ from typing import Any
 from batch_infer.cli import set_up_logging, settings_from_environment
 from batch_infer.errors import SettingsError, UsageError
 from batch_infer.jobs import (
+    choose_compute,
     describe_run,
     find_model,
     make_paths_absolute,
     make_row_rules,
     read_run,
     resolve_on_flagged,
-    settle_compute,
 )
 from batch_infer.serving import Deployment
 from batch_infer.settings import ModelSettings, RunSettings, TableSettings
@@ -69,7 +69,7 @@ def find_deployment(out: str, *, alone: bool = False) -> AzureDeployment:
     settings = resolve_on_flagged(settings, earlier)
     from batch_infer.autotune import find_device  # imports torch, which takes seconds
 
-    compute = settle_compute(settings, card, find_device(settings.model.device), earlier)
+    compute = choose_compute(settings, find_device(settings.model.device), earlier, card)
     record = describe_run(settings, card, compute, None)
     rules = make_row_rules(settings, card, record)
     return AzureDeployment(settings, card, compute, rules, {**record, "rules": asdict(rules)}, earlier)
@@ -97,7 +97,7 @@ def _settings(settings: RunSettings, *, alone: bool) -> RunSettings:
         raise SettingsError("BATCH_INFER_SLOTS=auto: say a number here; `batch-infer bench` tells what suits a device")
     table = TableSettings((), settings.table.columns)
     workers = 1 if alone else settings.compute.processes or _gpus() or 1
-    safety = settings.safety.shared_by(workers)
+    safety = settings.safety.split_among(workers)
     return make_paths_absolute(replace(settings, table=table, model=_model(settings.model), safety=safety))
 
 

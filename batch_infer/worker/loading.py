@@ -9,7 +9,7 @@ import torch
 
 from batch_infer.accelerator import limit_memory, out_of_memory_errors, set_float32_precision
 from batch_infer.chain import BatchSizes, GatedChain, GracePeriod, PipelineCallChain, StepLevelChain
-from batch_infer.models import ModelCard, load_any_pipeline, load_checker, load_latent_diffusion, optimize_networks
+from batch_infer.models import ModelCard, load_checker, load_latent_diffusion, optimize_networks
 from batch_infer.safety import ImageChecker, make_gate
 from batch_infer.settings import Compute, SafetySettings
 
@@ -24,7 +24,7 @@ def load_chain(
 
     Raises ModelError, SettingsError.
     """
-    with_checker = safety.asks_checker(has_checker=card.has_checker)
+    with_checker = safety.uses_checker(has_checker=card.has_checker)
     chain = make_chain(load_any_model(card, compute, with_checker=with_checker), compute, stop)
     grace = GracePeriod(stop)
     gate = make_gate(safety.service, grace)
@@ -36,8 +36,10 @@ def load_any_model(card: ModelCard, compute: Compute, *, with_checker: bool) -> 
     if not card.uses_pipeline_call:
         return load_model(card, compute, with_checker=with_checker)
     device, dtype = prepare_torch(compute)
+    from batch_infer.models import AnyPipeline
+
     with out_of_memory_errors():
-        return load_any_pipeline(card, device, dtype, with_checker=with_checker)
+        return AnyPipeline.load(card, device, dtype, with_checker=with_checker)
 
 
 def load_model(card: ModelCard, compute: Compute, *, with_checker: bool) -> LatentDiffusion:

@@ -1,4 +1,4 @@
-"""The built-in model through the whole chain: parity with diffusers, equal bytes among any other rows, half precision."""
+"""The built-in model through the chain: parity with diffusers, bytes among any other rows, and half precision."""
 
 from __future__ import annotations
 

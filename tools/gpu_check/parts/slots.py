@@ -9,7 +9,7 @@ import torch
 
 from batch_infer.autotune.plateau import find_plateau
 from batch_infer.bench.subject import Subject, load_subject
-from batch_infer.models.flops import denoise_flops
+from batch_infer.models import denoise_flops
 from batch_infer.records import SamplingParams
 from tools.gpu_check import subjects
 from tools.gpu_check.measure import rate, shortest_seconds
