@@ -20,9 +20,8 @@ from batch_infer.cli.logs import set_up_logging
 from batch_infer.cli.progress import ProgressBar, ProgressGroup, ProgressLog, make_progress
 from batch_infer.cli.report import NOTHING_KEPT, stoppable, summary_lines
 from batch_infer.errors import Interrupted
-from batch_infer.jobs.merge import Counts
 from batch_infer.jobs.scan import ScanResult
-from batch_infer.jobs.summary import Summary
+from batch_infer.jobs.summary import Counts, Summary
 from batch_infer.records import ResultRow, utc_now
 from batch_infer.stopping import STOP_SIGNALS, deferred
 from tests import runs

@@ -228,7 +228,7 @@ STUB = """
 import sys, types
 from batch_infer.__main__ import main
 from batch_infer.cli.logs import log
-from batch_infer.jobs.merge import Counts
+from batch_infer.jobs.summary import Counts
 from batch_infer.jobs.summary import Summary
 
 def score(*_):

@@ -17,11 +17,9 @@ import batch_infer
 from batch_infer.cli import metrics as room
 from batch_infer.cli.metrics import GAUGES, STATUSES, Metrics
 from batch_infer.errors import Interrupted, SettingsError
-from batch_infer.jobs.merge import Counts
 from batch_infer.jobs.out import locked
 from batch_infer.jobs.scan import ScanResult
-from batch_infer.jobs.summary import Summary
-from batch_infer.jobs.throughput import Throughput
+from batch_infer.jobs.summary import Counts, Summary, Throughput
 from batch_infer.records import ResultRow, utc_now
 from tests.runs import command, run
 from tests.tables import write_csv
@@ -74,7 +72,7 @@ def test_a_run_from_its_start_to_its_end(file: Path, clock: SimpleNamespace) -> 
         assert not file.exists(), "OUT may be another run's"
         clock.now = 108
         standing = {"ok": 3, "failed": 1, "left": 2}
-        metrics.start(ScanResult(total=15, done=6, invalid=1, pending=8, standing=standing))
+        metrics.start(ScanResult(total=15, done=6, invalid=1, pending=8, skipped=standing))
         assert read(file, "/out") == {
             "results": some(ok=3, failed=1, invalid=1), "results_left": 10,
             "info": {"version": batch_infer.__version__, "model": "sd"}, "running": 1,
@@ -121,7 +119,7 @@ def test_an_error_is_an_end_too_and_the_last_success_is_kept(
     clock.now = 500
     with pytest.raises(type(error)), Metrics(file, "/out") as metrics:
         if started:
-            metrics.start(ScanResult(total=2, done=1, pending=1, standing={"ok": 1}))
+            metrics.start(ScanResult(total=2, done=1, pending=1, skipped={"ok": 1}))
         meanwhile = read(file, "/out")
         assert (meanwhile["running"], meanwhile["exit_code"]) == (started, 0)
         assert meanwhile["end_timestamp_seconds"] == 1e9 + 100

@@ -17,11 +17,11 @@ from batch_infer.cli.logs import set_up_logging
 from batch_infer.cli.metrics import Metrics
 from batch_infer.cli.progress import ProgressBar, ProgressGroup, ProgressLog
 from batch_infer.engines.local import LocalEngine
+from batch_infer.jobs import execution, render_tables
 from batch_infer.jobs import out as outdir
-from batch_infer.jobs import run as run_job
 from batch_infer.jobs import status as status_job
 from batch_infer.jobs.scan import ScanResult
-from batch_infer.jobs.throughput import Throughput
+from batch_infer.jobs.summary import Throughput
 from batch_infer.records import ResultRow, Status, utc_now
 from tests.engine_runs import EngineRun
 from tests.runs import run, run_json, settings_of
@@ -187,14 +187,14 @@ class Recorder(ProgressGroup):
 def test_status_summary_and_the_last_line_agree(
     table: Path, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run_job, "Throughput", lambda in_flight: Throughput(clock, in_flight))
-    for module in (run_job, status_job):
+    monkeypatch.setattr(execution, "Throughput", lambda in_flight: Throughput(clock, in_flight))
+    for module in (execution, status_job):
         monkeypatch.setattr(module, "utc_now", clock.now)
     monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
     set_up_logging(quiet=False, verbose=False)
     out = tmp_path / "out"
     recorder = Recorder(out, clock)
-    summary = run_job.render_tables(settings_of(table, out), ProgressGroup(recorder, ProgressLog(clock)))
+    summary = render_tables(settings_of(table, out), ProgressGroup(recorder, ProgressLog(clock)))
     assert recorder.calls[:3] == ["start", "ready", "committed"]
     assert recorder.rates[0] == (None, None)
     assert run_json(out)["in_flight"] == 3

@@ -369,7 +369,7 @@ def test_what_will_be_lost_is_told_before_anything_is(
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("batch_infer.jobs.rescore.Rejudging.judge", judge)
+        patch.setattr("batch_infer.jobs.rescore.Rescorer.rescore", judge)
         runs.command("rescore", out, "--safety", "checker")
     assert runs.hashes(out) == before
     done = runs.command("rescore", out, "--safety", "checker")
@@ -641,7 +641,7 @@ def test_a_rescoring_after_a_run_that_was_killed_is_counted_and_kept(
     assert found["flagged"] >= 1
     done = runs.run(path, out, *SHARP, *judged, "--json")
     assert json.loads(done.stdout)["rendered"] == 1, done.stderr
-    assert "missing or not whole" not in done.stderr
+    assert "missing or damaged" not in done.stderr
     runs.assert_whole(out)
 
 

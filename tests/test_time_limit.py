@@ -13,8 +13,9 @@ import pytest
 
 from batch_infer import stopping
 from batch_infer.cli.option_types import DurationType
-from batch_infer.jobs.merge import Counts, merge
+from batch_infer.jobs.merge import merge
 from batch_infer.jobs.plan import Plan, SizePlan
+from batch_infer.jobs.summary import Counts
 from batch_infer.records import utc_now
 from tests.runs import QUICK, assert_whole, command, hashes, results, run
 from tests.tables import write_csv
@@ -99,7 +100,7 @@ def test_results_may_still_be_merged_when_the_time_limit_comes(
         now = 7200.0
         return merge(*arguments)
 
-    monkeypatch.setattr("batch_infer.jobs.run.merge", merge_late)
+    monkeypatch.setattr("batch_infer.jobs.execution.merge", merge_late)
     done = run(table, tmp_path / "out", "--limit", "1", "--time-limit", "1h", "-q")
     assert (done.code, done.stdout, done.stderr) == (0, "", "")
     assert len(results(tmp_path / "out")) == 1

@@ -60,8 +60,8 @@ def _thresholds(text: str) -> tuple[int, ...]:
     is_valid = all(name in (None, *CATEGORIES) for name in names) and len(set(names)) == len(names)
     if not is_valid or not all(re.fullmatch("[0-7]", number) for _, number in pairs):
         raise SettingsError(
-            f"CONTENT_SAFETY_THRESHOLD={text}: expected a number from 0 to 7, or {CATEGORIES[0]}=3,{CATEGORIES[2]}=1, each"
-            f" once; the categories are {', '.join(CATEGORIES)}"
+            f"CONTENT_SAFETY_THRESHOLD={text}: expected a number from 0 to 7, or {CATEGORIES[0]}=3,{CATEGORIES[2]}=1,"
+            f" each once; the categories are {', '.join(CATEGORIES)}"
         )
     levels = {name: int(number) for name, number in pairs}
     return tuple(levels.get(name, levels.get(None, 1)) for name in CATEGORIES)
