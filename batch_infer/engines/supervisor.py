@@ -22,7 +22,7 @@ POLL_SECONDS = 0.2
 MAX_STARTS = 2
 """How often a worker may be killed while it loads the model before the run ends."""
 SUSPENDED_SECONDS = 5.0
-"""A turn of the supervisor that takes longer means that its process was suspended."""
+"""A longer turn of the supervisor means that its process was suspended."""
 MAX_FAILURES = 10
 """A worker that dies this often in a row without a commit is not started again."""
 
@@ -140,9 +140,7 @@ class Supervisor:
             case messages.WorkerIdle():
                 worker.is_idle = True
                 if not self._is_stopping:  # it still holds rows that it has no result for
-                    reason = (
-                        f"{MAX_DEATHS} workers gave no result for this row; worker {worker.rank} had no other row left"
-                    )
+                    reason = f"{MAX_DEATHS} workers gave no result for this row, the last with no other row"
                     self._fail(self._ledger.record_death(worker.rank), reason)
             case messages.Heartbeat():
                 worker.record_heartbeat()
