@@ -7,13 +7,7 @@ from typing import TYPE_CHECKING
 
 from batch_infer.lazy import import_on_use
 from batch_infer.worker.committing import commit_failed, commit_images
-from batch_infer.worker.interface import (
-    WorkerReport,
-    WorkerSettings,
-    peak_memory,
-    smallest_batches,
-    sum_stages_by_size,
-)
+from batch_infer.worker.interface import WorkerReport, WorkerSettings, peak_memory, smallest_batches, sum_stages_by_size
 from batch_infer.worker.rows import explain_flag, format_worker_name, make_row, set_image, set_verdict
 
 if TYPE_CHECKING:

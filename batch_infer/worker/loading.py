@@ -24,7 +24,7 @@ def load_chain(
 
     Raises ModelError, SettingsError.
     """
-    with_checker = safety.asks_checker(has_checker=card.has_checker)
+    with_checker = safety.uses_checker(has_checker=card.has_checker)
     chain = make_chain(load_any_model(card, compute, with_checker=with_checker), compute, stop)
     grace = GracePeriod(stop)
     gate = make_gate(safety.service, grace)

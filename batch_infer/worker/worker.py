@@ -40,11 +40,7 @@ class Worker:
     """One device with a loaded model."""
 
     def __init__(
-        self,
-        settings: WorkerSettings,
-        name: str,
-        load: ChainLoader,
-        stop: Callable[[], bool] = lambda: False,
+        self, settings: WorkerSettings, name: str, load: ChainLoader, stop: Callable[[], bool] = lambda: False
     ) -> None:
         """Load the chain. `name` is stored in each row as its `worker`. Raises ModelError."""
         self._settings, self._name = settings, name
