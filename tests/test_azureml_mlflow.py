@@ -240,7 +240,7 @@ def test_an_export_that_is_ended_leaves_nothing_behind(seen: dict[str, Any], fol
 
 
 def test_nothing_is_written_over(seen: dict[str, Any], folder: Path) -> None:
-    assert seen["again"] == f"{folder} is there already; name a folder that is not, or is empty"
+    assert seen["again"] == f"{folder} already exists; name a folder that is new or empty"
 
 
 def test_without_mlflow_the_way_to_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

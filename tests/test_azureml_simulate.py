@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from batch_infer.errors import SettingsError, TableError
-from batch_infer.simulation import SimulationOutcome, SimulationSettings, job, simulate
+from batch_infer.simulation import DEFAULT_SCRIPT, SimulationOutcome, SimulationSettings, job, simulate
 from batch_infer.simulation.mini_batches import MiniBatch
 from batch_infer.simulation.process import find_gpus
 from batch_infer.simulation.schedule import KillSchedule

@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batch_infer.carried import result_type, to_array, to_text, to_values
-from batch_infer.jobs.merge import Counts, merge, merge_parts
+from batch_infer.jobs.merge import merge, merge_parts
+from batch_infer.jobs.summary import Counts
 from batch_infer.manifest import Manifest
 from batch_infer.records import PromptRequest
 from batch_infer.settings import IdSource, OutputSettings

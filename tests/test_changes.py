@@ -109,7 +109,7 @@ def test_an_interrupted_scan_does_not_make_the_next_run_forget(
         raise Interrupted("stopped by SIGTERM")
 
     with monkeypatch.context() as patch:
-        patch.setattr("batch_infer.jobs.run.find_changes", interrupt)
+        patch.setattr("batch_infer.jobs.execution.find_changes", interrupt)
         assert run(table, out, "--steps", "3").code == 75
     assert run(table, out, "--steps", "3").code == 2
     assert state(out) == before
@@ -126,7 +126,7 @@ def test_retry_renders_what_is_chosen_although_other_images_have_old_options(
         raise Interrupted("stopped by SIGTERM")
 
     with monkeypatch.context() as patch:
-        patch.setattr("batch_infer.jobs.run._Run._render", interrupt)
+        patch.setattr("batch_infer.jobs.execution.RunExecution._render", interrupt)
         assert run(table, out, "--steps", "3", "--rerender-changed").code == 75
     (out / next(row["generated_image"] for row in results(out) if row["id"] == "own")).unlink()
     done = command("retry", out, "--status", "missing")

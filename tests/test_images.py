@@ -18,7 +18,8 @@ from batch_infer import __version__, images
 from batch_infer.records import PromptRequest, SamplingParams, Source
 from batch_infer.settings import IMAGE_SUFFIXES, ImageFormat
 from batch_infer.sinks import FolderSink
-from batch_infer.table.rows import MAX_TEXT, RowCells, make_requests
+from batch_infer.table.fields import MAX_TEXT
+from batch_infer.table.rows import RowCells, make_requests
 from tests.tables import RULES
 
 FORMATS = get_args(ImageFormat)
@@ -103,7 +104,7 @@ def test_parameters_of_any_length_fit(image_format: ImageFormat) -> None:
         assert len(found) >= 10_000
 
 
-LONG = st.tuples(st.sampled_from(["a", "é", "赤", "🎨", "\n", "\\", "á\t"]), st.text(max_size=20)).map(
+LONG = st.tuples(st.sampled_from(["a", "é", "赤", "🎨", ".\n", "\\", "á\t"]), st.text(max_size=20)).map(
     lambda parts: (parts[1].replace("\0", "") + parts[0] * MAX_TEXT)[:MAX_TEXT]
 )
 

@@ -258,7 +258,7 @@ def test_a_rank_that_starts_after_rank_0_has_ended_does_not_wait(
     assert connect_to_rank_0(tmp_path, "this launch", lambda: False) is None
     assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
     monkeypatch.setattr(launched_module, "ARRIVAL_SECONDS", 0.0)
-    monkeypatch.setattr(launched_module, "STARTED", time.monotonic() + 60)
+    monkeypatch.setattr(launched_module, "PROCESS_START", time.monotonic() + 60)
     with pytest.raises(ServiceError, match="rank 0 was not found"):  # an earlier launch with the same name
         connect_to_rank_0(tmp_path, "this launch", lambda: False)
 

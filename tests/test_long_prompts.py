@@ -16,7 +16,7 @@ from compel.embeddings_provider import SplitLongTextMode
 from PIL import Image
 
 from batch_infer.errors import ModelError
-from batch_infer.models import ModelCard, load_latent_diffusion, load_token_counter, read_card
+from batch_infer.models import ModelCard, checkpoint, load_latent_diffusion, load_token_counter, read_card
 from batch_infer.models.long_prompts import read_weights
 from batch_infer.models.tokens import WINDOWS
 from batch_infer.records import PromptRequest
@@ -189,7 +189,7 @@ def test_tokens_are_counted_without_what_is_syntax(sd1: Any, sdxl: Any, sd1_fold
         found = model.condition([make_request(str(k), text) for k, text in enumerate(texts)])
         counts = [(row.prompt_tokens, row.prompt_truncated) for row in found]
         assert counts == [(0, False), (each, False), (most * each, False), ((most + 1) * each, True)]
-    assert counter.longest == WINDOWS * 75, "as plan tells it"
+    assert counter.max_tokens == WINDOWS * 75, "as plan tells it"
 
 
 # Texts that are no syntax
@@ -262,7 +262,7 @@ def test_decidiffusion_reads_long_prompts_too(decidiffusion_folder: Path) -> Non
 
 def test_without_compel_it_says_how_to_get_it(sd1_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
-    monkeypatch.setattr("batch_infer.models.tokens.find_spec", lambda name: None if name == "compel" else found(name))
+    monkeypatch.setattr(checkpoint, "find_spec", lambda name: None if name == "compel" else found(name))
     with pytest.raises(ModelError, match=r"--long-prompts needs compel: pip install 'batch-infer\[long-prompts\]'"):
         card_of(sd1_folder)
     assert card_of(sd1_folder, long_prompts=False).windows == 1

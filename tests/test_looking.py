@@ -10,7 +10,8 @@ import pytest
 
 from batch_infer.azureml.in_progress import Begun
 from batch_infer.errors import StorageError
-from batch_infer.jobs import cleanup, recovery
+from batch_infer.jobs import out as outdir
+from batch_infer.jobs import recovery
 from batch_infer.manifest import Manifest
 from batch_infer.sinks import FolderSink
 from batch_infer.store import is_folder, is_link, path_exists, unique_name
@@ -51,11 +52,11 @@ def test_leftovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -
     with monkeypatch.context() as patch:
         fail_at(patch, tmp_path / name, errno.EACCES)
         with pytest.raises(StorageError, match=name):
-            cleanup.remove_leftovers(tmp_path)
+            recovery.remove_temporary_files(tmp_path)
         if name == "manifest":
             with pytest.raises(StorageError, match=name):
                 recovery.recover(tmp_path, Manifest(tmp_path))
-    cleanup.remove_leftovers(tmp_path)
+    recovery.remove_temporary_files(tmp_path)
     assert not left.exists()
 
 
@@ -68,9 +69,9 @@ def test_overwriting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str)
     with monkeypatch.context() as patch:
         fail_at(patch, tmp_path / name, errno.EACCES)
         with pytest.raises(StorageError, match=f"cannot read {tmp_path / name}"):
-            cleanup.clear(tmp_path)
+            outdir.clear(tmp_path)
     assert (tmp_path / image.path).exists()
-    cleanup.clear(tmp_path)
+    outdir.clear(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 

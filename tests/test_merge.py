@@ -19,8 +19,8 @@ import pytest
 
 from batch_infer.jobs import merge as merging
 from batch_infer.jobs import out as outdir
-from batch_infer.jobs.merge import Counts
 from batch_infer.jobs.results import remove_other_results
+from batch_infer.jobs.summary import Counts
 from batch_infer.manifest import SCHEMA, Manifest
 from batch_infer.records import PromptRequest, ResultRow, SamplingParams, Source, utc_now
 from batch_infer.settings import OutputSettings
@@ -298,7 +298,7 @@ def test_the_tables_of_a_run_decide_which_rows_there_are(tmp_path: Path) -> None
     table.unlink()
     done = command("merge", out)
     assert done.code == 0
-    assert "are not at hand, so all that the manifest holds is merged" in done.stderr
+    assert "cannot be read, so all that the manifest holds is merged" in done.stderr
     assert results(out) == before
 
 

@@ -19,18 +19,19 @@ import pyarrow as pa
 import pytest
 
 from batch_infer.errors import Interrupted, LockedError, SettingsError, StorageError, UsageError
-from batch_infer.jobs import cleanup
 from batch_infer.jobs import out as outdir
+from batch_infer.jobs import recovery
 from batch_infer.manifest import Manifest
 from batch_infer.records import ResultRow, utc_now
-from batch_infer.sinks import FolderSink
+from batch_infer.sinks import IMAGE_FOLDERS, FolderSink
+from batch_infer.store import find_holder
 from tests.runs import run, run_json
 from tests.tables import write_csv
 
 HOLDER = """
 import pathlib, sys, time
-from batch_infer.jobs.out import locked
-with locked(pathlib.Path(sys.argv[1])):
+from batch_infer.jobs import out as outdir
+with outdir.locked(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -119,7 +120,7 @@ def test_clearing_removes_what_runs_made_and_nothing_else(out: Path, tmp_path: P
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "precious").touch()
     (out / "logs" / "link").symlink_to(tmp_path / "elsewhere")
-    cleanup.clear(out)
+    outdir.clear(out)
     kept = [*others, out / "logs" / "worker-0.log", out / "run.json"]  # this run's own log is open already
     assert [path for path in sorted(out.rglob("*")) if path.is_file()] == sorted(kept)
     assert (tmp_path / "elsewhere" / "precious").exists()
@@ -147,13 +148,13 @@ def test_a_link_to_a_larger_disk_stays_and_is_emptied_of_what_the_manifest_names
     image = commit_image(out, "b")
     (tmp_path / "big disk" / "t-00001").mkdir()
     empty = commit_image(out, "c").with_name("only")
-    cleanup.clear(out)
+    outdir.clear(out)
     assert (out / "images").is_symlink()
     assert not image.exists()
     assert not empty.exists()
     assert (tmp_path / "big disk" / "t-00000" / "a-0.png").exists(), "which no part names"
     assert (tmp_path / "big disk" / "t-00001").exists()
-    assert outdir.is_half_cleared(out)
+    assert outdir.is_clearing(out)
     assert not (out / "manifest").exists()
 
 
@@ -174,14 +175,14 @@ def test_what_is_killed_while_it_clears_is_cleared_by_the_next_run(
             for name in ("unlink", "rmdir"):
                 patch.setattr(os, name, dying(getattr(os, name), left))
             try:
-                cleanup.clear(out)
+                outdir.clear(out)
                 break
             except KeyboardInterrupt:
                 pass
-        assert outdir.is_half_cleared(out)
+        assert outdir.is_clearing(out)
         with pytest.raises(UsageError, match="run --overwrite` was stopped .* run again"):
-            outdir.known_run(out)
-        cleanup.clear(out)
+            outdir.read_existing_run(out)
+        outdir.clear(out)
         assert not (out / "images" / "t-00000" / "b-0.png").exists()
     assert step > 5
 
@@ -189,8 +190,8 @@ def test_what_is_killed_while_it_clears_is_cleared_by_the_next_run(
 def test_a_stop_while_out_is_cleared_is_heeded(out: Path) -> None:
     full(out)
     with pytest.raises(Interrupted, match="run again"):
-        cleanup.clear(out, lambda: not (out / "manifest").exists())
-    assert outdir.is_half_cleared(out)
+        outdir.clear(out, lambda: not (out / "manifest").exists())
+    assert outdir.is_clearing(out)
     assert (out / "images" / "t-00000" / "a-0.png").exists()
 
 
@@ -207,14 +208,14 @@ def dying(real: Callable[..., Any], left: list[int]) -> Callable[..., Any]:
 def test_a_folder_that_no_run_made_is_not_cleared(out: Path) -> None:
     full(out)
     (out / "run.json").unlink()
-    with pytest.raises(SettingsError, match="has no run.json of ours, so what it holds may be somebody"):
-        cleanup.clear(out)
+    with pytest.raises(SettingsError, match="has no run.json written by batch-infer, so its files may"):
+        outdir.clear(out)
     assert (out / "images/t-00000/a-0.png").exists()
 
 
 def test_an_empty_folder_is_as_good_as_cleared(tmp_path: Path) -> None:
-    cleanup.clear(tmp_path)
-    cleanup.clear(tmp_path / "missing")
+    outdir.clear(tmp_path)
+    outdir.clear(tmp_path / "missing")
 
 
 def test_leftovers_of_a_killed_run_are_removed_and_no_others(out: Path, tmp_path: Path) -> None:
@@ -239,7 +240,7 @@ def test_leftovers_of_a_killed_run_are_removed_and_no_others(out: Path, tmp_path
     ]
     for path in (*ours, *others):
         path.touch()
-    cleanup.remove_leftovers(out)
+    recovery.remove_temporary_files(out)
     assert [path for path in (*ours, *others) if path.exists()] == others
     assert (out / "images/t-00000/a-0.png").exists()
 
@@ -250,19 +251,19 @@ def test_leftovers_on_a_larger_disk_are_removed_too(out: Path, tmp_path: Path) -
     (out / "images").symlink_to(tmp_path / "big disk")
     leftover = tmp_path / "big disk" / "t-00000" / ".tmp-0a1b2c3d-1-0123456789ab-a-0.png"
     leftover.touch()
-    cleanup.remove_leftovers(out)
+    recovery.remove_temporary_files(out)
     assert not leftover.exists()
 
 
 def test_the_word_of_who_holds_out_stays(out: Path, holder: subprocess.Popen[str]) -> None:
-    cleanup.remove_leftovers(out)
-    assert f"process {holder.pid}," in (outdir.holder(out) or "")
+    recovery.remove_temporary_files(out)
+    assert f"process {holder.pid}," in (find_holder(out) or "")
     holder.kill()
     holder.wait()
-    cleanup.remove_leftovers(out)
+    recovery.remove_temporary_files(out)
     assert not (out / ".holder").exists()
     with outdir.locked(out):
-        cleanup.remove_leftovers(out)
+        recovery.remove_temporary_files(out)
         assert (out / ".holder").exists()
 
 
@@ -281,7 +282,7 @@ def test_files_are_swept_without_asking_for_each(tmp_path: Path, monkeypatch: py
         return real(path, *args, **options)
 
     monkeypatch.setattr(os, "stat", stat)
-    cleanup.remove_leftovers(tmp_path)
+    recovery.remove_temporary_files(tmp_path)
     assert len(asked) < 20
 
 
@@ -344,13 +345,13 @@ def as_another_user(script: str, *arguments: str | Path) -> subprocess.Completed
         pytest.skip("only root can become another user")
     script = f"import os, sys, pathlib\nos.setgroups([]); os.setgid(65534); os.setuid(65534)\n{script}"
     # Libraries first: the other user may not be allowed to read them.
-    loaded = "import batch_infer.jobs.status, batch_infer.jobs.remerge, zoneinfo\n"
+    loaded = "import batch_infer.jobs, zoneinfo\n"
     return subprocess.run([sys.executable, "-c", loaded + script, *map(str, arguments)], capture_output=True, text=True)
 
 
 SHOW = """
-from batch_infer.jobs.out import holder
-print(holder(pathlib.Path(sys.argv[1])))
+from batch_infer.store import find_holder
+print(find_holder(pathlib.Path(sys.argv[1])))
 """
 
 
@@ -411,7 +412,7 @@ def test_files_of_the_wrong_kind_are_refused(tmp_path: Path, name: str) -> None:
 def test_only_images_may_be_a_link(tmp_path: Path, name: str) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / name).symlink_to(tmp_path / "elsewhere")
-    if name in outdir.LINKABLE:
+    if name in IMAGE_FOLDERS:
         outdir.refuse_foreign_files(tmp_path, [], None)
         return
     with pytest.raises(SettingsError, match=f"{name} is a link; in OUT only images/ and quarantine/ may be links"):
@@ -467,7 +468,7 @@ def test_an_out_that_cannot_be_cleaned_up_is_free_and_cleaned_up_by_the_next_hol
         patch.setattr(Path, "unlink", refuse_to_unlink)
         raise UsageError("what ended the run")
     assert {path.name for path in out.iterdir()} == left > {".lock", ".holder"}
-    assert outdir.holder(out) is None
+    assert find_holder(out) is None
     with outdir.locked(out):
         pass
     assert {path.name for path in out.iterdir()} == {".lock"}
@@ -478,7 +479,7 @@ def test_a_full_disk_is_no_fault_of_the_settings(tmp_path: Path, monkeypatch: py
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(outdir, "_make", fill)
+        patch.setattr("batch_infer.store.lock._create", fill)
         with pytest.raises(StorageError, match="No space left"), outdir.locked(tmp_path / "out"):
             pytest.fail("not reached")
     monkeypatch.setattr(outdir, "_write_json", fill)
@@ -495,6 +496,6 @@ def test_one_of_several_run_jsons_is_kept(tmp_path: Path, monkeypatch: pytest.Mo
         folder.mkdir()
         for identity in ("first", "second"):
             outdir.create_run_json(folder, {"identity": {"model": identity}})
-        assert outdir.known_run(folder)["identity"] == {"model": "first"}
+        assert outdir.read_existing_run(folder)["identity"] == {"model": "first"}
         assert [path.name for path in folder.iterdir()] == ["run.json"]
         monkeypatch.setattr(Path, "hardlink_to", refuse)

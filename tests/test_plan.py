@@ -165,7 +165,7 @@ def test_what_is_somebody_elses_is_not_planned_away(table: Path, out: Path) -> N
     (out / "images").mkdir(parents=True)
     for done in (command("plan", table, "--out", out, *QUICK, "--overwrite"), run(table, out, "--overwrite")):
         assert done.code == 2
-        assert "has no run.json of ours" in done.stderr
+        assert "has no run.json written by batch-infer" in done.stderr
 
 
 def test_another_model_on_the_same_out_is_refused(table: Path, out: Path, sd1_folder: Path) -> None:

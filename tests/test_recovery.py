@@ -178,9 +178,8 @@ def test_recent_images_that_the_disk_has_lost_are_told(tmp_path: Path, caplog: p
     with caplog.at_level(logging.WARNING):
         lost = recover(tmp_path, Manifest(tmp_path))
     assert lost == {(name, 0) for name in ("a gone", "a short", "another", "a recent", "an outside")}
-    assert (
-        f"5 images of the manifest are missing or not whole and must be rendered again, the first is {tmp_path}/"
-        in (caplog.text)
+    assert f"5 images of the manifest are missing or damaged and must be rendered again, the first is {tmp_path}/" in (
+        caplog.text
     )
 
 
@@ -190,9 +189,9 @@ def test_an_image_that_cannot_be_read_is_not_a_missing_one(tmp_path: Path, numbe
     (tmp_path / "images" / "a.png").write_bytes(b"x")
     fault = OSError(number, os.strerror(number))
     with mock.patch.object(os, "open", side_effect=fault), pytest.raises(StorageError, match="cannot read .*a"):
-        recovery.is_whole(FolderSink(tmp_path), "images/a.png", "sum", 1)
+        recovery.is_intact(FolderSink(tmp_path), "images/a.png", "sum", 1)
     with mock.patch.object(os, "open", side_effect=OSError(errno.EIO, "")):
-        assert not recovery.is_whole(FolderSink(tmp_path), "images/a.png", "sum", 1), "the disk has lost it"
+        assert not recovery.is_intact(FolderSink(tmp_path), "images/a.png", "sum", 1), "the disk has lost it"
 
 
 def test_of_several_attempts_the_image_of_the_last_counts(tmp_path: Path) -> None:
@@ -261,7 +260,7 @@ def test_of_an_old_part_no_column_is_read_and_no_image(tmp_path: Path, monkeypat
         commit(tmp_path, result(sink, f"a{hours}"), at=NOW - 3600 * hours)
     commit(tmp_path, result(sink, "a"))
     read: list[object] = []
-    real_part, real_whole = vars(recovery)["read_part"], vars(recovery)["is_whole"]
+    real_part, real_whole = vars(recovery)["read_part"], vars(recovery)["is_intact"]
 
     def read_part(part: Path, *columns: Any) -> pa.Table:
         read.append(columns)
@@ -272,7 +271,7 @@ def test_of_an_old_part_no_column_is_read_and_no_image(tmp_path: Path, monkeypat
         return bool(real_whole(sink, path, *told))
 
     monkeypatch.setattr(recovery, "read_part", read_part)
-    monkeypatch.setattr(recovery, "is_whole", is_whole)
+    monkeypatch.setattr(recovery, "is_intact", is_whole)
     assert recover(tmp_path, Manifest(tmp_path)) == frozenset()
     assert read == [(), "images/t-00000/a-0.png"]
 

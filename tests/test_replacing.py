@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batch_infer.errors import SettingsError, StorageError
-from batch_infer.jobs import cleanup, recovery
+from batch_infer.jobs import recovery
 from batch_infer.manifest import Manifest
 from batch_infer.sinks import BACKUP_PREFIX, FolderSink
 from batch_infer.store import unique_name
@@ -176,7 +176,7 @@ def test_of_several_originals_the_one_of_the_manifest_comes_back(folder: Path) -
         of_another_process(path)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Manifest, "commit", die(Manifest, "commit", after=False))
-        patch.setattr(recovery, "restore", lambda *_: None)
+        patch.setattr(recovery, "restore_images", lambda *_: None)
         runs.run(folder / "t.csv", out, *OTHER)
     assert len(list(out.rglob(".original-*"))) == 2 * len(before)
     assert rendered(runs.run(folder / "t.csv", out, "--json")) == 0
@@ -189,9 +189,9 @@ def test_what_a_worker_replaces_now_is_no_leftover_for_another(folder: Path) -> 
     first, *_ = sorted(runs.images(out))
     FolderSink(out).back_up([first])
     (aside,) = out.rglob(".original-*")
-    assert cleanup.remove_abandoned(out, [aside.parent]) == []
+    assert recovery.remove_abandoned(out, [aside.parent]) == []
     aside = of_another_process(aside)
-    assert cleanup.remove_abandoned(out, [aside.parent]) == [aside.relative_to(out).as_posix()]
+    assert recovery.remove_abandoned(out, [aside.parent]) == [aside.relative_to(out).as_posix()]
 
 
 def test_a_run_with_a_worker_out_of_reach_is_recovered_by_the_next(folder: Path) -> None:

@@ -153,7 +153,7 @@ def test_rows_that_turned_invalid_are_left_to_run(table: Path, out: Path) -> Non
 def test_fewer_tables_than_the_run_had_are_told(table: Path, out: Path, tmp_path: Path) -> None:
     assert run(table, out).code == 0
     done = retry(out, write_csv(tmp_path / "some.csv", ROWS[:2]), "--status", "missing")
-    assert "these tables have 1 results to give and those of the run had 3" in done.stderr
+    assert "these tables have 1 results and those of the run had 3" in done.stderr
 
 
 def test_the_status_can_come_from_the_environment(table: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

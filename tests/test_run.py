@@ -285,7 +285,7 @@ def test_how_many_rows_may_fail(tmp_path: Path, out: Path, budget: str, code: in
         (["--scheduler", "EulerDiscretScheduler"], "did you mean EulerDiscreteScheduler"),
         (["--scheduler", "ddim:steps_ofset=1"], "DDIMScheduler has no option steps_ofset; did you mean steps_offset?"),
         (["--model", "./missing"], "missing"),
-        (["--safety", "none", "--require-safety"], "do not go together"),
+        (["--safety", "none", "--require-safety"], "contradict each other"),
         (["--device", "cuda"], "finds no CUDA device"),
         (["--steps", "ten"], "'ten' is not a valid integer"),
         (["--nonsense"], "run has no option --nonsense"),
@@ -774,7 +774,7 @@ def test_overwrite_that_is_killed_once_out_is_cleared_is_continued(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("batch_infer.jobs.run.remove_leftovers", end)
+        patch.setattr("batch_infer.jobs.execution.remove_leftovers", end)
         score(replace(settings_of(table, out), overwrite=True), make_progress(shown=False))
     assert run(table, out).code == 0
     assert (tmp_path / "disk" / "mine").exists()

@@ -159,4 +159,4 @@ def test_the_dtype_of_a_gpu_is_the_familys(family: str, kept: str | None, dtype:
     card = replace(read_card(ModelSettings()), family=family)
     earlier = None if kept is None else {"compute": {"dtype": kept}}
     settings = RunSettings(TableSettings(()), tmp_path, compute=ComputeSettings(compiled=False))
-    assert job.settle_compute(settings, card, Device("cuda", "NVIDIA H200"), earlier).dtype == dtype
+    assert job.choose_compute(settings, Device("cuda", "NVIDIA H200"), earlier, card).dtype == dtype

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from batch_infer.jobs import run as run_job
+from batch_infer.jobs import execution
 from batch_infer.manifest import Manifest
 from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.worker.worker import Worker
@@ -75,7 +75,7 @@ def test_a_manifest_that_lists_too_few_parts_is_not_merged(
 ) -> None:
     assert run(table, out, "--limit", "2").code == 0
     before = (out / "results.parquet").read_bytes()
-    monkeypatch.setattr(run_job, "LISTING_SECONDS", ())
+    monkeypatch.setattr(execution, "LISTING_SECONDS", ())
     hide_parts(monkeypatch, 1_000)
     done = run(table, out)
     assert done.code == 75
@@ -86,7 +86,7 @@ def test_a_manifest_that_lists_too_few_parts_is_not_merged(
 def test_a_manifest_is_listed_again_until_all_parts_are_there(
     table: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_job, "LISTING_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(execution, "LISTING_SECONDS", (0.0, 0.0))
     hide_parts(monkeypatch, 2)
     assert run(table, out).code == 0
     assert len(results(out)) == 6

@@ -92,7 +92,7 @@ def test_a_run_whose_lock_may_not_be_read(table: Path, out: Path, monkeypatch: p
     def refuse(path: Path) -> str | None:
         raise StorageError(f"cannot read {path}/.lock: Permission denied")
 
-    monkeypatch.setattr(outdir, "holder", refuse)
+    monkeypatch.setattr("batch_infer.jobs.status.find_holder", refuse)
     told = status(out)
     assert (told["state"], told["holder"], told["left"]) == ("unknown", None, 0)
     lines = command("status", out).stdout.splitlines()
@@ -121,7 +121,7 @@ def test_results_that_a_stopped_run_did_not_update_are_recognised(
         raise StopRequested
 
     with monkeypatch.context() as patch:
-        patch.setattr("batch_infer.jobs.run.merge", merge)
+        patch.setattr("batch_infer.jobs.execution.merge", merge)
         done = run(table, out)
     assert done.code == 75
     assert f"{out}/results.parquet was not updated (there was no time to merge): run `batch-infer merge" in done.stderr

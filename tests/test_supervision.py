@@ -204,7 +204,7 @@ def test_a_row_without_a_result_fails_after_three_attempts(tmp_path: Path) -> No
     assert [[request.id for request in chunk.requests] for chunk in chunks] == [["0"]] * MAX_DEATHS
     supervisor._handle(worker, WorkerIdle())
     assert [(row.id, row.status) for row in committed] == [("0", "failed")]
-    assert committed[0].error == f"{MAX_DEATHS} workers gave no result for this row; worker 0 had no other row left"
+    assert committed[0].error == f"{MAX_DEATHS} workers gave no result for this row, the last with no other row"
     supervisor._hand_out_rows()
     assert messages_to(end) == [NoMoreRows()]
 

@@ -15,8 +15,7 @@ import pytest
 
 from batch_infer.engines import inline
 from batch_infer.engines.worker_process import leave_removed_folder
-from batch_infer.jobs import run as run_job
-from batch_infer.jobs import scan
+from batch_infer.jobs import execution, scan
 from batch_infer.store import log_handler, open_log
 from batch_infer.terminal import escape_controls, never_fail_to_encode
 from batch_infer.worker import loading
@@ -184,7 +183,7 @@ def test_the_current_folder_is_removed_while_a_run_renders(
         return found
 
     monkeypatch.setattr(inline, "load_chain", load_chain)
-    monkeypatch.setattr(run_job, "scan_tables", scan_tables)
+    monkeypatch.setattr(execution, "scan_tables", scan_tables)
     done = run(table, Path("../out"))
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)

@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
 from platformdirs import user_cache_path
 
 from batch_infer.errors import StorageError
@@ -44,17 +45,12 @@ class Plateau:
 
 
 Calibration = TypeVar("Calibration", Rates, Plateau)
+Facts = TypeVar("Facts")
 
 
 def load_calibration(kind: type[Calibration], conditions: Mapping[str, Any]) -> Calibration | None:
     """Return what was measured under these conditions, or None."""
-    if (entry := load_facts(kind.__name__.lower(), conditions)) is None:
-        return None
-    try:
-        return kind(**{**entry, "measured_at": datetime.fromisoformat(entry["measured_at"])})
-    except (ValueError, KeyError, TypeError) as error:
-        log.debug("a cached calibration cannot be read and is measured again: %s", error)
-        return None
+    return load_facts(kind.__name__.lower(), conditions, kind)
 
 
 def save_calibration(conditions: Mapping[str, Any], calibration: Rates | Plateau) -> None:
@@ -62,19 +58,20 @@ def save_calibration(conditions: Mapping[str, Any], calibration: Rates | Plateau
     save_facts(type(calibration).__name__.lower(), conditions, asdict(calibration))
 
 
-def load_facts(name: str, conditions: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the JSON object saved under this name and these conditions, or None."""
+def load_facts(name: str, conditions: Mapping[str, Any], kind: type[Facts]) -> Facts | None:
+    """Return the facts saved under this name and these conditions, or None."""
     try:
-        return dict(json.loads(_path(name, conditions).read_text("utf-8"))["measured"])
+        entry = json.loads(_path(name, conditions).read_text("utf-8"))["measured"]
+        return msgspec.convert(entry, kind, str_keys=True)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:  # damaged, or of another version
-        log.debug("a cached calibration cannot be read and is measured again: %s", error)
+        log.debug("the cached %s cannot be read and is measured again: %s", name, error)
         return None
 
 
 def save_facts(name: str, conditions: Mapping[str, Any], facts: Mapping[Any, Any]) -> None:
-    """Keep a JSON object for later commands. A cache that cannot be written is no error."""
+    """Keep facts for later commands. A cache that cannot be written is no error."""
     try:
         with atomic_write(_path(name, conditions), flush=False) as temporary:
             text = json.dumps({"conditions": conditions, "measured": facts}, default=str, indent=2)

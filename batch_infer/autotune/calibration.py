@@ -107,7 +107,7 @@ def _load_model(
     card: ModelCard, compute: Compute, safety: SafetySettings
 ) -> tuple[LatentDiffusion | AnyPipeline, float]:
     """Return a model, and the seconds that loading it took."""
-    with_checker = safety.asks_checker(has_checker=card.has_checker)
+    with_checker = safety.uses_checker(has_checker=card.has_checker)
     return _load_once(card, replace(compute, slots=0, decode_batch=0, by_size=()), with_checker)
 
 

@@ -83,12 +83,7 @@ def explain_out_of_memory(error: torch.OutOfMemoryError) -> SettingsError:
 def load_device(requested: str) -> Device | None:
     """Return the device that torch found under the same conditions before, or None."""
     conditions = _device_conditions(requested)
-    if conditions is None or (entry := load_facts("device", conditions)) is None:
-        return None
-    try:
-        return Device(str(entry["kind"]), str(entry["name"]), int(entry["count"]))
-    except (KeyError, TypeError, ValueError):
-        return None
+    return None if conditions is None else load_facts("device", conditions, Device)
 
 
 def save_device(requested: str, device: Device) -> None:

@@ -41,6 +41,7 @@ class Probe:
         self._other_children = set(active_children())
         self._card: ModelCard | None = None
         self._evaluations: dict[int, int | str] = {}
+        """Model evaluations by step count, or why the scheduler refuses that count."""
         self._has_new_evaluations = False
         self._import_seconds: float | None = None
         self.seconds_waited = 0.0
@@ -67,7 +68,8 @@ class Probe:
         if card.uses_pipeline_call:
             return steps
         if self._card is None:
-            self._card, self._evaluations = card, _load_evaluations(card)
+            kept = load_facts("evaluations", _evaluation_conditions(card), dict[int, int | str])
+            self._card, self._evaluations = card, kept or {}
         if steps not in self._evaluations:
             self._evaluations[steps] = self._call(count_evaluations, card, steps)
             self._has_new_evaluations = True
@@ -130,15 +132,6 @@ class Probe:
             raise ModelError("the process that tries out the model has died: is there enough memory?") from error
         finally:
             self.seconds_waited += time.perf_counter() - started
-
-
-def _load_evaluations(card: ModelCard) -> dict[int, int | str]:
-    """Return model evaluations by step count, or the reason why the scheduler refuses that count."""
-    entry = load_facts("evaluations", _evaluation_conditions(card)) or {}
-    try:
-        return {int(steps): count for steps, count in entry.items() if isinstance(count, (int, str))}
-    except ValueError:
-        return {}
 
 
 def _evaluation_conditions(card: ModelCard) -> dict[str, Any]:

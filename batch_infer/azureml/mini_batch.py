@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
@@ -20,7 +21,7 @@ from batch_infer.jobs import (
     read_results,
     refuse_foreign_files,
     remove_abandoned,
-    restore,
+    restore_images,
     scan_tables,
     set_aside,
 )
@@ -187,13 +188,12 @@ class MiniBatches:
         """Remove what a worker has left that died over these files."""
         everywhere = [self._out, self._manifest.folder, *make_sink(self._held).folders_of(names)]
         originals = remove_abandoned(self._out, everywhere)
-        while originals:
-            self._catch_up_with_results()
-            try:
-                restore(self._out, self._index, originals)
-                return
-            except DamagedPart as damage:
-                _set_aside(damage)
+        restore_images(self._out, originals, self._caught_up_index, _set_aside)
+
+    @contextmanager
+    def _caught_up_index(self) -> Iterator[ManifestIndex]:
+        self._catch_up_with_results()
+        yield self._index
 
     def _catch_up(self) -> None:
         """Take in what has been committed since, by whoever, and what ids were claimed."""

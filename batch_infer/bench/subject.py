@@ -12,7 +12,7 @@ import torch
 from batch_infer.autotune import explain_out_of_memory, find_device, find_plateau
 from batch_infer.bench.settings import BenchSettings, Size
 from batch_infer.errors import RowError, SettingsError
-from batch_infer.jobs import choose_compute, settle_compute
+from batch_infer.jobs import choose_compute
 from batch_infer.models import build_architecture, optimize_networks, read_card
 from batch_infer.records import SamplingParams, SizeRules
 from batch_infer.settings import BatchShape, Compute, RunSettings, TableSettings
@@ -59,11 +59,11 @@ def load_subject(settings: BenchSettings) -> Subject:
     run = RunSettings(TableSettings(()), Path(), model=settings.model, compute=settings.compute)
     try:
         if settings.architecture is not None:
-            return _build(settings.architecture, choose_compute(run, None, device))
+            return _build(settings.architecture, choose_compute(run, device))
         card = read_card(settings.model)
         if card.uses_pipeline_call:
             raise SettingsError(f"{card.name} runs in its diffusers pipeline: there is nothing to compare it with")
-        compute = settle_compute(run, card, device, None)
+        compute = choose_compute(run, device, card=card)
         defaults = _defaults(card.sizes, card.guidance_scale, card.guidance_rescale, card.embedded_guidance)
         return Subject(card.name, load_model(card, compute, with_checker=False), compute, card.sizes, defaults)
     except torch.OutOfMemoryError as error:

@@ -78,7 +78,7 @@ class Metrics:
         """Write the first metrics of a run, which now holds OUT."""
         self._initialize()
         self._throughput = None
-        results = dict(survey.standing)
+        results = dict(survey.skipped)
         self._gauges |= {"running": 1, "results_left": results.pop("left", 0) + survey.pending}
         self._results = dict.fromkeys(STATUSES, 0) | results
         self._results["invalid"] += survey.invalid

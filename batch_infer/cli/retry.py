@@ -11,7 +11,7 @@ from batch_infer.cli.metrics import Metrics
 from batch_infer.cli.options import command, json_option, option, out_argument, progress_option, unattended_options
 from batch_infer.cli.progress import ProgressGroup, make_progress
 from batch_infer.cli.report import exit_code, log_time_limit, print_result, stoppable, summary_lines
-from batch_infer.settings import Retried
+from batch_infer.settings import RetryStatus
 
 
 @command(
@@ -21,7 +21,7 @@ from batch_infer.settings import Retried
         "--status",
         "statuses",
         envvar="BATCH_INFER_STATUS",
-        type=click.Choice(get_args(Retried)),
+        type=click.Choice(get_args(RetryStatus)),
         multiple=True,
         required=True,
         help="Which rows. missing: rows whose image file was deleted. Repeatable.",
@@ -34,7 +34,7 @@ def retry(
     *,
     out: Path,
     tables: tuple[str, ...],
-    statuses: tuple[Retried, ...],
+    statuses: tuple[RetryStatus, ...],
     time_limit: float | None,
     metrics_file: Path | None,
     as_json: bool,

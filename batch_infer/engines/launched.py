@@ -27,13 +27,7 @@ from batch_infer.engines.connection import SupervisorConnection
 from batch_infer.engines.handle import WorkerHandle, shut_down
 from batch_infer.engines.local import LocalEngine
 from batch_infer.engines.messages import Hello, StopTask, decode_from_worker, encode
-from batch_infer.engines.rendezvous import (
-    Rendezvous,
-    age_seconds,
-    read_rendezvous,
-    remove_rendezvous,
-    write_rendezvous,
-)
+from batch_infer.engines.rendezvous import Rendezvous, age_seconds, read_rendezvous, remove_rendezvous, write_rendezvous
 from batch_infer.engines.worker_process import WorkerSpec, work
 from batch_infer.errors import ModelError, ServiceError, SettingsError
 from batch_infer.models import ModelCard
@@ -50,24 +44,24 @@ LATE_SECONDS = 20.0
 HANDSHAKE_SECONDS = 30.0
 """How long a connection may take to prove that it knows the key."""
 HELLO_BYTES = 256
-STARTED = time.monotonic()
-"""When this process started."""
+PROCESS_START = time.monotonic()
 
 log = logging.getLogger("batch_infer")
 
 
 @dataclass(frozen=True, slots=True)
 class RankInfo:
-    """The rank that a launcher has given this process, among all ranks and on its machine."""
+    """The rank of this process under a launcher, among all ranks and on its machine.
+
+    `address` is that of rank 0's machine. `launch` identifies one start of all ranks.
+    """
 
     rank: int
     world: int
     local_rank: int
     local_world: int
     address: str
-    """Address of rank 0's machine."""
     launch: str = ""
-    """Identifies one start of all ranks."""
 
 
 def read_rank_info() -> RankInfo | None:
@@ -226,7 +220,7 @@ def connect_to_rank_0(out: Path, launch: str, stop: Callable[[], bool]) -> Conne
             if not result.rendezvous.has_ended:
                 if (connection := _connect(result.rendezvous, result.key)) is not None:
                     return connection
-            elif age_seconds(result, out) <= time.monotonic() - STARTED:
+            elif age_seconds(result, out) <= time.monotonic() - PROCESS_START:
                 return None
         if time.monotonic() > deadline:
             raise ServiceError(

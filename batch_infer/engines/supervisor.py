@@ -22,7 +22,7 @@ POLL_SECONDS = 0.2
 MAX_STARTS = 2
 """How often a worker may be killed while it loads the model before the run ends."""
 SUSPENDED_SECONDS = 5.0
-"""A turn of the supervisor that takes longer means that its process was suspended."""
+"""A longer turn of the supervisor means that its process was suspended."""
 MAX_FAILURES = 10
 """A worker that dies this often in a row without a commit is not started again."""
 
@@ -42,8 +42,7 @@ class Supervisor:
         self._reports: list[WorkerReport] = []
         self._failures: Counter[int] = Counter()
         """Deaths in a row without a commit, by rank."""
-        self._deaths, self._lost_remote_worker = 0, False
-        self._is_stopping = False
+        self._deaths, self._lost_remote_worker, self._is_stopping = 0, False, False
         self._error: Exception | None = None
         self._rendering_since: float | None = None
 
@@ -140,9 +139,7 @@ class Supervisor:
             case messages.WorkerIdle():
                 worker.is_idle = True
                 if not self._is_stopping:  # it still holds rows that it has no result for
-                    reason = (
-                        f"{MAX_DEATHS} workers gave no result for this row; worker {worker.rank} had no other row left"
-                    )
+                    reason = f"{MAX_DEATHS} workers gave no result for this row, the last with no other row"
                     self._fail(self._ledger.record_death(worker.rank), reason)
             case messages.Heartbeat():
                 worker.record_heartbeat()
@@ -190,7 +187,7 @@ class Supervisor:
 
     def _send_rows(self, worker: WorkerHandle, chunk: Chunk | None) -> None:
         carried = self._task.settings.carried
-        worker.send(messages.NoMoreRows() if chunk is None else messages.RowChunk.from_chunk(chunk, carried))
+        worker.send(messages.RowChunk.from_chunk(chunk, carried) if chunk else messages.NoMoreRows())
 
     def _compare_device(self, worker: WorkerHandle, device: Device) -> None:
         """Stop if workers compute on different kinds of devices: bytes would depend on which one has a row."""

@@ -52,7 +52,7 @@ _READ_FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", 
 
 
 class FolderSink:
-    """`images/STEM-NNNNN/ID-K.png` under OUT; with `--on-flagged quarantine` flagged images under `quarantine/`.
+    """A `Sink`: images/STEM-NNNNN/ID-K.png under OUT; with --on-flagged quarantine, flagged ones in quarantine/.
 
     Nothing is written once OUT is another folder than when the sink was created, nor once images/ or quarantine/ is,
     which may be links to a larger disk. Ids keep their dots; a webdataset key would end at the first of them.
@@ -67,10 +67,9 @@ class FolderSink:
         self._case_lock = threading.Lock()
 
     def path_of(self, request: PromptRequest, *, quarantine: bool = False) -> str:
-        """Return where to store a request's image, relative to OUT. Raises StorageError.
+        """No two paths of an OUT differ by case alone, so that OUT can be copied to any file system.
 
-        An image that is rendered again keeps its name. No two paths of an OUT differ by case alone, so that OUT can be
-        copied to any file system; only files that an Azure ML job reads on different workers are an exception.
+        Only files that an Azure ML job reads on different workers are an exception.
         """
         top = IMAGE_FOLDERS[quarantine]
         folder = self._name(top, request.source.stem, collides=request.stem_collides)
@@ -80,28 +79,18 @@ class FolderSink:
         return kept if request.replaces and kept in possible else path
 
     def possible_paths(self, request: PromptRequest) -> set[str]:
-        """Return every path that this and earlier versions may have given a request's image, and no other image.
-
-        Raises StorageError.
-        """
         return set().union(*(self._possible_paths(request, top, former_names) for top in IMAGE_FOLDERS))
 
     def path_in(self, path: str, *, quarantine: bool) -> str:
-        """Return the path of a stored image inside or outside the quarantine."""
         return f"{IMAGE_FOLDERS[quarantine]}/{path.partition('/')[2]}"
 
     def folders_of(self, files: Iterable[str]) -> list[Path]:
-        """Return the existing folders of images of these source files, after images/ and quarantine/ themselves.
-
-        Raises StorageError.
-        """
         stems = {stem for file in files for stem in possible_names(Source(file, 0).stem)}
         tops = [self._out / top for top in IMAGE_FOLDERS]
         folders = [top / name for top in tops for name in list_names(top) if re.sub(r"-[0-9]+$", "", name) in stems]
         return [*tops, *folders]
 
     def collisions(self, index: ImageIndex) -> Collisions:
-        """Return the names that committed images use."""
         return Collisions(index)
 
     def _possible_paths(self, request: PromptRequest, top: str, hashed: Callable[[str], set[str]]) -> set[str]:
@@ -133,7 +122,6 @@ class FolderSink:
             return self._case_sensitive[top]
 
     def write(self, path: str, content: bytes) -> StoredImage:
-        """Store an image under a temporary name until `publish` gives it its own. Raises StorageError."""
         target = self._out / path
         self._check()
         self._make(target.parent)
@@ -148,12 +136,7 @@ class FolderSink:
         return StoredImage(path, hashlib.sha256(content).hexdigest(), len(content))
 
     def publish(self, paths: Iterable[str]) -> None:
-        """Fsync written images and give them their own names, just before a manifest part names them.
-
-        Not when they are written: a run that ends in between has then replaced no committed image. A power cut loses
-        at most unpublished images; a replaced image is whole, the old one or the new one. When this returns, the
-        names are durable too. Raises StorageError.
-        """
+        """Fsync all images, then rename them. After a power cut a replaced image is whole, the old or the new one."""
         targets = [self._out / path for path in paths]
         self._check()
         with ThreadPoolExecutor(FSYNC_THREADS) as pool:
@@ -167,12 +150,7 @@ class FolderSink:
         _fsync_parents(targets)
 
     def back_up(self, paths: Iterable[str]) -> None:
-        """Rename images to hidden names in the same folder, before `publish` gives their names to others.
-
-        A process that is killed before the manifest has the new images loses none: `restore` undoes this. A backup
-        that this process made before is kept: what took its name then was never committed. Missing images are skipped.
-        Raises StorageError.
-        """
+        """Rename images to hidden names. A backup of this process is kept: what replaced it was never committed."""
         self._check()
         targets = [target for path in paths if not path_exists(_backup(target := self._out / path))]
         for target in targets:
@@ -181,11 +159,9 @@ class FolderSink:
         _fsync_parents(targets)
 
     def backup_path(self, path: str) -> str:
-        """Return the path that `back_up` gives an image in this process."""
         return _backup(PurePosixPath(path)).as_posix()
 
     def restore(self, backup: str) -> None:
-        """Give an image that any process has backed up its own name again. Raises StorageError."""
         self._check()
         target = self._out / (original_path(backup) or backup)
         with write_errors(target):
@@ -193,7 +169,6 @@ class FolderSink:
             fsync_folder(target.parent)
 
     def remove(self, path: str) -> None:
-        """Remove an image, if it exists. A path outside images/ and quarantine/ is ignored. Raises StorageError."""
         self._check()
         target = resolve_path(self._out, path)
         if target is not None:
@@ -201,7 +176,6 @@ class FolderSink:
                 target.unlink(missing_ok=True)
 
     def has(self, path: str) -> bool:
-        """Return whether an image of this path is a regular file. Raises StorageError where that is unknown."""
         target = resolve_path(self._out, path)
         if target is None:
             return False
@@ -214,10 +188,6 @@ class FolderSink:
                 raise
 
     def read(self, path: str, length: int | None = None) -> bytes | None:
-        """Return an image's bytes, or None where it is missing or, with `length`, not that long.
-
-        Links are not followed, and only regular files are read. Raises StorageError where it exists but is unreadable.
-        """
         target = resolve_path(self._out, path)
         if target is None:
             return None

@@ -14,10 +14,10 @@ from batch_infer.store import PinnedFolder
 
 
 class Sink(Protocol):
-    """Stores images in OUT. All paths are relative to OUT. Methods raise StorageError.
+    """Stores images in OUT. Paths are relative to OUT; those that lead out of it are treated as missing.
 
-    The order that loses no image in a crash: `write`, `back_up` the images that are replaced, `publish`, commit the
-    manifest part, `remove` the backups.
+    The order that loses no image in a crash: `write`, `back_up` the images that will be replaced, `publish`, commit the
+    manifest part, `remove` the backups. All methods raise StorageError, also where it is unknown what is stored.
     """
 
     def path_of(self, request: PromptRequest, *, quarantine: bool = False) -> str:
@@ -30,16 +30,19 @@ class Sink(Protocol):
         """Return the path of a stored image inside or outside the quarantine."""
 
     def folders_of(self, files: Iterable[str]) -> list[Path]:
-        """Return the existing folders that may hold images of these source files, and the folders above them."""
+        """Return the folders that may hold images of these source files, and the folders above them."""
 
     def collisions(self, index: ImageIndex) -> Collisions:
         """Return the names that committed images use."""
 
     def write(self, path: str, content: bytes) -> StoredImage:
-        """Store an image under a temporary name until `publish` gives it its own."""
+        """Store an image under a temporary name."""
 
     def publish(self, paths: Iterable[str]) -> None:
-        """Make written images durable under their own names."""
+        """Make written images durable under their own names, just before a manifest part names them.
+
+        Not when they are written: a run that ends in between has then replaced no committed image.
+        """
 
     def back_up(self, paths: Iterable[str]) -> None:
         """Rename committed images before `publish` replaces them. Missing images are skipped."""
@@ -48,10 +51,10 @@ class Sink(Protocol):
         """Return the path that `back_up` gives an image in this process."""
 
     def restore(self, backup: str) -> None:
-        """Give an image that any process has backed up its own name again."""
+        """Undo the `back_up` of an image by any process, which died before the manifest had the new image."""
 
     def remove(self, path: str) -> None:
-        """Remove an image, if it exists. A path outside the sink's folders is ignored."""
+        """Remove an image, if it exists."""
 
     def has(self, path: str) -> bool:
         """Return whether there is an image at this path."""

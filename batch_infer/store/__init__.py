@@ -16,6 +16,7 @@ from batch_infer.store.atomic import (
     temporary_path,
     unique_name,
 )
+from batch_infer.store.lock import find_holder, locked_folder, remove_stale_holder
 from batch_infer.store.logfile import log_handler, open_log
 from batch_infer.store.paths import (
     fsync,
@@ -42,6 +43,7 @@ __all__ = [
     "TEMPORARY_PREFIX",
     "atomic_write",
     "create_temporary",
+    "find_holder",
     "fsync",
     "fsync_folder",
     "host_id",
@@ -51,6 +53,7 @@ __all__ = [
     "is_link",
     "is_temporary",
     "list_names",
+    "locked_folder",
     "log_handler",
     "make_folder",
     "marker_name",
@@ -59,6 +62,7 @@ __all__ = [
     "original_name",
     "path_exists",
     "read_errors",
+    "remove_stale_holder",
     "remove_unfinished",
     "sweep",
     "temporary_database",

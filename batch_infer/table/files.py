@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from batch_infer.errors import TableError
 from batch_infer.store import create_temporary
 from batch_infer.table.base import Scratch, TableFile, clean, error_text, raise_storage_error
-from batch_infer.table.formats import ENDINGS, describe_unknown_ending, detect_format, parse_name, stem_of
+from batch_infer.table.formats import ENDINGS, detect_format, parse_name, stem_of
 from batch_infer.table.left_out import LeftOutFiles, TableFilter, outermost_folders
 from batch_infer.table.streams import BUFFER
 from batch_infer.table.urls import is_http, join_url, protocol_of, redact_url, split_chain
@@ -104,7 +104,7 @@ def _make_file(path: Path, name: str, relative: str, **options: Any) -> TableFil
     """Return the file at `path`. Raises TableError where its relative path does not end as a table does."""
     parts = parse_name(relative)
     if parts is None:
-        raise TableError(f"{name}: {describe_unknown_ending(relative)}")
+        raise TableError(f"{name}: unknown ending {Path(relative).suffix or '(none)'}; a table ends in {ENDINGS}")
     return TableFile(path, name, *parts, **options)
 
 
@@ -129,7 +129,7 @@ def _find_remote(url: str, name: str, scratch: Scratch, left_out: LeftOutFiles) 
     def download(path: str, file: TableFile) -> TableFile:
         try:
             with RemoteErrors(file.name):
-                remote.download(path, file.path)
+                remote.system.get_file(path, str(file.path))
         except TableError as error:  # a file that is gone or forbidden leaves the others readable
             return replace(file, error=str(error))
         return file
@@ -147,7 +147,7 @@ def _choose_remote(
         return clean(join_url(redact_url(listing.url), relative))
 
     def is_file(relative: str) -> bool:
-        return remote.is_file("/".join(filter(None, [listing.folder, relative])))
+        return bool(remote.system.isfile("/".join(filter(None, [listing.folder, relative]))))
 
     return {
         paths[relative]: _make_file(

@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -69,10 +68,6 @@ def stem_of(name: str) -> str:
 
 def _to_stem(relative: str) -> str:
     return clean(relative).replace("/", "-")
-
-
-def describe_unknown_ending(name: str) -> str:
-    return f"unknown ending {Path(name).suffix or '(none)'}; a table ends in {ENDINGS}"
 
 
 def open_reader(file: TableFile, prompt_column: str, scratch: Scratch) -> Reader:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from batch_infer.store import temporary_database
+from batch_infer.table.base import encoding_error
+from batch_infer.table.fields import MAX_TEXT, id_text
 from batch_infer.table.formats import parse_name, stem_of
 
 
@@ -55,9 +58,20 @@ class Ids:
         sql = "SELECT 1 FROM alike WHERE folded = ? AND id = ? AND collides"
         return self._execute(sql, (name.lower(), name)).fetchone() is not None
 
-    def find_conflict(self, name: str, file: str) -> str | None:
-        """Return why a file's row may not have this id of its own, as far as tables read elsewhere are concerned."""
-        return self._conflict(name, file) if self._conflict else None
+    def add_own(self, value: Any, file: str) -> tuple[str | None, str | None]:
+        """Return the id in a row's id cell, or None and what is wrong with it."""
+        name = id_text(value)
+        if isinstance(value, (list, dict)):
+            return None, f"the id is not text but {type(value).__name__}"
+        if len(name) > MAX_TEXT:
+            return None, f"the id has {len(name)} characters, and {MAX_TEXT} are the most"
+        if "\0" in name:
+            return None, "the id holds a NUL byte"
+        if error := encoding_error(name):
+            return None, f"the id {error}"
+        if self._conflict and (conflict := self._conflict(name, file)):
+            return None, conflict
+        return (name, None) if self.add(name, file) else (None, f"duplicate id {name!r}")
 
     def add_free(self, name: str, file: str) -> str:
         """Give out this id, or the next free one like it where an earlier row has it as its own."""
@@ -87,14 +101,14 @@ def assign_stems(names: Iterable[str]) -> dict[str, str]:
     owners: dict[str, str] = {}
     for name in ordered:
         owners.setdefault(stem_of(name), name)
-    taken = set(owners)
+    used = set(owners)
     stems = {}
     for name in ordered:
         stem = stem_of(name)
         if owners[stem] != name:
             stem = name
-            while stem in taken:
+            while stem in used:
                 stem += "+"
-            taken.add(stem)
+            used.add(stem)
         stems[name] = stem
     return stems

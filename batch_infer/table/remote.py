@@ -11,7 +11,6 @@ import traceback
 from dataclasses import dataclass
 from glob import has_magic
 from importlib.util import find_spec
-from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -82,12 +81,6 @@ class RemoteFiles:
         protocol, mark, path = head.rpartition("://")
         folder_url = f"{before}{protocol}{mark}{_fixed_part(path)}{query}{after}"
         return RemoteListing(_fixed_part(self.path), folder_url, list(paths))
-
-    def is_file(self, path: str) -> bool:
-        return bool(self.system.isfile(path))
-
-    def download(self, path: str, target: Path) -> None:
-        self.system.get_file(path, str(target))
 
 
 def _fixed_part(path: str) -> str:

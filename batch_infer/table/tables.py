@@ -10,27 +10,18 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from batch_infer.errors import TableError
 from batch_infer.records import PromptRequest, ResultRow, Source
 from batch_infer.settings import IdSource, TableSettings
-from batch_infer.table.base import ID_DIGITS, RawRow, RemarkCounts, Scratch, TableFile, clean, encoding_error
+from batch_infer.table.base import ID_DIGITS, RawRow, RemarkCounts, Scratch, TableFile, clean
 from batch_infer.table.cells import CellReader, OpenTable, find_near_fields, make_carried_schema
 from batch_infer.table.columns import describe_renamed, map_fields
+from batch_infer.table.fields import read_fields
 from batch_infer.table.files import find_files, number_names
 from batch_infer.table.formats import open_reader, parse_name
 from batch_infer.table.ids import Ids, assign_stems, colliding_stems
-from batch_infer.table.rows import (
-    MAX_TEXT,
-    IsFinished,
-    RowCells,
-    RowRules,
-    id_text,
-    make_invalid,
-    make_requests,
-    read_fields,
-)
+from batch_infer.table.rows import IsFinished, RowCells, RowRules, make_invalid, make_requests
 from batch_infer.table.urls import path_columns
 
 
@@ -50,7 +41,7 @@ class OtherTables:
     another file's.
 
     Of files with the same stem the first table by name keeps it for the default ids of its rows, and the others use
-    their whole name (`p.txt-00000000` beside p.csv): which of them will be read is not known here, so none is refused.
+    their whole name (`p.txt-00000000` next to p.csv): which of them will be read is not known here, so none is refused.
     For the same reason no row may have the default id of another file's row, whether or not that file is read.
     """
 
@@ -252,7 +243,7 @@ class Tables:
         fields = reader.to_python(read_fields(reader.fields, row.cells.get))
         value = fields.pop("id", None)
         carried, too_large = reader.read_carried(row)
-        name, error = (None, None) if value is None else _add_own_id(file, value, ids)
+        name, error = (None, None) if value is None else ids.add_own(value, file.name)
         if name is None and self._settings.id_from == "content":
             name = ids.add_numbered(reader.digest(fields, row), file.name)
         elif name is None:
@@ -261,22 +252,6 @@ class Tables:
         stem_collides = bool(self._colliding) and source.stem in self._colliding
         cells = RowCells(name, source, fields, carried, too_large, ids.collides(name), stem_collides)
         return cells, row.error or error
-
-
-def _add_own_id(file: TableFile, value: Any, ids: Ids) -> tuple[str | None, str | None]:
-    """Return the id that a row has in its table, or what is wrong with it."""
-    own = id_text(value)
-    if isinstance(value, (list, dict)):
-        return None, f"the id is not text but {type(value).__name__}"
-    if len(own) > MAX_TEXT:
-        return None, f"the id has {len(own)} characters, and {MAX_TEXT} are the most"
-    if "\0" in own:
-        return None, "the id holds a NUL byte"
-    if error := encoding_error(own):
-        return None, f"the id {error}"
-    if conflict := ids.find_conflict(own, file.name):
-        return None, conflict
-    return (own, None) if ids.add(own, file.name) else (None, f"duplicate id {own!r}")
 
 
 def _refuse_equal_ids(tables: list[OpenTable]) -> None:

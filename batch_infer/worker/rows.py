@@ -5,12 +5,8 @@ from __future__ import annotations
 import os
 import platform
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from batch_infer.records import PromptRequest, ResultRow, Status, StoredImage, Verdict, utc_now
-
-if TYPE_CHECKING:
-    from batch_infer.chain import Rendered
 
 
 def make_row(request: PromptRequest, status: Status, error: str | None, *, scheduler: str, worker: str) -> ResultRow:
@@ -44,10 +40,7 @@ def make_row(request: PromptRequest, status: Status, error: str | None, *, sched
 def set_verdict(row: ResultRow, verdict: Verdict) -> ResultRow:
     """Return the row with the safety verdict on its prompt or image."""
     return replace(
-        row,
-        nsfw_content_detected=verdict.nsfw,
-        safety_checker=verdict.checker,
-        safety_scores=verdict.scores,
+        row, nsfw_content_detected=verdict.nsfw, safety_checker=verdict.checker, safety_scores=verdict.scores
     )
 
 
@@ -59,17 +52,6 @@ def set_image(row: ResultRow, stored: StoredImage | None) -> ResultRow:
         sha256=stored.sha256 if stored else None,
         pixels_sha256=stored.pixels_sha256 if stored else None,
         image_bytes=stored.image_bytes if stored else None,
-    )
-
-
-def set_rendering(row: ResultRow, outcome: Rendered, stored: StoredImage | None) -> ResultRow:
-    """Return the row of a rendered request. `stored` is None if the policy drops flagged images."""
-    return replace(
-        set_image(set_verdict(row, outcome.verdict), stored),
-        prompt_tokens=outcome.conditioning.prompt_tokens,
-        prompt_truncated=outcome.conditioning.prompt_truncated,
-        slots=outcome.slots,
-        seconds=outcome.seconds,
     )
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeAlias, cast
 
 from batch_infer import images
-from batch_infer.chain import GatedChain, PipelineCallChain, Rendered, StepLevelChain, Unrendered
+from batch_infer.chain import Chain, Rendered, RowOutcome, Unrendered
 from batch_infer.errors import BatchInferError
 from batch_infer.manifest import Manifest
 from batch_infer.models import ModelCard
@@ -19,7 +19,7 @@ from batch_infer.settings import BatchShape, Compute, SafetySettings
 from batch_infer.sinks import make_sink
 from batch_infer.worker.committing import Committer, commit_images
 from batch_infer.worker.interface import WorkerReport, WorkerSettings, peak_memory
-from batch_infer.worker.rows import explain_flag, make_row, set_rendering, set_verdict
+from batch_infer.worker.rows import explain_flag, make_row, set_image, set_verdict
 
 if TYPE_CHECKING:
     from batch_infer.models import LatentDiffusion
@@ -32,8 +32,7 @@ render more.
 """
 MOST_STORING_THREADS = 32
 
-Chain: TypeAlias = "StepLevelChain | PipelineCallChain | GatedChain"
-ChainLoader: TypeAlias = "Callable[[ModelCard, Compute, SafetySettings, Callable[[], bool]], Chain]"
+ChainLoader: TypeAlias = Callable[[ModelCard, Compute, SafetySettings, Callable[[], bool]], Chain]
 """Loads a model and returns its chain. The last argument returns whether to stop."""
 
 
@@ -41,11 +40,7 @@ class Worker:
     """One device with a loaded model."""
 
     def __init__(
-        self,
-        settings: WorkerSettings,
-        name: str,
-        load: ChainLoader,
-        stop: Callable[[], bool] = lambda: False,
+        self, settings: WorkerSettings, name: str, load: ChainLoader, stop: Callable[[], bool] = lambda: False
     ) -> None:
         """Load the chain. `name` is stored in each row as its `worker`. Raises ModelError."""
         self._settings, self._name = settings, name
@@ -94,21 +89,27 @@ class Worker:
         if chain_error is not None:
             raise chain_error
 
-    def _store(self, outcome: Rendered | Unrendered) -> _StoredRow:
-        request = outcome.request
+    def _store(self, outcome: RowOutcome) -> _StoredRow:
+        request, verdict = outcome.request, outcome.verdict
+        status: Status = "flagged" if verdict.nsfw else "ok"
+        error = explain_flag(verdict) if verdict.nsfw else None
         if isinstance(outcome, Unrendered):
-            row = set_verdict(self._make_row(request, outcome.status, outcome.error), outcome.verdict)
+            status, error = outcome.status, outcome.error
+        scheduler = self._settings.card.scheduler_name
+        row = set_verdict(make_row(request, status, error, scheduler=scheduler, worker=self._name), verdict)
+        if isinstance(outcome, Unrendered):
             return _StoredRow(row, None, request.replaces)
-        flagged = bool(outcome.verdict.nsfw)
-        stored = self._write(outcome, flagged)
-        status: Status = "flagged" if flagged else "ok"
-        row = self._make_row(request, status, explain_flag(outcome.verdict) if flagged else None)
-        return _StoredRow(set_rendering(row, outcome, stored), stored.path if stored else None, request.replaces)
+        stored = self._write(outcome, flagged=status == "flagged")
+        row = replace(
+            set_image(row, stored),
+            prompt_tokens=outcome.conditioning.prompt_tokens,
+            prompt_truncated=outcome.conditioning.prompt_truncated,
+            slots=outcome.slots,
+            seconds=outcome.seconds,
+        )
+        return _StoredRow(row, stored.path if stored else None, request.replaces)
 
-    def _make_row(self, request: PromptRequest, status: Status, error: str | None) -> ResultRow:
-        return make_row(request, status, error, scheduler=self._settings.card.scheduler_name, worker=self._name)
-
-    def _write(self, outcome: Rendered, flagged: bool) -> StoredImage | None:
+    def _write(self, outcome: Rendered, *, flagged: bool) -> StoredImage | None:
         """Write the image, or what the policy stores of a flagged one. Returns None if it stores nothing."""
         policy = self._settings.safety.policy
         pixels = images.by_policy(outcome.pixels, policy) if flagged else outcome.pixels

@@ -12,7 +12,7 @@ from batch_infer.bench.settings import BenchSettings, WorkloadSettings
 from batch_infer.bench.subject import Subject, load_subject
 from batch_infer.bench.workload import make_rows
 from batch_infer.chain import BatchSizes, Rendered, StepLevelChain
-from batch_infer.models.acceleration import is_compiled
+from batch_infer.models import is_compiled
 from batch_infer.records import PromptRequest
 from batch_infer.settings import ComputeSettings, ModelSettings
 from batch_infer.worker.loading import make_chain

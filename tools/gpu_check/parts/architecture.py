@@ -9,7 +9,7 @@ import torch
 
 from batch_infer.bench.comparison import compare
 from batch_infer.bench.subject import Subject, load_subject
-from batch_infer.models.flops import decode_flops, denoise_flops
+from batch_infer.models import decode_flops, denoise_flops
 from batch_infer.worker.loading import make_chain
 from tools.gpu_check import subjects
 from tools.gpu_check.measure import rate, shortest_seconds, synchronize
