@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batch_infer.azureml import batch, deployment, rendering
-from batch_infer.azureml.mini_batch import MiniBatches
+from batch_infer.azureml.mini_batch import MiniBatchScorer
 from batch_infer.chain import RowOutcome
 from batch_infer.errors import ServiceError, SettingsError, StorageError, TableError, UsageError
 from batch_infer.manifest import SCHEMA, Manifest
@@ -153,7 +153,7 @@ def test_what_comes_again_is_not_rendered_again(tmp_path: Path, out: Path) -> No
     before = {path: path.stat().st_mtime_ns for path in out.rglob("[!.]*") if path.is_file()}
     pd.testing.assert_frame_equal(batch.run(files), first)
     assert list(score(*files[1:])["finished_at"]) == list(first["finished_at"])[3:]
-    other = MiniBatches(deployment.find_deployment(str(out)))
+    other = MiniBatchScorer(deployment.find_deployment(str(out)))
     new = prompts(tmp_path / "in" / "d.csv")
     done = other.score([new, files[0]])
     other.close()
@@ -213,11 +213,11 @@ def test_an_output_whose_images_cannot_be_listed_is_not_an_empty_one(
     assert runs.images(out) == before
 
 
-def worker(load: Any = None) -> MiniBatches:
+def worker(load: Any = None) -> MiniBatchScorer:
     """A worker on the output that the environment names; `load` gives it another chain."""
     found = deployment.find_deployment(os.environ["AZUREML_BI_OUTPUT_PATH"])
     with mock.patch.object(rendering, "load_chain", load or (lambda *_: dummies.DummyChain(lambda: False))):
-        return MiniBatches(found)
+        return MiniBatchScorer(found)
 
 
 def told(results: pa.Table) -> list[tuple[str, str, str | None]]:
@@ -254,7 +254,7 @@ def test_of_one_id_in_two_files_the_first_by_name_has_it(
     one, two = worker(), worker()
     first, second = (letter for letter in order if letter in files)
     if "(" in order:
-        render, within = one._rendering.render, [second]
+        render, within = one._renderer.render, [second]
 
         def and_within(*arguments: Any) -> None:
             while within:
@@ -265,7 +265,7 @@ def test_of_one_id_in_two_files_the_first_by_name_has_it(
                 raise StorageError("ended here")
 
         ended: list[bool] = []
-        monkeypatch.setattr(one._rendering, "render", and_within)
+        monkeypatch.setattr(one._renderer, "render", and_within)
         if order.endswith("!"):
             with pytest.raises(StorageError, match="ended here"):
                 one.score([files[first]])
@@ -357,9 +357,9 @@ def test_folders_with_other_columns_are_one_table(tmp_path: Path, out: Path) -> 
 def test_a_row_without_a_result_is_not_passed_over(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = prompts(tmp_path / "in" / "a.csv")
     scoring = worker()
-    render = scoring._rendering._chain.render
-    monkeypatch.setattr(scoring._rendering._chain, "render", lambda requests: islice(render(requests), 0))
-    with pytest.raises(StorageError, match="a.csv: not every row came to a result"):
+    render = scoring._renderer._chain.render
+    monkeypatch.setattr(scoring._renderer._chain, "render", lambda requests: islice(render(requests), 0))
+    with pytest.raises(StorageError, match="a.csv: .* does not have a result of every row"):
         scoring.score([file])
     monkeypatch.undo()
     assert len(scoring.score([file])) == 3
@@ -404,7 +404,7 @@ def _garble(part: Path, column: str) -> None:
     part.write_bytes(content)
 
 
-BROKEN_OFF = "work has broken off over this row 3 times, the last time with nothing else under way"
+BROKEN_OFF = "rendering crashed 3 times with this row in progress, the last time with no other row"
 
 
 class Doomed(dummies.DummyChain):
@@ -436,7 +436,7 @@ def delivered(files: Sequence[str], kill: Callable[[int], int | None] = lambda _
                 chain = dummies.DummyChain(lambda: False) if batches is None else Doomed(batches)
                 found = replace(found, earlier=found.record if found.settings.out.exists() else None)
                 with mock.patch.object(rendering, "load_chain", mock.Mock(return_value=chain)):
-                    MiniBatches(found).score(files)
+                    MiniBatchScorer(found).score(files)
                 code = 0
             finally:
                 os._exit(code)
@@ -532,7 +532,7 @@ def test_a_service_that_is_down_raises_and_the_retry_goes_on(
         found = deployment.find_deployment(str(out))
         assert found.settings.safety.service
         safety = replace(found.settings.safety, service=replace(found.settings.safety.service, patience=0.5))
-        worker = MiniBatches(replace(found, settings=replace(found.settings, safety=safety)))
+        worker = MiniBatchScorer(replace(found, settings=replace(found.settings, safety=safety)))
         with pytest.raises(ServiceError, match="has not answered"):
             worker.score([file])
         service.script([])
@@ -544,12 +544,12 @@ def test_a_service_that_is_down_raises_and_the_retry_goes_on(
     ("variables", "told"),
     [
         ({"BATCH_INFER_STEPS": "many"}, "'many' is not a valid integer"),
-        ({"BATCH_INFER_SLOTS": "auto"}, "BATCH_INFER_SLOTS=auto: say a number"),
+        ({"BATCH_INFER_SLOTS": "auto"}, "BATCH_INFER_SLOTS=auto: use a number"),
         ({"BATCH_INFER_OVERWRITE": "true"}, "BATCH_INFER_OVERWRITE is set"),
-        ({"BATCH_INFER_PREDICTIONS": "five"}, "BATCH_INFER_PREDICTIONS=five: say full or card"),
+        ({"BATCH_INFER_PREDICTIONS": "five"}, "BATCH_INFER_PREDICTIONS=five: use full or card"),
         ({"BATCH_INFER_SAFETY": "azure"}, "CONTENT_SAFETY_ENDPOINT is not set"),
         ({"AZUREML_BI_OUTPUT_PATH": ""}, "AZUREML_BI_OUTPUT_PATH is not set"),
-        ({"AZUREML_MODEL_DIR": "/nowhere"}, "AZUREML_MODEL_DIR=/nowhere is no folder"),
+        ({"AZUREML_MODEL_DIR": "/nowhere"}, "AZUREML_MODEL_DIR=/nowhere is not a folder"),
         ({"AZ_BATCHAI_GPU_COUNT_FOUND": "2", "BATCH_INFER_DEVICE": "auto"}, "max_concurrency_per_instance to the GPUs"),
     ],
 )
@@ -596,10 +596,10 @@ def test_workers_of_different_settings_do_not_start_in_one_fresh_output(
     for variable, value in variables.items():
         monkeypatch.setenv(variable, value)
     second = deployment.find_deployment(str(out))
-    worker = MiniBatches(first)
+    worker = MiniBatchScorer(first)
     try:
         with pytest.raises(SettingsError, match=f"was made with {name} .*: give the job another output path$"):
-            MiniBatches(second)
+            MiniBatchScorer(second)
         assert worker.score([prompts(tmp_path / "in.csv")])["status"].to_pylist() == ["ok"] * 3
         (out / "run.json").write_text(json.dumps(second.record, default=str))  # as where both find no run.json
         with pytest.raises(SettingsError, match=f"was made with {name}"):
