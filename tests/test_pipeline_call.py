@@ -102,7 +102,7 @@ def test_rows_that_are_alike_are_planned_together() -> None:
     assert len(kinds) == len(set(kinds)) == 24
 
 
-def test_the_knee_is_a_batch_that_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plateau_is_a_batch_that_fits_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plateau, "TRIAL_SECONDS", 0.0)
     roomy: Any = PaintingPipeline(memory=4)
     assert find_pipeline_plateau(roomy, paint().params).slots <= 8
