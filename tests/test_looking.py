@@ -10,8 +10,7 @@ import pytest
 
 from batch_infer.azureml.in_progress import Begun
 from batch_infer.errors import StorageError
-from batch_infer.jobs import out as outdir
-from batch_infer.jobs import recovery
+from batch_infer.jobs import recovery, run_folder
 from batch_infer.manifest import Manifest
 from batch_infer.sinks import FolderSink
 from batch_infer.store import is_folder, is_link, path_exists, unique_name
@@ -69,9 +68,9 @@ def test_overwriting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str)
     with monkeypatch.context() as patch:
         fail_at(patch, tmp_path / name, errno.EACCES)
         with pytest.raises(StorageError, match=f"cannot read {tmp_path / name}"):
-            outdir.clear(tmp_path)
+            run_folder.clear(tmp_path)
     assert (tmp_path / image.path).exists()
-    outdir.clear(tmp_path)
+    run_folder.clear(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 

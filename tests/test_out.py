@@ -20,7 +20,7 @@ import pytest
 
 from batch_infer.errors import Interrupted, LockedError, SettingsError, StorageError, UsageError
 from batch_infer.jobs import out as outdir
-from batch_infer.jobs import recovery
+from batch_infer.jobs import recovery, run_folder
 from batch_infer.manifest import Manifest
 from batch_infer.records import ResultRow, utc_now
 from batch_infer.sinks import IMAGE_FOLDERS, FolderSink
@@ -120,7 +120,7 @@ def test_clearing_removes_what_runs_made_and_nothing_else(out: Path, tmp_path: P
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "precious").touch()
     (out / "logs" / "link").symlink_to(tmp_path / "elsewhere")
-    outdir.clear(out)
+    run_folder.clear(out)
     kept = [*others, out / "logs" / "worker-0.log", out / "run.json"]  # this run's own log is open already
     assert [path for path in sorted(out.rglob("*")) if path.is_file()] == sorted(kept)
     assert (tmp_path / "elsewhere" / "precious").exists()
@@ -148,7 +148,7 @@ def test_a_link_to_a_larger_disk_stays_and_is_emptied_of_what_the_manifest_names
     image = commit_image(out, "b")
     (tmp_path / "big disk" / "t-00001").mkdir()
     empty = commit_image(out, "c").with_name("only")
-    outdir.clear(out)
+    run_folder.clear(out)
     assert (out / "images").is_symlink()
     assert not image.exists()
     assert not empty.exists()
@@ -175,14 +175,14 @@ def test_what_is_killed_while_it_clears_is_cleared_by_the_next_run(
             for name in ("unlink", "rmdir"):
                 patch.setattr(os, name, dying(getattr(os, name), left))
             try:
-                outdir.clear(out)
+                run_folder.clear(out)
                 break
             except KeyboardInterrupt:
                 pass
         assert outdir.is_clearing(out)
         with pytest.raises(UsageError, match="run --overwrite` was stopped .* run again"):
             outdir.read_existing_run(out)
-        outdir.clear(out)
+        run_folder.clear(out)
         assert not (out / "images" / "t-00000" / "b-0.png").exists()
     assert step > 5
 
@@ -190,7 +190,7 @@ def test_what_is_killed_while_it_clears_is_cleared_by_the_next_run(
 def test_a_stop_while_out_is_cleared_is_heeded(out: Path) -> None:
     full(out)
     with pytest.raises(Interrupted, match="run again"):
-        outdir.clear(out, lambda: not (out / "manifest").exists())
+        run_folder.clear(out, lambda: not (out / "manifest").exists())
     assert outdir.is_clearing(out)
     assert (out / "images" / "t-00000" / "a-0.png").exists()
 
@@ -209,13 +209,13 @@ def test_a_folder_that_no_run_made_is_not_cleared(out: Path) -> None:
     full(out)
     (out / "run.json").unlink()
     with pytest.raises(SettingsError, match="has no run.json written by batch-infer, so its files may"):
-        outdir.clear(out)
+        run_folder.clear(out)
     assert (out / "images/t-00000/a-0.png").exists()
 
 
 def test_an_empty_folder_is_as_good_as_cleared(tmp_path: Path) -> None:
-    outdir.clear(tmp_path)
-    outdir.clear(tmp_path / "missing")
+    run_folder.clear(tmp_path)
+    run_folder.clear(tmp_path / "missing")
 
 
 def test_leftovers_of_a_killed_run_are_removed_and_no_others(out: Path, tmp_path: Path) -> None:

@@ -774,7 +774,7 @@ def test_overwrite_that_is_killed_once_out_is_cleared_is_continued(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("batch_infer.jobs.execution.remove_leftovers", end)
+        patch.setattr("batch_infer.jobs.run_folder.remove_leftovers", end)
         score(replace(settings_of(table, out), overwrite=True), make_progress(shown=False))
     assert run(table, out).code == 0
     assert (tmp_path / "disk" / "mine").exists()
