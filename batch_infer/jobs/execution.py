@@ -13,13 +13,7 @@ from types import TracebackType
 from typing import Protocol
 
 from batch_infer.engines import Engine, LaunchedEngine, Task, TaskReport
-from batch_infer.errors import (
-    BatchInferError,
-    CompilationError,
-    DamagedPart,
-    ServiceError,
-    SettingsError,
-)
+from batch_infer.errors import BatchInferError, CompilationError, DamagedPart, ServiceError, SettingsError
 from batch_infer.jobs.estimates import BatchShapes, Size, remember_rates, remember_shapes
 from batch_infer.jobs.job import Job, count_cores, count_parallel
 from batch_infer.jobs.merge import MissingResults, merge, merge_parts
@@ -45,7 +39,7 @@ log = logging.getLogger("batch_infer")
 class Progress(Protocol):
     """Receives the events of a run."""
 
-    def start(self, survey: ScanResult) -> None:
+    def start(self, scan: ScanResult) -> None:
         """Called when the tables are scanned and the model starts to load."""
         ...
 
