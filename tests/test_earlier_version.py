@@ -104,7 +104,7 @@ def test_a_killed_run_is_continued(folder: Path, name: str) -> None:
     assert_as_before(folder / name, before)
 
 
-def test_of_a_longer_table_only_the_new_row_is_rendered(folder: Path) -> None:
+def test_only_the_new_row_of_a_longer_table_is_rendered(folder: Path) -> None:
     out, before = folder / "keep", committed(folder / "keep")
     with (folder / "keep.csv").open("a") as table:
         table.write("a large red disc,,,,,new,5,1\n")
@@ -117,7 +117,7 @@ def test_of_a_longer_table_only_the_new_row_is_rendered(folder: Path) -> None:
 
 @every_run
 @pytest.mark.parametrize("has_tables", [True, False])
-def test_it_is_merged(folder: Path, name: str, has_tables: bool) -> None:
+def test_an_out_of_an_earlier_version_is_merged(folder: Path, name: str, has_tables: bool) -> None:
     before = committed(folder / name)
     if not has_tables:
         for table in ("keep.csv", "flagged.csv"):
@@ -128,7 +128,7 @@ def test_it_is_merged(folder: Path, name: str, has_tables: bool) -> None:
 
 
 @every_run
-def test_status_counts_what_it_holds(folder: Path, name: str) -> None:
+def test_status_counts_the_results_of_an_earlier_version(folder: Path, name: str) -> None:
     told = json.loads(command("status", folder / name, "--json").stdout)
     assert (told["state"], told["left"]) == ("finished", 0)
     counts = Counter(row["status"] for row in committed(folder / name).values())
@@ -136,7 +136,7 @@ def test_status_counts_what_it_holds(folder: Path, name: str) -> None:
 
 
 @every_run
-def test_it_is_rescored_and_then_continued(folder: Path, name: str) -> None:
+def test_an_out_of_an_earlier_version_is_rescored_and_continued(folder: Path, name: str) -> None:
     """By other judges and by the same: no image is lost, and the run goes on from there."""
     out, before = folder / name, committed(folder / name)
     judged = ("--safety", "checker", "--on-flagged", name if name in FORMATS else "keep")
@@ -154,7 +154,7 @@ def test_it_is_rescored_and_then_continued(folder: Path, name: str) -> None:
 
 
 @every_run
-def test_retry_leaves_alone_what_is_there(folder: Path, name: str) -> None:
+def test_retry_renders_only_missing_images(folder: Path, name: str) -> None:
     before = committed(folder / name)
     done = command("retry", folder / name, "--status", "failed", "--status", "missing", "--json")
     assert rendered(done, CODES.get(name, 0)) == 0
@@ -162,7 +162,7 @@ def test_retry_leaves_alone_what_is_there(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["keep", "carried"])
-def test_lost_images_are_rendered_as_they_were(folder: Path, name: str) -> None:
+def test_missing_images_are_rendered_identically(folder: Path, name: str) -> None:
     """Seeds, sizes and settings are those of the earlier version; another machine may differ in the last bit."""
     out = folder / name
     before = {path: np.asarray(Image.open(out / path)).astype(int) for path in images(out)}
@@ -177,7 +177,7 @@ def test_lost_images_are_rendered_as_they_were(folder: Path, name: str) -> None:
     assert_whole(out)
 
 
-def test_a_rescoring_that_was_killed_goes_on(folder: Path) -> None:
+def test_a_killed_rescore_is_continued(folder: Path) -> None:
     """Its first image is judged already."""
     out = folder / "rescoring"
     assert json.loads(command("status", out, "--json").stdout)["state"] == "rescoring"
@@ -230,7 +230,7 @@ def unlimited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 BRIEF = ("--steps", "2", "--on-flagged", "keep")
 
 
-def test_a_finished_row_is_kept_although_it_is_larger_than_a_new_one_may_be(unlimited: Path) -> None:
+def test_a_finished_row_over_the_size_limit_is_kept(unlimited: Path) -> None:
     """By every command; a row like it that is new is invalid."""
     out, table = unlimited, unlimited.with_name("t.csv")
     before = committed(out)
@@ -251,7 +251,7 @@ def test_a_finished_row_is_kept_although_it_is_larger_than_a_new_one_may_be(unli
     assert (plan["done"], plan["pending"], plan["invalid"]) == (5, 0, 1)
 
 
-def test_a_finished_row_that_is_too_large_to_be_rendered_again_is_not(unlimited: Path) -> None:
+def test_a_finished_row_over_the_size_limit_is_not_rendered_again(unlimited: Path) -> None:
     """Other options would replace it: that is refused, and where it is wanted the row is invalid."""
     out, table = unlimited, unlimited.with_name("t.csv")
     other = ("run", table, "-o", out, *COMPUTE, "--steps", "3", "--on-flagged", "keep")

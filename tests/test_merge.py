@@ -64,7 +64,7 @@ def json_rows(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line, parse_constant=refuse) for line in lines]
 
 
-def test_results_stand_in_the_order_of_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_have_the_order_of_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However they were finished, and across the batches that they are merged in."""
     monkeypatch.setattr(merging, "BATCH", 4)
     names = [f"{i}" for i in range(23)]
@@ -76,7 +76,7 @@ def test_results_stand_in_the_order_of_the_tables(tmp_path: Path, monkeypatch: p
     assert counts == Counts(rows=23, images=23, ok=23)
 
 
-def test_what_is_counted(tmp_path: Path) -> None:
+def test_counts_are_by_status_and_row(tmp_path: Path) -> None:
     rows = [
         *(result("two", 0), result("two", 1), result("flagged", status="flagged"), result("later", fingerprint="old")),
         result("dropped", status="flagged", generated_image=None),
@@ -95,7 +95,7 @@ def test_what_is_counted(tmp_path: Path) -> None:
     assert table["id"].to_pylist() == ["two", "two", "flagged", "dropped", "failed", "blocked", "invalid"]
 
 
-def test_place_and_carried_columns_are_those_of_now(tmp_path: Path) -> None:
+def test_source_and_carried_columns_are_current(tmp_path: Path) -> None:
     """A row that moved, or whose other columns changed, is the same image."""
     before = pa.schema([("gone", pa.string()), ("kept", pa.string())])
     Manifest(tmp_path).commit([result("a", carried={"gone": "x", "kept": "old"})], before)
@@ -107,14 +107,14 @@ def test_place_and_carried_columns_are_those_of_now(tmp_path: Path) -> None:
     assert table.schema.field("new").type == pa.list_(pa.int8())
 
 
-def test_no_rows_make_a_table_of_none(tmp_path: Path) -> None:
+def test_an_empty_table_gives_empty_results(tmp_path: Path) -> None:
     counts, table = merge(tmp_path, [], results=("csv", "jsonl"))
     assert (counts, len(table), table.schema.names) == (Counts(), 0, SCHEMA.names)
     assert (csv_rows(tmp_path), json_rows(tmp_path)) == ([], [])
     assert (tmp_path / "results.csv").read_text().startswith("id,image_index,prompt,")
 
 
-def test_csv_and_jsonl_say_what_parquet_says(tmp_path: Path) -> None:
+def test_csv_and_jsonl_equal_parquet(tmp_path: Path) -> None:
     carried = pa.schema([("day", pa.date32()), ("price", pa.decimal128(5, 2)), ("tags", pa.list_(pa.string()))])
     values: dict[str, Any] = {"day": date(2026, 5, 1), "price": Decimal("1.50"), "tags": ["a", "ü"]}
     row = result(
@@ -176,7 +176,7 @@ def test_base64_holds_the_file(tmp_path: Path) -> None:
     assert table["generated_image"].to_pylist() == ["images/a-0.png", None, "images/deleted-0.png"], "Parquet has paths"
 
 
-def test_results_that_nobody_asks_for_any_more_are_removed(tmp_path: Path) -> None:
+def test_formats_no_longer_requested_are_removed(tmp_path: Path) -> None:
     """They would be out of date."""
     merge(tmp_path, [], results=("csv", "jsonl"))
     merge(tmp_path, [], results=("jsonl",))
@@ -184,7 +184,7 @@ def test_results_that_nobody_asks_for_any_more_are_removed(tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.jsonl", "results.parquet"]
 
 
-def test_a_merge_that_breaks_off_leaves_the_old_results(tmp_path: Path) -> None:
+def test_an_interrupted_merge_keeps_the_old_results(tmp_path: Path) -> None:
     Manifest(tmp_path).commit([result("a")], NONE)
     merge(tmp_path, [request("a")], results=("csv",))
     before = {path.name: path.read_bytes() for path in tmp_path.glob("results.*")}
@@ -218,7 +218,7 @@ def merge_parts(out: Path, tables: list[str], **output: Any) -> tuple[Counts, pa
     ("tables", "order"),
     [([], ["2", "1", "3", "0"]), (["b.csv", "a.csv"], ["3", "0", "2", "1"]), (["b.csv"], ["3", "0", "2", "1"])],
 )
-def test_parts_alone_stand_in_the_order_of_their_rows(tmp_path: Path, tables: list[str], order: list[str]) -> None:
+def test_merging_parts_alone_keeps_the_order_of_rows(tmp_path: Path, tables: list[str], order: list[str]) -> None:
     for name, place in enumerate(PLACES):
         commit(tmp_path, str(name), *place)
     counts, table = merge_parts(tmp_path, tables)
@@ -226,7 +226,7 @@ def test_parts_alone_stand_in_the_order_of_their_rows(tmp_path: Path, tables: li
     assert (counts.rows, counts.images, counts.ok) == (4, 4, 4)
 
 
-def test_of_parts_alone_the_highest_attempt_counts(tmp_path: Path) -> None:
+def test_merging_parts_alone_takes_the_highest_attempt(tmp_path: Path) -> None:
     commit(tmp_path, "a", "t.csv", 0, status="failed", error="x", attempt=1, generated_image=None)
     commit(tmp_path, "a", "t.csv", 0, attempt=2)
     commit(tmp_path, "b", "t.csv", 1, status="invalid", error="x", generated_image=None)
@@ -236,7 +236,7 @@ def test_of_parts_alone_the_highest_attempt_counts(tmp_path: Path) -> None:
     assert counts == Counts(rows=3, images=4, ok=4, invalid=1, bad_rows=1)
 
 
-def test_carried_columns_of_parts_meet(tmp_path: Path) -> None:
+def test_carried_columns_of_parts_are_combined(tmp_path: Path) -> None:
     """Parts of one OUT may come of tables with other columns, or with the same of another type."""
     commit(tmp_path, "a", "a.csv", 0, carried={"n": 7})
     text = pa.schema([("n", pa.string()), ("tags", pa.list_(pa.string()))])
@@ -251,7 +251,7 @@ def test_carried_columns_of_parts_meet(tmp_path: Path) -> None:
     assert [row["n"] for row in csv_rows(tmp_path)] == ["7", "x", ""]
 
 
-def test_workers_without_a_run_are_merged_by_the_command(tmp_path: Path) -> None:
+def test_merge_works_without_run_json(tmp_path: Path) -> None:
     commit(tmp_path, "a", "t.csv", 0)
     done = command("merge", tmp_path, "--results", "jsonl", "--json")
     assert (done.code, json.loads(done.stdout)["ok"]) == (0, 1)
@@ -270,14 +270,14 @@ def test_a_merge_without_a_run_removes_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "results.csv").read_text() == "somebody's"
 
 
-def test_nothing_to_merge_is_told(tmp_path: Path) -> None:
+def test_nothing_to_merge_is_a_usage_error(tmp_path: Path) -> None:
     done = command("merge", tmp_path / "nowhere")
     assert (done.code, done.stdout) == (2, "")
     assert "nothing to merge" in done.stderr
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_the_tables_of_a_run_decide_which_rows_there_are(tmp_path: Path) -> None:
+def test_merge_follows_the_tables_of_the_run(tmp_path: Path) -> None:
     """As they do for run itself; once they are gone, the manifest has the last word."""
     table, out = tmp_path / "t.csv", tmp_path / "out"
     write_csv(table, [["id", "prompt"], ["a", "a red circle"], ["b", "a blue square"]])
@@ -303,7 +303,7 @@ def test_the_tables_of_a_run_decide_which_rows_there_are(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("ended", [True, False])
-def test_status_says_what_results_say(tmp_path: Path, ended: bool) -> None:
+def test_status_agrees_with_results(tmp_path: Path, ended: bool) -> None:
     """After a merge of tables that have changed, or are gone; after a run that ended, or was killed."""
     table, out = tmp_path / "t.csv", tmp_path / "out"
     write_csv(table, [["id", "prompt"], ["a", "a red circle"], ["b", "a blue square"], ["c", ""]])
@@ -332,7 +332,7 @@ def test_status_says_what_results_say(tmp_path: Path, ended: bool) -> None:
     assert (record_after["summary"] is not None) == ended, "the next run looks after one that was killed"
 
 
-def test_a_damaged_part_of_an_endpoint_is_named_with_what_helps_there(tmp_path: Path) -> None:
+def test_a_damaged_part_of_an_endpoint_is_named_with_a_remedy(tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(Path(__file__).parent / "data" / "earlier_version" / "endpoint", out)
     before = json.loads(command("status", out, "--json").stdout)["counts"]
@@ -346,7 +346,7 @@ def test_a_damaged_part_of_an_endpoint_is_named_with_what_helps_there(tmp_path: 
     assert "send its tables to the endpoint again" in done.stderr and "run again" not in done.stderr
 
 
-def test_a_folder_that_is_held_is_not_merged(tmp_path: Path) -> None:
+def test_a_locked_folder_is_not_merged(tmp_path: Path) -> None:
     commit(tmp_path, "a", "t.csv", 0)
     with outdir.locked(tmp_path):
         done = command("merge", tmp_path)

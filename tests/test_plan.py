@@ -49,7 +49,7 @@ def plan(table: Path | str, out: Path, *options: str | Path) -> dict[str, Any]:
     return dict(json.loads(done.stdout))
 
 
-def test_a_plan_is_what_the_run_does(table: Path, out: Path) -> None:
+def test_a_plan_agrees_with_the_run(table: Path, out: Path) -> None:
     planned = plan(table, out)
     assert not out.exists(), "a plan writes nothing"
     done = json.loads(run(table, out, "--json").stdout)
@@ -84,13 +84,13 @@ def test_steps_that_the_scheduler_refuses_are_invalid_beforehand(tmp_path: Path,
     assert planned["row_forwards"] == run_json(out)["summary"]["row_forwards"]
 
 
-def test_a_scheduler_of_two_evaluations_a_step_is_counted_so(table: Path, out: Path) -> None:
+def test_two_evaluations_per_step_are_counted(table: Path, out: Path) -> None:
     options = ("--scheduler", "HeunDiscreteScheduler")
     planned = plan(table, out, *options)
     assert planned["row_forwards"] == json.loads(run(table, out, "--json", *options).stdout)["row_forwards"]
 
 
-def test_what_is_done_is_not_planned_again(table: Path, out: Path) -> None:
+def test_finished_rows_are_not_planned(table: Path, out: Path) -> None:
     assert run(table, out, "--limit", "2").code == 0
     planned = plan(table, out)
     assert (planned["done"], planned["pending"]) == (3, 5)
@@ -99,7 +99,7 @@ def test_what_is_done_is_not_planned_again(table: Path, out: Path) -> None:
     assert plan(table, out, "--overwrite")["pending"] == 8
 
 
-def test_what_a_person_reads(table: Path, out: Path) -> None:
+def test_a_plan_prints_a_readable_report(table: Path, out: Path) -> None:
     done = command("plan", table, "--out", out, *QUICK, "--price-per-hour", "3600", "--limit", "7")
     assert done.code == 3
     lines = done.stdout.splitlines()
@@ -138,7 +138,7 @@ def test_a_plan_that_is_within_the_budget_is_a_success(table: Path, out: Path) -
     assert (done.code, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_a_table_without_a_good_row(tmp_path: Path, out: Path) -> None:
+def test_a_table_without_a_valid_row(tmp_path: Path, out: Path) -> None:
     planned = plan(write_csv(tmp_path / "t.csv", [["prompt"], [""]]), out)
     assert (planned["rows"], planned["invalid"], planned["row_forwards"], planned["sizes"]) == (1, 1, 0, [])
     assert plan(write_csv(tmp_path / "u.csv", [["prompt"]]), out)["rows"] == 0
@@ -161,7 +161,7 @@ def test_a_plan_refuses_what_a_run_would_refuse(
         assert sentence in done.stderr
 
 
-def test_what_is_somebody_elses_is_not_planned_away(table: Path, out: Path) -> None:
+def test_plan_refuses_to_overwrite_files_of_another_program(table: Path, out: Path) -> None:
     (out / "images").mkdir(parents=True)
     for done in (command("plan", table, "--out", out, *QUICK, "--overwrite"), run(table, out, "--overwrite")):
         assert done.code == 2
@@ -239,7 +239,7 @@ def test_the_memory_of_a_plan_does_not_grow_with_the_table(tmp_path: Path, few: 
     assert peaks[1] - peaks[0] < mib * 1024
 
 
-def test_a_device_that_is_too_small_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_with_too_little_memory_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a run tells it; torch's own error would have torch imported by whoever asked."""
 
     def too_small(*_: Any) -> None:
@@ -252,7 +252,7 @@ def test_a_device_that_is_too_small_is_told(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.promises
-def test_many_sizes_are_told_from_the_few_that_are_measured(tmp_path: Path, out: Path) -> None:
+def test_many_sizes_are_estimated_from_a_few_measured_ones(tmp_path: Path, out: Path) -> None:
     table = write_csv(tmp_path / "t.csv", [["prompt", "height"], *(["x", 64 + 8 * k] for k in range(7))])
     sizes = plan(table, out)["sizes"]
     assert [size["height"] for size in sizes] == [64 + 8 * k for k in range(7)]
@@ -270,7 +270,7 @@ def has_loaded_torch(process: int) -> bool:
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.promises
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
-def test_a_plan_that_is_ended_leaves_no_process(table: Path, out: Path, number: signal.Signals) -> None:
+def test_a_killed_plan_leaves_no_process(table: Path, out: Path, number: signal.Signals) -> None:
     line: list[str | Path] = [
         sys.executable,
         "-m",

@@ -119,7 +119,7 @@ def mixed_up(out: Path) -> set[tuple[str, int]]:
 
 
 @pytest.mark.promises
-def test_a_kill_at_any_step_of_a_commit_is_made_good_by_the_next(tmp_path: Path) -> None:
+def test_a_kill_at_any_step_of_a_commit_is_recovered_by_the_next_run(tmp_path: Path) -> None:
     """Processes that die for real: no `finally` of theirs cleans up."""
     command = [sys.executable, "-m", "tests.test_recovery", str(tmp_path)]
     told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
@@ -140,7 +140,7 @@ def test_a_kill_at_any_step_of_a_commit_is_made_good_by_the_next(tmp_path: Path)
     assert with_leftovers > 5
 
 
-def test_an_image_that_was_never_committed_does_no_harm(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_uncommitted_image_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """It is rendered again, under its name."""
     sink = FolderSink(tmp_path)
     commit(tmp_path, result(sink, "a"))
@@ -159,7 +159,7 @@ def test_an_out_without_a_manifest_is_recovered(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_recent_images_that_the_disk_has_lost_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_recent_lost_images_are_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Older ones are not looked at: that is for `verify`."""
     sink, early = FolderSink(tmp_path), NOW - recovery.RECENT_SECONDS
     rows = [*(result(sink, name) for name in ("a whole", "a gone", "a short", "another"))]
@@ -184,7 +184,7 @@ def test_recent_images_that_the_disk_has_lost_are_told(tmp_path: Path, caplog: p
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE])
-def test_an_image_that_cannot_be_read_is_not_a_missing_one(tmp_path: Path, number: int) -> None:
+def test_an_unreadable_image_is_an_error(tmp_path: Path, number: int) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(b"x")
     fault = OSError(number, os.strerror(number))
@@ -194,7 +194,7 @@ def test_an_image_that_cannot_be_read_is_not_a_missing_one(tmp_path: Path, numbe
         assert not recovery.is_intact(FolderSink(tmp_path), "images/a.png", "sum", 1), "the disk has lost it"
 
 
-def test_of_several_attempts_the_image_of_the_last_counts(tmp_path: Path) -> None:
+def test_the_image_of_the_last_attempt_is_checked(tmp_path: Path) -> None:
     sink = FolderSink(tmp_path)
     for attempt in (2, 3, 1):
         row = result(sink, "a", f"{attempt}".encode(), attempt=attempt)
@@ -207,7 +207,9 @@ def test_of_several_attempts_the_image_of_the_last_counts(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "late column"])
-def test_damaged_parts_are_set_aside_with_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str) -> None:
+def test_damaged_parts_are_set_aside_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
     sink = FolderSink(tmp_path)
     whole = commit(tmp_path, result(sink, "b"))
     part = commit(tmp_path, result(sink, "a", scheduler=LONG))
@@ -233,7 +235,7 @@ def garbled(content: bytes) -> bytes:
     return content[:at] + b"98765" + content[at + 5 :]
 
 
-def test_a_damaged_part_that_is_found_later_is_set_aside_too(tmp_path: Path) -> None:
+def test_damage_outside_indexed_columns_is_set_aside_too(tmp_path: Path) -> None:
     """An old one: by who reads its other columns, or by the index."""
     sink = FolderSink(tmp_path)
     part = commit(tmp_path, result(sink, "a", scheduler=LONG), at=NOW - 40_000)
@@ -254,7 +256,7 @@ def test_a_damaged_part_that_is_found_later_is_set_aside_too(tmp_path: Path) -> 
     assert not part.exists()
 
 
-def test_of_an_old_part_no_column_is_read_and_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_parts_and_their_images_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sink = FolderSink(tmp_path)
     for hours in range(1, 6):
         commit(tmp_path, result(sink, f"a{hours}"), at=NOW - 3600 * hours)
@@ -276,7 +278,7 @@ def test_of_an_old_part_no_column_is_read_and_no_image(tmp_path: Path, monkeypat
     assert read == [(), "images/t-00000/a-0.png"]
 
 
-def test_the_time_of_day_may_be_set_back_during_a_run(tmp_path: Path) -> None:
+def test_setting_the_clock_back_does_not_hide_recent_parts(tmp_path: Path) -> None:
     """What was committed last is checked, although its time of day is the earlier one."""
     sink = FolderSink(tmp_path)
     commit(tmp_path, result(sink, "a"), at=NOW - 700)
@@ -296,7 +298,7 @@ def test_each_machine_has_its_own_clock(tmp_path: Path, monkeypatch: pytest.Monk
     assert recover(tmp_path, Manifest(tmp_path)) == {("a", 0), ("b", 0)}
 
 
-def test_runs_before_the_last_one_that_ended_in_order_are_not_checked(tmp_path: Path) -> None:
+def test_runs_before_the_last_clean_one_are_not_checked(tmp_path: Path) -> None:
     sink = FolderSink(tmp_path)
     for run, name in enumerate("abc", 1):
         commit(tmp_path, result(sink, name), run=run)

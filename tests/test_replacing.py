@@ -79,9 +79,7 @@ def killed_while_replacing(folder: Path, room: Any, moment: str, *, after: bool)
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @every_moment
-def test_a_run_that_is_killed_while_it_replaces_images_can_be_taken_back(
-    folder: Path, room: Any, moment: str, after: bool
-) -> None:
+def test_a_run_killed_while_replacing_images_can_be_undone(folder: Path, room: Any, moment: str, after: bool) -> None:
     """The old options render nothing, and every image is the old one, unless the new ones were committed."""
     out = folder / "out"
     before = killed_while_replacing(folder, room, moment, after=after)
@@ -104,7 +102,7 @@ def test_every_command_that_works_in_out_restores_the_images(folder: Path, line:
     assert not list(out.rglob(".original-*"))
 
 
-def test_the_same_options_render_the_images_again(folder: Path, tmp_path: Path) -> None:
+def test_repeating_the_options_renders_the_images_again(folder: Path, tmp_path: Path) -> None:
     killed_while_replacing(folder, Manifest, "commit", after=False)
     assert rendered(runs.run(folder / "t.csv", folder / "out", "--json", *OTHER)) == 3
     runs.assert_whole(folder / "out")
@@ -125,7 +123,7 @@ def test_a_disk_that_is_full_while_rows_are_committed_loses_no_image(folder: Pat
     assert files(folder / "out") == before
 
 
-def test_an_image_that_is_missing_when_it_is_replaced_costs_nothing(folder: Path) -> None:
+def test_replacing_a_missing_image_works(folder: Path) -> None:
     out = folder / "out"
     first, *_ = sorted(runs.images(out))
     (out / first).unlink()
@@ -133,7 +131,7 @@ def test_an_image_that_is_missing_when_it_is_replaced_costs_nothing(folder: Path
     runs.assert_whole(out)
 
 
-def test_what_a_second_attempt_of_a_run_replaces_is_the_image_of_the_manifest(tmp_path: Path) -> None:
+def test_a_second_attempt_sets_the_committed_image_aside(tmp_path: Path) -> None:
     """A worker died over the first attempt: what it put in place was never committed."""
     sink = FolderSink(tmp_path)
     for content in (b"old", b"first", b"second"):
@@ -144,7 +142,7 @@ def test_what_a_second_attempt_of_a_run_replaces_is_the_image_of_the_manifest(tm
     assert (tmp_path / path).read_bytes() == b"second"
 
 
-def test_an_original_that_the_manifest_does_not_have_is_removed(folder: Path) -> None:
+def test_an_uncommitted_original_is_removed(folder: Path) -> None:
     """Also of an image that no row has any more; files of other folders are left alone."""
     out = folder / "out"
     first, *_ = sorted(runs.images(out))
@@ -168,7 +166,7 @@ def of_another_process(aside: Path) -> Path:
     return aside.rename(aside.with_name("-".join([".original", where, "99999999", *rest])))
 
 
-def test_of_several_originals_the_one_of_the_manifest_comes_back(folder: Path) -> None:
+def test_the_committed_one_of_several_originals_is_restored(folder: Path) -> None:
     """Two workers died one after the other, while they replaced the same image."""
     out = folder / "out"
     before = killed_while_replacing(folder, Manifest, "commit", after=False)
@@ -183,7 +181,7 @@ def test_of_several_originals_the_one_of_the_manifest_comes_back(folder: Path) -
     assert files(out) == before
 
 
-def test_what_a_worker_replaces_now_is_no_leftover_for_another(folder: Path) -> None:
+def test_originals_of_live_workers_are_not_leftovers(folder: Path) -> None:
     """Workers of an endpoint share OUT, and each removes only what dead ones have left."""
     out = folder / "out"
     first, *_ = sorted(runs.images(out))
@@ -194,7 +192,7 @@ def test_what_a_worker_replaces_now_is_no_leftover_for_another(folder: Path) -> 
     assert recovery.remove_abandoned(out, [aside.parent]) == [aside.relative_to(out).as_posix()]
 
 
-def test_a_run_with_a_worker_out_of_reach_is_recovered_by_the_next(folder: Path) -> None:
+def test_a_run_with_a_lost_remote_worker_is_recovered_by_the_next(folder: Path) -> None:
     """It ended in order, except that a worker on another machine may have been about to commit."""
     out = folder / "out"
     before = files(out)
@@ -221,7 +219,7 @@ def test_a_run_that_is_refused_while_it_commits_restores_the_images(folder: Path
 
 
 @pytest.mark.parametrize("line", [("run",), ("rescore", "--safety", "checker")])
-def test_a_damaged_part_does_not_keep_the_images_from_being_restored(folder: Path, line: tuple[str, ...]) -> None:
+def test_images_are_restored_despite_a_damaged_part(folder: Path, line: tuple[str, ...]) -> None:
     """Also where only columns are damaged that are not read until then: its rows are rendered again."""
     out = folder / "out"
     killed_while_replacing(folder, Manifest, "commit", after=False)
@@ -254,9 +252,7 @@ main()
 
 @pytest.mark.promises
 @every_moment
-def test_a_process_that_is_killed_while_it_replaces_images_can_be_taken_back(
-    folder: Path, room: Any, moment: str
-) -> None:
+def test_a_process_killed_while_replacing_images_can_be_undone(folder: Path, room: Any, moment: str) -> None:
     out, program = folder / "out", DYING.format(room=room.__name__, moment=moment)
     before = files(out)
     line = [sys.executable, "-c", program, "run", str(folder / "t.csv"), "-o", str(out), *runs.QUICK, *OTHER]

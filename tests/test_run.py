@@ -164,7 +164,7 @@ def test_every_row_is_accounted_for_in_input_order(tmp_path: Path, out: Path) ->
     assert_whole(out)
 
 
-def test_what_a_result_says(table: Path, out: Path) -> None:
+def test_a_result_has_every_column(table: Path, out: Path) -> None:
     assert run(table, out, "--negative-prompt", "dull", "--guidance-scale", "3", "--limit", "1").code == 0
     (row,) = results(out)
     assert (row["prompt"], row["negative_prompt"], row["error"]) == ("a red circle", "dull", None)
@@ -183,7 +183,7 @@ def test_what_a_result_says(table: Path, out: Path) -> None:
     assert image.text["parameters"].startswith("a red circle\nNegative prompt: dull\nSteps: 2, Sampler: DDIMScheduler,")
 
 
-def test_what_run_json_says(table: Path, out: Path) -> None:
+def test_run_json_has_settings_versions_and_summary(table: Path, out: Path) -> None:
     run(table, out, "--max-failed", "1%")
     found = run_json(out)
     assert found["tables"] == [str(table)]
@@ -238,7 +238,7 @@ def test_results_in_csv_and_jsonl_with_images_in_base64(table: Path, out: Path) 
 
 
 @pytest.mark.parametrize("ids", [["../../x", "/etc/passwd", "a/b"], ["A", "a", "nul"], ["x" * 300, "名前 🎨", "a\nb"]])
-def test_no_id_leads_out_of_out(tmp_path: Path, ids: list[str]) -> None:
+def test_no_id_escapes_from_out(tmp_path: Path, ids: list[str]) -> None:
     table = write_csv(tmp_path / "in" / "t.csv", [["id", "prompt"], *([name, "a red circle"] for name in ids)])
     assert run(table, tmp_path / "deep" / "out").code == 0
     assert [row["id"] for row in results(tmp_path / "deep" / "out")] == ids
@@ -247,7 +247,7 @@ def test_no_id_leads_out_of_out(tmp_path: Path, ids: list[str]) -> None:
     assert {path.name for path in (tmp_path / "deep").iterdir()} == {"out"}
 
 
-def test_a_file_that_cannot_be_read_costs_one_result(tmp_path: Path, table: Path, out: Path) -> None:
+def test_an_unreadable_file_is_one_invalid_result(tmp_path: Path, table: Path, out: Path) -> None:
     folder = tmp_path / "tables"
     write_bytes(folder / "a.csv", table.read_bytes())
     write_bytes(folder / "b.parquet", b"PAR1 and no more")
@@ -264,7 +264,7 @@ def test_a_file_that_cannot_be_read_costs_one_result(tmp_path: Path, table: Path
 @pytest.mark.parametrize(
     ("budget", "code"), [("0", 3), ("1", 3), ("2", 0), ("10%", 3), ("50%", 0)], ids=lambda value: str(value)
 )
-def test_how_many_rows_may_fail(tmp_path: Path, out: Path, budget: str, code: int) -> None:
+def test_max_failed_decides_the_exit_code(tmp_path: Path, out: Path, budget: str, code: int) -> None:
     table = write_csv(tmp_path / "t.csv", [["prompt", "seed"], ["", "5"], ["a red circle", "x"], ["a", ""], ["b", ""]])
     assert run(table, out, "--max-failed", budget).code == code
     assert run(table, out, "--max-failed", budget).code == code, "and so it is when there is nothing left to do"
@@ -305,13 +305,13 @@ def test_usage_errors_render_nothing(table: Path, out: Path, options: list[str],
     assert not (out / "results.parquet").exists()
 
 
-def test_a_table_that_is_not_there(tmp_path: Path, out: Path) -> None:
+def test_a_missing_table_is_a_usage_error(tmp_path: Path, out: Path) -> None:
     done = run(tmp_path / "missing.csv", out)
     assert (done.code, out.exists()) == (2, False)
     assert done.stderr == f"batch-infer: {tmp_path}/missing.csv: no such file or folder\n"
 
 
-def test_no_command_takes_a_table_that_is_not_there_for_a_bad_row(table: Path, out: Path) -> None:
+def test_a_missing_table_is_never_an_invalid_row(table: Path, out: Path) -> None:
     """`--max-failed 5 percent` names a table `percent`."""
     assert run(table, out, "--limit", "1").code == 0
     before = (out / "run.json").read_bytes()
@@ -325,7 +325,7 @@ def test_no_command_takes_a_table_that_is_not_there_for_a_bad_row(table: Path, o
     assert (out / "run.json").read_bytes() == before
 
 
-def test_a_file_where_out_should_be(tmp_path: Path, table: Path) -> None:
+def test_a_file_in_place_of_out_is_refused(tmp_path: Path, table: Path) -> None:
     (tmp_path / "file").write_text("mine")
     done = run(table, tmp_path / "file")
     assert done.code == 2
@@ -348,7 +348,7 @@ def test_json_for_scripts(table: Path, out: Path) -> None:
     assert json.loads(done.stdout) == run_json(out)["summary"]
 
 
-def test_quiet_is_silent_on_success_alone(table: Path, out: Path) -> None:
+def test_quiet_prints_nothing_on_success_only(table: Path, out: Path) -> None:
     done = run(table, out, "-q")
     assert (done.code, done.stdout, done.stderr) == (0, "", "")
     write_csv(table, [["prompt"], [""]])
@@ -357,7 +357,7 @@ def test_quiet_is_silent_on_success_alone(table: Path, out: Path) -> None:
     assert "1 invalid" in done.stdout
 
 
-def test_invalid_rows_are_told_on_stderr_and_in_the_log(tmp_path: Path, out: Path) -> None:
+def test_invalid_rows_are_logged_to_stderr_and_to_the_file(tmp_path: Path, out: Path) -> None:
     """The first twenty: the results name them all."""
     table = write_csv(tmp_path / "t.csv", [["prompt", "seed"], *(["x", "ten"] for _ in range(30))])
     done = run(table, out)
@@ -378,7 +378,7 @@ def test_columns_in_the_path_are_rendered_and_carried(tmp_path: Path, out: Path)
     assert command("retry", out, "--status", "failed").code == 0
 
 
-def test_remarks_on_the_tables_are_told_by_plan_and_run(tmp_path: Path, out: Path) -> None:
+def test_plan_and_run_log_remarks_on_the_tables(tmp_path: Path, out: Path) -> None:
     table = write_bytes(tmp_path / "t.csv", b"prompt,seed\nx,2,\ny\n,\n")
     planned = command("plan", table, "--out", out, *QUICK, "--json")
     done = run(table, out)
@@ -439,7 +439,7 @@ def test_a_table_where_the_run_would_write_is_refused(tmp_path: Path, name: str,
     assert table.read_text() == "prompt\na red circle\n"
 
 
-def test_results_of_somebody_else_are_not_written_over(table: Path, out: Path) -> None:
+def test_results_of_another_program_are_not_overwritten(table: Path, out: Path) -> None:
     write_bytes(out / "results.parquet", b"mine")
     assert run(table, out).code == 2
     assert (out / "results.parquet").read_bytes() == b"mine"
@@ -454,7 +454,7 @@ def test_names_with_a_colon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert command("run", "t-12:30.parquet", "--out", "s3://bucket/out").code == 2
 
 
-def test_a_scheduler_that_was_refused_stands_in_nobodys_way(table: Path, out: Path) -> None:
+def test_a_refused_scheduler_does_not_block_the_next_run(table: Path, out: Path) -> None:
     refused = run(table, out, "--scheduler", "DDIMScheduler:clip_sample=true")
     assert (refused.code, "cannot be packed" in refused.stderr) == (2, True)
     assert run(table, out).code == 0
@@ -479,7 +479,7 @@ def test_a_row_of_many_images_fails_once(tmp_path: Path, out: Path, monkeypatch:
     assert run(table, out, "--images-per-prompt", "3", "--max-failed", "1").code == 0
 
 
-def test_what_is_done_is_left_alone(table: Path, out: Path) -> None:
+def test_finished_rows_are_skipped(table: Path, out: Path) -> None:
     run(table, out)
     before = parts(out), {path: (out / path).stat().st_mtime_ns for path in images(out)}
     done = run(table, out, "--json")
@@ -487,7 +487,7 @@ def test_what_is_done_is_left_alone(table: Path, out: Path) -> None:
     assert before == (parts(out), {path: (out / path).stat().st_mtime_ns for path in images(out)})
 
 
-def test_an_appended_table_costs_what_was_appended(table: Path, out: Path) -> None:
+def test_only_appended_rows_are_rendered(table: Path, out: Path) -> None:
     run(table, out)
     before = hashes(out)
     with table.open("a") as stream:
@@ -498,7 +498,7 @@ def test_an_appended_table_costs_what_was_appended(table: Path, out: Path) -> No
     assert_whole(out)
 
 
-def test_a_changed_row_is_done_anew_and_leaves_no_old_file(table: Path, out: Path) -> None:
+def test_a_changed_row_is_rendered_again_and_its_old_file_removed(table: Path, out: Path) -> None:
     run(table, out)
     before = hashes(out)
     write_csv(table, [["prompt"], ["a red circle"], ["an orange square"], ["a green star"]])
@@ -511,7 +511,7 @@ def test_a_changed_row_is_done_anew_and_leaves_no_old_file(table: Path, out: Pat
     assert_whole(out)
 
 
-def test_what_a_killed_run_left_half_written_is_removed(table: Path, out: Path) -> None:
+def test_partial_files_of_a_killed_run_are_removed(table: Path, out: Path) -> None:
     """And nothing in folders of others."""
     run(table, out)
     (out / "run.json").write_text(json.dumps({**run_json(out), "summary": None}))
@@ -526,7 +526,7 @@ def test_what_a_killed_run_left_half_written_is_removed(table: Path, out: Path) 
     assert (ours.exists(), others.exists()) == (False, True)
 
 
-def test_other_columns_can_change_for_nothing(table: Path, out: Path) -> None:
+def test_changed_carried_columns_render_nothing(table: Path, out: Path) -> None:
     run(table, out)
     rows = [["note", "prompt"], ["1", "a red circle"], ["2", "a blue square"], ["3", "a green star"]]
     done = run(write_csv(table, rows), out, "--json")
@@ -534,7 +534,7 @@ def test_other_columns_can_change_for_nothing(table: Path, out: Path) -> None:
     assert [row["note"] for row in results(out)] == ["1", "2", "3"]
 
 
-def test_rows_that_left_the_table_are_kept_and_not_told(table: Path, out: Path) -> None:
+def test_rows_removed_from_the_table_stay_in_the_manifest_only(table: Path, out: Path) -> None:
     run(table, out)
     before, rows = hashes(out), table.read_text()
     write_csv(table, [["prompt"], ["a red circle"]])
@@ -546,7 +546,7 @@ def test_rows_that_left_the_table_are_kept_and_not_told(table: Path, out: Path) 
     assert hashes(out) == before
 
 
-def test_a_row_that_turns_invalid_lets_its_image_go(table: Path, out: Path) -> None:
+def test_the_image_of_a_row_that_becomes_invalid_is_removed(table: Path, out: Path) -> None:
     run(table, out)
     write_csv(table, [["prompt", "seed"], ["a red circle"], ["a blue square", "x"], ["a green star"]])
     assert run(table, out).code == 3
@@ -557,7 +557,7 @@ def test_a_row_that_turns_invalid_lets_its_image_go(table: Path, out: Path) -> N
     assert_whole(out)
 
 
-def test_a_row_of_many_images_that_was_invalid_for_a_while_keeps_the_others(tmp_path: Path, out: Path) -> None:
+def test_images_of_a_row_that_was_invalid_for_one_run_are_kept(tmp_path: Path, out: Path) -> None:
     header = ["id", "prompt", "num_images_per_prompt"]
     table = write_csv(tmp_path / "t.csv", [header, ["a", "a red circle", 3]])
     assert run(table, out).code == 0
@@ -571,7 +571,7 @@ def test_a_row_of_many_images_that_was_invalid_for_a_while_keeps_the_others(tmp_
 
 
 @pytest.mark.parametrize("change", ["gone", "appended"])
-def test_a_table_that_changes_under_a_run_loses_no_result(tmp_path: Path, out: Path, change: str) -> None:
+def test_a_table_that_changes_during_a_run_loses_no_result(tmp_path: Path, out: Path, change: str) -> None:
     rows = [["prompt"], *([f"a red circle, {i}"] for i in range(6))]
     table = write_csv(tmp_path / "t.csv", rows)
 
@@ -587,7 +587,7 @@ def test_a_table_that_changes_under_a_run_loses_no_result(tmp_path: Path, out: P
     assert_whole(out)
 
 
-def test_a_secret_in_a_url_is_not_written_down(tmp_path: Path, out: Path) -> None:
+def test_a_secret_in_a_url_is_not_stored(tmp_path: Path, out: Path) -> None:
     """Nor is it needed again: whoever goes on names the tables."""
     with serving(write_csv(tmp_path / "served" / "t.csv", [["prompt"], ["a red circle"]]).parent) as address:
         url = f"simplecache::{address.replace('://', '://SECRET@')}/t.csv?signature=SECRET"
@@ -659,7 +659,7 @@ def test_capitals_of_ids_stay_in_file_names(tmp_path: Path, out: Path, monkeypat
     assert_whole(out)
 
 
-def test_two_urls_of_one_name_are_two_tables_of_a_run(tmp_path: Path, out: Path) -> None:
+def test_two_urls_with_one_name_are_two_tables(tmp_path: Path, out: Path) -> None:
     for name in "ab":
         write_csv(tmp_path / name / "t.csv", [["id", "prompt"], [f"{name}1", "a red circle"], [f"{name}2", "x"]])
     with serving(tmp_path) as server:
@@ -676,7 +676,7 @@ def test_two_urls_of_one_name_are_two_tables_of_a_run(tmp_path: Path, out: Path)
     assert_whole(out)
 
 
-def test_no_two_paths_of_an_out_differ_by_case_alone_whenever_their_rows_came(tmp_path: Path, out: Path) -> None:
+def test_image_paths_never_differ_by_case_alone(tmp_path: Path, out: Path) -> None:
     tables = tmp_path / "tables"
     write_csv(tables / "x/a.csv", [["prompt"], ["a red circle"]])
     write_csv(tables / "y/b.csv", [["id", "prompt"], ["sku", "a red circle"]])
@@ -702,7 +702,7 @@ def test_no_two_paths_of_an_out_differ_by_case_alone_whenever_their_rows_came(tm
 
 
 @pytest.mark.parametrize("processes", ["0", pytest.param("2", marks=pytest.mark.promises)])
-def test_overwrite_begins_anew(table: Path, out: Path, processes: str) -> None:
+def test_overwrite_starts_from_scratch(table: Path, out: Path, processes: str) -> None:
     run(table, out, "--results", "csv", "--image-format", "jpeg")
     (out / "notes.txt").write_text("mine")
     options = ("--scheduler", "EulerDiscreteScheduler", "--num-processes", processes)
@@ -717,7 +717,7 @@ def test_overwrite_begins_anew(table: Path, out: Path, processes: str) -> None:
 @pytest.mark.parametrize(
     "options", [["--steps", "0"], ["--column", "prompt=x"], ["--model", "./missing"]], ids=" ".join
 )
-def test_overwrite_removes_nothing_for_a_run_that_cannot_be(table: Path, out: Path, options: list[str]) -> None:
+def test_overwrite_removes_nothing_if_the_run_is_refused(table: Path, out: Path, options: list[str]) -> None:
     run(table, out, "--limit", "1")
     before = hashes(out)
     assert run(table, out, "--overwrite", *options).code == 2
@@ -793,7 +793,7 @@ def test_overwrite_accounts_for_invalid_rows(tmp_path: Path, out: Path, valid: b
     assert_whole(out)
 
 
-def test_out_may_lie_among_the_tables(table: Path) -> None:
+def test_out_may_be_inside_the_folder_of_tables(table: Path) -> None:
     out = table.parent / "out"
     for _ in range(2):
         done = run(table.parent, out, "--results", "csv", "--json")
@@ -835,7 +835,9 @@ def test_rows_one_by_one_give_the_same_images(tmp_path: Path, mixed_hashes: dict
 
 
 @pytest.mark.parametrize("policy", ["blank", "keep", "blur", "quarantine", "drop"])
-def test_what_is_stored_of_a_flagged_image(tmp_path: Path, table: Path, flagging: Path, policy: str) -> None:
+def test_on_flagged_decides_how_a_flagged_image_is_stored(
+    tmp_path: Path, table: Path, flagging: Path, policy: str
+) -> None:
     plain, out = tmp_path / "plain", tmp_path / "out"
     assert run(table, plain, "--model", flagging, "--safety", "none").code == 0
     done = run(table, out, "--model", flagging, "--on-flagged", policy)
@@ -867,7 +869,7 @@ def test_a_checker_that_flags_nothing(table: Path, out: Path, passing: Path) -> 
         assert max(row["safety_scores"].values()) < 0
 
 
-def test_where_nobody_was_asked_the_answer_is_null(table: Path, out: Path, flagging: Path) -> None:
+def test_nsfw_is_null_without_a_checker(table: Path, out: Path, flagging: Path) -> None:
     done = run(table, out, "--model", flagging, "--safety", "none")
     assert (done.code, "checker" in done.stderr) == (0, False)
     for row in results(out):
@@ -875,7 +877,7 @@ def test_where_nobody_was_asked_the_answer_is_null(table: Path, out: Path, flagg
         assert (row["safety_checker"], row["safety_scores"]) == (None, None)
 
 
-def test_a_model_without_a_checker_is_said_to_have_none(table: Path, out: Path, sd2_folder: Path) -> None:
+def test_a_model_without_a_checker_is_warned_about(table: Path, out: Path, sd2_folder: Path) -> None:
     done = run(table, out, "--model", sd2_folder, "--limit", "1")
     assert done.code == 0
     assert (
@@ -908,7 +910,7 @@ def test_a_row_that_fails_is_tried_three_times(table: Path, out: Path, monkeypat
     assert_whole(out)
 
 
-def test_a_failed_row_that_goes_well_later(table: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_row_can_succeed_later(table: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(StableDiffusion, "decode", lambda self, latents: torch.full((len(latents), 3, 64, 64), torch.nan))
         assert run(table, out).code == 3
@@ -917,7 +919,7 @@ def test_a_failed_row_that_goes_well_later(table: Path, out: Path, monkeypatch: 
     assert_whole(out)
 
 
-def test_a_full_disk_ends_the_run_and_keeps_what_is_done(
+def test_a_full_disk_ends_the_run_and_keeps_committed_rows(
     tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = write_csv(tmp_path / "t.csv", [["prompt"], *([f"prompt {i}"] for i in range(12))])
@@ -943,7 +945,7 @@ def test_a_full_disk_ends_the_run_and_keeps_what_is_done(
     assert_whole(out)
 
 
-def test_a_change_that_was_not_committed_has_changed_nothing(
+def test_an_uncommitted_change_leaves_the_committed_image(
     tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The row is put back, counts as done, and its image must be its own."""
@@ -959,7 +961,7 @@ def test_a_change_that_was_not_committed_has_changed_nothing(
     assert hashes(out) == before
 
 
-def test_a_run_that_is_stopped_before_it_renders_tells_what_it_knows(tmp_path: Path, out: Path) -> None:
+def test_a_run_stopped_before_rendering_reports_its_scan(tmp_path: Path, out: Path) -> None:
     table = write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"], [""]])
     summary = score(settings_of(table, out), ProgressGroup(), lambda: True)
     assert (summary.counts.left, summary.counts.invalid) == (1, 1)
@@ -988,7 +990,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple
 
 @pytest.mark.promises
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_a_run_in_order(
+def test_a_signal_stops_a_run_cleanly(
     long_table: Path, out: Path, undisturbed: dict[tuple[str, int], str | None], number: signal.Signals
 ) -> None:
     """A second run is told to come again; the first keeps what is finished, says so, and can be gone on with."""
@@ -1028,7 +1030,7 @@ main()
 
 
 @pytest.mark.promises
-def test_a_signal_at_the_very_start_ends_a_run_in_order(table: Path, out: Path) -> None:
+def test_a_signal_during_startup_stops_a_run_cleanly(table: Path, out: Path) -> None:
     with start(table, out, program=("-c", EARLY)) as process:
         stdout, stderr = process.communicate(timeout=600)
     assert (process.returncode, stdout) == (75, "")
@@ -1078,7 +1080,7 @@ def test_a_run_killed_again_and_again_completes(
 
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(20))
-def test_any_order_and_cut_gives_the_same_images(
+def test_images_do_not_depend_on_order_or_split(
     tmp_path: Path, mixed_hashes: dict[tuple[str, int], str | None], seed: int
 ) -> None:
     random_ = random.Random(seed)

@@ -23,9 +23,7 @@ def table(tmp_path: Path) -> Path:
     return write_csv(tmp_path / "t.csv", [["prompt"], *([f"a red circle, {k}"] for k in range(6))])
 
 
-def test_a_bug_in_a_worker_costs_no_result_that_is_committed(
-    table: Path, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bug_in_a_worker_loses_no_committed_result(table: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = Worker.render
 
     def broken(
@@ -44,7 +42,7 @@ def test_a_bug_in_a_worker_costs_no_result_that_is_committed(
 
 
 @pytest.mark.promises
-def test_finished_images_are_committed_while_no_other_finishes(table: Path, out: Path) -> None:
+def test_finished_images_are_committed_without_waiting_for_others(table: Path, out: Path) -> None:
     """As those of a wave of rows that finish together, while the device is at the next wave."""
 
     def committed() -> int:
@@ -83,7 +81,7 @@ def test_a_manifest_that_lists_too_few_parts_is_not_merged(
     assert (out / "results.parquet").read_bytes() == before
 
 
-def test_a_manifest_is_listed_again_until_all_parts_are_there(
+def test_the_manifest_is_listed_again_until_all_parts_appear(
     table: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(execution, "LISTING_SECONDS", (0.0, 0.0))

@@ -88,7 +88,7 @@ def changed(keys: Keys, value: Any, record: dict[str, Any] = RECORD) -> dict[str
     return record
 
 
-def test_what_is_written_comes_back_as_it_was() -> None:
+def test_a_record_is_parsed_as_written() -> None:
     record = parse_record(RECORD)
     assert record.settings == SETTINGS
     assert record.rules == RULES
@@ -208,7 +208,7 @@ def assert_no_traceback(folder: Path, *names: str, left_out: tuple[str, ...] = (
                 assert command(*lines[name]).code in (0, 2, 3, 75), (name, keys, value)
 
 
-def test_few_wrong_values_give_no_command_a_traceback(finished: Path, tmp_path: Path) -> None:
+def test_a_sample_of_wrong_values_gives_no_traceback(finished: Path, tmp_path: Path) -> None:
     """One of every 60; the test below goes through all."""
     shutil.copytree(finished, tmp_path / "copy")
     assert_no_traceback(tmp_path / "copy", "status", "merge", every=60)
@@ -216,12 +216,12 @@ def test_few_wrong_values_give_no_command_a_traceback(finished: Path, tmp_path: 
 
 @pytest.mark.promises
 @pytest.mark.parametrize("name", ["status", "merge", "retry", "rescore", "run"])
-def test_no_wrong_value_gives_a_command_a_traceback(finished: Path, tmp_path: Path, name: str) -> None:
+def test_no_wrong_value_gives_a_traceback(finished: Path, tmp_path: Path, name: str) -> None:
     shutil.copytree(finished, tmp_path / "copy")
     assert_no_traceback(tmp_path / "copy", name, left_out=READ_BY_PEOPLE)
 
 
-def test_a_limit_beyond_what_there_is(finished: Path, tmp_path: Path) -> None:
+def test_a_limit_beyond_the_number_of_rows(finished: Path, tmp_path: Path) -> None:
     done = command("run", finished / "t.csv", "-o", tmp_path / "out", *QUICK, "--steps", "1", "--limit", str(10**30))
     assert done.code == 0, done.stderr
 
@@ -233,7 +233,7 @@ def test_a_run_without_a_number_is_continued(finished: Path, tmp_path: Path) -> 
     assert command("run", tmp_path / "copy" / "t.csv", "-o", out, *QUICK, "--steps", "1").code == 0
 
 
-def test_settings_that_do_not_go_together_are_of_run_json(tmp_path: Path) -> None:
+def test_contradictory_settings_in_run_json_are_named(tmp_path: Path) -> None:
     outdir.write_run(tmp_path, changed(("settings", "output", "base64"), True))
     done = command("status", tmp_path)
     assert done.code == 2
@@ -241,7 +241,7 @@ def test_settings_that_do_not_go_together_are_of_run_json(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000 + "]" * 100_000, '{"identity": ' + "9" * 5_000 + "}"])
-def test_json_that_no_parser_takes_is_named(tmp_path: Path, content: str) -> None:
+def test_unparsable_json_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(UsageError, match=r"run.json .*; remove it to go on"):
         outdir.read_run(tmp_path)

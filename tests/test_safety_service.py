@@ -77,7 +77,7 @@ def use(monkeypatch: pytest.MonkeyPatch, service: Service, **more: str) -> None:
         monkeypatch.setenv(f"CONTENT_SAFETY_{name}", value)
 
 
-def test_refused_prompts_cost_no_rendering_and_each_image_is_asked_about_once(
+def test_blocked_prompts_are_not_rendered_and_each_image_is_checked_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
@@ -105,7 +105,7 @@ def test_refused_prompts_cost_no_rendering_and_each_image_is_asked_about_once(
 
 
 @pytest.mark.promises
-def test_images_do_not_depend_on_who_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_do_not_depend_on_the_checkers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [f"a red circle {k}" for k in range(20)]
     with serving(latency=0.01) as service:
         use(monkeypatch, service)
@@ -114,7 +114,7 @@ def test_images_do_not_depend_on_who_is_asked(tmp_path: Path, monkeypatch: pytes
     assert runs.hashes(tmp_path / "a") == runs.hashes(tmp_path / "b")
 
 
-def test_both_judges_have_their_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_checkers_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By default too, once the endpoint is in the environment. The built-in model's own checker hates crosses."""
     prompts = [CROSSES[0], RED, BLUE]
     with serving(judge=is_red) as service:
@@ -133,7 +133,7 @@ FAULTS = [status(429, "0"), status(429), status(500), status(503), malformed(b"<
           Fault(429, body=b'{"error": {"code": 429, "message": {}}}')]  # fmt: skip
 
 
-def test_faults_that_pass_cost_nothing_but_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transient_errors_are_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One fault of each kind, among prompts and among images."""
     out, prompts = tmp_path / "out", [f"a blue ring {k}" for k in range(16)]
     with serving(faults=[*FAULTS, *[None] * 12, *FAULTS]) as service:
@@ -146,9 +146,7 @@ def test_faults_that_pass_cost_nothing_but_time(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("fault", [status(500), status(400), without("Violence")], ids=["500", "400", "no category"])
-def test_a_row_that_the_service_never_answers_for_fails_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault
-) -> None:
+def test_a_row_without_an_answer_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
     def faults(request: Asked) -> Fault | None:
         return fault if request.kind == "text" and "cursed" in request.content else None
 
@@ -164,7 +162,7 @@ def test_a_row_that_the_service_never_answers_for_fails_alone(
 
 @pytest.mark.promises
 @pytest.mark.parametrize("fault", [status(500), Fault(hang=60)], ids=["500", "silence"])
-def test_a_service_that_is_down_ends_the_run_and_the_next_goes_on(
+def test_a_service_outage_ends_the_run_and_the_next_run_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault
 ) -> None:
     out, prompts = tmp_path / "out", [f"a ring {k}" for k in range(24)]
@@ -191,9 +189,7 @@ def test_a_service_that_is_down_ends_the_run_and_the_next_goes_on(
     runs.assert_whole(out)
 
 
-def test_a_key_that_is_refused_on_the_way_leaves_results_to_go_on_from(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_key_refused_during_a_run_keeps_committed_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, images = tmp_path / "out", 0
 
     def faults(request: Asked) -> Fault | None:
@@ -209,7 +205,7 @@ def test_a_key_that_is_refused_on_the_way_leaves_results_to_go_on_from(
     runs.assert_whole(out)
 
 
-def test_retry_asks_the_service_that_is_named_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retry_uses_the_endpoint_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     with serving(words=WORDS) as service:
         use(monkeypatch, service)
@@ -224,7 +220,7 @@ def test_retry_asks_the_service_that_is_named_now(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.promises
-def test_a_key_that_is_refused_in_a_worker_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_refused_in_a_worker_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     with serving(words=WORDS) as service:
         use(monkeypatch, service)
@@ -248,7 +244,7 @@ def test_a_key_that_is_refused_in_a_worker_ends_the_run(tmp_path: Path, monkeypa
         ("https://me:secret@safety.example.com", "1", "say https://"),
     ],
 )
-def test_what_is_missing_is_told_before_anything_starts(
+def test_missing_settings_are_reported_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endpoint: str | None, threshold: str, told: str
 ) -> None:
     monkeypatch.delenv("CONTENT_SAFETY_ENDPOINT", raising=False)
@@ -260,7 +256,7 @@ def test_what_is_missing_is_told_before_anything_starts(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_endpoint_that_was_forgotten_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_endpoint_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CONTENT_SAFETY_ENDPOINT", raising=False)
     done = runs.run(table(tmp_path, PROMPTS), tmp_path / "out")
     assert done.code == 2 and "CONTENT_SAFETY_KEY is set but CONTENT_SAFETY_ENDPOINT is not" in done.stderr
@@ -290,7 +286,7 @@ def without_bookkeeping(out: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("policy", ["blank", "quarantine", *(pytest.param(name, marks=pytest.mark.promises) for name in
                                     ("keep", "blur", "drop"))])  # fmt: skip
-def test_images_that_are_judged_again_are_as_if_they_had_been_judged_at_once(tmp_path: Path, policy: str) -> None:
+def test_rescored_images_equal_those_checked_at_once(tmp_path: Path, policy: str) -> None:
     path, judged = table(tmp_path, CROSSES), ("--safety", "checker", "--on-flagged", policy)
     assert runs.run(path, tmp_path / "again", *SHARP, "--safety", "none").code == 0
     done = runs.command("rescore", tmp_path / "again", *judged, "--json")
@@ -305,7 +301,7 @@ def test_images_that_are_judged_again_are_as_if_they_had_been_judged_at_once(tmp
     assert runs.command("rescore", tmp_path / "again", *judged, "--json").stdout.startswith('{"judged": 0')
 
 
-def test_what_was_flagged_comes_back_where_it_was_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kept_original_is_restored_when_no_longer_flagged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, path = tmp_path / "out", table(tmp_path, [*CROSSES, "an axe"])
     with serving(judge=is_red, words=WORDS) as service:
         use(monkeypatch, service)
@@ -357,7 +353,7 @@ def test_the_policy_of_the_run_is_kept_unless_another_is_requested(
             ("blur", "replaced by a blurred image"), ("drop", "removed"), ("keep", None), ("quarantine", None))),
     ],
 )  # fmt: skip
-def test_what_will_be_lost_is_told_before_anything_is(
+def test_a_warning_names_what_will_be_lost_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, loss: str | None
 ) -> None:
     """The policy is that of the run."""
@@ -377,7 +373,7 @@ def test_what_will_be_lost_is_told_before_anything_is(
     assert "original" not in runs.command("rescore", out, "--safety", "checker").stderr, "nothing is left to judge"
 
 
-def test_a_prompt_that_is_refused_now_flags_its_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_refused_by_rescore_flags_its_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, path = tmp_path / "out", table(tmp_path, [f"a knife and {BLUE}", "an axe", BLUE])
     with serving(words=WORDS) as service:
         use(monkeypatch, service, THRESHOLD="3")
@@ -391,7 +387,7 @@ def test_a_prompt_that_is_refused_now_flags_its_image(tmp_path: Path, monkeypatc
     runs.assert_whole(out)
 
 
-def test_a_blanked_image_is_never_taken_for_a_clean_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_blanked_image_is_never_rescored_as_clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, path = tmp_path / "out", table(tmp_path, CROSSES)
     assert runs.run(path, out, *SHARP, "--safety", "checker", "--on-flagged", "blank").code == 0
     for policy in ("keep", "quarantine", "blank"):
@@ -419,7 +415,7 @@ def test_a_missing_or_broken_image_fails_and_is_rendered_by_the_next_run(tmp_pat
     runs.assert_whole(out)
 
 
-def test_a_service_that_is_down_leaves_what_was_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_service_outage_keeps_rescored_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, path = tmp_path / "out", table(tmp_path, CROSSES)
     assert runs.run(path, out, "--safety", "none").code == 0
     before = runs.results(out)
@@ -451,7 +447,7 @@ MOMENTS = [(FolderSink, "back_up"), (FolderSink, "publish"), (Manifest, "commit"
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize(("room", "moment"), MOMENTS, ids=[moment for _, moment in MOMENTS])
 @pytest.mark.parametrize("policy", ["blank", "blur", "quarantine", "drop", "keep"])
-def test_a_rescoring_that_was_killed_goes_on(
+def test_a_killed_rescore_is_continued(
     unjudged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, room: Any, moment: str, after: bool
 ) -> None:
     """At any moment of its second batch; until it is through, nobody else works there, and no image is lost."""
@@ -493,7 +489,7 @@ def test_a_rescoring_that_was_killed_goes_on(
 @pytest.mark.promises
 @pytest.mark.parametrize("requests", [1, 3, 5])
 @pytest.mark.parametrize("policy", ["blank", "blur", "quarantine", "drop"])
-def test_a_rescoring_whose_process_is_killed_goes_on(
+def test_a_rescore_whose_process_is_killed_is_continued(
     unjudged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, requests: int
 ) -> None:
     """SIGKILL while the service keeps the process waiting for its verdict on an image, in one batch or another."""
@@ -553,7 +549,7 @@ main()
 
 @pytest.mark.promises
 @pytest.mark.parametrize(("room", "moment"), MOMENTS, ids=[moment for _, moment in MOMENTS])
-def test_a_rescoring_whose_process_is_killed_while_it_commits_goes_on(
+def test_a_rescore_whose_process_is_killed_during_a_commit_is_continued(
     unjudged: Path, tmp_path: Path, room: Any, moment: str
 ) -> None:
     shutil.copytree(unjudged, tmp_path / "folder")
@@ -573,7 +569,7 @@ def test_a_rescoring_whose_process_is_killed_while_it_commits_goes_on(
 
 @pytest.mark.promises
 @pytest.mark.parametrize("policy", ["blur", "quarantine"])
-def test_a_rescoring_that_was_killed_can_be_taken_back(
+def test_a_killed_rescore_can_be_undone(
     unjudged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str
 ) -> None:
     """New files stand in place, and the part was not committed; then the first judges are asked again."""
@@ -595,7 +591,7 @@ def test_a_rescoring_that_was_killed_can_be_taken_back(
     runs.assert_whole(out)
 
 
-def test_a_rescoring_after_a_run_that_was_killed_is_counted_and_kept(
+def test_a_rescore_after_a_killed_run_is_counted(
     unjudged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second run is killed: `status` says what is left, and the third does not take new images for damaged ones."""
@@ -663,7 +659,7 @@ def test_an_image_keeps_its_format_with_its_name(unjudged: Path, tmp_path: Path,
     runs.assert_whole(out)
 
 
-def test_images_with_more_text_than_pillow_takes_are_judged(tmp_path: Path) -> None:
+def test_images_with_more_text_than_pillow_allows_are_checked(tmp_path: Path) -> None:
     """And one that cannot be opened costs no other row its verdict, and does not lock OUT."""
     out, path = tmp_path / "out", table(tmp_path, CROSSES)
     assert runs.run(path, out, *SHARP, "--safety", "none").code == 0
@@ -686,7 +682,7 @@ def test_images_with_more_text_than_pillow_takes_are_judged(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("column", ["id", "prompt"])
-def test_a_damaged_part_does_not_lock_a_folder_that_is_rescored(unjudged: Path, tmp_path: Path, column: str) -> None:
+def test_a_damaged_part_does_not_block_a_rescore(unjudged: Path, tmp_path: Path, column: str) -> None:
     """Damage in a column that is read at once, or only for the rows themselves: it is set aside, and `run` renders."""
     shutil.copytree(unjudged, tmp_path / "folder")
     out, judged = tmp_path / "folder" / "out", ("--safety", "checker", "--on-flagged", "keep")
@@ -731,7 +727,7 @@ def with_files(part: Path, out: Path) -> None:
     pq.write_table(rows, part)
 
 
-def test_who_rescores_second_sees_what_the_first_has_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_rescore_sees_the_results_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Images that were blanked while this one loaded its judges are not taken for what was rendered."""
     out, path = tmp_path / "out", table(tmp_path, CROSSES)
     assert runs.run(path, out, *SHARP, "--safety", "checker", "--on-flagged", "keep").code == 0
@@ -751,7 +747,7 @@ def test_who_rescores_second_sees_what_the_first_has_done(tmp_path: Path, monkey
     assert runs.results(out)[0]["status"] == "flagged"
 
 
-def test_one_of_two_tables_is_not_all_there_is_to_judge(tmp_path: Path) -> None:
+def test_rescore_refuses_fewer_tables_than_in_the_run(tmp_path: Path) -> None:
     one, two = tmp_path / "one.txt", tmp_path / "two.txt"
     one.write_text("a ring\n")
     two.write_text("a star\n")
@@ -762,7 +758,7 @@ def test_one_of_two_tables_is_not_all_there_is_to_judge(tmp_path: Path) -> None:
     assert len(runs.results(out)) == 2
 
 
-def test_a_run_with_other_judges_is_pointed_to_rescore(tmp_path: Path) -> None:
+def test_a_run_with_other_checkers_is_pointed_to_rescore(tmp_path: Path) -> None:
     path = table(tmp_path, CROSSES)
     assert runs.run(path, tmp_path / "out", "--safety", "none").code == 0
     done = runs.run(path, tmp_path / "out", "--safety", "checker")
