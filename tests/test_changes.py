@@ -1,4 +1,4 @@
-"""Finished images are replaced only where that was asked for, and plan and run say why rows will be rendered."""
+"""Finished images are replaced only on request, and plan and run say why rows will be rendered."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_an_interrupted_scan_keeps_the_earlier_options(table: Path, out: Path, m
 def test_retry_renders_the_chosen_rows_despite_changed_options(
     table: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As after a run with --rerender-changed that was stopped."""
+    """Like after a stopped run with --rerender-changed."""
     assert run(table, out).code == 0
     before = hashes(out)
 

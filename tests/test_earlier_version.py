@@ -1,4 +1,4 @@
-"""An OUT that an earlier version has written is continued, merged, rescored and retried; nothing is rendered again."""
+"""An OUT of an earlier version is continued, merged, rescored and retried; nothing is rendered again."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ OPTIONS = {
     **{policy: ("flagged.csv", "--guidance-scale", "5", "--on-flagged", policy, "--image-format", image_format)
        for policy, image_format in FORMATS.items()},
 }  # fmt: skip
-"""The table and the options that each folder was made with."""
+"""The table and the options of each folder."""
 CODES = {"keep": 3}
-"""A row of it is invalid."""
+"""One of its rows is invalid."""
 
 every_run = pytest.mark.parametrize("name", OPTIONS)
 
@@ -55,13 +55,13 @@ def run(folder: Path, name: str, *options: str) -> Done:
 
 
 def rendered(done: Done, code: int = 0) -> int:
-    """How many images the command has rendered."""
+    """Return how many images the command has rendered."""
     assert done.code == code, done.stderr
     return int(json.loads(done.stdout)["rendered"])
 
 
 def committed(out: Path) -> dict[Key, dict[str, Any]]:
-    """What the parts of an OUT hold, without bookkeeping, as long as no key has two results."""
+    """Return the results in the parts of an OUT without bookkeeping, where no key has two."""
     found: dict[Key, dict[str, Any]] = {}
     for part in (out / "manifest").glob("part-*.parquet"):
         for row in pq.read_table(part).to_pylist(maps_as_pydicts="strict"):
@@ -70,7 +70,7 @@ def committed(out: Path) -> dict[Key, dict[str, Any]]:
 
 
 def assert_as_before(out: Path, before: Mapping[Key, Mapping[str, Any]]) -> None:
-    """results.parquet says what the parts said: all result columns of all rows, and the image files are those."""
+    """results.parquet has all result columns of all rows as the parts had them, and the image files match."""
     rows = {(row["id"], row["image_index"]): row for row in results(out)}
     assert rows.keys() == before.keys()
     for key, row in before.items():
@@ -82,7 +82,7 @@ def assert_as_before(out: Path, before: Mapping[Key, Mapping[str, Any]]) -> None
 
 
 def forget_end(out: Path) -> None:
-    """Make of a finished run one that was killed just before its end."""
+    """Turn a finished run into one that was killed just before its end."""
     (out / "run.json").write_text(json.dumps({**run_json(out), "finished_at": None, "summary": None}))
     (out / ".tmp-0123abcd-1-0123456789ab-results.parquet").write_bytes(b"half")
 
@@ -137,7 +137,7 @@ def test_status_counts_the_results_of_an_earlier_version(folder: Path, name: str
 
 @every_run
 def test_an_out_of_an_earlier_version_is_rescored_and_continued(folder: Path, name: str) -> None:
-    """By other judges and by the same: no image is lost, and the run goes on from there."""
+    """By other checkers and by the same: no image is lost, and the run can be continued."""
     out, before = folder / name, committed(folder / name)
     judged = ("--safety", "checker", "--on-flagged", name if name in FORMATS else "keep")
     policy = judged[2:] if name == "carried" else ()  # the others' own is kept
@@ -178,7 +178,7 @@ def test_missing_images_are_rendered_identically(folder: Path, name: str) -> Non
 
 
 def test_a_killed_rescore_is_continued(folder: Path) -> None:
-    """Its first image is judged already."""
+    """Its first image is already rescored."""
     out = folder / "rescoring"
     assert json.loads(command("status", out, "--json").stdout)["state"] == "rescoring"
     hashes = {hashlib.sha256((out / path).read_bytes()).hexdigest() for path in images(out)}
@@ -231,7 +231,7 @@ BRIEF = ("--steps", "2", "--on-flagged", "keep")
 
 
 def test_a_finished_row_over_the_size_limit_is_kept(unlimited: Path) -> None:
-    """By every command; a row like it that is new is invalid."""
+    """By every command; a new row like it is invalid."""
     out, table = unlimited, unlimited.with_name("t.csv")
     before = committed(out)
     for line in (
@@ -252,7 +252,7 @@ def test_a_finished_row_over_the_size_limit_is_kept(unlimited: Path) -> None:
 
 
 def test_a_finished_row_over_the_size_limit_is_not_rendered_again(unlimited: Path) -> None:
-    """Other options would replace it: that is refused, and where it is wanted the row is invalid."""
+    """Options that would replace it are refused; with --rerender-changed the row is invalid."""
     out, table = unlimited, unlimited.with_name("t.csv")
     other = ("run", table, "-o", out, *COMPUTE, "--steps", "3", "--on-flagged", "keep")
     refused = command(*other)

@@ -1,4 +1,4 @@
-"""What cannot be looked at may well be there: a look at OUT that fails is a StorageError, and changes nothing."""
+"""A path that cannot be read may exist: failing to read OUT is a StorageError and changes nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from batch_infer.store import is_folder, is_link, path_exists, unique_name
 from tests.storage import fail_at
 
 MARK = ".begun-elsewhere-1-0123456789ab-x"
-"""Of a process on another machine, which may have died."""
+"""A file of a process on another machine, which may have died."""
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ENOTCONN])

@@ -1,4 +1,4 @@
-"""Merging: results.* in the order of the tables, of what is committed of their rows as they stand now."""
+"""Merging: results.* hold the committed results of current rows in the order of the tables."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def json_rows(out: Path) -> list[dict[str, Any]]:
 
 
 def test_results_have_the_order_of_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However they were finished, and across the batches that they are merged in."""
+    """Whatever the order of commits, and across merge batches."""
     monkeypatch.setattr(merging, "BATCH", 4)
     names = [f"{i}" for i in range(23)]
     for part in (names[::3], names[1::3], names[2::3][::-1]):
@@ -96,7 +96,7 @@ def test_counts_are_by_status_and_row(tmp_path: Path) -> None:
 
 
 def test_source_and_carried_columns_are_current(tmp_path: Path) -> None:
-    """A row that moved, or whose other columns changed, is the same image."""
+    """A row that moved, or whose carried columns changed, keeps its image."""
     before = pa.schema([("gone", pa.string()), ("kept", pa.string())])
     Manifest(tmp_path).commit([result("a", carried={"gone": "x", "kept": "old"})], before)
     carried = pa.schema([("kept", pa.int64()), ("new", pa.list_(pa.int8()))])
@@ -155,7 +155,7 @@ def test_csv_and_jsonl_equal_parquet(tmp_path: Path) -> None:
     ids=str,
 )
 def test_carried_values_of_any_type(tmp_path: Path, kind: pa.DataType, value: Any, in_csv: str, in_json: Any) -> None:
-    """JSON knows no NaN: a reader that goes by the book would refuse the file."""
+    """JSON has no NaN: a strict reader would refuse the file."""
     Manifest(tmp_path).commit([result("a")], NONE)
     merge(tmp_path, [request("a", mine=value)], pa.schema([("mine", kind)]), results=("csv", "jsonl"))
     assert csv_rows(tmp_path)[0]["mine"] == in_csv
@@ -163,7 +163,7 @@ def test_carried_values_of_any_type(tmp_path: Path, kind: pa.DataType, value: An
 
 
 def test_base64_holds_the_file(tmp_path: Path) -> None:
-    """And null where there is none, be it never made or deleted by somebody: the other rows are told all the same."""
+    """A missing or deleted image is null and does not affect other rows."""
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a-0.png").write_bytes(b"\x89PNG")
     rows = [result("a"), result("dropped", generated_image=None, status="flagged"), result("deleted")]
@@ -177,7 +177,7 @@ def test_base64_holds_the_file(tmp_path: Path) -> None:
 
 
 def test_formats_no_longer_requested_are_removed(tmp_path: Path) -> None:
-    """They would be out of date."""
+    """They would be stale."""
     merge(tmp_path, [], results=("csv", "jsonl"))
     merge(tmp_path, [], results=("jsonl",))
     remove_other_results(tmp_path, OutputSettings(results=("jsonl",)))
@@ -237,7 +237,7 @@ def test_merging_parts_alone_takes_the_highest_attempt(tmp_path: Path) -> None:
 
 
 def test_carried_columns_of_parts_are_combined(tmp_path: Path) -> None:
-    """Parts of one OUT may come of tables with other columns, or with the same of another type."""
+    """Parts of one OUT may have different carried columns, or the same with another type."""
     commit(tmp_path, "a", "a.csv", 0, carried={"n": 7})
     text = pa.schema([("n", pa.string()), ("tags", pa.list_(pa.string()))])
     Manifest(tmp_path).commit([result("b", source_file="b.csv", source_row=0, carried={"n": "x", "tags": ["u"]})], text)
@@ -278,7 +278,7 @@ def test_nothing_to_merge_is_a_usage_error(tmp_path: Path) -> None:
 
 
 def test_merge_follows_the_tables_of_the_run(tmp_path: Path) -> None:
-    """As they do for run itself; once they are gone, the manifest has the last word."""
+    """As in `run`; without the tables the manifest decides."""
     table, out = tmp_path / "t.csv", tmp_path / "out"
     write_csv(table, [["id", "prompt"], ["a", "a red circle"], ["b", "a blue square"]])
     assert run(table, out, "--results", "csv").code == 0
@@ -304,7 +304,7 @@ def test_merge_follows_the_tables_of_the_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ended", [True, False])
 def test_status_agrees_with_results(tmp_path: Path, ended: bool) -> None:
-    """After a merge of tables that have changed, or are gone; after a run that ended, or was killed."""
+    """After a merge with changed or missing tables, and after a finished or killed run."""
     table, out = tmp_path / "t.csv", tmp_path / "out"
     write_csv(table, [["id", "prompt"], ["a", "a red circle"], ["b", "a blue square"], ["c", ""]])
     assert run(table, out).code == 3

@@ -1,4 +1,4 @@
-"""OUT: one run at a time holds it, and only what runs made there is removed."""
+"""OUT: one run at a time holds its lock, and only files of runs are removed."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_damaged_run_json_is_named_with_a_remedy(tmp_path: Path, content: byte
 
 
 def full(out: Path) -> list[Path]:
-    """An OUT with something of every kind that runs make, and things of others."""
+    """An OUT with every kind of file that runs make, and files of other programs."""
     for name in ("images/t-00000/a-0.png", "quarantine/t/b-0.png", "manifest/part-1.parquet", "logs/worker-0.log"):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).touch()
@@ -162,7 +162,7 @@ def test_clearing_keeps_links_and_removes_only_named_images_behind_them(out: Pat
 def test_a_killed_overwrite_is_finished_by_the_next_run(
     out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linked: bool
 ) -> None:
-    """Whichever removal it dies at, no command takes what is left for results."""
+    """At whichever removal it is killed, no command reads what is left as results."""
     for step in range(1, 20):
         shutil.rmtree(out, ignore_errors=True)
         shutil.rmtree(tmp_path / "big disk", ignore_errors=True)
@@ -268,7 +268,7 @@ def test_the_name_of_the_current_holder_is_kept(out: Path, holder: subprocess.Po
 
 
 def test_sweeping_stats_no_single_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There may be a million of them, on a disk in a network."""
+    """There may be a million files on a network disk."""
     for name in ("a", "b", "c"):
         folder = tmp_path / "images" / name
         folder.mkdir(parents=True)
@@ -292,7 +292,7 @@ def replaced(out: Path) -> None:
 
 
 def removed_and_made_again(out: Path) -> None:
-    """At once: a file system is quick to give the inode of the old folder to the new one."""
+    """At once: file systems soon give the inode of the old folder to the new one."""
     shutil.rmtree(out)
     out.mkdir()
 
@@ -357,7 +357,7 @@ print(find_holder(pathlib.Path(sys.argv[1])))
 
 @pytest.fixture
 def shared() -> Iterator[Path]:
-    """OUT, to which others come. Not below pytest's own folder, which is closed to them."""
+    """An OUT that other users can read. Not below pytest's folder, which they cannot enter."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         out = Path(folder) / "out"
@@ -428,7 +428,7 @@ def test_a_path_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_next_holder_removes_partial_results(out: Path) -> None:
-    """Temporary files of others stay: workers of an endpoint share OUT with a merge."""
+    """Temporary files of other processes stay: workers of an endpoint share OUT with a merge."""
     out.mkdir(parents=True)
     token = ".tmp-0a1b2c3d-1-0123456789ab-"
     for name in (f"{token}results.parquet", f"{token}results.csv", f"{token}run.json", ".tmp-mine-results.csv"):
@@ -444,7 +444,7 @@ def refuse_to_unlink(path: Path, *_: object, **__: object) -> None:
 
 
 def test_losing_write_access_is_a_storage_error(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also in the way out, where nothing may hide the error that ends the run."""
+    """Also during cleanup, which must not hide the error that ends the run."""
     with (
         monkeypatch.context() as patch,
         pytest.raises(StorageError, match=r"cannot write .*out/x: Permission denied"),

@@ -1,4 +1,4 @@
-"""`batch-infer plan`: what a run would do, told beforehand, and held against what the run then does."""
+"""`batch-infer plan`: what a run would do, compared with what the run then does."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_plan_agrees_with_the_run(table: Path, out: Path) -> None:
 
 
 def test_steps_that_the_scheduler_refuses_are_invalid_beforehand(tmp_path: Path, out: Path) -> None:
-    """Only the scheduler knows which."""
+    """Only the scheduler knows which steps."""
     rows: list[list[Any]] = [
         ["prompt", "num_inference_steps", "num_images_per_prompt"],
         ["x", 4, 1],
@@ -189,11 +189,11 @@ if __name__ == "__main__":
         peak = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
         print(end.code, loaded, peak, file=sys.stderr)
 """
-"""The command, in a file of its own since it starts a process, that tells what it loaded and the memory it took."""
+"""The command as a script, since it starts a process; it prints the libraries that it loaded and its peak memory."""
 
 
 def plan_apart(table: Path, folder: Path) -> tuple[dict[str, Any], str, int]:
-    """A plan in a process of its own: what it says, what it loaded of the rendering libraries, its peak in KiB."""
+    """Run a plan in its own process; return its output, the rendering libraries that it loaded, and its peak in KiB."""
     script = folder / "planning.py"
     script.write_text(PLANNING)
     line: list[str | Path] = [
@@ -215,7 +215,7 @@ def plan_apart(table: Path, folder: Path) -> tuple[dict[str, Any], str, int]:
 @pytest.mark.promises
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_a_plan_imports_no_torch(table: Path, tmp_path: Path) -> None:
-    """What only torch knows is asked of a process beside it."""
+    """A separate process answers what only torch knows."""
     planned, loaded, _ = plan_apart(table, tmp_path)
     assert (planned["pending"], loaded) == (8, "[]")
 
@@ -240,7 +240,7 @@ def test_the_memory_of_a_plan_does_not_grow_with_the_table(tmp_path: Path, few: 
 
 
 def test_a_device_with_too_little_memory_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a run tells it; torch's own error would have torch imported by whoever asked."""
+    """As a run does; torch's own error would need torch to be imported in the parent process."""
 
     def too_small(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory\nand more")

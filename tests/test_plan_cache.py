@@ -1,4 +1,4 @@
-"""A plan asks torch only for what no earlier plan has kept."""
+"""A plan probes torch only for facts that no earlier plan has cached."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def table(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def questions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The questions that reach the probe's process, answered in this one."""
+    """The questions that reach the probe, answered in this process."""
     names: list[str] = []
 
     def ask(_: Probe, question: Callable[..., Any], *arguments: Any) -> Any:
@@ -178,7 +178,7 @@ def test_a_gpu_is_cached(driver: Path) -> None:
 
 
 def test_a_cpu_is_not_cached_where_gpus_are_visible(driver: Path) -> None:
-    """Another command may find them: the driver may have failed, or torch may be exchanged."""
+    """A later command may use them: the driver may have failed, or another torch may be installed."""
     devices.save_device("auto", Device("cpu", "Test"))
     assert devices.load_device("auto") is None
 

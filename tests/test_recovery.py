@@ -1,4 +1,4 @@
-"""Recovery: whatever a run died of, the next one makes of OUT what an undisturbed run would have made."""
+"""Recovery: after any death of a run, the next one leaves OUT as an undisturbed run would."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ NOW = 50_000.0
 """The time on the clock of a machine."""
 ROOT = Path(__file__).parent.parent
 LONG = "0123456789" * 6
-"""A value that stands in a part as it is."""
+"""A value that is stored uncompressed in a part."""
 
 
 def result(sink: FolderSink, name: str, content: bytes | None = b"pixels", **more: Any) -> ResultRow:
-    """A row whose image is written, and not settled."""
+    """A row whose image is written but not published."""
     usual = {"id": name, "image_index": 0, "prompt": "x", "status": "ok", "source_file": "t.csv", "source_row": 0}
     if content is not None:
         stored = sink.write(f"images/t-0000{name > 'b':d}/{name}-0.png", content)
@@ -56,7 +56,7 @@ def files(out: Path) -> dict[str, bytes]:
 
 
 def commit_twice(out: Path) -> None:
-    """What a worker does with two batches of rows, of which the second are later attempts at the first."""
+    """Commit two batches of rows like a worker; the second holds later attempts at the first."""
     sink, manifest = FolderSink(out), Manifest(out)
     for attempt in (1, 2):
         rows = [result(sink, name, f"{name} {attempt}".encode(), attempt=attempt) for name in "abc"]
@@ -68,7 +68,7 @@ def commit_twice(out: Path) -> None:
 
 
 def new_out(out: Path) -> Path:
-    """An OUT with two images that others are to replace."""
+    """An OUT with two images to replace."""
     (out / "images" / "t-00000").mkdir(parents=True)
     for attempt in (1, 2):
         (out / "images" / "t-00000" / f"old-{attempt}.png").touch()
@@ -76,7 +76,7 @@ def new_out(out: Path) -> Path:
 
 
 def die_at(step: int) -> None:
-    """Have this process killed just before its n-th call that changes what a disk holds."""
+    """Kill this process just before its n-th call that changes the disk."""
     left = [step]
 
     def deadly(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,7 +93,7 @@ def die_at(step: int) -> None:
 
 
 def die_everywhere(root: Path) -> None:
-    """Commit in one process for each step that it can die at, and say how each ended, until one comes to its end."""
+    """Commit in one process for each step at which it can be killed, until one finishes; yield how each ended."""
     for step in itertools.count(1):
         out = new_out(root / str(step))
         child = os.fork()
@@ -108,7 +108,7 @@ def die_everywhere(root: Path) -> None:
 
 
 def mixed_up(out: Path) -> set[tuple[str, int]]:
-    """Keys of the images that are not those of the attempt which the manifest has."""
+    """Keys of images that are not those of the committed attempt."""
     with Manifest(out).index() as index:
         found = {name: index.find((name, 0)) for name in "abc"}
         return {
@@ -120,7 +120,7 @@ def mixed_up(out: Path) -> set[tuple[str, int]]:
 
 @pytest.mark.promises
 def test_a_kill_at_any_step_of_a_commit_is_recovered_by_the_next_run(tmp_path: Path) -> None:
-    """Processes that die for real: no `finally` of theirs cleans up."""
+    """Real processes are killed: no `finally` cleans up."""
     command = [sys.executable, "-m", "tests.test_recovery", str(tmp_path)]
     told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     ends = dict(line.split() for line in told.stdout.splitlines())
@@ -141,7 +141,7 @@ def test_a_kill_at_any_step_of_a_commit_is_recovered_by_the_next_run(tmp_path: P
 
 
 def test_an_uncommitted_image_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """It is rendered again, under its name."""
+    """It is rendered again under the same name."""
     sink = FolderSink(tmp_path)
     commit(tmp_path, result(sink, "a"))
     sink.publish([str(result(sink, "b", b"settled").generated_image)])
@@ -160,7 +160,7 @@ def test_an_out_without_a_manifest_is_recovered(tmp_path: Path) -> None:
 
 
 def test_recent_lost_images_are_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Older ones are not looked at: that is for `verify`."""
+    """Older images are not checked."""
     sink, early = FolderSink(tmp_path), NOW - recovery.RECENT_SECONDS
     rows = [*(result(sink, name) for name in ("a whole", "a gone", "a short", "another"))]
     commit(tmp_path, *rows, result(sink, "a failure", None, status="failed"))
@@ -230,13 +230,13 @@ def test_damaged_parts_are_set_aside_with_a_warning(
 
 
 def garbled(content: bytes) -> bytes:
-    """Another value of the same length, which Parquet itself sees nothing of."""
+    """Another value of the same length, which Parquet does not notice."""
     at = content.index(LONG[:10].encode())
     return content[:at] + b"98765" + content[at + 5 :]
 
 
 def test_damage_outside_indexed_columns_is_set_aside_too(tmp_path: Path) -> None:
-    """An old one: by who reads its other columns, or by the index."""
+    """An old part: when its other columns are read, or by the index."""
     sink = FolderSink(tmp_path)
     part = commit(tmp_path, result(sink, "a", scheduler=LONG), at=NOW - 40_000)
     content = part.read_bytes()
@@ -279,7 +279,7 @@ def test_old_parts_and_their_images_are_not_read(tmp_path: Path, monkeypatch: py
 
 
 def test_setting_the_clock_back_does_not_hide_recent_parts(tmp_path: Path) -> None:
-    """What was committed last is checked, although its time of day is the earlier one."""
+    """The last commit is checked although its time of day is earlier."""
     sink = FolderSink(tmp_path)
     commit(tmp_path, result(sink, "a"), at=NOW - 700)
     commit(tmp_path, result(sink, "b", finished_at=END - timedelta(days=1)))

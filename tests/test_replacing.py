@@ -1,4 +1,4 @@
-"""Images that others of their name replace: a kill before the others are committed loses none of them."""
+"""Replaced images: a kill before the new ones are committed loses none of the old."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ every_moment = pytest.mark.parametrize(("room", "moment"), MOMENTS, ids=[moment 
 
 
 class Killed(BaseException):
-    """Ends a process so that no code of it handles that."""
+    """Ends a process without any handler."""
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def rendered(done: runs.Done) -> int:
 
 
 def die(room: Any, moment: str, *, after: bool) -> Callable[..., Any]:
-    """Return the method with an end that nothing handles before or after it."""
+    """Return the method with an unhandled end before or after it."""
     real = getattr(room, moment)
 
     def dying(self: Any, *arguments: Any) -> None:
@@ -68,7 +68,7 @@ def die(room: Any, moment: str, *, after: bool) -> Callable[..., Any]:
 
 
 def killed_while_replacing(folder: Path, room: Any, moment: str, *, after: bool) -> dict[str, bytes]:
-    """Have a run with other options killed at a moment of its only commit; return the images as they were before."""
+    """Kill a run with other options at a moment of its only commit; return the images from before."""
     before = files(folder / "out")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(room, moment, die(room, moment, after=after))
@@ -80,7 +80,7 @@ def killed_while_replacing(folder: Path, room: Any, moment: str, *, after: bool)
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @every_moment
 def test_a_run_killed_while_replacing_images_can_be_undone(folder: Path, room: Any, moment: str, after: bool) -> None:
-    """The old options render nothing, and every image is the old one, unless the new ones were committed."""
+    """The old options render nothing, and every image is the old one unless the new ones were committed."""
     out = folder / "out"
     before = killed_while_replacing(folder, room, moment, after=after)
     committed = moment == "remove" or (moment == "commit" and after)
@@ -132,7 +132,7 @@ def test_replacing_a_missing_image_works(folder: Path) -> None:
 
 
 def test_a_second_attempt_sets_the_committed_image_aside(tmp_path: Path) -> None:
-    """A worker died over the first attempt: what it put in place was never committed."""
+    """A worker died in the first attempt: the image that it published was never committed."""
     sink = FolderSink(tmp_path)
     for content in (b"old", b"first", b"second"):
         path = sink.write("images/t-00000/a-0.png", content).path
@@ -143,7 +143,7 @@ def test_a_second_attempt_sets_the_committed_image_aside(tmp_path: Path) -> None
 
 
 def test_an_uncommitted_original_is_removed(folder: Path) -> None:
-    """Also of an image that no row has any more; files of other folders are left alone."""
+    """Also of an image that no row names; files of other folders are left alone."""
     out = folder / "out"
     first, *_ = sorted(runs.images(out))
     strangers = [out / ".original-mine.png", out / "logs" / ".original-log"]
@@ -160,14 +160,14 @@ def test_an_uncommitted_original_is_removed(folder: Path) -> None:
 
 
 def of_another_process(aside: Path) -> Path:
-    """Rename an image that this process has set aside, as if one had that is dead by now."""
+    """Rename an image that this process has set aside, as if a dead process had done it."""
     _, where, number, *rest = aside.name.split("-")
     assert int(number) == os.getpid()
     return aside.rename(aside.with_name("-".join([".original", where, "99999999", *rest])))
 
 
 def test_the_committed_one_of_several_originals_is_restored(folder: Path) -> None:
-    """Two workers died one after the other, while they replaced the same image."""
+    """Two workers died one after the other while replacing the same image."""
     out = folder / "out"
     before = killed_while_replacing(folder, Manifest, "commit", after=False)
     for path in out.rglob(".original-*"):
@@ -182,7 +182,7 @@ def test_the_committed_one_of_several_originals_is_restored(folder: Path) -> Non
 
 
 def test_originals_of_live_workers_are_not_leftovers(folder: Path) -> None:
-    """Workers of an endpoint share OUT, and each removes only what dead ones have left."""
+    """Workers of an endpoint share OUT, and each removes only files of dead ones."""
     out = folder / "out"
     first, *_ = sorted(runs.images(out))
     FolderSink(out).back_up([first])
@@ -193,7 +193,7 @@ def test_originals_of_live_workers_are_not_leftovers(folder: Path) -> None:
 
 
 def test_a_run_with_a_lost_remote_worker_is_recovered_by_the_next(folder: Path) -> None:
-    """It ended in order, except that a worker on another machine may have been about to commit."""
+    """The run ended cleanly, except that a worker on another machine may have been about to commit."""
     out = folder / "out"
     before = files(out)
     FolderSink(out).back_up(before)
@@ -204,7 +204,7 @@ def test_a_run_with_a_lost_remote_worker_is_recovered_by_the_next(folder: Path) 
 
 
 def test_a_run_that_is_refused_while_it_commits_restores_the_images(folder: Path) -> None:
-    """As where a service refuses the key. run.json is then the one of the earlier run, which ended in order."""
+    """For example if a service refuses the key. run.json is then that of the earlier run, which ended cleanly."""
     out = folder / "out"
     before = files(out)
 
@@ -220,7 +220,7 @@ def test_a_run_that_is_refused_while_it_commits_restores_the_images(folder: Path
 
 @pytest.mark.parametrize("line", [("run",), ("rescore", "--safety", "checker")])
 def test_images_are_restored_despite_a_damaged_part(folder: Path, line: tuple[str, ...]) -> None:
-    """Also where only columns are damaged that are not read until then: its rows are rendered again."""
+    """Also if the damage is in columns that are not read before: its rows are rendered again."""
     out = folder / "out"
     killed_while_replacing(folder, Manifest, "commit", after=False)
     (part,) = (out / "manifest").glob("part-*.parquet")

@@ -1,4 +1,4 @@
-"""`batch-infer retry`: what came to a status is rendered again, and nothing else."""
+"""`batch-infer retry`: only rows with the given statuses are rendered again."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def attempts(out: Path) -> dict[str, int]:
 
 
 def failing(prompt: str) -> Any:
-    """Rows of this prompt give values that are no numbers."""
+    """Rows with this prompt give NaN."""
     decode, condition = StableDiffusion.decode, StableDiffusion.condition
     seen: list[str] = []
 
@@ -163,7 +163,7 @@ def test_the_status_can_come_from_the_environment(table: Path, out: Path, monkey
 def test_retry_has_the_settings_of_the_run(
     table: Path, out: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Its settings and its tables, from any folder, whatever the environment says of other runs."""
+    """Its settings and tables, from any folder, whatever the environment sets for other runs."""
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
     options = ("--scheduler", "DPMSolverMultistepScheduler:use_karras_sigmas=true", "--results", "csv", "--seed", "7")

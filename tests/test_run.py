@@ -1,4 +1,4 @@
-"""`batch-infer run`: from tables to images and results, again and again, whatever ends it in between."""
+"""`batch-infer run`: tables in, images and results out, and continued runs after any interruption."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ MIXED = [
     ["e", "a purple triangle", "", "3", "72", "4", "9.5", ""],
     ["f", "a sky background", "red", "", "", "2", "2", "3"],
 ]
-"""Rows of different sizes, steps and guidance, which share calls and make room for each other."""
+"""Rows of different sizes, steps and guidance, which share UNet calls."""
 
 
 def open_image(out: Path, row: dict[str, Any]) -> Any:
@@ -111,7 +111,7 @@ def passing(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def mixed_hashes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], str | None]:
-    """The images of the mixed table, rendered in one go."""
+    """The images of the mixed table, rendered by one run."""
     folder = tmp_path_factory.mktemp("mixed")
     assert run(write_csv(folder / "t.csv", MIXED), folder / "out").code == 0
     assert_whole(folder / "out")
@@ -124,7 +124,7 @@ def mixed_hashes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, in
 
 
 def test_every_row_is_accounted_for_in_input_order(tmp_path: Path, out: Path) -> None:
-    """Good rows and bad ones, carried columns and all, as interface.md has it."""
+    """Valid and invalid rows, with carried columns."""
     table = write_parquet(
         tmp_path / "prompts.parquet",
         status=["mine", None, "x", "y"],
@@ -203,7 +203,7 @@ def test_run_json_has_settings_versions_and_summary(table: Path, out: Path) -> N
 
 
 def test_image_k_is_the_image_of_seed_plus_k(tmp_path: Path) -> None:
-    """So any image can be asked for by itself."""
+    """So any image can be rendered alone."""
     header = ["id", "prompt", "seed", "num_images_per_prompt"]
     run(write_csv(tmp_path / "t.csv", [header, ["a", "a red circle", 5, 3]]), tmp_path / "three")
     run(write_csv(tmp_path / "t.csv", [header, ["b", "a red circle", 7, 1]]), tmp_path / "one")
@@ -358,7 +358,7 @@ def test_quiet_prints_nothing_on_success_only(table: Path, out: Path) -> None:
 
 
 def test_invalid_rows_are_logged_to_stderr_and_to_the_file(tmp_path: Path, out: Path) -> None:
-    """The first twenty: the results name them all."""
+    """Only the first twenty are logged; the results name all."""
     table = write_csv(tmp_path / "t.csv", [["prompt", "seed"], *(["x", "ten"] for _ in range(30))])
     done = run(table, out)
     assert done.stderr.count("seed 'ten' is not a whole number") == 20
@@ -392,7 +392,7 @@ def test_plan_and_run_log_remarks_on_the_tables(tmp_path: Path, out: Path) -> No
 
 
 def test_options_from_the_environment(table: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A flag beats it."""
+    """A flag takes precedence."""
     monkeypatch.setenv("BATCH_INFER_STEPS", "3")
     monkeypatch.setenv("BATCH_INFER_GUIDANCE_SCALE", "4")
     monkeypatch.setenv("BATCH_INFER_RESULTS", "csv jsonl")
@@ -446,7 +446,7 @@ def test_results_of_another_program_are_not_overwritten(table: Path, out: Path) 
 
 
 def test_names_with_a_colon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which Arrow takes for URIs where they are relative."""
+    """Arrow reads a relative path with a colon as a URI."""
     monkeypatch.chdir(tmp_path)
     write_parquet(tmp_path / "t-12:30.parquet", prompt=["a red circle"])
     assert run("t-12:30.parquet", Path("out-12:30")).code == 0
@@ -512,7 +512,7 @@ def test_a_changed_row_is_rendered_again_and_its_old_file_removed(table: Path, o
 
 
 def test_partial_files_of_a_killed_run_are_removed(table: Path, out: Path) -> None:
-    """And nothing in folders of others."""
+    """Folders of other programs are left alone."""
     run(table, out)
     (out / "run.json").write_text(json.dumps({**run_json(out), "summary": None}))
     ours, others = (
@@ -588,7 +588,7 @@ def test_a_table_that_changes_during_a_run_loses_no_result(tmp_path: Path, out: 
 
 
 def test_a_secret_in_a_url_is_not_stored(tmp_path: Path, out: Path) -> None:
-    """Nor is it needed again: whoever goes on names the tables."""
+    """To continue, the tables are named again."""
     with serving(write_csv(tmp_path / "served" / "t.csv", [["prompt"], ["a red circle"]]).parent) as address:
         url = f"simplecache::{address.replace('://', '://SECRET@')}/t.csv?signature=SECRET"
         done = run(url, out)
@@ -603,7 +603,7 @@ def test_a_secret_in_a_url_is_not_stored(tmp_path: Path, out: Path) -> None:
 
 
 def test_slots_and_threads_are_kept(table: Path, out: Path) -> None:
-    """Bytes depend on them, and a run that goes on is one run."""
+    """Bytes depend on them, so a continued run keeps them."""
     run(table, out, "--slots", "6", "--limit", "1")
     score(settings_of(table, out), ProgressGroup())
     assert (run_json(out)["compute"]["slots"], run_json(out)["compute"]["threads"]) == (6, 1)
@@ -635,7 +635,7 @@ def test_another_run_on_the_same_out_is_refused(
 
 
 def test_capitals_of_ids_stay_in_file_names(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images of an earlier version, which kept none, keep their names."""
+    """Images of an earlier version, which kept no capitals, keep their names."""
     ids = ["SKU-1", "sku-1", "B", "c"]
     table = write_csv(tmp_path / "T.csv", [["id", "prompt"], *([name, "a red circle"] for name in ids)])
     with monkeypatch.context() as patch:
@@ -764,7 +764,7 @@ def test_overwrite_removes_nothing_for_a_run_that_is_stopped_before_the_model_is
 def test_overwrite_that_is_killed_once_out_is_cleared_is_continued(
     table: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where images/ is a link to a disk that holds other files."""
+    """Also if images/ is a link to a disk with other files."""
     run(table, out)
     (out / "images").rename(tmp_path / "disk")
     (out / "images").symlink_to(tmp_path / "disk")
@@ -825,7 +825,7 @@ def test_a_table_in_pieces_gives_the_same_images(
 
 @pytest.mark.promises
 def test_rows_one_by_one_give_the_same_images(tmp_path: Path, mixed_hashes: dict[tuple[str, int], str | None]) -> None:
-    """An appended row at a time, each in a run of its own, with the slots otherwise empty."""
+    """Rows are appended one by one, each rendered by its own run with otherwise empty slots."""
     for count in range(2, len(MIXED) + 1):
         assert run(write_csv(tmp_path / "t.csv", MIXED[:count]), tmp_path / "out").code == 0
     assert hashes(tmp_path / "out") == mixed_hashes
@@ -897,7 +897,7 @@ def test_a_model_without_a_checker_can_be_refused(table: Path, out: Path, sd2_fo
 
 
 def test_a_row_that_fails_is_tried_three_times(table: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And is done again once it changes."""
+    """It is rendered again once it changes."""
     with monkeypatch.context() as patch:
         patch.setattr(StableDiffusion, "decode", lambda self, latents: torch.full((len(latents), 3, 64, 64), torch.nan))
         for attempt in (1, 2, 3, 3):
@@ -948,7 +948,7 @@ def test_a_full_disk_ends_the_run_and_keeps_committed_rows(
 def test_an_uncommitted_change_leaves_the_committed_image(
     tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The row is put back, counts as done, and its image must be its own."""
+    """When the row is changed back it counts as finished, so its image must be the committed one."""
     table = write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"]])
     run(table, out)
     before = hashes(out)
@@ -981,7 +981,7 @@ STEPS = ("--steps", "10")
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, int], str | None]]:
-    """The images of the long table, by a run that nothing happened to."""
+    """The images of the long table, rendered by an undisturbed run."""
     folder = tmp_path_factory.mktemp("undisturbed")
     table = write_csv(folder / "long.csv", [["prompt"], *([f"a red circle, {i}"] for i in range(24))])
     assert run(table, folder / "out", *STEPS).code == 0
@@ -993,7 +993,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple
 def test_a_signal_stops_a_run_cleanly(
     long_table: Path, out: Path, undisturbed: dict[tuple[str, int], str | None], number: signal.Signals
 ) -> None:
-    """A second run is told to come again; the first keeps what is finished, says so, and can be gone on with."""
+    """A second run exits with 75; the first keeps what is finished, reports it, and can be continued."""
     with start(long_table, out, *STEPS, program=MODULE, PACE_HOLD="5") as process:
         assert wait_for(process, lambda: bool(images(out)))
         second = run(long_table, out, *STEPS)
@@ -1026,7 +1026,7 @@ sys.meta_path.insert(0, Early())
 from batch_infer.__main__ import main
 main()
 """
-"""The command, with a signal that comes while it still loads its libraries."""
+"""The command, with a signal that arrives while its libraries load."""
 
 
 @pytest.mark.promises
@@ -1038,8 +1038,8 @@ def test_a_signal_during_startup_stops_a_run_cleanly(table: Path, out: Path) -> 
     assert not images(out)
 
 
-def killed_and_gone_on_with(table: Path, out: Path, random_: random.Random, times: int) -> int:
-    """Kill a run that many times, after a few images each, and then let it end; how often it was under way."""
+def kill_and_continue(table: Path, out: Path, random_: random.Random, times: int) -> int:
+    """Kill a run several times after a few images, then let it finish. Return how often it was in progress."""
     killed = 0
     for _ in range(times):
         enough = len(images(out)) + random_.randint(0, 6)
@@ -1061,8 +1061,8 @@ def killed_and_gone_on_with(table: Path, out: Path, random_: random.Random, time
 def test_a_run_killed_at_any_moment_completes(
     long_table: Path, out: Path, undisturbed: dict[tuple[str, int], str | None]
 ) -> None:
-    """Every row once, every file whole, nothing left behind, and the same bytes."""
-    assert killed_and_gone_on_with(long_table, out, random.Random(0), times=2) == 2
+    """Every row has one result, every file is intact, nothing is left over, and the bytes are the same."""
+    assert kill_and_continue(long_table, out, random.Random(0), times=2) == 2
     assert hashes(out) == undisturbed
     assert [row["source_row"] for row in results(out)] == list(range(24))
     assert_whole(out)
@@ -1073,7 +1073,7 @@ def test_a_run_killed_at_any_moment_completes(
 def test_a_run_killed_again_and_again_completes(
     long_table: Path, out: Path, undisturbed: dict[tuple[str, int], str | None], seed: int
 ) -> None:
-    killed_and_gone_on_with(long_table, out, random.Random(seed), times=8)
+    kill_and_continue(long_table, out, random.Random(seed), times=8)
     assert hashes(out) == undisturbed
     assert_whole(out)
 
@@ -1101,7 +1101,7 @@ def test_images_do_not_depend_on_order_or_split(
     ],
 )
 def test_the_memory_of_a_run_does_not_grow_with_the_table(tmp_path: Path, few: int, many: int) -> None:
-    """Of one step, so that rows are what there is most of."""
+    """One step per row, so that the number of rows dominates."""
     peaks = []
     for count in (few, many):
         table = write_csv(tmp_path / f"{count}.csv", [["prompt"], *([f"a red circle {i}"] for i in range(count))])
@@ -1113,7 +1113,7 @@ def test_the_memory_of_a_run_does_not_grow_with_the_table(tmp_path: Path, few: i
 
 
 def test_a_second_run_names_the_rows_that_are_still_invalid(tmp_path: Path, out: Path) -> None:
-    """Also with -q, which says nothing of what is as it should be."""
+    """Also with -q, which prints only problems."""
     long = "a very long prompt " * 40
     table = write_csv(tmp_path / "t.csv", [["prompt", "seed"], ["a red circle", ""], [" ", "1"], [long, ""]])
     first, second = run(table, out), run(table, out, "-q")

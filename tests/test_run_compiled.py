@@ -1,4 +1,4 @@
-"""Runs whose networks are to be compiled: what happens where that fails, and what the summary says of the device."""
+"""Runs with torch.compile: failures to compile, and the device figures of the summary."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ FAULT = "torch.compile failed (no backend); --no-compile turns it off"
 
 
 class Silent:
-    """Progress that is shown to nobody."""
+    """Progress that ignores all events."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *_: None
 
 
 class Uncompilable(InlineEngine):
-    """The inline engine, on a machine where nothing compiles; `before`: rows that are committed before that is met."""
+    """The inline engine where torch.compile fails; `before`: rows committed before it does."""
 
     def __init__(self, before: int) -> None:
         super().__init__("cpu")
@@ -56,7 +56,7 @@ class Uncompilable(InlineEngine):
 
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunSettings:
-    """Of a run that compiles by default, as on a GPU."""
+    """Settings of a run that compiles by default, as on a GPU."""
     choose = vars(job)["choose_compute"]
     monkeypatch.setattr(
         job,
@@ -159,7 +159,7 @@ def test_the_summary_has_the_model_flops_utilisation(settings: RunSettings, monk
 def test_the_default_dtype_on_a_gpu_depends_on_the_family(
     family: str, kept: str | None, dtype: str, tmp_path: Path
 ) -> None:
-    """Diffusion transformers overflow in float16; a run that an earlier version began in it goes on in it."""
+    """Diffusion transformers overflow in float16; a run that an earlier version started in it continues in it."""
     card = replace(read_card(ModelSettings()), family=family)
     earlier = None if kept is None else {"compute": {"dtype": kept}}
     settings = RunSettings(TableSettings(()), tmp_path, compute=ComputeSettings(compiled=False))

@@ -1,4 +1,4 @@
-"""What a run leaves where it ends otherwise than it was meant to."""
+"""What a run leaves when it ends early."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_bug_in_a_worker_loses_no_committed_result(table: Path, out: Path, mon
 
 @pytest.mark.promises
 def test_finished_images_are_committed_without_waiting_for_others(table: Path, out: Path) -> None:
-    """As those of a wave of rows that finish together, while the device is at the next wave."""
+    """Rows that finish together are committed while the device renders the next ones."""
 
     def committed() -> int:
         return sum(pq.read_metadata(part).num_rows for part in (out / "manifest").glob("part-*.parquet"))
@@ -55,7 +55,7 @@ def test_finished_images_are_committed_without_waiting_for_others(table: Path, o
 
 
 def hide_parts(monkeypatch: pytest.MonkeyPatch, listings: int) -> None:
-    """Have so many listings of a manifest miss its last part, as a stale directory of a network file system does."""
+    """Make a number of manifest listings miss the last part, like a stale directory on a network file system."""
     parts, left = Manifest.parts, [listings]
 
     def stale(self: Manifest, since_run: int = 0) -> list[Path]:

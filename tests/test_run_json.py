@@ -1,4 +1,4 @@
-"""run.json as others have left it: edited, damaged, or written by another version."""
+"""run.json after an edit, damage, or a run of another version."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_a_key_that_another_version_does_not_write_is_named(tmp_path: Path, key:
 
 
 def test_keys_that_an_earlier_version_did_not_write_take_their_defaults() -> None:
-    """And those of a later one are left alone."""
+    """Keys of a later version are ignored."""
     record = copy.deepcopy(RECORD)
     del record["settings"]["model"]["long_prompts"], record["settings"]["compute"]["processes"]
     del record["rules"]["fixed"], record["compute"]["by_size"], record["rendering_since"], record["unreadable_tables"]
@@ -181,7 +181,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def wrong_records(record: dict[str, Any]) -> Iterator[tuple[Keys, Any, dict[str, Any]]]:
-    """Each key of a run.json with each wrong value that its form does not refuse."""
+    """Yield each key of a run.json with each wrong value that its type does not refuse."""
     for keys in keys_of(record):
         for value in WRONG:
             edited = changed(keys, value, record)
@@ -209,7 +209,7 @@ def assert_no_traceback(folder: Path, *names: str, left_out: tuple[str, ...] = (
 
 
 def test_a_sample_of_wrong_values_gives_no_traceback(finished: Path, tmp_path: Path) -> None:
-    """One of every 60; the test below goes through all."""
+    """One of every 60; the test below checks all."""
     shutil.copytree(finished, tmp_path / "copy")
     assert_no_traceback(tmp_path / "copy", "status", "merge", every=60)
 

@@ -1,4 +1,4 @@
-"""Azure AI Content Safety beside whole runs: the command, the real SDK, and a server on loopback."""
+"""Azure AI Content Safety in whole runs: the command, the real SDK, and a server on loopback."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ COMPUTE = ("--slots", "8", "--threads", "1", "--device", "cpu", "--num-processes
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A key, and not two minutes of patience with a silent service: nobody wants to wait for that here."""
+    """A key, and a short timeout for a silent service."""
     monkeypatch.setenv("CONTENT_SAFETY_KEY", KEY)
     wait_for(monkeypatch, 0.5)
 
@@ -61,7 +61,7 @@ def table(folder: Path, prompts: Sequence[str]) -> Path:
 
 
 def is_red(image: Image.Image) -> dict[str, int]:
-    """Flags an image of which a twentieth is red."""
+    """Flags an image if a twentieth of it is red."""
     red, *others = np.asarray(image.convert("RGB")).astype(int).transpose(2, 0, 1)
     return {"Sexual": 4} if np.mean(red > np.maximum(*others) + 80) > 0.05 else {}
 
@@ -115,7 +115,7 @@ def test_images_do_not_depend_on_the_checkers(tmp_path: Path, monkeypatch: pytes
 
 
 def test_both_checkers_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By default too, once the endpoint is in the environment. The built-in model's own checker hates crosses."""
+    """Also by default, once the endpoint is in the environment. The built-in model's checker flags crosses."""
     prompts = [CROSSES[0], RED, BLUE]
     with serving(judge=is_red) as service:
         use(monkeypatch, service)
@@ -276,7 +276,7 @@ def test_without_a_key_and_an_identity_nothing_starts(tmp_path: Path, monkeypatc
 
 
 class Killed(BaseException):
-    """What no code survives, as far as the disk can tell."""
+    """Ends a process without any handler."""
 
 
 def without_bookkeeping(out: Path) -> list[dict[str, Any]]:
@@ -326,7 +326,7 @@ def test_a_kept_original_is_restored_when_no_longer_flagged(tmp_path: Path, monk
 def test_the_policy_of_the_run_is_kept_unless_another_is_requested(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By rescore, and by the command of the run after it."""
+    """By rescore, and by the same `run` command after it."""
     monkeypatch.delenv("CONTENT_SAFETY_KEY")
     out, path = tmp_path / "out", table(tmp_path, CROSSES)
     assert runs.command("run", path, "-o", out, *COMPUTE, *SHARP, "--on-flagged", "keep").code == 0
@@ -431,7 +431,7 @@ def test_a_service_outage_keeps_rescored_results(tmp_path: Path, monkeypatch: py
 
 @pytest.fixture(scope="module")
 def unjudged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a table and an OUT whose images were not judged. Copy it."""
+    """A folder with a table and an OUT whose images were not checked. Copy it."""
     folder = tmp_path_factory.mktemp("unjudged")
     path = table(folder, [*CROSSES, *CROSSES])
     with pytest.MonkeyPatch.context() as patch:
@@ -450,7 +450,7 @@ MOMENTS = [(FolderSink, "back_up"), (FolderSink, "publish"), (Manifest, "commit"
 def test_a_killed_rescore_is_continued(
     unjudged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, room: Any, moment: str, after: bool
 ) -> None:
-    """At any moment of its second batch; until it is through, nobody else works there, and no image is lost."""
+    """At any moment of its second batch. Until it has finished other commands refuse OUT, and no image is lost."""
     folder = tmp_path / "folder"
     shutil.copytree(unjudged, folder)
     out, path = folder / "out", folder / "t.csv"
@@ -492,7 +492,7 @@ def test_a_killed_rescore_is_continued(
 def test_a_rescore_whose_process_is_killed_is_continued(
     unjudged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, requests: int
 ) -> None:
-    """SIGKILL while the service keeps the process waiting for its verdict on an image, in one batch or another."""
+    """SIGKILL while the process waits for the service's verdict on an image, in different batches."""
     shutil.copytree(unjudged, tmp_path / "folder")
     shutil.copytree(unjudged, tmp_path / "once")
     out, once = tmp_path / "folder" / "out", tmp_path / "once" / "out"
@@ -572,7 +572,7 @@ def test_a_rescore_whose_process_is_killed_during_a_commit_is_continued(
 def test_a_killed_rescore_can_be_undone(
     unjudged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str
 ) -> None:
-    """New files stand in place, and the part was not committed; then the first judges are asked again."""
+    """New files are published but not committed; then the first checkers are used again."""
     shutil.copytree(unjudged, tmp_path / "folder")
     out = tmp_path / "folder" / "out"
     first = ("--safety", "checker", "--on-flagged", "keep")
@@ -594,7 +594,7 @@ def test_a_killed_rescore_can_be_undone(
 def test_a_rescore_after_a_killed_run_is_counted(
     unjudged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second run is killed: `status` says what is left, and the third does not take new images for damaged ones."""
+    """The second command is killed: `status` says what is left, and the third does not treat new images as damaged."""
     shutil.copytree(unjudged, tmp_path / "folder")
     out, path = tmp_path / "folder" / "out", tmp_path / "folder" / "t.csv"
     with path.open("a", newline="") as stream:
@@ -643,7 +643,7 @@ def test_a_rescore_after_a_killed_run_is_counted(
 
 @pytest.mark.parametrize("policy", ["blank", "blur"])
 def test_an_image_keeps_its_format_with_its_name(unjudged: Path, tmp_path: Path, policy: str) -> None:
-    """Also where the last run, which rendered one row more, had another --image-format."""
+    """Also if the last run, which rendered one more row, had another --image-format."""
     shutil.copytree(unjudged, tmp_path / "folder")
     out, path = tmp_path / "folder" / "out", tmp_path / "folder" / "t.csv"
     with path.open("a", newline="") as stream:
@@ -660,7 +660,7 @@ def test_an_image_keeps_its_format_with_its_name(unjudged: Path, tmp_path: Path,
 
 
 def test_images_with_more_text_than_pillow_allows_are_checked(tmp_path: Path) -> None:
-    """And one that cannot be opened costs no other row its verdict, and does not lock OUT."""
+    """An image that cannot be opened affects no other row and does not block OUT."""
     out, path = tmp_path / "out", table(tmp_path, CROSSES)
     assert runs.run(path, out, *SHARP, "--safety", "none").code == 0
     first, second, _ = runs.results(out)
@@ -683,7 +683,7 @@ def test_images_with_more_text_than_pillow_allows_are_checked(tmp_path: Path) ->
 
 @pytest.mark.parametrize("column", ["id", "prompt"])
 def test_a_damaged_part_does_not_block_a_rescore(unjudged: Path, tmp_path: Path, column: str) -> None:
-    """Damage in a column that is read at once, or only for the rows themselves: it is set aside, and `run` renders."""
+    """In a column that is indexed, or in one read only with the rows: the part is set aside, and `run` renders."""
     shutil.copytree(unjudged, tmp_path / "folder")
     out, judged = tmp_path / "folder" / "out", ("--safety", "checker", "--on-flagged", "keep")
     parts = sorted((out / "manifest").iterdir())
@@ -715,7 +715,7 @@ def damage(part: Path, column: str) -> None:
 
 
 def with_files(part: Path, out: Path) -> None:
-    """Have a part speak of the files as they are."""
+    """Rewrite a part so that it describes the files as they are."""
     rows = pq.read_table(part)
     files = [(out / path).read_bytes() for path in rows["generated_image"].to_pylist()]
     for name, values in {
@@ -728,7 +728,7 @@ def with_files(part: Path, out: Path) -> None:
 
 
 def test_a_second_rescore_sees_the_results_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images that were blanked while this one loaded its judges are not taken for what was rendered."""
+    """Images that were blanked while this one loaded its checker are not treated as originals."""
     out, path = tmp_path / "out", table(tmp_path, CROSSES)
     assert runs.run(path, out, *SHARP, "--safety", "checker", "--on-flagged", "keep").code == 0
     real: Callable[[Any], Any] = vars(rescore)["find_model"]

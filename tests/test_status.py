@@ -1,4 +1,4 @@
-"""`batch-infer status`: how far a run is, while it goes on, when it was killed and when it is done."""
+"""`batch-infer status`: the progress of a running, killed or finished run."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_status_of_a_finished_run(table: Path, out: Path) -> None:
 
 @pytest.mark.promises
 def test_status_of_a_running_and_of_a_killed_run(table: Path, out: Path) -> None:
-    """What is committed counts, and nothing else does."""
+    """Only committed results count."""
     assert run(table, out, "--limit", "2").code == 3
     before = len(list((out / "manifest").glob("part-*")))
     with start(table, out, program=MODULE, PACE_HOLD="16") as process:
@@ -110,7 +110,7 @@ def test_status_of_a_stopped_run_has_what_is_left(table: Path, out: Path) -> Non
 
 
 def test_stale_results_of_a_stopped_run_are_reported(table: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run says so, and `status` does until they are merged."""
+    """The run warns, and `status` reports it until they are merged."""
     assert run(table, out, "--limit", "2").code == 3
     assert not status(out)["is_stale"]
     before = (out / "results.parquet").read_bytes()

@@ -26,7 +26,7 @@ from tests.hub import hub
 pytestmark = [pytest.mark.promises, pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")]
 
 SECONDS = 5.0
-"""Within so many seconds a command ends."""
+"""Seconds within which a command must end."""
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def started(
 
 
 class Command:
-    """A command that is to be stopped."""
+    """A running command to stop."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
@@ -82,7 +82,7 @@ def handles(process: int, number: signal.Signals) -> bool:
 
 @contextmanager
 def mute_server() -> Iterator[tuple[str, threading.Event]]:
-    """An HTTP server that promises a gigabyte and sends a byte of it a second; an event says when it was asked."""
+    """An HTTP server that announces a gigabyte and sends one byte per second; the event is set by a request."""
     asked, over = threading.Event(), threading.Event()
 
     def serve(connection: socket.socket) -> None:
