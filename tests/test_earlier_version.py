@@ -98,8 +98,8 @@ def test_a_finished_run_is_continued(folder: Path, name: str) -> None:
 def test_a_killed_run_is_continued(folder: Path, name: str) -> None:
     before = committed(folder / name)
     forget_end(folder / name)
-    told = json.loads(command("status", folder / name, "--json").stdout)
-    assert (told["state"], told["left"]) == ("stopped", 0)
+    report = json.loads(command("status", folder / name, "--json").stdout)
+    assert (report["state"], report["left"]) == ("stopped", 0)
     assert rendered(run(folder, name, "--json"), CODES.get(name, 0)) == 0
     assert_as_before(folder / name, before)
 
@@ -129,21 +129,21 @@ def test_an_out_of_an_earlier_version_is_merged(folder: Path, name: str, has_tab
 
 @every_run
 def test_status_counts_the_results_of_an_earlier_version(folder: Path, name: str) -> None:
-    told = json.loads(command("status", folder / name, "--json").stdout)
-    assert (told["state"], told["left"]) == ("finished", 0)
+    report = json.loads(command("status", folder / name, "--json").stdout)
+    assert (report["state"], report["left"]) == ("finished", 0)
     counts = Counter(row["status"] for row in committed(folder / name).values())
-    assert told["counts"] == {status: counts[status] for status in told["counts"]}
+    assert report["counts"] == {status: counts[status] for status in report["counts"]}
 
 
 @every_run
 def test_an_out_of_an_earlier_version_is_rescored_and_continued(folder: Path, name: str) -> None:
     """By other checkers and by the same: no image is lost, and the run can be continued."""
     out, before = folder / name, committed(folder / name)
-    judged = ("--safety", "checker", "--on-flagged", name if name in FORMATS else "keep")
-    policy = judged[2:] if name == "carried" else ()  # the others' own is kept
-    done = command("rescore", out, *judged[:2], *policy, "--json")
+    checks = ("--safety", "checker", "--on-flagged", name if name in FORMATS else "keep")
+    policy = checks[2:] if name == "carried" else ()  # the others' own is kept
+    done = command("rescore", out, *checks[:2], *policy, "--json")
     assert (done.code, json.loads(done.stdout)["failed"]) == (0, 0), done.stderr
-    assert rendered(run(folder, name, *judged, "--json"), CODES.get(name, 0)) == 0
+    assert rendered(run(folder, name, *checks, "--json"), CODES.get(name, 0)) == 0
     rows = {(row["id"], row["image_index"]): row for row in results(out)}
     flagged = [key for key, row in rows.items() if row["status"] == "flagged"]
     if name != "carried":
@@ -183,8 +183,8 @@ def test_a_killed_rescore_is_continued(folder: Path) -> None:
     assert json.loads(command("status", out, "--json").stdout)["state"] == "rescoring"
     hashes = {hashlib.sha256((out / path).read_bytes()).hexdigest() for path in images(out)}
     done = command("rescore", out, "--safety", "checker", "--on-flagged", "quarantine", "--json")
-    told = json.loads(done.stdout)
-    assert (done.code, told["judged"], told["failed"]) == (0, 1, 0), done.stderr
+    report = json.loads(done.stdout)
+    assert (done.code, report["judged"], report["failed"]) == (0, 1, 0), done.stderr
     assert {row["id"]: row["status"] for row in results(out)} == {"cross": "flagged", "Blue Square": "ok"}
     assert {row["sha256"] for row in results(out)} == hashes
     assert_whole(out)

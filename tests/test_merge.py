@@ -312,22 +312,22 @@ def test_status_agrees_with_results(tmp_path: Path, ended: bool) -> None:
         record = json.loads((out / "run.json").read_text())
         (out / "run.json").write_text(json.dumps({**record, "summary": None, "finished_at": None}))
 
-    def told() -> tuple[dict[str, int], int, str]:
+    def report() -> tuple[dict[str, int], int, str]:
         standing = json.loads(command("status", out, "--json").stdout)
         return standing["counts"], standing["left"], standing["state"]
 
     def merged() -> tuple[dict[str, int], int, str]:
         counts = json.loads(command("merge", out, "--json").stdout)
-        assert {row["status"] for row in results(out)} == {name for name in told()[0] if counts[name]}
-        return {name: counts[name] for name in told()[0]}, counts["left"], "stopped" if counts["left"] else "finished"
+        assert {row["status"] for row in results(out)} == {name for name in report()[0] if counts[name]}
+        return {name: counts[name] for name in report()[0]}, counts["left"], "stopped" if counts["left"] else "finished"
 
-    assert merged() == told()
+    assert merged() == report()
     write_csv(table, [["id", "prompt"], ["a", "a red circle"], ["b", "a green square"], ["d", "a star"]])
-    assert merged() == told()
-    assert told()[1:] == (2, "stopped")
+    assert merged() == report()
+    assert report()[1:] == (2, "stopped")
     table.unlink()
-    assert merged() == told()
-    assert told()[1:] == (0, "finished")
+    assert merged() == report()
+    assert report()[1:] == (0, "finished")
     (record_after,) = [json.loads((out / "run.json").read_text())]
     assert (record_after["summary"] is not None) == ended, "the next run looks after one that was killed"
 

@@ -274,16 +274,16 @@ def test_sweeping_stats_no_single_file(tmp_path: Path, monkeypatch: pytest.Monke
         folder.mkdir(parents=True)
         for number in range(100):
             (folder / f"{number}.png").touch()
-    asked = []
+    calls = []
     real = os.stat
 
     def stat(path: Any, *args: Any, **options: Any) -> os.stat_result:
-        asked.append(path)
+        calls.append(path)
         return real(path, *args, **options)
 
     monkeypatch.setattr(os, "stat", stat)
     recovery.remove_temporary_files(tmp_path)
-    assert len(asked) < 20
+    assert len(calls) < 20
 
 
 def replaced(out: Path) -> None:

@@ -59,9 +59,9 @@ def test_a_plan_agrees_with_the_run(table: Path, out: Path) -> None:
     assert planned["occupancy"] == pytest.approx(done["occupancy"], abs=1e-3)
     assert (planned["rows"], planned["total"], planned["pending"]) == (8, len(made), done["rendered"]) == (8, 11, 8)
     assert planned["truncated"] == len({row["id"] for row in made if row["prompt_truncated"]}) == 3
-    told = [(fault["id"], fault["image_index"], fault["error"]) for fault in planned["invalid_results"]]
-    assert told == [(row["id"], row["image_index"], row["error"]) for row in made if row["status"] == "invalid"]
-    assert planned["invalid_rows"] == planned["invalid"] == len(told) == 3
+    output = [(fault["id"], fault["image_index"], fault["error"]) for fault in planned["invalid_results"]]
+    assert output == [(row["id"], row["image_index"], row["error"]) for row in made if row["status"] == "invalid"]
+    assert planned["invalid_rows"] == planned["invalid"] == len(output) == 3
     assert planned["seconds"] > 0
     assert planned["bytes"] > 0
 
@@ -78,8 +78,10 @@ def test_steps_that_the_scheduler_refuses_are_invalid_beforehand(tmp_path: Path,
     options = ("--scheduler", "PNDMScheduler:skip_prk_steps=false")
     planned = plan(table, out, *options)
     assert run(table, out, *options).code == 3
-    told = [(fault["id"], fault["image_index"], fault["error"]) for fault in planned["invalid_results"]]
-    assert told == [(row["id"], row["image_index"], row["error"]) for row in results(out) if row["status"] == "invalid"]
+    output = [(fault["id"], fault["image_index"], fault["error"]) for fault in planned["invalid_results"]]
+    assert output == [
+        (row["id"], row["image_index"], row["error"]) for row in results(out) if row["status"] == "invalid"
+    ]
     assert (planned["invalid_rows"], planned["invalid"], planned["pending"]) == (1, 2, 2)
     assert planned["row_forwards"] == run_json(out)["summary"]["row_forwards"]
 

@@ -122,12 +122,12 @@ def mixed_up(out: Path) -> set[tuple[str, int]]:
 def test_a_kill_at_any_step_of_a_commit_is_recovered_by_the_next_run(tmp_path: Path) -> None:
     """Real processes are killed: no `finally` cleans up."""
     command = [sys.executable, "-m", "tests.test_recovery", str(tmp_path)]
-    told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    ends = dict(line.split() for line in told.stdout.splitlines())
-    *killed, whole = ends
+    message = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    ends = dict(line.split() for line in message.stdout.splitlines())
+    *killed, intact = ends
     assert {ends[name] for name in killed} == {str(-signal.SIGKILL)}
     assert len(killed) > 30
-    want = files(tmp_path / whole)
+    want = files(tmp_path / intact)
     assert sorted(path.split("/")[0] for path in want) == ["images"] * 3 + ["manifest"] * 2
     with_leftovers = 0
     for out in (tmp_path / name for name in ends):
@@ -176,8 +176,8 @@ def test_recent_lost_images_are_warned_about(tmp_path: Path, caplog: pytest.LogC
     (folder / "a short-0.png").write_bytes(b"pix")
     (folder / "another-0.png").write_bytes(b"slexip")
     with caplog.at_level(logging.WARNING):
-        lost = recover(tmp_path, Manifest(tmp_path))
-    assert lost == {(name, 0) for name in ("a gone", "a short", "another", "a recent", "an outside")}
+        missing = recover(tmp_path, Manifest(tmp_path))
+    assert missing == {(name, 0) for name in ("a gone", "a short", "another", "a recent", "an outside")}
     assert f"5 images of the manifest are missing or damaged and must be rendered again, the first is {tmp_path}/" in (
         caplog.text
     )
@@ -211,7 +211,7 @@ def test_damaged_parts_are_set_aside_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     sink = FolderSink(tmp_path)
-    whole = commit(tmp_path, result(sink, "b"))
+    intact = commit(tmp_path, result(sink, "b"))
     part = commit(tmp_path, result(sink, "a", scheduler=LONG))
     content = part.read_bytes()
     bad = {"empty": b"", "cut": content[:-7], "late column": garbled(content)}[damage]
@@ -223,7 +223,7 @@ def test_damaged_parts_are_set_aside_with_a_warning(
         assert f"{part} is damaged (" in caplog.text
         assert f"its rows are rendered anew, and it is kept as {kept}" in caplog.text
         assert part.with_name(kept).read_bytes() == bad
-        assert Manifest(tmp_path).parts() == [whole]
+        assert Manifest(tmp_path).parts() == [intact]
         with Manifest(tmp_path).index() as index:
             assert index.find(("a", 0)) is None
         assert commit(tmp_path, result(sink, "a", scheduler=LONG)) == part
@@ -268,9 +268,9 @@ def test_old_parts_and_their_images_are_not_read(tmp_path: Path, monkeypatch: py
         read.append(columns)
         return real_part(part, *columns)
 
-    def is_whole(sink: Sink, path: str, *told: Any) -> bool:
+    def is_whole(sink: Sink, path: str, *message: Any) -> bool:
         read.append(path)
-        return bool(real_whole(sink, path, *told))
+        return bool(real_whole(sink, path, *message))
 
     monkeypatch.setattr(recovery, "read_part", read_part)
     monkeypatch.setattr(recovery, "is_intact", is_whole)

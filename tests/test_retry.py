@@ -66,8 +66,8 @@ def test_failed_rows_are_retried_after_any_number_of_attempts(table: Path, out: 
 def test_a_missing_image_is_rendered_again(table: Path, out: Path) -> None:
     assert run(table, out).code == 0
     before = hashes(out)
-    lost = next(row["generated_image"] for row in results(out) if row["id"] == "b")
-    (out / lost).unlink()
+    missing = next(row["generated_image"] for row in results(out) if row["id"] == "b")
+    (out / missing).unlink()
     assert json.loads(run(table, out, "--json").stdout)["rendered"] == 0, "run trusts the manifest"
     assert json.loads(retry(out, "--status", "failed", "--json").stdout)["rendered"] == 0
     done = retry(out, "--status", "missing", "--status", "failed", "--json")
@@ -115,8 +115,8 @@ def test_an_invalid_row_is_rendered_once_its_table_is_corrected(table: Path, out
     assert attempts(out) == {"a": 1, "b": 1}, "a row that is still invalid is no work"
     write_csv(table, [["id", "prompt", "seed"], ["a", "a red circle", 1], ["b", "a blue square", 3]])
     done = retry(out, "--status", "invalid", "--json")
-    told = json.loads(done.stdout)
-    assert (done.code, told["rendered"], told["left"]) == (0, 1, 1), "the row that changed is left to run"
+    report = json.loads(done.stdout)
+    assert (done.code, report["rendered"], report["left"]) == (0, 1, 1), "the row that changed is left to run"
     assert run(table, out).code == 0
 
 
@@ -136,8 +136,8 @@ def test_all_images_of_a_formerly_invalid_row_are_rendered(table: Path, out: Pat
     assert run(table, out).code == 3
     write_csv(table, [header, ["a", "a red circle", 3], ["b", "a blue square", 3]])
     done = retry(out, "--status", "invalid", "--json")
-    told = json.loads(done.stdout)
-    assert (done.code, told["rendered"], told["left"]) == (0, 3, 1)
+    report = json.loads(done.stdout)
+    assert (done.code, report["rendered"], report["left"]) == (0, 3, 1)
 
 
 def test_rows_that_became_invalid_are_left_to_run(table: Path, out: Path) -> None:

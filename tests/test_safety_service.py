@@ -245,14 +245,14 @@ def test_a_key_refused_in_a_worker_ends_the_run(tmp_path: Path, monkeypatch: pyt
     ],
 )
 def test_missing_settings_are_reported_before_anything_starts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endpoint: str | None, threshold: str, told: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endpoint: str | None, threshold: str, report: str
 ) -> None:
     monkeypatch.delenv("CONTENT_SAFETY_ENDPOINT", raising=False)
     if endpoint:
         monkeypatch.setenv("CONTENT_SAFETY_ENDPOINT", endpoint)
     monkeypatch.setenv("CONTENT_SAFETY_THRESHOLD", threshold)
     done = runs.run(table(tmp_path, PROMPTS), tmp_path / "out", "--safety", "azure")
-    assert done.code == 2 and told in done.stderr
+    assert done.code == 2 and report in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -287,18 +287,18 @@ def without_bookkeeping(out: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("policy", ["blank", "quarantine", *(pytest.param(name, marks=pytest.mark.promises) for name in
                                     ("keep", "blur", "drop"))])  # fmt: skip
 def test_rescored_images_equal_those_checked_at_once(tmp_path: Path, policy: str) -> None:
-    path, judged = table(tmp_path, CROSSES), ("--safety", "checker", "--on-flagged", policy)
+    path, checks = table(tmp_path, CROSSES), ("--safety", "checker", "--on-flagged", policy)
     assert runs.run(path, tmp_path / "again", *SHARP, "--safety", "none").code == 0
-    done = runs.command("rescore", tmp_path / "again", *judged, "--json")
+    done = runs.command("rescore", tmp_path / "again", *checks, "--json")
     assert done.code == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert told["judged"] == 3 and told["flagged"] == told["changed"] >= 1
-    assert runs.run(path, tmp_path / "once", *SHARP, *judged).code == 0
+    report = json.loads(done.stdout)
+    assert report["judged"] == 3 and report["flagged"] == report["changed"] >= 1
+    assert runs.run(path, tmp_path / "once", *SHARP, *checks).code == 0
     assert without_bookkeeping(tmp_path / "again") == without_bookkeeping(tmp_path / "once")
     runs.assert_whole(tmp_path / "again")
-    more = runs.run(path, tmp_path / "again", *SHARP, *judged)
+    more = runs.run(path, tmp_path / "again", *SHARP, *checks)
     assert (more.code, "nothing to render" in more.stdout) == (0, True)
-    assert runs.command("rescore", tmp_path / "again", *judged, "--json").stdout.startswith('{"judged": 0')
+    assert runs.command("rescore", tmp_path / "again", *checks, "--json").stdout.startswith('{"judged": 0')
 
 
 def test_a_kept_original_is_restored_when_no_longer_flagged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,11 +406,11 @@ def test_a_missing_or_broken_image_fails_and_is_rendered_by_the_next_run(tmp_pat
     first, second, _ = (out / row["generated_image"] for row in runs.results(out))
     first.unlink()
     second.write_bytes(second.read_bytes()[:-1] + b"x")
-    judged = ("--safety", "checker", "--on-flagged", "keep")
-    done = runs.command("rescore", out, *judged)
+    checks = ("--safety", "checker", "--on-flagged", "keep")
+    done = runs.command("rescore", out, *checks)
     assert done.code == 3 and "2 failed" in done.stdout
     assert [row["status"] for row in runs.results(out)][:2] == ["failed", "failed"]
-    assert runs.run(path, out, *judged).code == 0
+    assert runs.run(path, out, *checks).code == 0
     assert "failed" not in {row["status"] for row in runs.results(out)}
     runs.assert_whole(out)
 
@@ -430,7 +430,7 @@ def test_a_service_outage_keeps_rescored_results(tmp_path: Path, monkeypatch: py
 
 
 @pytest.fixture(scope="module")
-def unjudged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unchecked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a table and an OUT whose images were not checked. Copy it."""
     folder = tmp_path_factory.mktemp("unjudged")
     path = table(folder, [*CROSSES, *CROSSES])
@@ -448,13 +448,13 @@ MOMENTS = [(FolderSink, "back_up"), (FolderSink, "publish"), (Manifest, "commit"
 @pytest.mark.parametrize(("room", "moment"), MOMENTS, ids=[moment for _, moment in MOMENTS])
 @pytest.mark.parametrize("policy", ["blank", "blur", "quarantine", "drop", "keep"])
 def test_a_killed_rescore_is_continued(
-    unjudged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, room: Any, moment: str, after: bool
+    unchecked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, room: Any, moment: str, after: bool
 ) -> None:
     """At any moment of its second batch. Until it has finished other commands refuse OUT, and no image is lost."""
     folder = tmp_path / "folder"
-    shutil.copytree(unjudged, folder)
+    shutil.copytree(unchecked, folder)
     out, path = folder / "out", folder / "t.csv"
-    judged = ("--safety", "checker", "--on-flagged", policy)
+    checks = ("--safety", "checker", "--on-flagged", policy)
     monkeypatch.setattr("batch_infer.jobs.rescore.BATCH", 3)
     real, calls = getattr(room, moment), Counter[str]()
 
@@ -469,18 +469,18 @@ def test_a_killed_rescore_is_continued(
     with monkeypatch.context() as patch:
         patch.setattr(room, moment, dying)
         try:
-            runs.command("rescore", out, *judged)
+            runs.command("rescore", out, *checks)
         except Killed:
             assert "rescoring" in runs.run_json(out)
-            for line in (("merge", out), ("run", path, "-o", out, *runs.QUICK, *SHARP, *judged)):
+            for line in (("merge", out), ("run", path, "-o", out, *runs.QUICK, *SHARP, *checks)):
                 refused = runs.command(*line)
                 assert refused.code == 2 and f"rescore {out} --safety checker" in refused.stderr
             assert "rescoring" in runs.command("status", out).stdout
             (out / "images" / ".tmp-0123abcd-1-0123456789ab-t.png").write_bytes(b"of the process that was killed")
-    done = runs.command("rescore", out, *judged, "--json")
+    done = runs.command("rescore", out, *checks, "--json")
     assert (done.code, json.loads(done.stdout)["failed"]) == (0, 0), done.stderr
-    shutil.copytree(unjudged, tmp_path / "once")
-    assert runs.command("rescore", tmp_path / "once" / "out", *judged).code == 0
+    shutil.copytree(unchecked, tmp_path / "once")
+    assert runs.command("rescore", tmp_path / "once" / "out", *checks).code == 0
     assert without_bookkeeping(out) == without_bookkeeping(tmp_path / "once" / "out")
     assert runs.images(out) == runs.images(tmp_path / "once" / "out")
     runs.assert_whole(out)
@@ -490,13 +490,13 @@ def test_a_killed_rescore_is_continued(
 @pytest.mark.parametrize("requests", [1, 3, 5])
 @pytest.mark.parametrize("policy", ["blank", "blur", "quarantine", "drop"])
 def test_a_rescore_whose_process_is_killed_is_continued(
-    unjudged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, requests: int
+    unchecked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, requests: int
 ) -> None:
     """SIGKILL while the process waits for the service's verdict on an image, in different batches."""
-    shutil.copytree(unjudged, tmp_path / "folder")
-    shutil.copytree(unjudged, tmp_path / "once")
+    shutil.copytree(unchecked, tmp_path / "folder")
+    shutil.copytree(unchecked, tmp_path / "once")
     out, once = tmp_path / "folder" / "out", tmp_path / "once" / "out"
-    judged = ("--safety", "azure", "--on-flagged", policy)
+    checks = ("--safety", "azure", "--on-flagged", policy)
     held = Event()
 
     def hold(asked: Asked) -> Fault | None:
@@ -508,7 +508,7 @@ def test_a_rescore_whose_process_is_killed_is_continued(
     program = "import batch_infer.jobs.rescore as r; r.BATCH = 2; from batch_infer.__main__ import main; main()"
     with serving(judge=is_red, faults=hold) as service:
         use(monkeypatch, service)
-        line = [sys.executable, "-c", program, "rescore", str(out), *judged]
+        line = [sys.executable, "-c", program, "rescore", str(out), *checks]
         with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             assert runs.wait_for(process, held.is_set), process.communicate()[1]
             process.kill()
@@ -517,10 +517,10 @@ def test_a_rescore_whose_process_is_killed_is_continued(
     assert "rescoring" in runs.run_json(out)
     with serving(judge=is_red) as service:
         use(monkeypatch, service)
-        done = runs.command("rescore", out, *judged, "--json")
+        done = runs.command("rescore", out, *checks, "--json")
         assert done.code == 0, done.stderr
         assert json.loads(done.stdout)["failed"] == 0
-        assert runs.command("rescore", once, *judged).code == 0
+        assert runs.command("rescore", once, *checks).code == 0
     assert without_bookkeeping(out) == without_bookkeeping(once)
     assert runs.images(out) == runs.images(once)
     runs.assert_whole(out)
@@ -550,19 +550,19 @@ main()
 @pytest.mark.promises
 @pytest.mark.parametrize(("room", "moment"), MOMENTS, ids=[moment for _, moment in MOMENTS])
 def test_a_rescore_whose_process_is_killed_during_a_commit_is_continued(
-    unjudged: Path, tmp_path: Path, room: Any, moment: str
+    unchecked: Path, tmp_path: Path, room: Any, moment: str
 ) -> None:
-    shutil.copytree(unjudged, tmp_path / "folder")
-    shutil.copytree(unjudged, tmp_path / "once")
+    shutil.copytree(unchecked, tmp_path / "folder")
+    shutil.copytree(unchecked, tmp_path / "once")
     out, once = tmp_path / "folder" / "out", tmp_path / "once" / "out"
-    judged = ("--safety", "checker", "--on-flagged", "blur")
+    checks = ("--safety", "checker", "--on-flagged", "blur")
     program = DYING.format(room=room.__name__, moment=moment)
-    killed = subprocess.run([sys.executable, "-c", program, "rescore", str(out), *judged], capture_output=True)
+    killed = subprocess.run([sys.executable, "-c", program, "rescore", str(out), *checks], capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    done = runs.command("rescore", out, *judged, "--json")
+    done = runs.command("rescore", out, *checks, "--json")
     assert done.code == 0, done.stderr
     assert json.loads(done.stdout)["failed"] == 0
-    assert runs.command("rescore", once, *judged).code == 0
+    assert runs.command("rescore", once, *checks).code == 0
     assert without_bookkeeping(out) == without_bookkeeping(once)
     runs.assert_whole(out)
 
@@ -570,10 +570,10 @@ def test_a_rescore_whose_process_is_killed_during_a_commit_is_continued(
 @pytest.mark.promises
 @pytest.mark.parametrize("policy", ["blur", "quarantine"])
 def test_a_killed_rescore_can_be_undone(
-    unjudged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str
+    unchecked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str
 ) -> None:
     """New files are published but not committed; then the first checkers are used again."""
-    shutil.copytree(unjudged, tmp_path / "folder")
+    shutil.copytree(unchecked, tmp_path / "folder")
     out = tmp_path / "folder" / "out"
     first = ("--safety", "checker", "--on-flagged", "keep")
     assert runs.command("rescore", out, *first).code == 0
@@ -592,16 +592,16 @@ def test_a_killed_rescore_can_be_undone(
 
 
 def test_a_rescore_after_a_killed_run_is_counted(
-    unjudged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    unchecked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second command is killed: `status` says what is left, and the third does not treat new images as damaged."""
-    shutil.copytree(unjudged, tmp_path / "folder")
+    shutil.copytree(unchecked, tmp_path / "folder")
     out, path = tmp_path / "folder" / "out", tmp_path / "folder" / "t.csv"
     with path.open("a", newline="") as stream:
         csv.writer(stream).writerows([[""], *([prompt] for prompt in CROSSES)])
-    judged = ("--safety", "checker", "--on-flagged", "blank")
+    checks = ("--safety", "checker", "--on-flagged", "blank")
 
-    def standing() -> dict[str, Any]:
+    def read_status() -> dict[str, Any]:
         status = json.loads(runs.command("status", out, "--json").stdout)
         counts = {name: count for name, count in status["counts"].items() if count}
         total = sum(counts.values()) + status["left"]
@@ -624,27 +624,27 @@ def test_a_rescore_after_a_killed_run_is_counted(
         patch.setattr("batch_infer.worker.committing.COMMIT_SECONDS", 3600.0)
         patch.setattr(Manifest, "commit", dying(3))  # the invalid row is first
         runs.run(path, out, *SHARP, "--safety", "none", "--slots", "2")
-    assert standing() == {"state": "stopped", "left": 1, "ok": 8, "invalid": 1, "total": 10}
+    assert read_status() == {"state": "stopped", "left": 1, "ok": 8, "invalid": 1, "total": 10}
     monkeypatch.setattr("batch_infer.jobs.rescore.BATCH", 3)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Manifest, "commit", dying(2))
-        runs.command("rescore", out, *judged)
-    found = standing()
+        runs.command("rescore", out, *checks)
+    found = read_status()
     assert (found["state"], found["left"], found["total"]) == ("rescoring", 1, 10)
-    assert runs.command("rescore", out, *judged).code == 0
-    found = standing()
+    assert runs.command("rescore", out, *checks).code == 0
+    found = read_status()
     assert (found["state"], found["left"], found["total"]) == ("stopped", 1, 10)
     assert found["flagged"] >= 1
-    done = runs.run(path, out, *SHARP, *judged, "--json")
+    done = runs.run(path, out, *SHARP, *checks, "--json")
     assert json.loads(done.stdout)["rendered"] == 1, done.stderr
     assert "missing or damaged" not in done.stderr
     runs.assert_whole(out)
 
 
 @pytest.mark.parametrize("policy", ["blank", "blur"])
-def test_an_image_keeps_its_format_with_its_name(unjudged: Path, tmp_path: Path, policy: str) -> None:
+def test_an_image_keeps_its_format_with_its_name(unchecked: Path, tmp_path: Path, policy: str) -> None:
     """Also if the last run, which rendered one more row, had another --image-format."""
-    shutil.copytree(unjudged, tmp_path / "folder")
+    shutil.copytree(unchecked, tmp_path / "folder")
     out, path = tmp_path / "folder" / "out", tmp_path / "folder" / "t.csv"
     with path.open("a", newline="") as stream:
         csv.writer(stream).writerow([CROSSES[0]])
@@ -682,10 +682,10 @@ def test_images_with_more_text_than_pillow_allows_are_checked(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("column", ["id", "prompt"])
-def test_a_damaged_part_does_not_block_a_rescore(unjudged: Path, tmp_path: Path, column: str) -> None:
+def test_a_damaged_part_does_not_block_a_rescore(unchecked: Path, tmp_path: Path, column: str) -> None:
     """In a column that is indexed, or in one read only with the rows: the part is set aside, and `run` renders."""
-    shutil.copytree(unjudged, tmp_path / "folder")
-    out, judged = tmp_path / "folder" / "out", ("--safety", "checker", "--on-flagged", "keep")
+    shutil.copytree(unchecked, tmp_path / "folder")
+    out, checks = tmp_path / "folder" / "out", ("--safety", "checker", "--on-flagged", "keep")
     parts = sorted((out / "manifest").iterdir())
     rows = pa.concat_tables([pq.read_table(part) for part in parts])
     half = len(rows) // 2
@@ -694,11 +694,11 @@ def test_a_damaged_part_does_not_block_a_rescore(unjudged: Path, tmp_path: Path,
     for part in parts:
         part.unlink()
     damage(out / "manifest" / "part-0.parquet", column)
-    done = runs.command("rescore", out, *judged, "--json")
+    done = runs.command("rescore", out, *checks, "--json")
     assert done.code == 0, done.stderr
     assert "part-0.parquet is damaged" in done.stderr
-    told = json.loads(done.stdout)
-    assert (told["judged"], told["counts"]["left"]) == (len(rows) - half, half)
+    report = json.loads(done.stdout)
+    assert (report["judged"], report["counts"]["left"]) == (len(rows) - half, half)
     assert "rescoring" not in runs.run_json(out)
 
 

@@ -31,15 +31,15 @@ def status(out: Path) -> dict[str, Any]:
     return dict(json.loads(done.stdout))
 
 
-def total(told: dict[str, Any]) -> int:
-    return int(sum(told["counts"].values()) + told["left"])
+def total(report: dict[str, Any]) -> int:
+    return int(sum(report["counts"].values()) + report["left"])
 
 
 def test_status_of_a_finished_run(table: Path, out: Path) -> None:
     assert run(table, out, "--limit", "4").code == 3
-    told = status(out)
-    assert (told["state"], told["holder"], told["left"]) == ("finished", None, 0)
-    counts = told["counts"]
+    report = status(out)
+    assert (report["state"], report["holder"], report["left"]) == ("finished", None, 0)
+    counts = report["counts"]
     assert (counts["ok"] + counts["flagged"], counts["blocked"], counts["invalid"], counts["failed"]) == (3, 0, 1, 0)
     assert command("status", out).stdout.splitlines()[0].startswith(f"{out}: finished, started 20")
 
@@ -93,8 +93,8 @@ def test_status_where_the_lock_is_unreadable(table: Path, out: Path, monkeypatch
         raise StorageError(f"cannot read {path}/.lock: Permission denied")
 
     monkeypatch.setattr("batch_infer.jobs.status.find_holder", refuse)
-    told = status(out)
-    assert (told["state"], told["holder"], told["left"]) == ("unknown", None, 0)
+    report = status(out)
+    assert (report["state"], report["holder"], report["left"]) == ("unknown", None, 0)
     lines = command("status", out).stdout.splitlines()
     assert lines[0].startswith(f"{out}: unknown, started 20")
     assert lines[-1] == f"{out}/.lock cannot be read (permission denied), so it is unknown whether a run is active"
@@ -105,8 +105,8 @@ def test_status_of_a_stopped_run_has_what_is_left(table: Path, out: Path) -> Non
     from batch_infer.jobs.run import render_tables as score
 
     score(settings_of(table, out), ProgressGroup(), stop=lambda: True)
-    told = status(out)
-    assert (told["state"], told["left"], told["counts"]["invalid"]) == ("stopped", 25, 1)
+    report = status(out)
+    assert (report["state"], report["left"], report["counts"]["invalid"]) == ("stopped", 25, 1)
 
 
 def test_stale_results_of_a_stopped_run_are_reported(table: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
