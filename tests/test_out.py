@@ -96,7 +96,7 @@ def test_run_json_is_read_as_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff"])
 def test_a_damaged_run_json_is_named_with_a_remedy(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "run.json").write_bytes(content)
-    with pytest.raises(UsageError, match=r"run.json .*; remove it to go on .*, or start anew in another --out"):
+    with pytest.raises(UsageError, match=r"run.json .*; remove it to continue .*, or start anew in another --out"):
         outdir.read_run(tmp_path)
 
 

@@ -221,7 +221,7 @@ def test_damaged_parts_are_set_aside_with_a_warning(
         with caplog.at_level(logging.WARNING):
             assert recover(tmp_path, Manifest(tmp_path)) == frozenset()
         assert f"{part} is damaged (" in caplog.text
-        assert f"its rows are rendered anew, and it is kept as {kept}" in caplog.text
+        assert f"its rows are rendered again, and it is kept as {kept}" in caplog.text
         assert part.with_name(kept).read_bytes() == bad
         assert Manifest(tmp_path).parts() == [intact]
         with Manifest(tmp_path).index() as index:

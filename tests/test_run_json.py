@@ -140,7 +140,7 @@ def test_every_command_names_the_key(tmp_path: Path, keys: Keys, value: Any, sen
         done = command(*line)
         assert (done.code, done.stdout) == (2, ""), line
         assert f"{out / 'run.json'} is damaged or was edited: {sentence}" in done.stderr
-        assert "remove it to go on" in done.stderr and "Traceback" not in done.stderr
+        assert "remove it to continue" in done.stderr and "Traceback" not in done.stderr
     assert (out / "run.json").read_bytes() == before
     assert {path.name for path in out.iterdir()} <= {"run.json", ".lock"}
 
@@ -154,7 +154,7 @@ def test_a_key_that_another_version_does_not_write_is_named(tmp_path: Path, key:
     outdir.write_run(tmp_path, record)
     done = command(line[0], tmp_path, *line[1:])
     assert done.code == 2
-    assert f"has no {key}, so another version of batch-infer wrote it: go on with `batch-infer run`" in done.stderr
+    assert f"has no {key}, so another version of batch-infer wrote it: continue with `batch-infer run`" in done.stderr
 
 
 def test_keys_that_an_earlier_version_did_not_write_take_their_defaults() -> None:
@@ -243,5 +243,5 @@ def test_contradictory_settings_in_run_json_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["[" * 100_000 + "]" * 100_000, '{"identity": ' + "9" * 5_000 + "}"])
 def test_unparsable_json_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "run.json").write_text(content)
-    with pytest.raises(UsageError, match=r"run.json .*; remove it to go on"):
+    with pytest.raises(UsageError, match=r"run.json .*; remove it to continue"):
         outdir.read_run(tmp_path)

@@ -35,7 +35,7 @@ FOLDERS = (*IMAGE_FOLDERS, "manifest", "logs")
 RESULTS = ("results.parquet", "results.csv", "results.jsonl")
 OWN_NAMES = (*FOLDERS, *RESULTS, "run.json")
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EXDEV}
-_REMEDY = "remove it to go on with what the manifest holds, or start anew in another --out"
+_REMEDY = "remove it to continue with what the manifest holds, or start anew in another --out"
 _CLEARING = "overwriting"
 """Key of run.json while --overwrite removes what OUT holds."""
 
@@ -94,7 +94,7 @@ def read_existing_run(out: Path) -> dict[str, Any]:
     if not record or "identity" not in record:
         raise UsageError(f"{out} holds no run of batch-infer: it has no run.json written by batch-infer")
     if record.get(_CLEARING):
-        raise UsageError(f"{out}: `run --overwrite` was stopped while it removed what was there; run again to go on")
+        raise UsageError(f"{out}: `run --overwrite` was stopped while it removed what was there; run again to continue")
     return record
 
 

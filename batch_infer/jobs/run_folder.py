@@ -1,4 +1,4 @@
-"""OUT during a run: its manifest, run.json as the run goes on, and what --overwrite removes first."""
+"""OUT during a run: its manifest, run.json while it runs, and what --overwrite removes first."""
 
 from __future__ import annotations
 
