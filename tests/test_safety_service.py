@@ -236,12 +236,12 @@ def test_a_key_refused_in_a_worker_ends_the_run(tmp_path: Path, monkeypatch: pyt
     ("endpoint", "threshold", "told"),
     [
         (None, "1", "--safety azure: CONTENT_SAFETY_ENDPOINT is not set"),
-        ("my-resource", "1", "CONTENT_SAFETY_ENDPOINT=my-resource: say https://"),
-        ("http://127.0.0.1:1", "high", "CONTENT_SAFETY_THRESHOLD=high: say a number from 0 to 7"),
+        ("my-resource", "1", "CONTENT_SAFETY_ENDPOINT=my-resource: expected https://"),
+        ("http://127.0.0.1:1", "high", "CONTENT_SAFETY_THRESHOLD=high: expected a number from 0 to 7"),
         ("http://127.0.0.1:1", "Hat=1", "the categories are Hate, SelfHarm, Sexual, Violence"),
         ("http://127.0.0.1:1", "Hate=1,Hate=3", "each once"),
-        ("http://safety.example.com", "1", "say https://"),
-        ("https://me:secret@safety.example.com", "1", "say https://"),
+        ("http://safety.example.com", "1", "expected https://"),
+        ("https://me:secret@safety.example.com", "1", "expected https://"),
     ],
 )
 def test_missing_settings_are_reported_before_anything_starts(
@@ -673,7 +673,7 @@ def test_images_with_more_text_than_pillow_allows_are_checked(tmp_path: Path) ->
     for part in (out / "manifest").iterdir():
         with_files(part, out)
     done = runs.command("rescore", out, "--safety", "checker", "--on-flagged", "keep")
-    assert done.code == 3 and "2 images judged: 1 flagged" in done.stdout, done.stderr
+    assert done.code == 3 and "2 images checked: 1 flagged" in done.stdout, done.stderr
     cross, blue, red = runs.results(out)
     assert (cross["status"], blue["status"], red["status"]) == ("flagged", "failed", "ok")
     assert blue["error"].startswith("its image cannot be opened (")
