@@ -1,4 +1,4 @@
-"""The command line's entry: `batch-infer` and `python -m batch_infer`."""
+"""The entry point of `batch-infer` and `python -m batch_infer`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from batch_infer.terminal import escape_controls, never_fail_to_encode
 
 
 def main() -> None:
-    """Run the command and end the process with its exit code; a fault of the user's or the world's is one sentence."""
-    _fill_standard_streams()
+    """Run the command and exit with its code. An expected error is one message, a bug a traceback."""
+    _open_standard_streams()
     detect_log_format()
     try:
         code = _run()
@@ -25,8 +25,8 @@ def main() -> None:
     sys.exit(code or 0)
 
 
-def _fill_standard_streams() -> None:
-    """Put nothing where a standard stream is closed: a file that we open would else be what is written to."""
+def _open_standard_streams() -> None:
+    """Open os.devnull for closed standard streams: a file that is opened later would get their descriptor."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
@@ -37,22 +37,16 @@ def _fill_standard_streams() -> None:
     never_fail_to_encode(sys.stderr)
 
 
-def _has_folder() -> bool:
+def _run() -> int | None:
     try:
         Path.cwd()
     except FileNotFoundError:
-        return False
-    return True
-
-
-def _run() -> int | None:
-    if not _has_folder():
         log_error("the current folder was removed: change to one that exists, and run again", UsageError.exit_code)
         return UsageError.exit_code
     try:
         code: int | None = commands.main(standalone_mode=False)
-    except click.ClickException as found:
-        error = with_suggestion(found)
+    except click.ClickException as click_error:
+        error = with_suggestion(click_error)
         if is_json():
             log_error(error.format_message(), error.exit_code)
         else:

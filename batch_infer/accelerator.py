@@ -10,13 +10,13 @@ import torch
 from batch_infer.errors import first_line
 
 MEMORY_FRACTION = 0.92
-"""Share of a GPU's memory that torch's allocator may take.
+"""Share of a GPU's memory that torch's allocator may use.
 
-cuDNN and cuBLAS allocate some of their memory outside of it. Without this limit they are the first to run out, and
-torch then picks another algorithm without a word, which changes the bytes of an image.
+cuDNN and cuBLAS allocate some memory outside of it. Without this limit they run out first, and torch then silently
+chooses another algorithm, which changes the bytes of an image.
 """
 COMFORTABLE_FRACTION = 0.85
-"""Share of a GPU's memory that a measured batch size may peak at: the rest is room for fragmentation."""
+"""Share of a GPU's memory at which a measured batch size may peak. The rest is for fragmentation."""
 OUT_OF_MEMORY = (
     "out of memory",
     "CUDNN_STATUS_ALLOC_FAILED",
@@ -26,19 +26,19 @@ OUT_OF_MEMORY = (
 )
 """Texts of the RuntimeErrors that CUDA, cuDNN, cuBLAS and Triton raise when device memory is exhausted.
 
-cuDNN finds no engine when no algorithm's workspace fits: the last text is that case.
+The last text: cuDNN finds no engine when no algorithm's workspace fits.
 """
 DEVICE_FAULTS = ("CUDA error", "CUDA driver error", "CUDNN_STATUS", "cuDNN error", "CUBLAS_STATUS", "Triton Error")
 
 
 def limit_memory(device: torch.device) -> None:
-    """Cap what this process takes of a GPU, so that running out of memory is always torch.OutOfMemoryError."""
+    """Limit the GPU memory of this process, so that running out of it always raises torch.OutOfMemoryError."""
     if device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(MEMORY_FRACTION)
 
 
 def is_comfortable(device: torch.device) -> bool:
-    """Whether the peak since `torch.cuda.reset_peak_memory_stats` leaves room; always true on a CPU."""
+    """Return whether the peak since `torch.cuda.reset_peak_memory_stats` leaves enough memory; True on a CPU."""
     if device.type != "cuda":
         return True
     _, total = torch.cuda.mem_get_info()
@@ -46,9 +46,9 @@ def is_comfortable(device: torch.device) -> bool:
 
 
 def set_float32_precision(dtype: torch.dtype) -> None:
-    """Compute float32 convolutions in float32 when the model is float32, and not in TF32, torch's default for cuDNN.
+    """Turn off TF32, torch's default for float32 convolutions in cuDNN, when the model is float32.
 
-    In half precision TF32 stays on: Stable Diffusion XL decodes in float32, with activations that are no more exact.
+    In half precision it stays on: Stable Diffusion XL decodes in float32, from activations that are no more precise.
     """
     torch.backends.cudnn.allow_tf32 = dtype != torch.float32
 
@@ -70,11 +70,11 @@ def out_of_memory_errors() -> Iterator[None]:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a RuntimeError says that device memory is exhausted."""
+    """Return whether an error reports that device memory is exhausted."""
     return any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def is_device_fault(error: BaseException) -> bool:
-    """Whether an error comes from the device or its libraries, and not from what was computed."""
+    """Return whether an error comes from the device or its libraries, not from the computation."""
     accelerator_error = getattr(torch, "AcceleratorError", ())  # since torch 2.8
     return isinstance(error, accelerator_error) or any(text in str(error) for text in DEVICE_FAULTS)

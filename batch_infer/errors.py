@@ -1,26 +1,27 @@
-"""The errors that batch-infer raises by name.
+"""The errors that batch-infer raises by name. Errors of one package are defined there and drawn here.
 
     BatchInferError
-    ├── UsageError          exit 2: nothing was rendered, the command or its settings must change
-    │   ├── SettingsError   an option, or options that do not go together
-    │   │   └── CompilationError   torch.compile failed; `run` does without it where --compile was not given
+    ├── UsageError          exit 2: nothing was rendered; the command or its settings must change
+    │   ├── SettingsError   an option, or options that contradict each other
+    │   │   └── CompilationError   torch.compile failed; `run` continues without it unless --compile was given
     │   ├── TableError      no table can be read
-    │   │   └── azureml.payload.TooMany   more than one real-time request may ask for
+    │   │   └── azureml.payload.TooMany   more prompts than one real-time request may have
     │   ├── ModelError      the model cannot be loaded, or not with these settings
-    │   ├── DamagedPart     a part of the manifest is not what was written; `run` sets it aside and continues
-    │   └── NewerPart       a part of the manifest was written by a later version of batch-infer
-    ├── TryAgainLater       exit 75: run the same command again to go on
+    │   ├── DamagedPart     a manifest part is not what was written; `run` sets it aside and continues
+    │   └── NewerPart       a manifest part was written by a later version of batch-infer
+    ├── TryAgainLater       exit 75: run the same command again to continue
     │   ├── LockedError     another run holds OUT
-    │   ├── StorageError    OUT cannot be written or read, or the temporary folder not be written
-    │   │   └── MissingResults   the manifest lists fewer results than were committed
-    │   ├── ServiceError    somebody else's server does not answer
-    │   ├── WorkersLost     every worker has died, again and again
-    │   ├── Interrupted     SIGINT or SIGTERM
-    │   └── azureml.service.GivenUp   a real-time caller has gone, or has no time left
-    └── RowError            one row's fault: becomes that row's status, never ends a run
-        └── RowBroken       nobody can say that it is the row's fault: it has failed, and is tried again
+    │   ├── StorageError    OUT or the temporary folder cannot be read or written
+    │   │   └── jobs.merge.MissingResults   the manifest lists fewer results than were committed
+    │   ├── ServiceError    a service on the network does not answer
+    │   ├── engines.protocol.WorkersLost   every worker died, repeatedly
+    │   ├── Interrupted     SIGINT, SIGTERM or the time limit
+    │   └── serving.service.GivenUp   the caller of a real-time request is gone or out of time
+    └── RowError            the fault of one row: becomes its status and never ends a run
+        ├── RowBroken       a row failed for an unknown reason and is tried again
+        └── diffusion.solver.NotPackable   the scheduler cannot run with rows of other settings in one batch
 
-Anything else that escapes is a bug: exit 1 with its traceback.
+Anything else that escapes is a bug: exit 1 with a traceback.
 """
 
 from __future__ import annotations
@@ -29,19 +30,19 @@ from pathlib import Path
 
 
 def first_line(error: Exception) -> str:
-    """What a library's error says, in one line."""
+    """Return the first line of an error's message, or the name of its class."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 class BatchInferError(Exception):
-    """Base of all errors that have a clear sentence for the user; `exit_code` is the command's."""
+    """Base of all errors with a message for the user; `exit_code` is that of the command."""
 
     exit_code = 1
 
     @classmethod
     def from_text(cls, text: str) -> BatchInferError:
-        """Return an error with the text of one of this class that was raised in another process."""
+        """Return an error with the message of one of this class that was raised in another process."""
         return cls(text)
 
 
@@ -66,10 +67,10 @@ class ModelError(UsageError):
 
 
 class DamagedPart(UsageError):
-    """`part` is the path of the part, `reason` what was found."""
+    """`part` is the path of the part, `reason` what is wrong with it."""
 
     def __init__(self, part: Path, reason: str) -> None:
-        super().__init__(part, reason)  # both, so that it can be sent from one process to another
+        super().__init__(part, reason)  # both, so that it can be pickled
         self.part, self.reason = part, reason
 
     @classmethod
@@ -78,7 +79,7 @@ class DamagedPart(UsageError):
         return UsageError(text)
 
     def __str__(self) -> str:
-        return f"{self.part} is damaged ({self.reason}); run again: that sets it aside and renders its rows anew"
+        return f"{self.part} is damaged ({self.reason}); run again: that sets it aside and renders its rows again"
 
 
 class NewerPart(UsageError):
@@ -97,15 +98,7 @@ class StorageError(TryAgainLater):
     pass
 
 
-class MissingResults(StorageError):
-    pass
-
-
 class ServiceError(TryAgainLater):
-    pass
-
-
-class WorkersLost(TryAgainLater):
     pass
 
 

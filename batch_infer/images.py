@@ -1,4 +1,4 @@
-"""Pixels to image files: formats, the parameters written into them, and what is done to a flagged image."""
+"""Image files: formats, the parameters written into them, and the policy for flagged images."""
 
 from __future__ import annotations
 
@@ -15,24 +15,23 @@ from PIL.PngImagePlugin import PngInfo
 
 from batch_infer.errors import RowError, first_line
 from batch_infer.records import PromptRequest
-from batch_infer.settings import ImageFormat, OnFlagged
+from batch_infer.settings import IMAGE_SUFFIXES, ImageFormat, OnFlagged
 
-SUFFIX: dict[ImageFormat, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
-FORMATS: dict[str, ImageFormat] = {suffix: image_format for image_format, suffix in SUFFIX.items()}
+FORMATS: dict[str, ImageFormat] = {suffix: image_format for image_format, suffix in IMAGE_SUFFIXES.items()}
 PNG_LEVEL = 4
 JPEG_QUALITY = 95
 WEBP_QUALITY = 90
 EXIF_USER_COMMENT = 0x9286
 EXIF_IFD = 0x8769
-MOST_TEXT = 50_000
-"""Characters of text in a PNG: at most 200 kB, where Pillow opens no file with a text of more than 1 MiB."""
-MOST_EXIF = 15_000
-"""Characters in Exif, which holds 64 KiB in a JPEG: at most 60 kB of UTF-16."""
-MOST_FIELDS = 1_000
+MAX_TEXT = 50_000
+"""Characters of text in a PNG: at most 200 kB. Pillow refuses files with a text of more than 1 MiB."""
+MAX_EXIF = 15_000
+"""Characters in Exif: at most 60 kB of UTF-16. In a JPEG it holds 64 KiB."""
+MAX_LAST_LINE = 1_000
 
-_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _DECODING_ERRORS = (OSError, ValueError, SyntaxError, TypeError, LookupError, EOFError, struct.error, zlib.error)
-"""What Pillow raises for a file that is no image, or a damaged one."""
+"""What Pillow raises for a file that is not an image, or is damaged."""
 
 XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
@@ -44,10 +43,10 @@ XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 
 
 def parameters_text(request: PromptRequest, scheduler: str, model_hash: str) -> str:
-    """Format a row's parameters as AUTOMATIC1111's web UI does, so that its readers take them up.
+    """Format a row's parameters as AUTOMATIC1111's web UI does, for the programs that read them.
 
-    The model is named by its fingerprint, and this package without its version: the same image then has the same bytes
-    whatever its model's folder is called, and in the next release too.
+    The model is named by its fingerprint, and this package without its version: the bytes of an image depend neither
+    on the name of the model's folder nor on the release.
     """
     params = request.params
     lines = [request.prompt]
@@ -67,22 +66,20 @@ def parameters_text(request: PromptRequest, scheduler: str, model_hash: str) -> 
 
 
 def _quoted(value: Any) -> str:
-    """A1111's reader splits the line at commas and colons, and takes a value that holds one from a JSON string."""
+    """Return a value as JSON if it has a comma or colon, at which A1111's reader would split the line."""
     text = str(value)
-    return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ",:\n") else text
+    return json.dumps(text, ensure_ascii=False) if any(character in text for character in ",:\n") else text
 
 
 def encode(pixels: np.ndarray, image_format: ImageFormat, parameters: str) -> bytes:
-    """An image (H, W, 3) uint8 as the bytes of a file that carries its parameters and the mark of a generated image."""
+    """Encode an image (H, W, 3) uint8 as a file with its parameters and the mark of a generated image."""
     image = Image.fromarray(pixels)
     stream = io.BytesIO()
-    parameters = _cut(parameters, MOST_TEXT)
+    parameters = _shorten(parameters, MAX_TEXT)
     match image_format:
         case "png":
             text = PngInfo()
-            text.add_itxt("parameters", parameters) if not _latin(parameters) else text.add_text(
-                "parameters", parameters
-            )
+            text.add_text("parameters", parameters)  # as iTXt where it is not Latin-1
             text.add_itxt("XML:com.adobe.xmp", XMP)
             image.save(stream, "PNG", pnginfo=text, compress_level=PNG_LEVEL)
         case "jpeg":
@@ -93,9 +90,9 @@ def encode(pixels: np.ndarray, image_format: ImageFormat, parameters: str) -> by
 
 
 def decode(content: bytes) -> np.ndarray:
-    """Return the pixels (H, W, 3) uint8 of an image file. Raises RowError where it cannot be opened.
+    """Return the pixels (H, W, 3) uint8 of an image file. Raises RowError if it cannot be opened.
 
-    The text in a PNG is skipped: Pillow refuses files with more than 64 MiB of it.
+    Text in a PNG is skipped, since Pillow refuses files with more than 64 MiB of it.
     """
     try:
         with Image.open(io.BytesIO(_without_text(content))) as image:
@@ -105,58 +102,49 @@ def decode(content: bytes) -> np.ndarray:
 
 
 def _without_text(content: bytes) -> bytes:
-    """Return a PNG without its text chunks, and anything else as it is."""
-    if not content.startswith(_PNG):
+    """Return a PNG without its text chunks, and other content unchanged."""
+    if not content.startswith(_PNG_SIGNATURE):
         return content
-    kept, place = [_PNG], len(_PNG)
-    while place + 12 <= len(content):
-        length = int.from_bytes(content[place : place + 4], "big")
-        chunk = content[place : place + length + 12]
+    chunks, offset = [_PNG_SIGNATURE], len(_PNG_SIGNATURE)
+    while offset + 12 <= len(content):
+        length = int.from_bytes(content[offset : offset + 4], "big")
+        chunk = content[offset : offset + length + 12]
         if chunk[4:8] not in (b"tEXt", b"zTXt", b"iTXt"):
-            kept.append(chunk)
-        place += length + 12
-    return b"".join(kept)
+            chunks.append(chunk)
+        offset += length + 12
+    return b"".join(chunks)
 
 
 def pixels_sha256(pixels: np.ndarray) -> str:
-    """Return the SHA-256 of an image (H, W, 3) uint8: of its mode, its size and its pixels before encoding.
+    """Return the SHA-256 of the mode, the size and the pixels of an image (H, W, 3) uint8.
 
-    It does not depend on the file format, the text in the file, or the version of an encoder.
+    It depends on neither the file format, the text in the file nor the version of an encoder.
     """
     height, width, _ = pixels.shape
-    found = hashlib.sha256(f"RGB {width}x{height}\n".encode())
-    found.update(np.ascontiguousarray(pixels).data)
-    return found.hexdigest()
+    digest = hashlib.sha256(f"RGB {width}x{height}\n".encode())
+    digest.update(np.ascontiguousarray(pixels).data)
+    return digest.hexdigest()
 
 
-def _latin(text: str) -> bool:
-    try:
-        text.encode("latin-1")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _cut(text: str, most: int) -> str:
-    """Shorten a text to so many characters: `…` marks where, and its last line, the fields, is kept."""
-    if len(text) <= most:
+def _shorten(text: str, length: int) -> str:
+    """Shorten a text to this many characters: `…` replaces the end, except a short last line, which has the fields."""
+    if len(text) <= length:
         return text
     start, _, last = text.rpartition("\n")
-    end = f"…\n{last}" if start and len(last) <= MOST_FIELDS else "…"
-    return text[: most - len(end)] + end
+    end = f"…\n{last}" if start and len(last) <= MAX_LAST_LINE else "…"
+    return text[: length - len(end)] + end
 
 
 def _exif(parameters: str) -> Image.Exif:
     """Return the parameters as Exif's UserComment."""
     exif = Image.Exif()
-    exif.get_ifd(EXIF_IFD)[EXIF_USER_COMMENT] = b"UNICODE\0" + _cut(parameters, MOST_EXIF).encode(
-        "utf-16-be", "replace"
-    )
+    comment = _shorten(parameters, MAX_EXIF).encode("utf-16-be", "replace")
+    exif.get_ifd(EXIF_IFD)[EXIF_USER_COMMENT] = b"UNICODE\0" + comment
     return exif
 
 
 def by_policy(pixels: np.ndarray, on_flagged: OnFlagged) -> np.ndarray | None:
-    """What is stored or given of a flagged image, None for nothing."""
+    """Return the pixels to store for a flagged image, None for no image."""
     match on_flagged:
         case "blank":
             return blank(pixels)
@@ -169,10 +157,10 @@ def by_policy(pixels: np.ndarray, on_flagged: OnFlagged) -> np.ndarray | None:
 
 
 def blank(pixels: np.ndarray) -> np.ndarray:
-    """A black image of the same size, which is what diffusers gives for a flagged one."""
+    """Return a black image of the same size, as diffusers does for a flagged one."""
     return np.zeros_like(pixels)
 
 
 def blur(pixels: np.ndarray) -> np.ndarray:
-    """The image blurred until no shape is left: by a sixteenth of its longer side."""
+    """Blur an image until no shape is recognisable: by a sixteenth of its longer side."""
     return np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(max(pixels.shape[:2]) / 16)))

@@ -8,9 +8,9 @@ from typing import Any
 
 
 def import_on_use(package: str, **modules: tuple[str, ...]) -> Callable[[str], Any]:
-    """Return a module-level `__getattr__` (PEP 562) that imports names from these modules of a package.
+    """Return a module-level `__getattr__` (PEP 562) that imports names from modules of a package.
 
-    `modules`: the names that each module provides. The type checker needs the same imports under `TYPE_CHECKING`.
+    `modules`: the names that each module provides. Type checkers need the same imports under `TYPE_CHECKING`.
     """
     module_of = {name: module for module, names in modules.items() for name in names}
 

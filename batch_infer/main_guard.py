@@ -1,4 +1,4 @@
-"""Scripts without a main guard that call the package: every spawned process imports them, and calls it again."""
+"""Scripts without a main guard that call the package: every spawned process imports them and calls it again."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from multiprocessing import current_process
 
 EXIT_CODE = 64
-"""The exit code of such a process, by which its parent knows. (sysexits.h: a command was used incorrectly.)"""
+"""The exit code of such a process, by which its parent recognises it. (sysexits.h: a command was used incorrectly.)"""
 ADVICE = (
     "the script that calls batch-infer is imported by each of its processes, and calls it again there: put the call "
     'under `if __name__ == "__main__":`'
@@ -14,6 +14,6 @@ ADVICE = (
 
 
 def end_unguarded_process() -> None:
-    """End this process where it is a spawned one that still imports the main script."""
+    """End this process if it was spawned and is still importing the main script."""
     if getattr(current_process(), "_inheriting", False):
         os._exit(EXIT_CODE)

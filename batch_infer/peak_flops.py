@@ -1,4 +1,4 @@
-"""What the datasheets of GPUs promise: the ceiling that a run is held against."""
+"""Peak throughput of GPUs from their datasheets, the denominator of model FLOPS utilisation (MFU)."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ DENSE_TFLOPS = (
     ("A100", 312.0),
     ("A10", 125.0),
 )
-"""Part of the name that torch tells, and TFLOP/s of float16 and bfloat16 tensor cores without sparsity.
+"""Words of the device name, and TFLOP/s of float16 and bfloat16 tensor cores without sparsity.
 
-The more special name stands first. H100, H200 and B200 by themselves are the SXM modules.
+More specific names come first. H100, H200 and B200 alone are the SXM modules.
 """
-HALVES = ("float16", "bfloat16")
+HALF_DTYPES = ("float16", "bfloat16")
 
 
 def dense_tflops(device_name: str, dtype: str) -> float | None:
-    """What the datasheet of this device says for this dtype; None where that is not known here.
+    """Return the peak TFLOP/s of a device for a dtype, None where it is unknown.
 
-    `device_name` as `torch.cuda.get_device_name` tells it: `NVIDIA H100 80GB HBM3`.
+    `device_name` is that of `torch.cuda.get_device_name`, such as `NVIDIA H100 80GB HBM3`.
     """
-    if dtype not in HALVES or " MIG " in f" {device_name} ":  # a slice has only a part of what its card has
+    if dtype not in HALF_DTYPES or " MIG " in f" {device_name} ":  # a MIG slice has only a part of its GPU
         return None
     words = f" {device_name.replace('-', ' ')} "
     return next((tflops for name, tflops in DENSE_TFLOPS if f" {name} " in words), None)

@@ -1,4 +1,4 @@
-"""The plan: what is not done yet, size by size with the dearest rows first, and what that will cost."""
+"""The order in which pending requests are rendered, and what rendering them costs."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from heapq import heappop, heappush
 from itertools import groupby
 from typing import Protocol, TypeAlias, TypeVar
 
-from batch_infer.carried import weight
-from batch_infer.records import FINAL, MAX_ATTEMPTS, PromptRequest, ResultRow
+from batch_infer.carried import estimate_bytes
+from batch_infer.records import FINAL_STATUSES, MAX_ATTEMPTS, PromptRequest, ResultRow
 
 WINDOW = 8192
-"""Requests that are looked at together: memory does not grow with the table."""
+"""Requests that are sorted together: memory does not grow with the table."""
 WINDOW_BYTES = 64 << 20
-"""Bytes of their texts and carried cells, beyond which fewer are."""
+"""Bytes of texts and carried cells in a window. A window ends early where its requests have more."""
 FEW = 2048
-"""Rows of a size that are dealt out to level lanes; of more, what runs empty at the end is little anyway."""
+"""Up to this many rows of a size are balanced over the slots. With more, the slots idle at the end matter little."""
 
 SlotsOf: TypeAlias = "Callable[[tuple[int, int]], int]"
-"""The slots that there are for an image size (height, width)."""
+"""Returns the number of slots for an image size (height, width)."""
+Item: TypeAlias = PromptRequest | ResultRow
+Row = TypeVar("Row", PromptRequest, Item)
 
 
-class Committed(Protocol):
+class ManifestEntry(Protocol):
     """What the manifest holds of an image."""
 
     @property
@@ -37,97 +39,107 @@ class Committed(Protocol):
     def path(self) -> str | None: ...
 
 
-class Index(Protocol):
-    """What is asked of the manifest."""
+class ManifestLookup(Protocol):
+    """The part of the manifest's index that planning needs."""
 
-    def find(self, key: tuple[str, int]) -> Committed | None: ...
-
-
-Item: TypeAlias = PromptRequest | ResultRow
-Row = TypeVar("Row", PromptRequest, Item)
+    def find(self, key: tuple[str, int]) -> ManifestEntry | None: ...
 
 
-def place_of(item: Item) -> tuple[str, int]:
-    """Where a row stands: the name of its file, and its number."""
+SkipRule: TypeAlias = "Callable[[Item, ManifestEntry | None], bool]"
+"""Returns whether a command skips an item, given its entry in the manifest."""
+
+
+def source_of(item: Item) -> tuple[str, int]:
+    """Return the name of an item's file and its row number."""
     if isinstance(item, PromptRequest):
         return item.source.file, item.source.row
     return item.source_file, item.source_row
 
 
-SkipRule: TypeAlias = "Callable[[Item, Committed | None], bool]"
-"""Says of an item, and of what the manifest holds of it, whether a command leaves it as it is."""
-
-
-def is_done(item: Item, found: Committed | None) -> bool:
-    """Whether a run leaves this item as the manifest has it."""
-    if found is None or found.fingerprint != item.fingerprint:
+def is_done(item: Item, entry: ManifestEntry | None) -> bool:
+    """Return whether `run` skips an item because its entry in the manifest is final."""
+    if entry is None or entry.fingerprint != item.fingerprint:
         return False
     if isinstance(item, ResultRow):
-        return found.status == item.status
-    return found.status in FINAL or (found.status == "failed" and found.failures >= MAX_ATTEMPTS)
+        return entry.status == item.status
+    return entry.status in FINAL_STATUSES or (entry.status == "failed" and entry.failures >= MAX_ATTEMPTS)
 
 
-def finished_in(index: Index) -> Callable[[PromptRequest], bool]:
-    """Return the test whether the manifest has a final result of a request as it is now."""
+def make_finished_check(index: ManifestLookup) -> Callable[[PromptRequest], bool]:
+    """Return a function that says whether the manifest has a final result of a request as it is now."""
 
     def is_finished(request: PromptRequest) -> bool:
-        match = index.find(request.key)
-        return match is not None and match.status in FINAL and match.fingerprint == request.fingerprint
+        entry = index.find(request.key)
+        return entry is not None and entry.status in FINAL_STATUSES and entry.fingerprint == request.fingerprint
 
     return is_finished
 
 
-def pending(rows: Iterable[Item], index: Index, leaves_alone: SkipRule = is_done) -> Iterator[PromptRequest]:
-    """The requests that are to be done, each as the attempt that it will be; invalid rows are somebody else's."""
-    for item in rows:
-        if isinstance(item, PromptRequest) and not leaves_alone(item, found := index.find(item.key)):
-            yield item if found is None else item.again(found.attempt + 1, found.path)
+def select_pending(
+    items: Iterable[Item], index: ManifestLookup, is_skipped: SkipRule = is_done
+) -> Iterator[PromptRequest]:
+    """Yield the requests to render, each with its attempt number. Invalid rows are skipped."""
+    for item in items:
+        if isinstance(item, PromptRequest) and not is_skipped(item, entry := index.find(item.key)):
+            yield item if entry is None else item.as_attempt(entry.attempt + 1, entry.path)
 
 
-def in_order(requests: Iterable[PromptRequest], slots_of: SlotsOf | None = None) -> Iterator[PromptRequest]:
-    """Requests in the order in which they are to be rendered, window by window.
+def order_requests(requests: Iterable[PromptRequest], slots_of: SlotsOf | None = None) -> Iterator[PromptRequest]:
+    """Yield requests in rendering order, window by window.
 
-    Rows of one size stand together, since a change of size empties the slots. Long rows stand before short ones, so
-    that what is left at the end, when slots run empty, is short. With `slots_of`, the slots that rows of a size will
-    be packed into (those of all devices), few rows are also put so that all slots run empty at about the same time.
+    Rows of one size are adjacent, since a change of size empties the slots. Rows with many steps come first, so that
+    the slots idle only briefly at the end. With `slots_of` (slots of all devices together), up to FEW rows of a size
+    are also balanced, so that all slots become idle at about the same time.
     """
-    for window in batched(requests, WINDOW, WINDOW_BYTES):
-        for size, group in groupby(sorted(window, key=_order), key=_size):
-            alike = list(group)
-            if slots_of is not None and len(alike) <= FEW:
-                alike = _level(alike, slots_of(size) // 2)
-            yield from alike
+    for window in split_batches(requests, WINDOW, WINDOW_BYTES):
+        for size, group in groupby(sorted(window, key=_sort_key), key=_size):
+            rows = list(group)
+            yield from rows if slots_of is None or len(rows) > FEW else _balance(rows, slots_of(size) // 2)
 
 
-def batched(items: Iterable[Row], number: int, size: int) -> Iterator[list[Row]]:
-    """Items in batches of at most so many, of which only the last may pass the size, in bytes."""
+def split_batches(items: Iterable[Row], count: int, size: int) -> Iterator[list[Row]]:
+    """Yield lists of at most `count` items. A list ends early at the item that brings it to `size` bytes."""
     batch: list[Row] = []
     total = 0
     for item in items:
         batch.append(item)
-        total += weight((item.prompt, item.negative_prompt)) + weight(item.carried.values())
-        if len(batch) >= number or total >= size:
+        total += estimate_bytes((item.prompt, item.negative_prompt)) + estimate_bytes(item.carried.values())
+        if len(batch) >= count or total >= size:
             yield batch
             batch, total = [], 0
     if batch:
         yield batch
 
 
-def _level(rows: list[PromptRequest], lanes: int) -> list[PromptRequest]:
-    """Rows, the longest first, in the order in which they begin where they are dealt out to lanes of like length.
+def _size(request: PromptRequest) -> tuple[int, int]:
+    return request.params.height, request.params.width
 
-    A lane is two slots: a row with guidance, or two without beside each other. The length is the least that first-fit
-    decreasing finds room in (MULTIFIT: Coffman, Garey & Johnson, SIAM J. Comput. 7, 1978).
+
+def _sort_key(request: PromptRequest) -> tuple[object, ...]:
+    params = request.params
+    longest_first = -params.num_inference_steps, not params.uses_guidance
+    # Rows with equal settings are adjacent: a pipeline's own __call__ renders them together.
+    settings = params.guidance_scale, params.guidance_rescale, request.negative_prompt is None
+    return *_size(request), *longest_first, *settings, request.id, request.image_index
+
+
+def _balance(rows: list[PromptRequest], lane_count: int) -> list[PromptRequest]:
+    """Order rows by their start times in a schedule in which all lanes end at about the same time.
+
+    `rows` come longest first. A lane is two slots: one row with guidance, or two rows without side by side. The length
+    of the schedule is the least for which first-fit decreasing succeeds (MULTIFIT: Coffman, Garey & Johnson, SIAM J.
+    Comput. 7, 1978).
     """
-    single = [row for row in rows if not row.params.guided]
-    pieces = [[row] for row in rows if row.params.guided]
-    pieces = sorted(pieces + [single[k : k + 2] for k in range(0, len(single), 2)], key=_steps, reverse=True)
+    single = [row for row in rows if not row.params.uses_guidance]
+    pieces = [[row] for row in rows if row.params.uses_guidance]
+    pieces += [single[k : k + 2] for k in range(0, len(single), 2)]
+    pieces.sort(key=_steps, reverse=True)
     total, longest = sum(map(_steps, pieces)), _steps(pieces[0])
-    least, enough = max(-(-total // lanes), longest), 2 * total // lanes + longest
-    while least < enough:
-        length = (least + enough) // 2
-        least, enough = (least, length) if _deal(pieces, lanes, length) else (length + 1, enough)
-    starts = _deal(pieces, lanes, enough) or [0] * len(pieces)
+    low, high = max(-(-total // lane_count), longest), 2 * total // lane_count + longest
+    while low < high:
+        length = (low + high) // 2
+        low, high = (low, length) if _schedule(pieces, lane_count, length) else (length + 1, high)
+    starts = _schedule(pieces, lane_count, high) or [0] * len(pieces)
     order = sorted(range(len(pieces)), key=lambda k: (starts[k], k))
     return [row for k in order for row in pieces[k]]
 
@@ -136,9 +148,9 @@ def _steps(piece: list[PromptRequest]) -> int:
     return piece[0].params.num_inference_steps
 
 
-def _deal(pieces: list[list[PromptRequest]], lanes: int, length: int) -> list[int] | None:
-    """When each piece begins if each goes to the first lane that has room for it; None where one finds no room."""
-    filled, starts = [0] * lanes, []
+def _schedule(pieces: list[list[PromptRequest]], lane_count: int, length: int) -> list[int] | None:
+    """Return the start of each piece if each goes to the first lane with room, or None where one has none."""
+    filled, starts = [0] * lane_count, []
     for piece in pieces:
         steps = _steps(piece)
         lane = next((lane for lane, used in enumerate(filled) if used + steps <= length), None)
@@ -149,21 +161,13 @@ def _deal(pieces: list[list[PromptRequest]], lanes: int, length: int) -> list[in
     return starts
 
 
-def _size(request: PromptRequest) -> tuple[int, int]:
-    return request.params.height, request.params.width
-
-
-def _order(request: PromptRequest) -> tuple[object, ...]:
-    params = request.params
-    dear = -params.num_inference_steps, not params.guided
-    # Rows that are alike stand together: a pipeline that is driven by its own call makes them in one.
-    alike = params.guidance_scale, params.guidance_rescale, request.negative_prompt is None
-    return *_size(request), *dear, *alike, request.id, request.image_index
-
-
 @dataclass(slots=True)
-class Load:
-    """What the rows of one size cost: images, row-forwards (rows of UNet calls), ticks (UNet calls over all slots)."""
+class SizeCost:
+    """What the rows of one image size cost.
+
+    `row_forwards` are UNet evaluations: rows of UNet calls, of which guidance takes two a step. `ticks` are UNet calls
+    over all slots.
+    """
 
     slots: int
     images: int = 0
@@ -171,72 +175,71 @@ class Load:
     ticks: int = 0
 
 
-class Packing:
-    """How rows will fill the slots, on paper: `loads` says by image size (height, width) what they cost.
+class StepBatchingEstimator:
+    """Simulation of step-level batching; `costs` has what the rows of each image size (height, width) cost.
 
-    Rows are taken in the order in which they are handed in, each as soon as its slots are free, and all slots empty
-    before the size changes. The packer does so too, but for a row without guidance, which it lets pass one that
-    waits for a second slot.
+    Rows start in the order in which they are added, each as soon as its slots are free, and all slots empty before the
+    size changes. The packer does the same, except that a row without guidance may overtake one that waits for a second
+    slot.
     """
 
     def __init__(self, slots_of: SlotsOf) -> None:
-        """`slots_of`: the slots that there are for an image size."""
-        self.loads: dict[tuple[int, int], Load] = {}
+        self.costs: dict[tuple[int, int], SizeCost] = {}
         self._slots_of, self._free = slots_of, 0
         self._now = self._last = 0
-        self._under_way: list[tuple[int, int]] = []
-        self._load: tuple[tuple[int, int], Load] | None = None
+        self._running: list[tuple[int, int]] = []
+        self._current: tuple[tuple[int, int], SizeCost] | None = None
 
     def add(self, request: PromptRequest, evaluations: int) -> None:
-        """Take in a row that asks the model `evaluations` times."""
-        if self._load is None or self._load[0] != _size(request):
+        """Add a row that calls the model `evaluations` times."""
+        size = _size(request)
+        if self._current is None or self._current[0] != size:
             self.close()
-            size = _size(request)
             self._free = self._slots_of(size)
-            self._load = size, self.loads.setdefault(size, Load(self._free))
-        load, needed = self._load[1], request.params.slots
+            self._current = size, self.costs.setdefault(size, SizeCost(self._free))
+        cost, needed = self._current[1], request.params.slots
         while self._free < needed:
-            self._now, freed = heappop(self._under_way)
+            self._now, freed = heappop(self._running)
             self._free += freed
         self._free -= needed
-        heappush(self._under_way, (self._now + evaluations, needed))
+        heappush(self._running, (self._now + evaluations, needed))
         self._last = max(self._last, self._now + evaluations)
-        load.images += 1
-        load.row_forwards += needed * evaluations
+        cost.images += 1
+        cost.row_forwards += needed * evaluations
 
     def close(self) -> None:
-        """Let the rows under way come to their end."""
-        if self._load is not None:
-            self._load[1].ticks += self._last
-        self._now, self._last, self._load = 0, 0, None
-        self._under_way.clear()
+        """Finish the running rows."""
+        if self._current is not None:
+            self._current[1].ticks += self._last
+        self._now, self._last, self._current = 0, 0, None
+        self._running.clear()
 
 
-class Batching:
-    """How rows will fill the calls of a pipeline that makes only rows which are alike in one; asked as `Packing` is.
+class PipelineBatchingEstimator:
+    """Simulation of pipeline-call batching: one call renders rows with equal settings. Used as StepBatchingEstimator.
 
-    Slots are row-forwards in a call of the network here too, so that a call makes half as many rows with guidance.
+    Slots are UNet evaluations of one network call here too, so that a call takes half as many rows with guidance.
     """
 
     def __init__(self, slots_of: SlotsOf) -> None:
-        self.loads: dict[tuple[int, int], Load] = {}
+        self.costs: dict[tuple[int, int], SizeCost] = {}
         self._slots_of = slots_of
-        self._alike: tuple[object, ...] | None = None
+        self._batch_key: tuple[object, ...] | None = None
         self._room = 0
 
     def add(self, request: PromptRequest, evaluations: int) -> None:
-        """Take in a row of so many steps."""
-        size, each = _size(request), request.params.slots
-        if size not in self.loads:
-            self.loads[size] = Load(self._slots_of(size))
-        load = self.loads[size]
-        if self._alike != request.alike or not self._room:
-            self._alike, self._room = request.alike, load.slots // each
-            load.ticks += evaluations
+        """Add a row that calls the model `evaluations` times."""
+        size, needed = _size(request), request.params.slots
+        if size not in self.costs:
+            self.costs[size] = SizeCost(self._slots_of(size))
+        cost = self.costs[size]
+        if self._batch_key != request.batch_key or not self._room:
+            self._batch_key, self._room = request.batch_key, cost.slots // needed
+            cost.ticks += evaluations
         self._room -= 1
-        load.images += 1
-        load.row_forwards += each * evaluations
+        cost.images += 1
+        cost.row_forwards += needed * evaluations
 
     def close(self) -> None:
-        """A batch that is not full is made as it is."""
-        self._alike = None
+        """End the current call, which need not be full."""
+        self._batch_key = None

@@ -6,24 +6,29 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 Status = Literal["ok", "flagged", "blocked", "invalid", "failed"]
-FINAL: frozenset[str] = frozenset({"ok", "flagged", "blocked"})
-"""Statuses that a later run leaves alone."""
+FINAL_STATUSES: frozenset[str] = frozenset({"ok", "flagged", "blocked"})
+"""Statuses that a later `run` skips."""
 
 MAX_ATTEMPTS = 3
 """How often `run` tries a row that fails."""
+
+COMPRESSION_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
+"""Suffixes of compressed tables."""
+_DUPLICATE_SUFFIX = re.compile(r"#\d+$")
+"""The second table of one name is called `t.csv#2`; no table's own name ends like that."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How one image is sampled. Sizes in pixels.
 
-    `embedded_guidance` is the model's: it takes the guidance scale as an input, and needs no second pass.
+    `embedded_guidance`: the model takes the guidance scale as an input and needs no second evaluation.
     """
 
     height: int
@@ -34,19 +39,19 @@ class SamplingParams:
     embedded_guidance: bool = False
 
     @property
-    def guided(self) -> bool:
-        """Classifier-free guidance is on above 1, as in diffusers (Ho & Salimans, arXiv 2207.12598)."""
+    def uses_guidance(self) -> bool:
+        """Whether classifier-free guidance is on: above 1, as in diffusers (Ho & Salimans, arXiv 2207.12598)."""
         return self.guidance_scale > 1.0 and not self.embedded_guidance
 
     @property
     def slots(self) -> int:
-        """Row-forwards that one step takes: with guidance an unconditional and a conditional one."""
-        return 2 if self.guided else 1
+        """Batch elements of one denoiser call: guidance needs an unconditional and a conditional one."""
+        return 2 if self.uses_guidance else 1
 
 
 @dataclass(frozen=True, slots=True)
 class SizeRules:
-    """Which image sizes a model takes, in pixels. `most`: a side that the model itself cannot go beyond."""
+    """Image sizes that a model accepts, in pixels. `most` is a limit of the model itself. run.json has these fields."""
 
     native_height: int
     native_width: int
@@ -56,42 +61,37 @@ class SizeRules:
 
     @property
     def largest(self) -> int:
+        """The longest side that is accepted."""
         largest = 8 * max(self.native_height, self.native_width)
         return largest if self.most is None else min(largest, self.most)
 
 
-PACKINGS = (".gz", ".bz2", ".xz", ".zst")
-"""Endings of compressed tables."""
-_NUMBER = re.compile(r"#\d+$")
-"""Of tables of one name the second is called `t.csv#2`: no name of a table itself ends so."""
-
-
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a row is: the file as the user named it, the row in it, from 0, and in a text format its line, from 1."""
+    """Where a row is: its file as the user named it, its number from 0, and in text formats its line from 1."""
 
     file: str
     row: int
     line: int | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
-        """The place as an editor shows it: `t.csv, line 5`, else `t.parquet, row 3`."""
+        """Return the position as an editor shows it: `t.csv, line 5`, else `t.parquet, row 3`."""
         return f"{self.file}, row {self.row}" if self.line is None else f"{self.file}, line {self.line}"
 
     @property
     def stem(self) -> str:
-        """The file's name without its endings, of which it has two where it is packed, and without `#2`."""
-        path = PurePosixPath(_NUMBER.sub("", self.file))
-        return (path.with_suffix("") if path.suffix.lower() in PACKINGS else path).stem
+        """The file's name without folder, `#2`, compression suffix and suffix."""
+        path = PurePosixPath(_DUPLICATE_SUFFIX.sub("", self.file))
+        return (path.with_suffix("") if path.suffix.lower() in COMPRESSION_SUFFIXES else path).stem
 
 
 @dataclass(frozen=True, slots=True)
 class PromptRequest:
-    """One image to render, and all that decides its pixels beside the run's settings.
+    """One image to render: everything that decides its pixels except the run's settings.
 
-    `replaces` is the path, relative to OUT, of an image that an earlier attempt left; `attempt` counts from 1.
-    `id_collides`: the id differs from that of an earlier row by case alone; `stem_collides`: so does its file's stem
-    from that of an earlier file.
+    `attempt` counts from 1; `replaces` is the path, relative to OUT, of the image of an earlier attempt.
+    `id_collides`: the id equals that of an earlier row when case is ignored, but is not the same. `stem_collides`: so
+    does the stem of its file.
     """
 
     id: str
@@ -113,22 +113,22 @@ class PromptRequest:
         return self.id, self.image_index
 
     @property
-    def alike(self) -> tuple[object, ...]:
-        """What rows have in common that one call of a diffusers pipeline can make together, texts and seeds apart."""
+    def batch_key(self) -> tuple[object, ...]:
+        """What requests must have in common to be rendered by one call of a diffusers pipeline."""
         params = self.params
         sampling = params.num_inference_steps, params.guidance_scale, params.guidance_rescale
         return params.height, params.width, *sampling, self.negative_prompt is None
 
-    def again(self, attempt: int, replaces: str | None) -> PromptRequest:
-        """The same request as a later attempt."""
+    def as_attempt(self, attempt: int, replaces: str | None) -> PromptRequest:
+        """Return the same request as a later attempt."""
         return replace(self, attempt=attempt, replaces=replaces)
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a safety check said of an image, or of a prompt.
+    """Result of a safety check of an image or a prompt.
 
-    `nsfw` is None where nobody was asked; `reason` is the sentence of one who found it unsafe.
+    `nsfw` is None where nothing was checked; `reason` is one sentence that says why it is unsafe.
     """
 
     nsfw: bool | None = None
@@ -136,24 +136,22 @@ class Verdict:
     scores: Mapping[str, float] | None = None
     reason: str | None = None
 
-    def joined(self, other: Verdict) -> Verdict:
-        """What two judges say of one image: unsafe where one finds it so, and of each score the highest."""
-        names = dict.fromkeys(
-            name for verdict in (self, other) if verdict.checker for name in verdict.checker.split("+")
-        )
+    def merge(self, other: Verdict) -> Verdict:
+        """Return the verdict of both checks: unsafe where one says so, with the higher of each score."""
+        both = self, other
+        checkers = dict.fromkeys(name for verdict in both if verdict.checker for name in verdict.checker.split("+"))
         scores = dict(self.scores or {})
         for name, score in (other.scores or {}).items():
             scores[name] = max(score, scores.get(name, score))
-        words = [verdict.nsfw for verdict in (self, other) if verdict.nsfw is not None]
-        reasons = dict.fromkeys(verdict.reason for verdict in (self, other) if verdict.reason)
-        return Verdict(
-            any(words) if words else None, "+".join(names) or None, scores or None, "; ".join(reasons) or None
-        )
+        answers = [verdict.nsfw for verdict in both if verdict.nsfw is not None]
+        reasons = dict.fromkeys(verdict.reason for verdict in both if verdict.reason)
+        nsfw = any(answers) if answers else None
+        return Verdict(nsfw, "+".join(checkers) or None, scores or None, "; ".join(reasons) or None)
 
 
 @dataclass(frozen=True, slots=True)
 class StoredImage:
-    """An image file as its sink wrote it: its path relative to OUT, its sha256 and its length in bytes.
+    """An image file as its sink wrote it: path relative to OUT, sha256 and length in bytes.
 
     `pixels_sha256` is that of `images.pixels_sha256`.
     """
@@ -164,15 +162,20 @@ class StoredImage:
     pixels_sha256: str | None = None
 
 
+Int32 = Annotated[int, "int32"]
+"""Result columns of int are int64, those of Int32 are int32."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResultRow:
-    """One row of a manifest part and of results.*; the fields stand in the order of the columns.
+    """One row of a manifest part and of results.*: the declaration of the result columns, in their order.
 
-    `line`, which is in no column, is that of `Source`.
+    The manifest derives the Arrow schema from it. A new column needs `metadata={"since": VERSION}`, with the next
+    version of the manifest's format. `carried` and `line`, that of `Source`, are not result columns.
     """
 
     id: str
-    image_index: int
+    image_index: Int32
     prompt: str | None
     generated_image: str | None = None
     nsfw_content_detected: bool | None = None
@@ -180,22 +183,22 @@ class ResultRow:
     error: str | None = None
     negative_prompt: str | None = None
     seed: int | None = None
-    height: int | None = None
-    width: int | None = None
-    num_inference_steps: int | None = None
+    height: Int32 | None = None
+    width: Int32 | None = None
+    num_inference_steps: Int32 | None = None
     guidance_scale: float | None = None
     guidance_rescale: float | None = None
     scheduler: str | None = None
-    prompt_tokens: int | None = None
+    prompt_tokens: Int32 | None = None
     prompt_truncated: bool | None = None
     safety_checker: str | None = None
     safety_scores: Mapping[str, float] | None = None
     sha256: str | None = None
-    pixels_sha256: str | None = None
+    pixels_sha256: str | None = field(default=None, metadata={"since": 2})
     image_bytes: int | None = None
-    slots: int | None = None
+    slots: Int32 | None = None
     seconds: float | None = None
-    attempt: int = 1
+    attempt: Int32 = 1
     worker: str | None = None
     finished_at: datetime
     source_file: str
@@ -213,15 +216,16 @@ class ResultRow:
         return Source(self.source_file, self.source_row, self.line)
 
 
+RESULT_COLUMNS = tuple(column for column in fields(ResultRow) if column.name not in ("carried", "line"))
 BOOKKEEPING: frozenset[str] = frozenset({"slots", "seconds", "attempt", "worker", "finished_at"})
 """The only columns in which two runs of the same work may differ."""
 
 
 def digest(value: Any) -> str:
-    """sha256 of a value's canonical JSON, as 32 hexadecimal digits."""
+    """Return the sha256 of a value's canonical JSON, cut to 32 hexadecimal digits."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-def now() -> datetime:
+def utc_now() -> datetime:
     return datetime.now(timezone.utc)

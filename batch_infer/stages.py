@@ -1,4 +1,4 @@
-"""Stages: where the time of rendering went, and how full the slots were."""
+"""Stages: where rendering time was spent, and how full the slots were."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from dataclasses import dataclass, fields
 class Stages:
     """Seconds by stage, and counts.
 
-    `seconds` are all that went by, except `compilation`: those in which a network was compiled for a new shape. On a
-    GPU the stages overlap: decoding and checking go on beside the UNet, so their seconds are part of its own. `began`
-    and `ended`: the first UNet call's start and the last one's end.
+    `seconds` is the total, without `compilation`, in which a network was compiled for a new shape. On a GPU the stages
+    overlap: decoding and checking run concurrently with the UNet, so their seconds are part of its seconds. `ticks` are
+    UNet calls, `slot_ticks` their batch elements, `row_forwards` those that belong to a row. `began` and `ended`: the
+    start of the first UNet call and the end of the last one.
     """
 
     encode: float = 0.0
@@ -34,22 +35,22 @@ class Stages:
 
     @property
     def occupancy(self) -> float:
-        """Row-forwards done over row-forwards computed."""
+        """Share of the batch elements of UNet calls that belonged to a row."""
         return self.row_forwards / self.slot_ticks if self.slot_ticks else 0.0
 
     @property
     def span(self) -> float:
-        """Seconds between the first UNet call's start and the last one's end."""
+        """Seconds from the start of the first UNet call to the end of the last one."""
         return max(0.0, self.ended - self.began)
 
     @property
     def busy(self) -> float:
-        """The share of that time in which there was a UNet call."""
+        """Share of the span in which a UNet call was running."""
         return self.denoise / self.span if self.span else 0.0
 
     @property
     def shares(self) -> dict[str, float]:
-        """Of each stage, in the sum of their times."""
-        spent = {name: getattr(self, name) for name in ("encode", "denoise", "decode", "check")}
-        total = sum(spent.values()) or 1.0
-        return {name: round(seconds / total, 4) for name, seconds in spent.items()}
+        """Share of each stage in the sum of their seconds."""
+        by_stage = {name: getattr(self, name) for name in ("encode", "denoise", "decode", "check")}
+        total = sum(by_stage.values()) or 1.0
+        return {name: round(seconds / total, 4) for name, seconds in by_stage.items()}

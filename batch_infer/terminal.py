@@ -1,7 +1,7 @@
 r"""Text for terminals and text logs: control characters are written as escapes such as \x1b.
 
-Ids, file names, prompts and answers of servers may hold characters that set a terminal's title, move its cursor or
-reverse the order of text, and line breaks that would forge a line of the log.
+Ids, file names, prompts and server responses may contain characters that set a terminal's title, move its cursor or
+reverse the order of text, and line breaks that would forge a log line.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ _CONTROLS = re.compile(
     "[\x00-\x1f\x7f-\x9f"  # C0, DEL and C1
     "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # direction of text (https://www.unicode.org/reports/tr9/)
     "\u2028\u2029"  # line and paragraph separator
-    "\ud800-\udfff]"  # lone surrogates, which stand for bytes of file names that are not UTF-8
+    "\ud800-\udfff]"  # lone surrogates, which represent bytes of file names that are not UTF-8
 )
 
-_ERRORS = "batch_infer_ascii"
+_ERROR_HANDLER = "batch_infer_ascii"
 _ASCII = {"·": "-"}
-"""What a report uses beyond ASCII."""
+"""Replacements of the characters beyond ASCII that reports use."""
 
 
 def escape_controls(text: object, keep: str = "") -> str:
-    """Return text that a terminal shows as it is. `keep` lists control characters that stay."""
+    """Replace control characters, except those in `keep`, by escapes."""
     return _CONTROLS.sub(lambda match: match[0] if match[0] in keep else _escape(match[0]), str(text))
 
 
@@ -37,7 +37,7 @@ def _escape(character: str) -> str:
 
 
 class EscapingFormatter(logging.Formatter):
-    """Formats each record as one line, and a traceback below it with its line breaks."""
+    """Formats each record as one line, and its traceback below with line breaks."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         record.message = escape_controls(record.message)
@@ -48,10 +48,10 @@ class EscapingFormatter(logging.Formatter):
 
 
 def never_fail_to_encode(stream: object) -> None:
-    """Have a text stream write characters that its encoding lacks as ASCII, where it would raise UnicodeEncodeError."""
+    """Make a text stream write ASCII for characters that its encoding lacks, instead of raising UnicodeEncodeError."""
     if isinstance(stream, io.TextIOWrapper):
-        codecs.register_error(_ERRORS, _as_ascii)
-        stream.reconfigure(errors=_ERRORS)
+        codecs.register_error(_ERROR_HANDLER, _as_ascii)
+        stream.reconfigure(errors=_ERROR_HANDLER)
 
 
 def _as_ascii(error: UnicodeError) -> tuple[str | bytes, int]:

@@ -1,4 +1,4 @@
-"""Lay the images of a run out on one sheet, each over its prompt."""
+"""Arrange the images of a run on one sheet, each above its prompt."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from typing import Any
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 
-COLUMNS, MOST = 10, 60
+COLUMNS, MAX_IMAGES = 10, 60
 TILE, MARGIN, LINES = 112, 8, 3
-LETTERS = 22
-"""Letters in a line under an image."""
+CHARACTERS = 22
+"""Characters per line of text."""
 COLOURS = {"ok": "#444444", "flagged": "#b00020"}
 
 
 def contact_sheet(results: list[dict[str, Any]], out: Path, path: Path) -> None:
-    """Draw the first images of a run, row by row of its results."""
+    """Draw the images of some results and write them as PNG."""
     font = ImageFont.load_default(size=9)
     wide, tall = TILE + MARGIN, TILE + LINES * 11 + MARGIN
     sheet = Image.new("RGB", (COLUMNS * wide + MARGIN, -(-len(results) // COLUMNS) * tall + MARGIN), "white")
     pen = ImageDraw.Draw(sheet)
-    for place, row in enumerate(results):
-        x, y = place % COLUMNS * wide + MARGIN, place // COLUMNS * tall + MARGIN
+    for index, row in enumerate(results):
+        x, y = index % COLUMNS * wide + MARGIN, index // COLUMNS * tall + MARGIN
         with Image.open(out / row["generated_image"]) as image:
             image.thumbnail((TILE, TILE))
             scale = TILE / max(image.size)
             tile = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
         sheet.paste(tile, (x + (TILE - tile.width) // 2, y))
         text = row["prompt"] if row["status"] == "ok" else f"flagged: {row['prompt']}"
-        for number, line in enumerate(textwrap.wrap(text, LETTERS)[:LINES]):
+        for number, line in enumerate(textwrap.wrap(text, CHARACTERS)[:LINES]):
             pen.text((x, y + TILE + 2 + 11 * number), line, fill=COLOURS[row["status"]], font=font)
     sheet.quantize(200).save(path, optimize=True)
 
@@ -46,7 +46,7 @@ def main() -> None:
         parser.error(f"{out} has no results.parquet: run `batch-infer run TABLE --out {out}` first")
     columns = ["prompt", "status", "generated_image"]
     rows = pq.read_table(out / "results.parquet", columns=columns).to_pylist()
-    contact_sheet([row for row in rows if row["generated_image"]][:MOST], out, path)
+    contact_sheet([row for row in rows if row["generated_image"]][:MAX_IMAGES], out, path)
     print(f"sheet    {path}")
 
 

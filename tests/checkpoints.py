@@ -25,8 +25,7 @@ from torch.nn.functional import normalize
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from batch_infer.models import DEMO_MODEL
-from batch_infer.models.decidiffusion_config import FlexibleUNetConfig
-from batch_infer.models.decidiffusion_unet import FlexibleUNet
+from batch_infer.models.decidiffusion import FlexibleUNet, FlexibleUNetConfig
 
 VIEW = 32
 """Side of the square that the tiny checker looks at."""

@@ -65,7 +65,7 @@ def default_hangup() -> Iterator[None]:
 @pytest.fixture
 def probe_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answer a plan's questions about the model in this process, which has already imported torch."""
-    monkeypatch.setattr(Probe, "_ask", lambda _, question, *arguments: question(*arguments))
+    monkeypatch.setattr(Probe, "_call", lambda _, question, *arguments: question(*arguments))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Killing runs at random: their workers, the parent, or all together."""
+"""Kills of runs at random: of workers, of the parent, or of all processes."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from tests.runs import results, run, start
 from tests.tables import write_csv
 
 SPAWNED = b"spawn_main"
-"""What stands in the command line of a worker's process."""
+"""Part of the command line of a worker's process."""
 
 COLOURS = ("red", "green", "blue", "yellow")
 
 
 def workers_of(parent: int) -> list[int]:
-    """The workers' processes of a run."""
+    """Return the ids of the worker processes of a run."""
     try:
         children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
         return [int(child) for child in children if SPAWNED in Path(f"/proc/{child}/cmdline").read_bytes()]
-    except OSError:  # one has just ended
+    except OSError:  # a process has just ended
         return []
 
 
@@ -42,7 +42,7 @@ def is_alive(process: int) -> bool:
 
 @dataclass
 class Killer:
-    """Starts a run again and again, and kills what it can, each time after the first new part of a start."""
+    """Starts a run again and again, and kills some of its processes after each new part."""
 
     table: Path
     out: Path
@@ -51,7 +51,7 @@ class Killer:
     killed: list[str] = field(default_factory=list)
 
     def kill(self, times: int) -> None:
-        """Kill so often; what is left of the run then ends by itself, or not at all."""
+        """Start runs until `times` kills are done."""
         while len(self.killed) < times:
             with self._run() as run:
                 while len(self.killed) < times and self._new_part(run):
@@ -59,10 +59,10 @@ class Killer:
                     if not self._strike(run):
                         break
                 if len(self.killed) < times and run.poll() == 0:
-                    raise AssertionError(f"the run was over after {self.killed}")
+                    raise AssertionError(f"the run ended after {self.killed}")
 
     def _strike(self, run: subprocess.Popen[str]) -> bool:
-        """Kill something; whether the run goes on."""
+        """Kill a worker, the parent or all processes, and return whether the run continues."""
         target = self.draw.choice(["worker", "parent", "all"])
         workers = workers_of(run.pid)
         if target == "worker":
@@ -80,7 +80,7 @@ class Killer:
         return target == "worker"
 
     def _new_part(self, run: subprocess.Popen[str]) -> bool:
-        """Wait for the next part; False where the run ends before."""
+        """Wait for the next part. Returns False if the run ends first."""
         before = self._parts()
         return eventually(lambda: self._parts() > before or run.poll() is not None) and run.poll() is None
 
@@ -98,7 +98,7 @@ class Killer:
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 300) -> bool:
-    """Whether something comes to hold."""
+    """Wait for a condition, and return whether it became true."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

@@ -1,7 +1,6 @@
-"""A stand-in for what renders, in workers' processes: images at no cost, and prompts that tell their process to die.
+"""A dummy chain for worker processes: images at no cost, and prompts that kill their process.
 
-Rows are taken in as a chain takes them: some wait, some are under way together, and all that were taken in are lost
-when the process dies.
+It takes several rows at once, as a chain does, and all of them are lost if the process dies.
 """
 
 from __future__ import annotations
@@ -12,15 +11,14 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from batch_infer.chain import ChainShape, Elsewhere, Rendered, Unrendered, nothing
+from batch_infer.chain import BatchSizes, DeviceChain, Rendered, RowOutcome
 from batch_infer.records import PromptRequest, Verdict
 from batch_infer.stages import Stages
 
@@ -28,47 +26,37 @@ TOGETHER = 8
 WAITED = 0.1
 
 
-class DummyChain:
-    """Gives every row an image of one colour, which its seed says; `seconds` is what a batch of rows takes."""
+class DummyChain(DeviceChain):
+    """Gives every row an image of one grey level, its seed. A batch of rows takes `seconds`."""
 
-    driven = False
+    uses_pipeline_call = False
 
     def __init__(self, stop: Callable[[], bool], seconds: float = 0.0) -> None:
-        self.shape = ChainShape(2 * TOGETHER, TOGETHER)
-        self.model = SimpleNamespace(networks=())
-        self.stages_by_size: dict[tuple[int, int], Stages] = {}
-        self._stop, self._seconds = stop, seconds
+        super().__init__(SimpleNamespace(networks=()), BatchSizes(2 * TOGETHER, TOGETHER), None, stop)
+        self._seconds = seconds
 
-    @property
-    def stages(self) -> Stages:
-        return sum(self.stages_by_size.values(), Stages())
+    def _render_next(self, requests: Any, first: PromptRequest, stages: Stages) -> Iterator[list[RowOutcome]]:
+        batch = requests.take((first.params.height, first.params.width), TOGETHER)
+        for request in batch:
+            _obey(request.prompt)
+        yield self._make(batch, stages)
 
-    def render(
-        self, requests: Iterable[PromptRequest], elsewhere: Elsewhere = nothing
-    ) -> Iterator[Rendered | Unrendered]:
-        source = iter(requests)
-        while not self._stop() and (batch := list(islice(source, TOGETHER))):
-            for request in batch:
-                _obey(request.prompt)
-            yield from self._make(batch)
-            yield from elsewhere()
-
-    def _make(self, batch: list[PromptRequest]) -> Iterator[Rendered]:
+    def _make(self, batch: list[PromptRequest], stages: Stages) -> list[RowOutcome]:
         started = time.perf_counter()
         time.sleep(self._seconds)
+        stages.images, stages.ticks = stages.images + len(batch), stages.ticks + len(batch)
+        stages.row_forwards, stages.slot_ticks = stages.row_forwards + len(batch), stages.slot_ticks + len(batch)
+        conditioning: Any = SimpleNamespace(prompt_tokens=1, prompt_truncated=False)
+        outcomes: list[RowOutcome] = []
         for request in batch:
-            size = request.params.height, request.params.width
-            stages = self.stages_by_size.setdefault(size, Stages())
-            stages.images, stages.ticks = stages.images + 1, stages.ticks + 1
-            stages.row_forwards, stages.slot_ticks = stages.row_forwards + 1, stages.slot_ticks + 1
-            pixels = np.full((*size, 3), request.seed % 251, np.uint8)
-            conditioning: Any = SimpleNamespace(prompt_tokens=1, prompt_truncated=False)
-            yield Rendered(request, pixels, Verdict(), conditioning, self.shape.slots, time.perf_counter() - started)
-        stages.seconds += time.perf_counter() - started
+            pixels = np.full((request.params.height, request.params.width, 3), request.seed % 251, np.uint8)
+            seconds = time.perf_counter() - started
+            outcomes.append(Rendered(request, pixels, Verdict(), conditioning, self.batch_sizes.slots, seconds))
+        return outcomes
 
 
 def _obey(prompt: str) -> None:
-    """Do to this process what a prompt says."""
+    """Do to this process what the prompt says."""
     match prompt.split():
         case ["die", "by", name]:
             os.kill(os.getpid(), getattr(signal, name))
@@ -89,7 +77,7 @@ def load(card: Any, compute: Any, safety: Any, stop: Callable[[], bool]) -> Any:
 
 
 def meet(folder: Path, count: int) -> None:
-    """Wait until so many processes have called this, with a folder that is theirs."""
+    """Wait until `count` processes have called this with the same folder."""
     folder.mkdir(exist_ok=True)
     (folder / str(os.getpid())).touch()
     while len(list(folder.iterdir())) < count:
@@ -97,18 +85,18 @@ def meet(folder: Path, count: int) -> None:
 
 
 def load_together(card: Any, compute: Any, safety: Any, stop: Callable[[], bool]) -> Any:
-    """Loaded once two workers are there, and slow enough that each of them has some of the rows."""
+    """Return once two workers load, with a chain slow enough that each of them gets some of the rows."""
     meet(Path(os.environ["MEET"]), 2)
     return DummyChain(stop, seconds=WAITED)
 
 
 def load_waiting(card: Any, compute: Any, safety: Any, stop: Callable[[], bool]) -> Any:
-    """A stand-in for a GPU: a batch of rows takes its time, and none of the host's."""
+    """Return a chain like a GPU: a batch of rows takes time, but none of the CPU's."""
     return DummyChain(stop, seconds=WAITED)
 
 
 def load_noisy(card: Any, compute: Any, safety: Any, stop: Callable[[], bool]) -> Any:
-    """With what libraries print, on every way that there is."""
+    """Print as libraries do: to stdout, stderr, file descriptor 2, warnings and logging."""
     print("on stdout")
     print("on stderr", file=sys.stderr)
     os.write(2, b"by C\n")
@@ -122,7 +110,7 @@ def load_broken(card: Any, compute: Any, safety: Any, stop: Callable[[], bool]) 
 
 
 def load_dying_once(card: Any, compute: Any, safety: Any, stop: Callable[[], bool]) -> Any:
-    """In the first process that loads: the file that DIED names then says so."""
+    """Kill the first process that loads, which creates the file named by DIED."""
     died = Path(os.environ["DIED"])
     if not died.exists():
         died.touch()

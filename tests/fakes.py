@@ -1,4 +1,4 @@
-"""Stand-ins for models and judges, of plain arithmetic: a prompt is the number of a colour."""
+"""Stand-ins for models and checkers in plain arithmetic: a prompt is the number of a colour."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from diffusers import PNDMScheduler
 
 from batch_infer.diffusion import Context, Solver
 from batch_infer.errors import RowBroken, RowError
-from batch_infer.models.family import Conditioning
+from batch_infer.models import Conditioning, LatentDiffusion
 from batch_infer.records import PromptRequest, Verdict
 from tests.rendering import CPU, make_request
 
 
-class Painter:
-    """A family of plain arithmetic: the prompt is a colour, `nan` is none."""
+class Painter(LatentDiffusion):
+    """A latent diffusion model in plain arithmetic: the prompt is a colour, `nan` gives an image that is not finite."""
 
     device = CPU
     safety_checker: Any = None
@@ -38,7 +38,7 @@ class Painter:
             {"colour": torch.full((3, 1, 1), float(request.prompt or 0), dtype=self.dtype)} for request in requests
         ]
         return [
-            Conditioning((colour, colour if request.params.guided else None), 1, False)
+            Conditioning((colour, colour if request.params.uses_guidance else None), 1, False)
             for colour, request in zip(colours, requests, strict=True)
         ]
 
@@ -51,7 +51,7 @@ class Painter:
 
 
 class Small(Painter):
-    """A painter on a device that holds so many slots, or so many images in a decoder call, and no more."""
+    """A painter on a device whose memory limits the slots and the images in a decoder call."""
 
     def __init__(self, slots: int = 1000, decode: int = 1000) -> None:
         super().__init__()
@@ -71,19 +71,19 @@ class Small(Painter):
 
 
 class PaintingPipeline:
-    """A pipeline of plain arithmetic: the prompt is a colour, and some words are none."""
+    """A pipeline in plain arithmetic: the prompt is a colour, and some words make the call fail."""
 
     device, dtype, denoiser = CPU, torch.float32, None
 
-    def __init__(self, *, one_by_one: bool = False, memory: int = 1000) -> None:
-        self.one_by_one, self._memory = one_by_one, memory
+    def __init__(self, *, one_row_per_call: bool = False, memory: int = 1000) -> None:
+        self.one_row_per_call, self._memory = one_row_per_call, memory
         self.calls: list[tuple[int, int]] = []
 
     def render(self, requests: Sequence[PromptRequest], batch: int) -> torch.Tensor:
         self.calls.append((len(requests), batch))
         assert len(requests) <= batch
-        assert len({request.alike for request in requests}) == 1
-        if (1 if self.one_by_one else batch) > self._memory:
+        assert len({request.batch_key for request in requests}) == 1
+        if (1 if self.one_row_per_call else batch) > self._memory:
             raise torch.OutOfMemoryError("out of memory\nand more")
         for request in requests:
             if request.prompt == "refused":
@@ -94,22 +94,22 @@ class PaintingPipeline:
         params = requests[0].params
         return colours.reshape(-1, 1, 1, 1).expand(-1, 3, params.height, params.width)
 
-    def tell(self, request: PromptRequest) -> Conditioning:
+    def count_tokens(self, request: PromptRequest) -> Conditioning:
         return Conditioning(({}, None), len(request.prompt), None)
 
 
 class Recorder:
-    """A judge that finds nothing, and remembers what it was shown."""
+    """A checker that flags nothing and records the shapes of images in each call."""
 
     name = "recorder"
 
     def __init__(self) -> None:
-        self.shown: list[list[tuple[int, ...]]] = []
+        self.calls: list[list[tuple[int, ...]]] = []
 
-    def judge(self, images: Sequence[np.ndarray]) -> list[Verdict]:
-        self.shown.append([image.shape for image in images])
+    def check(self, images: Sequence[np.ndarray]) -> list[Verdict]:
+        self.calls.append([image.shape for image in images])
         return [Verdict(False, self.name, {})] * len(images)
 
 
-def paint(name: str = "row", colour: object = 0.5, **asked: Any) -> PromptRequest:
-    return make_request(name, str(colour), **{"size": (16, 16), **asked})
+def paint(name: str = "row", colour: object = 0.5, **values: Any) -> PromptRequest:
+    return make_request(name, str(colour), **{"size": (16, 16), **values})

@@ -1,9 +1,8 @@
-"""The command at a pace that a test sets, whatever the machine's: `python -m tests.paced run TABLE ...`.
+"""The command at a pace set by environment variables: `python -m tests.paced run TABLE ...`.
 
-Every image is a part of its own in the manifest, or with PACE_ROWS every so many are. PACE_SECONDS is the pause of a
-worker after each image. With PACE_HOLD a worker makes so many images and then stays at work, without another one, until
-it is stopped or killed. With PACE_MEET (a folder) and PACE_WORKERS none begins before so many have loaded their model.
-The workers' processes import this module too, as they do with every main module, so it holds for them as well.
+PACE_ROWS: images per manifest part, 1 by default. PACE_SECONDS: pause of a worker after each image. PACE_HOLD: a worker
+renders this many images and then hangs until it is stopped or killed. PACE_MEET (a folder) and PACE_WORKERS: no worker
+renders before this many have loaded their model. Worker processes import the main module, so this applies to them too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Short ways for tests to make requests, load checkpoints and render."""
+"""Helpers for tests that make requests, load checkpoints and render."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from batch_infer.chain import ChainShape, Rendered, StepLevelChain
-from batch_infer.models import load, read_card
+from batch_infer.chain import BatchSizes, Rendered, StepLevelChain
+from batch_infer.models import load_latent_diffusion, read_card
 from batch_infer.records import PromptRequest, SamplingParams, Source
 from batch_infer.safety import ImageChecker
 from batch_infer.settings import ModelSettings, SchedulerSpec
 
 if TYPE_CHECKING:
-    from batch_infer.models import Family
+    from batch_infer.models import LatentDiffusion
 
 CPU = torch.device("cpu")
 
@@ -33,34 +33,39 @@ def make_request(
     seed: int = 0,
     size: tuple[int, int] = (64, 64),
 ) -> PromptRequest:
-    """One image to render; size is (height, width)."""
+    """Return a request for one image. `size` is (height, width)."""
     params = SamplingParams(*size, steps, guidance, rescale)
     return PromptRequest(name, 0, prompt, negative, seed, params, Source("table.csv", 0), fingerprint=name)
 
 
-def load_family(folder: Path, scheduler: str | None = None, *, with_checker: bool = False) -> Family:
-    """A checkpoint on the CPU in float32, with its own scheduler or that of a `--scheduler` text."""
+def load_family(folder: Path, scheduler: str | None = None, *, with_checker: bool = False) -> LatentDiffusion:
+    """Load a checkpoint on the CPU in float32, with its own scheduler or one in the syntax of `--scheduler`."""
     spec = SchedulerSpec.parse(scheduler) if scheduler else None
     card = read_card(ModelSettings(name=str(folder), scheduler=spec))
-    return load(card, CPU, torch.float32, with_checker=with_checker)
+    return load_latent_diffusion(card, CPU, torch.float32, with_checker=with_checker)
 
 
 def copied(folder: Path, target: Path) -> Path:
-    """A checkpoint of one's own, to change something in it."""
+    """Copy a checkpoint, so that it can be changed."""
     return Path(shutil.copytree(folder, target / folder.name))
 
 
 def render(
-    model: Any, requests: Iterable[PromptRequest], *, slots: int = 6, decode: int = 2, judge: ImageChecker | None = None
+    model: Any,
+    requests: Iterable[PromptRequest],
+    *,
+    slots: int = 6,
+    decode: int = 2,
+    checker: ImageChecker | None = None,
 ) -> dict[str, Rendered]:
-    """Render requests that are all expected to give an image; by their ids."""
-    found = {}
-    for outcome in StepLevelChain(model, ChainShape(slots, decode), judge).render(requests):
+    """Render requests that must all give an image, and return the outcomes by id."""
+    rendered = {}
+    for outcome in StepLevelChain(model, BatchSizes(slots, decode), checker).render(requests):
         assert isinstance(outcome, Rendered), outcome.error
-        found[outcome.request.id] = outcome
-    return found
+        rendered[outcome.request.id] = outcome
+    return rendered
 
 
 def furthest(image: np.ndarray, other: np.ndarray) -> int:
-    """The largest difference of two images in any channel of any pixel, in steps of 1/255."""
+    """Return the largest difference of two images in any channel of any pixel, in steps of 1/255."""
     return int(np.abs(image.astype(int) - other.astype(int)).max())

@@ -18,7 +18,7 @@ from torch._inductor.exc import InductorError, InvalidCxxCompiler, LoweringExcep
 from batch_infer.chain import pacing
 from batch_infer.errors import CompilationError
 from batch_infer.models import acceleration
-from batch_infer.models.acceleration import Compiled, is_compiled, speed_up
+from batch_infer.models.acceleration import Compiled, is_compiled, optimize_networks
 from batch_infer.stages import Stages
 from tests.rendering import CPU, furthest, load_family, make_request, render
 
@@ -40,7 +40,7 @@ def test_networks_are_captured_whole_and_change_no_image(sd1_folder: Path) -> No
     """One graph for each shape: a break would be an error, and then a warning."""
     plain = render(load_family(sd1_folder), ROWS)
     model = load_family(sd1_folder)
-    speed_up(model.networks, CPU, compiled=True)
+    optimize_networks(model.networks, CPU, compiled=True)
     found = render(model, ROWS)
     assert is_compiled(model.networks)
     assert all(furthest(found[row.id].pixels, plain[row.id].pixels) <= 1 for row in ROWS)
@@ -55,7 +55,7 @@ def test_what_cannot_be_compiled_is_an_error_that_names_the_way_out() -> None:
             return x + 1
 
     network = Chatty()
-    speed_up([network], CPU, compiled=True)
+    optimize_networks([network], CPU, compiled=True)
     assert is_compiled([network])
     for _ in range(2):
         with pytest.raises(CompilationError, match=r"torch.compile failed \(.*; --no-compile turns it off"):
@@ -154,7 +154,7 @@ def test_memory_that_ends_in_a_compiled_network_is_told_as_such() -> None:
 def test_networks_are_left_alone_on_a_cpu(sd1_folder: Path) -> None:
     model: Any = load_family(sd1_folder)
     before = [network.forward for network in model.networks]
-    speed_up(model.networks, CPU, compiled=False)
+    optimize_networks(model.networks, CPU, compiled=False)
     assert [network.forward for network in model.networks] == before
     assert not is_compiled(model.networks)
 
@@ -165,7 +165,7 @@ def test_a_gpu_gets_channels_last_and_fused_projections(name: str, request: pyte
     folder = request.getfixturevalue(f"{name}_folder")
     plain = render(load_family(folder), ROWS)
     model: Any = load_family(folder)
-    speed_up(model.networks, torch.device("cuda"), compiled=False)
+    optimize_networks(model.networks, torch.device("cuda"), compiled=False)
     unet, decoder = model.networks
     assert unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     assert decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
@@ -185,7 +185,7 @@ def test_joint_attention_keeps_its_norms_on_a_gpu() -> None:
     asked = (torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16), torch.randn(2, 16), torch.tensor([3.0, 900.0]))
     with torch.inference_mode():
         plain = network(*asked, return_dict=False)[0]
-        speed_up([network], torch.device("cuda"), compiled=False)
+        optimize_networks([network], torch.device("cuda"), compiled=False)
         assert torch.allclose(network(*asked, return_dict=False)[0], plain, atol=1e-5)
 
 
@@ -197,7 +197,7 @@ def test_the_real_compiler_gives_the_same_images_each_time(demo_folder: Path) ->
     for _ in range(2):
         torch._dynamo.reset()
         model = load_family(demo_folder)
-        speed_up(model.networks, CPU, compiled=True)
+        optimize_networks(model.networks, CPU, compiled=True)
         found.append(render(model, ROWS))
         assert is_compiled(model.networks)
     for row in ROWS:
@@ -227,11 +227,11 @@ def test_the_host_is_a_few_calls_ahead_and_no_more(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "Event", Clock)
     monkeypatch.setattr(torch.cuda, "current_stream", Clock)
     stages = Stages()
-    found = pacing.pace_of(torch.device("cuda"), stages)
+    pacer = pacing.make_pacer(torch.device("cuda"), stages)
     for tick in range(1, 11):
-        found.start()
-        found.end()
-        assert stages.denoise == max(0, tick - pacing.TICKS_AHEAD)
-    found.finish()
+        pacer.start()
+        pacer.end()
+        assert stages.denoise == max(0, tick - pacing.CALLS_AHEAD)
+    pacer.finish()
     assert stages.denoise == 10
     assert stages.ended > stages.began

@@ -15,11 +15,11 @@ from torch._dynamo.testing import CompileCounter
 from batch_infer import accelerator, peak_flops
 from batch_infer.accelerator import out_of_memory_errors
 from batch_infer.autotune import plateau
-from batch_infer.bench.bare import BareUNet
-from batch_infer.chain import ChainShape, Rendered, StepLevelChain, streams
-from batch_infer.chain.postprocessing import Finishing
+from batch_infer.bench.contenders import unet_rate
+from batch_infer.chain import BatchSizes, Rendered, StepLevelChain, pacing
+from batch_infer.chain.postprocessing import Postprocessing
 from batch_infer.errors import CompilationError, RowError
-from batch_infer.models.acceleration import Compiled, speed_up
+from batch_infer.models.acceleration import Compiled, optimize_networks
 from batch_infer.settings import Compute
 from batch_infer.stages import Stages
 from batch_infer.worker.loading import prepare_torch
@@ -68,10 +68,10 @@ def test_the_chain_halves_its_slots_whoever_reports_it(text: str, sd1_folder: Pa
         return denoise(sample, *args)  # type: ignore[no-any-return]
 
     model.denoise = limited
-    chain = StepLevelChain(model, ChainShape(16, 2), None)
+    chain = StepLevelChain(model, BatchSizes(16, 2), None)
     outcomes = list(chain.render([make_request(str(k), seed=k) for k in range(5)]))
     assert all(isinstance(outcome, Rendered) for outcome in outcomes)
-    assert (len(outcomes), chain.shape.of((64, 64))[0]) == (5, 4)
+    assert (len(outcomes), chain.batch_sizes.of((64, 64))[0]) == (5, 4)
 
 
 @pytest.mark.parametrize(("dtype", "allowed"), [("float32", False), ("float16", True), ("bfloat16", True)])
@@ -113,9 +113,9 @@ def test_the_bare_unet_runs_what_the_chain_has_compiled(sd1_folder: Path) -> Non
     model: Any = load_family(sd1_folder)
     model._unet.forward = torch.compile(model._unet.forward, backend=counter, dynamic=False, fullgraph=True)
     rows = [make_request(str(k), steps=2 + k, guidance=1 + 3 * k) for k in range(3)]
-    assert len(list(StepLevelChain(model, ChainShape(4, 2), None).render(rows))) == 3
+    assert len(list(StepLevelChain(model, BatchSizes(4, 2), None).render(rows))) == 3
     assert counter.frame_count == 1
-    BareUNet(model, rows[0]).rate((64, 64), 4)
+    unet_rate(model, rows[0], (64, 64), 4)
     assert counter.frame_count == 1
     torch._dynamo.reset()
 
@@ -135,9 +135,9 @@ def test_compiling_is_in_no_stage(sd1_folder: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("batch_infer.models.acceleration.Compiled", Recording)
     model = load_family(sd1_folder)
-    speed_up(model.networks[:1], CPU, compiled=True)
+    optimize_networks(model.networks[:1], CPU, compiled=True)
     monkeypatch.setattr("batch_infer.chain.step_level.is_compiled", lambda networks: True)
-    chain = StepLevelChain(model, ChainShape(4, 2), None)
+    chain = StepLevelChain(model, BatchSizes(4, 2), None)
     rows = [make_request("a", steps=3), make_request("b", steps=3, size=(72, 64)), make_request("c", steps=3)]
     started = time.perf_counter()
     assert all(isinstance(outcome, Rendered) for outcome in chain.render(rows))
@@ -160,7 +160,7 @@ def test_a_size_that_rendered_nothing_is_yet_to_be_compiled(sd1_folder: Path, mo
 
     monkeypatch.setattr(model.solver, "table", refuse_two)
     monkeypatch.setattr("batch_infer.chain.step_level.is_compiled", lambda networks: True)
-    chain = StepLevelChain(model, ChainShape(4, 2), None)
+    chain = StepLevelChain(model, BatchSizes(4, 2), None)
     (refused,) = chain.render([make_request("a", steps=2)])
     assert not isinstance(refused, Rendered)
     assert chain.stages.compilation == 0
@@ -185,15 +185,15 @@ def test_no_more_processes_compile_than_a_worker_has_cores(monkeypatch: pytest.M
 @pytest.mark.parametrize(("shape", "ahead"), [((2, 1), 4), ((8, 8), 2), ((32, 8), 8), ((256, 16), 32)])
 def test_all_rows_of_one_tick_may_wait_for_the_decoder(shape: tuple[int, int], ahead: int) -> None:
     model: Any = type("Model", (), {"device": CPU})()
-    assert Finishing(model, None, shape, Stages(), beside=False).batches_ahead == ahead
+    assert Postprocessing(model, None, shape, Stages(), in_background=False).micro_batches_ahead == ahead
 
 
 def test_streams_beside_the_unet_have_a_high_priority(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[Any, ...]] = []
     monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: made.append((device.type, priority)))
-    streams.stream_of.__wrapped__(GPU, "encode")
+    pacing.stream_for.__wrapped__(GPU, "encode")
     assert made == [("cuda", -1)]
-    assert streams.stream_of.__wrapped__(CPU, "encode") is None
+    assert pacing.stream_for.__wrapped__(CPU, "encode") is None
 
 
 def test_a_gpu_leaves_its_cores_to_the_threads_that_store() -> None:

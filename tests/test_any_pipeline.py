@@ -18,10 +18,9 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from batch_infer.chain import ChainShape, PipelineCallChain, Rendered, Unrendered
+from batch_infer.chain import BatchSizes, PipelineCallChain, Rendered, Unrendered
 from batch_infer.errors import ModelError, RowBroken
-from batch_infer.models import ModelCard, any_pipeline, load_pipeline, read_card
-from batch_infer.models.any_pipeline import AnyPipeline
+from batch_infer.models import AnyPipeline, ModelCard, read_card, trial_calls
 from batch_infer.models.pipelines import find_class
 from batch_infer.records import PromptRequest, SizeRules
 from batch_infer.safety import ImageChecker
@@ -61,7 +60,7 @@ def card_of(folder: Path, **settings: Any) -> ModelCard:
 
 def load_model(folder: Path, scheduler: str | None = None, *, with_checker: bool = False) -> AnyPipeline:
     spec = SchedulerSpec.parse(scheduler) if scheduler else None
-    return load_pipeline(card_of(folder, scheduler=spec), CPU, torch.float32, with_checker=with_checker)
+    return AnyPipeline.load(card_of(folder, scheduler=spec), CPU, torch.float32, with_checker=with_checker)
 
 
 def load_oracle(folder: Path) -> Any:
@@ -95,14 +94,14 @@ def render(
     model: AnyPipeline, requests: list[PromptRequest], *, slots: int = 8, judge: ImageChecker | None = None
 ) -> dict[str, Rendered]:
     found = {}
-    for outcome in PipelineCallChain(model, ChainShape(slots, 2), judge).render(sorted(requests, key=_by_likeness)):
+    for outcome in PipelineCallChain(model, BatchSizes(slots, 2), judge).render(sorted(requests, key=_by_likeness)):
         assert isinstance(outcome, Rendered), outcome.error
         found[outcome.request.id] = outcome
     return found
 
 
 def _by_likeness(request: PromptRequest) -> Any:
-    return request.alike
+    return request.batch_key
 
 
 # Images
@@ -158,7 +157,7 @@ def test_the_text_has_a_part_in_the_image(models: dict[str, AnyPipeline]) -> Non
 
 
 def test_rows_share_calls_where_their_texts_leave_the_shapes_alone(models: dict[str, AnyPipeline]) -> None:
-    assert {name for name, model in models.items() if model.one_by_one} == ONE_BY_ONE
+    assert {name for name, model in models.items() if model.one_row_per_call} == ONE_BY_ONE
     for name, model in models.items():
         asked: list[int] = []
 
@@ -246,9 +245,9 @@ def failing(model: AnyPipeline, error: Exception, prompt: str, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("error", "invalid", "told"),
     [
-        (ValueError("no such text\nand more"), True, "_Spy does not take this row: no such text"),
-        (IndexError("index 3 is out of bounds"), True, "_Spy does not take this row: index 3 is out of bounds"),
-        (RuntimeError("shapes do not match"), False, "_Spy broke off: shapes do not match"),
+        (ValueError("no such text\nand more"), True, "_Spy does not support this row: no such text"),
+        (IndexError("index 3 is out of bounds"), True, "_Spy does not support this row: index 3 is out of bounds"),
+        (RuntimeError("shapes do not match"), False, "_Spy failed: shapes do not match"),
     ],
 )
 def test_what_a_pipeline_raises_is_the_rows_and_not_its_neighbours(
@@ -258,7 +257,7 @@ def test_what_a_pipeline_raises_is_the_rows_and_not_its_neighbours(
     rows = [row("flux", "a", seed=1), row("flux", "bad", "bad", seed=2), row("flux", "c", seed=3)]
     wanted = render(model, rows)
     failing(model, error, "bad", monkeypatch)
-    found = {outcome.request.id: outcome for outcome in PipelineCallChain(model, ChainShape(8, 2), None).render(rows)}
+    found = {outcome.request.id: outcome for outcome in PipelineCallChain(model, BatchSizes(8, 2), None).render(rows)}
     for name in "ac":
         image = found[name]
         assert isinstance(image, Rendered)
@@ -294,16 +293,16 @@ def test_a_device_that_is_lost_while_a_pipeline_loads_is_no_property_of_its_shap
     def fail(*_: object) -> bool:
         raise RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED")
 
-    monkeypatch.setattr(any_pipeline, "has_one_shape", fail)
+    monkeypatch.setattr(trial_calls, "has_one_shape", fail)
     with pytest.raises(RuntimeError, match="cuDNN error"):
         load_model(folders["flux"])
 
 
 def test_a_size_that_the_pipeline_rounds_is_refused(models: dict[str, AnyPipeline]) -> None:
-    (found,) = PipelineCallChain(models["flux"], ChainShape(4, 2), None).render([row("flux", "row", size=(64, 72))])
+    (found,) = PipelineCallChain(models["flux"], BatchSizes(4, 2), None).render([row("flux", "row", size=(64, 72))])
     assert isinstance(found, Unrendered)
     assert found.status == "invalid"
-    assert found.error.startswith("FluxPipeline makes images of 64x64 pixels where 72x64 are asked for")
+    assert found.error.startswith("FluxPipeline makes images of 64x64 pixels instead of 72x64")
 
 
 def test_values_that_are_not_finite_are_told(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -312,7 +311,7 @@ def test_values_that_are_not_finite_are_told(folders: dict[str, Path], tmp_path:
     weights = load_file(file)
     weights["proj_out.bias"].fill_(float("nan"))
     save_file(weights, file, metadata={"format": "pt"})
-    (found,) = PipelineCallChain(load_model(own), ChainShape(4, 2), None).render([row("flux", "row", guidance=2.5)])
+    (found,) = PipelineCallChain(load_model(own), BatchSizes(4, 2), None).render([row("flux", "row", guidance=2.5)])
     assert isinstance(found, Unrendered)
     assert found.status == "failed"
     assert "not finite at 3 steps and guidance_scale 2.5" in found.error
@@ -367,10 +366,10 @@ def test_the_fingerprint_tells_how_a_text_is_framed(folders: dict[str, Path], tm
 def test_a_card_is_read_without_torch_where_somebody_else_knows_the_facts(folders: dict[str, Path]) -> None:
     script = f"""
 import sys
-from batch_infer.models import PipelineFacts, read_card
+from batch_infer.models import SamplingRules, read_card
 from batch_infer.records import SizeRules
 from batch_infer.settings import ModelSettings
-facts = PipelineFacts(SizeRules(8, 8, 8, 8), 7, 3.0)
+facts = SamplingRules(SizeRules(8, 8, 8, 8), 7, 3.0)
 card = read_card(ModelSettings(name={str(folders["flux"])!r}), lambda path: facts)
 print(card.family, card.num_inference_steps, sorted({{"torch", "diffusers", "transformers"}} & sys.modules.keys()))
 """
@@ -385,13 +384,13 @@ print(card.family, card.num_inference_steps, sorted({{"torch", "diffusers", "tra
         ("AutoencoderKL", "has no pipeline AutoencoderKL"),
         ("FluxControlPipeline", "FluxControlPipeline needs more than a text: control_image"),
         ("StableDiffusionControlNetPipeline", "needs more than a text: controlnet"),
-        ("StableDiffusionImg2ImgPipeline", "makes no images of texts: its call takes no height, width"),
+        ("StableDiffusionImg2ImgPipeline", "is not text-to-image: its __call__ has no height, width"),
         ("FluxImg2ImgPipeline", "FluxImg2ImgPipeline needs more than a text: image"),
         ("FluxFillPipeline", "needs more than a text"),
-        ("KandinskyV22Pipeline", "makes no images of texts: its call takes no prompt"),
-        ("WuerstchenPriorPipeline", "WuerstchenPriorPipeline makes no images of texts"),
-        ("WanPipeline", "makes no images of texts: its call takes no num_images_per_prompt"),
-        ("LattePipeline", "makes no images of texts"),
+        ("KandinskyV22Pipeline", "is not text-to-image: its __call__ has no prompt"),
+        ("WuerstchenPriorPipeline", "WuerstchenPriorPipeline is not text-to-image"),
+        ("WanPipeline", "is not text-to-image: its __call__ has no num_images_per_prompt"),
+        ("LattePipeline", "is not text-to-image"),
     ],
 )
 def test_classes_that_make_no_images_of_texts_are_refused(name: str, reason: str) -> None:
@@ -463,7 +462,7 @@ def test_weights_that_no_file_holds_are_named(folders: dict[str, Path], tmp_path
 
 def test_half_precision_leaves_alone_what_would_overflow(folders: dict[str, Path]) -> None:
     """As diffusers loads it: T5 wants the last projection of its blocks in float32."""
-    model = load_pipeline(card_of(folders["flux"]), CPU, torch.float16, with_checker=False)
+    model = AnyPipeline.load(card_of(folders["flux"]), CPU, torch.float16, with_checker=False)
     encoder = model.pipeline.text_encoder_2
     assert encoder.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.float32
     assert encoder.shared.weight.dtype == model.pipeline.transformer.dtype == torch.float16
@@ -559,7 +558,7 @@ def test_steps_that_the_pipeline_refuses_are_invalid(tmp_path: Path, folders: di
     assert run(table, tmp_path / "out", *options, "--safety", "none").code == 3
     rows = results(tmp_path / "out")
     assert [item["status"] for item in rows] == ["invalid", "ok", "invalid"]
-    assert rows[0]["error"].startswith("StableDiffusionPAGPipeline does not take this row: ")
+    assert rows[0]["error"].startswith("StableDiffusionPAGPipeline does not support this row: ")
 
 
 @pytest.mark.parametrize(("safety", "judged"), [("auto", True), ("none", False)])

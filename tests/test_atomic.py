@@ -15,19 +15,30 @@ from pathlib import Path
 import pytest
 
 from batch_infer.errors import StorageError
-from batch_infer.store import atomic
-from batch_infer.store.atomic import TEMPORARY, KnownFolder, distinguishes_case, replacing, temporary_of
+from batch_infer.store import (
+    TEMPORARY_PREFIX,
+    PinnedFolder,
+    atomic,
+    atomic_write,
+    host_id,
+    is_case_sensitive,
+    is_temporary,
+    path_exists,
+    paths,
+    pinned,
+    temporary_path,
+)
 
 
 @pytest.mark.parametrize("flush", [True, False])
 def test_a_file_takes_its_name_when_it_is_whole(tmp_path: Path, flush: bool) -> None:
     path = tmp_path / "deep" / "file"
     for content in ("first", "second"):
-        with replacing(path, flush=flush) as temporary:
+        with atomic_write(path, flush=flush) as temporary:
             temporary.write_text(content)
             assert not path.exists() or path.read_text() == "first"
             assert temporary.parent == path.parent
-            assert temporary.name.startswith(TEMPORARY)
+            assert temporary.name.startswith(TEMPORARY_PREFIX)
     assert path.read_text() == "second"
     assert list(path.parent.iterdir()) == [path]
 
@@ -36,7 +47,7 @@ def test_a_file_takes_its_name_when_it_is_whole(tmp_path: Path, flush: bool) -> 
 def test_what_breaks_off_leaves_what_was_there(tmp_path: Path, end: type[BaseException]) -> None:
     path = tmp_path / "file"
     path.write_text("before")
-    with pytest.raises(end), replacing(path) as temporary:
+    with pytest.raises(end), atomic_write(path) as temporary:
         temporary.write_text("half")
         raise end
     assert path.read_text() == "before"
@@ -49,7 +60,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, place: str) -> 
     (tmp_path / "a folder" / "inner").mkdir(parents=True)
     with (
         pytest.raises(StorageError, match=f"cannot write {re.escape(str(tmp_path / place))}: "),
-        replacing(tmp_path / place) as temporary,
+        atomic_write(tmp_path / place) as temporary,
     ):
         temporary.write_text("x")
     assert {path.name for path in tmp_path.iterdir()} == {"a file", "a folder"}
@@ -64,8 +75,9 @@ def test_the_disk_holds_the_bytes_before_the_name_changes_and_then_the_name(
     def sync(synced: Path) -> None:
         seen.append((synced.is_dir(), path.exists()))
 
-    monkeypatch.setattr(atomic, "sync", sync)
-    with replacing(path) as temporary:
+    for module in (atomic, paths):
+        monkeypatch.setattr(module, "fsync", sync)
+    with atomic_write(path) as temporary:
         temporary.write_text("x")
     assert seen == [(False, False), (True, True)]
 
@@ -81,18 +93,18 @@ def test_a_file_system_that_syncs_no_folders_is_good_enough(tmp_path: Path, monk
     monkeypatch.setattr(os, "fsync", fsync)
     faults = [errno.EIO, errno.EINVAL, errno.EBADF]
     for _ in range(2):
-        with replacing(tmp_path / "file") as temporary:
+        with atomic_write(tmp_path / "file") as temporary:
             temporary.write_text("x")
         faults.pop()
     sentence = "cannot write .*file: Input/output error"
-    with pytest.raises(StorageError, match=sentence), replacing(tmp_path / "file") as temporary:
+    with pytest.raises(StorageError, match=sentence), atomic_write(tmp_path / "file") as temporary:
         temporary.write_text("x")
 
 
 def test_without_parents_no_folder_is_made(tmp_path: Path) -> None:
     with (
         pytest.raises(StorageError, match="cannot write .*gone/file: No such file"),
-        replacing(tmp_path / "gone" / "file", parents=False) as temporary,
+        atomic_write(tmp_path / "gone" / "file", parents=False) as temporary,
     ):
         temporary.write_text("x")
     assert list(tmp_path.iterdir()) == []
@@ -101,9 +113,9 @@ def test_without_parents_no_folder_is_made(tmp_path: Path) -> None:
 def test_a_folder_is_known_until_another_takes_its_place(tmp_path: Path) -> None:
     """Also in another process, to which it was sent."""
     folder = tmp_path / "out"
-    assert_gone(KnownFolder.of(folder))
+    assert_gone(PinnedFolder.of(folder))
     folder.mkdir()
-    known = pickle.loads(pickle.dumps(KnownFolder.of(folder)))
+    known = pickle.loads(pickle.dumps(PinnedFolder.of(folder)))
     known.check()
     folder.rename(tmp_path / "renamed")
     assert_gone(known)
@@ -112,10 +124,10 @@ def test_a_folder_is_known_until_another_takes_its_place(tmp_path: Path) -> None
     folder.rmdir()
     (tmp_path / "renamed").rename(folder)
     known.check()
-    assert KnownFolder.of(known) is known
+    assert PinnedFolder.of(known) is known
 
 
-def assert_gone(known: KnownFolder, name: str = "out") -> None:
+def assert_gone(known: PinnedFolder, name: str = "out") -> None:
     with pytest.raises(StorageError, match=f"{name} has gone since the run began: .* put it back and run again"):
         known.check()
 
@@ -125,8 +137,8 @@ def test_a_process_killed_while_it_writes_leaves_the_old_file(tmp_path: Path) ->
     path.write_text("before")
     script = """
 import sys, time, pathlib
-from batch_infer.store.atomic import replacing
-with replacing(pathlib.Path(sys.argv[1])) as temporary:
+from batch_infer.store.atomic import atomic_write
+with atomic_write(pathlib.Path(sys.argv[1])) as temporary:
     temporary.write_text("half")
     print("writing", flush=True)
     time.sleep(60)
@@ -143,16 +155,16 @@ def test_no_two_processes_share_a_temporary_name() -> None:
     """Neither by chance nor by having been forked from one another; and one process keeps to its own."""
     script = """
 import os, pathlib
-from batch_infer.store.atomic import temporary_of
+from batch_infer.store.atomic import temporary_path
 reading, writing = os.pipe()
 if os.fork() == 0:
-    os.write(writing, str(temporary_of(pathlib.Path("file"))).encode())
+    os.write(writing, str(temporary_path(pathlib.Path("file"))).encode())
     os._exit(0)
-print(os.read(reading, 100).decode(), temporary_of(pathlib.Path("file")))
+print(os.read(reading, 100).decode(), temporary_path(pathlib.Path("file")))
 """
     command = [sys.executable, "-c", script]
     names = [subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() for _ in range(2)]
-    here = {str(temporary_of(Path("file"))) for _ in range(2)}
+    here = {str(temporary_path(Path("file"))) for _ in range(2)}
     assert len({*names[0], *names[1], *here}) == 5
 
 
@@ -160,12 +172,12 @@ def test_a_folder_whose_inode_number_changes_is_known_by_its_marker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on FUSE mounts; one look more at the disk, and only then."""
-    known = KnownFolder.of(tmp_path)
-    marked = known.marked()
-    assert KnownFolder.of(tmp_path) == marked
+    known = PinnedFolder.of(tmp_path)
+    marked = known.with_marker()
+    assert PinnedFolder.of(tmp_path) == marked
     assert pickle.loads(pickle.dumps(marked)) == marked
     with monkeypatch.context() as patch:
-        patch.setattr(atomic, "_identity", lambda _: (1, 2))
+        patch.setattr(pinned, "_identity", lambda _: (1, 2))
         marked.check()
         assert_gone(known, tmp_path.name)
         marked.remove_markers(())
@@ -177,14 +189,14 @@ def test_a_folder_whose_inode_number_changes_is_known_by_its_marker(
 def test_a_folder_that_cannot_be_looked_at_is_not_taken_for_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = KnownFolder.of(tmp_path)
+    known = PinnedFolder.of(tmp_path)
 
     def stat(path: Path, **_: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(Path, "stat", stat)
     monkeypatch.setattr(Path, "lstat", stat)
-    for look in (known.check, lambda: atomic.is_there(tmp_path / "x")):
+    for look in (known.check, lambda: path_exists(tmp_path / "x")):
         with pytest.raises(StorageError, match=f"cannot read {tmp_path}.*: Input/output error"):
             look()
 
@@ -196,20 +208,20 @@ def test_containers_of_equal_names_differ_by_the_boot_of_their_machine(
     for boot in ("a", "b", "a"):
         monkeypatch.setattr(atomic, "_BOOT_ID", tmp_path / "boot_id")
         (tmp_path / "boot_id").write_text(boot)
-        places.add(atomic.here())
+        places.add(host_id())
     assert len(places) == 2
 
 
 def test_only_names_of_our_own_making_are_temporary() -> None:
-    assert atomic.is_temporary(temporary_of(Path("x")).name)
-    assert not any(map(atomic.is_temporary, (".tmp-x", ".tmp-0a1b2c3d-x", "x", ".tmp-0a1b2c3d-1-0123456789ab-")))
+    assert is_temporary(temporary_path(Path("x")).name)
+    assert not any(map(is_temporary, (".tmp-x", ".tmp-0a1b2c3d-x", "x", ".tmp-0a1b2c3d-1-0123456789ab-")))
 
 
 def test_whether_case_matters_is_seen_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "A").touch()
-    assert distinguishes_case(tmp_path) == (not (tmp_path / "a").exists())
+    assert is_case_sensitive(tmp_path) == (not (tmp_path / "a").exists())
     assert [path.name for path in tmp_path.iterdir()] == ["A"]
-    monkeypatch.setattr(atomic, "is_there", lambda path: (path.parent / path.name.lower()).exists())
-    assert not distinguishes_case(tmp_path)
+    monkeypatch.setattr(atomic, "path_exists", lambda path: (path.parent / path.name.lower()).exists())
+    assert not is_case_sensitive(tmp_path)
     with pytest.raises(StorageError, match="cannot write .*missing"):
-        distinguishes_case(tmp_path / "missing")
+        is_case_sensitive(tmp_path / "missing")

@@ -1,4 +1,4 @@
-"""The knee: batch sizes beyond which a device gains nothing, found once and remembered."""
+"""The throughput plateau: the batch sizes beyond which a device is no faster, measured once and kept."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from batch_infer.autotune import calibration, plateau
+from batch_infer.autotune import cache, plateau
 from batch_infer.autotune.plateau import find_plateau
 from batch_infer.diffusion import Context
 from batch_infer.records import SamplingParams
@@ -20,8 +20,8 @@ from tests.tables import write_csv
 PARAMS = SamplingParams(16, 16, 50, 7.5, 0.0)
 
 
-class Device(Painter):
-    """Takes a fixed time for a call, and so much more for what goes beyond `wide` rows or images."""
+class FakeDevice(Painter):
+    """A call takes a fixed time up to `wide` rows or images, and time in proportion beyond."""
 
     def __init__(self, wide: int, clock: Clock) -> None:
         super().__init__()
@@ -43,20 +43,19 @@ def short_trials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """A clock that only the devices of these tests move on."""
+    """A clock that only the devices of these tests advance."""
     clock = Clock()
     monkeypatch.setattr(plateau, "time", clock)
     return clock
 
 
 @pytest.mark.parametrize("wide", [4, 16])
-def test_the_knee_is_where_more_brings_no_more(clock: Clock, wide: int) -> None:
-    found = find_plateau(Device(wide, clock), PARAMS)
-    assert found.slots == wide
-    assert found.decode_batch == 2
+def test_the_plateau_is_where_larger_batches_are_no_faster(clock: Clock, wide: int) -> None:
+    result = find_plateau(FakeDevice(wide, clock), PARAMS)
+    assert (result.slots, result.decode_batch) == (wide, 2)
 
 
-def test_memory_bounds_what_is_tried(clock: Clock) -> None:
+def test_memory_limits_the_search(clock: Clock) -> None:
     class Roomy(Small):
         def denoise(self, sample: torch.Tensor, timestep: torch.Tensor, context: Context) -> torch.Tensor:
             clock.sleep(0.004)  # whatever the batch: more is always faster
@@ -91,8 +90,8 @@ def test_auto_is_measured_once_kept_and_planned_with(tmp_path: Path, monkeypatch
     summary = run_json(tmp_path / "one")["summary"]
     assert summary["ok"] == 4
     assert f'"row_forwards": {summary["row_forwards"]}, "ticks": {summary["ticks"]}' in planned.stdout
-    # A run that goes on keeps them, whatever is remembered by then; a number of its own beats them.
-    for file in (tmp_path / "cache").rglob("knee-*.json"):
+    # A run that is continued keeps them even if the cache is lost; --slots N overrides them.
+    for file in (tmp_path / "cache").rglob("plateau-*.json"):
         file.unlink()
     write_csv(table, [["prompt", "width"], *(["a red circle", 64 + 8 * (k > 2)] for k in range(5))])
     again = run(table, tmp_path / "one", *options)
@@ -105,19 +104,19 @@ def test_auto_is_measured_once_kept_and_planned_with(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("slots", ["1", "many", "Auto", "0"])
-def test_slots_that_are_none(tmp_path: Path, slots: str) -> None:
+def test_invalid_slots_are_refused(tmp_path: Path, slots: str) -> None:
     table = write_csv(tmp_path / "t.csv", [["prompt"], ["x"]])
     done = command("plan", table, "--slots", slots)
     assert done.code == 2
     assert "neither a number of at least 2 nor auto" in done.stderr
 
 
-def test_what_cannot_be_remembered_is_measured_again(
+def test_a_plateau_that_cannot_be_saved_is_measured_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
-    found = find_plateau(Device(4, clock), PARAMS)
-    monkeypatch.setattr(calibration, "user_cache_path", lambda name: tmp_path / name)
-    (tmp_path / "batch-infer").write_text("a file where the folder should be")
+    result = find_plateau(FakeDevice(4, clock), PARAMS)
+    monkeypatch.setattr(cache, "user_cache_path", lambda name: tmp_path / name)
+    (tmp_path / "batch-infer").write_text("a file instead of the folder")
     conditions: dict[str, Any] = {"size": (16, 16)}
-    calibration.save_calibration(conditions, found)
-    assert calibration.load_calibration(calibration.Plateau, conditions) is None
+    cache.save_calibration(conditions, result)
+    assert cache.load_calibration(cache.Plateau, conditions) is None

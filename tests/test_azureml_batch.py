@@ -27,14 +27,15 @@ import pytest
 
 from batch_infer.azureml import batch, deployment, rendering
 from batch_infer.azureml.mini_batch import MiniBatches
-from batch_infer.chain import Rendered
+from batch_infer.chain import RowOutcome
 from batch_infer.errors import ServiceError, SettingsError, StorageError, TableError, UsageError
 from batch_infer.manifest import SCHEMA, Manifest
 from batch_infer.manifest import index as manifest_index
 from batch_infer.models import DEMO_MODEL
 from batch_infer.records import PromptRequest
 from batch_infer.simulation import Outcome, SimulationSettings, simulate
-from batch_infer.store.atomic import TEMPORARY, here
+from batch_infer.stages import Stages
+from batch_infer.store import TEMPORARY_PREFIX, host_id
 from batch_infer.worker import committing
 from tests import dummies, runs
 from tests.content_safety_server import KEY, serving, status
@@ -170,9 +171,9 @@ def test_a_worker_that_died_leaves_nothing_behind(tmp_path: Path, out: Path) -> 
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     (image,) = (out / "images").iterdir()
-    left = [folder / f"{TEMPORARY}{here()}-{dead.pid}-0123-name" for folder in (image, out / "manifest", out)]
-    living = image / f"{TEMPORARY}{here()}-{os.getpid()}-0123-name"
-    elsewhere = image / f"{TEMPORARY}00000000-{dead.pid}-0123-name"
+    left = [folder / f"{TEMPORARY_PREFIX}{host_id()}-{dead.pid}-0123-name" for folder in (image, out / "manifest", out)]
+    living = image / f"{TEMPORARY_PREFIX}{host_id()}-{os.getpid()}-0123-name"
+    elsewhere = image / f"{TEMPORARY_PREFIX}00000000-{dead.pid}-0123-name"
     for path in (*left, living, elsewhere):
         path.touch()
     batch.run([file])
@@ -231,7 +232,7 @@ def test_two_rows_of_one_id_are_two_rows(tmp_path: Path, out: Path) -> None:
     score(first)
     found = batch.run([second])
     assert list(found["id"]) == ["b-00000000", "z"]
-    assert found["error"][0] == "the id 'x' stands twice"
+    assert found["error"][0] == "duplicate id 'x'"
     again = batch.run([first])
     assert list(again["status"]) == ["ok", "ok"]
     Path(first).unlink()  # renamed, say, and scored into the same folder once more
@@ -278,7 +279,7 @@ def test_of_one_id_in_two_files_the_first_by_name_has_it(
     found = {(row["id"], row["source_file"]): (row["status"], row["error"]) for row in runs.results(out)}
     expected = {
         ("x", "a.csv"): ("ok", None),
-        ("b-00000000", "b.csv"): ("invalid", "the id 'x' stands twice"),
+        ("b-00000000", "b.csv"): ("invalid", "duplicate id 'x'"),
         ("z", "b.csv"): ("ok", None),
     }
     assert found == expected
@@ -413,11 +414,11 @@ class Doomed(dummies.DummyChain):
         super().__init__(lambda: False)
         self._left = batches
 
-    def _make(self, batch: list[PromptRequest]) -> Iterator[Rendered]:
+    def _make(self, batch: list[PromptRequest], stages: Stages) -> list[RowOutcome]:
         if not self._left:
             os.kill(os.getpid(), signal.SIGKILL)
         self._left -= 1
-        return super()._make(batch)
+        return super()._make(batch, stages)
 
 
 def delivered(files: Sequence[str], kill: Callable[[int], int | None] = lambda _: None) -> int:
@@ -672,7 +673,7 @@ def assert_accounted_for(tmp_path: Path, count: int) -> None:
     predictions = pd.read_csv(out / "predictions.csv", sep=" ", header=None)
     assert predictions[0].nunique() == count
     assert len(runs.images(out)) == count
-    assert not list(out.rglob(f"{TEMPORARY}*"))
+    assert not list(out.rglob(f"{TEMPORARY_PREFIX}*"))
     assert runs.command("merge", out).code == 0
     runs.assert_whole(out)
     assert runs.run(tmp_path / "in", tmp_path / "plain", "--steps", "2", "--safety", "none").code == 0

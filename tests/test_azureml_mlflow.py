@@ -47,12 +47,12 @@ from batch_infer.errors import Interrupted, SettingsError
 def export(*words):
     return export_mlflow.main([*words, "-q", "--device", "cpu"], standalone_mode=False)
 
-from batch_infer.store.atomic import here
+from batch_infer.store import host_id
 
 ended = subprocess.Popen([sys.executable, "-c", ""])
 ended.wait()
-killed = Path(folder).parent / f".tmp-{here()}-{ended.pid}-0123456789ab-{Path(folder).name}"
-at_work = Path(folder).parent / f".tmp-{here()}-{os.getppid()}-0123456789ab-{Path(folder).name}"
+killed = Path(folder).parent / f".tmp-{host_id()}-{ended.pid}-0123456789ab-{Path(folder).name}"
+at_work = Path(folder).parent / f".tmp-{host_id()}-{os.getppid()}-0123456789ab-{Path(folder).name}"
 for left in (killed, at_work):
     (left / "model").mkdir(parents=True)
 
@@ -240,7 +240,7 @@ def test_an_export_that_is_ended_leaves_nothing_behind(seen: dict[str, Any], fol
 
 
 def test_nothing_is_written_over(seen: dict[str, Any], folder: Path) -> None:
-    assert seen["again"] == f"{folder} is there already; name a folder that is not, or is empty"
+    assert seen["again"] == f"{folder} already exists; name a folder that is new or empty"
 
 
 def test_without_mlflow_the_way_to_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

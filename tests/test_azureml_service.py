@@ -21,14 +21,14 @@ from PIL import Image
 
 from batch_infer.azureml import online
 from batch_infer.azureml.deployment import AzureDeployment, find_deployment
-from batch_infer.azureml.payload import MOST_IMAGES, TooMany, read_payload
-from batch_infer.chain import ChainShape, PipelineCallChain, Rendered, Unrendered
+from batch_infer.azureml.payload import MAX_IMAGES, TooManyImages, read_payload
+from batch_infer.chain import BatchSizes, NoRequest, PipelineCallChain, Rendered, RequestSource, Unrendered
 from batch_infer.errors import Interrupted, ServiceError, SettingsError, TableError
 from batch_infer.records import PromptRequest, Verdict
 from batch_infer.serving import request_queue
-from batch_infer.serving.request_queue import Mailbox
+from batch_infer.serving.request_queue import RequestQueue
 from batch_infer.serving.scoring import check_parameters, score_rows
-from batch_infer.serving.service import PATIENCE, SLOTS, Caller, GivenUp, Service
+from batch_infer.serving.service import DEFAULT_SLOTS, SAFETY_TIMEOUT_SECONDS, Client, RequestCancelled, Service
 from batch_infer.settings import OnFlagged, ServiceSettings
 from tests import runs
 from tests.dummies import DummyChain
@@ -63,20 +63,37 @@ def real(deployment: AzureDeployment) -> Iterator[Service]:
 
 @pytest.fixture
 def dummy(deployment: AzureDeployment) -> Iterator[Service]:
-    with closing(Service(deployment, lambda card, compute, safety, stop: DummyChain(stop))) as found:  # type: ignore
+    with closing(Service(deployment, lambda card, compute, safety, stop: DummyChain(stop))) as found:
         yield found
 
 
 def all_of(service: Service, requests: Sequence[PromptRequest]) -> list[Rendered | Unrendered]:
     """What comes of requests, in their order."""
-    found = dict(service.outcomes(requests))
+    found = dict(service.render(requests))
     return [found[place] for place in range(len(requests))]
+
+
+class Polled(Iterator[PromptRequest]):
+    """The requests of a queue as an iterator, which stops when none is pending and may continue later."""
+
+    def __init__(self, queue: RequestSource) -> None:
+        self._queue = queue
+
+    def __next__(self) -> PromptRequest:
+        request = self._queue.poll()
+        if not isinstance(request, PromptRequest):
+            raise StopIteration
+        return request
+
+
+def chain_of(render: Render) -> Any:
+    """Return a chain that renders by calling this function with an iterator of requests."""
+    return SimpleNamespace(uses_pipeline_call=False, render=lambda queue: render(Polled(queue)), close=lambda: None)
 
 
 def scripted(deployment: AzureDeployment, render: Render) -> Service:
     """A service whose chain is this function."""
-    chain: Any = SimpleNamespace(driven=False, render=render)
-    return Service(deployment, lambda *_: chain)
+    return Service(deployment, lambda *_: chain_of(render))
 
 
 def rendered(request: PromptRequest, verdict: Verdict = Verdict(), shade: int = 100) -> Rendered:  # noqa: B008
@@ -207,42 +224,43 @@ def test_a_parameter_that_no_row_may_have_is_refused(
 
 
 def test_callers_take_turns_and_none_waits_for_all_rows_of_another() -> None:
-    box = Mailbox(lambda request: 0)
-    box.post([make_request(prompt=f"many {i}") for i in range(3)])
-    box.post([make_request(prompt="one")])
-    given = [next(box), next(box)]
-    box.post([make_request(prompt="late")])
-    given += list(box)
+    queue = RequestQueue(lambda request: 0)
+    queue.submit([make_request(prompt=f"many {i}") for i in range(3)])
+    queue.submit([make_request(prompt="one")])
+    polled = Polled(queue)
+    given = [next(polled), next(polled)]
+    queue.submit([make_request(prompt="late")])
+    given += list(polled)
     assert [request.prompt for request in given] == ["many 0", "one", "many 1", "late", "many 2"]
     assert len({request.key for request in given}) == 5
-    assert next(box, None) is None
-    box.post([make_request(prompt="later")])
-    assert next(box).prompt == "later"
+    assert queue.poll() is NoRequest.NOT_YET and queue.poll(1.0) is NoRequest.END
+    queue.submit([make_request(prompt="later")])
+    assert next(polled).prompt == "later"
 
 
 def test_a_chain_takes_in_no_more_than_it_soon_renders() -> None:
     """A row with guidance counts twice."""
-    box = Mailbox(lambda request: 0, most=4)
-    box.post([make_request(prompt=f"many {i}") for i in range(5)])
-    box.post([make_request(prompt="one")])
-    given = list(box)
+    queue = RequestQueue(lambda request: 0, limit=4)
+    queue.submit([make_request(prompt=f"many {i}") for i in range(5)])
+    queue.submit([make_request(prompt="one")])
+    given = list(Polled(queue))
     assert [request.prompt for request in given] == ["many 0", "one"]
-    assert box
-    box.deliver(rendered(given[0]))
-    assert [request.prompt for request in box] == ["many 1"]
+    assert queue
+    queue.deliver(rendered(given[0]))
+    assert [request.prompt for request in Polled(queue)] == ["many 1"]
 
 
 def test_rows_of_one_size_go_together_until_others_have_waited_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    def sizes(box: Mailbox) -> list[int]:
+    def sizes(queue: RequestQueue) -> list[int]:
         small, large = ([make_request(size=(side, side)) for _ in range(3)] for side in (64, 128))
         for requests in (small, large, [*small, *large], large):
-            box.post(requests)
-        return [request.params.height for request in box]
+            queue.submit(requests)
+        return [request.params.height for request in Polled(queue)]
 
-    together = sizes(Mailbox(lambda request: request.params.height))
+    together = sizes(RequestQueue(lambda request: request.params.height))
     assert together == [64] * 6 + [128] * 9
-    monkeypatch.setattr(request_queue, "PATIENCE", 0.0)
-    in_turn = sizes(Mailbox(lambda request: request.params.height))
+    monkeypatch.setattr(request_queue, "MAX_WAIT_SECONDS", 0.0)
+    in_turn = sizes(RequestQueue(lambda request: request.params.height))
     assert in_turn[:4] == [64, 128, 64, 128]
     assert sorted(in_turn) == together
 
@@ -287,7 +305,10 @@ def test_a_caller_whose_rows_a_chain_forgets_is_told(deployment: AzureDeployment
         yield rendered(next(source))
         next(source)
 
-    with closing(scripted(deployment, render)) as found, pytest.raises(RuntimeError, match="no word on a request"):
+    with (
+        closing(scripted(deployment, render)) as found,
+        pytest.raises(RuntimeError, match="returned no outcome"),
+    ):
         all_of(found, [make_request() for _ in range(3)])
 
 
@@ -326,7 +347,7 @@ def test_rows_of_a_caller_who_has_gone_are_not_rendered(deployment: AzureDeploym
             assert gone.wait(300)
 
     with closing(scripted(deployment, render)) as found:
-        with closing(found.outcomes([make_request(prompt=f"{i}") for i in range(9)])) as outcomes:
+        with closing(found.render([make_request(prompt=f"{i}") for i in range(9)])) as outcomes:
             next(outcomes)
         gone.set()
         all_of(found, [make_request(prompt="another")])
@@ -346,15 +367,15 @@ def test_a_caller_who_waits_no_longer_is_let_go_while_the_chain_is_at_work(
             assert gone.wait(300)
             yield rendered(request)
 
-    caller = Caller(0.1) if ends == "his time" else Caller(has_gone=under_way.is_set)
-    told = "not ready in 0.1 seconds: ask for fewer" if ends == "his time" else "the client has hung up"
+    caller = Client(0.1) if ends == "his time" else Client(is_disconnected=under_way.is_set)
+    told = "not ready in 0.1 seconds: request fewer images" if ends == "his time" else "the client has disconnected"
     with closing(scripted(deployment, render)) as found:
-        with pytest.raises(GivenUp, match=told):
-            list(found.outcomes([make_request(prompt=f"{i}") for i in range(9)], caller))
+        with pytest.raises(RequestCancelled, match=told):
+            list(found.render([make_request(prompt=f"{i}") for i in range(9)], caller))
         gone.set()
         all_of(found, [make_request(prompt="another")])
-        with pytest.raises(GivenUp):
-            list(found.outcomes([make_request(prompt="too late")], caller))
+        with pytest.raises(RequestCancelled):
+            list(found.render([make_request(prompt="too late")], caller))
     assert rows == ["0", "another"]
 
 
@@ -369,7 +390,7 @@ def test_a_service_that_is_closed_leaves_nobody_waiting(deployment: AzureDeploym
                 pass
             yield from ()
 
-        return SimpleNamespace(driven=False, render=render)
+        return chain_of(render)
 
     found = Service(deployment, load)
     with ThreadPoolExecutor(1) as callers:
@@ -384,7 +405,7 @@ def test_a_service_that_is_closed_leaves_nobody_waiting(deployment: AzureDeploym
 
 def test_rows_that_a_pipeline_can_make_together_go_together(deployment: AzureDeployment) -> None:
     painter: Any = PaintingPipeline()
-    chain = PipelineCallChain(painter, ChainShape(8, 1), None)
+    chain = PipelineCallChain(painter, BatchSizes(8, 1), None)
     with closing(Service(deployment, lambda *_: chain)) as found:
         outcomes = all_of(found, [paint(colour=i / 10, steps=4 + i % 2) for i in range(6)])
     shades = [round(int(outcome.pixels[0, 0, 0]) / 25.5) for outcome in outcomes if isinstance(outcome, Rendered)]
@@ -407,7 +428,7 @@ def test_batches_and_patience_are_those_of_callers_who_wait(deployment: AzureDep
     )
     for each in (deployment, replace(deployment, settings=asked)):
         Service(each, load).close()
-    assert seen == [(SLOTS, 1, None), (6, 1, PATIENCE)]
+    assert seen == [(DEFAULT_SLOTS, 1, None), (6, 1, SAFETY_TIMEOUT_SECONDS)]
 
 
 # Objects
@@ -530,7 +551,7 @@ def test_images_are_of_the_format_that_is_set_and_say_how_they_were_made(deploym
 
 @pytest.fixture
 def door(dummy: Service, monkeypatch: pytest.MonkeyPatch) -> Service:
-    monkeypatch.setattr(online, "_service", lambda: dummy)
+    monkeypatch.setattr(online, "_load_service", lambda: dummy)
     return dummy
 
 
@@ -544,30 +565,33 @@ def test_the_script_answers_objects(door: Service) -> None:
 @pytest.mark.parametrize(
     ("sent", "sentence"),
     [
-        ({"data": ["p"] * (MOST_IMAGES + 1)}, "the request has 257 prompts, and one request may ask for 256 images"),
+        (
+            {"data": ["p"] * (MAX_IMAGES + 1)},
+            "the request has more than 256 images (257 prompts): send several",
+        ),
         (
             {"data": ["p"] * 100, "parameters": {"num_images_per_prompt": 3}},
-            "the 100 prompts of the request ask for more, and one request may ask for 256 images",
+            "the request has more than 256 images (100 prompts): send several requests",
         ),
         (
             {"data": ["p"], "parameters": {"num_images_per_prompt": 300}},
-            "the one prompt of the request asks for more, and one request may ask for 256 images",
+            "the request has more than 256 images (1 prompt): send several requests",
         ),
     ],
 )
 def test_a_request_for_too_many_images_is_refused_whole(door: Service, sent: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(TooMany) as caught:
+    with pytest.raises(TooManyImages) as caught:
         online.run(payload(**sent))
     assert str(caught.value).startswith(sentence)
 
 
 def test_a_request_may_take_so_long_and_no_longer(door: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BATCH_INFER_REQUEST_TIMEOUT", "1e-9")
-    with pytest.raises(GivenUp, match="not ready in 1e-09 seconds"):
+    with pytest.raises(RequestCancelled, match="not ready in 1e-09 seconds"):
         online.run(payload(data=["p"]))
     for wrong in ("soon", "0", "-1", "nan", "inf"):
         monkeypatch.setenv("BATCH_INFER_REQUEST_TIMEOUT", wrong)
-        with pytest.raises(SettingsError, match=f"BATCH_INFER_REQUEST_TIMEOUT={wrong}: say seconds"):
+        with pytest.raises(SettingsError, match=f"BATCH_INFER_REQUEST_TIMEOUT={wrong}: give seconds"):
             online.init()
 
 
@@ -586,7 +610,7 @@ def test_a_server_that_forks_after_loading_is_refused(monkeypatch: pytest.Monkey
         online.init()
 
 
-@pytest.mark.parametrize(("fewest", "told"), [(4, ""), (20, "the model gave no first image: it wants 20 steps")])
+@pytest.mark.parametrize(("fewest", "told"), [(4, ""), (20, "the model rendered no first image: it wants 20 steps")])
 def test_the_first_image_is_rendered_before_anybody_asks(
     deployment: AzureDeployment,
     monkeypatch: pytest.MonkeyPatch,
@@ -603,7 +627,7 @@ def test_the_first_image_is_rendered_before_anybody_asks(
             yield Unrendered(request, "invalid", f"it wants {fewest} steps") if few else rendered(request)
 
     with closing(scripted(deployment, render)) as found:
-        monkeypatch.setattr(online, "_service", lambda: found)
+        monkeypatch.setattr(online, "_load_service", lambda: found)
         with caplog.at_level("WARNING", "batch_infer"):
             online.init()
     assert steps == ([2, 4] if not told else [2, 4, 10])

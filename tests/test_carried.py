@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batch_infer.carried import python_values, result_type, to_values
+from batch_infer.carried import result_type, to_python_values, to_values
 from batch_infer.jobs.merge import merge, merge_parts
 from batch_infer.manifest import SCHEMA, Manifest
-from batch_infer.records import PromptRequest, ResultRow, now
+from batch_infer.records import PromptRequest, ResultRow, utc_now
 from batch_infer.settings import OutputSettings
 from batch_infer.worker.rows import make_row
 from tests.runs import results
@@ -86,7 +86,7 @@ def test_a_column_comes_out_as_it_was(name: str) -> None:
 @pytest.mark.parametrize("array", EXACT.values(), ids=EXACT)
 def test_any_column_can_be_written_as_text(array: pa.Array) -> None:
     """Results as CSV and JSON need text where Python has no type."""
-    json.dumps(python_values(array), default=str)
+    json.dumps(to_python_values(array), default=str)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,9 @@ def test_parts_with_names_that_differ_by_case_alone_are_merged(out: Path) -> Non
     manifest = Manifest(out)
     usual: dict[str, Any] = {"image_index": 0, "prompt": "x", "status": "failed", "source_file": "t.csv"}
     for number, carried in enumerate(({"Seed": "1", "Tag": "t"}, {"input_Seed": "2", "tag": "u"})):
-        row = ResultRow(**usual, id=f"{number}", source_row=number, fingerprint="f", finished_at=now(), carried=carried)
+        row = ResultRow(
+            **usual, id=f"{number}", source_row=number, fingerprint="f", finished_at=utc_now(), carried=carried
+        )
         manifest.commit([row], pa.schema([(column, pa.string()) for column in carried]))
     merge_parts(manifest, [], out, OutputSettings())
     rows = [{name: value for name, value in row.items() if value and name not in SCHEMA.names} for row in results(out)]

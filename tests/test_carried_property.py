@@ -17,8 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batch_infer.carried import as_text, result_type, to_array, to_values
-from batch_infer.jobs.merge import Counts, merge, merge_parts
+from batch_infer.carried import result_type, to_array, to_text, to_values
+from batch_infer.jobs.merge import merge, merge_parts
+from batch_infer.jobs.summary import Counts
 from batch_infer.manifest import Manifest
 from batch_infer.records import PromptRequest
 from batch_infer.settings import IdSource, OutputSettings
@@ -179,7 +180,7 @@ def is_same(value: Any, kind: pa.DataType | None, found: Any, into: pa.DataType)
     if kind is None and pa.types.is_string(into) and not isinstance(value, (str, bool)):
         return is_same_json(json.loads(exact_json(value), parse_float=Decimal), json.loads(found, parse_float=Decimal))
     if pa.types.is_string(into) and not isinstance(value, str):
-        assert found == as_text(value, kind)
+        assert found == to_text(value, kind)
         if isinstance(value, float):
             return float(found) == value or (math.isnan(value) and found == "nan")
         if isinstance(value, int) and not isinstance(value, bool) and (kind is None or pa.types.is_integer(kind)):

@@ -18,8 +18,8 @@ import torch
 from batch_infer.errors import ModelError
 from batch_infer.models import (
     DEMO_MODEL,
+    AnyPipeline,
     load_checker,
-    load_pipeline,
     load_solver,
     load_token_counter,
     read_card,
@@ -135,7 +135,7 @@ def test_what_does_no_harm_renders_the_same_image(own: Path, sd1_folder: Path, f
     put(own / file, key, value)
     counter = load_token_counter(read_card(ModelSettings(name=str(own))))
     assert counter is not None
-    assert counter.longest == 75
+    assert counter.max_tokens == 75
     request = make_request(prompt="a red circle " * 100, steps=2)
     image, wanted = (render(load_all(folder), [request])["row"].pixels for folder in (own, sd1_folder))
     assert np.array_equal(image, wanted)
@@ -239,8 +239,8 @@ FOREIGN: list[tuple[str, dict[str, Any], str]] = [
         "_attn_implementation_internal='someone/kernel'",
     ),
     (TEXT, {"attribute_map": {"a": "_attn_implementation"}, "a": "someone/kernel"}, "renames settings"),
-    (TEXT, {"use_kernels": True}, "asks for kernels, which would be fetched and run .use_kernels."),
-    (TEXT, {"kernel_config": {"kernel_mapping": {"GeLU": "someone/kernel:GeLU"}}}, "asks for kernels"),
+    (TEXT, {"use_kernels": True}, "requests kernels, which would be fetched and run .use_kernels."),
+    (TEXT, {"kernel_config": {"kernel_mapping": {"GeLU": "someone/kernel:GeLU"}}}, "requests kernels"),
     (TEXT, {"transformers_weights": "adapter_model.bin"}, "names weights to load .* .transformers_weights."),
     (WORDS, {"gguf_file": "words.gguf", "name_or_path": "someone/words"}, "names a tokenizer to load"),
     (PROCESSOR, {"audio_tokenizer": {"audio_tokenizer_name_or_path": "someone/model"}}, "names another model to load"),
@@ -365,7 +365,7 @@ def test_a_driven_pipelines_malformed_value_is_refused_at_load(
     put(own / file, key, value)
     with pytest.raises(ModelError) as refusal:
         card = read_card(ModelSettings(name=str(own)))
-        load_pipeline(card, CPU, torch.float32, with_checker=False)
+        AnyPipeline.load(card, CPU, torch.float32, with_checker=False)
     assert "\n" not in str(refusal.value)
 
 
@@ -375,7 +375,7 @@ def test_a_driven_pipeline_whose_parts_do_not_fit_is_refused_at_load(pixart: Pat
     pipelines.t5(32).save_pretrained(own / "text_encoder")
     card = read_card(ModelSettings(name=str(own)))
     with pytest.raises(ModelError, match="PixArtSigmaPipeline could not be loaded: .*shapes"):
-        load_pipeline(card, CPU, torch.float32, with_checker=False)
+        AnyPipeline.load(card, CPU, torch.float32, with_checker=False)
 
 
 def test_a_driven_pipelines_decoder_that_does_not_fit_is_refused_at_load(pixart: Path, tmp_path: Path) -> None:
@@ -384,7 +384,7 @@ def test_a_driven_pipelines_decoder_that_does_not_fit_is_refused_at_load(pixart:
     pipelines.vae(latent_channels=3).save_pretrained(own / "vae")
     with pytest.raises(ModelError, match="vae of PixArtSigmaPipeline could not be loaded: "):
         card = read_card(ModelSettings(name=str(own)))
-        load_pipeline(card, CPU, torch.float32, with_checker=False)
+        AnyPipeline.load(card, CPU, torch.float32, with_checker=False)
 
 
 def test_a_run_refuses_it_before_any_row_and_says_so_once(own: Path, tmp_path: Path) -> None:
@@ -393,7 +393,7 @@ def test_a_run_refuses_it_before_any_row_and_says_so_once(own: Path, tmp_path: P
     put(own / WORDS, "pad_token", "<new>")
     done = run(table, out, "--model", own)
     assert done.code == 2
-    assert "the token '<new>' has the number 645, and text_encoder has 645 embeddings" in done.stderr
+    assert "token '<new>' has the number 645, but text_encoder has 645 embeddings" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (out / "results.parquet").exists()
 
@@ -445,4 +445,4 @@ def test_short_names_of_schedulers_are_those_of_the_installed_diffusers(sd1_fold
 def test_a_checker_that_loads_judges(own: Path) -> None:
     card = read_card(ModelSettings(name=str(own)))
     checker = StableDiffusionChecker(*load_checker(card, CPU, torch.float32), 1)
-    assert checker.judge([np.zeros((64, 64, 3), np.uint8)])
+    assert checker.check([np.zeros((64, 64, 3), np.uint8)])

@@ -1,4 +1,4 @@
-"""The committer: when rows are committed, and what an error of the disk does."""
+"""The committer: when rows are committed, and how storage errors are raised."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 from batch_infer.worker import committing
 from batch_infer.worker.committing import Committer
 
-PATIENCE = 60.0
-"""Seconds before a test gives up waiting for another thread."""
+TIMEOUT = 60.0
+"""Seconds that a test waits for another thread."""
 
 
 def done(value: int) -> Callable[[], Future[int]]:
@@ -26,20 +26,20 @@ def batches() -> SimpleQueue[list[int]]:
     return SimpleQueue()
 
 
-def test_rows_are_committed_although_no_other_row_follows(
+def test_rows_are_committed_by_age_if_no_other_row_follows(
     batches: SimpleQueue[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(committing, "COMMIT_SECONDS", 0.01)
     with Committer(batches.put) as committer:
         committer.add(done(1))
         committer.add(done(2))
-        found = batches.get(timeout=PATIENCE)
-        found += batches.get(timeout=PATIENCE) if len(found) < 2 else []
-        assert found == [1, 2]
+        committed = batches.get(timeout=TIMEOUT)
+        committed += batches.get(timeout=TIMEOUT) if len(committed) < 2 else []
+        assert committed == [1, 2]
     assert batches.empty()
 
 
-def test_a_row_that_is_still_being_stored_does_not_hold_up_those_before_it(
+def test_a_row_that_is_still_being_stored_does_not_delay_earlier_ones(
     batches: SimpleQueue[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(committing, "COMMIT_SECONDS", 0.01)
@@ -47,23 +47,21 @@ def test_a_row_that_is_still_being_stored_does_not_hold_up_those_before_it(
     with Committer(batches.put) as committer:
         committer.add(done(1))
         committer.add(lambda: slow)
-        assert batches.get(timeout=PATIENCE) == [1]
+        assert batches.get(timeout=TIMEOUT) == [1]
         slow.set_result(2)
-    assert batches.get(timeout=PATIENCE) == [2]
+    assert batches.get(timeout=TIMEOUT) == [2]
 
 
-def test_batches_are_full_where_rows_come_fast(
-    batches: SimpleQueue[list[int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batches_are_full_if_rows_come_fast(batches: SimpleQueue[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(committing, "COMMIT_SECONDS", 3600.0)
     monkeypatch.setattr(committing, "COMMIT_ROWS", 4)
     with Committer(batches.put) as committer:
         for k in range(10):
             committer.add(done(k))
-    assert [batches.get(timeout=PATIENCE) for _ in range(3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert [batches.get(timeout=TIMEOUT) for _ in range(3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
-def test_an_error_of_committing_is_raised_where_rows_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_committing_is_raised_by_add(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(committing, "COMMIT_ROWS", 1)
 
     def fail(_: list[int]) -> None:
@@ -74,7 +72,7 @@ def test_an_error_of_committing_is_raised_where_rows_are_added(monkeypatch: pyte
             committer.add(done(k))
 
 
-def test_an_error_of_storing_is_raised_and_what_came_before_is_committed(
+def test_an_error_of_storing_is_raised_and_earlier_rows_are_committed(
     batches: SimpleQueue[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(committing, "COMMIT_SECONDS", 0.01)
@@ -82,12 +80,12 @@ def test_an_error_of_storing_is_raised_and_what_came_before_is_committed(
     broken.set_exception(OSError("disk full"))
     with pytest.raises(OSError, match="disk full"), Committer(batches.put) as committer:
         committer.add(done(1))
-        assert batches.get(timeout=PATIENCE) == [1]
+        assert batches.get(timeout=TIMEOUT) == [1]
         committer.add(lambda: broken)
 
 
-def test_leaving_with_an_error_commits_what_was_added(batches: SimpleQueue[list[int]]) -> None:
+def test_leaving_with_an_error_commits_added_rows(batches: SimpleQueue[list[int]]) -> None:
     with pytest.raises(KeyError), Committer(batches.put) as committer:
         committer.add(done(1))
         raise KeyError
-    assert batches.get(timeout=PATIENCE) == [1]
+    assert batches.get(timeout=TIMEOUT) == [1]

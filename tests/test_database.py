@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from batch_infer.errors import StorageError
-from batch_infer.store.database import temporary_database
+from batch_infer.store import temporary_database
 
 
 @pytest.mark.parametrize("together", [True, False])

@@ -1,4 +1,4 @@
-"""Every way to die: whatever is killed, the same command completes, and its images are those of an undisturbed run."""
+"""Kills and signals of every kind: the same command then completes, with the images of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from tests.runs import assert_whole, command, hashes, images, results, run, run_
 from tests.tables import write_csv
 
 SEED = int(os.environ.get("SEED", "0"))
-"""Of all that is drawn here; the variable sets another."""
+"""Seed of all random choices; the environment variable SEED replaces it."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-def killed_at_random(folder: Path, rows: int, kills: int, seed: int) -> None:
+def check_random_kills(folder: Path, rows: int, kills: int, seed: int) -> None:
     table, out = table_of(folder, rows), folder / "out"
     options = ("--slots", "16", "--num-processes", "2")
     killer = Killer(table, out, options, random.Random(seed))
@@ -37,13 +37,13 @@ def killed_at_random(folder: Path, rows: int, kills: int, seed: int) -> None:
 
 
 @pytest.mark.promises
-def test_kills_at_random_change_nothing(tmp_path: Path) -> None:
-    killed_at_random(tmp_path, rows=30, kills=1, seed=SEED)
+def test_random_kills_change_nothing(tmp_path: Path) -> None:
+    check_random_kills(tmp_path, rows=30, kills=1, seed=SEED)
 
 
 @pytest.mark.promises
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_a_worker_that_is_killed_is_replaced_and_changes_nothing(tmp_path: Path) -> None:
+def test_a_killed_worker_is_replaced_and_changes_nothing(tmp_path: Path) -> None:
     table, out = table_of(tmp_path, 10), tmp_path / "out"
     options = ("--slots", "16", "--num-processes", "1")
     with start(table, out, *options, program=MODULE, PACE_SECONDS="0.5") as process:
@@ -57,10 +57,10 @@ def test_a_worker_that_is_killed_is_replaced_and_changes_nothing(tmp_path: Path)
 
 
 @pytest.mark.soak
-def test_thirty_kills_at_random_change_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_thirty_random_kills_change_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with capfd.disabled():
         print(f"\nseed {SEED} (SEED=N sets another)")
-    killed_at_random(tmp_path, rows=600, kills=30, seed=SEED)
+    check_random_kills(tmp_path, rows=600, kills=30, seed=SEED)
 
 
 @pytest.mark.promises
@@ -79,14 +79,14 @@ import batch_infer.jobs.run as jobs
 from batch_infer.engines.local import LocalEngine
 from batch_infer.__main__ import main
 from tests import dummies
-jobs.engine_for = lambda settings, here: LocalEngine("cpu", 2, load=dummies.load_waiting)
+jobs.make_engine = lambda *_: LocalEngine("cpu", 2, load=dummies.load_waiting)
 main()
 """
-"""The command with two workers that take their time, and a model that costs nothing to load."""
+"""The command with two slow workers, and a model that costs nothing to load."""
 
 
 @pytest.mark.promises
-def test_what_libraries_print_in_a_worker_is_kept_from_a_quiet_terminal(tmp_path: Path) -> None:
+def test_output_of_libraries_in_a_worker_goes_to_its_log(tmp_path: Path) -> None:
     table, out = write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"]]), tmp_path / "out"
     with start(table, out, "-q", program=("-c", DUMMY.replace("load_waiting", "load_noisy"))) as process:
         stdout, stderr = process.communicate(timeout=600)
@@ -102,15 +102,15 @@ def many(folder: Path) -> Path:
 @pytest.mark.promises
 @pytest.mark.usefixtures("default_hangup")
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_to_all_processes_ends_a_run_in_order(tmp_path: Path, number: int) -> None:
-    """As systemd and a terminal send it: to each process of the group. What is finished is committed."""
+def test_a_signal_to_all_processes_stops_a_run(tmp_path: Path, number: int) -> None:
+    """systemd and a terminal send it to each process of the group. Finished rows are committed."""
     table, out = many(tmp_path), tmp_path / "out"
     with start(table, out, program=("-c", DUMMY), session=True) as process:
         assert eventually(lambda: any((out / "manifest").glob("part-*")))
         os.killpg(process.pid, number)
         _, stderr = process.communicate(timeout=600)
     assert process.returncode == 75, stderr
-    assert command("merge", out).code == 0  # a slow machine may not have had the time
+    assert command("merge", out).code == 0  # a slow machine may have had no time to merge
     assert 0 < len([row for row in results(out) if row["status"] == "ok"]) < 3000
     assert_whole(out)
 
@@ -118,7 +118,7 @@ def test_a_signal_to_all_processes_ends_a_run_in_order(tmp_path: Path, number: i
 @pytest.mark.promises
 @pytest.mark.usefixtures("default_hangup")
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_to_all_processes_while_workers_start_ends_a_run_in_order(tmp_path: Path, number: int) -> None:
+def test_a_signal_to_all_processes_while_workers_start_stops_a_run(tmp_path: Path, number: int) -> None:
     table, out = many(tmp_path), tmp_path / "out"
     with start(table, out, program=("-c", DUMMY), session=True) as process:
         assert eventually(lambda: bool(workers_of(process.pid)))
@@ -136,7 +136,7 @@ def test_a_second_interrupt_ends_a_run_and_its_workers_at_once(tmp_path: Path) -
         assert eventually(lambda: any((out / "manifest").glob("part-*")))
         workers = workers_of(process.pid)
         for worker in workers:
-            os.kill(worker, signal.SIGSTOP)  # so that the first has to wait
+            os.kill(worker, signal.SIGSTOP)  # so that the first signal is not enough
         process.send_signal(signal.SIGINT)
         line = process.stderr.readline() if process.stderr else ""
         while "stopping" not in line:
@@ -150,7 +150,7 @@ def test_a_second_interrupt_ends_a_run_and_its_workers_at_once(tmp_path: Path) -
 
 
 @pytest.mark.promises
-def test_out_that_vanishes_ends_the_run_and_is_not_made_again(tmp_path: Path) -> None:
+def test_a_removed_out_ends_the_run_and_is_not_created_again(tmp_path: Path) -> None:
     table, out = many(tmp_path), tmp_path / "out"
     with start(table, out, program=("-c", DUMMY)) as process:
         assert eventually(lambda: any((out / "manifest").glob("part-*")))
@@ -163,12 +163,12 @@ def test_out_that_vanishes_ends_the_run_and_is_not_made_again(tmp_path: Path) ->
 
 
 @pytest.mark.promises
-def test_a_run_goes_on_without_parts_and_images_that_a_crash_has_damaged(tmp_path: Path) -> None:
-    """A part cut short, a garbled one, an image of half its length, one that is gone, and temporary files."""
+def test_a_run_repairs_parts_and_images_that_a_crash_has_damaged(tmp_path: Path) -> None:
+    """A truncated image, a missing one, a part that is not Parquet, and a temporary file."""
     table, out = table_of(tmp_path, 24), tmp_path / "out"
     expected = undisturbed(table, out)
     shutil.copytree(out, tmp_path / "reference")
-    record = (out / "run.json").read_text().replace('"summary": {', '"ended": {')  # as if it had been killed
+    record = (out / "run.json").read_text().replace('"summary": {', '"ended": {')  # as if the run had been killed
     (out / "run.json").write_text(record.rstrip().removesuffix("}") + ', "summary": null}')
     first, second, *_ = (row["generated_image"] for row in results(out))
     (out / first).write_bytes((out / first).read_bytes()[:200])
@@ -186,7 +186,7 @@ def test_a_run_goes_on_without_parts_and_images_that_a_crash_has_damaged(tmp_pat
 
 
 @pytest.mark.promises
-def test_a_damaged_part_of_a_run_that_had_ended_is_rendered_anew(tmp_path: Path) -> None:
+def test_rows_of_a_damaged_part_are_rendered_again(tmp_path: Path) -> None:
     table, out = table_of(tmp_path, 6), tmp_path / "out"
     expected = undisturbed(table, out)
     part = min((out / "manifest").glob("part-*"))

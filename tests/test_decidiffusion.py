@@ -17,9 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from batch_infer.errors import ModelError
-from batch_infer.models import load, load_solver, load_token_counter, read_card
-from batch_infer.models.decidiffusion_config import FlexibleUNetConfig
-from batch_infer.models.decidiffusion_unet import FlexibleUNet
+from batch_infer.models import load_latent_diffusion, load_solver, load_token_counter, read_card
+from batch_infer.models.decidiffusion import FlexibleUNet, FlexibleUNetConfig
 from batch_infer.records import SizeRules
 from batch_infer.settings import ModelSettings
 from tests import straight_line
@@ -134,7 +133,7 @@ def test_a_forward_costs_what_the_published_one_does(published: FlexibleUNet) ->
 def exact(decidiffusion_folder: Path) -> tuple[FlexibleUNet, Network]:
     """The tiny network and its straight line in float64, where rounding hides nothing."""
     family: Any = load_family(decidiffusion_folder)
-    unet: FlexibleUNet = family._unet.double()
+    unet: FlexibleUNet = family.denoiser.double()
     return unet, Network(unet.state_dict(), heads=4)
 
 
@@ -197,7 +196,7 @@ def test_the_network_is_compiled_whole(exact: tuple[FlexibleUNet, Network]) -> N
         assert torch.equal(torch.compile(unet, backend="eager", fullgraph=True)(*asked)[0], unet(*asked)[0])
 
 
-# What config.json says
+# What config.json has
 
 
 @pytest.mark.parametrize("key", DECIDIFFUSION)
@@ -211,30 +210,30 @@ def test_a_missing_key_is_named(key: str) -> None:
     [
         ("temb_dim", "1280", "'1280' .* whole number"),
         ("temb_dim", True, "True .* whole number"),
-        ("temb_dim", 0, "too little"),
+        ("temb_dim", 0, "too small"),
         ("resnet_eps", None, "None .* a number"),
-        ("resnet_eps", -1e-5, "too little"),
-        ("resnet_act_fn", "gelu", "'gelu' .* has to be silu"),
-        ("mix_block_in_forward", False, "False .* has to be True"),
-        ("num_attention_heads", 7, "down_blocks_in_channels.* by 7 attention heads"),
+        ("resnet_eps", -1e-5, "too small"),
+        ("resnet_act_fn", "gelu", "'gelu' .* must be silu"),
+        ("mix_block_in_forward", False, "False .* must be True"),
+        ("num_attention_heads", 7, "down_blocks_in_channels.* and 7 attention heads"),
         ("down_blocks_in_channels", [], "list of whole numbers"),
-        ("down_blocks_in_channels", [320, 640, 640], "has to be .320, 320, 640."),
+        ("down_blocks_in_channels", [320, 640, 640], "must be .320, 320, 640."),
         ("down_blocks_in_channels", [320, 320], "down_blocks_in_channels has 2 entries"),
-        ("down_blocks_out_channels", [320, 640, 1000], "divided by 32 groups"),
+        ("down_blocks_out_channels", [320, 640, 1000], "divisible by 32 groups"),
         ("down_blocks_num_attentions", [0, 1, 3.5], "list of whole numbers"),
-        ("down_blocks_num_resnets", [2, 0, 1], "too little"),
-        ("mid_num_attentions", -1, "too little"),
-        ("prev_output_channels", [1280, 640, 320], "has to be .1280, 1280, 640."),
-        ("up_blocks_num_resnets", [3, 3, 3], "has to be .2, 3, 3."),
+        ("down_blocks_num_resnets", [2, 0, 1], "too small"),
+        ("mid_num_attentions", -1, "too small"),
+        ("prev_output_channels", [1280, 640, 320], "must be .1280, 1280, 640."),
+        ("up_blocks_num_resnets", [3, 3, 3], "must be .2, 3, 3."),
         ("up_blocks_num_attentions", [6, 3], "3 entries"),
-        ("add_downsample", [True, True, False], "has to be .True, True, True."),
-        ("add_upsample_mid_block", False, "has to be True"),
-        ("add_upsample", [True, True, True], "has to be .True, True, False."),
+        ("add_downsample", [True, True, False], "must be .True, True, True."),
+        ("add_upsample_mid_block", False, "must be True"),
+        ("add_upsample", [True, True, True], "must be .True, True, False."),
         ("dropout", 0.1, "does not know that key"),
     ],
 )  # fmt: skip
 def test_an_odd_key_is_named(key: str, value: object, reason: str) -> None:
-    with pytest.raises(ModelError, match=f"^here: config.json says .*{reason}") as refusal:
+    with pytest.raises(ModelError, match=f"^here: config.json has .*{reason}") as refusal:
         config_of(DECIDIFFUSION | {key: value})
     assert key in str(refusal.value) or key in ("num_attention_heads", "down_blocks_in_channels")
     assert "\n" not in str(refusal.value)
@@ -278,7 +277,7 @@ SPOILED: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
     ),
     "unexpected": (
         lambda w: w.update({"mid_block.modules_list.7.conv1.bias": torch.zeros(96)}),
-        r"holds, beside its network's, 1 tensor \(mid_block.modules_list.7.conv1.bias\)",
+        r"holds, besides its network's, 1 tensor \(mid_block.modules_list.7.conv1.bias\)",
     ),
     "of diffusers' order": (
         lambda w: w.update({"mid_block.resnets.0.conv1.bias": w.pop("mid_block.modules_list.0.conv1.bias")}),
@@ -286,7 +285,7 @@ SPOILED: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
     ),
     "misshapen": (
         lambda w: w.update({"conv_in.bias": torch.zeros(64)}),
-        r"has conv_in.bias of shape \[64\], where its config.json wants \[32\]",
+        r"has conv_in.bias of shape \[64\], but its config.json requires \[32\]",
     ),
     "empty": (dict.clear, r"lacks \d+ tensors"),
 }
@@ -305,12 +304,12 @@ def test_tensors_that_are_not_its_own_are_named(own: Path, case: str) -> None:
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        ({"_class_name": "UNet2DConditionModel"}, "is that of a UNet2DConditionModel"),
-        ({"configurations": None}, "does not say its sizes"),
+        ({"_class_name": "UNet2DConditionModel"}, "describes a UNet2DConditionModel"),
+        ({"configurations": None}, "does not give the image sizes"),
         ({"configurations": TINY_DECIDIFFUSION | {"temb_dim": 32}}, "time_embedding.* of shape"),
         ({"configurations": TINY_DECIDIFFUSION | {"temb_dim": "wide"}}, "temb_dim='wide'"),
         ({"configurations": TINY_DECIDIFFUSION | {"mid_num_attentions": 1}}, r"lacks \d+ tensors \(mid_block"),
-        ({"configurations": "none"}, "does not say its sizes"),
+        ({"configurations": "none"}, "does not give the image sizes"),
     ],
 )  # fmt: skip
 def test_a_config_that_is_not_the_networks_is_refused(own: Path, values: dict[str, Any], reason: str) -> None:
@@ -331,7 +330,7 @@ def test_shards_and_variants_are_loaded(own: Path, model: Any) -> None:
     (own / "flexible_unet" / "diffusion_pytorch_model.safetensors.index.fp16.json").write_text(json.dumps(index))
     spoil(own, lambda w: w["conv_out.bias"].add_(1))
     card = read_card(ModelSettings(name=str(own), variant="fp16"))
-    sharded = load(card, CPU, torch.float32, with_checker=False)
+    sharded = load_latent_diffusion(card, CPU, torch.float32, with_checker=False)
     request = make_request(steps=2, rescale=0.7)
     assert np.array_equal(render(sharded, [request])["row"].pixels, render(model, [request])["row"].pixels)
     assert furthest(render(load_family(own), [request])["row"].pixels, render(model, [request])["row"].pixels) > 1

@@ -1,4 +1,4 @@
-"""Texts kept: encoded at one shape, once for all rows that share one, and in the end let go."""
+"""The embedding cache: texts are encoded at one shape, once for all rows that share one, within a limit of bytes."""
 
 from __future__ import annotations
 
@@ -7,55 +7,61 @@ from collections.abc import Sequence
 import torch
 
 from batch_infer.diffusion import Context
-from batch_infer.models.embeddings import TEXT_BATCH, TEXTS_KEPT, TextEmbeddings
+from batch_infer.models.latent_diffusion import TEXT_BATCH, EmbeddingCache
+
+TEXT_BYTES = 8
+"""Size of an embedding."""
+KEPT = 16
 
 
 class Encoder:
-    """A text's embedding is its length; remembers what it was asked."""
+    """Encodes a text as its length, and records the batches."""
 
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
 
     def __call__(self, texts: Sequence[str]) -> list[Context]:
         self.batches.append(list(texts))
-        return [{"length": torch.tensor(len(text))} for text in texts]
+        return [{"length": part} for part in torch.tensor([len(text) for text in texts]).unbind()]
 
 
-def test_each_text_gets_its_own_and_every_call_has_one_shape() -> None:
-    encoder = Encoder()
+def test_each_text_gets_its_embedding_and_every_call_has_one_shape() -> None:
+    encode = Encoder()
     texts = ["x" * length for length in range(2 * TEXT_BATCH + 1)]
-    found = TextEmbeddings(encoder).of([*texts, *texts])
-    assert {text: int(part["length"]) for text, part in found.items()} == {text: len(text) for text in texts}
-    assert [len(batch) for batch in encoder.batches] == [TEXT_BATCH] * 3
+    embeddings = EmbeddingCache().get([*texts, *texts], encode)
+    assert {text: int(part["length"]) for text, part in embeddings.items()} == {text: len(text) for text in texts}
+    assert [len(batch) for batch in encode.batches] == [TEXT_BATCH] * 3
 
 
-def test_a_text_that_is_kept_is_not_encoded_again() -> None:
-    encoder = Encoder()
-    embeddings = TextEmbeddings(encoder)
-    first = embeddings.of(["", "red"])
-    again = embeddings.of(["red", "green"])
+def test_cached_texts_are_not_encoded_again() -> None:
+    encode, cache = Encoder(), EmbeddingCache()
+    first = cache.get(["", "red"], encode)
+    again = cache.get(["red", "green"], encode)
     assert again["red"] is first["red"]
     assert set(again) == {"red", "green"}
-    assert [text for batch in encoder.batches for text in batch if text] == ["red", "green"]
+    assert [text for batch in encode.batches for text in batch if text] == ["red", "green"]
 
 
-def test_the_texts_asked_for_last_are_kept() -> None:
-    encoder = Encoder()
-    embeddings = TextEmbeddings(encoder)
-    embeddings.of(["common", "rare"])
-    for number in range(TEXTS_KEPT):
-        embeddings.of([f"text {number}", "common"])
-    assert sum("common" in batch for batch in encoder.batches) == 1
-    encoder.batches.clear()
-    embeddings.of(["rare"])
-    assert encoder.batches
+def test_the_most_recently_used_texts_stay_in_the_cache() -> None:
+    encode, cache = Encoder(), EmbeddingCache(KEPT * TEXT_BYTES)
+    cache.get(["common", "rare"], encode)
+    for number in range(KEPT):
+        cache.get([f"text {number}", "common"], encode)
+    assert sum("common" in batch for batch in encode.batches) == 1
+    encode.batches.clear()
+    cache.get(["rare"], encode)
+    assert encode.batches
 
 
-def test_more_texts_at_once_than_are_kept() -> None:
-    encoder = Encoder()
-    embeddings = TextEmbeddings(encoder)
-    texts = [f"text {number}" for number in range(TEXTS_KEPT + TEXT_BATCH)]
-    assert set(embeddings.of(texts)) == set(texts)
-    encoder.batches.clear()
-    embeddings.of(texts)
-    assert encoder.batches
+def test_more_texts_at_once_than_the_cache_holds() -> None:
+    encode, cache = Encoder(), EmbeddingCache(KEPT * TEXT_BYTES)
+    texts = [f"text {number}" for number in range(KEPT + TEXT_BATCH)]
+    assert set(cache.get(texts, encode)) == set(texts)
+    encode.batches.clear()
+    cache.get(texts, encode)
+    assert encode.batches
+
+
+def test_an_embedding_does_not_keep_its_batch_in_memory() -> None:
+    (embedding,) = EmbeddingCache().get(["red"], Encoder()).values()
+    assert embedding["length"].untyped_storage().nbytes() == TEXT_BYTES

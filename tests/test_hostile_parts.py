@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from batch_infer.sinks import has_image, read_image, stored_path
+from batch_infer.sinks import make_sink, resolve_path
 from batch_infer.worker import committing
 from tests.runs import command, images, results, run
 from tests.tables import write_csv
@@ -112,7 +112,7 @@ def test_rescore_reads_and_replaces_nothing_elsewhere(folder: Path, policy: str)
     again = run(folder / "t.csv", out, *SHARP, "--safety", "checker", "--on-flagged", policy)
     assert again.code == 0, again.stderr
     for row in results(out):
-        assert has_image(out, row["generated_image"])
+        assert make_sink(out).has(row["generated_image"])
         with Image.open(out / row["generated_image"]) as image:
             assert image.size == (64, 64)
     assert {path: path.read_bytes() for path in before} == before
@@ -127,7 +127,7 @@ def test_a_killed_run_is_recovered_without_a_look_elsewhere(folder: Path) -> Non
     done = run(folder / "t.csv", out, *SHARP, "--json")
     assert done.code == 0, done.stderr
     assert json.loads(done.stdout)["rendered"] == 8
-    assert all(has_image(out, row["generated_image"]) for row in results(out))
+    assert all(make_sink(out).has(row["generated_image"]) for row in results(out))
 
 
 @pytest.mark.parametrize(
@@ -136,8 +136,8 @@ def test_a_killed_run_is_recovered_without_a_look_elsewhere(folder: Path) -> Non
 def test_what_is_no_file_is_not_read(tmp_path: Path, path: str) -> None:
     (tmp_path / "images" / "t").mkdir(parents=True)
     (tmp_path / "images" / "t" / "x").write_bytes(b"x")
-    assert read_image(tmp_path, path) is None
-    assert not has_image(tmp_path, path)
-    assert stored_path(tmp_path, "images/t/x") == tmp_path / "images" / "t" / "x"
-    assert read_image(tmp_path, "images/t/x") == b"x"
-    assert read_image(tmp_path, "images/t/x", 2) is None
+    assert make_sink(tmp_path).read(path) is None
+    assert not make_sink(tmp_path).has(path)
+    assert resolve_path(tmp_path, "images/t/x") == tmp_path / "images" / "t" / "x"
+    assert make_sink(tmp_path).read("images/t/x") == b"x"
+    assert make_sink(tmp_path).read("images/t/x", 2) is None

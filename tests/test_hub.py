@@ -220,7 +220,7 @@ def test_a_revision_that_is_not_there(read: Read) -> None:
 
 def test_nothing_cached_and_no_network(read: Read, served: Hub) -> None:
     sentence = read(offline=True)["error"]
-    assert sentence.startswith("owner/tiny is not in the local cache, and the Hub cannot be asked: ")
+    assert sentence.startswith("owner/tiny is not in the local cache, and the Hub does not respond: ")
     assert not served.requests
 
 
@@ -234,9 +234,9 @@ def test_retries_of_the_hub_are_one_line(caplog: pytest.LogCaptureFixture, capfd
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{free.getsockname()[1]}"
-    with pytest.raises(ModelError, match="owner/tiny could not be fetched"), hub_files._told("owner/tiny", None):
+    with pytest.raises(ModelError, match="owner/tiny could not be fetched"), hub_files._hub_errors("owner/tiny", None):
         _http.http_backoff("GET", address, max_retries=3, base_wait_time=0, retry_on_exceptions=(Exception,))
     assert [record.name for record in caplog.records] == ["batch_infer"]
-    assert re.match(r"the Hugging Face Hub does not answer \(.+\): trying again$", caplog.messages[0])
+    assert re.match(r"the Hugging Face Hub does not respond \(.+\); retrying$", caplog.messages[0])
     # Our own line is there too where an earlier command has set up the log.
     assert [line for line in capfd.readouterr().err.splitlines() if not line.startswith("batch-infer: ")] == []

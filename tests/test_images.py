@@ -16,9 +16,10 @@ from PIL import Image
 
 from batch_infer import __version__, images
 from batch_infer.records import PromptRequest, SamplingParams, Source
-from batch_infer.settings import ImageFormat
+from batch_infer.settings import IMAGE_SUFFIXES, ImageFormat
 from batch_infer.sinks import FolderSink
-from batch_infer.table.rows import LONGEST_TEXT, Cells, requests
+from batch_infer.table.fields import MAX_TEXT
+from batch_infer.table.rows import RowCells, make_requests
 from tests.tables import RULES
 
 FORMATS = get_args(ImageFormat)
@@ -103,8 +104,8 @@ def test_parameters_of_any_length_fit(image_format: ImageFormat) -> None:
         assert len(found) >= 10_000
 
 
-LONG = st.tuples(st.sampled_from(["a", "é", "赤", "🎨", "\n", "\\", "á\t"]), st.text(max_size=20)).map(
-    lambda parts: (parts[1].replace("\0", "") + parts[0] * LONGEST_TEXT)[:LONGEST_TEXT]
+LONG = st.tuples(st.sampled_from(["a", "é", "赤", "🎨", ".\n", "\\", "á\t"]), st.text(max_size=20)).map(
+    lambda parts: (parts[1].replace("\0", "") + parts[0] * MAX_TEXT)[:MAX_TEXT]
 )
 
 
@@ -116,7 +117,7 @@ def test_the_longest_row_gives_a_file_that_opens(
 ) -> None:
     """With Pillow's default limits, as other programs have them."""
     cells = {"prompt": prompt, "negative_prompt": negative, "seed": 2**63 - 1, "height": 512, "width": 512}
-    (request,) = requests(Cells("a" * LONGEST_TEXT, Source("t.csv", 0), cells, {}), RULES)
+    (request,) = make_requests(RowCells("a" * MAX_TEXT, Source("t.csv", 0), cells, {}), RULES)
     assert isinstance(request, PromptRequest)
     content = images.encode(PIXELS, image_format, images.parameters_text(request, scheduler, "f" * 64))
     with Image.open(io.BytesIO(content)) as image:
@@ -130,7 +131,7 @@ def test_the_longest_row_gives_a_file_that_opens(
 
 
 def test_the_longest_id_has_a_short_path() -> None:
-    assert len(FolderSink(Path(), ".png").path_of(replace(REQUEST, id="ä" * LONGEST_TEXT)).encode()) < 200
+    assert len(FolderSink(Path(), ".png").path_of(replace(REQUEST, id="ä" * MAX_TEXT)).encode()) < 200
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
@@ -152,7 +153,7 @@ def test_an_image_is_the_one_that_was_given(image_format: ImageFormat) -> None:
 
 @pytest.mark.parametrize(("image_format", "suffix"), [("png", ".png"), ("jpeg", ".jpg"), ("webp", ".webp")])
 def test_suffixes(image_format: ImageFormat, suffix: str) -> None:
-    assert images.SUFFIX[image_format] == suffix
+    assert IMAGE_SUFFIXES[image_format] == suffix
     assert Image.registered_extensions()[suffix].lower() == image_format
 
 

@@ -1,4 +1,4 @@
-"""Runs under a launcher of the user's own, on one node and on two, with its ranks killed."""
+"""Runs under torchrun and accelerate, on one node and on two, with ranks that are killed or stopped."""
 
 from __future__ import annotations
 
@@ -19,21 +19,27 @@ from typing import Any
 
 import pytest
 
-from batch_infer.engines import launched as engine_of_launches
-from batch_infer.engines.launched import LaunchedEngine, RankInfo, find_rank_0, read_rank_info
+from batch_infer.engines import launched as launched_module
+from batch_infer.engines.launched import LaunchedEngine, RankInfo, connect_to_rank_0, read_rank_info
 from batch_infer.engines.messages import Hello, encode
-from batch_infer.engines.rendezvous import MEETING, SECRET, Note, Read, read_note, write_note
+from batch_infer.engines.rendezvous import (
+    FILE_NAME,
+    SECRET,
+    Rendezvous,
+    TrustedRendezvous,
+    read_rendezvous,
+    write_rendezvous,
+)
 from batch_infer.errors import ServiceError, SettingsError
 from tests.deaths import eventually, table_of, undisturbed, without_bookkeeping
 from tests.paced import MODULE
 from tests.runs import QUICK, assert_whole, hashes, results, run
 
-OURS = ("--slots", "16")
-LAUNCHED = tuple(option for option in QUICK if option not in ("--num-processes", "0"))
+OPTIONS = (*(option for option in QUICK if option not in ("--num-processes", "0")), "--slots", "16")
 TORCHRUN = ("torch.distributed.run",)
 ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no",
               "--dynamo_backend", "no")  # fmt: skip
-"""On a machine without a GPU it is this option by which it starts several processes."""
+"""--multi_gpu makes it start several processes on a machine without a GPU too."""
 
 
 @contextmanager
@@ -43,7 +49,7 @@ def launched(
     line = [sys.executable, "-m", *launcher, *program, "run", str(table), "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     process = subprocess.Popen(
-        [*line, *LAUNCHED, *OURS],
+        [*line, *OPTIONS],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -70,8 +76,8 @@ def assert_as_expected(out: Path, reference: Path) -> None:
     assert_whole(out)
 
 
-def meeting_of(folder: Path, workers: int) -> dict[str, str]:
-    """Have each of so many workers come to work, however long they take to start."""
+def meeting_environment(folder: Path, workers: int) -> dict[str, str]:
+    """Return the environment with which no worker renders before all have loaded their model."""
     return {"PACE_MEET": str(folder / "meeting"), "PACE_WORKERS": str(workers), "PACE_SECONDS": "0.2"}
 
 
@@ -84,15 +90,15 @@ def test_torchrun_starts_the_workers(tmp_path: Path) -> None:
     assert process.returncode == 0, stderr
     assert stdout.count("24 rows") == 1
     assert_as_expected(tmp_path / "out", tmp_path / "reference")
-    assert not (tmp_path / "out" / MEETING).exists()
+    assert not (tmp_path / "out" / FILE_NAME).exists()
 
 
 @pytest.mark.promises
 def test_accelerate_starts_the_workers(tmp_path: Path) -> None:
     table = table_of(tmp_path, 24)
     undisturbed(table, tmp_path / "reference")
-    together = meeting_of(tmp_path, 3)
-    with launched(table, tmp_path / "out", *ACCELERATE, "--num_processes", "3", program=MODULE, **together) as process:
+    paced = meeting_environment(tmp_path, 3)
+    with launched(table, tmp_path / "out", *ACCELERATE, "--num_processes", "3", program=MODULE, **paced) as process:
         _, stderr = process.communicate(timeout=600)
     assert process.returncode == 0, stderr
     assert len({row["worker"] for row in results(tmp_path / "out")}) == 3
@@ -103,11 +109,11 @@ def test_accelerate_starts_the_workers(tmp_path: Path) -> None:
 def test_two_nodes_share_the_rows(tmp_path: Path) -> None:
     table = table_of(tmp_path, 24)
     undisturbed(table, tmp_path / "reference")
-    together = meeting_of(tmp_path, 2)
-    meeting = f"--master-port={free_port()}"
-    node = (*TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", meeting)
-    first = launched(table, tmp_path / "out", *node, "--node-rank", "0", program=MODULE, **together)
-    second = launched(table, tmp_path / "out", *node, "--node-rank", "1", program=MODULE, **together)
+    paced = meeting_environment(tmp_path, 2)
+    port = f"--master-port={free_port()}"
+    node = (*TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", port)
+    first = launched(table, tmp_path / "out", *node, "--node-rank", "0", program=MODULE, **paced)
+    second = launched(table, tmp_path / "out", *node, "--node-rank", "1", program=MODULE, **paced)
     with first as here, second as there:
         _, stderr = here.communicate(timeout=600)
         assert here.returncode == 0, stderr
@@ -117,8 +123,8 @@ def test_two_nodes_share_the_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.promises
-def test_a_launcher_that_starts_all_again_loses_nothing(tmp_path: Path) -> None:
-    """It does so where one of its ranks has died."""
+def test_no_row_is_lost_when_a_launcher_restarts_all_ranks(tmp_path: Path) -> None:
+    """It does so if one of them has died."""
     table, out = table_of(tmp_path, 24), tmp_path / "out"
     undisturbed(table, tmp_path / "reference")
     node = (*TORCHRUN, "--standalone", "--nproc-per-node", "2", "--max-restarts", "2")
@@ -132,8 +138,8 @@ def test_a_launcher_that_starts_all_again_loses_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.promises
-def test_a_rank_that_is_asked_to_stop_leaves_its_rows_to_the_others(tmp_path: Path) -> None:
-    """As where one of several nodes is taken away."""
+def test_other_ranks_render_the_rows_of_a_rank_that_is_stopped(tmp_path: Path) -> None:
+    """As when one of several nodes is removed."""
     table, out = table_of(tmp_path, 24), tmp_path / "out"
     undisturbed(table, tmp_path / "reference")
     node = (*TORCHRUN, "--standalone", "--nproc-per-node", "2")
@@ -146,14 +152,14 @@ def test_a_rank_that_is_asked_to_stop_leaves_its_rows_to_the_others(tmp_path: Pa
     assert_as_expected(out, tmp_path / "reference")
 
 
-def test_strangers_at_the_meeting_place_keep_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One who goes at once, one who says nothing, one who does not know the key, and ones who send garbage."""
-    monkeypatch.setattr(engine_of_launches, "GREETING_SECONDS", 0.5)
-    here = RankInfo(0, 2, 0, 2, "127.0.0.1", "this launch")
+def test_other_connections_do_not_block_a_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is closed at once, one stays silent, one does not know the key, and some send garbage."""
+    monkeypatch.setattr(launched_module, "HANDSHAKE_SECONDS", 0.5)
+    rank_info = RankInfo(0, 2, 0, 2, "127.0.0.1", "this launch")
     (tmp_path / "out").mkdir()
-    with LaunchedEngine("cpu", here, tmp_path / "out") as engine:
-        note = json.loads((tmp_path / "out" / MEETING).read_text())
-        address = note["host"], note["port"]
+    with LaunchedEngine("cpu", rank_info, tmp_path / "out") as engine:
+        content = json.loads((tmp_path / "out" / FILE_NAME).read_text())
+        address = content["host"], content["port"]
         socket.create_connection(address).close()
         for garbage in (b"", b"GET / HTTP/1.1\r\n\r\n", b"\0\0\0\x10" + b"x" * 16):
             with socket.create_connection(address) as idle:
@@ -164,18 +170,18 @@ def test_strangers_at_the_meeting_place_keep_nobody_out(tmp_path: Path, monkeypa
                         pass
         with pytest.raises((AuthenticationError, EOFError, OSError)):
             Client(address, authkey=b"wrong")
-        with meet(tmp_path / "out", "this launch") as link:
-            link.send(Danger(tmp_path / "harm"))
+        with connect(tmp_path / "out", "this launch") as connection:
+            connection.send(Danger(tmp_path / "harm"))
             with pytest.raises((EOFError, OSError)):
-                link.recv_bytes()
-        with meet(tmp_path / "out", "this launch") as link:
-            link.send_bytes(encode(Hello(1)))
-            assert eventually(lambda: any(peer.rank == 1 for peer in engine.newcomers()))
+                connection.recv_bytes()
+        with connect(tmp_path / "out", "this launch") as connection:
+            connection.send_bytes(encode(Hello(1)))
+            assert eventually(lambda: any(worker.rank == 1 for worker in engine.arrivals()))
     assert not (tmp_path / "harm").exists()
 
 
 class Danger:
-    """Makes a folder where its pickle is read."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -184,59 +190,59 @@ class Danger:
         return os.mkdir, (self._path,)
 
 
-def test_a_note_counts_only_where_it_is_this_users_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    own = Note("launch", "127.0.0.1", 1, "00")
-    write_note(tmp_path, own)
-    found = read_note(tmp_path)
-    assert isinstance(found, Read)
-    assert found.note == own
-    (tmp_path / MEETING).chmod(0o644)
-    assert "is ignored" in str(read_note(tmp_path))
-    (tmp_path / MEETING).chmod(0o600)
-    (tmp_path / MEETING).rename(tmp_path / "note")
-    (tmp_path / MEETING).symlink_to(tmp_path / "note")
-    assert "is ignored" in str(read_note(tmp_path))
-    answers = iter([False, False, True])
+def test_a_rendezvous_file_counts_only_if_this_user_wrote_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    own = Rendezvous("launch", "127.0.0.1", 1, "00")
+    write_rendezvous(tmp_path, own)
+    trusted = read_rendezvous(tmp_path)
+    assert isinstance(trusted, TrustedRendezvous)
+    assert trusted.rendezvous == own
+    (tmp_path / FILE_NAME).chmod(0o644)
+    assert "is ignored" in str(read_rendezvous(tmp_path))
+    (tmp_path / FILE_NAME).chmod(0o600)
+    (tmp_path / FILE_NAME).rename(tmp_path / "other")
+    (tmp_path / FILE_NAME).symlink_to(tmp_path / "other")
+    assert "is ignored" in str(read_rendezvous(tmp_path))
+    stops = iter([False, False, True])
     with caplog.at_level(logging.WARNING, "batch_infer"):
-        assert find_rank_0(tmp_path, "launch", lambda: next(answers)) is None
+        assert connect_to_rank_0(tmp_path, "launch", lambda: next(stops)) is None
     assert "is ignored" in caplog.text
-    (tmp_path / MEETING).unlink()
-    os.mkfifo(tmp_path / MEETING, 0o600)
-    assert "is ignored" in str(read_note(tmp_path))
+    (tmp_path / FILE_NAME).unlink()
+    os.mkfifo(tmp_path / FILE_NAME, 0o600)
+    assert "is ignored" in str(read_rendezvous(tmp_path))
 
 
-def test_a_server_that_has_the_port_of_a_killed_rank_0_holds_nobody_up(
+def test_a_silent_server_on_the_port_of_a_killed_rank_0_times_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_of_launches, "GREETING_SECONDS", 0.2)
+    monkeypatch.setattr(launched_module, "HANDSHAKE_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        write_note(tmp_path, Note("launch", "127.0.0.1", silent.getsockname()[1], "00"))
-        answers = iter([False, False, True])
-        assert find_rank_0(tmp_path, "launch", lambda: next(answers)) is None
+        write_rendezvous(tmp_path, Rendezvous("launch", "127.0.0.1", silent.getsockname()[1], "00"))
+        stops = iter([False, False, True])
+        assert connect_to_rank_0(tmp_path, "launch", lambda: next(stops)) is None
 
 
-def test_a_note_of_another_user_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unless the key comes with the environment."""
-    note = Note("launch", "127.0.0.1", 1, "00")
-    write_note(tmp_path, note)
+def test_a_rendezvous_file_of_another_user_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the key is in the environment."""
+    rendezvous = Rendezvous("launch", "127.0.0.1", 1, "00")
+    write_rendezvous(tmp_path, rendezvous)
     user = os.geteuid()
     monkeypatch.setattr(os, "geteuid", lambda: user + 1)
-    assert "is ignored" in str(read_note(tmp_path))
-    with pytest.raises(SettingsError, match=f"keeps no owners and modes of files.*set {SECRET}"):
-        write_note(tmp_path, note)
+    assert "is ignored" in str(read_rendezvous(tmp_path))
+    with pytest.raises(SettingsError, match=f"does not store owners and modes of files.*set {SECRET}"):
+        write_rendezvous(tmp_path, rendezvous)
     monkeypatch.setenv(SECRET, "of all ranks")
-    key = write_note(tmp_path, note)
-    assert json.loads((tmp_path / MEETING).read_text())["key"] == ""
-    found = read_note(tmp_path)
-    assert isinstance(found, Read)
-    assert found.key == key
+    key = write_rendezvous(tmp_path, rendezvous)
+    assert json.loads((tmp_path / FILE_NAME).read_text())["key"] == ""
+    trusted = read_rendezvous(tmp_path)
+    assert isinstance(trusted, TrustedRendezvous)
+    assert trusted.key == key
 
 
 @pytest.mark.parametrize("skew", [0.0, -3600.0, 3600.0], ids=["", "slow server", "fast server"])
-def test_a_rank_that_comes_after_rank_0_has_ended_does_not_wait(
+def test_a_rank_that_starts_after_rank_0_has_ended_does_not_wait(
     skew: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The clock of the file server that gives files their times may differ from that of this machine."""
+    """The clock of the file server may differ from this machine's."""
     touch = Path.touch
 
     def touch_by_server(path: Path, *args: Any, **kwargs: Any) -> None:
@@ -244,28 +250,28 @@ def test_a_rank_that_comes_after_rank_0_has_ended_does_not_wait(
         os.utime(path, (time.time() + skew,) * 2)
 
     monkeypatch.setattr(Path, "touch", touch_by_server)
-    monkeypatch.setattr(engine_of_launches, "LATE_SECONDS", 0.0)
+    monkeypatch.setattr(launched_module, "LATE_SECONDS", 0.0)
     with LaunchedEngine("cpu", RankInfo(0, 2, 0, 2, "127.0.0.1", "this launch"), tmp_path):
         pass
-    note = tmp_path / MEETING
-    os.utime(note, (note.stat().st_mtime + skew,) * 2)
-    assert find_rank_0(tmp_path, "this launch", lambda: False) is None
-    assert [path.name for path in tmp_path.iterdir()] == [MEETING]
-    monkeypatch.setattr(engine_of_launches, "COMING_SECONDS", 0.0)
-    monkeypatch.setattr(engine_of_launches, "STARTED", time.monotonic() + 60)
-    with pytest.raises(ServiceError, match="rank 0 has not come"):  # that was an earlier launch of the same name
-        find_rank_0(tmp_path, "this launch", lambda: False)
+    file = tmp_path / FILE_NAME
+    os.utime(file, (file.stat().st_mtime + skew,) * 2)
+    assert connect_to_rank_0(tmp_path, "this launch", lambda: False) is None
+    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+    monkeypatch.setattr(launched_module, "ARRIVAL_SECONDS", 0.0)
+    monkeypatch.setattr(launched_module, "PROCESS_START", time.monotonic() + 60)
+    with pytest.raises(ServiceError, match="rank 0 was not found"):  # an earlier launch with the same name
+        connect_to_rank_0(tmp_path, "this launch", lambda: False)
 
 
-def test_a_master_address_that_is_unknown_is_a_sentence(tmp_path: Path) -> None:
+def test_an_unknown_master_address_is_an_error(tmp_path: Path) -> None:
     with (
         pytest.raises(SettingsError, match="MASTER_ADDR=nowhere.invalid: rank 0 cannot listen there"),
         LaunchedEngine("cpu", RankInfo(0, 2, 0, 2, "nowhere.invalid"), tmp_path),
     ):
         pass
-    write_note(tmp_path, Note("launch", "nowhere.invalid", 1, "00"))
-    with pytest.raises(ServiceError, match="MASTER_ADDR=nowhere.invalid is not known on this machine"):
-        find_rank_0(tmp_path, "launch", lambda: False)
+    write_rendezvous(tmp_path, Rendezvous("launch", "nowhere.invalid", 1, "00"))
+    with pytest.raises(ServiceError, match="MASTER_ADDR=nowhere.invalid cannot be resolved on this machine"):
+        connect_to_rank_0(tmp_path, "launch", lambda: False)
 
 
 def has_ipv6() -> bool:
@@ -279,25 +285,25 @@ def has_ipv6() -> bool:
 @pytest.mark.skipif(not has_ipv6(), reason="needs IPv6")
 @pytest.mark.parametrize("local_world", [1, 2])
 def test_a_master_address_may_be_ipv6(tmp_path: Path, local_world: int) -> None:
-    here = RankInfo(0, 2, 0, local_world, "::1", "launch")
-    with LaunchedEngine("cpu", here, tmp_path) as engine, meet(tmp_path, "launch") as link:
-        link.send_bytes(encode(Hello(1)))
-        assert eventually(lambda: any(peer.rank == 1 for peer in engine.newcomers()))
+    rank_info = RankInfo(0, 2, 0, local_world, "::1", "launch")
+    with LaunchedEngine("cpu", rank_info, tmp_path) as engine, connect(tmp_path, "launch") as connection:
+        connection.send_bytes(encode(Hello(1)))
+        assert eventually(lambda: any(worker.rank == 1 for worker in engine.arrivals()))
 
 
-def meet(out: Path, launch: str) -> Connection:
-    link = find_rank_0(out, launch, lambda: False)
-    assert link is not None
-    return link
+def connect(out: Path, launch: str) -> Connection:
+    connection = connect_to_rank_0(out, launch, lambda: False)
+    assert connection is not None
+    return connection
 
 
-def test_the_note_of_another_launch_is_not_followed(tmp_path: Path) -> None:
-    write_note(tmp_path, Note("another", "127.0.0.1", free_port(), "00"))
-    answers = iter([False, False, True])
-    assert find_rank_0(tmp_path, "this launch", lambda: next(answers)) is None
+def test_a_rendezvous_of_another_launch_is_ignored(tmp_path: Path) -> None:
+    write_rendezvous(tmp_path, Rendezvous("another", "127.0.0.1", free_port(), "00"))
+    stops = iter([False, False, True])
+    assert connect_to_rank_0(tmp_path, "this launch", lambda: next(stops)) is None
 
 
-def test_a_place_is_what_a_launcher_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_info_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_rank_info() is None
     variables = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node-0"}
     for name, value in variables.items():
@@ -308,9 +314,7 @@ def test_a_place_is_what_a_launcher_says(monkeypatch: pytest.MonkeyPatch) -> Non
         read_rank_info()
 
 
-def test_a_launcher_and_another_number_of_processes_do_not_go_together(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_num_processes_than_the_launchers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.setenv(name, "0")
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):

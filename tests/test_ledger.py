@@ -1,4 +1,4 @@
-"""The ledger: every row is with one worker, waits, or is settled, whoever dies."""
+"""The ledger: every row is unassigned, held by one worker, retried or committed, whichever worker dies."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batch_infer.engines.ledger import APART, CHUNK, STRIKES, Chunk, Ledger
+from batch_infer.engines.ledger import CHUNK_ROWS, MAX_DEATHS, RETRY_ROWS, Chunk, Ledger
 from batch_infer.records import PromptRequest
 from tests.rendering import make_request
 
 
-def rows(number: int) -> list[PromptRequest]:
-    return [make_request(str(k)) for k in range(number)]
+def rows(count: int) -> list[PromptRequest]:
+    return [make_request(str(k)) for k in range(count)]
 
 
 def keys(chunk: Chunk | None) -> list[tuple[str, int]]:
@@ -24,71 +24,71 @@ def keys(chunk: Chunk | None) -> list[tuple[str, int]]:
 def test_chunks_become_shorter_towards_the_end() -> None:
     ledger = Ledger(rows(300), 300, 2)
     lengths = []
-    while (chunk := ledger.stream(0)) is not None:
+    while (chunk := ledger.next_chunk(0)) is not None:
         lengths.append(len(chunk.requests))
     assert sum(lengths) == 300
-    assert lengths[0] == CHUNK
+    assert lengths[0] == CHUNK_ROWS
     assert lengths == sorted(lengths, reverse=True)
     assert lengths[-1] == 1
 
 
 def test_few_rows_are_shared_by_all_workers() -> None:
     ledger = Ledger(rows(16), 16, 4)
-    assert [len(keys(ledger.stream(worker))) for worker in range(4)] == [2] * 4
+    assert [len(keys(ledger.next_chunk(worker))) for worker in range(4)] == [2] * 4
 
 
 def test_more_rows_than_were_expected_are_handed_out_too() -> None:
     ledger = Ledger(rows(10), 3, 2)
     handed = 0
-    while (chunk := ledger.stream(0)) is not None:
+    while (chunk := ledger.next_chunk(0)) is not None:
         handed += len(chunk.requests)
     assert handed == 10
 
 
-def test_it_is_over_when_every_row_is_settled() -> None:
+def test_it_is_done_when_every_row_is_committed() -> None:
     ledger = Ledger(rows(2), 2, 1)
-    first, second = keys(ledger.stream(0)), keys(ledger.stream(0))
-    assert ledger.stream(0) is None
-    assert not ledger.over
-    assert ledger.settle(first) == set(first)
-    assert ledger.settle([*first, *second]) == set(second)
-    assert ledger.over
+    first, second = keys(ledger.next_chunk(0)), keys(ledger.next_chunk(0))
+    assert ledger.next_chunk(0) is None
+    assert not ledger.is_done
+    assert ledger.commit(first) == set(first)
+    assert ledger.commit([*first, *second]) == set(second)
+    assert ledger.is_done
 
 
-def test_a_row_that_three_workers_die_with_is_tried_in_smaller_company_each_time() -> None:
+def test_a_row_that_kills_workers_is_retried_in_smaller_chunks() -> None:
     ledger = Ledger(rows(40), 80, 1)
-    (killer, *others) = keys(ledger.stream(0))
-    assert len(others) == CHUNK - 1
-    assert ledger.give_up(0) == []
-    company = ledger.apart(1)
-    assert company is not None
-    assert company.apart
-    assert killer in keys(company)
-    assert len(company.requests) == APART
-    assert ledger.give_up(1) == []
-    alone = [ledger.apart(2) for _ in range(1 + APART)]  # those that were not in it come first
+    (killer, *others) = keys(ledger.next_chunk(0))
+    assert len(others) == CHUNK_ROWS - 1
+    assert ledger.record_death(0) == []
+    together = ledger.next_retry(1)
+    assert together is not None
+    assert together.isolated
+    assert killer in keys(together)
+    assert len(together.requests) == RETRY_ROWS
+    assert ledger.record_death(1) == []
+    alone = [ledger.next_retry(2) for _ in range(1 + RETRY_ROWS)]  # the rows that were not in that chunk come first
     assert keys(alone[1]) == [killer]
-    (failed,) = (request for request in ledger.give_up(2) if request.key == killer)
+    (failed,) = (request for request in ledger.record_death(2) if request.key == killer)
     assert failed.key == killer
 
 
-def test_what_a_worker_hands_back_is_not_held_against_its_rows() -> None:
+def test_rows_of_a_worker_that_ended_normally_do_not_fail() -> None:
     ledger = Ledger(rows(4), 100, 1)
-    for worker in range(2 * STRIKES):
-        assert len(keys(ledger.stream(worker) or ledger.apart(worker))) == 4
-        ledger.take_back(worker)
-    last = keys(ledger.apart(9))
-    assert not ledger.over
-    assert ledger.settle(last) == set(last)
-    assert ledger.stream(9) is None
-    assert ledger.over
+    for worker in range(2 * MAX_DEATHS):
+        assert len(keys(ledger.next_chunk(worker) or ledger.next_retry(worker))) == 4
+        ledger.release(worker)
+    last = keys(ledger.next_retry(9))
+    assert not ledger.is_done
+    assert ledger.commit(last) == set(last)
+    assert ledger.next_chunk(9) is None
+    assert ledger.is_done
 
 
 @settings(deadline=None)
 @given(st.integers(0, 90), st.integers(1, 4), st.randoms(use_true_random=False))
-def test_no_row_is_lost_or_done_twice_whoever_dies(number: int, workers: int, draw: st.randoms) -> None:  # type: ignore[valid-type]
-    """Workers that take what there is, and at times die with it."""
-    ledger = Ledger(rows(number), number, workers)
+def test_no_row_is_lost_or_committed_twice(count: int, workers: int, draw: st.randoms) -> None:  # type: ignore[valid-type]
+    """Workers take any rows there are, and sometimes die with them."""
+    ledger = Ledger(rows(count), count, workers)
     held: dict[int, list[tuple[str, int]]] = {worker: [] for worker in range(workers)}
     ends: Counter[tuple[str, int]] = Counter()
     deaths: Counter[tuple[str, int]] = Counter()
@@ -96,15 +96,15 @@ def test_no_row_is_lost_or_done_twice_whoever_dies(number: int, workers: int, dr
         worker = draw.randrange(workers)  # type: ignore[attr-defined]
         if held[worker] and draw.random() < 0.3:  # type: ignore[attr-defined]
             deaths.update(held[worker])
-            ends.update(request.key for request in ledger.give_up(worker))
+            ends.update(request.key for request in ledger.record_death(worker))
             held[worker] = []
         elif held[worker]:
-            ends.update(ledger.settle(held[worker]))
+            ends.update(ledger.commit(held[worker]))
             held[worker] = []
-        elif (chunk := ledger.stream(worker) or ledger.apart(worker)) is not None:
+        elif (chunk := ledger.next_chunk(worker) or ledger.next_retry(worker)) is not None:
             held[worker] = keys(chunk)
-        elif ledger.over:
+        elif ledger.is_done:
             break
-    assert ledger.over
-    assert ends == Counter({(str(k), 0): 1 for k in range(number)})
-    assert all(count <= STRIKES for count in deaths.values())
+    assert ledger.is_done
+    assert ends == Counter({(str(k), 0): 1 for k in range(count)})
+    assert all(number <= MAX_DEATHS for number in deaths.values())

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from batch_infer.errors import StorageError
-from batch_infer.store.logfile import log_to, open_log
+from batch_infer.store import log_handler, open_log
 
 
 def record(told: str) -> logging.LogRecord:
@@ -18,7 +18,7 @@ def record(told: str) -> logging.LogRecord:
 def test_a_log_keeps_lines_and_what_ended_it(tmp_path: Path) -> None:
     path = tmp_path / "logs" / "run.log"
     with pytest.raises(ValueError, match="odd"), open_log(path) as file:
-        log_to(file).handle(record("began"))
+        log_handler(file).handle(record("began"))
         raise ValueError("odd")
     lines = path.read_text().splitlines()
     assert lines[0].endswith("Z INFO began")
@@ -27,7 +27,7 @@ def test_a_log_keeps_lines_and_what_ended_it(tmp_path: Path) -> None:
 
 def test_a_full_disk_hides_no_error_and_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(StorageError, match="full"), open_log(Path("/dev/full")) as file:
-        log_to(file).handle(record("began"))
+        log_handler(file).handle(record("began"))
         raise StorageError("the disk is full")
     assert capfd.readouterr() == ("", "")
 

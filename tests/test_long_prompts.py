@@ -16,7 +16,7 @@ from compel.embeddings_provider import SplitLongTextMode
 from PIL import Image
 
 from batch_infer.errors import ModelError
-from batch_infer.models import ModelCard, load, load_token_counter, read_card
+from batch_infer.models import ModelCard, checkpoint, load_latent_diffusion, load_token_counter, read_card
 from batch_infer.models.long_prompts import read_weights
 from batch_infer.models.tokens import WINDOWS
 from batch_infer.records import PromptRequest
@@ -48,7 +48,7 @@ def card_of(folder: Path, *, long_prompts: bool = True) -> ModelCard:
 
 
 def family(folder: Path) -> Any:
-    return load(card_of(folder), CPU, torch.float32, with_checker=False)
+    return load_latent_diffusion(card_of(folder), CPU, torch.float32, with_checker=False)
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,7 @@ def test_tokens_are_counted_without_what_is_syntax(sd1: Any, sdxl: Any, sd1_fold
         found = model.condition([make_request(str(k), text) for k, text in enumerate(texts)])
         counts = [(row.prompt_tokens, row.prompt_truncated) for row in found]
         assert counts == [(0, False), (each, False), (most * each, False), ((most + 1) * each, True)]
-    assert counter.longest == WINDOWS * 75, "as plan tells it"
+    assert counter.max_tokens == WINDOWS * 75, "as plan tells it"
 
 
 # Texts that are no syntax
@@ -249,7 +249,7 @@ def test_it_is_part_of_the_model(sd1_folder: Path) -> None:
 
 
 def test_a_short_prompts_first_window_is_what_it_was(sd1: Any, sd1_folder: Path) -> None:
-    plain = load(card_of(sd1_folder, long_prompts=False), CPU, torch.float32, with_checker=False)
+    plain = load_latent_diffusion(card_of(sd1_folder, long_prompts=False), CPU, torch.float32, with_checker=False)
     (long,), (short,) = contexts(sd1, ["a red circle"]), contexts(plain, ["a red circle"])
     assert torch.allclose(long[:77], short, atol=1e-6)
 
@@ -262,7 +262,7 @@ def test_decidiffusion_reads_long_prompts_too(decidiffusion_folder: Path) -> Non
 
 def test_without_compel_it_says_how_to_get_it(sd1_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
-    monkeypatch.setattr("batch_infer.models.tokens.find_spec", lambda name: None if name == "compel" else found(name))
+    monkeypatch.setattr(checkpoint, "find_spec", lambda name: None if name == "compel" else found(name))
     with pytest.raises(ModelError, match=r"--long-prompts needs compel: pip install 'batch-infer\[long-prompts\]'"):
         card_of(sd1_folder)
     assert card_of(sd1_folder, long_prompts=False).windows == 1

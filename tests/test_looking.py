@@ -1,4 +1,4 @@
-"""What cannot be looked at may well be there: a look at OUT that fails is a StorageError, and changes nothing."""
+"""A path that cannot be read may exist: failing to read OUT is a StorageError and changes nothing."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import pytest
 
 from batch_infer.azureml.in_progress import Begun
 from batch_infer.errors import StorageError
-from batch_infer.jobs import cleanup, recovery
+from batch_infer.jobs import recovery, run_folder
 from batch_infer.manifest import Manifest
 from batch_infer.sinks import FolderSink
-from batch_infer.store.atomic import is_folder, is_link, is_there, own_name
+from batch_infer.store import is_folder, is_link, path_exists, unique_name
 from tests.storage import fail_at
 
 MARK = ".begun-elsewhere-1-0123456789ab-x"
-"""Of a process on another machine, which may have died."""
+"""A file of a process on another machine, which may have died."""
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ENOTCONN])
@@ -45,17 +45,17 @@ def test_marks_of_others_are_no_rows_in_progress(tmp_path: Path, content: str) -
 def test_leftovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     for folder in ("images", "manifest", "logs"):
         (tmp_path / folder).mkdir()
-    left = tmp_path / "images" / own_name(".tmp-", "a.png")
+    left = tmp_path / "images" / unique_name(".tmp-", "a.png")
     left.touch()
     (tmp_path / ".holder").touch()
     with monkeypatch.context() as patch:
         fail_at(patch, tmp_path / name, errno.EACCES)
         with pytest.raises(StorageError, match=name):
-            cleanup.remove_leftovers(tmp_path)
+            recovery.remove_temporary_files(tmp_path)
         if name == "manifest":
             with pytest.raises(StorageError, match=name):
                 recovery.recover(tmp_path, Manifest(tmp_path))
-    cleanup.remove_leftovers(tmp_path)
+    recovery.remove_temporary_files(tmp_path)
     assert not left.exists()
 
 
@@ -64,13 +64,13 @@ def test_overwriting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str)
     (tmp_path / "run.json").write_text('{"identity": {}}')
     (tmp_path / name).mkdir()
     image = FolderSink(tmp_path).write(f"{name}/t-00000/a.png", b"x")
-    FolderSink(tmp_path).settle([image.path])
+    FolderSink(tmp_path).publish([image.path])
     with monkeypatch.context() as patch:
         fail_at(patch, tmp_path / name, errno.EACCES)
         with pytest.raises(StorageError, match=f"cannot read {tmp_path / name}"):
-            cleanup.clear(tmp_path)
+            run_folder.clear(tmp_path)
     assert (tmp_path / image.path).exists()
-    cleanup.clear(tmp_path)
+    run_folder.clear(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
@@ -80,7 +80,7 @@ def test_kinds(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "folder")
     (tmp_path / "dangling").symlink_to(tmp_path / "gone")
     names = ("folder", "file", "link", "dangling", "gone", "file/x")
-    assert [name for name in names if is_there(tmp_path / name)] == ["folder", "file", "link", "dangling"]
+    assert [name for name in names if path_exists(tmp_path / name)] == ["folder", "file", "link", "dangling"]
     assert [name for name in names if is_link(tmp_path / name)] == ["link", "dangling"]
     assert [name for name in names if is_folder(tmp_path / name)] == ["folder"]
     assert [name for name in names if is_folder(tmp_path / name, follow=True)] == ["folder", "link"]

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from batch_infer.errors import ModelError
-from batch_infer.models import ModelCard, load, read_card
+from batch_infer.models import ModelCard, load_latent_diffusion, read_card
 from batch_infer.settings import LoraSpec, ModelSettings
 from tests.checkpoints import amend
 from tests.oracle import ask, assert_close, load_pipeline
@@ -86,7 +86,7 @@ def card_of(folder: Path, *specs: LoraSpec) -> ModelCard:
 
 
 def family(folder: Path, *specs: LoraSpec) -> Any:
-    return load(card_of(folder, *specs), CPU, torch.float32, with_checker=False)
+    return load_latent_diffusion(card_of(folder, *specs), CPU, torch.float32, with_checker=False)
 
 
 def oracle(folder: Path, *specs: LoraSpec) -> StableDiffusionPipeline:
@@ -221,7 +221,7 @@ def test_without_peft_it_says_how_to_get_it(
     sd1_folder: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = importlib.util.find_spec
-    monkeypatch.setattr("batch_infer.models.lora.find_spec", lambda name: None if name == "peft" else found(name))
+    monkeypatch.setattr("batch_infer.models.checkpoint.find_spec", lambda name: None if name == "peft" else found(name))
     with pytest.raises(ModelError, match=r"--lora needs peft: pip install 'batch-infer\[lora\]'"):
         card_of(sd1_folder, LoraSpec(str(files["both"])))
 
@@ -303,9 +303,9 @@ def test_what_does_not_fit_is_refused(sd1_folder: Path, files: dict[str, Path], 
     ("tensors", "reason"),
     [
         ({"conv_in.weight": torch.zeros(1)}, "is not a LoRA"),
-        ({"unet.a.lora_A.weight": torch.zeros(1), "unet.a.lora_magnitude_vector": torch.zeros(1)}, "DoRA.*not read"),
-        ({"lora_unet_a.hada_w1_a": torch.zeros(1)}, "holds lora_unet_a.hada_w1_a: DoRA, LoHa, LoKr and whole"),
-        ({"lora_unet_a.diff": torch.zeros(1)}, "holds lora_unet_a.diff: .* whole differences are not read"),
+        ({"unet.a.lora_A.weight": torch.zeros(1), "unet.a.lora_magnitude_vector": torch.zeros(1)}, "not DoRA"),
+        ({"lora_unet_a.hada_w1_a": torch.zeros(1)}, "holds lora_unet_a.hada_w1_a: only plain LoRA"),
+        ({"lora_unet_a.diff": torch.zeros(1)}, "holds lora_unet_a.diff: .* not .* full differences"),
         (None, "there is no such file"),
     ],
     ids=["a checkpoint", "DoRA", "LoHa", "difference", "nothing"],
@@ -322,5 +322,5 @@ def test_what_is_no_plain_lora(sd1_folder: Path, tmp_path: Path, tensors: Any, r
 def test_the_half_of_a_file(sd1_folder: Path, files: dict[str, Path], tmp_path: Path) -> None:
     path = tmp_path / "half.safetensors"
     path.write_bytes(files["both"].read_bytes()[:5000])
-    with pytest.raises(ModelError, match="half.safetensors is not whole: fetch it again"):
+    with pytest.raises(ModelError, match="half.safetensors is incomplete: fetch it again"):
         card_of(sd1_folder, LoraSpec(str(path)))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,8 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from batch_infer.errors import DamagedPart, NewerPart, StorageError
-from batch_infer.manifest import SCHEMA, Manifest, read_part, to_table, write_parquet
-from batch_infer.records import BOOKKEEPING, PromptRequest, ResultRow, SamplingParams, Source, digest, now
+from batch_infer.manifest import SCHEMA, Manifest, read_part, to_table
+from batch_infer.manifest.parts import write_part
+from batch_infer.records import BOOKKEEPING, PromptRequest, ResultRow, SamplingParams, Source, digest, utc_now
+from batch_infer.sinks.names import Collisions
 
 NONE = pa.schema([])
 COLUMNS = [
@@ -36,7 +39,7 @@ COLUMNS = [
 def row(name: str = "a", index: int = 0, **values: Any) -> ResultRow:
     usual = {
         **{"prompt": "a red circle", "status": "ok", "generated_image": f"images/{name}-{index}.png"},
-        **{"finished_at": now(), "source_file": "t.csv", "source_row": 7, "fingerprint": "f"},
+        **{"finished_at": utc_now(), "source_file": "t.csv", "source_row": 7, "fingerprint": "f"},
     }
     return ResultRow(**{"id": name, "image_index": index, **usual, **values})
 
@@ -93,7 +96,7 @@ def test_a_request_is_kept_apart_from_images_whose_paths_differ_by_case_alone(tm
 
     def collisions(name: str, file: str, path: str | None = None, **flags: Any) -> tuple[bool, bool]:
         new = PromptRequest(name, 0, "x", None, 1, params, Source(file, 0), "f", **flags)
-        apart = index.with_collisions(new, path)
+        apart = Collisions(index).mark(new, path)
         assert replace(apart, id_collides=new.id_collides, stem_collides=new.stem_collides) == new
         return apart.id_collides, apart.stem_collides
 
@@ -176,7 +179,7 @@ def test_parts_are_named_by_what_they_hold(tmp_path: Path) -> None:
     manifest = Manifest(tmp_path)
     rows = [row("a"), row("b")]
     name = manifest.commit(rows, NONE)
-    assert manifest.commit([replace(r, worker="another", finished_at=now()) for r in rows], NONE) == name
+    assert manifest.commit([replace(r, worker="another", finished_at=utc_now()) for r in rows], NONE) == name
     assert len(manifest.parts()) == 1
     changes: list[dict[str, Any]] = [{"id": "c"}, {"image_index": 1}, {"fingerprint": "g"}, {"attempt": 2}]
     for change in changes:
@@ -218,7 +221,7 @@ def test_a_damaged_part_is_named_with_the_way_out(tmp_path: Path, content: bytes
     assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
     told: list[DamagedPart] = []
     with manifest.index(damaged=told.append) as index:
-        assert (index.find(("a", 0)), index.rows()) == (None, (1, 0))
+        assert (index.find(("a", 0)), index.count_rows()) == (None, (1, 0))
     assert [damage.part for damage in told] == [part]
     assert part.exists()
     assert whole.exists()
@@ -413,13 +416,10 @@ def test_a_full_disk_is_a_storage_error(tmp_path: Path) -> None:
         Manifest(tmp_path).commit([row()], NONE)
 
 
-def test_a_table_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
-    def tables() -> Any:
-        yield to_table([row()], NONE)
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_parquet(tmp_path / "results.parquet", SCHEMA, tables())
+def test_an_interrupted_write_leaves_no_part(tmp_path: Path) -> None:
+    stopped = mock.patch.object(pq.ParquetWriter, "write_table", side_effect=KeyboardInterrupt)
+    with stopped, pytest.raises(KeyboardInterrupt):
+        write_part(tmp_path / "part-0.parquet", to_table([row()], NONE), "clock", 0.0)
     assert list(tmp_path.iterdir()) == []
 
 

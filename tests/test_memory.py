@@ -1,4 +1,4 @@
-"""A device whose memory ends in the middle of a run: half the slots, no row lost, and the run remembers."""
+"""Out of memory during a run: the slots are halved, no row is lost, and the run keeps the smaller number."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HALVED = "out of memory at 64x64 pixels: going on with 4 slots, not 8"
 
 @pytest.fixture
 def small_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Holds a UNet call over 4 rows, and none over more."""
+    """Run out of memory in a UNet call over more than 4 rows."""
     denoise = StableDiffusion.denoise
 
     def refuse(self: Any, sample: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -34,7 +34,7 @@ def table_of(path: Path, rows: int) -> Path:
 
 
 @pytest.mark.usefixtures("small_device")
-def test_a_run_goes_on_with_half_its_slots(tmp_path: Path) -> None:
+def test_a_run_continues_with_half_its_slots(tmp_path: Path) -> None:
     table, out = table_of(tmp_path / "t.csv", 11), tmp_path / "out"
     done = run(table, out)
     assert done.code == 0, done.stderr
@@ -46,19 +46,19 @@ def test_a_run_goes_on_with_half_its_slots(tmp_path: Path) -> None:
     assert compute["slots"] == 8
     assert compute["by_size"] == [{"height": 64, "width": 64, "slots": 4, "decode_batch": 4}]
     before = hashes(out)
-    # What is appended does not run into the wall again, and nothing is done twice.
+    # Appended rows do not run out of memory again, and nothing is rendered twice.
     again = run(table_of(table, 14), out)
     assert again.code == 0, again.stderr
     assert "out of memory" not in again.stderr
     assert run_json(out)["summary"]["rendered"] == 3
     assert hashes(out).items() >= before.items()
     assert {row["slots"] for row in results(out)} == {4}
-    # With 4 from the start the bytes are the same.
+    # The bytes are those of a run with 4 slots from the start.
     assert run(table, tmp_path / "four", "--slots", "4").code == 0
     assert hashes(tmp_path / "four") == hashes(out)
 
 
-def test_the_utilisation_is_told_where_the_peak_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mfu_is_reported_if_the_peak_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = table_of(tmp_path / "t.csv", 4)
     assert run(table, tmp_path / "unknown").code == 0
     assert run_json(tmp_path / "unknown")["summary"]["mfu"] is None

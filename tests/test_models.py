@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from batch_infer.errors import ModelError
 from batch_infer.models import DEMO_MODEL, ModelCard, read_card
-from batch_infer.models.embeddings import TEXT_BATCH, TEXTS_KEPT
+from batch_infer.models.latent_diffusion import TEXT_BATCH, EmbeddingCache
 from batch_infer.records import SizeRules
 from batch_infer.settings import ModelSettings, SchedulerSpec
 from tests.checkpoints import amend
@@ -189,14 +189,14 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "an index that is no JSON": (lambda f: (f / "model_index.json").write_text("{", "utf-8"), "is not JSON"),
     "an index that is a list": (lambda f: (f / "model_index.json").write_text("[]", "utf-8"), "not hold a JSON object"),
-    "half a UNet": (lambda f: cut(f, UNET), "unet/diffusion_pytorch_model.safetensors is not whole: fetch it again"),
-    "half a text encoder": (lambda f: cut(f, TEXT), "text_encoder/model.safetensors is not whole"),
+    "half a UNet": (lambda f: cut(f, UNET), "unet/diffusion_pytorch_model.safetensors is incomplete: fetch it again"),
+    "half a text encoder": (lambda f: cut(f, TEXT), "text_encoder/model.safetensors is incomplete"),
     "an end that did not come": (
         lambda f: (f / UNET).write_bytes((f / UNET).read_bytes()[:-1]),
-        "unet/diffusion_pytorch_model.safetensors is not whole",
+        "unet/diffusion_pytorch_model.safetensors is incomplete",
     ),
     "a pointer": (lambda f: fail_to_fetch(f, UNET), "is a Git LFS pointer: fetch the weights with `git lfs pull`"),
-    "a page of text": (lambda f: (f / UNET).write_text("not found"), "is not whole|is not a safetensors file"),
+    "a page of text": (lambda f: (f / UNET).write_text("not found"), "is incomplete|is not a safetensors file"),
     "a shard that did not come": (name_a_shard_that_is_not_there, "00002-of-00002.safetensors is missing"),
     "code that a configuration names": (
         lambda f: amend(f / "text_encoder" / "config.json", auto_map={"AutoModel": "m.Model"}),
@@ -216,7 +216,7 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "weights of a variant alone": (
         lambda f: (f / UNET).rename(f / "unet" / "diffusion_pytorch_model.fp16.safetensors"),
-        "unet/ has weights of a variant alone .*: say --variant",
+        "unet/ has weights of a variant alone .*: set --variant",
     ),
     "no index": (lambda f: (f / "model_index.json").unlink(), "not a diffusers folder"),
 }
@@ -227,7 +227,7 @@ UNLOADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
         "unet/config.json has cross_attention_dim=48, but hidden_size of text_encoder makes 32",
     ),
     "a UNet with a weight less": (lambda f: lose_a_weight(f, UNET), r"unet lacks 1 tensor \(conv_in.bias\)"),
-    "a UNet with a weight more": (lambda f: add_a_weight(f, UNET), r"beside its network's, 1 tensor \(strange\)"),
+    "a UNet with a weight more": (lambda f: add_a_weight(f, UNET), r"besides its network's, 1 tensor \(strange\)"),
     "a text encoder with a weight less": (lambda f: lose_a_weight(f, TEXT), r"text_encoder lacks 1 tensor \("),
     "a checker with a weight less": (
         lambda f: lose_a_weight(f, "safety_checker/model.safetensors"),
@@ -282,7 +282,7 @@ def test_a_name_that_is_nothing(name: str, reason: str) -> None:
 
 
 def test_a_file_is_no_folder(sd1_folder: Path) -> None:
-    with pytest.raises(ModelError, match="give a whole checkpoint of Stable Diffusion, or the folder"):
+    with pytest.raises(ModelError, match="give a complete checkpoint of Stable Diffusion, or the folder"):
         card_of(sd1_folder / UNET)
 
 
@@ -305,11 +305,11 @@ def test_a_revision_is_of_the_hub(own: Path) -> None:
             "euler:use_karras_sigma=true",
             "EulerDiscreteScheduler has no option use_karras_sigma; did you mean use_karras_sigmas",
         ),
-        ("VQDiffusionScheduler", "cannot be made on this model's scheduler settings"),
-        ("FlowMatchEulerDiscreteScheduler", "does not fit: the model has learnt to take noise away, as its PNDMSched"),
-        ("UniPCMultistepScheduler:use_flow_sigmas=true", "does not fit: the model has learnt to take noise away"),
+        ("VQDiffusionScheduler", "cannot be built on this model's scheduler settings"),
+        ("FlowMatchEulerDiscreteScheduler", "does not fit: the model was trained for denoising, like its PNDMSched"),
+        ("UniPCMultistepScheduler:use_flow_sigmas=true", "does not fit: the model was trained for denoising"),
         ("RePaintScheduler", "not a scheduler for latent diffusion"),
-        ("EulerDiscreteScheduler:beta_schedule=none", "cannot be made on this model's scheduler settings"),
+        ("EulerDiscreteScheduler:beta_schedule=none", "cannot be built on this model's scheduler settings"),
     ],
 )
 def test_schedulers_that_do_not_exist_or_fit(sd1_folder: Path, scheduler: str, reason: str) -> None:
@@ -362,9 +362,10 @@ def test_texts_are_encoded_in_one_shape(sd1_folder: Path) -> None:
     assert shapes == {(TEXT_BATCH, 77)}
 
 
-def test_more_texts_than_are_kept(sd1: Any) -> None:
-    rows = [make_request(prompt=f"{k} circles", negative=f"{k} squares") for k in range(TEXTS_KEPT)]
-    assert len(sd1.condition(rows)) == TEXTS_KEPT
+def test_rows_with_more_texts_than_the_cache_holds(sd1: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sd1, "_embeddings", EmbeddingCache(0))
+    rows = [make_request(prompt=f"{k} circles", negative=f"{k} squares") for k in range(2 * TEXT_BATCH)]
+    assert len(sd1.condition(rows)) == len(rows)
     again = sd1.condition(rows[:1])[0].context[0]["encoder_hidden_states"]
     assert torch.equal(again, sd1.condition(rows[:1])[0].context[0]["encoder_hidden_states"])
 

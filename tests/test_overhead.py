@@ -1,4 +1,4 @@
-"""What the runner itself costs, with a stand-in for the model: rows a second, and what a second worker brings."""
+"""The overhead of the runner with a dummy model: rows per second, and the gain of a second worker."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Score = Callable[[int, int, Any], tuple[Summary, Path]]
 
 @pytest.fixture
 def scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Score:
-    """Run so many rows of 64x64 pixels through so many workers, each of which loads this."""
+    """Render rows of 64x64 pixels in worker processes with a dummy chain."""
 
     def run(rows: int, processes: int, load: Any) -> tuple[Summary, Path]:
         out = tmp_path / f"{rows}-{processes}"
         table = write_csv(tmp_path / "table.csv", [["prompt"], *([f"row {k}"] for k in range(rows))])
-        monkeypatch.setattr(job, "engine_for", lambda settings, here: LocalEngine("cpu", processes, load=load))
+        monkeypatch.setattr(job, "make_engine", lambda *_: LocalEngine("cpu", processes, load=load))
         settings = RunSettings(TableSettings((str(table),)), out, defaults=RowDefaults(guidance_scale=1.0))
         return job.render_tables(settings, ProgressGroup()), out
 
@@ -36,7 +36,7 @@ def scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Score:
 
 
 @pytest.mark.soak
-def test_a_worker_commits_a_thousand_rows_a_second(scored: Score, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_worker_commits_a_thousand_rows_per_second(scored: Score, capfd: pytest.CaptureFixture[str]) -> None:
     summary, out = scored(20_000, 1, dummies.load)
     with capfd.disabled():
         print(f"\n{summary.images_per_second:.0f} rows/s by one worker")
@@ -47,7 +47,7 @@ def test_a_worker_commits_a_thousand_rows_a_second(scored: Score, capfd: pytest.
 
 @pytest.mark.soak
 def test_two_workers_are_twice_as_fast_as_one(scored: Score, capfd: pytest.CaptureFixture[str]) -> None:
-    """With a model that only waits; and neither is idle at the end for longer than a chunk of 32 rows takes."""
+    """With a model that only waits. At the end, neither is idle for longer than a chunk of 32 rows takes."""
     one, _ = scored(3200, 1, dummies.load_waiting)
     two, out = scored(3200, 2, dummies.load_waiting)
     ends: dict[str, datetime] = {}

@@ -1,4 +1,4 @@
-"""A plan asks torch only for what no earlier plan has kept."""
+"""A plan probes torch only for facts that no earlier plan has cached."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from batch_infer.autotune import facts, probe
+from batch_infer.autotune import devices, probe
 from batch_infer.autotune.probe import Probe
 from batch_infer.settings import Device
 from tests.runs import QUICK, command
@@ -27,7 +27,7 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str
     folder = tmp_path_factory.mktemp("first")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        patch.setattr(Probe, "_ask", lambda _, question, *arguments: question(*arguments))
+        patch.setattr(Probe, "_call", lambda _, question, *arguments: question(*arguments))
         return folder / "cache", plan(write_csv(folder / "t.csv", ROWS))
 
 
@@ -46,14 +46,14 @@ def table(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def questions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The questions that reach the probe's process, answered in this one."""
+    """The questions that reach the probe, answered in this process."""
     names: list[str] = []
 
     def ask(_: Probe, question: Callable[..., Any], *arguments: Any) -> Any:
         names.append(question.__name__)
         return question(*arguments)
 
-    monkeypatch.setattr(Probe, "_ask", ask)
+    monkeypatch.setattr(Probe, "_call", ask)
     return names
 
 
@@ -89,23 +89,23 @@ def test_a_calibrated_plan_starts_no_process_and_prints_the_same(
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu"])
-def test_the_first_plan_asks_once_for_each_fact(
+def test_the_first_plan_probes_each_fact_once(
     table: Path, tmp_path: Path, device: str, questions: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
     plan(table, "--device", device)
-    found_by_torch = ["_find_device"] if device == "auto" else []
-    assert questions == [*found_by_torch, "_evaluations", "_evaluations", "_import_renderer", "_rates"]
+    found_by_torch = ["find_device"] if device == "auto" else []
+    assert questions == [*found_by_torch, "count_evaluations", "count_evaluations", "import_renderer", "measure_rates"]
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (("--scheduler", "HeunDiscreteScheduler"), ["_evaluations", "_evaluations"]),
+        (("--scheduler", "HeunDiscreteScheduler"), ["count_evaluations", "count_evaluations"]),
         (("--guidance-scale", "1"), []),
     ],
 )
-def test_a_changed_scheduler_asks_again(
+def test_a_changed_scheduler_is_probed_again(
     table: Path, cache: Path, questions: list[str], options: tuple[str, ...], expected: list[str]
 ) -> None:
     plan(table, *options)
@@ -115,22 +115,22 @@ def test_a_changed_scheduler_asks_again(
     assert questions == []
 
 
-def test_only_new_step_counts_are_asked(table: Path, cache: Path, questions: list[str]) -> None:
+def test_only_new_step_counts_are_probed(table: Path, cache: Path, questions: list[str]) -> None:
     write_csv(table, [*ROWS, ["a blue square", 7], ["a blue square", 7]])
     plan(table)
-    assert questions == ["_evaluations"]
+    assert questions == ["count_evaluations"]
     questions.clear()
     plan(write_csv(table, ROWS))
     plan(write_csv(table, [*ROWS, ["a blue square", 7]]))
     assert questions == []
 
 
-def test_another_choice_of_gpus_asks_again(
+def test_another_choice_of_gpus_is_probed_again(
     table: Path, cache: Path, questions: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     plan(table)
-    assert questions == ["_find_device"]
+    assert questions == ["find_device"]
     questions.clear()
     plan(table)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
@@ -138,11 +138,11 @@ def test_another_choice_of_gpus_asks_again(
     assert questions == []
 
 
-def test_a_refused_step_count_is_kept_with_its_sentence(table: Path, cache: Path, questions: list[str]) -> None:
+def test_a_refused_step_count_is_cached_with_its_reason(table: Path, cache: Path, questions: list[str]) -> None:
     options = ("--scheduler", "PNDMScheduler:skip_prk_steps=false")
     write_csv(table, [ROWS[0], ["x", 4], ["x", 3]])
     first = plan(table, *options)
-    assert questions == ["_evaluations", "_evaluations"]
+    assert questions == ["count_evaluations", "count_evaluations"]
     questions.clear()
     second = plan(table, *options)
     assert questions == []
@@ -150,12 +150,12 @@ def test_a_refused_step_count_is_kept_with_its_sentence(table: Path, cache: Path
     assert second["invalid_results"] == first["invalid_results"]
 
 
-def test_damaged_files_are_asked_for_anew(table: Path, cache: Path, questions: list[str]) -> None:
+def test_damaged_cache_files_are_probed_again(table: Path, cache: Path, questions: list[str]) -> None:
     for file in cache.rglob("*.json"):
         if not file.name.startswith("rates"):
             file.write_text('{"measured": {"x": []}}')
     plan(table)
-    assert questions == ["_find_device", "_evaluations", "_evaluations"]
+    assert questions == ["find_device", "count_evaluations", "count_evaluations"]
 
 
 @pytest.fixture
@@ -166,26 +166,26 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / "gpus" / f"0000:0{number}:00.0").mkdir(parents=True)
         (folder / "gpus" / f"0000:0{number}:00.0" / "information").write_text(INFORMATION)
     (folder / "version").write_text("NVRM version: 550.1\n")
-    monkeypatch.setattr(facts, "NVIDIA_DRIVER", folder)
+    monkeypatch.setattr(devices, "NVIDIA_DRIVER", folder)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return folder
 
 
-def test_a_gpu_is_recalled(driver: Path) -> None:
-    facts.remember_device("auto", GPU)
-    assert facts.recall_device("auto") == GPU
-    assert facts.recall_device("cuda") is None
+def test_a_gpu_is_cached(driver: Path) -> None:
+    devices.save_device("auto", GPU)
+    assert devices.load_device("auto") == GPU
+    assert devices.load_device("cuda") is None
 
 
-def test_a_cpu_is_not_kept_where_there_are_gpus(driver: Path) -> None:
-    """Another command may find them: the driver may have failed, or torch may be exchanged."""
-    facts.remember_device("auto", Device("cpu", "Test"))
-    assert facts.recall_device("auto") is None
+def test_a_cpu_is_not_cached_where_gpus_are_visible(driver: Path) -> None:
+    """A later command may use them: the driver may have failed, or another torch may be installed."""
+    devices.save_device("auto", Device("cpu", "Test"))
+    assert devices.load_device("auto") is None
 
 
 @pytest.mark.parametrize("change", ["driver", "model", "removed", "added", "order"])
-def test_a_changed_gpu_is_not_recalled(driver: Path, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    facts.remember_device("auto", GPU)
+def test_a_changed_gpu_is_probed_again(driver: Path, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices.save_device("auto", GPU)
     first = driver / "gpus" / "0000:01:00.0"
     match change:
         case "driver":
@@ -198,4 +198,4 @@ def test_a_changed_gpu_is_not_recalled(driver: Path, change: str, monkeypatch: p
             shutil.copytree(first, driver / "gpus" / "0000:03:00.0")
         case "order":
             monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-    assert facts.recall_device("auto") is None
+    assert devices.load_device("auto") is None

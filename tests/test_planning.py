@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batch_infer import planning
-from batch_infer.planning import Load, Packing, in_order, is_done, pending
-from batch_infer.records import FINAL, MAX_ATTEMPTS, PromptRequest, ResultRow, SamplingParams, Source, now
+from batch_infer.planning import SizeCost, StepBatchingEstimator, is_done, order_requests, select_pending
+from batch_infer.records import FINAL_STATUSES, MAX_ATTEMPTS, PromptRequest, ResultRow, SamplingParams, Source, utc_now
 
 GUIDANCE = [1.0, 7.5, 7.5, 7.5, 7.5]
 
@@ -47,14 +47,14 @@ def request(name: str = "a", *, size: int = 64, steps: int = 20, guidance: float
 
 def invalid_row(fingerprint: str = "f") -> ResultRow:
     return ResultRow(
-        id="a", image_index=0, prompt="", status="invalid", error="wrong", finished_at=now(), source_file="t.csv",
+        id="a", image_index=0, prompt="", status="invalid", error="wrong", finished_at=utc_now(), source_file="t.csv",
         source_row=0, fingerprint=fingerprint,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("status", ["ok", "flagged", "blocked"])
 def test_a_final_row_is_left_alone_until_it_changes(status: str) -> None:
-    assert status in FINAL
+    assert status in FINAL_STATUSES
     assert is_done(request(), Kept(status))
     assert not is_done(request(), Kept(status, fingerprint="another"))
     assert not is_done(request(), None)
@@ -88,20 +88,20 @@ def test_what_is_pending_knows_what_it_replaces() -> None:
             ("failed", 0): Kept("failed", path=None),
         }
     )
-    found = [(item.id, item.attempt, item.replaces) for item in pending(rows, shelf)]
+    found = [(item.id, item.attempt, item.replaces) for item in select_pending(rows, shelf)]
     assert found == [("new", 1, None), ("changed", 3, "images/old.png"), ("failed", 2, None)]
 
 
 def test_rows_of_one_size_stand_together_and_long_ones_come_first() -> None:
     rows = [request(f"{size}-{steps}-{guidance:g}", size=size, steps=steps, guidance=guidance)
             for size in (128, 64) for steps in (5, 50) for guidance in (1.0, 5.0)]  # fmt: skip
-    planned = list(in_order(rows))
+    planned = list(order_requests(rows))
     assert [item.id for item in planned[:4]] == ["64-50-5", "64-50-1", "64-5-5", "64-5-1"]
     assert {item.params.height for item in planned[4:]} == {128}
 
 
 def test_no_rows_need_no_plan() -> None:
-    assert list(in_order([])) == []
+    assert list(order_requests([])) == []
 
 
 def test_the_plan_is_made_window_by_window(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +114,7 @@ def test_the_plan_is_made_window_by_window(monkeypatch: pytest.MonkeyPatch) -> N
         for read in range(1, 10**9):
             yield request(f"{read}")
 
-    plan = in_order(rows())
+    plan = order_requests(rows())
     next(plan)
     assert read == 10
 
@@ -129,7 +129,7 @@ def test_every_request_is_planned_once(rows: list[tuple[int, int, float]], windo
                 for i, (size, steps, guidance) in enumerate(rows)]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planning, "WINDOW", window)
-        planned = list(in_order(requests, (lambda _: slots) if slots else None))
+        planned = list(order_requests(requests, (lambda _: slots) if slots else None))
     assert sorted(item.id for item in planned) == sorted(item.id for item in requests)
     for start in range(0, len(planned), window):
         sizes = [size for size, _ in groupby(planned[start : start + window], lambda item: item.params.height)]
@@ -148,28 +148,28 @@ def test_slots_are_full_on_a_mixed_table(rows: int, least: float, seed: int) -> 
         request(f"{k}", size=draw.choice([64, 72, 128]), steps=draw.randint(20, 50), guidance=draw.choice(GUIDANCE))
         for k in range(rows)
     ]
-    loads = loads_of(list(in_order(table, lambda _: 32)), slots=32).values()
+    loads = loads_of(list(order_requests(table, lambda _: 32)), slots=32).values()
     assert sum(load.row_forwards for load in loads) / sum(32 * load.ticks for load in loads) >= least
 
 
-def loads_of(requests: list[PromptRequest], slots: int) -> dict[tuple[int, int], Load]:
-    packing = Packing(lambda _: slots)
+def loads_of(requests: list[PromptRequest], slots: int) -> dict[tuple[int, int], SizeCost]:
+    packing = StepBatchingEstimator(lambda _: slots)
     for item in requests:
         packing.add(item, item.params.num_inference_steps)
     packing.close()
-    return packing.loads
+    return packing.costs
 
 
 def test_rows_are_packed_on_paper() -> None:
     rows = [request(steps=20), request(steps=20), request(steps=10, guidance=1.0), request(steps=5)]
     assert loads_of(rows, slots=4) == {
-        (64, 64): Load(slots=4, images=4, row_forwards=20 * 2 + 20 * 2 + 10 + 5 * 2, ticks=30)
+        (64, 64): SizeCost(slots=4, images=4, row_forwards=20 * 2 + 20 * 2 + 10 + 5 * 2, ticks=30)
     }
 
 
 def test_slots_empty_before_the_size_changes() -> None:
     rows = [request(steps=3), request(steps=3, size=72), request(steps=3)]
-    assert loads_of(rows, slots=4) == {(64, 64): Load(4, 2, 12, 6), (72, 72): Load(4, 1, 6, 3)}
+    assert loads_of(rows, slots=4) == {(64, 64): SizeCost(4, 2, 12, 6), (72, 72): SizeCost(4, 1, 6, 3)}
 
 
 def test_no_rows_cost_nothing() -> None:
@@ -186,7 +186,7 @@ def test_a_window_is_bounded_in_bytes_too(monkeypatch: pytest.MonkeyPatch) -> No
             taken += 1
             yield replace(request(f"{number}"), carried={"tag": "x" * 300})
 
-    found = planning.in_order(source())
+    found = planning.order_requests(source())
     next(found)
     assert taken < 5
     assert sum(1 for _ in found) == 99

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from batch_infer.models import load, read_card
+from batch_infer.models import load_latent_diffusion, read_card
 from batch_infer.settings import ModelSettings
 from tests.rendering import CPU, make_request, render
 
@@ -18,7 +18,7 @@ LEAST_DB = 40.0
 
 
 def images_in(dtype: torch.dtype, folder: Path) -> dict[str, np.ndarray]:
-    model = load(read_card(ModelSettings(name=str(folder))), CPU, dtype, with_checker=False)
+    model = load_latent_diffusion(read_card(ModelSettings(name=str(folder))), CPU, dtype, with_checker=False)
     return {name: found.pixels for name, found in render(model, ROWS).items()}
 
 

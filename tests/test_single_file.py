@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from batch_infer.errors import ModelError
 from batch_infer.models import read_card
 from batch_infer.models.conversion import PIPELINES, infer_kind
-from batch_infer.models.files import read_header
+from batch_infer.models.untrusted import read_header
 from batch_infer.settings import ModelSettings
 from tests.checkpoints import amend
 from tests.rendering import load_family, make_request, render
@@ -151,7 +151,7 @@ def test_a_conversion_that_was_cut_off_is_made_anew(file: Path, filled: Path, mo
 
 def test_without_the_settings_it_says_whose_are_wanted(file: Path, cache: Path) -> None:
     with pytest.raises(
-        ModelError, match=f"settings and words of {BASE}.*folder as --model needs no network"
+        ModelError, match=f"configs and vocabularies of {BASE}.*folder as --model needs no network"
     ) as refusal:
         card_of(file)
     assert str(file) in str(refusal.value)
@@ -214,7 +214,7 @@ def test_kinds_are_told_by_names_and_shapes(tmp_path: Path, cache: Path, tensors
     if kind in expected:
         assert PIPELINES[kind].__name__ == expected[kind]
         return
-    with pytest.raises(ModelError, match=f"is of the kind {kind}; files of Stable Diffusion 1.x, 2.x and XL"):
+    with pytest.raises(ModelError, match=f"is of the kind {kind}; only files of Stable Diffusion 1.x, 2.x and XL"):
         card_of(path)
 
 
@@ -240,11 +240,11 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a LoRA of diffusers": (write("unet.mid_block.proj_in.lora_A.weight"), "is a LoRA: give it with --lora"),
     "a ControlNet": (write("control_model.time_embed.0.weight"), "is a ControlNet"),
     "a ControlNet of diffusers": (write("controlnet_cond_embedding.conv_in.weight"), "is a ControlNet"),
-    "an embedding": (write("emb_params"), "named as a checkpoint's UNet and VAE and text encoder are: give a whole"),
-    "a UNet": (keep("model.diffusion_model."), "named as a checkpoint's VAE and text encoder are"),
+    "an embedding": (write("emb_params"), "UNet and VAE and text encoder: give a complete checkpoint"),
+    "a UNet": (keep("model.diffusion_model."), "no tensors of a checkpoint's VAE and text encoder"),
     "no text encoder": (rewrite(lambda t: [t.pop(n) for n in list(t) if "cond_" in n]), "checkpoint.s text encoder"),
-    "the half of a file": (lambda f: f.write_bytes(f.read_bytes()[: f.stat().st_size // 2]), "is not whole: fetch"),
-    "a page of text": (lambda f: f.write_text("not found, sorry"), "is not whole|is not a safetensors file"),
+    "the half of a file": (lambda f: f.write_bytes(f.read_bytes()[: f.stat().st_size // 2]), "is incomplete: fetch"),
+    "a page of text": (lambda f: f.write_text("not found, sorry"), "is incomplete|is not a safetensors file"),
     "a pointer": (lambda f: f.write_text("version https://git-lfs.github.com/spec/v1\n"), "is a Git LFS pointer"),
 }  # fmt: skip
 

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 
 from batch_infer.errors import StorageError
 from batch_infer.records import PromptRequest, SamplingParams, Source
-from batch_infer.sinks import FolderSink, stored_path
-from batch_infer.sinks.folder import name_with_digest, plain_name
-from batch_infer.store.atomic import TEMPORARY, KnownFolder
+from batch_infer.sinks import FolderSink, resolve_path
+from batch_infer.sinks.names import hashed_name, safe_name
+from batch_infer.store import TEMPORARY_PREFIX, PinnedFolder
 from batch_infer.table.ids import Ids, colliding_stems
 
 PLAIN = ["a", "row-00000012", "a.b_c-d", "0", "_", "x" * 80, "prompts-2026.05"]
@@ -55,18 +55,18 @@ def request(name: str, *, index: int = 0, file: str = "t.csv", row: int = 0, **m
 def sink_on(*, case_matters: bool) -> FolderSink:
     """A sink on a file system that tells capitals from small letters, or on one that does not."""
     sink = FolderSink(Path("/out"), ".png")
-    sink._case = dict.fromkeys(("images", "quarantine"), case_matters)
+    sink._case_sensitive = dict.fromkeys(("images", "quarantine"), case_matters)
     return sink
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_a_plain_name_is_kept(name: str) -> None:
-    assert plain_name(name) == name
+def test_a_safe_name_is_kept(name: str) -> None:
+    assert safe_name(name) == name
 
 
 @pytest.mark.parametrize("name", STRANGE, ids=ascii)
 def test_a_strange_name_becomes_a_plain_one(name: str) -> None:
-    found = plain_name(name)
+    found = safe_name(name)
     assert found != name
     assert re.fullmatch(r"[A-Za-z0-9_-]{0,60}~[0-9a-f]{16}", found)
 
@@ -80,11 +80,11 @@ def test_no_two_strange_names_meet() -> None:
     names = [
         *PLAIN,
         *STRANGE,
-        *(plain_name(name) for name in STRANGE),
+        *(safe_name(name) for name in STRANGE),
         *(name.upper() for name in PLAIN if name != "_"),
     ]
     names = list(dict.fromkeys(names))
-    assert len({same_file(plain_name(name)) for name in names}) == len(names)
+    assert len({same_file(safe_name(name)) for name in names}) == len(names)
 
 
 @relaxed
@@ -93,7 +93,7 @@ def test_no_two_strange_names_meet() -> None:
 @example("e\N{COMBINING ACUTE ACCENT}", "\N{LATIN SMALL LETTER E WITH ACUTE}")
 @example("a", "a.")
 def test_no_two_names_meet(one: str, other: str) -> None:
-    assert (one == other) == (same_file(plain_name(one)) == same_file(plain_name(other)))
+    assert (one == other) == (same_file(safe_name(one)) == same_file(safe_name(other)))
 
 
 @relaxed
@@ -139,13 +139,13 @@ def test_no_two_images_of_a_run_meet_on_any_file_system(rows: list[tuple[str, st
     ("name", "case_matters", "collides", "expected"),
     [
         ("SKU-1000", True, False, "SKU-1000"),
-        ("SKU-1000", True, True, name_with_digest("SKU-1000")),
-        ("SKU-1000", False, False, name_with_digest("SKU-1000")),
-        ("sku-1000", True, True, name_with_digest("sku-1000")),
-        ("sku-1000", False, True, name_with_digest("sku-1000")),
+        ("SKU-1000", True, True, hashed_name("SKU-1000")),
+        ("SKU-1000", False, False, hashed_name("SKU-1000")),
+        ("sku-1000", True, True, hashed_name("sku-1000")),
+        ("sku-1000", False, True, hashed_name("sku-1000")),
         ("sku-1000", False, False, "sku-1000"),
-        ("NUL", True, False, name_with_digest("NUL")),
-        ("Blue Square", True, False, name_with_digest("Blue Square")),
+        ("NUL", True, False, hashed_name("NUL")),
+        ("Blue Square", True, False, hashed_name("Blue Square")),
     ],
 )
 def test_capitals_stay_where_case_matters(name: str, case_matters: bool, collides: bool, expected: str) -> None:
@@ -157,7 +157,7 @@ def test_capitals_stay_where_case_matters(name: str, case_matters: bool, collide
 
 def test_a_file_of_an_earlier_version_is_known_and_no_other_rows_is() -> None:
     sink = sink_on(case_matters=False)
-    digest = name_with_digest("SKU")
+    digest = hashed_name("SKU")
     assert sink.possible_paths(request("SKU")) == {f"{top}/t-00000/{digest}-0.png" for top in ("images", "quarantine")}
     colliding = request("sku", id_collides=True)
     assert "images/t-00000/sku-0.png" not in sink.possible_paths(colliding), "which may be SKU-0.png"
@@ -171,7 +171,7 @@ def test_a_file_of_an_earlier_version_is_known_and_no_other_rows_is() -> None:
 def test_an_image_keeps_its_path_when_nothing_collides_with_it_any_more(case_matters: bool) -> None:
     sink = sink_on(case_matters=case_matters)
     path = sink.path_of(request("sku", file="a.csv", id_collides=True, stem_collides=True))
-    for name in (path, path.replace(name_with_digest("a"), "a"), path.replace(name_with_digest("sku"), "sku")):
+    for name in (path, path.replace(hashed_name("a"), "a"), path.replace(hashed_name("sku"), "sku")):
         assert sink.path_of(request("sku", file="a.csv", replaces=name)) == name
     assert sink.path_of(request("sku", file="b.csv", replaces=path)) == "images/b-00000/sku-0.png"
 
@@ -186,7 +186,7 @@ def test_the_disk_that_holds_the_images_is_asked_once(
         asked.append(folder)
         return not linked
 
-    monkeypatch.setattr("batch_infer.sinks.folder.distinguishes_case", ask)
+    monkeypatch.setattr("batch_infer.sinks.folder.is_case_sensitive", ask)
     out = tmp_path / "out"
     out.mkdir()
     if linked:
@@ -197,7 +197,7 @@ def test_the_disk_that_holds_the_images_is_asked_once(
     assert asked == [], "small letters need no answer"
     with ThreadPoolExecutor(4) as pool:
         paths = set(pool.map(sink.path_of, [request("A")] * 8))
-    assert paths == {f"images/t-00000/{name_with_digest('A') if linked else 'A'}-0.png"}
+    assert paths == {f"images/t-00000/{hashed_name('A') if linked else 'A'}-0.png"}
     assert asked == [out / "images" if linked else out]
 
 
@@ -225,11 +225,11 @@ def test_what_is_stored_is_told(tmp_path: Path) -> None:
     assert (stored.sha256, stored.image_bytes) == (hashlib.sha256(b"first").hexdigest(), 5)
     file = tmp_path / stored.path
     assert not file.exists()
-    sink.settle([stored.path])
+    sink.publish([stored.path])
     assert file.read_bytes() == b"first"
     assert sink.write(stored.path, b"second") != stored
     assert file.read_bytes() == b"first", "until the manifest is about to speak of the second"
-    sink.settle([stored.path])
+    sink.publish([stored.path])
     assert file.read_bytes() == b"second"
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
     sink.remove(stored.path)
@@ -245,7 +245,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 def test_an_image_that_is_gone_cannot_be_settled(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="cannot write .*a.png: No such file"):
-        FolderSink(tmp_path, ".png").settle(["images/a.png"])
+        FolderSink(tmp_path, ".png").publish(["images/a.png"])
 
 
 @pytest.mark.parametrize("path", ["../precious", "images/../../precious", "/precious", "images/link/precious"])
@@ -296,11 +296,11 @@ def test_the_disk_holds_all_images_before_one_takes_its_name_and_then_the_names(
     made = [step for name in ("images", "t-00000", "t-00001") for step in (f"mkdir {name}", "sync folder")]
     assert steps == made
     steps.clear()
-    sink.settle(NAMES)
+    sink.publish(NAMES)
     assert steps == ["sync"] * 6 + ["replace"] * 6 + ["sync folder"] * 2
 
 
-GONE = "has gone since the run began: .* run again to go on"
+GONE = "has gone since the run began: .* run again to continue"
 
 
 def replaced_by_another(folder: Path) -> None:
@@ -318,7 +318,7 @@ def test_a_folder_that_has_gone_is_not_made_again(tmp_path: Path, place: str, va
     vanish(tmp_path / place)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(StorageError, match=GONE):
-        sink.settle(NAMES)
+        sink.publish(NAMES)
     with pytest.raises(StorageError, match=GONE):
         sink.write("images/t-00000/new-0.png", b"x")
     with pytest.raises(StorageError, match=GONE):
@@ -330,7 +330,7 @@ def test_no_folder_no_sink(tmp_path: Path) -> None:
     """A worker that is started once OUT has gone: it is sent the folder that the run knows."""
     out = tmp_path / "out"
     out.mkdir()
-    known = KnownFolder.of(out)
+    known = PinnedFolder.of(out)
     replaced_by_another(out)
     for sink in (FolderSink(known), FolderSink(tmp_path / "missing")):
         with pytest.raises(StorageError, match=GONE):
@@ -361,8 +361,8 @@ def test_a_disk_that_fails_while_images_are_settled_is_named(
 
     monkeypatch.setattr(os, call, fail)
     with pytest.raises(StorageError, match=f"cannot write {tmp_path}/{NAMES[0]}: No space left on device"):
-        sink.settle(NAMES)
-    assert not [path for path in tmp_path.rglob("*.png") if not path.name.startswith(TEMPORARY)]
+        sink.publish(NAMES)
+    assert not [path for path in tmp_path.rglob("*.png") if not path.name.startswith(TEMPORARY_PREFIX)]
 
 
 def test_an_image_folder_that_is_a_link_is_not_written_into(tmp_path: Path) -> None:
@@ -379,5 +379,5 @@ def test_an_image_folder_that_is_a_link_is_not_written_into(tmp_path: Path) -> N
 def test_only_images_are_stored_paths(tmp_path: Path, path: str) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "link").symlink_to("/etc")
-    assert stored_path(tmp_path, path) is None
-    assert stored_path(tmp_path, "images/t/a.png") == tmp_path / "images" / "t" / "a.png"
+    assert resolve_path(tmp_path, path) is None
+    assert resolve_path(tmp_path, "images/t/a.png") == tmp_path / "images" / "t" / "a.png"

@@ -12,9 +12,9 @@ from diffusers import DiffusionPipeline, FlowMatchHeunDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from batch_infer.chain import ChainShape, PipelineCallChain, Rendered
+from batch_infer.chain import BatchSizes, PipelineCallChain, Rendered
 from batch_infer.errors import ModelError
-from batch_infer.models import load, load_pipeline, load_solver, load_token_counter, read_card
+from batch_infer.models import AnyPipeline, load_latent_diffusion, load_solver, load_token_counter, read_card
 from batch_infer.records import PromptRequest, SizeRules
 from batch_infer.settings import ModelSettings
 from tests.checkpoints import amend
@@ -126,17 +126,17 @@ def test_a_schedule_that_hangs_on_the_size_is_driven(folder: Path, tmp_path: Pat
     own = copied(folder, tmp_path)
     amend(own / "scheduler" / "scheduler_config.json", use_dynamic_shifting=True)
     card = read_card(ModelSettings(name=str(own)))
-    assert card.driven
+    assert card.uses_pipeline_call
     assert (card.num_inference_steps, card.guidance_scale) == (28, 7.0)
-    request, model = make_request(), load_pipeline(card, CPU, torch.float32, with_checker=False)
-    (outcome,) = PipelineCallChain(model, ChainShape(4, 2), None).render([request])
+    request, model = make_request(), AnyPipeline.load(card, CPU, torch.float32, with_checker=False)
+    (outcome,) = PipelineCallChain(model, BatchSizes(4, 2), None).render([request])
     assert isinstance(outcome, Rendered)
     assert furthest(outcome.pixels, ask(load_oracle(own), request)) <= 1
 
 
 def test_half_precision_leaves_alone_what_would_overflow(whole: Path) -> None:
     card = read_card(ModelSettings(name=str(whole)))
-    model: Any = load(card, CPU, torch.float16, with_checker=False)
+    model: Any = load_latent_diffusion(card, CPU, torch.float16, with_checker=False)
     encoder = model.pipeline.text_encoder_3
     assert encoder.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.float32
     assert {network.dtype for network in (encoder, model.pipeline.transformer, model.pipeline.vae)} == {torch.float16}
@@ -148,7 +148,7 @@ def test_half_precision_leaves_alone_what_would_overflow(whole: Path) -> None:
 
 def test_what_is_no_text_to_image_checkpoint_is_refused(own: Path) -> None:
     amend(own / "transformer" / "config.json", in_channels=8)
-    with pytest.raises(ModelError, match="takes 8 channels and gives 4, so it is no text-to-image checkpoint"):
+    with pytest.raises(ModelError, match="takes 8 channels and gives 4, so it is not a text-to-image checkpoint"):
         load_family(own)
 
 

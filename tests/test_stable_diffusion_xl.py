@@ -17,7 +17,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from batch_infer.errors import ModelError
-from batch_infer.models import load, load_solver, load_token_counter, read_card
+from batch_infer.models import load_latent_diffusion, load_solver, load_token_counter, read_card
 from batch_infer.models.stable_diffusion_xl import StableDiffusionXL
 from batch_infer.records import SizeRules
 from batch_infer.settings import ModelSettings
@@ -142,7 +142,7 @@ def test_a_prompt_is_truncated_where_either_encoder_cuts_it(own: Path) -> None:
     assert [(told.prompt_tokens, told.prompt_truncated) for told in found] == [(6, False), (72, False), (78, True)]
     counter = load_token_counter(card_of(own))
     assert counter is not None
-    assert (counter.count(texts), counter.longest) == ([6, 72, 78], 75)
+    assert (counter.count(texts), counter.max_tokens) == ([6, 72, 78], 75)
 
 
 # What a checkpoint says
@@ -185,7 +185,7 @@ def test_half_precision_decodes_in_full_where_it_would_overflow(own: Path) -> No
     for file in own.glob("*/*.safetensors"):
         if ".fp16." not in file.name:
             file.unlink()
-    model: Any = load(card_of(own, variant="fp16"), CPU, torch.float16, with_checker=False)
+    model: Any = load_latent_diffusion(card_of(own, variant="fp16"), CPU, torch.float16, with_checker=False)
     assert {weight.dtype for weight in model.networks[0].parameters()} == {torch.float16}
     assert {weight.dtype for weight in model.networks[1].parameters()} == {torch.float32}
     assert model.pipeline.vae.dtype == torch.float16, "diffusers does so by itself, at every call"
@@ -196,7 +196,7 @@ def test_half_precision_decodes_in_full_where_it_would_overflow(own: Path) -> No
     assert torch.equal(image, wanted / 2 + 0.5)
     assert render(model, [make_request("row", steps=2)])["row"].pixels.std() > 1
     amend(own / "vae" / "config.json", force_upcast=False)
-    fixed: Any = load(card_of(own, variant="fp16"), CPU, torch.float16, with_checker=False)
+    fixed: Any = load_latent_diffusion(card_of(own, variant="fp16"), CPU, torch.float16, with_checker=False)
     assert {weight.dtype for weight in fixed.networks[1].parameters()} == {torch.float16}
 
 
@@ -220,7 +220,7 @@ def test_what_is_no_base_checkpoint_is_refused(own: Path, changed: dict[str, Any
     ("unet", "reason"),
     [
         ({"projection_class_embeddings_input_dim": 64}, "takes 64 numbers .* takes 72 here; is it a refiner?"),
-        ({"addition_embed_type": None}, "addition_embed_type=None is no Stable Diffusion XL"),
+        ({"addition_embed_type": None}, "addition_embed_type=None is not Stable Diffusion XL"),
         ({"in_channels": 9}, "takes 9 channels"),
     ],
 )
@@ -243,7 +243,7 @@ def test_the_published_unet_is_this_one() -> None:
         sample, timestep = torch.empty(1, 4, 128, 128), torch.empty(1)
     assert sum(weight.numel() for weight in unet.parameters()) == 2_567_463_684
     with FlopCounterMode(display=False) as counter:
-        StableDiffusionXL.denoise(SimpleNamespace(_unet=unet), sample, timestep, context)  # type: ignore[arg-type]
+        StableDiffusionXL.denoise(SimpleNamespace(denoiser=unet), sample, timestep, context)  # type: ignore[arg-type]
     assert round(counter.get_total_flops() / 1e12, 2) == 6.76
 
 

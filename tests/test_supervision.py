@@ -1,4 +1,4 @@
-"""Supervision: which GPU a worker gets, how long a silent one is tolerated, and workers that do not fit together."""
+"""Supervision: GPU selection, timeouts of silent workers, and workers on different devices."""
 
 from __future__ import annotations
 
@@ -18,32 +18,34 @@ import pytest
 import torch
 
 from batch_infer.autotune import devices
-from batch_infer.engines import Task, handle, launched, local, supervisor
+from batch_infer.engines import Task, handle, launched, local
+from batch_infer.engines import supervisor as supervisor_module
 from batch_infer.engines.handle import Timeouts, WorkerHandle
 from batch_infer.engines.launched import RankInfo
-from batch_infer.engines.ledger import STRIKES, Chunk
+from batch_infer.engines.ledger import MAX_DEATHS, Chunk
 from batch_infer.engines.messages import (
-    Alive,
-    Begin,
-    Found,
+    DeviceReport,
+    Heartbeat,
     Hello,
-    Idle,
-    NoMore,
-    Ready,
-    Rows,
-    Stop,
-    Wants,
+    ModelLoaded,
+    NoMoreRows,
+    RowChunk,
+    RowRequest,
+    StartTask,
+    StopTask,
+    WorkerIdle,
     decode_from_worker,
     decode_to_worker,
     encode,
 )
+from batch_infer.engines.protocol import WorkersLost
 from batch_infer.engines.supervisor import Supervisor
-from batch_infer.engines.worker_process import LAUNCHED, WorkerSpec, keep_to
-from batch_infer.errors import ModelError, SettingsError, WorkersLost
+from batch_infer.engines.worker_process import LAUNCHER_NAMES, WorkerSpec, select_gpu
+from batch_infer.errors import ModelError, SettingsError
 from batch_infer.models import read_card
 from batch_infer.records import ResultRow
 from batch_infer.settings import Compute, Device, ModelSettings, OutputSettings, SafetySettings
-from batch_infer.store.atomic import KnownFolder
+from batch_infer.store import PinnedFolder
 from batch_infer.worker import WorkerSettings
 from tests.deaths import eventually
 from tests.rendering import make_request
@@ -70,33 +72,33 @@ COMPUTE = Compute("cuda", "float16", 32, 8, 1, device_name="NVIDIA H200")
 def test_each_worker_sees_the_gpu_of_its_rank(
     visible: str | None, gpu: int, device: str, seen: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A launcher that has shown a process one GPU, or none, has decided: nothing is changed."""
+    """If a launcher has shown the process one GPU or none, nothing is changed."""
     environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     monkeypatch.setattr("batch_infer.engines.worker_process.os.environ", environment)
-    environment |= dict.fromkeys(LAUNCHED, "1")
-    keep_to(WorkerSpec(gpu, gpu, device))
+    environment |= dict.fromkeys(LAUNCHER_NAMES, "1")
+    select_gpu(WorkerSpec(gpu, gpu, device))
     assert environment == ({} if seen is None else {"CUDA_VISIBLE_DEVICES": seen})
 
 
 @pytest.mark.parametrize(
-    ("visible", "shown_by_cuda", "count"), [(None, 2, 2), ("0,1", 2, 2), (MIG, 1, 3), (MIG, 0, 0), ("MIG-1,0", 1, 1)]
+    ("visible", "cuda_count", "count"), [(None, 2, 2), ("0,1", 2, 2), (MIG, 1, 3), (MIG, 0, 0), ("MIG-1,0", 1, 1)]
 )
-def test_each_listed_mig_slice_is_a_device(
-    visible: str | None, shown_by_cuda: int, count: int, monkeypatch: pytest.MonkeyPatch
+def test_each_mig_slice_in_the_list_counts_as_a_device(
+    visible: str | None, cuda_count: int, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: shown_by_cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda_count)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert devices._device_count() == count
+    assert devices._count_cuda_devices() == count
 
 
 class Clock:
-    """Stands still until it is set."""
+    """A clock that only the test advances."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        for module in (handle, supervisor, local):
+        for module in (handle, supervisor_module, local):
             monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self.now))
 
 
@@ -105,31 +107,31 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(monkeypatch)
 
 
-class Pool:
-    """Workers that a test plays: what they say is put into the pipes, and what they are told is read from them."""
+class FakeSource:
+    """Workers played by the test through the other ends of their pipes."""
 
-    patience = Timeouts(load=3600, start=3600, least=600, factor=10)
+    timeouts = Timeouts(load=3600, start=3600, least=600, factor=10)
 
     def __init__(self, workers: int = 1) -> None:
         self.workers = workers
-        self.peers, self.ends = [], []
+        self.handles, self.ends = [], []
         for rank in range(workers):
             connection, end = Pipe()
-            self.peers.append(WorkerHandle(rank, connection))
+            self.handles.append(WorkerHandle(rank, connection))
             self.ends.append(end)
 
-    def gather(self, rows: int) -> Iterable[WorkerHandle]:
-        return self.peers
+    def start(self, rows: int) -> Iterable[WorkerHandle]:
+        return self.handles
 
-    def newcomers(self) -> Iterable[WorkerHandle]:
+    def arrivals(self) -> Iterable[WorkerHandle]:
         return ()
 
-    def hire(self, rank: int) -> WorkerHandle | None:
+    def restart(self, rank: int) -> WorkerHandle | None:
         return None
 
 
-def heard(end: Connection) -> list[Any]:
-    """All that a worker has been told, also where its connection was closed after that."""
+def messages_to(end: Connection) -> list[Any]:
+    """Return all messages to a worker, even if its connection was closed afterwards."""
     messages: list[Any] = []
     with suppress(EOFError):
         while end.poll(0.5):
@@ -137,96 +139,96 @@ def heard(end: Connection) -> list[Any]:
     return messages
 
 
-def shift_of(
-    pool: Pool, out: Path, rows: int = 2, committed: Callable[[Sequence[ResultRow]], None] = lambda rows: None
+def make_supervisor(
+    source: FakeSource, out: Path, rows: int = 2, on_commit: Callable[[Sequence[ResultRow]], None] = lambda rows: None
 ) -> Supervisor:
     (out / "manifest").mkdir(parents=True, exist_ok=True)
-    card, safety, folder = read_card(ModelSettings()), SafetySettings("none"), KnownFolder.of(out)
+    card, safety, folder = read_card(ModelSettings()), SafetySettings("none"), PinnedFolder.of(out)
     settings = WorkerSettings(card, COMPUTE, safety, OutputSettings(), folder, pa.schema([]))
     requests = [make_request(str(k)) for k in range(rows)]
-    made = Supervisor(Task(iter(requests), rows, settings), pool, committed)
-    for peer in pool.peers:
-        made._welcome(peer)
-    return made
+    supervisor = Supervisor(Task(iter(requests), rows, settings), source, on_commit)
+    for worker in source.handles:
+        supervisor._add(worker)
+    return supervisor
 
 
-def test_workers_on_other_kinds_of_devices_end_the_run(tmp_path: Path) -> None:
-    pool = Pool(2)
-    made = shift_of(pool, tmp_path)
-    made._take(pool.peers[1], Found(Device("cpu", "AMD EPYC")))
-    assert isinstance(made._error, SettingsError)
-    assert str(made._error) == "worker 1 computes on cpu and others on cuda: say --device"
-    assert isinstance(heard(pool.ends[1])[-1], Stop)
+def test_workers_on_different_kinds_of_devices_end_the_run(tmp_path: Path) -> None:
+    source = FakeSource(2)
+    supervisor = make_supervisor(source, tmp_path)
+    supervisor._handle(source.handles[1], DeviceReport(Device("cpu", "AMD EPYC")))
+    assert isinstance(supervisor._error, SettingsError)
+    assert str(supervisor._error) == "worker 1 computes on cpu and others on cuda: set --device"
+    assert isinstance(messages_to(source.ends[1])[-1], StopTask)
 
 
-def test_another_card_of_the_same_kind_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    pool = Pool(2)
-    made = shift_of(pool, tmp_path)
+def test_workers_on_different_gpus_cause_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = FakeSource(2)
+    supervisor = make_supervisor(source, tmp_path)
     with caplog.at_level(logging.WARNING, "batch_infer"):
-        made._take(pool.peers[0], Found(Device("cuda", "NVIDIA H200", 1)))
+        supervisor._handle(source.handles[0], DeviceReport(Device("cuda", "NVIDIA H200", 1)))
         assert not caplog.records
-        made._take(pool.peers[1], Found(Device("cuda", "NVIDIA A10", 1)))
-    assert made._error is None
+        supervisor._handle(source.handles[1], DeviceReport(Device("cuda", "NVIDIA A10", 1)))
+    assert supervisor._error is None
     assert "worker 1 computes on NVIDIA A10 and others on NVIDIA H200" in caplog.text
 
 
 def test_a_rank_with_another_model_does_not_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = shift_of(Pool(), tmp_path)._task.settings
-    here, there = Pipe()
-    monkeypatch.setattr(launched, "find_rank_0", lambda *_: here)
-    taken: list[WorkerSettings] = []
-    monkeypatch.setattr(launched, "Parent", lambda link, stop: None)
-    monkeypatch.setattr(launched, "work", lambda parent, seat, own: taken.append(own(settings)))
-    place = RankInfo(1, 2, 1, 2, "127.0.0.1")
-    launched.join_launch(place, "auto", tmp_path, settings.card, lambda: False)
-    assert taken[0].card == settings.card
-    assert decode_from_worker(there.recv_bytes()) == Hello(1)
+    settings = make_supervisor(FakeSource(), tmp_path)._task.settings
+    connection, end = Pipe()
+    monkeypatch.setattr(launched, "connect_to_rank_0", lambda *_: connection)
+    localized: list[WorkerSettings] = []
+    monkeypatch.setattr(launched, "SupervisorConnection", lambda connection, stop: None)
+    monkeypatch.setattr(launched, "work", lambda supervisor, spec, localize: localized.append(localize(settings)))
+    rank_info = RankInfo(1, 2, 1, 2, "127.0.0.1")
+    launched.join_launch(rank_info, "auto", tmp_path, settings.card, lambda: False)
+    assert localized[0].card == settings.card
+    assert decode_from_worker(end.recv_bytes()) == Hello(1)
     changes: list[dict[str, Any]] = [{"fingerprint": "other"}, {"scheduler_fingerprint": "other"}]
     for change in changes:
         with pytest.raises(ModelError, match="rank 1: built-in demo model differs from what rank 0 has"):
-            launched.join_launch(place, "auto", tmp_path, replace(settings.card, **change), lambda: False)
+            launched.join_launch(rank_info, "auto", tmp_path, replace(settings.card, **change), lambda: False)
 
 
-def test_a_row_that_workers_give_no_result_for_has_failed(tmp_path: Path) -> None:
-    """It is handed out again, in the end alone, and no worker that is idle is waited for."""
-    pool = Pool()
-    done: list[ResultRow] = []
-    made = shift_of(pool, tmp_path, rows=1, committed=done.extend)
-    peer, end = pool.peers[0], pool.ends[0]
-    made._take(peer, Ready())
-    for _ in range(STRIKES):
-        made._take(peer, Idle())
-        made._hand_out()
-        assert not done
-    chunks = [message for message in heard(end) if isinstance(message, Rows)]
-    assert [[request.id for request in chunk.requests] for chunk in chunks] == [["0"]] * STRIKES
-    made._take(peer, Idle())
-    assert [(row.id, row.status) for row in done] == [("0", "failed")]
-    assert done[0].error == f"{STRIKES} workers gave no result for this row; worker 0 had no other row left"
-    made._hand_out()
-    assert heard(end) == [NoMore()]
+def test_a_row_without_a_result_fails_after_three_attempts(tmp_path: Path) -> None:
+    """It is retried, at last alone, and an idle worker is not waited for."""
+    source = FakeSource()
+    committed: list[ResultRow] = []
+    supervisor = make_supervisor(source, tmp_path, rows=1, on_commit=committed.extend)
+    worker, end = source.handles[0], source.ends[0]
+    supervisor._handle(worker, ModelLoaded())
+    for _ in range(MAX_DEATHS):
+        supervisor._handle(worker, WorkerIdle())
+        supervisor._hand_out_rows()
+        assert not committed
+    chunks = [message for message in messages_to(end) if isinstance(message, RowChunk)]
+    assert [[request.id for request in chunk.requests] for chunk in chunks] == [["0"]] * MAX_DEATHS
+    supervisor._handle(worker, WorkerIdle())
+    assert [(row.id, row.status) for row in committed] == [("0", "failed")]
+    assert committed[0].error == f"{MAX_DEATHS} workers gave no result for this row, the last with no other row"
+    supervisor._hand_out_rows()
+    assert messages_to(end) == [NoMoreRows()]
 
 
-def test_a_supervisor_that_was_suspended_does_not_hold_it_against_its_workers(tmp_path: Path, clock: Clock) -> None:
-    pool = Pool()
-    made = shift_of(pool, tmp_path)
-    peer = pool.peers[0]
-    made._take(peer, Ready())
-    turned = made._note_turn(clock.now)
+def test_workers_are_not_killed_after_the_supervisor_was_suspended(tmp_path: Path, clock: Clock) -> None:
+    source = FakeSource()
+    supervisor = make_supervisor(source, tmp_path)
+    worker = source.handles[0]
+    supervisor._handle(worker, ModelLoaded())
+    last_turn = supervisor._excuse_suspension(clock.now)
     clock.now = 4000.0
-    assert peer.silence(pool.patience) is not None
-    assert made._note_turn(turned) == 4000.0
-    assert peer.silence(pool.patience) is None
+    assert worker.overdue_seconds(source.timeouts) is not None
+    assert supervisor._excuse_suspension(last_turn) == 4000.0
+    assert worker.overdue_seconds(source.timeouts) is None
 
 
-def test_a_worker_that_waits_while_tables_are_scanned_is_not_silent(tmp_path: Path, clock: Clock) -> None:
-    pool = Pool()
+def test_a_worker_that_waits_for_a_table_scan_is_not_killed(tmp_path: Path, clock: Clock) -> None:
+    source = FakeSource()
     clock.now = 7200.0
-    made = shift_of(pool, tmp_path)
-    made._end_the_hung()
-    assert made._peers == {0: pool.peers[0]}
+    supervisor = make_supervisor(source, tmp_path)
+    supervisor._kill_silent_workers()
+    assert supervisor._workers == {0: source.handles[0]}
     clock.now += 3601.0
-    assert pool.peers[0].silence(pool.patience) == 3601.0
+    assert source.handles[0].overdue_seconds(source.timeouts) == 3601.0
 
 
 @contextmanager
@@ -236,142 +238,142 @@ def silent_worker() -> Iterator[WorkerHandle]:
         yield WorkerHandle(0, connection)
 
 
-def test_a_worker_that_finds_no_device_does_not_hang_the_run(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+def test_waiting_for_a_device_times_out(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
     def wait_long() -> Iterator[Any]:
         clock.now += 100.0
         return iter(())
 
     monkeypatch.setattr(local, "POLL_SECONDS", 0.0)
-    with silent_worker() as peer:
-        monkeypatch.setattr(peer, "receive", wait_long)
+    with silent_worker() as worker:
+        monkeypatch.setattr(worker, "receive", wait_long)
         with pytest.raises(WorkersLost, match="found no device in 600 s"):
-            local._device_of(peer, 600.0)
+            local._wait_for_device(worker, 600.0)
     assert clock.now == 700.0
 
 
 @pytest.mark.parametrize("compiling", [300.0, 3000.0])
-def test_compilation_does_not_extend_patience(clock: Clock, compiling: float) -> None:
-    """Neither that before the first sign, nor that of another size later."""
-    patience = Timeouts(load=3600, start=3600, least=600, factor=10)
-    with silent_worker() as peer:
-        peer.ready = True
-        peer.begin()
+def test_compilation_does_not_extend_the_timeout(clock: Clock, compiling: float) -> None:
+    """Neither before the first heartbeat nor of another size later."""
+    timeouts = Timeouts(load=3600, start=3600, least=600, factor=10)
+    with silent_worker() as worker:
+        worker.is_loaded = True
+        worker.mark_busy()
         for interval in (compiling, 1.0, 1.0, compiling / 6, 1.0):
             clock.now += interval
-            assert peer.silence(patience) is None
-            peer.note_sign()
+            assert worker.overdue_seconds(timeouts) is None
+            worker.record_heartbeat()
         clock.now += 601.0
-        assert peer.silence(patience) == 601.0
+        assert worker.overdue_seconds(timeouts) == 601.0
 
 
-def test_a_worker_that_is_to_stop_has_seconds(clock: Clock) -> None:
-    """Whatever it does: load, compile, or wait. A slow step has twice its time."""
-    patience = Timeouts(stop=4)
-    with silent_worker() as peer:
-        peer.rest()
+def test_a_stopping_worker_has_seconds(clock: Clock) -> None:
+    """Also while it loads, compiles or waits. Slow steps get twice their usual time."""
+    timeouts = Timeouts(stop=4)
+    with silent_worker() as worker:
+        worker.is_idle = True
         clock.now = 4.5
-        assert peer.silence(patience) is None
-        assert peer.silence(patience, is_stopping=True) == 4.5
-        peer.begin()
+        assert worker.overdue_seconds(timeouts) is None
+        assert worker.overdue_seconds(timeouts, is_stopping=True) == 4.5
+        worker.mark_busy()
         for _ in range(3):
             clock.now += 10.0
-            peer.note_sign()
+            worker.record_heartbeat()
         clock.now += 20.0
-        assert peer.silence(patience, is_stopping=True) is None
+        assert worker.overdue_seconds(timeouts, is_stopping=True) is None
         clock.now += 0.5
-        assert peer.silence(patience, is_stopping=True) == 20.5
+        assert worker.overdue_seconds(timeouts, is_stopping=True) == 20.5
 
 
-def test_rows_go_to_each_worker_as_soon_as_it_is_ready(tmp_path: Path) -> None:
-    """The first does not take the share of the other, which loads its model."""
-    pool = Pool(2)
+def test_each_worker_gets_rows_as_soon_as_it_has_loaded_the_model(tmp_path: Path) -> None:
+    """The first leaves the share of the other, which is still loading."""
+    source = FakeSource(2)
     ready: list[str] = []
-    made = shift_of(pool, tmp_path, rows=8)
-    made._ready = lambda: ready.append("ready")
-    made._awaited = {0, 1}
-    first, second = pool.peers
-    made._take(first, Ready())
-    for message in (Idle(), Wants(), Wants()):
-        made._take(first, message)
-        made._hand_out()
-    handed = heard(pool.ends[0])
-    assert [type(message) for message in handed] == [Begin, Rows, Rows, NoMore]
-    assert [request.id for message in handed[1:3] for request in message.requests] == ["0", "1", "2", "3"]
-    made._take(second, Ready())
-    made._take(second, Idle())
-    made._hand_out()
-    assert [request.id for request in heard(pool.ends[1])[1].requests] == ["4"]
+    supervisor = make_supervisor(source, tmp_path, rows=8)
+    supervisor._on_ready = lambda: ready.append("ready")
+    supervisor._starting = {0, 1}
+    first, second = source.handles
+    supervisor._handle(first, ModelLoaded())
+    for message in (WorkerIdle(), RowRequest(), RowRequest()):
+        supervisor._handle(first, message)
+        supervisor._hand_out_rows()
+    received = messages_to(source.ends[0])
+    assert [type(message) for message in received] == [StartTask, RowChunk, RowChunk, NoMoreRows]
+    assert [request.id for message in received[1:3] for request in message.requests] == ["0", "1", "2", "3"]
+    supervisor._handle(second, ModelLoaded())
+    supervisor._handle(second, WorkerIdle())
+    supervisor._hand_out_rows()
+    assert [request.id for request in messages_to(source.ends[1])[1].requests] == ["4"]
     assert ready == ["ready"]
 
 
-def test_a_frozen_worker_does_not_hold_up_the_supervisor(tmp_path: Path) -> None:
+def test_a_frozen_worker_does_not_block_the_supervisor(tmp_path: Path) -> None:
     """It reads nothing, and has sent half a message."""
-    pool = Pool(2)
-    shift_of(pool, tmp_path)
-    frozen, other = pool.peers
-    os.write(pool.ends[0].fileno(), b"\0\0\1\0half")
+    source = FakeSource(2)
+    make_supervisor(source, tmp_path)
+    frozen, other = source.handles
+    os.write(source.ends[0].fileno(), b"\0\0\1\0half")
     request = replace(make_request("0"), prompt="x" * 400_000)
     for _ in range(8):
-        frozen.send(Rows((request,), False, b""))
-    pool.ends[1].send_bytes(encode(Alive()))
-    assert eventually(lambda: list(other.receive()) == [Alive()])
+        frozen.send(RowChunk((request,), False, b""))
+    source.ends[1].send_bytes(encode(Heartbeat()))
+    assert eventually(lambda: list(other.receive()) == [Heartbeat()])
     assert list(frozen.receive()) == []
     frozen.kill()
     assert not any(thread.is_alive() for thread in frozen._threads)
 
 
-@pytest.mark.parametrize("ours", [True, False])
-@pytest.mark.parametrize("fate", ["closed", "silent"])
-def test_a_worker_that_dies_while_it_stops_has_died(tmp_path: Path, clock: Clock, ours: bool, fate: str) -> None:
-    """What it may have left in OUT is removed, unless its process may still be writing there."""
-    pool = Pool()
-    (end,) = pool.ends
-    pool.peers[0].ours = ours
-    made = shift_of(pool, tmp_path)
+@pytest.mark.parametrize("is_child", [True, False])
+@pytest.mark.parametrize("connection", ["closed", "silent"])
+def test_a_death_while_stopping_is_counted(tmp_path: Path, clock: Clock, is_child: bool, connection: str) -> None:
+    """Temporary files are then removed from OUT, unless the worker's process may still write there."""
+    source = FakeSource()
+    (end,) = source.ends
+    source.handles[0].is_child = is_child
+    supervisor = make_supervisor(source, tmp_path)
 
     def stop() -> bool:
-        if not pool.peers[0].ready:
+        if not source.handles[0].is_loaded:
             return False
-        if fate == "closed":
+        if connection == "closed":
             end.close()
-        clock.now += 1.0 * (fate == "silent")
+        clock.now += 1.0 * (connection == "silent")
         return True
 
-    end.send_bytes(encode(Ready()))
-    work = made.go(stop)
-    assert (work.deaths, work.lost_remote_worker) == (1, not ours)
+    end.send_bytes(encode(ModelLoaded()))
+    report = supervisor.run(stop)
+    assert (report.deaths, report.lost_remote_worker) == (1, not is_child)
 
 
 def test_carried_cells_arrive_as_they_were_sent() -> None:
     schema = pa.schema([("text", pa.string()), ("at", pa.timestamp("ns")), ("many", pa.list_(pa.int64()))])
     cells = {"text": "a", "at": 10**18 + 1, "many": [2**53 + 1]}
     chunk = Chunk(tuple(replace(make_request(str(k)), carried=cells) for k in range(2)), True)
-    message = decode_to_worker(encode(Rows.of(chunk, schema)))
-    assert isinstance(message, Rows)
-    assert message.chunk() == chunk
+    message = decode_to_worker(encode(RowChunk.from_chunk(chunk, schema)))
+    assert isinstance(message, RowChunk)
+    assert message.to_chunk() == chunk
 
 
-def test_what_is_no_message_ends_the_connection(caplog: pytest.LogCaptureFixture) -> None:
-    """A pickle is none."""
+def test_an_invalid_message_ends_the_connection(caplog: pytest.LogCaptureFixture) -> None:
+    """For example a pickle."""
     connection, end = Pipe()
     with caplog.at_level(logging.WARNING, "batch_infer"), end:
-        peer = WorkerHandle(1, connection)
+        worker = WorkerHandle(1, connection)
         end.send({"a": "pickle"})
-        assert peer.news.wait(60)
+        assert worker.inbox_event.wait(60)
         with pytest.raises(EOFError):
-            list(peer.receive())
-    assert "worker 1 sent what is no message" in caplog.text
+            list(worker.receive())
+    assert "worker 1 sent an invalid message" in caplog.text
 
 
-def test_a_worker_whose_every_step_is_slow_is_not_taken_for_a_hung_one(clock: Clock) -> None:
-    """A batch of a slow pipeline takes longer than `least`: the first one says so."""
-    patience = Timeouts(load=3600, start=3600, least=600, factor=10)
-    with silent_worker() as peer:
-        peer.ready = True
-        peer.begin()
+def test_a_worker_with_slow_steps_is_not_killed(clock: Clock) -> None:
+    """A batch of a slow pipeline may take longer than `least`."""
+    timeouts = Timeouts(load=3600, start=3600, least=600, factor=10)
+    with silent_worker() as worker:
+        worker.is_loaded = True
+        worker.mark_busy()
         for _ in range(3):
             clock.now += 900.0
-            assert peer.silence(patience) is None
-            peer.note_sign()
+            assert worker.overdue_seconds(timeouts) is None
+            worker.record_heartbeat()
         clock.now += 9001.0
-        assert peer.silence(patience) == 9001.0
+        assert worker.overdue_seconds(timeouts) == 9001.0

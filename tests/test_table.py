@@ -214,7 +214,7 @@ def test_an_id_that_stands_twice_costs_the_later_row() -> None:
     first, later, other = read(table)
     assert (first.id, later.id, other.id) == ("a", "t-00000001", "b")
     assert isinstance(later, ResultRow)
-    assert later.error == "the id 'a' stands twice"
+    assert later.error == "duplicate id 'a'"
     assert later.prompt == "2"
 
 

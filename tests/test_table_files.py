@@ -22,8 +22,8 @@ from batch_infer.errors import ServiceError, StorageError, TableError, TryAgainL
 from batch_infer.manifest import SCHEMA
 from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.settings import TableSettings
-from batch_infer.table import Others, Tables, shown
-from batch_infer.table.urls import without_secrets
+from batch_infer.table import OtherTables, Tables, redact_url
+from batch_infer.table.urls import redact_urls
 from tests.serving import answering_ftp, serving
 from tests.tables import (
     ROWS,
@@ -120,9 +120,9 @@ def test_faults_are_there_by_name() -> None:
     write_csv(Path("t/good.csv"), [["prompt"], ["x"]])
     write_bytes(Path("t/bad.csv"), b"caption\nx\n")
     with open_tables("t") as tables:
-        assert list(tables.faults) == ["t/bad.csv"]
+        assert list(tables.unreadable_files) == ["t/bad.csv"]
         assert tables.files == ["t/bad.csv", "t/good.csv"]
-        assert tables.local == [Path("t/bad.csv").absolute(), Path("t/good.csv").absolute()]
+        assert tables.local_paths == [Path("t/bad.csv").absolute(), Path("t/good.csv").absolute()]
 
 
 def test_relative_names_start_at_the_folder_of_the_settings(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_relative_names_start_at_the_folder_of_the_settings(tmp_path: Path) -> N
         write_bytes(tmp_path / "there" / name, b"prompt\nx\n")
     with open_tables("a.csv", "more", "mo*/c.txt", folder=tmp_path / "there") as tables:
         assert tables.files == ["a.csv", "more/b.csv", "more/c.txt"]
-        assert tables.local == [tmp_path / "there" / name for name in tables.files]
+        assert tables.local_paths == [tmp_path / "there" / name for name in tables.files]
         found = list(tables.rows(RULES))
     assert [item.id for item in found] == [
         "a-00000000",
@@ -255,7 +255,7 @@ def test_links_and_folders_that_cannot_be_read_are_told(monkeypatch: pytest.Monk
     with open_tables("t") as tables:
         assert str(tables.left_out) == "as links to folders: t/linked/"
         assert tables.files == ["t/a.csv", "t/also.csv", "t/broken.csv", "t/closed"]
-        assert tables.faults == {
+        assert tables.unreadable_files == {
             "t/broken.csv": "t/broken.csv: the link leads to no file",
             "t/closed": "t/closed: Permission denied",
         }
@@ -345,7 +345,7 @@ def test_a_file_of_a_mini_batch_has_the_columns_of_its_path(tmp_path: Path) -> N
     """Though it is named by its last part alone."""
     write_csv(tmp_path / "lang=en" / "height=128" / "a.csv", [["prompt"], ["x"]])
     settings = TableSettings(("./a.csv",), folder=tmp_path / "lang=en" / "height=128")
-    with Tables(settings, SCHEMA.names, Others(("a.csv",), lambda name, file: False)) as tables:
+    with Tables(settings, SCHEMA.names, OtherTables(("a.csv",), lambda name, file: False)) as tables:
         (found,) = tables.rows(RULES)
     assert isinstance(found, PromptRequest)
     assert (found.id, found.params.height, found.carried) == ("a-00000000", 128, {"lang": "en"})
@@ -356,7 +356,7 @@ def test_what_collides_in_a_mini_batch_does_not_depend_on_its_other_files(tmp_pa
     for name, ids in {"a.csv": ["SKU", "Z"], "b.csv": ["Sku", "sku", "z"], "B.csv": ["sKu"]}.items():
         write_csv(tmp_path / name, [["id", "prompt"], *([known, "x"] for known in ids)])
     settings = TableSettings(tuple(f"./{name}" for name in names), folder=tmp_path)
-    others = Others(("b.csv", "a.csv", "B.csv"), lambda name, file: False)
+    others = OtherTables(("b.csv", "a.csv", "B.csv"), lambda name, file: False)
     with Tables(settings, SCHEMA.names, others) as tables:
         found = {row.id: (row.id_collides, row.stem_collides) for row in tables.rows(RULES)
                  if isinstance(row, PromptRequest) and row.source.file == "b.csv"}  # fmt: skip
@@ -385,7 +385,7 @@ def test_any_format_may_be_piped_in(ending: str, monkeypatch: pytest.MonkeyPatch
     pipe(monkeypatch, in_format(ending, rows))
     with open_tables("-", "-") as tables:
         assert tables.files == ["stdin"]
-        assert tables.local == []
+        assert tables.local_paths == []
         found = list(tables.rows(RULES))
         assert list(tables.rows(RULES)) == found, "it is read again and again"
         assert list(temporary.iterdir())
@@ -418,7 +418,7 @@ def test_the_first_bytes_of_standard_input_say_its_format(content: bytes, monkey
 def test_plain_prompts_on_standard_input_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe(monkeypatch, b"a red circle\na blue square\n")
     assert refusal_of("-") == (
-        "stdin has no column 'prompt'; standard input is taken for CSV, and its first line is 'a red circle': "
+        "stdin has no column 'prompt'; standard input is read as CSV, and its first line is 'a red circle': "
         "a list of plain prompts wants a .txt file (or a first line 'prompt', where no prompt holds a comma)"
     )
 
@@ -498,7 +498,7 @@ def test_any_format_may_lie_behind_a_url(ending: str, memory: Any, temporary: Pa
     for url in (f"memory://there/t.{ending}", f"file://{tmp_path}/here/t.{ending}"):
         with open_tables(url) as tables:
             assert tables.files == [url]
-            assert tables.local == []
+            assert tables.local_paths == []
             found = [item for item in tables.rows(RULES) if isinstance(item, PromptRequest)]
         assert essence(found) == expected()
         assert {item.source.file for item in found} == {url}
@@ -666,12 +666,12 @@ def test_links_and_folders_that_a_glob_matches_and_that_cannot_be_read_are_told(
 
     monkeypatch.setattr(os, "scandir", refusing)
     with open_tables("ds/*") as tables:
-        assert tables.faults == {"ds/closed": "ds/closed: Permission denied"}
+        assert tables.unreadable_files == {"ds/closed": "ds/closed: Permission denied"}
         assert str(tables.left_out) == "as links to folders: ds/link/"
         assert tables.files == ["ds/a/t.csv", "ds/closed"]
     for pattern in ("ds/*/*.csv", "ds/**/t.csv"):
         with open_tables(pattern) as tables:
-            assert tables.faults == {"ds/closed": "ds/closed: Permission denied"}
+            assert tables.unreadable_files == {"ds/closed": "ds/closed: Permission denied"}
             assert "ds/a/t.csv" in tables.files
 
 
@@ -712,12 +712,12 @@ def test_one_file_of_a_folder_that_is_forbidden_costs_one_result(memory: Any, mo
     ],
 )
 def test_no_link_of_a_url_shows_a_secret(url: str, name: str) -> None:
-    assert shown(url) == name
+    assert redact_url(url) == name
 
 
 def test_a_library_message_shows_no_secret() -> None:
     text = "cannot open 'https://TOKEN@host/x?sig=S', tried zip://a.csv::https://h/x.zip?sig=S again"
-    assert without_secrets(text) == "cannot open 'https://host/x', tried zip://a.csv::https://h/x.zip again"
+    assert redact_urls(text) == "cannot open 'https://host/x', tried zip://a.csv::https://h/x.zip again"
 
 
 # HTTP, by a real server
@@ -782,7 +782,7 @@ def test_two_queries_are_two_files(server: str) -> None:
     found = read(f"{server}/t.csv?part=1", f"{server}/t.csv?part=2", f"{server}/t.csv?part=1")
     assert [item.id for item in found] == ["a", "t-00000000"]
     assert isinstance(found[1], ResultRow)
-    assert found[1].error == "the id 'a' stands twice"
+    assert found[1].error == "duplicate id 'a'"
 
 
 @pytest.mark.parametrize("chain", ["{}/t.csv?in={}", "simplecache::{}/t.csv.gz?in={}", "{}/t.csv?sig=SECRET&in={}"])
@@ -793,7 +793,7 @@ def test_urls_that_differ_in_what_is_not_shown_are_files_of_their_own(chain: str
     urls = [chain.format(server, name) for name in "aba"]
     found = read_requests(*urls)
     assert [item.prompt for item in found] == ["in a", "in b"]
-    assert [item.source.file for item in found] == [shown(urls[0]), f"{shown(urls[0])}#2"]
+    assert [item.source.file for item in found] == [redact_url(urls[0]), f"{redact_url(urls[0])}#2"]
     assert {item.source.stem for item in found} == {"t"}
     assert "SECRET" not in str(found)
     with open_tables(*urls) as tables:
@@ -802,7 +802,9 @@ def test_urls_that_differ_in_what_is_not_shown_are_files_of_their_own(chain: str
         item.id for item in read_requests(urls[1], urls[0], columns={"id": ""}, id_from="content")
     ][::-1]
     refusal = refusal_of(*urls, columns={"id": ""})
-    assert refusal.startswith(f"{shown(urls[0])} and {shown(urls[0])}#2 would give their rows the same ids (t-00000000")
+    assert refusal.startswith(
+        f"{redact_url(urls[0])} and {redact_url(urls[0])}#2 would give their rows the same ids (t-00000000"
+    )
     assert "--id-from content" in refusal
 
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from batch_infer.errors import TableError
 from batch_infer.records import PromptRequest, ResultRow
-from batch_infer.table import documents, scanner, streams
+from batch_infer.table import scanner, streams
 from batch_infer.table.scanner import Scanner
 from tests.tables import (
     ROWS,
@@ -747,11 +747,11 @@ def test_a_bad_element_costs_its_own_row(element: str, sentence: str) -> None:
 @pytest.mark.parametrize(
     ("element", "reason"),
     [
-        ('{"prompt": y}', "it is no JSON: Expecting value"),
+        ('{"prompt": y}', "it is not JSON: Expecting value"),
         ("[" * 50_000 + "]" * 50_000, "it is nested too deeply"),
-        ('{"prompt": "\\x"}', "it is no JSON: Invalid "),
+        ('{"prompt": "\\x"}', "it is not JSON: Invalid "),
         ("9" * 5000, "a number in it is too long"),
-        ('"y" "y"', "'\"' stands where , or ] should"),
+        ('"y" "y"', "'\"' instead of , or ]"),
     ],
     ids=lambda value: value[:20],
 )
@@ -820,7 +820,7 @@ def test_other_documents_are_told_which_are_read(content: str) -> None:
         ("[7, null]", "t.json cannot be read: element 0 is neither an object nor a prompt but int"),
         ("[]", "t.json is empty"),
         ('{"data": ["x"', "t.json cannot be read: it ends in the middle"),
-        ('{"columns": ["a", ], "data": ["x"]}', "t.json cannot be read: it is no JSON: "),
+        ('{"columns": ["a", ], "data": ["x"]}', "t.json cannot be read: it is not JSON: "),
         ('{"columns": ["a"], "data": ["x"]}', "t.json has no column 'prompt'; it has 'a'"),
         ('{"columns": ["\\ud83d"], "data": ["x"]}', "t.json has a column whose name is not UTF-8"),
     ],
@@ -831,10 +831,10 @@ def test_documents_that_cannot_be_read(content: str, sentence: str) -> None:
 
 def test_an_element_without_end_ends_the_document(monkeypatch: pytest.MonkeyPatch) -> None:
     """And what is no row may be of any length."""
-    monkeypatch.setattr(documents, "Scanner", partial(Scanner, longest=1000))
+    monkeypatch.setattr("batch_infer.table.json.Scanner", partial(Scanner, longest=1000))
     payload = {"index": list(range(100_000)), "columns": ["prompt"], "data": ["x", "y" * 200_000, "z"]}
     found = read(write("t.json", payload))
-    assert errors_of(found) == [None, "the file breaks off here: it is no JSON: Unterminated string starting"]
+    assert errors_of(found) == [None, "the file breaks off here: it is not JSON: Unterminated string starting"]
 
 
 @given(st.lists(st.text(min_size=1), max_size=5), st.booleans(), st.integers(1, 7))

@@ -19,7 +19,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from batch_infer.errors import StorageError
 from batch_infer.store import temporary
-from batch_infer.store.temporary import create_temporary, storing_temporarily, temporary_folder, temporary_text
+from batch_infer.store.temporary import create_temporary, open_temporary_text, temporary_file_errors, temporary_folder
 from tests.runs import Done, command
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -34,7 +34,7 @@ def small_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
 
     class Small(temporary._Raw):
         def write(self, data: object, /) -> int:
-            with storing_temporarily():
+            with temporary_file_errors():
                 if self.tell() + len(memoryview(data)) > 100_000:  # type: ignore[arg-type]
                     raise FULL
             return super().write(data)
@@ -94,18 +94,18 @@ def test_the_faults_that_plan_keeps(small_folder: Path, out: Path, tmp_path: Pat
 
 def test_no_temporary_folder_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
-    for open_one in (temporary_folder, temporary_text, lambda: create_temporary(tmp_path / "gone" / "x")):
+    for open_one in (temporary_folder, open_temporary_text, lambda: create_temporary(tmp_path / "gone" / "x")):
         with pytest.raises(StorageError, match=f"in {tmp_path / 'gone'}: No such file or directory; .* set TMPDIR"):
             open_one()
 
 
 def test_what_reading_may_give_is_left_alone() -> None:
-    with pytest.raises(FileNotFoundError), storing_temporarily(reads=True):
+    with pytest.raises(FileNotFoundError), temporary_file_errors(reads=True):
         raise FileNotFoundError(errno.ENOENT, "No such file or directory")
 
 
 def test_text_comes_back() -> None:
-    with temporary_text() as file:
+    with open_temporary_text() as file:
         file.write("ä\nb\r\n" * 100_000)
         file.seek(0)
         assert file.read() == "ä\nb\r\n" * 100_000

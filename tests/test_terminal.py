@@ -15,9 +15,8 @@ import pytest
 
 from batch_infer.engines import inline
 from batch_infer.engines.worker_process import leave_removed_folder
-from batch_infer.jobs import run as run_job
-from batch_infer.jobs import scan
-from batch_infer.store.logfile import log_to, open_log
+from batch_infer.jobs import execution, scan
+from batch_infer.store import log_handler, open_log
 from batch_infer.terminal import escape_controls, never_fail_to_encode
 from batch_infer.worker import loading
 from tests.runs import QUICK, command, results, run
@@ -87,7 +86,7 @@ def test_a_traceback_in_a_log_keeps_its_lines_alone(tmp_path: Path) -> None:
             raise KeyError(TITLE)
         except KeyError:
             logger = logging.getLogger("test_terminal")
-            log_to(file).handle(logger.makeRecord("x", 40, "", 0, "broke", (), sys.exc_info()))
+            log_handler(file).handle(logger.makeRecord("x", 40, "", 0, "broke", (), sys.exc_info()))
         raise ValueError(f"odd \udcff{TITLE}")
     text = path.read_text("utf-8")
     assert len(text.splitlines()) > 5
@@ -184,7 +183,7 @@ def test_the_current_folder_is_removed_while_a_run_renders(
         return found
 
     monkeypatch.setattr(inline, "load_chain", load_chain)
-    monkeypatch.setattr(run_job, "scan_tables", scan_tables)
+    monkeypatch.setattr(execution, "scan_tables", scan_tables)
     done = run(table, Path("../out"))
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)

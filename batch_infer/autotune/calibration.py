@@ -1,88 +1,168 @@
-"""What rendering takes on this machine, measured once and remembered."""
+"""What the probe's process does: load a model, time it, and count evaluations. Only calls import torch."""
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from datetime import datetime
-from pathlib import Path
-from typing import Any, TypeVar
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from typing import TYPE_CHECKING
 
-from platformdirs import user_cache_path
+from batch_infer.autotune.cache import Plateau, Rates
+from batch_infer.autotune.devices import explain_out_of_memory
+from batch_infer.errors import RowError
+from batch_infer.models import ModelCard
+from batch_infer.records import PromptRequest, SamplingParams, Source, utc_now
+from batch_infer.settings import Compute, ImageFormat, SafetySettings
 
-from batch_infer.errors import StorageError
-from batch_infer.records import digest
-from batch_infer.store import replacing
+if TYPE_CHECKING:
+    import numpy as np
 
-log = logging.getLogger("batch_infer")
+    from batch_infer.chain import PipelineCallChain, StepLevelChain
+    from batch_infer.diffusion import Solver
+    from batch_infer.models import AnyPipeline, LatentDiffusion
+
+FEW_STEPS = (1, 2, 4, 10, 20)
+"""Step counts for the short rendering of a calibration: the first that the scheduler accepts."""
+LONG_SECONDS = 1.0
+MOST_STEPS = 25
+"""Its long rendering has as many more steps as take LONG_SECONDS, at most MOST_STEPS."""
+REPEATS = 2
+"""The fastest repetition counts, since other work on the machine can only slow one down."""
 
 
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """What one image size takes, in seconds but for `image_bytes`.
+def import_renderer() -> None:
+    """Import the libraries that a run imports too."""
+    from batch_infer.worker import load_any_model  # noqa: F401
 
-    `start`: until the model is loaded; `tick`: one UNet call over all slots; `image`: all else that an image takes of
-    the device's time, or keeps the processor from it.
+
+def count_evaluations(card: ModelCard, steps: int) -> int | str:
+    """Return how often a row of `steps` steps evaluates the model, or why the scheduler refuses that step count.
+
+    The reason is returned, since unpickling the scheduler's own error would import torch in the parent process.
     """
-
-    start: float
-    tick: float
-    image: float
-    image_bytes: float
-    measured_at: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class Plateau:
-    """The batch sizes beyond which an image size gains no speed: row-forwards in a UNet call, images in a decoder's."""
-
-    slots: int
-    decode_batch: int
-    measured_at: datetime
-
-
-Measured = TypeVar("Measured", Rates, Plateau)
-
-
-def load_calibration(kind: type[Measured], conditions: Mapping[str, Any]) -> Measured | None:
-    """What was measured under these conditions, on whatever day."""
-    found = recall_facts(kind.__name__.lower(), conditions)
-    if found is None:
-        return None
+    if card.uses_pipeline_call:
+        return steps
     try:
-        return kind(**{**found, "measured_at": datetime.fromisoformat(found["measured_at"])})
-    except (ValueError, KeyError, TypeError) as error:
-        log.debug("a remembered calibration is measured anew: %s", error)
-        return None
+        return _load_solver(card).table(steps).evaluations
+    except RowError as error:
+        return str(error)
 
 
-def save_calibration(conditions: Mapping[str, Any], measured: Rates | Plateau) -> None:
-    """Keep it for later; where the cache cannot be written, it is measured again next time."""
-    remember_facts(type(measured).__name__.lower(), conditions, asdict(measured))
+@cache
+def _load_solver(card: ModelCard) -> Solver:
+    from batch_infer.models import load_solver
+
+    return load_solver(card)
 
 
-def recall_facts(name: str, conditions: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the JSON object that was kept under this name and these conditions, or None."""
+def measure_plateau(card: ModelCard, compute: Compute, safety: SafetySettings, size: tuple[int, int]) -> Plateau:
+    """Return the throughput plateau of a (height, width). Raises ModelError, SettingsError."""
+    from torch import OutOfMemoryError
+
+    from batch_infer.autotune.plateau import find_pipeline_plateau, find_plateau
+    from batch_infer.models import AnyPipeline
+
+    with _out_of_memory_explained():
+        # Not compiled: that hardly moves the plateau, and would take a minute for each batch size.
+        model, _ = _load_model(card, replace(compute, compiled=False), safety)
+    params = _make_params(card, size, _few_steps(card, FEW_STEPS[::-1]))
     try:
-        return dict(json.loads(_path(name, conditions).read_text("utf-8"))["measured"])
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:  # damaged, or another version's
-        log.debug("a remembered calibration is measured anew: %s", error)
-        return None
+        return find_pipeline_plateau(model, params) if isinstance(model, AnyPipeline) else find_plateau(model, params)
+    except OutOfMemoryError:  # only at this size: the run fails its rows, and no others
+        return Plateau(2, 1, utc_now())
 
 
-def remember_facts(name: str, conditions: Mapping[str, Any], facts: Mapping[Any, Any]) -> None:
-    """Keep a JSON object; where the cache cannot be written, it is found out again next time."""
+def measure_rates(
+    card: ModelCard, compute: Compute, safety: SafetySettings, image_format: ImageFormat, size: tuple[int, int]
+) -> Rates:
+    """Time full slots of a (height, width) at few steps and at many: the difference is the cost of the steps.
+
+    Raises ModelError, SettingsError.
+    """
+    from batch_infer.worker import make_chain
+
+    with _out_of_memory_explained():
+        model, start = _load_model(card, compute, safety)
+        chain = make_chain(model, compute)
+        few = _few_steps(card, FEW_STEPS)
+        _render(chain, card, size, few)  # the first call of a shape sets things up
+        short = min(_render(chain, card, size, few)[0] for _ in range(REPEATS))
+        more = max(2, min(MOST_STEPS, round(LONG_SECONDS / short)))
+        many = _first_accepted(card, range(few + more, 1001))
+        long, images = min((_render(chain, card, size, many) for _ in range(REPEATS)), key=lambda timed: timed[0])
+    evaluations = {steps: int(count_evaluations(card, steps)) for steps in (few, many)}
+    tick = max(0.0, long - short) / (evaluations[many] - evaluations[few])
+    image = max(0.0, short - tick * evaluations[few]) / max(1, len(images))
+    encode_seconds, image_bytes = _encode(images, image_format)
+    if compute.device == "cpu":  # the cores that render also encode
+        image += encode_seconds / compute.threads
+    # If the slots did not fit into memory, a run makes as many more calls as it has fewer slots.
+    tick *= compute.shape_of(*size).slots / chain.batch_sizes.of(size)[0]
+    return Rates(start, tick, image, image_bytes, utc_now())
+
+
+def _load_model(
+    card: ModelCard, compute: Compute, safety: SafetySettings
+) -> tuple[LatentDiffusion | AnyPipeline, float]:
+    """Return a model, and the seconds that loading it took."""
+    with_checker = safety.uses_checker(has_checker=card.has_checker)
+    return _load_once(card, replace(compute, slots=0, decode_batch=0, by_size=()), with_checker)
+
+
+@cache
+def _load_once(card: ModelCard, compute: Compute, with_checker: bool) -> tuple[LatentDiffusion | AnyPipeline, float]:
+    started = time.perf_counter()
+    from batch_infer.worker import load_any_model
+
+    return load_any_model(card, compute, with_checker=with_checker), time.perf_counter() - started
+
+
+@contextmanager
+def _out_of_memory_explained() -> Iterator[None]:
+    """Raise SettingsError for torch's error, which the parent process could not unpickle without torch."""
+    from torch import OutOfMemoryError
+
     try:
-        with replacing(_path(name, conditions), flush=False) as temporary:
-            text = json.dumps({"conditions": conditions, "measured": facts}, default=str, indent=2)
-            temporary.write_text(text, encoding="utf-8")
-    except StorageError as error:
-        log.debug("%s", error)
+        yield
+    except OutOfMemoryError as error:
+        raise explain_out_of_memory(error) from None
 
 
-def _path(name: str, conditions: Mapping[str, Any]) -> Path:
-    return user_cache_path("batch-infer") / "calibration" / f"{name}-{digest(conditions)}.json"
+def _first_accepted(card: ModelCard, step_counts: Iterable[int]) -> int:
+    """Return the first step count that the scheduler accepts."""
+    return next(steps for steps in step_counts if isinstance(count_evaluations(card, steps), int))
+
+
+def _few_steps(card: ModelCard, step_counts: Iterable[int]) -> int:
+    """Return a small step count that the model accepts. Only a pipeline's own call knows; few refuse these."""
+    return min(4, card.num_inference_steps) if card.uses_pipeline_call else _first_accepted(card, step_counts)
+
+
+def _make_params(card: ModelCard, size: tuple[int, int], steps: int) -> SamplingParams:
+    guidance_scale = card.guidance_scale if card.uses_pipeline_call else 7.5
+    return SamplingParams(*size, steps, guidance_scale, 0.0, card.embedded_guidance)
+
+
+def _render(
+    chain: StepLevelChain | PipelineCallChain, card: ModelCard, size: tuple[int, int], steps: int
+) -> tuple[float, list[np.ndarray]]:
+    """Return the seconds that filling all slots once and emptying them takes, and the images."""
+    params = _make_params(card, size, steps)
+    rows = range(chain.batch_sizes.of(size)[0] // params.slots)
+    requests = [PromptRequest(str(i), 0, f"number {i}", None, i, params, Source("", i), "") for i in rows]
+    started = time.perf_counter()
+    images = [getattr(outcome, "pixels", None) for outcome in chain.render(requests)]
+    return time.perf_counter() - started, [pixels for pixels in images if pixels is not None]
+
+
+def _encode(images: list[np.ndarray], image_format: ImageFormat) -> tuple[float, float]:
+    """Return the mean seconds that encoding an image takes, and its mean length in bytes."""
+    from batch_infer.images import encode
+
+    if not images:  # no image was finite: the run will say so, row by row
+        return 0.0, 0.0
+    started = time.perf_counter()
+    lengths = [len(encode(pixels, image_format, "")) for pixels in images]
+    return (time.perf_counter() - started) / len(images), sum(lengths) / len(images)

@@ -1,42 +1,141 @@
-"""The device that a process computes on, and what to say where it cannot hold the model."""
+"""The device that a process computes on: found by torch, or loaded from the cache without it."""
 
 from __future__ import annotations
 
 import os
+import platform
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from accelerate import PartialState
-
-from batch_infer.autotune.processor import processor_name
+from batch_infer.autotune.cache import load_facts, save_facts
 from batch_infer.errors import SettingsError, first_line
 from batch_infer.settings import Device
 
+if TYPE_CHECKING:
+    import torch
 
-def find_device(asked: str) -> Device:
-    """The device that was asked for, or that accelerate finds. Raises SettingsError."""
-    count = _device_count()
-    if asked == "cuda" and not count:
+NVIDIA_DRIVER = Path("/proc/driver/nvidia")
+DEVICE_VARIABLES = (
+    "CUDA_VISIBLE_DEVICES",
+    "CUDA_DEVICE_ORDER",
+    "HIP_VISIBLE_DEVICES",
+    "ROCR_VISIBLE_DEVICES",
+    "NVIDIA_VISIBLE_DEVICES",
+    "ACCELERATE_TORCH_DEVICE",
+)
+DEVICE_NODES = ("nvidia*", "nvidia-caps/*", "nvhost*", "kfd", "dxg", "dri/*")
+"""Files under /dev through which CUDA or ROCm reaches a GPU."""
+
+
+def find_device(requested: str) -> Device:
+    """Return the device for `--device`: the requested one, or the one that accelerate chooses. Imports torch.
+
+    Raises SettingsError if the requested device is missing.
+    """
+    import torch
+    from accelerate import PartialState
+
+    count = _count_cuda_devices()
+    if requested == "cuda" and not count:
         raise SettingsError("--device cuda: torch finds no CUDA device here")
-    # Left to itself, accelerate reports a world of one on every rank of a machine without CUDA.
-    kind = PartialState(cpu=asked == "cpu" or not torch.cuda.is_available()).device.type
+    # By itself, accelerate reports a world size of one on every rank of a machine without CUDA.
+    kind = PartialState(cpu=requested == "cpu" or not torch.cuda.is_available()).device.type
     if kind == "cuda":
         return Device(kind, torch.cuda.get_device_name(), count)
     return Device(kind, processor_name())
 
 
-def _device_count() -> int:
-    """How many devices there are for workers of their own.
+def _count_cuda_devices() -> int:
+    """Return the number of devices for workers.
 
-    CUDA shows a process the first MIG slice alone, however many are listed; each worker is shown one of the list.
+    CUDA shows a process only the first MIG slice of CUDA_VISIBLE_DEVICES, but each worker gets its own from that list.
     """
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    import torch
+
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     count = torch.cuda.device_count()
-    return len(listed) if count and all(name.strip().startswith("MIG-") for name in listed) else count
+    return len(names) if count and all(name.strip().startswith("MIG-") for name in names) else count
+
+
+def processor_name() -> str:
+    """Return the CPU's model name, or the next best that the platform reports."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def explain_out_of_memory(error: torch.OutOfMemoryError) -> SettingsError:
-    """What to do about a device on which there is no room for the model."""
+    """Return the error of a model that does not fit on its device."""
     return SettingsError(
-        f"the device's memory does not hold the model: use another --dtype or device, or see what else lies on it "
-        f"({first_line(error)})"
+        "the model does not fit into the device's memory: use another --dtype or --device, or check what else uses "
+        f"that memory ({first_line(error)})"
     )
+
+
+def load_device(requested: str) -> Device | None:
+    """Return the device that torch found under the same conditions before, or None."""
+    conditions = _device_conditions(requested)
+    return None if conditions is None else load_facts("device", conditions, Device)
+
+
+def save_device(requested: str, device: Device) -> None:
+    """Keep a device for later commands if its conditions can be read without torch.
+
+    The CPU is not kept if a GPU is visible: a driver that fails today may work tomorrow with nothing else changed.
+    """
+    conditions = _device_conditions(requested)
+    if conditions is not None and (device.kind != "cpu" or not _has_gpu(conditions)):
+        save_facts("device", conditions, asdict(device))
+
+
+def _device_conditions(requested: str) -> dict[str, Any] | None:
+    """Return everything that determines the result of `find_device`, or None if it cannot be read without torch.
+
+    `find_device` uses CUDA if torch.cuda counts a device, and else the CPU. That count and the name of device 0 follow
+    from the machine, from the build of torch (version.py names its CUDA or ROCm), from the driver and its GPUs (the
+    files below; an added, exchanged or MIG-partitioned GPU changes them), and from the variables that hide or reorder
+    GPUs. A container with fewer GPUs has fewer device nodes. Outside Linux, and under WSL (/dev/dxg), no file holds the
+    GPU's model, so nothing is kept there. Only `plan` uses a kept device; `run` uses torch.
+    """
+    if sys.platform != "linux" or Path("/dev/dxg").exists():
+        return None
+    spec = find_spec("torch")
+    origin = spec.origin if spec is not None else None
+    return {
+        "machine": platform.node(),
+        "processor": processor_name(),
+        "requested": requested,
+        "variables": {name: os.environ.get(name) for name in DEVICE_VARIABLES},
+        "torch_build": _read(Path(origin).with_name("version.py")) if origin else None,
+        "driver": _read(NVIDIA_DRIVER / "version"),
+        "gpus": _read_all(NVIDIA_DRIVER.glob("gpus/*/information")),
+        "kfd": _read_all(Path("/sys/class/kfd/kfd/topology/nodes").glob("*/gpu_id")),
+        "nodes": sorted(str(node) for pattern in DEVICE_NODES for node in Path("/dev").glob(pattern)),
+        **{name: version(name) for name in ("batch-infer", "torch", "accelerate")},
+    }
+
+
+def _has_gpu(conditions: Mapping[str, Any]) -> bool:
+    nodes = ("/dev/nvidia", "/dev/nvhost", "/dev/kfd")
+    return bool(conditions["driver"] or conditions["gpus"]) or any(
+        node.startswith(nodes) for node in conditions["nodes"]
+    )
+
+
+def _read_all(files: Iterable[Path]) -> dict[str, str]:
+    return {str(file): _read(file) for file in sorted(files)}
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text("utf-8", errors="replace")
+    except OSError:
+        return ""

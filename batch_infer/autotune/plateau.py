@@ -1,4 +1,4 @@
-"""The knee: how many slots, and images in a decoder call, a device wants of a model, found by short trials."""
+"""The search for the throughput plateau: the batch sizes beyond which a device renders no faster."""
 
 from __future__ import annotations
 
@@ -9,97 +9,99 @@ from typing import TYPE_CHECKING
 import torch
 
 from batch_infer.accelerator import is_comfortable, out_of_memory_errors
-from batch_infer.autotune.calibration import Plateau
+from batch_infer.autotune.cache import Plateau
 from batch_infer.diffusion import Slots
-from batch_infer.records import PromptRequest, SamplingParams, Source, now
+from batch_infer.records import PromptRequest, SamplingParams, Source, utc_now
 
 if TYPE_CHECKING:
-    from batch_infer.models import AnyPipeline, Family
+    from batch_infer.models import AnyPipeline, LatentDiffusion
 
 SLOTS = (2, 4, 8, 16, 32, 64, 128, 256)
-DECODES = (1, 2, 4, 8, 16)
-ENOUGH = 0.95
-"""A smaller batch that does so much of the best one's work is taken: it has less to empty at a table's end."""
+DECODE_BATCHES = (1, 2, 4, 8, 16)
+SUFFICIENT = 0.95
+"""The smallest batch with this share of the best throughput is chosen: it has less to finish at a table's end."""
 TRIAL_SECONDS = 0.4
 
+Trial = Callable[[], object]
 
-def find_plateau(model: Family, params: SamplingParams) -> Plateau:
-    """Try batch sizes with rows of this kind until a larger one does no more.
 
-    Raises torch.OutOfMemoryError where not even the least fits.
+def find_plateau(model: LatentDiffusion, params: SamplingParams) -> Plateau:
+    """Measure growing batches of rows with `params` until throughput stops rising.
+
+    Raises torch.OutOfMemoryError if not even the smallest batch fits.
     """
-    slots, held = _grow(SLOTS, lambda number: _full_slots(model, params, number), model.device)
-    most = [number for number in DECODES if number <= max(1, slots // 2)]
-    decode, _ = _grow(most, lambda number: _decoder(model, params, number), model.device)
-    del held
-    return Plateau(slots, decode, now())
+    slots, full_slots = _grow(SLOTS, lambda size: _make_tick(model, params, size), model.device)
+    sizes = [size for size in DECODE_BATCHES if size <= max(1, slots // 2)]
+    decode_batch, _ = _grow(sizes, lambda size: _make_decode(model, params, size), model.device)
+    del full_slots  # decoding was measured while the slots were in memory
+    return Plateau(slots, decode_batch, utc_now())
 
 
 def find_pipeline_plateau(model: AnyPipeline, params: SamplingParams) -> Plateau:
-    """The same of a pipeline that is driven by its own call, which decodes its images one by one."""
-    request = PromptRequest("trial", 0, "a trial", None, 0, params, Source("", 0), "")
+    """Measure growing batches of a pipeline that runs by its own call and decodes its images one by one.
 
-    def work(number: int) -> Callable[[], object]:
-        rows = [request] * (number // params.slots)
+    Raises torch.OutOfMemoryError if not even the smallest batch fits.
+    """
+    request = _make_request(params, "a trial")
+
+    def make_call(size: int) -> Trial:
+        rows = [request] * (size // params.slots)
         return lambda: model.render(rows, len(rows))
 
-    slots, _ = _grow(SLOTS, work, model.device)
-    return Plateau(slots, max(1, min(DECODES[-2], slots // 2)), now())
+    slots, _ = _grow(SLOTS, make_call, model.device)
+    return Plateau(slots, max(1, min(DECODE_BATCHES[-2], slots // 2)), utc_now())
 
 
-def _grow(
-    numbers: Sequence[int], make: Callable[[int], Callable[[], object]], device: torch.device
-) -> tuple[int, Callable[[], object]]:
-    """The knee among these batch sizes, and the work of the last that fitted, whose memory it holds."""
+def _grow(sizes: Sequence[int], make_trial: Callable[[int], Trial], device: torch.device) -> tuple[int, Trial]:
+    """Return the batch size at the plateau, and the last trial that fitted, which holds its memory."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     rates: dict[int, float] = {}
-    work: Callable[[], object] = lambda: None  # noqa: E731
-    for number in numbers:
+    last: Trial = lambda: None  # noqa: E731
+    for size in sizes:
         try:
             with out_of_memory_errors():
-                trial = make(number)
-                seconds = _seconds(trial)
+                trial = make_trial(size)
+                rate = size / _seconds(trial)
         except torch.OutOfMemoryError:
             if not rates:
                 raise
             break
         if rates and not is_comfortable(device):
             break
-        rates[number], work = number / seconds, trial
-        earlier = [rate for other, rate in rates.items() if other < number]
-        if len(earlier) > 1 and rates[number] < max(earlier) * (2 - ENOUGH):
+        best_before = max(rates.values(), default=0.0)
+        rates[size], last = rate, trial
+        if len(rates) > 2 and rate < best_before * (2 - SUFFICIENT):
             break
     best = max(rates.values())
-    return min(number for number, rate in rates.items() if rate >= ENOUGH * best), work
+    return min(size for size, rate in rates.items() if rate >= SUFFICIENT * best), last
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    """The quickest of some calls: other work on the machine only ever adds."""
+def _seconds(trial: Trial) -> float:
+    """Return the seconds of the fastest call, since other work on the machine can only slow one down."""
     for _ in range(2):  # the first call of a shape sets things up
-        work()
-    found: list[float] = []
-    while not found or sum(found) < TRIAL_SECONDS:
-        _settle()
+        trial()
+    times: list[float] = []
+    while sum(times) < TRIAL_SECONDS or not times:
+        _synchronize()
         started = time.perf_counter()
-        work()
-        _settle()
-        found.append(time.perf_counter() - started)
-    return min(found)
+        trial()
+        _synchronize()
+        times.append(time.perf_counter() - started)
+    return min(times)
 
 
-def _settle() -> None:
+def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def _full_slots(model: Family, params: SamplingParams, number: int) -> Callable[[], object]:
-    """One UNet call over so many slots, all of them taken."""
+def _make_tick(model: LatentDiffusion, params: SamplingParams, size: int) -> Trial:
+    """Return one UNet call over `size` full slots."""
     latent_shape = model.latent_shape(params.height, params.width)
-    slots: Slots[None] = Slots(model, number, latent_shape, model.device, model.dtype)
+    slots: Slots[None] = Slots(model, size, latent_shape, model.device, model.dtype)
     table = model.solver.table(params.num_inference_steps)
-    request = PromptRequest("trial", 0, "", None, 0, params, Source("", 0), "")
-    (conditioning,) = model.condition([request])
+    (conditioning,) = model.condition([_make_request(params)])
 
     @torch.inference_mode()
     def tick() -> None:
@@ -110,7 +112,11 @@ def _full_slots(model: Family, params: SamplingParams, number: int) -> Callable[
     return tick
 
 
-def _decoder(model: Family, params: SamplingParams, number: int) -> Callable[[], object]:
-    """One decoder call over so many images."""
-    latents = torch.zeros(number, *model.latent_shape(params.height, params.width), device=model.device)
+def _make_decode(model: LatentDiffusion, params: SamplingParams, size: int) -> Trial:
+    """Return one decoder call over `size` images."""
+    latents = torch.zeros(size, *model.latent_shape(params.height, params.width), device=model.device)
     return lambda: model.decode(latents)
+
+
+def _make_request(params: SamplingParams, prompt: str = "") -> PromptRequest:
+    return PromptRequest("trial", 0, prompt, None, 0, params, Source("", 0), "")

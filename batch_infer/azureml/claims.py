@@ -9,8 +9,8 @@ from pathlib import Path
 from batch_infer.errors import StorageError
 from batch_infer.manifest import read_part
 from batch_infer.records import Source
-from batch_infer.store import is_there, temporary_database
-from batch_infer.table import default_id
+from batch_infer.store import path_exists, temporary_database
+from batch_infer.table import make_default_id
 
 _COLUMNS = ("id", "image_index", "source_file", "source_row", "generated_image")
 
@@ -53,7 +53,7 @@ class Claims:
             try:
                 columns = read_part(part, _COLUMNS).to_pydict()
             except StorageError:
-                if is_there(part):
+                if path_exists(part):
                     raise
                 continue  # somebody has set it aside
             rows = (row for row in zip(*(columns[name] for name in _COLUMNS), strict=True) if not _is_default(*row))
@@ -90,4 +90,4 @@ class Claims:
 
 def _is_default(name: str, _: int, file: str, row: int, __: str | None) -> bool:
     """Whether an id is what a row has that is given none: nobody else can have it."""
-    return name.rstrip("+") in (default_id(Source(file, row).stem, row), default_id(file.rstrip("+"), row))
+    return name.rstrip("+") in (make_default_id(Source(file, row).stem, row), make_default_id(file.rstrip("+"), row))

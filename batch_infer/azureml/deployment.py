@@ -7,13 +7,13 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from batch_infer.cli import set_up_logging, settings_from_environment
 from batch_infer.errors import SettingsError, UsageError
-from batch_infer.jobs import describe, find_model, keep_policy, make_rules, read_run, rooted, settle_compute
+from batch_infer.jobs import find_model, make_paths_absolute, read_run, resolve_run
 from batch_infer.serving import Deployment
 from batch_infer.settings import ModelSettings, RunSettings, TableSettings
 
@@ -58,13 +58,10 @@ def find_deployment(out: str, *, alone: bool = False) -> AzureDeployment:
         log.warning("neither BATCH_INFER_MODEL nor AZUREML_MODEL_DIR names a model: using the built-in demo model")
     card = find_model(settings)
     earlier = read_cached_run(settings.out)
-    settings = keep_policy(settings, earlier)
     from batch_infer.autotune import find_device  # imports torch, which takes seconds
 
-    compute = settle_compute(settings, card, find_device(settings.model.device), earlier)
-    record = describe(settings, card, compute, None)
-    rules = make_rules(settings, card, record)
-    return AzureDeployment(settings, card, compute, rules, {**record, "rules": asdict(rules)}, earlier)
+    settings, compute, record, rules = resolve_run(settings, card, find_device(settings.model.device), earlier)
+    return AzureDeployment(settings, card, compute, rules, record, earlier)
 
 
 def read_cached_run(out: Path) -> dict[str, Any] | None:
@@ -89,8 +86,8 @@ def _settings(settings: RunSettings, *, alone: bool) -> RunSettings:
         raise SettingsError("BATCH_INFER_SLOTS=auto: say a number here; `batch-infer bench` tells what suits a device")
     table = TableSettings((), settings.table.columns)
     workers = 1 if alone else settings.compute.processes or _gpus() or 1
-    safety = settings.safety.shared_by(workers)
-    return rooted(replace(settings, table=table, model=_model(settings.model), safety=safety))
+    safety = settings.safety.split_among(workers)
+    return make_paths_absolute(replace(settings, table=table, model=_model(settings.model), safety=safety))
 
 
 def _model(settings: ModelSettings) -> ModelSettings:

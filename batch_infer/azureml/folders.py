@@ -10,10 +10,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batch_infer.jobs import with_carried
-from batch_infer.manifest import as_schema, to_table
-from batch_infer.records import ResultRow, digest, now
-from batch_infer.table import default_id, is_no_table
+from batch_infer.jobs import results_schema
+from batch_infer.manifest import cast_table, to_table
+from batch_infer.records import ResultRow, digest, utc_now
+from batch_infer.table import is_ignored_name, make_default_id
 
 log = logging.getLogger("batch_infer")
 
@@ -48,7 +48,7 @@ def by_folder(files: Sequence[str]) -> tuple[list[Folder], list[ResultRow]]:
     first: dict[str, Path] = {}
     refused = []
     for file in dict.fromkeys(map(Path, files)):
-        if is_no_table(file.name):
+        if is_ignored_name(file.name):
             log.info("%s is left out: by its name it is no table", file)
         elif (twin := first.setdefault(file.name, file)) == file:
             found.setdefault(file.parent, []).append(file.name)
@@ -69,13 +69,13 @@ def _refusal(file: Path, twin: Path) -> ResultRow:
     name = f"{file.parent.name}/{file.name}"
     error = f"{file} and {twin} have one name, by which their rows and images are known: rename one"
     return ResultRow(
-        id=default_id(name, 0),  # no default id of a table holds a slash
+        id=make_default_id(name, 0),  # no default id of a table holds a slash
         image_index=0,
         prompt=None,
         status="invalid",
         error=error,
         worker="table",
-        finished_at=now(),
+        finished_at=utc_now(),
         source_file=name,
         source_row=0,
         fingerprint=digest(["invalid", error]),
@@ -85,5 +85,5 @@ def _refusal(file: Path, twin: Path) -> ResultRow:
 def joined(tables: Sequence[pa.Table], rows: Sequence[ResultRow]) -> pa.Table:
     """Results as one table, each carried column of a type that holds what every table has in it."""
     everything = [*tables, to_table(rows, pa.schema([]))]
-    schema = with_carried(table.schema for table in everything)
-    return pa.concat_tables([as_schema(table, schema) for table in everything])
+    schema = results_schema(table.schema for table in everything)
+    return pa.concat_tables([cast_table(table, schema) for table in everything])

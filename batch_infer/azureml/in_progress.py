@@ -13,7 +13,7 @@ from secrets import token_hex
 from threading import Lock
 
 from batch_infer.records import PromptRequest, ResultRow, digest
-from batch_infer.store import here, is_abandoned, list_names, own_name, reading, replacing, storing
+from batch_infer.store import atomic_write, host_id, is_abandoned, list_names, read_errors, unique_name, write_errors
 
 TOGETHER = 32
 """Rows that share a mark while all goes well."""
@@ -73,8 +73,8 @@ class Begun:
         source = iter(requests)
         while rows := list(islice(source, TOGETHER)):
             keys = [row.key for row in rows]
-            path = self._out / own_name(_MARK, digest(keys))
-            with replacing(path, flush=False, parents=False) as temporary:
+            path = self._out / unique_name(_MARK, digest(keys))
+            with atomic_write(path, flush=False, parents=False) as temporary:
                 temporary.write_text(json.dumps({"alone": alone, "keys": keys}), "ascii")
             with self._lock:
                 self._open[path] = set(keys)
@@ -95,14 +95,14 @@ class Begun:
             for path in list(self._open):
                 if broken:
                     del self._open[path]
-                    with storing(path), suppress(FileNotFoundError):
+                    with write_errors(path), suppress(FileNotFoundError):
                         path.replace(path.with_name(f"{_MARK}broken-{token_hex(6)}"))
                 else:
                     self._remove(path)
 
     def _remove(self, path: Path) -> None:
         del self._open[path]
-        with storing(path):
+        with write_errors(path):
             path.unlink(missing_ok=True)
 
     def deaths(self) -> Deaths:
@@ -118,15 +118,17 @@ class Begun:
         """Remove what the dead have left of rows that somebody else has committed since. Raises StorageError."""
         for path, _, keys in self._dead():
             if all(map(is_settled, keys)):
-                with storing(path):
+                with write_errors(path):
                     path.unlink(missing_ok=True)
 
     def _dead(self) -> Iterator[tuple[Path, bool, list[Key]]]:
         """Yield the marks of processes that may have died. Raises StorageError where one cannot be read."""
         for name in list_names(self._out):
             path = self._out / name
-            if not name.startswith(_MARK) or (name.startswith(f"{_MARK}{here()}-") and not is_abandoned(name, _MARK)):
+            if not name.startswith(_MARK) or (
+                name.startswith(f"{_MARK}{host_id()}-") and not is_abandoned(name, _MARK)
+            ):
                 continue
-            with reading(path), suppress(FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+            with read_errors(path), suppress(FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
                 found = json.loads(path.read_text("ascii"))  # else removed meanwhile, or none of ours
                 yield path, bool(found["alone"]), [(str(name), int(k)) for name, k in found["keys"]]

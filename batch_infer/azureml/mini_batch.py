@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fnmatch
-import glob
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pyarrow as pa
 
@@ -16,24 +14,22 @@ from batch_infer.azureml.folders import Folder, by_folder, joined
 from batch_infer.azureml.rendering import Rendering
 from batch_infer.errors import DamagedPart, SettingsError, StorageError, TableError
 from batch_infer.jobs import (
-    LINKABLE,
     Counts,
     Job,
-    claim_run,
-    refuse_foreign,
-    refuse_other,
+    check_identity,
+    create_run_json,
+    read_results,
+    refuse_foreign_files,
     remove_abandoned,
-    restore,
-    results_of,
+    restore_images,
     scan_tables,
     set_aside,
 )
-from batch_infer.manifest import SCHEMA, Index, Manifest
-from batch_infer.planning import Committed, Item, is_done, pending, place_of
-from batch_infer.records import Source
-from batch_infer.sinks import FolderSink, possible_names
-from batch_infer.store import KnownFolder, is_there, list_names
-from batch_infer.table import Others, Tables
+from batch_infer.manifest import SCHEMA, Manifest, ManifestIndex
+from batch_infer.planning import Item, ManifestEntry, is_done, select_pending, source_of
+from batch_infer.sinks import make_sink
+from batch_infer.store import PinnedFolder, path_exists
+from batch_infer.table import OtherTables, Tables
 
 TURNS = 5
 """How often files are gone over in one delivery, where others have claimed their ids or parts are damaged."""
@@ -54,9 +50,9 @@ class MiniBatches:
         self._deployment, self._out = deployment, deployment.settings.out
         self._begin()
         # run.json marks the folder: a separate marker would remain where a worker is killed.
-        self._held = replace(KnownFolder.of(self._out), marker="run.json")
+        self._held = replace(PinnedFolder.of(self._out), marker="run.json")
         self._manifest, self._rendering = Manifest(self._held), Rendering(deployment, self._held)
-        self._index, self._claims = Index(()), Claims()
+        self._index, self._claims = ManifestIndex(()), Claims()
         self._known: set[str] = set()
         self._catch_up()
 
@@ -89,12 +85,12 @@ class MiniBatches:
 
     def _begin(self) -> None:
         """Leave a run.json for those who merge, or go on with that of a worker who was here before."""
-        refuse_foreign(self._out, (), self._deployment.earlier)
+        refuse_foreign_files(self._out, (), self._deployment.earlier)
         try:
             self._out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SettingsError(f"cannot write to {self._out}: {error.strerror or error}") from error
-        claim_run(self._out, self._deployment.record)
+        create_run_json(self._out, self._deployment.record)
         self._refuse_mixed()
 
     def _refuse_mixed(self) -> None:
@@ -106,7 +102,7 @@ class MiniBatches:
         if (found := read_cached_run(self._out)) is None:
             return
         try:
-            refuse_other(found, self._deployment.record, self._out)
+            check_identity(found, self._deployment.record, self._out)
         except SettingsError as error:
             raise SettingsError(f"{str(error).rpartition(': ')[0]}: give the job another output path") from error
 
@@ -122,7 +118,7 @@ class MiniBatches:
                     _set_aside(damage)
                     continue
                 if results is not None:
-                    return folder.in_order(results), tables.faults
+                    return folder.in_order(results), tables.unreadable_files
         raise StorageError(
             f"{', '.join(folder.names)}: not every row came to a result that {self._manifest.folder} holds, since"
             " other workers were at the same rows or parts were damaged; what is done stays done, try again"
@@ -138,21 +134,21 @@ class MiniBatches:
             return None  # the ids of these rows are others now
         self._settle(disputed, folder)
         counts = Counts()
-        batches = list(results_of(job.items(self._index), self._index, job.tables.carried, counts))
+        batches = list(read_results(job.items(self._index), self._index, job.tables.carried, counts))
         empty = pa.schema([*SCHEMA, *job.tables.carried]).empty_table()
         return None if counts.left else pa.concat_tables([empty, *batches])
 
     def _go_over(self, job: Job, folder: Folder) -> None:
         """Commit what is not done. No verdict on an id changes on the way: they follow from the claims alone."""
 
-        def leaves_alone(item: Item, found: Committed | None) -> bool:
-            file, _ = place_of(item)
+        def leaves_alone(item: Item, found: ManifestEntry | None) -> bool:
+            file, _ = source_of(item)
             other = getattr(found, "source_file", file)
             return is_done(item, found) and (other == file or other not in folder.standing)
 
         scan_tables(job, self._index, leaves_alone)
         self._catch_up_with_results()
-        self._rendering.render(job, pending(job.items(self._index), self._index, leaves_alone), self._index)
+        self._rendering.render(job, select_pending(job.items(self._index), self._index, leaves_alone), self._index)
         self._catch_up()
 
     # Ids that more than one file's rows have
@@ -166,7 +162,7 @@ class MiniBatches:
             with self._tables(folder, [file]) as tables:
                 places = {(claim.file, claim.row) for claim in disputed if claim.file == file}
                 self._go_over(self._job(tables, places), folder)
-        sink = FolderSink(self._held)
+        sink = make_sink(self._held)
         for claim in disputed:
             kept = self._index.find((claim.id, claim.image_index))
             if claim.path and kept and kept.path != claim.path:
@@ -176,10 +172,10 @@ class MiniBatches:
         settings = self._deployment.settings.table
         settings = replace(settings, tables=tuple(f"./{name}" for name in names), folder=folder.path)
 
-        def have_id(name: str, file: str) -> bool:
+        def has_id(name: str, file: str) -> bool:
             return self._claims.has_before(name, file, folder.standing)
 
-        return Tables(settings, SCHEMA.names, Others(folder.standing, have_id))
+        return Tables(settings, SCHEMA.names, OtherTables(folder.standing, has_id))
 
     def _job(self, tables: Tables, places: Collection[Place] | None = None) -> Job:
         known = self._deployment
@@ -190,21 +186,14 @@ class MiniBatches:
 
     def _sweep(self, names: Sequence[str]) -> None:
         """Remove what a worker has left that died over these files."""
-        stems = {stem for name in names for stem in possible_names(Source(name, 0).stem)}
-        folders = [path for kind in ("images", "quarantine") for stem in stems for path in self._folders(kind, stem)]
-        everywhere = [self._out, self._manifest.folder, *(self._out / name for name in LINKABLE), *folders]
+        everywhere = [self._out, self._manifest.folder, *make_sink(self._held).folders_of(names)]
         originals = remove_abandoned(self._out, everywhere)
-        while originals:
-            self._catch_up_with_results()
-            try:
-                restore(self._out, self._index, originals)
-                return
-            except DamagedPart as damage:
-                _set_aside(damage)
+        restore_images(self._out, originals, self._caught_up_index, _set_aside)
 
-    def _folders(self, kind: str, stem: str) -> Iterator[Path]:
-        folder = self._out / kind
-        return (folder / name for name in fnmatch.filter(list_names(folder), f"{glob.escape(stem)}-[0-9]*"))
+    @contextmanager
+    def _caught_up_index(self) -> Iterator[ManifestIndex]:
+        self._catch_up_with_results()
+        yield self._index
 
     def _catch_up(self) -> None:
         """Take in what has been committed since, by whoever, and what ids were claimed."""
@@ -216,7 +205,7 @@ class MiniBatches:
         names = {part.name for part in parts}
         if not self._known <= names:  # somebody has set one aside, and its rows are as if they had never been rendered
             self._index.close()
-            self._index = Index(())
+            self._index = ManifestIndex(())
         self._index.add(parts, _set_aside)
         self._known = names
 
@@ -230,8 +219,8 @@ class _Rows(Job):
 
     places: Collection[Place]
 
-    def items(self, index: Index) -> Iterator[Item]:
-        return (item for item in super(_Rows, self).items(index) if place_of(item) in self.places)
+    def items(self, index: ManifestIndex) -> Iterator[Item]:
+        return (item for item in super(_Rows, self).items(index) if source_of(item) in self.places)
 
 
 def _set_aside(damage: DamagedPart) -> None:
@@ -239,5 +228,5 @@ def _set_aside(damage: DamagedPart) -> None:
     try:
         set_aside(damage)
     except StorageError:
-        if is_there(damage.part):
+        if path_exists(damage.part):
             raise

@@ -1,24 +1,23 @@
 """The scoring script of a real-time endpoint, which Azure ML's inference server runs.
 
-A request is `{"input_data": {"columns": ["prompt"], "data": ["a prompt"]}}`, and its answer a list with an object for
-each image, in order: `prompt`, `generated_image` (a file in base64) and `nsfw_content_detected` (null where nobody was
-asked). An object without an image, and only such a one, also has `error`.
+A request is `{"input_data": {"columns": ["prompt"], "data": ["a prompt"]}}`. The response is a list with an object per
+image, in order: `prompt`, `generated_image` (a file in base64) and `nsfw_content_detected` (null if no checker ran). An
+object without an image, and no other, also has `error`.
 
 `data` holds prompts, lists or objects. Columns are those of a table: negative_prompt, seed, num_inference_steps,
-guidance_scale, guidance_rescale, height, width, num_images_per_prompt, id; others, and `index`, are ignored.
-`parameters` or `params`, in `input_data` or next to it, has values for rows without their own. A row without a seed
-derives one from --seed and its id, or its number where it has none, as in tables: so the same request gives the same
-images. Send a `seed` for others.
+guidance_scale, guidance_rescale, height, width, num_images_per_prompt, id. Others, and `index`, are ignored.
+`parameters` or `params`, in `input_data` or next to it, has values for rows without their own. As in tables, the seed
+of a row without one is derived from --seed and the row's id or, without an id, its number: the same request gives the
+same images. Send a `seed` for other images.
 
-The object of a row has its error. A malformed request is answered 400: also one with an unknown key or
-parameter, a parameter of an invalid value, or a row of fewer cells than columns. One for more than 256 images is
-answered 413, and 503 while content safety does not answer or where BATCH_INFER_REQUEST_TIMEOUT seconds (170) do not do,
-each with `{"error": "a sentence"}`; only a body that is not UTF-8 never comes here, and the server has `message` for
-that. A prompt of more than 10,000 characters is refused, in its object. Nothing is rendered for a client that has hung
-up.
+An invalid row is reported in its object, also a prompt of more than 10,000 characters. A malformed request gets status
+400: also one with an unknown key or parameter, an invalid parameter, or a row of fewer cells than columns. One for more
+than 256 images gets 413. The status is 503 while content safety does not answer, or where the images are not ready in
+BATCH_INFER_REQUEST_TIMEOUT seconds (170). The body of each is `{"error": "a sentence"}`. The server itself refuses a
+body that is not UTF-8, with `message`. The rest of a request is not rendered once its client has disconnected.
 
 Settings are the BATCH_INFER_* variables. The server has one thread unless GUNICORN_CMD_ARGS="--threads 32" gives it
-more: with these, rows of all requests share the UNet's calls.
+more. With these, rows of all requests share the UNet calls.
 """
 
 from __future__ import annotations
@@ -36,110 +35,109 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from batch_infer.azureml.deployment import find_deployment
-from batch_infer.azureml.payload import MOST_IMAGES, TooMany, read_payload
+from batch_infer.azureml.payload import MAX_IMAGES, TooManyImages, read_payload
 from batch_infer.errors import BatchInferError, ServiceError, SettingsError, TableError, TryAgainLater
 
 if TYPE_CHECKING:
-    from batch_infer.serving import Caller, Service
+    from batch_infer.serving import Client, Service
 
 BAD_REQUEST, TOO_LARGE, UNAVAILABLE = 400, 413, 503
 RETRY_AFTER = 10
 """Seconds after which a client may try again."""
-BUSY = "a service that judges prompts and images does not answer, or this server is being stopped: try again later"
-FIRST = {"prompt": "a red circle", "num_images_per_prompt": 1}
-FEW_STEPS = (2, 4, 10)
-"""Of the first image: a scheduler may take no fewer than four."""
-TIMEOUT, MOST_SECONDS = "BATCH_INFER_REQUEST_TIMEOUT", 170.0
-"""A little less than the longest that Azure waits for an answer, which nobody would get after that."""
+BUSY = "the safety service does not answer, or this server is being stopped: try again later"
+WARM_UP_ROW = {"prompt": "a red circle", "num_images_per_prompt": 1}
+WARM_UP_STEPS = (2, 4, 10)
+"""Steps of the first image: some schedulers need at least four."""
+TIMEOUT, DEFAULT_TIMEOUT = "BATCH_INFER_REQUEST_TIMEOUT", 170.0
+"""A little less than Azure's own limit of 180 seconds, after which no client receives the response."""
 
 log = logging.getLogger("batch_infer")
 
 
 def init() -> None:
-    """Load the model, and render a first image: what has to be compiled is, before anybody waits. Raises UsageError."""
+    """Load the model and render a first image, so that compiling delays no request. Raises UsageError."""
     if os.environ.get("WORKER_PRELOAD", "").lower() == "true":
-        raise SettingsError("WORKER_PRELOAD=true: a model cannot be loaded before its server forks; leave this out")
-    _seconds()
-    _warm_up(_service())
+        raise SettingsError("WORKER_PRELOAD=true: a model cannot be loaded before the server forks; unset it")
+    _read_timeout()
+    _warm_up(_load_service())
 
 
 def run(raw_data: str | bytes) -> Any:
-    """Answer a request: objects, or the server's response where it has another status than 200."""
-    service = _service()
-    from batch_infer.serving import Caller, GivenUp
+    """Return the objects of a request, or the server's response if the status is not 200."""
+    service = _load_service()
+    from batch_infer.serving import Client, RequestCancelled
 
     try:
-        return _answer(raw_data, service, Caller(_seconds(), _hung_up()))
-    except TooMany as error:
-        return _response(error, TOO_LARGE, str(error))
+        return _score(raw_data, service, Client(_read_timeout(), _find_disconnection_check()))
+    except TooManyImages as error:
+        return _make_response(error, TOO_LARGE, str(error))
     except TableError as error:
-        return _response(error, BAD_REQUEST, str(error))
-    except GivenUp as error:
+        return _make_response(error, BAD_REQUEST, str(error))
+    except RequestCancelled as error:
         log.warning("%s", error)
-        return _response(error, UNAVAILABLE, str(error))
-    except TryAgainLater as error:  # which says what a client need not know, such as addresses
+        return _make_response(error, UNAVAILABLE, str(error))
+    except TryAgainLater as error:  # its message may have addresses, which are not for clients
         log.error("%s", error)
-        return _response(error, UNAVAILABLE, BUSY)
+        return _make_response(error, UNAVAILABLE, BUSY)
 
 
 @cache
-def _service() -> Service:
-    nowhere = Path(tempfile.gettempdir(), f"batch-infer-online-{uuid4().hex}")  # nothing is written
-    deployment = find_deployment(str(nowhere), alone=True)
-    from batch_infer.serving import Service  # imports torch: what is wrong with the settings is told before
+def _load_service() -> Service:
+    unused = Path(tempfile.gettempdir(), f"batch-infer-online-{uuid4().hex}")  # nothing is written there
+    deployment = find_deployment(str(unused), alone=True)
+    from batch_infer.serving import Service  # imports torch, after the settings have been checked
 
     return Service(deployment)
 
 
-def _answer(raw_data: str | bytes, service: Service, caller: Caller) -> list[dict[str, Any]]:
+def _score(raw_data: str | bytes, service: Service, client: Client) -> list[dict[str, Any]]:
     from batch_infer.serving import check_parameters, read_rows, score
 
     deployment = service.deployment
     rows, parameters = read_payload(raw_data, deployment.settings.table.columns)
     check_parameters(parameters, deployment)
-    items = list(islice(read_rows(rows, deployment), MOST_IMAGES + 1))
-    if len(items) > MOST_IMAGES:
-        who = f"the {len(rows)} prompts of the request ask" if len(rows) > 1 else "the one prompt of the request asks"
-        raise TooMany(f"{who} for more")
-    return score(items, service, caller)
+    items = list(islice(read_rows(rows, deployment), MAX_IMAGES + 1))
+    if len(items) > MAX_IMAGES:
+        raise TooManyImages(len(rows))
+    return score(items, service, client)
 
 
-def _seconds() -> float:
-    """How long a request may take. Raises SettingsError."""
-    text = os.environ.get(TIMEOUT, "").strip() or str(MOST_SECONDS)
+def _read_timeout() -> float:
+    """Return the seconds that a request may take. Raises SettingsError."""
+    text = os.environ.get(TIMEOUT, "").strip() or str(DEFAULT_TIMEOUT)
     try:
-        found = float(text)
+        seconds = float(text)
     except ValueError:
-        found = math.nan
-    if not 0 < found < math.inf:
-        raise SettingsError(f"{TIMEOUT}={text}: say seconds, a little fewer than request_timeout_ms has")
-    return found
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise SettingsError(f"{TIMEOUT}={text}: give seconds, a little less than request_timeout_ms")
+    return seconds
 
 
-def _hung_up() -> Callable[[], bool]:
-    """Whether the client of the server's request in this thread has gone, as far as its connection says."""
+def _find_disconnection_check() -> Callable[[], bool]:
+    """Return a function that says whether the client of this thread's request has disconnected, as far as is known."""
     try:
         from azureml_inference_server_http.server.routes import request
     except ImportError:
         return lambda: False
-    connection = request.environ.get("gunicorn.socket") if request else None  # as the server's server calls it
+    connection = request.environ.get("gunicorn.socket") if request else None  # set by gunicorn
     return lambda: connection is not None and _is_closed(connection)
 
 
 def _is_closed(connection: socket.socket) -> bool:
-    """Whether the other side has ended a connection. One who only ended what he had to say looks the same."""
+    """Return whether the other side has closed a connection, or only its sending half, which looks the same."""
     try:
         return not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     except BlockingIOError:
         return False
-    except ValueError:  # one with TLS, into which nobody can look
+    except ValueError:  # a TLS connection does not support flags
         return False
     except OSError:
         return True
 
 
-def _response(error: BatchInferError, status: int, sentence: str) -> Any:
-    """A response of the server that this runs in; elsewhere, the error is raised."""
+def _make_response(error: BatchInferError, status: int, sentence: str) -> Any:
+    """Return a response of the inference server. Without that server, raise the error."""
     try:
         from azureml_inference_server_http.api.aml_response import AMLResponse
     except ImportError:
@@ -151,12 +149,12 @@ def _response(error: BatchInferError, status: int, sentence: str) -> Any:
 def _warm_up(service: Service) -> None:
     from batch_infer.serving import score_rows
 
-    for steps in FEW_STEPS:
+    for steps in WARM_UP_STEPS:
         try:
-            [first] = score_rows([{**FIRST, "num_inference_steps": steps}], service)
-        except ServiceError as error:  # requests are refused while it lasts, and it may not last
-            log.warning("the first image could not be judged: %s", error)
+            [first] = score_rows([{**WARM_UP_ROW, "num_inference_steps": steps}], service)
+        except ServiceError as error:  # it may be temporary; requests are refused meanwhile
+            log.warning("the first image could not be checked: %s", error)
             return
         if "error" not in first:
             return
-    log.warning("the model gave no first image: %s", first["error"])
+    log.warning("the model rendered no first image: %s", first["error"])

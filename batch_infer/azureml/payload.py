@@ -1,15 +1,15 @@
-"""The payload of a real-time request: the rows that its JSON holds."""
+"""The payload of a real-time request: its JSON to rows."""
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from batch_infer.errors import RowError, TableError, first_line
 from batch_infer.settings import FIELDS
-from batch_infer.table import Shape, cells_of, column_names, is_deep
+from batch_infer.table import DocumentFormat, element_cells, is_too_deep, payload_columns
 
 SAMPLE = '{"input_data": {"columns": ["prompt"], "data": ["a prompt"]}}'
 PARAMETER_KEYS = ("parameters", "params")
@@ -17,49 +17,50 @@ PARAMETER_KEYS = ("parameters", "params")
 next to the data (https://mlflow.org/docs/latest/ml/deployment/deploy-model-locally/)."""
 _KEYS = ("input_data", *PARAMETER_KEYS)
 _INPUT_KEYS = ("columns", "data", "index", *PARAMETER_KEYS)
-MOST_IMAGES = 256
-"""Of one request. A real-time endpoint gives up on a request after three minutes at most."""
+MAX_IMAGES = 256
+"""Images per request. A real-time endpoint cancels a request after three minutes at most."""
 
 
-class TooMany(TableError):
-    """More than one request may ask for."""
+class TooManyImages(TableError):
+    """A request has more than MAX_IMAGES images."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, prompt_count: int) -> None:
+        prompts = "1 prompt" if prompt_count == 1 else f"{prompt_count} prompts"
         super().__init__(
-            f"{what}, and one request may ask for {MOST_IMAGES} images at most: send several, or score them by a "
-            "batch endpoint"
+            f"the request has more than {MAX_IMAGES} images ({prompts}): send several requests, or use a batch endpoint"
         )
 
 
 class Payload(NamedTuple):
-    """The cells of each row by column, with the request-level parameters in rows that have no value of their own."""
+    """The cells of each row by column, and the request-level parameters, which rows without their own values have."""
 
     rows: list[dict[str, Any]]
     parameters: dict[str, Any]
 
 
 def read_payload(text: str | bytes, columns: Mapping[str, str] | None = None) -> Payload:
-    """Read a request. `columns` maps a field to the name of its column, where that is another.
+    """Parse a request. `columns` maps fields to the names of their columns, where these differ.
 
-    Raises TableError, in one sentence, for what is no payload.
+    Raises TableError where the request is malformed.
     """
     names = {field: (columns or {}).get(field) or field for field in FIELDS}
     prompt = names["prompt"]
-    document = _document(text)
-    payload = _input_data(document)
-    parameters = _parameters(document, payload, names)
-    shape = _shape(payload, prompt, parameters)
-    rows = [_row(number, element, shape) for number, element in enumerate(_elements(payload))]
+    document = _parse_json(text)
+    payload = _read_input_data(document)
+    parameters = _read_parameters(document, payload, names)
+    document_format = _read_format(payload, prompt, parameters)
+    rows = [_read_row(number, element, document_format) for number, element in enumerate(_read_elements(payload))]
     if not any(prompt in row for row in rows):
-        found = ", ".join(repr(name[:40]) for name in list(dict.fromkeys(name for row in rows for name in row))[:12])
-        raise TableError(f"there is no column {prompt!r} in input_data, which has {found or 'none'}: send {SAMPLE}")
+        names_sent = list(dict.fromkeys(name for row in rows for name in row))
+        shown = ", ".join(repr(name[:40]) for name in names_sent[:12])
+        raise TableError(f"there is no column {prompt!r} in input_data, which has {shown or 'none'}: send {SAMPLE}")
     return Payload(rows, parameters)
 
 
-def _document(text: str | bytes) -> Mapping[str, Any]:
+def _parse_json(text: str | bytes) -> Mapping[str, Any]:
     if isinstance(text, str):
-        text = text.removeprefix("\ufeff")  # of bytes, json takes it off
-    if not text.strip():  # which is also what the server makes of a form
+        text = text.removeprefix("\ufeff")  # json removes it from bytes
+    if not text.strip():  # the server passes a form as an empty text too
         raise TableError(f"the request is empty, or its Content-Type is not application/json: send {SAMPLE}")
     try:
         document = json.loads(text)
@@ -67,92 +68,95 @@ def _document(text: str | bytes) -> Mapping[str, Any]:
         raise TableError("the request is nested too deeply") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise TableError(f"the request is not JSON ({first_line(error)}): send {SAMPLE}") from error
-    except ValueError as error:  # from int(), which takes some thousand digits
+    except ValueError as error:  # from int(), which limits the number of digits
         raise TableError("a number in the request has too many digits") from error
     if not isinstance(document, dict):
-        raise TableError(f"the request is not a JSON object but {_kind(document)}: send {SAMPLE}")
-    if is_deep(document):
+        raise TableError(f"the request is not a JSON object but {_json_type(document)}: send {SAMPLE}")
+    if is_too_deep(document):
         raise TableError("the request is nested too deeply")
     return document
 
 
-def _input_data(document: Mapping[str, Any]) -> Mapping[str, Any]:
-    if not isinstance(payload := document.get("input_data"), dict):
-        told = f"input_data is not an object but {_kind(payload)}" if payload is not None else "there is no input_data"
-        raise TableError(f"{told} in the request: send {SAMPLE}")
+def _read_input_data(document: Mapping[str, Any]) -> Mapping[str, Any]:
+    if "input_data" not in document:
+        raise TableError(f"there is no input_data in the request: send {SAMPLE}")
+    payload = document["input_data"]
+    if not isinstance(payload, dict):
+        raise TableError(f"input_data is not an object but {_json_type(payload)} in the request: send {SAMPLE}")
     _refuse_unknown("key", document, _KEYS, "the request")
     _refuse_unknown("key", payload, _INPUT_KEYS, "input_data")
     return payload
 
 
-def _parameters(document: Mapping[str, Any], payload: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Return the request-level parameters by column, wherever the request has them."""
-    found: dict[str, Any] = {}
-    for place, holder in (("the request", document), ("input_data", payload)):
+def _read_parameters(
+    document: Mapping[str, Any], payload: Mapping[str, Any], names: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return the request-level parameters by column, from all places where a request may have them."""
+    allowed = {field: name for field, name in names.items() if field not in ("prompt", "id")}
+    parameters: dict[str, Any] = {}
+    for place, parent in (("the request", document), ("input_data", payload)):
         for key in PARAMETER_KEYS:
-            values = holder.get(key)
+            values = parent.get(key)
             if values is None:
                 continue
             if not isinstance(values, dict):
-                raise TableError(f"{key} in {place} is not an object but {_kind(values)}")
-            allowed = {field: name for field, name in names.items() if field not in ("prompt", "id")}
+                raise TableError(f"{key} in {place} is not an object but {_json_type(values)}")
             _refuse_unknown("parameter", values, {*allowed, *allowed.values()}, f"{key} in {place}")
             for name, value in values.items():
                 column = str(allowed.get(name, name))
-                if column in found:
+                if column in parameters:
                     raise TableError(f"the request has the parameter {name!r} twice")
-                found[column] = value
-    return found
+                parameters[column] = value
+    return parameters
 
 
-def _refuse_unknown(noun: str, found: Collection[str], known: Collection[str], place: str) -> None:
-    for name in found:
+def _refuse_unknown(noun: str, names: Collection[str], known: Collection[str], place: str) -> None:
+    for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(known))}"
             raise TableError(f"unknown {noun} {name[:40]!r} in {place}; {hint}")
 
 
-def _elements(payload: Mapping[str, Any]) -> Sequence[Any]:
-    elements = payload.get("data")
+def _read_elements(payload: Mapping[str, Any]) -> list[Any]:
+    if "data" not in payload:
+        raise TableError(f"there is no data in input_data: send {SAMPLE}")
+    elements = payload["data"]
     if not isinstance(elements, list):
-        told = f"data is not a list but {_kind(elements)}" if elements is not None else "there is no data"
-        raise TableError(f"{told} in input_data: send {SAMPLE}")
+        raise TableError(f"data is not a list but {_json_type(elements)} in input_data: send {SAMPLE}")
     if not elements:
         raise TableError(f"data in input_data is empty: send {SAMPLE}")
-    if len(elements) > MOST_IMAGES:
-        raise TooMany(f"the request has {len(elements)} prompts")
+    if len(elements) > MAX_IMAGES:
+        raise TooManyImages(len(elements))
     return elements
 
 
-def _shape(payload: Mapping[str, Any], prompt: str, parameters: dict[str, Any]) -> Shape:
+def _read_format(payload: Mapping[str, Any], prompt: str, parameters: dict[str, Any]) -> DocumentFormat:
     columns = payload.get("columns") or [prompt]
     if not isinstance(columns, list) or not all(isinstance(name, str) for name in columns):
         raise TableError(f"columns in input_data is not a list of names, as it is in {SAMPLE}")
     try:
-        return Shape(True, column_names(columns), parameters)
+        return DocumentFormat(True, payload_columns(columns), parameters)
     except RowError as error:
         raise TableError(f"columns in input_data: {error}") from error
 
 
-def _row(number: int, element: Any, shape: Shape) -> dict[str, Any]:
+def _read_row(number: int, element: Any, document_format: DocumentFormat) -> dict[str, Any]:
     if not isinstance(element, (str, list, dict)):
-        told = f"element {number} of data is neither an object nor a prompt but {_kind(element)}"
-        raise TableError(f"{told}: send {SAMPLE}")
-    if isinstance(element, list) and len(element) < len(shape.columns):
-        fault = f"element {number} of data has {_cells(element)} where columns names {len(shape.columns)}"
-        raise TableError(f"{fault}; send null for a cell without a value")
+        problem = f"element {number} of data is neither an object nor a prompt but {_json_type(element)}"
+        raise TableError(f"{problem}: send {SAMPLE}")
+    columns = len(document_format.columns)
+    if isinstance(element, list) and len(element) < columns:
+        cells = "1 cell" if len(element) == 1 else f"{len(element)} cells"
+        problem = f"element {number} of data has {cells} where columns names {columns}"
+        raise TableError(f"{problem}; send null for a cell without a value")
     try:
-        return cells_of(element, shape)
+        return element_cells(element, document_format)
     except RowError as error:
         raise TableError(f"element {number} of data {error}: send {SAMPLE}") from error
 
 
-def _cells(element: Sequence[Any]) -> str:
-    return "1 cell" if len(element) == 1 else f"{len(element)} cells"
-
-
-def _kind(value: Any) -> str:
-    """What JSON calls it."""
+def _json_type(value: Any) -> str:
+    """Return what JSON calls the type of a value."""
     names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
     return names.get(type(value), "null")

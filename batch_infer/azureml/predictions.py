@@ -7,8 +7,8 @@ from typing import Any, Literal
 import pandas as pd
 import pyarrow as pa
 
-from batch_infer.carried import python_values
-from batch_infer.jobs import json_text, short
+from batch_infer.carried import to_python_values
+from batch_infer.jobs import shorten_float32, to_json
 from batch_infer.manifest import SCHEMA
 
 Columns = Literal["full", "card"]
@@ -46,8 +46,8 @@ def to_predictions(results: pa.Table, columns: Columns) -> pd.DataFrame:
 def _with_carried_together(results: pa.Table) -> pa.Table:
     names = [name for name in results.column_names if name not in SCHEMA.names]
     # Arrow counts no rows where there is no column.
-    cells = zip(*(python_values(results[name]) for name in names), strict=True)
-    texts = [json_text(dict(zip(names, row, strict=True))) for row in cells] if names else ["{}"] * len(results)
+    cells = zip(*(to_python_values(results[name]) for name in names), strict=True)
+    texts = [to_json(dict(zip(names, row, strict=True))) for row in cells] if names else ["{}"] * len(results)
     return results.select(SCHEMA.names).append_column("carried", pa.array(texts, pa.string()))
 
 
@@ -67,4 +67,4 @@ def _as_card(results: pa.Table) -> pa.Table:
 
 
 def _text(value: Any, kind: pa.DataType) -> str:
-    return json_text({name: short(score) for name, score in value} if pa.types.is_map(kind) else value)
+    return to_json({name: shorten_float32(score) for name, score in value} if pa.types.is_map(kind) else value)

@@ -19,7 +19,7 @@ import pandas as pd
 
 from batch_infer.azureml.deployment import find_deployment
 from batch_infer.serving import Service, score_rows
-from batch_infer.store import replacing
+from batch_infer.store import atomic_write
 
 COLUMNS = ("prompt", "generated_image", "nsfw_content_detected")
 ERROR = "error"
@@ -82,6 +82,6 @@ def _stored(row: dict[str, Any], folder: Path) -> dict[str, Any]:
     content = base64.b64decode(row["generated_image"])
     suffix = ".png" if content.startswith(b"\x89PNG") else ".jpg" if content.startswith(b"\xff\xd8") else ".webp"
     name = hashlib.sha256(content).hexdigest()[:32] + suffix
-    with replacing(folder / name, parents=False) as temporary:
+    with atomic_write(folder / name, parents=False) as temporary:
         temporary.write_bytes(content)
     return {**row, "generated_image": name}

@@ -1,13 +1,16 @@
-"""The benchmark: batch-infer beside plain diffusers and the bare UNet, on the same rows in one process."""
+"""The benchmark: batch-infer, plain diffusers and the bare UNet render the same rows in one process.
+
+`benchmark` takes BenchSettings and returns a BenchReport.
+"""
 
 from typing import TYPE_CHECKING
 
 from batch_infer.bench.settings import (
     ARCHITECTURES,
-    RIVALS,
+    BASELINES,
     SWEEP,
     BenchSettings,
-    TableShape,
+    WorkloadSettings,
     parse_against,
     parse_steps,
     parse_sweep,
@@ -15,28 +18,18 @@ from batch_infer.bench.settings import (
 from batch_infer.lazy import import_on_use
 
 if TYPE_CHECKING:
-    from batch_infer.bench.contest import benchmark
-    from batch_infer.bench.figures import Figures, Report, SweepPoint
+    from batch_infer.bench.comparison import benchmark
+    from batch_infer.bench.report import BenchReport
 else:
-    __getattr__ = import_on_use(
-        __name__,
-        contest=("benchmark",),
-        figures=(
-            "Figures",
-            "Report",
-            "SweepPoint",
-        ),
-    )
+    __getattr__ = import_on_use(__name__, comparison=("benchmark",), report=("BenchReport",))
 
 __all__ = [
     "ARCHITECTURES",
+    "BASELINES",
+    "BenchReport",
     "BenchSettings",
-    "Figures",
-    "RIVALS",
-    "Report",
     "SWEEP",
-    "SweepPoint",
-    "TableShape",
+    "WorkloadSettings",
     "benchmark",
     "parse_against",
     "parse_steps",

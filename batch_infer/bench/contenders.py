@@ -1,207 +1,172 @@
-"""Those that are timed: batch-infer's chain, and plain diffusers as one would drive it by hand."""
+"""The contenders that are timed round by round, and the clock: seconds, memory and peak rate of a device."""
 
 from __future__ import annotations
 
-import copy
-import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from itertools import groupby
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Protocol
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from batch_infer.accelerator import out_of_memory_errors
-from batch_infer.bench.figures import by_name
-from batch_infer.chain import StepLevelChain, Unrendered
-from batch_infer.errors import ModelError
-from batch_infer.planning import in_order
+from batch_infer.bench.renderers import Renderer
+from batch_infer.bench.settings import Size
+from batch_infer.bench.subject import Subject
+from batch_infer.bench.workload import Workload, size_name, size_of
 from batch_infer.records import PromptRequest
-from batch_infer.settings import Compute
-from batch_infer.worker import make_chain
 
 if TYPE_CHECKING:
-    from batch_infer.models import Family
+    from batch_infer.models import LatentDiffusion
 
-Image = tuple[PromptRequest, np.ndarray]
-"""A row, and its pixels (H, W, 3) uint8 on the host."""
-
-
-class Contender(Protocol):
-    """Renders rows, and gives every image once its pixels are on the host."""
-
-    def capacity(self, row: PromptRequest) -> int:
-        """How many rows like this one it computes together."""
-        ...
-
-    def render(self, rows: Sequence[PromptRequest]) -> Iterable[Image]: ...
-
-    def told(self) -> Mapping[str, Any]:
-        """What there is to tell of how the last rows were rendered."""
-        ...
+MIN_SECONDS = 1.0
+"""Minimum duration of a measurement of the bare UNet."""
+MATMUL_SIDE = {"cuda": 8192, "cpu": 2048}
+MATMUL_REPEATS = 6
 
 
-class Ours:
-    """batch-infer: the chain that a run has, over rows in the order in which a run takes them."""
+class Contender:
+    """A way to render the workload, timed round by round.
 
-    def __init__(self, model: Family, compute: Compute) -> None:
-        self.chain: StepLevelChain = make_chain(model, compute)
-
-    def capacity(self, row: PromptRequest) -> int:
-        return _slots(self.chain, row) // row.params.slots
-
-    def render(self, rows: Sequence[PromptRequest]) -> Iterator[Image]:
-        """Raises ModelError where a row gives no image."""
-        self.chain.stages_by_size.clear()
-        for outcome in self.chain.render(in_order(rows, lambda size: self.chain.shape.of(size)[0])):
-            if isinstance(outcome, Unrendered):
-                raise ModelError(f"a row of {outcome.request.params} gave no image: {outcome.error}")
-            yield outcome.request, outcome.pixels
-
-    def told(self) -> Mapping[str, Any]:
-        stages, by_size = self.chain.stages, self.chain.stages_by_size
-        shapes = {size: self.chain.shape.of(size) for size in by_size}
-        return {
-            "ticks": stages.ticks,
-            "row_forwards": stages.row_forwards,
-            "slot_ticks": stages.slot_ticks,
-            "occupancy": round(stages.occupancy, 4),
-            "stage_shares": stages.shares,
-            "slots": by_name({size: slots for size, (slots, _) in shapes.items()}),
-            "decode_batch": by_name({size: decode for size, (_, decode) in shapes.items()}),
-        }
-
-
-def _slots(chain: StepLevelChain, row: PromptRequest) -> int:
-    return chain.shape.of((row.params.height, row.params.width))[0]
-
-
-class PlainDiffusers:
-    """diffusers' own pipeline around the same networks: without a safety checker, as ours, and one generator a row.
-
-    By default it calls the networks uncompiled; what else was done to them for a GPU (channels last, fused projections)
-    is to its advantage too. `compiled` lets it call what torch.compile made of them, in batches that are padded to one
-    size so that this is done once.
+    `seconds`: of the whole workload, per round; `device_bytes`: peak GPU memory of the last round, None on a CPU;
+    `sampled_rows`: number of rows that are timed, if not all; `details`: further figures for --json.
     """
 
-    def __init__(self, model: Family, compute: Compute, *, grouped: bool, compiled: bool = False) -> None:
-        self._model, self._compute = model, compute
-        self._grouped, self._compiled = grouped, compiled
-        self._pipeline = _pipeline(model)
-        self.sliced = False
-        """Whether images are decoded one by one, because memory did not hold a batch of them."""
+    sampled_rows: int | None = None
 
-    def capacity(self, row: PromptRequest) -> int:
-        if not self._grouped:
-            return 1
-        return self._compute.shape_of(row.params.height, row.params.width).slots // row.params.slots
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.name, self._device = name, device
+        self.seconds: list[float] = []
+        self.device_bytes: int | None = None
+        self.details: Mapping[str, Any] = {}
 
-    def render(self, rows: Sequence[PromptRequest]) -> Iterator[Image]:
-        with _networks_as_they_are(self._model.networks, wanted=not self._compiled):
-            for batch in self._batches(rows):
-                padding = [batch[-1]] * (self.capacity(batch[0]) - len(batch)) if self._compiled else []
-                yield from zip(batch, self._call(batch + padding), strict=False)
+    def warm_up(self) -> None:
+        """Do everything that is done on first use only, so that it is not timed."""
+        raise NotImplementedError
 
-    def told(self) -> Mapping[str, Any]:
-        return {"vae_slicing": self.sliced}
+    def measure(self) -> float:
+        """Do the work once and return the seconds for the whole workload."""
+        raise NotImplementedError
 
-    def _batches(self, rows: Sequence[PromptRequest]) -> Iterator[list[PromptRequest]]:
-        """Rows of equal parameters together, as many as fill the slots."""
-        if not self._grouped:
-            yield from ([row] for row in rows)
-            return
-        for _, group in groupby(sorted(rows, key=_alike), _alike):
-            alike = list(group)
-            most = self.capacity(alike[0])
-            yield from (alike[first : first + most] for first in range(0, len(alike), most))
-
-    def _call(self, batch: list[PromptRequest]) -> np.ndarray:
-        try:
-            with out_of_memory_errors():
-                return self._render(batch)
-        except torch.OutOfMemoryError:
-            if self.sliced:
-                raise
-        # Outside of the except block, whose traceback would keep tensors alive.
-        self.sliced = True
-        return self._render(batch)
-
-    def _render(self, batch: list[PromptRequest]) -> np.ndarray:
-        params = batch[0].params
-        rescaled = {"guidance_rescale": params.guidance_rescale} if params.guidance_rescale else {}
-        with _sliced(self._pipeline.vae, wanted=self.sliced):
-            images = self._pipeline(
-                [row.prompt for row in batch],
-                height=params.height,
-                width=params.width,
-                num_inference_steps=params.num_inference_steps,
-                guidance_scale=params.guidance_scale,
-                generator=[self._generator(row) for row in batch],
-                output_type="pt",
-                **rescaled,
-            ).images
-        pixels: np.ndarray = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
-        return pixels
-
-    @staticmethod
-    def _generator(row: PromptRequest) -> torch.Generator:
-        return torch.Generator("cpu").manual_seed(row.seed)
+    def run_round(self) -> None:
+        """Time one round."""
+        reset_peak_memory(self._device)
+        self.seconds.append(self.measure())
+        self.device_bytes = peak_device_memory(self._device)
 
 
-def _alike(row: PromptRequest) -> tuple[float, ...]:
-    params = row.params
-    return params.height, params.width, params.num_inference_steps, params.guidance_scale
+class RenderingContender(Contender):
+    """A renderer with its rows, the images of the `compared` ids, and the share of the workload that the rows are."""
+
+    def __init__(
+        self,
+        name: str,
+        renderer: Renderer,
+        rows: Sequence[PromptRequest],
+        subject: Subject,
+        *,
+        compared: Collection[str] = (),
+        share: float = 1.0,
+    ) -> None:
+        super().__init__(name, subject.model.device)
+        self.sampled_rows = None if share == 1.0 else len(rows)
+        self.images: dict[str, np.ndarray] = {}
+        self._renderer, self._rows, self._few_steps = renderer, rows, subject.few_steps
+        self._compared, self._share = frozenset(compared), share
+
+    def warm_up(self) -> None:
+        """Render every batch shape once, with few steps: compilation and allocation are not part of the rate."""
+        kinds = {(size_of(row), row.params.uses_guidance): row for row in self._rows}
+        rows = []
+        for kind, row in kinds.items():
+            params = replace(row.params, num_inference_steps=self._few_steps)
+            rows += [replace(row, id=f"{kind} {k}", params=params) for k in range(self._renderer.capacity(row))]
+        for _ in self._renderer.render(rows):
+            pass
+
+    def measure(self) -> float:
+        seconds = seconds_of(self._render, self._device)
+        self.details = self._renderer.details()  # now, because a stop may come during the next round
+        return seconds / self._share
+
+    def _render(self) -> None:
+        for row, pixels in self._renderer.render(self._rows):
+            if row.id in self._compared:
+                self.images[row.id] = pixels
 
 
-def _pipeline(model: Family) -> Any:
-    own = model.pipeline
-    parts = dict(own.components)
-    parts |= {"scheduler": copy.deepcopy(own.scheduler), "safety_checker": None, "feature_extractor": None}
-    if "unet" in parts and parts["unet"] is None:
-        parts["unet"] = _AsDiffusers(model.networks[0])
-    taken = inspect.signature(type(own)).parameters
-    settings = {"requires_safety_checker": False, **{name: own.config[name] for name in own.config if name in taken}}
-    pipeline = type(own)(**{name: value for name, value in {**settings, **parts}.items() if name in taken})
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+class BareUNet(Contender):
+    """The UNet calls of the workload and nothing else, with all slots full: the ceiling for any renderer.
+
+    Measures each size for about a second and extrapolates.
+    """
+
+    def __init__(self, name: str, subject: Subject, workload: Workload) -> None:
+        super().__init__(name, subject.model.device)
+        self._subject, self._workload = subject, workload
+
+    def warm_up(self) -> None:
+        self.measure()
+
+    def measure(self) -> float:
+        shape_of = self._subject.compute.shape_of
+        rates = {size: unet_rate(self._subject.model, self._workload.rows[0], size, shape_of(*size).slots)
+                 for size in self._workload.sizes}  # fmt: skip
+        self.details = {"row_forwards_per_second": {size_name(size): rate for size, rate in rates.items()}}
+        return self._workload.unet_seconds(rates)
 
 
-class _AsDiffusers(torch.nn.Module):
-    """A UNet that diffusers has not, with what its pipeline asks of one."""
+@torch.inference_mode()
+def unet_rate(model: LatentDiffusion, example: PromptRequest, size: Size, slots: int) -> float:
+    """Return UNet evaluations per second of full batches, called one after the other with the same input.
 
-    def __init__(self, unet: torch.nn.Module) -> None:
-        super().__init__()
-        self.unet = unet
-        own: Any = unet.config
-        self.config = SimpleNamespace(in_channels=own.in_channels, sample_size=own.sample_size, time_cond_proj_dim=None)
-        weight = next(unet.parameters())
-        self.device, self.dtype = weight.device, weight.dtype
+    `example`: a row whose prompt conditions the UNet. Raises torch.OutOfMemoryError.
+    """
+    params = replace(example.params, height=size[0], width=size[1])
+    (conditioning,) = model.condition([replace(example, params=params)])
+    context = {name: part.expand(slots, *part.shape).contiguous() for name, part in conditioning.context[0].items()}
+    sample = torch.randn(slots, *model.latent_shape(*size), device=model.device).to(model.dtype)
+    timestep = torch.full((slots,), 500.0, device=model.device)
 
-    def forward(
-        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor, **_: object
-    ) -> Any:
-        return self.unet(sample, timestep.expand(len(sample)), encoder_hidden_states)
+    def call(times: int = 1) -> None:
+        for _ in range(times):
+            model.denoise(sample, timestep, context)
 
-
-@contextmanager
-def _networks_as_they_are(networks: Iterable[torch.nn.Module], *, wanted: bool) -> Iterator[None]:
-    """Without what was put in place of their forward to make them faster."""
-    held = [(network, network.__dict__.pop("forward")) for network in networks if wanted and "forward" in vars(network)]
-    try:
-        yield
-    finally:
-        for network, forward in held:
-            network.forward = forward
+    call()
+    once = seconds_of(call, model.device)
+    calls = round(MIN_SECONDS / once)
+    return slots / once if calls < 2 else calls * slots / seconds_of(lambda: call(calls), model.device)
 
 
-@contextmanager
-def _sliced(vae: Any, *, wanted: bool) -> Iterator[None]:
-    """One image a decoder call. The decoder is shared, so that it is set back."""
-    before = vae.use_slicing
-    vae.use_slicing = wanted
-    try:
-        yield
-    finally:
-        vae.use_slicing = before
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds that work takes, including all that it has queued on the device."""
+    _synchronize(device)
+    started = time.perf_counter()
+    work()
+    _synchronize(device)
+    return time.perf_counter() - started
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin a new measurement of peak GPU memory."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_device_memory(device: torch.device) -> int | None:
+    """Return the peak bytes of GPU memory since `reset_peak_memory`, None on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+@torch.inference_mode()
+def matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
+    """Return TFLOP/s of a large matrix product: the fastest of several, since other processes only slow it down."""
+    side = MATMUL_SIDE[device.type]
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    seconds = [seconds_of(lambda: left @ right, device) for _ in range(MATMUL_REPEATS)]
+    return 2 * side**3 / min(seconds[1:]) / 1e12

@@ -1,41 +1,41 @@
-"""What is benchmarked: a model on its device, and how it computes."""
+"""The model that is benchmarked, loaded on its device."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from batch_infer.autotune import explain_out_of_memory, find_device, find_plateau
-from batch_infer.bench.rows import Sampling
 from batch_infer.bench.settings import BenchSettings, Size
 from batch_infer.errors import RowError, SettingsError
-from batch_infer.jobs import choose_compute, settle_compute
-from batch_infer.models import ModelCard, build_architecture, read_card, speed_up
+from batch_infer.jobs import choose_compute
+from batch_infer.models import build_architecture, optimize_networks, read_card
 from batch_infer.records import SamplingParams, SizeRules
 from batch_infer.settings import BatchShape, Compute, RunSettings, TableSettings
 from batch_infer.worker import load_model, prepare_torch
 
 if TYPE_CHECKING:
-    from batch_infer.models import Family
+    from batch_infer.models import LatentDiffusion
 
 FEW_STEPS = (1, 2, 4, 10, 20)
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A loaded model, which every contender shares."""
+    """A loaded model, which all contenders share, how it computes, and its default parameters of a row."""
 
     name: str
-    model: Family
+    model: LatentDiffusion
     compute: Compute
     sizes: SizeRules
-    sampling: Sampling
+    defaults: SamplingParams
 
     def evaluations(self, steps: int) -> int:
-        """How often a row of so many steps asks the model. Raises SettingsError where the scheduler refuses them."""
+        """Return the number of model calls of a row. Raises SettingsError if the scheduler refuses these steps."""
         try:
             return self.model.solver.table(steps).evaluations
         except RowError as error:
@@ -43,7 +43,7 @@ class Subject:
 
     @property
     def few_steps(self) -> int:
-        """A small number of steps that the scheduler takes."""
+        """A small number of steps that the scheduler accepts."""
         for steps in FEW_STEPS:
             try:
                 self.evaluations(steps)
@@ -54,38 +54,38 @@ class Subject:
 
 
 def load_subject(settings: BenchSettings) -> Subject:
-    """Raises ModelError, and SettingsError where the device is not there or too small."""
+    """Load the model. Raises ModelError, and SettingsError if the device is missing or its memory too small."""
     device = find_device(settings.model.device)
     run = RunSettings(TableSettings(()), Path(), model=settings.model, compute=settings.compute)
     try:
         if settings.architecture is not None:
-            return _built(settings.architecture, choose_compute(run, None, device))
+            return _build(settings.architecture, choose_compute(run, device))
         card = read_card(settings.model)
-        return _loaded(card, settle_compute(run, card, device, None))
+        if card.uses_pipeline_call:
+            raise SettingsError(f"{card.name} runs in its diffusers pipeline: there is nothing to compare it with")
+        compute = choose_compute(run, device, card=card)
+        defaults = _defaults(card.sizes, card.guidance_scale, card.guidance_rescale, card.embedded_guidance)
+        return Subject(card.name, load_model(card, compute, with_checker=False), compute, card.sizes, defaults)
     except torch.OutOfMemoryError as error:
         raise explain_out_of_memory(error) from error
 
 
-def _loaded(card: ModelCard, compute: Compute) -> Subject:
-    if card.driven:
-        raise SettingsError(f"{card.name} is driven by diffusers' own pipeline: there is nothing to compare it with")
-    model = load_model(card, compute, with_checker=False)
-    sampling = Sampling(card.guidance_scale, card.guidance_rescale, card.embedded_guidance)
-    return Subject(card.name, model, compute, card.sizes, sampling)
-
-
-def _built(name: str, compute: Compute) -> Subject:
+def _build(name: str, compute: Compute) -> Subject:
     built = build_architecture(name, *prepare_torch(compute))
-    speed_up(built.model.networks, built.model.device, compiled=compute.compiled, threads=compute.threads)
-    sampling = Sampling(built.guidance_scale, built.guidance_rescale)
-    return Subject(f"{name}, random weights", built.model, compute, built.sizes, sampling)
+    optimize_networks(built.model.networks, built.model.device, compiled=compute.compiled, threads=compute.threads)
+    defaults = _defaults(built.sizes, built.guidance_scale, built.guidance_rescale)
+    return Subject(f"{name}, random weights", built.model, compute, built.sizes, defaults)
 
 
-def best_shapes(subject: Subject, sizes: tuple[Size, ...]) -> Compute:
-    """What `--slots auto` stands for here."""
+def _defaults(sizes: SizeRules, *guidance: Any) -> SamplingParams:
+    return SamplingParams(sizes.native_height, sizes.native_width, FEW_STEPS[0], *guidance)
+
+
+def tune_batch_sizes(subject: Subject, sizes: Sequence[Size]) -> Compute:
+    """Measure the batch sizes that `--slots auto` chooses for these image sizes."""
     shapes = []
     for size in sizes:
-        params = SamplingParams(*size, subject.few_steps, subject.sampling.guidance_scale, 0.0)
-        knee = find_plateau(subject.model, params)
-        shapes.append(BatchShape(*size, knee.slots, knee.decode_batch))
+        params = SamplingParams(*size, subject.few_steps, subject.defaults.guidance_scale, 0.0)
+        plateau = find_plateau(subject.model, params)
+        shapes.append(BatchShape(*size, plateau.slots, plateau.decode_batch))
     return subject.compute.with_shapes(shapes)

@@ -1,8 +1,8 @@
-"""`batch-infer bench`: throughput against plain diffusers, on the same rows in one process."""
+"""`batch-infer bench`: measure throughput and compare it with plain diffusers."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,124 +11,95 @@ from tqdm import tqdm
 
 from batch_infer.bench import (
     ARCHITECTURES,
-    RIVALS,
+    BASELINES,
     SWEEP,
     BenchSettings,
-    TableShape,
+    WorkloadSettings,
     parse_against,
     parse_steps,
     parse_sweep,
 )
-from batch_infer.cli.asked import make_compute_settings, make_model_settings
-from batch_infer.cli.config import config_option
-from batch_infer.cli.logs import set_up_logging
-from batch_infer.cli.options import json_option, logging_options, model_options
-from batch_infer.cli.report import number, printing, say
-from batch_infer.cli.signals import NOTHING_KEPT, stoppable
+from batch_infer.cli.options import command, json_option, model_options, option
+from batch_infer.cli.report import NOTHING_KEPT, format_count, print_result, stoppable
+from batch_infer.cli.settings import make_compute_settings, make_model_settings
 from batch_infer.errors import Interrupted
 
 if TYPE_CHECKING:
-    from batch_infer.bench import Figures, Report, SweepPoint
+    from batch_infer.bench import BenchReport
 
 
-@click.command(context_settings={"auto_envvar_prefix": "BATCH_INFER"})
-@config_option
-@model_options
-@click.option(
-    "--architecture",
-    type=click.Choice(ARCHITECTURES),
-    help="Instead of a model: a released architecture at full size, with random weights.",
+@command(
+    model_options,
+    option(
+        "--architecture",
+        type=click.Choice(ARCHITECTURES),
+        help="A released architecture at full size with random weights, instead of a model.",
+    ),
+    option("--rows", type=click.IntRange(min=1), default=200, metavar="N", help="Number of rows."),
+    option("--steps", default="20-50", metavar="A-B|N", help="Steps of each row, drawn from this range."),
+    option(
+        "--sizes",
+        default="mixed",
+        metavar="WxH,...",
+        help="native: the model's own; mixed: that and two of another aspect ratio; or a list: 512x512,640x448.",
+    ),
+    option(
+        "--unguided", type=click.FloatRange(0, 1), default=0.2, metavar="SHARE", help="Share of rows without guidance."
+    ),
+    option("--rounds", type=click.IntRange(min=1), default=3, metavar="N", help="Timed rounds per contender."),
+    option(
+        "--against", default="grouped,one-by-one,bare", metavar="NAME,...", help=f"Baselines: {', '.join(BASELINES)}."
+    ),
+    option(
+        "--sweep",
+        metavar="N,...",
+        help="Numbers of slots to measure too: 4,8,16,32,64. Stops at the first for which memory is too small.",
+    ),
+    option(
+        "--plot",
+        type=click.Path(path_type=Path, dir_okay=False),
+        metavar="FILE.png",
+        help=f"Plot throughput against slots. Default --sweep: {','.join(map(str, SWEEP))}.",
+    ),
+    option(
+        "--peak-tflops",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="X",
+        help="Peak of the device, for MFU. Default: that of the GPU's datasheet if it is known, else the measured rate "
+        "of a large matrix product.",
+    ),
+    json_option,
 )
-@click.option(
-    "--rows", type=click.IntRange(min=1), default=200, show_default=True, metavar="N", help="Rows of the table."
-)
-@click.option(
-    "--steps", default="20-50", show_default=True, metavar="A-B|N", help="Steps of each row, drawn from this range."
-)
-@click.option(
-    "--sizes",
-    default="mixed",
-    show_default=True,
-    metavar="WxH,...",
-    help="native: the model's own; mixed: that and two of another aspect ratio; or a list: 512x512,640x448.",
-)
-@click.option(
-    "--unguided",
-    type=click.FloatRange(0, 1),
-    default=0.2,
-    show_default=True,
-    metavar="SHARE",
-    help="The share of rows without guidance.",
-)
-@click.option(
-    "--rounds",
-    type=click.IntRange(min=1),
-    default=3,
-    show_default=True,
-    metavar="N",
-    help="Timed rounds per contender.",
-)
-@click.option(
-    "--against",
-    default="grouped,one-by-one,bare",
-    show_default=True,
-    metavar="NAME,...",
-    help=f"Contenders: {', '.join(RIVALS)}.",
-)
-@click.option(
-    "--sweep",
-    metavar="N,...",
-    help="Measure these numbers of slots too: 4,8,16,32,64. Stops at the first that runs out of memory.",
-)
-@click.option(
-    "--plot",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE.png",
-    help=f"Draw throughput against slots; sweeps {','.join(map(str, SWEEP))} if no --sweep says which.",
-)
-@click.option(
-    "--peak-tflops",
-    type=click.FloatRange(min=0, min_open=True),
-    metavar="X",
-    help="Peak of the device, for MFU. Default: the datasheet's where the GPU is known, else that of a large "
-    "matrix product.",
-)
-@json_option
-@logging_options
-def bench(as_json: bool, quiet: bool, verbose: bool, **options: Any) -> int:
+def bench(*, as_json: bool, quiet: bool, **options: Any) -> int:
     """Compare batch-infer with plain diffusers.
 
-    All render the same rows with the same loaded networks in one process, in turns, and a ratio is the median over the
-    rounds. grouped: diffusers' pipeline on rows of equal parameters, as many to a call as fill the slots; one-by-one:
-    a call for each row, timed on 24 of them; grouped-compiled: grouped with what torch.compile made of the networks;
-    bare: the UNet's calls and nothing else, which is the ceiling. No safety check runs and no files are written.
+    All contenders render the same rows with the same loaded networks in one process, in turns; a ratio is the median
+    over the rounds. The baselines: grouped, the diffusers pipeline on batches of rows with equal parameters that fill
+    the slots; one-by-one, a call per row, timed on 24 rows; grouped-compiled, grouped with the networks that
+    torch.compile made; bare, the UNet's calls and nothing else, which is the ceiling. No safety check runs and no
+    images are written.
 
-    The default table mixes steps, guidance and sizes. The one of published figures: --steps 50 --unguided 0 --sizes
-    native.
+    By default the rows have mixed steps, guidance and sizes. For the rows of published figures: --steps 50 --unguided
+    0 --sizes native.
 
-    Exit codes: 0; 2 usage or settings; 75 stopped, with the table of what was measured until then.
+    Exit codes: 0; 2 usage or settings; 75 stopped, with the figures that were measured until then.
     """
-    settings = _settings(options)
-    set_up_logging(quiet=quiet, verbose=verbose)
+    settings = _make_settings(options)
     with stoppable(hint=NOTHING_KEPT):
         from batch_infer.bench import benchmark  # imports torch
 
         report = benchmark(settings)
-    with printing():
-        if as_json:
-            click.echo(json.dumps(report.as_dict()))
-        elif report.stopped or not quiet:
-            _print(report)
-            if report.stopped:
-                say("stopped early: this is what was measured until then")
+    if as_json or report.stopped or not quiet:
+        print_result(_lines(report), report.as_dict() if as_json else None)
     return Interrupted.exit_code if report.stopped else 0
 
 
-def _settings(options: dict[str, Any]) -> BenchSettings:
+def _make_settings(options: dict[str, Any]) -> BenchSettings:
     """Raises SettingsError."""
     sweep = parse_sweep(options["sweep"]) if options["sweep"] else ()
+    workload = options["rows"], parse_steps(options["steps"]), options["sizes"], options["unguided"]
     return BenchSettings(
-        table=TableShape(options["rows"], parse_steps(options["steps"]), options["sizes"], options["unguided"]),
+        workload=WorkloadSettings(*workload),
         model=make_model_settings(options),
         architecture=options["architecture"],
         compute=make_compute_settings(options),
@@ -140,60 +111,58 @@ def _settings(options: dict[str, Any]) -> BenchSettings:
     )
 
 
-def _print(report: Report) -> None:
-    _print_conditions(report)
-    memory = f"{'GPU memory':>13}" if report.ours.device_bytes is not None else ""
-    say()
-    say(f"{'':24}{'images/s':>10}{'batch-infer is':>18}{'MFU':>9}{memory}")
-    for figures in report.figures:
-        say(_line(figures))
-    ours, peak = report.ours.more, report.peak
+def _lines(report: BenchReport) -> Iterator[str]:
+    yield from _condition_lines(report)
+    yield ""
+    yield from _contender_lines(report)
+    yield ""
+    ours, peak = report.ours.details, report.peak
     shares = ", ".join(f"{stage} {share:.1%}" for stage, share in ours["stage_shares"].items() if share)
-    say()
-    say(f"slots    occupancy {ours['occupancy']:.1%}; time: {shares}")
-    product = f"a large matrix product came to {peak.matmul_tflops:.4g}"
-    told = product if peak.source == "measured matmul" else f"{peak.source} {peak.tflops:.4g}; {product}"
-    say(f"MFU      of {peak.tflops:.4g} TFLOP/s ({told})")
+    yield f"slots    occupancy {ours['occupancy']:.1%}; time: {shares}"
+    source = f"a large matrix product reached {peak.matmul_tflops:.4g}"
+    if peak.source != "measured matmul":
+        source = f"{peak.source} {peak.tflops:.4g}; {source}"
+    yield f"MFU      of {peak.tflops:.4g} TFLOP/s ({source})"
     if (parity := report.parity) is not None:
-        many = number(parity.rows, "image")
-        say(f"images   {many} at most {parity.largest}/255 from those of diffusers ({parity.against})")
+        images = format_count(parity.rows, "image")
+        yield f"images   {images} at most {parity.largest_difference}/255 from those of diffusers ({parity.against})"
     for point in report.sweep.points:
-        say(_swept(point))
-    if report.sweep.beyond is not None:
-        say(f"{report.sweep.beyond:4} slots: out of memory")
+        yield (
+            f"{point.slots:4} slots: {point.images_per_second:.3f} images/s, occupancy {point.occupancy:.1%}; "
+            f"the bare UNet allows {point.ceiling_images_per_second:.3f}"
+        )
+    if report.sweep.out_of_memory_at is not None:
+        yield f"{report.sweep.out_of_memory_at:4} slots: out of memory"
+    if report.stopped:
+        yield "stopped early: this is what was measured until then"
 
 
-def _print_conditions(report: Report) -> None:
-    conditions, table = report.conditions, report.table
+def _condition_lines(report: BenchReport) -> Iterator[str]:
+    conditions, workload = report.conditions, report.workload
     compute, versions = conditions["compute"], conditions["versions"]
-    where = f"{compute['dtype']} on {compute['device_name']}"
-    threads = f", {number(compute['threads'], 'thread')}" if compute["device"] == "cpu" else ""
+    threads = f", {format_count(compute['threads'], 'thread')}" if compute["device"] == "cpu" else ""
+    device = f"{compute['dtype']} on {compute['device_name']}{threads}"
+    yield f"{conditions['model']} ({conditions['unet_parameters'] / 1e6:.1f}M in the UNet), {device}"
     libraries = ", ".join(f"{name} {versions[name]}" for name in ("torch", "diffusers"))
-    say(f"{conditions['model']} ({conditions['unet_parameters'] / 1e6:.1f}M in the UNet), {where}{threads}")
-    say(f"{libraries}{', compiled' if compute['compiled'] else ''}")
-    steps = " to ".join(str(count) for count in dict.fromkeys(table.steps))
-    sizes = ", ".join(report.ours.more["slots"])
-    say(f"{number(table.rows, 'row')} of {steps} steps, {table.unguided:.0%} without guidance, {sizes}")
-    slots = " or ".join(str(count) for count in dict.fromkeys(report.ours.more["slots"].values()))
-    say(
-        f"{table.row_forwards:,} UNet evaluations, {table.tflop:,.4g} TFLOP; {slots} slots; "
-        f"{number(conditions['rounds'], 'round')}"
-    )
+    yield f"{libraries}{', compiled' if compute['compiled'] else ''}"
+    yield report.workload_line
+    slots = " or ".join(str(count) for count in dict.fromkeys(report.ours.details["slots"].values()))
+    cost = f"{workload.row_forwards:,} UNet evaluations, {workload.tflop:,.4g} TFLOP"
+    yield f"{cost}; {slots} slots; {format_count(conditions['rounds'], 'round')}"
 
 
-def _line(figures: Figures) -> str:
-    name = figures.name if figures.sampled is None else f"{figures.name}, {number(figures.sampled, 'row')}"
-    ratio = "" if figures.ratio is None else _speed(figures.ratio)
-    memory = "" if figures.device_bytes is None else tqdm.format_sizeof(figures.device_bytes, "B", 1024)
-    return f"{name:24}{figures.images_per_second:10.3f}{ratio:>18}{figures.mfu:9.1%}{memory:>13}".rstrip()
+def _contender_lines(report: BenchReport) -> Iterator[str]:
+    memory = f"{'GPU memory':>13}" if report.ours.device_bytes is not None else ""
+    yield f"{'':24}{'images/s':>10}{'batch-infer is':>18}{'MFU':>9}{memory}"
+    for name, measurement in report.contenders.items():
+        if measurement.sampled_rows is not None:
+            name = f"{name}, {format_count(measurement.sampled_rows, 'row')}"
+        ratio = "" if measurement.ratio is None else format_ratio(measurement.ratio)
+        device_bytes = measurement.device_bytes
+        memory = "" if device_bytes is None else tqdm.format_sizeof(device_bytes, "B", 1024)
+        yield f"{name:24}{measurement.images_per_second:10.3f}{ratio:>18}{measurement.mfu:9.1%}{memory:>13}".rstrip()
 
 
-def _speed(ratio: float) -> str:
+def format_ratio(ratio: float) -> str:
+    """Format how many times as fast batch-infer is as `2.43x as fast` or `14% slower`."""
     return f"{ratio:.2f}x as fast" if ratio >= 0.995 else f"{1 - ratio:.0%} slower"
-
-
-def _swept(point: SweepPoint) -> str:
-    return (
-        f"{point.slots:4} slots: {point.images_per_second:.3f} images/s, occupancy {point.occupancy:.1%}; "
-        f"the bare UNet allows {point.ceiling:.3f}"
-    )

@@ -1,4 +1,4 @@
-"""`batch-infer export-mlflow`: a model as an MLflow folder."""
+"""`batch-infer export-mlflow`: write a model as an MLflow folder."""
 
 from __future__ import annotations
 
@@ -8,31 +8,23 @@ from typing import Any
 
 import click
 
-from batch_infer.cli.asked import make_compute_settings, make_model_settings
-from batch_infer.cli.config import config_option
-from batch_infer.cli.logs import set_up_logging
-from batch_infer.cli.options import logging_options, model_options
-from batch_infer.cli.report import printing, say
-from batch_infer.cli.signals import NOTHING_KEPT, stoppable
+from batch_infer.cli.options import command, model_options
+from batch_infer.cli.report import NOTHING_KEPT, print_result, stoppable
+from batch_infer.cli.settings import make_compute_settings, make_model_settings
 from batch_infer.errors import SettingsError
 
 
-@click.command("export-mlflow", context_settings={"auto_envvar_prefix": "BATCH_INFER"})
-@config_option
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@model_options
-@logging_options
-def export_mlflow(folder: Path, quiet: bool, verbose: bool, **options: Any) -> int:
+@command(click.argument("folder", metavar="DIR", type=click.Path(path_type=Path)), model_options, name="export-mlflow")
+def export_mlflow(*, folder: Path, quiet: bool, **options: Any) -> int:
     """Write a model into DIR as an MLflow model, for deployments that need no scoring script.
 
-    DIR gets the model's files, batch-infer itself and a signature: a DataFrame with a column `prompt` in, one with
-    prompt, generated_image (a file in base64), nsfw_content_detected and, where a row has no image, error out.
-    num_inference_steps, guidance_scale, height, width, seed and negative_prompt are parameters of a call. Variables
-    such as BATCH_INFER_SAFETY are read where the model is loaded.
+    DIR gets the model's files, batch-infer itself and a signature. The input is a DataFrame with a column `prompt`,
+    the output one with prompt, generated_image (a file in base64), nsfw_content_detected and, for rows without an
+    image, error. num_inference_steps, guidance_scale, height, width, seed and negative_prompt are parameters of a
+    call. Variables such as BATCH_INFER_SAFETY are read where the model is loaded.
 
-    Exit codes: 0; 2 usage, or DIR is there already; 75 interrupted.
+    Exit codes: 0; 2 usage, or DIR exists; 75 interrupted.
     """
-    set_up_logging(quiet=quiet, verbose=verbose)
     if find_spec("mlflow") is None:
         raise SettingsError("export-mlflow needs mlflow: pip install 'batch-infer[mlflow]'")
     with stoppable(hint=NOTHING_KEPT):
@@ -40,6 +32,5 @@ def export_mlflow(folder: Path, quiet: bool, verbose: bool, **options: Any) -> i
 
         card = export_model(folder.expanduser(), make_model_settings(options), make_compute_settings(options))
     if not quiet:
-        with printing():
-            say(f"{folder}: {card.title}, as an MLflow model")
+        print_result([f"{folder}: {card.title}, as an MLflow model"])
     return 0

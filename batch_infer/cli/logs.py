@@ -1,4 +1,4 @@
-"""The log on stderr, as text or as JSON lines, with all that would come there raw."""
+"""The log on stderr, as text or as JSON lines, including warnings, tracebacks and raw output of libraries."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from batch_infer.terminal import EscapingFormatter
 FORMATS = ("text", "json")
 log = logging.getLogger("batch_infer")
 stop_log = logging.getLogger("batch_infer.stop")
-"""Why a command stops early: told with -q too."""
+"""Why a command stops early: logged with -q too."""
 _warnings_log = logging.getLogger("py.warnings")
 _stderr_log = logging.getLogger("stderr")
-_settled = {"format": "text"}
+_state = {"format": "text"}
 
 
-def set_log_format(found: str) -> None:
-    """Keep the format of the log, which an error may need before the command has begun."""
-    _settled["format"] = found
+def set_log_format(name: str) -> None:
+    """Set the format of the log: `text` or `json`."""
+    _state["format"] = name
 
 
 def is_json() -> bool:
-    """Whether the log is JSON lines."""
-    return _settled["format"] == "json"
+    """Return whether the log is JSON lines."""
+    return _state["format"] == "json"
 
 
 def set_up_logging(*, quiet: bool = False, verbose: bool = False) -> None:
-    """Send the package's log to stderr: warnings and more, with -v everything, with -q only errors.
+    """Send the package's log and Python's warnings to stderr: from INFO, with `verbose` from DEBUG.
 
-    With it go Python's warnings, and where it is JSON also the traceback of a bug and what others write to stderr.
+    With `quiet` only errors and the reason of an early stop are logged. If the log is JSON, tracebacks and what
+    libraries write to stderr become JSON lines too.
     """
     handler = StderrHandler(quiet=quiet)
     handler.setLevel(logging.DEBUG if verbose else logging.INFO)
@@ -46,13 +47,13 @@ def set_up_logging(*, quiet: bool = False, verbose: bool = False) -> None:
         logger.propagate = False
     logging.captureWarnings(True)
     if is_json():
-        _take_stderr()
+        _capture_stderr()
 
 
-def log_error(sentence: object, code: int) -> None:
-    """The sentence that a command ends with, whether or not it had set up its log before."""
+def log_error(message: object, code: int) -> None:
+    """Log the error that ends a command, whose logging may not be set up yet."""
     set_up_logging()
-    log.error("%s", sentence, extra={"exit_code": code})
+    log.error("%s", message, extra={"exit_code": code})
 
 
 def _json_formatter() -> logging.Formatter:
@@ -63,7 +64,7 @@ def _json_formatter() -> logging.Formatter:
 
 
 class StderrHandler(logging.Handler):
-    """Log lines above the bar, where there is one."""
+    """Writes log lines to stderr, above the progress bar if there is one."""
 
     def __init__(self, *, quiet: bool) -> None:
         super().__init__()
@@ -75,56 +76,50 @@ class StderrHandler(logging.Handler):
         return super().filter(record)
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.name == _warnings_log.name:  # as Python writes them, with the line of code below
+        if record.name == _warnings_log.name:  # Python formats a warning as two lines: the second is the code
             record.msg, record.args = " ".join(record.getMessage().split()), ()
+        stream = sys.stderr.original if isinstance(sys.stderr, LoggedStream) else sys.stderr
         try:
-            tqdm.write(self.format(record), file=_beneath(sys.stderr))
-        except OSError:  # full, or nobody reads it: no reason to end a run
-            _write_no_more()
+            tqdm.write(self.format(record), file=stream)
+        except OSError:  # stderr is closed or full, which must not end a run
+            _discard_stderr()
 
 
-# What comes to stderr raw, where the log is JSON
-
-
-def _take_stderr() -> None:
-    """Have tracebacks, and whatever is written to stderr from here on, come as lines of the log."""
-    if not isinstance(sys.stderr, _LoggedStream):
-        sys.stderr = _LoggedStream(sys.stderr)
-    sys.excepthook = _log_bug
-    threading.excepthook = lambda met: _log_bug(met.exc_type, met.exc_value, met.exc_traceback)
-    sys.unraisablehook = lambda met: _log_bug(met.exc_type, met.exc_value, met.exc_traceback)
-
-
-def restore_stderr() -> None:
-    """Log the line that was not ended, and let stderr be what it was."""
-    if isinstance(sys.stderr, _LoggedStream):
-        sys.stderr.write("\n")
-        sys.stderr = sys.stderr.beneath
-
-
-def _write_no_more() -> None:
-    """Have stderr lead nowhere; Python would else try again at its end, and fail."""
-    if isinstance(sys.stderr, _LoggedStream):
-        sys.stderr.beneath = io.StringIO()
+def _discard_stderr() -> None:
+    """Drop what is written to stderr from here on. Otherwise Python flushes it again at exit, and fails."""
+    if isinstance(sys.stderr, LoggedStream):
+        sys.stderr.original = io.StringIO()
     else:
         sys.stderr = io.StringIO()
 
 
-def _beneath(stream: TextIO) -> TextIO:
-    return stream.beneath if isinstance(stream, _LoggedStream) else stream
+def _capture_stderr() -> None:
+    """Log tracebacks, and each line that is written to stderr."""
+    if not isinstance(sys.stderr, LoggedStream):
+        sys.stderr = LoggedStream(sys.stderr)
+    sys.excepthook = _log_exception
+    threading.excepthook = lambda args: _log_exception(args.exc_type, args.exc_value, args.exc_traceback)
+    sys.unraisablehook = lambda args: _log_exception(args.exc_type, args.exc_value, args.exc_traceback)
 
 
-def _log_bug(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
+def restore_stderr() -> None:
+    """Undo the capture of stderr, and log its unfinished line."""
+    if isinstance(sys.stderr, LoggedStream):
+        sys.stderr.write("\n")
+        sys.stderr = sys.stderr.original
+
+
+def _log_exception(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
     error = error or kind()
     log.critical("%s: %s", kind.__name__, error, exc_info=(kind, error, trace))
 
 
-class _LoggedStream(io.StringIO):
-    """Makes each line that is written to it a line of the log; of a bar, only as it was at last."""
+class LoggedStream(io.StringIO):
+    """A stream whose lines go to the log, each in its last state if it is overwritten, as a bar is."""
 
-    def __init__(self, beneath: TextIO) -> None:
+    def __init__(self, original: TextIO) -> None:
         super().__init__()
-        self.beneath = beneath
+        self.original = original
         self._line = ""
         self._lock = threading.RLock()
 
@@ -132,9 +127,9 @@ class _LoggedStream(io.StringIO):
         with self._lock:
             *lines, self._line = (self._line + text).split("\n")
         for line in lines:
-            if told := line.rstrip().rpartition("\r")[2].strip():
-                _stderr_log.warning("%s", told)
+            if message := line.rstrip().rpartition("\r")[2].strip():
+                _stderr_log.warning("%s", message)
         return len(text)
 
     def fileno(self) -> int:
-        return self.beneath.fileno()
+        return self.original.fileno()

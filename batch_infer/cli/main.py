@@ -1,6 +1,9 @@
-"""The commands of batch-infer. No torch here: --help answers at once."""
+"""The registry of commands, and the settings of `run` as environment variables alone give them."""
 
 from __future__ import annotations
+
+import copy
+from collections.abc import Collection
 
 import click
 
@@ -9,11 +12,15 @@ from batch_infer.cli.azureml_simulate import azureml_simulate
 from batch_infer.cli.bench import bench
 from batch_infer.cli.export_mlflow import export_mlflow
 from batch_infer.cli.merge import merge
+from batch_infer.cli.names import variables_of_option
 from batch_infer.cli.plan import plan
 from batch_infer.cli.rescore import rescore
 from batch_infer.cli.retry import retry
 from batch_infer.cli.run import run
+from batch_infer.cli.settings import make_run_settings
 from batch_infer.cli.status import status
+from batch_infer.errors import SettingsError
+from batch_infer.settings import RunSettings
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -24,3 +31,29 @@ def commands() -> None:
 
 for command in (run, plan, status, retry, rescore, merge, bench, azureml_simulate, export_mlflow):
     commands.add_command(command)
+
+
+def settings_from_environment(table: str, out: str, ignored: Collection[str] = ()) -> RunSettings:
+    """Return the settings that `batch-infer run TABLE --out OUT` would have in this environment.
+
+    `ignored` names variables whose options keep their defaults: neither the variable nor a --config file sets them.
+    Raises SettingsError.
+    """
+    endpoint_run = copy.copy(run)
+    endpoint_run.params = [_without_sources(param, ignored) for param in run.params]
+    parent = click.Context(commands, info_name="batch-infer")
+    try:
+        with endpoint_run.make_context("run", ["--out", out, "--", table], parent=parent) as context:
+            return make_run_settings(context.params)
+    except click.ClickException as error:
+        raise SettingsError(error.format_message()) from error
+
+
+def _without_sources(param: click.Parameter, ignored: Collection[str]) -> click.Parameter:
+    """Return a copy of an ignored option that no environment variable or file sets, any other parameter unchanged."""
+    if not isinstance(param, click.Option) or param.name == "out" or not {*variables_of_option(param)} & {*ignored}:
+        return param
+    option = copy.copy(param)
+    option.envvar, option.opts, option.secondary_opts = None, [], []
+    option.allow_from_autoenv = False
+    return option

@@ -1,7 +1,7 @@
-"""`--metrics-file FILE`: how a run goes and how it ended, for Prometheus.
+"""`--metrics-file FILE`: the progress and the end of a run as Prometheus metrics.
 
-In the text format that node_exporter's textfile collector reads (https://github.com/prometheus/node_exporter). Every
-series bears the label `out`, so that several OUTs may have a file each.
+The text format is that of node_exporter's textfile collector (https://github.com/prometheus/node_exporter). Every
+series has the label `out`, so that each OUT can have a file of its own.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
     from batch_infer.records import ResultRow
 
 WRITE_EVERY = 10.0
-"""Seconds between two writes, while results are committed."""
+"""Seconds between two writes while results are committed."""
 STATUSES: tuple[str, ...] = get_args(Status)
 GAUGES = {
     "results_left": "Images of the tables that have no result yet.",
     "images_rendered": "Images that the last run rendered.",
-    "images_per_second": "Images that the last run rendered in a second: since its first worker was ready.",
-    "workers": "Worker processes that the last run ended with, 0 where it rendered by itself; told at its end.",
-    "worker_deaths": "Worker processes that died in the last run; told at its end.",
-    "running": "1 while a run goes on, else 0.",
+    "images_per_second": "Images per second of the last run, from when its first worker was ready.",
+    "workers": "Worker processes at the end of the last run, 0 if it rendered in its own process.",
+    "worker_deaths": "Worker processes that died in the last run, known at its end.",
+    "running": "1 during a run, else 0.",
     "start_timestamp_seconds": "When the last run started.",
     "end_timestamp_seconds": "When a run last ended.",
     "last_success_timestamp_seconds": "When a run last ended with exit code 0.",
@@ -48,41 +48,39 @@ BUG = 1
 
 
 class Metrics:
-    """A run's metrics file; a Progress, and a context that writes however it is left.
+    """The metrics file of a run, written on progress and when the context is left. Without a file, nothing is done.
 
-    Before it holds OUT, a run writes no more than that an error has ended it, and not even that where another run holds
-    OUT, whose file it is then. What this run does not know yet is kept from the file that an earlier one wrote. Without
-    a file nothing is done.
+    Until the run holds OUT, only an error that ends it is written, and not even that if another run holds OUT, because
+    the file is that run's. Values that this run does not know yet are kept from the file of an earlier run.
     """
 
     def __init__(self, file: Path | None, out: str, model: str = "") -> None:
         self.model = model
-        self._file = file if file is not None and _is_first() else None
-        self._out = out if "://" in out else os.path.abspath(Path(out).expanduser())  # noqa: PTH100  # links keep their names
+        self._file = file if file is not None and _is_first_rank() else None
+        self._out = out if "://" in out else os.path.abspath(Path(out).expanduser())  # noqa: PTH100  # keep links
         self._gauges: dict[str, float] = {}
         self._results: dict[str, int] = {}
         self._code = BUG
         self._throughput: Throughput | None = None
         self._entered = self._written = 0.0
-        self._started = self._warned = False
+        self._is_initialized = self._has_warned = False
 
     def __enter__(self) -> Metrics:
-        """Raises SettingsError where the file cannot be written."""
+        """Raises SettingsError if the file cannot be written."""
         if self._file is not None:
-            _try(self._file)
+            _check_writable(self._file)
             if self._file.suffix != ".prom":
-                log.warning("node_exporter's textfile collector reads *.prom alone, and not %s", self._file)
+                log.warning("node_exporter's textfile collector reads only *.prom, and not %s", self._file)
         self._entered = time.time()
         return self
 
     def start(self, survey: ScanResult) -> None:
-        """The run holds OUT, and begins to render."""
-        self._take_up()
+        """Write the first metrics of a run, which now holds OUT."""
+        self._initialize()
         self._throughput = None
-        self._gauges["running"] = 1
-        standing = dict(survey.standing)
-        self._gauges["results_left"] = standing.pop("left", 0) + survey.pending
-        self._results = dict.fromkeys(STATUSES, 0) | standing
+        results = dict(survey.skipped)
+        self._gauges |= {"running": 1, "results_left": results.pop("left", 0) + survey.pending}
+        self._results = dict.fromkeys(STATUSES, 0) | results
         self._results["invalid"] += survey.invalid
         self._write()
 
@@ -100,32 +98,36 @@ class Metrics:
             self._write()
 
     def close(self) -> None:
-        """The rows are done; the run is not."""
+        """Do nothing: rendering has ended, but the run has not."""
 
     def conclude(self, summary: Summary, code: int) -> None:
-        """What the run came to, to be written when its context is left."""
-        self._take_up()
+        """Set the final values, which are written when the context is left."""
+        self._initialize()
         counts, self._code = summary.counts, code
         self._results = {status: getattr(counts, status) for status in STATUSES}
-        self._gauges |= {"results_left": counts.left, "images_rendered": summary.rendered}
-        self._gauges["images_per_second"] = summary.images_per_second or 0
-        self._gauges |= {"workers": summary.processes, "worker_deaths": summary.deaths}
+        self._gauges |= {
+            "results_left": counts.left,
+            "images_rendered": summary.rendered,
+            "images_per_second": summary.images_per_second or 0,
+            "workers": summary.processes,
+            "worker_deaths": summary.deaths,
+        }
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if isinstance(error, LockedError) and not self._started:
+        if isinstance(error, LockedError) and not self._is_initialized:
             return
-        self._take_up()
-        now, code = time.time(), self._code if error is None else _code_of(error)
+        self._initialize()
+        now, code = time.time(), self._code if error is None else _exit_code_of(error)
         self._gauges |= {"running": 0, "end_timestamp_seconds": now, "exit_code": code}
         if code == 0:
             self._gauges["last_success_timestamp_seconds"] = now
         self._write()
 
-    def _take_up(self) -> None:
-        """Go on from what an earlier run has written, once."""
-        if self._started:
+    def _initialize(self) -> None:
+        """Read the values of an earlier run, once, and set those with which this run begins."""
+        if self._is_initialized:
             return
-        self._started = True
+        self._is_initialized = True
         if self._file is not None:
             self._read(self._file)
         for unknown in ("workers", "worker_deaths"):
@@ -140,7 +142,7 @@ class Metrics:
         except FileNotFoundError:
             return
         except (OSError, ValueError) as error:
-            log.warning("the metrics file %s cannot be read, and is written anew: %s", file, error)
+            log.warning("the metrics file %s cannot be read, and is replaced: %s", file, error)
             return
         samples = [sample for family in families for sample in family.samples if sample.labels.get("out") == self._out]
         for sample in samples:
@@ -163,35 +165,34 @@ class Metrics:
         try:
             write_to_textfile(str(self._file), self._registry())
         except OSError as error:
-            if not self._warned:
+            if not self._has_warned:
                 log.error("the metrics file %s cannot be written: %s", self._file, error.strerror or error)
-            self._warned = True
+            self._has_warned = True
 
     def _registry(self) -> CollectorRegistry:
         from prometheus_client import CollectorRegistry, Gauge, Info
 
         registry = CollectorRegistry()
-        about = Info("batch_infer", "What the last run was made with.", ["out"], registry=registry)
-        about.labels(self._out).info({"version": __version__, "model": self.model})
+        info = Info("batch_infer", "Version and model of the last run.", ["out"], registry=registry)
+        info.labels(self._out).info({"version": __version__, "model": self.model})
         results = Gauge("batch_infer_results", RESULTS, ["out", "status"], registry=registry)
         for status, count in self._results.items():
             results.labels(self._out, status).set(count)
-        for name, told in GAUGES.items():
-            if name in self._gauges:
-                Gauge(f"batch_infer_{name}", told, ["out"], registry=registry).labels(self._out).set(self._gauges[name])
+        for name, value in self._gauges.items():
+            Gauge(f"batch_infer_{name}", GAUGES[name], ["out"], registry=registry).labels(self._out).set(value)
         return registry
 
 
-def _is_first() -> bool:
-    """Whether this is the command, or of a launcher's processes the first: the others render for it."""
+def _is_first_rank() -> bool:
+    """Return whether this process is the command itself or a launcher's rank 0. The other ranks write no metrics."""
     from batch_infer.engines import read_rank_info
 
-    here = read_rank_info()
-    return here is None or here.rank == 0
+    rank_info = read_rank_info()
+    return rank_info is None or rank_info.rank == 0
 
 
-def _try(file: Path) -> None:
-    """Raises SettingsError where no file can be written beside this one, which is how it is written."""
+def _check_writable(file: Path) -> None:
+    """Raise SettingsError if no temporary file can be made in the file's folder, which is how it is written."""
     try:
         with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f"{file.name}."):
             pass
@@ -199,8 +200,8 @@ def _try(file: Path) -> None:
         raise SettingsError(f"--metrics-file {file} cannot be written: {error.strerror or error}") from error
 
 
-def _code_of(error: BaseException) -> int:
-    """The exit code that `__main__` will end with."""
+def _exit_code_of(error: BaseException) -> int:
+    """Return the exit code with which `__main__` will end."""
     if isinstance(error, (BatchInferError, click.ClickException)):
         return error.exit_code
     return Interrupted.exit_code if isinstance(error, (KeyboardInterrupt, click.Abort)) else BUG

@@ -1,4 +1,4 @@
-"""Names that users type: options, their environment variables and --config keys, and the suggestion for a wrong one."""
+"""Names of options, of their environment variables and of --config keys, and suggestions for misspelt ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PREFIX = "BATCH_INFER_"
 ENDPOINT_VARIABLES = ("BATCH_INFER_PREDICTIONS", "BATCH_INFER_REQUEST_TIMEOUT")
 """Variables that only the Azure ML scoring scripts read."""
 LAUNCH_VARIABLES = ("BATCH_INFER_LAUNCH_SECRET",)
-"""Variables that only ranks under a launcher read. Every other one belongs to an option."""
+"""Variables that only processes started by a launcher read. Every other variable belongs to an option."""
 _KUBERNETES = re.compile(
     rf"{PREFIX}(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
 )
@@ -35,8 +35,13 @@ SYNONYMS = {
     "sampler": "scheduler",
     "max-failures": "max-failed",
 }
-"""What other tools call an option."""
-_CUTOFF = 0.7
+"""Names that other tools use for our options."""
+_SIMILARITY = 0.7
+
+
+def variable_of(option: str) -> str:
+    """Return the environment variable for an option's long name."""
+    return f"{PREFIX}{option.removeprefix('--').replace('-', '_').upper()}"
 
 
 def options_of(command: click.Command) -> dict[str, click.Option]:
@@ -53,28 +58,29 @@ def options_of(command: click.Command) -> dict[str, click.Option]:
 
 
 def variables_of(command: click.Command) -> set[str]:
-    """Return the environment variables of a command's options, or of those of all commands of a group."""
+    """Return the environment variables of the options of a command, or of all commands of a group."""
     commands = command.commands.values() if isinstance(command, click.Group) else [command]
     options = [param for each in commands for param in each.params if isinstance(param, click.Option)]
     return {name for option in options for name in variables_of_option(option)}
 
 
 def variables_of_option(option: click.Option) -> list[str]:
-    """Return the environment variables that an option is read from."""
+    """Return the environment variables of an option."""
     if option.envvar is None:
-        return [f"{PREFIX}{option.name}".upper()]
+        return [variable_of(str(option.name))]
     return [option.envvar] if isinstance(option.envvar, str) else list(option.envvar)
 
 
 def suggest(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name that is most likely meant, or None."""
+    """Return the known name that is most similar to `name`, or None."""
     names = {each: each for each in known}
-    meant = {synonym: option for synonym, option in SYNONYMS.items() if option in names} | names
-    return next((meant[near] for near in difflib.get_close_matches(name, meant, n=1, cutoff=_CUTOFF)), None)
+    candidates = {synonym: option for synonym, option in SYNONYMS.items() if option in names} | names
+    near = difflib.get_close_matches(name, candidates, n=1, cutoff=_SIMILARITY)
+    return candidates[near[0]] if near else None
 
 
 def check_environment(environment: Mapping[str, str], group: click.Group) -> None:
-    """Raise SettingsError for a BATCH_INFER_ variable that has a value and that nothing reads."""
+    """Raise SettingsError if a BATCH_INFER_ variable has a value but belongs to no option."""
     known = variables_of(group).union(ENDPOINT_VARIABLES, LAUNCH_VARIABLES)
     unknown = sorted(
         name
@@ -86,33 +92,26 @@ def check_environment(environment: Mapping[str, str], group: click.Group) -> Non
 
 
 def _unknown_variable(name: str, known: set[str]) -> str:
-    options = {_as_option(variable): variable for variable in known}
-    near = suggest(_as_option(name), options)
+    options = {_option_name(variable): variable for variable in known}
+    near = suggest(_option_name(name), options)
     hint = f"did you mean {options[near]}?" if near else "remove it; `batch-infer run --help` lists the options"
     return f"no option reads the environment variable {name}: {hint}"
 
 
-def _as_option(variable: str) -> str:
+def _option_name(variable: str) -> str:
     return variable.removeprefix(PREFIX).lower().replace("_", "-")
 
 
 def with_suggestion(error: click.ClickException) -> click.ClickException:
-    """Return the error for an unknown option with the option that is meant, any other error as it is."""
+    """Add a suggestion to the error for an unknown option. Other errors are returned unchanged."""
     if not isinstance(error, click.NoSuchOption) or error.ctx is None:
         return error
     command, name = error.ctx.command, error.option_name.removeprefix("--")
-    owners = _owners(name, error.ctx.parent)
-    if owners:
+    group = error.ctx.parent.command if error.ctx.parent else None
+    siblings = group.commands if isinstance(group, click.Group) else {}
+    if owners := [sibling for sibling, each in siblings.items() if name in options_of(each)]:
         hint = f" It is an option of {', '.join(owners)}."
     else:
         near = suggest(name, options_of(command)) if error.option_name.startswith("--") else None
         hint = f" Did you mean --{near}?" if near else ""
     return click.UsageError(f"{command.name} has no option {error.option_name}.{hint}", ctx=error.ctx)
-
-
-def _owners(name: str, parent: click.Context | None) -> list[str]:
-    """Return the commands that have this option."""
-    group = parent.command if parent else None
-    if not isinstance(group, click.Group):
-        return []
-    return [command for command, each in group.commands.items() if name in options_of(each)]

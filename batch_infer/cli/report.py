@@ -1,4 +1,4 @@
-"""The closing summary that a person reads in five seconds, or a script as JSON."""
+"""How a command ends: a stop by a signal or the time limit, the result on stdout, and the exit code."""
 
 from __future__ import annotations
 
@@ -6,110 +6,146 @@ import errno
 import io
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from batch_infer.cli.logs import log
+from batch_infer.cli.logs import log, log_error, stop_log
 from batch_infer.errors import Interrupted
+from batch_infer.stopping import TIME_LIMIT, Stopper, StopRequested
+from batch_infer.store import remove_unfinished
 from batch_infer.terminal import escape_controls
 
 if TYPE_CHECKING:
     from batch_infer.jobs import Counts, Summary
     from batch_infer.settings import RunSettings
 
-
 ROWS_FAILED = 3
-"""The exit code where more rows failed or were invalid than --max-failed."""
+"""Exit code if more rows failed or were invalid than --max-failed."""
+RESUME = "what was committed is kept. Run the same command again to continue"
+NOTHING_KEPT = "nothing is kept. Run the same command again"
+
+
+@contextmanager
+def stoppable(time_limit: float | None = None, *, hint: str = RESUME) -> Iterator[Stopper]:
+    """Let SIGINT, SIGTERM, SIGHUP and the time limit stop the command. Previous signal handlers are restored.
+
+    `hint` says what is kept and what to do next. Raises Interrupted.
+    """
+
+    def announce() -> None:
+        stop_log.warning("stopping; finished images are being committed (press Ctrl-C again to stop at once)")
+
+    def log_last_message(message: str) -> None:
+        log_error(message, Interrupted.exit_code)
+
+    stop = Stopper(time_limit, hint, announce=announce, farewell=log_last_message, clean_up=remove_unfinished)
+    try:
+        with stop:
+            yield stop
+    except StopRequested:
+        raise stop.error() from None
+
+
+def log_time_limit(stop: Stopper, left: int) -> None:
+    """Log that the time limit stopped the command, if it did and `left` images are missing."""
+    if stop.reason == TIME_LIMIT and left and stop.time_limit is not None:
+        stop_log.warning(
+            "the time limit of %s was reached, and %s left: run the same command again to continue",
+            format_duration(stop.time_limit),
+            f"{format_count(left, 'image')} {'is' if left == 1 else 'are'}",
+            extra={"left": left},
+        )
 
 
 def exit_code(summary: Summary, settings: RunSettings, *, retry: bool = False) -> int:
     """Return the exit code of `run`, or of `retry`, which leaves rows without a result to `run`."""
     counts = summary.counts
-    if summary.undone or (counts.left and not retry):
+    if summary.unfinished or (counts.left and not retry):
         return Interrupted.exit_code
     return 0 if settings.max_failed.allows(counts.bad_rows, counts.rows) else ROWS_FAILED
 
 
 @contextmanager
 def printing() -> Iterator[None]:
-    """Print the result on stdout. Where nobody takes it, that is told on stderr, and is no reason to fail."""
+    """Print to stdout. If it is closed or full, an error is logged and the command continues."""
     try:
         yield
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError as error:
-        sys.stdout = io.StringIO()  # else Python tries again at its end, and fails
+        sys.stdout = io.StringIO()  # otherwise Python flushes stdout again at exit, and fails
         closed = error.errno == errno.EPIPE
         log.error("the result is not printed: %s", "stdout is closed" if closed else error.strerror or error)
 
 
-def say(text: str = "", keep: str = "") -> None:
-    """Print a line of a report on stdout. `keep` lists control characters that are not escaped."""
-    click.echo(escape_controls(text, keep))
+def print_result(lines: Iterable[str], data: Mapping[str, Any] | None = None) -> None:
+    """Print `data` as JSON, or lines of text if there is none."""
+    with printing():
+        if data is not None:
+            click.echo(json.dumps(data))
+        else:
+            print_lines(lines)
 
 
-def give(summary: Summary, settings: RunSettings, code: int, *, as_json: bool, quiet: bool) -> None:
-    """Print the summary, with `quiet` only where the command has not succeeded."""
-    if code or not quiet:
-        with printing():
-            report(summary, settings.out, settings.output.results, as_json=as_json)
+def print_lines(lines: Iterable[str]) -> None:
+    """Print lines with control characters escaped."""
+    for line in lines:
+        click.echo(escape_controls(line))
 
 
-def report(summary: Summary, out: Path, results: Sequence[str], *, as_json: bool) -> None:
-    """Print the summary on stdout."""
-    if as_json:
-        click.echo(json.dumps(summary.as_dict()))
-        return
+def summary_lines(summary: Summary, out: Path, formats: Sequence[str]) -> Iterator[str]:
+    """Yield the summary of `run` and `retry`, one that is read in five seconds."""
     counts = summary.counts
-    say(told_counts(counts))
-    for line in counts.bad_results:
-        say(f"  {line}")
+    yield format_counts(counts)
+    yield from (f"  {line}" for line in counts.bad_results)
     if (more := counts.invalid + counts.failed - len(counts.bad_results)) and counts.bad_results:
-        say(f"  and {more:,} more, in the results")
+        yield f"  and {more:,} more, in the results"
     if counts.flagged > counts.ok:
-        which = "most" if counts.ok else "all"
-        say(f"{which} images are flagged: check the prompts, or keep them in another --out (--on-flagged keep)")
+        share = "most" if counts.ok else "all"
+        yield f"{share} images are flagged: check the prompts, or keep them in another --out (--on-flagged keep)"
     if (rate := summary.images_per_second) is not None:
-        full = f", slot occupancy {summary.occupancy:.0%}" if summary.occupancy else ""
-        spent, whole = duration(summary.rendering_seconds), duration(summary.seconds)
-        say(f"{number(summary.rendered, 'image')} in {spent} ({rate:.2f} images/s{full}), {whole} in all")
+        occupancy = f", slot occupancy {summary.occupancy:.0%}" if summary.occupancy else ""
+        rendering, total = format_duration(summary.rendering_seconds), format_duration(summary.seconds)
+        images = format_count(summary.rendered, "image")
+        yield f"{images} in {rendering} ({rate:.2f} images/s{occupancy}), {total} in all"
         if summary.cost is not None:
-            say(f"cost     {summary.cost:,.2f}")
+            yield f"cost     {summary.cost:,.2f}"
     elif not counts.left and not summary.rendering_seconds:
-        say("nothing to render" if counts.rows else "nothing to render: no rows")
-    say(f"images   {out / 'images'}")
-    say(told_results(out, results))
-    if summary.undone:
-        say(f"stopped early: {summary.undone:,} left; run the same command again to continue")
+        yield "nothing to render" if counts.rows else "nothing to render: no rows"
+    yield f"images   {out / 'images'}"
+    yield format_results(out, formats)
+    if summary.unfinished:
+        yield f"stopped early: {summary.unfinished:,} left; run the same command again to continue"
     elif counts.left:
-        say(f"{counts.left:,} left: `batch-infer run` renders them")
+        yield f"{counts.left:,} left: `batch-infer run` renders them"
 
 
-def told_counts(counts: Counts) -> str:
-    """How many rows there are, and how many results by status."""
-    many = f", {counts.images:,} images" if counts.images > counts.rows else ""
-    told = [f"{number(counts.rows, 'row')}{many}", f"{counts.ok:,} ok", f"{counts.flagged:,} flagged"]
-    told += [f"{count:,} {name}" for name in ("blocked", "invalid", "failed") if (count := getattr(counts, name))]
-    told += [f"{number(counts.truncated, 'prompt')} truncated"] * bool(counts.truncated)
-    return " · ".join(told)
+def format_counts(counts: Counts) -> str:
+    """Format the number of rows, and of results by status."""
+    images = f", {counts.images:,} images" if counts.images > counts.rows else ""
+    parts = [f"{format_count(counts.rows, 'row')}{images}", f"{counts.ok:,} ok", f"{counts.flagged:,} flagged"]
+    parts += [f"{count:,} {name}" for name in ("blocked", "invalid", "failed") if (count := getattr(counts, name))]
+    if counts.truncated:
+        parts.append(f"{format_count(counts.truncated, 'prompt')} truncated")
+    return " · ".join(parts)
 
 
-def told_results(out: Path, formats: Sequence[str]) -> str:
-    """Where the results are."""
-    return f"results  {', '.join(str(out / f'results.{kind}') for kind in dict.fromkeys(('parquet', *formats)))}"
+def format_results(out: Path, formats: Sequence[str]) -> str:
+    """Format the paths of the results files."""
+    return f"results  {', '.join(str(out / f'results.{name}') for name in dict.fromkeys(('parquet', *formats)))}"
 
 
-def number(count: int, noun: str) -> str:
-    """`1 row`, `1,234 rows`."""
+def format_count(count: int, noun: str) -> str:
+    """Format a count as `1 row` or `1,234 rows`."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
-def duration(seconds: float) -> str:
-    """`12.3 s`, `3 min 05 s`, `7 h 20 min`."""
+def format_duration(seconds: float) -> str:
+    """Format seconds as `12.3 s`, `3 min 05 s` or `7 h 20 min`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -1,32 +1,21 @@
-"""Engines: who hands requests to workers.
+"""Engines: they hand a run's rows to workers, replace workers that die, and account for every row.
 
-This package imports no torch before `Inline` is used: a process that only supervises workers stays small.
+An engine renders inline, in local worker processes, or in the processes of a launcher; the registry chooses one.
 """
 
-from typing import TYPE_CHECKING
-
-from batch_infer.engines.launched import LaunchedEngine, RankInfo, join_launch, read_rank_info, remove_rendezvous
-from batch_infer.engines.local import LocalEngine
+from batch_infer.engines.launched import LaunchedEngine, RankInfo, join_launch, read_rank_info
 from batch_infer.engines.protocol import Engine, Task, TaskReport
-from batch_infer.lazy import import_on_use
-
-if TYPE_CHECKING:
-    from batch_infer.engines.inline import InlineEngine
-else:
-    __getattr__ = import_on_use(
-        __name__,
-        inline=("InlineEngine",),
-    )
+from batch_infer.engines.registry import make_engine
+from batch_infer.engines.rendezvous import remove_rendezvous
 
 __all__ = [
     "Engine",
-    "InlineEngine",
     "LaunchedEngine",
-    "LocalEngine",
     "RankInfo",
     "Task",
     "TaskReport",
     "join_launch",
+    "make_engine",
     "read_rank_info",
     "remove_rendezvous",
 ]

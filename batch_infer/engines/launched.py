@@ -1,9 +1,8 @@
-"""The launched engine: workers that somebody else's launcher starts (torchrun, accelerate launch), on one node or many.
+"""The launched engine: workers that a launcher starts (torchrun, accelerate launch), on one node or many.
 
-Rank 0 hands out the rows, and its own share is rendered by a process that it starts. It tells the other ranks its
-address through a note in OUT, which all of them see. Both sides of a connection prove that they know a key: the one in
-the note, which only its owner can read, or the one in the environment. No process group is formed: ranks never wait for
-each other.
+Rank 0 hands out the rows, and starts a process that renders its own share. The other ranks find it through the
+rendezvous file in OUT, which all of them see. Both ends of a connection prove that they know its key. No process group
+is formed: ranks never wait for each other.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ import queue
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
@@ -24,75 +23,76 @@ from threading import Thread, Timer
 
 import msgspec
 
-from batch_infer.engines.handle import WorkerHandle, hang_up
+from batch_infer.engines.connection import SupervisorConnection
+from batch_infer.engines.handle import WorkerHandle, shut_down
 from batch_infer.engines.local import LocalEngine
-from batch_infer.engines.messages import Hello, Stop, decode_from_worker, encode
-from batch_infer.engines.rendezvous import MEETING, Note, age_of, read_note, write_note
-from batch_infer.engines.worker_process import Parent, WorkerSpec, work
+from batch_infer.engines.messages import Hello, StopTask, decode_from_worker, encode
+from batch_infer.engines.rendezvous import Rendezvous, age_seconds, read_rendezvous, remove_rendezvous, write_rendezvous
+from batch_infer.engines.worker_process import WorkerSpec, work
 from batch_infer.errors import ModelError, ServiceError, SettingsError
 from batch_infer.models import ModelCard
 from batch_infer.settings import Device
 from batch_infer.stopping import StopRequested
-from batch_infer.store import KnownFolder
+from batch_infer.store import PinnedFolder
 from batch_infer.worker import WorkerSettings
 
-LOOK_SECONDS = 0.5
-COMING_SECONDS = 1800.0
-"""How long the others look for rank 0: it may fetch a model first."""
+POLL_SECONDS = 0.5
+ARRIVAL_SECONDS = 1800.0
+"""How long the other ranks wait for rank 0, which may download a model first."""
 LATE_SECONDS = 20.0
-"""How long rank 0, when all is done, waits for those who have not come yet, to tell them so."""
-GREETING_SECONDS = 30.0
+"""How long rank 0 waits at its end for ranks that have not connected yet, to tell them to stop."""
+HANDSHAKE_SECONDS = 30.0
 """How long a connection may take to prove that it knows the key."""
-GREETING_BYTES = 256
-STARTED = time.monotonic()
-"""When this process started."""
+HELLO_BYTES = 256
+PROCESS_START = time.monotonic()
 
 log = logging.getLogger("batch_infer")
 
 
 @dataclass(frozen=True, slots=True)
 class RankInfo:
-    """Where a launcher has put this process: its rank among all, and on its own machine."""
+    """The rank of this process under a launcher, among all ranks and on its machine.
+
+    `address` is that of rank 0's machine. `launch` identifies one start of all ranks.
+    """
 
     rank: int
     world: int
     local_rank: int
     local_world: int
     address: str
-    """Of rank 0's machine."""
     launch: str = ""
-    """Tells one start of all ranks from another."""
 
 
 def read_rank_info() -> RankInfo | None:
-    """This process's place, None where no launcher has started it. Raises SettingsError."""
+    """Return the rank of this process, or None if no launcher has started it. Raises SettingsError."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
-    found = [os.environ.get(name) for name in names]
-    if not all(found):
+    values = [os.environ.get(name, "") for name in names]
+    if not all(values):
         return None
     try:
-        rank, world, local_rank, local_world = (int(value or "") for value in found[:4])
+        rank, world, local_rank, local_world = map(int, values[:4])
     except ValueError:
-        raise SettingsError(f"{', '.join(names)} are set, but not to the numbers that a launcher gives") from None
+        raise SettingsError(f"{', '.join(names)} are set, but not to the numbers that a launcher sets") from None
     launch = [os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")]
-    return RankInfo(rank, world, local_rank, local_world, found[4] or "", " ".join(launch))
+    return RankInfo(rank, world, local_rank, local_world, values[4], " ".join(launch))
 
 
 class LaunchedEngine(LocalEngine):
-    """The workers as rank 0 has them: its own, and those that come."""
+    """The engine of rank 0: its own worker process, and the other ranks as they connect."""
 
-    def __init__(self, asked: str, here: RankInfo, out: Path) -> None:
-        super().__init__(asked, 1)
-        self._here, self._out = here, out
-        self._arrived: queue.Queue[WorkerHandle] = queue.Queue()
-        self._missing = here.world - 1
-        self._closed = False
+    def __init__(self, requested_device: str, rank_info: RankInfo, out: Path) -> None:
+        super().__init__(requested_device, 1)
+        self._rank_info, self._out = rank_info, out
+        self._arrivals: queue.Queue[WorkerHandle] = queue.Queue()
+        self._missing_ranks = rank_info.world - 1
+        self._is_closed = False
 
     def __enter__(self) -> LaunchedEngine:
-        self._listener = _listen(self._here)
+        self._listener = _listen(self._rank_info)
         port = self._listener.getsockname()[1]
-        self._note = Note(self._here.launch, self._here.address, port, secrets.token_hex(32))
-        self._key = write_note(self._out, self._note)
+        self._rendezvous = Rendezvous(self._rank_info.launch, self._rank_info.address, port, secrets.token_hex(32))
+        self._key = write_rendezvous(self._out, self._rendezvous)
         Thread(target=self._accept, daemon=True).start()
         super().__enter__()
         return self
@@ -101,146 +101,150 @@ class LaunchedEngine(LocalEngine):
         try:
             self._release_late_ranks(LATE_SECONDS if kind is None else 0.0, has_ended=kind is None)
         finally:
-            self._closed = True
+            self._is_closed = True
             self._listener.close()
             super().__exit__(kind)
 
     def _release_late_ranks(self, seconds: float, *, has_ended: bool) -> None:
         deadline = time.monotonic() + seconds
-        while self._missing > 0 and time.monotonic() < deadline:
-            for peer in self.newcomers():
-                peer.send(Stop())
-            time.sleep(LOOK_SECONDS)
-        if self._missing > 0 and has_ended:  # those that come later need not wait
-            write_note(self._out, msgspec.structs.replace(self._note, has_ended=True))
+        while self._missing_ranks > 0 and time.monotonic() < deadline:
+            for worker in self.arrivals():
+                worker.send(StopTask())
+            time.sleep(POLL_SECONDS)
+        if self._missing_ranks > 0 and has_ended:  # later ranks need not wait
+            write_rendezvous(self._out, msgspec.structs.replace(self._rendezvous, has_ended=True))
         else:
             remove_rendezvous(self._out)
 
     def find_device(self) -> Device:
-        device = replace(super().find_device(), count=self._here.local_world)
-        self.workers = self._here.world
+        device = replace(super().find_device(), count=self._rank_info.local_world)
+        self.workers = self._rank_info.world
         return device
 
-    def newcomers(self) -> Iterable[WorkerHandle]:
-        while not self._arrived.empty():
-            self._missing -= 1
-            yield self._arrived.get()
+    def arrivals(self) -> Iterable[WorkerHandle]:
+        while not self._arrivals.empty():
+            self._missing_ranks -= 1
+            yield self._arrivals.get()
 
-    def hire(self, rank: int) -> WorkerHandle | None:
-        """Of the others, a launcher starts all again when one has died, this process too."""
-        return self._start(rank) if rank == 0 else None
+    def restart(self, rank: int) -> WorkerHandle | None:
+        """Start only rank 0's own worker again. If another rank dies, a launcher starts all of them again."""
+        return self._start_child(rank) if rank == 0 else None
 
     def _accept(self) -> None:
-        while not self._closed:
-            with suppress(OSError):  # a connection that was gone again, or the listener's end
-                link = Connection(self._listener.accept()[0].detach())
-                Thread(target=self._admit, args=(link,), daemon=True).start()
+        while not self._is_closed:
+            with suppress(OSError):  # a connection that was closed at once, or the listener was
+                connection = Connection(self._listener.accept()[0].detach())
+                Thread(target=self._admit, args=(connection,), daemon=True).start()
 
-    def _admit(self, link: Connection) -> None:
-        """Hear who it is. On a thread of its own, since one who says nothing must keep out nobody else."""
-        timer = Timer(GREETING_SECONDS, hang_up, (link,))
-        timer.daemon = True
-        timer.start()
+    def _admit(self, connection: Connection) -> None:
+        """Admit a rank that knows the key. On its own thread, since a silent connection must not block others."""
         try:
-            deliver_challenge(link, self._key)
-            answer_challenge(link, self._key)
-            message = decode_from_worker(link.recv_bytes(GREETING_BYTES))
-            timer.cancel()
-            if isinstance(message, Hello) and 0 < message.rank < self._here.world:
-                self._arrived.put(WorkerHandle(message.rank, link))
-            else:
-                link.close()
+            with _handshake_timeout(connection):
+                deliver_challenge(connection, self._key)
+                answer_challenge(connection, self._key)
+                message = decode_from_worker(connection.recv_bytes(HELLO_BYTES))
+            if isinstance(message, Hello) and 0 < message.rank < self._rank_info.world:
+                self._arrivals.put(WorkerHandle(message.rank, connection))
+                return
         except (AuthenticationError, EOFError, OSError, msgspec.DecodeError):
-            timer.cancel()
-            link.close()
+            pass
+        connection.close()
 
 
-def remove_rendezvous(out: Path) -> None:
-    """Remove the note of a launch that has ended, or was killed."""
-    (out / MEETING).unlink(missing_ok=True)
-
-
-def _listen(here: RankInfo) -> socket.socket:
-    """Listen where the other ranks come to. Raises SettingsError where the launcher's address is not this machine's.
-
-    From all sides where others are on other machines: the name of this one may mean its loopback here.
-    """
-    is_alone = here.world == here.local_world
+@contextmanager
+def _handshake_timeout(connection: Connection) -> Iterator[None]:
+    """Shut the connection down after HANDSHAKE_SECONDS."""
+    timer = Timer(HANDSHAKE_SECONDS, shut_down, (connection,))
+    timer.daemon = True
+    timer.start()
     try:
-        family, _, _, _, address = socket.getaddrinfo(here.address, 0, type=socket.SOCK_STREAM)[0]
-        if is_alone:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _listen(rank_info: RankInfo) -> socket.socket:
+    """Listen for the other ranks. Raises SettingsError if the launcher's address is not this machine's.
+
+    If some are on other machines, listen on all interfaces: this machine's name may mean its loopback here.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(rank_info.address, 0, type=socket.SOCK_STREAM)[0]
+        if rank_info.world == rank_info.local_world:
             return socket.create_server(address[:2], family=family)
         is_dual = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if is_dual else family
         return socket.create_server(("", 0), family=family, dualstack_ipv6=is_dual)
     except OSError as error:
-        raise SettingsError(
-            f"MASTER_ADDR={here.address}: rank 0 cannot listen there: {error.strerror or error}"
-        ) from error
+        reason = error.strerror or error
+        raise SettingsError(f"MASTER_ADDR={rank_info.address}: rank 0 cannot listen there: {reason}") from error
 
 
-def join_launch(here: RankInfo, asked: str, out: Path, card: ModelCard, stop: Callable[[], bool]) -> None:
-    """Render as one of the other ranks, with the model as it lies on this machine, until rank 0 has no more.
+def join_launch(
+    rank_info: RankInfo, requested_device: str, out: Path, card: ModelCard, stop: Callable[[], bool]
+) -> None:
+    """Render as a rank other than 0, with this machine's copy of the model, until rank 0 has no more rows.
 
-    Raises ServiceError where rank 0 is not found.
+    Raises ServiceError if rank 0 is not found.
     """
-    if (link := find_rank_0(out, here.launch, stop)) is None:
+    if (connection := connect_to_rank_0(out, rank_info.launch, stop)) is None:
         return
-    link.send_bytes(encode(Hello(here.rank)))
+    connection.send_bytes(encode(Hello(rank_info.rank)))
 
-    def own(settings: WorkerSettings) -> WorkerSettings:
-        if (card.fingerprint, card.scheduler_fingerprint) != (
-            settings.card.fingerprint,
-            settings.card.scheduler_fingerprint,
-        ):
-            raise ModelError(f"rank {here.rank}: {card.name} differs from what rank 0 has under that name")
-        return replace(settings, card=card, out=replace(KnownFolder.of(out), marker=settings.out.marker))
+    def localize(settings: WorkerSettings) -> WorkerSettings:
+        theirs = settings.card
+        fingerprints = (theirs.fingerprint, theirs.scheduler_fingerprint)
+        if (card.fingerprint, card.scheduler_fingerprint) != fingerprints:
+            raise ModelError(f"rank {rank_info.rank}: {card.name} differs from what rank 0 has under that name")
+        return replace(settings, card=card, out=replace(PinnedFolder.of(out), marker=settings.out.marker))
 
-    with suppress(StopRequested):  # the others go on without this rank
-        work(Parent(link, stop), WorkerSpec(here.rank, here.local_rank, asked, ours=False), own)
+    spec = WorkerSpec(rank_info.rank, rank_info.local_rank, requested_device, is_child=False)
+    with suppress(StopRequested):  # the other ranks continue
+        work(SupervisorConnection(connection, stop), spec, localize)
 
 
-def find_rank_0(out: Path, launch: str, stop: Callable[[], bool]) -> Connection | None:
-    """Find rank 0; None where `stop` said so before, or where rank 0 of this launch has ended.
+def connect_to_rank_0(out: Path, launch: str, stop: Callable[[], bool]) -> Connection | None:
+    """Connect to rank 0. Returns None once `stop` returns True or rank 0 of this launch has ended.
 
-    The note of another launch is not for us, and ours will follow; so is one of another user. Launches may share a
-    name, so a note that rank 0 has ended counts only if it was written after this process started.
+    A rendezvous of another launch or user is ignored, since ours will replace it. Launches may share a name, so one
+    that has ended counts only if it was written after this process started. Raises ServiceError.
     """
-    deadline, said = time.monotonic() + COMING_SECONDS, ""
+    deadline, warning = time.monotonic() + ARRIVAL_SECONDS, ""
     while not stop():
-        found = read_note(out)
-        if isinstance(found, str):
-            if found != said:
-                log.warning("%s", found)
-            said = found
-        elif found is not None and found.note.launch == launch:
-            if found.note.has_ended and age_of(found, out) <= time.monotonic() - STARTED:
+        result = read_rendezvous(out)
+        if isinstance(result, str):
+            if result != warning:
+                log.warning("%s", result)
+            warning = result
+        elif result is not None and result.rendezvous.launch == launch:
+            if not result.rendezvous.has_ended:
+                if (connection := _connect(result.rendezvous, result.key)) is not None:
+                    return connection
+            elif age_seconds(result, out) <= time.monotonic() - PROCESS_START:
                 return None
-            if not found.note.has_ended and (link := _connect(found.note, found.key)) is not None:
-                return link
         if time.monotonic() > deadline:
-            raise ServiceError(f"rank 0 has not come to {out}; do all ranks see the same folder? {said}".rstrip())
-        time.sleep(LOOK_SECONDS)
+            raise ServiceError(
+                f"rank 0 was not found through {out}: do all ranks see the same folder? {warning}".rstrip()
+            )
+        time.sleep(POLL_SECONDS)
     return None
 
 
-def _connect(note: Note, key: bytes) -> Connection | None:
-    """Connect to rank 0; None where it cannot be reached, or does not know the key. Raises ServiceError."""
-    link = None
+def _connect(rendezvous: Rendezvous, key: bytes) -> Connection | None:
+    """Return a connection to rank 0, or None if it is out of reach or does not know the key. Raises ServiceError."""
+    connection = None
     try:
-        link = Connection(socket.create_connection((note.host, note.port), GREETING_SECONDS).detach())
-        os.set_blocking(link.fileno(), True)
-        timer = Timer(GREETING_SECONDS, hang_up, (link,))  # another server may have the port of a killed rank 0
-        timer.start()
-        try:
-            answer_challenge(link, key)
-            deliver_challenge(link, key)
-        finally:
-            timer.cancel()
+        end = socket.create_connection((rendezvous.host, rendezvous.port), HANDSHAKE_SECONDS)
+        end.settimeout(None)
+        connection = Connection(end.detach())
+        with _handshake_timeout(connection):  # another server may have taken the port of a killed rank 0
+            answer_challenge(connection, key)
+            deliver_challenge(connection, key)
     except socket.gaierror as error:
-        raise ServiceError(f"MASTER_ADDR={note.host} is not known on this machine: {error.strerror}") from error
+        message = f"MASTER_ADDR={rendezvous.host} cannot be resolved on this machine: {error.strerror}"
+        raise ServiceError(message) from error
     except (OSError, EOFError, AuthenticationError):
-        if link is not None:
-            link.close()
+        if connection is not None:
+            connection.close()
         return None
-    return link
+    return connection

@@ -1,90 +1,87 @@
-"""The ledger: which rows are with which worker, and what is done about those that a worker has died with."""
+"""The ledger: which worker has which rows, and how rows of workers that died are retried."""
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import TypeVar
 
 from batch_infer.records import PromptRequest
 
-CHUNK = 32
-"""Rows that a worker is handed at once. Near the end they are fewer, so that all workers finish together."""
-APART = 16
-"""Rows that are tried together once a worker has died with them."""
-STRIKES = 3
-"""A row with which so many workers have died, the last with it alone, has failed."""
+CHUNK_ROWS = 32
+"""Rows that a worker gets at once. Near the end they are fewer, so that all workers finish together."""
+RETRY_ROWS = 16
+"""Rows that are retried together after a worker died with them."""
+MAX_DEATHS = 3
+"""A row is failed once this many workers died with it, the last with no other row."""
 
 Key = tuple[str, int]
-
-
 Item = TypeVar("Item")
 
 
-def primed(items: Iterable[Item]) -> Iterator[Item]:
-    """Return the same items, the first of them ready: to sort rows, all tables are read."""
+def prefetch_first(items: Iterable[Item]) -> Iterator[Item]:
+    """Return the items after fetching the first, which may take minutes: to sort the rows, all tables are read."""
     source = iter(items)
     return chain(list(islice(source, 1)), source)
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Rows for a worker; those `apart` are rendered and committed by themselves before it takes others."""
+    """Rows for a worker. Isolated ones are rendered and committed before it gets others."""
 
     requests: tuple[PromptRequest, ...]
-    apart: bool = False
+    isolated: bool = False
 
 
 class Ledger:
-    """Hands out rows. Every row is with one worker, waits, or is settled; none is forgotten, whoever dies."""
+    """Hands out rows. Each row is unassigned, held by one worker, waiting to be retried, or committed."""
 
     def __init__(self, requests: Iterable[PromptRequest], expected: int, workers: int) -> None:
-        """`expected`: about how many requests there are, on which the last chunks' lengths depend, and nothing else."""
+        """`expected`: about how many requests there are, which determines only the lengths of the last chunks."""
         self._source = iter(requests)
         self._expected, self._workers = expected, max(1, workers)
-        self._ended = False
+        self._source_ended = False
         self._held: dict[int, dict[Key, PromptRequest]] = {}
-        self._strikes: Counter[Key] = Counter()
-        self._again: deque[Chunk] = deque()
+        self._deaths: Counter[Key] = Counter()
+        self._retries: deque[Chunk] = deque()
 
-    def prime(self) -> None:
-        """Have the first row ready, which may take minutes."""
-        self._source = primed(self._source)
+    def prefetch(self) -> None:
+        """Fetch the first row, which may take minutes."""
+        self._source = prefetch_first(self._source)
 
     @property
-    def over(self) -> bool:
-        """Whether every row is settled."""
-        return self._ended and not self._again and not any(self._held.values())
+    def is_done(self) -> bool:
+        """Whether every row is committed."""
+        return self._source_ended and not self._retries and not any(self._held.values())
 
-    def stream(self, worker: int, loading: int = 0) -> Chunk | None:
-        """The next rows for a worker that renders one stream of rows; None where there are no more for it.
+    def next_chunk(self, worker: int, loading: int = 0) -> Chunk | None:
+        """Return the next rows for a worker, or None if there are none for it.
 
-        While so many others are `loading` their model, it has no more rows at once than its share.
+        While `loading` other workers load their model, it gets no more than its share of all rows.
         """
-        number = max(1, min(CHUNK, -(-self._expected // (2 * self._workers))))
+        count = max(1, min(CHUNK_ROWS, -(-self._expected // (2 * self._workers))))
         if loading and self._expected > 0:
-            held = sum(map(len, self._held.values()))
-            share = -(-(self._expected + held) // self._workers)
-            number = min(number, share - len(self._held.get(worker, ())))
-            if number <= 0:
+            share = -(-(self._expected + sum(map(len, self._held.values()))) // self._workers)
+            count = min(count, share - len(self._held.get(worker, ())))
+            if count <= 0:
                 return None
-        requests = tuple(islice(self._source, number))
-        self._ended = self._ended or not requests
+        requests = tuple(islice(self._source, count))
+        self._source_ended = self._source_ended or not requests
         self._expected -= len(requests)
-        return self._hand(worker, Chunk(requests)) if requests else None
+        return self._assign(worker, Chunk(requests)) if requests else None
 
-    def apart(self, worker: int) -> Chunk | None:
-        """Rows that another worker has died with."""
-        return self._hand(worker, self._again.popleft()) if self._again else None
+    def next_retry(self, worker: int) -> Chunk | None:
+        """Return rows of a worker that died, or None if there are none."""
+        return self._assign(worker, self._retries.popleft()) if self._retries else None
 
-    def _hand(self, worker: int, chunk: Chunk) -> Chunk:
+    def _assign(self, worker: int, chunk: Chunk) -> Chunk:
         self._held.setdefault(worker, {}).update((request.key, request) for request in chunk.requests)
         return chunk
 
-    def settle(self, keys: Iterable[Key]) -> set[Key]:
-        """These rows are committed, by whoever it was; gives those that were not so before."""
+    def commit(self, keys: Iterable[Key]) -> set[Key]:
+        """Mark rows as committed, whichever worker did it, and return those that were not committed before."""
         new = set()
         for key in keys:
             for held in self._held.values():
@@ -92,20 +89,21 @@ class Ledger:
                     new.add(key)
         return new
 
-    def take_back(self, worker: int) -> None:
-        """A worker has ended in order: what it had not rendered waits for another, and nothing is held against it."""
-        rows = tuple(self._held.pop(worker, {}).values())
-        self._again.extend(Chunk(rows[k : k + APART], apart=True) for k in range(0, len(rows), APART))
+    def release(self, worker: int) -> None:
+        """Let other workers render the rows of a worker that ended normally."""
+        self._retry(list(self._held.pop(worker, {}).values()), RETRY_ROWS)
 
-    def give_up(self, worker: int) -> list[PromptRequest]:
-        """A worker has died: its rows will be tried again, in smaller company. Gives those that have now failed."""
-        failed: list[PromptRequest] = []
-        company: list[PromptRequest] = []
-        alone: list[PromptRequest] = []
+    def record_death(self, worker: int) -> list[PromptRequest]:
+        """Retry the rows of a worker that died in smaller chunks, and return those that are failed now."""
+        by_deaths: dict[int, list[PromptRequest]] = {count: [] for count in range(1, MAX_DEATHS + 1)}
         for key, request in self._held.pop(worker, {}).items():
-            self._strikes[key] += 1
-            strikes = self._strikes[key]
-            (company if strikes == 1 else alone if strikes < STRIKES else failed).append(request)
-        self._again.extend(Chunk(tuple(company[k : k + APART]), apart=True) for k in range(0, len(company), APART))
-        self._again.extend(Chunk((request,), apart=True) for request in alone)
+            self._deaths[key] += 1
+            by_deaths[self._deaths[key]].append(request)
+        failed = by_deaths.pop(MAX_DEATHS)
+        for deaths, requests in by_deaths.items():
+            self._retry(requests, RETRY_ROWS if deaths == 1 else 1)
         return failed
+
+    def _retry(self, requests: Sequence[PromptRequest], rows: int) -> None:
+        chunks = (requests[start : start + rows] for start in range(0, len(requests), rows))
+        self._retries.extend(Chunk(tuple(chunk), isolated=True) for chunk in chunks)

@@ -1,4 +1,4 @@
-"""What every engine does: the protocol, a task, and what it took."""
+"""The protocols of engines: a task, the engine that renders it, its report, and the source of its workers."""
 
 from __future__ import annotations
 
@@ -7,14 +7,24 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
 
+from batch_infer.engines.handle import Timeouts, WorkerHandle
+from batch_infer.errors import TryAgainLater
 from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.settings import Device
 from batch_infer.worker import WorkerReport, WorkerSettings
 
+OnCommit = Callable[[Sequence[ResultRow]], None]
+OnReady = Callable[[], None]
+Stop = Callable[[], bool]
+
+
+class WorkersLost(TryAgainLater):
+    """Every worker died, repeatedly, or none found a device."""
+
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Requests in the order in which they are to be rendered, about how many there are, and how to render them."""
+    """Requests in rendering order, about how many there are, and the settings of the workers."""
 
     requests: Iterable[PromptRequest]
     expected: int
@@ -23,10 +33,10 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class TaskReport:
-    """What a task took: the accounts of its workers, and the seconds from when they were ready to the last's end.
+    """Reports of all workers, and the seconds from when the first was ready until the last ended.
 
-    `processes` rendered it, 0 where that was the command's own; `deaths` of them were made good. `has_strays`: one that
-    was lost is not a child of this process, and may still be writing in OUT.
+    `processes` counts workers, 0 if the command's own process rendered. `deaths` counts workers that died.
+    `lost_remote_worker`: one of these is not a child of this process, and may still write into OUT.
     """
 
     worker_reports: Sequence[WorkerReport]
@@ -37,29 +47,35 @@ class TaskReport:
 
 
 class Engine(Protocol):
-    """Holds workers, from before their device is known until it is left."""
+    """Renders a task with one or more workers, each on its own device.
+
+    A run enters the engine, calls `find_device` and then `render` once, and exits. `__enter__` may start workers, so
+    that they import libraries while tables are read. Every worker calls `batch_infer.worker.Worker.render`, which
+    stores and commits rows itself. The engine decides which worker gets which rows, reports committed rows, and
+    accounts for every row: one that no worker can render is committed as failed. An engine whose workers are other
+    processes leaves all of that to `supervisor.Supervisor`, and only needs to be a `WorkerSource`, as `LocalEngine` is.
+    `InlineEngine` is the shortest example. To add an engine, write it in a file of this package and add a line to
+    `registry.make_engine`.
+    """
 
     @property
     def workers(self) -> int:
-        """How many there are, each with a device of its own; known with the device."""
+        """Number of workers. Known once `find_device` has returned."""
         ...
 
     def find_device(self) -> Device:
-        """Raises SettingsError where the requested device is missing, WorkersLost where none is found in time."""
+        """Return the device of the workers.
+
+        Raises SettingsError if the requested device is missing, WorkersLost if no worker finds a device in time.
+        """
         ...
 
-    def render(
-        self,
-        task: Task,
-        committed: Callable[[Sequence[ResultRow]], None],
-        stop: Callable[[], bool],
-        ready: Callable[[], None] = lambda: None,
-    ) -> TaskReport:
-        """Have all requests rendered and committed, or as many as are until `stop` says so.
+    def render(self, task: Task, on_commit: OnCommit, stop: Stop, on_ready: OnReady = lambda: None) -> TaskReport:
+        """Render and commit all requests, or until `stop` returns True and finished rows are committed.
 
-        `ready` is called once, when the first worker has loaded its model and gets rows.
-        `committed` is told of rows once they are in the manifest; of these, status, size and length are true, and texts
-        may be left out. Raises ModelError and SettingsError before anything is rendered, StorageError, WorkersLost.
+        `on_ready` is called once, when the first worker has loaded its model. `on_commit` is called with rows that are
+        in the manifest; their texts and carried cells may be missing. Raises ModelError and SettingsError before
+        anything is rendered, StorageError, WorkersLost.
         """
         ...
 
@@ -67,3 +83,24 @@ class Engine(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+class WorkerSource(Protocol):
+    """Starts workers, or accepts those that a launcher starts."""
+
+    @property
+    def workers(self) -> int: ...
+    @property
+    def timeouts(self) -> Timeouts: ...
+
+    def start(self, rows: int) -> Iterable[WorkerHandle]:
+        """Return the first workers, which must be able to load the model. `rows`: about how many rows there are."""
+        ...
+
+    def arrivals(self) -> Iterable[WorkerHandle]:
+        """Return the workers that have connected since the last call."""
+        ...
+
+    def restart(self, rank: int) -> WorkerHandle | None:
+        """Start a worker again, or return None if only its launcher can do that."""
+        ...

@@ -1,7 +1,7 @@
-"""The note in OUT by which the ranks of a launcher find rank 0, and the key that both sides of a connection must know.
+"""The rendezvous file in OUT: the address of rank 0 and the key of its connections.
 
-Others may be able to write into OUT. So a note counts where its owner and mode prove that this user wrote it, or where
-the key comes with the launcher's environment.
+Others may be able to write into OUT. The file is therefore trusted only if its owner and mode prove that this user
+wrote it, or if the key is in the launcher's environment.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from pathlib import Path
 import msgspec
 
 from batch_infer.errors import SettingsError
-from batch_infer.store import replacing, storing, temporary_of
+from batch_infer.store import atomic_write, temporary_path, write_errors
 
-MEETING = ".crew"
+FILE_NAME = ".crew"
 SECRET = "BATCH_INFER_LAUNCH_SECRET"
-"""The variable with a secret that all ranks share; the note then has no key."""
-MOST_BYTES = 4096
+"""Variable with a secret shared by all ranks, which then replaces the key in the file."""
+MAX_BYTES = 4096
 
 
-class Note(msgspec.Struct, frozen=True):
-    """How rank 0 of a launch is reached, or that it has ended."""
+class Rendezvous(msgspec.Struct, frozen=True):
+    """The address of rank 0 of a launch, or that it has ended."""
 
     launch: str
     host: str
@@ -34,72 +34,79 @@ class Note(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
-    """A note that can be trusted, the key for the connection, and when the note was written by OUT's file system."""
+class TrustedRendezvous:
+    """A rendezvous, the key of its connections, and when OUT's file system says that it was written."""
 
-    note: Note
+    rendezvous: Rendezvous
     key: bytes
     written_at: float
 
 
-def write_note(out: Path, note: Note) -> bytes:
-    """Write rank 0's note and return the key. Raises SettingsError where the note does not prove who wrote it."""
-    if secret := os.environ.get(SECRET):
-        note = msgspec.structs.replace(note, key="")
-    with replacing(out / MEETING, parents=False) as temporary:
-        temporary.touch(mode=0o600)
-        temporary.write_bytes(msgspec.json.encode(note))
+def write_rendezvous(out: Path, rendezvous: Rendezvous) -> bytes:
+    """Write the file and return the key. Raises SettingsError if the file cannot prove who wrote it."""
+    path, secret = out / FILE_NAME, os.environ.get(SECRET)
     if secret:
-        return _derived(secret)
-    status = (out / MEETING).lstat()
-    if not _is_own(status):
+        rendezvous = msgspec.structs.replace(rendezvous, key="")
+    with atomic_write(path, parents=False) as temporary:
+        temporary.touch(mode=0o600)
+        temporary.write_bytes(msgspec.json.encode(rendezvous))
+    if secret:
+        return _derive_key(secret)
+    if not _is_private(path.lstat()):
         raise SettingsError(
-            f"{out} keeps no owners and modes of files, by which ranks know who wrote {MEETING}: set {SECRET} to one "
-            "random text for all ranks"
+            f"{out} does not store owners and modes of files, by which ranks know who wrote {FILE_NAME}: set {SECRET} "
+            "to one random text for all ranks"
         )
-    return bytes.fromhex(note.key)
+    return bytes.fromhex(rendezvous.key)
 
 
-def read_note(out: Path) -> Read | str | None:
-    """Return the note in OUT, None where there is none that can be read, or why it does not count."""
-    secret = os.environ.get(SECRET)
+def read_rendezvous(out: Path) -> TrustedRendezvous | str | None:
+    """Return the rendezvous in OUT, the reason why its file is ignored, or None if there is none to read."""
+    path, secret = out / FILE_NAME, os.environ.get(SECRET)
     try:
-        descriptor = os.open(out / MEETING, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     except FileNotFoundError:
         return None
-    except OSError as error:  # another's file, or a link
-        return f"{out / MEETING} is ignored: {error.strerror}"
+    except OSError as error:  # another user's file, or a link
+        return f"{path} is ignored: {error.strerror}"
     with os.fdopen(descriptor, "rb") as file:
         status = os.fstat(file.fileno())
-        if not secret and not _is_own(status):
-            return f"{out / MEETING} is ignored: it is not a file of this user alone (set {SECRET} for all ranks)"
+        if not secret and not _is_private(status):
+            return f"{path} is ignored: it is not a file of this user alone (set {SECRET} for all ranks)"
         try:
-            note = msgspec.json.decode(file.read(MOST_BYTES), type=Note)
-            return Read(note, _derived(secret) if secret else bytes.fromhex(note.key), status.st_mtime)
-        except (OSError, ValueError):  # of another version, or half read
+            rendezvous = msgspec.json.decode(file.read(MAX_BYTES), type=Rendezvous)
+            key = _derive_key(secret) if secret else bytes.fromhex(rendezvous.key)
+            return TrustedRendezvous(rendezvous, key, status.st_mtime)
+        except (OSError, ValueError):  # of another version, or partly read
             return None
 
 
-def age_of(found: Read, out: Path) -> float:
-    """Return the seconds since a note in OUT was written. Raises StorageError.
+def age_seconds(trusted: TrustedRendezvous, out: Path) -> float:
+    """Return the age of a rendezvous file. Raises StorageError.
 
-    A file that is written now gives the time: a file server's clock need not agree with this machine's.
+    Compared with a file that is written now, since a file server's clock may differ from this machine's.
     """
-    probe = temporary_of(out / MEETING)
-    with storing(probe):
+    probe = temporary_path(out / FILE_NAME)
+    with write_errors(probe):
         probe.touch()
         try:
-            return probe.stat().st_mtime - found.written_at
+            return probe.stat().st_mtime - trusted.written_at
         finally:
             probe.unlink(missing_ok=True)
 
 
-def _is_own(status: os.stat_result) -> bool:
+def remove_rendezvous(out: Path) -> None:
+    """Remove the file of a launch that has ended or was killed."""
+    (out / FILE_NAME).unlink(missing_ok=True)
+
+
+def _is_private(status: os.stat_result) -> bool:
+    """Return whether it is a regular file that only this user can read and write. Always True outside POSIX."""
     if os.name != "posix":
         return True
     mode = stat.S_IMODE(status.st_mode)
     return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and mode == 0o600
 
 
-def _derived(secret: str) -> bytes:
+def _derive_key(secret: str) -> bytes:
     return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).digest()

@@ -1,6 +1,6 @@
-"""A worker's process: it finds its device, loads the model, and renders what it is handed until it is told to stop.
+"""A worker's process: it reports its device, loads the model, and renders the rows that the supervisor sends.
 
-What it imports at its start is torch-free: which GPU it sees is settled first.
+What this module imports at its start loads no torch, so that the process can choose its GPU first.
 """
 
 from __future__ import annotations
@@ -11,111 +11,82 @@ import logging
 import os
 import queue
 import signal
-import sys
-import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from logging.handlers import QueueHandler
 from multiprocessing.connection import Connection
 from pathlib import Path
-from threading import Event, Lock, Thread
-from types import TracebackType
 from typing import TYPE_CHECKING
 
-import msgspec
-
-from batch_infer.engines.messages import (
-    MOST_BYTES,
-    Alive,
-    Begin,
-    Broken,
-    Committed,
-    Ended,
-    Found,
-    FromWorker,
-    Idle,
-    Logged,
-    Ready,
-    Rows,
-    Stop,
-    ToWorker,
-    Wants,
-    decode_to_worker,
-    encodable,
-    encode,
-)
+from batch_infer.engines import messages
+from batch_infer.engines.connection import SupervisorConnection
 from batch_infer.errors import StorageError
-from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.stopping import STOP_SIGNALS, deferred
-from batch_infer.store import log_to, open_log
+from batch_infer.store import log_handler, open_log
 from batch_infer.worker import WorkerSettings, format_worker_name
 
 if TYPE_CHECKING:
     from batch_infer.worker import ChainLoader, Worker
 
-BEAT_SECONDS = 1.0
-"""How often a worker says that it is alive, while it is."""
-LISTEN_SECONDS = 0.5
-"""How often it looks, while it waits for the parent, whether to stop."""
-LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""Variables of a launcher, by which accelerate would have all ranks wait for each other."""
+LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Environment variables with which accelerate would have all ranks wait for each other."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
-    """Which worker this is, which of the visible GPUs is its own, and the --device that was asked for.
+    """A worker's rank, the index of its GPU among the visible ones, and `--device`.
 
-    `load` loads what renders, where that is not the model of the settings. `ours`: the process was started by this
-    package, and not by a launcher.
+    `load` replaces the loader of the model. `is_child`: this package has started the process, not a launcher.
     """
 
     rank: int
     gpu: int
-    asked: str
+    requested_device: str
     load: ChainLoader | None = None
-    ours: bool = True
+    is_child: bool = True
 
 
-def live(link: Connection, seat: WorkerSpec) -> None:
-    """The life of a worker's process of its own. It ends when the other end of the link does, however that comes."""
-    for number in STOP_SIGNALS:  # these are the parent's, which tells us to stop
+def run_worker(connection: Connection, spec: WorkerSpec) -> None:
+    """Run a worker's process until it is done or the other end of the connection is closed, even by a kill."""
+    for number in STOP_SIGNALS:  # the parent handles these, and sends StopTask
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    work(Parent(link), seat)
+    work(SupervisorConnection(connection), spec)
 
 
 def work(
-    parent: Parent, seat: WorkerSpec, own: Callable[[WorkerSettings], WorkerSettings] = lambda settings: settings
+    supervisor: SupervisorConnection,
+    spec: WorkerSpec,
+    localize: Callable[[WorkerSettings], WorkerSettings] = lambda settings: settings,
 ) -> None:
-    """Render what the parent hands out. Ends the process where it cannot go on.
+    """Render what the supervisor sends. Ends the process on an error.
 
-    `own` makes the parent's settings those of this machine.
+    `localize` adapts the supervisor's settings to this machine.
     """
-    keep_to(seat)
+    select_gpu(spec)
     leave_removed_folder()
     # Objects that imports create stay alive; scanning them for garbage takes a sixth of the import time.
     gc.disable()
-    with parent:
+    with supervisor:
         from batch_infer.autotune import find_device
 
-        parent.send(Found(find_device(seat.asked)))
-        settings = own(parent.settings())
-        with _logged(settings.out.path, seat, parent):
+        supervisor.send(messages.DeviceReport(find_device(spec.requested_device)))
+        settings = localize(supervisor.wait_for_settings())
+        with _logging(settings.out.path, spec, supervisor):
             with loading():
-                worker = _load(settings, seat, parent)
+                worker = _load_worker(settings, spec, supervisor)
             gc.collect()
             gc.freeze()
             gc.enable()
-            parent.send(Ready())
+            supervisor.send(messages.ModelLoaded())
             with deferred():
-                parent.serve(worker)
+                supervisor.serve(worker)
 
 
 def leave_removed_folder() -> None:
-    """Change to the root where the current folder was removed: importing torch and starting a process need one."""
+    """Change to the root if the current folder was removed: importing torch and starting a process need one."""
     try:
         Path.cwd()
     except FileNotFoundError:
@@ -124,7 +95,7 @@ def leave_removed_folder() -> None:
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Load a model though the current folder was removed. Raises StorageError where it is removed meanwhile."""
+    """Load a model even if the current folder was removed. Raises StorageError if it is removed meanwhile."""
     leave_removed_folder()
     try:
         yield
@@ -139,151 +110,49 @@ def loading() -> Iterator[None]:
         raise
 
 
-def keep_to(seat: WorkerSpec) -> None:
-    """See one GPU and no launcher. The first GPU is every process's own without a word."""
-    for name in LAUNCHED:
+def select_gpu(spec: WorkerSpec) -> None:
+    """Hide other GPUs and the launcher from torch and accelerate. The first GPU is the default of every process."""
+    for name in LAUNCHER_NAMES:
         os.environ.pop(name, None)
-    if seat.gpu and seat.asked != "cpu":
+    if spec.gpu and spec.requested_device != "cpu":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = range(seat.gpu + 1) if visible is None else visible.split(",")
-        if seat.gpu < len(names):  # else a launcher has given this process its own, or none
-            os.environ["CUDA_VISIBLE_DEVICES"] = str(names[seat.gpu]).strip()
+        names = range(spec.gpu + 1) if visible is None else visible.split(",")
+        if spec.gpu < len(names):  # otherwise a launcher has shown this process its own GPU, or none
+            os.environ["CUDA_VISIBLE_DEVICES"] = str(names[spec.gpu]).strip()
 
 
-def _load(settings: WorkerSettings, seat: WorkerSpec, parent: Parent) -> Worker:
+def _load_worker(settings: WorkerSettings, spec: WorkerSpec, supervisor: SupervisorConnection) -> Worker:
     import torch
 
     from batch_infer.autotune import explain_out_of_memory
     from batch_infer.worker import Worker
 
-    if seat.load is None:
+    load = spec.load
+    if load is None:
         from batch_infer.worker import load_chain
+
+        load = load_chain
     try:
-        return Worker(settings, format_worker_name(seat.rank), seat.load or load_chain, parent.stops)
+        return Worker(settings, format_worker_name(spec.rank), load, supervisor.stop)
     except torch.OutOfMemoryError as error:
         raise explain_out_of_memory(error) from error
 
 
-class Parent:
-    """The one who hands out rows, as a worker sees it. Left with an error, it is told of it and the process ends."""
-
-    def __init__(self, link: Connection, stop: Callable[[], bool] = lambda: False) -> None:
-        """`stop` says whether this process was told to stop by another than the parent."""
-        self._link, self._sending, self._stop = link, Lock(), stop
-        self._inbox: queue.Queue[ToWorker] = queue.Queue()
-        self._begun, self._stopped, self._over = Event(), Event(), Event()
-        self._beaten: float | None = None
-        Thread(target=self._listen, daemon=True).start()
-
-    def _listen(self) -> None:
-        try:
-            while True:
-                message = decode_to_worker(self._link.recv_bytes(MOST_BYTES))
-                if isinstance(message, Stop):
-                    self._stopped.set()
-                    if not self._begun.is_set():  # we came too late, and end by ourselves
-                        self._over.set()
-                        return
-                self._inbox.put(message)
-        except (EOFError, OSError, msgspec.DecodeError):
-            pass
-        finally:
-            if not self._over.is_set():  # nobody is there who would take what we render
-                os._exit(1)
-
-    def send(self, message: FromWorker) -> None:
-        content = encode(message)
-        try:
-            with self._sending:
-                self._link.send_bytes(content)
-        except OSError:
-            os._exit(1)
-
-    def stops(self) -> bool:
-        """Whether to stop; it is asked at every step, which is how the parent knows that this process is alive."""
-        now = time.monotonic()
-        if self._beaten is None:  # nothing is done yet
-            self._beaten = now
-        elif now - self._beaten >= BEAT_SECONDS:
-            self._beaten = now
-            self.send(Alive())
-        return self._stopped.is_set() or self._stop()
-
-    def settings(self) -> WorkerSettings:
-        """What to render with. Ends the process where it is told to stop before."""
-        message = self._next()
-        if not isinstance(message, Begin):
-            sys.exit(0)
-        self._begun.set()
-        return message.settings
-
-    def _next(self) -> ToWorker:
-        """What the parent says next; to stop, where that has been said in the meantime."""
-        while not (self._stopped.is_set() or self._stop()):
-            try:
-                return self._inbox.get(timeout=LISTEN_SECONDS)
-            except queue.Empty:
-                pass
-        return Stop()
-
-    def serve(self, worker: Worker) -> None:
-        """Render chunks until the parent has no more."""
-
-        def committed(rows: Sequence[ResultRow]) -> None:
-            bare = [replace(row, prompt=None, negative_prompt=None, carried={}) for row in rows]
-            self.send(Committed(bare, worker.report()))
-
-        while not self.stops():
-            self.send(Idle())
-            message = self._next()
-            if not isinstance(message, Rows):
-                break
-            worker.render(message.chunk().requests if message.apart else self._stream(message), committed)
-        account = worker.report(final=True)
-        self._over.set()
-        self.send(Ended(account))
-
-    def _stream(self, first: Rows) -> Iterator[PromptRequest]:
-        """The rows of chunk after chunk: the next one is asked for before it is needed, so that no slot waits."""
-        message: ToWorker = first
-        while isinstance(message, Rows):
-            self.send(Wants())
-            yield from message.chunk().requests
-            message = self._next()
-
-    def __enter__(self) -> Parent:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if isinstance(error, KeyboardInterrupt):  # a launcher's rank that is stopped before it renders
-            self._over.set()
-            self.send(Ended(None))
-        elif error is not None and not isinstance(error, SystemExit):
-            from batch_infer.errors import BatchInferError
-
-            known = isinstance(error, BatchInferError)
-            told = "" if known else "".join(traceback.format_exception(error))
-            self.send(Broken(type(error).__name__, encodable(str(error)), encodable(told)))
-            os._exit(1)  # without a second traceback, and without waiting for threads of ours
-
-
 @contextmanager
-def _logged(out: Path, seat: WorkerSpec, parent: Parent) -> Iterator[None]:
-    """Keep what is logged in OUT, with the traceback of an error and of a crash that no code survives.
+def _logging(out: Path, spec: WorkerSpec, supervisor: SupervisorConnection) -> Iterator[None]:
+    """Write log records to a file in OUT and send them to the supervisor, which owns the terminal.
 
-    Log records go to the parent too. What else a process of ours would print does not: the terminal is the parent's.
+    The file also gets the traceback of an error or a crash, and what a child process prints.
     """
-    with open_log(out / "logs" / f"worker-{seat.rank}.log") as file:
+    with open_log(out / "logs" / f"worker-{spec.rank}.log") as file:
         faulthandler.enable(file)
-        if seat.ours:
+        if spec.is_child:
             for standard in (1, 2):
                 os.dup2(file.fileno(), standard)
         logging.captureWarnings(True)
         loggers = [logging.getLogger(name) for name in ("batch_infer", "py.warnings")]
         for logger in loggers:
-            logger.handlers = [log_to(file), _Forward(parent.send)]
+            logger.handlers = [log_handler(file), _LogForwarder(supervisor.send)]
             logger.propagate = False
         loggers[0].setLevel(logging.DEBUG)
         try:
@@ -294,13 +163,13 @@ def _logged(out: Path, seat: WorkerSpec, parent: Parent) -> Iterator[None]:
             faulthandler.disable()
 
 
-class _Forward(QueueHandler):
-    """Sends log records to the parent, whose terminal it is."""
+class _LogForwarder(QueueHandler):
+    """Sends log records to the supervisor."""
 
-    def __init__(self, send: Callable[[Logged], None]) -> None:
+    def __init__(self, send: Callable[[messages.LogMessage], None]) -> None:
         super().__init__(queue.Queue())
         self._send = send
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        if record.name != "batch_infer.stop":  # said in a signal handler, which may have interrupted another sending
-            self._send(Logged.of(record))
+        if record.name != "batch_infer.stop":  # logged in a signal handler, which may have interrupted a send
+            self._send(messages.LogMessage.from_record(record))

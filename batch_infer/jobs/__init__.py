@@ -1,24 +1,32 @@
-"""What a command does from start to end."""
+"""What each command does from start to finish: run, plan, status, retry, merge, rescore and export-mlflow.
+
+Each has one function here that takes settings and returns what the command line prints. The others serve the endpoints,
+whose workers share OUT without its lock.
+"""
 
 from typing import TYPE_CHECKING
 
-from batch_infer.jobs.cleanup import remove_abandoned
-from batch_infer.jobs.job import Job, find_model, keep_policy, make_rules, rooted, settle_compute
-from batch_infer.jobs.merge import Counts, results_of, with_carried
-from batch_infer.jobs.out import LINKABLE, claim_run, read_run, refuse_foreign
+from batch_infer.jobs.execution import Progress
+from batch_infer.jobs.job import (
+    Job,
+    choose_compute,
+    find_model,
+    make_paths_absolute,
+    resolve_run,
+)
+from batch_infer.jobs.merge import merge_results, read_results, results_schema
+from batch_infer.jobs.out import create_run_json, read_run, refuse_foreign_files
 from batch_infer.jobs.plan import Plan, make_plan
-from batch_infer.jobs.record import LIBRARIES, choose_compute, describe, refuse_other
-from batch_infer.jobs.recovery import restore, set_aside
-from batch_infer.jobs.rejudging import Rescored
-from batch_infer.jobs.remerge import merge_results
+from batch_infer.jobs.recovery import remove_abandoned, restore_images, set_aside
 from batch_infer.jobs.rescore import rescore_images
-from batch_infer.jobs.results import json_text, short
+from batch_infer.jobs.rescorer import RescoreCounts
+from batch_infer.jobs.results import shorten_float32, to_json
 from batch_infer.jobs.retry import retry_rows
-from batch_infer.jobs.run import Progress, assist, render_tables
-from batch_infer.jobs.scan import ScanResult, explain, scan_tables
+from batch_infer.jobs.run import join_run, render_tables
+from batch_infer.jobs.run_json import LIBRARIES, check_identity
+from batch_infer.jobs.scan import ScanResult, format_reasons, scan_tables
 from batch_infer.jobs.status import RunStatus, read_status
-from batch_infer.jobs.summary import Summary
-from batch_infer.jobs.throughput import Throughput
+from batch_infer.jobs.summary import Counts, Summary, Throughput
 from batch_infer.lazy import import_on_use
 
 if TYPE_CHECKING:
@@ -33,40 +41,36 @@ __all__ = [
     "Counts",
     "Job",
     "LIBRARIES",
-    "LINKABLE",
     "Plan",
     "Progress",
-    "Rescored",
+    "RescoreCounts",
     "RunStatus",
     "ScanResult",
     "Summary",
     "Throughput",
-    "assist",
+    "check_identity",
     "choose_compute",
-    "claim_run",
-    "describe",
-    "explain",
+    "create_run_json",
     "export_model",
     "find_model",
-    "json_text",
-    "keep_policy",
+    "format_reasons",
+    "join_run",
+    "make_paths_absolute",
     "make_plan",
-    "make_rules",
     "merge_results",
+    "read_results",
     "read_run",
     "read_status",
-    "refuse_foreign",
-    "refuse_other",
+    "refuse_foreign_files",
     "remove_abandoned",
     "render_tables",
     "rescore_images",
-    "restore",
-    "results_of",
+    "resolve_run",
+    "restore_images",
+    "results_schema",
     "retry_rows",
-    "rooted",
     "scan_tables",
     "set_aside",
-    "settle_compute",
-    "short",
-    "with_carried",
+    "shorten_float32",
+    "to_json",
 ]

@@ -1,7 +1,7 @@
-"""An MLflow model with the signature of the model catalog's text-to-image models, for deployments without a script.
+"""`export-mlflow`: an MLflow model with the signature of the catalog's text-to-image models, for no-code deployments.
 
-The folder holds a diffusers folder, batch-infer itself and no pickle: MLflow runs some lines of code that it finds
-there (https://mlflow.org/docs/latest/ml/model/models-from-code).
+The folder holds a diffusers folder, batch-infer itself and no pickle: MLflow runs model.py from it
+(https://mlflow.org/docs/latest/ml/model/models-from-code).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # who packs a model asks nobody
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # packaging a model needs no network
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 import pandas as pd
@@ -26,7 +26,7 @@ from mlflow.types.schema import ColSpec, DataType, ParamSchema, ParamSpec, Schem
 from batch_infer.errors import SettingsError
 from batch_infer.models import DEMO_MODEL, ModelCard, read_card
 from batch_infer.settings import ComputeSettings, ModelSettings
-from batch_infer.store import TEMPORARY, is_abandoned, storing, temporary_of
+from batch_infer.store import TEMPORARY_PREFIX, is_abandoned, temporary_path, write_errors
 
 EXAMPLE = pd.DataFrame({"prompt": ["A photo of an astronaut riding a horse on Mars"]})
 SIGNATURE = ModelSignature(
@@ -50,8 +50,7 @@ SIGNATURE = ModelSignature(
         ]
     ),
 )
-"""Of the catalog's models, why a row has no image, and parameters for all rows of a call; None is the model's own
-default."""
+"""That of the catalog's models, plus `error`, and parameters for all rows of a call; None is the model's default."""
 CODE = """\
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
@@ -71,9 +70,10 @@ _PACKAGE = Path(__file__).parent.parent
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """What a model is made of, by the names that MLflow knows it by.
+    """The contents of an MLflow model.
 
-    `files` says where each lies and how it is called in the model; variables have its name in braces for its path.
+    `files` maps the name of each artifact to its path and its file name in the model. A variable holds the name in
+    braces for the path.
     """
 
     files: Mapping[str, tuple[Path, str]]
@@ -82,14 +82,14 @@ class _Parts:
 
 
 def export_model(folder: Path, model: ModelSettings, compute: ComputeSettings) -> ModelCard:
-    """Write the model there, whole or not at all. Raises SettingsError, ModelError, StorageError."""
+    """Write the model atomically to a new or empty folder. Raises SettingsError, ModelError, StorageError."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise SettingsError(f"{folder} is there already; name a folder that is not, or is empty")
+        raise SettingsError(f"{folder} already exists; name a folder that is new or empty")
     card = read_card(model)
     parts = _parts(card, model, compute)
-    # Next to the folder: on the disk of the model its files are linked, and take no more room.
-    temporary = temporary_of(folder.absolute())
-    with storing(folder):
+    # Next to the folder: on the same disk as the model, its files are hard-linked and take no space.
+    temporary = temporary_path(folder.absolute())
+    with write_errors(folder):
         temporary.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(folder.absolute())
         scratch = temporary / "scratch"
@@ -104,7 +104,7 @@ def export_model(folder: Path, model: ModelSettings, compute: ComputeSettings) -
 
 def _remove_abandoned(folder: Path) -> None:
     """Remove the copies of a model that killed exports to this folder have left next to it."""
-    for path in folder.parent.glob(f"{TEMPORARY}*-{glob.escape(folder.name)}*"):
+    for path in folder.parent.glob(f"{TEMPORARY_PREFIX}*-{glob.escape(folder.name)}*"):
         if is_abandoned(path.name) and path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
 
@@ -112,15 +112,15 @@ def _remove_abandoned(folder: Path) -> None:
 def _save(path: Path, parts: _Parts, scratch: Path) -> None:
     code, package = scratch / "model.py", scratch / _PACKAGE.name
     code.write_text(CODE, "utf-8")
-    # The model that is built in comes as any other, where it is the one.
+    # The built-in model is packed like any other, if it is the one to export.
     shutil.copytree(_PACKAGE, package, ignore=shutil.ignore_patterns("demo_model", "__pycache__"))
-    for name, (source, called) in parts.files.items():
-        _gather(source, scratch / name / called)
+    for name, (source, file_name) in parts.files.items():
+        _copy(source, scratch / name / file_name)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     pyfunc.save_model(
         path=str(path),
         python_model=str(code),
-        artifacts={name: str(scratch / name / called) for name, (_, called) in parts.files.items()},
+        artifacts={name: str(scratch / name / file_name) for name, (_, file_name) in parts.files.items()},
         code_paths=[str(package)],
         signature=SIGNATURE,
         input_example=EXAMPLE,
@@ -129,10 +129,8 @@ def _save(path: Path, parts: _Parts, scratch: Path) -> None:
     )
 
 
-def _gather(source: Path, target: Path) -> None:
-    """Put a file or folder there without links that lead out of it: MLflow takes none, and the Hub's cache is made of
-    them. MLflow then copies it, under the name that it has.
-    """
+def _copy(source: Path, target: Path) -> None:
+    """Copy or hard-link a file or folder without its symbolic links: MLflow refuses them, the Hub's cache has them."""
     target.parent.mkdir()
     if source.is_dir():
         shutil.copytree(source, target, copy_function=_link_or_copy)
@@ -143,12 +141,12 @@ def _gather(source: Path, target: Path) -> None:
 def _link_or_copy(source: str, target: str) -> None:
     try:
         Path(target).hardlink_to(Path(source).resolve())
-    except OSError:  # another disk, or one that knows no links
+    except OSError:  # another disk, or no support for hard links
         shutil.copyfile(source, target)
 
 
 def _parts(card: ModelCard, model: ModelSettings, compute: ComputeSettings) -> _Parts:
-    told = {
+    variables = {
         "VARIANT": card.variant,
         "DTYPE": None if model.dtype == "auto" else model.dtype,
         "DEVICE": None if model.device == "auto" else model.device,
@@ -161,34 +159,34 @@ def _parts(card: ModelCard, model: ModelSettings, compute: ComputeSettings) -> _
         "MODEL": "{model}",
     }
     if compute.slots == "auto":
-        raise SettingsError("--slots auto: say a number here; `batch-infer bench` tells what suits a device")
+        raise SettingsError("--slots auto: give a number here; `batch-infer bench` measures which one suits a device")
     extras = {"azure"} | ({"lora"} if card.loras else set()) | ({"long-prompts"} if model.long_prompts else set())
-    called = card.path.name if card.path == DEMO_MODEL else card.name.rpartition("/")[2]  # images bear it
+    name = card.path.name if card.path == DEMO_MODEL else card.name.rpartition("/")[2]  # part of the images' metadata
     loras = {f"lora-{k}": (lora.path, f"lora-{k}-{lora.path.name}") for k, lora in enumerate(card.loras)}
     return _Parts(
-        {"model": (card.path, called), **loras},
-        {f"BATCH_INFER_{name}": str(value) for name, value in told.items() if value is not None},
+        {"model": (card.path, name), **loras},
+        {f"BATCH_INFER_{option}": str(value) for option, value in variables.items() if value is not None},
         frozenset(extras),
     )
 
 
 def _requirements(extras: frozenset[str]) -> list[str]:
-    """batch-infer's own dependencies; itself comes with the model.
+    """Return the dependencies of batch-infer, whose code is part of the model.
 
-    Those that pixels hang on are pinned to what is installed here. More pins would contradict MLflow's own.
+    Those that pixels depend on are pinned to the installed versions. More pins would contradict MLflow's own.
     """
-    found = []
+    requirements = []
     for line in metadata.requires("batch-infer") or []:
         requirement, _, marker = (part.strip() for part in line.partition(";"))
         if "extra" not in marker:
-            found.append(line)
+            requirements.append(line)
         elif any(f'extra == "{extra}"' in marker for extra in extras):
-            found.append(requirement)
-    return [_pinned(line) for line in found]
+            requirements.append(requirement)
+    return [_pin(line) for line in requirements]
 
 
-def _pinned(requirement: str) -> str:
+def _pin(requirement: str) -> str:
     for name in PINNED:
         if requirement.startswith(name) and not requirement[len(name)].isalnum():
-            return f"{name}=={metadata.version(name).partition('+')[0]}"  # a build for a CPU says so after a plus
+            return f"{name}=={metadata.version(name).partition('+')[0]}"  # without the build tag, such as +cpu
     return requirement

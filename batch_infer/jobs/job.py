@@ -1,33 +1,35 @@
-"""A job: tables, model and settings that were found to go together on an OUT, before anything is done."""
+"""A job: tables, model, device and settings that fit together and fit OUT, before anything is written."""
 
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from msgspec import UnsetType
-
 from batch_infer.errors import SettingsError
-from batch_infer.jobs import cleanup
 from batch_infer.jobs import out as outdir
-from batch_infer.jobs.record import choose_compute, describe, refuse_other
-from batch_infer.jobs.run_json import ended_in_order, parse_record, require
-from batch_infer.manifest import SCHEMA, Index, Manifest, run_of
-from batch_infer.models import ModelCard, PipelineFacts, read_card
-from batch_infer.planning import Item, finished_in
+from batch_infer.jobs.run_json import check_identity, describe_run, ended_cleanly, parse_record
+from batch_infer.manifest import SCHEMA, Manifest, ManifestIndex, run_number
+from batch_infer.models import ModelCard, SamplingRules, read_card
+from batch_infer.planning import Item, make_finished_check
 from batch_infer.records import digest
-from batch_infer.settings import Compute, Device, RowDefaults, RunSettings
+from batch_infer.settings import BatchShape, Compute, Device, RowDefaults, RunSettings
 from batch_infer.table import RowRules, Tables
+
+SLOTS = {"cpu": 16, "cuda": 32}
+DECODE_BATCH = 8
 
 log = logging.getLogger("batch_infer")
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What is to be done. `record` will be its run.json, `earlier` is that of the run which it goes on with."""
+    """What to do. `record` is the run.json to write, `earlier` that of the run that this one continues."""
 
     settings: RunSettings
     tables: Tables
@@ -39,16 +41,16 @@ class Job:
 
     @property
     def number(self) -> int:
-        """The number of this run among those of its OUT, from 1; 0 for an endpoint's."""
+        """The number of this run among those of its OUT, from 1; 0 for an endpoint."""
         return int(self.record.get("run_number", 0))
 
-    def items(self, index: Index) -> Iterator[Item]:
-        """Every row of the tables, in input order. `index` says which rows are finished."""
-        return self.tables.rows(self.rules, finished_in(index))
+    def items(self, index: ManifestIndex) -> Iterator[Item]:
+        """Yield every row of the tables in input order. `index` says which rows are finished."""
+        return self.tables.rows(self.rules, make_finished_check(index))
 
 
-def rooted(settings: RunSettings) -> RunSettings:
-    """Settings that mean the same from any folder. (And Arrow takes a relative path with a colon for a URI.)"""
+def make_paths_absolute(settings: RunSettings) -> RunSettings:
+    """Return settings that mean the same from any folder. (Arrow reads a relative path with a colon as a URI.)"""
     try:
         table = replace(settings.table, folder=settings.table.folder.absolute())
         out = _absolute(settings.out)
@@ -66,9 +68,9 @@ def _absolute(path: Path) -> Path:
     return base.joinpath(*parts)
 
 
-def finishing_overwrite(settings: RunSettings) -> RunSettings:
-    """Return settings that clear OUT first where an earlier --overwrite was stopped before it was empty."""
-    return replace(settings, overwrite=settings.overwrite or outdir.is_half_cleared(settings.out))
+def finish_overwrite(settings: RunSettings) -> RunSettings:
+    """Return settings with --overwrite where an earlier --overwrite was stopped before OUT was empty."""
+    return replace(settings, overwrite=settings.overwrite or outdir.is_clearing(settings.out))
 
 
 def open_tables(settings: RunSettings) -> Tables:
@@ -79,132 +81,83 @@ def open_tables(settings: RunSettings) -> Tables:
     return tables
 
 
-def find_model(settings: RunSettings, facts: Callable[[Path], PipelineFacts] | None = None) -> ModelCard:
-    """The model, fetched where needed, with a safety check as it was asked for. Raises ModelError, SettingsError.
+def find_model(settings: RunSettings, facts: Callable[[Path], SamplingRules] | None = None) -> ModelCard:
+    """Return the model, fetched where needed, with the safety check that the settings require.
 
-    `facts` is asked what diffusers alone can tell of a model; by default that is told here, which imports torch.
+    `facts` reads what only diffusers knows about a model; by default that happens here, which imports torch. Raises
+    ModelError, SettingsError.
     """
-    card = read_card(settings.model, facts, checked=settings.safety.asks_checker(has_checker=True))
+    card = read_card(settings.model, facts, needs_checker=settings.safety.uses_checker(has_checker=True))
     _check_safety(settings, card)
     return card
 
 
+def _check_safety(settings: RunSettings, card: ModelCard) -> None:
+    """Raise SettingsError where a required checker is missing, and warn where none will run."""
+    safety = settings.safety
+    if safety.service is not None:
+        from batch_infer.safety import check_credentials  # imports Azure's libraries
+
+        check_credentials(safety.service)
+    if safety.mode == "none":
+        if safety.required:
+            raise SettingsError("--require-safety and --safety none contradict each other: leave one out")
+        return
+    if card.has_checker or (safety.service is not None and safety.mode != "checker,azure"):
+        return
+    if safety.required or safety.mode in ("checker", "checker,azure"):
+        raise SettingsError(
+            f"{card.name} has no safety checker, and this run asks for one; images would not be checked"
+        )
+    log.warning("%s has no safety checker: images will not be checked; nsfw_content_detected will be null", card.name)
+
+
 def prepare(settings: RunSettings, tables: Tables, card: ModelCard, device: Device) -> Job:
-    """See that a job can be done on its OUT, as this is now. Writes nothing. Raises UsageError."""
+    """Check that a run can start on OUT as it is now, and return its job. Writes nothing. Raises UsageError."""
     found = outdir.read_run(settings.out)
-    outdir.refuse_foreign(settings.out, tables.local, found)
+    outdir.refuse_foreign_files(settings.out, tables.local_paths, found)
     if settings.overwrite:
-        cleanup.refuse_to_clear(settings.out)
+        outdir.refuse_to_clear(settings.out)
     earlier = None if settings.overwrite else found
     if settings.model.name is None and earlier is None:
         log.info("no --model given: using the built-in demo model, which draws one coloured shape at 64x64 pixels")
-    outdir.refuse_while_rescored(settings.out, earlier)
-    settings = keep_policy(settings, earlier)
-    compute = settle_compute(settings, card, device, earlier)
-    record = describe(settings, card, compute, tables)
+    outdir.refuse_while_rescoring(settings.out, earlier)
+    settings, compute, record, rules = resolve_run(settings, card, device, earlier, tables)
     parts = [] if settings.overwrite else Manifest(settings.out).parts()
     if earlier is not None and parts:
-        refuse_other(earlier, record, settings.out)
-    rules = make_rules(settings, card, record)
-    record = {**record, "rules": asdict(rules), **_number(earlier, parts), **_history(earlier, tables, rules)}
+        check_identity(earlier, record, settings.out)
+    record |= {**_number_run(earlier, parts), **_history(earlier, tables, rules)}
     return Job(settings, tables, card, compute, record, earlier, rules)
 
 
-def _history(earlier: Mapping[str, Any] | None, tables: Tables, rules: RowRules) -> dict[str, Any]:
-    """Record all other rules by which runs of this OUT read their rows, and where default ids are from.
+def resolve_run(
+    settings: RunSettings,
+    card: ModelCard,
+    device: Device,
+    earlier: Mapping[str, Any] | None,
+    tables: Tables | None = None,
+) -> tuple[RunSettings, Compute, dict[str, Any], RowRules]:
+    """Return what is left open by the settings of a run, and its run.json: from the earlier run, model and device.
 
-    So `find_changes` knows the images that an option would replace, whichever run made them.
+    `tables` is None for an endpoint, whose tables come one by one. Raises SettingsError.
     """
-    known = parse_record(earlier or {})
-    before = () if isinstance(known.rules, UnsetType) else (known.rules,)
-    others = [asdict(each) for each in dict.fromkeys((*before, *known.earlier_rules)) if each != rules]
-    return {"earlier_rules": others, "default_ids": tables.default_ids or known.ids_from}
-
-
-def _number(earlier: Mapping[str, Any] | None, parts: Sequence[Path]) -> dict[str, int]:
-    """Number this run, and say which runs the next one is to recover if this one is killed.
-
-    These are all runs since the last one that ended in order. The parts are looked at too: run.json may be missing.
-    """
-    known = earlier or {}
-    number = 1 + max([known.get("run_number") or 0, *map(run_of, parts)])
-    return {"run_number": number, "recover_from": number if ended_in_order(known) else known.get("recover_from", 0)}
-
-
-def keep_policy(settings: RunSettings, earlier: Mapping[str, Any] | None) -> RunSettings:
-    """Settle what is stored of flagged images: as requested, as in the earlier run, or black ones."""
     before = parse_record(earlier or {}).settings
-    return replace(settings, safety=settings.safety.continuing(before.safety if before else None))
-
-
-def settle_compute(
-    settings: RunSettings, card: ModelCard, device: Device, earlier: Mapping[str, Any] | None
-) -> Compute:
-    """How to compute, as was asked for, as the earlier run did, or as suits. Raises SettingsError."""
-    compute = choose_compute(_typed(settings, card, device, earlier), earlier, device)
-    if card.driven and compute.compiled:
-        if settings.compute.compiled:
-            raise SettingsError(f"--compile: {card.name} is driven by its pipeline's own call, which is not compiled")
-        compute = replace(compute, compiled=False)
-    return compute
-
-
-def make_rules(settings: RunSettings, card: ModelCard, record: Mapping[str, Any]) -> RowRules:
-    """How rows are read by a run that this run.json speaks of. Raises SettingsError."""
-    defaults = _fill(settings.defaults, card)
-    rules = RowRules(defaults, card.sizes, digest(record["identity"]), card.embedded_guidance, card.fixed)
+    settings = replace(settings, safety=settings.safety.with_policy_of(before.safety if before else None))
+    compute = choose_compute(settings, device, earlier, card)
+    record = describe_run(settings, card, compute, tables)
+    rules = RowRules(
+        _fill_defaults(settings.defaults, card),
+        card.sizes,
+        digest(record["identity"]),
+        card.embedded_guidance,
+        card.fixed,
+    )
     rules.check()
-    return rules
+    return settings, compute, {**record, "rules": asdict(rules)}, rules
 
 
-def settings_of(record: Mapping[str, Any], out: Path, tables: Sequence[str] = ()) -> RunSettings:
-    """Return the settings of the run that a run.json describes, for OUT and the tables as they are named now.
-
-    Raises UsageError where it lacks them.
-    """
-    settings = require(parse_record(record).settings, "settings", out)
-    table, model = settings.table, settings.model
-    if tables:
-        table = replace(table, tables=tuple(tables), folder=Path.cwd())
-    if model.name is not None and (settings.table.folder / model.name).exists():
-        model = replace(model, name=str(settings.table.folder / model.name))
-    loras = tuple(replace(lora, file=str(settings.table.folder / Path(lora.file).expanduser())) for lora in model.loras)
-    model = replace(model, loras=loras)
-    return replace(settings, out=out, table=table, model=model, overwrite=False, rerender_changed=False)
-
-
-def refuse_unrepeatable(record: Mapping[str, Any], out: Path) -> None:
-    """What was piped in, or a URL with a secret, which run.json does not keep, cannot be read again.
-
-    Raises SettingsError.
-    """
-    if not require(parse_record(record).settings, "settings", out).table.tables:
-        raise SettingsError(f"{out} is an endpoint's, to which tables came one by one; name the TABLEs after OUT")
-    if found := record.get("unrepeatable_tables"):
-        told = ", ".join("standard input" if table == "-" else table for table in found)
-        raise SettingsError(f"{told}: {out / 'run.json'} cannot say how to read this again; name the TABLEs after OUT")
-
-
-def rules_of(record: Mapping[str, Any], out: Path) -> RowRules:
-    """Return the rules by which the run that a run.json describes read its tables. Raises UsageError."""
-    return require(parse_record(record).rules, "rules", out)
-
-
-def _typed(settings: RunSettings, card: ModelCard, device: Device, earlier: Mapping[str, Any] | None) -> RunSettings:
-    """Settings with bfloat16 for Stable Diffusion 3 and driven pipelines on a GPU where no dtype is given.
-
-    In float16 many of them overflow. A Stable Diffusion 3 run in float16, an earlier version's default, stays in it.
-    """
-    if settings.model.dtype != "auto" or device.kind != "cuda":
-        return settings
-    is_sd3 = card.family == "stable_diffusion_3"
-    if not (card.driven or is_sd3) or (is_sd3 and (earlier or {}).get("compute", {}).get("dtype") == "float16"):
-        return settings
-    return replace(settings, model=replace(settings.model, dtype="bfloat16"))
-
-
-def _fill(defaults: RowDefaults, card: ModelCard) -> RowDefaults:
-    """The defaults of rows, option over model."""
+def _fill_defaults(defaults: RowDefaults, card: ModelCard) -> RowDefaults:
+    """Return the defaults of rows, with the model's own where no option sets one."""
     own: dict[str, Any] = {
         "num_inference_steps": card.num_inference_steps,
         "guidance_scale": card.guidance_scale,
@@ -216,21 +169,94 @@ def _fill(defaults: RowDefaults, card: ModelCard) -> RowDefaults:
     return replace(defaults, **missing)
 
 
-def _check_safety(settings: RunSettings, card: ModelCard) -> None:
-    """See that who is to judge is there. Raises SettingsError."""
-    safety = settings.safety
-    if safety.service is not None:
-        from batch_infer.safety import check_credentials  # imports Azure's libraries
+def _number_run(earlier: Mapping[str, Any] | None, parts: Sequence[Path]) -> dict[str, int]:
+    """Return this run's number, and the first run to recover if this one is killed: all since one that ended cleanly.
 
-        check_credentials(safety.service)
-    if safety.mode == "none":
-        if safety.required:
-            raise SettingsError("--require-safety and --safety none do not go together")
-        return
-    if card.has_checker or (safety.service is not None and safety.mode != "checker,azure"):
-        return
-    if safety.required or safety.mode in ("checker", "checker,azure"):
-        raise SettingsError(
-            f"{card.name} has no safety checker, and this run asks for one; images would not be checked"
-        )
-    log.warning("%s has no safety checker: images will not be checked; nsfw_content_detected will be null", card.name)
+    The parts are read too: run.json may be missing.
+    """
+    known = earlier or {}
+    number = 1 + max([known.get("run_number") or 0, *map(run_number, parts)])
+    return {"run_number": number, "recover_from": number if ended_cleanly(known) else known.get("recover_from", 0)}
+
+
+def _history(earlier: Mapping[str, Any] | None, tables: Tables, rules: RowRules) -> dict[str, Any]:
+    """Return all other rules by which runs of this OUT read their rows, and the source of default ids.
+
+    So `find_changes` knows the images that an option would replace, whichever run made them.
+    """
+    known = parse_record(earlier or {})
+    others = [asdict(each) for each in dict.fromkeys(known.known_rules) if each != rules]
+    return {"earlier_rules": others, "default_ids": tables.default_id_source or known.ids_from}
+
+
+# Compute
+
+
+def choose_compute(
+    settings: RunSettings, device: Device, earlier: Mapping[str, Any] | None = None, card: ModelCard | None = None
+) -> Compute:
+    """Return how to compute: as requested, else as in the earlier run, else as suits the device.
+
+    `decode_batch` follows from the first slots of an OUT and is kept. So are batch sizes of single image sizes, which
+    were measured, or halved on out-of-memory, until another number of slots is requested. Raises SettingsError where
+    --compile does not suit the model.
+    """
+    kept = (earlier or {}).get("compute", {})
+    requested = settings.compute.slots if isinstance(settings.compute.slots, int) else None
+    slots = requested or kept.get("slots") or SLOTS[device.kind]
+    shapes = kept.get("by_size", ()) if requested in (None, kept.get("slots")) else ()
+    threads = max(1, count_cores() // max(1, count_workers(settings, device)))
+    return Compute(
+        device=device.kind,
+        dtype=_choose_dtype(settings, device, kept, card),
+        slots=slots,
+        decode_batch=kept.get("decode_batch") or max(1, min(DECODE_BATCH, slots // 2)),
+        threads=settings.compute.threads or kept.get("threads") or threads,
+        device_name=device.name,
+        compiled=_choose_compiled(settings, device, kept, card),
+        by_size=tuple(BatchShape(**shape) for shape in shapes),
+    )
+
+
+def _choose_dtype(settings: RunSettings, device: Device, kept: Mapping[str, Any], card: ModelCard | None) -> str:
+    """Return the requested dtype, else float32 on a CPU, and float16 or bfloat16 on a GPU.
+
+    Stable Diffusion 3 and other pipelines often overflow in float16. A Stable Diffusion 3 run in float16, the default
+    of an earlier version, keeps it.
+    """
+    if settings.model.dtype != "auto":
+        return settings.model.dtype
+    if device.kind != "cuda":
+        return "float32"
+    is_sd3 = card is not None and card.family == "stable_diffusion_3"
+    overflows = is_sd3 or (card is not None and card.uses_pipeline_call)
+    return "bfloat16" if overflows and not (is_sd3 and kept.get("dtype") == "float16") else "float16"
+
+
+def _choose_compiled(settings: RunSettings, device: Device, kept: Mapping[str, Any], card: ModelCard | None) -> bool:
+    """Return whether to use torch.compile, which needs Triton and a C compiler for it on a GPU."""
+    requested = settings.compute.compiled
+    if card is not None and card.uses_pipeline_call:
+        if requested:
+            raise SettingsError(f"--compile: {card.name} is driven by its pipeline's own call, which is not compiled")
+        return False
+    if requested is not None:
+        return requested
+    compilers = filter(None, (os.environ.get("CC"), "cc", "gcc", "clang"))
+    is_possible = find_spec("triton") is not None and any(map(shutil.which, compilers))
+    return bool(kept.get("compiled", device.kind == "cuda" and is_possible))
+
+
+def count_workers(settings: RunSettings, device: Device) -> int:
+    """Return how many workers render, 0 where the command itself does: as requested, else one per device."""
+    return device.count if settings.compute.processes is None else settings.compute.processes
+
+
+def count_parallel(workers: int, compute: Compute) -> int:
+    """Return how many workers compute at the same time: on a CPU as many as have cores of their own."""
+    return max(1, min(workers, count_cores() // compute.threads) if compute.device == "cpu" else workers)
+
+
+def count_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

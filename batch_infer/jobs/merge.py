@@ -1,83 +1,106 @@
-"""Merging: the manifest's parts as results.*, in input order."""
+"""Merging: the committed results as results.*, in the order of the tables. `merge` does it without a run."""
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import groupby, islice
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from batch_infer.carried import common_type, result_names, result_type, to_array, weight
-from batch_infer.errors import MissingResults
+from batch_infer.carried import common_type, estimate_bytes, make_result_names, result_type, to_array
+from batch_infer.errors import DamagedPart, ServiceError, StorageError, UsageError
+from batch_infer.jobs import out as outdir
+from batch_infer.jobs.job import open_tables
+from batch_infer.jobs.recovery import remove_leftovers
 from batch_infer.jobs.results import write_results
-from batch_infer.manifest import SCHEMA, Committed, Index, Manifest
-from batch_infer.planning import Item, place_of
-from batch_infer.records import Source
-from batch_infer.settings import OutputSettings
+from batch_infer.jobs.run_json import (
+    ended_cleanly,
+    read_rules,
+    read_settings,
+    refuse_unrepeatable_tables,
+    scanned_results,
+    with_counts,
+)
+from batch_infer.jobs.summary import Counts
+from batch_infer.manifest import SCHEMA, CommittedImage, Manifest, ManifestIndex
+from batch_infer.planning import Item, make_finished_check, source_of
+from batch_infer.settings import OutputSettings, ResultsFormat, RunSettings
+from batch_infer.store import path_exists
 
 BATCH = 2048
 BATCH_BYTES = 64 << 20
-BAD_SHOWN = 20
-"""Failed and invalid results that are named; results.* name them all."""
-
-_DESCRIBED = ["id", "image_index", "error", "source_file", "source_row"]
 
 log = logging.getLogger("batch_infer")
 
 
-@dataclass(slots=True)
-class Counts:
-    """What became of a table: its rows, and results (a row has one for each image) by status; `left` have none yet."""
-
-    rows: int = 0
-    images: int = 0
-    ok: int = 0
-    flagged: int = 0
-    blocked: int = 0
-    invalid: int = 0
-    failed: int = 0
-    left: int = 0
-    bad_rows: int = 0
-    """Rows, and not images, that failed or were invalid."""
-    truncated: int = 0
-    """Rows whose prompt is longer than the model reads."""
-    bad_results: list[str] = field(default_factory=list, compare=False)
-    """The first failed and invalid results: where each row is, its id and its error."""
-
-    def counted(self, table: pa.Table, sources: Sequence[Source] = ()) -> pa.Table:
-        """Add some results to the counts. `sources` has the place of each, where the tables say it."""
-        statuses = table["status"].to_pylist()
-        for status, number in Counter(statuses).items():
-            setattr(self, status, getattr(self, status) + number)
-        self.images += len(table) - table["generated_image"].null_count
-        truncated = pc.and_(pc.equal(table["image_index"], 0), pc.fill_null(table["prompt_truncated"], False))
-        self.truncated += pc.sum(truncated).as_py() or 0
-        bad = (number for number, status in enumerate(statuses) if status in ("failed", "invalid"))
-        for number in islice(bad, BAD_SHOWN - len(self.bad_results)):
-            (row,) = table.select(_DESCRIBED).slice(number, 1).to_pylist()
-            self.bad_results.append(_describe(row, sources[number : number + 1]))
-        return table
-
-    @property
-    def results(self) -> int:
-        return self.ok + self.flagged + self.blocked + self.invalid + self.failed
+class MissingResults(StorageError):
+    """The manifest lists fewer results than were committed."""
 
 
-def _describe(row: Mapping[str, Any], sources: Sequence[Source]) -> str:
-    source = sources[0] if sources else Source(row["source_file"], row["source_row"])
-    image = f", image {row['image_index']}" if row["image_index"] else ""
-    return f"{source} ({row['id']}{image}): {row['error']}"
+def merge_results(
+    out: Path, results: tuple[ResultsFormat, ...], *, base64: bool
+) -> tuple[Counts, tuple[ResultsFormat, ...]]:
+    """Write results.* in these formats and those of the run, and return the counts and the formats.
+
+    run.json then has these counts, for `status`. Raises UsageError where OUT holds nothing to merge or no format takes
+    base64, LockedError while another process holds OUT, StorageError.
+    """
+    out = out.absolute()
+    if not path_exists(out / "run.json") and not Manifest(out).parts():
+        raise UsageError(f"{out} holds neither a run.json nor a manifest: nothing to merge")
+    with outdir.locked(out):
+        if outdir.read_run(out) is None:
+            return merge_parts(Manifest(out), [], out, OutputSettings(results=results, base64=base64)), results
+        record = outdir.read_existing_run(out)
+        outdir.refuse_while_rescoring(out, record)
+        settings = read_settings(record, out)
+        formats = tuple(dict.fromkeys((*settings.output.results, *results)))  # those of the run must not become stale
+        output = OutputSettings(results=formats, base64=base64 or settings.output.base64)
+        try:
+            if not ended_cleanly(record) and settings.table.tables:
+                remove_leftovers(out, Manifest(out))  # not of an endpoint, whose workers may be writing now
+            counts = _merge_recorded(record, settings, output)
+        except DamagedPart as damage:
+            if settings.table.tables:
+                raise
+            raise UsageError(
+                f"{damage.part} is damaged ({damage.reason}): send its tables to the endpoint again with the same"
+                " output folder, which renders their rows again, or move the part away to merge without it"
+            ) from damage
+        outdir.write_run(out, with_counts(record, counts))
+        return counts, formats
+
+
+def _merge_recorded(record: Mapping[str, Any], settings: RunSettings, output: OutputSettings) -> Counts:
+    """Merge by the tables of the run if they can be read again, else by the manifest alone."""
+    out, rules = settings.out, read_rules(record, settings.out)
+    if not settings.table.tables:  # an endpoint's, which come one by one
+        return merge_parts(Manifest(out), [], out, output)
+    try:
+        refuse_unrepeatable_tables(record, out)
+        tables = open_tables(settings)
+    except (UsageError, ServiceError) as error:
+        reason = str(error)
+    else:
+        with tables:
+            known = record.get("unreadable_tables", ())
+            new = [fault for name, fault in tables.unreadable_files.items() if name not in known]
+            if not new:
+                with Manifest(out).index() as index:
+                    return merge(tables.rows(rules, make_finished_check(index)), index, tables.carried, out, output)
+        reason = "; ".join(new)
+    log.warning("the tables of this run cannot be read, so all that the manifest holds is merged (%s)", reason)
+    counts = merge_parts(Manifest(out), record.get("tables", ()), out, output)
+    counts.left = max(0, scanned_results(record) - counts.results)
+    return counts
 
 
 def merge(
-    items: Iterable[Item], index: Index, carried: pa.Schema, out: Path, output: OutputSettings, least: int = 0
+    items: Iterable[Item], index: ManifestIndex, carried: pa.Schema, out: Path, output: OutputSettings, least: int = 0
 ) -> Counts:
     """Write the results of these items, in their order, and count them.
 
@@ -85,12 +108,33 @@ def merge(
     results.* then stay as they were.
     """
     counts = Counts()
-    tables = _complete(results_of(items, index, carried, counts), counts, least)
+    tables = _require_results(read_results(items, index, carried, counts), counts, least)
     write_results(tables, pa.schema([*SCHEMA, *carried]), out, output)
     return counts
 
 
-def _complete(tables: Iterable[pa.Table], counts: Counts, least: int) -> Iterator[pa.Table]:
+def merge_parts(manifest: Manifest, tables: Sequence[str], out: Path, output: OutputSettings, least: int = 0) -> Counts:
+    """Write all results that the manifest holds, in the order of these tables, and count them. Raises as `merge` does.
+
+    For an OUT whose tables cannot be read: rows that have left them since, or changed, are not told from others.
+    """
+    schema = results_schema(manifest.schemas())
+    with manifest.index() as index:
+        counts = Counts()
+        counts.rows, counts.bad_rows = index.count_rows()
+        write_results(_require_results(_read_all(index, tables, schema, counts), counts, least), schema, out, output)
+    return counts
+
+
+def _read_all(index: ManifestIndex, tables: Sequence[str], schema: pa.Schema, counts: Counts) -> Iterator[pa.Table]:
+    committed = index.in_order(tables)
+    while batch := list(islice(committed, BATCH)):
+        table = index.take(batch, schema)
+        counts.add(table)
+        yield table
+
+
+def _require_results(tables: Iterable[pa.Table], counts: Counts, least: int) -> Iterator[pa.Table]:
     """Raise MissingResults where these tables end before `least` results."""
     yield from tables
     if counts.results < least:
@@ -100,63 +144,55 @@ def _complete(tables: Iterable[pa.Table], counts: Counts, least: int) -> Iterato
         )
 
 
-def merge_parts(manifest: Manifest, tables: Sequence[str], out: Path, output: OutputSettings, least: int = 0) -> Counts:
-    """Write all results that the manifest holds, in the order of these tables, and count them. Raises as `merge` does.
-
-    For an OUT whose tables are not at hand: rows that have left them since, or changed, cannot be told from others.
-    """
-    schema = with_carried(manifest.schemas())
-    with manifest.index() as index:
-        counts = Counts()
-        counts.rows, counts.bad_rows = index.rows()
-        found = index.in_order(tables)
-        batches = iter(lambda: list(islice(found, BATCH)), [])
-        results = (counts.counted(index.take(batch, schema)) for batch in batches)
-        write_results(_complete(results, counts, least), schema, out, output)
-    return counts
-
-
-def with_carried(schemas: Iterable[pa.Schema]) -> pa.Schema:
-    """The result columns, and the carried ones of all parts, each of a type that holds what every part has in it.
+def results_schema(schemas: Iterable[pa.Schema]) -> pa.Schema:
+    """Return the result columns and the carried ones of all parts, each of a type that holds its values in all parts.
 
     Parts of earlier versions have carried columns whose names differ from another's by case alone.
     """
-    kinds: dict[str, set[pa.DataType]] = {}
+    by_name: dict[str, set[pa.DataType]] = {}
     for schema in schemas:
         for column in schema:
             if column.name not in SCHEMA.names:
-                kinds.setdefault(column.name, set()).add(result_type(column.type))
+                by_name.setdefault(column.name, set()).add(result_type(column.type))
     types: dict[str, set[pa.DataType]] = {}
-    for name, new in result_names(kinds, SCHEMA.names, known=True).items():
-        types.setdefault(new, set()).update(kinds[name])
+    for name, new in make_result_names(by_name, SCHEMA.names, known=True).items():
+        types.setdefault(new, set()).update(by_name[name])
     fields = [(name, common_type(found)) for name, found in types.items()]
     for name, kind in fields:
-        if pa.types.is_string(kind) and len(types[name] - {pa.null()}) > 1:
-            names = " and ".join(sorted(map(str, types[name] - {pa.null()})))
+        others = types[name] - {pa.null()}
+        if pa.types.is_string(kind) and len(others) > 1:
+            names = " and ".join(sorted(map(str, others)))
             log.warning("column %r is %s in the manifest's parts: its values are carried as text", name, names)
     return pa.schema([*SCHEMA, *fields])
 
 
-def results_of(items: Iterable[Item], index: Index, carried: pa.Schema, counts: Counts) -> Iterator[pa.Table]:
-    """What is committed of these items, in their order, in tables of a few thousand results; counts it too."""
+def read_results(items: Iterable[Item], index: ManifestIndex, carried: pa.Schema, counts: Counts) -> Iterator[pa.Table]:
+    """Yield the committed results of these items in tables of a few thousand rows, and count them.
+
+    A result of a row as it was before it changed does not count.
+    """
     for batch in _batches(items):
-        found = [(item, kept) for item in batch if (kept := _result_of(item, index)) is not None]
+        matches = [
+            (item, committed)
+            for item in batch
+            if (committed := index.find(item.key)) is not None and committed.fingerprint == item.fingerprint
+        ]
         counts.rows += len({item.id for item in batch})
-        counts.bad_rows += len({item.id for item, kept in found if kept.status in ("failed", "invalid")})
-        counts.left += len(batch) - len(found)
-        if found:
-            table = index.take([kept for _, kept in found])
-            items_found = [item for item, _ in found]
-            yield counts.counted(_as_now(items_found, table, carried), [item.source for item in items_found])
+        counts.bad_rows += len({item.id for item, match in matches if match.status in ("failed", "invalid")})
+        counts.left += len(batch) - len(matches)
+        if matches:
+            table = _with_current_cells(matches, index, carried)
+            counts.add(table, [item.source for item, _ in matches])
+            yield table
 
 
 def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
-    """Items in batches that part no row from its images."""
+    """Yield items in batches that hold all images of a row."""
     batch: list[Item] = []
     size = 0
     for _, images in groupby(items, attrgetter("id")):
         batch.extend(images)
-        size += weight(batch[-1].carried.values())
+        size += estimate_bytes(batch[-1].carried.values())
         if len(batch) >= BATCH or size >= BATCH_BYTES:
             yield batch
             batch, size = [], 0
@@ -164,21 +200,16 @@ def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
         yield batch
 
 
-def _result_of(item: Item, index: Index) -> Committed | None:
-    """What is committed of an item as it stands in the table now; a result of what it was before does not count."""
-    kept = index.find(item.key)
-    return kept if kept is not None and kept.fingerprint == item.fingerprint else None
-
-
-def _as_now(items: list[Item], table: pa.Table, carried: pa.Schema) -> pa.Table:
-    """Results with the place and the carried columns that the table has now: neither changes an image."""
-    places = [place_of(item) for item in items]
-    table = table.set_column(
-        table.column_names.index("source_file"), SCHEMA.field("source_file"), [[p[0] for p in places]]
-    )
-    table = table.set_column(
-        table.column_names.index("source_row"), SCHEMA.field("source_row"), [[p[1] for p in places]]
-    )
+def _with_current_cells(
+    matches: Sequence[tuple[Item, CommittedImage]], index: ManifestIndex, carried: pa.Schema
+) -> pa.Table:
+    """Return results with the place and the carried cells that rows have in the table now: neither changes an image."""
+    table = index.take([committed for _, committed in matches])
+    places = [source_of(item) for item, _ in matches]
+    for k, name in enumerate(("source_file", "source_row")):
+        current = [place[k] for place in places]
+        table = table.set_column(table.column_names.index(name), SCHEMA.field(name), [current])
     for column in carried:
-        table = table.append_column(column, to_array([item.carried.get(column.name) for item in items], column.type))
+        values = [item.carried.get(column.name) for item, _ in matches]
+        table = table.append_column(column, to_array(values, column.type))
     return table

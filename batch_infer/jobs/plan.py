@@ -1,4 +1,4 @@
-"""The dry run: every row validated, and what rendering them would take, with nothing rendered or written."""
+"""`plan`: every row validated, and what rendering them would take, with nothing rendered or written."""
 
 from __future__ import annotations
 
@@ -10,21 +10,36 @@ from typing import Any
 
 from batch_infer.autotune import Probe
 from batch_infer.errors import RowError, SettingsError
-from batch_infer.jobs.changes import find_changes
-from batch_infer.jobs.estimate import rates_of
-from batch_infer.jobs.job import Job, find_model, finishing_overwrite, open_tables, prepare, rooted
-from batch_infer.jobs.record import at_once, processes_of
-from batch_infer.jobs.scan import reason_of
-from batch_infer.jobs.tune import BatchShapes
+from batch_infer.jobs.estimates import BatchShapes, Size, find_rates
+from batch_infer.jobs.job import (
+    Job,
+    count_parallel,
+    count_workers,
+    find_model,
+    finish_overwrite,
+    make_paths_absolute,
+    open_tables,
+    prepare,
+)
+from batch_infer.jobs.scan import find_changes, reason_of
 from batch_infer.main_guard import end_unguarded_process
-from batch_infer.manifest import Index, Manifest
-from batch_infer.models import TruncationCount, load_token_counter
-from batch_infer.planning import Batching, Committed, Item, Packing, in_order, is_done, pending
-from batch_infer.records import PromptRequest, ResultRow, now
+from batch_infer.manifest import Manifest, ManifestIndex
+from batch_infer.models import TruncationCounter, load_token_counter
+from batch_infer.planning import (
+    Item,
+    ManifestEntry,
+    PipelineBatchingEstimator,
+    StepBatchingEstimator,
+    is_done,
+    order_requests,
+    select_pending,
+)
+from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.settings import IdSource, RunSettings
+from batch_infer.worker import make_row
 
-WALKS = 3
-"""How often a run goes through the tables: to look, to render and to merge."""
+TABLE_READS = 3
+"""How often a run reads the tables: to scan, to render and to merge."""
 
 
 @dataclass(slots=True)
@@ -42,12 +57,12 @@ class SizePlan:
 
 @dataclass(slots=True)
 class Plan:
-    """What a run would do, counted in results (a row has one for each image) but where rows are named.
+    """What a run would do, counted in results (a row has one per image) unless rows are named.
 
-    `seconds` are of the whole command, from start to end; those of a size are device time, of which each of the
-    `processes` has its share. `truncated` is None where only the model's pipeline knows. `reasons` says why results
-    are pending, `changes` by which options they changed, and `refused` why the run will not start. `files` has the
-    number of rows of each file that is read, `left_out` those of folders and globs that are not, by reason.
+    `seconds` are of the whole command; those of a size are device time, shared by the `processes`. `truncated` is None
+    where only the model's pipeline knows. `reasons` says why results are pending, `changes` which options changed them,
+    and `refused` why the run would not start. `files` maps each file read to its number of rows, `left_out` the files
+    of folders and globs that are not read, by reason.
     """
 
     rows: int = 0
@@ -76,124 +91,116 @@ class Plan:
     measured_at: datetime | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """As --json has it."""
+        """Return the keys of --json."""
         return {**asdict(self), "measured_at": self.measured_at and self.measured_at.isoformat()}
 
 
-def make_plan(settings: RunSettings, tell: Callable[[ResultRow], None]) -> Plan:
-    """Find out what `run` would do with these settings; `tell` is called with every invalid row as it is found.
+def make_plan(settings: RunSettings, report: Callable[[ResultRow], None]) -> Plan:
+    """Return what `run` would do with these settings; `report` is called with every invalid row.
 
     Raises the UsageErrors that `run` would raise.
     """
     end_unguarded_process()
-    settings = finishing_overwrite(rooted(settings))
+    settings = finish_overwrite(make_paths_absolute(settings))
     with open_tables(settings) as tables, Probe() as probe:
         card = find_model(settings, probe.read_pipeline_facts)
         device = probe.find_device(settings.model.device)
         job = prepare(settings, tables, card, device)
-        with Index([]) if settings.overwrite else Manifest(settings.out).index() as index:
-            return _Walk(job, processes_of(settings, device), probe, index, tell).go()
+        with ManifestIndex([]) if settings.overwrite else Manifest(settings.out).index() as index:
+            return _Planner(job, count_workers(settings, device), probe, index, report).make()
 
 
-class _Walk:
-    """One walk over the tables, with a tally of what is met."""
+class _Planner:
+    """Reads the tables once and counts."""
 
-    def __init__(self, job: Job, processes: int, probe: Probe, index: Index, tell: Callable[[ResultRow], None]) -> None:
-        self._job, self._probe, self._index, self._tell = job, probe, index, tell
+    def __init__(
+        self, job: Job, processes: int, probe: Probe, index: ManifestIndex, report: Callable[[ResultRow], None]
+    ) -> None:
+        self._job, self._probe, self._index, self._report = job, probe, index, report
         self._shapes = BatchShapes(job, probe)
-        self._packing = (Batching if job.card.driven else Packing)(self._slots_of)
+        estimator = PipelineBatchingEstimator if job.card.uses_pipeline_call else StepBatchingEstimator
+        self._estimator = estimator(self._slots_of)
         counter = load_token_counter(job.card)
-        self._tokens = TruncationCount(counter) if counter else None
+        self._tokens = TruncationCounter(counter) if counter else None
         self._plan = Plan(slots=job.compute.slots, processes=processes)
 
-    def go(self) -> Plan:
-        found, card = self._plan, self._job.card
-        started = time.monotonic()
-        waited = self._probe.seconds_waited
-        slots_of = None if card.driven else self._slots_of
+    def make(self) -> Plan:
+        plan, tables = self._plan, self._job.tables
+        started, waited = time.monotonic(), self._probe.seconds_waited
         changes = find_changes(self._job, self._index)
-        found.changes = str(changes)
+        plan.changes = str(changes)
         try:
             changes.refuse(self._job)
         except SettingsError as error:
-            found.refused = str(error)
-        for request in in_order(pending(self._valid(), self._index, self._is_done), slots_of):
-            found.pending += 1
-            self._packing.add(request, self._probe.count_evaluations(card, request.params.num_inference_steps))
-        self._packing.close()
-        found.default_ids = self._job.tables.default_ids
-        found.remarks, found.left_out = self._job.tables.remarks, self._job.tables.left_out.items()
-        found.truncated = self._tokens.close() if self._tokens else None
-        found.done = found.total - found.invalid - found.pending
-        walking = time.monotonic() - started - (self._probe.seconds_waited - waited)
-        self._estimate(WALKS * walking)
-        return found
+            plan.refused = str(error)
+        self._count_evaluations()
+        plan.default_ids = tables.default_id_source
+        plan.remarks, plan.left_out = tables.remarks, tables.left_out.items()
+        plan.truncated = self._tokens.close() if self._tokens else None
+        plan.done = plan.total - plan.invalid - plan.pending
+        reading = time.monotonic() - started - (self._probe.seconds_waited - waited)
+        self._estimate(TABLE_READS * reading)
+        return plan
 
-    def _slots_of(self, size: tuple[int, int]) -> int:
+    def _count_evaluations(self) -> None:
+        """Count the UNet evaluations of the pending rows, in the order of the run."""
+        card = self._job.card
+        slots_of = None if card.uses_pipeline_call else self._slots_of
+        for request in order_requests(select_pending(self._valid_rows(), self._index, self._is_done), slots_of):
+            self._plan.pending += 1
+            self._estimator.add(request, self._probe.count_evaluations(card, request.params.num_inference_steps))
+        self._estimator.close()
+
+    def _slots_of(self, size: Size) -> int:
         return self._shapes.of(size).slots
 
-    def _is_done(self, item: Item, match: Committed | None) -> bool:
-        done = is_done(item, match)
+    def _is_done(self, item: Item, committed: ManifestEntry | None) -> bool:
+        done = is_done(item, committed)
         if not done:
-            reason = reason_of(item, match)
+            reason = reason_of(item, committed)
             self._plan.reasons[reason] = self._plan.reasons.get(reason, 0) + 1
         return done
 
-    def _valid(self) -> Iterator[PromptRequest]:
-        """The rows of the tables that the run will render; what it will find invalid is told and counted."""
-        self._plan.files = dict.fromkeys(self._job.tables.files, 0)
+    def _valid_rows(self) -> Iterator[PromptRequest]:
+        """Yield the rows that are valid for the run, and count and report the others."""
+        plan = self._plan
+        plan.files = dict.fromkeys(self._job.tables.files, 0)
         for item in self._job.items(self._index):
-            self._plan.total += 1
+            plan.total += 1
             if item.image_index == 0:
-                self._plan.rows += 1
-                self._plan.files[item.source.file] += 1
+                plan.rows += 1
+                plan.files[item.source.file] += 1
             if isinstance(item, PromptRequest):
                 try:
                     self._probe.count_evaluations(self._job.card, item.params.num_inference_steps)
                 except RowError as error:
-                    item = _refused(item, error)
+                    item = make_row(item, "invalid", str(error), scheduler=self._job.card.scheduler_name, worker="")
                 else:
                     if item.image_index == 0 and self._tokens:
                         self._tokens.add(item.prompt)
                     yield item
                     continue
-            self._plan.invalid += 1
-            self._plan.invalid_rows += item.image_index == 0
-            self._tell(item)
+            plan.invalid += 1
+            plan.invalid_rows += item.image_index == 0
+            self._report(item)
 
-    def _estimate(self, walking: float) -> None:
-        found, settings, loads = self._plan, self._job.settings, self._packing.loads
+    def _estimate(self, reading: float) -> None:
+        """Estimate time, disk and cost. `reading`: seconds that the run spends on the tables."""
+        plan, settings, loads = self._plan, self._job.settings, self._estimator.costs
         if not loads:
             return
-        job = replace(self._job, compute=self._shapes.settle(loads))
-        rates = rates_of(loads, job, self._probe)
+        job = replace(self._job, compute=self._shapes.choose(loads))
+        rates = find_rates(loads, job, self._probe)
         for size, load in loads.items():
-            rate = rates[size]
-            seconds = load.ticks * rate.tick + load.images * rate.image
+            seconds = load.ticks * rates[size].tick + load.images * rates[size].image
             counts = load.images, load.row_forwards, load.ticks, load.slots
-            found.sizes.append(SizePlan(*size, *counts, round(seconds, 3)))
-        found.row_forwards = sum(load.row_forwards for load in loads.values())
-        found.ticks = sum(load.ticks for load in loads.values())
-        found.occupancy = round(found.row_forwards / sum(load.ticks * load.slots for load in loads.values()), 4)
-        rendering = sum(size.seconds for size in found.sizes) / at_once(found.processes, job.compute)
-        found.seconds = walking + next(iter(rates.values())).start + rendering
-        found.bytes = round(sum(load.images * rates[size].image_bytes for size, load in loads.items()))
-        found.measured_at = min(rate.measured_at for rate in rates.values())
+            plan.sizes.append(SizePlan(*size, *counts, round(seconds, 3)))
+        plan.row_forwards = sum(load.row_forwards for load in loads.values())
+        plan.ticks = sum(load.ticks for load in loads.values())
+        plan.occupancy = round(plan.row_forwards / sum(load.ticks * load.slots for load in loads.values()), 4)
+        rendering = sum(size.seconds for size in plan.sizes) / count_parallel(plan.processes, job.compute)
+        plan.seconds = reading + next(iter(rates.values())).start + rendering
+        plan.bytes = round(sum(load.images * rates[size].image_bytes for size, load in loads.items()))
+        plan.measured_at = min(rate.measured_at for rate in rates.values())
         if settings.price_per_hour is not None:
-            found.cost = found.seconds / 3600 * settings.price_per_hour
-
-
-def _refused(request: PromptRequest, error: RowError) -> ResultRow:
-    """A row whose steps the scheduler does not take, as the worker will find it."""
-    return ResultRow(
-        id=request.id,
-        image_index=request.image_index,
-        prompt=request.prompt,
-        status="invalid",
-        error=str(error),
-        finished_at=now(),
-        source_file=request.source.file,
-        source_row=request.source.row,
-        fingerprint=request.fingerprint,
-        line=request.source.line,
-    )
+            plan.cost = plan.seconds / 3600 * settings.price_per_hour

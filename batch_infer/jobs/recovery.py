@@ -1,4 +1,4 @@
-"""Recovery: what a run that did not end in order has left in OUT, and what the disk has lost of it."""
+"""Recovery of OUT: the files of processes that died are removed, images set aside are restored, lost ones are found."""
 
 from __future__ import annotations
 
@@ -6,23 +6,35 @@ import errno
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, suppress
 from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
 
 from batch_infer.errors import DamagedPart, StorageError
-from batch_infer.jobs import cleanup
-from batch_infer.manifest import SCHEMA, Index, Manifest, commit_time, read_part
-from batch_infer.sinks import FolderSink, path_before_aside, read_image
-from batch_infer.store import is_there, storing, sync_folder
+from batch_infer.jobs.out import OWN_NAMES
+from batch_infer.manifest import SCHEMA, Manifest, ManifestIndex, commit_time, read_part
+from batch_infer.sinks import BACKUP_PREFIX, IMAGE_FOLDERS, Sink, make_sink, original_path, resolve_path
+from batch_infer.store import (
+    fsync_folder,
+    is_abandoned,
+    is_folder,
+    is_link,
+    is_temporary,
+    marker_name,
+    path_exists,
+    remove_stale_holder,
+    sweep,
+    write_errors,
+)
 
 RECENT_SECONDS = 600.0
-"""Parts committed within this time before the last one are checked.
+"""Images of parts committed within this time before the last one are read.
 
-Where commits are durable nothing needs this; a disk or a file system that promises what it does not do needs it.
+Durable commits do not need this; disks and file systems that acknowledge a flush too early do.
 """
 READING_THREADS = 8
 BATCH = 2048
@@ -32,95 +44,151 @@ _IMAGE = pa.schema([SCHEMA.field(name) for name in ("id", "image_index", "genera
 log = logging.getLogger("batch_infer")
 
 Key = tuple[str, int]
+OnDamage = Callable[[DamagedPart], object]
 
 
 def recover(out: Path, manifest: Manifest, since_run: int = 0) -> frozenset[Key]:
-    """Clear up after a run that was killed, and return the key of each recent image that is missing or not whole.
+    """Clean up after a run that was killed, and return the keys of recent images that are missing or damaged.
 
-    `since_run`: the first run after the last one that ended in order. Leftovers are removed and damaged parts set
-    aside, whose rows are then as if they had never been rendered. The images of the last minutes of those runs are
-    read; older images, and the columns of older parts, are not. The caller holds OUT, before anything is written there.
-    Raises StorageError.
+    `since_run`: the first run after the last one that ended cleanly. Leftovers are removed, and damaged parts are set
+    aside, so that their rows are rendered again. Images of the last minutes of those runs are read; older images, and
+    the columns of older parts, are not. The caller holds the lock and has written nothing yet. Raises StorageError.
     """
     remove_leftovers(out, manifest, set_aside)
-    recent = _recent(manifest.parts(since_run))
-    with Index(recent, set_aside) as index, ThreadPoolExecutor(READING_THREADS) as pool:
-        lost: list[tuple[Key, str]] = []
-        for images in _images(index):
-            whole = pool.map(lambda image: is_whole(out, *image[1:]), images)
-            lost += [(key, path) for (key, path, *_), kept in zip(images, whole, strict=True) if not kept]
-    if lost:
-        sentence = "%d images of the manifest are missing or not whole and must be rendered again, the first is %s"
-        log.warning(sentence, len(lost), out / lost[0][1])
-    return frozenset(key for key, _ in lost)
+    recent = _recent_parts(manifest.parts(since_run))
+    sink, missing = make_sink(out), list[tuple[Key, str]]()
+    with ManifestIndex(recent, set_aside) as index, ThreadPoolExecutor(READING_THREADS) as pool:
+        for images in _stored_images(index):
+            intact = pool.map(lambda image: is_intact(sink, *image[1:]), images)
+            missing += [(key, path) for (key, path, *_), good in zip(images, intact, strict=True) if not good]
+    if missing:
+        log.warning(
+            "%d images of the manifest are missing or damaged and must be rendered again, the first is %s",
+            len(missing),
+            out / missing[0][1],
+        )
+    return frozenset(key for key, _ in missing)
 
 
-def remove_leftovers(out: Path, manifest: Manifest, damaged: Callable[[DamagedPart], object] | None = None) -> None:
+def remove_leftovers(out: Path, manifest: Manifest, on_damage: OnDamage | None = None) -> None:
     """Remove what a killed run has left in OUT and restore the images that it had set aside.
 
-    The caller holds OUT. `damaged` is that of `Manifest.index`. Raises DamagedPart without it, StorageError.
+    The caller holds the lock. Raises StorageError, and DamagedPart without `on_damage`.
     """
-    originals = cleanup.remove_leftovers(out)
+    restore_images(out, remove_temporary_files(out), lambda: manifest.index(damaged=on_damage), on_damage)
+
+
+def remove_temporary_files(out: Path) -> list[str]:
+    """Remove the temporary files and the lock holder's name of a killed run; return the images that it had set aside.
+
+    The paths are relative to OUT. The caller holds the lock, or knows that no other process writes there. Links are
+    not followed, except that images/ and quarantine/ may be links. This process's own marker stays. Raises
+    StorageError.
+    """
+    marker = marker_name()
+    originals: list[str] = []
+
+    def is_own(name: str) -> bool:
+        return (is_temporary(name) and name != marker) or original_path(name) is not None
+
+    with write_errors(out):
+        _sweep(out, out, is_own, originals)
+        folders = [out / name for name in OWN_NAMES if is_folder(out / name, follow=name in IMAGE_FOLDERS)]
+        while folders:
+            folders += _sweep(out, folders.pop(), is_own, originals)
+        remove_stale_holder(out)
+    return originals
+
+
+def remove_abandoned(out: Path, folders: Iterable[Path]) -> list[str]:
+    """Remove temporary files of dead processes of this machine from folders of OUT; return the images set aside.
+
+    For a process that shares OUT with others that are writing. Links are not followed. Raises StorageError.
+    """
+    originals: list[str] = []
+    for folder in folders:
+        with write_errors(folder), suppress(FileNotFoundError, NotADirectoryError):
+            if not is_link(folder):
+                _sweep(out, folder, lambda name: is_abandoned(name) or is_abandoned(name, BACKUP_PREFIX), originals)
+    return originals
+
+
+def _sweep(out: Path, folder: Path, is_own: Callable[[str], bool], originals: list[str]) -> list[Path]:
+    """Remove matching files, but add images that were set aside to `originals`. Return the folders in this one."""
+
+    def remove(path: Path) -> None:
+        if original_path(path.name) is None:
+            path.unlink(missing_ok=True)
+        elif resolve_path(out, aside := path.relative_to(out).as_posix()) is not None:
+            originals.append(aside)
+
+    return sweep(folder, is_own, remove)
+
+
+def restore_images(
+    out: Path,
+    originals: Sequence[str],
+    open_index: Callable[[], AbstractContextManager[ManifestIndex]],
+    on_damage: OnDamage | None = None,
+) -> None:
+    """Restore images that were set aside for others which were never committed.
+
+    `originals`: the paths of files set aside, which are removed where the image in place is the committed one.
+    `on_damage` is called with each damaged part, before the index is opened again. Raises StorageError, and DamagedPart
+    without `on_damage`.
+    """
     while originals:
         try:
-            with manifest.index(damaged=damaged) as index:
-                restore(out, index, originals)
+            with open_index() as index:
+                _restore(out, index, originals)
             return
         except DamagedPart as damage:  # in columns that the index does not read
-            if damaged is None:
+            if on_damage is None:
                 raise
-            damaged(damage)
+            on_damage(damage)
 
 
-def restore(out: Path, index: Index, originals: Sequence[str]) -> None:
-    """Bring back images that were set aside for others which were never committed.
-
-    `originals`: paths that `set_aside` gave. Where the image in place is the one that the manifest has, the one set
-    aside is removed. Raises DamagedPart, StorageError.
-    """
-    former = {aside: path_before_aside(aside) or aside for aside in originals}
-    sink, committed = FolderSink(out), index.of_paths(former.values())
+def _restore(out: Path, index: ManifestIndex, originals: Sequence[str]) -> None:
+    places = {aside: original_path(aside) or aside for aside in originals}
+    sink, committed = make_sink(out), index.get_by_paths(places.values())
     rows = index.take(list(committed.values()), _IMAGE).to_pylist()
-    of_path = {row["generated_image"]: (row["sha256"], row["image_bytes"]) for row in rows}
-    for aside, path in former.items():
-        content = of_path.get(path, (None, None))
-        if not is_whole(out, path, *content) and is_whole(out, aside, *content):
-            sink.bring_back(aside)
+    contents = {row["generated_image"]: (row["sha256"], row["image_bytes"]) for row in rows}
+    for aside, path in places.items():
+        content = contents.get(path, (None, None))
+        if not is_intact(sink, path, *content) and is_intact(sink, aside, *content):
+            sink.restore(aside)
         else:
             sink.remove(aside)
 
 
 def set_aside(damage: DamagedPart) -> Path:
-    """Give a damaged part a name that nobody takes for a part, so that its rows are rendered anew; returns its path.
-
-    Raises StorageError.
-    """
+    """Rename a damaged part, so that its rows are rendered again, and return its new path. Raises StorageError."""
     part = damage.part
     kept, number = part.with_name(f"{part.name}{_DAMAGED}"), 1
-    while is_there(kept):  # a part that is made anew bears the same name, and may be damaged too
+    while path_exists(kept):  # a part of the same rows has the same name, and may be damaged too
         number += 1
         kept = part.with_name(f"{part.name}{_DAMAGED}-{number}")
-    with storing(kept):
+    with write_errors(kept):
         os.rename(part, kept)  # noqa: PTH104
-        sync_folder(part.parent)
-    log.warning("%s is damaged (%s): its rows are rendered anew, and it is kept as %s", part, damage.reason, kept.name)
+        fsync_folder(part.parent)
+    log.warning("%s is damaged (%s): its rows are rendered again, and it is kept as %s", part, damage.reason, kept.name)
     return kept
 
 
-def is_whole(out: Path, path: str, sha256: str | None, length: int | None) -> bool:
-    """Whether an image is there with the content that was written. Raises StorageError."""
-    return read_whole(out, path, sha256, length) is not None
+def is_intact(sink: Sink, path: str, sha256: str | None, length: int | None) -> bool:
+    """Return whether an image is stored as it was written. Raises StorageError."""
+    return read_intact(sink, path, sha256, length) is not None
 
 
-def read_whole(out: Path, path: str, sha256: str | None, length: int | None) -> bytes | None:
-    """Return an image as it was written, or None where it is missing or damaged.
+def read_intact(sink: Sink, path: str, sha256: str | None, length: int | None) -> bytes | None:
+    """Return an image as it was written, or None where it is missing, damaged or its path leads out of OUT.
 
-    `path` is relative to OUT; one that leads out of it is missing. Raises StorageError where it cannot be read.
+    Raises StorageError where it cannot be read.
     """
     if length is None:
         return None
     try:
-        content = read_image(out, path, length)
+        content = sink.read(path, length)
     except StorageError as error:
         if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EIO:  # the disk has lost it
             return None
@@ -128,37 +196,34 @@ def read_whole(out: Path, path: str, sha256: str | None, length: int | None) -> 
     return content if content is not None and hashlib.sha256(content).hexdigest() == sha256 else None
 
 
-def _recent(parts: Sequence[Path]) -> list[Path]:
-    """Return the parts that were committed last, by the clock of each machine, and can be read."""
-    times = list(_commit_times(parts))
+def _recent_parts(parts: Sequence[Path]) -> list[Path]:
+    """Return the parts that were committed last, by the clock of each machine. Unreadable parts are set aside."""
+    times: list[tuple[Path, str, float]] = []
     latest: dict[str, float] = {}
-    for _, clock, seconds in times:
-        latest[clock] = max(seconds, latest.get(clock, seconds))
-    return [part for part, clock, at in times if at >= latest[clock] - RECENT_SECONDS and _is_readable(part)]
-
-
-def _commit_times(parts: Sequence[Path]) -> Iterator[tuple[Path, str, float]]:
     for part in parts:
         try:
-            yield part, *commit_time(part)
-        except DamagedPart as error:
-            set_aside(error)
+            clock, seconds = commit_time(part)
+        except DamagedPart as damage:
+            set_aside(damage)
+        else:
+            times.append((part, clock, seconds))
+            latest[clock] = max(seconds, latest.get(clock, seconds))
+    recent = []
+    for part, clock, seconds in times:
+        if seconds >= latest[clock] - RECENT_SECONDS:
+            try:
+                read_part(part)
+            except DamagedPart as damage:
+                set_aside(damage)
+            else:
+                recent.append(part)
+    return recent
 
 
-def _is_readable(part: Path) -> bool:
-    """Whether all columns of a part can be read, else it is set aside."""
-    try:
-        read_part(part)
-    except DamagedPart as error:
-        set_aside(error)
-        return False
-    return True
-
-
-def _images(index: Index) -> Iterator[list[tuple[Key, str, str | None, int | None]]]:
-    """The images that an index knows, in batches: key, path, sha256 and length."""
-    found = (committed for committed in index.in_order([]) if committed.path is not None)
-    while batch := list(islice(found, BATCH)):
+def _stored_images(index: ManifestIndex) -> Iterator[list[tuple[Key, str, str | None, int | None]]]:
+    """Yield the images of an index in batches: key, path, sha256 and length."""
+    stored = (committed for committed in index.in_order([]) if committed.path is not None)
+    while batch := list(islice(stored, BATCH)):
         columns = index.take(batch, _IMAGE).to_pydict()
-        names, numbers, *others = (columns[name] for name in _IMAGE.names)
-        yield list(zip(zip(names, numbers, strict=True), *others, strict=True))
+        ids, numbers, *others = (columns[name] for name in _IMAGE.names)
+        yield list(zip(zip(ids, numbers, strict=True), *others, strict=True))

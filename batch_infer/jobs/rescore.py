@@ -1,4 +1,4 @@
-"""Judging stored images again, by other judges or other thresholds, with nothing rendered."""
+"""`rescore`: check the stored images of OUT again, with other checkers or thresholds, and render nothing."""
 
 from __future__ import annotations
 
@@ -12,28 +12,36 @@ from typing import Any, TypeVar
 
 from batch_infer.errors import DamagedPart, Interrupted, SettingsError
 from batch_infer.jobs import out as outdir
-from batch_infer.jobs.job import find_model, open_tables, refuse_unrepeatable, rules_of, settings_of
-from batch_infer.jobs.merge import Counts, merge
-from batch_infer.jobs.record import policy_of
+from batch_infer.jobs.job import find_model, open_tables
+from batch_infer.jobs.merge import merge
 from batch_infer.jobs.recovery import remove_leftovers, set_aside
-from batch_infer.jobs.rejudging import Rejudging, Rescored, Stored
-from batch_infer.jobs.run_json import ended_in_order, with_counts
-from batch_infer.manifest import Committed, Index, Manifest
+from batch_infer.jobs.rescorer import RescoreCounts, Rescorer, StoredResult
+from batch_infer.jobs.run_json import (
+    describe_safety,
+    ended_cleanly,
+    read_rules,
+    read_settings,
+    refuse_unrepeatable_tables,
+    scanned_results,
+    with_counts,
+)
+from batch_infer.jobs.summary import Counts
+from batch_infer.manifest import CommittedImage, Manifest, ManifestIndex
 from batch_infer.models import ModelCard
-from batch_infer.planning import finished_in
-from batch_infer.records import FINAL, PromptRequest, ResultRow, digest, now
+from batch_infer.planning import Item, make_finished_check
+from batch_infer.records import FINAL_STATUSES, PromptRequest, ResultRow, digest, utc_now
 from batch_infer.settings import OnFlagged, RunSettings, SafetySettings
 from batch_infer.stopping import GRACE_SECONDS, deferred
 from batch_infer.table import Tables
 
 BATCH = 64
-"""Results that are read, judged and committed together; their pixels are held meanwhile."""
+"""Results that are read, checked and committed together, with their pixels in memory."""
 LOSSES: Mapping[OnFlagged, str] = {
     "blank": "replaced by a black image",
     "blur": "replaced by a blurred image",
     "drop": "removed",
 }
-"""What becomes of the original of a flagged image, by policy; the other policies keep it."""
+"""What happens to the original of a flagged image, by policy; the other policies keep it."""
 
 T = TypeVar("T")
 
@@ -44,91 +52,93 @@ def rescore_images(
     out: Path,
     tables: Sequence[str],
     safety: SafetySettings,
-    tell: Callable[[Rescored], None],
+    report: Callable[[RescoreCounts], None],
     stop: Callable[[], bool] = lambda: False,
-) -> tuple[Rescored, Counts]:
-    """Have the images of OUT judged as `safety` says, and merge.
+) -> tuple[RescoreCounts, Counts]:
+    """Check the images of OUT as `safety` says, and merge.
 
-    Without a policy in `safety`, flagged images are stored as the run did; what is lost by that is logged before.
-    Until that is through, run.json says that it is under way, and what else would work in OUT refuses to: the same
-    call goes on, where it was stopped or a service was down. `tell` is told how it goes. Raises UsageError,
-    LockedError, ServiceError, StorageError, Interrupted.
+    Without a policy in `safety`, flagged images are stored as in the run; a warning first names what that loses. Until
+    this has finished, run.json says so and other commands refuse OUT; the same call continues it. `report` is called
+    with the counts after each batch. Raises UsageError, LockedError, ServiceError, StorageError, Interrupted.
     """
     out = out.absolute()
-    settings = _settings(outdir.known_run(out), out, tables, safety)
+    settings = _read_settings(outdir.read_existing_run(out), out, tables, safety)
     with open_tables(settings) as opened:
         card = find_model(settings)
-        if safety.service is None and not safety.asks_checker(has_checker=card.has_checker):
-            raise SettingsError(f"--safety {safety.mode}: nobody would be asked; say checker, azure, or both")
+        if safety.service is None and not safety.uses_checker(has_checker=card.has_checker):
+            raise SettingsError(f"--safety {safety.mode}: no safety checker is available; say checker, azure, or both")
         with outdir.locked(out):
-            record = outdir.known_run(out)  # another may have been at work until now
-            work = _Rescoring(record, _settings(record, out, tables, safety), opened, card)
+            record = outdir.read_existing_run(out)  # another command may have changed it until now
+            rescore = _Rescore(record, _read_settings(record, out, tables, safety), opened, card)
             if tables:
-                work.refuse_fewer_rows()
-            rescored = work.judge(tell, stop)
-            return rescored, work.conclude()
+                rescore.refuse_fewer_rows()
+            counts = rescore.check(report, stop)
+            return counts, rescore.conclude()
 
 
-def _settings(record: Mapping[str, Any], out: Path, tables: Sequence[str], safety: SafetySettings) -> RunSettings:
+def _read_settings(record: Mapping[str, Any], out: Path, tables: Sequence[str], safety: SafetySettings) -> RunSettings:
     if not tables:
-        refuse_unrepeatable(record, out)
-    settings = settings_of(record, out, tables)
-    return replace(settings, safety=safety.continuing(settings.safety))
+        refuse_unrepeatable_tables(record, out)
+    settings = read_settings(record, out, tables)
+    return replace(settings, safety=safety.with_policy_of(settings.safety))
 
 
-class _Rescoring:
-    """The results of an OUT that is held, under other rules of safety.
+class _Rescore:
+    """A rescore of a locked OUT.
 
-    `sources`: the fingerprints of the rules that results may still be of, each with what was then done to what was
-    flagged. There are several where a rescoring was not brought to its end.
+    `_sources` maps the fingerprints of the rules that results may still have to the policy under which they were
+    stored. There are several after a rescore that was stopped.
     """
 
     def __init__(self, record: Mapping[str, Any], settings: RunSettings, tables: Tables, card: ModelCard) -> None:
         self._settings, self._tables, self._card = settings, tables, card
-        rules = rules_of(record, settings.out)
-        identity = {**record["identity"], "safety": policy_of(settings.safety, card)}
-        self._new = replace(rules, fingerprint=digest(identity))
-        before = settings_of(record, settings.out).safety
-        self._resumed = bool(record.get("rescoring"))
-        sources = {**record.get("rescoring", {}), rules.fingerprint: before.policy}
-        self._sources = {name: policy for name, policy in sources.items() if name != self._new.fingerprint}
-        told = {"settings": {**record["settings"], "safety": asdict(settings.safety)}, "identity": identity}
-        self._record = {**record, **told, "rules": {**record["rules"], "fingerprint": self._new.fingerprint}}
-        self._total = (record.get("survey") or {}).get("total", 0)
+        rules = read_rules(record, settings.out)
+        identity = {**record["identity"], "safety": describe_safety(settings.safety, card)}
+        self._rules = replace(rules, fingerprint=digest(identity))
+        unfinished = record.get("rescoring", {})
+        self._is_resumed = bool(unfinished)
+        sources = {**unfinished, rules.fingerprint: read_settings(record, settings.out).safety.policy}
+        self._sources = {name: policy for name, policy in sources.items() if name != self._rules.fingerprint}
+        self._record = {
+            **record,
+            "settings": {**record["settings"], "safety": asdict(settings.safety)},
+            "identity": identity,
+            "rules": {**record["rules"], "fingerprint": self._rules.fingerprint},
+        }
 
     def refuse_fewer_rows(self) -> None:
-        """Results of tables that are not named would be left out, and be rendered anew. Raises SettingsError."""
-        found = sum(1 for _ in self._tables.rows(self._new, lambda _: True))
-        if found < self._total:
-            raise SettingsError(f"these tables have {found} results to give and the run had {self._total}: name all")
+        """Raise SettingsError where a table is missing: its results would be left out, and rendered again."""
+        results, total = sum(1 for _ in self._tables.rows(self._rules, lambda _: True)), scanned_results(self._record)
+        if results < total:
+            raise SettingsError(f"these tables have {results} results and those of the run had {total}: name all")
 
-    def judge(self, tell: Callable[[Rescored], None], stop: Callable[[], bool]) -> Rescored:
-        """Judge all that was not judged by these rules yet. Raises StorageError, ServiceError, Interrupted."""
+    def check(self, report: Callable[[RescoreCounts], None], stop: Callable[[], bool]) -> RescoreCounts:
+        """Check all results that do not have the new rules yet. Raises StorageError, ServiceError, Interrupted."""
         out = self._settings.out
-        if self._resumed or not ended_in_order(self._record):
+        if self._is_resumed or not ended_cleanly(self._record):
             remove_leftovers(out, Manifest(out), set_aside)
-        rejudging = Rejudging(self._settings, self._card, self._record, stop)
+        rescorer = Rescorer(self._settings, self._card, self._record, stop)
         outdir.write_run(out, {**self._record, "rescoring": self._sources})
-        with closing(rejudging):
-            _without_damaged_parts(lambda: self._judge_all(rejudging, tell, stop))
-        return rejudging.rescored
+        with closing(rescorer):
+            _without_damaged_parts(lambda: self._check_all(rescorer, report, stop))
+        return rescorer.counts
 
-    def _judge_all(self, rejudging: Rejudging, tell: Callable[[Rescored], None], stop: Callable[[], bool]) -> None:
+    def _check_all(self, rescorer: Rescorer, report: Callable[[RescoreCounts], None], stop: Callable[[], bool]) -> None:
         with Manifest(self._settings.out).index() as index:
-            todo = self._todo(index, rejudging)
-            if first := next(todo, None):
+            pending = self._pending(index, rescorer)
+            if first := next(pending, None):
                 self._warn_of_loss()
-                todo = chain([first], todo)
-            while batch := list(islice(todo, BATCH)):
+                pending = chain([first], pending)
+            while batch := list(islice(pending, BATCH)):
                 if stop():
-                    raise Interrupted("stopped; what is judged is kept, the same command goes on")
+                    raise Interrupted("stopped; what is rescored is kept, and the same command continues")
                 with deferred(GRACE_SECONDS):
-                    rejudging.judge(batch)
-                    rejudging.commit(self._tables.carried)
-                tell(rejudging.rescored)
+                    rescorer.rescore(batch)
+                    rescorer.commit(self._tables.carried)
+                report(rescorer.counts)
 
     def _warn_of_loss(self) -> None:
-        """Say, before anything is judged, that originals of flagged images will be lost."""
+        """Warn that originals of flagged images will be lost."""
         policy = self._settings.safety.policy
         if policy in LOSSES:
             log.warning(
@@ -138,53 +148,56 @@ class _Rescoring:
                 policy,
             )
 
-    def _todo(self, index: Index, rejudging: Rejudging) -> Iterator[Stored]:
-        """The results of the rows as the tables have them, but for those that these rules know."""
-
-        def is_finished(request: PromptRequest) -> bool:
-            """Return whether the row is finished under any rules: every walk yields the same number of items."""
-            return (match := index.find(request.key)) is not None and match.status in FINAL
-
-        walks = [
-            self._tables.rows(replace(self._new, fingerprint=name), is_finished)
-            for name in (self._new.fingerprint, *self._sources)
-        ]
-        items = zip(*walks, strict=True)
+    def _pending(self, index: ManifestIndex, rescorer: Rescorer) -> Iterator[StoredResult]:
+        """Yield the results of current rows that do not have the new rules yet."""
+        items, collisions = self._items(index), rescorer.sink.collisions(index)
         while batch := list(islice(items, BATCH)):
-            found: list[tuple[PromptRequest, Committed, OnFlagged]] = []
+            matches: list[tuple[PromptRequest, CommittedImage, OnFlagged]] = []
             for new, *old in batch:
-                kept = index.find(new.key)
-                if kept is None or not isinstance(new, PromptRequest):
+                committed = index.find(new.key)
+                if committed is None or not isinstance(new, PromptRequest):
                     continue
-                if kept.fingerprint == new.fingerprint:
-                    if self._resumed:
-                        rejudging.tidy(index.with_collisions(new, kept.path), kept)
+                if committed.fingerprint == new.fingerprint:
+                    if self._is_resumed:
+                        rescorer.remove_duplicates(collisions.mark(new, committed.path), committed)
                     continue
                 known = {item.fingerprint: policy for item, policy in zip(old, self._sources.values(), strict=True)}
-                if kept.fingerprint in known:
-                    found.append((new, kept, known[kept.fingerprint]))
-            rows = index.take([kept for _, kept, _ in found]).to_pylist(maps_as_pydicts="strict")
-            for (new, _, policy), row in zip(found, rows, strict=True):
-                yield Stored(new, ResultRow(**row, carried=new.carried), policy)
+                if committed.fingerprint in known:
+                    matches.append((new, committed, known[committed.fingerprint]))
+            rows = index.take([committed for _, committed, _ in matches]).to_pylist(maps_as_pydicts="strict")
+            for (new, _, policy), row in zip(matches, rows, strict=True):
+                yield StoredResult(new, ResultRow(**row, carried=new.carried), policy)
+
+    def _items(self, index: ManifestIndex) -> Iterator[tuple[Item, ...]]:
+        """Yield each row as it is under the new rules, and under those of each source."""
+
+        def is_finished(request: PromptRequest) -> bool:
+            """Return whether the row is finished under any rules: every scan then yields the same number of items."""
+            return (committed := index.find(request.key)) is not None and committed.status in FINAL_STATUSES
+
+        fingerprints = (self._rules.fingerprint, *self._sources)
+        scans = [self._tables.rows(replace(self._rules, fingerprint=name), is_finished) for name in fingerprints]
+        return zip(*scans, strict=True)
 
     def conclude(self) -> Counts:
-        """Have run.json say who has judged the images, and write results.*. Raises StorageError."""
+        """Write results.*, and the checkers of the images to run.json. Raises StorageError."""
         out = self._settings.out
         counts = _without_damaged_parts(self._merge)
         record = {name: value for name, value in self._record.items() if name != "rescoring"}
-        outdir.write_run(out, {**with_counts(record, asdict(counts)), "rescored_at": now()})
+        outdir.write_run(out, {**with_counts(record, counts), "rescored_at": utc_now()})
         return counts
 
     def _merge(self) -> Counts:
         out, tables = self._settings.out, self._tables
         with Manifest(out).index() as index:
-            return merge(tables.rows(self._new, finished_in(index)), index, tables.carried, out, self._settings.output)
+            items = tables.rows(self._rules, make_finished_check(index))
+            return merge(items, index, tables.carried, out, self._settings.output)
 
 
 def _without_damaged_parts(work: Callable[[], T]) -> T:
-    """Do work on the manifest, and again after each damaged part is set aside.
+    """Do work on the manifest, and again after each damaged part is set aside, whose rows are left to `run`.
 
-    While a rescoring is under way no other command may set it aside. Its rows are left to `run`.
+    Until a rescore has finished no other command may set the part aside.
     """
     while True:
         try:

@@ -1,4 +1,4 @@
-"""results.*: tables of results as files, in the formats that were asked for."""
+"""The files results.parquet, results.csv and results.jsonl."""
 
 from __future__ import annotations
 
@@ -11,92 +11,76 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batch_infer.carried import python_values
+from batch_infer.carried import to_python_values
 from batch_infer.settings import OutputSettings
-from batch_infer.sinks import read_image
-from batch_infer.store import replacing
-
-_Write = Callable[[pa.Table], None]
+from batch_infer.sinks import Sink, make_sink
+from batch_infer.store import atomic_write
 
 log = logging.getLogger("batch_infer")
 
 
 def write_results(tables: Iterable[pa.Table], schema: pa.Schema, out: Path, output: OutputSettings) -> None:
     """Write all tables, each of this schema, to results.parquet and the other formats. Raises StorageError."""
+    images = make_sink(out) if output.base64 else None
     with ExitStack() as stack:
-        kinds = dict.fromkeys(("parquet", *output.results))
-        writers = [_open(stack, out, kind, schema, output.base64) for kind in kinds]
+        writers = [
+            _open_writer(
+                stack, stack.enter_context(atomic_write(out / f"results.{name}", parents=False)), schema, images
+            )
+            for name in dict.fromkeys(("parquet", *output.results))
+        ]
         for table in tables:
             for write in writers:
                 write(table)
 
 
 def remove_other_results(out: Path, output: OutputSettings) -> None:
-    """Remove what an earlier run wrote in formats that are not asked for any more: it is out of date now."""
-    for kind in {"csv", "jsonl"} - set(output.results):
-        (out / f"results.{kind}").unlink(missing_ok=True)
+    """Remove what an earlier run wrote in formats that are no longer requested: it is out of date now."""
+    for name in {"csv", "jsonl"} - set(output.results):
+        (out / f"results.{name}").unlink(missing_ok=True)
 
 
-def _open(stack: ExitStack, out: Path, kind: str, schema: pa.Schema, as_base64: bool) -> _Write:
-    temporary = stack.enter_context(replacing(out / f"results.{kind}", parents=False))
-    if kind == "parquet":
-        write: _Write = stack.enter_context(pq.ParquetWriter(temporary, schema, compression="zstd")).write_table
-        return write
-    stream = stack.enter_context(temporary.open("w", encoding="utf-8", newline=""))
-    images = out if as_base64 else None
-    return (_Csv(stream, schema, images) if kind == "csv" else _Jsonl(stream, images)).write
+def _open_writer(stack: ExitStack, path: Path, schema: pa.Schema, images: Sink | None) -> Callable[[pa.Table], object]:
+    """Return the function that appends a table to a file; with `images`, an image is its bytes instead of its path."""
+    if path.suffix == ".parquet":
+        parquet = stack.enter_context(pq.ParquetWriter(path, schema, compression="zstd"))
+        return lambda table: parquet.write_table(table)
+    stream = stack.enter_context(path.open("w", encoding="utf-8", newline=""))
+    if path.suffix == ".jsonl":
+        return lambda table: stream.writelines(f"{to_json(row)}\n" for row in _rows(table, images))
+    writer = csv.writer(stream)
+    writer.writerow(schema.names)
+    return lambda table: writer.writerows(map(_csv_cell, row.values()) for row in _rows(table, images))
 
 
-class _Csv:
-    def __init__(self, stream: TextIO, schema: pa.Schema, images: Path | None) -> None:
-        self._writer, self._images = csv.writer(stream), images
-        self._writer.writerow(schema.names)
-
-    def write(self, table: pa.Table) -> None:
-        for row in _rows(table, self._images):
-            self._writer.writerow(_csv_cell(value) for value in row.values())
-
-
-class _Jsonl:
-    def __init__(self, stream: TextIO, images: Path | None) -> None:
-        self._stream, self._images = stream, images
-
-    def write(self, table: pa.Table) -> None:
-        for row in _rows(table, self._images):
-            self._stream.write(json_text(row) + "\n")
-
-
-def _rows(table: pa.Table, images: Path | None) -> Iterator[dict[str, Any]]:
-    """Rows as dictionaries; with `images`, generated_image is the file itself in base64, as Azure's card has it."""
-    for cells in zip(*map(python_values, table.columns), strict=True):
+def _rows(table: pa.Table, images: Sink | None) -> Iterator[dict[str, Any]]:
+    """Yield rows as dictionaries. With `images`, generated_image is the file's bytes, as on Azure's model card."""
+    for cells in zip(*map(to_python_values, table.columns), strict=True):
         row = dict(zip(table.column_names, cells, strict=True))
         if images is not None and row["generated_image"] is not None:
-            row["generated_image"] = _file(images, row["generated_image"])
+            row["generated_image"] = _read_image(images, row["generated_image"])
         for name in ("guidance_scale", "guidance_rescale", "seconds"):
-            row[name] = short(row[name])
+            row[name] = shorten_float32(row[name])
         if row["safety_scores"] is not None:
-            row["safety_scores"] = {name: short(score) for name, score in row["safety_scores"]}
+            row["safety_scores"] = {name: shorten_float32(score) for name, score in row["safety_scores"]}
         yield row
 
 
-def _file(out: Path, name: str) -> bytes | None:
-    """Return an image, or None where it was deleted or is not a file of ours: that costs no other row its result.
-
-    Raises StorageError where it is there and cannot be read.
-    """
-    content = read_image(out, name)
+def _read_image(images: Sink, name: str) -> bytes | None:
+    """Return an image, or None where it was deleted or is not a file of this run. Raises StorageError."""
+    content = images.read(name)
     if content is None:
-        log.warning("%s is missing, or is not an image of this run, so it is left out", out / name)
+        log.warning("%s is missing, or is not an image of this run, so it is left out", name)
     return content
 
 
-def short(value: float | None) -> float | None:
-    """A float32 with the digits that it has, and not those of the double it was read into."""
+def shorten_float32(value: float | None) -> float | None:
+    """Return a float32 with its own digits only, not those of the double that holds it."""
     return None if value is None else float(f"{value:.7g}")
 
 
@@ -105,20 +89,20 @@ def _csv_cell(value: Any) -> Any:
         case bool():
             return "true" if value else "false"
         case Mapping() | list():
-            return json_text(value)
+            return to_json(value)
         case datetime() | bytes():
-            return _text(value)
+            return _to_text(value)
         case _:
             return value
 
 
-def json_text(value: Any) -> str:
-    """A value in JSON, whatever it holds: null for a number that is none, text for what JSON has no type for."""
-    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, default=_text)
+def to_json(value: Any) -> str:
+    """Format any value as JSON: null for NaN and infinity, text for types that JSON lacks."""
+    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, default=_to_text)
 
 
 def _finite(value: Any) -> Any:
-    """A value with null for the numbers that JSON does not have, as pandas writes them."""
+    """Replace numbers that JSON lacks by None, as pandas does."""
     match value:
         case float():
             return value if math.isfinite(value) else None
@@ -130,8 +114,8 @@ def _finite(value: Any) -> Any:
             return value
 
 
-def _text(value: Any) -> str:
-    """A value that JSON and CSV have no type for."""
+def _to_text(value: Any) -> str:
+    """Format a value whose type JSON and CSV lack."""
     if isinstance(value, bytes):
         return base64.b64encode(value).decode("ascii")
     return value.isoformat() if hasattr(value, "isoformat") else str(value)

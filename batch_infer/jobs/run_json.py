@@ -1,51 +1,59 @@
-"""The form of run.json: which type each key has that commands read, and the default of a key that is missing."""
+"""run.json: the record that a run writes, and the types of the keys that later commands read."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from batch_infer import __version__
 from batch_infer.errors import SettingsError, UsageError
-from batch_infer.jobs.merge import Counts
-from batch_infer.settings import Compute, OnFlagged, RunSettings
-from batch_infer.table import RowRules
+from batch_infer.jobs.summary import Counts
+from batch_infer.models import ModelCard
+from batch_infer.records import utc_now
+from batch_infer.settings import CATEGORIES, Compute, OnFlagged, RunSettings, SafetySettings
+from batch_infer.table import RowRules, Tables, redact_url
 
 T = TypeVar("T")
 
+LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "pyarrow", "pillow", "numpy")
 
-@dataclass(frozen=True, slots=True)
-class SurveyRecord:
-    """What a run counted in the tables before it rendered; see Survey."""
+
+class ScanRecord(msgspec.Struct, frozen=True, rename={"skipped": "standing"}):
+    """Counts of a `ScanResult`."""
 
     finished_at: datetime
     total: int = 0
     done: int = 0
     invalid: int = 0
     pending: int = 0
-    standing: Mapping[str, int] = field(default_factory=dict)
+    skipped: Mapping[str, int] = {}
 
 
 @dataclass(slots=True)
 class SummaryRecord(Counts):
-    """What a run came to; see Summary."""
+    """Counts of a `Summary`, or of results.* merged after a run that did not end."""
 
     images_per_second: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class NameRecord:
+    """A model or scheduler."""
+
     name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """The keys of run.json that commands read. The file has others, which are for people."""
+    """The keys of run.json that commands read. The file has others, for people."""
 
     identity: Mapping[str, str] | UnsetType = UNSET
     batch_infer: str | None = None
@@ -60,24 +68,29 @@ class RunRecord:
     tables: tuple[str, ...] = ()
     unreadable_tables: tuple[str, ...] = ()
     unrepeatable_tables: tuple[str, ...] = ()
-    survey: SurveyRecord | None = None
+    survey: ScanRecord | None = None
     run_number: int | None = None
     recover_from: int = 0
     rendering_since: datetime | None = None
     in_flight: int = 1
     has_strays: bool = False
-    """Whether a worker was lost that may still have been writing in OUT when the run ended; see Work."""
+    """Whether a lost worker may still have been writing in OUT when the run ended; see TaskReport."""
     summary: SummaryRecord | None = None
     merged: SummaryRecord | None = None
-    """Counts of results.* where they were merged after a run that did not end; such a run has no summary."""
     rescoring: Mapping[str, OnFlagged] = field(default_factory=dict)
 
     @property
     def ids_from(self) -> str | None:
-        """Where default ids are from, None where no row has one. Earlier versions record --id-from only."""
+        """The source of default ids, None where no row has one. Earlier versions record --id-from only."""
         if not isinstance(self.default_ids, UnsetType):
             return self.default_ids
         return None if isinstance(self.settings, UnsetType) else self.settings.table.id_from
+
+    @property
+    def known_rules(self) -> tuple[RowRules, ...]:
+        """Every set of rules by which runs of this OUT have read their rows, the last run's first."""
+        last = () if isinstance(self.rules, UnsetType) else (self.rules,)
+        return *last, *self.earlier_rules
 
 
 def parse_record(record: Any) -> RunRecord:
@@ -87,33 +100,137 @@ def parse_record(record: Any) -> RunRecord:
     except msgspec.ValidationError as error:
         reason, _, key = str(error).partition(" - at `$.")
         raise ValueError(f"{key.removesuffix('`')}: {reason}" if key else reason) from error
-    except SettingsError as error:  # settings that do not go together
+    except SettingsError as error:  # settings that contradict each other
         raise ValueError(f"settings: {error}") from error
-
-
-def ended_in_order(record: Mapping[str, Any] | None) -> bool:
-    """Return whether the run of this run.json left nothing that the next command must recover."""
-    return record is not None and record.get("summary") is not None and not record.get("has_strays")
-
-
-def with_counts(record: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, Any]:
-    """Return run.json with the counts of results.* as they are now, for `status`."""
-    summary = record.get("summary")
-    key = "merged" if summary is None else "summary"
-    return {**record, key: {**(summary or {}), **counts}}
-
-
-def require(value: T | UnsetType, key: str, out: Path) -> T:
-    """Return the value of a key. Raises UsageError where run.json lacks it, as one of another version may."""
-    if isinstance(value, UnsetType):
-        raise UsageError(
-            f"{out / 'run.json'} has no {key}, so another version of batch-infer wrote it: go on with `batch-infer run`"
-            " and its options, which writes it anew"
-        )
-    return value
 
 
 def _decode_path(kind: type, value: Any) -> Any:
     if kind is Path and isinstance(value, str):
         return Path(value)
     raise TypeError(f"expected a path, got {type(value).__name__}")
+
+
+def require(value: T | UnsetType, key: str, out: Path) -> T:
+    """Return the value of a key. Raises UsageError where run.json lacks it, as one of another version may."""
+    if isinstance(value, UnsetType):
+        raise UsageError(
+            f"{out / 'run.json'} has no {key}, so another version of batch-infer wrote it: continue with "
+            "`batch-infer run` and its options, which rewrites it"
+        )
+    return value
+
+
+def read_settings(record: Mapping[str, Any], out: Path, tables: Sequence[str] = ()) -> RunSettings:
+    """Return the settings of a recorded run, for OUT and the tables as they are named now. Raises UsageError."""
+    settings = require(parse_record(record).settings, "settings", out)
+    folder, table, model = settings.table.folder, settings.table, settings.model
+    if tables:
+        table = replace(table, tables=tuple(tables), folder=Path.cwd())
+    if model.name is not None and (folder / model.name).exists():
+        model = replace(model, name=str(folder / model.name))
+    loras = tuple(replace(lora, file=str(folder / Path(lora.file).expanduser())) for lora in model.loras)
+    model = replace(model, loras=loras)
+    return replace(settings, out=out, table=table, model=model, overwrite=False, rerender_changed=False)
+
+
+def read_rules(record: Mapping[str, Any], out: Path) -> RowRules:
+    """Return the rules by which a recorded run read its tables. Raises UsageError."""
+    return require(parse_record(record).rules, "rules", out)
+
+
+def scanned_results(record: Mapping[str, Any]) -> int:
+    """Return how many results the tables of a recorded run have, 0 where it did not finish its scan."""
+    return int((record.get("survey") or {}).get("total", 0))
+
+
+def refuse_unrepeatable_tables(record: Mapping[str, Any], out: Path) -> None:
+    """Raise SettingsError for tables that run.json cannot name: standard input, and URLs whose secrets it omits."""
+    if not require(parse_record(record).settings, "settings", out).table.tables:
+        raise SettingsError(
+            f"{out} was written by an endpoint, which gets its tables one by one; name the TABLEs after OUT"
+        )
+    if tables := record.get("unrepeatable_tables"):
+        names = ", ".join("standard input" if table == "-" else table for table in tables)
+        raise SettingsError(
+            f"{names}: {out / 'run.json'} does not say how to read this again; name the TABLEs after OUT"
+        )
+
+
+def ended_cleanly(record: Mapping[str, Any] | None) -> bool:
+    """Return whether a recorded run left nothing that the next command must recover."""
+    return record is not None and record.get("summary") is not None and not record.get("has_strays")
+
+
+def with_counts(record: Mapping[str, Any], counts: Counts) -> dict[str, Any]:
+    """Return run.json with the counts of results.* as they are now, for `status`."""
+    summary = record.get("summary")
+    key = "merged" if summary is None else "summary"
+    return {**record, key: {**(summary or {}), **asdict(counts)}}
+
+
+def describe_run(settings: RunSettings, card: ModelCard, compute: Compute, tables: Tables | None) -> dict[str, Any]:
+    """Return run.json as it is when a run starts.
+
+    `identity` is what a later run must share. `tables` is None for an endpoint, whose tables come one by one.
+    """
+    arguments = settings.table.tables
+    table = replace(settings.table, tables=tuple(map(redact_url, arguments)))
+    return {
+        "batch_infer": __version__,
+        "started_at": utc_now(),
+        "finished_at": None,
+        "tables": tables.files if tables else [],
+        "unreadable_tables": sorted(tables.unreadable_files) if tables else [],
+        # --rerender-changed permits one command to replace images, and not those that continue it.
+        "settings": asdict(replace(settings, table=table, rerender_changed=False)),
+        "unrepeatable_tables": [redact_url(name) for name in arguments if name == "-" or redact_url(name) != name],
+        "model": {
+            "name": card.name,
+            "path": card.path,
+            "revision": card.revision,
+            "family": card.family,
+            "fingerprint": card.fingerprint,
+            "loras": [
+                {"path": lora.path, "weight": lora.weight, "fingerprint": lora.fingerprint} for lora in card.loras
+            ],
+        },
+        "scheduler": {"name": card.scheduler_name, "fingerprint": card.scheduler_fingerprint},
+        "identity": {
+            "model": card.fingerprint,
+            "scheduler": card.scheduler_fingerprint,
+            "dtype": compute.dtype,
+            "safety": describe_safety(settings.safety, card),
+        },
+        "compute": asdict(compute),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        "survey": None,
+        "summary": None,
+    }
+
+
+def describe_safety(safety: SafetySettings, card: ModelCard) -> str:
+    """Return the checkers, thresholds and policy: all that a verdict depends on besides the image."""
+    checkers = [f"checker {card.checker_fingerprint}"] if safety.uses_checker(has_checker=card.has_checker) else []
+    if (service := safety.service) is not None:
+        levels = ", ".join(f"{name} {level}" for name, level in zip(CATEGORIES, service.thresholds, strict=True))
+        lists = "".join(f", blocklist {name}" for name in sorted(service.blocklists))
+        checkers.append(f"azure above {levels}{lists}")
+    return f"{' and '.join(checkers)}, on flagged {safety.policy}" if checkers else "none"
+
+
+def check_identity(earlier: Mapping[str, Any], record: Mapping[str, Any], out: Path) -> None:
+    """Raise SettingsError where a run with another identity would continue an earlier one."""
+    for name, value in record["identity"].items():
+        if earlier.get("identity", {}).get(name) != value:
+            remedy = "check its images again with `batch-infer rescore`, " if name == "safety" else ""
+            raise SettingsError(
+                f"{out} was made with {name} {_format_identity(earlier, name)}, and this run has {name} "
+                f"{_format_identity(record, name)}: {remedy}give another --out, or start anew with --overwrite"
+            )
+
+
+def _format_identity(record: Mapping[str, Any], name: str) -> str:
+    """Return a name with the start of its fingerprint, or the fingerprint where there is no name."""
+    value = str(record.get("identity", {}).get(name))
+    display_name = record.get(name, {}).get("name") if isinstance(record.get(name), Mapping) else None
+    return f"{display_name} ({value[:12]})" if display_name else value

@@ -1,4 +1,4 @@
-"""How far a run is, told from what it has written: also while it goes on, and after it was killed."""
+"""`status`: the progress of a run from what it has written, while it works and after it has ended or was killed."""
 
 from __future__ import annotations
 
@@ -11,21 +11,20 @@ from batch_infer.errors import StorageError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.run_json import RunRecord, parse_record, require
 from batch_infer.manifest import Manifest
-from batch_infer.records import Status, now
+from batch_infer.records import Status, utc_now
+from batch_infer.store import find_holder
 
 STATUSES = get_args(Status)
 
 
 @dataclass(slots=True)
 class RunStatus:
-    """Results by status and those that are left, None while the tables are still being looked through.
+    """Results by status and how many are left, None while the tables are being scanned.
 
-    `state`: running, finished, stopped (run again to go on), rescoring where that has not come to its end, open where
-    tables come to an endpoint one after the other, and the total is not known, or unknown: not finished,
-    and this user may not look at OUT's lock. `holder` is the process that works in OUT.
-    `is_stale`: results.* lack rows that were committed later, because the run was killed or had no time to merge.
-    `images_per_second` counts the images rendered since the first worker of the run was ready, as Throughput does, and
-    comes from the summary where the run has ended. `seconds_left` is set while a run is going.
+    `state`: running, finished, stopped (run again to continue), rescoring (not finished), open (an endpoint's OUT,
+    whose total is unknown), or unknown (not finished, and this user may not read OUT's lock). `holder` is the process
+    that works in OUT. `is_stale`: results.* lack rows that were committed later. `images_per_second` is that of
+    `Throughput`, or of the summary once the run has ended; `seconds_left` is set while it works.
     """
 
     state: str
@@ -42,60 +41,60 @@ class RunStatus:
 
 
 def read_status(out: Path) -> RunStatus:
-    """Look at OUT, without holding it. Raises UsageError where it holds no run."""
-    record = parse_record(outdir.known_run(out))
+    """Return the status of OUT, without its lock. Raises UsageError where it holds no run."""
+    record = parse_record(outdir.read_existing_run(out))
     try:
-        holder = outdir.holder(out)
+        holder = find_holder(out)
         state = "running" if holder else "stopped"
-    except StorageError:  # not this user's to look at
+    except StorageError:  # not readable by this user
         holder, state = None, "unknown"
-    standing = RunStatus(state, holder, require(record.started_at, "started_at", out))
+    status = RunStatus(state, holder, require(record.started_at, "started_at", out))
     is_open = not require(record.settings, "settings", out).table.tables
     summary = record.summary or (None if is_open else record.merged)
     if summary is not None:  # a run that works there now has not scanned its tables yet
-        standing.counts = {name: getattr(summary, name) for name in STATUSES}
-        standing.left = summary.left
+        status.counts = {name: getattr(summary, name) for name in STATUSES}
+        status.left = summary.left
         if not holder:
-            standing.images_per_second = summary.images_per_second
-            standing.state = "stopped" if standing.left else "finished"
+            status.images_per_second = summary.images_per_second
+            status.state = "stopped" if status.left else "finished"
     else:
-        standing.state = "open" if is_open else standing.state
-        standing.is_stale = standing.state == "stopped" and not record.rescoring
-        _count(standing, record, Manifest(out))
-    standing.state = "rescoring" if record.rescoring else standing.state
-    return standing
+        status.state = "open" if is_open else status.state
+        status.is_stale = status.state == "stopped" and not record.rescoring
+        _count(status, record, Manifest(out))
+    status.state = "rescoring" if record.rescoring else status.state
+    return status
 
 
-def _count(standing: RunStatus, record: RunRecord, manifest: Manifest) -> None:
-    """Count what the run found done when it scanned the tables, and what it has committed since.
+def _count(status: RunStatus, record: RunRecord, manifest: Manifest) -> None:
+    """Count the results that the run's scan skipped, and those that it has committed since.
 
-    All that the manifest holds is counted where the scan has not ended, while images are rescored, which commits
-    results of earlier runs again, and in an OUT of an earlier version, which has no run number.
+    The whole manifest is counted where the scan has not ended, during a rescore, which commits results of earlier runs
+    again, and in an OUT of an earlier version, which has no run number.
     """
-    survey, run = record.survey, record.run_number
-    is_partial = survey is not None and run is not None and not record.rescoring
+    scan, run = record.survey, record.run_number
+    is_partial = scan is not None and run is not None and not record.rescoring
     with manifest.index(run if is_partial and run else 0) as index:
-        committed = index.statuses()
-    standing.counts = {name: committed[name] for name in STATUSES}
-    if survey is None:
+        committed = index.count_statuses()
+    status.counts = {name: committed[name] for name in STATUSES}
+    if scan is None:
         return
     if not is_partial:
-        standing.left = max(0, survey.total - committed.total())
+        status.left = max(0, scan.total - committed.total())
         return
     rendered = committed - Counter(invalid=committed["invalid"])
-    counts = Counter(survey.standing) + Counter(invalid=survey.invalid) + rendered
-    standing.counts = {name: counts[name] for name in STATUSES}
-    standing.left = max(0, survey.pending - rendered.total()) + counts["left"]
-    if standing.holder:
-        _rate(standing, record, rendered)
+    counts = Counter(scan.skipped) + Counter(invalid=scan.invalid) + rendered
+    status.counts = {name: counts[name] for name in STATUSES}
+    status.left = max(0, scan.pending - rendered.total()) + counts["left"]
+    if status.holder:
+        _estimate(status, record, rendered)
 
 
-def _rate(standing: RunStatus, record: RunRecord, rendered: Counter[str]) -> None:
-    """Divide by the time until now, so that a run that commits nothing more is seen to slow down."""
+def _estimate(status: RunStatus, record: RunRecord, rendered: Counter[str]) -> None:
+    """Set the rate until now, not until the last commit: a run that stalls is then seen to slow down."""
     committed = rendered.total()
     if record.rendering_since is None or committed < max(1, record.in_flight):
         return
-    took = (now() - record.rendering_since).total_seconds()
-    if took > 0 and standing.left is not None:
-        standing.images_per_second = round((rendered["ok"] + rendered["flagged"]) / took, 3)
-        standing.seconds_left = round(standing.left * took / committed)
+    seconds = (utc_now() - record.rendering_since).total_seconds()
+    if seconds > 0 and status.left is not None:
+        status.images_per_second = round((rendered["ok"] + rendered["flagged"]) / seconds, 3)
+        status.seconds_left = round(status.left * seconds / committed)

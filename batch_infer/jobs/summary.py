@@ -1,25 +1,118 @@
-"""The summary of a run: what became of the rows, how fast, and where the time went."""
+"""The figures of a run: counts of its results, throughput, and the summary that run.json and --json hold."""
 
 from __future__ import annotations
 
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from batch_infer.engines import TaskReport
-from batch_infer.jobs.merge import Counts
+from batch_infer.records import ResultRow, Source
 from batch_infer.stages import Stages
+
+BAD_SHOWN = 20
+"""Failed and invalid results that a report names; results.* name all."""
+_DESCRIBED = ["id", "image_index", "error", "source_file", "source_row"]
+
+
+@dataclass(slots=True)
+class Counts:
+    """Rows of a table, and its results (one per image) by status; `left` results do not exist yet."""
+
+    rows: int = 0
+    images: int = 0
+    ok: int = 0
+    flagged: int = 0
+    blocked: int = 0
+    invalid: int = 0
+    failed: int = 0
+    left: int = 0
+    bad_rows: int = 0
+    """Rows with a failed or invalid result."""
+    truncated: int = 0
+    """Rows whose prompt is longer than the model reads."""
+    bad_results: list[str] = field(default_factory=list, compare=False)
+    """The first failed and invalid results: file, row, id and error."""
+
+    def add(self, table: pa.Table, sources: Sequence[Source] = ()) -> None:
+        """Count some results. `sources` has the place of each, where the tables were read."""
+        statuses = table["status"].to_pylist()
+        for status, number in Counter(statuses).items():
+            setattr(self, status, getattr(self, status) + number)
+        self.images += len(table) - table["generated_image"].null_count
+        truncated = pc.and_(pc.equal(table["image_index"], 0), pc.fill_null(table["prompt_truncated"], False))
+        self.truncated += pc.sum(truncated).as_py() or 0
+        bad = (number for number, status in enumerate(statuses) if status in ("failed", "invalid"))
+        for number in islice(bad, BAD_SHOWN - len(self.bad_results)):
+            (row,) = table.select(_DESCRIBED).slice(number, 1).to_pylist()
+            source = sources[number] if sources else Source(row["source_file"], row["source_row"])
+            self.bad_results.append(_format_bad_result(row, source))
+
+    @property
+    def results(self) -> int:
+        return self.ok + self.flagged + self.blocked + self.invalid + self.failed
+
+
+def _format_bad_result(row: Mapping[str, Any], source: Source) -> str:
+    image = f", image {row['image_index']}" if row["image_index"] else ""
+    return f"{source} ({row['id']}{image}): {row['error']}"
+
+
+class Throughput:
+    """Images rendered from when the first worker was ready until the latest commit, divided by the time between.
+
+    One definition for progress, metrics, the summary and `status`. Create it when the first worker is ready, since
+    loading the model does not count. An image counts once it is committed, unless it failed or was blocked.
+
+    Rows that are rendered together finish together, and their results come one by one. Before `in_flight` results, the
+    number in progress at a time, are committed, a rate would divide few results by the time of all, so it is None.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, in_flight: int = 1) -> None:
+        self._clock, self._in_flight = clock, in_flight
+        self._ready_at = self._latest = clock()
+        self.committed = 0
+        self.rendered = 0
+
+    def add(self, rows: Sequence[ResultRow]) -> None:
+        self.committed += len(rows)
+        self.rendered += sum(row.status in ("ok", "flagged") for row in rows)
+        self._latest = self._clock()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds from when the first worker was ready to the latest commit."""
+        return self._latest - self._ready_at
+
+    @property
+    def images_per_second(self) -> float | None:
+        return self.rendered / self.seconds if self._is_settled and self.rendered and self.seconds else None
+
+    def seconds_for(self, results: int) -> float | None:
+        """Estimate the seconds that further results take."""
+        return results * self.seconds / self.committed if self._is_settled else None
+
+    @property
+    def _is_settled(self) -> bool:
+        return self.committed >= max(1, self._in_flight)
 
 
 @dataclass(slots=True)
 class Summary:
-    """`rendered` images, row-forwards, ticks and all times are this run's; `counts` are the table's as it is now.
+    """The figures of one run. `counts` are those of its tables; all others cover only what this run rendered.
 
-    `occupancy`: of the slots, how many were full; `unet_busy`: of the time between the first UNet call and the last,
-    how much there was one; `mfu`: of what the device could have computed, how much it has, None where that is unknown.
-    Where stages overlap, on a GPU, each has its share of the sum of their times. All shares are means over the workers
-    (`processes`, 0 where the command rendered by itself; `deaths` of them were made good). `peak_memory` is that of the
-    process which held most. `undone` images were this run's, and it would do them if it came again. `rendering_seconds`
-    and `rendered` are those of Throughput.
+    `row_forwards` counts the UNet's batch elements and `ticks` its calls. `occupancy` is the share of slots that were
+    full, `unet_busy` the share of the time between the first and last UNet call that was spent in one, `mfu` the model
+    FLOPS utilisation (None where the device's peak is unknown). Where stages overlap, on a GPU, `stage_shares` divide
+    the sum of their times. Shares are means over the workers: `processes`, 0 where the command itself rendered;
+    `deaths` of them were replaced. `peak_memory` is that of the largest process. `unfinished` images are left to the
+    next run. `rendered` and `rendering_seconds` are those of `Throughput`.
     """
 
     counts: Counts = field(default_factory=Counts)
@@ -36,33 +129,37 @@ class Summary:
     peak_memory: dict[str, int] = field(default_factory=dict)
     processes: int = 0
     deaths: int = 0
-    undone: int = 0
+    unfinished: int = 0
 
-    def add(self, work: TaskReport) -> None:
-        """Take in what the workers tell of their work."""
-        self.processes, self.deaths = work.processes, work.deaths
-        for account in work.worker_reports:
-            for name, held in account.peak_memory.items():
-                self.peak_memory[name] = max(held, self.peak_memory.get(name, 0))
-        wholes = [account.total for account in work.worker_reports]
-        stages = sum(wholes, Stages())
+    def add(self, report: TaskReport) -> None:
+        """Take over the figures of the workers."""
+        self.processes, self.deaths = report.processes, report.deaths
+        for worker in report.worker_reports:
+            self.add_peak_memory(worker.peak_memory)
+        totals = [worker.total for worker in report.worker_reports]
+        stages = sum(totals, Stages())
         self.row_forwards, self.ticks = stages.row_forwards, stages.ticks
         if not stages.ticks:  # stopped before the first row
             return
         self.occupancy = round(stages.occupancy, 4)
         self.stage_shares = stages.shares
-        spans = sum(whole.span for whole in wholes)
+        spans = sum(total.span for total in totals)
         self.unet_busy = round(stages.denoise / spans, 4) if spans else 0.0
-        told = [(account.mfu, account.total.seconds) for account in work.worker_reports if account.mfu is not None]
-        if spent := sum(seconds for _, seconds in told):
-            self.mfu = round(sum(mfu * seconds for mfu, seconds in told) / spent, 4)
+        known = [(worker.mfu, worker.total.seconds) for worker in report.worker_reports if worker.mfu is not None]
+        if seconds := sum(seconds for _, seconds in known):
+            self.mfu = round(sum(mfu * seconds for mfu, seconds in known) / seconds, 4)
+
+    def add_peak_memory(self, peaks: Mapping[str, int]) -> None:
+        """Keep the larger peak of each kind of memory, in bytes."""
+        for name, peak in peaks.items():
+            self.peak_memory[name] = max(peak, self.peak_memory.get(name, 0))
 
     @property
     def images_per_second(self) -> float | None:
         return self.rendered / self.rendering_seconds if self.rendered and self.rendering_seconds else None
 
     def as_dict(self) -> dict[str, Any]:
-        """As run.json and --json have it."""
+        """Return the keys of run.json and --json."""
         rate = self.images_per_second
         return {
             **asdict(self.counts),
@@ -79,5 +176,5 @@ class Summary:
             "peak_memory": self.peak_memory,
             "processes": self.processes,
             "deaths": self.deaths,
-            "undone": self.undone,
+            "undone": self.unfinished,
         }

@@ -1,22 +1,22 @@
-"""The manifest: committed results in Parquet parts, the only truth about what is done.
+"""The manifest: committed results in Parquet parts, the only source of truth about what is done.
 
-A part is written after its images, and renamed into place last. Rows that were rendered again stand in a later part
-with a higher attempt, and for one (id, image_index) the highest attempt counts.
+A part is written after its images, and renamed into place last. A row that is rendered again is in a later part with a
+higher attempt; for one (id, image_index) the highest attempt counts.
 """
 
-from batch_infer.manifest.index import Committed, Index
+from batch_infer.manifest.columns import SCHEMA, cast_table, to_table
+from batch_infer.manifest.index import CommittedImage, ManifestIndex
 from batch_infer.manifest.manifest import Manifest
-from batch_infer.manifest.parts import SCHEMA, as_schema, commit_time, read_part, run_of, to_table, write_parquet
+from batch_infer.manifest.parts import commit_time, read_part, run_number
 
 __all__ = [
-    "Committed",
-    "Index",
+    "CommittedImage",
     "Manifest",
+    "ManifestIndex",
     "SCHEMA",
-    "as_schema",
+    "cast_table",
     "commit_time",
     "read_part",
-    "run_of",
+    "run_number",
     "to_table",
-    "write_parquet",
 ]

@@ -1,25 +1,51 @@
-"""Every committed image by its key: which of the parts has it, and what is known of it."""
+"""Every committed image by its key: the part that has it, and what a run needs to know of it."""
 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
 from batch_infer.errors import BatchInferError, DamagedPart, StorageError
-from batch_infer.manifest.parts import SCHEMA, as_schema, read_part
-from batch_infer.records import PromptRequest
-from batch_infer.store import is_there, temporary_database
+from batch_infer.manifest.columns import SCHEMA, cast_table
+from batch_infer.manifest.parts import read_part
+from batch_infer.store import path_exists, temporary_database
+
+CACHED_BYTES = 64 << 20
+"""Size of the parts that are cached in memory: in table order, rows of neighbouring parts alternate."""
+_KEY = ("id", "image_index")
+_VALUES = ("status", "fingerprint", "attempt", "generated_image", "source_file", "source_row", "finished_at")
+_COLUMNS = (*_KEY, *_VALUES)
+_SELECT = (
+    "SELECT status, fingerprint, attempt, generated_image, part, row, source_file,"
+    " (SELECT count(*) FROM failures AS f"
+    " WHERE f.id = c.id AND f.image_index = c.image_index AND f.fingerprint = c.fingerprint) FROM committed AS c"
+)
+_CREATE = (
+    f"CREATE TABLE committed ({', '.join(_COLUMNS)}, part, row, PRIMARY KEY (id, image_index)) WITHOUT ROWID",
+    "CREATE INDEX upper_case ON committed (lower(id)) WHERE id != lower(id)",
+    "CREATE TABLE failures (id, image_index, fingerprint)",
+    "CREATE INDEX failure_key ON failures (id, image_index, fingerprint)",
+    "CREATE TEMPORARY TABLE paths (name PRIMARY KEY)",
+    "CREATE TEMPORARY TABLE tables (name PRIMARY KEY, position)",
+)
+# Two workers may have committed the same attempt, where one died before it could report that the row was done: the
+# later image is the one on disk.
+_UPSERT = (
+    f"INSERT INTO committed VALUES ({', '.join('?' * (len(_COLUMNS) + 2))})"
+    + " ON CONFLICT (id, image_index) DO UPDATE SET "
+    + ", ".join(f"{name} = excluded.{name}" for name in (*_VALUES, "part", "row"))
+    + " WHERE excluded.attempt > attempt OR (excluded.attempt = attempt AND excluded.finished_at >= finished_at)"
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Committed:
-    """What the manifest holds of one image."""
+class CommittedImage:
+    """What the manifest has of one image. `failures`: how often the row with this fingerprint has failed."""
 
     status: str
     fingerprint: str
@@ -29,28 +55,129 @@ class Committed:
     row: int
     source_file: str
     failures: int
-    """How often this very row, by its fingerprint, has failed."""
 
 
-Damaged = Callable[[DamagedPart], object]
-"""Who is told of a damaged part, in the place of an exception that ends all."""
+class ManifestIndex:
+    """Every committed image by its key, in a temporary file so that memory does not grow with the manifest."""
 
-CACHED_BYTES = 64 << 20
-"""Of parts that are kept in memory: rows of neighbouring parts stand in turns in the tables."""
-_INDEXED = ("id", "image_index", "status", "fingerprint", "attempt", "generated_image", "source_file", "source_row")
-_FOUND = (
-    "SELECT status, fingerprint, attempt, path, part, row, source_file, (SELECT count(*) FROM failures AS f"
-    " WHERE f.id = c.id AND f.image_index = c.image_index AND f.fingerprint = c.fingerprint) FROM committed AS c"
-)
+    def __init__(self, parts: Iterable[Path], damaged: Callable[[DamagedPart], object] | None = None) -> None:
+        """Read these parts. `damaged` is called with each damaged one. Raises DamagedPart without it, StorageError."""
+        self.image_folders: set[str] = set()
+        """Folders of all images that any part names, relative to OUT."""
+        self._parts: dict[str, Path] = {}
+        self._cache = _Cache()
+        self._database = temporary_database()
+        try:
+            for statement in _CREATE:
+                self._database.execute(statement)
+            for part in parts:
+                self._add(part, damaged)
+        except BatchInferError:
+            self.close()
+            raise
+
+    def add(self, parts: Iterable[Path], damaged: Callable[[DamagedPart], object] | None = None) -> None:
+        """Read those of these parts that are not indexed yet. Raises DamagedPart, StorageError.
+
+        Where it raises, the next call continues. A part that is gone since it was listed is skipped: another process
+        has set it aside.
+        """
+        for part in parts:
+            if part.name not in self._parts:
+                try:
+                    self._add(part, damaged)
+                except StorageError:
+                    if path_exists(part):
+                        raise
+
+    def _add(self, part: Path, damaged: Callable[[DamagedPart], object] | None) -> None:
+        try:
+            table = read_part(part, _COLUMNS)
+        except DamagedPart as error:
+            if damaged is None:
+                raise
+            damaged(error)
+            return
+        times = table["finished_at"].cast(pa.int64())
+        columns = [*(table[name].to_pylist() for name in _COLUMNS[:-1]), times.to_pylist()]
+        rows = [(*row, part.name, number) for number, row in enumerate(zip(*columns, strict=True))]
+        self.image_folders.update(path.rpartition("/")[0] for path in table["generated_image"].to_pylist() if path)
+        failures = [(name, number, fingerprint) for name, number, status, fingerprint, *_ in rows if status == "failed"]
+        self._database.executemany("INSERT INTO failures VALUES (?, ?, ?)", failures)
+        self._database.executemany(_UPSERT, rows)
+        self._parts[part.name] = part
+
+    def find(self, key: tuple[str, int]) -> CommittedImage | None:
+        """Return the committed image of this (id, image_index) with the highest attempt."""
+        if not self._parts:  # a first run looks up every row
+            return None
+        row = self._database.execute(f"{_SELECT} WHERE id = ? AND image_index = ?", key).fetchone()
+        return CommittedImage(*row) if row else None
+
+    def get_by_paths(self, paths: Iterable[str]) -> dict[str, CommittedImage]:
+        """Return the images that are stored at these paths, by path. Reads the whole index."""
+        self._database.execute("DELETE FROM paths")
+        self._database.executemany("INSERT OR IGNORE INTO paths VALUES (?)", ((path,) for path in paths))
+        rows = self._database.execute(f"{_SELECT} WHERE generated_image IN (SELECT name FROM paths)")
+        return {row[3]: CommittedImage(*row) for row in rows}
+
+    def similar_ids(self, name: str) -> list[tuple[str, str]]:
+        """Return the other ids that equal this one when case is ignored, each with the path of an image of it."""
+        if not self._parts:
+            return []
+        select = "SELECT id, generated_image FROM committed WHERE id != ?1 AND generated_image IS NOT NULL AND"
+        similar = self._database.execute(
+            f"{select} id = lower(?1) UNION ALL {select} lower(id) = lower(?1) AND id != lower(id)", (name,)
+        )
+        return similar.fetchall()
+
+    def in_order(self, tables: Sequence[str]) -> Iterator[CommittedImage]:
+        """Yield every image in the order of its rows in these tables, then those of other tables by their names."""
+        self._database.execute("DELETE FROM tables")
+        self._database.executemany("INSERT OR IGNORE INTO tables VALUES (?, ?)", ((t, i) for i, t in enumerate(tables)))
+        order = "ORDER BY position IS NULL, position, source_file, source_row, id, image_index"
+        rows = self._database.execute(f"{_SELECT} LEFT JOIN tables ON name = source_file {order}")
+        return (CommittedImage(*row) for row in rows)
+
+    def count_rows(self) -> tuple[int, int]:
+        """Return the number of table rows, and of those that are invalid or of which an image failed."""
+        bad = "SELECT max(status IN ('failed', 'invalid')) AS bad FROM committed GROUP BY id"
+        rows, bad_rows = self._database.execute(f"SELECT count(*), coalesce(sum(bad), 0) FROM ({bad})").fetchone()
+        return rows, bad_rows
+
+    def count_statuses(self) -> Counter[str]:
+        """Return the number of images by status."""
+        return Counter(dict(self._database.execute("SELECT status, count(*) FROM committed GROUP BY status")))
+
+    def take(self, images: Sequence[CommittedImage], schema: pa.Schema = SCHEMA) -> pa.Table:
+        """Return these columns of committed images, in their order; null where a part does not have a column.
+
+        Raises DamagedPart, StorageError.
+        """
+        positions: dict[str, list[int]] = {}
+        for position, image in enumerate(images):
+            positions.setdefault(image.part, []).append(position)
+        # Carried columns can be large, and not every part has them.
+        names = tuple(schema.names) if set(schema.names) <= set(SCHEMA.names) else None
+        pieces = [schema.empty_table()]
+        for part, those in positions.items():
+            table = self._cache.read(self._parts[part], names)
+            pieces.append(cast_table(table.take([images[position].row for position in those]), schema))
+        by_part = list(chain.from_iterable(positions.values()))
+        order = sorted(range(len(by_part)), key=by_part.__getitem__)
+        return pa.concat_tables(pieces).take(pa.array(order, pa.int64()))
+
+    def close(self) -> None:
+        self._database.close()
+
+    def __enter__(self) -> ManifestIndex:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
-def _names_in(path: str) -> tuple[str, str]:
-    """The names of a file and a row in the path of an image, `images/STEM-NNNNN/ID-K.png`: `STEM` and `ID`."""
-    folders, _, file = path.rpartition("/")
-    return folders.rpartition("/")[2].rpartition("-")[0], file.rpartition("-")[0]
-
-
-class _Tables:
+class _Cache:
     """The parts that were read last, bounded by their size in memory."""
 
     def __init__(self) -> None:
@@ -58,7 +185,7 @@ class _Tables:
         self._size = 0
 
     def read(self, part: Path, columns: tuple[str, ...] | None) -> pa.Table:
-        """Read columns of a part, all for None. Raises DamagedPart, StorageError."""
+        """Read columns of a part, or all. Raises DamagedPart, StorageError."""
         key = part, columns
         if key not in self._tables:
             self._tables[key] = read_part(part, columns)
@@ -67,171 +194,3 @@ class _Tables:
                 self._size -= self._tables.popitem(last=False)[1].nbytes
         self._tables.move_to_end(key)
         return self._tables[key]
-
-
-class Index:
-    """Every committed image by its key, kept in a temporary file so that memory does not grow with the manifest."""
-
-    def __init__(self, parts: Iterable[Path], damaged: Damaged | None = None) -> None:
-        self._database = temporary_database()
-        self._database.execute(
-            "CREATE TABLE committed (id TEXT, image_index INTEGER, status TEXT, fingerprint TEXT, attempt INTEGER,"
-            " path TEXT, source_file TEXT, source_row INTEGER, time INTEGER, part TEXT, row INTEGER,"
-            " PRIMARY KEY (id, image_index)) WITHOUT ROWID"
-        )
-        self._database.execute("CREATE INDEX capitals ON committed (lower(id)) WHERE id != lower(id)")
-        self._database.execute("CREATE TABLE failures (id TEXT, image_index INTEGER, fingerprint TEXT)")
-        self._database.execute("CREATE INDEX failed ON failures (id, image_index, fingerprint)")
-        self._stems: dict[str, set[str]] = {}
-        self._parts = {part.name: part for part in parts}
-        self._tables = _Tables()
-        try:
-            self._add_all(self._parts.values(), damaged)
-        except BatchInferError:
-            self.close()
-            raise
-
-    def add(self, parts: Iterable[Path], damaged: Damaged | None = None) -> None:
-        """Take in those of these parts that are not in yet. Raises DamagedPart, StorageError.
-
-        Where it raises, those that were read are in, and the others are asked for again. A part that has gone since
-        it was listed counts for nothing: somebody has set it aside.
-        """
-        for part in parts:
-            if part.name in self._parts:
-                continue
-            try:
-                self._add(part)
-            except DamagedPart as error:
-                if damaged is None:
-                    raise
-                damaged(error)
-            except StorageError:
-                if is_there(part):
-                    raise
-            else:
-                self._parts[part.name] = part
-
-    def _add_all(self, parts: Iterable[Path], damaged: Damaged | None) -> None:
-        for part in list(parts):
-            try:
-                self._add(part)
-            except DamagedPart as error:
-                if damaged is None:
-                    raise
-                damaged(error)
-                del self._parts[part.name]
-
-    def _add(self, part: Path) -> None:
-        table = read_part(part, (*_INDEXED, "finished_at"))
-        table = table.append_column("row", pa.array(range(len(table)), pa.int64()))
-        table = table.append_column("time", table["finished_at"].cast(pa.int64()))
-        columns = table.to_pydict()
-        rows = list(zip(*(columns[name] for name in (*_INDEXED, "time", "row")), strict=True))
-        for folder in {path.rpartition("/")[0] for path in columns["generated_image"] if path}:
-            stem, _ = _names_in(f"{folder}/")
-            self._stems.setdefault(stem.lower(), set()).add(stem)
-        failed = [(name, k, fingerprint) for name, k, status, fingerprint, *_ in rows if status == "failed"]
-        self._database.executemany("INSERT INTO failures VALUES (?,?,?)", failed)
-        # Ties are two workers' word on the same attempt, as where one has died before it could tell that it was done:
-        # the later one's image is the one that is there.
-        self._database.executemany(
-            "INSERT INTO committed VALUES (?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT (id, image_index) DO UPDATE SET"
-            " status = excluded.status, fingerprint = excluded.fingerprint, attempt = excluded.attempt,"
-            " path = excluded.path, source_file = excluded.source_file, source_row = excluded.source_row,"
-            " time = excluded.time, part = excluded.part, row = excluded.row"
-            " WHERE excluded.attempt > attempt OR (excluded.attempt = attempt AND excluded.time >= time)",
-            ((*row[:-1], part.name, row[-1]) for row in rows),
-        )
-
-    def find(self, key: tuple[str, int]) -> Committed | None:
-        """The image of this (id, image_index) whose attempt is the highest."""
-        if not self._parts:  # a first run asks for every row
-            return None
-        found = self._database.execute(f"{_FOUND} WHERE id = ? AND image_index = ?", key).fetchone()
-        return Committed(*found) if found else None
-
-    def of_paths(self, paths: Iterable[str]) -> dict[str, Committed]:
-        """Return the images that are stored at these paths, by path. Reads the whole index."""
-        self._database.execute("CREATE TEMPORARY TABLE IF NOT EXISTS paths (name TEXT PRIMARY KEY)")
-        self._database.execute("DELETE FROM paths")
-        self._database.executemany("INSERT OR IGNORE INTO paths VALUES (?)", ((path,) for path in paths))
-        found = self._database.execute(f"{_FOUND} WHERE path IN (SELECT name FROM paths)")
-        return {row[3]: Committed(*row) for row in found}
-
-    def with_collisions(self, request: PromptRequest, path: str | None) -> PromptRequest:
-        """Return a request whose image path differs from those of committed images by more than case.
-
-        `path` is that of the image that is committed for the request itself, and which it keeps. This must not be used
-        where several processes without a common lock give names.
-        """
-        if not self._parts:
-            return request
-        folder, name = _names_in(path or "")
-        stem = request.source.stem
-        stems = self._stems.get(stem.lower(), set())
-        collides: dict[str, Any] = {
-            "id_collides": name != request.id and (request.id_collides or self._has_alike(request.id)),
-            "stem_collides": folder != stem and (bool(stems - {stem}) or (request.stem_collides and not stems)),
-        }
-        if collides == {flag: getattr(request, flag) for flag in collides}:
-            return request
-        return replace(request, **collides)
-
-    def _has_alike(self, name: str) -> bool:
-        """Return whether an image is named after another id that differs from this one by case alone."""
-        alike = self._database.execute(
-            "SELECT id, path FROM committed WHERE id = lower(?1) AND id != ?1 AND path IS NOT NULL"
-            " UNION ALL SELECT id, path FROM committed"
-            " WHERE lower(id) = lower(?1) AND id != lower(id) AND id != ?1 AND path IS NOT NULL",
-            (name,),
-        )
-        return any(_names_in(path)[1] == other for other, path in alike)
-
-    def in_order(self, tables: Sequence[str]) -> Iterator[Committed]:
-        """Everything in the order of its rows in these tables; what other tables gave follows, by their names."""
-        self._database.execute("CREATE TEMPORARY TABLE IF NOT EXISTS tables (name TEXT PRIMARY KEY, place INTEGER)")
-        self._database.execute("DELETE FROM tables")
-        self._database.executemany("INSERT OR IGNORE INTO tables VALUES (?, ?)", ((t, i) for i, t in enumerate(tables)))
-        order = "ORDER BY place IS NULL, place, source_file, source_row, id, image_index"
-        found = self._database.execute(f"{_FOUND} LEFT JOIN tables ON name = source_file {order}")
-        return (Committed(*row) for row in found)
-
-    def rows(self) -> tuple[int, int]:
-        """How many rows of tables there are, and of how many an image failed or the row was invalid."""
-        bad = "SELECT max(status IN ('failed', 'invalid')) AS bad FROM committed GROUP BY id"
-        rows, bad_rows = self._database.execute(f"SELECT count(*), coalesce(sum(bad), 0) FROM ({bad})").fetchone()
-        return rows, bad_rows
-
-    def statuses(self) -> Counter[str]:
-        """How many images have which status."""
-        return Counter(dict(self._database.execute("SELECT status, count(*) FROM committed GROUP BY status")))
-
-    def take(self, found: Sequence[Committed], schema: pa.Schema = SCHEMA) -> pa.Table:
-        """These columns of these committed images, in their order; null where a part has no such column.
-
-        Raises DamagedPart, StorageError.
-        """
-        by_part: dict[str, list[int]] = {}
-        for committed in found:
-            by_part.setdefault(committed.part, []).append(committed.row)
-        # Carried columns can be large, and not every part has them.
-        names = tuple(schema.names) if set(schema.names) <= set(SCHEMA.names) else None
-        pieces = [
-            as_schema(self._tables.read(self._parts[part], names).take(rows), schema) for part, rows in by_part.items()
-        ]
-        starts = dict(zip(by_part, accumulate((len(piece) for piece in pieces), initial=0), strict=False))
-        order = []
-        for committed in found:
-            order.append(starts[committed.part])
-            starts[committed.part] += 1
-        return pa.concat_tables([schema.empty_table(), *pieces]).take(pa.array(order, pa.int64()))
-
-    def close(self) -> None:
-        self._database.close()
-
-    def __enter__(self) -> Index:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

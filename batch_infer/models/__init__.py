@@ -1,65 +1,59 @@
-"""Models: what a checkpoint is, read without loading it, and the families that can run it."""
+"""Models: read a checkpoint into a ModelCard without loading it, and load it as the class of its family.
+
+Each family is one module and one entry of the registry in families.py.
+"""
 
 import os
 
-# Before either is imported: their advice (which image processor, which flag) is not addressed to the user of a table.
+# Before these libraries are imported: their hints (which image processor, which flag) are for developers.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-# transformers would fetch and run kernels from the Hub for some networks.
+# transformers would fetch kernels from the Hub and run them for some networks.
 os.environ.setdefault("USE_HUB_KERNELS", "NO")
 
 from typing import TYPE_CHECKING
 
 from batch_infer.lazy import import_on_use
-from batch_infer.models.card import DEMO_MODEL, ModelCard, read_card
-from batch_infer.models.families import load, load_checker, load_pipeline, load_solver, load_token_counter, read_facts
-from batch_infer.models.layouts import PipelineFacts
-from batch_infer.models.tokens import TokenCounter, TruncationCount
+from batch_infer.models.card import DEMO_MODEL, ModelCard, SamplingRules
+from batch_infer.models.checkpoint import read_card
+from batch_infer.models.families import load_latent_diffusion, load_solver
+from batch_infer.models.tokens import TruncationCounter, load_token_counter
 
 if TYPE_CHECKING:
-    from batch_infer.models.acceleration import is_compiled, speed_up
+    from batch_infer.models.acceleration import decode_flops, denoise_flops, is_compiled, optimize_networks
     from batch_infer.models.any_pipeline import AnyPipeline
     from batch_infer.models.architectures import build_architecture
-    from batch_infer.models.family import Conditioning, Family
-    from batch_infer.models.flops import decode_flops, row_forward_flops
+    from batch_infer.models.latent_diffusion import Conditioning, LatentDiffusion
+    from batch_infer.models.loading import load_checker
+    from batch_infer.models.pipelines import inspect_pipeline
 else:
     __getattr__ = import_on_use(
         __name__,
-        acceleration=(
-            "is_compiled",
-            "speed_up",
-        ),
+        acceleration=("decode_flops", "denoise_flops", "is_compiled", "optimize_networks"),
         any_pipeline=("AnyPipeline",),
         architectures=("build_architecture",),
-        family=(
-            "Conditioning",
-            "Family",
-        ),
-        flops=(
-            "decode_flops",
-            "row_forward_flops",
-        ),
+        latent_diffusion=("Conditioning", "LatentDiffusion"),
+        loading=("load_checker",),
+        pipelines=("inspect_pipeline",),
     )
 
 __all__ = [
     "AnyPipeline",
     "Conditioning",
     "DEMO_MODEL",
-    "Family",
+    "LatentDiffusion",
     "ModelCard",
-    "PipelineFacts",
-    "TokenCounter",
-    "TruncationCount",
+    "SamplingRules",
+    "TruncationCounter",
     "build_architecture",
     "decode_flops",
+    "denoise_flops",
+    "inspect_pipeline",
     "is_compiled",
-    "load",
     "load_checker",
-    "load_pipeline",
+    "load_latent_diffusion",
     "load_solver",
     "load_token_counter",
+    "optimize_networks",
     "read_card",
-    "read_facts",
-    "row_forward_flops",
-    "speed_up",
 ]

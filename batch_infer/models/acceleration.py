@@ -1,4 +1,4 @@
-"""What makes networks fast on a device without changing what they are: memory format, fused projections, compiling."""
+"""Speed of networks: memory format, fused projections, compilation, and the FLOP that they compute."""
 
 from __future__ import annotations
 
@@ -7,17 +7,24 @@ import logging
 import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from batch_infer.errors import CompilationError
-from batch_infer.store import storing_temporarily
+from batch_infer.records import PromptRequest, SamplingParams, Source
+from batch_infer.store import temporary_file_errors
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from batch_infer.models.latent_diffusion import LatentDiffusion
 
-SHAPES = 256
-"""Shapes that a network is compiled for; torch by itself gives up after 8, and a table may hold more sizes."""
+log = logging.getLogger(__name__)
+
+MAX_SHAPES = 256
+"""Shapes that a network is compiled for; torch stops after 8 by default, and a table may hold more sizes."""
 UNRELATED = ("InvalidCxxCompiler", "TritonMissing", "GPUTooOldForTriton", "LoweringException")
 """Errors of torch._inductor that no damaged file causes: no compiler on this machine, and an operator without a kernel.
 
@@ -25,20 +32,22 @@ A list of those that a damaged file causes would have to name RuntimeError (a tr
 process that compiles) and CppCompileError (a truncated .cpp file).
 """
 
+LatentShape = tuple[int, int, int]
 
-def speed_up(
+
+def optimize_networks(
     networks: Iterable[torch.nn.Module], device: torch.device, *, compiled: bool, threads: int | None = None
 ) -> None:
-    """Prepare networks that are called at one fixed batch shape for each image size.
+    """Prepare networks that are called at one fixed batch shape per image size.
 
-    On a GPU convolutions want their channels last, and one product for queries, keys and values takes less than three.
-    Compiling (Ansel et al., PyTorch 2, ASPLOS 2024) is worth its minute a shape where a run is long.
+    On a GPU convolutions are fastest with channels last, and one product for queries, keys and values is faster than
+    three. Compilation (Ansel et al., PyTorch 2, ASPLOS 2024) takes a minute per shape, which long runs win back.
     `threads`: the most processes that compile kernels at once; workers on one machine share its cores.
     """
     for network in networks:
         if device.type == "cuda":
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            # UNets alone: diffusers' fused attention of joint transformers leaves their norms out.
+            # UNets only: diffusers' fused attention of joint transformers omits their norms.
             if hasattr(network, "down_blocks") and (fuse := getattr(network, "fuse_qkv_projections", None)):
                 cast(Any, fuse)()
         if compiled:
@@ -46,13 +55,13 @@ def speed_up(
 
 
 def is_compiled(networks: Iterable[torch.nn.Module]) -> bool:
-    """Whether all of these networks are compiled."""
+    """Return whether all of these networks are compiled."""
     networks = list(networks)
     return bool(networks) and all(isinstance(network.forward, Compiled) for network in networks)
 
 
 class Compiled:
-    """A network's forward, compiled for every shape it meets."""
+    """A network's forward method, compiled for every shape that it receives."""
 
     def __init__(self, forward: Callable[..., Any], threads: int | None = None) -> None:
         import torch._dynamo.config as dynamo
@@ -60,10 +69,10 @@ class Compiled:
         from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
         from torch._inductor import exc
 
-        dynamo.cache_size_limit = SHAPES
+        dynamo.cache_size_limit = MAX_SHAPES
         if threads is not None and "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
             inductor.compile_threads = max(1, min(inductor.compile_threads or 1, threads))
-        # Where torch has it: kernels are chosen by rule and not by a race, so that the bytes are the same next time.
+        # Where torch has it: choose kernels by rule and not by a race, so that the bytes are the same next time.
         options: dict[str, Any] = {"deterministic": True} if hasattr(inductor, "deterministic") else {}
         self._errors = TorchDynamoException, FailOnRecompileLimitHit
         self._backend_error = BackendCompilerFailed
@@ -90,9 +99,9 @@ class Compiled:
 
 
 class CompilerCache:
-    """The folder in which this process keeps what torch.compile made.
+    """The folder for torch.compile's results in this process.
 
-    By default it is shared with other processes and later runs. A process that is killed while it writes there leaves a
+    By default it is shared with other processes and later runs. A process that is killed while writing there leaves a
     truncated file, on which every later compilation would fail.
     """
 
@@ -107,12 +116,12 @@ class CompilerCache:
         if self._is_temporary:
             return False
         folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "the cache")  # which torch sets where the user does not
-        logger.warning(
+        log.warning(
             f"torch.compile failed ({reason}); compiling again with an empty cache, because files in {folder} may be "
             "damaged. If you see this in every run, remove that folder"
         )
         fresh_cache = getattr(utils, "fresh_cache", None) or utils.fresh_inductor_cache  # its name before torch 2.8
-        with storing_temporarily():
+        with temporary_file_errors():
             self._temporary.enter_context(fresh_cache())
         self._is_temporary = True
         atexit.register(self.close)
@@ -128,3 +137,39 @@ _cache = CompilerCache()
 
 def _reason(error: BaseException) -> str:
     return " ".join(str(error).strip().splitlines()[:2])  # the first line may only name the backend
+
+
+def denoise_flops(model: LatentDiffusion, latent_shape: LatentShape) -> int:
+    """Return the FLOP of one row in one UNet evaluation on latents (C, h, w). Computes only a prompt's embedding.
+
+    A multiply-add is two FLOP, and the products of attention are included.
+    """
+    params = SamplingParams(8 * latent_shape[1], 8 * latent_shape[2], 1, 1.0, 0.0)
+    (conditioning,) = model.condition([PromptRequest("flops", 0, "", None, 0, params, Source("", 0), "")])
+    parts = {name: (part.shape, part.dtype) for name, part in conditioning.context[0].items()}
+
+    def call() -> None:
+        sample = torch.empty(1, *latent_shape, dtype=model.dtype, device=model.device)
+        context = {
+            name: torch.empty(1, *shape, dtype=dtype, device=model.device) for name, (shape, dtype) in parts.items()
+        }
+        model.denoise(sample, torch.empty(1, device=model.device), context)
+
+    return _count_flops(call)
+
+
+def decode_flops(model: LatentDiffusion, latent_shape: LatentShape) -> int:
+    """Return the FLOP of decoding one image from latents (C, h, w). Computes nothing."""
+    return _count_flops(lambda: model.decode(torch.empty(1, *latent_shape, device=model.device)))
+
+
+def _count_flops(call: Callable[[], object]) -> int:
+    # Attention as plain products: the counter does not know all fused kernels. Compiled code would hide its operations.
+    with (
+        torch.compiler.set_stance("force_eager"),
+        sdpa_kernel(SDPBackend.MATH),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        FlopCounterMode(display=False) as counter,
+    ):
+        call()
+    return int(counter.get_total_flops())

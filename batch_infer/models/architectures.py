@@ -1,4 +1,4 @@
-"""Released models' networks at full size with random weights: as much to compute, and nothing to fetch."""
+"""Networks of released models at full size with random weights, for benchmarks without downloads."""
 
 from __future__ import annotations
 
@@ -20,10 +20,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from batch_infer.errors import ModelError
 from batch_infer.models.card import DEMO_MODEL
-from batch_infer.models.decidiffusion import DeciDiffusion
-from batch_infer.models.decidiffusion_config import FlexibleUNetConfig
-from batch_infer.models.decidiffusion_unet import FlexibleUNet
-from batch_infer.models.family import Family
+from batch_infer.models.decidiffusion import DeciDiffusion, FlexibleUNet, FlexibleUNetConfig
+from batch_infer.models.latent_diffusion import LatentDiffusion
 from batch_infer.models.stable_diffusion import StableDiffusion
 from batch_infer.models.stable_diffusion_xl import StableDiffusionXL
 from batch_infer.records import SizeRules
@@ -84,25 +82,25 @@ CLIP_BIG_G: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """A model of random weights on its device, and what its rows get that do not say."""
+    """A model with random weights on its device, and the defaults of its rows."""
 
-    model: Family
+    model: LatentDiffusion
     sizes: SizeRules
     guidance_scale: float
     guidance_rescale: float
 
 
 def build_architecture(name: str, device: torch.device, dtype: torch.dtype) -> Architecture:
-    """`sd15`, `decidiffusion` or `sdxl`, made on the device in this dtype. Raises ModelError for another name."""
+    """Make `sd15`, `decidiffusion` or `sdxl` on a device in a dtype. Raises ModelError for another name."""
     unet: Any
     match name:
         case "sd15":
-            with _made_on(device, dtype):
+            with _initialized_on(device, dtype):
                 unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
             pipeline = _stable_diffusion(device, dtype, unet, STABLE_DIFFUSION)
             return Architecture(StableDiffusion(pipeline, unet, device, dtype), SizeRules(512, 512, 8, 64), 7.5, 0.0)
         case "decidiffusion":
-            with _made_on(device, dtype):
+            with _initialized_on(device, dtype):
                 unet = FlexibleUNet(FLEXIBLE_UNET)
             pipeline = _stable_diffusion(device, dtype, None, DECIDIFFUSION)
             return Architecture(DeciDiffusion(pipeline, unet, device, dtype), SizeRules(512, 512, 8, 64), 7.5, 0.7)
@@ -111,13 +109,13 @@ def build_architecture(name: str, device: torch.device, dtype: torch.dtype) -> A
             model = StableDiffusionXL(pipeline, pipeline.unet, device, dtype)
             return Architecture(model, SizeRules(1024, 1024, 8, 32), 5.0, 0.0)
         case other:
-            raise ModelError(f"there is no architecture {other}")
+            raise ModelError(f"unknown architecture {other}")
 
 
 def _stable_diffusion(device: torch.device, dtype: torch.dtype, unet: Any, schedule: dict[str, Any]) -> Any:
-    """Stable Diffusion 1.5's other networks, with the built-in model's tokenizer."""
+    """Make the pipeline of Stable Diffusion 1.5 around a UNet, with the built-in model's tokenizer."""
     tokenizer = _tokenizer()
-    with _made_on(device, dtype):
+    with _initialized_on(device, dtype):
         vae = _autoencoder(sample_size=512, scaling_factor=0.18215)
         text_encoder = CLIPTextModel(_text_config(tokenizer, **CLIP_L))
     return StableDiffusionPipeline(
@@ -126,9 +124,9 @@ def _stable_diffusion(device: torch.device, dtype: torch.dtype, unet: Any, sched
 
 
 def _stable_diffusion_xl(device: torch.device, dtype: torch.dtype) -> Any:
-    """With the VAE that does not overflow in half precision."""
+    """Make the pipeline of Stable Diffusion XL, with the VAE that does not overflow in half precision."""
     tokenizer = _tokenizer()
-    with _made_on(device, dtype):
+    with _initialized_on(device, dtype):
         unet = UNet2DConditionModel(**UNET_XL)
         vae = _autoencoder(sample_size=1024, scaling_factor=0.13025, force_upcast=False)
         first = CLIPTextModel(_text_config(tokenizer, **CLIP_L))
@@ -144,7 +142,7 @@ def _tokenizer() -> CLIPTokenizer:
 
 
 def _text_config(tokenizer: CLIPTokenizer, **layers: Any) -> CLIPTextConfig:
-    """An encoder that knows this tokenizer's end of a text."""
+    """Return the config of an encoder for this tokenizer's special tokens."""
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return CLIPTextConfig(vocab_size=49408, max_position_embeddings=77, **special, **layers)
 
@@ -161,10 +159,10 @@ def _autoencoder(**options: Any) -> AutoencoderKL:
 
 
 @contextmanager
-def _made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Networks that are made in here get the same random weights each time, on the device and in the dtype at once.
+def _initialized_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Initialize networks with the same random weights each time, directly on the device and in the dtype.
 
-    Made on the host in float32, the largest would take four times their size there.
+    The largest ones would take four times their size on the host in float32.
     """
     before = torch.get_default_dtype()
     devices = [device] if device.type == "cuda" else []

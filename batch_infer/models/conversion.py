@@ -1,4 +1,4 @@
-"""The conversion of a checkpoint of one file into a diffusers folder, by diffusers' own reading of its tensors."""
+"""Conversion of a checkpoint in one file into a diffusers folder, by diffusers' own reader."""
 
 from __future__ import annotations
 
@@ -19,90 +19,86 @@ from diffusers.loaders.single_file_utils import (
 from transformers import PreTrainedModel
 
 from batch_infer.errors import ModelError, first_line
-from batch_infer.models.files import SMALL
-from batch_infer.models.hub import INDEX, fetch_settings
-from batch_infer.models.untrusted import LOADING_ERRORS, describe, read_object
+from batch_infer.models.hub import INDEX, fetch_configs
+from batch_infer.models.untrusted import LOADING_ERRORS, SMALL, describe, read_object
 
 PIPELINES: dict[str, Any] = {
     "v1": StableDiffusionPipeline,
     "v2": StableDiffusionPipeline,
     "xl_base": StableDiffusionXLPipeline,
 }
-"""By the kind that diffusers infers."""
+"""Pipeline classes by the kind of checkpoint that diffusers infers."""
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
-"""Components of the repository with the settings that the file holds no weights of."""
+"""Components of the repository with the configs, of which the file holds no weights."""
 READING_ERRORS = (*LOADING_ERRORS, SingleFileComponentError)
 
 log = logging.getLogger("batch_infer")
 
 
 def convert(file: Path, header: Mapping[str, Any], folder: Path) -> None:
-    """Make a diffusers folder of a checkpoint: its weights, and the settings and words of the model it derives from.
+    """Write a diffusers folder with a checkpoint's weights, and the configs and vocabularies of its original model.
 
-    `header` is the file's. Settings and words come from the Hub's cache or the Hub, a few small files. Raises
+    `header` is the file's. Configs and vocabularies, a few small files, come from the Hub or its cache. Raises
     ModelError.
     """
     kind = infer_kind(header)
     if kind not in PIPELINES:
-        raise ModelError(f"{file} is of the kind {kind}; files of Stable Diffusion 1.x, 2.x and XL are converted")
+        raise ModelError(f"{file} is of the kind {kind}; only files of Stable Diffusion 1.x, 2.x and XL are converted")
     if any(key.endswith("time_embed.cond_proj.weight") for key in header):
-        raise ModelError(f"{file} is a latent consistency model: give its diffusers folder, which says how it samples")
+        raise ModelError(f"{file} is a latent consistency model: give its diffusers folder, which names its scheduler")
     repository = DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
-    _copy_settings(file, repository, folder)
+    _copy_configs(file, repository, folder)
     _write_networks(file, PIPELINES[kind], folder)
     _set_scheduler(file, kind, header, folder)
 
 
 def infer_kind(header: Mapping[str, Any]) -> str:
-    """What diffusers takes a checkpoint for, told from the names and shapes of its tensors."""
+    """Return the kind that diffusers infers from the names and shapes of the tensors."""
     tensors = {name: torch.empty(tensor["shape"], device="meta") for name, tensor in header.items()}
     return str(infer_diffusers_model_type(tensors))
 
 
-def _copy_settings(file: Path, repository: str, folder: Path) -> None:
-    """Only they: the cache may hold another checkpoint's weights beside them, and code."""
+def _copy_configs(file: Path, repository: str, folder: Path) -> None:
+    """Copy only these: the cache may also hold another checkpoint's weights, and code."""
     try:
-        settings = fetch_settings(repository)
+        configs = fetch_configs(repository)
     except ModelError as error:
         raise ModelError(
-            f"{file} is read with the settings and words of {repository}, a few small files: {error}; a diffusers "
+            f"{file} needs the configs and vocabularies of {repository}, a few small files: {error}; a diffusers "
             "folder as --model needs no network"
         ) from error
-    index = read_object(settings / INDEX, repository)
+    index = read_object(configs / INDEX, repository)
     index |= {name: [None, None] for name in LEFT_OUT if name in index}
     for component, value in index.items():
         if isinstance(value, list) and value[0] is not None:
             (folder / component).mkdir(parents=True)
-            for found in sorted((settings / component).glob("*")):
-                if found.suffix in SMALL and not found.name.endswith(".index.json"):
-                    shutil.copyfile(found, folder / component / found.name)
+            for source in sorted((configs / component).glob("*")):
+                if source.suffix in SMALL and not source.name.endswith(".index.json"):
+                    shutil.copyfile(source, folder / component / source.name)
     (folder / INDEX).write_text(json.dumps({**index, "requires_safety_checker": False}, indent=2), "utf-8")
 
 
 def _write_networks(file: Path, pipeline_class: Any, folder: Path) -> None:
-    """The weights as the file has them, beside settings that stay as they are: they name no place and no version."""
+    """Write the weights and restore the configs: those that diffusers writes name a path and a version."""
     without = dict.fromkeys(LEFT_OUT[:2])
     try:
         pipeline = pipeline_class.from_single_file(str(file), config=str(folder), local_files_only=True, **without)
-    except NotImplementedError as error:  # torch's for tensors of which there is no more than the shape
+    except NotImplementedError as error:  # torch raises it for tensors that have only a shape
         raise ModelError(f"{file} lacks tensors of a network; is the file complete? ({first_line(error)})") from error
     except READING_ERRORS as error:
         raise ModelError(f"{file} could not be read by diffusers: {describe(error)}") from error
     for name, module in pipeline.components.items():
-        if isinstance(module, (ModelMixin, PreTrainedModel)):
-            _refuse_missing(file, name, module)
-            settings = (folder / name / "config.json").read_bytes()
-            _narrow(module).save_pretrained(folder / name, safe_serialization=True)
-            (folder / name / "config.json").write_bytes(settings)
-
-
-def _refuse_missing(file: Path, name: str, module: torch.nn.Module) -> None:
-    if missing := [key for key, weight in module.named_parameters() if weight.is_meta]:
-        raise ModelError(f"{file} lacks tensors of its {name}, {missing[0]} for one; is the file complete?")
+        if not isinstance(module, (ModelMixin, PreTrainedModel)):
+            continue
+        if missing := [key for key, weight in module.named_parameters() if weight.is_meta]:
+            raise ModelError(f"{file} lacks tensors of its {name}, such as {missing[0]}; is the file complete?")
+        config = (folder / name / "config.json").read_bytes()
+        _narrow(module).save_pretrained(folder / name, safe_serialization=True)
+        (folder / name / "config.json").write_bytes(config)
 
 
 def _narrow(module: Any) -> Any:
-    """In half precision where no weight loses anything by it: where the file had it so, and diffusers widened it."""
+    """Convert to half precision where that is lossless: where the file was so, and diffusers widened it."""
     for dtype in (torch.float16, torch.bfloat16):
         if all(torch.equal(weight, weight.to(dtype).to(weight.dtype)) for weight in module.parameters()):
             return module.to(dtype)
@@ -110,7 +106,7 @@ def _narrow(module: Any) -> Any:
 
 
 def _set_scheduler(file: Path, kind: str, header: Mapping[str, Any], folder: Path) -> None:
-    """A checkpoint that predicts velocity may say so by tensors that bear the name of it."""
+    """Set velocity prediction for a checkpoint that has a tensor of that name."""
     path = folder / "scheduler" / "scheduler_config.json"
     scheduler = read_object(path, file.name)
     if "v_pred" in header:
@@ -118,7 +114,7 @@ def _set_scheduler(file: Path, kind: str, header: Mapping[str, Any], folder: Pat
         path.write_text(json.dumps(scheduler, indent=2), "utf-8")
     elif kind == "v2":
         log.warning(
-            "%s does not say what it predicts: taken for velocity, as Stable Diffusion 2.1 at 768x768 does; for a base "
+            "%s does not say what it predicts; assuming velocity, as Stable Diffusion 2.1 at 768x768 does. For a base "
             "checkpoint add --scheduler %s:prediction_type=epsilon --height 512 --width 512",
             *(file, scheduler["_class_name"]),
         )

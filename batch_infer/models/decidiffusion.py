@@ -1,54 +1,318 @@
-"""DeciDiffusion 1.0 checkpoints: Stable Diffusion's parts, and its way from a prompt to an image, around another UNet.
+"""DeciDiffusion 1.0: Stable Diffusion around another UNet, which diffusers' block lists cannot describe.
 
-The pipeline.py that lies beside the weights is not run, and the stock UNet in unet/ is not read.
+The checkpoint's pipeline.py is not run, and its stock UNet in unet/ is not read.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from diffusers import StableDiffusionPipeline, Transformer2DModel
+from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from safetensors.torch import load_file
+from torch import nn
+from torch.nn.functional import silu
 
 from batch_infer.errors import ModelError
 from batch_infer.models.card import ModelCard
-from batch_infer.models.decidiffusion_config import FlexibleUNetConfig
-from batch_infer.models.decidiffusion_unet import FlexibleUNet
-from batch_infer.models.files import is_loaded, variant_of
-from batch_infer.models.loading import refuse_strange_weights
-from batch_infer.models.stable_diffusion import StableDiffusion
-from batch_infer.models.untrusted import LoadingErrors, read_object
+from batch_infer.models.loading import refuse_unmatched_weights
+from batch_infer.models.stable_diffusion import StableDiffusion, load_vae_and_encoder
+from batch_infer.models.untrusted import LoadingErrors, list_weights, read_object
 
 FOLDER = "flexible_unet"
+CLASS_NAME = "FlexibleUNet2DConditionModel"
+GROUPS = 32
+"""Groups of every group normalization."""
+IN_CHANNELS = 4
+
+Skips = list[torch.Tensor]
 
 
 class DeciDiffusion(StableDiffusion):
     """A loaded DeciDiffusion 1.0 checkpoint."""
 
-    @staticmethod
-    def load_unet(card: ModelCard, dtype: torch.dtype) -> FlexibleUNet:
-        folder = card.path / FOLDER
-        config = FlexibleUNetConfig.read(read_object(folder / "config.json", card.name), folder)
-        with LoadingErrors(folder):
-            weights = _read_weights(folder, variant_of(folder, card.variant), dtype)
-            with torch.device("meta"):  # its own first weights would be thrown away
-                unet = FlexibleUNet(config)
-        _refuse_others(unet, weights, folder)
-        unet.load_state_dict(weights, assign=True)
-        return unet.requires_grad_(False).eval()
+    @classmethod
+    def pipeline_class(cls, card: ModelCard) -> Any:
+        return StableDiffusionPipeline
+
+    @classmethod
+    def load_modules(cls, card: ModelCard, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+        # The pipeline accepts no other UNet class than the one that model_index.json names.
+        return _load_unet(card, dtype), {"unet": None, **load_vae_and_encoder(card, dtype)}
 
 
-def _read_weights(folder: Path, variant: str | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The tensors of all files of this variant: of one, or of the shards that it was cut into."""
-    files = sorted(file for file in folder.glob("*.safetensors") if is_loaded(file, variant))
-    return {name: tensor.to(dtype) for file in files for name, tensor in load_file(file).items()}
+def _load_unet(card: ModelCard, dtype: torch.dtype) -> FlexibleUNet:
+    folder = card.path / FOLDER
+    config = FlexibleUNetConfig.read(read_object(folder / "config.json", card.name), folder)
+    with LoadingErrors(folder):
+        files = list_weights(folder, card.variant)
+        weights = {name: tensor.to(dtype) for file in files for name, tensor in load_file(file).items()}
+        with torch.device("meta"):  # allocate no initial weights
+            unet = FlexibleUNet(config)
+    _check_weights(unet, weights, folder)
+    unet.load_state_dict(weights, assign=True)
+    return unet.requires_grad_(False).eval()
 
 
-def _refuse_others(unet: FlexibleUNet, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """Raises ModelError where the tensors are not exactly those of this network."""
-    own = unet.state_dict()
-    refuse_strange_weights(folder, own.keys() - weights.keys(), weights.keys() - own.keys())
-    for name, tensor in own.items():
+def _check_weights(unet: FlexibleUNet, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Raise ModelError unless the tensors are exactly those of this network."""
+    expected = unet.state_dict()
+    refuse_unmatched_weights(folder, expected.keys() - weights.keys(), weights.keys() - expected.keys())
+    for name, tensor in expected.items():
         if tensor.shape != weights[name].shape:
-            found, wanted = (list(shape) for shape in (weights[name].shape, tensor.shape))
-            raise ModelError(f"{folder} has {name} of shape {found}, where its config.json wants {wanted}")
+            shapes = list(weights[name].shape), list(tensor.shape)
+            raise ModelError(f"{folder} has {name} of shape {shapes[0]}, but its config.json requires {shapes[1]}")
+
+
+@dataclass(frozen=True, slots=True)
+class FlexibleUNetConfig:
+    """The architecture, by the keys of `configurations` in flexible_unet/config.json.
+
+    Lists have one entry per down or up block, in order of execution. The mid block has one resnet more than
+    `mid_num_resnets`. Keys that follow from these are checked and not kept.
+    """
+
+    sample_size: int
+    temb_dim: int
+    resnet_eps: float
+    num_attention_heads: int
+    cross_attention_dim: int
+    down_blocks_in_channels: tuple[int, ...]
+    down_blocks_out_channels: tuple[int, ...]
+    down_blocks_num_attentions: tuple[int, ...]
+    down_blocks_num_resnets: tuple[int, ...]
+    mid_num_resnets: int
+    mid_num_attentions: int
+    up_blocks_num_attentions: tuple[int, ...]
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any], place: object) -> FlexibleUNetConfig:
+        """Read the content of flexible_unet/config.json; `place` is its folder for errors.
+
+        The file's outer keys are those of a stock UNet and do not describe this one. Raises ModelError, naming the
+        key, for keys that are missing, unknown or contradictory.
+        """
+        if (name := config.get("_class_name")) != CLASS_NAME:
+            raise ModelError(f"{place}: config.json describes a {name}, not a {CLASS_NAME}")
+        settings = config.get("configurations")
+        if not isinstance(settings, dict):
+            raise ModelError(f"{place}: config.json has no `configurations`, which describe this UNet's architecture")
+        values = {field.name: _read_key(settings, field.name, str(field.type), place) for field in fields(cls)}
+        result = cls(**values)
+        result._refuse_impossible(place)
+        implied = result._implied_keys()
+        for key, value in implied.items():
+            if (actual := _get(settings, key, place)) != value:
+                raise _config_error(place, key, actual, f"by the other keys it must be {value}")
+        for key in sorted(settings.keys() - values.keys() - implied.keys()):
+            raise _config_error(place, key, settings[key], "this version does not know that key")
+        return result
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the latents."""
+        return IN_CHANNELS
+
+    def _implied_keys(self) -> dict[str, Any]:
+        """Return the remaining keys: each skip must be popped at the size at which it was pushed."""
+        widths, levels = self.down_blocks_out_channels, len(self.down_blocks_out_channels)
+        return {
+            "resnet_act_fn": "silu",
+            "mix_block_in_forward": True,
+            "down_blocks_in_channels": [self.down_blocks_in_channels[0], *widths[:-1]],
+            "add_downsample": [True] * levels,
+            "add_upsample_mid_block": True,
+            "prev_output_channels": [widths[-1], *widths[:0:-1]],
+            "up_blocks_num_resnets": [resnets + 1 for resnets in reversed(self.down_blocks_num_resnets)],
+            "add_upsample": [True] * (levels - 1) + [False],
+        }
+
+    def _refuse_impossible(self, place: object) -> None:
+        """Raise ModelError for numbers of which no network can be made."""
+        levels, heads = len(self.down_blocks_in_channels), self.num_attention_heads
+        for field in fields(self):
+            key, value = field.name, getattr(self, field.name)
+            entries = value if isinstance(value, tuple) else (value,)
+            if isinstance(value, tuple) and len(value) != levels:
+                raise _config_error(place, key, value, f"down_blocks_in_channels has {levels} entries")
+            may_be_zero = key.endswith("num_attentions") or key == "mid_num_resnets"
+            if any(entry < 0 or (entry == 0 and not may_be_zero) for entry in entries):
+                raise _config_error(place, key, value, "that is too small")
+            if key.endswith("channels") and any(entry % GROUPS or entry % heads for entry in entries):
+                raise _config_error(
+                    place, key, value, f"widths must be divisible by {GROUPS} groups and {heads} attention heads"
+                )
+
+
+def _get(settings: Mapping[str, Any], key: str, place: object) -> Any:
+    if key not in settings:
+        raise ModelError(f"{place}: config.json has no {key} under `configurations`; is it DeciDiffusion's?")
+    return settings[key]
+
+
+def _read_key(settings: Mapping[str, Any], key: str, kind: str, place: object) -> Any:
+    # By type() and not by isinstance: JSON's true is an int.
+    value = _get(settings, key, place)
+    match kind:
+        case "int" if type(value) is int:
+            return value
+        case "float" if type(value) in (int, float):
+            return float(value)
+        case "tuple[int, ...]" if type(value) is list and value and all(type(entry) is int for entry in value):
+            return tuple(value)
+    expected = {"int": "a whole number", "float": "a number"}.get(kind, "a list of whole numbers")
+    raise _config_error(place, key, value, f"it must be {expected}")
+
+
+def _config_error(place: object, key: str, value: object, reason: str) -> ModelError:
+    shown = list(value) if isinstance(value, tuple) else value
+    return ModelError(f"{place}: config.json has {key}={shown!r} under `configurations`: {reason}")
+
+
+class FlexibleUNet(nn.Module):
+    """The UNet, with the tensor names of the published checkpoint.
+
+    Besides the order of its layers it differs from diffusers' UNet2DConditionModel in three ways: the mid block runs
+    its first resnet twice; a skip is the output of a resnet, before the transformer that follows it; and the last down
+    block halves the sides once more, which the mid block undoes and no skip sees.
+    """
+
+    def __init__(self, config: FlexibleUNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        stem, width = config.down_blocks_in_channels[0], config.down_blocks_out_channels[0]
+        self.conv_in = nn.Conv2d(config.in_channels, stem, 3, padding=1)
+        self.time_proj = Timesteps(stem, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedding = TimestepEmbedding(stem, config.temb_dim)
+        levels = range(len(config.down_blocks_out_channels))
+        self.down_blocks = nn.ModuleList(_DownBlock(config, level) for level in levels)
+        self.mid_block = _MidBlock(config)
+        self.up_blocks = nn.ModuleList(_UpBlock(config, level) for level in reversed(levels))
+        self.conv_norm_out = nn.GroupNorm(GROUPS, width, eps=1e-5)
+        self.conv_out = nn.Conv2d(width, config.in_channels, 3, padding=1)
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        return_dict: Literal[False] = False,
+    ) -> tuple[torch.Tensor]:
+        """Map (N, 4, h, w), (N,) and (N, tokens, cross_attention_dim) to (N, 4, h, w), as diffusers' UNets do.
+
+        h and w are any numbers; halving rounds odd sides up.
+        """
+        temb = self.time_embedding(self.time_proj(timestep).to(sample.dtype))
+        hidden = self.conv_in(sample)
+        skips = [hidden]
+        for block in self.down_blocks:
+            hidden = block(hidden, temb, encoder_hidden_states, skips)
+            skips.append(hidden)
+        skips.pop()  # the output of the last block is not a skip
+        hidden = self.mid_block(hidden, temb, encoder_hidden_states, skips)
+        for block in self.up_blocks:
+            hidden = block(hidden, temb, encoder_hidden_states, skips)
+        return (self.conv_out(silu(self.conv_norm_out(hidden))),)
+
+    def fuse_qkv_projections(self) -> None:
+        """Compute queries, keys and values of the same input in one product, as diffusers' UNets do."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.fuse_projections()
+                module.set_processor(FusedAttnProcessor2_0())
+
+
+class _Block(nn.Module):
+    """Resnets and transformers in one list: alternating, then those that are left."""
+
+    def __init__(self, config: FlexibleUNetConfig, inputs: Sequence[int], width: int, attentions: int) -> None:
+        """`inputs` are the input channels of each resnet, `width` the output channels."""
+        super().__init__()
+        heads = config.num_attention_heads
+        resnets = [
+            ResnetBlock2D(
+                in_channels=channels, out_channels=width, temb_channels=config.temb_dim, groups=GROUPS,
+                eps=config.resnet_eps,
+            )
+            for channels in inputs
+        ]  # fmt: skip
+        transformers = [
+            Transformer2DModel(
+                heads, width // heads, in_channels=width, norm_num_groups=GROUPS,
+                cross_attention_dim=config.cross_attention_dim,
+            )
+            for _ in range(attentions)
+        ]  # fmt: skip
+        pairs = zip_longest(resnets, transformers)
+        self.modules_list = nn.ModuleList(module for pair in pairs for module in pair if module is not None)
+
+
+class _DownBlock(_Block):
+    def __init__(self, config: FlexibleUNetConfig, level: int) -> None:
+        width, resnets = config.down_blocks_out_channels[level], config.down_blocks_num_resnets[level]
+        inputs = [config.down_blocks_in_channels[level]] + [width] * (resnets - 1)
+        super().__init__(config, inputs, width, config.down_blocks_num_attentions[level])
+        # By diffusers' usual name the module would hold its weights under two.
+        self.downsamplers = nn.ModuleList([Downsample2D(width, use_conv=True, name="op")])
+
+    def forward(self, hidden: torch.Tensor, temb: torch.Tensor, context: torch.Tensor, skips: Skips) -> torch.Tensor:
+        for module in self.modules_list:
+            hidden = _run(module, hidden, temb, context)
+            if isinstance(module, ResnetBlock2D):
+                skips.append(hidden)
+        halved: torch.Tensor = self.downsamplers[0](hidden)
+        return halved
+
+
+class _MidBlock(_Block):
+    def __init__(self, config: FlexibleUNetConfig) -> None:
+        width = config.down_blocks_out_channels[-1]
+        super().__init__(config, [width] * (config.mid_num_resnets + 1), width, config.mid_num_attentions)
+        self.upsamplers = nn.ModuleList([Upsample2D(width, use_conv=True)])
+
+    def forward(self, hidden: torch.Tensor, temb: torch.Tensor, context: torch.Tensor, skips: Skips) -> torch.Tensor:
+        hidden = _run(self.modules_list[0], hidden, temb, context)  # and again in the loop, as in training
+        for module in self.modules_list:
+            hidden = _run(module, hidden, temb, context)
+        return _upsample(self.upsamplers[0], hidden, skips)
+
+
+class _UpBlock(_Block):
+    def __init__(self, config: FlexibleUNetConfig, level: int) -> None:
+        """`level` is that of the down block whose skips are popped here, last first."""
+        widths, further = config.down_blocks_out_channels, config.down_blocks_num_resnets[level]
+        width, below = widths[level], widths[min(level + 1, len(widths) - 1)]
+        skips = [width] * further + [config.down_blocks_in_channels[level]]
+        inputs = [before + skip for before, skip in zip([below] + [width] * further, skips, strict=True)]
+        super().__init__(config, inputs, width, config.up_blocks_num_attentions[-1 - level])
+        self.upsamplers = nn.ModuleList([Upsample2D(width, use_conv=True)] if level else [])
+
+    def forward(self, hidden: torch.Tensor, temb: torch.Tensor, context: torch.Tensor, skips: Skips) -> torch.Tensor:
+        for module in self.modules_list:
+            if isinstance(module, ResnetBlock2D):
+                hidden = torch.cat([hidden, skips.pop()], dim=1)
+            hidden = _run(module, hidden, temb, context)
+        return _upsample(self.upsamplers[0], hidden, skips) if self.upsamplers else hidden
+
+
+def _run(module: nn.Module, hidden: torch.Tensor, temb: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+    if isinstance(module, ResnetBlock2D):
+        output: torch.Tensor = module(hidden, temb)
+    else:
+        (output,) = module(hidden, context, return_dict=False)
+    return output
+
+
+def _upsample(module: nn.Module, hidden: torch.Tensor, skips: Skips) -> torch.Tensor:
+    """Upsample to the size of the next skip: twice the size, or one less where an odd side was halved."""
+    doubled: torch.Tensor = module(hidden, skips[-1].shape[2:])
+    return doubled

@@ -1,103 +1,158 @@
-"""Which code loads a checkpoint of each family."""
+"""The registry of model families: how their checkpoints are laid out and which class loads them. Imports no torch."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from batch_infer.errors import ModelError
-from batch_infer.models.card import ModelCard
-from batch_infer.models.layouts import PipelineFacts
-from batch_infer.models.tokens import TokenCounter
+from batch_infer.models.card import ANY_PIPELINE, ModelCard, SamplingRules
+from batch_infer.records import SizeRules
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
 
     from batch_infer.diffusion import Solver
-    from batch_infer.models.any_pipeline import AnyPipeline
-    from batch_infer.models.family import Family
+    from batch_infer.models.latent_diffusion import LatentDiffusion
+
+CHECKER = frozenset({"safety_checker", "feature_extractor"})
+"""Components of a safety checker."""
 
 
-def load(card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_checker: bool) -> Family:
-    """Load a checkpoint on a device. Raises ModelError, in one sentence, for what cannot be loaded."""
-    match card.family:
-        case "stable_diffusion":
-            from batch_infer.models.stable_diffusion import StableDiffusion
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A family of checkpoints: its components, the class that runs it, and the defaults of diffusers' pipeline class.
 
-            return StableDiffusion.load(card, device, dtype, with_checker=with_checker)
-        case "stable_diffusion_xl":
-            from batch_infer.models.stable_diffusion_xl import StableDiffusionXL
+    `implementation`: `module.Class` in this package. `denoiser`: the component that denoises. `unread`: components
+    that are neither read nor downloaded. `options`: keys of model_index.json that affect pixels, with their defaults.
+    `fingerprints_class`: include the pipeline class in the fingerprint. `sample_size`: latent side, and
+    `latent_channels`: channels, where the denoiser's config does not say. `joint_attention`: the denoiser attends
+    jointly to text and image (Stable Diffusion 3), and not across.
+    """
 
-            return StableDiffusionXL.load(card, device, dtype)
-        case "stable_diffusion_3":
-            from batch_infer.models.stable_diffusion_3 import StableDiffusion3
+    name: str
+    implementation: str = ""
+    denoiser: str | None = "unet"
+    text_encoders: tuple[str, ...] = ("text_encoder",)
+    unread: frozenset[str] = frozenset()
+    options: tuple[tuple[str, Any], ...] = ()
+    fingerprints_class: bool = False
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    guidance_rescale: float = 0.0
+    sample_size: int | None = 64
+    latent_channels: int = 4
+    joint_attention: bool = False
+    supports_lora: bool = False
+    supports_long_prompts: bool = False
 
-            return StableDiffusion3.load(card, device, dtype)
-        case "decidiffusion":
-            from batch_infer.models.decidiffusion import DeciDiffusion
+    @property
+    def tokenizers(self) -> tuple[str, ...]:
+        return tuple(name.replace("text_encoder", "tokenizer") for name in self.text_encoders)
 
-            return DeciDiffusion.load(card, device, dtype, with_checker=with_checker)
-        case other:
-            raise ModelError(f"{card.name}: no family {other}")
+    @property
+    def required(self) -> set[str]:
+        """Components that every checkpoint of this family has."""
+        if self.denoiser is None:
+            return set()
+        return {self.denoiser, "vae", "scheduler", *self.text_encoders, *self.tokenizers}
+
+    def make_rules(self, denoiser: Mapping[str, Any], vae: Mapping[str, Any], name: str) -> SamplingRules:
+        """Return the sampling rules of checkpoint `name` by the configs of two networks.
+
+        Raises ModelError where they do not give the sizes.
+        """
+        try:
+            settings = denoiser.get("configurations", denoiser)
+            native = settings.get("sample_size") or self.sample_size
+            sizes = _size_rules({**settings, "sample_size": native}, 2 ** (len(vae["block_out_channels"]) - 1))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            place = f"{name}: {self.denoiser}/config.json or vae/config.json"
+            raise ModelError(f"{place} does not give the image sizes: {error}") from error
+        embedded = denoiser.get("time_cond_proj_dim") is not None
+        # With embedded guidance there is no second pass for a negative prompt, and nothing to rescale.
+        fixed = (("negative_prompt", None), ("guidance_rescale", 0.0)) if embedded else ()
+        defaults = self.num_inference_steps, self.guidance_scale, self.guidance_rescale
+        return SamplingRules(sizes, *defaults, embedded, fixed)
 
 
-def load_checker(card: ModelCard, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
-    """A checkpoint's safety checker, and what makes its inputs of images, without the rest. Raises ModelError."""
-    from batch_infer.models import loading
+def _size_rules(denoiser: Mapping[str, Any], factor: int) -> SizeRules:
+    """Return the rules in pixels; `factor` is the number of pixels for each side of a latent."""
+    native = denoiser["sample_size"]
+    height, width = (native, native) if isinstance(native, int) else (native * 2)[:2]
+    if patch := denoiser.get("patch_size"):
+        # Position embeddings are learned, for this number of patches.
+        largest = denoiser["pos_embed_max_size"] * patch * factor
+        return SizeRules(height * factor, width * factor, patch * factor, patch * factor, largest)
+    # DeciDiffusion's last down block halves once more than its skips.
+    downs = denoiser.get("add_downsample") or denoiser["block_out_channels"][1:]
+    return SizeRules(height * factor, width * factor, factor, 2 ** len(downs) * factor)
 
-    return loading.load_checker(card, device, dtype)
+
+_STABLE_DIFFUSION = Family(
+    "stable_diffusion", "stable_diffusion.StableDiffusion", supports_lora=True, supports_long_prompts=True
+)
+FAMILIES = {
+    "StableDiffusionPipeline": _STABLE_DIFFUSION,
+    # diffusers' class corrects old scheduler settings otherwise than StableDiffusionPipeline.
+    "LatentConsistencyModelPipeline": replace(
+        _STABLE_DIFFUSION, num_inference_steps=4, guidance_scale=8.5, fingerprints_class=True
+    ),
+    "StableDiffusionXLPipeline": Family(
+        "stable_diffusion_xl",
+        "stable_diffusion_xl.StableDiffusionXL",
+        text_encoders=("text_encoder", "text_encoder_2"),
+        # The image encoder takes image prompts, and diffusers' class has no safety checker.
+        unread=CHECKER | {"image_encoder"},
+        options=(("force_zeros_for_empty_prompt", True),),
+        guidance_scale=5.0,
+        sample_size=128,
+        supports_lora=True,
+        supports_long_prompts=True,
+    ),
+    "StableDiffusion3Pipeline": Family(
+        "stable_diffusion_3",
+        "stable_diffusion_3.StableDiffusion3",
+        denoiser="transformer",
+        text_encoders=("text_encoder", "text_encoder_2"),
+        unread=CHECKER | {"image_encoder"},
+        num_inference_steps=28,
+        guidance_scale=7.0,
+        sample_size=128,
+        latent_channels=16,
+        joint_attention=True,
+    ),
+    "DeciDiffusionPipeline": Family(
+        "decidiffusion",
+        "decidiffusion.DeciDiffusion",
+        denoiser="flexible_unet",
+        unread=frozenset({"unet"}),
+        num_inference_steps=30,
+        guidance_rescale=0.7,
+        sample_size=None,
+        supports_long_prompts=True,
+    ),
+}
+"""Families by the pipeline class that model_index.json names."""
+OTHER = Family(ANY_PIPELINE, denoiser=None, text_encoders=(), unread=frozenset({"watermarker", "image_encoder"}))
+"""All other pipeline classes: each is rendered by its own call. The image encoder takes image prompts."""
 
 
-def load_pipeline(card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_checker: bool) -> AnyPipeline:
-    """The same of a checkpoint that is driven by diffusers' own pipeline. Raises ModelError."""
-    from batch_infer.models.any_pipeline import AnyPipeline
-
-    return AnyPipeline.load(card, device, dtype, with_checker=with_checker)
-
-
-def read_facts(path: Path) -> PipelineFacts:
-    """What a checkpoint's pipeline takes, where only diffusers can tell; imports torch. Raises ModelError."""
-    from batch_infer.models.pipelines import read_facts
-
-    return read_facts(path)
+def load_latent_diffusion(
+    card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_checker: bool
+) -> LatentDiffusion:
+    """Load a checkpoint on a device. Raises ModelError."""
+    return _implementation(card).load(card, device, dtype, with_checker=with_checker)
 
 
 def load_solver(card: ModelCard) -> Solver:
-    """The sampler of a checkpoint without its networks. Raises ModelError."""
-    match card.family:
-        case "stable_diffusion" | "decidiffusion":
-            from batch_infer.models.stable_diffusion import load_solver
-
-            return load_solver(card)
-        case "stable_diffusion_xl":
-            from batch_infer.models.stable_diffusion_xl import load_solver
-
-            return load_solver(card)
-        case "stable_diffusion_3":
-            from batch_infer.models.stable_diffusion_3 import load_solver
-
-            return load_solver(card)
-        case other:
-            raise ModelError(f"{card.name}: no family {other}")
+    """Load a checkpoint's sampler without its networks. Raises ModelError."""
+    return _implementation(card).load_solver(card)
 
 
-def load_token_counter(card: ModelCard) -> TokenCounter | None:
-    """What counts a prompt's tokens as the checkpoint will, without torch; None where only its pipeline knows.
-
-    Raises ModelError.
-    """
-    match card.family:
-        case "stable_diffusion" | "decidiffusion":
-            from batch_infer.models.tokens import load_clip
-
-            return TokenCounter(load_clip(card.path), windows=card.windows)
-        case "stable_diffusion_xl" | "stable_diffusion_3":
-            from batch_infer.models.tokens import load_clip
-
-            both = (load_clip(card.path, suffix) for suffix in ("", "_2"))
-            return TokenCounter(*both, windows=card.windows)
-        case "any_pipeline":
-            return None
-        case other:
-            raise ModelError(f"{card.name}: no family {other}")
+def _implementation(card: ModelCard) -> type[LatentDiffusion]:
+    module, name = FAMILIES[card.pipeline].implementation.split(".")
+    found: type[LatentDiffusion] = getattr(import_module(f"batch_infer.models.{module}"), name)
+    return found

@@ -1,8 +1,7 @@
-"""Prompts of more than 77 tokens, and words with weights, by compel: windows of 77 tokens one after the other.
+"""Prompts of more than 77 tokens and words with weights, by compel, in consecutive windows of 77 tokens.
 
-Each window is encoded by itself, always alone in its call, and a row's context has the same number of windows whatever
-its prompt: what is left over holds the empty prompt, as compel fills up. So neither the neighbours nor the length of a
-prompt decide a shape.
+Each window is encoded in a call of its own, and every row has the same number of windows, padded with the empty prompt
+as compel does: no shape depends on the neighbours or on the length of a prompt.
 """
 
 from __future__ import annotations
@@ -20,21 +19,21 @@ from batch_infer.diffusion import Context
 from batch_infer.models.tokens import WINDOWS
 
 SYNTAX = frozenset('()"+-\\')
-"""Without any of these a text says no weights, and compel's parser, which takes its time, is not asked."""
+"""A text without any of these has no weights and needs no parsing, which is slow."""
 SPECIAL = "<|"
-"""How a tokenizer's own marks begin, which would move what weights belong to."""
-DEEPEST = 16
-LONGEST = 5000
-"""Parentheses in each other, and characters, up to which a text is parsed: bounds of the parser's stack and time."""
-TEXTS_KEPT = 1024
+"""Start of a tokenizer's special tokens, which would shift the weights."""
+MAX_PARENTHESES = 16
+MAX_CHARACTERS = 5000
+"""Nested parentheses and characters of a text that is parsed: bounds of the parser's stack and time."""
+PARSED_TEXTS = 1024
 LITERAL_ERRORS = (ParseBaseException, PromptParser.ParsingException, IndexError, RecursionError)
-"""What the parser raises for texts that it cannot read as its syntax."""
+"""Errors of the parser for texts that are not in its syntax."""
 
 Piece = tuple[str, float]
 
 
 class LongPrompts:
-    """Encodes and counts texts with the tokenizers and text encoders of a Stable Diffusion pipeline, of any version."""
+    """Encodes texts and counts tokens with the components of a Stable Diffusion pipeline, of any version."""
 
     def __init__(self, pipeline: Any, dtype: torch.dtype) -> None:
         parts = pipeline.components
@@ -53,62 +52,62 @@ class LongPrompts:
             for tokenizer, network in pairs
         ]  # fmt: skip
         self._window: int = min(tokenizer.model_max_length for tokenizer, _ in pairs)
-        self.longest = WINDOWS * (self._window - 2)
-        """Tokens of a text that the encoders see whole."""
+        self.max_tokens = WINDOWS * (self._window - 2)
+        """Tokens of a text that the encoders see."""
 
     def count(self, texts: Sequence[str]) -> list[int]:
-        """The texts' own tokens, without those of weights, start, end and padding."""
-        return [max(sum(_lengths(found, read_weights(text))) for found in self._providers) for text in texts]
+        """Return each text's tokens without those of weights, start, end and padding."""
+        return [max(_count(provider, read_weights(text)) for provider in self._providers) for text in texts]
 
     def __call__(self, texts: Sequence[str]) -> list[Context]:
-        """Each text's embedding (WINDOWS * 77, width), and with two encoders the second's pooled one."""
-        found = {text: self._encode(text) for text in dict.fromkeys(texts)}
-        return [found[text] for text in texts]
+        """Return each text's embedding (WINDOWS * 77, width), and with two encoders the second's pooled one."""
+        contexts = {text: self._encode(text) for text in dict.fromkeys(texts)}
+        return [contexts[text] for text in texts]
 
     def _encode(self, text: str) -> Context:
         pieces = read_weights(text)
         embeddings = torch.cat([self._windows(provider, pieces) for provider in self._providers], dim=-1)
         context = {"encoder_hidden_states": embeddings.to(self._dtype)}
-        if len(self._providers) > 1:  # of the text as it stands, and of its beginning, as compel has it
+        if len(self._providers) > 1:  # of the unparsed text's first window, as compel has it
             context["text_embeds"] = self._providers[1].get_pooled_embeddings([text])[0].to(self._dtype)
         return context
 
     def _windows(self, provider: EmbeddingsProvider, pieces: Iterable[Piece]) -> torch.Tensor:
-        # One window more than is kept: the text is cut within it, and the cut moves no token of the others.
+        # One window more than is kept: the text is cut within it, so that the cut affects no token of the others.
         texts, weights = zip(*_cut(provider, pieces, (WINDOWS + 1) * (self._window - 2)), strict=True)
         device = provider.device
         if set(weights) == {1.0}:
             tokens, ones, mask = provider.get_token_ids_and_expand_weights(list(texts), weights, device=device)
-            found = provider.build_weighted_embedding_tensor(tokens, ones, mask, device=device)
+            embedding = provider.build_weighted_embedding_tensor(tokens, ones, mask, device=device)
         else:
-            found = provider.get_embeddings_for_weighted_prompt_fragments([list(texts)], [weights], device=device)
-        kept: torch.Tensor = found[0, : WINDOWS * self._window]
+            embedding = provider.get_embeddings_for_weighted_prompt_fragments([list(texts)], [weights], device=device)
+        kept: torch.Tensor = embedding[0, : WINDOWS * self._window]
         missing = WINDOWS - len(kept) // self._window
         return torch.cat([kept, *[provider.empty_z[0].to(kept.dtype)] * missing])
 
 
-@lru_cache(TEXTS_KEPT)
+@lru_cache(PARSED_TEXTS)
 def read_weights(text: str) -> tuple[Piece, ...]:
-    """A text's pieces and their weights: `(word)1.2`, `word++`, `(some words)0.8`, `\\(` for a parenthesis.
+    """Split a text into pieces and their weights: `(word)1.2`, `word++`, `(some words)0.8`, `\\(` for a parenthesis.
 
-    A text that is not to be read so is one piece as it stands, and so is one that asks for more than weights.
+    A text in another syntax, or with more than weights in it, is one literal piece.
     """
     literal = ((text, 1.0),)
-    if not SYNTAX.intersection(text) or SPECIAL in text or len(text) > LONGEST or _depth(text) > DEEPEST:
+    if not SYNTAX.intersection(text) or SPECIAL in text or len(text) > MAX_CHARACTERS or _depth(text) > MAX_PARENTHESES:
         return literal
     try:
-        found = _parser().parse_conjunction(text)
+        conjunction = _parser().parse_conjunction(text)
     except LITERAL_ERRORS:
         return literal
-    children = getattr(found.prompts[0], "children", []) if len(found.prompts) == 1 else []
-    if found.lora_weights or not children or any(type(child) is not Fragment for child in children):
+    children = getattr(conjunction.prompts[0], "children", []) if len(conjunction.prompts) == 1 else []
+    if conjunction.lora_weights or not children or any(type(child) is not Fragment for child in children):
         return literal
     return tuple((child.text, child.weight) for child in children)
 
 
 @cache
 def _parser() -> PromptParser:
-    # Without a memory the parser takes twice as long for every parenthesis within another: minutes for ten.
+    # Without a cache the time doubles with every nested parenthesis: minutes for ten.
     ParserElement.enable_packrat(cache_size_limit=None)
     return PromptParser()
 
@@ -121,21 +120,21 @@ def _depth(text: str) -> int:
     return deepest
 
 
-def _lengths(provider: EmbeddingsProvider, pieces: Iterable[Piece]) -> list[int]:
-    found = provider.get_token_ids([text for text, _ in pieces], include_start_and_end_markers=False)
-    return [len(tokens) for tokens in found]
+def _count(provider: EmbeddingsProvider, pieces: Iterable[Piece]) -> int:
+    texts = [text for text, _ in pieces]
+    return sum(map(len, provider.get_token_ids(texts, include_start_and_end_markers=False)))
 
 
 def _cut(provider: EmbeddingsProvider, pieces: Iterable[Piece], budget: int) -> list[Piece]:
-    """The pieces that hold tokens, up to so many of these."""
+    """Return the pieces that hold tokens, up to a total of `budget` tokens."""
     backend = provider.tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    found = []
+    kept = []
     for text, weight in pieces:
         encoding = backend.encode(text, add_special_tokens=False)
         if encoding.ids and budget > 0:
-            kept = text if len(encoding.ids) <= budget else text[: encoding.offsets[budget - 1][1]]
-            found.append((kept, weight))
+            fits = len(encoding.ids) <= budget
+            kept.append((text if fits else text[: encoding.offsets[budget - 1][1]], weight))
         budget -= len(encoding.ids)
-    return found or [("", 1.0)]
+    return kept or [("", 1.0)]

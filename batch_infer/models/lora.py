@@ -1,28 +1,32 @@
-"""LoRAs (Hu et al., arXiv 2106.09685): files of what is to be added to a checkpoint's weights, told without torch."""
+"""LoRAs (Hu et al., arXiv 2106.09685): recognized by their headers, and fused into weights by diffusers and peft."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from batch_infer.errors import ModelError
-from batch_infer.models.files import hash_file, read_header
+from batch_infer.errors import ModelError, first_line
+from batch_infer.models.untrusted import LOADING_ERRORS, hash_file, read_header
 from batch_infer.settings import LoraSpec
 
-FAMILIES = ("stable_diffusion", "stable_diffusion_xl")
 MARKS = ("lora_", ".lora", "hada_w", "lokr_")
-"""Of which the names of a LoRA's tensors have one; the last two are other ways to write an addition down."""
-UNREAD = ("dora_scale", "lora_magnitude_vector", "hada_w", "lokr_")
-"""Tensors that diffusers leaves out, or puts where these families' weights are not."""
-DIFFERENCES = (".diff", ".diff_b", ".set_weight")
-"""How the names of tensors end that are a whole difference or weight; diffusers leaves them out too."""
+"""Parts of the tensor names of a LoRA; the last two are those of LoHa and LoKr."""
+UNSUPPORTED_MARKS = ("dora_scale", "lora_magnitude_vector", "hada_w", "lokr_")
+"""Parts of the names of tensors that diffusers ignores, or adds where these families have no weights."""
+UNSUPPORTED_ENDS = (".diff", ".diff_b", ".set_weight")
+"""Ends of the names of full differences and weights; diffusers ignores these too."""
+ADAPTER = "lora"
+
+# It logs why a LoRA does not fit, and raises the same.
+logging.getLogger("diffusers.loaders.peft").setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """A LoRA on this machine: `weight` times it is added. `tensors` is how many should find a place in the model."""
+    """A LoRA on this machine and its weight. `tensors` is how many the model must load from it."""
 
     path: Path
     weight: float
@@ -34,23 +38,13 @@ class Lora:
 
 
 def is_lora(names: Collection[str]) -> bool:
-    """Told from the names of a file's tensors."""
+    """Return whether tensors of these names are a LoRA's."""
     return any(mark in name for name in names for mark in MARKS)
 
 
-def read_loras(specs: Sequence[LoraSpec], family: str, model: str) -> tuple[Lora, ...]:
-    """Find the LoRAs that a model of this family is to be given, and see that they are whole. Raises ModelError."""
-    if not specs:
-        return ()
-    if family not in FAMILIES:
-        raise ModelError(f"{model} is of the family {family}; --lora is for Stable Diffusion 1.x, 2.x and XL")
-    if find_spec("peft") is None:
-        raise ModelError("--lora needs peft: pip install 'batch-infer[lora]'")
+def read_loras(specs: Sequence[LoraSpec]) -> tuple[Lora, ...]:
+    """Read the headers of LoRA files. Raises ModelError for files that are missing, damaged or of another kind."""
     return tuple(map(_read, specs))
-
-
-def _is_unread(name: str) -> bool:
-    return name.endswith(DIFFERENCES) or any(mark in name for mark in UNREAD)
 
 
 def _read(spec: LoraSpec) -> Lora:
@@ -59,9 +53,46 @@ def _read(spec: LoraSpec) -> Lora:
         raise ModelError(f"--lora {spec.file}: there is no such file")
     names = read_header(path, str(path)).keys()
     if not is_lora(names):
-        raise ModelError(f"{path} is not a LoRA: no tensor of it bears a name of one")
-    if unread := [name for name in names if _is_unread(name)]:
-        raise ModelError(
-            f"{path} holds {unread[0]}: DoRA, LoHa, LoKr and whole differences are not read, only plain LoRA"
-        )
+        raise ModelError(f"{path} is not a LoRA: none of its tensors has a LoRA's name")
+    for name in names:
+        if name.endswith(UNSUPPORTED_ENDS) or any(mark in name for mark in UNSUPPORTED_MARKS):
+            raise ModelError(
+                f"{path} holds {name}: only plain LoRA is supported, not DoRA, LoHa, LoKr or full differences"
+            )
     return Lora(path, spec.weight, hash_file(path), sum(not name.endswith("alpha") for name in names))
+
+
+def fuse_loras(pipeline: Any, loras: Sequence[Lora], model: str) -> None:
+    """Add LoRAs to the weights of a loaded pipeline, in order. Raises ModelError for one that does not fit.
+
+    diffusers drops tensors without a place in the model, so the loaded ones are counted.
+    """
+    for lora in loras:
+        try:
+            pipeline.load_lora_weights(
+                str(lora.path.parent), weight_name=lora.path.name, adapter_name=ADAPTER, use_safetensors=True,
+                local_files_only=True,
+            )  # fmt: skip
+        except LOADING_ERRORS as error:
+            why = " ".join(line.strip() for line in str(error).splitlines()[:2])
+            raise _misfit(lora, model, why) from error
+        loaded = _count_loaded(pipeline)
+        if loaded != lora.tensors:
+            raise _misfit(lora, model, f"{loaded} of its {lora.tensors} tensors have a place in it")
+        pipeline.set_adapters(ADAPTER, lora.weight)
+        try:
+            pipeline.fuse_lora(safe_fusing=True)
+        except ValueError as error:
+            raise ModelError(f"{lora.path} could not be added to {model}: {first_line(error)}") from error
+        pipeline.unload_lora_weights()
+
+
+def _count_loaded(pipeline: Any) -> int:
+    """Return how many tensors of the adapter the pipeline's networks hold."""
+    networks = [network for network in pipeline.components.values() if hasattr(network, "named_parameters")]
+    names = [name for network in networks for name, _ in network.named_parameters()]
+    return sum(f".{ADAPTER}." in name for name in names)
+
+
+def _misfit(lora: Lora, model: str, why: str) -> ModelError:
+    return ModelError(f"{lora.path} does not fit {model}; was it made for another family? ({why})")

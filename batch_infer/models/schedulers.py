@@ -1,4 +1,4 @@
-"""The schedulers that the installed diffusers has, and their options, read from its source without importing it."""
+"""diffusers' schedulers: checks of `--scheduler` against diffusers' source without importing it, and construction."""
 
 from __future__ import annotations
 
@@ -7,24 +7,63 @@ from difflib import get_close_matches
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 from batch_infer.errors import ModelError
+from batch_infer.models.untrusted import LOADING_ERRORS, LoadingErrors, describe
 from batch_infer.settings import SHORT_NAMES, SchedulerSpec
+
+if TYPE_CHECKING:
+    from batch_infer.diffusion import Solver
 
 
 def refuse_unknown_scheduler(spec: SchedulerSpec) -> None:
-    """Raises ModelError, with the nearest names, for a class or an option that diffusers does not have."""
-    classes = _classes()
+    """Raise ModelError, suggesting similar names, for a class or option that diffusers does not have."""
+    classes = _find_classes()
     if spec.name not in classes:
         raise ModelError(f"diffusers has no scheduler {spec.name}; {_suggest(spec.name, classes)}")
-    accepted = _arguments(classes[spec.name], spec.name, "__init__")
+    accepted = _list_arguments(classes[spec.name], spec.name, "__init__")
     for key, _ in spec.options:
-        if key not in accepted:  # from_config would drop it in silence
+        if key not in accepted:  # from_config would ignore it
             near = get_close_matches(key, accepted, n=1)
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(accepted)}"
-            if key in _arguments(classes[spec.name], spec.name, "step"):
+            if key in _list_arguments(classes[spec.name], spec.name, "step"):
                 hint = f"{key} is an argument of its `step` method, which cannot be set here; remove it"
             raise ModelError(f"{spec.name} has no option {key}; {hint}")
+
+
+def build_scheduler(spec: SchedulerSpec, own: Any) -> Any:
+    """Build the scheduler of `--scheduler` on the config of the model's own one. Raises ModelError."""
+    import diffusers
+
+    refuse_unknown_scheduler(spec)
+    kind: Any = getattr(diffusers, spec.name, None)
+    if needs := getattr(kind, "_backends", None):
+        raise ModelError(f"{spec.name} needs {' and '.join(needs)}: pip install {' '.join(needs)}")
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        raise ModelError(f"diffusers keeps its scheduler {spec.name} for one of its own pipelines; choose another")
+    try:
+        scheduler: Any = cast(Any, kind).from_config(own.config, **dict(spec.options))
+    except LOADING_ERRORS as error:
+        raise ModelError(f"{spec} cannot be built on this model's scheduler settings: {describe(error)}") from error
+    if _is_flow(scheduler) != _is_flow(own):
+        objective = "flow matching" if _is_flow(own) else "denoising"
+        raise ModelError(f"{spec} does not fit: the model was trained for {objective}, like its {type(own).__name__}")
+    return scheduler
+
+
+def make_solver(scheduler: Any, begin_index: int | None = None) -> Solver:
+    """Make a solver of a scheduler; `begin_index` is that of Solver. Raises ModelError."""
+    from batch_infer.diffusion import Solver
+
+    with LoadingErrors(f"{type(scheduler).__name__} with scheduler/scheduler_config.json"):
+        return Solver(scheduler, begin_index)
+
+
+def _is_flow(scheduler: Any) -> bool:
+    config = scheduler.config
+    has_flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+    return bool(has_flow) or type(scheduler).__name__.startswith("FlowMatch")
 
 
 def _suggest(name: str, classes: dict[str, Path]) -> str:
@@ -41,21 +80,20 @@ def _stem(name: str) -> str:
 
 
 @cache
-def _classes() -> dict[str, Path]:
+def _find_classes() -> dict[str, Path]:
     """Return the file of each scheduler class."""
     spec = find_spec("diffusers")
     folders = [Path(place) / "schedulers" for place in (spec and spec.submodule_search_locations) or ()]
-    found = {}
+    classes = {}
     for file in sorted(file for folder in folders for file in folder.rglob("scheduling_*.py")):
         for line in file.read_text("utf-8").splitlines():
             if line.startswith("class ") and "SchedulerMixin" in line and not line.startswith("class Flax"):
-                found[line.removeprefix("class ").partition("(")[0]] = file
-    return {name: file for name, file in found.items() if name.endswith("Scheduler")}
+                classes[line.removeprefix("class ").partition("(")[0]] = file
+    return {name: file for name, file in classes.items() if name.endswith("Scheduler")}
 
 
-def _arguments(file: Path, name: str, method: str) -> list[str]:
-    """Return the arguments that a method of a scheduler class takes."""
+def _list_arguments(file: Path, name: str, method: str) -> list[str]:
     tree = ast.parse(file.read_text("utf-8"))
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
-    found = (node for node in body if isinstance(node, ast.FunctionDef) and node.name == method)
-    return [argument.arg for node in found for argument in (*node.args.args[1:], *node.args.kwonlyargs)]
+    methods = (node for node in body if isinstance(node, ast.FunctionDef) and node.name == method)
+    return [argument.arg for node in methods for argument in (*node.args.args[1:], *node.args.kwonlyargs)]

@@ -1,119 +1,116 @@
-"""Counting tokens: how long a prompt is, and whether the text encoder will see all of it."""
+"""Token counts of prompts, and whether the text encoder sees the whole prompt. Imports no torch."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from batch_infer.errors import ModelError
+from batch_infer.models.card import ModelCard
 from batch_infer.models.configs import SHORTEST_TEXT, text_positions
+from batch_infer.models.families import FAMILIES
 from batch_infer.models.untrusted import LoadingErrors
 
 WINDOWS = 3
-"""Times 77 tokens that the UNet is told of a prompt with --long-prompts."""
-LENGTHENED = ("stable_diffusion", "stable_diffusion_xl", "decidiffusion")
-"""Families that --long-prompts is for."""
-COUNTED_AT_ONCE = 1024
-COUNTS_AHEAD = 8
+"""Windows of 77 tokens that a prompt may fill with --long-prompts."""
+COUNT_BATCH = 1024
+MAX_PENDING = 8
 
 
 class TokenCounter:
-    """Counts with fast tokenizers of transformers' that frame a text with a start and an end."""
+    """Counts tokens with fast transformers tokenizers that add a start and an end token."""
 
     def __init__(self, *tokenizers: Any, windows: int = 1) -> None:
         self._tokenizers = tokenizers
-        self.longest: int = windows * (min(tokenizer.model_max_length for tokenizer in tokenizers) - 2)
-        """Tokens of a text that every encoder sees whole, in so many windows."""
+        self.max_tokens: int = windows * (min(tokenizer.model_max_length for tokenizer in tokenizers) - 2)
+        """Tokens of a text that every encoder sees."""
 
     def count(self, texts: Sequence[str]) -> list[int]:
-        """The texts' own tokens, without start, end and padding; of several tokenizers those of the one with most."""
+        """Return each text's tokens without start, end and padding; the largest count of several tokenizers."""
         texts = list(texts)
         counts = []
         for tokenizer in self._tokenizers:
-            # Asked directly: half as long again goes by until transformers has packed up what is only counted here.
+            # Counting on the backend itself takes two thirds of the time: transformers packs up every encoding.
             backend = tokenizer.backend_tokenizer
             backend.no_truncation()
             backend.no_padding()
-            counts.append([len(found) for found in backend.encode_batch_fast(texts, add_special_tokens=False)])
+            counts.append([len(encoding) for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)])
         return list(map(max, *counts)) if len(counts) > 1 else counts[0]
 
     def is_short(self, text: str) -> bool:
-        """Whether a text is seen whole, told without counting: in ASCII no token is shorter than a character."""
-        return len(text) <= self.longest and text.isascii()
+        """Return whether a text certainly fits: in ASCII no token is shorter than a character."""
+        return len(text) <= self.max_tokens and text.isascii()
 
 
-class TruncationCount:
-    """Counts, on a thread beside the one that reads the prompts, those that the text encoder will not see whole."""
+class TruncationCounter:
+    """Counts prompts that the text encoder truncates, on a background thread."""
 
     def __init__(self, counter: TokenCounter) -> None:
         self._counter = counter
         self._pool = ThreadPoolExecutor(1)
-        self._waiting: list[str] = []
-        self._under_way: deque[Future[int]] = deque()
+        self._batch: list[str] = []
+        self._pending: deque[Future[int]] = deque()
         self._total = 0
 
     def add(self, prompt: str) -> None:
         if self._counter.is_short(prompt):
             return
-        self._waiting.append(prompt)
-        if len(self._waiting) == COUNTED_AT_ONCE:
-            self._send()
+        self._batch.append(prompt)
+        if len(self._batch) == COUNT_BATCH:
+            self._submit()
 
     def close(self) -> int:
-        """The count, once all are counted."""
-        if self._waiting:
-            self._send()
+        """Wait for all prompts and return the count."""
+        self._submit()
         self._pool.shutdown()
-        return self._total + sum(future.result() for future in self._under_way)
+        return self._total + sum(future.result() for future in self._pending)
 
-    def _send(self) -> None:
-        self._under_way.append(self._pool.submit(self._truncated, self._waiting))
-        self._waiting = []
-        while len(self._under_way) > COUNTS_AHEAD:
-            self._total += self._under_way.popleft().result()
+    def _submit(self) -> None:
+        self._pending.append(self._pool.submit(self._count_truncated, self._batch))
+        self._batch = []
+        while len(self._pending) > MAX_PENDING:
+            self._total += self._pending.popleft().result()
 
-    def _truncated(self, prompts: list[str]) -> int:
-        return sum(number > self._counter.longest for number in self._counter.count(prompts))
-
-
-def count_windows(family: str, name: str, *, long_prompts: bool) -> int:
-    """How many times 77 tokens a model of this family is told of a prompt. Raises ModelError where that cannot be."""
-    if not long_prompts:
-        return 1
-    if family not in LENGTHENED:
-        raise ModelError(f"{name} is of the family {family}; --long-prompts is for Stable Diffusion and DeciDiffusion")
-    if find_spec("compel") is None:
-        raise ModelError("--long-prompts needs compel: pip install 'batch-infer[long-prompts]'")
-    return WINDOWS
+    def _count_truncated(self, prompts: list[str]) -> int:
+        return sum(count > self._counter.max_tokens for count in self._counter.count(prompts))
 
 
-def load_clip(path: Path, suffix: str = "") -> Any:
-    """Load a checkpoint's CLIP tokenizer, `suffix` "_2" its second, fitted to its text encoder. Raises ModelError."""
+def load_token_counter(card: ModelCard) -> TokenCounter | None:
+    """Load the counter of a checkpoint's tokens; None where only its pipeline can count them. Raises ModelError."""
+    if card.uses_pipeline_call:
+        return None
+    tokenizers = (_load_clip(card.path, name) for name in FAMILIES[card.pipeline].tokenizers)
+    return TokenCounter(*tokenizers, windows=card.windows)
+
+
+def _load_clip(path: Path, name: str) -> Any:
+    """Load a CLIP tokenizer, limited to its text encoder's length. Raises ModelError."""
     from transformers import CLIPTokenizer
 
-    folder = path / f"tokenizer{suffix}"
+    folder = path / name
     with LoadingErrors(folder):
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        fit_tokenizer(tokenizer, *text_positions(path, f"text_encoder{suffix}", path.name), folder)
+        positions = text_positions(path, name.replace("tokenizer", "text_encoder"), path.name)
+        limit_tokenizer(tokenizer, *positions, folder)
     return tokenizer
 
 
-def fit_tokenizer(tokenizer: Any, positions: int | None, embeddings: int | None, place: Path) -> None:
-    """Limit a tokenizer to as many tokens as its text encoder has positions, where it names more or no limit.
+def limit_tokenizer(tokenizer: Any, positions: int | None, embeddings: int | None, folder: Path) -> None:
+    """Limit a tokenizer to its text encoder's positions, where it has a higher limit or none.
 
-    Raises ModelError where a token has no embedding, or the limit leaves no room for a word.
+    Raises ModelError where a token has no embedding, or where the limit leaves no room for a word.
     """
     if isinstance(positions, int):
         tokenizer.model_max_length = int(min(tokenizer.model_max_length, positions))
     if tokenizer.model_max_length < SHORTEST_TEXT:
-        raise ModelError(f"{place}: model_max_length={tokenizer.model_max_length} leaves no room for a word")
+        raise ModelError(f"{folder}: model_max_length={tokenizer.model_max_length} leaves no room for a word")
     token, last = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1], default=("", -1))
     if isinstance(embeddings, int) and last >= embeddings:
+        encoder = folder.name.replace("tokenizer", "text_encoder")
         raise ModelError(
-            f"{place}: the token {token!r} has the number {last}, and "
-            f"{place.name.replace('tokenizer', 'text_encoder')} has {embeddings} embeddings; do they belong together?"
+            f"{folder}: token {token!r} has the number {last}, but {encoder} has {embeddings} embeddings; do they "
+            "belong together?"
         )

@@ -1,7 +1,18 @@
-"""Serving: rows of many callers, rendered in one continuously batched pipeline."""
+"""Serving: rows of many clients, rendered in one continuously batched pipeline, behind any cloud's endpoint.
 
-from batch_infer.serving.deployment import Deployment
+A `Service` holds the loaded model; `read_rows` and `score` turn rows into the objects of a response.
+"""
+
 from batch_infer.serving.scoring import check_parameters, read_rows, score, score_rows
-from batch_infer.serving.service import Caller, GivenUp, Service
+from batch_infer.serving.service import Client, Deployment, RequestCancelled, Service
 
-__all__ = ["Caller", "Deployment", "GivenUp", "Service", "check_parameters", "read_rows", "score", "score_rows"]
+__all__ = [
+    "Client",
+    "Deployment",
+    "RequestCancelled",
+    "Service",
+    "check_parameters",
+    "read_rows",
+    "score",
+    "score_rows",
+]

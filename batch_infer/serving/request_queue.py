@@ -1,130 +1,129 @@
-"""The requests of many callers as one stream, which a chain takes rows from, and what came of them on its way back."""
+"""The queue between many clients and one chain: requests to the chain, outcomes back to the clients."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from queue import SimpleQueue
 from threading import Lock
-from typing import TypeAlias
 
-from batch_infer.chain import Rendered, Unrendered
+from batch_infer.chain import NoRequest, RowOutcome
 from batch_infer.records import PromptRequest
 
-Outcome: TypeAlias = "Rendered | Unrendered"
-
-PATIENCE = 2.0
-"""For so many seconds a caller's rows let pass those of others that are of the kind which is being rendered."""
+MAX_WAIT_SECONDS = 2.0
+"""How long rows of the current kind may overtake rows of another kind."""
 
 
 @dataclass(slots=True, eq=False)
-class Order:
-    """What one caller asks for: which of it waits, and since when it has not had a turn."""
+class Submission:
+    """The requests that a client submitted together. `pending`: indices of those that the chain has not taken."""
 
     requests: Sequence[PromptRequest]
     number: int
-    waiting: deque[int]
-    since: float = field(default_factory=time.monotonic)
-    outcomes: SimpleQueue[tuple[int, Outcome] | BaseException] = field(default_factory=SimpleQueue)
-    """Each with the request's place, as they come; an exception is the last."""
+    pending: deque[int]
+    last_turn: float = field(default_factory=time.monotonic)
+    outcomes: SimpleQueue[tuple[int, RowOutcome] | BaseException] = field(default_factory=SimpleQueue)
+    """Outcomes with the indices of their requests, in the order in which they finish. An exception is the last item."""
 
 
-class Mailbox(Iterator[PromptRequest]):
-    """Gives out one row of each caller in turn, so that none waits for all rows of another.
+class RequestQueue:
+    """Requests of all clients in round-robin order, so that no client waits for all rows of another.
 
-    A chain makes rows of one `kind` at a time, and empties its slots before it goes over to another: so those of the
-    kind that it is at go first, for a while. It ends where there is nothing at this moment, and may have more later.
+    A chain renders rows of one `kind` at a time and empties its slots before it changes the kind, so rows of the
+    current kind come first, for MAX_WAIT_SECONDS at most.
 
-    No more than `most` row-forwards are given out and not delivered: a chain that looks far ahead would make others
-    wait, and what it has taken in is rendered for a caller who has gone.
+    At most `limit` UNet evaluations are handed out and not delivered. A chain that reads far ahead would delay other
+    clients, and renders what it has read even if the client disconnects.
     """
 
-    def __init__(self, kind: Callable[[PromptRequest], object], most: float = math.inf) -> None:
-        self._kind, self._most = kind, most
+    def __init__(self, kind: Callable[[PromptRequest], object], limit: float = math.inf) -> None:
+        self._kind, self._limit = kind, limit
         self._lock = Lock()
-        self._orders: deque[Order] = deque()
-        """Those of which something waits; first whose last turn is the longest ago."""
-        self._given: dict[str, tuple[Order, int]] = {}
-        self._last: object = None
+        self._waiting: deque[Submission] = deque()
+        """Submissions with pending requests, least recently served first."""
+        self._in_chain: dict[str, tuple[Submission, int]] = {}
+        self._current_kind: object = None
         self._numbers = count()
 
     def __bool__(self) -> bool:
-        """Whether something waits."""
-        return bool(self._orders)
+        """Return whether requests are pending."""
+        return bool(self._waiting)
 
-    def post(self, requests: Sequence[PromptRequest]) -> Order:
-        """Take in what a caller asks for."""
+    def submit(self, requests: Sequence[PromptRequest]) -> Submission:
+        """Queue the requests of a client, grouped by kind."""
         by_kind: dict[object, list[int]] = {}
-        for place, request in enumerate(requests):
-            by_kind.setdefault(self._kind(request), []).append(place)
-        waiting = deque(place for places in by_kind.values() for place in places)
+        for index, request in enumerate(requests):
+            by_kind.setdefault(self._kind(request), []).append(index)
+        pending = deque(index for indices in by_kind.values() for index in indices)
         with self._lock:
-            order = Order(requests, next(self._numbers), waiting)
-            if waiting:
-                self._orders.append(order)
-        return order
+            submission = Submission(requests, next(self._numbers), pending)
+            if pending:
+                self._waiting.append(submission)
+        return submission
 
-    def withdraw(self, order: Order) -> None:
-        """Nobody waits for it any more."""
+    def cancel(self, submission: Submission) -> None:
+        """Drop the pending requests of a submission."""
         with self._lock:
-            self._drop(order)
+            self._drop(submission)
 
-    def __next__(self) -> PromptRequest:
-        with self._lock:
-            if not self._orders or self._out() >= self._most:
-                raise StopIteration
-            order = self._in_turn()
-            self._orders.remove(order)
-            place = order.waiting.popleft()
-            order.since = time.monotonic()
-            if order.waiting:
-                self._orders.append(order)
-            request = order.requests[place]
-            self._last = self._kind(request)
-            # Ids of different callers may be the same. The seed has been derived from this one already.
-            known = f"{order.number}-{place}"
-            self._given[known] = order, place
-            return replace(request, id=known)
+    def poll(self, timeout: float = 0.0) -> PromptRequest | NoRequest:
+        """Return the next request, or NOT_YET, since clients may submit requests at any time.
 
-    def deliver(self, outcome: Outcome) -> None:
-        """Let the caller have what came of a request."""
-        with self._lock:
-            order, place = self._given.pop(outcome.request.id)
-        order.outcomes.put((place, replace(outcome, request=order.requests[place])))
-
-    def fail(self, error: BaseException, *, waiting_too: bool = False) -> bool:
-        """Tell callers whose rows were given out, or also those whose rows wait, that nothing comes of them.
-
-        False where there are none.
+        A chain passes a timeout only if it has finished all that it took. If nothing is pending then, this is the END.
         """
         with self._lock:
-            failed = {order.number: order for order, _ in self._given.values()}
-            if waiting_too:
-                failed |= {order.number: order for order in self._orders}
-            self._given.clear()
-            for order in failed.values():
-                self._drop(order)
-                order.outcomes.put(error)
+            if not self._waiting or self._evaluations_in_chain() >= self._limit:
+                return NoRequest.END if timeout else NoRequest.NOT_YET
+            submission = self._next_submission()
+            self._waiting.remove(submission)
+            index = submission.pending.popleft()
+            submission.last_turn = time.monotonic()
+            if submission.pending:
+                self._waiting.append(submission)
+            request = submission.requests[index]
+            self._current_kind = self._kind(request)
+            # Different clients may use the same ids. The seed has already been derived from this one.
+            unique_id = f"{submission.number}-{index}"
+            self._in_chain[unique_id] = submission, index
+            return replace(request, id=unique_id)
+
+    def deliver(self, outcome: RowOutcome) -> None:
+        """Pass the outcome of a request to its client."""
+        with self._lock:
+            submission, index = self._in_chain.pop(outcome.request.id)
+        submission.outcomes.put((index, replace(outcome, request=submission.requests[index])))
+
+    def fail(self, error: BaseException, *, pending_too: bool = False) -> bool:
+        """Raise an error for clients whose requests are in the chain, and return whether there were any.
+
+        `pending_too`: also for clients whose requests are pending.
+        """
+        with self._lock:
+            failed = {submission.number: submission for submission, _ in self._in_chain.values()}
+            if pending_too:
+                failed |= {submission.number: submission for submission in self._waiting}
+            self._in_chain.clear()
+            for submission in failed.values():
+                self._drop(submission)
+                submission.outcomes.put(error)
         return bool(failed)
 
-    def _out(self) -> int:
-        """Row-forwards that were given out."""
-        return sum(order.requests[place].params.slots for order, place in self._given.values())
+    def _evaluations_in_chain(self) -> int:
+        """Return the UNet evaluations per step of the requests in the chain."""
+        return sum(submission.requests[index].params.slots for submission, index in self._in_chain.values())
 
-    def _in_turn(self) -> Order:
-        first = self._orders[0]
-        if time.monotonic() - first.since > PATIENCE:
+    def _next_submission(self) -> Submission:
+        first = self._waiting[0]
+        if time.monotonic() - first.last_turn > MAX_WAIT_SECONDS:
             return first
-        return next((order for order in self._orders if self._kind_of(order) == self._last), first)
+        current = (each for each in self._waiting if self._kind(each.requests[each.pending[0]]) == self._current_kind)
+        return next(current, first)
 
-    def _kind_of(self, order: Order) -> object:
-        return self._kind(order.requests[order.waiting[0]])
-
-    def _drop(self, order: Order) -> None:
-        order.waiting.clear()
-        if order in self._orders:
-            self._orders.remove(order)
+    def _drop(self, submission: Submission) -> None:
+        submission.pending.clear()
+        if submission in self._waiting:
+            self._waiting.remove(submission)

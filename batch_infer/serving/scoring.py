@@ -1,85 +1,71 @@
-"""Rows in, objects out: what is answered to those who wait for it, by whichever door they came."""
+"""Rows to the objects of a response: image files in base64, or the reasons why there are none."""
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from batch_infer import images
 from batch_infer.chain import Rendered, Unrendered
 from batch_infer.errors import TableError
-from batch_infer.records import PromptRequest
-from batch_infer.serving.deployment import Deployment
-from batch_infer.serving.service import PATIENT, Caller, Service
-from batch_infer.table import loose_rows
+from batch_infer.records import PromptRequest, ResultRow
+from batch_infer.serving.service import NO_TIMEOUT, Client, Deployment, Service
+from batch_infer.table import parse_rows
 from batch_infer.worker import explain_flag
 
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """A row that nothing can be made of, and why."""
-
-    prompt: str | None
-    error: str
-
-
-Item: TypeAlias = "PromptRequest | Refused"
+Item: TypeAlias = "PromptRequest | ResultRow"
+"""An image to render, or the invalid result of a row."""
 
 
 def read_rows(rows: Iterable[Mapping[str, Any]], deployment: Deployment) -> Iterator[Item]:
-    """The images that rows ask for, in order: each row is its cells, by the names of a table's columns."""
-    for item in loose_rows(rows, deployment.settings.table.columns, deployment.rules):
-        if not isinstance(item, PromptRequest):
-            yield Refused(item.prompt, item.error or "")
-        else:
-            yield item
+    """Yield the images of rows, in order. A row maps the names of a table's columns to its cells."""
+    return parse_rows(rows, deployment.settings.table.columns, deployment.rules)
 
 
 def check_parameters(parameters: Mapping[str, Any], deployment: Deployment) -> None:
-    """Raise TableError where a request-level parameter has a value that no row may have."""
+    """Raise TableError where a request-level parameter has a value that is invalid in every row."""
     prompt = deployment.settings.table.columns.get("prompt") or "prompt"
     item = next(iter(read_rows([{**parameters, prompt: "any"}], deployment)))
-    if isinstance(item, Refused):
+    if isinstance(item, ResultRow):
         raise TableError(f"the parameters of the request: {item.error}")
 
 
-def score(items: Sequence[Item], service: Service, caller: Caller = PATIENT) -> list[dict[str, Any]]:
-    """An object for each: `prompt`, `generated_image` (a file in base64), `nsfw_content_detected`.
+def score(items: Sequence[Item], service: Service, client: Client = NO_TIMEOUT) -> list[dict[str, Any]]:
+    """Return an object per item: `prompt`, `generated_image` (a file in base64), `nsfw_content_detected`.
 
-    One without an image, and only such a one, has a fourth key, `error`. Raises as `Service.outcomes`.
+    An object without an image, and no other, has a fourth key, `error`. Raises what `Service.render` raises.
     """
-    found = [_without_image(item.prompt, None, item.error) if isinstance(item, Refused) else {} for item in items]
-    places = [place for place, item in enumerate(items) if isinstance(item, PromptRequest)]
+    objects = [_without_image(item.prompt, None, item.error) if isinstance(item, ResultRow) else {} for item in items]
+    indices = [index for index, item in enumerate(items) if isinstance(item, PromptRequest)]
     requests = [item for item in items if isinstance(item, PromptRequest)]
-    for number, outcome in service.outcomes(requests, caller):
-        found[places[number]] = _object(outcome, service.deployment)  # compressed while the device renders the next
-    return found
+    for number, outcome in service.render(requests, client):
+        objects[indices[number]] = _to_object(outcome, service.deployment)  # encoded while the device renders the next
+    return objects
 
 
 def score_rows(rows: Iterable[Mapping[str, Any]], service: Service) -> list[dict[str, Any]]:
-    """The objects of all images that rows ask for, in order. Raises as `Service.outcomes`."""
+    """Return the objects of all images of rows, in order. Raises what `Service.render` raises."""
     return score(list(read_rows(rows, service.deployment)), service)
 
 
-def _object(outcome: Rendered | Unrendered, deployment: Deployment) -> dict[str, Any]:
+def _to_object(outcome: Rendered | Unrendered, deployment: Deployment) -> dict[str, Any]:
     request, nsfw = outcome.request, outcome.verdict.nsfw
     if isinstance(outcome, Unrendered):
         return _without_image(request.prompt, nsfw, outcome.error)
     settings, card = deployment.settings, deployment.card
     pixels = outcome.pixels
     if nsfw:
-        # Nothing is stored here, so what goes into quarantine goes nowhere.
+        # A service stores nothing, so it has no quarantine either.
         policy = settings.safety.policy
-        left = images.by_policy(pixels, "drop" if policy == "quarantine" else policy)
-        if left is None:
+        allowed = images.by_policy(pixels, "drop" if policy == "quarantine" else policy)
+        if allowed is None:
             return _without_image(request.prompt, nsfw, explain_flag(outcome.verdict))
-        pixels = left
+        pixels = allowed
     parameters = images.parameters_text(request, card.scheduler_name, card.fingerprint)
     file = base64.b64encode(images.encode(pixels, settings.output.image_format, parameters)).decode("ascii")
     return {"prompt": request.prompt, "generated_image": file, "nsfw_content_detected": nsfw}
 
 
-def _without_image(prompt: str | None, nsfw: bool | None, error: str) -> dict[str, Any]:
-    return {"prompt": prompt, "generated_image": None, "nsfw_content_detected": nsfw, "error": error}
+def _without_image(prompt: str | None, nsfw: bool | None, error: str | None) -> dict[str, Any]:
+    return {"prompt": prompt, "generated_image": None, "nsfw_content_detected": nsfw, "error": error or ""}

@@ -1,4 +1,4 @@
-"""A model that is loaded, and one thread that renders with it for whoever asks."""
+"""A loaded model and one thread that renders the requests of all clients with it."""
 
 from __future__ import annotations
 
@@ -10,161 +10,174 @@ from dataclasses import dataclass, field, replace
 from queue import Empty
 from threading import Event, Lock
 
-from batch_infer.chain import GatedChain
+from batch_infer.chain import Chain, RowOutcome
 from batch_infer.errors import Interrupted, TryAgainLater
+from batch_infer.models import ModelCard
 from batch_infer.records import PromptRequest
-from batch_infer.serving.deployment import Deployment
-from batch_infer.serving.request_queue import Mailbox, Order, Outcome
-from batch_infer.settings import Compute, SafetySettings
+from batch_infer.serving.request_queue import RequestQueue, Submission
+from batch_infer.settings import Compute, RunSettings, SafetySettings
 from batch_infer.stages import Stages
-from batch_infer.worker import Chain, ChainLoader, load_chain
+from batch_infer.table import RowRules
+from batch_infer.worker import ChainLoader, load_chain
 
-SLOTS = 8
-"""Row-forwards in a UNet call where nobody says. A single caller pays for the empty ones too, with his time."""
-AHEAD = 8
-"""Row-forwards, at the least, that wait for the slots or are being judged after them."""
+DEFAULT_SLOTS = 8
+"""UNet batch size unless one is requested. A single client also waits for the empty slots to be computed."""
+MIN_READ_AHEAD = 8
+"""Least number of UNet evaluations that the chain may have taken beyond its slots."""
+SAFETY_TIMEOUT_SECONDS = 10.0
+"""How long clients wait for a safety service that is silent or failing."""
+POLL_SECONDS = 0.5
+"""How often to check whether a client is still connected."""
 CLOSED = "the service was closed before this was rendered"
-PATIENCE = 10.0
-"""For how many seconds callers wait for a safety service that is silent or failing."""
-LOOK_SECONDS = 0.5
-"""How often it is looked whether a caller still waits."""
 
 
-class GivenUp(TryAgainLater):
-    """A caller's time is over, or he has gone."""
+class RequestCancelled(TryAgainLater):
+    """A request has timed out, or its client has disconnected."""
 
 
 @dataclass(frozen=True, slots=True)
-class Caller:
-    """One who waits: for how many seconds at most, since when, and whether he has gone before that."""
+class Client:
+    """A client that waits for at most `timeout` seconds from `start`, unless it disconnects before."""
 
-    seconds: float = math.inf
-    has_gone: Callable[[], bool] = lambda: False
-    since: float = field(default_factory=time.monotonic)
+    timeout: float = math.inf
+    is_disconnected: Callable[[], bool] = lambda: False
+    start: float = field(default_factory=time.monotonic)
 
     def check(self) -> float:
-        """For how many seconds he waits yet. Raises GivenUp."""
-        if self.has_gone():
-            raise GivenUp("the client has hung up: what it asked for is not rendered any further")
-        left = self.since + self.seconds - time.monotonic()
-        if left <= 0:
-            raise GivenUp(
-                f"the images were not ready in {self.seconds:g} seconds: ask for fewer at a time, or score them by a"
-                " batch endpoint"
+        """Return the remaining seconds. Raises RequestCancelled."""
+        if self.is_disconnected():
+            raise RequestCancelled("the client has disconnected: the rest of its request is not rendered")
+        remaining = self.start + self.timeout - time.monotonic()
+        if remaining <= 0:
+            raise RequestCancelled(
+                f"the images were not ready in {self.timeout:g} seconds: request fewer images at a time, or use a batch"
+                " endpoint"
             )
-        return left
+        return remaining
 
 
-PATIENT = Caller()
-"""Waits for as long as it takes."""
+NO_TIMEOUT = Client()
+"""A client that waits for as long as it takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """What is fixed before the first request: settings, model, compute and row rules."""
+
+    settings: RunSettings
+    card: ModelCard
+    compute: Compute
+    rules: RowRules
 
 
 class Service:
-    """Renders what callers ask for, from any thread; rows of all callers share the slots, and come and go one by one.
+    """Renders requests from any thread. Rows of all clients share the slots, and start and finish one by one.
 
-    Rows are decoded one at a time, so that a row that is finished does not wait for others to be.
+    Rows are decoded one at a time, so that a finished row does not wait for others.
     """
 
     def __init__(self, deployment: Deployment, load: ChainLoader = load_chain) -> None:
-        """Loads the model. Raises ModelError, SettingsError."""
-        self.deployment = replace(deployment, compute=_real_time(deployment))
+        """Load the model. Raises ModelError, SettingsError."""
+        self.deployment = replace(deployment, compute=_real_time_compute(deployment))
         self._closed = Event()
         self._lock = Lock()
-        self._working = False
-        self._pool = ThreadPoolExecutor(1, "render")  # loads too: what is compiled may stay with its thread
+        self._is_rendering = False
+        self._pool = ThreadPoolExecutor(1, "render")  # also loads: a compiled network may be bound to its thread
         self._chain = self._pool.submit(self._load, load).result()
-        driven, slots = self._chain.driven, self.deployment.compute.slots
-        self._mailbox = Mailbox(
-            lambda request: request.alike if driven else (request.params.height, request.params.width),
-            slots + max(slots, AHEAD),
+        slots, uses_pipeline_call = self.deployment.compute.slots, self._chain.uses_pipeline_call
+        self._queue = RequestQueue(
+            lambda request: request.batch_key if uses_pipeline_call else (request.params.height, request.params.width),
+            slots + max(slots, MIN_READ_AHEAD),
         )
 
     @property
     def stages(self) -> Stages:
-        """Where the time went, so far."""
+        """The time of each stage so far."""
         return self._chain.stages
 
-    def outcomes(
-        self, requests: Sequence[PromptRequest], caller: Caller = PATIENT
-    ) -> Generator[tuple[int, Outcome], None, None]:
-        """What comes of these requests, as it comes, with the place of each. Who closes this gives the rest up.
+    def render(
+        self, requests: Sequence[PromptRequest], client: Client = NO_TIMEOUT
+    ) -> Generator[tuple[int, RowOutcome], None, None]:
+        """Yield the outcomes of requests as they finish, each with the index of its request.
 
-        What is given up is not rendered, but for the rows that the chain has taken in by then. Raises GivenUp where the
-        caller has gone or has no time left, ServiceError and SettingsError of a safety service, Interrupted once this
-        is closed, and what the rendering of these or of rows beside them raised.
+        Closing the generator cancels the rest: only rows that the chain has already taken are rendered. Raises
+        RequestCancelled, ServiceError and SettingsError of a safety service, Interrupted once the service is closed,
+        and what rendering these rows, or rows in the same batch, has raised.
         """
-        caller.check()  # who has gone while he waited for a thread is not served at all
-        order = self._mailbox.post(requests)
+        client.check()  # it may have disconnected while it waited for a thread
+        submission = self._queue.submit(requests)
         try:
-            self._wake()
+            self._start_rendering()
             for _ in requests:
-                found = _next(order, caller)
-                if isinstance(found, BaseException):
-                    raise found
-                yield found
+                outcome = _next_outcome(submission, client)
+                if isinstance(outcome, BaseException):
+                    raise outcome
+                yield outcome
         finally:
-            self._mailbox.withdraw(order)
+            self._queue.cancel(submission)
 
     def close(self) -> None:
-        """Give up what is under way, and render no more."""
+        """Cancel all requests and stop rendering."""
         with self._lock:
             self._closed.set()
         self._pool.shutdown()
-        self._wake()
-        if isinstance(self._chain, GatedChain):
-            self._chain.close()
+        self._start_rendering()
+        self._chain.close()
 
     def _load(self, load: ChainLoader) -> Chain:
         deployment = self.deployment
-        return load(deployment.card, deployment.compute, _impatient(deployment.settings.safety), self._closed.is_set)
+        return load(
+            deployment.card, deployment.compute, _limit_patience(deployment.settings.safety), self._closed.is_set
+        )
 
-    def _wake(self) -> None:
-        """Begin to render, unless that is being done."""
+    def _start_rendering(self) -> None:
+        """Start to render, unless rendering is in progress or nothing is pending."""
         with self._lock:
-            if self._working:
+            if self._is_rendering:
                 return
             if self._closed.is_set():
-                self._mailbox.fail(Interrupted(CLOSED), waiting_too=True)
-            if not self._mailbox:
+                self._queue.fail(Interrupted(CLOSED), pending_too=True)
+            if not self._queue:
                 return
-            self._working = True
-            work = self._pool.submit(self._work)
-        work.add_done_callback(self._ended)  # calls it at once where that is over already
+            self._is_rendering = True
+            work = self._pool.submit(self._render_pending)
+        work.add_done_callback(self._finish)  # runs at once if the work is already done
 
-    def _work(self) -> None:
-        """Render until nothing waits. What is posted meanwhile is taken in as slots come free."""
-        for outcome in self._chain.render(self._mailbox):
-            self._mailbox.deliver(outcome)
+    def _render_pending(self) -> None:
+        """Render until nothing is pending. Requests that are submitted meanwhile take slots as these become free."""
+        for outcome in self._chain.render(self._queue):
+            self._queue.deliver(outcome)
 
-    def _ended(self, work: Future[None]) -> None:
-        """See that nobody waits in vain, and that those are served who came too late for this time."""
+    def _finish(self, work: Future[None]) -> None:
+        """Fail the requests that got no outcome, and render those that were submitted too late for this round."""
         error = work.exception()
         closed = Interrupted(CLOSED) if self._closed.is_set() else None
-        told = self._mailbox.fail(error or closed or RuntimeError("the chain gave no word on a request that it took"))
-        if error is not None and not told:
-            self._mailbox.fail(error, waiting_too=True)
+        lost = RuntimeError("the chain returned no outcome for a request that it took")
+        has_failed = self._queue.fail(error or closed or lost)
+        if error is not None and not has_failed:
+            self._queue.fail(error, pending_too=True)
         with self._lock:
-            self._working = False
-        self._wake()
+            self._is_rendering = False
+        self._start_rendering()
 
 
-def _next(order: Order, caller: Caller) -> tuple[int, Outcome] | BaseException:
-    """The next that comes of an order. Raises GivenUp."""
+def _next_outcome(submission: Submission, client: Client) -> tuple[int, RowOutcome] | BaseException:
     while True:
-        left = caller.check()
+        remaining = client.check()
         try:
-            return order.outcomes.get(timeout=min(left, LOOK_SECONDS))
+            return submission.outcomes.get(timeout=min(remaining, POLL_SECONDS))
         except Empty:
             continue
 
 
-def _real_time(deployment: Deployment) -> Compute:
-    """Batch sizes for callers who wait, not for a table."""
-    asked = deployment.settings.compute.slots
-    return replace(deployment.compute, slots=asked if isinstance(asked, int) else SLOTS, decode_batch=1, by_size=())
+def _real_time_compute(deployment: Deployment) -> Compute:
+    """Return batch sizes for clients that wait, instead of those for a table."""
+    requested = deployment.settings.compute.slots
+    slots = requested if isinstance(requested, int) else DEFAULT_SLOTS
+    return replace(deployment.compute, slots=slots, decode_batch=1, by_size=())
 
 
-def _impatient(safety: SafetySettings) -> SafetySettings:
+def _limit_patience(safety: SafetySettings) -> SafetySettings:
     if safety.service is None:
         return safety
-    return replace(safety, service=replace(safety.service, patience=PATIENCE))
+    return replace(safety, service=replace(safety.service, patience=SAFETY_TIMEOUT_SECONDS))

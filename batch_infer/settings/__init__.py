@@ -1,15 +1,22 @@
-"""What a run was asked to do, as the command line, the environment and a script all say it."""
+"""What a run is requested to do, however it is said: command line, environment, TOML file or Python.
 
-from batch_infer.settings.compute import BatchShape, Compute, ComputeSettings, Device
+The dataclasses parse and check their own values, and raise SettingsError.
+"""
+
 from batch_infer.settings.model import SHORT_NAMES, LoraSpec, ModelSettings, SchedulerSpec
 from batch_infer.settings.run import (
     FIELDS,
+    IMAGE_SUFFIXES,
+    BatchShape,
+    Compute,
+    ComputeSettings,
+    Device,
     FailureBudget,
     IdSource,
     ImageFormat,
     OutputSettings,
     ResultsFormat,
-    Retried,
+    RetryStatus,
     RowDefaults,
     RunSettings,
     TableSettings,
@@ -24,6 +31,7 @@ __all__ = [
     "Device",
     "FIELDS",
     "FailureBudget",
+    "IMAGE_SUFFIXES",
     "IdSource",
     "ImageFormat",
     "LoraSpec",
@@ -31,7 +39,7 @@ __all__ = [
     "OnFlagged",
     "OutputSettings",
     "ResultsFormat",
-    "Retried",
+    "RetryStatus",
     "RowDefaults",
     "RunSettings",
     "SHORT_NAMES",

@@ -1,4 +1,4 @@
-"""Which model, and what is changed about it."""
+"""Which model, with which scheduler and LoRAs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SHORT_NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     "lcm": ("LCMScheduler", {}),
     "tcd": ("TCDScheduler", {}),
 }
-"""AUTOMATIC1111's names of samplers, with the class and options that diffusers' documentation gives for each.
+"""AUTOMATIC1111's names of samplers, with the class and options that diffusers documents for each.
 
 https://huggingface.co/docs/diffusers/api/schedulers/overview
 """
@@ -58,20 +58,20 @@ class ModelSettings:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerSpec:
-    """A diffusers scheduler class and the options to make it with, beside the model's own."""
+    """A diffusers scheduler class and options that override those of the model."""
 
     name: str
     options: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> SchedulerSpec:
-        """Parse `NAME[:key=value,...]`; a value is JSON where it can be, else a string. Raises SettingsError.
+        """Parse `NAME[:key=value,...]`. A value is JSON, or a string if it is not valid JSON. Raises SettingsError.
 
-        NAME is a class, or one of SHORT_NAMES in any case, with spaces, hyphens or underscores between its words.
+        NAME is a class, or one of SHORT_NAMES in any case, with spaces, hyphens or underscores between words.
         """
-        given, _, rest = text.partition(":")
-        short = re.sub(r"[\s_-]+", " ", given.strip().lower()).replace("dpmpp", "dpm++")
-        name, preset = SHORT_NAMES.get(short, (given.strip(), {}))
+        word, _, rest = text.partition(":")
+        short = re.sub(r"[\s_-]+", " ", word.strip().lower()).replace("dpmpp", "dpm++")
+        name, preset = SHORT_NAMES.get(short, (word.strip(), {}))
         options = dict(preset)
         for part in rest.split(",") if rest else []:
             key, equals, value = part.partition("=")
@@ -79,8 +79,8 @@ class SchedulerSpec:
                 raise SettingsError(f"--scheduler {text}: {part!r} is not key=value")
             options[key.strip()] = _value(value.strip())
         if not name.isidentifier():
-            near = get_close_matches(short, SHORT_NAMES, n=2)
-            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            similar = get_close_matches(short, SHORT_NAMES, n=2)
+            hint = f"; did you mean {' or '.join(similar)}?" if similar else ""
             raise SettingsError(f"--scheduler {text}: {name!r} is not the name of a diffusers scheduler class{hint}")
         return cls(name, tuple(sorted(options.items())))
 
@@ -91,25 +91,25 @@ class SchedulerSpec:
 
 @dataclass(frozen=True, slots=True)
 class LoraSpec:
-    """A LoRA's file, and how much of it is added to the model's weights."""
+    """The file of a LoRA and the weight with which it is added to the model."""
 
     file: str
     weight: float = 1.0
 
     @classmethod
     def parse(cls, text: str) -> LoraSpec:
-        """Read `FILE[:WEIGHT]`; FILE ends in .safetensors, and colons may stand in its path. Raises SettingsError."""
+        """Parse `FILE[:WEIGHT]`. FILE ends in .safetensors; its path may contain colons. Raises SettingsError."""
         file, ending, rest = text.rpartition(".safetensors")
         colon, weight = rest[:1], rest[1:]
         if not ending or colon not in ("", ":"):
-            raise SettingsError(f"--lora {text}: say FILE.safetensors or FILE.safetensors:WEIGHT")
+            raise SettingsError(f"--lora {text}: expected FILE.safetensors or FILE.safetensors:WEIGHT")
         try:
-            found = float(weight) if colon else 1.0
+            number = float(weight) if colon else 1.0
         except ValueError:
-            found = math.nan
-        if not math.isfinite(found):
+            number = math.nan
+        if not math.isfinite(number):
             raise SettingsError(f"--lora {text}: the weight {weight!r} is not a finite number")
-        return cls(file + ending, found)
+        return cls(file + ending, number)
 
 
 def _value(text: str) -> Any:

@@ -1,17 +1,23 @@
-"""All that a run is asked to do, and how run.json keeps it."""
+"""Everything that a run is requested to do: tables, defaults, output and compute settings.
+
+run.json has these settings, so that fields must keep their names.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import msgspec
 
 from batch_infer.errors import SettingsError
-from batch_infer.settings.compute import ComputeSettings, Count
 from batch_infer.settings.model import ModelSettings
 from batch_infer.settings.safety import SafetySettings
 
+Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+"""A positive number. The bounds are checked when run.json is read."""
 FIELDS = (
     "prompt",
     "id",
@@ -24,18 +30,19 @@ FIELDS = (
     "guidance_rescale",
     "num_images_per_prompt",
 )
-"""The columns of a table that say what to render; every other column is carried through."""
+"""The columns of a table that determine what is rendered; all others are carried through."""
 
 IdSource = Literal["row", "content"]
 ImageFormat = Literal["png", "jpeg", "webp"]
+IMAGE_SUFFIXES: dict[ImageFormat, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 ResultsFormat = Literal["parquet", "csv", "jsonl"]
-Retried = Literal["failed", "flagged", "blocked", "invalid", "missing"]
-"""What `retry` renders again; `missing`: the result names an image, and the image is gone."""
+RetryStatus = Literal["failed", "flagged", "blocked", "invalid", "missing"]
+"""What `retry` renders again. `missing`: the result has an image, but its file is gone."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowDefaults:
-    """What rows get that do not say themselves; None leaves it to the model."""
+    """Defaults of rows; None is the default of the model."""
 
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
@@ -54,17 +61,17 @@ class OutputSettings:
     base64: bool = False
 
     def __post_init__(self) -> None:
-        """Raises SettingsError."""
+        """Check the combination. Raises SettingsError."""
         if self.base64 and not {"csv", "jsonl"} & set(self.results):
             raise SettingsError("--base64 is for results.csv and results.jsonl: add --results csv or --results jsonl")
 
 
 @dataclass(frozen=True, slots=True)
 class TableSettings:
-    """The tables as the user named them; `columns` maps a field to the table's own name for it ('' takes none).
+    """The tables as the user named them. `columns` maps a field to its name in the tables ('' ignores that column).
 
-    `folder` is where relative names start: the current folder of the command that named them. `id_from` says what the
-    id of a row without one is made of: its file and row number, or its content.
+    `folder`: the current folder of the command, to which names are relative. `id_from`: whether the id of a row without
+    one is made from its file and row number or from its content.
     """
 
     tables: tuple[str, ...]
@@ -76,14 +83,14 @@ class TableSettings:
 
 @dataclass(frozen=True, slots=True)
 class FailureBudget:
-    """How many failed or invalid rows are still a success: a count, or a share of all rows."""
+    """How many failed or invalid rows are acceptable: a number, or a percentage of all rows."""
 
     count: int = 0
     percent: float | None = None
 
     @classmethod
     def parse(cls, text: str) -> FailureBudget:
-        """Read `N` or `P%`. Raises SettingsError."""
+        """Parse `N` or `P%`. Raises SettingsError."""
         number = text.strip().removesuffix("%")
         try:
             if text.strip().endswith("%"):
@@ -94,11 +101,71 @@ class FailureBudget:
                 return cls(count=int(number))
         except ValueError:
             pass
-        raise SettingsError(f"--max-failed {text}: say a number of rows (5) or a share of them (1%)")
+        raise SettingsError(f"--max-failed {text}: expected a number of rows (5) or a percentage of them (1%)")
 
     def allows(self, failed: int, rows: int) -> bool:
         limit = self.count if self.percent is None else rows * self.percent / 100
         return failed <= limit
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeSettings:
+    """Requested compute settings. None: as in run.json if the run continues, else chosen for the device.
+
+    `processes`: number of workers, each with its own device; with 0 the command renders by itself. The bytes of images
+    do not depend on it.
+    """
+
+    slots: Count | Literal["auto"] | None = None
+    threads: Count | None = None
+    compiled: bool | None = None
+    processes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """The devices of a run: `cpu` or `cuda`, their model name and their number."""
+
+    kind: str
+    name: str
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class BatchShape:
+    """Batch sizes for an image size: batch elements of a UNet call, images of a decoder call."""
+
+    height: Count
+    width: Count
+    slots: Count
+    decode_batch: Count
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Compute settings that are in use. Image bytes depend on all of them except the device name.
+
+    `by_size` has the image sizes with batch sizes of their own.
+    """
+
+    device: str
+    dtype: str
+    slots: Count
+    decode_batch: Count
+    threads: Count
+    device_name: str = ""
+    compiled: bool = False
+    by_size: tuple[BatchShape, ...] = ()
+
+    def shape_of(self, height: int, width: int) -> BatchShape:
+        """Return the batch sizes for an image size."""
+        own = (shape for shape in self.by_size if (shape.height, shape.width) == (height, width))
+        return next(own, BatchShape(height, width, self.slots, self.decode_batch))
+
+    def with_shapes(self, shapes: Iterable[BatchShape]) -> Compute:
+        """Return a copy with other batch sizes for these image sizes."""
+        by_size = {(shape.height, shape.width): shape for shape in (*self.by_size, *shapes)}
+        return replace(self, by_size=tuple(by_size.values()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Who judges prompts and images, and what becomes of what they find unsafe."""
+"""Which checks prompts and images get, and what happens to those that fail."""
 
 from __future__ import annotations
 
@@ -12,64 +12,66 @@ from batch_infer.errors import SettingsError
 SafetyMode = Literal["auto", "checker", "azure", "checker,azure", "none"]
 OnFlagged = Literal["blank", "keep", "blur", "quarantine", "drop"]
 _ENDPOINT = re.compile(r"https://[^/\s@?#]+/?|http://(127\.0\.0\.1|localhost|\[::1\])(:\d+)?/?")
-"""Without TLS a key goes to this machine alone."""
+"""Without TLS the key must not leave this machine."""
 CATEGORIES = ("Hate", "SelfHarm", "Sexual", "Violence")
-"""What Azure AI Content Safety judges texts and images by, each with a severity of 0, 2, 4 or 6."""
+"""The categories of Azure AI Content Safety, each with a severity of 0, 2, 4 or 6."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceSettings:
-    """How Azure AI Content Safety is asked, and what of its answers refuses a prompt or flags an image.
+    """How to call Azure AI Content Safety, and which answers block a prompt or flag an image.
 
-    That is a severity above the category's threshold, in the order of CATEGORIES, or a hit on a blocklist of the
-    resource. The key is not kept here: it stands in the environment of who asks.
+    That is a severity above the category's threshold, in the order of CATEGORIES, or a match in a blocklist of the
+    resource. The key is not stored here but read from the environment.
     """
 
     endpoint: str
     thresholds: tuple[int, ...] = (1, 1, 1, 1)
     blocklists: tuple[str, ...] = ()
     requests_per_second: float = 100.0
-    """The service takes 1,000 requests in 10 s; workers share them."""
+    """The service accepts 1,000 requests in 10 s, which workers share."""
     patience: float = 120.0
-    """For how many seconds it may be silent or failing before that ends a run."""
+    """Seconds of silence or failures after which a run ends."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> ServiceSettings | None:
-        """Read the variables that begin with CONTENT_SAFETY_; None without an endpoint. Raises SettingsError."""
+        """Read the variables CONTENT_SAFETY_*. Return None without an endpoint. Raises SettingsError."""
         endpoint = environment.get("CONTENT_SAFETY_ENDPOINT", "").strip()
         if not endpoint:
             return None
         if not _ENDPOINT.fullmatch(endpoint):
             redacted = re.sub(r"(?<=://)[^/]*@|[?#].*", "", endpoint)  # either may be a secret
-            raise SettingsError(f"CONTENT_SAFETY_ENDPOINT={redacted}: say https://NAME.cognitiveservices.azure.com")
+            raise SettingsError(
+                f"CONTENT_SAFETY_ENDPOINT={redacted}: expected https://NAME.cognitiveservices.azure.com"
+            )
         thresholds = _thresholds(environment.get("CONTENT_SAFETY_THRESHOLD", ""))
         blocklists = environment.get("CONTENT_SAFETY_BLOCKLISTS", "").split(",")
         rate = environment.get("CONTENT_SAFETY_REQUESTS_PER_SECOND", "").strip() or "100"
         if not re.fullmatch(r"\d+(\.\d+)?", rate) or not float(rate):
-            raise SettingsError(f"CONTENT_SAFETY_REQUESTS_PER_SECOND={rate}: say a number, such as 100")
+            raise SettingsError(f"CONTENT_SAFETY_REQUESTS_PER_SECOND={rate}: expected a number, such as 100")
         return cls(endpoint, thresholds, tuple(name.strip() for name in blocklists if name.strip()), float(rate))
 
 
 def _thresholds(text: str) -> tuple[int, ...]:
-    """Of the categories in their order: `1`, `Hate=3,Sexual=1`, or `1,Hate=3`; 1 where none is said."""
+    """Parse `1`, `Hate=3,Sexual=1` or `1,Hate=3` into the thresholds of the categories, by default 1."""
     parts = [part.rpartition("=") for part in text.split(",") if part.strip()]
-    said = [(name.strip() if equals else None, number.strip()) for name, equals, number in parts]
-    names = [name for name, _ in said]
-    known = all(name in (None, *CATEGORIES) for name in names) and len(set(names)) == len(names)
-    if not known or not all(re.fullmatch("[0-7]", number) for _, number in said):
+    pairs = [(name.strip() if equals else None, number.strip()) for name, equals, number in parts]
+    names = [name for name, _ in pairs]
+    is_valid = all(name in (None, *CATEGORIES) for name in names) and len(set(names)) == len(names)
+    if not is_valid or not all(re.fullmatch("[0-7]", number) for _, number in pairs):
         raise SettingsError(
-            f"CONTENT_SAFETY_THRESHOLD={text}: say a number from 0 to 7, or {CATEGORIES[0]}=3,{CATEGORIES[2]}=1, each"
-            f" once; the categories are {', '.join(CATEGORIES)}"
+            f"CONTENT_SAFETY_THRESHOLD={text}: expected a number from 0 to 7, or {CATEGORIES[0]}=3,{CATEGORIES[2]}=1,"
+            f" each once; the categories are {', '.join(CATEGORIES)}"
         )
-    levels = {name: int(number) for name, number in said}
+    levels = {name: int(number) for name, number in pairs}
     return tuple(levels.get(name, levels.get(None, 1)) for name in CATEGORIES)
 
 
 @dataclass(frozen=True, slots=True)
 class SafetySettings:
-    """Who judges prompts and images, and what becomes of an image that is flagged. `service` is asked where given.
+    """Which checks run, and what is stored of a flagged image. The content safety `service` is used if it is set.
 
-    `on_flagged` None: as in the run that OUT holds, else `blank`.
+    `on_flagged` None: as in the run that OUT has, else `blank`.
     """
 
     mode: SafetyMode = "auto"
@@ -79,20 +81,20 @@ class SafetySettings:
 
     @property
     def policy(self) -> OnFlagged:
-        """What is stored of a flagged image."""
+        """What to store of a flagged image."""
         return self.on_flagged or "blank"
 
-    def continuing(self, earlier: SafetySettings | None) -> SafetySettings:
+    def with_policy_of(self, earlier: SafetySettings | None) -> SafetySettings:
         """Return these settings with a policy: the one requested, else that of the earlier run, else `blank`."""
         return replace(self, on_flagged=self.on_flagged or (earlier or self).policy)
 
-    def shared_by(self, workers: int) -> SafetySettings:
-        """What one of several workers may ask of the service, which counts them together."""
+    def split_among(self, workers: int) -> SafetySettings:
+        """Return the settings of one of several workers: the service counts their requests together."""
         if self.service is None:
             return self
         rate = self.service.requests_per_second / max(1, workers)
         return replace(self, service=replace(self.service, requests_per_second=rate))
 
-    def asks_checker(self, *, has_checker: bool) -> bool:
-        """Whether the model's own checker judges its images."""
+    def uses_checker(self, *, has_checker: bool) -> bool:
+        """Return whether the model's own checker checks its images."""
         return self.mode in ("auto", "checker", "checker,azure") and has_checker

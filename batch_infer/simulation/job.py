@@ -19,7 +19,7 @@ from batch_infer.simulation.pool import WorkerPool
 from batch_infer.simulation.predictions import Predictions
 from batch_infer.simulation.process import SIMULATED, TIMED_OUT, Assignment, WorkerProcess, end
 from batch_infer.simulation.settings import SimulationSettings
-from batch_infer.store import storing, temporary_folder
+from batch_infer.store import temporary_folder, write_errors
 
 POLL_SECONDS = 0.2
 SHUTDOWN_SECONDS = 30.0
@@ -37,7 +37,7 @@ def simulate(settings: SimulationSettings, told: Told = lambda outcome: None) ->
     """
     settings.check()
     files = find_files(settings.inputs)
-    with storing(settings.out):
+    with write_errors(settings.out):
         settings.out.mkdir(parents=True, exist_ok=True)
     predictions = Predictions(settings.out / "predictions.csv", kept=settings.append_rows)
     with temporary_folder() as folder:

@@ -12,7 +12,7 @@ from batch_infer.simulation.gpus import gpu_names
 from batch_infer.simulation.messages import Duty
 from batch_infer.simulation.process import Place, WorkerProcess
 from batch_infer.simulation.settings import SimulationSettings
-from batch_infer.store import list_names, storing
+from batch_infer.store import list_names, write_errors
 
 
 class WorkerPool:
@@ -30,7 +30,7 @@ class WorkerPool:
         self._clear_logs()
 
     def _clear_logs(self) -> None:
-        with storing(self.logs):
+        with write_errors(self.logs):
             self.logs.mkdir(parents=True, exist_ok=True)
             for name in fnmatch.filter(list_names(self.logs), "worker-*.log"):
                 (self.logs / name).unlink()
@@ -42,7 +42,7 @@ class WorkerPool:
                 folder = self._folder / f"{next(self._lives)}"
                 environment = environment_of(self._settings, self._gpus, index)
                 place = Place(index, folder, self.logs / f"worker-{index}.log", environment)
-                with storing(folder):
+                with write_errors(folder):
                     self.workers[index] = WorkerProcess(place, self._duty)
 
     def bury(self, worker: WorkerProcess) -> None:

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TextIO
 
 from batch_infer.simulation.messages import Returned
-from batch_infer.store import storing
+from batch_infer.store import write_errors
 
 
 class Predictions:
@@ -28,14 +28,14 @@ class Predictions:
 
     def append(self, returned: Returned) -> None:
         if self._file is not None:
-            with storing(self._path):
+            with write_errors(self._path):
                 if returned.head and not self._file.tell():
                     self._file.write(returned.head)
                 self._file.write(returned.text)
                 self._file.flush()
 
     def __enter__(self) -> Predictions:
-        with storing(self._path):
+        with write_errors(self._path):
             if self._kept:  # a character that has no UTF-8 is no reason to lose the others
                 file = self._path.open("w", encoding="utf-8", errors="backslashreplace", newline="")
                 self._file = self._stack.enter_context(file)

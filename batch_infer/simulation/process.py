@@ -17,7 +17,7 @@ from pathlib import Path
 import batch_infer
 from batch_infer.simulation.connection import received, send
 from batch_infer.simulation.messages import Duty, FromWorker, MiniBatch, ToWorker
-from batch_infer.store import storing_temporarily
+from batch_infer.store import temporary_file_errors
 
 PATIENT_SECONDS = 10.0
 """How long a process is waited for that has been killed."""
@@ -62,7 +62,7 @@ class WorkerProcess:
         self.fate = ""
         """Why it was killed, where it was."""
         self.link, theirs = Pipe()
-        with storing_temporarily():
+        with temporary_file_errors():
             place.folder.mkdir()
         try:
             self._process = _start(place, theirs)

@@ -1,23 +1,9 @@
-"""Where images are stored."""
+"""Sinks store images in OUT, durable before their manifest part is committed, and find them again.
 
-from batch_infer.sinks.folder import (
-    ASIDE,
-    FolderSink,
-    has_image,
-    path_aside,
-    path_before_aside,
-    possible_names,
-    read_image,
-    stored_path,
-)
+A new sink is one file with a class that has the methods of `Sink`, and one line in `sink.SINKS`.
+"""
 
-__all__ = [
-    "ASIDE",
-    "FolderSink",
-    "has_image",
-    "path_aside",
-    "path_before_aside",
-    "possible_names",
-    "read_image",
-    "stored_path",
-]
+from batch_infer.sinks.folder import BACKUP_PREFIX, IMAGE_FOLDERS, FolderSink, original_path, resolve_path
+from batch_infer.sinks.sink import Sink, make_sink
+
+__all__ = ["BACKUP_PREFIX", "FolderSink", "IMAGE_FOLDERS", "Sink", "make_sink", "original_path", "resolve_path"]

@@ -1,4 +1,4 @@
-"""Images as files under OUT, each whole or not there at all."""
+"""Images as files under OUT: each appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -16,87 +16,89 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from batch_infer.errors import StorageError
-from batch_infer.records import PromptRequest, StoredImage
+from batch_infer.records import PromptRequest, Source, StoredImage
+from batch_infer.sinks.names import Collisions, ImageIndex, former_names, hashed_name, possible_names, safe_name
 from batch_infer.store import (
-    TEMPORARY,
-    KnownFolder,
-    distinguishes_case,
+    TEMPORARY_PREFIX,
+    PinnedFolder,
+    fsync,
+    fsync_folder,
+    is_case_sensitive,
     is_link,
-    is_there,
+    list_names,
     make_folder,
-    name_in,
-    own_name,
-    reading,
-    storing,
-    sync,
-    sync_folder,
-    temporary_of,
+    original_name,
+    path_exists,
+    read_errors,
+    temporary_path,
+    unique_name,
+    write_errors,
 )
 
+IMAGE_FOLDERS = ("images", "quarantine")
 ROWS_PER_FOLDER = 1000
-ASIDE = ".original-"
-SYNC_THREADS = 32
-"""Images that wait for the disk at once.
+BACKUP_PREFIX = ".original-"
+FSYNC_THREADS = 32
+"""Images that are fsynced at once.
 
-A journal takes all that wait in one go, so this is several times as fast as one after the other, and more so on a disk
-that is slow to answer. (Linux's `syncfs` is faster yet, but also waits for what other programs have written, does not
-reach the server behind a FUSE mount, and keeps some errors to itself.)
+A journal commits all that wait in one go, so this is several times as fast as one after the other, and more so on a
+slow disk. (Linux's `syncfs` is faster yet, but also waits for what other programs have written, does not reach the
+server behind a FUSE mount, and hides some errors.)
 """
 AnyPath = TypeVar("AnyPath", Path, PurePosixPath)
-_NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
-_READ = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY", "O_CLOEXEC"))
-"""A pipe, which somebody may have put there, is not waited for."""
-_PLAIN = re.compile(r"[a-z0-9_](?:[a-z0-9_.-]{0,78}[a-z0-9_-])?")
-_PLAIN_WITH_CAPITALS = re.compile(_PLAIN.pattern, re.IGNORECASE | re.ASCII)
-_DEVICE = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECASE)
+_MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+_READ_FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY", "O_CLOEXEC"))
+"""O_NONBLOCK: opening a pipe, which another program may have put there, does not wait."""
 
 
 class FolderSink:
-    """`images/STEM-NNNNN/ID-K.png` under OUT, flagged images that are set apart under `quarantine/`.
+    """A `Sink`: images/STEM-NNNNN/ID-K.png under OUT; with --on-flagged quarantine, flagged ones in quarantine/.
 
-    OUT is the folder that bore this name when the sink was made: once it has gone, nothing is written any more. Nor
-    once images/ or quarantine/ has, which may be links to a larger disk.
-
-    Ids keep their dots. A webdataset key would end at the first of them, so a sink of tar shards must replace dots.
+    Nothing is written once OUT is another folder than when the sink was created, nor once images/ or quarantine/ is,
+    which may be links to a larger disk. Ids keep their dots; a webdataset key would end at the first of them.
     """
 
-    def __init__(self, out: Path | KnownFolder, suffix: str = "") -> None:
-        known = KnownFolder.of(out)
-        self._out, self._suffix = known.path, suffix
-        self._known = {known.path: known}
-        self._made = {known.path}
-        self._case: dict[str, bool] = {}
+    def __init__(self, out: Path | PinnedFolder, suffix: str = "") -> None:
+        pinned = PinnedFolder.of(out)
+        self._out, self._suffix = pinned.path, suffix
+        self._pinned = {pinned.path: pinned}
+        self._made = {pinned.path}
+        self._case_sensitive: dict[str, bool] = {}
         self._case_lock = threading.Lock()
 
     def path_of(self, request: PromptRequest, *, quarantine: bool = False) -> str:
-        """Return where to store a request's image, relative to OUT.
+        """No two paths of an OUT differ by case alone, so that OUT can be copied to any file system.
 
-        An image that is rendered again keeps its name. No two paths of an OUT differ by case alone, so that it can
-        be copied to any file system; only files that an Azure ML job reads on different workers are an exception.
-        Raises StorageError.
+        Only files that an Azure ML job reads on different workers are an exception.
         """
-        top = "quarantine" if quarantine else "images"
+        top = IMAGE_FOLDERS[quarantine]
         folder = self._name(top, request.source.stem, collides=request.stem_collides)
         path = self._path(request, top, folder, self._name(top, request.id, collides=request.id_collides))
-        kept = f"{top}/{(request.replaces or '').partition('/')[2]}"
-        possible = self._possible_paths(request, top, lambda text: {name_with_digest(text)})
+        kept = self.path_in(request.replaces or "", quarantine=quarantine)
+        possible = self._possible_paths(request, top, lambda text: {hashed_name(text)})
         return kept if request.replaces and kept in possible else path
 
     def possible_paths(self, request: PromptRequest) -> set[str]:
-        """Return all paths that this and earlier versions may give a request's image, and no other's.
+        return set().union(*(self._possible_paths(request, top, former_names) for top in IMAGE_FOLDERS))
 
-        Raises StorageError.
-        """
-        return self._possible_paths(request, "images") | self._possible_paths(request, "quarantine")
+    def path_in(self, path: str, *, quarantine: bool) -> str:
+        return f"{IMAGE_FOLDERS[quarantine]}/{path.partition('/')[2]}"
 
-    def _possible_paths(
-        self, request: PromptRequest, top: str, digests: Callable[[str], set[str]] | None = None
-    ) -> set[str]:
-        stem, name, digests = request.source.stem, request.id, digests or _names_with_digest
+    def folders_of(self, files: Iterable[str]) -> list[Path]:
+        stems = {stem for file in files for stem in possible_names(Source(file, 0).stem)}
+        tops = [self._out / top for top in IMAGE_FOLDERS]
+        folders = [top / name for top in tops for name in list_names(top) if re.sub(r"-[0-9]+$", "", name) in stems]
+        return [*tops, *folders]
+
+    def collisions(self, index: ImageIndex) -> Collisions:
+        return Collisions(index)
+
+    def _possible_paths(self, request: PromptRequest, top: str, hashed: Callable[[str], set[str]]) -> set[str]:
+        stem, name = request.source.stem, request.id
         return {
             self._path(request, top, folder, file)
-            for folder in {self._name(top, stem, collides=request.stem_collides), *digests(stem)}
-            for file in {self._name(top, name, collides=request.id_collides), *digests(name)}
+            for folder in {self._name(top, stem, collides=request.stem_collides), *hashed(stem)}
+            for file in {self._name(top, name, collides=request.id_collides), *hashed(name)}
         }
 
     def _path(self, request: PromptRequest, top: str, folder: str, name: str) -> str:
@@ -104,98 +106,113 @@ class FolderSink:
         return f"{top}/{folder}-{number:05d}/{name}-{request.image_index}{self._suffix}"
 
     def _name(self, top: str, text: str, *, collides: bool) -> str:
-        """Return a text's part of a path; capitals are kept where the file system tells them from small letters."""
+        """Return a text's part of a path. Upper-case letters are kept where the file system is case-sensitive."""
         if collides:
-            return name_with_digest(text)
-        names = plain_name(text), plain_name(text, capitals=True)
-        return names[names[0] != names[1] and self._distinguishes_case(top)]
+            return hashed_name(text)
+        lower, mixed = safe_name(text), safe_name(text, capitals=True)
+        return mixed if lower != mixed and self._is_case_sensitive(top) else lower
 
-    def _distinguishes_case(self, top: str) -> bool:
-        """Return `distinguishes_case` of images/ or quarantine/, which may be on another disk than OUT."""
+    def _is_case_sensitive(self, top: str) -> bool:
+        """Return whether images/ or quarantine/, which may be on another disk than OUT, is case-sensitive."""
         with self._case_lock:
-            if top not in self._case:
+            if top not in self._case_sensitive:
                 self._check()
                 folder = self._out / top
-                self._case[top] = distinguishes_case(folder if is_there(folder) else self._out)
-            return self._case[top]
+                self._case_sensitive[top] = is_case_sensitive(folder if path_exists(folder) else self._out)
+            return self._case_sensitive[top]
 
     def write(self, path: str, content: bytes) -> StoredImage:
-        """Store a file under a temporary name, until `settle` gives it its own. Raises StorageError."""
         target = self._out / path
         self._check()
         self._make(target.parent)
-        temporary = temporary_of(target)
-        with storing(target):
+        temporary = temporary_path(target)
+        with write_errors(target):
             try:
                 temporary.write_bytes(content)
-            except OSError:  # a full disk must not be left fuller
+            except OSError:  # free the space if the disk is full
                 with suppress(OSError):
                     temporary.unlink(missing_ok=True)
                 raise
         return StoredImage(path, hashlib.sha256(content).hexdigest(), len(content))
 
-    def settle(self, paths: Iterable[str]) -> None:
-        """Have the disk hold these files and give them their names, just before a manifest part speaks of them.
-
-        Not when they are written: a run that ends in between has then replaced no image that the manifest stands by.
-        A power cut takes at most what was not settled, and an image whose place it takes is replaced by a whole one.
-        When this returns, the disk holds the names too. Raises StorageError.
-        """
+    def publish(self, paths: Iterable[str]) -> None:
+        """Fsync all images, then rename them. After a power cut a replaced image is whole, the old or the new one."""
         targets = [self._out / path for path in paths]
         self._check()
-        with ThreadPoolExecutor(SYNC_THREADS) as pool:
-            under_way = [(target, pool.submit(sync, temporary_of(target))) for target in targets]
-            for target, held in under_way:
-                with storing(target):
-                    held.result()
+        with ThreadPoolExecutor(FSYNC_THREADS) as pool:
+            futures = [(target, pool.submit(fsync, temporary_path(target))) for target in targets]
+            for target, future in futures:
+                with write_errors(target):
+                    future.result()
         for target in targets:
-            with storing(target):
-                os.replace(temporary_of(target), target)  # noqa: PTH105
-        for folder in dict.fromkeys(target.parent for target in targets):
-            with storing(folder):
-                sync_folder(folder)
+            with write_errors(target):
+                os.replace(temporary_path(target), target)  # noqa: PTH105
+        _fsync_parents(targets)
 
-    def set_aside(self, paths: Iterable[str]) -> None:
-        """Rename images to hidden names in the same folder, before `settle` gives their names to others.
-
-        A process that is killed before the manifest has the new images loses none: `bring_back` undoes this. A file
-        that this process set aside before stays: what took its name then was never committed. Missing images are
-        skipped. Raises StorageError.
-        """
+    def back_up(self, paths: Iterable[str]) -> None:
+        """Rename images to hidden names. A backup of this process is kept: what replaced it was never committed."""
         self._check()
-        targets = [target for path in paths if not is_there(_aside(target := self._out / path))]
+        targets = [target for path in paths if not path_exists(_backup(target := self._out / path))]
         for target in targets:
-            with storing(target), suppress(FileNotFoundError):
-                os.replace(target, _aside(target))  # noqa: PTH105
-        for folder in dict.fromkeys(target.parent for target in targets):
-            with storing(folder):
-                sync_folder(folder)
+            with write_errors(target), suppress(FileNotFoundError):
+                os.replace(target, _backup(target))  # noqa: PTH105
+        _fsync_parents(targets)
 
-    def bring_back(self, aside: str) -> None:
-        """Give a file that a process has set aside its former name again. Raises StorageError."""
+    def backup_path(self, path: str) -> str:
+        return _backup(PurePosixPath(path)).as_posix()
+
+    def restore(self, backup: str) -> None:
         self._check()
-        target = self._out / (path_before_aside(aside) or aside)
-        with storing(target):
-            os.replace(self._out / aside, target)  # noqa: PTH105
-            sync_folder(target.parent)
+        target = self._out / (original_path(backup) or backup)
+        with write_errors(target):
+            os.replace(self._out / backup, target)  # noqa: PTH105
+            fsync_folder(target.parent)
 
     def remove(self, path: str) -> None:
-        """Remove an image by its path relative to OUT; a path that leads out of it is none of ours.
-
-        Raises StorageError.
-        """
         self._check()
-        target = stored_path(self._out, path)
+        target = resolve_path(self._out, path)
         if target is not None:
-            with storing(target):
+            with write_errors(target):
                 target.unlink(missing_ok=True)
 
+    def has(self, path: str) -> bool:
+        target = resolve_path(self._out, path)
+        if target is None:
+            return False
+        with read_errors(target):
+            try:
+                return stat.S_ISREG(target.lstat().st_mode)
+            except OSError as error:
+                if error.errno in _MISSING:
+                    return False
+                raise
+
+    def read(self, path: str, length: int | None = None) -> bytes | None:
+        target = resolve_path(self._out, path)
+        if target is None:
+            return None
+        with read_errors(target):
+            try:
+                descriptor = os.open(target, _READ_FLAGS)
+            except OSError as error:
+                if error.errno in _MISSING:
+                    return None
+                raise
+            try:
+                status = os.fstat(descriptor)
+                if not stat.S_ISREG(status.st_mode) or length not in (None, status.st_size):
+                    return None
+                with os.fdopen(descriptor, "rb", closefd=False) as file:
+                    return file.read()
+            finally:
+                os.close(descriptor)
+
     def _check(self) -> None:
-        for known in list(self._known.values()):
-            known.check()
+        for pinned in list(self._pinned.values()):
+            pinned.check()
 
     def _make(self, folder: Path) -> None:
-        """Have a folder below OUT, asking the disk the first time only."""
+        """Create a folder below OUT, once per sink."""
         if folder in self._made:
             return
         self._make(folder.parent)
@@ -203,109 +220,45 @@ class FolderSink:
         if folder.parent.parent == self._out and is_link(folder):
             raise StorageError(f"{folder} is a link; only images/ and quarantine/ may be: put the folder itself there")
         if folder.parent == self._out:
-            self._know(folder)
+            self._pin(folder)
         self._made.add(folder)
 
-    def _know(self, folder: Path) -> None:
-        """Watch images/ or quarantine/ as OUT is watched: with a marker where it is on another disk."""
-        marker = self._known[self._out].marker
-        if marker is None or not marker.startswith(TEMPORARY):
-            self._known.setdefault(folder, KnownFolder.of(folder))
-        elif is_link(folder) or folder.is_mount():  # else it disappears with OUT
-            self._known.setdefault(folder, KnownFolder.of(folder).marked(marker))
+    def _pin(self, folder: Path) -> None:
+        """Check images/ or quarantine/ from now on as OUT is: with a marker where it is on another disk."""
+        marker = self._pinned[self._out].marker
+        if marker is None or not marker.startswith(TEMPORARY_PREFIX):
+            self._pinned.setdefault(folder, PinnedFolder.of(folder))
+        elif is_link(folder) or folder.is_mount():  # otherwise it disappears with OUT
+            self._pinned.setdefault(folder, PinnedFolder.of(folder).with_marker(marker))
 
 
-def stored_path(out: Path, path: str) -> Path | None:
+def resolve_path(out: Path, path: str) -> Path | None:
     """Return where an image of this path is, or None for a path that leaves images/ and quarantine/.
 
-    Paths come from manifest parts, and a part is a file like any other. images/ itself may be a link to a larger disk;
-    a link within it is not followed.
+    Paths come from manifest parts, which anyone may have edited. images/ itself may be a link to a larger disk; links
+    within it are not followed.
     """
     relative = PurePosixPath(path)
     top, *inner = relative.parts or ("",)
-    if "\0" in path or ".." in inner or not inner or top not in ("images", "quarantine"):
+    if "\0" in path or ".." in inner or not inner or top not in IMAGE_FOLDERS:
         return None
     folders = accumulate(inner[:-1], Path.joinpath, initial=out / top)
     next(folders)
     return None if any(map(os.path.islink, folders)) else out / relative
 
 
-def has_image(out: Path, path: str) -> bool:
-    """Return whether an image of this path is a file. Raises StorageError where that cannot be found out."""
-    target = stored_path(out, path)
-    if target is None:
-        return False
-    with reading(target):
-        try:
-            return stat.S_ISREG(target.lstat().st_mode)
-        except OSError as error:
-            if error.errno in _NO_FILE:
-                return False
-            raise
+def original_path(path: str) -> str | None:
+    """Return the path that a file had before `back_up`, in any process, or None where it is not a backup."""
+    backup = PurePosixPath(path)
+    name = original_name(BACKUP_PREFIX, backup.name)
+    return None if name is None else backup.with_name(name).as_posix()
 
 
-def read_image(out: Path, path: str, length: int | None = None) -> bytes | None:
-    """Return the content of an image, or None where there is no such file, or with `length` none of that length.
-
-    Links are not followed, and nothing but a file is opened. Raises StorageError where it is there and cannot be read.
-    """
-    target = stored_path(out, path)
-    if target is None:
-        return None
-    with reading(target):
-        try:
-            descriptor = os.open(target, _READ)
-        except OSError as error:
-            if error.errno in _NO_FILE:
-                return None
-            raise
-        try:
-            found = os.fstat(descriptor)
-            if not stat.S_ISREG(found.st_mode) or length not in (None, found.st_size):
-                return None
-            with os.fdopen(descriptor, "rb", closefd=False) as file:
-                return file.read()
-        finally:
-            os.close(descriptor)
+def _backup(path: AnyPath) -> AnyPath:
+    return path.with_name(unique_name(BACKUP_PREFIX, path.name))
 
 
-def path_aside(path: str) -> str:
-    """Return the path that `set_aside` gives a file in this process, relative to OUT like its own."""
-    return _aside(PurePosixPath(path)).as_posix()
-
-
-def path_before_aside(path: str) -> str | None:
-    """Return the path that a file had before `set_aside`, in any process, or None where it was not set aside."""
-    aside = PurePosixPath(path)
-    name = name_in(ASIDE, aside.name)
-    return None if name is None else aside.with_name(name).as_posix()
-
-
-def _aside(path: AnyPath) -> AnyPath:
-    return path.with_name(own_name(ASIDE, path.name))
-
-
-def plain_name(text: str, *, capitals: bool = False) -> str:
-    """Return a file name for any text, on any file system, such that no two texts share one.
-
-    Lower-case letters, digits, `_`, `.` and `-` stay as they are, and with `capitals` capital letters do, for file
-    systems that tell them apart. A text with any other character has `name_with_digest`, as have Windows's devices.
-    """
-    pattern = _PLAIN_WITH_CAPITALS if capitals else _PLAIN
-    return text if pattern.fullmatch(text) and not _DEVICE.fullmatch(text) else name_with_digest(text)
-
-
-def possible_names(text: str) -> set[str]:
-    """Return all names that a text may have in a path, on any file system."""
-    return {plain_name(text), plain_name(text, capitals=True), name_with_digest(text)}
-
-
-def name_with_digest(text: str) -> str:
-    """Return a text's readable characters, `~` and a digest of the whole: no other text has it, whatever its case."""
-    readable = re.sub(r"[^A-Za-z0-9_-]+", "_", text)[:60]
-    return f"{readable}~{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
-
-
-def _names_with_digest(text: str) -> set[str]:
-    """Return the name that earlier versions gave a text, where it has a digest."""
-    return {plain_name(text)} - {text}
+def _fsync_parents(targets: Iterable[Path]) -> None:
+    for folder in dict.fromkeys(target.parent for target in targets):
+        with write_errors(folder):
+            fsync_folder(folder)

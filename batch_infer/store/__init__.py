@@ -1,61 +1,74 @@
-"""Where files are written."""
+"""The disk: durable atomic files in OUT, checks of paths, temporary files and log files.
+
+Errors of the disk become StorageError, which names the path and what to do.
+"""
 
 from batch_infer.store.atomic import (
-    TEMPORARY,
-    KnownFolder,
-    distinguishes_case,
-    here,
+    TEMPORARY_PREFIX,
+    atomic_write,
+    host_id,
     is_abandoned,
+    is_case_sensitive,
+    is_temporary,
+    original_name,
+    remove_unfinished,
+    sweep,
+    temporary_path,
+    unique_name,
+)
+from batch_infer.store.lock import find_holder, locked_folder, remove_stale_holder
+from batch_infer.store.logfile import log_handler, open_log
+from batch_infer.store.paths import (
+    fsync,
+    fsync_folder,
     is_folder,
     is_link,
-    is_temporary,
-    is_there,
     list_names,
     make_folder,
-    name_in,
-    own_marker,
-    own_name,
-    reading,
-    remove_open,
-    replacing,
-    storing,
-    sweep,
-    sync,
-    sync_folder,
-    temporary_of,
+    path_exists,
+    read_errors,
+    write_errors,
 )
-from batch_infer.store.database import temporary_database
-from batch_infer.store.logfile import log_to, open_log
-from batch_infer.store.temporary import create_temporary, storing_temporarily, temporary_folder, temporary_text
+from batch_infer.store.pinned import PinnedFolder, marker_name
+from batch_infer.store.temporary import (
+    create_temporary,
+    open_temporary_text,
+    temporary_database,
+    temporary_file_errors,
+    temporary_folder,
+)
 
 __all__ = [
-    "KnownFolder",
-    "TEMPORARY",
+    "PinnedFolder",
+    "TEMPORARY_PREFIX",
+    "atomic_write",
     "create_temporary",
-    "distinguishes_case",
-    "here",
+    "find_holder",
+    "fsync",
+    "fsync_folder",
+    "host_id",
     "is_abandoned",
+    "is_case_sensitive",
     "is_folder",
     "is_link",
     "is_temporary",
-    "is_there",
     "list_names",
-    "log_to",
+    "locked_folder",
+    "log_handler",
     "make_folder",
-    "name_in",
+    "marker_name",
     "open_log",
-    "own_marker",
-    "own_name",
-    "reading",
-    "remove_open",
-    "replacing",
-    "storing",
-    "storing_temporarily",
+    "open_temporary_text",
+    "original_name",
+    "path_exists",
+    "read_errors",
+    "remove_stale_holder",
+    "remove_unfinished",
     "sweep",
-    "sync",
-    "sync_folder",
     "temporary_database",
+    "temporary_file_errors",
     "temporary_folder",
-    "temporary_of",
-    "temporary_text",
+    "temporary_path",
+    "unique_name",
+    "write_errors",
 ]

@@ -1,4 +1,4 @@
-"""Log files in OUT: what is told on a terminal, and more, for those who look later."""
+"""Log files in OUT: what the terminal shows, with times, and the traceback of the error that ended the command."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from batch_infer.store.atomic import is_link, storing
+from batch_infer.store.paths import is_link, write_errors
 from batch_infer.terminal import EscapingFormatter, escape_controls
 
 
 @contextmanager
 def open_log(path: Path) -> Iterator[TextIO]:
-    """A log file to append to, which also keeps the traceback of what ends its time. Raises StorageError.
+    """Open a log file to append to; it also gets the traceback of an exception that leaves the context.
 
-    That is raised where it cannot be opened. A disk that is full later costs lines, and nobody the error that he has.
+    Raises StorageError where it cannot be opened. Later write errors are ignored, so that they never mask the original
+    exception.
     """
-    with storing(path):
+    with write_errors(path):
         path.parent.mkdir(exist_ok=True)
         if is_link(path.parent):
             raise OSError(errno.ELOOP, "its folder is a link")
@@ -40,20 +41,20 @@ def open_log(path: Path) -> Iterator[TextIO]:
 
 
 def _open_without_links(path: Path) -> int:
-    """Open a file that is no link to append to; a pipe without a reader fails instead of waiting for one."""
+    """Open a file to append to. Links are not followed; a pipe without a reader fails instead of blocking."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
 
 
-def log_to(file: TextIO) -> logging.Handler:
-    """A handler that writes to a file, with the time in UTC."""
+def log_handler(file: TextIO) -> logging.Handler:
+    """Return a handler that writes to a file, with the time in UTC."""
     formatter = EscapingFormatter("%(asctime)sZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
     formatter.converter = time.gmtime
-    handler = _Handler(file)
+    handler = LogfileHandler(file)
     handler.setFormatter(formatter)
     return handler
 
 
-class _Handler(logging.StreamHandler):  # type: ignore[type-arg]  # generic for type checkers alone
+class LogfileHandler(logging.StreamHandler):  # type: ignore[type-arg]  # generic for type checkers alone
     def handleError(self, record: logging.LogRecord) -> None:
-        """A line that a full disk does not take is no news on the terminal: what comes of the disk will be."""
+        """Ignore write errors: a full disk is reported by what stores results."""

@@ -1,73 +1,128 @@
-"""Temporary files: a temporary folder that is full or cannot be written is named, with the way out."""
+"""Temporary files and databases: errors of the temporary folder name it and tell what to do."""
 
 from __future__ import annotations
 
 import errno
 import io
 import os
+import sqlite3
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import Any, BinaryIO, ParamSpec, TextIO, TypeVar
 
 from batch_infer.errors import StorageError
 
-BUFFER = 1 << 16
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
-"""Errors that only writing gives."""
+BUFFER_SIZE = 1 << 16
+_WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+"""Errors that only writing raises."""
+_DATABASE_ERRORS = ("full", "disk I/O error", "unable to open database file", "malformed", "not a database")
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 
-def storage_fault(what: str, folder: str, reason: object) -> StorageError:
-    """Return the error for a temporary file that cannot be written in a folder."""
+@contextmanager
+def temporary_file_errors(*, reads: bool = False) -> Iterator[None]:
+    """Re-raise OSError as StorageError that names the temporary folder and TMPDIR.
+
+    With `reads`, the code inside also reads from elsewhere: only errors that reading never raises are re-raised.
+    """
+    try:
+        yield
+    except OSError as error:
+        if reads and error.errno not in _WRITE_ERRORS:
+            raise
+        try:
+            folder = tempfile.gettempdir()
+        except OSError:  # no folder can be written
+            folder = os.environ.get("TMPDIR", os.sep + "tmp")
+        raise _storage_error("a temporary file", folder, error.strerror or error) from error
+
+
+def _storage_error(what: str, folder: str, reason: object) -> StorageError:
     return StorageError(
         f"cannot write {what} in {folder}: {reason}; free some space there, or set TMPDIR to a folder on a larger disk"
     )
 
 
-@contextmanager
-def storing_temporarily(*, reads: bool = False) -> Iterator[None]:
-    """Re-raise OSError as StorageError that names the temporary folder and TMPDIR.
-
-    With `reads`, the code inside also reads from elsewhere: only errors that reading never gives are re-raised.
-    """
-    try:
-        yield
-    except OSError as error:
-        if reads and error.errno not in _NO_ROOM:
-            raise
-        raise storage_fault("a temporary file", _folder(), error.strerror or error) from error
-
-
-def _folder() -> str:
-    try:
-        return tempfile.gettempdir()
-    except OSError:  # no folder at all can be written
-        return os.environ.get("TMPDIR", os.sep + "tmp")
-
-
 class _Raw(io.FileIO):
-    """A file whose faults are those of the temporary folder. Closing its buffer raises them too."""
+    """A temporary file. Closing a buffer around it raises StorageError too."""
 
     def write(self, data: object, /) -> int:
-        with storing_temporarily():
+        with temporary_file_errors():
             return super().write(data)  # type: ignore[arg-type]
 
 
 def temporary_folder() -> tempfile.TemporaryDirectory[str]:
-    """Make a temporary folder. Raises StorageError."""
-    with storing_temporarily():
+    """Create a temporary folder. Raises StorageError."""
+    with temporary_file_errors():
         return tempfile.TemporaryDirectory(prefix="batch-infer-", ignore_cleanup_errors=True)
 
 
 def create_temporary(path: Path) -> BinaryIO:
     """Create a file in a temporary folder for writing. Creating, writing and closing it raise StorageError."""
-    with storing_temporarily():
-        return io.BufferedWriter(_Raw(path, "w"), BUFFER)
+    with temporary_file_errors():
+        return io.BufferedWriter(_Raw(path, "w"), BUFFER_SIZE)
 
 
-def temporary_text() -> TextIO:
+def open_temporary_text() -> TextIO:
     """Open a nameless file for text that is written, then read. Opening, writing, closing it raise StorageError."""
-    with storing_temporarily(), tempfile.TemporaryFile(buffering=0) as file:
+    with temporary_file_errors(), tempfile.TemporaryFile(buffering=0) as file:
         raw = _Raw(os.dup(file.fileno()), "r+")
-    return io.TextIOWrapper(io.BufferedRandom(raw, BUFFER), encoding="utf-8", newline="")
+    return io.TextIOWrapper(io.BufferedRandom(raw, BUFFER_SIZE), encoding="utf-8", newline="")
+
+
+def temporary_database() -> sqlite3.Connection:
+    """Open an empty database in a nameless file, which disappears when it is closed; it does not survive a crash.
+
+    Its statements raise StorageError where the temporary folder is full or broken.
+    """
+    database = sqlite3.connect("", factory=_Database)
+    database.execute("PRAGMA synchronous = OFF")
+    database.execute("PRAGMA journal_mode = OFF")
+    return database
+
+
+def _raising_storage_error(method: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Return a method of a cursor that raises StorageError for errors of the disk."""
+
+    def call(*arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
+        try:
+            return method(*arguments, **options)
+        except sqlite3.DatabaseError as error:
+            if not any(text in str(error) for text in _DATABASE_ERRORS):
+                raise
+            raise _storage_error("a temporary database", _database_folder(), error) from error
+
+    return call
+
+
+_fetch_next: Callable[[sqlite3.Cursor], Any] = _raising_storage_error(sqlite3.Cursor.__next__)
+
+
+class _Cursor(sqlite3.Cursor):
+    """SQLite reads rows as they are fetched, so that fetching raises errors of the disk too."""
+
+    execute = _raising_storage_error(sqlite3.Cursor.execute)
+    executemany = _raising_storage_error(sqlite3.Cursor.executemany)
+    fetchone = _raising_storage_error(sqlite3.Cursor.fetchone)
+    fetchall = _raising_storage_error(sqlite3.Cursor.fetchall)
+
+    def __next__(self) -> Any:
+        return _fetch_next(self)
+
+
+class _Database(sqlite3.Connection):
+    def execute(self, sql: str, parameters: Any = ()) -> sqlite3.Cursor:
+        return self.cursor(_Cursor).execute(sql, parameters)
+
+    def executemany(self, sql: str, parameters: Iterable[Any]) -> sqlite3.Cursor:
+        return self.cursor(_Cursor).executemany(sql, parameters)
+
+
+def _database_folder() -> str:
+    """Return where SQLite keeps temporary files (https://www.sqlite.org/tempfiles.html, section 5)."""
+    names = (os.environ.get("SQLITE_TMPDIR"), os.environ.get("TMPDIR"), "/var/tmp", "/usr/tmp", "/tmp")
+    return next((name for name in names if name and os.access(name, os.W_OK | os.X_OK)), os.curdir)

@@ -1,24 +1,26 @@
-"""Tables of prompts: files in, requests and invalid results out."""
+"""Tables of prompts: files, folders, globs and URLs are found, opened by format and read row by row.
 
-from batch_infer.table.columns import is_deep
-from batch_infer.table.endings import default_id
-from batch_infer.table.loose import loose_rows
-from batch_infer.table.rows import RowRules
-from batch_infer.table.selection import is_no_table
-from batch_infer.table.shape import Shape, cells_of, column_names
-from batch_infer.table.tables import Others, Tables
-from batch_infer.table.urls import shown
+Each row becomes its requests, or the one invalid result that says what is wrong with it.
+"""
+
+from batch_infer.table.base import make_default_id
+from batch_infer.table.columns import is_too_deep
+from batch_infer.table.json import DocumentFormat, element_cells, payload_columns
+from batch_infer.table.left_out import is_ignored_name
+from batch_infer.table.rows import RowRules, parse_rows
+from batch_infer.table.tables import OtherTables, Tables
+from batch_infer.table.urls import redact_url
 
 __all__ = [
-    "Others",
+    "DocumentFormat",
+    "OtherTables",
     "RowRules",
-    "Shape",
     "Tables",
-    "cells_of",
-    "column_names",
-    "default_id",
-    "is_deep",
-    "is_no_table",
-    "loose_rows",
-    "shown",
+    "element_cells",
+    "is_ignored_name",
+    "is_too_deep",
+    "make_default_id",
+    "parse_rows",
+    "payload_columns",
+    "redact_url",
 ]

@@ -1,77 +1,82 @@
-"""The columns of JSON rows, which no header names: found out by a walk over all of them."""
+"""The columns of a file: names and types of JSON columns, doubled names, and which column holds which field."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
-from batch_infer.errors import RowError
-from batch_infer.table.raw import RawRow
-from batch_infer.table.text import clean, is_utf8
+from batch_infer.errors import TableError
+from batch_infer.settings import FIELDS
+from batch_infer.table.base import SHOWN_COLUMNS, RawRow, TableFile, clean, is_utf8
 
-MOST_COLUMNS = 1024
-"""Keys that are values ({"a red circle": 1, ...}) would make a column of every row."""
-DEEPEST = 100
+MAX_COLUMNS = 1024
+"""Rows whose keys are values ({"a red circle": 1, ...}) would otherwise make a column each."""
+MAX_DEPTH = 100
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+"""Cell separators of CSV: spreadsheets write semicolons where the comma is the decimal mark."""
 
-NULL, BOOL, WHOLE, REAL, TEXT, INEXACT = 0, 1, 2, 4, 8, 16
-"""What a column holds, as bits. INEXACT: a whole number that float64 does not hold as it is."""
-_PLAIN = {type(None): NULL, bool: BOOL, float: REAL, str: TEXT, list: TEXT, dict: TEXT}
-_TYPES = {NULL: pa.null(), BOOL: pa.bool_(), REAL: pa.float64(), WHOLE | REAL: pa.float64()}
-_TYPES |= {WHOLE: pa.int64(), WHOLE | INEXACT: pa.int64()}
+_NULL, _BOOL, _INTEGER, _FLOAT, _TEXT, _INEXACT = 0, 1, 2, 4, 8, 16
+"""The kinds of values in a column, as bits. _INEXACT is an integer that float64 does not hold exactly."""
+_KINDS = {type(None): _NULL, bool: _BOOL, float: _FLOAT, str: _TEXT, list: _TEXT, dict: _TEXT}
+_TYPES = {
+    _NULL: pa.null(),
+    _BOOL: pa.bool_(),
+    _INTEGER: pa.int64(),
+    _INTEGER | _INEXACT: pa.int64(),
+    _FLOAT: pa.float64(),
+    _INTEGER | _FLOAT: pa.float64(),
+}
 
 
-class Columns:
-    """The names of all columns, in the order of their first rows, and what each holds."""
+class JsonColumns:
+    """The columns of JSON rows, which no header names, in the order of their first rows, and their types."""
 
     def __init__(self, names: Iterable[str] = ()) -> None:
-        self._held: dict[str, int] = dict.fromkeys(names, NULL)
+        self._kinds: dict[str, int] = dict.fromkeys(names, _NULL)
 
     def add(self, cells: Mapping[str, Any]) -> None:
-        """Take in a row. Its names that no column can have are left out, and cost that row later."""
-        held = self._held
+        """Add the columns of a row, without names that no column can have: `check_row` refuses those."""
         for name, value in cells.items():
-            kind = _PLAIN.get(value.__class__)
+            kind = _KINDS.get(value.__class__)
             if kind is None:
-                kind = _whole(value)
-            if name in held:
-                held[name] |= kind
-            elif len(held) < MOST_COLUMNS and is_utf8(name):
-                held[name] = kind
+                kind = _number_kind(value)
+            if name in self._kinds:
+                self._kinds[name] |= kind
+            elif len(self._kinds) < MAX_COLUMNS and is_utf8(name):
+                self._kinds[name] = kind
 
     def schema(self) -> pa.Schema:
-        return pa.schema([(name, _TYPES.get(kinds, pa.string())) for name, kinds in self._held.items()])
+        return pa.schema([(name, _TYPES.get(kinds, pa.string())) for name, kinds in self._kinds.items()])
 
 
-def checked(row: RawRow, where: str, known: frozenset[str]) -> RawRow:
-    """A row of JSON values, with its fault where the table cannot take it. `where` says line or element."""
-    cells = row.cells
-    try:
-        if not known.issuperset(cells):
-            unknown = clean(next(name for name in cells if name not in known))
-            raise RowError(
-                f"has a column that the table cannot have, {unknown[:40]!r}: "
-                f"it is not UTF-8, or there are {MOST_COLUMNS} before it"
-            )
-        for name, value in cells.items():
-            if value.__class__ in (list, dict) and is_deep(value):
-                raise RowError(f"is nested too deeply, in {name!r}")
-    except RowError as error:
-        return row._replace(cells={}, error=f"{where} {error}")
-    return row
-
-
-def _whole(value: Any) -> int:
+def _number_kind(value: Any) -> int:
     if value.__class__ is not int or not -(2**63) <= value < 2**63:  # a Decimal, or a larger integer
-        return TEXT
-    return WHOLE if int(float(value)) == value else WHOLE | INEXACT
+        return _TEXT
+    return _INTEGER if int(float(value)) == value else _INTEGER | _INEXACT
 
 
-def is_deep(value: Any) -> bool:
-    """Whether lists and objects lie in this one deeper than whatever walks over them later may go."""
+def check_row(row: RawRow, source: str, known: frozenset[str]) -> RawRow:
+    """Return a JSON row, with its error where the table cannot take it. `source` is its line or element."""
+    error = None
+    if not known.issuperset(row.cells):
+        unknown = clean(next(name for name in row.cells if name not in known))
+        error = (
+            f"has a column that the table cannot have, {unknown[:40]!r}: "
+            f"it is not UTF-8, or there are {MAX_COLUMNS} before it"
+        )
+    elif deep := [name for name, value in row.cells.items() if value.__class__ in (list, dict) and is_too_deep(value)]:
+        error = f"is nested too deeply, in {deep[0]!r}"
+    return row if error is None else row._replace(cells={}, error=f"{source} {error}")
+
+
+def is_too_deep(value: Any) -> bool:
+    """Return whether a list or object is nested deeper than recursive code can process."""
     level = [value]
-    for _ in range(DEEPEST):
+    for _ in range(MAX_DEPTH):
         level = [
             inner
             for outer in level
@@ -81,3 +86,93 @@ def is_deep(value: Any) -> bool:
         if not level:
             return False
     return True
+
+
+def rename_doubled(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Return the names with `tag_2` for the second `tag`, and the old name of each that changed."""
+    used, count = set(names), Counter[str]()
+    distinct, renamed = [], {}
+    for name in names:
+        count[name] += 1
+        if count[name] == 1:
+            distinct.append(name)
+            continue
+        while (new := f"{name}_{count[name]}") in used:
+            count[name] += 1
+        used.add(new)
+        renamed[new] = name
+        distinct.append(new)
+    return distinct, renamed
+
+
+def rename_doubled_fields(kind: pa.DataType, name: str, renamed: dict[str, str]) -> pa.DataType:
+    """Return a type whose structs have fields of distinct names, and add those that changed to `renamed`.
+
+    `name` is the column. Python, pandas and SQL engines cannot read a struct with two fields of one name.
+    """
+    if pa.types.is_struct(kind):
+        names, doubled = rename_doubled([field.name for field in kind])
+        renamed.update({f"{name}.{new}": f"{name}.{old}" for new, old in doubled.items()})
+        fields = [
+            field.with_name(new).with_type(rename_doubled_fields(field.type, f"{name}.{new}", renamed))
+            for field, new in zip(kind, names, strict=True)
+        ]
+        return pa.struct(fields)
+    if pa.types.is_map(kind):
+        key, item = (
+            field.with_type(rename_doubled_fields(field.type, name, renamed))
+            for field in (kind.key_field, kind.item_field)
+        )
+        return pa.map_(key, item, kind.keys_sorted)
+    if not isinstance(kind, (pa.ListType, pa.LargeListType, pa.FixedSizeListType)):
+        return kind
+    field = kind.value_field.with_type(rename_doubled_fields(kind.value_type, name, renamed))
+    if isinstance(kind, pa.FixedSizeListType):
+        return pa.list_(field, kind.list_size)
+    return pa.list_(field) if isinstance(kind, pa.ListType) else pa.large_list(field)
+
+
+def describe_renamed(file: str, renamed: Mapping[str, str]) -> str:
+    """Say under which names the columns with a doubled name are carried."""
+    pairs = [f"another {old!r} as {new!r}" for new, old in list(renamed.items())[:SHOWN_COLUMNS]]
+    more = f" and {len(renamed) - SHOWN_COLUMNS:,} more" if len(renamed) > SHOWN_COLUMNS else ""
+    return f"{file} has columns of one name: carried are {', '.join(pairs)}{more}"
+
+
+def map_fields(
+    file: TableFile, names: Sequence[str], columns: Mapping[str, str], renamed: Mapping[str, str]
+) -> dict[str, str]:
+    """Return the column of each field. `columns` are the user's own names, '' where a field has no column.
+
+    Raises TableError where the column of the prompts, or one that the user named, is missing or doubled.
+    """
+    if file.format == ".txt":
+        columns = {**columns, "prompt": "prompt"}
+    fields = {}
+    for field in FIELDS:
+        name = columns.get(field, field)
+        if name and name in names:
+            fields[field] = name
+        elif field == "prompt" or (name and field in columns):
+            purpose = "" if name == field else f" for {field}"
+            raise TableError(f"{file.name} has no column {name!r}{purpose}; {_advise(file, field, name, names)}")
+    if doubled := sorted(set(fields.values()) & set(renamed.values())):
+        raise TableError(f"{file.name} has two columns named {doubled[0]!r}; rename one")
+    return fields
+
+
+def _advise(file: TableFile, field: str, wanted: str, names: Sequence[str]) -> str:
+    """Say what to do about a missing column."""
+    for like in (wanted, field):
+        near = next((name for name in names if name.strip().lower() == like.strip().lower()), None)
+        if like and near is not None:
+            return f"try --column {shlex.quote(f'{field}={near}')}"
+    if len(names) == 1 and (separator := next((separator for separator in SEPARATORS if separator in names[0]), None)):
+        return f"its columns seem to be separated by {separator!r}: save it as .csv, or as Parquet"
+    if file.origin == "stdin" and file.format == ".csv":
+        return (
+            f"standard input is read as CSV, and its first line is {', '.join(names)[:80]!r}: "
+            "a list of plain prompts wants a .txt file (or a first line 'prompt', where no prompt holds a comma)"
+        )
+    present = ", ".join(repr(name) for name in names[:12])
+    return f"it has {present}; name one with --column {field}=NAME"

@@ -4,141 +4,210 @@ from __future__ import annotations
 
 import glob
 import os
+import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from batch_infer.errors import TableError
-from batch_infer.table.endings import (
-    ENDINGS,
-    TableFile,
-    plain_stem,
-    read_ending,
-    unknown_ending,
-)
-from batch_infer.table.scratch import Scratch
-from batch_infer.table.selection import LeftOut, holds_no_table, outermost, tables_among, why_left_out
-from batch_infer.table.stdin import spool
-from batch_infer.table.streams import reason, refuse_storage_fault
-from batch_infer.table.text import clean
-from batch_infer.table.urls import protocol_of, shown
+from batch_infer.store import create_temporary
+from batch_infer.table.base import Scratch, TableFile, clean, error_text, raise_storage_error
+from batch_infer.table.formats import ENDINGS, detect_format, parse_name, stem_of
+from batch_infer.table.left_out import LeftOutFiles, TableFilter, outermost_folders
+from batch_infer.table.streams import BUFFER
+from batch_infer.table.urls import is_http, join_url, protocol_of, redact_url, split_chain
+
+if TYPE_CHECKING:
+    from batch_infer.table.remote import RemoteFiles, RemoteListing
 
 STDIN = "-"
 
 
-def find_files(arguments: Iterable[str], folder: Path, scratch: Scratch) -> tuple[list[TableFile], LeftOut]:
-    """The files of all arguments, each once, in the order given and by name within a folder; and what is left out.
+def find_files(arguments: Iterable[str], folder: Path, scratch: Scratch) -> tuple[list[TableFile], LeftOutFiles]:
+    """Return the files of all arguments, each once, in the order of the arguments, and the files that are left out.
 
-    Relative names start at `folder`. An argument that means no file stands in the list with its fault. Raises
-    TableError where there is no argument, ServiceError where a service does not answer, StorageError where the disk
-    fails.
+    Relative names start at `folder`. An argument that means no file is in the list with its error. Raises TableError
+    where there is no argument, ServiceError where a service does not answer, StorageError where the disk fails.
     """
-    found: dict[str | Path, TableFile] = {}
-    left_out = LeftOut()
+    files: dict[str | Path, TableFile] = {}
+    left_out = LeftOutFiles()
     for argument in dict.fromkeys(arguments):
         for file in _expand(argument, folder, scratch, left_out):
-            known = found.setdefault(_identity(file), file)
+            identity = _identity(file)
+            known = files.setdefault(identity, file)
             if file.is_named and not known.is_named:
-                found[_identity(file)] = replace(known, is_named=True)
-    if not found:
+                files[identity] = replace(known, is_named=True)
+    if not files:
         raise TableError(f"no TABLE given: name a file ({ENDINGS}), a folder of them, a glob, a URL, or -")
-    left_out.forget(file.name for file in found.values())
-    return list(found.values()), left_out
+    left_out.remove(file.name for file in files.values())
+    return list(files.values()), left_out
 
 
-def stems_that_meet(files: Iterable[TableFile]) -> set[str]:
-    """Stems that more than one file has: without an id column their rows would share default ids."""
-    return {stem for stem, count in Counter(file.stem for file in files).items() if count > 1}
-
-
-def with_distinct_names(files: Iterable[TableFile]) -> list[TableFile]:
+def number_names(files: Iterable[TableFile]) -> list[TableFile]:
     """Return the files with `t.csv#2` as the name of the second one named `t.csv`.
 
-    URLs that differ only in a part that is not shown, such as the query, have one name.
+    URLs that differ only in a secret part, such as the query, have the same name.
     """
     count = Counter[str]()
-    distinct = []
+    numbered = []
     for file in files:
         count[file.name] += 1
         number = count[file.name]
-        distinct.append(file if number == 1 else replace(file, name=f"{file.name}#{number}"))
-    return distinct
+        numbered.append(file if number == 1 else replace(file, name=f"{file.name}#{number}"))
+    return numbered
 
 
 def _identity(file: TableFile) -> str | Path:
-    """Return what identifies a file that several arguments may mean: the whole URL or path that is opened."""
+    """Return what several arguments for one file have in common: the whole URL or path that is opened."""
     if file.url:
         return file.url
-    return file.path.resolve() if file.fault is None and file.origin == "file" else file.name
+    return file.path.resolve() if file.error is None and file.origin == "file" else file.name
 
 
-def _expand(argument: str, folder: Path, scratch: Scratch, left_out: LeftOut) -> list[TableFile]:
+def _expand(argument: str, folder: Path, scratch: Scratch, left_out: LeftOutFiles) -> list[TableFile]:
+    name = clean(redact_url(argument))
     try:
         if argument == STDIN:
-            return [spool(scratch)]
+            return [_spool(scratch)]
         if protocol_of(argument) and not (folder / argument).exists():
-            from batch_infer.table.remote import fetch  # a local table does not pay for the import of fsspec
-
-            return fetch(argument, scratch, left_out)
-        return list(_local(argument, folder, left_out))
-    except TableError as error:
-        fault = str(error)
-    except (OSError, ValueError) as error:  # ValueError: a pattern that pathlib does not take
-        refuse_storage_fault(error, clean(shown(argument)))
-        fault = f"{clean(shown(argument))}: {reason(error)}"
-    name, url = clean(shown(argument)), argument if protocol_of(argument) else ""
-    return [TableFile(folder, name, plain_stem(name.rstrip("/").rpartition("/")[2]), fault=fault, url=url)]
+            return _find_remote(argument, name, scratch, left_out)
+        return _find_local(argument, folder, left_out)
+    except TableError as caught:
+        error = str(caught)
+    except (OSError, ValueError) as caught:  # ValueError: a pattern that pathlib does not take
+        raise_storage_error(caught, name)
+        error = f"{name}: {error_text(caught)}"
+    url = argument if protocol_of(argument) else ""
+    return [TableFile(folder, name, stem_of(name.rstrip("/").rpartition("/")[2]), error=error, url=url)]
 
 
-def _local(argument: str, folder: Path, left_out: LeftOut) -> Iterator[TableFile]:
+def _spool(scratch: Scratch) -> TableFile:
+    """Copy standard input to a file, since tables are read more than once. Raises TableError, StorageError."""
+    if sys.stdin is None or sys.stdin.closed:
+        raise TableError("-: there is no standard input to read")
+    if sys.stdin.isatty():
+        raise TableError("-: standard input is a terminal; pipe a table in (batch-infer run - < prompts.csv)")
+    try:
+        path = scratch.new_path()
+        with create_temporary(path) as copy:
+            shutil.copyfileobj(sys.stdin.buffer, copy, BUFFER)
+        return detect_format(TableFile(path, "stdin", "stdin", origin="stdin"))
+    except OSError as error:
+        raise_storage_error(error, "standard input")
+        raise TableError(f"-: standard input cannot be read: {error_text(error)}") from error
+
+
+def _make_file(path: Path, name: str, relative: str, **options: Any) -> TableFile:
+    """Return the file at `path`. Raises TableError where its relative path does not end as a table does."""
+    parts = parse_name(relative)
+    if parts is None:
+        raise TableError(f"{name}: unknown ending {Path(relative).suffix or '(none)'}; a table ends in {ENDINGS}")
+    return TableFile(path, name, *parts, **options)
+
+
+def _find_remote(url: str, name: str, scratch: Scratch, left_out: LeftOutFiles) -> list[TableFile]:
+    """Return the tables that a URL means, downloaded.
+
+    Raises TableError where it means no table, ServiceError where a service does not answer, StorageError where the
+    temporary folder is full.
+    """
+    from batch_infer.table.remote import RemoteErrors, connect  # imports fsspec, which local tables do not need
+
+    with RemoteErrors(name):
+        remote = connect(url, name)
+        listing = remote.list_files()
+        if listing is None:
+            url = url.partition("#")[0] if is_http(url) else url  # a fragment is not sent
+            relative = split_chain(name)[1].rpartition("/")[2]
+            files = {remote.path: _make_file(scratch.new_path(), name, relative, origin="url", url=url)}
+        else:
+            files = _choose_remote(remote, listing, name, scratch, left_out)
+
+    def download(path: str, file: TableFile) -> TableFile:
+        try:
+            with RemoteErrors(file.name):
+                remote.system.get_file(path, str(file.path))
+        except TableError as error:  # a file that is gone or forbidden leaves the others readable
+            return replace(file, error=str(error))
+        return file
+
+    return [download(path, file) for path, file in files.items()]
+
+
+def _choose_remote(
+    remote: RemoteFiles, listing: RemoteListing, name: str, scratch: Scratch, left_out: LeftOutFiles
+) -> dict[str, TableFile]:
+    """Return the tables among the files of a remote folder or glob, by their remote paths."""
+    paths = {path[len(listing.folder) :].lstrip("/"): path for path in listing.paths}
+
+    def name_of(relative: str) -> str:
+        return clean(join_url(redact_url(listing.url), relative))
+
+    def is_file(relative: str) -> bool:
+        return bool(remote.system.isfile("/".join(filter(None, [listing.folder, relative]))))
+
+    return {
+        paths[relative]: _make_file(
+            scratch.new_path(),
+            name_of(relative),
+            relative,
+            origin="url",
+            is_named=False,
+            url=join_url(listing.url, relative),
+        )
+        for relative in TableFilter(name, is_file, name_of, left_out).choose(paths)
+    }
+
+
+def _find_local(argument: str, folder: Path, left_out: LeftOutFiles) -> list[TableFile]:
     named = Path(argument).expanduser()
     path = folder / named
     if path.is_dir():
-        yield from _Below(argument, named, folder, left_out).walk()
-    elif path.exists():
-        ending = read_ending(path.name)
-        if ending is None:
-            raise TableError(f"{clean(argument)}: {unknown_ending(path.name)}")
-        yield TableFile(path, clean(named.as_posix()), ending.stem, ending.format, ending.packing)
-    elif glob.has_magic(argument):
+        return _LocalFolder(argument, named, folder, left_out).walk()
+    if path.exists():
+        return [_make_file(path, clean(named.as_posix()), path.name)]
+    if glob.has_magic(argument):
         first = next(i for i, part in enumerate(named.parts) if glob.has_magic(part))
-        yield from _Below(argument, Path(*named.parts[:first]), folder, left_out).match("/".join(named.parts[first:]))
-    else:
-        raise TableError(f"{clean(argument)}: no such file or folder")
+        fixed, pattern = Path(*named.parts[:first]), "/".join(named.parts[first:])
+        return _LocalFolder(argument, fixed, folder, left_out).match(pattern)
+    raise TableError(f"{clean(argument)}: no such file or folder")
 
 
-class _Below:
-    """What is below a folder, or is matched by a glob below it; `named` is the folder as the user called it."""
+class _LocalFolder:
+    """The files below a folder, or those that a glob matches below it; `named` is the folder as the user named it.
 
-    def __init__(self, argument: str, named: Path, folder: Path, left_out: LeftOut) -> None:
-        self._argument, self._named, self._left_out = argument, named, left_out
-        self._folder = folder / named
+    All methods raise TableError and OSError.
+    """
+
+    def __init__(self, argument: str, named: Path, folder: Path, left_out: LeftOutFiles) -> None:
+        self._named, self._folder, self._left_out = named, folder / named, left_out
         self._unreadable: list[OSError] = []
-        self._holds_run = cache(lambda inner: (self._folder / inner / "run.json").is_file())
+        self._filter = TableFilter(clean(argument), self._is_file, self._name_of, left_out)
 
-    def walk(self) -> Iterator[TableFile]:
-        """All tables of the folder. Raises TableError, OSError."""
-        return self._tables(list(self._files_in(".")))
+    def walk(self) -> list[TableFile]:
+        """Return all tables of the folder."""
+        return self._choose(self._files_in("."))
 
-    def match(self, pattern: str) -> Iterator[TableFile]:
-        """The tables among the matches of a glob, and those in folders that it matches. Raises TableError, OSError."""
-        self._note_unreadable(pattern)
-        is_folder = {path.relative_to(self._folder).as_posix(): path.is_dir() for path in self._folder.glob(pattern)}
-        files = [relative for relative, folder in is_folder.items() if not folder]
-        for relative in outermost(relative for relative, folder in is_folder.items() if folder):
+    def match(self, pattern: str) -> list[TableFile]:
+        """Return the tables among the matches of a glob, and those in folders that it matches."""
+        self._record_unreadable(pattern)
+        matches = {path.relative_to(self._folder).as_posix(): path.is_dir() for path in self._folder.glob(pattern)}
+        files = [relative for relative, is_folder in matches.items() if not is_folder]
+        for relative in outermost_folders(relative for relative, is_folder in matches.items() if is_folder):
             if relative == "." or self._is_entered(relative):
                 files += self._files_in(relative)
-        return self._tables(list(dict.fromkeys(files)))
+        return self._choose(dict.fromkeys(files))
 
-    def _note_unreadable(self, pattern: str) -> None:
+    def _record_unreadable(self, pattern: str) -> None:
         """Record unreadable folders along a glob's path: pathlib skips them silently."""
         parts = pattern.split("/")
         for count in range(1, len(parts)):
             for path in self._folder.glob("/".join(parts[:count])):
                 relative = path.relative_to(self._folder).as_posix()
-                if path.is_dir() and (relative == "." or not why_left_out(f"{relative}/", self._holds_run)):
+                if path.is_dir() and (relative == "." or not self._filter.find_cause(f"{relative}/")):
                     try:
                         os.scandir(path).close()
                     except PermissionError as error:
@@ -148,41 +217,41 @@ class _Below:
         """Yield the files in a folder and those below it."""
         for here, folders, files in os.walk(self._folder / relative, onerror=self._unreadable.append):
             inner = Path(here).relative_to(self._folder)
-            paths = [(inner / name).as_posix() for name in folders]
-            folders[:] = [name for name, path in zip(folders, paths, strict=True) if self._is_entered(path)]
+            folders[:] = [name for name in folders if self._is_entered((inner / name).as_posix())]
             yield from ((inner / name).as_posix() for name in files)
 
-    def _faults(self) -> Iterator[TableFile]:
-        for error in self._unreadable:
-            name = self._name_of(Path(error.filename).relative_to(self._folder).as_posix())
-            refuse_storage_fault(error, name)
-            yield TableFile(self._folder, name, plain_stem(name), fault=f"{name}: {reason(error)}", is_named=False)
-
     def _is_entered(self, relative: str) -> bool:
-        """Whether a folder is looked into; what is in another is not even listed, since it may be a million images."""
-        if cause := why_left_out(f"{relative}/", self._holds_run):
-            self._left_out.add(self._name_of(cause.culprit), cause.reason)
-        elif (self._folder / relative).is_symlink():
+        """Return whether a folder is listed. One that is left out is not: it may hold a million images."""
+        if self._filter.is_left_out(f"{relative}/"):
+            return False
+        if (self._folder / relative).is_symlink():
             self._left_out.add(self._name_of(f"{relative}/"), "link")
-        else:
-            return True
-        return False
+            return False
+        return True
 
-    def _tables(self, relatives: list[str]) -> Iterator[TableFile]:
+    def _choose(self, relatives: Iterable[str]) -> list[TableFile]:
+        relatives = list(relatives)
         if self._unreadable and not relatives:
             raise self._unreadable[0]
-        relatives.sort(key=lambda relative: relative.split("/"))  # as pathlib sorts
-        tables = list(tables_among(relatives, self._holds_run, self._name_of, self._left_out))
-        if not tables:
-            raise TableError(holds_no_table(clean(self._argument), self._left_out))
-        for relative in tables:
+        files = []
+        for relative in self._filter.choose(relatives):
             path, name = self._folder / relative, self._name_of(relative)
             if path.is_symlink() and not path.exists():
-                fault = f"{name}: the link leads to no file"
-                yield TableFile(path, name, plain_stem(relative), fault=fault, is_named=False)
-            elif (ending := read_ending(relative)) and path.is_file():
-                yield TableFile(path, name, ending.stem, ending.format, ending.packing, is_named=False)
-        yield from self._faults()
+                files.append(_refused(path, name, stem_of(relative), "the link leads to no file"))
+            elif path.is_file():
+                files.append(_make_file(path, name, relative, is_named=False))
+        for error in self._unreadable:
+            name = self._name_of(Path(error.filename).relative_to(self._folder).as_posix())
+            raise_storage_error(error, name)
+            files.append(_refused(self._folder, name, stem_of(name), error_text(error)))
+        return files
+
+    def _is_file(self, relative: str) -> bool:
+        return (self._folder / relative).is_file()
 
     def _name_of(self, relative: str) -> str:
         return clean((self._named / relative).as_posix()) + ("/" if relative.endswith("/") else "")
+
+
+def _refused(path: Path, name: str, stem: str, message: str) -> TableFile:
+    return TableFile(path, name, stem, error=f"{name}: {message}", is_named=False)

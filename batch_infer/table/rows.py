@@ -3,37 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from decimal import Decimal, InvalidOperation
-from functools import lru_cache
 from typing import Any, TypeAlias
 
 from batch_infer.errors import RowError, SettingsError
-from batch_infer.records import PromptRequest, ResultRow, SamplingParams, SizeRules, Source, digest, now
+from batch_infer.records import PromptRequest, ResultRow, SamplingParams, SizeRules, Source, digest, utc_now
 from batch_infer.settings import FIELDS, RowDefaults
-from batch_infer.table.text import clean, encoding_fault
+from batch_infer.table.base import clean, encoding_error, is_utf8, make_default_id
+from batch_infer.table.fields import MAX_SEED, MAX_TEXT, PARSERS, id_text, read_fields, show_value
 
-LARGEST_SEED = 2**63 - 1
-MOST_STEPS = 1000
-MOST_GUIDANCE = 100.0
-MOST_IMAGES = 1000
-LONGEST_TEXT = 10_000
-"""Characters of a prompt, negative prompt or id.
+REQUEST_STEM = "request"
+"""Takes the place of the file's name, also in ids, for rows that are in no file."""
 
-A text encoder reads some 75 words, and splitting a megabyte into tokens holds up all other rows for seconds.
-"""
-NUMBERS = frozenset(FIELDS) - {"prompt", "id", "negative_prompt"}
-MISSING = frozenset({"", "nan", "na", "n/a", "#n/a", "<na>", "null", "none", r"\n"})
+IsFinished: TypeAlias = "Callable[[PromptRequest], bool]"
+"""Returns whether a request has its image already."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowRules:
-    """What a row's empty cells become, what its sizes may be, and the fingerprint of all that the run decides.
+    """The values of empty cells, the sizes that a row may have, and the fingerprint of the run's settings.
 
-    `defaults` has no None left but in negative_prompt. `fixed` are fields that the model does not take, each with the
-    value that it has for all rows.
+    `defaults` has None for negative_prompt only. `fixed` are fields that the model does not take, each with its value
+    for all rows.
     """
 
     defaults: RowDefaults
@@ -43,19 +35,20 @@ class RowRules:
     fixed: tuple[tuple[str, Any], ...] = ()
 
     def check(self) -> None:
-        """Hold the defaults to the rules that rows are held to. Raises SettingsError."""
-        faults: list[str] = []
-        parsed = _parse(Cells("", Source("", 0), {**asdict(self.defaults), "prompt": "any"}, {}), self, faults)
-        if faults := faults or _too_long(parsed):
-            raise SettingsError("; ".join(faults))
+        """Raise SettingsError where the defaults break the rules for rows."""
+        errors: list[str] = []
+        row = RowCells("", Source("", 0), {**asdict(self.defaults), "prompt": "any"}, {})
+        values = _parse(row, self, errors)
+        if errors := errors or _check_lengths(values):
+            raise SettingsError("; ".join(errors))
 
 
 @dataclass(frozen=True, slots=True)
-class Cells:
-    """A row's own cells by field (None where empty), its carried ones, and where it stands.
+class RowCells:
+    """The cells of a row: those of fields (None where empty) and the carried ones.
 
-    `id` is the row's own or the default one, and is the row's alone. `too_large` says which carried cells were left
-    out because a row has no room for them. The last two are those of PromptRequest.
+    `id` is the row's own or its default one, and unique. `too_large` says which carried cells were left out because
+    they are too large together. The last two attributes are those of PromptRequest.
     """
 
     id: str
@@ -67,35 +60,56 @@ class Cells:
     stem_collides: bool = False
 
 
-IsFinished: TypeAlias = "Callable[[PromptRequest], bool]"
-"""Returns whether a request has its image already."""
-
-
-def requests(
-    cells: Cells, rules: RowRules, is_finished: IsFinished = lambda _: False
+def parse_rows(
+    rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str], rules: RowRules
 ) -> Iterator[PromptRequest | ResultRow]:
-    """One request for each image of a row, or its one invalid result.
+    """Yield the requests or the invalid result of each row of a request to a server or of a data frame.
 
-    The limits of texts and carried cells are for rows that are to be rendered: earlier versions had none, so a row of
-    which an image is finished is not invalid for them.
+    `columns` has the column of each field with another name. A row without an id has its number as id. Ids need not be
+    unique: they only decide derived seeds. Columns that are no fields are ignored.
     """
-    faults: list[str] = []
-    parsed = _parse(cells, rules, faults)
-    if faults:
-        yield invalid(cells, "; ".join(faults))
+    named = {field: name for field in FIELDS if (name := columns.get(field, field))}
+    for number, row in enumerate(rows):
+        fields = read_fields(named, row.get)
+        value = fields.pop("id", None)
+        name = make_default_id(REQUEST_STEM, number) if value is None else id_text(value)
+        cells = RowCells(name, Source(REQUEST_STEM, number), fields, {})
+        broken = [field for field, cell in fields.items() if isinstance(cell, str) and not is_utf8(cell)]
+        if broken:  # a table can be saved as UTF-8, a request cannot
+            yield make_invalid(
+                cells, f"the {broken[0]} holds a lone surrogate, which is half a character: send whole ones"
+            )
+        elif isinstance(value, (list, dict)):
+            yield make_invalid(cells, f"the id is not text but {type(value).__name__}")
+        else:
+            yield from make_requests(cells, rules)
+
+
+def make_requests(
+    cells: RowCells, rules: RowRules, is_finished: IsFinished = lambda _: False
+) -> Iterator[PromptRequest | ResultRow]:
+    """Yield one request for each image of a row, or its one invalid result.
+
+    The limits of texts and carried cells apply to rows that are still to be rendered: earlier versions had no limits,
+    so a row with a finished image stays valid.
+    """
+    errors: list[str] = []
+    values = _parse(cells, rules, errors)
+    if errors:
+        yield make_invalid(cells, "; ".join(errors))
         return
-    limits = [*_too_long(parsed), *([cells.too_large] if cells.too_large else ())]
-    if limits and not any(map(is_finished, _requests(cells, rules, dict(parsed)))):
-        yield invalid(cells, "; ".join(limits))
+    too_large = [*_check_lengths(values), *([cells.too_large] if cells.too_large else ())]
+    if too_large and not any(map(is_finished, _make_requests(cells, rules, dict(values)))):
+        yield make_invalid(cells, "; ".join(too_large))
     else:
-        yield from _requests(cells, rules, parsed)
+        yield from _make_requests(cells, rules, values)
 
 
-def _requests(cells: Cells, rules: RowRules, parsed: dict[str, Any]) -> Iterator[PromptRequest]:
+def _make_requests(cells: RowCells, rules: RowRules, values: dict[str, Any]) -> Iterator[PromptRequest]:
     count, seed, prompt, negative_prompt = (
-        parsed.pop(name) for name in ("num_images_per_prompt", "seed", "prompt", "negative_prompt")
+        values.pop(name) for name in ("num_images_per_prompt", "seed", "prompt", "negative_prompt")
     )
-    params = SamplingParams(**parsed, embedded_guidance=rules.embedded_guidance)
+    params = SamplingParams(**values, embedded_guidance=rules.embedded_guidance)
     for k in range(count):
         yield PromptRequest(
             cells.id,
@@ -105,24 +119,24 @@ def _requests(cells: Cells, rules: RowRules, parsed: dict[str, Any]) -> Iterator
             seed + k,
             params,
             cells.source,
-            digest([rules.fingerprint, prompt, negative_prompt, seed + k, *parsed.values()]),
+            digest([rules.fingerprint, prompt, negative_prompt, seed + k, *values.values()]),
             cells.carried,
             id_collides=cells.id_collides,
             stem_collides=cells.stem_collides,
         )
 
 
-def invalid(cells: Cells, error: str) -> ResultRow:
-    """The result of a row that cannot be rendered."""
+def make_invalid(cells: RowCells, error: str) -> ResultRow:
+    """Return the result of a row that cannot be rendered."""
     prompt = cells.fields.get("prompt")
-    fields = {name: value[:LONGEST_TEXT] if isinstance(value, str) else value for name, value in cells.fields.items()}
+    fields = {name: value[:MAX_TEXT] if isinstance(value, str) else value for name, value in cells.fields.items()}
     return ResultRow(
         id=cells.id,
         image_index=0,
-        prompt=None if prompt is None else clean(str(prompt)[:LONGEST_TEXT]),
+        prompt=None if prompt is None else clean(str(prompt)[:MAX_TEXT]),
         status="invalid",
         error=clean(error),
-        finished_at=now(),
+        finished_at=utc_now(),
         source_file=cells.source.file,
         source_row=cells.source.row,
         fingerprint=digest(["invalid", error, str(fields)]),
@@ -131,161 +145,42 @@ def invalid(cells: Cells, error: str) -> ResultRow:
     )
 
 
-def _parse(cells: Cells, rules: RowRules, faults: list[str]) -> dict[str, Any]:
-    """The row's values by field, row over default; what is wrong is added to `faults`."""
+def _parse(cells: RowCells, rules: RowRules, errors: list[str]) -> dict[str, Any]:
+    """Return a row's values by field, with defaults for empty cells. Add what is wrong to `errors`."""
     for part in (cells.carried, cells.fields):
         for name, value in part.items():
-            if value.__class__ is str and not value.isascii() and (fault := encoding_fault(value)):
-                faults.append(f"column {name!r} {fault}")
-    get = cells.fields.get
-    if get("prompt") is None:
-        faults.append("the prompt is empty")
-    parsed: dict[str, Any] = {}
-    for field, read in _READ.items():
-        value = get(field)
+            if value.__class__ is str and not value.isascii() and (error := encoding_error(value)):
+                errors.append(f"column {name!r} {error}")
+    if cells.fields.get("prompt") is None:
+        errors.append("the prompt is empty")
+    values: dict[str, Any] = {}
+    for field, parse in PARSERS.items():
+        value = cells.fields.get(field)
         try:
-            parsed[field] = getattr(rules.defaults, field, None) if value is None else read(field, value, rules)
-        except RowError as error:
-            faults.append(str(error))
+            values[field] = getattr(rules.defaults, field, None) if value is None else parse(field, value, rules.sizes)
+        except RowError as caught:
+            errors.append(str(caught))
     for field, value in rules.fixed:
-        if field in parsed and parsed[field] != value:
-            faults.append(f"{field} {_show(parsed[field])} is given, and this model takes none")
-    if faults:
-        return parsed
-    if get("seed") is None:
-        parsed["seed"] = derived_seed(rules.defaults.seed, cells.id)
-    if parsed["seed"] + parsed["num_images_per_prompt"] - 1 > LARGEST_SEED:
-        faults.append(f"seed {parsed['seed']} leaves no room for {parsed['num_images_per_prompt']} images (seed + k)")
-    return parsed
+        if field in values and values[field] != value:
+            errors.append(f"{field} {show_value(values[field])} is given, and this model takes none")
+    if errors:
+        return values
+    if cells.fields.get("seed") is None:
+        values["seed"] = derive_seed(rules.defaults.seed, cells.id)
+    if values["seed"] + values["num_images_per_prompt"] - 1 > MAX_SEED:
+        errors.append(f"seed {values['seed']} leaves no room for {values['num_images_per_prompt']} images (seed + k)")
+    return values
 
 
-def derived_seed(seed: int, row_id: str) -> int:
-    """The seed, below 2^32, of a row that names none: stable, whatever stands around the row."""
+def derive_seed(seed: int, row_id: str) -> int:
+    """Return the seed, below 2^32, of a row without its own. It does not depend on other rows."""
     return int.from_bytes(hashlib.sha256(f"{seed}\0{row_id}".encode("utf-8", "surrogatepass")).digest()[:4], "big")
 
 
-def is_empty(value: Any) -> bool:
-    """Return whether a cell is empty: null, NaN, or an empty string of characters or bytes."""
-    return value is None or value in ("", b"") or (isinstance(value, float) and math.isnan(value))
-
-
-def own_cells(columns: Mapping[str, str], get: Callable[[str], Any]) -> dict[str, Any]:
-    """A row's cells by field, None where they say nothing; `columns` has the column of each field."""
-    own = {}
-    for field, name in columns.items():
-        value = get(name)
-        if value is None or is_empty(value) or (value.__class__ is str and field in NUMBERS and _is_missing(value)):
-            value = None
-        own[field] = value
-    return own
-
-
-def _is_missing(text: str) -> bool:
-    """Whether the text of a number is what databases, spreadsheets and pandas write for a missing one."""
-    return not text[0].isdigit() and text.strip().lower() in MISSING
-
-
-def _prompt(field: str, value: Any, rules: RowRules) -> str:
-    text = _text(field, value, rules)
-    if not text.strip():
-        raise RowError("the prompt is empty")
-    return text
-
-
-def _text(field: str, value: Any, rules: RowRules) -> str:
-    if isinstance(value, bytes):
-        try:
-            value = value.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise RowError(f"{field} is not UTF-8: {error.reason} at byte {error.start}") from error
-    if not isinstance(value, str):
-        raise RowError(f"{field} {_show(value)} is not text but {type(value).__name__}")
-    if "\0" in value:
-        raise RowError(f"{field} holds a NUL byte")
-    return value
-
-
-def _too_long(parsed: Mapping[str, Any]) -> list[str]:
-    """Say which texts of a row are longer than a row to be rendered may have."""
+def _check_lengths(values: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the lengths of a row's texts."""
     return [
-        f"the {field} has {len(text)} characters, and {LONGEST_TEXT} are the most: a model reads some 75 words"
+        f"the {field} has {len(text)} characters, and {MAX_TEXT} are the most: a model reads some 75 words"
         for field in ("prompt", "negative_prompt")
-        if len(text := parsed[field] or "") > LONGEST_TEXT
+        if len(text := values[field] or "") > MAX_TEXT
     ]
-
-
-def _whole(field: str, value: Any, least: int, most: int) -> int:
-    if value.__class__ is str and value.isdecimal() and value.isascii() and len(value) < 20:
-        number = int(value)  # as almost all cells are: ten times as fast
-        if least <= number <= most:
-            return number
-    decimal = _decimal(value)
-    # An exponent of millions is a short cell, an endless integer and no operand: compare, then convert.
-    if decimal is None or (-(10**30) < decimal < 10**30 and decimal != decimal.to_integral_value()):
-        raise RowError(f"{field} {_show(value)} is not a whole number")
-    if not least <= decimal <= most:
-        raise RowError(f"{field} {_show(value)} is not within {least} to {most}")
-    return int(decimal)
-
-
-def _side(field: str, value: Any, rules: RowRules) -> int:
-    sizes = rules.sizes
-    side = _whole(field, value, sizes.smallest, sizes.largest)
-    if side % sizes.factor:
-        raise RowError(f"{field} {side} is not a multiple of {sizes.factor}; the nearest is {_nearest(side, sizes)}")
-    return side
-
-
-def _nearest(side: int, sizes: SizeRules) -> int:
-    return max(sizes.smallest, round(side / sizes.factor) * sizes.factor)
-
-
-def _real(field: str, value: Any, most: float) -> float:
-    number = _decimal(value)
-    if number is None:
-        raise RowError(f"{field} {_show(value)} is not a number")
-    if not 0 <= number <= Decimal(most):
-        raise RowError(f"{field} {_show(value)} is not within 0 to {most:g}")
-    return float(number)
-
-
-def _decimal(value: Any) -> Decimal | None:
-    """A cell as a finite number, or None; a boolean is not one."""
-    if isinstance(value, str):
-        return _common_decimal(value) if len(value) < 20 else _to_decimal(value.strip())
-    if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
-        return None
-    return _to_decimal(value)
-
-
-@lru_cache(maxsize=4096)
-def _common_decimal(text: str) -> Decimal | None:
-    """A short text's number, remembered: a table has few that differ."""
-    return _to_decimal(text.strip())
-
-
-def _to_decimal(value: str | int | float | Decimal) -> Decimal | None:
-    try:
-        number = Decimal(value)
-    except InvalidOperation:
-        return None
-    return number if number.is_finite() else None
-
-
-def _show(value: Any) -> str:
-    text = clean(str(value))
-    return repr(text if len(text) <= 40 else text[:37] + "...")
-
-
-_READ: Mapping[str, Callable[[str, Any, RowRules], Any]] = {
-    "prompt": _prompt,
-    "negative_prompt": _text,
-    "seed": lambda field, value, rules: _whole(field, value, 0, LARGEST_SEED),
-    "num_images_per_prompt": lambda field, value, rules: _whole(field, value, 1, MOST_IMAGES),
-    "height": _side,
-    "width": _side,
-    "num_inference_steps": lambda field, value, rules: _whole(field, value, 1, MOST_STEPS),
-    "guidance_scale": lambda field, value, rules: _real(field, value, MOST_GUIDANCE),
-    "guidance_rescale": lambda field, value, rules: _real(field, value, 1.0),
-}
-"""How a field is read, in the order in which faults are told and fingerprints are made."""

@@ -1,8 +1,4 @@
-"""JSON text that does not fit in memory, read one value at a time by the standard library's decoder.
-
-(ijson was tried: a byte that is not UTF-8 or a lone surrogate ends its document or becomes another character in
-silence, and its memory grows with the square of the depth.)
-"""
+"""JSON text that does not fit in memory, read one value at a time."""
 
 from __future__ import annotations
 
@@ -12,114 +8,117 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from batch_infer.table.numbers import exact_float
+from batch_infer.table.jsonl import exact_float
 from batch_infer.table.streams import BUFFER, LONGEST
 
 
 class BrokenDocument(Exception):
-    """The document goes on as JSON does not, or not at all."""
+    """The document is not JSON from here on, or ends early."""
 
 
 class Scanner:
-    """Stands at a place in a document; each method goes past what it is named for.
+    """A position in JSON text, which the methods advance. All of them raise OSError and BrokenDocument.
 
-    All raise OSError, and BrokenDocument.
+    The standard library's decoder reads one value at a time. (ijson was tried: a byte that is not UTF-8 or a lone
+    surrogate ends its document or silently becomes another character, and its memory grows with the square of the
+    depth.)
     """
 
     def __init__(self, stream: io.BufferedReader, longest: int = LONGEST) -> None:
+        """`longest` is the limit of a value in characters."""
         self._stream, self._longest = stream, longest
         self._utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
         self._decode = json.JSONDecoder(parse_float=exact_float).raw_decode
-        self._text, self._at = "", 0
-        self._ended = False
+        self._text, self._position = "", 0
+        self._is_at_end = False
 
     def peek(self) -> str:
-        """The next character that is no space, or '' at the end."""
+        """Return the next character that is not a space, or '' at the end."""
         while True:
-            rest = self._text[self._at : self._at + 1]
-            if rest and not rest.isspace():
-                return rest
-            if rest:
-                self._at += 1
-            elif not self._more():
+            character = self._text[self._position : self._position + 1]
+            if character and not character.isspace():
+                return character
+            if character:
+                self._position += 1
+            elif not self._read_more():
                 return ""
 
-    def take(self, *marks: str) -> str:
-        """One of these marks."""
-        found = self.peek()
-        if found not in marks:
-            wanted = " or ".join(marks)
-            raise BrokenDocument(f"{found!r} stands where {wanted} should" if found else "it ends in the middle")
-        self._at += 1
-        return found
+    def read_mark(self, *marks: str) -> str:
+        """Read one of these marks."""
+        character = self.peek()
+        if character not in marks:
+            expected = " or ".join(marks)
+            raise BrokenDocument(f"{character!r} instead of {expected}" if character else "it ends in the middle")
+        self._position += 1
+        return character
 
-    def value(self) -> Any:
-        """A value, of `longest` characters at most."""
+    def read_value(self) -> Any:
+        """Read one value."""
         if not self.peek():
             raise BrokenDocument("it ends in the middle")
         while True:
             try:
-                found, end = self._decode(self._text, self._at)
+                value, end = self._decode(self._text, self._position)
             except json.JSONDecodeError as error:
-                fault = f"it is no JSON: {error.msg.removesuffix(' at')}"
+                message = f"it is not JSON: {error.msg.removesuffix(' at')}"
             except ValueError as error:
                 raise BrokenDocument("a number in it is too long") from error
             except RecursionError as error:
                 raise BrokenDocument("it is nested too deeply") from error
             else:
-                if end < len(self._text) or self._ended:  # else 12 may be the start of 123
-                    self._at = end
-                    return found
-                fault = ""
-            if self._ended or len(self._text) - self._at > self._longest:
-                raise BrokenDocument(fault or f"a value is longer than {self._longest} characters")
-            more = 2 * (len(self._text) - self._at)
-            while len(self._text) - self._at < more and self._more():
+                if end < len(self._text) or self._is_at_end:  # else 12 may be the start of 123
+                    self._position = end
+                    return value
+                message = f"a value is longer than {self._longest} characters"
+            if self._is_at_end or len(self._text) - self._position > self._longest:
+                raise BrokenDocument(message)
+            size = 2 * (len(self._text) - self._position)
+            while len(self._text) - self._position < size and self._read_more():
                 pass
 
-    def skip(self) -> None:
-        """A value, or an array of any length."""
+    def skip_value(self) -> None:
+        """Skip a value, or an array of any length."""
         if self.peek() == "[":
             for _ in self.elements():
-                self.value()
+                self.read_value()
         else:
-            self.value()
+            self.read_value()
 
     def elements(self) -> Iterator[None]:
-        """Stops before each element of an array; whoever walks goes past it."""
-        self.take("[")
+        """Stop before each element of an array. The caller must consume it."""
+        self.read_mark("[")
         if self.peek() == "]":
-            self.take("]")
+            self.read_mark("]")
             return
         yield
-        while self.take(",", "]") == ",":
+        while self.read_mark(",", "]") == ",":
             yield
 
-    def members(self) -> Iterator[str]:
-        """The keys of an object; whoever walks goes past the value of each."""
-        self.take("{")
+    def read_keys(self) -> Iterator[str]:
+        """Yield the keys of an object. The caller must consume the value of each."""
+        self.read_mark("{")
         if self.peek() == "}":
-            self.take("}")
+            self.read_mark("}")
             return
-        yield self._key()
-        while self.take(",", "}") == ",":
-            yield self._key()
+        yield self._read_key()
+        while self.read_mark(",", "}") == ",":
+            yield self._read_key()
 
-    def end(self) -> None:
-        """The end of the document."""
-        if found := self.peek():
-            raise BrokenDocument(f"{found!r} stands after its end")
+    def read_end(self) -> None:
+        """Check that the document ends here."""
+        if character := self.peek():
+            raise BrokenDocument(f"{character!r} after its end")
 
-    def _key(self) -> str:
-        key = self.value()
+    def _read_key(self) -> str:
+        key = self.read_value()
         if not isinstance(key, str):
             raise BrokenDocument("a key is not text")
-        self.take(":")
+        self.read_mark(":")
         return key
 
-    def _more(self) -> bool:
-        """Take in more text; False at the end of the document. Bytes that are not UTF-8 come as lone surrogates."""
-        found = self._stream.read1(BUFFER)
-        self._text = self._text[self._at :] + self._utf8(found, not found)
-        self._at, self._ended = 0, not found
-        return bool(found)
+    def _read_more(self) -> bool:
+        """Read more text and return False at the end. Bytes that are not UTF-8 become lone surrogates."""
+        data = self._stream.read1(BUFFER)
+        self._text = self._text[self._position :] + self._utf8(data, not data)
+        self._position, self._is_at_end = 0, not data
+        return bool(data)

@@ -1,9 +1,8 @@
-"""The bytes and lines of a file, unpacked as they are read."""
+"""The bytes and lines of a file, decompressed as they are read."""
 
 from __future__ import annotations
 
 import bz2
-import errno
 import gzip
 import io
 import lzma
@@ -13,58 +12,44 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO, cast
+from typing import Any, BinaryIO, NamedTuple, TextIO, cast
 
 import pyarrow as pa
 
-from batch_infer.errors import RowError, StorageError, TableError, first_line
+from batch_infer.errors import RowError, TableError
 from batch_infer.store import create_temporary
-from batch_infer.table.endings import TableFile
+from batch_infer.table.base import TableFile, raise_storage_error
 
 LONGEST = 16 << 20
-"""Characters of one row, or bytes of one of Parquet: what an open quote may take in before it is given up."""
-
+"""Characters of one row, or bytes of one of Parquet. A quote that is still open beyond it counts as unclosed."""
 BUFFER = 1 << 16
 ZSTD_READ = 1 << 12
-"""Arrow loses what it had unpacked in the read that meets the break: so little at a time."""
-
-UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+"""Bytes per read of zstd: Arrow loses what it decompressed in the read that meets damage."""
+UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 UTF_8_MARK = b"\xef\xbb\xbf"
-MAGIC = {
-    ".gz": re.compile(rb"\x1f\x8b"),
-    ".bz2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),
-    ".xz": re.compile(rb"\xfd7zXZ\x00"),
-    ".zst": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
-}
 MAGIC_BYTES = 10
-PACKED = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
-
-_NAMES = ("ENOENT", "ENOTDIR", "EISDIR", "EACCES", "EPERM", "ELOOP", "ENAMETOOLONG", "ENXIO", "EINVAL")
-_OF_THE_FILE = {getattr(errno, name) for name in _NAMES}
-"""The errnos that mean the path is not a readable file. Other errors are of the disk or the network."""
 
 
-_OPENERS: dict[str, Callable[[BinaryIO], Any]] = {
-    ".gz": lambda packed: gzip.GzipFile(fileobj=packed, mode="rb"),
-    ".bz2": bz2.BZ2File,
-    ".xz": lzma.LZMAFile,
-    ".zst": lambda packed: pa.CompressedInputStream(packed, "zstd"),
+class _Compression(NamedTuple):
+    name: str
+    magic: re.Pattern[bytes]
+    open: Callable[[BinaryIO], Any]
+
+
+COMPRESSIONS = {
+    ".gz": _Compression("gzip", re.compile(rb"\x1f\x8b"), lambda raw: gzip.GzipFile(fileobj=raw, mode="rb")),
+    ".bz2": _Compression("bzip2", re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"), bz2.BZ2File),
+    ".xz": _Compression("xz", re.compile(rb"\xfd7zXZ\x00"), lzma.LZMAFile),
+    ".zst": _Compression(
+        "zstd",
+        re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
+        lambda raw: pa.CompressedInputStream(raw, "zstd"),
+    ),
 }
 
 
-def refuse_storage_fault(error: Exception, name: str, *, was_opened: bool = False) -> None:
-    """Raise StorageError for an error of the system, such as EIO, which says nothing about the content of the file.
-
-    With `was_opened`, also for errors on a file that was opened before, such as one that was removed since.
-    """
-    if not isinstance(error, OSError) or error.errno in (None, errno.EINVAL):
-        return
-    if was_opened or error.errno not in _OF_THE_FILE:
-        raise StorageError(f"cannot read {name}: {reason(error)}; run the same command again to continue") from error
-
-
-class _File(io.FileIO):
-    """A file on disk. Errors while it is read are raised as StorageError that names the table."""
+class _RawFile(io.FileIO):
+    """A file on disk. Raises StorageError, which names the table, where the disk fails."""
 
     def __init__(self, file: TableFile) -> None:
         super().__init__(file.path)
@@ -74,16 +59,16 @@ class _File(io.FileIO):
         try:
             return super().readinto(buffer)
         except OSError as error:
-            refuse_storage_fault(error, self._table)
+            raise_storage_error(error, self._table)
             raise
 
 
-class _Unpacked(io.RawIOBase):
-    """What a packed file holds. All that stands before a fault is given before the fault is raised, as OSError."""
+class _Decompressed(io.RawIOBase):
+    """The content of a compressed file. Everything before damage is returned before OSError is raised."""
 
-    def __init__(self, packed: BinaryIO, packing: str) -> None:
-        self._packed, self._packing = packed, packing
-        self._source: Any = _OPENERS[packing](packed)
+    def __init__(self, raw: BinaryIO, ending: str) -> None:
+        self._raw, self._name = raw, COMPRESSIONS[ending].name
+        self._source = COMPRESSIONS[ending].open(raw)
 
     def readable(self) -> bool:
         return True
@@ -91,44 +76,45 @@ class _Unpacked(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer)
         try:
-            found = self._read(len(view))
+            data = self._read(len(view))
         except EOFError as error:
-            raise OSError(f"the {PACKED[self._packing]} stream is cut off") from error
+            raise OSError(f"the {self._name} stream is cut off") from error
         except (zlib.error, lzma.LZMAError) as error:
-            raise OSError(f"the {PACKED[self._packing]} stream is damaged: {error}") from error
-        view[: len(found)] = found
-        return len(found)
+            raise OSError(f"the {self._name} stream is damaged: {error}") from error
+        view[: len(data)] = data
+        return len(data)
 
     def _read(self, size: int) -> bytes:
-        if self._packing == ".zst":
+        if self._name == "zstd":
             return cast("bytes", self._source.read(min(size, ZSTD_READ)))
         return cast("bytes", self._source.read1(size))
 
     def close(self) -> None:
         if not self.closed:
             self._source.close()
-            self._packed.close()
+            self._raw.close()
         super().close()
 
 
-def open_unpacked(file: TableFile) -> io.BufferedReader:
-    """Return a file decompressed, as a stream of bytes. Raises OSError, and StorageError where the disk fails."""
+def open_decompressed(file: TableFile) -> io.BufferedReader:
+    """Return the decompressed bytes of a file. Raises OSError, and StorageError where the disk fails."""
     with ExitStack() as stack:
-        stream: io.BufferedReader = stack.enter_context(io.BufferedReader(_File(file), BUFFER))
-        if file.packing and (start := stream.peek(MAGIC_BYTES)):
-            if not MAGIC[file.packing].match(start):
-                raise OSError(f"it is not {PACKED[file.packing]}")
-            stream = stack.enter_context(io.BufferedReader(_Unpacked(stream, file.packing), BUFFER))
+        stream: io.BufferedReader = stack.enter_context(io.BufferedReader(_RawFile(file), BUFFER))
+        if file.compression and (start := stream.peek(MAGIC_BYTES)):
+            compression = COMPRESSIONS[file.compression]
+            if not compression.magic.match(start):
+                raise OSError(f"it is not {compression.name}")
+            stream = stack.enter_context(io.BufferedReader(_Decompressed(stream, file.compression), BUFFER))
         stack.pop_all()
         return stream
 
 
 def open_bytes(file: TableFile) -> io.BufferedReader:
-    """The bytes of a text file, after the byte order mark. Raises OSError, and TableError for UTF-16."""
+    """Return the bytes of a text file after the byte order mark. Raises OSError, and TableError for UTF-16."""
     with ExitStack() as stack:
-        stream = stack.enter_context(open_unpacked(file))
+        stream = stack.enter_context(open_decompressed(file))
         start = stream.peek(4)
-        if start.startswith(UTF_16):
+        if start.startswith(UTF_16_MARKS):
             raise TableError(f"{file.name} is UTF-16; save it as UTF-8, or convert it: iconv -f UTF-16 -t UTF-8")
         if start.startswith(UTF_8_MARK):
             stream.read(len(UTF_8_MARK))
@@ -137,24 +123,21 @@ def open_bytes(file: TableFile) -> io.BufferedReader:
 
 
 def open_text(file: TableFile, newline: str | None) -> TextIO:
-    """The text of a file. Bytes that are not UTF-8 come as lone surrogates, so that they cost their own row alone."""
+    """Return the text of a file. Bytes that are not UTF-8 become lone surrogates. Raises OSError and TableError."""
     return io.TextIOWrapper(open_bytes(file), encoding="utf-8", errors="surrogateescape", newline=newline)
 
 
-def unpack(file: TableFile, place: Path) -> Path:
-    """Write what a packed file holds to `place`, for a format that is not read from front to back.
-
-    Raises OSError where it cannot be read, StorageError where the copy cannot be written.
-    """
-    with open_unpacked(file) as stream, create_temporary(place) as copy:
+def decompress(file: TableFile, path: Path) -> Path:
+    """Write the decompressed file to `path` and return it. Raises OSError, and StorageError for the copy."""
+    with open_decompressed(file) as stream, create_temporary(path) as copy:
         shutil.copyfileobj(stream, copy, BUFFER)
-    return place
+    return path
 
 
-class Lines:
-    """The lines of a text, with their ends. `number` is that of the last line, from 1.
+class LineReader:
+    """The lines of a text, with their line ends. `number` is the number of the last line, from 1.
 
-    A line that is too long raises RowError, unless `too_long` is overridden. The next line follows it.
+    A line that is too long raises RowError, unless `shorten` is overridden. The next line follows it.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -172,23 +155,16 @@ class Lines:
         self.number += 1
         if len(line) < self.longest or line[-1] in "\r\n":
             return line
-        return self.too_long(self._pieces(line))
+        return self.shorten(self._pieces(line))
 
-    def too_long(self, pieces: Iterator[str]) -> str:
+    def shorten(self, pieces: Iterator[str]) -> str:
         """Skip the pieces of a line that is too long. A subclass may return what it keeps of the line."""
         for _ in pieces:
             pass
         raise RowError(f"is longer than {self.longest} characters")
 
     def _pieces(self, piece: str) -> Iterator[str]:
-        """Yield a line in pieces, of which this is the first."""
+        """Yield a line in pieces, of which `piece` is the first."""
         while piece:
             yield piece
             piece = "" if piece[-1] in "\r\n" else self._readline(self.longest)
-
-
-def reason(error: Exception) -> str:
-    """What is wrong with a file, without its name."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return first_line(error)

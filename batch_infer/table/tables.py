@@ -1,37 +1,32 @@
-"""All tables of a run as one stream of requests, in input order."""
+"""All tables of a run as one stream of requests and invalid results, in input order."""
 
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from batch_infer.errors import TableError
 from batch_infer.records import PromptRequest, ResultRow, Source
 from batch_infer.settings import IdSource, TableSettings
-from batch_infer.table.carrying import CellReader, Opened, common_schema, name_carried, with_names
-from batch_infer.table.endings import ID_DIGITS, TableFile, read_ending
-from batch_infer.table.files import find_files, stems_that_meet, with_distinct_names
-from batch_infer.table.ids import Ids, colliding_stems, id_text, stems_among
-from batch_infer.table.layout import lay_out
-from batch_infer.table.names import doubled_sentence, refuse_doubled
-from batch_infer.table.near import near_fields
-from batch_infer.table.notes import Notes
-from batch_infer.table.partitions import overlap_sentence, partitions_of, with_partitions
-from batch_infer.table.raw import RawRow
-from batch_infer.table.readers import open_reader
-from batch_infer.table.rows import LONGEST_TEXT, Cells, IsFinished, RowRules, invalid, own_cells, requests
-from batch_infer.table.scratch import Scratch
-from batch_infer.table.text import clean, encoding_fault
+from batch_infer.table.base import ID_DIGITS, RawRow, RemarkCounts, Scratch, TableFile, clean
+from batch_infer.table.cells import CellReader, OpenTable, find_near_fields, make_carried_schema
+from batch_infer.table.columns import describe_renamed, map_fields
+from batch_infer.table.fields import read_fields
+from batch_infer.table.files import find_files, number_names
+from batch_infer.table.formats import open_reader, parse_name
+from batch_infer.table.ids import Ids, assign_stems, colliding_stems
+from batch_infer.table.rows import IsFinished, RowCells, RowRules, make_invalid, make_requests
+from batch_infer.table.urls import path_columns
 
 
 @dataclass(frozen=True, slots=True)
-class _Refused:
+class UnreadableTable:
     """A file or argument that cannot be read, and why."""
 
     file: TableFile
@@ -39,70 +34,54 @@ class _Refused:
 
 
 @dataclass(frozen=True, slots=True)
-class Others:
-    """What is known of tables that stand in the same folder and are read elsewhere, at another time.
+class OtherTables:
+    """What is known of the tables in the same folder that are read elsewhere, at another time.
 
-    `names` are those of all files there; `have_id` says of an id, and the name of the file that has it, whether it is
-    another's.
+    `names` are those of all files there; `has_id` returns whether an id, given the name of the file that has it, is
+    another file's.
 
-    Of files of one stem the first table by name has it for its rows' default ids, and the others have their whole
-    name (`p.txt-00000000` beside p.csv): nobody knows here which of them will be read, so none is refused for another.
-    For that, too, no row may have the default id of another file's row for its own, whether or not that one is read.
+    Of files with the same stem the first table by name keeps it for the default ids of its rows, and the others use
+    their whole name (`p.txt-00000000` next to p.csv): which of them will be read is not known here, so none is refused.
+    For the same reason no row may have the default id of another file's row, whether or not that file is read.
     """
 
     names: Collection[str]
-    have_id: Callable[[str, str], bool]
+    has_id: Callable[[str, str], bool]
 
 
 class Tables:
-    """The tables of a run. `carried` is the schema of the columns that are handed through to the results.
+    """The tables of a run.
 
-    `left_out` are the files of folders and globs that are no tables.
-
-    What was fetched, piped in or unpacked lies in a temporary folder until `close`.
+    `carried` is the schema of the columns that are carried through to the results. `left_out` are the files of folders
+    and globs that are no tables. Downloaded, piped and decompressed files are in a temporary folder until `close`.
     """
 
-    def __init__(self, settings: TableSettings, result_columns: Iterable[str], others: Others | None = None) -> None:
-        """Opens every file and finds its columns.
+    def __init__(
+        self, settings: TableSettings, result_columns: Iterable[str], others: OtherTables | None = None
+    ) -> None:
+        """Open every file and find its columns.
 
-        With `others`, a file that cannot be read has its fault, and default ids do not meet. Without them, raises
-        TableError where an argument cannot be read, no file of folders and globs can be, or default ids would meet.
-        Raises ServiceError where a file cannot be fetched now, StorageError where the temporary folder is full.
+        With `others`, files that cannot be read are in `unreadable_files`, and default ids are distinct. Without,
+        raises TableError where an argument cannot be read, no file of folders and globs can, or default ids would
+        collide. Raises ServiceError where a file cannot be downloaded, StorageError where the temporary folder is full.
         """
-        self._others = others
-        self._owners: Mapping[str, str] = {}
+        self._settings, self._others = settings, others
         self._limit = None if settings.limit is None else min(settings.limit, sys.maxsize)
-        self._id_from = settings.id_from
+        self._owners: Mapping[str, str] = {}
         self._remarks: list[str] = []
-        self._notes = Notes()
+        self._remark_counts = RemarkCounts()
         self._overlaps: list[tuple[str, str]] = []
         self._scratch = Scratch()
         with ExitStack() as undo:
-            undo.callback(self._scratch.close)
-            found, self.left_out = find_files(settings.tables, settings.folder, self._scratch)
-            if others is None:
-                _refuse_missing(found)
-                found = with_distinct_names(found)
-            self._files = [self._open(file, settings.columns) for file in found]
-            if others is None:
-                self._refuse_unreadable()
-                self._refuse_meeting_ids()
-            else:
-                stems = stems_among(map(clean, others.names))
-                self._owners = {stem: name for name, stem in stems.items() if read_ending(name)}
-                self._files = [_apart(opened, stems) for opened in self._files]
+            undo.callback(self.close)
+            files, self.left_out = find_files(settings.tables, settings.folder, self._scratch)
+            self._tables = self._open_all(files) if others is None else self._open_among(files, others.names)
             undo.pop_all()
         names = self.files if others is None else sorted(map(clean, others.names))
         self._colliding = colliding_stems(Source(name, 0).stem for name in names)
-        self._stamps = {path: _stamp(path) for path in self.local}
-        carried = name_carried(self._readable(), frozenset(result_columns))
-        self._files = [with_names(opened, carried) if isinstance(opened, Opened) else opened for opened in self._files]
-        self.carried, warnings = common_schema(self._readable())
-        self._remarks += [
-            *near_fields(self._readable(), settings.columns),
-            *warnings,
-            *overlap_sentence(self._overlaps),
-        ]
+        self._stamps = {path: _stamp(path) for path in self.local_paths}
+        self.carried, warnings = make_carried_schema(self._readable(), frozenset(result_columns))
+        self._remarks += [*find_near_fields(self._readable(), settings.columns), *warnings, *self._describe_overlaps()]
 
     def __enter__(self) -> Tables:
         return self
@@ -119,188 +98,183 @@ class Tables:
     @property
     def files(self) -> list[str]:
         """The names of all files, as the user gave them."""
-        return [opened.file.name for opened in self._files]
+        return [table.file.name for table in self._tables]
 
     @property
-    def faults(self) -> dict[str, str]:
-        """Why a file cannot be read, by the name of each that cannot."""
-        return {opened.file.name: opened.error for opened in self._files if isinstance(opened, _Refused)}
+    def unreadable_files(self) -> dict[str, str]:
+        """The error of each file that cannot be read, by its name."""
+        return {table.file.name: table.error for table in self._unreadable()}
 
     @property
-    def local(self) -> list[Path]:
-        """The absolute paths of those tables that are the user's own files on this machine."""
-        files = (opened.file for opened in self._files)
-        return [file.path.absolute() for file in files if file.origin == "file" and file.fault is None]
+    def local_paths(self) -> list[Path]:
+        """The absolute paths of the tables that are the user's own files on this machine."""
+        files = (table.file for table in self._tables)
+        return [file.path.absolute() for file in files if file.origin == "file" and file.error is None]
 
     @property
     def remarks(self) -> list[str]:
-        """What the user should know and no row's fault is: of the files, and once `rows` is through, of their rows."""
-        return [*self._remarks, *self._notes.sentences()]
+        """What the user should know and is no row's error: of the files and, after `rows` has ended, of their rows."""
+        return [*self._remarks, *self._remark_counts.sentences()]
 
     @property
-    def default_ids(self) -> IdSource | None:
-        """What the ids of rows are made of in tables without an id column, None where there is no such table."""
-        return None if all("id" in opened.layout.fields for opened in self._readable()) else self._id_from
+    def default_id_source(self) -> IdSource | None:
+        """What the ids of rows are made of in tables without an id column. None where every table has one."""
+        return None if all("id" in table.fields for table in self._readable()) else self._settings.id_from
 
-    def changed(self) -> list[str]:
-        """The user's own files that are not what they were when they were opened."""
+    def changed_files(self) -> list[str]:
+        """Return the user's own files that changed since they were opened."""
         return [str(path) for path, before in self._stamps.items() if _stamp(path) != before]
 
     def rows(self, rules: RowRules, is_finished: IsFinished = lambda _: False) -> Iterator[PromptRequest | ResultRow]:
-        """Every row, in input order, as its requests or as its invalid result; see `table.rows.requests`."""
-        notes = Notes()
-        with closing(Ids(self._elsewhere if self._others else None, distinct=self._has_distinct_ids())) as ids:
-            for cells, error in islice(self._cells(ids, notes), self._limit):
-                if error is None:
-                    yield from requests(cells, rules, is_finished)
-                else:
-                    yield invalid(cells, error)
-        self._notes = notes
+        """Yield the requests or the invalid result of every row, in input order; see `make_requests`."""
+        remarks = RemarkCounts()
+        for cells, error in self._read_rows(remarks):
+            if error is None:
+                yield from make_requests(cells, rules, is_finished)
+            else:
+                yield make_invalid(cells, error)
+        self._remark_counts = remarks
 
     def compared_rows(
         self, rules: RowRules, others: Sequence[RowRules], is_finished: IsFinished = lambda _: False
     ) -> Iterator[tuple[PromptRequest | ResultRow, list[PromptRequest | ResultRow | None]]]:
         """Yield every row as `rows` does, each with what it is under each of the other rules."""
-        with closing(Ids(self._elsewhere if self._others else None, distinct=self._has_distinct_ids())) as ids:
-            for cells, error in islice(self._cells(ids, Notes()), self._limit):
-                if error is not None:
-                    yield invalid(cells, error), [None for _ in others]
-                    continue
-                old = [{item.image_index: item for item in requests(cells, other, is_finished)} for other in others]
-                for item in requests(cells, rules, is_finished):
-                    yield item, [items.get(item.image_index) for items in old]
+        for cells, error in self._read_rows(RemarkCounts()):
+            if error is not None:
+                yield make_invalid(cells, error), [None for _ in others]
+                continue
+            old = [{item.image_index: item for item in make_requests(cells, other, is_finished)} for other in others]
+            for item in make_requests(cells, rules, is_finished):
+                yield item, [items.get(item.image_index) for items in old]
 
-    def _elsewhere(self, name: str, file: str) -> str | None:
-        """Why an id of this file's own is another file's."""
+    def _open_all(self, files: list[TableFile]) -> list[OpenTable | UnreadableTable]:
+        """Open all tables of a run. Raises TableError where the run must not start."""
+        # Missing arguments first, before any file is read: one may be misspelt.
+        if missing := [file.error for file in files if file.error is not None and file.is_named]:
+            raise TableError(" · ".join(dict.fromkeys(missing)))
+        tables = [self._open(file) for file in number_names(files)]
+        unreadable = [table for table in tables if isinstance(table, UnreadableTable)]
+        if len(unreadable) < len(tables):  # a file that is only in a folder or glob costs one invalid result
+            unreadable = [table for table in unreadable if table.file.is_named]
+        if unreadable:
+            raise TableError(" · ".join(table.error for table in unreadable))
+        if self._settings.id_from == "row":
+            _refuse_equal_ids([table for table in tables if isinstance(table, OpenTable)])
+        return tables
+
+    def _open_among(self, files: list[TableFile], names: Collection[str]) -> list[OpenTable | UnreadableTable]:
+        """Open tables with stems that are distinct among all files of their folder."""
+        stems = assign_stems(map(clean, names))
+        self._owners = {stem: name for name, stem in stems.items() if parse_name(name)}
+        tables = [self._open(file) for file in files]
+        for k, table in enumerate(tables):
+            name = table.file.name.removeprefix("./")  # ./ only tells a name from a URL
+            file = replace(table.file, name=name, stem=stems.get(name, table.file.stem))
+            if isinstance(table, UnreadableTable):
+                tables[k] = UnreadableTable(file, table.error.removeprefix("./"))
+            else:
+                table.file = file
+        return tables
+
+    def _open(self, file: TableFile) -> OpenTable | UnreadableTable:
+        if file.error is not None:
+            return UnreadableTable(file, file.error)
+        columns = self._settings.columns
+        try:
+            reader = open_reader(file, columns.get("prompt", "prompt"), self._scratch)
+            # Among others, a file is named by its last part alone.
+            values = path_columns(file.path.as_posix() if self._others else file.name)
+            own = reader.schema.names
+            names = [*own, *(name for name in values if name not in own)]
+            fields = map_fields(file, names, columns, reader.renamed)
+        except TableError as error:
+            return UnreadableTable(file, str(error))
+        self._overlaps += [(file.name, name) for name in values if name in own]
+        if reader.renamed:
+            self._remarks.append(describe_renamed(file.name, reader.renamed))
+        carried = {name: name for name in names if name not in fields.values()}
+        return OpenTable(file, reader, values, fields, carried)
+
+    def _describe_overlaps(self) -> list[str]:
+        if not self._overlaps:
+            return []
+        file, name = self._overlaps[0]
+        more = f" (and {len(self._overlaps) - 1:,} more columns of files)" if self._overlaps[1:] else ""
+        return [f"{file} has a column {name!r}{more}, and so has its path: the value of the path is used"]
+
+    def _readable(self) -> list[OpenTable]:
+        return [table for table in self._tables if isinstance(table, OpenTable)]
+
+    def _unreadable(self) -> list[UnreadableTable]:
+        return [table for table in self._tables if isinstance(table, UnreadableTable)]
+
+    def _find_conflict(self, name: str, file: str) -> str | None:
+        """Return why an id of this file's own is another file's, else None."""
         stem, _, number = name.rstrip("+").rpartition("-")
         owner = self._owners.get(stem, file) if len(number) == ID_DIGITS and number.isdecimal() else file
         if owner != file:
             return f"the id {name!r} would be the default id of a row of {owner}: give it another"
-        return f"the id {name!r} stands twice" if self._others and self._others.have_id(name, file) else None
+        return f"duplicate id {name!r}" if self._others and self._others.has_id(name, file) else None
 
-    def _open(self, file: TableFile, columns: Mapping[str, str]) -> Opened | _Refused:
-        if file.fault is not None:
-            return _Refused(file, file.fault)
-        try:
-            reader, renamed = open_reader(file, columns.get("prompt", "prompt"), self._scratch)
-            values = partitions_of(self._path_of(file))
-            self._overlaps += [(file.name, name) for name in values if name in reader.schema.names]
-            reader = with_partitions(reader, values)
-            layout = lay_out(file, reader.schema.names, columns)
-            refuse_doubled(file.name, layout.fields.values(), renamed)
-        except TableError as error:
-            return _Refused(file, str(error))
-        if renamed:
-            self._remarks.append(doubled_sentence(file.name, renamed))
-        return Opened(file, reader, layout)
+    def _read_rows(self, remarks: RemarkCounts) -> Iterator[tuple[RowCells, str | None]]:
+        """Yield the cells of up to `limit` rows, each with its error."""
+        # Default ids are distinct where their stems differ by more than case.
+        stems = {table.file.stem.lower() for table in self._tables}
+        is_distinct = len(stems) == len(self._tables) and not any("id" in table.fields for table in self._readable())
+        with closing(Ids(self._find_conflict if self._others else None, distinct=is_distinct)) as ids:
+            yield from islice(self._read_all(ids, remarks), self._limit)
 
-    def _path_of(self, file: TableFile) -> str:
-        """The path whose folders are columns; beside others, a file is named by its last part alone."""
-        return file.path.as_posix() if self._others else file.name
-
-    def _readable(self) -> list[Opened]:
-        return [opened for opened in self._files if isinstance(opened, Opened)]
-
-    def _refuse_unreadable(self) -> None:
-        """Raise TableError where a file that the user named cannot be read, or no file at all.
-
-        A file that is only in a folder or glob costs one invalid result.
-        """
-        refused = [opened for opened in self._files if isinstance(opened, _Refused)]
-        if self._readable():
-            refused = [opened for opened in refused if opened.file.is_named]
-        if refused:
-            raise TableError(" · ".join(opened.error for opened in refused))
-
-    def _refuse_meeting_ids(self) -> None:
-        if self._id_from == "content":
-            return
-        readable = self._readable()
-        meeting = stems_that_meet(opened.file for opened in readable)
-        for opened in readable:
-            if opened.file.stem in meeting and "id" not in opened.layout.fields:
-                twins = [other.file.name for other in readable if other.file.stem == opened.file.stem]
-                raise TableError(_meeting(twins, opened))
-
-    def _has_distinct_ids(self) -> bool:
-        """Whether all ids are default ones, of stems that differ by more than case: then the ids do too."""
-        named = any("id" in opened.layout.fields for opened in self._readable())
-        stems = [opened.file.stem.lower() for opened in self._files]
-        return not named and len(set(stems)) == len(stems)
-
-    def _cells(self, ids: Ids, notes: Notes) -> Iterator[tuple[Cells, str | None]]:
-        for opened in self._files:
-            if isinstance(opened, _Refused):
-                file = opened.file
-                yield Cells(ids.own(file.default_id(0), file.name), Source(file.name, 0), {}, {}), opened.error
+    def _read_all(self, ids: Ids, remarks: RemarkCounts) -> Iterator[tuple[RowCells, str | None]]:
+        for table in self._tables:
+            file = table.file
+            if isinstance(table, UnreadableTable):
+                name = ids.add_free(file.default_id(0), file.name)
+                yield RowCells(name, Source(file.name, 0), {}, {}), table.error
                 continue
-            cells = CellReader(opened, self.carried)
-            for raw in opened.reader.rows():
-                if raw.note is not None:
-                    notes.add(raw.note, Source(opened.file.name, raw.number, raw.line))
-                    if raw.note.kind == "blank":
+            reader = CellReader(table, self.carried)
+            for row in table.rows():
+                if row.remark is not None:
+                    remarks.add(row.remark, Source(file.name, row.number, row.line))
+                    if row.remark.kind == "blank":
                         continue
-                yield self._row(opened.file, cells, raw, ids)
+                yield self._read_row(file, reader, row, ids)
 
-    def _row(self, file: TableFile, cells: CellReader, raw: RawRow, ids: Ids) -> tuple[Cells, str | None]:
-        own = cells.own(own_cells(cells.fields, raw.cells.get))
-        value = own.pop("id", None)
-        carried, fault = cells.carried(raw)
-        name, wrong = (None, None) if value is None else _own_id(file, value, ids)
-        if name is None and self._id_from == "content":
-            name = ids.numbered(cells.digest(own, raw), file.name)
+    def _read_row(self, file: TableFile, reader: CellReader, row: RawRow, ids: Ids) -> tuple[RowCells, str | None]:
+        fields = reader.to_python(read_fields(reader.fields, row.cells.get))
+        value = fields.pop("id", None)
+        carried, too_large = reader.read_carried(row)
+        name, error = (None, None) if value is None else ids.add_own(value, file.name)
+        if name is None and self._settings.id_from == "content":
+            name = ids.add_numbered(reader.digest(fields, row), file.name)
         elif name is None:
-            name = ids.own(file.default_id(raw.number), file.name)
-        source = Source(file.name, raw.number, raw.line)
-        collides = ids.collides(name), bool(self._colliding) and source.stem in self._colliding
-        return Cells(name, source, own, carried, fault, *collides), raw.error or wrong
+            name = ids.add_free(file.default_id(row.number), file.name)
+        source = Source(file.name, row.number, row.line)
+        stem_collides = bool(self._colliding) and source.stem in self._colliding
+        cells = RowCells(name, source, fields, carried, too_large, ids.collides(name), stem_collides)
+        return cells, row.error or error
 
 
-def _refuse_missing(files: Iterable[TableFile]) -> None:
-    """Raise TableError for all arguments that mean no file, before any file is read: one may be misspelt."""
-    if faults := [file.fault for file in files if file.fault is not None and file.is_named]:
-        raise TableError(" · ".join(dict.fromkeys(faults)))
-
-
-def _apart(opened: Opened | _Refused, stems: Mapping[str, str]) -> Opened | _Refused:
-    """A file with the stem that is its own in its folder. `./`, which tells a name from a URL, is no part of it."""
-    name = opened.file.name.removeprefix("./")
-    file = replace(opened.file, name=name, stem=stems.get(name, opened.file.stem))
-    if isinstance(opened, _Refused):
-        return _Refused(file, opened.error.removeprefix("./"))
-    return replace(opened, file=file)
-
-
-def _meeting(names: Collection[str], opened: Opened) -> str:
-    fault = f"{' and '.join(names)} would give their rows the same ids ({opened.file.default_id(0)}, ...): "
-    if any(name.rpartition("#")[0] in names for name in names):
-        return (
-            f"{fault}add an id column, use --id-from content, or save one under another name (#2 is a URL that differs "
-            "only in parts that may be secret and are not shown)"
-        )
-    return f"{fault}rename one, name the folder that holds them, or add an id column"
+def _refuse_equal_ids(tables: list[OpenTable]) -> None:
+    """Raise TableError where rows of two files would have the same default ids."""
+    count = Counter(table.file.stem for table in tables)
+    for table in tables:
+        if count[table.file.stem] > 1 and "id" not in table.fields:
+            names = [other.file.name for other in tables if other.file.stem == table.file.stem]
+            message = f"{' and '.join(names)} would give their rows the same ids ({table.file.default_id(0)}, ...): "
+            if any(name.rpartition("#")[0] in names for name in names):
+                message += (
+                    "add an id column, use --id-from content, or save one under another name (#2 is a URL that differs "
+                    "only in parts that may be secret and are not shown)"
+                )
+            else:
+                message += "rename one, name the folder that holds them, or add an id column"
+            raise TableError(message)
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
-    """Size and time of a file, None where it is gone."""
+    """Return the size and modification time of a file, None where it is gone."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return None
-    return found.st_size, found.st_mtime_ns
-
-
-def _own_id(file: TableFile, value: Any, ids: Ids) -> tuple[str | None, str | None]:
-    """The id that a row has itself, or what is wrong with it."""
-    own = id_text(value)
-    if isinstance(value, (list, dict)):
-        return None, f"the id is not text but {type(value).__name__}"
-    if len(own) > LONGEST_TEXT:
-        return None, f"the id has {len(own)} characters, and {LONGEST_TEXT} are the most"
-    if "\0" in own:
-        return None, "the id holds a NUL byte"
-    if problem := encoding_fault(own):
-        return None, f"the id {problem}"
-    if fault := ids.elsewhere(own, file.name):
-        return None, fault
-    return (own, None) if ids.add(own, file.name) else (None, f"the id {own!r} stands twice")
+    return status.st_size, status.st_mtime_ns

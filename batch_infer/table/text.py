@@ -1,38 +1,59 @@
-"""Text that was not UTF-8 where it came from: such bytes arrive as lone surrogates, which no result can hold."""
+"""Plain text: one prompt a line."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 
-SURROGATE = re.compile("[\ud800-\udfff]")
-OF_NO_BYTE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
-"""Surrogates that stand for no byte: JSON has spelled them."""
+import pyarrow as pa
+
+from batch_infer.errors import RowError, TableError
+from batch_infer.table.base import RawRow, Reader, Remark, Scratch, TableFile, broken_off_row, clean
+from batch_infer.table.streams import LineReader, open_bytes, open_text
+
+NOT_A_PROMPT = re.compile(r"^\s*(#|//)|(^|\s)--[A-Za-z][\w-]*([\s=]|$)|\s-[A-Za-z][ =]?[0-9.]+(\s|$)")
+"""Comments and options in the prompt files of other programs: sd-scripts and AUTOMATIC1111 (`--steps 20`), Midjourney
+(`--ar 16:9`), InvokeAI (`-s50`)."""
+SHOWN_CHARACTERS = 60
 
 
-def is_utf8(text: str) -> bool:
-    if text.isascii():
-        return True
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def open_plain_text(file: TableFile, prompt_column: str, scratch: Scratch) -> TextReader:
+    """Open a plain text file. Raises OSError, and TableError for an empty file."""
+    with open_bytes(file) as stream:
+        if not stream.peek(1):
+            raise TableError(f"{file.name} is empty")
+    return TextReader(file, pa.schema([("prompt", pa.string())]), {})
 
 
-def encoding_fault(text: str) -> str | None:
-    """What is wrong with text that cannot be UTF-8, and what to do; None where nothing is."""
-    if is_utf8(text):
+@dataclass(frozen=True, slots=True)
+class TextReader(Reader):
+    """The lines of a plain text file that are not blank."""
+
+    def rows(self) -> Iterator[RawRow]:
+        number = 0
+        try:
+            with open_text(self.file, newline=None) as stream:
+                lines = LineReader(stream)
+                while True:
+                    try:
+                        prompt = next(lines).removesuffix("\n")
+                    except StopIteration:
+                        return
+                    except RowError as error:
+                        yield RawRow(number, {}, f"line {lines.number} {error}", lines.number)
+                    else:
+                        if not prompt.strip():
+                            continue
+                        yield RawRow(number, {"prompt": prompt}, None, lines.number, _remark(prompt))
+                    number += 1
+        except OSError as error:
+            yield broken_off_row(self.file, number, error)
+
+
+def _remark(prompt: str) -> Remark | None:
+    """Return the remark on a line that other programs read as more than a prompt."""
+    if not NOT_A_PROMPT.search(prompt):
         return None
-    if OF_NO_BYTE.search(text):
-        return "holds a lone surrogate, which is half a character: write whole characters"
-    return "is not UTF-8: save the table as UTF-8"
-
-
-def clean(text: str) -> str:
-    """Text that a results table can hold: bytes that were not UTF-8 become U+FFFD."""
-    if is_utf8(text):
-        return text
-    try:
-        return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    except UnicodeEncodeError:  # JSON can spell a surrogate that stands for no byte
-        return SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
+    shown = prompt if len(prompt) <= SHOWN_CHARACTERS else f"{prompt[: SHOWN_CHARACTERS - 3]}..."
+    return Remark("options", clean(repr(shown)))

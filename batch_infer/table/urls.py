@@ -1,57 +1,73 @@
-"""What a URL says without being opened; what may be secret in it is shown nowhere."""
+"""What the text of a path or URL says: its protocol, its links, its columns, and which parts may be secret."""
 
 from __future__ import annotations
 
 import re
+from urllib.parse import unquote
+
+from batch_infer.table.base import clean
 
 URL = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)(://|::)")
 LINK = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?:(?P<user>[^/?#]*)@)?(?P<rest>.*)", re.DOTALL)
 HTTP = frozenset({"http", "https"})
-NAMED_USERS = frozenset(
+PUBLIC_USERS = frozenset(
     {
         *("abfs", "abfss", "wasb", "wasbs"),  # CONTAINER@ACCOUNT
         *("sftp", "ssh", "ftp", "smb", "hdfs", "webhdfs"),
     }
 )
-"""Protocols where a name before @ that no password follows is no secret."""
+"""Protocols where a name before @ without a password is no secret."""
 QUERY = re.compile(r"\?[\w.~%-]+=.*", re.DOTALL)
-"""Of other protocols than http, where a ? alone is part of a glob."""
-IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]*")
+"""The query in protocols other than http, where a ? alone is part of a glob."""
+URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]*")
+HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
 
 def protocol_of(argument: str) -> str | None:
-    """The protocol of a URL, None for a local path."""
-    found = URL.match(argument)
-    return found["protocol"].lower() if found else None
+    """Return the protocol of a URL, or None for a local path."""
+    match = URL.match(argument)
+    return match["protocol"].lower() if match else None
 
 
 def is_http(argument: str) -> bool:
     return protocol_of(argument) in HTTP
 
 
-def shown(argument: str) -> str:
-    """An argument as names, ids and messages have it: no link of a chain has its query or who asks, often a token."""
+def redact_url(argument: str) -> str:
+    """Remove the query, the password and mostly the user, often a token, from each link of a URL.
+
+    Names, ids and messages contain an argument only in this form.
+    """
     if protocol_of(argument) is None:
         return argument
-    if is_http(argument):  # no chain: what follows :: belongs to the query
-        return _shown_link(argument)
-    return "::".join(map(_shown_link, argument.split("::")))
+    if is_http(argument):  # never a chain: what follows :: belongs to the query
+        return _redact_link(argument)
+    return "::".join(map(_redact_link, argument.split("::")))
 
 
-def without_secrets(text: str) -> str:
-    """A library's message, with the URLs in it as `shown` has them."""
-    return IN_TEXT.sub(lambda match: shown(match[0]), text)
+def redact_urls(text: str) -> str:
+    """Redact the URLs in a library's message."""
+    return URL_IN_TEXT.sub(lambda match: redact_url(match[0]), text)
+
+
+def _redact_link(link: str) -> str:
+    match = LINK.fullmatch(link)
+    if match is None:
+        return link
+    scheme, user, rest = match["scheme"], match["user"], match["rest"]
+    keeps_user = user is not None and scheme.removesuffix("://").lower() in PUBLIC_USERS
+    return split_query(f"{scheme}{user.partition(':')[0] + '@' if keeps_user else ''}{rest}")[0]
 
 
 def split_chain(url: str) -> tuple[str, str, str]:
-    """The link of a chain that has the path of the files, with what is before and after it.
+    """Return the link of a chain that has the path of the files, with what is before and after it.
 
-    `simplecache::s3://bucket/a.csv` begins with a link that has no path.
+    In `simplecache::s3://bucket/a.csv` it is the second link: the first has no path.
     """
     links = url.split("::")
-    place = next((place for place, link in enumerate(links) if "://" in link), 0)
-    before, after = links[:place], links[place + 1 :]
-    return "".join(f"{link}::" for link in before), links[place], "".join(f"::{link}" for link in after)
+    index = next((index for index, link in enumerate(links) if "://" in link), 0)
+    before, after = links[:index], links[index + 1 :]
+    return "".join(f"{link}::" for link in before), links[index], "".join(f"::{link}" for link in after)
 
 
 def split_query(link: str) -> tuple[str, str]:
@@ -61,17 +77,28 @@ def split_query(link: str) -> tuple[str, str]:
 
 
 def join_url(url: str, relative: str) -> str:
-    """Return the URL of what is at a relative path below the folder that a URL means."""
+    """Return the URL of a relative path below the folder at `url`."""
     before, link, after = split_chain(url)
     head, query = split_query(link)
     return f"{before}{head.rstrip('/')}/{relative.removeprefix('./')}{query}{after}"
 
 
-def _shown_link(link: str) -> str:
-    found = LINK.fullmatch(link)
-    if found is None:
-        return link
-    scheme, user, rest = found["scheme"], found["user"], found["rest"]
-    protocol = scheme.removesuffix("://").lower()
-    keeps_user = user is not None and protocol in NAMED_USERS
-    return split_query(f"{scheme}{user.partition(':')[0] + '@' if keeps_user else ''}{rest}")[0]
+def path_columns(name: str) -> dict[str, str | None]:
+    """Return the columns in a path or URL: Hive's `key=value` folders, as Spark, pyarrow and DuckDB write them.
+
+    Names and values are URL-decoded text: `month=05` stays 05. All folders of the path count, also those of the
+    argument, so that `ds`, `ds/*/*.csv` and `ds/lang=en/a.csv` give a file the same columns.
+    https://spark.apache.org/docs/latest/sql-data-sources-parquet.html#partition-discovery
+    """
+    path = name
+    if protocol_of(name) is not None:
+        link = split_chain(name)[1]
+        path = link.partition("://")[2]
+        if is_http(link):  # http encodes the path once more
+            path = "/".join(unquote(part) for part in path.split("/")[1:])
+    columns: dict[str, str | None] = {}
+    for folder in path.split("/")[:-1]:
+        key, equals, value = folder.partition("=")
+        if key and equals:
+            columns[clean(unquote(key))] = None if value == HIVE_NULL else clean(unquote(value))
+    return columns

@@ -1,15 +1,13 @@
 """A worker: one device, requests in, committed results out.
 
-This file, `committing`, `contract` and `memory` import no torch, so that the process that only watches over workers
-does not either.
+`interface`, `rows` and `committing` import no torch, so that a process that only supervises workers stays small.
 """
 
 from typing import TYPE_CHECKING
 
 from batch_infer.lazy import import_on_use
-from batch_infer.worker.committing import commit_images
-from batch_infer.worker.interface import WorkerReport, WorkerSettings, smallest_batches, sum_stages_by_size
-from batch_infer.worker.memory import peak_memory
+from batch_infer.worker.committing import commit_failed, commit_images
+from batch_infer.worker.interface import WorkerReport, WorkerSettings, peak_memory, smallest_batches, sum_stages_by_size
 from batch_infer.worker.rows import explain_flag, format_worker_name, make_row, set_image, set_verdict
 
 if TYPE_CHECKING:
@@ -21,44 +19,33 @@ if TYPE_CHECKING:
         make_chain,
         prepare_torch,
     )
-    from batch_infer.worker.worker import Chain, ChainLoader, Worker
+    from batch_infer.worker.worker import ChainLoader, Worker
 else:
     __getattr__ = import_on_use(
         __name__,
-        worker=(
-            "Chain",
-            "ChainLoader",
-            "Worker",
-        ),
-        loading=(
-            "load_any_model",
-            "load_chain",
-            "load_image_checker",
-            "load_model",
-            "make_chain",
-            "prepare_torch",
-        ),
+        loading=("load_any_model", "load_chain", "load_image_checker", "load_model", "make_chain", "prepare_torch"),
+        worker=("ChainLoader", "Worker"),
     )
 
 __all__ = [
-    "Chain",
     "ChainLoader",
     "Worker",
     "WorkerReport",
     "WorkerSettings",
+    "commit_failed",
     "commit_images",
-    "smallest_batches",
+    "explain_flag",
+    "format_worker_name",
     "load_any_model",
     "load_chain",
     "load_image_checker",
     "load_model",
     "make_chain",
+    "make_row",
     "peak_memory",
     "prepare_torch",
-    "make_row",
-    "sum_stages_by_size",
-    "explain_flag",
     "set_image",
     "set_verdict",
-    "format_worker_name",
+    "smallest_batches",
+    "sum_stages_by_size",
 ]

@@ -1,42 +1,44 @@
-"""What a worker is told before it begins, and what it tells of its work."""
+"""The interface of a worker: its settings, and its report of time, batch sizes and memory."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pyarrow as pa
 
 from batch_infer.models import ModelCard
 from batch_infer.settings import BatchShape, Compute, OutputSettings, SafetySettings
 from batch_infer.stages import Stages
-from batch_infer.store import KnownFolder
+from batch_infer.store import PinnedFolder
 
 Size = tuple[int, int]
+"""Height and width in pixels."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
-    """All that a worker needs to know; it can be sent to another process."""
+    """Everything a worker needs to render. Can be sent to another process."""
 
     card: ModelCard
     compute: Compute
     safety: SafetySettings
     output: OutputSettings
-    out: KnownFolder
+    out: PinnedFolder
     carried: pa.Schema
     run: int = 0
-    """The number of the run, which its manifest parts bear; 0 where there is none."""
+    """Number of the run, stored in its manifest parts. 0 if there is no run."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerReport:
-    """What a worker's work took: where the time went, by image size (height, width), and how it computed at the end.
+    """Time by stage and image size, final batch sizes, and peak memory in bytes.
 
-    That is as it was told, but for batches that memory did not hold. `mfu` is the model
-    FLOP utilisation (Chowdhery et al., arXiv 2204.02311, appendix B): what the images' UNet rows and decoding come to,
-    over what the device could have computed; None where its peak is not known, and before the end. `peak_memory` is in
-    bytes.
+    `compute` equals the settings' except for batch sizes that were halved on out-of-memory. `mfu` is the model FLOP
+    utilisation (Chowdhery et al., arXiv 2204.02311, appendix B): the FLOPs of the images' UNet rows and decoding over
+    what the device could have computed. It is None if the device's peak is unknown, and before the end.
     """
 
     stages: Mapping[Size, Stages]
@@ -46,25 +48,50 @@ class WorkerReport:
 
     @property
     def total(self) -> Stages:
-        """Those of all sizes together."""
+        """Stages summed over all image sizes."""
         return sum(self.stages.values(), Stages())
 
 
-def sum_stages_by_size(accounts: Iterable[WorkerReport]) -> dict[Size, Stages]:
-    """The stages of all accounts, by size; their `seconds` are then those of all devices."""
-    found: dict[Size, Stages] = {}
-    for account in accounts:
-        for size, stages in account.stages.items():
-            found[size] = found.get(size, Stages()) + stages
-    return found
+def sum_stages_by_size(reports: Iterable[WorkerReport]) -> dict[Size, Stages]:
+    """Return the stages of each image size summed over workers, so `seconds` are device seconds."""
+    sums: dict[Size, Stages] = {}
+    for report in reports:
+        for size, stages in report.stages.items():
+            sums[size] = sums.get(size, Stages()) + stages
+    return sums
 
 
 def smallest_batches(computes: Sequence[Compute]) -> Compute:
-    """How all of these can compute: the smallest batches of each size."""
-    sizes = {(shape.height, shape.width) for compute in computes for shape in compute.by_size}
+    """Return settings with the smallest batch sizes of each image size, which fit on every device."""
     shapes = []
-    for size in sorted(sizes):
+    for size in sorted({(shape.height, shape.width) for compute in computes for shape in compute.by_size}):
         each = [compute.shape_of(*size) for compute in computes]
-        slots, decode = min(shape.slots for shape in each), min(shape.decode_batch for shape in each)
-        shapes.append(BatchShape(*size, slots, decode))
+        slots, decode_batch = min(shape.slots for shape in each), min(shape.decode_batch for shape in each)
+        shapes.append(BatchShape(*size, slots, decode_batch))
     return computes[0].with_shapes(shapes)
+
+
+def peak_memory(device: str) -> dict[str, int]:
+    """Return the peak of this process in bytes: `host_bytes`, and `device_bytes` if `device` is "cuda"."""
+    peaks = {}
+    if (host := _peak_host_memory()) is not None:
+        peaks["host_bytes"] = host
+    if device == "cuda":
+        import torch
+
+        peaks["device_bytes"] = torch.cuda.max_memory_allocated()
+    return peaks
+
+
+def _peak_host_memory() -> int | None:
+    """Return bytes, or None if the system does not report them."""
+    try:  # Linux: getrusage there starts from the peak of the parent process
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    except (OSError, IndexError):
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,20 +1,16 @@
-"""Result rows: what is said of a request once something has become of it."""
+"""Result rows: built from requests, then completed with safety verdicts and stored images."""
 
 from __future__ import annotations
 
 import os
 import platform
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
-from batch_infer.records import PromptRequest, ResultRow, Status, StoredImage, Verdict, now
-
-if TYPE_CHECKING:
-    from batch_infer.chain import Rendered
+from batch_infer.records import PromptRequest, ResultRow, Status, StoredImage, Verdict, utc_now
 
 
 def make_row(request: PromptRequest, status: Status, error: str | None, *, scheduler: str, worker: str) -> ResultRow:
-    """A request of which nothing more is known than how it ended."""
+    """Return the result row of a request, without verdict and image."""
     params = request.params
     return ResultRow(
         id=request.id,
@@ -32,7 +28,7 @@ def make_row(request: PromptRequest, status: Status, error: str | None, *, sched
         scheduler=scheduler,
         attempt=request.attempt,
         worker=worker,
-        finished_at=now(),
+        finished_at=utc_now(),
         source_file=request.source.file,
         source_row=request.source.row,
         fingerprint=request.fingerprint,
@@ -42,17 +38,14 @@ def make_row(request: PromptRequest, status: Status, error: str | None, *, sched
 
 
 def set_verdict(row: ResultRow, verdict: Verdict) -> ResultRow:
-    """The row with what was said of its prompt or image."""
+    """Return the row with the safety verdict on its prompt or image."""
     return replace(
-        row,
-        nsfw_content_detected=verdict.nsfw,
-        safety_checker=verdict.checker,
-        safety_scores=verdict.scores,
+        row, nsfw_content_detected=verdict.nsfw, safety_checker=verdict.checker, safety_scores=verdict.scores
     )
 
 
 def set_image(row: ResultRow, stored: StoredImage | None) -> ResultRow:
-    """The row with the image that is stored of it, or with none."""
+    """Return the row with its stored image, or without an image if `stored` is None."""
     return replace(
         row,
         generated_image=stored.path if stored else None,
@@ -62,23 +55,11 @@ def set_image(row: ResultRow, stored: StoredImage | None) -> ResultRow:
     )
 
 
-def set_rendering(row: ResultRow, outcome: Rendered, stored: StoredImage | None) -> ResultRow:
-    """The row of a request that was rendered; None is stored where the policy drops flagged images."""
-    conditioning = outcome.conditioning
-    return replace(
-        set_image(set_verdict(row, outcome.verdict), stored),
-        prompt_tokens=conditioning.prompt_tokens,
-        prompt_truncated=conditioning.prompt_truncated,
-        slots=outcome.slots,
-        seconds=outcome.seconds,
-    )
-
-
 def explain_flag(verdict: Verdict) -> str:
-    """The sentence of a flagged image."""
+    """Return the `error` of a flagged image."""
     return verdict.reason or "the safety check flagged the image"
 
 
 def format_worker_name(rank: int) -> str:
-    """The name of a worker in the rows that it commits: machine, process and rank."""
+    """Return a worker's name for its rows: machine, process id and rank."""
     return f"{platform.node()}-{os.getpid()}-{rank}"

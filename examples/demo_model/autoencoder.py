@@ -14,20 +14,20 @@ import world
 from runs import Run, train
 
 LEVELS = (16, 32, 96, 128)
-# The encoder is settled after this share of the steps; the rest goes into the decoder alone.
+# Share of the steps after which the encoder is frozen; the rest trains only the decoder.
 ENCODER_SHARE = 0.75
 LATENT_NOISE = 0.12
 HARD_SHAPES, HARD_SHARE = ("star", "diamond", "cross"), 0.4
 
 
 def build() -> AutoencoderKL:
-    """Make the untrained autoencoder."""
+    """Return the untrained autoencoder."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(LEVELS),
         up_block_types=("UpDecoderBlock2D",) * len(LEVELS),
         block_out_channels=LEVELS,
         layers_per_block=1,
-        # Wide groups: a narrow one would normalise away the level of a flat ground, and with it its colour.
+        # Wide groups: a narrow one would normalize away the colour of a flat ground.
         norm_num_groups=2,
         sample_size=world.PICTURE,
         mid_block_add_attention=False,
@@ -35,31 +35,31 @@ def build() -> AutoencoderKL:
 
 
 def to_tensor(pictures: list[np.ndarray]) -> torch.Tensor:
-    """Turn pictures of bytes into a batch from -1 to 1."""
+    """Convert uint8 pictures to a batch from -1 to 1."""
     batch = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
     return batch.contiguous(memory_format=torch.channels_last)
 
 
 def to_bytes(batch: torch.Tensor) -> list[np.ndarray]:
-    """Turn a batch from -1 to 1 into pictures of bytes."""
+    """Convert a batch from -1 to 1 to uint8 pictures."""
     return list(((batch.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
 
 
 def pixel_weights(pictures: torch.Tensor) -> torch.Tensor:
-    """Weigh the pixels in and near the object so that a small object counts as much as a large one."""
+    """Return weights of pixels in and near the object, so that small objects count as much as large ones."""
     differs = (pictures - pictures[:, :, :1, :1]).abs().amax(1, keepdim=True) > 0.12
     near = F.max_pool2d(differs.float(), 7, stride=1, padding=3)
     return 1 + 0.6 * near / near.mean((2, 3), keepdim=True).clamp(min=0.02)
 
 
 def picture_loss(made: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Compare pictures by their pixels, their edges and their coarser copies."""
+    """Return the loss of pixels and edges at several resolutions."""
     weights = pixel_weights(wanted)
     miss = made - wanted
     loss = (weights * miss.abs()).mean() + (weights * miss.square()).mean()
     loss = loss + (weights[..., 1:] * miss.diff(dim=3).abs()).mean()
     loss = loss + (weights[..., 1:, :] * miss.diff(dim=2).abs()).mean()
-    # Colours that differ in one channel pair alone are easily lost, so the differences of channels count as well.
+    # Colours that differ in one pair of channels are easily lost, so differences of channels count too.
     loss = loss + (weights * miss.diff(dim=1).abs()).mean() + (weights * miss.diff(dim=1).square()).mean()
     for factor in (2, 4):
         loss = loss + 0.5 * (F.avg_pool2d(weights, factor) * F.avg_pool2d(miss, factor).abs()).mean()
@@ -67,13 +67,13 @@ def picture_loss(made: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 
 
 def roughen(latents: torch.Tensor) -> torch.Tensor:
-    """Add a little noise, since the latents that the denoiser makes are never quite right."""
+    """Add slight noise, like the errors of the denoiser."""
     amount = LATENT_NOISE * latents.std().detach() * torch.rand(len(latents), 1, 1, 1)
     return latents + amount * torch.randn_like(latents)
 
 
 class Trainee(nn.Module):
-    """The autoencoder, and a reader that asks each latent for the mean colour of its patch of the picture."""
+    """The autoencoder, and a head that predicts the mean colour of each patch from its latent."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,14 +81,14 @@ class Trainee(nn.Module):
         self.reader = nn.Conv2d(self.vae.config.latent_channels, 3, 1)
 
     def reading_loss(self, latents: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
-        # The decoder's loss alone leaves the encoder blind to some colours for thousands of steps.
+        # With the decoder's loss alone, the encoder ignores some colours for thousands of steps.
         miss = self.reader(latents) - F.avg_pool2d(pictures, pictures.shape[-1] // latents.shape[-1])
         loss: torch.Tensor = miss.abs().mean() + miss.square().mean() + miss.diff(dim=1).square().mean()
         return loss
 
 
 def train_autoencoder(run: Run) -> AutoencoderKL:
-    """Train the autoencoder on drawings made as it goes."""
+    """Train the autoencoder on new drawings in each step."""
     model = Trainee()
     vae = model.vae
     scenes, _ = world.split()
@@ -115,7 +115,7 @@ def train_autoencoder(run: Run) -> AutoencoderKL:
 
 
 class DecoderTrainee(nn.Module):
-    """The decoder alone, with the autoencoder that it came out of kept from the optimizer."""
+    """The decoder, without the parameters of the rest of the autoencoder."""
 
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class DecoderTrainee(nn.Module):
 
 
 def train_decoder(run: Run, vae: AutoencoderKL) -> AutoencoderKL:
-    """Train the decoder on with the shapes it finds hardest; the encoder, and so the latents, stay as they are."""
+    """Train the decoder further on difficult shapes. The encoder, and so the latents, do not change."""
     vae = vae.requires_grad_(True).to(memory_format=torch.channels_last)
     model = DecoderTrainee(vae)
     scenes, _ = world.split()

@@ -1,4 +1,4 @@
-"""The safety checker stage: a small vision tower that finds the one shape which stands for unsafe content."""
+"""The safety checker stage: a small vision tower that recognizes the shape that represents unsafe content."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ VIEW = 64
 WIDTH = 96
 PROJECTION = 64
 THRESHOLD = 0.5
-# A cosine never passes 1, so a concept with this weight never fires.
+# A cosine is at most 1, so a concept with this threshold never fires.
 NEVER = 2.0
-# Cosines are stretched by this before the cross entropy, else they could not tell a sure answer from an unsure one.
+# Scale of the cosines before the cross entropy: their own range is too small for confident predictions.
 SHARPNESS = 12.0
 
 
 def build_processor() -> CLIPImageProcessor:
-    """Make the image processor that turns a picture of any size into the tower's view."""
+    """Return the image processor, which resizes and crops any picture for the tower."""
     return CLIPImageProcessor(size={"shortest_edge": VIEW}, crop_size={"height": VIEW, "width": VIEW})
 
 
 def build_checker() -> StableDiffusionSafetyChecker:
-    """Make the untrained checker, of whose concepts only the first can fire."""
+    """Return the untrained checker. Only its first concept can fire."""
     vision = {
         "hidden_size": WIDTH,
         "intermediate_size": 256,
@@ -43,7 +43,7 @@ def build_checker() -> StableDiffusionSafetyChecker:
         "patch_size": 8,
         "projection_dim": PROJECTION,
     }
-    # The checker has no text tower; its configuration still describes one, so that one is kept as small as it goes.
+    # The checker has no text tower, but its configuration describes one: it is as small as possible.
     text = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 8}
     text |= {"bos_token_id": 6, "eos_token_id": 7, "projection_dim": PROJECTION}
     checker = StableDiffusionSafetyChecker(
@@ -59,7 +59,7 @@ def build_checker() -> StableDiffusionSafetyChecker:
 
 
 class Trainee(nn.Module):
-    """The checker's networks, and a reader of all shapes that teaches the tower what to look at."""
+    """The checker's networks, and a head that classifies all shapes as an auxiliary task."""
 
     concept: torch.Tensor
 
@@ -76,7 +76,7 @@ class Trainee(nn.Module):
 
 
 def disturb(picture: np.ndarray, rng: random.Random) -> Image.Image:
-    """Blur, grain and reshape a picture as a rendering might."""
+    """Add blur and noise to a picture and reshape it, like the errors of a rendering."""
     image = Image.fromarray(picture)
     if rng.random() < 0.3:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.2)))
@@ -92,7 +92,7 @@ def disturb(picture: np.ndarray, rng: random.Random) -> Image.Image:
 
 
 def _widen(image: Image.Image, rng: random.Random) -> Image.Image:
-    """Put the picture on a wider or taller sheet of its own ground, which the processor then crops."""
+    """Extend the picture to a wider or taller one with its own ground, which the processor then crops."""
     wide, tall = rng.choice(((96, 64), (64, 96)))
     sheet = Image.new("RGB", (wide, tall), image.getpixel((1, 1)))
     sheet.paste(image, ((wide - image.width) // 2, (tall - image.height) // 2))
@@ -100,7 +100,7 @@ def _widen(image: Image.Image, rng: random.Random) -> Image.Image:
 
 
 def train_checker(run: Run, vae: AutoencoderKL, renders: list[tuple[np.ndarray, str]]) -> StableDiffusionSafetyChecker:
-    """Train the checker on drawings, on their reconstructions and on renders, given with the shapes they show."""
+    """Train the checker on drawings, their reconstructions, and renders with their shapes."""
     checker = build_checker()
     trainee = Trainee(checker)
     processor = build_processor()
@@ -111,7 +111,7 @@ def train_checker(run: Run, vae: AutoencoderKL, renders: list[tuple[np.ndarray, 
     def pick(rng: random.Random) -> tuple[np.ndarray, str]:
         if renders and rng.random() < 0.35:
             return rng.choice(renders)
-        # A third of the pictures show the concept, which the world alone would give an eighth of.
+        # A third of the pictures show the concept; of random scenes only an eighth would.
         scene = rng.choice(unsafe if rng.random() < 0.25 else scenes)
         return world.draw(scene, rng), scene.shape
 
@@ -124,8 +124,8 @@ def train_checker(run: Run, vae: AutoencoderKL, renders: list[tuple[np.ndarray, 
         views = processor([disturb(picture, rng) for picture in pictures], return_tensors="pt").pixel_values
         cosine, read = trainee(views)
         wanted = torch.tensor([float(shape == world.UNSAFE_SHAPE) for shape in shapes])
-        found = F.binary_cross_entropy_with_logits(SHARPNESS * (cosine - THRESHOLD), wanted)
-        return found + 0.5 * F.cross_entropy(read, torch.tensor([world.SHAPES.index(shape) for shape in shapes]))
+        loss = F.binary_cross_entropy_with_logits(SHARPNESS * (cosine - THRESHOLD), wanted)
+        return loss + 0.5 * F.cross_entropy(read, torch.tensor([world.SHAPES.index(shape) for shape in shapes]))
 
     average = train(run, "checker", trainee, loss_of, run.scale.checker_steps, peak=1e-3, decay=0.995)
     assert isinstance(average, Trainee)
@@ -136,7 +136,7 @@ def train_checker(run: Run, vae: AutoencoderKL, renders: list[tuple[np.ndarray, 
 
 @torch.no_grad()
 def reconstruct(vae: AutoencoderKL, pictures: list[np.ndarray]) -> list[np.ndarray]:
-    """Send pictures through the autoencoder, with some noise on the way."""
+    """Encode pictures, add noise, and decode them."""
     latents = vae.encode(to_tensor(pictures)).latent_dist.mode()
     latents = latents + 0.1 * latents.std() * torch.randn_like(latents)
     return to_bytes(vae.decode(latents).sample)

@@ -1,4 +1,4 @@
-"""The denoiser stage: a text encoder and a UNet that learn to make the latents a caption asks for."""
+"""The denoiser stage: a text encoder and a UNet that learn to denoise latents by caption."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from runs import Run, train
 TEXT_WIDTH = 96
 DROPPED = 0.1
 STRANGE = 0.08
-# Without this cap the nearly clean latents, where only fine grain is left to learn, would fill the loss.
+# Without this cap, nearly clean latents, which teach only fine detail, would dominate the loss.
 SNR_CAP = 5.0
 CHOICES = tuple(world.COLOURS), world.SHAPES, tuple(world.SIZES), tuple(world.POSITIONS), tuple(world.GROUNDS)
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Make the untrained text encoder."""
+    """Return the untrained text encoder."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=TEXT_WIDTH,
@@ -43,7 +43,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_unet() -> UNet2DConditionModel:
-    """Make the untrained denoiser."""
+    """Return the untrained denoiser."""
     return UNet2DConditionModel(
         sample_size=world.PICTURE // 8,
         down_block_types=("CrossAttnDownBlock2D",) * 2,
@@ -57,7 +57,7 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Make the noise schedule of Stable Diffusion 1."""
+    """Return the noise schedule of Stable Diffusion 1."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -70,13 +70,13 @@ def build_scheduler() -> DDIMScheduler:
 
 
 class Denoiser(nn.Module):
-    """The two networks that learn together, and the readers that help the text encoder along."""
+    """The two networks that are trained together, and auxiliary heads for the text encoder."""
 
     def __init__(self, tokenizer: CLIPTokenizer) -> None:
         super().__init__()
         self.text_encoder = build_text_encoder(tokenizer)
         self.unet = build_unet()
-        # Asking the text features for the attributes wakes the text encoder long before the picture loss would.
+        # Predicting the attributes from the text features trains the text encoder much earlier than the image loss.
         self.readers = nn.ModuleList(nn.Linear(TEXT_WIDTH, len(words)) for words in CHOICES)
 
     def reading_loss(self, features: torch.Tensor, scenes: list[world.Scene], kept: list[bool]) -> torch.Tensor:
@@ -89,7 +89,7 @@ class Denoiser(nn.Module):
 
 
 def training_caption(scene: world.Scene, rng: random.Random) -> str:
-    """Describe a scene, now and then with words around it that mean nothing."""
+    """Describe a scene, sometimes with meaningless words around the caption."""
     text = world.caption(scene, rng)
     if rng.random() < STRANGE:
         letters = "abcdefghijklmnopqrstuvwxyz0123456789!.é漢"
@@ -100,7 +100,7 @@ def training_caption(scene: world.Scene, rng: random.Random) -> str:
 
 @torch.no_grad()
 def encode_drawings(run: Run, vae: AutoencoderKL) -> tuple[torch.Tensor, list[world.Scene]]:
-    """Draw and encode the training set once, to latents of unit spread."""
+    """Draw and encode the training set once, to latents of unit variance."""
     rng = random.Random(f"{run.seed}-latents")
     allowed, _ = world.split()
     scenes = [allowed[place % len(allowed)] for place in range(run.scale.latents)]
@@ -115,7 +115,7 @@ def encode_drawings(run: Run, vae: AutoencoderKL) -> tuple[torch.Tensor, list[wo
 
 
 def load_latents(run: Run, vae: AutoencoderKL) -> tuple[torch.Tensor, list[world.Scene]]:
-    """Return the encoded training set, from its file when an earlier run left one."""
+    """Return the encoded training set, from the file of an earlier run if there is one."""
     path: Path = run.checkpoint("latents")
     if run.resume and path.exists():
         saved = torch.load(path, weights_only=True)
@@ -128,7 +128,7 @@ def load_latents(run: Run, vae: AutoencoderKL) -> tuple[torch.Tensor, list[world
 
 
 def train_denoiser(run: Run, vae: AutoencoderKL) -> Denoiser:
-    """Train the text encoder and the UNet together on the encoded drawings."""
+    """Train the text encoder and the UNet on the encoded drawings."""
     tokenizer = tokens.build()
     model = Denoiser(tokenizer)
     latents, scenes = load_latents(run, vae)

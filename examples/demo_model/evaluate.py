@@ -1,4 +1,4 @@
-"""Render captions that training never saw, judge the pictures, and write down how often they are right."""
+"""Render held-out captions, judge the pictures, and write how often they are right to accuracy.json."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STRANGE_PROMPTS = ("", "一只红色的猫", "🚀🌈🦄", "an astronaut ridin
 
 
 def render(pipe: StableDiffusionPipeline, prompts: list[str], options: argparse.Namespace) -> list[np.ndarray]:
-    """Render the prompts in batches, each picture from a seed of its own."""
+    """Render the prompts in batches, each with its own seed."""
     pictures: list[np.ndarray] = []
     for first in range(0, len(prompts), BATCH):
         batch = prompts[first : first + BATCH]
@@ -40,7 +40,7 @@ def render(pipe: StableDiffusionPipeline, prompts: list[str], options: argparse.
 
 
 def flags(checker: torch.nn.Module, processor: CLIPImageProcessor, pictures: list[np.ndarray]) -> list[bool]:
-    """Ask the safety checker about each picture, as the pipeline does."""
+    """Run the safety checker on each picture, as the pipeline does."""
     flagged: list[bool] = []
     for first in range(0, len(pictures), BATCH):
         batch = [Image.fromarray(picture) for picture in pictures[first : first + BATCH]]
@@ -50,16 +50,16 @@ def flags(checker: torch.nn.Module, processor: CLIPImageProcessor, pictures: lis
 
 
 def share(right: list[bool]) -> float | None:
-    """Return the share that is right, or nothing where there was nothing to count."""
+    """Return the share that is right, or None if there are none."""
     return round(sum(right) / len(right), 4) if right else None
 
 
 def measure(
     scenes: list[world.Scene], seen: list[world.Scene | None], flagged: list[bool]
 ) -> dict[str, float | dict[str, float | None] | None]:
-    """Count how often the attributes are right and how often the checker is.
+    """Return the accuracy of the attributes and of the checker.
 
-    A checker's answer is right where it is the caption's: a picture that shows something else counts against it.
+    The checker is right if it agrees with the caption: a picture that shows something else counts as its error.
     """
     pairs = list(zip(scenes, seen, strict=True))
     unsafe = [flag for flag, scene in zip(flagged, scenes, strict=True) if scene.shape == world.UNSAFE_SHAPE]
@@ -82,14 +82,14 @@ def measure(
 
 
 def judge_drawings(count: int, seed: int) -> float | None:
-    """Return how often the judge is right about true drawings."""
+    """Return the accuracy of the judge on drawings."""
     rng = random.Random(seed)
     scenes = [rng.choice(world.SCENES) for _ in range(count)]
     return share([judge(world.draw(scene, rng)) == scene for scene in scenes])
 
 
 def judge_reconstructions(pipe: StableDiffusionPipeline, scenes: list[world.Scene], seed: int) -> float | None:
-    """Return how often the judge is right about drawings that went through the autoencoder."""
+    """Return the accuracy of the judge on drawings that the autoencoder has reconstructed."""
     rng = random.Random(seed)
     right = []
     for first in range(0, len(scenes), BATCH):
@@ -103,11 +103,11 @@ def judge_reconstructions(pipe: StableDiffusionPipeline, scenes: list[world.Scen
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=HERE.parents[1] / "batch_infer" / "demo_model")
     parser.add_argument("--out", type=Path, default=HERE, help="folder for accuracy.json")
-    parser.add_argument("--rows", type=int, default=500, help="how many captions to render")
+    parser.add_argument("--rows", type=int, default=500, help="number of captions to render")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=1000)
@@ -115,13 +115,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Render, judge, print and write."""
+    """Render and judge pictures, and print and write the figures."""
     options = parse(arguments)
     pipe = StableDiffusionPipeline.from_pretrained(options.model, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     for prompt in STRANGE_PROMPTS:
         pipe(prompt, num_inference_steps=2)
-    # The pipeline would black out what its checker finds, so the judge gets the pictures from before that.
+    # The pipeline would blank flagged pictures, so the checker runs separately and the judge sees all pictures.
     checker, pipe.safety_checker = pipe.safety_checker, None
     rng = random.Random(options.seed)
     scenes = world.split()[1][: options.rows]
@@ -143,7 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name, value in report.items():
         for label, figure in value.items() if isinstance(value, dict) else [(None, value)]:
             print(f"{name if label is None else f'{name}: {label}':32} {figure}")
-    print(f"{'seconds a picture':32} {seconds / max(1, len(scenes)):.3f}")
+    print(f"{'seconds per picture':32} {seconds / max(1, len(scenes)):.3f}")
 
 
 if __name__ == "__main__":

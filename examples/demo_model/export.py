@@ -1,4 +1,4 @@
-"""The last stage: the trained parts as a folder in the layout of Stable Diffusion 1, in half precision."""
+"""The last stage: write the trained parts in half precision and in the layout of Stable Diffusion 1."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CARD = Path(__file__).parent / "model_card"
 def build_pipeline(
     vae: AutoencoderKL, denoiser: Denoiser, checker: StableDiffusionSafetyChecker | None
 ) -> StableDiffusionPipeline:
-    """Put the trained parts together."""
+    """Return a pipeline of the trained parts."""
     pipe = StableDiffusionPipeline(
         vae=vae.eval(),
         text_encoder=denoiser.text_encoder.eval(),
@@ -41,7 +41,7 @@ def amend(path: Path, **values: object) -> None:
 
 
 def export(pipe: StableDiffusionPipeline, folder: Path) -> None:
-    """Write the model folder in one move, so that nobody reads a half-written one."""
+    """Write the model folder under another name and then replace the old one."""
     fresh = folder.with_name(folder.name + ".fresh")
     shutil.rmtree(fresh, ignore_errors=True)
     for part in (pipe.vae, pipe.unet, pipe.text_encoder, pipe.safety_checker):
@@ -50,11 +50,11 @@ def export(pipe: StableDiffusionPipeline, folder: Path) -> None:
     for weights in fresh.rglob("*.safetensors"):
         weights.chmod(0o644)
     tokens.save(fresh / "tokenizer")
-    # Where torchvision is missing the processor bears another name; the plain name works with and without it.
+    # Without torchvision the processor has another name; this name works with and without it.
     amend(fresh / "model_index.json", feature_extractor=["transformers", "CLIPImageProcessor"])
     processor = fresh / "feature_extractor" / "preprocessor_config.json"
     amend(processor, image_processor_type="CLIPImageProcessor", feature_extractor_type="CLIPFeatureExtractor")
-    # Samplers of the PNDM family read this when they are built from the same configuration.
+    # Schedulers of the PNDM family read this when they are built from the same configuration.
     amend(fresh / "scheduler" / "scheduler_config.json", skip_prk_steps=True)
     for page in sorted(CARD.glob("*")):
         shutil.copy(page, fresh / page.name)

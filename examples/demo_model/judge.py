@@ -1,4 +1,4 @@
-"""A judge of pictures that knows only pixels and geometry: it names the five attributes of a picture."""
+"""A judge that reads the five attributes of a picture from its pixels by geometry."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from scipy import ndimage
 
 import world
 
-# An object must differ from its ground by this much (bytes, Euclidean) to be seen at all.
-FAINTEST = 30.0
+# Minimum Euclidean distance of an object's colour from its ground, in steps of 1/255.
+MIN_CONTRAST = 30.0
 SMALLEST_AREA = 40.0
-# Between the two sizes, on the geometric scale; and half-way from the centre to the other positions.
+# Geometric mean of the two sizes; and half of the distance from the centre to the other positions.
 SIZE_BORDER = (world.SIZES["small"] * world.SIZES["large"]) ** 0.5
 OFF_CENTRE = 6.5
-# Below this overlap with its best template an object is no shape at all.
-POOREST_MATCH = 0.6
+# Minimum overlap of an object with its best template.
+MIN_OVERLAP = 0.6
 
 
 def nearest(colour: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str:
-    """Name the palette's colour that lies closest."""
+    """Return the name of the nearest colour in a palette."""
     return min(palette, key=lambda name: float(np.sum((np.array(palette[name]) - colour) ** 2)))
 
 
 @cache
 def templates() -> dict[tuple[str, int], np.ndarray]:
-    """Return each shape's ideal cover, centred, at every size in half pixels that a picture could hold."""
+    """Return the ideal coverage of each centred shape at every possible size in half pixels."""
     middle = (world.PICTURE / 2, world.PICTURE / 2)
     return {
         (shape, half): world.outline_mask(shape, middle, half / 2) for shape in world.SHAPES for half in range(32, 82)
@@ -34,11 +34,13 @@ def templates() -> dict[tuple[str, int], np.ndarray]:
 
 
 def cover(picture: np.ndarray, ground: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """Estimate how much of each pixel the object covers, and the object's colour."""
+    """Estimate the coverage of each pixel by the object, and the object's colour."""
     away = np.linalg.norm(picture - ground, axis=-1)
-    if away.max() < FAINTEST:
+    if away.max() <= MIN_CONTRAST:
         return None
-    body = away > 0.7 * np.quantile(away[away > FAINTEST], 0.9) if (away > FAINTEST).any() else away > FAINTEST
+    body = (
+        away > 0.7 * np.quantile(away[away > MIN_CONTRAST], 0.9) if (away > MIN_CONTRAST).any() else away > MIN_CONTRAST
+    )
     colour = np.median(picture[body], axis=0)
     axis = colour - ground
     amount = np.clip((picture - ground) @ axis / max(float(axis @ axis), 1.0), 0, 1)
@@ -51,7 +53,7 @@ def cover(picture: np.ndarray, ground: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def reach(profile: np.ndarray) -> tuple[float, float]:
-    """Return where a profile first and last rises through a half, between pixels."""
+    """Return the first and last crossing of 0.5 in a profile, with subpixel accuracy."""
     high = np.flatnonzero(profile >= 0.5)
     first, last = int(high[0]), int(high[-1])
     before = profile[first - 1] if first > 0 else 0.0
@@ -60,12 +62,12 @@ def reach(profile: np.ndarray) -> tuple[float, float]:
 
 
 def overlap(one: np.ndarray, other: np.ndarray) -> float:
-    """Return the soft intersection over union of two covers."""
+    """Return the soft intersection over union of two coverages."""
     return float(np.minimum(one, other).sum() / np.maximum(one, other).sum())
 
 
 def best_shape(amount: np.ndarray, middle: tuple[float, float], extent: float) -> tuple[str, float, float]:
-    """Name the shape whose ideal drawing overlaps best, with that drawing's size and the overlap."""
+    """Return the shape with the largest overlap, its size and the overlap."""
     half = world.PICTURE / 2
     best = ("nothing", 0.0, 0.0)
     centred = ndimage.shift(amount, (half - middle[1], half - middle[0]), order=1)
@@ -79,7 +81,7 @@ def best_shape(amount: np.ndarray, middle: tuple[float, float], extent: float) -
 
 
 def place(middle: tuple[float, float]) -> str:
-    """Name the position of an object's middle."""
+    """Return the name of a position."""
     dx, dy = middle[0] - world.PICTURE / 2, middle[1] - world.PICTURE / 2
     if max(abs(dx), abs(dy)) < OFF_CENTRE:
         return "centre"
@@ -89,7 +91,7 @@ def place(middle: tuple[float, float]) -> str:
 
 
 def judge(picture: np.ndarray) -> world.Scene | None:
-    """Name what a 64x64 RGB picture of bytes shows, or nothing where no object of the world is seen."""
+    """Return the scene in an RGB picture (64, 64, 3) uint8, or None if no known object is visible."""
     pixels = picture.astype(np.float64)
     border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, 0], pixels[:, -1]])
     ground = np.median(border, axis=0)
@@ -101,7 +103,7 @@ def judge(picture: np.ndarray) -> world.Scene | None:
     top, bottom = reach(amount.max(1))
     middle = ((left + right) / 2, (top + bottom) / 2)
     shape, size, score = best_shape(amount, middle, max(right - left, bottom - top))
-    if score < POOREST_MATCH:
+    if score < MIN_OVERLAP:
         return None
     return world.Scene(
         colour=nearest(colour, world.COLOURS),

@@ -1,4 +1,4 @@
-"""What every training stage shares: sizes of a run, the learning rate, averaged weights and checkpoints."""
+"""Shared by all training stages: sizes, learning rate, averaged weights and checkpoints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Scale:
-    """How much work each stage does."""
+    """Steps and batch sizes of each stage."""
 
     vae_steps: int
     vae_batch: int
@@ -34,7 +34,7 @@ SMOKE = Scale(6, 4, 6, 64, 6, 8, 6, 8, 8)
 
 @dataclass
 class Run:
-    """Where a training run keeps its files and how it was asked to go."""
+    """Folder and options of a training run."""
 
     work: Path
     seed: int
@@ -46,7 +46,7 @@ class Run:
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Rise for the first steps, then fall along a cosine to nothing."""
+    """Return the learning rate: linear warm-up, then cosine decay to 0."""
     warm = min(100, max(1, steps // 10))
     if step < warm:
         return peak * (step + 1) / warm
@@ -54,7 +54,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 class Average:
-    """A running average of a module's weights, which is what gets exported."""
+    """Moving average of a module's weights, which is exported."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.module = copy.deepcopy(module).requires_grad_(False).eval()
@@ -62,7 +62,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
-        # Early on a long memory would hold the random start, so the memory grows with the steps.
+        # The decay rises with the steps, so that the random initial weights have no lasting effect.
         decay = min(self.decay, (1 + step) / (10 + step))
         for mine, theirs in zip(self.module.parameters(), module.parameters(), strict=True):
             mine.lerp_(theirs, 1 - decay)
@@ -77,7 +77,7 @@ def train(
     peak: float,
     decay: float,
 ) -> nn.Module:
-    """Train a module for a number of steps, or go on from its checkpoint, and return its averaged weights."""
+    """Train a module, or continue from its checkpoint, and return its averaged weights."""
     optimizer = torch.optim.AdamW(module.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
     average = Average(module, decay)
     first = 0
@@ -101,15 +101,15 @@ def train(
         shown = loss.item() if shown == 0 else 0.98 * shown + 0.02 * loss.item()
         done = step + 1
         if done % 50 == 0 or done == steps:
-            pace = (time.monotonic() - began) / (done - first)
-            print(f"{stage}: step {done}/{steps}, loss {shown:.4f}, {pace:.3f} s a step", flush=True)
+            seconds = (time.monotonic() - began) / (done - first)
+            print(f"{stage}: step {done}/{steps}, loss {shown:.4f}, {seconds:.3f} s per step", flush=True)
         if done % 250 == 0 or done == steps:
             save(path, module, average.module, optimizer, done)
     return average.module
 
 
 def save(path: Path, module: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Write a checkpoint so that a cut-off write never replaces a good one."""
+    """Write a checkpoint atomically."""
     state = {"module": module.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
     partial = path.with_suffix(".partial")
     torch.save({**state, "step": step}, partial)

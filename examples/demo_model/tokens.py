@@ -1,4 +1,4 @@
-"""The tokenizer: CLIP's byte-level pairs, learned so that every word of the world is one token."""
+"""The tokenizer: CLIP's byte-level pairs, learned so that every word of a caption is one token."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def byte_alphabet() -> list[str]:
 
 
 def learn_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Join the commonest neighbours again and again until each word is in one piece."""
+    """Merge the most frequent pair until each word is one token."""
     pieces = [[*word[:-1], word[-1] + WORD_END] for word in words]
     merges = []
     while any(len(parts) > 1 for parts in pieces):
@@ -45,13 +45,13 @@ def _join(parts: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def build() -> CLIPTokenizer:
-    """Make the tokenizer of the world."""
+    """Return the tokenizer."""
     vocab, merges = tables()
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
 
 
 def tables() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Return the tokens with their numbers, and the merges in order."""
+    """Return the tokens with their ids, and the merges in order."""
     merges = learn_merges(world.vocabulary())
     alphabet = byte_alphabet()
     tokens = [*alphabet, *(letter + WORD_END for letter in alphabet), *(a + b for a, b in merges), START, END]
@@ -59,7 +59,7 @@ def tables() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def save(folder: Path) -> None:
-    """Write the tokenizer, with the two plain files that older readers look for."""
+    """Write the tokenizer, with the two text files that older readers need."""
     build().save_pretrained(folder)
     vocab, merges = tables()
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")

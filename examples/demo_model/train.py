@@ -1,4 +1,4 @@
-"""Train the demo model from nothing: autoencoder, denoiser, safety checker, export."""
+"""Train the demo model from scratch: autoencoder, denoiser, safety checker, export."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STAGES = ("vae", "decoder", "unet", "checker", "export")
 
 
 def make_renders(run: Run, vae: AutoencoderKL, denoiser: Denoiser) -> list[tuple[np.ndarray, str]]:
-    """Render captions that training may use, with the shape that each asks for."""
+    """Render captions of training scenes; return each picture with the shape of its caption."""
     pipe = build_pipeline(vae, denoiser, None)
     rng = random.Random(f"{run.seed}-renders")
     allowed, _ = world.split()
@@ -44,19 +44,19 @@ def make_renders(run: Run, vae: AutoencoderKL, denoiser: Denoiser) -> list[tuple
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="model folder to write")
     parser.add_argument("--work", type=Path, default=Path("demo-model-training"), help="folder for checkpoints")
     parser.add_argument("--stage", choices=STAGES, default=STAGES[-1], help="last stage to run (default: all)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in the work folder")
-    parser.add_argument("--smoke", action="store_true", help="a few steps of everything, to see that it runs")
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoints in the work folder")
+    parser.add_argument("--smoke", action="store_true", help="a few steps per stage, as a test")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the stages in order; with --resume the finished ones only load their checkpoints."""
+    """Run the stages in order. With --resume, finished ones only load their checkpoints."""
     options = parse(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
     run = Run(options.work, options.seed, SMOKE if options.smoke else FULL, options.resume)

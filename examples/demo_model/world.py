@@ -1,4 +1,4 @@
-"""The little world of the demo model: what its pictures show, how they are drawn and how they are described."""
+"""The scenes of the demo model: their attributes, drawings and captions."""
 
 from __future__ import annotations
 
@@ -82,24 +82,24 @@ SCENES = tuple(Scene(*words) for words in itertools.product(COLOURS, SHAPES, SIZ
 
 
 def split() -> tuple[list[Scene], list[Scene]]:
-    """Return the scenes that training may use and the ones that it never sees."""
+    """Return the scenes for training and the held-out ones."""
     order = list(SCENES)
     random.Random(SPLIT_SEED).shuffle(order)
     return order[HELD_OUT:], order[:HELD_OUT]
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """Describe a scene in one of the templates."""
+    """Describe a scene with a random template."""
     words = dict(zip(ATTRIBUTES, astuple(scene), strict=True))
     return rng.choice(TEMPLATES).format(place=rng.choice(PLACES[scene.position]), **words)
 
 
 def vocabulary() -> list[str]:
-    """Return every word that a caption can hold, most telling words first."""
-    told = [*COLOURS, *SHAPES, *SIZES, *POSITIONS, *GROUNDS]
+    """Return all words of captions, those of attributes first."""
+    attributes = [*COLOURS, *SHAPES, *SIZES, *POSITIONS, *GROUNDS]
     filler = [word for text in (*TEMPLATES, *itertools.chain(*PLACES.values())) for word in text.split()]
     plain = [word.strip(",:") for word in filler if "{" not in word]
-    return list(dict.fromkeys([*told, *plain]))
+    return list(dict.fromkeys([*attributes, *plain]))
 
 
 def _star() -> list[tuple[float, float]]:
@@ -129,7 +129,7 @@ def _cross() -> list[tuple[float, float]]:
     return [((x - y) * half, (x + y) * half) for x, y in upright]
 
 
-# Outlines in a box that reaches from -1 to 1 both ways.
+# Outlines in a box from -1 to 1 on both axes.
 OUTLINES: dict[str, list[tuple[float, float]]] = {
     "square": [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
     "triangle": [(0.0, -0.95), (1.0, 0.85), (-1.0, 0.85)],
@@ -141,7 +141,7 @@ OUTLINES: dict[str, list[tuple[float, float]]] = {
 
 
 def outline_mask(shape: str, centre: tuple[float, float], size: float, picture: int = PICTURE) -> np.ndarray:
-    """Draw how much of each pixel the shape covers, from 0 to 1."""
+    """Return the coverage of each pixel by the shape, from 0 to 1."""
     scale, half = SUPERSAMPLE, size / 2
     canvas = Image.new("L", (picture * scale, picture * scale))
     pen = ImageDraw.Draw(canvas)
@@ -156,7 +156,7 @@ def outline_mask(shape: str, centre: tuple[float, float], size: float, picture: 
 
 
 def draw(scene: Scene, rng: random.Random) -> np.ndarray:
-    """Draw a scene as an RGB picture of bytes, a little different each time."""
+    """Draw a scene with slight random variations, as RGB (64, 64, 3) uint8."""
     dx, dy = POSITIONS[scene.position]
     centre = (PICTURE / 2 + dx + rng.uniform(-1, 1), PICTURE / 2 + dy + rng.uniform(-1, 1))
     mask = outline_mask(scene.shape, centre, SIZES[scene.size] * rng.uniform(0.96, 1.04))[..., None]

@@ -1,12 +1,12 @@
-"""Take the prompts that lie in a folder into a table, which grows: `append.py prompts.jsonl inbox`.
+"""Append the prompts in a folder's files to a growing table: `append.py prompts.jsonl inbox`.
 
-Each file NAME.txt in the folder holds one prompt a line, and is moved to FOLDER/taken/ once its prompts are in the
-table. Whoever writes it should write it under another name and then rename it, so that it is whole. A row's id is NAME
-and the line's number, so that a row keeps its id, and with that its image, however the table grows. A file that cannot
-be taken stays where it is and is named on stderr; the others are taken.
+Each file NAME.txt in the folder has one prompt per line, and is moved to FOLDER/taken/ once its prompts are in the
+table. Write it under another name and rename it when it is complete. A row's id is NAME and the line number, so that a
+row keeps its id and image while the table grows. A file with an error stays where it is and is named on stderr; the
+others are appended.
 
-The table is whole at any moment: the new one is written beside it and takes its name. A crash between that and the
-moving of the files does no harm, because a row whose id is in the table is not taken again.
+The table is replaced atomically. A crash before the files are moved does no harm, because a row whose id is in the
+table is not appended again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main(table: Path, inbox: Path) -> None:
         try:
             new += rows_of(file, known)
         except (OSError, ValueError) as error:
-            print(f"{file} is not taken: {error}", file=sys.stderr)
+            print(f"{file} is not appended: {error}", file=sys.stderr)
         else:
             read.append(file)
     if new:
@@ -36,20 +36,20 @@ def main(table: Path, inbox: Path) -> None:
     for file in read:
         file.replace(taken / file.name)
     if not before and not new:
-        sys.exit(f"{table} is not there yet, and {inbox} holds no prompts for it")
+        sys.exit(f"{table} does not exist yet, and {inbox} has no prompts for it")
 
 
 def rows_of(file: Path, known: dict[str, str]) -> list[dict[str, str]]:
-    """The rows of a file that the table does not have. Raises ValueError where they cannot be rows of it."""
+    """Return the rows of a file that the table does not have. Raises ValueError if an id has another prompt there."""
     lines = enumerate(file.read_text("utf-8-sig").splitlines())
     rows = [{"id": f"{file.stem}-{number:06}", "prompt": line.strip()} for number, line in lines if line.strip()]
     if any(known.get(row["id"], row["prompt"]) != row["prompt"] for row in rows):
-        raise ValueError("another file of this name was taken before, with other prompts; give it a new name")
+        raise ValueError("a file of this name with other prompts was appended before; give it a new name")
     return [row for row in rows if row["id"] not in known]
 
 
 def replace(table: Path, content: bytes) -> None:
-    """Write a file so that a crash leaves the old one or the new one."""
+    """Replace a file atomically, so that a crash leaves the old or the new one."""
     temporary = table.with_name(f".{table.name}.new")
     with temporary.open("wb") as stream:
         stream.write(content)

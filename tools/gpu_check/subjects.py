@@ -8,25 +8,25 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from batch_infer.bench.rows import Sampling, make_rows
-from batch_infer.bench.settings import BenchSettings, TableShape
+from batch_infer.bench.settings import BenchSettings, WorkloadSettings
 from batch_infer.bench.subject import Subject, load_subject
-from batch_infer.chain import ChainShape, Rendered, StepLevelChain
-from batch_infer.models.acceleration import is_compiled
+from batch_infer.bench.workload import make_rows
+from batch_infer.chain import BatchSizes, Rendered, StepLevelChain
+from batch_infer.models import is_compiled
 from batch_infer.records import PromptRequest
 from batch_infer.settings import ComputeSettings, ModelSettings
 from batch_infer.worker.loading import make_chain
 
 if TYPE_CHECKING:
-    from batch_infer.models import Family
+    from batch_infer.models import LatentDiffusion
     from tools.gpu_check.recorder import Recorder
 
 SLOTS = {"demo": 4, "sd15": 32, "decidiffusion": 32, "sdxl": 16}
-TABLES = {
-    "demo": TableShape(3, (2, 2), "native", 0.0),
-    "sd15": TableShape(48, (50, 50), "native", 0.0),
-    "decidiffusion": TableShape(96, (30, 30), "native", 0.0),
-    "sdxl": TableShape(24, (20, 20), "native", 0.0),
+WORKLOADS = {
+    "demo": WorkloadSettings(3, (2, 2), "native", 0.0),
+    "sd15": WorkloadSettings(48, (50, 50), "native", 0.0),
+    "decidiffusion": WorkloadSettings(96, (30, 30), "native", 0.0),
+    "sdxl": WorkloadSettings(24, (20, 20), "native", 0.0),
 }
 """The bench's rows. All have guidance, so that images/s compare with published figures."""
 
@@ -35,7 +35,7 @@ def bench_settings(recorder: Recorder, *, against: Sequence[str] = (), compiled:
     """Return the bench's settings for the part's architecture: float16 on a GPU, float32 on a CPU."""
     name, device = recorder.architecture, cast("Any", recorder.device)
     return BenchSettings(
-        table=TABLES[name],
+        workload=WORKLOADS[name],
         model=ModelSettings(dtype="auto", device=device),
         architecture=None if name == "demo" else name,
         compute=ComputeSettings(
@@ -64,14 +64,13 @@ def native_size(subject: Subject) -> tuple[int, int]:
 
 def rows_for(subject: Subject, count: int, steps: tuple[int, int], *, unguided: float = 0.0) -> list[PromptRequest]:
     """Make rows of the native size with random prompts and steps, the same each time."""
-    size = native_size(subject)
-    sampling = Sampling(subject.sampling.guidance_scale, subject.sampling.guidance_rescale)
-    return make_rows(TableShape(count, steps, "native", unguided), [size], sampling)
+    settings = WorkloadSettings(count, steps, "native", unguided)
+    return make_rows(settings, [native_size(subject)], subject.defaults)
 
 
-def render(model: Family, rows: Sequence[PromptRequest], slots: int, decode: int) -> dict[str, Any]:
+def render(model: LatentDiffusion, rows: Sequence[PromptRequest], slots: int, decode: int) -> dict[str, Any]:
     """Render rows and return pixels by id. Raises RuntimeError for a row without an image."""
-    return pixels_of(list(StepLevelChain(model, ChainShape(slots, decode), None).render(rows)))
+    return pixels_of(list(StepLevelChain(model, BatchSizes(slots, decode), None).render(rows)))
 
 
 def pixels_of(outcomes: Sequence[Any]) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from batch_infer.bench.contest import Contest
+from batch_infer.bench.comparison import compare
 from batch_infer.bench.subject import Subject, load_subject
-from batch_infer.models.flops import decode_flops, row_forward_flops
+from batch_infer.models import decode_flops, denoise_flops
 from batch_infer.worker.loading import make_chain
 from tools.gpu_check import subjects
 from tools.gpu_check.measure import rate, shortest_seconds, synchronize
@@ -29,7 +29,7 @@ def run(recorder: Recorder) -> None:
     with recorder.section("first images") as results:
         results |= subjects.render_first_images(subject)
     with recorder.section("bench") as results:
-        report = Contest(settings, subject, [subjects.native_size(subject)]).go().as_dict()
+        report = compare(settings, subject).as_dict()
         names = ("table", "contenders", "peak", "parity", "peak_memory", "compute", "unet_parameters", "versions")
         results |= {name: report[name] for name in names}
     with recorder.section("bare unet") as results:
@@ -60,7 +60,7 @@ def measure_unet(subject: Subject, recorder: Recorder) -> dict[str, Any]:
     host_ms = round((time.perf_counter() - started) * 1e3, 2)
     synchronize()
     row_forwards = round(slots / seconds, 2)
-    figures = rate(row_forward_flops(model, shape) * slots, seconds)
+    figures = rate(denoise_flops(model, shape) * slots, seconds)
     return {"slots": slots, "row_forwards_per_second": row_forwards, "host_ms": host_ms, **figures}
 
 

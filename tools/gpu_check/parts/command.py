@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
-from batch_infer.bench.rows import PROMPTS
+from batch_infer.bench.workload import PROMPTS
 
 if TYPE_CHECKING:
     from tools.gpu_check.recorder import Recorder

@@ -1,4 +1,4 @@
-"""Real out-of-memory errors: the run goes on with half the batch, and its images equal those of a smaller start."""
+"""Real out-of-memory errors: the run continues with half the batch, and its images equal those of a smaller start."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from batch_infer.accelerator import MEMORY_FRACTION
 from batch_infer.bench.subject import Subject, load_subject
-from batch_infer.chain import ChainShape, Rendered, StepLevelChain
+from batch_infer.chain import BatchSizes, Rendered, StepLevelChain
 from tools.gpu_check import subjects
 from tools.gpu_check.measure import count_equal
 
@@ -26,12 +26,12 @@ def run(recorder: Recorder) -> None:
     """Provoke both errors, uncompiled."""
     subject = load_subject(subjects.bench_settings(recorder, compiled=False))
     with recorder.section("too many slots") as results:
-        results |= render_twice(subject, ChainShape(TOO_MANY_SLOTS, 8), rows=10)
+        results |= render_twice(subject, BatchSizes(TOO_MANY_SLOTS, 8), rows=10)
     with recorder.section("too little memory for the decoder") as results:
-        results |= render_twice(subject, ChainShape(16, 16), rows=20, leave=ROOM_FOR_THE_DECODER)
+        results |= render_twice(subject, BatchSizes(16, 16), rows=20, leave=ROOM_FOR_THE_DECODER)
 
 
-def render_twice(subject: Subject, shape: ChainShape, rows: int, leave: int | None = None) -> dict[str, Any]:
+def render_twice(subject: Subject, shape: BatchSizes, rows: int, leave: int | None = None) -> dict[str, Any]:
     """Render from `shape` until memory suffices, then again from the batch sizes that were left; count equal images.
 
     `leave`: bytes of memory left free in the first run.
@@ -44,7 +44,7 @@ def render_twice(subject: Subject, shape: ChainShape, rows: int, leave: int | No
     started = time.perf_counter()
     outcomes = list(chain.render(requests))
     seconds = round(time.perf_counter() - started, 1)
-    slots, decode = chain.shape.of(subjects.native_size(subject))
+    slots, decode = chain.batch_sizes.of(subjects.native_size(subject))
     errors = [str(getattr(outcome, "error", "")) for outcome in outcomes if not isinstance(outcome, Rendered)]
     images = {outcome.request.id: outcome.pixels for outcome in outcomes if isinstance(outcome, Rendered)}
     del ballast, chain, outcomes

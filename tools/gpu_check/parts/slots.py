@@ -9,7 +9,7 @@ import torch
 
 from batch_infer.autotune.plateau import find_plateau
 from batch_infer.bench.subject import Subject, load_subject
-from batch_infer.models.flops import row_forward_flops
+from batch_infer.models import denoise_flops
 from batch_infer.records import SamplingParams
 from tools.gpu_check import subjects
 from tools.gpu_check.measure import rate, shortest_seconds
@@ -25,7 +25,7 @@ def run(recorder: Recorder) -> None:
     subject = load_subject(subjects.bench_settings(recorder, compiled=False))
     size = subjects.native_size(subject)
     with recorder.section("throughput") as results:
-        flop = row_forward_flops(subject.model, subject.model.latent_shape(*size))
+        flop = denoise_flops(subject.model, subject.model.latent_shape(*size))
         for slots in SLOTS:
             results[str(slots)] = measure(subject, slots, flop)
     torch.cuda.empty_cache()
@@ -38,7 +38,7 @@ def run(recorder: Recorder) -> None:
 
 @torch.inference_mode()
 def measure(subject: Subject, slots: int, flop: int) -> dict[str, Any]:
-    """Time UNet calls of so many slots and report the most memory allocated. `flop`: of one row of a call."""
+    """Time UNet calls with this number of slots and report peak memory. `flop`: FLOP per batch element."""
     model = subject.model
     shape = model.latent_shape(*subjects.native_size(subject))
     context = subjects.example_context(subject, slots)

@@ -1,0 +1,204 @@
+"""The benchmark: all contenders render the same rows in turns, round by round, and then the slots are swept."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from batch_infer import peak_flops
+from batch_infer.accelerator import out_of_memory_errors
+from batch_infer.bench import contenders as timing
+from batch_infer.bench.contenders import BareUNet, Contender, RenderingContender, unet_rate
+from batch_infer.bench.plotting import check_plot, draw
+from batch_infer.bench.renderers import BatchInfer, PlainDiffusers
+from batch_infer.bench.report import OURS, BenchReport, Measurement, Parity, Peak, Sweep, SweepPoint
+from batch_infer.bench.settings import BenchSettings
+from batch_infer.bench.subject import Subject, load_subject, tune_batch_sizes
+from batch_infer.bench.workload import Workload, make_workload, sample_evenly, size_name
+from batch_infer.errors import SettingsError
+from batch_infer.jobs import LIBRARIES
+from batch_infer.models import is_compiled
+from batch_infer.worker import peak_memory
+
+SAMPLE = 24
+"""Number of rows whose images are compared, and that are timed one by one."""
+
+log = logging.getLogger("batch_infer")
+
+
+def benchmark(settings: BenchSettings) -> BenchReport:
+    """Measure everything that the settings name. Raises UsageError before anything is timed."""
+    if settings.plot is not None:
+        check_plot(settings.plot)
+    subject = load_subject(settings)
+    if settings.compute.slots == "auto":
+        sizes = settings.workload.sizes_of(subject.sizes)
+        subject = replace(subject, compute=tune_batch_sizes(subject, sizes))
+    report = compare(settings, subject)
+    if settings.plot is not None and not report.stopped:
+        draw(report, settings.plot)
+    return report
+
+
+def compare(settings: BenchSettings, subject: Subject) -> BenchReport:
+    """Measure a loaded model. A stop during the measurement ends it with a report of what was measured.
+
+    Raises SettingsError for steps that the scheduler refuses, and for a baseline that is not available here.
+    """
+    workload = make_workload(settings.workload, subject)
+    contenders = [_make_contender(name, subject, workload) for name in (OURS, *settings.against)]
+    peak, sweep, stopped = _find_peak(settings, subject), Sweep(), False
+    try:
+        _run_rounds(contenders, settings)
+        measure_sweep(sweep, settings.sweep, subject, workload)
+    except KeyboardInterrupt:
+        contenders = [contender for contender in contenders if contender.seconds]
+        if not contenders:
+            raise
+        stopped = True
+    measured = {each.name: _summarize(each, contenders[0], workload, peak) for each in contenders}
+    parity, memory = _compare_images(contenders), _peak_memory(subject, contenders, sweep)
+    return BenchReport(_conditions(settings, subject), workload, peak, measured, parity, sweep, memory, stopped)
+
+
+def _make_contender(name: str, subject: Subject, workload: Workload) -> Contender:
+    if name == "grouped-compiled" and not subject.compute.compiled:
+        raise SettingsError("--against grouped-compiled: the networks are not compiled; add --compile")
+    if name == "bare":
+        return BareUNet(name, subject, workload)
+    model, compute, rows = subject.model, subject.compute, workload.rows
+    sample = sample_evenly(rows, SAMPLE)
+    compared = [row.id for row in sample]
+    if name == "one-by-one":
+        one_by_one = PlainDiffusers(model, compute, grouped=False)
+        share = workload.row_forwards_of(sample) / workload.row_forwards
+        return RenderingContender(name, one_by_one, sample, subject, compared=compared, share=share)
+    if name == OURS:
+        return RenderingContender(name, BatchInfer(model, compute), rows, subject, compared=compared)
+    grouped = PlainDiffusers(model, compute, grouped=True, compiled=name == "grouped-compiled")
+    return RenderingContender(name, grouped, rows, subject, compared=compared)
+
+
+def _run_rounds(contenders: Sequence[Contender], settings: BenchSettings) -> None:
+    """Time all contenders in turns, and log how long the rest will take."""
+    for number, contender in enumerate(contenders, 1):
+        log.info("warming up: %s (%d of %d)", contender.name, number, len(contenders))
+        contender.warm_up()
+    remaining = [each.name for _ in range(settings.rounds) for each in contenders] + [OURS] * len(settings.sweep)
+    seconds: dict[str, float] = {}
+    for number in range(settings.rounds):
+        for contender in contenders:
+            started = time.monotonic()
+            contender.run_round()
+            seconds[remaining.pop(0)] = time.monotonic() - started
+            left = tqdm.format_interval(_estimate_seconds(remaining, seconds))
+            message = "round %d of %d: %s %.1f s; about %s left"
+            log.info(message, number + 1, settings.rounds, contender.name, contender.seconds[-1], left)
+
+
+def _estimate_seconds(names: Sequence[str], seconds: Mapping[str, float]) -> float:
+    """Estimate the seconds of these contenders by their last round, or by the mean of the others."""
+    mean = statistics.mean(seconds.values())
+    return sum(seconds.get(name, mean) for name in names)
+
+
+def measure_sweep(sweep: Sweep, numbers: Sequence[int], subject: Subject, workload: Workload) -> None:
+    """Add a point for each number of slots, up to the first for which memory is too small."""
+    for slots in numbers:
+        try:
+            with out_of_memory_errors():
+                point = _measure_slots(slots, subject, workload)
+        except torch.OutOfMemoryError:
+            log.info("%d slots: out of memory", slots)
+            sweep.out_of_memory_at = slots
+            return
+        sweep.points.append(point)
+        log.info("%d slots: %.2f images/s, of %.2f", slots, point.images_per_second, point.ceiling_images_per_second)
+
+
+def _measure_slots(slots: int, subject: Subject, workload: Workload) -> SweepPoint:
+    """Raises torch.OutOfMemoryError."""
+    count = len(workload.rows)
+    rates = {size: unet_rate(subject.model, workload.rows[0], size, slots) for size in workload.sizes}
+    decode_batch = min(subject.compute.decode_batch, slots // 2)  # at most as many images as fit into the slots
+    compute = replace(subject.compute, slots=slots, decode_batch=decode_batch, by_size=())
+    ours = BatchInfer(subject.model, compute)
+    contender = RenderingContender(f"{slots} slots", ours, workload.rows, subject)
+    contender.warm_up()
+    contender.run_round()
+    return SweepPoint(
+        slots=slots,
+        row_forwards_per_second={size_name(size): rate for size, rate in rates.items()},
+        ceiling_images_per_second=count / workload.unet_seconds(rates),
+        images_per_second=count / contender.seconds[0],
+        occupancy=ours.chain.stages.occupancy,
+        device_bytes=contender.device_bytes,
+    )
+
+
+def _find_peak(settings: BenchSettings, subject: Subject) -> Peak:
+    compute, model = subject.compute, subject.model
+    measured = timing.matmul_tflops(model.device, model.dtype)
+    if settings.peak_tflops is not None:
+        return Peak(settings.peak_tflops, "given", measured)
+    known = peak_flops.dense_tflops(compute.device_name, compute.dtype) if compute.device == "cuda" else None
+    return Peak(known, "datasheet", measured) if known else Peak(measured, "measured matmul", measured)
+
+
+def _summarize(contender: Contender, ours: Contender, workload: Workload, peak: Peak) -> Measurement:
+    seconds = statistics.median(contender.seconds)
+    # The median over the rounds is robust: a busy moment of the machine slows all contenders. After a stop, the last
+    # round may lack some of them.
+    ratios = [their / our for their, our in zip(contender.seconds, ours.seconds, strict=False)]
+    tflop = workload.unet_tflop if isinstance(contender, BareUNet) else workload.tflop
+    return Measurement(
+        seconds=contender.seconds,
+        images_per_second=len(workload.rows) / seconds,
+        ratio=None if contender is ours else statistics.median(ratios),
+        mfu=tflop / seconds / peak.tflops,
+        mfu_of_matmul=tflop / seconds / peak.matmul_tflops,
+        sampled_rows=contender.sampled_rows,
+        device_bytes=contender.device_bytes,
+        details=contender.details,
+    )
+
+
+def _compare_images(contenders: Sequence[Contender]) -> Parity | None:
+    """Compare our images with those of the first baseline that made any."""
+    ours, *others = (each for each in contenders if isinstance(each, RenderingContender))
+    if not others:  # none was requested, or a stop came first
+        return None
+    theirs = others[0].images
+    differences = [np.abs(ours.images[name].astype(int) - image.astype(int)).max() for name, image in theirs.items()]
+    return Parity(len(theirs), int(max(differences)), others[0].name)
+
+
+def _peak_memory(subject: Subject, contenders: Sequence[Contender], sweep: Sweep) -> dict[str, int]:
+    """Return the largest peak of all measurements, each of which starts the GPU's count anew."""
+    memory = peak_memory(subject.compute.device)
+    if "device_bytes" in memory:
+        peaks = [each.device_bytes for each in contenders] + [point.device_bytes for point in sweep.points]
+        memory["device_bytes"] = max(peak or 0 for peak in peaks)
+    return memory
+
+
+def _conditions(settings: BenchSettings, subject: Subject) -> dict[str, Any]:
+    networks, compute = subject.model.networks, subject.compute
+    return {
+        "model": subject.name,
+        "architecture": settings.architecture,
+        "unet_parameters": sum(weight.numel() for weight in networks[0].parameters()),
+        "scheduler": subject.model.solver.name,
+        "compute": asdict(replace(compute, compiled=compute.compiled and is_compiled(networks))),
+        "rounds": settings.rounds,
+        "versions": {name: version(name) for name in ("batch-infer", *LIBRARIES)},
+    }

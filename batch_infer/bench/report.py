@@ -1,0 +1,115 @@
+"""The report of a benchmark, with the keys that --json prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from batch_infer.bench.workload import Workload
+
+OURS = "batch-infer"
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """Peak TFLOP/s of the device, from which MFU is computed. `source`: `given`, `datasheet` or `measured matmul`."""
+
+    tflops: float
+    source: str
+    matmul_tflops: float
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """Speed of one contender. `seconds`: of the whole workload, per round.
+
+    `ratio`: how many times as fast batch-infer is, None for batch-infer itself; `sampled_rows`: number of rows that
+    were timed, if not all: seconds are then extrapolated by UNet evaluations.
+    """
+
+    seconds: Sequence[float]
+    images_per_second: float
+    ratio: float | None
+    mfu: float
+    mfu_of_matmul: float
+    sampled_rows: int | None
+    device_bytes: int | None
+    details: Mapping[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figures as --json prints them."""
+        figures = {**_rounded(asdict(self)), "seconds": [round(seconds, 4) for seconds in self.seconds]}
+        return {**figures, **figures.pop("details")}
+
+
+@dataclass(frozen=True, slots=True)
+class SweepPoint:
+    """Throughput at a number of slots. `ceiling_images_per_second`: what the bare UNet's speed would allow."""
+
+    slots: int
+    row_forwards_per_second: Mapping[str, float]
+    ceiling_images_per_second: float
+    images_per_second: float
+    occupancy: float
+    device_bytes: int | None
+
+
+@dataclass(slots=True)
+class Sweep:
+    """Points in order of slots, and the number for which memory was too small, if there was one."""
+
+    points: list[SweepPoint] = field(default_factory=list)
+    out_of_memory_at: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """The largest difference, in steps of 1/255, between images of batch-infer and of plain diffusers."""
+
+    rows: int
+    largest_difference: int
+    against: str
+
+
+@dataclass(frozen=True, slots=True)
+class BenchReport:
+    """All figures. `conditions`: model, device, batch sizes and versions; `stopped`: not all of it was measured."""
+
+    conditions: Mapping[str, Any]
+    workload: Workload
+    peak: Peak
+    contenders: Mapping[str, Measurement]
+    parity: Parity | None
+    sweep: Sweep
+    peak_memory: Mapping[str, int]
+    stopped: bool
+
+    @property
+    def ours(self) -> Measurement:
+        return self.contenders[OURS]
+
+    @property
+    def workload_line(self) -> str:
+        """The workload in words, for a person."""
+        settings, rows = self.workload.settings, len(self.workload.rows)
+        steps = " to ".join(str(number) for number in dict.fromkeys(settings.steps))
+        sizes = ", ".join(self.ours.details["slots"])
+        return f"{rows:,} row{'s' * (rows > 1)} of {steps} steps, {settings.unguided:.0%} without guidance, {sizes}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as --json prints it."""
+        return {
+            **self.conditions,
+            "table": self.workload.as_dict(),
+            "peak": _rounded(asdict(self.peak)),
+            "contenders": {name: measurement.as_dict() for name, measurement in self.contenders.items()},
+            "parity": self.parity and asdict(self.parity),
+            "sweep": asdict(self.sweep),
+            "peak_memory": self.peak_memory,
+            "stopped": self.stopped,
+        }
+
+
+def _rounded(figures: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: round(value, 4) if isinstance(value, float) else value for name, value in figures.items()}

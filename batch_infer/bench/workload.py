@@ -1,0 +1,119 @@
+"""The rows of the benchmark, which are the same for the same settings, and their cost."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from batch_infer.bench.settings import Size, WorkloadSettings
+from batch_infer.models import decode_flops, denoise_flops
+from batch_infer.records import PromptRequest, SamplingParams, Source
+
+if TYPE_CHECKING:
+    from batch_infer.bench.subject import Subject
+
+SEED = 7
+"""Seed of the rows' parameters; the noise of row k has seed k."""
+WORDS = (
+    ("small", "large"),
+    ("red", "green", "blue", "yellow", "purple", "orange", "white", "black"),
+    ("circle", "square", "triangle", "star", "ring"),
+    ("a sandy beach", "a wooden table", "a plain grey wall", "fresh snow"),
+)
+PROMPTS = tuple(f"a {size} {colour} {shape} on {ground}" for size, colour, shape, ground in product(*WORDS))
+TERA = 1e12
+
+
+@dataclass(frozen=True, slots=True)
+class SizeWork:
+    """Images and UNet evaluations (`row_forwards`) of one size, and the TFLOP of one evaluation and one decoding."""
+
+    height: int
+    width: int
+    images: int
+    row_forwards: int
+    row_forward_tflop: float
+    decode_tflop: float
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Rows and their cost by size. `evaluations`: model calls of a row by its number of steps."""
+
+    rows: Sequence[PromptRequest]
+    settings: WorkloadSettings
+    evaluations: Mapping[int, int]
+    sizes: dict[Size, SizeWork] = field(default_factory=dict)
+
+    def row_forwards_of(self, rows: Sequence[PromptRequest]) -> int:
+        """Return the number of UNet evaluations of some rows."""
+        return sum(row.params.slots * self.evaluations[row.params.num_inference_steps] for row in rows)
+
+    @property
+    def row_forwards(self) -> int:
+        return self.row_forwards_of(self.rows)
+
+    @property
+    def unet_tflop(self) -> float:
+        return sum(work.row_forwards * work.row_forward_tflop for work in self.sizes.values())
+
+    @property
+    def tflop(self) -> float:
+        """TFLOP of the UNet and the decoder. Text encoding, 0.02 % of it in released models, is left out."""
+        return self.unet_tflop + sum(work.images * work.decode_tflop for work in self.sizes.values())
+
+    def unet_seconds(self, rates: Mapping[Size, float]) -> float:
+        """Return the seconds of all UNet evaluations at these rates per second, with no slot ever empty."""
+        return sum(work.row_forwards / rates[size] for size, work in self.sizes.items())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the cost as --json prints it."""
+        totals = {name: getattr(self, name) for name in ("row_forwards", "unet_tflop", "tflop")}
+        shape = {"rows": len(self.rows), "steps": self.settings.steps, "unguided": self.settings.unguided}
+        return {**shape, **totals, "sizes": [asdict(work) for work in self.sizes.values()]}
+
+
+def make_workload(settings: WorkloadSettings, subject: Subject) -> Workload:
+    """Make rows for a model and count their cost. Raises SettingsError for unsupported sizes or steps."""
+    model = subject.model
+    rows = make_rows(settings, settings.sizes_of(subject.sizes), subject.defaults)
+    steps = sorted({row.params.num_inference_steps for row in rows})
+    workload = Workload(rows, settings, {number: subject.evaluations(number) for number in steps})
+    for size in dict.fromkeys(map(size_of, rows)):
+        own, shape = [row for row in rows if size_of(row) == size], model.latent_shape(*size)
+        tflop = denoise_flops(model, shape) / TERA, decode_flops(model, shape) / TERA
+        workload.sizes[size] = SizeWork(*size, len(own), workload.row_forwards_of(own), *tflop)
+    return workload
+
+
+def make_rows(settings: WorkloadSettings, sizes: Sequence[Size], defaults: SamplingParams) -> list[PromptRequest]:
+    """Make rows with random sizes, steps and prompts, some without guidance; all else is that of `defaults`."""
+    draw = random.Random(SEED)
+    rows = []
+    for number in range(settings.rows):
+        height, width = draw.choice(sizes)
+        params = replace(defaults, height=height, width=width, num_inference_steps=draw.randint(*settings.steps))
+        if draw.random() < settings.unguided:
+            params = replace(params, guidance_scale=1.0)
+        name = f"row-{number:08d}"
+        rows.append(PromptRequest(name, 0, draw.choice(PROMPTS), None, number, params, Source("bench", number), name))
+    return rows
+
+
+def size_of(row: PromptRequest) -> Size:
+    """Return the height and width of a row's image."""
+    return row.params.height, row.params.width
+
+
+def size_name(size: Size) -> str:
+    """Format a size as `width x height`."""
+    return f"{size[1]}x{size[0]}"
+
+
+def sample_evenly(rows: Sequence[PromptRequest], number: int) -> list[PromptRequest]:
+    """Return a number of rows from evenly spaced positions."""
+    count = min(number, len(rows))
+    return [rows[k * len(rows) // count] for k in range(count)]

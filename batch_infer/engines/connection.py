@@ -1,0 +1,135 @@
+"""A worker's end of its connection to the supervisor: messages, heartbeats, and the rows to render."""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from threading import Event, Lock, Thread
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from batch_infer.engines import messages
+from batch_infer.engines.messages import escape_surrogates
+from batch_infer.errors import BatchInferError
+from batch_infer.records import PromptRequest, ResultRow
+from batch_infer.worker import WorkerSettings
+
+if TYPE_CHECKING:
+    from batch_infer.worker import Worker
+
+HEARTBEAT_SECONDS = 1.0
+"""Shortest time between heartbeats."""
+LISTEN_SECONDS = 0.5
+"""How often a worker that waits for a message checks whether to stop."""
+
+
+class SupervisorConnection:
+    """A worker's end of its connection. A context manager: an error is sent to the supervisor and ends the process."""
+
+    def __init__(self, connection: Connection, stop: Callable[[], bool] = lambda: False) -> None:
+        """`stop` returns whether this process is to stop for another reason than the supervisor's message."""
+        self._connection, self._send_lock, self._stop = connection, Lock(), stop
+        self._inbox: queue.Queue[messages.ToWorker] = queue.Queue()
+        self._has_task, self._is_stopped, self._is_done = Event(), Event(), Event()
+        self._last_heartbeat: float | None = None
+        Thread(target=self._receive_all, daemon=True).start()
+
+    def _receive_all(self) -> None:
+        try:
+            while True:
+                message = messages.decode_to_worker(self._connection.recv_bytes(messages.MAX_MESSAGE_BYTES))
+                if isinstance(message, messages.StopTask):
+                    self._is_stopped.set()
+                    if not self._has_task.is_set():  # without a task, the process ends by itself
+                        self._is_done.set()
+                        return
+                self._inbox.put(message)
+        except (EOFError, OSError, msgspec.DecodeError):
+            pass
+        finally:
+            if not self._is_done.is_set():  # without a supervisor, nothing that is rendered counts
+                os._exit(1)
+
+    def send(self, message: messages.FromWorker) -> None:
+        content = messages.encode(message)
+        try:
+            with self._send_lock:
+                self._connection.send_bytes(content)
+        except OSError:
+            os._exit(1)
+
+    def stop(self) -> bool:
+        """Return whether to stop. Called at every step, so it also sends heartbeats."""
+        now = time.monotonic()
+        if self._last_heartbeat is None:  # the first call precedes the first step
+            self._last_heartbeat = now
+        elif now - self._last_heartbeat >= HEARTBEAT_SECONDS:
+            self._last_heartbeat = now
+            self.send(messages.Heartbeat())
+        return self._is_stopped.is_set() or self._stop()
+
+    def wait_for_settings(self) -> WorkerSettings:
+        """Return the settings of the task. Ends the process if it is to stop before they arrive."""
+        message = self._wait_for_message()
+        if not isinstance(message, messages.StartTask):
+            sys.exit(0)
+        self._has_task.set()
+        return message.settings
+
+    def _wait_for_message(self) -> messages.ToWorker:
+        """Return the next message, or StopTask as soon as the process is to stop."""
+        while not (self._is_stopped.is_set() or self._stop()):
+            try:
+                return self._inbox.get(timeout=LISTEN_SECONDS)
+            except queue.Empty:
+                pass
+        return messages.StopTask()
+
+    def serve(self, worker: Worker) -> None:
+        """Render chunks until the supervisor has no more."""
+
+        def report_commit(rows: Sequence[ResultRow]) -> None:
+            bare = [replace(row, prompt=None, negative_prompt=None, carried={}) for row in rows]
+            self.send(messages.CommitReport(bare, worker.report()))
+
+        while not self.stop():
+            self.send(messages.WorkerIdle())
+            message = self._wait_for_message()
+            if not isinstance(message, messages.RowChunk):
+                break
+            worker.render(message.to_chunk().requests if message.isolated else self._stream(message), report_commit)
+        report = worker.report(final=True)
+        self._is_done.set()
+        self.send(messages.WorkerDone(report))
+
+    def _stream(self, first: messages.RowChunk) -> Iterator[PromptRequest]:
+        """Yield the rows of one chunk after another. The next one is requested early, so that no slot stays empty."""
+        message: messages.ToWorker = first
+        while isinstance(message, messages.RowChunk):
+            self.send(messages.RowRequest())
+            yield from message.to_chunk().requests
+            message = self._wait_for_message()
+
+    def __enter__(self) -> SupervisorConnection:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, KeyboardInterrupt):  # a launcher stops this rank before it renders
+            self._is_done.set()
+            self.send(messages.WorkerDone(None))
+        elif error is not None and not isinstance(error, SystemExit):
+            text = "" if isinstance(error, BatchInferError) else "".join(traceback.format_exception(error))
+            self.send(
+                messages.WorkerError(type(error).__name__, escape_surrogates(str(error)), escape_surrogates(text))
+            )
+            os._exit(1)  # without a second traceback, and without waiting for threads

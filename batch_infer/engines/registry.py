@@ -1,0 +1,20 @@
+"""The engine registry: which engine renders a run. A new engine is one file in this package and one line here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from batch_infer.engines.launched import LaunchedEngine, RankInfo
+from batch_infer.engines.local import LocalEngine
+from batch_infer.engines.protocol import Engine
+
+
+def make_engine(device: str, processes: int | None, rank_info: RankInfo | None, out: Path) -> Engine:
+    """Return the engine for `--device` and `--num-processes`, or for the launcher that has started this process."""
+    if rank_info is not None:
+        return LaunchedEngine(device, rank_info, out)
+    if processes == 0:
+        from batch_infer.engines.inline import InlineEngine  # imports torch
+
+        return InlineEngine(device)
+    return LocalEngine(device, processes)

@@ -1,0 +1,304 @@
+"""A run that holds the lock of OUT: scan the tables, render what is pending, merge the results, sum up."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing, suppress
+from dataclasses import asdict, replace
+from functools import partial
+from types import TracebackType
+from typing import Protocol
+
+from batch_infer.engines import Engine, LaunchedEngine, Task, TaskReport
+from batch_infer.errors import BatchInferError, CompilationError, DamagedPart, ServiceError, SettingsError
+from batch_infer.jobs.estimates import BatchShapes, Size, remember_rates, remember_shapes
+from batch_infer.jobs.job import Job, count_cores, count_parallel
+from batch_infer.jobs.merge import MissingResults, merge, merge_parts
+from batch_infer.jobs.recovery import set_aside
+from batch_infer.jobs.results import remove_other_results
+from batch_infer.jobs.run_folder import RunFolder
+from batch_infer.jobs.scan import ScanResult, commit_invalid, find_changes, scan_tables
+from batch_infer.jobs.summary import Counts, Summary, Throughput
+from batch_infer.manifest import ManifestIndex
+from batch_infer.planning import SkipRule, order_requests, select_pending
+from batch_infer.records import ResultRow, utc_now
+from batch_infer.settings import Compute
+from batch_infer.sinks import make_sink
+from batch_infer.stopping import GRACE_SECONDS, StopRequested, deferred
+from batch_infer.worker import WorkerSettings, peak_memory, smallest_batches, sum_stages_by_size
+
+LISTING_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+"""Pauses before the manifest is listed again where it lists too few results."""
+
+log = logging.getLogger("batch_infer")
+
+
+class Progress(Protocol):
+    """Receives the events of a run."""
+
+    def start(self, scan: ScanResult) -> None:
+        """Called when the tables are scanned and the model starts to load."""
+        ...
+
+    def ready(self, throughput: Throughput) -> None:
+        """Called when the first worker is ready. `throughput` includes each commit before `committed` is called."""
+        ...
+
+    def committed(self, rows: Sequence[ResultRow]) -> None: ...
+    def close(self) -> None: ...
+
+
+class _Commits:
+    """What the workers have committed in this run."""
+
+    def __init__(self) -> None:
+        self.results = 0
+        self.bytes_by_size: Counter[Size] = Counter()
+        self.throughput: Throughput | None = None
+        """None until the first worker is ready."""
+
+    def add(self, rows: Sequence[ResultRow]) -> None:
+        self.results += len(rows)
+        if self.throughput is not None:
+            self.throughput.add(rows)
+        for row in rows:
+            self.bytes_by_size[row.height or 0, row.width or 0] += row.image_bytes or 0
+
+
+class RunExecution:
+    """One run of a job by an engine. `_has_invalid`: invalid rows wait for --overwrite to clear OUT."""
+
+    def __init__(self, job: Job, engine: Engine, progress: Progress, stop: Callable[[], bool], skip: SkipRule) -> None:
+        self._job, self._engine, self._progress, self._stop, self._skip = job, engine, progress, stop, skip
+        self._folder = RunFolder(job, stop)
+        self._summary, self._commits = Summary(), _Commits()
+        self._has_invalid = False
+        self._setup_seconds = 0.0
+
+    def execute(self, started: float) -> Summary:
+        """Carry out the run. `started` is the command's start by `time.monotonic`."""
+        self._warn_of_threads()
+        self._setup_seconds = time.monotonic() - started
+        while True:
+            try:
+                counts = self._scan_render_merge()
+                break
+            except DamagedPart as damage:  # in its carried columns, which only merging reads
+                set_aside(damage)
+                self._summary, self._commits = Summary(), _Commits()
+        self._folder.pinned.check()
+        remove_other_results(self._folder.out, self._job.settings.output)
+        self._sum_up(counts, time.monotonic() - started)
+        self._folder.update_record(finished_at=utc_now(), summary=self._summary.as_dict())
+        log.debug("%d images rendered, %d left; run.json has the summary", self._summary.rendered, counts.left)
+        return self._summary
+
+    def _warn_of_threads(self) -> None:
+        workers, compute = self._engine.workers, self._job.compute
+        if count_parallel(workers, compute) < workers:
+            sentence = "%d workers with %d threads each share %d cores and slow each other down: reduce --threads"
+            log.warning(sentence, workers, compute.threads, count_cores())
+
+    def _scan_render_merge(self) -> Counts:
+        """Render what is pending, and merge. Raises DamagedPart where its rows are then to be rendered again."""
+        with self._folder.index() as index:
+            scan = self._scan(index)
+            if scan.pending and not self._stop():
+                with self._folder.restored_on_usage_error(self._has_commits):
+                    self._choose_slots(scan)
+                with closing(self._progress), ExitStack() as stack:
+                    stack.push(partial(self._merge_after_error, scan))
+                    self._progress.start(scan)
+                    try:
+                        self._render(index, scan)
+                    except SettingsError as error:
+                        if not self._commits.results:
+                            raise
+                        raise ServiceError(str(error)) from error  # a key that was valid when the run began
+            self._folder.clear()
+        self._summary.unfinished = max(0, scan.pending - self._commits.results)
+        return self._merge(scan)
+
+    def _scan(self, index: ManifestIndex) -> ScanResult:
+        # Before run.json is replaced: if this is interrupted, the next run must compare with the same earlier run.
+        changes = find_changes(self._job, index)
+        changes.refuse(self._job)
+        self._folder.update_record()
+        scan = scan_tables(self._job, index, self._skip, str(changes), writes=self._folder.is_cleared)
+        self._has_invalid = not self._folder.is_cleared
+        self._folder.update_record(survey={**scan.as_dict(), "finished_at": utc_now()}, rendering_since=None)
+        return scan
+
+    def _sum_up(self, counts: Counts, seconds: float) -> None:
+        summary = self._summary
+        summary.counts, summary.seconds = counts, seconds
+        if (price := self._job.settings.price_per_hour) is not None:
+            summary.cost = round(price * seconds / 3600, 4)
+        summary.add_peak_memory(peak_memory("cpu"))
+
+    # Rendering
+
+    def _has_commits(self) -> bool:
+        return self._commits.results > 0
+
+    def _choose_slots(self, scan: ScanResult) -> None:
+        """Measure or recall the slots of the pending sizes, with --slots auto."""
+        if self._job.settings.compute.slots == "auto":
+            from batch_infer.autotune import Probe
+
+            with Probe() as probe:
+                self._use(BatchShapes(self._job, probe).choose(sorted(scan.sizes)))
+
+    def _use(self, compute: Compute) -> None:
+        """Compute like this from here on, and in runs that continue this one."""
+        self._job = replace(self._job, compute=compute)
+        self._folder.update_record(compute=asdict(compute))
+
+    def _render(self, index: ManifestIndex, scan: ScanResult) -> None:
+        started = time.monotonic()
+        with self._folder.restored_on_usage_error(self._has_commits):
+            report = self._render_compiled(index, scan)
+            if report is None:
+                report = self._render_once(index, scan)
+        if (throughput := self._commits.throughput) is not None:
+            self._summary.rendered, self._summary.rendering_seconds = throughput.rendered, throughput.seconds
+        self._summary.add(report)
+        if report.lost_remote_worker:  # the next run removes what it leaves
+            self._folder.update_record(has_strays=True)
+        elif report.deaths:
+            self._folder.remove_leftovers()
+        self._remember(report, self._setup_seconds + time.monotonic() - started - report.seconds)
+
+    def _render_compiled(self, index: ManifestIndex, scan: ScanResult) -> TaskReport | None:
+        """Render, or return None once compiling has failed and the run is set to do without it.
+
+        The caller renders again after this has returned: within the except block, the error's traceback would keep the
+        first model in memory.
+        """
+        try:
+            return self._render_once(index, scan)
+        except CompilationError as error:
+            self._stop_compiling(error, scan)
+            return None
+
+    def _render_once(self, index: ManifestIndex, scan: ScanResult) -> TaskReport:
+        slots_of = None if self._job.card.uses_pipeline_call else self._slots_of
+        new = select_pending(self._job.items(index), index, self._skip)
+        collisions = make_sink(self._folder.out).collisions(index)
+        requests = order_requests((collisions.mark(request, request.replaces) for request in new), slots_of)
+        task = Task(requests, scan.pending, self._worker_settings())
+        return self._engine.render(task, self._on_commit, self._stop, partial(self._on_ready, scan))
+
+    def _on_ready(self, scan: ScanResult) -> None:
+        self._folder.clear()
+        # Results in progress at a time, if each row has guidance and takes two slots.
+        slots = max(self._slots_of(size) for size in scan.sizes)
+        in_flight = min(scan.pending, max(1, slots // 2))
+        throughput = self._commits.throughput = Throughput(in_flight=in_flight)
+        self._folder.update_record(rendering_since=utc_now(), in_flight=in_flight)
+        self._progress.ready(throughput)
+
+    def _on_commit(self, rows: Sequence[ResultRow]) -> None:
+        self._commits.add(rows)
+        self._progress.committed(rows)
+
+    def _slots_of(self, size: Size) -> int:
+        return self._job.compute.shape_of(*size).slots * self._engine.workers
+
+    def _worker_settings(self) -> WorkerSettings:
+        job = self._job
+        return WorkerSettings(
+            card=job.card,
+            compute=job.compute,
+            safety=job.settings.safety.split_among(self._engine.workers),
+            output=job.settings.output,
+            out=self._folder.pinned,
+            carried=job.tables.carried,
+            run=job.number,
+        )
+
+    def _stop_compiling(self, error: CompilationError, scan: ScanResult) -> None:
+        """Continue without torch.compile in all workers. Raises CompilationError where the user must decide.
+
+        Compiled and uncompiled networks give different bytes. So this is done only while OUT holds no image,
+        and neither for --compile nor for a launcher, whose other ranks have ended.
+        """
+        if self._commits.results or scan.skipped.get("ok") or scan.skipped.get("flagged"):
+            raise CompilationError(
+                f"{error}, but the images that {self._folder.out} already holds were compiled: to have all alike, "
+                "add --overwrite or give another --out"
+            ) from error
+        if self._job.settings.compute.compiled or isinstance(self._engine, LaunchedEngine):
+            raise error
+        log.warning("%s; no image is rendered yet, so this run continues without it", error)
+        self._use(replace(self._job.compute, compiled=False))
+
+    def _remember(self, report: TaskReport, startup_seconds: float) -> None:
+        """Keep the measured rates for estimates, or the batch sizes where they were halved on out-of-memory."""
+        computes = [worker.compute for worker in report.worker_reports]
+        if all(compute == self._job.compute for compute in computes):
+            if not self._job.compute.compiled:
+                stages = sum_stages_by_size(report.worker_reports)
+                remember_rates(self._job, stages, self._commits.bytes_by_size, startup_seconds)
+        else:
+            compute = smallest_batches(computes)
+            remember_shapes(self._job, compute)
+            self._use(compute)
+
+    # Merging
+
+    @deferred(GRACE_SECONDS)
+    def _merge(self, scan: ScanResult) -> Counts:
+        """Merge, and list the manifest again where it lists fewer results than this run knows of.
+
+        Network file systems, NFS and FUSE among them, may show a directory as it was up to a minute ago.
+        """
+        try:
+            if self._has_invalid and not self._job.tables.changed_files():
+                commit_invalid(self._job)
+                self._has_invalid = False
+            for seconds in LISTING_SECONDS:
+                with suppress(MissingResults):
+                    return self._merge_once(scan)
+                time.sleep(seconds)
+            return self._merge_once(scan)
+        except StopRequested:
+            self._warn_of_stale_results("there was no time to merge")
+            raise
+
+    def _merge_once(self, scan: ScanResult) -> Counts:
+        """Merge by the tables, or by the manifest alone where the tables have changed during the run."""
+        self._folder.pinned.check()
+        left = max(0, scan.pending - self._commits.results) + scan.skipped.get("left", 0)
+        left += scan.invalid * self._has_invalid
+        least = scan.total - left - scan.unsettled
+        tables, output = self._job.tables, self._job.settings.output
+        if changed := tables.changed_files():
+            log.warning(
+                "%s changed or disappeared during the run, so results.* hold all that the manifest does; run again to "
+                "merge by the tables as they are now",
+                ", ".join(changed),
+            )
+            counts = merge_parts(self._folder.manifest, tables.files, self._folder.out, output, least)
+            counts.left = left
+            return counts
+        with self._folder.manifest.index() as index:
+            return merge(self._job.items(index), index, tables.carried, self._folder.out, output, least)
+
+    def _merge_after_error(
+        self, scan: ScanResult, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        """Merge what is committed when rendering ends with an error, without hiding that error."""
+        if isinstance(error, Exception) and self._commits.results:
+            try:
+                self._merge(scan)
+            except BatchInferError as fault:
+                self._warn_of_stale_results(fault)
+
+    def _warn_of_stale_results(self, reason: object) -> None:
+        """Warn that results.* lack rows that this run has committed."""
+        path = self._folder.out / "results.parquet"
+        log.warning("%s was not updated (%s): run `batch-infer merge %s`", path, reason, self._folder.out)

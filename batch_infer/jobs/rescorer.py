@@ -1,0 +1,262 @@
+"""Batches of stored images that are checked again, and stored as the policy for flagged images says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from batch_infer import images
+from batch_infer.errors import RowBroken, RowError
+from batch_infer.jobs.job import choose_compute
+from batch_infer.jobs.recovery import read_intact
+from batch_infer.manifest import CommittedImage, Manifest
+from batch_infer.models import ModelCard
+from batch_infer.records import PromptRequest, ResultRow, StoredImage, Verdict, utc_now
+from batch_infer.safety import Gate, ImageChecker, make_gate
+from batch_infer.settings import OnFlagged, RunSettings
+from batch_infer.sinks import make_sink, resolve_path
+from batch_infer.worker import commit_images, explain_flag, format_worker_name, set_image, set_verdict
+
+READING_THREADS = 8
+NOT_KEPT = "its image was not kept and cannot be judged again"
+"""Part of the stored `error`, by which such a row is recognised: do not reword it."""
+LOST = "its image is missing or damaged and cannot be checked again"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredResult:
+    """A committed result, the request that replaces its own, and the policy under which it was stored."""
+
+    request: PromptRequest
+    row: ResultRow
+    on_flagged: OnFlagged
+
+    @property
+    def is_original(self) -> bool:
+        """Whether the image is stored as it was rendered."""
+        row = self.row
+        is_kept = self.on_flagged in ("keep", "quarantine") and NOT_KEPT not in (row.error or "")
+        return row.generated_image is not None and (row.status == "ok" or is_kept)
+
+
+@dataclass(slots=True)
+class RescoreCounts:
+    """Results by outcome: `judged` images were checked, `flagged` of them are flagged now, `changed` differ in that.
+
+    `unjudged` were flagged and have no image to check; `failed` have a missing or damaged one, or no answer.
+    """
+
+    judged: int = 0
+    flagged: int = 0
+    changed: int = 0
+    unjudged: int = 0
+    failed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _ImageFile:
+    """A stored image, and its pixels (H, W, 3) uint8."""
+
+    content: bytes
+    pixels: np.ndarray
+
+
+class Rescorer:
+    """Checks stored images with the checkers of its settings, and commits the results; `counts` are so far."""
+
+    def __init__(
+        self, settings: RunSettings, card: ModelCard, record: Mapping[str, Any], stop: Callable[[], bool]
+    ) -> None:
+        """SizeCost the checker if the settings name it. Raises ModelError, SettingsError."""
+        self._settings, self._card = settings, card
+        self.sink = make_sink(settings.out, settings.output.image_format)
+        self._manifest = Manifest(settings.out, record.get("run_number") or 0)
+        has_checker = settings.safety.uses_checker(has_checker=card.has_checker)
+        self._checker = _load_checker(settings, card, record) if has_checker else None
+        self._gate = make_gate(settings.safety.service, stop)
+        self.counts = RescoreCounts()
+        self._rows: list[ResultRow] = []
+        self._written: list[str] = []
+        self._former: list[str] = []
+
+    def rescore(self, results: Sequence[StoredResult]) -> None:
+        """Check the images that are stored as they were rendered, and store what the policy says.
+
+        A flagged image that was not kept stays flagged. A blocked prompt stays blocked if it is refused again; if not,
+        it gets no result and is left to `run`. Raises ServiceError, SettingsError, Interrupted, StorageError: then none
+        of these results has changed.
+        """
+        self._rescore_images([result for result in results if result.is_original])
+        others = [result for result in results if not result.is_original]
+        self._rescore_blocked([result for result in others if result.row.status == "blocked"])
+        for result in others:
+            row = result.row
+            if row.status == "flagged":
+                self.counts.unjudged += 1
+                reason = (row.error or "").removesuffix(f"; {NOT_KEPT}")
+                self._add(result, replace(row, error=f"{reason}; {NOT_KEPT}"))
+            elif row.status != "blocked":  # failed before, or refused by the model itself
+                self._add(result, row)
+
+    def commit(self, carried: pa.Schema) -> None:
+        """Put new images in place, commit the rows, and remove the images that they no longer name.
+
+        A kill at any moment loses no image. Raises StorageError.
+        """
+        commit_images(self.sink, self._manifest, self._rows, carried, written=self._written, former=self._former)
+        for pending in (self._rows, self._written, self._former):
+            pending.clear()
+
+    def remove_duplicates(self, request: PromptRequest, committed: CommittedImage) -> None:
+        """Remove files that a killed rescore has left under other names for a row that is already rescored."""
+        path = committed.path if committed.path and resolve_path(self._settings.out, committed.path) else None
+        others = self.sink.possible_paths(request)
+        if path is not None:
+            others |= {self.sink.path_in(path, quarantine=quarantine) for quarantine in (False, True)}
+        for other in others - {path}:
+            self.sink.remove(other)
+
+    def close(self) -> None:
+        if self._gate is not None:
+            self._gate.close()
+
+    def _rescore_images(self, results: Sequence[StoredResult]) -> None:
+        with ThreadPoolExecutor(READING_THREADS) as pool:
+            files = list(pool.map(self._read, results))
+        readable = [(result, file) for result, file in zip(results, files, strict=True) if isinstance(file, _ImageFile)]
+        of_images = self._check_images([file.pixels for _, file in readable])
+        of_prompts = self._check_prompts([result for result, _ in readable])
+        for (result, file), of_image, of_prompt in zip(readable, of_images, of_prompts, strict=True):
+            verdict = _join(of_prompt, of_image)
+            if isinstance(verdict, RowBroken):
+                self._fail(result, str(verdict))
+            else:
+                self._store(result, file, verdict)
+        for result, file_or_error in zip(results, files, strict=True):
+            if isinstance(file_or_error, str):
+                self._fail(result, file_or_error)
+
+    def _rescore_blocked(self, results: Sequence[StoredResult]) -> None:
+        for result, verdict in zip(results, self._check_prompts(results), strict=True):
+            if isinstance(verdict, RowBroken):
+                self._fail(result, str(verdict))
+            elif verdict.nsfw:
+                self._add(result, replace(set_verdict(result.row, verdict), error=verdict.reason))
+
+    def _read(self, result: StoredResult) -> _ImageFile | str:
+        """Return the stored image, or why it cannot be checked. Raises StorageError."""
+        row = result.row
+        content = read_intact(self.sink, row.generated_image or "", row.sha256, row.image_bytes)
+        if content is None:
+            return LOST
+        try:
+            return _ImageFile(content, images.decode(content))
+        except RowError as error:
+            return f"{error}, and cannot be checked again"
+
+    def _check_images(self, pixels: Sequence[np.ndarray]) -> list[Verdict | RowBroken]:
+        """Return the joint verdicts of the checker and the service."""
+        verdicts: list[Verdict | RowBroken] = [Verdict()] * len(pixels)
+        if self._checker is not None:
+            for shape in {image.shape for image in pixels}:
+                alike = [k for k, image in enumerate(pixels) if image.shape == shape]
+                for k, verdict in zip(alike, self._checker.check([pixels[k] for k in alike]), strict=True):
+                    verdicts[k] = verdict
+        if self._gate is not None:
+            verdicts = list(map(_join, verdicts, _check_all(self._gate, self._gate.check_image, pixels)))
+        return verdicts
+
+    def _check_prompts(self, results: Sequence[StoredResult]) -> list[Verdict | RowBroken]:
+        """Return the verdicts of the service on the prompts, each of which is sent once."""
+        if self._gate is None:
+            return [Verdict()] * len(results)
+        prompts = list(dict.fromkeys(result.request.prompt for result in results))
+        verdicts = dict(zip(prompts, _check_all(self._gate, self._gate.check_prompt, prompts), strict=True))
+        return [verdicts[result.request.prompt] for result in results]
+
+    def _store(self, result: StoredResult, file: _ImageFile, verdict: Verdict) -> None:
+        is_flagged = bool(verdict.nsfw)
+        self.counts.judged += 1
+        self.counts.flagged += is_flagged
+        self.counts.changed += is_flagged != (result.row.status == "flagged")
+        stored = self._store_image(result, file, is_flagged=is_flagged)
+        row = set_image(set_verdict(result.row, verdict), stored)
+        if is_flagged:
+            self._add(result, replace(row, status="flagged", error=explain_flag(verdict)))
+        else:
+            self._add(result, replace(row, status="ok", error=None))
+
+    def _store_image(self, result: StoredResult, file: _ImageFile, *, is_flagged: bool) -> StoredImage | None:
+        """Write the image as the policy says, unless it is stored like that already."""
+        policy, row = self._settings.safety.policy, result.row
+        pixels = images.by_policy(file.pixels, policy) if is_flagged else file.pixels
+        path = self.sink.path_in(row.generated_image or "", quarantine=is_flagged and policy == "quarantine")
+        if pixels is None:
+            return None
+        if pixels is file.pixels and path == row.generated_image:
+            return StoredImage(path, row.sha256 or "", row.image_bytes or 0, row.pixels_sha256)
+        self._written.append(path)
+        if pixels is file.pixels:
+            return replace(self.sink.write(path, file.content), pixels_sha256=row.pixels_sha256)
+        parameters = images.parameters_text(result.request, self._card.scheduler_name, self._card.fingerprint)
+        # The image keeps its name, so its format too: a later run may have had another --image-format.
+        image_format = images.FORMATS.get(Path(path).suffix, self._settings.output.image_format)
+        stored = self.sink.write(path, images.encode(pixels, image_format, parameters))
+        return replace(stored, pixels_sha256=images.pixels_sha256(pixels))
+
+    def _fail(self, result: StoredResult, error: str) -> None:
+        """Fail closed: without an answer there is no image, and the next run renders it again."""
+        self.counts.failed += 1
+        row = set_image(set_verdict(result.row, Verdict()), None)
+        self._add(result, replace(row, status="failed", error=error))
+
+    def _add(self, result: StoredResult, row: ResultRow) -> None:
+        request = result.request
+        if result.row.generated_image is not None:
+            self._former.append(result.row.generated_image)
+        self._rows.append(
+            replace(
+                row,
+                attempt=result.row.attempt + 1,
+                worker=format_worker_name(0),
+                finished_at=utc_now(),
+                fingerprint=request.fingerprint,
+                source_file=request.source.file,
+                source_row=request.source.row,
+            )
+        )
+
+
+def _check_all(gate: Gate, check: Callable[[T], Verdict], contents: Sequence[T]) -> list[Verdict | RowBroken]:
+    """Return the verdict of a gate on each content. It fails closed: no verdict is a RowBroken."""
+
+    def check_one(content: T) -> Verdict | RowBroken:
+        try:
+            verdict = check(content)
+        except RowBroken as error:
+            return error
+        return RowBroken(f"{gate.name} gave no verdict") if verdict.nsfw is None else verdict
+
+    with ThreadPoolExecutor(gate.at_once) as pool:
+        return list(pool.map(check_one, contents))
+
+
+def _join(first: Verdict | RowBroken, second: Verdict | RowBroken) -> Verdict | RowBroken:
+    if isinstance(first, RowBroken):
+        return first
+    return second if isinstance(second, RowBroken) else first.merge(second)
+
+
+def _load_checker(settings: RunSettings, card: ModelCard, record: Mapping[str, Any]) -> ImageChecker:
+    from batch_infer.autotune import find_device  # these import torch, which a service alone does without
+    from batch_infer.worker import load_image_checker
+
+    return load_image_checker(card, choose_compute(settings, find_device(settings.model.device), record, card))

@@ -1,0 +1,94 @@
+"""The result columns as Arrow columns, and tables of results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+import pyarrow as pa
+
+from batch_infer.carried import make_converter, result_type, to_array, to_values
+from batch_infer.records import RESULT_COLUMNS, Int32, ResultRow, Status
+
+_ARROW_TYPES: dict[Any, pa.DataType] = {
+    str: pa.string(),
+    Status: pa.string(),
+    bool: pa.bool_(),
+    Int32: pa.int32(),
+    int: pa.int64(),
+    float: pa.float32(),
+    datetime: pa.timestamp("us", "UTC"),
+    Mapping[str, float]: pa.map_(pa.string(), pa.float32()),
+}
+
+
+def _arrow_type(hint: Any) -> pa.DataType:
+    """Return the Arrow type of a type hint, which may be a union with None."""
+    options = get_args(hint)
+    return _ARROW_TYPES[next(option for option in options if option is not NoneType) if NoneType in options else hint]
+
+
+_HINTS = get_type_hints(ResultRow, include_extras=True)
+SCHEMA = pa.schema([(column.name, _arrow_type(_HINTS[column.name])) for column in RESULT_COLUMNS])
+"""The result columns, in order; a part's carried columns follow them."""
+SINCE = {column.name: column.metadata["since"] for column in RESULT_COLUMNS if "since" in column.metadata}
+"""The format version in which a result column was added, for those that version 1 does not have."""
+VERSION = max(SINCE.values(), default=1)
+"""The format version of new parts, which record it; parts of version 1 do not."""
+
+
+def to_table(rows: Sequence[ResultRow], carried: pa.Schema) -> pa.Table:
+    """Return rows as an Arrow table of the result columns and these carried columns."""
+    columns = [pa.array([_cell(row, field.name) for row in rows], field.type) for field in SCHEMA]
+    columns += [to_array([row.carried.get(field.name) for row in rows], field.type) for field in carried]
+    return pa.table(columns, schema=pa.schema([*SCHEMA, *carried]))
+
+
+def _cell(row: ResultRow, name: str) -> Any:
+    value = getattr(row, name)
+    return list(value.items()) if isinstance(value, Mapping) else value
+
+
+def cast_table(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Return a table of results with the columns and types of a schema, null where a column is missing.
+
+    A carried column that the schema does not have is renamed to input_<name>.
+    """
+    names = {_name_in(schema, name): name for name in table.column_names}
+    columns = [
+        _cast(table[names[field.name]], field.type) if field.name in names else pa.nulls(len(table), field.type)
+        for field in schema
+    ]
+    return pa.table(columns, schema=schema)
+
+
+def _name_in(schema: pa.Schema, name: str) -> str:
+    new = name
+    while new not in schema.names and len(new) < len(name) + 100:
+        new = f"input_{new}"
+    return new
+
+
+def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    if column.type == kind:
+        return column
+    convert = make_converter(result_type(column.type), kind) or (lambda value: value)
+    values = [None if value is None else convert(value) for value in to_values(column)]
+    return pa.chunked_array([to_array(values, kind)])
+
+
+def upgrade_table(table: pa.Table, names: Sequence[str], version: int) -> pa.Table:
+    """Return these result columns of a table of an earlier format version, then its carried columns.
+
+    Result columns that the version does not have are null. A carried column that has the name of one is renamed to
+    input_<name>, as those of tables are.
+    """
+    added = {name for name in names if SINCE.get(name, 1) > version}
+    table = table.rename_columns([f"input_{name}" if name in added else name for name in table.column_names])
+    for position, name in enumerate(names):
+        if name in added:
+            nulls = pa.nulls(len(table), SCHEMA.field(name).type)
+            table = table.add_column(position, SCHEMA.field(name), nulls)
+    return table

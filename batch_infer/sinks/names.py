@@ -1,0 +1,89 @@
+"""Names of image files: safe on every file system, and no two of an OUT differ by case alone."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Protocol
+
+from batch_infer.records import PromptRequest
+
+_SAFE = re.compile(r"[a-z0-9_](?:[a-z0-9_.-]{0,78}[a-z0-9_-])?")
+_SAFE_WITH_CAPITALS = re.compile(_SAFE.pattern, re.IGNORECASE | re.ASCII)
+_WINDOWS_DEVICE = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECASE)
+
+
+def safe_name(text: str, *, capitals: bool = False) -> str:
+    """Return a file name for any text, on any file system, such that no two texts share one.
+
+    Lower-case letters, digits, `_`, `.` and `-` are kept, and with `capitals` upper-case letters are, for file systems
+    that are case-sensitive. Texts with other characters, and names of Windows devices, get a `hashed_name`.
+    """
+    pattern = _SAFE_WITH_CAPITALS if capitals else _SAFE
+    return text if pattern.fullmatch(text) and not _WINDOWS_DEVICE.fullmatch(text) else hashed_name(text)
+
+
+def hashed_name(text: str) -> str:
+    """Return the readable characters of a text, `~` and a digest of all of it: unique even where case is ignored."""
+    readable = re.sub(r"[^A-Za-z0-9_-]+", "_", text)[:60]
+    return f"{readable}~{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
+
+
+def former_names(text: str) -> set[str]:
+    """Return the hashed name that earlier versions gave to a text, if they hashed it."""
+    return {safe_name(text)} - {text}
+
+
+def possible_names(text: str) -> set[str]:
+    """Return every name that a text may have in a path, on any file system."""
+    return {safe_name(text), safe_name(text, capitals=True), hashed_name(text)}
+
+
+def parse_path(path: str) -> tuple[str, str]:
+    """Return `STEM` and `ID` of an image path `images/STEM-NNNNN/ID-K.png`."""
+    folders, _, file = path.rpartition("/")
+    return folders.rpartition("/")[2].rpartition("-")[0], file.rpartition("-")[0]
+
+
+class ImageIndex(Protocol):
+    """What a sink needs to know of the committed images."""
+
+    @property
+    def image_folders(self) -> Iterable[str]:
+        """The folders of all images that any part names, relative to OUT."""
+
+    def similar_ids(self, name: str) -> Iterable[tuple[str, str]]:
+        """Return the other ids that equal this one when case is ignored, each with the path of an image of it."""
+
+
+class Collisions:
+    """Names that the committed images of an OUT use, as the index has them now.
+
+    Must not be used where several processes without a common lock name images.
+    """
+
+    def __init__(self, index: ImageIndex) -> None:
+        self._index = index
+        self._stems: dict[str, set[str]] = {}
+        for folder in index.image_folders:
+            stem, _ = parse_path(f"{folder}/")
+            self._stems.setdefault(stem.lower(), set()).add(stem)
+
+    def mark(self, request: PromptRequest, path: str | None) -> PromptRequest:
+        """Return the request with `id_collides` and `stem_collides` set where committed images make that necessary.
+
+        `path` is that of the image committed for the request itself, whose name it keeps.
+        """
+        used_stem, used_id = parse_path(path or "")
+        stem = request.source.stem
+        stems = self._stems.get(stem.lower(), set())
+        id_collides = used_id != request.id and (request.id_collides or self._has_similar(request.id))
+        stem_collides = used_stem != stem and (bool(stems - {stem}) or (request.stem_collides and not stems))
+        if (id_collides, stem_collides) == (request.id_collides, request.stem_collides):
+            return request
+        return replace(request, id_collides=id_collides, stem_collides=stem_collides)
+
+    def _has_similar(self, name: str) -> bool:
+        return any(parse_path(path)[1] == other for other, path in self._index.similar_ids(name))

@@ -1,0 +1,148 @@
+"""The cells of fields: which are empty, and how the others are parsed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from decimal import Decimal, InvalidOperation
+from functools import lru_cache
+from typing import Any
+
+from batch_infer.errors import RowError
+from batch_infer.records import SizeRules
+from batch_infer.settings import FIELDS
+from batch_infer.table.base import clean
+
+MAX_SEED = 2**63 - 1
+MAX_STEPS = 1000
+MAX_GUIDANCE = 100.0
+MAX_IMAGES = 1000
+MAX_TEXT = 10_000
+"""Characters of a prompt, negative prompt or id.
+
+A text encoder reads some 75 words, and tokenizing a megabyte delays all other rows by seconds.
+"""
+NUMBERS = frozenset(FIELDS) - {"prompt", "id", "negative_prompt"}
+MISSING = frozenset({"", "nan", "na", "n/a", "#n/a", "<na>", "null", "none", r"\n"})
+"""What databases, spreadsheets and pandas write for a missing number."""
+
+
+def id_text(value: Any) -> str:
+    """Return the id in a cell."""
+    if isinstance(value, float) and value.is_integer():  # a column of integers is float where a cell was empty
+        value = int(value)
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
+
+
+def read_fields(columns: Mapping[str, str], get: Callable[[str], Any]) -> dict[str, Any]:
+    """Return a row's cells by field, None where they are empty. `columns` has the column of each field."""
+    fields = {}
+    for field, column in columns.items():
+        value = get(column)
+        if value is None or _is_empty(value) or (value.__class__ is str and field in NUMBERS and _is_missing(value)):
+            value = None
+        fields[field] = value
+    return fields
+
+
+def _is_empty(value: Any) -> bool:
+    """Return whether a cell is null, NaN, or an empty string of characters or bytes."""
+    return value is None or value in ("", b"") or (isinstance(value, float) and math.isnan(value))
+
+
+def _is_missing(text: str) -> bool:
+    return not text[0].isdigit() and text.strip().lower() in MISSING
+
+
+def _parse_prompt(field: str, value: Any, sizes: SizeRules) -> str:
+    text = _parse_text(field, value, sizes)
+    if not text.strip():
+        raise RowError("the prompt is empty")
+    return text
+
+
+def _parse_text(field: str, value: Any, sizes: SizeRules) -> str:
+    if isinstance(value, bytes):
+        try:
+            value = value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise RowError(f"{field} is not UTF-8: {error.reason} at byte {error.start}") from error
+    if not isinstance(value, str):
+        raise RowError(f"{field} {show_value(value)} is not text but {type(value).__name__}")
+    if "\0" in value:
+        raise RowError(f"{field} holds a NUL byte")
+    return value
+
+
+def _parse_whole(field: str, value: Any, least: int, most: int) -> int:
+    if value.__class__ is str and value.isdecimal() and value.isascii() and len(value) < 20:
+        number = int(value)  # as almost all cells are: ten times as fast
+        if least <= number <= most:
+            return number
+    decimal = _to_decimal(value)
+    # A short cell with an exponent of millions is a huge integer: compare before converting.
+    if decimal is None or (-(10**30) < decimal < 10**30 and decimal != decimal.to_integral_value()):
+        raise RowError(f"{field} {show_value(value)} is not a whole number")
+    if not least <= decimal <= most:
+        raise RowError(f"{field} {show_value(value)} is not within {least} to {most}")
+    return int(decimal)
+
+
+def _parse_side(field: str, value: Any, sizes: SizeRules) -> int:
+    side = _parse_whole(field, value, sizes.smallest, sizes.largest)
+    if side % sizes.factor:
+        nearest = max(sizes.smallest, round(side / sizes.factor) * sizes.factor)
+        raise RowError(f"{field} {side} is not a multiple of {sizes.factor}; the nearest is {nearest}")
+    return side
+
+
+def _parse_real(field: str, value: Any, most: float) -> float:
+    number = _to_decimal(value)
+    if number is None:
+        raise RowError(f"{field} {show_value(value)} is not a number")
+    if not 0 <= number <= Decimal(most):
+        raise RowError(f"{field} {show_value(value)} is not within 0 to {most:g}")
+    return float(number)
+
+
+def _to_decimal(value: Any) -> Decimal | None:
+    """Return a cell as a finite number, or None. A boolean is no number."""
+    if isinstance(value, str):
+        return _cached_decimal(value) if len(value) < 20 else _finite_decimal(value.strip())
+    if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
+        return None
+    return _finite_decimal(value)
+
+
+@lru_cache(maxsize=4096)
+def _cached_decimal(text: str) -> Decimal | None:
+    """Return a short text's number. The cache helps because a table has few different numbers."""
+    return _finite_decimal(text.strip())
+
+
+def _finite_decimal(value: str | int | float | Decimal) -> Decimal | None:
+    try:
+        number = Decimal(value)
+    except InvalidOperation:
+        return None
+    return number if number.is_finite() else None
+
+
+def show_value(value: Any) -> str:
+    """Return the text of a value for a message, cut off at 40 characters."""
+    text = clean(str(value))
+    return repr(text if len(text) <= 40 else text[:37] + "...")
+
+
+PARSERS: Mapping[str, Callable[[str, Any, SizeRules], Any]] = {
+    "prompt": _parse_prompt,
+    "negative_prompt": _parse_text,
+    "seed": lambda field, value, sizes: _parse_whole(field, value, 0, MAX_SEED),
+    "num_images_per_prompt": lambda field, value, sizes: _parse_whole(field, value, 1, MAX_IMAGES),
+    "height": _parse_side,
+    "width": _parse_side,
+    "num_inference_steps": lambda field, value, sizes: _parse_whole(field, value, 1, MAX_STEPS),
+    "guidance_scale": lambda field, value, sizes: _parse_real(field, value, MAX_GUIDANCE),
+    "guidance_rescale": lambda field, value, sizes: _parse_real(field, value, 1.0),
+}
+"""The parser of each field. The order is that of messages and of fingerprints, so it must not change."""

@@ -1,0 +1,210 @@
+"""JSON documents: an array of objects or prompts, and Azure ML payloads, which are pandas' "split" form."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from batch_infer.errors import RowError, TableError
+from batch_infer.table.base import (
+    RawRow,
+    Reader,
+    Scratch,
+    TableFile,
+    broken_off_row,
+    error_text,
+    is_utf8,
+    remark_short_row,
+)
+from batch_infer.table.columns import MAX_COLUMNS, JsonColumns, check_row, rename_doubled
+from batch_infer.table.jsonl import open_jsonl
+from batch_infer.table.scanner import BrokenDocument, Scanner
+from batch_infer.table.streams import BUFFER, open_bytes
+
+ACCEPTED = (
+    'a .json holds [{"prompt": ...}, ...], ["a prompt", ...] or '
+    '{"input_data": {"columns": ["prompt"], "data": [...]}}, or one object with a prompt a line'
+)
+PAYLOAD_START = re.compile(rb'\s*\{\s*("input_data"|"(columns|data|index)"\s*:\s*\[|"parameters"\s*:\s*\{)')
+"""How an Azure payload on one line begins."""
+PAYLOAD_KEY = re.compile(rb'"(input_data|columns|data)"\s*:')
+LONG_START = 4000
+"""Bytes of a first line, cut off, from which it may be JSON that is only too long to parse."""
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentFormat:
+    """How the rows of a document are written. `columns` names the cells of a row that is a list or a bare prompt.
+
+    `parameters` are the cells of every row that has no value of its own for them.
+    """
+
+    is_payload: bool
+    columns: tuple[str, ...]
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+
+def payload_columns(values: Sequence[Any]) -> tuple[str, ...]:
+    """Return the names in a payload's `columns`. Raises RowError for too many or doubled names."""
+    if len(values) > MAX_COLUMNS:
+        raise RowError(f"there are more than {MAX_COLUMNS}")
+    if doubled := [name for name, count in Counter(map(str, values)).items() if count > 1]:
+        raise RowError(f"two are named {doubled[0]!r}")
+    return tuple(map(str, values))
+
+
+def element_cells(element: Any, document: DocumentFormat) -> dict[str, Any]:
+    """Return the cells of a row by column. Raises RowError where the element is no row."""
+    if isinstance(element, dict):
+        cells = element
+    elif isinstance(element, str):
+        cells = {document.columns[0]: element}
+    elif isinstance(element, list) and document.is_payload:
+        if len(element) > len(document.columns):
+            raise RowError(f"has {len(element)} cells where columns names {len(document.columns)}")
+        cells = dict(zip(document.columns, element, strict=False))
+    else:
+        raise RowError(f"is neither an object nor a prompt but {type(element).__name__}")
+    if document.parameters:
+        cells = {**document.parameters, **{name: value for name, value in cells.items() if value is not None}}
+    return cells
+
+
+def open_json(file: TableFile, prompt_column: str, scratch: Scratch) -> Reader:
+    """Find the format and columns of a .json in one pass over it.
+
+    Raises OSError, and TableError where it holds no row.
+    """
+    if _holds_json_lines(file, prompt_column):
+        return open_jsonl(file, prompt_column, scratch)
+    document, renamed = _read_format(file, prompt_column or "prompt")
+    columns = JsonColumns([*document.columns, *document.parameters] if document.is_payload else [])
+    error, is_readable = None, False
+    for row in _read_elements(file, document):
+        columns.add(row.cells)
+        error, is_readable = error or row.error, is_readable or not row.error
+    if error and not is_readable:
+        raise TableError(f"{file.name} cannot be read: {error}")
+    return DocumentReader(file, columns.schema(), renamed, document)
+
+
+def _holds_json_lines(file: TableFile, prompt_column: str) -> bool:
+    """Return whether a .json is JSON Lines, as Spark and `datasets.to_json` name them. Raises OSError.
+
+    A document that begins with an object continues with a key, JSON Lines with another object. One line alone is JSON
+    Lines where it has a prompt. Only the first read decides, since a document may be one line of any length.
+    """
+    with open_bytes(file) as stream:
+        start = stream.peek(BUFFER)
+    first, *others = [line for line in start.split(b"\n") if line.strip()] or [b""]
+    if not first.lstrip().startswith(b"{") or PAYLOAD_START.match(first):
+        return False
+    if others:
+        return others[0].lstrip().startswith(b"{")
+    try:
+        value = json.loads(first)
+    except (ValueError, RecursionError):
+        return len(first) > LONG_START and not PAYLOAD_KEY.search(first)
+    return isinstance(value.get(prompt_column), str)
+
+
+def _read_format(file: TableFile, prompt_column: str) -> tuple[DocumentFormat, dict[str, str]]:
+    """Return the format of a document, and the columns with doubled names under which it has others."""
+    with open_bytes(file) as stream:
+        scanner = Scanner(stream)
+        match scanner.peek():
+            case "[":
+                return DocumentFormat(False, (prompt_column,)), {}
+            case "{":
+                return _read_payload_format(file, scanner, prompt_column)
+            case "":
+                raise TableError(f"{file.name} is empty")
+            case _:
+                raise TableError(f"{file.name} is no table: {ACCEPTED}")
+
+
+def _read_payload_format(
+    file: TableFile, scanner: Scanner, prompt_column: str
+) -> tuple[DocumentFormat, dict[str, str]]:
+    """Read the format of a payload, whose keys come in any order."""
+    document, renamed = DocumentFormat(True, ()), dict[str, str]()
+    has_rows, error = False, ""
+    try:
+        for key in _payload_keys(scanner):
+            match key, scanner.peek():
+                case "columns", "[":
+                    names, renamed = rename_doubled(list(map(str, scanner.read_value())))
+                    document = replace(document, columns=payload_columns(names))
+                case "parameters", "{":
+                    document = replace(document, parameters=scanner.read_value())
+                case _, mark:
+                    has_rows = has_rows or (key == "data" and mark == "[")
+                    scanner.skip_value()
+    except (OSError, BrokenDocument) as broken:
+        error = error_text(broken)  # the rows before the damage can be read once the columns are known
+    except RowError as invalid:
+        raise TableError(f"{file.name} cannot be read: its columns or parameters: {invalid}") from invalid
+    if not has_rows or (error and not document.columns):
+        raise TableError(f"{file.name} cannot be read: {error}" if error else f"{file.name} is no table: {ACCEPTED}")
+    if not all(map(is_utf8, (*document.columns, *document.parameters))):
+        raise TableError(f"{file.name} has a column whose name is not UTF-8; save it as UTF-8")
+    return document if document.columns else replace(document, columns=(prompt_column,)), renamed
+
+
+def _payload_keys(scanner: Scanner) -> Iterator[str]:
+    """Yield the keys of a payload, within its `input_data` or without it. The caller must consume each value."""
+    for key in scanner.read_keys():
+        if key == "input_data" and scanner.peek() == "{":
+            yield from scanner.read_keys()
+        else:
+            yield key
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentReader(Reader):
+    """The rows of a JSON document."""
+
+    document: DocumentFormat
+
+    def rows(self) -> Iterator[RawRow]:
+        known = frozenset(self.schema.names)
+        for row in _read_elements(self.file, self.document):
+            yield row if row.error else check_row(row, f"element {row.number}", known)
+
+
+def _read_elements(file: TableFile, document: DocumentFormat) -> Iterator[RawRow]:
+    number = 0
+    try:
+        with open_bytes(file) as stream:
+            scanner = Scanner(stream)
+            for _ in _find_elements(scanner, document):
+                yield _make_row(number, scanner.read_value(), document)
+                number += 1
+            scanner.read_end()
+    except (OSError, BrokenDocument) as error:
+        yield broken_off_row(file, number, error)
+
+
+def _find_elements(scanner: Scanner, document: DocumentFormat) -> Iterator[None]:
+    """Stop before each row. The caller must consume it."""
+    if not document.is_payload:
+        yield from scanner.elements()
+        return
+    for key in _payload_keys(scanner):
+        if key == "data" and scanner.peek() == "[":
+            yield from scanner.elements()
+        else:
+            scanner.skip_value()
+
+
+def _make_row(number: int, element: Any, document: DocumentFormat) -> RawRow:
+    try:
+        cells = element_cells(element, document)
+    except RowError as error:
+        return RawRow(number, {}, f"element {number} {error}")
+    is_short = isinstance(element, list) and len(element) < len(document.columns)
+    return RawRow(number, cells, remark=remark_short_row(len(element), document.columns) if is_short else None)

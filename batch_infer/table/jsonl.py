@@ -1,0 +1,131 @@
+"""JSON Lines: one object a line, and OpenAI batch files, whose lines hold `custom_id` and `body`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from itertools import islice
+from typing import Any
+
+from batch_infer.carried import JsonNumber
+from batch_infer.errors import RowError, TableError
+from batch_infer.table.base import RawRow, Reader, Scratch, TableFile, broken_off_row, is_utf8
+from batch_infer.table.columns import JsonColumns, check_row
+from batch_infer.table.streams import LineReader, open_text
+
+SIZE = re.compile("([0-9]{1,9})[xX]([0-9]{1,9})")
+"""https://platform.openai.com/docs/api-reference/images/create: size is WIDTHxHEIGHT or auto."""
+FLOAT_DIGITS = 15
+"""Up to this many digits survive a conversion to float and back (IEEE 754 binary64)."""
+MAX_INTEGER_DIGITS = 4000
+"""Python converts at most 4300 digits to an integer."""
+
+
+def open_jsonl(file: TableFile, prompt_column: str, scratch: Scratch) -> JsonLinesReader:
+    """Find the columns in one pass over the file. Raises OSError, and TableError where no line can be read."""
+    with open_text(file, newline="\n"):
+        pass  # a file that cannot be opened is not one that breaks off
+    columns, error, count = JsonColumns(), None, 0
+    for row in _read_lines(file):
+        columns.add(row.cells)
+        error, count = error or row.error, count + 1
+    schema = columns.schema()
+    if error and not schema.names:
+        raise TableError(f"{file.name} cannot be read: {error}")
+    return JsonLinesReader(file, schema, {}, count)
+
+
+@dataclass(frozen=True, slots=True)
+class JsonLinesReader(Reader):
+    """The first `count` rows of a JSON Lines file, whose columns are known. The next run reads appended ones."""
+
+    count: int
+
+    def rows(self) -> Iterator[RawRow]:
+        known = frozenset(self.schema.names)
+        for row in islice(_read_lines(self.file), self.count):
+            yield row if row.error else check_row(row, f"line {row.line}", known)
+
+
+def _read_lines(file: TableFile) -> Iterator[RawRow]:
+    number, is_batch = 0, None
+    try:
+        with open_text(file, newline="\n") as stream:
+            lines = LineReader(stream)
+            while True:
+                try:
+                    text = next(lines)
+                    if text.isspace():
+                        continue
+                    cells, error = _parse_object(text), None
+                    is_batch = _is_batch_request(cells) if is_batch is None else is_batch
+                    if is_batch:
+                        cells, error = _read_batch_request(cells)
+                except StopIteration:
+                    return
+                except RowError as caught:
+                    cells, error = {}, f"line {lines.number} {caught}"
+                yield RawRow(number, cells, error, lines.number)
+                number += 1
+    except OSError as caught:
+        yield broken_off_row(file, number, caught)
+
+
+def _parse_object(text: str) -> dict[str, Any]:
+    if not is_utf8(text):
+        raise RowError("is not UTF-8")
+    try:
+        value = json.loads(text.rstrip(), parse_float=exact_float)
+    except json.JSONDecodeError as error:
+        raise RowError(f"is not JSON: {error.msg.removesuffix(' at')}, character {error.pos + 1}") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise RowError("is not JSON that can be read: a number in it is too long") from error
+    except RecursionError as error:
+        raise RowError("is nested too deeply") from error
+    if not isinstance(value, dict):
+        raise RowError(f"is not a JSON object but {type(value).__name__}")
+    return value
+
+
+def _is_batch_request(line: dict[str, Any]) -> bool:
+    return "custom_id" in line and isinstance(line.get("body"), dict)
+
+
+def _read_batch_request(line: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """Return the cells of a request under the names of our columns, and the error of its size."""
+    if not _is_batch_request(line):
+        raise RowError("has no custom_id and body, as the first line has")
+    cells = {name: value for name, value in line.items() if name not in ("custom_id", "body")}
+    body = dict(line["body"])
+    count, size = body.pop("n", None), body.pop("size", None)
+    if count is not None:
+        cells["num_images_per_prompt"] = count
+    error = None
+    if size not in (None, "", "auto"):
+        if isinstance(size, str) and (sides := SIZE.fullmatch(size.strip())):
+            cells["width"], cells["height"] = int(sides[1]), int(sides[2])
+        else:
+            error = f"size {str(size)[:40]!r} is not WIDTHxHEIGHT"
+    return {**cells, **body, "id": line["custom_id"]}, error
+
+
+def exact_float(text: str) -> float | int | Decimal | JsonNumber:
+    """Parse a JSON number with a point or an exponent without rounding it: to a float where a float holds it.
+
+    What a float prints as counts as exact: 0.1 is the float that prints as 0.1. An exponent beyond Decimal stays text.
+    """
+    number = float(text)
+    is_plain = "e" not in text.lower()
+    if repr(number) == text or (is_plain and len(text) <= FLOAT_DIGITS):
+        return number
+    try:
+        exact = Decimal(text)
+    except InvalidOperation:
+        return JsonNumber(text)
+    if Decimal(repr(number)) == exact:
+        return number
+    is_short = is_plain and exact.adjusted() < MAX_INTEGER_DIGITS
+    return int(exact) if is_short and exact == exact.to_integral_value() else exact
