@@ -19,16 +19,15 @@ if TYPE_CHECKING:
         make_chain,
         prepare_torch,
     )
-    from batch_infer.worker.worker import Chain, ChainLoader, Worker
+    from batch_infer.worker.worker import ChainLoader, Worker
 else:
     __getattr__ = import_on_use(
         __name__,
         loading=("load_any_model", "load_chain", "load_image_checker", "load_model", "make_chain", "prepare_torch"),
-        worker=("Chain", "ChainLoader", "Worker"),
+        worker=("ChainLoader", "Worker"),
     )
 
 __all__ = [
-    "Chain",
     "ChainLoader",
     "Worker",
     "WorkerReport",

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeAlias, cast
 
 from batch_infer import images
-from batch_infer.chain import GatedChain, PipelineCallChain, Rendered, StepLevelChain, Unrendered
+from batch_infer.chain import Chain, Rendered, RowOutcome, Unrendered
 from batch_infer.errors import BatchInferError
 from batch_infer.manifest import Manifest
 from batch_infer.models import ModelCard
@@ -32,8 +32,7 @@ render more.
 """
 MOST_STORING_THREADS = 32
 
-Chain: TypeAlias = "StepLevelChain | PipelineCallChain | GatedChain"
-ChainLoader: TypeAlias = "Callable[[ModelCard, Compute, SafetySettings, Callable[[], bool]], Chain]"
+ChainLoader: TypeAlias = Callable[[ModelCard, Compute, SafetySettings, Callable[[], bool]], Chain]
 """Loads a model and returns its chain. The last argument returns whether to stop."""
 
 
@@ -90,7 +89,7 @@ class Worker:
         if chain_error is not None:
             raise chain_error
 
-    def _store(self, outcome: Rendered | Unrendered) -> _StoredRow:
+    def _store(self, outcome: RowOutcome) -> _StoredRow:
         request, verdict = outcome.request, outcome.verdict
         status: Status = "flagged" if verdict.nsfw else "ok"
         error = explain_flag(verdict) if verdict.nsfw else None
