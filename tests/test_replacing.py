@@ -154,7 +154,7 @@ def test_an_uncommitted_original_is_removed(folder: Path) -> None:
     ):
         path.write_bytes(b"of an earlier attempt")
     before = files(out)
-    recovery.remove_leftovers(out, Manifest(out))
+    recovery.remove_leftovers(out)
     assert {path for path in before if "/.original-" not in path} == runs.images(out)
     assert all(path.exists() for path in strangers)
 

@@ -62,7 +62,7 @@ def merge_results(
         output = OutputSettings(results=formats, base64=base64 or settings.output.base64)
         try:
             if not ended_cleanly(record) and settings.table.tables:
-                remove_leftovers(out, Manifest(out))  # not of an endpoint, whose workers may be writing now
+                remove_leftovers(out)  # not of an endpoint, whose workers may be writing now
             counts = _merge_recorded(record, settings, output)
         except DamagedPart as damage:
             if settings.table.tables:
