@@ -166,15 +166,15 @@ def _restore(out: Path, index: ManifestIndex, originals: Sequence[str]) -> None:
 def set_aside(damage: DamagedPart) -> Path:
     """Rename a damaged part, so that its rows are rendered again, and return its new path. Raises StorageError."""
     part = damage.part
-    kept, number = part.with_name(f"{part.name}{_DAMAGED}"), 1
-    while path_exists(kept):  # a part of the same rows has the same name, and may be damaged too
+    path, number = part.with_name(f"{part.name}{_DAMAGED}"), 1
+    while path_exists(path):  # a part of the same rows has the same name, and may be damaged too
         number += 1
-        kept = part.with_name(f"{part.name}{_DAMAGED}-{number}")
-    with write_errors(kept):
-        os.rename(part, kept)  # noqa: PTH104
+        path = part.with_name(f"{part.name}{_DAMAGED}-{number}")
+    with write_errors(path):
+        os.rename(part, path)  # noqa: PTH104
         fsync_folder(part.parent)
-    log.warning("%s is damaged (%s): its rows are rendered again, and it is kept as %s", part, damage.reason, kept.name)
-    return kept
+    log.warning("%s is damaged (%s): its rows are rendered again, and it is kept as %s", part, damage.reason, path.name)
+    return path
 
 
 def is_intact(sink: Sink, path: str, sha256: str | None, length: int | None) -> bool:
