@@ -233,7 +233,7 @@ def test_a_key_refused_in_a_worker_ends_the_run(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    ("endpoint", "threshold", "told"),
+    ("endpoint", "threshold", "report"),
     [
         (None, "1", "--safety azure: CONTENT_SAFETY_ENDPOINT is not set"),
         ("my-resource", "1", "CONTENT_SAFETY_ENDPOINT=my-resource: expected https://"),
