@@ -16,8 +16,8 @@ from batch_infer import accelerator, peak_flops
 from batch_infer.accelerator import out_of_memory_errors
 from batch_infer.autotune import plateau
 from batch_infer.bench.contenders import unet_rate
-from batch_infer.chain import BatchSizes, Rendered, StepLevelChain, streams
-from batch_infer.chain.postprocessing import Finishing
+from batch_infer.chain import BatchSizes, Rendered, StepLevelChain, pacing
+from batch_infer.chain.postprocessing import Postprocessing
 from batch_infer.errors import CompilationError, RowError
 from batch_infer.models.acceleration import Compiled, optimize_networks
 from batch_infer.settings import Compute
@@ -185,15 +185,15 @@ def test_no_more_processes_compile_than_a_worker_has_cores(monkeypatch: pytest.M
 @pytest.mark.parametrize(("shape", "ahead"), [((2, 1), 4), ((8, 8), 2), ((32, 8), 8), ((256, 16), 32)])
 def test_all_rows_of_one_tick_fit_into_the_decoder_queue(shape: tuple[int, int], ahead: int) -> None:
     model: Any = type("Model", (), {"device": CPU})()
-    assert Finishing(model, None, shape, Stages(), in_background=False).batches_ahead == ahead
+    assert Postprocessing(model, None, shape, Stages(), in_background=False).micro_batches_ahead == ahead
 
 
 def test_streams_that_run_concurrently_with_the_unet_have_high_priority(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[Any, ...]] = []
     monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: made.append((device.type, priority)))
-    streams.stream_of.__wrapped__(GPU, "encode")
+    pacing.stream_for.__wrapped__(GPU, "encode")
     assert made == [("cuda", -1)]
-    assert streams.stream_of.__wrapped__(CPU, "encode") is None
+    assert pacing.stream_for.__wrapped__(CPU, "encode") is None
 
 
 def test_on_a_gpu_the_cores_are_for_threads_that_store() -> None:

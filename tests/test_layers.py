@@ -48,9 +48,9 @@ EXTRAS = {
     "compel": ("long-prompts", "batch_infer.models.long_prompts"),
     **{
         library: ("azure", f"batch_infer.safety.{module}")
-        for library, module in (("azure", "content_safety"), ("requests", "content_safety"), ("tenacity", "patience"))
+        for library, module in (("azure", "content_safety"), ("requests", "content_safety"), ("tenacity", "retries"))
     },
-    "pyrate_limiter": ("azure", "batch_infer.safety.patience"),
+    "pyrate_limiter": ("azure", "batch_infer.safety.retries"),
     "azureml_inference_server_http": ("azureml", "batch_infer.azureml.online"),
     "mlflow": ("mlflow", "batch_infer.jobs.export_mlflow"),
     "pyparsing": ("long-prompts", "batch_infer.models.long_prompts"),
