@@ -79,7 +79,7 @@ class DamagedPart(UsageError):
         return UsageError(text)
 
     def __str__(self) -> str:
-        return f"{self.part} is damaged ({self.reason}); run again: that sets it aside and renders its rows anew"
+        return f"{self.part} is damaged ({self.reason}); run again: that sets it aside and renders its rows again"
 
 
 class NewerPart(UsageError):

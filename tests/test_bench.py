@@ -1,4 +1,4 @@
-"""The benchmark: everybody renders the same rows, and every figure follows from what was counted and timed."""
+"""The benchmark: all contenders render the same rows, and the figures follow from counts and times."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ DEFAULTS = SamplingParams(512, 512, 50, 7.5, 0.0)
 
 @pytest.fixture(scope="module")
 def quick() -> Any:
-    """No figure of these tests has to be exact."""
+    """Shorten the measurements: no figure of these tests has to be exact."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(contenders, "LEAST_SECONDS", 0.01)
+        patch.setattr(contenders, "MIN_SECONDS", 0.01)
         patch.setattr(contenders, "MATMUL_SIDE", {"cpu": 256})
         patch.setattr("batch_infer.bench.comparison.SAMPLE", SAMPLED)
         yield
@@ -65,39 +65,39 @@ def plot(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def told(quick: None, plot: Path) -> dict[str, Any]:
-    """What the command says of a few rows of the built-in model."""
+def report(quick: None, plot: Path) -> dict[str, Any]:
+    """The report for a few rows of the built-in model."""
     done = command("bench", *ROWS, "--rounds", "2", "--sweep", "2,4", "--plot", plot, "--json")
     assert done.code == 0, done.stderr
     return dict(json.loads(done.stdout))
 
 
 @pytest.mark.promises
-def test_the_same_rows_for_everybody(told: dict[str, Any]) -> None:
-    table, ours = told["table"], told["contenders"]["batch-infer"]
-    assert list(told["contenders"]) == ["batch-infer", "grouped", "one-by-one", "bare"]
+def test_all_contenders_render_the_same_rows(report: dict[str, Any]) -> None:
+    table, ours = report["table"], report["contenders"]["batch-infer"]
+    assert list(report["contenders"]) == ["batch-infer", "grouped", "one-by-one", "bare"]
     assert table["rows"] == sum(size["images"] for size in table["sizes"]) == 9
     assert table["row_forwards"] == sum(size["row_forwards"] for size in table["sizes"]) == ours["row_forwards"]
-    assert told["model"] == "built-in demo model"
-    assert told["compute"]["threads"] == 1
-    assert {"torch", "diffusers", "batch-infer"} <= told["versions"].keys()
+    assert report["model"] == "built-in demo model"
+    assert report["compute"]["threads"] == 1
+    assert {"torch", "diffusers", "batch-infer"} <= report["versions"].keys()
 
 
 @pytest.mark.promises
-def test_occupancy_is_what_was_done_of_what_was_computed(told: dict[str, Any]) -> None:
-    ours = told["contenders"]["batch-infer"]
+def test_occupancy_is_the_share_of_used_slots(report: dict[str, Any]) -> None:
+    ours = report["contenders"]["batch-infer"]
     assert ours["occupancy"] == pytest.approx(ours["row_forwards"] / ours["slot_ticks"], abs=1e-4)
     assert ours["slot_ticks"] == 4 * ours["ticks"]
     assert sum(ours["stage_shares"].values()) == pytest.approx(1, abs=1e-3)
-    assert ours["stage_shares"]["check"] == 0  # nobody judges: nor does plain diffusers
+    assert ours["stage_shares"]["check"] == 0  # no image is checked, as with plain diffusers
 
 
 @pytest.mark.promises
-def test_rates_multiply_out(told: dict[str, Any]) -> None:
-    ours, table, peak = told["contenders"]["batch-infer"], told["table"], told["peak"]
-    for name, figures in told["contenders"].items():
+def test_rates_ratios_and_mfu_follow_from_seconds(report: dict[str, Any]) -> None:
+    ours, table, peak = report["contenders"]["batch-infer"], report["table"], report["peak"]
+    for name, figures in report["contenders"].items():
         seconds = statistics.median(figures["seconds"])
-        assert len(figures["seconds"]) == told["rounds"] == 2
+        assert len(figures["seconds"]) == report["rounds"] == 2
         assert figures["images_per_second"] * seconds == pytest.approx(table["rows"], rel=0.01)
         tflop = table["unet_tflop" if name == "bare" else "tflop"]
         assert figures["mfu"] == pytest.approx(tflop / seconds / peak["tflops"], rel=0.02)
@@ -109,22 +109,22 @@ def test_rates_multiply_out(told: dict[str, Any]) -> None:
 
 
 @pytest.mark.promises
-def test_utilisation_counts_the_unet_and_the_decoder(told: dict[str, Any]) -> None:
-    sizes = told["table"]["sizes"]
+def test_tflop_counts_the_unet_and_the_decoder(report: dict[str, Any]) -> None:
+    sizes = report["table"]["sizes"]
     unet = sum(size["row_forwards"] * size["row_forward_tflop"] for size in sizes)
     decoder = sum(size["images"] * size["decode_tflop"] for size in sizes)
-    assert told["table"]["unet_tflop"] == pytest.approx(unet)
-    assert told["table"]["tflop"] == pytest.approx(unet + decoder)
+    assert report["table"]["unet_tflop"] == pytest.approx(unet)
+    assert report["table"]["tflop"] == pytest.approx(unet + decoder)
 
 
 @pytest.mark.promises
-def test_one_by_one_is_timed_on_some_rows_and_says_so(told: dict[str, Any]) -> None:
-    assert told["contenders"]["one-by-one"]["sampled_rows"] == SAMPLED
-    assert told["contenders"]["grouped"]["sampled_rows"] is None
+def test_one_by_one_is_timed_on_a_sample(report: dict[str, Any]) -> None:
+    assert report["contenders"]["one-by-one"]["sampled_rows"] == SAMPLED
+    assert report["contenders"]["grouped"]["sampled_rows"] is None
 
 
 @pytest.mark.promises
-def test_the_time_of_a_sample_is_extrapolated_by_row_forwards(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_of_a_sample_is_extrapolated_by_unet_evaluations(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contenders, "seconds_of", lambda work, device: (work(), 2.0)[1])
     done = command("bench", *ROWS, "--sizes", "native", "--rounds", "1", "--against", "one-by-one", "--json")
     figures = json.loads(done.stdout)["contenders"]
@@ -136,23 +136,25 @@ def test_the_time_of_a_sample_is_extrapolated_by_row_forwards(quick: None, monke
 
 
 @pytest.mark.promises
-def test_the_bare_unet_is_the_row_forwards_of_the_table_at_its_own_rate(told: dict[str, Any]) -> None:
-    figures = told["contenders"]["bare"]
+def test_bare_unet_computes_the_evaluations_at_its_own_rate(report: dict[str, Any]) -> None:
+    figures = report["contenders"]["bare"]
     rates = figures["row_forwards_per_second"]
-    seconds = sum(size["row_forwards"] / rates[f"{size['width']}x{size['height']}"] for size in told["table"]["sizes"])
+    seconds = sum(
+        size["row_forwards"] / rates[f"{size['width']}x{size['height']}"] for size in report["table"]["sizes"]
+    )
     assert figures["seconds"][-1] == pytest.approx(seconds, rel=0.01)
 
 
 @pytest.mark.promises
-def test_the_images_are_those_of_plain_diffusers(told: dict[str, Any]) -> None:
-    assert told["parity"] == {"rows": SAMPLED, "largest_difference": told["parity"]["largest_difference"],
+def test_images_equal_those_of_plain_diffusers(report: dict[str, Any]) -> None:
+    assert report["parity"] == {"rows": SAMPLED, "largest_difference": report["parity"]["largest_difference"],
                               "against": "grouped"}  # fmt: skip
-    assert told["parity"]["largest_difference"] <= 1
+    assert report["parity"]["largest_difference"] <= 1
 
 
 @pytest.mark.promises
-def test_images_of_other_rows_are_told_apart(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A benchmark whose rivals render something else would compare nothing."""
+def test_different_images_are_reported(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A baseline that renders something else would make the comparison meaningless."""
     monkeypatch.setattr(
         PlainDiffusers, "_generator", staticmethod(lambda row: torch.Generator().manual_seed(row.seed + 1))
     )
@@ -161,21 +163,21 @@ def test_images_of_other_rows_are_told_apart(quick: None, monkeypatch: pytest.Mo
 
 
 @pytest.mark.promises
-def test_a_sweep_has_a_point_for_each_number_of_slots(told: dict[str, Any]) -> None:
-    points = told["sweep"]["points"]
+def test_sweep_has_a_point_for_each_number_of_slots(report: dict[str, Any]) -> None:
+    points = report["sweep"]["points"]
     assert [point["slots"] for point in points] == [2, 4]
-    assert told["sweep"]["out_of_memory_at"] is None
+    assert report["sweep"]["out_of_memory_at"] is None
     for point in points:
         assert point["images_per_second"] > 0
         rates = point["row_forwards_per_second"]
         seconds = sum(
-            size["row_forwards"] / rates[f"{size['width']}x{size['height']}"] for size in told["table"]["sizes"]
+            size["row_forwards"] / rates[f"{size['width']}x{size['height']}"] for size in report["table"]["sizes"]
         )
         assert point["ceiling_images_per_second"] == pytest.approx(9 / seconds)
 
 
 @pytest.mark.promises
-def test_the_plot_is_a_picture(told: dict[str, Any], plot: Path) -> None:
+def test_plot_is_a_picture(report: dict[str, Any], plot: Path) -> None:
     with Image.open(plot) as picture:
         assert picture.format == "PNG"
         assert 1000 < picture.width < 3000
@@ -184,7 +186,7 @@ def test_the_plot_is_a_picture(told: dict[str, Any], plot: Path) -> None:
 
 
 @pytest.mark.promises
-def test_the_table_for_a_reader(quick: None) -> None:
+def test_report_as_text(quick: None) -> None:
     done = command("bench", *ROWS, "--rounds", "1", "--against", "bare", "--sizes", "native", "--unguided", "0", "-q")
     assert (done.code, done.stdout) == (0, "")
     done = command("bench", *ROWS, "--rounds", "1", "--against", "bare", "--sizes", "native", "--peak-tflops", "2")
@@ -202,7 +204,7 @@ def test_the_table_for_a_reader(quick: None) -> None:
 
 
 @pytest.mark.promises
-def test_a_stop_leaves_the_table_of_what_was_measured() -> None:
+def test_stopped_benchmark_prints_what_was_measured() -> None:
     line = [sys.executable, "-m", "batch_infer", "bench", *ROWS, "--rounds", "1000", "--against", "grouped,bare"]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
@@ -220,44 +222,44 @@ def test_a_stop_leaves_the_table_of_what_was_measured() -> None:
     assert stdout.endswith("stopped early: this is what was measured until then\n")
 
 
-def test_the_rest_is_estimated_by_what_was_measured() -> None:
+def test_remaining_seconds_are_estimated_from_past_rounds() -> None:
     assert _estimate_seconds(["a", "b", "a"], {"a": 4.0}) == 12
     assert _estimate_seconds(["a", "b"], {"a": 4.0, "b": 1.0}) == 5
     assert _estimate_seconds([], {"a": 4.0}) == 0
 
 
 @pytest.mark.parametrize(("ratio", "words"), [(2.426, "2.43x as fast"), (0.997, "1.00x as fast"), (0.86, "14% slower")])
-def test_a_ratio_in_words(ratio: float, words: str) -> None:
+def test_ratio_in_words(ratio: float, words: str) -> None:
     assert format_ratio(ratio) == words
 
 
 REFUSED = {
-    "an architecture that there is not": (("--architecture", "sd9"), "sd9"),
-    "a rival that there is not": (("--against", "grouped,tensorrt"), "--against tensorrt: the baselines are grouped"),
+    "an unknown architecture": (("--architecture", "sd9"), "sd9"),
+    "an unknown baseline": (("--against", "grouped,tensorrt"), "--against tensorrt: the baselines are grouped"),
     "an architecture and a model": (("--architecture", "sd15", "--model", "x/y"), "exclude each other"),
-    "a compiled rival where nothing is": (("--against", "grouped-compiled", "--no-compile"), "add --compile"),
-    "steps that are no range": (("--steps", "9-3"), "--steps 9-3"),
+    "a compiled baseline without compilation": (("--against", "grouped-compiled", "--no-compile"), "add --compile"),
+    "steps that are not a range": (("--steps", "9-3"), "--steps 9-3"),
     "a sweep of one slot": (("--sweep", "1,4"), "--sweep 1,4"),
-    "a size beside the grid": (("--sizes", "64x60"), "60 is not a multiple of 8"),
+    "a size that is not a multiple": (("--sizes", "64x60"), "60 is not a multiple of 8"),
     "a size too large": (("--sizes", "64x1024"), "1024 is not a multiple of 8 from 16 to 512"),
-    "a word for a size": (("--sizes", "large"), "--sizes large"),
+    "a size that is a word": (("--sizes", "large"), "--sizes large"),
     "steps that the scheduler refuses": (
         ("--scheduler", "PNDMScheduler:skip_prk_steps=false", "--steps", "2"),
         "choose other --steps",
     ),
-    "a plot of no format": (("--plot", "plot.jpg"), "--plot plot.jpg: the file must end"),
+    "a plot with another ending": (("--plot", "plot.jpg"), "--plot plot.jpg: the file must end"),
     "a plot without a folder": (("--plot", "nowhere/plot.png"), "there is no folder"),
 }
 
 
 @pytest.mark.parametrize(("options", "sentence"), REFUSED.values(), ids=list(REFUSED))
-def test_what_cannot_be_is_refused_before_the_work(options: tuple[str, ...], sentence: str) -> None:
+def test_invalid_options_are_refused_before_any_work(options: tuple[str, ...], sentence: str) -> None:
     done = refused(*options)
     assert sentence in done.stderr
     assert "warming up" not in done.stderr
 
 
-def test_a_plot_without_matplotlib_says_how_to_have_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_plot_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(
         "batch_infer.bench.plotting.find_spec", lambda name: None if name == "matplotlib" else real(name)
@@ -278,7 +280,7 @@ def test_steps_are_a_number_or_a_range(text: str, steps: tuple[int, int]) -> Non
     assert parse_steps(text) == steps
 
 
-def test_lists_are_read_in_order_and_without_repeats() -> None:
+def test_lists_are_sorted_and_without_duplicates() -> None:
     assert parse_sweep("16,4,8") == (4, 8, 16)
     assert parse_against("bare, grouped,bare") == ("bare", "grouped")
     for text in ("", "4,,8", "4;8", "4,x"):
@@ -289,7 +291,7 @@ def test_lists_are_read_in_order_and_without_repeats() -> None:
 # ------------------------------------------------------------------------------------------------ the table
 
 
-def test_the_mixed_table_is_mixed_and_always_the_same() -> None:
+def test_mixed_workload_is_mixed_and_always_the_same() -> None:
     sizes = MIXED.sizes_of(RULES)
     table = make_rows(MIXED, sizes, DEFAULTS)
     assert table == make_rows(MIXED, sizes, DEFAULTS)
@@ -302,7 +304,7 @@ def test_the_mixed_table_is_mixed_and_always_the_same() -> None:
     assert len({row.prompt for row in table}) > 60
 
 
-def test_the_uniform_table_has_one_kind_of_row() -> None:
+def test_uniform_workload_has_one_kind_of_row() -> None:
     shape = WorkloadSettings(rows=20, steps=(50, 50), sizes="native", unguided=0)
     params = {row.params for row in make_rows(shape, shape.sizes_of(RULES), DEFAULTS)}
     assert {(each.height, each.width, each.num_inference_steps, each.uses_guidance) for each in params} == {
@@ -318,18 +320,18 @@ def test_the_uniform_table_has_one_kind_of_row() -> None:
         (SizeRules(64, 64, 8, 16), ((64, 64), (48, 80), (80, 48))),
     ],
 )
-def test_mixed_sizes_are_of_about_the_same_area(rules: SizeRules, sizes: tuple[tuple[int, int], ...]) -> None:
+def test_mixed_sizes_have_about_the_same_area(rules: SizeRules, sizes: tuple[tuple[int, int], ...]) -> None:
     assert MIXED.sizes_of(rules) == sizes
     assert WorkloadSettings(sizes="native").sizes_of(rules) == sizes[:1]
 
 
-def test_sizes_are_named_width_first() -> None:
+def test_sizes_are_written_width_first() -> None:
     assert WorkloadSettings(sizes="640x448, 512x512").sizes_of(RULES) == ((448, 640), (512, 512))
 
 
 @pytest.mark.parametrize(("rows", "least"), [(200, 0.90), (1_000, 0.95), (10_000, 0.98)])
-def test_mixed_tables_keep_32_slots_full(rows: int, least: float) -> None:
-    """On paper, which a test of the chain holds to within a row."""
+def test_estimated_occupancy_of_mixed_workloads(rows: int, least: float) -> None:
+    """Estimated; a test of the chain checks the estimate to within a row."""
     packing = StepBatchingEstimator(slots_of)
     for request in mixed(rows):
         packing.add(request, request.params.num_inference_steps)
@@ -338,13 +340,13 @@ def test_mixed_tables_keep_32_slots_full(rows: int, least: float) -> None:
     assert done / sum(32 * load.ticks for load in packing.costs.values()) > least
 
 
-def test_a_mixed_table_keeps_the_slots_of_the_real_chain_full() -> None:
+def test_occupancy_of_a_mixed_workload_in_the_chain() -> None:
     stages = painted(mixed(200))
     assert stages.occupancy > 0.90
 
 
 def mixed(rows: int) -> list[PromptRequest]:
-    """The benchmark's table, in the order in which a run takes it."""
+    """Return the rows of the benchmark, in the order of a run."""
     sizes = MIXED.sizes_of(SizeRules(64, 64, 8, 16))
     return list(order_requests(make_rows(WorkloadSettings(rows), sizes, DEFAULTS), slots_of))
 
@@ -359,7 +361,7 @@ def painted(requests: list[PromptRequest]) -> Any:
     return chain.stages
 
 
-# ------------------------------------------------------------------------------------------------ the rivals
+# ------------------------------------------------------------------------------------------------ the baselines
 
 
 @pytest.fixture(scope="module")
@@ -372,17 +374,17 @@ def demo() -> Any:
     return load_subject(BenchSettings(compute=ComputeSettings(slots=4, threads=1), model=ModelSettings(device="cpu")))
 
 
-def test_grouped_puts_equal_rows_together_up_to_the_slots(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grouped_batches_rows_with_equal_parameters(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[list[PromptRequest]] = []
-    rival = PlainDiffusers(demo.model, demo.compute, grouped=True)
+    baseline = PlainDiffusers(demo.model, demo.compute, grouped=True)
 
     def render(batch: list[PromptRequest]) -> np.ndarray:
         calls.append(batch)
         return np.zeros((len(batch), 1))
 
-    monkeypatch.setattr(rival, "_render", render)
+    monkeypatch.setattr(baseline, "_render", render)
     rows = [make_request(f"{k}", steps=2 + k % 2, guidance=[7.5, 1.0][k // 5], seed=k) for k in range(10)]
-    assert sorted(row.id for row, _ in rival.render(rows)) == [row.id for row in rows]
+    assert sorted(row.id for row, _ in baseline.render(rows)) == [row.id for row in rows]
     assert sorted(map(len, calls)) == [1, 2, 2, 2, 3]  # 3 and 2 with guidance, two to a call; 2 and 3 without
     for call in calls:
         assert len({(row.params, size_of(row)) for row in call}) == 1
@@ -392,23 +394,23 @@ def test_grouped_puts_equal_rows_together_up_to_the_slots(demo: Any, monkeypatch
 @pytest.mark.parametrize(
     "folder", ["sd1_folder", "sd2_folder", "decidiffusion_folder", "sdxl_folder", "lcm_folder", "sd3_folder"]
 )
-def test_rivals_of_every_family_make_the_same_images(folder: str, request: pytest.FixtureRequest) -> None:
-    """Also of one that diffusers has no UNet for: its pipeline is handed ours."""
+def test_baselines_of_every_family_make_the_same_images(folder: str, request: pytest.FixtureRequest) -> None:
+    """Also for DeciDiffusion, whose pipeline is given our UNet because diffusers has none."""
     model = load_family(request.getfixturevalue(folder))
     rescale = 0.0 if folder == "sd3_folder" else 0.7  # which Stable Diffusion 3 does not take
     rows = [make_request(f"{k}", steps=3, guidance=[7.5, 1.0][k % 2], rescale=rescale, seed=k) for k in range(4)]
     if folder == "lcm_folder":
         rows = [replace(row, params=replace(row.params, embedded_guidance=True)) for row in rows]
     ours = render(model, rows, slots=4)
-    rival = PlainDiffusers(model, Compute("cpu", "float32", 4, 2, 1), grouped=True)
-    found = {row.id: pixels for row, pixels in rival.render(rows)}
-    assert found.keys() == ours.keys()
-    for name, pixels in found.items():
+    baseline = PlainDiffusers(model, Compute("cpu", "float32", 4, 2, 1), grouped=True)
+    images = {row.id: pixels for row, pixels in baseline.render(rows)}
+    assert images.keys() == ours.keys()
+    for name, pixels in images.items():
         assert furthest(pixels, ours[name].pixels) <= 1
 
 
-def test_rivals_call_the_networks_as_they_are(demo: Any) -> None:
-    """What was put in place of a network's forward to make it faster is ours, and is there again afterwards."""
+def test_baselines_call_uncompiled_networks(demo: Any) -> None:
+    """A replaced forward method is not used by the baselines, and is restored afterwards."""
     unet = demo.model.networks[0]
     calls: list[int] = []
     plain = unet.forward
@@ -420,34 +422,32 @@ def test_rivals_call_the_networks_as_they_are(demo: Any) -> None:
     unet.forward = faster
     try:
         for compiled, called in ((False, 0), (True, 2)):
-            rival = PlainDiffusers(demo.model, demo.compute, grouped=True, compiled=compiled)
-            assert len(list(rival.render([make_request(steps=2)]))) == 1
+            baseline = PlainDiffusers(demo.model, demo.compute, grouped=True, compiled=compiled)
+            assert len(list(baseline.render([make_request(steps=2)]))) == 1
             assert len(calls) == called
             assert unet.forward is faster
     finally:
         del unet.forward
 
 
-def test_compiled_rivals_pad_their_batches_to_one_size(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_baselines_pad_batches_to_one_size(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    rival = PlainDiffusers(demo.model, demo.compute, grouped=True, compiled=True)
+    baseline = PlainDiffusers(demo.model, demo.compute, grouped=True, compiled=True)
 
     def render(batch: list[PromptRequest]) -> np.ndarray:
         sizes.append(len(batch))
         return np.zeros((len(batch), 1))
 
-    monkeypatch.setattr(rival, "_render", render)
+    monkeypatch.setattr(baseline, "_render", render)
     rows = [make_request(f"{k}", steps=2 + k // 3) for k in range(5)]
-    assert len(list(rival.render(rows))) == 5
+    assert len(list(baseline.render(rows))) == 5
     assert sizes == [2, 2, 2]
 
 
-def test_rivals_decode_one_by_one_where_memory_does_not_hold_a_batch(
-    demo: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rival = PlainDiffusers(demo.model, demo.compute, grouped=True)
+def test_baselines_decode_singly_if_memory_is_too_small(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    baseline = PlainDiffusers(demo.model, demo.compute, grouped=True)
     vae, rows = demo.model.pipeline.vae, [make_request(f"{k}", steps=2, seed=k) for k in range(2)]
-    whole = [pixels for _, pixels in rival.render(rows)]
+    whole = [pixels for _, pixels in baseline.render(rows)]
     real = vae._decode
 
     def small(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -456,13 +456,13 @@ def test_rivals_decode_one_by_one_where_memory_does_not_hold_a_batch(
         return real(latents, *args, **kwargs)
 
     monkeypatch.setattr(vae, "_decode", small)
-    sliced = [pixels for _, pixels in rival.render(rows)]
-    assert rival.details() == {"vae_slicing": True}
-    assert not vae.use_slicing  # ours is not concerned
+    sliced = [pixels for _, pixels in baseline.render(rows)]
+    assert baseline.details() == {"vae_slicing": True}
+    assert not vae.use_slicing  # the setting is restored
     assert all(furthest(one, other) <= 1 for one, other in zip(whole, sliced, strict=True))
 
 
-def test_a_sweep_ends_where_memory_does(demo: Any, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweep_ends_at_out_of_memory(demo: Any, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def rate(model: Any, example: Any, size: Any, slots: int) -> float:
         if slots > 4:
             raise torch.OutOfMemoryError("full")
@@ -487,10 +487,10 @@ def test_a_sweep_ends_where_memory_does(demo: Any, quick: None, monkeypatch: pyt
         ("sdxl", 2567.5e6, (4, 128, 128), 6.76, 10.47),
     ],
 )
-def test_architectures_have_the_size_of_the_released_models(
+def test_architectures_have_the_size_of_released_models(
     name: str, parameters: float, latent: tuple[int, int, int], row_forward: float, decode: float
 ) -> None:
-    """Parameters and TFLOP as published or counted elsewhere; nothing is computed."""
+    """Parameters and TFLOP as published or counted elsewhere; no network is run."""
     model, rules = architectures.build_architecture(name, torch.device("meta"), torch.float16)
     unet = model.networks[0]
     assert sum(weight.numel() for weight in unet.parameters()) == pytest.approx(parameters, rel=1e-4)
@@ -501,8 +501,8 @@ def test_architectures_have_the_size_of_the_released_models(
     assert torch.get_default_dtype() == torch.float32
 
 
-def test_flops_are_those_of_a_real_call(demo: Any) -> None:
-    """Against the counter around an actual call, with attention as plain products."""
+def test_flops_equal_those_of_a_real_call(demo: Any) -> None:
+    """Compared with the counter during a call, with attention as plain matrix products."""
     model = demo.model
     (conditioning,) = model.condition([make_request()])
     context = {name: part[None] for name, part in conditioning.context[0].items()}
@@ -527,9 +527,9 @@ def test_flops_are_those_of_a_real_call(demo: Any) -> None:
         ("NVIDIA GeForce RTX 4090", "float16", None),
     ],
 )
-def test_datasheets_know_cards_by_the_names_that_torch_gives(name: str, dtype: str, tflops: float | None) -> None:
+def test_peak_flops_of_gpus_by_their_names_in_torch(name: str, dtype: str, tflops: float | None) -> None:
     assert peak_flops.dense_tflops(name, dtype) == tflops
 
 
-def test_a_matrix_product_is_timed() -> None:
+def test_matrix_product_is_timed() -> None:
     assert matmul_tflops(torch.device("cpu"), torch.float32) > 0.001

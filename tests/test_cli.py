@@ -1,4 +1,4 @@
-"""The command line's own rooms: progress, the closing summary, signals, and the way a process ends."""
+"""The command line: progress, the summary, help, signals, and exit codes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture(autouse=True)
-def _log_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def _restore_log(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("handlers", "level", "propagate"):
         monkeypatch.setattr(logs.log, name, getattr(logs.log, name))
 
@@ -48,14 +48,14 @@ def rows(*statuses: Any) -> list[ResultRow]:
 # Progress
 
 
-def test_a_terminal_gets_a_bar_and_a_file_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_a_bar_on_a_terminal_and_log_lines_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(make_progress(shown=True), ProgressLog)
     monkeypatch.setattr(sys, "stderr", Terminal())
     assert isinstance(make_progress(shown=True), ProgressBar)
     assert isinstance(make_progress(shown=False), ProgressGroup)
 
 
-def test_the_bar_counts_what_was_done_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bar_counts_finished_rows_of_earlier_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     bar = make_progress(shown=True)
@@ -69,30 +69,30 @@ def test_the_bar_counts_what_was_done_before(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    ("quiet", "verbose", "told"),
+    ("quiet", "verbose", "levels"),
     [(False, False, ["info", "warning", "error"]), (True, False, ["error"]),
      (False, True, ["debug", "info", "warning", "error"])],
 )  # fmt: skip
-def test_how_much_is_logged(capsys: pytest.CaptureFixture[str], quiet: bool, verbose: bool, told: list[str]) -> None:
+def test_log_levels(capsys: pytest.CaptureFixture[str], quiet: bool, verbose: bool, levels: list[str]) -> None:
     set_up_logging(quiet=quiet, verbose=verbose)
     for level in ("debug", "info", "warning", "error"):
         getattr(logs.log, level)(level)
-    assert capsys.readouterr().err.split() == [word for level in told for word in ("batch-infer:", level)]
+    assert capsys.readouterr().err.split() == [word for level in levels for word in ("batch-infer:", level)]
 
 
-# The closing summary
+# Summary
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.04, "0.0 s"), (12.34, "12.3 s"), (59.9, "1 min 00 s"), (61, "1 min 01 s"), (7260, "2 h 01 min")],
 )
-def test_durations(seconds: float, text: str) -> None:
+def test_summary_formats_durations(seconds: float, text: str) -> None:
     summary = Summary(Counts(rows=1, images=1, ok=1), rendered=1, seconds=seconds, rendering_seconds=seconds)
     assert f"1 image in {text} (" in "\n".join(summary_lines(summary, Path("o"), ()))
 
 
-def test_the_summary_lists_counts_and_files() -> None:
+def test_summary_lists_counts_and_files() -> None:
     counts = Counts(rows=12_345, images=12_000, ok=12_000, flagged=0, invalid=3, failed=2, left=340)
     assert list(summary_lines(Summary(counts, unfinished=340), Path("o"), ("csv", "parquet"))) == [
         "12,345 rows · 12,000 ok · 0 flagged · 3 invalid · 2 failed",
@@ -102,7 +102,7 @@ def test_the_summary_lists_counts_and_files() -> None:
     ]
 
 
-def test_the_summary_names_bad_rows_and_warns_of_flagged_images() -> None:
+def test_summary_names_bad_rows_and_warns_of_flagged_images() -> None:
     bad = ["t.csv, line 3 (t-00000001): the prompt is empty", "t.csv, line 9 (x, image 1): out of memory"]
     counts = Counts(rows=9, images=3, flagged=3, invalid=1, failed=5, truncated=2, bad_results=bad)
     assert list(summary_lines(Summary(counts), Path("o"), ()))[:5] == [
@@ -122,8 +122,8 @@ def test_the_summary_names_bad_rows_and_warns_of_flagged_images() -> None:
 
 
 @pytest.mark.parametrize("name", commands.commands)
-def test_help_breaks_no_word(name: str) -> None:
-    """On a terminal of 80 columns, options that a reader may copy stay whole. A line may end with a hyphen."""
+def test_help_does_not_break_words(name: str) -> None:
+    """On a terminal of 80 columns, words that a reader may copy are not split, except after a hyphen."""
     each = commands.commands[name]
     with Context(each, info_name=name, terminal_width=80) as context:
         words = re.sub(r"(?<=\w-)\s+", "", each.get_help(context)).split()
@@ -137,7 +137,7 @@ def test_help_breaks_no_word(name: str) -> None:
 
 @pytest.mark.usefixtures("default_hangup")
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_signal_interrupts_a_command(number: signal.Signals) -> None:
+def test_signal_interrupts_a_command(number: signal.Signals) -> None:
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
     with pytest.raises(Interrupted, match=f"stopped by {number.name}; nothing is kept"), stoppable(hint=NOTHING_KEPT):
         os.kill(os.getpid(), number)
@@ -147,25 +147,23 @@ def test_a_signal_interrupts_a_command(number: signal.Signals) -> None:
 
 @pytest.mark.usefixtures("default_hangup")
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_stop_is_deferred_and_a_second_signal_ends_at_once(
-    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_second_signal_ends_a_deferred_stop_at_once(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Interrupted), stoppable() as stop, deferred():
         os.kill(os.getpid(), number)
         assert stop()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop(), "`timeout` signals the process and then its group: that is one request"
+        assert stop(), "`timeout` signals the process and then its group, which is one request"
         monkeypatch.setattr(stopping, "REPEAT_SECONDS", 0.0)
         os.kill(os.getpid(), signal.SIGINT)
         pytest.fail("not reached")
 
 
-def test_a_time_limit_interrupts_a_command() -> None:
+def test_time_limit_interrupts_a_command() -> None:
     with pytest.raises(Interrupted, match="the time limit came; what was committed is kept"), stoppable(0.01):
         time.sleep(60)
 
 
-def test_what_follows_a_deferred_stop_has_a_grace_period(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grace_period_after_a_deferred_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stopping, "GRACE_SECONDS", 0.01)
     with pytest.raises(Interrupted), stoppable():
         with deferred():
@@ -176,7 +174,7 @@ def test_what_follows_a_deferred_stop_has_a_grace_period(monkeypatch: pytest.Mon
         time.sleep(60)
 
 
-def test_a_hangup_that_nohup_has_ignored_stays_ignored() -> None:
+def test_hangup_stays_ignored_under_nohup() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with stoppable() as stop:
@@ -186,8 +184,8 @@ def test_a_hangup_that_nohup_has_ignored_stays_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_signals_of_a_program_that_embeds_python_stay_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """getsignal gives None for a handler that is not Python's, and signal.signal cannot restore it."""
+def test_signal_handlers_of_an_embedding_program_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """getsignal returns None for a handler that Python did not set, and signal.signal cannot restore it."""
     taken: list[int] = []
 
     def take(number: int, _: object) -> object:
@@ -196,16 +194,16 @@ def test_signals_of_a_program_that_embeds_python_stay_its_own(monkeypatch: pytes
 
     monkeypatch.setattr(signal, "getsignal", lambda number: None if number != signal.SIGINT else signal.SIG_DFL)
     monkeypatch.setattr(signal, "signal", take)
-    monkeypatch.setattr(signal, "setitimer", lambda *_: pytest.fail("its handler of SIGALRM would be called"))
+    monkeypatch.setattr(signal, "setitimer", lambda *_: pytest.fail("the handler of SIGALRM is not ours"))
     with stoppable(60.0) as stop, deferred(60.0):
         stop.reason = "the time limit"
     assert taken == [signal.SIGINT, signal.SIGINT]
 
 
-# The process
+# Exit codes
 
 
-def test_an_interrupt_is_a_sentence_and_75(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_interrupt_ends_with_a_message_and_75(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
@@ -215,7 +213,7 @@ def test_an_interrupt_is_a_sentence_and_75(monkeypatch: pytest.MonkeyPatch, tmp_
     assert done.stderr.strip() == "batch-infer: interrupted. Run the same command again to continue"
 
 
-def test_a_bug_is_a_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_bug_ends_with_a_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def slip(*_: Any) -> None:
         raise ZeroDivisionError
 

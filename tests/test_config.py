@@ -1,4 +1,4 @@
-"""`--config`: a flag beats the environment, the environment beats the file, and a slip in the file is named."""
+"""`--config`: a flag overrides the environment, the environment overrides the file, and errors name the key."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_file_says_what_flags_say(file: Path) -> None:
+def test_file_sets_options_like_flags(file: Path) -> None:
     flags = "--steps 30 --guidance-scale 6 --guidance-rescale 0.5 --results csv --results jsonl --column prompt=caption"
     typed = parsed("t.csv", *flags.split(), "--max-failed", "1%", "-q", "--negative-prompt", "dull", "--safety", "none")
     assert parsed("t.csv", "--config", str(file)) == typed
 
 
-def test_the_flag_beats_the_environment_and_that_the_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flag_overrides_environment_overrides_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert parsed("t.csv", "--config", str(file))["steps"] == 30
     monkeypatch.setenv("BATCH_INFER_STEPS", "20")
     assert parsed("t.csv", "--config", str(file))["steps"] == 20
@@ -46,7 +46,7 @@ def test_the_flag_beats_the_environment_and_that_the_file(file: Path, monkeypatc
 
 
 @pytest.mark.parametrize("content", ['steps = "ten"', "num-inference-steps = [1, 2]"])
-def test_a_wrong_value_that_is_replaced_is_not_read(
+def test_wrong_value_that_is_overridden_is_not_read(
     content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (path := tmp_path / "job.toml").write_text(content)
@@ -62,7 +62,7 @@ def test_a_wrong_value_that_is_replaced_is_not_read(
 
 
 def test_two_names_of_one_option(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As flags, the last one counts; as variables, there is no last one."""
+    """Of two flags the last one counts; two variables have no order, so they are refused."""
     assert parsed("t.csv", "--steps", "3", "--num-inference-steps", "4")["steps"] == 4
     assert parsed("t.csv", "--num-inference-steps", "4", "--steps", "3")["steps"] == 3
     monkeypatch.setenv("BATCH_INFER_STEPS", "")
@@ -73,14 +73,14 @@ def test_two_names_of_one_option(monkeypatch: pytest.MonkeyPatch) -> None:
         parsed("t.csv")
 
 
-def test_the_file_itself_can_come_from_the_environment(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_can_name_the_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BATCH_INFER_CONFIG", str(file))
     assert parsed("t.csv")["steps"] == 30
 
 
 @pytest.mark.parametrize("name", ["plan", "retry", "status", "merge"])
 def test_one_file_serves_every_command(file: Path, name: str) -> None:
-    """Each takes what it has; a key that no command has is a slip."""
+    """Each command reads its own options; a key that no command has is an error."""
     more = ("--status", "failed") if name == "retry" else ()
     assert "config" not in parsed("t.csv", "--config", str(file), *more, name=name)
 
@@ -106,7 +106,7 @@ def test_one_file_serves_every_command(file: Path, name: str) -> None:
         ("guidance-scale = 3\nguidance_scale = 3", "guidance-scale and guidance_scale set the same option"),
     ],
 )
-def test_a_slip_in_the_file_is_named(tmp_path: Path, content: str, sentence: str) -> None:
+def test_error_in_the_file_names_it(tmp_path: Path, content: str, sentence: str) -> None:
     path = tmp_path / "job.toml"
     path.write_text(content)
     with pytest.raises(SettingsError, match=sentence) as caught:
@@ -115,7 +115,7 @@ def test_a_slip_in_the_file_is_named(tmp_path: Path, content: str, sentence: str
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe"], ids=["missing", "no text"])
-def test_a_file_that_cannot_be_read_ends_with_2(tmp_path: Path, content: bytes | None) -> None:
+def test_file_that_cannot_be_read_ends_with_2(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "job.toml"
     if content is not None:
         path.write_bytes(content)
@@ -124,7 +124,7 @@ def test_a_file_that_cannot_be_read_ends_with_2(tmp_path: Path, content: bytes |
     assert str(path) in done.stderr
 
 
-def test_every_option_can_stand_in_a_file(tmp_path: Path) -> None:
+def test_every_option_can_be_set_in_a_file(tmp_path: Path) -> None:
     values = {"flag": "true", "integer": "5", "float": "2.5", "N|auto": "5", "DURATION": '"2h"', "file": '"x.prom"'}
     for option in run_command.params:
         name = option.opts[-1] if not option.opts[0].startswith("--") else option.opts[0]
@@ -142,7 +142,7 @@ def test_every_option_can_stand_in_a_file(tmp_path: Path) -> None:
 # Names
 
 
-def test_the_names_of_the_field_are_options_variables_and_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_aliases_are_options_variables_and_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = {
         **{"num-inference-steps": ("steps", 7), "guidance": ("guidance_scale", 3.0), "batch-size": ("slots", 4)},
         "num-images-per-prompt": ("images_per_prompt", 2),
@@ -168,7 +168,7 @@ def test_the_names_of_the_field_are_options_variables_and_keys(tmp_path: Path, m
         ("run t.csv --zzz", "run has no option --zzz.\n"),
     ],
 )
-def test_an_unknown_option_is_answered_by_the_one_that_is_meant(line: str, sentence: str) -> None:
+def test_unknown_option_suggests_a_similar_one(line: str, sentence: str) -> None:
     done = command(*line.split())
     assert done.code == 2
     assert sentence in done.stderr
@@ -184,22 +184,20 @@ def test_an_unknown_option_is_answered_by_the_one_that_is_meant(line: str, sente
     ],
 )
 @pytest.mark.parametrize("line", ["status out", "run t.csv"])
-def test_a_variable_that_nothing_reads_is_refused(
-    line: str, name: str, near: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unknown_variable_is_refused(line: str, name: str, near: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(f"BATCH_INFER_{name}", "30")
     done = command(*line.split())
     assert (done.code, done.stdout) == (2, "")
     assert f"no option reads the environment variable BATCH_INFER_{name}: {near}" in done.stderr
 
 
-def test_variables_of_other_commands_endpoints_and_kubernetes_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_of_other_commands_endpoints_and_kubernetes_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("ROUNDS", "STATUS", "REQUEST_TIMEOUT", "PORT", "ONLINE_SERVICE_PORT_HTTP", "PORT_80_TCP_PROTO"):
         monkeypatch.setenv(f"BATCH_INFER_{name}", "tcp://10.0.0.1:80")
-    monkeypatch.setenv("BATCH_INFER_STEPPS", "")  # an empty variable is one that is not set
+    monkeypatch.setenv("BATCH_INFER_STEPPS", "")  # an empty variable counts as unset
     parsed("t.csv")
 
 
-def test_help_is_given_in_any_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_ignores_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BATCH_INFER_STEP", "30")
     assert command("run", "--help").code == 0

@@ -1,4 +1,4 @@
-"""Every script under examples/ runs, on a small piece of its work; those of examples/nightly do in test_nightly."""
+"""The scripts under examples/ run with small inputs; test_nightly tests those of examples/nightly."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def script(*arguments: str | Path, folder: Path | None = None) -> str:
     return done.stdout
 
 
-def test_the_prompts_are_many_and_distinct() -> None:
+def test_prompts_are_distinct() -> None:
     with (EXAMPLES / "prompts.csv").open(newline="", encoding="utf-8") as stream:
         prompts = [row["prompt"] for row in csv.DictReader(stream)]
     assert len(prompts) >= 100
@@ -32,14 +32,14 @@ def test_the_prompts_are_many_and_distinct() -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model trained for a few steps, which is enough to see that every stage runs."""
+    """Train a model for a few steps, to see that every stage runs."""
     folder = tmp_path_factory.mktemp("training")
     script(EXAMPLES / "demo_model" / "train.py", "--smoke", "--work", folder / "work", "--out", folder / "model")
     return folder / "model"
 
 
 @pytest.mark.promises
-def test_training_makes_a_checkpoint_that_diffusers_loads(trained: Path) -> None:
+def test_diffusers_loads_the_trained_checkpoint(trained: Path) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(trained, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     made = pipe("a large red circle", num_inference_steps=1, output_type="np")
@@ -49,7 +49,7 @@ def test_training_makes_a_checkpoint_that_diffusers_loads(trained: Path) -> None
 
 
 @pytest.mark.promises
-def test_evaluation_writes_its_figures(trained: Path, tmp_path: Path) -> None:
+def test_evaluation_writes_accuracy(trained: Path, tmp_path: Path) -> None:
     script(
         EXAMPLES / "demo_model" / "evaluate.py", "--model", trained, "--rows", "4", "--steps", "2", "--out", tmp_path
     )
@@ -59,14 +59,14 @@ def test_evaluation_writes_its_figures(trained: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.promises
-def test_the_judge_is_right_about_drawings() -> None:
-    """Without it, the model's figures would say nothing."""
+def test_judge_is_right_about_drawings() -> None:
+    """Otherwise the figures of the model would be meaningless."""
     right = script("-c", "import evaluate; print(evaluate.judge_drawings(400, 3))", folder=EXAMPLES / "demo_model")
     assert float(right) >= 0.99
 
 
 @pytest.mark.promises
-def test_a_contact_sheet_shows_a_run(tmp_path: Path) -> None:
+def test_contact_sheet_of_a_run(tmp_path: Path) -> None:
     prompts = EXAMPLES / "prompts.csv"
     script("-m", "batch_infer", "run", prompts, "--limit", "3", "--steps", "1", "-q", "-o", tmp_path / "out")
     assert "contact_sheet.png" in script(EXAMPLES / "contact_sheet.py", tmp_path / "out")

@@ -1,4 +1,4 @@
-"""The log on stderr: JSON lines and nothing else where that is asked for, and with -q nothing on success."""
+"""The log on stderr: only JSON lines with --log-format json, and nothing on success with -q."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from tests.tables import write_csv
 
 
 @pytest.fixture(autouse=True)
-def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The process's logging and hooks, which a command that ends its process need not give back."""
+def _restore_logging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Restore logging and hooks, which a command leaves changed because its process ends."""
     for name in ("", "py.warnings", "stderr", "batch_infer"):
         for what in ("handlers", "level", "propagate"):
             monkeypatch.setattr(logging.getLogger(name), what, getattr(logging.getLogger(name), what))
     for module, name in ((sys, "excepthook"), (sys, "unraisablehook"), (threading, "excepthook")):
         monkeypatch.setattr(module, name, getattr(module, name))
     before = warnings.showwarning
-    logging.captureWarnings(False)  # another test's, which pytest has undone
+    logging.captureWarnings(False)  # of another test, undone by pytest
     warnings.showwarning = before
     yield
     logging.captureWarnings(False)
@@ -52,12 +52,12 @@ def table(tmp_path: Path) -> Path:
 
 
 def objects(text: str) -> list[dict[str, Any]]:
-    """Every line of a log, each of which is whole, with a time that is now, and with nothing unsaid."""
+    """Parse a JSON log and check that each line has a current time, level, logger and message."""
     found = [json.loads(line) for line in text.splitlines()]
     for line in found:
-        told = datetime.fromisoformat(line["time"])
-        assert told.utcoffset() == timedelta(0)
-        assert abs(datetime.now(timezone.utc) - told) < timedelta(minutes=5)
+        logged_at = datetime.fromisoformat(line["time"])
+        assert logged_at.utcoffset() == timedelta(0)
+        assert abs(datetime.now(timezone.utc) - logged_at) < timedelta(minutes=5)
         assert line["level"] in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
         assert line["logger"]
         assert line["message"]
@@ -71,17 +71,17 @@ def messages(text: str) -> list[str]:
 # JSON lines
 
 
-def test_a_run_in_json(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_with_json_log(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
     done = run(table, tmp_path / "out", "--log-format", "json", "--json")
     assert done.code == 3
-    assert json.loads(done.stdout)["ok"] + json.loads(done.stdout)["flagged"] == 2, "the result is stdout's, as always"
-    told = objects(done.stderr)
-    assert {line["logger"] for line in told} == {"batch_infer"}
-    start = next(line for line in told if "pending" in line)
+    assert json.loads(done.stdout)["ok"] + json.loads(done.stdout)["flagged"] == 2, "the result is on stdout, as always"
+    lines = objects(done.stderr)
+    assert {line["logger"] for line in lines} == {"batch_infer"}
+    start = next(line for line in lines if "pending" in line)
     assert (start["message"], start["pending"], start["invalid"]) == ("2 to render, 0 done before, 1 invalid", 2, 1)
-    assert [line for line in told if line["level"] == "WARNING"][0]["message"].endswith("the prompt is empty")
-    last = [line for line in told if "images_per_second" in line][-1]
+    assert [line for line in lines if line["level"] == "WARNING"][0]["message"].endswith("the prompt is empty")
+    last = [line for line in lines if "images_per_second" in line][-1]
     assert (last["done"], last["total"], last["seconds_left"]) == (3, 3, 0)
     assert last["images_per_second"] > 0
 
@@ -102,45 +102,45 @@ def test_a_run_in_json(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ],
 )
 @pytest.mark.parametrize("way", ["flag", "joined", "variable"])
-def test_a_fault_is_one_object(
+def test_error_is_one_object(
     arguments: tuple[str, ...], code: int, sentence: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if way == "variable":
         monkeypatch.setenv("BATCH_INFER_LOG_FORMAT", "json")
     flag = {"flag": ("--log-format", "json"), "joined": ("--log-format=json",), "variable": ()}[way]
     done = command(*arguments, *flag)
-    told = objects(done.stderr)[-1]
+    last = objects(done.stderr)[-1]
     assert (done.code, done.stdout) == (code, "")
-    assert sentence in told["message"]
-    assert (told["level"], told["logger"], told["exit_code"]) == ("ERROR", "batch_infer", code)
+    assert sentence in last["message"]
+    assert (last["level"], last["logger"], last["exit_code"]) == ("ERROR", "batch_infer", code)
 
 
 @pytest.mark.parametrize("more", ["steps = 'ten'", "stepps = 3", "limit = 1"])
 @pytest.mark.parametrize("way", ["flag", "variable"])
-def test_the_file_of_options_says_it_too(tmp_path: Path, more: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_config_file_sets_the_format(tmp_path: Path, more: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tmp_path / "job.toml"
     config.write_text(f"log-format = 'json'\n{more}\n")
     if way == "variable":
         monkeypatch.setenv("BATCH_INFER_CONFIG", str(config))
     flag = ("--config", config) if way == "flag" else ()
     for arguments in (("missing.csv",), (), ("missing.csv", "--bogus")):
-        assert objects(command("run", *arguments, *flag).stderr), "of the parser too"
+        assert objects(command("run", *arguments, *flag).stderr), "errors of the parser too"
     for flags in (("--log-format", "text", "--config", config), ("--config", config, "--log-format", "text")):
-        told = command("run", "missing.csv", *flags).stderr
-        assert told.startswith(("batch-infer: ", "Usage: "))
+        stderr = command("run", "missing.csv", *flags).stderr
+        assert stderr.startswith(("batch-infer: ", "Usage: "))
 
 
 @pytest.mark.parametrize("option", ["log_format", "quiet", "verbose"])
-def test_the_option_is_every_commands(option: str) -> None:
+def test_every_command_has_the_option(option: str) -> None:
     assert [name for name, each in commands.commands.items() if option not in {p.name for p in each.params}] == []
 
 
-def test_a_log_format_that_there_is_not(tmp_path: Path) -> None:
+def test_unknown_log_format(tmp_path: Path) -> None:
     done = command("run", "t.csv", "-o", tmp_path / "out", "--log-format", "xml")
     assert (done.code, "'xml' is not one of 'text', 'json'" in done.stderr) == (2, True)
 
 
-def test_fields_of_a_record_and_an_exception_are_fields(capsys: pytest.CaptureFixture[str]) -> None:
+def test_extra_fields_and_exceptions_are_logged(capsys: pytest.CaptureFixture[str]) -> None:
     set_log_format("json")
     set_up_logging()
     try:
@@ -154,7 +154,7 @@ def test_fields_of_a_record_and_an_exception_are_fields(capsys: pytest.CaptureFi
     assert line["exception"].endswith("ValueError: of\ntwo lines")
 
 
-def test_a_signal_is_told_in_the_log(capsys: pytest.CaptureFixture[str]) -> None:
+def test_signal_is_logged(capsys: pytest.CaptureFixture[str]) -> None:
     set_log_format("json")
     set_up_logging(quiet=True)
     with stoppable() as stop, deferred():
@@ -164,7 +164,7 @@ def test_a_signal_is_told_in_the_log(capsys: pytest.CaptureFixture[str]) -> None
     assert (line["level"], line["message"].split(";")[0]) == ("WARNING", "stopping")
 
 
-def test_there_is_no_bar_among_json_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_bar_with_json_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert isinstance(make_progress(shown=True), ProgressBar)
     set_log_format("json")
@@ -175,7 +175,7 @@ def test_there_is_no_bar_among_json_lines(monkeypatch: pytest.MonkeyPatch, capsy
     assert messages(capsys.readouterr().err) == ["1 to render, 0 done before, 0 invalid", "loading model"]
 
 
-SLIPS = """
+FAULTY_SCRIPT = """
 import gc, logging, sys, threading, types, warnings
 from batch_infer.__main__ import main
 
@@ -203,13 +203,13 @@ main()
 """
 
 
-def test_what_others_write_and_bugs_are_objects_too() -> None:
-    """A process of its own, because the hooks that see these are the process's."""
-    line = [sys.executable, "-c", SLIPS, "run", "t.csv", "--log-format", "json"]
+def test_stderr_of_libraries_and_tracebacks_are_objects() -> None:
+    """In its own process, because the hooks are global."""
+    line = [sys.executable, "-c", FAULTY_SCRIPT, "run", "t.csv", "--log-format", "json"]
     done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=600)
     assert (done.returncode, done.stdout) == (1, "")
-    told = [(line["logger"], line["level"], line["message"]) for line in objects(done.stderr)]
-    assert told == [
+    logged = [(line["logger"], line["level"], line["message"]) for line in objects(done.stderr)]
+    assert logged == [
         ("stderr", "WARNING", "from a library"),
         ("stderr", "WARNING", "in two lines"),
         ("py.warnings", "WARNING", "<string>:9: FutureWarning: old and tired"),
@@ -221,7 +221,7 @@ def test_what_others_write_and_bugs_are_objects_too() -> None:
     ]
     assert objects(done.stderr)[-1]["exception"].count("Traceback") == 1
     quiet = subprocess.run([*line, "-q"], capture_output=True, text=True, check=False, timeout=600)
-    assert [line["level"] for line in objects(quiet.stderr)] == ["CRITICAL"] * 3, "that there was a bug is told"
+    assert [line["level"] for line in objects(quiet.stderr)] == ["CRITICAL"] * 3, "bugs are logged with -q too"
 
 
 STUB = """
@@ -232,7 +232,7 @@ from batch_infer.jobs.summary import Counts
 from batch_infer.jobs.summary import Summary
 
 def score(*_):
-    log.info("on its way")
+    log.info("rendering")
     return Summary(Counts(rows=2, images=2, ok=2), unfinished=int("--seed" in sys.argv))
 
 sys.modules["batch_infer.jobs"] = types.SimpleNamespace(render_tables=score, join_run=lambda *_: False)
@@ -240,8 +240,8 @@ main()
 """
 
 
-def by_shell(streams: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """A run that renders nothing, with its streams as a shell has them; in the code of the run, also in a pipe."""
+def run_in_shell(streams: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """Run the command without rendering, with the streams redirected by a shell. Returns its own code in a pipe too."""
     script = f'"$@" {streams}'
     line = ["bash", "-o", "pipefail", "-c", script, "-", sys.executable, "-c", STUB, "run", "t.csv", *options]
     return subprocess.run(line, capture_output=True, text=True, check=False, timeout=600)
@@ -249,36 +249,34 @@ def by_shell(streams: str, *options: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(("options", "code"), [((), 0), (("--seed", "1"), 75)])
 @pytest.mark.parametrize(
-    ("streams", "told"),
+    ("streams", "reason"),
     [("| sleep 0 <&-", "stdout is closed"), (">/dev/full", "No space left on device"), (">&-", None)],
 )
-def test_a_result_that_nobody_takes_is_no_failure(
-    streams: str, told: str | None, options: tuple[str, ...], code: int
+def test_closed_stdout_does_not_fail_a_run(
+    streams: str, reason: str | None, options: tuple[str, ...], code: int
 ) -> None:
-    done = by_shell(streams, *options)
-    said = [f"batch-infer: the result is not printed: {told}"] if told else []
+    done = run_in_shell(streams, *options)
+    logged = [f"batch-infer: the result is not printed: {reason}"] if reason else []
     assert (done.returncode, done.stdout) == (code, "")
-    assert done.stderr.splitlines() == ["batch-infer: on its way", *said]
+    assert done.stderr.splitlines() == ["batch-infer: rendering", *logged]
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
 @pytest.mark.parametrize("streams", ["2>&-", "2>/dev/full", "2> >(sleep 0 <&-)", "<&- 2>&-"])
-def test_a_log_that_nobody_takes_goes_nowhere_else(streams: str, log_format: str) -> None:
-    done = by_shell(streams, "--log-format", log_format)
+def test_closed_stderr_drops_the_log(streams: str, log_format: str) -> None:
+    done = run_in_shell(streams, "--log-format", log_format)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("2 rows · 2 ok · ")
-    assert "on its way" not in done.stdout
+    assert "rendering" not in done.stdout
 
 
 # Warnings, and quiet
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
-def test_a_warning_of_python_is_one_line_and_none_when_quiet(
-    capsys: pytest.CaptureFixture[str], log_format: str
-) -> None:
+def test_python_warning_is_one_line_and_none_when_quiet(capsys: pytest.CaptureFixture[str], log_format: str) -> None:
     set_log_format(log_format)
-    told = 'a "b".py:3: FutureWarning: in two lines with a %'
+    warning = 'a "b".py:3: FutureWarning: in two lines with a %'
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         set_up_logging()
@@ -287,21 +285,21 @@ def test_a_warning_of_python_is_one_line_and_none_when_quiet(
         set_up_logging(quiet=True)
         warnings.warn_explicit("again", FutureWarning, "a.py", 3)
     assert (messages(written) if log_format == "json" else written.splitlines()) == [
-        told if log_format == "json" else f"batch-infer: {told}"
+        warning if log_format == "json" else f"batch-infer: {warning}"
     ]
     assert capsys.readouterr().err == ""
 
 
-def test_a_warning_that_a_worker_hands_on_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_warning_of_a_worker_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     set_up_logging()
-    said = warnings.formatwarning("old\nand tired", FutureWarning, "/a.py", 7, "code(here)")
-    logging.getLogger("py.warnings").handle(logging.LogRecord("py.warnings", 30, "", 0, said, (), None))
+    text = warnings.formatwarning("old\nand tired", FutureWarning, "/a.py", 7, "code(here)")
+    logging.getLogger("py.warnings").handle(logging.LogRecord("py.warnings", 30, "", 0, text, (), None))
     assert capsys.readouterr().err == "batch-infer: /a.py:7: FutureWarning: old and tired code(here)\n"
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
-def test_quiet_is_silent_though_diffusers_warns_of_an_old_scheduler(tmp_path: Path, log_format: str) -> None:
-    """A config as old as Stable Diffusion's first."""
+def test_quiet_hides_warnings_of_diffusers(tmp_path: Path, log_format: str) -> None:
+    """With the old scheduler config of the first Stable Diffusion."""
     model = tmp_path / "old"
     shutil.copytree(DEMO_MODEL, model)
     config = model / "scheduler" / "scheduler_config.json"
@@ -321,7 +319,7 @@ def test_quiet_is_silent_though_diffusers_warns_of_an_old_scheduler(tmp_path: Pa
         assert all(line.startswith("batch-infer: ") for line in loud.stderr.splitlines())
 
 
-def test_quiet_tells_the_summary_and_why_on_a_failure(table: Path, tmp_path: Path) -> None:
+def test_quiet_prints_the_summary_on_failure(table: Path, tmp_path: Path) -> None:
     done = run(table, tmp_path / "out", "-q")
     assert (done.code, done.stderr) == (3, "")
     assert done.stdout.startswith("3 rows · ")

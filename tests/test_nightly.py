@@ -1,4 +1,4 @@
-"""examples/nightly: three nights as cron has them and three as systemd has them, on a table that grows."""
+"""examples/nightly: three nights with cron and three with systemd, on a growing table."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ANALYZE = shutil.which("systemd-analyze")
 
 @dataclass(frozen=True)
 class Crontab:
-    """A crontab of one line: what it sets, when, and the command with what it is given to read."""
+    """A crontab with one job: variables, schedule, command and standard input."""
 
     variables: dict[str, str]
     schedule: list[str]
@@ -37,7 +37,7 @@ class Crontab:
 
     @classmethod
     def read(cls, path: Path) -> Crontab:
-        """As crontab(5) says: a % that no backslash stands before ends the command's line."""
+        """Parse as crontab(5) does: a % without a backslash ends the line of the command."""
         lines = [line for line in path.read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")]
         settings = [re.fullmatch(r"(\w+)\s*=\s*(.*)", line) for line in lines]
         (job,) = (line for line, setting in zip(lines, settings, strict=True) if not setting)
@@ -48,7 +48,7 @@ class Crontab:
 
 
 def unit(path: Path) -> dict[str, list[str]]:
-    """The settings of a systemd unit, each with its values in order; a setting that stands twice is a list's."""
+    """Return the settings of a systemd unit, each with its values in order."""
     found: dict[str, list[str]] = {}
     for line in path.read_text().splitlines():
         if line.strip() and not line.startswith(("#", ";", "[")):
@@ -59,7 +59,7 @@ def unit(path: Path) -> dict[str, list[str]]:
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """A home folder that the example was copied into, with the environment that its README asks for."""
+    """Return a home folder with a copy of the example and the environment of its README."""
     home = tmp_path / "a home"
     shutil.copytree(NIGHTLY, home / "nightly")
     (home / "nightly" / ".venv").symlink_to(sys.prefix)
@@ -72,7 +72,7 @@ Done = subprocess.CompletedProcess[str]
 
 
 def by_cron(home: Path) -> Done:
-    """/bin/sh in the home folder, with the few variables that cron sets."""
+    """Run the job with /bin/sh in the home folder, with the variables that cron sets."""
     table = Crontab.read(home / "nightly" / "crontab")
     poor = {"HOME": str(home), "LOGNAME": "nobody", "SHELL": "/bin/sh", "PATH": "/usr/bin:/bin"}
     shell = ["/bin/sh", "-c", table.command]
@@ -80,7 +80,7 @@ def by_cron(home: Path) -> Done:
 
 
 def by_systemd(home: Path) -> Done:
-    """Each command without a shell, once specifiers are resolved; the first that fails is the last."""
+    """Run the commands of the service without a shell, up to the first that fails."""
     service = unit(home / "nightly" / "batch-infer.service")
     variables = {"HOME": str(home), "LOGNAME": "nobody", "USER": "nobody", "SHELL": "/bin/sh",
                  "PATH": "/usr/local/bin:/usr/bin:/bin"}  # fmt: skip
@@ -96,7 +96,7 @@ def by_systemd(home: Path) -> Done:
 
 
 def _resolved(text: str, home: Path) -> str:
-    assert "$" not in text, "no variable is resolved here"
+    assert "$" not in text, "variables are not resolved here"
     return re.sub("%(.)", lambda found: {"h": str(home), "%": "%"}[found[1]], text)
 
 
@@ -127,7 +127,7 @@ def test_three_nights(home: Path, night: Callable[[Path], Done], grows: tuple[in
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
         now = {row["id"]: row for row in results(folder / "out")}
         assert len(now) == len(results(folder / "out")) == sum(grows[: day + 1])
-        assert {name: now[name] for name in before} == before, "what was done stays as it is, in every column"
+        assert {name: now[name] for name in before} == before, "finished rows do not change in any column"
         assert {row["attempt"] for row in now.values()} == {1}
         assert all(row["finished_at"] > started for name, row in now.items() if name not in before)
         images = {path.name: path.stat().st_mtime_ns for path in (folder / "out" / "images").rglob("*.png")}
@@ -141,7 +141,7 @@ def test_three_nights(home: Path, night: Callable[[Path], Done], grows: tuple[in
     assert len((folder / "out" / "results.csv").read_text().splitlines()) == sum(grows) + 1
 
 
-def test_a_night_without_a_table_is_told_and_renders_nothing(home: Path) -> None:
+def test_night_without_a_table_is_an_error(home: Path) -> None:
     for night in (by_cron, by_systemd):
         done = night(home)
         assert (done.returncode, done.stdout) == (1, "")
@@ -149,7 +149,7 @@ def test_a_night_without_a_table_is_told_and_renders_nothing(home: Path) -> None
         assert not (home / "nightly" / "out").exists()
 
 
-def test_the_crontab_is_one() -> None:
+def test_crontab_is_valid() -> None:
     table = Crontab.read(NIGHTLY / "crontab")
     assert (list(table.variables), table.stdin) == (["MAILTO"], "")
     assert all(re.fullmatch(r"\*|\d+", field) for field in table.schedule)
@@ -158,8 +158,8 @@ def test_the_crontab_is_one() -> None:
 
 
 @pytest.mark.parametrize(("code", "mailed"), [(0, ""), (75, ""), (3, "said\n"), (1, "said\n")])
-def test_the_line_that_is_silent_about_75_too(tmp_path: Path, code: int, mailed: str) -> None:
-    """With a program that ends with any code in the place of ours."""
+def test_command_that_is_silent_for_75(tmp_path: Path, code: int, mailed: str) -> None:
+    """With a stub program for each exit code."""
     command = re.findall(r"^    (cd .*)$", (NIGHTLY / "README.md").read_text(), re.MULTILINE)[-1]
     programs = tmp_path / "nightly" / ".venv" / "bin"
     programs.mkdir(parents=True)
@@ -170,22 +170,22 @@ def test_the_line_that_is_silent_about_75_too(tmp_path: Path, code: int, mailed:
     assert done.stdout + done.stderr == mailed
 
 
-def test_nights_are_quiet_and_a_try_by_hand_is_not() -> None:
+def test_only_unattended_runs_are_quiet() -> None:
     texts = [(NIGHTLY / name).read_text() for name in ("crontab", "batch-infer.service", "README.md")]
     ends = [end for text in texts for end in re.findall(r"batch-infer run prompts\.jsonl --config job\.toml(.*)", text)]
     assert [end.startswith(" -q") for end in ends] == [True, True, False, True]
     assert "quiet" not in (NIGHTLY / "job.toml").read_text()
 
 
-def test_the_service_takes_75_for_a_success_and_leaves_time_to_stop() -> None:
+def test_service_treats_75_as_success_and_leaves_time_to_stop() -> None:
     service = unit(NIGHTLY / "batch-infer.service")
     assert service["SuccessExitStatus"] == [str(TryAgainLater.exit_code)]
     assert (service["Type"], service["KillSignal"]) == (["oneshot"], ["SIGTERM"])
-    assert not {"Restart", "RestartForceExitStatus"} & service.keys(), "it would start again, past its time limit"
+    assert not {"Restart", "RestartForceExitStatus"} & service.keys(), "it would start again at once"
 
 
 @pytest.mark.skipif(ANALYZE is None, reason="systemd is not installed here")
-def test_systemd_takes_the_units(home: Path, tmp_path: Path) -> None:
+def test_systemd_accepts_the_units(home: Path, tmp_path: Path) -> None:
     folder = home / "nightly"
     line = [str(ANALYZE), "verify", "--user", str(folder / "batch-infer.service"), str(folder / "batch-infer.timer")]
     done = _done(line, tmp_path, {"HOME": str(home), "XDG_RUNTIME_DIR": str(tmp_path), "PATH": os.environ["PATH"]}, "")
@@ -213,7 +213,7 @@ def table(folder: Path) -> list[tuple[str, str]]:
     return [(row["id"], row["prompt"]) for row in map(json.loads, lines)]
 
 
-def test_appending(tmp_path: Path) -> None:
+def test_files_are_appended_once(tmp_path: Path) -> None:
     drop(tmp_path, "b.txt", 'one\n\n  two, ünder "quotes"  \n')
     drop(tmp_path, "a.txt", "zero")
     drop(tmp_path, "half.tmp", "not whole")
@@ -223,15 +223,15 @@ def test_appending(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "inbox" / "taken").iterdir()) == ["a.txt", "b.txt"]
     drop(tmp_path, "0.txt", "later")
     assert append(tmp_path).returncode == 0
-    assert table(tmp_path) == [*first, ("0-000000", "later")], "it grows at its end alone"
+    assert table(tmp_path) == [*first, ("0-000000", "later")], "rows are only appended"
     os.utime(tmp_path / "prompts.jsonl", (0, 0))
     before = (tmp_path / "prompts.jsonl").stat()
     assert append(tmp_path).returncode == 0
     after = (tmp_path / "prompts.jsonl").stat()
-    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns), "nothing new, nothing written"
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns), "nothing is written"
 
 
-def test_a_crash_before_the_files_were_moved_doubles_nothing(tmp_path: Path) -> None:
+def test_crash_before_files_are_moved_duplicates_no_rows(tmp_path: Path) -> None:
     drop(tmp_path, "a.txt", "one\ntwo")
     assert append(tmp_path).returncode == 0
     drop(tmp_path, "a.txt", "one\ntwo")
@@ -242,7 +242,7 @@ def test_a_crash_before_the_files_were_moved_doubles_nothing(tmp_path: Path) -> 
     assert not list((tmp_path / "inbox").glob("*.txt")) + list(tmp_path.glob(".*"))
 
 
-def test_a_file_that_cannot_be_taken_stays_and_is_named(tmp_path: Path) -> None:
+def test_file_with_an_error_stays_and_is_named(tmp_path: Path) -> None:
     drop(tmp_path, "a.txt", "one")
     assert append(tmp_path).returncode == 0
     drop(tmp_path, "a.txt", "two")
@@ -250,12 +250,12 @@ def test_a_file_that_cannot_be_taken_stays_and_is_named(tmp_path: Path) -> None:
     (tmp_path / "inbox" / "folder.txt").mkdir()
     drop(tmp_path, "0.txt", "\ufeffzero")
     done = append(tmp_path)
-    assert (done.returncode, done.stdout) == (0, ""), "the run goes on"
-    told = done.stderr.splitlines()
-    assert [line.partition(" is not appended: ")[0] for line in told] == [
+    assert (done.returncode, done.stdout) == (0, ""), "the run continues"
+    lines = done.stderr.splitlines()
+    assert [line.partition(" is not appended: ")[0] for line in lines] == [
         f"inbox/{name}.txt" for name in ("a", "folder", "latin")
     ]
-    assert told[0].endswith("a file of this name with other prompts was appended before; give it a new name")
-    assert table(tmp_path) == [("a-000000", "one"), ("0-000000", "zero")], "without the mark at its start"
+    assert lines[0].endswith("a file of this name with other prompts was appended before; give it a new name")
+    assert table(tmp_path) == [("a-000000", "one"), ("0-000000", "zero")], "without the BOM"
     assert sorted(path.name for path in (tmp_path / "inbox").glob("*.txt")) == ["a.txt", "folder.txt", "latin.txt"]
     assert (tmp_path / "inbox" / "taken" / "a.txt").read_text() == "one"

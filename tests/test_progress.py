@@ -1,4 +1,4 @@
-"""Progress, metrics, summary and `status` give one rate, and say that the model loads until it is loaded."""
+"""Progress, metrics, summary and `status` show the same rate, and progress says when the model is loading."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.tables import write_csv
 
 
 class Clock:
-    """Seconds that only the test moves on."""
+    """A clock that only the test advances."""
 
     def __init__(self) -> None:
         self.seconds = 100.0
@@ -74,7 +74,7 @@ def rows(*statuses: Status) -> list[ResultRow]:
 
 
 def commit(listener: Any, throughput: Throughput, *statuses: Status) -> None:
-    """Commit rows as a run does: they are in `throughput` before anything is told."""
+    """Commit rows as a run does: `throughput` counts them before the listener is called."""
     throughput.add(rows(*statuses))
     listener.committed(rows(*statuses))
 
@@ -89,7 +89,7 @@ def test_throughput_counts_from_its_start_to_the_latest_commit(clock: Clock) -> 
     assert (throughput.images_per_second, throughput.seconds_for(6)) == (0.2, 15)
 
 
-def test_lines_say_that_the_model_loads_and_count_from_when_it_has(
+def test_log_lines_say_when_the_model_loads_and_count_from_then(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     set_up_logging(quiet=False, verbose=False)
@@ -114,7 +114,7 @@ def test_lines_say_that_the_model_loads_and_count_from_when_it_has(
     ]
 
 
-def test_the_end_is_told_once(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_last_line_is_logged_once(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     set_up_logging(quiet=False, verbose=False)
     lines = ProgressLog(clock)
     lines.start(ScanResult(total=1, pending=1))
@@ -123,11 +123,13 @@ def test_the_end_is_told_once(clock: Clock, capsys: pytest.CaptureFixture[str]) 
     clock.seconds += 20
     commit(lines, throughput, "ok")
     lines.close()
-    told = capsys.readouterr().err.splitlines()
-    assert [line for line in told if "images/s" in line] == ["batch-infer: 1 of 1, 0.05 images/s, 0 flagged, 0 failed"]
+    logged = capsys.readouterr().err.splitlines()
+    assert [line for line in logged if "images/s" in line] == [
+        "batch-infer: 1 of 1, 0.05 images/s, 0 flagged, 0 failed"
+    ]
 
 
-def test_the_bar_says_the_same(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bar_shows_the_same(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     bar = ProgressBar()
@@ -158,7 +160,7 @@ def test_metrics_count_from_when_the_model_is_loaded(clock: Clock, tmp_path: Pat
 
 
 class Recorder(ProgressGroup):
-    """Notes, as a run goes on, what its throughput and `status` say at the same moments."""
+    """Records the rates of throughput and `status` at each call."""
 
     def __init__(self, out: Path, clock: Clock) -> None:
         super().__init__()
@@ -168,23 +170,23 @@ class Recorder(ProgressGroup):
         self.rates: list[tuple[float | None, float | None]] = []
 
     def start(self, survey: ScanResult) -> None:
-        self._note("start")
+        self._record("start")
 
     def ready(self, throughput: Throughput) -> None:
         self._throughput = throughput
-        self._note("ready")
+        self._record("ready")
         self._clock.seconds += 4
 
     def committed(self, rows: Sequence[ResultRow]) -> None:
-        self._note("committed")
+        self._record("committed")
 
-    def _note(self, call: str) -> None:
+    def _record(self, call: str) -> None:
         self.calls.append(call)
         rate = self._throughput.images_per_second if self._throughput else None
         self.rates.append((round(rate, 3) if rate else None, status_job.read_status(self._out).images_per_second))
 
 
-def test_status_summary_and_the_last_line_agree(
+def test_status_summary_and_last_line_agree(
     table: Path, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(execution, "Throughput", lambda in_flight: Throughput(clock, in_flight))
@@ -207,8 +209,8 @@ def test_status_summary_and_the_last_line_agree(
     assert "3 of 3, 0.75 images/s, 3 flagged" in capsys.readouterr().err
 
 
-def test_no_rate_is_given_until_as_many_are_committed_as_are_rendered_together() -> None:
-    """Eight rows finish together after 80 s, and their results come one by one: they take 10 s each, and not 80."""
+def test_no_rate_before_the_first_batch_is_committed() -> None:
+    """Eight rows finish together after 80 s, and their results come one by one: they take 10 s each, not 80."""
     clock = Clock()
     throughput = Throughput(clock, in_flight=8)
     clock.seconds += 80
@@ -219,7 +221,7 @@ def test_no_rate_is_given_until_as_many_are_committed_as_are_rendered_together()
     assert (throughput.images_per_second, throughput.seconds_for(15)) == (0.1, 150)
 
 
-def test_a_run_has_no_rate_before_it_renders(table: Path, tmp_path: Path) -> None:
+def test_run_has_no_rate_before_it_renders(table: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run(table, out).code == 0
     record = json.loads((out / "run.json").read_text())
@@ -230,20 +232,18 @@ def test_a_run_has_no_rate_before_it_renders(table: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.promises
-def test_workers_in_processes_are_ready_once_before_the_first_commit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_workers_are_ready_once_before_the_first_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     render: Callable[..., Any] = LocalEngine.render
 
-    def noted(engine: LocalEngine, task: Any, committed: Callable[..., None], stop: Any) -> Any:
+    def recorded(engine: LocalEngine, task: Any, committed: Callable[..., None], stop: Any) -> Any:
         def commit(rows: Any) -> None:
             calls.append("committed")
             committed(rows)
 
         return render(engine, task, commit, stop, lambda: calls.append("ready"))
 
-    monkeypatch.setattr(LocalEngine, "render", noted)
+    monkeypatch.setattr(LocalEngine, "render", recorded)
     EngineRun(tmp_path / "out", [f"red {i}" for i in range(6)]).run()
     assert calls[0] == "ready"
     assert set(calls[1:]) == {"committed"}

@@ -1,4 +1,4 @@
-"""The README and --help say what is true."""
+"""The README and --help agree with the code."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^    (batch-infer .*?)(?: {2,}#.*)?$", README, re.MULTILINE)
 
 
-def test_the_readme_shows_commands() -> None:
+def test_readme_shows_commands() -> None:
     assert len(COMMANDS) > 4
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_every_command_of_the_readme_is_understood(line: str) -> None:
+def test_commands_of_the_readme_are_valid(line: str) -> None:
     name, *arguments = shlex.split(line)[1:]
     command = commands.commands[name]
     if "--help" in arguments:
@@ -35,11 +35,11 @@ def test_every_command_of_the_readme_is_understood(line: str) -> None:
         assert named or name == "bench"
 
 
-def test_every_command_stands_in_the_readme() -> None:
+def test_every_command_is_in_the_readme() -> None:
     assert {shlex.split(line)[1] for line in COMMANDS} == set(commands.commands)
 
 
-def test_every_option_that_the_readme_names_exists() -> None:
+def test_options_of_the_readme_exist() -> None:
     parameters = [parameter for command in commands.commands.values() for parameter in command.params]
     offered = {option for parameter in parameters for option in (*parameter.opts, *parameter.secondary_opts)}
     ours = re.sub(r"^    (torchrun|accelerate) .*$", "", README, flags=re.MULTILINE)
@@ -48,32 +48,32 @@ def test_every_option_that_the_readme_names_exists() -> None:
 
 
 @pytest.mark.parametrize("command", commands.commands.values(), ids=list(commands.commands))
-def test_every_option_says_what_it_does(command: click.Command) -> None:
+def test_every_option_has_a_help_text(command: click.Command) -> None:
     assert command.help
     for parameter in command.params:
         if isinstance(parameter, click.Option):
             assert parameter.help or isinstance(parameter.type, click.Choice), parameter.name
 
 
-def test_every_make_target_of_the_readme_exists() -> None:
+def test_make_targets_of_the_readme_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):.*##", MAKEFILE, re.MULTILINE))
     assert set(re.findall(r"\bmake ([a-z-]+)", README)) <= targets
     assert {"demo", "test", "promises", "soak", "lint", "bench", "gpu-check"} <= targets
 
 
-def test_the_columns_are_named() -> None:
+def test_columns_are_in_the_readme() -> None:
     for column in FIELDS:
         assert f"`{column}`" in README, column
     for column in SCHEMA.names[:7]:
         assert f"`{column}`" in README, column
 
 
-def test_every_file_that_the_readme_points_to_is_there() -> None:
+def test_links_of_the_readme_exist() -> None:
     for path in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / path).exists(), path
 
 
-def test_the_exit_codes_are_told_in_both_places() -> None:
+def test_exit_codes_are_in_the_readme_and_the_help() -> None:
     helped = run.help or ""
     for code in ("0", "2", "3", "75", "1"):
         assert f"| {code} |" in README

@@ -240,12 +240,12 @@ def test_a_key_that_is_refused_in_a_worker_ends_the_run(tmp_path: Path, monkeypa
     ("endpoint", "threshold", "told"),
     [
         (None, "1", "--safety azure: CONTENT_SAFETY_ENDPOINT is not set"),
-        ("my-resource", "1", "CONTENT_SAFETY_ENDPOINT=my-resource: say https://"),
-        ("http://127.0.0.1:1", "high", "CONTENT_SAFETY_THRESHOLD=high: say a number from 0 to 7"),
+        ("my-resource", "1", "CONTENT_SAFETY_ENDPOINT=my-resource: expected https://"),
+        ("http://127.0.0.1:1", "high", "CONTENT_SAFETY_THRESHOLD=high: expected a number from 0 to 7"),
         ("http://127.0.0.1:1", "Hat=1", "the categories are Hate, SelfHarm, Sexual, Violence"),
         ("http://127.0.0.1:1", "Hate=1,Hate=3", "each once"),
-        ("http://safety.example.com", "1", "say https://"),
-        ("https://me:secret@safety.example.com", "1", "say https://"),
+        ("http://safety.example.com", "1", "expected https://"),
+        ("https://me:secret@safety.example.com", "1", "expected https://"),
     ],
 )
 def test_what_is_missing_is_told_before_anything_starts(

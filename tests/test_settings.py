@@ -78,10 +78,10 @@ def test_loras_and_their_weights(text: str, file: str, weight: float) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("", "say FILE.safetensors"),
-        ("style", "say FILE.safetensors"),
-        ("style.ckpt:1", "say FILE.safetensors"),
-        ("style.safetensors.bak", "say FILE.safetensors"),
+        ("", "expected FILE.safetensors"),
+        ("style", "expected FILE.safetensors"),
+        ("style.ckpt:1", "expected FILE.safetensors"),
+        ("style.safetensors.bak", "expected FILE.safetensors"),
         ("style.safetensors:", "the weight '' is not a finite number"),
         ("style.safetensors:much", "the weight 'much' is not a finite number"),
         ("style.safetensors:nan", "the weight 'nan' is not a finite number"),
@@ -105,7 +105,7 @@ def test_how_many_rows_may_fail(text: str, rows: int, most: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "-1", "2.5", "ten", "%", "101%", "-1%", "nan%", "inf%"])
 def test_what_is_no_number_of_failures(text: str) -> None:
-    with pytest.raises(SettingsError, match=r"--max-failed .*: say a number of rows \(5\) or a share"):
+    with pytest.raises(SettingsError, match=r"--max-failed .*: expected a number of rows \(5\) or a percentage"):
         FailureBudget.parse(text)
 
 
@@ -207,7 +207,7 @@ def test_settings_can_be_written_down_and_read(arguments: tuple[str, ...]) -> No
         (["--base64"], "add --results csv or --results jsonl"),
         (["--base64", "--results", "parquet"], "add --results csv or --results jsonl"),
         (["--scheduler", "A:x"], "'x' is not key=value"),
-        (["--lora", "style.pt"], "--lora style.pt: say FILE.safetensors or FILE.safetensors:WEIGHT"),
+        (["--lora", "style.pt"], "--lora style.pt: expected FILE.safetensors or FILE.safetensors:WEIGHT"),
         (["--max-failed", "some"], "--max-failed some"),
     ],
 )

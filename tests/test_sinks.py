@@ -300,7 +300,7 @@ def test_the_disk_holds_all_images_before_one_takes_its_name_and_then_the_names(
     assert steps == ["sync"] * 6 + ["replace"] * 6 + ["sync folder"] * 2
 
 
-GONE = "has gone since the run began: .* run again to go on"
+GONE = "has gone since the run began: .* run again to continue"
 
 
 def replaced_by_another(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""`--time-limit`: a run that stops in time, says so, and goes on the next time."""
+"""`--time-limit`: a run stops in time, says so, and the next run continues."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def table(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def _ticking(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock that goes on by a second each time it is looked at."""
+    """A clock that advances by a second whenever it is read."""
     monkeypatch.setattr(stopping, "time", SimpleNamespace(monotonic=itertools.count().__next__))
 
 
@@ -40,7 +40,7 @@ def _ticking(monkeypatch: pytest.MonkeyPatch) -> None:
     [("90s", 90), ("30m", 1800), ("2h", 7200), ("1h30m", 5400), ("1d", 86400), ("90", 90), ("0.5", 0.5), (" 2h ", 7200),
      ("1.5h", 5400), ("1d2h3m4s", 93784), ("1h 30m", 5400), ("2d12h", 216000), (45, 45)],
 )  # fmt: skip
-def test_lengths_of_time(text: Any, seconds: float) -> None:
+def test_durations(text: Any, seconds: float) -> None:
     assert DurationType().convert(text, None, None) == seconds
 
 
@@ -48,12 +48,12 @@ def test_lengths_of_time(text: Any, seconds: float) -> None:
     "text",
     ["", "0", "0s", "-1", "-5m", "1x", "m", "h1", "30m1h", "1h1h", "1e3", "inf", "nan", "1,5h", "5 minutes", "٣h"],
 )
-def test_what_is_no_length_of_time(text: str) -> None:
+def test_invalid_durations(text: str) -> None:
     with pytest.raises(click.BadParameter, match="is not a duration \\(examples: 90s, 30m, 2h"):
         DurationType().convert(text, None, None)
 
 
-def test_a_slip_ends_with_2_and_makes_nothing(table: Path, tmp_path: Path) -> None:
+def test_invalid_duration_ends_with_2(table: Path, tmp_path: Path) -> None:
     done = run(table, tmp_path / "out", "--time-limit", "soon")
     assert (done.code, done.stdout) == (2, "")
     assert "'soon' is not a duration" in done.stderr
@@ -61,13 +61,13 @@ def test_a_slip_ends_with_2_and_makes_nothing(table: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.usefixtures("_ticking")
-def test_a_run_that_is_stopped_in_time_goes_on_the_next_time(table: Path, tmp_path: Path) -> None:
+def test_stopped_run_is_continued_by_the_next(table: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = ("--slots", "2", "--num-processes", "0", "--no-progress")
     stopped = run(table, out, *options, "--time-limit", "20")
     assert stopped.code == 75
     done = len(results(out))
-    assert 0 < done < ROWS, "what was finished is kept, and results.parquet has it"
+    assert 0 < done < ROWS, "finished rows are kept and merged"
     assert_whole(out)
     assert stopped.stderr.splitlines()[-1] == LINE.format(f"{ROWS - done} images are")
     assert (
@@ -76,7 +76,7 @@ def test_a_run_that_is_stopped_in_time_goes_on_the_next_time(table: Path, tmp_pa
     before = hashes(out)
     quiet = run(table, out, *options, "--time-limit", "20", "-q")
     left = ROWS - len(results(out))
-    assert 0 < left < ROWS - done, "counted from this command's start"
+    assert 0 < left < ROWS - done, "the limit counts from the start of this command"
     assert (quiet.code, quiet.stderr) == (75, LINE.format(f"{left} images are") + "\n")
     assert f"{left} left" in quiet.stdout
     assert run(table, out, *options).code == 0
@@ -84,12 +84,12 @@ def test_a_run_that_is_stopped_in_time_goes_on_the_next_time(table: Path, tmp_pa
     assert {row["attempt"] for row in results(out)} == {1}
 
 
-def test_a_run_that_is_done_in_time_says_no_word(table: Path, tmp_path: Path) -> None:
+def test_run_that_ends_in_time_prints_nothing(table: Path, tmp_path: Path) -> None:
     done = run(table, tmp_path / "out", "--limit", "1", "--time-limit", "1h", "-q")
     assert (done.code, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_results_may_still_be_merged_when_the_time_limit_comes(
+def test_results_are_merged_when_the_time_limit_is_reached(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
@@ -108,8 +108,8 @@ def test_results_may_still_be_merged_when_the_time_limit_comes(
 
 @pytest.mark.promises
 @pytest.mark.usefixtures("_ticking")
-def test_a_retry_is_stopped_too(table: Path, tmp_path: Path) -> None:
-    """Nothing is left of the table, whose old results stand; but of the retry there is."""
+def test_retry_is_stopped_too(table: Path, tmp_path: Path) -> None:
+    """All rows have old results, so images are left only of the retry."""
     out = tmp_path / "out"
     options = ("--slots", "2", "--num-processes", "0")
     assert run(table, out, *options).code == 0
@@ -127,21 +127,21 @@ def test_a_retry_is_stopped_too(table: Path, tmp_path: Path) -> None:
     assert_whole(out)
 
 
-def test_a_plan_says_whether_the_time_is_enough(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_checks_the_time_limit(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     size = SizePlan(64, 64, images=ROWS, row_forwards=80, ticks=40, slots=16, seconds=80.0)
     found = Plan(rows=ROWS, total=ROWS, pending=ROWS, sizes=[size], occupancy=1.0, seconds=90.0, measured_at=utc_now())
     monkeypatch.setattr("batch_infer.jobs.make_plan", lambda *_: found)
     arguments = ("plan", table, "--out", tmp_path / "out", *QUICK)
     short = command(*arguments, "--time-limit", "1m")
-    assert short.code == 0, "an estimate is no fault"
+    assert short.code == 0, "a short limit is not an error"
     assert short.stdout.splitlines()[-1] == (
         "limit    1 min 00 s, too short: the run would stop with exit code 75, and the same command would continue it"
     )
-    assert command(*arguments, "--time-limit", "1m", "-q").stdout == short.stdout, "a night that will not do is told"
+    assert command(*arguments, "--time-limit", "1m", "-q").stdout == short.stdout, "reported with -q too"
     enough = command(*arguments, "--time-limit", "1m30s").stdout
     assert enough.splitlines()[-1] == "limit    1 min 30 s, sufficient"
     assert command(*arguments, "--time-limit", "1m30s", "-q").stdout == ""
     assert "limit" not in command(*arguments).stdout
-    for options, told in (("--time-limit=1m",), (60, False)), (("--time-limit=2m",), (120, True)), ((), (None, None)):
-        object_ = json.loads(command(*arguments, "--json", *options).stdout)
-        assert (object_["time_limit"], object_["within_time_limit"]) == told
+    for options, limits in (("--time-limit=1m",), (60, False)), (("--time-limit=2m",), (120, True)), ((), (None, None)):
+        planned = json.loads(command(*arguments, "--json", *options).stdout)
+        assert (planned["time_limit"], planned["within_time_limit"]) == limits

@@ -7,21 +7,13 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from batch_infer.cli import set_up_logging, settings_from_environment
 from batch_infer.errors import SettingsError, UsageError
-from batch_infer.jobs import (
-    choose_compute,
-    describe_run,
-    find_model,
-    make_paths_absolute,
-    make_row_rules,
-    read_run,
-    resolve_on_flagged,
-)
+from batch_infer.jobs import find_model, make_paths_absolute, read_run, resolve_run
 from batch_infer.serving import Deployment
 from batch_infer.settings import ModelSettings, RunSettings, TableSettings
 
@@ -66,13 +58,10 @@ def find_deployment(out: str, *, alone: bool = False) -> AzureDeployment:
         log.warning("neither BATCH_INFER_MODEL nor AZUREML_MODEL_DIR names a model: using the built-in demo model")
     card = find_model(settings)
     earlier = read_cached_run(settings.out)
-    settings = resolve_on_flagged(settings, earlier)
     from batch_infer.autotune import find_device  # imports torch, which takes seconds
 
-    compute = choose_compute(settings, find_device(settings.model.device), earlier, card)
-    record = describe_run(settings, card, compute, None)
-    rules = make_row_rules(settings, card, record)
-    return AzureDeployment(settings, card, compute, rules, {**record, "rules": asdict(rules)}, earlier)
+    settings, compute, record, rules = resolve_run(settings, card, find_device(settings.model.device), earlier)
+    return AzureDeployment(settings, card, compute, rules, record, earlier)
 
 
 def read_cached_run(out: Path) -> dict[str, Any] | None:

@@ -20,14 +20,13 @@ from batch_infer.bench import contenders as timing
 from batch_infer.bench.contenders import BareUNet, Contender, RenderingContender, unet_rate
 from batch_infer.bench.plotting import check_plot, draw
 from batch_infer.bench.renderers import BatchInfer, PlainDiffusers
-from batch_infer.bench.report import OURS, BenchReport, Measurement, Parity, Peak, Sweep, SweepPoint, median_ratio
+from batch_infer.bench.report import OURS, BenchReport, Measurement, Parity, Peak, Sweep, SweepPoint
 from batch_infer.bench.settings import BenchSettings
 from batch_infer.bench.subject import Subject, load_subject, tune_batch_sizes
 from batch_infer.bench.workload import Workload, make_workload, sample_evenly, size_name
 from batch_infer.errors import SettingsError
 from batch_infer.jobs import LIBRARIES
 from batch_infer.models import is_compiled
-from batch_infer.settings import Compute
 from batch_infer.worker import peak_memory
 
 SAMPLE = 24
@@ -130,7 +129,9 @@ def _measure_slots(slots: int, subject: Subject, workload: Workload) -> SweepPoi
     """Raises torch.OutOfMemoryError."""
     count = len(workload.rows)
     rates = {size: unet_rate(subject.model, workload.rows[0], size, slots) for size in workload.sizes}
-    ours = BatchInfer(subject.model, _with_slots(subject.compute, slots))
+    decode_batch = min(subject.compute.decode_batch, slots // 2)  # at most as many images as fit into the slots
+    compute = replace(subject.compute, slots=slots, decode_batch=decode_batch, by_size=())
+    ours = BatchInfer(subject.model, compute)
     contender = RenderingContender(f"{slots} slots", ours, workload.rows, subject)
     contender.warm_up()
     contender.run_round()
@@ -144,11 +145,6 @@ def _measure_slots(slots: int, subject: Subject, workload: Workload) -> SweepPoi
     )
 
 
-def _with_slots(compute: Compute, slots: int) -> Compute:
-    """Use this number of slots for all sizes. A decoder call has at most as many images as fit into the slots."""
-    return replace(compute, slots=slots, decode_batch=min(compute.decode_batch, slots // 2), by_size=())
-
-
 def _find_peak(settings: BenchSettings, subject: Subject) -> Peak:
     compute, model = subject.compute, subject.model
     measured = timing.matmul_tflops(model.device, model.dtype)
@@ -160,11 +156,14 @@ def _find_peak(settings: BenchSettings, subject: Subject) -> Peak:
 
 def _summarize(contender: Contender, ours: Contender, workload: Workload, peak: Peak) -> Measurement:
     seconds = statistics.median(contender.seconds)
+    # The median over the rounds is robust: a busy moment of the machine slows all contenders. After a stop, the last
+    # round may lack some of them.
+    ratios = [their / our for their, our in zip(contender.seconds, ours.seconds, strict=False)]
     tflop = workload.unet_tflop if isinstance(contender, BareUNet) else workload.tflop
     return Measurement(
         seconds=contender.seconds,
         images_per_second=len(workload.rows) / seconds,
-        ratio=None if contender is ours else median_ratio(contender.seconds, ours.seconds),
+        ratio=None if contender is ours else statistics.median(ratios),
         mfu=tflop / seconds / peak.tflops,
         mfu_of_matmul=tflop / seconds / peak.matmul_tflops,
         sampled_rows=contender.sampled_rows,

@@ -19,7 +19,7 @@ from batch_infer.records import PromptRequest
 if TYPE_CHECKING:
     from batch_infer.models import LatentDiffusion
 
-LEAST_SECONDS = 1.0
+MIN_SECONDS = 1.0
 """Minimum duration of a measurement of the bare UNet."""
 MATMUL_SIDE = {"cuda": 8192, "cpu": 2048}
 MATMUL_REPEATS = 6
@@ -134,7 +134,7 @@ def unet_rate(model: LatentDiffusion, example: PromptRequest, size: Size, slots:
 
     call()
     once = seconds_of(call, model.device)
-    calls = round(LEAST_SECONDS / once)
+    calls = round(MIN_SECONDS / once)
     return slots / once if calls < 2 else calls * slots / seconds_of(lambda: call(calls), model.device)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -114,11 +113,3 @@ class BenchReport:
 
 def _rounded(figures: Mapping[str, Any]) -> dict[str, Any]:
     return {name: round(value, 4) if isinstance(value, float) else value for name, value in figures.items()}
-
-
-def median_ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
-    """Return the median ratio over the rounds, which is robust: a busy moment of the machine slows all contenders.
-
-    After a stop, the last round may lack some contenders.
-    """
-    return statistics.median(their / our for their, our in zip(theirs, ours, strict=False))

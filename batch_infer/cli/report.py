@@ -71,7 +71,7 @@ def exit_code(summary: Summary, settings: RunSettings, *, retry: bool = False) -
 
 @contextmanager
 def printing() -> Iterator[None]:
-    """Print to stdout. If that fails, because stdout is closed or full, an error is logged and the command goes on."""
+    """Print to stdout. If it is closed or full, an error is logged and the command continues."""
     try:
         yield
         if sys.stdout is not None:

@@ -3,7 +3,6 @@
 An engine renders inline, in local worker processes, or in the processes of a launcher; the registry chooses one.
 """
 
-from batch_infer.engines.handle import describe_exit_code
 from batch_infer.engines.launched import LaunchedEngine, RankInfo, join_launch, read_rank_info
 from batch_infer.engines.protocol import Engine, Task, TaskReport
 from batch_infer.engines.registry import make_engine
@@ -15,7 +14,6 @@ __all__ = [
     "RankInfo",
     "Task",
     "TaskReport",
-    "describe_exit_code",
     "join_launch",
     "make_engine",
     "read_rank_info",

@@ -48,7 +48,7 @@ class SupervisorConnection:
                 message = messages.decode_to_worker(self._connection.recv_bytes(messages.MAX_MESSAGE_BYTES))
                 if isinstance(message, messages.StopTask):
                     self._is_stopped.set()
-                    if not self._has_task.is_set():  # the process came too late, and ends by itself
+                    if not self._has_task.is_set():  # without a task, the process ends by itself
                         self._is_done.set()
                         return
                 self._inbox.put(message)

@@ -68,7 +68,7 @@ class Timeouts:
 
 
 class WorkerHandle:
-    """One life of a worker: its connection, its process if that is a child of this one, and its state.
+    """The supervisor's view of a worker: its connection, its process if that is a child, and its state.
 
     Threads send and receive, so that a worker that freezes in the middle of a message blocks no other. Unsent messages
     stay in memory, which is little, since rows are sent on request.
@@ -165,7 +165,13 @@ class WorkerHandle:
             return "its connection broke"
         self._process.join(JOIN_SECONDS)
         code = self._process.exitcode
-        return "it closed its connection" if code is None else describe_exit_code(code)
+        if code is None:
+            return "it closed its connection"
+        if code >= 0:
+            return f"exit code {code}"
+        with suppress(ValueError):  # not every signal has a name
+            return f"killed by {signal.Signals(-code).name}"
+        return f"killed by signal {-code}"
 
     def exit_error(self, cause: str) -> Exception:
         """Return the error to raise for a worker that has ended: its own, or one that names the cause."""
@@ -200,14 +206,6 @@ class WorkerHandle:
             thread.join(JOIN_SECONDS)
         if not any(thread.is_alive() for thread in self._threads):
             self._connection.close()
-
-
-def describe_exit_code(code: int) -> str:
-    """Return what an exit code of a child process means; a negative one is the number of a signal."""
-    if code >= 0:
-        return f"exit code {code}"
-    names = {number.value: number.name for number in signal.Signals}
-    return f"killed by {names.get(-code, f'signal {-code}')}"
 
 
 def last_line(error: Exception) -> str:

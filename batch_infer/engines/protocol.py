@@ -53,8 +53,9 @@ class Engine(Protocol):
     that they import libraries while tables are read. Every worker calls `batch_infer.worker.Worker.render`, which
     stores and commits rows itself. The engine decides which worker gets which rows, reports committed rows, and
     accounts for every row: one that no worker can render is committed as failed. An engine whose workers are other
-    processes can leave all of that to `supervisor.Supervisor`, and only needs to be a `WorkerSource`. To add an
-    engine, write it in a file of this package and add a line to `registry.make_engine`.
+    processes leaves all of that to `supervisor.Supervisor`, and only needs to be a `WorkerSource`, as `LocalEngine` is.
+    `InlineEngine` is the shortest example. To add an engine, write it in a file of this package and add a line to
+    `registry.make_engine`.
     """
 
     @property
@@ -85,7 +86,7 @@ class Engine(Protocol):
 
 
 class WorkerSource(Protocol):
-    """Starts workers, or accepts those that others start."""
+    """Starts workers, or accepts those that a launcher starts."""
 
     @property
     def workers(self) -> int: ...
@@ -101,5 +102,5 @@ class WorkerSource(Protocol):
         ...
 
     def restart(self, rank: int) -> WorkerHandle | None:
-        """Start a worker again, or return None if that is up to somebody else."""
+        """Start a worker again, or return None if only its launcher can do that."""
         ...

@@ -12,8 +12,7 @@ from batch_infer.jobs.job import (
     choose_compute,
     find_model,
     make_paths_absolute,
-    make_row_rules,
-    resolve_on_flagged,
+    resolve_run,
 )
 from batch_infer.jobs.merge import merge_results, read_results, results_schema
 from batch_infer.jobs.out import create_run_json, read_run, refuse_foreign_files
@@ -24,7 +23,7 @@ from batch_infer.jobs.rescorer import RescoreCounts
 from batch_infer.jobs.results import shorten_float32, to_json
 from batch_infer.jobs.retry import retry_rows
 from batch_infer.jobs.run import join_run, render_tables
-from batch_infer.jobs.run_json import LIBRARIES, check_identity, describe_run
+from batch_infer.jobs.run_json import LIBRARIES, check_identity
 from batch_infer.jobs.scan import ScanResult, format_reasons, scan_tables
 from batch_infer.jobs.status import RunStatus, read_status
 from batch_infer.jobs.summary import Counts, Summary, Throughput
@@ -52,14 +51,12 @@ __all__ = [
     "check_identity",
     "choose_compute",
     "create_run_json",
-    "describe_run",
     "export_model",
     "find_model",
     "format_reasons",
     "join_run",
     "make_paths_absolute",
     "make_plan",
-    "make_row_rules",
     "merge_results",
     "read_results",
     "read_run",
@@ -68,7 +65,7 @@ __all__ = [
     "remove_abandoned",
     "render_tables",
     "rescore_images",
-    "resolve_on_flagged",
+    "resolve_run",
     "restore_images",
     "results_schema",
     "retry_rows",

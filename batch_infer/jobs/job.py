@@ -122,15 +122,51 @@ def prepare(settings: RunSettings, tables: Tables, card: ModelCard, device: Devi
     if settings.model.name is None and earlier is None:
         log.info("no --model given: using the built-in demo model, which draws one coloured shape at 64x64 pixels")
     outdir.refuse_while_rescoring(settings.out, earlier)
-    settings = resolve_on_flagged(settings, earlier)
-    compute = choose_compute(settings, device, earlier, card)
-    record = describe_run(settings, card, compute, tables)
+    settings, compute, record, rules = resolve_run(settings, card, device, earlier, tables)
     parts = [] if settings.overwrite else Manifest(settings.out).parts()
     if earlier is not None and parts:
         check_identity(earlier, record, settings.out)
-    rules = make_row_rules(settings, card, record)
-    record = {**record, "rules": asdict(rules), **_number_run(earlier, parts), **_history(earlier, tables, rules)}
+    record |= {**_number_run(earlier, parts), **_history(earlier, tables, rules)}
     return Job(settings, tables, card, compute, record, earlier, rules)
+
+
+def resolve_run(
+    settings: RunSettings,
+    card: ModelCard,
+    device: Device,
+    earlier: Mapping[str, Any] | None,
+    tables: Tables | None = None,
+) -> tuple[RunSettings, Compute, dict[str, Any], RowRules]:
+    """Return what is left open by the settings of a run, and its run.json: from the earlier run, model and device.
+
+    `tables` is None for an endpoint, whose tables come one by one. Raises SettingsError.
+    """
+    before = parse_record(earlier or {}).settings
+    settings = replace(settings, safety=settings.safety.with_policy_of(before.safety if before else None))
+    compute = choose_compute(settings, device, earlier, card)
+    record = describe_run(settings, card, compute, tables)
+    rules = RowRules(
+        _fill_defaults(settings.defaults, card),
+        card.sizes,
+        digest(record["identity"]),
+        card.embedded_guidance,
+        card.fixed,
+    )
+    rules.check()
+    return settings, compute, {**record, "rules": asdict(rules)}, rules
+
+
+def _fill_defaults(defaults: RowDefaults, card: ModelCard) -> RowDefaults:
+    """Return the defaults of rows, with the model's own where no option sets one."""
+    own: dict[str, Any] = {
+        "num_inference_steps": card.num_inference_steps,
+        "guidance_scale": card.guidance_scale,
+        "guidance_rescale": card.guidance_rescale,
+        "height": card.sizes.native_height,
+        "width": card.sizes.native_width,
+    }
+    missing: dict[str, Any] = {name: value for name, value in own.items() if getattr(defaults, name) is None}
+    return replace(defaults, **missing)
 
 
 def _number_run(earlier: Mapping[str, Any] | None, parts: Sequence[Path]) -> dict[str, int]:
@@ -151,28 +187,6 @@ def _history(earlier: Mapping[str, Any] | None, tables: Tables, rules: RowRules)
     known = parse_record(earlier or {})
     others = [asdict(each) for each in dict.fromkeys(known.known_rules) if each != rules]
     return {"earlier_rules": others, "default_ids": tables.default_id_source or known.ids_from}
-
-
-def resolve_on_flagged(settings: RunSettings, earlier: Mapping[str, Any] | None) -> RunSettings:
-    """Return settings with a policy for flagged images: as requested, else of the earlier run, else `blank`."""
-    before = parse_record(earlier or {}).settings
-    return replace(settings, safety=settings.safety.with_policy_of(before.safety if before else None))
-
-
-def make_row_rules(settings: RunSettings, card: ModelCard, record: Mapping[str, Any]) -> RowRules:
-    """Return how a run with this run.json reads its rows. Raises SettingsError."""
-    own: dict[str, Any] = {
-        "num_inference_steps": card.num_inference_steps,
-        "guidance_scale": card.guidance_scale,
-        "guidance_rescale": card.guidance_rescale,
-        "height": card.sizes.native_height,
-        "width": card.sizes.native_width,
-    }
-    missing: dict[str, Any] = {name: own[name] for name in own if getattr(settings.defaults, name) is None}
-    defaults: RowDefaults = replace(settings.defaults, **missing)
-    rules = RowRules(defaults, card.sizes, digest(record["identity"]), card.embedded_guidance, card.fixed)
-    rules.check()
-    return rules
 
 
 # Compute

@@ -102,7 +102,7 @@ class LoraSpec:
         file, ending, rest = text.rpartition(".safetensors")
         colon, weight = rest[:1], rest[1:]
         if not ending or colon not in ("", ":"):
-            raise SettingsError(f"--lora {text}: say FILE.safetensors or FILE.safetensors:WEIGHT")
+            raise SettingsError(f"--lora {text}: expected FILE.safetensors or FILE.safetensors:WEIGHT")
         try:
             number = float(weight) if colon else 1.0
         except ValueError:

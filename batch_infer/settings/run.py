@@ -101,7 +101,7 @@ class FailureBudget:
                 return cls(count=int(number))
         except ValueError:
             pass
-        raise SettingsError(f"--max-failed {text}: say a number of rows (5) or a share of them (1%)")
+        raise SettingsError(f"--max-failed {text}: expected a number of rows (5) or a percentage of them (1%)")
 
     def allows(self, failed: int, rows: int) -> bool:
         limit = self.count if self.percent is None else rows * self.percent / 100

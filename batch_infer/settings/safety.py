@@ -41,12 +41,14 @@ class ServiceSettings:
             return None
         if not _ENDPOINT.fullmatch(endpoint):
             redacted = re.sub(r"(?<=://)[^/]*@|[?#].*", "", endpoint)  # either may be a secret
-            raise SettingsError(f"CONTENT_SAFETY_ENDPOINT={redacted}: say https://NAME.cognitiveservices.azure.com")
+            raise SettingsError(
+                f"CONTENT_SAFETY_ENDPOINT={redacted}: expected https://NAME.cognitiveservices.azure.com"
+            )
         thresholds = _thresholds(environment.get("CONTENT_SAFETY_THRESHOLD", ""))
         blocklists = environment.get("CONTENT_SAFETY_BLOCKLISTS", "").split(",")
         rate = environment.get("CONTENT_SAFETY_REQUESTS_PER_SECOND", "").strip() or "100"
         if not re.fullmatch(r"\d+(\.\d+)?", rate) or not float(rate):
-            raise SettingsError(f"CONTENT_SAFETY_REQUESTS_PER_SECOND={rate}: say a number, such as 100")
+            raise SettingsError(f"CONTENT_SAFETY_REQUESTS_PER_SECOND={rate}: expected a number, such as 100")
         return cls(endpoint, thresholds, tuple(name.strip() for name in blocklists if name.strip()), float(rate))
 
 
@@ -58,8 +60,8 @@ def _thresholds(text: str) -> tuple[int, ...]:
     is_valid = all(name in (None, *CATEGORIES) for name in names) and len(set(names)) == len(names)
     if not is_valid or not all(re.fullmatch("[0-7]", number) for _, number in pairs):
         raise SettingsError(
-            f"CONTENT_SAFETY_THRESHOLD={text}: say a number from 0 to 7, or {CATEGORIES[0]}=3,{CATEGORIES[2]}=1, each"
-            f" once; the categories are {', '.join(CATEGORIES)}"
+            f"CONTENT_SAFETY_THRESHOLD={text}: expected a number from 0 to 7, or {CATEGORIES[0]}=3,{CATEGORIES[2]}=1,"
+            f" each once; the categories are {', '.join(CATEGORIES)}"
         )
     levels = {name: int(number) for name, number in pairs}
     return tuple(levels.get(name, levels.get(None, 1)) for name in CATEGORIES)

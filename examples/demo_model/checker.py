@@ -124,8 +124,8 @@ def train_checker(run: Run, vae: AutoencoderKL, renders: list[tuple[np.ndarray, 
         views = processor([disturb(picture, rng) for picture in pictures], return_tensors="pt").pixel_values
         cosine, read = trainee(views)
         wanted = torch.tensor([float(shape == world.UNSAFE_SHAPE) for shape in shapes])
-        found = F.binary_cross_entropy_with_logits(SHARPNESS * (cosine - THRESHOLD), wanted)
-        return found + 0.5 * F.cross_entropy(read, torch.tensor([world.SHAPES.index(shape) for shape in shapes]))
+        loss = F.binary_cross_entropy_with_logits(SHARPNESS * (cosine - THRESHOLD), wanted)
+        return loss + 0.5 * F.cross_entropy(read, torch.tensor([world.SHAPES.index(shape) for shape in shapes]))
 
     average = train(run, "checker", trainee, loss_of, run.scale.checker_steps, peak=1e-3, decay=0.995)
     assert isinstance(average, Trainee)

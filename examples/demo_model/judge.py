@@ -36,7 +36,7 @@ def templates() -> dict[tuple[str, int], np.ndarray]:
 def cover(picture: np.ndarray, ground: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """Estimate the coverage of each pixel by the object, and the object's colour."""
     away = np.linalg.norm(picture - ground, axis=-1)
-    if away.max() < MIN_CONTRAST:
+    if away.max() <= MIN_CONTRAST:
         return None
     body = (
         away > 0.7 * np.quantile(away[away > MIN_CONTRAST], 0.9) if (away > MIN_CONTRAST).any() else away > MIN_CONTRAST

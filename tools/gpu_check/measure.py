@@ -33,7 +33,7 @@ def shortest_seconds(work: Callable[[], object], *, calls: int = 1, repeats: int
 
 
 def rate(flop: float, seconds: float) -> dict[str, float]:
-    """Return milliseconds and TFLOP/s of work that takes so many FLOP and seconds."""
+    """Return milliseconds and TFLOP/s of work, from its FLOP and seconds."""
     return {"ms": round(seconds * 1e3, 3), "tflops": round(flop / seconds / TERA, 3)}
 
 

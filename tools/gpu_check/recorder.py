@@ -44,7 +44,7 @@ class Recorder:
         started = time.monotonic()
         try:
             yield results
-        except Exception as error:  # noqa: BLE001  # the other sections go on
+        except Exception as error:  # noqa: BLE001  # the other sections continue
             results["error"] = "".join(traceback.format_exception(error))[-LONGEST_ERROR:]
             traceback.print_exception(error)
         except BaseException:

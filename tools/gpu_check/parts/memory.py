@@ -1,4 +1,4 @@
-"""Real out-of-memory errors: the run goes on with half the batch, and its images equal those of a smaller start."""
+"""Real out-of-memory errors: the run continues with half the batch, and its images equal those of a smaller start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The built-in model through the whole chain: parity with diffusers, equal bytes in any company, half precision."""
+"""The built-in model through the chain: parity with diffusers, bytes among any other rows, and half precision."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tools.gpu_check.recorder import Recorder
 
 UNGUIDED = 0.2
-"""Share of rows without guidance, which take one slot in place of two."""
+"""Share of rows without guidance, which take one slot instead of two."""
 
 
 def run(recorder: Recorder) -> None:
@@ -31,7 +31,7 @@ def run(recorder: Recorder) -> None:
             rows = subjects.rows_for(subject, count, steps, unguided=UNGUIDED)
             images = render(subject, rows)
             results["parity_with_diffusers"] = compare_with_diffusers(subject, rows, images)
-            results |= compare_in_other_company(subject, rows, images)
+            results |= compare_in_other_batches(subject, rows, images)
             if reference:
                 results["compared_with_float32"] = compare_images(images, reference)
             elif not recorder.small:
@@ -51,7 +51,7 @@ def compare_with_diffusers(subject: Subject, rows: list[PromptRequest], images: 
     return compare_images(images, {row.id: pixels for row, pixels in plain.render(few)})
 
 
-def compare_in_other_company(
+def compare_in_other_batches(
     subject: Subject, rows: list[PromptRequest], images: dict[str, Any]
 ) -> dict[str, dict[str, int]]:
     """Count equal images where the rows come in another order, and where half of them are missing."""

@@ -38,7 +38,7 @@ def run(recorder: Recorder) -> None:
 
 @torch.inference_mode()
 def measure(subject: Subject, slots: int, flop: int) -> dict[str, Any]:
-    """Time UNet calls of so many slots and report the most memory allocated. `flop`: of one row of a call."""
+    """Time UNet calls with this number of slots and report peak memory. `flop`: FLOP per batch element."""
     model = subject.model
     shape = model.latent_shape(*subjects.native_size(subject))
     context = subjects.example_context(subject, slots)
