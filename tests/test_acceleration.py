@@ -227,11 +227,11 @@ def test_the_host_is_only_a_few_calls_ahead(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "Event", Clock)
     monkeypatch.setattr(torch.cuda, "current_stream", Clock)
     stages = Stages()
-    found = pacing.pace_of(torch.device("cuda"), stages)
+    pacer = pacing.make_pacer(torch.device("cuda"), stages)
     for tick in range(1, 11):
-        found.start()
-        found.end()
-        assert stages.denoise == max(0, tick - pacing.TICKS_AHEAD)
-    found.finish()
+        pacer.start()
+        pacer.end()
+        assert stages.denoise == max(0, tick - pacing.CALLS_AHEAD)
+    pacer.finish()
     assert stages.denoise == 10
     assert stages.ended > stages.began
