@@ -11,7 +11,7 @@ import pytest
 from batch_infer.azureml.in_progress import Begun
 from batch_infer.errors import StorageError
 from batch_infer.jobs import recovery, run_folder
-from batch_infer.sinks import FolderSink
+from batch_infer.sinks.folder import FolderSink
 from batch_infer.store import is_folder, is_link, path_exists, unique_name
 from tests.storage import fail_at
 

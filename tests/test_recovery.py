@@ -23,7 +23,8 @@ from batch_infer.jobs import recovery
 from batch_infer.jobs.recovery import recover, set_aside
 from batch_infer.manifest import Manifest
 from batch_infer.records import ResultRow
-from batch_infer.sinks import FolderSink, Sink
+from batch_infer.sinks import Sink
+from batch_infer.sinks.folder import FolderSink
 
 NONE = pa.schema([])
 END = datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc)

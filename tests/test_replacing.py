@@ -18,7 +18,8 @@ import pytest
 from batch_infer.errors import SettingsError, StorageError
 from batch_infer.jobs import recovery
 from batch_infer.manifest import Manifest
-from batch_infer.sinks import BACKUP_PREFIX, FolderSink
+from batch_infer.sinks import BACKUP_PREFIX
+from batch_infer.sinks.folder import FolderSink
 from batch_infer.store import unique_name
 from tests import runs
 from tests.tables import write_csv
@@ -243,7 +244,7 @@ DYING = """
 import os, signal
 from batch_infer.__main__ import main
 from batch_infer.manifest import Manifest
-from batch_infer.sinks import FolderSink
+from batch_infer.sinks.folder import FolderSink
 
 {room}.{moment} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 main()

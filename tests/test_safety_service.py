@@ -26,7 +26,7 @@ from PIL.PngImagePlugin import PngInfo
 from batch_infer.jobs import rescore
 from batch_infer.manifest import Manifest
 from batch_infer.settings import ServiceSettings
-from batch_infer.sinks import FolderSink
+from batch_infer.sinks.folder import FolderSink
 from tests import runs
 from tests.content_safety_server import KEY, Asked, Fault, Service, malformed, serving, status, with_severity, without
 
@@ -531,7 +531,7 @@ import os, signal
 import batch_infer.jobs.rescore as rescore
 from batch_infer.__main__ import main
 from batch_infer.manifest import Manifest
-from batch_infer.sinks import FolderSink
+from batch_infer.sinks.folder import FolderSink
 
 rescore.BATCH, room, calls = 3, {room}, []
 real = room.{moment}
