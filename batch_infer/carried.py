@@ -232,14 +232,14 @@ def make_converter(source: pa.DataType, target: pa.DataType) -> Convert | None:
     return int if types.is_integer(target) and types.is_floating(source) else None
 
 
-def make_result_names(names: Iterable[str], taken: Collection[str], *, known: bool = False) -> dict[str, str]:
-    """Return a result name for each name, such that none differs from another or from `taken` by case alone.
+def make_result_names(names: Iterable[str], reserved: Collection[str], *, known: bool = False) -> dict[str, str]:
+    """Return a result name for each name, such that none differs from another or from `reserved` by case alone.
 
     SQL engines ignore case. A name in conflict becomes `input_<name>`, repeated until it is free. With `known`,
     `input_<name>` among `names` is the same column under its earlier result name, and the two share it.
     """
     spelled = dict.fromkeys(names)
-    lowered = {name.lower() for name in taken}
+    lowered = {name.lower() for name in reserved}
     result = {}
     for name in spelled:
         new = name

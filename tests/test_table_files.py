@@ -418,7 +418,7 @@ def test_the_first_bytes_of_standard_input_say_its_format(content: bytes, monkey
 def test_plain_prompts_on_standard_input_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe(monkeypatch, b"a red circle\na blue square\n")
     assert refusal_of("-") == (
-        "stdin has no column 'prompt'; standard input is taken for CSV, and its first line is 'a red circle': "
+        "stdin has no column 'prompt'; standard input is read as CSV, and its first line is 'a red circle': "
         "a list of plain prompts wants a .txt file (or a first line 'prompt', where no prompt holds a comma)"
     )
 

@@ -90,16 +90,16 @@ def is_too_deep(value: Any) -> bool:
 
 def rename_doubled(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Return the names with `tag_2` for the second `tag`, and the old name of each that changed."""
-    taken, count = set(names), Counter[str]()
+    used, count = set(names), Counter[str]()
     distinct, renamed = [], {}
     for name in names:
         count[name] += 1
         if count[name] == 1:
             distinct.append(name)
             continue
-        while (new := f"{name}_{count[name]}") in taken:
+        while (new := f"{name}_{count[name]}") in used:
             count[name] += 1
-        taken.add(new)
+        used.add(new)
         renamed[new] = name
         distinct.append(new)
     return distinct, renamed
@@ -171,7 +171,7 @@ def _advise(file: TableFile, field: str, wanted: str, names: Sequence[str]) -> s
         return f"its columns seem to be separated by {separator!r}: save it as .csv, or as Parquet"
     if file.origin == "stdin" and file.format == ".csv":
         return (
-            f"standard input is taken for CSV, and its first line is {', '.join(names)[:80]!r}: "
+            f"standard input is read as CSV, and its first line is {', '.join(names)[:80]!r}: "
             "a list of plain prompts wants a .txt file (or a first line 'prompt', where no prompt holds a comma)"
         )
     present = ", ".join(repr(name) for name in names[:12])

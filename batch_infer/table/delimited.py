@@ -126,7 +126,7 @@ class DelimitedReader(Reader):
             cells = next(reader)
         except (csv.Error, RowError) as error:
             if len(self.header) > 1 or _is_unclosed(error):
-                lines.push_back(count := self._count_rows_within(lines.taken))
+                lines.push_back(count := self._count_rows_within(lines.row_lines))
                 if isinstance(error, RowError) and not count:
                     self._skip_row(lines)
             return RawRow(number, {}, _describe(first, lines.number, error), first)
@@ -151,7 +151,7 @@ class DelimitedReader(Reader):
 
     def _skip_row(self, lines: _CsvLines) -> None:
         """Skip the rest of a row that is too long, up to its closing quote or to a line that is a row by itself."""
-        is_open = sum(line.count('"') for line in lines.taken) % 2 == 1
+        is_open = sum(line.count('"') for line in lines.row_lines) % 2 == 1
         while is_open:
             lines.begin_row()
             try:
@@ -185,7 +185,7 @@ class _ShortenedLine(str):
 
 
 class _CsvLines(LineReader):
-    """Lines of which the last ones can be read again. `taken` are the lines since `begin_row`.
+    """Lines of which the last ones can be read again. `row_lines` are those since `begin_row`.
 
     Memory is bounded by the size of a row: RowError is raised where its lines are too long together. A line that is too
     long by itself is shortened, so that the row ends where it would end otherwise. `shortened` is the number of the
@@ -197,7 +197,7 @@ class _CsvLines(LineReader):
         self._words = re.compile(rf'[^"{re.escape(separator)}\r\n]+')
         self._pushed_back: list[str] = []
         self._size = 0
-        self.taken: list[str] = []
+        self.row_lines: list[str] = []
         self.shortened = 0
 
     def __next__(self) -> str:
@@ -206,7 +206,7 @@ class _CsvLines(LineReader):
             self.number += 1
         else:
             line = super().__next__()
-        self.taken.append(line)
+        self.row_lines.append(line)
         if line.__class__ is _ShortenedLine:
             self.shortened = self.shortened or self.number
         self._size += len(line)
@@ -228,13 +228,13 @@ class _CsvLines(LineReader):
         return _ShortenedLine(text if len(text) <= self.longest else '"' * (quotes % 2))
 
     def begin_row(self) -> None:
-        self.taken.clear()
+        self.row_lines.clear()
         self._size = 0
         self.shortened = 0
 
     def push_back(self, count: int) -> None:
         """Return the last `count` lines, which are read again."""
-        self._pushed_back += reversed(self.taken[len(self.taken) - count :])
+        self._pushed_back += reversed(self.row_lines[len(self.row_lines) - count :])
         self.number -= count
 
 

@@ -101,14 +101,14 @@ def assign_stems(names: Iterable[str]) -> dict[str, str]:
     owners: dict[str, str] = {}
     for name in ordered:
         owners.setdefault(stem_of(name), name)
-    taken = set(owners)
+    used = set(owners)
     stems = {}
     for name in ordered:
         stem = stem_of(name)
         if owners[stem] != name:
             stem = name
-            while stem in taken:
+            while stem in used:
                 stem += "+"
-            taken.add(stem)
+            used.add(stem)
         stems[name] = stem
     return stems

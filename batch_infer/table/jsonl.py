@@ -66,12 +66,12 @@ def _read_lines(file: TableFile) -> Iterator[RawRow]:
                         cells, error = _read_batch_request(cells)
                 except StopIteration:
                     return
-                except RowError as fault:
-                    cells, error = {}, f"line {lines.number} {fault}"
+                except RowError as caught:
+                    cells, error = {}, f"line {lines.number} {caught}"
                 yield RawRow(number, cells, error, lines.number)
                 number += 1
-    except OSError as fault:
-        yield broken_off_row(file, number, fault)
+    except OSError as caught:
+        yield broken_off_row(file, number, caught)
 
 
 def _parse_object(text: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from batch_infer.store import create_temporary
 from batch_infer.table.base import TableFile, raise_storage_error
 
 LONGEST = 16 << 20
-"""Characters of one row, or bytes of one of Parquet. An unclosed quote is given up beyond it."""
+"""Characters of one row, or bytes of one of Parquet. A quote that is still open beyond it counts as unclosed."""
 BUFFER = 1 << 16
 ZSTD_READ = 1 << 12
 """Bytes per read of zstd: Arrow loses what it decompressed in the read that meets damage."""

@@ -41,7 +41,7 @@ class OtherTables:
     another file's.
 
     Of files with the same stem the first table by name keeps it for the default ids of its rows, and the others use
-    their whole name (`p.txt-00000000` beside p.csv): which of them will be read is not known here, so none is refused.
+    their whole name (`p.txt-00000000` next to p.csv): which of them will be read is not known here, so none is refused.
     For the same reason no row may have the default id of another file's row, whether or not that file is read.
     """
 
