@@ -1,4 +1,4 @@
-"""What cannot be looked at may well be there: a look at OUT that fails is a StorageError, and changes nothing."""
+"""A file or folder that cannot be examined may exist: a failed look at OUT is a StorageError and changes nothing."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_rows_in_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name:
 
 
 @pytest.mark.parametrize("content", ["", "[", "[]", '{"alone": 1}', "[" * 100_000])
-def test_marks_of_others_are_no_rows_in_progress(tmp_path: Path, content: str) -> None:
+def test_unreadable_marks_are_no_rows_in_progress(tmp_path: Path, content: str) -> None:
     (tmp_path / MARK).write_text(content)
     assert not Begun(tmp_path).deaths().times
 
