@@ -11,15 +11,14 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from batch_infer.chain import BatchSizes, Elsewhere, Rendered, Unrendered, nothing
+from batch_infer.chain import BatchSizes, DeviceChain, Rendered, RowOutcome
 from batch_infer.records import PromptRequest, Verdict
 from batch_infer.stages import Stages
 
@@ -27,45 +26,33 @@ TOGETHER = 8
 WAITED = 0.1
 
 
-class DummyChain:
+class DummyChain(DeviceChain):
     """Gives every row an image of one grey level, its seed. A batch of rows takes `seconds`."""
 
     uses_pipeline_call = False
 
     def __init__(self, stop: Callable[[], bool], seconds: float = 0.0) -> None:
-        self.batch_sizes = BatchSizes(2 * TOGETHER, TOGETHER)
-        self.model = SimpleNamespace(networks=())
-        self.stages_by_size: dict[tuple[int, int], Stages] = {}
-        self._stop, self._seconds = stop, seconds
+        super().__init__(SimpleNamespace(networks=()), BatchSizes(2 * TOGETHER, TOGETHER), None, stop)
+        self._seconds = seconds
 
-    @property
-    def stages(self) -> Stages:
-        return sum(self.stages_by_size.values(), Stages())
+    def _render_next(self, requests: Any, first: PromptRequest, stages: Stages) -> Iterator[list[RowOutcome]]:
+        batch = requests.take((first.params.height, first.params.width), TOGETHER)
+        for request in batch:
+            _obey(request.prompt)
+        yield self._make(batch, stages)
 
-    def render(
-        self, requests: Iterable[PromptRequest], elsewhere: Elsewhere = nothing
-    ) -> Iterator[Rendered | Unrendered]:
-        source = iter(requests)
-        while not self._stop() and (batch := list(islice(source, TOGETHER))):
-            for request in batch:
-                _obey(request.prompt)
-            yield from self._make(batch)
-            yield from elsewhere()
-
-    def _make(self, batch: list[PromptRequest]) -> Iterator[Rendered]:
+    def _make(self, batch: list[PromptRequest], stages: Stages) -> list[RowOutcome]:
         started = time.perf_counter()
         time.sleep(self._seconds)
+        stages.images, stages.ticks = stages.images + len(batch), stages.ticks + len(batch)
+        stages.row_forwards, stages.slot_ticks = stages.row_forwards + len(batch), stages.slot_ticks + len(batch)
+        conditioning: Any = SimpleNamespace(prompt_tokens=1, prompt_truncated=False)
+        outcomes: list[RowOutcome] = []
         for request in batch:
-            size = request.params.height, request.params.width
-            stages = self.stages_by_size.setdefault(size, Stages())
-            stages.images, stages.ticks = stages.images + 1, stages.ticks + 1
-            stages.row_forwards, stages.slot_ticks = stages.row_forwards + 1, stages.slot_ticks + 1
-            pixels = np.full((*size, 3), request.seed % 251, np.uint8)
-            conditioning: Any = SimpleNamespace(prompt_tokens=1, prompt_truncated=False)
-            yield Rendered(
-                request, pixels, Verdict(), conditioning, self.batch_sizes.slots, time.perf_counter() - started
-            )
-        stages.seconds += time.perf_counter() - started
+            pixels = np.full((request.params.height, request.params.width, 3), request.seed % 251, np.uint8)
+            seconds = time.perf_counter() - started
+            outcomes.append(Rendered(request, pixels, Verdict(), conditioning, self.batch_sizes.slots, seconds))
+        return outcomes
 
 
 def _obey(prompt: str) -> None:

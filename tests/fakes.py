@@ -1,4 +1,4 @@
-"""Stand-ins for models and judges, of plain arithmetic: a prompt is the number of a colour."""
+"""Stand-ins for models and checkers in plain arithmetic: a prompt is the number of a colour."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.rendering import CPU, make_request
 
 
 class Painter(LatentDiffusion):
-    """A family of plain arithmetic: the prompt is a colour, `nan` is none."""
+    """A latent diffusion model in plain arithmetic: the prompt is a colour, `nan` gives an image that is not finite."""
 
     device = CPU
     safety_checker: Any = None
@@ -51,7 +51,7 @@ class Painter(LatentDiffusion):
 
 
 class Small(Painter):
-    """A painter on a device that holds so many slots, or so many images in a decoder call, and no more."""
+    """A painter on a device whose memory limits the slots and the images in a decoder call."""
 
     def __init__(self, slots: int = 1000, decode: int = 1000) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Small(Painter):
 
 
 class PaintingPipeline:
-    """A pipeline of plain arithmetic: the prompt is a colour, and some words are none."""
+    """A pipeline in plain arithmetic: the prompt is a colour, and some words make the call fail."""
 
     device, dtype, denoiser = CPU, torch.float32, None
 
@@ -99,17 +99,17 @@ class PaintingPipeline:
 
 
 class Recorder:
-    """A judge that finds nothing, and remembers what it was shown."""
+    """A checker that flags nothing and records the shapes of images in each call."""
 
     name = "recorder"
 
     def __init__(self) -> None:
-        self.shown: list[list[tuple[int, ...]]] = []
+        self.calls: list[list[tuple[int, ...]]] = []
 
     def check(self, images: Sequence[np.ndarray]) -> list[Verdict]:
-        self.shown.append([image.shape for image in images])
+        self.calls.append([image.shape for image in images])
         return [Verdict(False, self.name, {})] * len(images)
 
 
-def paint(name: str = "row", colour: object = 0.5, **asked: Any) -> PromptRequest:
-    return make_request(name, str(colour), **{"size": (16, 16), **asked})
+def paint(name: str = "row", colour: object = 0.5, **values: Any) -> PromptRequest:
+    return make_request(name, str(colour), **{"size": (16, 16), **values})

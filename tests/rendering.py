@@ -1,4 +1,4 @@
-"""Short ways for tests to make requests, load checkpoints and render."""
+"""Helpers for tests that make requests, load checkpoints and render."""
 
 from __future__ import annotations
 
@@ -33,34 +33,39 @@ def make_request(
     seed: int = 0,
     size: tuple[int, int] = (64, 64),
 ) -> PromptRequest:
-    """One image to render; size is (height, width)."""
+    """Return a request for one image. `size` is (height, width)."""
     params = SamplingParams(*size, steps, guidance, rescale)
     return PromptRequest(name, 0, prompt, negative, seed, params, Source("table.csv", 0), fingerprint=name)
 
 
 def load_family(folder: Path, scheduler: str | None = None, *, with_checker: bool = False) -> LatentDiffusion:
-    """A checkpoint on the CPU in float32, with its own scheduler or that of a `--scheduler` text."""
+    """Load a checkpoint on the CPU in float32, with its own scheduler or one in the syntax of `--scheduler`."""
     spec = SchedulerSpec.parse(scheduler) if scheduler else None
     card = read_card(ModelSettings(name=str(folder), scheduler=spec))
     return load_latent_diffusion(card, CPU, torch.float32, with_checker=with_checker)
 
 
 def copied(folder: Path, target: Path) -> Path:
-    """A checkpoint of one's own, to change something in it."""
+    """Copy a checkpoint, so that it can be changed."""
     return Path(shutil.copytree(folder, target / folder.name))
 
 
 def render(
-    model: Any, requests: Iterable[PromptRequest], *, slots: int = 6, decode: int = 2, judge: ImageChecker | None = None
+    model: Any,
+    requests: Iterable[PromptRequest],
+    *,
+    slots: int = 6,
+    decode: int = 2,
+    checker: ImageChecker | None = None,
 ) -> dict[str, Rendered]:
-    """Render requests that are all expected to give an image; by their ids."""
-    found = {}
-    for outcome in StepLevelChain(model, BatchSizes(slots, decode), judge).render(requests):
+    """Render requests that must all give an image, and return the outcomes by id."""
+    rendered = {}
+    for outcome in StepLevelChain(model, BatchSizes(slots, decode), checker).render(requests):
         assert isinstance(outcome, Rendered), outcome.error
-        found[outcome.request.id] = outcome
-    return found
+        rendered[outcome.request.id] = outcome
+    return rendered
 
 
 def furthest(image: np.ndarray, other: np.ndarray) -> int:
-    """The largest difference of two images in any channel of any pixel, in steps of 1/255."""
+    """Return the largest difference of two images in any channel of any pixel, in steps of 1/255."""
     return int(np.abs(image.astype(int) - other.astype(int)).max())

@@ -27,13 +27,14 @@ import pytest
 
 from batch_infer.azureml import batch, deployment, rendering
 from batch_infer.azureml.mini_batch import MiniBatches
-from batch_infer.chain import Rendered
+from batch_infer.chain import RowOutcome
 from batch_infer.errors import ServiceError, SettingsError, StorageError, TableError, UsageError
 from batch_infer.manifest import SCHEMA, Manifest
 from batch_infer.manifest import index as manifest_index
 from batch_infer.models import DEMO_MODEL
 from batch_infer.records import PromptRequest
 from batch_infer.simulation import Outcome, SimulationSettings, simulate
+from batch_infer.stages import Stages
 from batch_infer.store import TEMPORARY_PREFIX, host_id
 from batch_infer.worker import committing
 from tests import dummies, runs
@@ -413,11 +414,11 @@ class Doomed(dummies.DummyChain):
         super().__init__(lambda: False)
         self._left = batches
 
-    def _make(self, batch: list[PromptRequest]) -> Iterator[Rendered]:
+    def _make(self, batch: list[PromptRequest], stages: Stages) -> list[RowOutcome]:
         if not self._left:
             os.kill(os.getpid(), signal.SIGKILL)
         self._left -= 1
-        return super()._make(batch)
+        return super()._make(batch, stages)
 
 
 def delivered(files: Sequence[str], kill: Callable[[int], int | None] = lambda _: None) -> int:

@@ -22,7 +22,7 @@ from PIL import Image
 from batch_infer.azureml import online
 from batch_infer.azureml.deployment import AzureDeployment, find_deployment
 from batch_infer.azureml.payload import MAX_IMAGES, TooManyImages, read_payload
-from batch_infer.chain import BatchSizes, PipelineCallChain, Rendered, Unrendered
+from batch_infer.chain import BatchSizes, NoRequest, PipelineCallChain, Rendered, RequestSource, Unrendered
 from batch_infer.errors import Interrupted, ServiceError, SettingsError, TableError
 from batch_infer.records import PromptRequest, Verdict
 from batch_infer.serving import request_queue
@@ -63,7 +63,7 @@ def real(deployment: AzureDeployment) -> Iterator[Service]:
 
 @pytest.fixture
 def dummy(deployment: AzureDeployment) -> Iterator[Service]:
-    with closing(Service(deployment, lambda card, compute, safety, stop: DummyChain(stop))) as found:  # type: ignore
+    with closing(Service(deployment, lambda card, compute, safety, stop: DummyChain(stop))) as found:
         yield found
 
 
@@ -73,10 +73,27 @@ def all_of(service: Service, requests: Sequence[PromptRequest]) -> list[Rendered
     return [found[place] for place in range(len(requests))]
 
 
+class Polled(Iterator[PromptRequest]):
+    """The requests of a queue as an iterator, which stops when none is pending and may continue later."""
+
+    def __init__(self, queue: RequestSource) -> None:
+        self._queue = queue
+
+    def __next__(self) -> PromptRequest:
+        request = self._queue.poll()
+        if not isinstance(request, PromptRequest):
+            raise StopIteration
+        return request
+
+
+def chain_of(render: Render) -> Any:
+    """Return a chain that renders by calling this function with an iterator of requests."""
+    return SimpleNamespace(uses_pipeline_call=False, render=lambda queue: render(Polled(queue)), close=lambda: None)
+
+
 def scripted(deployment: AzureDeployment, render: Render) -> Service:
     """A service whose chain is this function."""
-    chain: Any = SimpleNamespace(uses_pipeline_call=False, render=render)
-    return Service(deployment, lambda *_: chain)
+    return Service(deployment, lambda *_: chain_of(render))
 
 
 def rendered(request: PromptRequest, verdict: Verdict = Verdict(), shade: int = 100) -> Rendered:  # noqa: B008
@@ -210,14 +227,15 @@ def test_callers_take_turns_and_none_waits_for_all_rows_of_another() -> None:
     queue = RequestQueue(lambda request: 0)
     queue.submit([make_request(prompt=f"many {i}") for i in range(3)])
     queue.submit([make_request(prompt="one")])
-    given = [next(queue), next(queue)]
+    polled = Polled(queue)
+    given = [next(polled), next(polled)]
     queue.submit([make_request(prompt="late")])
-    given += list(queue)
+    given += list(polled)
     assert [request.prompt for request in given] == ["many 0", "one", "many 1", "late", "many 2"]
     assert len({request.key for request in given}) == 5
-    assert next(queue, None) is None
+    assert queue.poll() is NoRequest.NOT_YET and queue.poll(1.0) is NoRequest.END
     queue.submit([make_request(prompt="later")])
-    assert next(queue).prompt == "later"
+    assert next(polled).prompt == "later"
 
 
 def test_a_chain_takes_in_no_more_than_it_soon_renders() -> None:
@@ -225,11 +243,11 @@ def test_a_chain_takes_in_no_more_than_it_soon_renders() -> None:
     queue = RequestQueue(lambda request: 0, limit=4)
     queue.submit([make_request(prompt=f"many {i}") for i in range(5)])
     queue.submit([make_request(prompt="one")])
-    given = list(queue)
+    given = list(Polled(queue))
     assert [request.prompt for request in given] == ["many 0", "one"]
     assert queue
     queue.deliver(rendered(given[0]))
-    assert [request.prompt for request in queue] == ["many 1"]
+    assert [request.prompt for request in Polled(queue)] == ["many 1"]
 
 
 def test_rows_of_one_size_go_together_until_others_have_waited_long(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +255,7 @@ def test_rows_of_one_size_go_together_until_others_have_waited_long(monkeypatch:
         small, large = ([make_request(size=(side, side)) for _ in range(3)] for side in (64, 128))
         for requests in (small, large, [*small, *large], large):
             queue.submit(requests)
-        return [request.params.height for request in queue]
+        return [request.params.height for request in Polled(queue)]
 
     together = sizes(RequestQueue(lambda request: request.params.height))
     assert together == [64] * 6 + [128] * 9
@@ -372,7 +390,7 @@ def test_a_service_that_is_closed_leaves_nobody_waiting(deployment: AzureDeploym
                 pass
             yield from ()
 
-        return SimpleNamespace(uses_pipeline_call=False, render=render)
+        return chain_of(render)
 
     found = Service(deployment, load)
     with ThreadPoolExecutor(1) as callers:

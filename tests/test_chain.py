@@ -1,4 +1,4 @@
-"""The chain: every request comes out once, as an image or as a reason, whatever its neighbours are."""
+"""Step-level batching: every request gets one outcome, an image or a reason, whatever its neighbours are."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.fakes import Painter, Recorder, Small, paint
 from tests.rendering import load_family, make_request, render
 
 REFUSED_STEPS = 3
-"""What the painter's scheduler does not take."""
+"""A step count that the painter's scheduler refuses."""
 
 
 def run(
@@ -49,7 +49,7 @@ ROWS = st.lists(
 
 @settings(max_examples=15)
 @given(rows=ROWS, slots=st.integers(2, 5), decode=st.integers(1, 3))
-def test_every_request_comes_out_once(rows: list[Any], slots: int, decode: int) -> None:
+def test_every_request_gets_one_outcome(rows: list[Any], slots: int, decode: int) -> None:
     requests = [
         paint(str(k), colour, steps=steps, guidance=guidance, rescale=rescale, size=size)
         for k, (steps, guidance, rescale, colour, size) in enumerate(rows)
@@ -68,13 +68,13 @@ def test_every_request_comes_out_once(rows: list[Any], slots: int, decode: int) 
             assert (outcome.status == "invalid") == refused
             assert refused or outcome.request.prompt == "nan"
     painter: Any = chain.model
-    assert set(painter.decoded) <= {(decode, 3, 2, 2), (decode, 3, 2, 3)}  # one padded shape a size
+    assert set(painter.decoded) <= {(decode, 3, 2, 2), (decode, 3, 2, 3)}  # one padded shape per size
 
 
-def test_an_image_depends_on_its_row_alone(sd1_folder: Path) -> None:
-    """Law 1, bytes and verdict: alone, or in a crowd of any order, beside other sizes, steps and guidance."""
+def test_an_image_depends_only_on_its_row(sd1_folder: Path) -> None:
+    """Bytes and verdict are the same alone and among rows of other sizes, steps and guidance in any order."""
     model = load_family(sd1_folder, with_checker=True)
-    judge = StableDiffusionChecker(model.safety_checker, model.feature_extractor, batch=2)
+    checker = StableDiffusionChecker(model.safety_checker, model.feature_extractor, batch=2)
     rows = [make_request("guided", "a red circle", steps=6, seed=5)]
     rows += [make_request("unguided", "two blue squares", steps=5, guidance=1.0, seed=6)]
     rows += [make_request("rescaled", "a star", steps=4, rescale=0.7, negative="green", seed=7)]
@@ -82,15 +82,15 @@ def test_an_image_depends_on_its_row_alone(sd1_folder: Path) -> None:
         make_request(f"other {k}", f"{k} rings", steps=4 + k % 5, guidance=1 + k % 3, rescale=k % 2, seed=k, size=size)
         for k, size in enumerate([(64, 64)] * 6 + [(64, 96)] * 2)
     ]
-    alone = {row.id: render(model, [row], judge=judge)[row.id] for row in rows}
+    alone = {row.id: render(model, [row], checker=checker)[row.id] for row in rows}
     for order in ([*rows, *crowd], [*crowd, *rows], [*crowd[:3], rows[2], *crowd[3:6], rows[1], rows[0], *crowd[6:]]):
-        together = render(model, order, judge=judge)
+        together = render(model, order, checker=checker)
         for name, wanted in alone.items():
             assert np.array_equal(together[name].pixels, wanted.pixels)
             assert together[name].verdict == wanted.verdict
 
 
-def test_a_step_count_that_the_scheduler_refuses_costs_its_own_row_only() -> None:
+def test_a_step_count_that_the_scheduler_refuses_affects_only_its_row() -> None:
     _, outcomes = run([paint("few", steps=REFUSED_STEPS), paint("fine", steps=5), paint("fewer", steps=1)])
     found = {outcome.request.id: outcome for outcome in outcomes}
     assert isinstance(found["fine"], Rendered)
@@ -102,7 +102,7 @@ def test_a_step_count_that_the_scheduler_refuses_costs_its_own_row_only() -> Non
 
 
 @pytest.mark.parametrize(("dtype", "advice"), [(torch.float32, False), (torch.float16, True)])
-def test_values_that_are_not_finite_are_no_image(dtype: torch.dtype, advice: bool) -> None:
+def test_values_that_are_not_finite_fail_the_row(dtype: torch.dtype, advice: bool) -> None:
     rows = [paint("broken", float("nan"), steps=4, guidance=7.5), paint("fine", steps=4)]
     outcomes = list(StepLevelChain(Painter(dtype), BatchSizes(4, 2), Recorder()).render(rows))
     found = {outcome.request.id: outcome for outcome in outcomes}
@@ -114,7 +114,7 @@ def test_values_that_are_not_finite_are_no_image(dtype: torch.dtype, advice: boo
     assert isinstance(found["fine"], Rendered)
 
 
-def test_occupancy_counts_row_forwards_over_slots() -> None:
+def test_occupancy_is_unet_evaluations_per_slot() -> None:
     chain, _ = run([paint("one", steps=4, guidance=1.0), paint("two", steps=4, guidance=1.0)], slots=2)
     evaluations = chain.model.solver.table(4).evaluations
     assert (chain.stages.ticks, chain.stages.row_forwards) == (evaluations, 2 * evaluations)
@@ -135,13 +135,13 @@ def test_mixed_rows_keep_the_slots_full() -> None:
 
 
 def test_a_single_free_slot_goes_to_a_row_without_guidance() -> None:
-    """Two guided rows cannot share three slots, but an unguided one can join the first."""
+    """Two guided rows do not fit into three slots, but an unguided one fits beside the first."""
     chain, outcomes = run([paint("a", steps=4), paint("b", steps=4), paint("c", steps=4, guidance=1.0)], slots=3)
     assert {outcome.request.id for outcome in outcomes[:2]} == {"a", "c"}
     assert chain.stages.ticks == 2 * chain.model.solver.table(4).evaluations
 
 
-def test_stop_finishes_nothing_more() -> None:
+def test_no_more_rows_finish_after_a_stop() -> None:
     asked = count()
     chain = StepLevelChain(Painter(), BatchSizes(4, 1), None, stop=lambda: next(asked) > 24)
     rows = [paint("short", steps=4), paint("long", steps=500), paint("waiting", steps=4, size=(16, 24))]
@@ -151,21 +151,21 @@ def test_stop_finishes_nothing_more() -> None:
     assert chain.stages.ticks < 26
 
 
-def test_stop_still_gives_what_was_finished() -> None:
-    """A finished row that waits for its decoder call to fill is decoded, not lost."""
+def test_finished_rows_are_yielded_after_a_stop() -> None:
+    """A finished row whose micro-batch is not full yet is decoded."""
     asked = count()
     chain = StepLevelChain(Painter(), BatchSizes(4, 4), None, stop=lambda: next(asked) > 24)
     outcomes = list(chain.render([paint("short", steps=4), paint("long", steps=500)]))
     assert [outcome.request.id for outcome in outcomes] == ["short"]
 
 
-def test_stop_before_the_first_tick_reads_no_more_than_one_row() -> None:
+def test_a_stop_before_the_first_unet_call_reads_one_row_at_most() -> None:
     rows = iter([paint("a"), paint("b"), paint("c")])
     assert list(StepLevelChain(Painter(), BatchSizes(4, 1), None, stop=lambda: True).render(rows)) == []
     assert [row.id for row in rows] == ["b", "c"]
 
 
-def test_a_table_without_an_end_is_read_as_it_is_rendered() -> None:
+def test_an_endless_table_is_read_as_it_is_rendered() -> None:
     read = count()
 
     def table() -> Iterator[PromptRequest]:
@@ -177,22 +177,22 @@ def test_a_table_without_an_end_is_read_as_it_is_rendered() -> None:
     assert next(read) <= 10 + 3 * 4
 
 
-def test_nobody_was_asked_where_there_is_no_judge() -> None:
+def test_the_verdict_is_empty_without_a_checker() -> None:
     _, (outcome,) = run([paint(steps=4)])
     assert isinstance(outcome, Rendered)
     assert outcome.verdict == Verdict(nsfw=None, checker=None, scores=None)
 
 
-def test_the_judge_is_shown_images_of_one_size_at_most_a_decoder_call_at_once() -> None:
-    judge = Recorder()
+def test_the_checker_gets_images_of_one_size_and_of_one_micro_batch() -> None:
+    checker = Recorder()
     rows = [paint(str(k), steps=4, size=(16, 16 + 8 * (k > 4))) for k in range(8)]
-    outcomes = list(StepLevelChain(Painter(), BatchSizes(4, 2), judge).render(rows))
+    outcomes = list(StepLevelChain(Painter(), BatchSizes(4, 2), checker).render(rows))
     assert all(isinstance(outcome, Rendered) and outcome.verdict.nsfw is False for outcome in outcomes)
-    assert all(len(set(shapes)) == 1 and len(shapes) <= 2 for shapes in judge.shown)
-    assert sum(map(len, judge.shown)) == 8
+    assert all(len(set(shapes)) == 1 and len(shapes) <= 2 for shapes in checker.calls)
+    assert sum(map(len, checker.calls)) == 8
 
 
-def test_a_bug_ends_the_chain() -> None:
+def test_an_unexpected_error_ends_the_chain() -> None:
     with pytest.raises(ValueError, match="could not convert"):
         list(
             StepLevelChain(Painter(), BatchSizes(4, 2), None).render([make_request(prompt="no colour", size=(16, 16))])
@@ -200,7 +200,7 @@ def test_a_bug_ends_the_chain() -> None:
 
 
 @pytest.mark.parametrize(("slots", "decode"), [(1, 1), (2, 0)])
-def test_shapes_in_which_a_row_would_wait_for_ever(slots: int, decode: int) -> None:
+def test_batch_sizes_too_small_for_a_row_are_refused(slots: int, decode: int) -> None:
     with pytest.raises(ValueError, match="takes two slots"):
         BatchSizes(slots, decode)
 
@@ -208,8 +208,8 @@ def test_shapes_in_which_a_row_would_wait_for_ever(slots: int, decode: int) -> N
 @settings(max_examples=40)
 @given(rows=st.lists(st.tuples(st.integers(4, 12), st.sampled_from([0.0, 7.5])), min_size=1, max_size=40))
 @pytest.mark.promises
-def test_the_plan_knows_what_the_rows_take(rows: list[tuple[int, float]]) -> None:
-    """Row-forwards to the last one, and calls to within a row: the packer lets rows without guidance pass others."""
+def test_the_plan_predicts_the_unet_calls(rows: list[tuple[int, float]]) -> None:
+    """The number of evaluations is exact. That of calls differs by at most one row, as rows may overtake others."""
     requests = sorted(
         (paint(str(k), steps=steps, guidance=guidance) for k, (steps, guidance) in enumerate(rows)),
         key=lambda item: (-item.params.num_inference_steps, not item.params.uses_guidance),
@@ -226,18 +226,18 @@ def test_the_plan_knows_what_the_rows_take(rows: list[tuple[int, float]]) -> Non
     assert abs(load.ticks - chain.stages.ticks) <= longest
 
 
-# Beside the UNet
+# In background
 
 
-def test_decoding_beside_the_unet_changes_no_byte(sd1_folder: Path) -> None:
-    """As on a GPU, where a thread of its own decodes and checks."""
+def test_decoding_in_background_changes_no_byte(sd1_folder: Path) -> None:
+    """As on a GPU, where another thread decodes and checks."""
     model = load_family(sd1_folder, with_checker=True)
-    judge = StableDiffusionChecker(model.safety_checker, model.feature_extractor, batch=2)
+    checker = StableDiffusionChecker(model.safety_checker, model.feature_extractor, batch=2)
     rows = [make_request(str(k), f"{k} rings", steps=2 + k % 5, guidance=1 + k % 3, seed=k) for k in range(9)]
     rows += [make_request("wide", "a star", steps=3, size=(64, 96))]
     found = []
-    for beside in (False, True):
-        chain = StepLevelChain(model, BatchSizes(6, 2), judge, in_background=beside)
+    for in_background in (False, True):
+        chain = StepLevelChain(model, BatchSizes(6, 2), checker, in_background=in_background)
         found.append({outcome.request.id: outcome for outcome in chain.render(rows)})
         assert chain.stages.images == len(rows)
         assert chain.stages.check > 0
@@ -250,22 +250,22 @@ def test_decoding_beside_the_unet_changes_no_byte(sd1_folder: Path) -> None:
         assert here.verdict == there.verdict
 
 
-def test_the_unet_waits_for_a_slow_decoder_and_not_the_memory() -> None:
+def test_the_unet_waits_for_a_slow_decoder() -> None:
     class Slow(Painter):
         def decode(self, latents: torch.Tensor) -> torch.Tensor:
             time.sleep(0.02)
-            under_way.append(len(chain.stages_by_size) and chain.stages.ticks)
+            ticks_at_decode.append(len(chain.stages_by_size) and chain.stages.ticks)
             return super().decode(latents)
 
-    under_way: list[int] = []
+    ticks_at_decode: list[int] = []
     chain = StepLevelChain(Slow(), BatchSizes(2, 1), None, in_background=True)
     assert len(list(chain.render(paint(str(k), steps=4, guidance=1.0) for k in range(40)))) == 40
-    ticks = [later - earlier for earlier, later in pairwise(under_way)]
+    ticks = [later - earlier for earlier, later in pairwise(ticks_at_decode)]
     each = chain.model.solver.table(4).evaluations
     assert max(ticks) <= 4 * each
 
 
-def test_an_error_beside_the_unet_ends_the_chain_and_its_thread() -> None:
+def test_an_error_in_background_ends_the_chain_and_its_thread() -> None:
     class Broken(Painter):
         def decode(self, latents: torch.Tensor) -> torch.Tensor:
             raise ZeroDivisionError("a bug")
@@ -280,7 +280,7 @@ def test_an_error_beside_the_unet_ends_the_chain_and_its_thread() -> None:
     assert active_count() == threads
 
 
-def test_giving_up_ends_the_thread() -> None:
+def test_closing_the_generator_ends_the_thread() -> None:
     threads = active_count()
     outcomes = StepLevelChain(Painter(), BatchSizes(4, 1), None, in_background=True).render(
         paint(str(k), steps=4) for k in count()
@@ -293,30 +293,30 @@ def test_giving_up_ends_the_thread() -> None:
 # Memory
 
 
-@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("in_background", [False, True])
 @pytest.mark.parametrize(
-    ("device", "settled"),
+    ("device", "final_sizes"),
     [(Small(slots=5), (4, 4)), (Small(decode=1), (16, 1)), (Small(slots=3, decode=2), (2, 2))],
     ids=["few slots", "few images", "few of both"],
 )
-def test_out_of_memory_halves_and_loses_nothing(
-    device: Small, settled: tuple[int, int], beside: bool, caplog: pytest.LogCaptureFixture
+def test_out_of_memory_halves_a_batch_and_loses_no_row(
+    device: Small, final_sizes: tuple[int, int], in_background: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = [paint(str(k), 0.1 * k, steps=4 + k % 3, guidance=1 + k % 2, seed=k) for k in range(30)]
-    chain = StepLevelChain(device, BatchSizes(16, 4), None, in_background=beside)
+    chain = StepLevelChain(device, BatchSizes(16, 4), None, in_background=in_background)
     outcomes = list(chain.render(rows))
     assert Counter(outcome.request.id for outcome in outcomes) == Counter(row.id for row in rows)
     assert all(isinstance(outcome, Rendered) for outcome in outcomes)
-    assert chain.batch_sizes.of((16, 16)) == settled
-    assert {outcome.slots for outcome in outcomes if isinstance(outcome, Rendered)} <= {settled[0], 16}
+    assert chain.batch_sizes.of((16, 16)) == final_sizes
+    assert {outcome.slots for outcome in outcomes if isinstance(outcome, Rendered)} <= {final_sizes[0], 16}
     assert "out of memory at 16x16 pixels: going on with" in caplog.text
-    # What was halved stays so, for rows that come later too, and for no other size.
+    # Batches stay halved for later rows of this size, and for no other size.
     list(chain.render([paint("later", steps=4)]))
-    assert chain.batch_sizes.of((16, 16)) == settled
+    assert chain.batch_sizes.of((16, 16)) == final_sizes
     assert chain.batch_sizes.of((16, 24)) == (16, 4)
 
 
-def test_memory_that_ends_later_keeps_what_is_finished() -> None:
+def test_out_of_memory_later_keeps_finished_rows() -> None:
     device = Small(slots=8)
     chain = StepLevelChain(device, BatchSizes(8, 1), None)
     outcomes = chain.render(paint(str(k), steps=4, guidance=1.0, seed=k) for k in range(40))
@@ -335,7 +335,7 @@ def test_memory_that_ends_later_keeps_what_is_finished() -> None:
     assert np.array_equal(alone.pixels, same.pixels)
 
 
-def test_a_size_that_no_memory_holds_costs_its_own_rows_only() -> None:
+def test_a_size_that_does_not_fit_into_memory_fails_only_its_rows() -> None:
     class Narrow(Painter):
         def denoise(self, sample: torch.Tensor, timestep: torch.Tensor, context: Context) -> torch.Tensor:
             if sample.shape[-1] > 2:
@@ -364,12 +364,14 @@ def test_a_size_that_no_memory_holds_costs_its_own_rows_only() -> None:
         ((2, 1), "denoise", None),
     ],
 )
-def test_batches_shrink_where_it_helps(shape: tuple[int, int], part: Any, smaller: tuple[int, int] | None) -> None:
-    found = BatchSizes(*shape).shrunk((64, 64), part)
-    assert (found and found.of((64, 64))) == smaller
+def test_the_batch_of_the_failed_stage_is_halved_if_possible(
+    shape: tuple[int, int], part: Any, smaller: tuple[int, int] | None
+) -> None:
+    smaller_sizes = BatchSizes(*shape).halved((64, 64), part)
+    assert (smaller_sizes and smaller_sizes.of((64, 64))) == smaller
 
 
-def test_sizes_have_batches_of_their_own() -> None:
+def test_sizes_may_have_their_own_batch_sizes() -> None:
     painter = Painter()
     chain = StepLevelChain(painter, BatchSizes(4, 2, {(16, 24): (6, 3)}), None)
     list(chain.render([paint(str(k), steps=4, size=(16, 16 + 8 * (k > 1))) for k in range(4)]))

@@ -29,7 +29,7 @@ from pyrate_limiter import Rate
 
 from batch_infer.errors import Interrupted, RowBroken, ServiceError, SettingsError
 from batch_infer.records import Verdict
-from batch_infer.safety import Gate, answers, content_safety, limits, patience
+from batch_infer.safety import Gate, content_safety, payloads, retries
 from batch_infer.safety.content_safety import ContentSafety, check_credentials
 from batch_infer.settings import ServiceSettings
 from tests.clocks import Clock
@@ -68,7 +68,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         failed.append(state.attempt_number)
         return 0.005
 
-    monkeypatch.setattr(patience, "BACKOFF", backoff)
+    monkeypatch.setattr(retries, "BACKOFF", backoff)
     return failed
 
 
@@ -76,7 +76,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The clock of whoever waits for the service: it goes on by what is waited, and nothing else takes time."""
     clock = Clock()
-    monkeypatch.setattr(patience, "time", clock)
+    monkeypatch.setattr(retries, "time", clock)
     monkeypatch.setattr(tenacity, "time", clock)
     return clock
 
@@ -153,13 +153,13 @@ def test_a_long_prompt_is_judged_in_pieces_by_its_worst() -> None:
 def test_a_phrase_at_a_cut_stands_whole_in_a_piece(cut: int, before: int) -> None:
     phrase = "never these words together".ljust(200, "!")
     text = "x" * (cut - before) + phrase + "x" * 8_000
-    assert any(phrase in piece for piece in limits.pieces(text))
+    assert any(phrase in piece for piece in payloads.split_text(text))
 
 
 @pytest.mark.parametrize("length", [0, 1, 200, 201, 9_999, 10_000, 10_001, 19_800, 19_801, 50_000])
 def test_pieces_leave_nothing_out(length: int) -> None:
     text = "".join(chr(32 + k % 90) for k in range(length))
-    found = list(limits.pieces(text))
+    found = list(payloads.split_text(text))
     assert all(len(piece) <= 10_000 for piece in found)
     assert found[0] + "".join(piece[200:] for piece in found[1:]) == text
     assert len(found) == max(1, -(-(length - 200) // 9_800))
@@ -189,7 +189,7 @@ def test_an_image_is_scaled_into_the_bounds(size: tuple[int, int], sent: tuple[i
 
 @pytest.mark.parametrize(("size", "shown"), [((8, 512), (32, 2048)), ((4096, 64), (2048, 32))], ids=str)
 def test_an_image_too_slender_for_both_bounds_is_framed(size: tuple[int, int], shown: tuple[int, int]) -> None:
-    framed = np.asarray(limits.fitted(Image.new("RGB", size, (255, 0, 0))))
+    framed = np.asarray(payloads.fit_image(Image.new("RGB", size, (255, 0, 0))))
     red = (framed == (255, 0, 0)).all(axis=-1)
     assert red.sum() == shown[0] * shown[1]
     assert (framed[~red] == 0).all()
@@ -279,19 +279,19 @@ def test_retry_after_is_honoured(clock: Clock) -> None:
 
 def test_retry_after_in_its_forms() -> None:
     now = datetime.now(timezone.utc)
-    ahead = answers.retry_after(format_datetime(now + timedelta(hours=1)))
+    ahead = payloads.parse_retry_after(format_datetime(now + timedelta(hours=1)))
     assert ahead is not None and 0 < ahead <= 3600
-    assert answers.retry_after(format_datetime(now - timedelta(seconds=60), usegmt=True)) == 0
-    assert [answers.retry_after(text) for text in ("7", "0", "0.5", "-3")] == [7, 0, 0.5, 0]
-    assert [answers.retry_after(text) for text in ("soon", "", None, "nan", "inf", "1 day")] == [None] * 6
+    assert payloads.parse_retry_after(format_datetime(now - timedelta(seconds=60), usegmt=True)) == 0
+    assert [payloads.parse_retry_after(text) for text in ("7", "0", "0.5", "-3")] == [7, 0, 0.5, 0]
+    assert [payloads.parse_retry_after(text) for text in ("soon", "", None, "nan", "inf", "1 day")] == [None] * 6
 
 
 def test_waits_grow_to_twenty_seconds() -> None:
     states: list[Any] = [SimpleNamespace(attempt_number=n) for n in range(1, 12)]
-    waits = [patience.BACKOFF(state) for state in states]
+    waits = [retries.BACKOFF(state) for state in states]
     for wait, least in zip(waits, [0.5, 1, 2, 4, 8, 16, 20, 20, 20, 20, 20], strict=True):
         assert least <= wait <= least + 0.5
-    assert len({patience.BACKOFF(states[0]) for _ in range(9)}) > 1
+    assert len({retries.BACKOFF(states[0]) for _ in range(9)}) > 1
 
 
 @pytest.mark.usefixtures("hurried")
@@ -485,8 +485,8 @@ def ask_from_threads(service: Service, count: int, **settings: Any) -> list[Verd
 
 def test_threads_share_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     """In windows of half a second instead of ten, which leaves the requests of a busy machine two seconds to arrive."""
-    monkeypatch.setattr(patience, "COUNTED", 0.5)
-    monkeypatch.setattr(patience, "WINDOW", 2.5)
+    monkeypatch.setattr(retries, "COUNTED", 0.5)
+    monkeypatch.setattr(retries, "WINDOW", 2.5)
     with serving() as service:
         ask_from_threads(service, 40, requests_per_second=40)
     times = [asked.at for asked in service.requests]
@@ -506,7 +506,7 @@ def test_threads_share_the_rate_of_the_services_window() -> None:
     [(100, 1000, 10_500), (12.55, 125, 10_500), (0.1, 1, 10_500), (0.05, 1, 21_000)],
 )
 def test_a_rate_is_a_count_in_ten_seconds_and_a_little(per_second: float, limit: int, milliseconds: int) -> None:
-    rate: Rate = patience.rate_of(per_second)
+    rate: Rate = retries.make_rate(per_second)
     assert (rate.limit, rate.interval) == (limit, milliseconds)
 
 

@@ -1,4 +1,4 @@
-"""The gate around a chain: what is asked of it, what it keeps from being rendered, and what becomes of its faults."""
+"""The gated chain: what it sends to the service, what it blocks, and what happens when the service fails."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from batch_infer.chain import Elsewhere, GatedChain, GracePeriod, Rendered, Unrendered, nothing
+from batch_infer.chain import GatedChain, GracePeriod, NoRequest, Rendered, RequestSource, StepLevelChain, Unrendered
 from batch_infer.chain import gated as gated_chain
-from batch_infer.chain.gated import IMAGES_AHEAD, PROMPTS_AHEAD, REFUSED_AHEAD
+from batch_infer.chain.gated import BLOCKED_AHEAD, IMAGES_AHEAD, PROMPTS_AHEAD
+from batch_infer.chain.sources import IteratorSource
 from batch_infer.errors import Interrupted, RowBroken, ServiceError
 from batch_infer.manifest import Manifest
 from batch_infer.models import read_card
 from batch_infer.records import PromptRequest, Verdict
 from batch_infer.settings import Compute, ModelSettings, OutputSettings, SafetySettings
+from batch_infer.stages import Stages
 from batch_infer.store import PinnedFolder
 from batch_infer.worker import WorkerSettings
 from batch_infer.worker.loading import load_chain
@@ -34,7 +37,7 @@ COMPUTE = Compute("cpu", "float32", 16, 8, 1)
 
 
 class WordGate:
-    """Obeys prompts: `bad` is refused, `broken` has no answer; images of seeds from 100 are flagged, 200 broken."""
+    """A gate controlled by prompts (`bad` is blocked, `broken` fails) and seeds (from 100 flagged, 200 fails)."""
 
     name, at_once = "words", 4
 
@@ -58,18 +61,18 @@ class WordGate:
             self.images[shade] += 1
         time.sleep(self._seconds)
         if shade == 200:
-            raise RowBroken("no word on this image")
+            raise RowBroken("this image was not checked")
         if shade == 201:
-            raise ServiceError("nobody is there")
+            raise ServiceError("the service is down")
         return Verdict(shade >= 100, self.name, {"Hate": float(shade >= 100)}, "a bad image" if shade >= 100 else None)
 
     def _fault(self, prompt: str) -> None:
         match prompt.split()[0]:
             case "broken":
-                raise RowBroken("no word on this prompt")
+                raise RowBroken("this prompt was not checked")
             case "gone":
                 self._wait()
-                raise ServiceError("nobody is there")
+                raise ServiceError("the service is down")
             case "stopped":
                 raise Interrupted("the run stops")
             case "slow":
@@ -94,7 +97,7 @@ def by_id(outcomes: Iterable[Rendered | Unrendered]) -> dict[str, Rendered | Unr
     return {outcome.request.id: outcome for outcome in found}
 
 
-def test_a_refused_prompt_is_asked_about_once_and_not_rendered() -> None:
+def test_a_blocked_prompt_is_checked_once_and_not_rendered() -> None:
     gate = WordGate()
     chain = gated(gate)
     found = by_id(chain.render(requests("good 1", "bad 2", "good 3", "bad 4")))
@@ -110,7 +113,7 @@ def test_a_refused_prompt_is_asked_about_once_and_not_rendered() -> None:
     assert good.verdict == Verdict(False, "words", {"Hate": 0.0, "Sexual": 1.0})
 
 
-def test_the_images_of_a_prompt_cost_one_question_about_it_and_one_each_about_them() -> None:
+def test_a_prompt_is_checked_once_and_each_of_its_images_once() -> None:
     gate = WordGate(seconds=0.001)
     rows = [replace(make_request("row", "good", seed=k), image_index=k) for k in range(40)]
     assert len(list(gated(gate).render(rows))) == 40
@@ -118,8 +121,10 @@ def test_the_images_of_a_prompt_cost_one_question_about_it_and_one_each_about_th
     assert gate.images == Counter(range(40))
 
 
-@pytest.mark.parametrize(("word", "error"), [("broken", "no word on this prompt"), ("good", "no word on this image")])
-def test_no_answer_is_no_image(word: str, error: str) -> None:
+@pytest.mark.parametrize(
+    ("word", "error"), [("broken", "this prompt was not checked"), ("good", "this image was not checked")]
+)
+def test_without_an_answer_the_row_fails(word: str, error: str) -> None:
     rows = [make_request("lost", f"{word} prompt", seed=200), make_request("other", "good other", seed=1)]
     found = by_id(gated(WordGate()).render(rows))
     lost = found["lost"]
@@ -128,35 +133,34 @@ def test_no_answer_is_no_image(word: str, error: str) -> None:
     assert isinstance(found["other"], Rendered)
 
 
-def test_a_flagged_image_says_who_flagged_it_and_keeps_the_highest_scores() -> None:
-    class Judged(DummyChain):
-        def render(
-            self, requests: Iterable[PromptRequest], elsewhere: Elsewhere = nothing
-        ) -> Iterator[Rendered | Unrendered]:
-            for outcome in super().render(requests):
-                assert isinstance(outcome, Rendered)
-                yield replace(outcome, verdict=Verdict(True, "own", {"concept_0": -0.5, "Hate": 0.5}))
+def test_verdicts_of_checker_and_gate_are_merged_with_the_highest_scores() -> None:
+    class Checked(DummyChain):
+        def steps(self, source: RequestSource) -> Iterator[list[Rendered | Unrendered]]:
+            for outcomes in super().steps(source):
+                for outcome in outcomes:
+                    assert isinstance(outcome, Rendered)
+                    yield [replace(outcome, verdict=Verdict(True, "own", {"concept_0": -0.5, "Hate": 0.5}))]
 
-    chain: Any = Judged(lambda: False)
+    chain: Any = Checked(lambda: False)
     (found,) = GatedChain(chain, WordGate()).render([make_request("row", "good", seed=120)])
     assert isinstance(found, Rendered)
     scores = {"concept_0": -0.5, "Hate": 1.0, "Sexual": 1.0}
     assert found.verdict == Verdict(True, "own+words", scores, "a bad image")
 
 
-def test_a_service_that_is_gone_ends_it_once_all_that_was_judged_is_given() -> None:
+def test_a_service_error_is_raised_after_everything_checked_is_yielded() -> None:
     rows = requests(*(f"good {k}" for k in range(20)), *["bad"] * 3, "gone 0", *(f"good {k}" for k in range(20, 40)))
     gate = WordGate(wait=lambda: eventually(lambda: len(gate.images) >= 8 and gate.prompts["good 22"] > 0))
     found = set()
-    with pytest.raises(ServiceError, match="nobody is there"):
+    with pytest.raises(ServiceError, match="the service is down"):
         for outcome in gated(gate).render(rows):
             found.add(outcome.request.id)
-    judged = {f"row-{shade}" for shade in gate.images}
-    assert found == judged | {"row-20", "row-21", "row-22"}
-    assert len(judged) >= 8
+    checked = {f"row-{shade}" for shade in gate.images}
+    assert found == checked | {"row-20", "row-21", "row-22"}
+    assert len(checked) >= 8
 
 
-def test_what_a_worker_has_finished_is_committed_before_the_fault_is_raised(tmp_path: Path) -> None:
+def test_finished_rows_are_committed_before_a_service_error_is_raised(tmp_path: Path) -> None:
     rows = [make_request(f"row-{k}", f"good {k}", seed=k) for k in range(30)]
     rows[25] = make_request("row-25", "good 25", seed=201)
     compute = COMPUTE
@@ -169,7 +173,7 @@ def test_what_a_worker_has_finished_is_committed_before_the_fault_is_raised(tmp_
         pa.schema([]),
     )
     worker = Worker(settings, "w", lambda *_: gated(WordGate()))
-    with pytest.raises(ServiceError, match="nobody is there"):
+    with pytest.raises(ServiceError, match="the service is down"):
         worker.render(rows, lambda _: None)
     with Manifest(tmp_path).index() as index:
         done = [k for k in range(30) if index.find((f"row-{k}", 0))]
@@ -178,7 +182,7 @@ def test_what_a_worker_has_finished_is_committed_before_the_fault_is_raised(tmp_
     assert not list(tmp_path.rglob(".tmp-*"))
 
 
-def test_a_prompt_that_is_long_in_coming_is_overtaken() -> None:
+def test_a_prompt_with_a_slow_check_is_overtaken() -> None:
     answered = threading.Event()
     gate = WordGate(wait=lambda: answered.wait(300))
     ids = []
@@ -189,8 +193,8 @@ def test_a_prompt_that_is_long_in_coming_is_overtaken() -> None:
     assert ids[-1] == "row-2" and len(set(ids)) == 63
 
 
-def test_finished_images_are_given_where_the_run_stops() -> None:
-    """The service answers for them only after the stop; rows that are not rendered by then are not finished."""
+def test_rendered_images_are_checked_after_a_stop() -> None:
+    """The service answers only after the stop. Rows that are not rendered by then are not finished."""
     stop = threading.Event()
     rendered = threading.Event()
 
@@ -214,7 +218,7 @@ def test_finished_images_are_given_where_the_run_stops() -> None:
     assert all(isinstance(outcome, Rendered) for outcome in found.values())
 
 
-def test_a_run_that_stops_does_not_wait_for_a_service_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_does_not_wait_for_a_service_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gated_chain, "GRACE_SECONDS", 0.05)
     stop = threading.Event()
     grace = GracePeriod(stop.is_set)
@@ -238,20 +242,18 @@ def test_a_run_that_stops_does_not_wait_for_a_service_that_hangs(monkeypatch: py
     assert "row-3" not in found
 
 
-def test_what_is_judged_is_given_while_the_device_is_at_work() -> None:
-    """And so is a prompt that is refused, though no other row comes to an end."""
+def test_outcomes_of_the_gate_are_yielded_while_the_device_is_busy() -> None:
+    """A checked image and a blocked prompt, although no other row finishes."""
     given: list[str] = []
 
     class Slow(DummyChain):
-        def render(
-            self, requests: Iterable[PromptRequest], elsewhere: Elsewhere = nothing
-        ) -> Iterator[Rendered | Unrendered]:
-            source = iter(requests)
-            if (first := next(source, None)) is not None:
-                yield from self._make([first])
-            while len(given) < 2:  # as a UNet at work on the third row
-                next(source, None)
-                yield from elsewhere()
+        def steps(self, source: RequestSource) -> Iterator[list[Rendered | Unrendered]]:
+            while isinstance(first := source.poll(1.0), NoRequest):
+                yield []
+            yield self._make([first], Stages())
+            while len(given) < 2:  # as a UNet that renders the third row
+                source.poll()
+                yield []
                 time.sleep(0.001)
 
     chain: Any = Slow(lambda: False)
@@ -261,26 +263,30 @@ def test_what_is_judged_is_given_while_the_device_is_at_work() -> None:
     assert sorted(given[:2]) == ["row-0", "row-1"]
 
 
-def test_a_chain_gives_what_is_ready_elsewhere_after_each_tick(demo_folder: Path) -> None:
+def test_a_chain_returns_control_after_each_unet_call(demo_folder: Path) -> None:
     rows = [make_request(f"row-{k}", "a red circle", steps=3) for k in range(2)]
     chain = load_chain(read_card(ModelSettings(str(demo_folder))), COMPUTE, SafetySettings("none"))
-    elsewhere = Unrendered(make_request("elsewhere"), "failed", "no word")
-    found = [outcome.request.id for outcome in chain.render(rows, lambda: [elsewhere])]  # type: ignore[call-arg]
-    assert found.count("elsewhere") == chain.stages.ticks > 0
-    assert {"row-0", "row-1"} <= set(found)
+    assert isinstance(chain, StepLevelChain)
+    ids: list[str] = []
+    calls = [0]
+    for outcomes in chain.steps(IteratorSource(rows)):
+        ids += [outcome.request.id for outcome in outcomes]
+        calls.append(chain.stages.ticks)
+    assert calls[-1] > 0 and all(later - earlier <= 1 for earlier, later in pairwise(calls))
+    assert sorted(ids) == ["row-0", "row-1"]
 
 
-def test_an_image_without_a_word_is_no_image() -> None:
+def test_an_image_without_a_verdict_fails() -> None:
     class Silent(WordGate):
         def check_image(self, image: np.ndarray) -> Verdict:
             return Verdict()
 
     (found,) = gated(Silent()).render([make_request("row", "good")])
     assert isinstance(found, Unrendered)
-    assert (found.status, found.error) == ("failed", "words has no word on the image")
+    assert (found.status, found.error) == ("failed", "words has no verdict on the image")
 
 
-def test_a_table_of_refused_prompts_is_given_as_it_goes() -> None:
+def test_blocked_rows_of_a_long_table_are_yielded_as_it_is_read() -> None:
     taken = 0
 
     def rows() -> Iterator[PromptRequest]:
@@ -292,20 +298,20 @@ def test_a_table_of_refused_prompts_is_given_as_it_goes() -> None:
     given = set()
     for outcome in gated(WordGate()).render(rows()):
         given.add(outcome.request.id)
-        assert taken <= len(given) + PROMPTS_AHEAD + REFUSED_AHEAD
+        assert taken <= len(given) + PROMPTS_AHEAD + BLOCKED_AHEAD
     assert len(given) == 500
 
 
-def test_the_device_waits_for_a_service_that_is_slower() -> None:
+def test_the_device_waits_for_a_slower_service() -> None:
     gate = WordGate(seconds=0.01)
     chain = gated(gate)
-    for given, _ in enumerate(chain.render(requests(*["good"] * 150)), 1):
-        assert chain.stages.images <= given + IMAGES_AHEAD + 2 * 8
-    assert given == 150
+    for yielded, _ in enumerate(chain.render(requests(*["good"] * 150)), 1):
+        assert chain.stages.images <= yielded + IMAGES_AHEAD + 2 * 8
+    assert yielded == 150
 
 
 @pytest.mark.parametrize("word", ["slow", "stopped"])
-def test_it_stops_while_the_service_thinks(word: str) -> None:
+def test_a_stop_ends_the_wait_for_the_service(word: str) -> None:
     stop = threading.Event()
     gate = WordGate(wait=lambda: stop.wait(300))
     threading.Timer(0.05, stop.set).start()

@@ -1,4 +1,4 @@
-"""A file or folder that cannot be examined may exist: a failed look at OUT is a StorageError and changes nothing."""
+"""A path that cannot be read may exist: failing to read OUT is a StorageError and changes nothing."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ import pytest
 
 from batch_infer.azureml.in_progress import Begun
 from batch_infer.errors import StorageError
-from batch_infer.jobs import out as outdir
-from batch_infer.jobs import recovery
-from batch_infer.manifest import Manifest
-from batch_infer.sinks import FolderSink
+from batch_infer.jobs import recovery, run_folder
+from batch_infer.sinks.folder import FolderSink
 from batch_infer.store import is_folder, is_link, path_exists, unique_name
 from tests.storage import fail_at
 
 MARK = ".begun-elsewhere-1-0123456789ab-x"
-"""Of a process on another machine, which may have died."""
+"""A file of a process on another machine, which may have died."""
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ENOTCONN])
@@ -37,7 +35,7 @@ def test_rows_in_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name:
 
 
 @pytest.mark.parametrize("content", ["", "[", "[]", '{"alone": 1}', "[" * 100_000])
-def test_unreadable_marks_are_no_rows_in_progress(tmp_path: Path, content: str) -> None:
+def test_marks_of_others_are_no_rows_in_progress(tmp_path: Path, content: str) -> None:
     (tmp_path / MARK).write_text(content)
     assert not Begun(tmp_path).deaths().times
 
@@ -55,7 +53,7 @@ def test_leftovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -
             recovery.remove_temporary_files(tmp_path)
         if name == "manifest":
             with pytest.raises(StorageError, match=name):
-                recovery.recover(tmp_path, Manifest(tmp_path))
+                recovery.recover(tmp_path)
     recovery.remove_temporary_files(tmp_path)
     assert not left.exists()
 
@@ -69,9 +67,9 @@ def test_overwriting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str)
     with monkeypatch.context() as patch:
         fail_at(patch, tmp_path / name, errno.EACCES)
         with pytest.raises(StorageError, match=f"cannot read {tmp_path / name}"):
-            outdir.clear(tmp_path)
+            run_folder.clear(tmp_path)
     assert (tmp_path / image.path).exists()
-    outdir.clear(tmp_path)
+    run_folder.clear(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 

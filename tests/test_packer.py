@@ -1,4 +1,4 @@
-"""The packer: rows that come and go in a UNet call of one shape."""
+"""The packer: rows enter and leave a UNet batch of one shape."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 class Network:
-    """A denoiser whose every row is its own, and that remembers the shapes it was called with."""
+    """A denoiser that computes each row by itself and records the shapes of its calls."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -45,23 +45,23 @@ def make_slots(size: int = 5) -> Slots[str]:
     return Slots(Network(), size, SHAPE, CPU, torch.float32)
 
 
-def admit(slots: Slots[str], solver: Solver, name: str, **asked: Any) -> None:
-    """Take in a row that is told by its name: its seed and its prompt are made from it."""
+def admit(slots: Slots[str], solver: Solver, name: str, **values: Any) -> None:
+    """Admit a row whose seed and prompt are derived from its name."""
     seed = sum(name.encode())
-    params = SamplingParams(32, 32, asked.get("steps", 3), asked.get("guidance", 3.0), asked.get("rescale", 0.0))
-    prompt = torch.full((3,), asked.get("prompt", seed / 500))
+    params = SamplingParams(32, 32, values.get("steps", 3), values.get("guidance", 3.0), values.get("rescale", 0.0))
+    prompt = torch.full((3,), values.get("prompt", seed / 500))
     contexts = ({"prompt": prompt}, {"prompt": torch.zeros(3)} if params.uses_guidance else None)
     slots.admit(name, params, seed, solver.table(params.num_inference_steps), contexts)
 
 
 def finish(slots: Slots[str]) -> dict[str, torch.Tensor]:
-    done = {}
+    latents = {}
     while slots.busy:
-        done.update({row.tag: row.latents for row in slots.tick()})
-    return done
+        latents.update({row.tag: row.latents for row in slots.tick()})
+    return latents
 
 
-def test_guidance_takes_two_slots_and_none_takes_one(solver: Solver) -> None:
+def test_a_guided_row_takes_two_slots_and_an_unguided_row_one(solver: Solver) -> None:
     slots = make_slots(size=5)
     admit(slots, solver, "guided")
     assert slots.free == 3
@@ -77,7 +77,7 @@ def test_guidance_takes_two_slots_and_none_takes_one(solver: Solver) -> None:
     assert slots.row_forwards == 5 + 5 + 3
 
 
-def test_the_call_keeps_its_shape(solver: Solver) -> None:
+def test_the_unet_call_has_one_shape(solver: Solver) -> None:
     network = Network()
     slots: Slots[str] = Slots(network, 4, SHAPE, CPU, torch.float32)
     for steps in (1, 2, 5):
@@ -93,32 +93,32 @@ def test_guidance_without_an_unconditional_part_is_a_bug(solver: Solver) -> None
 
 
 @pytest.mark.parametrize("drawing", [False, True], ids=["ddim", "ancestral"])
-@pytest.mark.parametrize("asked", [{}, {"guidance": 1.0}, {"rescale": 0.7}, {"steps": 6}], ids=str)
-def test_a_rows_bytes_do_not_depend_on_its_neighbours(solver: Solver, asked: dict[str, Any], drawing: bool) -> None:
-    """Law 1: alone, beside rows of any kind, in other lanes, admitted late, after a row that ended in nan."""
+@pytest.mark.parametrize("values", [{}, {"guidance": 1.0}, {"rescale": 0.7}, {"steps": 6}], ids=str)
+def test_a_rows_bytes_do_not_depend_on_its_neighbours(solver: Solver, values: dict[str, Any], drawing: bool) -> None:
+    """Alone, with rows of any kind, in other batch positions, admitted late, and after a row that ended in nan."""
     ancestral = Solver(EulerAncestralDiscreteScheduler())
     own = ancestral if drawing else solver
     alone = make_slots()
-    admit(alone, own, "the row", **asked)
-    wanted = finish(alone)["the row"]
+    admit(alone, own, "the row", **values)
+    expected = finish(alone)["the row"]
 
     crowded = make_slots()
     admit(crowded, ancestral, "short", steps=2, guidance=1.0)
     admit(crowded, solver, "broken", steps=2, prompt=float("nan"))
     crowded.tick()
-    admit(crowded, own, "the row", **asked)
-    found = finish(crowded)
-    assert found["broken"].isnan().all()
-    assert torch.equal(found["the row"], wanted)
+    admit(crowded, own, "the row", **values)
+    actual = finish(crowded)
+    assert actual["broken"].isnan().all()
+    assert torch.equal(actual["the row"], expected)
 
-    admit(crowded, ancestral, "rescaled", rescale=1.0, steps=9)  # other lanes, and the lanes of the broken row
+    admit(crowded, ancestral, "rescaled", rescale=1.0, steps=9)  # other batch positions, and those of the broken row
     crowded.tick()
-    admit(crowded, own, "the row", **asked)
-    torch.randn(7)  # nobody's business
-    assert torch.equal(finish(crowded)["the row"], wanted)
+    admit(crowded, own, "the row", **values)
+    torch.randn(7)  # the global generator has no effect
+    assert torch.equal(finish(crowded)["the row"], expected)
 
 
-def test_a_row_is_what_its_sampler_makes_of_its_own_noise() -> None:
+def test_a_row_equals_the_loop_of_its_own_scheduler() -> None:
     """Rows of several samplers share the slots; each is compared with its scheduler's own loop and generator."""
     network, slots = Network(), make_slots(size=8)
     schedulers = {
@@ -129,7 +129,7 @@ def test_a_row_is_what_its_sampler_makes_of_its_own_noise() -> None:
     }
     for name, scheduler in schedulers.items():
         admit(slots, Solver(scheduler), name, steps=4)
-    found = finish(slots)
+    actual = finish(slots)
     for name, scheduler in schedulers.items():
         scheduler.set_timesteps(4)
         seed = sum(name.encode())
@@ -142,18 +142,18 @@ def test_a_row_is_what_its_sampler_makes_of_its_own_noise() -> None:
             negative, positive = network.denoise(pair, timestep.float().expand(2), context).chunk(2)
             output = negative + 3.0 * (positive - negative)
             sample = scheduler.step(output, timestep, sample, **drawing, return_dict=False)[0]
-        assert torch.allclose(found[name], sample[0], atol=1e-5 * float(sample.abs().max()))
+        assert torch.allclose(actual[name], sample[0], atol=1e-5 * float(sample.abs().max()))
 
 
-def test_noise_is_what_a_pipeline_draws() -> None:
+def test_noise_equals_that_of_a_pipeline() -> None:
     own, theirs = (torch.Generator().manual_seed(2**63 - 1) for _ in range(2))
     for _ in range(3):
-        wanted = randn_tensor((1, *SHAPE), generator=theirs, dtype=torch.float32)
-        assert torch.equal(draw_noise(SHAPE, own), wanted[0])
+        expected = randn_tensor((1, *SHAPE), generator=theirs, dtype=torch.float32)
+        assert torch.equal(draw_noise(SHAPE, own), expected[0])
 
 
-def test_tables_on_the_device_are_shared_and_let_go(solver: Solver) -> None:
-    """Rows of one table share its copy; of a thousand step counts only the latest stay."""
+def test_tables_on_the_device_are_shared_and_released(solver: Solver) -> None:
+    """Rows with the same table share its copy, and only the latest tables are kept."""
     slots = make_slots(size=4)
     admit(slots, solver, "first", steps=3)
     admit(slots, solver, "second", steps=3)
@@ -168,32 +168,32 @@ def test_tables_on_the_device_are_shared_and_let_go(solver: Solver) -> None:
     assert table() is None
 
 
-def test_guidance_of_each_row_is_diffusers_own() -> None:
+def test_guidance_of_each_row_equals_that_of_diffusers() -> None:
     conditional, unconditional = torch.randn(2, 4, *SHAPE, generator=torch.Generator().manual_seed(0))
     scale, rescale = torch.tensor([1.0, 7.5, 7.5, 3.0]), torch.tensor([0.0, 0.0, 0.7, 1.0])
     unconditional[0] = conditional[0]
     guided = guide(conditional, unconditional, scale, rescale)
     assert torch.equal(guided[0], conditional[0])
     for k in range(4):
-        wanted = unconditional[k : k + 1] + scale[k] * (conditional[k : k + 1] - unconditional[k : k + 1])
+        expected = unconditional[k : k + 1] + scale[k] * (conditional[k : k + 1] - unconditional[k : k + 1])
         if rescale[k] > 0:
-            wanted = rescale_noise_cfg(wanted, conditional[k : k + 1], float(rescale[k]))
-        assert torch.allclose(guided[k], wanted[0], atol=1e-6)
+            expected = rescale_noise_cfg(expected, conditional[k : k + 1], float(rescale[k]))
+        assert torch.allclose(guided[k], expected[0], atol=1e-6)
     without = guide(conditional, unconditional, scale, None)
     assert torch.equal(without[:2], guided[:2])
 
 
-def test_a_flat_prediction_is_not_spoiled_by_a_neighbours_rescale() -> None:
+def test_a_flat_prediction_is_unaffected_by_a_neighbours_rescale() -> None:
     flat = torch.ones(2, *SHAPE)
     guided = guide(flat, flat, torch.tensor([7.5, 7.5]), torch.tensor([0.0, 0.7]))
     assert torch.equal(guided[0], flat[0])
 
 
-def test_rescale_means_nothing_without_guidance(solver: Solver) -> None:
-    found = []
-    for asked in ({"guidance": 1.0}, {"guidance": 0.0}, {"guidance": 1.0, "rescale": 0.7}):
+def test_rescale_has_no_effect_without_guidance(solver: Solver) -> None:
+    actual = []
+    for values in ({"guidance": 1.0}, {"guidance": 0.0}, {"guidance": 1.0, "rescale": 0.7}):
         slots = make_slots()
-        admit(slots, solver, "row", **asked)
-        found.append(finish(slots)["row"])
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
+        admit(slots, solver, "row", **values)
+        actual.append(finish(slots)["row"])
+    assert torch.equal(actual[0], actual[1])
+    assert torch.equal(actual[0], actual[2])

@@ -1,4 +1,4 @@
-"""Images against the oracle: diffusers' own pipeline, called for one row alone."""
+"""Images compared with the oracle: the pipeline of diffusers, called for a single row."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ GRID = [
     *(("sd2", scheduler) for scheduler in SCHEDULERS[::2]),
     *(("sdxl", scheduler) for scheduler in SCHEDULERS[1::5]),
 ]
-"""Each scheduler once, and some with a UNet that predicts velocity, and with SDXL's second text encoder."""
+"""Every scheduler, some of them also with a UNet that predicts velocity and with SDXL's second text encoder."""
 REFUSED = {
     "DDIMScheduler:clip_sample=true": "clip_sample=true cannot be packed",
     "DDIMScheduler:thresholding=true": "thresholding=true cannot be packed",
@@ -76,7 +76,7 @@ def folders(request: pytest.FixtureRequest) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def pipelines(folders: dict[str, Path]) -> Pipelines:
-    """The oracle of each checkpoint, without its checker."""
+    """The oracle of each checkpoint, without safety checker."""
     return {name: load_pipeline(folder) for name, folder in folders.items()}
 
 
@@ -96,7 +96,7 @@ def folder(checkpoint: str, folders: dict[str, Path]) -> Path:
 
 
 @pytest.mark.parametrize(("checkpoint", "scheduler"), GRID)
-def test_packed_rows_look_as_they_do_alone(
+def test_batched_rows_look_like_single_ones(
     pipelines: Pipelines, families: Families, folder: Path, checkpoint: str, scheduler: str
 ) -> None:
     model = families[checkpoint]
@@ -106,7 +106,7 @@ def test_packed_rows_look_as_they_do_alone(
 
 @pytest.mark.soak
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_long_rows_look_as_they_do_alone(pipelines: Pipelines, checkpoint: str, folder: Path, scheduler: str) -> None:
+def test_long_rows_look_like_single_ones(pipelines: Pipelines, checkpoint: str, folder: Path, scheduler: str) -> None:
     assert_parity(with_scheduler(pipelines[checkpoint], scheduler), load_family(folder, scheduler), LONG)
 
 
@@ -133,7 +133,7 @@ def test_fewest_steps(pipelines: Pipelines, sd1_folder: Path, steps: int) -> Non
 
 
 @pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning")
-def test_outdated_scheduler_settings_are_mended_as_diffusers_does(sd1_folder: Path, tmp_path: Path) -> None:
+def test_outdated_scheduler_settings_are_corrected_as_in_diffusers(sd1_folder: Path, tmp_path: Path) -> None:
     folder = copied(sd1_folder, tmp_path)
     amend(folder / "scheduler" / "scheduler_config.json", steps_offset=0, clip_sample=True)
     rows = (make_request("first", steps=5), make_request("second", steps=8, guidance=1.0, seed=9))
@@ -142,8 +142,8 @@ def test_outdated_scheduler_settings_are_mended_as_diffusers_does(sd1_folder: Pa
     assert_parity(with_scheduler(load_pipeline(folder), ddim), load_family(folder, ddim), rows)
 
 
-def test_another_sampler_would_show(pipelines: Pipelines, sd1_folder: Path) -> None:
-    """The comparison is sharp enough to tell solvers of the same order apart."""
+def test_the_comparison_detects_another_sampler(pipelines: Pipelines, sd1_folder: Path) -> None:
+    """Even one of the same order."""
     request = make_request(steps=25, seed=14)
     image = render(load_family(sd1_folder, "DPMSolverMultistepScheduler"), [request])["row"].pixels
     oracle, _ = ask(with_scheduler(pipelines["sd1"], "DEISMultistepScheduler"), request)
@@ -151,14 +151,14 @@ def test_another_sampler_would_show(pipelines: Pipelines, sd1_folder: Path) -> N
         assert_close(image, oracle)
 
 
-def test_the_checkers_verdict_is_diffusers_verdict(sd1_folder: Path) -> None:
+def test_the_verdict_of_the_checker_is_that_of_diffusers(sd1_folder: Path) -> None:
     model = load_family(sd1_folder, with_checker=True)
-    judge = StableDiffusionChecker(model.safety_checker, model.feature_extractor, batch=3)
+    checker = StableDiffusionChecker(model.safety_checker, model.feature_extractor, batch=3)
     pipe = load_pipeline(sd1_folder, requires_safety_checker=True)
     rows = [make_request(str(k), "a red circle", steps=4, guidance=1.0, seed=k) for k in range(12)]
-    rendered = render(model, rows, decode=3, judge=judge)
-    said = {row.id: ask(pipe, row)[1] for row in rows}
-    assert {name: [image.verdict.nsfw] for name, image in rendered.items()} == said
+    rendered = render(model, rows, decode=3, checker=checker)
+    oracle = {row.id: ask(pipe, row)[1] for row in rows}
+    assert {name: [image.verdict.nsfw] for name, image in rendered.items()} == oracle
     assert {True, False} == {image.verdict.nsfw for image in rendered.values()}
 
 
@@ -166,8 +166,8 @@ def test_the_checkers_verdict_is_diffusers_verdict(sd1_folder: Path) -> None:
 def test_schedulers_that_cannot_be_packed_are_refused(sd1_folder: Path, scheduler: str, reason: str) -> None:
     with pytest.raises(ModelError) as refusal:
         load_family(sd1_folder, scheduler)
-    sentence = str(refusal.value)
-    assert reason in sentence
-    assert sentence.startswith(scheduler.partition(":")[0])
-    assert "--scheduler" in sentence  # the way out
-    assert "\n" not in sentence
+    message = str(refusal.value)
+    assert reason in message
+    assert message.startswith(scheduler.partition(":")[0])
+    assert "--scheduler" in message
+    assert "\n" not in message

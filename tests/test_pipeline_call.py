@@ -1,4 +1,4 @@
-"""The driven chain: every request comes out once, as an image or as a reason, whatever its neighbours are."""
+"""Pipeline-call batching: every request gets one outcome, an image or a reason, whatever its neighbours are."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from tests.fakes import PaintingPipeline, paint
 
 
 class Recorder:
-    """A judge that finds nothing, and remembers how many it was shown at once."""
+    """A checker that flags nothing and records the number of images in each call."""
 
     name = "recorder"
 
     def __init__(self) -> None:
-        self.shown: list[int] = []
+        self.calls: list[int] = []
 
     def check(self, images: Sequence[np.ndarray]) -> list[Verdict]:
-        self.shown.append(len(images))
+        self.calls.append(len(images))
         return [Verdict(False, self.name, {})] * len(images)
 
 
@@ -62,7 +62,7 @@ ROWS = st.lists(
 
 @settings(max_examples=80)
 @given(rows=ROWS, slots=st.integers(2, 7), one_row_per_call=st.booleans())
-def test_every_request_comes_out_once_and_as_planned(rows: list[Any], slots: int, one_row_per_call: bool) -> None:
+def test_every_request_gets_one_outcome_as_planned(rows: list[Any], slots: int, one_row_per_call: bool) -> None:
     requests = [
         paint(str(k), colour, steps=steps, guidance=guidance, rescale=rescale, negative=negative, size=size)
         for k, (steps, guidance, rescale, negative, colour, size) in enumerate(rows)
@@ -91,18 +91,18 @@ def test_every_request_comes_out_once_and_as_planned(rows: list[Any], slots: int
             assert stages.slot_ticks == load.ticks * load.slots
 
 
-def test_rows_that_are_alike_are_planned_together() -> None:
-    asked = product((1, 2), (1.0, 5.0, 7.5), (0.0, 0.7), (None, "green"), range(4))
+def test_rows_with_the_same_values_are_planned_together() -> None:
+    combinations = product((1, 2), (1.0, 5.0, 7.5), (0.0, 0.7), (None, "green"), range(4))
     rows = [
         paint(str(k), steps=steps, guidance=guidance, rescale=rescale, negative=negative)
-        for k, (steps, guidance, rescale, negative, _) in enumerate(asked)
+        for k, (steps, guidance, rescale, negative, _) in enumerate(combinations)
     ]
     planned = order_requests(rows[::2] + rows[1::2])
     kinds = [kind for kind, _ in groupby(planned, lambda row: row.batch_key)]
     assert len(kinds) == len(set(kinds)) == 24
 
 
-def test_the_knee_is_a_batch_that_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plateau_is_a_batch_that_fits_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plateau, "TRIAL_SECONDS", 0.0)
     roomy: Any = PaintingPipeline(memory=4)
     assert find_pipeline_plateau(roomy, paint().params).slots <= 8
@@ -110,7 +110,7 @@ def test_the_knee_is_a_batch_that_memory_holds(monkeypatch: pytest.MonkeyPatch) 
         find_pipeline_plateau(PaintingPipeline(memory=0), paint().params)  # type: ignore[arg-type]
 
 
-def test_only_rows_that_are_alike_share_a_call() -> None:
+def test_only_rows_with_the_same_values_share_a_call() -> None:
     rows = [paint("a"), paint("b"), paint("c", negative="green"), paint("d", negative=""), paint("e", guidance=5.0)]
     rows += [paint("f", guidance=1.0), paint("g", guidance=1.0), paint("h", guidance=1.0)]
     chain, _ = run(rows)
@@ -118,22 +118,25 @@ def test_only_rows_that_are_alike_share_a_call() -> None:
     assert chain.stages.occupancy == (2 * 2 + 2 * 2 + 1 * 2 + 3) / 16
 
 
-def test_a_refused_row_costs_no_other() -> None:
-    """Each is made again in a batch of the same shape."""
+def test_a_refused_row_affects_no_other() -> None:
+    """Each is rendered again in a batch of the same shape."""
     rows = [paint("a", 0.1), paint("b", "refused"), paint("c", 0.2), paint("d", "broken"), paint("e", 0.3)]
     chain, found = run(rows, slots=10)
     assert [type(found[name]) for name in "abcde"] == [Rendered, Unrendered, Rendered, Unrendered, Rendered]
     assert calls_of(chain) == [(5, 5), (1, 5), (1, 5), (1, 5), (1, 5), (1, 5)]
-    told = {
+    errors = {
         name: (outcome.status == "invalid", outcome.error)
         for name, outcome in found.items()
         if isinstance(outcome, Unrendered)
     }
-    assert told == {"b": (True, "PaintingPipeline does not take this row"), "d": (False, "PaintingPipeline broke off")}
+    assert errors == {
+        "b": (True, "PaintingPipeline does not take this row"),
+        "d": (False, "PaintingPipeline broke off"),
+    }
     assert chain.stages.images == 3
 
 
-def test_values_that_are_not_finite_are_no_image() -> None:
+def test_values_that_are_not_finite_fail_the_row() -> None:
     _, found = run([paint("broken", float("nan"), steps=3), paint("fine", steps=3)])
     broken = found["broken"]
     assert isinstance(broken, Unrendered)
@@ -142,7 +145,7 @@ def test_values_that_are_not_finite_are_no_image() -> None:
     assert isinstance(found["fine"], Rendered)
 
 
-def test_memory_that_does_not_hold_a_batch_halves_it(caplog: pytest.LogCaptureFixture) -> None:
+def test_out_of_memory_halves_the_batch(caplog: pytest.LogCaptureFixture) -> None:
     rows = [paint(f"{size} {k}", size=size) for size in ((16, 16), (16, 24)) for k in range(9)]
     chain, found = run(rows, slots=16, memory=3)
     assert all(isinstance(outcome, Rendered) and outcome.slots == 4 for outcome in found.values())
@@ -152,17 +155,17 @@ def test_memory_that_does_not_hold_a_batch_halves_it(caplog: pytest.LogCaptureFi
     assert "out of memory at 16x16 pixels: going on with 8 slots, not 16" in caplog.text
 
 
-def test_memory_that_holds_one_row_makes_rows_one_by_one(caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_are_rendered_one_by_one_if_only_one_fits(caplog: pytest.LogCaptureFixture) -> None:
     rows = [paint(str(k), guidance=1.0) for k in range(5)]
     chain, found = run(rows, slots=8, memory=1)
     assert sorted(found) == [str(k) for k in range(5)]
     assert all(isinstance(outcome, Rendered) for outcome in found.values())
     assert calls_of(chain)[-5:] == [(1, 1)] * 5
-    assert "out of memory at 16x16 pixels: going on with one row a call" in caplog.text
+    assert "out of memory at 16x16 pixels: going on with one row per call" in caplog.text
 
 
 @pytest.mark.parametrize("one_row_per_call", [False, True])
-def test_memory_that_does_not_hold_one_image_fails_it(one_row_per_call: bool) -> None:
+def test_an_image_that_does_not_fit_into_memory_fails(one_row_per_call: bool) -> None:
     _, found = run([paint("a"), paint("b", size=(16, 24))], memory=0, one_row_per_call=one_row_per_call)
     for outcome in found.values():
         assert isinstance(outcome, Unrendered)
@@ -172,7 +175,7 @@ def test_memory_that_does_not_hold_one_image_fails_it(one_row_per_call: bool) ->
     assert len(found) == 2
 
 
-def test_stop_is_asked_between_batches() -> None:
+def test_a_stop_takes_effect_between_batches() -> None:
     asked = count()
     chain, found = run([paint(str(k)) for k in range(10)], stop=lambda: next(asked) >= 2)
     assert sorted(found) == ["0", "1", "2", "3"]
@@ -193,15 +196,15 @@ def test_a_table_is_read_as_it_is_rendered() -> None:
     assert len(read) <= 3
 
 
-def test_the_judge_is_shown_its_own_batches() -> None:
-    judge = Recorder()
-    chain = PipelineCallChain(PaintingPipeline(), BatchSizes(16, 3), judge)  # type: ignore[arg-type]
+def test_images_are_checked_in_batches() -> None:
+    checker = Recorder()
+    chain = PipelineCallChain(PaintingPipeline(), BatchSizes(16, 3), checker)  # type: ignore[arg-type]
     outcomes = list(chain.render([paint(str(k)) for k in range(8)]))
-    assert judge.shown == [3, 3, 2]
+    assert checker.calls == [3, 3, 2]
     assert all(isinstance(outcome, Rendered) and outcome.verdict.checker == "recorder" for outcome in outcomes)
 
 
-def test_the_time_is_accounted_for() -> None:
+def test_stages_add_up() -> None:
     chain, _ = run([paint(str(k)) for k in range(8)])
     stages = chain.stages
     assert 0 < stages.encode + stages.denoise + stages.decode + stages.check <= stages.seconds

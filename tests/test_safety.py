@@ -1,4 +1,4 @@
-"""The checkpoint's own checker: diffusers' decision, with its scores kept and its edges judged."""
+"""The checkpoint's own checker: the decision of diffusers, with scores, and with the edges of images checked."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def checker(model: Any) -> StableDiffusionChecker:
 
 @contextmanager
 def filled(model: Any, part: str, value: float) -> Iterator[None]:
-    """The checker with one of its weights replaced by a value, for a while."""
+    """Replace one of the checker's weights by a value during the block."""
     weights = model.safety_checker.get_parameter(part).data
     kept = weights.clone()
     weights.fill_(value)
@@ -41,20 +41,20 @@ def filled(model: Any, part: str, value: float) -> Iterator[None]:
         weights.copy_(kept)
 
 
-def judge_all(checker: StableDiffusionChecker, images: list[np.ndarray], at_once: int = 4) -> list[Verdict]:
-    return [v for start in range(0, len(images), at_once) for v in checker.check(images[start : start + at_once])]
+def check_all(checker: StableDiffusionChecker, images: list[np.ndarray], batch: int = 4) -> list[Verdict]:
+    return [v for start in range(0, len(images), batch) for v in checker.check(images[start : start + batch])]
 
 
-def test_squares_are_judged_as_diffusers_does(model: Any, checker: StableDiffusionChecker) -> None:
+def test_squares_get_the_verdict_of_diffusers(model: Any, checker: StableDiffusionChecker) -> None:
     images = probe_images(PROBES, 64, 64)
     pixels = model.feature_extractor([Image.fromarray(image) for image in images], return_tensors="pt").pixel_values
     _, flagged = model.safety_checker(clip_input=pixels, images=[image.copy() for image in images])
-    assert [verdict.nsfw for verdict in judge_all(checker, images)] == flagged
+    assert [verdict.nsfw for verdict in check_all(checker, images)] == flagged
     assert 0 < sum(flagged) < PROBES
 
 
 def test_scores_are_kept_and_explain_the_verdict(checker: StableDiffusionChecker) -> None:
-    for verdict in judge_all(checker, probe_images(PROBES)):
+    for verdict in check_all(checker, probe_images(PROBES)):
         assert verdict.checker == "stable_diffusion"
         assert verdict.scores is not None
         assert list(verdict.scores) == [f"concept_{k}" for k in range(17)]
@@ -63,7 +63,7 @@ def test_scores_are_kept_and_explain_the_verdict(checker: StableDiffusionChecker
 
 def test_special_care_lowers_the_other_thresholds(model: Any, checker: StableDiffusionChecker) -> None:
     images = probe_images(4)
-    with filled(model, "special_care_embeds_weights", 2.0):  # a cosine never gets there
+    with filled(model, "special_care_embeds_weights", 2.0):  # above any cosine
         calm = checker.check(images)
     with filled(model, "special_care_embeds_weights", -2.0):
         alert = checker.check(images)
@@ -79,28 +79,28 @@ def test_a_verdict_does_not_depend_on_its_neighbours(checker: StableDiffusionChe
     assert checker.check(images[::-1]) == together[::-1]
 
 
-def test_images_are_left_as_they_are(checker: StableDiffusionChecker) -> None:
+def test_images_are_not_changed(checker: StableDiffusionChecker) -> None:
     images = probe_images(PROBES)
     copies = [image.copy() for image in images]
-    judge_all(checker, images)
+    check_all(checker, images)
     assert all(np.array_equal(image, copy) for image, copy in zip(images, copies, strict=True))
 
 
-@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize("index", range(3))
 @pytest.mark.parametrize("turn", [False, True], ids=["wide", "tall"])
-def test_edges_of_long_images_are_judged(checker: StableDiffusionChecker, place: int, turn: bool) -> None:
+def test_edges_of_long_images_are_checked(checker: StableDiffusionChecker, index: int, turn: bool) -> None:
     images = probe_images(PROBES)
-    verdicts = judge_all(checker, images)
+    verdicts = check_all(checker, images)
     bad = images[[verdict.nsfw for verdict in verdicts].index(True)]
     fine = Image.fromarray(images[[verdict.nsfw for verdict in verdicts].index(False)])
     squares = [np.asarray(fine)] * 3
-    assert not checker.check([np.concatenate(squares, axis=1 - turn)])[0].nsfw or place != 1
-    squares[place] = bad
+    assert not checker.check([np.concatenate(squares, axis=1 - turn)])[0].nsfw or index != 1
+    squares[index] = bad
     assert checker.check([np.concatenate(squares, axis=1 - turn)])[0].nsfw
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (32, 40), (40, 32), (32, 64), (96, 32), (32, 257)])
-def test_tiles_cover_the_image_and_hold_its_centre(height: int, width: int) -> None:
+def test_tiles_cover_the_image_and_include_its_centre(height: int, width: int) -> None:
     image = np.arange(height * width).reshape(height, width, 1).repeat(3, axis=2) % 251
     tiles = [np.asarray(tile) for tile in tiles_of(image.astype(np.uint8))]
     side = min(height, width)
@@ -114,7 +114,7 @@ def test_tiles_cover_the_image_and_hold_its_centre(height: int, width: int) -> N
 
 
 @pytest.mark.parametrize("part", ["concept_embeds_weights", "special_care_embeds_weights", "visual_projection.weight"])
-def test_a_score_that_is_not_a_number_flags(model: Any, checker: StableDiffusionChecker, part: str) -> None:
+def test_a_score_of_nan_flags_the_image(model: Any, checker: StableDiffusionChecker, part: str) -> None:
     with filled(model, part, float("nan")):
         verdicts = checker.check(probe_images(4))
     assert [verdict.nsfw for verdict in verdicts] == [True] * 4

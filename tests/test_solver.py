@@ -1,4 +1,4 @@
-"""The solver: a scheduler as a table, against the scheduler itself."""
+"""The solver: the table of a scheduler against the scheduler itself."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ def make_scheduler(text: str) -> Any:
 
 
 def model(sample: torch.Tensor, timestep: float) -> torch.Tensor:
-    """A stand-in for a UNet: curved in the sample, and another one at every timestep."""
+    """Stand in for a UNet: not linear in the sample, and different at every timestep."""
     return torch.tanh(sample * (1 + timestep / 1000)) + 0.1 * torch.cos(sample.flip(-1) * 3)
 
 
 def by_scheduler(scheduler: Any, steps: int, seed: int) -> torch.Tensor:
-    """The scheduler's own loop, as a pipeline calls it: in float32, since that is in which it draws."""
+    """Run the scheduler's own loop as a pipeline does: in float32, the dtype of its draws."""
     pipe = StableDiffusionPipeline.__new__(StableDiffusionPipeline)
     pipe.scheduler = scheduler
     generator = torch.Generator().manual_seed(seed)
@@ -92,38 +92,38 @@ def by_table(table: CoefficientTable, seed: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("steps", [4, 11, 30])
 @pytest.mark.parametrize("text", [*SPECS, *DRAWING])
-def test_table_walks_as_the_scheduler_does(text: str, steps: int) -> None:
-    wanted = by_scheduler(make_scheduler(text), steps, seed=steps)
-    found = by_table(Solver(make_scheduler(text)).table(steps), seed=steps)
-    assert torch.allclose(found, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+def test_a_table_gives_the_samples_of_its_scheduler(text: str, steps: int) -> None:
+    expected = by_scheduler(make_scheduler(text), steps, seed=steps)
+    actual = by_table(Solver(make_scheduler(text)).table(steps), seed=steps)
+    assert torch.allclose(actual, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize(
     ("text", "draws"),
     [
         ("EulerDiscreteScheduler", (0, 0, 0, 0)),
-        ("TCDScheduler", (0, 0, 0, 0)),  # a pipeline's eta is 0, though the scheduler's own is 0.3
+        ("TCDScheduler", (0, 0, 0, 0)),  # the default of eta is 0 in pipelines and 0.3 in the scheduler
         ("EulerAncestralDiscreteScheduler", (1, 1, 1, 1)),
         ("LCMScheduler", (1, 1, 1, 0)),
         ("KDPM2AncestralDiscreteScheduler", (0, 1, 0, 1, 0, 1, 0)),
     ],
 )
-def test_draws_are_counted_by_the_evaluation(text: str, draws: tuple[int, ...]) -> None:
+def test_draws_are_counted_per_evaluation(text: str, draws: tuple[int, ...]) -> None:
     assert Solver(make_scheduler(text)).table(4).draws == draws
 
 
 @pytest.mark.parametrize(
     ("text", "evaluations"), [("DDIMScheduler:clip_sample=false", 10), ("HeunDiscreteScheduler", 19)]
 )
-def test_evaluations_are_counted_by_the_timesteps(text: str, evaluations: int) -> None:
+def test_there_is_one_evaluation_per_timestep(text: str, evaluations: int) -> None:
     table = Solver(make_scheduler(text)).table(10)
     assert table.evaluations == len(table.timesteps) == len(table.input_scale) == evaluations
     assert table.coefficients.shape == (evaluations, evaluations + 1)
     assert table.coefficients.dtype == torch.float32
-    assert not table.coefficients.triu(2).any()  # no step knows outputs that are still to come
+    assert not table.coefficients.triu(2).any()  # no step uses later outputs
 
 
-def test_a_table_is_made_once_and_leaves_scheduler_and_random_state_alone() -> None:
+def test_a_table_is_computed_once_and_changes_neither_scheduler_nor_random_state() -> None:
     scheduler = DDIMScheduler(clip_sample=False)
     before = torch.random.get_rng_state()
     solver = Solver(scheduler)
@@ -133,7 +133,7 @@ def test_a_table_is_made_once_and_leaves_scheduler_and_random_state_alone() -> N
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_the_latest_tables_are_kept_and_an_old_one_comes_back_the_same() -> None:
+def test_the_latest_tables_are_cached_and_an_older_one_is_computed_again() -> None:
     solver = Solver(EulerAncestralDiscreteScheduler())
     first, freed = solver.table(3), weakref.ref(solver.table(3).coefficients)
     values = first.coefficients.clone()
@@ -145,15 +145,15 @@ def test_the_latest_tables_are_kept_and_an_old_one_comes_back_the_same() -> None
     assert torch.equal(solver.table(3).coefficients, values)
 
 
-def test_a_begin_index_is_set_as_some_pipelines_do() -> None:
-    """Where two steps stand at one timestep, the scheduler's own search does not find the first."""
+def test_a_begin_index_is_set_as_in_some_pipelines() -> None:
+    """If two steps have the same timestep, the scheduler's own search does not find the first."""
     scheduler = make_scheduler("DPMSolverMultistepScheduler:use_beta_sigmas=true")
     with pytest.raises(RowError, match="num_inference_steps=50"):
         Solver(scheduler).table(50)
     assert Solver(scheduler, begin_index=0).table(50).evaluations == 50
 
 
-def test_a_refused_step_count_is_the_rows_fault_each_time() -> None:
+def test_a_refused_step_count_raises_a_row_error_each_time() -> None:
     solver = Solver(PNDMScheduler(skip_prk_steps=False))
     assert solver.table(4).evaluations > 4
     frames = set()
@@ -161,18 +161,18 @@ def test_a_refused_step_count_is_the_rows_fault_each_time() -> None:
         with pytest.raises(RowError, match="PNDMScheduler does not take num_inference_steps=3") as refusal:
             solver.table(3)
         frames.add(len(refusal.traceback))
-    assert len(frames) == 1  # the kept error does not grow with the rows that meet it
+    assert len(frames) == 1  # the traceback of the cached error does not grow
     with pytest.raises(RowError, match="num_inference_steps=1001"):
         Solver(DDIMScheduler(clip_sample=False)).table(1001)
 
 
-def test_a_scheduler_that_takes_no_count_says_why() -> None:
+def test_a_scheduler_that_refuses_every_step_count_is_refused_with_its_reason() -> None:
     with pytest.raises(ModelError, match="prediction_type given as nonsense.*--scheduler"):
         Solver(make_scheduler("EulerDiscreteScheduler:prediction_type=nonsense"))
 
 
 class Stub:
-    """A scheduler of one rule."""
+    """A scheduler whose step is a function."""
 
     config: Any = SimpleNamespace()
     init_noise_sigma = 1.0
@@ -189,7 +189,7 @@ class Stub:
 
 
 class DrawingStub(Stub):
-    """A scheduler of one rule that takes a generator."""
+    """A scheduler whose step is a function that takes a generator."""
 
     def step(
         self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, generator: Any = None, **kwargs: Any
@@ -198,18 +198,18 @@ class DrawingStub(Stub):
 
 
 class TwoStates(Stub):
-    """A scheduler whose first step is not linear, and whose last forgets the sample."""
+    """A scheduler whose first step is not linear and whose last step drops the sample."""
 
     def step(self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, **kwargs: Any) -> Any:
         return (model_output * model_output if timestep > 1 else model_output,)
 
 
-def test_every_step_is_compared_and_not_the_last_alone() -> None:
+def test_every_step_is_compared_and_not_only_the_last() -> None:
     with pytest.raises(ModelError, match="TwoStates with these settings is not linear"):
         Solver(TwoStates(None))
 
 
-def test_rules_that_are_no_fixed_linear_map_are_refused() -> None:
+def test_steps_that_are_not_a_fixed_linear_map_are_refused() -> None:
     assert Solver(Stub(lambda output, sample: sample - 0.1 * output)).table(3).coefficients[2, 0] == 1
     with pytest.raises(ModelError, match="not linear in the model's outputs"):
         Solver(Stub(lambda output, sample: sample - output.clamp(-1, 1)))
@@ -225,7 +225,7 @@ def drawn(sample: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return torch.randn(sample.shape, generator=generator, dtype=sample.dtype)
 
 
-def test_rules_that_draw_more_than_once_are_packed() -> None:
+def test_a_step_may_draw_more_than_once() -> None:
     rule = DrawingStub(lambda output, sample, generator: (
         sample - output + 2 * drawn(sample, generator).mul_(0.5) + 3 * drawn(sample, generator)
     ))  # fmt: skip
@@ -242,11 +242,11 @@ def test_rules_that_draw_more_than_once_are_packed() -> None:
         (lambda output, sample, g: sample + torch.randn(1, generator=g), "noise of another shape"),
         (lambda output, sample, g: sample + drawn(sample, g).clamp(-1, 1), "not linear"),
         (lambda output, sample, g: sample + drawn(sample, g) + torch.randn(sample.shape), "draws noise of its own"),
-        # Noise that follows from the generator's seed, and is no draw from it: a Brownian tree's, for one.
+        # Noise that depends on the generator's seed but is not drawn from it, as that of a Brownian tree.
         (lambda output, sample, g: sample + drawn(sample, torch.Generator().manual_seed(g.initial_seed())), "linear"),
     ],
     ids=["uniform", "in place", "shape", "clipped", "global", "seeded"],
 )
-def test_draws_that_the_packer_cannot_make_are_refused(rule: Any, reason: str) -> None:
+def test_draws_that_the_packer_cannot_reproduce_are_refused(rule: Any, reason: str) -> None:
     with pytest.raises(ModelError, match=f"DrawingStub .*{reason}.*--scheduler"):
         Solver(DrawingStub(rule))

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from batch_infer.azureml.deployment import AzureDeployment
 from batch_infer.azureml.in_progress import STRIKES, Begun, Key
-from batch_infer.chain import GatedChain
 from batch_infer.errors import BatchInferError
 from batch_infer.jobs import Job
 from batch_infer.manifest import Manifest, ManifestIndex
@@ -27,8 +26,7 @@ class Rendering:
         self._given_up: set[Key] = set()
 
     def close(self) -> None:
-        if isinstance(self._chain, GatedChain):
-            self._chain.close()
+        self._chain.close()
 
     def clear(self, is_settled: Callable[[Key], bool]) -> None:
         """Remove what the dead have left of rows that have their results. Raises StorageError."""

@@ -1,43 +1,38 @@
-"""The chain: requests in, judged images out (gate, encode, denoise, decode, check)."""
+"""Chains render requests on one device, up to checked images: gate, encode, denoise, decode, check.
+
+StepLevelChain batches single steps of many rows, PipelineCallChain calls of a diffusers pipeline, and GatedChain has
+the prompts and images of one of them checked by a safety service.
+"""
 
 from typing import TYPE_CHECKING
 
+from batch_infer.chain.base import BatchSizes, Chain, DeviceChain, Rendered, RowOutcome, Unrendered
+from batch_infer.chain.sources import NoRequest, RequestSource
 from batch_infer.lazy import import_on_use
 
 if TYPE_CHECKING:
     from batch_infer.chain.gated import GatedChain, GracePeriod
-    from batch_infer.chain.outcomes import Elsewhere, Rendered, Size, Unrendered, nothing
     from batch_infer.chain.pipeline_call import PipelineCallChain
-    from batch_infer.chain.shape import BatchSizes
     from batch_infer.chain.step_level import StepLevelChain
 else:
     __getattr__ = import_on_use(
         __name__,
-        gated=(
-            "GatedChain",
-            "GracePeriod",
-        ),
-        outcomes=(
-            "Elsewhere",
-            "Rendered",
-            "Size",
-            "Unrendered",
-            "nothing",
-        ),
+        gated=("GatedChain", "GracePeriod"),
         pipeline_call=("PipelineCallChain",),
-        shape=("BatchSizes",),
         step_level=("StepLevelChain",),
     )
 
 __all__ = [
     "BatchSizes",
-    "Elsewhere",
+    "Chain",
+    "DeviceChain",
     "GatedChain",
     "GracePeriod",
+    "NoRequest",
+    "RowOutcome",
     "PipelineCallChain",
     "Rendered",
-    "Size",
+    "RequestSource",
     "StepLevelChain",
     "Unrendered",
-    "nothing",
 ]

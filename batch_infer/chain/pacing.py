@@ -1,29 +1,72 @@
-"""How far the host runs ahead of its device, and what the device took: the host never waits for the call it made."""
+"""CUDA streams and events: work besides the UNet on its own streams, and timing of UNet calls without waiting."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from typing import Protocol
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 
 from batch_infer.stages import Stages
 
-TICKS_AHEAD = 3
-"""UNet calls that a GPU has been handed and has not finished: enough never to starve it, few enough to hold memory."""
+if TYPE_CHECKING:
+    from batch_infer.models import Conditioning
+
+CALLS_AHEAD = 3
+"""UNet calls that are queued on a GPU and unfinished: enough never to starve it, few enough to hold memory."""
 
 
-class Pace(Protocol):
-    """Is told when a UNet call is made; writes the seconds that it took into the stages."""
+@cache
+def stream_for(device: torch.device, purpose: Literal["encode", "postprocess"]) -> torch.cuda.Stream | None:
+    """Return the stream for a purpose, or None on a CPU. It is always the same one: torch frees memory by stream.
+
+    Both have a high priority: their kernels are short, and would otherwise queue behind those of a whole UNet call.
+    """
+    return torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+
+class EncodeStream:
+    """The stream on which prompts are encoded, so that its small copies wait for no UNet call. None on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = stream_for(device, "encode")
+
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """Run the block on this stream. Later work on the UNet's stream waits for it, but the host does not."""
+        if self._stream is None:
+            yield
+            return
+        unet = torch.cuda.current_stream()
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            unet.wait_stream(self._stream)
+
+    def keep_alive(self, conditioning: Conditioning) -> None:
+        """Keep memory that was allocated on this stream from being reused before the UNet's stream has read it."""
+        if self._stream is None:
+            return
+        for part in conditioning.context:
+            for tensor in (part or {}).values():
+                tensor.record_stream(torch.cuda.current_stream())
+
+
+class Pacer(Protocol):
+    """Adds the seconds of UNet calls to the stages, and limits how far the host runs ahead of the device."""
 
     def start(self) -> None: ...
     def end(self) -> None: ...
     def finish(self) -> None: ...
 
 
-class HostPace:
-    """Of a CPU: a call is over when it returns."""
+class CpuPacer:
+    """Times calls that are complete when they return."""
 
     def __init__(self, stages: Stages) -> None:
         self._stages = stages
@@ -41,12 +84,12 @@ class HostPace:
         pass
 
 
-class StreamPace:
-    """Of a GPU: a call is over when its events say so, and the host waits for one that it made some calls ago."""
+class CudaPacer:
+    """Times calls by CUDA events. The host waits only for calls that it made CALLS_AHEAD calls ago."""
 
     def __init__(self, stages: Stages) -> None:
         self._stages = stages
-        self._under_way: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._unfinished: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self._began: float | None = None
 
     def start(self) -> None:
@@ -54,29 +97,29 @@ class StreamPace:
             torch.cuda.current_stream().synchronize()  # once: the clock starts with the first call
             self._began = time.perf_counter()
             self._stages.began = min(self._stages.began, self._began)
-        self._started = _recorded()
+        self._started = _record_event()
 
     def end(self) -> None:
-        self._under_way.append((self._started, _recorded()))
-        while len(self._under_way) > TICKS_AHEAD:
+        self._unfinished.append((self._started, _record_event()))
+        while len(self._unfinished) > CALLS_AHEAD:
             self._wait()
 
     def finish(self) -> None:
-        while self._under_way:
+        while self._unfinished:
             self._wait()
 
     def _wait(self) -> None:
-        started, ended = self._under_way.popleft()
+        started, ended = self._unfinished.popleft()
         ended.synchronize()
         self._stages.denoise += started.elapsed_time(ended) / 1000
         self._stages.ended = time.perf_counter()
 
 
-def _recorded() -> torch.cuda.Event:
+def _record_event() -> torch.cuda.Event:
     event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     event.record()
     return event
 
 
-def pace_of(device: torch.device, stages: Stages) -> Pace:
-    return StreamPace(stages) if device.type == "cuda" else HostPace(stages)
+def make_pacer(device: torch.device, stages: Stages) -> Pacer:
+    return CudaPacer(stages) if device.type == "cuda" else CpuPacer(stages)

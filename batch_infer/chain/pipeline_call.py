@@ -1,24 +1,30 @@
-"""The driven chain: rows that are alike, made together by one call of a diffusers pipeline."""
+"""Pipeline-call batching: rows with the same sampling values are rendered by one call of a diffusers pipeline."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from batch_infer.accelerator import out_of_memory_errors
-from batch_infer.chain.outcomes import Elsewhere, Rendered, Size, Unrendered, not_finite, nothing
-from batch_infer.chain.pacing import pace_of
-from batch_infer.chain.postprocessing import to_pixels
-from batch_infer.chain.read_ahead import Ahead
-from batch_infer.chain.shape import BatchSizes
+from batch_infer.chain.base import (
+    BatchSizes,
+    DeviceChain,
+    Rendered,
+    RowOutcome,
+    Unrendered,
+    fail_out_of_memory,
+    format_size,
+)
+from batch_infer.chain.pacing import make_pacer
+from batch_infer.chain.postprocessing import check_images, fail_not_finite, to_pixels
+from batch_infer.chain.sources import ReadAhead, Size, size_of
 from batch_infer.errors import RowBroken, RowError, first_line
-from batch_infer.records import PromptRequest, Verdict
+from batch_infer.records import PromptRequest
 from batch_infer.safety import ImageChecker
 from batch_infer.stages import Stages
 
@@ -28,161 +34,128 @@ if TYPE_CHECKING:
 log = logging.getLogger("batch_infer")
 
 
-class PipelineCallChain:
-    """One device's way from requests to judged images where a pipeline has the loop; asked as `Chain` is.
+class PipelineCallChain(DeviceChain):
+    """Renders with a pipeline that runs the denoising loop itself.
 
-    A batch is one fixed number of rows, padded, so that a row's bytes do not depend on how many it was made with: the
-    slots, of which a row with guidance takes two.
+    A batch has a fixed number of rows and is padded, so that a row's bytes do not depend on how many share its call.
     """
 
     uses_pipeline_call = True
+    model: AnyPipeline
 
     def __init__(
         self,
         model: AnyPipeline,
-        shape: BatchSizes,
+        batch_sizes: BatchSizes,
         checker: ImageChecker | None,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`stop` is asked between batches; once it says so, `render` ends."""
-        self.model, self._checker, self._stop = model, checker, stop
-        self.batch_sizes = shape
-        """The batch sizes as they are now: smaller than at first where the device ran out of memory."""
-        self.stages_by_size: dict[Size, Stages] = {}
-        self._singly: set[Size] = set()
+        """`stop` is called before each batch. Once it returns True, no more batches are rendered."""
+        super().__init__(model, batch_sizes, checker, stop)
+        self._single_row_sizes: set[Size] = set()
+        """Image sizes of which two rows without guidance do not fit into memory."""
 
-    @property
-    def stages(self) -> Stages:
-        """Those of all sizes together."""
-        return sum(self.stages_by_size.values(), Stages())
-
-    def render(
-        self, requests: Iterable[PromptRequest], elsewhere: Elsewhere = nothing
-    ) -> Iterator[Rendered | Unrendered]:
-        """Render requests batch by batch. Rows that are alike should stand together: others end a batch.
-
-        After each batch the outcomes that `elsewhere` gives are given too, as they are.
-        """
-        source = Ahead(iter(requests))
-        started = time.perf_counter()
-        while (first := source.peek()) is not None and not self._stop():
-            size = first.params.height, first.params.width
-            stages = self.stages_by_size.setdefault(size, Stages())
-            yield from self._render_batch(source, size, stages)
-            yield from elsewhere()
-            stages.seconds += time.perf_counter() - started
-            started = time.perf_counter()
-
-    def _render_batch(self, source: Ahead, size: Size, stages: Stages) -> Iterator[Rendered | Unrendered]:
-        first = source.peek()
-        slots = 1 if size in self._singly and first and first.params.slots == 1 else self.batch_sizes.of(size)[0]
-        rows = _take_alike(source, size, slots)
+    def _render_next(self, requests: ReadAhead, first: PromptRequest, stages: Stages) -> Iterator[Sequence[RowOutcome]]:
+        """Render one batch."""
+        size = size_of(first)
+        is_single = size in self._single_row_sizes and first.params.slots == 1
+        slots = 1 if is_single else self.batch_sizes.of(size)[0]
+        rows = _take_batch(requests, size, slots)
         try:
             with out_of_memory_errors():
-                outcomes = self._make(rows, slots, stages)
-            yield from outcomes
+                outcomes = self._render_rows(rows, slots, stages)
+            yield outcomes
             return
         except torch.OutOfMemoryError as error:
-            told = first_line(error)
+            message = first_line(error)
         # Outside of the except block, whose traceback would keep the tensors of the call alive.
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
-        yield from self._shrink(source, size, rows, told)
+        yield self._halve(requests, size, rows, message)
 
-    def _shrink(
-        self, source: Ahead, size: Size, rows: Sequence[PromptRequest], told: str
-    ) -> Iterator[Rendered | Unrendered]:
-        """Go on with half the slots; where a call made one image already, the rows have failed."""
-        name, slots = f"{size[1]}x{size[0]}", self.batch_sizes.of(size)[0]
-        if rows[0].params.slots == 1 and 1 < slots < 4 and size not in self._singly:
-            log.warning("out of memory at %s pixels: going on with one row a call", name)
-            self._singly.add(size)
-            source.put_back(rows)
-            return
-        smaller = self.batch_sizes.shrunk(size, "denoise") if slots >= 4 else None
-        if smaller is None or self.model.one_row_per_call or slots // rows[0].params.slots < 2:
-            error = f"the device's memory does not hold one image of {name} pixels ({told})"
-            yield from (Unrendered(request, "failed", error) for request in rows)
-            return
-        log.warning("out of memory at %s pixels: going on with %d slots, not %d", name, smaller.of(size)[0], slots)
+    def _halve(self, requests: ReadAhead, size: Size, rows: Sequence[PromptRequest], message: str) -> list[Unrendered]:
+        """Halve the slots and put the rows back. Returns them as failed if the call rendered a single image."""
+        slots, slots_per_row = self.batch_sizes.of(size)[0], rows[0].params.slots
+        if slots_per_row == 1 and 1 < slots < 4 and size not in self._single_row_sizes:
+            log.warning("out of memory at %s pixels: going on with one row per call", format_size(size))
+            self._single_row_sizes.add(size)
+            requests.put_back(rows)
+            return []
+        smaller = self.batch_sizes.halved(size, "denoise") if slots >= 4 else None
+        if smaller is None or self.model.one_row_per_call or slots // slots_per_row < 2:
+            return fail_out_of_memory(rows, size, message)
+        after = smaller.of(size)[0]
+        log.warning("out of memory at %s pixels: going on with %d slots, not %d", format_size(size), after, slots)
         self.batch_sizes = smaller
-        source.put_back(rows)
+        requests.put_back(rows)
+        return []
 
-    def _make(self, rows: Sequence[PromptRequest], slots: int, stages: Stages) -> list[Rendered | Unrendered]:
-        """All rows of a batch together or, where the pipeline refuses that, each by itself.
+    def _render_rows(self, rows: Sequence[PromptRequest], slots: int, stages: Stages) -> list[RowOutcome]:
+        """Render the rows of a batch, one by one if the pipeline refuses them together.
 
-        It is then made in a batch of its own copies, whose shape is the same, so that a refused row costs the others
-        nothing and their bytes stay.
+        A single row is padded with copies of itself to the same batch size, so that a refused row costs the others
+        nothing and their bytes stay the same.
         """
         try:
-            return self._made(rows, slots, stages)
+            return self._call_pipeline(rows, slots, stages)
         except RowError as error:
             if len(rows) == 1:
                 return [Unrendered(rows[0], "failed" if isinstance(error, RowBroken) else "invalid", str(error))]
-        return [outcome for row in rows for outcome in self._make([row], slots, stages)]
+        return [outcome for row in rows for outcome in self._render_rows([row], slots, stages)]
 
-    def _made(self, rows: Sequence[PromptRequest], slots: int, stages: Stages) -> list[Rendered | Unrendered]:
+    def _call_pipeline(self, rows: Sequence[PromptRequest], slots: int, stages: Stages) -> list[RowOutcome]:
         params = rows[0].params
         started = time.perf_counter()
         with self._timed(stages):
-            pixels, whole = to_pixels(self.model.render(rows, slots // params.slots))
+            images, are_finite = to_pixels(self.model.render(rows, slots // params.slots))
         seconds = time.perf_counter() - started
         stages.images += len(rows)
         stages.ticks += params.num_inference_steps
         stages.row_forwards += params.num_inference_steps * params.slots * len(rows)
         stages.slot_ticks += params.num_inference_steps * slots
-        verdicts = self._check(pixels, stages)
+        verdicts = check_images(self._checker, images, self.batch_sizes.decode, stages)
         return [
             Rendered(row, image, verdict, self.model.count_tokens(row), slots, seconds)
-            if finite
-            else Unrendered(row, "failed", not_finite(params, self.model.dtype))
-            for row, image, finite, verdict in zip(rows, pixels, whole, verdicts, strict=True)
+            if is_finite
+            else fail_not_finite(row, self.model.dtype)
+            for row, image, is_finite, verdict in zip(rows, images, are_finite, verdicts, strict=True)
         ]
 
     @contextmanager
     def _timed(self, stages: Stages) -> Iterator[None]:
-        """Tell apart what goes by before the denoiser is first asked, in it, and beside and after it."""
-        pace, before = pace_of(self.model.device, stages), stages.denoise
+        """Add the time before the first denoiser call, in denoiser calls, and the rest to the stages."""
+        pacer, denoise_before = make_pacer(self.model.device, stages), stages.denoise
         started = time.perf_counter()
-        first: list[float] = []
+        first_call: list[float] = []
 
-        def begin(*_: Any) -> None:
-            first.append(time.perf_counter()) if not first else None
-            pace.start()
+        def start(*_: Any) -> None:
+            if not first_call:
+                first_call.append(time.perf_counter())
+            pacer.start()
 
         denoiser = self.model.denoiser
-        hooks = [] if denoiser is None else [
-            denoiser.register_forward_pre_hook(begin), denoiser.register_forward_hook(lambda *_: pace.end())
-        ]  # fmt: skip
+        hooks = []
+        if denoiser is not None:
+            hooks.append(denoiser.register_forward_pre_hook(start))
+            hooks.append(denoiser.register_forward_hook(lambda *_: pacer.end()))
         try:
             yield
-            pace.finish()
+            pacer.finish()
         finally:
             for hook in hooks:
                 hook.remove()
         ended = time.perf_counter()
-        encoding = first[0] - started if first else 0.0
+        encoding = first_call[0] - started if first_call else 0.0
         stages.encode += encoding
-        stages.decode += max(0.0, ended - started - encoding - (stages.denoise - before))
-
-    def _check(self, pixels: list[np.ndarray], stages: Stages) -> list[Verdict]:
-        if self._checker is None:
-            return [Verdict()] * len(pixels)
-        started = time.perf_counter()
-        pieces = [
-            pixels[first : first + self.batch_sizes.decode] for first in range(0, len(pixels), self.batch_sizes.decode)
-        ]
-        verdicts = [verdict for piece in pieces for verdict in self._checker.check(piece)]
-        stages.check += time.perf_counter() - started
-        return verdicts
+        stages.decode += max(0.0, ended - started - encoding - (stages.denoise - denoise_before))
 
 
-def _take_alike(source: Ahead, size: Size, slots: int) -> list[PromptRequest]:
-    """As many of the next rows as are alike and fill the slots."""
-    rows = source.take(size, 1)
+def _take_batch(requests: ReadAhead, size: Size, slots: int) -> list[PromptRequest]:
+    """Take the next requests that can share a pipeline call, as many as fit into the slots."""
+    rows = requests.take(size, 1)
     while len(rows) < slots // rows[0].params.slots:
-        ahead = source.peek()
-        if ahead is None or ahead.batch_key != rows[0].batch_key:
+        request = requests.peek()
+        if not isinstance(request, PromptRequest) or request.batch_key != rows[0].batch_key:
             break
-        rows += source.take(size, 1)
+        rows += requests.take(size, 1)
     return rows

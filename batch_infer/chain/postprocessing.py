@@ -1,4 +1,4 @@
-"""From finished latents to judged pixels, in micro-batches of one fixed size."""
+"""From finished latents to checked pixels, in micro-batches of a fixed size."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import torch
 
-from batch_infer.chain.outcomes import Rendered, Unrendered, not_finite
-from batch_infer.chain.streams import stream_of
+from batch_infer.chain.base import Rendered, RowOutcome, Unrendered
+from batch_infer.chain.pacing import stream_for
 from batch_infer.diffusion import Finished
 from batch_infer.records import PromptRequest, Verdict
 from batch_infer.safety import ImageChecker
@@ -24,132 +24,144 @@ if TYPE_CHECKING:
 
 Tag: TypeAlias = "tuple[PromptRequest, Conditioning]"
 
-BATCHES_AHEAD = 2
-"""Micro-batches that may always wait for the decoder. See `Finishing.batches_ahead`."""
+MICRO_BATCHES_AHEAD = 2
+"""The least number of micro-batches that may wait for the decoder. See `Postprocessing.micro_batches_ahead`."""
 
 
-class Finishing:
-    """Decodes and judges finished rows.
+class Postprocessing:
+    """Decodes and checks finished rows.
 
-    On a GPU that is done on a thread and a stream of its own, so that the UNet's next call never waits for it. On a
-    CPU it is done where it is asked for: the CPU is the device, and a second torch thread would only fight the first
-    for its cores.
+    On a GPU this runs in background, on its own thread and stream, so that the next UNet call never waits for it. On a
+    CPU it runs in the calling thread: a second torch thread would only compete for the same cores.
     """
 
     def __init__(
         self,
         model: LatentDiffusion,
         checker: ImageChecker | None,
-        shape: tuple[int, int],
+        batch_sizes: tuple[int, int],
         stages: Stages,
         *,
         in_background: bool,
     ) -> None:
-        """`shape`: the slots of the UNet, and the size of a micro-batch. `in_background`: on a thread of its own."""
-        self._model, self._checker, self.stages = model, checker, stages
-        self.slots, self._batch = shape
-        self._collected: list[Finished[Tag]] = []
-        self.batches_ahead = max(BATCHES_AHEAD, 2 * self.slots // self._batch)
-        """Micro-batches between the UNet and the decoder; beyond this the UNet waits.
+        """`batch_sizes`: the slots, which are reported with each image, and the size of a micro-batch."""
+        self._model, self._checker, self._stages = model, checker, stages
+        self._slots, self._batch = batch_sizes
+        self._rows: list[Finished[Tag]] = []
+        """Rows for which no micro-batch is full yet."""
+        self.micro_batches_ahead = max(MICRO_BATCHES_AHEAD, 2 * self._slots // self._batch)
+        """Micro-batches between the UNet and the decoder. Beyond this the UNet waits.
 
-        Rows of equal steps finish at one tick: there must be room for all of them while those of the tick before are
+        Rows of equal steps finish in one call: there must be room for all of them while those of the call before are
         still being decoded. What waits are latents, 64 kB for an image of 512x512 pixels.
         """
-        self._under_way: deque[Future[list[Rendered | Unrendered]]] = deque()
-        self._pool = ThreadPoolExecutor(1, "finishing") if in_background else None
-        self._stream = stream_of(model.device, "finish")
+        self._futures: deque[Future[list[RowOutcome]]] = deque()
+        self._pool = ThreadPoolExecutor(1, "postprocessing") if in_background else None
+        self._stream = stream_for(model.device, "postprocess")
 
-    def prepare(self, latent_shape: tuple[int, int, int]) -> None:
-        """Compile the decoder here: torch must not compile on one thread while another calls compiled code."""
+    def compile(self, latent_shape: tuple[int, int, int]) -> None:
+        """Compile the decoder in this thread: torch must not compile while another thread calls compiled code."""
         with torch.inference_mode():
             self._model.decode(torch.zeros(self._batch, *latent_shape, device=self._model.device))
 
-    def add(self, rows: Sequence[Finished[Tag]]) -> Iterator[Rendered | Unrendered]:
-        """Take rows in; gives those that are through."""
-        self._collected += rows
-        while len(self._collected) >= self._batch:
-            batch, self._collected = self._collected[: self._batch], self._collected[self._batch :]
-            yield from self._begin(batch)
-        yield from self._through(self.batches_ahead)
+    def add(self, rows: Sequence[Finished[Tag]]) -> Iterator[list[RowOutcome]]:
+        """Add rows, and yield the outcomes of each micro-batch that is finished."""
+        self._rows += rows
+        while len(self._rows) >= self._batch:
+            batch, self._rows = self._rows[: self._batch], self._rows[self._batch :]
+            yield from self._start(batch)
+        yield from self._finished(self.micro_batches_ahead)
 
-    def finish(self) -> Iterator[Rendered | Unrendered]:
-        """Give all that was taken in, the last micro-batch padded."""
-        if self._collected:
-            batch, self._collected = self._collected, []
-            yield from self._begin(batch)
-        yield from self._through(0)
+    def finish(self) -> Iterator[list[RowOutcome]]:
+        """Yield the outcomes of all rows that were added. The last micro-batch is padded."""
+        if self._rows:
+            batch, self._rows = self._rows, []
+            yield from self._start(batch)
+        yield from self._finished(0)
 
     def close(self) -> None:
-        """Give up what is not through."""
+        """Drop the rows that are unfinished."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
-        self._under_way.clear()
-        self._collected.clear()
+        self._futures.clear()
+        self._rows.clear()
 
-    def _begin(self, batch: list[Finished[Tag]]) -> Iterator[Rendered | Unrendered]:
+    def _start(self, batch: list[Finished[Tag]]) -> Iterator[list[RowOutcome]]:
         latents = torch.stack([row.latents for row in batch] + [batch[-1].latents] * (self._batch - len(batch)))
         if self._pool is None:
-            yield from self._finish(batch, latents, None)
+            yield self._process(batch, latents, None)
             return
         ready = None
         if self._stream is not None:
             ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record()
             latents.record_stream(self._stream)
-        self._under_way.append(self._pool.submit(self._finish, batch, latents, ready))
+        self._futures.append(self._pool.submit(self._process, batch, latents, ready))
 
-    def _through(self, ahead: int) -> Iterator[Rendered | Unrendered]:
-        """Those that are through; waits while more than `ahead` micro-batches are not."""
-        while self._under_way and (len(self._under_way) > ahead or self._under_way[0].done()):
-            yield from self._under_way.popleft().result()
+    def _finished(self, ahead: int) -> Iterator[list[RowOutcome]]:
+        """Yield the outcomes of finished micro-batches, after waiting until at most `ahead` are unfinished."""
+        while self._futures and (len(self._futures) > ahead or self._futures[0].done()):
+            yield self._futures.popleft().result()
 
-    def _finish(
+    def _process(
         self, batch: list[Finished[Tag]], latents: torch.Tensor, ready: torch.cuda.Event | None
-    ) -> list[Rendered | Unrendered]:
+    ) -> list[RowOutcome]:
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
             if ready is not None and self._stream is not None:
                 self._stream.wait_event(ready)
-            pixels, whole = self._decode(latents, len(batch))
-            verdicts = self._check(pixels)
-        self.stages.images += len(batch)
-        return [
-            self._outcome(row, image, verdict) if finite else self._failed(row)
-            for row, image, finite, verdict in zip(batch, pixels, whole, verdicts, strict=True)
-        ]
-
-    def _outcome(self, row: Finished[Tag], image: np.ndarray, verdict: Verdict) -> Rendered:
-        request, conditioning = row.tag
-        return Rendered(request, image, verdict, conditioning, self.slots, row.seconds)
-
-    def _failed(self, row: Finished[Tag]) -> Unrendered:
-        request = row.tag[0]
-        return Unrendered(request, "failed", not_finite(request.params, self._model.dtype))
+            images, are_finite = self._decode(latents, len(batch))
+            verdicts = check_images(self._checker, images, self._batch, self._stages)
+        self._stages.images += len(batch)
+        outcomes: list[RowOutcome] = []
+        for row, image, is_finite, verdict in zip(batch, images, are_finite, verdicts, strict=True):
+            request, conditioning = row.tag
+            if is_finite:
+                outcomes.append(Rendered(request, image, verdict, conditioning, self._slots, row.seconds))
+            else:
+                outcomes.append(fail_not_finite(request, self._model.dtype))
+        return outcomes
 
     @torch.inference_mode()
     def _decode(self, latents: torch.Tensor, count: int) -> tuple[list[np.ndarray], list[bool]]:
         started = time.perf_counter()
-        found = to_pixels(self._model.decode(latents)[:count])
-        self.stages.decode += time.perf_counter() - started
-        return found
+        decoded = to_pixels(self._model.decode(latents)[:count])
+        self._stages.decode += time.perf_counter() - started
+        return decoded
 
-    def _check(self, pixels: list[np.ndarray]) -> list[Verdict]:
-        if self._checker is None:
-            return [Verdict()] * len(pixels)
-        started = time.perf_counter()
-        verdicts = self._checker.check(pixels)
-        self.stages.check += time.perf_counter() - started
-        return verdicts
+
+def check_images(
+    checker: ImageChecker | None, images: Sequence[np.ndarray], batch: int, stages: Stages
+) -> list[Verdict]:
+    """Check images, at most `batch` at once. Without a checker the verdicts are empty."""
+    if checker is None:
+        return [Verdict()] * len(images)
+    started = time.perf_counter()
+    batches = [images[first : first + batch] for first in range(0, len(images), batch)]
+    verdicts = [verdict for images in batches for verdict in checker.check(images)]
+    stages.check += time.perf_counter() - started
+    return verdicts
 
 
 def to_pixels(images: torch.Tensor) -> tuple[list[np.ndarray], list[bool]]:
-    """Images (B, 3, H, W), 0 black and 1 white, as (H, W, 3) uint8 on the host, and which of them were finite."""
+    """Return images (B, 3, H, W) from 0 to 1 as (H, W, 3) uint8 on the host, and whether each had finite values."""
     finite = torch.isfinite(images).flatten(1).all(1)
     images = images.nan_to_num().clamp(0, 1)
-    # Rounded as diffusers' image processor does, half to even.
+    # Rounded as in diffusers' image processor, half to even.
     pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
     if pixels.is_cuda:
-        # From pinned memory the copy waits for this stream alone.
+        # A copy to pinned memory waits for this stream only.
         pixels = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True).copy_(pixels, non_blocking=True)
         torch.cuda.current_stream().synchronize()
         return [image.copy() for image in pixels.numpy()], finite.tolist()
     return list(pixels.numpy()), finite.tolist()
+
+
+def fail_not_finite(request: PromptRequest, dtype: torch.dtype) -> Unrendered:
+    """Return the failure of a row whose image has values that are not finite."""
+    params = request.params
+    advice = "" if dtype == torch.float32 else ", or compute with --dtype float32"
+    error = (
+        f"the model's output is not finite at {params.num_inference_steps} steps and guidance_scale "
+        f"{params.guidance_scale:g}; try other values{advice}"
+    )
+    return Unrendered(request, "failed", error)

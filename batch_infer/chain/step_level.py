@@ -1,21 +1,27 @@
-"""The packed chain: rows of any steps and guidance share one UNet call, and leave it one by one."""
+"""Step-level batching: rows of any step count and guidance share UNet calls, and each leaves when it is finished."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from batch_infer.accelerator import out_of_memory_errors
-from batch_infer.chain.encoding import Encoding
-from batch_infer.chain.outcomes import Elsewhere, Rendered, Size, Unrendered, nothing
-from batch_infer.chain.pacing import pace_of
-from batch_infer.chain.postprocessing import Finishing, Tag
-from batch_infer.chain.read_ahead import Ahead, Waiting
-from batch_infer.chain.shape import BatchSizes, Part
+from batch_infer.chain.base import (
+    BatchSizes,
+    DeviceChain,
+    RowOutcome,
+    Stage,
+    Unrendered,
+    fail_out_of_memory,
+    format_size,
+)
+from batch_infer.chain.pacing import EncodeStream, make_pacer
+from batch_infer.chain.postprocessing import Postprocessing, Tag
+from batch_infer.chain.sources import EncodedRequests, ReadAhead, Size, size_of
 from batch_infer.diffusion import Finished, Slots
 from batch_infer.errors import RowError, first_line
 from batch_infer.models import is_compiled
@@ -29,208 +35,165 @@ if TYPE_CHECKING:
 log = logging.getLogger("batch_infer")
 
 
-class StepLevelChain:
-    """One device's way from requests to judged images.
-
-    What follows (compress, hash, write) is the worker's, on threads beside this one.
-    """
+class StepLevelChain(DeviceChain):
+    """Renders with a model whose denoising loop is ours. Rows are admitted as slots become free."""
 
     uses_pipeline_call = False
+    model: LatentDiffusion
 
     def __init__(
         self,
         model: LatentDiffusion,
-        shape: BatchSizes,
+        batch_sizes: BatchSizes,
         checker: ImageChecker | None,
         stop: Callable[[], bool] = lambda: False,
         *,
         in_background: bool | None = None,
     ) -> None:
-        """`stop` is asked at every tick; once it says so, rows under way are given up and `render` ends.
+        """`stop` is called before each UNet call. Once it returns True, unfinished rows are dropped.
 
-        `in_background`: decode and check on a thread of their own; by default on a GPU.
+        `in_background`: decode and check on another thread. By default only on a GPU.
         """
-        self.model, self._checker, self._stop = model, checker, stop
+        super().__init__(model, batch_sizes, checker, stop)
         self._in_background = model.device.type == "cuda" if in_background is None else in_background
-        self.batch_sizes = shape
-        """The batch sizes as they are now: smaller than at first where the device ran out of memory."""
-        self.stages_by_size: dict[Size, Stages] = {}
         self._compiled: set[tuple[Size, tuple[int, int]]] = set()
-        """The image sizes, each with its slots and decoder batch, that the networks are compiled for."""
+        """The image sizes, with their batch sizes, that the networks are compiled for."""
 
-    @property
-    def stages(self) -> Stages:
-        """Those of all sizes together."""
-        return sum(self.stages_by_size.values(), Stages())
-
-    def render(
-        self, requests: Iterable[PromptRequest], elsewhere: Elsewhere = nothing
-    ) -> Iterator[Rendered | Unrendered]:
-        """Render requests as slots come free, in the order in which they finish.
-
-        Rows next to each other should share a size: a change of size waits until the slots have emptied. Where the
-        device's memory does not hold the slots, or the decoder's batch, half of them are given up and the rows that
-        were in them begin again.
-
-        An iterator that has none at this moment is asked again at the next tick, for as long as there is one: it may
-        then have more. After each tick the outcomes that `elsewhere` gives are given too, as they are.
-        """
-        source = Ahead(iter(requests))
-        started = time.perf_counter()
-        while (first := source.peek()) is not None and not self._stop():
-            size = first.params.height, first.params.width
-            stages = self.stages_by_size.setdefault(size, Stages())
-            compilation = stages.compilation
-            yield from self._render_size(source, size, elsewhere)
-            stages.seconds += time.perf_counter() - started - (stages.compilation - compilation)
-            started = time.perf_counter()
-
-    def _render_size(self, source: Ahead, size: Size, elsewhere: Elsewhere) -> Iterator[Rendered | Unrendered]:
-        finishing = Finishing(
-            self.model,
-            self._checker,
-            self.batch_sizes.of(size),
-            self.stages_by_size[size],
-            in_background=self._in_background,
+    def _render_next(self, requests: ReadAhead, first: PromptRequest, stages: Stages) -> Iterator[Sequence[RowOutcome]]:
+        """Render the next requests of one size."""
+        size = size_of(first)
+        batch_sizes = self.batch_sizes.of(size)
+        postprocessing = Postprocessing(
+            self.model, self._checker, batch_sizes, stages, in_background=self._in_background
         )
-        passage = _Passage(self.model, finishing, size, compiles=self._needs_compilation(size))
-        batches = self.batch_sizes.of(size)
+        slots: Slots[Tag] = Slots(
+            self.model, batch_sizes[0], self.model.latent_shape(*size), self.model.device, self.model.dtype
+        )
+        size_pass = _SizePass(self.model, slots, postprocessing, stages)
+        size_pass.must_compile = is_compiled(self.model.networks) and (size, batch_sizes) not in self._compiled
         try:
             with out_of_memory_errors():
-                yield from passage.run(source, self._stop, elsewhere)
+                yield from size_pass.run(requests, size, self._stop)
             return
         except torch.OutOfMemoryError as error:
-            told = first_line(error)
+            message = first_line(error)
         finally:
-            left, part = passage.left, passage.part
-            if passage.has_compiled:
-                self._compiled.add((size, batches))
-            finishing.close()
-        # Outside of the except block, whose traceback would keep the tensors of the passage alive.
-        del passage, finishing
+            unfinished, stage = list(size_pass.unfinished.values()), size_pass.stage
+            if size_pass.has_compiled:
+                self._compiled.add((size, batch_sizes))
+            postprocessing.close()
+        # Outside of the except block, whose traceback would keep the tensors alive.
+        del size_pass, postprocessing, slots
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
-        yield from self._shrink(source, size, part, left, told)
+        yield self._halve(requests, size, stage, unfinished, message)
 
-    def _needs_compilation(self, size: Size) -> bool:
-        """Whether networks are to be compiled, and are not yet for this size and its batch sizes."""
-        return is_compiled(self.model.networks) and (size, self.batch_sizes.of(size)) not in self._compiled
-
-    def _shrink(
-        self, source: Ahead, size: Size, part: Part, left: Sequence[PromptRequest], told: str
-    ) -> Iterator[Unrendered]:
-        """Go on with half; with nothing left to halve, the rows that were under way have failed."""
-        name = f"{size[1]}x{size[0]}"
-        smaller = self.batch_sizes.shrunk(size, part)
+    def _halve(
+        self, requests: ReadAhead, size: Size, stage: Stage, unfinished: Sequence[PromptRequest], message: str
+    ) -> list[Unrendered]:
+        """Halve a batch size and put unfinished rows back. Returns them as failed if no batch size can be halved."""
+        smaller = self.batch_sizes.halved(size, stage)
         if smaller is None:
-            error = f"the device's memory does not hold one image of {name} pixels ({told})"
-            yield from (Unrendered(request, "failed", error) for request in left)
-            return
-        before, after = (shape.of(size)[part == "decode"] for shape in (self.batch_sizes, smaller))
-        what = "slots" if part == "denoise" else "images in a decoder call"
-        log.warning("out of memory at %s pixels: going on with %d %s, not %d", name, after, what, before)
+            return fail_out_of_memory(unfinished, size, message)
+        before, after = (sizes.of(size)[stage == "decode"] for sizes in (self.batch_sizes, smaller))
+        what = "slots" if stage == "denoise" else "images in a decoder call"
+        log.warning("out of memory at %s pixels: going on with %d %s, not %d", format_size(size), after, what, before)
         self.batch_sizes = smaller
-        source.put_back(left)
+        requests.put_back(unfinished)
+        return []
 
 
-class _Passage:
-    """Rows of one size on their way through the slots of one shape: all that lies on the device for them."""
+class _SizePass:
+    """Renders rows of one size with fixed batch sizes, and owns all that is on the device for them."""
 
-    def __init__(self, model: LatentDiffusion, finishing: Finishing, size: Size, *, compiles: bool) -> None:
-        """`compiles`: compile the networks for this size before any row is timed."""
-        self._model, self._finishing, self._size = model, finishing, size
-        self._compiles = compiles
+    def __init__(
+        self, model: LatentDiffusion, slots: Slots[Tag], postprocessing: Postprocessing, stages: Stages
+    ) -> None:
+        self._model, self._slots, self._postprocessing, self._stages = model, slots, postprocessing, stages
+        self._encoded = EncodedRequests()
+        self._pacer = make_pacer(model.device, stages)
+        self._encode_stream = EncodeStream(model.device)
+        self.unfinished: dict[tuple[str, int], PromptRequest] = {}
+        self.stage: Stage = "denoise"
+        """The stage that is running, or that ran out of memory."""
+        self.must_compile = False
+        """Whether to compile the networks for this size before the first row is timed."""
         self.has_compiled = False
-        self._stages = finishing.stages
-        self._waiting = Waiting()
-        self._pace = pace_of(model.device, self._stages)
-        self._encoding = Encoding(model.device)
-        self._open: dict[tuple[str, int], PromptRequest] = {}
-        self.part: Part = "denoise"
-        """What is being done, or was when it did not fit into memory."""
 
-    @property
-    def left(self) -> list[PromptRequest]:
-        """The rows that were taken in and are not through."""
-        return list(self._open.values())
-
-    def run(
-        self, source: Ahead, stop: Callable[[], bool], elsewhere: Elsewhere = nothing
-    ) -> Iterator[Rendered | Unrendered]:
-        """Render this size's rows; gives those that are through, and returns once the next row has another size."""
-        model = self._model
-        slots: Slots[Tag] = Slots(
-            model, self._finishing.slots, model.latent_shape(*self._size), model.device, model.dtype
-        )
+    def run(self, requests: ReadAhead, size: Size, stop: Callable[[], bool]) -> Iterator[Sequence[RowOutcome]]:
+        """Render until the next request is of another size, or there is none and no row is left."""
         while not stop():
-            self._read_ahead(source, slots.size)
-            yield from self._admit(slots)
-            if self._compiles and slots.busy:
-                self._compile(slots)
-            if not slots.busy:
-                if self._waiting or source.has(self._size):
-                    continue
+            self._encode_ahead(requests, size)
+            yield self._admit()
+            if self._slots.busy:
+                if self.must_compile:
+                    self._compile()
+                yield from self._postprocess(self._postprocessing.add(self._evaluate()))
+            elif not self._encoded and not requests.has(size):
                 break
-            done = self._tick(slots)
-            yield from self._through(self._finishing.add(done))
-            yield from elsewhere()
-        self._pace.finish()
-        yield from self._through(self._finishing.finish())
+        self._pacer.finish()
+        yield from self._postprocess(self._postprocessing.finish())
 
-    def _compile(self, slots: Slots[Tag]) -> None:
-        """Have both networks compiled for these shapes, by one call each whose result is dropped.
+    def _compile(self) -> None:
+        """Compile both networks for these shapes, by one call each whose result is dropped.
 
         So the time of compiling is in no stage, and in no figure that is derived from them.
         """
         started = time.perf_counter()
-        slots.evaluate()
-        self.part = "decode"
-        self._finishing.prepare(slots.latent_shape)
-        self.part = "denoise"
+        self._slots.evaluate()
+        self.stage = "decode"
+        self._postprocessing.compile(self._slots.latent_shape)
+        self.stage = "denoise"
         if self._model.device.type == "cuda":
             torch.cuda.synchronize()
         self._stages.compilation += time.perf_counter() - started
-        self._compiles, self.has_compiled = False, True
+        self.must_compile, self.has_compiled = False, True
 
-    def _through(self, outcomes: Iterator[Rendered | Unrendered]) -> Iterator[Rendered | Unrendered]:
-        self.part = "decode"
-        for outcome in outcomes:
-            self._open.pop(outcome.request.key, None)
-            yield outcome
-        self.part = "denoise"
+    def _postprocess(self, batches: Iterator[list[RowOutcome]]) -> Iterator[list[RowOutcome]]:
+        self.stage = "decode"
+        for outcomes in batches:
+            for outcome in outcomes:
+                self.unfinished.pop(outcome.request.key, None)
+            yield outcomes
+        self.stage = "denoise"
 
-    def _read_ahead(self, source: Ahead, slots: int) -> None:
-        """Keep as many rows waiting as there are slots; encode their prompts together, before a slot wants them."""
-        if len(self._waiting) > slots // 2:
+    def _encode_ahead(self, requests: ReadAhead, size: Size) -> None:
+        """Keep as many rows waiting as there are slots. Their prompts are encoded together, before a slot is free."""
+        if len(self._encoded) > self._slots.size // 2:
             return
-        batch = source.take(self._size, slots - len(self._waiting))
-        if batch:
-            self._open.update((request.key, request) for request in batch)
-            started = time.perf_counter()
-            with self._encoding.apart():
-                conditionings = self._model.condition(batch)
-            for request, conditioning in zip(batch, conditionings, strict=True):
-                self._encoding.lend(conditioning)
-                self._waiting.add(request, conditioning)
-            self._stages.encode += time.perf_counter() - started
+        batch = requests.take(size, self._slots.size - len(self._encoded))
+        if not batch:
+            return
+        self.unfinished.update((request.key, request) for request in batch)
+        started = time.perf_counter()
+        with self._encode_stream.use():
+            conditionings = self._model.condition(batch)
+        for request, conditioning in zip(batch, conditionings, strict=True):
+            self._encode_stream.keep_alive(conditioning)
+            self._encoded.add(request, conditioning)
+        self._stages.encode += time.perf_counter() - started
 
-    def _admit(self, slots: Slots[Tag]) -> Iterator[Unrendered]:
-        while (taken := self._waiting.take(slots.free)) is not None:
-            request, conditioning = taken
+    def _admit(self) -> list[RowOutcome]:
+        """Move waiting rows into free slots. Returns those whose step count the scheduler refuses."""
+        refused: list[RowOutcome] = []
+        while (row := self._encoded.take(self._slots.free)) is not None:
+            request, conditioning = row
             try:
                 table = self._model.solver.table(request.params.num_inference_steps)
             except RowError as error:
-                self._open.pop(request.key, None)
-                yield Unrendered(request, "invalid", str(error))
+                self.unfinished.pop(request.key, None)
+                refused.append(Unrendered(request, "invalid", str(error)))
                 continue
-            slots.admit(taken, request.params, request.seed, table, conditioning.context)
+            self._slots.admit(row, request.params, request.seed, table, conditioning.context)
+        return refused
 
-    def _tick(self, slots: Slots[Tag]) -> list[Finished[Tag]]:
-        self._pace.start()
-        before = slots.row_forwards
-        done = slots.tick()
+    def _evaluate(self) -> list[Finished[Tag]]:
+        """Make one UNet call and return the rows that it finishes."""
+        self._pacer.start()
+        before = self._slots.row_forwards
+        finished = self._slots.tick()
         self._stages.ticks += 1
-        self._stages.slot_ticks += slots.size
-        self._stages.row_forwards += slots.row_forwards - before
-        self._pace.end()
-        return done
+        self._stages.slot_ticks += self._slots.size
+        self._stages.row_forwards += self._slots.row_forwards - before
+        self._pacer.end()
+        return finished

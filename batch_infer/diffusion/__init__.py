@@ -1,4 +1,7 @@
-"""The latent diffusion loop: many rows, each at its own step of its own sampler, in one UNet call."""
+"""The latent diffusion loop: many rows share a UNet call, each at its own step of its own sampler.
+
+Slots hold the rows of a batch, and a Solver computes the coefficients by which a diffusers scheduler advances them.
+"""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Classifier-free guidance with a scale and a rescale of its own for every row."""
+"""Classifier-free guidance with the scale and the rescale factor of each row."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ def guide(
 ) -> torch.Tensor:
     """Combine the two predictions of each row.
 
-    conditional, unconditional (R, C, h, w); scale, rescale (R,); rescale None where no row asks for it. A row without
-    guidance hands its one prediction in twice: u + s (c - u) is then exactly c.
+    conditional, unconditional (R, C, h, w); scale, rescale (R,); rescale is None if no row uses it. A row without
+    guidance passes its one prediction as both: u + s (c - u) is then exactly c.
 
     Ho & Salimans, arXiv 2207.12598, eq. 6; rescale: Lin et al., arXiv 2305.08891, section 3.4.
     """
@@ -22,7 +22,7 @@ def guide(
     ratio = conditional.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True)
     factor = _column(rescale)
     rescaled = factor * (guided * ratio) + (1 - factor) * guided
-    # where, and not 0 * ...: a row that asks for no rescale keeps its bytes even where the ratio is not finite.
+    # where, and not 0 * ...: a row without rescale keeps its bytes even where the ratio is not finite.
     return torch.where(factor > 0, rescaled, guided)
 
 

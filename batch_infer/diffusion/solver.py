@@ -1,8 +1,8 @@
-"""A diffusers scheduler as a table of coefficients, so that every row can advance by its own line of its own table.
+"""A diffusers scheduler as a table of coefficients, so that each row advances by one line of its own table.
 
-A scheduler is linear in the initial noise, in the model outputs it was handed and in the noise that it drew. Running it
-once on basis vectors reads those linear maps off, whatever the solver (DDIM, PNDM, Heun, UniPC, Euler ancestral, ...):
-diffusers stays the single source of truth, and no solver is written here.
+A scheduler is linear in the initial noise, in the model outputs and in the noise that it draws. Running it once on
+basis vectors gives these linear maps for any solver (DDIM, PNDM, Heun, UniPC, Euler ancestral, ...): diffusers stays
+the single source of truth, and no solver is written here.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from torch.overrides import TorchFunctionMode
 from batch_infer.errors import ModelError, RowError, first_line
 
 TOLERANCE = 1e-4
-"""How far a table may be from its scheduler on random data, at each step, relative to the step's largest value.
+"""Largest difference of a table from its scheduler on random data, at each step, relative to its largest value.
 
 Some schedulers compute in float32.
 """
 TABLES_KEPT = 32
-"""Step counts whose tables are kept: of 1,000 steps one takes 4 MB, 8 where the sampler draws noise at each, and 24
-where it asks the model twice besides."""
+"""Step counts whose tables are cached. A table of 1,000 steps takes 4 MB, 8 MB if the sampler draws noise at each step,
+and 24 MB if it also evaluates the model twice per step."""
 TRIAL_SHAPE = (1, 4, 4, 4)
 
 
@@ -37,7 +37,7 @@ class NotPackable(RowError):
 
 
 class Scheduler(Protocol):
-    """What is asked of a diffusers scheduler."""
+    """The part of a diffusers scheduler that is used here."""
 
     config: Any
     timesteps: torch.Tensor
@@ -50,10 +50,10 @@ class Scheduler(Protocol):
 class CoefficientTable:
     """A sampler of K model evaluations, for one step count.
 
-    y lists what a row adds up: first its unit noise, then for each evaluation k the model's output (guidance applied)
-    and after it the `draws[k]` unit noises that the sampler draws. Evaluation k sees `input_scale[k] * x[k]` at
+    y are the terms of a row's sums: first its unit noise, then for each evaluation k the model output (with guidance),
+    followed by the `draws[k]` unit noises that the sampler draws. Evaluation k gets `input_scale[k] * x[k]` at
     `timesteps[k]`, where `x[0] = initial_scale * y[0]` and `x[k + 1]` is the sum of `coefficients[k, j] * y[j]` over
-    all that is known by then: j up to `k + 1 + sum(draws[: k + 1])`.
+    the terms known by then: j up to `k + 1 + sum(draws[: k + 1])`.
 
     timesteps, input_scale and draws have K entries; coefficients is (K, 1 + K + sum(draws)) float32 on the CPU.
     """
@@ -70,12 +70,12 @@ class CoefficientTable:
 
 
 class Solver:
-    """The coefficient tables of one scheduler, made as step counts come up; the latest are kept."""
+    """The coefficient tables of one scheduler, computed on demand. The latest ones are cached."""
 
     def __init__(self, scheduler: Scheduler, begin_index: int | None = None) -> None:
-        """`begin_index`: what the pipeline sets before its first step, None where it leaves that to the scheduler.
+        """`begin_index`: set before the first step if the pipeline does so, None if the scheduler finds it.
 
-        Raises ModelError for a scheduler that clips, thresholds, or draws noise that is not its row's.
+        Raises ModelError for a scheduler that clips, thresholds, or draws noise from another generator than its row's.
         """
         self.name = type(scheduler).__name__
         for option in ("clip_sample", "thresholding"):
@@ -90,15 +90,15 @@ class Solver:
         self._probe()
 
     def table(self, num_inference_steps: int) -> CoefficientTable:
-        """The table for a step count. Raises RowError where the scheduler refuses that count."""
-        found = self._tables(num_inference_steps)
-        if isinstance(found, RowError):
-            # Without its traceback, which would grow by every row that asks.
-            raise found.with_traceback(None)
-        return found
+        """Return the table for a step count. Raises RowError if the scheduler refuses that count."""
+        table = self._tables(num_inference_steps)
+        if isinstance(table, RowError):
+            # Without the traceback, which would grow with every row.
+            raise table.with_traceback(None)
+        return table
 
     def _probe(self) -> None:
-        """Find out at once, before any row is rendered, whether the scheduler can be packed at all."""
+        """Raise ModelError if the scheduler can be used for no step count, before any row is rendered."""
         refusals = []
         for steps in (10, 20, 4, 1):
             try:
@@ -114,12 +114,13 @@ class Solver:
         raise ModelError(f"{refusals[0]} (nor 20, 4 or 1); choose other settings with --scheduler")
 
     def _make(self, steps: int) -> CoefficientTable | RowError:
-        """The table, or why there is none."""
+        """Return the table, or the reason why there is none."""
         refusal = f"{self.name} does not take num_inference_steps={steps}"
         try:
-            first = self._try_out(steps, seed=0, watched=True)
-            second = self._try_out(steps, seed=1, watched=first.draws > 0)
-            table = _read_off(self._fresh(steps), len(first.known), watched=first.draws > 0)
+            first = self._run_on_random_data(steps, seed=0, intercepts=True)
+            intercepts = first.draws > 0
+            second = self._run_on_random_data(steps, seed=1, intercepts=intercepts)
+            table = _compute_table(self._copy_scheduler(steps), len(first.known), intercepts=intercepts)
         except (ValueError, IndexError, ZeroDivisionError, RuntimeError, AssertionError) as error:
             return RowError(f"{refusal}: {first_line(error)}")
         except NotPackable as error:
@@ -131,20 +132,20 @@ class Solver:
                 f"{self.name} draws noise of its own, so an image would not depend on its row's seed alone"
             )
         errors = (table.coefficients.double() @ first.known - first.samples).abs().amax(dim=1)
-        # Not any(errors > ...): a difference that is not a number must not pass.
+        # Not any(errors > ...): a difference of nan must not pass.
         if not (errors <= TOLERANCE * first.samples.abs().amax(dim=1)).all():
             return NotPackable(f"{self.name} with these settings is not linear in the model's outputs")
         return table
 
-    def _fresh(self, steps: int) -> Scheduler:
+    def _copy_scheduler(self, steps: int) -> Scheduler:
         scheduler = copy.deepcopy(self._scheduler)
         scheduler.set_timesteps(steps, device="cpu")
         if self._begin_index is not None and hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(self._begin_index)
         return scheduler
 
-    def _try_out(self, steps: int, *, seed: int, watched: bool) -> _Trial:
-        """The scheduler itself on random outputs and draws, always the same, with torch's own generator at `seed`."""
+    def _run_on_random_data(self, steps: int, *, seed: int, intercepts: bool) -> _Trial:
+        """Run the scheduler on fixed random outputs and draws, with torch's default generator seeded with `seed`."""
         generator = torch.Generator().manual_seed(0)
         known: list[torch.Tensor] = []
 
@@ -154,14 +155,14 @@ class Solver:
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            walked = _walk(self._fresh(steps), supply, watched=watched)
-        samples = torch.stack([step.sample for step in walked])
-        return _Trial(torch.stack(known).flatten(1), samples, sum(step.draws for step in walked))
+            taken = _run_scheduler(self._copy_scheduler(steps), supply, intercepts=intercepts)
+        samples = torch.stack([step.sample for step in taken])
+        return _Trial(torch.stack(known).flatten(1), samples, sum(step.draws for step in taken))
 
 
 @dataclass(frozen=True, slots=True)
 class _Trial:
-    """Inputs of a scheduler, (number, elements), its sample after each step, (steps, elements), and its draws."""
+    """Inputs of a scheduler (count, elements), its sample after each step (steps, elements), and how often it drew."""
 
     known: torch.Tensor
     samples: torch.Tensor
@@ -170,20 +171,20 @@ class _Trial:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """What one evaluation told: the scale of its input, the draws after it, and the sample, flat, that came of it."""
+    """One evaluation: the scale of its input, the number of draws after it, and the resulting sample, flattened."""
 
     input_scale: float
     draws: int
     sample: torch.Tensor
 
 
-def _read_off(scheduler: Scheduler, known: int, *, watched: bool) -> CoefficientTable:
-    """Run the scheduler on basis vectors, as many as it will be handed."""
-    # Some solvers want rank 4 (UniPC); the basis lies along the channels.
+def _compute_table(scheduler: Scheduler, known: int, *, intercepts: bool) -> CoefficientTable:
+    """Run the scheduler on `known` basis vectors, one for each of its inputs."""
+    # Some solvers require rank 4 (UniPC). The basis is along the channels.
     basis = torch.eye(known, dtype=torch.float64).reshape(known, 1, -1, 1, 1)
     timesteps = tuple(scheduler.timesteps.float().tolist())
     numbers = count()
-    steps = _walk(scheduler, lambda: basis[next(numbers)], watched=watched)
+    steps = _run_scheduler(scheduler, lambda: basis[next(numbers)], intercepts=intercepts)
     return CoefficientTable(
         timesteps=timesteps,
         input_scale=tuple(step.input_scale for step in steps),
@@ -193,23 +194,22 @@ def _read_off(scheduler: Scheduler, known: int, *, watched: bool) -> Coefficient
     )
 
 
-def _walk(scheduler: Scheduler, supply: Callable[[], torch.Tensor], *, watched: bool) -> list[_Step]:
-    """Run a scheduler on what `supply` gives for the noise, for each model output and for each draw, in that order.
+def _run_scheduler(scheduler: Scheduler, supply: Callable[[], torch.Tensor], *, intercepts: bool) -> list[_Step]:
+    """Run a scheduler with `supply` called for the noise, for each model output and for each draw, in this order.
 
-    Unwatched, which is twice as fast, draws are left to the scheduler.
+    Without `intercepts`, which is twice as fast, the scheduler draws noise itself.
     """
     steps = []
     generator = torch.Generator()
-    # As pipelines call it: the row's generator where the scheduler takes one, and eta, where there is one, as it is
-    # there by default (TCD's own default is another).
-    offered = {"generator": generator, "eta": 0.0}
-    taken = inspect.signature(scheduler.step).parameters
-    arguments = {name: value for name, value in offered.items() if name in taken}
+    # As pipelines call it: with the row's generator, and with the pipelines' default of eta (TCD's own differs), if the
+    # scheduler has these arguments.
+    parameters = inspect.signature(scheduler.step).parameters
+    arguments = {name: value for name, value in (("generator", generator), ("eta", 0.0)) if name in parameters}
     sample = _initial(scheduler) * supply()
-    draws = _Draws(generator, supply)
-    with draws if watched else nullcontext():
+    draws = _InterceptDraws(generator, supply)
+    with draws if intercepts else nullcontext():
         for timestep in scheduler.timesteps.clone():
-            # The scale is read off ones: in a basis the sample's own entries are mostly zero.
+            # The scale is measured on ones: the entries of a basis vector are mostly zero.
             scale = float(_scale(scheduler, timestep, torch.ones(1, 1, 1, 1, dtype=torch.float64)))
             before = draws.count
             sample = scheduler.step(supply(), timestep, sample, return_dict=False, **arguments)[0]
@@ -217,8 +217,8 @@ def _walk(scheduler: Scheduler, supply: Callable[[], torch.Tensor], *, watched: 
     return steps
 
 
-class _Draws(TorchFunctionMode):
-    """Answers by a supply what is drawn from one generator, and counts it."""
+class _InterceptDraws(TorchFunctionMode):
+    """Replaces what is drawn from one generator by supplied noise, and counts the draws."""
 
     def __init__(self, generator: torch.Generator, supply: Callable[[], torch.Tensor]) -> None:
         super().__init__()
@@ -231,7 +231,7 @@ class _Draws(TorchFunctionMode):
         options = kwargs or {}
         if options.get("generator") is not self._generator:
             return func(*args, **options)
-        # What the packer will do is to draw one unit noise in the latents' shape.
+        # The packer draws unit noise in the shape of the latents.
         if func is not torch.randn:
             raise NotPackable("draws noise that is not normal")
         drawn = self._supply()

@@ -27,13 +27,7 @@ from batch_infer.engines.connection import SupervisorConnection
 from batch_infer.engines.handle import WorkerHandle, shut_down
 from batch_infer.engines.local import LocalEngine
 from batch_infer.engines.messages import Hello, StopTask, decode_from_worker, encode
-from batch_infer.engines.rendezvous import (
-    Rendezvous,
-    age_seconds,
-    read_rendezvous,
-    remove_rendezvous,
-    write_rendezvous,
-)
+from batch_infer.engines.rendezvous import Rendezvous, age_seconds, read_rendezvous, remove_rendezvous, write_rendezvous
 from batch_infer.engines.worker_process import WorkerSpec, work
 from batch_infer.errors import ModelError, ServiceError, SettingsError
 from batch_infer.models import ModelCard

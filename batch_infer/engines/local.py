@@ -55,7 +55,7 @@ class LocalEngine:
         gpus = device.count if device.kind == "cuda" else None
         self.workers = self._children = self._processes or gpus or 1
         if gpus is not None and self.workers > gpus:
-            raise SettingsError(f"--num-processes {self.workers}: torch sees {gpus} GPUs here, and each worker has one")
+            raise SettingsError(f"--num-processes {self.workers}: torch sees {gpus} GPUs, and each worker needs one")
         return device
 
     def render(self, task: Task, on_commit: OnCommit, stop: Stop, on_ready: OnReady = lambda: None) -> TaskReport:

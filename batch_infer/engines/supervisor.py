@@ -42,8 +42,7 @@ class Supervisor:
         self._reports: list[WorkerReport] = []
         self._failures: Counter[int] = Counter()
         """Deaths in a row without a commit, by rank."""
-        self._deaths, self._lost_remote_worker = 0, False
-        self._is_stopping = False
+        self._deaths, self._lost_remote_worker, self._is_stopping = 0, False, False
         self._error: Exception | None = None
         self._rendering_since: float | None = None
 
@@ -188,7 +187,7 @@ class Supervisor:
 
     def _send_rows(self, worker: WorkerHandle, chunk: Chunk | None) -> None:
         carried = self._task.settings.carried
-        worker.send(messages.NoMoreRows() if chunk is None else messages.RowChunk.from_chunk(chunk, carried))
+        worker.send(messages.RowChunk.from_chunk(chunk, carried) if chunk else messages.NoMoreRows())
 
     def _compare_device(self, worker: WorkerHandle, device: Device) -> None:
         """Stop if workers compute on different kinds of devices: bytes would depend on which one has a row."""

@@ -29,15 +29,7 @@ from batch_infer.worker import WorkerSettings, format_worker_name
 if TYPE_CHECKING:
     from batch_infer.worker import ChainLoader, Worker
 
-LAUNCHER_NAMES = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "GROUP_RANK",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)
+LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables with which accelerate would have all ranks wait for each other."""
 
 

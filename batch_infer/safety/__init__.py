@@ -1,18 +1,16 @@
-"""Safety checks: of images once they are rendered, and of prompts before."""
+"""Safety checks: of prompts before they are rendered, and of images after.
+
+An ImageChecker is a model on the device, a Gate a service. `protocols` has the registry of both.
+"""
 
 from typing import TYPE_CHECKING
 
 from batch_infer.lazy import import_on_use
-from batch_infer.safety.protocols import Gate, ImageChecker, make_gate
+from batch_infer.safety.protocols import Gate, ImageChecker, make_gate, make_image_checker
 
 if TYPE_CHECKING:
-    from batch_infer.safety.checker import StableDiffusionChecker
     from batch_infer.safety.content_safety import check_credentials
 else:
-    __getattr__ = import_on_use(
-        __name__,
-        checker=("StableDiffusionChecker",),
-        content_safety=("check_credentials",),
-    )
+    __getattr__ = import_on_use(__name__, content_safety=("check_credentials",))
 
-__all__ = ["Gate", "ImageChecker", "StableDiffusionChecker", "check_credentials", "make_gate"]
+__all__ = ["Gate", "ImageChecker", "check_credentials", "make_gate", "make_image_checker"]

@@ -1,14 +1,14 @@
-"""The safety checker that a Stable Diffusion checkpoint carries, with its scores kept.
+"""The safety checker of Stable Diffusion checkpoints, with its scores.
 
-diffusers' StableDiffusionSafetyChecker paints a flagged image black and throws its scores away. The same decision is
-made here from the same weights: cosine similarity of the image's CLIP embedding to 17 concepts, each with its own
-threshold, and to 3 concepts of special care that lower the other thresholds by 0.01 (Rando et al., arXiv 2210.04610).
+diffusers' StableDiffusionSafetyChecker paints a flagged image black and drops its scores. The same decision is made
+here from the same weights: cosine similarity of the image's CLIP embedding to 17 concepts, each with its own threshold,
+and to 3 special-care concepts that lower the other thresholds by 0.01 (Rando et al., arXiv 2210.04610).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,11 @@ from torch.nn.functional import normalize
 from batch_infer.records import Verdict
 
 SPECIAL_CARE = 0.01
-"""What diffusers adds to every concept's score once a special-care concept was found."""
+"""Added by diffusers to the score of every concept if a special-care concept matches."""
 
 
 class StableDiffusionChecker:
-    """A checkpoint's own checker, at a fixed batch of `batch` images."""
+    """A checkpoint's own checker, called with a fixed batch of `batch` images."""
 
     name = "stable_diffusion"
 
@@ -31,18 +31,18 @@ class StableDiffusionChecker:
         self._module, self._feature_extractor, self._batch = module, feature_extractor, batch
 
     def check(self, images: Sequence[np.ndarray]) -> list[Verdict]:
-        """Judge images (H, W, 3) uint8 of one size, in calls that are padded to the full batch.
+        """Check images (H, W, 3) uint8 of one size, in calls that are padded to the full batch.
 
-        The checker sees squares. Of an image that is not square it is shown as many overlapping squares as cover it,
-        the centre one (all that diffusers shows it) among them; the highest score of each concept counts.
+        The checker takes squares. An image that is not square is covered by overlapping squares, among them the centre
+        one, which is all that diffusers checks. The highest score of each concept counts.
         """
         tiles = [tiles_of(image) for image in images]
-        each = len(tiles[0])
+        per_image = len(tiles[0])
         flat = [tile for group in tiles for tile in group]
         flat += [flat[-1]] * (-len(flat) % self._batch)
         calls = [self._scores(flat[first : first + self._batch]) for first in range(0, len(flat), self._batch)]
         scores = [row for call in calls for row in call]
-        return [self._verdict(scores[i * each : (i + 1) * each]) for i in range(len(images))]
+        return [self._verdict(scores[k * per_image : (k + 1) * per_image]) for k in range(len(images))]
 
     @torch.inference_mode()
     def _scores(self, squares: list[Image.Image]) -> list[dict[str, float]]:
@@ -52,27 +52,24 @@ class StableDiffusionChecker:
         embeddings = module.visual_projection(module.vision_model(pixels.to(weights.device, weights.dtype))[1])
         concepts = _similarity(embeddings, module.concept_embeds) - module.concept_embeds_weights.float().cpu()
         care = _similarity(embeddings, module.special_care_embeds) - module.special_care_embeds_weights.float().cpu()
-        return [_row(*pair) for pair in zip(concepts.double().tolist(), care.double().tolist(), strict=True)]
+        return [_adjust(*pair) for pair in zip(concepts.double().tolist(), care.double().tolist(), strict=True)]
 
     def _verdict(self, scores: list[dict[str, float]]) -> Verdict:
+        """Return the verdict on the scores of an image's squares."""
         highest = {name: max(tile[name] for tile in scores) for name in scores[0]}
-        # Not `any(score > 0)`: a score that is not a number must not pass for a clean one.
-        clean = all(score <= 0 for tile in scores for score in tile.values())
-        return Verdict(not clean, self.name, highest, None if clean else _reason(highest))
+        # Not `any(score > 0)`: nan must not pass as clean.
+        if all(score <= 0 for tile in scores for score in tile.values()):
+            return Verdict(False, self.name, highest)
+        name = max(highest, key=lambda concept: highest[concept])
+        return Verdict(True, self.name, highest, f"the safety check flagged the image ({name} {highest[name]:+.3f})")
 
 
-def _reason(scores: Mapping[str, float]) -> str:
-    """Why an image is flagged, with the score that lies highest."""
-    name = max(scores, key=lambda concept: scores[concept])
-    return f"the safety check flagged the image ({name} {scores[name]:+.3f})"
-
-
-def _row(concepts: list[float], care: list[float]) -> dict[str, float]:
-    """One image's scores, rounded to 3 digits as diffusers does: a concept above 0 flags it."""
-    special = any(round(score, 3) > 0 for score in care)
+def _adjust(concepts: list[float], care: list[float]) -> dict[str, float]:
+    """Return the scores of one square, rounded to 3 digits as in diffusers. A concept above 0 flags it."""
+    is_special = any(round(score, 3) > 0 for score in care)
     # nan spreads to every concept, and flags.
-    adjustment = math.nan if any(map(math.isnan, care)) else SPECIAL_CARE if special else 0.0
-    return {f"concept_{i}": round(score + adjustment, 3) for i, score in enumerate(concepts)}
+    adjustment = math.nan if any(map(math.isnan, care)) else SPECIAL_CARE if is_special else 0.0
+    return {f"concept_{k}": round(score + adjustment, 3) for k, score in enumerate(concepts)}
 
 
 def _similarity(embeddings: torch.Tensor, concepts: torch.Tensor) -> torch.Tensor:
@@ -80,15 +77,15 @@ def _similarity(embeddings: torch.Tensor, concepts: torch.Tensor) -> torch.Tenso
 
 
 def tiles_of(image: np.ndarray) -> list[Image.Image]:
-    """Squares that cover an image (H, W, 3): an odd number, so that the centre crop is one of them."""
+    """Return squares that cover an image (H, W, 3): an odd number, so that the centre crop is one of them."""
     height, width = image.shape[:2]
     side, long = min(height, width), max(height, width)
     count = -(-long // side)
     count += 1 - count % 2
-    whole = Image.fromarray(image)
+    full = Image.fromarray(image)
     tiles = []
     for k in range(count):
         start = round(k * (long - side) / (count - 1)) if count > 1 else 0
         left, top = (start, 0) if width >= height else (0, start)
-        tiles.append(whole.crop((left, top, left + side, top + side)))
+        tiles.append(full.crop((left, top, left + side, top + side)))
     return tiles

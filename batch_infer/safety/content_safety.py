@@ -1,7 +1,7 @@
-"""Azure AI Content Safety, asked about prompts and images through Microsoft's own SDK.
+"""Azure AI Content Safety through Microsoft's SDK.
 
-The SDK's own retries are switched off: it asks again after a 429 only where the service says when, and knows nothing of
-a run that stops. So every attempt is one request, and `patience` says when the next one comes.
+The SDK's own retries are off: it retries a 429 only with a Retry-After header, and cannot be stopped. Each attempt is
+one request, and `retries` decides when to send the next one.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import numpy as np
 from batch_infer import __version__
 from batch_infer.errors import RowBroken, SettingsError, first_line
 from batch_infer.records import Verdict
-from batch_infer.safety import answers, limits
-from batch_infer.safety.answers import SERVICE, Answer, Kind, NoAnswer
+from batch_infer.safety import payloads
+from batch_infer.safety.payloads import SERVICE, Analysis, Kind, NoAnswer
 from batch_infer.settings import CATEGORIES, ServiceSettings
 
 if TYPE_CHECKING:
@@ -36,18 +36,17 @@ KEY = "CONTENT_SAFETY_KEY"
 SCOPE = "https://cognitiveservices.azure.com/.default"
 CONNECTION_SECONDS, READ_SECONDS = 5.0, 10.0
 LIBRARIES = ("azure.ai.contentsafety", "azure.identity", "pyrate_limiter", "requests", "tenacity")
-NOISY = ("azure", "msal", "urllib3", "pyrate_limiter")
-"""Whose logs would stand between a command's own lines."""
+MUTED_LOGGERS = ("azure", "msal", "urllib3", "pyrate_limiter")
 TIMED_OUT, TOO_MANY = 408, 429
 UNAUTHORIZED, FORBIDDEN, NOT_FOUND = 401, 403, 404
 LONGEST_REASON = 300
 TOKEN = re.compile(r"(?<=Bearer )\S+|\beyJ[\w-]+\.[\w-]+\.[\w-]+")
-"""What DefaultAzureCredential sends: a JSON web token."""
+"""The credentials that DefaultAzureCredential sends: JSON web tokens."""
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """One request's worth of a prompt or an image, and the SDK's method and model for it."""
+class AnalyzeRequest:
+    """One request about a piece of a prompt or an image, as the SDK's method and options."""
 
     kind: Kind
     method: str
@@ -55,7 +54,7 @@ class Question:
     with_blocklists: bool = False
 
     @classmethod
-    def of_text(cls, text: str, blocklists: tuple[str, ...] = ()) -> Question:
+    def of_text(cls, text: str, blocklists: tuple[str, ...] = ()) -> AnalyzeRequest:
         from azure.ai.contentsafety.models import AnalyzeTextOptions
 
         options = AnalyzeTextOptions(
@@ -68,43 +67,43 @@ class Question:
         return cls("prompt", "analyze_text", options, bool(blocklists))
 
     @classmethod
-    def of_image(cls, pixels: np.ndarray) -> Question:
+    def of_image(cls, pixels: np.ndarray) -> AnalyzeRequest:
         from azure.ai.contentsafety.models import AnalyzeImageOptions, ImageData
 
-        image = ImageData(content=limits.image_file(pixels))
+        image = ImageData(content=payloads.encode_image(pixels))
         options = AnalyzeImageOptions(image=image, categories=list(CATEGORIES), output_type="FourSeverityLevels")
         return cls("image", "analyze_image", options)
 
-    def harmless(self) -> Question:
-        """One of the same kind that no row is to blame for."""
+    def make_probe(self) -> AnalyzeRequest:
+        """Return a harmless request of the same kind, whose failure is the service's fault and not a row's."""
         return self.of_text("a red square") if self.kind == "prompt" else self.of_image(np.zeros((64, 64, 3), np.uint8))
 
 
 class ContentSafety:
-    """The service as a gate; `stop` says whether the run stops, which ends every wait.
+    """The service as a gate. `stop` returns whether the run stops, which ends every wait.
 
-    Its methods may be called by `at_once` threads, which share its connections and its rate.
+    Its methods may be called by `at_once` threads, which share its connections and its rate limit.
     """
 
-    name = answers.NAME
+    name = payloads.NAME
     at_once = 16
 
     def __init__(self, settings: ServiceSettings, stop: Callable[[], bool] = lambda: False) -> None:
         """Raises SettingsError."""
-        _refuse_without_libraries()
+        _import_libraries()
         from azure.ai.contentsafety import ContentSafetyClient
         from azure.core.pipeline.transport import RequestsTransport
 
-        from batch_infer.safety.patience import Patience
+        from batch_infer.safety.retries import RetryingClient
 
         self._settings = settings
-        self._credential = _credential(settings)
-        self._session = _session(self.at_once)
+        self._credential = _make_credential(settings)
+        self._session = _make_session(self.at_once)
         transport = RequestsTransport(
             session=self._session,
             session_owner=False,
             connection_timeout=min(CONNECTION_SECONDS, settings.patience),
-            read_timeout=min(READ_SECONDS, settings.patience / 2),  # one that hangs leaves time for another
+            read_timeout=min(READ_SECONDS, settings.patience / 2),  # leaves time for a second attempt
         )
         self._client = ContentSafetyClient(
             settings.endpoint.rstrip("/"),
@@ -114,101 +113,100 @@ class ContentSafety:
             permit_redirects=False,
             user_agent=f"batch-infer/{__version__}",
         )
-        self._patience = Patience(settings, stop)
+        self._retrying = RetryingClient(settings, stop)
 
     def check_prompt(self, prompt: str) -> Verdict:
-        """What it says of a prompt; one of more than 10,000 characters is asked about in pieces that overlap."""
-        blocklists = self._settings.blocklists
-        found = [self._ask(Question.of_text(piece, blocklists)) for piece in limits.pieces(prompt)]
-        return answers.verdict_of("prompt", found, self._settings)
+        """Check a prompt. One of more than 10,000 characters is sent in overlapping pieces."""
+        requests = [AnalyzeRequest.of_text(piece, self._settings.blocklists) for piece in payloads.split_text(prompt)]
+        return payloads.make_verdict("prompt", [self._analyze(request) for request in requests], self._settings)
 
     def check_image(self, image: np.ndarray) -> Verdict:
-        """What it says of an image (H, W, 3) uint8, which is scaled where it is too small or too large for it."""
-        return answers.verdict_of("image", [self._ask(Question.of_image(image))], self._settings)
+        """Check an image (H, W, 3) uint8, scaled if it is too small or too large for the service."""
+        analysis = self._analyze(AnalyzeRequest.of_image(image))
+        return payloads.make_verdict("image", [analysis], self._settings)
 
     def close(self) -> None:
-        self._patience.close()
+        self._retrying.close()
         self._client.close()
         self._session.close()
         if close := getattr(self._credential, "close", None):
             close()
 
-    def _ask(self, question: Question) -> Answer:
-        attempt, harmless = (lambda: self._attempt(question)), (lambda: self._attempt(question.harmless()))
-        return self._patience.ask(question.kind, attempt, harmless)
+    def _analyze(self, request: AnalyzeRequest) -> Analysis:
+        return self._retrying.call(request.kind, lambda: self._send(request), lambda: self._send(request.make_probe()))
 
-    def _attempt(self, question: Question) -> Answer:
-        """One request. Raises NoAnswer, RowBroken, SettingsError."""
+    def _send(self, request: AnalyzeRequest) -> Analysis:
+        """Send one request. Raises NoAnswer, RowBroken, SettingsError."""
         from azure.core.exceptions import AzureError
 
-        method = getattr(self._client, question.method)
+        method = getattr(self._client, request.method)
         try:
-            # The JSON itself: the SDK's model of it would not show what is missing.
-            found = method(question.options, cls=lambda response, *_: response.http_response.json())
-            return Answer.read(found, with_blocklists=question.with_blocklists)
+            # The plain JSON: in the SDK's model of it, missing values would not be seen.
+            body = method(request.options, cls=lambda response, *_: response.http_response.json())
+            return Analysis.parse(body, with_blocklists=request.with_blocklists)
         except AzureError as error:
-            raise self._meaning(error, question.kind) from error
-        except (ValueError, LookupError, RecursionError) as error:  # JSON and its encoding break in many ways
-            raise NoAnswer(answers.UNREADABLE) from error
+            raise self._translate(error, request.kind) from error
+        except (ValueError, LookupError, RecursionError) as error:  # invalid JSON or encoding
+            raise NoAnswer(payloads.UNREADABLE) from error
 
-    def _meaning(self, error: AzureError, kind: Kind) -> Exception:
-        """What an error of the SDK's is to us."""
+    def _translate(self, error: AzureError, kind: Kind) -> Exception:
+        """Return our exception for one of the SDK."""
         from azure.core.exceptions import ClientAuthenticationError
 
         status: int = getattr(error, "status_code", None) or 0
-        reason, told = _reason(error, status), f"{SERVICE} at {self._settings.endpoint}"
+        reason, service = _describe(error, status), f"{SERVICE} at {self._settings.endpoint}"
         if status < 300 or status >= 500 or status in (TIMED_OUT, TOO_MANY):
             headers = getattr(getattr(error, "response", None), "headers", {})
-            return NoAnswer(reason, answers.retry_after(headers.get("Retry-After")))
-        # The second is told by who gives tokens, by any status.
+            return NoAnswer(reason, payloads.parse_retry_after(headers.get("Retry-After")))
+        # ClientAuthenticationError comes from the token issuer, with any status.
         if status in (UNAUTHORIZED, FORBIDDEN) or isinstance(error, ClientAuthenticationError):
-            return SettingsError(f"{told} refuses {_who_asks()} ({reason})")
+            return SettingsError(f"{service} refuses {_describe_credential()} ({reason})")
         if self._settings.blocklists and "blocklist" in reason.lower():
-            return SettingsError(f"{told} does not take the blocklists ({reason}): see CONTENT_SAFETY_BLOCKLISTS")
+            return SettingsError(f"{service} refuses the blocklists ({reason}): see CONTENT_SAFETY_BLOCKLISTS")
         if status < 400 or status == NOT_FOUND:
-            return SettingsError(f"{told} is not found ({reason}): see CONTENT_SAFETY_ENDPOINT")
-        return RowBroken(f"{SERVICE} does not judge this row's {kind} ({reason})")
+            return SettingsError(f"{service} is not found ({reason}): see CONTENT_SAFETY_ENDPOINT")
+        return RowBroken(f"{SERVICE} refuses this row's {kind} ({reason})")
 
 
 def check_credentials(settings: ServiceSettings) -> None:
-    """See that there is a key, or an identity with a token, before anything starts. Raises SettingsError."""
-    _refuse_without_libraries()
+    """Raise SettingsError if there is neither a key nor an identity that gets a token."""
+    _import_libraries()
     from azure.core.credentials import AzureKeyCredential
     from azure.core.exceptions import AzureError
 
-    credential = _credential(settings)
+    credential = _make_credential(settings)
     if isinstance(credential, AzureKeyCredential):
         return
     with credential:
         try:
             credential.get_token(SCOPE)
         except AzureError as error:
-            log.debug("%s", _without_secrets(str(error)))
+            log.debug("%s", _redact(str(error)))
             raise SettingsError(
                 f"{SERVICE} needs a key in {KEY}, or an identity that DefaultAzureCredential finds (a managed identity,"
-                f" az login, AZURE_CLIENT_ID and its like), and there is neither: {_without_secrets(first_line(error))}"
+                f" az login, AZURE_CLIENT_ID and its like), and there is neither: {_redact(first_line(error))}"
             ) from error
 
 
-def _refuse_without_libraries() -> None:
-    """Also keeps the libraries' logs from the terminal, from here on. Raises SettingsError, with the way out."""
+def _import_libraries() -> None:
+    """Import the libraries of the extra and mute their loggers. Raises SettingsError with the pip command."""
     for library in LIBRARIES:
         try:
             import_module(library)
         except ImportError as error:
             raise SettingsError(f"--safety azure needs {library}: pip install 'batch-infer[azure]'") from error
-    for name in NOISY:
+    for name in MUTED_LOGGERS:
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
 
-def _credential(settings: ServiceSettings) -> AzureKeyCredential | DefaultAzureCredential:
-    """The key in the environment, or else what azure-identity finds, which may turn out to be nothing."""
+def _make_credential(settings: ServiceSettings) -> AzureKeyCredential | DefaultAzureCredential:
+    """Return the key from the environment, or azure-identity's default credential, which is not tried here."""
     from azure.core.credentials import AzureKeyCredential
     from azure.identity import DefaultAzureCredential
 
     key = os.environ.get(KEY, "").strip()
     if not (key.isascii() and key.isprintable()):
-        raise SettingsError(f"{KEY} holds characters that no key has: copy it once more from the resource")
+        raise SettingsError(f"{KEY} holds characters that no key has: copy it again from the resource")
     if key:
         return AzureKeyCredential(key)
     if settings.endpoint.startswith("http://"):
@@ -216,14 +214,14 @@ def _credential(settings: ServiceSettings) -> AzureKeyCredential | DefaultAzureC
     return DefaultAzureCredential()
 
 
-def _who_asks() -> str:
+def _describe_credential() -> str:
     if os.environ.get(KEY, "").strip():
-        return f"the key in {KEY}, which must be one of that resource's"
+        return f"the key in {KEY}, which must be one of that resource"
     return "the identity that DefaultAzureCredential found, which needs the role Cognitive Services User there"
 
 
-def _session(connections: int) -> Session:
-    """A session with a connection for each thread; by default there would be ten."""
+def _make_session(connections: int) -> Session:
+    """Return a session that keeps one connection per thread, instead of the default of ten."""
     from requests import Session
     from requests.adapters import HTTPAdapter
 
@@ -233,28 +231,28 @@ def _session(connections: int) -> Session:
     return session
 
 
-def _reason(error: AzureError, status: int) -> str:
-    """What went wrong, in one short line: the service's own code and message where it gave them."""
+def _describe(error: AzureError, status: int) -> str:
+    """Return one short line: the code and message of the service, or the cause of a connection error."""
     if 200 <= status < 300:
-        return answers.UNREADABLE
+        return payloads.UNREADABLE
     if status:
-        told = getattr(error, "error", None)
-        # str: what is no text is said too.
-        words = [str(word) for word in (getattr(told, "code", None), getattr(told, "message", None)) if word]
-        text = ": ".join(word for word in words if word != str(status)) or getattr(error, "reason", None)
-        return _short(f"HTTP {status}: {text or 'no reason given'}")
-    deepest: BaseException = error.inner_exception or error
-    while deepest.__context__ is not None:
-        deepest = deepest.__context__
-    return _short(str(deepest) or type(deepest).__name__)
+        details = getattr(error, "error", None)
+        # str: values may be of any JSON type.
+        parts = [str(part) for part in (getattr(details, "code", None), getattr(details, "message", None)) if part]
+        text = ": ".join(part for part in parts if part != str(status)) or getattr(error, "reason", None)
+        return _shorten(f"HTTP {status}: {text or 'no reason given'}")
+    cause: BaseException = error.inner_exception or error
+    while cause.__context__ is not None:
+        cause = cause.__context__
+    return _shorten(str(cause) or type(cause).__name__)
 
 
-def _short(text: str) -> str:
-    return " ".join(_without_secrets(text).split())[:LONGEST_REASON]
+def _shorten(text: str) -> str:
+    return " ".join(_redact(text).split())[:LONGEST_REASON]
 
 
-def _without_secrets(text: str) -> str:
-    """What somebody else said, without our key and without tokens: a proxy may echo the headers that it refuses."""
+def _redact(text: str) -> str:
+    """Remove the key and tokens from a text: a proxy may echo the headers that it refuses."""
     key = os.environ.get(KEY, "").strip()
     for secret in filter(None, (key, quote(key, safe=""))):
         text = text.replace(secret, "***")

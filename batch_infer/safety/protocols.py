@@ -1,9 +1,13 @@
-"""What a checker of images and a safety service do."""
+"""What a checker of images and a safety service do, and the registry that creates them.
+
+A new one is a new module and one line of the registry.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from batch_infer.records import Verdict
 from batch_infer.settings import ServiceSettings
@@ -11,40 +15,54 @@ from batch_infer.settings import ServiceSettings
 if TYPE_CHECKING:
     import numpy as np
 
+IMAGE_CHECKERS: Mapping[str, tuple[str, str]] = {
+    "StableDiffusionSafetyChecker": ("batch_infer.safety.checker", "StableDiffusionChecker"),
+}
+"""Module and class for each class of a checkpoint's safety checker. Modules load torch or libraries of an extra."""
+GATES: Mapping[type, tuple[str, str]] = {
+    ServiceSettings: ("batch_infer.safety.content_safety", "ContentSafety"),
+}
+"""Module and class for each type of service settings."""
+
 
 class ImageChecker(Protocol):
-    """Says of images what it thinks of them; `images` are (H, W, 3) uint8, all of one size."""
+    """Checks images on the device."""
 
     name: str
 
-    def check(self, images: Sequence[np.ndarray]) -> list[Verdict]: ...
+    def check(self, images: Sequence[np.ndarray]) -> list[Verdict]:
+        """Return a verdict for each image (H, W, 3) uint8. All images have one size."""
+        ...
 
 
 class Gate(Protocol):
-    """A service that is asked about one prompt or one image at a time, by up to `at_once` threads.
+    """A service that checks one prompt or image per call, called by up to `at_once` threads.
 
-    Both raise RowBroken where it has no word on this one alone, ServiceError where it has none on any, SettingsError
-    where it does not take who asks, and Interrupted where the run stops meanwhile.
+    Both checks raise RowBroken if only this prompt or image cannot be checked, ServiceError if none can, SettingsError
+    if the service refuses the credentials or settings, and Interrupted if the run stops meanwhile.
     """
 
     name: str
     at_once: int
 
-    def check_prompt(self, prompt: str) -> Verdict:
-        """What it says of a prompt; one that it finds unsafe is not rendered."""
-        ...
+    def check_prompt(self, prompt: str) -> Verdict: ...
 
     def check_image(self, image: np.ndarray) -> Verdict:
-        """What it says of an image (H, W, 3) uint8."""
+        """Return the verdict on an image (H, W, 3) uint8."""
         ...
 
     def close(self) -> None: ...
 
 
-def make_gate(settings: ServiceSettings | None, stop: Callable[[], bool]) -> Gate | None:
-    """The service that is to be asked, where one is; `stop` ends every wait for it. Raises SettingsError."""
-    if settings is None:
-        return None
-    from batch_infer.safety.content_safety import ContentSafety  # imports Azure's libraries
+def make_image_checker(module: Any, feature_extractor: Any, batch: int) -> ImageChecker:
+    """Return the checker for a checkpoint's safety checker, which checks `batch` images per call."""
+    return cast("ImageChecker", _load(IMAGE_CHECKERS[type(module).__name__])(module, feature_extractor, batch))
 
-    return ContentSafety(settings, stop)
+
+def make_gate(settings: ServiceSettings | None, stop: Callable[[], bool]) -> Gate | None:
+    """Return the gate of a service, or None without settings. `stop` ends every wait. Raises SettingsError."""
+    return None if settings is None else cast("Gate", _load(GATES[type(settings)])(settings, stop))
+
+
+def _load(entry: tuple[str, str]) -> Any:
+    return getattr(import_module(entry[0]), entry[1])

@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from queue import SimpleQueue
 from threading import Lock
-from typing import TypeAlias
 
-from batch_infer.chain import Rendered, Unrendered
+from batch_infer.chain import NoRequest, RowOutcome
 from batch_infer.records import PromptRequest
-
-Outcome: TypeAlias = "Rendered | Unrendered"
 
 MAX_WAIT_SECONDS = 2.0
 """How long rows of the current kind may overtake rows of another kind."""
@@ -29,16 +26,15 @@ class Submission:
     number: int
     pending: deque[int]
     last_turn: float = field(default_factory=time.monotonic)
-    outcomes: SimpleQueue[tuple[int, Outcome] | BaseException] = field(default_factory=SimpleQueue)
+    outcomes: SimpleQueue[tuple[int, RowOutcome] | BaseException] = field(default_factory=SimpleQueue)
     """Outcomes with the indices of their requests, in the order in which they finish. An exception is the last item."""
 
 
-class RequestQueue(Iterator[PromptRequest]):
+class RequestQueue:
     """Requests of all clients in round-robin order, so that no client waits for all rows of another.
 
     A chain renders rows of one `kind` at a time and empties its slots before it changes the kind, so rows of the
-    current kind come first, for MAX_WAIT_SECONDS at most. Iteration stops where nothing is pending at the moment, and
-    may continue later.
+    current kind come first, for MAX_WAIT_SECONDS at most.
 
     At most `limit` UNet evaluations are handed out and not delivered. A chain that reads far ahead would delay other
     clients, and renders what it has read even if the client disconnects.
@@ -74,10 +70,14 @@ class RequestQueue(Iterator[PromptRequest]):
         with self._lock:
             self._drop(submission)
 
-    def __next__(self) -> PromptRequest:
+    def poll(self, timeout: float = 0.0) -> PromptRequest | NoRequest:
+        """Return the next request, or NOT_YET, since clients may submit requests at any time.
+
+        A chain passes a timeout only if it has finished all that it took. If nothing is pending then, this is the END.
+        """
         with self._lock:
             if not self._waiting or self._evaluations_in_chain() >= self._limit:
-                raise StopIteration
+                return NoRequest.END if timeout else NoRequest.NOT_YET
             submission = self._next_submission()
             self._waiting.remove(submission)
             index = submission.pending.popleft()
@@ -91,7 +91,7 @@ class RequestQueue(Iterator[PromptRequest]):
             self._in_chain[unique_id] = submission, index
             return replace(request, id=unique_id)
 
-    def deliver(self, outcome: Outcome) -> None:
+    def deliver(self, outcome: RowOutcome) -> None:
         """Pass the outcome of a request to its client."""
         with self._lock:
             submission, index = self._in_chain.pop(outcome.request.id)

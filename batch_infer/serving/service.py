@@ -10,15 +10,15 @@ from dataclasses import dataclass, field, replace
 from queue import Empty
 from threading import Event, Lock
 
-from batch_infer.chain import GatedChain
+from batch_infer.chain import Chain, RowOutcome
 from batch_infer.errors import Interrupted, TryAgainLater
 from batch_infer.models import ModelCard
 from batch_infer.records import PromptRequest
-from batch_infer.serving.request_queue import Outcome, RequestQueue, Submission
+from batch_infer.serving.request_queue import RequestQueue, Submission
 from batch_infer.settings import Compute, RunSettings, SafetySettings
 from batch_infer.stages import Stages
 from batch_infer.table import RowRules
-from batch_infer.worker import Chain, ChainLoader, load_chain
+from batch_infer.worker import ChainLoader, load_chain
 
 DEFAULT_SLOTS = 8
 """UNet batch size unless one is requested. A single client also waits for the empty slots to be computed."""
@@ -97,7 +97,7 @@ class Service:
 
     def render(
         self, requests: Sequence[PromptRequest], client: Client = NO_TIMEOUT
-    ) -> Generator[tuple[int, Outcome], None, None]:
+    ) -> Generator[tuple[int, RowOutcome], None, None]:
         """Yield the outcomes of requests as they finish, each with the index of its request.
 
         Closing the generator cancels the rest: only rows that the chain has already taken are rendered. Raises
@@ -122,8 +122,7 @@ class Service:
             self._closed.set()
         self._pool.shutdown()
         self._start_rendering()
-        if isinstance(self._chain, GatedChain):
-            self._chain.close()
+        self._chain.close()
 
     def _load(self, load: ChainLoader) -> Chain:
         deployment = self.deployment
@@ -162,7 +161,7 @@ class Service:
         self._start_rendering()
 
 
-def _next_outcome(submission: Submission, client: Client) -> tuple[int, Outcome] | BaseException:
+def _next_outcome(submission: Submission, client: Client) -> tuple[int, RowOutcome] | BaseException:
     while True:
         remaining = client.check()
         try:

@@ -7,13 +7,7 @@ from typing import TYPE_CHECKING
 
 from batch_infer.lazy import import_on_use
 from batch_infer.worker.committing import commit_failed, commit_images
-from batch_infer.worker.interface import (
-    WorkerReport,
-    WorkerSettings,
-    peak_memory,
-    smallest_batches,
-    sum_stages_by_size,
-)
+from batch_infer.worker.interface import WorkerReport, WorkerSettings, peak_memory, smallest_batches, sum_stages_by_size
 from batch_infer.worker.rows import explain_flag, format_worker_name, make_row, set_image, set_verdict
 
 if TYPE_CHECKING:
@@ -25,16 +19,15 @@ if TYPE_CHECKING:
         make_chain,
         prepare_torch,
     )
-    from batch_infer.worker.worker import Chain, ChainLoader, Worker
+    from batch_infer.worker.worker import ChainLoader, Worker
 else:
     __getattr__ = import_on_use(
         __name__,
         loading=("load_any_model", "load_chain", "load_image_checker", "load_model", "make_chain", "prepare_torch"),
-        worker=("Chain", "ChainLoader", "Worker"),
+        worker=("ChainLoader", "Worker"),
     )
 
 __all__ = [
-    "Chain",
     "ChainLoader",
     "Worker",
     "WorkerReport",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast, overload
+from typing import TYPE_CHECKING, cast, overload
 
 import torch
 
 from batch_infer.accelerator import limit_memory, out_of_memory_errors, set_float32_precision
-from batch_infer.chain import BatchSizes, GatedChain, GracePeriod, PipelineCallChain, StepLevelChain
+from batch_infer.chain import BatchSizes, Chain, GatedChain, GracePeriod, PipelineCallChain, StepLevelChain
 from batch_infer.models import ModelCard, load_checker, load_latent_diffusion, optimize_networks
-from batch_infer.safety import ImageChecker, make_gate
+from batch_infer.safety import ImageChecker, make_gate, make_image_checker
 from batch_infer.settings import Compute, SafetySettings
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def load_chain(
     card: ModelCard, compute: Compute, safety: SafetySettings, stop: Callable[[], bool] = lambda: False
-) -> StepLevelChain | PipelineCallChain | GatedChain:
+) -> Chain:
     """Load a model and return its chain, with the checker and the gate that `safety` names.
 
     Raises ModelError, SettingsError.
@@ -56,7 +56,7 @@ def load_image_checker(card: ModelCard, compute: Compute) -> ImageChecker:
     device, dtype = prepare_torch(compute)
     with out_of_memory_errors():
         checker, feature_extractor = load_checker(card, device, dtype)
-    return _make_image_checker(checker, feature_extractor, compute.decode_batch)
+    return make_image_checker(checker, feature_extractor, compute.decode_batch)
 
 
 def prepare_torch(compute: Compute) -> tuple[torch.device, torch.dtype]:
@@ -82,15 +82,9 @@ def make_chain(
     shape = BatchSizes(compute.slots, compute.decode_batch, by_size)
     checker = None
     if model.safety_checker is not None:
-        checker = _make_image_checker(model.safety_checker, model.feature_extractor, shape.decode)
+        checker = make_image_checker(model.safety_checker, model.feature_extractor, shape.decode)
     if getattr(
         model, "uses_pipeline_call", False
     ):  # not isinstance: importing that class is slow, and most runs do not need it
         return PipelineCallChain(cast("AnyPipeline", model), shape, checker, stop)
     return StepLevelChain(cast("LatentDiffusion", model), shape, checker, stop)
-
-
-def _make_image_checker(checker: Any, feature_extractor: Any, batch: int) -> ImageChecker:
-    from batch_infer.safety import StableDiffusionChecker
-
-    return StableDiffusionChecker(checker, feature_extractor, batch)

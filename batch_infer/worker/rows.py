@@ -40,10 +40,7 @@ def make_row(request: PromptRequest, status: Status, error: str | None, *, sched
 def set_verdict(row: ResultRow, verdict: Verdict) -> ResultRow:
     """Return the row with the safety verdict on its prompt or image."""
     return replace(
-        row,
-        nsfw_content_detected=verdict.nsfw,
-        safety_checker=verdict.checker,
-        safety_scores=verdict.scores,
+        row, nsfw_content_detected=verdict.nsfw, safety_checker=verdict.checker, safety_scores=verdict.scores
     )
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeAlias, cast
 
 from batch_infer import images
-from batch_infer.chain import GatedChain, PipelineCallChain, Rendered, StepLevelChain, Unrendered
+from batch_infer.chain import Chain, Rendered, RowOutcome, Unrendered
 from batch_infer.errors import BatchInferError
 from batch_infer.manifest import Manifest
 from batch_infer.models import ModelCard
@@ -32,8 +32,7 @@ render more.
 """
 MOST_STORING_THREADS = 32
 
-Chain: TypeAlias = "StepLevelChain | PipelineCallChain | GatedChain"
-ChainLoader: TypeAlias = "Callable[[ModelCard, Compute, SafetySettings, Callable[[], bool]], Chain]"
+ChainLoader: TypeAlias = Callable[[ModelCard, Compute, SafetySettings, Callable[[], bool]], Chain]
 """Loads a model and returns its chain. The last argument returns whether to stop."""
 
 
@@ -41,11 +40,7 @@ class Worker:
     """One device with a loaded model."""
 
     def __init__(
-        self,
-        settings: WorkerSettings,
-        name: str,
-        load: ChainLoader,
-        stop: Callable[[], bool] = lambda: False,
+        self, settings: WorkerSettings, name: str, load: ChainLoader, stop: Callable[[], bool] = lambda: False
     ) -> None:
         """Load the chain. `name` is stored in each row as its `worker`. Raises ModelError."""
         self._settings, self._name = settings, name
@@ -94,7 +89,7 @@ class Worker:
         if chain_error is not None:
             raise chain_error
 
-    def _store(self, outcome: Rendered | Unrendered) -> _StoredRow:
+    def _store(self, outcome: RowOutcome) -> _StoredRow:
         request, verdict = outcome.request, outcome.verdict
         status: Status = "flagged" if verdict.nsfw else "ok"
         error = explain_flag(verdict) if verdict.nsfw else None
