@@ -17,7 +17,7 @@ from PIL import Image
 from batch_infer import __version__, images
 from batch_infer.records import PromptRequest, SamplingParams, Source
 from batch_infer.settings import IMAGE_SUFFIXES, ImageFormat
-from batch_infer.sinks import FolderSink
+from batch_infer.sinks.folder import FolderSink
 from batch_infer.table.fields import MAX_TEXT
 from batch_infer.table.rows import RowCells, make_requests
 from tests.tables import RULES

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from batch_infer.errors import StorageError
 from batch_infer.records import PromptRequest, SamplingParams, Source
-from batch_infer.sinks import FolderSink, resolve_path
+from batch_infer.sinks.folder import FolderSink, resolve_path
 from batch_infer.sinks.names import hashed_name, safe_name
 from batch_infer.store import TEMPORARY_PREFIX, PinnedFolder
 from batch_infer.table.ids import Ids, colliding_stems
