@@ -137,7 +137,7 @@ def imported(path: Path) -> ModuleType:
     return module
 
 
-def test_every_yaml_file_is_one_of_these() -> None:
+def test_every_yaml_file_is_tested() -> None:
     specs = {path.relative_to(EXAMPLE).as_posix() for path in EXAMPLE.rglob("*.yml")}
     assert specs == set(SPECS)
 
@@ -150,7 +150,7 @@ def holds(larger: Any, smaller: Any) -> bool:
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_azures_sdk_reads_all_that_a_yaml_file_says(seen: dict[str, Any], name: str) -> None:
+def test_azures_sdk_reads_every_key_of_a_yaml_file(seen: dict[str, Any], name: str) -> None:
     said = {key: value for key, value in spec(name).items() if key != "$schema"}
     if "build" in said:
         said["build"] = {**said["build"], "path": str(EXAMPLE / "environment")}
@@ -158,12 +158,12 @@ def test_azures_sdk_reads_all_that_a_yaml_file_says(seen: dict[str, Any], name: 
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_azures_sdk_refuses_what_it_does_not_know(seen: dict[str, Any], name: str) -> None:
+def test_azures_sdk_refuses_unknown_keys(seen: dict[str, Any], name: str) -> None:
     """A misspelt field, at the top and further in."""
     assert seen["refused"][name] == [True, True, True]
 
 
-def test_what_refers_to_each_other_fits() -> None:
+def test_references_between_files_match() -> None:
     for kind in DEPLOYMENTS:
         deployment = spec(f"{kind}/deployment.yml")
         assert deployment["endpoint_name"] == spec(f"{kind}/endpoint.yml")["name"]
@@ -174,7 +174,7 @@ def test_what_refers_to_each_other_fits() -> None:
     assert threads > spec("online/deployment.yml")["request_settings"]["max_concurrent_requests_per_instance"]
 
 
-def test_the_server_gives_a_request_up_a_little_before_azure_does() -> None:
+def test_the_request_timeout_is_slightly_below_azures() -> None:
     seconds = float(variables("online")[online.TIMEOUT])
     waits = spec("online/deployment.yml")["request_settings"]["request_timeout_ms"] / 1000
     assert seconds == online.DEFAULT_TIMEOUT
@@ -188,7 +188,7 @@ def relative(deployment: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", DEPLOYMENTS)
-def test_the_sdk_script_makes_what_the_yaml_files_say(seen: dict[str, Any], kind: str) -> None:
+def test_the_sdk_script_creates_the_same_as_the_yaml_files(seen: dict[str, Any], kind: str) -> None:
     environment, endpoint, deployment = yaml.safe_load_all(seen["made"][kind])
     assert environment == seen["loaded"]["environment/environment.yml"]
     assert endpoint == seen["loaded"][f"{kind}/endpoint.yml"]
@@ -197,14 +197,14 @@ def test_the_sdk_script_makes_what_the_yaml_files_say(seen: dict[str, Any], kind
 
 
 @pytest.mark.parametrize("kind", DEPLOYMENTS)
-def test_the_sdk_script_asks_content_safety_where_it_is_told_to(seen: dict[str, Any], kind: str) -> None:
+def test_the_sdk_script_enables_content_safety_on_request(seen: dict[str, Any], kind: str) -> None:
     *_, deployment = yaml.safe_load_all(seen["safe"][kind])
     asked = {"BATCH_INFER_SAFETY": "checker,azure", "CONTENT_SAFETY_ENDPOINT": SAFE}
     assert variables_of(deployment) == {**variables(kind), **asked}
 
 
 @pytest.mark.parametrize("kind", DEPLOYMENTS)
-def test_batch_infer_understands_the_variables(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_infer_accepts_the_variables(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in variables(kind).items():
         assert isinstance(value, str)  # what Azure takes
         monkeypatch.setenv(name, value)
@@ -221,14 +221,14 @@ def texts() -> Iterator[tuple[str, str]]:
             yield path.relative_to(EXAMPLE).as_posix(), path.read_text("utf-8")
 
 
-def test_every_variable_of_batch_infer_is_one_that_it_reads() -> None:
+def test_every_variable_of_batch_infer_is_known() -> None:
     read = options_as_variables() | DOORS_OWN
     told = {(name, word) for name, text in texts() for word in re.findall(r"\bBATCH_INFER_[A-Z_]+\b", text)}
     assert len(told) > 8
     assert not {(name, word) for name, word in told if word not in read}
 
 
-def test_every_other_variable_is_one_that_somebody_reads() -> None:
+def test_every_other_variable_is_known() -> None:
     sources = [*ROOT.joinpath("batch_infer").rglob("*.py")]
     for folder in (sys.prefix, SERVER):
         site = Path(folder) / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
@@ -244,7 +244,7 @@ def test_every_other_variable_is_one_that_somebody_reads() -> None:
     assert not {word for word in told if f'"{word}"' not in read and f"'{word}'" not in read}
 
 
-def test_predictions_are_written_as_the_managed_models_write_them() -> None:
+def test_predictions_have_the_format_of_the_managed_models() -> None:
     beside = scoring_script("batch").with_name("parallel_run_step.settings.json")
     form = json.loads(beside.read_text("utf-8"))
     assert form.keys() == {"append_row"} and form["append_row"].keys() == {"pandas.DataFrame.to_csv"}
@@ -253,7 +253,7 @@ def test_predictions_are_written_as_the_managed_models_write_them() -> None:
     assert frame.to_csv(**written) == '0,"a, b",images/a-0.png,,a.csv\n'
 
 
-def test_the_image_has_what_batch_infer_asks_for() -> None:
+def test_the_image_has_the_dependencies_of_batch_infer() -> None:
     conda = yaml.safe_load((EXAMPLE / "environment" / "conda.yaml").read_text("utf-8"))["dependencies"]
     assert "pip" in conda
     python = next(word.removeprefix("python=") for word in conda if str(word).startswith("python="))
@@ -290,7 +290,7 @@ def test_the_batch_script_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.usefixtures("_settled_logging")
-def test_the_online_script_answers_the_sample_request(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_online_script_scores_the_sample_request(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**variables("online"), **quick()}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("AZUREML_MODEL_DIR", raising=False)
@@ -320,7 +320,7 @@ find_deployment(sys.argv[1])
 """
 
 
-def test_a_log_is_as_the_settings_say_and_tells_of_those_that_do_nothing(
+def test_the_log_has_the_requested_format_and_names_ignored_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {**quick(), "BATCH_INFER_LOG_FORMAT": "json", "BATCH_INFER_TIME_LIMIT": "1h"}.items():
@@ -335,11 +335,11 @@ def test_a_log_is_as_the_settings_say_and_tells_of_those_that_do_nothing(
     assert (told["level"], told["message"]) == ("WARNING", message)
 
 
-def test_every_option_that_does_nothing_is_one() -> None:
+def test_every_ignored_variable_is_an_option() -> None:
     assert set(deployments.IGNORED) <= options_as_variables()
 
 
-def test_variables_that_do_nothing_are_not_validated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ignored_variables_are_not_validated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nonsense = dict.fromkeys(deployments.IGNORED, "nonsense")
     for name, value in {**nonsense, "BATCH_INFER_STEPS": "7"}.items():
         monkeypatch.setenv(name, value)
@@ -350,7 +350,7 @@ def test_variables_that_do_nothing_are_not_validated(tmp_path: Path, monkeypatch
     assert (settings.output.results, settings.max_failed.count, settings.price_per_hour) == ((), 0, None)
 
 
-def test_a_variable_that_nothing_reads_stops_a_deployment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_variable_fails_the_deployment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (*DOORS_OWN, "BATCH_INFER_SERVICE_HOST", "BATCH_INFER_PORT_80_TCP_ADDR"):  # the last by Kubernetes
         monkeypatch.setenv(name, "1")
     settings_from_environment("-", "out", deployments.IGNORED)
@@ -359,7 +359,7 @@ def test_a_variable_that_nothing_reads_stops_a_deployment(monkeypatch: pytest.Mo
         settings_from_environment("-", "out", deployments.IGNORED)
 
 
-def test_a_folder_further_down_comes_before_a_file(tmp_path: Path) -> None:
+def test_a_folder_on_a_lower_level_takes_precedence_over_a_file(tmp_path: Path) -> None:
     """Which may be a LoRA."""
     (tmp_path / "lora.safetensors").touch()
     assert deployments.find_model_path(tmp_path) == str(tmp_path / "lora.safetensors")
@@ -373,12 +373,12 @@ LINES = re.findall(
 )
 
 
-def test_the_readme_shows_commands() -> None:
+def test_the_readme_has_commands() -> None:
     assert {shlex.split(line)[0] for line in LINES} == {"batch-infer", "python", "az", "azmlinfsrv", "curl"}
 
 
 @pytest.mark.parametrize("line", [line for line in LINES if line.startswith("batch-infer ")])
-def test_every_command_of_the_readme_is_understood(line: str) -> None:
+def test_every_command_of_the_readme_is_valid(line: str) -> None:
     name, *arguments = shlex.split(line)[1:]
     with commands.commands[name].make_context(name, arguments):
         pass
@@ -391,13 +391,13 @@ def test_every_option_of_the_scripts_in_the_readme_exists(line: str) -> None:
     assert all(f'"{word}"' in text for word in words if word.startswith("--"))
 
 
-def test_every_file_that_the_readme_names_is_there() -> None:
+def test_every_file_in_the_readme_exists() -> None:
     named = set(re.findall(r"examples/azureml/[\w./-]+", README))
     assert len(named) > 8
     assert not [name for name in named if not (ROOT / name).exists()]
 
 
-def test_what_the_readme_sets_is_there_to_be_set() -> None:
+def test_every_setting_in_the_readme_exists() -> None:
     """A misspelt path would be added to the deployment beside the true one."""
     for kind in DEPLOYMENTS:
         (line,) = [line for line in LINES if f"{kind}/deployment.yml" in line and "CONTENT_SAFETY_ENDPOINT" in line]
@@ -408,7 +408,7 @@ def test_what_the_readme_sets_is_there_to_be_set() -> None:
             assert "BATCH_INFER_SAFETY" in found
 
 
-def test_links_of_the_readme_lead_somewhere() -> None:
+def test_links_of_the_readme_are_valid() -> None:
     headings = re.findall(r"^#+ (.*)$", README, re.MULTILINE)
     anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
     for target in re.findall(r"\]\(([^)]*)\)", README):

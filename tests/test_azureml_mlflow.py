@@ -156,7 +156,7 @@ def test_a_model_has_the_signature_of_the_managed_ones(seen: dict[str, Any], fol
     assert example == {"columns": ["prompt"], "data": [["A photo of an astronaut riding a horse on Mars"]]}
 
 
-def test_a_model_holds_its_files_and_its_code_and_no_pickle(seen: dict[str, Any], folder: Path) -> None:
+def test_a_model_contains_its_files_and_code_and_no_pickle(seen: dict[str, Any], folder: Path) -> None:
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert "artifacts/demo_model/model_index.json" in files
     assert not [file for file in files if file.startswith("code/batch_infer/demo_model") or "__pycache__" in file]
@@ -168,7 +168,7 @@ def test_a_model_holds_its_files_and_its_code_and_no_pickle(seen: dict[str, Any]
     assert {path.name for path in folder.parent.iterdir()} == {"model", "model-linked", "model-out", "as-in-a-cache"}
 
 
-def test_a_model_asks_for_what_batch_infer_does(seen: dict[str, Any], folder: Path) -> None:
+def test_a_model_has_the_requirements_of_batch_infer(seen: dict[str, Any], folder: Path) -> None:
     """And does so in a way that does not contradict what MLflow asks for itself."""
     project = pyproject.project()
     own = project["dependencies"] + project["optional-dependencies"]["azure"]
@@ -181,7 +181,7 @@ def test_a_model_asks_for_what_batch_infer_does(seen: dict[str, Any], folder: Pa
     assert not [line for line in lines if "+" in line]
 
 
-def test_options_travel_with_the_model(seen: dict[str, Any], folder: Path) -> None:
+def test_options_are_stored_with_the_model(seen: dict[str, Any], folder: Path) -> None:
     config = flavour(folder)["flavors"]["python_function"]["config"]["variables"]
     assert config == {
         **{"BATCH_INFER_MODEL": "{model}", "BATCH_INFER_DEVICE": "cpu"},
@@ -202,7 +202,7 @@ def test_rows_are_scored(seen: dict[str, Any]) -> None:
         assert picture(row).size == (64, 64)
 
 
-def test_parameters_are_those_of_the_call(seen: dict[str, Any]) -> None:
+def test_parameters_of_the_call_are_used(seen: dict[str, Any]) -> None:
     (first,), (other,) = seen["again_rows"], seen["other"]
     assert first == seen["rows"][1]  # whoever its neighbours are
     assert picture(other).size == (80, 64)
@@ -210,7 +210,7 @@ def test_parameters_are_those_of_the_call(seen: dict[str, Any]) -> None:
     assert "Steps: 2" in text and "Seed: 6" in text and "Negative prompt: green" in text
 
 
-def test_a_row_without_an_image_says_why(seen: dict[str, Any]) -> None:
+def test_a_row_without_an_image_has_an_error(seen: dict[str, Any]) -> None:
     good, bad = seen["bad"]
     assert picture(good) and good["error"] is None
     assert bad["generated_image"] is None and "empty" in bad["error"]
@@ -220,7 +220,7 @@ def test_the_signature_is_enforced(seen: dict[str, Any]) -> None:
     assert all("schema" in text or "Invalid parameters" in text for text in seen["refusals"])
 
 
-def test_loading_leaves_the_environment_as_it_was(seen: dict[str, Any]) -> None:
+def test_loading_does_not_change_the_environment(seen: dict[str, Any]) -> None:
     assert seen["kept"] == []
 
 
@@ -234,16 +234,16 @@ def test_in_a_batch_endpoint_images_are_files(seen: dict[str, Any], folder: Path
     assert file.stem == hashlib.sha256(file.read_bytes()).hexdigest()[:32]
 
 
-def test_an_export_that_is_ended_leaves_nothing_behind(seen: dict[str, Any], folder: Path) -> None:
+def test_a_terminated_export_leaves_nothing_behind(seen: dict[str, Any], folder: Path) -> None:
     assert seen["ended"]
     assert not [path for path in folder.parent.iterdir() if path.name.startswith(".") or path.name.endswith("-ended")]
 
 
-def test_nothing_is_written_over(seen: dict[str, Any], folder: Path) -> None:
+def test_existing_files_are_not_overwritten(seen: dict[str, Any], folder: Path) -> None:
     assert seen["again"] == f"{folder} already exists; name a folder that is new or empty"
 
 
-def test_without_mlflow_the_way_to_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_mlflow_is_reported_with_the_pip_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules[export_mlflow.callback.__module__]  # its name is the command's
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(SettingsError, match=r"pip install 'batch-infer\[mlflow\]'"):

@@ -195,7 +195,7 @@ def test_the_sample_request_gets_the_sample_response(server: Server) -> None:
     assert np.asarray(image).std() > 5
 
 
-def test_each_row_says_what_it_wants_and_has_its_own_faults(server: Server) -> None:
+def test_each_row_has_its_own_parameters_and_errors(server: Server) -> None:
     rows = [
         {"prompt": "a red circle", "seed": 7, "num_images_per_prompt": 2, "note": "ignored"},
         {"prompt": " "},
@@ -223,7 +223,7 @@ def test_each_row_says_what_it_wants_and_has_its_own_faults(server: Server) -> N
     assert opened(found[0]).info["parameters"].startswith("a red circle\nSteps: 5, ")
 
 
-def test_many_clients_at_once_get_what_each_would_get_alone(server: Server) -> None:
+def test_concurrent_clients_get_the_same_images_as_alone(server: Server) -> None:
     prompts = [f"a {colour} {shape}" for colour in ("red", "blue", "green", "yellow") for shape in "abcde"]
     assert len(prompts) == CLIENTS
     with ThreadPoolExecutor(CLIENTS) as clients:
@@ -233,7 +233,7 @@ def test_many_clients_at_once_get_what_each_would_get_alone(server: Server) -> N
         assert server.objects(data=[{"prompt": prompt}]) == among_others
 
 
-def test_a_bad_request_is_refused_in_one_sentence_and_the_server_lives_on(server: Server) -> None:
+def test_a_bad_request_is_refused_with_one_sentence_and_the_server_continues(server: Server) -> None:
     bodies = {
         b'{"input_data": {"data": [': "the request is not JSON",
         b"": "the request is empty, or its Content-Type is not application/json",
@@ -257,7 +257,7 @@ def test_a_bad_request_is_refused_in_one_sentence_and_the_server_lives_on(server
     assert list(server.objects(**SAMPLE)[0]) == KEYS
 
 
-def test_while_content_safety_is_down_nothing_is_given_and_afterwards_everything(server: Server) -> None:
+def test_a_safety_outage_returns_no_image_and_recovers(server: Server) -> None:
     server.down.set()
     try:
         answer = server.ask(**SAMPLE)
@@ -269,7 +269,7 @@ def test_while_content_safety_is_down_nothing_is_given_and_afterwards_everything
     assert list(server.objects(**SAMPLE)[0]) == KEYS
 
 
-def test_clients_who_hang_up_leave_the_server_to_others(server: Server) -> None:
+def test_disconnected_clients_free_the_server(server: Server) -> None:
     """More than it has threads: a probe is answered at once, and what they asked for is not rendered."""
     before = len(server.safety.images)
     body = json.dumps({"input_data": LONG}).encode()
@@ -287,7 +287,7 @@ def test_clients_who_hang_up_leave_the_server_to_others(server: Server) -> None:
     assert eventually(lambda: server.log.read_text("utf-8").count("the client has disconnected") >= CLIENTS)
 
 
-def test_a_request_that_takes_too_long_is_answered_and_given_up(server: Server) -> None:
+def test_a_request_times_out_with_a_response(server: Server) -> None:
     seconds = server.log.with_name("seconds")
     seconds.write_text("1")
     try:
@@ -299,7 +299,7 @@ def test_a_request_that_takes_too_long_is_answered_and_given_up(server: Server) 
     assert list(server.objects(**SAMPLE)[0]) == KEYS
 
 
-def test_a_server_whose_model_is_not_there_says_so_and_does_not_start(servers: tuple[Server, Server]) -> None:
+def test_a_server_without_its_model_does_not_start_and_logs_why(servers: tuple[Server, Server]) -> None:
     server = servers[1]
     assert server.process.wait(300) == 3
     assert "nothing holds no model: register a diffusers folder" in server.log.read_text("utf-8")

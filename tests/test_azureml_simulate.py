@@ -99,7 +99,7 @@ def test_the_default_script_exists() -> None:
     assert DEFAULT_SCRIPT.is_file()
 
 
-def test_files_directly_in_a_folder_come_in_mini_batches_by_absolute_paths(
+def test_mini_batches_have_absolute_paths_of_files_directly_in_a_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     body = """
@@ -123,13 +123,13 @@ def test_files_directly_in_a_folder_come_in_mini_batches_by_absolute_paths(
     assert (done.deliveries, done.retries, done.failed_files) == (3, 0, 0)
 
 
-def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
+def test_two_files_with_the_same_name_are_refused(tmp_path: Path) -> None:
     inputs = tuple(write_files(tmp_path / name, 1) for name in "ab")
     with pytest.raises(TableError, match="a/00.csv and .*b/00.csv have one name"):
         simulate(SimulationSettings(inputs, tmp_path / "out", write_script(tmp_path, NAMES)))
 
 
-def test_the_seed_decides_the_order(tmp_path: Path) -> None:
+def test_the_seed_determines_the_order(tmp_path: Path) -> None:
     orders = {}
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         (tmp_path / name).mkdir()
@@ -139,7 +139,7 @@ def test_the_seed_decides_the_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["in", "empty", "score.py", "model", "settings.json"])
-def test_what_is_not_there_is_told_before_anything_starts(tmp_path: Path, missing: str) -> None:
+def test_missing_files_are_reported_before_the_start(tmp_path: Path, missing: str) -> None:
     (tmp_path / "empty").mkdir()
     script = write_script(tmp_path, NAMES, name="other.py" if missing == "score.py" else "score.py")
     (tmp_path / "empty" / "nested").mkdir()
@@ -179,7 +179,7 @@ def test_a_worker_has_a_temporary_folder_and_a_log(tmp_path: Path) -> None:
     assert [log.count(f"told on {name}") for log in logs for name in ("stdout", "stderr")] == [2, 2, 2, 2]
 
 
-def test_a_script_finds_its_neighbours_and_variables_and_nothing_loaded(tmp_path: Path) -> None:
+def test_a_script_has_its_neighbours_and_variables_and_nothing_imported(tmp_path: Path) -> None:
     body = """
     import neighbour
 
@@ -197,7 +197,7 @@ def test_a_script_finds_its_neighbours_and_variables_and_nothing_loaded(tmp_path
     assert not {"torch", "pandas", "numpy", "click", "pyarrow", "tqdm"} & {*notes(tmp_path, "modules")[0].split()}
 
 
-def test_a_script_of_a_package_does_not_hide_libraries_by_its_neighbours(tmp_path: Path) -> None:
+def test_modules_next_to_a_script_in_a_package_hide_no_library(tmp_path: Path) -> None:
     for name in ("__init__.py", "uuid.py"):
         (tmp_path / name).touch()
     run(tmp_path, "import uuid\ndef run(mini_batch):\n    return [uuid.NAMESPACE_URL]", files=1)
@@ -205,7 +205,7 @@ def test_a_script_of_a_package_does_not_hide_libraries_by_its_neighbours(tmp_pat
 
 
 @pytest.mark.parametrize("signature", ["mini_batch, context", "mini_batch, context=None"])
-def test_run_is_given_a_context_where_it_takes_one(tmp_path: Path, signature: str) -> None:
+def test_run_gets_a_context_if_it_accepts_one(tmp_path: Path, signature: str) -> None:
     run(tmp_path, f"def run({signature}):\n    return [context.minibatch_index]", files=3)
     assert sorted(predictions(tmp_path)) == ["0", "1", "2"]
 
@@ -223,7 +223,7 @@ def test_shutdown_is_called_once_in_each_worker(tmp_path: Path) -> None:
     assert sorted(notes(tmp_path, "shutdowns")) == sorted(notes(tmp_path, "inits"))
 
 
-def test_a_shutdown_that_fails_is_told_and_fails_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_shutdown_is_logged_and_fails_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     done = run(tmp_path, NAMES + "\ndef shutdown():\n    raise ValueError('at the end')\n", files=1)
     assert (done.fault, done.succeeded) == (None, 1)
     assert "worker 0 did not shut down cleanly" in caplog.text
@@ -244,7 +244,7 @@ def run(mini_batch):
 """
 
 
-def test_each_worker_sees_its_gpu_and_those_beyond_are_told_of_none(
+def test_each_worker_sees_its_gpu_and_surplus_workers_see_no_variable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
@@ -255,7 +255,7 @@ def test_each_worker_sees_its_gpu_and_those_beyond_are_told_of_none(
     assert list(find_gpus(3)) == ["0", "1", "2"]
 
 
-def test_a_replacement_takes_the_gpu_of_the_worker_that_died(tmp_path: Path) -> None:
+def test_a_replacement_has_the_gpu_of_the_dead_worker(tmp_path: Path) -> None:
     body = GPUS.split("    while")[0] + "    return mini_batch\n"
     run(tmp_path, body, files=3, workers=1, gpus=1)
     assert set(notes(tmp_path, "gpus")) == {"0 1"}
@@ -289,7 +289,7 @@ def test_a_frame_is_appended_without_a_header(tmp_path: Path) -> None:
     assert sorted(predictions(tmp_path)) == ['00 "two words"', '01 "two words"']
 
 
-def test_a_file_beside_the_script_says_how_a_frame_is_written(tmp_path: Path) -> None:
+def test_the_settings_file_next_to_the_script_sets_the_format(tmp_path: Path) -> None:
     arguments = {"sep": ",", "index": True, "header": ["NAME", "WORDS"]}
     text = json.dumps({"append_row": {"pandas.DataFrame.to_csv": arguments}})
     (tmp_path / "parallel_run_step.settings.json").write_text(text)
@@ -298,7 +298,7 @@ def test_a_file_beside_the_script_says_how_a_frame_is_written(tmp_path: Path) ->
     assert (head, sorted(rows)) == (",NAME,WORDS", ["00,00,two words", "01,01,two words"])
 
 
-def test_a_settings_file_that_is_named_comes_before_the_one_beside_the_script(tmp_path: Path) -> None:
+def test_a_named_settings_file_overrides_the_one_next_to_the_script(tmp_path: Path) -> None:
     for name, sep in (("parallel_run_step.settings.json", ","), ("other.json", ";")):
         (tmp_path / name).write_text(json.dumps({"append_row": {"pandas.DataFrame.to_csv": {"sep": sep}}}))
     settings = SimulationSettings((), tmp_path, tmp_path / "score.py", settings_file=tmp_path / "other.json")
@@ -306,7 +306,7 @@ def test_a_settings_file_that_is_named_comes_before_the_one_beside_the_script(tm
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"append_row": 3}', '{"append_row": {"pandas.DataFrame.to_csv": []}}'])
-def test_a_settings_file_that_says_nothing_sensible_is_refused(tmp_path: Path, text: str) -> None:
+def test_an_invalid_settings_file_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "parallel_run_step.settings.json").write_text(text)
     with pytest.raises(SettingsError, match="parallel_run_step.settings.json"):
         run(tmp_path, NAMES)
@@ -320,7 +320,7 @@ def test_summary_only_writes_no_rows(tmp_path: Path) -> None:
     assert not predictions(tmp_path)
 
 
-def test_predictions_are_begun_anew(tmp_path: Path) -> None:
+def test_predictions_of_an_earlier_job_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "predictions.csv").write_text("of an earlier job\n")
     run(tmp_path, NAMES, files=1)
@@ -334,7 +334,7 @@ def test_predictions_are_begun_anew(tmp_path: Path) -> None:
     ("returned", "told"),
     [("'text'", "returned a str"), ("None", "returned a NoneType")],
 )
-def test_what_is_neither_list_nor_frame_fails_the_mini_batch(
+def test_a_result_of_another_type_fails_the_mini_batch(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, returned: str, told: str
 ) -> None:
     body = f"def run(mini_batch):\n    return {returned} if mini_batch[0].endswith('01.csv') else mini_batch"
@@ -375,9 +375,7 @@ def test_a_worker_that_dies_is_replaced_and_its_mini_batch_retried(
     assert ("exit code 4" if "exit" in end else "killed by SIGSEGV") in caplog.text
 
 
-def test_a_mini_batch_that_takes_too_long_has_its_worker_killed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_is_killed_on_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver's clock jumps by an hour whenever it is read while the mini-batch hangs.
 
     Once would not do: the driver may only read it for the first time when the mini-batch hangs already.
@@ -410,7 +408,7 @@ def test_a_mini_batch_that_takes_too_long_has_its_worker_killed(
 
 
 @pytest.mark.parametrize(("threshold", "fails"), [(-1, False), (2, False), (1, True), (0, True)])
-def test_the_job_fails_where_more_files_fail_than_may(tmp_path: Path, threshold: int, fails: bool) -> None:
+def test_the_job_fails_above_the_error_threshold(tmp_path: Path, threshold: int, fails: bool) -> None:
     """A mini-batch of three that returns two rows has lost a file; one that raises has lost all."""
     body = """
     def run(mini_batch):
@@ -427,7 +425,7 @@ def test_the_job_fails_where_more_files_fail_than_may(tmp_path: Path, threshold:
 
 
 @pytest.mark.parametrize("body", ["def run(mini_batch):\n    return []", "def run(mini_batch):\n    raise ValueError"])
-def test_a_job_of_which_no_mini_batch_has_succeeded_fails(tmp_path: Path, body: str) -> None:
+def test_a_job_without_a_successful_mini_batch_fails(tmp_path: Path, body: str) -> None:
     done = run(tmp_path, body, max_retries=1)
     assert "no succeeded mini batch" in str(done.fault)
     assert (done.succeeded, done.failed, done.failed_files) == (0, 4, 4)
@@ -442,7 +440,7 @@ def test_a_job_of_which_no_mini_batch_has_succeeded_fails(tmp_path: Path, body: 
         ("def init():\n    os._exit(7)\n" + NAMES, "exit code 7"),
     ],
 )
-def test_a_script_that_cannot_begin_fails_the_job(tmp_path: Path, body: str, told: str) -> None:
+def test_a_script_that_cannot_start_fails_the_job(tmp_path: Path, body: str, told: str) -> None:
     done = run(tmp_path, body)
     assert told in str(done.fault)
     assert "worker-0.log" in str(done.fault)
@@ -479,7 +477,7 @@ def _kills_hit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_kills_hit")
-def test_kills_hit_in_the_midst_and_their_mini_batches_are_retried(tmp_path: Path) -> None:
+def test_killed_mini_batches_are_retried(tmp_path: Path) -> None:
     done = run(tmp_path, DOOMED, files=20, mini_batch_size=2, workers=2, kill=0.3)
     assert (done.kills, done.kills_missed, done.retries, done.deliveries) == (3, 0, 3, 13)
     assert len(notes(tmp_path, "ended")) == 10
@@ -501,7 +499,7 @@ def test_kills_use_up_retries(tmp_path: Path) -> None:
     assert (done.kills, done.failed, done.retries, len(predictions(tmp_path))) == (2, 2, 0, 4)
 
 
-def test_kills_that_come_too_late_are_counted_and_hit_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_late_kills_are_counted_as_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arm = KillSchedule.assign
     monkeypatch.setattr(
         KillSchedule, "assign", lambda *each, is_new: None if arm(*each, is_new=is_new) is None else 500.0
@@ -511,7 +509,7 @@ def test_kills_that_come_too_late_are_counted_and_hit_nothing(tmp_path: Path, mo
     assert done.kills_missed == 2
 
 
-def test_kills_come_at_any_point_of_the_time_that_a_mini_batch_takes() -> None:
+def test_kill_times_are_spread_over_the_duration_of_a_mini_batch() -> None:
     moments = []
     for seed in range(200):
         kills = KillSchedule(0.5, 2, random.Random(seed))
@@ -550,7 +548,7 @@ def simulated(tmp_path: Path, body: str, *options: str, files: int = 4) -> runs.
     return runs.command(*line)
 
 
-def test_the_command_tells_what_has_come_of_it(tmp_path: Path) -> None:
+def test_the_command_prints_the_outcome(tmp_path: Path) -> None:
     done = simulated(tmp_path, NAMES, "--mini-batch-size", "2", "--workers", "2", "--timeout", "20s")
     assert (done.code, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
@@ -559,7 +557,7 @@ def test_the_command_tells_what_has_come_of_it(tmp_path: Path) -> None:
     assert lines[3:] == [f"rows     {tmp_path}/out/predictions.csv", f"logs     {tmp_path}/out/logs/azureml"]
 
 
-def test_the_command_tells_a_script_as_json(tmp_path: Path) -> None:
+def test_the_command_prints_json(tmp_path: Path) -> None:
     done = simulated(tmp_path, "def run(mini_batch):\n    return None", "--max-retries", "0", "--json", "-q", files=1)
     told = json.loads(done.stdout)
     assert (done.code, done.stderr) == (3, "")

@@ -23,9 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser, endpoint: str) -> None:
     parser.add_argument("--endpoint", default=endpoint, help="a name that is still free in the region")
     parser.add_argument("--model", default=f"azureml:{MODEL}@latest", help="a model of the workspace")
     parser.add_argument("--register", type=Path, metavar="DIR", help=f"first register this folder as {MODEL}")
-    parser.add_argument(
-        "--content-safety", metavar="ENDPOINT", help="also use Azure AI Content Safety, with an identity"
-    )
+    parser.add_argument("--content-safety", metavar="ENDPOINT", help="also use Azure AI Content Safety")
     parser.add_argument("--subscription", help="these three, or a config.json in this folder or a parent")
     parser.add_argument("--resource-group")
     parser.add_argument("--workspace")
