@@ -28,7 +28,17 @@ from batch_infer.manifest import Manifest
 from batch_infer.settings import ServiceSettings
 from batch_infer.sinks import FolderSink
 from tests import runs
-from tests.content_safety_server import KEY, Asked, Fault, Service, malformed, serving, status, with_severity, without
+from tests.content_safety_server import (
+    KEY,
+    Fault,
+    ReceivedRequest,
+    Service,
+    malformed,
+    serving,
+    status,
+    with_severity,
+    without,
+)
 
 RED = "a large red circle, centre, cream background"
 BLUE = "a large blue square, centre, cream background"
@@ -81,7 +91,7 @@ def test_refused_prompts_cost_no_rendering_and_each_image_is_asked_about_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    with serving(words=WORDS, judge=is_red) as service:
+    with serving(words=WORDS, classify=is_red) as service:
         use(monkeypatch, service, THRESHOLD="1,Violence=2")
         done = runs.run(table(tmp_path, PROMPTS), out, "--safety", "azure", *SHARP, *CROSS)
         assert done.code == 0, done.stderr
@@ -117,7 +127,7 @@ def test_images_do_not_depend_on_who_is_asked(tmp_path: Path, monkeypatch: pytes
 def test_both_judges_have_their_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By default too, once the endpoint is in the environment. The built-in model's own checker hates crosses."""
     prompts = [CROSSES[0], RED, BLUE]
-    with serving(judge=is_red) as service:
+    with serving(classify=is_red) as service:
         use(monkeypatch, service)
         done = runs.run(table(tmp_path, prompts), tmp_path / "out", *SHARP)
         assert done.code == 0, done.stderr
@@ -149,7 +159,7 @@ def test_faults_that_pass_cost_nothing_but_time(tmp_path: Path, monkeypatch: pyt
 def test_a_row_that_the_service_never_answers_for_fails_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault
 ) -> None:
-    def faults(request: Asked) -> Fault | None:
+    def faults(request: ReceivedRequest) -> Fault | None:
         return fault if request.kind == "text" and "cursed" in request.content else None
 
     out = tmp_path / "out"
@@ -170,7 +180,7 @@ def test_a_service_that_is_down_ends_the_run_and_the_next_goes_on(
     out, prompts = tmp_path / "out", [f"a ring {k}" for k in range(24)]
     images = 0
 
-    def faults(request: Asked) -> Fault | None:
+    def faults(request: ReceivedRequest) -> Fault | None:
         nonlocal images
         images += request.kind == "image"
         return fault if images > 10 else None
@@ -196,7 +206,7 @@ def test_a_key_that_is_refused_on_the_way_leaves_results_to_go_on_from(
 ) -> None:
     out, images = tmp_path / "out", 0
 
-    def faults(request: Asked) -> Fault | None:
+    def faults(request: ReceivedRequest) -> Fault | None:
         nonlocal images
         images += request.kind == "image"
         return status(401) if images > 10 else None
@@ -307,7 +317,7 @@ def test_images_that_are_judged_again_are_as_if_they_had_been_judged_at_once(tmp
 
 def test_what_was_flagged_comes_back_where_it_was_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, path = tmp_path / "out", table(tmp_path, [*CROSSES, "an axe"])
-    with serving(judge=is_red, words=WORDS) as service:
+    with serving(classify=is_red, words=WORDS) as service:
         use(monkeypatch, service)
         assert runs.run(path, out, *SHARP, "--safety", "azure", *CROSS).code == 0
         flagged = [row["id"] for row in runs.results(out) if row["status"] == "flagged"]
@@ -321,7 +331,7 @@ def test_what_was_flagged_comes_back_where_it_was_kept(tmp_path: Path, monkeypat
     assert [rows[name]["status"] for name in flagged] == ["ok"] * len(flagged)
     assert all(rows[name]["generated_image"].startswith("images/") for name in flagged)
     assert "t-00000003" not in rows and "1 left: `batch-infer run` renders them" in done.stdout
-    with serving(judge=is_red, words=WORDS) as service:
+    with serving(classify=is_red, words=WORDS) as service:
         use(monkeypatch, service, THRESHOLD="3")
         assert runs.command("rescore", out, "--safety", "azure", "--on-flagged", "blank").code == 0
     runs.assert_whole(out)
@@ -503,14 +513,14 @@ def test_a_rescoring_whose_process_is_killed_goes_on(
     judged = ("--safety", "azure", "--on-flagged", policy)
     held = Event()
 
-    def hold(asked: Asked) -> Fault | None:
+    def hold(asked: ReceivedRequest) -> Fault | None:
         if asked.kind == "image" and len(service.images) >= requests:
             held.set()
             return Fault(hang=600.0)
         return None
 
     program = "import batch_infer.jobs.rescore as r; r.BATCH = 2; from batch_infer.__main__ import main; main()"
-    with serving(judge=is_red, faults=hold) as service:
+    with serving(classify=is_red, faults=hold) as service:
         use(monkeypatch, service)
         line = [sys.executable, "-c", program, "rescore", str(out), *judged]
         with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -519,7 +529,7 @@ def test_a_rescoring_whose_process_is_killed_goes_on(
             process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert "rescoring" in runs.run_json(out)
-    with serving(judge=is_red) as service:
+    with serving(classify=is_red) as service:
         use(monkeypatch, service)
         done = runs.command("rescore", out, *judged, "--json")
         assert done.code == 0, done.stderr
