@@ -92,10 +92,10 @@ def test_an_image_depends_only_on_its_row(sd1_folder: Path) -> None:
 
 def test_a_step_count_that_the_scheduler_refuses_affects_only_its_row() -> None:
     _, outcomes = run([paint("few", steps=REFUSED_STEPS), paint("fine", steps=5), paint("fewer", steps=1)])
-    found = {outcome.request.id: outcome for outcome in outcomes}
-    assert isinstance(found["fine"], Rendered)
+    results = {outcome.request.id: outcome for outcome in outcomes}
+    assert isinstance(results["fine"], Rendered)
     for name, steps in (("few", 3), ("fewer", 1)):
-        refused = found[name]
+        refused = results[name]
         assert isinstance(refused, Unrendered)
         assert refused.status == "invalid"
         assert f"num_inference_steps={steps}" in refused.error
@@ -105,13 +105,13 @@ def test_a_step_count_that_the_scheduler_refuses_affects_only_its_row() -> None:
 def test_values_that_are_not_finite_fail_the_row(dtype: torch.dtype, advice: bool) -> None:
     rows = [paint("broken", float("nan"), steps=4, guidance=7.5), paint("fine", steps=4)]
     outcomes = list(StepLevelChain(Painter(dtype), BatchSizes(4, 2), Recorder()).render(rows))
-    found = {outcome.request.id: outcome for outcome in outcomes}
-    broken = found["broken"]
+    results = {outcome.request.id: outcome for outcome in outcomes}
+    broken = results["broken"]
     assert isinstance(broken, Unrendered)
     assert broken.status == "failed"
     assert "not finite at 4 steps and guidance_scale 7.5" in broken.error
     assert ("--dtype float32" in broken.error) == advice
-    assert isinstance(found["fine"], Rendered)
+    assert isinstance(results["fine"], Rendered)
 
 
 def test_occupancy_is_unet_evaluations_per_slot() -> None:
@@ -142,8 +142,8 @@ def test_a_single_free_slot_goes_to_a_row_without_guidance() -> None:
 
 
 def test_no_more_rows_finish_after_a_stop() -> None:
-    asked = count()
-    chain = StepLevelChain(Painter(), BatchSizes(4, 1), None, stop=lambda: next(asked) > 24)
+    calls = count()
+    chain = StepLevelChain(Painter(), BatchSizes(4, 1), None, stop=lambda: next(calls) > 24)
     rows = [paint("short", steps=4), paint("long", steps=500), paint("waiting", steps=4, size=(16, 24))]
     outcomes = list(chain.render(rows))
     assert [outcome.request.id for outcome in outcomes] == ["short"]
@@ -153,8 +153,8 @@ def test_no_more_rows_finish_after_a_stop() -> None:
 
 def test_finished_rows_are_yielded_after_a_stop() -> None:
     """A finished row whose micro-batch is not full yet is decoded."""
-    asked = count()
-    chain = StepLevelChain(Painter(), BatchSizes(4, 4), None, stop=lambda: next(asked) > 24)
+    calls = count()
+    chain = StepLevelChain(Painter(), BatchSizes(4, 4), None, stop=lambda: next(calls) > 24)
     outcomes = list(chain.render([paint("short", steps=4), paint("long", steps=500)]))
     assert [outcome.request.id for outcome in outcomes] == ["short"]
 
@@ -235,16 +235,16 @@ def test_decoding_in_background_changes_no_byte(sd1_folder: Path) -> None:
     checker = StableDiffusionChecker(model.safety_checker, model.feature_extractor, batch=2)
     rows = [make_request(str(k), f"{k} rings", steps=2 + k % 5, guidance=1 + k % 3, seed=k) for k in range(9)]
     rows += [make_request("wide", "a star", steps=3, size=(64, 96))]
-    found = []
+    results = []
     for in_background in (False, True):
         chain = StepLevelChain(model, BatchSizes(6, 2), checker, in_background=in_background)
-        found.append({outcome.request.id: outcome for outcome in chain.render(rows)})
+        results.append({outcome.request.id: outcome for outcome in chain.render(rows)})
         assert chain.stages.images == len(rows)
         assert chain.stages.check > 0
-    assert found[0].keys() == found[1].keys() == {row.id for row in rows}
-    for name, here in found[0].items():
+    assert results[0].keys() == results[1].keys() == {row.id for row in rows}
+    for name, here in results[0].items():
         assert isinstance(here, Rendered)
-        there = found[1][name]
+        there = results[1][name]
         assert isinstance(there, Rendered)
         assert np.array_equal(here.pixels, there.pixels)
         assert here.verdict == there.verdict
