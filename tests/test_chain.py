@@ -16,12 +16,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batch_infer.chain import BatchSizes, Rendered, StepLevelChain, Unrendered
+from batch_infer.chain import (
+    BatchSizes,
+    DeviceChain,
+    NoRequest,
+    PipelineCallChain,
+    Rendered,
+    StepLevelChain,
+    Unrendered,
+)
 from batch_infer.diffusion import Context
 from batch_infer.planning import StepBatchingEstimator
 from batch_infer.records import PromptRequest, Verdict
 from batch_infer.safety.checker import StableDiffusionChecker
-from tests.fakes import Painter, Recorder, Small, paint
+from tests.fakes import Painter, PaintingPipeline, Recorder, Small, paint
 from tests.rendering import load_family, make_request, render
 
 REFUSED_STEPS = 3
@@ -175,6 +183,30 @@ def test_an_endless_table_is_read_as_it_is_rendered() -> None:
     outcomes = list(islice(StepLevelChain(Painter(), BatchSizes(4, 2), None).render(table()), 10))
     assert len(outcomes) == 10
     assert next(read) <= 10 + 3 * 4
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        StepLevelChain(Painter(), BatchSizes(4, 2), None),
+        PipelineCallChain(PaintingPipeline(), BatchSizes(4, 2), None),  # type: ignore[arg-type]
+    ],
+    ids=["step level", "pipeline call"],
+)
+def test_a_row_is_finished_while_the_source_has_no_other_yet(chain: DeviceChain) -> None:
+    """Its batch is padded instead of waiting for more rows."""
+    rows = [paint("first", steps=4), paint("second", steps=4)]
+    finished: list[str] = []
+
+    class Source:
+        def poll(self, timeout: float = 0.0) -> PromptRequest | NoRequest:
+            if not rows:
+                return NoRequest.END
+            return rows.pop(0) if len(rows) + len(finished) == 2 else NoRequest.NOT_YET
+
+    for outcome in chain.render(Source()):
+        finished.append(outcome.request.id)
+    assert finished == ["first", "second"]
 
 
 def test_the_verdict_is_empty_without_a_checker() -> None:
