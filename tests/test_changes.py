@@ -1,4 +1,4 @@
-"""Finished images are replaced only where that was asked for, and plan and run say why rows will be rendered."""
+"""Finished images are replaced only on request, and plan and run say why rows will be rendered."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def state(out: Path) -> dict[str, bytes]:
             if path.is_file() and "logs" not in path.parts and path.name != ".lock"}  # fmt: skip
 
 
-def test_a_default_that_differs_replaces_nothing(table: Path, out: Path) -> None:
+def test_a_changed_default_replaces_nothing(table: Path, out: Path) -> None:
     assert run(table, out).code == 0
     before = state(out)
     write_csv(table, [*ROWS, ["new", "a red star", ""]])
@@ -71,7 +71,7 @@ def test_a_row_whose_own_cells_changed_is_rendered_again(table: Path, out: Path)
     assert {key for key in before if before[key] != after[key]} == {("own", 0)}
 
 
-def test_a_default_that_no_finished_row_takes_stops_nothing(tmp_path: Path, out: Path) -> None:
+def test_a_changed_default_that_no_finished_row_uses_is_accepted(tmp_path: Path, out: Path) -> None:
     rows: list[list[Any]] = [["id", "prompt", "num_inference_steps"], ["a", "a red circle", 2]]
     assert run(write_csv(tmp_path / "t.csv", rows), out).code == 0
     more = write_csv(tmp_path / "t.csv", [*rows, ["b", "a red star", ""]])
@@ -99,9 +99,7 @@ def test_every_option_that_changes_images_is_named(table: Path, out: Path, optio
     assert state(out) == before
 
 
-def test_an_interrupted_scan_does_not_make_the_next_run_forget(
-    table: Path, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_scan_keeps_the_earlier_options(table: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(table, out).code == 0
     before = state(out)
 
@@ -115,10 +113,10 @@ def test_an_interrupted_scan_does_not_make_the_next_run_forget(
     assert state(out) == before
 
 
-def test_retry_renders_what_is_chosen_although_other_images_have_old_options(
+def test_retry_renders_the_chosen_rows_despite_changed_options(
     table: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As after a run with --rerender-changed that was stopped."""
+    """Like after a stopped run with --rerender-changed."""
     assert run(table, out).code == 0
     before = hashes(out)
 
@@ -149,7 +147,7 @@ def test_a_default_that_makes_finished_rows_invalid_is_named(tmp_path: Path, out
     assert state(out) == before
 
 
-def test_other_ids_would_leave_the_finished_images_out(tmp_path: Path, out: Path) -> None:
+def test_another_id_source_is_refused(tmp_path: Path, out: Path) -> None:
     table = write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"]])
     assert run(table, out).code == 0
     before = state(out)
@@ -160,7 +158,7 @@ def test_other_ids_would_leave_the_finished_images_out(tmp_path: Path, out: Path
     assert run(table, out, "--id-from", "content", "--rerender-changed").code == 0
 
 
-def test_what_an_earlier_run_made_is_kept_although_another_came_since(table: Path, tmp_path: Path, out: Path) -> None:
+def test_images_of_runs_before_the_last_are_kept(table: Path, tmp_path: Path, out: Path) -> None:
     other = write_csv(tmp_path / "other.csv", [["id", "prompt"], ["other", "a red star"]])
     assert run(table, out).code == 0
     assert run(other, out, "--steps", "3").code == 0

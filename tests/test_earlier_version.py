@@ -1,4 +1,4 @@
-"""An OUT that an earlier version has written is continued, merged, rescored and retried; nothing is rendered again."""
+"""An OUT of an earlier version is continued, merged, rescored and retried; nothing is rendered again."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ OPTIONS = {
     **{policy: ("flagged.csv", "--guidance-scale", "5", "--on-flagged", policy, "--image-format", image_format)
        for policy, image_format in FORMATS.items()},
 }  # fmt: skip
-"""The table and the options that each folder was made with."""
+"""The table and the options of each folder."""
 CODES = {"keep": 3}
-"""A row of it is invalid."""
+"""One of its rows is invalid."""
 
 every_run = pytest.mark.parametrize("name", OPTIONS)
 
@@ -55,13 +55,13 @@ def run(folder: Path, name: str, *options: str) -> Done:
 
 
 def rendered(done: Done, code: int = 0) -> int:
-    """How many images the command has rendered."""
+    """Return how many images the command has rendered."""
     assert done.code == code, done.stderr
     return int(json.loads(done.stdout)["rendered"])
 
 
 def committed(out: Path) -> dict[Key, dict[str, Any]]:
-    """What the parts of an OUT hold, without bookkeeping, as long as no key has two results."""
+    """Return the results in the parts of an OUT without bookkeeping, where no key has two."""
     found: dict[Key, dict[str, Any]] = {}
     for part in (out / "manifest").glob("part-*.parquet"):
         for row in pq.read_table(part).to_pylist(maps_as_pydicts="strict"):
@@ -70,7 +70,7 @@ def committed(out: Path) -> dict[Key, dict[str, Any]]:
 
 
 def assert_as_before(out: Path, before: Mapping[Key, Mapping[str, Any]]) -> None:
-    """results.parquet says what the parts said: all result columns of all rows, and the image files are those."""
+    """results.parquet has all result columns of all rows as the parts had them, and the image files match."""
     rows = {(row["id"], row["image_index"]): row for row in results(out)}
     assert rows.keys() == before.keys()
     for key, row in before.items():
@@ -82,7 +82,7 @@ def assert_as_before(out: Path, before: Mapping[Key, Mapping[str, Any]]) -> None
 
 
 def forget_end(out: Path) -> None:
-    """Make of a finished run one that was killed just before its end."""
+    """Turn a finished run into one that was killed just before its end."""
     (out / "run.json").write_text(json.dumps({**run_json(out), "finished_at": None, "summary": None}))
     (out / ".tmp-0123abcd-1-0123456789ab-results.parquet").write_bytes(b"half")
 
@@ -98,13 +98,13 @@ def test_a_finished_run_is_continued(folder: Path, name: str) -> None:
 def test_a_killed_run_is_continued(folder: Path, name: str) -> None:
     before = committed(folder / name)
     forget_end(folder / name)
-    told = json.loads(command("status", folder / name, "--json").stdout)
-    assert (told["state"], told["left"]) == ("stopped", 0)
+    report = json.loads(command("status", folder / name, "--json").stdout)
+    assert (report["state"], report["left"]) == ("stopped", 0)
     assert rendered(run(folder, name, "--json"), CODES.get(name, 0)) == 0
     assert_as_before(folder / name, before)
 
 
-def test_of_a_longer_table_only_the_new_row_is_rendered(folder: Path) -> None:
+def test_only_the_new_row_of_a_longer_table_is_rendered(folder: Path) -> None:
     out, before = folder / "keep", committed(folder / "keep")
     with (folder / "keep.csv").open("a") as table:
         table.write("a large red disc,,,,,new,5,1\n")
@@ -117,7 +117,7 @@ def test_of_a_longer_table_only_the_new_row_is_rendered(folder: Path) -> None:
 
 @every_run
 @pytest.mark.parametrize("has_tables", [True, False])
-def test_it_is_merged(folder: Path, name: str, has_tables: bool) -> None:
+def test_an_out_of_an_earlier_version_is_merged(folder: Path, name: str, has_tables: bool) -> None:
     before = committed(folder / name)
     if not has_tables:
         for table in ("keep.csv", "flagged.csv"):
@@ -128,22 +128,22 @@ def test_it_is_merged(folder: Path, name: str, has_tables: bool) -> None:
 
 
 @every_run
-def test_status_counts_what_it_holds(folder: Path, name: str) -> None:
-    told = json.loads(command("status", folder / name, "--json").stdout)
-    assert (told["state"], told["left"]) == ("finished", 0)
+def test_status_counts_the_results_of_an_earlier_version(folder: Path, name: str) -> None:
+    report = json.loads(command("status", folder / name, "--json").stdout)
+    assert (report["state"], report["left"]) == ("finished", 0)
     counts = Counter(row["status"] for row in committed(folder / name).values())
-    assert told["counts"] == {status: counts[status] for status in told["counts"]}
+    assert report["counts"] == {status: counts[status] for status in report["counts"]}
 
 
 @every_run
-def test_it_is_rescored_and_then_continued(folder: Path, name: str) -> None:
-    """By other judges and by the same: no image is lost, and the run goes on from there."""
+def test_an_out_of_an_earlier_version_is_rescored_and_continued(folder: Path, name: str) -> None:
+    """By other checkers and by the same: no image is lost, and the run can be continued."""
     out, before = folder / name, committed(folder / name)
-    judged = ("--safety", "checker", "--on-flagged", name if name in FORMATS else "keep")
-    policy = judged[2:] if name == "carried" else ()  # the others' own is kept
-    done = command("rescore", out, *judged[:2], *policy, "--json")
+    checks = ("--safety", "checker", "--on-flagged", name if name in FORMATS else "keep")
+    policy = checks[2:] if name == "carried" else ()  # the others' own is kept
+    done = command("rescore", out, *checks[:2], *policy, "--json")
     assert (done.code, json.loads(done.stdout)["failed"]) == (0, 0), done.stderr
-    assert rendered(run(folder, name, *judged, "--json"), CODES.get(name, 0)) == 0
+    assert rendered(run(folder, name, *checks, "--json"), CODES.get(name, 0)) == 0
     rows = {(row["id"], row["image_index"]): row for row in results(out)}
     flagged = [key for key, row in rows.items() if row["status"] == "flagged"]
     if name != "carried":
@@ -154,7 +154,7 @@ def test_it_is_rescored_and_then_continued(folder: Path, name: str) -> None:
 
 
 @every_run
-def test_retry_leaves_alone_what_is_there(folder: Path, name: str) -> None:
+def test_retry_renders_only_missing_images(folder: Path, name: str) -> None:
     before = committed(folder / name)
     done = command("retry", folder / name, "--status", "failed", "--status", "missing", "--json")
     assert rendered(done, CODES.get(name, 0)) == 0
@@ -162,7 +162,7 @@ def test_retry_leaves_alone_what_is_there(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["keep", "carried"])
-def test_lost_images_are_rendered_as_they_were(folder: Path, name: str) -> None:
+def test_missing_images_are_rendered_identically(folder: Path, name: str) -> None:
     """Seeds, sizes and settings are those of the earlier version; another machine may differ in the last bit."""
     out = folder / name
     before = {path: np.asarray(Image.open(out / path)).astype(int) for path in images(out)}
@@ -177,14 +177,14 @@ def test_lost_images_are_rendered_as_they_were(folder: Path, name: str) -> None:
     assert_whole(out)
 
 
-def test_a_rescoring_that_was_killed_goes_on(folder: Path) -> None:
-    """Its first image is judged already."""
+def test_a_killed_rescore_is_continued(folder: Path) -> None:
+    """Its first image is already rescored."""
     out = folder / "rescoring"
     assert json.loads(command("status", out, "--json").stdout)["state"] == "rescoring"
     hashes = {hashlib.sha256((out / path).read_bytes()).hexdigest() for path in images(out)}
     done = command("rescore", out, "--safety", "checker", "--on-flagged", "quarantine", "--json")
-    told = json.loads(done.stdout)
-    assert (done.code, told["judged"], told["failed"]) == (0, 1, 0), done.stderr
+    report = json.loads(done.stdout)
+    assert (done.code, report["judged"], report["failed"]) == (0, 1, 0), done.stderr
     assert {row["id"]: row["status"] for row in results(out)} == {"cross": "flagged", "Blue Square": "ok"}
     assert {row["sha256"] for row in results(out)} == hashes
     assert_whole(out)
@@ -230,8 +230,8 @@ def unlimited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 BRIEF = ("--steps", "2", "--on-flagged", "keep")
 
 
-def test_a_finished_row_is_kept_although_it_is_larger_than_a_new_one_may_be(unlimited: Path) -> None:
-    """By every command; a row like it that is new is invalid."""
+def test_a_finished_row_over_the_size_limit_is_kept(unlimited: Path) -> None:
+    """By every command; a new row like it is invalid."""
     out, table = unlimited, unlimited.with_name("t.csv")
     before = committed(out)
     for line in (
@@ -251,8 +251,8 @@ def test_a_finished_row_is_kept_although_it_is_larger_than_a_new_one_may_be(unli
     assert (plan["done"], plan["pending"], plan["invalid"]) == (5, 0, 1)
 
 
-def test_a_finished_row_that_is_too_large_to_be_rendered_again_is_not(unlimited: Path) -> None:
-    """Other options would replace it: that is refused, and where it is wanted the row is invalid."""
+def test_a_finished_row_over_the_size_limit_is_not_rendered_again(unlimited: Path) -> None:
+    """Options that would replace it are refused; with --rerender-changed the row is invalid."""
     out, table = unlimited, unlimited.with_name("t.csv")
     other = ("run", table, "-o", out, *COMPUTE, "--steps", "3", "--on-flagged", "keep")
     refused = command(*other)

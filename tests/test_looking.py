@@ -1,4 +1,4 @@
-"""What cannot be looked at may well be there: a look at OUT that fails is a StorageError, and changes nothing."""
+"""A path that cannot be read may exist: failing to read OUT is a StorageError and changes nothing."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ import pytest
 
 from batch_infer.azureml.in_progress import Begun
 from batch_infer.errors import StorageError
-from batch_infer.jobs import out as outdir
-from batch_infer.jobs import recovery
+from batch_infer.jobs import recovery, run_folder
 from batch_infer.manifest import Manifest
 from batch_infer.sinks import FolderSink
 from batch_infer.store import is_folder, is_link, path_exists, unique_name
 from tests.storage import fail_at
 
 MARK = ".begun-elsewhere-1-0123456789ab-x"
-"""Of a process on another machine, which may have died."""
+"""A file of a process on another machine, which may have died."""
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ENOTCONN])
@@ -69,9 +68,9 @@ def test_overwriting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str)
     with monkeypatch.context() as patch:
         fail_at(patch, tmp_path / name, errno.EACCES)
         with pytest.raises(StorageError, match=f"cannot read {tmp_path / name}"):
-            outdir.clear(tmp_path)
+            run_folder.clear(tmp_path)
     assert (tmp_path / image.path).exists()
-    outdir.clear(tmp_path)
+    run_folder.clear(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 

@@ -1,4 +1,4 @@
-"""Merging: results.* in the order of the tables, of what is committed of their rows as they stand now."""
+"""Merging: results.* hold the committed results of current rows in the order of the tables."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def json_rows(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line, parse_constant=refuse) for line in lines]
 
 
-def test_results_stand_in_the_order_of_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However they were finished, and across the batches that they are merged in."""
+def test_results_have_the_order_of_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the order of commits, and across merge batches."""
     monkeypatch.setattr(merging, "BATCH", 4)
     names = [f"{i}" for i in range(23)]
     for part in (names[::3], names[1::3], names[2::3][::-1]):
@@ -76,7 +76,7 @@ def test_results_stand_in_the_order_of_the_tables(tmp_path: Path, monkeypatch: p
     assert counts == Counts(rows=23, images=23, ok=23)
 
 
-def test_what_is_counted(tmp_path: Path) -> None:
+def test_counts_are_by_status_and_row(tmp_path: Path) -> None:
     rows = [
         *(result("two", 0), result("two", 1), result("flagged", status="flagged"), result("later", fingerprint="old")),
         result("dropped", status="flagged", generated_image=None),
@@ -95,8 +95,8 @@ def test_what_is_counted(tmp_path: Path) -> None:
     assert table["id"].to_pylist() == ["two", "two", "flagged", "dropped", "failed", "blocked", "invalid"]
 
 
-def test_place_and_carried_columns_are_those_of_now(tmp_path: Path) -> None:
-    """A row that moved, or whose other columns changed, is the same image."""
+def test_source_and_carried_columns_are_current(tmp_path: Path) -> None:
+    """A row that moved, or whose carried columns changed, keeps its image."""
     before = pa.schema([("gone", pa.string()), ("kept", pa.string())])
     Manifest(tmp_path).commit([result("a", carried={"gone": "x", "kept": "old"})], before)
     carried = pa.schema([("kept", pa.int64()), ("new", pa.list_(pa.int8()))])
@@ -107,14 +107,14 @@ def test_place_and_carried_columns_are_those_of_now(tmp_path: Path) -> None:
     assert table.schema.field("new").type == pa.list_(pa.int8())
 
 
-def test_no_rows_make_a_table_of_none(tmp_path: Path) -> None:
+def test_an_empty_table_gives_empty_results(tmp_path: Path) -> None:
     counts, table = merge(tmp_path, [], results=("csv", "jsonl"))
     assert (counts, len(table), table.schema.names) == (Counts(), 0, SCHEMA.names)
     assert (csv_rows(tmp_path), json_rows(tmp_path)) == ([], [])
     assert (tmp_path / "results.csv").read_text().startswith("id,image_index,prompt,")
 
 
-def test_csv_and_jsonl_say_what_parquet_says(tmp_path: Path) -> None:
+def test_csv_and_jsonl_equal_parquet(tmp_path: Path) -> None:
     carried = pa.schema([("day", pa.date32()), ("price", pa.decimal128(5, 2)), ("tags", pa.list_(pa.string()))])
     values: dict[str, Any] = {"day": date(2026, 5, 1), "price": Decimal("1.50"), "tags": ["a", "ü"]}
     row = result(
@@ -155,7 +155,7 @@ def test_csv_and_jsonl_say_what_parquet_says(tmp_path: Path) -> None:
     ids=str,
 )
 def test_carried_values_of_any_type(tmp_path: Path, kind: pa.DataType, value: Any, in_csv: str, in_json: Any) -> None:
-    """JSON knows no NaN: a reader that goes by the book would refuse the file."""
+    """JSON has no NaN: a strict reader would refuse the file."""
     Manifest(tmp_path).commit([result("a")], NONE)
     merge(tmp_path, [request("a", mine=value)], pa.schema([("mine", kind)]), results=("csv", "jsonl"))
     assert csv_rows(tmp_path)[0]["mine"] == in_csv
@@ -163,7 +163,7 @@ def test_carried_values_of_any_type(tmp_path: Path, kind: pa.DataType, value: An
 
 
 def test_base64_holds_the_file(tmp_path: Path) -> None:
-    """And null where there is none, be it never made or deleted by somebody: the other rows are told all the same."""
+    """A missing or deleted image is null and does not affect other rows."""
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a-0.png").write_bytes(b"\x89PNG")
     rows = [result("a"), result("dropped", generated_image=None, status="flagged"), result("deleted")]
@@ -176,15 +176,15 @@ def test_base64_holds_the_file(tmp_path: Path) -> None:
     assert table["generated_image"].to_pylist() == ["images/a-0.png", None, "images/deleted-0.png"], "Parquet has paths"
 
 
-def test_results_that_nobody_asks_for_any_more_are_removed(tmp_path: Path) -> None:
-    """They would be out of date."""
+def test_formats_no_longer_requested_are_removed(tmp_path: Path) -> None:
+    """They would be stale."""
     merge(tmp_path, [], results=("csv", "jsonl"))
     merge(tmp_path, [], results=("jsonl",))
     remove_other_results(tmp_path, OutputSettings(results=("jsonl",)))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.jsonl", "results.parquet"]
 
 
-def test_a_merge_that_breaks_off_leaves_the_old_results(tmp_path: Path) -> None:
+def test_an_interrupted_merge_keeps_the_old_results(tmp_path: Path) -> None:
     Manifest(tmp_path).commit([result("a")], NONE)
     merge(tmp_path, [request("a")], results=("csv",))
     before = {path.name: path.read_bytes() for path in tmp_path.glob("results.*")}
@@ -218,7 +218,7 @@ def merge_parts(out: Path, tables: list[str], **output: Any) -> tuple[Counts, pa
     ("tables", "order"),
     [([], ["2", "1", "3", "0"]), (["b.csv", "a.csv"], ["3", "0", "2", "1"]), (["b.csv"], ["3", "0", "2", "1"])],
 )
-def test_parts_alone_stand_in_the_order_of_their_rows(tmp_path: Path, tables: list[str], order: list[str]) -> None:
+def test_merging_parts_alone_keeps_the_order_of_rows(tmp_path: Path, tables: list[str], order: list[str]) -> None:
     for name, place in enumerate(PLACES):
         commit(tmp_path, str(name), *place)
     counts, table = merge_parts(tmp_path, tables)
@@ -226,7 +226,7 @@ def test_parts_alone_stand_in_the_order_of_their_rows(tmp_path: Path, tables: li
     assert (counts.rows, counts.images, counts.ok) == (4, 4, 4)
 
 
-def test_of_parts_alone_the_highest_attempt_counts(tmp_path: Path) -> None:
+def test_merging_parts_alone_takes_the_highest_attempt(tmp_path: Path) -> None:
     commit(tmp_path, "a", "t.csv", 0, status="failed", error="x", attempt=1, generated_image=None)
     commit(tmp_path, "a", "t.csv", 0, attempt=2)
     commit(tmp_path, "b", "t.csv", 1, status="invalid", error="x", generated_image=None)
@@ -236,8 +236,8 @@ def test_of_parts_alone_the_highest_attempt_counts(tmp_path: Path) -> None:
     assert counts == Counts(rows=3, images=4, ok=4, invalid=1, bad_rows=1)
 
 
-def test_carried_columns_of_parts_meet(tmp_path: Path) -> None:
-    """Parts of one OUT may come of tables with other columns, or with the same of another type."""
+def test_carried_columns_of_parts_are_combined(tmp_path: Path) -> None:
+    """Parts of one OUT may have different carried columns, or the same with another type."""
     commit(tmp_path, "a", "a.csv", 0, carried={"n": 7})
     text = pa.schema([("n", pa.string()), ("tags", pa.list_(pa.string()))])
     Manifest(tmp_path).commit([result("b", source_file="b.csv", source_row=0, carried={"n": "x", "tags": ["u"]})], text)
@@ -251,7 +251,7 @@ def test_carried_columns_of_parts_meet(tmp_path: Path) -> None:
     assert [row["n"] for row in csv_rows(tmp_path)] == ["7", "x", ""]
 
 
-def test_workers_without_a_run_are_merged_by_the_command(tmp_path: Path) -> None:
+def test_merge_works_without_run_json(tmp_path: Path) -> None:
     commit(tmp_path, "a", "t.csv", 0)
     done = command("merge", tmp_path, "--results", "jsonl", "--json")
     assert (done.code, json.loads(done.stdout)["ok"]) == (0, 1)
@@ -270,15 +270,15 @@ def test_a_merge_without_a_run_removes_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "results.csv").read_text() == "somebody's"
 
 
-def test_nothing_to_merge_is_told(tmp_path: Path) -> None:
+def test_nothing_to_merge_is_a_usage_error(tmp_path: Path) -> None:
     done = command("merge", tmp_path / "nowhere")
     assert (done.code, done.stdout) == (2, "")
     assert "nothing to merge" in done.stderr
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_the_tables_of_a_run_decide_which_rows_there_are(tmp_path: Path) -> None:
-    """As they do for run itself; once they are gone, the manifest has the last word."""
+def test_merge_follows_the_tables_of_the_run(tmp_path: Path) -> None:
+    """As in `run`; without the tables the manifest decides."""
     table, out = tmp_path / "t.csv", tmp_path / "out"
     write_csv(table, [["id", "prompt"], ["a", "a red circle"], ["b", "a blue square"]])
     assert run(table, out, "--results", "csv").code == 0
@@ -303,8 +303,8 @@ def test_the_tables_of_a_run_decide_which_rows_there_are(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("ended", [True, False])
-def test_status_says_what_results_say(tmp_path: Path, ended: bool) -> None:
-    """After a merge of tables that have changed, or are gone; after a run that ended, or was killed."""
+def test_status_agrees_with_results(tmp_path: Path, ended: bool) -> None:
+    """After a merge with changed or missing tables, and after a finished or killed run."""
     table, out = tmp_path / "t.csv", tmp_path / "out"
     write_csv(table, [["id", "prompt"], ["a", "a red circle"], ["b", "a blue square"], ["c", ""]])
     assert run(table, out).code == 3
@@ -312,27 +312,27 @@ def test_status_says_what_results_say(tmp_path: Path, ended: bool) -> None:
         record = json.loads((out / "run.json").read_text())
         (out / "run.json").write_text(json.dumps({**record, "summary": None, "finished_at": None}))
 
-    def told() -> tuple[dict[str, int], int, str]:
+    def report() -> tuple[dict[str, int], int, str]:
         standing = json.loads(command("status", out, "--json").stdout)
         return standing["counts"], standing["left"], standing["state"]
 
     def merged() -> tuple[dict[str, int], int, str]:
         counts = json.loads(command("merge", out, "--json").stdout)
-        assert {row["status"] for row in results(out)} == {name for name in told()[0] if counts[name]}
-        return {name: counts[name] for name in told()[0]}, counts["left"], "stopped" if counts["left"] else "finished"
+        assert {row["status"] for row in results(out)} == {name for name in report()[0] if counts[name]}
+        return {name: counts[name] for name in report()[0]}, counts["left"], "stopped" if counts["left"] else "finished"
 
-    assert merged() == told()
+    assert merged() == report()
     write_csv(table, [["id", "prompt"], ["a", "a red circle"], ["b", "a green square"], ["d", "a star"]])
-    assert merged() == told()
-    assert told()[1:] == (2, "stopped")
+    assert merged() == report()
+    assert report()[1:] == (2, "stopped")
     table.unlink()
-    assert merged() == told()
-    assert told()[1:] == (0, "finished")
+    assert merged() == report()
+    assert report()[1:] == (0, "finished")
     (record_after,) = [json.loads((out / "run.json").read_text())]
     assert (record_after["summary"] is not None) == ended, "the next run looks after one that was killed"
 
 
-def test_a_damaged_part_of_an_endpoint_is_named_with_what_helps_there(tmp_path: Path) -> None:
+def test_a_damaged_part_of_an_endpoint_is_named_with_a_remedy(tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(Path(__file__).parent / "data" / "earlier_version" / "endpoint", out)
     before = json.loads(command("status", out, "--json").stdout)["counts"]
@@ -346,7 +346,7 @@ def test_a_damaged_part_of_an_endpoint_is_named_with_what_helps_there(tmp_path: 
     assert "send its tables to the endpoint again" in done.stderr and "run again" not in done.stderr
 
 
-def test_a_folder_that_is_held_is_not_merged(tmp_path: Path) -> None:
+def test_a_locked_folder_is_not_merged(tmp_path: Path) -> None:
     commit(tmp_path, "a", "t.csv", 0)
     with outdir.locked(tmp_path):
         done = command("merge", tmp_path)

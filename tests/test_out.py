@@ -1,4 +1,4 @@
-"""OUT: one run at a time holds it, and only what runs made there is removed."""
+"""OUT: one run at a time holds its lock, and only files of runs are removed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import pytest
 
 from batch_infer.errors import Interrupted, LockedError, SettingsError, StorageError, UsageError
 from batch_infer.jobs import out as outdir
-from batch_infer.jobs import recovery
+from batch_infer.jobs import recovery, run_folder
 from batch_infer.manifest import Manifest
 from batch_infer.records import ResultRow, utc_now
 from batch_infer.sinks import IMAGE_FOLDERS, FolderSink
@@ -52,40 +52,40 @@ def holder(out: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
-def test_a_second_run_is_told_who_holds_out(out: Path, holder: subprocess.Popen[str]) -> None:
+def test_a_second_run_names_the_holder_of_the_lock(out: Path, holder: subprocess.Popen[str]) -> None:
     sentence = rf"deep/out is held by another run \(.*process {holder.pid}, since .* UTC\)"
     with pytest.raises(LockedError, match=sentence), outdir.locked(out):
         pytest.fail("held twice")
     assert LockedError.exit_code == 75
 
 
-def test_a_lock_dies_with_its_holder(out: Path, holder: subprocess.Popen[str]) -> None:
+def test_a_lock_is_released_when_its_holder_dies(out: Path, holder: subprocess.Popen[str]) -> None:
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     with outdir.locked(out):
         assert f"process {os.getpid()}," in (out / ".holder").read_text()
 
 
-def test_a_lock_ends_with_its_run_whatever_happens(out: Path) -> None:
+def test_a_lock_is_released_on_any_error(out: Path) -> None:
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt), outdir.locked(out):
             raise KeyboardInterrupt
     assert [path.name for path in out.iterdir()] == [".lock"]
 
 
-def test_a_process_locks_itself_out_too(out: Path) -> None:
+def test_a_process_cannot_lock_twice(out: Path) -> None:
     with outdir.locked(out), pytest.raises(LockedError), outdir.locked(out):
         pytest.fail("held twice")
 
 
 @pytest.mark.parametrize("place", ["file", "file/out"])
-def test_a_file_where_out_should_be(tmp_path: Path, place: str) -> None:
+def test_a_file_in_place_of_out_is_refused(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SettingsError, match=f"cannot write to .*{place}: "), outdir.locked(tmp_path / place):
         pytest.fail("held a file")
 
 
-def test_run_json_comes_back(tmp_path: Path) -> None:
+def test_run_json_is_read_as_written(tmp_path: Path) -> None:
     assert outdir.read_run(tmp_path) is None
     outdir.write_run(tmp_path, {"tables": ["größe.csv", os.fsdecode(b"caf\xe9.csv")], "out": tmp_path, "summary": None})
     found = outdir.read_run(tmp_path)
@@ -94,14 +94,14 @@ def test_run_json_comes_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff"])
-def test_a_damaged_run_json_is_named_with_the_way_out(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_run_json_is_named_with_a_remedy(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "run.json").write_bytes(content)
-    with pytest.raises(UsageError, match=r"run.json .*; remove it to go on .*, or start anew in another --out"):
+    with pytest.raises(UsageError, match=r"run.json .*; remove it to continue .*, or start anew in another --out"):
         outdir.read_run(tmp_path)
 
 
 def full(out: Path) -> list[Path]:
-    """An OUT with something of every kind that runs make, and things of others."""
+    """An OUT with every kind of file that runs make, and files of other programs."""
     for name in ("images/t-00000/a-0.png", "quarantine/t/b-0.png", "manifest/part-1.parquet", "logs/worker-0.log"):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).touch()
@@ -120,7 +120,7 @@ def test_clearing_removes_what_runs_made_and_nothing_else(out: Path, tmp_path: P
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "precious").touch()
     (out / "logs" / "link").symlink_to(tmp_path / "elsewhere")
-    outdir.clear(out)
+    run_folder.clear(out)
     kept = [*others, out / "logs" / "worker-0.log", out / "run.json"]  # this run's own log is open already
     assert [path for path in sorted(out.rglob("*")) if path.is_file()] == sorted(kept)
     assert (tmp_path / "elsewhere" / "precious").exists()
@@ -142,13 +142,13 @@ def commit_image(out: Path, name: str) -> Path:
     return out / stored.path
 
 
-def test_a_link_to_a_larger_disk_stays_and_is_emptied_of_what_the_manifest_names(out: Path, tmp_path: Path) -> None:
+def test_clearing_keeps_links_and_removes_only_named_images_behind_them(out: Path, tmp_path: Path) -> None:
     full(out)
     link_images(out, tmp_path / "big disk")
     image = commit_image(out, "b")
     (tmp_path / "big disk" / "t-00001").mkdir()
     empty = commit_image(out, "c").with_name("only")
-    outdir.clear(out)
+    run_folder.clear(out)
     assert (out / "images").is_symlink()
     assert not image.exists()
     assert not empty.exists()
@@ -159,10 +159,10 @@ def test_a_link_to_a_larger_disk_stays_and_is_emptied_of_what_the_manifest_names
 
 
 @pytest.mark.parametrize("linked", [False, True])
-def test_what_is_killed_while_it_clears_is_cleared_by_the_next_run(
+def test_a_killed_overwrite_is_finished_by_the_next_run(
     out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linked: bool
 ) -> None:
-    """Whichever removal it dies at, no command takes what is left for results."""
+    """At whichever removal it is killed, no command reads what is left as results."""
     for step in range(1, 20):
         shutil.rmtree(out, ignore_errors=True)
         shutil.rmtree(tmp_path / "big disk", ignore_errors=True)
@@ -175,22 +175,22 @@ def test_what_is_killed_while_it_clears_is_cleared_by_the_next_run(
             for name in ("unlink", "rmdir"):
                 patch.setattr(os, name, dying(getattr(os, name), left))
             try:
-                outdir.clear(out)
+                run_folder.clear(out)
                 break
             except KeyboardInterrupt:
                 pass
         assert outdir.is_clearing(out)
         with pytest.raises(UsageError, match="run --overwrite` was stopped .* run again"):
             outdir.read_existing_run(out)
-        outdir.clear(out)
+        run_folder.clear(out)
         assert not (out / "images" / "t-00000" / "b-0.png").exists()
     assert step > 5
 
 
-def test_a_stop_while_out_is_cleared_is_heeded(out: Path) -> None:
+def test_clearing_stops_on_request(out: Path) -> None:
     full(out)
     with pytest.raises(Interrupted, match="run again"):
-        outdir.clear(out, lambda: not (out / "manifest").exists())
+        run_folder.clear(out, lambda: not (out / "manifest").exists())
     assert outdir.is_clearing(out)
     assert (out / "images" / "t-00000" / "a-0.png").exists()
 
@@ -205,20 +205,20 @@ def dying(real: Callable[..., Any], left: list[int]) -> Callable[..., Any]:
     return call
 
 
-def test_a_folder_that_no_run_made_is_not_cleared(out: Path) -> None:
+def test_a_folder_of_another_program_is_not_cleared(out: Path) -> None:
     full(out)
     (out / "run.json").unlink()
     with pytest.raises(SettingsError, match="has no run.json written by batch-infer, so its files may"):
-        outdir.clear(out)
+        run_folder.clear(out)
     assert (out / "images/t-00000/a-0.png").exists()
 
 
-def test_an_empty_folder_is_as_good_as_cleared(tmp_path: Path) -> None:
-    outdir.clear(tmp_path)
-    outdir.clear(tmp_path / "missing")
+def test_clearing_an_empty_folder_does_nothing(tmp_path: Path) -> None:
+    run_folder.clear(tmp_path)
+    run_folder.clear(tmp_path / "missing")
 
 
-def test_leftovers_of_a_killed_run_are_removed_and_no_others(out: Path, tmp_path: Path) -> None:
+def test_only_leftovers_of_killed_runs_are_removed(out: Path, tmp_path: Path) -> None:
     full(out)
     ours = [
         *(
@@ -255,7 +255,7 @@ def test_leftovers_on_a_larger_disk_are_removed_too(out: Path, tmp_path: Path) -
     assert not leftover.exists()
 
 
-def test_the_word_of_who_holds_out_stays(out: Path, holder: subprocess.Popen[str]) -> None:
+def test_the_name_of_the_current_holder_is_kept(out: Path, holder: subprocess.Popen[str]) -> None:
     recovery.remove_temporary_files(out)
     assert f"process {holder.pid}," in (find_holder(out) or "")
     holder.kill()
@@ -267,23 +267,23 @@ def test_the_word_of_who_holds_out_stays(out: Path, holder: subprocess.Popen[str
         assert (out / ".holder").exists()
 
 
-def test_files_are_swept_without_asking_for_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There may be a million of them, on a disk in a network."""
+def test_sweeping_stats_no_single_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There may be a million files on a network disk."""
     for name in ("a", "b", "c"):
         folder = tmp_path / "images" / name
         folder.mkdir(parents=True)
         for number in range(100):
             (folder / f"{number}.png").touch()
-    asked = []
+    calls = []
     real = os.stat
 
     def stat(path: Any, *args: Any, **options: Any) -> os.stat_result:
-        asked.append(path)
+        calls.append(path)
         return real(path, *args, **options)
 
     monkeypatch.setattr(os, "stat", stat)
     recovery.remove_temporary_files(tmp_path)
-    assert len(asked) < 20
+    assert len(calls) < 20
 
 
 def replaced(out: Path) -> None:
@@ -292,13 +292,13 @@ def replaced(out: Path) -> None:
 
 
 def removed_and_made_again(out: Path) -> None:
-    """At once: a file system is quick to give the inode of the old folder to the new one."""
+    """At once: file systems soon give the inode of the old folder to the new one."""
     shutil.rmtree(out)
     out.mkdir()
 
 
 @pytest.mark.parametrize("vanish", [replaced, shutil.rmtree, removed_and_made_again])
-def test_a_held_folder_is_not_mistaken_for_another(out: Path, vanish: Callable[[Path], None]) -> None:
+def test_a_replaced_folder_is_recognised(out: Path, vanish: Callable[[Path], None]) -> None:
     with outdir.locked(out) as held:
         held.check()
         vanish(out)
@@ -327,7 +327,7 @@ def test_a_held_folder_is_not_mistaken_for_another(out: Path, vanish: Callable[[
         (errno.EIO, StorageError, "lock service"),
     ],
 )
-def test_a_file_system_that_does_not_lock_is_named_with_the_way_out(
+def test_a_file_system_without_locks_is_named_with_a_remedy(
     out: Path, monkeypatch: pytest.MonkeyPatch, fault: int, error: type[Exception], way_out: str
 ) -> None:
     def flock(*_: object) -> None:
@@ -357,7 +357,7 @@ print(find_holder(pathlib.Path(sys.argv[1])))
 
 @pytest.fixture
 def shared() -> Iterator[Path]:
-    """OUT, to which others come. Not below pytest's own folder, which is closed to them."""
+    """An OUT that other users can read. Not below pytest's folder, which they cannot enter."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         out = Path(folder) / "out"
@@ -365,20 +365,20 @@ def shared() -> Iterator[Path]:
         yield out
 
 
-def test_another_user_sees_who_holds_out(shared: Path) -> None:
+def test_another_user_can_read_the_holder(shared: Path) -> None:
     with outdir.locked(shared):
         assert f"process {os.getpid()}," in as_another_user(SHOW, shared).stdout
     assert as_another_user(SHOW, shared).stdout == "None\n"
 
 
-def test_a_lock_that_may_not_be_read_is_not_taken_for_free(shared: Path) -> None:
+def test_an_unreadable_lock_is_an_error(shared: Path) -> None:
     (shared / ".lock").touch()
     (shared / ".lock").chmod(0o600)
     done = as_another_user(SHOW, shared)
     assert f"StorageError: cannot read {shared}/.lock: Permission denied" in done.stderr
 
 
-def test_status_does_not_know_whether_a_run_goes_on_whose_lock_may_not_be_read(shared: Path) -> None:
+def test_status_is_unknown_where_the_lock_is_unreadable(shared: Path) -> None:
     table = write_csv(shared.parent / "t.csv", [["prompt"], ["a red circle"]])
     assert run(table, shared).code == 0
     (shared / "run.json").write_text(json.dumps({**run_json(shared), "summary": None}))
@@ -392,7 +392,7 @@ def test_status_does_not_know_whether_a_run_goes_on_whose_lock_may_not_be_read(s
     assert "left=0" in done.stdout
 
 
-def test_a_manifest_that_may_not_be_listed_is_not_taken_for_empty(shared: Path) -> None:
+def test_an_unreadable_manifest_is_an_error(shared: Path) -> None:
     commit_image(shared, "a")
     (shared / "manifest").chmod(0o700)
     script = "from batch_infer.manifest import Manifest\nprint(Manifest(pathlib.Path(sys.argv[1])).parts())"
@@ -409,7 +409,7 @@ def test_files_of_the_wrong_kind_are_refused(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", outdir.FOLDERS)
-def test_only_images_may_be_a_link(tmp_path: Path, name: str) -> None:
+def test_only_image_folders_may_be_links(tmp_path: Path, name: str) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / name).symlink_to(tmp_path / "elsewhere")
     if name in IMAGE_FOLDERS:
@@ -419,7 +419,7 @@ def test_only_images_may_be_a_link(tmp_path: Path, name: str) -> None:
         outdir.refuse_foreign_files(tmp_path, [], None)
 
 
-def test_a_path_that_is_not_utf_8_is_refused_in_a_sentence(tmp_path: Path) -> None:
+def test_a_path_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
     out = tmp_path / os.fsdecode(b"caf\xe9")
     for look in (outdir.read_run, lambda path: outdir.locked(path).__enter__()):
         with pytest.raises(SettingsError, match=r"the path of OUT is not UTF-8: b'.*caf\\xe9'; give another --out"):
@@ -427,8 +427,8 @@ def test_a_path_that_is_not_utf_8_is_refused_in_a_sentence(tmp_path: Path) -> No
     assert not out.exists()
 
 
-def test_results_that_a_killed_merge_left_are_swept_by_the_next_holder(out: Path) -> None:
-    """Temporary files of others stay: workers of an endpoint share OUT with a merge."""
+def test_the_next_holder_removes_partial_results(out: Path) -> None:
+    """Temporary files of other processes stay: workers of an endpoint share OUT with a merge."""
     out.mkdir(parents=True)
     token = ".tmp-0a1b2c3d-1-0123456789ab-"
     for name in (f"{token}results.parquet", f"{token}results.csv", f"{token}run.json", ".tmp-mine-results.csv"):
@@ -443,8 +443,8 @@ def refuse_to_unlink(path: Path, *_: object, **__: object) -> None:
     raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
 
-def test_an_out_that_can_no_longer_be_written_is_a_storage_error(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also in the way out, where nothing may hide the error that ends the run."""
+def test_losing_write_access_is_a_storage_error(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also during cleanup, which must not hide the error that ends the run."""
     with (
         monkeypatch.context() as patch,
         pytest.raises(StorageError, match=r"cannot write .*out/x: Permission denied"),
@@ -456,7 +456,7 @@ def test_an_out_that_can_no_longer_be_written_is_a_storage_error(out: Path, monk
         raise OSError(errno.EACCES, "no", "/elsewhere")
 
 
-def test_an_out_that_cannot_be_cleaned_up_is_free_and_cleaned_up_by_the_next_holder(
+def test_a_failed_cleanup_releases_the_lock_and_is_left_to_the_next_holder(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with (
@@ -474,7 +474,7 @@ def test_an_out_that_cannot_be_cleaned_up_is_free_and_cleaned_up_by_the_next_hol
     assert {path.name for path in out.iterdir()} == {".lock"}
 
 
-def test_a_full_disk_is_no_fault_of_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fill(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -488,7 +488,7 @@ def test_a_full_disk_is_no_fault_of_the_settings(tmp_path: Path, monkeypatch: py
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_of_several_run_jsons_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_run_json_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 

@@ -1,4 +1,4 @@
-"""`batch-infer plan`: what a run would do, told beforehand, and held against what the run then does."""
+"""`batch-infer plan`: what a run would do, compared with what the run then does."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def plan(table: Path | str, out: Path, *options: str | Path) -> dict[str, Any]:
     return dict(json.loads(done.stdout))
 
 
-def test_a_plan_is_what_the_run_does(table: Path, out: Path) -> None:
+def test_a_plan_agrees_with_the_run(table: Path, out: Path) -> None:
     planned = plan(table, out)
     assert not out.exists(), "a plan writes nothing"
     done = json.loads(run(table, out, "--json").stdout)
@@ -59,15 +59,15 @@ def test_a_plan_is_what_the_run_does(table: Path, out: Path) -> None:
     assert planned["occupancy"] == pytest.approx(done["occupancy"], abs=1e-3)
     assert (planned["rows"], planned["total"], planned["pending"]) == (8, len(made), done["rendered"]) == (8, 11, 8)
     assert planned["truncated"] == len({row["id"] for row in made if row["prompt_truncated"]}) == 3
-    told = [(fault["id"], fault["image_index"], fault["error"]) for fault in planned["invalid_results"]]
-    assert told == [(row["id"], row["image_index"], row["error"]) for row in made if row["status"] == "invalid"]
-    assert planned["invalid_rows"] == planned["invalid"] == len(told) == 3
+    output = [(fault["id"], fault["image_index"], fault["error"]) for fault in planned["invalid_results"]]
+    assert output == [(row["id"], row["image_index"], row["error"]) for row in made if row["status"] == "invalid"]
+    assert planned["invalid_rows"] == planned["invalid"] == len(output) == 3
     assert planned["seconds"] > 0
     assert planned["bytes"] > 0
 
 
 def test_steps_that_the_scheduler_refuses_are_invalid_beforehand(tmp_path: Path, out: Path) -> None:
-    """Only the scheduler knows which."""
+    """Only the scheduler knows which steps."""
     rows: list[list[Any]] = [
         ["prompt", "num_inference_steps", "num_images_per_prompt"],
         ["x", 4, 1],
@@ -78,19 +78,21 @@ def test_steps_that_the_scheduler_refuses_are_invalid_beforehand(tmp_path: Path,
     options = ("--scheduler", "PNDMScheduler:skip_prk_steps=false")
     planned = plan(table, out, *options)
     assert run(table, out, *options).code == 3
-    told = [(fault["id"], fault["image_index"], fault["error"]) for fault in planned["invalid_results"]]
-    assert told == [(row["id"], row["image_index"], row["error"]) for row in results(out) if row["status"] == "invalid"]
+    output = [(fault["id"], fault["image_index"], fault["error"]) for fault in planned["invalid_results"]]
+    assert output == [
+        (row["id"], row["image_index"], row["error"]) for row in results(out) if row["status"] == "invalid"
+    ]
     assert (planned["invalid_rows"], planned["invalid"], planned["pending"]) == (1, 2, 2)
     assert planned["row_forwards"] == run_json(out)["summary"]["row_forwards"]
 
 
-def test_a_scheduler_of_two_evaluations_a_step_is_counted_so(table: Path, out: Path) -> None:
+def test_two_evaluations_per_step_are_counted(table: Path, out: Path) -> None:
     options = ("--scheduler", "HeunDiscreteScheduler")
     planned = plan(table, out, *options)
     assert planned["row_forwards"] == json.loads(run(table, out, "--json", *options).stdout)["row_forwards"]
 
 
-def test_what_is_done_is_not_planned_again(table: Path, out: Path) -> None:
+def test_finished_rows_are_not_planned(table: Path, out: Path) -> None:
     assert run(table, out, "--limit", "2").code == 0
     planned = plan(table, out)
     assert (planned["done"], planned["pending"]) == (3, 5)
@@ -99,7 +101,7 @@ def test_what_is_done_is_not_planned_again(table: Path, out: Path) -> None:
     assert plan(table, out, "--overwrite")["pending"] == 8
 
 
-def test_what_a_person_reads(table: Path, out: Path) -> None:
+def test_a_plan_prints_a_readable_report(table: Path, out: Path) -> None:
     done = command("plan", table, "--out", out, *QUICK, "--price-per-hour", "3600", "--limit", "7")
     assert done.code == 3
     lines = done.stdout.splitlines()
@@ -138,7 +140,7 @@ def test_a_plan_that_is_within_the_budget_is_a_success(table: Path, out: Path) -
     assert (done.code, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_a_table_without_a_good_row(tmp_path: Path, out: Path) -> None:
+def test_a_table_without_a_valid_row(tmp_path: Path, out: Path) -> None:
     planned = plan(write_csv(tmp_path / "t.csv", [["prompt"], [""]]), out)
     assert (planned["rows"], planned["invalid"], planned["row_forwards"], planned["sizes"]) == (1, 1, 0, [])
     assert plan(write_csv(tmp_path / "u.csv", [["prompt"]]), out)["rows"] == 0
@@ -161,7 +163,7 @@ def test_a_plan_refuses_what_a_run_would_refuse(
         assert sentence in done.stderr
 
 
-def test_what_is_somebody_elses_is_not_planned_away(table: Path, out: Path) -> None:
+def test_plan_refuses_to_overwrite_files_of_another_program(table: Path, out: Path) -> None:
     (out / "images").mkdir(parents=True)
     for done in (command("plan", table, "--out", out, *QUICK, "--overwrite"), run(table, out, "--overwrite")):
         assert done.code == 2
@@ -189,11 +191,11 @@ if __name__ == "__main__":
         peak = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
         print(end.code, loaded, peak, file=sys.stderr)
 """
-"""The command, in a file of its own since it starts a process, that tells what it loaded and the memory it took."""
+"""The command as a script, since it starts a process; it prints the libraries that it loaded and its peak memory."""
 
 
 def plan_apart(table: Path, folder: Path) -> tuple[dict[str, Any], str, int]:
-    """A plan in a process of its own: what it says, what it loaded of the rendering libraries, its peak in KiB."""
+    """Run a plan in its own process; return its output, the rendering libraries that it loaded, and its peak in KiB."""
     script = folder / "planning.py"
     script.write_text(PLANNING)
     line: list[str | Path] = [
@@ -215,7 +217,7 @@ def plan_apart(table: Path, folder: Path) -> tuple[dict[str, Any], str, int]:
 @pytest.mark.promises
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_a_plan_imports_no_torch(table: Path, tmp_path: Path) -> None:
-    """What only torch knows is asked of a process beside it."""
+    """A separate process answers what only torch knows."""
     planned, loaded, _ = plan_apart(table, tmp_path)
     assert (planned["pending"], loaded) == (8, "[]")
 
@@ -239,8 +241,8 @@ def test_the_memory_of_a_plan_does_not_grow_with_the_table(tmp_path: Path, few: 
     assert peaks[1] - peaks[0] < mib * 1024
 
 
-def test_a_device_that_is_too_small_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a run tells it; torch's own error would have torch imported by whoever asked."""
+def test_a_device_with_too_little_memory_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a run does; torch's own error would need torch to be imported in the parent process."""
 
     def too_small(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory\nand more")
@@ -252,7 +254,7 @@ def test_a_device_that_is_too_small_is_told(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.promises
-def test_many_sizes_are_told_from_the_few_that_are_measured(tmp_path: Path, out: Path) -> None:
+def test_many_sizes_are_estimated_from_a_few_measured_ones(tmp_path: Path, out: Path) -> None:
     table = write_csv(tmp_path / "t.csv", [["prompt", "height"], *(["x", 64 + 8 * k] for k in range(7))])
     sizes = plan(table, out)["sizes"]
     assert [size["height"] for size in sizes] == [64 + 8 * k for k in range(7)]
@@ -270,7 +272,7 @@ def has_loaded_torch(process: int) -> bool:
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.promises
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
-def test_a_plan_that_is_ended_leaves_no_process(table: Path, out: Path, number: signal.Signals) -> None:
+def test_a_killed_plan_leaves_no_process(table: Path, out: Path, number: signal.Signals) -> None:
     line: list[str | Path] = [
         sys.executable,
         "-m",

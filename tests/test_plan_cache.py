@@ -1,4 +1,4 @@
-"""A plan asks torch only for what no earlier plan has kept."""
+"""A plan probes torch only for facts that no earlier plan has cached."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def table(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def questions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The questions that reach the probe's process, answered in this one."""
+    """The questions that reach the probe, answered in this process."""
     names: list[str] = []
 
     def ask(_: Probe, question: Callable[..., Any], *arguments: Any) -> Any:
@@ -89,7 +89,7 @@ def test_a_calibrated_plan_starts_no_process_and_prints_the_same(
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu"])
-def test_the_first_plan_asks_once_for_each_fact(
+def test_the_first_plan_probes_each_fact_once(
     table: Path, tmp_path: Path, device: str, questions: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
@@ -105,7 +105,7 @@ def test_the_first_plan_asks_once_for_each_fact(
         (("--guidance-scale", "1"), []),
     ],
 )
-def test_a_changed_scheduler_asks_again(
+def test_a_changed_scheduler_is_probed_again(
     table: Path, cache: Path, questions: list[str], options: tuple[str, ...], expected: list[str]
 ) -> None:
     plan(table, *options)
@@ -115,7 +115,7 @@ def test_a_changed_scheduler_asks_again(
     assert questions == []
 
 
-def test_only_new_step_counts_are_asked(table: Path, cache: Path, questions: list[str]) -> None:
+def test_only_new_step_counts_are_probed(table: Path, cache: Path, questions: list[str]) -> None:
     write_csv(table, [*ROWS, ["a blue square", 7], ["a blue square", 7]])
     plan(table)
     assert questions == ["count_evaluations"]
@@ -125,7 +125,7 @@ def test_only_new_step_counts_are_asked(table: Path, cache: Path, questions: lis
     assert questions == []
 
 
-def test_another_choice_of_gpus_asks_again(
+def test_another_choice_of_gpus_is_probed_again(
     table: Path, cache: Path, questions: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
@@ -138,7 +138,7 @@ def test_another_choice_of_gpus_asks_again(
     assert questions == []
 
 
-def test_a_refused_step_count_is_kept_with_its_sentence(table: Path, cache: Path, questions: list[str]) -> None:
+def test_a_refused_step_count_is_cached_with_its_reason(table: Path, cache: Path, questions: list[str]) -> None:
     options = ("--scheduler", "PNDMScheduler:skip_prk_steps=false")
     write_csv(table, [ROWS[0], ["x", 4], ["x", 3]])
     first = plan(table, *options)
@@ -150,7 +150,7 @@ def test_a_refused_step_count_is_kept_with_its_sentence(table: Path, cache: Path
     assert second["invalid_results"] == first["invalid_results"]
 
 
-def test_damaged_files_are_asked_for_anew(table: Path, cache: Path, questions: list[str]) -> None:
+def test_damaged_cache_files_are_probed_again(table: Path, cache: Path, questions: list[str]) -> None:
     for file in cache.rglob("*.json"):
         if not file.name.startswith("rates"):
             file.write_text('{"measured": {"x": []}}')
@@ -171,20 +171,20 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_a_gpu_is_recalled(driver: Path) -> None:
+def test_a_gpu_is_cached(driver: Path) -> None:
     devices.save_device("auto", GPU)
     assert devices.load_device("auto") == GPU
     assert devices.load_device("cuda") is None
 
 
-def test_a_cpu_is_not_kept_where_there_are_gpus(driver: Path) -> None:
-    """Another command may find them: the driver may have failed, or torch may be exchanged."""
+def test_a_cpu_is_not_cached_where_gpus_are_visible(driver: Path) -> None:
+    """A later command may use them: the driver may have failed, or another torch may be installed."""
     devices.save_device("auto", Device("cpu", "Test"))
     assert devices.load_device("auto") is None
 
 
 @pytest.mark.parametrize("change", ["driver", "model", "removed", "added", "order"])
-def test_a_changed_gpu_is_not_recalled(driver: Path, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_gpu_is_probed_again(driver: Path, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     devices.save_device("auto", GPU)
     first = driver / "gpus" / "0000:01:00.0"
     match change:

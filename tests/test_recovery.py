@@ -1,4 +1,4 @@
-"""Recovery: whatever a run died of, the next one makes of OUT what an undisturbed run would have made."""
+"""Recovery: after any death of a run, the next one leaves OUT as an undisturbed run would."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ NOW = 50_000.0
 """The time on the clock of a machine."""
 ROOT = Path(__file__).parent.parent
 LONG = "0123456789" * 6
-"""A value that stands in a part as it is."""
+"""A value that is stored uncompressed in a part."""
 
 
 def result(sink: FolderSink, name: str, content: bytes | None = b"pixels", **more: Any) -> ResultRow:
-    """A row whose image is written, and not settled."""
+    """A row whose image is written but not published."""
     usual = {"id": name, "image_index": 0, "prompt": "x", "status": "ok", "source_file": "t.csv", "source_row": 0}
     if content is not None:
         stored = sink.write(f"images/t-0000{name > 'b':d}/{name}-0.png", content)
@@ -56,7 +56,7 @@ def files(out: Path) -> dict[str, bytes]:
 
 
 def commit_twice(out: Path) -> None:
-    """What a worker does with two batches of rows, of which the second are later attempts at the first."""
+    """Commit two batches of rows like a worker; the second holds later attempts at the first."""
     sink, manifest = FolderSink(out), Manifest(out)
     for attempt in (1, 2):
         rows = [result(sink, name, f"{name} {attempt}".encode(), attempt=attempt) for name in "abc"]
@@ -68,7 +68,7 @@ def commit_twice(out: Path) -> None:
 
 
 def new_out(out: Path) -> Path:
-    """An OUT with two images that others are to replace."""
+    """An OUT with two images to replace."""
     (out / "images" / "t-00000").mkdir(parents=True)
     for attempt in (1, 2):
         (out / "images" / "t-00000" / f"old-{attempt}.png").touch()
@@ -76,7 +76,7 @@ def new_out(out: Path) -> Path:
 
 
 def die_at(step: int) -> None:
-    """Have this process killed just before its n-th call that changes what a disk holds."""
+    """Kill this process just before its n-th call that changes the disk."""
     left = [step]
 
     def deadly(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,7 +93,7 @@ def die_at(step: int) -> None:
 
 
 def die_everywhere(root: Path) -> None:
-    """Commit in one process for each step that it can die at, and say how each ended, until one comes to its end."""
+    """Commit in one process for each step at which it can be killed, until one finishes; yield how each ended."""
     for step in itertools.count(1):
         out = new_out(root / str(step))
         child = os.fork()
@@ -108,7 +108,7 @@ def die_everywhere(root: Path) -> None:
 
 
 def mixed_up(out: Path) -> set[tuple[str, int]]:
-    """Keys of the images that are not those of the attempt which the manifest has."""
+    """Keys of images that are not those of the committed attempt."""
     with Manifest(out).index() as index:
         found = {name: index.find((name, 0)) for name in "abc"}
         return {
@@ -119,15 +119,15 @@ def mixed_up(out: Path) -> set[tuple[str, int]]:
 
 
 @pytest.mark.promises
-def test_a_kill_at_any_step_of_a_commit_is_made_good_by_the_next(tmp_path: Path) -> None:
-    """Processes that die for real: no `finally` of theirs cleans up."""
+def test_a_kill_at_any_step_of_a_commit_is_recovered_by_the_next_run(tmp_path: Path) -> None:
+    """Real processes are killed: no `finally` cleans up."""
     command = [sys.executable, "-m", "tests.test_recovery", str(tmp_path)]
-    told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    ends = dict(line.split() for line in told.stdout.splitlines())
-    *killed, whole = ends
+    message = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    ends = dict(line.split() for line in message.stdout.splitlines())
+    *killed, intact = ends
     assert {ends[name] for name in killed} == {str(-signal.SIGKILL)}
     assert len(killed) > 30
-    want = files(tmp_path / whole)
+    want = files(tmp_path / intact)
     assert sorted(path.split("/")[0] for path in want) == ["images"] * 3 + ["manifest"] * 2
     with_leftovers = 0
     for out in (tmp_path / name for name in ends):
@@ -140,8 +140,8 @@ def test_a_kill_at_any_step_of_a_commit_is_made_good_by_the_next(tmp_path: Path)
     assert with_leftovers > 5
 
 
-def test_an_image_that_was_never_committed_does_no_harm(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """It is rendered again, under its name."""
+def test_an_uncommitted_image_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is rendered again under the same name."""
     sink = FolderSink(tmp_path)
     commit(tmp_path, result(sink, "a"))
     sink.publish([str(result(sink, "b", b"settled").generated_image)])
@@ -159,8 +159,8 @@ def test_an_out_without_a_manifest_is_recovered(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_recent_images_that_the_disk_has_lost_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Older ones are not looked at: that is for `verify`."""
+def test_recent_lost_images_are_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Older images are not checked."""
     sink, early = FolderSink(tmp_path), NOW - recovery.RECENT_SECONDS
     rows = [*(result(sink, name) for name in ("a whole", "a gone", "a short", "another"))]
     commit(tmp_path, *rows, result(sink, "a failure", None, status="failed"))
@@ -176,15 +176,15 @@ def test_recent_images_that_the_disk_has_lost_are_told(tmp_path: Path, caplog: p
     (folder / "a short-0.png").write_bytes(b"pix")
     (folder / "another-0.png").write_bytes(b"slexip")
     with caplog.at_level(logging.WARNING):
-        lost = recover(tmp_path, Manifest(tmp_path))
-    assert lost == {(name, 0) for name in ("a gone", "a short", "another", "a recent", "an outside")}
+        missing = recover(tmp_path, Manifest(tmp_path))
+    assert missing == {(name, 0) for name in ("a gone", "a short", "another", "a recent", "an outside")}
     assert f"5 images of the manifest are missing or damaged and must be rendered again, the first is {tmp_path}/" in (
         caplog.text
     )
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE])
-def test_an_image_that_cannot_be_read_is_not_a_missing_one(tmp_path: Path, number: int) -> None:
+def test_an_unreadable_image_is_an_error(tmp_path: Path, number: int) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(b"x")
     fault = OSError(number, os.strerror(number))
@@ -194,7 +194,7 @@ def test_an_image_that_cannot_be_read_is_not_a_missing_one(tmp_path: Path, numbe
         assert not recovery.is_intact(FolderSink(tmp_path), "images/a.png", "sum", 1), "the disk has lost it"
 
 
-def test_of_several_attempts_the_image_of_the_last_counts(tmp_path: Path) -> None:
+def test_the_image_of_the_last_attempt_is_checked(tmp_path: Path) -> None:
     sink = FolderSink(tmp_path)
     for attempt in (2, 3, 1):
         row = result(sink, "a", f"{attempt}".encode(), attempt=attempt)
@@ -207,9 +207,11 @@ def test_of_several_attempts_the_image_of_the_last_counts(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "late column"])
-def test_damaged_parts_are_set_aside_with_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str) -> None:
+def test_damaged_parts_are_set_aside_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
     sink = FolderSink(tmp_path)
-    whole = commit(tmp_path, result(sink, "b"))
+    intact = commit(tmp_path, result(sink, "b"))
     part = commit(tmp_path, result(sink, "a", scheduler=LONG))
     content = part.read_bytes()
     bad = {"empty": b"", "cut": content[:-7], "late column": garbled(content)}[damage]
@@ -219,22 +221,22 @@ def test_damaged_parts_are_set_aside_with_a_word(tmp_path: Path, caplog: pytest.
         with caplog.at_level(logging.WARNING):
             assert recover(tmp_path, Manifest(tmp_path)) == frozenset()
         assert f"{part} is damaged (" in caplog.text
-        assert f"its rows are rendered anew, and it is kept as {kept}" in caplog.text
+        assert f"its rows are rendered again, and it is kept as {kept}" in caplog.text
         assert part.with_name(kept).read_bytes() == bad
-        assert Manifest(tmp_path).parts() == [whole]
+        assert Manifest(tmp_path).parts() == [intact]
         with Manifest(tmp_path).index() as index:
             assert index.find(("a", 0)) is None
         assert commit(tmp_path, result(sink, "a", scheduler=LONG)) == part
 
 
 def garbled(content: bytes) -> bytes:
-    """Another value of the same length, which Parquet itself sees nothing of."""
+    """Another value of the same length, which Parquet does not notice."""
     at = content.index(LONG[:10].encode())
     return content[:at] + b"98765" + content[at + 5 :]
 
 
-def test_a_damaged_part_that_is_found_later_is_set_aside_too(tmp_path: Path) -> None:
-    """An old one: by who reads its other columns, or by the index."""
+def test_damage_outside_indexed_columns_is_set_aside_too(tmp_path: Path) -> None:
+    """An old part: when its other columns are read, or by the index."""
     sink = FolderSink(tmp_path)
     part = commit(tmp_path, result(sink, "a", scheduler=LONG), at=NOW - 40_000)
     content = part.read_bytes()
@@ -254,7 +256,7 @@ def test_a_damaged_part_that_is_found_later_is_set_aside_too(tmp_path: Path) -> 
     assert not part.exists()
 
 
-def test_of_an_old_part_no_column_is_read_and_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_parts_and_their_images_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sink = FolderSink(tmp_path)
     for hours in range(1, 6):
         commit(tmp_path, result(sink, f"a{hours}"), at=NOW - 3600 * hours)
@@ -266,9 +268,9 @@ def test_of_an_old_part_no_column_is_read_and_no_image(tmp_path: Path, monkeypat
         read.append(columns)
         return real_part(part, *columns)
 
-    def is_whole(sink: Sink, path: str, *told: Any) -> bool:
+    def is_whole(sink: Sink, path: str, *message: Any) -> bool:
         read.append(path)
-        return bool(real_whole(sink, path, *told))
+        return bool(real_whole(sink, path, *message))
 
     monkeypatch.setattr(recovery, "read_part", read_part)
     monkeypatch.setattr(recovery, "is_intact", is_whole)
@@ -276,8 +278,8 @@ def test_of_an_old_part_no_column_is_read_and_no_image(tmp_path: Path, monkeypat
     assert read == [(), "images/t-00000/a-0.png"]
 
 
-def test_the_time_of_day_may_be_set_back_during_a_run(tmp_path: Path) -> None:
-    """What was committed last is checked, although its time of day is the earlier one."""
+def test_setting_the_clock_back_does_not_hide_recent_parts(tmp_path: Path) -> None:
+    """The last commit is checked although its time of day is earlier."""
     sink = FolderSink(tmp_path)
     commit(tmp_path, result(sink, "a"), at=NOW - 700)
     commit(tmp_path, result(sink, "b", finished_at=END - timedelta(days=1)))
@@ -296,7 +298,7 @@ def test_each_machine_has_its_own_clock(tmp_path: Path, monkeypatch: pytest.Monk
     assert recover(tmp_path, Manifest(tmp_path)) == {("a", 0), ("b", 0)}
 
 
-def test_runs_before_the_last_one_that_ended_in_order_are_not_checked(tmp_path: Path) -> None:
+def test_runs_before_the_last_clean_one_are_not_checked(tmp_path: Path) -> None:
     sink = FolderSink(tmp_path)
     for run, name in enumerate("abc", 1):
         commit(tmp_path, result(sink, name), run=run)

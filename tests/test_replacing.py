@@ -1,4 +1,4 @@
-"""Images that others of their name replace: a kill before the others are committed loses none of them."""
+"""Replaced images: a kill before the new ones are committed loses none of the old."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ every_moment = pytest.mark.parametrize(("room", "moment"), MOMENTS, ids=[moment 
 
 
 class Killed(BaseException):
-    """Ends a process so that no code of it handles that."""
+    """Ends a process without any handler."""
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def rendered(done: runs.Done) -> int:
 
 
 def die(room: Any, moment: str, *, after: bool) -> Callable[..., Any]:
-    """Return the method with an end that nothing handles before or after it."""
+    """Return the method with an unhandled end before or after it."""
     real = getattr(room, moment)
 
     def dying(self: Any, *arguments: Any) -> None:
@@ -68,7 +68,7 @@ def die(room: Any, moment: str, *, after: bool) -> Callable[..., Any]:
 
 
 def killed_while_replacing(folder: Path, room: Any, moment: str, *, after: bool) -> dict[str, bytes]:
-    """Have a run with other options killed at a moment of its only commit; return the images as they were before."""
+    """Kill a run with other options at a moment of its only commit; return the images from before."""
     before = files(folder / "out")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(room, moment, die(room, moment, after=after))
@@ -79,10 +79,8 @@ def killed_while_replacing(folder: Path, room: Any, moment: str, *, after: bool)
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @every_moment
-def test_a_run_that_is_killed_while_it_replaces_images_can_be_taken_back(
-    folder: Path, room: Any, moment: str, after: bool
-) -> None:
-    """The old options render nothing, and every image is the old one, unless the new ones were committed."""
+def test_a_run_killed_while_replacing_images_can_be_undone(folder: Path, room: Any, moment: str, after: bool) -> None:
+    """The old options render nothing, and every image is the old one unless the new ones were committed."""
     out = folder / "out"
     before = killed_while_replacing(folder, room, moment, after=after)
     committed = moment == "remove" or (moment == "commit" and after)
@@ -104,7 +102,7 @@ def test_every_command_that_works_in_out_restores_the_images(folder: Path, line:
     assert not list(out.rglob(".original-*"))
 
 
-def test_the_same_options_render_the_images_again(folder: Path, tmp_path: Path) -> None:
+def test_repeating_the_options_renders_the_images_again(folder: Path, tmp_path: Path) -> None:
     killed_while_replacing(folder, Manifest, "commit", after=False)
     assert rendered(runs.run(folder / "t.csv", folder / "out", "--json", *OTHER)) == 3
     runs.assert_whole(folder / "out")
@@ -125,7 +123,7 @@ def test_a_disk_that_is_full_while_rows_are_committed_loses_no_image(folder: Pat
     assert files(folder / "out") == before
 
 
-def test_an_image_that_is_missing_when_it_is_replaced_costs_nothing(folder: Path) -> None:
+def test_replacing_a_missing_image_works(folder: Path) -> None:
     out = folder / "out"
     first, *_ = sorted(runs.images(out))
     (out / first).unlink()
@@ -133,8 +131,8 @@ def test_an_image_that_is_missing_when_it_is_replaced_costs_nothing(folder: Path
     runs.assert_whole(out)
 
 
-def test_what_a_second_attempt_of_a_run_replaces_is_the_image_of_the_manifest(tmp_path: Path) -> None:
-    """A worker died over the first attempt: what it put in place was never committed."""
+def test_a_second_attempt_sets_the_committed_image_aside(tmp_path: Path) -> None:
+    """A worker died in the first attempt: the image that it published was never committed."""
     sink = FolderSink(tmp_path)
     for content in (b"old", b"first", b"second"):
         path = sink.write("images/t-00000/a-0.png", content).path
@@ -144,8 +142,8 @@ def test_what_a_second_attempt_of_a_run_replaces_is_the_image_of_the_manifest(tm
     assert (tmp_path / path).read_bytes() == b"second"
 
 
-def test_an_original_that_the_manifest_does_not_have_is_removed(folder: Path) -> None:
-    """Also of an image that no row has any more; files of other folders are left alone."""
+def test_an_uncommitted_original_is_removed(folder: Path) -> None:
+    """Also of an image that no row names; files of other folders are left alone."""
     out = folder / "out"
     first, *_ = sorted(runs.images(out))
     strangers = [out / ".original-mine.png", out / "logs" / ".original-log"]
@@ -162,14 +160,14 @@ def test_an_original_that_the_manifest_does_not_have_is_removed(folder: Path) ->
 
 
 def of_another_process(aside: Path) -> Path:
-    """Rename an image that this process has set aside, as if one had that is dead by now."""
+    """Rename an image that this process has set aside, as if a dead process had done it."""
     _, where, number, *rest = aside.name.split("-")
     assert int(number) == os.getpid()
     return aside.rename(aside.with_name("-".join([".original", where, "99999999", *rest])))
 
 
-def test_of_several_originals_the_one_of_the_manifest_comes_back(folder: Path) -> None:
-    """Two workers died one after the other, while they replaced the same image."""
+def test_the_committed_one_of_several_originals_is_restored(folder: Path) -> None:
+    """Two workers died one after the other while replacing the same image."""
     out = folder / "out"
     before = killed_while_replacing(folder, Manifest, "commit", after=False)
     for path in out.rglob(".original-*"):
@@ -183,8 +181,8 @@ def test_of_several_originals_the_one_of_the_manifest_comes_back(folder: Path) -
     assert files(out) == before
 
 
-def test_what_a_worker_replaces_now_is_no_leftover_for_another(folder: Path) -> None:
-    """Workers of an endpoint share OUT, and each removes only what dead ones have left."""
+def test_originals_of_live_workers_are_not_leftovers(folder: Path) -> None:
+    """Workers of an endpoint share OUT, and each removes only files of dead ones."""
     out = folder / "out"
     first, *_ = sorted(runs.images(out))
     FolderSink(out).back_up([first])
@@ -194,8 +192,8 @@ def test_what_a_worker_replaces_now_is_no_leftover_for_another(folder: Path) -> 
     assert recovery.remove_abandoned(out, [aside.parent]) == [aside.relative_to(out).as_posix()]
 
 
-def test_a_run_with_a_worker_out_of_reach_is_recovered_by_the_next(folder: Path) -> None:
-    """It ended in order, except that a worker on another machine may have been about to commit."""
+def test_a_run_with_a_lost_remote_worker_is_recovered_by_the_next(folder: Path) -> None:
+    """The run ended cleanly, except that a worker on another machine may have been about to commit."""
     out = folder / "out"
     before = files(out)
     FolderSink(out).back_up(before)
@@ -206,7 +204,7 @@ def test_a_run_with_a_worker_out_of_reach_is_recovered_by_the_next(folder: Path)
 
 
 def test_a_run_that_is_refused_while_it_commits_restores_the_images(folder: Path) -> None:
-    """As where a service refuses the key. run.json is then the one of the earlier run, which ended in order."""
+    """For example if a service refuses the key. run.json is then that of the earlier run, which ended cleanly."""
     out = folder / "out"
     before = files(out)
 
@@ -221,8 +219,8 @@ def test_a_run_that_is_refused_while_it_commits_restores_the_images(folder: Path
 
 
 @pytest.mark.parametrize("line", [("run",), ("rescore", "--safety", "checker")])
-def test_a_damaged_part_does_not_keep_the_images_from_being_restored(folder: Path, line: tuple[str, ...]) -> None:
-    """Also where only columns are damaged that are not read until then: its rows are rendered again."""
+def test_images_are_restored_despite_a_damaged_part(folder: Path, line: tuple[str, ...]) -> None:
+    """Also if the damage is in columns that are not read before: its rows are rendered again."""
     out = folder / "out"
     killed_while_replacing(folder, Manifest, "commit", after=False)
     (part,) = (out / "manifest").glob("part-*.parquet")
@@ -254,9 +252,7 @@ main()
 
 @pytest.mark.promises
 @every_moment
-def test_a_process_that_is_killed_while_it_replaces_images_can_be_taken_back(
-    folder: Path, room: Any, moment: str
-) -> None:
+def test_a_process_killed_while_replacing_images_can_be_undone(folder: Path, room: Any, moment: str) -> None:
     out, program = folder / "out", DYING.format(room=room.__name__, moment=moment)
     before = files(out)
     line = [sys.executable, "-c", program, "run", str(folder / "t.csv"), "-o", str(out), *runs.QUICK, *OTHER]

@@ -1,4 +1,4 @@
-"""`batch-infer retry`: what came to a status is rendered again, and nothing else."""
+"""`batch-infer retry`: only rows with the given statuses are rendered again."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def attempts(out: Path) -> dict[str, int]:
 
 
 def failing(prompt: str) -> Any:
-    """Rows of this prompt give values that are no numbers."""
+    """Rows with this prompt give NaN."""
     decode, condition = StableDiffusion.decode, StableDiffusion.condition
     seen: list[str] = []
 
@@ -49,7 +49,7 @@ def failing(prompt: str) -> Any:
 
 
 @pytest.mark.promises
-def test_what_failed_is_tried_again_however_often_it_has(table: Path, out: Path) -> None:
+def test_failed_rows_are_retried_after_any_number_of_attempts(table: Path, out: Path) -> None:
     with failing("a red circle"):
         for _ in range(5):
             assert run(table, out, "--limit", "1").code == 3
@@ -63,11 +63,11 @@ def test_what_failed_is_tried_again_however_often_it_has(table: Path, out: Path)
     assert_whole(out)
 
 
-def test_a_lost_image_is_made_again(table: Path, out: Path) -> None:
+def test_a_missing_image_is_rendered_again(table: Path, out: Path) -> None:
     assert run(table, out).code == 0
     before = hashes(out)
-    lost = next(row["generated_image"] for row in results(out) if row["id"] == "b")
-    (out / lost).unlink()
+    missing = next(row["generated_image"] for row in results(out) if row["id"] == "b")
+    (out / missing).unlink()
     assert json.loads(run(table, out, "--json").stdout)["rendered"] == 0, "run trusts the manifest"
     assert json.loads(retry(out, "--status", "failed", "--json").stdout)["rendered"] == 0
     done = retry(out, "--status", "missing", "--status", "failed", "--json")
@@ -77,9 +77,7 @@ def test_a_lost_image_is_made_again(table: Path, out: Path) -> None:
     assert_whole(out)
 
 
-def test_an_image_that_cannot_be_looked_at_is_not_missing(
-    table: Path, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_image_in_an_unreadable_folder_is_an_error(table: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(table, out).code == 0
     (image,) = (out / row["generated_image"] for row in results(out) if row["id"] == "b")
     with monkeypatch.context() as patch:
@@ -91,7 +89,7 @@ def test_an_image_that_cannot_be_looked_at_is_not_missing(
     assert (done.code, json.loads(done.stdout)["rendered"]) == (0, 0)
 
 
-def test_a_link_in_the_place_of_an_image_is_not_the_image(table: Path, out: Path) -> None:
+def test_a_link_in_place_of_an_image_counts_as_missing(table: Path, out: Path) -> None:
     assert run(table, out).code == 0
     (image,) = (out / row["generated_image"] for row in results(out) if row["id"] == "b")
     before = image.read_bytes()
@@ -110,15 +108,15 @@ def test_flagged_rows_are_rendered_again(table: Path, out: Path) -> None:
     assert attempts(out) == {"a": 2, "b": 1}
 
 
-def test_an_invalid_row_is_done_once_its_table_is_right(table: Path, out: Path) -> None:
+def test_an_invalid_row_is_rendered_once_its_table_is_corrected(table: Path, out: Path) -> None:
     write_csv(table, [["id", "prompt", "seed"], ["a", "", 1], ["b", "a blue square", 2]])
     assert run(table, out).code == 3
     assert retry(out, "--status", "invalid").code == 3
     assert attempts(out) == {"a": 1, "b": 1}, "a row that is still invalid is no work"
     write_csv(table, [["id", "prompt", "seed"], ["a", "a red circle", 1], ["b", "a blue square", 3]])
     done = retry(out, "--status", "invalid", "--json")
-    told = json.loads(done.stdout)
-    assert (done.code, told["rendered"], told["left"]) == (0, 1, 1), "the row that changed is left to run"
+    report = json.loads(done.stdout)
+    assert (done.code, report["rendered"], report["left"]) == (0, 1, 1), "the row that changed is left to run"
     assert run(table, out).code == 0
 
 
@@ -132,17 +130,17 @@ def test_rows_without_a_result_are_left_to_run(table: Path, out: Path) -> None:
     assert done.stdout.endswith("2 left: `batch-infer run` renders them\n")
 
 
-def test_all_images_of_a_row_that_was_invalid_are_made(table: Path, out: Path) -> None:
+def test_all_images_of_a_formerly_invalid_row_are_rendered(table: Path, out: Path) -> None:
     header = ["id", "prompt", "num_images_per_prompt"]
     write_csv(table, [header, ["a", "", 3], ["b", "a blue square", 2]])
     assert run(table, out).code == 3
     write_csv(table, [header, ["a", "a red circle", 3], ["b", "a blue square", 3]])
     done = retry(out, "--status", "invalid", "--json")
-    told = json.loads(done.stdout)
-    assert (done.code, told["rendered"], told["left"]) == (0, 3, 1)
+    report = json.loads(done.stdout)
+    assert (done.code, report["rendered"], report["left"]) == (0, 3, 1)
 
 
-def test_rows_that_turned_invalid_are_left_to_run(table: Path, out: Path) -> None:
+def test_rows_that_became_invalid_are_left_to_run(table: Path, out: Path) -> None:
     assert run(table, out).code == 0
     before = images(out)
     write_csv(table, [ROWS[0], ["a", ""], *ROWS[2:]])
@@ -150,7 +148,7 @@ def test_rows_that_turned_invalid_are_left_to_run(table: Path, out: Path) -> Non
     assert images(out) == before
 
 
-def test_fewer_tables_than_the_run_had_are_told(table: Path, out: Path, tmp_path: Path) -> None:
+def test_fewer_tables_than_in_the_run_are_warned_about(table: Path, out: Path, tmp_path: Path) -> None:
     assert run(table, out).code == 0
     done = retry(out, write_csv(tmp_path / "some.csv", ROWS[:2]), "--status", "missing")
     assert "these tables have 1 results and those of the run had 3" in done.stderr
@@ -162,8 +160,10 @@ def test_the_status_can_come_from_the_environment(table: Path, out: Path, monkey
     assert retry(out).code == 0
 
 
-def test_it_is_the_run_that_it_was(table: Path, out: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Its settings and its tables, from any folder, whatever the environment says of other runs."""
+def test_retry_has_the_settings_of_the_run(
+    table: Path, out: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its settings and tables, from any folder, whatever the environment sets for other runs."""
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
     options = ("--scheduler", "DPMSolverMultistepScheduler:use_karras_sigmas=true", "--results", "csv", "--seed", "7")
@@ -180,7 +180,7 @@ def test_it_is_the_run_that_it_was(table: Path, out: Path, monkeypatch: pytest.M
     assert {**run_json(out)["settings"], "out": None} == settings
 
 
-def test_tables_that_have_moved_are_named(table: Path, out: Path, tmp_path: Path) -> None:
+def test_moved_tables_can_be_named(table: Path, out: Path, tmp_path: Path) -> None:
     assert run(table, out).code == 0
     before = hashes(out)
     moved = table.rename(tmp_path / "moved.csv")
@@ -201,14 +201,14 @@ def test_tables_that_have_moved_are_named(table: Path, out: Path, tmp_path: Path
         (("--status", "failed"), "holds no run of batch-infer: it has no run.json"),
     ],
 )
-def test_what_cannot_be_retried(tmp_path: Path, arguments: tuple[str, ...], sentence: str) -> None:
+def test_retry_refuses_what_it_cannot_repeat(tmp_path: Path, arguments: tuple[str, ...], sentence: str) -> None:
     done = retry(tmp_path / "nothing", *arguments)
     assert (done.code, done.stdout) == (2, "")
     assert sentence in done.stderr
     assert not (tmp_path / "nothing").exists()
 
 
-def test_a_run_json_of_another_form_is_named(table: Path, out: Path) -> None:
+def test_a_run_json_without_settings_is_named(table: Path, out: Path) -> None:
     assert run(table, out).code == 0
     (out / "run.json").write_text(json.dumps({"identity": {}, "batch_infer": "9.9", "settings": {"x": 1}}))
     done = retry(out, "--status", "failed")

@@ -1,4 +1,4 @@
-"""`batch-infer run`: from tables to images and results, again and again, whatever ends it in between."""
+"""`batch-infer run`: tables in, images and results out, and continued runs after any interruption."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ MIXED = [
     ["e", "a purple triangle", "", "3", "72", "4", "9.5", ""],
     ["f", "a sky background", "red", "", "", "2", "2", "3"],
 ]
-"""Rows of different sizes, steps and guidance, which share calls and make room for each other."""
+"""Rows of different sizes, steps and guidance, which share UNet calls."""
 
 
 def open_image(out: Path, row: dict[str, Any]) -> Any:
@@ -111,7 +111,7 @@ def passing(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def mixed_hashes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], str | None]:
-    """The images of the mixed table, rendered in one go."""
+    """The images of the mixed table, rendered by one run."""
     folder = tmp_path_factory.mktemp("mixed")
     assert run(write_csv(folder / "t.csv", MIXED), folder / "out").code == 0
     assert_whole(folder / "out")
@@ -124,7 +124,7 @@ def mixed_hashes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, in
 
 
 def test_every_row_is_accounted_for_in_input_order(tmp_path: Path, out: Path) -> None:
-    """Good rows and bad ones, carried columns and all, as interface.md has it."""
+    """Valid and invalid rows, with carried columns."""
     table = write_parquet(
         tmp_path / "prompts.parquet",
         status=["mine", None, "x", "y"],
@@ -164,7 +164,7 @@ def test_every_row_is_accounted_for_in_input_order(tmp_path: Path, out: Path) ->
     assert_whole(out)
 
 
-def test_what_a_result_says(table: Path, out: Path) -> None:
+def test_a_result_has_every_column(table: Path, out: Path) -> None:
     assert run(table, out, "--negative-prompt", "dull", "--guidance-scale", "3", "--limit", "1").code == 0
     (row,) = results(out)
     assert (row["prompt"], row["negative_prompt"], row["error"]) == ("a red circle", "dull", None)
@@ -183,7 +183,7 @@ def test_what_a_result_says(table: Path, out: Path) -> None:
     assert image.text["parameters"].startswith("a red circle\nNegative prompt: dull\nSteps: 2, Sampler: DDIMScheduler,")
 
 
-def test_what_run_json_says(table: Path, out: Path) -> None:
+def test_run_json_has_settings_versions_and_summary(table: Path, out: Path) -> None:
     run(table, out, "--max-failed", "1%")
     found = run_json(out)
     assert found["tables"] == [str(table)]
@@ -203,7 +203,7 @@ def test_what_run_json_says(table: Path, out: Path) -> None:
 
 
 def test_image_k_is_the_image_of_seed_plus_k(tmp_path: Path) -> None:
-    """So any image can be asked for by itself."""
+    """So any image can be rendered alone."""
     header = ["id", "prompt", "seed", "num_images_per_prompt"]
     run(write_csv(tmp_path / "t.csv", [header, ["a", "a red circle", 5, 3]]), tmp_path / "three")
     run(write_csv(tmp_path / "t.csv", [header, ["b", "a red circle", 7, 1]]), tmp_path / "one")
@@ -238,7 +238,7 @@ def test_results_in_csv_and_jsonl_with_images_in_base64(table: Path, out: Path) 
 
 
 @pytest.mark.parametrize("ids", [["../../x", "/etc/passwd", "a/b"], ["A", "a", "nul"], ["x" * 300, "名前 🎨", "a\nb"]])
-def test_no_id_leads_out_of_out(tmp_path: Path, ids: list[str]) -> None:
+def test_no_id_escapes_from_out(tmp_path: Path, ids: list[str]) -> None:
     table = write_csv(tmp_path / "in" / "t.csv", [["id", "prompt"], *([name, "a red circle"] for name in ids)])
     assert run(table, tmp_path / "deep" / "out").code == 0
     assert [row["id"] for row in results(tmp_path / "deep" / "out")] == ids
@@ -247,7 +247,7 @@ def test_no_id_leads_out_of_out(tmp_path: Path, ids: list[str]) -> None:
     assert {path.name for path in (tmp_path / "deep").iterdir()} == {"out"}
 
 
-def test_a_file_that_cannot_be_read_costs_one_result(tmp_path: Path, table: Path, out: Path) -> None:
+def test_an_unreadable_file_is_one_invalid_result(tmp_path: Path, table: Path, out: Path) -> None:
     folder = tmp_path / "tables"
     write_bytes(folder / "a.csv", table.read_bytes())
     write_bytes(folder / "b.parquet", b"PAR1 and no more")
@@ -264,7 +264,7 @@ def test_a_file_that_cannot_be_read_costs_one_result(tmp_path: Path, table: Path
 @pytest.mark.parametrize(
     ("budget", "code"), [("0", 3), ("1", 3), ("2", 0), ("10%", 3), ("50%", 0)], ids=lambda value: str(value)
 )
-def test_how_many_rows_may_fail(tmp_path: Path, out: Path, budget: str, code: int) -> None:
+def test_max_failed_decides_the_exit_code(tmp_path: Path, out: Path, budget: str, code: int) -> None:
     table = write_csv(tmp_path / "t.csv", [["prompt", "seed"], ["", "5"], ["a red circle", "x"], ["a", ""], ["b", ""]])
     assert run(table, out, "--max-failed", budget).code == code
     assert run(table, out, "--max-failed", budget).code == code, "and so it is when there is nothing left to do"
@@ -305,13 +305,13 @@ def test_usage_errors_render_nothing(table: Path, out: Path, options: list[str],
     assert not (out / "results.parquet").exists()
 
 
-def test_a_table_that_is_not_there(tmp_path: Path, out: Path) -> None:
+def test_a_missing_table_is_a_usage_error(tmp_path: Path, out: Path) -> None:
     done = run(tmp_path / "missing.csv", out)
     assert (done.code, out.exists()) == (2, False)
     assert done.stderr == f"batch-infer: {tmp_path}/missing.csv: no such file or folder\n"
 
 
-def test_no_command_takes_a_table_that_is_not_there_for_a_bad_row(table: Path, out: Path) -> None:
+def test_a_missing_table_is_never_an_invalid_row(table: Path, out: Path) -> None:
     """`--max-failed 5 percent` names a table `percent`."""
     assert run(table, out, "--limit", "1").code == 0
     before = (out / "run.json").read_bytes()
@@ -325,7 +325,7 @@ def test_no_command_takes_a_table_that_is_not_there_for_a_bad_row(table: Path, o
     assert (out / "run.json").read_bytes() == before
 
 
-def test_a_file_where_out_should_be(tmp_path: Path, table: Path) -> None:
+def test_a_file_in_place_of_out_is_refused(tmp_path: Path, table: Path) -> None:
     (tmp_path / "file").write_text("mine")
     done = run(table, tmp_path / "file")
     assert done.code == 2
@@ -348,7 +348,7 @@ def test_json_for_scripts(table: Path, out: Path) -> None:
     assert json.loads(done.stdout) == run_json(out)["summary"]
 
 
-def test_quiet_is_silent_on_success_alone(table: Path, out: Path) -> None:
+def test_quiet_prints_nothing_on_success_only(table: Path, out: Path) -> None:
     done = run(table, out, "-q")
     assert (done.code, done.stdout, done.stderr) == (0, "", "")
     write_csv(table, [["prompt"], [""]])
@@ -357,8 +357,8 @@ def test_quiet_is_silent_on_success_alone(table: Path, out: Path) -> None:
     assert "1 invalid" in done.stdout
 
 
-def test_invalid_rows_are_told_on_stderr_and_in_the_log(tmp_path: Path, out: Path) -> None:
-    """The first twenty: the results name them all."""
+def test_invalid_rows_are_logged_to_stderr_and_to_the_file(tmp_path: Path, out: Path) -> None:
+    """Only the first twenty are logged; the results name all."""
     table = write_csv(tmp_path / "t.csv", [["prompt", "seed"], *(["x", "ten"] for _ in range(30))])
     done = run(table, out)
     assert done.stderr.count("seed 'ten' is not a whole number") == 20
@@ -378,7 +378,7 @@ def test_columns_in_the_path_are_rendered_and_carried(tmp_path: Path, out: Path)
     assert command("retry", out, "--status", "failed").code == 0
 
 
-def test_remarks_on_the_tables_are_told_by_plan_and_run(tmp_path: Path, out: Path) -> None:
+def test_plan_and_run_log_remarks_on_the_tables(tmp_path: Path, out: Path) -> None:
     table = write_bytes(tmp_path / "t.csv", b"prompt,seed\nx,2,\ny\n,\n")
     planned = command("plan", table, "--out", out, *QUICK, "--json")
     done = run(table, out)
@@ -392,7 +392,7 @@ def test_remarks_on_the_tables_are_told_by_plan_and_run(tmp_path: Path, out: Pat
 
 
 def test_options_from_the_environment(table: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A flag beats it."""
+    """A flag takes precedence."""
     monkeypatch.setenv("BATCH_INFER_STEPS", "3")
     monkeypatch.setenv("BATCH_INFER_GUIDANCE_SCALE", "4")
     monkeypatch.setenv("BATCH_INFER_RESULTS", "csv jsonl")
@@ -439,14 +439,14 @@ def test_a_table_where_the_run_would_write_is_refused(tmp_path: Path, name: str,
     assert table.read_text() == "prompt\na red circle\n"
 
 
-def test_results_of_somebody_else_are_not_written_over(table: Path, out: Path) -> None:
+def test_results_of_another_program_are_not_overwritten(table: Path, out: Path) -> None:
     write_bytes(out / "results.parquet", b"mine")
     assert run(table, out).code == 2
     assert (out / "results.parquet").read_bytes() == b"mine"
 
 
 def test_names_with_a_colon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which Arrow takes for URIs where they are relative."""
+    """Arrow reads a relative path with a colon as a URI."""
     monkeypatch.chdir(tmp_path)
     write_parquet(tmp_path / "t-12:30.parquet", prompt=["a red circle"])
     assert run("t-12:30.parquet", Path("out-12:30")).code == 0
@@ -454,7 +454,7 @@ def test_names_with_a_colon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert command("run", "t-12:30.parquet", "--out", "s3://bucket/out").code == 2
 
 
-def test_a_scheduler_that_was_refused_stands_in_nobodys_way(table: Path, out: Path) -> None:
+def test_a_refused_scheduler_does_not_block_the_next_run(table: Path, out: Path) -> None:
     refused = run(table, out, "--scheduler", "DDIMScheduler:clip_sample=true")
     assert (refused.code, "cannot be packed" in refused.stderr) == (2, True)
     assert run(table, out).code == 0
@@ -479,7 +479,7 @@ def test_a_row_of_many_images_fails_once(tmp_path: Path, out: Path, monkeypatch:
     assert run(table, out, "--images-per-prompt", "3", "--max-failed", "1").code == 0
 
 
-def test_what_is_done_is_left_alone(table: Path, out: Path) -> None:
+def test_finished_rows_are_skipped(table: Path, out: Path) -> None:
     run(table, out)
     before = parts(out), {path: (out / path).stat().st_mtime_ns for path in images(out)}
     done = run(table, out, "--json")
@@ -487,7 +487,7 @@ def test_what_is_done_is_left_alone(table: Path, out: Path) -> None:
     assert before == (parts(out), {path: (out / path).stat().st_mtime_ns for path in images(out)})
 
 
-def test_an_appended_table_costs_what_was_appended(table: Path, out: Path) -> None:
+def test_only_appended_rows_are_rendered(table: Path, out: Path) -> None:
     run(table, out)
     before = hashes(out)
     with table.open("a") as stream:
@@ -498,7 +498,7 @@ def test_an_appended_table_costs_what_was_appended(table: Path, out: Path) -> No
     assert_whole(out)
 
 
-def test_a_changed_row_is_done_anew_and_leaves_no_old_file(table: Path, out: Path) -> None:
+def test_a_changed_row_is_rendered_again_and_its_old_file_removed(table: Path, out: Path) -> None:
     run(table, out)
     before = hashes(out)
     write_csv(table, [["prompt"], ["a red circle"], ["an orange square"], ["a green star"]])
@@ -511,8 +511,8 @@ def test_a_changed_row_is_done_anew_and_leaves_no_old_file(table: Path, out: Pat
     assert_whole(out)
 
 
-def test_what_a_killed_run_left_half_written_is_removed(table: Path, out: Path) -> None:
-    """And nothing in folders of others."""
+def test_partial_files_of_a_killed_run_are_removed(table: Path, out: Path) -> None:
+    """Folders of other programs are left alone."""
     run(table, out)
     (out / "run.json").write_text(json.dumps({**run_json(out), "summary": None}))
     ours, others = (
@@ -526,7 +526,7 @@ def test_what_a_killed_run_left_half_written_is_removed(table: Path, out: Path) 
     assert (ours.exists(), others.exists()) == (False, True)
 
 
-def test_other_columns_can_change_for_nothing(table: Path, out: Path) -> None:
+def test_changed_carried_columns_render_nothing(table: Path, out: Path) -> None:
     run(table, out)
     rows = [["note", "prompt"], ["1", "a red circle"], ["2", "a blue square"], ["3", "a green star"]]
     done = run(write_csv(table, rows), out, "--json")
@@ -534,7 +534,7 @@ def test_other_columns_can_change_for_nothing(table: Path, out: Path) -> None:
     assert [row["note"] for row in results(out)] == ["1", "2", "3"]
 
 
-def test_rows_that_left_the_table_are_kept_and_not_told(table: Path, out: Path) -> None:
+def test_rows_removed_from_the_table_stay_in_the_manifest_only(table: Path, out: Path) -> None:
     run(table, out)
     before, rows = hashes(out), table.read_text()
     write_csv(table, [["prompt"], ["a red circle"]])
@@ -546,7 +546,7 @@ def test_rows_that_left_the_table_are_kept_and_not_told(table: Path, out: Path) 
     assert hashes(out) == before
 
 
-def test_a_row_that_turns_invalid_lets_its_image_go(table: Path, out: Path) -> None:
+def test_the_image_of_a_row_that_becomes_invalid_is_removed(table: Path, out: Path) -> None:
     run(table, out)
     write_csv(table, [["prompt", "seed"], ["a red circle"], ["a blue square", "x"], ["a green star"]])
     assert run(table, out).code == 3
@@ -557,7 +557,7 @@ def test_a_row_that_turns_invalid_lets_its_image_go(table: Path, out: Path) -> N
     assert_whole(out)
 
 
-def test_a_row_of_many_images_that_was_invalid_for_a_while_keeps_the_others(tmp_path: Path, out: Path) -> None:
+def test_images_of_a_row_that_was_invalid_for_one_run_are_kept(tmp_path: Path, out: Path) -> None:
     header = ["id", "prompt", "num_images_per_prompt"]
     table = write_csv(tmp_path / "t.csv", [header, ["a", "a red circle", 3]])
     assert run(table, out).code == 0
@@ -571,7 +571,7 @@ def test_a_row_of_many_images_that_was_invalid_for_a_while_keeps_the_others(tmp_
 
 
 @pytest.mark.parametrize("change", ["gone", "appended"])
-def test_a_table_that_changes_under_a_run_loses_no_result(tmp_path: Path, out: Path, change: str) -> None:
+def test_a_table_that_changes_during_a_run_loses_no_result(tmp_path: Path, out: Path, change: str) -> None:
     rows = [["prompt"], *([f"a red circle, {i}"] for i in range(6))]
     table = write_csv(tmp_path / "t.csv", rows)
 
@@ -587,8 +587,8 @@ def test_a_table_that_changes_under_a_run_loses_no_result(tmp_path: Path, out: P
     assert_whole(out)
 
 
-def test_a_secret_in_a_url_is_not_written_down(tmp_path: Path, out: Path) -> None:
-    """Nor is it needed again: whoever goes on names the tables."""
+def test_a_secret_in_a_url_is_not_stored(tmp_path: Path, out: Path) -> None:
+    """To continue, the tables are named again."""
     with serving(write_csv(tmp_path / "served" / "t.csv", [["prompt"], ["a red circle"]]).parent) as address:
         url = f"simplecache::{address.replace('://', '://SECRET@')}/t.csv?signature=SECRET"
         done = run(url, out)
@@ -603,7 +603,7 @@ def test_a_secret_in_a_url_is_not_written_down(tmp_path: Path, out: Path) -> Non
 
 
 def test_slots_and_threads_are_kept(table: Path, out: Path) -> None:
-    """Bytes depend on them, and a run that goes on is one run."""
+    """Bytes depend on them, so a continued run keeps them."""
     run(table, out, "--slots", "6", "--limit", "1")
     score(settings_of(table, out), ProgressGroup())
     assert (run_json(out)["compute"]["slots"], run_json(out)["compute"]["threads"]) == (6, 1)
@@ -635,7 +635,7 @@ def test_another_run_on_the_same_out_is_refused(
 
 
 def test_capitals_of_ids_stay_in_file_names(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images of an earlier version, which kept none, keep their names."""
+    """Images of an earlier version, which kept no capitals, keep their names."""
     ids = ["SKU-1", "sku-1", "B", "c"]
     table = write_csv(tmp_path / "T.csv", [["id", "prompt"], *([name, "a red circle"] for name in ids)])
     with monkeypatch.context() as patch:
@@ -659,7 +659,7 @@ def test_capitals_of_ids_stay_in_file_names(tmp_path: Path, out: Path, monkeypat
     assert_whole(out)
 
 
-def test_two_urls_of_one_name_are_two_tables_of_a_run(tmp_path: Path, out: Path) -> None:
+def test_two_urls_with_one_name_are_two_tables(tmp_path: Path, out: Path) -> None:
     for name in "ab":
         write_csv(tmp_path / name / "t.csv", [["id", "prompt"], [f"{name}1", "a red circle"], [f"{name}2", "x"]])
     with serving(tmp_path) as server:
@@ -676,7 +676,7 @@ def test_two_urls_of_one_name_are_two_tables_of_a_run(tmp_path: Path, out: Path)
     assert_whole(out)
 
 
-def test_no_two_paths_of_an_out_differ_by_case_alone_whenever_their_rows_came(tmp_path: Path, out: Path) -> None:
+def test_image_paths_never_differ_by_case_alone(tmp_path: Path, out: Path) -> None:
     tables = tmp_path / "tables"
     write_csv(tables / "x/a.csv", [["prompt"], ["a red circle"]])
     write_csv(tables / "y/b.csv", [["id", "prompt"], ["sku", "a red circle"]])
@@ -702,7 +702,7 @@ def test_no_two_paths_of_an_out_differ_by_case_alone_whenever_their_rows_came(tm
 
 
 @pytest.mark.parametrize("processes", ["0", pytest.param("2", marks=pytest.mark.promises)])
-def test_overwrite_begins_anew(table: Path, out: Path, processes: str) -> None:
+def test_overwrite_starts_from_scratch(table: Path, out: Path, processes: str) -> None:
     run(table, out, "--results", "csv", "--image-format", "jpeg")
     (out / "notes.txt").write_text("mine")
     options = ("--scheduler", "EulerDiscreteScheduler", "--num-processes", processes)
@@ -717,7 +717,7 @@ def test_overwrite_begins_anew(table: Path, out: Path, processes: str) -> None:
 @pytest.mark.parametrize(
     "options", [["--steps", "0"], ["--column", "prompt=x"], ["--model", "./missing"]], ids=" ".join
 )
-def test_overwrite_removes_nothing_for_a_run_that_cannot_be(table: Path, out: Path, options: list[str]) -> None:
+def test_overwrite_removes_nothing_if_the_run_is_refused(table: Path, out: Path, options: list[str]) -> None:
     run(table, out, "--limit", "1")
     before = hashes(out)
     assert run(table, out, "--overwrite", *options).code == 2
@@ -764,7 +764,7 @@ def test_overwrite_removes_nothing_for_a_run_that_is_stopped_before_the_model_is
 def test_overwrite_that_is_killed_once_out_is_cleared_is_continued(
     table: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where images/ is a link to a disk that holds other files."""
+    """Also if images/ is a link to a disk with other files."""
     run(table, out)
     (out / "images").rename(tmp_path / "disk")
     (out / "images").symlink_to(tmp_path / "disk")
@@ -774,7 +774,7 @@ def test_overwrite_that_is_killed_once_out_is_cleared_is_continued(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("batch_infer.jobs.execution.remove_leftovers", end)
+        patch.setattr("batch_infer.jobs.run_folder.remove_leftovers", end)
         score(replace(settings_of(table, out), overwrite=True), make_progress(shown=False))
     assert run(table, out).code == 0
     assert (tmp_path / "disk" / "mine").exists()
@@ -793,7 +793,7 @@ def test_overwrite_accounts_for_invalid_rows(tmp_path: Path, out: Path, valid: b
     assert_whole(out)
 
 
-def test_out_may_lie_among_the_tables(table: Path) -> None:
+def test_out_may_be_inside_the_folder_of_tables(table: Path) -> None:
     out = table.parent / "out"
     for _ in range(2):
         done = run(table.parent, out, "--results", "csv", "--json")
@@ -825,7 +825,7 @@ def test_a_table_in_pieces_gives_the_same_images(
 
 @pytest.mark.promises
 def test_rows_one_by_one_give_the_same_images(tmp_path: Path, mixed_hashes: dict[tuple[str, int], str | None]) -> None:
-    """An appended row at a time, each in a run of its own, with the slots otherwise empty."""
+    """Rows are appended one by one, each rendered by its own run with otherwise empty slots."""
     for count in range(2, len(MIXED) + 1):
         assert run(write_csv(tmp_path / "t.csv", MIXED[:count]), tmp_path / "out").code == 0
     assert hashes(tmp_path / "out") == mixed_hashes
@@ -835,7 +835,9 @@ def test_rows_one_by_one_give_the_same_images(tmp_path: Path, mixed_hashes: dict
 
 
 @pytest.mark.parametrize("policy", ["blank", "keep", "blur", "quarantine", "drop"])
-def test_what_is_stored_of_a_flagged_image(tmp_path: Path, table: Path, flagging: Path, policy: str) -> None:
+def test_on_flagged_decides_how_a_flagged_image_is_stored(
+    tmp_path: Path, table: Path, flagging: Path, policy: str
+) -> None:
     plain, out = tmp_path / "plain", tmp_path / "out"
     assert run(table, plain, "--model", flagging, "--safety", "none").code == 0
     done = run(table, out, "--model", flagging, "--on-flagged", policy)
@@ -867,7 +869,7 @@ def test_a_checker_that_flags_nothing(table: Path, out: Path, passing: Path) -> 
         assert max(row["safety_scores"].values()) < 0
 
 
-def test_where_nobody_was_asked_the_answer_is_null(table: Path, out: Path, flagging: Path) -> None:
+def test_nsfw_is_null_without_a_checker(table: Path, out: Path, flagging: Path) -> None:
     done = run(table, out, "--model", flagging, "--safety", "none")
     assert (done.code, "checker" in done.stderr) == (0, False)
     for row in results(out):
@@ -875,7 +877,7 @@ def test_where_nobody_was_asked_the_answer_is_null(table: Path, out: Path, flagg
         assert (row["safety_checker"], row["safety_scores"]) == (None, None)
 
 
-def test_a_model_without_a_checker_is_said_to_have_none(table: Path, out: Path, sd2_folder: Path) -> None:
+def test_a_model_without_a_checker_is_warned_about(table: Path, out: Path, sd2_folder: Path) -> None:
     done = run(table, out, "--model", sd2_folder, "--limit", "1")
     assert done.code == 0
     assert (
@@ -895,7 +897,7 @@ def test_a_model_without_a_checker_can_be_refused(table: Path, out: Path, sd2_fo
 
 
 def test_a_row_that_fails_is_tried_three_times(table: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And is done again once it changes."""
+    """It is rendered again once it changes."""
     with monkeypatch.context() as patch:
         patch.setattr(StableDiffusion, "decode", lambda self, latents: torch.full((len(latents), 3, 64, 64), torch.nan))
         for attempt in (1, 2, 3, 3):
@@ -908,7 +910,7 @@ def test_a_row_that_fails_is_tried_three_times(table: Path, out: Path, monkeypat
     assert_whole(out)
 
 
-def test_a_failed_row_that_goes_well_later(table: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_row_can_succeed_later(table: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(StableDiffusion, "decode", lambda self, latents: torch.full((len(latents), 3, 64, 64), torch.nan))
         assert run(table, out).code == 3
@@ -917,7 +919,7 @@ def test_a_failed_row_that_goes_well_later(table: Path, out: Path, monkeypatch: 
     assert_whole(out)
 
 
-def test_a_full_disk_ends_the_run_and_keeps_what_is_done(
+def test_a_full_disk_ends_the_run_and_keeps_committed_rows(
     tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = write_csv(tmp_path / "t.csv", [["prompt"], *([f"prompt {i}"] for i in range(12))])
@@ -943,10 +945,10 @@ def test_a_full_disk_ends_the_run_and_keeps_what_is_done(
     assert_whole(out)
 
 
-def test_a_change_that_was_not_committed_has_changed_nothing(
+def test_an_uncommitted_change_leaves_the_committed_image(
     tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The row is put back, counts as done, and its image must be its own."""
+    """When the row is changed back it counts as finished, so its image must be the committed one."""
     table = write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"]])
     run(table, out)
     before = hashes(out)
@@ -959,7 +961,7 @@ def test_a_change_that_was_not_committed_has_changed_nothing(
     assert hashes(out) == before
 
 
-def test_a_run_that_is_stopped_before_it_renders_tells_what_it_knows(tmp_path: Path, out: Path) -> None:
+def test_a_run_stopped_before_rendering_reports_its_scan(tmp_path: Path, out: Path) -> None:
     table = write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"], [""]])
     summary = score(settings_of(table, out), ProgressGroup(), lambda: True)
     assert (summary.counts.left, summary.counts.invalid) == (1, 1)
@@ -979,7 +981,7 @@ STEPS = ("--steps", "10")
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, int], str | None]]:
-    """The images of the long table, by a run that nothing happened to."""
+    """The images of the long table, rendered by an undisturbed run."""
     folder = tmp_path_factory.mktemp("undisturbed")
     table = write_csv(folder / "long.csv", [["prompt"], *([f"a red circle, {i}"] for i in range(24))])
     assert run(table, folder / "out", *STEPS).code == 0
@@ -988,10 +990,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple
 
 @pytest.mark.promises
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_a_run_in_order(
+def test_a_signal_stops_a_run_cleanly(
     long_table: Path, out: Path, undisturbed: dict[tuple[str, int], str | None], number: signal.Signals
 ) -> None:
-    """A second run is told to come again; the first keeps what is finished, says so, and can be gone on with."""
+    """A second run exits with 75; the first keeps what is finished, reports it, and can be continued."""
     with start(long_table, out, *STEPS, program=MODULE, PACE_HOLD="5") as process:
         assert wait_for(process, lambda: bool(images(out)))
         second = run(long_table, out, *STEPS)
@@ -1024,11 +1026,11 @@ sys.meta_path.insert(0, Early())
 from batch_infer.__main__ import main
 main()
 """
-"""The command, with a signal that comes while it still loads its libraries."""
+"""The command, with a signal that arrives while its libraries load."""
 
 
 @pytest.mark.promises
-def test_a_signal_at_the_very_start_ends_a_run_in_order(table: Path, out: Path) -> None:
+def test_a_signal_during_startup_stops_a_run_cleanly(table: Path, out: Path) -> None:
     with start(table, out, program=("-c", EARLY)) as process:
         stdout, stderr = process.communicate(timeout=600)
     assert (process.returncode, stdout) == (75, "")
@@ -1036,8 +1038,8 @@ def test_a_signal_at_the_very_start_ends_a_run_in_order(table: Path, out: Path) 
     assert not images(out)
 
 
-def killed_and_gone_on_with(table: Path, out: Path, random_: random.Random, times: int) -> int:
-    """Kill a run that many times, after a few images each, and then let it end; how often it was under way."""
+def kill_and_continue(table: Path, out: Path, random_: random.Random, times: int) -> int:
+    """Kill a run several times after a few images, then let it finish. Return how often it was in progress."""
     killed = 0
     for _ in range(times):
         enough = len(images(out)) + random_.randint(0, 6)
@@ -1059,8 +1061,8 @@ def killed_and_gone_on_with(table: Path, out: Path, random_: random.Random, time
 def test_a_run_killed_at_any_moment_completes(
     long_table: Path, out: Path, undisturbed: dict[tuple[str, int], str | None]
 ) -> None:
-    """Every row once, every file whole, nothing left behind, and the same bytes."""
-    assert killed_and_gone_on_with(long_table, out, random.Random(0), times=2) == 2
+    """Every row has one result, every file is intact, nothing is left over, and the bytes are the same."""
+    assert kill_and_continue(long_table, out, random.Random(0), times=2) == 2
     assert hashes(out) == undisturbed
     assert [row["source_row"] for row in results(out)] == list(range(24))
     assert_whole(out)
@@ -1071,14 +1073,14 @@ def test_a_run_killed_at_any_moment_completes(
 def test_a_run_killed_again_and_again_completes(
     long_table: Path, out: Path, undisturbed: dict[tuple[str, int], str | None], seed: int
 ) -> None:
-    killed_and_gone_on_with(long_table, out, random.Random(seed), times=8)
+    kill_and_continue(long_table, out, random.Random(seed), times=8)
     assert hashes(out) == undisturbed
     assert_whole(out)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(20))
-def test_any_order_and_cut_gives_the_same_images(
+def test_images_do_not_depend_on_order_or_split(
     tmp_path: Path, mixed_hashes: dict[tuple[str, int], str | None], seed: int
 ) -> None:
     random_ = random.Random(seed)
@@ -1099,7 +1101,7 @@ def test_any_order_and_cut_gives_the_same_images(
     ],
 )
 def test_the_memory_of_a_run_does_not_grow_with_the_table(tmp_path: Path, few: int, many: int) -> None:
-    """Of one step, so that rows are what there is most of."""
+    """One step per row, so that the number of rows dominates."""
     peaks = []
     for count in (few, many):
         table = write_csv(tmp_path / f"{count}.csv", [["prompt"], *([f"a red circle {i}"] for i in range(count))])
@@ -1111,7 +1113,7 @@ def test_the_memory_of_a_run_does_not_grow_with_the_table(tmp_path: Path, few: i
 
 
 def test_a_second_run_names_the_rows_that_are_still_invalid(tmp_path: Path, out: Path) -> None:
-    """Also with -q, which says nothing of what is as it should be."""
+    """Also with -q, which prints only problems."""
     long = "a very long prompt " * 40
     table = write_csv(tmp_path / "t.csv", [["prompt", "seed"], ["a red circle", ""], [" ", "1"], [long, ""]])
     first, second = run(table, out), run(table, out, "-q")

@@ -1,4 +1,4 @@
-"""Runs whose networks are to be compiled: what happens where that fails, and what the summary says of the device."""
+"""Runs with torch.compile: failures to compile, and the device figures of the summary."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ FAULT = "torch.compile failed (no backend); --no-compile turns it off"
 
 
 class Silent:
-    """Progress that is shown to nobody."""
+    """Progress that ignores all events."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *_: None
 
 
 class Uncompilable(InlineEngine):
-    """The inline engine, on a machine where nothing compiles; `before`: rows that are committed before that is met."""
+    """The inline engine where torch.compile fails; `before`: rows committed before it does."""
 
     def __init__(self, before: int) -> None:
         super().__init__("cpu")
@@ -56,7 +56,7 @@ class Uncompilable(InlineEngine):
 
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunSettings:
-    """Of a run that compiles by default, as on a GPU."""
+    """Settings of a run that compiles by default, as on a GPU."""
     choose = vars(job)["choose_compute"]
     monkeypatch.setattr(
         job,
@@ -72,7 +72,7 @@ def use(engine: Uncompilable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "make_engine", lambda *_: engine)
 
 
-def test_a_run_that_cannot_compile_does_without_in_all_workers(
+def test_a_failed_compilation_is_switched_off_in_all_workers(
     settings: RunSettings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     use(engine := Uncompilable(before=0), monkeypatch)
@@ -83,7 +83,7 @@ def test_a_run_that_cannot_compile_does_without_in_all_workers(
 
 
 @pytest.mark.parametrize(("before", "requested"), [(1, None), (0, True)])
-def test_what_was_compiled_or_was_to_be_is_not_mixed_with_what_is_not(
+def test_compiled_and_uncompiled_images_are_not_mixed(
     before: int, requested: bool | None, settings: RunSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(engine := Uncompilable(before), monkeypatch)
@@ -94,7 +94,7 @@ def test_what_was_compiled_or_was_to_be_is_not_mixed_with_what_is_not(
     assert len(results(settings.out)) == before if before else not (settings.out / "results.parquet").exists()
 
 
-def test_a_resumed_run_whose_compiler_is_gone_says_how_to_have_all_images_alike(
+def test_a_resumed_run_without_its_compiler_is_refused_with_remedies(
     settings: RunSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(Uncompilable(before=2), monkeypatch)
@@ -107,7 +107,9 @@ def test_a_resumed_run_whose_compiler_is_gone_says_how_to_have_all_images_alike(
     assert len(results(settings.out)) == 2
 
 
-def test_an_invalid_row_is_no_image_that_was_compiled(settings: RunSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_row_does_not_count_as_a_compiled_image(
+    settings: RunSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     table = write_csv(Path(settings.table.tables[0]), [["prompt", "num_inference_steps"], ["", "4"], ["a ring", "4"]])
     use(engine := Uncompilable(before=0), monkeypatch)
     counts = render_tables(replace(settings, table=replace(settings.table, tables=(str(table),))), Silent()).counts
@@ -115,7 +117,7 @@ def test_an_invalid_row_is_no_image_that_was_compiled(settings: RunSettings, mon
 
 
 @pytest.mark.parametrize("requested", [None, True])
-def test_a_plan_is_measured_as_the_run_will_render(
+def test_a_plan_measures_without_compilation_where_the_run_would(
     requested: bool | None, settings: RunSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     compiled: list[bool] = []
@@ -139,7 +141,7 @@ def test_a_plan_is_measured_as_the_run_will_render(
         assert compiled == [True, False]
 
 
-def test_the_summary_has_the_share_of_the_peak(settings: RunSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_summary_has_the_model_flops_utilisation(settings: RunSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("batch_infer.worker.worker.dense_tflops", lambda name, dtype: 1e-3)
     settings = replace(settings, compute=replace(settings.compute, compiled=False, processes=0))
     once = render_tables(settings, Silent()).mfu
@@ -154,8 +156,10 @@ def test_the_summary_has_the_share_of_the_peak(settings: RunSettings, monkeypatc
     [("stable_diffusion", None, "float16"), ("stable_diffusion_3", None, "bfloat16"),
      ("stable_diffusion_3", "float16", "float16"), ("any_pipeline", None, "bfloat16")],
 )  # fmt: skip
-def test_the_dtype_of_a_gpu_is_the_familys(family: str, kept: str | None, dtype: str, tmp_path: Path) -> None:
-    """Diffusion transformers overflow in float16; a run that an earlier version began in it goes on in it."""
+def test_the_default_dtype_on_a_gpu_depends_on_the_family(
+    family: str, kept: str | None, dtype: str, tmp_path: Path
+) -> None:
+    """Diffusion transformers overflow in float16; a run that an earlier version started in it continues in it."""
     card = replace(read_card(ModelSettings()), family=family)
     earlier = None if kept is None else {"compute": {"dtype": kept}}
     settings = RunSettings(TableSettings(()), tmp_path, compute=ComputeSettings(compiled=False))

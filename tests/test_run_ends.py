@@ -1,4 +1,4 @@
-"""What a run leaves where it ends otherwise than it was meant to."""
+"""What a run leaves when it ends early."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ def table(tmp_path: Path) -> Path:
     return write_csv(tmp_path / "t.csv", [["prompt"], *([f"a red circle, {k}"] for k in range(6))])
 
 
-def test_a_bug_in_a_worker_costs_no_result_that_is_committed(
-    table: Path, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bug_in_a_worker_loses_no_committed_result(table: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = Worker.render
 
     def broken(
@@ -44,8 +42,8 @@ def test_a_bug_in_a_worker_costs_no_result_that_is_committed(
 
 
 @pytest.mark.promises
-def test_finished_images_are_committed_while_no_other_finishes(table: Path, out: Path) -> None:
-    """As those of a wave of rows that finish together, while the device is at the next wave."""
+def test_finished_images_are_committed_without_waiting_for_others(table: Path, out: Path) -> None:
+    """Rows that finish together are committed while the device renders the next ones."""
 
     def committed() -> int:
         return sum(pq.read_metadata(part).num_rows for part in (out / "manifest").glob("part-*.parquet"))
@@ -57,7 +55,7 @@ def test_finished_images_are_committed_while_no_other_finishes(table: Path, out:
 
 
 def hide_parts(monkeypatch: pytest.MonkeyPatch, listings: int) -> None:
-    """Have so many listings of a manifest miss its last part, as a stale directory of a network file system does."""
+    """Make a number of manifest listings miss the last part, like a stale directory on a network file system."""
     parts, left = Manifest.parts, [listings]
 
     def stale(self: Manifest, since_run: int = 0) -> list[Path]:
@@ -83,7 +81,7 @@ def test_a_manifest_that_lists_too_few_parts_is_not_merged(
     assert (out / "results.parquet").read_bytes() == before
 
 
-def test_a_manifest_is_listed_again_until_all_parts_are_there(
+def test_the_manifest_is_listed_again_until_all_parts_appear(
     table: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(execution, "LISTING_SECONDS", (0.0, 0.0))

@@ -1,4 +1,4 @@
-"""run.json as others have left it: edited, damaged, or written by another version."""
+"""run.json after an edit, damage, or a run of another version."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def changed(keys: Keys, value: Any, record: dict[str, Any] = RECORD) -> dict[str
     return record
 
 
-def test_what_is_written_comes_back_as_it_was() -> None:
+def test_a_record_is_parsed_as_written() -> None:
     record = parse_record(RECORD)
     assert record.settings == SETTINGS
     assert record.rules == RULES
@@ -140,7 +140,7 @@ def test_every_command_names_the_key(tmp_path: Path, keys: Keys, value: Any, sen
         done = command(*line)
         assert (done.code, done.stdout) == (2, ""), line
         assert f"{out / 'run.json'} is damaged or was edited: {sentence}" in done.stderr
-        assert "remove it to go on" in done.stderr and "Traceback" not in done.stderr
+        assert "remove it to continue" in done.stderr and "Traceback" not in done.stderr
     assert (out / "run.json").read_bytes() == before
     assert {path.name for path in out.iterdir()} <= {"run.json", ".lock"}
 
@@ -154,11 +154,11 @@ def test_a_key_that_another_version_does_not_write_is_named(tmp_path: Path, key:
     outdir.write_run(tmp_path, record)
     done = command(line[0], tmp_path, *line[1:])
     assert done.code == 2
-    assert f"has no {key}, so another version of batch-infer wrote it: go on with `batch-infer run`" in done.stderr
+    assert f"has no {key}, so another version of batch-infer wrote it: continue with `batch-infer run`" in done.stderr
 
 
 def test_keys_that_an_earlier_version_did_not_write_take_their_defaults() -> None:
-    """And those of a later one are left alone."""
+    """Keys of a later version are ignored."""
     record = copy.deepcopy(RECORD)
     del record["settings"]["model"]["long_prompts"], record["settings"]["compute"]["processes"]
     del record["rules"]["fixed"], record["compute"]["by_size"], record["rendering_since"], record["unreadable_tables"]
@@ -181,7 +181,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def wrong_records(record: dict[str, Any]) -> Iterator[tuple[Keys, Any, dict[str, Any]]]:
-    """Each key of a run.json with each wrong value that its form does not refuse."""
+    """Yield each key of a run.json with each wrong value that its type does not refuse."""
     for keys in keys_of(record):
         for value in WRONG:
             edited = changed(keys, value, record)
@@ -208,20 +208,20 @@ def assert_no_traceback(folder: Path, *names: str, left_out: tuple[str, ...] = (
                 assert command(*lines[name]).code in (0, 2, 3, 75), (name, keys, value)
 
 
-def test_few_wrong_values_give_no_command_a_traceback(finished: Path, tmp_path: Path) -> None:
-    """One of every 60; the test below goes through all."""
+def test_a_sample_of_wrong_values_gives_no_traceback(finished: Path, tmp_path: Path) -> None:
+    """One of every 60; the test below checks all."""
     shutil.copytree(finished, tmp_path / "copy")
     assert_no_traceback(tmp_path / "copy", "status", "merge", every=60)
 
 
 @pytest.mark.promises
 @pytest.mark.parametrize("name", ["status", "merge", "retry", "rescore", "run"])
-def test_no_wrong_value_gives_a_command_a_traceback(finished: Path, tmp_path: Path, name: str) -> None:
+def test_no_wrong_value_gives_a_traceback(finished: Path, tmp_path: Path, name: str) -> None:
     shutil.copytree(finished, tmp_path / "copy")
     assert_no_traceback(tmp_path / "copy", name, left_out=READ_BY_PEOPLE)
 
 
-def test_a_limit_beyond_what_there_is(finished: Path, tmp_path: Path) -> None:
+def test_a_limit_beyond_the_number_of_rows(finished: Path, tmp_path: Path) -> None:
     done = command("run", finished / "t.csv", "-o", tmp_path / "out", *QUICK, "--steps", "1", "--limit", str(10**30))
     assert done.code == 0, done.stderr
 
@@ -233,7 +233,7 @@ def test_a_run_without_a_number_is_continued(finished: Path, tmp_path: Path) -> 
     assert command("run", tmp_path / "copy" / "t.csv", "-o", out, *QUICK, "--steps", "1").code == 0
 
 
-def test_settings_that_do_not_go_together_are_of_run_json(tmp_path: Path) -> None:
+def test_contradictory_settings_in_run_json_are_named(tmp_path: Path) -> None:
     outdir.write_run(tmp_path, changed(("settings", "output", "base64"), True))
     done = command("status", tmp_path)
     assert done.code == 2
@@ -241,7 +241,7 @@ def test_settings_that_do_not_go_together_are_of_run_json(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000 + "]" * 100_000, '{"identity": ' + "9" * 5_000 + "}"])
-def test_json_that_no_parser_takes_is_named(tmp_path: Path, content: str) -> None:
+def test_unparsable_json_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "run.json").write_text(content)
-    with pytest.raises(UsageError, match=r"run.json .*; remove it to go on"):
+    with pytest.raises(UsageError, match=r"run.json .*; remove it to continue"):
         outdir.read_run(tmp_path)

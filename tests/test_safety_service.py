@@ -1,4 +1,4 @@
-"""Azure AI Content Safety beside whole runs: the command, the real SDK, and a server on loopback."""
+"""Azure AI Content Safety in whole runs: the command, the real SDK, and a server on loopback."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ COMPUTE = ("--slots", "8", "--threads", "1", "--device", "cpu", "--num-processes
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A key, and not two minutes of patience with a silent service: nobody wants to wait for that here."""
+    """A key, and a short timeout for a silent service."""
     monkeypatch.setenv("CONTENT_SAFETY_KEY", KEY)
     wait_for(monkeypatch, 0.5)
 
@@ -71,7 +71,7 @@ def table(folder: Path, prompts: Sequence[str]) -> Path:
 
 
 def is_red(image: Image.Image) -> dict[str, int]:
-    """Flags an image of which a twentieth is red."""
+    """Flags an image if a twentieth of it is red."""
     red, *others = np.asarray(image.convert("RGB")).astype(int).transpose(2, 0, 1)
     return {"Sexual": 4} if np.mean(red > np.maximum(*others) + 80) > 0.05 else {}
 
@@ -87,7 +87,7 @@ def use(monkeypatch: pytest.MonkeyPatch, service: Service, **more: str) -> None:
         monkeypatch.setenv(f"CONTENT_SAFETY_{name}", value)
 
 
-def test_refused_prompts_cost_no_rendering_and_each_image_is_asked_about_once(
+def test_blocked_prompts_are_not_rendered_and_each_image_is_checked_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
@@ -115,7 +115,7 @@ def test_refused_prompts_cost_no_rendering_and_each_image_is_asked_about_once(
 
 
 @pytest.mark.promises
-def test_images_do_not_depend_on_who_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_do_not_depend_on_the_checkers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [f"a red circle {k}" for k in range(20)]
     with serving(latency=0.01) as service:
         use(monkeypatch, service)
@@ -124,8 +124,8 @@ def test_images_do_not_depend_on_who_is_asked(tmp_path: Path, monkeypatch: pytes
     assert runs.hashes(tmp_path / "a") == runs.hashes(tmp_path / "b")
 
 
-def test_both_judges_have_their_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By default too, once the endpoint is in the environment. The built-in model's own checker hates crosses."""
+def test_both_checkers_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by default, once the endpoint is in the environment. The built-in model's checker flags crosses."""
     prompts = [CROSSES[0], RED, BLUE]
     with serving(classify=is_red) as service:
         use(monkeypatch, service)
@@ -143,7 +143,7 @@ FAULTS = [status(429, "0"), status(429), status(500), status(503), malformed(b"<
           Fault(429, body=b'{"error": {"code": 429, "message": {}}}')]  # fmt: skip
 
 
-def test_faults_that_pass_cost_nothing_but_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transient_errors_are_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One fault of each kind, among prompts and among images."""
     out, prompts = tmp_path / "out", [f"a blue ring {k}" for k in range(16)]
     with serving(faults=[*FAULTS, *[None] * 12, *FAULTS]) as service:
@@ -156,10 +156,15 @@ def test_faults_that_pass_cost_nothing_but_time(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("fault", [status(500), status(400), without("Violence")], ids=["500", "400", "no category"])
+<<<<<<< HEAD
 def test_a_row_that_the_service_never_answers_for_fails_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault
 ) -> None:
     def faults(request: ReceivedRequest) -> Fault | None:
+=======
+def test_a_row_without_an_answer_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
+    def faults(request: Asked) -> Fault | None:
+>>>>>>> main
         return fault if request.kind == "text" and "cursed" in request.content else None
 
     out = tmp_path / "out"
@@ -174,7 +179,7 @@ def test_a_row_that_the_service_never_answers_for_fails_alone(
 
 @pytest.mark.promises
 @pytest.mark.parametrize("fault", [status(500), Fault(hang=60)], ids=["500", "silence"])
-def test_a_service_that_is_down_ends_the_run_and_the_next_goes_on(
+def test_a_service_outage_ends_the_run_and_the_next_run_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault
 ) -> None:
     out, prompts = tmp_path / "out", [f"a ring {k}" for k in range(24)]
@@ -201,9 +206,7 @@ def test_a_service_that_is_down_ends_the_run_and_the_next_goes_on(
     runs.assert_whole(out)
 
 
-def test_a_key_that_is_refused_on_the_way_leaves_results_to_go_on_from(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_key_refused_during_a_run_keeps_committed_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, images = tmp_path / "out", 0
 
     def faults(request: ReceivedRequest) -> Fault | None:
@@ -219,7 +222,7 @@ def test_a_key_that_is_refused_on_the_way_leaves_results_to_go_on_from(
     runs.assert_whole(out)
 
 
-def test_retry_asks_the_service_that_is_named_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retry_uses_the_endpoint_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     with serving(words=WORDS) as service:
         use(monkeypatch, service)
@@ -234,7 +237,7 @@ def test_retry_asks_the_service_that_is_named_now(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.promises
-def test_a_key_that_is_refused_in_a_worker_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_refused_in_a_worker_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     with serving(words=WORDS) as service:
         use(monkeypatch, service)
@@ -258,19 +261,19 @@ def test_a_key_that_is_refused_in_a_worker_ends_the_run(tmp_path: Path, monkeypa
         ("https://me:secret@safety.example.com", "1", "expected https://"),
     ],
 )
-def test_what_is_missing_is_told_before_anything_starts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endpoint: str | None, threshold: str, told: str
+def test_missing_settings_are_reported_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endpoint: str | None, threshold: str, report: str
 ) -> None:
     monkeypatch.delenv("CONTENT_SAFETY_ENDPOINT", raising=False)
     if endpoint:
         monkeypatch.setenv("CONTENT_SAFETY_ENDPOINT", endpoint)
     monkeypatch.setenv("CONTENT_SAFETY_THRESHOLD", threshold)
     done = runs.run(table(tmp_path, PROMPTS), tmp_path / "out", "--safety", "azure")
-    assert done.code == 2 and told in done.stderr
+    assert done.code == 2 and report in done.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_an_endpoint_that_was_forgotten_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_endpoint_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CONTENT_SAFETY_ENDPOINT", raising=False)
     done = runs.run(table(tmp_path, PROMPTS), tmp_path / "out")
     assert done.code == 2 and "CONTENT_SAFETY_KEY is set but CONTENT_SAFETY_ENDPOINT is not" in done.stderr
@@ -290,7 +293,7 @@ def test_without_a_key_and_an_identity_nothing_starts(tmp_path: Path, monkeypatc
 
 
 class Killed(BaseException):
-    """What no code survives, as far as the disk can tell."""
+    """Ends a process without any handler."""
 
 
 def without_bookkeeping(out: Path) -> list[dict[str, Any]]:
@@ -300,22 +303,22 @@ def without_bookkeeping(out: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("policy", ["blank", "quarantine", *(pytest.param(name, marks=pytest.mark.promises) for name in
                                     ("keep", "blur", "drop"))])  # fmt: skip
-def test_images_that_are_judged_again_are_as_if_they_had_been_judged_at_once(tmp_path: Path, policy: str) -> None:
-    path, judged = table(tmp_path, CROSSES), ("--safety", "checker", "--on-flagged", policy)
+def test_rescored_images_equal_those_checked_at_once(tmp_path: Path, policy: str) -> None:
+    path, checks = table(tmp_path, CROSSES), ("--safety", "checker", "--on-flagged", policy)
     assert runs.run(path, tmp_path / "again", *SHARP, "--safety", "none").code == 0
-    done = runs.command("rescore", tmp_path / "again", *judged, "--json")
+    done = runs.command("rescore", tmp_path / "again", *checks, "--json")
     assert done.code == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert told["judged"] == 3 and told["flagged"] == told["changed"] >= 1
-    assert runs.run(path, tmp_path / "once", *SHARP, *judged).code == 0
+    report = json.loads(done.stdout)
+    assert report["judged"] == 3 and report["flagged"] == report["changed"] >= 1
+    assert runs.run(path, tmp_path / "once", *SHARP, *checks).code == 0
     assert without_bookkeeping(tmp_path / "again") == without_bookkeeping(tmp_path / "once")
     runs.assert_whole(tmp_path / "again")
-    more = runs.run(path, tmp_path / "again", *SHARP, *judged)
+    more = runs.run(path, tmp_path / "again", *SHARP, *checks)
     assert (more.code, "nothing to render" in more.stdout) == (0, True)
-    assert runs.command("rescore", tmp_path / "again", *judged, "--json").stdout.startswith('{"judged": 0')
+    assert runs.command("rescore", tmp_path / "again", *checks, "--json").stdout.startswith('{"judged": 0')
 
 
-def test_what_was_flagged_comes_back_where_it_was_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kept_original_is_restored_when_no_longer_flagged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, path = tmp_path / "out", table(tmp_path, [*CROSSES, "an axe"])
     with serving(classify=is_red, words=WORDS) as service:
         use(monkeypatch, service)
@@ -340,7 +343,7 @@ def test_what_was_flagged_comes_back_where_it_was_kept(tmp_path: Path, monkeypat
 def test_the_policy_of_the_run_is_kept_unless_another_is_requested(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By rescore, and by the command of the run after it."""
+    """By rescore, and by the same `run` command after it."""
     monkeypatch.delenv("CONTENT_SAFETY_KEY")
     out, path = tmp_path / "out", table(tmp_path, CROSSES)
     assert runs.command("run", path, "-o", out, *COMPUTE, *SHARP, "--on-flagged", "keep").code == 0
@@ -367,7 +370,7 @@ def test_the_policy_of_the_run_is_kept_unless_another_is_requested(
             ("blur", "replaced by a blurred image"), ("drop", "removed"), ("keep", None), ("quarantine", None))),
     ],
 )  # fmt: skip
-def test_what_will_be_lost_is_told_before_anything_is(
+def test_a_warning_names_what_will_be_lost_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, loss: str | None
 ) -> None:
     """The policy is that of the run."""
@@ -387,7 +390,7 @@ def test_what_will_be_lost_is_told_before_anything_is(
     assert "original" not in runs.command("rescore", out, "--safety", "checker").stderr, "nothing is left to judge"
 
 
-def test_a_prompt_that_is_refused_now_flags_its_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_refused_by_rescore_flags_its_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, path = tmp_path / "out", table(tmp_path, [f"a knife and {BLUE}", "an axe", BLUE])
     with serving(words=WORDS) as service:
         use(monkeypatch, service, THRESHOLD="3")
@@ -401,7 +404,7 @@ def test_a_prompt_that_is_refused_now_flags_its_image(tmp_path: Path, monkeypatc
     runs.assert_whole(out)
 
 
-def test_a_blanked_image_is_never_taken_for_a_clean_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_blanked_image_is_never_rescored_as_clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, path = tmp_path / "out", table(tmp_path, CROSSES)
     assert runs.run(path, out, *SHARP, "--safety", "checker", "--on-flagged", "blank").code == 0
     for policy in ("keep", "quarantine", "blank"):
@@ -420,16 +423,16 @@ def test_a_missing_or_broken_image_fails_and_is_rendered_by_the_next_run(tmp_pat
     first, second, _ = (out / row["generated_image"] for row in runs.results(out))
     first.unlink()
     second.write_bytes(second.read_bytes()[:-1] + b"x")
-    judged = ("--safety", "checker", "--on-flagged", "keep")
-    done = runs.command("rescore", out, *judged)
+    checks = ("--safety", "checker", "--on-flagged", "keep")
+    done = runs.command("rescore", out, *checks)
     assert done.code == 3 and "2 failed" in done.stdout
     assert [row["status"] for row in runs.results(out)][:2] == ["failed", "failed"]
-    assert runs.run(path, out, *judged).code == 0
+    assert runs.run(path, out, *checks).code == 0
     assert "failed" not in {row["status"] for row in runs.results(out)}
     runs.assert_whole(out)
 
 
-def test_a_service_that_is_down_leaves_what_was_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_service_outage_keeps_rescored_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, path = tmp_path / "out", table(tmp_path, CROSSES)
     assert runs.run(path, out, "--safety", "none").code == 0
     before = runs.results(out)
@@ -444,8 +447,8 @@ def test_a_service_that_is_down_leaves_what_was_said(tmp_path: Path, monkeypatch
 
 
 @pytest.fixture(scope="module")
-def unjudged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a table and an OUT whose images were not judged. Copy it."""
+def unchecked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a table and an OUT whose images were not checked. Copy it."""
     folder = tmp_path_factory.mktemp("unjudged")
     path = table(folder, [*CROSSES, *CROSSES])
     with pytest.MonkeyPatch.context() as patch:
@@ -461,14 +464,14 @@ MOMENTS = [(FolderSink, "back_up"), (FolderSink, "publish"), (Manifest, "commit"
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize(("room", "moment"), MOMENTS, ids=[moment for _, moment in MOMENTS])
 @pytest.mark.parametrize("policy", ["blank", "blur", "quarantine", "drop", "keep"])
-def test_a_rescoring_that_was_killed_goes_on(
-    unjudged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, room: Any, moment: str, after: bool
+def test_a_killed_rescore_is_continued(
+    unchecked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, room: Any, moment: str, after: bool
 ) -> None:
-    """At any moment of its second batch; until it is through, nobody else works there, and no image is lost."""
+    """At any moment of its second batch. Until it has finished other commands refuse OUT, and no image is lost."""
     folder = tmp_path / "folder"
-    shutil.copytree(unjudged, folder)
+    shutil.copytree(unchecked, folder)
     out, path = folder / "out", folder / "t.csv"
-    judged = ("--safety", "checker", "--on-flagged", policy)
+    checks = ("--safety", "checker", "--on-flagged", policy)
     monkeypatch.setattr("batch_infer.jobs.rescore.BATCH", 3)
     real, calls = getattr(room, moment), Counter[str]()
 
@@ -483,18 +486,18 @@ def test_a_rescoring_that_was_killed_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(room, moment, dying)
         try:
-            runs.command("rescore", out, *judged)
+            runs.command("rescore", out, *checks)
         except Killed:
             assert "rescoring" in runs.run_json(out)
-            for line in (("merge", out), ("run", path, "-o", out, *runs.QUICK, *SHARP, *judged)):
+            for line in (("merge", out), ("run", path, "-o", out, *runs.QUICK, *SHARP, *checks)):
                 refused = runs.command(*line)
                 assert refused.code == 2 and f"rescore {out} --safety checker" in refused.stderr
             assert "rescoring" in runs.command("status", out).stdout
             (out / "images" / ".tmp-0123abcd-1-0123456789ab-t.png").write_bytes(b"of the process that was killed")
-    done = runs.command("rescore", out, *judged, "--json")
+    done = runs.command("rescore", out, *checks, "--json")
     assert (done.code, json.loads(done.stdout)["failed"]) == (0, 0), done.stderr
-    shutil.copytree(unjudged, tmp_path / "once")
-    assert runs.command("rescore", tmp_path / "once" / "out", *judged).code == 0
+    shutil.copytree(unchecked, tmp_path / "once")
+    assert runs.command("rescore", tmp_path / "once" / "out", *checks).code == 0
     assert without_bookkeeping(out) == without_bookkeeping(tmp_path / "once" / "out")
     assert runs.images(out) == runs.images(tmp_path / "once" / "out")
     runs.assert_whole(out)
@@ -503,14 +506,14 @@ def test_a_rescoring_that_was_killed_goes_on(
 @pytest.mark.promises
 @pytest.mark.parametrize("requests", [1, 3, 5])
 @pytest.mark.parametrize("policy", ["blank", "blur", "quarantine", "drop"])
-def test_a_rescoring_whose_process_is_killed_goes_on(
-    unjudged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, requests: int
+def test_a_rescore_whose_process_is_killed_is_continued(
+    unchecked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, requests: int
 ) -> None:
-    """SIGKILL while the service keeps the process waiting for its verdict on an image, in one batch or another."""
-    shutil.copytree(unjudged, tmp_path / "folder")
-    shutil.copytree(unjudged, tmp_path / "once")
+    """SIGKILL while the process waits for the service's verdict on an image, in different batches."""
+    shutil.copytree(unchecked, tmp_path / "folder")
+    shutil.copytree(unchecked, tmp_path / "once")
     out, once = tmp_path / "folder" / "out", tmp_path / "once" / "out"
-    judged = ("--safety", "azure", "--on-flagged", policy)
+    checks = ("--safety", "azure", "--on-flagged", policy)
     held = Event()
 
     def hold(asked: ReceivedRequest) -> Fault | None:
@@ -522,7 +525,7 @@ def test_a_rescoring_whose_process_is_killed_goes_on(
     program = "import batch_infer.jobs.rescore as r; r.BATCH = 2; from batch_infer.__main__ import main; main()"
     with serving(classify=is_red, faults=hold) as service:
         use(monkeypatch, service)
-        line = [sys.executable, "-c", program, "rescore", str(out), *judged]
+        line = [sys.executable, "-c", program, "rescore", str(out), *checks]
         with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             assert runs.wait_for(process, held.is_set), process.communicate()[1]
             process.kill()
@@ -531,10 +534,10 @@ def test_a_rescoring_whose_process_is_killed_goes_on(
     assert "rescoring" in runs.run_json(out)
     with serving(classify=is_red) as service:
         use(monkeypatch, service)
-        done = runs.command("rescore", out, *judged, "--json")
+        done = runs.command("rescore", out, *checks, "--json")
         assert done.code == 0, done.stderr
         assert json.loads(done.stdout)["failed"] == 0
-        assert runs.command("rescore", once, *judged).code == 0
+        assert runs.command("rescore", once, *checks).code == 0
     assert without_bookkeeping(out) == without_bookkeeping(once)
     assert runs.images(out) == runs.images(once)
     runs.assert_whole(out)
@@ -563,31 +566,31 @@ main()
 
 @pytest.mark.promises
 @pytest.mark.parametrize(("room", "moment"), MOMENTS, ids=[moment for _, moment in MOMENTS])
-def test_a_rescoring_whose_process_is_killed_while_it_commits_goes_on(
-    unjudged: Path, tmp_path: Path, room: Any, moment: str
+def test_a_rescore_whose_process_is_killed_during_a_commit_is_continued(
+    unchecked: Path, tmp_path: Path, room: Any, moment: str
 ) -> None:
-    shutil.copytree(unjudged, tmp_path / "folder")
-    shutil.copytree(unjudged, tmp_path / "once")
+    shutil.copytree(unchecked, tmp_path / "folder")
+    shutil.copytree(unchecked, tmp_path / "once")
     out, once = tmp_path / "folder" / "out", tmp_path / "once" / "out"
-    judged = ("--safety", "checker", "--on-flagged", "blur")
+    checks = ("--safety", "checker", "--on-flagged", "blur")
     program = DYING.format(room=room.__name__, moment=moment)
-    killed = subprocess.run([sys.executable, "-c", program, "rescore", str(out), *judged], capture_output=True)
+    killed = subprocess.run([sys.executable, "-c", program, "rescore", str(out), *checks], capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    done = runs.command("rescore", out, *judged, "--json")
+    done = runs.command("rescore", out, *checks, "--json")
     assert done.code == 0, done.stderr
     assert json.loads(done.stdout)["failed"] == 0
-    assert runs.command("rescore", once, *judged).code == 0
+    assert runs.command("rescore", once, *checks).code == 0
     assert without_bookkeeping(out) == without_bookkeeping(once)
     runs.assert_whole(out)
 
 
 @pytest.mark.promises
 @pytest.mark.parametrize("policy", ["blur", "quarantine"])
-def test_a_rescoring_that_was_killed_can_be_taken_back(
-    unjudged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str
+def test_a_killed_rescore_can_be_undone(
+    unchecked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str
 ) -> None:
-    """New files stand in place, and the part was not committed; then the first judges are asked again."""
-    shutil.copytree(unjudged, tmp_path / "folder")
+    """New files are published but not committed; then the first checkers are used again."""
+    shutil.copytree(unchecked, tmp_path / "folder")
     out = tmp_path / "folder" / "out"
     first = ("--safety", "checker", "--on-flagged", "keep")
     assert runs.command("rescore", out, *first).code == 0
@@ -605,17 +608,17 @@ def test_a_rescoring_that_was_killed_can_be_taken_back(
     runs.assert_whole(out)
 
 
-def test_a_rescoring_after_a_run_that_was_killed_is_counted_and_kept(
-    unjudged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_rescore_after_a_killed_run_is_counted(
+    unchecked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second run is killed: `status` says what is left, and the third does not take new images for damaged ones."""
-    shutil.copytree(unjudged, tmp_path / "folder")
+    """The second command is killed: `status` says what is left, and the third does not treat new images as damaged."""
+    shutil.copytree(unchecked, tmp_path / "folder")
     out, path = tmp_path / "folder" / "out", tmp_path / "folder" / "t.csv"
     with path.open("a", newline="") as stream:
         csv.writer(stream).writerows([[""], *([prompt] for prompt in CROSSES)])
-    judged = ("--safety", "checker", "--on-flagged", "blank")
+    checks = ("--safety", "checker", "--on-flagged", "blank")
 
-    def standing() -> dict[str, Any]:
+    def read_status() -> dict[str, Any]:
         status = json.loads(runs.command("status", out, "--json").stdout)
         counts = {name: count for name, count in status["counts"].items() if count}
         total = sum(counts.values()) + status["left"]
@@ -638,27 +641,27 @@ def test_a_rescoring_after_a_run_that_was_killed_is_counted_and_kept(
         patch.setattr("batch_infer.worker.committing.COMMIT_SECONDS", 3600.0)
         patch.setattr(Manifest, "commit", dying(3))  # the invalid row is first
         runs.run(path, out, *SHARP, "--safety", "none", "--slots", "2")
-    assert standing() == {"state": "stopped", "left": 1, "ok": 8, "invalid": 1, "total": 10}
+    assert read_status() == {"state": "stopped", "left": 1, "ok": 8, "invalid": 1, "total": 10}
     monkeypatch.setattr("batch_infer.jobs.rescore.BATCH", 3)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Manifest, "commit", dying(2))
-        runs.command("rescore", out, *judged)
-    found = standing()
+        runs.command("rescore", out, *checks)
+    found = read_status()
     assert (found["state"], found["left"], found["total"]) == ("rescoring", 1, 10)
-    assert runs.command("rescore", out, *judged).code == 0
-    found = standing()
+    assert runs.command("rescore", out, *checks).code == 0
+    found = read_status()
     assert (found["state"], found["left"], found["total"]) == ("stopped", 1, 10)
     assert found["flagged"] >= 1
-    done = runs.run(path, out, *SHARP, *judged, "--json")
+    done = runs.run(path, out, *SHARP, *checks, "--json")
     assert json.loads(done.stdout)["rendered"] == 1, done.stderr
     assert "missing or damaged" not in done.stderr
     runs.assert_whole(out)
 
 
 @pytest.mark.parametrize("policy", ["blank", "blur"])
-def test_an_image_keeps_its_format_with_its_name(unjudged: Path, tmp_path: Path, policy: str) -> None:
-    """Also where the last run, which rendered one row more, had another --image-format."""
-    shutil.copytree(unjudged, tmp_path / "folder")
+def test_an_image_keeps_its_format_with_its_name(unchecked: Path, tmp_path: Path, policy: str) -> None:
+    """Also if the last run, which rendered one more row, had another --image-format."""
+    shutil.copytree(unchecked, tmp_path / "folder")
     out, path = tmp_path / "folder" / "out", tmp_path / "folder" / "t.csv"
     with path.open("a", newline="") as stream:
         csv.writer(stream).writerow([CROSSES[0]])
@@ -673,8 +676,8 @@ def test_an_image_keeps_its_format_with_its_name(unjudged: Path, tmp_path: Path,
     runs.assert_whole(out)
 
 
-def test_images_with_more_text_than_pillow_takes_are_judged(tmp_path: Path) -> None:
-    """And one that cannot be opened costs no other row its verdict, and does not lock OUT."""
+def test_images_with_more_text_than_pillow_allows_are_checked(tmp_path: Path) -> None:
+    """An image that cannot be opened affects no other row and does not block OUT."""
     out, path = tmp_path / "out", table(tmp_path, CROSSES)
     assert runs.run(path, out, *SHARP, "--safety", "none").code == 0
     first, second, _ = runs.results(out)
@@ -696,10 +699,10 @@ def test_images_with_more_text_than_pillow_takes_are_judged(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("column", ["id", "prompt"])
-def test_a_damaged_part_does_not_lock_a_folder_that_is_rescored(unjudged: Path, tmp_path: Path, column: str) -> None:
-    """Damage in a column that is read at once, or only for the rows themselves: it is set aside, and `run` renders."""
-    shutil.copytree(unjudged, tmp_path / "folder")
-    out, judged = tmp_path / "folder" / "out", ("--safety", "checker", "--on-flagged", "keep")
+def test_a_damaged_part_does_not_block_a_rescore(unchecked: Path, tmp_path: Path, column: str) -> None:
+    """In a column that is indexed, or in one read only with the rows: the part is set aside, and `run` renders."""
+    shutil.copytree(unchecked, tmp_path / "folder")
+    out, checks = tmp_path / "folder" / "out", ("--safety", "checker", "--on-flagged", "keep")
     parts = sorted((out / "manifest").iterdir())
     rows = pa.concat_tables([pq.read_table(part) for part in parts])
     half = len(rows) // 2
@@ -708,11 +711,11 @@ def test_a_damaged_part_does_not_lock_a_folder_that_is_rescored(unjudged: Path, 
     for part in parts:
         part.unlink()
     damage(out / "manifest" / "part-0.parquet", column)
-    done = runs.command("rescore", out, *judged, "--json")
+    done = runs.command("rescore", out, *checks, "--json")
     assert done.code == 0, done.stderr
     assert "part-0.parquet is damaged" in done.stderr
-    told = json.loads(done.stdout)
-    assert (told["judged"], told["counts"]["left"]) == (len(rows) - half, half)
+    report = json.loads(done.stdout)
+    assert (report["judged"], report["counts"]["left"]) == (len(rows) - half, half)
     assert "rescoring" not in runs.run_json(out)
 
 
@@ -729,7 +732,7 @@ def damage(part: Path, column: str) -> None:
 
 
 def with_files(part: Path, out: Path) -> None:
-    """Have a part speak of the files as they are."""
+    """Rewrite a part so that it describes the files as they are."""
     rows = pq.read_table(part)
     files = [(out / path).read_bytes() for path in rows["generated_image"].to_pylist()]
     for name, values in {
@@ -741,8 +744,8 @@ def with_files(part: Path, out: Path) -> None:
     pq.write_table(rows, part)
 
 
-def test_who_rescores_second_sees_what_the_first_has_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images that were blanked while this one loaded its judges are not taken for what was rendered."""
+def test_a_second_rescore_sees_the_results_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images that were blanked while this one loaded its checker are not treated as originals."""
     out, path = tmp_path / "out", table(tmp_path, CROSSES)
     assert runs.run(path, out, *SHARP, "--safety", "checker", "--on-flagged", "keep").code == 0
     real: Callable[[Any], Any] = vars(rescore)["find_model"]
@@ -761,7 +764,7 @@ def test_who_rescores_second_sees_what_the_first_has_done(tmp_path: Path, monkey
     assert runs.results(out)[0]["status"] == "flagged"
 
 
-def test_one_of_two_tables_is_not_all_there_is_to_judge(tmp_path: Path) -> None:
+def test_rescore_refuses_fewer_tables_than_in_the_run(tmp_path: Path) -> None:
     one, two = tmp_path / "one.txt", tmp_path / "two.txt"
     one.write_text("a ring\n")
     two.write_text("a star\n")
@@ -772,7 +775,7 @@ def test_one_of_two_tables_is_not_all_there_is_to_judge(tmp_path: Path) -> None:
     assert len(runs.results(out)) == 2
 
 
-def test_a_run_with_other_judges_is_pointed_to_rescore(tmp_path: Path) -> None:
+def test_a_run_with_other_checkers_is_pointed_to_rescore(tmp_path: Path) -> None:
     path = table(tmp_path, CROSSES)
     assert runs.run(path, tmp_path / "out", "--safety", "none").code == 0
     done = runs.run(path, tmp_path / "out", "--safety", "checker")

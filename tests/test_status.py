@@ -1,4 +1,4 @@
-"""`batch-infer status`: how far a run is, while it goes on, when it was killed and when it is done."""
+"""`batch-infer status`: the progress of a running, killed or finished run."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ def status(out: Path) -> dict[str, Any]:
     return dict(json.loads(done.stdout))
 
 
-def total(told: dict[str, Any]) -> int:
-    return int(sum(told["counts"].values()) + told["left"])
+def total(report: dict[str, Any]) -> int:
+    return int(sum(report["counts"].values()) + report["left"])
 
 
-def test_a_run_that_is_done(table: Path, out: Path) -> None:
+def test_status_of_a_finished_run(table: Path, out: Path) -> None:
     assert run(table, out, "--limit", "4").code == 3
-    told = status(out)
-    assert (told["state"], told["holder"], told["left"]) == ("finished", None, 0)
-    counts = told["counts"]
+    report = status(out)
+    assert (report["state"], report["holder"], report["left"]) == ("finished", None, 0)
+    counts = report["counts"]
     assert (counts["ok"] + counts["flagged"], counts["blocked"], counts["invalid"], counts["failed"]) == (3, 0, 1, 0)
     assert command("status", out).stdout.splitlines()[0].startswith(f"{out}: finished, started 20")
 
 
 @pytest.mark.promises
-def test_a_run_that_goes_on_and_is_killed(table: Path, out: Path) -> None:
-    """What is committed counts, and nothing else does."""
+def test_status_of_a_running_and_of_a_killed_run(table: Path, out: Path) -> None:
+    """Only committed results count."""
     assert run(table, out, "--limit", "2").code == 3
     before = len(list((out / "manifest").glob("part-*")))
     with start(table, out, program=MODULE, PACE_HOLD="16") as process:
@@ -74,7 +74,7 @@ def test_a_run_that_goes_on_and_is_killed(table: Path, out: Path) -> None:
     assert status(out)["state"] == "finished"
 
 
-def test_a_run_before_it_knows_what_there_is(table: Path, out: Path) -> None:
+def test_status_during_the_scan(table: Path, out: Path) -> None:
     assert run(table, out, "--limit", "2").code == 3
     record = json.loads((out / "run.json").read_text())
     (out / "run.json").write_text(json.dumps({**record, "survey": None, "summary": None}))
@@ -84,7 +84,7 @@ def test_a_run_before_it_knows_what_there_is(table: Path, out: Path) -> None:
         assert "the tables are being scanned" in command("status", out).stdout
 
 
-def test_a_run_whose_lock_may_not_be_read(table: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_where_the_lock_is_unreadable(table: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(table, out, "--limit", "1").code == 0
     record = json.loads((out / "run.json").read_text())
     (out / "run.json").write_text(json.dumps({**record, "summary": None}))
@@ -93,26 +93,24 @@ def test_a_run_whose_lock_may_not_be_read(table: Path, out: Path, monkeypatch: p
         raise StorageError(f"cannot read {path}/.lock: Permission denied")
 
     monkeypatch.setattr("batch_infer.jobs.status.find_holder", refuse)
-    told = status(out)
-    assert (told["state"], told["holder"], told["left"]) == ("unknown", None, 0)
+    report = status(out)
+    assert (report["state"], report["holder"], report["left"]) == ("unknown", None, 0)
     lines = command("status", out).stdout.splitlines()
     assert lines[0].startswith(f"{out}: unknown, started 20")
     assert lines[-1] == f"{out}/.lock cannot be read (permission denied), so it is unknown whether a run is active"
 
 
-def test_a_run_that_stopped_early_says_what_is_left(table: Path, out: Path) -> None:
+def test_status_of_a_stopped_run_has_what_is_left(table: Path, out: Path) -> None:
     from batch_infer.cli.progress import ProgressGroup
     from batch_infer.jobs.run import render_tables as score
 
     score(settings_of(table, out), ProgressGroup(), stop=lambda: True)
-    told = status(out)
-    assert (told["state"], told["left"], told["counts"]["invalid"]) == ("stopped", 25, 1)
+    report = status(out)
+    assert (report["state"], report["left"], report["counts"]["invalid"]) == ("stopped", 25, 1)
 
 
-def test_results_that_a_stopped_run_did_not_update_are_recognised(
-    table: Path, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The run says so, and `status` does until they are merged."""
+def test_stale_results_of_a_stopped_run_are_reported(table: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run warns, and `status` reports it until they are merged."""
     assert run(table, out, "--limit", "2").code == 3
     assert not status(out)["is_stale"]
     before = (out / "results.parquet").read_bytes()
@@ -133,14 +131,14 @@ def test_results_that_a_stopped_run_did_not_update_are_recognised(
     assert len(results(out)) == 26
 
 
-def test_looking_disturbs_nobody(table: Path, out: Path) -> None:
+def test_status_does_not_disturb_a_run(table: Path, out: Path) -> None:
     assert run(table, out, "--limit", "1").code == 0
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     status(out)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
-def test_it_loads_nothing_that_it_does_not_need(table: Path, out: Path) -> None:
+def test_status_loads_no_torch(table: Path, out: Path) -> None:
     assert run(table, out, "--limit", "1").code == 0
     script = (
         f"import sys; from batch_infer.__main__ import main; sys.argv = ['batch-infer', 'status', {str(out)!r}]\n"
@@ -151,7 +149,7 @@ def test_it_loads_nothing_that_it_does_not_need(table: Path, out: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, "{}", "[]", "{", '{"identity": {}, "summary": {}}'])
-def test_a_folder_that_no_run_made(out: Path, content: str | None) -> None:
+def test_status_of_a_folder_without_a_run(out: Path, content: str | None) -> None:
     out.mkdir()
     if content is not None:
         (out / "run.json").write_text(content)

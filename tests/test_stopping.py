@@ -26,7 +26,7 @@ from tests.hub import hub
 pytestmark = [pytest.mark.promises, pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")]
 
 SECONDS = 5.0
-"""Within so many seconds a command ends."""
+"""Seconds within which a command must end."""
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def started(
 
 
 class Command:
-    """A command that is to be stopped."""
+    """A running command to stop."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
@@ -82,7 +82,7 @@ def handles(process: int, number: signal.Signals) -> bool:
 
 @contextmanager
 def mute_server() -> Iterator[tuple[str, threading.Event]]:
-    """An HTTP server that promises a gigabyte and sends a byte of it a second; an event says when it was asked."""
+    """An HTTP server that announces a gigabyte and sends one byte per second; the event is set by a request."""
     asked, over = threading.Event(), threading.Event()
 
     def serve(connection: socket.socket) -> None:
@@ -127,7 +127,7 @@ OPTIONS = ("--device", "cpu", "--threads", "1", "--steps", "2", "--slots", "8")
 
 @pytest.mark.usefixtures("default_hangup")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_while_a_model_is_downloaded(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_stops_the_download_of_a_model(tmp_path: Path, number: signal.Signals) -> None:
     with mute_server() as (address, asked), started(
         "run", table_of(tmp_path), "-o", tmp_path / "out", "--model", "owner/model", *OPTIONS,
         HF_ENDPOINT=address, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "hub"),
@@ -136,7 +136,7 @@ def test_while_a_model_is_downloaded(tmp_path: Path, number: signal.Signals) -> 
         command.assert_stops(number)
 
 
-def test_while_a_file_of_a_model_is_downloaded(tmp_path: Path, sd1_folder: Path) -> None:
+def test_a_signal_stops_the_download_of_a_file(tmp_path: Path, sd1_folder: Path) -> None:
     with hub(model=sd1_folder) as served:
         served.slow = slow = "unet/diffusion_pytorch_model.safetensors"
         with started(
@@ -147,7 +147,7 @@ def test_while_a_file_of_a_model_is_downloaded(tmp_path: Path, sd1_folder: Path)
             command.assert_stops()
 
 
-def test_while_a_table_is_fetched(tmp_path: Path) -> None:
+def test_a_signal_stops_fetching_a_table(tmp_path: Path) -> None:
     with mute_server() as (address, asked), started(
         "run", f"{address}/t.csv", "-o", tmp_path / "out", *OPTIONS
     ) as command:  # fmt: skip
@@ -156,7 +156,7 @@ def test_while_a_table_is_fetched(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("processes", ["0", "1"])
-def test_while_a_million_rows_are_scanned(tmp_path: Path, processes: str) -> None:
+def test_a_signal_stops_a_scan(tmp_path: Path, processes: str) -> None:
     table, out = large_table(tmp_path / "t.csv", 1_000_000), tmp_path / "out"
     with started("run", table, "-o", out, *OPTIONS, "--num-processes", processes) as command:
         command.wait_until((out / "run.json").exists)
@@ -164,7 +164,7 @@ def test_while_a_million_rows_are_scanned(tmp_path: Path, processes: str) -> Non
     assert not list(out.rglob(".tmp-*"))
 
 
-def test_while_a_million_rows_are_planned(tmp_path: Path) -> None:
+def test_a_signal_stops_a_plan(tmp_path: Path) -> None:
     with started("plan", large_table(tmp_path / "t.csv", 1_000_000), *OPTIONS) as command:
         assert "nothing is kept" in command.assert_stops()
 
@@ -189,7 +189,7 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("results", ["parquet", "jsonl"])
-def test_while_300_000_rows_are_merged(merged: Path, results: str) -> None:
+def test_a_signal_stops_a_merge(merged: Path, results: str) -> None:
     (merged / "results.parquet").write_text("as it was")
     with started("merge", merged, "--results", results) as command:
         command.wait_until(lambda: bool(list(merged.glob(".tmp-*results.*"))))
@@ -205,7 +205,7 @@ def hang(folder: Path) -> str:
     return os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
 
 
-def test_while_a_worker_looks_for_its_device(tmp_path: Path) -> None:
+def test_a_signal_stops_the_start_of_a_worker(tmp_path: Path) -> None:
     with started(
         "run", table_of(tmp_path), "-o", tmp_path / "out", *OPTIONS, PYTHONPATH=hang(tmp_path / "hanging")
     ) as command:
@@ -214,20 +214,20 @@ def test_while_a_worker_looks_for_its_device(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_while_standard_input_gives_nothing(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_stops_reading_idle_standard_input(tmp_path: Path, number: signal.Signals) -> None:
     with started("run", "-", "-o", tmp_path / "out", *OPTIONS, stdin=subprocess.PIPE) as command:
         command.wait_until(lambda: "batch-infer-" in open_files(command.process.pid))
         command.assert_stops(number)
 
 
-def test_the_time_limit_ends_a_run_whose_standard_input_gives_nothing(tmp_path: Path) -> None:
+def test_the_time_limit_stops_reading_idle_standard_input(tmp_path: Path) -> None:
     with started("run", "-", "-o", tmp_path / "out", *OPTIONS, "--time-limit", "3s", stdin=subprocess.PIPE) as command:
         assert command.process.wait(3 + 2 * SECONDS) == 75
         assert command.process.stderr is not None
         assert "the time limit came" in command.process.stderr.read()
 
 
-def test_while_a_fifo_gives_nothing(tmp_path: Path) -> None:
+def test_a_signal_stops_reading_an_idle_fifo(tmp_path: Path) -> None:
     fifo = tmp_path / "t.csv"
     os.mkfifo(fifo)
     with started("run", fifo, "-o", tmp_path / "out", *OPTIONS) as command:
@@ -258,7 +258,7 @@ main()
 """
 
 
-def test_a_library_that_does_not_return_is_left_behind(tmp_path: Path) -> None:
+def test_a_signal_ends_a_process_stuck_in_a_library(tmp_path: Path) -> None:
     with started("run", table_of(tmp_path), "-o", tmp_path / "out", *OPTIONS, program=("-c", STUCK)) as command:
         assert command.process.stdout is not None
         assert command.process.stdout.readline() == "stuck\n"

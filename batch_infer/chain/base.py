@@ -96,9 +96,12 @@ class Chain(ABC):
     uses_pipeline_call: bool
     """Whether a diffusers pipeline runs the denoising loop."""
     model: LatentDiffusion | AnyPipeline
-    batch_sizes: BatchSizes
-    """The current batch sizes, smaller than the initial ones after the device ran out of memory."""
     stages_by_size: dict[Size, Stages]
+
+    @property
+    @abstractmethod
+    def batch_sizes(self) -> BatchSizes:
+        """The current batch sizes, smaller than the initial ones after the device ran out of memory."""
 
     @property
     def stages(self) -> Stages:
@@ -122,8 +125,12 @@ class DeviceChain(Chain):
     """A chain that renders by itself, as opposed to one that adds checks around another."""
 
     def __init__(self, model: Any, batch_sizes: BatchSizes, checker: ImageChecker | None, stop: Callable[[], bool]):
-        self.model, self.batch_sizes, self._checker, self._stop = model, batch_sizes, checker, stop
+        self.model, self._batch_sizes, self._checker, self._stop = model, batch_sizes, checker, stop
         self.stages_by_size = {}
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        return self._batch_sizes
 
     def close(self) -> None:
         pass

@@ -71,7 +71,7 @@ class PipelineCallChain(DeviceChain):
         smaller = self.batch_sizes.halved(size, "denoise") if slots >= 4 else None
         if smaller is None or self.model.one_row_per_call or slots // slots_per_row < 2:
             return self._fail(rows, size, message)
-        self.batch_sizes = smaller
+        self._batch_sizes = smaller
         return self._retry(requests, rows, size, f"{smaller.of(size)[0]} slots, not {slots}")
 
     def _render_rows(self, rows: Sequence[PromptRequest], slots: int, stages: Stages) -> list[RowOutcome]:

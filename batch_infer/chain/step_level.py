@@ -83,7 +83,7 @@ class StepLevelChain(DeviceChain):
             return self._fail(unfinished, size, message)
         before, after = (sizes.of(size)[stage == "decode"] for sizes in (self.batch_sizes, smaller))
         what = "slots" if stage == "denoise" else "images in a decoder call"
-        self.batch_sizes = smaller
+        self._batch_sizes = smaller
         return self._retry(requests, unfinished, size, f"{after} {what}, not {before}")
 
 

@@ -5,38 +5,29 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Protocol
 
 from batch_infer.engines import Engine, LaunchedEngine, Task, TaskReport
-from batch_infer.errors import (
-    BatchInferError,
-    CompilationError,
-    DamagedPart,
-    Interrupted,
-    ServiceError,
-    SettingsError,
-    UsageError,
-)
-from batch_infer.jobs import out as outdir
+from batch_infer.errors import BatchInferError, CompilationError, DamagedPart, ServiceError, SettingsError
 from batch_infer.jobs.estimates import BatchShapes, Size, remember_rates, remember_shapes
 from batch_infer.jobs.job import Job, count_cores, count_parallel
 from batch_infer.jobs.merge import MissingResults, merge, merge_parts
-from batch_infer.jobs.recovery import remove_leftovers, set_aside
+from batch_infer.jobs.recovery import set_aside
 from batch_infer.jobs.results import remove_other_results
+from batch_infer.jobs.run_folder import RunFolder
 from batch_infer.jobs.scan import ScanResult, commit_invalid, find_changes, scan_tables
 from batch_infer.jobs.summary import Counts, Summary, Throughput
-from batch_infer.manifest import Manifest, ManifestIndex
+from batch_infer.manifest import ManifestIndex
 from batch_infer.planning import SkipRule, order_requests, select_pending
 from batch_infer.records import ResultRow, utc_now
 from batch_infer.settings import Compute
 from batch_infer.sinks import make_sink
 from batch_infer.stopping import GRACE_SECONDS, StopRequested, deferred
-from batch_infer.store import PinnedFolder, path_exists
 from batch_infer.worker import WorkerSettings, peak_memory, smallest_batches, sum_stages_by_size
 
 LISTING_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
@@ -48,7 +39,7 @@ log = logging.getLogger("batch_infer")
 class Progress(Protocol):
     """Receives the events of a run."""
 
-    def start(self, survey: ScanResult) -> None:
+    def start(self, scan: ScanResult) -> None:
         """Called when the tables are scanned and the model starts to load."""
         ...
 
@@ -78,20 +69,12 @@ class _Commits:
 
 
 class RunExecution:
-    """One run of a job by an engine.
-
-    With --overwrite, what OUT holds is removed once the first worker is ready, since a model that does not load must
-    cost no images. Until then (`_is_cleared`) nothing is written, and invalid rows wait (`_has_invalid`).
-    """
+    """One run of a job by an engine. `_has_invalid`: invalid rows wait for --overwrite to clear OUT."""
 
     def __init__(self, job: Job, engine: Engine, progress: Progress, stop: Callable[[], bool], skip: SkipRule) -> None:
         self._job, self._engine, self._progress, self._stop, self._skip = job, engine, progress, stop, skip
-        self._out = job.settings.out
-        self._folder = PinnedFolder.of(self._out)
-        self._manifest = Manifest(self._folder)
-        self._record: Mapping[str, Any] = job.record
+        self._folder = RunFolder(job, stop)
         self._summary, self._commits = Summary(), _Commits()
-        self._is_cleared = not (job.settings.overwrite and path_exists(self._out / "run.json"))
         self._has_invalid = False
         self._setup_seconds = 0.0
 
@@ -106,10 +89,10 @@ class RunExecution:
             except DamagedPart as damage:  # in its carried columns, which only merging reads
                 set_aside(damage)
                 self._summary, self._commits = Summary(), _Commits()
-        self._folder.check()
-        remove_other_results(self._out, self._job.settings.output)
+        self._folder.pinned.check()
+        remove_other_results(self._folder.out, self._job.settings.output)
         self._sum_up(counts, time.monotonic() - started)
-        outdir.write_run(self._out, {**self._record, "finished_at": utc_now(), "summary": self._summary.as_dict()})
+        self._folder.update_record(finished_at=utc_now(), summary=self._summary.as_dict())
         log.debug("%d images rendered, %d left; run.json has the summary", self._summary.rendered, counts.left)
         return self._summary
 
@@ -121,10 +104,10 @@ class RunExecution:
 
     def _scan_render_merge(self) -> Counts:
         """Render what is pending, and merge. Raises DamagedPart where its rows are then to be rendered again."""
-        with self._manifest.index(damaged=set_aside) if self._is_cleared else ManifestIndex(()) as index:
+        with self._folder.index() as index:
             scan = self._scan(index)
             if scan.pending and not self._stop():
-                with self._restoring_run_json():
+                with self._folder.restored_on_usage_error(self._has_commits):
                     self._choose_slots(scan)
                 with closing(self._progress), ExitStack() as stack:
                     stack.push(partial(self._merge_after_error, scan))
@@ -135,7 +118,7 @@ class RunExecution:
                         if not self._commits.results:
                             raise
                         raise ServiceError(str(error)) from error  # a key that was valid when the run began
-            self._clear()
+            self._folder.clear()
         self._summary.unfinished = max(0, scan.pending - self._commits.results)
         return self._merge(scan)
 
@@ -143,39 +126,11 @@ class RunExecution:
         # Before run.json is replaced: if this is interrupted, the next run must compare with the same earlier run.
         changes = find_changes(self._job, index)
         changes.refuse(self._job)
-        self._write_record()
-        scan = scan_tables(self._job, index, self._skip, str(changes), writes=self._is_cleared)
-        self._has_invalid = not self._is_cleared
-        self._write_record(survey={**scan.as_dict(), "finished_at": utc_now()}, rendering_since=None)
+        self._folder.update_record()
+        scan = scan_tables(self._job, index, self._skip, str(changes), writes=self._folder.is_cleared)
+        self._has_invalid = not self._folder.is_cleared
+        self._folder.update_record(survey={**scan.as_dict(), "finished_at": utc_now()}, rendering_since=None)
         return scan
-
-    def _write_record(self, **entries: Any) -> None:
-        """Add entries to run.json, which stays as it was until OUT is cleared."""
-        self._record = {**self._record, **entries}
-        if self._is_cleared:
-            outdir.write_run(self._out, self._record)
-
-    @contextmanager
-    def _restoring_run_json(self) -> Iterator[None]:
-        """Restore run.json after a UsageError before the first commit: these settings must not refuse others."""
-        try:
-            yield
-        except UsageError:
-            if self._is_cleared and not self._commits.results:
-                remove_leftovers(self._out, self._manifest)
-                outdir.restore_run(self._out, self._job.earlier)
-            raise
-
-    def _clear(self) -> None:
-        """Remove what OUT held, for --overwrite."""
-        if self._is_cleared:
-            return
-        if self._stop():
-            raise Interrupted(f"stopped before --overwrite removed what {self._out} holds; run the same command again")
-        outdir.clear(self._out, self._stop)
-        remove_leftovers(self._out, self._manifest)
-        self._is_cleared = True
-        self._write_record()
 
     def _sum_up(self, counts: Counts, seconds: float) -> None:
         summary = self._summary
@@ -185,6 +140,9 @@ class RunExecution:
         summary.add_peak_memory(peak_memory("cpu"))
 
     # Rendering
+
+    def _has_commits(self) -> bool:
+        return self._commits.results > 0
 
     def _choose_slots(self, scan: ScanResult) -> None:
         """Measure or recall the slots of the pending sizes, with --slots auto."""
@@ -197,11 +155,11 @@ class RunExecution:
     def _use(self, compute: Compute) -> None:
         """Compute like this from here on, and in runs that continue this one."""
         self._job = replace(self._job, compute=compute)
-        self._write_record(compute=asdict(compute))
+        self._folder.update_record(compute=asdict(compute))
 
     def _render(self, index: ManifestIndex, scan: ScanResult) -> None:
         started = time.monotonic()
-        with self._restoring_run_json():
+        with self._folder.restored_on_usage_error(self._has_commits):
             report = self._render_compiled(index, scan)
             if report is None:
                 report = self._render_once(index, scan)
@@ -209,9 +167,9 @@ class RunExecution:
             self._summary.rendered, self._summary.rendering_seconds = throughput.rendered, throughput.seconds
         self._summary.add(report)
         if report.lost_remote_worker:  # the next run removes what it leaves
-            self._write_record(has_strays=True)
+            self._folder.update_record(has_strays=True)
         elif report.deaths:
-            remove_leftovers(self._out, self._manifest)
+            self._folder.remove_leftovers()
         self._remember(report, self._setup_seconds + time.monotonic() - started - report.seconds)
 
     def _render_compiled(self, index: ManifestIndex, scan: ScanResult) -> TaskReport | None:
@@ -229,18 +187,18 @@ class RunExecution:
     def _render_once(self, index: ManifestIndex, scan: ScanResult) -> TaskReport:
         slots_of = None if self._job.card.uses_pipeline_call else self._slots_of
         new = select_pending(self._job.items(index), index, self._skip)
-        collisions = make_sink(self._out).collisions(index)
+        collisions = make_sink(self._folder.out).collisions(index)
         requests = order_requests((collisions.mark(request, request.replaces) for request in new), slots_of)
         task = Task(requests, scan.pending, self._worker_settings())
         return self._engine.render(task, self._on_commit, self._stop, partial(self._on_ready, scan))
 
     def _on_ready(self, scan: ScanResult) -> None:
-        self._clear()
+        self._folder.clear()
         # Results in progress at a time, if each row has guidance and takes two slots.
         slots = max(self._slots_of(size) for size in scan.sizes)
         in_flight = min(scan.pending, max(1, slots // 2))
         throughput = self._commits.throughput = Throughput(in_flight=in_flight)
-        self._write_record(rendering_since=utc_now(), in_flight=in_flight)
+        self._folder.update_record(rendering_since=utc_now(), in_flight=in_flight)
         self._progress.ready(throughput)
 
     def _on_commit(self, rows: Sequence[ResultRow]) -> None:
@@ -257,7 +215,7 @@ class RunExecution:
             compute=job.compute,
             safety=job.settings.safety.split_among(self._engine.workers),
             output=job.settings.output,
-            out=self._folder,
+            out=self._folder.pinned,
             carried=job.tables.carried,
             run=job.number,
         )
@@ -270,7 +228,7 @@ class RunExecution:
         """
         if self._commits.results or scan.skipped.get("ok") or scan.skipped.get("flagged"):
             raise CompilationError(
-                f"{error}, but the images that {self._out} already holds were compiled: to have all alike, "
+                f"{error}, but the images that {self._folder.out} already holds were compiled: to have all alike, "
                 "add --overwrite or give another --out"
             ) from error
         if self._job.settings.compute.compiled or isinstance(self._engine, LaunchedEngine):
@@ -313,7 +271,7 @@ class RunExecution:
 
     def _merge_once(self, scan: ScanResult) -> Counts:
         """Merge by the tables, or by the manifest alone where the tables have changed during the run."""
-        self._folder.check()
+        self._folder.pinned.check()
         left = max(0, scan.pending - self._commits.results) + scan.skipped.get("left", 0)
         left += scan.invalid * self._has_invalid
         least = scan.total - left - scan.unsettled
@@ -324,11 +282,11 @@ class RunExecution:
                 "merge by the tables as they are now",
                 ", ".join(changed),
             )
-            counts = merge_parts(self._manifest, tables.files, self._out, output, least)
+            counts = merge_parts(self._folder.manifest, tables.files, self._folder.out, output, least)
             counts.left = left
             return counts
-        with self._manifest.index() as index:
-            return merge(self._job.items(index), index, tables.carried, self._out, output, least)
+        with self._folder.manifest.index() as index:
+            return merge(self._job.items(index), index, tables.carried, self._folder.out, output, least)
 
     def _merge_after_error(
         self, scan: ScanResult, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
@@ -342,5 +300,5 @@ class RunExecution:
 
     def _warn_of_stale_results(self, reason: object) -> None:
         """Warn that results.* lack rows that this run has committed."""
-        path = self._out / "results.parquet"
-        log.warning("%s was not updated (%s): run `batch-infer merge %s`", path, reason, self._out)
+        path = self._folder.out / "results.parquet"
+        log.warning("%s was not updated (%s): run `batch-infer merge %s`", path, reason, self._folder.out)

@@ -69,7 +69,7 @@ def merge_results(
                 raise
             raise UsageError(
                 f"{damage.part} is damaged ({damage.reason}): send its tables to the endpoint again with the same"
-                " output folder, which renders their rows anew, or move the part away to merge without it"
+                " output folder, which renders their rows again, or move the part away to merge without it"
             ) from damage
         outdir.write_run(out, with_counts(record, counts))
         return counts, formats

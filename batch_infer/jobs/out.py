@@ -5,26 +5,22 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from batch_infer import __version__
-from batch_infer.errors import DamagedPart, Interrupted, SettingsError, StorageError, UsageError, first_line
+from batch_infer.errors import SettingsError, StorageError, UsageError, first_line
 from batch_infer.jobs.run_json import parse_record, require
-from batch_infer.manifest import Manifest, read_part
-from batch_infer.sinks import IMAGE_FOLDERS, make_sink, resolve_path
+from batch_infer.sinks import IMAGE_FOLDERS
 from batch_infer.store import (
     PinnedFolder,
     atomic_write,
     fsync,
     fsync_folder,
     is_abandoned,
-    is_folder,
-    is_link,
     is_temporary,
     list_names,
     locked_folder,
@@ -39,7 +35,7 @@ FOLDERS = (*IMAGE_FOLDERS, "manifest", "logs")
 RESULTS = ("results.parquet", "results.csv", "results.jsonl")
 OWN_NAMES = (*FOLDERS, *RESULTS, "run.json")
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EXDEV}
-_REMEDY = "remove it to go on with what the manifest holds, or start anew in another --out"
+_REMEDY = "remove it to continue with what the manifest holds, or start anew in another --out"
 _CLEARING = "overwriting"
 """Key of run.json while --overwrite removes what OUT holds."""
 
@@ -98,7 +94,7 @@ def read_existing_run(out: Path) -> dict[str, Any]:
     if not record or "identity" not in record:
         raise UsageError(f"{out} holds no run of batch-infer: it has no run.json written by batch-infer")
     if record.get(_CLEARING):
-        raise UsageError(f"{out}: `run --overwrite` was stopped while it removed what was there; run again to go on")
+        raise UsageError(f"{out}: `run --overwrite` was stopped while it removed what was there; run again to continue")
     return record
 
 
@@ -205,33 +201,6 @@ def refuse_to_clear(out: Path) -> None:
         )
 
 
-def clear(out: Path, stop: Callable[[], bool] = lambda: False) -> None:
-    """Remove what earlier runs made in OUT except logs/, and nothing else.
-
-    run.json is first replaced by one that says so: after a kill at any moment OUT holds no results for any command, and
-    the next run continues. If images/ or quarantine/ is a link to a larger disk, the link stays, and only the files
-    that the manifest names are removed behind it. Raises UsageError where OUT is not a run's, StorageError, and
-    Interrupted once `stop` returns True.
-    """
-    refuse_to_clear(out)
-    if not path_exists(out / "run.json"):
-        return
-    mark_clearing(out)
-    linked = [name for name in IMAGE_FOLDERS if is_link(out / name)]
-    if linked:
-        _remove_named_images(out)
-    names = [name for name in OWN_NAMES if name not in ("manifest", "logs", "run.json", *linked)]
-    for path in (out / name for name in ("manifest", *names)):
-        children = list_names(path) if is_folder(path) else []
-        for target in (*filter(is_folder, (path / child for child in children)), path):
-            if stop():
-                raise Interrupted(f"stopped while --overwrite removed what {out} held; run again to continue")
-            with write_errors(target):
-                shutil.rmtree(target) if is_folder(target) else target.unlink(missing_ok=True)
-    with write_errors(out):
-        fsync_folder(out)
-
-
 def mark_clearing(out: Path) -> None:
     """Write a run.json that says that what OUT holds is being removed. Raises StorageError."""
     write_run(out, {"batch_infer": __version__, "identity": {}, _CLEARING: True})
@@ -240,21 +209,3 @@ def mark_clearing(out: Path) -> None:
 def is_clearing(out: Path) -> bool:
     """Return whether an --overwrite was stopped before OUT was empty. Raises UsageError, StorageError."""
     return bool((read_run(out) or {}).get(_CLEARING))
-
-
-def _remove_named_images(out: Path) -> None:
-    """Remove the images that the manifest names, and the folders that are then empty."""
-    sink, folders = make_sink(out), set()
-    for part in Manifest(out).parts():
-        try:
-            paths = read_part(part, ("generated_image",))["generated_image"].drop_null().to_pylist()
-        except (DamagedPart, UsageError):
-            continue
-        for path in paths:
-            sink.remove(path)
-            if (image := resolve_path(out, path)) is not None:
-                folders.add(image.parent)
-    for folder in folders:
-        if folder.parent.parent == out and not is_link(folder):
-            with suppress(OSError):  # not empty
-                folder.rmdir()

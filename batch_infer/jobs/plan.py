@@ -34,8 +34,9 @@ from batch_infer.planning import (
     order_requests,
     select_pending,
 )
-from batch_infer.records import PromptRequest, ResultRow, utc_now
+from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.settings import IdSource, RunSettings
+from batch_infer.worker import make_row
 
 TABLE_READS = 3
 """How often a run reads the tables: to scan, to render and to merge."""
@@ -173,7 +174,7 @@ class _Planner:
                 try:
                     self._probe.count_evaluations(self._job.card, item.params.num_inference_steps)
                 except RowError as error:
-                    item = _invalid_row(item, error)
+                    item = make_row(item, "invalid", str(error), scheduler=self._job.card.scheduler_name, worker="")
                 else:
                     if item.image_index == 0 and self._tokens:
                         self._tokens.add(item.prompt)
@@ -203,19 +204,3 @@ class _Planner:
         plan.measured_at = min(rate.measured_at for rate in rates.values())
         if settings.price_per_hour is not None:
             plan.cost = plan.seconds / 3600 * settings.price_per_hour
-
-
-def _invalid_row(request: PromptRequest, error: RowError) -> ResultRow:
-    """Return the result of a row whose number of steps the scheduler refuses, as a worker writes it."""
-    return ResultRow(
-        id=request.id,
-        image_index=request.image_index,
-        prompt=request.prompt,
-        status="invalid",
-        error=str(error),
-        finished_at=utc_now(),
-        source_file=request.source.file,
-        source_row=request.source.row,
-        fingerprint=request.fingerprint,
-        line=request.source.line,
-    )

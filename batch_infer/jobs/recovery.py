@@ -171,7 +171,7 @@ def set_aside(damage: DamagedPart) -> Path:
     with write_errors(kept):
         os.rename(part, kept)  # noqa: PTH104
         fsync_folder(part.parent)
-    log.warning("%s is damaged (%s): its rows are rendered anew, and it is kept as %s", part, damage.reason, kept.name)
+    log.warning("%s is damaged (%s): its rows are rendered again, and it is kept as %s", part, damage.reason, kept.name)
     return kept
 
 

@@ -114,8 +114,8 @@ def require(value: T | UnsetType, key: str, out: Path) -> T:
     """Return the value of a key. Raises UsageError where run.json lacks it, as one of another version may."""
     if isinstance(value, UnsetType):
         raise UsageError(
-            f"{out / 'run.json'} has no {key}, so another version of batch-infer wrote it: go on with `batch-infer run`"
-            " and its options, which writes it anew"
+            f"{out / 'run.json'} has no {key}, so another version of batch-infer wrote it: continue with "
+            "`batch-infer run` and its options, which rewrites it"
         )
     return value
 
