@@ -156,15 +156,8 @@ def test_transient_errors_are_retried(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("fault", [status(500), status(400), without("Violence")], ids=["500", "400", "no category"])
-<<<<<<< HEAD
-def test_a_row_that_the_service_never_answers_for_fails_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault
-) -> None:
-    def faults(request: ReceivedRequest) -> Fault | None:
-=======
 def test_a_row_without_an_answer_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
-    def faults(request: Asked) -> Fault | None:
->>>>>>> main
+    def faults(request: ReceivedRequest) -> Fault | None:
         return fault if request.kind == "text" and "cursed" in request.content else None
 
     out = tmp_path / "out"
