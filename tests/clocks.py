@@ -1,4 +1,4 @@
-"""A clock for tests: its time passes only where something says so, so that no result depends on the machine's speed."""
+"""A clock for tests that advances only on demand, so that no result depends on the speed of the machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import threading
 
 
 class Clock:
-    """Stands in for the module `time` in the module under test; `now` is in seconds and starts at 0."""
+    """Replaces the module `time` in the module under test. `now` is in seconds and starts at 0."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -19,6 +19,6 @@ class Clock:
         return self.now
 
     def sleep(self, seconds: float) -> None:
-        """Move the clock on; return at once."""
+        """Advance the clock and return immediately."""
         with self._lock:
             self.now += seconds

@@ -1,4 +1,4 @@
-"""Short ways for tests to run the command and to look at what it leaves."""
+"""Helpers that run the command and read what it leaves in OUT."""
 
 from __future__ import annotations
 
@@ -27,14 +27,13 @@ from batch_infer.settings import ComputeSettings, ModelSettings, RowDefaults, Ru
 
 QUICK = ("--steps", "2", "--slots", "8", "--threads", "1", "--device", "cpu", "--on-flagged", "keep",
          "--num-processes", "0")  # fmt: skip
-"""Few steps, on what every machine has, no image painted over, whatever the checker thinks of it, and no process that
-would have to import all libraries first."""
+"""Few steps, on the CPU, with flagged images kept, and without worker processes, which would import all libraries."""
 Key = tuple[str, int]
 
 
 @dataclass(frozen=True)
 class Done:
-    """What a command came to."""
+    """Exit code and output of a command."""
 
     code: int
     stdout: str
@@ -42,7 +41,7 @@ class Done:
 
 
 def command(*arguments: str | Path) -> Done:
-    """Run the command in this process, which has torch loaded already."""
+    """Run the command in this process, which has loaded torch."""
     log = logging.getLogger("batch_infer")
     before = log.handlers, log.level, log.propagate
     stdout, stderr = io.StringIO(), io.StringIO()
@@ -61,7 +60,7 @@ def command(*arguments: str | Path) -> Done:
 
 
 def run(table: Path | str, out: Path, *options: str | Path) -> Done:
-    """`batch-infer run` on small images; a later option beats an earlier one."""
+    """Run `batch-infer run` with few steps; a later option replaces an earlier one."""
     return command("run", table, "--out", out, *QUICK, *options)
 
 
@@ -73,14 +72,14 @@ def start(
     session: bool = False,
     **environment: str,
 ) -> subprocess.Popen[str]:
-    """The same in a process of its own, with `session` in a group of its own, to which signals can be sent."""
+    """Start `run` in its own process, with `session` in its own process group, which can be sent signals."""
     line = [sys.executable, *program, "run", str(table), "--out", str(out), *QUICK, *options]
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             start_new_session=session, env={**os.environ, **environment})  # fmt: skip
 
 
 def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool], *, seconds: float = 600) -> bool:
-    """Wait until something holds; False where the process ended before."""
+    """Wait until a condition holds; return False if the process ended before."""
     deadline = time.monotonic() + seconds
     while not condition():
         if process.poll() is not None:
@@ -99,7 +98,7 @@ def run_json(out: Path) -> dict[str, Any]:
 
 
 def hashes(out: Path) -> dict[Key, str | None]:
-    """sha256 of each image by id and index, no key twice."""
+    """Return the sha256 of each image by id and index; no key may occur twice."""
     rows = results(out)
     found = {(row["id"], row["image_index"]): row["sha256"] for row in rows}
     assert len(found) == len(rows)
@@ -107,13 +106,13 @@ def hashes(out: Path) -> dict[Key, str | None]:
 
 
 def images(out: Path) -> set[str]:
-    """The files under images/ and quarantine/, relative to OUT."""
+    """Return the files under images/ and quarantine/, relative to OUT."""
     return {path.relative_to(out).as_posix() for folder in ("images", "quarantine")
             for path in (out / folder).rglob("*") if path.is_file()}  # fmt: skip
 
 
 def assert_whole(out: Path) -> None:
-    """Every image that results speak of is there and whole, and there is no file that nothing speaks of."""
+    """Check that every image in the results is intact, and that there is no other file."""
     rows = [row for row in results(out) if row["generated_image"]]
     assert images(out) == {row["generated_image"] for row in rows}
     assert len(images(out)) == len(rows)
@@ -122,13 +121,13 @@ def assert_whole(out: Path) -> None:
         assert (hashlib.sha256(content).hexdigest(), len(content)) == (row["sha256"], row["image_bytes"])
         if row["generated_image"].endswith(".png"):
             with Image.open(io.BytesIO(content)) as image:
-                # None: of an image that a version without this column made
+                # None: an image of a version without this column
                 assert row["pixels_sha256"] in (None, pixels_sha256(np.asarray(image)))
     assert not [path for path in out.rglob(".*") if path.name != ".lock"]
 
 
 def settings_of(table: Path, out: Path) -> RunSettings:
-    """Return the settings that the options of `run` above stand for, except the slots."""
+    """Return the settings of the options of `run` above, except the slots."""
     return RunSettings(
         TableSettings((str(table),)),
         out,

@@ -1,4 +1,4 @@
-"""Faults of a file system that tests cannot have otherwise: they may run as root, whom no mode keeps out."""
+"""Errors of a file system, simulated because tests may run as root, which file modes do not restrict."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CALLS = ("stat", "lstat", "open", "listdir", "scandir")
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, path: Path, number: int) -> None:
-    """Have every look at a path fail, as a folder without permission or a broken mount does; not its realpath."""
+    """Make every access to a path fail, as without permission or on a broken mount. Its realpath still works."""
 
     def failing(module: Any, name: str) -> Any:
         real = getattr(module, name)

@@ -1,4 +1,4 @@
-"""Short ways for tests to write tables and to read them as batch-infer does."""
+"""Helpers for tests to write tables and to read them as batch-infer does."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ RULES = RowRules(
     SizeRules(native_height=64, native_width=64, factor=8, smallest=16),
     fingerprint="the run",
 )
-"""Those of a model whose images are 64 pixels wide."""
+"""Rules of a model whose images are 64 pixels wide."""
 
 
 def write_csv(path: Path, rows: Iterable[Sequence[Any]], **form: Any) -> Path:
-    """A CSV file of these rows, the header among them."""
+    """Write a CSV file of these rows, which include the header."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as stream:
         csv.writer(stream, **form).writerows(rows)
@@ -45,7 +45,7 @@ def write_bytes(path: Path, content: bytes) -> Path:
 
 
 def write_parquet(path: Path, **columns: Any) -> Path:
-    """A Parquet file of these columns: lists, or Arrow arrays where the type matters."""
+    """Write a Parquet file of these columns: lists, or Arrow arrays where the type matters."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), path)
     return path
@@ -62,7 +62,7 @@ def open_tables(
 
 
 def read(*tables: Path | str, rules: RowRules = RULES, **options: Any) -> list[PromptRequest | ResultRow]:
-    """All rows of some tables; whatever they hold must fit into the results."""
+    """Read all rows of tables, and check that carried cells fit into the results."""
     with open_tables(*tables, **options) as opened:
         found = list(opened.rows(rules))
         for field in opened.carried:
@@ -71,14 +71,14 @@ def read(*tables: Path | str, rules: RowRules = RULES, **options: Any) -> list[P
 
 
 def read_requests(*tables: Path | str, **options: Any) -> list[PromptRequest]:
-    """All rows of some tables that have no fault in them."""
+    """Read all rows of tables, which must be valid."""
     found = read(*tables, **options)
-    assert not (faults := [item.error for item in found if isinstance(item, ResultRow)]), faults
+    assert not (errors := [item.error for item in found if isinstance(item, ResultRow)]), errors
     return [item for item in found if isinstance(item, PromptRequest)]
 
 
-def fault_of(*tables: Path | str, **options: Any) -> str:
-    """The sentence about the one row of a table, which has a fault."""
+def error_of(*tables: Path | str, **options: Any) -> str:
+    """Return the error of the only row of a table."""
     (found,) = read(*tables, **options)
     assert isinstance(found, ResultRow), found
     assert found.status == "invalid"
@@ -91,11 +91,11 @@ ROWS: list[dict[str, Any]] = [
     {"prompt": "zwei, drei\nÄpfel 🎨", "height": None, "guidance_scale": None, "tag": None},
     {"prompt": 'say "square"', "height": 64, "guidance_scale": 1, "tag": "é"},
 ]
-"""A table that every format but plain text can hold."""
+"""A table that every format except plain text can hold."""
 
 
 def in_format(ending: str, rows: list[dict[str, Any]]) -> bytes:
-    """A table as the bytes of a file with this ending."""
+    """Encode a table as the content of a file with this ending."""
     ending, _, packing = ending.lstrip(".").partition(".")
     names = list(rows[0]) if rows else []
     if packing:
@@ -117,7 +117,7 @@ def in_format(ending: str, rows: list[dict[str, Any]]) -> bytes:
 
 
 def exact_json(value: Any, **form: Any) -> str:
-    """JSON of a value in which a Decimal is a number of all its digits."""
+    """Encode a value as JSON in which a Decimal is a number with all its digits."""
     text = json.dumps(value, default=lambda number: f"\0{number}\0", **form)
     return re.sub(r'"\\u0000([^"\\]*)\\u0000"', r"\1", text)
 
@@ -130,5 +130,5 @@ def pack(packing: str, content: bytes) -> bytes:
 
 
 def essence(found: Iterable[PromptRequest]) -> list[tuple[Any, ...]]:
-    """What must be the same whatever format a table has."""
+    """Return what must not depend on the format of a table."""
     return [(item.id, item.prompt, item.seed, item.params, item.fingerprint, item.source.row) for item in found]

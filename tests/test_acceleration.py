@@ -1,4 +1,4 @@
-"""What makes networks fast: compiled where that can be done, plain where not, and the host never far ahead of a GPU."""
+"""Compilation, memory format and fused projections of networks, and GPU pacing of the host."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROWS = [make_request(str(k), f"{k} rings", steps=2 + k, guidance=1 + 3 * k, seed
 
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.compile as it is, but for the compiler itself, which takes minutes: what it captures is run."""
+    """Replace only the compiler behind torch.compile, which takes minutes: captured graphs run as they are."""
     compile_ = torch.compile
     monkeypatch.setattr(
         torch, "compile", lambda forward, **how: compile_(forward, **{**how, "options": None, "backend": "eager"})
@@ -36,18 +36,18 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.promises
 @pytest.mark.usefixtures("traced")
-def test_networks_are_captured_whole_and_change_no_image(sd1_folder: Path) -> None:
-    """One graph for each shape: a break would be an error, and then a warning."""
+def test_networks_are_one_graph_and_change_no_image(sd1_folder: Path) -> None:
+    """One graph per shape: a graph break would be an error."""
     plain = render(load_family(sd1_folder), ROWS)
     model = load_family(sd1_folder)
     optimize_networks(model.networks, CPU, compiled=True)
-    found = render(model, ROWS)
+    compiled = render(model, ROWS)
     assert is_compiled(model.networks)
-    assert all(furthest(found[row.id].pixels, plain[row.id].pixels) <= 1 for row in ROWS)
+    assert all(furthest(compiled[row.id].pixels, plain[row.id].pixels) <= 1 for row in ROWS)
 
 
-def test_what_cannot_be_compiled_is_an_error_that_names_the_way_out() -> None:
-    """It does not run uncompiled: its bytes would differ from those of workers that could compile it."""
+def test_a_compilation_error_names_the_option_that_avoids_it() -> None:
+    """It does not run uncompiled: the bytes would differ from those of workers that could compile it."""
 
     class Chatty(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -64,14 +64,14 @@ def test_what_cannot_be_compiled_is_an_error_that_names_the_way_out() -> None:
 
 @pytest.fixture
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """The compiler's cache folder, which is the test's own."""
+    """An empty folder for the compiler's cache."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(acceleration, "_cache", made := acceleration.CompilerCache())
     yield tmp_path / "cache"
     made.close()
 
 
-def test_what_fails_with_a_cache_is_compiled_once_more_without(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failed_compilation_is_repeated_with_an_empty_cache(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     class FileFault(BackendCompilerFailed):
         def __init__(self) -> None:
             RuntimeError.__init__(self, "OSError: a.so: file too short")
@@ -105,7 +105,7 @@ def test_what_fails_with_a_cache_is_compiled_once_more_without(cache: Path, capl
         (torch.OutOfMemoryError("CUDA out of memory"), "CUDA out of memory"),
     ],
 )
-def test_an_error_that_no_file_causes_is_not_taken_for_a_damaged_cache(
+def test_errors_that_no_file_causes_do_not_replace_the_cache(
     error: Exception, message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     def forward(x: torch.Tensor) -> torch.Tensor:
@@ -121,7 +121,7 @@ def test_an_error_that_no_file_causes_is_not_taken_for_a_damaged_cache(
 @pytest.mark.promises
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("ending", ["so", "py"])
-def test_a_cache_of_truncated_files_is_no_error(ending: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_truncated_cache_files_cause_no_error(ending: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A killed process leaves such files."""
     network = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3), torch.nn.SiLU()).eval()
     found = []
@@ -132,7 +132,7 @@ def test_a_cache_of_truncated_files_is_no_error(ending: str, cache: Path, monkey
         with torch.inference_mode():
             found.append(Compiled(network.forward)(torch.ones(1, 4, 8, 8)))
         if name == "whole":
-            shutil.copytree(cache / "whole", cache / "truncated")  # another folder: loaded files are not to be touched
+            shutil.copytree(cache / "whole", cache / "truncated")  # loaded files must not change
             files = list((cache / "truncated").rglob(f"*.{ending}"))
             assert files
             for file in files:
@@ -141,7 +141,7 @@ def test_a_cache_of_truncated_files_is_no_error(ending: str, cache: Path, monkey
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] != str(cache / "truncated")
 
 
-def test_memory_that_ends_in_a_compiled_network_is_told_as_such() -> None:
+def test_out_of_memory_in_a_compiled_network_is_reported_as_such() -> None:
     def forward(x: torch.Tensor) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -151,7 +151,7 @@ def test_memory_that_ends_in_a_compiled_network_is_told_as_such() -> None:
         network(torch.zeros(1))
 
 
-def test_networks_are_left_alone_on_a_cpu(sd1_folder: Path) -> None:
+def test_networks_are_unchanged_on_a_cpu(sd1_folder: Path) -> None:
     model: Any = load_family(sd1_folder)
     before = [network.forward for network in model.networks]
     optimize_networks(model.networks, CPU, compiled=False)
@@ -161,7 +161,7 @@ def test_networks_are_left_alone_on_a_cpu(sd1_folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["sd1", "decidiffusion"])
 def test_a_gpu_gets_channels_last_and_fused_projections(name: str, request: pytest.FixtureRequest) -> None:
-    """Here on the CPU, which can do both: they change no image by more than 1 of 255."""
+    """Tested on the CPU, which supports both: no image changes by more than 1 of 255."""
     folder = request.getfixturevalue(f"{name}_folder")
     plain = render(load_family(folder), ROWS)
     model: Any = load_family(folder)
@@ -176,7 +176,7 @@ def test_a_gpu_gets_channels_last_and_fused_projections(name: str, request: pyte
 
 
 def test_joint_attention_keeps_its_norms_on_a_gpu() -> None:
-    """diffusers' fused attention of such transformers leaves the norms of Stable Diffusion 3.5 out."""
+    """diffusers' fused attention of such transformers omits the norms of Stable Diffusion 3.5."""
     network = SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
         joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16, out_channels=4,
@@ -206,7 +206,7 @@ def test_the_real_compiler_gives_the_same_images_each_time(demo_folder: Path) ->
 
 
 class Clock:
-    """A GPU's clock: an event's time comes when somebody waits for it, one second a call."""
+    """The clock of a GPU: each wait for an event takes one second."""
 
     waits: list[Clock] = []
 
@@ -222,7 +222,7 @@ class Clock:
         return 1000.0
 
 
-def test_the_host_is_a_few_calls_ahead_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_host_is_only_a_few_calls_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     Clock.waits = []
     monkeypatch.setattr(torch.cuda, "Event", Clock)
     monkeypatch.setattr(torch.cuda, "current_stream", Clock)

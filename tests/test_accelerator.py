@@ -1,4 +1,4 @@
-"""What only a GPU does, as far as a CPU can tell: memory limits, errors, streams, and the shapes of calls."""
+"""GPU behaviour, as far as it can be tested on a CPU: memory limits, errors, streams and shapes of calls."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_every_report_of_exhausted_memory_is_one_error(text: str) -> None:
         raise RuntimeError(f"{text}\nand a stack of C++ frames")
 
 
-def test_other_errors_stay_what_they_are() -> None:
+def test_other_errors_are_not_changed() -> None:
     for error in (RuntimeError("CUDA error: an illegal memory access"), ValueError("out of memory"), KeyError("x")):
         with pytest.raises(type(error)) as raised, out_of_memory_errors():
             raise error
@@ -58,7 +58,7 @@ def test_other_errors_stay_what_they_are() -> None:
 
 
 @pytest.mark.parametrize("text", OUT_OF_MEMORY)
-def test_the_chain_halves_its_slots_whoever_reports_it(text: str, sd1_folder: Path) -> None:
+def test_the_chain_halves_its_slots_on_every_such_report(text: str, sd1_folder: Path) -> None:
     model: Any = load_family(sd1_folder)
     denoise = model.denoise
 
@@ -89,7 +89,7 @@ def test_a_worker_limits_its_memory_and_computes_float32_in_float32(
 
 
 def test_batch_sizes_that_nearly_fill_the_memory_are_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every doubling is faster here; 32 slots are the first whose peak is above the limit."""
+    """Here every doubling is faster, and 32 slots are the first whose peak exceeds the limit."""
     tried: list[int] = []
 
     def make(number: int) -> Callable[[], object]:
@@ -106,8 +106,8 @@ def test_batch_sizes_that_nearly_fill_the_memory_are_not_chosen(monkeypatch: pyt
 
 
 @pytest.mark.promises
-def test_the_bare_unet_runs_what_the_chain_has_compiled(sd1_folder: Path) -> None:
-    """A call with other strides, or with tensors made in another mode, would be compiled once more."""
+def test_the_bare_unet_uses_the_compilation_of_the_chain(sd1_folder: Path) -> None:
+    """A call with other strides, or with tensors created in another mode, would be compiled again."""
     torch._dynamo.reset()
     counter = CompileCounter()
     model: Any = load_family(sd1_folder)
@@ -120,8 +120,8 @@ def test_the_bare_unet_runs_what_the_chain_has_compiled(sd1_folder: Path) -> Non
     torch._dynamo.reset()
 
 
-def test_compiling_is_in_no_stage(sd1_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each size is compiled once, by a call that no row is advanced by."""
+def test_compilation_is_part_of_no_stage(sd1_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each size is compiled once, by a call that advances no row."""
     calls: list[tuple[int, ...]] = []
 
     class Recording(Compiled):
@@ -148,8 +148,8 @@ def test_compiling_is_in_no_stage(sd1_folder: Path, monkeypatch: pytest.MonkeyPa
     assert chain.stages.seconds + chain.stages.compilation <= elapsed
 
 
-def test_a_size_that_rendered_nothing_is_yet_to_be_compiled(sd1_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row whose steps the scheduler refuses takes no slot, and so no network is called."""
+def test_a_size_is_not_compiled_while_it_renders_nothing(sd1_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row whose step count the scheduler rejects uses no slot, so that no network is called."""
     model = load_family(sd1_folder)
     table = model.solver.table
 
@@ -183,12 +183,12 @@ def test_no_more_processes_compile_than_a_worker_has_cores(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(("shape", "ahead"), [((2, 1), 4), ((8, 8), 2), ((32, 8), 8), ((256, 16), 32)])
-def test_all_rows_of_one_tick_may_wait_for_the_decoder(shape: tuple[int, int], ahead: int) -> None:
+def test_all_rows_of_one_tick_fit_into_the_decoder_queue(shape: tuple[int, int], ahead: int) -> None:
     model: Any = type("Model", (), {"device": CPU})()
     assert Postprocessing(model, None, shape, Stages(), in_background=False).micro_batches_ahead == ahead
 
 
-def test_streams_beside_the_unet_have_a_high_priority(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streams_that_run_concurrently_with_the_unet_have_high_priority(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[Any, ...]] = []
     monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: made.append((device.type, priority)))
     pacing.stream_for.__wrapped__(GPU, "encode")
@@ -196,19 +196,19 @@ def test_streams_beside_the_unet_have_a_high_priority(monkeypatch: pytest.Monkey
     assert pacing.stream_for.__wrapped__(CPU, "encode") is None
 
 
-def test_a_gpu_leaves_its_cores_to_the_threads_that_store() -> None:
+def test_on_a_gpu_the_cores_are_for_threads_that_store() -> None:
     assert storing_threads(ON_CUDA) == 16
     assert storing_threads(replace(ON_CUDA, threads=2)) == 4
     assert storing_threads(replace(ON_CUDA, threads=128)) == 32
     assert storing_threads(replace(ON_CUDA, device="cpu", threads=64)) == 4
 
 
-def test_a_slice_of_a_card_has_no_known_peak() -> None:
+def test_a_mig_slice_has_no_known_peak() -> None:
     assert peak_flops.dense_tflops("NVIDIA H100 80GB HBM3", "float16") == 989.4
     assert peak_flops.dense_tflops("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "float16") is None
 
 
-def test_an_error_of_the_compiler_is_a_setting_to_change() -> None:
+def test_an_error_of_the_compiler_is_a_settings_error() -> None:
     def broken(x: torch.Tensor) -> torch.Tensor:
         torch._dynamo.graph_break()
         return x

@@ -1,4 +1,4 @@
-"""Pipelines that have no family: against diffusers' own call for one row alone, and through the command."""
+"""Pipelines without a family: compared with diffusers' own call for single rows, and through the command."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.tables import write_csv
 
 NAMES = ("pixart", "flux", "z_image", "perturbed")
 SIZES = {"pixart": (256, 256)}
-"""Where 64 pixels are not what the checkpoint makes."""
+"""Sizes of checkpoints that do not make 64 pixels."""
 GUIDED_BY_INPUT = {"flux"}
 ONE_BY_ONE = {"z_image"}
 
@@ -53,7 +53,7 @@ def models(folders: dict[str, Path]) -> dict[str, AnyPipeline]:
 
 def card_of(folder: Path, **settings: Any) -> ModelCard:
     card = read_card(ModelSettings(name=str(folder), **settings))
-    # Flux and Z-Image are native at 1024 pixels, whatever their checkpoints hold.
+    # The native size of Flux and Z-Image is 1024 pixels, whatever the config.
     size = SIZES.get(folder.name, (64, 64))
     return replace(card, sizes=SizeRules(*size, card.sizes.factor, card.sizes.smallest))
 
@@ -71,13 +71,13 @@ def load_oracle(folder: Path) -> Any:
     return pipe
 
 
-def row(model: str, name: str, prompt: str = "a red circle", **asked: Any) -> PromptRequest:
-    request = make_request(name, prompt, **{"size": SIZES.get(model, (64, 64)), "steps": 3, **asked})
+def row(model: str, name: str, prompt: str = "a red circle", **settings: Any) -> PromptRequest:
+    request = make_request(name, prompt, **{"size": SIZES.get(model, (64, 64)), "steps": 3, **settings})
     return replace(request, params=replace(request.params, embedded_guidance=model in GUIDED_BY_INPUT))
 
 
 def rows_of(model: str) -> list[PromptRequest]:
-    """Rows that differ in all that a row may say."""
+    """Return rows that differ in every field."""
     height, width = SIZES.get(model, (64, 64))
     rows = [row(model, "plain", seed=1), row(model, "other", "two blue squares beside a star", seed=2)]
     rows += [row(model, "weak", "a ring", guidance=1.0, steps=4, seed=3)]
@@ -93,14 +93,14 @@ def rows_of(model: str) -> list[PromptRequest]:
 def render(
     model: AnyPipeline, requests: list[PromptRequest], *, slots: int = 8, judge: ImageChecker | None = None
 ) -> dict[str, Rendered]:
-    found = {}
-    for outcome in PipelineCallChain(model, BatchSizes(slots, 2), judge).render(sorted(requests, key=_by_likeness)):
+    rendered = {}
+    for outcome in PipelineCallChain(model, BatchSizes(slots, 2), judge).render(sorted(requests, key=_key_of_call)):
         assert isinstance(outcome, Rendered), outcome.error
-        found[outcome.request.id] = outcome
-    return found
+        rendered[outcome.request.id] = outcome
+    return rendered
 
 
-def _by_likeness(request: PromptRequest) -> Any:
+def _key_of_call(request: PromptRequest) -> Any:
     return request.batch_key
 
 
@@ -108,7 +108,7 @@ def _by_likeness(request: PromptRequest) -> Any:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_rows_look_as_they_do_alone(folders: dict[str, Path], models: dict[str, AnyPipeline], name: str) -> None:
+def test_rows_look_as_in_single_calls(folders: dict[str, Path], models: dict[str, AnyPipeline], name: str) -> None:
     rows = rows_of(name)
     rendered, pipe = render(models[name], rows), load_oracle(folders[name])
     oracles = {request.id: ask(pipe, request) for request in rows}
@@ -121,8 +121,8 @@ def test_rows_look_as_they_do_alone(folders: dict[str, Path], models: dict[str, 
 
 @pytest.mark.promises
 @pytest.mark.parametrize("name", NAMES)
-def test_an_image_depends_on_its_row_alone(models: dict[str, AnyPipeline], name: str) -> None:
-    """Law 1, in bytes: alone, or in a crowd of any order, beside texts of other lengths."""
+def test_an_image_depends_only_on_its_row(models: dict[str, AnyPipeline], name: str) -> None:
+    """Its bytes are the same alone and among other rows, in any order, with texts of other lengths."""
     model, rows = models[name], rows_of(name)
     alone = {request.id: render(model, [request])[request.id].pixels for request in rows}
     crowd = [row(name, f"crowd {k}", "and more " * (k * k), seed=k) for k in range(5)]
@@ -133,43 +133,43 @@ def test_an_image_depends_on_its_row_alone(models: dict[str, AnyPipeline], name:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_not_one_bit_depends_on_the_neighbours_texts(models: dict[str, AnyPipeline], name: str) -> None:
-    """Before rounding: texts that fill the encoder whole, which then needs no mask, among such as do not."""
+def test_no_bit_depends_on_the_neighbours_texts(models: dict[str, AnyPipeline], name: str) -> None:
+    """Before rounding: texts that fill the encoder, which need no mask, among shorter ones."""
     full, short, other = (row(name, "row", text) for text in ("and more " * 100, "a", "two blue squares"))
     for first, neighbour in ((full, short), (short, full), (other, full)):
         alone, beside = models[name].render([first], 2), models[name].render([first, neighbour], 2)
         assert torch.equal(alone[0], beside[0])
 
 
-def test_text_encoders_choose_no_kernel_by_what_a_batch_holds(models: dict[str, AnyPipeline]) -> None:
-    """On a GPU the bytes hang on it; on a CPU, at this size, all kernels agree."""
+def test_text_encoders_use_the_same_kernel_for_every_batch(models: dict[str, AnyPipeline]) -> None:
+    """On a GPU the bytes depend on it; on a CPU all kernels agree at this size."""
     for model in models.values():
         encoders = [part for name, part in model.pipeline.components.items() if name.startswith("text_encoder")]
         assert encoders
         assert {encoder.config._attn_implementation for encoder in encoders} == {"eager"}
 
 
-def test_the_text_has_a_part_in_the_image(models: dict[str, AnyPipeline]) -> None:
+def test_the_text_changes_the_image(models: dict[str, AnyPipeline]) -> None:
     for name, model in models.items():
         texts = [row(name, str(k), text, seed=9) for k, text in enumerate(["a red circle", "two blue squares"])]
         first, second = render(model, texts).values()
         assert furthest(first.pixels, second.pixels) > 2
 
 
-def test_rows_share_calls_where_their_texts_leave_the_shapes_alone(models: dict[str, AnyPipeline]) -> None:
+def test_rows_share_calls_where_shapes_do_not_depend_on_texts(models: dict[str, AnyPipeline]) -> None:
     assert {name for name, model in models.items() if model.one_row_per_call} == ONE_BY_ONE
     for name, model in models.items():
-        asked: list[int] = []
+        batch_sizes: list[int] = []
 
-        def note(arguments: Any, asked: list[int] = asked) -> None:
-            asked.append(len(arguments["prompt"]))
+        def note(arguments: Any, batch_sizes: list[int] = batch_sizes) -> None:
+            batch_sizes.append(len(arguments["prompt"]))
 
         spied = _Spy(model.pipeline, note)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(model, "pipeline", spied)
             render(model, [row(name, str(k), seed=k) for k in range(3)], slots=4)
         alone, each = name in ONE_BY_ONE, 1 if name in GUIDED_BY_INPUT else 2
-        assert asked == ([1, 1, 1] if alone else [4] if each == 1 else [2, 2])
+        assert batch_sizes == ([1, 1, 1] if alone else [4] if each == 1 else [2, 2])
 
 
 def test_another_scheduler(folders: dict[str, Path]) -> None:
@@ -178,13 +178,13 @@ def test_another_scheduler(folders: dict[str, Path]) -> None:
     before = ask(pipe, request)
     pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config, use_karras_sigmas=True)
     oracle = ask(pipe, request)
-    found = render(load_model(folders["pixart"], text), [request])["row"].pixels
-    assert furthest(found, oracle) <= 1
+    pixels = render(load_model(folders["pixart"], text), [request])["row"].pixels
+    assert furthest(pixels, oracle) <= 1
     assert furthest(before, oracle) > 2
 
 
-def test_noise_at_every_step_is_the_rows_own(folders: dict[str, Path]) -> None:
-    """A pipeline hands the rows' generators on to a scheduler that draws."""
+def test_noise_at_every_step_comes_from_the_rows_generator(folders: dict[str, Path]) -> None:
+    """The pipeline passes the rows' generators to a scheduler that draws noise."""
     model = load_model(folders["pixart"], "EulerAncestralDiscreteScheduler")
     first, other = row("pixart", "first", seed=1), row("pixart", "other", seed=2)
     alone, together = render(model, [first]), render(model, [other, first])
@@ -196,7 +196,7 @@ def test_noise_that_no_seed_decides_is_refused(folders: dict[str, Path]) -> None
         load_model(folders["flux"], "FlowMatchEulerDiscreteScheduler:stochastic_sampling=true")
 
 
-def test_the_checkers_verdict_is_diffusers_verdict(folders: dict[str, Path]) -> None:
+def test_the_checkers_verdict_equals_that_of_diffusers(folders: dict[str, Path]) -> None:
     model = load_model(folders["perturbed"], with_checker=True)
     judge = StableDiffusionChecker(model.safety_checker, model.feature_extractor, batch=2)
     rows = [row("perturbed", str(k), guidance=1.0, seed=k) for k in range(12)]
@@ -215,11 +215,11 @@ def test_the_checkers_verdict_is_diffusers_verdict(folders: dict[str, Path]) -> 
     assert all(image.pixels.any() for image in rendered.values()), "none is painted black before the policy is applied"
 
 
-# What a pipeline does not take
+# Rows that a pipeline does not support
 
 
 class _Spy:
-    """A pipeline that is watched, or made to fail."""
+    """A pipeline that is recorded or made to fail."""
 
     def __init__(self, pipeline: Any, before: Callable[[dict[str, Any]], object]) -> None:
         self._pipeline, self._before = pipeline, before
@@ -233,7 +233,7 @@ class _Spy:
 
 
 def failing(model: AnyPipeline, error: Exception, prompt: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the pipeline raise an error wherever this prompt is among those that it is handed."""
+    """Make the pipeline raise an error for calls with this prompt."""
 
     def fail(arguments: dict[str, Any]) -> None:
         if prompt in arguments["prompt"]:
@@ -243,28 +243,30 @@ def failing(model: AnyPipeline, error: Exception, prompt: str, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("error", "invalid", "told"),
+    ("error", "invalid", "message"),
     [
         (ValueError("no such text\nand more"), True, "_Spy does not support this row: no such text"),
         (IndexError("index 3 is out of bounds"), True, "_Spy does not support this row: index 3 is out of bounds"),
         (RuntimeError("shapes do not match"), False, "_Spy failed: shapes do not match"),
     ],
 )
-def test_what_a_pipeline_raises_is_the_rows_and_not_its_neighbours(
-    models: dict[str, AnyPipeline], monkeypatch: pytest.MonkeyPatch, error: Exception, invalid: bool, told: str
+def test_an_error_fails_its_row_and_not_the_neighbours(
+    models: dict[str, AnyPipeline], monkeypatch: pytest.MonkeyPatch, error: Exception, invalid: bool, message: str
 ) -> None:
     model = models["flux"]
     rows = [row("flux", "a", seed=1), row("flux", "bad", "bad", seed=2), row("flux", "c", seed=3)]
     wanted = render(model, rows)
     failing(model, error, "bad", monkeypatch)
-    found = {outcome.request.id: outcome for outcome in PipelineCallChain(model, BatchSizes(8, 2), None).render(rows)}
+    outcomes = {
+        outcome.request.id: outcome for outcome in PipelineCallChain(model, BatchSizes(8, 2), None).render(rows)
+    }
     for name in "ac":
-        image = found[name]
+        image = outcomes[name]
         assert isinstance(image, Rendered)
         assert np.array_equal(image.pixels, wanted[name].pixels)
-    bad = found["bad"]
+    bad = outcomes["bad"]
     assert isinstance(bad, Unrendered)
-    assert (bad.status == "invalid", bad.error) == (invalid, told)
+    assert (bad.status == "invalid", bad.error) == (invalid, message)
 
 
 @pytest.mark.parametrize(
@@ -278,7 +280,7 @@ def test_what_a_pipeline_raises_is_the_rows_and_not_its_neighbours(
         ValueError("CUDA driver error: unknown error"),
     ],
 )
-def test_a_lost_device_is_no_rows_fault(
+def test_a_lost_device_fails_no_row(
     models: dict[str, AnyPipeline], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     failing(models["flux"], error, "bad", monkeypatch)
@@ -287,7 +289,7 @@ def test_a_lost_device_is_no_rows_fault(
     assert not isinstance(raised.value, RowBroken)
 
 
-def test_a_device_that_is_lost_while_a_pipeline_loads_is_no_property_of_its_shapes(
+def test_a_device_lost_during_trial_calls_is_reported(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> bool:
@@ -299,28 +301,28 @@ def test_a_device_that_is_lost_while_a_pipeline_loads_is_no_property_of_its_shap
 
 
 def test_a_size_that_the_pipeline_rounds_is_refused(models: dict[str, AnyPipeline]) -> None:
-    (found,) = PipelineCallChain(models["flux"], BatchSizes(4, 2), None).render([row("flux", "row", size=(64, 72))])
-    assert isinstance(found, Unrendered)
-    assert found.status == "invalid"
-    assert found.error.startswith("FluxPipeline makes images of 64x64 pixels instead of 72x64")
+    (outcome,) = PipelineCallChain(models["flux"], BatchSizes(4, 2), None).render([row("flux", "row", size=(64, 72))])
+    assert isinstance(outcome, Unrendered)
+    assert outcome.status == "invalid"
+    assert outcome.error.startswith("FluxPipeline makes images of 64x64 pixels instead of 72x64")
 
 
-def test_values_that_are_not_finite_are_told(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_values_that_are_not_finite_are_reported(folders: dict[str, Path], tmp_path: Path) -> None:
     own = copied(folders["flux"], tmp_path)
     file = own / "transformer" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
     weights["proj_out.bias"].fill_(float("nan"))
     save_file(weights, file, metadata={"format": "pt"})
-    (found,) = PipelineCallChain(load_model(own), BatchSizes(4, 2), None).render([row("flux", "row", guidance=2.5)])
-    assert isinstance(found, Unrendered)
-    assert found.status == "failed"
-    assert "not finite at 3 steps and guidance_scale 2.5" in found.error
+    (outcome,) = PipelineCallChain(load_model(own), BatchSizes(4, 2), None).render([row("flux", "row", guidance=2.5)])
+    assert isinstance(outcome, Unrendered)
+    assert outcome.status == "failed"
+    assert "not finite at 3 steps and guidance_scale 2.5" in outcome.error
 
 
 # The card
 
 
-def test_what_rows_may_ask(folders: dict[str, Path]) -> None:
+def test_the_sampling_rules(folders: dict[str, Path]) -> None:
     cards = {name: read_card(ModelSettings(name=str(folder))) for name, folder in folders.items()}
     assert {card.family for card in cards.values()} == {"any_pipeline"}
     assert {name: (card.num_inference_steps, card.guidance_scale) for name, card in cards.items()} == {
@@ -338,7 +340,7 @@ def test_what_rows_may_ask(folders: dict[str, Path]) -> None:
     assert len({card.fingerprint for card in cards.values()}) == len(cards)
 
 
-def test_a_distilled_flux_takes_no_guidance(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_distilled_flux_has_no_guidance(folders: dict[str, Path], tmp_path: Path) -> None:
     own = copied(folders["flux"], tmp_path)
     amend(own / "transformer" / "config.json", guidance_embeds=False)
     card = read_card(ModelSettings(name=str(own)))
@@ -346,7 +348,7 @@ def test_a_distilled_flux_takes_no_guidance(folders: dict[str, Path], tmp_path: 
     assert (card.guidance_scale, card.embedded_guidance) == (1.0, False)
 
 
-def test_the_fingerprint_tells_the_class(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_the_fingerprint_changes_with_the_class(folders: dict[str, Path], tmp_path: Path) -> None:
     own = copied(folders["perturbed"], tmp_path)
     before = card_of(own).fingerprint
     amend(own / "model_index.json", _diffusers_version="0.1")
@@ -355,7 +357,7 @@ def test_the_fingerprint_tells_the_class(folders: dict[str, Path], tmp_path: Pat
     assert card_of(own).fingerprint != before
 
 
-def test_the_fingerprint_tells_how_a_text_is_framed(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_the_fingerprint_changes_with_the_prompt_template(folders: dict[str, Path], tmp_path: Path) -> None:
     own = copied(folders["z_image"], tmp_path)
     before = card_of(own).fingerprint
     template = own / "tokenizer" / "chat_template.jinja"
@@ -363,7 +365,7 @@ def test_the_fingerprint_tells_how_a_text_is_framed(folders: dict[str, Path], tm
     assert card_of(own).fingerprint != before
 
 
-def test_a_card_is_read_without_torch_where_somebody_else_knows_the_facts(folders: dict[str, Path]) -> None:
+def test_a_card_is_read_without_torch_where_another_process_inspects_the_pipeline(folders: dict[str, Path]) -> None:
     script = f"""
 import sys
 from batch_infer.models import SamplingRules, read_card
@@ -393,7 +395,7 @@ print(card.family, card.num_inference_steps, sorted({{"torch", "diffusers", "tra
         ("LattePipeline", "is not text-to-image"),
     ],
 )
-def test_classes_that_make_no_images_of_texts_are_refused(name: str, reason: str) -> None:
+def test_classes_that_are_not_text_to_image_are_refused(name: str, reason: str) -> None:
     with pytest.raises(ModelError, match=reason):
         find_class(name)
 
@@ -450,7 +452,7 @@ def test_folders_are_refused(folders: dict[str, Path], tmp_path: Path, case: str
     assert "\n" not in str(refusal.value)
 
 
-def test_weights_that_no_file_holds_are_named(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_missing_weights_are_named(folders: dict[str, Path], tmp_path: Path) -> None:
     own = copied(folders["z_image"], tmp_path)
     file = own / "text_encoder" / "model.safetensors"
     weights = load_file(file)
@@ -460,8 +462,8 @@ def test_weights_that_no_file_holds_are_named(folders: dict[str, Path], tmp_path
         load_model(own)
 
 
-def test_half_precision_leaves_alone_what_would_overflow(folders: dict[str, Path]) -> None:
-    """As diffusers loads it: T5 wants the last projection of its blocks in float32."""
+def test_half_precision_keeps_float32_where_float16_overflows(folders: dict[str, Path]) -> None:
+    """As in diffusers: T5 keeps the last projection of its blocks in float32."""
     model = AnyPipeline.load(card_of(folders["flux"]), CPU, torch.float16, with_checker=False)
     encoder = model.pipeline.text_encoder_2
     assert encoder.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.float32
@@ -499,9 +501,9 @@ def test_a_run_accounts_for_every_row(table: Path, tmp_path: Path, folders: dict
     assert [(item["id"], item["status"]) for item in rows] == [
         ("a", "ok"), ("a", "ok"), ("b", "ok"), ("c", "ok"), ("d", "invalid"), ("e", "invalid"), ("f", "ok"),
     ]  # fmt: skip
-    told = {item["id"]: item["error"] for item in rows if item["error"]}
-    assert told["d"] == "negative_prompt 'green' is given, and this model takes none"
-    assert "width 65 is not a multiple of 16" in told["e"]
+    errors = {item["id"]: item["error"] for item in rows if item["error"]}
+    assert errors["d"] == "negative_prompt 'green' is given, and this model takes none"
+    assert "width 65 is not a multiple of 16" in errors["e"]
     made = [item for item in rows if item["status"] == "ok"]
     assert {item["scheduler"] for item in made} == {"FlowMatchEulerDiscreteScheduler"}
     assert {item["nsfw_content_detected"] for item in made} == {None}
@@ -513,7 +515,7 @@ def test_a_run_accounts_for_every_row(table: Path, tmp_path: Path, folders: dict
 
 
 @pytest.mark.promises
-def test_a_run_goes_on_to_the_same_bytes(table: Path, tmp_path: Path, folders: dict[str, Path]) -> None:
+def test_a_continued_run_has_the_same_bytes(table: Path, tmp_path: Path, folders: dict[str, Path]) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     flux_run(table, whole, folders)
     for limit in ("1", "3", "6"):
@@ -526,7 +528,7 @@ def test_a_run_goes_on_to_the_same_bytes(table: Path, tmp_path: Path, folders: d
 
 @pytest.mark.promises
 @pytest.mark.usefixtures("probe_here")
-def test_a_plan_is_what_the_run_does(table: Path, tmp_path: Path, folders: dict[str, Path]) -> None:
+def test_a_plan_matches_the_run(table: Path, tmp_path: Path, folders: dict[str, Path]) -> None:
     options = ("--slots", "8", "--threads", "1", "--device", "cpu", "--steps", "2", "--height", "64", "--width", "64")
     model = ("--model", folders["flux"])
     planned = json.loads(command("plan", table, "--out", tmp_path / "out", *options, *model, "--json").stdout)
@@ -535,21 +537,19 @@ def test_a_plan_is_what_the_run_does(table: Path, tmp_path: Path, folders: dict[
     assert planned["ticks"] == done["ticks"]
     assert planned["occupancy"] == pytest.approx(done["occupancy"], abs=1e-3)
     assert planned["truncated"] is None
-    told = [(fault["id"], fault["error"]) for fault in planned["invalid_results"]]
+    errors = [(fault["id"], fault["error"]) for fault in planned["invalid_results"]]
     rows = results(tmp_path / "out")
-    assert told == [(item["id"], item["error"]) for item in rows if item["status"] == "invalid"]
+    assert errors == [(item["id"], item["error"]) for item in rows if item["status"] == "invalid"]
 
 
-def test_options_that_the_model_does_not_take_are_refused(
-    table: Path, tmp_path: Path, folders: dict[str, Path]
-) -> None:
-    for options, told in {
+def test_unsupported_options_are_refused(table: Path, tmp_path: Path, folders: dict[str, Path]) -> None:
+    for options, message in {
         ("--negative-prompt", "green"): "negative_prompt 'green' is given, and this model takes none",
         ("--guidance-rescale", "0.7"): "guidance_rescale '0.7' is given, and this model takes none",
     }.items():
         done = flux_run(table, tmp_path / "out", folders, *options)
         assert done.code == 2
-        assert told in done.stderr
+        assert message in done.stderr
 
 
 def test_steps_that_the_pipeline_refuses_are_invalid(tmp_path: Path, folders: dict[str, Path]) -> None:
@@ -562,9 +562,7 @@ def test_steps_that_the_pipeline_refuses_are_invalid(tmp_path: Path, folders: di
 
 
 @pytest.mark.parametrize(("safety", "judged"), [("auto", True), ("none", False)])
-def test_a_checkpoints_own_checker_is_asked(
-    tmp_path: Path, folders: dict[str, Path], safety: str, judged: bool
-) -> None:
+def test_the_checkpoints_checker_is_used(tmp_path: Path, folders: dict[str, Path], safety: str, judged: bool) -> None:
     table = write_csv(tmp_path / "t.csv", [["prompt", "seed"], *(["a red circle", k] for k in range(6))])
     assert run(table, tmp_path / "out", "--model", folders["perturbed"], "--safety", safety).code == 0
     rows = results(tmp_path / "out")

@@ -31,7 +31,7 @@ from batch_infer.store import (
 
 
 @pytest.mark.parametrize("flush", [True, False])
-def test_a_file_takes_its_name_when_it_is_whole(tmp_path: Path, flush: bool) -> None:
+def test_a_file_is_renamed_when_it_is_complete(tmp_path: Path, flush: bool) -> None:
     path = tmp_path / "deep" / "file"
     for content in ("first", "second"):
         with atomic_write(path, flush=flush) as temporary:
@@ -44,7 +44,7 @@ def test_a_file_takes_its_name_when_it_is_whole(tmp_path: Path, flush: bool) -> 
 
 
 @pytest.mark.parametrize("end", [ValueError, KeyboardInterrupt, SystemExit])
-def test_what_breaks_off_leaves_what_was_there(tmp_path: Path, end: type[BaseException]) -> None:
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, end: type[BaseException]) -> None:
     path = tmp_path / "file"
     path.write_text("before")
     with pytest.raises(end), atomic_write(path) as temporary:
@@ -55,7 +55,7 @@ def test_what_breaks_off_leaves_what_was_there(tmp_path: Path, end: type[BaseExc
 
 
 @pytest.mark.parametrize("place", ["a file/file", "a folder"])
-def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, place: str) -> None:
+def test_the_error_names_a_path_that_cannot_be_written(tmp_path: Path, place: str) -> None:
     (tmp_path / "a file").touch()
     (tmp_path / "a folder" / "inner").mkdir(parents=True)
     with (
@@ -66,7 +66,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, place: str) -> 
     assert {path.name for path in tmp_path.iterdir()} == {"a file", "a folder"}
 
 
-def test_the_disk_holds_the_bytes_before_the_name_changes_and_then_the_name(
+def test_the_file_is_fsynced_before_the_rename_and_then_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "file"
@@ -82,7 +82,7 @@ def test_the_disk_holds_the_bytes_before_the_name_changes_and_then_the_name(
     assert seen == [(False, False), (True, True)]
 
 
-def test_a_file_system_that_syncs_no_folders_is_good_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_that_cannot_fsync_folders_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.fsync
 
     def fsync(descriptor: int) -> None:
@@ -101,7 +101,7 @@ def test_a_file_system_that_syncs_no_folders_is_good_enough(tmp_path: Path, monk
         temporary.write_text("x")
 
 
-def test_without_parents_no_folder_is_made(tmp_path: Path) -> None:
+def test_without_parents_no_folder_is_created(tmp_path: Path) -> None:
     with (
         pytest.raises(StorageError, match="cannot write .*gone/file: No such file"),
         atomic_write(tmp_path / "gone" / "file", parents=False) as temporary,
@@ -110,8 +110,8 @@ def test_without_parents_no_folder_is_made(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_is_known_until_another_takes_its_place(tmp_path: Path) -> None:
-    """Also in another process, to which it was sent."""
+def test_a_pinned_folder_is_recognised_until_another_replaces_it(tmp_path: Path) -> None:
+    """Also in another process that receives it."""
     folder = tmp_path / "out"
     assert_gone(PinnedFolder.of(folder))
     folder.mkdir()
@@ -132,7 +132,7 @@ def assert_gone(known: PinnedFolder, name: str = "out") -> None:
         known.check()
 
 
-def test_a_process_killed_while_it_writes_leaves_the_old_file(tmp_path: Path) -> None:
+def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("before")
     script = """
@@ -152,7 +152,7 @@ with atomic_write(pathlib.Path(sys.argv[1])) as temporary:
 
 
 def test_no_two_processes_share_a_temporary_name() -> None:
-    """Neither by chance nor by having been forked from one another; and one process keeps to its own."""
+    """Neither by chance nor after a fork; one process always uses the same name."""
     script = """
 import os, pathlib
 from batch_infer.store.atomic import temporary_path
@@ -168,10 +168,10 @@ print(os.read(reading, 100).decode(), temporary_path(pathlib.Path("file")))
     assert len({*names[0], *names[1], *here}) == 5
 
 
-def test_a_folder_whose_inode_number_changes_is_known_by_its_marker(
+def test_a_folder_whose_inode_changes_is_recognised_by_its_marker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on FUSE mounts; one look more at the disk, and only then."""
+    """As on FUSE mounts. The marker is read only then."""
     known = PinnedFolder.of(tmp_path)
     marked = known.with_marker()
     assert PinnedFolder.of(tmp_path) == marked
@@ -186,9 +186,7 @@ def test_a_folder_whose_inode_number_changes_is_known_by_its_marker(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_looked_at_is_not_taken_for_gone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_cannot_be_read_is_not_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known = PinnedFolder.of(tmp_path)
 
     def stat(path: Path, **_: object) -> None:
@@ -201,7 +199,7 @@ def test_a_folder_that_cannot_be_looked_at_is_not_taken_for_gone(
             look()
 
 
-def test_containers_of_equal_names_differ_by_the_boot_of_their_machine(
+def test_host_ids_of_containers_with_one_name_differ_by_boot_id(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     places = set()
@@ -212,12 +210,12 @@ def test_containers_of_equal_names_differ_by_the_boot_of_their_machine(
     assert len(places) == 2
 
 
-def test_only_names_of_our_own_making_are_temporary() -> None:
+def test_only_our_own_names_are_temporary() -> None:
     assert is_temporary(temporary_path(Path("x")).name)
     assert not any(map(is_temporary, (".tmp-x", ".tmp-0a1b2c3d-x", "x", ".tmp-0a1b2c3d-1-0123456789ab-")))
 
 
-def test_whether_case_matters_is_seen_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_case_sensitivity_is_probed_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "A").touch()
     assert is_case_sensitive(tmp_path) == (not (tmp_path / "a").exists())
     assert [path.name for path in tmp_path.iterdir()] == ["A"]

@@ -491,12 +491,11 @@ def test_architectures_have_the_size_of_released_models(
     name: str, parameters: float, latent: tuple[int, int, int], row_forward: float, decode: float
 ) -> None:
     """Parameters and TFLOP as published or counted elsewhere; no network is run."""
-    built = architectures.build_architecture(name, torch.device("meta"), torch.float16)
-    model = built.model
+    model, rules = architectures.build_architecture(name, torch.device("meta"), torch.float16)
     unet = model.networks[0]
     assert sum(weight.numel() for weight in unet.parameters()) == pytest.approx(parameters, rel=1e-4)
     assert {weight.dtype for weight in unet.parameters()} == {torch.float16}
-    assert model.latent_shape(built.sizes.native_height, built.sizes.native_width) == latent
+    assert model.latent_shape(rules.sizes.native_height, rules.sizes.native_width) == latent
     assert denoise_flops(model, latent) / 1e12 == pytest.approx(row_forward, rel=0.01)
     assert decode_flops(model, latent) / 1e12 == pytest.approx(decode, rel=0.01)
     assert torch.get_default_dtype() == torch.float32

@@ -1,4 +1,4 @@
-"""Carried columns: whatever the mix of types, nulls and formats, a value comes out exactly or as exact text."""
+"""Carried columns: for any mix of types, nulls and formats a value is carried exactly or as exact text."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ EXACT = {
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_a_column_comes_out_as_it_was(name: str) -> None:
-    """In results.parquet; and results.csv and .jsonl can be written of it, too."""
+def test_a_column_is_carried_unchanged(name: str) -> None:
+    """In results.parquet. results.csv and .jsonl can be written too."""
     column = EXACT[name]
     write_parquet(Path("t.parquet"), prompt=["x", "y"], column=column)
     found, column = carry("t.parquet")["column"], pq.read_table("t.parquet")["column"]
@@ -85,7 +85,7 @@ def test_a_column_comes_out_as_it_was(name: str) -> None:
 
 @pytest.mark.parametrize("array", EXACT.values(), ids=EXACT)
 def test_any_column_can_be_written_as_text(array: pa.Array) -> None:
-    """Results as CSV and JSON need text where Python has no type."""
+    """Results as CSV and JSON need text if Python has no type."""
     json.dumps(to_python_values(array), default=str)
 
 
@@ -109,8 +109,8 @@ def test_any_column_can_be_written_as_text(array: pa.Array) -> None:
     ],
     ids=lambda value: str(value.type) if isinstance(value, pa.Array) else "",
 )
-def test_where_types_differ_values_are_exact_text(array: pa.Array, texts: list[str]) -> None:
-    """Bytes are base64. Each column is warned about once."""
+def test_if_types_differ_values_are_exact_text(array: pa.Array, texts: list[str]) -> None:
+    """Bytes are base64. Each column has one warning."""
     write_parquet(Path("t/a.parquet"), prompt=["x"] * len(array), column=array)
     write_parquet(Path("t/b.parquet"), prompt=["y"], column=["text"])
     found = carry("t")["column"]
@@ -131,7 +131,7 @@ def test_numbers_within_a_nested_json_value_stay_numbers_of_all_their_digits(end
     assert (found.type, found.to_pylist()) == (pa.string(), [cell.replace("1e400", "1E+400")])
 
 
-def test_fields_of_one_name_in_a_struct_have_two_names() -> None:
+def test_two_fields_of_one_name_in_a_struct_have_two_names() -> None:
     struct = pa.StructArray.from_arrays([pa.array([1, 2]), pa.array(["a", "b"])], names=["k", "k"])
     twins = pa.ListArray.from_arrays(pa.array([0, 1, 2], pa.int32()), struct)
     write_parquet(Path("t.parquet"), prompt=["x", "y"], struct=struct, deep=twins, tag=pa.array([["p"], ["q"]]))
@@ -147,8 +147,8 @@ def test_fields_of_one_name_in_a_struct_have_two_names() -> None:
     )
 
 
-def test_whole_floats_beside_large_integers_are_integers() -> None:
-    """As pandas writes a column of integers where a cell is missing."""
+def test_whole_floats_with_large_integers_are_integers() -> None:
+    """pandas writes a column of integers like this if a cell is missing."""
     write_parquet(Path("t/a.parquet"), prompt=["x"], id=[1], column=[2**60 + 1])
     write_parquet(Path("t/b.parquet"), prompt=["y", "z"], id=[2.0, float(2**60)], column=[2.0, None])
     found = carry("t")["column"]
@@ -156,8 +156,8 @@ def test_whole_floats_beside_large_integers_are_integers() -> None:
     assert [row.id for row in read_requests("t")] == ["1", "2", str(2**60)]
 
 
-def test_names_that_differ_by_case_alone_are_told_apart() -> None:
-    """SQL engines do not tell them apart."""
+def test_names_that_differ_by_case_alone_are_renamed() -> None:
+    """SQL engines ignore case."""
     write_csv(Path("t/a.csv"), [["prompt", "Seed", "seed", "Tag"], ["x", "old", "1", "a"]])
     write_csv(Path("t/b.csv"), [["prompt", "tag", "STATUS"], ["y", "b", "c"]])
     found = carry("t")

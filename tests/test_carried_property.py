@@ -1,4 +1,4 @@
-"""Any mix of types, nulls, formats and faults: each value comes out exactly or as exact text, and each row once."""
+"""Any mix of types, nulls, formats and errors: each value is carried exactly or as exact text, and each row once."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def check_values(tables: list[Any]) -> None:
 
 
 def is_same(value: Any, kind: pa.DataType | None, found: Any, into: pa.DataType) -> bool:
-    """Whether a value came out exactly, or as text that says it exactly."""
+    """Return whether a value was carried exactly, or as exact text."""
     if value is None or found is None:
         return value is None and found is None
     if kind is None and pa.types.is_string(into) and not isinstance(value, (str, bool)):
@@ -194,7 +194,7 @@ def is_same(value: Any, kind: pa.DataType | None, found: Any, into: pa.DataType)
 
 
 def is_same_json(value: Any, found: Any) -> bool:
-    """Whether two JSON values say the same, numbers to the last digit and as numbers."""
+    """Return whether two JSON values are equal, numbers to the last digit and as numbers."""
     if isinstance(value, list):
         return isinstance(found, list) and len(value) == len(found) and all(map(is_same_json, value, found))
     if isinstance(value, dict):
@@ -210,14 +210,14 @@ def is_same_json(value: Any, found: Any) -> bool:
 
 @settings(max_examples=40)
 @given(shards)
-def test_any_mix_of_types_comes_out_exactly(tables: list[Any]) -> None:
+def test_any_mix_of_types_is_carried_exactly(tables: list[Any]) -> None:
     check_values(tables)
 
 
 @pytest.mark.promises
 @settings(max_examples=300)
 @given(shards)
-def test_any_mix_of_types_comes_out_exactly_however_many_are_tried(tables: list[Any]) -> None:
+def test_many_mixes_of_types_are_carried_exactly(tables: list[Any]) -> None:
     check_values(tables)
 
 
@@ -271,5 +271,5 @@ def test_any_row_is_accounted_for_exactly_once(tables: Any, id_from: IdSource) -
 @pytest.mark.promises
 @settings(max_examples=300)
 @given(folders, st.sampled_from(["row", "content"]))
-def test_any_row_is_accounted_for_exactly_once_however_many_are_tried(tables: Any, id_from: IdSource) -> None:
+def test_many_rows_are_accounted_for_exactly_once(tables: Any, id_from: IdSource) -> None:
     check_rows(tables, id_from)

@@ -1,4 +1,4 @@
-"""Malformed checkpoints: each is refused at load in one sentence or renders; none is a hang or the fault of a row."""
+"""Malformed checkpoints: each is refused at load in one sentence or renders; none hangs or fails a row."""
 
 from __future__ import annotations
 
@@ -91,14 +91,14 @@ QUICK = [case for number, case in enumerate(REFUSED) if number % 5 == 0]
 
 
 def put(path: Path, key: str, value: Any) -> None:
-    """Set a key of a JSON file, to null too, or remove it."""
+    """Set a key of a JSON file, or remove it."""
     content = json.loads(path.read_text("utf-8"))
     content.pop(key, None)
     path.write_text(json.dumps(content if value is NO_KEY else {**content, key: value}), "utf-8")
 
 
 def load_all(folder: Path) -> Any:
-    """Do what plan and a worker do before the first row."""
+    """Load what plan and a worker load before the first row."""
     card = read_card(ModelSettings(name=str(folder)))
     load_token_counter(card)
     load_solver(card)
@@ -131,7 +131,7 @@ def test_every_malformed_value_is_refused_at_load(own: Path, file: str, key: str
 
 
 @pytest.mark.parametrize(("file", "key", "value"), ACCEPTED)
-def test_what_does_no_harm_renders_the_same_image(own: Path, sd1_folder: Path, file: str, key: str, value: Any) -> None:
+def test_harmless_values_render_the_same_image(own: Path, sd1_folder: Path, file: str, key: str, value: Any) -> None:
     put(own / file, key, value)
     counter = load_token_counter(read_card(ModelSettings(name=str(own))))
     assert counter is not None
@@ -141,7 +141,7 @@ def test_what_does_no_harm_renders_the_same_image(own: Path, sd1_folder: Path, f
     assert np.array_equal(image, wanted)
 
 
-def test_a_unet_without_a_size_has_its_familys(own: Path, sdxl_folder: Path, tmp_path: Path) -> None:
+def test_a_unet_without_a_size_has_that_of_its_family(own: Path, sdxl_folder: Path, tmp_path: Path) -> None:
     put(own / UNET, "sample_size", None)
     assert read_card(ModelSettings(name=str(own))).sizes == SizeRules(512, 512, 8, 16)
     large = copied(sdxl_folder, tmp_path)
@@ -177,7 +177,7 @@ def test_a_malformed_header_is_refused(own: Path, case: str) -> None:
     ["model_index.json", UNET, SCHEDULER, WORDS, PROCESSOR, "tokenizer/vocab.json", "unet/x.safetensors.index.json"],
 )
 @pytest.mark.parametrize("content", [DEEP, '{"a": ' * 200 + "1" + "}" * 200, "\ufeff{}", "{", "[1]"])
-def test_a_file_that_is_no_plain_json_object_is_refused(own: Path, file: str, content: str) -> None:
+def test_a_file_without_a_json_object_is_refused(own: Path, file: str, content: str) -> None:
     if (file, content) == ("tokenizer/vocab.json", "[1]"):
         pytest.skip("tokenizer.json is read in its place")
     (own / file).write_text(content, "utf-8")
@@ -185,7 +185,7 @@ def test_a_file_that_is_no_plain_json_object_is_refused(own: Path, file: str, co
         load_all(own)
 
 
-def test_json_of_bounded_depth() -> None:
+def test_json_has_bounded_depth() -> None:
     assert parse_json(b'{"a": [1, {"b": null}]}', "x") == {"a": [1, {"b": None}]}
     parse_json(b"[" * MAX_DEPTH + b"]" * MAX_DEPTH, "x")
     for depth in (MAX_DEPTH + 1, 10**6):
@@ -199,25 +199,25 @@ def test_json_of_bounded_depth() -> None:
      OverflowError("a"), NotImplementedError("a"), AssertionError("a"), Exception("as tokenizers raises")],
     ids=lambda error: type(error).__name__,
 )  # fmt: skip
-def test_what_libraries_raise_names_the_place(error: Exception) -> None:
+def test_errors_of_libraries_name_the_place(error: Exception) -> None:
     with pytest.raises(ModelError, match="unet could not be loaded: "), LoadingErrors("unet"):
         raise error
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("x"), RuntimeError("CUDA error: unknown"), StopIteration()])
-def test_errors_of_the_device_and_of_our_own_stay_what_they_are(error: Exception) -> None:
+def test_device_errors_and_own_errors_are_unchanged(error: Exception) -> None:
     with pytest.raises(type(error)) as raised, LoadingErrors("unet"):
         raise error
     assert raised.value is error
 
 
 def hide(path: Path, text: str) -> None:
-    """Write JSON whose first key is an escape away from `text`."""
+    """Write JSON with an escape in the first key of `text`."""
     content = path.read_text("utf-8").strip()
     path.write_text(f'{{"\\u{ord(text[0]):04x}{text[1:]}": {{"AutoModel": "m.M"}}, {content[1:]}', "utf-8")
 
 
-def test_a_key_that_is_written_with_escapes_is_seen(own: Path) -> None:
+def test_a_key_with_escapes_is_found(own: Path) -> None:
     hide(own / TEXT, "auto_map")
     assert "auto_map" not in (own / TEXT).read_text("utf-8")
     with pytest.raises(
@@ -227,7 +227,7 @@ def test_a_key_that_is_written_with_escapes_is_seen(own: Path) -> None:
         read_card(ModelSettings(name=str(own)))
 
 
-def test_a_word_of_a_vocabulary_is_no_code(own: Path) -> None:
+def test_a_word_of_a_vocabulary_is_allowed(own: Path) -> None:
     (own / "tokenizer" / "vocab.json").write_text('{"auto_map": 7, "quantization_config": 8}', "utf-8")
     read_card(ModelSettings(name=str(own)))
 
@@ -275,7 +275,7 @@ def test_quantized_weights_need_the_package_of_their_method(own: Path, monkeypat
 
 
 @pytest.mark.parametrize("file", ["tokenizer/merges.txt", "tokenizer/notes.txt", "unet/x.json", "unet/x.safetensors"])
-def test_a_folder_in_the_place_of_a_file_is_named(own: Path, file: str) -> None:
+def test_a_folder_instead_of_a_file_is_named(own: Path, file: str) -> None:
     (own / file).unlink(missing_ok=True)
     (own / file).mkdir()
     with pytest.raises(ModelError, match=f"{re.escape(file)} .*: .*Is a directory"):
@@ -291,27 +291,27 @@ def test_a_tokenizer_without_its_merges_is_refused(own: Path) -> None:
         read_card(ModelSettings(name=str(own)))
 
 
-def spoil_xl(folder: Path) -> str:
+def damage_xl(folder: Path) -> str:
     amend(folder / UNET, cross_attention_dim=32)
     return "unet/config.json has cross_attention_dim=32, but hidden_size of text_encoder and text_encoder_2 makes 80"
 
 
-def spoil_sd3(folder: Path) -> str:
+def damage_sd3(folder: Path) -> str:
     amend(folder / "transformer" / "config.json", pooled_projection_dim=8)
     return "transformer/config.json has pooled_projection_dim=8, but both projection_dim make 32"
 
 
-def spoil_positions(folder: Path) -> str:
+def damage_positions(folder: Path) -> str:
     amend(folder / "transformer" / "config.json", pos_embed_max_size=8000)
     return "transformer/config.json has pos_embed_max_size=8000, but the largest tensor"
 
 
-def spoil_t5(folder: Path) -> str:
+def damage_t5(folder: Path) -> str:
     amend(folder / "text_encoder_3" / "config.json", d_model=48)
     return "transformer/config.json has joint_attention_dim=32, but text_encoder_3 has d_model 48"
 
 
-def spoil_decidiffusion(folder: Path) -> str:
+def damage_decidiffusion(folder: Path) -> str:
     path = folder / "flexible_unet" / "config.json"
     content = json.loads(path.read_text("utf-8"))
     content["configurations"]["mid_num_resnets"] = 10**8
@@ -319,18 +319,18 @@ def spoil_decidiffusion(folder: Path) -> str:
     return "flexible_unet/config.json has mid_num_resnets=100000000, but its weights are"
 
 
-@pytest.mark.parametrize("spoil", [spoil_xl, spoil_sd3, spoil_positions, spoil_t5, spoil_decidiffusion])
-def test_other_families(
+@pytest.mark.parametrize("spoil", [damage_xl, damage_sd3, damage_positions, damage_t5, damage_decidiffusion])
+def test_faults_of_other_families(
     spoil: Callable[[Path], str], sdxl_folder: Path, decidiffusion_folder: Path, tmp_path: Path
 ) -> None:
-    whole = {"spoil_xl": sdxl_folder, "spoil_decidiffusion": decidiffusion_folder}.get(spoil.__name__)
+    whole = {"damage_xl": sdxl_folder, "damage_decidiffusion": decidiffusion_folder}.get(spoil.__name__)
     own = copied(whole, tmp_path) if whole else pipelines.save_sd3(tmp_path / "sd3")
     reason = spoil(own)
     with pytest.raises(ModelError, match=reason):
         read_card(ModelSettings(name=str(own)))
 
 
-def test_a_driven_pipelines_tokenizer_takes_its_encoders_limit(tmp_path: Path) -> None:
+def test_the_tokenizer_of_a_pipeline_has_its_encoders_limit(tmp_path: Path) -> None:
     own = pipelines.save_sd3(tmp_path / "sd3", with_t5=False)
     for name in ("tokenizer", "tokenizer_2"):
         put(own / name / "tokenizer_config.json", "model_max_length", NO_KEY)
@@ -354,11 +354,11 @@ DRIVEN: list[tuple[str, str, Any]] = [
 
 @pytest.fixture(scope="module")
 def pixart(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pipelines.save_pixart(tmp_path_factory.mktemp("driven") / "pixart")
+    return pipelines.save_pixart(tmp_path_factory.mktemp("pipelines") / "pixart")
 
 
 @pytest.mark.parametrize(("file", "key", "value"), DRIVEN)
-def test_a_driven_pipelines_malformed_value_is_refused_at_load(
+def test_a_malformed_value_of_a_pipeline_is_refused_at_load(
     pixart: Path, tmp_path: Path, file: str, key: str, value: Any
 ) -> None:
     own = copied(pixart, tmp_path)
@@ -369,7 +369,7 @@ def test_a_driven_pipelines_malformed_value_is_refused_at_load(
     assert "\n" not in str(refusal.value)
 
 
-def test_a_driven_pipeline_whose_parts_do_not_fit_is_refused_at_load(pixart: Path, tmp_path: Path) -> None:
+def test_a_pipeline_whose_components_do_not_fit_is_refused_at_load(pixart: Path, tmp_path: Path) -> None:
     own = copied(pixart, tmp_path)
     shutil.rmtree(own / "text_encoder")
     pipelines.t5(32).save_pretrained(own / "text_encoder")
@@ -378,7 +378,7 @@ def test_a_driven_pipeline_whose_parts_do_not_fit_is_refused_at_load(pixart: Pat
         AnyPipeline.load(card, CPU, torch.float32, with_checker=False)
 
 
-def test_a_driven_pipelines_decoder_that_does_not_fit_is_refused_at_load(pixart: Path, tmp_path: Path) -> None:
+def test_a_pipeline_whose_decoder_does_not_fit_is_refused_at_load(pixart: Path, tmp_path: Path) -> None:
     own = copied(pixart, tmp_path)
     shutil.rmtree(own / "vae")
     pipelines.vae(latent_channels=3).save_pretrained(own / "vae")
@@ -387,7 +387,7 @@ def test_a_driven_pipelines_decoder_that_does_not_fit_is_refused_at_load(pixart:
         AnyPipeline.load(card, CPU, torch.float32, with_checker=False)
 
 
-def test_a_run_refuses_it_before_any_row_and_says_so_once(own: Path, tmp_path: Path) -> None:
+def test_a_run_refuses_a_fault_before_any_row_in_one_message(own: Path, tmp_path: Path) -> None:
     table, out = tmp_path / "t.csv", tmp_path / "out"
     table.write_text("prompt\na red circle\n")
     put(own / WORDS, "pad_token", "<new>")
@@ -422,7 +422,7 @@ def test_the_recorded_scheduler_is_the_one_that_is_loaded(own: Path, tmp_path: P
     assert results(out)[0]["scheduler"] == "DDIMScheduler"
 
 
-def test_an_image_does_not_depend_on_what_its_models_folder_is_called(own: Path, tmp_path: Path) -> None:
+def test_an_image_does_not_depend_on_the_name_of_the_models_folder(own: Path, tmp_path: Path) -> None:
     table = tmp_path / "t.csv"
     table.write_text("prompt\na red circle\n")
     renamed = copied(own, tmp_path / "elsewhere").rename(tmp_path / "another name")
@@ -434,7 +434,7 @@ def test_an_image_does_not_depend_on_what_its_models_folder_is_called(own: Path,
 
 
 @pytest.mark.parametrize("short", SHORT_NAMES)
-def test_short_names_of_schedulers_are_those_of_the_installed_diffusers(sd1_folder: Path, short: str) -> None:
+def test_short_names_of_schedulers_exist_in_the_installed_diffusers(sd1_folder: Path, short: str) -> None:
     spec = SchedulerSpec.parse(short)
     refuse_unknown_scheduler(spec)
     card = read_card(ModelSettings(name=str(sd1_folder), scheduler=spec))
@@ -442,7 +442,7 @@ def test_short_names_of_schedulers_are_those_of_the_installed_diffusers(sd1_fold
     assert load_solver(card).name == SHORT_NAMES[short][0]
 
 
-def test_a_checker_that_loads_judges(own: Path) -> None:
+def test_a_loaded_checker_gives_verdicts(own: Path) -> None:
     card = read_card(ModelSettings(name=str(own)))
     checker = StableDiffusionChecker(*load_checker(card, CPU, torch.float32), 1)
     assert checker.check([np.zeros((64, 64, 3), np.uint8)])

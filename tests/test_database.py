@@ -1,4 +1,4 @@
-"""The temporary database: a full disk is named with the way out."""
+"""The temporary database: errors of the disk name the folder and what to do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from batch_infer.store import temporary_database
 
 
 @pytest.mark.parametrize("together", [True, False])
-def test_a_full_temporary_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool) -> None:
+def test_the_error_names_a_full_temporary_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool
+) -> None:
     monkeypatch.delenv("SQLITE_TMPDIR", raising=False)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     database = temporary_database()
@@ -27,13 +29,13 @@ def test_a_full_temporary_folder_is_named(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def temporary_databases() -> set[Path]:
-    """The files of SQLite that this process has open; they have no name any more."""
+    """Return the nameless files that SQLite has open in this process."""
     return {link for link in Path("/proc/self/fd").iterdir() if link.is_symlink() and "etilqs" in str(link.readlink())}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the file in /proc")
 @pytest.mark.parametrize("read", ["fetchone", "fetchall", "__next__"])
-def test_a_temporary_database_that_is_damaged_while_rows_are_read_is_named(read: str) -> None:
+def test_a_database_that_is_damaged_while_rows_are_read_is_a_storage_error(read: str) -> None:
     before = temporary_databases()
     database = temporary_database()
     database.execute("PRAGMA cache_size = 1")

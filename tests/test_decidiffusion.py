@@ -1,4 +1,4 @@
-"""DeciDiffusion: its architecture, its checkpoint, and its images against the same written out straight."""
+"""DeciDiffusion: architecture, checkpoint, and images compared with a straight-line implementation."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def straight(decidiffusion_folder: Path) -> StraightLine:
 
 @pytest.fixture
 def own(decidiffusion_folder: Path, tmp_path: Path) -> Path:
-    """A copy of the checkpoint, to spoil."""
+    """A copy of the checkpoint to modify."""
     return copied(decidiffusion_folder, tmp_path)
 
 
@@ -81,13 +81,13 @@ def with_weights(*names: str) -> set[str]:
 
 
 def expected_shapes() -> dict[str, tuple[int, ...] | None]:
-    """The names of the published checkpoint's tensors, as its listing has them; shapes where they are telling."""
+    """Return the tensor names in the published checkpoint's listing, and the shapes of some."""
     stem = with_weights("conv_in", "conv_out", "conv_norm_out", "time_embedding.linear_1", "time_embedding.linear_2")
-    found: dict[str, tuple[int, ...] | None] = dict.fromkeys(stem)
+    shapes: dict[str, tuple[int, ...] | None] = dict.fromkeys(stem)
     for sampler in (*(f"{block}.downsamplers.0.conv" for block in DOWN), "mid_block.upsamplers.0.conv"):
-        found |= dict.fromkeys(with_weights(sampler))
+        shapes |= dict.fromkeys(with_weights(sampler))
     for block in UP[:-1]:
-        found |= dict.fromkeys(with_weights(f"{block}.upsamplers.0.conv"))
+        shapes |= dict.fromkeys(with_weights(f"{block}.upsamplers.0.conv"))
     for block, listing in LISTING.items():
         width = int(re.findall(r">(\d+)", listing)[0])
         channels = iter(re.findall(r"R\((\d+)>(\d+)\)", listing))
@@ -96,21 +96,21 @@ def expected_shapes() -> dict[str, tuple[int, ...] | None]:
                 before, after = map(int, next(channels))
                 shortcut = ["conv_shortcut"] if before != after else []
                 parts = ("norm1", "conv1", "time_emb_proj", "norm2", "conv2", *shortcut)
-                found |= dict.fromkeys(with_weights(*(f"{name}.{part}" for part in parts)))
-                found[f"{name}.conv1.weight"] = (after, before, 3, 3)
+                shapes |= dict.fromkeys(with_weights(*(f"{name}.{part}" for part in parts)))
+                shapes[f"{name}.conv1.weight"] = (after, before, 3, 3)
             else:
                 inner = f"{name}.transformer_blocks.0"
                 parts = ("norm1", "norm2", "norm3", "attn1.to_out.0", "attn2.to_out.0", "ff.net.0.proj", "ff.net.2")
-                found |= dict.fromkeys(with_weights(f"{name}.norm", f"{name}.proj_in", f"{name}.proj_out"))
-                found |= dict.fromkeys(with_weights(*(f"{inner}.{part}" for part in parts)))
-                found |= {f"{inner}.{attn}.to_{to}.weight": None for attn in ("attn1", "attn2") for to in "qkv"}
-                found[f"{name}.proj_in.weight"] = found[f"{name}.proj_out.weight"] = (width, width, 1, 1)
-                found[f"{inner}.attn2.to_k.weight"] = (width, 768)
-    return found
+                shapes |= dict.fromkeys(with_weights(f"{name}.norm", f"{name}.proj_in", f"{name}.proj_out"))
+                shapes |= dict.fromkeys(with_weights(*(f"{inner}.{part}" for part in parts)))
+                shapes |= {f"{inner}.{attn}.to_{to}.weight": None for attn in ("attn1", "attn2") for to in "qkv"}
+                shapes[f"{name}.proj_in.weight"] = shapes[f"{name}.proj_out.weight"] = (width, width, 1, 1)
+                shapes[f"{inner}.attn2.to_k.weight"] = (width, 768)
+    return shapes
 
 
-def test_the_published_checkpoint_would_load(published: FlexibleUNet) -> None:
-    """Its weights cannot be had here, so that names, shapes and numbers stand for them."""
+def test_the_published_checkpoint_fits(published: FlexibleUNet) -> None:
+    """Its weights are not available here, so names, shapes and parameter counts are compared."""
     tensors = published.state_dict()
     expected = expected_shapes()
     assert len(tensors) == 612
@@ -121,8 +121,8 @@ def test_the_published_checkpoint_would_load(published: FlexibleUNet) -> None:
     }
 
 
-def test_a_forward_costs_what_the_published_one_does(published: FlexibleUNet) -> None:
-    """0.614 TFLOP; with the mid block's first resnet run once it would be 0.610. (On meta a host sync would raise.)"""
+def test_an_evaluation_has_the_published_flops(published: FlexibleUNet) -> None:
+    """0.614 TFLOP; 0.610 if the mid block's first resnet ran once. (On meta a host synchronization would raise.)"""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         (output,) = published(torch.empty(1, 4, 64, 64), torch.empty(1), torch.empty(1, 77, 768))
     assert output.shape == (1, 4, 64, 64)
@@ -131,7 +131,7 @@ def test_a_forward_costs_what_the_published_one_does(published: FlexibleUNet) ->
 
 @pytest.fixture(scope="module")
 def exact(decidiffusion_folder: Path) -> tuple[FlexibleUNet, Network]:
-    """The tiny network and its straight line in float64, where rounding hides nothing."""
+    """The tiny network and its straight-line version in float64, so that rounding hides no error."""
     family: Any = load_family(decidiffusion_folder)
     unet: FlexibleUNet = family.denoiser.double()
     return unet, Network(unet.state_dict(), heads=4)
@@ -145,24 +145,24 @@ def inputs(size: tuple[int, int], dtype: torch.dtype) -> tuple[torch.Tensor, tor
 
 @pytest.mark.parametrize("size", [(8, 8), (16, 24), (11, 13), (9, 8), (7, 18), (1, 2)], ids=str)
 def test_the_network_equals_the_straight_line(exact: tuple[FlexibleUNet, Network], size: tuple[int, int]) -> None:
-    """Whatever the sides, odd ones at any level among them."""
+    """For all sides, also odd ones at any level."""
     unet, network = exact
-    asked = inputs(size, torch.float64)
+    arguments = inputs(size, torch.float64)
     with torch.inference_mode():
-        found, expected = unet(*asked)[0], network(*asked)
-    assert found.shape == asked[0].shape
+        actual, expected = unet(*arguments)[0], network(*arguments)
+    assert actual.shape == arguments[0].shape
     assert 0.3 < expected.std() < 3
-    assert (found - expected).abs().max() < 1e-9
+    assert (actual - expected).abs().max() < 1e-9
 
 
 def test_the_network_equals_the_straight_line_in_single_precision(model: Any, straight: StraightLine) -> None:
     sample, timestep, text = inputs((8, 8), torch.float32)
-    found = model.denoise(sample, timestep, {"encoder_hidden_states": text})
-    assert (found - straight.network(sample, timestep, text)).abs().max() < 1e-5
+    actual = model.denoise(sample, timestep, {"encoder_hidden_states": text})
+    assert (actual - straight.network(sample, timestep, text)).abs().max() < 1e-5
 
 
 def test_networks_of_other_depths_are_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two levels, with counts of their own: the keys decide, and not the published model."""
+    """With two levels and other counts: the keys decide, not the published model."""
     keys = TINY_DECIDIFFUSION | {
         "down_blocks_in_channels": [32, 64],
         "down_blocks_out_channels": [64, 96],
@@ -181,22 +181,22 @@ def test_networks_of_other_depths_are_built(monkeypatch: pytest.MonkeyPatch) -> 
     for name, value in (("LISTING", listing), ("DOWN", DOWN[:2]), ("UP", UP[:2])):
         monkeypatch.setattr(straight_line, name, value)
     unet = FlexibleUNet(config_of(keys)).eval().double()
-    asked = inputs((6, 5), torch.float64)
+    arguments = inputs((6, 5), torch.float64)
     with torch.inference_mode():
-        expected = Network(unet.state_dict(), heads=4)(*asked)
-        assert (unet(*asked)[0] - expected).abs().max() < 1e-9
+        expected = Network(unet.state_dict(), heads=4)(*arguments)
+        assert (unet(*arguments)[0] - expected).abs().max() < 1e-9
 
 
 @pytest.mark.soak
-def test_the_network_is_compiled_whole(exact: tuple[FlexibleUNet, Network]) -> None:
-    """Without a break in its graph; by the eager backend, which is quick and changes nothing."""
+def test_the_network_compiles_into_one_graph(exact: tuple[FlexibleUNet, Network]) -> None:
+    """The eager backend is fast and changes nothing."""
     unet, _ = exact
-    asked = inputs((9, 8), torch.float64)
+    arguments = inputs((9, 8), torch.float64)
     with torch.inference_mode():
-        assert torch.equal(torch.compile(unet, backend="eager", fullgraph=True)(*asked)[0], unet(*asked)[0])
+        assert torch.equal(torch.compile(unet, backend="eager", fullgraph=True)(*arguments)[0], unet(*arguments)[0])
 
 
-# What config.json has
+# config.json
 
 
 @pytest.mark.parametrize("key", DECIDIFFUSION)
@@ -232,7 +232,7 @@ def test_a_missing_key_is_named(key: str) -> None:
         ("dropout", 0.1, "does not know that key"),
     ],
 )  # fmt: skip
-def test_an_odd_key_is_named(key: str, value: object, reason: str) -> None:
+def test_an_invalid_key_is_named(key: str, value: object, reason: str) -> None:
     with pytest.raises(ModelError, match=f"^here: config.json has .*{reason}") as refusal:
         config_of(DECIDIFFUSION | {key: value})
     assert key in str(refusal.value) or key in ("num_attention_heads", "down_blocks_in_channels")
@@ -254,17 +254,17 @@ def test_the_card_has_the_models_own_defaults(decidiffusion_folder: Path) -> Non
 
 
 def test_the_sampler_begins_at_pure_noise(decidiffusion_folder: Path) -> None:
-    """No share of the image is in it, so that nothing may be divided by that; told without loading the networks."""
+    """The image's share of it is zero, so nothing may be divided by it. No network is loaded."""
     solver = load_solver(read_card(ModelSettings(name=str(decidiffusion_folder))))
     assert (solver.table(30).timesteps[0], solver.table(30).timesteps[-1]) == (999, 32)
     assert torch.isfinite(solver.table(30).coefficients).all()
     image, noise = alphas_bar()[749], 1 - alphas_bar()[749]
     assert alphas_bar()[999] == 0
-    # Without the rescale to zero the noise's part would be larger by 2e-5.
+    # Without the rescale to zero SNR the noise's share would be larger by 2e-5.
     assert solver.table(4).coefficients[0, :2].tolist() == pytest.approx([noise**0.5, -(image**0.5)], abs=3e-6)
 
 
-def spoil(own: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+def damage(own: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     weights = load_file(own / WEIGHTS)
     change(weights)
     save_file(weights, own / WEIGHTS, metadata={"format": "pt"})
@@ -292,9 +292,9 @@ SPOILED: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
 
 
 @pytest.mark.parametrize("case", SPOILED)
-def test_tensors_that_are_not_its_own_are_named(own: Path, case: str) -> None:
+def test_unmatched_tensors_are_named(own: Path, case: str) -> None:
     change, reason = SPOILED[case]
-    spoil(own, change)
+    damage(own, change)
     with pytest.raises(ModelError, match=reason) as refusal:
         load_family(own)
     assert str(own / "flexible_unet") in str(refusal.value)
@@ -312,7 +312,7 @@ def test_tensors_that_are_not_its_own_are_named(own: Path, case: str) -> None:
         ({"configurations": "none"}, "does not give the image sizes"),
     ],
 )  # fmt: skip
-def test_a_config_that_is_not_the_networks_is_refused(own: Path, values: dict[str, Any], reason: str) -> None:
+def test_another_networks_config_is_refused(own: Path, values: dict[str, Any], reason: str) -> None:
     amend(own / CONFIG, **values)
     with pytest.raises(ModelError, match=reason) as refusal:
         load_family(own)
@@ -320,7 +320,7 @@ def test_a_config_that_is_not_the_networks_is_refused(own: Path, values: dict[st
 
 
 def test_shards_and_variants_are_loaded(own: Path, model: Any) -> None:
-    """Two shards with an index, in half precision under that name, beside plain weights that nobody asked for."""
+    """Two shards with an index, in half precision as a variant, next to plain weights that are not loaded."""
     weights = load_file(own / WEIGHTS)
     halves = list(weights)[::2], list(weights)[1::2]
     files = [f"diffusion_pytorch_model.fp16-0000{k}-of-00002.safetensors" for k in (1, 2)]
@@ -328,7 +328,7 @@ def test_shards_and_variants_are_loaded(own: Path, model: Any) -> None:
         save_file({name: weights[name] for name in names}, own / "flexible_unet" / file, metadata={"format": "pt"})
     index = {"weight_map": {name: file for file, names in zip(files, halves, strict=True) for name in names}}
     (own / "flexible_unet" / "diffusion_pytorch_model.safetensors.index.fp16.json").write_text(json.dumps(index))
-    spoil(own, lambda w: w["conv_out.bias"].add_(1))
+    damage(own, lambda w: w["conv_out.bias"].add_(1))
     card = read_card(ModelSettings(name=str(own), variant="fp16"))
     sharded = load_latent_diffusion(card, CPU, torch.float32, with_checker=False)
     request = make_request(steps=2, rescale=0.7)
@@ -340,7 +340,7 @@ def test_shards_and_variants_are_loaded(own: Path, model: Any) -> None:
 
 
 def test_the_stock_unet_is_not_read(own: Path, decidiffusion_folder: Path, model: Any) -> None:
-    """It may be nonsense, as it is in the fixture, or not be there; nor is the repository's code run."""
+    """It may be invalid, as in the fixture, or missing. The repository's code is not run either."""
     assert (own / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == b"no weights"
     assert "raise" in (own / "pipeline.py").read_text("utf-8")
     shutil.rmtree(own / "unet")
@@ -350,8 +350,8 @@ def test_the_stock_unet_is_not_read(own: Path, decidiffusion_folder: Path, model
     assert np.array_equal(render(load_family(own), [request])["row"].pixels, render(model, [request])["row"].pixels)
 
 
-def test_the_fingerprint_tells_its_weights(own: Path, decidiffusion_folder: Path) -> None:
-    spoil(own, lambda w: w["conv_out.bias"].add_(1))
+def test_the_fingerprint_changes_with_its_weights(own: Path, decidiffusion_folder: Path) -> None:
+    damage(own, lambda w: w["conv_out.bias"].add_(1))
     before, after = (read_card(ModelSettings(name=str(folder))) for folder in (decidiffusion_folder, own))
     assert before.fingerprint != after.fingerprint
 
@@ -360,8 +360,8 @@ def test_the_fingerprint_tells_its_weights(own: Path, decidiffusion_folder: Path
 
 
 @pytest.mark.promises
-def test_packed_rows_look_as_the_straight_line_does(model: Any, straight: StraightLine) -> None:
-    """At most 1 of 255 anywhere, and seldom that; and no two rows alike, so that a mix-up would show."""
+def test_batched_rows_look_as_in_the_straight_line(model: Any, straight: StraightLine) -> None:
+    """At most 1 of 255 anywhere, and rarely. All rows differ, so that swapped rows would be noticed."""
     rendered = render(model, ROWS, slots=6, decode=2)
     oracles = {row.id: straight.render(row) for row in ROWS}
     assert rendered.keys() == oracles.keys()
@@ -370,11 +370,11 @@ def test_packed_rows_look_as_the_straight_line_does(model: Any, straight: Straig
         assert image.shape == oracle.shape
         assert furthest(image, oracle) <= 1
         assert np.mean(image != oracle) < 0.01
-        others = [found for other, found in oracles.items() if other != name and found.shape == oracle.shape]
+        others = [each for other, each in oracles.items() if other != name and each.shape == oracle.shape]
         assert all(furthest(oracle, other) > 2 for other in others)
 
 
-def test_a_row_has_the_same_bytes_alone_and_in_a_crowd(model: Any) -> None:
+def test_a_row_has_the_same_bytes_alone_and_among_others(model: Any) -> None:
     square = [row for row in ROWS if (row.params.height, row.params.width) == (64, 64)]
     crowd = render(model, [make_request(str(k), f"{k} stars", steps=3 + k, seed=k) for k in range(5)] + square[::-1])
     for row in square:
@@ -383,7 +383,7 @@ def test_a_row_has_the_same_bytes_alone_and_in_a_crowd(model: Any) -> None:
 
 @pytest.mark.promises
 def test_the_command_renders_a_table(decidiffusion_folder: Path, straight: StraightLine, tmp_path: Path) -> None:
-    """By the model's own defaults, which the first row gets; then again, with nothing left to do."""
+    """With the model's defaults for the first row; a second run has nothing to do."""
     table = write_csv(
         tmp_path / "t.csv",
         [
@@ -399,8 +399,8 @@ def test_the_command_renders_a_table(decidiffusion_folder: Path, straight: Strai
     assert done.code == 0, done.stderr
     assert_whole(out)
     rows = results(out)
-    found = [(row["num_inference_steps"], row["guidance_scale"], round(row["guidance_rescale"], 6)) for row in rows]
-    assert found == [(30, 7.5, 0.7), (3, 1.0, 0.0), (5, 4.5, 0.0)]
+    params = [(row["num_inference_steps"], row["guidance_scale"], round(row["guidance_rescale"], 6)) for row in rows]
+    assert params == [(30, 7.5, 0.7), (3, 1.0, 0.0), (5, 4.5, 0.0)]
     assert {row["scheduler"] for row in rows} == {"DDIMScheduler"}
     assert all(row["nsfw_content_detected"] in (True, False) for row in rows)
     assert run_json(out)["model"]["family"] == "decidiffusion"

@@ -79,7 +79,7 @@ FORMATS: dict[str, Callable[[], bytes]] = {
 }
 
 
-def told(out: Path) -> list[tuple[Any, ...]]:
+def outcomes(out: Path) -> list[tuple[Any, ...]]:
     names = ("id", "image_index", "status", "seed", "height", "sha256", "prompt", "error", "tag")
     # A number that is out of bounds is quoted as its table has it.
     return [tuple(str(row[name] or "").replace("'", "") for name in names) for row in results(out)]
@@ -89,7 +89,7 @@ def told(out: Path) -> list[tuple[Any, ...]]:
 def from_csv(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
     folder = tmp_path_factory.mktemp("csv")
     assert run(write_bytes(folder / "t.csv", as_csv()), folder / "out").code == 3
-    found = told(folder / "out")
+    found = outcomes(folder / "out")
     assert [row[2] for row in found][-1] == "invalid"
     assert len({row[5] for row in found}) == len(ROWS)
     return found
@@ -99,16 +99,16 @@ def from_csv(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
 def test_every_format_gives_the_images_of_the_csv(name: str, tmp_path: Path, from_csv: list[tuple[Any, ...]]) -> None:
     table = write_bytes(tmp_path / name, FORMATS[name]())
     assert run(table, tmp_path / "out").code == 3
-    assert told(tmp_path / "out") == from_csv
+    assert outcomes(tmp_path / "out") == from_csv
 
 
 @pytest.mark.parametrize("name", ["t.csv.gz", "t.parquet", "t.jsonl", "payload.json"])
-def test_standard_input_gives_them_too(
+def test_standard_input_gives_the_images_of_the_csv(
     name: str, tmp_path: Path, from_csv: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(FORMATS[name]())))
     assert command("run", "-", "--out", tmp_path / "out", *QUICK).code == 3
-    assert [row[5] for row in told(tmp_path / "out")] == [row[5] for row in from_csv]
+    assert [row[5] for row in outcomes(tmp_path / "out")] == [row[5] for row in from_csv]
 
 
 def test_text_gives_the_images_of_its_lines(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(rendered: Path, tmp_path: Path) -> Path:
-    """The same with a picture beside OUT, links to it in OUT, and a part that names them all."""
+    """The same with an image outside OUT, links to it in OUT, and a part that names all of them."""
     shutil.copytree(rendered, tmp_path / "folder")
     folder = tmp_path / "folder"
     out = folder / "out"
@@ -67,7 +67,7 @@ def folder(rendered: Path, tmp_path: Path) -> Path:
 
 
 def point(out: Path, paths: list[str]) -> None:
-    """Have the first rows name these files, and give the sums that those have."""
+    """Make the first rows name these files, with their checksums."""
     (part,) = (out / "manifest").iterdir()
     rows = pq.read_table(part)
     columns: dict[str, list[Any]] = {
@@ -119,7 +119,7 @@ def test_rescore_reads_and_replaces_nothing_elsewhere(folder: Path, policy: str)
     assert images(out) >= {row["generated_image"] for row in results(out)}
 
 
-def test_a_killed_run_is_recovered_without_a_look_elsewhere(folder: Path) -> None:
+def test_recovery_of_a_killed_run_reads_nothing_elsewhere(folder: Path) -> None:
     """Rows whose image is not one of ours are rendered again."""
     out = folder / "out"
     record = json.loads((out / "run.json").read_text())
@@ -133,7 +133,7 @@ def test_a_killed_run_is_recovered_without_a_look_elsewhere(folder: Path) -> Non
 @pytest.mark.parametrize(
     "path", ["images/t/\0x", "images/" + "x" * 5_000, "images/t/x/y", "images", "images/t", "", "."]
 )
-def test_what_is_no_file_is_not_read(tmp_path: Path, path: str) -> None:
+def test_only_regular_files_are_read(tmp_path: Path, path: str) -> None:
     (tmp_path / "images" / "t").mkdir(parents=True)
     (tmp_path / "images" / "t" / "x").write_bytes(b"x")
     assert make_sink(tmp_path).read(path) is None

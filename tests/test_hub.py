@@ -1,4 +1,4 @@
-"""Checkpoints from the Hub: which files are asked for, what a filled cache does, and what is said where it does not."""
+"""Checkpoints from the Hub: which files are requested, with which cache, and messages of failures."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from batch_infer.models import read_card
 from batch_infer.settings import ModelSettings
 try:
     card = read_card(ModelSettings(**json.loads(sys.argv[1])))
-    told = {"name": card.name, "revision": card.revision, "fingerprint": card.fingerprint, "family": card.family}
-    found = {"path": str(card.path), **told}
+    facts = {"name": card.name, "revision": card.revision, "fingerprint": card.fingerprint, "family": card.family}
+    answer = {"path": str(card.path), **facts}
 except ModelError as error:
-    found = {"error": str(error)}
-print(json.dumps({**found, "slow": sorted({"torch", "diffusers", "transformers"} & sys.modules.keys())}))
+    answer = {"error": str(error)}
+print(json.dumps({**answer, "slow": sorted({"torch", "diffusers", "transformers"} & sys.modules.keys())}))
 """
-"""In a process of its own, since the Hub's library reads its environment when it is imported."""
+"""Runs in another process, because the Hub's library reads its environment at import."""
 WEIGHTS = "diffusion_pytorch_model"
 
 Read = Callable[..., dict[str, Any]]
@@ -47,7 +47,7 @@ Read = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def repository(sd1_folder: Path, tmp_path: Path) -> Path:
-    """The checkpoint as a repository may hold it, with much beside it that nobody loads."""
+    """The checkpoint as a repository, with many other files that are not loaded."""
     folder = copied(sd1_folder, tmp_path)
     for name in ("README.md", "v1-5-pruned.ckpt", "v1-5-pruned.safetensors", "unet/model.py", "pipeline.py"):
         (folder / name).write_text("not for loading")
@@ -62,34 +62,34 @@ def repository(sd1_folder: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def served(repository: Path) -> Iterator[Hub]:
-    with hub(tiny=repository) as found:
-        yield found
+    with hub(tiny=repository) as server:
+        yield server
 
 
 @pytest.fixture
 def read(served: Hub, tmp_path: Path) -> Read:
-    """What read_card says to a process that asks this Hub."""
+    """Call read_card in a process that uses this Hub."""
 
     def ask(name: str = "owner/tiny", *, offline: bool = False, **settings: Any) -> dict[str, Any]:
         hidden = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": served.address, "HF_HUB_OFFLINE": str(int(offline))}
         command = [sys.executable, "-c", CARD, json.dumps({"name": name, **settings})]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **hidden}, check=True)
-        found = json.loads(done.stdout)
-        assert found.pop("slow") == []
+        answer = json.loads(done.stdout)
+        assert answer.pop("slow") == []
         assert done.stderr == ""
-        assert "\n" not in found.get("error", "")
-        return dict(found)
+        assert "\n" not in answer.get("error", "")
+        return dict(answer)
 
     return ask
 
 
-def test_what_is_loaded_is_fetched_and_nothing_else(read: Read, served: Hub, sd1_folder: Path) -> None:
-    found = read()
-    assert (found["name"], found["revision"], found["family"]) == ("owner/tiny", COMMIT, "stable_diffusion")
+def test_only_files_that_are_loaded_are_fetched(read: Read, served: Hub, sd1_folder: Path) -> None:
+    answer = read()
+    assert (answer["name"], answer["revision"], answer["family"]) == ("owner/tiny", COMMIT, "stable_diffusion")
     parts = sorted(path.relative_to(sd1_folder).as_posix() for path in sd1_folder.rglob("*") if path.is_file())
     assert served.files("owner/tiny") == parts
-    assert found["fingerprint"] == read_card(ModelSettings(name=str(sd1_folder))).fingerprint
-    assert Path(found["path"]).name == COMMIT
+    assert answer["fingerprint"] == read_card(ModelSettings(name=str(sd1_folder))).fingerprint
+    assert Path(answer["path"]).name == COMMIT
 
 
 def test_a_variant_is_fetched_where_a_component_has_it(read: Read, served: Hub) -> None:
@@ -119,7 +119,7 @@ def test_sharded_weights_come_with_their_index(read: Read, served: Hub, reposito
     ]
 
 
-def test_what_decidiffusion_does_not_read_is_not_fetched(read: Read, served: Hub, repository: Path) -> None:
+def test_decidiffusion_does_not_fetch_what_it_does_not_read(read: Read, served: Hub, repository: Path) -> None:
     amend(repository / "model_index.json", _class_name="DeciDiffusionPipeline")
     assert "flexible_unet/" in read()["error"]
     (repository / "unet").rename(repository / "flexible_unet")
@@ -131,7 +131,7 @@ def test_what_decidiffusion_does_not_read_is_not_fetched(read: Read, served: Hub
     assert "unet" not in folders
 
 
-def test_a_filled_cache_asks_for_one_header_or_offline_for_nothing(read: Read, served: Hub) -> None:
+def test_a_complete_cache_requests_one_header_and_offline_nothing(read: Read, served: Hub) -> None:
     first = read()
     served.requests.clear()
     served.fetched.clear()
@@ -151,7 +151,7 @@ def test_an_incomplete_cache_is_named_offline_and_completed_online(
 ) -> None:
     first = read()
     folder = Path(first["path"])
-    if not listed:  # as earlier versions of the Hub's library leave it
+    if not listed:  # as in earlier versions of the Hub's library
         shutil.rmtree(folder.parent.parent / "trees")
     gone = folder / lost
     shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
@@ -163,32 +163,32 @@ def test_an_incomplete_cache_is_named_offline_and_completed_online(
     assert read() == first
 
 
-def test_a_family_that_is_refused_costs_its_index_alone(read: Read, served: Hub, repository: Path) -> None:
+def test_a_refused_class_fetches_only_the_index(read: Read, served: Hub, repository: Path) -> None:
     amend(repository / "model_index.json", _class_name=["pipeline", "MyPipeline"])
     assert "MyPipeline" in read()["error"]
     assert served.fetched == ["owner/tiny/model_index.json"]
 
 
-def lose_the_safetensors(folder: Path) -> None:
+def remove_the_safetensors(folder: Path) -> None:
     (folder / "text_encoder" / "model.safetensors").unlink()
 
 
-def lose_all_weights(folder: Path) -> None:
-    lose_the_safetensors(folder)
+def remove_all_weights(folder: Path) -> None:
+    remove_the_safetensors(folder)
     (folder / "text_encoder" / "pytorch_model.bin").unlink()
 
 
 @pytest.mark.parametrize(
     ("spoil", "settings", "sentence"),
     [
-        (lose_the_safetensors, {}, "owner/tiny: text_encoder/pytorch_model.bin is pickled"),
-        (lose_all_weights, {}, "owner/tiny: there are no safetensors of text_encoder/"),
+        (remove_the_safetensors, {}, "owner/tiny: text_encoder/pytorch_model.bin is pickled"),
+        (remove_all_weights, {}, "owner/tiny: there are no safetensors of text_encoder/"),
         (lambda folder: shutil.rmtree(folder / "vae"), {}, "owner/tiny: there are no files of vae/"),
         (lambda folder: None, {"variant": "bf16"}, "owner/tiny has no weights of variant bf16"),
     ],
     ids=["pickles alone", "no weights", "no folder", "no variant"],
 )
-def test_what_cannot_be_loaded_is_refused_before_it_is_fetched(
+def test_unloadable_repositories_are_refused_before_fetching(
     read: Read, served: Hub, repository: Path, spoil: Callable[[Path], object], settings: Any, sentence: str
 ) -> None:
     spoil(repository)
@@ -209,12 +209,12 @@ def test_what_cannot_be_loaded_is_refused_before_it_is_fetched(
         ((404, "EntryNotFound"), "owner/tiny is not a diffusers repository: it has no model_index.json"),
     ],
 )
-def test_what_the_hub_refuses_is_one_sentence(read: Read, served: Hub, refusal: tuple[int, str], sentence: str) -> None:
+def test_refusals_of_the_hub_are_one_sentence(read: Read, served: Hub, refusal: tuple[int, str], sentence: str) -> None:
     served.refusals["owner/tiny"] = refusal
     assert re.match(sentence, read()["error"])
 
 
-def test_a_revision_that_is_not_there(read: Read) -> None:
+def test_a_missing_revision(read: Read) -> None:
     assert read(revision="v2")["error"] == "owner/tiny has no revision v2"
 
 
@@ -224,7 +224,7 @@ def test_nothing_cached_and_no_network(read: Read, served: Hub) -> None:
     assert not served.requests
 
 
-def test_a_name_that_no_repository_can_bear(read: Read) -> None:
+def test_an_invalid_repository_name(read: Read) -> None:
     assert "owner/.. could not be fetched" in read("owner/..")["error"]
 
 
@@ -238,5 +238,5 @@ def test_retries_of_the_hub_are_one_line(caplog: pytest.LogCaptureFixture, capfd
         _http.http_backoff("GET", address, max_retries=3, base_wait_time=0, retry_on_exceptions=(Exception,))
     assert [record.name for record in caplog.records] == ["batch_infer"]
     assert re.match(r"the Hugging Face Hub does not respond \(.+\); retrying$", caplog.messages[0])
-    # Our own line is there too where an earlier command has set up the log.
+    # The warning is also there if an earlier command has set up logging.
     assert [line for line in capfd.readouterr().err.splitlines() if not line.startswith("batch-infer: ")] == []

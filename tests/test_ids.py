@@ -28,14 +28,14 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def known(*tables: Path | str, **options: Any) -> list[tuple[Any, ...]]:
-    """What must be the same wherever a row is, in no order."""
+    """Return what must not depend on where a row is, sorted."""
     found = read_requests(*tables, id_from="content", **options)
     return sorted((row.id, row.seed, row.prompt, row.params, str(row.carried["tag"])) for row in found)
 
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "json", "parquet", "csv.gz"])
 def test_content_ids_do_not_depend_on_where_a_row_is(ending: str) -> None:
-    """Nor on how often its table was split and sorted, nor on its format."""
+    """Nor on how its table was split and sorted, nor on its format."""
     expected = known(write_bytes(Path("t.jsonl"), in_format("jsonl", ROWS)))
     assert len({row[0] for row in expected}) == len(ROWS)
     shuffled = random.Random(0).sample(ROWS, len(ROWS))
@@ -56,13 +56,13 @@ def test_equal_rows_are_numbered_and_own_ids_stay() -> None:
     assert len(first) == 22
 
 
-def test_files_of_one_stem_need_no_ids_of_their_own() -> None:
+def test_files_with_the_same_stem_need_no_id_column() -> None:
     for name in ("t.csv", "t.tsv"):
         write_csv(Path(name), [["prompt"], ["x"]])
     assert len({row.id for row in read_requests("t.csv", "t.tsv", id_from="content")}) == 2
 
 
-def test_a_whole_number_is_one_however_it_is_stored() -> None:
+def test_a_whole_number_has_the_same_id_in_any_type() -> None:
     write_parquet(Path("a/t.parquet"), prompt=["x"], n=pa.array([5]))
     write_parquet(Path("b/t.parquet"), prompt=["x"], n=pa.array([5.0]))
     (one,), (other,) = (read_requests(folder, id_from="content") for folder in "ab")
@@ -89,6 +89,6 @@ def test_a_table_that_is_sorted_split_and_renamed_renders_nothing(out: Path) -> 
     assert hashes(out) == before
 
 
-def test_plan_says_where_ids_come_from(out: Path) -> None:
+def test_plan_names_the_source_of_ids(out: Path) -> None:
     table = write_csv(Path("t.csv"), [["prompt"], ["a red circle"]])
     assert "ids      from file name and row number" in command("plan", table, "-o", out, "--steps", "2").stdout

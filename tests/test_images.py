@@ -1,4 +1,4 @@
-"""Image files: their pixels, the parameters and the mark that they carry, and what is done to a flagged one."""
+"""Image files: pixels, parameters, the mark of generated images, and the policies for flagged images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from PIL import Image
 from batch_infer import __version__, images
 from batch_infer.records import PromptRequest, SamplingParams, Source
 from batch_infer.settings import IMAGE_SUFFIXES, ImageFormat
-from batch_infer.sinks import FolderSink
+from batch_infer.sinks.folder import FolderSink
 from batch_infer.table.fields import MAX_TEXT
 from batch_infer.table.rows import RowCells, make_requests
 from tests.tables import RULES
@@ -37,7 +37,7 @@ PROMPTS = {
 
 
 def parameters_of(content: bytes) -> str:
-    """The parameters as other programs find them: PNG text, or Exif's UserComment."""
+    """Return the parameters as other programs read them: PNG text, or Exif's UserComment."""
     image = Image.open(io.BytesIO(content))
     if image.format == "PNG":
         return str(image.info["parameters"])
@@ -53,8 +53,8 @@ def mark_of(content: bytes) -> str:
     return packet if isinstance(packet, str) else packet.decode()
 
 
-def test_the_parameters_are_written_as_the_field_writes_them() -> None:
-    """Prompt, negative prompt, and one line that begins with the steps: what readers of A1111's images look for."""
+def test_parameters_have_the_format_of_a1111() -> None:
+    """Prompt, negative prompt, and one line that begins with the steps, as programs that read A1111's images expect."""
     text = images.parameters_text(replace(REQUEST, params=replace(REQUEST.params, guidance_rescale=0.7)), "S", "a1b2")
     lines = text.split("\n")
     assert lines[:2] == ["a red circle", "Negative prompt: blurry"]
@@ -65,7 +65,7 @@ def test_the_parameters_are_written_as_the_field_writes_them() -> None:
     )
 
 
-def test_what_a_row_has_not_is_not_written() -> None:
+def test_absent_parameters_are_not_written() -> None:
     text = images.parameters_text(replace(REQUEST, negative_prompt=None), "DDIMScheduler", "m")
     assert "Negative" not in text
     assert "rescale" not in text
@@ -77,7 +77,7 @@ def test_no_byte_depends_on_the_release() -> None:
     assert __version__ not in text
 
 
-def test_a_value_that_holds_a_comma_is_quoted() -> None:
+def test_values_with_commas_are_quoted() -> None:
     last = images.parameters_text(REQUEST, 'DPM:a=1,b="x"', "a\\b, c").split("\n")[-1]
     found = dict(re.findall(r'\s*([\w ]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last))
     assert found["Sampler"] == r'"DPM:a=1,b=\"x\""'
@@ -87,14 +87,14 @@ def test_a_value_that_holds_a_comma_is_quoted() -> None:
 
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=list(PROMPTS))
 @pytest.mark.parametrize("image_format", FORMATS)
-def test_parameters_come_back(image_format: ImageFormat, prompt: str) -> None:
+def test_parameters_round_trip(image_format: ImageFormat, prompt: str) -> None:
     text = images.parameters_text(replace(REQUEST, prompt=prompt, negative_prompt=prompt), "DDIMScheduler", "model")
     assert parameters_of(images.encode(PIXELS, image_format, text)) == text
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
 def test_parameters_of_any_length_fit(image_format: ImageFormat) -> None:
-    """What is left out is marked, the line of fields is kept, and a letter of two UTF-16 units is not cut in half."""
+    """Omitted text is marked, the line of fields is kept, and no surrogate pair is cut in half."""
     for fields in ("\nSteps: 30, Seed: 1", "", "\n" + "x" * 200_000):
         text = "x" + 20_000_000 * "🎨" + fields
         found = parameters_of(images.encode(PIXELS, image_format, text))
@@ -142,7 +142,7 @@ def test_images_are_marked_as_generated(image_format: ImageFormat) -> None:
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
-def test_an_image_is_the_one_that_was_given(image_format: ImageFormat) -> None:
+def test_pixels_round_trip(image_format: ImageFormat) -> None:
     smooth = np.repeat(np.linspace(0, 255, 40).astype(np.uint8)[None, :, None], 24, 0).repeat(3, 2)
     content = images.encode(smooth, image_format, "x")
     found = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
@@ -160,7 +160,7 @@ def test_suffixes(image_format: ImageFormat, suffix: str) -> None:
 def test_blank_is_black() -> None:
     found = images.blank(PIXELS)
     assert (found.shape, found.dtype, found.max()) == (PIXELS.shape, np.dtype(np.uint8), 0)
-    assert PIXELS.max() == 255, "the image itself is left as it is"
+    assert PIXELS.max() == 255, "the image itself is not changed"
 
 
 @pytest.mark.parametrize("side", [64, 512])

@@ -22,7 +22,7 @@ from tests.runs import results, run
 
 
 def embedded(name: str, **asked: Any) -> PromptRequest:
-    """A row as the table makes it for such a model."""
+    """Make a row as the table does for such a model."""
     request = make_request(name, **asked)
     return replace(request, params=replace(request.params, embedded_guidance=True))
 
@@ -52,7 +52,7 @@ def test_the_card(lcm_folder: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning")
 @pytest.mark.parametrize("kind", ["LatentConsistencyModelPipeline", "StableDiffusionPipeline"])
-def test_rows_look_as_both_pipelines_paint_them(model: Any, lcm_folder: Path, kind: str) -> None:
+def test_rows_look_as_in_both_pipelines(model: Any, lcm_folder: Path, kind: str) -> None:
     pipe = load_pipeline(lcm_folder)
     if kind == "StableDiffusionPipeline":
         pipe = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
@@ -61,7 +61,7 @@ def test_rows_look_as_both_pipelines_paint_them(model: Any, lcm_folder: Path, ki
     assert_parity(pipe, model, ROWS)
 
 
-def test_such_rows_take_one_slot_and_encode_no_negative_prompt(model: Any) -> None:
+def test_rows_take_one_slot_and_encode_no_negative_prompt(model: Any) -> None:
     assert {row.params.slots for row in ROWS} == {1}
     found = model.condition(ROWS)
     assert {conditioning.context[1] for conditioning in found} == {None}
@@ -73,8 +73,8 @@ def test_a_rows_bytes_do_not_depend_on_its_neighbours(model: Any) -> None:
     assert np.array_equal(render(model, ROWS)["four"].pixels, wanted)
 
 
-def test_the_scheduler_is_taken_as_it_is(lcm_folder: Path, tmp_path: Path) -> None:
-    """Stable Diffusion's own pipeline mends old settings, and this one does not: it would clip."""
+def test_the_scheduler_config_is_not_corrected(lcm_folder: Path, tmp_path: Path) -> None:
+    """StableDiffusionPipeline corrects old settings, and this one does not: its scheduler would clip."""
     folder = copied(lcm_folder, tmp_path)
     amend(folder / "scheduler" / "scheduler_config.json", clip_sample=True)
     for look in (load_family, lambda path: load_solver(read_card(ModelSettings(name=str(path))))):
@@ -101,7 +101,7 @@ def test_a_table_is_rendered_from_end_to_end(lcm_folder: Path, tmp_path: Path) -
         assert_close(np.asarray(Image.open(out / found[name]["generated_image"])), ask(pipe, asked)[0])
 
 
-def test_a_negative_prompt_is_not_ignored_in_silence(lcm_folder: Path, tmp_path: Path) -> None:
+def test_an_unsupported_negative_prompt_is_reported(lcm_folder: Path, tmp_path: Path) -> None:
     table, out = tmp_path / "table.csv", tmp_path / "out"
     table.write_text("id,prompt,negative_prompt\na,a red circle,\nb,a red circle,green\n", "utf-8")
     assert run(table, out, "--model", lcm_folder, "--steps", "4").code == 3

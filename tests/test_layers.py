@@ -1,4 +1,4 @@
-"""The layers: what may import what, and what a command that renders nothing must not load."""
+"""Layers: which package may import which, and what commands that render nothing must not load."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ EXTRAS = {
     "mlflow": ("mlflow", "batch_infer.jobs.export_mlflow"),
     "pyparsing": ("long-prompts", "batch_infer.models.long_prompts"),
 }
-"""Libraries that not everybody installs, with the extra that does and the module that needs them."""
+"""Optional libraries, with the extra that installs them and the module that imports them."""
 DISTRIBUTIONS = {
     **{"PIL": "pillow", "huggingface_hub": "huggingface-hub"},
     **{"pyrate_limiter": "pyrate-limiter", "azureml_inference_server_http": "azureml-inference-server-http"},
     **{"prometheus_client": "prometheus-client", "pythonjsonlogger": "python-json-logger"},
 }
-"""Distributions that are not called as their module is."""
+"""Distributions whose name differs from that of their module."""
 
 
 @dataclass(frozen=True)
@@ -207,8 +207,8 @@ def test_the_command_line_loads_nothing_slow() -> None:
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["--version"], *([name, "--help"] for name in commands.commands)], ids=" ".join
 )
-def test_help_answers_at_once(arguments: list[str]) -> None:
-    """What takes its time is loading libraries, so no slow one may be loaded."""
+def test_help_loads_no_slow_library(arguments: list[str]) -> None:
+    """Loading libraries takes the time, so no slow one may be loaded."""
     script = f"""
 import sys
 from batch_infer.__main__ import main
@@ -225,7 +225,7 @@ except SystemExit as end:
 
 
 def test_every_library_is_a_dependency_in_pyproject() -> None:
-    """An undeclared one would be found missing by the first user of a fresh environment."""
+    """An undeclared library would be missing in a fresh environment."""
     block = re.search(r"^dependencies = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
     assert block
     declared = set(re.findall(r'"([a-z-]+)', block[1]))
@@ -235,7 +235,7 @@ def test_every_library_is_a_dependency_in_pyproject() -> None:
 
 
 @pytest.mark.parametrize("library", EXTRAS)
-def test_the_library_of_an_extra_is_imported_late_in_the_one_module_that_is_named_for_it(library: str) -> None:
+def test_libraries_of_extras_are_imported_late_in_their_one_module(library: str) -> None:
     extra, home = EXTRAS[library]
     assert re.search(
         rf'^{extra} = \[.*"{DISTRIBUTIONS.get(library, library)}\b', (ROOT / "pyproject.toml").read_text(), re.MULTILINE
@@ -249,7 +249,7 @@ def test_the_library_of_an_extra_is_imported_late_in_the_one_module_that_is_name
 
 
 def test_test_modules_do_not_import_each_other() -> None:
-    """What several share has a module of its own, with a plain name."""
+    """Shared helpers are in modules whose names do not begin with test_."""
     imports = {
         path.name: {
             f"{node.module}.{name.name}" if isinstance(node, ast.ImportFrom) else name.name
@@ -263,6 +263,6 @@ def test_test_modules_do_not_import_each_other() -> None:
     assert not {name: bad for name, found in imports.items() if (bad := [n for n in found if "tests.test_" in n])}
 
 
-def test_a_file_opens_by_saying_what_it_is() -> None:
+def test_every_file_has_a_docstring() -> None:
     openings = {name: ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "" for name, path in MODULES.items()}
     assert not [name for name, opening in openings.items() if not opening.split("\n\n")[0].endswith((".", ":"))]

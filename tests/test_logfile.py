@@ -1,4 +1,4 @@
-"""Log files in OUT: a disk that is full costs lines, and hides no error."""
+"""Log files in OUT: a full disk loses lines, but masks no error."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from batch_infer.errors import StorageError
 from batch_infer.store import log_handler, open_log
 
 
-def record(told: str) -> logging.LogRecord:
-    return logging.LogRecord("batch_infer", logging.INFO, "", 0, told, None, None)
+def record(message: str) -> logging.LogRecord:
+    return logging.LogRecord("batch_infer", logging.INFO, "", 0, message, None, None)
 
 
-def test_a_log_keeps_lines_and_what_ended_it(tmp_path: Path) -> None:
+def test_a_log_has_its_lines_and_the_final_error(tmp_path: Path) -> None:
     path = tmp_path / "logs" / "run.log"
     with pytest.raises(ValueError, match="odd"), open_log(path) as file:
         log_handler(file).handle(record("began"))
@@ -25,7 +25,7 @@ def test_a_log_keeps_lines_and_what_ended_it(tmp_path: Path) -> None:
     assert lines[-1] == "ValueError: odd"
 
 
-def test_a_full_disk_hides_no_error_and_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_masks_no_error_and_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(StorageError, match="full"), open_log(Path("/dev/full")) as file:
         log_handler(file).handle(record("began"))
         raise StorageError("the disk is full")

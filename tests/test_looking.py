@@ -11,8 +11,7 @@ import pytest
 from batch_infer.azureml.in_progress import Begun
 from batch_infer.errors import StorageError
 from batch_infer.jobs import recovery, run_folder
-from batch_infer.manifest import Manifest
-from batch_infer.sinks import FolderSink
+from batch_infer.sinks.folder import FolderSink
 from batch_infer.store import is_folder, is_link, path_exists, unique_name
 from tests.storage import fail_at
 
@@ -54,7 +53,7 @@ def test_leftovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -
             recovery.remove_temporary_files(tmp_path)
         if name == "manifest":
             with pytest.raises(StorageError, match=name):
-                recovery.recover(tmp_path, Manifest(tmp_path))
+                recovery.recover(tmp_path)
     recovery.remove_temporary_files(tmp_path)
     assert not left.exists()
 

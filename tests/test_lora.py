@@ -1,4 +1,4 @@
-"""LoRAs: fused as diffusers fuses them, part of what the model is, and refused where they do not fit."""
+"""LoRAs: fused as diffusers does, part of the fingerprint, and refused where they do not fit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from batch_infer.errors import ModelError
-from batch_infer.models import ModelCard, load_latent_diffusion, read_card
+from batch_infer.models import ModelCard, checkpoint, load_latent_diffusion, read_card
 from batch_infer.settings import LoraSpec, ModelSettings
 from tests.checkpoints import amend
 from tests.oracle import ask, assert_close, load_pipeline
@@ -37,7 +37,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def make_lora(pipe: Any, *networks: str, seed: int = 0) -> Tensors:
-    """A random LoRA of rank 4 for some linear layers of these networks, under diffusers' names."""
+    """Make a random LoRA of rank 4 for some linear layers of these networks, with diffusers' names."""
     random = torch.Generator().manual_seed(seed)
     tensors = {}
     for network in networks:
@@ -50,15 +50,15 @@ def make_lora(pipe: Any, *networks: str, seed: int = 0) -> Tensors:
 
 
 def as_kohya(tensors: Tensors) -> Tensors:
-    """The same as kohya's trainer names it, with half the strength said by alpha."""
-    found = {}
+    """Rename tensors as kohya's trainer does, with an alpha that halves the strength."""
+    renamed = {}
     for name, tensor in tensors.items():
         network, _, rest = name.partition(".")
         layer, _, part = rest.partition(".lora_")
         start = KOHYA[network] + layer.replace(".", "_")
-        found[f"{start}.lora_{'down' if part[0] == 'A' else 'up'}.weight"] = tensor
-        found[f"{start}.alpha"] = torch.tensor(2.0)
-    return found
+        renamed[f"{start}.lora_{'down' if part[0] == 'A' else 'up'}.weight"] = tensor
+        renamed[f"{start}.alpha"] = torch.tensor(2.0)
+    return renamed
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def family(folder: Path, *specs: LoraSpec) -> Any:
 
 
 def oracle(folder: Path, *specs: LoraSpec) -> StableDiffusionPipeline:
-    """diffusers with all LoRAs loaded beside each other, and fused at once."""
+    """Return diffusers' pipeline with all LoRAs loaded together and fused at once."""
     pipe = load_pipeline(folder)
     names = [f"adapter{number}" for number in range(len(specs))]
     for name, spec in zip(names, specs, strict=True):
@@ -114,7 +114,7 @@ def oracle(folder: Path, *specs: LoraSpec) -> StableDiffusionPipeline:
     ],
     ids=str,
 )
-def test_images_are_those_of_diffusers(sd1_folder: Path, files: dict[str, Path], weights: dict[str, float]) -> None:
+def test_images_equal_those_of_diffusers(sd1_folder: Path, files: dict[str, Path], weights: dict[str, float]) -> None:
     specs = [LoraSpec(str(files[name]), weight) for name, weight in weights.items()]
     theirs, plain = oracle(sd1_folder, *specs), load_pipeline(sd1_folder)
     rendered = render(family(sd1_folder, *specs), ROWS)
@@ -124,7 +124,7 @@ def test_images_are_those_of_diffusers(sd1_folder: Path, files: dict[str, Path],
 
 
 @pytest.mark.promises
-def test_both_text_encoders_of_xl(sdxl_folder: Path, tmp_path: Path) -> None:
+def test_xl_fuses_both_text_encoders(sdxl_folder: Path, tmp_path: Path) -> None:
     tensors = make_lora(load_pipeline(sdxl_folder), "unet", "text_encoder", "text_encoder_2")
     save_file(tensors, tmp_path / "xl.safetensors")
     for network in LAYERS:
@@ -142,8 +142,8 @@ def test_both_text_encoders_of_xl(sdxl_folder: Path, tmp_path: Path) -> None:
     assert all(furthest(fewer[row.id].pixels, rendered[row.id].pixels) > 2 for row in ROWS)
 
 
-def test_the_networks_are_what_they_were(sd1_folder: Path, files: dict[str, Path]) -> None:
-    """Nothing of peft is left in them, so that the loop and its compilation meet the same layers."""
+def test_fused_networks_have_their_original_layers(sd1_folder: Path, files: dict[str, Path]) -> None:
+    """No layer of peft remains, so that denoising and compilation see the same layers."""
     model = family(sd1_folder, LoraSpec(str(files["both"])))
     for network in (model.pipeline.unet, model.pipeline.text_encoder):
         assert not [name for name, _ in network.named_parameters() if "lora" in name]
@@ -152,15 +152,13 @@ def test_the_networks_are_what_they_were(sd1_folder: Path, files: dict[str, Path
         }
 
 
-def test_a_weight_of_nothing_adds_nothing(
-    sd1_folder: Path, files: dict[str, Path], pipe: StableDiffusionPipeline
-) -> None:
-    found = family(sd1_folder, LoraSpec(str(files["both"]), 0.0)).pipeline.unet.state_dict()
+def test_weight_zero_changes_nothing(sd1_folder: Path, files: dict[str, Path], pipe: StableDiffusionPipeline) -> None:
+    weights = family(sd1_folder, LoraSpec(str(files["both"]), 0.0)).pipeline.unet.state_dict()
     for name, weight in pipe.unet.state_dict().items():
-        assert torch.equal(found[name], weight)
+        assert torch.equal(weights[name], weight)
 
 
-def test_file_weight_and_order_are_part_of_the_model(sd1_folder: Path, files: dict[str, Path], tmp_path: Path) -> None:
+def test_the_fingerprint_has_file_weight_and_order(sd1_folder: Path, files: dict[str, Path], tmp_path: Path) -> None:
     one, other = str(files["both"]), str(files["unet"])
     moved = tmp_path / "moved.safetensors"
     moved.write_bytes(files["both"].read_bytes())
@@ -181,7 +179,7 @@ def test_file_weight_and_order_are_part_of_the_model(sd1_folder: Path, files: di
     assert (card.name, card.title) == ("sd1", "sd1 + both:0.5")
 
 
-def test_a_run_says_what_was_added(sd1_folder: Path, files: dict[str, Path], tmp_path: Path) -> None:
+def test_a_run_records_its_loras(sd1_folder: Path, files: dict[str, Path], tmp_path: Path) -> None:
     table, out = tmp_path / "t.csv", tmp_path / "out"
     table.write_text("prompt\na red circle\n")
 
@@ -214,19 +212,17 @@ def test_retry_finds_model_and_lora_from_any_folder(
     assert (again["sha256"], again["attempt"]) == (row["sha256"], 2)
 
 
-# What is refused
+# Refused LoRAs
 
 
-def test_without_peft_it_says_how_to_get_it(
-    sd1_folder: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr("batch_infer.models.checkpoint.find_spec", lambda name: None if name == "peft" else found(name))
+def test_a_missing_peft_is_named(sd1_folder: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(checkpoint, "find_spec", lambda name: None if name == "peft" else find_spec(name))
     with pytest.raises(ModelError, match=r"--lora needs peft: pip install 'batch-infer\[lora\]'"):
         card_of(sd1_folder, LoraSpec(str(files["both"])))
 
 
-def test_a_family_that_takes_none(sd1_folder: Path, files: dict[str, Path], tmp_path: Path) -> None:
+def test_a_family_without_lora_support(sd1_folder: Path, files: dict[str, Path], tmp_path: Path) -> None:
     own = copied(sd1_folder, tmp_path)
     (own / "unet").rename(own / "flexible_unet")
     amend(own / "model_index.json", _class_name="DeciDiffusionPipeline")
@@ -249,17 +245,17 @@ def widen(tensors: Tensors) -> None:
     tensors[name] = torch.zeros(4, 320)
 
 
-def for_another_part(tensors: Tensors) -> None:
+def target_another_part(tensors: Tensors) -> None:
     for name in list(tensors):
         tensors[name.replace("unet.", "transformer.")] = tensors.pop(name)
 
 
-def lose_a_half(tensors: Tensors) -> None:
+def remove_a_half(tensors: Tensors) -> None:
     tensors.pop(first(tensors).replace("lora_A", "lora_B"))
 
 
 def of_xl(tensors: Tensors) -> None:
-    """As kohya names a LoRA of Stable Diffusion XL."""
+    """Use kohya's names of a LoRA for Stable Diffusion XL."""
     tensors.clear()
     for block, width in ((4, 640), (7, 1280)):
         start = f"lora_unet_input_blocks_{block}_1_transformer_blocks_0_attn1_to_q"
@@ -279,15 +275,17 @@ def not_finite(tensors: Tensors) -> None:
 UNFIT: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "a layer that is not there": (rename_one, "does not fit sd1"),
     "another width": (widen, "does not fit sd1"),
-    "another kind of model": (for_another_part, "does not fit sd1.*family"),
-    "the half of a layer": (lose_a_half, "does not fit sd1"),
+    "another kind of model": (target_another_part, "does not fit sd1.*family"),
+    "the half of a layer": (remove_a_half, "does not fit sd1"),
     "one of Stable Diffusion XL": (of_xl, "does not fit sd1.*was it made for another family"),
     "weights that are no numbers": (not_finite, "could not be added to sd1: NaN"),
 }
 
 
 @pytest.mark.parametrize("case", UNFIT)
-def test_what_does_not_fit_is_refused(sd1_folder: Path, files: dict[str, Path], tmp_path: Path, case: str) -> None:
+def test_a_lora_of_another_model_is_refused(
+    sd1_folder: Path, files: dict[str, Path], tmp_path: Path, case: str
+) -> None:
     spoil, reason = UNFIT[case]
     tensors = load_file(files["both"])
     spoil(tensors)
@@ -310,7 +308,7 @@ def test_what_does_not_fit_is_refused(sd1_folder: Path, files: dict[str, Path], 
     ],
     ids=["a checkpoint", "DoRA", "LoHa", "difference", "nothing"],
 )
-def test_what_is_no_plain_lora(sd1_folder: Path, tmp_path: Path, tensors: Any, reason: str) -> None:
+def test_files_other_than_plain_loras_are_refused(sd1_folder: Path, tmp_path: Path, tensors: Any, reason: str) -> None:
     path = tmp_path / "odd.safetensors"
     if tensors:
         save_file(tensors, path)
@@ -319,7 +317,7 @@ def test_what_is_no_plain_lora(sd1_folder: Path, tmp_path: Path, tensors: Any, r
     assert str(path) in str(refusal.value)
 
 
-def test_the_half_of_a_file(sd1_folder: Path, files: dict[str, Path], tmp_path: Path) -> None:
+def test_half_a_file_is_refused(sd1_folder: Path, files: dict[str, Path], tmp_path: Path) -> None:
     path = tmp_path / "half.safetensors"
     path.write_bytes(files["both"].read_bytes()[:5000])
     with pytest.raises(ModelError, match="half.safetensors is incomplete: fetch it again"):

@@ -1,4 +1,4 @@
-"""The manifest: parts that are whole, of which the highest attempt of each image counts."""
+"""The manifest: parts are complete, and the highest attempt of each image counts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ COLUMNS = [
     *("sha256", "pixels_sha256", "image_bytes", "slots", "seconds", "attempt", "worker", "finished_at"),
     *("source_file", "source_row", "fingerprint"),
 ]
-"""The contract of interface.md, in its order."""
+"""The documented columns, in order."""
 
 
 def row(name: str = "a", index: int = 0, **values: Any) -> ResultRow:
@@ -44,7 +44,7 @@ def row(name: str = "a", index: int = 0, **values: Any) -> ResultRow:
     return ResultRow(**{"id": name, "image_index": index, **usual, **values})
 
 
-def test_the_columns_are_those_of_the_contract() -> None:
+def test_columns_and_types() -> None:
     assert SCHEMA.names == COLUMNS
     assert [field.name for field in fields(ResultRow)] == [*COLUMNS, "carried", "line"]
     assert set(COLUMNS) > BOOKKEEPING == {"slots", "seconds", "attempt", "worker", "finished_at"}
@@ -57,7 +57,7 @@ def test_the_columns_are_those_of_the_contract() -> None:
     assert types["finished_at"] == "timestamp[us, tz=UTC]"
 
 
-def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
+def test_rows_round_trip(tmp_path: Path) -> None:
     values: dict[str, Any] = {
         **{"nsfw_content_detected": True, "status": "flagged", "error": "why", "negative_prompt": "dull"},
         **{"seed": 2**63 - 1, "height": 64, "width": 72, "num_inference_steps": 20, "guidance_scale": 7.5},
@@ -75,20 +75,20 @@ def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
     assert second == {name: getattr(bare, name) for name in COLUMNS}
 
 
-def test_carried_columns_follow_with_their_types() -> None:
+def test_carried_columns_keep_their_types() -> None:
     carried = pa.schema([("tags", pa.list_(pa.string())), ("n", pa.int16())])
     table = to_table([row(carried={"tags": ["x"], "n": 3}), row("b")], carried)
     assert table.schema.names == [*COLUMNS, "tags", "n"]
     assert table.select(["tags", "n"]).to_pylist() == [{"tags": ["x"], "n": 3}, {"tags": None, "n": None}]
 
 
-def test_what_was_not_committed_is_not_found(tmp_path: Path) -> None:
+def test_find_returns_only_committed_images(tmp_path: Path) -> None:
     with Manifest(tmp_path).index() as index:
         assert index.find(("a", 0)) is None
         assert len(index.take([])) == 0
 
 
-def test_a_request_is_kept_apart_from_images_whose_paths_differ_by_case_alone(tmp_path: Path) -> None:
+def test_requests_collide_with_images_whose_paths_differ_by_case_alone(tmp_path: Path) -> None:
     paths = {"sku": "images/t-00000/sku-0.png", "Sku": "images/t-00000/Sku~0123456789abcdef-0.png",
              "B": "quarantine/T-00000/B-0.png", "C-1": "images/U-00000/C-1-0.png", "d": None}  # fmt: skip
     Manifest(tmp_path).commit([row(name, generated_image=path) for name, path in paths.items()], NONE)
@@ -114,33 +114,33 @@ def test_a_request_is_kept_apart_from_images_whose_paths_differ_by_case_alone(tm
 
 @pytest.mark.parametrize("order", [(1, 2, 3), (3, 2, 1), (2, 3, 1)], ids=str)
 def test_the_highest_attempt_counts(tmp_path: Path, order: tuple[int, ...]) -> None:
-    """In whatever order the parts' names have them."""
+    """Whatever the order of the part names."""
     manifest = Manifest(tmp_path)
     for attempt in order:
         manifest.commit([row("other", seed=attempt), row(attempt=attempt, seed=attempt, status="failed")], NONE)
     with manifest.index() as index:
-        found = index.find(("a", 0))
-        assert found is not None
-        assert (found.attempt, found.status) == (3, "failed")
-        assert index.take([found])["seed"].to_pylist() == [3]
+        image = index.find(("a", 0))
+        assert image is not None
+        assert (image.attempt, image.status) == (3, "failed")
+        assert index.take([image])["seed"].to_pylist() == [3]
 
 
-def test_of_one_attempt_told_twice_one_counts_for_good(tmp_path: Path) -> None:
+def test_of_two_rows_with_one_attempt_the_same_one_always_counts(tmp_path: Path) -> None:
     manifest = Manifest(tmp_path)
     for fingerprint in ("f", "g", "h"):
         manifest.commit([row(fingerprint=fingerprint)], NONE)
     counted = set()
     for _ in range(3):
         with manifest.index() as index:
-            found = index.find(("a", 0))
-            assert found is not None
-            assert index.take([found])["fingerprint"].to_pylist() == [found.fingerprint]
-            counted.add(found.fingerprint)
+            image = index.find(("a", 0))
+            assert image is not None
+            assert index.take([image])["fingerprint"].to_pylist() == [image.fingerprint]
+            counted.add(image.fingerprint)
     assert len(counted) == 1
 
 
 @pytest.mark.parametrize("fault", ["error", "gone", "damaged"])
-def test_parts_that_were_not_read_are_asked_for_again(
+def test_add_reads_parts_again_that_it_could_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     manifest = Manifest(tmp_path)
@@ -150,18 +150,18 @@ def test_parts_that_were_not_read_are_asked_for_again(
             manifest.commit([row(name)], NONE)
         parts = manifest.parts()
         whole = parts[1].read_bytes()
-        told: list[DamagedPart] = []
+        damages: list[DamagedPart] = []
         if fault == "error":
             with monkeypatch.context() as patch, pytest.raises(StorageError, match="away"):
                 patch.setattr("batch_infer.manifest.index.read_part", _raising(parts[1], read_part))
-                index.add(parts, told.append)
+                index.add(parts, damages.append)
         else:
             parts[1].unlink() if fault == "gone" else parts[1].write_bytes(whole[:50])
-            index.add(parts, told.append)
+            index.add(parts, damages.append)
             parts[1].write_bytes(whole)
-        assert [damage.part for damage in told] == parts[1:2] * (fault == "damaged")
+        assert [damage.part for damage in damages] == parts[1:2] * (fault == "damaged")
         assert sum(index.find((name, 0)) is not None for name in names) < 3
-        index.add(parts, told.append)
+        index.add(parts, damages.append)
         assert all(index.find((name, 0)) for name in names)
 
 
@@ -174,8 +174,8 @@ def _raising(bad: Path, read: Callable[..., pa.Table]) -> Callable[..., pa.Table
     return read_part
 
 
-def test_parts_are_named_by_what_they_hold(tmp_path: Path) -> None:
-    """So two workers that did the same rows leave one part, and a part is never replaced by another's rows."""
+def test_part_names_are_digests_of_their_rows(tmp_path: Path) -> None:
+    """So two workers that render the same rows leave one part, and no part is replaced by other rows."""
     manifest = Manifest(tmp_path)
     rows = [row("a"), row("b")]
     name = manifest.commit(rows, NONE)
@@ -186,18 +186,18 @@ def test_parts_are_named_by_what_they_hold(tmp_path: Path) -> None:
         assert manifest.commit([rows[0], replace(rows[1], **change)], NONE) != name
 
 
-def test_a_manifest_made_anew_is_read_anew(tmp_path: Path) -> None:
+def test_a_recreated_manifest_is_read_again(tmp_path: Path) -> None:
     """`--overwrite` in a process that has read the old parts, which may have had the same names."""
     for status in ("failed", "ok"):
         manifest = Manifest(tmp_path)
         manifest.commit([row(status=status)], NONE)
         with manifest.index() as index:
-            found = index.find(("a", 0))
-            assert found is not None
-            assert index.take([found])["status"].to_pylist() == [found.status] == [status]
+            image = index.find(("a", 0))
+            assert image is not None
+            assert index.take([image])["status"].to_pylist() == [image.status] == [status]
 
 
-def test_only_whole_parts_are_read(tmp_path: Path) -> None:
+def test_only_complete_parts_are_listed(tmp_path: Path) -> None:
     manifest = Manifest(tmp_path)
     part = manifest.folder / manifest.commit([row()], NONE)
     (manifest.folder / f".tmp-1-{part.name}").write_bytes(part.read_bytes()[:100])
@@ -206,7 +206,7 @@ def test_only_whole_parts_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1 and no more", b"another"], ids=["empty", "truncated", "another"])
-def test_a_damaged_part_is_named_with_the_way_out(tmp_path: Path, content: bytes) -> None:
+def test_the_error_of_a_damaged_part_names_it_and_what_to_do(tmp_path: Path, content: bytes) -> None:
     manifest = Manifest(tmp_path)
     whole = manifest.folder / manifest.commit([row("b")], NONE)
     part = manifest.folder / manifest.commit([row()], NONE)
@@ -219,38 +219,38 @@ def test_a_damaged_part_is_named_with_the_way_out(tmp_path: Path, content: bytes
         manifest.index()
     assert error.value.part == part
     assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
-    told: list[DamagedPart] = []
-    with manifest.index(damaged=told.append) as index:
+    damages: list[DamagedPart] = []
+    with manifest.index(damaged=damages.append) as index:
         assert (index.find(("a", 0)), index.count_rows()) == (None, (1, 0))
-    assert [damage.part for damage in told] == [part]
+    assert [damage.part for damage in damages] == [part]
     assert part.exists()
     assert whole.exists()
 
 
-def test_a_part_that_the_disk_does_not_give_is_not_taken_for_damaged(tmp_path: Path) -> None:
-    """It would be rendered anew for nothing."""
+def test_a_part_that_cannot_be_read_is_not_damaged(tmp_path: Path) -> None:
+    """Its rows would be rendered again for nothing."""
     manifest = Manifest(tmp_path)
     part = manifest.folder / manifest.commit([row()], NONE)
     with manifest.index() as index:
-        found = index.find(("a", 0))
+        image = index.find(("a", 0))
         part.unlink()
-        assert found is not None
+        assert image is not None
         with pytest.raises(StorageError, match=f"cannot read {re.escape(str(part))}: No such file"):
-            index.take([found])
+            index.take([image])
 
 
-def test_a_column_that_is_read_late_is_read_with_its_checksum(tmp_path: Path) -> None:
-    """Values of one length are exchanged in a page that is not compressed, so that Parquet itself sees nothing."""
+def test_columns_that_are_read_later_are_verified_too(tmp_path: Path) -> None:
+    """Bytes are changed in a page that is not compressed, so that Parquet alone would not notice."""
     manifest = Manifest(tmp_path)
     part = manifest.folder / manifest.commit([row(sha256="0123456789" * 6, prompt=f"{2**70}")], NONE)
     with manifest.index() as index:
         content = part.read_bytes()
         at = content.index(b"0123456789")
         part.write_bytes(content[:at] + b"9876543210" + content[at + 10 :])
-        found = index.find(("a", 0))
-        assert found is not None
+        image = index.find(("a", 0))
+        assert image is not None
         with pytest.raises(DamagedPart, match="CRC checksum"):
-            index.take([found])
+            index.take([image])
 
 
 @pytest.mark.parametrize("change", ["renamed", "of another type"])
@@ -264,13 +264,13 @@ def test_a_part_with_other_columns_is_damaged(tmp_path: Path, change: str) -> No
         table = table.set_column(2, "prompt", pa.array([7]))
     pq.write_table(table, part)
     with pytest.raises(DamagedPart, match=r"its column"), manifest.index() as index:
-        found = index.find(("a", 0))
-        assert found is not None
-        index.take([found])
+        image = index.find(("a", 0))
+        assert image is not None
+        index.take([image])
 
 
 def as_version_1(part: Path, extra: dict[str, Any] | None = None) -> None:
-    """Rewrite a part as the first version of the format has it, with carried columns `extra`."""
+    """Rewrite a part in version 1 of the format, with the carried columns `extra`."""
     table = pq.read_table(part).drop_columns(["pixels_sha256"])
     for name, values in (extra or {}).items():
         table = table.append_column(name, pa.array(values))
@@ -278,7 +278,7 @@ def as_version_1(part: Path, extra: dict[str, Any] | None = None) -> None:
     pq.write_table(table.replace_schema_metadata({"batch-infer-columns": mark}), part)
 
 
-def test_a_part_of_an_earlier_version_has_null_in_the_columns_that_it_did_not_know(tmp_path: Path) -> None:
+def test_a_part_of_an_earlier_version_has_null_in_newer_columns(tmp_path: Path) -> None:
     manifest = Manifest(tmp_path)
     old = manifest.folder / manifest.commit([row("a", sha256="00", pixels_sha256="01")], NONE)
     manifest.commit([row("b", sha256="02", pixels_sha256="03")], NONE)
@@ -303,7 +303,7 @@ def test_a_carried_column_that_later_became_a_result_column_is_still_carried(tmp
     assert (table["pixels_sha256"].to_pylist(), table["input_pixels_sha256"].to_pylist()) == ([None], ["the user's"])
 
 
-def test_a_part_of_a_later_version_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+def test_a_part_of_a_later_version_is_refused_and_unchanged(tmp_path: Path) -> None:
     manifest = Manifest(tmp_path)
     part = manifest.folder / manifest.commit([row()], NONE)
     table = pq.read_table(part).append_column("new", pa.array(["x"]))
@@ -316,7 +316,7 @@ def test_a_part_of_a_later_version_is_refused_and_left_as_it_is(tmp_path: Path) 
     assert (damages, part.read_bytes()) == ([], before)
 
 
-def test_parts_that_were_read_are_kept_up_to_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_of_parts_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     carried = pa.schema([("text", pa.string())])
     manifest = Manifest(tmp_path)
     for name in "abc":
@@ -345,7 +345,7 @@ def test_parts_that_were_read_are_kept_up_to_a_size(tmp_path: Path, monkeypatch:
 
 
 def damaged(content: bytes, random_: random.Random) -> bytes:
-    """A file as a disk may give it back: cut off, zeroed in blocks, with bits or bytes that are others."""
+    """Return a file as a disk may corrupt it: truncated, with zeroed blocks, changed bits or changed bytes."""
     at = random_.randrange(len(content))
     foot = random_.randrange(len(content) - int.from_bytes(content[-8:-4], "little") - 8, len(content))
     kind = random_.choice(["cut", "block", "bit", "byte", "foot"])
@@ -360,7 +360,7 @@ def damaged(content: bytes, random_: random.Random) -> bytes:
     return content[:at] + bytes([content[at] ^ 1 << random_.randrange(8)]) + content[at + 1 :]
 
 
-def test_whatever_is_damaged_nothing_is_read_that_was_not_written(tmp_path: Path) -> None:
+def test_damage_is_detected_or_harmless(tmp_path: Path) -> None:
     manifest, random_ = Manifest(tmp_path), random.Random(0)
     rows = [row(f"{k}", prompt=f"{k} circles", seed=k, safety_scores={"c": k / 7}) for k in range(30)]
     part = manifest.folder / manifest.commit(rows, NONE)
@@ -379,7 +379,7 @@ def test_whatever_is_damaged_nothing_is_read_that_was_not_written(tmp_path: Path
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["gone", "replaced"])
-def test_out_that_has_gone_is_not_made_again(tmp_path: Path, again: bool) -> None:
+def test_a_removed_out_is_not_created_again(tmp_path: Path, again: bool) -> None:
     out = tmp_path / "out"
     out.mkdir()
     manifest = Manifest(out)
@@ -397,7 +397,7 @@ def test_out_that_has_gone_is_not_made_again(tmp_path: Path, again: bool) -> Non
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_disk_that_fails_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+def test_a_disk_error_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     manifest = Manifest(tmp_path)
     name = manifest.commit([row()], NONE)
 
@@ -428,7 +428,7 @@ keys = st.tuples(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, m
 
 @settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(keys, min_size=1, max_size=12, unique=True), st.integers(1, 5), st.data())
-def test_any_rows_are_taken_in_any_order(
+def test_take_returns_rows_in_the_given_order(
     tmp_path_factory: pytest.TempPathFactory, names: list[tuple[str, int]], size: int, data: st.DataObject
 ) -> None:
     manifest = Manifest(tmp_path_factory.mktemp("out"))

@@ -1,4 +1,4 @@
-"""Checkpoints: what their folders say, what is refused, and what their parts compute."""
+"""Stable Diffusion checkpoints: their cards, faults that are refused, and the results of their components."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def card_of(folder: Path, **settings: Any) -> ModelCard:
 
 @pytest.fixture
 def own(sd1_folder: Path, tmp_path: Path) -> Path:
-    """A copy of the checkpoint, to spoil."""
+    """A copy of the checkpoint to modify."""
     return copied(sd1_folder, tmp_path)
 
 
@@ -50,7 +50,7 @@ def test_the_built_in_model_needs_no_name() -> None:
     assert card.sizes == SizeRules(64, 64, 8, 16)
 
 
-def test_cards_of_both_layouts(sd1_folder: Path, sd2_folder: Path) -> None:
+def test_cards_of_both_versions(sd1_folder: Path, sd2_folder: Path) -> None:
     first, second = card_of(sd1_folder), card_of(sd2_folder)
     assert (first.scheduler_name, second.scheduler_name) == ("PNDMScheduler", "DDIMScheduler")
     assert (first.has_checker, second.has_checker) == (True, False)
@@ -60,7 +60,7 @@ def test_cards_of_both_layouts(sd1_folder: Path, sd2_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
-def test_the_fingerprint_tells_one_weight(own: Path, component: str) -> None:
+def test_the_fingerprint_changes_with_one_weight(own: Path, component: str) -> None:
     before = card_of(own)
     (file,) = (own / component).glob("*.safetensors")
     weights = load_file(file)
@@ -71,7 +71,7 @@ def test_the_fingerprint_tells_one_weight(own: Path, component: str) -> None:
     assert after.checker_fingerprint == before.checker_fingerprint
 
 
-def test_the_fingerprint_tells_words_and_settings_but_not_the_place(own: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_changes_with_vocabulary_and_configs_but_not_with_the_path(own: Path, tmp_path: Path) -> None:
     before = card_of(own)
     moved = Path(shutil.move(own, tmp_path / "moved"))
     assert card_of(moved).fingerprint == before.fingerprint
@@ -89,12 +89,12 @@ def test_the_fingerprint_tells_words_and_settings_but_not_the_place(own: Path, t
     assert card_of(moved).fingerprint != configured
 
 
-def test_a_variant_that_is_not_there(own: Path) -> None:
+def test_a_missing_variant_is_refused(own: Path) -> None:
     with pytest.raises(ModelError, match="has no weights of variant bf16"):
         card_of(own, variant="bf16")
 
 
-def test_scheduler_and_checker_have_fingerprints_of_their_own(own: Path) -> None:
+def test_scheduler_and_checker_have_separate_fingerprints(own: Path) -> None:
     before = card_of(own)
     amend(own / "scheduler" / "scheduler_config.json", beta_end=0.02)
     amend(own / "safety_checker" / "config.json", note="changed")
@@ -108,7 +108,7 @@ def test_scheduler_and_checker_have_fingerprints_of_their_own(own: Path) -> None
     assert chosen.scheduler_fingerprint != after.scheduler_fingerprint
 
 
-# What is refused
+# Refused checkpoints
 
 
 def pickle_weights(folder: Path) -> None:
@@ -130,7 +130,7 @@ def cut(folder: Path, file: str) -> None:
     (folder / file).write_bytes((folder / file).read_bytes()[:2000])
 
 
-def lose_a_weight(folder: Path, file: str) -> None:
+def remove_a_weight(folder: Path, file: str) -> None:
     weights = load_file(folder / file)
     weights.pop(sorted(weights)[0])
     save_file(weights, folder / file, metadata={"format": "pt"})
@@ -140,11 +140,11 @@ def add_a_weight(folder: Path, file: str) -> None:
     save_file({**load_file(folder / file), "strange": torch.zeros(1)}, folder / file, metadata={"format": "pt"})
 
 
-def fail_to_fetch(folder: Path, file: str) -> None:
+def write_lfs_pointer(folder: Path, file: str) -> None:
     (folder / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "utf-8")
 
 
-def name_a_shard_that_is_not_there(folder: Path) -> None:
+def name_a_missing_shard(folder: Path) -> None:
     index = folder / f"{UNET}.index.json"
     index.write_text(
         '{"weight_map": {"conv_in.weight": "diffusion_pytorch_model-00002-of-00002.safetensors"}}', "utf-8"
@@ -161,19 +161,19 @@ def empty(folder: Path) -> None:
         file.unlink()
 
 
-SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
+FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "pickled weights": (pickle_weights, "text_encoder/pytorch_model.bin is pickled.*convert the checkpoint"),
     "code in the folder": (bring_code, "unet is .*only classes of diffusers and transformers"),
-    "a pipeline of its own": (bring_pipeline, "only pipeline classes of diffusers are run"),
+    "a custom pipeline": (bring_pipeline, "only pipeline classes of diffusers are run"),
     "another pipeline": (
         lambda f: amend(f / "model_index.json", _class_name="FluxPipeline"),
         "could not be loaded: .*FluxPipeline.* expected",
     ),
     "no pipeline": (lambda f: amend(f / "model_index.json", _class_name=None), "is a None"),
-    "a component that is nothing": (lambda f: amend(f / "model_index.json", vae=[]), "vae is"),
-    "a component not named": (lambda f: amend(f / "model_index.json", vae=[None, None]), "names no vae"),
-    "a component not there": (lambda f: shutil.rmtree(f / "vae"), "names vae/, which is missing"),
-    "a folder out of the folder": (
+    "an empty component": (lambda f: amend(f / "model_index.json", vae=[]), "vae is"),
+    "an unnamed component": (lambda f: amend(f / "model_index.json", vae=[None, None]), "names no vae"),
+    "a missing component": (lambda f: shutil.rmtree(f / "vae"), "names vae/, which is missing"),
+    "a path outside the folder": (
         lambda f: amend(f / "model_index.json", **{"../sd1/vae2": ["diffusers", "AutoencoderKL"]}),
         "only classes of diffusers and transformers",
     ),
@@ -183,7 +183,7 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
         "unet/config.json has sample_size='8', but",
     ),
     "no scheduler": (lambda f: (f / "scheduler" / "scheduler_config.json").unlink(), "scheduler_config.json is miss"),
-    "no words": (
+    "no vocabulary": (
         lambda f: empty(f / "tokenizer"),
         "tokenizer/ holds none of tokenizer.json",
     ),
@@ -191,18 +191,18 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "an index that is a list": (lambda f: (f / "model_index.json").write_text("[]", "utf-8"), "not hold a JSON object"),
     "half a UNet": (lambda f: cut(f, UNET), "unet/diffusion_pytorch_model.safetensors is incomplete: fetch it again"),
     "half a text encoder": (lambda f: cut(f, TEXT), "text_encoder/model.safetensors is incomplete"),
-    "an end that did not come": (
+    "a missing last byte": (
         lambda f: (f / UNET).write_bytes((f / UNET).read_bytes()[:-1]),
         "unet/diffusion_pytorch_model.safetensors is incomplete",
     ),
-    "a pointer": (lambda f: fail_to_fetch(f, UNET), "is a Git LFS pointer: fetch the weights with `git lfs pull`"),
+    "a pointer": (lambda f: write_lfs_pointer(f, UNET), "is a Git LFS pointer: fetch the weights with `git lfs pull`"),
     "a page of text": (lambda f: (f / UNET).write_text("not found"), "is incomplete|is not a safetensors file"),
-    "a shard that did not come": (name_a_shard_that_is_not_there, "00002-of-00002.safetensors is missing"),
-    "code that a configuration names": (
+    "a missing shard": (name_a_missing_shard, "00002-of-00002.safetensors is missing"),
+    "code named by a config": (
         lambda f: amend(f / "text_encoder" / "config.json", auto_map={"AutoModel": "m.Model"}),
         "text_encoder/config.json names code to load .auto_map.: batch-infer does not run code from a checkpoint",
     ),
-    "whatever class": (
+    "an Auto class": (
         lambda f: amend(f / "model_index.json", text_encoder=["transformers", "AutoModel"]),
         "text_encoder is any class that its folder names",
     ),
@@ -210,7 +210,7 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / "text_encoder" / "adapter_config.json").write_text("{}"),
         "text_encoder/ holds an adapter; merge it",
     ),
-    "a shard out of the folder": (
+    "a shard outside the folder": (
         lambda f: (f / f"{UNET}.index.json").write_text('{"weight_map": {"a": "../../out.safetensors"}}', "utf-8"),
         "names ../../out.safetensors, which is no shard",
     ),
@@ -226,14 +226,14 @@ UNLOADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: amend(f / "unet" / "config.json", cross_attention_dim=48),
         "unet/config.json has cross_attention_dim=48, but hidden_size of text_encoder makes 32",
     ),
-    "a UNet with a weight less": (lambda f: lose_a_weight(f, UNET), r"unet lacks 1 tensor \(conv_in.bias\)"),
-    "a UNet with a weight more": (lambda f: add_a_weight(f, UNET), r"besides its network's, 1 tensor \(strange\)"),
-    "a text encoder with a weight less": (lambda f: lose_a_weight(f, TEXT), r"text_encoder lacks 1 tensor \("),
-    "a checker with a weight less": (
-        lambda f: lose_a_weight(f, "safety_checker/model.safetensors"),
+    "a UNet without a weight": (lambda f: remove_a_weight(f, UNET), r"unet lacks 1 tensor \(conv_in.bias\)"),
+    "a UNet with an extra weight": (lambda f: add_a_weight(f, UNET), r"besides its network's, 1 tensor \(strange\)"),
+    "a text encoder without a weight": (lambda f: remove_a_weight(f, TEXT), r"text_encoder lacks 1 tensor \("),
+    "a checker without a weight": (
+        lambda f: remove_a_weight(f, "safety_checker/model.safetensors"),
         "safety_checker lacks 1 tensor",
     ),
-    "a checker whose weights bear other names": (
+    "a checker with renamed weights": (
         lambda f: rename_weights(f, "safety_checker/model.safetensors"),
         "safety_checker lacks 44 tensors \\(.*, \\.\\.\\.\\)",
     ),
@@ -243,10 +243,10 @@ UNLOADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", SPOILED)
-def test_folders_are_refused_by_what_they_say(own: Path, case: str) -> None:
-    spoil, reason = SPOILED[case]
-    spoil(own)
+@pytest.mark.parametrize("case", FAULTS)
+def test_faults_that_reading_finds_are_refused(own: Path, case: str) -> None:
+    damage, reason = FAULTS[case]
+    damage(own)
     with pytest.raises(ModelError, match=reason) as refusal:
         card_of(own)
     assert str(own) in str(refusal.value)
@@ -254,9 +254,9 @@ def test_folders_are_refused_by_what_they_say(own: Path, case: str) -> None:
 
 
 @pytest.mark.parametrize("case", UNLOADABLE)
-def test_checkpoints_are_refused_by_what_they_hold(own: Path, case: str) -> None:
-    spoil, reason = UNLOADABLE[case]
-    spoil(own)
+def test_faults_that_loading_finds_are_refused(own: Path, case: str) -> None:
+    damage, reason = UNLOADABLE[case]
+    damage(own)
     with pytest.raises(ModelError, match=reason) as refusal:
         load_family(own, with_checker=True)
     assert str(own) in str(refusal.value)
@@ -276,17 +276,17 @@ def test_an_inpainting_checkpoint_is_refused(own: Path) -> None:
     ("name", "reason"),
     [("no/such/folder", "no model folder"), ("./nothing", "no model folder"), ("nothing", "no model folder")],
 )
-def test_a_name_that_is_nothing(name: str, reason: str) -> None:
+def test_a_name_without_a_model_is_refused(name: str, reason: str) -> None:
     with pytest.raises(ModelError, match=reason):
         read_card(ModelSettings(name=name))
 
 
-def test_a_file_is_no_folder(sd1_folder: Path) -> None:
+def test_a_component_file_is_not_a_checkpoint(sd1_folder: Path) -> None:
     with pytest.raises(ModelError, match="give a complete checkpoint of Stable Diffusion, or the folder"):
         card_of(sd1_folder / UNET)
 
 
-def test_a_revision_is_of_the_hub(own: Path) -> None:
+def test_a_revision_needs_a_hub_id(own: Path) -> None:
     for name in (str(own), None):
         with pytest.raises(ModelError, match="--revision v1 is for a Hugging Face id"):
             read_card(ModelSettings(name=name, revision="v1"))
@@ -312,7 +312,7 @@ def test_a_revision_is_of_the_hub(own: Path) -> None:
         ("EulerDiscreteScheduler:beta_schedule=none", "cannot be built on this model's scheduler settings"),
     ],
 )
-def test_schedulers_that_do_not_exist_or_fit(sd1_folder: Path, scheduler: str, reason: str) -> None:
+def test_schedulers_that_are_unknown_or_do_not_fit(sd1_folder: Path, scheduler: str, reason: str) -> None:
     with pytest.raises(ModelError, match=reason) as refusal:
         load_family(sd1_folder, scheduler)
     assert "\n" not in str(refusal.value)
@@ -322,7 +322,7 @@ def test_a_scheduler_whose_library_is_missing_names_it(sd1_folder: Path, monkeyp
     import diffusers
 
     class NeedyScheduler:
-        """As diffusers stands in for a class whose library is missing."""
+        """Like diffusers' placeholder of a class whose library is missing."""
 
         _backends = ("torch", "torchsde")
 
@@ -331,15 +331,15 @@ def test_a_scheduler_whose_library_is_missing_names_it(sd1_folder: Path, monkeyp
         load_family(sd1_folder, "DPMSolverSDEScheduler")
 
 
-# What the parts compute
+# Results of the components
 
 
-def test_prompts_are_encoded_as_the_pipeline_does(sd1: Any, sd1_folder: Path) -> None:
+def test_embeddings_equal_those_of_the_pipeline(sd1: Any, sd1_folder: Path) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(sd1_folder, dtype=torch.float32)
     request = make_request(prompt="a red circle", negative="green")
-    (found,) = sd1.condition([request])
+    (conditioning,) = sd1.condition([request])
     positive, negative = pipe.encode_prompt("a red circle", "cpu", 1, True, "green")
-    contexts = [context["encoder_hidden_states"] for context in found.context]
+    contexts = [context["encoder_hidden_states"] for context in conditioning.context]
     assert torch.allclose(torch.stack(contexts), torch.cat([positive, negative]), atol=1e-6)
 
 
@@ -378,11 +378,11 @@ def test_rows_without_guidance_have_no_unconditional_part(sd1: Any) -> None:
 
 def test_tokens_are_counted_without_start_and_end(sd1: Any) -> None:
     texts = ["", "circle", "circle " * 75, "circle " * 76]
-    found = [(c.prompt_tokens, c.prompt_truncated) for c in sd1.condition([make_request(prompt=t) for t in texts])]
-    each = found[1][0]
-    assert found[0] == (0, False)
-    assert found[2] == (75 * each, 75 * each > 75)
-    assert found[3] == (76 * each, True)
+    counts = [(c.prompt_tokens, c.prompt_truncated) for c in sd1.condition([make_request(prompt=t) for t in texts])]
+    each = counts[1][0]
+    assert counts[0] == (0, False)
+    assert counts[2] == (75 * each, 75 * each > 75)
+    assert counts[3] == (76 * each, True)
 
 
 def test_latents_and_images_have_their_sizes(sd1: Any) -> None:
@@ -390,7 +390,7 @@ def test_latents_and_images_have_their_sizes(sd1: Any) -> None:
     assert sd1.decode(torch.zeros(2, 4, 6, 10)).shape == (2, 3, 48, 80)
 
 
-def test_the_checker_is_loaded_only_where_it_is_wanted(sd1: Any, sd1_folder: Path, sd2_folder: Path) -> None:
+def test_the_checker_is_loaded_only_on_request(sd1: Any, sd1_folder: Path, sd2_folder: Path) -> None:
     assert sd1.safety_checker is None
     with_checker = load_family(sd1_folder, with_checker=True)
     assert with_checker.safety_checker is not None

@@ -23,7 +23,8 @@ from batch_infer.jobs import out as outdir
 from batch_infer.jobs import recovery, run_folder
 from batch_infer.manifest import Manifest
 from batch_infer.records import ResultRow, utc_now
-from batch_infer.sinks import IMAGE_FOLDERS, FolderSink
+from batch_infer.sinks import IMAGE_FOLDERS
+from batch_infer.sinks.folder import FolderSink
 from batch_infer.store import find_holder
 from tests.runs import run, run_json
 from tests.tables import write_csv

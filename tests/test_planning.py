@@ -1,4 +1,4 @@
-"""The plan: what is not done, once each, one size at a time and the long rows first."""
+"""Planning: pending requests are ordered by size with long rows first, and their cost is estimated."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ GUIDANCE = [1.0, 7.5, 7.5, 7.5, 7.5]
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What a manifest would say of an image."""
+class Entry:
+    """What a manifest holds of an image."""
 
     status: str
     fingerprint: str = "f"
@@ -31,13 +31,13 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Shelf:
-    """A manifest's index by hand."""
+class FakeIndex:
+    """A stand-in for the manifest's index."""
 
-    kept: dict[tuple[str, int], Kept] = field(default_factory=dict)
+    entries: dict[tuple[str, int], Entry] = field(default_factory=dict)
 
-    def find(self, key: tuple[str, int]) -> Kept | None:
-        return self.kept.get(key)
+    def find(self, key: tuple[str, int]) -> Entry | None:
+        return self.entries.get(key)
 
 
 def request(name: str = "a", *, size: int = 64, steps: int = 20, guidance: float = 5.0) -> PromptRequest:
@@ -53,27 +53,27 @@ def invalid_row(fingerprint: str = "f") -> ResultRow:
 
 
 @pytest.mark.parametrize("status", ["ok", "flagged", "blocked"])
-def test_a_final_row_is_left_alone_until_it_changes(status: str) -> None:
+def test_a_final_row_is_skipped_until_it_changes(status: str) -> None:
     assert status in FINAL_STATUSES
-    assert is_done(request(), Kept(status))
-    assert not is_done(request(), Kept(status, fingerprint="another"))
+    assert is_done(request(), Entry(status))
+    assert not is_done(request(), Entry(status, fingerprint="another"))
     assert not is_done(request(), None)
 
 
 def test_a_failed_row_is_tried_three_times() -> None:
-    tried = [is_done(request(), Kept("failed", failures=failures)) for failures in range(1, 5)]
+    tried = [is_done(request(), Entry("failed", failures=failures)) for failures in range(1, 5)]
     assert tried == [False, False, True, True]
     assert MAX_ATTEMPTS == 3
 
 
-def test_an_invalid_row_is_told_once() -> None:
-    assert is_done(invalid_row(), Kept("invalid"))
-    assert not is_done(invalid_row(), Kept("invalid", fingerprint="another fault"))
-    assert not is_done(invalid_row(), Kept("ok"))
-    assert not is_done(request(), Kept("invalid")), "it is none any more"
+def test_an_invalid_row_is_recorded_once() -> None:
+    assert is_done(invalid_row(), Entry("invalid"))
+    assert not is_done(invalid_row(), Entry("invalid", fingerprint="another fault"))
+    assert not is_done(invalid_row(), Entry("ok"))
+    assert not is_done(request(), Entry("invalid")), "it is none any more"
 
 
-def test_what_is_pending_knows_what_it_replaces() -> None:
+def test_pending_requests_have_the_images_that_they_replace() -> None:
     rows: list[PromptRequest | ResultRow] = [
         request("new"),
         request("done"),
@@ -81,18 +81,18 @@ def test_what_is_pending_knows_what_it_replaces() -> None:
         invalid_row(),
         request("failed"),
     ]
-    shelf = Shelf(
+    index = FakeIndex(
         {
-            ("done", 0): Kept("ok"),
-            ("changed", 0): Kept("ok", fingerprint="before", attempt=2, path="images/old.png"),
-            ("failed", 0): Kept("failed", path=None),
+            ("done", 0): Entry("ok"),
+            ("changed", 0): Entry("ok", fingerprint="before", attempt=2, path="images/old.png"),
+            ("failed", 0): Entry("failed", path=None),
         }
     )
-    found = [(item.id, item.attempt, item.replaces) for item in select_pending(rows, shelf)]
+    found = [(item.id, item.attempt, item.replaces) for item in select_pending(rows, index)]
     assert found == [("new", 1, None), ("changed", 3, "images/old.png"), ("failed", 2, None)]
 
 
-def test_rows_of_one_size_stand_together_and_long_ones_come_first() -> None:
+def test_rows_of_one_size_are_adjacent_and_long_ones_come_first() -> None:
     rows = [request(f"{size}-{steps}-{guidance:g}", size=size, steps=steps, guidance=guidance)
             for size in (128, 64) for steps in (5, 50) for guidance in (1.0, 5.0)]  # fmt: skip
     planned = list(order_requests(rows))
@@ -100,12 +100,12 @@ def test_rows_of_one_size_stand_together_and_long_ones_come_first() -> None:
     assert {item.params.height for item in planned[4:]} == {128}
 
 
-def test_no_rows_need_no_plan() -> None:
+def test_no_rows_give_no_order() -> None:
     assert list(order_requests([])) == []
 
 
-def test_the_plan_is_made_window_by_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A table of any length is read as far as it is planned, and no further."""
+def test_requests_are_ordered_window_by_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table is read only as far as it is ordered."""
     monkeypatch.setattr(planning, "WINDOW", 10)
     read = 0
 
@@ -124,7 +124,7 @@ shapes = st.tuples(st.sampled_from([64, 72, 128]), st.sampled_from([1, 5, 50]), 
 
 @settings(deadline=None)
 @given(st.lists(shapes, max_size=60), st.integers(1, 20), st.sampled_from([None, 2, 3, 8]))
-def test_every_request_is_planned_once(rows: list[tuple[int, int, float]], window: int, slots: int | None) -> None:
+def test_every_request_is_ordered_once(rows: list[tuple[int, int, float]], window: int, slots: int | None) -> None:
     requests = [request(f"{i}", size=size, steps=steps, guidance=guidance)
                 for i, (size, steps, guidance) in enumerate(rows)]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
@@ -148,45 +148,45 @@ def test_slots_are_full_on_a_mixed_table(rows: int, least: float, seed: int) -> 
         request(f"{k}", size=draw.choice([64, 72, 128]), steps=draw.randint(20, 50), guidance=draw.choice(GUIDANCE))
         for k in range(rows)
     ]
-    loads = loads_of(list(order_requests(table, lambda _: 32)), slots=32).values()
-    assert sum(load.row_forwards for load in loads) / sum(32 * load.ticks for load in loads) >= least
+    costs = costs_of(list(order_requests(table, lambda _: 32)), slots=32).values()
+    assert sum(cost.row_forwards for cost in costs) / sum(32 * cost.ticks for cost in costs) >= least
 
 
-def loads_of(requests: list[PromptRequest], slots: int) -> dict[tuple[int, int], SizeCost]:
-    packing = StepBatchingEstimator(lambda _: slots)
+def costs_of(requests: list[PromptRequest], slots: int) -> dict[tuple[int, int], SizeCost]:
+    estimator = StepBatchingEstimator(lambda _: slots)
     for item in requests:
-        packing.add(item, item.params.num_inference_steps)
-    packing.close()
-    return packing.costs
+        estimator.add(item, item.params.num_inference_steps)
+    estimator.close()
+    return estimator.costs
 
 
-def test_rows_are_packed_on_paper() -> None:
+def test_step_batching_is_estimated() -> None:
     rows = [request(steps=20), request(steps=20), request(steps=10, guidance=1.0), request(steps=5)]
-    assert loads_of(rows, slots=4) == {
+    assert costs_of(rows, slots=4) == {
         (64, 64): SizeCost(slots=4, images=4, row_forwards=20 * 2 + 20 * 2 + 10 + 5 * 2, ticks=30)
     }
 
 
 def test_slots_empty_before_the_size_changes() -> None:
     rows = [request(steps=3), request(steps=3, size=72), request(steps=3)]
-    assert loads_of(rows, slots=4) == {(64, 64): SizeCost(4, 2, 12, 6), (72, 72): SizeCost(4, 1, 6, 3)}
+    assert costs_of(rows, slots=4) == {(64, 64): SizeCost(4, 2, 12, 6), (72, 72): SizeCost(4, 1, 6, 3)}
 
 
 def test_no_rows_cost_nothing() -> None:
-    assert loads_of([], slots=4) == {}
+    assert costs_of([], slots=4) == {}
 
 
 def test_a_window_is_bounded_in_bytes_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "WINDOW_BYTES", 1000)
-    taken = 0
+    read = 0
 
     def source() -> Iterator[PromptRequest]:
-        nonlocal taken
+        nonlocal read
         for number in range(100):
-            taken += 1
+            read += 1
             yield replace(request(f"{number}"), carried={"tag": "x" * 300})
 
     found = planning.order_requests(source())
     next(found)
-    assert taken < 5
+    assert read < 5
     assert sum(1 for _ in found) == 99

@@ -1,4 +1,4 @@
-"""Half precision: what it costs in likeness, on the model that is really trained."""
+"""Half precision compared with single precision, on the trained model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def images_in(dtype: torch.dtype, folder: Path) -> dict[str, np.ndarray]:
 @pytest.mark.promises
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_is_near_single(dtype: torch.dtype, demo_folder: Path) -> None:
-    """By the peak signal-to-noise ratio: 10 log10(255^2 / mean squared error)."""
+    """Measured as peak signal-to-noise ratio: 10 log10(255^2 / mean squared error)."""
     single, half = images_in(torch.float32, demo_folder), images_in(dtype, demo_folder)
     for name, image in single.items():
         error = np.mean(np.square(image.astype(float) - half[name].astype(float)))

@@ -23,7 +23,8 @@ from batch_infer.jobs import recovery
 from batch_infer.jobs.recovery import recover, set_aside
 from batch_infer.manifest import Manifest
 from batch_infer.records import ResultRow
-from batch_infer.sinks import FolderSink, Sink
+from batch_infer.sinks import Sink
+from batch_infer.sinks.folder import FolderSink
 
 NONE = pa.schema([])
 END = datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc)
@@ -133,7 +134,7 @@ def test_a_kill_at_any_step_of_a_commit_is_recovered_by_the_next_run(tmp_path: P
     for out in (tmp_path / name for name in ends):
         with_leftovers += any(".tmp-" in path for path in files(out))
         wrong = mixed_up(out)
-        assert recover(out, Manifest(out)) == wrong, "what is settled and not committed has replaced them"
+        assert recover(out) == wrong, "what is settled and not committed has replaced them"
         assert not [path for path in files(out) if ".tmp-" in path or ".damaged" in path]
         commit_twice(out)
         assert files(out) == want, out.name
@@ -147,7 +148,7 @@ def test_an_uncommitted_image_is_replaced(tmp_path: Path, caplog: pytest.LogCapt
     sink.publish([str(result(sink, "b", b"settled").generated_image)])
     result(sink, "aa", b"written")
     with caplog.at_level(logging.WARNING):
-        assert recover(tmp_path, Manifest(tmp_path)) == frozenset()
+        assert recover(tmp_path) == frozenset()
     assert not caplog.records
     commit(tmp_path, result(sink, "b", b"again"))
     images = {name: content for name, content in files(tmp_path).items() if name.startswith("images/")}
@@ -155,7 +156,7 @@ def test_an_uncommitted_image_is_replaced(tmp_path: Path, caplog: pytest.LogCapt
 
 
 def test_an_out_without_a_manifest_is_recovered(tmp_path: Path) -> None:
-    assert recover(tmp_path, Manifest(tmp_path)) == frozenset()
+    assert recover(tmp_path) == frozenset()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -176,7 +177,7 @@ def test_recent_lost_images_are_warned_about(tmp_path: Path, caplog: pytest.LogC
     (folder / "a short-0.png").write_bytes(b"pix")
     (folder / "another-0.png").write_bytes(b"slexip")
     with caplog.at_level(logging.WARNING):
-        missing = recover(tmp_path, Manifest(tmp_path))
+        missing = recover(tmp_path)
     assert missing == {(name, 0) for name in ("a gone", "a short", "another", "a recent", "an outside")}
     assert f"5 images of the manifest are missing or damaged and must be rendered again, the first is {tmp_path}/" in (
         caplog.text
@@ -201,9 +202,9 @@ def test_the_image_of_the_last_attempt_is_checked(tmp_path: Path) -> None:
         Manifest(tmp_path).commit([row], NONE)
         if attempt == 3:
             sink.publish([str(row.generated_image)])
-    assert recover(tmp_path, Manifest(tmp_path)) == frozenset()
+    assert recover(tmp_path) == frozenset()
     (tmp_path / "images/t-00000/a-0.png").write_bytes(b"2")
-    assert recover(tmp_path, Manifest(tmp_path)) == {("a", 0)}
+    assert recover(tmp_path) == {("a", 0)}
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "late column"])
@@ -219,7 +220,7 @@ def test_damaged_parts_are_set_aside_with_a_warning(
         part.write_bytes(bad)
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            assert recover(tmp_path, Manifest(tmp_path)) == frozenset()
+            assert recover(tmp_path) == frozenset()
         assert f"{part} is damaged (" in caplog.text
         assert f"its rows are rendered again, and it is kept as {kept}" in caplog.text
         assert part.with_name(kept).read_bytes() == bad
@@ -242,7 +243,7 @@ def test_damage_outside_indexed_columns_is_set_aside_too(tmp_path: Path) -> None
     content = part.read_bytes()
     commit(tmp_path, result(sink, "b"))
     part.write_bytes(garbled(content))
-    assert recover(tmp_path, Manifest(tmp_path)) == frozenset()
+    assert recover(tmp_path) == frozenset()
     with Manifest(tmp_path).index() as index:
         found = index.find(("a", 0))
         assert found is not None
@@ -274,7 +275,7 @@ def test_old_parts_and_their_images_are_not_read(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(recovery, "read_part", read_part)
     monkeypatch.setattr(recovery, "is_intact", is_whole)
-    assert recover(tmp_path, Manifest(tmp_path)) == frozenset()
+    assert recover(tmp_path) == frozenset()
     assert read == [(), "images/t-00000/a-0.png"]
 
 
@@ -285,7 +286,7 @@ def test_setting_the_clock_back_does_not_hide_recent_parts(tmp_path: Path) -> No
     commit(tmp_path, result(sink, "b", finished_at=END - timedelta(days=1)))
     for name in "ab":
         (tmp_path / f"images/t-00000/{name}-0.png").write_bytes(b"lost")
-    assert recover(tmp_path, Manifest(tmp_path)) == {("b", 0)}
+    assert recover(tmp_path) == {("b", 0)}
 
 
 def test_each_machine_has_its_own_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,7 +296,7 @@ def test_each_machine_has_its_own_clock(tmp_path: Path, monkeypatch: pytest.Monk
     commit(tmp_path, result(sink, "b"), at=7.0)
     for name in "ab":
         (tmp_path / f"images/t-00000/{name}-0.png").write_bytes(b"lost")
-    assert recover(tmp_path, Manifest(tmp_path)) == {("a", 0), ("b", 0)}
+    assert recover(tmp_path) == {("a", 0), ("b", 0)}
 
 
 def test_runs_before_the_last_clean_one_are_not_checked(tmp_path: Path) -> None:
@@ -303,7 +304,7 @@ def test_runs_before_the_last_clean_one_are_not_checked(tmp_path: Path) -> None:
     for run, name in enumerate("abc", 1):
         commit(tmp_path, result(sink, name), run=run)
         (tmp_path / f"images/t-0000{name > 'b':d}/{name}-0.png").write_bytes(b"lost")
-    assert recover(tmp_path, Manifest(tmp_path), since_run=2) == {("b", 0), ("c", 0)}
+    assert recover(tmp_path, since_run=2) == {("b", 0), ("c", 0)}
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ import pytest
 from batch_infer.errors import SettingsError, StorageError
 from batch_infer.jobs import recovery
 from batch_infer.manifest import Manifest
-from batch_infer.sinks import BACKUP_PREFIX, FolderSink
+from batch_infer.sinks import BACKUP_PREFIX
+from batch_infer.sinks.folder import FolderSink
 from batch_infer.store import unique_name
 from tests import runs
 from tests.tables import write_csv
@@ -154,7 +155,7 @@ def test_an_uncommitted_original_is_removed(folder: Path) -> None:
     ):
         path.write_bytes(b"of an earlier attempt")
     before = files(out)
-    recovery.remove_leftovers(out, Manifest(out))
+    recovery.remove_leftovers(out)
     assert {path for path in before if "/.original-" not in path} == runs.images(out)
     assert all(path.exists() for path in strangers)
 
@@ -243,7 +244,7 @@ DYING = """
 import os, signal
 from batch_infer.__main__ import main
 from batch_infer.manifest import Manifest
-from batch_infer.sinks import FolderSink
+from batch_infer.sinks.folder import FolderSink
 
 {room}.{moment} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 main()

@@ -34,7 +34,7 @@ from batch_infer.jobs.run import render_tables as score
 from batch_infer.manifest import SCHEMA
 from batch_infer.models import DEMO_MODEL
 from batch_infer.models.stable_diffusion import StableDiffusion
-from batch_infer.sinks import FolderSink
+from batch_infer.sinks.folder import FolderSink
 from tests.paced import MODULE
 from tests.runs import (
     QUICK,

@@ -26,7 +26,7 @@ from PIL.PngImagePlugin import PngInfo
 from batch_infer.jobs import rescore
 from batch_infer.manifest import Manifest
 from batch_infer.settings import ServiceSettings
-from batch_infer.sinks import FolderSink
+from batch_infer.sinks.folder import FolderSink
 from tests import runs
 from tests.content_safety_server import (
     KEY,
@@ -243,7 +243,7 @@ def test_a_key_refused_in_a_worker_ends_the_run(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    ("endpoint", "threshold", "told"),
+    ("endpoint", "threshold", "report"),
     [
         (None, "1", "--safety azure: CONTENT_SAFETY_ENDPOINT is not set"),
         ("my-resource", "1", "CONTENT_SAFETY_ENDPOINT=my-resource: expected https://"),
@@ -541,7 +541,7 @@ import os, signal
 import batch_infer.jobs.rescore as rescore
 from batch_infer.__main__ import main
 from batch_infer.manifest import Manifest
-from batch_infer.sinks import FolderSink
+from batch_infer.sinks.folder import FolderSink
 
 rescore.BATCH, room, calls = 3, {room}, []
 real = room.{moment}

@@ -1,4 +1,4 @@
-"""Settings: what texts and options mean, and the sentence where they mean nothing."""
+"""Settings: parsed options, and the messages for invalid ones."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ from batch_infer.settings import FIELDS, FailureBudget, LoraSpec, RunSettings, S
         ("euler karras:use_karras_sigmas=false", "EulerDiscreteScheduler", {"use_karras_sigmas": False}),
     ],
 )
-def test_schedulers_and_their_options(text: str, name: str, options: dict[str, Any]) -> None:
+def test_parse_scheduler(text: str, name: str, options: dict[str, Any]) -> None:
     spec = SchedulerSpec.parse(text)
     assert (spec.name, dict(spec.options)) == (name, options)
-    assert SchedulerSpec.parse(str(spec)) == spec, "it can be said as it is written down"
+    assert SchedulerSpec.parse(str(spec)) == spec, "its text can be parsed again"
 
 
-def test_the_order_of_options_is_no_matter() -> None:
+def test_the_order_of_scheduler_options_does_not_matter() -> None:
     assert SchedulerSpec.parse("A:x=1,y=2") == SchedulerSpec.parse("A:y=2,x=1")
 
 
@@ -57,7 +57,7 @@ def test_a_short_name_with_a_typing_error_has_a_suggestion() -> None:
 
 
 @pytest.mark.parametrize("text", ["", ":x=1", "A B", "A:x", "A:=1", "A:x=1,", "A:x y=1", "torch.nn:x=1"])
-def test_what_is_no_scheduler_is_named(text: str) -> None:
+def test_an_invalid_scheduler_is_named(text: str) -> None:
     with pytest.raises(SettingsError, match="--scheduler "):
         SchedulerSpec.parse(text)
 
@@ -71,7 +71,7 @@ def test_what_is_no_scheduler_is_named(text: str) -> None:
         ("a b.safetensors/c.safetensors:0", "a b.safetensors/c.safetensors", 0.0),
     ],
 )
-def test_loras_and_their_weights(text: str, file: str, weight: float) -> None:
+def test_parse_lora(text: str, file: str, weight: float) -> None:
     assert LoraSpec.parse(text) == LoraSpec(file, weight)
 
 
@@ -88,7 +88,7 @@ def test_loras_and_their_weights(text: str, file: str, weight: float) -> None:
         ("style.safetensors:inf", "the weight 'inf' is not a finite number"),
     ],
 )
-def test_what_is_no_lora_is_named(text: str, reason: str) -> None:
+def test_an_invalid_lora_is_named(text: str, reason: str) -> None:
     with pytest.raises(SettingsError, match=f"--lora {text}: {reason}"):
         LoraSpec.parse(text)
 
@@ -104,25 +104,25 @@ def test_how_many_rows_may_fail(text: str, rows: int, most: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "-1", "2.5", "ten", "%", "101%", "-1%", "nan%", "inf%"])
-def test_what_is_no_number_of_failures(text: str) -> None:
+def test_an_invalid_max_failed_is_named(text: str) -> None:
     with pytest.raises(SettingsError, match=r"--max-failed .*: expected a number of rows \(5\) or a percentage"):
         FailureBudget.parse(text)
 
 
 def parse(*arguments: str) -> RunSettings:
-    """The settings of a command line."""
+    """Return the settings of a command line."""
     with click.Context(command, info_name="run") as context:
         command.parse_args(context, ["t.csv", *arguments])
         return make_run_settings(context.params)
 
 
-def test_what_nobody_said_is_the_default() -> None:
+def test_defaults() -> None:
     assert parse() == RunSettings(TableSettings(("t.csv",)), Path("batch-infer-out"), output=parse().output)
     assert parse().output.results == ()
     assert (parse().safety.mode, parse().safety.policy, parse().max_failed.count) == ("auto", "blank", 0)
 
 
-def test_every_option_has_its_place() -> None:
+def test_every_option_is_a_setting() -> None:
     found = asdict(
         parse(
             *("--out", "o", "--column", "prompt=caption", "--column", "height=", "--limit", "3", "--model", "m"),
@@ -193,7 +193,7 @@ def test_every_option_has_its_place() -> None:
         ("--model", "m", "--steps", "3", "--safety", "none", "--slots", "4", "--limit", "2", "--price-per-hour", "1"),
     ],
 )
-def test_settings_can_be_written_down_and_read(arguments: tuple[str, ...]) -> None:
+def test_settings_round_trip_through_json(arguments: tuple[str, ...]) -> None:
     settings = parse(*arguments)
     record = json.loads(json.dumps({"settings": asdict(settings)}, default=str))
     assert parse_record(record).settings == settings
@@ -211,7 +211,7 @@ def test_settings_can_be_written_down_and_read(arguments: tuple[str, ...]) -> No
         (["--max-failed", "some"], "--max-failed some"),
     ],
 )
-def test_options_that_mean_nothing(arguments: list[str], sentence: str) -> None:
+def test_invalid_options(arguments: list[str], sentence: str) -> None:
     with pytest.raises(SettingsError, match=sentence):
         parse(*arguments)
 

@@ -1,4 +1,4 @@
-"""Checkpoints of one file: converted once, the same images as the folder's, and what is no checkpoint told by name."""
+"""Checkpoints in one file: converted once, with the images of their folder; other files are refused by kind."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def card_of(file: Path) -> Any:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty Hugging Face cache, and an empty one of our own."""
+    """Empty caches of Hugging Face and of batch-infer."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
     return tmp_path / "hf" / "hub"
@@ -56,7 +56,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def filled(cache: Path, sd1_folder: Path) -> Path:
-    """The settings and words that diffusers reads a file of Stable Diffusion 1 with."""
+    """Cache the configs and vocabulary with which diffusers reads a file of Stable Diffusion 1."""
     return fill_cache(cache, BASE, sd1_folder)
 
 
@@ -65,8 +65,8 @@ def file(sd1_folder: Path, tmp_path: Path) -> Path:
     return save_single_file(sd1_folder, tmp_path / "dreams-v1.5.safetensors")
 
 
-def test_the_folder_has_the_settings_as_they_were_and_the_files_weights(file: Path, filled: Path) -> None:
-    """So that no version of a library and no place is part of what the model is."""
+def test_the_folder_has_the_original_configs_and_the_files_weights(file: Path, filled: Path) -> None:
+    """The fingerprint must not depend on a library version or a path."""
     (filled / "unet" / "mine.py").write_text("raise SystemExit")
     (filled / "unet" / "diffusion_pytorch_model.bin").write_text("pickled")
     amend(filled / "unet" / "config.json", _diffusers_version="0.20.0")
@@ -80,7 +80,7 @@ def test_the_folder_has_the_settings_as_they_were_and_the_files_weights(file: Pa
         assert (made / name).read_bytes() == (filled / name).read_bytes()
 
 
-def test_a_file_draws_what_its_folder_draws(file: Path, filled: Path, sd1_folder: Path) -> None:
+def test_a_file_renders_the_images_of_its_folder(file: Path, filled: Path, sd1_folder: Path) -> None:
     rows = [make_request("guided", "a red circle", seed=3), make_request("free", "two stars", guidance=1.0, seed=4)]
     mine, theirs = (render(load_family(path), rows) for path in (file, sd1_folder))
     for row in rows:
@@ -92,7 +92,7 @@ def test_a_file_draws_what_its_folder_draws(file: Path, filled: Path, sd1_folder
     assert card.path.is_relative_to(user_cache_path("batch-infer"))
 
 
-def test_the_second_use_needs_neither_torch_nor_the_settings(file: Path, filled: Path, cache: Path) -> None:
+def test_the_second_use_needs_neither_torch_nor_the_configs(file: Path, filled: Path, cache: Path) -> None:
     first = card_of(file)
     shutil.rmtree(cache)
     moved = shutil.copy(file, file.with_name("renamed.safetensors"))
@@ -102,7 +102,7 @@ def test_the_second_use_needs_neither_torch_nor_the_settings(file: Path, filled:
     assert done.stdout.split() == [first.fingerprint, "False"]
 
 
-def test_the_fingerprint_tells_a_weight_and_not_the_place(
+def test_the_fingerprint_changes_with_a_weight_but_not_with_the_path(
     file: Path, filled: Path, sd1_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = card_of(file).fingerprint
@@ -131,7 +131,7 @@ def test_a_run_names_the_file_and_the_folder(file: Path, filled: Path, tmp_path:
     assert [row["status"] for row in results(tmp_path / "out")] == ["ok"]
 
 
-def test_a_conversion_that_was_cut_off_is_made_anew(file: Path, filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_conversion_is_repeated(file: Path, filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -141,7 +141,7 @@ def test_a_conversion_that_was_cut_off_is_made_anew(file: Path, filled: Path, mo
             card_of(file)
     made = user_cache_path("batch-infer") / "converted-1"
     assert not [path for path in made.iterdir() if path.is_dir()]
-    half = made / f".tmp-{card_of(file).path.name}"  # what a power cut leaves
+    half = made / f".tmp-{card_of(file).path.name}"  # as left by a power cut
     shutil.copytree(card_of(file).path, half)
     shutil.rmtree(card_of(file).path)
     (half / "stray").mkdir()
@@ -149,7 +149,7 @@ def test_a_conversion_that_was_cut_off_is_made_anew(file: Path, filled: Path, mo
     assert not half.exists()
 
 
-def test_without_the_settings_it_says_whose_are_wanted(file: Path, cache: Path) -> None:
+def test_missing_configs_are_named(file: Path, cache: Path) -> None:
     with pytest.raises(
         ModelError, match=f"configs and vocabularies of {BASE}.*folder as --model needs no network"
     ) as refusal:
@@ -159,15 +159,15 @@ def test_without_the_settings_it_says_whose_are_wanted(file: Path, cache: Path) 
     assert not [path for path in (user_cache_path("batch-infer") / "converted-1").iterdir() if path.is_dir()]
 
 
-def test_settings_that_are_not_all_there(file: Path, filled: Path) -> None:
+def test_incomplete_configs_are_refused(file: Path, filled: Path) -> None:
     (filled / "unet" / "config.json").unlink()
     with pytest.raises(ModelError, match="could not be read by diffusers|unet/config.json") as refusal:
         card_of(file)
     assert str(file) in str(refusal.value)
 
 
-def test_a_text_encoder_under_other_names(file: Path, filled: Path) -> None:
-    """Some mergers write it so, and diffusers does not find it."""
+def test_a_text_encoder_under_other_names_is_refused(file: Path, filled: Path) -> None:
+    """Some merge tools write such names, and diffusers does not find them."""
     tensors = {
         name.replace("text_model.", "") if name.startswith("cond_stage_model") else name: tensor
         for name, tensor in load_file(file).items()
@@ -185,7 +185,7 @@ def test_a_text_encoder_under_other_names(file: Path, filled: Path) -> None:
         "cond_stage_model.transformer.text_model.final_layer_norm.bias",
     ],
 )
-def test_a_tensor_less(file: Path, filled: Path, name: str) -> None:
+def test_a_missing_tensor_is_named(file: Path, filled: Path, name: str) -> None:
     rewrite(lambda tensors: tensors.pop(name))(file)
     with pytest.raises(ModelError, match=r"lacks tensors of .*; is the file complete\?"):
         card_of(file)
@@ -202,7 +202,7 @@ def test_a_tensor_less(file: Path, filled: Path, name: str) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_kinds_are_told_by_names_and_shapes(tmp_path: Path, cache: Path, tensors: Any, kind: str) -> None:
+def test_kinds_are_inferred_from_names_and_shapes(tmp_path: Path, cache: Path, tensors: Any, kind: str) -> None:
     path = tmp_path / "some.safetensors"
     save_file(tensors, path)
     assert infer_kind(read_header(path, str(path))) == kind
@@ -243,14 +243,14 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "an embedding": (write("emb_params"), "UNet and VAE and text encoder: give a complete checkpoint"),
     "a UNet": (keep("model.diffusion_model."), "no tensors of a checkpoint's VAE and text encoder"),
     "no text encoder": (rewrite(lambda t: [t.pop(n) for n in list(t) if "cond_" in n]), "checkpoint.s text encoder"),
-    "the half of a file": (lambda f: f.write_bytes(f.read_bytes()[: f.stat().st_size // 2]), "is incomplete: fetch"),
+    "half a file": (lambda f: f.write_bytes(f.read_bytes()[: f.stat().st_size // 2]), "is incomplete: fetch"),
     "a page of text": (lambda f: f.write_text("not found, sorry"), "is incomplete|is not a safetensors file"),
     "a pointer": (lambda f: f.write_text("version https://git-lfs.github.com/spec/v1\n"), "is a Git LFS pointer"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_no_checkpoint_is_named(file: Path, case: str) -> None:
+def test_other_files_are_refused_by_kind(file: Path, case: str) -> None:
     spoil, reason = REFUSED[case]
     spoil(file)
     with pytest.raises(ModelError, match=reason) as refusal:
@@ -267,19 +267,19 @@ def test_what_is_no_checkpoint_is_named(file: Path, case: str) -> None:
         ("a.gguf", "is a file; give a .safetensors"),
     ],
 )
-def test_files_of_other_kinds(tmp_path: Path, name: str, reason: str) -> None:
+def test_other_file_formats_are_refused(tmp_path: Path, name: str, reason: str) -> None:
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(ModelError, match=reason):
         card_of(tmp_path / name)
 
 
-def test_a_checkpoint_that_says_that_it_predicts_velocity(file: Path, filled: Path) -> None:
+def test_a_checkpoint_marked_as_velocity_prediction(file: Path, filled: Path) -> None:
     rewrite(lambda tensors: tensors.update(zeros("v_pred", "ztsnr")))(file)
     scheduler = json.loads((card_of(file).path / "scheduler" / "scheduler_config.json").read_text())
     assert (scheduler["prediction_type"], scheduler["rescale_betas_zero_snr"]) == ("v_prediction", True)
 
 
-def test_one_that_does_not_say_is_warned_of(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+def test_an_unmarked_checkpoint_logs_a_warning(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     from batch_infer.models import conversion
 
     (tmp_path / "scheduler").mkdir()

@@ -20,14 +20,14 @@ from hypothesis import strategies as st
 
 from batch_infer.errors import StorageError
 from batch_infer.records import PromptRequest, SamplingParams, Source
-from batch_infer.sinks import FolderSink, resolve_path
+from batch_infer.sinks.folder import FolderSink, resolve_path
 from batch_infer.sinks.names import hashed_name, safe_name
 from batch_infer.store import TEMPORARY_PREFIX, PinnedFolder
 from batch_infer.table.ids import Ids, colliding_stems
 
-PLAIN = ["a", "row-00000012", "a.b_c-d", "0", "_", "x" * 80, "prompts-2026.05"]
+SAFE = ["a", "row-00000012", "a.b_c-d", "0", "_", "x" * 80, "prompts-2026.05"]
 relaxed = settings(deadline=None)
-STRANGE = [
+UNSAFE = [
     *("", ".", "..", "../../x", "/etc/passwd", "a/b", "a\\b", "C:\\x", "~", "~root", "-rf", "a b", "a.", ".hidden"),
     *(
         "x" * 300,
@@ -53,35 +53,35 @@ def request(name: str, *, index: int = 0, file: str = "t.csv", row: int = 0, **m
 
 
 def sink_on(*, case_matters: bool) -> FolderSink:
-    """A sink on a file system that tells capitals from small letters, or on one that does not."""
+    """Return a sink on a file system that is case-sensitive, or not."""
     sink = FolderSink(Path("/out"), ".png")
     sink._case_sensitive = dict.fromkeys(("images", "quarantine"), case_matters)
     return sink
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", SAFE)
 def test_a_safe_name_is_kept(name: str) -> None:
     assert safe_name(name) == name
 
 
-@pytest.mark.parametrize("name", STRANGE, ids=ascii)
-def test_a_strange_name_becomes_a_plain_one(name: str) -> None:
+@pytest.mark.parametrize("name", UNSAFE, ids=ascii)
+def test_an_unsafe_name_is_hashed(name: str) -> None:
     found = safe_name(name)
     assert found != name
     assert re.fullmatch(r"[A-Za-z0-9_-]{0,60}~[0-9a-f]{16}", found)
 
 
 def same_file(name: str) -> str:
-    """What file systems make of a name that tell neither capitals nor ways to write an accent apart."""
+    """Return a name as file systems compare it that ignore case and the composition of accents."""
     return unicodedata.normalize("NFKC", name).casefold().rstrip(". ")
 
 
-def test_no_two_strange_names_meet() -> None:
+def test_unsafe_names_do_not_collide() -> None:
     names = [
-        *PLAIN,
-        *STRANGE,
-        *(safe_name(name) for name in STRANGE),
-        *(name.upper() for name in PLAIN if name != "_"),
+        *SAFE,
+        *UNSAFE,
+        *(safe_name(name) for name in UNSAFE),
+        *(name.upper() for name in SAFE if name != "_"),
     ]
     names = list(dict.fromkeys(names))
     assert len({same_file(safe_name(name)) for name in names}) == len(names)
@@ -92,7 +92,7 @@ def test_no_two_strange_names_meet() -> None:
 @example("a", "A")
 @example("e\N{COMBINING ACUTE ACCENT}", "\N{LATIN SMALL LETTER E WITH ACUTE}")
 @example("a", "a.")
-def test_no_two_names_meet(one: str, other: str) -> None:
+def test_names_do_not_collide(one: str, other: str) -> None:
     assert (one == other) == (same_file(safe_name(one)) == same_file(safe_name(other)))
 
 
@@ -111,18 +111,18 @@ def test_a_path_stays_in_out(name: str, index: int, file: str, row: int, case_ma
 @given(
     st.tuples(st.text("a-0", max_size=4), st.integers(0, 11)), st.tuples(st.text("a-0", max_size=4), st.integers(0, 11))
 )
-def test_no_two_images_of_a_table_meet(one: tuple[str, int], other: tuple[str, int]) -> None:
+def test_paths_of_a_table_do_not_collide(one: tuple[str, int], other: tuple[str, int]) -> None:
     """`a-1`, image 0, is not `a`, image 10."""
     paths = {FolderSink(Path(), ".png").path_of(request(name, index=index)) for name, index in {one, other}}
     assert len(paths) == len({one, other})
 
 
-NAMES_ALIKE = st.text("aAbB.~ Kk", min_size=1, max_size=3)
+SIMILAR_NAMES = st.text("aAbB.~ Kk", min_size=1, max_size=3)
 
 
 @relaxed
-@given(st.lists(st.tuples(NAMES_ALIKE, NAMES_ALIKE), unique_by=lambda row: row[0]), st.booleans())
-def test_no_two_images_of_a_run_meet_on_any_file_system(rows: list[tuple[str, str]], case_matters: bool) -> None:
+@given(st.lists(st.tuples(SIMILAR_NAMES, SIMILAR_NAMES), unique_by=lambda row: row[0]), st.booleans())
+def test_paths_of_a_run_do_not_collide_on_any_file_system(rows: list[tuple[str, str]], case_matters: bool) -> None:
     """Even if OUT is copied to another one."""
     sink, ids, colliding = sink_on(case_matters=case_matters), Ids(distinct=False), colliding_stems(s for _, s in rows)
     paths: dict[str, str] = {}
@@ -148,14 +148,16 @@ def test_no_two_images_of_a_run_meet_on_any_file_system(rows: list[tuple[str, st
         ("Blue Square", True, False, hashed_name("Blue Square")),
     ],
 )
-def test_capitals_stay_where_case_matters(name: str, case_matters: bool, collides: bool, expected: str) -> None:
+def test_capitals_are_kept_on_case_sensitive_file_systems(
+    name: str, case_matters: bool, collides: bool, expected: str
+) -> None:
     sink = sink_on(case_matters=case_matters)
     assert sink.path_of(request(name, id_collides=collides)) == f"images/t-00000/{expected}-0.png"
     of_stem = request("a", file=f"{name}.csv", stem_collides=collides)
     assert sink.path_of(of_stem, quarantine=True) == f"quarantine/{expected}-00000/a-0.png"
 
 
-def test_a_file_of_an_earlier_version_is_known_and_no_other_rows_is() -> None:
+def test_possible_paths_include_those_of_earlier_versions_but_not_of_other_rows() -> None:
     sink = sink_on(case_matters=False)
     digest = hashed_name("SKU")
     assert sink.possible_paths(request("SKU")) == {f"{top}/t-00000/{digest}-0.png" for top in ("images", "quarantine")}
@@ -168,7 +170,7 @@ def test_a_file_of_an_earlier_version_is_known_and_no_other_rows_is() -> None:
 
 
 @pytest.mark.parametrize("case_matters", [False, True])
-def test_an_image_keeps_its_path_when_nothing_collides_with_it_any_more(case_matters: bool) -> None:
+def test_an_image_keeps_its_path_after_a_collision_ends(case_matters: bool) -> None:
     sink = sink_on(case_matters=case_matters)
     path = sink.path_of(request("sku", file="a.csv", id_collides=True, stem_collides=True))
     for name in (path, path.replace(hashed_name("a"), "a"), path.replace(hashed_name("sku"), "sku")):
@@ -177,16 +179,16 @@ def test_an_image_keeps_its_path_when_nothing_collides_with_it_any_more(case_mat
 
 
 @pytest.mark.parametrize("linked", [False, True])
-def test_the_disk_that_holds_the_images_is_asked_once(
+def test_case_sensitivity_is_probed_once_on_the_disk_of_the_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linked: bool
 ) -> None:
-    asked: list[Path] = []
+    probed: list[Path] = []
 
-    def ask(folder: Path) -> bool:
-        asked.append(folder)
+    def probe(folder: Path) -> bool:
+        probed.append(folder)
         return not linked
 
-    monkeypatch.setattr("batch_infer.sinks.folder.is_case_sensitive", ask)
+    monkeypatch.setattr("batch_infer.sinks.folder.is_case_sensitive", probe)
     out = tmp_path / "out"
     out.mkdir()
     if linked:
@@ -194,11 +196,11 @@ def test_the_disk_that_holds_the_images_is_asked_once(
         (out / "images").symlink_to(tmp_path / "disk")
     sink = FolderSink(out, ".png")
     assert sink.path_of(request("a")) == "images/t-00000/a-0.png"
-    assert asked == [], "small letters need no answer"
+    assert probed == [], "lower-case names need no probe"
     with ThreadPoolExecutor(4) as pool:
         paths = set(pool.map(sink.path_of, [request("A")] * 8))
     assert paths == {f"images/t-00000/{hashed_name('A') if linked else 'A'}-0.png"}
-    assert asked == [out / "images" if linked else out]
+    assert probed == [out / "images" if linked else out]
 
 
 @pytest.mark.parametrize(
@@ -219,7 +221,7 @@ def test_a_folder_holds_a_thousand_rows_of_a_file(file: str, row: int, folder: s
     assert sink.path_of(request("a", file=file, row=row), quarantine=True) == f"quarantine/{folder}/a-0.webp"
 
 
-def test_what_is_stored_is_told(tmp_path: Path) -> None:
+def test_images_appear_when_they_are_published(tmp_path: Path) -> None:
     sink = FolderSink(tmp_path, ".png")
     stored = sink.write("images/t-00000/a-0.png", b"first")
     assert (stored.sha256, stored.image_bytes) == (hashlib.sha256(b"first").hexdigest(), 5)
@@ -228,7 +230,7 @@ def test_what_is_stored_is_told(tmp_path: Path) -> None:
     sink.publish([stored.path])
     assert file.read_bytes() == b"first"
     assert sink.write(stored.path, b"second") != stored
-    assert file.read_bytes() == b"first", "until the manifest is about to speak of the second"
+    assert file.read_bytes() == b"first", "until the second image is published"
     sink.publish([stored.path])
     assert file.read_bytes() == b"second"
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
@@ -237,20 +239,20 @@ def test_what_is_stored_is_told(tmp_path: Path) -> None:
     assert not file.exists()
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_the_error_names_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "images").write_text("a file where the folder should be")
     with pytest.raises(StorageError, match=re.escape(str(tmp_path / "images"))):
         FolderSink(tmp_path, ".png").write("images/t/a.png", b"x")
 
 
-def test_an_image_that_is_gone_cannot_be_settled(tmp_path: Path) -> None:
+def test_publishing_a_missing_image_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="cannot write .*a.png: No such file"):
         FolderSink(tmp_path, ".png").publish(["images/a.png"])
 
 
 @pytest.mark.parametrize("path", ["../precious", "images/../../precious", "/precious", "images/link/precious"])
 def test_nothing_outside_out_is_removed(tmp_path: Path, path: str) -> None:
-    """Paths come from manifest parts, and a part is a file like any other."""
+    """Paths come from manifest parts, which anyone may have edited."""
     precious = tmp_path / "precious"
     precious.touch()
     out = tmp_path / "out"
@@ -270,10 +272,10 @@ def written(out: Path) -> FolderSink:
     return sink
 
 
-def test_the_disk_holds_all_images_before_one_takes_its_name_and_then_the_names(
+def test_all_images_are_fsynced_before_the_first_rename_and_then_the_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Folders are made once, and the disk has their own names before the images in them are settled."""
+    """Folders are created once, and are durable before the images in them are published."""
     steps: list[str] = []
     real_sync, real_replace, real_mkdir = os.fsync, os.replace, Path.mkdir
 
@@ -310,8 +312,8 @@ def replaced_by_another(folder: Path) -> None:
 
 @pytest.mark.parametrize("place", ["out", "out/images"], ids=["OUT", "the disk that images/ links to"])
 @pytest.mark.parametrize("vanish", [shutil.rmtree, replaced_by_another], ids=["removed", "replaced"])
-def test_a_folder_that_has_gone_is_not_made_again(tmp_path: Path, place: str, vanish: Callable[[Path], object]) -> None:
-    """Nor is anything written to, or removed from, what stands in its place: a mount point without its disk, say."""
+def test_a_removed_folder_is_not_created_again(tmp_path: Path, place: str, vanish: Callable[[Path], object]) -> None:
+    """Nor is anything written to or removed from the folder that replaces it, such as an empty mount point."""
     out = tmp_path / "out"
     out.mkdir()
     sink = written(out)
@@ -326,8 +328,8 @@ def test_a_folder_that_has_gone_is_not_made_again(tmp_path: Path, place: str, va
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_no_folder_no_sink(tmp_path: Path) -> None:
-    """A worker that is started once OUT has gone: it is sent the folder that the run knows."""
+def test_a_sink_without_its_folder_writes_nothing(tmp_path: Path) -> None:
+    """A worker that starts after OUT was removed receives the folder that the run has pinned."""
     out = tmp_path / "out"
     out.mkdir()
     known = PinnedFolder.of(out)
@@ -338,7 +340,7 @@ def test_no_folder_no_sink(tmp_path: Path) -> None:
     assert not list(out.iterdir())
 
 
-def test_a_full_disk_is_named_and_left_no_fuller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_an_error_and_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_space(path: Path, content: bytes) -> None:
         path.touch()
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -350,10 +352,10 @@ def test_a_full_disk_is_named_and_left_no_fuller(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_disk_that_fails_while_images_are_settled_is_named(
+def test_a_disk_error_while_publishing_names_the_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    """With delayed allocation, a disk may be found to be full as late as that."""
+    """With delayed allocation, a full disk may be detected as late as that."""
     sink = written(tmp_path)
 
     def fail(*_: object) -> None:
@@ -376,7 +378,7 @@ def test_an_image_folder_that_is_a_link_is_not_written_into(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../x", "images/../x", "manifest/part.parquet", "images/link/x"])
-def test_only_images_are_stored_paths(tmp_path: Path, path: str) -> None:
+def test_resolve_path_accepts_only_images(tmp_path: Path, path: str) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "link").symlink_to("/etc")
     assert resolve_path(tmp_path, path) is None

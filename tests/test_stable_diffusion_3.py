@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 in the packer: against diffusers' own call, and what its checkpoints say and hold."""
+"""Stable Diffusion 3 with step-level batching, compared with diffusers' own call, and its checkpoints."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def own(whole: Path, tmp_path: Path) -> Path:
-    """A copy of the checkpoint, to change."""
+    """A copy of the checkpoint to modify."""
     return copied(whole, tmp_path)
 
 
@@ -57,7 +57,7 @@ def load_oracle(folder: Path) -> Any:
     return pipe
 
 
-def test_packed_rows_look_as_they_do_alone(folder: Path) -> None:
+def test_batched_rows_look_as_in_diffusers(folder: Path) -> None:
     pipe, rendered = load_oracle(folder), render(load_family(folder), ROWS)
     oracles = {request.id: ask(pipe, request) for request in ROWS}
     for name, oracle in oracles.items():
@@ -77,8 +77,8 @@ def test_another_flow_matching_scheduler(whole: Path) -> None:
     assert furthest(render(model, [request])["row"].pixels, oracle) <= 1
 
 
-def test_an_image_depends_on_its_row_alone(whole: Path) -> None:
-    """Law 1, in bytes: alone, or in a crowd of any order, texts, steps and guidance."""
+def test_an_image_depends_only_on_its_row(whole: Path) -> None:
+    """Its bytes are the same alone and among others with any order, texts, steps and guidance."""
     model = load_family(whole)
     crowd = [
         make_request(f"crowd {k}", f"{k} rings " * (k * k), steps=3 + k % 3, guidance=1 + k % 3, seed=k)
@@ -91,7 +91,7 @@ def test_an_image_depends_on_its_row_alone(whole: Path) -> None:
             assert np.array_equal(together[name].pixels, image), name
 
 
-def test_every_text_encoder_has_a_part(whole: Path, own: Path) -> None:
+def test_every_text_encoder_changes_the_image(whole: Path, own: Path) -> None:
     before = render(load_family(whole), [make_request()])["row"].pixels
     for component in ("text_encoder", "text_encoder_2", "text_encoder_3"):
         file = own / component / "model.safetensors"
@@ -103,13 +103,13 @@ def test_every_text_encoder_has_a_part(whole: Path, own: Path) -> None:
         save_file(kept, file, metadata={"format": "pt"})
 
 
-def test_guidance_rescale_is_ours(whole: Path) -> None:
+def test_guidance_rescale_is_supported(whole: Path) -> None:
     model = load_family(whole)
     plain, rescaled = (render(model, [make_request(rescale=rescale)])["row"].pixels for rescale in (0.0, 0.7))
     assert furthest(plain, rescaled) > 2
 
 
-def test_what_a_card_says(folder: Path) -> None:
+def test_the_card(folder: Path) -> None:
     card = read_card(ModelSettings(name=str(folder)))
     assert (card.family, card.num_inference_steps, card.guidance_scale) == ("stable_diffusion_3", 28, 7.0)
     assert card.sizes == SizeRules(64, 64, 16, 16, 192)
@@ -122,7 +122,7 @@ def test_what_a_card_says(folder: Path) -> None:
     assert (condition.prompt_tokens, condition.prompt_truncated) == (counter.count(["a red circle"])[0], False)
 
 
-def test_a_schedule_that_hangs_on_the_size_is_driven(folder: Path, tmp_path: Path) -> None:
+def test_a_schedule_that_depends_on_the_size_uses_the_pipeline_call(folder: Path, tmp_path: Path) -> None:
     own = copied(folder, tmp_path)
     amend(own / "scheduler" / "scheduler_config.json", use_dynamic_shifting=True)
     card = read_card(ModelSettings(name=str(own)))
@@ -134,7 +134,7 @@ def test_a_schedule_that_hangs_on_the_size_is_driven(folder: Path, tmp_path: Pat
     assert furthest(outcome.pixels, ask(load_oracle(own), request)) <= 1
 
 
-def test_half_precision_leaves_alone_what_would_overflow(whole: Path) -> None:
+def test_half_precision_keeps_float32_where_float16_overflows(whole: Path) -> None:
     card = read_card(ModelSettings(name=str(whole)))
     model: Any = load_latent_diffusion(card, CPU, torch.float16, with_checker=False)
     encoder = model.pipeline.text_encoder_3
@@ -146,7 +146,7 @@ def test_half_precision_leaves_alone_what_would_overflow(whole: Path) -> None:
     assert all(torch.isfinite(part).all() for part in context.values())
 
 
-def test_what_is_no_text_to_image_checkpoint_is_refused(own: Path) -> None:
+def test_a_transformer_of_other_channels_is_refused(own: Path) -> None:
     amend(own / "transformer" / "config.json", in_channels=8)
     with pytest.raises(ModelError, match="takes 8 channels and gives 4, so it is not a text-to-image checkpoint"):
         load_family(own)
@@ -159,18 +159,18 @@ def test_a_run_through_the_command(tmp_path: Path, whole: Path) -> None:
     out = tmp_path / "out"
     assert run(write_csv(tmp_path / "t.csv", rows), out, "--model", whole).code == 3
     assert_whole(out)
-    found = results(out)
-    assert [item["status"] for item in found] == ["ok", "ok", "ok", "invalid", "invalid"]
-    assert "width '208' is not within 16 to 192" in found[3]["error"]
-    assert {item["nsfw_content_detected"] for item in found} == {None}
-    assert found[1]["guidance_scale"] == 7.0
+    written = results(out)
+    assert [item["status"] for item in written] == ["ok", "ok", "ok", "invalid", "invalid"]
+    assert "width '208' is not within 16 to 192" in written[3]["error"]
+    assert {item["nsfw_content_detected"] for item in written} == {None}
+    assert written[1]["guidance_scale"] == 7.0
     assert run_json(out)["model"]["family"] == "stable_diffusion_3"
-    alone = render(load_family(whole), [as_made(found[1])], slots=8, decode=4)["b"]
+    alone = render(load_family(whole), [as_made(written[1])], slots=8, decode=4)["b"]
 
-    assert np.array_equal(np.asarray(Image.open(out / found[1]["generated_image"])), alone.pixels)
+    assert np.array_equal(np.asarray(Image.open(out / written[1]["generated_image"])), alone.pixels)
 
 
 def as_made(row: dict[str, Any]) -> PromptRequest:
-    """The request that a result speaks of."""
-    asked = {"steps": row["num_inference_steps"], "guidance": row["guidance_scale"], "seed": row["seed"]}
-    return make_request(row["id"], row["prompt"], size=(row["height"], row["width"]), **asked)
+    """Return the request of a result."""
+    params = {"steps": row["num_inference_steps"], "guidance": row["guidance_scale"], "seed": row["seed"]}
+    return make_request(row["id"], row["prompt"], size=(row["height"], row["width"]), **params)

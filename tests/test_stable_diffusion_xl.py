@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: what differs from row to row, and what its checkpoints say and hold."""
+"""Stable Diffusion XL: inputs per row, and checkpoints."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ NEGATIVES = (
     make_request("text", "a red circle", steps=4, negative="green", seed=1),
     make_request("unguided", "a red circle", steps=4, guidance=1.0, negative="green", seed=1),
 )
-"""Rows alike but for what guidance leads away from."""
+"""Rows that differ in their negative prompts only."""
 
 
 @pytest.fixture
 def own(sdxl_folder: Path, tmp_path: Path) -> Path:
-    """A copy of the checkpoint, to change."""
+    """A copy of the checkpoint to modify."""
     return copied(sdxl_folder, tmp_path)
 
 
@@ -65,10 +65,10 @@ def card_of(folder: Path, **settings: Any) -> Any:
     return read_card(ModelSettings(name=str(folder), **settings))
 
 
-# What a row says
+# Rows
 
 
-def test_a_row_without_a_negative_prompt_is_not_one_with_an_empty_one(sdxl: Any, sdxl_folder: Path) -> None:
+def test_no_negative_prompt_differs_from_an_empty_one(sdxl: Any, sdxl_folder: Path) -> None:
     assert_parity(load_pipeline(sdxl_folder), sdxl, NEGATIVES)
     none, empty, text, unguided = sdxl.condition(NEGATIVES)
     assert not any(none.context[1][name].any() for name in ("encoder_hidden_states", "text_embeds"))
@@ -78,7 +78,7 @@ def test_a_row_without_a_negative_prompt_is_not_one_with_an_empty_one(sdxl: Any,
     assert unguided.context[1] is None
 
 
-def test_where_the_checkpoint_says_so_it_is_the_same(own: Path) -> None:
+def test_no_negative_prompt_is_an_empty_one_where_the_checkpoint_says_so(own: Path) -> None:
     amend(own / "model_index.json", force_zeros_for_empty_prompt=False)
     rendered, pipe = render(load_family(own), NEGATIVES), load_pipeline(own)
     for row in NEGATIVES:
@@ -86,11 +86,11 @@ def test_where_the_checkpoint_says_so_it_is_the_same(own: Path) -> None:
     assert np.array_equal(rendered["none"].pixels, rendered["empty"].pixels)
 
 
-def test_the_texts_reach_the_network_as_the_pipeline_encodes_them(sdxl: Any, sdxl_folder: Path) -> None:
+def test_embeddings_equal_those_of_the_pipeline(sdxl: Any, sdxl_folder: Path) -> None:
     pipe = load_pipeline(sdxl_folder)
-    (found,) = sdxl.condition([make_request(prompt="a red circle", negative="green", size=(48, 80))])
+    (conditioning,) = sdxl.condition([make_request(prompt="a red circle", negative="green", size=(48, 80))])
     wanted = pipe.encode_prompt("a red circle", device="cpu", negative_prompt="green")
-    for part, embedding, pooled in ((found.context[0], wanted[0], wanted[2]), (found.context[1], wanted[1], wanted[3])):
+    for part, embedding, pooled in zip(conditioning.context, wanted[:2], wanted[2:], strict=True):
         assert torch.allclose(part["encoder_hidden_states"], embedding[0], atol=1e-6)
         assert torch.allclose(part["text_embeds"], pooled[0], atol=1e-6)
         assert part["time_ids"].tolist() == [48, 80, 0, 0, 48, 80]
@@ -98,7 +98,7 @@ def test_the_texts_reach_the_network_as_the_pipeline_encodes_them(sdxl: Any, sdx
 
 @pytest.mark.parametrize("name", ["sdxl", "sdxl_turbo"])
 def test_a_rows_bytes_do_not_depend_on_its_neighbours(name: str, request: pytest.FixtureRequest) -> None:
-    """Law 1, also where the sampler draws noise at every step."""
+    """Also where the sampler draws noise at every step."""
     model = load_family(request.getfixturevalue(f"{name}_folder"))
     row = make_request("row", "a small star", steps=4, negative="green", seed=3)
     wanted = render(model, [row])["row"].pixels
@@ -114,8 +114,8 @@ def test_turbo_takes_few_steps_without_guidance(sdxl_turbo_folder: Path) -> None
     assert_parity(load_pipeline(sdxl_turbo_folder), load_family(sdxl_turbo_folder), rows)
 
 
-def test_steps_that_share_a_timestep_are_told_apart(sdxl_folder: Path) -> None:
-    """This pipeline says where to begin; Stable Diffusion's cannot take so many steps of this kind."""
+def test_steps_that_share_a_timestep_are_distinguished(sdxl_folder: Path) -> None:
+    """This pipeline sets the begin index; Stable Diffusion's cannot take as many such steps."""
     scheduler = "DPMSolverMultistepScheduler:use_beta_sigmas=true"
     rows = (make_request("row", steps=50, seed=1), make_request("other", steps=6))
     assert_parity(with_scheduler(load_pipeline(sdxl_folder), scheduler), load_family(sdxl_folder, scheduler), rows)
@@ -124,28 +124,31 @@ def test_steps_that_share_a_timestep_are_told_apart(sdxl_folder: Path) -> None:
 def test_a_distilled_guidance_scale_is_an_input(own: Path) -> None:
     make_unet(**UNET, time_cond_proj_dim=16).save_pretrained(own / "unet")
     model = load_family(own)
-    asked = (make_request("one", steps=4, guidance=1.0), make_request("eight", steps=4, guidance=8.0, negative="green"))
-    rows = tuple(replace(row, params=replace(row.params, embedded_guidance=True)) for row in asked)
+    requests = (
+        make_request("one", steps=4, guidance=1.0),
+        make_request("eight", steps=4, guidance=8.0, negative="green"),
+    )
+    rows = tuple(replace(row, params=replace(row.params, embedded_guidance=True)) for row in requests)
     assert card_of(own).embedded_guidance
     assert_parity(load_pipeline(own), model, rows)
     assert {conditioning.context[1] for conditioning in model.condition(rows)} == {None}
 
 
 def test_a_prompt_is_truncated_where_either_encoder_cuts_it(own: Path) -> None:
-    """The second tokenizer loses its merges, and spells each word."""
+    """The second tokenizer has no merges and splits each word into letters."""
     path = own / "tokenizer_2" / "tokenizer.json"
     words = json.loads(path.read_text("utf-8"))
     words["model"]["merges"] = []
     path.write_text(json.dumps(words), "utf-8")
     texts = ["circle", "circle " * 12, "circle " * 13]
-    found = load_family(own).condition([make_request(prompt=text) for text in texts])
-    assert [(told.prompt_tokens, told.prompt_truncated) for told in found] == [(6, False), (72, False), (78, True)]
+    conditionings = load_family(own).condition([make_request(prompt=text) for text in texts])
+    assert [(row.prompt_tokens, row.prompt_truncated) for row in conditionings] == [(6, False), (72, False), (78, True)]
     counter = load_token_counter(card_of(own))
     assert counter is not None
     assert (counter.count(texts), counter.max_tokens) == ([6, 72, 78], 75)
 
 
-# What a checkpoint says
+# Checkpoints
 
 
 def test_the_card(sdxl_folder: Path) -> None:
@@ -157,7 +160,7 @@ def test_the_card(sdxl_folder: Path) -> None:
     assert load_solver(card).name == "EulerDiscreteScheduler"
 
 
-def test_the_fingerprint_tells_both_encoders_and_what_no_negative_prompt_means(own: Path) -> None:
+def test_the_fingerprint_changes_with_both_encoders_and_the_meaning_of_no_negative_prompt(own: Path) -> None:
     before = card_of(own).fingerprint
     index = own / "model_index.json"
     amend(index, force_zeros_for_empty_prompt=None)
@@ -169,7 +172,7 @@ def test_the_fingerprint_tells_both_encoders_and_what_no_negative_prompt_means(o
     assert card_of(own).fingerprint != before
 
 
-def test_latents_are_moved_where_the_autoencoder_says_so(own: Path) -> None:
+def test_latents_are_normalized_as_the_vae_config_says(own: Path) -> None:
     row = (make_request("row", steps=4), make_request("other", steps=4, seed=1))
     plain = render(load_family(own), row)["row"].pixels
     amend(own / "vae" / "config.json", latents_mean=[-1.6, 1.4, 0.4, -0.1], latents_std=[8.4, 6.0, 3.0, 5.0])
@@ -178,7 +181,7 @@ def test_latents_are_moved_where_the_autoencoder_says_so(own: Path) -> None:
     assert furthest(render(model, row)["row"].pixels, plain) > 2
 
 
-def test_half_precision_decodes_in_full_where_it_would_overflow(own: Path) -> None:
+def test_half_precision_decodes_in_float32_where_it_would_overflow(own: Path) -> None:
     StableDiffusionXLPipeline.from_pretrained(own, dtype=torch.float16, add_watermarker=False).save_pretrained(
         own, variant="fp16"
     )
@@ -208,8 +211,8 @@ def test_half_precision_decodes_in_full_where_it_would_overflow(own: Path) -> No
         ({"text_encoder_2": [None, None]}, "names no text_encoder_2"),
     ],
 )
-def test_what_is_no_base_checkpoint_is_refused(own: Path, changed: dict[str, Any], reason: str) -> None:
-    """A refiner takes an image to start from, and knows the second encoder alone."""
+def test_only_base_checkpoints_are_accepted(own: Path, changed: dict[str, Any], reason: str) -> None:
+    """A refiner starts from an image and has only the second encoder."""
     amend(own / "model_index.json", **changed)
     with pytest.raises(ModelError, match=reason) as refusal:
         card_of(own)
@@ -232,7 +235,7 @@ def test_other_unets_are_refused(own: Path, unet: dict[str, Any], reason: str) -
 
 @pytest.mark.promises
 def test_the_published_unet_is_this_one() -> None:
-    """Parameters and arithmetic of the released network: 2567.5M, and 6.76 TFLOP a row at 1024x1024 pixels."""
+    """The released network has 2567.5M parameters and takes 6.76 TFLOP per row at 1024x1024 pixels."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(**FULL_SIZE).eval()
         context = {
@@ -260,14 +263,14 @@ def test_a_table_is_rendered_from_end_to_end(sdxl_folder: Path, tmp_path: Path) 
         writer.writerows(rows)
     done = run(table, out, "--model", sdxl_folder, "--steps", "3")
     assert done.code == 0, done.stderr
-    found = {row["id"]: row for row in results(out)}
-    assert {row["status"] for row in found.values()} == {"ok"}
-    assert {row["nsfw_content_detected"] for row in found.values()} == {None}
+    rendered = {row["id"]: row for row in results(out)}
+    assert {row["status"] for row in rendered.values()} == {"ok"}
+    assert {row["nsfw_content_detected"] for row in rendered.values()} == {None}
     pipe = load_pipeline(sdxl_folder)
     for row in rows:
-        asked = make_request(
+        request = make_request(
             prompt=row["prompt"], negative=row["negative_prompt"] or None, seed=row["seed"], steps=3,
             guidance=row["guidance_scale"], size=(64, row.get("width", 64)),
         )  # fmt: skip
-        image = np.asarray(Image.open(out / found[row["id"]]["generated_image"]))
-        assert_close(image, ask(pipe, asked)[0])
+        image = np.asarray(Image.open(out / rendered[row["id"]]["generated_image"]))
+        assert_close(image, ask(pipe, request)[0])

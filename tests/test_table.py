@@ -1,4 +1,4 @@
-"""Tables of prompts: every row comes back once, as requests or as the one sentence about what is wrong with it."""
+"""Tables of prompts: every row is read once, as requests or as one invalid result that says what is wrong."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from batch_infer.settings import FIELDS, RowDefaults
 from batch_infer.table import RowRules
 from tests.tables import (
     RULES,
-    fault_of,
+    error_of,
     in_format,
     open_tables,
     read,
@@ -42,19 +42,19 @@ from tests.tables import (
 
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tables are named as users name them, relative to where they are."""
+    """Run in an empty folder, so that tables have relative names, as users write them."""
     monkeypatch.chdir(tmp_path)
 
 
 def one_row(**cells: Any) -> Path:
-    """A CSV table of one row with a prompt."""
+    """Write a CSV table of one row with a prompt."""
     return write_csv(Path("one.csv"), [["prompt", *cells], ["a red circle", *cells.values()]])
 
 
 # Which files a TABLE is
 
 
-def test_csv_and_parquet_say_the_same() -> None:
+def test_csv_and_parquet_give_equal_rows() -> None:
     columns = {"prompt": ["a red circle", "a blue square"], "seed": [3, 4], "height": [64, 128]}
     from_csv = read_requests(write_csv(Path("t.csv"), [list(columns), *zip(*columns.values(), strict=True)]))
     from_parquet = read_requests(write_parquet(Path("t.parquet"), **columns))
@@ -62,7 +62,7 @@ def test_csv_and_parquet_say_the_same() -> None:
     assert [request.params.height for request in from_csv] == [64, 128]
 
 
-def test_a_folder_is_read_by_name_and_in_depth() -> None:
+def test_a_folder_is_read_recursively_in_order_of_names() -> None:
     for name in ("b.csv", "a.CSV", "deep/er/c.csv", ".hidden.csv", "_temporary/d.csv", ".git/e.csv"):
         write_csv(Path("prompts", name), [["prompt"], [name]])
     write_parquet(Path("prompts/d.parquet"), prompt=["d.parquet"])
@@ -79,7 +79,7 @@ def test_a_folder_is_read_by_name_and_in_depth() -> None:
     assert [request.source.file for request in read_requests("prompts")][0] == "prompts/a.CSV"
 
 
-def test_a_glob_names_rows_by_what_follows_its_fixed_part() -> None:
+def test_default_ids_of_a_glob_start_after_its_fixed_part() -> None:
     for name in ("2026/may/a.csv", "2026/june/a.csv", "2025/may/a.csv"):
         write_csv(Path("prompts", name), [["prompt"], [name]])
     found = [request.id for request in read_requests("prompts/2026/*/a.csv")]
@@ -91,12 +91,12 @@ def test_a_name_with_brackets_is_a_file_before_it_is_a_glob() -> None:
     assert len(read_requests(write_csv(Path("run[1].csv"), [["prompt"], ["x"]]))) == 1
 
 
-def test_a_file_named_twice_is_read_once() -> None:
+def test_a_file_given_twice_is_read_once() -> None:
     table = write_csv(Path("t.csv"), [["prompt"], ["x"]])
     assert len(read_requests(table, "./t.csv", table.resolve(), "*.csv")) == 1
 
 
-def test_results_in_the_folder_are_no_table() -> None:
+def test_results_in_the_folder_are_not_read_as_tables() -> None:
     """`run .` leaves its OUT among the tables, and is run again."""
     write_csv(Path("t.csv"), [["prompt"], ["x"]])
     for out in (Path("batch-infer-out"), Path(), Path("deep/out")):
@@ -108,10 +108,10 @@ def test_results_in_the_folder_are_no_table() -> None:
         for folder in ("images", "quarantine", "logs", "gallery"):
             write_bytes(out / folder / "deep" / "some.txt", b"a result")
     write_csv(Path("manifest/named-so-by-chance.csv"), [["prompt"], ["in the folder that is an OUT itself"]])
-    write_csv(Path("elsewhere/manifest/results.csv"), [["prompt"], ["no run.json beside it"]])
+    write_csv(Path("elsewhere/manifest/results.csv"), [["prompt"], ["no run.json here"]])
     for argument in (".", "**/*.csv", "./*.*"):
         assert "a result" not in [request.prompt for request in read_requests(argument)]
-    assert {request.prompt for request in read_requests(".")} == {"x", "no run.json beside it"}
+    assert {request.prompt for request in read_requests(".")} == {"x", "no run.json here"}
     assert len(read_requests("results.csv")) == 1, "what is named is read"
 
 
@@ -129,7 +129,7 @@ def test_results_in_the_folder_are_no_table() -> None:
         ("missing/**/*.csv", "the glob matches no table"),
     ],
 )
-def test_what_is_no_table_is_named(argument: str, sentence: str) -> None:
+def test_an_argument_that_is_no_table_is_named(argument: str, sentence: str) -> None:
     Path("empty").mkdir()
     Path("empty/notes.md").touch()
     Path("notes.md").touch()
@@ -138,7 +138,7 @@ def test_what_is_no_table_is_named(argument: str, sentence: str) -> None:
         open_tables(argument)
 
 
-def test_a_file_name_that_is_not_utf_8_costs_nothing() -> None:
+def test_a_file_name_that_is_not_utf_8_is_accepted() -> None:
     name = os.fsdecode(b"caf\xe9.csv")
     write_csv(Path(name), [["prompt", "seed"], ["x", "1"], ["y", "one"]])
     good, bad = read(name)
@@ -158,19 +158,19 @@ def test_default_ids_count_rows_from_0() -> None:
     assert [request.source.row for request in found] == list(range(12))
 
 
-def test_two_files_of_one_stem_are_refused_with_the_way_out() -> None:
+def test_two_files_with_the_same_stem_are_refused_with_advice() -> None:
     tables = [write_csv(Path(folder, "a.csv"), [["prompt"], [folder]]) for folder in ("x", "y")]
     with pytest.raises(TableError, match=r"x/a.csv and y/a.csv .* \(a-00000000, ...\): rename one, .* id column"):
         open_tables(*tables)
     assert [request.id for request in read_requests(".")] == ["x-a-00000000", "y-a-00000000"]
 
 
-def test_two_files_of_one_stem_with_ids_are_fine() -> None:
+def test_two_files_with_the_same_stem_are_accepted_with_ids() -> None:
     tables = [write_csv(Path(folder, "a.csv"), [["id", "prompt"], [folder, "p"]]) for folder in ("x", "y")]
     assert [request.id for request in read_requests(*tables)] == ["x", "y"]
 
 
-def test_a_file_in_a_folder_may_not_be_taken_for_one_in_another() -> None:
+def test_files_of_different_folders_have_different_default_ids() -> None:
     write_csv(Path("t/a/b.csv"), [["prompt"], ["1"]])
     write_csv(Path("t/a-b.csv"), [["prompt"], ["2"]])
     with pytest.raises(TableError, match="same ids"):
@@ -209,7 +209,7 @@ def test_default_ids_that_differ_by_case_alone_are_marked_from_the_second_file_o
     }
 
 
-def test_an_id_that_stands_twice_costs_the_later_row() -> None:
+def test_a_duplicate_id_makes_the_later_row_invalid() -> None:
     table = write_csv(Path("t.csv"), [["id", "prompt"], ["a", "1"], ["a", "2"], ["b", "3"]])
     first, later, other = read(table)
     assert (first.id, later.id, other.id) == ("a", "t-00000001", "b")
@@ -218,7 +218,7 @@ def test_an_id_that_stands_twice_costs_the_later_row() -> None:
     assert later.prompt == "2"
 
 
-def test_an_id_in_the_shape_of_a_default_id_takes_nothing_away() -> None:
+def test_an_id_that_looks_like_a_default_id_conflicts_with_no_row() -> None:
     rows = [["t-00000001", "1"], ["", "2"], ["t-00000000", "3"], ["t-00000001", "4"]]
     found = read(write_csv(Path("t.csv"), [["id", "prompt"], *rows]))
     assert len({item.key for item in found}) == 4
@@ -236,7 +236,7 @@ def test_an_id_in_the_shape_of_a_default_id_takes_nothing_away() -> None:
     ],
     ids=lambda values: type(values[0]).__name__,
 )
-def test_ids_of_any_type_are_text(values: list[Any], ids: list[str]) -> None:
+def test_ids_of_any_type_become_text(values: list[Any], ids: list[str]) -> None:
     table = write_parquet(Path("t.parquet"), id=values, prompt=["1", "2"])
     assert [request.id for request in read_requests(table)] == ids
 
@@ -244,8 +244,8 @@ def test_ids_of_any_type_are_text(values: list[Any], ids: list[str]) -> None:
 # Fields and carried columns
 
 
-def test_other_columns_are_carried_as_they_are() -> None:
-    """Of the type and the value that they have."""
+def test_other_columns_are_carried_unchanged() -> None:
+    """With their types and values."""
     columns = {
         "number": pa.array([1, None], pa.int16()),
         "real": pa.array([0.1, None], pa.float32()),
@@ -287,7 +287,7 @@ def test_carried_columns_with_the_name_of_a_result_column() -> None:
     assert not set(open_tables("t.csv").carried.names) & set(SCHEMA.names)
 
 
-def test_files_with_other_columns_share_one_schema() -> None:
+def test_files_with_different_columns_share_one_schema() -> None:
     write_csv(Path("t/a.csv"), [["prompt", "a"], ["x", "1"]])
     write_parquet(Path("t/b.parquet"), prompt=["y"], b=[2])
     first, second = read_requests("t")
@@ -320,8 +320,10 @@ def test_files_with_other_columns_share_one_schema() -> None:
     ],
     ids=lambda value: str(value if isinstance(value, pa.DataType) else value.type),
 )
-def test_types_that_differ_between_files_meet(first: pa.Array, second: pa.Array, meeting: pa.DataType) -> None:
-    """In a type that holds both, or in text: carrying a column through never ends a run."""
+def test_types_that_differ_between_files_have_a_common_type(
+    first: pa.Array, second: pa.Array, meeting: pa.DataType
+) -> None:
+    """The type holds both, or is text: a carried column never ends a run."""
     for name, array, other in (("a", first, second), ("b", second, first)):
         write_parquet(Path(name, "a.parquet"), prompt=["x"], column=array)
         write_parquet(Path(name, "b.parquet"), prompt=["y"], column=other)
@@ -336,7 +338,7 @@ def test_a_field_can_have_another_name() -> None:
     assert found[0].carried == {"input_prompt": "the other"}
 
 
-def test_a_field_can_be_left_to_the_carried_columns() -> None:
+def test_a_field_can_be_carried_instead() -> None:
     (request,) = read_requests(one_row(height="tall"), columns={"height": ""})
     assert request.params.height == 64
     assert request.carried == {"input_height": "tall"}
@@ -351,13 +353,13 @@ def test_a_field_can_be_left_to_the_carried_columns() -> None:
         ({"prompt": " Prompt", "seed": "luck"}, "has no column 'luck' for seed; it has ' Prompt', 'text'"),
     ],
 )
-def test_a_column_that_is_not_there_is_named(columns: dict[str, str], sentence: str) -> None:
+def test_a_missing_column_is_named(columns: dict[str, str], sentence: str) -> None:
     table = write_csv(Path("t.csv"), [[" Prompt", "text"], ["x", "y"]])
     with pytest.raises(TableError, match=sentence):
         open_tables(table, columns=columns)
 
 
-def test_two_columns_of_one_name_are_refused() -> None:
+def test_two_columns_named_like_a_field_are_refused() -> None:
     with pytest.raises(TableError, match="t.csv has two columns named 'seed'; rename one"):
         open_tables(write_csv(Path("t.csv"), [["prompt", "seed", "seed"], ["x", "1", "2"]]))
 
@@ -373,7 +375,7 @@ def test_limit_counts_rows_and_not_images() -> None:
 
 
 @pytest.mark.parametrize("empty", [None, "", float("nan")], ids=str)
-def test_a_cell_that_says_nothing_takes_the_default(empty: Any) -> None:
+def test_an_empty_cell_takes_the_default(empty: Any) -> None:
     rules = RowRules(RowDefaults(30, 6.0, 0.5, 128, 72, "blurry", 2, 7), RULES.sizes, "f")
     names = ("negative_prompt", "seed", "height", "width", "num_inference_steps", "guidance_scale")
     values = {name: [empty] for name in (*names, "guidance_rescale", "num_images_per_prompt")}
@@ -384,7 +386,7 @@ def test_a_cell_that_says_nothing_takes_the_default(empty: Any) -> None:
     assert said[0].negative_prompt == "blurry"
 
 
-def test_a_row_is_over_the_defaults() -> None:
+def test_cells_override_the_defaults() -> None:
     cells = {"height": 16, "width": 512, "num_inference_steps": 1000, "guidance_scale": 100, "guidance_rescale": 1}
     (request,) = read_requests(one_row(**cells, negative_prompt="dull", seed=2**63 - 1))
     assert request.params == SamplingParams(16, 512, 1000, 100.0, 1.0)
@@ -412,25 +414,25 @@ OUT_OF_RANGE = ["-2", str(10**23), "1e999999", "1e9999999", "-1e999999999", 5000
 
 @pytest.mark.parametrize("text", [*NO_NUMBERS, *NOT_WHOLE, *OUT_OF_RANGE], ids=lambda text: text[:20])
 @pytest.mark.parametrize("field", WHOLE)
-def test_numbers_that_are_not_whole_or_out_of_range(field: str, text: str) -> None:
-    """The sentence names the column, shows the cell and says what is wrong with it, at no length."""
-    fault = fault_of(one_row(**{field: text}))
-    assert re.fullmatch(rf"{field} '.{{1,40}}' is not (a whole number|within \d+ to \d+)", fault)
+def test_invalid_whole_numbers(field: str, text: str) -> None:
+    """The short sentence names the column, shows the cell and says what is wrong with it."""
+    error = error_of(one_row(**{field: text}))
+    assert re.fullmatch(rf"{field} '.{{1,40}}' is not (a whole number|within \d+ to \d+)", error)
     if text in OUT_OF_RANGE:
-        assert "within" in fault
+        assert "within" in error
 
 
 @pytest.mark.parametrize("text", [*NO_NUMBERS, *OUT_OF_RANGE], ids=lambda text: text[:20])
 @pytest.mark.parametrize("field", REAL)
-def test_reals_that_are_none_or_out_of_range(field: str, text: str) -> None:
-    fault = fault_of(one_row(**{field: text}))
-    assert re.fullmatch(rf"{field} '.{{1,40}}' is not (a number|within 0 to 1(00)?)", fault)
+def test_invalid_real_numbers(field: str, text: str) -> None:
+    error = error_of(one_row(**{field: text}))
+    assert re.fullmatch(rf"{field} '.{{1,40}}' is not (a number|within 0 to 1(00)?)", error)
 
 
 @pytest.mark.parametrize("value", [True, [1], b"11", datetime.date(2026, 1, 1)], ids=repr)
-def test_what_is_no_number_in_parquet(value: Any) -> None:
+def test_invalid_numbers_in_parquet(value: Any) -> None:
     table = write_parquet(Path("t.parquet"), prompt=["x"], num_inference_steps=[value])
-    assert "is not a whole number" in fault_of(table)
+    assert "is not a whole number" in error_of(table)
 
 
 @pytest.mark.parametrize(
@@ -449,8 +451,8 @@ def test_what_is_no_number_in_parquet(value: Any) -> None:
         ("seed", 2**63, f"seed '{2**63}' is not within 0 to {2**63 - 1}"),
     ],
 )
-def test_values_that_no_model_takes(field: str, value: Any, sentence: str) -> None:
-    assert fault_of(one_row(**{field: value})) == sentence
+def test_values_that_no_model_accepts(field: str, value: Any, sentence: str) -> None:
+    assert error_of(one_row(**{field: value})) == sentence
 
 
 def test_sizes_follow_the_model() -> None:
@@ -459,12 +461,12 @@ def test_sizes_follow_the_model() -> None:
     assert [request.params.height for request in read_requests(table)] == [size["height"] for size in sizes]
 
 
-def test_all_faults_of_a_row_are_told() -> None:
-    fault = fault_of(one_row(height=13, seed="x", guidance_scale="y"))
-    assert [part.split()[0] for part in fault.split("; ")] == ["seed", "height", "guidance_scale"]
+def test_all_errors_of_a_row_are_reported() -> None:
+    error = error_of(one_row(height=13, seed="x", guidance_scale="y"))
+    assert [part.split()[0] for part in error.split("; ")] == ["seed", "height", "guidance_scale"]
 
 
-def test_defaults_are_held_to_the_rules_of_rows() -> None:
+def test_defaults_obey_the_rules_for_rows() -> None:
     RULES.check()
     with pytest.raises(SettingsError, match="num_inference_steps '0' is not within 1 to 1000; guidance_scale"):
         RowRules(RowDefaults(0, 101.0, 0.0, 64, 64), RULES.sizes, "f").check()
@@ -473,15 +475,15 @@ def test_defaults_are_held_to_the_rules_of_rows() -> None:
 # Seeds and fingerprints
 
 
-def test_derived_seeds_are_stable_and_the_rows_own() -> None:
-    """Written down: a number that changes here changes every image that anybody made without a seed."""
+def test_derived_seeds_are_stable_and_differ_between_rows() -> None:
+    """Fixed numbers: a change here changes every image that was made without a seed."""
     rows = [["a", "1"], ["b", "2"], ["c", "3"]]
     whole = {item.id: item.seed for item in read_requests(write_csv(Path("t.csv"), [["id", "prompt"], *rows]))}
     apart = {item.id: item.seed for item in read_requests(write_csv(Path("u.csv"), [["id", "prompt"], *rows[::-1]]))}
     assert whole == apart == {"a": 1595580616, "b": 2832508741, "c": 1358304166}
 
 
-def test_the_seed_option_changes_the_seeds_that_are_derived() -> None:
+def test_the_seed_option_changes_derived_seeds() -> None:
     table = write_csv(Path("t.csv"), [["prompt", "seed"], ["x", ""], ["y", "5"]])
     other = RowRules(RowDefaults(20, 5.0, 0.0, 64, 64, seed=1), RULES.sizes, "the run")
     first, second = (([item.seed for item in read_requests(table, rules=rules)]) for rules in (RULES, other))
@@ -497,10 +499,10 @@ def test_image_k_has_seed_plus_k() -> None:
 
 
 def test_seeds_that_would_overflow_are_refused() -> None:
-    assert "leaves no room for 2 images" in fault_of(one_row(seed=2**63 - 1, num_images_per_prompt=2))
+    assert "leaves no room for 2 images" in error_of(one_row(seed=2**63 - 1, num_images_per_prompt=2))
 
 
-def test_a_fingerprint_is_of_all_that_decides_the_image_and_nothing_else() -> None:
+def test_a_fingerprint_covers_what_decides_the_image_and_nothing_else() -> None:
     plain = {"id": "a", "prompt": "x", "seed": 1}
 
     def fingerprint(rules: RowRules = RULES, **changes: Any) -> str:
@@ -537,7 +539,7 @@ def test_a_fingerprint_is_of_all_that_decides_the_image_and_nothing_else() -> No
         pytest.param(b"n,prompt\n1,a\n2,b\n", id="any order"),
     ],
 )
-def test_ways_to_write_csv(content: bytes) -> None:
+def test_variants_of_csv(content: bytes) -> None:
     found = read_requests(write_bytes(Path("t.csv"), content))
     assert [(item.id, item.prompt, item.carried["n"]) for item in found] == [
         ("t-00000000", "a", "1"),
@@ -571,7 +573,7 @@ def test_a_long_prompt() -> None:
         pytest.param(b"y,\xff,z", "column 'seed' is not UTF-8", id="a byte for a number"),
     ],
 )
-def test_a_bad_line_costs_its_own_row(line: bytes, sentence: str) -> None:
+def test_a_bad_line_makes_only_its_row_invalid(line: bytes, sentence: str) -> None:
     table = write_bytes(Path("t.csv"), b"prompt,seed,n\nx,1,1\n" + line + b"\nz,3,3\n")
     first, bad, last = read(table)
     assert isinstance(bad, ResultRow)
@@ -582,7 +584,7 @@ def test_a_bad_line_costs_its_own_row(line: bytes, sentence: str) -> None:
     assert (last.prompt, last.seed, last.id) == ("z", 3, "t-00000002")
 
 
-def test_an_invalid_row_keeps_what_can_be_kept() -> None:
+def test_an_invalid_row_keeps_its_readable_cells() -> None:
     table = write_bytes(Path("t.csv"), b"id,prompt,n\nmine,caf\xe9,caf\xe9\n")
     (bad,) = read(table)
     assert isinstance(bad, ResultRow)
@@ -594,7 +596,7 @@ def test_an_invalid_row_keeps_what_can_be_kept() -> None:
 
 
 @pytest.mark.parametrize("content", [b"caf\xe9", b"a\0b"], ids=["Latin-1", "NUL"])
-def test_an_id_that_is_no_text_costs_its_row(content: bytes) -> None:
+def test_an_id_that_is_not_text_makes_its_row_invalid(content: bytes) -> None:
     first, last = read(write_bytes(Path("t.csv"), b"id,prompt\n" + content + b",x\nb,y\n"))
     assert isinstance(first, ResultRow)
     assert (first.id, last.id) == ("t-00000000", "b")
@@ -617,12 +619,12 @@ def test_a_short_row_leaves_its_last_cells_empty() -> None:
         (["z,1", '"y,2', "z,3", '"y,4', "z,5"], "line 4", ["z", "z", "z"]),
     ],
 )
-def test_an_unclosed_quote_costs_its_own_row(lines: list[str], bad: str, good: list[str]) -> None:
-    """The first line below that is a whole row by itself is one."""
+def test_an_unclosed_quote_makes_only_its_row_invalid(lines: list[str], bad: str, good: list[str]) -> None:
+    """The first line below that is a whole row by itself is read as a row."""
     content = "\n".join(["prompt,n", "x,1", *lines, ""])
     found = read(write_bytes(Path("t.csv"), content.encode()))
-    faults = [item for item in found if isinstance(item, ResultRow)]
-    assert re.match(rf"{bad} cannot be read as CSV: .*; is there an unclosed quote\?", faults[0].error or "")
+    invalid = [item for item in found if isinstance(item, ResultRow)]
+    assert re.match(rf"{bad} cannot be read as CSV: .*; is there an unclosed quote\?", invalid[0].error or "")
     prompts = [item.prompt for item in found if isinstance(item, PromptRequest)]
     assert [prompt for prompt in prompts[1:] if prompt == "z"] == good
     assert [item.source_row if isinstance(item, ResultRow) else item.source.row for item in found] == list(
@@ -630,7 +632,7 @@ def test_an_unclosed_quote_costs_its_own_row(lines: list[str], bad: str, good: l
     )
 
 
-def test_of_one_column_lines_are_rows_only_below_a_quote_that_never_closes() -> None:
+def test_in_one_column_lines_are_rows_only_below_a_quote_that_never_closes() -> None:
     first, bad, *rest = read(write_bytes(Path("t.csv"), b'prompt\nx\n"y\nz\nz\n'))
     assert isinstance(bad, ResultRow)
     assert [item.prompt for item in (first, *rest)] == ["x", "z", "z"]
@@ -652,17 +654,17 @@ def test_of_one_column_lines_are_rows_only_below_a_quote_that_never_closes() -> 
     ],
     ids=["empty", "blank", "UTF-16", "UTF-16 without a mark", "Latin-1 header", "no table"],
 )
-def test_files_that_cannot_be_read(content: bytes, sentence: str) -> None:
+def test_unreadable_files(content: bytes, sentence: str) -> None:
     with pytest.raises(TableError, match=sentence):
         open_tables(write_bytes(Path("t.csv"), content))
 
 
-def test_a_header_alone_is_a_table_of_no_rows() -> None:
+def test_a_header_alone_is_a_table_without_rows() -> None:
     assert read(write_bytes(Path("t.csv"), b"prompt,seed\n")) == []
     assert read(write_parquet(Path("t.parquet"), prompt=pa.array([], pa.string()))) == []
 
 
-def test_a_file_that_cannot_be_read_costs_one_result() -> None:
+def test_an_unreadable_file_is_one_invalid_result() -> None:
     write_csv(Path("t/a.csv"), [["prompt"], ["x"]])
     write_bytes(Path("t/b.parquet"), write_parquet(Path("whole.parquet"), prompt=["y"] * 100).read_bytes()[:-10])
     write_csv(Path("t/c.csv"), [["caption"], ["z"]])
@@ -675,14 +677,14 @@ def test_a_file_that_cannot_be_read_costs_one_result() -> None:
     assert "t/c.csv has no column 'prompt'" in (unnamed.error or "")
 
 
-def test_where_no_file_can_be_read_each_is_told() -> None:
+def test_if_no_file_can_be_read_each_is_named() -> None:
     tables = [write_bytes(Path("a.parquet"), b"PAR1 and so on"), write_bytes(Path("b.csv"), b"")]
     with pytest.raises(TableError, match=r"a.parquet cannot be read: .* · b.csv is empty"):
         open_tables(*tables)
 
 
 def write_groups(path: Path) -> Path:
-    """A Parquet file of three row groups of 2000 rows."""
+    """Write a Parquet file of three row groups of 2000 rows."""
     schema = pa.schema([("prompt", pa.string())])
     with pq.ParquetWriter(path, schema, compression="none", use_dictionary=False) as writer:
         for group in range(3):
@@ -690,7 +692,7 @@ def write_groups(path: Path) -> Path:
     return path
 
 
-def test_a_parquet_row_group_that_is_damaged_costs_no_other() -> None:
+def test_a_damaged_parquet_row_group_leaves_the_others_readable() -> None:
     path = write_groups(Path("t.parquet"))
     content = bytearray(path.read_bytes())
     second = pq.read_metadata(path).row_group(1).column(0)
@@ -709,7 +711,7 @@ def test_a_parquet_row_group_that_is_damaged_costs_no_other() -> None:
 
 
 def zigzag(number: int) -> bytes:
-    """An integer as Thrift's compact protocol writes it."""
+    """Encode an integer as Thrift's compact protocol does."""
     number, digits = (number << 1) ^ (number >> 63), []
     while number > 127:
         digits.append(number & 127 | 128)
@@ -718,7 +720,7 @@ def zigzag(number: int) -> bytes:
 
 
 def test_every_row_that_a_damaged_footer_counts_is_accounted_for() -> None:
-    """Of many such files Arrow reads fewer rows than they count, and reports no error."""
+    """Arrow reads fewer rows of many such files than the footer counts, without an error."""
     path = write_groups(Path("t.parquet"))
     content = path.read_bytes()
     footer = slice(-8 - int.from_bytes(content[-8:-4], "little"), -8)
@@ -756,7 +758,7 @@ UNREADABLE = Path("/proc/self/mem")
 @pytest.mark.skipif(not UNREADABLE.exists(), reason="a file that gives EIO is there on Linux alone")
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "json", "txt", "csv.gz", "jsonl.zst", "txt.bz2", "csv.xz"])
 @pytest.mark.parametrize("when", ["at first", "later", "gone"])
-def test_a_disk_that_fails_costs_no_row(ending: str, when: str) -> None:
+def test_a_failing_disk_makes_no_row_invalid(ending: str, when: str) -> None:
     """The file may be whole: the same command reads it once the disk can be read again."""
     path = write_bytes(Path(f"t/t.{ending}"), in_format(ending, [{"prompt": "x"}]))
     write_csv(Path("t/good.csv"), [["prompt"], ["x"]])
@@ -772,7 +774,7 @@ def test_a_disk_that_fails_costs_no_row(ending: str, when: str) -> None:
 
 
 @pytest.mark.parametrize("call", ["read_schema", "iter_batches"])
-def test_a_disk_that_fails_under_parquet_costs_no_row(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_disk_makes_no_row_of_parquet_invalid(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*rest: Any, **options: Any) -> Any:
         raise OSError(errno.EIO, "Input/output error")
 
@@ -782,7 +784,7 @@ def test_a_disk_that_fails_under_parquet_costs_no_row(call: str, monkeypatch: py
         read("t")
 
 
-def test_a_folder_on_a_disk_that_fails_costs_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_on_a_failing_disk_makes_no_row_invalid(monkeypatch: pytest.MonkeyPatch) -> None:
     write_csv(Path("t/a/t.csv"), [["prompt"], ["x"]])
     write_csv(Path("t/b/t.csv"), [["prompt"], ["x"]])
     scandir = os.scandir
@@ -797,8 +799,8 @@ def test_a_folder_on_a_disk_that_fails_costs_no_row(monkeypatch: pytest.MonkeyPa
         read("t")
 
 
-def test_text_in_parquet_that_is_not_utf_8_costs_its_own_row() -> None:
-    """Arrow takes a writer's word that its strings are UTF-8."""
+def test_text_in_parquet_that_is_not_utf_8_makes_only_its_row_invalid() -> None:
+    """Arrow does not check that strings in Parquet are UTF-8."""
     data = pa.array([b"one", b"caf\xe9", b"three"], pa.binary())
     text = pa.Array.from_buffers(pa.string(), 3, data.buffers())
     for columns in ({"prompt": text}, {"prompt": ["1", "2", "3"], "carried": text}):
@@ -810,7 +812,7 @@ def test_text_in_parquet_that_is_not_utf_8_costs_its_own_row() -> None:
         assert isinstance(last, PromptRequest)
 
 
-def test_a_date_that_python_has_no_type_for_is_an_id() -> None:
+def test_a_date_without_a_python_type_can_be_an_id() -> None:
     when = pa.array([0, 2**60], pa.timestamp("us"))
     found = read_requests(write_parquet(Path("t.parquet"), prompt=["x", "y"], id=when))
     assert [request.id for request in found] == [
@@ -831,11 +833,11 @@ def test_a_date_that_python_has_no_type_for_is_an_id() -> None:
     ],
     ids=repr,
 )
-def test_prompts_in_parquet_that_are_no_text(prompt: Any, sentence: str) -> None:
-    assert re.match(sentence, fault_of(write_parquet(Path("t.parquet"), prompt=[prompt])))
+def test_prompts_in_parquet_that_are_not_text(prompt: Any, sentence: str) -> None:
+    assert re.match(sentence, error_of(write_parquet(Path("t.parquet"), prompt=[prompt])))
 
 
-def test_bytes_in_parquet_that_are_text() -> None:
+def test_bytes_in_parquet_can_be_text() -> None:
     table = write_parquet(Path("t.parquet"), prompt=["été".encode()], negative_prompt=[b"dull"])
     assert [(item.prompt, item.negative_prompt) for item in read_requests(table)] == [("été", "dull")]
 
@@ -859,9 +861,7 @@ relaxed = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 @relaxed
 @given(tables, st.sampled_from(WRITERS))
-def test_what_a_csv_writer_wrote_comes_back_row_for_row(
-    table: tuple[list[str], list[list[str]]], form: dict[str, Any]
-) -> None:
+def test_rows_of_a_csv_writer_are_read_back(table: tuple[list[str], list[list[str]]], form: dict[str, Any]) -> None:
     names, rows = table
     header = ["prompt", *(f"carried {name}" for name in names)]
     path = write_csv(Path("t.csv"), [header, *(["x", *row] for row in rows)], **form)
@@ -873,8 +873,8 @@ def test_what_a_csv_writer_wrote_comes_back_row_for_row(
 @example(b'prompt,id\n"a\nb,c\n')
 @example(b"prompt,id\n\xff,\xff\n\xff,\xff\n")
 @example(b"prompt\n\0\n")
-def test_no_bytes_at_all_raise_more_than_a_table_error(content: bytes) -> None:
-    """And every row is a request or an invalid result, each with a key of its own."""
+def test_any_bytes_give_rows_or_a_table_error(content: bytes) -> None:
+    """Every row is a request or an invalid result with a unique key."""
     path = write_bytes(Path("t.csv"), content)
     try:
         found = read(path)
@@ -888,7 +888,7 @@ def test_no_bytes_at_all_raise_more_than_a_table_error(content: bytes) -> None:
 
 @relaxed
 @given(st.data())
-def test_no_damage_to_a_parquet_file_raises_more_than_a_table_error(data: st.DataObject) -> None:
+def test_any_damage_to_a_parquet_file_gives_rows_or_a_table_error(data: st.DataObject) -> None:
     content = bytearray(write_parquet(Path("t.parquet"), prompt=["x", "y"], seed=[1, 2]).read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
@@ -901,8 +901,8 @@ def test_no_damage_to_a_parquet_file_raises_more_than_a_table_error(data: st.Dat
     assert len({item.key for item in found}) == len(found)
 
 
-def test_a_column_without_a_name_is_nobodys_field(tmp_path: Path) -> None:
-    """pandas writes its index so; `--column seed=` says that no column is the seed."""
+def test_a_column_without_a_name_is_no_field(tmp_path: Path) -> None:
+    """pandas writes its index without a name; `--column seed=` means that no column is the seed."""
     table = write_csv(tmp_path / "t.csv", [["", "prompt"], ["7", "a red circle"]])
     (found,) = read_requests(table, columns={"seed": ""})
     assert found.seed != 7
@@ -911,7 +911,7 @@ def test_a_column_without_a_name_is_nobodys_field(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cell", ["NaN", "nan", "NA", "n/a", "NULL", "null", "None", r"\N", "#N/A", "<NA>", "  ", "\t"])
 def test_a_missing_number_takes_the_default(cell: str) -> None:
-    """As databases, spreadsheets and pandas write it; in text it is text."""
+    """Databases, spreadsheets and pandas write these; in a text field they are text."""
     numbers = [field for field in FIELDS if field not in ("prompt", "id", "negative_prompt")]
     write_csv(Path("t.csv"), [["prompt", "negative_prompt", *numbers], ["x", "", *[""] * 7], ["x", "", *[cell] * 7]])
     first, second = read_requests("t.csv")
@@ -937,9 +937,9 @@ def test_a_missing_number_takes_the_default(cell: str) -> None:
     ],
     ids=str,
 )
-def test_text_that_is_not_unicode_is_named_for_what_it_is(cells: dict[str, str], sentence: str) -> None:
+def test_text_that_is_not_unicode_is_described(cells: dict[str, str], sentence: str) -> None:
     table = write_bytes(Path("t.jsonl"), json.dumps({"prompt": "x", **cells}).encode())
-    assert fault_of(table).startswith(sentence)
+    assert error_of(table).startswith(sentence)
 
 
 @pytest.mark.parametrize(
@@ -957,7 +957,9 @@ def test_text_that_is_not_unicode_is_named_for_what_it_is(cells: dict[str, str],
         (["prompt", "ID"], "id", "ID"),
     ],
 )
-def test_a_column_that_is_nearly_a_field_is_carried_and_told(header: list[str], field: str, column: str) -> None:
+def test_a_column_named_almost_like_a_field_is_carried_with_a_remark(
+    header: list[str], field: str, column: str
+) -> None:
     write_csv(Path("t.csv"), [header, ["x", "2"]])
     (remark,) = open_tables("t.csv").remarks
     option = f"{field}={column}"
@@ -978,12 +980,12 @@ def test_a_column_that_is_nearly_a_field_is_carried_and_told(header: list[str], 
     ],
     ids=str,
 )
-def test_a_column_that_is_no_field_is_not_told(header: list[str]) -> None:
+def test_other_carried_columns_have_no_remark(header: list[str]) -> None:
     write_csv(Path("t.csv"), [header, ["1"] * len(header)])
     assert not open_tables("t.csv").remarks
 
 
-def test_shards_of_one_header_are_told_of_once() -> None:
+def test_shards_with_one_header_have_one_remark() -> None:
     for name in "abc":
         write_csv(Path(f"t/{name}.csv"), [["prompt", "steps"], ["x", "2"]])
     (remark,) = open_tables("t").remarks

@@ -52,7 +52,7 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where temporary folders are made."""
+    """The folder for temporary folders."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(folder))
@@ -74,7 +74,7 @@ def refusal_of(*tables: Path | str, **options: Any) -> str:
 
 
 def test_every_argument_that_means_no_table_is_named() -> None:
-    """A word of an option with a blank in it, or a misspelt name, must not pass for a table with one bad row."""
+    """Part of an option with a blank in it, or a misspelt name, must not become a table with one invalid row."""
     write_csv(Path("good.csv"), [["prompt"], ["x"]])
     Path("empty").mkdir()
     Path("notes.md").touch()
@@ -107,16 +107,16 @@ def test_a_named_file_that_cannot_be_read_is_refused_and_one_in_a_folder_is_not(
         assert isinstance(good, PromptRequest)
 
 
-def test_where_none_can_be_read_all_are_named() -> None:
+def test_if_none_can_be_read_all_are_named() -> None:
     assert re.fullmatch("a.csv: no such .* · b.txt: no such .* · c/: no such .*", refusal_of("a.csv", "b.txt", "c/"))
 
 
-def test_an_argument_that_no_file_can_have_is_told() -> None:
+def test_an_argument_that_cannot_be_a_file_name_is_refused() -> None:
     assert refusal_of("a\0b.csv")
     assert refusal_of("x" * 5000 + ".csv")
 
 
-def test_faults_are_there_by_name() -> None:
+def test_unreadable_files_are_known_by_name() -> None:
     write_csv(Path("t/good.csv"), [["prompt"], ["x"]])
     write_bytes(Path("t/bad.csv"), b"caption\nx\n")
     with open_tables("t") as tables:
@@ -126,7 +126,7 @@ def test_faults_are_there_by_name() -> None:
 
 
 def test_relative_names_start_at_the_folder_of_the_settings(tmp_path: Path) -> None:
-    """And results name the files as the user did."""
+    """Results name the files as the user did."""
     for name in ("a.csv", "more/b.csv", "more/c.txt"):
         write_bytes(tmp_path / "there" / name, b"prompt\nx\n")
     with open_tables("a.csv", "more", "mo*/c.txt", folder=tmp_path / "there") as tables:
@@ -141,7 +141,7 @@ def test_relative_names_start_at_the_folder_of_the_settings(tmp_path: Path) -> N
     ]
 
 
-def test_files_that_differ_in_their_ending_have_one_stem() -> None:
+def test_files_that_differ_in_their_ending_have_the_same_stem() -> None:
     for name in ("t/a.csv", "t/a.jsonl.gz"):
         write_bytes(Path(name), in_format(Path(name).name.partition(".")[2], [{"prompt": "x"}]))
     assert "t/a.csv and t/a.jsonl.gz would give their rows the same ids (a-00000000, ...)" in refusal_of("t")
@@ -152,13 +152,13 @@ def test_a_dot_in_a_name_is_part_of_the_stem() -> None:
     assert [item.id for item in read("v1.2.csv")] == ["v1.2-00000000"]
 
 
-def test_run_json_is_no_table_of_its_folder() -> None:
+def test_run_json_is_not_read_as_a_table() -> None:
     write_bytes(Path("t/run.json"), b'["a result"]')
     write_bytes(Path("t/a.json"), b'["x"]')
     assert [item.prompt for item in read("t")] == ["x"]
 
 
-def test_nothing_temporary_is_made_for_local_files(temporary: Path) -> None:
+def test_local_files_need_no_temporary_folder(temporary: Path) -> None:
     read(write_bytes(Path("t.csv.gz"), in_format("csv.gz", ROWS)))
     with open_tables("t.csv.gz"):
         assert not list(temporary.iterdir())
@@ -192,7 +192,7 @@ def fill(folder: Path, *names: str) -> None:
 
 @pytest.mark.parametrize("argument", ["t", "t/", "t/**/*", "memory://t", "memory://t/**"])
 def test_documentation_markers_and_other_endings_are_left_out_and_named(argument: str, memory: Any) -> None:
-    """By one rule, whatever a folder is and wherever it lies."""
+    """One rule for folders and globs, local and remote."""
     fill(Path("t"), *TABLES, *NO_TABLES["name"], *NO_TABLES["ending"])
     for path in Path("t").rglob("*.*" if "memory" in argument else "nothing"):
         memory.pipe(f"/{path}", path.read_bytes()) if path.is_file() else None
@@ -208,7 +208,7 @@ def test_documentation_markers_and_other_endings_are_left_out_and_named(argument
     } | {"name": {"*.txt": 4, **{f"{scheme}t/{n}": 1 for n in NO_TABLES["name"] if not n.endswith(".txt")}}}
 
 
-def test_what_a_folder_holds_by_the_thousand_is_one_item() -> None:
+def test_thousands_of_similar_files_are_one_item() -> None:
     fill(Path("t"), "a.csv", *(f"{i}.png" for i in range(2000)), *(f"{i % 9}/_SUCCESS" for i in range(9)), "x.npy")
     fill(Path("t/.git"), *(f"{i}.txt" for i in range(50)))
     fill(Path("t/out"), "run.json", ".lock", "results.parquet", *(f"images/p-00000/{i}.txt" for i in range(50)))
@@ -225,20 +225,20 @@ def test_what_a_folder_holds_by_the_thousand_is_one_item() -> None:
         )
 
 
-def test_what_another_argument_reads_is_not_left_out() -> None:
+def test_a_file_that_another_argument_reads_is_not_left_out() -> None:
     fill(Path("t"), "a.csv", "README.csv")
     with open_tables("t", "t/README.csv") as tables:
         assert tables.files == ["t/a.csv", "t/README.csv"]
         assert str(tables.left_out) == ""
 
 
-def test_a_folder_without_a_table_says_what_it_holds() -> None:
+def test_the_error_of_a_folder_without_tables_names_its_files() -> None:
     fill(Path("t"), "README.txt", "a.zip")
     assert refusal_of("t").endswith("after it); left out for their names: t/README.txt; for their endings: t/a.zip")
 
 
-def test_links_and_folders_that_cannot_be_read_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that leads nowhere is a fault; no file of a folder may vanish without a word."""
+def test_unreadable_links_and_folders_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link that leads nowhere is an error; no file of a folder may be skipped silently."""
     fill(Path("t"), "a.csv", "closed/b.csv")
     fill(Path("elsewhere"), "c.csv")
     Path("t/linked").symlink_to(Path("elsewhere").absolute())
@@ -266,7 +266,7 @@ def test_links_and_folders_that_cannot_be_read_are_told(monkeypatch: pytest.Monk
 
 
 def partitioned(ending: str, store: Callable[[str, bytes], Any]) -> None:
-    """A folder as Spark and pyarrow write it, with the columns lang, height and a coded one in its paths."""
+    """Write a folder as Spark and pyarrow do, with the columns lang, height and an encoded one in its paths."""
     for path, prompt in (
         ("lang=en/height=128", "a"),
         ("lang=de/height=64", "b"),
@@ -291,8 +291,8 @@ PARTITIONED = {
 
 
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "json", "txt", "parquet", "csv.gz", "parquet.xz"])
-def test_columns_in_the_path_are_columns(ending: str, memory: Any, tmp_path: Path) -> None:
-    """Of every format, wherever a folder lies, and however its files are named."""
+def test_key_value_folders_are_columns(ending: str, memory: Any, tmp_path: Path) -> None:
+    """In every format, local and remote, for every way to name the files."""
     partitioned(ending, lambda path, content: write_bytes(Path(path), content))
     partitioned(ending, lambda path, content: memory.pipe(f"/{path}", content))
     for argument in ("ds", "ds/**/*.*", "memory://ds", "memory://ds/**/*.*", f"file://{tmp_path}/ds"):
@@ -320,7 +320,7 @@ def test_columns_in_the_path_within_an_archive(tmp_path: Path) -> None:
     assert described(f"zip://ds::file://{tmp_path}/seed=9.zip") == PARTITIONED
 
 
-def test_the_path_wins_over_a_column_of_the_file_and_says_so() -> None:
+def test_a_column_of_the_path_replaces_that_of_the_file_with_a_remark() -> None:
     write_parquet(Path("t/height=128/n=5/a.parquet"), prompt=["x"], n=[7], height=[64])
     write_parquet(Path("t/b.parquet"), prompt=["y"], n=[7])
     with open_tables("t", columns={"seed": ""}) as tables:
@@ -331,7 +331,7 @@ def test_the_path_wins_over_a_column_of_the_file_and_says_so() -> None:
     assert (second.params.height, second.carried, first.carried) == (128, {"n": "5"}, {"n": "7"})
 
 
-def test_a_bad_value_in_the_path_costs_the_rows_of_its_file() -> None:
+def test_a_bad_value_in_the_path_makes_the_rows_of_its_file_invalid() -> None:
     write_csv(Path("t/height=tall/a.csv"), [["prompt"], ["x"]])
     write_csv(Path("t/height=64/b.csv"), [["prompt"], ["y"]])
     write_csv(Path("t/prompt=a%20ring/c.csv"), [["tag"], ["z"]])
@@ -342,7 +342,7 @@ def test_a_bad_value_in_the_path_costs_the_rows_of_its_file() -> None:
 
 
 def test_a_file_of_a_mini_batch_has_the_columns_of_its_path(tmp_path: Path) -> None:
-    """Though it is named by its last part alone."""
+    """Although it is named by its last part alone."""
     write_csv(tmp_path / "lang=en" / "height=128" / "a.csv", [["prompt"], ["x"]])
     settings = TableSettings(("./a.csv",), folder=tmp_path / "lang=en" / "height=128")
     with Tables(settings, SCHEMA.names, OtherTables(("a.csv",), lambda name, file: False)) as tables:
@@ -352,7 +352,7 @@ def test_a_file_of_a_mini_batch_has_the_columns_of_its_path(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("names", [("a.csv", "b.csv", "B.csv"), ("B.csv", "b.csv"), ("b.csv",)])
-def test_what_collides_in_a_mini_batch_does_not_depend_on_its_other_files(tmp_path: Path, names: tuple[str]) -> None:
+def test_collisions_in_a_mini_batch_do_not_depend_on_its_other_files(tmp_path: Path, names: tuple[str]) -> None:
     for name, ids in {"a.csv": ["SKU", "Z"], "b.csv": ["Sku", "sku", "z"], "B.csv": ["sKu"]}.items():
         write_csv(tmp_path / name, [["id", "prompt"], *([known, "x"] for known in ids)])
     settings = TableSettings(tuple(f"./{name}" for name in names), folder=tmp_path)
@@ -410,12 +410,14 @@ def test_any_format_may_be_piped_in(ending: str, monkeypatch: pytest.MonkeyPatch
     ],
     ids=repr,
 )
-def test_the_first_bytes_of_standard_input_say_its_format(content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_format_of_standard_input_is_detected_from_its_first_bytes(
+    content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipe(monkeypatch, content)
     assert [(item.id, item.prompt) for item in read_requests("-")] == [("stdin-00000000", "x")]
 
 
-def test_plain_prompts_on_standard_input_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_prompts_on_standard_input_are_refused_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe(monkeypatch, b"a red circle\na blue square\n")
     assert refusal_of("-") == (
         "stdin has no column 'prompt'; standard input is read as CSV, and its first line is 'a red circle': "
@@ -423,7 +425,7 @@ def test_plain_prompts_on_standard_input_are_told(monkeypatch: pytest.MonkeyPatc
     )
 
 
-def test_a_broken_first_line_of_json_lines_costs_its_own_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_first_line_of_json_lines_makes_only_its_row_invalid(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe(monkeypatch, b'{"prompt": "a red\n{"prompt": "b"}\n')
     bad, good = read("-")
     assert isinstance(bad, ResultRow)
@@ -432,7 +434,7 @@ def test_a_broken_first_line_of_json_lines_costs_its_own_row(monkeypatch: pytest
     assert [item.prompt for item in read_requests("-")] == ["x"]
 
 
-def test_a_file_that_cannot_be_read_may_have_the_stem_of_another() -> None:
+def test_an_unreadable_file_may_have_the_stem_of_another() -> None:
     write_csv(Path("a.csv"), [["prompt"], ["x"]])
     write_bytes(Path("elsewhere/a.csv"), b"caption\nx\n")
     good, bad = read("a.csv", "elsewhere")
@@ -452,12 +454,12 @@ def test_a_file_that_cannot_be_read_may_have_the_stem_of_another() -> None:
         ("prompt\nx".encode("utf-16"), "stdin is UTF-16"),
     ],
 )
-def test_standard_input_that_cannot_be_read(content: bytes, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_standard_input(content: bytes, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe(monkeypatch, content)
     assert refusal_of("-").startswith(sentence)
 
 
-def test_standard_input_that_breaks_off_with_an_error_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_standard_input_that_breaks_off_with_a_system_error(monkeypatch: pytest.MonkeyPatch) -> None:
     class Failing(io.RawIOBase):
         def readable(self) -> bool:
             return True
@@ -471,7 +473,7 @@ def test_standard_input_that_breaks_off_with_an_error_of_the_system(monkeypatch:
         open_tables("-")
 
 
-def test_a_terminal_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_as_standard_input_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe(monkeypatch, b"")
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
     assert refusal_of("-").startswith("-: standard input is a terminal; pipe a table in")
@@ -491,7 +493,7 @@ def memory() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("ending", FORMATS)
-def test_any_format_may_lie_behind_a_url(ending: str, memory: Any, temporary: Path, tmp_path: Path) -> None:
+def test_any_format_can_be_read_from_a_url(ending: str, memory: Any, temporary: Path, tmp_path: Path) -> None:
     content = in_format(ending, ROWS)
     memory.pipe(f"/there/t.{ending}", content)
     write_bytes(tmp_path / "here" / f"t.{ending}", content)
@@ -556,7 +558,7 @@ def test_a_file_in_an_archive_is_read(tmp_path: Path) -> None:
         ("https://user:secret@/a.csv?sig=secret", "https:///a.csv cannot be opened: "),
     ],
 )
-def test_urls_that_mean_no_table(url: str, sentence: str, memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_urls_without_a_table(url: str, sentence: str, memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("s3fs", "gcsfs", "adlfs"):
         monkeypatch.setitem(sys.modules, package, None)
     memory.pipe("/t/notes.md", b"")
@@ -593,7 +595,7 @@ class Stubborn:
         (type("OfNoKind", (Exception,), {})("secret?"), TableError, "x://a.csv cannot be opened: OfNoKind"),
     ],
 )
-def test_whose_fault_it_is(
+def test_errors_of_clients_are_the_users_or_the_services(
     error: Exception, kind: type[Exception], sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fsspec, "url_to_fs", lambda url, **options: (Stubborn(error), url))
@@ -620,7 +622,7 @@ def test_whose_fault_it_is(
         ),
     ],
 )
-def test_what_an_ftp_server_may_answer(answers: dict[str, str], kind: type[Exception], sentence: str) -> None:
+def test_answers_of_an_ftp_server(answers: dict[str, str], kind: type[Exception], sentence: str) -> None:
     with answering_ftp(answers) as address, pytest.raises(kind) as caught:
         open_tables(f"ftp://me:SECRET@{address}/t.csv")
     assert str(caught.value).startswith(sentence.format(url=f"ftp://me@{address}/t.csv"))
@@ -650,7 +652,7 @@ def test_a_folder_that_a_glob_matches_is_read_as_a_folder(memory: Any) -> None:
             assert tables.files == [item.source.file for item in requests]
 
 
-def test_links_and_folders_that_a_glob_matches_and_that_cannot_be_read_are_told(
+def test_unreadable_links_and_folders_that_a_glob_matches_are_reported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write_csv(Path("ds/a/t.csv"), [["prompt"], ["x"]])
@@ -675,7 +677,7 @@ def test_links_and_folders_that_a_glob_matches_and_that_cannot_be_read_are_told(
             assert "ds/a/t.csv" in tables.files
 
 
-def test_one_file_of_a_folder_that_is_forbidden_costs_one_result(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forbidden_file_of_a_folder_is_one_invalid_result(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     memory.pipe({"/t/a.txt": b"x", "/t/b.txt": b"y"})
     get_file = type(memory).get_file
 
@@ -711,11 +713,11 @@ def test_one_file_of_a_folder_that_is_forbidden_costs_one_result(memory: Any, mo
         ("local/a@b?c=d.csv", "local/a@b?c=d.csv"),
     ],
 )
-def test_no_link_of_a_url_shows_a_secret(url: str, name: str) -> None:
+def test_secrets_are_removed_from_every_link_of_a_url(url: str, name: str) -> None:
     assert redact_url(url) == name
 
 
-def test_a_library_message_shows_no_secret() -> None:
+def test_secrets_are_removed_from_a_library_message() -> None:
     text = "cannot open 'https://TOKEN@host/x?sig=S', tried zip://a.csv::https://h/x.zip?sig=S again"
     assert redact_urls(text) == "cannot open 'https://host/x', tried zip://a.csv::https://h/x.zip again"
 
@@ -731,7 +733,7 @@ def server(tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("ending", FORMATS)
-def test_any_format_may_be_served(ending: str, server: str, temporary: Path) -> None:
+def test_any_format_can_be_read_over_http(ending: str, server: str, temporary: Path) -> None:
     write_bytes(Path(f"served/t.{ending}"), in_format(ending, ROWS))
     with open_tables(f"{server}/t.{ending}?sig=secret#part") as tables:
         assert tables.files == [f"{server}/t.{ending}"]
@@ -767,17 +769,17 @@ def test_secrets_of_a_chain_are_used_and_not_shown(
     if answer is None:
         (found,) = read_requests(url)
         assert (found.id, found.prompt) == ("t-00000000", "x")
-        told = found.source.file
+        text = found.source.file
     else:
         with pytest.raises((TableError, TryAgainLater), match=answer) as caught:
             open_tables(url)
-        told = str(caught.value)
-    assert server in told
-    told += "".join(record.getMessage() for record in caplog.records if record.name.startswith("batch_infer"))
-    assert "SECRET" not in told + "".join(capfd.readouterr())
+        text = str(caught.value)
+    assert server in text
+    text += "".join(record.getMessage() for record in caplog.records if record.name.startswith("batch_infer"))
+    assert "SECRET" not in text + "".join(capfd.readouterr())
 
 
-def test_two_queries_are_two_files(server: str) -> None:
+def test_urls_with_different_queries_are_different_files(server: str) -> None:
     write_bytes(Path("served/t.csv"), b"id,prompt\na,x\n")
     found = read(f"{server}/t.csv?part=1", f"{server}/t.csv?part=2", f"{server}/t.csv?part=1")
     assert [item.id for item in found] == ["a", "t-00000000"]
@@ -786,7 +788,7 @@ def test_two_queries_are_two_files(server: str) -> None:
 
 
 @pytest.mark.parametrize("chain", ["{}/t.csv?in={}", "simplecache::{}/t.csv.gz?in={}", "{}/t.csv?sig=SECRET&in={}"])
-def test_urls_that_differ_in_what_is_not_shown_are_files_of_their_own(chain: str, server: str) -> None:
+def test_urls_that_differ_in_secret_parts_are_different_files(chain: str, server: str) -> None:
     for name in "ab":
         write_bytes(Path(f"served/{name}/t.csv"), f"id,prompt\n{name},in {name}\n".encode())
         write_bytes(Path(f"served/{name}/t.csv.gz"), pack("gz", f"id,prompt\n{name},in {name}\n".encode()))
@@ -808,12 +810,14 @@ def test_urls_that_differ_in_what_is_not_shown_are_files_of_their_own(chain: str
     assert "--id-from content" in refusal
 
 
-def test_urls_that_differ_in_what_is_not_shown_are_refused_once_where_none_can_be_read(server: str) -> None:
+def test_unreadable_urls_that_differ_in_secret_parts_are_named_once(server: str) -> None:
     url = f"{server}/missing.csv"
     assert refusal_of(f"{url}?id=1", f"{url}?id=2") == f"{url}: no such file or folder"
 
 
-def test_a_folder_and_a_file_in_it_are_known_by_the_whole_url(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_and_a_file_in_it_are_identified_by_the_whole_url(
+    memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     memory.pipe("/t/a.csv", b"prompt\nx\n")
     with monkeypatch.context() as patched:
         patched.setattr(fsspec, "url_to_fs", lambda url, **options: (memory, re.sub("memory:/|[?].*", "", url)))
@@ -822,7 +826,7 @@ def test_a_folder_and_a_file_in_it_are_known_by_the_whole_url(memory: Any, monke
             assert tables.files == ["memory://t/a.csv", "memory://t/a.csv#2"]
 
 
-def test_file_names_that_are_no_utf_8_are_files_of_their_own() -> None:
+def test_file_names_that_are_not_utf_8_are_different_files() -> None:
     for name in (b"caf\xe8.csv", b"caf\xe9.csv"):
         write_csv(Path(os.fsdecode(name)), [["id", "prompt"], [name.hex(), "x"]])
     assert {item.source.file for item in read_requests(".")} == {"caf\ufffd.csv", "caf\ufffd.csv#2"}
@@ -840,7 +844,7 @@ def test_file_names_that_are_no_utf_8_are_files_of_their_own() -> None:
         ("*.csv", TableError, "{url}: no such file or folder"),
     ],
 )
-def test_what_a_server_may_answer(
+def test_answers_of_an_http_server(
     path: str, kind: type[Exception], sentence: str, server: str, temporary: Path
 ) -> None:
     with pytest.raises(kind) as caught:
@@ -850,10 +854,10 @@ def test_what_a_server_may_answer(
     assert not list(temporary.iterdir())
 
 
-def test_a_service_that_is_down_ends_the_run_for_now(temporary: Path) -> None:
+def test_a_service_that_is_down_ends_the_run_temporarily(temporary: Path) -> None:
     """Its rows are not invalid: the same command, later, reads them."""
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # bound and not listening: nobody answers
+        taken.bind(("127.0.0.1", 0))  # bound and not listening: no server answers
         port = taken.getsockname()[1]
         write_csv(Path("good.csv"), [["prompt"], ["x"]])
         with pytest.raises(TryAgainLater, match=rf"could not fetch http://127.0.0.1:{port}/t.csv: .*; run again"):
@@ -861,14 +865,14 @@ def test_a_service_that_is_down_ends_the_run_for_now(temporary: Path) -> None:
     assert not list(temporary.iterdir())
 
 
-def test_a_missing_extra_of_http_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_missing_extra_for_http_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "aiohttp", None)
     assert refusal_of("https://host/t.csv?sig=secret") == (
         "https://host/t.csv: reading https:// needs aiohttp: pip install 'batch-infer[https]'"
     )
 
 
-def test_local_tables_do_not_wait_for_fsspec() -> None:
+def test_local_tables_do_not_import_fsspec() -> None:
     script = "import sys, batch_infer.table; print('fsspec' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=os.environ)
     assert done.stdout == "False\n"

@@ -1,4 +1,4 @@
-"""Formats of tables: each gives what the equal CSV does, and what is wrong in it costs no more than it must."""
+"""Table formats: each gives the rows of the equal CSV, and damage costs as few rows as possible."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from batch_infer.table.scanner import Scanner
 from tests.tables import (
     ROWS,
     RULES,
+    error_of,
     essence,
-    fault_of,
     in_format,
     open_tables,
     pack,
@@ -47,7 +47,7 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def write(name: str, content: str | bytes | Any) -> Path:
-    """A file of this text, of these bytes, or of the JSON of anything else."""
+    """Write a file of text, of bytes, or of the JSON of anything else."""
     if not isinstance(content, (str, bytes)):
         content = json.dumps(content)
     return write_bytes(Path(name), content.encode() if isinstance(content, str) else content)
@@ -68,7 +68,7 @@ def refusal_of(path: Path | str, **options: Any) -> str:
 
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("ending", [*(name for name in FORMATS if name != "txt"), "pq", "parq"])
-def test_every_format_says_what_the_equal_csv_does(ending: str, packing: str) -> None:
+def test_every_format_gives_the_rows_of_the_equal_csv(ending: str, packing: str) -> None:
     expected = essence(read_requests(write("t.csv", in_format("csv", ROWS))))
     named = f"other/t.{ending}{packing}"
     assert essence(read_requests(write(named, in_format(ending + packing, ROWS)))) == expected
@@ -86,7 +86,7 @@ def test_plain_text_is_a_prompt_a_line(packing: str) -> None:
     assert essence(found) == expected
 
 
-def test_a_line_of_plain_text_that_is_not_utf_8_costs_its_own_row() -> None:
+def test_a_line_of_plain_text_that_is_not_utf_8_makes_only_its_row_invalid() -> None:
     found = read(write("t.txt", b"one\ncaf\xe9\nthree"))
     assert errors_of(found) == [None, "column 'prompt' is not UTF-8: save the table as UTF-8", None]
 
@@ -99,7 +99,7 @@ def test_a_byte_order_mark_is_skipped(ending: str) -> None:
 
 
 @pytest.mark.parametrize("ending", TEXT)
-def test_utf_16_is_refused_with_the_way_out(ending: str) -> None:
+def test_utf_16_is_refused_with_advice(ending: str) -> None:
     content = in_format(ending, [{"prompt": "x"}]).decode().encode("utf-16")
     assert refusal_of(write(f"t.{ending}", content)) == (
         f"t.{ending} is UTF-16; save it as UTF-8, or convert it: iconv -f UTF-16 -t UTF-8"
@@ -108,7 +108,7 @@ def test_utf_16_is_refused_with_the_way_out(ending: str) -> None:
 
 @pytest.mark.parametrize("ending", TEXT)
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_an_empty_file_is_told(ending: str, packing: str) -> None:
+def test_an_empty_file_is_refused(ending: str, packing: str) -> None:
     assert refusal_of(write(f"t.{ending}{packing}", b"")) == f"t.{ending}{packing} is empty"
 
 
@@ -116,20 +116,20 @@ def test_an_empty_file_is_told(ending: str, packing: str) -> None:
 
 
 @pytest.mark.parametrize("packing", ["gz", "bz2", "xz", "zst"])
-def test_a_packed_file_may_have_several_parts(packing: str) -> None:
+def test_a_compressed_file_may_have_several_parts(packing: str) -> None:
     content = pack(packing, b"prompt\nx\n") + pack(packing, b"y\n")
     assert [item.prompt for item in read_requests(write(f"t.csv.{packing}", content))] == ["x", "y"]
 
 
 @pytest.mark.parametrize("ending", FORMATS)
 @pytest.mark.parametrize(("packing", "name"), [("gz", "gzip"), ("bz2", "bzip2"), ("xz", "xz"), ("zst", "zstd")])
-def test_what_is_not_packed_is_told(ending: str, packing: str, name: str) -> None:
+def test_a_file_with_the_wrong_compression_ending_is_refused(ending: str, packing: str, name: str) -> None:
     path = write(f"t.{ending}.{packing}", in_format(ending, [{"prompt": "x"}]))
     assert refusal_of(path) == f"t.{ending}.{packing} cannot be read: it is not {name}"
 
 
 @pytest.mark.parametrize("ending", TEXT)
-def test_a_truncated_gzip_file_gives_what_stands_before_the_break(ending: str) -> None:
+def test_a_truncated_gzip_file_gives_the_rows_before_the_break(ending: str) -> None:
     rows = [{"prompt": f"prompt {i} {i**9}"} for i in range(2000)]
     whole = in_format(f"{ending}.gz", rows)
     found = read(write(f"t.{ending}.gz", whole[: len(whole) // 2]))
@@ -140,8 +140,8 @@ def test_a_truncated_gzip_file_gives_what_stands_before_the_break(ending: str) -
 
 
 @pytest.mark.parametrize("packing", ["bz2", "xz"])
-def test_a_packed_file_in_blocks_gives_what_stands_before_the_break(packing: str) -> None:
-    """What is in its first streams, here, which are packed by themselves."""
+def test_a_file_compressed_in_blocks_gives_the_rows_before_the_break(packing: str) -> None:
+    """Here the rows of its first streams, which are compressed separately."""
     rows = "".join(f"prompt {i}\n" for i in range(100)).encode()
     whole = pack(packing, b"prompt\n" + rows) + pack(packing, rows)
     found = read(write(f"t.csv.{packing}", whole[:-20]))
@@ -151,20 +151,20 @@ def test_a_packed_file_in_blocks_gives_what_stands_before_the_break(packing: str
     assert not any(errors_of(found[:-1]))
 
 
-def test_a_truncated_zstd_file_gives_what_stands_before_the_break() -> None:
+def test_a_truncated_zstd_file_gives_the_rows_before_the_break() -> None:
     whole = in_format("csv.zst", [{"prompt": f"prompt {i} {i**9}"} for i in range(30_000)])
     found = read(write("t.csv.zst", whole[:-100]))
     assert "breaks off here" in (errors_of(found)[-1] or "")
     assert len(found) > 10_000
 
 
-def test_a_damaged_checksum_costs_no_row() -> None:
+def test_a_damaged_checksum_loses_no_row() -> None:
     whole = bytearray(in_format("csv.gz", [{"prompt": "x"}] * 3))
     whole[-6] ^= 1
     assert [bool(error) for error in errors_of(read(write("t.csv.gz", bytes(whole))))] == [False] * 3 + [True]
 
 
-def test_a_truncated_parquet_file_in_gzip_is_one_fault() -> None:
+def test_a_truncated_parquet_file_in_gzip_is_refused() -> None:
     whole = in_format("parquet.gz", ROWS)
     assert "t.parquet.gz cannot be read: the gzip stream is cut off" in refusal_of(write("t.parquet.gz", whole[:-20]))
 
@@ -174,7 +174,7 @@ def test_a_truncated_parquet_file_in_gzip_is_one_fault() -> None:
 
 @pytest.mark.parametrize("mark", [";", "\t", "|"])
 @pytest.mark.parametrize("quoted", [False, True])
-def test_what_stands_between_cells_is_found_by_the_header(mark: str, quoted: bool) -> None:
+def test_the_separator_is_detected_from_the_header(mark: str, quoted: bool) -> None:
     """German Excel writes semicolons; a comma stays a comma."""
     form = {"delimiter": mark, "quoting": int(quoted)}
     table = write_csv(Path("t.csv"), [["seed", "prompt", "n,m"], [1, "a red, round circle", "x"]], **form)
@@ -187,18 +187,18 @@ def test_the_comma_comes_first() -> None:
     assert found.prompt == "x;y"
 
 
-def test_a_field_of_another_name_finds_the_mark_too() -> None:
+def test_a_renamed_prompt_column_decides_the_separator() -> None:
     (found,) = read_requests(write("t.csv", "caption;prompt\nx;y\n"), columns={"prompt": "caption"})
     assert found.prompt == "x"
 
 
-def test_tsv_has_tabs_alone() -> None:
+def test_tsv_is_separated_by_tabs_only() -> None:
     assert refusal_of(write("t.tsv", "prompt,seed\nx,1\n")) == (
         "t.tsv has no column 'prompt'; its columns seem to be separated by ',': save it as .csv, or as Parquet"
     )
 
 
-def test_a_header_without_prompts_shows_its_columns() -> None:
+def test_a_header_without_prompts_is_refused_with_its_columns() -> None:
     assert refusal_of(write("t.csv", "caption;seed\nx;1\n")).endswith(
         "it has 'caption', 'seed'; name one with --column prompt=NAME"
     )
@@ -208,20 +208,20 @@ def test_a_header_without_prompts_shows_its_columns() -> None:
     )
 
 
-def test_too_many_cells_in_other_words() -> None:
-    assert fault_of(write("t.csv", "prompt;seed\na; b;1;2\n")) == (
+def test_too_many_cells_with_another_separator() -> None:
+    assert error_of(write("t.csv", "prompt;seed\na; b;1;2\n")) == (
         "line 2 has 4 cells where the header names 2; quote cells that hold semicolons"
     )
 
 
 def test_columns_without_a_name_are_named_by_position() -> None:
-    """As spreadsheets' trailing commas and pandas' index make them."""
+    """Spreadsheets' trailing commas and pandas' index make such columns."""
     (found,) = read_requests(write("t.csv", ",prompt,,unnamed_2,\n7,x,,mine,\n"))
     assert found.carried == {"unnamed_0": "7", "unnamed_2_": "", "unnamed_2": "mine", "unnamed_4": ""}
 
 
 def remarks_of(path: Path | str, **options: Any) -> list[str]:
-    """What there is to say of a table once it was read."""
+    """Return the remarks on a table after its rows were read."""
     with open_tables(path, **options) as tables:
         list(tables.rows(RULES))
         return tables.remarks
@@ -237,8 +237,8 @@ def test_rows_of_separators_alone_are_skipped_and_counted(ending: str) -> None:
     assert remarks_of(table) == [f"rows without any value, which are skipped: 3 (first: t.{ending}, line 3)"]
 
 
-def test_an_empty_cell_that_is_the_whole_row_is_no_separator() -> None:
-    """pandas writes an empty prompt so."""
+def test_a_row_of_one_empty_cell_is_not_skipped() -> None:
+    """pandas writes an empty prompt like this."""
     found = read(write("t.csv", 'prompt\nx\n""\ny\n'))
     assert errors_of(found) == [None, "the prompt is empty", None]
 
@@ -263,8 +263,8 @@ def test_rows_with_fewer_cells_than_the_header_are_counted() -> None:
 
 @pytest.mark.parametrize("first", ["sep=;", '"sep=;"', "SEP=;", "sep=|", "sep=\t", "sep=,", "sep=:"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_the_first_line_may_say_what_stands_between_cells(first: str, end: str) -> None:
-    """As Excel does; the header alone would say otherwise."""
+def test_the_first_line_may_declare_the_separator(first: str, end: str) -> None:
+    """As Excel does, where the header alone would suggest another separator."""
     mark = first.strip('"')[4]
     lines = [first, f"prompt{mark}tag", f"x{mark}1", f'"y{mark}"{mark}2', f"z{mark}{mark}{mark}3"]
     for ending in ("csv", "tsv"):
@@ -276,7 +276,7 @@ def test_the_first_line_may_say_what_stands_between_cells(first: str, end: str) 
 
 
 @pytest.mark.parametrize("ending", ["csv", "parquet", "json"])
-def test_two_carried_columns_of_one_name_are_carried_under_two_names(ending: str) -> None:
+def test_two_carried_columns_of_one_name_have_two_names(ending: str) -> None:
     if ending == "csv":
         table = write("t.csv", "tag,prompt,tag,tag_2,tag\n1,x,2,3,4\n")
     elif ending == "json":
@@ -293,7 +293,7 @@ def test_two_carried_columns_of_one_name_are_carried_under_two_names(ending: str
     ]
 
 
-def test_a_field_that_stands_twice_is_refused_unless_it_is_left_out() -> None:
+def test_a_doubled_field_is_refused_unless_it_is_carried() -> None:
     table = write("t.csv", "prompt,seed,seed\nx,1,2\n")
     assert refusal_of(table) == "t.csv has two columns named 'seed'; rename one"
     assert refusal_of(table, columns={"guidance_scale": "seed"}) == "t.csv has two columns named 'seed'; rename one"
@@ -305,7 +305,7 @@ def test_a_field_that_stands_twice_is_refused_unless_it_is_left_out() -> None:
     "line",
     ["# prompts of May", "// a comment", "a cat --steps 20", "--prompt a cat", "a cat --ar 16:9", "a cat -s50 -W512"],
 )
-def test_comments_and_options_in_plain_text_are_rendered_and_remarked_on(line: str) -> None:
+def test_comments_and_options_in_plain_text_are_rendered_with_a_remark(line: str) -> None:
     prompts = ["a well-known cat -- sitting", line, "an n-1 -5 degrees - a"]
     table = write("t.txt", "\n".join(["", *prompts]))
     assert [(item.prompt, item.source.line) for item in read_requests(table)] == list(
@@ -317,7 +317,7 @@ def test_comments_and_options_in_plain_text_are_rendered_and_remarked_on(line: s
 
 
 @pytest.mark.parametrize("ending", ["csv", "csv.gz", "jsonl", "txt"])
-def test_a_row_of_a_text_format_knows_its_line(ending: str) -> None:
+def test_a_row_of_a_text_format_has_its_line(ending: str) -> None:
     """As an editor counts it; `source_row` counts rows from 0."""
     kind = ending.partition(".")[0]
     lines = in_format(kind, [{"prompt": "x"}, {"prompt": "y\0"}, {"prompt": "z"}]).replace(b"\r\n", b"\n").splitlines()
@@ -330,12 +330,12 @@ def test_a_row_of_a_text_format_knows_its_line(ending: str) -> None:
     assert [item.source.row for item in found] == [0, 1, 2]
 
 
-def test_a_row_of_parquet_is_known_by_its_number() -> None:
+def test_a_row_of_parquet_has_its_number() -> None:
     (found,) = read(write("t.parquet", in_format("parquet", [{"prompt": "x"}])))
     assert str(found.source) == "t.parquet, row 0"
 
 
-def test_empty_cells_beyond_the_header_are_no_fault() -> None:
+def test_empty_cells_beyond_the_header_are_ignored() -> None:
     first, second, third = read(write("t.csv", "prompt\nx,,,\ny\nz,,1\n"))
     assert isinstance(first, PromptRequest)
     assert isinstance(second, PromptRequest)
@@ -343,7 +343,7 @@ def test_empty_cells_beyond_the_header_are_no_fault() -> None:
 
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "txt"])
-def test_a_line_without_end_costs_its_own_row(ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_that_is_too_long_makes_only_its_row_invalid(ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "LONGEST", 1000)
     content = in_format(ending, [{"prompt": "x"}, {"prompt": "y" * 5000}, {"prompt": "z"}])
     first, bad, last = read(write(f"t.{ending}", content))
@@ -354,8 +354,8 @@ def test_a_line_without_end_costs_its_own_row(ending: str, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("width", [2, 40])
-def test_a_row_of_many_lines_has_the_limit_of_one(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However long each of its cells may be. Its lines are no rows."""
+def test_a_row_of_many_lines_has_the_limit_of_one_line(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the length of its cells. Its lines are not rows."""
     monkeypatch.setattr(streams, "LONGEST", 1000)
     header = ",".join(["prompt", *(f"c{k}" for k in range(1, width))])
     good = ",".join(["x", *["y"] * (width - 1)])
@@ -398,10 +398,10 @@ def test_rows_below_a_quote_that_is_closed_far_below_are_read(closes: bool, monk
     ],
 )
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
-def test_a_line_that_is_too_long_costs_the_row_that_it_is_in(
+def test_a_line_that_is_too_long_makes_the_row_around_it_invalid(
     rows: str, expected: list[str], ending: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every row has its result, with its own line, and words within a quoted cell are no row."""
+    """Every row has its result with its line, and words within a quoted cell are not a row."""
     monkeypatch.setattr(streams, "LONGEST", 80)
     content = "id,prompt\n" + rows.replace("GIANT", "red circle " * 100).replace("COMMAS", "," * 500)
     found = read(write("t.csv", content.replace("\n", ending).encode()))
@@ -442,14 +442,14 @@ def test_a_header_that_is_one_long_line_is_refused(monkeypatch: pytest.MonkeyPat
         read(write("t.csv", "prompt," + "word" * 400 + "\nx,y\n"))
 
 
-def test_a_header_of_many_lines_has_the_limit_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_header_of_many_lines_has_the_limit_of_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "LONGEST", 1000)
     with pytest.raises(TableError, match="^t.csv has a header that is longer than 1000 characters"):
         read(write("t.csv", 'prompt,"' + "word\n" * 400 + '"\nx,y\n'))
 
 
-def test_a_long_row_of_parquet_costs_itself_alone() -> None:
-    """It is not even converted; of words that many rows have, each counts for its row."""
+def test_a_long_row_of_parquet_is_invalid_alone() -> None:
+    """It is not converted. A dictionary word counts for each row that has it."""
     long = "x" * (9 << 20)
     columns: dict[str, Any] = {
         "prompt": ["1", "2", "3", None, "5"],
@@ -478,7 +478,7 @@ def test_lines_are_counted_as_an_editor_does() -> None:
 # JSON Lines
 
 
-def test_blank_lines_and_key_order_mean_nothing() -> None:
+def test_blank_lines_and_key_order_do_not_matter() -> None:
     found = read_requests(write("t.jsonl", '\n{"prompt": "x", "seed": 1}\r\n\n \t\n{"seed": 2, "prompt": "y"}'))
     assert [(item.id, item.prompt, item.seed) for item in found] == [("t-00000000", "x", 1), ("t-00000001", "y", 2)]
 
@@ -506,7 +506,7 @@ def test_blank_lines_and_key_order_mean_nothing() -> None:
         pytest.param(b'{"prompt": "y", "seed": true}', "seed 'True' is not a whole number", id="a boolean"),
     ],
 )
-def test_a_bad_line_of_json_costs_its_own_row(line: bytes, sentence: str) -> None:
+def test_a_bad_line_of_json_makes_only_its_row_invalid(line: bytes, sentence: str) -> None:
     table = write("t.jsonl", b'{"prompt": "x"}\n\n' + line + b'\n{"prompt": "z", "seed": 3}\n')
     first, bad, last = read(table)
     assert isinstance(first, PromptRequest)
@@ -549,28 +549,28 @@ def test_a_column_has_the_type_that_holds_all_its_values(
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "json"])
-def test_keys_that_are_values_cost_their_rows(ending: str) -> None:
+def test_keys_that_are_values_make_their_rows_invalid(ending: str) -> None:
     """Memory must not grow with the table, nor must a result have a column for each row of it."""
     rows: list[dict[str, Any]] = [{"prompt": "x"}, {"prompt": "z"}]
     rows[1:1] = ({"prompt": "x", f"key {i}": 1} for i in range(2000))
     found = read(write(f"t.{ending}", in_format(ending, rows)))
-    faults = [error for error in errors_of(found) if error]
-    assert len(faults) == 2000 - 1023
+    errors = [error for error in errors_of(found) if error]
+    assert len(errors) == 2000 - 1023
     assert (
-        "has a column that the table cannot have, 'key 1023': it is not UTF-8, or there are 1024 before it" in faults[0]
+        "has a column that the table cannot have, 'key 1023': it is not UTF-8, or there are 1024 before it" in errors[0]
     )
     assert isinstance(found[-1], PromptRequest)
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "json"])
-def test_a_json_table_without_prompts_is_told(ending: str) -> None:
+def test_a_json_table_without_prompts_is_refused(ending: str) -> None:
     table = write(f"t.{ending}", in_format(ending, [{"Prompt": "x", "seed": 1}]))
     assert refusal_of(table) == f"t.{ending} has no column 'prompt'; try --column prompt=Prompt"
     assert len(read_requests(table, columns={"prompt": "Prompt"})) == 1
 
 
-def test_what_is_appended_while_a_run_goes_on_is_the_next_runs() -> None:
-    """Its columns and types are not those that the results were begun with."""
+def test_lines_appended_during_a_run_are_left_to_the_next_run() -> None:
+    """Their columns and types may differ from those of the results."""
     table = write("t.jsonl", '{"prompt": "x", "n": 1}\n')
     with open_tables(table) as tables:
         with table.open("a") as stream:
@@ -579,7 +579,7 @@ def test_what_is_appended_while_a_run_goes_on_is_the_next_runs() -> None:
     assert len(read_requests(table)) == 2
 
 
-def test_lines_that_are_all_no_json_are_one_fault() -> None:
+def test_a_file_without_a_line_of_json_is_refused() -> None:
     assert refusal_of(write("t.jsonl", "prompt\nx\n")).startswith("t.jsonl cannot be read: line 1 is not JSON: ")
 
 
@@ -590,7 +590,7 @@ def batch_line(name: str, **body: Any) -> dict[str, Any]:
     return {"custom_id": name, "method": "POST", "url": "/v1/images/generations", "body": body}
 
 
-def test_a_batch_file_is_requests_of_openai() -> None:
+def test_openai_batch_files_are_read() -> None:
     lines = [
         batch_line("a", model="m", prompt="x", n=2, size="128x64", seed=7),
         batch_line("b", prompt="y", size="auto", negative_prompt="dull", num_inference_steps=3),
@@ -604,7 +604,7 @@ def test_a_batch_file_is_requests_of_openai() -> None:
 
 
 @pytest.mark.parametrize("size", ["10 by 10", "64", 64, ["64x64"], "64x64x64", "-1x64", "1" * 5000 + "x64"])
-def test_sizes_that_are_none_cost_their_row(size: Any) -> None:
+def test_invalid_sizes_make_their_row_invalid(size: Any) -> None:
     lines = [batch_line("a", prompt="x", size=size), batch_line("b", prompt="y")]
     bad, good = read(write("t.jsonl", in_format("jsonl", lines)))
     assert isinstance(bad, ResultRow)
@@ -613,13 +613,13 @@ def test_sizes_that_are_none_cost_their_row(size: Any) -> None:
     assert isinstance(good, PromptRequest)
 
 
-def test_the_body_is_over_the_request() -> None:
+def test_the_body_overrides_the_request() -> None:
     line = {**batch_line("a", prompt="x", url="inner", id="inner"), "seed": 1}
     (found,) = read_requests(write("t.jsonl", in_format("jsonl", [line])))
     assert (found.id, found.seed, found.carried["url"]) == ("a", 1, "inner")
 
 
-def test_the_first_line_says_whether_it_is_a_batch_file() -> None:
+def test_the_first_line_decides_whether_it_is_a_batch_file() -> None:
     lines = [batch_line("a", prompt="x"), {"prompt": "y"}, {"custom_id": "c", "body": "z"}]
     assert errors_of(read(write("t.jsonl", in_format("jsonl", lines)))) == [
         None,
@@ -651,13 +651,13 @@ PAYLOADS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("payload", PAYLOADS, ids=str)
 @pytest.mark.parametrize("wrapped", [True, False])
-def test_payloads_of_azure(payload: dict[str, Any], wrapped: bool) -> None:
+def test_azure_payloads(payload: dict[str, Any], wrapped: bool) -> None:
     expected = essence(read_requests(write("t.csv", "prompt\nx\ny\n")))
     assert essence(read_requests(write("t.json", {"input_data": payload} if wrapped else payload))) == expected
 
 
 @pytest.mark.parametrize("first", ["parameters", "data"])
-def test_parameters_are_cells_of_rows_that_have_none(first: str) -> None:
+def test_parameters_fill_empty_cells(first: str) -> None:
     parts = {
         "parameters": {"num_inference_steps": 3, "guidance_scale": 2.0, "who": "me"},
         "columns": ["prompt", "num_inference_steps"],
@@ -672,7 +672,7 @@ def test_parameters_are_cells_of_rows_that_have_none(first: str) -> None:
 
 @pytest.mark.parametrize("packing", ["", ".gz"])
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf\n"])
-def test_json_lines_may_be_named_json(packing: str, mark: bytes) -> None:
+def test_json_lines_can_be_named_json(packing: str, mark: bytes) -> None:
     """As Spark and `datasets.to_json` name them."""
     rows: list[dict[str, Any]] = [
         {"prompt": "x", "data": {"a": 1}, "tag": "t"},
@@ -686,19 +686,19 @@ def test_json_lines_may_be_named_json(packing: str, mark: bytes) -> None:
     assert [item.carried["tag"] for item in found] == ["t", None]
 
 
-def test_one_line_of_json_is_a_row_where_it_has_a_prompt() -> None:
+def test_one_line_of_json_is_a_row_if_it_has_a_prompt() -> None:
     assert [item.prompt for item in read_requests(write("t.json", '{"prompt": "x"}'))] == ["x"]
     (found,) = read_requests(write("t.json", '{"caption": "x"}\n'), columns={"prompt": "caption"})
     assert found.prompt == "x"
 
 
-def test_a_broken_first_line_of_json_lines_named_json_costs_its_own_row() -> None:
+def test_a_broken_first_line_of_json_lines_named_json_makes_only_its_row_invalid() -> None:
     bad, good = read(write("t.json", '{"prompt": "a red\n{"prompt": "b"}\n'))
     assert "line 1 is not JSON" in (errors_of([bad])[0] or "")
     assert good.prompt == "b"
 
 
-def test_a_batch_file_of_openai_may_be_named_json() -> None:
+def test_an_openai_batch_file_can_be_named_json() -> None:
     lines = [batch_line("a", prompt="x"), batch_line("b", prompt="y")]
     assert [item.id for item in read_requests(write("t.json", in_format("jsonl", lines)))] == ["a", "b"]
 
@@ -716,7 +716,7 @@ def test_a_long_first_line_of_json_lines_named_json(packing: str) -> None:
     assert [item.prompt for item in found] == ["x", "y"]
 
 
-def test_a_payload_of_no_rows_is_a_table_of_no_rows() -> None:
+def test_a_payload_without_rows_is_a_table_without_rows() -> None:
     assert read(write("t.json", {"input_data": {"columns": ["prompt"], "data": []}})) == []
 
 
@@ -734,7 +734,7 @@ def test_a_payload_of_no_rows_is_a_table_of_no_rows() -> None:
         ('{"prompt": NaN}', "the prompt is empty"),
     ],
 )
-def test_a_bad_element_costs_its_own_row(element: str, sentence: str) -> None:
+def test_a_bad_element_makes_only_its_row_invalid(element: str, sentence: str) -> None:
     table = write("t.json", '{"data": [["x", 1], ' + element + ', {"prompt": "z"}], "columns": ["prompt", "seed"]}')
     first, bad, last = read(table)
     assert isinstance(first, PromptRequest)
@@ -755,8 +755,8 @@ def test_a_bad_element_costs_its_own_row(element: str, sentence: str) -> None:
     ],
     ids=lambda value: value[:20],
 )
-def test_a_document_that_is_no_json_breaks_off(element: str, reason: str) -> None:
-    """What stands before is read, and one result says that it is not all."""
+def test_a_document_breaks_off_where_it_is_not_json(element: str, reason: str) -> None:
+    """The rows before are read, and one result says that the file breaks off."""
     found = read(write("t.json", '{"columns": ["prompt"], "data": ["x", ' + element + ', "z"]}'))
     assert isinstance(found[0], PromptRequest)
     assert isinstance(found[-1], ResultRow)
@@ -764,12 +764,12 @@ def test_a_document_that_is_no_json_breaks_off(element: str, reason: str) -> Non
     assert "z" not in [item.prompt for item in found]
 
 
-def test_a_byte_in_an_element_that_is_not_utf_8_costs_its_own_row() -> None:
+def test_an_element_that_is_not_utf_8_is_invalid_alone() -> None:
     found = read(write("t.json", b'["x", "caf\xe9", {"prompt": "\xff"}, "z"]'))
     assert [bool(error) for error in errors_of(found)] == [False, True, True, False]
 
 
-def test_a_list_in_an_array_is_no_row() -> None:
+def test_a_list_in_an_array_is_an_invalid_row() -> None:
     assert errors_of(read(write("t.json", ["x", ["y"]]))) == [
         None,
         "element 1 is neither an object nor a prompt but list",
@@ -788,7 +788,7 @@ def test_a_list_in_an_array_is_no_row() -> None:
         ('{"input_data": {"columns": ["prompt"], "data": ["x", "y"]}, 7}', 2),
     ],
 )
-def test_a_document_that_breaks_off_gives_what_stands_before(content: str, rows: int) -> None:
+def test_a_document_that_breaks_off_gives_the_rows_before(content: str, rows: int) -> None:
     found = read(write("t.json", content))
     assert [bool(error) for error in errors_of(found)] == [False] * rows + [True]
     assert (errors_of(found)[-1] or "").startswith("the file breaks off here: ")
@@ -807,7 +807,7 @@ def test_a_document_that_breaks_off_gives_what_stands_before(content: str, rows:
         "x",
     ],
 )
-def test_other_documents_are_told_which_are_read(content: str) -> None:
+def test_other_documents_are_refused_with_the_accepted_forms(content: str) -> None:
     refusal = refusal_of(write("t.json", content))
     assert refusal.startswith('t.json is no table: a .json holds [{"prompt": ...}, ...], ["a prompt", ...] or {"input')
     assert refusal.endswith("or one object with a prompt a line")
@@ -825,12 +825,12 @@ def test_other_documents_are_told_which_are_read(content: str) -> None:
         ('{"columns": ["\\ud83d"], "data": ["x"]}', "t.json has a column whose name is not UTF-8"),
     ],
 )
-def test_documents_that_cannot_be_read(content: str, sentence: str) -> None:
+def test_unreadable_documents(content: str, sentence: str) -> None:
     assert refusal_of(write("t.json", content)).startswith(sentence)
 
 
-def test_an_element_without_end_ends_the_document(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what is no row may be of any length."""
+def test_an_element_that_is_too_long_ends_the_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of the document other than rows may be of any length."""
     monkeypatch.setattr("batch_infer.table.json.Scanner", partial(Scanner, longest=1000))
     payload = {"index": list(range(100_000)), "columns": ["prompt"], "data": ["x", "y" * 200_000, "z"]}
     found = read(write("t.json", payload))
@@ -839,8 +839,8 @@ def test_an_element_without_end_ends_the_document(monkeypatch: pytest.MonkeyPatc
 
 @given(st.lists(st.text(min_size=1), max_size=5), st.booleans(), st.integers(1, 7))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_where_a_read_ends_changes_nothing(prompts: list[str], escaped: bool, size: int) -> None:
-    """Values and letters that lie across two reads come whole."""
+def test_read_boundaries_do_not_matter(prompts: list[str], escaped: bool, size: int) -> None:
+    """Values and characters that are split between two reads are complete."""
     rows = [{"prompt": prompt, "n": [1.5, {"a": prompt}]} for prompt in ('é🎨\\"[{,]}', *prompts)]
     path = write("t.json", json.dumps({"data": rows}, ensure_ascii=escaped, indent=2))
     whole = [(item.id, item.prompt, item.carried) for item in read(path)]
@@ -853,7 +853,7 @@ def test_where_a_read_ends_changes_nothing(prompts: list[str], escaped: bool, si
 
 
 def peak_of(path: Path) -> int:
-    """The most bytes that Python held while a table was walked, after an equal walk has filled all caches."""
+    """Return Python's peak memory in bytes while a table is read. An equal pass before must have filled the caches."""
     tracemalloc.start()
     try:
         with open_tables(path) as tables:
@@ -876,7 +876,7 @@ def test_memory_does_not_grow_with_the_table(ending: str) -> None:
     assert peak_of(large) < peak_of(small) + 1_000_000
 
 
-def test_a_payload_is_not_held_either() -> None:
+def test_memory_does_not_grow_with_a_payload() -> None:
     def table(count: int) -> Path:
         data = [[f"prompt {i} " + "word " * 160] for i in range(count)]
         return write(
@@ -888,7 +888,7 @@ def test_a_payload_is_not_held_either() -> None:
     assert peak_of(large) < peak_of(small) + 1_000_000
 
 
-def test_a_parquet_row_group_is_not_held_either() -> None:
+def test_memory_does_not_grow_with_a_parquet_row_group() -> None:
     """Arrow's own memory, which Python does not count."""
     prompts = pa.array([f"prompt {i} " + "word " * 600 for i in range(10_000)])
     pq.write_table(pa.table({"prompt": prompts}), "t.parquet", use_dictionary=False, compression="none")
@@ -933,7 +933,7 @@ def survives(path: Path, readable: int = 0) -> None:
 
 @relaxed
 @given(st.sampled_from(sorted(STARTS)), st.data())
-def test_no_bytes_at_all_raise_more_than_a_table_error(ending: str, data: st.DataObject) -> None:
+def test_any_bytes_give_rows_or_a_table_error(ending: str, data: st.DataObject) -> None:
     start = data.draw(st.sampled_from(STARTS[ending]))
     rest = data.draw(st.binary(max_size=150) | st.text('{}[]",:\\\n 1axé', max_size=60).map(str.encode))
     survives(write(f"t.{ending}", start + rest))
@@ -949,7 +949,7 @@ def test_no_bytes_at_all_raise_more_than_a_table_error(ending: str, data: st.Dat
     ),
     st.data(),
 )
-def test_no_damage_raises_more_than_a_table_error(ending: str, data: st.DataObject) -> None:
+def test_any_damage_gives_rows_or_a_table_error(ending: str, data: st.DataObject) -> None:
     content = bytearray(in_format(ending, ROWS))
     for _ in range(data.draw(st.integers(0, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
@@ -960,7 +960,7 @@ def test_no_damage_raises_more_than_a_table_error(ending: str, data: st.DataObje
 @given(st.lists(st.one_of(json_values, st.fixed_dictionaries({"prompt": json_values, "c": json_values})), max_size=6))
 @example([{"prompt": "x", "a": float("nan")}, {"prompt": "x", "a": 2**70}, {"prompt": "x", "": "\ud800"}])
 def test_any_json_is_accounted_for(values: list[Any]) -> None:
-    """Nothing is lost: each value is a row, or more than one image of it."""
+    """No value is lost: each is a row with one image or more."""
     lines = "".join(json.dumps(value) + "\n" for value in [{"prompt": "x"}, *values])
     survives(write("t.jsonl", lines), readable=1 + len(values))
     survives(write("t.json", [{"prompt": "x"}, *values]), readable=1 + len(values))
@@ -979,8 +979,8 @@ def test_text_is_the_same_from_every_format(prompts: list[str]) -> None:
         assert [entry[1] or None for entry in outcome] == [entry[1] or None for entry in outcomes[0]]
 
 
-def test_one_long_text_in_many_rows_is_not_held_for_each(tmp_path: Path) -> None:
-    """A few hundred bytes of Parquet may say a megabyte a thousand times."""
+def test_one_long_text_in_many_rows_is_in_memory_once(tmp_path: Path) -> None:
+    """A few hundred bytes of Parquet can hold a megabyte a thousand times."""
     for name in ("prompt", "tag"):
         text = pa.DictionaryArray.from_arrays(pa.array([0] * 1000, pa.int32()), pa.array(["a" * 2_000_000]))
         columns = {"prompt": ["x"] * 1000, name: text}
@@ -995,7 +995,7 @@ def test_one_long_text_in_many_rows_is_not_held_for_each(tmp_path: Path) -> None
     ("ending", "text"), [("jsonl", "\ud7ff"), ("csv", "x"), ("parquet", "x")], ids=["jsonl", "csv", "parquet"]
 )
 def test_cells_have_a_size_limit(ending: str, text: str) -> None:
-    """Which costs their row, and nothing else of it."""
+    """Beyond it the row is invalid and keeps its other cells."""
     rows: list[dict[str, Any]] = [
         {"id": "1", "prompt": text * 10_001, "negative_prompt": None, "tag": "a"},
         {"id": "2", "prompt": "x", "negative_prompt": text * 10_001, "tag": "b"},
@@ -1017,7 +1017,7 @@ def test_cells_have_a_size_limit(ending: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
-def test_a_table_of_too_many_columns_is_one_fault(ending: str) -> None:
+def test_a_table_with_too_many_columns_is_refused(ending: str) -> None:
     table = write(f"t.{ending}", in_format(ending, [{"prompt": "x", **{f"column {i}": "y" for i in range(1024)}}]))
     with pytest.raises(TableError, match="^t.* has 1025 columns, and 1024 are the most: leave out some$"):
         read(table)

@@ -1,4 +1,4 @@
-"""Temporary files: a full temporary folder ends a command with exit 75 and the way out, and makes no table faulty."""
+"""Temporary files: a full temporary folder ends a command with exit 75 and advice, and no table becomes invalid."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 
 @pytest.fixture
 def small_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The temporary folder, with place for 100 kB in each file."""
+    """A temporary folder in which each file has room for 100 kB."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
@@ -61,7 +61,7 @@ def test_standard_input(small_folder: Path, out: Path, monkeypatch: pytest.Monke
     assert_named(run("-", out), small_folder, out)
 
 
-def test_a_packed_table_in_a_folder_is_not_invalid(small_folder: Path, out: Path, tmp_path: Path) -> None:
+def test_a_compressed_table_in_a_folder_is_not_invalid(small_folder: Path, out: Path, tmp_path: Path) -> None:
     prompts = [bytes(text).hex() for text in np.random.default_rng(0).integers(0, 256, (200, 500), np.uint8)]
     stream = io.BytesIO()
     pq.write_table(pa.table({"prompt": prompts}), stream)
@@ -73,7 +73,7 @@ def test_a_packed_table_in_a_folder_is_not_invalid(small_folder: Path, out: Path
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS])
-def test_a_fetched_table_is_not_invalid(out: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_a_downloaded_table_is_not_invalid(out: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(number, "No space left on device")
 
@@ -86,7 +86,7 @@ def test_a_fetched_table_is_not_invalid(out: Path, monkeypatch: pytest.MonkeyPat
         files.rm("/temporary", recursive=True)
 
 
-def test_the_faults_that_plan_keeps(small_folder: Path, out: Path, tmp_path: Path, probe_here: None) -> None:
+def test_the_faults_that_plan_collects(small_folder: Path, out: Path, tmp_path: Path, probe_here: None) -> None:
     table = tmp_path / "t.csv"
     table.write_text("prompt,height\n" + "a red circle,7\n" * 2_000)
     assert_named(command("plan", table, "-o", out, "--device", "cpu"), small_folder, out)
@@ -99,12 +99,12 @@ def test_no_temporary_folder_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             open_one()
 
 
-def test_what_reading_may_give_is_left_alone() -> None:
+def test_errors_of_reading_are_not_changed() -> None:
     with pytest.raises(FileNotFoundError), temporary_file_errors(reads=True):
         raise FileNotFoundError(errno.ENOENT, "No such file or directory")
 
 
-def test_text_comes_back() -> None:
+def test_text_round_trips() -> None:
     with open_temporary_text() as file:
         file.write("ä\nb\r\n" * 100_000)
         file.seek(0)

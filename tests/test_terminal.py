@@ -66,20 +66,20 @@ def test_a_table_sends_no_control_character_to_a_terminal_or_a_text_log(tmp_path
     assert FORGED in [row["id"] for row in results(out)], "results keep what the table says"
 
 
-def test_json_escapes_by_itself(tmp_path: Path, out: Path) -> None:
+def test_json_escapes_control_characters(tmp_path: Path, out: Path) -> None:
     done = run(write_csv(tmp_path / "t.csv", BAD), out, "--log-format", "json", "--json")
     assert FORGED in " ".join(json.loads(line)["message"] for line in done.stderr.splitlines())
 
 
 @pytest.mark.parametrize("arguments", [("run", "--no-such\x1b]0;x\x07"), ("status", "no\x1b[31m")])
-def test_an_error_sends_none_either(arguments: tuple[str, ...]) -> None:
+def test_an_error_sends_no_control_character_either(arguments: tuple[str, ...]) -> None:
     done = command(*arguments)
     assert done.code == 2
     assert r"\x1b" in done.stderr
     assert_clean(done.stderr)
 
 
-def test_a_traceback_in_a_log_keeps_its_lines_alone(tmp_path: Path) -> None:
+def test_a_traceback_in_a_log_keeps_only_its_own_line_breaks(tmp_path: Path) -> None:
     path = tmp_path / "logs" / "run.log"
     with pytest.raises(ValueError, match="odd"), open_log(path) as file:
         try:
@@ -97,7 +97,7 @@ def test_a_traceback_in_a_log_keeps_its_lines_alone(tmp_path: Path) -> None:
 # Encodings and folders
 
 
-def test_a_stream_writes_what_its_encoding_lacks() -> None:
+def test_a_stream_replaces_what_its_encoding_lacks() -> None:
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="ascii", errors="strict")
     never_fail_to_encode(stream)
@@ -118,10 +118,8 @@ MERGE = "import sys; from batch_infer.__main__ import main; sys.argv[1:] = ['mer
 
 
 @pytest.mark.parametrize(("encoding", "mark"), [("iso8859-5", "-"), ("shift_jis", "-"), ("ascii", "·")])
-def test_an_encoding_without_a_character_of_the_report_is_no_failure(
-    tmp_path: Path, out: Path, encoding: str, mark: str
-) -> None:
-    """click writes UTF-8 where the encoding is ASCII, which it takes for an accident."""
+def test_reports_can_be_written_in_any_encoding(tmp_path: Path, out: Path, encoding: str, mark: str) -> None:
+    """click writes UTF-8 where the encoding is ASCII, which it assumes to be a mistake."""
     run(write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"]]), out)
     done = in_a_process(MERGE.format(out=str(out)), tmp_path, PYTHONIOENCODING=encoding)
     assert (done.returncode, done.stderr) == (0, "")
@@ -129,7 +127,7 @@ def test_an_encoding_without_a_character_of_the_report_is_no_failure(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a current folder cannot be removed there")
-def test_a_current_folder_that_was_removed_is_a_sentence(tmp_path: Path, out: Path) -> None:
+def test_a_removed_current_folder_is_a_clear_error(tmp_path: Path, out: Path) -> None:
     folder = tmp_path / "gone"
     folder.mkdir()
     removed = f"import os; os.rmdir({str(folder)!r}); "

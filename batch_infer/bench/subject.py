@@ -71,10 +71,10 @@ def load_subject(settings: BenchSettings) -> Subject:
 
 
 def _build(name: str, compute: Compute) -> Subject:
-    built = build_architecture(name, *prepare_torch(compute))
-    optimize_networks(built.model.networks, built.model.device, compiled=compute.compiled, threads=compute.threads)
-    defaults = _defaults(built.sizes, built.guidance_scale, built.guidance_rescale)
-    return Subject(f"{name}, random weights", built.model, compute, built.sizes, defaults)
+    model, rules = build_architecture(name, *prepare_torch(compute))
+    optimize_networks(model.networks, model.device, compiled=compute.compiled, threads=compute.threads)
+    defaults = _defaults(rules.sizes, rules.guidance_scale, rules.guidance_rescale)
+    return Subject(f"{name}, random weights", model, compute, rules.sizes, defaults)
 
 
 def _defaults(sizes: SizeRules, *guidance: Any) -> SamplingParams:

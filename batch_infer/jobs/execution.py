@@ -17,7 +17,7 @@ from batch_infer.errors import BatchInferError, CompilationError, DamagedPart, S
 from batch_infer.jobs.estimates import BatchShapes, Size, remember_rates, remember_shapes
 from batch_infer.jobs.job import Job, count_cores, count_parallel
 from batch_infer.jobs.merge import MissingResults, merge, merge_parts
-from batch_infer.jobs.recovery import set_aside
+from batch_infer.jobs.recovery import remove_leftovers, set_aside
 from batch_infer.jobs.results import remove_other_results
 from batch_infer.jobs.run_folder import RunFolder
 from batch_infer.jobs.scan import ScanResult, commit_invalid, find_changes, scan_tables
@@ -169,7 +169,7 @@ class RunExecution:
         if report.lost_remote_worker:  # the next run removes what it leaves
             self._folder.update_record(has_strays=True)
         elif report.deaths:
-            self._folder.remove_leftovers()
+            remove_leftovers(self._folder.out)
         self._remember(report, self._setup_seconds + time.monotonic() - started - report.seconds)
 
     def _render_compiled(self, index: ManifestIndex, scan: ScanResult) -> TaskReport | None:

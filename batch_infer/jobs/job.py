@@ -114,11 +114,11 @@ def _check_safety(settings: RunSettings, card: ModelCard) -> None:
 
 def prepare(settings: RunSettings, tables: Tables, card: ModelCard, device: Device) -> Job:
     """Check that a run can start on OUT as it is now, and return its job. Writes nothing. Raises UsageError."""
-    found = outdir.read_run(settings.out)
-    outdir.refuse_foreign_files(settings.out, tables.local_paths, found)
+    existing = outdir.read_run(settings.out)
+    outdir.refuse_foreign_files(settings.out, tables.local_paths, existing)
     if settings.overwrite:
         outdir.refuse_to_clear(settings.out)
-    earlier = None if settings.overwrite else found
+    earlier = None if settings.overwrite else existing
     if settings.model.name is None and earlier is None:
         log.info("no --model given: using the built-in demo model, which draws one coloured shape at 64x64 pixels")
     outdir.refuse_while_rescoring(settings.out, earlier)
@@ -201,24 +201,26 @@ def choose_compute(
     were measured, or halved on out-of-memory, until another number of slots is requested. Raises SettingsError where
     --compile does not suit the model.
     """
-    kept = (earlier or {}).get("compute", {})
+    earlier_compute = (earlier or {}).get("compute", {})
     requested = settings.compute.slots if isinstance(settings.compute.slots, int) else None
-    slots = requested or kept.get("slots") or SLOTS[device.kind]
-    shapes = kept.get("by_size", ()) if requested in (None, kept.get("slots")) else ()
+    slots = requested or earlier_compute.get("slots") or SLOTS[device.kind]
+    shapes = earlier_compute.get("by_size", ()) if requested in (None, earlier_compute.get("slots")) else ()
     threads = max(1, count_cores() // max(1, count_workers(settings, device)))
     return Compute(
         device=device.kind,
-        dtype=_choose_dtype(settings, device, kept, card),
+        dtype=_choose_dtype(settings, device, earlier_compute, card),
         slots=slots,
-        decode_batch=kept.get("decode_batch") or max(1, min(DECODE_BATCH, slots // 2)),
-        threads=settings.compute.threads or kept.get("threads") or threads,
+        decode_batch=earlier_compute.get("decode_batch") or max(1, min(DECODE_BATCH, slots // 2)),
+        threads=settings.compute.threads or earlier_compute.get("threads") or threads,
         device_name=device.name,
-        compiled=_choose_compiled(settings, device, kept, card),
+        compiled=_choose_compiled(settings, device, earlier_compute, card),
         by_size=tuple(BatchShape(**shape) for shape in shapes),
     )
 
 
-def _choose_dtype(settings: RunSettings, device: Device, kept: Mapping[str, Any], card: ModelCard | None) -> str:
+def _choose_dtype(
+    settings: RunSettings, device: Device, earlier_compute: Mapping[str, Any], card: ModelCard | None
+) -> str:
     """Return the requested dtype, else float32 on a CPU, and float16 or bfloat16 on a GPU.
 
     Stable Diffusion 3 and other pipelines often overflow in float16. A Stable Diffusion 3 run in float16, the default
@@ -230,10 +232,12 @@ def _choose_dtype(settings: RunSettings, device: Device, kept: Mapping[str, Any]
         return "float32"
     is_sd3 = card is not None and card.family == "stable_diffusion_3"
     overflows = is_sd3 or (card is not None and card.uses_pipeline_call)
-    return "bfloat16" if overflows and not (is_sd3 and kept.get("dtype") == "float16") else "float16"
+    return "bfloat16" if overflows and not (is_sd3 and earlier_compute.get("dtype") == "float16") else "float16"
 
 
-def _choose_compiled(settings: RunSettings, device: Device, kept: Mapping[str, Any], card: ModelCard | None) -> bool:
+def _choose_compiled(
+    settings: RunSettings, device: Device, earlier_compute: Mapping[str, Any], card: ModelCard | None
+) -> bool:
     """Return whether to use torch.compile, which needs Triton and a C compiler for it on a GPU."""
     requested = settings.compute.compiled
     if card is not None and card.uses_pipeline_call:
@@ -244,7 +248,7 @@ def _choose_compiled(settings: RunSettings, device: Device, kept: Mapping[str, A
         return requested
     compilers = filter(None, (os.environ.get("CC"), "cc", "gcc", "clang"))
     is_possible = find_spec("triton") is not None and any(map(shutil.which, compilers))
-    return bool(kept.get("compiled", device.kind == "cuda" and is_possible))
+    return bool(earlier_compute.get("compiled", device.kind == "cuda" and is_possible))
 
 
 def count_workers(settings: RunSettings, device: Device) -> int:

@@ -62,7 +62,7 @@ def merge_results(
         output = OutputSettings(results=formats, base64=base64 or settings.output.base64)
         try:
             if not ended_cleanly(record) and settings.table.tables:
-                remove_leftovers(out, Manifest(out))  # not of an endpoint, whose workers may be writing now
+                remove_leftovers(out)  # not of an endpoint, whose workers may be writing now
             counts = _merge_recorded(record, settings, output)
         except DamagedPart as damage:
             if settings.table.tables:
@@ -116,7 +116,7 @@ def merge(
 def merge_parts(manifest: Manifest, tables: Sequence[str], out: Path, output: OutputSettings, least: int = 0) -> Counts:
     """Write all results that the manifest holds, in the order of these tables, and count them. Raises as `merge` does.
 
-    For an OUT whose tables cannot be read: rows that have left them since, or changed, are not told from others.
+    For an OUT whose tables cannot be read. Rows that were removed from them or changed since are included too.
     """
     schema = results_schema(manifest.schemas())
     with manifest.index() as index:
@@ -157,7 +157,7 @@ def results_schema(schemas: Iterable[pa.Schema]) -> pa.Schema:
     types: dict[str, set[pa.DataType]] = {}
     for name, new in make_result_names(by_name, SCHEMA.names, known=True).items():
         types.setdefault(new, set()).update(by_name[name])
-    fields = [(name, common_type(found)) for name, found in types.items()]
+    fields = [(name, common_type(kinds)) for name, kinds in types.items()]
     for name, kind in fields:
         others = types[name] - {pa.null()}
         if pa.types.is_string(kind) and len(others) > 1:

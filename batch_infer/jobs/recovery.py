@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import pyarrow as pa
 
@@ -43,19 +44,20 @@ _IMAGE = pa.schema([SCHEMA.field(name) for name in ("id", "image_index", "genera
 
 log = logging.getLogger("batch_infer")
 
+T = TypeVar("T")
 Key = tuple[str, int]
 OnDamage = Callable[[DamagedPart], object]
 
 
-def recover(out: Path, manifest: Manifest, since_run: int = 0) -> frozenset[Key]:
+def recover(out: Path, since_run: int = 0) -> frozenset[Key]:
     """Clean up after a run that was killed, and return the keys of recent images that are missing or damaged.
 
     `since_run`: the first run after the last one that ended cleanly. Leftovers are removed, and damaged parts are set
     aside, so that their rows are rendered again. Images of the last minutes of those runs are read; older images, and
     the columns of older parts, are not. The caller holds the lock and has written nothing yet. Raises StorageError.
     """
-    remove_leftovers(out, manifest, set_aside)
-    recent = _recent_parts(manifest.parts(since_run))
+    remove_leftovers(out, set_aside)
+    recent = _recent_parts(Manifest(out).parts(since_run))
     sink, missing = make_sink(out), list[tuple[Key, str]]()
     with ManifestIndex(recent, set_aside) as index, ThreadPoolExecutor(READING_THREADS) as pool:
         for images in _stored_images(index):
@@ -70,12 +72,12 @@ def recover(out: Path, manifest: Manifest, since_run: int = 0) -> frozenset[Key]
     return frozenset(key for key, _ in missing)
 
 
-def remove_leftovers(out: Path, manifest: Manifest, on_damage: OnDamage | None = None) -> None:
+def remove_leftovers(out: Path, on_damage: OnDamage | None = None) -> None:
     """Remove what a killed run has left in OUT and restore the images that it had set aside.
 
     The caller holds the lock. Raises StorageError, and DamagedPart without `on_damage`.
     """
-    restore_images(out, remove_temporary_files(out), lambda: manifest.index(damaged=on_damage), on_damage)
+    restore_images(out, remove_temporary_files(out), lambda: Manifest(out).index(damaged=on_damage), on_damage)
 
 
 def remove_temporary_files(out: Path) -> list[str]:
@@ -164,15 +166,15 @@ def _restore(out: Path, index: ManifestIndex, originals: Sequence[str]) -> None:
 def set_aside(damage: DamagedPart) -> Path:
     """Rename a damaged part, so that its rows are rendered again, and return its new path. Raises StorageError."""
     part = damage.part
-    kept, number = part.with_name(f"{part.name}{_DAMAGED}"), 1
-    while path_exists(kept):  # a part of the same rows has the same name, and may be damaged too
+    path, number = part.with_name(f"{part.name}{_DAMAGED}"), 1
+    while path_exists(path):  # a part of the same rows has the same name, and may be damaged too
         number += 1
-        kept = part.with_name(f"{part.name}{_DAMAGED}-{number}")
-    with write_errors(kept):
-        os.rename(part, kept)  # noqa: PTH104
+        path = part.with_name(f"{part.name}{_DAMAGED}-{number}")
+    with write_errors(path):
+        os.rename(part, path)  # noqa: PTH104
         fsync_folder(part.parent)
-    log.warning("%s is damaged (%s): its rows are rendered again, and it is kept as %s", part, damage.reason, kept.name)
-    return kept
+    log.warning("%s is damaged (%s): its rows are rendered again, and it is kept as %s", part, damage.reason, path.name)
+    return path
 
 
 def is_intact(sink: Sink, path: str, sha256: str | None, length: int | None) -> bool:
@@ -198,26 +200,20 @@ def read_intact(sink: Sink, path: str, sha256: str | None, length: int | None) -
 
 def _recent_parts(parts: Sequence[Path]) -> list[Path]:
     """Return the parts that were committed last, by the clock of each machine. Unreadable parts are set aside."""
-    times: list[tuple[Path, str, float]] = []
+    times = {part: time for part in parts if (time := _read_or_set_aside(commit_time, part)) is not None}
     latest: dict[str, float] = {}
-    for part in parts:
-        try:
-            clock, seconds = commit_time(part)
-        except DamagedPart as damage:
-            set_aside(damage)
-        else:
-            times.append((part, clock, seconds))
-            latest[clock] = max(seconds, latest.get(clock, seconds))
-    recent = []
-    for part, clock, seconds in times:
-        if seconds >= latest[clock] - RECENT_SECONDS:
-            try:
-                read_part(part)
-            except DamagedPart as damage:
-                set_aside(damage)
-            else:
-                recent.append(part)
-    return recent
+    for clock, seconds in times.values():
+        latest[clock] = max(seconds, latest.get(clock, seconds))
+    recent = [part for part, (clock, seconds) in times.items() if seconds >= latest[clock] - RECENT_SECONDS]
+    return [part for part in recent if _read_or_set_aside(read_part, part) is not None]
+
+
+def _read_or_set_aside(read: Callable[[Path], T], part: Path) -> T | None:
+    try:
+        return read(part)
+    except DamagedPart as damage:
+        set_aside(damage)
+        return None
 
 
 def _stored_images(index: ManifestIndex) -> Iterator[list[tuple[Key, str, str | None, int | None]]]:

@@ -116,7 +116,7 @@ class _Rescore:
         """Check all results that do not have the new rules yet. Raises StorageError, ServiceError, Interrupted."""
         out = self._settings.out
         if self._is_resumed or not ended_cleanly(self._record):
-            remove_leftovers(out, Manifest(out), set_aside)
+            remove_leftovers(out, set_aside)
         rescorer = Rescorer(self._settings, self._card, self._record, stop)
         outdir.write_run(out, {**self._record, "rescoring": self._sources})
         with closing(rescorer):

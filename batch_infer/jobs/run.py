@@ -23,7 +23,6 @@ from batch_infer.jobs.recovery import recover
 from batch_infer.jobs.run_json import ended_cleanly
 from batch_infer.jobs.summary import Summary
 from batch_infer.main_guard import end_unguarded_process
-from batch_infer.manifest import Manifest
 from batch_infer.planning import SkipRule, is_done
 from batch_infer.settings import RunSettings
 from batch_infer.store import log_handler, open_log
@@ -81,7 +80,7 @@ def _recovering(job: Job, skip: SkipRule) -> SkipRule:
     out = job.settings.out
     if job.settings.overwrite or ended_cleanly(job.earlier):
         return skip
-    missing = recover(out, Manifest(out), job.record["recover_from"])
+    missing = recover(out, job.record["recover_from"])
     return lambda item, committed: item.key not in missing and skip(item, committed)
 
 

@@ -50,13 +50,9 @@ class RunFolder:
             yield
         except UsageError:
             if self.is_cleared and not has_commits():
-                self.remove_leftovers()
+                remove_leftovers(self.out)
                 outdir.restore_run(self.out, self._earlier)
             raise
-
-    def remove_leftovers(self) -> None:
-        """Remove what dead workers have left."""
-        remove_leftovers(self.out, self.manifest)
 
     def clear(self) -> None:
         """Remove what OUT held, for --overwrite. Raises Interrupted, StorageError."""
@@ -65,7 +61,7 @@ class RunFolder:
         if self._stop():
             raise Interrupted(f"stopped before --overwrite removed what {self.out} holds; run the same command again")
         clear(self.out, self._stop)
-        self.remove_leftovers()
+        remove_leftovers(self.out)
         self.is_cleared = True
         self.update_record()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,12 +18,12 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from batch_infer.errors import ModelError
-from batch_infer.models.card import DEMO_MODEL
+from batch_infer.models.card import DEMO_MODEL, SamplingRules
 from batch_infer.models.decidiffusion import DeciDiffusion, FlexibleUNet, FlexibleUNetConfig
+from batch_infer.models.families import FAMILIES
 from batch_infer.models.latent_diffusion import LatentDiffusion
 from batch_infer.models.stable_diffusion import StableDiffusion
 from batch_infer.models.stable_diffusion_xl import StableDiffusionXL
-from batch_infer.records import SizeRules
 
 BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 STABLE_DIFFUSION: dict[str, Any] = {**BETAS, "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
@@ -80,41 +79,36 @@ CLIP_BIG_G: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Architecture:
-    """A model with random weights on its device, and the defaults of its rows."""
-
-    model: LatentDiffusion
-    sizes: SizeRules
-    guidance_scale: float
-    guidance_rescale: float
-
-
-def build_architecture(name: str, device: torch.device, dtype: torch.dtype) -> Architecture:
+def build_architecture(name: str, device: torch.device, dtype: torch.dtype) -> tuple[LatentDiffusion, SamplingRules]:
     """Make `sd15`, `decidiffusion` or `sdxl` on a device in a dtype. Raises ModelError for another name."""
     unet: Any
+    model: LatentDiffusion
     match name:
         case "sd15":
             with _initialized_on(device, dtype):
                 unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
             pipeline = _stable_diffusion(device, dtype, unet, STABLE_DIFFUSION)
-            return Architecture(StableDiffusion(pipeline, unet, device, dtype), SizeRules(512, 512, 8, 64), 7.5, 0.0)
+            model, config = StableDiffusion(pipeline, unet, device, dtype), unet.config
+            family = FAMILIES["StableDiffusionPipeline"]
         case "decidiffusion":
             with _initialized_on(device, dtype):
                 unet = FlexibleUNet(FLEXIBLE_UNET)
             pipeline = _stable_diffusion(device, dtype, None, DECIDIFFUSION)
-            return Architecture(DeciDiffusion(pipeline, unet, device, dtype), SizeRules(512, 512, 8, 64), 7.5, 0.7)
+            model = DeciDiffusion(pipeline, unet, device, dtype)
+            config = {"sample_size": FLEXIBLE_UNET.sample_size, "add_downsample": [True] * 3}
+            family = FAMILIES["DeciDiffusionPipeline"]
         case "sdxl":
             pipeline = _stable_diffusion_xl(device, dtype)
-            model = StableDiffusionXL(pipeline, pipeline.unet, device, dtype)
-            return Architecture(model, SizeRules(1024, 1024, 8, 32), 5.0, 0.0)
+            model, config = StableDiffusionXL(pipeline, pipeline.unet, device, dtype), pipeline.unet.config
+            family = FAMILIES["StableDiffusionXLPipeline"]
         case other:
             raise ModelError(f"unknown architecture {other}")
+    return model, family.make_rules(config, pipeline.vae.config, name)
 
 
 def _stable_diffusion(device: torch.device, dtype: torch.dtype, unet: Any, schedule: dict[str, Any]) -> Any:
     """Make the pipeline of Stable Diffusion 1.5 around a UNet, with the built-in model's tokenizer."""
-    tokenizer = _tokenizer()
+    tokenizer = _load_tokenizer()
     with _initialized_on(device, dtype):
         vae = _autoencoder(sample_size=512, scaling_factor=0.18215)
         text_encoder = CLIPTextModel(_text_config(tokenizer, **CLIP_L))
@@ -125,7 +119,7 @@ def _stable_diffusion(device: torch.device, dtype: torch.dtype, unet: Any, sched
 
 def _stable_diffusion_xl(device: torch.device, dtype: torch.dtype) -> Any:
     """Make the pipeline of Stable Diffusion XL, with the VAE that does not overflow in half precision."""
-    tokenizer = _tokenizer()
+    tokenizer = _load_tokenizer()
     with _initialized_on(device, dtype):
         unet = UNet2DConditionModel(**UNET_XL)
         vae = _autoencoder(sample_size=1024, scaling_factor=0.13025, force_upcast=False)
@@ -133,11 +127,11 @@ def _stable_diffusion_xl(device: torch.device, dtype: torch.dtype) -> Any:
         second = CLIPTextModelWithProjection(_text_config(tokenizer, **CLIP_BIG_G))
     scheduler = EulerDiscreteScheduler(**STABLE_DIFFUSION_XL)
     return StableDiffusionXLPipeline(
-        vae, first, second, tokenizer, _tokenizer(), unet, scheduler, add_watermarker=False
+        vae, first, second, tokenizer, _load_tokenizer(), unet, scheduler, add_watermarker=False
     )
 
 
-def _tokenizer() -> CLIPTokenizer:
+def _load_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(DEMO_MODEL / "tokenizer", local_files_only=True)
 
 
