@@ -1,4 +1,4 @@
-"""Tiny random checkpoints in the layouts of Stable Diffusion 1.x, 2.x and DeciDiffusion, for tests that need others."""
+"""Tiny random checkpoints of Stable Diffusion 1.x, 2.x, latent consistency models and DeciDiffusion for tests."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from batch_infer.models import DEMO_MODEL
 from batch_infer.models.decidiffusion import FlexibleUNet, FlexibleUNetConfig
 
 VIEW = 32
-"""Side of the square that the tiny checker looks at."""
+"""Side of the tiny checker's input."""
 NOISE_SCHEDULE: dict[str, Any] = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -40,13 +40,13 @@ NOISE_SCHEDULE: dict[str, Any] = {
 
 
 def save_sd1(folder: Path) -> Path:
-    """Stable Diffusion 1.x: noise prediction, convolutions around its attention, PNDM, a checker of its own."""
+    """Save Stable Diffusion 1.x: noise prediction, convolutions around attention, PNDM, and a safety checker."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         unet = make_unet(attention_head_dim=4, use_linear_projection=False, cross_attention_dim=32)
         text_encoder = make_text_encoder(hidden_size=32, num_hidden_layers=2, hidden_act="quick_gelu")
         vae, checker = make_vae(), _checker()
-    # from_config: the class does not take clip_sample, but the real checkpoint's file holds it.
+    # from_config: the class has no clip_sample, but the file of the real checkpoint has it.
     scheduler = PNDMScheduler.from_config({**NOISE_SCHEDULE, "skip_prk_steps": True, "clip_sample": False})
     parts = (vae, text_encoder, make_tokenizer(), unet, scheduler)
     bare = StableDiffusionPipeline(*parts, None, None, requires_safety_checker=False)
@@ -55,7 +55,7 @@ def save_sd1(folder: Path) -> Path:
 
 
 def save_sd2(folder: Path) -> Path:
-    """Stable Diffusion 2.x: v-prediction, linear layers around its attention, DDIM, no checker."""
+    """Save Stable Diffusion 2.x: v-prediction, linear layers around attention, DDIM, no checker."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
         unet = make_unet(attention_head_dim=[2, 4], use_linear_projection=True, cross_attention_dim=48)
@@ -69,7 +69,7 @@ def save_sd2(folder: Path) -> Path:
 
 
 def save_lcm(folder: Path) -> Path:
-    """A latent consistency model: Stable Diffusion 1.x with the guidance scale as an input, few steps, no checker."""
+    """Save a latent consistency model: Stable Diffusion 1.x with embedded guidance, few steps, no checker."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(6)
         unet = make_unet(attention_head_dim=4, cross_attention_dim=32, time_cond_proj_dim=16)
@@ -105,7 +105,7 @@ DECIDIFFUSION: dict[str, Any] = {
 }
 """`configurations` of the published flexible_unet/config.json."""
 OUTER = {"_class_name": "FlexibleUNet2DConditionModel", "block_out_channels": [320, 640, 1280, 1280]}
-"""Keys around them: the second is one of those that a stock UNet has, and that are not true of this one."""
+"""Outer keys; the second is one of those of a stock UNet, which do not apply to this one."""
 TINY_DECIDIFFUSION = DECIDIFFUSION | {
     "sample_size": 8,
     "temb_dim": 48,
@@ -118,10 +118,10 @@ TINY_DECIDIFFUSION = DECIDIFFUSION | {
 
 
 def save_decidiffusion(folder: Path) -> Path:
-    """DeciDiffusion 1.0: a UNet of its own in half precision, v-prediction from pure noise, a checker.
+    """Save DeciDiffusion 1.0: its UNet in half precision, v-prediction from pure noise, and a checker.
 
-    Beside it lies what the published repository holds and nobody should touch: `unet/`, which is here no network at
-    all, and a `pipeline.py`, which ends whatever runs it.
+    The folder also has what the published repository contains and must not be used: `unet/`, here without a valid
+    network, and a `pipeline.py` that ends the process.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
@@ -153,21 +153,21 @@ def save_decidiffusion(folder: Path) -> Path:
 
 
 def probe_images(count: int, height: int = VIEW, width: int = VIEW) -> list[np.ndarray]:
-    """Pictures (H, W, 3) uint8 of soft coloured blots, no two alike."""
+    """Return different images (H, W, 3) uint8 of soft coloured blots."""
     random = np.random.default_rng(0)
     blots = random.integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
     return [np.asarray(Image.fromarray(blot).resize((width, height), Image.Resampling.BICUBIC)) for blot in blots]
 
 
 def amend(path: Path, **values: Any) -> None:
-    """Set values in a JSON file; None takes a key away."""
+    """Set values in a JSON file; None removes a key."""
     content = json.loads(path.read_text("utf-8")) | values
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}), "utf-8")
 
 
 def _save(pipe: DiffusionPipeline, folder: Path) -> Path:
     pipe.save_pretrained(folder)
-    # Without torchvision the processor's class has another name; released checkpoints hold the plain one.
+    # Without torchvision the processor's class has another name than in released checkpoints.
     amend(folder / "model_index.json", feature_extractor=["transformers", "CLIPImageProcessor"])
     return folder
 
@@ -183,12 +183,12 @@ def make_unet(**architecture: Any) -> UNet2DConditionModel:
     }
     unet = UNet2DConditionModel(**settings | architecture)
     with torch.no_grad():
-        unet.conv_out.weight.mul_(3)  # outputs near unit variance, as a trained one's are
+        unet.conv_out.weight.mul_(3)  # outputs near unit variance, as after training
         for name, weight in unet.named_parameters():
             if "attn2.to_v" in name or "attn2.to_out.0.weight" in name:
-                weight.mul_(4)  # so that the prompt, and with it guidance, moves the image
+                weight.mul_(4)  # so that the prompt, and with it guidance, changes the image
             if "add_embedding" in name or "cond_proj" in name:
-                weight.mul_(4)  # and so that what some are told beside it does
+                weight.mul_(4)  # and so that other embeddings do
     return unet.eval()
 
 
@@ -197,10 +197,10 @@ def _flexible_unet() -> FlexibleUNet:
     unet = FlexibleUNet(FlexibleUNetConfig.read({**OUTER, "configurations": TINY_DECIDIFFUSION}, "the tiny model"))
     for name, weight in unet.named_parameters():
         if weight.ndim == 1:
-            weight.add_(0.2 * torch.randn(weight.shape))  # so that no two norms and biases are alike
+            weight.add_(0.2 * torch.randn(weight.shape))  # so that all norms and biases differ
         if "attn2.to_v" in name or "attn2.to_out.0.weight" in name:
-            weight.mul_(4)  # so that the prompt, and with it guidance, moves the image
-    unet.conv_out.weight.mul_(3)  # outputs near unit variance, as a trained one's are
+            weight.mul_(4)  # so that the prompt, and with it guidance, changes the image
+    unet.conv_out.weight.mul_(3)  # outputs near unit variance, as after training
     return unet.eval()
 
 
@@ -245,7 +245,7 @@ def _renderings(pipe: StableDiffusionPipeline, count: int) -> list[np.ndarray]:
 
 
 def _checker() -> StableDiffusionSafetyChecker:
-    """A checker with random concepts."""
+    """Make a checker with random concepts."""
     vision = {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -264,7 +264,7 @@ def _checker() -> StableDiffusionSafetyChecker:
 
 @torch.no_grad()
 def _set_thresholds(checker: StableDiffusionSafetyChecker, *kinds: list[np.ndarray]) -> None:
-    """So high that of each kind of image some are flagged and some are not."""
+    """Set thresholds that flag some images of each kind and not others."""
     for name, quantile in (("concept_embeds", 0.95), ("special_care_embeds", 0.9)):
         concepts = normalize(getattr(checker, name)).T
         found = [(_embed(checker, images) @ concepts).quantile(quantile, dim=0) for images in kinds]

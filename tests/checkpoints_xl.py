@@ -12,7 +12,7 @@ from transformers import CLIPTextModelWithProjection
 from tests.checkpoints import NOISE_SCHEDULE, make_text_encoder, make_tokenizer, make_unet, make_vae
 
 WIDTHS = (32, 48)
-"""Of the two text encoders."""
+"""Widths of the two text encoders."""
 PROJECTION, SIZE_WIDTH = 24, 8
 UNET: dict[str, Any] = {
     "attention_head_dim": [2, 4],
@@ -26,16 +26,16 @@ UNET: dict[str, Any] = {
     "projection_class_embeddings_input_dim": 6 * SIZE_WIDTH + PROJECTION,
 }
 SCHEDULER = {**NOISE_SCHEDULE, "skip_prk_steps": True, "clip_sample": False}
-"""What released checkpoints say, though the classes take only a part of it."""
+"""Config of released checkpoints, of which the classes use only a part."""
 
 
 def save_sdxl(folder: Path) -> Path:
-    """Stable Diffusion XL: two text encoders, sizes beside the text, Euler; no negative prompt is nothing at all."""
+    """Save Stable Diffusion XL: two text encoders, size inputs, Euler, and zeros for a missing negative prompt."""
     return _save(folder, EulerDiscreteScheduler.from_config({**SCHEDULER, "timestep_spacing": "leading"}), seed=4)
 
 
 def save_sdxl_turbo(folder: Path) -> Path:
-    """SDXL Turbo: the same parts, and a sampler that draws noise, for one to four steps without guidance."""
+    """Save SDXL Turbo: the same networks with a sampler that draws noise, for one to four steps without guidance."""
     scheduler = EulerAncestralDiscreteScheduler.from_config({**SCHEDULER, "timestep_spacing": "trailing"})
     return _save(folder, scheduler, seed=5)
 
@@ -53,7 +53,7 @@ def _save(folder: Path, scheduler: Any, seed: int) -> Path:
             projection_dim=PROJECTION,
         )
         vae = make_vae(scaling_factor=0.13025, force_upcast=True)
-    # The second tokenizer pads with "!", which so becomes a word that stands alone.
+    # The second tokenizer pads with "!", which becomes a word of its own.
     tokenizers = make_tokenizer(), make_tokenizer(pad_token="!")
     pipe = StableDiffusionXLPipeline(vae, first, second, *tokenizers, unet, scheduler, add_watermarker=False)
     pipe.save_pretrained(folder)

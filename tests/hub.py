@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on loopback: the few of its endpoints that fetching a checkpoint takes, and what was asked."""
+"""A Hugging Face Hub on loopback: the endpoints that are needed to fetch a checkpoint, and a record of requests."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Hub:
-    """Repositories by their ids, each a folder at one commit. `fetched` are the files that were sent, as REPO/FILE."""
+    """Repositories by id, each a folder at one commit. `fetched` are the files that were sent, as REPO/FILE."""
 
     repositories: dict[str, Path]
     address: str = ""
     fetched: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
     refusals: dict[str, tuple[int, str]] = field(default_factory=dict)
-    """By repository: the status and the Hub's own code for why."""
+    """Status and error code of the Hub by repository."""
     slow: str | None = None
-    """A file of which only the first byte is sent before the end."""
+    """A file of which only the first byte is sent."""
     over: threading.Event = field(default_factory=threading.Event)
 
     def files(self, repository: str) -> list[str]:
-        """The files of a repository that were sent, in order of their names."""
+        """Return the files of a repository that were sent, sorted."""
         return sorted(file.removeprefix(f"{repository}/") for file in self.fetched if file.startswith(repository))
 
 

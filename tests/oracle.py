@@ -1,4 +1,4 @@
-"""The oracle: what diffusers' own pipeline makes of one row alone, and how near to that an image must be."""
+"""The oracle: the image that diffusers' own pipeline renders for one row, and the allowed difference."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from batch_infer.settings import SchedulerSpec
 from tests.rendering import furthest, render
 
 WITHOUT: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False, "add_watermarker": False}
-"""What a pipeline is to do without, as far as its class knows of it."""
+"""Arguments that leave out components, for classes that have these."""
 
 
 def load_pipeline(folder: Path, **components: Any) -> Any:
-    """The pipeline of the class that a checkpoint names; without its checker where no components are given."""
+    """Load a checkpoint's pipeline, by default without its checker."""
     kind = getattr(diffusers, json.loads((folder / "model_index.json").read_text("utf-8"))["_class_name"])
     pipe = kind.from_pretrained(folder, dtype=torch.float32, **(components or _without(kind)))
     pipe.set_progress_bar_config(disable=True)
@@ -28,7 +28,7 @@ def load_pipeline(folder: Path, **components: Any) -> Any:
 
 
 def with_scheduler(pipe: Any, text: str) -> Any:
-    """The same parts under another scheduler, made as diffusers' guide says."""
+    """Return the pipeline with another scheduler, made as in diffusers' guide."""
     spec = SchedulerSpec.parse(text)
     scheduler = getattr(diffusers, spec.name).from_config(pipe.scheduler.config, **dict(spec.options))
     kind = type(pipe)
@@ -38,7 +38,7 @@ def with_scheduler(pipe: Any, text: str) -> Any:
 
 
 def ask(pipe: Any, request: PromptRequest) -> tuple[np.ndarray, list[bool] | None]:
-    """What diffusers makes of one row: its image (H, W, 3) uint8, and what its checker says."""
+    """Return the image (H, W, 3) uint8 that diffusers renders for one row, and its checker's flags."""
     params = request.params
     answer = pipe(
         request.prompt,
@@ -55,14 +55,14 @@ def ask(pipe: Any, request: PromptRequest) -> tuple[np.ndarray, list[bool] | Non
 
 
 def assert_close(image: np.ndarray, oracle: np.ndarray) -> None:
-    """At most 1 of 255 anywhere; and seldom at all, since only a value next to a half can be rounded otherwise."""
+    """Allow at most 1 of 255 anywhere, and rarely: only values next to a half can be rounded differently."""
     assert image.shape == oracle.shape
     assert furthest(image, oracle) <= 1
     assert np.mean(image != oracle) < 0.01
 
 
 def assert_parity(pipe: Any, model: object, requests: tuple[PromptRequest, ...]) -> None:
-    """Rows rendered in one packed call look as they do alone; and no two alike, so that a mix-up would show."""
+    """Compare rows of one batch with diffusers. All rows differ, so that swapped rows would be noticed."""
     rendered = render(model, requests, slots=6, decode=2)
     assert rendered.keys() == {request.id for request in requests}
     oracles = {request.id: ask(pipe, request)[0] for request in requests}

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of pipelines that have no family of ours, for tests of what is driven by its own call."""
+"""Tiny random checkpoints of pipelines without a family, for tests of pipeline-call batching."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ from batch_infer.records import PromptRequest
 from tests.checkpoints import amend
 
 WIDTH = 16
-"""Of every text encoder."""
+"""Width of every text encoder."""
 CHAT = "{% for message in messages %}<{{ message['content'] }}>{% endfor %}"
 
 
 def save_pixart(folder: Path) -> Path:
-    """PixArt-Sigma: a diffusion transformer with learned variance, T5 with padding to a fixed length, 256 pixels."""
+    """Save PixArt-Sigma: a diffusion transformer with learned variance, T5 padded to a fixed length, 256 pixels."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         transformer = PixArtTransformer2DModel(
@@ -57,7 +57,7 @@ def save_pixart(folder: Path) -> Path:
 
 
 def save_flux(folder: Path) -> Path:
-    """FLUX.1-dev: flow matching whose schedule hangs on the size, the guidance scale as an input, CLIP and T5."""
+    """Save FLUX.1-dev: flow matching with a schedule by image size, embedded guidance, CLIP and T5."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
         transformer = FluxTransformer2DModel(
@@ -71,7 +71,7 @@ def save_flux(folder: Path) -> Path:
 
 
 def save_z_image(folder: Path) -> Path:
-    """Z-Image: flow matching, and a language model whose output is as long as the text is."""
+    """Save Z-Image: flow matching, and a language model whose output is as long as the text."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         transformer = ZImageTransformer2DModel(
@@ -89,7 +89,7 @@ def save_z_image(folder: Path) -> Path:
 
 
 def save_sd3(folder: Path, *, with_t5: bool = True, **scheduler: Any) -> Path:
-    """Stable Diffusion 3: flow matching, two CLIPs and, where it is wanted, T5."""
+    """Save Stable Diffusion 3: flow matching, two CLIPs and optionally T5."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
         transformer = SD3Transformer2DModel(
@@ -107,7 +107,7 @@ def save_sd3(folder: Path, *, with_t5: bool = True, **scheduler: Any) -> Path:
 
 
 def save_perturbed(sd1: Path, folder: Path) -> Path:
-    """Perturbed-attention guidance (arXiv 2403.17377) on a Stable Diffusion 1.x checkpoint, with its checker."""
+    """Save perturbed-attention guidance (arXiv 2403.17377) on a Stable Diffusion 1.x checkpoint, with its checker."""
     shutil.copytree(sd1, folder)
     amend(folder / "model_index.json", _class_name="StableDiffusionPAGPipeline")
     return folder
@@ -147,7 +147,7 @@ def clip(words: CLIPTokenizer) -> CLIPTextModel:
 
 
 def byte_tokenizer(length: int, chat: str | None = None) -> PreTrainedTokenizerFast:
-    """A tokenizer to which every byte is a word."""
+    """Make a tokenizer whose words are bytes."""
     words = ["<pad>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -164,7 +164,7 @@ def _save(pipeline: Any, folder: Path) -> Path:
 
 
 def ask(pipe: Any, request: PromptRequest) -> np.ndarray:
-    """What diffusers makes of one row alone: its image (H, W, 3) uint8."""
+    """Return the image (H, W, 3) uint8 that diffusers renders for one row."""
     params = request.params
     negative = {} if request.negative_prompt is None else {"negative_prompt": request.negative_prompt}
     rescale = {"guidance_rescale": params.guidance_rescale} if params.guidance_rescale else {}

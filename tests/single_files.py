@@ -1,4 +1,4 @@
-"""Checkpoints of one file, as the first Stable Diffusion was released: a folder's weights under their names of then."""
+"""Checkpoints in one file, with the tensor names of the first Stable Diffusion release."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 LAYERS = 1
 """Resnets in each of the tiny UNet's blocks."""
 LEVELS = 4
-"""Of the tiny VAE."""
+"""Levels of the tiny VAE."""
 RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -33,7 +33,7 @@ ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_ou
 
 
 def save_single_file(folder: Path, file: Path) -> Path:
-    """Put a tiny Stable Diffusion 1 folder's UNet, VAE and text encoder into one file."""
+    """Save the UNet, VAE and text encoder of a tiny Stable Diffusion 1 folder in one file."""
     parts: dict[str, tuple[str, Callable[[str], str]]] = {
         "unet": ("model.diffusion_model.", _unet),
         "vae": ("first_stage_model.", _vae),
@@ -50,7 +50,7 @@ def save_single_file(folder: Path, file: Path) -> Path:
 
 
 def fill_cache(cache: Path, repository: str, folder: Path) -> Path:
-    """Make a Hugging Face cache that holds a folder's settings and words as a repository's, and no weights."""
+    """Make a Hugging Face cache with a folder's configs and vocabulary as a repository without weights."""
     commit = "0" * 40
     place = cache / f"models--{repository.replace('/', '--')}"
     (place / "refs").mkdir(parents=True)
@@ -102,5 +102,5 @@ def _vae(name: str) -> str:
 
 
 def zeros(*names: str, shape: tuple[int, ...] = (1,)) -> dict[str, torch.Tensor]:
-    """Tensors of these names, for files that only their names tell."""
+    """Return tensors of these names, for files that are recognized by names."""
     return {name: torch.zeros(shape) for name in names}

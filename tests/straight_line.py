@@ -1,4 +1,4 @@
-"""DeciDiffusion written out line by line from its description: the oracle of its tests, which shares no code with it.
+"""DeciDiffusion line by line from its description: the oracle of its tests, which shares no code with it.
 
 One row at a time, from a flat table of tensors and torch's plain functions: nothing here knows of blocks as modules, of
 batches of strangers, or of a scheduler's class.
@@ -37,19 +37,19 @@ TRAINED_STEPS = 1000
 
 
 def layers(block: str) -> list[tuple[str, str]]:
-    """A block's layers as (R or T, the prefix of its tensors' names)."""
+    """Return a block's layers as (R or T, prefix of the tensor names)."""
     return [(letter, f"{block}.modules_list.{k}") for k, letter in enumerate(re.findall("[RT]", LISTING[block]))]
 
 
 @dataclass(frozen=True)
 class Network:
-    """The UNet as a table of its tensors, by their names in the file."""
+    """The UNet, on its tensors by their names in the file."""
 
     tensors: dict[str, torch.Tensor]
     heads: int
 
     def __call__(self, sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """sample (N, 4, h, w), timestep (N,), text (N, tokens, width)."""
+        """Predict from sample (N, 4, h, w), timestep (N,) and text (N, tokens, width)."""
         time = self.embed_time(timestep)
         x = self.conv("conv_in", sample)
         skips, sizes = [x], []
@@ -128,12 +128,12 @@ class Network:
 
 
 def doubled(x: torch.Tensor, size: torch.Size) -> torch.Tensor:
-    """Every pixel four times; cut to the size before halving, which had rounded an odd side up."""
+    """Repeat every pixel four times, and crop to the size before halving, which rounds odd sides up."""
     return x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)[:, :, : size[0], : size[1]]
 
 
 def alphas_bar() -> np.ndarray:
-    """The share of the image that is left at each trained step: none at the last.
+    """Return the share of the image at each trained step, which is zero at the last.
 
     Nichol & Dhariwal, arXiv 2102.09672, eq. 17 (cosine); Lin et al., arXiv 2305.08891, algorithm 1 (zero terminal SNR).
     """
@@ -144,7 +144,7 @@ def alphas_bar() -> np.ndarray:
 
 
 def guided(text: torch.Tensor, nothing: torch.Tensor, scale: float, rescale: float) -> torch.Tensor:
-    """Guidance and its rescale by the standard deviation: Lin et al., arXiv 2305.08891, section 3.4."""
+    """Apply guidance, and its rescale by the standard deviation (Lin et al., arXiv 2305.08891, section 3.4)."""
     combined = nothing + scale * (text - nothing)
     rescaled = combined * (text.std() / combined.std())
     return rescale * rescaled + (1 - rescale) * combined
@@ -152,7 +152,7 @@ def guided(text: torch.Tensor, nothing: torch.Tensor, scale: float, rescale: flo
 
 @dataclass(frozen=True)
 class StraightLine:
-    """A checkpoint's parts; its way from a row to an image."""
+    """A checkpoint's components, and rendering with them."""
 
     network: Network
     tokenizer: CLIPTokenizer
@@ -173,13 +173,13 @@ class StraightLine:
 
     @torch.inference_mode()
     def render(self, request: PromptRequest) -> np.ndarray:
-        """The row's image, (H, W, 3) uint8."""
+        """Return the row's image (H, W, 3) uint8."""
         image = self.vae.decode(self.denoise(request) / 0.18215).sample[0]
         image = (image / 2 + 0.5).clamp(0, 1)
         return np.asarray((image * 255).round().to(torch.uint8).permute(1, 2, 0))
 
     def denoise(self, request: PromptRequest) -> torch.Tensor:
-        """DDIM without noise (arXiv 2010.02502, eq. 12) on v-predictions (arXiv 2202.00512, appendix D)."""
+        """Run DDIM without noise (arXiv 2010.02502, eq. 12) on v-predictions (arXiv 2202.00512, appendix D)."""
         params, left = request.params, alphas_bar()
         noise = torch.Generator("cpu").manual_seed(request.seed)
         x = torch.randn(1, 4, params.height // 8, params.width // 8, generator=noise)
@@ -190,7 +190,7 @@ class StraightLine:
             v = self.network(x, now, text)
             if params.guidance_scale > 1:
                 v = guided(v, self.network(x, now, nothing), params.guidance_scale, params.guidance_rescale)
-            # Where the step goes: a whole number of trained steps down, and at the end to the cleanest trained one.
+            # Step to a timestep a whole number of trained steps lower, and at the end to the cleanest trained one.
             below = max(t - TRAINED_STEPS // params.num_inference_steps, 0)
             image = math.sqrt(left[t]) * x - math.sqrt(1 - left[t]) * v
             drawn = math.sqrt(left[t]) * v + math.sqrt(1 - left[t]) * x

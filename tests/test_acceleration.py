@@ -41,9 +41,9 @@ def test_networks_are_one_graph_and_change_no_image(sd1_folder: Path) -> None:
     plain = render(load_family(sd1_folder), ROWS)
     model = load_family(sd1_folder)
     optimize_networks(model.networks, CPU, compiled=True)
-    found = render(model, ROWS)
+    compiled = render(model, ROWS)
     assert is_compiled(model.networks)
-    assert all(furthest(found[row.id].pixels, plain[row.id].pixels) <= 1 for row in ROWS)
+    assert all(furthest(compiled[row.id].pixels, plain[row.id].pixels) <= 1 for row in ROWS)
 
 
 def test_a_compilation_error_names_the_option_that_avoids_it() -> None:

@@ -71,8 +71,8 @@ def load_oracle(folder: Path) -> Any:
     return pipe
 
 
-def row(model: str, name: str, prompt: str = "a red circle", **asked: Any) -> PromptRequest:
-    request = make_request(name, prompt, **{"size": SIZES.get(model, (64, 64)), "steps": 3, **asked})
+def row(model: str, name: str, prompt: str = "a red circle", **settings: Any) -> PromptRequest:
+    request = make_request(name, prompt, **{"size": SIZES.get(model, (64, 64)), "steps": 3, **settings})
     return replace(request, params=replace(request.params, embedded_guidance=model in GUIDED_BY_INPUT))
 
 
@@ -93,11 +93,11 @@ def rows_of(model: str) -> list[PromptRequest]:
 def render(
     model: AnyPipeline, requests: list[PromptRequest], *, slots: int = 8, judge: ImageChecker | None = None
 ) -> dict[str, Rendered]:
-    found = {}
+    rendered = {}
     for outcome in PipelineCallChain(model, BatchSizes(slots, 2), judge).render(sorted(requests, key=_key_of_call)):
         assert isinstance(outcome, Rendered), outcome.error
-        found[outcome.request.id] = outcome
-    return found
+        rendered[outcome.request.id] = outcome
+    return rendered
 
 
 def _key_of_call(request: PromptRequest) -> Any:
@@ -159,17 +159,17 @@ def test_the_text_changes_the_image(models: dict[str, AnyPipeline]) -> None:
 def test_rows_share_calls_where_shapes_do_not_depend_on_texts(models: dict[str, AnyPipeline]) -> None:
     assert {name for name, model in models.items() if model.one_row_per_call} == ONE_BY_ONE
     for name, model in models.items():
-        asked: list[int] = []
+        batch_sizes: list[int] = []
 
-        def note(arguments: Any, asked: list[int] = asked) -> None:
-            asked.append(len(arguments["prompt"]))
+        def note(arguments: Any, batch_sizes: list[int] = batch_sizes) -> None:
+            batch_sizes.append(len(arguments["prompt"]))
 
         spied = _Spy(model.pipeline, note)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(model, "pipeline", spied)
             render(model, [row(name, str(k), seed=k) for k in range(3)], slots=4)
         alone, each = name in ONE_BY_ONE, 1 if name in GUIDED_BY_INPUT else 2
-        assert asked == ([1, 1, 1] if alone else [4] if each == 1 else [2, 2])
+        assert batch_sizes == ([1, 1, 1] if alone else [4] if each == 1 else [2, 2])
 
 
 def test_another_scheduler(folders: dict[str, Path]) -> None:
@@ -178,8 +178,8 @@ def test_another_scheduler(folders: dict[str, Path]) -> None:
     before = ask(pipe, request)
     pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config, use_karras_sigmas=True)
     oracle = ask(pipe, request)
-    found = render(load_model(folders["pixart"], text), [request])["row"].pixels
-    assert furthest(found, oracle) <= 1
+    pixels = render(load_model(folders["pixart"], text), [request])["row"].pixels
+    assert furthest(pixels, oracle) <= 1
     assert furthest(before, oracle) > 2
 
 
@@ -243,7 +243,7 @@ def failing(model: AnyPipeline, error: Exception, prompt: str, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("error", "invalid", "told"),
+    ("error", "invalid", "message"),
     [
         (ValueError("no such text\nand more"), True, "_Spy does not support this row: no such text"),
         (IndexError("index 3 is out of bounds"), True, "_Spy does not support this row: index 3 is out of bounds"),
@@ -251,20 +251,22 @@ def failing(model: AnyPipeline, error: Exception, prompt: str, monkeypatch: pyte
     ],
 )
 def test_an_error_fails_its_row_and_not_the_neighbours(
-    models: dict[str, AnyPipeline], monkeypatch: pytest.MonkeyPatch, error: Exception, invalid: bool, told: str
+    models: dict[str, AnyPipeline], monkeypatch: pytest.MonkeyPatch, error: Exception, invalid: bool, message: str
 ) -> None:
     model = models["flux"]
     rows = [row("flux", "a", seed=1), row("flux", "bad", "bad", seed=2), row("flux", "c", seed=3)]
     wanted = render(model, rows)
     failing(model, error, "bad", monkeypatch)
-    found = {outcome.request.id: outcome for outcome in PipelineCallChain(model, BatchSizes(8, 2), None).render(rows)}
+    outcomes = {
+        outcome.request.id: outcome for outcome in PipelineCallChain(model, BatchSizes(8, 2), None).render(rows)
+    }
     for name in "ac":
-        image = found[name]
+        image = outcomes[name]
         assert isinstance(image, Rendered)
         assert np.array_equal(image.pixels, wanted[name].pixels)
-    bad = found["bad"]
+    bad = outcomes["bad"]
     assert isinstance(bad, Unrendered)
-    assert (bad.status == "invalid", bad.error) == (invalid, told)
+    assert (bad.status == "invalid", bad.error) == (invalid, message)
 
 
 @pytest.mark.parametrize(
@@ -299,10 +301,10 @@ def test_a_device_lost_during_trial_calls_is_reported(
 
 
 def test_a_size_that_the_pipeline_rounds_is_refused(models: dict[str, AnyPipeline]) -> None:
-    (found,) = PipelineCallChain(models["flux"], BatchSizes(4, 2), None).render([row("flux", "row", size=(64, 72))])
-    assert isinstance(found, Unrendered)
-    assert found.status == "invalid"
-    assert found.error.startswith("FluxPipeline makes images of 64x64 pixels instead of 72x64")
+    (outcome,) = PipelineCallChain(models["flux"], BatchSizes(4, 2), None).render([row("flux", "row", size=(64, 72))])
+    assert isinstance(outcome, Unrendered)
+    assert outcome.status == "invalid"
+    assert outcome.error.startswith("FluxPipeline makes images of 64x64 pixels instead of 72x64")
 
 
 def test_values_that_are_not_finite_are_reported(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -311,10 +313,10 @@ def test_values_that_are_not_finite_are_reported(folders: dict[str, Path], tmp_p
     weights = load_file(file)
     weights["proj_out.bias"].fill_(float("nan"))
     save_file(weights, file, metadata={"format": "pt"})
-    (found,) = PipelineCallChain(load_model(own), BatchSizes(4, 2), None).render([row("flux", "row", guidance=2.5)])
-    assert isinstance(found, Unrendered)
-    assert found.status == "failed"
-    assert "not finite at 3 steps and guidance_scale 2.5" in found.error
+    (outcome,) = PipelineCallChain(load_model(own), BatchSizes(4, 2), None).render([row("flux", "row", guidance=2.5)])
+    assert isinstance(outcome, Unrendered)
+    assert outcome.status == "failed"
+    assert "not finite at 3 steps and guidance_scale 2.5" in outcome.error
 
 
 # The card
@@ -499,9 +501,9 @@ def test_a_run_accounts_for_every_row(table: Path, tmp_path: Path, folders: dict
     assert [(item["id"], item["status"]) for item in rows] == [
         ("a", "ok"), ("a", "ok"), ("b", "ok"), ("c", "ok"), ("d", "invalid"), ("e", "invalid"), ("f", "ok"),
     ]  # fmt: skip
-    told = {item["id"]: item["error"] for item in rows if item["error"]}
-    assert told["d"] == "negative_prompt 'green' is given, and this model takes none"
-    assert "width 65 is not a multiple of 16" in told["e"]
+    errors = {item["id"]: item["error"] for item in rows if item["error"]}
+    assert errors["d"] == "negative_prompt 'green' is given, and this model takes none"
+    assert "width 65 is not a multiple of 16" in errors["e"]
     made = [item for item in rows if item["status"] == "ok"]
     assert {item["scheduler"] for item in made} == {"FlowMatchEulerDiscreteScheduler"}
     assert {item["nsfw_content_detected"] for item in made} == {None}
@@ -535,19 +537,19 @@ def test_a_plan_matches_the_run(table: Path, tmp_path: Path, folders: dict[str, 
     assert planned["ticks"] == done["ticks"]
     assert planned["occupancy"] == pytest.approx(done["occupancy"], abs=1e-3)
     assert planned["truncated"] is None
-    told = [(fault["id"], fault["error"]) for fault in planned["invalid_results"]]
+    errors = [(fault["id"], fault["error"]) for fault in planned["invalid_results"]]
     rows = results(tmp_path / "out")
-    assert told == [(item["id"], item["error"]) for item in rows if item["status"] == "invalid"]
+    assert errors == [(item["id"], item["error"]) for item in rows if item["status"] == "invalid"]
 
 
 def test_unsupported_options_are_refused(table: Path, tmp_path: Path, folders: dict[str, Path]) -> None:
-    for options, told in {
+    for options, message in {
         ("--negative-prompt", "green"): "negative_prompt 'green' is given, and this model takes none",
         ("--guidance-rescale", "0.7"): "guidance_rescale '0.7' is given, and this model takes none",
     }.items():
         done = flux_run(table, tmp_path / "out", folders, *options)
         assert done.code == 2
-        assert told in done.stderr
+        assert message in done.stderr
 
 
 def test_steps_that_the_pipeline_refuses_are_invalid(tmp_path: Path, folders: dict[str, Path]) -> None:

@@ -83,11 +83,11 @@ def with_weights(*names: str) -> set[str]:
 def expected_shapes() -> dict[str, tuple[int, ...] | None]:
     """Return the tensor names in the published checkpoint's listing, and the shapes of some."""
     stem = with_weights("conv_in", "conv_out", "conv_norm_out", "time_embedding.linear_1", "time_embedding.linear_2")
-    found: dict[str, tuple[int, ...] | None] = dict.fromkeys(stem)
+    shapes: dict[str, tuple[int, ...] | None] = dict.fromkeys(stem)
     for sampler in (*(f"{block}.downsamplers.0.conv" for block in DOWN), "mid_block.upsamplers.0.conv"):
-        found |= dict.fromkeys(with_weights(sampler))
+        shapes |= dict.fromkeys(with_weights(sampler))
     for block in UP[:-1]:
-        found |= dict.fromkeys(with_weights(f"{block}.upsamplers.0.conv"))
+        shapes |= dict.fromkeys(with_weights(f"{block}.upsamplers.0.conv"))
     for block, listing in LISTING.items():
         width = int(re.findall(r">(\d+)", listing)[0])
         channels = iter(re.findall(r"R\((\d+)>(\d+)\)", listing))
@@ -96,17 +96,17 @@ def expected_shapes() -> dict[str, tuple[int, ...] | None]:
                 before, after = map(int, next(channels))
                 shortcut = ["conv_shortcut"] if before != after else []
                 parts = ("norm1", "conv1", "time_emb_proj", "norm2", "conv2", *shortcut)
-                found |= dict.fromkeys(with_weights(*(f"{name}.{part}" for part in parts)))
-                found[f"{name}.conv1.weight"] = (after, before, 3, 3)
+                shapes |= dict.fromkeys(with_weights(*(f"{name}.{part}" for part in parts)))
+                shapes[f"{name}.conv1.weight"] = (after, before, 3, 3)
             else:
                 inner = f"{name}.transformer_blocks.0"
                 parts = ("norm1", "norm2", "norm3", "attn1.to_out.0", "attn2.to_out.0", "ff.net.0.proj", "ff.net.2")
-                found |= dict.fromkeys(with_weights(f"{name}.norm", f"{name}.proj_in", f"{name}.proj_out"))
-                found |= dict.fromkeys(with_weights(*(f"{inner}.{part}" for part in parts)))
-                found |= {f"{inner}.{attn}.to_{to}.weight": None for attn in ("attn1", "attn2") for to in "qkv"}
-                found[f"{name}.proj_in.weight"] = found[f"{name}.proj_out.weight"] = (width, width, 1, 1)
-                found[f"{inner}.attn2.to_k.weight"] = (width, 768)
-    return found
+                shapes |= dict.fromkeys(with_weights(f"{name}.norm", f"{name}.proj_in", f"{name}.proj_out"))
+                shapes |= dict.fromkeys(with_weights(*(f"{inner}.{part}" for part in parts)))
+                shapes |= {f"{inner}.{attn}.to_{to}.weight": None for attn in ("attn1", "attn2") for to in "qkv"}
+                shapes[f"{name}.proj_in.weight"] = shapes[f"{name}.proj_out.weight"] = (width, width, 1, 1)
+                shapes[f"{inner}.attn2.to_k.weight"] = (width, 768)
+    return shapes
 
 
 def test_the_published_checkpoint_fits(published: FlexibleUNet) -> None:
@@ -147,18 +147,18 @@ def inputs(size: tuple[int, int], dtype: torch.dtype) -> tuple[torch.Tensor, tor
 def test_the_network_equals_the_straight_line(exact: tuple[FlexibleUNet, Network], size: tuple[int, int]) -> None:
     """For all sides, also odd ones at any level."""
     unet, network = exact
-    asked = inputs(size, torch.float64)
+    arguments = inputs(size, torch.float64)
     with torch.inference_mode():
-        found, expected = unet(*asked)[0], network(*asked)
-    assert found.shape == asked[0].shape
+        actual, expected = unet(*arguments)[0], network(*arguments)
+    assert actual.shape == arguments[0].shape
     assert 0.3 < expected.std() < 3
-    assert (found - expected).abs().max() < 1e-9
+    assert (actual - expected).abs().max() < 1e-9
 
 
 def test_the_network_equals_the_straight_line_in_single_precision(model: Any, straight: StraightLine) -> None:
     sample, timestep, text = inputs((8, 8), torch.float32)
-    found = model.denoise(sample, timestep, {"encoder_hidden_states": text})
-    assert (found - straight.network(sample, timestep, text)).abs().max() < 1e-5
+    actual = model.denoise(sample, timestep, {"encoder_hidden_states": text})
+    assert (actual - straight.network(sample, timestep, text)).abs().max() < 1e-5
 
 
 def test_networks_of_other_depths_are_built(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,19 +181,19 @@ def test_networks_of_other_depths_are_built(monkeypatch: pytest.MonkeyPatch) -> 
     for name, value in (("LISTING", listing), ("DOWN", DOWN[:2]), ("UP", UP[:2])):
         monkeypatch.setattr(straight_line, name, value)
     unet = FlexibleUNet(config_of(keys)).eval().double()
-    asked = inputs((6, 5), torch.float64)
+    arguments = inputs((6, 5), torch.float64)
     with torch.inference_mode():
-        expected = Network(unet.state_dict(), heads=4)(*asked)
-        assert (unet(*asked)[0] - expected).abs().max() < 1e-9
+        expected = Network(unet.state_dict(), heads=4)(*arguments)
+        assert (unet(*arguments)[0] - expected).abs().max() < 1e-9
 
 
 @pytest.mark.soak
 def test_the_network_compiles_into_one_graph(exact: tuple[FlexibleUNet, Network]) -> None:
     """The eager backend is fast and changes nothing."""
     unet, _ = exact
-    asked = inputs((9, 8), torch.float64)
+    arguments = inputs((9, 8), torch.float64)
     with torch.inference_mode():
-        assert torch.equal(torch.compile(unet, backend="eager", fullgraph=True)(*asked)[0], unet(*asked)[0])
+        assert torch.equal(torch.compile(unet, backend="eager", fullgraph=True)(*arguments)[0], unet(*arguments)[0])
 
 
 # config.json
@@ -370,7 +370,7 @@ def test_batched_rows_look_as_in_the_straight_line(model: Any, straight: Straigh
         assert image.shape == oracle.shape
         assert furthest(image, oracle) <= 1
         assert np.mean(image != oracle) < 0.01
-        others = [found for other, found in oracles.items() if other != name and found.shape == oracle.shape]
+        others = [each for other, each in oracles.items() if other != name and each.shape == oracle.shape]
         assert all(furthest(oracle, other) > 2 for other in others)
 
 
@@ -399,8 +399,8 @@ def test_the_command_renders_a_table(decidiffusion_folder: Path, straight: Strai
     assert done.code == 0, done.stderr
     assert_whole(out)
     rows = results(out)
-    found = [(row["num_inference_steps"], row["guidance_scale"], round(row["guidance_rescale"], 6)) for row in rows]
-    assert found == [(30, 7.5, 0.7), (3, 1.0, 0.0), (5, 4.5, 0.0)]
+    params = [(row["num_inference_steps"], row["guidance_scale"], round(row["guidance_rescale"], 6)) for row in rows]
+    assert params == [(30, 7.5, 0.7), (3, 1.0, 0.0), (5, 4.5, 0.0)]
     assert {row["scheduler"] for row in rows} == {"DDIMScheduler"}
     assert all(row["nsfw_content_detected"] in (True, False) for row in rows)
     assert run_json(out)["model"]["family"] == "decidiffusion"

@@ -33,11 +33,11 @@ from batch_infer.models import read_card
 from batch_infer.settings import ModelSettings
 try:
     card = read_card(ModelSettings(**json.loads(sys.argv[1])))
-    told = {"name": card.name, "revision": card.revision, "fingerprint": card.fingerprint, "family": card.family}
-    found = {"path": str(card.path), **told}
+    facts = {"name": card.name, "revision": card.revision, "fingerprint": card.fingerprint, "family": card.family}
+    answer = {"path": str(card.path), **facts}
 except ModelError as error:
-    found = {"error": str(error)}
-print(json.dumps({**found, "slow": sorted({"torch", "diffusers", "transformers"} & sys.modules.keys())}))
+    answer = {"error": str(error)}
+print(json.dumps({**answer, "slow": sorted({"torch", "diffusers", "transformers"} & sys.modules.keys())}))
 """
 """Runs in another process, because the Hub's library reads its environment at import."""
 WEIGHTS = "diffusion_pytorch_model"
@@ -62,8 +62,8 @@ def repository(sd1_folder: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def served(repository: Path) -> Iterator[Hub]:
-    with hub(tiny=repository) as found:
-        yield found
+    with hub(tiny=repository) as server:
+        yield server
 
 
 @pytest.fixture
@@ -74,22 +74,22 @@ def read(served: Hub, tmp_path: Path) -> Read:
         hidden = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": served.address, "HF_HUB_OFFLINE": str(int(offline))}
         command = [sys.executable, "-c", CARD, json.dumps({"name": name, **settings})]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **hidden}, check=True)
-        found = json.loads(done.stdout)
-        assert found.pop("slow") == []
+        answer = json.loads(done.stdout)
+        assert answer.pop("slow") == []
         assert done.stderr == ""
-        assert "\n" not in found.get("error", "")
-        return dict(found)
+        assert "\n" not in answer.get("error", "")
+        return dict(answer)
 
     return ask
 
 
 def test_only_files_that_are_loaded_are_fetched(read: Read, served: Hub, sd1_folder: Path) -> None:
-    found = read()
-    assert (found["name"], found["revision"], found["family"]) == ("owner/tiny", COMMIT, "stable_diffusion")
+    answer = read()
+    assert (answer["name"], answer["revision"], answer["family"]) == ("owner/tiny", COMMIT, "stable_diffusion")
     parts = sorted(path.relative_to(sd1_folder).as_posix() for path in sd1_folder.rglob("*") if path.is_file())
     assert served.files("owner/tiny") == parts
-    assert found["fingerprint"] == read_card(ModelSettings(name=str(sd1_folder))).fingerprint
-    assert Path(found["path"]).name == COMMIT
+    assert answer["fingerprint"] == read_card(ModelSettings(name=str(sd1_folder))).fingerprint
+    assert Path(answer["path"]).name == COMMIT
 
 
 def test_a_variant_is_fetched_where_a_component_has_it(read: Read, served: Hub) -> None:

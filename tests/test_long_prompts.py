@@ -81,28 +81,30 @@ class Oracle:
 
     def embed(self, text: str) -> torch.Tensor:
         """(1, 3 * 77, width), cut off or filled up with the empty prompt."""
-        found = []
+        embeddings = []
         for each in self._compels:
             own = each(text)
             full = own.new_zeros(1, WINDOWS * 77, own.shape[-1])
-            found.append(each.pad_conditioning_tensors_to_same_length([own, full])[0][:, : WINDOWS * 77])
-        return torch.cat(found, dim=-1)
+            embeddings.append(each.pad_conditioning_tensors_to_same_length([own, full])[0][:, : WINDOWS * 77])
+        return torch.cat(embeddings, dim=-1)
 
     def pooled(self, text: str) -> torch.Tensor:
-        found: torch.Tensor = self._compels[1].conditioning_provider.get_pooled_embeddings([text])
-        return found
+        pooled: torch.Tensor = self._compels[1].conditioning_provider.get_pooled_embeddings([text])
+        return pooled
 
     def draw(self, request: PromptRequest) -> np.ndarray:
-        told = {"prompt_embeds": self.embed(request.prompt)}
+        arguments = {"prompt_embeds": self.embed(request.prompt)}
         negative = request.negative_prompt or ""
-        told["negative_prompt_embeds"] = self.embed(negative)
+        arguments["negative_prompt_embeds"] = self.embed(negative)
         if len(self._compels) > 1:
-            told["pooled_prompt_embeds"] = self.pooled(request.prompt)
-            told["negative_pooled_prompt_embeds"] = self.pooled(negative)
+            arguments["pooled_prompt_embeds"] = self.pooled(request.prompt)
+            arguments["negative_pooled_prompt_embeds"] = self.pooled(negative)
             if request.negative_prompt is None and self.pipe.config.force_zeros_for_empty_prompt:
-                told |= {name: torch.zeros_like(told[name]) for name in told if name.startswith("negative")}
+                arguments |= {
+                    name: torch.zeros_like(arguments[name]) for name in arguments if name.startswith("negative")
+                }
         answer = self.pipe(
-            **told,
+            **arguments,
             num_inference_steps=request.params.num_inference_steps,
             guidance_scale=request.params.guidance_scale,
             generator=torch.Generator("cpu").manual_seed(request.seed),
@@ -113,8 +115,8 @@ class Oracle:
 
 def contexts(model: Any, texts: Sequence[str]) -> list[torch.Tensor]:
     """Return the conditional embeddings of rows with these prompts."""
-    found = model.condition([make_request(str(k), text, guidance=1.0) for k, text in enumerate(texts)])
-    return [row.context[0]["encoder_hidden_states"] for row in found]
+    conditionings = model.condition([make_request(str(k), text, guidance=1.0) for k, text in enumerate(texts)])
+    return [row.context[0]["encoder_hidden_states"] for row in conditionings]
 
 
 @pytest.mark.parametrize(
@@ -123,10 +125,10 @@ def contexts(model: Any, texts: Sequence[str]) -> list[torch.Tensor]:
 def test_embeddings_equal_those_of_compel(checkpoint: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(f"{checkpoint}_folder")
     oracle = Oracle(load_pipeline(folder))
-    for (name, text), found in zip(TEXTS.items(), contexts(family(folder), list(TEXTS.values())), strict=True):
+    for (name, text), actual in zip(TEXTS.items(), contexts(family(folder), list(TEXTS.values())), strict=True):
         expected = oracle.embed(text)[0]
-        assert found.shape == expected.shape == (WINDOWS * 77, expected.shape[1]), name
-        assert torch.allclose(found, expected, atol=1e-6), name
+        assert actual.shape == expected.shape == (WINDOWS * 77, expected.shape[1]), name
+        assert torch.allclose(actual, expected, atol=1e-6), name
 
 
 @pytest.mark.parametrize("checkpoint", ["sd1", pytest.param("sdxl", marks=pytest.mark.promises)])
@@ -186,8 +188,8 @@ def test_tokens_are_counted_without_syntax(sd1: Any, sdxl: Any, sd1_folder: Path
     most = WINDOWS * 75 // each
     for model in (sd1, sdxl):
         texts = ["", "(circle)1.3", "circle " * most, "circle " * (most + 1)]
-        found = model.condition([make_request(str(k), text) for k, text in enumerate(texts)])
-        counts = [(row.prompt_tokens, row.prompt_truncated) for row in found]
+        conditionings = model.condition([make_request(str(k), text) for k, text in enumerate(texts)])
+        counts = [(row.prompt_tokens, row.prompt_truncated) for row in conditionings]
         assert counts == [(0, False), (each, False), (most * each, False), ((most + 1) * each, True)]
     assert counter.max_tokens == WINDOWS * 75, "as plan tells it"
 
@@ -214,9 +216,9 @@ def test_tokens_are_counted_without_syntax(sd1: Any, sdxl: Any, sd1_folder: Path
     ],
 )
 def test_weights_of_a_text(text: str, pieces: tuple[tuple[str, float], ...]) -> None:
-    found = read_weights(text)
-    assert [piece for piece, _ in found] == [piece for piece, _ in pieces]
-    assert [weight for _, weight in found] == pytest.approx([weight for _, weight in pieces])
+    actual = read_weights(text)
+    assert [piece for piece, _ in actual] == [piece for piece, _ in pieces]
+    assert [weight for _, weight in actual] == pytest.approx([weight for _, weight in pieces])
 
 
 def test_no_text_takes_long_or_breaks(sd1: Any) -> None:
@@ -234,9 +236,9 @@ def test_no_text_takes_long_or_breaks(sd1: Any) -> None:
         "<|startoftext|>",
         "(!)0.5 !",
     ]
-    found = contexts(sd1, texts)
-    assert {tuple(context.shape) for context in found} == {(WINDOWS * 77, 32)}
-    assert all(torch.isfinite(context).all() for context in found)
+    embeddings = contexts(sd1, texts)
+    assert {tuple(context.shape) for context in embeddings} == {(WINDOWS * 77, 32)}
+    assert all(torch.isfinite(context).all() for context in embeddings)
 
 
 # Fingerprint and families
@@ -261,8 +263,8 @@ def test_decidiffusion_supports_long_prompts(decidiffusion_folder: Path) -> None
 
 
 def test_a_missing_compel_is_named(sd1_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr(checkpoint, "find_spec", lambda name: None if name == "compel" else found(name))
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(checkpoint, "find_spec", lambda name: None if name == "compel" else find_spec(name))
     with pytest.raises(ModelError, match=r"--long-prompts needs compel: pip install 'batch-infer\[long-prompts\]'"):
         card_of(sd1_folder)
     assert card_of(sd1_folder, long_prompts=False).windows == 1

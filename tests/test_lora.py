@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from batch_infer.errors import ModelError
-from batch_infer.models import ModelCard, load_latent_diffusion, read_card
+from batch_infer.models import ModelCard, checkpoint, load_latent_diffusion, read_card
 from batch_infer.settings import LoraSpec, ModelSettings
 from tests.checkpoints import amend
 from tests.oracle import ask, assert_close, load_pipeline
@@ -51,14 +51,14 @@ def make_lora(pipe: Any, *networks: str, seed: int = 0) -> Tensors:
 
 def as_kohya(tensors: Tensors) -> Tensors:
     """Rename tensors as kohya's trainer does, with an alpha that halves the strength."""
-    found = {}
+    renamed = {}
     for name, tensor in tensors.items():
         network, _, rest = name.partition(".")
         layer, _, part = rest.partition(".lora_")
         start = KOHYA[network] + layer.replace(".", "_")
-        found[f"{start}.lora_{'down' if part[0] == 'A' else 'up'}.weight"] = tensor
-        found[f"{start}.alpha"] = torch.tensor(2.0)
-    return found
+        renamed[f"{start}.lora_{'down' if part[0] == 'A' else 'up'}.weight"] = tensor
+        renamed[f"{start}.alpha"] = torch.tensor(2.0)
+    return renamed
 
 
 @pytest.fixture(scope="module")
@@ -153,9 +153,9 @@ def test_fused_networks_have_their_original_layers(sd1_folder: Path, files: dict
 
 
 def test_weight_zero_changes_nothing(sd1_folder: Path, files: dict[str, Path], pipe: StableDiffusionPipeline) -> None:
-    found = family(sd1_folder, LoraSpec(str(files["both"]), 0.0)).pipeline.unet.state_dict()
+    weights = family(sd1_folder, LoraSpec(str(files["both"]), 0.0)).pipeline.unet.state_dict()
     for name, weight in pipe.unet.state_dict().items():
-        assert torch.equal(found[name], weight)
+        assert torch.equal(weights[name], weight)
 
 
 def test_the_fingerprint_has_file_weight_and_order(sd1_folder: Path, files: dict[str, Path], tmp_path: Path) -> None:
@@ -216,8 +216,8 @@ def test_retry_finds_model_and_lora_from_any_folder(
 
 
 def test_a_missing_peft_is_named(sd1_folder: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr("batch_infer.models.checkpoint.find_spec", lambda name: None if name == "peft" else found(name))
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(checkpoint, "find_spec", lambda name: None if name == "peft" else find_spec(name))
     with pytest.raises(ModelError, match=r"--lora needs peft: pip install 'batch-infer\[lora\]'"):
         card_of(sd1_folder, LoraSpec(str(files["both"])))
 

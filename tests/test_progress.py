@@ -169,7 +169,7 @@ class Recorder(ProgressGroup):
         self.calls: list[str] = []
         self.rates: list[tuple[float | None, float | None]] = []
 
-    def start(self, survey: ScanResult) -> None:
+    def start(self, scan: ScanResult) -> None:
         self._record("start")
 
     def ready(self, throughput: Throughput) -> None:

@@ -159,18 +159,18 @@ def test_a_run_through_the_command(tmp_path: Path, whole: Path) -> None:
     out = tmp_path / "out"
     assert run(write_csv(tmp_path / "t.csv", rows), out, "--model", whole).code == 3
     assert_whole(out)
-    found = results(out)
-    assert [item["status"] for item in found] == ["ok", "ok", "ok", "invalid", "invalid"]
-    assert "width '208' is not within 16 to 192" in found[3]["error"]
-    assert {item["nsfw_content_detected"] for item in found} == {None}
-    assert found[1]["guidance_scale"] == 7.0
+    written = results(out)
+    assert [item["status"] for item in written] == ["ok", "ok", "ok", "invalid", "invalid"]
+    assert "width '208' is not within 16 to 192" in written[3]["error"]
+    assert {item["nsfw_content_detected"] for item in written} == {None}
+    assert written[1]["guidance_scale"] == 7.0
     assert run_json(out)["model"]["family"] == "stable_diffusion_3"
-    alone = render(load_family(whole), [as_made(found[1])], slots=8, decode=4)["b"]
+    alone = render(load_family(whole), [as_made(written[1])], slots=8, decode=4)["b"]
 
-    assert np.array_equal(np.asarray(Image.open(out / found[1]["generated_image"])), alone.pixels)
+    assert np.array_equal(np.asarray(Image.open(out / written[1]["generated_image"])), alone.pixels)
 
 
 def as_made(row: dict[str, Any]) -> PromptRequest:
     """Return the request of a result."""
-    asked = {"steps": row["num_inference_steps"], "guidance": row["guidance_scale"], "seed": row["seed"]}
-    return make_request(row["id"], row["prompt"], size=(row["height"], row["width"]), **asked)
+    params = {"steps": row["num_inference_steps"], "guidance": row["guidance_scale"], "seed": row["seed"]}
+    return make_request(row["id"], row["prompt"], size=(row["height"], row["width"]), **params)

@@ -88,9 +88,9 @@ def test_no_negative_prompt_is_an_empty_one_where_the_checkpoint_says_so(own: Pa
 
 def test_embeddings_equal_those_of_the_pipeline(sdxl: Any, sdxl_folder: Path) -> None:
     pipe = load_pipeline(sdxl_folder)
-    (found,) = sdxl.condition([make_request(prompt="a red circle", negative="green", size=(48, 80))])
+    (conditioning,) = sdxl.condition([make_request(prompt="a red circle", negative="green", size=(48, 80))])
     wanted = pipe.encode_prompt("a red circle", device="cpu", negative_prompt="green")
-    for part, embedding, pooled in ((found.context[0], wanted[0], wanted[2]), (found.context[1], wanted[1], wanted[3])):
+    for part, embedding, pooled in zip(conditioning.context, wanted[:2], wanted[2:], strict=True):
         assert torch.allclose(part["encoder_hidden_states"], embedding[0], atol=1e-6)
         assert torch.allclose(part["text_embeds"], pooled[0], atol=1e-6)
         assert part["time_ids"].tolist() == [48, 80, 0, 0, 48, 80]
@@ -124,8 +124,11 @@ def test_steps_that_share_a_timestep_are_distinguished(sdxl_folder: Path) -> Non
 def test_a_distilled_guidance_scale_is_an_input(own: Path) -> None:
     make_unet(**UNET, time_cond_proj_dim=16).save_pretrained(own / "unet")
     model = load_family(own)
-    asked = (make_request("one", steps=4, guidance=1.0), make_request("eight", steps=4, guidance=8.0, negative="green"))
-    rows = tuple(replace(row, params=replace(row.params, embedded_guidance=True)) for row in asked)
+    requests = (
+        make_request("one", steps=4, guidance=1.0),
+        make_request("eight", steps=4, guidance=8.0, negative="green"),
+    )
+    rows = tuple(replace(row, params=replace(row.params, embedded_guidance=True)) for row in requests)
     assert card_of(own).embedded_guidance
     assert_parity(load_pipeline(own), model, rows)
     assert {conditioning.context[1] for conditioning in model.condition(rows)} == {None}
@@ -138,8 +141,8 @@ def test_a_prompt_is_truncated_where_either_encoder_cuts_it(own: Path) -> None:
     words["model"]["merges"] = []
     path.write_text(json.dumps(words), "utf-8")
     texts = ["circle", "circle " * 12, "circle " * 13]
-    found = load_family(own).condition([make_request(prompt=text) for text in texts])
-    assert [(told.prompt_tokens, told.prompt_truncated) for told in found] == [(6, False), (72, False), (78, True)]
+    conditionings = load_family(own).condition([make_request(prompt=text) for text in texts])
+    assert [(row.prompt_tokens, row.prompt_truncated) for row in conditionings] == [(6, False), (72, False), (78, True)]
     counter = load_token_counter(card_of(own))
     assert counter is not None
     assert (counter.count(texts), counter.max_tokens) == ([6, 72, 78], 75)
@@ -260,14 +263,14 @@ def test_a_table_is_rendered_from_end_to_end(sdxl_folder: Path, tmp_path: Path) 
         writer.writerows(rows)
     done = run(table, out, "--model", sdxl_folder, "--steps", "3")
     assert done.code == 0, done.stderr
-    found = {row["id"]: row for row in results(out)}
-    assert {row["status"] for row in found.values()} == {"ok"}
-    assert {row["nsfw_content_detected"] for row in found.values()} == {None}
+    rendered = {row["id"]: row for row in results(out)}
+    assert {row["status"] for row in rendered.values()} == {"ok"}
+    assert {row["nsfw_content_detected"] for row in rendered.values()} == {None}
     pipe = load_pipeline(sdxl_folder)
     for row in rows:
-        asked = make_request(
+        request = make_request(
             prompt=row["prompt"], negative=row["negative_prompt"] or None, seed=row["seed"], steps=3,
             guidance=row["guidance_scale"], size=(64, row.get("width", 64)),
         )  # fmt: skip
-        image = np.asarray(Image.open(out / found[row["id"]]["generated_image"]))
-        assert_close(image, ask(pipe, asked)[0])
+        image = np.asarray(Image.open(out / rendered[row["id"]]["generated_image"]))
+        assert_close(image, ask(pipe, request)[0])

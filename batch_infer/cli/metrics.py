@@ -74,14 +74,14 @@ class Metrics:
         self._entered = time.time()
         return self
 
-    def start(self, survey: ScanResult) -> None:
+    def start(self, scan: ScanResult) -> None:
         """Write the first metrics of a run, which now holds OUT."""
         self._initialize()
         self._throughput = None
-        results = dict(survey.skipped)
-        self._gauges |= {"running": 1, "results_left": results.pop("left", 0) + survey.pending}
+        results = dict(scan.skipped)
+        self._gauges |= {"running": 1, "results_left": results.pop("left", 0) + scan.pending}
         self._results = dict.fromkeys(STATUSES, 0) | results
-        self._results["invalid"] += survey.invalid
+        self._results["invalid"] += scan.invalid
         self._write()
 
     def ready(self, throughput: Throughput) -> None:

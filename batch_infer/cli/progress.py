@@ -38,9 +38,9 @@ class ProgressGroup:
     def __init__(self, *listeners: Progress) -> None:
         self._listeners = listeners
 
-    def start(self, survey: ScanResult) -> None:
+    def start(self, scan: ScanResult) -> None:
         for listener in self._listeners:
-            listener.start(survey)
+            listener.start(scan)
 
     def ready(self, throughput: Throughput) -> None:
         for listener in self._listeners:
@@ -56,20 +56,22 @@ class ProgressGroup:
 
 
 class ProgressCounts:
-    """Counts of results, and their rate as soon as there is one."""
+    """Counts results and logs the start; ProgressBar and ProgressLog show them."""
 
     def __init__(self) -> None:
         self.total = self.done = self.flagged = self.failed = self.invalid = 0
-        self.throughput: Throughput | None = None
+        self._throughput: Throughput | None = None
 
-    def start(self, survey: ScanResult) -> None:
-        """Count and log the results of a scan."""
-        self.total, self.done, self.invalid = survey.total, survey.done + survey.invalid, survey.invalid
-        self.throughput = None
-        reasons = f": {survey.explanation};" if survey.explanation else ","
-        fields = {name: getattr(survey, name) for name in ("pending", "done", "invalid", "reasons", "changes")}
-        counts = survey.pending, reasons, survey.done, survey.invalid
+    def start(self, scan: ScanResult) -> None:
+        self.total, self.done, self.invalid = scan.total, scan.done + scan.invalid, scan.invalid
+        self._throughput = None
+        reasons = f": {scan.explanation};" if scan.explanation else ","
+        fields = {name: getattr(scan, name) for name in ("pending", "done", "invalid", "reasons", "changes")}
+        counts = scan.pending, reasons, scan.done, scan.invalid
         log.info("%d to render%s %d done before, %d invalid", *counts, extra=fields)
+
+    def ready(self, throughput: Throughput) -> None:
+        self._throughput = throughput
 
     def committed(self, rows: Sequence[ResultRow]) -> None:
         statuses = [row.status for row in rows]
@@ -80,11 +82,11 @@ class ProgressCounts:
 
     @property
     def images_per_second(self) -> float | None:
-        return self.throughput.images_per_second if self.throughput else None
+        return self._throughput.images_per_second if self._throughput else None
 
     @property
     def seconds_left(self) -> float | None:
-        return self.throughput.seconds_for(self.total - self.done) if self.throughput else None
+        return self._throughput.seconds_for(self.total - self.done) if self._throughput else None
 
     def __str__(self) -> str:
         parts = []
@@ -96,35 +98,29 @@ class ProgressCounts:
         return ", ".join(parts + [f"{self.invalid} invalid"] * bool(self.invalid))
 
 
-class ProgressBar:
+class ProgressBar(ProgressCounts):
     """A tqdm bar with images per second, the time left, and flagged, failed and invalid results."""
 
-    def __init__(self) -> None:
-        self._counts = ProgressCounts()
-        self._bar: tqdm[Any] | None = None
+    _bar: tqdm[Any] | None = None
 
-    def start(self, survey: ScanResult) -> None:
-        self._counts.start(survey)
-        if survey.pending:
+    def start(self, scan: ScanResult) -> None:
+        super().start(scan)
+        if scan.pending:
+            # tqdm's own rate and time left would count from here, before the model is loaded.
+            layout = "{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}"
             self._bar = tqdm(
-                total=survey.total,
-                initial=self._counts.done,
-                unit="image",
-                dynamic_ncols=True,
-                # tqdm's own rate and time left would count from here, before the model is loaded.
-                bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}",
-                postfix=LOADING,
+                total=self.total, initial=self.done, dynamic_ncols=True, bar_format=layout, postfix=LOADING
             )
 
     def ready(self, throughput: Throughput) -> None:
-        self._counts.throughput = throughput
+        super().ready(throughput)
         if self._bar is not None:
-            self._bar.set_postfix_str(str(self._counts))
+            self._bar.set_postfix_str(str(self))
 
     def committed(self, rows: Sequence[ResultRow]) -> None:
-        self._counts.committed(rows)
+        super().committed(rows)
         if self._bar is not None:
-            self._bar.set_postfix_str(str(self._counts), refresh=False)
+            self._bar.set_postfix_str(str(self), refresh=False)
             self._bar.update(len(rows))
 
     def close(self) -> None:
@@ -132,27 +128,25 @@ class ProgressBar:
             self._bar.close()
 
 
-class ProgressLog:
+class ProgressLog(ProgressCounts):
     """A log line every LINE_EVERY seconds, and one at the end."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._counts = ProgressCounts()
-        self._clock = clock
-        self._written_at = 0.0
-        self._is_written = True
+        super().__init__()
+        self._clock, self._written_at, self._is_written = clock, 0.0, True
 
-    def start(self, survey: ScanResult) -> None:
-        self._counts.start(survey)
+    def start(self, scan: ScanResult) -> None:
+        super().start(scan)
         self._written_at = self._clock()
-        if survey.pending:
+        if scan.pending:
             log.info(LOADING)
 
     def ready(self, throughput: Throughput) -> None:
-        self._counts.throughput = throughput
+        super().ready(throughput)
         log.info("model loaded, rendering")
 
     def committed(self, rows: Sequence[ResultRow]) -> None:
-        self._counts.committed(rows)
+        super().committed(rows)
         self._is_written = False
         if self._clock() - self._written_at >= LINE_EVERY:
             self._write()
@@ -163,6 +157,5 @@ class ProgressLog:
 
     def _write(self) -> None:
         self._written_at, self._is_written = self._clock(), True
-        counts = self._counts
-        fields = {name: getattr(counts, name) for name in ("done", "total", "images_per_second", "seconds_left")}
-        log.info("%d of %d, %s", counts.done, counts.total, counts, extra=fields)
+        fields = {name: getattr(self, name) for name in ("done", "total", "images_per_second", "seconds_left")}
+        log.info("%d of %d, %s", self.done, self.total, self, extra=fields)

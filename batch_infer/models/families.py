@@ -96,7 +96,7 @@ _STABLE_DIFFUSION = Family(
 )
 FAMILIES = {
     "StableDiffusionPipeline": _STABLE_DIFFUSION,
-    # diffusers' class corrects old scheduler settings otherwise than StableDiffusionPipeline.
+    # StableDiffusionPipeline corrects old scheduler settings, and this class of diffusers does not.
     "LatentConsistencyModelPipeline": replace(
         _STABLE_DIFFUSION, num_inference_steps=4, guidance_scale=8.5, fingerprints_class=True
     ),
