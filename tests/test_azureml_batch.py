@@ -1,4 +1,4 @@
-"""The batch endpoint's scoring script: mini-batches of files, however they come, and what is left of them."""
+"""The batch endpoint's scoring script: mini-batches of files, retries, duplicates and crashes."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from batch_infer.azureml import batch, deployment, rendering
-from batch_infer.azureml.mini_batch import MiniBatches
+from batch_infer.azureml.mini_batch import MiniBatchScorer
 from batch_infer.chain import RowOutcome
 from batch_infer.errors import ServiceError, SettingsError, StorageError, TableError, UsageError
 from batch_infer.manifest import SCHEMA, Manifest
 from batch_infer.manifest import index as manifest_index
 from batch_infer.models import DEMO_MODEL
 from batch_infer.records import PromptRequest
-from batch_infer.simulation import Outcome, SimulationSettings, simulate
+from batch_infer.simulation import SimulationOutcome, SimulationSettings, simulate
 from batch_infer.stages import Stages
 from batch_infer.store import TEMPORARY_PREFIX, host_id
 from batch_infer.worker import committing
@@ -77,7 +77,7 @@ def score(*files: str) -> pd.DataFrame:
     return batch.run(list(files))
 
 
-def test_a_mini_batch_is_scored_as_a_run_would(tmp_path: Path, out: Path) -> None:
+def test_mini_batches_have_the_results_of_a_run(tmp_path: Path, out: Path) -> None:
     files = [prompts(tmp_path / "in" / f"part-{k}.csv") for k in range(3)]
     found = score(*files[:2])
     found = pd.concat([found, batch.run(files[2:])])
@@ -94,7 +94,7 @@ def test_a_mini_batch_is_scored_as_a_run_would(tmp_path: Path, out: Path) -> Non
     runs.assert_whole(out)
 
 
-def test_all_that_a_file_may_be_becomes_rows(tmp_path: Path, out: Path) -> None:
+def test_every_file_has_results(tmp_path: Path, out: Path) -> None:
     """CSV, Parquet and payloads; a file that cannot be read, a row that cannot be rendered, one that is not there."""
     folder = tmp_path / "in"
     good = table(folder / "good.csv", [{"prompt": "a ring", "note": "a"}, {"prompt": "", "note": "b"}])
@@ -120,7 +120,7 @@ def test_all_that_a_file_may_be_becomes_rows(tmp_path: Path, out: Path) -> None:
     assert len(runs.results(out)) == len(found) == 8
 
 
-def test_markers_and_documentation_in_a_mini_batch_are_no_tables(tmp_path: Path, out: Path) -> None:
+def test_markers_and_documentation_are_left_out(tmp_path: Path, out: Path) -> None:
     """By the rule that a folder of `run` goes by. Of two files that come so, one that cannot be read is still told."""
     folder = tmp_path / "in"
     names = ("_SUCCESS", "_committed_1", ".good.csv.crc", "good.csv.crc", "README.txt", ".hidden.csv")
@@ -136,7 +136,7 @@ def test_markers_and_documentation_in_a_mini_batch_are_no_tables(tmp_path: Path,
         batch.run([str(folder / "bad.csv"), *markers])
 
 
-def test_a_mini_batch_of_which_nothing_can_be_read_raises_and_is_accounted_for(tmp_path: Path, out: Path) -> None:
+def test_an_unreadable_mini_batch_raises_and_is_accounted_for(tmp_path: Path, out: Path) -> None:
     bad = tmp_path / "bad.csv"
     bad.write_bytes(b"")
     batch.init()
@@ -146,14 +146,14 @@ def test_a_mini_batch_of_which_nothing_can_be_read_raises_and_is_accounted_for(t
     assert [(row["id"], row["status"]) for row in runs.results(out)] == [("bad-00000000", "invalid")]
 
 
-def test_what_comes_again_is_not_rendered_again(tmp_path: Path, out: Path) -> None:
+def test_committed_rows_are_not_rendered_again(tmp_path: Path, out: Path) -> None:
     """The same mini-batch, one that is cut otherwise, and one that another worker has done."""
     files = [prompts(tmp_path / "in" / f"{name}.csv") for name in "abc"]
     first = score(*files)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("[!.]*") if path.is_file()}
     pd.testing.assert_frame_equal(batch.run(files), first)
     assert list(score(*files[1:])["finished_at"]) == list(first["finished_at"])[3:]
-    other = MiniBatches(deployment.find_deployment(str(out)))
+    other = MiniBatchScorer(deployment.find_deployment(str(out)))
     new = prompts(tmp_path / "in" / "d.csv")
     done = other.score([new, files[0]])
     other.close()
@@ -164,7 +164,7 @@ def test_what_comes_again_is_not_rendered_again(tmp_path: Path, out: Path) -> No
     runs.assert_whole(out)
 
 
-def test_a_worker_that_died_leaves_nothing_behind(tmp_path: Path, out: Path) -> None:
+def test_temporary_files_of_dead_workers_are_removed(tmp_path: Path, out: Path) -> None:
     """Temporary files of processes that are dead are removed where their rows come again; of others they stay."""
     file = prompts(tmp_path / "in" / "a.csv")
     score(file)
@@ -180,7 +180,7 @@ def test_a_worker_that_died_leaves_nothing_behind(tmp_path: Path, out: Path) -> 
     assert [path.exists() for path in (*left, living, elsewhere)] == [False, False, False, True, True]
 
 
-def test_a_worker_that_was_killed_while_it_replaced_images_can_be_taken_back(
+def test_images_that_a_killed_worker_was_replacing_are_restored(
     tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = prompts(tmp_path / "in" / "a.csv")
@@ -200,9 +200,7 @@ def test_a_worker_that_was_killed_while_it_replaced_images_can_be_taken_back(
     assert {path: (out / path).read_bytes() for path in runs.images(out)} == images
 
 
-def test_an_output_whose_images_cannot_be_listed_is_not_an_empty_one(
-    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unreadable_image_folder_is_an_error(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = prompts(tmp_path / "in" / "a.csv")
     score(file)
     before = runs.images(out)
@@ -213,18 +211,18 @@ def test_an_output_whose_images_cannot_be_listed_is_not_an_empty_one(
     assert runs.images(out) == before
 
 
-def worker(load: Any = None) -> MiniBatches:
+def worker(load: Any = None) -> MiniBatchScorer:
     """A worker on the output that the environment names; `load` gives it another chain."""
     found = deployment.find_deployment(os.environ["AZUREML_BI_OUTPUT_PATH"])
     with mock.patch.object(rendering, "load_chain", load or (lambda *_: dummies.DummyChain(lambda: False))):
-        return MiniBatches(found)
+        return MiniBatchScorer(found)
 
 
 def told(results: pa.Table) -> list[tuple[str, str, str | None]]:
     return list(zip(*(results[name].to_pylist() for name in ("id", "status", "error")), strict=True))
 
 
-def test_two_rows_of_one_id_are_two_rows(tmp_path: Path, out: Path) -> None:
+def test_two_rows_with_one_id_have_two_results(tmp_path: Path, out: Path) -> None:
     """Ids of tables, of which each mini-batch sees some: the later one has its default id, and says so."""
     folder = tmp_path / "in"
     first = table(folder / "a.csv", [{"id": "x", "prompt": "a ring"}, {"id": "y", "prompt": "a star"}])
@@ -241,7 +239,7 @@ def test_two_rows_of_one_id_are_two_rows(tmp_path: Path, out: Path) -> None:
 
 @pytest.mark.parametrize("prompt", ["a square", "a ring"], ids=["another", "the same"])
 @pytest.mark.parametrize("order", ["ab", "ba", "a(b)", "b(a)", "a(b)!", "b(a)!", "[ba]"])
-def test_of_one_id_in_two_files_the_first_by_name_has_it(
+def test_the_first_file_by_name_owns_a_shared_id(
     tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, order: str, prompt: str
 ) -> None:
     """One after the other; one within the other, so that both have looked before either commits; `!`: the outer one
@@ -254,7 +252,7 @@ def test_of_one_id_in_two_files_the_first_by_name_has_it(
     one, two = worker(), worker()
     first, second = (letter for letter in order if letter in files)
     if "(" in order:
-        render, within = one._rendering.render, [second]
+        render, within = one._renderer.render, [second]
 
         def and_within(*arguments: Any) -> None:
             while within:
@@ -265,7 +263,7 @@ def test_of_one_id_in_two_files_the_first_by_name_has_it(
                 raise StorageError("ended here")
 
         ended: list[bool] = []
-        monkeypatch.setattr(one._rendering, "render", and_within)
+        monkeypatch.setattr(one._renderer, "render", and_within)
         if order.endswith("!"):
             with pytest.raises(StorageError, match="ended here"):
                 one.score([files[first]])
@@ -293,7 +291,7 @@ def test_of_one_id_in_two_files_the_first_by_name_has_it(
     two.close()
 
 
-def test_no_row_has_the_default_id_of_another_files_row(tmp_path: Path, out: Path) -> None:
+def test_an_id_may_not_be_the_default_id_of_another_file(tmp_path: Path, out: Path) -> None:
     """Whichever is scored first."""
     folder = tmp_path / "in"
     plain = prompts(folder / "p.csv", 2)
@@ -313,7 +311,7 @@ def test_no_row_has_the_default_id_of_another_files_row(tmp_path: Path, out: Pat
         shutil.rmtree(out)
 
 
-def test_files_of_one_stem_have_rows_of_their_own(tmp_path: Path, out: Path) -> None:
+def test_files_with_one_stem_have_different_ids(tmp_path: Path, out: Path) -> None:
     """None is refused for another, which may be no part of the job."""
     folder = tmp_path / "in"
     one = prompts(folder / "p.csv", 1)
@@ -328,7 +326,7 @@ def test_files_of_one_stem_have_rows_of_their_own(tmp_path: Path, out: Path) -> 
     runs.assert_whole(out)
 
 
-def test_a_file_of_two_folders_is_known_by_its_name(tmp_path: Path, out: Path) -> None:
+def test_a_second_file_with_the_same_name_is_refused(tmp_path: Path, out: Path) -> None:
     one, two = (prompts(tmp_path / name / "p.csv", 1) for name in "ab")
     scoring = worker()
     for _ in range(2):
@@ -338,7 +336,7 @@ def test_a_file_of_two_folders_is_known_by_its_name(tmp_path: Path, out: Path) -
     scoring.close()
 
 
-def test_folders_with_other_columns_are_one_table(tmp_path: Path, out: Path) -> None:
+def test_results_of_folders_with_different_columns_are_concatenated(tmp_path: Path, out: Path) -> None:
     for folder, note in (("a", [1]), ("b", ["one"]), ("c", [[True]])):
         (tmp_path / folder).mkdir()
         pd.DataFrame({"prompt": ["a ring"], "note": note}).to_parquet(tmp_path / folder / f"{folder}.parquet")
@@ -354,12 +352,12 @@ def test_folders_with_other_columns_are_one_table(tmp_path: Path, out: Path) -> 
     scoring.close()
 
 
-def test_a_row_without_a_result_is_not_passed_over(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_without_a_result_is_an_error(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = prompts(tmp_path / "in" / "a.csv")
     scoring = worker()
-    render = scoring._rendering._chain.render
-    monkeypatch.setattr(scoring._rendering._chain, "render", lambda requests: islice(render(requests), 0))
-    with pytest.raises(StorageError, match="a.csv: not every row came to a result"):
+    render = scoring._renderer._chain.render
+    monkeypatch.setattr(scoring._renderer._chain, "render", lambda requests: islice(render(requests), 0))
+    with pytest.raises(StorageError, match="a.csv: .* does not have a result of every row"):
         scoring.score([file])
     monkeypatch.undo()
     assert len(scoring.score([file])) == 3
@@ -367,7 +365,7 @@ def test_a_row_without_a_result_is_not_passed_over(tmp_path: Path, out: Path, mo
 
 
 @pytest.mark.parametrize("how", ["error", "gone", "cut", "late"])
-def test_parts_that_cannot_be_read_cost_no_row(tmp_path: Path, out: Path, how: str) -> None:
+def test_unreadable_parts_lose_no_row(tmp_path: Path, out: Path, how: str) -> None:
     """A disk that fails for a moment, a part that another sets aside, a torn one, and one that is damaged where the
     index does not look."""
     files = [prompts(tmp_path / "in" / f"{name}.csv") for name in "ab"]
@@ -404,7 +402,7 @@ def _garble(part: Path, column: str) -> None:
     part.write_bytes(content)
 
 
-BROKEN_OFF = "work has broken off over this row 3 times, the last time with nothing else under way"
+CRASHED = "rendering crashed 3 times with this row in progress, the last time with no other row"
 
 
 class Doomed(dummies.DummyChain):
@@ -436,7 +434,7 @@ def delivered(files: Sequence[str], kill: Callable[[int], int | None] = lambda _
                 chain = dummies.DummyChain(lambda: False) if batches is None else Doomed(batches)
                 found = replace(found, earlier=found.record if found.settings.out.exists() else None)
                 with mock.patch.object(rendering, "load_chain", mock.Mock(return_value=chain)):
-                    MiniBatches(found).score(files)
+                    MiniBatchScorer(found).score(files)
                 code = 0
             finally:
                 os._exit(code)
@@ -449,7 +447,7 @@ def delivered(files: Sequence[str], kill: Callable[[int], int | None] = lambda _
     "ignore:This process:DeprecationWarning"
 )  # of os.fork beside threads, which do nothing here
 @pytest.mark.parametrize("place", [0, *(pytest.param(place, marks=pytest.mark.promises) for place in (6, 38))])
-def test_a_row_that_kills_its_process_costs_no_other(tmp_path: Path, out: Path, place: int) -> None:
+def test_a_row_that_kills_its_process_loses_no_other_row(tmp_path: Path, out: Path, place: int) -> None:
     files = []
     for k in range(3):
         rows = [{"prompt": "die by SIGKILL" if 13 * k + row == place else f"a ring {row}"} for row in range(13)]
@@ -460,7 +458,7 @@ def test_a_row_that_kills_its_process_costs_no_other(tmp_path: Path, out: Path, 
     assert Counter(row["status"] for row in found) == {"ok": 38, "failed": 1}
     (failed,) = (row for row in found if row["status"] == "failed")
     assert failed["prompt"] == "die by SIGKILL"
-    assert failed["error"] == BROKEN_OFF
+    assert failed["error"] == CRASHED
     runs.assert_whole(out)
     assert delivered(files) == 2  # once more, and then it is tried alone at once
     assert delivered(files[: place // 13 or 1]) <= 2
@@ -469,7 +467,7 @@ def test_a_row_that_kills_its_process_costs_no_other(tmp_path: Path, out: Path, 
 
 
 @pytest.mark.parametrize("others", [0, 12, 39])
-def test_a_row_that_raises_is_as_one_that_kills(tmp_path: Path, out: Path, others: int) -> None:
+def test_a_row_that_raises_is_isolated_too(tmp_path: Path, out: Path, others: int) -> None:
     rows = [{"prompt": "raise nonsense"}, *({"prompt": f"a ring {row}"} for row in range(others))]
     file = table(tmp_path / "in" / "p.csv", rows)
     scoring = worker()
@@ -480,12 +478,12 @@ def test_a_row_that_raises_is_as_one_that_kills(tmp_path: Path, out: Path, other
         assert sorted(scoring.score([file])["status"].to_pylist()) == ["failed", *["ok"] * others]
     scoring.close()
     assert runs.command("merge", out).code == 0
-    assert [row["error"] for row in runs.results(out) if row["status"] == "failed"] == [BROKEN_OFF]
+    assert [row["error"] for row in runs.results(out) if row["status"] == "failed"] == [CRASHED]
     runs.assert_whole(out)
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_a_mini_batch_that_takes_too_long_fails_no_row(tmp_path: Path, out: Path) -> None:
+def test_a_timeout_fails_no_row(tmp_path: Path, out: Path) -> None:
     """Azure kills its process, whatever row is under way."""
     files = [prompts(tmp_path / "in" / f"p-{k}.csv", 40) for k in range(3)]
     assert delivered(files, lambda delivery: {1: 2, 2: 4}.get(delivery)) == 3
@@ -494,9 +492,7 @@ def test_a_mini_batch_that_takes_too_long_fails_no_row(tmp_path: Path, out: Path
     runs.assert_whole(out)
 
 
-def test_the_columns_that_users_of_the_catalog_parse(
-    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_five_columns_of_the_model_catalog(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BATCH_INFER_PREDICTIONS", "card")
     monkeypatch.setenv("CONTENT_SAFETY_KEY", KEY)
     monkeypatch.setenv("BATCH_INFER_SAFETY", "azure")
@@ -510,9 +506,7 @@ def test_the_columns_that_users_of_the_catalog_parse(
     assert (out / ring[2]).is_file()
 
 
-def test_whole_numbers_stay_whole_where_some_are_missing(
-    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_integers_stay_integers_next_to_nulls(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BATCH_INFER_SAFETY", "checker")
     found = score(table(tmp_path / "in.csv", [{"prompt": "a ring", "seed": 5}, {"prompt": "", "seed": 6}]))
     line, _ = csv.reader(io.StringIO(found.to_csv(sep=" ", header=False, index=False)), delimiter=" ")
@@ -521,7 +515,7 @@ def test_whole_numbers_stay_whole_where_some_are_missing(
     assert json.loads(told["safety_scores"])["concept_0"] == round(json.loads(told["safety_scores"])["concept_0"], 3)
 
 
-def test_a_service_that_is_down_raises_and_the_retry_goes_on(
+def test_a_safety_outage_raises_and_a_retry_continues(
     tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CONTENT_SAFETY_KEY", KEY)
@@ -532,7 +526,7 @@ def test_a_service_that_is_down_raises_and_the_retry_goes_on(
         found = deployment.find_deployment(str(out))
         assert found.settings.safety.service
         safety = replace(found.settings.safety, service=replace(found.settings.safety.service, patience=0.5))
-        worker = MiniBatches(replace(found, settings=replace(found.settings, safety=safety)))
+        worker = MiniBatchScorer(replace(found, settings=replace(found.settings, safety=safety)))
         with pytest.raises(ServiceError, match="has not answered"):
             worker.score([file])
         service.script([])
@@ -544,16 +538,16 @@ def test_a_service_that_is_down_raises_and_the_retry_goes_on(
     ("variables", "told"),
     [
         ({"BATCH_INFER_STEPS": "many"}, "'many' is not a valid integer"),
-        ({"BATCH_INFER_SLOTS": "auto"}, "BATCH_INFER_SLOTS=auto: say a number"),
+        ({"BATCH_INFER_SLOTS": "auto"}, "BATCH_INFER_SLOTS=auto: use a number"),
         ({"BATCH_INFER_OVERWRITE": "true"}, "BATCH_INFER_OVERWRITE is set"),
-        ({"BATCH_INFER_PREDICTIONS": "five"}, "BATCH_INFER_PREDICTIONS=five: say full or card"),
+        ({"BATCH_INFER_PREDICTIONS": "five"}, "BATCH_INFER_PREDICTIONS=five: use full or card"),
         ({"BATCH_INFER_SAFETY": "azure"}, "CONTENT_SAFETY_ENDPOINT is not set"),
         ({"AZUREML_BI_OUTPUT_PATH": ""}, "AZUREML_BI_OUTPUT_PATH is not set"),
-        ({"AZUREML_MODEL_DIR": "/nowhere"}, "AZUREML_MODEL_DIR=/nowhere is no folder"),
+        ({"AZUREML_MODEL_DIR": "/nowhere"}, "AZUREML_MODEL_DIR=/nowhere is not a folder"),
         ({"AZ_BATCHAI_GPU_COUNT_FOUND": "2", "BATCH_INFER_DEVICE": "auto"}, "max_concurrency_per_instance to the GPUs"),
     ],
 )
-def test_what_cannot_be_had_is_told_by_init(
+def test_init_refuses_invalid_settings(
     out: Path, monkeypatch: pytest.MonkeyPatch, variables: Mapping[str, str], told: str
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -564,7 +558,7 @@ def test_what_cannot_be_had_is_told_by_init(
     assert not out.exists()
 
 
-def test_another_model_or_policy_on_the_same_output_is_refused(
+def test_another_model_or_policy_in_the_same_out_is_refused(
     tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     score(prompts(tmp_path / "in.csv"))
@@ -586,7 +580,7 @@ def test_another_model_or_policy_on_the_same_output_is_refused(
     ("variables", "name"),
     [({"BATCH_INFER_SCHEDULER": "EulerDiscreteScheduler"}, "scheduler"), ({"BATCH_INFER_SAFETY": "checker"}, "safety")],
 )
-def test_workers_of_different_settings_do_not_start_in_one_fresh_output(
+def test_workers_with_different_settings_cannot_share_a_new_out(
     tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], name: str, links: bool
 ) -> None:
     """Both have looked at OUT before either writes there."""
@@ -596,10 +590,10 @@ def test_workers_of_different_settings_do_not_start_in_one_fresh_output(
     for variable, value in variables.items():
         monkeypatch.setenv(variable, value)
     second = deployment.find_deployment(str(out))
-    worker = MiniBatches(first)
+    worker = MiniBatchScorer(first)
     try:
         with pytest.raises(SettingsError, match=f"was made with {name} .*: give the job another output path$"):
-            MiniBatches(second)
+            MiniBatchScorer(second)
         assert worker.score([prompts(tmp_path / "in.csv")])["status"].to_pylist() == ["ok"] * 3
         (out / "run.json").write_text(json.dumps(second.record, default=str))  # as where both find no run.json
         with pytest.raises(SettingsError, match=f"was made with {name}"):
@@ -608,9 +602,7 @@ def test_workers_of_different_settings_do_not_start_in_one_fresh_output(
         worker.close()
 
 
-def test_a_run_json_that_is_cut_short_for_a_while_is_looked_at_again(
-    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_truncated_run_json_is_read_again(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a mount shows it whose cached size is that of an earlier file."""
     score(prompts(tmp_path / "in.csv"))
     whole = (out / "run.json").read_bytes()
@@ -633,7 +625,7 @@ def test_a_run_json_that_is_cut_short_for_a_while_is_looked_at_again(
         batch.init()
 
 
-def test_a_mini_batch_is_a_list_of_paths(out: Path) -> None:
+def test_a_mini_batch_must_be_a_list_of_paths(out: Path) -> None:
     with pytest.raises(RuntimeError, match="init"):
         batch.run(["a.csv"])
     batch.init()
@@ -642,7 +634,7 @@ def test_a_mini_batch_is_a_list_of_paths(out: Path) -> None:
             batch.run(wrong)  # type: ignore[arg-type]
 
 
-def test_a_registered_model_lies_some_folders_down(tmp_path: Path) -> None:
+def test_a_registered_model_is_found_some_folders_down(tmp_path: Path) -> None:
     inner = tmp_path / "1" / "mlflow" / "artifacts"
     inner.mkdir(parents=True)
     with pytest.raises(SettingsError, match="holds no model"):
@@ -658,7 +650,7 @@ def test_a_registered_model_lies_some_folders_down(tmp_path: Path) -> None:
 # As Azure runs it
 
 
-def simulated(tmp_path: Path, files: int, rows: int, **more: Any) -> Outcome:
+def simulated(tmp_path: Path, files: int, rows: int, **more: Any) -> SimulationOutcome:
     for k in range(files):
         prompts(tmp_path / "in" / f"prompts-{k:02d}.csv", rows)
     settings = SimulationSettings(
@@ -682,7 +674,7 @@ def assert_accounted_for(tmp_path: Path, count: int) -> None:
 
 
 @pytest.mark.promises
-def test_workers_that_are_killed_and_deliveries_that_come_twice(tmp_path: Path) -> None:
+def test_killed_workers_and_duplicate_deliveries(tmp_path: Path) -> None:
     outcome = simulated(tmp_path, 6, 4, workers=2, mini_batch_size=2, kill=1.0, duplicate=0.34, seed=1)
     # The first kill comes a tenth of a second after its mini-batch has begun; a later one may come too late.
     assert outcome.kills >= 1
@@ -701,7 +693,7 @@ rendering.load_chain = lambda *_: DummyChain(lambda: False)
 
 
 @pytest.mark.promises
-def test_a_row_that_kills_its_worker_in_a_job(tmp_path: Path) -> None:
+def test_a_row_that_kills_its_worker_in_a_simulated_job(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(DYING.format(root=str(ROOT)))
     table(tmp_path / "in" / "zz.csv", [{"prompt": "a star"}, {"prompt": "die by SIGKILL"}, {"prompt": "a ring"}])
@@ -721,7 +713,7 @@ def test_a_thousand_prompts_in_forty_files(tmp_path: Path, seed: int) -> None:
     assert_accounted_for(tmp_path, 1000)
 
 
-def test_the_script_to_compare_with_renders_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_script_renders_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AZUREML_BI_OUTPUT_PATH", str(tmp_path))
     monkeypatch.setenv("STEPS", "1")
     spec = importlib.util.spec_from_file_location("one_by_one", ROOT / "examples" / "azureml" / "one_by_one.py")

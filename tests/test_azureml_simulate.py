@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 
 from batch_infer.errors import SettingsError, TableError
-from batch_infer.simulation import Outcome, SimulationSettings, job, simulate
-from batch_infer.simulation.gpus import gpu_names
-from batch_infer.simulation.kills import Kills
-from batch_infer.simulation.messages import MiniBatch
+from batch_infer.simulation import DEFAULT_SCRIPT, SimulationOutcome, SimulationSettings, job, simulate
+from batch_infer.simulation.mini_batches import MiniBatch
+from batch_infer.simulation.process import find_gpus
+from batch_infer.simulation.schedule import KillSchedule
 from tests import runs
 from tests.deaths import eventually, is_alive
 
@@ -72,7 +72,7 @@ def write_files(folder: Path, count: int) -> Path:
     return folder
 
 
-def run(folder: Path, body: str, *, files: int = 4, **settings: Any) -> Outcome:
+def run(folder: Path, body: str, *, files: int = 4, **settings: Any) -> SimulationOutcome:
     """A job with a mini-batch for each file, on a machine without GPUs. None is late unless a test wants it."""
     inputs, script = write_files(folder / "in", files), write_script(folder, body)
     rest = {"mini_batch_size": 1, "gpus": 0, "timeout": 600, **settings}
@@ -93,6 +93,10 @@ def worker_log(folder: Path, index: int = 0) -> str:
 
 
 # Files and mini-batches
+
+
+def test_the_default_script_exists() -> None:
+    assert DEFAULT_SCRIPT.is_file()
 
 
 def test_files_directly_in_a_folder_come_in_mini_batches_by_absolute_paths(
@@ -222,7 +226,7 @@ def test_shutdown_is_called_once_in_each_worker(tmp_path: Path) -> None:
 def test_a_shutdown_that_fails_is_told_and_fails_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     done = run(tmp_path, NAMES + "\ndef shutdown():\n    raise ValueError('at the end')\n", files=1)
     assert (done.fault, done.succeeded) == (None, 1)
-    assert "worker 0 has not ended in order" in caplog.text
+    assert "worker 0 did not shut down cleanly" in caplog.text
     assert "ValueError: at the end" in worker_log(tmp_path)
 
 
@@ -248,7 +252,7 @@ def test_each_worker_sees_its_gpu_and_those_beyond_are_told_of_none(
     assert {*notes(tmp_path, "gpus")} == {"5 2", "7 2", "none 2"}
     assert (done.deaths, done.retries, done.failed) == (1, 1, 0)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert list(gpu_names(3)) == ["0", "1", "2"]
+    assert list(find_gpus(3)) == ["0", "1", "2"]
 
 
 def test_a_replacement_takes_the_gpu_of_the_worker_that_died(tmp_path: Path) -> None:
@@ -261,11 +265,11 @@ def test_a_replacement_takes_the_gpu_of_the_worker_that_died(tmp_path: Path) -> 
 def test_gpus_are_counted_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert list(gpu_names(None)) == []
+    assert list(find_gpus(None)) == []
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA (UUID: a)'\necho 'GPU 1: NVIDIA (UUID: b)'\n")
     tool.chmod(0o755)
-    assert list(gpu_names(None)) == ["0", "1"]
+    assert list(find_gpus(None)) == ["0", "1"]
 
 
 # Results
@@ -461,17 +465,17 @@ def run(mini_batch):
 @pytest.fixture
 def _kills_hit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mini-batch of DOOMED that is to be killed waits for it, so that no kill comes too late."""
-    arm = Kills.arm
+    arm = KillSchedule.assign
 
-    def arm_and_tell(self: Kills, mini_batch: MiniBatch, *, first: bool) -> float | None:
-        seconds = arm(self, mini_batch, first=first)
+    def arm_and_tell(self: KillSchedule, mini_batch: MiniBatch, *, is_new: bool) -> float | None:
+        seconds = arm(self, mini_batch, is_new=is_new)
         mark = tmp_path / "out" / f"doomed-{Path(mini_batch.files[0]).name}"
         mark.unlink(missing_ok=True)
         if seconds is not None:
             mark.touch()
         return seconds
 
-    monkeypatch.setattr(Kills, "arm", arm_and_tell)
+    monkeypatch.setattr(KillSchedule, "assign", arm_and_tell)
 
 
 @pytest.mark.usefixtures("_kills_hit")
@@ -498,8 +502,10 @@ def test_kills_use_up_retries(tmp_path: Path) -> None:
 
 
 def test_kills_that_come_too_late_are_counted_and_hit_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arm = Kills.arm
-    monkeypatch.setattr(Kills, "arm", lambda *each, first: None if arm(*each, first=first) is None else 500.0)
+    arm = KillSchedule.assign
+    monkeypatch.setattr(
+        KillSchedule, "assign", lambda *each, is_new: None if arm(*each, is_new=is_new) is None else 500.0
+    )
     done = run(tmp_path, NAMES, files=6, kill=0.3)
     assert (done.kills, done.retries, done.succeeded) == (0, 0, 6)
     assert done.kills_missed == 2
@@ -508,11 +514,11 @@ def test_kills_that_come_too_late_are_counted_and_hit_nothing(tmp_path: Path, mo
 def test_kills_come_at_any_point_of_the_time_that_a_mini_batch_takes() -> None:
     moments = []
     for seed in range(200):
-        kills = Kills(0.5, 2, random.Random(seed))
+        kills = KillSchedule(0.5, 2, random.Random(seed))
         first, second = MiniBatch(0, ("a",)), MiniBatch(1, ("b", "c"))
-        assert kills.arm(first, first=True) is None  # nobody knows yet how long one takes
-        kills.note(first, 10.0)
-        moment = kills.arm(second, first=True)
+        assert kills.assign(first, is_new=True) is None  # nobody knows yet how long one takes
+        kills.record_duration(first, 10.0)
+        moment = kills.assign(second, is_new=True)
         assert moment is not None
         moments.append(moment)
     assert all(0 <= moment <= 20 for moment in moments)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from batch_infer.azureml.in_progress import Begun
+from batch_infer.azureml.in_progress import ProgressMarkers
 from batch_infer.errors import StorageError
 from batch_infer.jobs import recovery, run_folder
 from batch_infer.sinks.folder import FolderSink
@@ -23,21 +23,21 @@ MARK = ".begun-elsewhere-1-0123456789ab-x"
 @pytest.mark.parametrize("name", ["", MARK])
 def test_rows_in_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int) -> None:
     (tmp_path / MARK).write_text(json.dumps({"alone": True, "keys": [["a", 0]]}))
-    assert Begun(tmp_path).deaths().alone == {("a", 0)}
+    assert ProgressMarkers(tmp_path).read_crashes().alone == {("a", 0)}
     with monkeypatch.context() as patch:
         fail_at(patch, tmp_path / name, number)
         with pytest.raises(StorageError, match="cannot read"):
-            Begun(tmp_path).deaths()
+            ProgressMarkers(tmp_path).read_crashes()
         with pytest.raises(StorageError, match="cannot read"):
-            Begun(tmp_path).clear(lambda key: True)
-    Begun(tmp_path).clear(lambda key: True)
+            ProgressMarkers(tmp_path).remove_settled(lambda key: True)
+    ProgressMarkers(tmp_path).remove_settled(lambda key: True)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("content", ["", "[", "[]", '{"alone": 1}', "[" * 100_000])
 def test_marks_of_others_are_no_rows_in_progress(tmp_path: Path, content: str) -> None:
     (tmp_path / MARK).write_text(content)
-    assert not Begun(tmp_path).deaths().times
+    assert not ProgressMarkers(tmp_path).read_crashes().counts
 
 
 @pytest.mark.parametrize("name", ["images", "manifest", "logs", ".holder"])

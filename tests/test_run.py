@@ -35,6 +35,7 @@ from batch_infer.manifest import SCHEMA
 from batch_infer.models import DEMO_MODEL
 from batch_infer.models.stable_diffusion import StableDiffusion
 from batch_infer.sinks.folder import FolderSink
+from tests.file_servers import serve_folder
 from tests.paced import MODULE
 from tests.runs import (
     QUICK,
@@ -49,7 +50,6 @@ from tests.runs import (
     start,
     wait_for,
 )
-from tests.serving import serving
 from tests.tables import write_bytes, write_csv, write_parquet
 
 MIXED = [
@@ -589,7 +589,7 @@ def test_a_table_that_changes_during_a_run_loses_no_result(tmp_path: Path, out: 
 
 def test_a_secret_in_a_url_is_not_stored(tmp_path: Path, out: Path) -> None:
     """To continue, the tables are named again."""
-    with serving(write_csv(tmp_path / "served" / "t.csv", [["prompt"], ["a red circle"]]).parent) as address:
+    with serve_folder(write_csv(tmp_path / "served" / "t.csv", [["prompt"], ["a red circle"]]).parent) as address:
         url = f"simplecache::{address.replace('://', '://SECRET@')}/t.csv?signature=SECRET"
         done = run(url, out)
         assert done.code == 0
@@ -662,7 +662,7 @@ def test_capitals_of_ids_stay_in_file_names(tmp_path: Path, out: Path, monkeypat
 def test_two_urls_with_one_name_are_two_tables(tmp_path: Path, out: Path) -> None:
     for name in "ab":
         write_csv(tmp_path / name / "t.csv", [["id", "prompt"], [f"{name}1", "a red circle"], [f"{name}2", "x"]])
-    with serving(tmp_path) as server:
+    with serve_folder(tmp_path) as server:
         urls = [f"simplecache::{server}/t.csv?in={name}" for name in "ab"]
         assert run(urls[0], out, urls[1]).code == 0
         assert json.loads(run(urls[0], out, urls[1], "--json").stdout)["rendered"] == 0

@@ -24,7 +24,7 @@ from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.settings import TableSettings
 from batch_infer.table import OtherTables, Tables, redact_url
 from batch_infer.table.urls import redact_urls
-from tests.serving import answering_ftp, serving
+from tests.file_servers import answer_ftp, serve_folder
 from tests.tables import (
     ROWS,
     RULES,
@@ -623,7 +623,7 @@ def test_errors_of_clients_are_the_users_or_the_services(
     ],
 )
 def test_answers_of_an_ftp_server(answers: dict[str, str], kind: type[Exception], sentence: str) -> None:
-    with answering_ftp(answers) as address, pytest.raises(kind) as caught:
+    with answer_ftp(answers) as address, pytest.raises(kind) as caught:
         open_tables(f"ftp://me:SECRET@{address}/t.csv")
     assert str(caught.value).startswith(sentence.format(url=f"ftp://me@{address}/t.csv"))
     assert "SECRET" not in str(caught.value)
@@ -728,7 +728,7 @@ def test_secrets_are_removed_from_a_library_message() -> None:
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
     (tmp_path / "served").mkdir()
-    with serving(tmp_path / "served") as address:
+    with serve_folder(tmp_path / "served") as address:
         yield address
 
 

@@ -1,4 +1,4 @@
-"""What a door of Azure ML is deployed with: the settings, model and device that its environment says."""
+"""The deployment of an Azure ML endpoint, read from environment variables: settings, model and device."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from batch_infer.serving import Deployment
 from batch_infer.settings import ModelSettings, RunSettings, TableSettings
 
 MODEL_DEPTH = 4
-"""How deep below AZUREML_MODEL_DIR a model is looked for: a registered one lies some folders down."""
-LOOKS, LOOK_SECONDS = 10, 2.0
-"""How often a run.json that cannot be read is looked at, and how long after each look."""
+"""Levels below AZUREML_MODEL_DIR that are searched: a registered model is some folders down."""
+READ_ATTEMPTS, RETRY_SECONDS = 10, 2.0
+"""Attempts to read a run.json that cannot be parsed, and the time between them."""
 _FOLDER, _FILE = "model_index.json", ".safetensors"
 IGNORED = tuple(
     f"BATCH_INFER_{option}"
@@ -29,29 +29,29 @@ IGNORED = tuple(
         *("OUT", "JSON", "QUIET", "VERBOSE", "NO_PROGRESS"),
     )
 )
-"""Variables of `run` for its results as a whole or for its terminal. An endpoint has neither, and never reads them."""
+"""Variables of `run` for results.* or the terminal, which an endpoint does not have. They are never read."""
 
 log = logging.getLogger("batch_infer")
 
 
 @dataclass(frozen=True, slots=True)
 class AzureDeployment(Deployment):
-    """A deployment on an OUT: `record` is its run.json, `earlier` the run.json that OUT already has."""
+    """A deployment that writes to OUT. `record` is its run.json, `earlier` the run.json that OUT already has."""
 
     record: Mapping[str, Any]
     earlier: Mapping[str, Any] | None
 
 
 def find_deployment(out: str, *, alone: bool = False) -> AzureDeployment:
-    """What this process's environment asks for, on an OUT that need not be there. Raises UsageError.
+    """Return the deployment that the environment describes. OUT need not exist. Raises UsageError.
 
-    `alone`: it is no worker among others of its machine.
+    `alone`: this process is the only worker of its machine.
     """
-    asked = settings_from_environment("-", out, IGNORED)
-    set_up_logging()  # after it, which says in which format
+    requested = settings_from_environment("-", out, IGNORED)
+    set_up_logging()  # after the settings, which have its format
     if ignored := [name for name in IGNORED if os.environ.get(name)]:
         log.warning("%s: ignored in an endpoint", ", ".join(ignored))
-    settings = _settings(asked, alone=alone)
+    settings = _adapt_settings(requested, alone=alone)
     if not alone:
         _refuse_worker_without_gpu(settings)
     if settings.model.name is None:
@@ -67,54 +67,59 @@ def find_deployment(out: str, *, alone: bool = False) -> AzureDeployment:
 def read_cached_run(out: Path) -> dict[str, Any] | None:
     """Return run.json, which another worker may just have written, or None where OUT has none. Raises UsageError.
 
-    Disks show the old file or the new one. A mount of a storage account that caches the sizes of files, as blobfuse
-    does, may for a while show a new file cut to the size of the old one.
+    A mount of a storage account that caches file sizes, such as blobfuse, may show a new file truncated to the size of
+    the old one for a while.
     """
-    for _ in range(LOOKS - 1):
+    for _ in range(READ_ATTEMPTS - 1):
         with suppress(UsageError):
             return read_run(out)
-        time.sleep(LOOK_SECONDS)
+        time.sleep(RETRY_SECONDS)
     return read_run(out)
 
 
-def _settings(settings: RunSettings, *, alone: bool) -> RunSettings:
-    told = {"BATCH_INFER_OVERWRITE": settings.overwrite, "BATCH_INFER_LIMIT": settings.table.limit}
-    told["BATCH_INFER_ID_FROM"] = settings.table.id_from != "row"
-    for name in (name for name, value in told.items() if value):
-        raise SettingsError(f"{name} is set, and here tables come one after the other, to several workers")
+def _adapt_settings(settings: RunSettings, *, alone: bool) -> RunSettings:
+    """Return settings of a run as those of an endpoint. Raises SettingsError where they cannot be."""
+    unsupported = {
+        "BATCH_INFER_OVERWRITE": settings.overwrite,
+        "BATCH_INFER_LIMIT": settings.table.limit,
+        "BATCH_INFER_ID_FROM": settings.table.id_from != "row",
+    }
+    for name in (name for name, value in unsupported.items() if value):
+        raise SettingsError(f"{name} is set, but an endpoint's workers get tables one by one; unset it")
     if settings.compute.slots == "auto":
-        raise SettingsError("BATCH_INFER_SLOTS=auto: say a number here; `batch-infer bench` tells what suits a device")
+        raise SettingsError("BATCH_INFER_SLOTS=auto: use a number here; `batch-infer bench --slots auto` finds one")
     table = TableSettings((), settings.table.columns)
-    workers = 1 if alone else settings.compute.processes or _gpus() or 1
+    workers = 1 if alone else settings.compute.processes or _count_gpus() or 1
     safety = settings.safety.split_among(workers)
-    return make_paths_absolute(replace(settings, table=table, model=_model(settings.model), safety=safety))
+    return make_paths_absolute(replace(settings, table=table, model=_choose_model(settings.model), safety=safety))
 
 
-def _model(settings: ModelSettings) -> ModelSettings:
-    """BATCH_INFER_MODEL, else what is registered with the deployment, else the built-in model."""
+def _choose_model(settings: ModelSettings) -> ModelSettings:
+    """Return BATCH_INFER_MODEL, else the model registered with the deployment, else the built-in model."""
     folder = os.environ.get("AZUREML_MODEL_DIR", "")
     return settings if settings.name or not folder else replace(settings, name=find_model_path(Path(folder)))
 
 
 def find_model_path(folder: Path) -> str:
-    """The one diffusers folder, or else the one .safetensors file, at or below a folder. Raises SettingsError.
+    """Return the only diffusers folder, or else the only .safetensors file, at or below a folder.
 
-    Of several levels the uppermost counts; a file, which may be a LoRA, only where there is no folder on any.
+    The uppermost level with a model counts. Files, which may be LoRAs, count only if there is no diffusers folder on
+    any level. Raises SettingsError.
     """
-    told = f"AZUREML_MODEL_DIR={folder}"
+    variable = f"AZUREML_MODEL_DIR={folder}"
     if not folder.is_dir():
-        raise SettingsError(f"{told} is no folder: register a model with the deployment, or set BATCH_INFER_MODEL")
-    for found in (*_models(folder, folders=True), *_models(folder, folders=False)):
-        if len(found) > 1:
-            names = ", ".join(str(path.relative_to(folder)) for path in found)
-            raise SettingsError(f"{told} holds several models ({names}): name one by BATCH_INFER_MODEL")
-        if found:
-            return str(found[0])
-    raise SettingsError(f"{told} holds no model: register a diffusers folder (with {_FOLDER}) or a {_FILE} file")
+        raise SettingsError(f"{variable} is not a folder: register a model, or set BATCH_INFER_MODEL")
+    for models in (*_list_models(folder, folders=True), *_list_models(folder, folders=False)):
+        if len(models) > 1:
+            names = ", ".join(str(path.relative_to(folder)) for path in models)
+            raise SettingsError(f"{variable} holds several models ({names}): choose one with BATCH_INFER_MODEL")
+        if models:
+            return str(models[0])
+    raise SettingsError(f"{variable} holds no model: register a diffusers folder (with {_FOLDER}) or a {_FILE} file")
 
 
-def _models(folder: Path, *, folders: bool) -> Iterator[list[Path]]:
-    """The diffusers folders of each level, or else its files of weights, from the uppermost level down."""
+def _list_models(folder: Path, *, folders: bool) -> Iterator[list[Path]]:
+    """Yield the diffusers folders, or the .safetensors files, of each level from the top."""
     level = [folder]
     for _ in range(MODEL_DEPTH + 1):
         inner = [path for parent in level for path in sorted(parent.iterdir())]
@@ -127,18 +132,18 @@ def _is_model(path: Path, *, folders: bool) -> bool:
 
 
 def _refuse_worker_without_gpu(settings: RunSettings) -> None:
-    """Azure gives each worker a GPU by CUDA_VISIBLE_DEVICES, and those beyond the last no variable at all.
+    """Raise SettingsError in a worker that would share the first worker's GPU and its memory.
 
-    Such a one would share the first one's, and its memory. Raises SettingsError.
+    Azure sets CUDA_VISIBLE_DEVICES to one GPU per worker, and does not set it for workers beyond the number of GPUs.
     """
-    if _gpus() and "CUDA_VISIBLE_DEVICES" not in os.environ and settings.model.device != "cpu":
+    if _count_gpus() and "CUDA_VISIBLE_DEVICES" not in os.environ and settings.model.device != "cpu":
         raise SettingsError(
             "this worker has no GPU of its own: set max_concurrency_per_instance to the GPUs of an instance"
-            f" ({_gpus()})"
+            f" ({_count_gpus()})"
         )
 
 
-def _gpus() -> int:
-    """Those of this instance, as Azure has counted them: a batch job has a worker for each."""
-    found = os.environ.get("AZ_BATCHAI_GPU_COUNT_FOUND", "")
-    return int(found) if found.isdecimal() else 0
+def _count_gpus() -> int:
+    """Return the number of GPUs of this instance, as counted by Azure: a batch job has one worker per GPU."""
+    count = os.environ.get("AZ_BATCHAI_GPU_COUNT_FOUND", "")
+    return int(count) if count.isdecimal() else 0

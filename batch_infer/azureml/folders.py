@@ -1,4 +1,4 @@
-"""A mini-batch's files by their folders, and results of several folders as one table."""
+"""The files of a mini-batch grouped by folder, and the results of several folders as one table."""
 
 from __future__ import annotations
 
@@ -19,57 +19,56 @@ log = logging.getLogger("batch_infer")
 
 
 @dataclass(frozen=True, slots=True)
-class Folder:
-    """Files of one folder, in the order in which they came; `standing` are the names of all that it holds."""
+class FolderFiles:
+    """Files of one folder in the order of the mini-batch. `existing` has the names of all files in the folder."""
 
     path: Path
-    came: tuple[str, ...]
-    standing: frozenset[str]
+    files: tuple[str, ...]
+    existing: frozenset[str]
 
     @property
     def names(self) -> list[str]:
-        """The order in which they are read: of two that have a row of one id, the first by name has it."""
-        return sorted(self.came)
+        """The file names in reading order: the first file by name owns an id that several files have."""
+        return sorted(self.files)
 
-    def in_order(self, results: pa.Table) -> pa.Table:
-        """Results of these files in the order in which the files came."""
-        places = pc.index_in(results["source_file"], value_set=pa.array(self.came, pa.string()))
-        return results.take(pc.sort_indices(places))
+    def restore_order(self, results: pa.Table) -> pa.Table:
+        """Return results in the order of the mini-batch's files."""
+        positions = pc.index_in(results["source_file"], value_set=pa.array(self.files, pa.string()))
+        return results.take(pc.sort_indices(positions))
 
 
-def by_folder(files: Sequence[str]) -> tuple[list[Folder], list[ResultRow]]:
-    """The files by folder, and the results of those that cannot be told from another file of the mini-batch.
+def group_by_folder(files: Sequence[str]) -> tuple[list[FolderFiles], list[ResultRow]]:
+    """Return the files by folder, and an invalid result for each file with the name of another one.
 
-    A row is known by its file's name, and not by its folder's: a worker sees none of the other mini-batches, and
-    cannot find one that has such a file. Hidden files, markers and documentation are left out, as of a folder of
-    `batch-infer run`.
+    Rows are identified by the name of their file without its folder, since a worker does not see the other
+    mini-batches. Hidden files, markers and documentation are left out, as in a folder of `batch-infer run`.
     """
-    found: dict[Path, list[str]] = {}
+    names: dict[Path, list[str]] = {}
     first: dict[str, Path] = {}
     refused = []
     for file in dict.fromkeys(map(Path, files)):
         if is_ignored_name(file.name):
-            log.info("%s is left out: by its name it is no table", file)
-        elif (twin := first.setdefault(file.name, file)) == file:
-            found.setdefault(file.parent, []).append(file.name)
+            log.info("%s is left out: its name is not that of a table", file)
+        elif (other := first.setdefault(file.name, file)) == file:
+            names.setdefault(file.parent, []).append(file.name)
         else:
-            refused.append(_refusal(file, twin))
-    return [Folder(path, tuple(names), _standing(path, names)) for path, names in found.items()], refused
+            refused.append(_refuse(file, other))
+    return [FolderFiles(path, tuple(each), _list_existing(path, each)) for path, each in names.items()], refused
 
 
-def _standing(path: Path, names: Sequence[str]) -> frozenset[str]:
-    """A file that has gone since has left its ids."""
+def _list_existing(path: Path, names: Sequence[str]) -> frozenset[str]:
+    """Return the names of a folder's files. A file that was removed owns no ids any more."""
     try:
         return frozenset(names).union(inner.name for inner in path.iterdir())
     except OSError:
         return frozenset(names)
 
 
-def _refusal(file: Path, twin: Path) -> ResultRow:
+def _refuse(file: Path, other: Path) -> ResultRow:
     name = f"{file.parent.name}/{file.name}"
-    error = f"{file} and {twin} have one name, by which their rows and images are known: rename one"
+    error = f"{file} and {other} have one name, by which their rows and images are known: rename one"
     return ResultRow(
-        id=make_default_id(name, 0),  # no default id of a table holds a slash
+        id=make_default_id(name, 0),  # default ids of tables contain no slash
         image_index=0,
         prompt=None,
         status="invalid",
@@ -82,8 +81,8 @@ def _refusal(file: Path, twin: Path) -> ResultRow:
     )
 
 
-def joined(tables: Sequence[pa.Table], rows: Sequence[ResultRow]) -> pa.Table:
-    """Results as one table, each carried column of a type that holds what every table has in it."""
+def concatenate(tables: Sequence[pa.Table], rows: Sequence[ResultRow]) -> pa.Table:
+    """Return results as one table, each carried column with a type that can hold the values of all tables."""
     everything = [*tables, to_table(rows, pa.schema([]))]
     schema = results_schema(table.schema for table in everything)
     return pa.concat_tables([cast_table(table, schema) for table in everything])

@@ -1,4 +1,4 @@
-"""Mini-batches of table files on one worker: each rendered, committed and given back, however often it comes."""
+"""Scoring of mini-batches of table files by one worker, however often each is delivered."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
-from batch_infer.azureml.claims import Claim, Claims
 from batch_infer.azureml.deployment import AzureDeployment, read_cached_run
-from batch_infer.azureml.folders import Folder, by_folder, joined
-from batch_infer.azureml.rendering import Rendering
+from batch_infer.azureml.folders import FolderFiles, concatenate, group_by_folder
+from batch_infer.azureml.id_ownership import IdClaim, IdOwnership
+from batch_infer.azureml.rendering import MiniBatchRenderer
 from batch_infer.errors import DamagedPart, SettingsError, StorageError, TableError
 from batch_infer.jobs import (
     Counts,
@@ -31,200 +31,197 @@ from batch_infer.sinks import make_sink
 from batch_infer.store import PinnedFolder, path_exists
 from batch_infer.table import OtherTables, Tables
 
-TURNS = 5
-"""How often files are gone over in one delivery, where others have claimed their ids or parts are damaged."""
-Place = tuple[str, int]
-"""A row of a table: the file's name, and the row's number."""
+MAX_PASSES = 5
+"""Passes over the files of a delivery, if other workers claim their ids meanwhile or parts are damaged."""
 
 
-class MiniBatches:
-    """A worker among others that write into the same OUT, with its model loaded.
+class MiniBatchScorer:
+    """One of several workers that write into the same OUT, with its model loaded.
 
-    None of them holds OUT: a row's image, its name and its key in the manifest follow from the row, so that two who
-    do the same row do each other no harm. What a mini-batch that comes again needs no rendering for is taken from the
-    manifest, also where another worker has committed it.
+    No worker locks OUT: the image of a row, its file name and its key in the manifest follow from the row, so two
+    workers with the same row do no harm. Rows that any worker has committed are not rendered again.
     """
 
     def __init__(self, deployment: AzureDeployment) -> None:
-        """Makes OUT, and its run.json where there is none. Raises UsageError, StorageError."""
-        self._deployment, self._out = deployment, deployment.settings.out
-        self._begin()
+        """Load the model, and create OUT and its run.json if they do not exist. Raises UsageError, StorageError."""
+        self._deployment, self._path = deployment, deployment.settings.out
+        self._prepare_out()
         # run.json marks the folder: a separate marker would remain where a worker is killed.
-        self._held = replace(PinnedFolder.of(self._out), marker="run.json")
-        self._manifest, self._rendering = Manifest(self._held), Rendering(deployment, self._held)
-        self._index, self._claims = ManifestIndex(()), Claims()
-        self._known: set[str] = set()
-        self._catch_up()
+        self._out = replace(PinnedFolder.of(self._path), marker="run.json")
+        self._manifest, self._renderer = Manifest(self._out), MiniBatchRenderer(deployment, self._out)
+        self._index, self._ownership = ManifestIndex(()), IdOwnership()
+        self._known_parts: set[str] = set()
+        self._read_new_parts()
 
     def score(self, files: Sequence[str]) -> pa.Table:
-        """Render what is not done of these files and return all their results, in their order.
+        """Render the pending rows of these files and return all their results, in the order of the files.
 
-        A file that cannot be read is one invalid result, and one that is no table by its name is none. Raises
-        TableError where no file can be read, once that is committed; ServiceError where a safety service does not
+        A file that cannot be read has one invalid result, and one whose name is not that of a table has none. Raises
+        TableError where no file can be read, once that is committed, ServiceError where a safety service does not
         answer, StorageError.
         """
-        self._refuse_mixed()
-        folders, twins = by_folder(files)
-        scored = [self._score(folder) for folder in folders]
-        if new := [row for row in twins if not is_done(row, self._index.find(row.key))]:
+        self._check_identity()
+        folders, refused = group_by_folder(files)
+        scored = [self._score_folder(folder) for folder in folders]
+        if new := [row for row in refused if not is_done(row, self._index.find(row.key))]:
             self._manifest.commit(new, pa.schema([]))
-            self._catch_up()
-        self._rendering.clear(self._is_known)
-        self._refuse_mixed()
-        faults = [fault for _, found in scored for fault in found.values()] + [row.error or "" for row in twins]
-        if faults and len(faults) == sum(len(folder.came) for folder in folders) + len(twins):
-            raise TableError(" · ".join(faults))
-        return joined([table for table, _ in scored], twins)
+            self._read_new_parts()
+        self._renderer.remove_settled_markers(self._is_committed)
+        self._check_identity()
+        errors = [error for _, unreadable in scored for error in unreadable.values()]
+        errors += [row.error or "" for row in refused]
+        if errors and len(errors) == sum(len(folder.files) for folder in folders) + len(refused):
+            raise TableError(" · ".join(errors))
+        return concatenate([table for table, _ in scored], refused)
 
     def close(self) -> None:
-        self._catch_up()
-        self._rendering.clear(self._is_known)
+        self._read_new_parts()
+        self._renderer.remove_settled_markers(self._is_committed)
         self._index.close()
-        self._claims.close()
-        self._rendering.close()
+        self._ownership.close()
+        self._renderer.close()
 
-    def _begin(self) -> None:
-        """Leave a run.json for those who merge, or go on with that of a worker who was here before."""
-        refuse_foreign_files(self._out, (), self._deployment.earlier)
+    def _prepare_out(self) -> None:
+        refuse_foreign_files(self._path, (), self._deployment.earlier)
         try:
-            self._out.mkdir(parents=True, exist_ok=True)
+            self._path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise SettingsError(f"cannot write to {self._out}: {error.strerror or error}") from error
-        create_run_json(self._out, self._deployment.record)
-        self._refuse_mixed()
+            raise SettingsError(f"cannot write to {self._path}: {error.strerror or error}") from error
+        create_run_json(self._path, self._deployment.record)
+        self._check_identity()
 
-    def _refuse_mixed(self) -> None:
-        """Raise SettingsError where OUT belongs to workers of another model, scheduler, dtype or safety policy.
+    def _check_identity(self) -> None:
+        """Raise SettingsError where OUT belongs to workers with another model, scheduler, dtype or safety policy.
 
         This is checked for every mini-batch too: on file systems without hard links, two workers that start at the same
         moment may both write run.json, and then one of them is refused here.
         """
-        if (found := read_cached_run(self._out)) is None:
+        if (record := read_cached_run(self._path)) is None:
             return
         try:
-            check_identity(found, self._deployment.record, self._out)
+            check_identity(record, self._deployment.record, self._path)
         except SettingsError as error:
             raise SettingsError(f"{str(error).rpartition(': ')[0]}: give the job another output path") from error
 
-    def _score(self, folder: Folder) -> tuple[pa.Table, dict[str, str]]:
-        """The results of files in one folder, and why some cannot be read."""
-        self._sweep(folder.names)
-        with self._tables(folder, folder.names) as tables:
-            job = self._job(tables)
-            for _ in range(TURNS):
+    def _score_folder(self, folder: FolderFiles) -> tuple[pa.Table, dict[str, str]]:
+        """Return the results of files in one folder, and why some cannot be read."""
+        self._remove_leftovers(folder.names)
+        with self._open_tables(folder, folder.names) as tables:
+            job = self._make_job(tables)
+            for _ in range(MAX_PASSES):
                 try:
-                    results = self._turn(job, folder)
+                    results = self._try_pass(job, folder)
                 except DamagedPart as damage:
                     _set_aside(damage)
                     continue
                 if results is not None:
-                    return folder.in_order(results), tables.unreadable_files
+                    return folder.restore_order(results), tables.unreadable_files
         raise StorageError(
-            f"{', '.join(folder.names)}: not every row came to a result that {self._manifest.folder} holds, since"
-            " other workers were at the same rows or parts were damaged; what is done stays done, try again"
+            f"{', '.join(folder.names)}: {self._manifest.folder} does not have a result of every row, because other"
+            " workers rendered the same rows or parts were damaged; committed rows are kept, try again"
         )
 
-    def _turn(self, job: Job, folder: Folder) -> pa.Table | None:
-        """Go over these files once: their results, or None where somebody else's commits ask for another turn."""
-        self._catch_up()
-        before = self._disputed(folder)
-        self._go_over(job, folder)
-        disputed = self._disputed(folder)
-        if disputed != before:
-            return None  # the ids of these rows are others now
-        self._settle(disputed, folder)
+    def _try_pass(self, job: Job, folder: FolderFiles) -> pa.Table | None:
+        """Return the results of all rows, or None where commits of other workers require another pass."""
+        self._read_new_parts()
+        before = self._find_conflicts(folder)
+        self._commit_pending(job, folder)
+        conflicts = self._find_conflicts(folder)
+        if conflicts != before:
+            return None  # the ids of these rows have changed
+        self._settle_conflicts(conflicts, folder)
         counts = Counts()
         batches = list(read_results(job.items(self._index), self._index, job.tables.carried, counts))
         empty = pa.schema([*SCHEMA, *job.tables.carried]).empty_table()
         return None if counts.left else pa.concat_tables([empty, *batches])
 
-    def _go_over(self, job: Job, folder: Folder) -> None:
-        """Commit what is not done. No verdict on an id changes on the way: they follow from the claims alone."""
+    def _commit_pending(self, job: Job, folder: FolderFiles) -> None:
+        """Render and commit pending rows. The ids of rows do not change meanwhile: they follow from the claims read."""
 
-        def leaves_alone(item: Item, found: ManifestEntry | None) -> bool:
+        def is_skipped(item: Item, entry: ManifestEntry | None) -> bool:
             file, _ = source_of(item)
-            other = getattr(found, "source_file", file)
-            return is_done(item, found) and (other == file or other not in folder.standing)
+            other = getattr(entry, "source_file", file)
+            return is_done(item, entry) and (other == file or other not in folder.existing)
 
-        scan_tables(job, self._index, leaves_alone)
-        self._catch_up_with_results()
-        self._rendering.render(job, select_pending(job.items(self._index), self._index, leaves_alone), self._index)
-        self._catch_up()
+        scan_tables(job, self._index, is_skipped)
+        self._update_index()
+        pending = select_pending(job.items(self._index), self._index, is_skipped)
+        self._renderer.render(job, pending, self._index)
+        self._read_new_parts()
 
-    # Ids that more than one file's rows have
+    # Ids that rows of several files have
 
-    def _disputed(self, folder: Folder) -> frozenset[Claim]:
-        return self._claims.disputed(folder.names, folder.standing)
+    def _find_conflicts(self, folder: FolderFiles) -> frozenset[IdClaim]:
+        return self._ownership.find_conflicts(folder.names, folder.existing)
 
-    def _settle(self, disputed: frozenset[Claim], folder: Folder) -> None:
-        """Have each row of other files that has claimed an id of these rows its result, and no image left behind."""
-        for file in sorted({claim.file for claim in disputed} - set(folder.names)):
-            with self._tables(folder, [file]) as tables:
-                places = {(claim.file, claim.row) for claim in disputed if claim.file == file}
-                self._go_over(self._job(tables, places), folder)
-        sink = make_sink(self._held)
-        for claim in disputed:
-            kept = self._index.find((claim.id, claim.image_index))
-            if claim.path and kept and kept.path != claim.path:
+    def _settle_conflicts(self, conflicts: frozenset[IdClaim], folder: FolderFiles) -> None:
+        """Commit results of the rows of other files in these conflicts, and remove images that lost their id."""
+        for file in sorted({claim.file for claim in conflicts} - set(folder.names)):
+            with self._open_tables(folder, [file]) as tables:
+                sources = {(claim.file, claim.row) for claim in conflicts if claim.file == file}
+                self._commit_pending(self._make_job(tables, sources), folder)
+        sink = make_sink(self._out)
+        for claim in conflicts:
+            entry = self._index.find((claim.id, claim.image_index))
+            if claim.path and entry and entry.path != claim.path:
                 sink.remove(claim.path)
 
-    def _tables(self, folder: Folder, names: Sequence[str]) -> Tables:
+    def _open_tables(self, folder: FolderFiles, names: Sequence[str]) -> Tables:
         settings = self._deployment.settings.table
         settings = replace(settings, tables=tuple(f"./{name}" for name in names), folder=folder.path)
 
         def has_id(name: str, file: str) -> bool:
-            return self._claims.has_before(name, file, folder.standing)
+            return self._ownership.has_earlier_owner(name, file, folder.existing)
 
-        return Tables(settings, SCHEMA.names, OtherTables(folder.standing, has_id))
+        return Tables(settings, SCHEMA.names, OtherTables(folder.existing, has_id))
 
-    def _job(self, tables: Tables, places: Collection[Place] | None = None) -> Job:
-        known = self._deployment
-        told = (known.settings, tables, known.card, known.compute, known.record, known.earlier, known.rules)
-        return Job(*told) if places is None else _Rows(*told, places)
+    def _make_job(self, tables: Tables, sources: Collection[tuple[str, int]] | None = None) -> Job:
+        it = self._deployment
+        values = (it.settings, tables, it.card, it.compute, it.record, it.earlier, it.rules)
+        return Job(*values) if sources is None else RowSelectionJob(*values, sources)
 
-    # What the manifest has
+    # The manifest
 
-    def _sweep(self, names: Sequence[str]) -> None:
-        """Remove what a worker has left that died over these files."""
-        everywhere = [self._out, self._manifest.folder, *make_sink(self._held).folders_of(names)]
-        originals = remove_abandoned(self._out, everywhere)
-        restore_images(self._out, originals, self._caught_up_index, _set_aside)
+    def _remove_leftovers(self, names: Sequence[str]) -> None:
+        """Remove temporary files of workers that died with these files, and restore the images that they set aside."""
+        folders = [self._path, self._manifest.folder, *make_sink(self._out).folders_of(names)]
+        restore_images(self._path, remove_abandoned(self._path, folders), self._open_index, _set_aside)
 
     @contextmanager
-    def _caught_up_index(self) -> Iterator[ManifestIndex]:
-        self._catch_up_with_results()
+    def _open_index(self) -> Iterator[ManifestIndex]:
+        self._update_index()
         yield self._index
 
-    def _catch_up(self) -> None:
-        """Take in what has been committed since, by whoever, and what ids were claimed."""
-        self._catch_up_with_results()
-        self._claims.add(self._manifest.parts())
+    def _read_new_parts(self) -> None:
+        """Read the results and id claims that any worker has committed since."""
+        self._update_index()
+        self._ownership.add(self._manifest.parts())
 
-    def _catch_up_with_results(self) -> None:
+    def _update_index(self) -> None:
         parts = self._manifest.parts()
         names = {part.name for part in parts}
-        if not self._known <= names:  # somebody has set one aside, and its rows are as if they had never been rendered
+        if not self._known_parts <= names:  # a part was set aside: its rows must be rendered again
             self._index.close()
             self._index = ManifestIndex(())
         self._index.add(parts, _set_aside)
-        self._known = names
+        self._known_parts = names
 
-    def _is_known(self, key: tuple[str, int]) -> bool:
+    def _is_committed(self, key: tuple[str, int]) -> bool:
         return self._index.find(key) is not None
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows(Job):
-    """A job of which only the rows at these places are done."""
+class RowSelectionJob(Job):
+    """A job with only the rows of these sources (file name, row number)."""
 
-    places: Collection[Place]
+    sources: Collection[tuple[str, int]]
 
     def items(self, index: ManifestIndex) -> Iterator[Item]:
-        return (item for item in super(_Rows, self).items(index) if source_of(item) in self.places)
+        return (item for item in super(RowSelectionJob, self).items(index) if source_of(item) in self.sources)
 
 
 def _set_aside(damage: DamagedPart) -> None:
-    """As a run does; of several workers who find it at once, one does it."""
+    """Set a damaged part aside, unless another worker does so at the same time."""
     try:
         set_aside(damage)
     except StorageError:

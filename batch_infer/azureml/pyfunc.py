@@ -1,6 +1,6 @@
-"""What an MLflow model of ours runs: a DataFrame of prompts in, one with their images out.
+"""The code of an exported MLflow model: a DataFrame of prompts in, a DataFrame with their images out.
 
-MLflow is not imported here: the code that is packed with a model makes this class one of MLflow's.
+MLflow is not imported here: the code that is packed with a model derives an MLflow class from this one.
 """
 
 from __future__ import annotations
@@ -24,48 +24,48 @@ from batch_infer.store import atomic_write
 COLUMNS = ("prompt", "generated_image", "nsfw_content_detected")
 ERROR = "error"
 _OUTPUT = "AZUREML_BI_OUTPUT_PATH"
-"""Where a batch endpoint's job writes files."""
+"""The output folder of a batch endpoint's job."""
 
 
 class PromptsToImages:
-    """Renders the prompts of a DataFrame; rows of one call, and of calls in other threads, are packed."""
+    """Renders the prompts of a DataFrame. Rows of all calls, also in other threads, share UNet calls."""
 
     def load_context(self, context: Any) -> None:
-        """Load the model. What the environment says beats what was packed. Raises UsageError."""
-        nowhere = Path(tempfile.gettempdir(), f"batch-infer-mlflow-{uuid4().hex}")  # nothing is written there
-        with _environment(_variables_of(context)):
-            self._service = Service(find_deployment(str(nowhere)))
+        """Load the model. Environment variables override those packed with the model. Raises UsageError."""
+        unused = Path(tempfile.gettempdir(), f"batch-infer-mlflow-{uuid4().hex}")  # nothing is written there
+        with _environment(_packed_variables(context)):
+            self._service = Service(find_deployment(str(unused)))
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: Any = None) -> pd.DataFrame:
-        """A row for each prompt: prompt, generated_image and nsfw_content_detected, None where nobody was asked.
+        """Return a row per prompt: prompt, generated_image and nsfw_content_detected (None if no checker ran).
 
-        generated_image is a file in base64; in a batch endpoint's job it is the name of one beside predictions.csv.
-        A column `error` says why a row has no image. In a batch endpoint's job it is always there, as what the calls
-        return is appended to one file; elsewhere only where a row needs it. Raises ServiceError, StorageError.
+        generated_image is a file in base64, or in a batch endpoint's job a file name next to predictions.csv. The
+        column `error` says why a row has no image. It is always there in a batch endpoint's job, which appends all rows
+        to one file, and otherwise only if a row has an error. Raises ServiceError, StorageError.
         """
-        said = {name: value for name, value in (params or {}).items() if value is not None}
-        rows = [{**said, "prompt": prompt} for prompt in model_input["prompt"]]
-        found = score_rows(rows, self._service)
+        parameters = {name: value for name, value in (params or {}).items() if value is not None}
+        rows = [{**parameters, "prompt": prompt} for prompt in model_input["prompt"]]
+        scored = score_rows(rows, self._service)
         folder = os.environ.get(_OUTPUT)
         if folder:
-            found = [_stored(row, Path(folder)) for row in found]
-        columns = [*COLUMNS, ERROR] if folder or any(ERROR in row for row in found) else [*COLUMNS]
-        cells = [[row.get(name) for name in columns] for row in found]
+            scored = [_store_image(row, Path(folder)) for row in scored]
+        columns = [*COLUMNS, ERROR] if folder or any(ERROR in row for row in scored) else [*COLUMNS]
+        cells = [[row.get(name) for name in columns] for row in scored]
         table: pd.DataFrame = pd.DataFrame(cells, columns=columns, dtype=object)
         return table
 
 
-def _variables_of(context: Any) -> dict[str, str]:
-    """The variables that were packed, with the packed files where they lie now."""
-    found = cast("Mapping[str, str]", context.model_config["variables"])
+def _packed_variables(context: Any) -> dict[str, str]:
+    """Return the variables packed with the model, with the present paths of packed files."""
+    variables = cast("Mapping[str, str]", context.model_config["variables"])
     for name, path in context.artifacts.items():
-        found = {key: value.replace(f"{{{name}}}", str(path)) for key, value in found.items()}
-    return dict(found)
+        variables = {key: value.replace(f"{{{name}}}", str(path)) for key, value in variables.items()}
+    return dict(variables)
 
 
 @contextmanager
 def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Have these variables for a while, those that nobody has set."""
+    """Set those of these variables that are not set, for the duration of the context."""
     added = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(added)
     try:
@@ -75,8 +75,8 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def _stored(row: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The row with its image in a file, whose name follows from what is in it: a retry leaves no second one."""
+def _store_image(row: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Write a row's image to a file and return the row with its name, a digest, so that a retry adds no second file."""
     if row["generated_image"] is None:
         return row
     content = base64.b64decode(row["generated_image"])

@@ -17,7 +17,7 @@ from batch_infer.cli.progress import LINE_EVERY, shows_bar
 from batch_infer.cli.report import NOTHING_KEPT, format_count, format_duration, print_result, stoppable
 
 if TYPE_CHECKING:
-    from batch_infer.simulation import Outcome
+    from batch_infer.simulation import SimulationOutcome
 
 JOB_FAILED = 3
 """Exit code if Azure would report the job as failed."""
@@ -134,7 +134,7 @@ class SimulationProgress:
         self._shown, self._logged_at = shown, time.monotonic()
         self._bar: tqdm[Any] | None = None
 
-    def __call__(self, outcome: Outcome) -> None:
+    def __call__(self, outcome: SimulationOutcome) -> None:
         if not self._shown:
             return
         if shows_bar():
@@ -151,7 +151,7 @@ class SimulationProgress:
             self._bar.close()
 
 
-def _lines(outcome: Outcome) -> Iterator[str]:
+def _lines(outcome: SimulationOutcome) -> Iterator[str]:
     yield (
         f"{outcome.mini_batches:,} mini-batch{'es' * (outcome.mini_batches != 1)} of "
         f"{format_count(outcome.files, 'file')} · {outcome.succeeded:,} succeeded, {outcome.failed:,} failed; "

@@ -1,15 +1,14 @@
-"""Azure ML's batch endpoint on this machine: it runs a scoring script as Azure's does, faults included.
+"""Azure ML's batch endpoint on this machine: it runs a scoring script as Azure does, including faults.
 
     simulate(SimulationSettings(inputs=(Path("tables"),), out=Path("out"), workers=3, kill=0.2, duplicate=0.1))
 
-Nothing here imports torch or pandas: what a worker has loaded is what its script has loaded.
+Nothing here imports torch or pandas, so that a worker has loaded only what its script imports.
 """
 
 from typing import TYPE_CHECKING
 
 from batch_infer.lazy import import_on_use
-from batch_infer.simulation.outcome import Outcome
-from batch_infer.simulation.settings import DEFAULT_SCRIPT, SimulationSettings
+from batch_infer.simulation.settings import DEFAULT_SCRIPT, SimulationOutcome, SimulationSettings
 
 if TYPE_CHECKING:
     from batch_infer.simulation.job import simulate
@@ -19,4 +18,4 @@ else:
         job=("simulate",),
     )
 
-__all__ = ["DEFAULT_SCRIPT", "Outcome", "SimulationSettings", "simulate"]
+__all__ = ["DEFAULT_SCRIPT", "SimulationOutcome", "SimulationSettings", "simulate"]

@@ -1,216 +1,237 @@
-"""A job, from its files to its outcome: mini-batches go out to workers, and rows, failures and deaths come back."""
+"""A simulated job: mini-batches are delivered to workers; their rows, failures and deaths are counted."""
 
 from __future__ import annotations
 
 import logging
 import random
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import TextIO
 
-from batch_infer.simulation.deliveries import Deliveries
-from batch_infer.simulation.files import cut, find_files
-from batch_infer.simulation.kills import Kills
-from batch_infer.simulation.messages import Began, Failed, FromWorker, MiniBatch, Ready, Returned
-from batch_infer.simulation.outcome import Outcome
-from batch_infer.simulation.pool import WorkerPool
-from batch_infer.simulation.predictions import Predictions
-from batch_infer.simulation.process import SIMULATED, TIMED_OUT, Assignment, WorkerProcess, end
-from batch_infer.simulation.settings import SimulationSettings
+from batch_infer.simulation.mini_batches import MiniBatch, find_files, split_files
+from batch_infer.simulation.process import KILLED, TIMED_OUT, Assignment, WorkerGroup, WorkerProcess
+from batch_infer.simulation.schedule import DeliveryQueue, KillSchedule
+from batch_infer.simulation.settings import SimulationOutcome, SimulationSettings
+from batch_infer.simulation.worker import MessageFromWorker, RunReturned, RunStarted, ScriptFailed, ScriptReady
 from batch_infer.store import temporary_folder, write_errors
 
 POLL_SECONDS = 0.2
 SHUTDOWN_SECONDS = 30.0
-"""How long workers may take to end once all is done."""
-TRACE_LINES = 8
+"""How long workers may take to shut down at the end."""
+TRACEBACK_LINES = 8
 
 log = logging.getLogger("batch_infer")
-Told = Callable[[Outcome], None]
+Report = Callable[[SimulationOutcome], None]
 
 
-def simulate(settings: SimulationSettings, told: Told = lambda outcome: None) -> Outcome:
-    """Run a scoring script over files as a batch endpoint does, and report the outcome so far to `told`.
+def simulate(settings: SimulationSettings, report: Report = lambda outcome: None) -> SimulationOutcome:
+    """Run a scoring script over files as a batch endpoint does, and call `report` with the outcome so far.
 
-    Whether the job has failed is in the outcome. Raises SettingsError, TableError, StorageError.
+    The outcome says whether the job has failed. Raises SettingsError, TableError, StorageError.
     """
     settings.check()
     files = find_files(settings.inputs)
     with write_errors(settings.out):
         settings.out.mkdir(parents=True, exist_ok=True)
-    predictions = Predictions(settings.out / "predictions.csv", kept=settings.append_rows)
     with temporary_folder() as folder:
-        crew = WorkerPool(settings, Path(folder))
-        try:
-            with predictions:
-                return Job(settings, files, crew, predictions, told).go()
-        finally:
-            for worker in list(crew.workers.values()):
-                crew.bury(worker)
+        workers = WorkerGroup(settings, Path(folder))
+        with closing(workers), _open_predictions(settings) as predictions:
+            return SimulatedJob(settings, files, workers, predictions, report).run()
 
 
-class Job:
-    """What is under way, and what has come of it."""
+def _predictions_path(settings: SimulationSettings) -> Path:
+    return settings.out / "predictions.csv"
+
+
+@contextmanager
+def _open_predictions(settings: SimulationSettings) -> Iterator[TextIO | None]:
+    """Open an empty predictions.csv, or remove the one of an earlier job and yield None. Raises StorageError."""
+    path = _predictions_path(settings)
+    if not settings.append_rows:
+        with write_errors(path):
+            path.unlink(missing_ok=True)
+        yield None
+        return
+    with write_errors(path):  # characters that UTF-8 cannot encode are escaped
+        file = path.open("w", encoding="utf-8", errors="backslashreplace", newline="")
+    with file:
+        yield file
+
+
+class SimulatedJob:
+    """The state of a job: deliveries, workers and the outcome so far."""
 
     def __init__(
-        self, settings: SimulationSettings, files: list[str], crew: WorkerPool, predictions: Predictions, told: Told
+        self,
+        settings: SimulationSettings,
+        files: list[str],
+        workers: WorkerGroup,
+        predictions: TextIO | None,
+        report: Report,
     ) -> None:
-        draw = random.Random(settings.seed)
-        draw.shuffle(files)
-        mini_batches = cut(files, settings.mini_batch_size)
-        self._settings, self._crew, self._predictions, self._told = settings, crew, predictions, told
-        self._deliveries = Deliveries(mini_batches, settings.max_retries)
-        self._deliveries.duplicate(settings.duplicate, draw)
-        self._kills = Kills(settings.kill, len(mini_batches), draw)
-        self._begun = Outcome(len(mini_batches), len(files), predictions=predictions.path, logs=crew.logs)
-        self._deaths: Counter[str] = Counter()
-        self._fault: str | None = None
+        rng = random.Random(settings.seed)
+        rng.shuffle(files)
+        mini_batches = split_files(files, settings.mini_batch_size)
+        self._settings, self._group, self._predictions, self._report = settings, workers, predictions, report
+        path = _predictions_path(settings) if settings.append_rows else None
+        self._outcome = SimulationOutcome(len(mini_batches), len(files), predictions=path, logs=workers.logs)
+        self._queue = DeliveryQueue(mini_batches, settings.max_retries, self._outcome)
+        self._queue.duplicate(settings.duplicate, rng)
+        self._kills = KillSchedule(settings.kill, len(mini_batches), rng)
         self._start = time.monotonic()
-        self._first: float | None = None
+        self._first_run: float | None = None
 
-    def go(self) -> Outcome:
-        """Until every mini-batch is settled, or the job has failed."""
-        self._told(self._outcome())
-        while not self._deliveries.over and self._fault is None:
-            if self._deliveries.head is not None:
-                self._crew.fill()
-            self._hand_out()
-            wait([worker.link for worker in self._crew.workers.values()], self._pause())
-            for worker in list(self._crew.workers.values()):
-                self._hear(worker)
-                self._end_the_due(worker)
-        if self._fault is None and not self._deliveries.counts["succeeded"]:
-            self._fault = "no succeeded mini batch: not one has returned a row"
-        outcome = self._outcome()
-        if self._fault is None:
-            self._shut_down()
+    def run(self) -> SimulationOutcome:
+        """Run until all mini-batches have succeeded or failed, or the job has failed."""
+        outcome = self._outcome
+        self._report_outcome()
+        while not self._queue.is_finished and outcome.fault is None:
+            if self._queue.head is not None:
+                self._group.start_missing()
+            self._deliver()
+            wait([worker.connection for worker in self._workers()], self._seconds_to_next_event())
+            for worker in self._workers():
+                self._receive(worker)
+                self._kill_overdue(worker)
+        if outcome.fault is None and not outcome.succeeded:
+            outcome.fault = "no succeeded mini batch: none has returned a row"
+        self._update_times()
+        if outcome.fault is None:
+            for worker in self._group.shut_down(SHUTDOWN_SECONDS):
+                log.warning("worker %d did not shut down cleanly: see %s", worker.index, worker.log)
         return outcome
 
-    def _outcome(self) -> Outcome:
+    def _workers(self) -> list[WorkerProcess]:
+        return list(self._group.workers.values())
+
+    def _report_outcome(self) -> None:
+        self._update_times()
+        self._report(self._outcome)
+
+    def _update_times(self) -> None:
         now = time.monotonic()
-        return Outcome(
-            mini_batches=self._begun.mini_batches,
-            files=self._begun.files,
-            predictions=self._begun.predictions,
-            logs=self._begun.logs,
-            **self._deliveries.counts,
-            **self._deaths,
-            kills_missed=self._kills.due,
-            seconds=now - self._start,
-            running_seconds=now - (self._first or now),
-            fault=self._fault,
-        )
+        self._outcome.seconds = now - self._start
+        self._outcome.running_seconds = now - (self._first_run or now)
+        self._outcome.kills_missed = self._kills.remaining
 
-    # What goes out
+    # Deliveries
 
-    def _hand_out(self) -> None:
-        """Something for all who have nothing."""
-        for worker in self._crew.workers.values():
-            head = self._deliveries.head
+    def _deliver(self) -> None:
+        """Give each idle worker a mini-batch."""
+        for worker in self._workers():
+            head = self._queue.head
             if head is None:
                 return
-            if worker.ready and worker.assignment is None and not self._waits(head):
-                self._give(worker, self._deliveries.take())
+            if worker.is_ready and worker.assignment is None and not self._must_wait(head):
+                self._assign(worker, self._queue.take())
 
-    def _waits(self, mini_batch: MiniBatch) -> bool:
-        """Whether this one is held back until it is known how long one takes."""
-        assignments = [worker.assignment for worker in self._crew.workers.values()]
-        learning = any(assignment and assignment.kill_after is None for assignment in assignments)
-        return self._deliveries.is_first(mini_batch) and self._kills.waits(learning=learning)
+    def _must_wait(self, mini_batch: MiniBatch) -> bool:
+        """Return whether to hold a mini-batch back until it is known how long one takes."""
+        assignments = [worker.assignment for worker in self._workers()]
+        is_measuring = any(assignment and assignment.kill_after is None for assignment in assignments)
+        return self._queue.is_new(mini_batch) and self._kills.must_wait(is_measuring=is_measuring)
 
-    def _give(self, worker: WorkerProcess, mini_batch: MiniBatch) -> None:
+    def _assign(self, worker: WorkerProcess, mini_batch: MiniBatch) -> None:
         kill_after = None
-        if not self._deliveries.is_done(mini_batch):
-            kill_after = self._kills.arm(mini_batch, first=self._deliveries.is_first(mini_batch))
-        self._deliveries.note_delivery(mini_batch)
+        if not self._queue.has_succeeded(mini_batch):
+            kill_after = self._kills.assign(mini_batch, is_new=self._queue.is_new(mini_batch))
+        self._queue.record_delivery(mini_batch)
         worker.assignment = Assignment(mini_batch, kill_after)
         worker.send(mini_batch)
 
-    # What comes in
+    # Messages, deadlines and deaths
 
-    def _pause(self) -> float:
-        """For how long nothing has to be done unless a worker says something."""
-        assignments = [worker.assignment for worker in self._crew.workers.values() if worker.assignment]
-        dues = [due[0] for each in assignments if (due := each.due(self._settings.timeout))]
-        return max(0.0, min([POLL_SECONDS, *(due - time.monotonic() for due in dues)]))
+    def _seconds_to_next_event(self) -> float:
+        assignments = [worker.assignment for worker in self._workers() if worker.assignment]
+        deadlines = [each[0] for assignment in assignments if (each := assignment.deadline(self._settings.timeout))]
+        return max(0.0, min([POLL_SECONDS, *(deadline - time.monotonic() for deadline in deadlines)]))
 
-    def _end_the_due(self, worker: WorkerProcess) -> None:
-        due = worker.assignment and worker.assignment.due(self._settings.timeout)
-        if due and time.monotonic() >= due[0]:
-            worker.kill(due[1])
-            self._hear(worker)
+    def _kill_overdue(self, worker: WorkerProcess) -> None:
+        deadline = worker.assignment and worker.assignment.deadline(self._settings.timeout)
+        if deadline and time.monotonic() >= deadline[0]:
+            worker.kill(deadline[1])
+            self._receive(worker)
 
-    def _hear(self, worker: WorkerProcess) -> None:
+    def _receive(self, worker: WorkerProcess) -> None:
         try:
             for message in worker.receive():
-                self._take(worker, message)
+                self._handle(worker, message)
         except EOFError:
-            self._lose(worker)
+            self._handle_death(worker)
 
-    def _take(self, worker: WorkerProcess, message: FromWorker) -> None:
+    def _handle(self, worker: WorkerProcess, message: MessageFromWorker) -> None:
         assignment = worker.assignment
         match message:
-            case Ready():
-                worker.ready = True
-            case Began() if assignment is not None:
-                assignment.began = time.monotonic()
-                self._first = self._first or assignment.began
-            case Returned(rows) if assignment is not None:
-                self._settle(worker, assignment)
-                if assignment.began is not None and not self._deliveries.is_done(assignment.mini_batch):
-                    self._kills.note(assignment.mini_batch, time.monotonic() - assignment.began)
-                self._predictions.append(message)
-                self._deliveries.returned(assignment.mini_batch, rows)
-                self._check()
-            case Failed(trace) if assignment is not None:
-                self._settle(worker, assignment)
-                if self._fail(worker, assignment.mini_batch, trace.strip().splitlines()[-1]):
-                    self._give(worker, assignment.mini_batch)
-            case Failed(trace):
-                last = "\n".join(trace.strip().splitlines()[-TRACE_LINES:])
-                self._fault = f"the script could not begin; the whole is in {worker.place.log}:\n{last}"
+            case ScriptReady():
+                worker.is_ready = True
+            case RunStarted() if assignment is not None:
+                assignment.start = time.monotonic()
+                self._first_run = self._first_run or assignment.start
+            case RunReturned() if assignment is not None:
+                self._finish(worker, assignment)
+                self._handle_rows(assignment, message)
+            case ScriptFailed(text) if assignment is not None:
+                self._finish(worker, assignment)
+                if self._handle_failure(worker, assignment.mini_batch, text.strip().splitlines()[-1]):
+                    self._assign(worker, assignment.mini_batch)
+            case ScriptFailed(text):
+                last = "\n".join(text.strip().splitlines()[-TRACEBACK_LINES:])
+                self._outcome.fault = f"the script did not start; the full traceback is in {worker.log}:\n{last}"
 
-    def _settle(self, worker: WorkerProcess, assignment: Assignment) -> None:
-        """A worker has done what it had, well or not; a kill that was to come is too late."""
+    def _finish(self, worker: WorkerProcess, assignment: Assignment) -> None:
+        """Make a worker idle. A kill that was due later has missed."""
         worker.assignment = None
         if assignment.kill_after is not None:
-            self._kills.missed()
+            self._kills.record_miss()
 
-    def _lose(self, worker: WorkerProcess) -> None:
-        """A worker has died. What it had is tried again by whoever comes."""
+    def _handle_rows(self, assignment: Assignment, message: RunReturned) -> None:
+        mini_batch = assignment.mini_batch
+        if assignment.start is not None and not self._queue.has_succeeded(mini_batch):
+            self._kills.record_duration(mini_batch, time.monotonic() - assignment.start)
+        if self._predictions is not None:
+            with write_errors(_predictions_path(self._settings)):
+                if message.header and not self._predictions.tell():
+                    self._predictions.write(message.header)
+                self._predictions.write(message.text)
+                self._predictions.flush()
+        self._queue.record_success(mini_batch, message.rows)
+        self._check_threshold()
+
+    def _handle_death(self, worker: WorkerProcess) -> None:
+        """Remove a worker that has died. Its mini-batch is retried by any worker."""
         assignment, worker.assignment = worker.assignment, None
-        fate = worker.told_fate()
-        self._crew.bury(worker)
-        if not worker.ready:
-            self._fault = self._fault or f"the script could not begin: {fate}; its log is {worker.place.log}"
+        exit_text = worker.describe_exit()
+        self._group.remove(worker)
+        if not worker.is_ready and self._outcome.fault is None:
+            self._outcome.fault = f"the script did not start: {exit_text}; its log is {worker.log}"
         if assignment is None:
             return
-        mini_batch = assignment.mini_batch
-        if worker.fate == SIMULATED:
-            self._kills.hit(mini_batch)
-        elif assignment.kill_after is not None:
-            self._kills.missed()
-        self._deaths[{SIMULATED: "kills", TIMED_OUT: "timeouts"}.get(worker.fate, "deaths")] += 1
-        if self._fail(worker, mini_batch, fate):
-            self._deliveries.put_back(mini_batch)
+        if worker.kill_reason == KILLED:
+            self._outcome.kills += 1
+            self._kills.record_hit(assignment.mini_batch)
+        else:
+            self._outcome.timeouts += worker.kill_reason == TIMED_OUT
+            self._outcome.deaths += worker.kill_reason != TIMED_OUT
+            if assignment.kill_after is not None:
+                self._kills.record_miss()
+        if self._handle_failure(worker, assignment.mini_batch, exit_text):
+            self._queue.put_back(assignment.mini_batch)
 
-    def _fail(self, worker: WorkerProcess, mini_batch: MiniBatch, reason: str) -> bool:
-        """A run has failed. Whether it is to be tried again."""
-        again = self._deliveries.failed(mini_batch)
-        level = logging.INFO if worker.fate == SIMULATED else logging.WARNING
-        told = (mini_batch.index, self._deliveries.told_try(mini_batch), worker.place.index, reason, worker.place.log)
-        log.log(level, "mini-batch %d, %s, worker %d: %s (%s)", *told)
-        self._check()
-        return again and self._fault is None
+    def _handle_failure(self, worker: WorkerProcess, mini_batch: MiniBatch, reason: str) -> bool:
+        """Count and log a failed run, and return whether to retry it."""
+        must_retry = self._queue.record_failure(mini_batch)
+        level = logging.INFO if worker.kill_reason == KILLED else logging.WARNING
+        details = (mini_batch.index, self._queue.describe_try(mini_batch), worker.index, reason, worker.log)
+        log.log(level, "mini-batch %d, %s, worker %d: %s (%s)", *details)
+        self._check_threshold()
+        return must_retry and self._outcome.fault is None
 
-    def _check(self) -> None:
-        """See whether too many files have failed, and tell how it stands."""
-        failed, allowed = self._deliveries.counts["failed_files"], self._settings.error_threshold
-        if 0 <= allowed < failed:
-            self._fault = self._fault or f"{failed} files have failed, and --error-threshold allows {allowed}"
-        self._told(self._outcome())
-
-    def _shut_down(self) -> None:
-        for worker in end(self._crew.workers.values(), SHUTDOWN_SECONDS):
-            log.warning("worker %d has not ended in order: %s", worker.place.index, worker.place.log)
+    def _check_threshold(self) -> None:
+        """Fail the job if too many files have failed, and report the outcome so far."""
+        failed, allowed = self._outcome.failed_files, self._settings.error_threshold
+        if 0 <= allowed < failed and self._outcome.fault is None:
+            self._outcome.fault = f"{failed} files have failed, and --error-threshold allows {allowed}"
+        self._report_outcome()

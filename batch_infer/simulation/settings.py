@@ -1,30 +1,30 @@
-"""What a simulation is told: a batch deployment's settings, and the faults that are to befall it."""
+"""The settings and the outcome of a simulated job."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from batch_infer.errors import SettingsError
 
-DEFAULT_SCRIPT = Path(__file__).parents[2] / "azureml" / "batch.py"
+DEFAULT_SCRIPT = Path(__file__).parents[1] / "azureml" / "batch.py"
 SETTINGS_NAME = "parallel_run_step.settings.json"
-"""Azure reads a file of this name where it lies beside the scoring script."""
+"""Azure reads a file of this name in the folder of the scoring script."""
 TO_CSV: Mapping[str, Any] = {"sep": " ", "header": False, "index": False}
-"""How Azure writes rows that nobody has said anything about."""
+"""How Azure writes rows by default."""
 
 
 @dataclass(frozen=True, slots=True)
 class SimulationSettings:
-    """The deployment's defaults are Azure's. Times are in seconds.
+    """A batch deployment's settings, with Azure's defaults, and the faults to simulate. Times are in seconds.
 
-    `workers` None: one for each GPU, or one. `gpus` None: those of this machine. `kill` is the share of mini-batches
-    whose worker is killed while it runs them, `duplicate` the share that is delivered a second time; `seed` decides
-    which, and in what order files come. `environment` is what workers find beside this process's own variables.
+    `workers` None: one per GPU, or one. `gpus` None: those of this machine. `kill` is the share of mini-batches whose
+    worker is killed while it runs them, `duplicate` the share that is delivered twice. `seed` selects them and the
+    order of the files. `environment` is added to the environment variables of this process.
     """
 
     inputs: tuple[Path, ...]
@@ -45,32 +45,75 @@ class SimulationSettings:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def check(self) -> None:
-        """See that workers can be started, and that the script and the model are there. Raises SettingsError."""
+        """Raise SettingsError where workers cannot be started, or the script or the model folder does not exist."""
         if os.name != "posix":
-            raise SettingsError("azureml-simulate runs on Linux and macOS alone: Azure's workers are Linux processes")
+            raise SettingsError("azureml-simulate runs only on Linux and macOS: Azure's workers are Linux processes")
         if not self.script.is_file():
             raise SettingsError(f"--script {self.script}: there is no such file; name the scoring script")
         if self.model_dir is not None and not self.model_dir.exists():
             raise SettingsError(f"--model-dir {self.model_dir}: there is no such folder; name the model's")
 
     def to_csv(self) -> dict[str, Any]:
-        """With which arguments DataFrame.to_csv writes rows. Raises SettingsError."""
-        beside = self.script.with_name(SETTINGS_NAME)
-        path = self.settings_file or (beside if beside.is_file() else None)
+        """Return the arguments of DataFrame.to_csv with which rows are written. Raises SettingsError."""
+        neighbour = self.script.with_name(SETTINGS_NAME)
+        path = self.settings_file or (neighbour if neighbour.is_file() else None)
         return {**TO_CSV, **(_read_to_csv(path) if path else {})}
 
 
 def _read_to_csv(path: Path) -> Mapping[str, Any]:
     try:
-        found = json.loads(path.read_text("utf-8"))
+        value = json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise SettingsError(f"{path}: {error.strerror}") from error
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
         raise SettingsError(f"{path} is not JSON: {error}") from error
     for name in ("append_row", "pandas.DataFrame.to_csv"):
-        found = found.get(name, {}) if isinstance(found, dict) else None
-    if not isinstance(found, dict):
+        value = value.get(name, {}) if isinstance(value, dict) else None
+    if not isinstance(value, dict):
         raise SettingsError(
-            f'{path}: say {{"append_row": {{"pandas.DataFrame.to_csv": {{"sep": ",", "index": true}}}}}}'
+            f'{path} must have the form {{"append_row": {{"pandas.DataFrame.to_csv": {{"sep": ",", "index": true}}}}}}'
         )
-    return found
+    return value
+
+
+@dataclass(slots=True)
+class SimulationOutcome:
+    """Counts of a job, at its end or so far.
+
+    A delivery is a mini-batch that a worker starts to run, for the first time, as a retry or as a duplicate.
+    `timeouts` and `kills` are workers that were killed for that reason, `deaths` those that ended by themselves.
+    `kills_missed` are requested kills that hit no run. `rows` includes those of duplicates. `running_seconds` starts
+    with the first delivery. `fault` says why the job has failed.
+    """
+
+    mini_batches: int
+    files: int
+    succeeded: int = 0
+    failed: int = 0
+    failed_files: int = 0
+    deliveries: int = 0
+    retries: int = 0
+    duplicates: int = 0
+    kills: int = 0
+    kills_missed: int = 0
+    timeouts: int = 0
+    deaths: int = 0
+    rows: int = 0
+    seconds: float = 0.0
+    running_seconds: float = 0.0
+    predictions: Path | None = None
+    logs: Path | None = None
+    fault: str | None = None
+
+    @property
+    def settled(self) -> int:
+        """The number of mini-batches that have succeeded or finally failed."""
+        return self.succeeded + self.failed
+
+    @property
+    def rows_per_second(self) -> float | None:
+        return self.rows / self.running_seconds if self.rows and self.running_seconds else None
+
+    def as_dict(self) -> dict[str, Any]:
+        paths = {name: str(path) if (path := getattr(self, name)) else None for name in ("predictions", "logs")}
+        return {**asdict(self), **paths, "rows_per_second": self.rows_per_second}

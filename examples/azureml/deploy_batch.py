@@ -1,4 +1,4 @@
-"""Deploy batch-infer to a batch endpoint by Azure ML's Python SDK, score a folder of tables and fetch the images."""
+"""Deploy batch-infer to a batch endpoint with Azure ML's Python SDK, score a folder of tables and fetch the images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from workspace import ENVIRONMENT, HERE, add_arguments, connect, make_environmen
 
 
 def make_endpoint(arguments: argparse.Namespace) -> BatchEndpoint:
-    """As batch/endpoint.yml has it."""
+    """Return the same as batch/endpoint.yml."""
     return BatchEndpoint(
         name=arguments.endpoint,
         description="Tables of prompts in, images and a table of results out",
@@ -29,7 +29,7 @@ def make_endpoint(arguments: argparse.Namespace) -> BatchEndpoint:
 
 
 def make_deployment(arguments: argparse.Namespace) -> ModelBatchDeployment:
-    """As batch/deployment.yml has it, which says what the numbers mean."""
+    """Return the same as batch/deployment.yml, which explains the values."""
     return ModelBatchDeployment(
         name="packed",
         endpoint_name=arguments.endpoint,
@@ -63,13 +63,13 @@ def deploy(client: MLClient, arguments: argparse.Namespace) -> None:
 
 
 def score(client: MLClient, arguments: argparse.Namespace) -> None:
-    """Run a job on a folder of tables, and fetch what it wrote."""
+    """Run a job on a folder of tables, and fetch its output."""
     tables = Input(type=AssetTypes.URI_FOLDER, path=str(arguments.input))
     job = client.batch_endpoints.invoke(endpoint_name=arguments.endpoint, input=tables)
     client.jobs.stream(job.name)
     (scoring,) = client.jobs.list(parent_job_name=job.name)
     client.jobs.download(name=scoring.name, download_path=arguments.out, output_name="score")
-    print(f"{arguments.out / 'named-outputs' / 'score'}: batch-infer merge makes results.parquet of it")
+    print(f"{arguments.out / 'named-outputs' / 'score'}: run batch-infer merge on it to write results.parquet")
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -77,10 +77,10 @@ def main(words: Sequence[str] | None = None) -> None:
     add_arguments(parser, "prompts-to-images")
     parser.add_argument("--compute", default="azureml:gpu-cluster", help="a compute cluster of the workspace")
     parser.add_argument("--instances", type=int, default=1, help="machines")
-    parser.add_argument("--gpus", type=int, default=1, help="of a machine: so many workers run on it")
-    parser.add_argument("--timeout", type=int, default=3600, help="seconds for a mini-batch, which is one file")
-    parser.add_argument("--input", type=Path, metavar="FOLDER", help="then score the tables in it")
-    parser.add_argument("--out", type=Path, default=Path("scored"), help="where the images go")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs per machine; one worker each")
+    parser.add_argument("--timeout", type=int, default=3600, help="seconds per mini-batch, which is one file")
+    parser.add_argument("--input", type=Path, metavar="FOLDER", help="then score the tables in this folder")
+    parser.add_argument("--out", type=Path, default=Path("scored"), help="output folder")
     arguments = parser.parse_args(words)
     if arguments.dry_run:
         show(make_environment(), make_endpoint(arguments), make_deployment(arguments))

@@ -1,4 +1,4 @@
-"""Deploy batch-infer to an online endpoint by Azure ML's Python SDK, send a request and store its images."""
+"""Deploy batch-infer to an online endpoint with Azure ML's Python SDK, send a request and store its images."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from workspace import ENVIRONMENT, HERE, add_arguments, connect, make_environmen
 
 
 def make_endpoint(arguments: argparse.Namespace) -> ManagedOnlineEndpoint:
-    """As online/endpoint.yml has it."""
+    """Return the same as online/endpoint.yml."""
     return ManagedOnlineEndpoint(
         name=arguments.endpoint, description="A request with prompts in, their images out", auth_mode="key"
     )
 
 
 def make_deployment(arguments: argparse.Namespace) -> ManagedOnlineDeployment:
-    """As online/deployment.yml has it, which says what the numbers mean."""
+    """Return the same as online/deployment.yml, which explains the values."""
     patient = ProbeSettings(initial_delay=120, period=30, timeout=10, success_threshold=1, failure_threshold=30)
     return ManagedOnlineDeployment(
         name="packed",
@@ -61,7 +61,7 @@ def deploy(client: MLClient, arguments: argparse.Namespace) -> None:
 
 
 def ask(client: MLClient, arguments: argparse.Namespace) -> None:
-    """Send a request, and write the images of the answer as files."""
+    """Send a request, and write the images of the response as files."""
     answer = client.online_endpoints.invoke(endpoint_name=arguments.endpoint, request_file=str(arguments.request))
     for number, row in enumerate(json.loads(answer)):
         if row["generated_image"] is None:
@@ -77,7 +77,7 @@ def main(words: Sequence[str] | None = None) -> None:
     add_arguments(parser, "prompt-to-image")
     parser.add_argument("--instance-type", default="Standard_NC24ads_A100_v4", help="a machine with one GPU")
     parser.add_argument("--instances", type=int, default=1, help="machines")
-    parser.add_argument("--request", type=Path, metavar="FILE", help="then send this, and store the images")
+    parser.add_argument("--request", type=Path, metavar="FILE", help="then send this request, and store the images")
     arguments = parser.parse_args(words)
     if arguments.dry_run:
         show(make_environment(), make_endpoint(arguments), make_deployment(arguments))

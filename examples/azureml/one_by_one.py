@@ -1,11 +1,11 @@
-"""A scoring script that calls the pipeline once for each prompt, in float32, as the model catalog's own wrapper does.
+"""A scoring script that calls the pipeline once per prompt in float32, as the model catalog's wrapper does.
 
-To compare with, on the same rows, model and machine:
+To compare on the same rows, model and machine:
 
     batch-infer azureml-simulate examples/prompts.csv -o theirs --timeout 1h --script examples/azureml/one_by_one.py
     batch-infer azureml-simulate examples/prompts.csv -o ours --timeout 1h
 
-Each tells its rows/s at the end. STEPS are the denoising steps here, BATCH_INFER_STEPS there.
+Both print rows/s at the end. The denoising steps are STEPS here and BATCH_INFER_STEPS in batch-infer.
 """
 
 from __future__ import annotations

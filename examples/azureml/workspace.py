@@ -1,4 +1,4 @@
-"""What both deployments by Azure ML's Python SDK share: the workspace, the environment and the model."""
+"""Code shared by both deployment scripts: workspace, environment and model."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ def add_arguments(parser: argparse.ArgumentParser, endpoint: str) -> None:
     parser.add_argument("--endpoint", default=endpoint, help="a name that is still free in the region")
     parser.add_argument("--model", default=f"azureml:{MODEL}@latest", help="a model of the workspace")
     parser.add_argument("--register", type=Path, metavar="DIR", help=f"first register this folder as {MODEL}")
-    parser.add_argument("--content-safety", metavar="ENDPOINT", help="ask Azure AI Content Safety too, by identity")
-    parser.add_argument("--subscription", help="these three, or a config.json in this folder or above it")
+    parser.add_argument(
+        "--content-safety", metavar="ENDPOINT", help="also use Azure AI Content Safety, with an identity"
+    )
+    parser.add_argument("--subscription", help="these three, or a config.json in this folder or a parent")
     parser.add_argument("--resource-group")
     parser.add_argument("--workspace")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be created; asks nobody")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be created, and connect to nothing")
 
 
 def make_environment() -> Environment:
-    """As environment.yml has it."""
+    """Return the same as environment.yml."""
     health, score = {"path": "/", "port": 5001}, {"path": "/score", "port": 5001}
     return Environment(
         name=ENVIRONMENT,
@@ -48,11 +50,11 @@ def safety_variables(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 def show(*entities: Any) -> None:
-    """Print entities as the YAML that the CLI would take."""
+    """Print entities as YAML for the CLI."""
     for entity in entities:
         print("---")
-        if found := entity.dump(sys.stdout):  # endpoints give a dictionary instead of writing one
-            yaml.safe_dump(json.loads(json.dumps(found)), sys.stdout)
+        if values := entity.dump(sys.stdout):  # endpoints return a dictionary instead of writing YAML
+            yaml.safe_dump(json.loads(json.dumps(values)), sys.stdout)
 
 
 def connect(arguments: argparse.Namespace) -> MLClient:
@@ -63,7 +65,7 @@ def connect(arguments: argparse.Namespace) -> MLClient:
 
 
 def prepare(client: MLClient, arguments: argparse.Namespace) -> None:
-    """Create the environment, and register the model where a folder is given."""
+    """Create the environment, and register the model if --register names a folder."""
     if not list(CONTEXT.glob("batch_infer-*.whl")):
         sys.exit(f"{CONTEXT} has no wheel: pip wheel --no-deps --wheel-dir {CONTEXT} {HERE.parent.parent}")
     client.environments.create_or_update(make_environment())

@@ -1,4 +1,4 @@
-"""What an Azure ML batch endpoint runs: batch-infer's door, which reads its settings from the environment."""
+"""The scoring script of a batch endpoint. Its settings are environment variables."""
 
 from batch_infer.azureml.batch import init, run, shutdown
 

@@ -1,4 +1,4 @@
-"""What an Azure ML online endpoint runs: batch-infer's door, which reads its settings from the environment."""
+"""The scoring script of an online endpoint. Its settings are environment variables."""
 
 from batch_infer.azureml.online import init, run
 

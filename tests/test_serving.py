@@ -1,4 +1,4 @@
-"""What is behind the real-time door: payloads, callers who share a model, and the objects that answer them."""
+"""The service behind real-time endpoints: clients, the objects of responses, and Azure ML's scoring script."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from PIL import Image
 
 from batch_infer.azureml import online
 from batch_infer.azureml.deployment import AzureDeployment, find_deployment
-from batch_infer.azureml.payload import MAX_IMAGES, TooManyImages, read_payload
+from batch_infer.azureml.payload import MAX_IMAGES, TooManyImages
 from batch_infer.chain import BatchSizes, NoRequest, PipelineCallChain, Rendered, RequestSource, Unrendered
 from batch_infer.errors import Interrupted, ServiceError, SettingsError, TableError
 from batch_infer.records import PromptRequest, Verdict
@@ -111,95 +111,7 @@ def payload(**input_data: Any) -> str:
     return json.dumps({"input_data": input_data})
 
 
-# Payloads
-
-
-@pytest.mark.parametrize(
-    ("sent", "rows"),
-    [
-        ({"columns": ["prompt"], "data": ["p", "q"], "index": [0, 1]}, [{"prompt": "p"}, {"prompt": "q"}]),
-        ({"columns": ["prompt"], "data": [["p"], ["q"]]}, [{"prompt": "p"}, {"prompt": "q"}]),
-        ({"data": [{"prompt": "p"}, {"prompt": "q"}]}, [{"prompt": "p"}, {"prompt": "q"}]),
-        ({"data": ["p", ["q"], {"prompt": "r"}]}, [{"prompt": "p"}, {"prompt": "q"}, {"prompt": "r"}]),
-        (
-            {"columns": ["prompt", "seed"], "data": [["p", 3], ["q", None]]},
-            [{"prompt": "p", "seed": 3}, {"prompt": "q", "seed": None}],
-        ),
-        (
-            {"data": ["p", {"prompt": "q", "seed": 4}, {"prompt": "r", "seed": None}], "parameters": {"seed": 9}},
-            [{"prompt": "p", "seed": 9}, {"prompt": "q", "seed": 4}, {"prompt": "r", "seed": 9}],
-        ),
-        ({"data": ["p"], "index": "no index", "parameters": None, "columns": None}, [{"prompt": "p"}]),
-    ],
-)
-def test_a_payload_says_its_rows_in_several_ways(sent: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    assert read_payload(payload(**sent)).rows == rows
-
-
-@pytest.mark.parametrize("key", ["parameters", "params"])
-@pytest.mark.parametrize("beside", [True, False])
-def test_parameters_of_a_request_come_in_all_documented_forms(key: str, beside: bool) -> None:
-    values = {key: {"num_inference_steps": 7, "seed": 3}}
-    data = {"data": ["p", {"prompt": "q", "seed": 4}]}
-    sent = {"input_data": data, **values} if beside else {"input_data": {**data, **values}}
-    rows, parameters = read_payload(json.dumps(sent))
-    assert parameters == values[key]
-    assert rows == [
-        {"prompt": "p", "num_inference_steps": 7, "seed": 3},
-        {"prompt": "q", "num_inference_steps": 7, "seed": 4},
-    ]
-
-
-def test_parameters_go_by_the_field_or_by_its_column() -> None:
-    for name in ("num_inference_steps", "steps"):
-        text = json.dumps({"input_data": {"data": ["p"]}, "params": {name: 7}})
-        assert read_payload(text, {"num_inference_steps": "steps"}).rows == [{"prompt": "p", "steps": 7}]
-
-
-@pytest.mark.parametrize(
-    ("text", "sentence"),
-    [
-        (b"\xff", "the request is not JSON"),
-        ('{"input_data": ', "the request is not JSON (Expecting value"),
-        ('{"input_data": {"data": [' + "9" * 5000 + "]}}", "a number in the request has too many digits"),
-        (" ", "the request is empty"),
-        ("[" * 200 + "]" * 200, "the request is not a JSON object but a list"),
-        ("[" * 100_000, "the request is nested too deeply"),
-        (payload(data=["p"], index=json.loads("[" * 200 + "]" * 200)), "the request is nested too deeply"),
-        ('"p"', "the request is not a JSON object but a string"),
-        ("{}", "there is no input_data in the request"),
-        ('{"input_data": ["p"]}', "input_data is not an object but a list"),
-        (payload(columns=["prompt"]), "there is no data in input_data"),
-        (payload(data="p"), "data is not a list but a string"),
-        (payload(data=[]), "data in input_data is empty"),
-        (payload(data=["p", 3]), "element 1 of data is neither an object nor a prompt but a number"),
-        (payload(data=[None]), "element 0 of data is neither an object nor a prompt but null"),
-        (payload(data=[["p", "q"]]), "element 0 of data has 2 cells where columns names 1"),
-        (payload(columns="prompt", data=["p"]), "columns in input_data is not a list of names"),
-        (payload(columns=["prompt", 2], data=["p"]), "columns in input_data is not a list of names"),
-        (payload(columns=["prompt", "prompt"], data=["p"]), "columns in input_data: two are named 'prompt'"),
-        (payload(parameters=[1], data=["p"]), "parameters in input_data is not an object but a list"),
-        (payload(data=["p"], params={"steps": 7}), "unknown parameter 'steps' in params in input_data; there are "),
-        (payload(data=["p"], parameters={"guidance": 7}), "unknown parameter 'guidance' in parameters in input_data; "),
-        (payload(data=["p"], parameters={"prompt": "q"}), "unknown parameter 'prompt'"),
-        (payload(data=["p"], parameters={"seed": 1}, params={"seed": 1}), "the request has the parameter 'seed' twice"),
-        (payload(data=["p"], parameter={"seed": 1}), "unknown key 'parameter' in input_data; did you mean 'para"),
-        ('{"input_data": {"data": ["p"]}, "param": {}}', "unknown key 'param' in the request; did you mean 'params'?"),
-        (payload(columns=["prompt", "seed"], data=[["p"]]), "element 0 of data has 1 cell where columns names 2; send"),
-        (payload(columns=["text"], data=["p"]), "there is no column 'prompt' in input_data, which has 'text'"),
-        (payload(data=[{"text": "p"}, {}]), "there is no column 'prompt' in input_data, which has 'text'"),
-    ],
-)  # fmt: skip
-def test_what_is_no_payload_is_told_in_a_sentence(text: str | bytes, sentence: str) -> None:
-    with pytest.raises(TableError) as caught:
-        read_payload(text)
-    assert str(caught.value).startswith(sentence)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_byte_order_mark_is_no_part_of_a_payload() -> None:
-    text = "\ufeff" + payload(data=["p"])
-    assert read_payload(text) == read_payload(text.encode()) == ([{"prompt": "p"}], {})
+# Request-level parameters
 
 
 @pytest.mark.parametrize(
@@ -211,7 +123,7 @@ def test_a_byte_order_mark_is_no_part_of_a_payload() -> None:
         ({"negative_prompt": "x" * 10_001}, "the negative_prompt has 10001 characters"),
     ],
 )
-def test_a_parameter_that_no_row_may_have_is_refused(
+def test_an_invalid_parameter_is_refused(
     deployment: AzureDeployment, parameters: dict[str, Any], sentence: str
 ) -> None:
     """Also where every row has a value of its own."""
@@ -220,10 +132,10 @@ def test_a_parameter_that_no_row_may_have_is_refused(
     check_parameters({"num_inference_steps": 4, "seed": None}, deployment)
 
 
-# Callers who share a chain
+# Clients that share a chain
 
 
-def test_callers_take_turns_and_none_waits_for_all_rows_of_another() -> None:
+def test_clients_take_turns() -> None:
     queue = RequestQueue(lambda request: 0)
     queue.submit([make_request(prompt=f"many {i}") for i in range(3)])
     queue.submit([make_request(prompt="one")])
@@ -238,7 +150,7 @@ def test_callers_take_turns_and_none_waits_for_all_rows_of_another() -> None:
     assert next(polled).prompt == "later"
 
 
-def test_a_chain_takes_in_no_more_than_it_soon_renders() -> None:
+def test_the_queue_limits_how_far_a_chain_reads_ahead() -> None:
     """A row with guidance counts twice."""
     queue = RequestQueue(lambda request: 0, limit=4)
     queue.submit([make_request(prompt=f"many {i}") for i in range(5)])
@@ -250,7 +162,7 @@ def test_a_chain_takes_in_no_more_than_it_soon_renders() -> None:
     assert [request.prompt for request in Polled(queue)] == ["many 1"]
 
 
-def test_rows_of_one_size_go_together_until_others_have_waited_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_one_size_stay_together_until_others_have_waited_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     def sizes(queue: RequestQueue) -> list[int]:
         small, large = ([make_request(size=(side, side)) for _ in range(3)] for side in (64, 128))
         for requests in (small, large, [*small, *large], large):
@@ -265,24 +177,24 @@ def test_rows_of_one_size_go_together_until_others_have_waited_long(monkeypatch:
     assert sorted(in_turn) == together
 
 
-def test_each_caller_gets_his_own_outcomes_in_his_order(dummy: Service) -> None:
-    """Whose ids are those of others, too."""
+def test_each_client_gets_its_own_outcomes_in_order(dummy: Service) -> None:
+    """All clients use the same ids."""
 
-    def ask(caller: int) -> list[tuple[str, str, int]]:
-        requests = [make_request("row", f"{caller} {i}", seed=caller + i) for i in range(5)]
+    def ask(client: int) -> list[tuple[str, str, int]]:
+        requests = [make_request("row", f"{client} {i}", seed=client + i) for i in range(5)]
         outcomes = all_of(dummy, requests)
         assert [outcome.request for outcome in outcomes] == requests
         return [(o.request.prompt, type(o).__name__, int(o.pixels[0, 0, 0])) for o in outcomes]  # type: ignore
 
-    with ThreadPoolExecutor(12) as callers:
-        found = list(callers.map(ask, range(60)))
-    assert found == [[(f"{caller} {i}", "Rendered", caller + i) for i in range(5)] for caller in range(60)]
+    with ThreadPoolExecutor(12) as clients:
+        found = list(clients.map(ask, range(60)))
+    assert found == [[(f"{client} {i}", "Rendered", client + i) for i in range(5)] for client in range(60)]
     assert all_of(dummy, []) == []
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), ServiceError("nobody is there"), SettingsError("no key")])
 @pytest.mark.parametrize("taken", [0, 2])
-def test_callers_get_the_error_of_a_chain_and_the_next_ones_are_served(
+def test_an_error_of_the_chain_is_raised_and_later_clients_are_served(
     deployment: AzureDeployment, error: Exception, taken: int
 ) -> None:
     errors = [error]
@@ -300,7 +212,7 @@ def test_callers_get_the_error_of_a_chain_and_the_next_ones_are_served(
         assert len(all_of(found, [make_request() for _ in range(3)])) == 3
 
 
-def test_a_caller_whose_rows_a_chain_forgets_is_told(deployment: AzureDeployment) -> None:
+def test_a_row_without_an_outcome_is_an_error(deployment: AzureDeployment) -> None:
     def render(source: Iterator[PromptRequest]) -> Iterator[Rendered | Unrendered]:
         yield rendered(next(source))
         next(source)
@@ -312,8 +224,8 @@ def test_a_caller_whose_rows_a_chain_forgets_is_told(deployment: AzureDeployment
         all_of(found, [make_request() for _ in range(3)])
 
 
-def test_who_asks_while_rows_are_rendered_is_served_with_them(deployment: AzureDeployment) -> None:
-    """The chain looks again at what gave nothing a moment ago."""
+def test_a_request_joins_rows_that_are_being_rendered(deployment: AzureDeployment) -> None:
+    """The chain reads the queue again after it was empty."""
     under_way, posted = threading.Event(), threading.Event()
     calls = []
 
@@ -328,16 +240,16 @@ def test_who_asks_while_rows_are_rendered_is_served_with_them(deployment: AzureD
         yield rendered(second)
         yield rendered(first)
 
-    with closing(scripted(deployment, render)) as found, ThreadPoolExecutor(2) as callers:
-        long = callers.submit(all_of, found, [make_request(prompt="long")])
+    with closing(scripted(deployment, render)) as found, ThreadPoolExecutor(2) as clients:
+        long = clients.submit(all_of, found, [make_request(prompt="long")])
         assert under_way.wait(300)
-        short = callers.submit(all_of, found, [make_request(prompt="short")])
+        short = clients.submit(all_of, found, [make_request(prompt="short")])
         posted.set()
         assert [outcome.request.prompt for outcome in short.result() + long.result()] == ["short", "long"]
     assert len(calls) == 1
 
 
-def test_rows_of_a_caller_who_has_gone_are_not_rendered(deployment: AzureDeployment) -> None:
+def test_rows_of_a_closed_request_are_not_rendered(deployment: AzureDeployment) -> None:
     gone, rows = threading.Event(), []
 
     def render(source: Iterator[PromptRequest]) -> Iterator[Rendered | Unrendered]:
@@ -354,10 +266,8 @@ def test_rows_of_a_caller_who_has_gone_are_not_rendered(deployment: AzureDeploym
     assert rows == ["0", "another"]
 
 
-@pytest.mark.parametrize("ends", ["his time", "himself"])
-def test_a_caller_who_waits_no_longer_is_let_go_while_the_chain_is_at_work(
-    deployment: AzureDeployment, ends: str
-) -> None:
+@pytest.mark.parametrize("ends", ["timeout", "disconnection"])
+def test_a_request_is_cancelled_on_timeout_and_on_disconnection(deployment: AzureDeployment, ends: str) -> None:
     under_way, gone, rows = threading.Event(), threading.Event(), []
 
     def render(source: Iterator[PromptRequest]) -> Iterator[Rendered | Unrendered]:
@@ -367,19 +277,19 @@ def test_a_caller_who_waits_no_longer_is_let_go_while_the_chain_is_at_work(
             assert gone.wait(300)
             yield rendered(request)
 
-    caller = Client(0.1) if ends == "his time" else Client(is_disconnected=under_way.is_set)
-    told = "not ready in 0.1 seconds: request fewer images" if ends == "his time" else "the client has disconnected"
+    client = Client(0.1) if ends == "timeout" else Client(is_disconnected=under_way.is_set)
+    told = "not ready in 0.1 seconds: request fewer images" if ends == "timeout" else "the client has disconnected"
     with closing(scripted(deployment, render)) as found:
         with pytest.raises(RequestCancelled, match=told):
-            list(found.render([make_request(prompt=f"{i}") for i in range(9)], caller))
+            list(found.render([make_request(prompt=f"{i}") for i in range(9)], client))
         gone.set()
         all_of(found, [make_request(prompt="another")])
         with pytest.raises(RequestCancelled):
-            list(found.render([make_request(prompt="too late")], caller))
+            list(found.render([make_request(prompt="too late")], client))
     assert rows == ["0", "another"]
 
 
-def test_a_service_that_is_closed_leaves_nobody_waiting(deployment: AzureDeployment) -> None:
+def test_closing_the_service_cancels_all_requests(deployment: AzureDeployment) -> None:
     under_way = threading.Event()
 
     def load(card: Any, compute: Any, safety: Any, stop: Callable[[], bool]) -> Any:
@@ -393,8 +303,8 @@ def test_a_service_that_is_closed_leaves_nobody_waiting(deployment: AzureDeploym
         return chain_of(render)
 
     found = Service(deployment, load)
-    with ThreadPoolExecutor(1) as callers:
-        waiting = callers.submit(all_of, found, [make_request() for _ in range(3)])
+    with ThreadPoolExecutor(1) as clients:
+        waiting = clients.submit(all_of, found, [make_request() for _ in range(3)])
         assert under_way.wait(300)
         found.close()
         with pytest.raises(Interrupted):
@@ -403,7 +313,7 @@ def test_a_service_that_is_closed_leaves_nobody_waiting(deployment: AzureDeploym
         all_of(found, [make_request()])
 
 
-def test_rows_that_a_pipeline_can_make_together_go_together(deployment: AzureDeployment) -> None:
+def test_rows_with_equal_settings_share_a_pipeline_call(deployment: AzureDeployment) -> None:
     painter: Any = PaintingPipeline()
     chain = PipelineCallChain(painter, BatchSizes(8, 1), None)
     with closing(Service(deployment, lambda *_: chain)) as found:
@@ -413,7 +323,7 @@ def test_rows_that_a_pipeline_can_make_together_go_together(deployment: AzureDep
     assert painter.calls == [(3, 4), (3, 4)]
 
 
-def test_batches_and_patience_are_those_of_callers_who_wait(deployment: AzureDeployment) -> None:
+def test_batch_sizes_and_timeouts_are_those_of_a_real_time_service(deployment: AzureDeployment) -> None:
     seen: list[Any] = []
 
     def load(card: Any, compute: Any, safety: Any, stop: Any) -> Any:
@@ -434,18 +344,18 @@ def test_batches_and_patience_are_those_of_callers_who_wait(deployment: AzureDep
 # Objects
 
 
-def test_an_image_does_not_depend_on_who_else_asks(real: Service) -> None:
+def test_an_image_does_not_depend_on_other_clients(real: Service) -> None:
     rows = [{"prompt": f"a {colour} circle", "num_inference_steps": 4 + i} for i, colour in enumerate(["red", "blue"])]
     alone = [score_rows([row], real) for row in rows]
     before = real.stages.ticks
-    with ThreadPoolExecutor(10) as callers:
-        found = list(callers.map(lambda i: score_rows([rows[i % 2]], real), range(20)))
+    with ThreadPoolExecutor(10) as clients:
+        found = list(clients.map(lambda i: score_rows([rows[i % 2]], real), range(20)))
     assert found == alone * 10
     assert real.stages.ticks - before < 20 * 4.5 / 2, "their rows share the UNet's calls"
 
 
-def test_an_image_is_the_one_that_a_table_gives(real: Service, tmp_path: Path) -> None:
-    """But for the size of the batches, which moves it by one step of 255 at most."""
+def test_an_image_equals_the_one_of_a_table(real: Service, tmp_path: Path) -> None:
+    """The batch size changes it by at most 1 of 255."""
     rows: list[dict[str, Any]] = [
         {"id": "mine", "prompt": "a red circle"},
         {"prompt": "a blue square", "seed": 12, "negative_prompt": "red"},
@@ -459,7 +369,7 @@ def test_an_image_is_the_one_that_a_table_gives(real: Service, tmp_path: Path) -
             assert furthest(np.asarray(image), opened(answer)) <= 1
 
 
-def test_a_row_without_a_seed_has_one_by_its_id_or_its_place(dummy: Service) -> None:
+def test_a_seed_is_derived_from_the_id_or_the_row_number(dummy: Service) -> None:
     p = {"prompt": "p"}
     first, second, named, same, again = (
         opened(answer).tobytes()
@@ -469,7 +379,7 @@ def test_a_row_without_a_seed_has_one_by_its_id_or_its_place(dummy: Service) -> 
     assert len({first, second, named}) == 3
 
 
-def test_images_of_a_row_stand_in_order_and_rows_that_cannot_be_had_among_them(dummy: Service) -> None:
+def test_images_are_in_order_with_invalid_rows_among_them(dummy: Service) -> None:
     rows: list[dict[str, Any]] = [
         {"prompt": "p", "seed": 3, "num_images_per_prompt": 2},
         {"prompt": None},
@@ -499,9 +409,7 @@ def test_images_of_a_row_stand_in_order_and_rows_that_cannot_be_had_among_them(d
 @pytest.mark.parametrize(
     ("policy", "left"), [("blank", 0.0), ("keep", 150.0), ("blur", 150.0), ("quarantine", None), ("drop", None)]
 )
-def test_a_flagged_image_is_given_as_the_policy_says(
-    deployment: AzureDeployment, policy: OnFlagged, left: float | None
-) -> None:
+def test_a_flagged_image_follows_the_policy(deployment: AzureDeployment, policy: OnFlagged, left: float | None) -> None:
     settings = deployment.settings
     flagging = replace(settings, safety=replace(settings.safety, on_flagged=policy))
     verdict = Verdict(True, "checker", {"nudity": 0.5}, "it shows too much")
@@ -517,7 +425,7 @@ def test_a_flagged_image_is_given_as_the_policy_says(
         assert "error" not in answer
 
 
-def test_a_refused_prompt_is_an_object_without_an_image(deployment: AzureDeployment) -> None:
+def test_a_blocked_prompt_has_no_image(deployment: AzureDeployment) -> None:
     def render(source: Iterator[PromptRequest]) -> Iterator[Rendered | Unrendered]:
         for request in source:
             yield Unrendered(request, "blocked", "the service refused it", Verdict(True, "azure"))
@@ -533,7 +441,7 @@ def test_a_refused_prompt_is_an_object_without_an_image(deployment: AzureDeploym
         ]
 
 
-def test_images_are_of_the_format_that_is_set_and_say_how_they_were_made(deployment: AzureDeployment) -> None:
+def test_images_have_the_requested_format_and_contain_their_parameters(deployment: AzureDeployment) -> None:
     settings = deployment.settings
     for image_format in ("png", "webp"):
         output: Any = replace(settings.output, image_format=image_format)
@@ -546,16 +454,16 @@ def test_images_are_of_the_format_that_is_set_and_say_how_they_were_made(deploym
                 assert image.info["parameters"].startswith("a red circle\nSteps: 2, ")
 
 
-# The scoring script, where there is no server
+# The scoring script of the real-time endpoint without its server
 
 
 @pytest.fixture
-def door(dummy: Service, monkeypatch: pytest.MonkeyPatch) -> Service:
+def online_service(dummy: Service, monkeypatch: pytest.MonkeyPatch) -> Service:
     monkeypatch.setattr(online, "_load_service", lambda: dummy)
     return dummy
 
 
-def test_the_script_answers_objects(door: Service) -> None:
+def test_the_script_returns_objects(online_service: Service) -> None:
     online.init()
     [answer] = online.run(payload(columns=["prompt"], data=["p"], index=[0]))
     assert list(answer) == ["prompt", "generated_image", "nsfw_content_detected"]
@@ -579,13 +487,13 @@ def test_the_script_answers_objects(door: Service) -> None:
         ),
     ],
 )
-def test_a_request_for_too_many_images_is_refused_whole(door: Service, sent: dict[str, Any], sentence: str) -> None:
+def test_a_request_for_too_many_images_is_refused(online_service: Service, sent: dict[str, Any], sentence: str) -> None:
     with pytest.raises(TooManyImages) as caught:
         online.run(payload(**sent))
     assert str(caught.value).startswith(sentence)
 
 
-def test_a_request_may_take_so_long_and_no_longer(door: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_times_out(online_service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BATCH_INFER_REQUEST_TIMEOUT", "1e-9")
     with pytest.raises(RequestCancelled, match="not ready in 1e-09 seconds"):
         online.run(payload(data=["p"]))
@@ -595,23 +503,23 @@ def test_a_request_may_take_so_long_and_no_longer(door: Service, monkeypatch: py
             online.init()
 
 
-def test_the_prompts_column_may_have_another_name(door: Service) -> None:
-    settings = door.deployment.settings
+def test_the_prompts_column_may_have_another_name(online_service: Service) -> None:
+    settings = online_service.deployment.settings
     table = replace(settings.table, columns={"prompt": "caption", "seed": ""})
-    door.deployment = replace(door.deployment, settings=replace(settings, table=table))
+    online_service.deployment = replace(online_service.deployment, settings=replace(settings, table=table))
     [first] = online.run(payload(data=["p"]))
     [second] = online.run(payload(data=[{"caption": "p", "prompt": 3, "seed": "no seed"}]))
     assert first == second
 
 
-def test_a_server_that_forks_after_loading_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preloading_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORKER_PRELOAD", "True")
     with pytest.raises(SettingsError, match="WORKER_PRELOAD=true: "):
         online.init()
 
 
 @pytest.mark.parametrize(("fewest", "told"), [(4, ""), (20, "the model rendered no first image: it wants 20 steps")])
-def test_the_first_image_is_rendered_before_anybody_asks(
+def test_init_renders_a_first_image(
     deployment: AzureDeployment,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,

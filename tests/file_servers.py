@@ -1,4 +1,4 @@
-"""Real servers of HTTP and FTP on loopback, which refuse requests and break off answers on request."""
+"""HTTP and FTP servers on the loopback interface, which refuse requests and cut responses short on request."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 
-class Quiet(SimpleHTTPRequestHandler):
-    """Serves the files of a folder; what lies in a folder named as a status is refused with it."""
+class FolderHandler(SimpleHTTPRequestHandler):
+    """Serves the files of a folder without a log. A path that starts with an error status is refused with it."""
 
     def do_GET(self) -> None:
-        if found := re.match("/([45][0-9][0-9])/", self.path):
-            self.send_error(int(found[1]))
+        if match := re.match("/([45][0-9][0-9])/", self.path):
+            self.send_error(int(match[1]))
         elif self.path.startswith("/short/"):
             self.send_response(200)
             self.send_header("Content-Length", "1000")
@@ -29,9 +29,9 @@ class Quiet(SimpleHTTPRequestHandler):
             super().do_GET()
 
     def send_head(self) -> Any:
-        """Serve `/in/t.csv` for `/t.csv?in=in`, as a server whose files are told apart by the query."""
-        if found := re.search(r"[?&]in=(\w+)", self.path):
-            self.path = f"/{found[1]}{self.path}"
+        """Serve `/in/t.csv` for `/t.csv?in=in`, as a server that selects files by the query."""
+        if match := re.search(r"[?&]in=(\w+)", self.path):
+            self.path = f"/{match[1]}{self.path}"
         return super().send_head()
 
     def log_message(self, *rest: Any) -> None:
@@ -39,9 +39,9 @@ class Quiet(SimpleHTTPRequestHandler):
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[str]:
-    """Serve a folder's files; gives the server's address."""
-    handler: Any = functools.partial(Quiet, directory=str(folder))
+def serve_folder(folder: Path) -> Iterator[str]:
+    """Serve a folder's files and yield the server's URL."""
+    handler: Any = functools.partial(FolderHandler, directory=str(folder))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as served:
         thread = threading.Thread(target=served.serve_forever, daemon=True)
         thread.start()
@@ -53,8 +53,8 @@ def serving(folder: Path) -> Iterator[str]:
 
 
 @contextmanager
-def answering_ftp(answers: Mapping[str, str]) -> Iterator[str]:
-    """Answer FTP commands, and the connection itself under '', with these lines, and hang up at any other command."""
+def answer_ftp(answers: Mapping[str, str]) -> Iterator[str]:
+    """Answer FTP commands ('' is the connection itself) with these lines, and disconnect at any other command."""
 
     def serve() -> None:
         with suppress(OSError):
