@@ -1,7 +1,7 @@
-"""A server on loopback that speaks Azure AI Content Safety's API, as strictly, and fails where it is told to.
+"""A local server with the API of Azure AI Content Safety, which is as strict and fails on request.
 
-Also a process of its own: `python -m tests.content_safety_server PORT [WORD=CATEGORY:SEVERITY]...`, which answers a GET
-with what it was asked: `{"texts": [...], "images": 2, "statuses": [...]}`.
+It can run as a process: `python -m tests.content_safety_server PORT [WORD=CATEGORY:SEVERITY]...`. A GET returns what it
+has received: `{"texts": [...], "images": 2, "statuses": [...]}`.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ Severities = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Fault:
-    """What becomes of one request in place of the answer, or of the answer itself."""
+    """How to respond to one request instead, or how to change the response."""
 
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=dict)
     body: bytes | None = None
-    """Sent as it stands; None is an error object with the status, or with status 200 the answer."""
+    """Sent unchanged. None sends an error object with the status, or the regular response for status 200."""
     alter: Callable[[dict[str, Any]], Any] = lambda answer: answer
     hang: float = 0.0
     """Seconds of silence before anything is sent."""
     reset: bool = False
-    """The connection is broken off without a word."""
+    """Reset the connection without a response."""
 
 
 def status(code: int, retry_after: str | None = None) -> Fault:
@@ -60,14 +60,14 @@ def malformed(body: bytes) -> Fault:
 
 
 def without(category: str) -> Fault:
-    """An answer in which a category is missing."""
+    """Respond without a category."""
     return Fault(alter=lambda answer: {**answer, "categoriesAnalysis": [
         entry for entry in answer["categoriesAnalysis"] if entry["category"] != category
     ]})  # fmt: skip
 
 
 def with_severity(category: str, severity: Any) -> Fault:
-    """An answer in which a category has this for a severity."""
+    """Respond with this severity of a category."""
     return Fault(alter=lambda answer: {**answer, "categoriesAnalysis": [
         {**entry, "severity": severity} if entry["category"] == category else entry
         for entry in answer["categoriesAnalysis"]
@@ -79,11 +79,8 @@ HANG = Fault(hang=60.0)
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A request: when it came (time.monotonic), over which connection, and what it was about.
-
-    `content` is the text, or the bytes of the image's file, or None where it was not to be found.
-    """
+class ReceivedRequest:
+    """A request with its time (time.monotonic) and connection."""
 
     kind: Literal["text", "image"]
     at: float
@@ -93,6 +90,7 @@ class Asked:
 
     @property
     def content(self) -> Any:
+        """The text, or the bytes of the image file, or None if it is missing."""
         if not isinstance(self.body, dict):
             return None
         if self.kind == "text":
@@ -103,21 +101,21 @@ class Asked:
             return None
 
 
-Faults = Iterable[Fault | None] | Callable[[Asked], Fault | None]
+Faults = Iterable[Fault | None] | Callable[[ReceivedRequest], Fault | None]
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What is found in texts and images, and which requests fail.
+    """Responses to texts and images, and the requests that fail.
 
-    `words` gives the category and severity of each word of a text; `judge` those of an image, as PIL sees it, where
-    they are not 0; `blocklists` the words of each blocklist that there is; `faults` is used up in the order of
-    requests (None: no fault), or decides on each request. Requests come with `key`, or with a bearer `token`. None is
-    answered before `together` of them are there.
+    `words` has the category and severity of words in a text, `classify` returns the severities of an image that are not
+    0, and `blocklists` has the words of each blocklist. `faults` are for the next requests in order (None: no fault),
+    or are chosen by a function. Requests have `key`, or a bearer `token`. The server waits for `together` requests
+    before it responds.
     """
 
     words: Mapping[str, tuple[str, int]] = field(default_factory=dict)
-    judge: Callable[[Image.Image], Severities] = lambda image: {}
+    classify: Callable[[Image.Image], Severities] = lambda image: {}
     blocklists: Mapping[str, Sequence[str]] = field(default_factory=dict)
     faults: Faults = ()
     key: str | None = KEY
@@ -126,8 +124,8 @@ class Rules:
     together: int = 1
 
 
-class Refused(Exception):
-    """A request that the service answers with an error: its status, code and message."""
+class ErrorResponse(Exception):
+    """An error response: status, code and message."""
 
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(status, code, message)
@@ -135,7 +133,7 @@ class Refused(Exception):
 
 
 class Service(ThreadingHTTPServer):
-    """The server, and all that it was asked."""
+    """The server and all requests that it has received."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -143,7 +141,7 @@ class Service(ThreadingHTTPServer):
     def __init__(self, rules: Rules, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), Exchange)
         self.rules = rules
-        self.requests: list[Asked] = []
+        self.requests: list[ReceivedRequest] = []
         self.statuses: list[int] = []
         self.closing = threading.Event()
         self.together = threading.Barrier(rules.together)
@@ -153,33 +151,33 @@ class Service(ThreadingHTTPServer):
 
     @property
     def texts(self) -> list[str]:
-        """The text of every request about one, in their order."""
-        return [asked.content for asked in self.requests if asked.kind == "text"]
+        """The texts of all requests, in order."""
+        return [request.content for request in self.requests if request.kind == "text"]
 
     @property
     def images(self) -> list[Image.Image]:
-        """The image of every request about one, in their order."""
-        files = [asked.content for asked in self.requests if asked.kind == "image"]
+        """The images of all requests, in order."""
+        files = [request.content for request in self.requests if request.kind == "image"]
         return [Image.open(io.BytesIO(file)) for file in files]
 
     @property
     def connections(self) -> int:
-        return len({asked.client for asked in self.requests})
+        return len({request.client for request in self.requests})
 
     def script(self, faults: Faults) -> None:
-        """From here on, fail so."""
+        """Set the faults of the next requests."""
         with self._lock:
             remaining = iter(()) if callable(faults) else iter(faults)
-            self._fault_of = faults if callable(faults) else lambda asked: next(remaining, None)
+            self._fault_of = faults if callable(faults) else lambda request: next(remaining, None)
 
-    def note(self, asked: Asked) -> Fault | None:
-        """Keep a request in mind, and say how it is to fail."""
+    def record(self, request: ReceivedRequest) -> Fault | None:
+        """Record a request and return its fault."""
         with self._lock:
-            self.requests.append(asked)
-            return self._fault_of(asked)
+            self.requests.append(request)
+            return self._fault_of(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that went away are what tests are about."""
+        """Ignore disconnected clients, which tests cause on purpose."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
 
@@ -199,24 +197,26 @@ class Exchange(BaseHTTPRequestHandler):
         if url.path not in ROUTES:
             self._send(404, {"error": {"code": "404", "message": "Resource not found"}})
             return
-        asked = Asked(ROUTES[url.path], time.monotonic(), self.client_address, _json(raw), dict(self.headers))
-        fault = self.server.note(asked) or Fault()
+        request = ReceivedRequest(
+            ROUTES[url.path], time.monotonic(), self.client_address, _json(raw), dict(self.headers)
+        )
+        fault = self.server.record(request) or Fault()
         self.server.together.wait(300)
         if self.server.closing.wait(max(fault.hang, self.server.rules.latency)) or fault.reset:
-            self._break_off()
+            self._reset()
             return
-        code, answer = self._answer(asked, url.query) if fault.status == 200 else _error(fault.status)
+        code, answer = self._answer(request, url.query) if fault.status == 200 else _error(fault.status)
         body = fault.body if fault.body is not None else fault.alter(answer) if code == 200 else answer
         self._send(code, body, fault.headers)
 
-    def _answer(self, asked: Asked, query: str) -> tuple[int, dict[str, Any]]:
+    def _answer(self, request: ReceivedRequest, query: str) -> tuple[int, dict[str, Any]]:
         rules = self.server.rules
         try:
             _check_caller(self.headers, query, rules)
-            _check_body(asked.body)
-            return 200, _of_text(asked.body, rules) if asked.kind == "text" else _of_image(asked, rules)
-        except Refused as refused:
-            return refused.status, {"error": {"code": refused.code, "message": refused.message}}
+            _check_body(request.body)
+            return 200, _analyze_text(request.body, rules) if request.kind == "text" else _analyze_image(request, rules)
+        except ErrorResponse as error:
+            return error.status, {"error": {"code": error.code, "message": error.message}}
 
     def _send(self, status: int, body: Any, headers: Mapping[str, str] | None = None) -> None:
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -228,7 +228,7 @@ class Exchange(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(raw)
 
-    def _break_off(self) -> None:
+    def _reset(self) -> None:
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close_connection = True
 
@@ -253,64 +253,66 @@ def _check_caller(headers: Any, query: str, rules: Rules) -> None:
     if rules.token is not None and bearer == f"Bearer {rules.token}":
         return
     if rules.key is None or headers.get("Ocp-Apim-Subscription-Key") != rules.key:
-        raise Refused(401, "401", "Access denied due to invalid subscription key or wrong API endpoint.")
+        raise ErrorResponse(401, "401", "Access denied due to invalid subscription key or wrong API endpoint.")
     if parse_qs(query).get("api-version") != [API_VERSION]:
-        raise Refused(404, "404", "Resource not found")
+        raise ErrorResponse(404, "404", "Resource not found")
 
 
 def _check_body(body: Any) -> None:
     if not isinstance(body, dict):
-        raise Refused(400, "InvalidRequestBody", "The request body is not JSON.")
+        raise ErrorResponse(400, "InvalidRequestBody", "The request body is not JSON.")
     if not set(body.get("categories", ())) <= set(CATEGORIES):
-        raise Refused(400, "InvalidRequestBody", "A category is not known.")
+        raise ErrorResponse(400, "InvalidRequestBody", "A category is not known.")
     if body.get("outputType", "FourSeverityLevels") != "FourSeverityLevels":
-        raise Refused(400, "InvalidRequestBody", "The output type is not known.")
+        raise ErrorResponse(400, "InvalidRequestBody", "The output type is not known.")
 
 
-def _of_text(body: dict[str, Any], rules: Rules) -> dict[str, Any]:
+def _analyze_text(body: dict[str, Any], rules: Rules) -> dict[str, Any]:
     text, names = body.get("text"), body.get("blocklistNames") or []
     if not isinstance(text, str) or not text or len(text) > 10_000:
-        raise Refused(400, "InvalidRequestBody", "The text must have 1 to 10000 characters.")
+        raise ErrorResponse(400, "InvalidRequestBody", "The text must have 1 to 10000 characters.")
     if unknown := [name for name in names if name not in rules.blocklists]:
-        raise Refused(404, "ResourceNotFound", f"The blocklist {unknown[0]} does not exist.")
+        raise ErrorResponse(404, "ResourceNotFound", f"The blocklist {unknown[0]} does not exist.")
     words = text.split()
-    found: dict[str, int] = {}
+    severities: dict[str, int] = {}
     for word in words:
         category, severity = rules.words.get(word, ("Hate", 0))
-        found[category] = max(severity, found.get(category, 0))
+        severities[category] = max(severity, severities.get(category, 0))
     matches = [
         {"blocklistName": name, "blocklistItemId": f"{name}-{word}", "blocklistItemText": word}
         for name in names
         for word in rules.blocklists[name]
         if word in text
     ]
-    return {"blocklistsMatch": matches, **_analysis(body, found)}
+    return {"blocklistsMatch": matches, **_analysis(body, severities)}
 
 
-def _of_image(asked: Asked, rules: Rules) -> dict[str, Any]:
-    file = asked.content
+def _analyze_image(request: ReceivedRequest, rules: Rules) -> dict[str, Any]:
+    file = request.content
     if file is None:
-        raise Refused(400, "InvalidRequestBody", "The image is not base64.")
+        raise ErrorResponse(400, "InvalidRequestBody", "The image is not base64.")
     if len(file) > 4 * 1024 * 1024:
-        raise Refused(400, "InvalidRequestBody", f"The image of {len(file)} bytes is larger than 4194304 bytes.")
+        raise ErrorResponse(400, "InvalidRequestBody", f"The image of {len(file)} bytes is larger than 4194304 bytes.")
     try:
         with Image.open(io.BytesIO(file)) as image:
             image.load()
     except (UnidentifiedImageError, OSError) as error:
-        raise Refused(400, "InvalidRequestBody", "The image cannot be read.") from error
+        raise ErrorResponse(400, "InvalidRequestBody", "The image cannot be read.") from error
     if not all(50 <= side <= 2048 for side in image.size):
-        raise Refused(400, "InvalidRequestBody", f"The image has {image.size} pixels: 50 to 2048 a side are taken.")
-    return _analysis(asked.body, rules.judge(image))
+        raise ErrorResponse(
+            400, "InvalidRequestBody", f"The image has {image.size} pixels: sides of 50 to 2048 pixels are allowed."
+        )
+    return _analysis(request.body, rules.classify(image))
 
 
-def _analysis(body: dict[str, Any], found: Severities) -> dict[str, Any]:
+def _analysis(body: dict[str, Any], severities: Severities) -> dict[str, Any]:
     names = body.get("categories") or CATEGORIES
-    return {"categoriesAnalysis": [{"category": name, "severity": found.get(name, 0)} for name in names]}
+    return {"categoriesAnalysis": [{"category": name, "severity": severities.get(name, 0)} for name in names]}
 
 
 @contextmanager
 def serving(rules: Rules | None = None, certificate: Path | None = None, **more: Any) -> Iterator[Service]:
-    """A server with these rules, or with `more` as the fields of Rules; over TLS with a certificate's file."""
+    """Run a server with rules, or with `more` as the fields of Rules. Uses TLS if there is a certificate file."""
     with Service(rules or Rules(**more)) as service:
         if certificate is not None:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -330,8 +332,8 @@ def serving(rules: Rules | None = None, certificate: Path | None = None, **more:
 def main(port: str, *words: str) -> None:
     rules = {}
     for entry in words:
-        word, _, found = entry.partition("=")
-        category, _, severity = found.partition(":")
+        word, _, severities = entry.partition("=")
+        category, _, severity = severities.partition(":")
         rules[word] = (category, int(severity))
     with Service(Rules(words=rules), int(port)) as service:
         print(service.endpoint, flush=True)

@@ -16,12 +16,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batch_infer.chain import BatchSizes, Rendered, StepLevelChain, Unrendered
+from batch_infer.chain import (
+    BatchSizes,
+    DeviceChain,
+    NoRequest,
+    PipelineCallChain,
+    Rendered,
+    StepLevelChain,
+    Unrendered,
+)
 from batch_infer.diffusion import Context
 from batch_infer.planning import StepBatchingEstimator
 from batch_infer.records import PromptRequest, Verdict
 from batch_infer.safety.checker import StableDiffusionChecker
-from tests.fakes import Painter, Recorder, Small, paint
+from tests.fakes import Painter, PaintingPipeline, Recorder, Small, paint
 from tests.rendering import load_family, make_request, render
 
 REFUSED_STEPS = 3
@@ -92,10 +100,10 @@ def test_an_image_depends_only_on_its_row(sd1_folder: Path) -> None:
 
 def test_a_step_count_that_the_scheduler_refuses_affects_only_its_row() -> None:
     _, outcomes = run([paint("few", steps=REFUSED_STEPS), paint("fine", steps=5), paint("fewer", steps=1)])
-    found = {outcome.request.id: outcome for outcome in outcomes}
-    assert isinstance(found["fine"], Rendered)
+    results = {outcome.request.id: outcome for outcome in outcomes}
+    assert isinstance(results["fine"], Rendered)
     for name, steps in (("few", 3), ("fewer", 1)):
-        refused = found[name]
+        refused = results[name]
         assert isinstance(refused, Unrendered)
         assert refused.status == "invalid"
         assert f"num_inference_steps={steps}" in refused.error
@@ -105,13 +113,13 @@ def test_a_step_count_that_the_scheduler_refuses_affects_only_its_row() -> None:
 def test_values_that_are_not_finite_fail_the_row(dtype: torch.dtype, advice: bool) -> None:
     rows = [paint("broken", float("nan"), steps=4, guidance=7.5), paint("fine", steps=4)]
     outcomes = list(StepLevelChain(Painter(dtype), BatchSizes(4, 2), Recorder()).render(rows))
-    found = {outcome.request.id: outcome for outcome in outcomes}
-    broken = found["broken"]
+    results = {outcome.request.id: outcome for outcome in outcomes}
+    broken = results["broken"]
     assert isinstance(broken, Unrendered)
     assert broken.status == "failed"
     assert "not finite at 4 steps and guidance_scale 7.5" in broken.error
     assert ("--dtype float32" in broken.error) == advice
-    assert isinstance(found["fine"], Rendered)
+    assert isinstance(results["fine"], Rendered)
 
 
 def test_occupancy_is_unet_evaluations_per_slot() -> None:
@@ -142,8 +150,8 @@ def test_a_single_free_slot_goes_to_a_row_without_guidance() -> None:
 
 
 def test_no_more_rows_finish_after_a_stop() -> None:
-    asked = count()
-    chain = StepLevelChain(Painter(), BatchSizes(4, 1), None, stop=lambda: next(asked) > 24)
+    calls = count()
+    chain = StepLevelChain(Painter(), BatchSizes(4, 1), None, stop=lambda: next(calls) > 24)
     rows = [paint("short", steps=4), paint("long", steps=500), paint("waiting", steps=4, size=(16, 24))]
     outcomes = list(chain.render(rows))
     assert [outcome.request.id for outcome in outcomes] == ["short"]
@@ -153,8 +161,8 @@ def test_no_more_rows_finish_after_a_stop() -> None:
 
 def test_finished_rows_are_yielded_after_a_stop() -> None:
     """A finished row whose micro-batch is not full yet is decoded."""
-    asked = count()
-    chain = StepLevelChain(Painter(), BatchSizes(4, 4), None, stop=lambda: next(asked) > 24)
+    calls = count()
+    chain = StepLevelChain(Painter(), BatchSizes(4, 4), None, stop=lambda: next(calls) > 24)
     outcomes = list(chain.render([paint("short", steps=4), paint("long", steps=500)]))
     assert [outcome.request.id for outcome in outcomes] == ["short"]
 
@@ -175,6 +183,30 @@ def test_an_endless_table_is_read_as_it_is_rendered() -> None:
     outcomes = list(islice(StepLevelChain(Painter(), BatchSizes(4, 2), None).render(table()), 10))
     assert len(outcomes) == 10
     assert next(read) <= 10 + 3 * 4
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        StepLevelChain(Painter(), BatchSizes(4, 2), None),
+        PipelineCallChain(PaintingPipeline(), BatchSizes(4, 2), None),  # type: ignore[arg-type]
+    ],
+    ids=["step level", "pipeline call"],
+)
+def test_a_row_is_finished_while_the_source_has_no_other_yet(chain: DeviceChain) -> None:
+    """Its batch is padded instead of waiting for more rows."""
+    rows = [paint("first", steps=4), paint("second", steps=4)]
+    finished: list[str] = []
+
+    class Source:
+        def poll(self, timeout: float = 0.0) -> PromptRequest | NoRequest:
+            if not rows:
+                return NoRequest.END
+            return rows.pop(0) if len(rows) + len(finished) == 2 else NoRequest.NOT_YET
+
+    for outcome in chain.render(Source()):
+        finished.append(outcome.request.id)
+    assert finished == ["first", "second"]
 
 
 def test_the_verdict_is_empty_without_a_checker() -> None:
@@ -235,16 +267,16 @@ def test_decoding_in_background_changes_no_byte(sd1_folder: Path) -> None:
     checker = StableDiffusionChecker(model.safety_checker, model.feature_extractor, batch=2)
     rows = [make_request(str(k), f"{k} rings", steps=2 + k % 5, guidance=1 + k % 3, seed=k) for k in range(9)]
     rows += [make_request("wide", "a star", steps=3, size=(64, 96))]
-    found = []
+    results = []
     for in_background in (False, True):
         chain = StepLevelChain(model, BatchSizes(6, 2), checker, in_background=in_background)
-        found.append({outcome.request.id: outcome for outcome in chain.render(rows)})
+        results.append({outcome.request.id: outcome for outcome in chain.render(rows)})
         assert chain.stages.images == len(rows)
         assert chain.stages.check > 0
-    assert found[0].keys() == found[1].keys() == {row.id for row in rows}
-    for name, here in found[0].items():
+    assert results[0].keys() == results[1].keys() == {row.id for row in rows}
+    for name, here in results[0].items():
         assert isinstance(here, Rendered)
-        there = found[1][name]
+        there = results[1][name]
         assert isinstance(there, Rendered)
         assert np.array_equal(here.pixels, there.pixels)
         assert here.verdict == there.verdict

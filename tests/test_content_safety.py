@@ -1,4 +1,4 @@
-"""Azure AI Content Safety: through the real SDK, against a server on loopback that is as strict and fails as much."""
+"""Azure AI Content Safety: through the real SDK, with a local server that is as strict and fails on request."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ from tests.content_safety_server import (
     HANG,
     KEY,
     RESET,
-    Asked,
     Fault,
+    ReceivedRequest,
     Service,
     malformed,
     serving,
@@ -60,8 +60,8 @@ def _key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def hurried(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Attempts follow each other after 5 ms; gives the numbers of those that brought no answer."""
+def short_backoff(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Set the backoff to 5 ms, and return the numbers of the failed attempts."""
     failed: list[int] = []
 
     def backoff(state: Any) -> float:
@@ -74,7 +74,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The clock of whoever waits for the service: it goes on by what is waited, and nothing else takes time."""
+    """Replace the clock of retries by one that only sleeping advances."""
     clock = Clock()
     monkeypatch.setattr(retries, "time", clock)
     monkeypatch.setattr(tenacity, "time", clock)
@@ -91,12 +91,12 @@ def gate_to(service: Service, stop: Callable[[], bool] = lambda: False, **settin
 
 
 def most_in(seconds: float, times: Sequence[float]) -> int:
-    """The most requests that came within so many seconds."""
+    """Return the largest number of requests within `seconds`."""
     ordered = sorted(times)
     return max(sum(start <= time < start + seconds for time in ordered) for start in ordered)
 
 
-def test_a_prompt_costs_one_request_and_has_the_severities_of_all_categories() -> None:
+def test_a_prompt_is_one_request_and_has_the_severities_of_all_categories() -> None:
     with serving(words=WORDS) as service, gate_to(service) as gate:
         used: Gate = gate
         clean, unsafe = used.check_prompt("a red square"), used.check_prompt("gore and slur")
@@ -108,9 +108,9 @@ def test_a_prompt_costs_one_request_and_has_the_severities_of_all_categories() -
     assert body["categories"] == list(CLEAN) and body["outputType"] == "FourSeverityLevels"
 
 
-def test_an_image_costs_one_request_and_is_sent_as_it_is() -> None:
+def test_an_image_is_one_request_and_is_sent_unchanged() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (72, 96, 3), np.uint8)
-    with serving(judge=lambda image: {"Sexual": 6} if image.size == (96, 72) else {}) as service:
+    with serving(classify=lambda image: {"Sexual": 6} if image.size == (96, 72) else {}) as service:
         with gate_to(service) as gate:
             clean, unsafe = gate.check_image(GREY), gate.check_image(pixels)
         sent = [np.asarray(image) for image in service.images]
@@ -130,7 +130,7 @@ def test_each_category_has_a_threshold(thresholds: tuple[int, ...], unsafe: bool
     assert verdict.nsfw is unsafe and verdict.scores == {**CLEAN, "Violence": 4, "Hate": 2}
 
 
-def test_a_hit_on_a_blocklist_refuses_the_prompt() -> None:
+def test_a_blocklist_hit_blocks_the_prompt() -> None:
     lists = {"brands": ["acme"], "names": ["bob"], "unused": ["square"]}
     with serving(blocklists=lists) as service, gate_to(service, blocklists=("brands", "names")) as gate:
         clean, hit = gate.check_prompt("a red square"), gate.check_prompt("bob has an acme hat")
@@ -139,7 +139,7 @@ def test_a_hit_on_a_blocklist_refuses_the_prompt() -> None:
     assert hit.reason == "Azure AI Content Safety refused the prompt (blocklist brands, blocklist names)"
 
 
-def test_a_long_prompt_is_judged_in_pieces_by_its_worst() -> None:
+def test_a_long_prompt_gets_the_highest_severities_of_its_pieces() -> None:
     prompt = "slur " + "word " * 4500 + "gore"
     with serving(words=WORDS) as service, gate_to(service) as gate:
         verdict = gate.check_prompt(prompt)
@@ -150,19 +150,19 @@ def test_a_long_prompt_is_judged_in_pieces_by_its_worst() -> None:
 
 @pytest.mark.parametrize("cut", [9_800, 10_000, 19_600, 19_800])
 @pytest.mark.parametrize("before", [0, 1, 100, 150, 198])
-def test_a_phrase_at_a_cut_stands_whole_in_a_piece(cut: int, before: int) -> None:
+def test_a_phrase_at_a_cut_is_whole_in_one_piece(cut: int, before: int) -> None:
     phrase = "never these words together".ljust(200, "!")
     text = "x" * (cut - before) + phrase + "x" * 8_000
     assert any(phrase in piece for piece in payloads.split_text(text))
 
 
 @pytest.mark.parametrize("length", [0, 1, 200, 201, 9_999, 10_000, 10_001, 19_800, 19_801, 50_000])
-def test_pieces_leave_nothing_out(length: int) -> None:
+def test_pieces_cover_the_text(length: int) -> None:
     text = "".join(chr(32 + k % 90) for k in range(length))
-    found = list(payloads.split_text(text))
-    assert all(len(piece) <= 10_000 for piece in found)
-    assert found[0] + "".join(piece[200:] for piece in found[1:]) == text
-    assert len(found) == max(1, -(-(length - 200) // 9_800))
+    results = list(payloads.split_text(text))
+    assert all(len(piece) <= 10_000 for piece in results)
+    assert results[0] + "".join(piece[200:] for piece in results[1:]) == text
+    assert len(results) == max(1, -(-(length - 200) // 9_800))
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_pieces_leave_nothing_out(length: int) -> None:
     ],
     ids=str,
 )
-def test_an_image_is_scaled_into_the_bounds(size: tuple[int, int], sent: tuple[int, int]) -> None:
+def test_an_image_is_scaled_to_the_size_limits(size: tuple[int, int], sent: tuple[int, int]) -> None:
     pixels = np.full((size[1], size[0], 3), 200, np.uint8)
     with serving() as service, gate_to(service) as gate:
         assert gate.check_image(pixels).nsfw is False
@@ -188,23 +188,23 @@ def test_an_image_is_scaled_into_the_bounds(size: tuple[int, int], sent: tuple[i
 
 
 @pytest.mark.parametrize(("size", "shown"), [((8, 512), (32, 2048)), ((4096, 64), (2048, 32))], ids=str)
-def test_an_image_too_slender_for_both_bounds_is_framed(size: tuple[int, int], shown: tuple[int, int]) -> None:
+def test_an_image_too_narrow_for_both_limits_gets_borders(size: tuple[int, int], shown: tuple[int, int]) -> None:
     framed = np.asarray(payloads.fit_image(Image.new("RGB", size, (255, 0, 0))))
     red = (framed == (255, 0, 0)).all(axis=-1)
     assert red.sum() == shown[0] * shown[1]
     assert (framed[~red] == 0).all()
 
 
-def test_an_image_that_no_png_holds_in_4_mb_is_sent_as_a_jpeg() -> None:
+def test_an_image_above_4_mb_as_png_is_sent_as_jpeg() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (1600, 1600, 3), np.uint8)
     with serving() as service, gate_to(service) as gate:
         assert gate.check_image(noise).nsfw is False
-        (asked,) = service.requests
-    assert 1024 * 1024 < len(asked.content) <= 4 * 1024 * 1024
-    assert asked.content.startswith(b"\xff\xd8")
+        (request,) = service.requests
+    assert 1024 * 1024 < len(request.content) <= 4 * 1024 * 1024
+    assert request.content.startswith(b"\xff\xd8")
 
 
-BROKEN_ANSWERS = {
+MALFORMED = {
     "no category": without("SelfHarm"),
     "null": with_severity("Sexual", None),
     "text": with_severity("Hate", "0"),
@@ -233,38 +233,38 @@ BROKEN_ANSWERS = {
 TRANSIENT = {str(code): status(code) for code in (408, 429, 500, 502, 503, 504)} | {"reset": RESET}
 
 
-@pytest.mark.parametrize("fault", [*BROKEN_ANSWERS.values(), *TRANSIENT.values()], ids=[*BROKEN_ANSWERS, *TRANSIENT])
-def test_what_is_no_answer_is_asked_for_again_and_each_attempt_is_one_request(fault: Fault, hurried: list[int]) -> None:
+@pytest.mark.parametrize("fault", [*MALFORMED.values(), *TRANSIENT.values()], ids=[*MALFORMED, *TRANSIENT])
+def test_failed_requests_are_retried_and_each_attempt_is_one_request(fault: Fault, short_backoff: list[int]) -> None:
     with serving(words=WORDS, faults=[fault, fault]) as service, gate_to(service) as gate:
         assert gate.check_prompt("gore").nsfw is True
-        assert len(service.requests) == 3 and hurried == [1, 2]
+        assert len(service.requests) == 3 and short_backoff == [1, 2]
         service.script([fault])
         assert gate.check_image(GREY).nsfw is False
-        assert len(service.requests) == 3 + 2 and hurried == [1, 2, 1]
+        assert len(service.requests) == 3 + 2 and short_backoff == [1, 2, 1]
 
 
-@pytest.mark.usefixtures("hurried")
-def test_a_service_that_hangs_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("short_backoff")
+def test_a_request_that_hangs_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(content_safety, "READ_SECONDS", 1.0)
     with serving(faults=[HANG]) as service, gate_to(service) as gate:
         assert gate.check_prompt("a red square").nsfw is False
-        assert len(service.requests) >= 2  # on a machine that is very busy, one that does not hang may be late too
+        assert len(service.requests) >= 2  # on a very busy machine another may time out too
 
 
-def test_a_bare_429_is_survived(clock: Clock) -> None:
-    """The SDK itself would give up at once."""
+def test_a_429_without_retry_after_is_retried(clock: Clock) -> None:
+    """The SDK itself would not retry."""
     with serving(faults=[status(429)]) as service, gate_to(service) as gate:
         assert gate.check_prompt("a red square").nsfw is False
     assert service.statuses == [429, 200] and 0.5 <= clock.now <= 1
 
 
-def test_retry_after_is_honoured(clock: Clock) -> None:
-    """A date is compared with the real time, of which some goes by here."""
+def test_retry_after_is_respected(clock: Clock) -> None:
+    """A date is relative to the real clock, which advances during the test."""
     dated = format_datetime(datetime.now(timezone.utc) + timedelta(hours=2), usegmt=True)
     faults = iter([status(429, dated), status(429, "0.7"), status(503, "0"), None])
     times = []
 
-    def fault(asked: Asked) -> Fault | None:
+    def fault(request: ReceivedRequest) -> Fault | None:
         times.append(clock.now)
         return next(faults)
 
@@ -274,10 +274,10 @@ def test_retry_after_is_honoured(clock: Clock) -> None:
     dated_gap, seconds_gap, zero_gap = (after - before for before, after in pairwise(times))
     assert 3600 < dated_gap <= 7200
     assert seconds_gap == pytest.approx(0.7)
-    assert zero_gap == pytest.approx(0.5), "a service that is asked again at once, and again, is not helped"
+    assert zero_gap == pytest.approx(0.5), "a retry without any delay would not help the service"
 
 
-def test_retry_after_in_its_forms() -> None:
+def test_formats_of_retry_after() -> None:
     now = datetime.now(timezone.utc)
     ahead = payloads.parse_retry_after(format_datetime(now + timedelta(hours=1)))
     assert ahead is not None and 0 < ahead <= 3600
@@ -286,7 +286,7 @@ def test_retry_after_in_its_forms() -> None:
     assert [payloads.parse_retry_after(text) for text in ("soon", "", None, "nan", "inf", "1 day")] == [None] * 6
 
 
-def test_waits_grow_to_twenty_seconds() -> None:
+def test_backoff_grows_to_twenty_seconds() -> None:
     states: list[Any] = [SimpleNamespace(attempt_number=n) for n in range(1, 12)]
     waits = [retries.BACKOFF(state) for state in states]
     for wait, least in zip(waits, [0.5, 1, 2, 4, 8, 16, 20, 20, 20, 20, 20], strict=True):
@@ -294,12 +294,12 @@ def test_waits_grow_to_twenty_seconds() -> None:
     assert len({retries.BACKOFF(states[0]) for _ in range(9)}) > 1
 
 
-@pytest.mark.usefixtures("hurried")
+@pytest.mark.usefixtures("short_backoff")
 @pytest.mark.parametrize(
     "fault", [status(500), status(429, "3600"), RESET, without("Hate")], ids=["500", "429", "reset", "no category"]
 )
-def test_a_service_that_answers_nobody_is_given_up_after_our_patience(fault: Fault, clock: Clock) -> None:
-    with serving(faults=lambda asked: fault) as service, gate_to(service, patience=0.2) as gate:
+def test_a_service_that_never_answers_is_an_error_after_the_timeout(fault: Fault, clock: Clock) -> None:
+    with serving(faults=lambda request: fault) as service, gate_to(service, patience=0.2) as gate:
         checks: list[Callable[[], Verdict]] = [
             lambda: gate.check_prompt("a red square"),
             lambda: gate.check_image(GREY),
@@ -312,23 +312,21 @@ def test_a_service_that_answers_nobody_is_given_up_after_our_patience(fault: Fau
     assert all(text in ("a red square", None) for text in service.texts)
 
 
-@pytest.mark.usefixtures("hurried")
-def test_a_server_that_is_not_there_is_given_up_after_our_patience() -> None:
+@pytest.mark.usefixtures("short_backoff")
+def test_a_refused_connection_is_an_error_after_the_timeout() -> None:
     with serving() as service:
         pass
     with gate_to(service, patience=0.2) as gate, pytest.raises(ServiceError, match="Connection refused"):
         gate.check_prompt("a red square")
 
 
-def odd(asked: Asked) -> Fault | None:
-    return status(500) if asked.kind == "text" and "odd" in asked.content else None
+def odd(request: ReceivedRequest) -> Fault | None:
+    return status(500) if request.kind == "text" and "odd" in request.content else None
 
 
-@pytest.mark.usefixtures("hurried")
-def test_a_row_without_an_answer_is_broken_where_others_are_answered(
-    clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Between two attempts at it, another is answered."""
+@pytest.mark.usefixtures("short_backoff")
+def test_a_row_without_an_answer_fails_if_others_are_answered(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another request is answered between two attempts."""
 
     def sleep(seconds: float) -> None:
         before = service.texts.count("another")
@@ -338,26 +336,26 @@ def test_a_row_without_an_answer_is_broken_where_others_are_answered(
     monkeypatch.setattr(clock, "sleep", sleep)
     with serving(faults=odd) as service, gate_to(service, patience=0.2, requests_per_second=1e6) as gate:
         with ThreadPoolExecutor(1) as pool:
-            found = pool.submit(gate.check_prompt, "an odd one")
-            while not found.done():
+            results = pool.submit(gate.check_prompt, "an odd one")
+            while not results.done():
                 assert gate.check_prompt("another").nsfw is False
         with pytest.raises(RowBroken, match=r"no answer on this row's prompt \(HTTP 500: InternalError: told"):
-            found.result()
-    assert "a red square" not in service.texts, "it is known that others are answered"
+            results.result()
+    assert "a red square" not in service.texts, "no probe is needed if others are answered"
 
 
-@pytest.mark.usefixtures("hurried")
-def test_a_row_without_an_answer_is_broken_where_another_would_be_answered() -> None:
-    """Else the last row of a table could end every run."""
+@pytest.mark.usefixtures("short_backoff")
+def test_a_row_without_an_answer_fails_if_a_probe_is_answered() -> None:
+    """Otherwise the last row of a table could end every run."""
     with serving(faults=odd) as service, gate_to(service, patience=0.2) as gate, pytest.raises(RowBroken):
         gate.check_prompt("an odd one")
     assert service.texts[-1] == "a red square" and service.texts.count("a red square") == 1
 
 
-@pytest.mark.usefixtures("hurried")
-def test_images_can_be_unanswered_while_prompts_are_answered() -> None:
+@pytest.mark.usefixtures("short_backoff")
+def test_the_service_can_be_down_for_images_alone() -> None:
     faults = {"image": status(503), "text": None}
-    with serving(faults=lambda asked: faults[asked.kind]) as service, gate_to(service, patience=0.3) as gate:
+    with serving(faults=lambda request: faults[request.kind]) as service, gate_to(service, patience=0.3) as gate:
         with ThreadPoolExecutor(1) as pool:
             image = pool.submit(gate.check_image, GREY)
             while not image.done():
@@ -366,31 +364,31 @@ def test_images_can_be_unanswered_while_prompts_are_answered() -> None:
             image.result()
 
 
-@pytest.mark.usefixtures("hurried")
-def test_a_breakdown_breaks_no_row_though_others_were_answered_at_first() -> None:
-    """The service answers most prompts for half a second, and then none: far less than it is waited for."""
+@pytest.mark.usefixtures("short_backoff")
+def test_an_outage_fails_no_row_even_if_others_were_answered_before() -> None:
+    """The service answers most prompts for half a second and then none, for longer than the timeout."""
 
-    def breakdown(asked: Asked) -> Fault | None:
-        return status(500) if asked.at > end or asked.content == "the first to fail" else None
+    def outage(request: ReceivedRequest) -> Fault | None:
+        return status(500) if request.at > end or request.content == "the first to fail" else None
 
     with (
-        serving(faults=breakdown, latency=0.02) as service,
+        serving(faults=outage, latency=0.02) as service,
         gate_to(service, patience=2.0) as gate,
         ThreadPoolExecutor(gate.at_once) as pool,
     ):
         end = time.monotonic() + 0.5
-        found = [pool.submit(gate.check_prompt, "the first to fail")]
-        found += [pool.submit(_ask_on, gate) for _ in range(gate.at_once - 1)]
-    assert {type(error.exception()) for error in found} == {ServiceError}
+        results = [pool.submit(gate.check_prompt, "the first to fail")]
+        results += [pool.submit(_check_repeatedly, gate) for _ in range(gate.at_once - 1)]
+    assert {type(error.exception()) for error in results} == {ServiceError}
 
 
-def _ask_on(gate: ContentSafety) -> Verdict:
+def _check_repeatedly(gate: ContentSafety) -> Verdict:
     while gate.check_prompt("a blue ball").nsfw is False:
         pass
     pytest.fail("a blue ball is not unsafe")
 
 
-def test_a_refusal_of_one_row_is_told_at_once_with_the_services_words() -> None:
+def test_a_refused_row_fails_at_once_with_the_message_of_the_service() -> None:
     with serving(faults=[REFUSES, status(413), status(415)]) as service, gate_to(service) as gate:
         with pytest.raises(
             RowBroken, match=r"this row's prompt \(HTTP 400: InvalidRequestBody: The text is too odd\.\)"
@@ -414,9 +412,9 @@ def test_a_refusal_of_one_row_is_told_at_once_with_the_services_words() -> None:
     ],
     ids=["401", "403", "404", "307"],
 )
-def test_what_is_wrong_with_the_settings_is_told_at_once(fault: Fault, words: str) -> None:
+def test_wrong_settings_are_an_error_at_once(fault: Fault, words: str) -> None:
     with (
-        serving(faults=lambda asked: fault) as service,
+        serving(faults=lambda request: fault) as service,
         gate_to(service) as gate,
         pytest.raises(SettingsError, match=words),
     ):
@@ -425,13 +423,15 @@ def test_what_is_wrong_with_the_settings_is_told_at_once(fault: Fault, words: st
 
 
 @pytest.mark.parametrize("code", [400, 401, 403, 404, 500])
-def test_an_answer_that_echoes_the_key_does_not_bring_it_into_a_log(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_response_that_echoes_the_key_does_not_put_it_into_messages(
+    code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     key = f"{KEY}/+="
     monkeypatch.setenv("CONTENT_SAFETY_KEY", key)
     echo = f"no: key {key}, key%3D{KEY}%2F%2B%3D, Authorization: Bearer abc.def, {'x' * 280}{key}, eyJh.eyJi.c-_"
     fault = Fault(code, body=json.dumps({"error": {"code": "Denied", "message": echo}}).encode())
     with (
-        serving(faults=lambda asked: fault) as service,
+        serving(faults=lambda request: fault) as service,
         gate_to(service, patience=0.2) as gate,
         pytest.raises((SettingsError, RowBroken, ServiceError), match=f"HTTP {code}: Denied: no: key") as caught,
     ):
@@ -440,7 +440,7 @@ def test_an_answer_that_echoes_the_key_does_not_bring_it_into_a_log(code: int, m
     assert "abc.def" not in str(caught.value)
 
 
-def test_a_wrong_key_and_an_unknown_blocklist_are_settings() -> None:
+def test_a_wrong_key_and_an_unknown_blocklist_are_settings_errors() -> None:
     with serving(key="another") as service, gate_to(service) as gate, pytest.raises(SettingsError, match="HTTP 401"):
         gate.check_image(GREY)
     with (
@@ -452,22 +452,22 @@ def test_a_wrong_key_and_an_unknown_blocklist_are_settings() -> None:
 
 
 @pytest.mark.parametrize("fault", [status(500), status(429, "3600")], ids=["backoff", "Retry-After"])
-def test_a_run_that_stops_waits_for_no_attempt(fault: Fault) -> None:
+def test_a_stop_ends_the_wait_before_a_retry(fault: Fault) -> None:
     stopping = threading.Event()
-    with serving(faults=lambda asked: fault) as service, gate_to(service, stopping.is_set, patience=7200) as gate:
+    with serving(faults=lambda request: fault) as service, gate_to(service, stopping.is_set, patience=7200) as gate:
         with ThreadPoolExecutor(1) as pool:
-            asked = pool.submit(gate.check_prompt, "a red square")
+            request = pool.submit(gate.check_prompt, "a red square")
             assert eventually(lambda: bool(service.statuses))
             stopping.set()
             with pytest.raises(Interrupted):
-                asked.result(120)
+                request.result(120)
         count = len(service.requests)
         with pytest.raises(Interrupted):
             gate.check_image(GREY)
         assert len(service.requests) == count
 
 
-def test_a_run_that_stops_waits_for_no_turn() -> None:
+def test_a_stop_ends_the_wait_for_the_rate_limit() -> None:
     stopping = threading.Event()
     with serving() as service, gate_to(service, stopping.is_set, requests_per_second=0.001) as gate:
         gate.check_prompt("a red square")
@@ -478,26 +478,26 @@ def test_a_run_that_stops_waits_for_no_turn() -> None:
     assert len(service.requests) == 1
 
 
-def ask_from_threads(service: Service, count: int, **settings: Any) -> list[Verdict]:
+def check_from_threads(service: Service, count: int, **settings: Any) -> list[Verdict]:
     with gate_to(service, **settings) as gate, ThreadPoolExecutor(gate.at_once) as pool:
         return list(pool.map(gate.check_prompt, [f"prompt {k}" for k in range(count)]))
 
 
 def test_threads_share_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In windows of half a second instead of ten, which leaves the requests of a busy machine two seconds to arrive."""
+    """In windows of 0.5 s instead of 10 s, so that requests on a busy machine have 2 s to arrive."""
     monkeypatch.setattr(retries, "COUNTED", 0.5)
     monkeypatch.setattr(retries, "WINDOW", 2.5)
     with serving() as service:
-        ask_from_threads(service, 40, requests_per_second=40)
-    times = [asked.at for asked in service.requests]
+        check_from_threads(service, 40, requests_per_second=40)
+    times = [request.at for request in service.requests]
     assert len(times) == 40 and most_in(0.5, times) <= 20
 
 
 @pytest.mark.soak
-def test_threads_share_the_rate_of_the_services_window() -> None:
+def test_threads_share_the_rate_in_the_windows_of_the_service() -> None:
     with serving() as service:
-        ask_from_threads(service, 64, requests_per_second=3.0)
-    times = [asked.at for asked in service.requests]
+        check_from_threads(service, 64, requests_per_second=3.0)
+    times = [request.at for request in service.requests]
     assert len(times) == 64 and most_in(10.0, times) <= 30
 
 
@@ -505,13 +505,13 @@ def test_threads_share_the_rate_of_the_services_window() -> None:
     ("per_second", "limit", "milliseconds"),
     [(100, 1000, 10_500), (12.55, 125, 10_500), (0.1, 1, 10_500), (0.05, 1, 21_000)],
 )
-def test_a_rate_is_a_count_in_ten_seconds_and_a_little(per_second: float, limit: int, milliseconds: int) -> None:
+def test_a_rate_is_a_count_per_window(per_second: float, limit: int, milliseconds: int) -> None:
     rate: Rate = retries.make_rate(per_second)
     assert (rate.limit, rate.interval) == (limit, milliseconds)
 
 
 def test_threads_keep_their_connections(caplog: pytest.LogCaptureFixture) -> None:
-    """Of sixteen that come back at one time, the SDK itself would keep ten."""
+    """The SDK itself would keep ten of sixteen."""
     with (
         serving(together=ContentSafety.at_once) as service,
         gate_to(service) as gate,
@@ -523,13 +523,13 @@ def test_threads_keep_their_connections(caplog: pytest.LogCaptureFixture) -> Non
     assert not caplog.records
 
 
-@pytest.mark.usefixtures("hurried")
-def test_no_verdict_is_lost_or_mixed_up_by_a_service_that_fails_every_other_time(
+@pytest.mark.usefixtures("short_backoff")
+def test_no_verdict_is_lost_or_swapped_if_every_other_request_fails(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Many threads, all faults at once, prompts of one kind and the other."""
+    """With many threads and all faults."""
     caplog.set_level(0)
-    faults = [*BROKEN_ANSWERS.values(), *TRANSIENT.values(), status(429, "0"), Fault(hang=0.05)]
+    faults = [*MALFORMED.values(), *TRANSIENT.values(), status(429, "0"), Fault(hang=0.05)]
     rng = random.Random(0)
     prompts = [f"{'gore' if k % 3 == 0 else 'peace'} {k}" for k in range(150)]
     with (
@@ -541,7 +541,7 @@ def test_no_verdict_is_lost_or_mixed_up_by_a_service_that_fails_every_other_time
     assert [verdict.nsfw for verdict in verdicts] == [k % 3 == 0 for k in range(150)]
     assert len(service.requests) > 200 and set(service.texts) == set(prompts)
     ours = {record.name for record in caplog.records} - {"asyncio"}
-    assert not ours, "the libraries' logs stay off the terminal"
+    assert not ours, "the loggers of libraries are muted"
 
 
 def test_credentials_are_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -561,11 +561,11 @@ def test_credentials_are_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Identity(BaseHTTPRequestHandler):
-    """What an Azure machine asks for the token of its managed identity."""
+    """The token endpoint of a managed identity on an Azure machine."""
 
     def do_GET(self) -> None:
-        found = {"access_token": "the-token", "expires_on": str(int(time.time()) + 86_400), "token_type": "Bearer"}
-        raw = json.dumps(found).encode()
+        results = {"access_token": "the-token", "expires_on": str(int(time.time()) + 86_400), "token_type": "Bearer"}
+        raw = json.dumps(results).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(raw)))
@@ -591,7 +591,7 @@ def managed_identity(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def certificate(folder: Path) -> Path:
-    """A certificate for localhost that nobody has signed, with its key."""
+    """Write a self-signed certificate for localhost with its key."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -614,7 +614,7 @@ def certificate(folder: Path) -> Path:
 
 
 @pytest.mark.usefixtures("managed_identity")
-def test_without_a_key_the_identity_of_the_machine_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_key_the_managed_identity_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = certificate(tmp_path)
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(file))
     with serving(certificate=file, key=None, token="the-token", words=WORDS) as service:
@@ -631,7 +631,7 @@ def test_without_a_key_the_identity_of_the_machine_asks(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("library", ["azure.ai.contentsafety", "tenacity"])
-def test_a_library_that_is_missing_is_said_with_the_way_out(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_an_error_with_the_pip_command(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, library, None)
     settings = ServiceSettings("http://127.0.0.1:1")
     for start in (check_credentials, ContentSafety):
@@ -639,7 +639,7 @@ def test_a_library_that_is_missing_is_said_with_the_way_out(library: str, monkey
             start(settings)
 
 
-def test_the_server_of_these_tests_is_also_a_process() -> None:
+def test_the_server_can_run_as_a_process() -> None:
     command = [sys.executable, "-m", "tests.content_safety_server", "0", "gore=Violence:4"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:

@@ -92,23 +92,23 @@ def gated(gate: WordGate, stop: Callable[[], bool] = lambda: False) -> GatedChai
 
 
 def by_id(outcomes: Iterable[Rendered | Unrendered]) -> dict[str, Rendered | Unrendered]:
-    found = list(outcomes)
-    assert len({outcome.request.id for outcome in found}) == len(found)
-    return {outcome.request.id: outcome for outcome in found}
+    results = list(outcomes)
+    assert len({outcome.request.id for outcome in results}) == len(results)
+    return {outcome.request.id: outcome for outcome in results}
 
 
 def test_a_blocked_prompt_is_checked_once_and_not_rendered() -> None:
     gate = WordGate()
     chain = gated(gate)
-    found = by_id(chain.render(requests("good 1", "bad 2", "good 3", "bad 4")))
+    results = by_id(chain.render(requests("good 1", "bad 2", "good 3", "bad 4")))
     assert gate.prompts == Counter(["good 1", "bad 2", "good 3", "bad 4"])
     assert gate.images == Counter([0, 2])
     assert chain.stages.images == 2
-    refused = found["row-1"]
+    refused = results["row-1"]
     assert isinstance(refused, Unrendered)
     assert (refused.status, refused.error) == ("blocked", "the words are bad")
     assert refused.verdict == Verdict(True, "words", {"Hate": 4.0, "Sexual": 1.0}, "the words are bad")
-    good = found["row-0"]
+    good = results["row-0"]
     assert isinstance(good, Rendered)
     assert good.verdict == Verdict(False, "words", {"Hate": 0.0, "Sexual": 1.0})
 
@@ -126,11 +126,11 @@ def test_a_prompt_is_checked_once_and_each_of_its_images_once() -> None:
 )
 def test_without_an_answer_the_row_fails(word: str, error: str) -> None:
     rows = [make_request("lost", f"{word} prompt", seed=200), make_request("other", "good other", seed=1)]
-    found = by_id(gated(WordGate()).render(rows))
-    lost = found["lost"]
+    results = by_id(gated(WordGate()).render(rows))
+    lost = results["lost"]
     assert isinstance(lost, Unrendered)
     assert (lost.status, lost.error) == ("failed", error)
-    assert isinstance(found["other"], Rendered)
+    assert isinstance(results["other"], Rendered)
 
 
 def test_verdicts_of_checker_and_gate_are_merged_with_the_highest_scores() -> None:
@@ -142,21 +142,21 @@ def test_verdicts_of_checker_and_gate_are_merged_with_the_highest_scores() -> No
                     yield [replace(outcome, verdict=Verdict(True, "own", {"concept_0": -0.5, "Hate": 0.5}))]
 
     chain: Any = Checked(lambda: False)
-    (found,) = GatedChain(chain, WordGate()).render([make_request("row", "good", seed=120)])
-    assert isinstance(found, Rendered)
+    (outcome,) = GatedChain(chain, WordGate()).render([make_request("row", "good", seed=120)])
+    assert isinstance(outcome, Rendered)
     scores = {"concept_0": -0.5, "Hate": 1.0, "Sexual": 1.0}
-    assert found.verdict == Verdict(True, "own+words", scores, "a bad image")
+    assert outcome.verdict == Verdict(True, "own+words", scores, "a bad image")
 
 
 def test_a_service_error_is_raised_after_everything_checked_is_yielded() -> None:
     rows = requests(*(f"good {k}" for k in range(20)), *["bad"] * 3, "gone 0", *(f"good {k}" for k in range(20, 40)))
     gate = WordGate(wait=lambda: eventually(lambda: len(gate.images) >= 8 and gate.prompts["good 22"] > 0))
-    found = set()
+    results = set()
     with pytest.raises(ServiceError, match="the service is down"):
         for outcome in gated(gate).render(rows):
-            found.add(outcome.request.id)
+            results.add(outcome.request.id)
     checked = {f"row-{shade}" for shade in gate.images}
-    assert found == checked | {"row-20", "row-21", "row-22"}
+    assert results == checked | {"row-20", "row-21", "row-22"}
     assert len(checked) >= 8
 
 
@@ -212,10 +212,10 @@ def test_rendered_images_are_checked_after_a_stop() -> None:
     thread = threading.Thread(target=stop_after_the_first)
     thread.start()
     chain = gated(gate, stop.is_set)
-    found = by_id(chain.render(requests(*[f"good {k}" for k in range(200)])))
+    results = by_id(chain.render(requests(*[f"good {k}" for k in range(200)])))
     thread.join()
-    assert len(found) == chain.stages.images == gate.images.total() > 0
-    assert all(isinstance(outcome, Rendered) for outcome in found.values())
+    assert len(results) == chain.stages.images == gate.images.total() > 0
+    assert all(isinstance(outcome, Rendered) for outcome in results.values())
 
 
 def test_a_stopped_run_does_not_wait_for_a_service_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,20 +238,20 @@ def test_a_stopped_run_does_not_wait_for_a_service_that_hangs(monkeypatch: pytes
 
     threading.Thread(target=stop_once_it_hangs).start()
     chain: Any = DummyChain(stop.is_set)
-    found = by_id(GatedChain(chain, Hanging(), stop.is_set, grace).render(requests(*[f"good {k}" for k in range(8)])))
-    assert "row-3" not in found
+    results = by_id(GatedChain(chain, Hanging(), stop.is_set, grace).render(requests(*[f"good {k}" for k in range(8)])))
+    assert "row-3" not in results
 
 
 def test_outcomes_of_the_gate_are_yielded_while_the_device_is_busy() -> None:
     """A checked image and a blocked prompt, although no other row finishes."""
-    given: list[str] = []
+    ids: list[str] = []
 
     class Slow(DummyChain):
         def steps(self, source: RequestSource) -> Iterator[list[Rendered | Unrendered]]:
             while isinstance(first := source.poll(1.0), NoRequest):
                 yield []
             yield self._make([first], Stages())
-            while len(given) < 2:  # as a UNet that renders the third row
+            while len(ids) < 2:  # as a UNet that renders the third row
                 source.poll()
                 yield []
                 time.sleep(0.001)
@@ -259,8 +259,8 @@ def test_outcomes_of_the_gate_are_yielded_while_the_device_is_busy() -> None:
     chain: Any = Slow(lambda: False)
     rows = requests("good first", "bad", "good second")
     for outcome in GatedChain(chain, WordGate()).render(rows):
-        given.append(outcome.request.id)
-    assert sorted(given[:2]) == ["row-0", "row-1"]
+        ids.append(outcome.request.id)
+    assert sorted(ids[:2]) == ["row-0", "row-1"]
 
 
 def test_a_chain_returns_control_after_each_unet_call(demo_folder: Path) -> None:
@@ -281,25 +281,25 @@ def test_an_image_without_a_verdict_fails() -> None:
         def check_image(self, image: np.ndarray) -> Verdict:
             return Verdict()
 
-    (found,) = gated(Silent()).render([make_request("row", "good")])
-    assert isinstance(found, Unrendered)
-    assert (found.status, found.error) == ("failed", "words has no verdict on the image")
+    (outcome,) = gated(Silent()).render([make_request("row", "good")])
+    assert isinstance(outcome, Unrendered)
+    assert (outcome.status, outcome.error) == ("failed", "words has no verdict on the image")
 
 
 def test_blocked_rows_of_a_long_table_are_yielded_as_it_is_read() -> None:
-    taken = 0
+    read = 0
 
     def rows() -> Iterator[PromptRequest]:
-        nonlocal taken
+        nonlocal read
         for k in range(500):
-            taken += 1
+            read += 1
             yield make_request(f"row-{k}", f"bad {k}")
 
-    given = set()
+    ids = set()
     for outcome in gated(WordGate()).render(rows()):
-        given.add(outcome.request.id)
-        assert taken <= len(given) + PROMPTS_AHEAD + BLOCKED_AHEAD
-    assert len(given) == 500
+        ids.add(outcome.request.id)
+        assert read <= len(ids) + PROMPTS_AHEAD + BLOCKED_AHEAD
+    assert len(ids) == 500
 
 
 def test_the_device_waits_for_a_slower_service() -> None:
@@ -315,5 +315,5 @@ def test_a_stop_ends_the_wait_for_the_service(word: str) -> None:
     stop = threading.Event()
     gate = WordGate(wait=lambda: stop.wait(300))
     threading.Timer(0.05, stop.set).start()
-    found = by_id(gated(gate, stop.is_set).render(requests("good", f"{word} 1", *["good"] * 10)))
-    assert "row-1" not in found
+    results = by_id(gated(gate, stop.is_set).render(requests("good", f"{word} 1", *["good"] * 10)))
+    assert "row-1" not in results

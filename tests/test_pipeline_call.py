@@ -38,9 +38,9 @@ def run(
 ) -> tuple[PipelineCallChain, dict[str, Rendered | Unrendered]]:
     chain = PipelineCallChain(PaintingPipeline(**painter), BatchSizes(slots, 2), None, stop)  # type: ignore[arg-type]
     outcomes = list(chain.render(requests))
-    found = {outcome.request.id: outcome for outcome in outcomes}
-    assert len(found) == len(outcomes)
-    return chain, found
+    results = {outcome.request.id: outcome for outcome in outcomes}
+    assert len(results) == len(outcomes)
+    return chain, results
 
 
 def calls_of(chain: PipelineCallChain) -> Any:
@@ -68,10 +68,10 @@ def test_every_request_gets_one_outcome_as_planned(rows: list[Any], slots: int, 
         for k, (steps, guidance, rescale, negative, colour, size) in enumerate(rows)
     ]
     planned = list(order_requests(requests))
-    chain, found = run(planned, slots, one_row_per_call=one_row_per_call)
-    assert found.keys() == {request.id for request in requests}
+    chain, results = run(planned, slots, one_row_per_call=one_row_per_call)
+    assert results.keys() == {request.id for request in requests}
     for request in requests:
-        outcome = found[request.id]
+        outcome = results[request.id]
         assert outcome.request is request
         if request.prompt == "0.25":
             assert isinstance(outcome, Rendered)
@@ -121,12 +121,12 @@ def test_only_rows_with_the_same_values_share_a_call() -> None:
 def test_a_refused_row_affects_no_other() -> None:
     """Each is rendered again in a batch of the same shape."""
     rows = [paint("a", 0.1), paint("b", "refused"), paint("c", 0.2), paint("d", "broken"), paint("e", 0.3)]
-    chain, found = run(rows, slots=10)
-    assert [type(found[name]) for name in "abcde"] == [Rendered, Unrendered, Rendered, Unrendered, Rendered]
+    chain, results = run(rows, slots=10)
+    assert [type(results[name]) for name in "abcde"] == [Rendered, Unrendered, Rendered, Unrendered, Rendered]
     assert calls_of(chain) == [(5, 5), (1, 5), (1, 5), (1, 5), (1, 5), (1, 5)]
     errors = {
         name: (outcome.status == "invalid", outcome.error)
-        for name, outcome in found.items()
+        for name, outcome in results.items()
         if isinstance(outcome, Unrendered)
     }
     assert errors == {
@@ -137,19 +137,19 @@ def test_a_refused_row_affects_no_other() -> None:
 
 
 def test_values_that_are_not_finite_fail_the_row() -> None:
-    _, found = run([paint("broken", float("nan"), steps=3), paint("fine", steps=3)])
-    broken = found["broken"]
+    _, results = run([paint("broken", float("nan"), steps=3), paint("fine", steps=3)])
+    broken = results["broken"]
     assert isinstance(broken, Unrendered)
     assert broken.status == "failed"
     assert "not finite at 3 steps and guidance_scale 7.5" in broken.error
-    assert isinstance(found["fine"], Rendered)
+    assert isinstance(results["fine"], Rendered)
 
 
 def test_out_of_memory_halves_the_batch(caplog: pytest.LogCaptureFixture) -> None:
     rows = [paint(f"{size} {k}", size=size) for size in ((16, 16), (16, 24)) for k in range(9)]
-    chain, found = run(rows, slots=16, memory=3)
-    assert all(isinstance(outcome, Rendered) and outcome.slots == 4 for outcome in found.values())
-    assert len(found) == len(rows)
+    chain, results = run(rows, slots=16, memory=3)
+    assert all(isinstance(outcome, Rendered) and outcome.slots == 4 for outcome in results.values())
+    assert len(results) == len(rows)
     assert {batch for _, batch in calls_of(chain)} == {8, 4, 2}
     assert chain.batch_sizes.of((16, 16))[0] == 4
     assert "out of memory at 16x16 pixels: going on with 8 slots, not 16" in caplog.text
@@ -157,28 +157,28 @@ def test_out_of_memory_halves_the_batch(caplog: pytest.LogCaptureFixture) -> Non
 
 def test_rows_are_rendered_one_by_one_if_only_one_fits(caplog: pytest.LogCaptureFixture) -> None:
     rows = [paint(str(k), guidance=1.0) for k in range(5)]
-    chain, found = run(rows, slots=8, memory=1)
-    assert sorted(found) == [str(k) for k in range(5)]
-    assert all(isinstance(outcome, Rendered) for outcome in found.values())
+    chain, results = run(rows, slots=8, memory=1)
+    assert sorted(results) == [str(k) for k in range(5)]
+    assert all(isinstance(outcome, Rendered) for outcome in results.values())
     assert calls_of(chain)[-5:] == [(1, 1)] * 5
     assert "out of memory at 16x16 pixels: going on with one row per call" in caplog.text
 
 
 @pytest.mark.parametrize("one_row_per_call", [False, True])
 def test_an_image_that_does_not_fit_into_memory_fails(one_row_per_call: bool) -> None:
-    _, found = run([paint("a"), paint("b", size=(16, 24))], memory=0, one_row_per_call=one_row_per_call)
-    for outcome in found.values():
+    _, results = run([paint("a"), paint("b", size=(16, 24))], memory=0, one_row_per_call=one_row_per_call)
+    for outcome in results.values():
         assert isinstance(outcome, Unrendered)
         assert outcome.status == "failed"
         assert "memory does not hold one image of" in outcome.error
         assert "\n" not in outcome.error
-    assert len(found) == 2
+    assert len(results) == 2
 
 
 def test_a_stop_takes_effect_between_batches() -> None:
-    asked = count()
-    chain, found = run([paint(str(k)) for k in range(10)], stop=lambda: next(asked) >= 2)
-    assert sorted(found) == ["0", "1", "2", "3"]
+    calls = count()
+    chain, results = run([paint(str(k)) for k in range(10)], stop=lambda: next(calls) >= 2)
+    assert sorted(results) == ["0", "1", "2", "3"]
     assert calls_of(chain) == [(2, 2), (2, 2)]
 
 

@@ -28,7 +28,17 @@ from batch_infer.manifest import Manifest
 from batch_infer.settings import ServiceSettings
 from batch_infer.sinks.folder import FolderSink
 from tests import runs
-from tests.content_safety_server import KEY, Asked, Fault, Service, malformed, serving, status, with_severity, without
+from tests.content_safety_server import (
+    KEY,
+    Fault,
+    ReceivedRequest,
+    Service,
+    malformed,
+    serving,
+    status,
+    with_severity,
+    without,
+)
 
 RED = "a large red circle, centre, cream background"
 BLUE = "a large blue square, centre, cream background"
@@ -81,7 +91,7 @@ def test_blocked_prompts_are_not_rendered_and_each_image_is_checked_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    with serving(words=WORDS, judge=is_red) as service:
+    with serving(words=WORDS, classify=is_red) as service:
         use(monkeypatch, service, THRESHOLD="1,Violence=2")
         done = runs.run(table(tmp_path, PROMPTS), out, "--safety", "azure", *SHARP, *CROSS)
         assert done.code == 0, done.stderr
@@ -117,7 +127,7 @@ def test_images_do_not_depend_on_the_checkers(tmp_path: Path, monkeypatch: pytes
 def test_both_checkers_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also by default, once the endpoint is in the environment. The built-in model's checker flags crosses."""
     prompts = [CROSSES[0], RED, BLUE]
-    with serving(judge=is_red) as service:
+    with serving(classify=is_red) as service:
         use(monkeypatch, service)
         done = runs.run(table(tmp_path, prompts), tmp_path / "out", *SHARP)
         assert done.code == 0, done.stderr
@@ -147,7 +157,7 @@ def test_transient_errors_are_retried(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("fault", [status(500), status(400), without("Violence")], ids=["500", "400", "no category"])
 def test_a_row_without_an_answer_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
-    def faults(request: Asked) -> Fault | None:
+    def faults(request: ReceivedRequest) -> Fault | None:
         return fault if request.kind == "text" and "cursed" in request.content else None
 
     out = tmp_path / "out"
@@ -168,7 +178,7 @@ def test_a_service_outage_ends_the_run_and_the_next_run_continues(
     out, prompts = tmp_path / "out", [f"a ring {k}" for k in range(24)]
     images = 0
 
-    def faults(request: Asked) -> Fault | None:
+    def faults(request: ReceivedRequest) -> Fault | None:
         nonlocal images
         images += request.kind == "image"
         return fault if images > 10 else None
@@ -192,7 +202,7 @@ def test_a_service_outage_ends_the_run_and_the_next_run_continues(
 def test_a_key_refused_during_a_run_keeps_committed_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, images = tmp_path / "out", 0
 
-    def faults(request: Asked) -> Fault | None:
+    def faults(request: ReceivedRequest) -> Fault | None:
         nonlocal images
         images += request.kind == "image"
         return status(401) if images > 10 else None
@@ -303,7 +313,7 @@ def test_rescored_images_equal_those_checked_at_once(tmp_path: Path, policy: str
 
 def test_a_kept_original_is_restored_when_no_longer_flagged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, path = tmp_path / "out", table(tmp_path, [*CROSSES, "an axe"])
-    with serving(judge=is_red, words=WORDS) as service:
+    with serving(classify=is_red, words=WORDS) as service:
         use(monkeypatch, service)
         assert runs.run(path, out, *SHARP, "--safety", "azure", *CROSS).code == 0
         flagged = [row["id"] for row in runs.results(out) if row["status"] == "flagged"]
@@ -317,7 +327,7 @@ def test_a_kept_original_is_restored_when_no_longer_flagged(tmp_path: Path, monk
     assert [rows[name]["status"] for name in flagged] == ["ok"] * len(flagged)
     assert all(rows[name]["generated_image"].startswith("images/") for name in flagged)
     assert "t-00000003" not in rows and "1 left: `batch-infer run` renders them" in done.stdout
-    with serving(judge=is_red, words=WORDS) as service:
+    with serving(classify=is_red, words=WORDS) as service:
         use(monkeypatch, service, THRESHOLD="3")
         assert runs.command("rescore", out, "--safety", "azure", "--on-flagged", "blank").code == 0
     runs.assert_whole(out)
@@ -499,14 +509,14 @@ def test_a_rescore_whose_process_is_killed_is_continued(
     checks = ("--safety", "azure", "--on-flagged", policy)
     held = Event()
 
-    def hold(asked: Asked) -> Fault | None:
+    def hold(asked: ReceivedRequest) -> Fault | None:
         if asked.kind == "image" and len(service.images) >= requests:
             held.set()
             return Fault(hang=600.0)
         return None
 
     program = "import batch_infer.jobs.rescore as r; r.BATCH = 2; from batch_infer.__main__ import main; main()"
-    with serving(judge=is_red, faults=hold) as service:
+    with serving(classify=is_red, faults=hold) as service:
         use(monkeypatch, service)
         line = [sys.executable, "-c", program, "rescore", str(out), *checks]
         with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -515,7 +525,7 @@ def test_a_rescore_whose_process_is_killed_is_continued(
             process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert "rescoring" in runs.run_json(out)
-    with serving(judge=is_red) as service:
+    with serving(classify=is_red) as service:
         use(monkeypatch, service)
         done = runs.command("rescore", out, *checks, "--json")
         assert done.code == 0, done.stderr

@@ -213,7 +213,7 @@ def test_steps_that_are_not_a_fixed_linear_map_are_refused() -> None:
     assert Solver(Stub(lambda output, sample: sample - 0.1 * output)).table(3).coefficients[2, 0] == 1
     with pytest.raises(ModelError, match="not linear in the model's outputs"):
         Solver(Stub(lambda output, sample: sample - output.clamp(-1, 1)))
-    with pytest.raises(ModelError, match="draws noise of its own"):
+    with pytest.raises(ModelError, match="draws noise from a global generator"):
         Solver(Stub(lambda output, sample: sample - output + 0.1 * torch.randn(sample.shape)))
     with pytest.raises(ModelError, match="not finite"):
         Solver(Stub(lambda output, sample: sample - output / 0.0))
@@ -241,7 +241,10 @@ def test_a_step_may_draw_more_than_once() -> None:
         (lambda output, sample, g: sample + torch.empty_like(sample).normal_(generator=g), "noise that is not normal"),
         (lambda output, sample, g: sample + torch.randn(1, generator=g), "noise of another shape"),
         (lambda output, sample, g: sample + drawn(sample, g).clamp(-1, 1), "not linear"),
-        (lambda output, sample, g: sample + drawn(sample, g) + torch.randn(sample.shape), "draws noise of its own"),
+        (
+            lambda output, sample, g: sample + drawn(sample, g) + torch.randn(sample.shape),
+            "draws noise from a global generator",
+        ),
         # Noise that depends on the generator's seed but is not drawn from it, as that of a Brownian tree.
         (lambda output, sample, g: sample + drawn(sample, torch.Generator().manual_seed(g.initial_seed())), "linear"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from batch_infer.models import AnyPipeline, Conditioning, LatentDiffusion
+
+log = logging.getLogger("batch_infer")
 
 IDLE_SECONDS = 0.2
 """How long an idle chain waits for a request before it checks whether to stop."""
@@ -93,9 +96,12 @@ class Chain(ABC):
     uses_pipeline_call: bool
     """Whether a diffusers pipeline runs the denoising loop."""
     model: LatentDiffusion | AnyPipeline
-    batch_sizes: BatchSizes
-    """The current batch sizes, smaller than the initial ones after the device ran out of memory."""
     stages_by_size: dict[Size, Stages]
+
+    @property
+    @abstractmethod
+    def batch_sizes(self) -> BatchSizes:
+        """The current batch sizes, smaller than the initial ones after the device ran out of memory."""
 
     @property
     def stages(self) -> Stages:
@@ -119,8 +125,12 @@ class DeviceChain(Chain):
     """A chain that renders by itself, as opposed to one that adds checks around another."""
 
     def __init__(self, model: Any, batch_sizes: BatchSizes, checker: ImageChecker | None, stop: Callable[[], bool]):
-        self.model, self.batch_sizes, self._checker, self._stop = model, batch_sizes, checker, stop
+        self.model, self._batch_sizes, self._checker, self._stop = model, batch_sizes, checker, stop
         self.stages_by_size = {}
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        return self._batch_sizes
 
     def close(self) -> None:
         pass
@@ -149,12 +159,13 @@ class DeviceChain(Chain):
     def _render_next(self, requests: ReadAhead, first: PromptRequest, stages: Stages) -> Iterator[Sequence[RowOutcome]]:
         """Render the next requests, as many as share a batch with the first one. See `steps`."""
 
+    def _retry(self, requests: ReadAhead, rows: Sequence[PromptRequest], size: Size, change: str) -> list[Unrendered]:
+        """Put the rows of a batch that ran out of memory back, and log which batch size is used from now on."""
+        log.warning("out of memory at %dx%d pixels: going on with %s", size[1], size[0], change)
+        requests.put_back(rows)
+        return []
 
-def fail_out_of_memory(rows: Iterable[PromptRequest], size: Size, message: str) -> list[Unrendered]:
-    """Return failures of rows where even the smallest batch does not fit into memory."""
-    error = f"the device's memory does not hold one image of {format_size(size)} pixels ({message})"
-    return [Unrendered(row, "failed", error) for row in rows]
-
-
-def format_size(size: Size) -> str:
-    return f"{size[1]}x{size[0]}"
+    def _fail(self, rows: Sequence[PromptRequest], size: Size, message: str) -> list[Unrendered]:
+        """Return the failures of rows of which not even the smallest batch fits into memory."""
+        error = f"the device's memory does not hold one image of {size[1]}x{size[0]} pixels ({message})"
+        return [Unrendered(row, "failed", error) for row in rows]

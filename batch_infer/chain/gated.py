@@ -68,7 +68,7 @@ class GatedChain(Chain):
         self.stages_by_size = chain.stages_by_size
 
     @property
-    def batch_sizes(self) -> BatchSizes:  # type: ignore[override]
+    def batch_sizes(self) -> BatchSizes:
         return self._chain.batch_sizes
 
     def close(self) -> None:

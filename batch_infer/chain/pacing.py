@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -57,38 +57,29 @@ class EncodeStream:
                 tensor.record_stream(torch.cuda.current_stream())
 
 
-class Pacer(Protocol):
-    """Adds the seconds of UNet calls to the stages, and limits how far the host runs ahead of the device."""
-
-    def start(self) -> None: ...
-    def end(self) -> None: ...
-    def finish(self) -> None: ...
-
-
-class CpuPacer:
-    """Times calls that are complete when they return."""
+class Pacer:
+    """Adds the seconds of UNet calls to the stages. On a CPU a call is complete when it returns."""
 
     def __init__(self, stages: Stages) -> None:
         self._stages = stages
 
     def start(self) -> None:
         self._started = time.perf_counter()
+        self._stages.began = min(self._stages.began, self._started)
 
     def end(self) -> None:
-        now = time.perf_counter()
-        self._stages.began = min(self._stages.began, self._started)
-        self._stages.ended = now
-        self._stages.denoise += now - self._started
+        self._stages.ended = time.perf_counter()
+        self._stages.denoise += self._stages.ended - self._started
 
     def finish(self) -> None:
-        pass
+        """Wait for the calls that are unfinished."""
 
 
-class CudaPacer:
+class CudaPacer(Pacer):
     """Times calls by CUDA events. The host waits only for calls that it made CALLS_AHEAD calls ago."""
 
     def __init__(self, stages: Stages) -> None:
-        self._stages = stages
+        super().__init__(stages)
         self._unfinished: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self._began: float | None = None
 
@@ -97,10 +88,10 @@ class CudaPacer:
             torch.cuda.current_stream().synchronize()  # once: the clock starts with the first call
             self._began = time.perf_counter()
             self._stages.began = min(self._stages.began, self._began)
-        self._started = _record_event()
+        self._event = _record_event()
 
     def end(self) -> None:
-        self._unfinished.append((self._started, _record_event()))
+        self._unfinished.append((self._event, _record_event()))
         while len(self._unfinished) > CALLS_AHEAD:
             self._wait()
 
@@ -122,4 +113,4 @@ def _record_event() -> torch.cuda.Event:
 
 
 def make_pacer(device: torch.device, stages: Stages) -> Pacer:
-    return CudaPacer(stages) if device.type == "cuda" else CpuPacer(stages)
+    return CudaPacer(stages) if device.type == "cuda" else Pacer(stages)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,15 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from batch_infer.accelerator import out_of_memory_errors
-from batch_infer.chain.base import (
-    BatchSizes,
-    DeviceChain,
-    Rendered,
-    RowOutcome,
-    Unrendered,
-    fail_out_of_memory,
-    format_size,
-)
+from batch_infer.chain.base import BatchSizes, DeviceChain, Rendered, RowOutcome, Unrendered
 from batch_infer.chain.pacing import make_pacer
 from batch_infer.chain.postprocessing import check_images, fail_not_finite, to_pixels
 from batch_infer.chain.sources import ReadAhead, Size, size_of
@@ -30,8 +21,6 @@ from batch_infer.stages import Stages
 
 if TYPE_CHECKING:
     from batch_infer.models import AnyPipeline
-
-log = logging.getLogger("batch_infer")
 
 
 class PipelineCallChain(DeviceChain):
@@ -77,18 +66,13 @@ class PipelineCallChain(DeviceChain):
         """Halve the slots and put the rows back. Returns them as failed if the call rendered a single image."""
         slots, slots_per_row = self.batch_sizes.of(size)[0], rows[0].params.slots
         if slots_per_row == 1 and 1 < slots < 4 and size not in self._single_row_sizes:
-            log.warning("out of memory at %s pixels: going on with one row per call", format_size(size))
             self._single_row_sizes.add(size)
-            requests.put_back(rows)
-            return []
+            return self._retry(requests, rows, size, "one row per call")
         smaller = self.batch_sizes.halved(size, "denoise") if slots >= 4 else None
         if smaller is None or self.model.one_row_per_call or slots // slots_per_row < 2:
-            return fail_out_of_memory(rows, size, message)
-        after = smaller.of(size)[0]
-        log.warning("out of memory at %s pixels: going on with %d slots, not %d", format_size(size), after, slots)
-        self.batch_sizes = smaller
-        requests.put_back(rows)
-        return []
+            return self._fail(rows, size, message)
+        self._batch_sizes = smaller
+        return self._retry(requests, rows, size, f"{smaller.of(size)[0]} slots, not {slots}")
 
     def _render_rows(self, rows: Sequence[PromptRequest], slots: int, stages: Stages) -> list[RowOutcome]:
         """Render the rows of a batch, one by one if the pipeline refuses them together.

@@ -46,10 +46,10 @@ class Postprocessing:
     ) -> None:
         """`batch_sizes`: the slots, which are reported with each image, and the size of a micro-batch."""
         self._model, self._checker, self._stages = model, checker, stages
-        self._slots, self._batch = batch_sizes
+        self.slots, self._batch = batch_sizes
         self._rows: list[Finished[Tag]] = []
         """Rows for which no micro-batch is full yet."""
-        self.micro_batches_ahead = max(MICRO_BATCHES_AHEAD, 2 * self._slots // self._batch)
+        self.micro_batches_ahead = max(MICRO_BATCHES_AHEAD, 2 * self.slots // self._batch)
         """Micro-batches between the UNet and the decoder. Beyond this the UNet waits.
 
         Rows of equal steps finish in one call: there must be room for all of them while those of the call before are
@@ -116,7 +116,7 @@ class Postprocessing:
         for row, image, is_finite, verdict in zip(batch, images, are_finite, verdicts, strict=True):
             request, conditioning = row.tag
             if is_finite:
-                outcomes.append(Rendered(request, image, verdict, conditioning, self._slots, row.seconds))
+                outcomes.append(Rendered(request, image, verdict, conditioning, self.slots, row.seconds))
             else:
                 outcomes.append(fail_not_finite(request, self._model.dtype))
         return outcomes

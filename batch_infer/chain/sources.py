@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from batch_infer.records import PromptRequest
-
-if TYPE_CHECKING:
-    from batch_infer.models import Conditioning
 
 Size: TypeAlias = tuple[int, int]
 """Height and width of an image in pixels."""
@@ -85,28 +81,3 @@ class ReadAhead:
     def put_back(self, requests: Iterable[PromptRequest]) -> None:
         """Put requests back in front of all others, in their order."""
         self._requests.extendleft(reversed(list(requests)))
-
-
-@dataclass(slots=True)
-class EncodedRequests:
-    """Requests of one size whose prompts are encoded, waiting for free slots."""
-
-    by_slots: dict[int, deque[tuple[int, PromptRequest, Conditioning]]] = field(
-        default_factory=lambda: {1: deque(), 2: deque()}
-    )
-    added: int = 0
-
-    def __len__(self) -> int:
-        return sum(map(len, self.by_slots.values()))
-
-    def add(self, request: PromptRequest, conditioning: Conditioning) -> None:
-        self.by_slots[request.params.slots].append((self.added, request, conditioning))
-        self.added += 1
-
-    def take(self, free: int) -> tuple[PromptRequest, Conditioning] | None:
-        """Take the oldest request that fits into the free slots: one slot fits a request without guidance."""
-        fitting = [queue for slots, queue in self.by_slots.items() if queue and slots <= free]
-        if not fitting:
-            return None
-        _, request, conditioning = min(fitting, key=lambda queue: queue[0][0]).popleft()
-        return request, conditioning

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -10,18 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from batch_infer.accelerator import out_of_memory_errors
-from batch_infer.chain.base import (
-    BatchSizes,
-    DeviceChain,
-    RowOutcome,
-    Stage,
-    Unrendered,
-    fail_out_of_memory,
-    format_size,
-)
+from batch_infer.chain.base import BatchSizes, DeviceChain, RowOutcome, Stage, Unrendered
 from batch_infer.chain.pacing import EncodeStream, make_pacer
 from batch_infer.chain.postprocessing import Postprocessing, Tag
-from batch_infer.chain.sources import EncodedRequests, ReadAhead, Size, size_of
+from batch_infer.chain.sources import ReadAhead, Size, size_of
 from batch_infer.diffusion import Finished, Slots
 from batch_infer.errors import RowError, first_line
 from batch_infer.models import is_compiled
@@ -31,8 +22,6 @@ from batch_infer.stages import Stages
 
 if TYPE_CHECKING:
     from batch_infer.models import LatentDiffusion
-
-log = logging.getLogger("batch_infer")
 
 
 class StepLevelChain(DeviceChain):
@@ -66,10 +55,7 @@ class StepLevelChain(DeviceChain):
         postprocessing = Postprocessing(
             self.model, self._checker, batch_sizes, stages, in_background=self._in_background
         )
-        slots: Slots[Tag] = Slots(
-            self.model, batch_sizes[0], self.model.latent_shape(*size), self.model.device, self.model.dtype
-        )
-        size_pass = _SizePass(self.model, slots, postprocessing, stages)
+        size_pass = _SizePass(self.model, postprocessing, stages)
         size_pass.must_compile = is_compiled(self.model.networks) and (size, batch_sizes) not in self._compiled
         try:
             with out_of_memory_errors():
@@ -83,7 +69,7 @@ class StepLevelChain(DeviceChain):
                 self._compiled.add((size, batch_sizes))
             postprocessing.close()
         # Outside of the except block, whose traceback would keep the tensors alive.
-        del size_pass, postprocessing, slots
+        del size_pass, postprocessing
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
         yield self._halve(requests, size, stage, unfinished, message)
@@ -94,23 +80,22 @@ class StepLevelChain(DeviceChain):
         """Halve a batch size and put unfinished rows back. Returns them as failed if no batch size can be halved."""
         smaller = self.batch_sizes.halved(size, stage)
         if smaller is None:
-            return fail_out_of_memory(unfinished, size, message)
+            return self._fail(unfinished, size, message)
         before, after = (sizes.of(size)[stage == "decode"] for sizes in (self.batch_sizes, smaller))
         what = "slots" if stage == "denoise" else "images in a decoder call"
-        log.warning("out of memory at %s pixels: going on with %d %s, not %d", format_size(size), after, what, before)
-        self.batch_sizes = smaller
-        requests.put_back(unfinished)
-        return []
+        self._batch_sizes = smaller
+        return self._retry(requests, unfinished, size, f"{after} {what}, not {before}")
 
 
 class _SizePass:
     """Renders rows of one size with fixed batch sizes, and owns all that is on the device for them."""
 
-    def __init__(
-        self, model: LatentDiffusion, slots: Slots[Tag], postprocessing: Postprocessing, stages: Stages
-    ) -> None:
-        self._model, self._slots, self._postprocessing, self._stages = model, slots, postprocessing, stages
-        self._encoded = EncodedRequests()
+    _slots: Slots[Tag]
+
+    def __init__(self, model: LatentDiffusion, postprocessing: Postprocessing, stages: Stages) -> None:
+        self._model, self._postprocessing, self._stages = model, postprocessing, stages
+        self._encoded: list[Tag] = []
+        """Rows that wait for free slots, oldest first."""
         self._pacer = make_pacer(model.device, stages)
         self._encode_stream = EncodeStream(model.device)
         self.unfinished: dict[tuple[str, int], PromptRequest] = {}
@@ -122,6 +107,8 @@ class _SizePass:
 
     def run(self, requests: ReadAhead, size: Size, stop: Callable[[], bool]) -> Iterator[Sequence[RowOutcome]]:
         """Render until the next request is of another size, or there is none and no row is left."""
+        model, slots = self._model, self._postprocessing.slots
+        self._slots = Slots(model, slots, model.latent_shape(*size), model.device, model.dtype)
         while not stop():
             self._encode_ahead(requests, size)
             yield self._admit()
@@ -170,13 +157,13 @@ class _SizePass:
             conditionings = self._model.condition(batch)
         for request, conditioning in zip(batch, conditionings, strict=True):
             self._encode_stream.keep_alive(conditioning)
-            self._encoded.add(request, conditioning)
+            self._encoded.append((request, conditioning))
         self._stages.encode += time.perf_counter() - started
 
     def _admit(self) -> list[RowOutcome]:
         """Move waiting rows into free slots. Returns those whose step count the scheduler refuses."""
         refused: list[RowOutcome] = []
-        while (row := self._encoded.take(self._slots.free)) is not None:
+        while (row := self._take_fitting()) is not None:
             request, conditioning = row
             try:
                 table = self._model.solver.table(request.params.num_inference_steps)
@@ -186,6 +173,13 @@ class _SizePass:
                 continue
             self._slots.admit(row, request.params, request.seed, table, conditioning.context)
         return refused
+
+    def _take_fitting(self) -> Tag | None:
+        """Take the oldest row that fits into the free slots. A single one fits only a row without guidance."""
+        for index, (request, _) in enumerate(self._encoded):
+            if request.params.slots <= self._slots.free:
+                return self._encoded.pop(index)
+        return None
 
     def _evaluate(self) -> list[Finished[Tag]]:
         """Make one UNet call and return the rows that it finishes."""

@@ -1,4 +1,4 @@
-"""The latent diffusion loop: many rows share a UNet call, each at its own step of its own sampler.
+"""The latent diffusion loop: many rows share a UNet call, each at a different step of its sampler.
 
 Slots hold the rows of a batch, and a Solver computes the coefficients by which a diffusers scheduler advances them.
 """

@@ -129,7 +129,7 @@ class Solver:
             return RowError(f"{refusal}: its steps are not finite")
         if not torch.equal(first.samples, second.samples):
             return NotPackable(
-                f"{self.name} draws noise of its own, so an image would not depend on its row's seed alone"
+                f"{self.name} draws noise from a global generator, so an image would not depend only on its row's seed"
             )
         errors = (table.coefficients.double() @ first.known - first.samples).abs().amax(dim=1)
         # Not any(errors > ...): a difference of nan must not pass.
@@ -155,9 +155,9 @@ class Solver:
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            taken = _run_scheduler(self._copy_scheduler(steps), supply, intercepts=intercepts)
-        samples = torch.stack([step.sample for step in taken])
-        return _Trial(torch.stack(known).flatten(1), samples, sum(step.draws for step in taken))
+            steps_taken = _run_scheduler(self._copy_scheduler(steps), supply, intercepts=intercepts)
+        samples = torch.stack([step.sample for step in steps_taken])
+        return _Trial(torch.stack(known).flatten(1), samples, sum(step.draws for step in steps_taken))
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import logging
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -42,41 +42,7 @@ UNAUTHORIZED, FORBIDDEN, NOT_FOUND = 401, 403, 404
 LONGEST_REASON = 300
 TOKEN = re.compile(r"(?<=Bearer )\S+|\beyJ[\w-]+\.[\w-]+\.[\w-]+")
 """The credentials that DefaultAzureCredential sends: JSON web tokens."""
-
-
-@dataclass(frozen=True, slots=True)
-class AnalyzeRequest:
-    """One request about a piece of a prompt or an image, as the SDK's method and options."""
-
-    kind: Kind
-    method: str
-    options: Any
-    with_blocklists: bool = False
-
-    @classmethod
-    def of_text(cls, text: str, blocklists: tuple[str, ...] = ()) -> AnalyzeRequest:
-        from azure.ai.contentsafety.models import AnalyzeTextOptions
-
-        options = AnalyzeTextOptions(
-            text=text,
-            categories=list(CATEGORIES),
-            blocklist_names=list(blocklists),
-            halt_on_blocklist_hit=False,
-            output_type="FourSeverityLevels",
-        )
-        return cls("prompt", "analyze_text", options, bool(blocklists))
-
-    @classmethod
-    def of_image(cls, pixels: np.ndarray) -> AnalyzeRequest:
-        from azure.ai.contentsafety.models import AnalyzeImageOptions, ImageData
-
-        image = ImageData(content=payloads.encode_image(pixels))
-        options = AnalyzeImageOptions(image=image, categories=list(CATEGORIES), output_type="FourSeverityLevels")
-        return cls("image", "analyze_image", options)
-
-    def make_probe(self) -> AnalyzeRequest:
-        """Return a harmless request of the same kind, whose failure is the service's fault and not a row's."""
-        return self.of_text("a red square") if self.kind == "prompt" else self.of_image(np.zeros((64, 64, 3), np.uint8))
+BLACK_IMAGE = payloads.encode_image(np.zeros((64, 64, 3), np.uint8))
 
 
 class ContentSafety:
@@ -117,12 +83,15 @@ class ContentSafety:
 
     def check_prompt(self, prompt: str) -> Verdict:
         """Check a prompt. One of more than 10,000 characters is sent in overlapping pieces."""
-        requests = [AnalyzeRequest.of_text(piece, self._settings.blocklists) for piece in payloads.split_text(prompt)]
-        return payloads.make_verdict("prompt", [self._analyze(request) for request in requests], self._settings)
+        probe = partial(self._send_text, "a red square")
+        attempts = [partial(self._send_text, piece, self._settings.blocklists) for piece in payloads.split_text(prompt)]
+        analyses = [self._retrying.call("prompt", attempt, probe) for attempt in attempts]
+        return payloads.make_verdict("prompt", analyses, self._settings)
 
     def check_image(self, image: np.ndarray) -> Verdict:
         """Check an image (H, W, 3) uint8, scaled if it is too small or too large for the service."""
-        analysis = self._analyze(AnalyzeRequest.of_image(image))
+        attempt = partial(self._send_image, payloads.encode_image(image))
+        analysis = self._retrying.call("image", attempt, partial(self._send_image, BLACK_IMAGE))
         return payloads.make_verdict("image", [analysis], self._settings)
 
     def close(self) -> None:
@@ -132,20 +101,36 @@ class ContentSafety:
         if close := getattr(self._credential, "close", None):
             close()
 
-    def _analyze(self, request: AnalyzeRequest) -> Analysis:
-        return self._retrying.call(request.kind, lambda: self._send(request), lambda: self._send(request.make_probe()))
+    def _send_text(self, text: str, blocklists: tuple[str, ...] = ()) -> Analysis:
+        from azure.ai.contentsafety.models import AnalyzeTextOptions
 
-    def _send(self, request: AnalyzeRequest) -> Analysis:
+        options = AnalyzeTextOptions(
+            text=text,
+            categories=list(CATEGORIES),
+            blocklist_names=list(blocklists),
+            halt_on_blocklist_hit=False,
+            output_type="FourSeverityLevels",
+        )
+        return self._send("prompt", self._client.analyze_text, options, with_blocklists=bool(blocklists))
+
+    def _send_image(self, content: bytes) -> Analysis:
+        from azure.ai.contentsafety.models import AnalyzeImageOptions, ImageData
+
+        options = AnalyzeImageOptions(
+            image=ImageData(content=content), categories=list(CATEGORIES), output_type="FourSeverityLevels"
+        )
+        return self._send("image", self._client.analyze_image, options)
+
+    def _send(self, kind: Kind, method: Callable[..., Any], options: Any, *, with_blocklists: bool = False) -> Analysis:
         """Send one request. Raises NoAnswer, RowBroken, SettingsError."""
         from azure.core.exceptions import AzureError
 
-        method = getattr(self._client, request.method)
         try:
             # The plain JSON: in the SDK's model of it, missing values would not be seen.
-            body = method(request.options, cls=lambda response, *_: response.http_response.json())
-            return Analysis.parse(body, with_blocklists=request.with_blocklists)
+            body = method(options, cls=lambda response, *_: response.http_response.json())
+            return Analysis.parse(body, with_blocklists=with_blocklists)
         except AzureError as error:
-            raise self._translate(error, request.kind) from error
+            raise self._translate(error, kind) from error
         except (ValueError, LookupError, RecursionError) as error:  # invalid JSON or encoding
             raise NoAnswer(payloads.UNREADABLE) from error
 

@@ -63,8 +63,10 @@ class OpenTable:
     carried: dict[str, str]
 
     def rows(self) -> Iterator[RawRow]:
-        for row in self.reader.rows():
-            yield row._replace(cells={**row.cells, **self.path_columns}) if self.path_columns else row
+        rows = self.reader.rows()
+        if not self.path_columns:
+            return rows
+        return (row._replace(cells={**row.cells, **self.path_columns}) for row in rows)
 
     def type_of(self, column: str) -> pa.DataType:
         return pa.string() if column in self.path_columns else self.reader.schema.field(column).type
