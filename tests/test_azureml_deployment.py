@@ -1,4 +1,4 @@
-"""examples/azureml: what Azure's own SDK makes of it, and that it says what batch-infer does."""
+"""examples/azureml: valid for Azure's SDK, and consistent with batch-infer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`batch-infer export-mlflow`: what real MLflow makes of the folder, and how it scores."""
+"""`batch-infer export-mlflow`: the exported folder loads and scores in MLflow itself."""
 
 from __future__ import annotations
 

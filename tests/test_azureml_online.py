@@ -1,4 +1,4 @@
-"""The real-time door behind Azure ML's own inference server, asked over HTTP as its clients do."""
+"""The real-time scoring script in Azure ML's own inference server, over HTTP."""
 
 from __future__ import annotations
 

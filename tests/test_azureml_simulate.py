@@ -1,4 +1,4 @@
-"""The driver that behaves as Azure ML's batch endpoint does, with scripts that behave in every way."""
+"""The simulated batch endpoint, with scripts that succeed, fail, hang and die."""
 
 from __future__ import annotations
 
