@@ -5,7 +5,7 @@
     │   ├── SettingsError   an option, or options that contradict each other
     │   │   └── CompilationError   torch.compile failed; `run` continues without it unless --compile was given
     │   ├── TableError      no table can be read
-    │   │   └── azureml.payload.TooMany   more prompts than one real-time request may have
+    │   │   └── azureml.payload.TooManyImages   more prompts than one real-time request may have
     │   ├── ModelError      the model cannot be loaded, or not with these settings
     │   ├── DamagedPart     a manifest part is not what was written; `run` sets it aside and continues
     │   └── NewerPart       a manifest part was written by a later version of batch-infer
@@ -16,7 +16,7 @@
     │   ├── ServiceError    a service on the network does not answer
     │   ├── engines.protocol.WorkersLost   every worker died, repeatedly
     │   ├── Interrupted     SIGINT, SIGTERM or the time limit
-    │   └── serving.service.GivenUp   the caller of a real-time request is gone or out of time
+    │   └── serving.service.RequestCancelled   the caller of a real-time request is gone or out of time
     └── RowError            the fault of one row: becomes its status and never ends a run
         ├── RowBroken       a row failed for an unknown reason and is tried again
         └── diffusion.solver.NotPackable   the scheduler cannot run with rows of other settings in one batch

@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 
 from batch_infer.azureml import batch
-from batch_infer.records import BOOKKEEPING
+from batch_infer.records import BOOKKEEPING, Source, digest
 from batch_infer.table.cells import LARGEST_ROW
+from batch_infer.table.rows import RowCells, make_invalid
 from tests.runs import Done, Key, assert_whole, command, images, results, run_json
 from tests.tables import write_csv
 
@@ -259,3 +260,22 @@ def test_a_finished_row_over_the_size_limit_is_not_rendered_again(unlimited: Pat
     assert refused.code == 2 and "finished images in" in refused.stderr
     assert rendered(command(*other, "--rerender-changed", "--json"), 3) == 1
     assert [row["status"] for row in results(out)] == ["ok", *["invalid"] * 4]
+
+
+@pytest.mark.parametrize(
+    ("error", "earlier"),
+    [
+        ("duplicate id 'a'", "the id 'a' stands twice"),
+        ("line 3 is not valid: it is not JSON: Expecting value", "line 3 is not valid: it is no JSON: Expecting value"),
+        (
+            "the file breaks off here: '\"' instead of , or ]",
+            "the file breaks off here: '\"' stands where , or ] should",
+        ),
+        ("the file breaks off here: 'x' after its end", "the file breaks off here: 'x' stands after its end"),
+        ("the prompt is empty", "the prompt is empty"),
+    ],
+)
+def test_fingerprints_of_invalid_rows_do_not_change_with_the_words(error: str, earlier: str) -> None:
+    row = make_invalid(RowCells("a", Source("t.csv", 0), {"prompt": None}, {}), error)
+    assert row.error == error
+    assert row.fingerprint == digest(["invalid", earlier, "{'prompt': None}"])

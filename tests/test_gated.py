@@ -161,6 +161,19 @@ def test_a_service_error_is_raised_after_everything_checked_is_yielded() -> None
 
 
 def test_finished_rows_are_committed_before_a_service_error_is_raised(tmp_path: Path) -> None:
+    class LateError(WordGate):
+        """Fails only after twenty images have been checked."""
+
+        checked = 0
+
+        def check_image(self, image: np.ndarray) -> Verdict:
+            if image[0, 0, 0] == 201:
+                eventually(lambda: self.checked >= 20)
+            verdict = super().check_image(image)
+            with self._lock:
+                self.checked += 1
+            return verdict
+
     rows = [make_request(f"row-{k}", f"good {k}", seed=k) for k in range(30)]
     rows[25] = make_request("row-25", "good 25", seed=201)
     compute = COMPUTE
@@ -172,19 +185,19 @@ def test_finished_rows_are_committed_before_a_service_error_is_raised(tmp_path: 
         PinnedFolder.of(tmp_path),
         pa.schema([]),
     )
-    worker = Worker(settings, "w", lambda *_: gated(WordGate()))
+    worker = Worker(settings, "w", lambda *_: gated(LateError()))
     with pytest.raises(ServiceError, match="the service is down"):
         worker.render(rows, lambda _: None)
     with Manifest(tmp_path).index() as index:
         done = [k for k in range(30) if index.find((f"row-{k}", 0))]
-    assert set(range(16)) <= set(done) and 25 not in done
+    assert len(done) >= 20 and 25 not in done
     assert len(list(tmp_path.rglob("*.png"))) == len(done)
     assert not list(tmp_path.rglob(".tmp-*"))
 
 
 def test_a_prompt_with_a_slow_check_is_overtaken() -> None:
     answered = threading.Event()
-    gate = WordGate(wait=lambda: answered.wait(300))
+    gate = WordGate(wait=lambda: answered.wait(60))
     ids = []
     for outcome in gated(gate).render(requests("good", "good", "slow", *["good"] * 60)):
         ids.append(outcome.request.id)
@@ -201,11 +214,11 @@ def test_rendered_images_are_checked_after_a_stop() -> None:
     class Late(WordGate):
         def check_image(self, image: np.ndarray) -> Verdict:
             rendered.set()
-            assert stop.wait(300)
+            assert stop.wait(60)
             return super().check_image(image)
 
     def stop_after_the_first() -> None:
-        rendered.wait(300)
+        rendered.wait(60)
         stop.set()
 
     gate = Late()
@@ -233,7 +246,7 @@ def test_a_stopped_run_does_not_wait_for_a_service_that_hangs(monkeypatch: pytes
             return super().check_image(image)
 
     def stop_once_it_hangs() -> None:
-        hung.wait(300)
+        hung.wait(60)
         stop.set()
 
     threading.Thread(target=stop_once_it_hangs).start()
@@ -248,10 +261,12 @@ def test_outcomes_of_the_gate_are_yielded_while_the_device_is_busy() -> None:
 
     class Slow(DummyChain):
         def steps(self, source: RequestSource) -> Iterator[list[Rendered | Unrendered]]:
-            while isinstance(first := source.poll(1.0), NoRequest):
+            while (first := source.poll(1.0)) is NoRequest.NOT_YET:
                 yield []
+            assert isinstance(first, PromptRequest)
             yield self._make([first], Stages())
-            while len(ids) < 2:  # as a UNet that renders the third row
+            deadline = time.monotonic() + 60
+            while len(ids) < 2 and time.monotonic() < deadline:  # as a UNet that renders the other good row
                 source.poll()
                 yield []
                 time.sleep(0.001)
@@ -260,7 +275,7 @@ def test_outcomes_of_the_gate_are_yielded_while_the_device_is_busy() -> None:
     rows = requests("good first", "bad", "good second")
     for outcome in GatedChain(chain, WordGate()).render(rows):
         ids.append(outcome.request.id)
-    assert sorted(ids[:2]) == ["row-0", "row-1"]
+    assert len(set(ids[:2])) == 2 and "row-1" in ids[:2], "either good prompt may pass first"
 
 
 def test_a_chain_returns_control_after_each_unet_call(demo_folder: Path) -> None:
@@ -313,7 +328,7 @@ def test_the_device_waits_for_a_slower_service() -> None:
 @pytest.mark.parametrize("word", ["slow", "stopped"])
 def test_a_stop_ends_the_wait_for_the_service(word: str) -> None:
     stop = threading.Event()
-    gate = WordGate(wait=lambda: stop.wait(300))
+    gate = WordGate(wait=lambda: stop.wait(60))
     threading.Timer(0.05, stop.set).start()
     results = by_id(gated(gate, stop.is_set).render(requests("good", f"{word} 1", *["good"] * 10)))
     assert "row-1" not in results

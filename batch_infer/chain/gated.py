@@ -93,6 +93,7 @@ class GatedChain(Chain):
                 while images.futures and not self._stop():
                     wait(images.futures, POLL_SECONDS, FIRST_COMPLETED)
                     yield from images.take_checked()
+                    yield from prompts.take_blocked()
                 yield from self._finish(prompts, images)
             except Interrupted:
                 yield from self._finish(prompts, images)

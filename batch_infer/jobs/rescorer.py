@@ -75,7 +75,7 @@ class Rescorer:
     def __init__(
         self, settings: RunSettings, card: ModelCard, record: Mapping[str, Any], stop: Callable[[], bool]
     ) -> None:
-        """SizeCost the checker if the settings name it. Raises ModelError, SettingsError."""
+        """Load the checker if the settings name it. Raises ModelError, SettingsError."""
         self._settings, self._card = settings, card
         self.sink = make_sink(settings.out, settings.output.image_format)
         self._manifest = Manifest(settings.out, record.get("run_number") or 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
@@ -15,6 +16,14 @@ from batch_infer.table.fields import MAX_SEED, MAX_TEXT, PARSERS, id_text, read_
 
 REQUEST_STEM = "request"
 """Takes the place of the file's name, also in ids, for rows that are in no file."""
+
+EARLIER_WORDINGS = (
+    (re.compile(r"duplicate id (.+)"), r"the id \1 stands twice"),
+    (re.compile(r"it is not JSON: "), "it is no JSON: "),
+    (re.compile(r"('.+'|\".+\") instead of (.+)"), r"\1 stands where \2 should"),
+    (re.compile(r"('.+'|\".+\") after its end"), r"\1 stands after its end"),
+)
+"""Errors that earlier versions worded otherwise, and how."""
 
 IsFinished: TypeAlias = "Callable[[PromptRequest], bool]"
 """Returns whether a request has its image already."""
@@ -139,10 +148,17 @@ def make_invalid(cells: RowCells, error: str) -> ResultRow:
         finished_at=utc_now(),
         source_file=cells.source.file,
         source_row=cells.source.row,
-        fingerprint=digest(["invalid", error, str(fields)]),
+        fingerprint=digest(["invalid", _earlier_wording(error), str(fields)]),
         carried={name: clean(value) if isinstance(value, str) else value for name, value in cells.carried.items()},
         line=cells.source.line,
     )
+
+
+def _earlier_wording(error: str) -> str:
+    """Return an error in the words of earlier versions, which committed its digest as the fingerprint of the row."""
+    for pattern, earlier in EARLIER_WORDINGS:
+        error = pattern.sub(earlier, error)
+    return error
 
 
 def _parse(cells: RowCells, rules: RowRules, errors: list[str]) -> dict[str, Any]:
