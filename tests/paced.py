@@ -1,8 +1,8 @@
 """The command at a pace set by environment variables: `python -m tests.paced run TABLE ...`.
 
 PACE_ROWS: images per manifest part, 1 by default. PACE_SECONDS: pause of a worker after each image. PACE_HOLD: a worker
-renders this many images and then hangs until it is stopped or killed. PACE_MEET (a folder) and PACE_WORKERS: no worker
-renders before this many have loaded their model. Worker processes import the main module, so this applies to them too.
+renders this many images and then hangs until it is stopped or killed. PACE_MEET (a folder) and PACE_WORKERS: a worker
+waits after its first image until this many workers have rendered one, so that each of them gets rows. Worker processes import the main module, so this applies to them too.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class PacedChain:
     def render(self, requests: Iterable[PromptRequest]) -> Iterator[Rendered | Unrendered]:
         for outcome in self._chain.render(requests):
             yield outcome
+            if folder := os.environ.get("PACE_MEET"):
+                meet(Path(folder), int(os.environ["PACE_WORKERS"]))
             self._left -= 1
             time.sleep(self._seconds)
             while not self._left and not self._stop():
@@ -46,10 +48,7 @@ def pace() -> None:
     load = loading.load_chain
 
     def load_paced(card: Any, compute: Any, safety: Any, stop: Callable[[], bool] = lambda: False) -> Any:
-        chain = PacedChain(load(card, compute, safety, stop), stop)
-        if folder := os.environ.get("PACE_MEET"):
-            meet(Path(folder), int(os.environ["PACE_WORKERS"]))
-        return chain
+        return PacedChain(load(card, compute, safety, stop), stop)
 
     loading.load_chain = load_paced
     committing.COMMIT_ROWS = int(os.environ.get("PACE_ROWS", "1"))

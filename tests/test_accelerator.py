@@ -111,7 +111,7 @@ def test_the_bare_unet_uses_the_compilation_of_the_chain(sd1_folder: Path) -> No
     torch._dynamo.reset()
     counter = CompileCounter()
     model: Any = load_family(sd1_folder)
-    model._unet.forward = torch.compile(model._unet.forward, backend=counter, dynamic=False, fullgraph=True)
+    model.denoiser.forward = torch.compile(model.denoiser.forward, backend=counter, dynamic=False, fullgraph=True)
     rows = [make_request(str(k), steps=2 + k, guidance=1 + 3 * k) for k in range(3)]
     assert len(list(StepLevelChain(model, BatchSizes(4, 2), None).render(rows))) == 3
     assert counter.frame_count == 1

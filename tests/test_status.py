@@ -62,7 +62,7 @@ def test_status_of_a_running_and_of_a_killed_run(table: Path, out: Path) -> None
     assert running["left"] <= early["left"] < 24
     assert running["images_per_second"] > 0
     assert f"{out}: running by " in read
-    assert " to go" in read
+    assert "images/s, about " in read
     stopped = status(out)
     assert (stopped["state"], stopped["holder"], total(running), total(stopped)) == ("stopped", None, 26, 26)
     assert stopped["counts"]["invalid"] == 1
