@@ -2,7 +2,9 @@
 
 PACE_ROWS: images per manifest part, 1 by default. PACE_SECONDS: pause of a worker after each image. PACE_HOLD: a worker
 renders this many images and then hangs until it is stopped or killed. PACE_MEET (a folder) and PACE_WORKERS: a worker
-waits after its first image until this many workers have rendered one, so that each of them gets rows. Worker processes import the main module, so this applies to them too.
+waits after its first image until this many workers have rendered one, so that each of them gets rows.
+
+Worker processes import the main module, so all of this applies to them too.
 """
 
 from __future__ import annotations
