@@ -44,7 +44,7 @@ def path_exists(path: Path) -> bool:
 
 
 def is_folder(path: Path, *, follow: bool = False) -> bool:
-    """Return whether a path is a folder or, with `follow`, a link to a folder. Raises StorageError if that is unknown."""
+    """Return whether a path is a folder or, with `follow`, a link to one. Raises StorageError if that is unknown."""
     return stat.S_ISDIR(_mode(path, follow=follow))
 
 
