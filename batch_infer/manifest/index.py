@@ -61,7 +61,7 @@ class ManifestIndex:
     """Index of committed images in a temporary file, so that memory does not grow with the manifest."""
 
     def __init__(self, parts: Iterable[Path], damaged: Callable[[DamagedPart], object] | None = None) -> None:
-        """Read parts and call `damaged` for each damaged part. Raises StorageError, and DamagedPart without `damaged`."""
+        """Read parts and call `damaged` for damaged parts. Raises StorageError, and DamagedPart without `damaged`."""
         self.image_folders: set[str] = set()
         """Folders of all images in the parts, relative to OUT."""
         self._parts: dict[str, Path] = {}
@@ -102,7 +102,7 @@ class ManifestIndex:
         columns = [*(table[name].to_pylist() for name in _COLUMNS[:-1]), times.to_pylist()]
         rows = [(*row, part.name, row_number) for row_number, row in enumerate(zip(*columns, strict=True))]
         self.image_folders.update(path.rpartition("/")[0] for path in table["generated_image"].to_pylist() if path)
-        failures = [(row_id, index, fingerprint) for row_id, index, status, fingerprint, *_ in rows if status == "failed"]
+        failures = [(row_id, index, digest) for row_id, index, status, digest, *_ in rows if status == "failed"]
         self._database.executemany("INSERT INTO failures VALUES (?, ?, ?)", failures)
         self._database.executemany(_UPSERT, rows)
         self._parts[part.name] = part
@@ -150,7 +150,7 @@ class ManifestIndex:
         return Counter(dict(self._database.execute("SELECT status, count(*) FROM committed GROUP BY status")))
 
     def take(self, images: Sequence[CommittedImage], schema: pa.Schema = SCHEMA) -> pa.Table:
-        """Return the results of committed images in order, with the schema's columns. Columns missing from a part are null.
+        """Return the results of committed images in order, cast to a schema. Columns missing from a part are null.
 
         Raises DamagedPart, StorageError.
         """

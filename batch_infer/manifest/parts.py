@@ -33,7 +33,7 @@ def part_name(run: int, content: str) -> str:
 
 
 def run_number(part: Path) -> int:
-    """Return the number of the run that committed a part, or 0 if the writer was not a run."""
+    """Return the number of the run that committed a part, or 0 if its name has no number."""
     match = _NAME.fullmatch(part.name)
     return int(match["run"] or 0) if match else 0
 

@@ -24,7 +24,7 @@ _USAGE_ERRORS = {
     *(errno.EACCES, errno.EEXIST, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT),
     *(errno.ENOTDIR, errno.EPERM, errno.EROFS),
 }
-"""Errors from creating a folder that another folder or permissions fix. Others, such as a full disk, may be temporary."""
+"""Errors from creating a folder that another folder or permissions fix. Others, such as a full disk, may pass."""
 
 
 @contextmanager
