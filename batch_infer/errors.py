@@ -6,7 +6,7 @@
     │   │   └── CompilationError   torch.compile failed; `run` continues without it unless --compile was given
     │   ├── TableError      no table can be read
     │   │   └── azureml.payload.TooMany   a real-time request has too many prompts
-    │   ├── ModelError      the model cannot be loaded, at least with these settings
+    │   ├── ModelError      the model cannot be loaded, or does not support the settings
     │   ├── DamagedPart     a manifest part is corrupt; `run` sets it aside and continues
     │   └── NewerPart       a manifest part was written by a later version of batch-infer
     ├── TryAgainLater       exit 75: run the same command again to continue

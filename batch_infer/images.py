@@ -62,10 +62,12 @@ def parameters_text(request: PromptRequest, scheduler: str, model_hash: str) -> 
         "CFG rescale": f"{params.guidance_rescale:g}" if params.guidance_rescale else None,
         "Version": "batch-infer",
     }
-    return "\n".join([*lines, ", ".join(f"{k}: {_quoted(v)}" for k, v in fields.items() if v is not None)])
+    return "\n".join(
+        [*lines, ", ".join(f"{name}: {_quote(value)}" for name, value in fields.items() if value is not None)]
+    )
 
 
-def _quoted(value: Any) -> str:
+def _quote(value: Any) -> str:
     """Return a value as JSON if it contains a separator at which A1111's parser would split the line."""
     text = str(value)
     return json.dumps(text, ensure_ascii=False) if any(character in text for character in ",:\n") else text

@@ -66,7 +66,7 @@ class Stopper:
         self._grace = 0.0
         """Seconds by which a stop is currently deferred."""
         self._has_timer = self._interrupted = False
-        self._first_signal: float | None = None
+        self._first_signal_time: float | None = None
         self._previous_handlers: dict[int, Any] = {}
         self._closed = threading.Event()
 
@@ -130,9 +130,9 @@ class Stopper:
             self._previous_handlers[number] = signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._first_signal is None:
-            self._first_signal = time.monotonic()
-        elif time.monotonic() - self._first_signal >= REPEAT_SECONDS:
+        if self._first_signal_time is None:
+            self._first_signal_time = time.monotonic()
+        elif time.monotonic() - self._first_signal_time >= REPEAT_SECONDS:
             self._interrupt()
         if self.reason is None:
             self.reason = _signal_name(number)
@@ -167,19 +167,19 @@ class Stopper:
 
     def _watch(self) -> None:
         with self._wakeup_receiver:
-            first_signal, signal_count, last_time, overdue = 0, 0, -math.inf, 0.0
+            first_signal, signal_count, last_time, overdue_seconds = 0, 0, -math.inf, 0.0
             while not self._closed.is_set():
                 numbers = self._receive(TICK_SECONDS if first_signal else None)
-                handled = (number for number in numbers if number in self._previous_handlers)
-                first_signal = first_signal or next(handled, 0)
+                handled_signals = (number for number in numbers if number in self._previous_handlers)
+                first_signal = first_signal or next(handled_signals, 0)
                 if any(number in STOP_SIGNALS for number in numbers) and time.monotonic() - last_time >= REPEAT_SECONDS:
                     signal_count, last_time = signal_count + 1, time.monotonic()
                 is_due = self._interrupted or self._grace < math.inf or signal_count > 1
-                overdue = overdue + TICK_SECONDS if first_signal and is_due else 0.0
+                overdue_seconds = overdue_seconds + TICK_SECONDS if first_signal and is_due else 0.0
                 grace = GRACE_SECONDS if self._has_timer or 0 < self._grace < math.inf else 0.0
-                if overdue >= END_SECONDS + grace:
+                if overdue_seconds >= END_SECONDS + grace:
                     self.reason = self.reason or _signal_name(first_signal)  # the main thread has not handled it
-                    self._end()
+                    self._end_process()
         if self._interrupted:
             self._linger()
 
@@ -198,7 +198,7 @@ class Stopper:
         time.sleep(END_SECONDS)
         os._exit(Interrupted.exit_code)
 
-    def _end(self) -> None:
+    def _end_process(self) -> None:
         for process in active_children():
             process.kill()
         # Both callbacks may block on a lock that the main thread holds.

@@ -67,10 +67,10 @@ def cast_table(table: pa.Table, schema: pa.Schema) -> pa.Table:
 
 
 def _name_in(schema: pa.Schema, name: str) -> str:
-    new = name
-    while new not in schema.names and len(new) < len(name) + 100:
-        new = f"input_{new}"
-    return new
+    candidate = name
+    while candidate not in schema.names and len(candidate) < len(name) + 100:
+        candidate = f"input_{candidate}"
+    return candidate
 
 
 def _cast(column: pa.ChunkedArray, target: pa.DataType) -> pa.ChunkedArray:

@@ -61,7 +61,7 @@ class FolderSink:
         pinned = PinnedFolder.of(out)
         self._out, self._suffix = pinned.path, suffix
         self._pinned = {pinned.path: pinned}
-        self._created = {pinned.path}
+        self._created_folders = {pinned.path}
         self._case_sensitive: dict[str, bool] = {}
         self._case_lock = threading.Lock()
 
@@ -73,9 +73,9 @@ class FolderSink:
         top = IMAGE_FOLDERS[quarantine]
         folder = self._name(top, request.source.stem, collides=request.stem_collides)
         path = self._path(request, top, folder, self._name(top, request.id, collides=request.id_collides))
-        previous = self.path_in(request.replaces or "", quarantine=quarantine)
-        possible = self._possible_paths(request, top, lambda text: {hashed_name(text)})
-        return previous if request.replaces and previous in possible else path
+        previous_path = self.path_in(request.replaces or "", quarantine=quarantine)
+        possible_paths = self._possible_paths(request, top, lambda text: {hashed_name(text)})
+        return previous_path if request.replaces and previous_path in possible_paths else path
 
     def possible_paths(self, request: PromptRequest) -> set[str]:
         return set().union(*(self._possible_paths(request, top, former_names) for top in IMAGE_FOLDERS))
@@ -92,12 +92,12 @@ class FolderSink:
     def collisions(self, index: ImageIndex) -> Collisions:
         return Collisions(index)
 
-    def _possible_paths(self, request: PromptRequest, top: str, hashed: Callable[[str], set[str]]) -> set[str]:
+    def _possible_paths(self, request: PromptRequest, top: str, hash_names: Callable[[str], set[str]]) -> set[str]:
         stem, name = request.source.stem, request.id
         return {
             self._path(request, top, folder, file)
-            for folder in {self._name(top, stem, collides=request.stem_collides), *hashed(stem)}
-            for file in {self._name(top, name, collides=request.id_collides), *hashed(name)}
+            for folder in {self._name(top, stem, collides=request.stem_collides), *hash_names(stem)}
+            for file in {self._name(top, name, collides=request.id_collides), *hash_names(name)}
         }
 
     def _path(self, request: PromptRequest, top: str, folder: str, name: str) -> str:
@@ -213,7 +213,7 @@ class FolderSink:
 
     def _make_folder(self, folder: Path) -> None:
         """Create a folder below OUT, once per sink."""
-        if folder in self._created:
+        if folder in self._created_folders:
             return
         self._make_folder(folder.parent)
         make_folder(folder)
@@ -221,7 +221,7 @@ class FolderSink:
             raise StorageError(f"{folder} is a link; only images/ and quarantine/ may be: put the folder itself there")
         if folder.parent == self._out:
             self._pin(folder)
-        self._created.add(folder)
+        self._created_folders.add(folder)
 
     def _pin(self, folder: Path) -> None:
         """Check images/ or quarantine/ before each write, like OUT, with a marker if it is on another disk."""

@@ -86,4 +86,4 @@ class Collisions:
         return replace(request, id_collides=id_collides, stem_collides=stem_collides)
 
     def _has_similar(self, name: str) -> bool:
-        return any(parse_path(path)[1] == other for other, path in self._index.similar_ids(name))
+        return any(parse_path(path)[1] == similar for similar, path in self._index.similar_ids(name))

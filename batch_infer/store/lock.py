@@ -75,8 +75,8 @@ def _acquire(folder: Path) -> FileLock:
         holder = _read_holder(folder)
         raise LockedError(f"{folder} is held by another run ({holder}); run again when it has ended") from None
     except OSError as error:
-        kind = SettingsError if error.errno in _USAGE_ERRORS else StorageError
-        raise kind(f"cannot write to {folder}: {error.strerror or error}") from error
+        error_class = SettingsError if error.errno in _USAGE_ERRORS else StorageError
+        raise error_class(f"cannot write to {folder}: {error.strerror or error}") from error
     return lock
 
 
