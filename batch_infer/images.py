@@ -62,9 +62,8 @@ def parameters_text(request: PromptRequest, scheduler: str, model_hash: str) -> 
         "CFG rescale": f"{params.guidance_rescale:g}" if params.guidance_rescale else None,
         "Version": "batch-infer",
     }
-    return "\n".join(
-        [*lines, ", ".join(f"{name}: {_quote(value)}" for name, value in fields.items() if value is not None)]
-    )
+    lines.append(", ".join(f"{name}: {_quote(value)}" for name, value in fields.items() if value is not None))
+    return "\n".join(lines)
 
 
 def _quote(value: Any) -> str:

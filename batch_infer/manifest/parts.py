@@ -28,7 +28,7 @@ _COMMITTED_KEY = b"batch-infer-committed"
 
 
 def part_name(run: int, content: str) -> str:
-    """Return the file name of a part committed by run number `run`, or 0 if the writer is not a run."""
+    """Return the file name of a part committed by run number `run`. 0 means that the writer is not a run."""
     return f"part-{run:05d}-{content}.parquet" if run else f"part-{content}.parquet"
 
 

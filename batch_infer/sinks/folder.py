@@ -66,7 +66,7 @@ class FolderSink:
         self._case_lock = threading.Lock()
 
     def path_of(self, request: PromptRequest, *, quarantine: bool = False) -> str:
-        """Paths in an OUT never differ only by case, so that OUT can be copied to any file system.
+        """Keep paths in an OUT distinct even if case is ignored, so that OUT can be copied to any file system.
 
         The only exception is tables that different workers of an Azure ML job read.
         """

@@ -1,4 +1,4 @@
-"""Name image files so that names are valid on every file system and never differ only by case in an OUT."""
+"""Choose image file names that are valid on every file system and never differ only by case in an OUT."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The interface of sinks, and a registry that creates them."""
+"""Define the methods of sinks, and create sinks by name."""
 
 from __future__ import annotations
 

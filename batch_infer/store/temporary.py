@@ -48,7 +48,7 @@ def _storage_error(what: str, folder: str, reason: object) -> StorageError:
 
 
 class _Raw(io.FileIO):
-    """Temporary file whose write errors are StorageError, even when a buffer around it is closed."""
+    """Temporary file that raises StorageError for write errors, even when a buffer around it is closed."""
 
     def write(self, data: object, /) -> int:
         with temporary_file_errors():
@@ -103,7 +103,7 @@ _fetch_next: Callable[[sqlite3.Cursor], Any] = _raising_storage_error(sqlite3.Cu
 
 
 class _Cursor(sqlite3.Cursor):
-    """Cursor whose disk errors are StorageError, also when fetching, since SQLite reads rows as they are fetched."""
+    """Cursor that raises StorageError for disk errors. SQLite reads rows as they are fetched, so fetching may raise too."""
 
     execute = _raising_storage_error(sqlite3.Cursor.execute)
     executemany = _raising_storage_error(sqlite3.Cursor.executemany)
