@@ -103,7 +103,7 @@ _fetch_next: Callable[[sqlite3.Cursor], Any] = _raising_storage_error(sqlite3.Cu
 
 
 class _Cursor(sqlite3.Cursor):
-    """Cursor that raises StorageError for disk errors. SQLite reads rows as they are fetched, so fetching may raise too."""
+    """Cursor that raises StorageError for disk errors, also in fetches, since SQLite reads rows as they are fetched."""
 
     execute = _raising_storage_error(sqlite3.Cursor.execute)
     executemany = _raising_storage_error(sqlite3.Cursor.executemany)
