@@ -1,4 +1,4 @@
-"""The entry point of `batch-infer` and `python -m batch_infer`."""
+"""Entry point of `batch-infer` and `python -m batch_infer`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from batch_infer.terminal import escape_controls, never_fail_to_encode
 
 
 def main() -> None:
-    """Run the command and exit with its code. An expected error is one message, a bug a traceback."""
+    """Run the command and exit with its code. Expected errors print one message; bugs print a traceback."""
     _open_standard_streams()
     detect_log_format()
     try:
@@ -26,7 +26,7 @@ def main() -> None:
 
 
 def _open_standard_streams() -> None:
-    """Open os.devnull for closed standard streams: a file that is opened later would get their descriptor."""
+    """Open os.devnull for closed standard streams. Otherwise the next opened file would get their descriptor."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)

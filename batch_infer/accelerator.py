@@ -1,4 +1,4 @@
-"""GPU housekeeping that torch leaves to its users: a memory limit, non-blocking copies, and kinds of errors."""
+"""Limit GPU memory, copy tensors to devices and recognise device errors."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from batch_infer.errors import first_line
 
 MEMORY_FRACTION = 0.92
-"""Share of a GPU's memory that torch's allocator may use.
+"""Maximum share of a GPU's memory for torch's allocator.
 
-cuDNN and cuBLAS allocate some memory outside of it. Without this limit they run out first, and torch then silently
-chooses another algorithm, which changes the bytes of an image.
+cuDNN and cuBLAS allocate memory outside this allocator. Without the limit they run out first, and torch then silently
+chooses another algorithm, which changes image bytes.
 """
 COMFORTABLE_FRACTION = 0.85
-"""Share of a GPU's memory at which a measured batch size may peak. The rest is for fragmentation."""
+"""Maximum share of a GPU's memory for the peak of a measured batch size. The rest allows for fragmentation."""
 OUT_OF_MEMORY = (
     "out of memory",
     "CUDNN_STATUS_ALLOC_FAILED",
@@ -24,21 +24,21 @@ OUT_OF_MEMORY = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "unable to find an engine to execute this computation",
 )
-"""Texts of the RuntimeErrors that CUDA, cuDNN, cuBLAS and Triton raise when device memory is exhausted.
+"""Messages of RuntimeErrors from CUDA, cuDNN, cuBLAS and Triton when device memory is exhausted.
 
-The last text: cuDNN finds no engine when no algorithm's workspace fits.
+cuDNN raises the last message when no algorithm's workspace fits.
 """
 DEVICE_FAULTS = ("CUDA error", "CUDA driver error", "CUDNN_STATUS", "cuDNN error", "CUBLAS_STATUS", "Triton Error")
 
 
 def limit_memory(device: torch.device) -> None:
-    """Limit the GPU memory of this process, so that running out of it always raises torch.OutOfMemoryError."""
+    """Limit the GPU memory of this process so that exhausting it always raises torch.OutOfMemoryError."""
     if device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(MEMORY_FRACTION)
 
 
 def is_comfortable(device: torch.device) -> bool:
-    """Return whether the peak since `torch.cuda.reset_peak_memory_stats` leaves enough memory; True on a CPU."""
+    """Return whether peak memory since `torch.cuda.reset_peak_memory_stats` is low enough. Always True on a CPU."""
     if device.type != "cuda":
         return True
     _, total = torch.cuda.mem_get_info()
@@ -46,21 +46,22 @@ def is_comfortable(device: torch.device) -> bool:
 
 
 def set_float32_precision(dtype: torch.dtype) -> None:
-    """Turn off TF32, torch's default for float32 convolutions in cuDNN, when the model is float32.
+    """Disable TF32, torch's default for float32 convolutions in cuDNN, if the model is float32.
 
-    In half precision it stays on: Stable Diffusion XL decodes in float32, from activations that are no more precise.
+    TF32 stays on for half-precision models. Stable Diffusion XL decodes in float32, but its activations are no more
+    precise than TF32.
     """
     torch.backends.cudnn.allow_tf32 = dtype != torch.float32
 
 
 def copy_to(device: torch.device, values: torch.Tensor) -> torch.Tensor:
-    """Copy a CPU tensor to a device without blocking the host: to a GPU through pinned memory."""
+    """Copy a CPU tensor to a device without blocking the host. Copies to a GPU use pinned memory."""
     return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
 
 
 @contextmanager
 def out_of_memory_errors() -> Iterator[None]:
-    """Re-raise every report of exhausted device memory as torch.OutOfMemoryError."""
+    """Re-raise every error about exhausted device memory as torch.OutOfMemoryError."""
     try:
         yield
     except RuntimeError as error:
@@ -70,11 +71,11 @@ def out_of_memory_errors() -> Iterator[None]:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether an error reports that device memory is exhausted."""
+    """Return whether an error reports exhausted device memory."""
     return any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def is_device_fault(error: BaseException) -> bool:
-    """Return whether an error comes from the device or its libraries, not from the computation."""
+    """Return whether the device or its libraries, not the computation, caused an error."""
     accelerator_error = getattr(torch, "AcceleratorError", ())  # since torch 2.8
     return isinstance(error, accelerator_error) or any(text in str(error) for text in DEVICE_FAULTS)

@@ -1,27 +1,27 @@
-"""The errors that batch-infer raises by name. Errors of one package are defined there and drawn here.
+"""Exceptions of batch-infer. The tree includes those defined in other modules.
 
     BatchInferError
     ├── UsageError          exit 2: nothing was rendered; the command or its settings must change
-    │   ├── SettingsError   an option, or options that contradict each other
+    │   ├── SettingsError   an invalid option, or options that conflict
     │   │   └── CompilationError   torch.compile failed; `run` continues without it unless --compile was given
     │   ├── TableError      no table can be read
-    │   │   └── azureml.payload.TooManyImages   more prompts than one real-time request may have
-    │   ├── ModelError      the model cannot be loaded, or not with these settings
-    │   ├── DamagedPart     a manifest part is not what was written; `run` sets it aside and continues
+    │   │   └── azureml.payload.TooManyImages   a real-time request has too many prompts
+    │   ├── ModelError      the model cannot be loaded, or does not support the settings
+    │   ├── DamagedPart     a manifest part is corrupt; `run` sets it aside and continues
     │   └── NewerPart       a manifest part was written by a later version of batch-infer
     ├── TryAgainLater       exit 75: run the same command again to continue
-    │   ├── LockedError     another run holds OUT
+    │   ├── LockedError     another run has locked OUT
     │   ├── StorageError    OUT or the temporary folder cannot be read or written
     │   │   └── jobs.merge.MissingResults   the manifest lists fewer results than were committed
-    │   ├── ServiceError    a service on the network does not answer
+    │   ├── ServiceError    a network service does not respond
     │   ├── engines.protocol.WorkersLost   every worker died, repeatedly
     │   ├── Interrupted     SIGINT, SIGTERM or the time limit
-    │   └── serving.service.RequestCancelled   the caller of a real-time request is gone or out of time
-    └── RowError            the fault of one row: becomes its status and never ends a run
-        ├── RowBroken       a row failed for an unknown reason and is tried again
-        └── diffusion.solver.NotPackable   the scheduler cannot run with rows of other settings in one batch
+    │   └── serving.service.RequestCancelled   the client of a real-time request disconnected or timed out
+    └── RowError            an error in one row: sets the row's status and never ends a run
+        ├── RowBroken       a row failed for an unknown reason and is retried
+        └── diffusion.solver.NotPackable   the scheduler cannot batch rows with different settings
 
-Anything else that escapes is a bug: exit 1 with a traceback.
+Any other uncaught exception is a bug: exit 1 with a traceback.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def first_line(error: Exception) -> str:
 
 
 class BatchInferError(Exception):
-    """Base of all errors with a message for the user; `exit_code` is that of the command."""
+    """Base class of errors with a message for the user. The command exits with `exit_code`."""
 
     exit_code = 1
 
     @classmethod
     def from_text(cls, text: str) -> BatchInferError:
-        """Return an error with the message of one of this class that was raised in another process."""
+        """Return an error of this class from its message in another process."""
         return cls(text)
 
 
@@ -67,15 +67,15 @@ class ModelError(UsageError):
 
 
 class DamagedPart(UsageError):
-    """`part` is the path of the part, `reason` what is wrong with it."""
+    """`part` is the path of the damaged part and `reason` describes the damage."""
 
     def __init__(self, part: Path, reason: str) -> None:
-        super().__init__(part, reason)  # both, so that it can be pickled
+        super().__init__(part, reason)  # pickling needs both arguments
         self.part, self.reason = part, reason
 
     @classmethod
     def from_text(cls, text: str) -> BatchInferError:
-        """Return a plain UsageError, since the part is unknown here."""
+        """Return a plain UsageError, since the text alone does not give `part`."""
         return UsageError(text)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Image files: formats, the parameters written into them, and the policy for flagged images."""
+"""Encode and decode image files, and apply the policy for flagged images."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ WEBP_QUALITY = 90
 EXIF_USER_COMMENT = 0x9286
 EXIF_IFD = 0x8769
 MAX_TEXT = 50_000
-"""Characters of text in a PNG: at most 200 kB. Pillow refuses files with a text of more than 1 MiB."""
+"""Maximum number of characters of text in a PNG, at most 200 kB. Pillow rejects files with a text over 1 MiB."""
 MAX_EXIF = 15_000
-"""Characters in Exif: at most 60 kB of UTF-16. In a JPEG it holds 64 KiB."""
+"""Maximum number of characters in Exif, at most 60 kB as UTF-16. A JPEG can hold 64 KiB of Exif."""
 MAX_LAST_LINE = 1_000
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _DECODING_ERRORS = (OSError, ValueError, SyntaxError, TypeError, LookupError, EOFError, struct.error, zlib.error)
-"""What Pillow raises for a file that is not an image, or is damaged."""
+"""Exceptions that Pillow raises for damaged files and for files that are not images."""
 
 XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
@@ -39,14 +39,14 @@ XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
  Iptc4xmpExt:DigitalSourceType="http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"/>
 </rdf:RDF></x:xmpmeta>
 <?xpacket end="r"?>"""
-"""The mark of a generated image: IPTC Photo Metadata Standard, Digital Source Type `trainedAlgorithmicMedia`."""
+"""Marks an image as generated: IPTC Photo Metadata Standard, Digital Source Type `trainedAlgorithmicMedia`."""
 
 
 def parameters_text(request: PromptRequest, scheduler: str, model_hash: str) -> str:
-    """Format a row's parameters as AUTOMATIC1111's web UI does, for the programs that read them.
+    """Format a row's parameters like AUTOMATIC1111's web UI, so that other programs can read them.
 
-    The model is named by its fingerprint, and this package without its version: the bytes of an image depend neither
-    on the name of the model's folder nor on the release.
+    The text has the model's fingerprint and no version of this package, so that image bytes depend neither on the name
+    of the model's folder nor on the release.
     """
     params = request.params
     lines = [request.prompt]
@@ -62,24 +62,25 @@ def parameters_text(request: PromptRequest, scheduler: str, model_hash: str) -> 
         "CFG rescale": f"{params.guidance_rescale:g}" if params.guidance_rescale else None,
         "Version": "batch-infer",
     }
-    return "\n".join([*lines, ", ".join(f"{k}: {_quoted(v)}" for k, v in fields.items() if v is not None)])
+    lines.append(", ".join(f"{name}: {_quote(value)}" for name, value in fields.items() if value is not None))
+    return "\n".join(lines)
 
 
-def _quoted(value: Any) -> str:
-    """Return a value as JSON if it has a comma or colon, at which A1111's reader would split the line."""
+def _quote(value: Any) -> str:
+    """Return a value as JSON if it contains a separator at which A1111's parser would split the line."""
     text = str(value)
     return json.dumps(text, ensure_ascii=False) if any(character in text for character in ",:\n") else text
 
 
 def encode(pixels: np.ndarray, image_format: ImageFormat, parameters: str) -> bytes:
-    """Encode an image (H, W, 3) uint8 as a file with its parameters and the mark of a generated image."""
+    """Encode an image (H, W, 3) uint8 as a file that also contains its parameters and XMP."""
     image = Image.fromarray(pixels)
     stream = io.BytesIO()
     parameters = _shorten(parameters, MAX_TEXT)
     match image_format:
         case "png":
             text = PngInfo()
-            text.add_text("parameters", parameters)  # as iTXt where it is not Latin-1
+            text.add_text("parameters", parameters)  # as iTXt if it is not Latin-1
             text.add_itxt("XML:com.adobe.xmp", XMP)
             image.save(stream, "PNG", pnginfo=text, compress_level=PNG_LEVEL)
         case "jpeg":
@@ -90,9 +91,9 @@ def encode(pixels: np.ndarray, image_format: ImageFormat, parameters: str) -> by
 
 
 def decode(content: bytes) -> np.ndarray:
-    """Return the pixels (H, W, 3) uint8 of an image file. Raises RowError if it cannot be opened.
+    """Decode an image file to pixels (H, W, 3) uint8. Raises RowError if it cannot be opened.
 
-    Text in a PNG is skipped, since Pillow refuses files with more than 64 MiB of it.
+    PNG text is skipped, since Pillow rejects files with more than 64 MiB of text.
     """
     try:
         with Image.open(io.BytesIO(_without_text(content))) as image:
@@ -102,7 +103,7 @@ def decode(content: bytes) -> np.ndarray:
 
 
 def _without_text(content: bytes) -> bytes:
-    """Return a PNG without its text chunks, and other content unchanged."""
+    """Return a PNG without its text chunks. Other content is unchanged."""
     if not content.startswith(_PNG_SIGNATURE):
         return content
     chunks, offset = [_PNG_SIGNATURE], len(_PNG_SIGNATURE)
@@ -116,9 +117,9 @@ def _without_text(content: bytes) -> bytes:
 
 
 def pixels_sha256(pixels: np.ndarray) -> str:
-    """Return the SHA-256 of the mode, the size and the pixels of an image (H, W, 3) uint8.
+    """Return the SHA-256 of an image's mode, size and pixels (H, W, 3) uint8.
 
-    It depends on neither the file format, the text in the file nor the version of an encoder.
+    It does not depend on the file format, the text in the file or the encoder version.
     """
     height, width, _ = pixels.shape
     digest = hashlib.sha256(f"RGB {width}x{height}\n".encode())
@@ -127,7 +128,7 @@ def pixels_sha256(pixels: np.ndarray) -> str:
 
 
 def _shorten(text: str, length: int) -> str:
-    """Shorten a text to this many characters: `…` replaces the end, except a short last line, which has the fields."""
+    """Shorten a text to `length` characters: replace its end with `…`, but keep a short last line with the fields."""
     if len(text) <= length:
         return text
     start, _, last = text.rpartition("\n")
@@ -136,7 +137,7 @@ def _shorten(text: str, length: int) -> str:
 
 
 def _exif(parameters: str) -> Image.Exif:
-    """Return the parameters as Exif's UserComment."""
+    """Return Exif with the parameters as UserComment."""
     exif = Image.Exif()
     comment = _shorten(parameters, MAX_EXIF).encode("utf-16-be", "replace")
     exif.get_ifd(EXIF_IFD)[EXIF_USER_COMMENT] = b"UNICODE\0" + comment
@@ -144,7 +145,7 @@ def _exif(parameters: str) -> Image.Exif:
 
 
 def by_policy(pixels: np.ndarray, on_flagged: OnFlagged) -> np.ndarray | None:
-    """Return the pixels to store for a flagged image, None for no image."""
+    """Return the pixels to store for a flagged image, or None to store no image."""
     match on_flagged:
         case "blank":
             return blank(pixels)
@@ -157,10 +158,10 @@ def by_policy(pixels: np.ndarray, on_flagged: OnFlagged) -> np.ndarray | None:
 
 
 def blank(pixels: np.ndarray) -> np.ndarray:
-    """Return a black image of the same size, as diffusers does for a flagged one."""
+    """Return a black image of the same size, as diffusers does for a flagged image."""
     return np.zeros_like(pixels)
 
 
 def blur(pixels: np.ndarray) -> np.ndarray:
-    """Blur an image until no shape is recognisable: by a sixteenth of its longer side."""
+    """Blur an image until no shape is recognisable, with a radius of 1/16 of its longer side."""
     return np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(max(pixels.shape[:2]) / 16)))

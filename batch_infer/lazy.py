@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first used, because their modules load torch."""
+"""Defer imports from modules that load torch until the names are first used."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 def import_on_use(package: str, **modules: tuple[str, ...]) -> Callable[[str], Any]:
     """Return a module-level `__getattr__` (PEP 562) that imports names from modules of a package.
 
-    `modules`: the names that each module provides. Type checkers need the same imports under `TYPE_CHECKING`.
+    `modules` maps a module to the names to import from it. Type checkers need the same imports under `TYPE_CHECKING`.
     """
     module_of = {name: module for module, names in modules.items() for name in names}
 

@@ -1,4 +1,4 @@
-"""Scripts without a main guard that call the package: every spawned process imports them and calls it again."""
+"""End processes spawned by a script without a main guard: they import the script, which calls batch-infer again."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from multiprocessing import current_process
 
 EXIT_CODE = 64
-"""The exit code of such a process, by which its parent recognises it. (sysexits.h: a command was used incorrectly.)"""
+"""Exit code by which the parent recognises such a process (sysexits.h: the command was used incorrectly)."""
 ADVICE = (
     "the script that calls batch-infer is imported by each of its processes, and calls it again there: put the call "
     'under `if __name__ == "__main__":`'

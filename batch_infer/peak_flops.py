@@ -1,4 +1,4 @@
-"""Peak throughput of GPUs from their datasheets, the denominator of model FLOPS utilisation (MFU)."""
+"""Peak GPU throughput from datasheets, the denominator of model FLOPS utilisation (MFU)."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ DENSE_TFLOPS = (
     ("A100", 312.0),
     ("A10", 125.0),
 )
-"""Words of the device name, and TFLOP/s of float16 and bfloat16 tensor cores without sparsity.
+"""Words of a device name, and its peak float16 and bfloat16 tensor-core TFLOP/s without sparsity.
 
-More specific names come first. H100, H200 and B200 alone are the SXM modules.
+More specific names come first. H100, H200 and B200 without a suffix are the SXM modules.
 """
 HALF_DTYPES = ("float16", "bfloat16")
 
 
 def dense_tflops(device_name: str, dtype: str) -> float | None:
-    """Return the peak TFLOP/s of a device for a dtype, None where it is unknown.
+    """Return a device's peak TFLOP/s for a dtype, or None if unknown.
 
-    `device_name` is that of `torch.cuda.get_device_name`, such as `NVIDIA H100 80GB HBM3`.
+    `device_name` comes from `torch.cuda.get_device_name`, such as `NVIDIA H100 80GB HBM3`.
     """
-    if dtype not in HALF_DTYPES or " MIG " in f" {device_name} ":  # a MIG slice has only a part of its GPU
+    if dtype not in HALF_DTYPES or " MIG " in f" {device_name} ":  # a MIG slice is only part of a GPU
         return None
     words = f" {device_name.replace('-', ' ')} "
     return next((tflops for name, tflops in DENSE_TFLOPS if f" {name} " in words), None)

@@ -1,4 +1,4 @@
-"""What flows through a run: requests in, results out."""
+"""Records shared by all packages, from requests to results."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from typing import Annotated, Any, Literal
 
 Status = Literal["ok", "flagged", "blocked", "invalid", "failed"]
 FINAL_STATUSES: frozenset[str] = frozenset({"ok", "flagged", "blocked"})
-"""Statuses that a later `run` skips."""
+"""Later runs skip rows with these statuses."""
 
 MAX_ATTEMPTS = 3
-"""How often `run` tries a row that fails."""
+"""Maximum number of attempts that `run` makes for a failing row."""
 
 COMPRESSION_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 """Suffixes of compressed tables."""
 _DUPLICATE_SUFFIX = re.compile(r"#\d+$")
-"""The second table of one name is called `t.csv#2`; no table's own name ends like that."""
+"""Suffix of the second table with the same name, such as `t.csv#2`. No table's file name ends this way."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one image is sampled. Sizes in pixels.
+    """Sampling parameters of one image. Sizes are in pixels.
 
-    `embedded_guidance`: the model takes the guidance scale as an input and needs no second evaluation.
+    `embedded_guidance`: the model takes the guidance scale as an input, so it needs no second evaluation.
     """
 
     height: int
@@ -40,18 +40,18 @@ class SamplingParams:
 
     @property
     def uses_guidance(self) -> bool:
-        """Whether classifier-free guidance is on: above 1, as in diffusers (Ho & Salimans, arXiv 2207.12598)."""
+        """Whether classifier-free guidance (Ho & Salimans, arXiv 2207.12598) is on: above 1, as in diffusers."""
         return self.guidance_scale > 1.0 and not self.embedded_guidance
 
     @property
     def slots(self) -> int:
-        """Batch elements of one denoiser call: guidance needs an unconditional and a conditional one."""
+        """Batch elements per denoiser call. Guidance needs an unconditional and a conditional element."""
         return 2 if self.uses_guidance else 1
 
 
 @dataclass(frozen=True, slots=True)
 class SizeRules:
-    """Image sizes that a model accepts, in pixels. `most` is a limit of the model itself. run.json has these fields."""
+    """Image sizes in pixels that a model accepts. `most` is the model's own limit. run.json stores these fields."""
 
     native_height: int
     native_width: int
@@ -61,37 +61,36 @@ class SizeRules:
 
     @property
     def largest(self) -> int:
-        """The longest side that is accepted."""
+        """Longest accepted side in pixels."""
         largest = 8 * max(self.native_height, self.native_width)
         return largest if self.most is None else min(largest, self.most)
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a row is: its file as the user named it, its number from 0, and in text formats its line from 1."""
+    """Location of a row: file as named by the user, row number from 0, and in text formats line number from 1."""
 
     file: str
     row: int
     line: int | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
-        """Return the position as an editor shows it: `t.csv, line 5`, else `t.parquet, row 3`."""
+        """Format the location as `t.csv, line 5` if the line is known, otherwise as `t.parquet, row 3`."""
         return f"{self.file}, row {self.row}" if self.line is None else f"{self.file}, line {self.line}"
 
     @property
     def stem(self) -> str:
-        """The file's name without folder, `#2`, compression suffix and suffix."""
+        """File name without its folder, `#2`, compression suffix and format suffix."""
         path = PurePosixPath(_DUPLICATE_SUFFIX.sub("", self.file))
         return (path.with_suffix("") if path.suffix.lower() in COMPRESSION_SUFFIXES else path).stem
 
 
 @dataclass(frozen=True, slots=True)
 class PromptRequest:
-    """One image to render: everything that decides its pixels except the run's settings.
+    """Request for one image: everything that determines its pixels except the run's settings.
 
-    `attempt` counts from 1; `replaces` is the path, relative to OUT, of the image of an earlier attempt.
-    `id_collides`: the id equals that of an earlier row when case is ignored, but is not the same. `stem_collides`: so
-    does the stem of its file.
+    `attempt` counts from 1. `replaces` is the path, relative to OUT, of the image from an earlier attempt.
+    `id_collides`: the id differs from an earlier row's id only by case. `stem_collides`: the same for the file's stem.
     """
 
     id: str
@@ -114,21 +113,21 @@ class PromptRequest:
 
     @property
     def batch_key(self) -> tuple[object, ...]:
-        """What requests must have in common to be rendered by one call of a diffusers pipeline."""
+        """Key shared by all requests that one diffusers pipeline call can render."""
         params = self.params
         sampling = params.num_inference_steps, params.guidance_scale, params.guidance_rescale
         return params.height, params.width, *sampling, self.negative_prompt is None
 
     def as_attempt(self, attempt: int, replaces: str | None) -> PromptRequest:
-        """Return the same request as a later attempt."""
+        """Return a copy of the request for a later attempt."""
         return replace(self, attempt=attempt, replaces=replaces)
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Result of a safety check of an image or a prompt.
+    """Result of a safety check of an image or prompt.
 
-    `nsfw` is None where nothing was checked; `reason` is one sentence that says why it is unsafe.
+    `nsfw` is None if nothing was checked. `reason` explains in one sentence why the content is unsafe.
     """
 
     nsfw: bool | None = None
@@ -137,23 +136,23 @@ class Verdict:
     reason: str | None = None
 
     def merge(self, other: Verdict) -> Verdict:
-        """Return the verdict of both checks: unsafe where one says so, with the higher of each score."""
-        both = self, other
-        checkers = dict.fromkeys(name for verdict in both if verdict.checker for name in verdict.checker.split("+"))
+        """Combine two verdicts: unsafe if either is unsafe, with the maximum of each score."""
+        verdicts = self, other
+        checkers = dict.fromkeys(name for verdict in verdicts if verdict.checker for name in verdict.checker.split("+"))
         scores = dict(self.scores or {})
         for name, score in (other.scores or {}).items():
             scores[name] = max(score, scores.get(name, score))
-        answers = [verdict.nsfw for verdict in both if verdict.nsfw is not None]
-        reasons = dict.fromkeys(verdict.reason for verdict in both if verdict.reason)
+        answers = [verdict.nsfw for verdict in verdicts if verdict.nsfw is not None]
+        reasons = dict.fromkeys(verdict.reason for verdict in verdicts if verdict.reason)
         nsfw = any(answers) if answers else None
         return Verdict(nsfw, "+".join(checkers) or None, scores or None, "; ".join(reasons) or None)
 
 
 @dataclass(frozen=True, slots=True)
 class StoredImage:
-    """An image file as its sink wrote it: path relative to OUT, sha256 and length in bytes.
+    """Stored image file: path relative to OUT, SHA-256 and size in bytes.
 
-    `pixels_sha256` is that of `images.pixels_sha256`.
+    `pixels_sha256` comes from `images.pixels_sha256`.
     """
 
     path: str
@@ -163,15 +162,15 @@ class StoredImage:
 
 
 Int32 = Annotated[int, "int32"]
-"""Result columns of int are int64, those of Int32 are int32."""
+"""Type of int32 result columns. Columns of type int are int64."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResultRow:
-    """One row of a manifest part and of results.*: the declaration of the result columns, in their order.
+    """One row of a manifest part and of results.*. Its fields declare the result columns in order.
 
-    The manifest derives the Arrow schema from it. A new column needs `metadata={"since": VERSION}`, with the next
-    version of the manifest's format. `carried` and `line`, that of `Source`, are not result columns.
+    The manifest derives its Arrow schema from them. A new column needs `metadata={"since": VERSION}` with the next
+    version of the manifest format. `carried` and `line`, the line of the source, are not result columns.
     """
 
     id: str
@@ -218,11 +217,11 @@ class ResultRow:
 
 RESULT_COLUMNS = tuple(column for column in fields(ResultRow) if column.name not in ("carried", "line"))
 BOOKKEEPING: frozenset[str] = frozenset({"slots", "seconds", "attempt", "worker", "finished_at"})
-"""The only columns in which two runs of the same work may differ."""
+"""The only columns that may differ between two runs of the same work."""
 
 
 def digest(value: Any) -> str:
-    """Return the sha256 of a value's canonical JSON, cut to 32 hexadecimal digits."""
+    """Return the first 32 hexadecimal digits of the SHA-256 of a value's canonical JSON."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 

@@ -1,4 +1,4 @@
-"""Stages: where rendering time was spent, and how full the slots were."""
+"""Measure rendering time by stage and slot occupancy."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass, fields
 
 @dataclass(slots=True)
 class Stages:
-    """Seconds by stage, and counts.
+    """Seconds by stage, and counts of images and UNet calls.
 
-    `seconds` is the total, without `compilation`, in which a network was compiled for a new shape. On a GPU the stages
-    overlap: decoding and checking run concurrently with the UNet, so their seconds are part of its seconds. `ticks` are
-    UNet calls, `slot_ticks` their batch elements, `row_forwards` those that belong to a row. `began` and `ended`: the
-    start of the first UNet call and the end of the last one.
+    `seconds` is the total without `compilation`, the time to compile a network for a new shape. On a GPU, decoding and
+    checking run concurrently with the UNet, so the UNet's seconds include theirs. `ticks` counts UNet calls,
+    `slot_ticks` their batch elements and `row_forwards` the elements that belong to a row. `began` is the start of the
+    first UNet call, `ended` the end of the last one.
     """
 
     encode: float = 0.0
@@ -30,12 +30,12 @@ class Stages:
     ended: float = -math.inf
 
     def __add__(self, other: Stages) -> Stages:
-        both = {field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(Stages)}
-        return Stages(**{**both, "began": min(self.began, other.began), "ended": max(self.ended, other.ended)})
+        totals = {field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(Stages)}
+        return Stages(**{**totals, "began": min(self.began, other.began), "ended": max(self.ended, other.ended)})
 
     @property
     def occupancy(self) -> float:
-        """Share of the batch elements of UNet calls that belonged to a row."""
+        """Share of UNet batch elements that belonged to a row."""
         return self.row_forwards / self.slot_ticks if self.slot_ticks else 0.0
 
     @property
@@ -45,12 +45,12 @@ class Stages:
 
     @property
     def busy(self) -> float:
-        """Share of the span in which a UNet call was running."""
+        """Share of the span during which a UNet call was running."""
         return self.denoise / self.span if self.span else 0.0
 
     @property
     def shares(self) -> dict[str, float]:
-        """Share of each stage in the sum of their seconds."""
+        """Each stage's share of the seconds of all stages."""
         by_stage = {name: getattr(self, name) for name in ("encode", "denoise", "decode", "check")}
         total = sum(by_stage.values()) or 1.0
         return {name: round(seconds / total, 4) for name, seconds in by_stage.items()}

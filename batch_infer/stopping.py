@@ -1,8 +1,8 @@
-"""Stopping a command early, by a signal or at the time limit, at once or when running work is done.
+"""Stop a command early, on a signal or at the time limit.
 
-A command may be killed at any moment without losing committed work. So a stop raises StopRequested in the main thread
-immediately, except inside `deferred`: the code there checks for a stop itself and finishes its work. A watchdog thread
-ends the process where the main thread is inside a library that neither returns nor lets an exception through.
+Killing a command at any moment loses no committed work. So a stop raises StopRequested in the main thread immediately,
+except inside `deferred`, where the code checks for a stop itself and finishes its work. A watchdog thread ends the
+process if the main thread is inside a library that neither returns nor lets an exception through.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import active_children
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from batch_infer.errors import Interrupted
 
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 GRACE_SECONDS = 3.0
-"""Time to merge results after a stop."""
+"""Seconds allowed for merging results after a stop."""
 END_SECONDS = 1.5
-"""Time that an interrupted process has to exit before it is ended."""
+"""Seconds that an interrupted process has to exit before the watchdog ends it."""
 REPEAT_SECONDS = 0.5
-"""Signals in shorter succession count once: `timeout` signals a process and then its group."""
+"""Signals within this many seconds count once: `timeout` signals a process and then its group."""
 TICK_SECONDS = 0.1
 _ALARM = getattr(signal, "SIGALRM", None)
 TIME_LIMIT = "the time limit"
 
 
 class StopRequested(KeyboardInterrupt):
-    """Raised in the main thread by a stop. It is not an Exception, so that no library handles it."""
+    """Raised in the main thread on a stop. It is not an Exception, so that libraries do not handle it."""
 
 
 class Stopper:
-    """Tells whether to stop, and interrupts the main thread unless that is deferred. A context manager.
+    """Context manager that reports whether to stop, and interrupts the main thread unless the stop is deferred.
 
-    `reason` is None until a stop is requested, then the name of a signal or TIME_LIMIT. Only one Stopper is active at
-    a time, on the main thread.
+    `reason` is None until a stop is requested, then a signal's name or TIME_LIMIT. Only one Stopper may be active at a
+    time, on the main thread.
     """
 
     reason: str | None = None
@@ -55,19 +55,19 @@ class Stopper:
         farewell: Callable[[str], object] = lambda message: None,
         clean_up: Callable[[], object] = lambda: None,
     ) -> None:
-        """Start the time limit, in seconds. `hint` is the part of the message that says what to do after a stop.
+        """Start the time limit in seconds. `hint` is the end of the error message: what to do after a stop.
 
-        `announce` is called in the main thread when a stop by a signal is deferred. `farewell`, with the message, and
-        `clean_up` are called on other threads before the watchdog ends the process.
+        `announce` is called in the main thread when a signal's stop is deferred. Before the watchdog ends the process,
+        it calls `farewell` with the error message, and `clean_up`, each on a separate thread.
         """
         self.time_limit, self._hint = time_limit, hint
         self._deadline = time.monotonic() + (math.inf if time_limit is None else time_limit)
         self._announce, self._farewell, self._clean_up = announce, farewell, clean_up
         self._grace = 0.0
-        """Seconds by which a stop is deferred now."""
+        """Seconds by which a stop is currently deferred."""
         self._has_timer = self._interrupted = False
-        self._first_signal: float | None = None
-        self._former_handlers: dict[int, Any] = {}
+        self._first_signal_time: float | None = None
+        self._previous_handlers: dict[int, Any] = {}
         self._closed = threading.Event()
 
     def __call__(self) -> bool:
@@ -77,62 +77,62 @@ class Stopper:
         return self.reason is not None
 
     def error(self) -> Interrupted:
-        """Return the error with which to exit after StopRequested."""
-        how = f"{TIME_LIMIT} came" if self.reason == TIME_LIMIT else f"stopped by {self.reason}"
-        return Interrupted(f"{how}; {self._hint}")
+        """Return the error that ends the command after StopRequested."""
+        cause = f"{TIME_LIMIT} came" if self.reason == TIME_LIMIT else f"stopped by {self.reason}"
+        return Interrupted(f"{cause}; {self._hint}")
 
     @contextmanager
     def deferring(self, seconds: float) -> Iterator[None]:
-        """Defer a stop inside the context, by at most this many seconds."""
-        before, self._grace = self._grace, seconds
+        """Defer a stop inside the context by at most this many seconds."""
+        previous_grace, self._grace = self._grace, seconds
         if self() and seconds < math.inf:
             self._set_timer(seconds)
         try:
             yield
         finally:
-            self._grace = before
-        if self.reason is not None and before < math.inf:
+            self._grace = previous_grace
+        if self.reason is not None and previous_grace < math.inf:
             self._set_timer(GRACE_SECONDS)
 
     def __enter__(self) -> Stopper:
         global _active
         _active = self
-        self._pipe, self._woken = socket.socketpair()
-        self._pipe.setblocking(False)
+        self._wakeup_sender, self._wakeup_receiver = socket.socketpair()
+        self._wakeup_sender.setblocking(False)
         for number in STOP_SIGNALS:
             if number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) == signal.SIG_IGN:
                 continue  # nohup
             self._install(number, self._handle)
         if _ALARM is not None:
             self._install(_ALARM, self._handle_alarm)
-        if _ALARM in self._former_handlers and self.time_limit is not None:
+        if _ALARM in self._previous_handlers and self.time_limit is not None:
             signal.setitimer(signal.ITIMER_REAL, max(self.time_limit, 1e-6))
-        self._wakeup = signal.set_wakeup_fd(self._pipe.fileno(), warn_on_full_buffer=False)
+        self._previous_wakeup_fd = signal.set_wakeup_fd(self._wakeup_sender.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._watch, daemon=True).start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         global _active
         _active = None
-        if _ALARM in self._former_handlers:
+        if _ALARM in self._previous_handlers:
             signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.set_wakeup_fd(self._wakeup)
-        for number, handler in self._former_handlers.items():
+        signal.set_wakeup_fd(self._previous_wakeup_fd)
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
         self._closed.set()
         with suppress(OSError):
-            self._pipe.send(b"\0")
-        self._pipe.close()
+            self._wakeup_sender.send(b"\0")
+        self._wakeup_sender.close()
 
     def _install(self, number: int, handler: Callable[[int, FrameType | None], None]) -> None:
-        """Install a handler, unless the embedding program has one in C, which could not be restored."""
+        """Install a handler unless the embedding program installed one in C, which could not be restored."""
         if signal.getsignal(number) is not None:
-            self._former_handlers[number] = signal.signal(number, handler)
+            self._previous_handlers[number] = signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._first_signal is None:
-            self._first_signal = time.monotonic()
-        elif time.monotonic() - self._first_signal >= REPEAT_SECONDS:
+        if self._first_signal_time is None:
+            self._first_signal_time = time.monotonic()
+        elif time.monotonic() - self._first_signal_time >= REPEAT_SECONDS:
             self._interrupt()
         if self.reason is None:
             self.reason = _signal_name(number)
@@ -158,49 +158,50 @@ class Stopper:
         raise StopRequested
 
     def _set_timer(self, seconds: float) -> None:
-        """Interrupt after this many seconds, unless a timer is set already."""
-        if not self._has_timer and _ALARM in self._former_handlers:
+        """Interrupt after this many seconds unless a timer is already set."""
+        if not self._has_timer and _ALARM in self._previous_handlers:
             self._has_timer = True
             signal.setitimer(signal.ITIMER_REAL, seconds)
 
-    # The methods below run on the watchdog thread, which receives signals while the main thread is inside a library.
+    # The methods below run on the watchdog thread, which receives signals even if the main thread is inside a library.
 
     def _watch(self) -> None:
-        with self._woken:
-            first, signals, last, overdue = 0, 0, -math.inf, 0.0
+        with self._wakeup_receiver:
+            first_signal, signal_count, last_time, overdue_seconds = 0, 0, -math.inf, 0.0
             while not self._closed.is_set():
-                numbers = self._receive(TICK_SECONDS if first else None)
-                first = first or next((number for number in numbers if number in self._former_handlers), 0)
-                if any(number in STOP_SIGNALS for number in numbers) and time.monotonic() - last >= REPEAT_SECONDS:
-                    signals, last = signals + 1, time.monotonic()
-                is_due = self._interrupted or self._grace < math.inf or signals > 1
-                overdue = overdue + TICK_SECONDS if first and is_due else 0.0
+                numbers = self._receive(TICK_SECONDS if first_signal else None)
+                handled_signals = (number for number in numbers if number in self._previous_handlers)
+                first_signal = first_signal or next(handled_signals, 0)
+                if any(number in STOP_SIGNALS for number in numbers) and time.monotonic() - last_time >= REPEAT_SECONDS:
+                    signal_count, last_time = signal_count + 1, time.monotonic()
+                is_due = self._interrupted or self._grace < math.inf or signal_count > 1
+                overdue_seconds = overdue_seconds + TICK_SECONDS if first_signal and is_due else 0.0
                 grace = GRACE_SECONDS if self._has_timer or 0 < self._grace < math.inf else 0.0
-                if overdue >= END_SECONDS + grace:
-                    self.reason = self.reason or _signal_name(first)  # the main thread has not handled it
-                    self._end()
+                if overdue_seconds >= END_SECONDS + grace:
+                    self.reason = self.reason or _signal_name(first_signal)  # the main thread has not handled it
+                    self._end_process()
         if self._interrupted:
             self._linger()
 
     def _receive(self, seconds: float | None) -> bytes:
-        """Return the numbers of the signals that arrive within this many seconds."""
-        self._woken.settimeout(seconds)
+        """Return the numbers of signals that arrive within this many seconds."""
+        self._wakeup_receiver.settimeout(seconds)
         try:
-            return self._woken.recv(64)
+            return self._wakeup_receiver.recv(64)
         except TimeoutError:
             return b""
 
     def _linger(self) -> None:
-        """End the process if the interpreter waits too long for other threads when it exits."""
+        """End the process if the interpreter waits too long for other threads at exit."""
         while threading.main_thread().is_alive():
             time.sleep(TICK_SECONDS)
         time.sleep(END_SECONDS)
         os._exit(Interrupted.exit_code)
 
-    def _end(self) -> None:
+    def _end_process(self) -> None:
         for process in active_children():
             process.kill()
-        # Each may block on a lock that the main thread holds.
+        # Both callbacks may block on a lock that the main thread holds.
         threads = [threading.Thread(target=self._clean_up, daemon=True)]
         threads.append(threading.Thread(target=self._farewell, args=(str(self.error()),), daemon=True))
         for thread in threads:
@@ -220,9 +221,9 @@ _active: Stopper | None = None
 
 @contextmanager
 def deferred(seconds: float = math.inf) -> Iterator[None]:
-    """Defer a stop inside the context by at most this many seconds; the code there checks for it.
+    """Defer a stop inside the context, where code checks for it, by at most this many seconds.
 
-    After a stop, the code that follows has GRACE_SECONDS. Without an active Stopper this does nothing.
+    After a stop, the code after the context has GRACE_SECONDS. Without an active Stopper, this does nothing.
     """
     if _active is None:
         yield

@@ -1,7 +1,7 @@
-r"""Text for terminals and text logs: control characters are written as escapes such as \x1b.
+r"""Escape control characters, as in \x1b, in text for terminals and logs.
 
 Ids, file names, prompts and server responses may contain characters that set a terminal's title, move its cursor or
-reverse the order of text, and line breaks that would forge a log line.
+reverse the text direction, and line breaks that would forge a log line.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ _ExceptionInfo: TypeAlias = "tuple[type[BaseException], BaseException, Traceback
 
 _CONTROLS = re.compile(
     "[\x00-\x1f\x7f-\x9f"  # C0, DEL and C1
-    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # direction of text (https://www.unicode.org/reports/tr9/)
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # text direction (https://www.unicode.org/reports/tr9/)
     "\u2028\u2029"  # line and paragraph separator
-    "\ud800-\udfff]"  # lone surrogates, which represent bytes of file names that are not UTF-8
+    "\ud800-\udfff]"  # lone surrogates: bytes of file names that are not UTF-8
 )
 
 _ERROR_HANDLER = "batch_infer_ascii"
 _ASCII = {"·": "-"}
-"""Replacements of the characters beyond ASCII that reports use."""
+"""ASCII replacements for other characters in reports."""
 
 
 def escape_controls(text: object, keep: str = "") -> str:
-    """Replace control characters, except those in `keep`, by escapes."""
+    """Replace control characters with escapes, except those in `keep`."""
     return _CONTROLS.sub(lambda match: match[0] if match[0] in keep else _escape(match[0]), str(text))
 
 
@@ -37,7 +37,7 @@ def _escape(character: str) -> str:
 
 
 class EscapingFormatter(logging.Formatter):
-    """Formats each record as one line, and its traceback below with line breaks."""
+    """Format each record as one line, followed by its traceback with line breaks."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         record.message = escape_controls(record.message)
@@ -48,7 +48,7 @@ class EscapingFormatter(logging.Formatter):
 
 
 def never_fail_to_encode(stream: object) -> None:
-    """Make a text stream write ASCII for characters that its encoding lacks, instead of raising UnicodeEncodeError."""
+    """Make a text stream write ASCII for unsupported characters instead of raising UnicodeEncodeError."""
     if isinstance(stream, io.TextIOWrapper):
         codecs.register_error(_ERROR_HANDLER, _as_ascii)
         stream.reconfigure(errors=_ERROR_HANDLER)

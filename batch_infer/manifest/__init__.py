@@ -1,7 +1,7 @@
-"""The manifest: committed results in Parquet parts, the only source of truth about what is done.
+"""Store committed results in Parquet parts, the only source of truth about finished rows.
 
-A part is written after its images, and renamed into place last. A row that is rendered again is in a later part with a
-higher attempt; for one (id, image_index) the highest attempt counts.
+A part is written after its images, and renamed into place last. Rendering a row again adds it to a later part with a
+higher attempt. For each (id, image_index), the highest attempt counts.
 """
 
 from batch_infer.manifest.columns import SCHEMA, cast_table, to_table

@@ -1,4 +1,4 @@
-"""The result columns as Arrow columns, and tables of results."""
+"""Convert results to Arrow tables, and Arrow tables between schemas."""
 
 from __future__ import annotations
 
@@ -25,22 +25,24 @@ _ARROW_TYPES: dict[Any, pa.DataType] = {
 
 
 def _arrow_type(hint: Any) -> pa.DataType:
-    """Return the Arrow type of a type hint, which may be a union with None."""
+    """Return the Arrow type for a type hint, which may be a union with None."""
     options = get_args(hint)
-    return _ARROW_TYPES[next(option for option in options if option is not NoneType) if NoneType in options else hint]
+    if NoneType in options:
+        hint = next(option for option in options if option is not NoneType)
+    return _ARROW_TYPES[hint]
 
 
 _HINTS = get_type_hints(ResultRow, include_extras=True)
 SCHEMA = pa.schema([(column.name, _arrow_type(_HINTS[column.name])) for column in RESULT_COLUMNS])
-"""The result columns, in order; a part's carried columns follow them."""
+"""Result columns in order. In a part, carried columns follow them."""
 SINCE = {column.name: column.metadata["since"] for column in RESULT_COLUMNS if "since" in column.metadata}
-"""The format version in which a result column was added, for those that version 1 does not have."""
+"""Format version that added each result column missing from version 1."""
 VERSION = max(SINCE.values(), default=1)
-"""The format version of new parts, which record it; parts of version 1 do not."""
+"""Format version of new parts. Parts record their version, except in version 1."""
 
 
 def to_table(rows: Sequence[ResultRow], carried: pa.Schema) -> pa.Table:
-    """Return rows as an Arrow table of the result columns and these carried columns."""
+    """Convert rows to an Arrow table of the result columns and these carried columns."""
     columns = [pa.array([_cell(row, field.name) for row in rows], field.type) for field in SCHEMA]
     columns += [to_array([row.carried.get(field.name) for row in rows], field.type) for field in carried]
     return pa.table(columns, schema=pa.schema([*SCHEMA, *carried]))
@@ -52,9 +54,9 @@ def _cell(row: ResultRow, name: str) -> Any:
 
 
 def cast_table(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """Return a table of results with the columns and types of a schema, null where a column is missing.
+    """Cast a table of results to a schema. Missing columns become null.
 
-    A carried column that the schema does not have is renamed to input_<name>.
+    A carried column that is not in the schema is renamed to input_<name>.
     """
     names = {_name_in(schema, name): name for name in table.column_names}
     columns = [
@@ -65,25 +67,25 @@ def cast_table(table: pa.Table, schema: pa.Schema) -> pa.Table:
 
 
 def _name_in(schema: pa.Schema, name: str) -> str:
-    new = name
-    while new not in schema.names and len(new) < len(name) + 100:
-        new = f"input_{new}"
-    return new
+    candidate = name
+    while candidate not in schema.names and len(candidate) < len(name) + 100:
+        candidate = f"input_{candidate}"
+    return candidate
 
 
-def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
-    if column.type == kind:
+def _cast(column: pa.ChunkedArray, target: pa.DataType) -> pa.ChunkedArray:
+    if column.type == target:
         return column
-    convert = make_converter(result_type(column.type), kind) or (lambda value: value)
+    convert = make_converter(result_type(column.type), target) or (lambda value: value)
     values = [None if value is None else convert(value) for value in to_values(column)]
-    return pa.chunked_array([to_array(values, kind)])
+    return pa.chunked_array([to_array(values, target)])
 
 
 def upgrade_table(table: pa.Table, names: Sequence[str], version: int) -> pa.Table:
-    """Return these result columns of a table of an earlier format version, then its carried columns.
+    """Upgrade a table from an earlier format version to these result columns, followed by its carried columns.
 
-    Result columns that the version does not have are null. A carried column that has the name of one is renamed to
-    input_<name>, as those of tables are.
+    Result columns added after that version are null. A carried column with the name of an added column is renamed to
+    input_<name>, as for prompt tables.
     """
     added = {name for name in names if SINCE.get(name, 1) > version}
     table = table.rename_columns([f"input_{name}" if name in added else name for name in table.column_names])

@@ -1,4 +1,4 @@
-"""Every committed image by its key: the part that has it, and what a run needs to know of it."""
+"""Index committed images by id and image index."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from batch_infer.manifest.parts import read_part
 from batch_infer.store import path_exists, temporary_database
 
 CACHED_BYTES = 64 << 20
-"""Size of the parts that are cached in memory: in table order, rows of neighbouring parts alternate."""
+"""Maximum bytes of cached parts. In table order, rows from neighbouring parts alternate."""
 _KEY = ("id", "image_index")
 _VALUES = ("status", "fingerprint", "attempt", "generated_image", "source_file", "source_row", "finished_at")
 _COLUMNS = (*_KEY, *_VALUES)
@@ -33,8 +33,8 @@ _CREATE = (
     "CREATE TEMPORARY TABLE paths (name PRIMARY KEY)",
     "CREATE TEMPORARY TABLE tables (name PRIMARY KEY, position)",
 )
-# Two workers may have committed the same attempt, where one died before it could report that the row was done: the
-# later image is the one on disk.
+# Two workers can commit the same attempt if one dies before it reports the row as finished. The later image is the one
+# on disk.
 _UPSERT = (
     f"INSERT INTO committed VALUES ({', '.join('?' * (len(_COLUMNS) + 2))})"
     + " ON CONFLICT (id, image_index) DO UPDATE SET "
@@ -45,7 +45,7 @@ _UPSERT = (
 
 @dataclass(frozen=True, slots=True)
 class CommittedImage:
-    """What the manifest has of one image. `failures`: how often the row with this fingerprint has failed."""
+    """Manifest entry of one image. `failures` counts the failures with this fingerprint."""
 
     status: str
     fingerprint: str
@@ -58,12 +58,12 @@ class CommittedImage:
 
 
 class ManifestIndex:
-    """Every committed image by its key, in a temporary file so that memory does not grow with the manifest."""
+    """Index of committed images in a temporary file, so that memory does not grow with the manifest."""
 
     def __init__(self, parts: Iterable[Path], damaged: Callable[[DamagedPart], object] | None = None) -> None:
-        """Read these parts. `damaged` is called with each damaged one. Raises DamagedPart without it, StorageError."""
+        """Read parts and call `damaged` for damaged parts. Raises StorageError, and DamagedPart without `damaged`."""
         self.image_folders: set[str] = set()
-        """Folders of all images that any part names, relative to OUT."""
+        """Folders of all images in the parts, relative to OUT."""
         self._parts: dict[str, Path] = {}
         self._cache = _Cache()
         self._database = temporary_database()
@@ -77,10 +77,10 @@ class ManifestIndex:
             raise
 
     def add(self, parts: Iterable[Path], damaged: Callable[[DamagedPart], object] | None = None) -> None:
-        """Read those of these parts that are not indexed yet. Raises DamagedPart, StorageError.
+        """Read the parts that are not indexed yet. Raises DamagedPart, StorageError.
 
-        Where it raises, the next call continues. A part that is gone since it was listed is skipped: another process
-        has set it aside.
+        After an error, the next call continues. A part that no longer exists is skipped, since another process moved
+        it.
         """
         for part in parts:
             if part.name not in self._parts:
@@ -100,29 +100,29 @@ class ManifestIndex:
             return
         times = table["finished_at"].cast(pa.int64())
         columns = [*(table[name].to_pylist() for name in _COLUMNS[:-1]), times.to_pylist()]
-        rows = [(*row, part.name, number) for number, row in enumerate(zip(*columns, strict=True))]
+        rows = [(*row, part.name, row_number) for row_number, row in enumerate(zip(*columns, strict=True))]
         self.image_folders.update(path.rpartition("/")[0] for path in table["generated_image"].to_pylist() if path)
-        failures = [(name, number, fingerprint) for name, number, status, fingerprint, *_ in rows if status == "failed"]
+        failures = [(row_id, index, digest) for row_id, index, status, digest, *_ in rows if status == "failed"]
         self._database.executemany("INSERT INTO failures VALUES (?, ?, ?)", failures)
         self._database.executemany(_UPSERT, rows)
         self._parts[part.name] = part
 
     def find(self, key: tuple[str, int]) -> CommittedImage | None:
-        """Return the committed image of this (id, image_index) with the highest attempt."""
+        """Return the committed image for (id, image_index) with the highest attempt, or None."""
         if not self._parts:  # a first run looks up every row
             return None
         row = self._database.execute(f"{_SELECT} WHERE id = ? AND image_index = ?", key).fetchone()
         return CommittedImage(*row) if row else None
 
     def get_by_paths(self, paths: Iterable[str]) -> dict[str, CommittedImage]:
-        """Return the images that are stored at these paths, by path. Reads the whole index."""
+        """Return the committed images at these paths, by path. Reads the whole index."""
         self._database.execute("DELETE FROM paths")
         self._database.executemany("INSERT OR IGNORE INTO paths VALUES (?)", ((path,) for path in paths))
         rows = self._database.execute(f"{_SELECT} WHERE generated_image IN (SELECT name FROM paths)")
         return {row[3]: CommittedImage(*row) for row in rows}
 
     def similar_ids(self, name: str) -> list[tuple[str, str]]:
-        """Return the other ids that equal this one when case is ignored, each with the path of an image of it."""
+        """Return the ids that differ from this id only by case, each with the path of one of its images."""
         if not self._parts:
             return []
         select = "SELECT id, generated_image FROM committed WHERE id != ?1 AND generated_image IS NOT NULL AND"
@@ -132,7 +132,7 @@ class ManifestIndex:
         return similar.fetchall()
 
     def in_order(self, tables: Sequence[str]) -> Iterator[CommittedImage]:
-        """Yield every image in the order of its rows in these tables, then those of other tables by their names."""
+        """Yield all images in the row order of these tables, followed by images from other tables by table name."""
         self._database.execute("DELETE FROM tables")
         self._database.executemany("INSERT OR IGNORE INTO tables VALUES (?, ?)", ((t, i) for i, t in enumerate(tables)))
         order = "ORDER BY position IS NULL, position, source_file, source_row, id, image_index"
@@ -140,17 +140,17 @@ class ManifestIndex:
         return (CommittedImage(*row) for row in rows)
 
     def count_rows(self) -> tuple[int, int]:
-        """Return the number of table rows, and of those that are invalid or of which an image failed."""
+        """Return the number of table rows, and the number of rows that are invalid or have a failed image."""
         bad = "SELECT max(status IN ('failed', 'invalid')) AS bad FROM committed GROUP BY id"
         rows, bad_rows = self._database.execute(f"SELECT count(*), coalesce(sum(bad), 0) FROM ({bad})").fetchone()
         return rows, bad_rows
 
     def count_statuses(self) -> Counter[str]:
-        """Return the number of images by status."""
+        """Count images by status."""
         return Counter(dict(self._database.execute("SELECT status, count(*) FROM committed GROUP BY status")))
 
     def take(self, images: Sequence[CommittedImage], schema: pa.Schema = SCHEMA) -> pa.Table:
-        """Return these columns of committed images, in their order; null where a part does not have a column.
+        """Return the results of committed images in order, cast to a schema. Columns missing from a part are null.
 
         Raises DamagedPart, StorageError.
         """
@@ -160,9 +160,9 @@ class ManifestIndex:
         # Carried columns can be large, and not every part has them.
         names = tuple(schema.names) if set(schema.names) <= set(SCHEMA.names) else None
         pieces = [schema.empty_table()]
-        for part, those in positions.items():
+        for part, part_positions in positions.items():
             table = self._cache.read(self._parts[part], names)
-            pieces.append(cast_table(table.take([images[position].row for position in those]), schema))
+            pieces.append(cast_table(table.take([images[position].row for position in part_positions]), schema))
         by_part = list(chain.from_iterable(positions.values()))
         order = sorted(range(len(by_part)), key=by_part.__getitem__)
         return pa.concat_tables(pieces).take(pa.array(order, pa.int64()))
@@ -178,14 +178,14 @@ class ManifestIndex:
 
 
 class _Cache:
-    """The parts that were read last, bounded by their size in memory."""
+    """Recently read parts, limited to CACHED_BYTES in memory."""
 
     def __init__(self) -> None:
         self._tables: OrderedDict[tuple[Path, tuple[str, ...] | None], pa.Table] = OrderedDict()
         self._size = 0
 
     def read(self, part: Path, columns: tuple[str, ...] | None) -> pa.Table:
-        """Read columns of a part, or all. Raises DamagedPart, StorageError."""
+        """Read these columns of a part, or all columns if None. Raises DamagedPart, StorageError."""
         key = part, columns
         if key not in self._tables:
             self._tables[key] = read_part(part, columns)

@@ -1,4 +1,4 @@
-"""The folder of parts under OUT: commit, list and index them."""
+"""Commit, list and index the parts in OUT."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from batch_infer.store import PinnedFolder, host_id, list_names, make_folder
 
 
 class Manifest:
-    """The parts under OUT/manifest."""
+    """Manifest parts in OUT/manifest."""
 
     def __init__(self, out: Path | PinnedFolder, run: int = 0) -> None:
-        """`run`: the number of the run that commits, from 1 in each OUT; 0 for a writer that is not a run."""
+        """`run` is the number of the committing run, from 1 in each OUT, or 0 if the writer is not a run."""
         self._out, self._run = PinnedFolder.of(out), run
         self._has_folder = False
         self.folder = self._out.path / "manifest"
 
     def commit(self, rows: Sequence[ResultRow], carried: pa.Schema) -> str:
-        """Write rows as one part and return its file name, a digest of the rows. Raises StorageError.
+        """Write rows as one part and return its file name, with a digest of the rows. Raises StorageError.
 
-        When this returns, the rows are durable; a crash before that loses all of them together.
+        The rows are durable when this returns. An earlier crash loses all of them together.
         """
         name = part_name(self._run, digest([[row.id, row.image_index, row.fingerprint, row.attempt] for row in rows]))
         table = to_table(rows, carried)
@@ -41,9 +41,9 @@ class Manifest:
         return name
 
     def parts(self, since_run: int = 0) -> list[Path]:
-        """Return the parts of runs with this number or a higher one, none where there is no folder.
+        """Return the parts of runs with at least this number, or none if there is no folder.
 
-        Raises StorageError where the folder cannot be listed.
+        Raises StorageError if the folder cannot be listed.
         """
         parts = (self.folder / name for name in list_names(self.folder) if fnmatchcase(name, "part-*.parquet"))
         return [part for part in parts if run_number(part) >= since_run]
@@ -53,9 +53,9 @@ class Manifest:
         return (pa.schema(read_carried_fields(part)) for part in self.parts())
 
     def index(self, since_run: int = 0, damaged: Callable[[DamagedPart], object] | None = None) -> ManifestIndex:
-        """Return an index of what is committed, or was by runs since that number.
+        """Index the parts of runs with at least this number.
 
-        `damaged` is called with each damaged part, which is then left out. Raises DamagedPart without it, NewerPart,
-        StorageError.
+        `damaged` is called for each damaged part, which is then skipped. Raises NewerPart, StorageError, and
+        DamagedPart without `damaged`.
         """
         return ManifestIndex(self.parts(since_run), damaged)

@@ -1,4 +1,4 @@
-"""Manifest parts: Parquet files of results. Their pages have checksums, so that corruption is detected."""
+"""Read and write manifest parts: Parquet files of results, with page checksums to detect corruption."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from batch_infer.store import atomic_write
 
 _NAME = re.compile(r"part-(?:(?P<run>[0-9]{5,})-)?.*\.parquet")
 _COLUMNS_KEY = b"batch-infer-columns"
-"""Metadata key of the format version and a checksum of it and the column names, which no page checksum covers.
+"""Metadata key of the format version, and of its checksum with the column names, which page checksums do not cover.
 
-The types are not included: those of carried columns may differ when another version of Arrow reads them.
+Types are not included: another version of Arrow may read carried columns as different types.
 """
 _COMMITTED_KEY = b"batch-infer-committed"
-"""Metadata key of the clock by which a part was committed, and its time in seconds."""
+"""Metadata key of the clock's name and the commit time in seconds."""
 
 
 def part_name(run: int, content: str) -> str:
-    """Return the file name of a part that a run of this number commits; 0 is for a writer that is not a run."""
+    """Return the file name of a part committed by run number `run`. 0 means that the writer is not a run."""
     return f"part-{run:05d}-{content}.parquet" if run else f"part-{content}.parquet"
 
 
 def run_number(part: Path) -> int:
-    """Return the number of the run that committed a part."""
+    """Return the number of the run that committed a part, or 0 if its name has no number."""
     match = _NAME.fullmatch(part.name)
     return int(match["run"] or 0) if match else 0
 
@@ -47,26 +47,27 @@ def write_part(path: Path, table: pa.Table, clock: str, seconds: float) -> None:
 
 
 def read_part(part: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read columns of a part, or all. A result column that the part's format version does not have is null.
+    """Read these columns of a part, or all columns if None. Result columns newer than its format version are null.
 
     Raises DamagedPart, NewerPart, StorageError.
     """
-    wanted = SCHEMA.names if columns is None else list(columns)
+    names = SCHEMA.names if columns is None else list(columns)
     with open_part(part) as file:
         version = _version_of(part, file.schema_arrow)
-        available = [name for name in wanted if SINCE.get(name, 1) <= version]
+        available = [name for name in names if SINCE.get(name, 1) <= version]
         for field in (SCHEMA.field(name) for name in available):
             if field.name not in file.schema_arrow.names:
                 raise DamagedPart(part, f"it has no column {field.name}")
-            if (actual := file.schema_arrow.field(field.name)) != field:
+            actual = file.schema_arrow.field(field.name)
+            if actual != field:
                 raise DamagedPart(part, f"its column {field.name} is {actual.type}, and not {field.type}")
         table = file.read(None if columns is None else available, use_threads=False)
         table.validate(full=True)
-    return table if len(available) == len(wanted) else upgrade_table(table, wanted, version)
+    return table if len(available) == len(names) else upgrade_table(table, names, version)
 
 
 def read_carried_fields(part: Path) -> list[pa.Field]:
-    """Return the carried columns of a part as this version names them.
+    """Return the carried columns of a part under their names in this version.
 
     Raises DamagedPart, NewerPart, StorageError.
     """
@@ -79,10 +80,10 @@ def read_carried_fields(part: Path) -> list[pa.Field]:
 
 
 def commit_time(part: Path) -> tuple[str, float]:
-    """Return the clock by which a part was committed, and its time. Times of one clock are in commit order.
+    """Return a clock's name and the commit time in seconds. Times of one clock are in commit order.
 
-    A machine's clock starts when it boots, and setting the time of day does not change it. Parts of version 1 have
-    the time of day, under the name "". Raises DamagedPart, StorageError.
+    A machine's clock starts when the machine boots, and setting the time of day does not change it. Parts of version 1
+    have the time of day, with "" as the clock's name. Raises DamagedPart, StorageError.
     """
     with open_part(part) as file:
         mark = (file.schema_arrow.metadata or {}).get(_COMMITTED_KEY, b"").decode("ascii", "replace")
@@ -95,20 +96,21 @@ def commit_time(part: Path) -> tuple[str, float]:
 
 @contextmanager
 def open_part(part: Path) -> Iterator[pq.ParquetFile]:
-    """Open a part, reading only its footer. Raises DamagedPart, also for what is read inside the context.
+    """Open a part and read only its footer. Raises NewerPart, and DamagedPart also for reads inside the context.
 
-    Raises StorageError where the disk cannot be read or the part is gone, which may be temporary; NewerPart.
+    Raises StorageError if the disk cannot be read or the part does not exist, which may be temporary.
     """
     try:
         with pa.OSFile(str(part)) as stream, pq.ParquetFile(stream, page_checksum_verification=True) as file:
-            if (version := _version_of(part, file.schema_arrow)) > VERSION:
+            version = _version_of(part, file.schema_arrow)
+            if version > VERSION:
                 raise NewerPart(
                     f"{part} was written by a newer batch-infer (format {version}, this one reads up to {VERSION}): "
                     "upgrade batch-infer, or give another --out"
                 )
             yield file
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
-        number = getattr(error, "errno", None)  # set in errors of the system, not in Arrow's errors about the content
+        number = getattr(error, "errno", None)  # None for Arrow's errors about the content
         if number is None:
             raise DamagedPart(part, first_line(error).rstrip(".")) from error
         raise StorageError(f"cannot read {part}: {os.strerror(number)}") from error
@@ -121,7 +123,7 @@ def _columns_mark(version: int, names: Sequence[str]) -> bytes:
 
 
 def _version_of(part: Path, schema: pa.Schema) -> int:
-    """Return the format version that a part was written with. Raises DamagedPart."""
+    """Return a part's format version. Raises DamagedPart."""
     mark = (schema.metadata or {}).get(_COLUMNS_KEY)
     first = (mark or b"").partition(b" ")[0]
     version = int(first) if mark and len(first) < 9 and first.isdigit() else 1

@@ -1,6 +1,6 @@
-"""What a run is requested to do, however it is said: command line, environment, TOML file or Python.
+"""Settings of a run, from the command line, the environment, a TOML file or Python.
 
-The dataclasses parse and check their own values, and raise SettingsError.
+The dataclasses parse and check their values, and raise SettingsError.
 """
 
 from batch_infer.settings.model import SHORT_NAMES, LoraSpec, ModelSettings, SchedulerSpec

@@ -1,4 +1,4 @@
-"""Which model, with which scheduler and LoRAs."""
+"""Settings of the model, its scheduler and its LoRAs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _WITH_KARRAS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 SHORT_NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     **_WITH_KARRAS,
-    **{f"{name} karras": (kind, {**options, **_KARRAS}) for name, (kind, options) in _WITH_KARRAS.items()},
+    **{f"{name} karras": (class_name, {**options, **_KARRAS}) for name, (class_name, options) in _WITH_KARRAS.items()},
     "euler a": ("EulerAncestralDiscreteScheduler", {}),
     "ddim": ("DDIMScheduler", {}),
     "ddpm": ("DDPMScheduler", {}),
@@ -36,7 +36,7 @@ SHORT_NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     "lcm": ("LCMScheduler", {}),
     "tcd": ("TCDScheduler", {}),
 }
-"""AUTOMATIC1111's names of samplers, with the class and options that diffusers documents for each.
+"""AUTOMATIC1111's sampler names, with the class and options that diffusers documents for each.
 
 https://huggingface.co/docs/diffusers/api/schedulers/overview
 """
@@ -44,7 +44,7 @@ https://huggingface.co/docs/diffusers/api/schedulers/overview
 
 @dataclass(frozen=True, slots=True)
 class ModelSettings:
-    """Which model, and how it computes. `name` None is the built-in demo model."""
+    """Model settings. If `name` is None, the built-in demo model is used."""
 
     name: str | None = None
     revision: str | None = None
@@ -58,16 +58,16 @@ class ModelSettings:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerSpec:
-    """A diffusers scheduler class and options that override those of the model."""
+    """Diffusers scheduler class, with options that override the model's options."""
 
     name: str
     options: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> SchedulerSpec:
-        """Parse `NAME[:key=value,...]`. A value is JSON, or a string if it is not valid JSON. Raises SettingsError.
+        """Parse `NAME[:key=value,...]`. Values that are not valid JSON are strings. Raises SettingsError.
 
-        NAME is a class, or one of SHORT_NAMES in any case, with spaces, hyphens or underscores between words.
+        NAME is a class or one of SHORT_NAMES, in any case and with spaces, hyphens or underscores between words.
         """
         word, _, rest = text.partition(":")
         short = re.sub(r"[\s_-]+", " ", word.strip().lower()).replace("dpmpp", "dpm++")
@@ -91,14 +91,14 @@ class SchedulerSpec:
 
 @dataclass(frozen=True, slots=True)
 class LoraSpec:
-    """The file of a LoRA and the weight with which it is added to the model."""
+    """LoRA file, and the weight with which it is added to the model."""
 
     file: str
     weight: float = 1.0
 
     @classmethod
     def parse(cls, text: str) -> LoraSpec:
-        """Parse `FILE[:WEIGHT]`. FILE ends in .safetensors; its path may contain colons. Raises SettingsError."""
+        """Parse `FILE[:WEIGHT]`. FILE ends in .safetensors and may contain colons. Raises SettingsError."""
         file, ending, rest = text.rpartition(".safetensors")
         colon, weight = rest[:1], rest[1:]
         if not ending or colon not in ("", ":"):

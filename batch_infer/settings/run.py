@@ -1,6 +1,6 @@
-"""Everything that a run is requested to do: tables, defaults, output and compute settings.
+"""Settings of a run: tables, row defaults, output and compute.
 
-run.json has these settings, so that fields must keep their names.
+run.json stores these settings, so fields must keep their names.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from batch_infer.settings.model import ModelSettings
 from batch_infer.settings.safety import SafetySettings
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
-"""A positive number. The bounds are checked when run.json is read."""
+"""Positive integer. The bounds are checked when run.json is read."""
 FIELDS = (
     "prompt",
     "id",
@@ -30,19 +30,19 @@ FIELDS = (
     "guidance_rescale",
     "num_images_per_prompt",
 )
-"""The columns of a table that determine what is rendered; all others are carried through."""
+"""Table columns that determine what is rendered. All other columns are carried through."""
 
 IdSource = Literal["row", "content"]
 ImageFormat = Literal["png", "jpeg", "webp"]
 IMAGE_SUFFIXES: dict[ImageFormat, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 ResultsFormat = Literal["parquet", "csv", "jsonl"]
 RetryStatus = Literal["failed", "flagged", "blocked", "invalid", "missing"]
-"""What `retry` renders again. `missing`: the result has an image, but its file is gone."""
+"""Results that `retry` renders again. `missing`: the result has an image, but the image file does not exist."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowDefaults:
-    """Defaults of rows; None is the default of the model."""
+    """Default values for rows. None means the model's default."""
 
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
@@ -68,10 +68,10 @@ class OutputSettings:
 
 @dataclass(frozen=True, slots=True)
 class TableSettings:
-    """The tables as the user named them. `columns` maps a field to its name in the tables ('' ignores that column).
+    """Tables as named by the user. `columns` maps a field to a column of the tables, or to '' to ignore that field.
 
-    `folder`: the current folder of the command, to which names are relative. `id_from`: whether the id of a row without
-    one is made from its file and row number or from its content.
+    Table names are relative to `folder`, the current folder of the command. `id_from` says whether a missing id is made
+    from the file and row number or from the row's content.
     """
 
     tables: tuple[str, ...]
@@ -83,7 +83,7 @@ class TableSettings:
 
 @dataclass(frozen=True, slots=True)
 class FailureBudget:
-    """How many failed or invalid rows are acceptable: a number, or a percentage of all rows."""
+    """Acceptable failed or invalid rows, as a number or a percentage of all rows."""
 
     count: int = 0
     percent: float | None = None
@@ -110,10 +110,10 @@ class FailureBudget:
 
 @dataclass(frozen=True, slots=True)
 class ComputeSettings:
-    """Requested compute settings. None: as in run.json if the run continues, else chosen for the device.
+    """Requested compute settings. None means the value in run.json for a continued run, else one chosen for the device.
 
-    `processes`: number of workers, each with its own device; with 0 the command renders by itself. The bytes of images
-    do not depend on it.
+    `processes` is the number of workers, each with its own device; with 0, the command itself renders. Image bytes do
+    not depend on it.
     """
 
     slots: Count | Literal["auto"] | None = None
@@ -124,7 +124,7 @@ class ComputeSettings:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """The devices of a run: `cpu` or `cuda`, their model name and their number."""
+    """Devices of a run. `kind` is `cpu` or `cuda`, `name` the device model."""
 
     kind: str
     name: str
@@ -133,7 +133,7 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class BatchShape:
-    """Batch sizes for an image size: batch elements of a UNet call, images of a decoder call."""
+    """Batch sizes for one image size: batch elements per UNet call and images per decoder call."""
 
     height: Count
     width: Count
@@ -143,9 +143,9 @@ class BatchShape:
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Compute settings that are in use. Image bytes depend on all of them except the device name.
+    """Compute settings in use. Image bytes depend on all of them except the device name.
 
-    `by_size` has the image sizes with batch sizes of their own.
+    `by_size` overrides the batch sizes for specific image sizes.
     """
 
     device: str
@@ -159,11 +159,11 @@ class Compute:
 
     def shape_of(self, height: int, width: int) -> BatchShape:
         """Return the batch sizes for an image size."""
-        own = (shape for shape in self.by_size if (shape.height, shape.width) == (height, width))
-        return next(own, BatchShape(height, width, self.slots, self.decode_batch))
+        matches = (shape for shape in self.by_size if (shape.height, shape.width) == (height, width))
+        return next(matches, BatchShape(height, width, self.slots, self.decode_batch))
 
     def with_shapes(self, shapes: Iterable[BatchShape]) -> Compute:
-        """Return a copy with other batch sizes for these image sizes."""
+        """Return a copy with these batch sizes added or replaced."""
         by_size = {(shape.height, shape.width): shape for shape in (*self.by_size, *shapes)}
         return replace(self, by_size=tuple(by_size.values()))
 

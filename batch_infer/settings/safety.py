@@ -1,4 +1,4 @@
-"""Which checks prompts and images get, and what happens to those that fail."""
+"""Settings for safety checks of prompts and images, and for flagged images."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from batch_infer.errors import SettingsError
 SafetyMode = Literal["auto", "checker", "azure", "checker,azure", "none"]
 OnFlagged = Literal["blank", "keep", "blur", "quarantine", "drop"]
 _ENDPOINT = re.compile(r"https://[^/\s@?#]+/?|http://(127\.0\.0\.1|localhost|\[::1\])(:\d+)?/?")
-"""Without TLS the key must not leave this machine."""
+"""http is allowed only on this machine: without TLS, the key must not leave it."""
 CATEGORIES = ("Hate", "SelfHarm", "Sexual", "Violence")
-"""The categories of Azure AI Content Safety, each with a severity of 0, 2, 4 or 6."""
+"""Categories of Azure AI Content Safety, each with a severity of 0, 2, 4 or 6."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceSettings:
-    """How to call Azure AI Content Safety, and which answers block a prompt or flag an image.
+    """Settings for Azure AI Content Safety.
 
-    That is a severity above the category's threshold, in the order of CATEGORIES, or a match in a blocklist of the
-    resource. The key is not stored here but read from the environment.
+    A severity above its category's threshold blocks a prompt or flags an image, as does a match in a blocklist of the
+    Azure resource. Thresholds are in the order of CATEGORIES. The key is not stored here but read from the environment.
     """
 
     endpoint: str
     thresholds: tuple[int, ...] = (1, 1, 1, 1)
     blocklists: tuple[str, ...] = ()
     requests_per_second: float = 100.0
-    """The service accepts 1,000 requests in 10 s, which workers share."""
+    """The service accepts 1,000 requests in 10 s. All workers share this rate."""
     patience: float = 120.0
-    """Seconds of silence or failures after which a run ends."""
+    """Seconds without a successful response after which a run ends."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> ServiceSettings | None:
-        """Read the variables CONTENT_SAFETY_*. Return None without an endpoint. Raises SettingsError."""
+        """Read the CONTENT_SAFETY_* variables, or return None if no endpoint is set. Raises SettingsError."""
         endpoint = environment.get("CONTENT_SAFETY_ENDPOINT", "").strip()
         if not endpoint:
             return None
         if not _ENDPOINT.fullmatch(endpoint):
-            redacted = re.sub(r"(?<=://)[^/]*@|[?#].*", "", endpoint)  # either may be a secret
+            redacted = re.sub(r"(?<=://)[^/]*@|[?#].*", "", endpoint)  # user info and query may be secrets
             raise SettingsError(
                 f"CONTENT_SAFETY_ENDPOINT={redacted}: expected https://NAME.cognitiveservices.azure.com"
             )
@@ -53,7 +53,7 @@ class ServiceSettings:
 
 
 def _thresholds(text: str) -> tuple[int, ...]:
-    """Parse `1`, `Hate=3,Sexual=1` or `1,Hate=3` into the thresholds of the categories, by default 1."""
+    """Parse `1`, `Hate=3,Sexual=1` or `1,Hate=3` into one threshold per category. The default is 1."""
     parts = [part.rpartition("=") for part in text.split(",") if part.strip()]
     pairs = [(name.strip() if equals else None, number.strip()) for name, equals, number in parts]
     names = [name for name, _ in pairs]
@@ -69,9 +69,9 @@ def _thresholds(text: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class SafetySettings:
-    """Which checks run, and what is stored of a flagged image. The content safety `service` is used if it is set.
+    """Safety checks, and how to store flagged images. The content safety `service` is used if it is set.
 
-    `on_flagged` None: as in the run that OUT has, else `blank`.
+    If `on_flagged` is None, the policy of the earlier run in OUT applies, else `blank`.
     """
 
     mode: SafetyMode = "auto"
@@ -81,15 +81,15 @@ class SafetySettings:
 
     @property
     def policy(self) -> OnFlagged:
-        """What to store of a flagged image."""
+        """How to store a flagged image."""
         return self.on_flagged or "blank"
 
     def with_policy_of(self, earlier: SafetySettings | None) -> SafetySettings:
-        """Return these settings with a policy: the one requested, else that of the earlier run, else `blank`."""
+        """Return a copy with the requested policy, else the earlier run's, else `blank`."""
         return replace(self, on_flagged=self.on_flagged or (earlier or self).policy)
 
     def split_among(self, workers: int) -> SafetySettings:
-        """Return the settings of one of several workers: the service counts their requests together."""
+        """Return the settings for one of several workers, which share the service's request rate."""
         if self.service is None:
             return self
         rate = self.service.requests_per_second / max(1, workers)

@@ -1,6 +1,6 @@
-"""Sinks store images in OUT, durable before their manifest part is committed, and find them again.
+"""Store images in OUT durably before their manifest part is committed, and read them back.
 
-A new sink is one file with a class that has the methods of `Sink`, and one line in `sink.SINKS`.
+To add a sink, write one file with a class that implements `Sink`, and add it to `sink.SINKS`.
 """
 
 from batch_infer.sinks.folder import BACKUP_PREFIX, IMAGE_FOLDERS, original_path, resolve_path

@@ -1,4 +1,4 @@
-"""Images as files under OUT: each appears whole or not at all."""
+"""Store images as files in OUT, atomically."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
@@ -39,44 +38,44 @@ IMAGE_FOLDERS = ("images", "quarantine")
 ROWS_PER_FOLDER = 1000
 BACKUP_PREFIX = ".original-"
 FSYNC_THREADS = 32
-"""Images that are fsynced at once.
+"""Maximum number of images to fsync concurrently.
 
-A journal commits all that wait in one go, so this is several times as fast as one after the other, and more so on a
-slow disk. (Linux's `syncfs` is faster yet, but also waits for what other programs have written, does not reach the
-server behind a FUSE mount, and hides some errors.)
+A journal commits all waiting fsyncs together, so this is several times as fast as one at a time, and more so on a slow
+disk. (Linux's `syncfs` is even faster, but also waits for writes of other programs, does not reach the server behind a
+FUSE mount, and hides some errors.)
 """
 AnyPath = TypeVar("AnyPath", Path, PurePosixPath)
 _MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 _READ_FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY", "O_CLOEXEC"))
-"""O_NONBLOCK: opening a pipe, which another program may have put there, does not wait."""
+"""With O_NONBLOCK, opening does not wait if another program has put a pipe there."""
 
 
 class FolderSink:
-    """A `Sink`: images/STEM-NNNNN/ID-K.png under OUT; with --on-flagged quarantine, flagged ones in quarantine/.
+    """Store images as images/STEM-NNNNN/ID-K.png in OUT. --on-flagged quarantine stores flagged images in quarantine/.
 
-    Nothing is written once OUT is another folder than when the sink was created, nor once images/ or quarantine/ is,
-    which may be links to a larger disk. Ids keep their dots; a webdataset key would end at the first of them.
+    Nothing is written after another folder replaces OUT, images/ or quarantine/. images/ and quarantine/ may be links
+    to a larger disk. Ids keep their dots, although a webdataset key would end at the first dot.
     """
 
     def __init__(self, out: Path | PinnedFolder, suffix: str = "") -> None:
         pinned = PinnedFolder.of(out)
         self._out, self._suffix = pinned.path, suffix
         self._pinned = {pinned.path: pinned}
-        self._made = {pinned.path}
+        self._created_folders = {pinned.path}
         self._case_sensitive: dict[str, bool] = {}
         self._case_lock = threading.Lock()
 
     def path_of(self, request: PromptRequest, *, quarantine: bool = False) -> str:
-        """No two paths of an OUT differ by case alone, so that OUT can be copied to any file system.
+        """Keep paths in an OUT distinct even if case is ignored, so that OUT can be copied to any file system.
 
-        Only files that an Azure ML job reads on different workers are an exception.
+        The only exception is tables that different workers of an Azure ML job read.
         """
         top = IMAGE_FOLDERS[quarantine]
         folder = self._name(top, request.source.stem, collides=request.stem_collides)
         path = self._path(request, top, folder, self._name(top, request.id, collides=request.id_collides))
-        kept = self.path_in(request.replaces or "", quarantine=quarantine)
-        possible = self._possible_paths(request, top, lambda text: {hashed_name(text)})
-        return kept if request.replaces and kept in possible else path
+        previous_path = self.path_in(request.replaces or "", quarantine=quarantine)
+        possible_paths = self._possible_paths(request, top, lambda text: {hashed_name(text)})
+        return previous_path if request.replaces and previous_path in possible_paths else path
 
     def possible_paths(self, request: PromptRequest) -> set[str]:
         return set().union(*(self._possible_paths(request, top, former_names) for top in IMAGE_FOLDERS))
@@ -93,12 +92,12 @@ class FolderSink:
     def collisions(self, index: ImageIndex) -> Collisions:
         return Collisions(index)
 
-    def _possible_paths(self, request: PromptRequest, top: str, hashed: Callable[[str], set[str]]) -> set[str]:
+    def _possible_paths(self, request: PromptRequest, top: str, hash_names: Callable[[str], set[str]]) -> set[str]:
         stem, name = request.source.stem, request.id
         return {
             self._path(request, top, folder, file)
-            for folder in {self._name(top, stem, collides=request.stem_collides), *hashed(stem)}
-            for file in {self._name(top, name, collides=request.id_collides), *hashed(name)}
+            for folder in {self._name(top, stem, collides=request.stem_collides), *hash_names(stem)}
+            for file in {self._name(top, name, collides=request.id_collides), *hash_names(name)}
         }
 
     def _path(self, request: PromptRequest, top: str, folder: str, name: str) -> str:
@@ -106,14 +105,14 @@ class FolderSink:
         return f"{top}/{folder}-{number:05d}/{name}-{request.image_index}{self._suffix}"
 
     def _name(self, top: str, text: str, *, collides: bool) -> str:
-        """Return a text's part of a path. Upper-case letters are kept where the file system is case-sensitive."""
+        """Return a path component for a text. It keeps upper-case letters if the file system is case-sensitive."""
         if collides:
             return hashed_name(text)
         lower, mixed = safe_name(text), safe_name(text, capitals=True)
         return mixed if lower != mixed and self._is_case_sensitive(top) else lower
 
     def _is_case_sensitive(self, top: str) -> bool:
-        """Return whether images/ or quarantine/, which may be on another disk than OUT, is case-sensitive."""
+        """Return whether images/ or quarantine/ is case-sensitive. Its disk may differ from that of OUT."""
         with self._case_lock:
             if top not in self._case_sensitive:
                 self._check()
@@ -124,7 +123,7 @@ class FolderSink:
     def write(self, path: str, content: bytes) -> StoredImage:
         target = self._out / path
         self._check()
-        self._make(target.parent)
+        self._make_folder(target.parent)
         temporary = temporary_path(target)
         with write_errors(target):
             try:
@@ -136,7 +135,7 @@ class FolderSink:
         return StoredImage(path, hashlib.sha256(content).hexdigest(), len(content))
 
     def publish(self, paths: Iterable[str]) -> None:
-        """Fsync all images, then rename them. After a power cut a replaced image is whole, the old or the new one."""
+        """Fsync all images, then rename them. A power cut leaves the old or the new image, complete."""
         targets = [self._out / path for path in paths]
         self._check()
         with ThreadPoolExecutor(FSYNC_THREADS) as pool:
@@ -150,9 +149,10 @@ class FolderSink:
         _fsync_parents(targets)
 
     def back_up(self, paths: Iterable[str]) -> None:
-        """Rename images to hidden names. A backup of this process is kept: what replaced it was never committed."""
+        """Rename images to hidden names. This process's earlier backup is kept: its replacement was never committed."""
         self._check()
-        targets = [target for path in paths if not path_exists(_backup(target := self._out / path))]
+        targets = [self._out / path for path in paths]
+        targets = [target for target in targets if not path_exists(_backup(target))]
         for target in targets:
             with write_errors(target), suppress(FileNotFoundError):
                 os.replace(target, _backup(target))  # noqa: PTH105
@@ -211,20 +211,20 @@ class FolderSink:
         for pinned in list(self._pinned.values()):
             pinned.check()
 
-    def _make(self, folder: Path) -> None:
+    def _make_folder(self, folder: Path) -> None:
         """Create a folder below OUT, once per sink."""
-        if folder in self._made:
+        if folder in self._created_folders:
             return
-        self._make(folder.parent)
+        self._make_folder(folder.parent)
         make_folder(folder)
         if folder.parent.parent == self._out and is_link(folder):
             raise StorageError(f"{folder} is a link; only images/ and quarantine/ may be: put the folder itself there")
         if folder.parent == self._out:
             self._pin(folder)
-        self._made.add(folder)
+        self._created_folders.add(folder)
 
     def _pin(self, folder: Path) -> None:
-        """Check images/ or quarantine/ from now on as OUT is: with a marker where it is on another disk."""
+        """Check images/ or quarantine/ before each write, like OUT, with a marker if it is on another disk."""
         marker = self._pinned[self._out].marker
         if marker is None or not marker.startswith(TEMPORARY_PREFIX):
             self._pinned.setdefault(folder, PinnedFolder.of(folder))
@@ -233,22 +233,25 @@ class FolderSink:
 
 
 def resolve_path(out: Path, path: str) -> Path | None:
-    """Return where an image of this path is, or None for a path that leaves images/ and quarantine/.
+    """Return the file of an image path, or None if the path leads out of images/ and quarantine/.
 
-    Paths come from manifest parts, which anyone may have edited. images/ itself may be a link to a larger disk; links
-    within it are not followed.
+    Paths come from manifest parts, which anyone may have edited. images/ itself may be a link to a larger disk, but
+    links within it are not followed.
     """
     relative = PurePosixPath(path)
     top, *inner = relative.parts or ("",)
     if "\0" in path or ".." in inner or not inner or top not in IMAGE_FOLDERS:
         return None
-    folders = accumulate(inner[:-1], Path.joinpath, initial=out / top)
-    next(folders)
-    return None if any(map(os.path.islink, folders)) else out / relative
+    folder = out / top
+    for name in inner[:-1]:
+        folder /= name
+        if os.path.islink(folder):  # noqa: PTH114
+            return None
+    return out / relative
 
 
 def original_path(path: str) -> str | None:
-    """Return the path that a file had before `back_up`, in any process, or None where it is not a backup."""
+    """Return a file's path before `back_up` in any process, or None if it is not a backup."""
     backup = PurePosixPath(path)
     name = original_name(BACKUP_PREFIX, backup.name)
     return None if name is None else backup.with_name(name).as_posix()

@@ -1,4 +1,4 @@
-"""Names of image files: safe on every file system, and no two of an OUT differ by case alone."""
+"""Choose image file names that are valid on every file system and never differ only by case in an OUT."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ _WINDOWS_DEVICE = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGN
 
 
 def safe_name(text: str, *, capitals: bool = False) -> str:
-    """Return a file name for any text, on any file system, such that no two texts share one.
+    """Return a unique file name for any text, valid on every file system.
 
-    Lower-case letters, digits, `_`, `.` and `-` are kept, and with `capitals` upper-case letters are, for file systems
-    that are case-sensitive. Texts with other characters, and names of Windows devices, get a `hashed_name`.
+    Texts of up to 80 lower-case letters, digits, `_`, `.` and `-` are unchanged. On case-sensitive file systems,
+    `capitals` allows upper-case letters too. Other texts and names of Windows devices get a `hashed_name`.
     """
     pattern = _SAFE_WITH_CAPITALS if capitals else _SAFE
     return text if pattern.fullmatch(text) and not _WINDOWS_DEVICE.fullmatch(text) else hashed_name(text)
 
 
 def hashed_name(text: str) -> str:
-    """Return the readable characters of a text, `~` and a digest of all of it: unique even where case is ignored."""
+    """Return a text's readable characters, `~` and a digest of the whole text. Unique even if case is ignored."""
     readable = re.sub(r"[^A-Za-z0-9_-]+", "_", text)[:60]
     return f"{readable}~{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
 
 
 def former_names(text: str) -> set[str]:
-    """Return the hashed name that earlier versions gave to a text, if they hashed it."""
+    """Return the hashed name that earlier versions used for a text, or nothing if they used the text itself."""
     return {safe_name(text)} - {text}
 
 
 def possible_names(text: str) -> set[str]:
-    """Return every name that a text may have in a path, on any file system."""
+    """Return every name that may represent a text in a path, on any file system."""
     return {safe_name(text), safe_name(text, capitals=True), hashed_name(text)}
 
 
@@ -48,20 +48,20 @@ def parse_path(path: str) -> tuple[str, str]:
 
 
 class ImageIndex(Protocol):
-    """What a sink needs to know of the committed images."""
+    """Information about committed images for sinks."""
 
     @property
     def image_folders(self) -> Iterable[str]:
-        """The folders of all images that any part names, relative to OUT."""
+        """Folders of all images in the parts, relative to OUT."""
 
     def similar_ids(self, name: str) -> Iterable[tuple[str, str]]:
-        """Return the other ids that equal this one when case is ignored, each with the path of an image of it."""
+        """Return the ids that differ from this id only by case, each with the path of one of its images."""
 
 
 class Collisions:
-    """Names that the committed images of an OUT use, as the index has them now.
+    """Collisions with the names of committed images in an index.
 
-    Must not be used where several processes without a common lock name images.
+    Not for use if several processes name images without a common lock.
     """
 
     def __init__(self, index: ImageIndex) -> None:
@@ -72,9 +72,9 @@ class Collisions:
             self._stems.setdefault(stem.lower(), set()).add(stem)
 
     def mark(self, request: PromptRequest, path: str | None) -> PromptRequest:
-        """Return the request with `id_collides` and `stem_collides` set where committed images make that necessary.
+        """Return the request with `id_collides` and `stem_collides` adjusted to the names of committed images.
 
-        `path` is that of the image committed for the request itself, whose name it keeps.
+        `path` is the path of the image already committed for this request, which keeps its name.
         """
         used_stem, used_id = parse_path(path or "")
         stem = request.source.stem
@@ -86,4 +86,4 @@ class Collisions:
         return replace(request, id_collides=id_collides, stem_collides=stem_collides)
 
     def _has_similar(self, name: str) -> bool:
-        return any(parse_path(path)[1] == other for other, path in self._index.similar_ids(name))
+        return any(parse_path(path)[1] == similar for similar, path in self._index.similar_ids(name))

@@ -1,4 +1,4 @@
-"""What every sink can do, and the one place that creates them."""
+"""Define the methods of sinks, and create sinks by name."""
 
 from __future__ import annotations
 
@@ -14,59 +14,60 @@ from batch_infer.store import PinnedFolder
 
 
 class Sink(Protocol):
-    """Stores images in OUT. Paths are relative to OUT; those that lead out of it are treated as missing.
+    """Store images in OUT. Paths are relative to OUT. Images at paths that lead out of OUT count as missing.
 
-    The order that loses no image in a crash: `write`, `back_up` the images that will be replaced, `publish`, commit the
-    manifest part, `remove` the backups. All methods raise StorageError, also where it is unknown what is stored.
+    This order loses no image in a crash: `write`, `back_up` images that will be replaced, `publish`, commit the
+    manifest part, `remove` the backups. All methods raise StorageError, also if they cannot tell whether an image
+    exists.
     """
 
     def path_of(self, request: PromptRequest, *, quarantine: bool = False) -> str:
-        """Return where to store a request's image. An image that is rendered again keeps its path."""
+        """Return the path for a request's image. Rendering an image again keeps its path."""
 
     def possible_paths(self, request: PromptRequest) -> set[str]:
-        """Return every path that this and earlier versions may have given a request's image, and no other image."""
+        """Return every path that this or an earlier version may have used for this request's image and no other."""
 
     def path_in(self, path: str, *, quarantine: bool) -> str:
         """Return the path of a stored image inside or outside the quarantine."""
 
     def folders_of(self, files: Iterable[str]) -> list[Path]:
-        """Return the folders that may hold images of these source files, and the folders above them."""
+        """Return the folders that may contain images of these source files, and their parent folders."""
 
     def collisions(self, index: ImageIndex) -> Collisions:
-        """Return the names that committed images use."""
+        """Return collisions with the names of committed images."""
 
     def write(self, path: str, content: bytes) -> StoredImage:
-        """Store an image under a temporary name."""
+        """Write an image under a temporary name."""
 
     def publish(self, paths: Iterable[str]) -> None:
-        """Make written images durable under their own names, just before a manifest part names them.
+        """Make written images durable under their final names, just before a manifest part lists them.
 
-        Not when they are written: a run that ends in between has then replaced no committed image.
+        `write` leaves this to `publish`, so that a run that ends in between replaces no committed image.
         """
 
     def back_up(self, paths: Iterable[str]) -> None:
         """Rename committed images before `publish` replaces them. Missing images are skipped."""
 
     def backup_path(self, path: str) -> str:
-        """Return the path that `back_up` gives an image in this process."""
+        """Return the path to which `back_up` renames an image in this process."""
 
     def restore(self, backup: str) -> None:
-        """Undo the `back_up` of an image by any process, which died before the manifest had the new image."""
+        """Restore a backup from any process that died before it committed the new image."""
 
     def remove(self, path: str) -> None:
-        """Remove an image, if it exists."""
+        """Remove an image if it exists."""
 
     def has(self, path: str) -> bool:
-        """Return whether there is an image at this path."""
+        """Return whether an image exists at this path."""
 
     def read(self, path: str, length: int | None = None) -> bytes | None:
-        """Return an image's bytes, or None where it is missing or, with `length`, not that long."""
+        """Return an image's bytes, or None if it is missing or its size differs from `length` bytes."""
 
 
 SINKS: dict[str, Callable[[Path | PinnedFolder, str], Sink]] = {"folder": FolderSink}
-"""Every sink by its name. They are created with OUT and the suffix of image files."""
+"""Sinks by name. Each is created with OUT and the suffix of image files."""
 
 
 def make_sink(out: Path | PinnedFolder, image_format: ImageFormat = "png", name: str = "folder") -> Sink:
-    """Return the sink that stores the images of an OUT. Raises StorageError where OUT cannot be read."""
+    """Create the sink that stores an OUT's images. Raises StorageError if OUT cannot be read."""
     return SINKS[name](out, IMAGE_SUFFIXES[image_format])

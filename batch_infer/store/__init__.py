@@ -1,6 +1,6 @@
-"""The disk: durable atomic files in OUT, checks of paths, temporary files and log files.
+"""Write durable atomic files in OUT, check paths, and manage temporary files and log files.
 
-Errors of the disk become StorageError, which names the path and what to do.
+Disk errors become StorageError, which names the path and says what to do.
 """
 
 from batch_infer.store.atomic import (

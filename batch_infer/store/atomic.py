@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written under a name that only this process uses, then renamed."""
+"""Write files atomically: under a name unique to this process, then renamed."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ _unfinished: set[Path] = set()
 
 
 def host_id() -> str:
-    """Return a digest of where process numbers are unique: host name, and on Linux boot and PID namespace.
+    """Return a digest of the host name and, on Linux, boot id and PID namespace, within which process ids are unique.
 
-    Many containers share a host name and the number of their PID namespace; the kernel's boot id tells their machines
-    apart.
+    Many containers have the same host name and PID namespace number. The kernel's boot id distinguishes their machines.
     """
     namespace = Path("/proc/self/ns/pid")
     boot = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
@@ -34,7 +33,7 @@ def host_id() -> str:
 
 
 def _set_token() -> None:
-    """Set what makes names unique: process numbers may be equal where several machines write into one folder."""
+    """Set the token of unique names: machines that write to the same folder may have equal process ids."""
     global _token
     _token = f"{host_id()}-{os.getpid()}-{secrets.token_hex(6)}"
 
@@ -50,23 +49,23 @@ def unique_name(prefix: str, name: str) -> str:
 
 
 def original_name(prefix: str, name: str) -> str | None:
-    """Return the name from which any process made this `unique_name`, or None if it is not one."""
+    """Return the file name in a `unique_name` from any process, or None if `name` is not one."""
     match = _TOKEN.match(name, len(prefix)) if name.startswith(prefix) else None
     return None if match is None else name[match.end() :]
 
 
 def temporary_path(path: Path) -> Path:
-    """Return where this process writes a file until it is complete."""
+    """Return the path to which this process writes a file until it is complete."""
     return path.with_name(unique_name(TEMPORARY_PREFIX, path.name))
 
 
 def is_temporary(name: str) -> bool:
-    """Return whether any process made this name with `temporary_path`. Other names that start alike are not ours."""
+    """Return whether a name comes from `temporary_path` in any process. Other names with the prefix are not ours."""
     return original_name(TEMPORARY_PREFIX, name) is not None
 
 
 def is_abandoned(name: str, prefix: str = TEMPORARY_PREFIX) -> bool:
-    """Return whether a process of this machine made this `unique_name` and has died. Of others that is unknown."""
+    """Return whether a `unique_name` comes from a dead process of this machine. False if that is unknown."""
     host, _, rest = name.removeprefix(prefix).partition("-")
     number = rest.partition("-")[0]
     if not name.startswith(prefix) or os.name != "posix" or host != host_id() or not number.isdecimal():
@@ -75,7 +74,7 @@ def is_abandoned(name: str, prefix: str = TEMPORARY_PREFIX) -> bool:
         os.kill(int(number), 0)
     except ProcessLookupError:
         return True
-    except OSError:  # a process of another user
+    except OSError:  # the process belongs to another user
         pass
     return False
 
@@ -84,8 +83,8 @@ def is_abandoned(name: str, prefix: str = TEMPORARY_PREFIX) -> bool:
 def atomic_write(path: Path, *, flush: bool = True, parents: bool = True) -> Iterator[Path]:
     """Yield a temporary path to write to, and rename it to `path` unless an exception is raised.
 
-    With `flush` the bytes are durable before the rename, and the rename before this returns: a power cut leaves the
-    old file or the new one. Without `parents` the folder must exist. Raises StorageError.
+    With `flush`, the bytes are durable before the rename and the rename is durable on return: a power cut leaves the
+    old or the new file. Without `parents`, the folder must exist. Raises StorageError.
     """
     temporary = temporary_path(path)
     with write_errors(path):
@@ -105,16 +104,16 @@ def atomic_write(path: Path, *, flush: bool = True, parents: bool = True) -> Ite
 
 
 def remove_unfinished() -> None:
-    """Remove the temporary files that this process is writing, before it exits without an exception."""
+    """Remove this process's unfinished files before it exits without raising an exception."""
     for temporary in list(_unfinished):
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
 def is_case_sensitive(folder: Path) -> bool:
-    """Return whether names in a folder may differ by case alone, as they may not on NTFS, APFS, FAT and SMB.
+    """Return whether names in a folder may differ only by case. On NTFS, APFS, FAT and SMB they may not.
 
-    Writes a temporary file there and removes it. Raises StorageError.
+    Creates and removes a temporary file there. Raises StorageError.
     """
     probe = temporary_path(folder / "case")
     with write_errors(probe):
@@ -130,9 +129,9 @@ def sweep(
     is_ours: Callable[[str], bool] = is_temporary,
     remove: Callable[[Path], object] = lambda path: path.unlink(missing_ok=True),
 ) -> list[Path]:
-    """Call `remove` with the files of a folder whose names are ours, and return its folders without links.
+    """Call `remove` for files in a folder whose names are ours, and return subfolders that are not links.
 
-    No file is opened or statted, however many there are. Raises OSError.
+    No file is opened or statted, since there may be many. Raises OSError.
     """
     folders = []
     with os.scandir(folder) as entries:

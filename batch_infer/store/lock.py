@@ -1,4 +1,4 @@
-"""The lock of an output folder: one process at a time, released by the operating system when that process dies."""
+"""Lock an output folder for one process. The operating system releases the lock when the process dies."""
 
 from __future__ import annotations
 
@@ -18,39 +18,39 @@ from batch_infer.store.paths import fsync_folder, path_exists, read_errors
 from batch_infer.store.pinned import PinnedFolder
 
 LOCK_SECONDS = 0.2
-"""How long to wait for a locked folder: `find_holder` holds its lock for a moment."""
+"""Seconds to wait for a locked folder, since `find_holder` holds the lock for a moment."""
 LOCK, HOLDER = ".lock", ".holder"
 _USAGE_ERRORS = {
     *(errno.EACCES, errno.EEXIST, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT),
     *(errno.ENOTDIR, errno.EPERM, errno.EROFS),
 }
-"""Errors of creating a folder that another folder or other permissions fix. Others, such as a full disk, may pass."""
+"""Errors from creating a folder that another folder or permissions fix. Others, such as a full disk, may pass."""
 
 
 @contextmanager
 def locked_folder(folder: Path, inner: Sequence[str] = ()) -> Iterator[PinnedFolder]:
-    """Lock a folder, which is created if missing, and yield it with a marker by which writers recognise it.
+    """Lock a folder, creating it if missing, and yield it with a marker by which writers recognise it.
 
-    The marker is removed at the end, also from the folders named `inner`. An OSError on a path in the folder becomes
-    a StorageError. Raises LockedError, SettingsError, StorageError.
+    On exit, the marker is removed from the folder and its subfolders `inner`. An OSError for a path in the folder
+    becomes StorageError. Raises LockedError, SettingsError, StorageError.
     """
     lock = _acquire(folder)
-    known = PinnedFolder.of(folder)
+    pinned = PinnedFolder.of(folder)
     try:
-        with _kept_open(folder), _storing_in(folder):
+        with _keep_open(folder), _storage_errors(folder):
             _write_holder(folder)
-            known = known.with_marker()
-            yield known
+            pinned = pinned.with_marker()
+            yield pinned
     finally:
-        known.remove_markers(inner)
-        with suppress(OSError, StorageError):  # either would hide the error that ends the command
-            if PinnedFolder.of(folder).identity == known.identity:  # a folder that replaced it may have another holder
+        pinned.remove_markers(inner)
+        with suppress(OSError, StorageError):  # these would mask the original exception
+            if PinnedFolder.of(folder).identity == pinned.identity:  # a replacement folder may have another holder
                 (folder / HOLDER).unlink(missing_ok=True)
         lock.release()
 
 
 def find_holder(folder: Path) -> str | None:
-    """Return which process holds the lock, None if none does. Raises StorageError where the lock cannot be read."""
+    """Return the process that holds the lock, or None. Raises StorageError if the lock cannot be read."""
     path = folder / LOCK
     if not path_exists(path):
         return None
@@ -59,7 +59,7 @@ def find_holder(folder: Path) -> str | None:
 
 
 def remove_stale_holder(folder: Path) -> None:
-    """Remove the name of a holder that was killed. The current holder, also this process, keeps its own."""
+    """Remove the holder file of a killed process. The current holder, even this process, keeps its file."""
     if path_exists(folder / HOLDER):
         with suppress(Timeout), FileLock(folder / LOCK).acquire(timeout=0):
             (folder / HOLDER).unlink(missing_ok=True)
@@ -75,13 +75,13 @@ def _acquire(folder: Path) -> FileLock:
         holder = _read_holder(folder)
         raise LockedError(f"{folder} is held by another run ({holder}); run again when it has ended") from None
     except OSError as error:
-        kind = SettingsError if error.errno in _USAGE_ERRORS else StorageError
-        raise kind(f"cannot write to {folder}: {error.strerror or error}") from error
+        error_class = SettingsError if error.errno in _USAGE_ERRORS else StorageError
+        raise error_class(f"cannot write to {folder}: {error.strerror or error}") from error
     return lock
 
 
 def _create(folder: Path) -> None:
-    """Create a folder and its parents, and fsync their names. Raises OSError."""
+    """Create a folder and missing parents, and fsync their names. Raises OSError."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
@@ -89,9 +89,10 @@ def _create(folder: Path) -> None:
 
 
 def _check_lock(path: Path) -> None:
-    """Raise SettingsError where the file system has no locks, StorageError for an error that may pass, else OSError.
+    """Check that a lock file can be locked.
 
-    Without flock, filelock treats a file that merely exists as locked, and such a lock outlives its holder.
+    Raises SettingsError if the file system has no locks, StorageError if the error may be temporary, else OSError.
+    Without flock, filelock treats any existing file as locked, and that lock outlives its holder.
     """
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666))
     try:
@@ -110,7 +111,7 @@ def _check_lock(path: Path) -> None:
 
 
 def _is_locked(path: Path) -> bool:
-    """Return whether a process holds a lock file, which need only be readable. Raises OSError."""
+    """Return whether a process holds a lock file. It only needs to be readable. Raises OSError."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -121,7 +122,7 @@ def _is_locked(path: Path) -> bool:
             return True
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two readers do not see each other
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared, so that readers do not block each other
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK):
             return True
@@ -132,11 +133,11 @@ def _is_locked(path: Path) -> bool:
 
 
 @contextmanager
-def _kept_open(folder: Path) -> Iterator[None]:
-    """Keep a folder open: otherwise a folder created after its removal may get the same inode."""
+def _keep_open(folder: Path) -> Iterator[None]:
+    """Keep a folder open, so that no folder created after its removal can get the same inode."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:  # Windows opens no folders, and removes none in which a file is open
+    except OSError:  # Windows cannot open a folder, nor remove one that contains an open file
         yield
         return
     try:
@@ -146,8 +147,8 @@ def _kept_open(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _storing_in(folder: Path) -> Iterator[None]:
-    """Re-raise an OSError that names a path in the folder as StorageError."""
+def _storage_errors(folder: Path) -> Iterator[None]:
+    """Re-raise an OSError for a path in the folder as StorageError."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Log files in OUT: what the terminal shows, with times, and the traceback of the error that ended the command."""
+"""Log files in OUT: terminal messages with times, and the traceback of a fatal error."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from batch_infer.terminal import EscapingFormatter, escape_controls
 
 @contextmanager
 def open_log(path: Path) -> Iterator[TextIO]:
-    """Open a log file to append to; it also gets the traceback of an exception that leaves the context.
+    """Open a log file for appending. The traceback of an exception that leaves the context is appended too.
 
-    Raises StorageError where it cannot be opened. Later write errors are ignored, so that they never mask the original
-    exception.
+    Raises StorageError if the file cannot be opened. Later write errors are ignored so that they never mask the
+    original exception.
     """
     with write_errors(path):
         path.parent.mkdir(exist_ok=True)
@@ -32,7 +32,8 @@ def open_log(path: Path) -> Iterator[TextIO]:
     try:
         yield file
     finally:
-        if (error := sys.exc_info()[1]) is not None and not isinstance(error, SystemExit):
+        error = sys.exc_info()[1]
+        if error is not None and not isinstance(error, SystemExit):
             with suppress(OSError):
                 text = escape_controls("".join(traceback.format_exception(error)), keep="\n\t")
                 os.write(file.fileno(), text.encode())
@@ -41,13 +42,13 @@ def open_log(path: Path) -> Iterator[TextIO]:
 
 
 def _open_without_links(path: Path) -> int:
-    """Open a file to append to. Links are not followed; a pipe without a reader fails instead of blocking."""
+    """Open a file for appending without following links. A pipe without a reader fails instead of blocking."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
 
 
 def log_handler(file: TextIO) -> logging.Handler:
-    """Return a handler that writes to a file, with the time in UTC."""
+    """Return a handler that writes records with UTC times to a file."""
     formatter = EscapingFormatter("%(asctime)sZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
     formatter.converter = time.gmtime
     handler = LogfileHandler(file)
@@ -55,6 +56,6 @@ def log_handler(file: TextIO) -> logging.Handler:
     return handler
 
 
-class LogfileHandler(logging.StreamHandler):  # type: ignore[type-arg]  # generic for type checkers alone
+class LogfileHandler(logging.StreamHandler):  # type: ignore[type-arg]  # generic only for type checkers
     def handleError(self, record: logging.LogRecord) -> None:
-        """Ignore write errors: a full disk is reported by what stores results."""
+        """Ignore write errors: storing results reports a full disk."""

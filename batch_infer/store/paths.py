@@ -1,4 +1,4 @@
-"""Paths on a disk that may fail: what is there, fsync, and errors that name the path."""
+"""Inspect, create and fsync paths. Disk errors name the path."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FSYNC_UNSUPPORTED = {errno.EBADF, errno.EINVAL, errno.ENOTSUP, errno.EACCES, er
 
 @contextmanager
 def write_errors(path: Path) -> Iterator[None]:
-    """Re-raise OSError as StorageError that names `path`."""
+    """Re-raise OSError as a StorageError that names `path`."""
     try:
         yield
     except OSError as error:
@@ -27,7 +27,7 @@ def write_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def read_errors(path: Path) -> Iterator[None]:
-    """Re-raise OSError as StorageError that names `path`: what cannot be read may well exist."""
+    """Re-raise OSError as a StorageError that names `path`, which may exist although it is unreadable."""
     try:
         yield
     except OSError as error:
@@ -39,22 +39,22 @@ def _reason(error: OSError) -> str:
 
 
 def path_exists(path: Path) -> bool:
-    """Return whether a path exists; a broken link does. Raises StorageError where that is unknown."""
+    """Return whether a path exists, even as a broken link. Raises StorageError if that is unknown."""
     return _mode(path) != 0
 
 
 def is_folder(path: Path, *, follow: bool = False) -> bool:
-    """Return whether a path is a folder; with `follow`, a link to one is. Raises StorageError where that is unknown."""
+    """Return whether a path is a folder or, with `follow`, a link to one. Raises StorageError if that is unknown."""
     return stat.S_ISDIR(_mode(path, follow=follow))
 
 
 def is_link(path: Path) -> bool:
-    """Return whether a path is a symbolic link. Raises StorageError where that is unknown."""
+    """Return whether a path is a symbolic link. Raises StorageError if that is unknown."""
     return stat.S_ISLNK(_mode(path))
 
 
 def _mode(path: Path, *, follow: bool = False) -> int:
-    """Return the mode of a path, 0 where it is missing. Raises StorageError."""
+    """Return a path's mode, or 0 if it is missing. Raises StorageError."""
     with read_errors(path):
         try:
             return path.stat(follow_symlinks=follow).st_mode
@@ -65,9 +65,9 @@ def _mode(path: Path, *, follow: bool = False) -> int:
 
 
 def list_names(folder: Path) -> list[str]:
-    """Return the sorted names in a folder, none where it is missing. Raises StorageError where it cannot be listed.
+    """Return the sorted names in a folder, or none if it is missing. Raises StorageError if it cannot be listed.
 
-    `Path.glob` would return nothing in that case.
+    `Path.glob` would hide that error.
     """
     with read_errors(folder):
         try:
@@ -77,7 +77,7 @@ def list_names(folder: Path) -> list[str]:
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder in an existing one, durably. Raises StorageError."""
+    """Create a folder durably in an existing folder. Raises StorageError."""
     with write_errors(folder):
         folder.mkdir(exist_ok=True)
         fsync_folder(folder.parent)
@@ -93,7 +93,7 @@ def fsync(path: Path) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make the names in a folder durable, where its file system can. Raises OSError."""
+    """Make the names in a folder durable if its file system supports that. Raises OSError."""
     try:
         fsync(folder)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""A folder that is recognised when another one takes its name, as when a disk is unmounted during a run."""
+"""Detect that another folder has replaced a folder, for example after its disk was unmounted during a run."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from batch_infer.store.paths import NOT_FOUND, path_exists, read_errors, write_e
 
 
 def marker_name() -> str:
-    """Return the name of the file by which this process recognises a folder. It is swept like a temporary file."""
+    """Return the name of the file by which this process recognises a folder. `sweep` treats it as a temporary file."""
     return unique_name(TEMPORARY_PREFIX, "here")
 
 
 @dataclass(frozen=True, slots=True)
 class PinnedFolder:
-    """A folder as it was when writing to it began. Other processes of this machine can receive and check it too.
+    """Folder and its identity before the first write. Other processes of this machine can receive and check it too.
 
-    `identity`: device and inode, None where there was no folder. `marker`: the name of an empty file in it, which
-    identifies the folder on mounts whose inode numbers change.
+    `identity` is the device and inode, or None if there was no folder. `marker` is the name of an empty file in the
+    folder that identifies it on mounts whose inode numbers change.
     """
 
     path: Path
@@ -31,7 +31,7 @@ class PinnedFolder:
 
     @classmethod
     def of(cls, path: Path | PinnedFolder) -> PinnedFolder:
-        """Return a folder as it is now, with the marker of this process if it has one. Raises StorageError."""
+        """Pin the folder at a path, with this process's marker if the folder contains it. Raises StorageError."""
         if isinstance(path, PinnedFolder):
             return path
         marker = marker_name()
@@ -40,28 +40,25 @@ class PinnedFolder:
         return cls(path, identity, marker if path_exists(path / marker) else None)
 
     def with_marker(self, marker: str | None = None) -> PinnedFolder:
-        """Write a marker into the folder, by default that of this process, and return the folder with it.
-
-        Raises StorageError.
-        """
+        """Write a marker, by default this process's, and return the folder with it. Raises StorageError."""
         name = marker or marker_name()
         with write_errors(self.path / name):
             (self.path / name).touch()
         return replace(self, marker=name)
 
     def remove_markers(self, inner: Iterable[str]) -> None:
-        """Remove the marker from this folder and from these folders in it. An error leaves it to the next sweep."""
+        """Remove the marker from the folder and its subfolders `inner`. After an error, the next sweep removes it."""
         if self.marker is not None:
             for folder in (self.path, *(self.path / name for name in inner)):
                 with suppress(OSError):
                     (folder / self.marker).unlink(missing_ok=True)
 
     def check(self) -> None:
-        """Check that the path still is this folder. Raises StorageError.
+        """Check that the path is still this folder. Raises StorageError.
 
-        After an unmount, files would land beneath the mount point and be hidden by the next mount. FUSE mounts may
-        number their files differently on each call, so an unexpected inode alone proves nothing: the marker decides,
-        which costs one more call, and only there.
+        After an unmount, files would be written beneath the mount point and hidden by the next mount. FUSE mounts may
+        return other inode numbers on each call, so an unexpected inode alone proves nothing. Only then does the marker
+        decide, at the cost of one more call.
         """
         with read_errors(self.path):
             identity = _identity(self.path)

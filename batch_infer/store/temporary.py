@@ -1,4 +1,4 @@
-"""Temporary files and databases: errors of the temporary folder name it and tell what to do."""
+"""Create temporary files and databases whose errors name the temporary folder and say what to do."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ Result = TypeVar("Result")
 
 @contextmanager
 def temporary_file_errors(*, reads: bool = False) -> Iterator[None]:
-    """Re-raise OSError as StorageError that names the temporary folder and TMPDIR.
+    """Re-raise OSError as a StorageError that names the temporary folder and TMPDIR.
 
-    With `reads`, the code inside also reads from elsewhere: only errors that reading never raises are re-raised.
+    With `reads`, the context also reads other files, so only errors that reading never raises are converted.
     """
     try:
         yield
@@ -36,7 +36,7 @@ def temporary_file_errors(*, reads: bool = False) -> Iterator[None]:
             raise
         try:
             folder = tempfile.gettempdir()
-        except OSError:  # no folder can be written
+        except OSError:  # no folder is writable
             folder = os.environ.get("TMPDIR", os.sep + "tmp")
         raise _storage_error("a temporary file", folder, error.strerror or error) from error
 
@@ -48,7 +48,7 @@ def _storage_error(what: str, folder: str, reason: object) -> StorageError:
 
 
 class _Raw(io.FileIO):
-    """A temporary file. Closing a buffer around it raises StorageError too."""
+    """Temporary file that raises StorageError for write errors, even when a buffer around it is closed."""
 
     def write(self, data: object, /) -> int:
         with temporary_file_errors():
@@ -62,22 +62,22 @@ def temporary_folder() -> tempfile.TemporaryDirectory[str]:
 
 
 def create_temporary(path: Path) -> BinaryIO:
-    """Create a file in a temporary folder for writing. Creating, writing and closing it raise StorageError."""
+    """Create a temporary file for writing. Creating, writing and closing it may raise StorageError."""
     with temporary_file_errors():
         return io.BufferedWriter(_Raw(path, "w"), BUFFER_SIZE)
 
 
 def open_temporary_text() -> TextIO:
-    """Open a nameless file for text that is written, then read. Opening, writing, closing it raise StorageError."""
+    """Open an unnamed text file to write, then read. Opening, writing and closing it may raise StorageError."""
     with temporary_file_errors(), tempfile.TemporaryFile(buffering=0) as file:
         raw = _Raw(os.dup(file.fileno()), "r+")
     return io.TextIOWrapper(io.BufferedRandom(raw, BUFFER_SIZE), encoding="utf-8", newline="")
 
 
 def temporary_database() -> sqlite3.Connection:
-    """Open an empty database in a nameless file, which disappears when it is closed; it does not survive a crash.
+    """Open an empty database in an unnamed file, which is deleted on close. It does not survive a crash.
 
-    Its statements raise StorageError where the temporary folder is full or broken.
+    Statements raise StorageError if the temporary folder is full or broken.
     """
     database = sqlite3.connect("", factory=_Database)
     database.execute("PRAGMA synchronous = OFF")
@@ -86,7 +86,7 @@ def temporary_database() -> sqlite3.Connection:
 
 
 def _raising_storage_error(method: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Return a method of a cursor that raises StorageError for errors of the disk."""
+    """Wrap a cursor method so that disk errors raise StorageError."""
 
     def call(*arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
         try:
@@ -103,7 +103,7 @@ _fetch_next: Callable[[sqlite3.Cursor], Any] = _raising_storage_error(sqlite3.Cu
 
 
 class _Cursor(sqlite3.Cursor):
-    """SQLite reads rows as they are fetched, so that fetching raises errors of the disk too."""
+    """Cursor that raises StorageError for disk errors, also in fetches, since SQLite reads rows as they are fetched."""
 
     execute = _raising_storage_error(sqlite3.Cursor.execute)
     executemany = _raising_storage_error(sqlite3.Cursor.executemany)
@@ -123,6 +123,6 @@ class _Database(sqlite3.Connection):
 
 
 def _database_folder() -> str:
-    """Return where SQLite keeps temporary files (https://www.sqlite.org/tempfiles.html, section 5)."""
-    names = (os.environ.get("SQLITE_TMPDIR"), os.environ.get("TMPDIR"), "/var/tmp", "/usr/tmp", "/tmp")
-    return next((name for name in names if name and os.access(name, os.W_OK | os.X_OK)), os.curdir)
+    """Return the folder for SQLite's temporary files (https://www.sqlite.org/tempfiles.html, section 5)."""
+    folders = (os.environ.get("SQLITE_TMPDIR"), os.environ.get("TMPDIR"), "/var/tmp", "/usr/tmp", "/tmp")
+    return next((folder for folder in folders if folder and os.access(folder, os.W_OK | os.X_OK)), os.curdir)
