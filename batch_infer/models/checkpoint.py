@@ -78,7 +78,7 @@ def read_card(
 
 
 def _locate(settings: ModelSettings) -> tuple[Path, str | None]:
-    """Return the model's folder, and its Hub repository if only model_index.json is certain to be in the folder."""
+    """Return the model's folder, and its Hub repository if the other files are still to be downloaded."""
     path = DEMO_MODEL if settings.name is None else Path(settings.name).expanduser()
     if settings.revision and path.exists():
         raise ModelError(f"--revision {settings.revision} is for a Hugging Face id, and {path} is local")

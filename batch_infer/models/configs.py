@@ -93,7 +93,7 @@ def _network_fault(shapes: Mapping[str, tuple[int, ...]], key: str, value: Any) 
 
 
 def _size_fault(key: str, value: Any) -> Fault:
-    """Return why a number is too large for a library to allocate memory or loop, or None."""
+    """Return why a number would make a library allocate or loop excessively, or None."""
     if key in SIDES or key == "size":
         largest = MAX_IMAGE_SIDE
     elif "train_timesteps" in key:

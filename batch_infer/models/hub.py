@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from batch_infer.errors import ModelError, first_line
-from batch_infer.models.untrusted import SMALL, choose_variant, is_loaded, refuse_pickles
+from batch_infer.models.untrusted import CONFIG_SUFFIXES, choose_variant, is_loaded, refuse_pickles
 
 INDEX = "model_index.json"
 TOKEN_HINT = "a private or gated model needs HF_TOKEN"
@@ -47,7 +47,7 @@ def fetch_configs(name: str) -> Path:
 
     Raises ModelError.
     """
-    return _download(name, None, [INDEX, *(f"*/*{suffix}" for suffix in SMALL)])
+    return _download(name, None, [INDEX, *(f"*/*{suffix}" for suffix in CONFIG_SUFFIXES)])
 
 
 def _download(name: str, revision: str | None, files: list[str]) -> Path:
@@ -93,7 +93,7 @@ def _choose(
         lacking = "safetensors" if has_config else "config.json" if weights else "files"
         raise ModelError(f"{name}: there are no {lacking} of {component}/{source}")
     yield from map(str, weights)
-    yield from (str(file) for file in own if file.suffix in SMALL)
+    yield from (str(file) for file in own if file.suffix in CONFIG_SUFFIXES)
 
 
 @contextmanager

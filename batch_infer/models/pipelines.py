@@ -27,7 +27,7 @@ REQUIRED = ("prompt", "generator", "height", "width", "num_inference_steps", "nu
 IMAGE_INPUTS = {"control_image", "mask_image"}
 VIDEO_INPUTS = {"num_frames", "video_length"}
 GUIDANCE = ("guidance_scale", "true_cfg_scale", "prior_guidance_scale")
-"""Candidate parameters for a row's guidance_scale, used if their default is a number, in order of preference."""
+"""Candidates for the parameter that receives a row's guidance_scale: the first one with a numeric default."""
 DENOISERS = ("transformer", "unet", "prior_prior", "prior")
 NATIVE_SIDE = 1024
 """Native image side in pixels for a pipeline without a default."""

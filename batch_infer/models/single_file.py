@@ -14,7 +14,7 @@ from platformdirs import user_cache_path
 from batch_infer.errors import ModelError
 from batch_infer.models.components import check_vocabularies, named_components
 from batch_infer.models.lora import is_lora
-from batch_infer.models.untrusted import PICKLES, check_weights, hash_file, read_header, read_object
+from batch_infer.models.untrusted import PICKLE_SUFFIXES, check_weights, hash_file, read_header, read_object
 from batch_infer.store import fsync
 
 CACHE_FOLDER = "converted-1"
@@ -34,7 +34,7 @@ def convert_once(file: Path) -> Path:
 
     The folder's name is a digest of the file's content. Raises ModelError.
     """
-    if file.suffix in PICKLES:
+    if file.suffix in PICKLE_SUFFIXES:
         raise ModelError(f"{file} is pickled and pickles run code when read; convert the checkpoint to safetensors")
     if file.suffix != ".safetensors":
         raise ModelError(f"{file} is a file; give a .safetensors file or the folder that holds model_index.json")
