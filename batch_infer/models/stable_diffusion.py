@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x (Rombach et al., arXiv 2112.10752), and latent consistency models of these."""
+"""Stable Diffusion 1.x and 2.x (Rombach et al., arXiv 2112.10752), and their distilled latent consistency models."""
 
 from __future__ import annotations
 
