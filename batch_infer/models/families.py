@@ -60,7 +60,7 @@ class Family:
         return {self.denoiser, "vae", "scheduler", *self.text_encoders, *self.tokenizers}
 
     def make_rules(self, denoiser: Mapping[str, Any], vae: Mapping[str, Any], name: str) -> SamplingRules:
-        """Derive the sampling rules of checkpoint `name` from two configs. Raises ModelError if they define no sizes."""
+        """Derive the sampling rules of checkpoint `name` from two configs. Raises ModelError if they lack the sizes."""
         try:
             settings = denoiser.get("configurations", denoiser)
             native = settings.get("sample_size") or self.sample_size

@@ -75,7 +75,7 @@ class LatentDiffusion:
     """
 
     absent: ClassVar[Mapping[str, Any]] = {}
-    """Constructor arguments of the pipeline class that replace components without weights to load."""
+    """Constructor arguments of the pipeline class that replace components that are not loaded."""
     begin_index: ClassVar[int | None] = None
     """The begin index that diffusers' pipeline sets, None if its scheduler searches for the index."""
 
