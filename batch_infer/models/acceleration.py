@@ -28,8 +28,8 @@ MAX_SHAPES = 256
 UNRELATED = ("InvalidCxxCompiler", "TritonMissing", "GPUTooOldForTriton", "LoweringException")
 """torch._inductor errors that no damaged cache file causes: a missing compiler, or an operator without a kernel.
 
-A list of the errors that damaged files cause would need RuntimeError (a truncated .py file, or any error in a
-compilation process) and CppCompileError (a truncated .cpp file).
+A list of the errors that damaged files cause would have to include RuntimeError (a truncated .py file, or any error
+in a compilation process) and CppCompileError (a truncated .cpp file).
 """
 
 LatentShape = tuple[int, int, int]
@@ -41,15 +41,17 @@ def optimize_networks(
     """Optimize networks that are called with one fixed batch shape per image size.
 
     On a GPU, convolutions are fastest with channels last, and one product for queries, keys and values is faster than
-    three. Compilation (Ansel et al., PyTorch 2, ASPLOS 2024) takes a minute per shape, which pays off in long runs.
-    `threads` is the maximum number of compilation processes, because workers on one machine share its cores.
+    three products. Compilation (Ansel et al., PyTorch 2, ASPLOS 2024) takes a minute per shape, worthwhile for long
+    runs.
+    `threads` limits the compilation processes, because workers on one machine share its cores.
     """
     for network in networks:
         if device.type == "cuda":
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             # Only UNets: for joint transformers diffusers' fused attention omits the norms.
-            if hasattr(network, "down_blocks") and (fuse := getattr(network, "fuse_qkv_projections", None)):
-                cast(Any, fuse)()
+            fuse: Any = getattr(network, "fuse_qkv_projections", None)
+            if fuse and hasattr(network, "down_blocks"):
+                fuse()
         if compiled:
             network.forward = Compiled(cast(Any, network.forward), threads)
 

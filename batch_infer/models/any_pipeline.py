@@ -1,4 +1,4 @@
-"""Render rows in batches by calls of a diffusers text-to-image pipeline that has no model family."""
+"""Render batches of rows by calling a diffusers text-to-image pipeline that has no model family."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class AnyPipeline:
 
     @classmethod
     def load(cls, card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_checker: bool) -> AnyPipeline:
-        """Load a checkpoint, with its safety checker on request. Raises ModelError."""
+        """Load a checkpoint and optionally its safety checker. Raises ModelError."""
         kind = pipeline_class(card.path)
         networks = {name: _load(network, card, name, dtype) for name, network in network_classes(card.path).items()}
         pipeline = load_pipeline(kind, card, {**networks, **absent_components(kind, card.path)})
@@ -73,8 +73,8 @@ class AnyPipeline:
     def render(self, requests: Sequence[PromptRequest], batch: int) -> torch.Tensor:
         """Render at most `batch` rows to float32 images (R, 3, H, W) on the CPU: 0 is black and 1 is white.
 
-        The rows share one call, padded to `batch` rows with the last row, or need one call each. Raises RowError if the
-        pipeline does not support a row.
+        The rows share one call, padded to `batch` with copies of the last row, or get separate calls. Raises RowError
+        if the pipeline does not support a row.
         """
         if self.one_row_per_call:
             return torch.cat([self._call([request]) for request in requests])
@@ -144,7 +144,7 @@ class AnyPipeline:
 
 
 def _load(kind: Any, card: ModelCard, name: str, dtype: torch.dtype) -> Any:
-    """Load a network in a dtype. Layers that the network keeps in float32 stay so: T5 would overflow."""
+    """Load a network in a dtype, except for layers that it keeps in float32: T5 would overflow."""
     if issubclass(kind, ModelMixin):
         return load_network(kind, card, name, torch_dtype=dtype)
     return load_network(kind, card, name, dtype=dtype, attn_implementation="eager", trust_remote_code=False)

@@ -37,7 +37,7 @@ class ModelCard:
 
     `name` is the Hub id, the folder name or the file name without its path, because images contain it. `revision` is
     the commit of a Hub checkpoint. `pipeline` is the class named by model_index.json. `scheduler` is the requested
-    scheduler, None for the checkpoint's scheduler. `windows` is the number of windows of 77 tokens that a prompt may
+    scheduler, None for the checkpoint's default. `windows` is the number of windows of 77 tokens that a prompt may
     fill. SamplingRules describes `embedded_guidance` and `fixed`.
     """
 

@@ -36,25 +36,26 @@ def read_card(
     `inspect` returns the sampling rules of a folder without a model family; the default imports torch in this process.
     Without `needs_checker` the safety checker may be missing.
     """
-    if settings.scheduler:
-        refuse_unknown_scheduler(settings.scheduler)
+    spec = settings.scheduler
+    if spec:
+        refuse_unknown_scheduler(spec)
     path, repository = _locate(settings)
     name = settings.name or "built-in demo model"
     index = read_object(path / "model_index.json", name)
-    family, named = _find_family(index, name), named_components(index, name)
-    components = _choose_components(named, family, name)
+    family, all_components = _find_family(index, name), named_components(index, name)
+    components = _choose_components(all_components, family, name)
     if not needs_checker:
         components -= {component for component in CHECKER if not (path / component).is_dir()}
-    chosen = {component: named.get(component, ("", "")) for component in components}
+    chosen = {component: all_components.get(component, ("", "")) for component in components}
     if repository is not None:
         from batch_infer.models.hub import fetch
 
         fetch(repository, path, chosen, settings.variant)
     _check(path, chosen, name, settings.variant, strict=family is not OTHER)
-    scheduler = read_object(path / "scheduler" / "scheduler_config.json", name) if "scheduler" in named else {}
+    scheduler = read_object(path / "scheduler" / "scheduler_config.json", name) if "scheduler" in all_components else {}
     if scheduler.get("use_dynamic_shifting"):
         family = OTHER  # timesteps depend on the image size, so rows of different sizes could not share a step
-    if (spec := settings.scheduler) and not scheduler:
+    if spec and not scheduler:
         raise ModelError(f"{name} has no scheduler for --scheduler {spec} to replace")
     rules = _read_rules(family, path, name, inspect)
     loras, windows = _read_loras(settings, family, name), _count_windows(settings, family, name)
@@ -68,7 +69,7 @@ def read_card(
         pipeline=index["_class_name"],
         fingerprint=_fingerprint(weights, index, family, loras, windows),
         scheduler=spec,
-        scheduler_name=str(spec) if spec else named["scheduler"][1] if scheduler else "None",
+        scheduler_name=str(spec) if spec else all_components["scheduler"][1] if scheduler else "None",
         scheduler_fingerprint=digest([scheduler, str(spec)]),
         checker_fingerprint=hash_files(path, CHECKER, settings.variant) if "safety_checker" in components else None,
         loras=loras,
@@ -78,7 +79,7 @@ def read_card(
 
 
 def _locate(settings: ModelSettings) -> tuple[Path, str | None]:
-    """Return the model's folder, and its Hub repository if the other files are still to be downloaded."""
+    """Return the model's folder, and its Hub repository if the other files may be missing."""
     path = DEMO_MODEL if settings.name is None else Path(settings.name).expanduser()
     if settings.revision and path.exists():
         raise ModelError(f"--revision {settings.revision} is for a Hugging Face id, and {path} is local")
@@ -112,12 +113,12 @@ def _find_family(index: Mapping[str, Any], name: str) -> Family:
     return FAMILIES.get(pipeline, OTHER)
 
 
-def _choose_components(named: Mapping[str, tuple[str, str]], family: Family, name: str) -> set[str]:
+def _choose_components(all_components: Mapping[str, tuple[str, str]], family: Family, name: str) -> set[str]:
     """Return the names of the components to load. Raises ModelError if a required component is missing."""
-    components = set(named) - family.unread
+    components = set(all_components) - family.unread
     if family.denoiser is not None:
         components.add(family.denoiser)  # model_index.json of DeciDiffusion does not name it
-    elif named.get("safety_checker") != SUPPORTED_CHECKER:
+    elif all_components.get("safety_checker") != SUPPORTED_CHECKER:
         components -= CHECKER
     if missing := family.required - components:
         raise ModelError(f"{name}: model_index.json names no {', '.join(sorted(missing))}; is the folder complete?")

@@ -92,38 +92,38 @@ def refuse_code(path: Path, components: Iterable[str], name: str) -> None:
                 raise ModelError(f"{name}: {component}/{file.name} is code, and would be run in place of {file.stem}")
 
 
-def _refuse_code_keys(settings: Mapping[str, Any], place: str) -> None:
+def _refuse_code_keys(settings: Mapping[str, Any], source: str) -> None:
     """Raise ModelError for a setting that makes a library fetch or run code."""
     for key, value in settings.items():
         if not value or type(value) is int:  # a vocabulary maps words, such as these keys, to numbers
             continue
         if key in REFUSED_KEYS:
             raise ModelError(
-                f"{place} {REFUSED_KEYS[key]} ({key}): batch-infer does not run code from a checkpoint and "
+                f"{source} {REFUSED_KEYS[key]} ({key}): batch-infer does not run code from a checkpoint and "
                 "loads only its components"
             )
         if key == "quantization_config":
-            _refuse_quantizer(value, place)
+            _refuse_quantizer(value, source)
         if key.removesuffix("_internal").endswith(ATTENTION_KEYS):
             names = value.values() if isinstance(value, dict) else [value]
-            if other := [text for text in names if text not in ATTENTIONS]:
+            if kernels := [text for text in names if text not in ATTENTIONS]:
                 raise ModelError(
-                    f"{place} has {key}={other[0]!r}, a kernel that would be fetched and run; remove the key, or use "
-                    "sdpa"
+                    f"{source} has {key}={kernels[0]!r}, a kernel that would be fetched and run; remove the key, or "
+                    "use sdpa"
                 )
 
 
-def _refuse_quantizer(settings: Any, place: str) -> None:
+def _refuse_quantizer(settings: Any, source: str) -> None:
     """Raise ModelError for a quantization method that needs code from the Hub or a missing package."""
     method = settings.get("quant_method") if isinstance(settings, dict) else settings
     if not isinstance(method, str) or method not in QUANTIZERS:
         raise ModelError(
-            f"{place} has quant_method {method!r}, which may fetch and run code; "
+            f"{source} has quant_method {method!r}, which may fetch and run code; "
             f"methods that can be loaded are {', '.join(QUANTIZERS)}. Use the checkpoint that is not quantized"
         )
     if find_spec(QUANTIZERS[method]) is None:
         package = "optimum-quanto" if method == "quanto" else method
-        raise ModelError(f"{place} has quant_method {method!r}: pip install {package}")
+        raise ModelError(f"{source} has quant_method {method!r}: pip install {package}")
 
 
 def check_vocabularies(path: Path, components: Mapping[str, tuple[str, str]], name: str) -> None:

@@ -95,28 +95,28 @@ def _network_fault(shapes: Mapping[str, tuple[int, ...]], key: str, value: Any) 
 def _size_fault(key: str, value: Any) -> Fault:
     """Return why a number would make a library allocate or loop excessively, or None."""
     if key in SIDES or key == "size":
-        largest = MAX_IMAGE_SIDE
+        maximum = MAX_IMAGE_SIDE
     elif "train_timesteps" in key:
-        largest = MAX_TRAIN_TIMESTEPS
+        maximum = MAX_TRAIN_TIMESTEPS
     elif key in POSITIVE or key in LAYER_COUNTS:
-        largest = MAX_SIZE
+        maximum = MAX_SIZE
     else:
         return None
     numbers = _integers([*value.values()] if isinstance(value, dict) else value)
-    return f"at most {largest} can be used" if any(abs(number) > largest for number in numbers) else None
+    return f"at most {maximum} can be used" if any(abs(number) > maximum for number in numbers) else None
 
 
 def _type_fault(key: str, value: Any) -> Fault:
-    """Return what the type or value should be, or None. Null is allowed: it means the default of the class."""
+    """Return what the type or value should be, or None. Null is valid and means the default of the class."""
     if value is None:
         return None
     if key in POSITIVE | LAYER_COUNTS:
-        least = 0 if key in LAYER_COUNTS else 1
+        minimum = 0 if key in LAYER_COUNTS else 1
         parts = list(_flatten(value))
         if isinstance(value, list) and key not in LISTS:
             return "it should be a whole number"
-        if not parts or not all(type(part) is int and part >= least for part in parts):
-            return f"it should be a whole number of at least {least}"
+        if not parts or not all(type(part) is int and part >= minimum for part in parts):
+            return f"it should be a whole number of at least {minimum}"
     if key in SIDES and not isinstance(value, dict):
         parts = value if isinstance(value, list) else [value]
         if len(parts) not in (1, 2) or not all(type(part) is int and part > 0 for part in parts):
@@ -162,7 +162,7 @@ def _shorten(value: Any) -> str:
 
 
 def check_widths(path: Path, family: Family, name: str) -> None:
-    """Compare the configs of a family's components with each other. Raises ModelError naming both components.
+    """Compare the configs of a family's components. Raises ModelError naming both components.
 
     The denoiser and the VAE must have the same latent channels. The denoiser's text inputs must be as wide as the text
     encoders' outputs.

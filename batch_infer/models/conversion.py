@@ -59,7 +59,7 @@ def infer_kind(header: Mapping[str, Any]) -> str:
 
 
 def _copy_configs(file: Path, repository: str, folder: Path) -> None:
-    """Copy only configs and vocabularies. The Hub's cache may also contain another checkpoint's weights, and code."""
+    """Copy only configs and vocabularies. The Hub's cache may also contain code and another checkpoint's weights."""
     try:
         configs = fetch_configs(repository)
     except ModelError as error:
@@ -79,7 +79,7 @@ def _copy_configs(file: Path, repository: str, folder: Path) -> None:
 
 
 def _write_networks(file: Path, pipeline_class: Any, folder: Path) -> None:
-    """Write the weights but keep the original configs, because diffusers adds a path and a version to its own."""
+    """Write the weights but keep the original configs, because diffusers' configs name a path and a version."""
     absent = dict.fromkeys(ABSENT_COMPONENTS[:2])
     try:
         pipeline = pipeline_class.from_single_file(str(file), config=str(folder), local_files_only=True, **absent)

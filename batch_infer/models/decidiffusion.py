@@ -101,7 +101,8 @@ class FlexibleUNetConfig:
         Keys outside `configurations` describe a stock UNet and are ignored. Raises ModelError naming the key if a key
         is missing, unknown or contradictory.
         """
-        if (name := config.get("_class_name")) != CLASS_NAME:
+        name = config.get("_class_name")
+        if name != CLASS_NAME:
             raise ModelError(f"{source}: config.json describes a {name}, not a {CLASS_NAME}")
         settings = config.get("configurations")
         if not isinstance(settings, dict):
@@ -111,7 +112,8 @@ class FlexibleUNetConfig:
         result._refuse_impossible(source)
         implied = result._implied_keys()
         for key, value in implied.items():
-            if (actual := _get(settings, key, source)) != value:
+            actual = _get(settings, key, source)
+            if actual != value:
                 raise _config_error(source, key, actual, f"by the other keys it must be {value}")
         for key in sorted(settings.keys() - values.keys() - implied.keys()):
             raise _config_error(source, key, settings[key], "this version does not know that key")
@@ -123,7 +125,7 @@ class FlexibleUNetConfig:
         return IN_CHANNELS
 
     def _implied_keys(self) -> dict[str, Any]:
-        """Return the other keys with their only valid values: skips are popped at the size at which they are pushed."""
+        """Return the required values of all other keys: each skip is popped at the size at which it was pushed."""
         widths, levels = self.down_blocks_out_channels, len(self.down_blocks_out_channels)
         return {
             "resnet_act_fn": "silu",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from batch_infer.models.latent_diffusion import LatentDiffusion
 
 CHECKER = frozenset({"safety_checker", "feature_extractor"})
-"""Components that the safety checker consists of."""
+"""Components of the safety checker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,20 +75,20 @@ class Family:
             self.guidance_scale,
             self.guidance_rescale,
             embedded_guidance=is_embedded,
-            # Embedded guidance has no second pass that uses a negative prompt, and nothing to rescale.
+            # Embedded guidance has no second pass to use a negative prompt, and nothing to rescale.
             fixed=(("negative_prompt", None), ("guidance_rescale", 0.0)) if is_embedded else (),
         )
 
 
 def _size_rules(denoiser: Mapping[str, Any], factor: int) -> SizeRules:
-    """Return the size rules in pixels. `factor` is the side in pixels of one latent element."""
+    """Return the size rules in pixels. `factor` is the number of pixels per latent element along a side."""
     native = denoiser["sample_size"]
     height, width = (native, native) if isinstance(native, int) else (native * 2)[:2]
     if patch := denoiser.get("patch_size"):
-        # There are position embeddings for no more than this number of patches.
+        # Position embeddings exist for at most this number of patches per side.
         largest = denoiser["pos_embed_max_size"] * patch * factor
         return SizeRules(height * factor, width * factor, patch * factor, patch * factor, largest)
-    # Every down block of DeciDiffusion halves the sides, the last one of other UNets does not.
+    # In DeciDiffusion every down block halves the sides, in other UNets every block except the last.
     halvings = denoiser.get("add_downsample") or denoiser["block_out_channels"][1:]
     return SizeRules(height * factor, width * factor, factor, 2 ** len(halvings) * factor)
 

@@ -1,4 +1,4 @@
-"""Download from the Hugging Face Hub only the files of a repository that are loaded."""
+"""Download only the required files of a Hugging Face Hub repository."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def fetch_index(name: str, revision: str | None) -> Path:
 
 
 def fetch(name: str, folder: Path, components: Collection[str], variant: str | None) -> None:
-    """Download the components' configs, vocabularies and safetensors into the folder of `fetch_index`.
+    """Download the components' configs, vocabularies and safetensors into the folder returned by `fetch_index`.
 
     Components without weights of `variant` use their default weights. Raises ModelError, before any download, if a
     component is missing or has only pickled weights.
@@ -121,7 +121,7 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
 
 
 class _RetryFilter(logging.Filter):
-    """Replaces the two log lines that the Hub's library writes per retry by one line for all retries."""
+    """Logs one line for all retries instead of the two lines per retry that the Hub's library writes."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -22,7 +22,7 @@ from batch_infer.records import PromptRequest, SamplingParams
 TEXT_BATCH = 8
 """Number of texts in every text encoder call, after padding: another batch size changes embeddings by 1e-8."""
 CACHE_BYTES = 128 << 20
-"""Maximum bytes of cached embeddings on the device: in half precision 1,000 texts of Stable Diffusion, 48 of 3.5."""
+"""Maximum bytes of cached embeddings on the device: about 1,000 half-precision texts of Stable Diffusion, 48 of 3.5."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class LatentDiffusion:
     """
 
     absent: ClassVar[Mapping[str, Any]] = {}
-    """Constructor arguments of the pipeline class that replace components that are not loaded."""
+    """Constructor arguments that replace pipeline components that are not loaded."""
     begin_index: ClassVar[int | None] = None
     """The begin index that diffusers' pipeline sets, None if its scheduler searches for the index."""
 
@@ -100,7 +100,7 @@ class LatentDiffusion:
 
     @classmethod
     def load(cls, card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_checker: bool) -> LatentDiffusion:
-        """Load a checkpoint, with its safety checker on request. Raises ModelError."""
+        """Load a checkpoint and optionally its safety checker. Raises ModelError."""
         denoiser, modules = cls.load_modules(card, dtype)
         modules = {**cls.absent, **modules}
         if with_checker:

@@ -19,7 +19,7 @@ from batch_infer.diffusion import Context
 from batch_infer.models.tokens import WINDOWS
 
 SYNTAX = frozenset('()"+-\\')
-"""Characters of the weight syntax. Texts without them skip the parser, which is slow."""
+"""Characters of the weight syntax. Texts without them skip the slow parser."""
 SPECIAL = "<|"
 """Prefix of special tokens. In a text they would shift the weights."""
 MAX_PARENTHESES = 16
@@ -60,7 +60,7 @@ class LongPrompts:
         return [max(_count(provider, read_weights(text)) for provider in self._providers) for text in texts]
 
     def __call__(self, texts: Sequence[str]) -> list[Context]:
-        """Return an embedding (WINDOWS * 77, width) per text, and the pooled embedding of a second encoder."""
+        """Return an embedding (WINDOWS * 77, width) per text, with a pooled embedding if there are two encoders."""
         contexts = {text: self._encode(text) for text in dict.fromkeys(texts)}
         return [contexts[text] for text in texts]
 

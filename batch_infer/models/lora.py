@@ -1,4 +1,4 @@
-"""Recognize LoRAs (Hu et al., arXiv 2106.09685) by their headers, and fuse them with diffusers and peft."""
+"""Recognize LoRAs (Hu et al., arXiv 2106.09685) by their headers and fuse them into weights with diffusers and peft."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Lora:
 
 
 def is_lora(names: Collection[str]) -> bool:
-    """Return whether any tensor name is that of a LoRA."""
+    """Return whether any tensor name belongs to a LoRA."""
     return any(mark in name for name in names for mark in NAME_PARTS)
 
 

@@ -1,4 +1,4 @@
-"""Inspect diffusers' text-to-image pipelines without a model family: check that they can be called, and how."""
+"""Inspect text-to-image pipelines of diffusers that have no model family, and derive their sampling rules."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def pipeline_class(path: Path) -> Any:
 
 
 def network_classes(path: Path) -> dict[str, Any]:
-    """Map each component of a checkpoint that is a network and is loaded to its class. Raises ModelError."""
+    """Map the component names of the networks to load to their classes. Raises ModelError."""
     classes = {}
     for name, (library, kind) in named_components(_read_index(path), path.name).items():
         module: Any = {"diffusers": diffusers, "transformers": transformers}.get(library)
@@ -98,7 +98,7 @@ def network_classes(path: Path) -> dict[str, Any]:
 def absent_components(kind: Any, path: Path) -> dict[str, Any]:
     """Return constructor arguments that replace components that are missing or not loaded.
 
-    The safety checker is one of these components, because batch-infer calls it itself.
+    These include the safety checker, which batch-infer loads and calls separately.
     """
     parameters = inspect.signature(kind.__init__).parameters
     missing = [name for name, value in _read_index(path).items() if isinstance(value, list) and value[:1] == [None]]
@@ -123,11 +123,13 @@ def _make_rules(kind: Any, pipeline: Any) -> SamplingRules:
     call, config = parameters_of(kind), denoiser_config(pipeline)
     steps, guidance = call["num_inference_steps"].default, guidance_argument(kind, config)
     uses_negative = "negative_prompt" in call and not ("true_cfg_scale" in call and guidance != "true_cfg_scale")
-    fixed = {
-        **({} if guidance else {"guidance_scale": 1.0}),
-        **({} if uses_negative else {"negative_prompt": None}),
-        **({} if "guidance_rescale" in call else {"guidance_rescale": 0.0}),
-    }
+    fixed: dict[str, Any] = {}
+    if guidance is None:
+        fixed["guidance_scale"] = 1.0
+    if not uses_negative:
+        fixed["negative_prompt"] = None
+    if "guidance_rescale" not in call:
+        fixed["guidance_rescale"] = 0.0
     return SamplingRules(
         _size_rules(pipeline, config),
         steps if isinstance(steps, int) else 50,
@@ -176,8 +178,8 @@ def _size_rules(pipeline: Any, denoiser: Mapping[str, Any]) -> SizeRules:
 
     A pipeline with stricter rules refuses the row, and the pipeline's message becomes the row's error.
     """
-    names = ("vae_scale_factor", "vae_scale_factor_spatial")
-    scale = next((value for name in names if isinstance(value := getattr(pipeline, name, None), int)), None)
+    scales = (getattr(pipeline, name, None) for name in ("vae_scale_factor", "vae_scale_factor_spatial"))
+    scale = next((value for value in scales if isinstance(value, int)), None)
     native = getattr(pipeline, "default_sample_size", None) or denoiser.get("sample_size")
     sides = [side * (scale or 1) for side in native] if isinstance(native, (list, tuple)) else []
     if isinstance(native, int):

@@ -54,8 +54,9 @@ def tokenize(tokenizer: Any, texts: Sequence[str]) -> Any:
 
 
 def refuse_variations(config: Mapping[str, Any], card: ModelCard, family: str, embedding: str | None = None) -> None:
-    """Raise ModelError for a UNet without the family's inputs. `embedding` is the family's `addition_embed_type`."""
+    """Raise ModelError if a UNet's inputs are not the family's. `embedding` is the family's `addition_embed_type`."""
     expected = {"class_embed_type": None, "addition_embed_type": embedding, "encoder_hid_dim_type": None}
     for option, value in expected.items():
-        if (actual := config.get(option)) != value:
+        actual = config.get(option)
+        if actual != value:
             raise ModelError(f"{card.path}: a UNet with {option}={actual} is not {family}")

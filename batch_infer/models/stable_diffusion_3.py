@@ -33,7 +33,7 @@ class StableDiffusion3(LatentDiffusion):
     def load_modules(cls, card: ModelCard, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
         modules: dict[str, Any] = {name: load_module(kind, card, name, dtype) for name, kind in NETWORKS.items()}
         if (card.path / T5).is_dir():
-            # With `dtype` the layers that overflow in float16 stay in float32.
+            # With the `dtype` argument, the layers that would overflow in float16 stay in float32.
             modules[T5] = load_network(T5EncoderModel, card, T5, dtype=dtype)
         else:
             modules |= {T5: None, "tokenizer_3": None}

@@ -78,7 +78,7 @@ class StableDiffusionXL(LatentDiffusion):
         ]
 
     def _negative_prompt(self, request: PromptRequest) -> str | None:
-        """Return the text or None. Some checkpoints use zeros for a missing negative prompt but encode an empty one."""
+        """Return None for zeros, which some checkpoints use for a missing but not for an empty negative prompt."""
         if request.negative_prompt is None and self.pipeline.config.force_zeros_for_empty_prompt:
             return None
         return request.negative_prompt or ""

@@ -33,7 +33,7 @@ class TokenCounter:
         texts = list(texts)
         counts = []
         for tokenizer in self._tokenizers:
-            # Counting on the backend takes two thirds of the time, because transformers converts every encoding.
+            # Counting on the backend takes two thirds of the time: transformers also converts every encoding.
             backend = tokenizer.backend_tokenizer
             backend.no_truncation()
             backend.no_padding()

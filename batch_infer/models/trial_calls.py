@@ -33,8 +33,8 @@ Operation = tuple[str, tuple[tuple[int, ...], ...]]
 def can_share_calls(pipeline: Any, denoiser: torch.nn.Module | None, path: Path, arguments: Arguments) -> bool:
     """Return whether rows can share a call without depending on each other's text lengths.
 
-    Also decodes one image. Raises ModelError naming the checkpoint `path` if components do not fit together, and
-    ModelError if the pipeline draws noise from the global generator.
+    Also decodes one image. Raises ModelError, naming the checkpoint `path`, if the components do not fit together, and
+    if the pipeline draws noise from the global generator.
     """
     with _restored_processors(denoiser):
         try:
@@ -131,7 +131,7 @@ def _call(pipeline: Any, arguments: Arguments) -> None:
 def _refuse_misfit(pipeline: Any, denoiser: torch.nn.Module | None, path: Path, arguments: Arguments) -> None:
     """Repeat the first step without recording. Raises ModelError for an error that the arguments do not cause.
 
-    Refusals before the first denoiser evaluation are ignored: they may concern the size, and rows may have another one.
+    Refusals before the first denoiser evaluation are ignored: they may concern the size, and rows may have other sizes.
     """
     evaluations: list[None] = []
     hook = denoiser and denoiser.register_forward_pre_hook(lambda *_: evaluations.append(None))
