@@ -44,9 +44,9 @@ class AnyPipeline:
         self.denoiser: torch.nn.Module | None = find_denoiser(pipeline)
         self.networks: Sequence[torch.nn.Module] = ()
         """Networks that can be compiled: none, because no network certainly has a fixed shape."""
-        kind = type(pipeline)
-        self._guidance = guidance_argument(kind, denoiser_config(pipeline))
-        self._parameters = parameters_of(kind)
+        pipeline_type = type(pipeline)
+        self._guidance = guidance_argument(pipeline_type, denoiser_config(pipeline))
+        self._parameters = parameters_of(pipeline_type)
         arguments = {
             "height": card.sizes.native_height,
             "width": card.sizes.native_width,
@@ -58,9 +58,9 @@ class AnyPipeline:
     @classmethod
     def load(cls, card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_checker: bool) -> AnyPipeline:
         """Load a checkpoint and optionally its safety checker. Raises ModelError."""
-        kind = pipeline_class(card.path)
+        pipeline_type = pipeline_class(card.path)
         networks = {name: _load(network, card, name, dtype) for name, network in network_classes(card.path).items()}
-        pipeline = load_pipeline(kind, card, {**networks, **absent_components(kind, card.path)})
+        pipeline = load_pipeline(pipeline_type, card, {**networks, **absent_components(pipeline_type, card.path)})
         pipeline.to(device)
         pipeline.set_progress_bar_config(disable=True)
         if hasattr(getattr(pipeline, "vae", None), "enable_slicing"):
@@ -143,8 +143,8 @@ class AnyPipeline:
             raise RowBroken(f"{self._name} failed: {first_line(error)}") from error
 
 
-def _load(kind: Any, card: ModelCard, name: str, dtype: torch.dtype) -> Any:
+def _load(network_type: Any, card: ModelCard, name: str, dtype: torch.dtype) -> Any:
     """Load a network in a dtype, except for layers that it keeps in float32: T5 would overflow."""
-    if issubclass(kind, ModelMixin):
-        return load_network(kind, card, name, torch_dtype=dtype)
-    return load_network(kind, card, name, dtype=dtype, attn_implementation="eager", trust_remote_code=False)
+    if issubclass(network_type, ModelMixin):
+        return load_network(network_type, card, name, torch_dtype=dtype)
+    return load_network(network_type, card, name, dtype=dtype, attn_implementation="eager", trust_remote_code=False)

@@ -47,10 +47,12 @@ def named_components(index: Mapping[str, Any], name: str) -> dict[str, tuple[str
         match value:
             case [None, *_]:
                 continue
-            case ["transformers", str(kind)] if kind.startswith("Auto"):
-                raise ModelError(f"{name}: {key} is any class that its folder names ({kind}); name the class itself")
-            case [str(library), str(kind)] if key.isidentifier() and is_library(library):
-                components[key] = library, kind
+            case ["transformers", str(class_name)] if class_name.startswith("Auto"):
+                raise ModelError(
+                    f"{name}: {key} is any class that its folder names ({class_name}); name the class itself"
+                )
+            case [str(library), str(class_name)] if key.isidentifier() and is_library(library):
+                components[key] = library, class_name
             case [*_] if not key.startswith("_"):
                 raise ModelError(f"{name}: {key} is {value}, and only classes of diffusers and transformers are run")
     return components
@@ -131,11 +133,11 @@ def check_vocabularies(path: Path, components: Mapping[str, tuple[str, str]], na
 
     transformers would create an empty vocabulary and encode every prompt as the empty prompt.
     """
-    for component, (_, kind) in sorted(components.items()):
+    for component, (_, class_name) in sorted(components.items()):
         if not component.startswith("tokenizer"):
             continue
         files = {file.name for file in (path / component).glob("*")}
-        if kind not in BYTE_TOKENIZERS and not files.intersection(VOCABULARIES):
+        if class_name not in BYTE_TOKENIZERS and not files.intersection(VOCABULARIES):
             raise ModelError(f"{name}: {component}/ holds none of {', '.join(VOCABULARIES)}; is the folder complete?")
-        if kind in BPE_TOKENIZERS and "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= files:
+        if class_name in BPE_TOKENIZERS and "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= files:
             raise ModelError(f"{name}: {component}/ lacks vocab.json or merges.txt; is the folder complete?")

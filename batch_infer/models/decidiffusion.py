@@ -161,17 +161,17 @@ def _get(settings: Mapping[str, Any], key: str, source: object) -> Any:
     return settings[key]
 
 
-def _read_key(settings: Mapping[str, Any], key: str, kind: str, source: object) -> Any:
+def _read_key(settings: Mapping[str, Any], key: str, type_name: str, source: object) -> Any:
     # Uses type() instead of isinstance(), which accepts JSON's true as an int.
     value = _get(settings, key, source)
-    match kind:
+    match type_name:
         case "int" if type(value) is int:
             return value
         case "float" if type(value) in (int, float):
             return float(value)
         case "tuple[int, ...]" if type(value) is list and value and all(type(entry) is int for entry in value):
             return tuple(value)
-    expected = {"int": "a whole number", "float": "a number"}.get(kind, "a list of whole numbers")
+    expected = {"int": "a whole number", "float": "a number"}.get(type_name, "a list of whole numbers")
     raise _config_error(source, key, value, f"it must be {expected}")
 
 

@@ -113,11 +113,11 @@ class LatentDiffusion:
     @classmethod
     def load_solver(cls, card: ModelCard) -> Solver:
         """Load the full pipeline's sampler without its networks. Raises ModelError."""
-        kind = cls.pipeline_class(card)
-        arguments = inspect.signature(kind).parameters.values()
+        pipeline_type = cls.pipeline_class(card)
+        arguments = inspect.signature(pipeline_type).parameters.values()
         components = [argument.name for argument in arguments if argument.default is argument.empty]
         absent = {**dict.fromkeys(name for name in components if name != "scheduler"), **cls.absent}
-        return make_solver(load_pipeline(kind, card, absent).scheduler, cls.begin_index)
+        return make_solver(load_pipeline(pipeline_type, card, absent).scheduler, cls.begin_index)
 
     @classmethod
     def pipeline_class(cls, card: ModelCard) -> Any:

@@ -27,15 +27,15 @@ COMPUTED_SUFFIX = "position_ids"
 """Name suffix of buffers that earlier versions of transformers saved; released checkpoints contain them."""
 
 
-def load_module(kind: Any, card: ModelCard, name: str, dtype: torch.dtype) -> Any:
+def load_module(component_type: Any, card: ModelCard, name: str, dtype: torch.dtype) -> Any:
     """Load a component in a dtype. Raises ModelError, also for missing and unexpected weights."""
     # The dtype is not an argument: its name differs between the supported versions of diffusers and transformers.
-    network = load_network(kind, card, name)
+    network = load_network(component_type, card, name)
     with LoadingErrors(card.path / name):  # quantized weights may refuse the conversion
         return network.to(dtype)
 
 
-def load_network(kind: Any, card: ModelCard, name: str, **options: Any) -> Any:
+def load_network(component_type: Any, card: ModelCard, name: str, **options: Any) -> Any:
     """Load a component with options of its library. Raises ModelError, also for missing and unexpected weights.
 
     diffusers and transformers silently initialize missing weights at random. A safety checker would then flag images
@@ -43,7 +43,7 @@ def load_network(kind: Any, card: ModelCard, name: str, **options: Any) -> Any:
     """
     folder = card.path / name
     with LoadingErrors(folder):
-        module, info = kind.from_pretrained(
+        module, info = component_type.from_pretrained(
             folder, variant=variant_of(folder, card.variant), use_safetensors=True, local_files_only=True,
             output_loading_info=True, **options,
         )  # fmt: skip
@@ -77,18 +77,18 @@ def load_checker(card: ModelCard, device: torch.device, dtype: torch.dtype) -> t
     return checker.to(device), processor
 
 
-def load_pipeline(kind: Any, card: ModelCard, modules: Mapping[str, Any]) -> Any:
+def load_pipeline(pipeline_type: Any, card: ModelCard, modules: Mapping[str, Any]) -> Any:
     """Build a diffusers pipeline from loaded components and the requested scheduler. Raises ModelError."""
-    pipeline = make_pipeline(kind, card.path, modules)
+    pipeline = make_pipeline(pipeline_type, card.path, modules)
     if card.scheduler is not None:
         pipeline.scheduler = build_scheduler(card.scheduler, pipeline.scheduler)
     return pipeline
 
 
-def make_pipeline(kind: Any, path: Path, modules: Mapping[str, Any]) -> Any:
+def make_pipeline(pipeline_type: Any, path: Path, modules: Mapping[str, Any]) -> Any:
     """Build a diffusers pipeline from loaded components; diffusers loads the remaining ones. Raises ModelError."""
     with LoadingErrors(path):
-        pipeline = kind.from_pretrained(path, local_files_only=True, use_safetensors=True, **modules)
+        pipeline = pipeline_type.from_pretrained(path, local_files_only=True, use_safetensors=True, **modules)
     for suffix in ("", "_2", "_3"):
         _limit_tokenizer(pipeline, path, suffix)
     return pipeline

@@ -35,28 +35,28 @@ NATIVE_SIDE = 1024
 
 def find_class(name: str) -> Any:
     """Return diffusers' pipeline class `name`. Raises ModelError unless it generates images from text alone."""
-    kind: Any = getattr(diffusers, name, None)
-    if backends := getattr(kind, "_backends", None):
+    pipeline_type: Any = getattr(diffusers, name, None)
+    if backends := getattr(pipeline_type, "_backends", None):
         missing = [library for library in backends if find_spec(library) is None]
         raise ModelError(f"{name} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
-    if not (isinstance(kind, type) and issubclass(kind, DiffusionPipeline)):
+    if not (isinstance(pipeline_type, type) and issubclass(pipeline_type, DiffusionPipeline)):
         raise ModelError(f"diffusers {diffusers.__version__} has no pipeline {name}; a later one may")
-    call = parameters_of(kind)
+    call = parameters_of(pipeline_type)
     if absent := [parameter for parameter in REQUIRED if parameter not in call]:
         raise ModelError(f"{name} is not text-to-image: its __call__ has no {', '.join(absent)}")
     if call["output_type"].default != "pil" or VIDEO_INPUTS & call.keys():
         raise ModelError(f"{name} is not text-to-image: its output is not an image")
-    if inputs := sorted(_list_other_inputs(kind, call)):
+    if inputs := sorted(_list_other_inputs(pipeline_type, call)):
         raise ModelError(f"{name} needs more than a text: {', '.join(inputs)}")
-    return kind
+    return pipeline_type
 
 
-def parameters_of(kind: Any) -> Mapping[str, inspect.Parameter]:
+def parameters_of(pipeline_type: Any) -> Mapping[str, inspect.Parameter]:
     """Return the parameters of a pipeline's call."""
-    return inspect.signature(kind.__call__).parameters
+    return inspect.signature(pipeline_type.__call__).parameters
 
 
-def _list_other_inputs(kind: Any, call: Mapping[str, inspect.Parameter]) -> Iterator[str]:
+def _list_other_inputs(pipeline_type: Any, call: Mapping[str, inspect.Parameter]) -> Iterator[str]:
     """Yield the names of required inputs other than text."""
     for name, parameter in list(call.items())[1:]:
         has_name = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
@@ -67,9 +67,9 @@ def _list_other_inputs(kind: Any, call: Mapping[str, inspect.Parameter]) -> Iter
         # Imported here only, because the module imports every pipeline of diffusers.
         from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 
-        if kind not in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values():
+        if pipeline_type not in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values():
             yield "image"
-    yield from {"controlnet", "adapter"} & inspect.signature(kind.__init__).parameters.keys()
+    yield from {"controlnet", "adapter"} & inspect.signature(pipeline_type.__init__).parameters.keys()
 
 
 def pipeline_class(path: Path) -> Any:
@@ -80,27 +80,27 @@ def pipeline_class(path: Path) -> Any:
 def network_classes(path: Path) -> dict[str, Any]:
     """Map the component names of the networks to load to their classes. Raises ModelError."""
     classes = {}
-    for name, (library, kind) in named_components(_read_index(path), path.name).items():
+    for name, (library, class_name) in named_components(_read_index(path), path.name).items():
         module: Any = {"diffusers": diffusers, "transformers": transformers}.get(library)
-        with LoadingErrors(f"{path}: {name} ({kind})"):
-            network_class = getattr(module or getattr(diffusers.pipelines, library), kind, None)
+        with LoadingErrors(f"{path}: {name} ({class_name})"):
+            network_type = getattr(module or getattr(diffusers.pipelines, library), class_name, None)
         if name in OTHER.unread | CHECKER:
             continue
-        if network_class is None:
-            raise ModelError(f"{path}: {name} is a {kind}, which {library} does not have; a later version may")
-        if isinstance(network_class, type) and (
-            issubclass(network_class, torch.nn.Module) or hasattr(network_class, "_model_mapping")
+        if network_type is None:
+            raise ModelError(f"{path}: {name} is a {class_name}, which {library} does not have; a later version may")
+        if isinstance(network_type, type) and (
+            issubclass(network_type, torch.nn.Module) or hasattr(network_type, "_model_mapping")
         ):
-            classes[name] = network_class
+            classes[name] = network_type
     return classes
 
 
-def absent_components(kind: Any, path: Path) -> dict[str, Any]:
+def absent_components(pipeline_type: Any, path: Path) -> dict[str, Any]:
     """Return constructor arguments that replace components that are missing or not loaded.
 
     These include the safety checker, which batch-infer loads and calls separately.
     """
-    parameters = inspect.signature(kind.__init__).parameters
+    parameters = inspect.signature(pipeline_type.__init__).parameters
     missing = [name for name, value in _read_index(path).items() if isinstance(value, list) and value[:1] == [None]]
     absent = {**dict.fromkeys([*missing, *CHECKER, *OTHER.unread]), "requires_safety_checker": False}
     return {name: value for name, value in absent.items() if name in parameters}
@@ -112,16 +112,16 @@ def _read_index(path: Path) -> dict[str, Any]:
 
 def inspect_pipeline(path: Path) -> SamplingRules:
     """Derive a checkpoint's sampling rules from its pipeline class and configs, without weights. Raises ModelError."""
-    kind = pipeline_class(path)
+    pipeline_type = pipeline_class(path)
     networks = {name: _without_weights(network, path / name) for name, network in network_classes(path).items()}
-    pipeline = make_pipeline(kind, path, {**networks, **absent_components(kind, path)})
-    with LoadingErrors(f"{path}: the configs of {kind.__name__}"):
-        return _make_rules(kind, pipeline)
+    pipeline = make_pipeline(pipeline_type, path, {**networks, **absent_components(pipeline_type, path)})
+    with LoadingErrors(f"{path}: the configs of {pipeline_type.__name__}"):
+        return _make_rules(pipeline_type, pipeline)
 
 
-def _make_rules(kind: Any, pipeline: Any) -> SamplingRules:
-    call, config = parameters_of(kind), denoiser_config(pipeline)
-    steps, guidance = call["num_inference_steps"].default, guidance_argument(kind, config)
+def _make_rules(pipeline_type: Any, pipeline: Any) -> SamplingRules:
+    call, config = parameters_of(pipeline_type), denoiser_config(pipeline)
+    steps, guidance = call["num_inference_steps"].default, guidance_argument(pipeline_type, config)
     uses_negative = "negative_prompt" in call and not ("true_cfg_scale" in call and guidance != "true_cfg_scale")
     fixed: dict[str, Any] = {}
     if guidance is None:
@@ -149,9 +149,9 @@ def denoiser_config(pipeline: Any) -> Mapping[str, Any]:
     return dict(getattr(find_denoiser(pipeline), "config", {}))
 
 
-def guidance_argument(kind: Any, denoiser: Mapping[str, Any]) -> str | None:
+def guidance_argument(pipeline_type: Any, denoiser: Mapping[str, Any]) -> str | None:
     """Return the name of the parameter for a row's guidance_scale, None if the scale would have no effect."""
-    call = parameters_of(kind)
+    call = parameters_of(pipeline_type)
     names = [name for name in GUIDANCE if name in call and isinstance(call[name].default, (int, float))]
     if {"guidance_scale", "true_cfg_scale"} <= set(names) and not _is_embedded(denoiser):
         return None  # a distilled Flux, whose network has no input for guidance_scale
@@ -162,13 +162,13 @@ def _is_embedded(denoiser: Mapping[str, Any]) -> bool:
     return bool(denoiser.get("guidance_embeds")) or denoiser.get("time_cond_proj_dim") is not None
 
 
-def _without_weights(kind: Any, folder: Path) -> Any | None:
+def _without_weights(network_type: Any, folder: Path) -> Any | None:
     """Build a network on the meta device, which needs no memory. Returns None if that fails."""
     try:
         with torch.device("meta"):
-            if issubclass(kind, ModelMixin):
-                return kind.from_config(kind.load_config(folder, local_files_only=True))
-            return kind(kind.config_class.from_pretrained(folder, local_files_only=True))
+            if issubclass(network_type, ModelMixin):
+                return network_type.from_config(network_type.load_config(folder, local_files_only=True))
+            return network_type(network_type.config_class.from_pretrained(folder, local_files_only=True))
     except LOADING_ERRORS:
         return None
 

@@ -37,13 +37,13 @@ def build_scheduler(spec: SchedulerSpec, original: Any) -> Any:
     import diffusers
 
     refuse_unknown_scheduler(spec)
-    kind: Any = getattr(diffusers, spec.name, None)
-    if backends := getattr(kind, "_backends", None):
+    scheduler_type: Any = getattr(diffusers, spec.name, None)
+    if backends := getattr(scheduler_type, "_backends", None):
         raise ModelError(f"{spec.name} needs {' and '.join(backends)}: pip install {' '.join(backends)}")
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+    if not (isinstance(scheduler_type, type) and issubclass(scheduler_type, diffusers.SchedulerMixin)):
         raise ModelError(f"diffusers keeps its scheduler {spec.name} for one of its own pipelines; choose another")
     try:
-        scheduler: Any = cast(Any, kind).from_config(original.config, **dict(spec.options))
+        scheduler: Any = cast(Any, scheduler_type).from_config(original.config, **dict(spec.options))
     except LOADING_ERRORS as error:
         raise ModelError(f"{spec} cannot be built on this model's scheduler settings: {describe(error)}") from error
     if _is_flow(scheduler) != _is_flow(original):

@@ -43,7 +43,7 @@ class StableDiffusion(LatentDiffusion):
 def load_vae_and_encoder(card: ModelCard, dtype: torch.dtype) -> dict[str, Any]:
     """Load the VAE and text encoder of Stable Diffusion or DeciDiffusion. Raises ModelError."""
     classes = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-    return {name: load_module(kind, card, name, dtype) for name, kind in classes.items()}
+    return {name: load_module(component_type, card, name, dtype) for name, component_type in classes.items()}
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str]) -> Any:

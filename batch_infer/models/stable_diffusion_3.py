@@ -31,7 +31,9 @@ class StableDiffusion3(LatentDiffusion):
 
     @classmethod
     def load_modules(cls, card: ModelCard, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-        modules: dict[str, Any] = {name: load_module(kind, card, name, dtype) for name, kind in NETWORKS.items()}
+        modules: dict[str, Any] = {
+            name: load_module(network_type, card, name, dtype) for name, network_type in NETWORKS.items()
+        }
         if (card.path / T5).is_dir():
             # With the `dtype` argument, the layers that would overflow in float16 stay in float32.
             modules[T5] = load_network(T5EncoderModel, card, T5, dtype=dtype)

@@ -52,7 +52,9 @@ class StableDiffusionXL(LatentDiffusion):
     def load_modules(cls, card: ModelCard, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
         config = read_object(card.path / "unet" / "config.json", card.name)
         refuse_variations(config, card, "Stable Diffusion XL", embedding="text_time")
-        modules: dict[str, Any] = {name: load_module(kind, card, name, dtype) for name, kind in NETWORKS.items()}
+        modules: dict[str, Any] = {
+            name: load_module(network_type, card, name, dtype) for name, network_type in NETWORKS.items()
+        }
         _refuse_refiner(config, modules["text_encoder_2"].config.projection_dim, card)
         return modules["unet"], modules
 
