@@ -1,14 +1,14 @@
-"""Models: read a checkpoint into a ModelCard without loading it, and load it as the class of its family.
+"""Read a checkpoint into a ModelCard without loading it, or load it as the class of its model family.
 
-Each family is one module and one entry of the registry in families.py.
+Each family has one module and one entry in the registry in families.py.
 """
 
 import os
 
-# Before these libraries are imported: their hints (which image processor, which flag) are for developers.
+# Set before the imports: the hints of these libraries (which image processor, which flag) are for developers.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-# transformers would fetch kernels from the Hub and run them for some networks.
+# For some networks transformers would fetch kernels from the Hub and run them.
 os.environ.setdefault("USE_HUB_KERNELS", "NO")
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Speed of networks: memory format, fused projections, compilation, and the FLOP that they compute."""
+"""Speed up networks by memory format, fused projections and compilation, and count their FLOP."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_SHAPES = 256
-"""Shapes that a network is compiled for; torch stops after 8 by default, and a table may hold more sizes."""
+"""Maximum number of shapes to compile a network for. torch's default is 8, and a table may contain more sizes."""
 UNRELATED = ("InvalidCxxCompiler", "TritonMissing", "GPUTooOldForTriton", "LoweringException")
-"""Errors of torch._inductor that no damaged file causes: no compiler on this machine, and an operator without a kernel.
+"""torch._inductor errors that no damaged cache file causes: a missing compiler, or an operator without a kernel.
 
-A list of those that a damaged file causes would have to name RuntimeError (a truncated .py file, or any error of a
-process that compiles) and CppCompileError (a truncated .cpp file).
+A list of the errors that damaged files cause would have to include RuntimeError (a truncated .py file, or any error
+in a compilation process) and CppCompileError (a truncated .cpp file).
 """
 
 LatentShape = tuple[int, int, int]
@@ -38,30 +38,32 @@ LatentShape = tuple[int, int, int]
 def optimize_networks(
     networks: Iterable[torch.nn.Module], device: torch.device, *, compiled: bool, threads: int | None = None
 ) -> None:
-    """Prepare networks that are called at one fixed batch shape per image size.
+    """Optimize networks that are called with one fixed batch shape per image size.
 
-    On a GPU convolutions are fastest with channels last, and one product for queries, keys and values is faster than
-    three. Compilation (Ansel et al., PyTorch 2, ASPLOS 2024) takes a minute per shape, which long runs win back.
-    `threads`: the most processes that compile kernels at once; workers on one machine share its cores.
+    On a GPU, convolutions are fastest with channels last, and one product for queries, keys and values is faster than
+    three products. Compilation (Ansel et al., PyTorch 2, ASPLOS 2024) takes a minute per shape, worthwhile for long
+    runs.
+    `threads` limits the compilation processes, because workers on one machine share its cores.
     """
     for network in networks:
         if device.type == "cuda":
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            # UNets only: diffusers' fused attention of joint transformers omits their norms.
-            if hasattr(network, "down_blocks") and (fuse := getattr(network, "fuse_qkv_projections", None)):
-                cast(Any, fuse)()
+            # Only UNets: for joint transformers diffusers' fused attention omits the norms.
+            fuse: Any = getattr(network, "fuse_qkv_projections", None)
+            if fuse and hasattr(network, "down_blocks"):
+                fuse()
         if compiled:
             network.forward = Compiled(cast(Any, network.forward), threads)
 
 
 def is_compiled(networks: Iterable[torch.nn.Module]) -> bool:
-    """Return whether all of these networks are compiled."""
+    """Return whether all networks are compiled, False for no networks."""
     networks = list(networks)
     return bool(networks) and all(isinstance(network.forward, Compiled) for network in networks)
 
 
 class Compiled:
-    """A network's forward method, compiled for every shape that it receives."""
+    """A network's forward method, compiled separately for each input shape."""
 
     def __init__(self, forward: Callable[..., Any], threads: int | None = None) -> None:
         import torch._dynamo.config as dynamo
@@ -72,18 +74,18 @@ class Compiled:
         dynamo.cache_size_limit = MAX_SHAPES
         if threads is not None and "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
             inductor.compile_threads = max(1, min(inductor.compile_threads or 1, threads))
-        # Where torch has it: choose kernels by rule and not by a race, so that the bytes are the same next time.
+        # If torch has this option, choose kernels by rule instead of by timing, so that later runs give the same bytes.
         options: dict[str, Any] = {"deterministic": True} if hasattr(inductor, "deterministic") else {}
         self._errors = TorchDynamoException, FailOnRecompileLimitHit
         self._backend_error = BackendCompilerFailed
-        names = (name for name in UNRELATED if hasattr(exc, name))
-        self._unrelated = torch.OutOfMemoryError, *(getattr(exc, name) for name in names)
+        unrelated = [getattr(exc, name) for name in UNRELATED if hasattr(exc, name)]
+        self._unrelated = (torch.OutOfMemoryError, *unrelated)
         self._compiled = torch.compile(forward, dynamic=False, fullgraph=True, options=options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Raises CompilationError.
+        """Run the compiled method. Raises CompilationError.
 
-        It does not fall back to the plain forward: that gives other bytes, and other workers would not follow.
+        There is no fallback to the uncompiled method: its bytes differ, and other workers would not fall back.
         """
         try:
             try:
@@ -99,10 +101,10 @@ class Compiled:
 
 
 class CompilerCache:
-    """The folder for torch.compile's results in this process.
+    """The folder in which this process caches the results of torch.compile.
 
-    By default it is shared with other processes and later runs. A process that is killed while writing there leaves a
-    truncated file, on which every later compilation would fail.
+    By default other processes and later runs share the folder. A process killed while writing to it leaves a truncated
+    file, and every later compilation would fail on that file.
     """
 
     def __init__(self) -> None:
@@ -110,17 +112,17 @@ class CompilerCache:
         self._is_temporary = False
 
     def replace(self, reason: str) -> bool:
-        """Use an empty temporary folder from now on; return False where that was done before. Raises StorageError."""
+        """Switch to an empty temporary folder, or return False if it is already in use. Raises StorageError."""
         from torch._inductor import utils
 
         if self._is_temporary:
             return False
-        folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "the cache")  # which torch sets where the user does not
+        folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "the cache")  # torch sets it if the user does not
         log.warning(
             f"torch.compile failed ({reason}); compiling again with an empty cache, because files in {folder} may be "
             "damaged. If you see this in every run, remove that folder"
         )
-        fresh_cache = getattr(utils, "fresh_cache", None) or utils.fresh_inductor_cache  # its name before torch 2.8
+        fresh_cache = getattr(utils, "fresh_cache", None) or utils.fresh_inductor_cache  # the name before torch 2.8
         with temporary_file_errors():
             self._temporary.enter_context(fresh_cache())
         self._is_temporary = True
@@ -140,9 +142,9 @@ def _reason(error: BaseException) -> str:
 
 
 def denoise_flops(model: LatentDiffusion, latent_shape: LatentShape) -> int:
-    """Return the FLOP of one row in one UNet evaluation on latents (C, h, w). Computes only a prompt's embedding.
+    """Return the FLOP of one denoiser evaluation for one batch element, on latents (C, h, w).
 
-    A multiply-add is two FLOP, and the products of attention are included.
+    A multiply-add counts as two FLOP, and attention products are included. Only a prompt embedding is computed.
     """
     params = SamplingParams(8 * latent_shape[1], 8 * latent_shape[2], 1, 1.0, 0.0)
     (conditioning,) = model.condition([PromptRequest("flops", 0, "", None, 0, params, Source("", 0), "")])
@@ -159,12 +161,12 @@ def denoise_flops(model: LatentDiffusion, latent_shape: LatentShape) -> int:
 
 
 def decode_flops(model: LatentDiffusion, latent_shape: LatentShape) -> int:
-    """Return the FLOP of decoding one image from latents (C, h, w). Computes nothing."""
+    """Return the FLOP of decoding one image from latents (C, h, w), without decoding it."""
     return _count_flops(lambda: model.decode(torch.empty(1, *latent_shape, device=model.device)))
 
 
 def _count_flops(call: Callable[[], object]) -> int:
-    # Attention as plain products: the counter does not know all fused kernels. Compiled code would hide its operations.
+    # The counter does not know all fused attention kernels, and compiled code would hide its operations.
     with (
         torch.compiler.set_stance("force_eager"),
         sdpa_kernel(SDPBackend.MATH),

@@ -1,4 +1,4 @@
-"""Text-to-image pipelines of diffusers without a family: rows are batched into calls of the pipeline itself."""
+"""Render batches of rows by calling a diffusers text-to-image pipeline that has no model family."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from batch_infer.records import PromptRequest
 
 
 class AnyPipeline:
-    """A loaded pipeline that renders rows which differ in their texts and seeds only.
+    """A loaded pipeline. The rows of one call differ only in their texts and seeds.
 
-    Its text encoders use eager attention: the faster kernels omit the mask where no row of the batch needs it, so that
-    a row would depend on its neighbours.
+    The text encoders use eager attention: faster kernels omit the mask if no row of the batch needs it, so that a row
+    would depend on its neighbours.
     """
 
     uses_pipeline_call = True
@@ -43,38 +43,38 @@ class AnyPipeline:
         self.feature_extractor: Any | None = None
         self.denoiser: torch.nn.Module | None = find_denoiser(pipeline)
         self.networks: Sequence[torch.nn.Module] = ()
-        """Networks to compile: none, because none certainly has a fixed shape."""
-        kind = type(pipeline)
-        self._guidance = guidance_argument(kind, denoiser_config(pipeline))
-        self._parameters = parameters_of(kind)
+        """Networks that can be compiled: none, because no network certainly has a fixed shape."""
+        pipeline_type = type(pipeline)
+        self._guidance = guidance_argument(pipeline_type, denoiser_config(pipeline))
+        self._parameters = parameters_of(pipeline_type)
         arguments = {
             "height": card.sizes.native_height,
             "width": card.sizes.native_width,
             "num_inference_steps": card.num_inference_steps,
         }
         self.one_row_per_call: bool = not can_share_calls(pipeline, self.denoiser, card.path, arguments)
-        """Whether a row in a shared call would depend on the lengths of the others' texts."""
+        """Whether a row in a shared call would depend on the text lengths of other rows."""
 
     @classmethod
     def load(cls, card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_checker: bool) -> AnyPipeline:
-        """Load a checkpoint from its folder, and its safety checker on request. Raises ModelError."""
-        kind = pipeline_class(card.path)
+        """Load a checkpoint and optionally its safety checker. Raises ModelError."""
+        pipeline_type = pipeline_class(card.path)
         networks = {name: _load(network, card, name, dtype) for name, network in network_classes(card.path).items()}
-        pipeline = load_pipeline(kind, card, {**networks, **absent_components(kind, card.path)})
+        pipeline = load_pipeline(pipeline_type, card, {**networks, **absent_components(pipeline_type, card.path)})
         pipeline.to(device)
         pipeline.set_progress_bar_config(disable=True)
         if hasattr(getattr(pipeline, "vae", None), "enable_slicing"):
-            pipeline.vae.enable_slicing()  # decode images one by one: the bytes of a single row, and less memory
+            pipeline.vae.enable_slicing()  # decodes one image at a time: same bytes as for a single row, less memory
         model = cls(pipeline, card, device, dtype)
         if with_checker:
             model.safety_checker, model.feature_extractor = load_checker(card, device, dtype)
         return model
 
     def render(self, requests: Sequence[PromptRequest], batch: int) -> torch.Tensor:
-        """Return images (R, 3, H, W) in float32 on the CPU, 0 black and 1 white, of at most `batch` rows.
+        """Render at most `batch` rows to float32 images (R, 3, H, W) on the CPU: 0 is black and 1 is white.
 
-        The rows share one call of the full batch, padded with the last row, or get one call each. Raises RowError where
-        the pipeline does not support a row.
+        The rows share one call, padded to `batch` with copies of the last row, or get separate calls. Raises RowError
+        if the pipeline does not support a row.
         """
         if self.one_row_per_call:
             return torch.cat([self._call([request]) for request in requests])
@@ -82,7 +82,7 @@ class AnyPipeline:
         return self._call([*requests, *padding])[: len(requests)]
 
     def count_tokens(self, request: PromptRequest) -> Conditioning:
-        """Count a prompt's tokens by the first tokenizer. Whether some are truncated is unknown."""
+        """Count a prompt's tokens with the first tokenizer. Whether the prompt is truncated is unknown."""
         tokenizer = getattr(self.pipeline, "tokenizer", None)
         if not callable(tokenizer):
             return Conditioning(({}, None), None, None)
@@ -92,7 +92,7 @@ class AnyPipeline:
         params = requests[0].params
         with self._row_errors():
             images = self.pipeline(**self._make_arguments(requests)).images
-        # Some pipelines round sizes and say nothing.
+        # Some pipelines silently round sizes.
         if np.shape(images) != (len(requests), params.height, params.width, 3):
             height, width = np.shape(images)[1:3] if np.ndim(images) == 4 else (0, 0)
             raise RowError(
@@ -102,7 +102,7 @@ class AnyPipeline:
         return torch.from_numpy(np.asarray(images, dtype=np.float32)).permute(0, 3, 1, 2)
 
     def _make_arguments(self, requests: Sequence[PromptRequest]) -> dict[str, Any]:
-        """Return the arguments of a call for rows that can share it, in new lists: some pipelines write into them."""
+        """Return the arguments of a call shared by rows. The lists are new, because some pipelines modify them."""
         first = requests[0]
         params = first.params
         arguments: dict[str, Any] = {
@@ -122,7 +122,7 @@ class AnyPipeline:
         if first.negative_prompt is not None:
             arguments["negative_prompt"] = [request.negative_prompt for request in requests]
         elif self._guidance == "true_cfg_scale" and params.uses_guidance:
-            arguments["negative_prompt"] = [" "] * len(requests)  # without one the pipeline omits guidance
+            arguments["negative_prompt"] = [" "] * len(requests)  # without it the pipeline omits guidance
         return arguments
 
     @property
@@ -131,7 +131,7 @@ class AnyPipeline:
 
     @contextmanager
     def _row_errors(self) -> Iterator[None]:
-        """Raise what the pipeline refuses as RowError, other errors as RowBroken, and device faults unchanged."""
+        """Raise RowError if the pipeline refuses a row, RowBroken for other errors, and device errors unchanged."""
         try:
             with out_of_memory_errors():
                 yield
@@ -143,8 +143,8 @@ class AnyPipeline:
             raise RowBroken(f"{self._name} failed: {first_line(error)}") from error
 
 
-def _load(kind: Any, card: ModelCard, name: str, dtype: torch.dtype) -> Any:
-    """Load a network in a dtype, except the parts that it keeps in float32 (T5 would overflow)."""
-    if issubclass(kind, ModelMixin):
-        return load_network(kind, card, name, torch_dtype=dtype)
-    return load_network(kind, card, name, dtype=dtype, attn_implementation="eager", trust_remote_code=False)
+def _load(network_type: Any, card: ModelCard, name: str, dtype: torch.dtype) -> Any:
+    """Load a network in a dtype, except for layers that it keeps in float32: T5 would overflow."""
+    if issubclass(network_type, ModelMixin):
+        return load_network(network_type, card, name, torch_dtype=dtype)
+    return load_network(network_type, card, name, dtype=dtype, attn_implementation="eager", trust_remote_code=False)

@@ -1,4 +1,4 @@
-"""Networks of released models at full size with random weights, for benchmarks without downloads."""
+"""Build released architectures at full size with random weights, for benchmarks without downloads."""
 
 from __future__ import annotations
 
@@ -80,25 +80,25 @@ CLIP_BIG_G: dict[str, Any] = {
 
 
 def build_architecture(name: str, device: torch.device, dtype: torch.dtype) -> tuple[LatentDiffusion, SamplingRules]:
-    """Make `sd15`, `decidiffusion` or `sdxl` on a device in a dtype. Raises ModelError for another name."""
+    """Build `sd15`, `decidiffusion` or `sdxl` on a device in a dtype. Raises ModelError for other names."""
     unet: Any
     model: LatentDiffusion
     match name:
         case "sd15":
             with _initialized_on(device, dtype):
                 unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
-            pipeline = _stable_diffusion(device, dtype, unet, STABLE_DIFFUSION)
+            pipeline = _build_stable_diffusion(device, dtype, unet, STABLE_DIFFUSION)
             model, config = StableDiffusion(pipeline, unet, device, dtype), unet.config
             family = FAMILIES["StableDiffusionPipeline"]
         case "decidiffusion":
             with _initialized_on(device, dtype):
                 unet = FlexibleUNet(FLEXIBLE_UNET)
-            pipeline = _stable_diffusion(device, dtype, None, DECIDIFFUSION)
+            pipeline = _build_stable_diffusion(device, dtype, None, DECIDIFFUSION)
             model = DeciDiffusion(pipeline, unet, device, dtype)
             config = {"sample_size": FLEXIBLE_UNET.sample_size, "add_downsample": [True] * 3}
             family = FAMILIES["DeciDiffusionPipeline"]
         case "sdxl":
-            pipeline = _stable_diffusion_xl(device, dtype)
+            pipeline = _build_stable_diffusion_xl(device, dtype)
             model, config = StableDiffusionXL(pipeline, pipeline.unet, device, dtype), pipeline.unet.config
             family = FAMILIES["StableDiffusionXLPipeline"]
         case other:
@@ -106,25 +106,25 @@ def build_architecture(name: str, device: torch.device, dtype: torch.dtype) -> t
     return model, family.make_rules(config, pipeline.vae.config, name)
 
 
-def _stable_diffusion(device: torch.device, dtype: torch.dtype, unet: Any, schedule: dict[str, Any]) -> Any:
-    """Make the pipeline of Stable Diffusion 1.5 around a UNet, with the built-in model's tokenizer."""
+def _build_stable_diffusion(device: torch.device, dtype: torch.dtype, unet: Any, schedule: dict[str, Any]) -> Any:
+    """Build a Stable Diffusion 1.5 pipeline around a UNet, with the demo model's tokenizer."""
     tokenizer = _load_tokenizer()
     with _initialized_on(device, dtype):
-        vae = _autoencoder(sample_size=512, scaling_factor=0.18215)
-        text_encoder = CLIPTextModel(_text_config(tokenizer, **CLIP_L))
+        vae = _build_autoencoder(sample_size=512, scaling_factor=0.18215)
+        text_encoder = CLIPTextModel(_make_text_config(tokenizer, **CLIP_L))
     return StableDiffusionPipeline(
         vae, text_encoder, tokenizer, unet, DDIMScheduler(**schedule), None, None, requires_safety_checker=False
     )
 
 
-def _stable_diffusion_xl(device: torch.device, dtype: torch.dtype) -> Any:
-    """Make the pipeline of Stable Diffusion XL, with the VAE that does not overflow in half precision."""
+def _build_stable_diffusion_xl(device: torch.device, dtype: torch.dtype) -> Any:
+    """Build a Stable Diffusion XL pipeline with a VAE that does not overflow in half precision."""
     tokenizer = _load_tokenizer()
     with _initialized_on(device, dtype):
         unet = UNet2DConditionModel(**UNET_XL)
-        vae = _autoencoder(sample_size=1024, scaling_factor=0.13025, force_upcast=False)
-        first = CLIPTextModel(_text_config(tokenizer, **CLIP_L))
-        second = CLIPTextModelWithProjection(_text_config(tokenizer, **CLIP_BIG_G))
+        vae = _build_autoencoder(sample_size=1024, scaling_factor=0.13025, force_upcast=False)
+        first = CLIPTextModel(_make_text_config(tokenizer, **CLIP_L))
+        second = CLIPTextModelWithProjection(_make_text_config(tokenizer, **CLIP_BIG_G))
     scheduler = EulerDiscreteScheduler(**STABLE_DIFFUSION_XL)
     return StableDiffusionXLPipeline(
         vae, first, second, tokenizer, _load_tokenizer(), unet, scheduler, add_watermarker=False
@@ -135,13 +135,13 @@ def _load_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(DEMO_MODEL / "tokenizer", local_files_only=True)
 
 
-def _text_config(tokenizer: CLIPTokenizer, **layers: Any) -> CLIPTextConfig:
-    """Return the config of an encoder for this tokenizer's special tokens."""
+def _make_text_config(tokenizer: CLIPTokenizer, **layers: Any) -> CLIPTextConfig:
+    """Return a text encoder's config with the tokenizer's special tokens."""
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return CLIPTextConfig(vocab_size=49408, max_position_embeddings=77, **special, **layers)
 
 
-def _autoencoder(**options: Any) -> AutoencoderKL:
+def _build_autoencoder(**options: Any) -> AutoencoderKL:
     levels = 4
     return AutoencoderKL(
         block_out_channels=(128, 256, 512, 512),
@@ -154,11 +154,11 @@ def _autoencoder(**options: Any) -> AutoencoderKL:
 
 @contextmanager
 def _initialized_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Initialize networks with the same random weights each time, directly on the device and in the dtype.
+    """Initialize networks with reproducible random weights, directly on the device and in the dtype.
 
-    The largest ones would take four times their size on the host in float32.
+    In float32 on the host, the largest networks would take four times their size.
     """
-    before = torch.get_default_dtype()
+    previous_dtype = torch.get_default_dtype()
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.device(device), torch.no_grad():
         torch.manual_seed(0)
@@ -166,4 +166,4 @@ def _initialized_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
         try:
             yield
         finally:
-            torch.set_default_dtype(before)
+            torch.set_default_dtype(previous_dtype)

@@ -1,4 +1,4 @@
-"""The description of a checkpoint that commands, engines and workers share."""
+"""Describe a checkpoint for commands, engines and workers."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from batch_infer.settings import SchedulerSpec
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo_model"
 ANY_PIPELINE = "any_pipeline"
-"""Family name of checkpoints that their diffusers pipeline renders by its own call."""
+"""Family name of checkpoints that are rendered by calls of their diffusers pipeline."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingRules:
     """Limits and defaults of a model's sampling parameters.
 
-    `fixed`: row fields that the model does not support, each with the only value that it may have.
-    `embedded_guidance`: the guidance scale is a model input (Meng et al., arXiv 2210.03142), so that each step needs
-    one pass instead of two.
+    `fixed` lists row fields that the model does not support, with their only valid value. With `embedded_guidance` the
+    guidance scale is a model input (Meng et al., arXiv 2210.03142), so that each step needs one pass instead of two.
     """
 
     sizes: SizeRules
@@ -34,12 +33,12 @@ class SamplingRules:
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """A checkpoint on this machine.
+    """A local checkpoint.
 
-    `name` is the Hub id, the folder name or the file name without its path, because images carry it. `revision` is the
-    commit of a checkpoint from the Hub. `pipeline` is the class named by model_index.json. `scheduler` is the requested
-    scheduler, None for the checkpoint's own. `windows` is how many windows of 77 tokens a prompt may fill.
-    `embedded_guidance` and `fixed` are those of SamplingRules.
+    `name` is the Hub id, the folder name or the file name without its path, because images contain it. `revision` is
+    the commit of a Hub checkpoint. `pipeline` is the class named by model_index.json. `scheduler` is the requested
+    scheduler, None for the checkpoint's default. `windows` is the number of windows of 77 tokens that a prompt may
+    fill. SamplingRules describes `embedded_guidance` and `fixed`.
     """
 
     name: str
@@ -69,7 +68,7 @@ class ModelCard:
 
     @property
     def uses_pipeline_call(self) -> bool:
-        """Whether rows are batched into calls of a diffusers pipeline, and not step by step."""
+        """Whether rows use pipeline-call batching instead of step-level batching."""
         return self.family == ANY_PIPELINE
 
     @property

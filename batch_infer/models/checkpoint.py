@@ -1,4 +1,4 @@
-"""Reading of a checkpoint into a ModelCard, from its JSON files and headers, without loading it."""
+"""Read a checkpoint's JSON files and safetensors headers into a ModelCard, without loading weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from batch_infer.settings import ModelSettings
 
 SUPPORTED_CHECKER = ("stable_diffusion", "StableDiffusionSafetyChecker")
 SEPARATE = CHECKER | {"scheduler"}
-"""Components with fingerprints of their own, which the model's does not include."""
+"""Components with separate fingerprints, excluded from the model's fingerprint."""
 
 
 def read_card(
@@ -31,30 +31,31 @@ def read_card(
     *,
     needs_checker: bool = True,
 ) -> ModelCard:
-    """Read a checkpoint, after downloading it where it is a Hugging Face id. Raises ModelError.
+    """Read a checkpoint, downloading it first if the model is a Hugging Face id. Raises ModelError.
 
-    `inspect` returns the rules of a folder that only diffusers knows; the default imports torch in this process.
-    Without `needs_checker` the checkpoint's safety checker may be missing.
+    `inspect` returns the sampling rules of a folder without a model family; the default imports torch in this process.
+    Without `needs_checker` the safety checker may be missing.
     """
-    if settings.scheduler:
-        refuse_unknown_scheduler(settings.scheduler)
-    path, repository = _find(settings)
+    spec = settings.scheduler
+    if spec:
+        refuse_unknown_scheduler(spec)
+    path, repository = _locate(settings)
     name = settings.name or "built-in demo model"
     index = read_object(path / "model_index.json", name)
-    family, named = _find_family(index, name), named_components(index, name)
-    components = _choose_components(named, family, name)
+    family, all_components = _find_family(index, name), named_components(index, name)
+    components = _choose_components(all_components, family, name)
     if not needs_checker:
         components -= {component for component in CHECKER if not (path / component).is_dir()}
-    chosen = {component: named.get(component, ("", "")) for component in components}
+    chosen = {component: all_components.get(component, ("", "")) for component in components}
     if repository is not None:
         from batch_infer.models.hub import fetch
 
         fetch(repository, path, chosen, settings.variant)
     _check(path, chosen, name, settings.variant, strict=family is not OTHER)
-    scheduler = read_object(path / "scheduler" / "scheduler_config.json", name) if "scheduler" in named else {}
+    scheduler = read_object(path / "scheduler" / "scheduler_config.json", name) if "scheduler" in all_components else {}
     if scheduler.get("use_dynamic_shifting"):
-        family = OTHER  # steps depend on the image size, so rows of one table could not share a step
-    if (spec := settings.scheduler) and not scheduler:
+        family = OTHER  # timesteps depend on the image size, so rows of different sizes could not share a step
+    if spec and not scheduler:
         raise ModelError(f"{name} has no scheduler for --scheduler {spec} to replace")
     rules = _read_rules(family, path, name, inspect)
     loras, windows = _read_loras(settings, family, name), _count_windows(settings, family, name)
@@ -68,7 +69,7 @@ def read_card(
         pipeline=index["_class_name"],
         fingerprint=_fingerprint(weights, index, family, loras, windows),
         scheduler=spec,
-        scheduler_name=str(spec) if spec else named["scheduler"][1] if scheduler else "None",
+        scheduler_name=str(spec) if spec else all_components["scheduler"][1] if scheduler else "None",
         scheduler_fingerprint=digest([scheduler, str(spec)]),
         checker_fingerprint=hash_files(path, CHECKER, settings.variant) if "safety_checker" in components else None,
         loras=loras,
@@ -77,8 +78,8 @@ def read_card(
     )
 
 
-def _find(settings: ModelSettings) -> tuple[Path, str | None]:
-    """Return the model's folder, and its Hub repository where the folder holds only model_index.json so far."""
+def _locate(settings: ModelSettings) -> tuple[Path, str | None]:
+    """Return the model's folder, and its Hub repository if the other files may be missing."""
     path = DEMO_MODEL if settings.name is None else Path(settings.name).expanduser()
     if settings.revision and path.exists():
         raise ModelError(f"--revision {settings.revision} is for a Hugging Face id, and {path} is local")
@@ -112,12 +113,12 @@ def _find_family(index: Mapping[str, Any], name: str) -> Family:
     return FAMILIES.get(pipeline, OTHER)
 
 
-def _choose_components(named: Mapping[str, tuple[str, str]], family: Family, name: str) -> set[str]:
-    """Return the components that are read. Raises ModelError where a required one is missing."""
-    components = set(named) - family.unread
+def _choose_components(all_components: Mapping[str, tuple[str, str]], family: Family, name: str) -> set[str]:
+    """Return the names of the components to load. Raises ModelError if a required component is missing."""
+    components = set(all_components) - family.unread
     if family.denoiser is not None:
         components.add(family.denoiser)  # model_index.json of DeciDiffusion does not name it
-    elif named.get("safety_checker") != SUPPORTED_CHECKER:
+    elif all_components.get("safety_checker") != SUPPORTED_CHECKER:
         components -= CHECKER
     if missing := family.required - components:
         raise ModelError(f"{name}: model_index.json names no {', '.join(sorted(missing))}; is the folder complete?")
@@ -127,7 +128,7 @@ def _choose_components(named: Mapping[str, tuple[str, str]], family: Family, nam
 def _check(
     path: Path, components: Mapping[str, tuple[str, str]], name: str, variant: str | None, *, strict: bool
 ) -> None:
-    """Check everything that is known without loading the components. Raises ModelError."""
+    """Run all checks that need no loaded components. Raises ModelError."""
     check_weights(path, components, name, variant)
     refuse_code(path, components, name)
     check_vocabularies(path, components, name)
@@ -137,7 +138,7 @@ def _check(
 def _read_rules(
     family: Family, path: Path, name: str, inspect: Callable[[Path], SamplingRules] | None
 ) -> SamplingRules:
-    """Return the sampling rules, after comparing the sizes of a known family's components. Raises ModelError."""
+    """Return the sampling rules. Raises ModelError, also if the component sizes of a known family do not match."""
     if family.denoiser is not None:
         denoiser = read_object(path / family.denoiser / "config.json", name)
         rules = family.make_rules(denoiser, read_object(path / "vae" / "config.json", name), name)
@@ -161,7 +162,7 @@ def _read_loras(settings: ModelSettings, family: Family, name: str) -> tuple[Lor
 
 
 def _count_windows(settings: ModelSettings, family: Family, name: str) -> int:
-    """Return how many windows of 77 tokens a prompt may fill. Raises ModelError where long prompts are not possible."""
+    """Return how many windows of 77 tokens a prompt may fill. Raises ModelError if long prompts are unsupported."""
     if not settings.long_prompts:
         return 1
     if not family.supports_long_prompts:

@@ -1,4 +1,4 @@
-"""The components that model_index.json names: which are read, and that none brings code."""
+"""Parse the components in model_index.json, and refuse those that would run code from the checkpoint."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ VOCABULARIES = (
     *("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model"),
     "sentencepiece.bpe.model",
 )
-"""Vocabulary files, of which each tokenizer has at least one."""
+"""Vocabulary files. Every tokenizer has at least one of them."""
 BPE_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", "GPT2Tokenizer", "GPT2TokenizerFast")
-"""Tokenizers whose vocab.json needs a merges.txt, unless there is a tokenizer.json."""
+"""Tokenizers that need tokenizer.json, or vocab.json with merges.txt."""
 BYTE_TOKENIZERS = ("ByT5Tokenizer",)
 """Tokenizers without a vocabulary."""
 REFUSED_KEYS = {
@@ -31,52 +31,55 @@ REFUSED_KEYS = {
     "gguf_file": "names a tokenizer to load in place of the one that is checked",
     "audio_tokenizer": "names another model to load",
 }
-"""Keys by which a library runs code of a checkpoint or loads what is no part of it, and their effect."""
+"""Effects of config keys that make a library run code from the checkpoint, or load unchecked files."""
 ATTENTION_KEYS = ("attn_implementation", "experts_implementation")
-"""Ends of keys that can also name a kernel, which transformers fetches from the Hub and runs."""
+"""Suffixes of keys that may name a kernel, which transformers fetches from the Hub and runs."""
 ATTENTIONS = (None, "eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")
-"""Implementations in torch and transformers themselves."""
+"""Attention implementations that torch and transformers include."""
 QUANTIZERS = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "quanto": "optimum"}
-"""Quantization methods whose kernels are in the package of that name; kernels of others come from the Hub."""
+"""Packages that contain the kernels of a quantization method. Kernels for other methods come from the Hub."""
 
 
 def named_components(index: Mapping[str, Any], name: str) -> dict[str, tuple[str, str]]:
-    """Return library and class by component of a model_index.json. Raises ModelError for code from anywhere else."""
+    """Map each component in model_index.json to its library and class. Raises ModelError for other code."""
     components = {}
     for key, value in index.items():
         match value:
             case [None, *_]:
                 continue
-            case ["transformers", str(kind)] if kind.startswith("Auto"):
-                raise ModelError(f"{name}: {key} is any class that its folder names ({kind}); name the class itself")
-            case [str(library), str(kind)] if key.isidentifier() and is_library(library):
-                components[key] = library, kind
+            case ["transformers", str(class_name)] if class_name.startswith("Auto"):
+                raise ModelError(
+                    f"{name}: {key} is any class that its folder names ({class_name}); name the class itself"
+                )
+            case [str(library), str(class_name)] if key.isidentifier() and is_library(library):
+                components[key] = library, class_name
             case [*_] if not key.startswith("_"):
                 raise ModelError(f"{name}: {key} is {value}, and only classes of diffusers and transformers are run")
     return components
 
 
 def is_library(name: str) -> bool:
-    """Return whether components may come from `name`: a library, or a folder of diffusers' pipelines.
+    """Return whether `name` is diffusers, transformers or one of diffusers' pipeline folders.
 
-    diffusers takes any other name for a Python file in the model's folder.
+    diffusers interprets any other name as a Python file in the model's folder.
     """
     return name in COMPONENT_LIBRARIES or (name.isidentifier() and any(_find_pipelines(name)))
 
 
 def _find_pipelines(name: str) -> Iterator[Path]:
-    """Yield the folder of that name among diffusers' pipelines, without importing it."""
+    """Yield diffusers' pipeline folder `name`, without importing it."""
     spec = find_spec("diffusers")
-    for place in (spec and spec.submodule_search_locations) or ():
-        if (Path(place) / "pipelines" / name / "__init__.py").is_file():
-            yield Path(place) / "pipelines" / name
+    for package in (spec and spec.submodule_search_locations) or ():
+        folder = Path(package) / "pipelines" / name
+        if (folder / "__init__.py").is_file():
+            yield folder
 
 
 def refuse_code(path: Path, components: Iterable[str], name: str) -> None:
-    """Raise ModelError for components that would bring code, or weights that are not checked.
+    """Raise ModelError for components that would run code or load unchecked weights.
 
-    A file named like a library would be run in its place. transformers would run what `auto_map` names, and where peft
-    is installed it would add an adapter to a network.
+    A Python file named like a library would run instead of that library. transformers would run code named by
+    `auto_map`, and load an adapter if peft is installed.
     """
     for component in sorted(components):
         for file in (path / component).glob("*.json"):
@@ -91,50 +94,50 @@ def refuse_code(path: Path, components: Iterable[str], name: str) -> None:
                 raise ModelError(f"{name}: {component}/{file.name} is code, and would be run in place of {file.stem}")
 
 
-def _refuse_code_keys(settings: Mapping[str, Any], place: str) -> None:
-    """Raise ModelError for a setting that makes a library fetch or run code. (A number belongs to a vocabulary.)"""
+def _refuse_code_keys(settings: Mapping[str, Any], source: str) -> None:
+    """Raise ModelError for a setting that makes a library fetch or run code."""
     for key, value in settings.items():
-        if not value or type(value) is int:
+        if not value or type(value) is int:  # a vocabulary maps words, such as these keys, to numbers
             continue
         if key in REFUSED_KEYS:
             raise ModelError(
-                f"{place} {REFUSED_KEYS[key]} ({key}): batch-infer does not run code from a checkpoint and "
+                f"{source} {REFUSED_KEYS[key]} ({key}): batch-infer does not run code from a checkpoint and "
                 "loads only its components"
             )
         if key == "quantization_config":
-            _refuse_quantizer(value, place)
+            _refuse_quantizer(value, source)
         if key.removesuffix("_internal").endswith(ATTENTION_KEYS):
             names = value.values() if isinstance(value, dict) else [value]
-            if other := [text for text in names if text not in ATTENTIONS]:
+            if kernels := [text for text in names if text not in ATTENTIONS]:
                 raise ModelError(
-                    f"{place} has {key}={other[0]!r}, a kernel that would be fetched and run; remove the key, or use "
-                    "sdpa"
+                    f"{source} has {key}={kernels[0]!r}, a kernel that would be fetched and run; remove the key, or "
+                    "use sdpa"
                 )
 
 
-def _refuse_quantizer(settings: Any, place: str) -> None:
-    """Raise ModelError for weights that need code from the Hub or a missing package."""
+def _refuse_quantizer(settings: Any, source: str) -> None:
+    """Raise ModelError for a quantization method that needs code from the Hub or a missing package."""
     method = settings.get("quant_method") if isinstance(settings, dict) else settings
     if not isinstance(method, str) or method not in QUANTIZERS:
         raise ModelError(
-            f"{place} has quant_method {method!r}, which may fetch and run code; "
+            f"{source} has quant_method {method!r}, which may fetch and run code; "
             f"methods that can be loaded are {', '.join(QUANTIZERS)}. Use the checkpoint that is not quantized"
         )
     if find_spec(QUANTIZERS[method]) is None:
         package = "optimum-quanto" if method == "quanto" else method
-        raise ModelError(f"{place} has quant_method {method!r}: pip install {package}")
+        raise ModelError(f"{source} has quant_method {method!r}: pip install {package}")
 
 
 def check_vocabularies(path: Path, components: Mapping[str, tuple[str, str]], name: str) -> None:
     """Raise ModelError for a tokenizer without a vocabulary.
 
-    transformers would make one without a word in it, and every prompt would be the empty one.
+    transformers would create an empty vocabulary and encode every prompt as the empty prompt.
     """
-    for component, (_, kind) in sorted(components.items()):
+    for component, (_, class_name) in sorted(components.items()):
         if not component.startswith("tokenizer"):
             continue
         files = {file.name for file in (path / component).glob("*")}
-        if kind not in BYTE_TOKENIZERS and not files.intersection(VOCABULARIES):
+        if class_name not in BYTE_TOKENIZERS and not files.intersection(VOCABULARIES):
             raise ModelError(f"{name}: {component}/ holds none of {', '.join(VOCABULARIES)}; is the folder complete?")
-        if kind in BPE_TOKENIZERS and "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= files:
+        if class_name in BPE_TOKENIZERS and "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= files:
             raise ModelError(f"{name}: {component}/ lacks vocab.json or merges.txt; is the folder complete?")

@@ -1,4 +1,4 @@
-"""Checks of a checkpoint's configs against each other and against its tensors, before anything is built."""
+"""Check a checkpoint's configs against each other and against its tensors, before any network is built."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from batch_infer.models.families import Family
 from batch_infer.models.untrusted import read_object, read_shapes
 
 MAX_IMAGE_SIDE = 8192
-"""Largest side of an image or latent that a network's or processor's config may name."""
+"""Maximum image or latent side in the config of a network or image processor."""
 MAX_SIZE = 1 << 24
-"""Largest number of anything else, such as positions of a language model."""
+"""Maximum for all other sizes, such as the positions of a language model."""
 MAX_TRAIN_TIMESTEPS = 100_000
 SHORTEST_TEXT = 3
-"""Tokens: a start, an end, and one between them."""
+"""Minimum length of a tokenized text: a start token, one token of text and an end token."""
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
 
 LAYER_COUNTS = {
@@ -26,7 +26,7 @@ LAYER_COUNTS = {
     *("n_refiner_layers", "transformer_layers_per_block", "down_blocks_num_attentions", "down_blocks_num_resnets"),
     *("mid_num_resnets", "mid_num_attentions", "up_blocks_num_attentions", "depth"),
 }
-"""Every layer has at least one tensor, so none of these can exceed the number of tensors in the file."""
+"""Keys that count layers. A layer has at least one tensor, so no count can exceed the number of tensors."""
 SIDES = {"sample_size", "image_size", "crop_size", "pos_embed_max_size"}
 POSITIVE = {
     *("in_channels", "out_channels", "latent_channels", "block_out_channels", "norm_num_groups", "patch_size"),
@@ -35,9 +35,9 @@ POSITIVE = {
     *("num_heads", "joint_attention_dim", "pooled_projection_dim", "caption_projection_dim"),
     *("addition_time_embed_dim", "projection_class_embeddings_input_dim", "time_cond_proj_dim"),
 }
-"""Whole numbers above zero; null is the class's default."""
+"""Keys whose values are positive whole numbers. Null means the default of the class."""
 LISTS = LAYER_COUNTS | {"block_out_channels", "cross_attention_dim", "attention_head_dim", "num_attention_heads"}
-"""Keys that may hold a list, with one entry per level of the network."""
+"""Keys whose values may be lists with one entry per level of the network."""
 NUMBERS = {
     *("scaling_factor", "shift_factor", "norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rescale_factor"),
     *("beta_start", "beta_end"),
@@ -48,10 +48,10 @@ Fault = str | None
 
 
 def check_configs(path: Path, components: Iterable[str], name: str, variant: str | None, *, strict: bool) -> None:
-    """Check the configs of all components that are read. Raises ModelError, naming the file and the key.
+    """Check the configs of the components to load. Raises ModelError naming the file and the key.
 
-    `strict` is for families whose networks are known: every key must then have its type. For other pipelines only
-    sizes are checked, so that they request no more memory than can be allocated.
+    `strict` also checks types, and is for model families whose networks are known. Without it only sizes are checked,
+    so that no network requests more memory than can be allocated.
     """
     for component in sorted(components):
         folder = path / component
@@ -72,7 +72,7 @@ def _check(path: Path, name: str, fault_of: Callable[[str, Any], Fault], *, stri
 
 
 def _settings(document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the keys and values of a config, also of nested ones (text_config, vision_config)."""
+    """Yield all keys and values of a config and its nested configs (text_config, vision_config)."""
     for key, value in document.items():
         yield key, value
         if isinstance(value, dict):
@@ -80,7 +80,7 @@ def _settings(document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _network_fault(shapes: Mapping[str, tuple[int, ...]], key: str, value: Any) -> Fault:
-    """Return why a network of these tensors cannot have a value, or None."""
+    """Return why a network with these tensor shapes cannot have this value, or None."""
     if shapes:
         longest = max((side for shape in shapes.values() for side in shape), default=0)
         if key in LAYER_COUNTS and any(number > len(shapes) for number in _integers(value)):
@@ -93,30 +93,30 @@ def _network_fault(shapes: Mapping[str, tuple[int, ...]], key: str, value: Any) 
 
 
 def _size_fault(key: str, value: Any) -> Fault:
-    """Return why a number would make a library allocate or loop without bounds, or None."""
+    """Return why a number would make a library allocate or loop excessively, or None."""
     if key in SIDES or key == "size":
-        largest = MAX_IMAGE_SIDE
+        maximum = MAX_IMAGE_SIDE
     elif "train_timesteps" in key:
-        largest = MAX_TRAIN_TIMESTEPS
+        maximum = MAX_TRAIN_TIMESTEPS
     elif key in POSITIVE or key in LAYER_COUNTS:
-        largest = MAX_SIZE
+        maximum = MAX_SIZE
     else:
         return None
     numbers = _integers([*value.values()] if isinstance(value, dict) else value)
-    return f"at most {largest} can be used" if any(abs(number) > largest for number in numbers) else None
+    return f"at most {maximum} can be used" if any(abs(number) > maximum for number in numbers) else None
 
 
 def _type_fault(key: str, value: Any) -> Fault:
-    """Return what the type or value should be, or None. Null is left to the class."""
+    """Return what the type or value should be, or None. Null is valid and means the default of the class."""
     if value is None:
         return None
     if key in POSITIVE | LAYER_COUNTS:
-        least = 0 if key in LAYER_COUNTS else 1
+        minimum = 0 if key in LAYER_COUNTS else 1
         parts = list(_flatten(value))
         if isinstance(value, list) and key not in LISTS:
             return "it should be a whole number"
-        if not parts or not all(type(part) is int and part >= least for part in parts):
-            return f"it should be a whole number of at least {least}"
+        if not parts or not all(type(part) is int and part >= minimum for part in parts):
+            return f"it should be a whole number of at least {minimum}"
     if key in SIDES and not isinstance(value, dict):
         parts = value if isinstance(value, list) else [value]
         if len(parts) not in (1, 2) or not all(type(part) is int and part > 0 for part in parts):
@@ -162,9 +162,10 @@ def _shorten(value: Any) -> str:
 
 
 def check_widths(path: Path, family: Family, name: str) -> None:
-    """Compare the configs of a family's components with each other. Raises ModelError, naming both.
+    """Compare the configs of a family's components. Raises ModelError naming both components.
 
-    The denoiser's latents must be the VAE's, and its text inputs as wide as the text encoders' outputs.
+    The denoiser and the VAE must have the same latent channels. The denoiser's text inputs must be as wide as the text
+    encoders' outputs.
     """
     denoiser = family.denoiser or ""
     network = _read_config(path, denoiser, name)
@@ -183,15 +184,15 @@ def check_widths(path: Path, family: Family, name: str) -> None:
         _check_joint_attention(path, network, encoders, name)
         return
     expected = _get(network, "cross_attention_dim", 1280)
-    for each in expected if isinstance(expected, list) else [expected]:
-        source = f"hidden_size of {' and '.join(family.text_encoders)} makes"
-        _compare(name, f"{denoiser}/config.json has cross_attention_dim", each, source, width)
+    source = f"hidden_size of {' and '.join(family.text_encoders)} makes"
+    for dim in expected if isinstance(expected, list) else [expected]:
+        _compare(name, f"{denoiser}/config.json has cross_attention_dim", dim, source, width)
 
 
 def _check_joint_attention(
     path: Path, network: Mapping[str, Any], encoders: list[Mapping[str, Any]], name: str
 ) -> None:
-    """Compare the widths of Stable Diffusion 3's transformer with its text encoders. Raises ModelError."""
+    """Compare the widths of Stable Diffusion 3's transformer and text encoders. Raises ModelError."""
     projection = sum(_get(encoder, "projection_dim", 512) for encoder in encoders)
     pooled = _get(network, "pooled_projection_dim", 2048)
     _compare(name, "transformer/config.json has pooled_projection_dim", pooled, "both projection_dim make", projection)
@@ -226,6 +227,6 @@ def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def text_positions(path: Path, encoder: str, name: str) -> tuple[int, int]:
-    """Return how many positions and how many token embeddings a CLIP text encoder has. Raises ModelError."""
+    """Return the numbers of positions and of token embeddings of a CLIP text encoder. Raises ModelError."""
     config = _text_config(_read_config(path, encoder, name))
     return _get(config, "max_position_embeddings", 77), _get(config, "vocab_size", 49408)

@@ -1,4 +1,4 @@
-"""Conversion of a checkpoint in one file into a diffusers folder, by diffusers' own reader."""
+"""Convert a single-file checkpoint into a diffusers folder with diffusers' reader."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from transformers import PreTrainedModel
 
 from batch_infer.errors import ModelError, first_line
 from batch_infer.models.hub import INDEX, fetch_configs
-from batch_infer.models.untrusted import LOADING_ERRORS, SMALL, describe, read_object
+from batch_infer.models.untrusted import CONFIG_SUFFIXES, LOADING_ERRORS, describe, read_object
 
 PIPELINES: dict[str, Any] = {
     "v1": StableDiffusionPipeline,
     "v2": StableDiffusionPipeline,
     "xl_base": StableDiffusionXLPipeline,
 }
-"""Pipeline classes by the kind of checkpoint that diffusers infers."""
-LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
-"""Components of the repository with the configs, of which the file holds no weights."""
+"""Pipeline class for each kind of checkpoint, as inferred by diffusers."""
+ABSENT_COMPONENTS = ("safety_checker", "feature_extractor", "image_encoder")
+"""Components of the original repository that a single-file checkpoint does not contain."""
 READING_ERRORS = (*LOADING_ERRORS, SingleFileComponentError)
 
 log = logging.getLogger("batch_infer")
 
 
 def convert(file: Path, header: Mapping[str, Any], folder: Path) -> None:
-    """Write a diffusers folder with a checkpoint's weights, and the configs and vocabularies of its original model.
+    """Write a checkpoint's weights, and its original model's configs and vocabularies, as a diffusers folder.
 
-    `header` is the file's. Configs and vocabularies, a few small files, come from the Hub or its cache. Raises
-    ModelError.
+    `header` is the safetensors header of `file`. Configs and vocabularies, a few small files, come from the Hub or its
+    cache. Raises ModelError.
     """
     kind = infer_kind(header)
     if kind not in PIPELINES:
@@ -53,13 +53,13 @@ def convert(file: Path, header: Mapping[str, Any], folder: Path) -> None:
 
 
 def infer_kind(header: Mapping[str, Any]) -> str:
-    """Return the kind that diffusers infers from the names and shapes of the tensors."""
+    """Return the kind of checkpoint that diffusers infers from tensor names and shapes."""
     tensors = {name: torch.empty(tensor["shape"], device="meta") for name, tensor in header.items()}
     return str(infer_diffusers_model_type(tensors))
 
 
 def _copy_configs(file: Path, repository: str, folder: Path) -> None:
-    """Copy only these: the cache may also hold another checkpoint's weights, and code."""
+    """Copy only configs and vocabularies. The Hub's cache may also contain code and another checkpoint's weights."""
     try:
         configs = fetch_configs(repository)
     except ModelError as error:
@@ -68,22 +68,22 @@ def _copy_configs(file: Path, repository: str, folder: Path) -> None:
             "folder as --model needs no network"
         ) from error
     index = read_object(configs / INDEX, repository)
-    index |= {name: [None, None] for name in LEFT_OUT if name in index}
+    index |= {name: [None, None] for name in ABSENT_COMPONENTS if name in index}
     for component, value in index.items():
         if isinstance(value, list) and value[0] is not None:
             (folder / component).mkdir(parents=True)
             for source in sorted((configs / component).glob("*")):
-                if source.suffix in SMALL and not source.name.endswith(".index.json"):
+                if source.suffix in CONFIG_SUFFIXES and not source.name.endswith(".index.json"):
                     shutil.copyfile(source, folder / component / source.name)
     (folder / INDEX).write_text(json.dumps({**index, "requires_safety_checker": False}, indent=2), "utf-8")
 
 
 def _write_networks(file: Path, pipeline_class: Any, folder: Path) -> None:
-    """Write the weights and restore the configs: those that diffusers writes name a path and a version."""
-    without = dict.fromkeys(LEFT_OUT[:2])
+    """Write the weights but keep the original configs, because diffusers' configs name a path and a version."""
+    absent = dict.fromkeys(ABSENT_COMPONENTS[:2])
     try:
-        pipeline = pipeline_class.from_single_file(str(file), config=str(folder), local_files_only=True, **without)
-    except NotImplementedError as error:  # torch raises it for tensors that have only a shape
+        pipeline = pipeline_class.from_single_file(str(file), config=str(folder), local_files_only=True, **absent)
+    except NotImplementedError as error:  # raised by torch for tensors on the meta device
         raise ModelError(f"{file} lacks tensors of a network; is the file complete? ({first_line(error)})") from error
     except READING_ERRORS as error:
         raise ModelError(f"{file} could not be read by diffusers: {describe(error)}") from error
@@ -98,7 +98,7 @@ def _write_networks(file: Path, pipeline_class: Any, folder: Path) -> None:
 
 
 def _narrow(module: Any) -> Any:
-    """Convert to half precision where that is lossless: where the file was so, and diffusers widened it."""
+    """Convert to half precision if that is lossless, because diffusers widens half-precision weights."""
     for dtype in (torch.float16, torch.bfloat16):
         if all(torch.equal(weight, weight.to(dtype).to(weight.dtype)) for weight in module.parameters()):
             return module.to(dtype)
@@ -106,7 +106,7 @@ def _narrow(module: Any) -> Any:
 
 
 def _set_scheduler(file: Path, kind: str, header: Mapping[str, Any], folder: Path) -> None:
-    """Set velocity prediction for a checkpoint that has a tensor of that name."""
+    """Set velocity prediction if the checkpoint contains a tensor `v_pred`."""
     path = folder / "scheduler" / "scheduler_config.json"
     scheduler = read_object(path, file.name)
     if "v_pred" in header:
@@ -116,5 +116,6 @@ def _set_scheduler(file: Path, kind: str, header: Mapping[str, Any], folder: Pat
         log.warning(
             "%s does not say what it predicts; assuming velocity, as Stable Diffusion 2.1 at 768x768 does. For a base "
             "checkpoint add --scheduler %s:prediction_type=epsilon --height 512 --width 512",
-            *(file, scheduler["_class_name"]),
+            file,
+            scheduler["_class_name"],
         )

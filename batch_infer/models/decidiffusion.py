@@ -1,4 +1,4 @@
-"""DeciDiffusion 1.0: Stable Diffusion around another UNet, which diffusers' block lists cannot describe.
+"""DeciDiffusion 1.0: Stable Diffusion with a UNet that diffusers' block lists cannot describe.
 
 The checkpoint's pipeline.py is not run, and its stock UNet in unet/ is not read.
 """
@@ -31,7 +31,7 @@ from batch_infer.models.untrusted import LoadingErrors, list_weights, read_objec
 FOLDER = "flexible_unet"
 CLASS_NAME = "FlexibleUNet2DConditionModel"
 GROUPS = 32
-"""Groups of every group normalization."""
+"""Number of groups in every group normalization."""
 IN_CHANNELS = 4
 
 Skips = list[torch.Tensor]
@@ -46,7 +46,7 @@ class DeciDiffusion(StableDiffusion):
 
     @classmethod
     def load_modules(cls, card: ModelCard, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-        # The pipeline accepts no other UNet class than the one that model_index.json names.
+        # The pipeline accepts only the UNet class named by model_index.json.
         return _load_unet(card, dtype), {"unet": None, **load_vae_and_encoder(card, dtype)}
 
 
@@ -64,21 +64,21 @@ def _load_unet(card: ModelCard, dtype: torch.dtype) -> FlexibleUNet:
 
 
 def _check_weights(unet: FlexibleUNet, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """Raise ModelError unless the tensors are exactly those of this network."""
+    """Raise ModelError unless the names and shapes of the tensors match the network."""
     expected = unet.state_dict()
     refuse_unmatched_weights(folder, expected.keys() - weights.keys(), weights.keys() - expected.keys())
     for name, tensor in expected.items():
-        if tensor.shape != weights[name].shape:
-            shapes = list(weights[name].shape), list(tensor.shape)
-            raise ModelError(f"{folder} has {name} of shape {shapes[0]}, but its config.json requires {shapes[1]}")
+        actual, required = list(weights[name].shape), list(tensor.shape)
+        if actual != required:
+            raise ModelError(f"{folder} has {name} of shape {actual}, but its config.json requires {required}")
 
 
 @dataclass(frozen=True, slots=True)
 class FlexibleUNetConfig:
-    """The architecture, by the keys of `configurations` in flexible_unet/config.json.
+    """The architecture, as defined under `configurations` in flexible_unet/config.json.
 
-    Lists have one entry per down or up block, in order of execution. The mid block has one resnet more than
-    `mid_num_resnets`. Keys that follow from these are checked and not kept.
+    Tuples have one entry per down or up block, in order of execution. The mid block has `mid_num_resnets` + 1 resnets.
+    Keys that follow from these fields are checked but not stored.
     """
 
     sample_size: int
@@ -95,26 +95,28 @@ class FlexibleUNetConfig:
     up_blocks_num_attentions: tuple[int, ...]
 
     @classmethod
-    def read(cls, config: Mapping[str, Any], place: object) -> FlexibleUNetConfig:
-        """Read the content of flexible_unet/config.json; `place` is its folder for errors.
+    def read(cls, config: Mapping[str, Any], source: object) -> FlexibleUNetConfig:
+        """Parse the content of flexible_unet/config.json. Error messages name `source`.
 
-        The file's outer keys are those of a stock UNet and do not describe this one. Raises ModelError, naming the
-        key, for keys that are missing, unknown or contradictory.
+        Keys outside `configurations` describe a stock UNet and are ignored. Raises ModelError naming the key if a key
+        is missing, unknown or contradictory.
         """
-        if (name := config.get("_class_name")) != CLASS_NAME:
-            raise ModelError(f"{place}: config.json describes a {name}, not a {CLASS_NAME}")
+        name = config.get("_class_name")
+        if name != CLASS_NAME:
+            raise ModelError(f"{source}: config.json describes a {name}, not a {CLASS_NAME}")
         settings = config.get("configurations")
         if not isinstance(settings, dict):
-            raise ModelError(f"{place}: config.json has no `configurations`, which describe this UNet's architecture")
-        values = {field.name: _read_key(settings, field.name, str(field.type), place) for field in fields(cls)}
+            raise ModelError(f"{source}: config.json has no `configurations`, which describe this UNet's architecture")
+        values = {field.name: _read_key(settings, field.name, str(field.type), source) for field in fields(cls)}
         result = cls(**values)
-        result._refuse_impossible(place)
+        result._refuse_impossible(source)
         implied = result._implied_keys()
         for key, value in implied.items():
-            if (actual := _get(settings, key, place)) != value:
-                raise _config_error(place, key, actual, f"by the other keys it must be {value}")
+            actual = _get(settings, key, source)
+            if actual != value:
+                raise _config_error(source, key, actual, f"by the other keys it must be {value}")
         for key in sorted(settings.keys() - values.keys() - implied.keys()):
-            raise _config_error(place, key, settings[key], "this version does not know that key")
+            raise _config_error(source, key, settings[key], "this version does not know that key")
         return result
 
     @property
@@ -123,7 +125,7 @@ class FlexibleUNetConfig:
         return IN_CHANNELS
 
     def _implied_keys(self) -> dict[str, Any]:
-        """Return the remaining keys: each skip must be popped at the size at which it was pushed."""
+        """Return the required values of all other keys: each skip is popped at the size at which it was pushed."""
         widths, levels = self.down_blocks_out_channels, len(self.down_blocks_out_channels)
         return {
             "resnet_act_fn": "silu",
@@ -136,54 +138,54 @@ class FlexibleUNetConfig:
             "add_upsample": [True] * (levels - 1) + [False],
         }
 
-    def _refuse_impossible(self, place: object) -> None:
-        """Raise ModelError for numbers of which no network can be made."""
+    def _refuse_impossible(self, source: object) -> None:
+        """Raise ModelError for values from which no network can be built."""
         levels, heads = len(self.down_blocks_in_channels), self.num_attention_heads
         for field in fields(self):
             key, value = field.name, getattr(self, field.name)
             entries = value if isinstance(value, tuple) else (value,)
             if isinstance(value, tuple) and len(value) != levels:
-                raise _config_error(place, key, value, f"down_blocks_in_channels has {levels} entries")
+                raise _config_error(source, key, value, f"down_blocks_in_channels has {levels} entries")
             may_be_zero = key.endswith("num_attentions") or key == "mid_num_resnets"
             if any(entry < 0 or (entry == 0 and not may_be_zero) for entry in entries):
-                raise _config_error(place, key, value, "that is too small")
+                raise _config_error(source, key, value, "that is too small")
             if key.endswith("channels") and any(entry % GROUPS or entry % heads for entry in entries):
                 raise _config_error(
-                    place, key, value, f"widths must be divisible by {GROUPS} groups and {heads} attention heads"
+                    source, key, value, f"widths must be divisible by {GROUPS} groups and {heads} attention heads"
                 )
 
 
-def _get(settings: Mapping[str, Any], key: str, place: object) -> Any:
+def _get(settings: Mapping[str, Any], key: str, source: object) -> Any:
     if key not in settings:
-        raise ModelError(f"{place}: config.json has no {key} under `configurations`; is it DeciDiffusion's?")
+        raise ModelError(f"{source}: config.json has no {key} under `configurations`; is it DeciDiffusion's?")
     return settings[key]
 
 
-def _read_key(settings: Mapping[str, Any], key: str, kind: str, place: object) -> Any:
-    # By type() and not by isinstance: JSON's true is an int.
-    value = _get(settings, key, place)
-    match kind:
+def _read_key(settings: Mapping[str, Any], key: str, type_name: str, source: object) -> Any:
+    # Uses type() instead of isinstance(), which accepts JSON's true as an int.
+    value = _get(settings, key, source)
+    match type_name:
         case "int" if type(value) is int:
             return value
         case "float" if type(value) in (int, float):
             return float(value)
         case "tuple[int, ...]" if type(value) is list and value and all(type(entry) is int for entry in value):
             return tuple(value)
-    expected = {"int": "a whole number", "float": "a number"}.get(kind, "a list of whole numbers")
-    raise _config_error(place, key, value, f"it must be {expected}")
+    expected = {"int": "a whole number", "float": "a number"}.get(type_name, "a list of whole numbers")
+    raise _config_error(source, key, value, f"it must be {expected}")
 
 
-def _config_error(place: object, key: str, value: object, reason: str) -> ModelError:
-    shown = list(value) if isinstance(value, tuple) else value
-    return ModelError(f"{place}: config.json has {key}={shown!r} under `configurations`: {reason}")
+def _config_error(source: object, key: str, value: object, reason: str) -> ModelError:
+    json_value = list(value) if isinstance(value, tuple) else value
+    return ModelError(f"{source}: config.json has {key}={json_value!r} under `configurations`: {reason}")
 
 
 class FlexibleUNet(nn.Module):
-    """The UNet, with the tensor names of the published checkpoint.
+    """A UNet with the tensor names of the published checkpoint.
 
-    Besides the order of its layers it differs from diffusers' UNet2DConditionModel in three ways: the mid block runs
-    its first resnet twice; a skip is the output of a resnet, before the transformer that follows it; and the last down
-    block halves the sides once more, which the mid block undoes and no skip sees.
+    Apart from the order of its layers, it differs from diffusers' UNet2DConditionModel in three ways. The mid block
+    runs its first resnet twice. A skip is the output of a resnet, before the transformer that follows. The last down
+    block also halves the sides, and the mid block doubles them again before the first skip is popped.
     """
 
     def __init__(self, config: FlexibleUNetConfig) -> None:
@@ -207,9 +209,9 @@ class FlexibleUNet(nn.Module):
         encoder_hidden_states: torch.Tensor,
         return_dict: Literal[False] = False,
     ) -> tuple[torch.Tensor]:
-        """Map (N, 4, h, w), (N,) and (N, tokens, cross_attention_dim) to (N, 4, h, w), as diffusers' UNets do.
+        """Map sample (N, 4, h, w), timestep (N,) and text (N, tokens, cross_attention_dim) to (N, 4, h, w).
 
-        h and w are any numbers; halving rounds odd sides up.
+        h and w may be odd: halving rounds up.
         """
         temb = self.time_embedding(self.time_proj(timestep).to(sample.dtype))
         hidden = self.conv_in(sample)
@@ -224,7 +226,7 @@ class FlexibleUNet(nn.Module):
         return (self.conv_out(silu(self.conv_norm_out(hidden))),)
 
     def fuse_qkv_projections(self) -> None:
-        """Compute queries, keys and values of the same input in one product, as diffusers' UNets do."""
+        """Compute queries, keys and values of the same input in one product, as in diffusers' UNets."""
         for module in self.modules():
             if isinstance(module, Attention):
                 module.fuse_projections()
@@ -232,10 +234,10 @@ class FlexibleUNet(nn.Module):
 
 
 class _Block(nn.Module):
-    """Resnets and transformers in one list: alternating, then those that are left."""
+    """A list that alternates resnets and transformers, and ends with the surplus of one kind."""
 
     def __init__(self, config: FlexibleUNetConfig, inputs: Sequence[int], width: int, attentions: int) -> None:
-        """`inputs` are the input channels of each resnet, `width` the output channels."""
+        """`inputs` contains the input channels of each resnet. All resnets have `width` output channels."""
         super().__init__()
         heads = config.num_attention_heads
         resnets = [
@@ -261,7 +263,7 @@ class _DownBlock(_Block):
         width, resnets = config.down_blocks_out_channels[level], config.down_blocks_num_resnets[level]
         inputs = [config.down_blocks_in_channels[level]] + [width] * (resnets - 1)
         super().__init__(config, inputs, width, config.down_blocks_num_attentions[level])
-        # By diffusers' usual name the module would hold its weights under two.
+        # With diffusers' default name, the state dict would contain these weights under two names.
         self.downsamplers = nn.ModuleList([Downsample2D(width, use_conv=True, name="op")])
 
     def forward(self, hidden: torch.Tensor, temb: torch.Tensor, context: torch.Tensor, skips: Skips) -> torch.Tensor:
@@ -269,8 +271,8 @@ class _DownBlock(_Block):
             hidden = _run(module, hidden, temb, context)
             if isinstance(module, ResnetBlock2D):
                 skips.append(hidden)
-        halved: torch.Tensor = self.downsamplers[0](hidden)
-        return halved
+        downsampled: torch.Tensor = self.downsamplers[0](hidden)
+        return downsampled
 
 
 class _MidBlock(_Block):
@@ -280,7 +282,7 @@ class _MidBlock(_Block):
         self.upsamplers = nn.ModuleList([Upsample2D(width, use_conv=True)])
 
     def forward(self, hidden: torch.Tensor, temb: torch.Tensor, context: torch.Tensor, skips: Skips) -> torch.Tensor:
-        hidden = _run(self.modules_list[0], hidden, temb, context)  # and again in the loop, as in training
+        hidden = _run(self.modules_list[0], hidden, temb, context)  # runs again in the loop, as in training
         for module in self.modules_list:
             hidden = _run(module, hidden, temb, context)
         return _upsample(self.upsamplers[0], hidden, skips)
@@ -288,11 +290,12 @@ class _MidBlock(_Block):
 
 class _UpBlock(_Block):
     def __init__(self, config: FlexibleUNetConfig, level: int) -> None:
-        """`level` is that of the down block whose skips are popped here, last first."""
-        widths, further = config.down_blocks_out_channels, config.down_blocks_num_resnets[level]
-        width, below = widths[level], widths[min(level + 1, len(widths) - 1)]
-        skips = [width] * further + [config.down_blocks_in_channels[level]]
-        inputs = [before + skip for before, skip in zip([below] + [width] * further, skips, strict=True)]
+        """`level` is the index of the down block whose skips this block pops, last skip first."""
+        widths, down_resnets = config.down_blocks_out_channels, config.down_blocks_num_resnets[level]
+        width, width_below = widths[level], widths[min(level + 1, len(widths) - 1)]
+        hidden = [width_below] + [width] * down_resnets
+        skips = [width] * down_resnets + [config.down_blocks_in_channels[level]]
+        inputs = [channels + skip for channels, skip in zip(hidden, skips, strict=True)]
         super().__init__(config, inputs, width, config.up_blocks_num_attentions[-1 - level])
         self.upsamplers = nn.ModuleList([Upsample2D(width, use_conv=True)] if level else [])
 
@@ -313,6 +316,6 @@ def _run(module: nn.Module, hidden: torch.Tensor, temb: torch.Tensor, context: t
 
 
 def _upsample(module: nn.Module, hidden: torch.Tensor, skips: Skips) -> torch.Tensor:
-    """Upsample to the size of the next skip: twice the size, or one less where an odd side was halved."""
-    doubled: torch.Tensor = module(hidden, skips[-1].shape[2:])
-    return doubled
+    """Upsample to the size of the next skip: double each side, or one element less if the skip's side is odd."""
+    upsampled: torch.Tensor = module(hidden, skips[-1].shape[2:])
+    return upsampled

@@ -1,4 +1,4 @@
-"""The registry of model families: how their checkpoints are laid out and which class loads them. Imports no torch."""
+"""Register model families with the layout of their checkpoints and the class that loads them. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from batch_infer.models.latent_diffusion import LatentDiffusion
 
 CHECKER = frozenset({"safety_checker", "feature_extractor"})
-"""Components of a safety checker."""
+"""Components of the safety checker."""
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A family of checkpoints: its components, the class that runs it, and the defaults of diffusers' pipeline class.
+    """A model family: its components, its implementation and the defaults of diffusers' pipeline class.
 
-    `implementation`: `module.Class` in this package. `denoiser`: the component that denoises. `unread`: components
-    that are neither read nor downloaded. `options`: keys of model_index.json that affect pixels, with their defaults.
-    `fingerprints_class`: include the pipeline class in the fingerprint. `sample_size`: latent side, and
-    `latent_channels`: channels, where the denoiser's config does not say. `joint_attention`: the denoiser attends
-    jointly to text and image (Stable Diffusion 3), and not across.
+    `implementation` is `module.Class` in this package. `unread` lists components that are neither downloaded nor
+    read. `options` lists keys of model_index.json that affect pixels, with their defaults. `fingerprints_class`
+    includes the pipeline class in the fingerprint. `sample_size` (latent side) and `latent_channels` apply if the
+    denoiser's config omits them. `joint_attention` means attention over text and image together (Stable Diffusion 3)
+    instead of cross-attention.
     """
 
     name: str
@@ -54,41 +54,43 @@ class Family:
 
     @property
     def required(self) -> set[str]:
-        """Components that every checkpoint of this family has."""
+        """Components that every checkpoint of this family must have."""
         if self.denoiser is None:
             return set()
         return {self.denoiser, "vae", "scheduler", *self.text_encoders, *self.tokenizers}
 
     def make_rules(self, denoiser: Mapping[str, Any], vae: Mapping[str, Any], name: str) -> SamplingRules:
-        """Return the sampling rules of checkpoint `name` by the configs of two networks.
-
-        Raises ModelError where they do not give the sizes.
-        """
+        """Derive the sampling rules of checkpoint `name` from two configs. Raises ModelError if they lack the sizes."""
         try:
             settings = denoiser.get("configurations", denoiser)
             native = settings.get("sample_size") or self.sample_size
             sizes = _size_rules({**settings, "sample_size": native}, 2 ** (len(vae["block_out_channels"]) - 1))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            place = f"{name}: {self.denoiser}/config.json or vae/config.json"
-            raise ModelError(f"{place} does not give the image sizes: {error}") from error
-        embedded = denoiser.get("time_cond_proj_dim") is not None
-        # With embedded guidance there is no second pass for a negative prompt, and nothing to rescale.
-        fixed = (("negative_prompt", None), ("guidance_rescale", 0.0)) if embedded else ()
-        defaults = self.num_inference_steps, self.guidance_scale, self.guidance_rescale
-        return SamplingRules(sizes, *defaults, embedded, fixed)
+            source = f"{name}: {self.denoiser}/config.json or vae/config.json"
+            raise ModelError(f"{source} does not give the image sizes: {error}") from error
+        is_embedded = denoiser.get("time_cond_proj_dim") is not None
+        return SamplingRules(
+            sizes,
+            self.num_inference_steps,
+            self.guidance_scale,
+            self.guidance_rescale,
+            embedded_guidance=is_embedded,
+            # Embedded guidance has no second pass to use a negative prompt, and nothing to rescale.
+            fixed=(("negative_prompt", None), ("guidance_rescale", 0.0)) if is_embedded else (),
+        )
 
 
 def _size_rules(denoiser: Mapping[str, Any], factor: int) -> SizeRules:
-    """Return the rules in pixels; `factor` is the number of pixels for each side of a latent."""
+    """Return the size rules in pixels. `factor` is the number of pixels per latent element along a side."""
     native = denoiser["sample_size"]
     height, width = (native, native) if isinstance(native, int) else (native * 2)[:2]
     if patch := denoiser.get("patch_size"):
-        # Position embeddings are learned, for this number of patches.
+        # Position embeddings exist for at most this number of patches per side.
         largest = denoiser["pos_embed_max_size"] * patch * factor
         return SizeRules(height * factor, width * factor, patch * factor, patch * factor, largest)
-    # DeciDiffusion's last down block halves once more than its skips.
-    downs = denoiser.get("add_downsample") or denoiser["block_out_channels"][1:]
-    return SizeRules(height * factor, width * factor, factor, 2 ** len(downs) * factor)
+    # In DeciDiffusion every down block halves the sides, in other UNets every block except the last.
+    halvings = denoiser.get("add_downsample") or denoiser["block_out_channels"][1:]
+    return SizeRules(height * factor, width * factor, factor, 2 ** len(halvings) * factor)
 
 
 _STABLE_DIFFUSION = Family(
@@ -96,7 +98,7 @@ _STABLE_DIFFUSION = Family(
 )
 FAMILIES = {
     "StableDiffusionPipeline": _STABLE_DIFFUSION,
-    # StableDiffusionPipeline corrects old scheduler settings, and this class of diffusers does not.
+    # Unlike StableDiffusionPipeline, this pipeline class does not correct old scheduler settings.
     "LatentConsistencyModelPipeline": replace(
         _STABLE_DIFFUSION, num_inference_steps=4, guidance_scale=8.5, fingerprints_class=True
     ),
@@ -104,7 +106,7 @@ FAMILIES = {
         "stable_diffusion_xl",
         "stable_diffusion_xl.StableDiffusionXL",
         text_encoders=("text_encoder", "text_encoder_2"),
-        # The image encoder takes image prompts, and diffusers' class has no safety checker.
+        # The image encoder is for image prompts, and diffusers' pipeline class has no safety checker.
         unread=CHECKER | {"image_encoder"},
         options=(("force_zeros_for_empty_prompt", True),),
         guidance_scale=5.0,
@@ -135,9 +137,9 @@ FAMILIES = {
         supports_long_prompts=True,
     ),
 }
-"""Families by the pipeline class that model_index.json names."""
+"""Model families by the pipeline class in model_index.json."""
 OTHER = Family(ANY_PIPELINE, denoiser=None, text_encoders=(), unread=frozenset({"watermarker", "image_encoder"}))
-"""All other pipeline classes: each is rendered by its own call. The image encoder takes image prompts."""
+"""Family of all other pipeline classes, which use pipeline-call batching. The image encoder is for image prompts."""
 
 
 def load_latent_diffusion(
@@ -154,5 +156,5 @@ def load_solver(card: ModelCard) -> Solver:
 
 def _implementation(card: ModelCard) -> type[LatentDiffusion]:
     module, name = FAMILIES[card.pipeline].implementation.split(".")
-    found: type[LatentDiffusion] = getattr(import_module(f"batch_infer.models.{module}"), name)
-    return found
+    implementation: type[LatentDiffusion] = getattr(import_module(f"batch_infer.models.{module}"), name)
+    return implementation

@@ -1,4 +1,4 @@
-"""Downloads from the Hugging Face Hub: only the files of a repository that are loaded."""
+"""Download only the required files of a Hugging Face Hub repository."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from batch_infer.errors import ModelError, first_line
-from batch_infer.models.untrusted import SMALL, choose_variant, is_loaded, refuse_pickles
+from batch_infer.models.untrusted import CONFIG_SUFFIXES, choose_variant, is_loaded, refuse_pickles
 
 INDEX = "model_index.json"
 TOKEN_HINT = "a private or gated model needs HF_TOKEN"
@@ -18,7 +18,7 @@ log = logging.getLogger("batch_infer")
 
 
 def fetch_index(name: str, revision: str | None) -> Path:
-    """Download a repository's model_index.json where needed, and return its folder in the local cache.
+    """Download a repository's model_index.json unless it is cached, and return its folder in the local cache.
 
     The folder's name is the commit of the revision. Raises ModelError.
     """
@@ -29,25 +29,25 @@ def fetch_index(name: str, revision: str | None) -> Path:
 
 
 def fetch(name: str, folder: Path, components: Collection[str], variant: str | None) -> None:
-    """Complete the folder of `fetch_index` with the components' configs, vocabularies and safetensors.
+    """Download the components' configs, vocabularies and safetensors into the folder returned by `fetch_index`.
 
-    Weights are those of the variant where a component has them. Raises ModelError, before any download, for a
-    component that is missing or has pickles only.
+    Components without weights of `variant` use their default weights. Raises ModelError, before any download, if a
+    component is missing or has only pickled weights.
     """
-    files, source = _list(name, folder)
+    files, note = _list(name, folder)
     if variant and not any(choose_variant(_files_of(component, files), variant) for component in components):
-        raise ModelError(f"{name} has no weights of variant {variant}{source}")
-    chosen = [file for component in sorted(components) for file in _choose(component, files, variant, name, source)]
-    if missing := [file for file in chosen if not (folder / file).is_file()]:
+        raise ModelError(f"{name} has no weights of variant {variant}{note}")
+    chosen: list[str] = []
+    for component in sorted(components):
+        chosen += _choose(component, files, variant, name, note)
+    missing = [file for file in chosen if not (folder / file).is_file()]
+    if missing:
         _download(name, folder.name, missing)
 
 
 def fetch_configs(name: str) -> Path:
-    """Download a repository's configs and vocabularies without its weights, and return their folder.
-
-    Raises ModelError.
-    """
-    return _download(name, None, [INDEX, *(f"*/*{suffix}" for suffix in SMALL)])
+    """Download a repository's configs and vocabularies without weights and return their folder. Raises ModelError."""
+    return _download(name, None, [INDEX, *(f"*/*{suffix}" for suffix in CONFIG_SUFFIXES)])
 
 
 def _download(name: str, revision: str | None, files: list[str]) -> Path:
@@ -61,10 +61,10 @@ def _download(name: str, revision: str | None, files: list[str]) -> Path:
 
 
 def _list(name: str, folder: Path) -> tuple[list[PurePosixPath], str]:
-    """Return the repository's files at the folder's commit; offline, the local ones and a note for messages."""
+    """Return the repository's files at the folder's commit. Offline, return local files and a note for messages."""
     import huggingface_hub
 
-    # The list of a commit never changes, and later versions of the library cache it.
+    # The file list of a commit never changes, and later versions of the library cache it.
     if get_cached := getattr(huggingface_hub, "get_cached_repo_tree", None):
         with suppress(huggingface_hub.errors.CachedRepoTreeNotFoundError):
             return [PurePosixPath(file.path) for file in get_cached(name, revision=folder.name)], ""
@@ -81,24 +81,22 @@ def _files_of(component: str, files: Iterable[PurePosixPath]) -> list[PurePosixP
     return [file for file in files if file.parent == PurePosixPath(component)]
 
 
-def _choose(
-    component: str, files: Iterable[PurePosixPath], variant: str | None, name: str, source: str
-) -> Iterator[str]:
-    """Yield the files of a component that are loaded. Raises ModelError where they are not sufficient."""
-    own = _files_of(component, files)
-    refuse_pickles(component, own, name)
-    weights = [file for file in own if is_loaded(file, choose_variant(own, variant))]
-    has_config = any(file.name == "config.json" for file in own)
-    if not own or bool(weights) != has_config:
-        lacking = "safetensors" if has_config else "config.json" if weights else "files"
-        raise ModelError(f"{name}: there are no {lacking} of {component}/{source}")
+def _choose(component: str, files: Iterable[PurePosixPath], variant: str | None, name: str, note: str) -> Iterator[str]:
+    """Yield the paths of the files to load for a component. Raises ModelError if files are missing."""
+    candidates = _files_of(component, files)
+    refuse_pickles(component, candidates, name)
+    weights = [file for file in candidates if is_loaded(file, choose_variant(candidates, variant))]
+    has_config = any(file.name == "config.json" for file in candidates)
+    if not candidates or bool(weights) != has_config:
+        missing = "safetensors" if has_config else "config.json" if weights else "files"
+        raise ModelError(f"{name}: there are no {missing} of {component}/{note}")
     yield from map(str, weights)
-    yield from (str(file) for file in own if file.suffix in SMALL)
+    yield from (str(file) for file in candidates if file.suffix in CONFIG_SUFFIXES)
 
 
 @contextmanager
 def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
-    """Raise errors of the Hub as ModelError."""
+    """Convert errors of the Hub's library to ModelError."""
     from huggingface_hub import errors
 
     try:
@@ -122,8 +120,8 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
         ) from error
 
 
-class _Retries(logging.Filter):
-    """Logs one line for all retries of the Hub's library, which writes two for each."""
+class _RetryFilter(logging.Filter):
+    """Logs one line for all retries instead of the two lines per retry that the Hub's library writes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,21 +137,21 @@ class _Retries(logging.Filter):
 
 @contextmanager
 def _one_line_for_retries() -> Iterator[None]:
-    logger, retries = logging.getLogger("huggingface_hub.utils._http"), _Retries()
-    logger.addFilter(retries)
+    logger, retry_filter = logging.getLogger("huggingface_hub.utils._http"), _RetryFilter()
+    logger.addFilter(retry_filter)
     try:
         yield
     finally:
-        logger.removeFilter(retries)
+        logger.removeFilter(retry_filter)
 
 
 def _http_errors() -> tuple[type[Exception], ...]:
-    """Return OSError, ValueError, and the errors of the HTTP library, which differs by version of the Hub's."""
+    """Return OSError, ValueError and the errors of the HTTP library, which depends on the huggingface_hub version."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return (*HfHubHTTPError.__bases__, ValueError)
 
 
 def _reason(error: Exception) -> str:
-    """Return the cause's message where the Hub's library only says that there was an error."""
+    """Return the message of the error's cause, if any, because the Hub's library itself gives no reason."""
     return first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error).rstrip(".")

@@ -1,4 +1,4 @@
-"""Loading of networks, safety checkers and diffusers pipelines from a checkpoint: complete or not at all."""
+"""Load networks, safety checkers and diffusers pipelines, and refuse incomplete checkpoints."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from batch_infer.models.schedulers import build_scheduler
 from batch_infer.models.tokens import limit_tokenizer
 from batch_infer.models.untrusted import LoadingErrors, variant_of
 
-# Their progress bars would interleave with the run's own.
+# These progress bars would interleave with batch-infer's.
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
 
-COMPUTED = "position_ids"
-"""End of the names of buffers that earlier versions of transformers saved: released checkpoints hold them."""
+COMPUTED_SUFFIX = "position_ids"
+"""Name suffix of buffers that earlier versions of transformers saved; released checkpoints contain them."""
 
 
-def load_module(kind: Any, card: ModelCard, name: str, dtype: torch.dtype) -> Any:
-    """Load a component of this class in a dtype. Raises ModelError, also for missing and unexpected weights."""
-    # Not by an argument: its name differs between the supported versions of diffusers and transformers.
-    network = load_network(kind, card, name)
-    with LoadingErrors(card.path / name):  # quantized weights may refuse another dtype
+def load_module(component_type: Any, card: ModelCard, name: str, dtype: torch.dtype) -> Any:
+    """Load a component in a dtype. Raises ModelError, also for missing and unexpected weights."""
+    # The dtype is not an argument: its name differs between the supported versions of diffusers and transformers.
+    network = load_network(component_type, card, name)
+    with LoadingErrors(card.path / name):  # quantized weights may refuse the conversion
         return network.to(dtype)
 
 
-def load_network(kind: Any, card: ModelCard, name: str, **options: Any) -> Any:
-    """Load a component with these options of its library. Raises ModelError as `load_module` does.
+def load_network(component_type: Any, card: ModelCard, name: str, **options: Any) -> Any:
+    """Load a component with options of its library. Raises ModelError, also for missing and unexpected weights.
 
-    diffusers and transformers initialize missing weights at random and say nothing: a checker would then flag at
-    random, or never.
+    diffusers and transformers silently initialize missing weights at random. A safety checker would then flag images
+    at random or never.
     """
     folder = card.path / name
     with LoadingErrors(folder):
-        module, info = kind.from_pretrained(
+        module, info = component_type.from_pretrained(
             folder, variant=variant_of(folder, card.variant), use_safetensors=True, local_files_only=True,
             output_loading_info=True, **options,
         )  # fmt: skip
@@ -51,14 +51,14 @@ def load_network(kind: Any, card: ModelCard, name: str, **options: Any) -> Any:
     return module
 
 
-def refuse_unmatched_weights(place: object, missing: Iterable[str], unexpected: Iterable[str]) -> None:
-    """Raise ModelError where a checkpoint's tensors are not exactly those of the network."""
-    strange = [key for key in unexpected if not key.endswith(COMPUTED)]
-    for keys, verb in ((sorted(missing), "lacks"), (sorted(strange), "holds, besides its network's,")):
+def refuse_unmatched_weights(folder: Path, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Raise ModelError if a checkpoint lacks tensors of the network or has additional tensors."""
+    additional = [key for key in unexpected if not key.endswith(COMPUTED_SUFFIX)]
+    for keys, verb in ((sorted(missing), "lacks"), (sorted(additional), "holds, besides its network's,")):
         if keys:
             names = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
             tensors = "1 tensor" if len(keys) == 1 else f"{len(keys)} tensors"
-            raise ModelError(f"{place} {verb} {tensors} ({names}); is the checkpoint complete and of this class?")
+            raise ModelError(f"{folder} {verb} {tensors} ({names}); is the checkpoint complete and of this class?")
 
 
 def load_checker(card: ModelCard, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -77,33 +77,33 @@ def load_checker(card: ModelCard, device: torch.device, dtype: torch.dtype) -> t
     return checker.to(device), processor
 
 
-def load_pipeline(kind: Any, card: ModelCard, modules: Mapping[str, Any]) -> Any:
-    """Make a diffusers pipeline around loaded components, with the requested scheduler. Raises ModelError."""
-    pipeline = make_pipeline(kind, card.path, modules)
+def load_pipeline(pipeline_type: Any, card: ModelCard, modules: Mapping[str, Any]) -> Any:
+    """Build a diffusers pipeline from loaded components and the requested scheduler. Raises ModelError."""
+    pipeline = make_pipeline(pipeline_type, card.path, modules)
     if card.scheduler is not None:
         pipeline.scheduler = build_scheduler(card.scheduler, pipeline.scheduler)
     return pipeline
 
 
-def make_pipeline(kind: Any, path: Path, modules: Mapping[str, Any]) -> Any:
-    """Make a diffusers pipeline around loaded components; diffusers reads the others. Raises ModelError."""
+def make_pipeline(pipeline_type: Any, path: Path, modules: Mapping[str, Any]) -> Any:
+    """Build a diffusers pipeline from loaded components; diffusers loads the remaining ones. Raises ModelError."""
     with LoadingErrors(path):
-        pipeline = kind.from_pretrained(path, local_files_only=True, use_safetensors=True, **modules)
+        pipeline = pipeline_type.from_pretrained(path, local_files_only=True, use_safetensors=True, **modules)
     for suffix in ("", "_2", "_3"):
         _limit_tokenizer(pipeline, path, suffix)
     return pipeline
 
 
 def _limit_tokenizer(pipeline: Any, path: Path, suffix: str) -> None:
-    """Give a tokenizer its text encoder's limit, which pipelines too take from the tokenizer. Raises ModelError."""
+    """Limit a tokenizer to its text encoder's length, which pipelines read from the tokenizer. Raises ModelError."""
     tokenizer: Any = getattr(pipeline, f"tokenizer{suffix}", None)
     encoder: Any = getattr(pipeline, f"text_encoder{suffix}", None)
     if not hasattr(tokenizer, "model_max_length") or encoder is None:
         return
     folder = path / f"tokenizer{suffix}"
     with LoadingErrors(folder):
-        table = encoder.get_input_embeddings() if hasattr(encoder, "get_input_embeddings") else None
+        embeddings = encoder.get_input_embeddings() if hasattr(encoder, "get_input_embeddings") else None
         positions = getattr(encoder.config, "max_position_embeddings", None)
-        limit_tokenizer(tokenizer, positions, getattr(table, "num_embeddings", None), folder)
+        limit_tokenizer(tokenizer, positions, getattr(embeddings, "num_embeddings", None), folder)
     if not suffix and isinstance(getattr(pipeline, "tokenizer_max_length", None), (int, float)):
         pipeline.tokenizer_max_length = min(pipeline.tokenizer_max_length, tokenizer.model_max_length)

@@ -1,7 +1,7 @@
-"""Prompts of more than 77 tokens and words with weights, by compel, in consecutive windows of 77 tokens.
+"""Encode prompts of more than 77 tokens and weighted words with compel, in consecutive windows of 77 tokens.
 
-Each window is encoded in a call of its own, and every row has the same number of windows, padded with the empty prompt
-as compel does: no shape depends on the neighbours or on the length of a prompt.
+Each window is encoded in a separate call. As in compel, a row is padded to the same number of windows with the empty
+prompt, so that no shape depends on other rows or on the length of a prompt.
 """
 
 from __future__ import annotations
@@ -19,85 +19,85 @@ from batch_infer.diffusion import Context
 from batch_infer.models.tokens import WINDOWS
 
 SYNTAX = frozenset('()"+-\\')
-"""A text without any of these has no weights and needs no parsing, which is slow."""
+"""Characters of the weight syntax. Texts without them skip the slow parser."""
 SPECIAL = "<|"
-"""Start of a tokenizer's special tokens, which would shift the weights."""
+"""Prefix of special tokens. In a text they would shift the weights."""
 MAX_PARENTHESES = 16
 MAX_CHARACTERS = 5000
-"""Nested parentheses and characters of a text that is parsed: bounds of the parser's stack and time."""
-PARSED_TEXTS = 1024
-LITERAL_ERRORS = (ParseBaseException, PromptParser.ParsingException, IndexError, RecursionError)
-"""Errors of the parser for texts that are not in its syntax."""
+"""Maximum nesting of parentheses and maximum length of a parsed text, to bound the parser's stack and time."""
+PARSE_CACHE_SIZE = 1024
+SYNTAX_ERRORS = (ParseBaseException, PromptParser.ParsingException, IndexError, RecursionError)
+"""Parser errors for texts in another syntax."""
 
 Piece = tuple[str, float]
 
 
 class LongPrompts:
-    """Encodes texts and counts tokens with the components of a Stable Diffusion pipeline, of any version."""
+    """Encodes texts and counts tokens with a pipeline's CLIP text encoders and tokenizers."""
 
     def __init__(self, pipeline: Any, dtype: torch.dtype) -> None:
-        parts = pipeline.components
+        components = pipeline.components
         self._dtype = dtype
-        if "text_encoder_2" in parts:
-            kind = ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED
-            pairs = [(parts["tokenizer"], parts["text_encoder"]), (parts["tokenizer_2"], parts["text_encoder_2"])]
+        pairs = [(components["tokenizer"], components["text_encoder"])]
+        if "text_encoder_2" in components:
+            embeddings_type = ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED
+            pairs.append((components["tokenizer_2"], components["text_encoder_2"]))
         else:
-            kind = ReturnedEmbeddingsType.LAST_HIDDEN_STATES_NORMALIZED
-            pairs = [(parts["tokenizer"], parts["text_encoder"])]
+            embeddings_type = ReturnedEmbeddingsType.LAST_HIDDEN_STATES_NORMALIZED
         self._providers = [
             EmbeddingsProvider(
-                tokenizer, network, truncate=False, returned_embeddings_type=kind,
+                tokenizer, network, truncate=False, returned_embeddings_type=embeddings_type,
                 split_long_text_mode=SplitLongTextMode.BRUTAL,
             )
             for tokenizer, network in pairs
         ]  # fmt: skip
         self._window: int = min(tokenizer.model_max_length for tokenizer, _ in pairs)
         self.max_tokens = WINDOWS * (self._window - 2)
-        """Tokens of a text that the encoders see."""
+        """Maximum number of tokens that the text encoders see."""
 
     def count(self, texts: Sequence[str]) -> list[int]:
-        """Return each text's tokens without those of weights, start, end and padding."""
+        """Return each text's token count without weights, start, end and padding tokens."""
         return [max(_count(provider, read_weights(text)) for provider in self._providers) for text in texts]
 
     def __call__(self, texts: Sequence[str]) -> list[Context]:
-        """Return each text's embedding (WINDOWS * 77, width), and with two encoders the second's pooled one."""
+        """Return an embedding (WINDOWS * 77, width) per text, with a pooled embedding if there are two encoders."""
         contexts = {text: self._encode(text) for text in dict.fromkeys(texts)}
         return [contexts[text] for text in texts]
 
     def _encode(self, text: str) -> Context:
         pieces = read_weights(text)
-        embeddings = torch.cat([self._windows(provider, pieces) for provider in self._providers], dim=-1)
+        embeddings = torch.cat([self._encode_windows(provider, pieces) for provider in self._providers], dim=-1)
         context = {"encoder_hidden_states": embeddings.to(self._dtype)}
-        if len(self._providers) > 1:  # of the unparsed text's first window, as compel has it
+        if len(self._providers) > 1:  # from the first window of the unparsed text, as in compel
             context["text_embeds"] = self._providers[1].get_pooled_embeddings([text])[0].to(self._dtype)
         return context
 
-    def _windows(self, provider: EmbeddingsProvider, pieces: Iterable[Piece]) -> torch.Tensor:
-        # One window more than is kept: the text is cut within it, so that the cut affects no token of the others.
+    def _encode_windows(self, provider: EmbeddingsProvider, pieces: Iterable[Piece]) -> torch.Tensor:
+        # The text is cut within an additional window, which is dropped, so that the cut affects no other tokens.
         texts, weights = zip(*_cut(provider, pieces, (WINDOWS + 1) * (self._window - 2)), strict=True)
         device = provider.device
         if set(weights) == {1.0}:
-            tokens, ones, mask = provider.get_token_ids_and_expand_weights(list(texts), weights, device=device)
-            embedding = provider.build_weighted_embedding_tensor(tokens, ones, mask, device=device)
+            tokens, token_weights, mask = provider.get_token_ids_and_expand_weights(list(texts), weights, device=device)
+            embedding = provider.build_weighted_embedding_tensor(tokens, token_weights, mask, device=device)
         else:
             embedding = provider.get_embeddings_for_weighted_prompt_fragments([list(texts)], [weights], device=device)
-        kept: torch.Tensor = embedding[0, : WINDOWS * self._window]
-        missing = WINDOWS - len(kept) // self._window
-        return torch.cat([kept, *[provider.empty_z[0].to(kept.dtype)] * missing])
+        encoded: torch.Tensor = embedding[0, : WINDOWS * self._window]
+        missing = WINDOWS - len(encoded) // self._window
+        return torch.cat([encoded, *[provider.empty_z[0].to(encoded.dtype)] * missing])
 
 
-@lru_cache(PARSED_TEXTS)
+@lru_cache(PARSE_CACHE_SIZE)
 def read_weights(text: str) -> tuple[Piece, ...]:
-    """Split a text into pieces and their weights: `(word)1.2`, `word++`, `(some words)0.8`, `\\(` for a parenthesis.
+    """Split a text into weighted pieces: `(word)1.2`, `word++`, `(two words)0.8`, `\\(` for a parenthesis.
 
-    A text in another syntax, or with more than weights in it, is one literal piece.
+    A text in another syntax, or with other features of compel, becomes one literal piece.
     """
     literal = ((text, 1.0),)
     if not SYNTAX.intersection(text) or SPECIAL in text or len(text) > MAX_CHARACTERS or _depth(text) > MAX_PARENTHESES:
         return literal
     try:
         conjunction = _parser().parse_conjunction(text)
-    except LITERAL_ERRORS:
+    except SYNTAX_ERRORS:
         return literal
     children = getattr(conjunction.prompts[0], "children", []) if len(conjunction.prompts) == 1 else []
     if conjunction.lora_weights or not children or any(type(child) is not Fragment for child in children):
@@ -107,7 +107,7 @@ def read_weights(text: str) -> tuple[Piece, ...]:
 
 @cache
 def _parser() -> PromptParser:
-    # Without a cache the time doubles with every nested parenthesis: minutes for ten.
+    # Without a cache, parsing time doubles with every nested parenthesis: ten take minutes.
     ParserElement.enable_packrat(cache_size_limit=None)
     return PromptParser()
 
@@ -126,15 +126,15 @@ def _count(provider: EmbeddingsProvider, pieces: Iterable[Piece]) -> int:
 
 
 def _cut(provider: EmbeddingsProvider, pieces: Iterable[Piece], budget: int) -> list[Piece]:
-    """Return the pieces that hold tokens, up to a total of `budget` tokens."""
+    """Return the pieces with at least one token, cut after `budget` tokens in total."""
     backend = provider.tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    kept = []
+    selected = []
     for text, weight in pieces:
         encoding = backend.encode(text, add_special_tokens=False)
         if encoding.ids and budget > 0:
             fits = len(encoding.ids) <= budget
-            kept.append((text if fits else text[: encoding.offsets[budget - 1][1]], weight))
+            selected.append((text if fits else text[: encoding.offsets[budget - 1][1]], weight))
         budget -= len(encoding.ids)
-    return kept or [("", 1.0)]
+    return selected or [("", 1.0)]

@@ -1,4 +1,4 @@
-"""LoRAs (Hu et al., arXiv 2106.09685): recognized by their headers, and fused into weights by diffusers and peft."""
+"""Recognize LoRAs (Hu et al., arXiv 2106.09685) by their headers and fuse them into weights with diffusers and peft."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from batch_infer.errors import ModelError, first_line
 from batch_infer.models.untrusted import LOADING_ERRORS, hash_file, read_header
 from batch_infer.settings import LoraSpec
 
-MARKS = ("lora_", ".lora", "hada_w", "lokr_")
-"""Parts of the tensor names of a LoRA; the last two are those of LoHa and LoKr."""
-UNSUPPORTED_MARKS = ("dora_scale", "lora_magnitude_vector", "hada_w", "lokr_")
-"""Parts of the names of tensors that diffusers ignores, or adds where these families have no weights."""
-UNSUPPORTED_ENDS = (".diff", ".diff_b", ".set_weight")
-"""Ends of the names of full differences and weights; diffusers ignores these too."""
+NAME_PARTS = ("lora_", ".lora", "hada_w", "lokr_")
+"""Substrings of a LoRA's tensor names. The last two belong to LoHa and LoKr."""
+UNSUPPORTED_NAME_PARTS = ("dora_scale", "lora_magnitude_vector", "hada_w", "lokr_")
+"""Name substrings of tensors that diffusers ignores, or adds to weights that these families lack."""
+UNSUPPORTED_SUFFIXES = (".diff", ".diff_b", ".set_weight")
+"""Name suffixes of full weights and full differences, which diffusers also ignores."""
 ADAPTER = "lora"
 
-# It logs why a LoRA does not fit, and raises the same.
+# This module logs why a LoRA does not fit, and raises an error with the same text.
 logging.getLogger("diffusers.loaders.peft").setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """A LoRA on this machine and its weight. `tensors` is how many the model must load from it."""
+    """A local LoRA file and its weight. `tensors` is the number of tensors that the model must load."""
 
     path: Path
     weight: float
@@ -38,12 +38,12 @@ class Lora:
 
 
 def is_lora(names: Collection[str]) -> bool:
-    """Return whether tensors of these names are a LoRA's."""
-    return any(mark in name for name in names for mark in MARKS)
+    """Return whether any tensor name belongs to a LoRA."""
+    return any(mark in name for name in names for mark in NAME_PARTS)
 
 
 def read_loras(specs: Sequence[LoraSpec]) -> tuple[Lora, ...]:
-    """Read the headers of LoRA files. Raises ModelError for files that are missing, damaged or of another kind."""
+    """Read the headers of LoRA files. Raises ModelError for missing, damaged and unsupported files."""
     return tuple(map(_read, specs))
 
 
@@ -55,7 +55,7 @@ def _read(spec: LoraSpec) -> Lora:
     if not is_lora(names):
         raise ModelError(f"{path} is not a LoRA: none of its tensors has a LoRA's name")
     for name in names:
-        if name.endswith(UNSUPPORTED_ENDS) or any(mark in name for mark in UNSUPPORTED_MARKS):
+        if name.endswith(UNSUPPORTED_SUFFIXES) or any(mark in name for mark in UNSUPPORTED_NAME_PARTS):
             raise ModelError(
                 f"{path} holds {name}: only plain LoRA is supported, not DoRA, LoHa, LoKr or full differences"
             )
@@ -63,9 +63,9 @@ def _read(spec: LoraSpec) -> Lora:
 
 
 def fuse_loras(pipeline: Any, loras: Sequence[Lora], model: str) -> None:
-    """Add LoRAs to the weights of a loaded pipeline, in order. Raises ModelError for one that does not fit.
+    """Fuse LoRAs into the weights of a loaded pipeline, in order. Raises ModelError for a LoRA that does not fit.
 
-    diffusers drops tensors without a place in the model, so the loaded ones are counted.
+    The loaded tensors are counted, because diffusers silently drops tensors that do not match the model.
     """
     for lora in loras:
         try:
@@ -74,11 +74,11 @@ def fuse_loras(pipeline: Any, loras: Sequence[Lora], model: str) -> None:
                 local_files_only=True,
             )  # fmt: skip
         except LOADING_ERRORS as error:
-            why = " ".join(line.strip() for line in str(error).splitlines()[:2])
-            raise _misfit(lora, model, why) from error
+            reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
+            raise _misfit_error(lora, model, reason) from error
         loaded = _count_loaded(pipeline)
         if loaded != lora.tensors:
-            raise _misfit(lora, model, f"{loaded} of its {lora.tensors} tensors have a place in it")
+            raise _misfit_error(lora, model, f"{loaded} of its {lora.tensors} tensors have a place in it")
         pipeline.set_adapters(ADAPTER, lora.weight)
         try:
             pipeline.fuse_lora(safe_fusing=True)
@@ -88,11 +88,11 @@ def fuse_loras(pipeline: Any, loras: Sequence[Lora], model: str) -> None:
 
 
 def _count_loaded(pipeline: Any) -> int:
-    """Return how many tensors of the adapter the pipeline's networks hold."""
+    """Count the adapter's tensors in the pipeline's networks."""
     networks = [network for network in pipeline.components.values() if hasattr(network, "named_parameters")]
     names = [name for network in networks for name, _ in network.named_parameters()]
     return sum(f".{ADAPTER}." in name for name in names)
 
 
-def _misfit(lora: Lora, model: str, why: str) -> ModelError:
-    return ModelError(f"{lora.path} does not fit {model}; was it made for another family? ({why})")
+def _misfit_error(lora: Lora, model: str, reason: str) -> ModelError:
+    return ModelError(f"{lora.path} does not fit {model}; was it made for another family? ({reason})")

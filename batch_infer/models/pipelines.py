@@ -1,4 +1,4 @@
-"""Inspection of diffusers' text-to-image pipelines without a family: which can be called, and with what arguments."""
+"""Inspect text-to-image pipelines of diffusers that have no model family, and derive their sampling rules."""
 
 from __future__ import annotations
 
@@ -23,84 +23,84 @@ from batch_infer.models.untrusted import LOADING_ERRORS, LoadingErrors, read_obj
 from batch_infer.records import SizeRules
 
 REQUIRED = ("prompt", "generator", "height", "width", "num_inference_steps", "num_images_per_prompt", "output_type")
-"""Parameters of a text-to-image pipeline's call."""
+"""Parameters that the call of every text-to-image pipeline has."""
 IMAGE_INPUTS = {"control_image", "mask_image"}
 VIDEO_INPUTS = {"num_frames", "video_length"}
 GUIDANCE = ("guidance_scale", "true_cfg_scale", "prior_guidance_scale")
-"""Parameters for a row's guidance_scale: the first one whose default is a number."""
+"""Candidates for the parameter that receives a row's guidance_scale: the first one with a numeric default."""
 DENOISERS = ("transformer", "unet", "prior_prior", "prior")
 NATIVE_SIDE = 1024
-"""Native side in pixels of a pipeline without a default."""
+"""Native image side in pixels for a pipeline without a default."""
 
 
 def find_class(name: str) -> Any:
-    """Return a pipeline class that makes images from text alone. Raises ModelError."""
-    kind: Any = getattr(diffusers, name, None)
-    if backends := getattr(kind, "_backends", None):
-        needs = [library for library in backends if find_spec(library) is None]
-        raise ModelError(f"{name} needs {' and '.join(needs)}: pip install {' '.join(needs)}")
-    if not (isinstance(kind, type) and issubclass(kind, DiffusionPipeline)):
+    """Return diffusers' pipeline class `name`. Raises ModelError unless it generates images from text alone."""
+    pipeline_type: Any = getattr(diffusers, name, None)
+    if backends := getattr(pipeline_type, "_backends", None):
+        missing = [library for library in backends if find_spec(library) is None]
+        raise ModelError(f"{name} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    if not (isinstance(pipeline_type, type) and issubclass(pipeline_type, DiffusionPipeline)):
         raise ModelError(f"diffusers {diffusers.__version__} has no pipeline {name}; a later one may")
-    call = parameters_of(kind)
-    if lacking := [argument for argument in REQUIRED if argument not in call]:
-        raise ModelError(f"{name} is not text-to-image: its __call__ has no {', '.join(lacking)}")
+    call = parameters_of(pipeline_type)
+    if absent := [parameter for parameter in REQUIRED if parameter not in call]:
+        raise ModelError(f"{name} is not text-to-image: its __call__ has no {', '.join(absent)}")
     if call["output_type"].default != "pil" or VIDEO_INPUTS & call.keys():
         raise ModelError(f"{name} is not text-to-image: its output is not an image")
-    if others := sorted(_other_inputs(kind, call)):
-        raise ModelError(f"{name} needs more than a text: {', '.join(others)}")
-    return kind
+    if inputs := sorted(_list_other_inputs(pipeline_type, call)):
+        raise ModelError(f"{name} needs more than a text: {', '.join(inputs)}")
+    return pipeline_type
 
 
-def parameters_of(kind: Any) -> Mapping[str, inspect.Parameter]:
+def parameters_of(pipeline_type: Any) -> Mapping[str, inspect.Parameter]:
     """Return the parameters of a pipeline's call."""
-    return inspect.signature(kind.__call__).parameters
+    return inspect.signature(pipeline_type.__call__).parameters
 
 
-def _other_inputs(kind: Any, call: Mapping[str, inspect.Parameter]) -> Iterator[str]:
-    """Yield the inputs besides text that a pipeline needs."""
-    for name, argument in list(call.items())[1:]:
-        named = argument.kind in (argument.POSITIONAL_OR_KEYWORD, argument.KEYWORD_ONLY)
-        if name in IMAGE_INPUTS or (named and argument.default is argument.empty and name != "prompt"):
+def _list_other_inputs(pipeline_type: Any, call: Mapping[str, inspect.Parameter]) -> Iterator[str]:
+    """Yield the names of required inputs other than text."""
+    for name, parameter in list(call.items())[1:]:
+        has_name = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        is_required = has_name and parameter.default is parameter.empty
+        if name in IMAGE_INPUTS or (is_required and name != "prompt"):
             yield name
     if "image" in call:
-        # Only here, because it imports every pipeline of diffusers.
+        # Imported here only, because the module imports every pipeline of diffusers.
         from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 
-        if kind not in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values():
+        if pipeline_type not in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values():
             yield "image"
-    yield from {"controlnet", "adapter"} & inspect.signature(kind.__init__).parameters.keys()
+    yield from {"controlnet", "adapter"} & inspect.signature(pipeline_type.__init__).parameters.keys()
 
 
 def pipeline_class(path: Path) -> Any:
-    """Return the class named by a checkpoint's model_index.json. Raises ModelError."""
+    """Return the pipeline class named by a checkpoint's model_index.json. Raises ModelError."""
     return find_class(_read_index(path)["_class_name"])
 
 
 def network_classes(path: Path) -> dict[str, Any]:
-    """Return the classes of a checkpoint's networks by component, without those that are not read.
-
-    Raises ModelError.
-    """
+    """Map the component names of the networks to load to their classes. Raises ModelError."""
     classes = {}
-    for name, (library, kind) in named_components(_read_index(path), path.name).items():
+    for name, (library, class_name) in named_components(_read_index(path), path.name).items():
         module: Any = {"diffusers": diffusers, "transformers": transformers}.get(library)
-        with LoadingErrors(f"{path}: {name} ({kind})"):
-            known = getattr(module or getattr(diffusers.pipelines, library), kind, None)
+        with LoadingErrors(f"{path}: {name} ({class_name})"):
+            network_type = getattr(module or getattr(diffusers.pipelines, library), class_name, None)
         if name in OTHER.unread | CHECKER:
             continue
-        if known is None:
-            raise ModelError(f"{path}: {name} is a {kind}, which {library} does not have; a later version may")
-        if isinstance(known, type) and (issubclass(known, torch.nn.Module) or hasattr(known, "_model_mapping")):
-            classes[name] = known
+        if network_type is None:
+            raise ModelError(f"{path}: {name} is a {class_name}, which {library} does not have; a later version may")
+        if isinstance(network_type, type) and (
+            issubclass(network_type, torch.nn.Module) or hasattr(network_type, "_model_mapping")
+        ):
+            classes[name] = network_type
     return classes
 
 
-def absent_components(kind: Any, path: Path) -> dict[str, Any]:
-    """Return constructor arguments in place of components that are missing or not read.
+def absent_components(pipeline_type: Any, path: Path) -> dict[str, Any]:
+    """Return constructor arguments that replace components that are missing or not loaded.
 
-    Among these is the safety checker, which batch-infer calls itself.
+    These include the safety checker, which batch-infer loads and calls separately.
     """
-    parameters = inspect.signature(kind.__init__).parameters
+    parameters = inspect.signature(pipeline_type.__init__).parameters
     missing = [name for name, value in _read_index(path).items() if isinstance(value, list) and value[:1] == [None]]
     absent = {**dict.fromkeys([*missing, *CHECKER, *OTHER.unread]), "requires_safety_checker": False}
     return {name: value for name, value in absent.items() if name in parameters}
@@ -111,26 +111,25 @@ def _read_index(path: Path) -> dict[str, Any]:
 
 
 def inspect_pipeline(path: Path) -> SamplingRules:
-    """Return a checkpoint's sampling rules from its pipeline's call and configs, without its weights.
-
-    Raises ModelError.
-    """
-    kind = pipeline_class(path)
+    """Derive a checkpoint's sampling rules from its pipeline class and configs, without weights. Raises ModelError."""
+    pipeline_type = pipeline_class(path)
     networks = {name: _without_weights(network, path / name) for name, network in network_classes(path).items()}
-    pipeline = make_pipeline(kind, path, {**networks, **absent_components(kind, path)})
-    with LoadingErrors(f"{path}: the configs of {kind.__name__}"):
-        return _make_rules(kind, pipeline)
+    pipeline = make_pipeline(pipeline_type, path, {**networks, **absent_components(pipeline_type, path)})
+    with LoadingErrors(f"{path}: the configs of {pipeline_type.__name__}"):
+        return _make_rules(pipeline_type, pipeline)
 
 
-def _make_rules(kind: Any, pipeline: Any) -> SamplingRules:
-    call, config = parameters_of(kind), denoiser_config(pipeline)
-    steps, guidance = call["num_inference_steps"].default, guidance_argument(kind, config)
+def _make_rules(pipeline_type: Any, pipeline: Any) -> SamplingRules:
+    call, config = parameters_of(pipeline_type), denoiser_config(pipeline)
+    steps, guidance = call["num_inference_steps"].default, guidance_argument(pipeline_type, config)
     uses_negative = "negative_prompt" in call and not ("true_cfg_scale" in call and guidance != "true_cfg_scale")
-    fixed = {
-        **({} if guidance else {"guidance_scale": 1.0}),
-        **({} if uses_negative else {"negative_prompt": None}),
-        **({} if "guidance_rescale" in call else {"guidance_rescale": 0.0}),
-    }
+    fixed: dict[str, Any] = {}
+    if guidance is None:
+        fixed["guidance_scale"] = 1.0
+    if not uses_negative:
+        fixed["negative_prompt"] = None
+    if "guidance_rescale" not in call:
+        fixed["guidance_rescale"] = 0.0
     return SamplingRules(
         _size_rules(pipeline, config),
         steps if isinstance(steps, int) else 50,
@@ -141,7 +140,7 @@ def _make_rules(kind: Any, pipeline: Any) -> SamplingRules:
 
 
 def find_denoiser(pipeline: Any) -> Any | None:
-    """Return the network that a pipeline evaluates at every step."""
+    """Return the network that a pipeline evaluates at every step, None if it cannot be identified."""
     networks = (getattr(pipeline, name, None) for name in DENOISERS)
     return next((network for network in networks if isinstance(network, torch.nn.Module)), None)
 
@@ -150,12 +149,12 @@ def denoiser_config(pipeline: Any) -> Mapping[str, Any]:
     return dict(getattr(find_denoiser(pipeline), "config", {}))
 
 
-def guidance_argument(kind: Any, denoiser: Mapping[str, Any]) -> str | None:
-    """Return the parameter for a row's guidance_scale, None where it would have no effect."""
-    call = parameters_of(kind)
+def guidance_argument(pipeline_type: Any, denoiser: Mapping[str, Any]) -> str | None:
+    """Return the name of the parameter for a row's guidance_scale, None if the scale would have no effect."""
+    call = parameters_of(pipeline_type)
     names = [name for name in GUIDANCE if name in call and isinstance(call[name].default, (int, float))]
     if {"guidance_scale", "true_cfg_scale"} <= set(names) and not _is_embedded(denoiser):
-        return None  # a distilled Flux: its network has no input for guidance_scale
+        return None  # a distilled Flux, whose network has no input for guidance_scale
     return names[0] if names else None
 
 
@@ -163,24 +162,24 @@ def _is_embedded(denoiser: Mapping[str, Any]) -> bool:
     return bool(denoiser.get("guidance_embeds")) or denoiser.get("time_cond_proj_dim") is not None
 
 
-def _without_weights(kind: Any, folder: Path) -> Any | None:
-    """Return a network on the meta device, which takes no memory; None where it cannot be made there."""
+def _without_weights(network_type: Any, folder: Path) -> Any | None:
+    """Build a network on the meta device, which needs no memory. Returns None if that fails."""
     try:
         with torch.device("meta"):
-            if issubclass(kind, ModelMixin):
-                return kind.from_config(kind.load_config(folder, local_files_only=True))
-            return kind(kind.config_class.from_pretrained(folder, local_files_only=True))
+            if issubclass(network_type, ModelMixin):
+                return network_type.from_config(network_type.load_config(folder, local_files_only=True))
+            return network_type(network_type.config_class.from_pretrained(folder, local_files_only=True))
     except LOADING_ERRORS:
         return None
 
 
 def _size_rules(pipeline: Any, denoiser: Mapping[str, Any]) -> SizeRules:
-    """Return the default sides of the pipeline's call, and multiples that leave no half patches.
+    """Return the pipeline's default image sides, and side multiples that fit whole patches, in pixels.
 
-    A pipeline that requires more refuses the row, and its message becomes the row's error.
+    A pipeline with stricter rules refuses the row, and the pipeline's message becomes the row's error.
     """
-    names = ("vae_scale_factor", "vae_scale_factor_spatial")
-    scale = next((value for name in names if isinstance(value := getattr(pipeline, name, None), int)), None)
+    scales = (getattr(pipeline, name, None) for name in ("vae_scale_factor", "vae_scale_factor_spatial"))
+    scale = next((value for value in scales if isinstance(value, int)), None)
     native = getattr(pipeline, "default_sample_size", None) or denoiser.get("sample_size")
     sides = [side * (scale or 1) for side in native] if isinstance(native, (list, tuple)) else []
     if isinstance(native, int):

@@ -1,4 +1,4 @@
-"""diffusers' schedulers: checks of `--scheduler` against diffusers' source without importing it, and construction."""
+"""Build diffusers' schedulers, and check `--scheduler` against diffusers' source without importing diffusers."""
 
 from __future__ import annotations
 
@@ -18,42 +18,43 @@ if TYPE_CHECKING:
 
 
 def refuse_unknown_scheduler(spec: SchedulerSpec) -> None:
-    """Raise ModelError, suggesting similar names, for a class or option that diffusers does not have."""
+    """Raise ModelError, suggesting similar names, if diffusers lacks a scheduler class or option."""
     classes = _find_classes()
     if spec.name not in classes:
         raise ModelError(f"diffusers has no scheduler {spec.name}; {_suggest(spec.name, classes)}")
-    accepted = _list_arguments(classes[spec.name], spec.name, "__init__")
+    options = _list_arguments(classes[spec.name], spec.name, "__init__")
     for key, _ in spec.options:
-        if key not in accepted:  # from_config would ignore it
-            near = get_close_matches(key, accepted, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(accepted)}"
+        if key not in options:  # from_config would ignore it
+            matches = get_close_matches(key, options, n=1)
+            hint = f"did you mean {matches[0]}?" if matches else f"it has {', '.join(options)}"
             if key in _list_arguments(classes[spec.name], spec.name, "step"):
                 hint = f"{key} is an argument of its `step` method, which cannot be set here; remove it"
             raise ModelError(f"{spec.name} has no option {key}; {hint}")
 
 
-def build_scheduler(spec: SchedulerSpec, own: Any) -> Any:
-    """Build the scheduler of `--scheduler` on the config of the model's own one. Raises ModelError."""
+def build_scheduler(spec: SchedulerSpec, original: Any) -> Any:
+    """Build the scheduler of `--scheduler` from the config of the model's original scheduler. Raises ModelError."""
     import diffusers
 
     refuse_unknown_scheduler(spec)
-    kind: Any = getattr(diffusers, spec.name, None)
-    if needs := getattr(kind, "_backends", None):
-        raise ModelError(f"{spec.name} needs {' and '.join(needs)}: pip install {' '.join(needs)}")
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+    scheduler_type: Any = getattr(diffusers, spec.name, None)
+    if backends := getattr(scheduler_type, "_backends", None):
+        raise ModelError(f"{spec.name} needs {' and '.join(backends)}: pip install {' '.join(backends)}")
+    if not (isinstance(scheduler_type, type) and issubclass(scheduler_type, diffusers.SchedulerMixin)):
         raise ModelError(f"diffusers keeps its scheduler {spec.name} for one of its own pipelines; choose another")
     try:
-        scheduler: Any = cast(Any, kind).from_config(own.config, **dict(spec.options))
+        scheduler: Any = cast(Any, scheduler_type).from_config(original.config, **dict(spec.options))
     except LOADING_ERRORS as error:
         raise ModelError(f"{spec} cannot be built on this model's scheduler settings: {describe(error)}") from error
-    if _is_flow(scheduler) != _is_flow(own):
-        objective = "flow matching" if _is_flow(own) else "denoising"
-        raise ModelError(f"{spec} does not fit: the model was trained for {objective}, like its {type(own).__name__}")
+    if _is_flow(scheduler) != _is_flow(original):
+        objective = "flow matching" if _is_flow(original) else "denoising"
+        name = type(original).__name__
+        raise ModelError(f"{spec} does not fit: the model was trained for {objective}, like its {name}")
     return scheduler
 
 
 def make_solver(scheduler: Any, begin_index: int | None = None) -> Solver:
-    """Make a solver of a scheduler; `begin_index` is that of Solver. Raises ModelError."""
+    """Build the solver of a scheduler. `begin_index` is passed to Solver. Raises ModelError."""
     from batch_infer.diffusion import Solver
 
     with LoadingErrors(f"{type(scheduler).__name__} with scheduler/scheduler_config.json"):
@@ -67,11 +68,11 @@ def _is_flow(scheduler: Any) -> bool:
 
 
 def _suggest(name: str, classes: dict[str, Path]) -> str:
-    by_stem = {_stem(known): known for known in (*classes, *SHORT_NAMES)}
-    near = [stem for stem in by_stem if stem.startswith(_stem(name))]
-    near += get_close_matches(_stem(name), by_stem, n=3, cutoff=0.7)
-    if near:
-        return f"did you mean {' or '.join(by_stem[stem] for stem in list(dict.fromkeys(near))[:3])}?"
+    by_stem = {_stem(candidate): candidate for candidate in (*classes, *SHORT_NAMES)}
+    matches = [stem for stem in by_stem if stem.startswith(_stem(name))]
+    matches += get_close_matches(_stem(name), by_stem, n=3, cutoff=0.7)
+    if matches:
+        return f"did you mean {' or '.join(by_stem[stem] for stem in list(dict.fromkeys(matches))[:3])}?"
     return f"short names are {', '.join(SHORT_NAMES)}; or give a class of diffusers, such as UniPCMultistepScheduler"
 
 
@@ -81,9 +82,9 @@ def _stem(name: str) -> str:
 
 @cache
 def _find_classes() -> dict[str, Path]:
-    """Return the file of each scheduler class."""
+    """Map each scheduler class to its source file."""
     spec = find_spec("diffusers")
-    folders = [Path(place) / "schedulers" for place in (spec and spec.submodule_search_locations) or ()]
+    folders = [Path(package) / "schedulers" for package in (spec and spec.submodule_search_locations) or ()]
     classes = {}
     for file in sorted(file for folder in folders for file in folder.rglob("scheduling_*.py")):
         for line in file.read_text("utf-8").splitlines():

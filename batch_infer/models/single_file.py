@@ -1,4 +1,4 @@
-"""Checkpoints in one file: converted once into a diffusers folder in the user's cache."""
+"""Convert single-file checkpoints once into diffusers folders in the user's cache."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from platformdirs import user_cache_path
 from batch_infer.errors import ModelError
 from batch_infer.models.components import check_vocabularies, named_components
 from batch_infer.models.lora import is_lora
-from batch_infer.models.untrusted import PICKLES, check_weights, hash_file, read_header, read_object
+from batch_infer.models.untrusted import PICKLE_SUFFIXES, check_weights, hash_file, read_header, read_object
 from batch_infer.store import fsync
 
 CACHE_FOLDER = "converted-1"
-"""Folder of conversions in the user's cache; the number changes with the conversion."""
+"""Folder for converted checkpoints in the user's cache. A change of the conversion requires a new number."""
 PARTS = {
     "UNet": ("model.diffusion_model.",),
     "VAE": ("first_stage_model.", "vae."),
     "text encoder": ("cond_stage_model.", "conditioner.embedders."),
 }
-"""Prefixes of the tensor names of a complete checkpoint."""
+"""Tensor name prefixes of each part of a complete checkpoint."""
 
 log = logging.getLogger("batch_infer")
 
 
 def convert_once(file: Path) -> Path:
-    """Return the diffusers folder of a Stable Diffusion 1.x, 2.x or XL file, converting it on first use.
+    """Return the diffusers folder of a Stable Diffusion 1.x, 2.x or XL file, converting the file on first use.
 
     The folder's name is a digest of the file's content. Raises ModelError.
     """
-    if file.suffix in PICKLES:
+    if file.suffix in PICKLE_SUFFIXES:
         raise ModelError(f"{file} is pickled and pickles run code when read; convert the checkpoint to safetensors")
     if file.suffix != ".safetensors":
         raise ModelError(f"{file} is a file; give a .safetensors file or the folder that holds model_index.json")
@@ -50,7 +50,7 @@ def convert_once(file: Path) -> Path:
 
 
 def _refuse_parts(file: Path, names: Collection[str]) -> None:
-    """Raise ModelError for a file that is not a complete checkpoint, saying what it is."""
+    """Raise ModelError for a LoRA, a ControlNet or an incomplete checkpoint."""
     if is_lora(names):
         raise ModelError(f"{file} is a LoRA: give it with --lora, and with --model the model that it was made for")
     if any(name.startswith(("control_model.", "controlnet_cond_embedding.")) for name in names):
@@ -64,7 +64,7 @@ def _refuse_parts(file: Path, names: Collection[str]) -> None:
 
 
 def _convert(file: Path, header: Mapping[str, Any], folder: Path) -> None:
-    """Convert under a temporary name, in one process at a time."""
+    """Convert in a temporary folder, in one process at a time."""
     from batch_infer.models.conversion import convert
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -85,8 +85,8 @@ def _convert(file: Path, header: Mapping[str, Any], folder: Path) -> None:
 
 
 def _refuse_incomplete(folder: Path) -> None:
-    """Raise ModelError rather than keep files that were incomplete in the Hub's cache."""
+    """Raise ModelError if files from the Hub's cache are incomplete."""
     name = "the configs of its kind of model"
-    named = named_components(read_object(folder / "model_index.json", name), name)
-    check_weights(folder, named, name, None)
-    check_vocabularies(folder, named, name)
+    components = named_components(read_object(folder / "model_index.json", name), name)
+    check_weights(folder, components, name, None)
+    check_vocabularies(folder, components, name)

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x (Rombach et al., arXiv 2112.10752), and latent consistency models distilled from it."""
+"""Stable Diffusion 1.x and 2.x (Rombach et al., arXiv 2112.10752), and their distilled latent consistency models."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class StableDiffusion(LatentDiffusion):
         return unet, {"unet": unet, **load_vae_and_encoder(card, dtype)}
 
     def _encode(self, texts: Sequence[str]) -> list[Context]:
-        """Return each text's embedding (77, width); longer texts are truncated."""
+        """Return an embedding (77, width) per text. Longer texts are truncated."""
         network = self.pipeline.text_encoder
         tokens = tokenize(self.pipeline.tokenizer, texts)
         use_mask = getattr(network.config, "use_attention_mask", False)
@@ -41,21 +41,22 @@ class StableDiffusion(LatentDiffusion):
 
 
 def load_vae_and_encoder(card: ModelCard, dtype: torch.dtype) -> dict[str, Any]:
-    """Load the components that Stable Diffusion and DeciDiffusion share. Raises ModelError."""
+    """Load the VAE and text encoder of Stable Diffusion or DeciDiffusion. Raises ModelError."""
     classes = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-    return {name: load_module(kind, card, name, dtype) for name, kind in classes.items()}
+    return {name: load_module(component_type, card, name, dtype) for name, component_type in classes.items()}
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str]) -> Any:
-    """Return the tokens of texts, padded and truncated to the text encoder's length."""
+    """Tokenize texts, padded and truncated to the text encoder's length."""
     return tokenizer(
         texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
     )
 
 
 def refuse_variations(config: Mapping[str, Any], card: ModelCard, family: str, embedding: str | None = None) -> None:
-    """Raise ModelError for a UNet with other inputs than the family's, whose `addition_embed_type` is `embedding`."""
+    """Raise ModelError if a UNet's inputs are not the family's. `embedding` is the family's `addition_embed_type`."""
     expected = {"class_embed_type": None, "addition_embed_type": embedding, "encoder_hid_dim_type": None}
     for option, value in expected.items():
-        if (actual := config.get(option)) != value:
+        actual = config.get(option)
+        if actual != value:
             raise ModelError(f"{card.path}: a UNet with {option}={actual} is not {family}")

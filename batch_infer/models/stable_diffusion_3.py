@@ -21,32 +21,36 @@ NETWORKS = {
     "text_encoder_2": CLIPTextModelWithProjection,
 }
 T5 = "text_encoder_3"
-"""Optional: diffusers' pipeline replaces its embeddings by zeros where it is missing."""
+"""An optional component. If it is missing, diffusers' pipeline replaces its embeddings by zeros."""
 
 
 class StableDiffusion3(LatentDiffusion):
-    """A loaded Stable Diffusion 3 checkpoint. It supports guidance rescale, which diffusers' pipeline does not."""
+    """A loaded Stable Diffusion 3 checkpoint. Unlike diffusers' pipeline, it supports guidance rescale."""
 
     absent = {"image_encoder": None, "feature_extractor": None}
 
     @classmethod
     def load_modules(cls, card: ModelCard, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-        modules: dict[str, Any] = {name: load_module(kind, card, name, dtype) for name, kind in NETWORKS.items()}
+        modules: dict[str, Any] = {
+            name: load_module(network_type, card, name, dtype) for name, network_type in NETWORKS.items()
+        }
         if (card.path / T5).is_dir():
-            # Parts of it overflow in float16: loaded with the dtype, it keeps these in float32.
+            # With the `dtype` argument, the layers that would overflow in float16 stay in float32.
             modules[T5] = load_network(T5EncoderModel, card, T5, dtype=dtype)
         else:
             modules |= {T5: None, "tokenizer_3": None}
         return modules["transformer"], modules
 
     def _encode(self, texts: Sequence[str]) -> list[Context]:
-        """Return each text's embedding (77 + 256, width of T5), and the pooled one of both CLIP encoders."""
+        """Return, per text, an embedding (77 + 256, width of T5) and the pooled embedding of both CLIP encoders."""
         embeddings, _, pooled, _ = self.pipeline.encode_prompt(
             list(texts), None, None, device=self.device, do_classifier_free_guidance=False
         )
         return [
-            {"encoder_hidden_states": embedding, "pooled_projections": whole}
-            for embedding, whole in zip(embeddings.to(self.dtype).unbind(), pooled.to(self.dtype).unbind(), strict=True)
+            {"encoder_hidden_states": embedding, "pooled_projections": projection}
+            for embedding, projection in zip(
+                embeddings.to(self.dtype).unbind(), pooled.to(self.dtype).unbind(), strict=True
+            )
         ]
 
     def _unscale(self, latents: torch.Tensor) -> torch.Tensor:

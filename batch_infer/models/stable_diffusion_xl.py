@@ -1,6 +1,6 @@
-"""Stable Diffusion XL (Podell et al., arXiv 2307.01952), and checkpoints distilled from it to take few steps.
+"""Stable Diffusion XL (Podell et al., arXiv 2307.01952), and checkpoints distilled from it to need few steps.
 
-diffusers adds an invisible watermark where a package for that is installed; here images have none.
+Images have no invisible watermark, which diffusers adds if its watermark package is installed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NETWORKS = {
     "text_encoder_2": CLIPTextModelWithProjection,
 }
 SIZE_INPUTS = 6
-"""Numbers that describe the size to the UNet: original size, top left corner of the crop, and image size."""
+"""Number of size inputs to the UNet: original size, top left corner of the crop and image size, two numbers each."""
 
 
 class StableDiffusionXL(LatentDiffusion):
@@ -45,26 +45,28 @@ class StableDiffusionXL(LatentDiffusion):
         super().__init__(pipeline, denoiser, device, dtype, windows)
         vae = pipeline.vae
         if vae.dtype == torch.float16 and vae.config.force_upcast:
-            # It would overflow in float16. The pipeline keeps its own.
+            # This VAE overflows in float16. The pipeline still holds the float16 VAE.
             self._vae = copy.deepcopy(vae).to(torch.float32)
 
     @classmethod
     def load_modules(cls, card: ModelCard, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
         config = read_object(card.path / "unet" / "config.json", card.name)
         refuse_variations(config, card, "Stable Diffusion XL", embedding="text_time")
-        modules: dict[str, Any] = {name: load_module(kind, card, name, dtype) for name, kind in NETWORKS.items()}
+        modules: dict[str, Any] = {
+            name: load_module(network_type, card, name, dtype) for name, network_type in NETWORKS.items()
+        }
         _refuse_refiner(config, modules["text_encoder_2"].config.projection_dim, card)
         return modules["unet"], modules
 
     @torch.inference_mode()
     def denoise(self, sample: torch.Tensor, timestep: torch.Tensor, context: Context) -> torch.Tensor:
-        others = dict(context)
-        added = {name: others.pop(name) for name in ("text_embeds", "time_ids")}
-        output: torch.Tensor = self.denoiser(sample, timestep, **others, added_cond_kwargs=added, return_dict=False)[0]
+        inputs = dict(context)
+        added = {name: inputs.pop(name) for name in ("text_embeds", "time_ids")}
+        output: torch.Tensor = self.denoiser(sample, timestep, **inputs, added_cond_kwargs=added, return_dict=False)[0]
         return output
 
     def _encode(self, texts: Sequence[str]) -> list[Context]:
-        """Return each text's embedding (77, width of both encoders), and the second encoder's pooled one."""
+        """Return, per text, an embedding (77, width of both encoders) and the second encoder's pooled embedding."""
         hidden = []
         for suffix in ("", "_2"):
             network = getattr(self.pipeline, f"text_encoder{suffix}")
@@ -73,18 +75,18 @@ class StableDiffusionXL(LatentDiffusion):
             hidden.append(output.hidden_states[-2])
         embeddings, pooled = torch.cat(hidden, dim=-1).to(self.dtype), output.text_embeds.to(self.dtype)
         return [
-            {"encoder_hidden_states": embedding, "text_embeds": whole}
-            for embedding, whole in zip(embeddings.unbind(), pooled.unbind(), strict=True)
+            {"encoder_hidden_states": embedding, "text_embeds": text_embedding}
+            for embedding, text_embedding in zip(embeddings.unbind(), pooled.unbind(), strict=True)
         ]
 
     def _negative_prompt(self, request: PromptRequest) -> str | None:
-        """As in the base class; some checkpoints take zeros for a missing negative prompt, though not an empty one."""
+        """Return None for zeros, which some checkpoints use for a missing but not for an empty negative prompt."""
         if request.negative_prompt is None and self.pipeline.config.force_zeros_for_empty_prompt:
             return None
         return request.negative_prompt or ""
 
     def _make_inputs(self, params: SamplingParams) -> Context:
-        """Add that the image is neither scaled nor cropped."""
+        """Add the size inputs of an image that is neither scaled nor cropped."""
         size = (params.height, params.width)
         sizes = torch.tensor([*size, 0, 0, *size], dtype=self.dtype, device=self.device)
         return {"time_ids": sizes, **super()._make_inputs(params)}

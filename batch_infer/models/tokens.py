@@ -1,4 +1,4 @@
-"""Token counts of prompts, and whether the text encoder sees the whole prompt. Imports no torch."""
+"""Count the tokens of prompts to detect those that the text encoder truncates. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from batch_infer.models.families import FAMILIES
 from batch_infer.models.untrusted import LoadingErrors
 
 WINDOWS = 3
-"""Windows of 77 tokens that a prompt may fill with --long-prompts."""
+"""Number of windows of 77 tokens that a prompt may fill with --long-prompts."""
 COUNT_BATCH = 1024
 MAX_PENDING = 8
 
 
 class TokenCounter:
-    """Counts tokens with fast transformers tokenizers that add a start and an end token."""
+    """Counts tokens with fast transformers tokenizers, which add a start and an end token to every text."""
 
     def __init__(self, *tokenizers: Any, windows: int = 1) -> None:
         self._tokenizers = tokenizers
         self.max_tokens: int = windows * (min(tokenizer.model_max_length for tokenizer in tokenizers) - 2)
-        """Tokens of a text that every encoder sees."""
+        """Maximum number of tokens that every text encoder sees."""
 
     def count(self, texts: Sequence[str]) -> list[int]:
-        """Return each text's tokens without start, end and padding; the largest count of several tokenizers."""
+        """Return each text's token count without start, end and padding tokens: the maximum over the tokenizers."""
         texts = list(texts)
         counts = []
         for tokenizer in self._tokenizers:
-            # Counting on the backend itself takes two thirds of the time: transformers packs up every encoding.
+            # Counting on the backend takes two thirds of the time: transformers also converts every encoding.
             backend = tokenizer.backend_tokenizer
             backend.no_truncation()
             backend.no_padding()
             counts.append([len(encoding) for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)])
-        return list(map(max, *counts)) if len(counts) > 1 else counts[0]
+        return [max(text_counts) for text_counts in zip(*counts, strict=True)]
 
     def is_short(self, text: str) -> bool:
-        """Return whether a text certainly fits: in ASCII no token is shorter than a character."""
+        """Return whether a text certainly fits: no token of ASCII text is shorter than one character."""
         return len(text) <= self.max_tokens and text.isascii()
 
 
@@ -63,7 +63,7 @@ class TruncationCounter:
             self._submit()
 
     def close(self) -> int:
-        """Wait for all prompts and return the count."""
+        """Wait for the background thread and return the number of truncated prompts."""
         self._submit()
         self._pool.shutdown()
         return self._total + sum(future.result() for future in self._pending)
@@ -79,7 +79,7 @@ class TruncationCounter:
 
 
 def load_token_counter(card: ModelCard) -> TokenCounter | None:
-    """Load the counter of a checkpoint's tokens; None where only its pipeline can count them. Raises ModelError."""
+    """Load a checkpoint's token counter, or return None if only its pipeline can count tokens. Raises ModelError."""
     if card.uses_pipeline_call:
         return None
     tokenizers = (_load_clip(card.path, name) for name in FAMILIES[card.pipeline].tokenizers)
@@ -87,7 +87,7 @@ def load_token_counter(card: ModelCard) -> TokenCounter | None:
 
 
 def _load_clip(path: Path, name: str) -> Any:
-    """Load a CLIP tokenizer, limited to its text encoder's length. Raises ModelError."""
+    """Load a CLIP tokenizer and limit it to its text encoder's length. Raises ModelError."""
     from transformers import CLIPTokenizer
 
     folder = path / name
@@ -99,18 +99,18 @@ def _load_clip(path: Path, name: str) -> Any:
 
 
 def limit_tokenizer(tokenizer: Any, positions: int | None, embeddings: int | None, folder: Path) -> None:
-    """Limit a tokenizer to its text encoder's positions, where it has a higher limit or none.
+    """Limit a tokenizer's maximum length to the positions of its text encoder.
 
-    Raises ModelError where a token has no embedding, or where the limit leaves no room for a word.
+    Raises ModelError if a token has no embedding or if the limit leaves no room for a word.
     """
     if isinstance(positions, int):
         tokenizer.model_max_length = int(min(tokenizer.model_max_length, positions))
     if tokenizer.model_max_length < SHORTEST_TEXT:
         raise ModelError(f"{folder}: model_max_length={tokenizer.model_max_length} leaves no room for a word")
-    token, last = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1], default=("", -1))
-    if isinstance(embeddings, int) and last >= embeddings:
+    token, last_id = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1], default=("", -1))
+    if isinstance(embeddings, int) and last_id >= embeddings:
         encoder = folder.name.replace("tokenizer", "text_encoder")
         raise ModelError(
-            f"{folder}: token {token!r} has the number {last}, but {encoder} has {embeddings} embeddings; do they "
+            f"{folder}: token {token!r} has the number {last_id}, but {encoder} has {embeddings} embeddings; do they "
             "belong together?"
         )

@@ -1,4 +1,4 @@
-"""Trial calls of a pipeline at load: can rows share a call, do seeds decide all noise, do the components fit."""
+"""Call a pipeline after loading to check that rows can share calls, seeds decide all noise and components fit."""
 
 from __future__ import annotations
 
@@ -23,72 +23,72 @@ RANDOM_OPERATIONS = {
     *("uniform_", "random_", "exponential_", "bernoulli", "bernoulli_", "multinomial"),
 }
 REFUSALS = (ValueError, IndexError, ZeroDivisionError, AssertionError, NotImplementedError)
-"""Errors of a pipeline or its scheduler for values that it does not support."""
+"""Errors that a pipeline or scheduler raises for unsupported values."""
 
 Arguments = Mapping[str, Any]
 Operation = tuple[str, tuple[tuple[int, ...], ...]]
-"""A torch operation and the shapes of its input and output tensors."""
+"""Name of a torch operation, and shapes of its input and output tensors."""
 
 
 def can_share_calls(pipeline: Any, denoiser: torch.nn.Module | None, path: Path, arguments: Arguments) -> bool:
     """Return whether rows can share a call without depending on each other's text lengths.
 
-    Also decodes one image. Raises ModelError, naming the checkpoint `path`, where the components do not fit together,
-    and where noise is drawn that no row's generator gives.
+    Also decodes one image. Raises ModelError, naming the checkpoint `path`, if the components do not fit together, and
+    if the pipeline draws noise from the global generator.
     """
     with _restored_processors(denoiser):
         try:
             with out_of_memory_errors():
-                uniform = has_one_shape(pipeline, arguments)
+                has_uniform_shapes = has_one_shape(pipeline, arguments)
         except LOADING_ERRORS as error:
             if isinstance(error, torch.OutOfMemoryError) or is_device_fault(error):
                 raise
             _refuse_misfit(pipeline, denoiser, path, arguments)
-            uniform = False
+            has_uniform_shapes = False
         if denoiser is not None and getattr(pipeline, "vae", None) is not None:
             _try_decoder(pipeline, denoiser, path, arguments)
-    return uniform
+    return has_uniform_shapes
 
 
 def has_one_shape(pipeline: Any, arguments: Arguments) -> bool:
-    """Return whether calls do the same operations on the same shapes for texts of different lengths.
+    """Return whether calls for texts of different lengths perform the same operations on the same shapes.
 
-    Operations are recorded up to the end of the first step. Raises ModelError where one draws noise that no row's
-    generator gives.
+    Operations are recorded until the end of the first step. Raises ModelError if one draws noise from the global
+    generator instead of a row's generator.
     """
-    short, longer = (_record(pipeline, {**arguments, "prompt": [text]}) for text in TEXTS)
-    return short == longer
+    short, long = (_record(pipeline, {**arguments, "prompt": [text]}) for text in TEXTS)
+    return short == long
 
 
 def _record(pipeline: Any, arguments: Arguments) -> list[Operation]:
     recorder = _OperationRecorder()
     with recorder:
         _take_first_step(pipeline, arguments)
-    if recorder.drawn:
+    if recorder.unseeded_operation:
         parts = (pipeline, getattr(pipeline, "scheduler", None))
         name = " with ".join(type(part).__name__ for part in parts if part)
         raise ModelError(
-            f"{name} draws noise ({recorder.drawn}) that no row's seed decides, so that no image could be made again; "
-            "try another --scheduler"
+            f"{name} draws noise ({recorder.unseeded_operation}) that no row's seed decides, so that no image could be "
+            "made again; try another --scheduler"
         )
     return recorder.operations
 
 
 class _OperationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records every operation on floating-point results, with the shapes of its inputs and outputs."""
+    """Records every operation with a floating-point result, and the shapes of its inputs and outputs."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.operations: list[Operation] = []
-        self.drawn: str | None = None
-        """An operation that drew from the global generator."""
+        self.unseeded_operation: str | None = None
+        """The last operation that drew from the global generator."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         if func.overloadpacket.__name__ in RANDOM_OPERATIONS and kwargs.get("generator") is None:
-            self.drawn = func.overloadpacket.__name__
-        # Operations on integers only count: tokens, whose number is the length of the text, and positions.
+            self.unseeded_operation = func.overloadpacket.__name__
+        # Skips operations on integers: these are tokens, whose number depends on the text length, and positions.
         if any(leaf.is_floating_point() for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)):
             self.operations.append((str(func), _shapes((args, kwargs, output))))
         return output
@@ -99,11 +99,11 @@ def _shapes(values: Any) -> tuple[tuple[int, ...], ...]:
 
 
 class _FirstStepDone(BaseException):
-    """Ends a call after its first step; no pipeline catches it."""
+    """Ends a call after its first step. As a BaseException it is not caught by pipelines."""
 
 
 def _take_first_step(pipeline: Any, arguments: Arguments) -> None:
-    """Call a pipeline up to the end of its scheduler's first step, or completely where it has no scheduler."""
+    """Call a pipeline until the end of its scheduler's first step, or completely if it has no scheduler."""
     scheduler: Any = getattr(pipeline, "scheduler", None)
     if not hasattr(scheduler, "step"):
         _call(pipeline, arguments)
@@ -111,11 +111,11 @@ def _take_first_step(pipeline: Any, arguments: Arguments) -> None:
     step = scheduler.step
 
     @functools.wraps(step)  # pipelines inspect its signature
-    def last(*args: Any, **kwargs: Any) -> None:
+    def step_once(*args: Any, **kwargs: Any) -> None:
         step(*args, **kwargs)
         raise _FirstStepDone
 
-    scheduler.step = last
+    scheduler.step = step_once
     try:
         with suppress(_FirstStepDone):
             _call(pipeline, arguments)
@@ -129,9 +129,9 @@ def _call(pipeline: Any, arguments: Arguments) -> None:
 
 
 def _refuse_misfit(pipeline: Any, denoiser: torch.nn.Module | None, path: Path, arguments: Arguments) -> None:
-    """Take a step without recording. Raises ModelError for an error that is not about these arguments.
+    """Repeat the first step without recording. Raises ModelError for an error that the arguments do not cause.
 
-    Before its first denoiser evaluation a pipeline may refuse the size, and rows may have another.
+    Refusals before the first denoiser evaluation are ignored: they may concern the size, and rows may have other sizes.
     """
     evaluations: list[None] = []
     hook = denoiser and denoiser.register_forward_pre_hook(lambda *_: evaluations.append(None))
@@ -147,10 +147,10 @@ def _refuse_misfit(pipeline: Any, denoiser: torch.nn.Module | None, path: Path, 
 
 
 def _try_decoder(pipeline: Any, denoiser: torch.nn.Module, path: Path, arguments: Arguments) -> None:
-    """Decode one image. Raises ModelError for a decoder that does not fit.
+    """Decode one image. Raises ModelError if the decoder does not fit.
 
-    After the first denoiser evaluation for each shape of its inputs, others return its output: the call costs about one
-    step and one decoded image.
+    The denoiser runs once per input shape and its output is reused, so that the call costs about one step and one
+    decoded image.
     """
     decode, evaluate = pipeline.vae.decode, denoiser.forward
     outputs: dict[object, Any] = {}
@@ -169,7 +169,7 @@ def _try_decoder(pipeline: Any, denoiser: torch.nn.Module, path: Path, arguments
 
     pipeline.vae.decode, denoiser.forward = try_decode, replay
     try:
-        with out_of_memory_errors(), suppress(*LOADING_ERRORS):  # other errors are `_refuse_misfit`'s
+        with out_of_memory_errors(), suppress(*LOADING_ERRORS):  # `_refuse_misfit` raises other errors
             _call(pipeline, arguments)
     finally:
         del pipeline.vae.decode, denoiser.forward
@@ -177,7 +177,7 @@ def _try_decoder(pipeline: Any, denoiser: torch.nn.Module, path: Path, arguments
 
 @contextmanager
 def _restored_processors(denoiser: Any) -> Iterator[None]:
-    """Restore the denoiser's attention processors, which some pipelines replace during their call."""
+    """Restore the denoiser's attention processors, which some pipelines replace during a call."""
     processors = dict(getattr(denoiser, "attn_processors", {}))
     try:
         yield
