@@ -43,7 +43,7 @@ SYNONYMS = {
 }
 """Names of the fields in other tools, in lower case without spaces, hyphens and underscores."""
 SIMILAR = 0.8
-"""Minimum difflib ratio of a misspelt name. The first letters must match: `heigth` is a misspelt height, not `weight`."""
+"""Minimum difflib ratio of a misspelt name. The first letters must match: `heigth` may mean height, `weight` not."""
 SHORTEST_MISSPELT = 5
 """Minimum number of letters in a misspelt name. Shorter names resemble too many other words."""
 

@@ -60,7 +60,7 @@ def _redact_link(link: str) -> str:
 
 
 def split_chain(url: str) -> tuple[str, str, str]:
-    """Split a chain into the link with the file path and the text before and after that link.
+    """Split a chain into the text before the link with the file path, that link, and the text after it.
 
     In `simplecache::s3://bucket/a.csv`, only the second link has a path.
     """
