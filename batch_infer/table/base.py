@@ -87,17 +87,17 @@ class RemarkCounts:
     """Counts the remarks of one pass over the tables by kind, and keeps the first row of each kind."""
 
     def __init__(self) -> None:
-        self._first: dict[str, str] = {}
-        self._rows: dict[str, int] = {}
+        self._examples: dict[str, str] = {}
+        self._counts: dict[str, int] = {}
 
     def add(self, remark: Remark, source: object) -> None:
         """Count a remark on the row at `source`."""
-        self._first.setdefault(remark.kind, f"{source}{remark.detail and ': '}{remark.detail}")
-        self._rows[remark.kind] = self._rows.get(remark.kind, 0) + 1
+        self._examples.setdefault(remark.kind, f"{source}: {remark.detail}" if remark.detail else str(source))
+        self._counts[remark.kind] = self._counts.get(remark.kind, 0) + 1
 
     def sentences(self) -> list[str]:
         """Return one sentence per kind."""
-        return [f"{_REMARKS[kind]}: {self._rows[kind]:,} (first: {first})" for kind, first in self._first.items()]
+        return [f"{_REMARKS[kind]}: {self._counts[kind]:,} (first: {row})" for kind, row in self._examples.items()]
 
 
 class RawRow(NamedTuple):

@@ -105,31 +105,31 @@ def rename_doubled(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     return distinct, renamed
 
 
-def rename_doubled_fields(kind: pa.DataType, name: str, renamed: dict[str, str]) -> pa.DataType:
+def rename_doubled_fields(dtype: pa.DataType, name: str, renamed: dict[str, str]) -> pa.DataType:
     """Return a type whose structs have unique field names, and add the changed names to `renamed`.
 
     `name` is the column. Python, pandas and SQL engines cannot read a struct with duplicate field names.
     """
-    if pa.types.is_struct(kind):
-        names, doubled = rename_doubled([field.name for field in kind])
-        renamed.update({f"{name}.{new}": f"{name}.{old}" for new, old in doubled.items()})
+    if pa.types.is_struct(dtype):
+        names, duplicates = rename_doubled([field.name for field in dtype])
+        renamed.update({f"{name}.{new}": f"{name}.{old}" for new, old in duplicates.items()})
         fields = [
             field.with_name(new).with_type(rename_doubled_fields(field.type, f"{name}.{new}", renamed))
-            for field, new in zip(kind, names, strict=True)
+            for field, new in zip(dtype, names, strict=True)
         ]
         return pa.struct(fields)
-    if pa.types.is_map(kind):
+    if pa.types.is_map(dtype):
         key, item = (
             field.with_type(rename_doubled_fields(field.type, name, renamed))
-            for field in (kind.key_field, kind.item_field)
+            for field in (dtype.key_field, dtype.item_field)
         )
-        return pa.map_(key, item, kind.keys_sorted)
-    if not isinstance(kind, (pa.ListType, pa.LargeListType, pa.FixedSizeListType)):
-        return kind
-    field = kind.value_field.with_type(rename_doubled_fields(kind.value_type, name, renamed))
-    if isinstance(kind, pa.FixedSizeListType):
-        return pa.list_(field, kind.list_size)
-    return pa.list_(field) if isinstance(kind, pa.ListType) else pa.large_list(field)
+        return pa.map_(key, item, dtype.keys_sorted)
+    if not isinstance(dtype, (pa.ListType, pa.LargeListType, pa.FixedSizeListType)):
+        return dtype
+    field = dtype.value_field.with_type(rename_doubled_fields(dtype.value_type, name, renamed))
+    if isinstance(dtype, pa.FixedSizeListType):
+        return pa.list_(field, dtype.list_size)
+    return pa.list_(field) if isinstance(dtype, pa.ListType) else pa.large_list(field)
 
 
 def describe_renamed(file: str, renamed: Mapping[str, str]) -> str:
@@ -156,8 +156,8 @@ def map_fields(
         elif field == "prompt" or (name and field in columns):
             purpose = "" if name == field else f" for {field}"
             raise TableError(f"{file.name} has no column {name!r}{purpose}; {_advise(file, field, name, names)}")
-    if doubled := sorted(set(fields.values()) & set(renamed.values())):
-        raise TableError(f"{file.name} has two columns named {doubled[0]!r}; rename one")
+    if duplicates := sorted(set(fields.values()) & set(renamed.values())):
+        raise TableError(f"{file.name} has two columns named {duplicates[0]!r}; rename one")
     return fields
 
 

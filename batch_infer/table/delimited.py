@@ -46,8 +46,8 @@ def open_delimited(file: TableFile, prompt_column: str, scratch: Scratch) -> Del
     for separator in separators:
         try:
             headers[separator] = _read_header(file, separator, is_declared=declared is not None)
-        except csv.Error as caught:  # a quoted header is malformed CSV with the wrong separator
-            error = error or caught
+        except csv.Error as exc:  # a quoted header is malformed CSV with the wrong separator
+            error = error or exc
             continue
         if prompt_column in headers[separator]:
             break
@@ -101,7 +101,7 @@ class DelimitedReader(Reader):
     is_declared: bool
 
     def rows(self) -> Iterator[RawRow]:
-        number = 0
+        row_number = 0
         try:
             with open_text(self.file, newline="") as stream:
                 lines = _CsvLines(stream, self.separator)
@@ -110,16 +110,16 @@ class DelimitedReader(Reader):
                 while True:
                     lines.begin_row()
                     try:
-                        row = self._read_row(reader, lines, number)
+                        row = self._read_row(reader, lines, row_number)
                     except StopIteration:
                         return
                     if row:
                         yield row
-                        number += 1
+                        row_number += 1
         except OSError as error:
-            yield broken_off_row(self.file, number, error)
+            yield broken_off_row(self.file, row_number, error)
 
-    def _read_row(self, reader: Any, lines: _CsvLines, number: int) -> RawRow | None:
+    def _read_row(self, reader: Any, lines: _CsvLines, row_number: int) -> RawRow | None:
         """Return the next row, or None for a blank line. Raises StopIteration at the end of the file."""
         first = lines.number + 1
         try:
@@ -130,10 +130,10 @@ class DelimitedReader(Reader):
                 lines.push_back(count)
                 if isinstance(error, RowError) and not count:
                     self._skip_row(lines)
-            return RawRow(number, {}, _describe(first, lines.number, error), first)
+            return RawRow(row_number, {}, _describe(first, lines.number, error), first)
         if lines.shortened:
-            return RawRow(number, {}, _describe_shortened(first, lines), first)
-        return self._make_row(number, cells, first, lines.number) if cells else None
+            return RawRow(row_number, {}, _describe_shortened(first, lines), first)
+        return self._make_row(row_number, cells, first, lines.number) if cells else None
 
     def _count_rows_within(self, lines: list[str]) -> int:
         """Return how many of the last lines of an unreadable row belong to later rows.
@@ -167,11 +167,11 @@ class DelimitedReader(Reader):
                 return
             is_open ^= line.count('"') % 2 == 1
 
-    def _make_row(self, number: int, cells: list[str], first: int, last: int) -> RawRow:
+    def _make_row(self, row_number: int, cells: list[str], first: int, last: int) -> RawRow:
         error, remark = None, None
         width = len(self.header)
         if len(cells) > 1 and not any(cells):
-            return RawRow(number, {}, None, first, Remark("blank"))
+            return RawRow(row_number, {}, None, first, Remark("blank"))
         if len(cells) > width and any(cells[width:]):
             separators = SEPARATORS.get(self.separator, repr(self.separator))
             error = (
@@ -181,7 +181,7 @@ class DelimitedReader(Reader):
         elif len(cells) < width:  # some spreadsheets omit empty cells at the end of a row
             remark = remark_short_row(len(cells), self.header)
         # strict=False also accepts a row with too many cells, which has an error.
-        return RawRow(number, dict(zip(self.header, cells, strict=False)), error, first, remark)
+        return RawRow(row_number, dict(zip(self.header, cells, strict=False)), error, first, remark)
 
 
 class _ShortenedLine(str):

@@ -75,11 +75,11 @@ def _expand(argument: str, folder: Path, scratch: Scratch, left_out: LeftOutFile
         if protocol_of(argument) and not (folder / argument).exists():
             return _find_remote(argument, name, scratch, left_out)
         return _find_local(argument, folder, left_out)
-    except TableError as caught:
-        error = str(caught)
-    except (OSError, ValueError) as caught:  # ValueError: pathlib rejects the pattern
-        raise_storage_error(caught, name)
-        error = f"{name}: {error_text(caught)}"
+    except TableError as exc:
+        error = str(exc)
+    except (OSError, ValueError) as exc:  # ValueError: pathlib rejects the pattern
+        raise_storage_error(exc, name)
+        error = f"{name}: {error_text(exc)}"
     url = argument if protocol_of(argument) else ""
     return [TableFile(folder, name, stem_of(name.rstrip("/").rpartition("/")[2]), error=error, url=url)]
 

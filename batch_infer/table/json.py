@@ -52,8 +52,8 @@ def payload_columns(values: Sequence[Any]) -> tuple[str, ...]:
     """Return the names in a payload's `columns`. Raises RowError for too many or duplicate names."""
     if len(values) > MAX_COLUMNS:
         raise RowError(f"there are more than {MAX_COLUMNS}")
-    if doubled := [name for name, count in Counter(map(str, values)).items() if count > 1]:
-        raise RowError(f"two are named {doubled[0]!r}")
+    if duplicates := [name for name, count in Counter(map(str, values)).items() if count > 1]:
+        raise RowError(f"two are named {duplicates[0]!r}")
     return tuple(map(str, values))
 
 
@@ -83,10 +83,12 @@ def open_json(file: TableFile, prompt_column: str, scratch: Scratch) -> Reader:
         return open_jsonl(file, prompt_column, scratch)
     document, renamed = _read_format(file, prompt_column or "prompt")
     columns = JsonColumns([*document.columns, *document.parameters] if document.is_payload else [])
-    error, is_readable = None, False
+    error: str | None = None
+    is_readable = False
     for row in _read_elements(file, document):
         columns.add(row.cells)
-        error, is_readable = error or row.error, is_readable or not row.error
+        error = error or row.error
+        is_readable = is_readable or not row.error
     if error and not is_readable:
         raise TableError(f"{file.name} cannot be read: {error}")
     return DocumentReader(file, columns.schema(), renamed, document)
@@ -144,10 +146,10 @@ def _read_payload_format(
                 case _, mark:
                     has_rows = has_rows or (key == "data" and mark == "[")
                     scanner.skip_value()
-    except (OSError, BrokenDocument) as broken:
-        error = error_text(broken)  # the rows before the damage can be read once the columns are known
-    except RowError as invalid:
-        raise TableError(f"{file.name} cannot be read: its columns or parameters: {invalid}") from invalid
+    except (OSError, BrokenDocument) as exc:
+        error = error_text(exc)  # the rows before the damage can be read once the columns are known
+    except RowError as exc:
+        raise TableError(f"{file.name} cannot be read: its columns or parameters: {exc}") from exc
     if not has_rows or (error and not document.columns):
         raise TableError(f"{file.name} cannot be read: {error}" if error else f"{file.name} is no table: {ACCEPTED}")
     if not all(map(is_utf8, (*document.columns, *document.parameters))):
@@ -177,16 +179,16 @@ class DocumentReader(Reader):
 
 
 def _read_elements(file: TableFile, document: DocumentFormat) -> Iterator[RawRow]:
-    number = 0
+    row_number = 0
     try:
         with open_bytes(file) as stream:
             scanner = Scanner(stream)
             for _ in _find_elements(scanner, document):
-                yield _make_row(number, scanner.read_value(), document)
-                number += 1
+                yield _make_row(row_number, scanner.read_value(), document)
+                row_number += 1
             scanner.read_end()
     except (OSError, BrokenDocument) as error:
-        yield broken_off_row(file, number, error)
+        yield broken_off_row(file, row_number, error)
 
 
 def _find_elements(scanner: Scanner, document: DocumentFormat) -> Iterator[None]:
@@ -201,10 +203,10 @@ def _find_elements(scanner: Scanner, document: DocumentFormat) -> Iterator[None]
             scanner.skip_value()
 
 
-def _make_row(number: int, element: Any, document: DocumentFormat) -> RawRow:
+def _make_row(row_number: int, element: Any, document: DocumentFormat) -> RawRow:
     try:
         cells = element_cells(element, document)
     except RowError as error:
-        return RawRow(number, {}, f"element {number} {error}")
+        return RawRow(row_number, {}, f"element {row_number} {error}")
     is_short = isinstance(element, list) and len(element) < len(document.columns)
-    return RawRow(number, cells, remark=remark_short_row(len(element), document.columns) if is_short else None)
+    return RawRow(row_number, cells, remark=remark_short_row(len(element), document.columns) if is_short else None)

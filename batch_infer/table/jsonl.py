@@ -28,10 +28,13 @@ def open_jsonl(file: TableFile, prompt_column: str, scratch: Scratch) -> JsonLin
     """Open a file and find its columns in one pass. Raises OSError, and TableError if no line can be read."""
     with open_text(file, newline="\n"):
         pass  # raise OSError here: below, it would become a row of a file that breaks off
-    columns, error, count = JsonColumns(), None, 0
+    columns = JsonColumns()
+    error: str | None = None
+    count = 0
     for row in _read_lines(file):
         columns.add(row.cells)
-        error, count = error or row.error, count + 1
+        error = error or row.error
+        count += 1
     schema = columns.schema()
     if error and not schema.names:
         raise TableError(f"{file.name} cannot be read: {error}")
@@ -51,7 +54,7 @@ class JsonLinesReader(Reader):
 
 
 def _read_lines(file: TableFile) -> Iterator[RawRow]:
-    number, is_batch = 0, None
+    row_number, is_batch = 0, None
     try:
         with open_text(file, newline="\n") as stream:
             lines = LineReader(stream)
@@ -66,12 +69,12 @@ def _read_lines(file: TableFile) -> Iterator[RawRow]:
                         cells, error = _read_batch_request(cells)
                 except StopIteration:
                     return
-                except RowError as caught:
-                    cells, error = {}, f"line {lines.number} {caught}"
-                yield RawRow(number, cells, error, lines.number)
-                number += 1
-    except OSError as caught:
-        yield broken_off_row(file, number, caught)
+                except RowError as exc:
+                    cells, error = {}, f"line {lines.number} {exc}"
+                yield RawRow(row_number, cells, error, lines.number)
+                row_number += 1
+    except OSError as exc:
+        yield broken_off_row(file, row_number, exc)
 
 
 def _parse_object(text: str) -> dict[str, Any]:
@@ -117,15 +120,15 @@ def exact_float(text: str) -> float | int | Decimal | JsonNumber:
 
     A float is exact if it prints as the same number, as 0.1 does. A number with an exponent beyond Decimal stays text.
     """
-    number = float(text)
+    value = float(text)
     is_plain = "e" not in text.lower()
-    if repr(number) == text or (is_plain and len(text) <= FLOAT_DIGITS):
-        return number
+    if repr(value) == text or (is_plain and len(text) <= FLOAT_DIGITS):
+        return value
     try:
         exact = Decimal(text)
     except InvalidOperation:
         return JsonNumber(text)
-    if Decimal(repr(number)) == exact:
-        return number
+    if Decimal(repr(value)) == exact:
+        return value
     is_short = is_plain and exact.adjusted() < MAX_INTEGER_DIGITS
     return int(exact) if is_short and exact == exact.to_integral_value() else exact

@@ -64,19 +64,19 @@ class ParquetReader(Reader):
 
         If the counts in the footer are damaged, a single row says so.
         """
-        number = counted = 0
+        row_number = counted_rows = 0
         try:
             with self._open() as parquet:
                 for group in range(parquet.num_row_groups):
-                    for row in self._read_group(parquet, group, number):
+                    for row in self._read_group(parquet, group, row_number):
                         yield row
-                        number = row.number + 1
-                    counted += max(0, parquet.metadata.row_group(group).num_rows)
-                if counted < (total := parquet.metadata.num_rows):
-                    message = f"the footer is damaged: it counts {total} rows, and its row groups {counted}"
-                    yield RawRow(number, {}, message)
+                        row_number = row.number + 1
+                    counted_rows += max(0, parquet.metadata.row_group(group).num_rows)
+                if counted_rows < (total := parquet.metadata.num_rows):
+                    message = f"the footer is damaged: it counts {total} rows, and its row groups {counted_rows}"
+                    yield RawRow(row_number, {}, message)
         except READ_ERRORS as error:
-            yield broken_off_row(self.file, number, error)
+            yield broken_off_row(self.file, row_number, error)
 
     def arrays(self, name: str) -> Iterator[pa.Array]:
         file_name = self.renamed_columns.get(name, name)
@@ -103,23 +103,24 @@ class ParquetReader(Reader):
 
     def _read_group(self, parquet: pq.ParquetFile, group: int, first: int) -> Iterator[RawRow]:
         metadata = parquet.metadata.row_group(group)
-        number, count = first, metadata.num_rows
+        row_number, count = first, metadata.num_rows
         message = "it has fewer rows than the footer counts"
         try:
             for batch in parquet.iter_batches(batch_size=_batch_rows(metadata), row_groups=[group]):
-                yield from _read_batch(self._rename(batch), number)
-                number += len(batch)
+                yield from _read_batch(self._rename(batch), row_number)
+                row_number += len(batch)
         except READ_ERRORS as error:
             raise_storage_error(error, self.file.name, was_opened=True)
             message = error_text(error)
         else:
-            if number - first >= count:
+            if row_number - first >= count:
                 return
         if 0 < count <= max(PLAUSIBLE_ROWS, 8 * self.path.stat().st_size):  # distinct rows take at least one bit each
-            message = f"rows {number} to {first + count - 1}, in row group {group}, cannot be read: {message}"
-            yield from (RawRow(missing, {}, message) for missing in range(number, first + count))
+            message = f"rows {row_number} to {first + count - 1}, in row group {group}, cannot be read: {message}"
+            yield from (RawRow(missing, {}, message) for missing in range(row_number, first + count))
         else:
-            yield RawRow(number, {}, f"row group {group} is damaged: the footer counts {count} rows in it; {message}")
+            message = f"row group {group} is damaged: the footer counts {count} rows in it; {message}"
+            yield RawRow(row_number, {}, message)
 
     def _rename(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         """Return a batch with the schema's names for columns and struct fields."""
@@ -150,14 +151,14 @@ def _batch_rows(group: pq.RowGroupMetaData) -> int:
     return max(1, min(BATCH_ROWS, BATCH_BYTES * int(group.num_rows) // max(1, int(size))))
 
 
-def _read_batch(batch: pa.RecordBatch, number: int) -> Iterator[RawRow]:
+def _read_batch(batch: pa.RecordBatch, row_number: int) -> Iterator[RawRow]:
     """Yield the rows of a batch. A row that is too long is not converted to Python values."""
     start = 0
     for index in _find_too_long(batch):
-        yield from _convert_rows(batch.slice(start, index - start), number + start)
-        yield RawRow(number + index, {}, f"the row has more than {LONGEST} bytes")
+        yield from _convert_rows(batch.slice(start, index - start), row_number + start)
+        yield RawRow(row_number + index, {}, f"the row has more than {LONGEST} bytes")
         start = index + 1
-    yield from _convert_rows(batch.slice(start), number + start)
+    yield from _convert_rows(batch.slice(start), row_number + start)
 
 
 def _find_too_long(batch: pa.RecordBatch) -> list[int]:
@@ -183,18 +184,18 @@ def _cell_bytes(column: pa.Array) -> pa.Array:
     return sizes.fill_null(0)
 
 
-def _convert_rows(batch: pa.RecordBatch, number: int) -> Iterator[RawRow]:
+def _convert_rows(batch: pa.RecordBatch, row_number: int) -> Iterator[RawRow]:
     names = batch.schema.names
     try:
         columns = [to_values(column) for column in batch.columns]
     except ValueError:  # a text is not UTF-8: convert row by row, so that only its own row fails
-        yield from (_convert_row(batch.slice(i, 1), number + i) for i in range(len(batch)))
+        yield from (_convert_row(batch.slice(index, 1), row_number + index) for index in range(len(batch)))
     else:
-        for i, cells in enumerate(zip(*columns, strict=True)):
-            yield RawRow(number + i, dict(zip(names, cells, strict=True)))
+        for index, cells in enumerate(zip(*columns, strict=True)):
+            yield RawRow(row_number + index, dict(zip(names, cells, strict=True)))
 
 
-def _convert_row(batch: pa.RecordBatch, number: int) -> RawRow:
+def _convert_row(batch: pa.RecordBatch, row_number: int) -> RawRow:
     """Convert a batch of one row cell by cell."""
     cells, errors = {}, []
     for name in batch.schema.names:
@@ -202,4 +203,4 @@ def _convert_row(batch: pa.RecordBatch, number: int) -> RawRow:
             (cells[name],) = to_values(batch.column(name))
         except ValueError as error:
             errors.append(f"column {name!r} cannot be read: {error_text(error)}")
-    return RawRow(number, cells, "; ".join(errors) or None)
+    return RawRow(row_number, cells, "; ".join(errors) or None)

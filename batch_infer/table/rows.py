@@ -159,8 +159,8 @@ def _parse(cells: RowCells, rules: RowRules, errors: list[str]) -> dict[str, Any
         value = cells.fields.get(field)
         try:
             values[field] = getattr(rules.defaults, field, None) if value is None else parse(field, value, rules.sizes)
-        except RowError as caught:
-            errors.append(str(caught))
+        except RowError as exc:
+            errors.append(str(exc))
     for field, value in rules.fixed:
         if field in values and values[field] != value:
             errors.append(f"{field} {show_value(values[field])} is given, and this model takes none")

@@ -31,7 +31,7 @@ class TextReader(Reader):
     """Reads the nonblank lines of a plain text file."""
 
     def rows(self) -> Iterator[RawRow]:
-        number = 0
+        row_number = 0
         try:
             with open_text(self.file, newline=None) as stream:
                 lines = LineReader(stream)
@@ -41,14 +41,14 @@ class TextReader(Reader):
                     except StopIteration:
                         return
                     except RowError as error:
-                        yield RawRow(number, {}, f"line {lines.number} {error}", lines.number)
+                        yield RawRow(row_number, {}, f"line {lines.number} {error}", lines.number)
                     else:
                         if not prompt.strip():
                             continue
-                        yield RawRow(number, {"prompt": prompt}, None, lines.number, _remark(prompt))
-                    number += 1
+                        yield RawRow(row_number, {"prompt": prompt}, None, lines.number, _remark(prompt))
+                    row_number += 1
         except OSError as error:
-            yield broken_off_row(self.file, number, error)
+            yield broken_off_row(self.file, row_number, error)
 
 
 def _remark(prompt: str) -> Remark | None:

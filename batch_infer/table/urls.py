@@ -66,8 +66,9 @@ def split_chain(url: str) -> tuple[str, str, str]:
     """
     links = url.split("::")
     index = next((index for index, link in enumerate(links) if "://" in link), 0)
-    before, after = links[:index], links[index + 1 :]
-    return "".join(f"{link}::" for link in before), links[index], "".join(f"::{link}" for link in after)
+    before = "".join(f"{link}::" for link in links[:index])
+    after = "".join(f"::{link}" for link in links[index + 1 :])
+    return before, links[index], after
 
 
 def split_query(link: str) -> tuple[str, str]:
