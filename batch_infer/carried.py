@@ -232,7 +232,7 @@ def make_converter(source: pa.DataType, target: pa.DataType) -> Convert | None:
 
 
 def make_result_names(names: Iterable[str], reserved: Collection[str], *, known: bool = False) -> dict[str, str]:
-    """Return a result name for each name. No two result names, or names in `reserved`, are equal when case is ignored.
+    """Return a result name for each name. Ignoring case, no result name equals another or a name in `reserved`.
 
     SQL engines ignore case. A conflicting name is prefixed with `input_` until it is unique. With `known`, an
     `input_<name>` in `names` is the earlier result name of the same column, and both share that result name.

@@ -28,7 +28,7 @@ from batch_infer.table.base import RawRow, Reader, TableFile
 LARGEST_ROW = 1 << 20
 """Maximum total bytes of a row's carried cells, which bounds memory use."""
 DIGEST_DIGITS = 20
-"""Number of hexadecimal digits in a row's digest. Two of a billion distinct rows collide with probability 4e-7."""
+"""Number of hexadecimal digits in a row's digest. A billion distinct rows have a collision with probability 4e-7."""
 
 SYNONYMS = {
     "id": ("uid", "rowid", "promptid", "customid"),
@@ -43,7 +43,7 @@ SYNONYMS = {
 }
 """Names of the fields in other tools, in lower case without spaces, hyphens and underscores."""
 SIMILAR = 0.8
-"""Minimum difflib ratio of a misspelt name. The first letters must match: `heigth` may mean height, `weight` not."""
+"""Minimum difflib ratio of a misspelt name with the same first letter: `heigth` matches height, `weight` does not."""
 SHORTEST_MISSPELT = 5
 """Minimum number of letters in a misspelt name. Shorter names resemble too many other words."""
 
@@ -103,9 +103,8 @@ class CellReader:
         """
         carried = {column: _digest_text(row.cells.get(column), dtype) for column, dtype in self._dtypes.items()}
         cells = {field: _digest_text(value) for field, value in fields.items()}
-        return digest([{name: text for name, text in part.items() if text} for part in (cells, carried)])[
-            :DIGEST_DIGITS
-        ]
+        nonempty = [{name: text for name, text in texts.items() if text} for texts in (cells, carried)]
+        return digest(nonempty)[:DIGEST_DIGITS]
 
     def read_carried(self, row: RawRow) -> tuple[dict[str, Any], str | None]:
         """Return the carried cells by result name, and an error message if they are too large."""

@@ -26,7 +26,7 @@ from batch_infer.table.columns import SEPARATORS, rename_doubled
 from batch_infer.table.streams import LONGEST, LineReader, open_text
 
 DECLARATION = re.compile(r'"?sep=(?P<separator>[^"\r\n])"?\r?\n?', re.IGNORECASE)
-"""First line in which a spreadsheet declares the separator."""
+"""Matches a first line in which a spreadsheet declares the separator."""
 
 csv.field_size_limit(LONGEST)  # The row limit applies first.
 

@@ -76,7 +76,7 @@ def _parse_text(field: str, value: Any, sizes: SizeRules) -> str:
 
 def _parse_whole(field: str, value: Any, minimum: int, maximum: int) -> int:
     if value.__class__ is str and value.isdecimal() and value.isascii() and len(value) < 20:
-        number = int(value)  # ten times as fast as Decimal for nearly all cells
+        number = int(value)  # ten times as fast as Decimal, and enough for nearly all cells
         if minimum <= number <= maximum:
             return number
     decimal = _to_decimal(value)

@@ -149,17 +149,13 @@ def _choose_remote(
     def is_file(relative: str) -> bool:
         return bool(remote.system.isfile("/".join(filter(None, [listing.folder, relative]))))
 
-    return {
-        paths[relative]: _make_file(
-            scratch.new_path(),
-            name_of(relative),
-            relative,
-            origin="url",
-            is_named=False,
-            url=join_url(listing.url, relative),
+    files = {}
+    for relative in TableFilter(name, is_file, name_of, left_out).choose(paths):
+        url = join_url(listing.url, relative)
+        files[paths[relative]] = _make_file(
+            scratch.new_path(), name_of(relative), relative, origin="url", is_named=False, url=url
         )
-        for relative in TableFilter(name, is_file, name_of, left_out).choose(paths)
-    }
+    return files
 
 
 def _find_local(argument: str, folder: Path, left_out: LeftOutFiles) -> list[TableFile]:

@@ -59,7 +59,7 @@ class Ids:
         return self._execute(sql, (name.lower(), name)).fetchone() is not None
 
     def add_own(self, value: Any, file: str) -> tuple[str | None, str | None]:
-        """Reserve the id in a row's id cell and return it, or None and an error message."""
+        """Reserve the id in a row's id cell. Return the id, or None and an error message."""
         name = id_text(value)
         if isinstance(value, (list, dict)):
             return None, f"the id is not text but {type(value).__name__}"

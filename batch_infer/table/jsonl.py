@@ -27,7 +27,7 @@ MAX_INTEGER_DIGITS = 4000
 def open_jsonl(file: TableFile, prompt_column: str, scratch: Scratch) -> JsonLinesReader:
     """Open a file and find its columns in one pass. Raises OSError, and TableError if no line can be read."""
     with open_text(file, newline="\n"):
-        pass  # raise OSError here: below, it would become a row of a file that breaks off
+        pass  # raises OSError if the file cannot be opened, which `_read_lines` would report as a row
     columns = JsonColumns()
     error: str | None = None
     count = 0

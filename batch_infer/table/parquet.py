@@ -79,12 +79,12 @@ class ParquetReader(Reader):
             yield broken_off_row(self.file, row_number, error)
 
     def arrays(self, name: str) -> Iterator[pa.Array]:
-        file_name = self.renamed_columns.get(name, name)
-        duplicates = [column for column in self.schema.names if self.renamed_columns.get(column, column) == file_name]
+        original = self.renamed_columns.get(name, name)
+        duplicates = [column for column in self.schema.names if self.renamed_columns.get(column, column) == original]
         with self._skip_damage(), self._open() as parquet:
             for group in range(parquet.num_row_groups):
                 with self._skip_damage():
-                    for batch in parquet.iter_batches(batch_size=BATCH_ROWS, row_groups=[group], columns=[file_name]):
+                    for batch in parquet.iter_batches(batch_size=BATCH_ROWS, row_groups=[group], columns=[original]):
                         yield batch.column(duplicates.index(name))
 
     @contextmanager
@@ -145,7 +145,7 @@ def _find_repeated(metadata: pq.FileMetaData) -> list[str]:
 
 
 def _batch_rows(group: pq.RowGroupMetaData) -> int:
-    """Return how many rows of a row group to read together, so that they take BATCH_BYTES on average."""
+    """Return how many rows of a row group to read together, so that a batch takes about BATCH_BYTES at most."""
     columns = map(group.column, range(group.num_columns))
     size = sum(max(column.total_uncompressed_size, MIN_VALUE_BYTES * column.num_values) for column in columns)
     return max(1, min(BATCH_ROWS, BATCH_BYTES * int(group.num_rows) // max(1, int(size))))

@@ -11,6 +11,7 @@ import traceback
 from dataclasses import dataclass
 from glob import has_magic
 from importlib.util import find_spec
+from itertools import takewhile
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -58,7 +59,7 @@ class RemoteFiles:
     url: str
 
     def list_files(self) -> RemoteListing | None:
-        """List a folder or glob. Return None for a single file, even if its name could be a glob with brackets."""
+        """List a folder or glob. Return None for a single file. A name with brackets is first tried as a file."""
         if is_http(split_chain(self.url)[1]):
             return None
         try:
@@ -85,8 +86,7 @@ class RemoteFiles:
 
 def _fixed_part(path: str) -> str:
     """Return the part of a path before its first component with a wildcard."""
-    parts = path.split("/")
-    return "/".join(parts[: next((i for i, part in enumerate(parts) if has_magic(part)), len(parts))])
+    return "/".join(takewhile(lambda part: not has_magic(part), path.split("/")))
 
 
 def connect(url: str, name: str) -> RemoteFiles:

@@ -14,7 +14,7 @@ from batch_infer.table.base import clean, encoding_error, is_utf8, make_default_
 from batch_infer.table.fields import MAX_SEED, MAX_TEXT, PARSERS, id_text, read_fields, show_value
 
 REQUEST_STEM = "request"
-"""Replaces the file name, also in ids, for rows that do not come from a file."""
+"""Used instead of a file name, also in ids, for rows that do not come from a file."""
 
 IsFinished: TypeAlias = "Callable[[PromptRequest], bool]"
 """Returns whether the image of a request already exists."""
@@ -47,8 +47,8 @@ class RowRules:
 class RowCells:
     """The field cells (None if empty) and the carried cells of a row.
 
-    `id` is unique in a run and comes from the id cell or is the default id. `too_large` is the error message if carried
-    cells are left out because their total size is too large. The last two attributes are those of PromptRequest.
+    `id` is the id cell or the default id, and is unique in a run. `too_large` is the error message if carried cells are
+    left out because their total size is too large. The last two attributes are those of PromptRequest.
     """
 
     id: str

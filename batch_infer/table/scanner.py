@@ -13,7 +13,7 @@ from batch_infer.table.streams import BUFFER, LONGEST
 
 
 class BrokenDocument(Exception):
-    """The document is not JSON from here on, or ends early."""
+    """The rest of the document is not JSON, or is missing."""
 
 
 class Scanner:
