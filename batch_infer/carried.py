@@ -1,8 +1,7 @@
-"""Values of carried columns: exact through Python and back, of a common type where files differ, else as exact text.
+"""Carry column values from tables to results exactly, in a common type or as text if types differ between files.
 
-Between reading and writing, a cell is a plain Python value: dates, times and durations are their integers, and
-extension types are their storage values. So years beyond 9999 and nanoseconds, which Python's own types do not hold,
-are carried unchanged.
+Between reading and writing, a cell is a plain Python value: an integer for a date, time or duration, the storage value
+for an extension type. This preserves years beyond 9999 and nanoseconds, which Python's own types cannot represent.
 """
 
 from __future__ import annotations
@@ -23,56 +22,56 @@ Convert = Callable[[Any], Any]
 
 
 @lru_cache(maxsize=4096)
-def result_type(kind: pa.DataType) -> pa.DataType:
-    """Return the type that a column of type `kind` has in results: the same without dictionaries and views.
+def result_type(dtype: pa.DataType) -> pa.DataType:
+    """Return the type of a column in the results: the same type without dictionaries and views.
 
     Types that Arrow cannot build from plain values become their storage type, or text.
     """
-    if types.is_string(kind) or types.is_null(kind) or types.is_primitive(kind) and not types.is_temporal(kind):
-        return kind  # without a trial: an array of Python values imports pandas, which takes a third of a second
-    candidate = kind if isinstance(kind, pa.BaseExtensionType) else _map_leaves(kind, _result_leaf)
+    if types.is_string(dtype) or types.is_null(dtype) or types.is_primitive(dtype) and not types.is_temporal(dtype):
+        return dtype  # skip the trial: an array of Python values imports pandas, which takes a third of a second
+    candidate = dtype if isinstance(dtype, pa.BaseExtensionType) else _map_leaves(dtype, _result_leaf)
     try:
         plain = _plain_type(candidate)
         _cast(pa.nulls(1, candidate), plain)
         _from_plain(pa.nulls(1, plain), candidate)
         pa.array([None], candidate).take(pa.array([0]))
     except (NotImplementedError, ValueError, TypeError):  # Arrow's own errors are subclasses of these
-        return result_type(kind.storage_type) if isinstance(kind, pa.BaseExtensionType) else pa.string()
+        return result_type(dtype.storage_type) if isinstance(dtype, pa.BaseExtensionType) else pa.string()
     return candidate
 
 
 def to_result_array(array: pa.Array) -> pa.Array:
-    """Cast an array to its result type. An array whose result type is text only as a last resort is unchanged."""
-    kind = result_type(array.type)
-    return array if types.is_string(kind) and not _is_text(array.type) else _cast(array, kind)
+    """Cast an array to its result type. Return it unchanged if that type is text only as a last resort."""
+    dtype = result_type(array.type)
+    return array if types.is_string(dtype) and not _is_text(array.type) else _cast(array, dtype)
 
 
 def to_values(array: pa.Array | pa.ChunkedArray) -> list[Any]:
     """Return the plain Python values of an array. Raises ValueError (UnicodeDecodeError) for text that is not UTF-8."""
     if isinstance(array, pa.ChunkedArray):
         return [value for chunk in array.chunks for value in to_values(chunk)]
-    if isinstance(array, pa.DictionaryArray):  # convert each word once, however often it occurs
-        used = array.indices.unique().drop_null()
-        words = dict(zip(used.to_pylist(), to_values(array.dictionary.take(used)), strict=True))
-        return [words.get(index) for index in array.indices.to_pylist()]
-    kind = result_type(array.type)
-    if types.is_string(kind) and not _is_text(array.type):
+    if isinstance(array, pa.DictionaryArray):  # convert each distinct value only once
+        indices = array.indices.unique().drop_null()
+        values = dict(zip(indices.to_pylist(), to_values(array.dictionary.take(indices)), strict=True))
+        return [values.get(index) for index in array.indices.to_pylist()]
+    dtype = result_type(array.type)
+    if types.is_string(dtype) and not _is_text(array.type):
         return [str(value) if value.is_valid else None for value in array]
-    return list(_cast(_cast(array, kind), _plain_type(kind)).to_pylist())
+    return list(_cast(_cast(array, dtype), _plain_type(dtype)).to_pylist())
 
 
-def to_array(values: Iterable[Any], kind: pa.DataType) -> pa.Array:
-    """Return an array of a result type from plain values, or from Python's own types such as datetime."""
+def to_array(values: Iterable[Any], dtype: pa.DataType) -> pa.Array:
+    """Return an array of a result type from plain values or from Python's own types such as datetime."""
     values = list(values)
     try:
-        return _from_plain(pa.array(values, _plain_type(kind)), kind)
+        return _from_plain(pa.array(values, _plain_type(dtype)), dtype)
     except (ValueError, TypeError):
-        return pa.array(values, kind)
+        return pa.array(values, dtype)
 
 
-def make_python_reader(kind: pa.DataType) -> Convert | None:
-    """Return a function from plain values to Python's own types such as datetime, or None where they are the same."""
-    result = result_type(kind)
+def make_python_reader(dtype: pa.DataType) -> Convert | None:
+    """Return a function from plain values to Python's own types such as datetime, or None if they are the same."""
+    result = result_type(dtype)
     if _plain_type(result) == result:
         return None
 
@@ -86,26 +85,26 @@ def make_python_reader(kind: pa.DataType) -> Convert | None:
 
 
 def to_python_values(array: pa.Array | pa.ChunkedArray) -> list[Any]:
-    """Return the values of an array as Python's own types such as datetime, or as text where Python has no type."""
-    kind = result_type(array.type)
-    if "time64[ns]" not in str(kind):  # Python's type would lose the nanoseconds
+    """Return the values of an array as Python's own types such as datetime, or as text if Python has no such type."""
+    dtype = result_type(array.type)
+    if "time64[ns]" not in str(dtype):  # Python's type would lose the nanoseconds
         try:
             return list(array.to_pylist())
         except (ValueError, OverflowError):
             pass
-    return [_to_json_value(value, kind) for value in to_values(array)]
+    return [_to_json_value(value, dtype) for value in to_values(array)]
 
 
 def estimate_bytes(values: Iterable[Any]) -> int:
-    """Return about how many bytes plain values take."""
+    """Estimate the size of plain values in bytes."""
     total = 0
     for value in values:
-        kind = value.__class__
-        if kind is str or kind is bytes:
+        cls = value.__class__
+        if cls is str or cls is bytes:
             total += len(value)
-        elif kind is list or kind is tuple:
+        elif cls is list or cls is tuple:
             total += estimate_bytes(value)
-        elif kind is dict:
+        elif cls is dict:
             total += estimate_bytes(value) + estimate_bytes(value.keys())
         else:
             total += 8
@@ -114,7 +113,7 @@ def estimate_bytes(values: Iterable[Any]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class JsonNumber:
-    """A number that no Python type can hold, as JSON text."""
+    """A number beyond Python's numeric types, as JSON text."""
 
     text: str
 
@@ -122,16 +121,16 @@ class JsonNumber:
         return self.text
 
 
-def to_text(value: Any, kind: pa.DataType | None = None) -> str:
-    """Return a plain value of type `kind` as exact text: bytes in base64, lists and structs in JSON."""
-    value = _to_json_value(value, kind)
+def to_text(value: Any, dtype: pa.DataType | None = None) -> str:
+    """Return a plain value of type `dtype` as exact text: bytes in base64, lists and structs in JSON."""
+    value = _to_json_value(value, dtype)
     if isinstance(value, (bool, list, dict)):
         return _json_text(value)
     return repr(value) if isinstance(value, float) else str(value)
 
 
 def _json_text(value: Any) -> str:
-    """Return JSON in which each number has all its digits. json.dumps cannot write a Decimal as a number."""
+    """Return JSON with all digits of every number. json.dumps cannot write a Decimal as a number."""
     try:
         return json.dumps(value, ensure_ascii=False)
     except TypeError:
@@ -145,22 +144,22 @@ def _json_text(value: Any) -> str:
     return str(value) if is_number else json.dumps(str(value), ensure_ascii=False)
 
 
-def _to_json_value(value: Any, kind: pa.DataType | None = None) -> Any:
-    """Replace whatever JSON has no type for by text."""
+def _to_json_value(value: Any, dtype: pa.DataType | None = None) -> Any:
+    """Convert values to text if JSON has no type for them."""
     if isinstance(value, (Decimal, JsonNumber)):
         return str(value)
-    if value is None or kind is None:
+    if value is None or dtype is None:
         return base64.b64encode(value).decode("ascii") if isinstance(value, bytes) else value
-    if isinstance(kind, pa.BaseExtensionType):
-        return _EXTENSIONS.get(kind.extension_name, partial(_to_json_value, kind=kind.storage_type))(value)
-    if types.is_temporal(kind):
-        return _moment_text(value, kind)
-    if types.is_map(kind):
-        return [[_to_json_value(key, kind.key_type), _to_json_value(item, kind.item_type)] for key, item in value]
-    if types.is_struct(kind):
-        return {field.name: _to_json_value(value[field.name], field.type) for field in kind}
-    if types.is_nested(kind):
-        return [_to_json_value(item, kind.value_type) for item in value]
+    if isinstance(dtype, pa.BaseExtensionType):
+        return _EXTENSIONS.get(dtype.extension_name, partial(_to_json_value, dtype=dtype.storage_type))(value)
+    if types.is_temporal(dtype):
+        return _temporal_text(value, dtype)
+    if types.is_map(dtype):
+        return [[_to_json_value(key, dtype.key_type), _to_json_value(item, dtype.item_type)] for key, item in value]
+    if types.is_struct(dtype):
+        return {field.name: _to_json_value(value[field.name], field.type) for field in dtype}
+    if types.is_nested(dtype):
+        return [_to_json_value(item, dtype.value_type) for item in value]
     return _to_json_value(value)
 
 
@@ -168,28 +167,28 @@ _EXTENSIONS: dict[str, Convert] = {
     "arrow.bool8": bool,
     "arrow.uuid": lambda value: str(uuid.UUID(bytes=value)),
 }
-"""Extension types whose values differ from their storage values."""
+"""Converters for extension types whose values differ from their storage values."""
 
 
-def _moment_text(value: int, kind: pa.DataType) -> str:
-    """Return the text of a date, time or duration given as its integer. Timestamps with a time zone are in UTC."""
-    if types.is_duration(kind):
-        return f"{value} {kind.unit}"
-    has_zone = types.is_timestamp(kind) and kind.tz is not None
-    naive = pa.timestamp(kind.unit) if has_zone else kind
+def _temporal_text(value: int, dtype: pa.DataType) -> str:
+    """Convert the integer of a date, time or duration to text. Timestamps with a time zone are in UTC."""
+    if types.is_duration(dtype):
+        return f"{value} {dtype.unit}"
+    has_zone = types.is_timestamp(dtype) and dtype.tz is not None
+    naive = pa.timestamp(dtype.unit) if has_zone else dtype
     text = str(to_array([value], naive).cast(pa.string())[0].as_py())
     if text.startswith("<"):  # beyond the years of Arrow's calendar
-        unit = "days" if types.is_date32(kind) else "ms" if types.is_date64(kind) else kind.unit
+        unit = "days" if types.is_date32(dtype) else "ms" if types.is_date64(dtype) else dtype.unit
         text = f"{value} {unit} since 1970-01-01 00:00:00"
     return f"{text}Z" if has_zone else text
 
 
-def common_type(kinds: Collection[pa.DataType], arrays: Callable[[], Iterable[pa.Array]] | None = None) -> pa.DataType:
-    """Return a type that holds every value of all these result types: text where no closer type does.
+def common_type(dtypes: Collection[pa.DataType], arrays: Callable[[], Iterable[pa.Array]] | None = None) -> pa.DataType:
+    """Return a type that represents every value of all these result types, text if no other type does.
 
-    Whether 64-bit integers and floats share a type depends on the values, which `arrays` returns where they are known.
+    Whether 64-bit integers and floats share a type depends on their values, which `arrays` returns if given.
     """
-    distinct = set(kinds) - {pa.null()}
+    distinct = set(dtypes) - {pa.null()}
     if len(distinct) < 2:
         return next(iter(distinct), pa.null())
     if all(map(types.is_unsigned_integer, distinct)):
@@ -198,7 +197,7 @@ def common_type(kinds: Collection[pa.DataType], arrays: Callable[[], Iterable[pa
         return pa.float64()
     if all(map(_is_bytes, distinct)):
         return pa.large_binary() if pa.large_binary() in distinct else pa.binary()
-    if not all(types.is_integer(kind) or types.is_floating(kind) for kind in distinct):
+    if not all(types.is_integer(dtype) or types.is_floating(dtype) for dtype in distinct):
         return pa.string()
     if not any(map(types.is_floating, distinct)) and pa.uint64() not in distinct:
         return pa.int64()
@@ -208,103 +207,103 @@ def common_type(kinds: Collection[pa.DataType], arrays: Callable[[], Iterable[pa
 
 
 def _lossless_type(arrays: Iterable[pa.Array]) -> pa.DataType:
-    """Return int64 or float64, whichever holds all these numbers exactly, else text."""
+    """Return int64 or float64 if it represents all values exactly, else text."""
     candidates = [pa.int64(), pa.float64()]
     for array in arrays:
-        candidates = [kind for kind in candidates if _is_lossless(array, kind)]
+        candidates = [dtype for dtype in candidates if _is_lossless(array, dtype)]
     return candidates[0] if candidates else pa.string()
 
 
-def _is_lossless(array: pa.Array, kind: pa.DataType) -> bool:
+def _is_lossless(array: pa.Array, dtype: pa.DataType) -> bool:
     try:
-        array.cast(kind)  # raises rather than round
+        array.cast(dtype)  # raises an error instead of rounding
     except pa.ArrowInvalid:
         return False
     return True
 
 
 def make_converter(source: pa.DataType, target: pa.DataType) -> Convert | None:
-    """Return a function from plain values of one type to those of a common type, or None where they are the same."""
+    """Return a function from plain values of one type to those of a common type, or None if they are the same."""
     if types.is_string(target):
-        return partial(to_text, kind=None if types.is_string(source) else source)
-    if types.is_float64(target):  # a JSON column of floats has integers too
+        return partial(to_text, dtype=None if types.is_string(source) else source)
+    if types.is_float64(target):  # a JSON column of floats may contain integers
         return float
     return int if types.is_integer(target) and types.is_floating(source) else None
 
 
 def make_result_names(names: Iterable[str], reserved: Collection[str], *, known: bool = False) -> dict[str, str]:
-    """Return a result name for each name, such that none differs from another or from `reserved` by case alone.
+    """Return a result name for each name. Ignoring case, no result name equals another or a name in `reserved`.
 
-    SQL engines ignore case. A name in conflict becomes `input_<name>`, repeated until it is free. With `known`,
-    `input_<name>` among `names` is the same column under its earlier result name, and the two share it.
+    SQL engines ignore case. A conflicting name is prefixed with `input_` until it is unique. With `known`, an
+    `input_<name>` in `names` is the earlier result name of the same column, and both share that result name.
     """
-    spelled = dict.fromkeys(names)
-    lowered = {name.lower() for name in reserved}
-    result = {}
-    for name in spelled:
-        new = name
-        while new.lower() in lowered or (new != name and new in spelled):
-            new = f"input_{new}"
-            if known and new in spelled:
+    distinct = dict.fromkeys(names)
+    used = {name.lower() for name in reserved}
+    result_names = {}
+    for name in distinct:
+        candidate = name
+        while candidate.lower() in used or (candidate != name and candidate in distinct):
+            candidate = f"input_{candidate}"
+            if known and candidate in distinct:
                 break
-        lowered.add(new.lower())
-        result[name] = new
-    return result
+        used.add(candidate.lower())
+        result_names[name] = candidate
+    return result_names
 
 
-def _map_leaves(kind: pa.DataType, convert: Convert) -> pa.DataType:
-    """Apply `convert` to each type within a type that is not itself nested."""
-    if isinstance(kind, pa.BaseExtensionType):
-        return _map_leaves(kind.storage_type, convert)
-    if types.is_dictionary(kind) or types.is_run_end_encoded(kind):
-        return _map_leaves(kind.value_type, convert)
-    if types.is_map(kind):
-        key, item = (field.with_type(_map_leaves(field.type, convert)) for field in (kind.key_field, kind.item_field))
-        return pa.map_(key, item, kind.keys_sorted)
-    if types.is_struct(kind):
-        return pa.struct([field.with_type(_map_leaves(field.type, convert)) for field in kind])
-    if not types.is_nested(kind) or types.is_union(kind):
-        return convert(kind)
-    field = kind.value_field.with_type(_map_leaves(kind.value_type, convert))
-    if types.is_fixed_size_list(kind):
-        return pa.list_(field, kind.list_size)
-    return pa.large_list(field) if types.is_large_list(kind) or types.is_large_list_view(kind) else pa.list_(field)
+def _map_leaves(dtype: pa.DataType, convert: Convert) -> pa.DataType:
+    """Apply `convert` to each non-nested type within a type."""
+    if isinstance(dtype, pa.BaseExtensionType):
+        return _map_leaves(dtype.storage_type, convert)
+    if types.is_dictionary(dtype) or types.is_run_end_encoded(dtype):
+        return _map_leaves(dtype.value_type, convert)
+    if types.is_map(dtype):
+        key, item = (field.with_type(_map_leaves(field.type, convert)) for field in (dtype.key_field, dtype.item_field))
+        return pa.map_(key, item, dtype.keys_sorted)
+    if types.is_struct(dtype):
+        return pa.struct([field.with_type(_map_leaves(field.type, convert)) for field in dtype])
+    if not types.is_nested(dtype) or types.is_union(dtype):
+        return convert(dtype)
+    field = dtype.value_field.with_type(_map_leaves(dtype.value_type, convert))
+    if types.is_fixed_size_list(dtype):
+        return pa.list_(field, dtype.list_size)
+    return pa.large_list(field) if types.is_large_list(dtype) or types.is_large_list_view(dtype) else pa.list_(field)
 
 
-def _result_leaf(kind: pa.DataType) -> pa.DataType:
-    if _is_text(kind):
+def _result_leaf(dtype: pa.DataType) -> pa.DataType:
+    if _is_text(dtype):
         return pa.string()
-    return pa.binary() if types.is_binary_view(kind) else kind
+    return pa.binary() if types.is_binary_view(dtype) else dtype
 
 
-def _plain_type(kind: pa.DataType) -> pa.DataType:
+def _plain_type(dtype: pa.DataType) -> pa.DataType:
     """Return the type of the plain values of a result type."""
-    return _map_leaves(kind, _plain_leaf)
+    return _map_leaves(dtype, _plain_leaf)
 
 
-def _plain_leaf(kind: pa.DataType) -> pa.DataType:
-    if types.is_date32(kind) or types.is_time32(kind):
+def _plain_leaf(dtype: pa.DataType) -> pa.DataType:
+    if types.is_date32(dtype) or types.is_time32(dtype):
         return pa.int32()
-    if types.is_temporal(kind) and not types.is_interval(kind):
+    if types.is_temporal(dtype) and not types.is_interval(dtype):
         return pa.int64()
-    return pa.float32() if types.is_float16(kind) else kind
+    return pa.float32() if types.is_float16(dtype) else dtype
 
 
-def _cast(array: pa.Array, kind: pa.DataType) -> pa.Array:
-    if array.type == kind:
+def _cast(array: pa.Array, dtype: pa.DataType) -> pa.Array:
+    if array.type == dtype:
         return array
-    return (array.storage if isinstance(array, pa.ExtensionArray) else array).cast(kind)
+    return (array.storage if isinstance(array, pa.ExtensionArray) else array).cast(dtype)
 
 
-def _from_plain(array: pa.Array, kind: pa.DataType) -> pa.Array:
-    if isinstance(kind, pa.BaseExtensionType):
-        return pa.ExtensionArray.from_storage(kind, _from_plain(array, kind.storage_type))
-    return array if array.type == kind else array.cast(kind)
+def _from_plain(array: pa.Array, dtype: pa.DataType) -> pa.Array:
+    if isinstance(dtype, pa.BaseExtensionType):
+        return pa.ExtensionArray.from_storage(dtype, _from_plain(array, dtype.storage_type))
+    return array if array.type == dtype else array.cast(dtype)
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return any(test(kind) for test in (types.is_string, types.is_large_string, types.is_string_view))
+def _is_text(dtype: pa.DataType) -> bool:
+    return any(test(dtype) for test in (types.is_string, types.is_large_string, types.is_string_view))
 
 
-def _is_bytes(kind: pa.DataType) -> bool:
-    return any(test(kind) for test in (types.is_binary, types.is_large_binary, types.is_fixed_size_binary))
+def _is_bytes(dtype: pa.DataType) -> bool:
+    return any(test(dtype) for test in (types.is_binary, types.is_large_binary, types.is_fixed_size_binary))

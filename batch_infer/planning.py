@@ -1,4 +1,4 @@
-"""The order in which pending requests are rendered, and what rendering them costs."""
+"""Order pending requests, and estimate the cost of rendering them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from batch_infer.carried import estimate_bytes
 from batch_infer.records import FINAL_STATUSES, MAX_ATTEMPTS, PromptRequest, ResultRow
 
 WINDOW = 8192
-"""Requests that are sorted together: memory does not grow with the table."""
+"""Maximum number of requests to sort together, so that memory does not grow with the table."""
 WINDOW_BYTES = 64 << 20
-"""Bytes of texts and carried cells in a window. A window ends early where its requests have more."""
+"""Maximum bytes of texts and carried cells in a window. A window ends early when it reaches this size."""
 FEW = 2048
-"""Up to this many rows of a size are balanced over the slots. With more, the slots idle at the end matter little."""
+"""Maximum number of rows of one size to balance over the slots. With more rows, idle slots at the end matter little."""
 
 SlotsOf: TypeAlias = "Callable[[tuple[int, int]], int]"
 """Returns the number of slots for an image size (height, width)."""
@@ -25,7 +25,7 @@ Row = TypeVar("Row", PromptRequest, Item)
 
 
 class ManifestEntry(Protocol):
-    """What the manifest holds of an image."""
+    """The manifest's record of an image."""
 
     @property
     def status(self) -> str: ...
@@ -40,24 +40,24 @@ class ManifestEntry(Protocol):
 
 
 class ManifestLookup(Protocol):
-    """The part of the manifest's index that planning needs."""
+    """The part of the manifest index that planning needs."""
 
     def find(self, key: tuple[str, int]) -> ManifestEntry | None: ...
 
 
 SkipRule: TypeAlias = "Callable[[Item, ManifestEntry | None], bool]"
-"""Returns whether a command skips an item, given its entry in the manifest."""
+"""Returns whether a command skips an item, given its manifest entry."""
 
 
 def source_of(item: Item) -> tuple[str, int]:
-    """Return the name of an item's file and its row number."""
+    """Return an item's file name and row number."""
     if isinstance(item, PromptRequest):
         return item.source.file, item.source.row
     return item.source_file, item.source_row
 
 
 def is_done(item: Item, entry: ManifestEntry | None) -> bool:
-    """Return whether `run` skips an item because its entry in the manifest is final."""
+    """Return whether `run` skips an item because its manifest entry is final."""
     if entry is None or entry.fingerprint != item.fingerprint:
         return False
     if isinstance(item, ResultRow):
@@ -66,7 +66,7 @@ def is_done(item: Item, entry: ManifestEntry | None) -> bool:
 
 
 def make_finished_check(index: ManifestLookup) -> Callable[[PromptRequest], bool]:
-    """Return a function that says whether the manifest has a final result of a request as it is now."""
+    """Return a function that checks whether the manifest has a final result with a request's current fingerprint."""
 
     def is_finished(request: PromptRequest) -> bool:
         entry = index.find(request.key)
@@ -78,27 +78,32 @@ def make_finished_check(index: ManifestLookup) -> Callable[[PromptRequest], bool
 def select_pending(
     items: Iterable[Item], index: ManifestLookup, is_skipped: SkipRule = is_done
 ) -> Iterator[PromptRequest]:
-    """Yield the requests to render, each with its attempt number. Invalid rows are skipped."""
+    """Yield the requests to render with their attempt numbers. Invalid rows are skipped."""
     for item in items:
-        if isinstance(item, PromptRequest) and not is_skipped(item, entry := index.find(item.key)):
+        if not isinstance(item, PromptRequest):
+            continue
+        entry = index.find(item.key)
+        if not is_skipped(item, entry):
             yield item if entry is None else item.as_attempt(entry.attempt + 1, entry.path)
 
 
 def order_requests(requests: Iterable[PromptRequest], slots_of: SlotsOf | None = None) -> Iterator[PromptRequest]:
     """Yield requests in rendering order, window by window.
 
-    Rows of one size are adjacent, since a change of size empties the slots. Rows with many steps come first, so that
-    the slots idle only briefly at the end. With `slots_of` (slots of all devices together), up to FEW rows of a size
+    Rows of one size are adjacent, since all slots must empty before the size changes. Rows with many steps come first,
+    so that slots idle only briefly at the end. With `slots_of` (total slots of all devices), up to FEW rows of one size
     are also balanced, so that all slots become idle at about the same time.
     """
     for window in split_batches(requests, WINDOW, WINDOW_BYTES):
         for size, group in groupby(sorted(window, key=_sort_key), key=_size):
             rows = list(group)
-            yield from rows if slots_of is None or len(rows) > FEW else _balance(rows, slots_of(size) // 2)
+            if slots_of is not None and len(rows) <= FEW:
+                rows = _balance(rows, slots_of(size) // 2)
+            yield from rows
 
 
 def split_batches(items: Iterable[Row], count: int, size: int) -> Iterator[list[Row]]:
-    """Yield lists of at most `count` items. A list ends early at the item that brings it to `size` bytes."""
+    """Yield lists of at most `count` items. A list ends early when it reaches `size` bytes."""
     batch: list[Row] = []
     total = 0
     for item in items:
@@ -124,15 +129,15 @@ def _sort_key(request: PromptRequest) -> tuple[object, ...]:
 
 
 def _balance(rows: list[PromptRequest], lane_count: int) -> list[PromptRequest]:
-    """Order rows by their start times in a schedule in which all lanes end at about the same time.
+    """Order rows by start time in a schedule in which all lanes end at about the same time.
 
-    `rows` come longest first. A lane is two slots: one row with guidance, or two rows without side by side. The length
-    of the schedule is the least for which first-fit decreasing succeeds (MULTIFIT: Coffman, Garey & Johnson, SIAM J.
-    Comput. 7, 1978).
+    `rows` must be sorted longest first. A lane is two slots, for one row with guidance or two parallel rows without it.
+    The schedule has the shortest length for which first-fit decreasing succeeds (MULTIFIT: Coffman, Garey & Johnson,
+    SIAM J. Comput. 7, 1978).
     """
     single = [row for row in rows if not row.params.uses_guidance]
     pieces = [[row] for row in rows if row.params.uses_guidance]
-    pieces += [single[k : k + 2] for k in range(0, len(single), 2)]
+    pieces += [single[index : index + 2] for index in range(0, len(single), 2)]
     pieces.sort(key=_steps, reverse=True)
     total, longest = sum(map(_steps, pieces)), _steps(pieces[0])
     low, high = max(-(-total // lane_count), longest), 2 * total // lane_count + longest
@@ -140,8 +145,8 @@ def _balance(rows: list[PromptRequest], lane_count: int) -> list[PromptRequest]:
         length = (low + high) // 2
         low, high = (low, length) if _schedule(pieces, lane_count, length) else (length + 1, high)
     starts = _schedule(pieces, lane_count, high) or [0] * len(pieces)
-    order = sorted(range(len(pieces)), key=lambda k: (starts[k], k))
-    return [row for k in order for row in pieces[k]]
+    order = sorted(range(len(pieces)), key=lambda index: (starts[index], index))
+    return [row for index in order for row in pieces[index]]
 
 
 def _steps(piece: list[PromptRequest]) -> int:
@@ -149,24 +154,24 @@ def _steps(piece: list[PromptRequest]) -> int:
 
 
 def _schedule(pieces: list[list[PromptRequest]], lane_count: int, length: int) -> list[int] | None:
-    """Return the start of each piece if each goes to the first lane with room, or None where one has none."""
-    filled, starts = [0] * lane_count, []
+    """Assign each piece to the first lane with room. Return the start of each piece, or None if no lane has room."""
+    lane_ends, starts = [0] * lane_count, []
     for piece in pieces:
         steps = _steps(piece)
-        lane = next((lane for lane, used in enumerate(filled) if used + steps <= length), None)
+        lane = next((lane for lane, end in enumerate(lane_ends) if end + steps <= length), None)
         if lane is None:
             return None
-        starts.append(filled[lane])
-        filled[lane] += steps
+        starts.append(lane_ends[lane])
+        lane_ends[lane] += steps
     return starts
 
 
 @dataclass(slots=True)
 class SizeCost:
-    """What the rows of one image size cost.
+    """Cost of the rows of one image size.
 
-    `row_forwards` are UNet evaluations: rows of UNet calls, of which guidance takes two a step. `ticks` are UNet calls
-    over all slots.
+    `row_forwards` counts UNet evaluations: batch elements of UNet calls, two per step for a row with guidance. `ticks`
+    counts UNet calls over all slots.
     """
 
     slots: int
@@ -176,11 +181,11 @@ class SizeCost:
 
 
 class StepBatchingEstimator:
-    """Simulation of step-level batching; `costs` has what the rows of each image size (height, width) cost.
+    """Simulates step-level batching. `costs` contains the cost of each image size (height, width).
 
-    Rows start in the order in which they are added, each as soon as its slots are free, and all slots empty before the
-    size changes. The packer does the same, except that a row without guidance may overtake one that waits for a second
-    slot.
+    Rows start in the order in which they are added, as soon as enough slots are free, and all slots empty before the
+    size changes. The packer does the same, except that a row without guidance may overtake a row that waits for a
+    second slot.
     """
 
     def __init__(self, slots_of: SlotsOf) -> None:
@@ -208,7 +213,7 @@ class StepBatchingEstimator:
         cost.row_forwards += needed * evaluations
 
     def close(self) -> None:
-        """Finish the running rows."""
+        """Finish all running rows."""
         if self._current is not None:
             self._current[1].ticks += self._last
         self._now, self._last, self._current = 0, 0, None
@@ -216,9 +221,9 @@ class StepBatchingEstimator:
 
 
 class PipelineBatchingEstimator:
-    """Simulation of pipeline-call batching: one call renders rows with equal settings. Used as StepBatchingEstimator.
+    """Simulates pipeline-call batching: one call renders rows with equal settings. Same API as StepBatchingEstimator.
 
-    Slots are UNet evaluations of one network call here too, so that a call takes half as many rows with guidance.
+    Slots are UNet evaluations in one UNet call here too, so a call renders half as many rows with guidance.
     """
 
     def __init__(self, slots_of: SlotsOf) -> None:
@@ -241,5 +246,5 @@ class PipelineBatchingEstimator:
         cost.row_forwards += needed * evaluations
 
     def close(self) -> None:
-        """End the current call, which need not be full."""
+        """End the current call, even if it is not full."""
         self._batch_key = None

@@ -1,6 +1,6 @@
-"""Tables of prompts: files, folders, globs and URLs are found, opened by format and read row by row.
+"""Read tables of prompts from files, folders, globs and URLs.
 
-Each row becomes its requests, or the one invalid result that says what is wrong with it.
+Each row becomes one request per image, or a single invalid result with an error message.
 """
 
 from batch_infer.table.base import make_default_id

@@ -1,4 +1,4 @@
-"""What every format builds on: a file, its rows as they are read, remarks on them, and text that may not be UTF-8."""
+"""Base classes and helpers shared by all table formats."""
 
 from __future__ import annotations
 
@@ -19,29 +19,28 @@ from batch_infer.errors import StorageError, first_line
 from batch_infer.store import temporary_folder
 
 ID_DIGITS = 8
-"""Digits of the row number in a default id."""
+"""Number of digits to which a default id pads the row number."""
 BATCH_ROWS = 1024
 SHOWN_COLUMNS = 5
-"""Names of columns in one message."""
+"""Maximum number of column names in a message."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_SURROGATE_OF_NO_BYTE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
-"""Surrogates that stand for no byte. They come from JSON escapes."""
-_ERRNOS_OF_A_PATH = {
+_NON_BYTE_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
+"""Lone surrogates that do not represent a byte. They come from JSON escapes."""
+_PATH_ERRNOS = {
     getattr(errno, name)
     for name in ("ENOENT", "ENOTDIR", "EISDIR", "EACCES", "EPERM", "ELOOP", "ENAMETOOLONG", "ENXIO", "EINVAL")
 }
-"""The path is not a readable file. Any other errno is a failure of the disk or the network."""
+"""Errors for a path that is not a readable file. Any other errno is a disk or network failure."""
 
 
 @dataclass(frozen=True, slots=True)
 class TableFile:
-    """A file to read, or an argument that means no readable file, with its error.
+    """A file to read, or an argument that is not a readable file, with its error.
 
-    `path` is what is read, `name` what the user called it, and `stem` starts the default ids of its rows: the path
-    relative to the argument, without endings. `compression` is an ending such as `.gz`, or ''. `is_named` is true where
-    the argument is this file, not a folder or glob that contains it. `url` may hold a secret: it is never shown or
-    stored.
+    `path` is the local path to read, and `name` is shown to the user. Default row ids start with `stem`, the path
+    relative to the argument without its endings. `compression` is an ending such as `.gz`, or ''. `is_named` is true if
+    the argument names this file, not a folder or glob. `url` may contain a secret and is never shown or stored.
     """
 
     path: Path
@@ -59,12 +58,12 @@ class TableFile:
 
 
 def make_default_id(stem: str, row: int) -> str:
-    """Return the id of a row without an id of its own."""
+    """Return the id for a row whose table does not provide one."""
     return f"{stem}-{row:0{ID_DIGITS}d}"
 
 
 class Remark(NamedTuple):
-    """A remark on one row, which is no error. `detail` is what is particular to the row."""
+    """A notice about a row, not an error. `detail` is specific to the row."""
 
     kind: Literal["blank", "short", "options"]
     detail: str = ""
@@ -79,33 +78,33 @@ _REMARKS = {
 
 
 def remark_short_row(count: int, columns: Sequence[str]) -> Remark:
-    """Return the remark on a row with cells for the first `count` columns only."""
+    """Return the remark on a row with cells for only the first `count` columns."""
     missing = ", ".join(repr(name) for name in columns[count : count + SHOWN_COLUMNS])
     return Remark("short", f"{count} of {len(columns)} cells, without {missing}")
 
 
 class RemarkCounts:
-    """The remarks of one pass over the tables, counted by kind, with the first row of each."""
+    """Counts the remarks of one pass over the tables by kind, and keeps the first row of each kind."""
 
     def __init__(self) -> None:
-        self._first: dict[str, str] = {}
-        self._rows: dict[str, int] = {}
+        self._examples: dict[str, str] = {}
+        self._counts: dict[str, int] = {}
 
     def add(self, remark: Remark, source: object) -> None:
         """Count a remark on the row at `source`."""
-        self._first.setdefault(remark.kind, f"{source}{remark.detail and ': '}{remark.detail}")
-        self._rows[remark.kind] = self._rows.get(remark.kind, 0) + 1
+        self._examples.setdefault(remark.kind, f"{source}: {remark.detail}" if remark.detail else str(source))
+        self._counts[remark.kind] = self._counts.get(remark.kind, 0) + 1
 
     def sentences(self) -> list[str]:
-        """Return one sentence for each kind."""
-        return [f"{_REMARKS[kind]}: {self._rows[kind]:,} (first: {first})" for kind, first in self._first.items()]
+        """Return one sentence per kind."""
+        return [f"{_REMARKS[kind]}: {self._counts[kind]:,} (first: {row})" for kind, row in self._examples.items()]
 
 
 class RawRow(NamedTuple):
-    """A row as its file has it. `number` counts from 0; `error` says why the row cannot be read.
+    """A row as read from its file.
 
-    `line` is the line of a text file, from 1. A row with the remark `blank` is skipped. A tuple, since a table has
-    millions of them.
+    `number` counts rows from 0, and `line` counts lines of a text file from 1. `error` says why the row cannot be read.
+    A row with the remark `blank` is skipped. This is a tuple because a table may have millions of rows.
     """
 
     number: int
@@ -117,9 +116,9 @@ class RawRow(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Reader(ABC):
-    """An opened file. Its columns are known, and its rows can be read again and again.
+    """An open file with known columns, whose rows can be read repeatedly.
 
-    `renamed` has the file's own name of each column, or field of a struct, whose name in `schema` differs.
+    `renamed` maps each column or struct field renamed in `schema` to its name in the file.
     """
 
     file: TableFile
@@ -128,28 +127,28 @@ class Reader(ABC):
 
     @abstractmethod
     def rows(self) -> Iterator[RawRow]:
-        """Yield the rows in order. Unreadable rows have their errors; a file that breaks off ends with a row saying so.
+        """Yield the rows in order. Unreadable rows contain an error. If the file breaks off, the last row says so.
 
-        Raises StorageError where the disk fails.
+        Raises StorageError if the disk fails.
         """
 
     def arrays(self, name: str) -> Iterator[pa.Array]:
-        """Yield the values of one column in batches, without rows that cannot be read."""
-        kind = self.schema.field(name).type
+        """Yield the values of one column in batches, without unreadable rows."""
+        dtype = self.schema.field(name).type
         values = (row.cells.get(name) for row in self.rows() if not row.error)
         while batch := list(islice(values, BATCH_ROWS)):
-            yield to_array(batch, kind)
+            yield to_array(batch, dtype)
 
 
 class Scratch:
-    """The temporary folder for tables that are downloaded, piped in or decompressed. It is made on first use."""
+    """A temporary folder, created on first use, for tables that are downloaded, piped in or decompressed."""
 
     def __init__(self) -> None:
         self._folder: TemporaryDirectory[str] | None = None
         self._count = 0
 
     def new_path(self) -> Path:
-        """Return a path for one more file. Raises StorageError."""
+        """Return an unused path in the folder. Raises StorageError."""
         if self._folder is None:
             self._folder = temporary_folder()
         self._count += 1
@@ -162,30 +161,30 @@ class Scratch:
 
 
 def raise_storage_error(error: Exception, name: str, *, was_opened: bool = False) -> None:
-    """Raise StorageError for a system error, such as EIO, that says nothing about the content of the file.
+    """Raise StorageError for an OS error, such as EIO, that the path and content of the file do not explain.
 
-    With `was_opened`, also for errors on a file that was opened before, such as one that was removed since.
+    With `was_opened`, also raise it for path errors: a file that could be opened before may have been removed.
     """
     if not isinstance(error, OSError) or error.errno in (None, errno.EINVAL):
         return
-    if was_opened or error.errno not in _ERRNOS_OF_A_PATH:
+    if was_opened or error.errno not in _PATH_ERRNOS:
         raise StorageError(
             f"cannot read {name}: {error_text(error)}; run the same command again to continue"
         ) from error
 
 
 def broken_off_row(file: TableFile, number: int, error: Exception) -> RawRow:
-    """Return the last row of a file that breaks off. Raises StorageError where the disk fails."""
+    """Return the last row of a file that breaks off. Raises StorageError if the disk fails."""
     raise_storage_error(error, file.name, was_opened=True)
     return RawRow(number, {}, f"the file breaks off here: {error_text(error)}")
 
 
 def error_text(error: Exception) -> str:
-    """Return the first line of an error, without the name of its file."""
+    """Return the first line of an error message without the file name."""
     return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
 
 
-# Bytes that are not UTF-8 are decoded to lone surrogates, so that they cost their own row alone.
+# Bytes that are not UTF-8 are decoded to lone surrogates, so that only their own row becomes invalid.
 
 
 def is_utf8(text: str) -> bool:
@@ -199,19 +198,19 @@ def is_utf8(text: str) -> bool:
 
 
 def encoding_error(text: str) -> str | None:
-    """Return what is wrong with text that cannot be UTF-8 and what to do, else None."""
+    """Return an error message if text cannot be encoded as UTF-8, else None."""
     if is_utf8(text):
         return None
-    if _SURROGATE_OF_NO_BYTE.search(text):
+    if _NON_BYTE_SURROGATE.search(text):
         return "holds a lone surrogate, which is half a character: write whole characters"
     return "is not UTF-8: save the table as UTF-8"
 
 
 def clean(text: str) -> str:
-    """Replace bytes that were not UTF-8 by U+FFFD, so that a results table can hold the text."""
+    """Replace bytes that were not UTF-8 with U+FFFD, so that a results table can store the text."""
     if is_utf8(text):
         return text
     try:
         return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    except UnicodeEncodeError:  # a surrogate that stands for no byte
+    except UnicodeEncodeError:  # a surrogate that does not represent a byte
         return _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)

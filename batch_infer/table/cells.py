@@ -1,4 +1,4 @@
-"""The cells of rows: those of fields, those that are carried to the results, and columns named almost as a field is."""
+"""Convert the cells of fields, carry all other cells to the results, and detect misspelt field names."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from batch_infer.settings import FIELDS
 from batch_infer.table.base import RawRow, Reader, TableFile
 
 LARGEST_ROW = 1 << 20
-"""Bytes of a row's carried cells together, so that memory does not grow with what a table holds."""
+"""Maximum total bytes of a row's carried cells, which bounds memory use."""
 DIGEST_DIGITS = 20
-"""Hexadecimal digits of a row's digest: the chance that two of a billion differing rows share one is 4e-7."""
+"""Number of hexadecimal digits in a row's digest. A billion distinct rows have a collision with probability 4e-7."""
 
 SYNONYMS = {
     "id": ("uid", "rowid", "promptid", "customid"),
@@ -41,19 +41,19 @@ SYNONYMS = {
     "guidance_rescale": ("rescale", "cfgrescale"),
     "num_images_per_prompt": ("n", "numimages", "nimages", "imagesperprompt", "numsamples", "nsamples", "numoutputs"),
 }
-"""What other tools call the fields, in lower case and without spaces, hyphens and underscores."""
+"""Names of the fields in other tools, in lower case without spaces, hyphens and underscores."""
 SIMILAR = 0.8
-"""difflib's ratio from which a name of the same first letter counts as misspelt: `heigth`, and not `weight`."""
+"""Minimum difflib ratio of a misspelt name with the same first letter: `heigth` matches height, `weight` does not."""
 SHORTEST_MISSPELT = 5
-"""Letters of a name that may be misspelt. Shorter names are similar to too many other words."""
+"""Minimum number of letters in a misspelt name. Shorter names resemble too many other words."""
 
 
 @dataclass(slots=True)
 class OpenTable:
-    """A file that can be read.
+    """A readable file and its columns.
 
-    `path_columns` are the columns of its path, which replace those of the file. `fields` has the column of each field,
-    `carried` the result name of each other column.
+    `path_columns` come from the file's path and override columns in the file. `fields` maps each field to its column,
+    and `carried` maps every other column to its name in the results.
     """
 
     file: TableFile
@@ -73,7 +73,7 @@ class OpenTable:
 
 
 class CellReader:
-    """The conversion of the cells of one file's rows. `schema` has the type of each carried column."""
+    """Converts the cells of one file. `schema` contains the type of each carried column."""
 
     def __init__(self, table: OpenTable, schema: pa.Schema) -> None:
         self.fields = table.fields
@@ -82,33 +82,32 @@ class CellReader:
             for field, column in table.fields.items()
             if (reader := make_python_reader(table.type_of(column)))
         }
-        self._kinds = {column: result_type(table.type_of(column)) for column in table.carried}
+        self._dtypes = {column: result_type(table.type_of(column)) for column in table.carried}
         self._converters = [
-            (column, name, make_converter(self._kinds[column], schema.field(name).type))
+            (column, name, make_converter(self._dtypes[column], schema.field(name).type))
             for column, name in table.carried.items()
         ]
 
     def to_python(self, cells: dict[str, Any]) -> dict[str, Any]:
-        """Convert the cells of fields to Python's own types, such as datetime, in place."""
+        """Convert field cells in place to Python's own types, such as datetime."""
         for field, read in self._python_readers.items():
             if cells.get(field) is not None:
                 cells[field] = read(cells[field])
         return cells
 
     def digest(self, fields: Mapping[str, Any], row: RawRow) -> str:
-        """Return a digest of a row's cells as text, which does not depend on its file and position.
+        """Return a digest of a row's cells as text, independent of the row's file and position.
 
-        Carried cells count: of two rows that differ in them alone, each keeps its image wherever it moves. Empty cells
-        do not, nor how a whole number is stored.
+        Carried cells count: two rows that differ only in carried cells keep their images wherever the rows move. Empty
+        cells and the storage type of whole numbers do not count.
         """
-        carried = {column: _digest_text(row.cells.get(column), kind) for column, kind in self._kinds.items()}
+        carried = {column: _digest_text(row.cells.get(column), dtype) for column, dtype in self._dtypes.items()}
         cells = {field: _digest_text(value) for field, value in fields.items()}
-        return digest([{name: text for name, text in part.items() if text} for part in (cells, carried)])[
-            :DIGEST_DIGITS
-        ]
+        nonempty = [{name: text for name, text in texts.items() if text} for texts in (cells, carried)]
+        return digest(nonempty)[:DIGEST_DIGITS]
 
     def read_carried(self, row: RawRow) -> tuple[dict[str, Any], str | None]:
-        """Return the carried cells by their result names, and what is wrong with their size."""
+        """Return the carried cells by result name, and an error message if they are too large."""
         get = row.cells.get
         cells = {}
         for column, name, convert in self._converters:
@@ -119,15 +118,17 @@ class CellReader:
         return cells, _drop_largest(cells) if estimate_bytes(cells.values()) > LARGEST_ROW else None
 
 
-def _digest_text(value: Any, kind: pa.DataType | None = None) -> str:
-    """Return a cell as text. Whole floats are integers, which become floats where a cell of the column is missing."""
+def _digest_text(value: Any, dtype: pa.DataType | None = None) -> str:
+    """Return a cell as text. Whole floats become integers, since a missing cell turns an integer column into floats."""
     if value is None:
         return ""
-    return to_text(int(value) if value.__class__ is float and value.is_integer() else value, kind)
+    if value.__class__ is float and value.is_integer():
+        value = int(value)
+    return to_text(value, dtype)
 
 
 def _drop_largest(cells: dict[str, Any]) -> str:
-    """Set the largest cells to None until the others fit into a row; return the message about them."""
+    """Set the largest cells to None until the rest fit into a row. Return a message that names the dropped cells."""
     sizes = {name: estimate_bytes([value]) for name, value in cells.items()}
     dropped = []
     while sum(sizes.values()) > LARGEST_ROW:
@@ -138,9 +139,10 @@ def _drop_largest(cells: dict[str, Any]) -> str:
 
 
 def make_carried_schema(tables: Iterable[OpenTable], result_columns: Collection[str]) -> tuple[pa.Schema, list[str]]:
-    """Name and type the carried columns, in the tables too, and return them with a warning for each made text.
+    """Return the schema of the carried columns, and a warning for each column that becomes text.
 
-    No name differs from another or from a result column by case alone. A type holds what every file has in the column.
+    Also set the result names in each table's `carried`. Ignoring case, no result name equals another or one in
+    `result_columns`. A type holds the column's values from every file.
     """
     tables = list(tables)
     names = make_result_names((column for table in tables for column in table.carried), result_columns)
@@ -151,35 +153,35 @@ def make_carried_schema(tables: Iterable[OpenTable], result_columns: Collection[
             columns.setdefault(name, []).append((table, column))
     fields, warnings = [], list[str]()
     for name, sources in columns.items():
-        kinds = {table.file.name: result_type(table.type_of(column)) for table, column in sources}
-        kind = common_type(kinds.values(), partial(_read_arrays, sources))
-        fields.append((name, kind))
-        if pa.types.is_string(kind):
-            warnings += _warn_of_text(name, kinds)
+        dtypes = {table.file.name: result_type(table.type_of(column)) for table, column in sources}
+        dtype = common_type(dtypes.values(), partial(_read_arrays, sources))
+        fields.append((name, dtype))
+        if pa.types.is_string(dtype):
+            warnings += _warn_about_text(name, dtypes)
     return pa.schema(fields), warnings
 
 
 def _read_arrays(sources: Iterable[tuple[OpenTable, str]]) -> Iterator[pa.Array]:
-    """Yield all values of a column whose type depends on them. (A column of the path is text, so it does not.)"""
+    """Yield all values of a column whose type depends on them. Path columns never do, since they are text."""
     for table, column in sources:
         yield from table.reader.arrays(column)
 
 
-def _warn_of_text(name: str, kinds: Mapping[str, pa.DataType]) -> Iterator[str]:
-    """Warn of a column that is carried as text because its types differ between files."""
-    first: dict[pa.DataType, str] = {}
-    for file, kind in kinds.items():
-        first.setdefault(kind, file)
-    first.pop(pa.null(), None)
-    if len(first) > 1:
-        where = " and ".join(f"{kind} in {file}" for kind, file in list(first.items())[:2])
-        yield f"column {name!r} is {where}: its values are carried as text"
+def _warn_about_text(name: str, dtypes: Mapping[str, pa.DataType]) -> Iterator[str]:
+    """Yield a warning if a column is carried as text because its types differ between files."""
+    first_files: dict[pa.DataType, str] = {}
+    for file, dtype in dtypes.items():
+        first_files.setdefault(dtype, file)
+    first_files.pop(pa.null(), None)
+    if len(first_files) > 1:
+        examples = " and ".join(f"{dtype} in {file}" for dtype, file in list(first_files.items())[:2])
+        yield f"column {name!r} is {examples}: its values are carried as text"
 
 
 def find_near_fields(tables: Iterable[OpenTable], columns: Mapping[str, str]) -> list[str]:
-    """Return a sentence for each carried column that seems to be meant for a field which its table lacks.
+    """Return a hint for each carried column that resembles the name of a field missing from its table.
 
-    `columns` are the user's own names for fields; a field whose name is '' is not missed.
+    `columns` maps fields to column names chosen by the user. A field mapped to '' is not missing.
     """
     files: dict[tuple[str, str], list[str]] = {}
     for table in tables:
@@ -197,22 +199,22 @@ def find_near_fields(tables: Iterable[OpenTable], columns: Mapping[str, str]) ->
 
 
 def _match_near(missing: list[str], names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yield each missing field with the first column whose name is near it."""
+    """Yield each missing field that has a column with a similar name, and the first such column."""
     keys = {name: _normalize(name) for name in names}
     for field in missing:
-        wanted = _normalize(field)
-        near = [name for name, key in keys.items() if key == wanted or key in SYNONYMS.get(field, ())]
-        if not near and len(wanted) >= SHORTEST_MISSPELT:
-            near = [name for name, key in keys.items() if _is_similar(key, wanted)]
-        if near:
-            yield field, near[0]
+        target = _normalize(field)
+        matches = [name for name, key in keys.items() if key == target or key in SYNONYMS.get(field, ())]
+        if not matches and len(target) >= SHORTEST_MISSPELT:
+            matches = [name for name, key in keys.items() if _is_similar(key, target)]
+        if matches:
+            yield field, matches[0]
 
 
 def _normalize(name: str) -> str:
     return re.sub(r"[\W_]+", "", name).lower()
 
 
-def _is_similar(key: str, wanted: str) -> bool:
-    if len(key) < SHORTEST_MISSPELT or key[0] != wanted[0]:
+def _is_similar(key: str, target: str) -> bool:
+    if len(key) < SHORTEST_MISSPELT or key[0] != target[0]:
         return False
-    return difflib.SequenceMatcher(None, key, wanted).ratio() >= SIMILAR
+    return difflib.SequenceMatcher(None, key, target).ratio() >= SIMILAR

@@ -1,4 +1,4 @@
-"""The columns of a file: names and types of JSON columns, doubled names, and which column holds which field."""
+"""Determine the types of a file's JSON columns, make column names unique, and assign columns to fields."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from batch_infer.settings import FIELDS
 from batch_infer.table.base import SHOWN_COLUMNS, RawRow, TableFile, clean, is_utf8
 
 MAX_COLUMNS = 1024
-"""Rows whose keys are values ({"a red circle": 1, ...}) would otherwise make a column each."""
+"""Maximum number of columns. Rows whose keys are values ({"a red circle": 1, ...}) would add columns without limit."""
 MAX_DEPTH = 100
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
-"""Cell separators of CSV: spreadsheets write semicolons where the comma is the decimal mark."""
+"""CSV separators. Spreadsheets write semicolons in locales with a decimal comma."""
 
 _NULL, _BOOL, _INTEGER, _FLOAT, _TEXT, _INEXACT = 0, 1, 2, 4, 8, 16
-"""The kinds of values in a column, as bits. _INEXACT is an integer that float64 does not hold exactly."""
-_KINDS = {type(None): _NULL, bool: _BOOL, float: _FLOAT, str: _TEXT, list: _TEXT, dict: _TEXT}
+"""Bit flags for the values in a column. _INEXACT marks an integer that float64 cannot represent exactly."""
+_FLAGS = {type(None): _NULL, bool: _BOOL, float: _FLOAT, str: _TEXT, list: _TEXT, dict: _TEXT}
 _TYPES = {
     _NULL: pa.null(),
     _BOOL: pa.bool_(),
@@ -33,37 +33,37 @@ _TYPES = {
 
 
 class JsonColumns:
-    """The columns of JSON rows, which no header names, in the order of their first rows, and their types."""
+    """Collects the names and types of JSON columns in order of first appearance, since JSON has no header."""
 
     def __init__(self, names: Iterable[str] = ()) -> None:
-        self._kinds: dict[str, int] = dict.fromkeys(names, _NULL)
+        self._flags: dict[str, int] = dict.fromkeys(names, _NULL)
 
     def add(self, cells: Mapping[str, Any]) -> None:
-        """Add the columns of a row, without names that no column can have: `check_row` refuses those."""
+        """Add the columns of a row, except for invalid names, which `check_row` rejects."""
         for name, value in cells.items():
-            kind = _KINDS.get(value.__class__)
-            if kind is None:
-                kind = _number_kind(value)
-            if name in self._kinds:
-                self._kinds[name] |= kind
-            elif len(self._kinds) < MAX_COLUMNS and is_utf8(name):
-                self._kinds[name] = kind
+            flags = _FLAGS.get(value.__class__)
+            if flags is None:
+                flags = _number_flags(value)
+            if name in self._flags:
+                self._flags[name] |= flags
+            elif len(self._flags) < MAX_COLUMNS and is_utf8(name):
+                self._flags[name] = flags
 
     def schema(self) -> pa.Schema:
-        return pa.schema([(name, _TYPES.get(kinds, pa.string())) for name, kinds in self._kinds.items()])
+        return pa.schema([(name, _TYPES.get(flags, pa.string())) for name, flags in self._flags.items()])
 
 
-def _number_kind(value: Any) -> int:
+def _number_flags(value: Any) -> int:
     if value.__class__ is not int or not -(2**63) <= value < 2**63:  # a Decimal, or a larger integer
         return _TEXT
     return _INTEGER if int(float(value)) == value else _INTEGER | _INEXACT
 
 
-def check_row(row: RawRow, source: str, known: frozenset[str]) -> RawRow:
-    """Return a JSON row, with its error where the table cannot take it. `source` is its line or element."""
+def check_row(row: RawRow, source: str, columns: frozenset[str]) -> RawRow:
+    """Return a JSON row, with an error if it does not fit the table. `source` is its line or element."""
     error = None
-    if not known.issuperset(row.cells):
-        unknown = clean(next(name for name in row.cells if name not in known))
+    if not columns.issuperset(row.cells):
+        unknown = clean(next(name for name in row.cells if name not in columns))
         error = (
             f"has a column that the table cannot have, {unknown[:40]!r}: "
             f"it is not UTF-8, or there are {MAX_COLUMNS} before it"
@@ -74,7 +74,7 @@ def check_row(row: RawRow, source: str, known: frozenset[str]) -> RawRow:
 
 
 def is_too_deep(value: Any) -> bool:
-    """Return whether a list or object is nested deeper than recursive code can process."""
+    """Return whether a list or object is nested too deeply for recursive code."""
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [
@@ -89,7 +89,7 @@ def is_too_deep(value: Any) -> bool:
 
 
 def rename_doubled(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Return the names with `tag_2` for the second `tag`, and the old name of each that changed."""
+    """Return unique names, with `tag_2` for the second `tag`, and a map from changed names to old names."""
     used, count = set(names), Counter[str]()
     distinct, renamed = [], {}
     for name in names:
@@ -105,35 +105,35 @@ def rename_doubled(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     return distinct, renamed
 
 
-def rename_doubled_fields(kind: pa.DataType, name: str, renamed: dict[str, str]) -> pa.DataType:
-    """Return a type whose structs have fields of distinct names, and add those that changed to `renamed`.
+def rename_doubled_fields(dtype: pa.DataType, name: str, renamed: dict[str, str]) -> pa.DataType:
+    """Return a type whose structs have unique field names, and add the changed names to `renamed`.
 
-    `name` is the column. Python, pandas and SQL engines cannot read a struct with two fields of one name.
+    `name` is the column. Python, pandas and SQL engines cannot read a struct with duplicate field names.
     """
-    if pa.types.is_struct(kind):
-        names, doubled = rename_doubled([field.name for field in kind])
-        renamed.update({f"{name}.{new}": f"{name}.{old}" for new, old in doubled.items()})
+    if pa.types.is_struct(dtype):
+        names, duplicates = rename_doubled([field.name for field in dtype])
+        renamed.update({f"{name}.{new}": f"{name}.{old}" for new, old in duplicates.items()})
         fields = [
             field.with_name(new).with_type(rename_doubled_fields(field.type, f"{name}.{new}", renamed))
-            for field, new in zip(kind, names, strict=True)
+            for field, new in zip(dtype, names, strict=True)
         ]
         return pa.struct(fields)
-    if pa.types.is_map(kind):
+    if pa.types.is_map(dtype):
         key, item = (
             field.with_type(rename_doubled_fields(field.type, name, renamed))
-            for field in (kind.key_field, kind.item_field)
+            for field in (dtype.key_field, dtype.item_field)
         )
-        return pa.map_(key, item, kind.keys_sorted)
-    if not isinstance(kind, (pa.ListType, pa.LargeListType, pa.FixedSizeListType)):
-        return kind
-    field = kind.value_field.with_type(rename_doubled_fields(kind.value_type, name, renamed))
-    if isinstance(kind, pa.FixedSizeListType):
-        return pa.list_(field, kind.list_size)
-    return pa.list_(field) if isinstance(kind, pa.ListType) else pa.large_list(field)
+        return pa.map_(key, item, dtype.keys_sorted)
+    if not isinstance(dtype, (pa.ListType, pa.LargeListType, pa.FixedSizeListType)):
+        return dtype
+    field = dtype.value_field.with_type(rename_doubled_fields(dtype.value_type, name, renamed))
+    if isinstance(dtype, pa.FixedSizeListType):
+        return pa.list_(field, dtype.list_size)
+    return pa.list_(field) if isinstance(dtype, pa.ListType) else pa.large_list(field)
 
 
 def describe_renamed(file: str, renamed: Mapping[str, str]) -> str:
-    """Say under which names the columns with a doubled name are carried."""
+    """Return a message with the new names of columns that share a name."""
     pairs = [f"another {old!r} as {new!r}" for new, old in list(renamed.items())[:SHOWN_COLUMNS]]
     more = f" and {len(renamed) - SHOWN_COLUMNS:,} more" if len(renamed) > SHOWN_COLUMNS else ""
     return f"{file} has columns of one name: carried are {', '.join(pairs)}{more}"
@@ -142,9 +142,9 @@ def describe_renamed(file: str, renamed: Mapping[str, str]) -> str:
 def map_fields(
     file: TableFile, names: Sequence[str], columns: Mapping[str, str], renamed: Mapping[str, str]
 ) -> dict[str, str]:
-    """Return the column of each field. `columns` are the user's own names, '' where a field has no column.
+    """Return the column of each field. `columns` contains the user's names for fields, '' for a field without a column.
 
-    Raises TableError where the column of the prompts, or one that the user named, is missing or doubled.
+    Raises TableError if the prompt column, or a column named by the user, is missing or duplicated.
     """
     if file.format == ".txt":
         columns = {**columns, "prompt": "prompt"}
@@ -156,17 +156,17 @@ def map_fields(
         elif field == "prompt" or (name and field in columns):
             purpose = "" if name == field else f" for {field}"
             raise TableError(f"{file.name} has no column {name!r}{purpose}; {_advise(file, field, name, names)}")
-    if doubled := sorted(set(fields.values()) & set(renamed.values())):
-        raise TableError(f"{file.name} has two columns named {doubled[0]!r}; rename one")
+    if duplicates := sorted(set(fields.values()) & set(renamed.values())):
+        raise TableError(f"{file.name} has two columns named {duplicates[0]!r}; rename one")
     return fields
 
 
-def _advise(file: TableFile, field: str, wanted: str, names: Sequence[str]) -> str:
-    """Say what to do about a missing column."""
-    for like in (wanted, field):
-        near = next((name for name in names if name.strip().lower() == like.strip().lower()), None)
-        if like and near is not None:
-            return f"try --column {shlex.quote(f'{field}={near}')}"
+def _advise(file: TableFile, field: str, missing: str, names: Sequence[str]) -> str:
+    """Return advice on a missing column for its error message."""
+    for candidate in (missing, field):
+        match = next((name for name in names if name.strip().lower() == candidate.strip().lower()), None)
+        if candidate and match is not None:
+            return f"try --column {shlex.quote(f'{field}={match}')}"
     if len(names) == 1 and (separator := next((separator for separator in SEPARATORS if separator in names[0]), None)):
         return f"its columns seem to be separated by {separator!r}: save it as .csv, or as Parquet"
     if file.origin == "stdin" and file.format == ".csv":

@@ -1,4 +1,4 @@
-"""CSV and TSV, by the standard library's csv. An unreadable row costs only itself, and the next one is read."""
+"""Read CSV and TSV with the standard library's csv module. Reading continues after an unreadable row."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from batch_infer.table.columns import SEPARATORS, rename_doubled
 from batch_infer.table.streams import LONGEST, LineReader, open_text
 
 DECLARATION = re.compile(r'"?sep=(?P<separator>[^"\r\n])"?\r?\n?', re.IGNORECASE)
-"""The first line by which spreadsheets declare the separator."""
+"""Matches a first line in which a spreadsheet declares the separator."""
 
 csv.field_size_limit(LONGEST)  # The row limit applies first.
 
@@ -34,20 +34,20 @@ csv.field_size_limit(LONGEST)  # The row limit applies first.
 def open_delimited(file: TableFile, prompt_column: str, scratch: Scratch) -> DelimitedReader:
     """Open a CSV or TSV file. Raises OSError, csv.Error and TableError.
 
-    The separator of a .csv is the comma, or the first other one that gives the header a prompt column. If none does, it
-    is the one that gives the most columns, whose names the message shows.
+    The separator of a .csv is the first in SEPARATORS that gives the header a prompt column. If none does, it is the
+    separator that gives the most columns, and the error message shows their names.
     """
     with open_text(file, newline="") as stream:
         declared = DECLARATION.fullmatch(stream.readline(20))
-    usual = ["\t"] if file.format == ".tsv" else list(SEPARATORS)
-    separators = [declared["separator"]] if declared else usual
+    defaults = ["\t"] if file.format == ".tsv" else list(SEPARATORS)
+    separators = [declared["separator"]] if declared else defaults
     headers: dict[str, list[str]] = {}
     error = None
     for separator in separators:
         try:
             headers[separator] = _read_header(file, separator, is_declared=declared is not None)
-        except csv.Error as caught:  # a quoted header is damaged for any other separator
-            error = error or caught
+        except csv.Error as exc:  # a quoted header is malformed CSV with the wrong separator
+            error = error or exc
             continue
         if prompt_column in headers[separator]:
             break
@@ -80,28 +80,28 @@ def _first_row(reader: Any) -> list[str]:
 
 
 def _name_columns(file: TableFile, header: list[str]) -> list[str]:
-    """Name the columns without a name: spreadsheets' trailing commas and pandas' index have none."""
+    """Name unnamed columns, which come from trailing commas in spreadsheets and from the index in pandas."""
     if not all(map(is_utf8, header)):
         raise TableError(f"{file.name} has a header that is not UTF-8; save it as UTF-8")
     names = list(header)
-    for position, name in enumerate(header):
+    for index, name in enumerate(header):
         if not name:
-            names[position] = f"unnamed_{position}"
-            while names[position] in header:
-                names[position] += "_"
+            names[index] = f"unnamed_{index}"
+            while names[index] in header:
+                names[index] += "_"
     return names
 
 
 @dataclass(frozen=True, slots=True)
 class DelimitedReader(Reader):
-    """The rows of a CSV or TSV file. `is_declared`: the first line declares the separator, as in `sep=;`."""
+    """Reads a CSV or TSV file. `is_declared` is true if the first line declares the separator, as in `sep=;`."""
 
     header: tuple[str, ...]
     separator: str
     is_declared: bool
 
     def rows(self) -> Iterator[RawRow]:
-        number = 0
+        row_number = 0
         try:
             with open_text(self.file, newline="") as stream:
                 lines = _CsvLines(stream, self.separator)
@@ -110,47 +110,51 @@ class DelimitedReader(Reader):
                 while True:
                     lines.begin_row()
                     try:
-                        row = self._read_row(reader, lines, number)
+                        row = self._read_row(reader, lines, row_number)
                     except StopIteration:
                         return
                     if row:
                         yield row
-                        number += 1
+                        row_number += 1
         except OSError as error:
-            yield broken_off_row(self.file, number, error)
+            yield broken_off_row(self.file, row_number, error)
 
-    def _read_row(self, reader: Any, lines: _CsvLines, number: int) -> RawRow | None:
+    def _read_row(self, reader: Any, lines: _CsvLines, row_number: int) -> RawRow | None:
         """Return the next row, or None for a blank line. Raises StopIteration at the end of the file."""
         first = lines.number + 1
         try:
             cells = next(reader)
         except (csv.Error, RowError) as error:
             if len(self.header) > 1 or _is_unclosed(error):
-                lines.push_back(count := self._count_rows_within(lines.row_lines))
+                count = self._count_rows_within(lines.row_lines)
+                lines.push_back(count)
                 if isinstance(error, RowError) and not count:
                     self._skip_row(lines)
-            return RawRow(number, {}, _describe(first, lines.number, error), first)
+            return RawRow(row_number, {}, _describe(first, lines.number, error), first)
         if lines.shortened:
-            return RawRow(number, {}, _describe_shortened(first, lines), first)
-        return self._make_row(number, cells, first, lines.number) if cells else None
+            return RawRow(row_number, {}, _describe_shortened(first, lines), first)
+        return self._make_row(row_number, cells, first, lines.number) if cells else None
 
     def _count_rows_within(self, lines: list[str]) -> int:
-        """Return how many lines of an unreadable row are rows of their own.
+        """Return how many of the last lines of an unreadable row belong to later rows.
 
-        An unclosed quote swallows the rows below it. The first line that is a whole row by itself ends it. (In a table
-        of one column every line is a row, so this is only called where the quote was never closed.)
+        An unclosed quote swallows the rows below it, so the next row starts at the first line that is a complete row.
+        (In a one-column table every line is a complete row, so this is only called if a quote was never closed.)
         """
-        return next((len(lines) - k for k, line in enumerate(lines) if k and self._is_row(line)), 0)
+        for index in range(1, len(lines)):
+            if self._is_row(lines[index]):
+                return len(lines) - index
+        return 0
 
     def _is_row(self, line: str) -> bool:
-        """Return whether a line is a whole row by itself."""
+        """Return whether a line is a complete row."""
         if line.count('"') % 2 == 0:
             with suppress(csv.Error):
                 return len(next(csv.reader([line], strict=True, delimiter=self.separator))) == len(self.header)
         return False
 
     def _skip_row(self, lines: _CsvLines) -> None:
-        """Skip the rest of a row that is too long, up to its closing quote or to a line that is a row by itself."""
+        """Skip the rest of a row that is too long, up to its closing quote or a line that is a complete row."""
         is_open = sum(line.count('"') for line in lines.row_lines) % 2 == 1
         while is_open:
             lines.begin_row()
@@ -163,33 +167,32 @@ class DelimitedReader(Reader):
                 return
             is_open ^= line.count('"') % 2 == 1
 
-    def _make_row(self, number: int, cells: list[str], first: int, last: int) -> RawRow:
+    def _make_row(self, row_number: int, cells: list[str], first: int, last: int) -> RawRow:
         error, remark = None, None
         width = len(self.header)
         if len(cells) > 1 and not any(cells):
-            return RawRow(number, {}, None, first, Remark("blank"))
+            return RawRow(row_number, {}, None, first, Remark("blank"))
         if len(cells) > width and any(cells[width:]):
             separators = SEPARATORS.get(self.separator, repr(self.separator))
             error = (
                 f"{_lines(first, last)} has {len(cells)} cells where the header names {width}; "
                 f"quote cells that hold {separators}"
             )
-        elif len(cells) < width:  # some spreadsheets leave out the last cells where they are empty
+        elif len(cells) < width:  # some spreadsheets omit empty cells at the end of a row
             remark = remark_short_row(len(cells), self.header)
-        # strict=False also covers the overlong row, which is refused.
-        return RawRow(number, dict(zip(self.header, cells, strict=False)), error, first, remark)
+        # strict=False also accepts a row with too many cells, which has an error.
+        return RawRow(row_number, dict(zip(self.header, cells, strict=False)), error, first, remark)
 
 
 class _ShortenedLine(str):
-    """What is kept of a line that was too long."""
+    """The short replacement of a line that was too long."""
 
 
 class _CsvLines(LineReader):
-    """Lines of which the last ones can be read again. `row_lines` are those since `begin_row`.
+    """Reads lines and can push them back. `row_lines` contains the lines since `begin_row`.
 
-    Memory is bounded by the size of a row: RowError is raised where its lines are too long together. A line that is too
-    long by itself is shortened, so that the row ends where it would end otherwise. `shortened` is the number of the
-    first such line of the row, or 0.
+    To bound memory, raises RowError if the total length of a row's lines is too long. A single line that is too long is
+    shortened without moving the end of its row. `shortened` is the number of the row's first shortened line, or 0.
     """
 
     def __init__(self, stream: TextIO, separator: str) -> None:
@@ -215,10 +218,10 @@ class _CsvLines(LineReader):
         return line
 
     def shorten(self, pieces: Iterator[str]) -> str:
-        """Return a line with one letter for each word between quotes and separators.
+        """Return a line in which each text between quotes and separators is a single letter.
 
-        If that is too long too, only an unpaired quote is kept, so that the next line is still inside or outside of a
-        cell.
+        If that is still too long, return only an unpaired quote, if any, so that the next line still starts inside or
+        outside of a quoted cell.
         """
         text, quotes = "", 0
         for piece in pieces:
@@ -233,7 +236,7 @@ class _CsvLines(LineReader):
         self.shortened = 0
 
     def push_back(self, count: int) -> None:
-        """Return the last `count` lines, which are read again."""
+        """Push back the last `count` lines, to be read again."""
         self._pushed_back += reversed(self.row_lines[len(self.row_lines) - count :])
         self.number -= count
 

@@ -1,4 +1,4 @@
-"""The cells of fields: which are empty, and how the others are parsed."""
+"""Parse and validate the cells of fields."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ MAX_STEPS = 1000
 MAX_GUIDANCE = 100.0
 MAX_IMAGES = 1000
 MAX_TEXT = 10_000
-"""Characters of a prompt, negative prompt or id.
+"""Maximum number of characters in a prompt, negative prompt or id.
 
-A text encoder reads some 75 words, and tokenizing a megabyte delays all other rows by seconds.
+A text encoder reads about 75 words, and tokenizing a megabyte delays all other rows by seconds.
 """
 NUMBERS = frozenset(FIELDS) - {"prompt", "id", "negative_prompt"}
 MISSING = frozenset({"", "nan", "na", "n/a", "#n/a", "<na>", "null", "none", r"\n"})
-"""What databases, spreadsheets and pandas write for a missing number."""
+"""Text that databases, spreadsheets and pandas write for a missing number, in lower case."""
 
 
 def id_text(value: Any) -> str:
-    """Return the id in a cell."""
-    if isinstance(value, float) and value.is_integer():  # a column of integers is float where a cell was empty
+    """Return an id cell as text."""
+    if isinstance(value, float) and value.is_integer():  # an empty cell turns a column of integers into floats
         value = int(value)
     return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
 
 
 def read_fields(columns: Mapping[str, str], get: Callable[[str], Any]) -> dict[str, Any]:
-    """Return a row's cells by field, None where they are empty. `columns` has the column of each field."""
+    """Return a row's cells by field, None if empty. `columns` contains the column of each field."""
     fields = {}
     for field, column in columns.items():
         value = get(column)
@@ -46,7 +46,7 @@ def read_fields(columns: Mapping[str, str], get: Callable[[str], Any]) -> dict[s
 
 
 def _is_empty(value: Any) -> bool:
-    """Return whether a cell is null, NaN, or an empty string of characters or bytes."""
+    """Return whether a cell is None, NaN, or empty text or bytes."""
     return value is None or value in ("", b"") or (isinstance(value, float) and math.isnan(value))
 
 
@@ -74,17 +74,17 @@ def _parse_text(field: str, value: Any, sizes: SizeRules) -> str:
     return value
 
 
-def _parse_whole(field: str, value: Any, least: int, most: int) -> int:
+def _parse_whole(field: str, value: Any, minimum: int, maximum: int) -> int:
     if value.__class__ is str and value.isdecimal() and value.isascii() and len(value) < 20:
-        number = int(value)  # as almost all cells are: ten times as fast
-        if least <= number <= most:
+        number = int(value)  # ten times as fast as Decimal, and enough for nearly all cells
+        if minimum <= number <= maximum:
             return number
     decimal = _to_decimal(value)
     # A short cell with an exponent of millions is a huge integer: compare before converting.
     if decimal is None or (-(10**30) < decimal < 10**30 and decimal != decimal.to_integral_value()):
         raise RowError(f"{field} {show_value(value)} is not a whole number")
-    if not least <= decimal <= most:
-        raise RowError(f"{field} {show_value(value)} is not within {least} to {most}")
+    if not minimum <= decimal <= maximum:
+        raise RowError(f"{field} {show_value(value)} is not within {minimum} to {maximum}")
     return int(decimal)
 
 
@@ -96,17 +96,17 @@ def _parse_side(field: str, value: Any, sizes: SizeRules) -> int:
     return side
 
 
-def _parse_real(field: str, value: Any, most: float) -> float:
+def _parse_real(field: str, value: Any, maximum: float) -> float:
     number = _to_decimal(value)
     if number is None:
         raise RowError(f"{field} {show_value(value)} is not a number")
-    if not 0 <= number <= Decimal(most):
-        raise RowError(f"{field} {show_value(value)} is not within 0 to {most:g}")
+    if not 0 <= number <= Decimal(maximum):
+        raise RowError(f"{field} {show_value(value)} is not within 0 to {maximum:g}")
     return float(number)
 
 
 def _to_decimal(value: Any) -> Decimal | None:
-    """Return a cell as a finite number, or None. A boolean is no number."""
+    """Return a cell as a finite number, or None. A boolean is not a number."""
     if isinstance(value, str):
         return _cached_decimal(value) if len(value) < 20 else _finite_decimal(value.strip())
     if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
@@ -116,7 +116,7 @@ def _to_decimal(value: Any) -> Decimal | None:
 
 @lru_cache(maxsize=4096)
 def _cached_decimal(text: str) -> Decimal | None:
-    """Return a short text's number. The cache helps because a table has few different numbers."""
+    """Parse a short text. The cache helps because the numbers in a table repeat."""
     return _finite_decimal(text.strip())
 
 
@@ -129,7 +129,7 @@ def _finite_decimal(value: str | int | float | Decimal) -> Decimal | None:
 
 
 def show_value(value: Any) -> str:
-    """Return the text of a value for a message, cut off at 40 characters."""
+    """Return a value as text for a message, truncated to 40 characters."""
     text = clean(str(value))
     return repr(text if len(text) <= 40 else text[:37] + "...")
 
@@ -145,4 +145,4 @@ PARSERS: Mapping[str, Callable[[str, Any, SizeRules], Any]] = {
     "guidance_scale": lambda field, value, sizes: _parse_real(field, value, MAX_GUIDANCE),
     "guidance_rescale": lambda field, value, sizes: _parse_real(field, value, 1.0),
 }
-"""The parser of each field. The order is that of messages and of fingerprints, so it must not change."""
+"""Parsers by field. Messages and fingerprints use this order, so it must not change."""

@@ -1,4 +1,4 @@
-"""The files that TABLE arguments mean: a file, a folder, a glob, standard input, or a URL of any of the first three."""
+"""Find the files of TABLE arguments: files, folders, globs, their URLs, and standard input."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ STDIN = "-"
 
 
 def find_files(arguments: Iterable[str], folder: Path, scratch: Scratch) -> tuple[list[TableFile], LeftOutFiles]:
-    """Return the files of all arguments, each once, in the order of the arguments, and the files that are left out.
+    """Return the distinct files of all arguments, in argument order, and the files that are left out.
 
-    Relative names start at `folder`. An argument that means no file is in the list with its error. Raises TableError
-    where there is no argument, ServiceError where a service does not answer, StorageError where the disk fails.
+    Relative names start at `folder`. An argument that matches no file becomes a TableFile with an error. Raises
+    TableError if there is no argument, ServiceError if a service does not answer, StorageError if the disk fails.
     """
     files: dict[str | Path, TableFile] = {}
     left_out = LeftOutFiles()
     for argument in dict.fromkeys(arguments):
         for file in _expand(argument, folder, scratch, left_out):
             identity = _identity(file)
-            known = files.setdefault(identity, file)
-            if file.is_named and not known.is_named:
-                files[identity] = replace(known, is_named=True)
+            first = files.setdefault(identity, file)
+            if file.is_named and not first.is_named:
+                files[identity] = replace(first, is_named=True)
     if not files:
         raise TableError(f"no TABLE given: name a file ({ENDINGS}), a folder of them, a glob, a URL, or -")
     left_out.remove(file.name for file in files.values())
@@ -47,9 +47,9 @@ def find_files(arguments: Iterable[str], folder: Path, scratch: Scratch) -> tupl
 
 
 def number_names(files: Iterable[TableFile]) -> list[TableFile]:
-    """Return the files with `t.csv#2` as the name of the second one named `t.csv`.
+    """Rename the second file named `t.csv` to `t.csv#2`, and so on.
 
-    URLs that differ only in a secret part, such as the query, have the same name.
+    URLs have the same name if they differ only in a secret part, such as the query.
     """
     count = Counter[str]()
     numbered = []
@@ -61,7 +61,7 @@ def number_names(files: Iterable[TableFile]) -> list[TableFile]:
 
 
 def _identity(file: TableFile) -> str | Path:
-    """Return what several arguments for one file have in common: the whole URL or path that is opened."""
+    """Return the complete URL or path of a file, which is the same for all arguments that match the file."""
     if file.url:
         return file.url
     return file.path.resolve() if file.error is None and file.origin == "file" else file.name
@@ -75,17 +75,17 @@ def _expand(argument: str, folder: Path, scratch: Scratch, left_out: LeftOutFile
         if protocol_of(argument) and not (folder / argument).exists():
             return _find_remote(argument, name, scratch, left_out)
         return _find_local(argument, folder, left_out)
-    except TableError as caught:
-        error = str(caught)
-    except (OSError, ValueError) as caught:  # ValueError: a pattern that pathlib does not take
-        raise_storage_error(caught, name)
-        error = f"{name}: {error_text(caught)}"
+    except TableError as exc:
+        error = str(exc)
+    except (OSError, ValueError) as exc:  # ValueError: pathlib rejects the pattern
+        raise_storage_error(exc, name)
+        error = f"{name}: {error_text(exc)}"
     url = argument if protocol_of(argument) else ""
     return [TableFile(folder, name, stem_of(name.rstrip("/").rpartition("/")[2]), error=error, url=url)]
 
 
 def _spool(scratch: Scratch) -> TableFile:
-    """Copy standard input to a file, since tables are read more than once. Raises TableError, StorageError."""
+    """Copy standard input to a file, since tables are read more than once. Raises TableError and StorageError."""
     if sys.stdin is None or sys.stdin.closed:
         raise TableError("-: there is no standard input to read")
     if sys.stdin.isatty():
@@ -101,7 +101,7 @@ def _spool(scratch: Scratch) -> TableFile:
 
 
 def _make_file(path: Path, name: str, relative: str, **options: Any) -> TableFile:
-    """Return the file at `path`. Raises TableError where its relative path does not end as a table does."""
+    """Return the file at `path`. Raises TableError if its relative path has no table ending."""
     parts = parse_name(relative)
     if parts is None:
         raise TableError(f"{name}: unknown ending {Path(relative).suffix or '(none)'}; a table ends in {ENDINGS}")
@@ -109,9 +109,9 @@ def _make_file(path: Path, name: str, relative: str, **options: Any) -> TableFil
 
 
 def _find_remote(url: str, name: str, scratch: Scratch, left_out: LeftOutFiles) -> list[TableFile]:
-    """Return the tables that a URL means, downloaded.
+    """Download the tables behind a URL.
 
-    Raises TableError where it means no table, ServiceError where a service does not answer, StorageError where the
+    Raises TableError if the URL contains no table, ServiceError if a service does not answer, StorageError if the
     temporary folder is full.
     """
     from batch_infer.table.remote import RemoteErrors, connect  # imports fsspec, which local tables do not need
@@ -120,7 +120,7 @@ def _find_remote(url: str, name: str, scratch: Scratch, left_out: LeftOutFiles) 
         remote = connect(url, name)
         listing = remote.list_files()
         if listing is None:
-            url = url.partition("#")[0] if is_http(url) else url  # a fragment is not sent
+            url = url.partition("#")[0] if is_http(url) else url  # fragments are never sent
             relative = split_chain(name)[1].rpartition("/")[2]
             files = {remote.path: _make_file(scratch.new_path(), name, relative, origin="url", url=url)}
         else:
@@ -130,7 +130,7 @@ def _find_remote(url: str, name: str, scratch: Scratch, left_out: LeftOutFiles) 
         try:
             with RemoteErrors(file.name):
                 remote.system.get_file(path, str(file.path))
-        except TableError as error:  # a file that is gone or forbidden leaves the others readable
+        except TableError as error:  # a missing or forbidden file does not affect other files
             return replace(file, error=str(error))
         return file
 
@@ -140,7 +140,7 @@ def _find_remote(url: str, name: str, scratch: Scratch, left_out: LeftOutFiles) 
 def _choose_remote(
     remote: RemoteFiles, listing: RemoteListing, name: str, scratch: Scratch, left_out: LeftOutFiles
 ) -> dict[str, TableFile]:
-    """Return the tables among the files of a remote folder or glob, by their remote paths."""
+    """Return the tables in a remote folder or glob by remote path."""
     paths = {path[len(listing.folder) :].lstrip("/"): path for path in listing.paths}
 
     def name_of(relative: str) -> str:
@@ -149,60 +149,56 @@ def _choose_remote(
     def is_file(relative: str) -> bool:
         return bool(remote.system.isfile("/".join(filter(None, [listing.folder, relative]))))
 
-    return {
-        paths[relative]: _make_file(
-            scratch.new_path(),
-            name_of(relative),
-            relative,
-            origin="url",
-            is_named=False,
-            url=join_url(listing.url, relative),
+    files = {}
+    for relative in TableFilter(name, is_file, name_of, left_out).choose(paths):
+        url = join_url(listing.url, relative)
+        files[paths[relative]] = _make_file(
+            scratch.new_path(), name_of(relative), relative, origin="url", is_named=False, url=url
         )
-        for relative in TableFilter(name, is_file, name_of, left_out).choose(paths)
-    }
+    return files
 
 
 def _find_local(argument: str, folder: Path, left_out: LeftOutFiles) -> list[TableFile]:
-    named = Path(argument).expanduser()
-    path = folder / named
+    user_path = Path(argument).expanduser()
+    path = folder / user_path
     if path.is_dir():
-        return _LocalFolder(argument, named, folder, left_out).walk()
+        return _LocalFolder(argument, user_path, folder, left_out).walk()
     if path.exists():
-        return [_make_file(path, clean(named.as_posix()), path.name)]
+        return [_make_file(path, clean(user_path.as_posix()), path.name)]
     if glob.has_magic(argument):
-        first = next(i for i, part in enumerate(named.parts) if glob.has_magic(part))
-        fixed, pattern = Path(*named.parts[:first]), "/".join(named.parts[first:])
-        return _LocalFolder(argument, fixed, folder, left_out).match(pattern)
+        parts = user_path.parts
+        first = next(index for index, part in enumerate(parts) if glob.has_magic(part))
+        return _LocalFolder(argument, Path(*parts[:first]), folder, left_out).match("/".join(parts[first:]))
     raise TableError(f"{clean(argument)}: no such file or folder")
 
 
 class _LocalFolder:
-    """The files below a folder, or those that a glob matches below it; `named` is the folder as the user named it.
+    """Finds tables below a local folder. `user_path` is the folder's path as the user wrote it.
 
     All methods raise TableError and OSError.
     """
 
-    def __init__(self, argument: str, named: Path, folder: Path, left_out: LeftOutFiles) -> None:
-        self._named, self._folder, self._left_out = named, folder / named, left_out
+    def __init__(self, argument: str, user_path: Path, folder: Path, left_out: LeftOutFiles) -> None:
+        self._user_path, self._folder, self._left_out = user_path, folder / user_path, left_out
         self._unreadable: list[OSError] = []
         self._filter = TableFilter(clean(argument), self._is_file, self._name_of, left_out)
 
     def walk(self) -> list[TableFile]:
-        """Return all tables of the folder."""
+        """Return all tables below the folder."""
         return self._choose(self._files_in("."))
 
     def match(self, pattern: str) -> list[TableFile]:
-        """Return the tables among the matches of a glob, and those in folders that it matches."""
+        """Return the tables that match a glob, and the tables below folders that match it."""
         self._record_unreadable(pattern)
         matches = {path.relative_to(self._folder).as_posix(): path.is_dir() for path in self._folder.glob(pattern)}
         files = [relative for relative, is_folder in matches.items() if not is_folder]
         for relative in outermost_folders(relative for relative, is_folder in matches.items() if is_folder):
-            if relative == "." or self._is_entered(relative):
+            if relative == "." or self._should_list(relative):
                 files += self._files_in(relative)
         return self._choose(dict.fromkeys(files))
 
     def _record_unreadable(self, pattern: str) -> None:
-        """Record unreadable folders along a glob's path: pathlib skips them silently."""
+        """Record unreadable folders along a glob's path, which pathlib skips silently."""
         parts = pattern.split("/")
         for count in range(1, len(parts)):
             for path in self._folder.glob("/".join(parts[:count])):
@@ -214,14 +210,14 @@ class _LocalFolder:
                         self._unreadable.append(error)
 
     def _files_in(self, relative: str) -> Iterator[str]:
-        """Yield the files in a folder and those below it."""
-        for here, folders, files in os.walk(self._folder / relative, onerror=self._unreadable.append):
-            inner = Path(here).relative_to(self._folder)
-            folders[:] = [name for name in folders if self._is_entered((inner / name).as_posix())]
-            yield from ((inner / name).as_posix() for name in files)
+        """Yield the files at any depth below a folder."""
+        for path, folders, files in os.walk(self._folder / relative, onerror=self._unreadable.append):
+            parent = Path(path).relative_to(self._folder)
+            folders[:] = [name for name in folders if self._should_list((parent / name).as_posix())]
+            yield from ((parent / name).as_posix() for name in files)
 
-    def _is_entered(self, relative: str) -> bool:
-        """Return whether a folder is listed. One that is left out is not: it may hold a million images."""
+    def _should_list(self, relative: str) -> bool:
+        """Return whether to list a folder. A folder that is left out may contain a million images."""
         if self._filter.is_left_out(f"{relative}/"):
             return False
         if (self._folder / relative).is_symlink():
@@ -237,21 +233,21 @@ class _LocalFolder:
         for relative in self._filter.choose(relatives):
             path, name = self._folder / relative, self._name_of(relative)
             if path.is_symlink() and not path.exists():
-                files.append(_refused(path, name, stem_of(relative), "the link leads to no file"))
+                files.append(_make_unreadable(path, name, stem_of(relative), "the link leads to no file"))
             elif path.is_file():
                 files.append(_make_file(path, name, relative, is_named=False))
         for error in self._unreadable:
             name = self._name_of(Path(error.filename).relative_to(self._folder).as_posix())
             raise_storage_error(error, name)
-            files.append(_refused(self._folder, name, stem_of(name), error_text(error)))
+            files.append(_make_unreadable(self._folder, name, stem_of(name), error_text(error)))
         return files
 
     def _is_file(self, relative: str) -> bool:
         return (self._folder / relative).is_file()
 
     def _name_of(self, relative: str) -> str:
-        return clean((self._named / relative).as_posix()) + ("/" if relative.endswith("/") else "")
+        return clean((self._user_path / relative).as_posix()) + ("/" if relative.endswith("/") else "")
 
 
-def _refused(path: Path, name: str, stem: str, message: str) -> TableFile:
+def _make_unreadable(path: Path, name: str, stem: str, message: str) -> TableFile:
     return TableFile(path, name, stem, error=f"{name}: {message}", is_named=False)

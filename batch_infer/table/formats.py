@@ -1,4 +1,4 @@
-"""The table formats: a registry of endings, and the format of a name, of an opened file and of standard input."""
+"""Register the table formats, and detect the format of a file from its name or first bytes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FORMATS: dict[str, Callable[[TableFile, str, Scratch], Reader]] = {
     ".json": open_json,
     ".txt": open_plain_text,
 }
-"""Each ending with the function that opens its files, given the column of the prompts and a temporary folder."""
+"""Functions that open a file, by ending. They also take the prompt column and a temporary folder."""
 
 
 def _join(endings: list[str]) -> str:
@@ -45,7 +45,7 @@ _NAME = re.compile(f"(?P<stem>.*[^/])(?P<format>{_FORMAT})(?P<compression>{_COMP
 
 
 class TableName(NamedTuple):
-    """The parts of a table's path: the stem of its default ids, its format and its compression."""
+    """The parts of a table's path: the stem for default ids, the format and the compression."""
 
     stem: str
     format: str
@@ -53,7 +53,7 @@ class TableName(NamedTuple):
 
 
 def parse_name(relative: str) -> TableName | None:
-    """Return the parts of a path that ends as a table does, else None."""
+    """Return the parts of a path with a table ending, else None."""
     match = _NAME.fullmatch(relative)
     if match is None:
         return None
@@ -61,7 +61,7 @@ def parse_name(relative: str) -> TableName | None:
 
 
 def stem_of(name: str) -> str:
-    """Return the stem of default ids for any name, also one that does not end as a table does."""
+    """Return the stem for default ids. The name need not have a table ending."""
     parts = parse_name(name)
     return parts.stem if parts else _to_stem(name.rpartition(".")[0] or name)
 
@@ -71,7 +71,7 @@ def _to_stem(relative: str) -> str:
 
 
 def open_reader(file: TableFile, prompt_column: str, scratch: Scratch) -> Reader:
-    """Open a file. Raises TableError where it cannot be read, StorageError where the disk fails."""
+    """Open a file. Raises TableError if it cannot be read, StorageError if the disk fails."""
     try:
         reader = FORMATS[file.format](file, prompt_column, scratch)
     except (OSError, pa.ArrowException, csv.Error, UnicodeError) as error:
@@ -85,31 +85,34 @@ def open_reader(file: TableFile, prompt_column: str, scratch: Scratch) -> Reader
 
 
 def detect_format(file: TableFile) -> TableFile:
-    """Return a file without a name with the format and compression that its first bytes show. Raises OSError."""
+    """Detect the format and compression of an unnamed file from its first bytes. Raises OSError."""
     with file.path.open("rb") as stream:
         start = stream.read(MAGIC_BYTES)
-    compression = next((ending for ending, kind in COMPRESSIONS.items() if kind.magic.match(start)), "")
+    compression = next((ending for ending, candidate in COMPRESSIONS.items() if candidate.magic.match(start)), "")
     file = replace(file, compression=compression)
     try:
         with open_decompressed(file) as content:
             start = content.peek(4)[:4]
-            content.read(len(UTF_8_MARK) if start.startswith(UTF_8_MARK) else 0)
-            lines = (text for line in iter(lambda: content.readline(LONGEST), b"") if (text := line.strip()))
-            is_parquet = start == b"PAR1"
-            return replace(file, format=".parquet" if is_parquet else _text_format(next(lines, b""), next(lines, b"")))
-    except OSError:  # compressed, and damaged at the start: reading it as a table reports that
+            if start == b"PAR1":
+                return replace(file, format=".parquet")
+            if start.startswith(UTF_8_MARK):
+                content.read(len(UTF_8_MARK))
+            lines = (line.strip() for line in iter(lambda: content.readline(LONGEST), b""))
+            nonblank = (line for line in lines if line)
+            return replace(file, format=_text_format(next(nonblank, b""), next(nonblank, b"")))
+    except OSError:  # the compressed data is damaged at the start, which opening the table reports
         return replace(file, format=".csv")
 
 
 def _text_format(first: bytes, second: bytes) -> str:
-    """Return the format of a text with these first lines that are not blank."""
+    """Return the format of a text from its first two nonblank lines."""
     if first.startswith(b"["):
         return ".json"
     if not first.startswith(b"{"):
         return ".csv"
     try:
         value = json.loads(first)
-    except (ValueError, RecursionError):  # an object continues with a key, JSON Lines with another object
+    except (ValueError, RecursionError):  # a document continues with a key, JSON Lines with another object
         return ".jsonl" if second.startswith(b"{") else ".json"
     is_payload = "input_data" in value or ("columns" in value and "data" in value)
     return ".json" if is_payload else ".jsonl"

@@ -1,4 +1,4 @@
-"""The ids in use, on disk so that memory does not grow with the table, and the stems of default ids."""
+"""Assign unique row ids, tracked on disk so that memory does not grow with the table."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from batch_infer.table.formats import parse_name, stem_of
 
 
 class Ids:
-    """The ids in use. With `distinct`, no two rows can want the same id, and nothing is stored."""
+    """Tracks the ids in use. With `distinct`, no two rows can request the same id, and nothing is stored."""
 
     def __init__(self, conflict: Callable[[str, str], str | None] | None = None, *, distinct: bool) -> None:
-        """`conflict` returns why an id of a file's own belongs to a table that is read elsewhere, else None."""
+        """`conflict` takes an id and its file, and returns an error message if another file owns the id, else None."""
         self._distinct, self._conflict = distinct, conflict
         self._has_collisions = False
         self._database = temporary_database()
@@ -28,7 +28,7 @@ class Ids:
         self._execute("CREATE TABLE counts (name TEXT PRIMARY KEY, number INTEGER) WITHOUT ROWID")
 
     def add(self, name: str, file: str) -> bool:
-        """Give an id to a row of this file and return True, or return False where it is in use."""
+        """Reserve an id for a row of `file`. Return False if the id is in use."""
         if self._distinct:
             return True
         folded, scope = name.lower(), file if self._conflict else ""
@@ -48,10 +48,10 @@ class Ids:
         return True
 
     def collides(self, name: str) -> bool:
-        """Return whether an id differs from an earlier one by case alone.
+        """Return whether an id differs from an earlier one only by case.
 
-        Where other tables are read elsewhere, only ids of the same file count: which files are read together changes
-        from one time to the next, and the name of a row's image must not.
+        If other tables are read elsewhere, only ids of the same file count: the files that are read together may change
+        between runs, but the name of a row's image must not.
         """
         if not self._has_collisions:
             return False
@@ -59,7 +59,7 @@ class Ids:
         return self._execute(sql, (name.lower(), name)).fetchone() is not None
 
     def add_own(self, value: Any, file: str) -> tuple[str | None, str | None]:
-        """Return the id in a row's id cell, or None and what is wrong with it."""
+        """Reserve the id in a row's id cell. Return the id, or None and an error message."""
         name = id_text(value)
         if isinstance(value, (list, dict)):
             return None, f"the id is not text but {type(value).__name__}"
@@ -74,13 +74,13 @@ class Ids:
         return (name, None) if self.add(name, file) else (None, f"duplicate id {name!r}")
 
     def add_free(self, name: str, file: str) -> str:
-        """Give out this id, or the next free one like it where an earlier row has it as its own."""
+        """Reserve and return an id, with + appended until no earlier row uses it."""
         while not self.add(name, file):
             name += "+"
         return name
 
     def add_numbered(self, name: str, file: str) -> str:
-        """Give out this name with the number of its occurrence, from 0."""
+        """Reserve and return `name` with the number of its occurrence, from 0."""
         self._execute("INSERT INTO counts VALUES (?, 0) ON CONFLICT (name) DO UPDATE SET number = number + 1", (name,))
         (number,) = self._execute("SELECT number FROM counts WHERE name = ?", (name,)).fetchone()
         return self.add_free(f"{name}-{number}", file)
@@ -90,13 +90,13 @@ class Ids:
 
 
 def colliding_stems(stems: Iterable[str]) -> frozenset[str]:
-    """Return the stems that differ from an earlier one by case alone."""
+    """Return the stems that differ from an earlier one only by case."""
     first: dict[str, str] = {}
     return frozenset(stem for stem in stems if first.setdefault(stem.lower(), stem) != stem)
 
 
 def assign_stems(names: Iterable[str]) -> dict[str, str]:
-    """Return a distinct stem for each file of a folder: tables first, and by name."""
+    """Return a unique stem for each file of a folder. Tables come first, then names in order."""
     ordered = sorted(names, key=lambda name: (parse_name(name) is None, name))
     owners: dict[str, str] = {}
     for name in ordered:

@@ -1,4 +1,4 @@
-"""JSON documents: an array of objects or prompts, and Azure ML payloads, which are pandas' "split" form."""
+"""Read JSON documents: arrays of objects or prompts, and Azure ML payloads in pandas' "split" form."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ ACCEPTED = (
     '{"input_data": {"columns": ["prompt"], "data": [...]}}, or one object with a prompt a line'
 )
 PAYLOAD_START = re.compile(rb'\s*\{\s*("input_data"|"(columns|data|index)"\s*:\s*\[|"parameters"\s*:\s*\{)')
-"""How an Azure payload on one line begins."""
+"""Matches the start of an Azure payload on one line."""
 PAYLOAD_KEY = re.compile(rb'"(input_data|columns|data)"\s*:')
 LONG_START = 4000
-"""Bytes of a first line, cut off, from which it may be JSON that is only too long to parse."""
+"""A first line that fails to parse may be truncated JSON if it has more bytes than this."""
 
 
 @dataclass(frozen=True, slots=True)
 class DocumentFormat:
-    """How the rows of a document are written. `columns` names the cells of a row that is a list or a bare prompt.
+    """The layout of a document. `columns` names the cells of a row that is a list or a bare prompt.
 
-    `parameters` are the cells of every row that has no value of its own for them.
+    `parameters` contains default cells for all rows.
     """
 
     is_payload: bool
@@ -49,16 +49,16 @@ class DocumentFormat:
 
 
 def payload_columns(values: Sequence[Any]) -> tuple[str, ...]:
-    """Return the names in a payload's `columns`. Raises RowError for too many or doubled names."""
+    """Return the names in a payload's `columns`. Raises RowError for too many or duplicate names."""
     if len(values) > MAX_COLUMNS:
         raise RowError(f"there are more than {MAX_COLUMNS}")
-    if doubled := [name for name, count in Counter(map(str, values)).items() if count > 1]:
-        raise RowError(f"two are named {doubled[0]!r}")
+    if duplicates := [name for name, count in Counter(map(str, values)).items() if count > 1]:
+        raise RowError(f"two are named {duplicates[0]!r}")
     return tuple(map(str, values))
 
 
 def element_cells(element: Any, document: DocumentFormat) -> dict[str, Any]:
-    """Return the cells of a row by column. Raises RowError where the element is no row."""
+    """Return the cells of a row by column. Raises RowError if the element is not a row."""
     if isinstance(element, dict):
         cells = element
     elif isinstance(element, str):
@@ -75,36 +75,38 @@ def element_cells(element: Any, document: DocumentFormat) -> dict[str, Any]:
 
 
 def open_json(file: TableFile, prompt_column: str, scratch: Scratch) -> Reader:
-    """Find the format and columns of a .json in one pass over it.
+    """Open a .json file and find its format and columns in one pass.
 
-    Raises OSError, and TableError where it holds no row.
+    Raises OSError, and TableError if no row can be read.
     """
     if _holds_json_lines(file, prompt_column):
         return open_jsonl(file, prompt_column, scratch)
     document, renamed = _read_format(file, prompt_column or "prompt")
     columns = JsonColumns([*document.columns, *document.parameters] if document.is_payload else [])
-    error, is_readable = None, False
+    error: str | None = None
+    is_readable = False
     for row in _read_elements(file, document):
         columns.add(row.cells)
-        error, is_readable = error or row.error, is_readable or not row.error
+        error = error or row.error
+        is_readable = is_readable or not row.error
     if error and not is_readable:
         raise TableError(f"{file.name} cannot be read: {error}")
     return DocumentReader(file, columns.schema(), renamed, document)
 
 
 def _holds_json_lines(file: TableFile, prompt_column: str) -> bool:
-    """Return whether a .json is JSON Lines, as Spark and `datasets.to_json` name them. Raises OSError.
+    """Return whether a .json file contains JSON Lines, as written by Spark and `datasets.to_json`. Raises OSError.
 
-    A document that begins with an object continues with a key, JSON Lines with another object. One line alone is JSON
-    Lines where it has a prompt. Only the first read decides, since a document may be one line of any length.
+    The second line of a document starts with a key, that of JSON Lines with another object. A single line is JSON Lines
+    if it has a prompt. Only the first read counts, since a document may be one line of any length.
     """
     with open_bytes(file) as stream:
         start = stream.peek(BUFFER)
-    first, *others = [line for line in start.split(b"\n") if line.strip()] or [b""]
+    first, *rest = [line for line in start.split(b"\n") if line.strip()] or [b""]
     if not first.lstrip().startswith(b"{") or PAYLOAD_START.match(first):
         return False
-    if others:
-        return others[0].lstrip().startswith(b"{")
+    if rest:
+        return rest[0].lstrip().startswith(b"{")
     try:
         value = json.loads(first)
     except (ValueError, RecursionError):
@@ -113,7 +115,7 @@ def _holds_json_lines(file: TableFile, prompt_column: str) -> bool:
 
 
 def _read_format(file: TableFile, prompt_column: str) -> tuple[DocumentFormat, dict[str, str]]:
-    """Return the format of a document, and the columns with doubled names under which it has others."""
+    """Return the format of a document, and a map from renamed columns to their names in the document."""
     with open_bytes(file) as stream:
         scanner = Scanner(stream)
         match scanner.peek():
@@ -130,7 +132,7 @@ def _read_format(file: TableFile, prompt_column: str) -> tuple[DocumentFormat, d
 def _read_payload_format(
     file: TableFile, scanner: Scanner, prompt_column: str
 ) -> tuple[DocumentFormat, dict[str, str]]:
-    """Read the format of a payload, whose keys come in any order."""
+    """Read the format of a payload. Its keys may come in any order."""
     document, renamed = DocumentFormat(True, ()), dict[str, str]()
     has_rows, error = False, ""
     try:
@@ -144,10 +146,10 @@ def _read_payload_format(
                 case _, mark:
                     has_rows = has_rows or (key == "data" and mark == "[")
                     scanner.skip_value()
-    except (OSError, BrokenDocument) as broken:
-        error = error_text(broken)  # the rows before the damage can be read once the columns are known
-    except RowError as invalid:
-        raise TableError(f"{file.name} cannot be read: its columns or parameters: {invalid}") from invalid
+    except (OSError, BrokenDocument) as exc:
+        error = error_text(exc)  # the rows before the damage can be read once the columns are known
+    except RowError as exc:
+        raise TableError(f"{file.name} cannot be read: its columns or parameters: {exc}") from exc
     if not has_rows or (error and not document.columns):
         raise TableError(f"{file.name} cannot be read: {error}" if error else f"{file.name} is no table: {ACCEPTED}")
     if not all(map(is_utf8, (*document.columns, *document.parameters))):
@@ -156,7 +158,7 @@ def _read_payload_format(
 
 
 def _payload_keys(scanner: Scanner) -> Iterator[str]:
-    """Yield the keys of a payload, within its `input_data` or without it. The caller must consume each value."""
+    """Yield the keys of a payload, at the top level or inside `input_data`. The caller must consume each value."""
     for key in scanner.read_keys():
         if key == "input_data" and scanner.peek() == "{":
             yield from scanner.read_keys()
@@ -166,31 +168,31 @@ def _payload_keys(scanner: Scanner) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class DocumentReader(Reader):
-    """The rows of a JSON document."""
+    """Reads the rows of a JSON document."""
 
     document: DocumentFormat
 
     def rows(self) -> Iterator[RawRow]:
-        known = frozenset(self.schema.names)
+        columns = frozenset(self.schema.names)
         for row in _read_elements(self.file, self.document):
-            yield row if row.error else check_row(row, f"element {row.number}", known)
+            yield row if row.error else check_row(row, f"element {row.number}", columns)
 
 
 def _read_elements(file: TableFile, document: DocumentFormat) -> Iterator[RawRow]:
-    number = 0
+    row_number = 0
     try:
         with open_bytes(file) as stream:
             scanner = Scanner(stream)
             for _ in _find_elements(scanner, document):
-                yield _make_row(number, scanner.read_value(), document)
-                number += 1
+                yield _make_row(row_number, scanner.read_value(), document)
+                row_number += 1
             scanner.read_end()
     except (OSError, BrokenDocument) as error:
-        yield broken_off_row(file, number, error)
+        yield broken_off_row(file, row_number, error)
 
 
 def _find_elements(scanner: Scanner, document: DocumentFormat) -> Iterator[None]:
-    """Stop before each row. The caller must consume it."""
+    """Yield before each row. The caller must consume the row."""
     if not document.is_payload:
         yield from scanner.elements()
         return
@@ -201,10 +203,10 @@ def _find_elements(scanner: Scanner, document: DocumentFormat) -> Iterator[None]
             scanner.skip_value()
 
 
-def _make_row(number: int, element: Any, document: DocumentFormat) -> RawRow:
+def _make_row(row_number: int, element: Any, document: DocumentFormat) -> RawRow:
     try:
         cells = element_cells(element, document)
     except RowError as error:
-        return RawRow(number, {}, f"element {number} {error}")
+        return RawRow(row_number, {}, f"element {row_number} {error}")
     is_short = isinstance(element, list) and len(element) < len(document.columns)
-    return RawRow(number, cells, remark=remark_short_row(len(element), document.columns) if is_short else None)
+    return RawRow(row_number, cells, remark=remark_short_row(len(element), document.columns) if is_short else None)

@@ -1,4 +1,4 @@
-"""JSON Lines: one object a line, and OpenAI batch files, whose lines hold `custom_id` and `body`."""
+"""Read JSON Lines with one object per line, and OpenAI batch files, whose lines contain `custom_id` and `body`."""
 
 from __future__ import annotations
 
@@ -19,19 +19,22 @@ from batch_infer.table.streams import LineReader, open_text
 SIZE = re.compile("([0-9]{1,9})[xX]([0-9]{1,9})")
 """https://platform.openai.com/docs/api-reference/images/create: size is WIDTHxHEIGHT or auto."""
 FLOAT_DIGITS = 15
-"""Up to this many digits survive a conversion to float and back (IEEE 754 binary64)."""
+"""Maximum number of decimal digits that always survive conversion to float and back (IEEE 754 binary64)."""
 MAX_INTEGER_DIGITS = 4000
-"""Python converts at most 4300 digits to an integer."""
+"""Maximum number of digits to convert to an integer. Python's own limit is 4300."""
 
 
 def open_jsonl(file: TableFile, prompt_column: str, scratch: Scratch) -> JsonLinesReader:
-    """Find the columns in one pass over the file. Raises OSError, and TableError where no line can be read."""
+    """Open a file and find its columns in one pass. Raises OSError, and TableError if no line can be read."""
     with open_text(file, newline="\n"):
-        pass  # a file that cannot be opened is not one that breaks off
-    columns, error, count = JsonColumns(), None, 0
+        pass  # raises OSError if the file cannot be opened, which `_read_lines` would report as a row
+    columns = JsonColumns()
+    error: str | None = None
+    count = 0
     for row in _read_lines(file):
         columns.add(row.cells)
-        error, count = error or row.error, count + 1
+        error = error or row.error
+        count += 1
     schema = columns.schema()
     if error and not schema.names:
         raise TableError(f"{file.name} cannot be read: {error}")
@@ -40,18 +43,18 @@ def open_jsonl(file: TableFile, prompt_column: str, scratch: Scratch) -> JsonLin
 
 @dataclass(frozen=True, slots=True)
 class JsonLinesReader(Reader):
-    """The first `count` rows of a JSON Lines file, whose columns are known. The next run reads appended ones."""
+    """Reads the first `count` rows of a JSON Lines file. Rows appended later are read by the next run."""
 
     count: int
 
     def rows(self) -> Iterator[RawRow]:
-        known = frozenset(self.schema.names)
+        columns = frozenset(self.schema.names)
         for row in islice(_read_lines(self.file), self.count):
-            yield row if row.error else check_row(row, f"line {row.line}", known)
+            yield row if row.error else check_row(row, f"line {row.line}", columns)
 
 
 def _read_lines(file: TableFile) -> Iterator[RawRow]:
-    number, is_batch = 0, None
+    row_number, is_batch = 0, None
     try:
         with open_text(file, newline="\n") as stream:
             lines = LineReader(stream)
@@ -66,12 +69,12 @@ def _read_lines(file: TableFile) -> Iterator[RawRow]:
                         cells, error = _read_batch_request(cells)
                 except StopIteration:
                     return
-                except RowError as caught:
-                    cells, error = {}, f"line {lines.number} {caught}"
-                yield RawRow(number, cells, error, lines.number)
-                number += 1
-    except OSError as caught:
-        yield broken_off_row(file, number, caught)
+                except RowError as exc:
+                    cells, error = {}, f"line {lines.number} {exc}"
+                yield RawRow(row_number, cells, error, lines.number)
+                row_number += 1
+    except OSError as exc:
+        yield broken_off_row(file, row_number, exc)
 
 
 def _parse_object(text: str) -> dict[str, Any]:
@@ -81,7 +84,7 @@ def _parse_object(text: str) -> dict[str, Any]:
         value = json.loads(text.rstrip(), parse_float=exact_float)
     except json.JSONDecodeError as error:
         raise RowError(f"is not JSON: {error.msg.removesuffix(' at')}, character {error.pos + 1}") from error
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # a number with thousands of digits
         raise RowError("is not JSON that can be read: a number in it is too long") from error
     except RecursionError as error:
         raise RowError("is nested too deeply") from error
@@ -95,7 +98,7 @@ def _is_batch_request(line: dict[str, Any]) -> bool:
 
 
 def _read_batch_request(line: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """Return the cells of a request under the names of our columns, and the error of its size."""
+    """Return a request's cells under our column names, and an error message if its size is invalid."""
     if not _is_batch_request(line):
         raise RowError("has no custom_id and body, as the first line has")
     cells = {name: value for name, value in line.items() if name not in ("custom_id", "body")}
@@ -113,19 +116,19 @@ def _read_batch_request(line: dict[str, Any]) -> tuple[dict[str, Any], str | Non
 
 
 def exact_float(text: str) -> float | int | Decimal | JsonNumber:
-    """Parse a JSON number with a point or an exponent without rounding it: to a float where a float holds it.
+    """Parse a JSON number with a point or an exponent without rounding, to a float if possible.
 
-    What a float prints as counts as exact: 0.1 is the float that prints as 0.1. An exponent beyond Decimal stays text.
+    A float is exact if it prints as the same number, as 0.1 does. A number with an exponent beyond Decimal stays text.
     """
-    number = float(text)
+    value = float(text)
     is_plain = "e" not in text.lower()
-    if repr(number) == text or (is_plain and len(text) <= FLOAT_DIGITS):
-        return number
+    if repr(value) == text or (is_plain and len(text) <= FLOAT_DIGITS):
+        return value
     try:
         exact = Decimal(text)
     except InvalidOperation:
         return JsonNumber(text)
-    if Decimal(repr(number)) == exact:
-        return number
+    if Decimal(repr(value)) == exact:
+        return value
     is_short = is_plain and exact.adjusted() < MAX_INTEGER_DIGITS
     return int(exact) if is_short and exact == exact.to_integral_value() else exact

@@ -1,4 +1,4 @@
-"""Which files below a folder or glob are tables, and which are left out, and why."""
+"""Choose the tables below a folder or glob, and record why other files are left out."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ RESULTS = frozenset(
         *("manifest", "images", "quarantine", "logs", "gallery"),
     }
 )
-"""Names in OUT that end as a table does, or contain files that do."""
+"""Names in OUT that have a table ending, or are folders with such files."""
 _DOCUMENTATION = re.compile(
     r"(README|LICEN[CS]E|CHANGELOG).*|(?i:readme|licen[cs]e|changelog)(\..*)?|.*\.(?i:crc)", re.DOTALL
 )
-"""Documentation of data, and the checksums that Hadoop writes with it."""
+"""Matches documentation of data sets, and checksums written by Hadoop."""
 _REASONS: dict[str, str] = {
     "name": "for their names",
     "ending": "for their endings",
@@ -33,13 +33,13 @@ _REASONS: dict[str, str] = {
     "link": "as links to folders",
 }
 MAX_ALIKE, MAX_SHOWN = 3, 8
-"""Files of one ending that are named one by one, and items of one reason in a message."""
+"""Maximum number of similar files to list separately, and of entries per reason in a message."""
 
 
 def is_ignored_name(name: str, *, is_folder: bool = False) -> bool:
-    """Return whether the name of a file or folder says that it is no table: hidden, a marker or documentation.
+    """Return whether the name of a file or folder is hidden, a marker or documentation, and so not a table.
 
-    Like Spark, this takes a folder `_year=2026` for a partition.
+    A folder `_year=2026` is a partition, as in Spark.
     """
     if name.startswith("_"):
         return not (is_folder and "=" in name)
@@ -47,39 +47,41 @@ def is_ignored_name(name: str, *, is_folder: bool = False) -> bool:
 
 
 class LeftOutFiles:
-    """The files of folders and globs that are not read, with reasons."""
+    """Files of folders and globs that are not read, with reasons."""
 
     def __init__(self) -> None:
         self._reasons: dict[str, Reason] = {}
 
     def add(self, name: str, reason: Reason) -> None:
-        """Add a file, or a folder (with / at its end), by the name that the user sees."""
+        """Add a file, or a folder (ending in /), by its displayed name."""
         self._reasons.setdefault(name, reason)
 
     def remove(self, names: Iterable[str]) -> None:
-        """Remove files that another argument has read."""
+        """Remove files that are read because of another argument."""
         for name in names:
             self._reasons.pop(name, None)
 
     def items(self) -> dict[str, dict[str, int]]:
-        """Return what is left out for each reason, with the number of files. Many that are alike are one item."""
+        """Return file counts by reason and name. More than MAX_ALIKE similar files share one entry."""
         names: dict[str, list[str]] = {}
         for name, reason in self._reasons.items():
             names.setdefault(reason, []).append(name)
         return {reason: _group(names[reason]) for reason in _REASONS if reason in names}
 
     def __str__(self) -> str:
-        """Return one line for the user, '' where nothing is left out."""
+        """Return one line for the user, or '' if nothing is left out."""
         return "; ".join(f"{_REASONS[reason]}: {_join(items)}" for reason, items in self.items().items())
 
 
 def _group(names: Collection[str]) -> dict[str, int]:
-    many = {pattern for pattern, count in Counter(map(_pattern, names)).items() if count > MAX_ALIKE}
-    return dict(Counter(pattern if (pattern := _pattern(name)) in many else name for name in names))
+    patterns = [_pattern(name) for name in names]
+    counts = Counter(patterns)
+    pairs = zip(names, patterns, strict=True)
+    return dict(Counter(pattern if counts[pattern] > MAX_ALIKE else name for name, pattern in pairs))
 
 
 def _pattern(name: str) -> str:
-    """Return a pattern for files like this one: those of its ending or, without an ending, of its name."""
+    """Return a pattern for files with the same ending or, without an ending, with the same name."""
     path = PurePosixPath(name)
     if name.endswith("/"):
         return f"*/{path.name}/"
@@ -93,37 +95,36 @@ def _join(items: dict[str, int]) -> str:
 
 
 class Cause(NamedTuple):
-    """Why a file is left out. `culprit` is the file, or the folder (with / at its end) that is left out as a whole."""
+    """Why a file is left out. `culprit` is the file, or a folder (ending in /) that is left out completely."""
 
     reason: Reason
     culprit: str
 
 
 class TableFilter:
-    """The choice of the tables among the files below a folder, local or remote. Paths are relative to the folder.
+    """Chooses the tables below a local or remote folder. Paths are relative to the folder.
 
-    The output of an earlier run is no table: its OUT may be among the tables, or be their folder. It is known by its
-    run.json.
+    Leaves out the output of earlier runs: OUT, recognized by its run.json, may be below the folder or be the folder.
     """
 
     def __init__(
         self, argument: str, is_file: Callable[[str], bool], name_of: Callable[[str], str], left_out: LeftOutFiles
     ) -> None:
-        """`name_of` returns the name of a path that the user sees. `left_out` receives the other files."""
+        """`name_of` returns the displayed name of a path. `left_out` receives files that are not tables."""
         self._argument, self._name_of, self._left_out = argument, name_of, left_out
-        self._holds_run = cache(lambda folder: is_file(f"{folder}/run.json" if folder else "run.json"))
+        self._has_run = cache(lambda folder: is_file(f"{folder}/run.json" if folder else "run.json"))
 
     def find_cause(self, relative: str) -> Cause | None:
-        """Return why a file is no table, or why a folder (with / at its end) contains none, else None."""
+        """Return why a file is not a table, or why a folder (ending in /) is left out, else None."""
         is_folder = relative.endswith("/")
         parts = relative.rstrip("/").split("/")
         for depth, part in enumerate(parts, 1):
-            above, here = "/".join(parts[: depth - 1]), "/".join(parts[:depth])
-            is_inner = is_folder or depth < len(parts)
-            if (part in RESULTS or part.startswith(".")) and self._holds_run(above):
-                return Cause("run", f"{above or '.'}/")
-            if is_ignored_name(part, is_folder=is_inner):
-                return Cause("name", f"{here}/" if is_inner else here)
+            parent, path = "/".join(parts[: depth - 1]), "/".join(parts[:depth])
+            is_parent = is_folder or depth < len(parts)
+            if (part in RESULTS or part.startswith(".")) and self._has_run(parent):
+                return Cause("run", f"{parent or '.'}/")
+            if is_ignored_name(part, is_folder=is_parent):
+                return Cause("name", f"{path}/" if is_parent else path)
         return None if is_folder or parse_name(relative) else Cause("ending", relative)
 
     def is_left_out(self, relative: str) -> bool:
@@ -134,7 +135,7 @@ class TableFilter:
         return cause is not None
 
     def choose(self, relatives: Iterable[str]) -> list[str]:
-        """Return the tables, sorted as pathlib sorts, and record the others. Raises TableError where there is none."""
+        """Return the tables in pathlib's sort order, and record other files. Raises TableError if there is no table."""
         ordered = sorted(relatives, key=lambda relative: relative.split("/"))
         tables = [relative for relative in ordered if not self.is_left_out(relative)]
         if not tables:
@@ -145,7 +146,7 @@ class TableFilter:
 
 
 def outermost_folders(folders: Iterable[str]) -> list[str]:
-    """Return the folders that are not below another one of them, sorted."""
+    """Return the folders that are not inside another folder in the list, sorted."""
     outermost: list[str] = []
     for folder in sorted(folders, key=lambda path: [] if path == "." else path.split("/")):
         last = outermost[-1] if outermost else None

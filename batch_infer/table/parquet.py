@@ -1,4 +1,4 @@
-"""Parquet, read by pyarrow in batches of bounded size."""
+"""Read Parquet with pyarrow in batches of bounded size."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from batch_infer.table.streams import LONGEST, decompress
 
 BATCH_BYTES = 32 << 20
 MIN_VALUE_BYTES = 16
-"""Assumed bytes of a number or list element: a long list of equal ones takes only a few in the file."""
+"""Minimum bytes to assume per value, since a long list of equal values takes only a few bytes in the file."""
 BUFFER = 1 << 20
-"""Bytes of a column per read. Without it pyarrow reads a row group's whole column chunks."""
+"""Bytes per read of a column. Without this limit, pyarrow reads the entire column chunk of a row group."""
 PLAUSIBLE_ROWS = 1 << 20
-"""Rows that a row group of any size may have: a million equal rows take only a few bytes."""
+"""Row count that is plausible for a row group of any size: a million equal rows take only a few bytes."""
 READ_ERRORS = (OSError, pa.ArrowException, UnicodeError)
 
 _HAS_LENGTH = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
@@ -40,90 +40,91 @@ _HAS_LENGTH = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary,
 
 def open_parquet(file: TableFile, prompt_column: str, scratch: Scratch) -> ParquetReader:
     """Open a Parquet file. Raises OSError, pa.ArrowException and UnicodeError."""
-    # Absolute, since Arrow takes a relative path with a colon for a URI.
+    # The path is absolute because Arrow parses a relative path with a colon as a URI.
     path = decompress(file, scratch.new_path()) if file.compression else file.path.absolute()
     schema = pq.read_schema(path)
     names, renamed = rename_doubled(schema.names)
-    inner: dict[str, str] = {}
+    renamed_fields: dict[str, str] = {}
     fields = [
-        field.with_name(name).with_type(rename_doubled_fields(field.type, name, inner))
+        field.with_name(name).with_type(rename_doubled_fields(field.type, name, renamed_fields))
         for field, name in zip(schema, names, strict=True)
     ]
-    return ParquetReader(file, pa.schema(fields), {**renamed, **inner}, path, renamed)
+    return ParquetReader(file, pa.schema(fields), {**renamed, **renamed_fields}, path, renamed)
 
 
 @dataclass(frozen=True, slots=True)
 class ParquetReader(Reader):
-    """The rows of a Parquet file; its cells are the plain values of `batch_infer.carried`."""
+    """Reads a Parquet file. Its cells are plain values, as defined in `batch_infer.carried`."""
 
     path: Path
     renamed_columns: Mapping[str, str]
 
     def rows(self) -> Iterator[RawRow]:
-        """Yield a row for each that the footer counts; rows of a damaged row group have its error.
+        """Yield as many rows as the footer counts. The rows of a damaged row group contain its error.
 
-        Where the counts of the footer are damaged themselves, one row says so.
+        If the counts in the footer are damaged, a single row says so.
         """
-        number = counted = 0
+        row_number = counted_rows = 0
         try:
             with self._open() as parquet:
                 for group in range(parquet.num_row_groups):
-                    for row in self._read_group(parquet, group, number):
+                    for row in self._read_group(parquet, group, row_number):
                         yield row
-                        number = row.number + 1
-                    counted += max(0, parquet.metadata.row_group(group).num_rows)
-                if counted < (total := parquet.metadata.num_rows):
-                    message = f"the footer is damaged: it counts {total} rows, and its row groups {counted}"
-                    yield RawRow(number, {}, message)
+                        row_number = row.number + 1
+                    counted_rows += max(0, parquet.metadata.row_group(group).num_rows)
+                if counted_rows < (total := parquet.metadata.num_rows):
+                    message = f"the footer is damaged: it counts {total} rows, and its row groups {counted_rows}"
+                    yield RawRow(row_number, {}, message)
         except READ_ERRORS as error:
-            yield broken_off_row(self.file, number, error)
+            yield broken_off_row(self.file, row_number, error)
 
     def arrays(self, name: str) -> Iterator[pa.Array]:
-        own = self.renamed_columns.get(name, name)
-        doubles = [each for each in self.schema.names if self.renamed_columns.get(each, each) == own]
+        original = self.renamed_columns.get(name, name)
+        duplicates = [column for column in self.schema.names if self.renamed_columns.get(column, column) == original]
         with self._skip_damage(), self._open() as parquet:
             for group in range(parquet.num_row_groups):
                 with self._skip_damage():
-                    for batch in parquet.iter_batches(batch_size=BATCH_ROWS, row_groups=[group], columns=[own]):
-                        yield batch.column(doubles.index(name))
+                    for batch in parquet.iter_batches(batch_size=BATCH_ROWS, row_groups=[group], columns=[original]):
+                        yield batch.column(duplicates.index(name))
 
     @contextmanager
     def _skip_damage(self) -> Iterator[None]:
-        """Ignore what cannot be read. Raises StorageError where the disk fails."""
+        """Skip data that cannot be read. Raises StorageError if the disk fails."""
         try:
             yield
         except READ_ERRORS as error:
             raise_storage_error(error, self.file.name, was_opened=True)
 
     def _open(self) -> pq.ParquetFile:
-        """Open the file, with repeated texts as dictionaries: one long text may be in millions of rows."""
+        """Open the file. Repeated texts are read as dictionaries, since one long text may be in millions of rows."""
         with pq.ParquetFile(self.path) as parquet:
             repeated = _find_repeated(parquet.metadata)
         return pq.ParquetFile(self.path, buffer_size=BUFFER, pre_buffer=False, read_dictionary=repeated)
 
     def _read_group(self, parquet: pq.ParquetFile, group: int, first: int) -> Iterator[RawRow]:
         metadata = parquet.metadata.row_group(group)
-        number, count = first, metadata.num_rows
+        row_number, count = first, metadata.num_rows
         message = "it has fewer rows than the footer counts"
         try:
             for batch in parquet.iter_batches(batch_size=_batch_rows(metadata), row_groups=[group]):
-                yield from _read_batch(self._rename(batch), number)
-                number += len(batch)
+                yield from _read_batch(self._rename(batch), row_number)
+                row_number += len(batch)
         except READ_ERRORS as error:
             raise_storage_error(error, self.file.name, was_opened=True)
             message = error_text(error)
         else:
-            if number - first >= count:
+            if row_number - first >= count:
                 return
         if 0 < count <= max(PLAUSIBLE_ROWS, 8 * self.path.stat().st_size):  # distinct rows take at least one bit each
-            message = f"rows {number} to {first + count - 1}, in row group {group}, cannot be read: {message}"
-            yield from (RawRow(missing, {}, message) for missing in range(number, first + count))
+            message = f"rows {row_number} to {first + count - 1}, in row group {group}, cannot be read: {message}"
+            yield from (RawRow(missing, {}, message) for missing in range(row_number, first + count))
         else:
-            yield RawRow(number, {}, f"row group {group} is damaged: the footer counts {count} rows in it; {message}")
+            message = f"row group {group} is damaged: the footer counts {count} rows in it; {message}"
+            yield RawRow(row_number, {}, message)
 
     def _rename(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        """Return a batch with the names of the schema, in its structs too."""
-        if len(self.renamed) == len(self.renamed_columns):  # none of them in a struct
+        """Return a batch with the schema's names for columns and struct fields."""
+        if len(self.renamed) == len(self.renamed_columns):  # no struct field is renamed
             return batch.rename_columns(self.schema.names)
         columns = [
             column.view(field.type) if pa.types.is_nested(field.type) else column
@@ -133,7 +134,7 @@ class ParquetReader(Reader):
 
 
 def _find_repeated(metadata: pq.FileMetaData) -> list[str]:
-    """Return the columns of text or bytes that are stored as dictionaries in some row group."""
+    """Return the text and bytes columns that any row group stores as a dictionary."""
     repeated: dict[str, None] = {}
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         for column in map(group.column, range(metadata.num_columns)):
@@ -144,24 +145,24 @@ def _find_repeated(metadata: pq.FileMetaData) -> list[str]:
 
 
 def _batch_rows(group: pq.RowGroupMetaData) -> int:
-    """Return how many rows of a row group are read together: as many average ones as take BATCH_BYTES."""
+    """Return how many rows of a row group to read together, so that a batch takes about BATCH_BYTES at most."""
     columns = map(group.column, range(group.num_columns))
     size = sum(max(column.total_uncompressed_size, MIN_VALUE_BYTES * column.num_values) for column in columns)
     return max(1, min(BATCH_ROWS, BATCH_BYTES * int(group.num_rows) // max(1, int(size))))
 
 
-def _read_batch(batch: pa.RecordBatch, number: int) -> Iterator[RawRow]:
+def _read_batch(batch: pa.RecordBatch, row_number: int) -> Iterator[RawRow]:
     """Yield the rows of a batch. A row that is too long is not converted to Python values."""
     start = 0
     for index in _find_too_long(batch):
-        yield from _convert_rows(batch.slice(start, index - start), number + start)
-        yield RawRow(number + index, {}, f"the row has more than {LONGEST} bytes")
+        yield from _convert_rows(batch.slice(start, index - start), row_number + start)
+        yield RawRow(row_number + index, {}, f"the row has more than {LONGEST} bytes")
         start = index + 1
-    yield from _convert_rows(batch.slice(start), number + start)
+    yield from _convert_rows(batch.slice(start), row_number + start)
 
 
 def _find_too_long(batch: pa.RecordBatch) -> list[int]:
-    """Return the indices of the rows with more than LONGEST bytes."""
+    """Return the indices of rows with more than LONGEST bytes."""
     if batch.nbytes <= LONGEST:
         return []
     total = reduce(pc.add, map(_cell_bytes, batch.columns))
@@ -169,13 +170,13 @@ def _find_too_long(batch: pa.RecordBatch) -> list[int]:
 
 
 def _cell_bytes(column: pa.Array) -> pa.Array:
-    """Return the bytes of each cell, ignoring fixed-width numbers."""
-    kind = column.type
-    if pa.types.is_dictionary(kind):
+    """Return the size of each cell in bytes. Fixed-width numbers count as 0."""
+    dtype = column.type
+    if pa.types.is_dictionary(dtype):
         sizes = _cell_bytes(column.dictionary).take(column.indices)
-    elif any(test(kind) for test in _HAS_LENGTH):
+    elif any(test(dtype) for test in _HAS_LENGTH):
         sizes = pc.binary_length(column).cast(pa.int64())
-    elif pa.types.is_primitive(kind):
+    elif pa.types.is_primitive(dtype):
         sizes = pa.nulls(len(column), pa.int64())
     else:
         cells = (column.slice(index, 1) for index in range(len(column)))
@@ -183,18 +184,18 @@ def _cell_bytes(column: pa.Array) -> pa.Array:
     return sizes.fill_null(0)
 
 
-def _convert_rows(batch: pa.RecordBatch, number: int) -> Iterator[RawRow]:
+def _convert_rows(batch: pa.RecordBatch, row_number: int) -> Iterator[RawRow]:
     names = batch.schema.names
     try:
         columns = [to_values(column) for column in batch.columns]
-    except ValueError:  # one text is not UTF-8, which costs its own row
-        yield from (_convert_row(batch.slice(i, 1), number + i) for i in range(len(batch)))
+    except ValueError:  # a text is not UTF-8: convert row by row, so that only its own row fails
+        yield from (_convert_row(batch.slice(index, 1), row_number + index) for index in range(len(batch)))
     else:
-        for i, cells in enumerate(zip(*columns, strict=True)):
-            yield RawRow(number + i, dict(zip(names, cells, strict=True)))
+        for index, cells in enumerate(zip(*columns, strict=True)):
+            yield RawRow(row_number + index, dict(zip(names, cells, strict=True)))
 
 
-def _convert_row(batch: pa.RecordBatch, number: int) -> RawRow:
+def _convert_row(batch: pa.RecordBatch, row_number: int) -> RawRow:
     """Convert a batch of one row cell by cell."""
     cells, errors = {}, []
     for name in batch.schema.names:
@@ -202,4 +203,4 @@ def _convert_row(batch: pa.RecordBatch, number: int) -> RawRow:
             (cells[name],) = to_values(batch.column(name))
         except ValueError as error:
             errors.append(f"column {name!r} cannot be read: {error_text(error)}")
-    return RawRow(number, cells, "; ".join(errors) or None)
+    return RawRow(row_number, cells, "; ".join(errors) or None)

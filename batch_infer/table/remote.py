@@ -1,7 +1,7 @@
-"""Files behind URLs, by fsspec, and the translation of its errors.
+"""List and download files behind URLs with fsspec, and translate its errors.
 
-They are downloaded whole before they are read, so that every pass reads the same bytes, and the network never fails in
-the middle of a pass.
+Files are downloaded before they are read, so that every pass reads the same bytes and no pass fails because of the
+network.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import traceback
 from dataclasses import dataclass
 from glob import has_magic
 from importlib.util import find_spec
+from itertools import takewhile
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -27,22 +28,22 @@ EXTRAS = {
     **dict.fromkeys(("abfs", "abfss", "az", "adl"), ("adlfs", "abfss")),
     **dict.fromkeys(("http", "https"), ("aiohttp", "https")),
 }
-"""The package that fsspec needs for a protocol, and our extra that installs it."""
+"""The package that fsspec needs for each protocol, and our extra that installs the package."""
 CLIENTS = frozenset(
     {
         *("aiohttp", "azure", "botocore", "ftplib", "gcsfs", "google", "http", "httpx", "huggingface_hub"),
         *("paramiko", "requests", "smbprotocol", "urllib3"),
     }
 )
-"""Packages of the services' clients. Many of their errors are no OSError, and fsspec does not translate them."""
+"""Client packages of services. Many of their errors are not OSErrors, and fsspec does not translate them."""
 REFUSALS = ("NoCredentialsError", "ClientAuthenticationError", "DefaultCredentialsError", "error_perm")
-"""Errors of clients by which a service refuses the user, and which have no HTTP status."""
+"""Client errors without an HTTP status for requests that a service refuses."""
 SILENCE_SECONDS = 60
-"""How long a server may send nothing. aiohttp's default limits the whole download, which ends large ones."""
+"""Seconds to wait for data from a server. aiohttp's default limits the total time, which aborts large downloads."""
 
 
 class RemoteListing(NamedTuple):
-    """The files of a folder or glob: path and URL of the folder, and fsspec's paths of the files."""
+    """The contents of a folder or glob: the folder's path and URL, and the files' paths in fsspec."""
 
     folder: str
     url: str
@@ -51,25 +52,25 @@ class RemoteListing(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RemoteFiles:
-    """A file, folder or glob behind a URL. `path` is its path in fsspec's `system`; `url` may hold a secret."""
+    """A file, folder or glob behind a URL. `path` is its path in fsspec's `system`. `url` may contain a secret."""
 
     system: Any
     path: str
     url: str
 
     def list_files(self) -> RemoteListing | None:
-        """List a folder or glob; return None for a single file. A name with brackets is a file before it is a glob."""
+        """List a folder or glob. Return None for a single file. A name with brackets is first tried as a file."""
         if is_http(split_chain(self.url)[1]):
             return None
         try:
-            kind = self.system.info(self.path)["type"]
+            path_type = self.system.info(self.path)["type"]
         except FileNotFoundError:
             if not has_magic(self.path):
                 raise
-            kind = "glob"
-        if kind == "directory":
+            path_type = "glob"
+        if path_type == "directory":
             return RemoteListing(self.path.rstrip("/"), self.url, list(self.system.find(self.path)))
-        return self._list_glob() if kind == "glob" else None
+        return self._list_glob() if path_type == "glob" else None
 
     def _list_glob(self) -> RemoteListing:
         matches = self.system.glob(self.path, detail=True)
@@ -84,13 +85,12 @@ class RemoteFiles:
 
 
 def _fixed_part(path: str) -> str:
-    """Return a path up to its first part with a wildcard."""
-    parts = path.split("/")
-    return "/".join(parts[: next((i for i, part in enumerate(parts) if has_magic(part)), len(parts))])
+    """Return the part of a path before its first component with a wildcard."""
+    return "/".join(takewhile(lambda part: not has_magic(part), path.split("/")))
 
 
 def connect(url: str, name: str) -> RemoteFiles:
-    """Return the files behind a URL; `name` is the URL without secrets. Raises TableError, and errors of fsspec."""
+    """Return the files behind a URL. `name` is the URL without secrets. Raises TableError and errors of fsspec."""
     protocol = protocol_of(url) or ""
     package, extra = EXTRAS.get(protocol, (None, None))
     if package is not None and find_spec(package) is None:
@@ -103,9 +103,9 @@ def connect(url: str, name: str) -> RemoteFiles:
     inner = {protocol_of(link) for link in url.split("::")[1:]}
     options: dict[str, Any] = {name: _http_options() for name in inner if name in HTTP}
     try:
-        try:  # a listing must not be older than this run
+        try:  # a cached listing could be older than this run
             system, path = fsspec.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True, **options)
-        except TypeError:  # a protocol that does not take these options
+        except TypeError:  # the protocol does not accept these options
             system, path = fsspec.url_to_fs(url, **options)
         return RemoteFiles(system, path, url)
     except ImportError as error:
@@ -121,23 +121,23 @@ def _http_options() -> dict[str, Any]:
 
 
 class RemoteErrors:
-    """A context that translates errors of fsspec and its file systems into TableError, ServiceError or StorageError.
+    """Context manager that translates errors of fsspec and its clients into TableError, ServiceError or StorageError.
 
-    Any exception may come: each file system has its own client. The cause is dropped, since a library's error may
-    contain the whole URL, and a URL may contain a signature.
+    Clients raise all types of exceptions. The cause is dropped, since its message may contain the whole URL with a
+    signature.
     """
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._temporary = temporary_file_errors(reads=True)  # a chain may keep copies
+        self._temporary = temporary_file_errors(reads=True)  # a chained URL may store local copies
 
     def __enter__(self) -> None:
         self._temporary.__enter__()
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, exc_type: type[BaseException] | None, error: BaseException | None, exc_traceback: TracebackType | None
     ) -> None:
-        self._temporary.__exit__(kind, error, trace)
+        self._temporary.__exit__(exc_type, error, exc_traceback)
         if isinstance(error, Exception) and not isinstance(error, (BatchInferError, MemoryError)):
             raise _translate(self._name, error) from None
 
@@ -157,9 +157,9 @@ def _translate(name: str, error: Exception) -> TableError | ServiceError:
 
 
 def _is_service_error(error: Exception) -> bool:
-    """Return whether an error is of the network or a service, rather than of what is read, such as an archive."""
-    modules = {kind.__module__ for kind in type(error).__mro__}
-    if isinstance(error, EOFError):  # ftplib raises it where a server hangs up, gzip where a file is cut off
+    """Return whether an error comes from the network or a service, not from the content, such as an archive."""
+    modules = {base.__module__ for base in type(error).__mro__}
+    if isinstance(error, EOFError):  # from ftplib if the server hangs up, from gzip if a file is cut off
         modules |= {frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)}
     packages = {module.partition(".")[0] for module in modules}
     return isinstance(error, (OSError, asyncio.TimeoutError)) or bool(packages & CLIENTS)
@@ -176,7 +176,7 @@ def _http_status(error: Exception) -> int | None:
 def _reason(error: Exception) -> str:
     if (status := _http_status(error)) is not None:
         return f"HTTP {status} {getattr(error, 'message', '')}".strip()
-    text, kind = redact_urls(first_line(error)), type(error).__name__
-    if text == kind or "?" in text or "@" in text:
-        return kind
-    return f"{kind}: {text}" if isinstance(error, (LookupError, AttributeError, AssertionError)) else text
+    text, name = redact_urls(first_line(error)), type(error).__name__
+    if text == name or "?" in text or "@" in text:
+        return name
+    return f"{name}: {text}" if isinstance(error, (LookupError, AttributeError, AssertionError)) else text

@@ -1,4 +1,4 @@
-"""A row of a table as requests, or as the invalid result that says what is wrong with it."""
+"""Convert a table row to requests, or to an invalid result with an error message."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from batch_infer.table.base import clean, encoding_error, is_utf8, make_default_
 from batch_infer.table.fields import MAX_SEED, MAX_TEXT, PARSERS, id_text, read_fields, show_value
 
 REQUEST_STEM = "request"
-"""Takes the place of the file's name, also in ids, for rows that are in no file."""
+"""Used instead of a file name, also in ids, for rows that do not come from a file."""
 
 EARLIER_WORDINGS = (
     (re.compile(r"duplicate id (.+)"), r"the id \1 stands twice"),
@@ -26,15 +26,15 @@ EARLIER_WORDINGS = (
 """Errors that earlier versions worded otherwise, and how."""
 
 IsFinished: TypeAlias = "Callable[[PromptRequest], bool]"
-"""Returns whether a request has its image already."""
+"""Returns whether the image of a request already exists."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowRules:
-    """The values of empty cells, the sizes that a row may have, and the fingerprint of the run's settings.
+    """Default values for empty cells, valid image sizes, and the fingerprint of the run's settings.
 
-    `defaults` has None for negative_prompt only. `fixed` are fields that the model does not take, each with its value
-    for all rows.
+    Only the negative_prompt in `defaults` may be None. `fixed` contains fields that the model does not accept, each
+    with its value for all rows.
     """
 
     defaults: RowDefaults
@@ -44,7 +44,7 @@ class RowRules:
     fixed: tuple[tuple[str, Any], ...] = ()
 
     def check(self) -> None:
-        """Raise SettingsError where the defaults break the rules for rows."""
+        """Raise SettingsError if the defaults violate the rules for rows."""
         errors: list[str] = []
         row = RowCells("", Source("", 0), {**asdict(self.defaults), "prompt": "any"}, {})
         values = _parse(row, self, errors)
@@ -54,10 +54,10 @@ class RowRules:
 
 @dataclass(frozen=True, slots=True)
 class RowCells:
-    """The cells of a row: those of fields (None where empty) and the carried ones.
+    """The field cells (None if empty) and the carried cells of a row.
 
-    `id` is the row's own or its default one, and unique. `too_large` says which carried cells were left out because
-    they are too large together. The last two attributes are those of PromptRequest.
+    `id` is the id cell or the default id, and is unique in a run. `too_large` is the error message if carried cells are
+    left out because their total size is too large. The last two attributes are those of PromptRequest.
     """
 
     id: str
@@ -72,21 +72,21 @@ class RowCells:
 def parse_rows(
     rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str], rules: RowRules
 ) -> Iterator[PromptRequest | ResultRow]:
-    """Yield the requests or the invalid result of each row of a request to a server or of a data frame.
+    """Yield the requests or the invalid result for each row of a server request or data frame.
 
-    `columns` has the column of each field with another name. A row without an id has its number as id. Ids need not be
-    unique: they only decide derived seeds. Columns that are no fields are ignored.
+    `columns` maps fields to columns with a different name. Other columns are ignored. The default id is the row number.
+    Ids need not be unique, since they only determine derived seeds.
     """
-    named = {field: name for field in FIELDS if (name := columns.get(field, field))}
+    field_columns = {field: name for field in FIELDS if (name := columns.get(field, field))}
     for number, row in enumerate(rows):
-        fields = read_fields(named, row.get)
+        fields = read_fields(field_columns, row.get)
         value = fields.pop("id", None)
         name = make_default_id(REQUEST_STEM, number) if value is None else id_text(value)
         cells = RowCells(name, Source(REQUEST_STEM, number), fields, {})
-        broken = [field for field, cell in fields.items() if isinstance(cell, str) and not is_utf8(cell)]
-        if broken:  # a table can be saved as UTF-8, a request cannot
+        not_utf8 = [field for field, cell in fields.items() if isinstance(cell, str) and not is_utf8(cell)]
+        if not_utf8:  # a table can be saved as UTF-8, a request cannot
             yield make_invalid(
-                cells, f"the {broken[0]} holds a lone surrogate, which is half a character: send whole ones"
+                cells, f"the {not_utf8[0]} holds a lone surrogate, which is half a character: send whole ones"
             )
         elif isinstance(value, (list, dict)):
             yield make_invalid(cells, f"the id is not text but {type(value).__name__}")
@@ -97,10 +97,10 @@ def parse_rows(
 def make_requests(
     cells: RowCells, rules: RowRules, is_finished: IsFinished = lambda _: False
 ) -> Iterator[PromptRequest | ResultRow]:
-    """Yield one request for each image of a row, or its one invalid result.
+    """Yield one request for each image of a row, or a single invalid result.
 
-    The limits of texts and carried cells apply to rows that are still to be rendered: earlier versions had no limits,
-    so a row with a finished image stays valid.
+    A row with a finished image stays valid even if its texts or carried cells are too large, since earlier versions had
+    no size limits.
     """
     errors: list[str] = []
     values = _parse(cells, rules, errors)
@@ -119,24 +119,25 @@ def _make_requests(cells: RowCells, rules: RowRules, values: dict[str, Any]) -> 
         values.pop(name) for name in ("num_images_per_prompt", "seed", "prompt", "negative_prompt")
     )
     params = SamplingParams(**values, embedded_guidance=rules.embedded_guidance)
-    for k in range(count):
+    for image_index in range(count):
+        image_seed = seed + image_index
         yield PromptRequest(
-            cells.id,
-            k,
-            prompt,
-            negative_prompt,
-            seed + k,
-            params,
-            cells.source,
-            digest([rules.fingerprint, prompt, negative_prompt, seed + k, *values.values()]),
-            cells.carried,
+            id=cells.id,
+            image_index=image_index,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            seed=image_seed,
+            params=params,
+            source=cells.source,
+            fingerprint=digest([rules.fingerprint, prompt, negative_prompt, image_seed, *values.values()]),
+            carried=cells.carried,
             id_collides=cells.id_collides,
             stem_collides=cells.stem_collides,
         )
 
 
 def make_invalid(cells: RowCells, error: str) -> ResultRow:
-    """Return the result of a row that cannot be rendered."""
+    """Return the invalid result for a row that cannot be rendered."""
     prompt = cells.fields.get("prompt")
     fields = {name: value[:MAX_TEXT] if isinstance(value, str) else value for name, value in cells.fields.items()}
     return ResultRow(
@@ -162,9 +163,9 @@ def _earlier_wording(error: str) -> str:
 
 
 def _parse(cells: RowCells, rules: RowRules, errors: list[str]) -> dict[str, Any]:
-    """Return a row's values by field, with defaults for empty cells. Add what is wrong to `errors`."""
-    for part in (cells.carried, cells.fields):
-        for name, value in part.items():
+    """Return a row's values by field, with defaults for empty cells. Add error messages to `errors`."""
+    for columns in (cells.carried, cells.fields):
+        for name, value in columns.items():
             if value.__class__ is str and not value.isascii() and (error := encoding_error(value)):
                 errors.append(f"column {name!r} {error}")
     if cells.fields.get("prompt") is None:
@@ -174,8 +175,8 @@ def _parse(cells: RowCells, rules: RowRules, errors: list[str]) -> dict[str, Any
         value = cells.fields.get(field)
         try:
             values[field] = getattr(rules.defaults, field, None) if value is None else parse(field, value, rules.sizes)
-        except RowError as caught:
-            errors.append(str(caught))
+        except RowError as exc:
+            errors.append(str(exc))
     for field, value in rules.fixed:
         if field in values and values[field] != value:
             errors.append(f"{field} {show_value(values[field])} is given, and this model takes none")
@@ -189,12 +190,12 @@ def _parse(cells: RowCells, rules: RowRules, errors: list[str]) -> dict[str, Any
 
 
 def derive_seed(seed: int, row_id: str) -> int:
-    """Return the seed, below 2^32, of a row without its own. It does not depend on other rows."""
+    """Return a seed below 2^32 for a row without a seed. It does not depend on other rows."""
     return int.from_bytes(hashlib.sha256(f"{seed}\0{row_id}".encode("utf-8", "surrogatepass")).digest()[:4], "big")
 
 
 def _check_lengths(values: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with the lengths of a row's texts."""
+    """Return error messages for texts of a row that are too long."""
     return [
         f"the {field} has {len(text)} characters, and {MAX_TEXT} are the most: a model reads some 75 words"
         for field in ("prompt", "negative_prompt")

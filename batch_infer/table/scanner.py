@@ -1,4 +1,4 @@
-"""JSON text that does not fit in memory, read one value at a time."""
+"""Read JSON text that does not fit in memory, one value at a time."""
 
 from __future__ import annotations
 
@@ -13,19 +13,18 @@ from batch_infer.table.streams import BUFFER, LONGEST
 
 
 class BrokenDocument(Exception):
-    """The document is not JSON from here on, or ends early."""
+    """The rest of the document is not JSON, or is missing."""
 
 
 class Scanner:
-    """A position in JSON text, which the methods advance. All of them raise OSError and BrokenDocument.
+    """Reads JSON text from start to end. All methods raise OSError and BrokenDocument.
 
-    The standard library's decoder reads one value at a time. (ijson was tried: a byte that is not UTF-8 or a lone
-    surrogate ends its document or silently becomes another character, and its memory grows with the square of the
-    depth.)
+    The standard library's decoder reads one value at a time. (ijson was tried. It stops at a byte that is not UTF-8 or
+    at a lone surrogate, or silently changes it, and its memory use grows with the square of the nesting depth.)
     """
 
     def __init__(self, stream: io.BufferedReader, longest: int = LONGEST) -> None:
-        """`longest` is the limit of a value in characters."""
+        """`longest` is the maximum length of a value in characters."""
         self._stream, self._longest = stream, longest
         self._utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
         self._decode = json.JSONDecoder(parse_float=exact_float).raw_decode
@@ -44,7 +43,7 @@ class Scanner:
                 return ""
 
     def read_mark(self, *marks: str) -> str:
-        """Read one of these marks."""
+        """Read and return one of the marks."""
         character = self.peek()
         if character not in marks:
             expected = " or ".join(marks)
@@ -53,7 +52,7 @@ class Scanner:
         return character
 
     def read_value(self) -> Any:
-        """Read one value."""
+        """Read and return one value."""
         if not self.peek():
             raise BrokenDocument("it ends in the middle")
         while True:
@@ -85,7 +84,7 @@ class Scanner:
             self.read_value()
 
     def elements(self) -> Iterator[None]:
-        """Stop before each element of an array. The caller must consume it."""
+        """Yield before each element of an array. The caller must consume the element."""
         self.read_mark("[")
         if self.peek() == "]":
             self.read_mark("]")
@@ -95,7 +94,7 @@ class Scanner:
             yield
 
     def read_keys(self) -> Iterator[str]:
-        """Yield the keys of an object. The caller must consume the value of each."""
+        """Yield the keys of an object. The caller must consume each value."""
         self.read_mark("{")
         if self.peek() == "}":
             self.read_mark("}")
@@ -105,7 +104,7 @@ class Scanner:
             yield self._read_key()
 
     def read_end(self) -> None:
-        """Check that the document ends here."""
+        """Raise BrokenDocument unless the document ends here."""
         if character := self.peek():
             raise BrokenDocument(f"{character!r} after its end")
 
@@ -117,7 +116,7 @@ class Scanner:
         return key
 
     def _read_more(self) -> bool:
-        """Read more text and return False at the end. Bytes that are not UTF-8 become lone surrogates."""
+        """Read more text. Return False at the end. Bytes that are not UTF-8 become lone surrogates."""
         data = self._stream.read1(BUFFER)
         self._text = self._text[self._position :] + self._utf8(data, not data)
         self._position, self._is_at_end = 0, not data

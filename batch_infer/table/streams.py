@@ -1,4 +1,4 @@
-"""The bytes and lines of a file, decompressed as they are read."""
+"""Read the bytes or lines of a file, with streaming decompression."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from batch_infer.store import create_temporary
 from batch_infer.table.base import TableFile, raise_storage_error
 
 LONGEST = 16 << 20
-"""Characters of one row, or bytes of one of Parquet. A quote that is still open beyond it counts as unclosed."""
+"""Maximum number of characters in a row, or bytes in a Parquet row. A quote still open then counts as unclosed."""
 BUFFER = 1 << 16
 ZSTD_READ = 1 << 12
-"""Bytes per read of zstd: Arrow loses what it decompressed in the read that meets damage."""
+"""Bytes per zstd read. If a read fails, Arrow loses all data that it decompressed in that read."""
 UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 UTF_8_MARK = b"\xef\xbb\xbf"
 MAGIC_BYTES = 10
@@ -49,7 +49,7 @@ COMPRESSIONS = {
 
 
 class _RawFile(io.FileIO):
-    """A file on disk. Raises StorageError, which names the table, where the disk fails."""
+    """A file on disk. Raises StorageError, which names the table, if the disk fails."""
 
     def __init__(self, file: TableFile) -> None:
         super().__init__(file.path)
@@ -64,7 +64,7 @@ class _RawFile(io.FileIO):
 
 
 class _Decompressed(io.RawIOBase):
-    """The content of a compressed file. Everything before damage is returned before OSError is raised."""
+    """The content of a compressed file. In a damaged file, returns all data before the damage, then raises OSError."""
 
     def __init__(self, raw: BinaryIO, ending: str) -> None:
         self._raw, self._name = raw, COMPRESSIONS[ending].name
@@ -97,7 +97,7 @@ class _Decompressed(io.RawIOBase):
 
 
 def open_decompressed(file: TableFile) -> io.BufferedReader:
-    """Return the decompressed bytes of a file. Raises OSError, and StorageError where the disk fails."""
+    """Return the decompressed bytes of a file. Raises OSError, and StorageError if the disk fails."""
     with ExitStack() as stack:
         stream: io.BufferedReader = stack.enter_context(io.BufferedReader(_RawFile(file), BUFFER))
         if file.compression and (start := stream.peek(MAGIC_BYTES)):
@@ -128,16 +128,16 @@ def open_text(file: TableFile, newline: str | None) -> TextIO:
 
 
 def decompress(file: TableFile, path: Path) -> Path:
-    """Write the decompressed file to `path` and return it. Raises OSError, and StorageError for the copy."""
+    """Write the decompressed file to `path` and return `path`. Raises OSError, and StorageError for write errors."""
     with open_decompressed(file) as stream, create_temporary(path) as copy:
         shutil.copyfileobj(stream, copy, BUFFER)
     return path
 
 
 class LineReader:
-    """The lines of a text, with their line ends. `number` is the number of the last line, from 1.
+    """Reads lines with their line endings. `number` is the number of the last line read, from 1.
 
-    A line that is too long raises RowError, unless `shorten` is overridden. The next line follows it.
+    A line that is too long raises RowError unless `shorten` is overridden. Reading can continue with the next line.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -158,13 +158,13 @@ class LineReader:
         return self.shorten(self._pieces(line))
 
     def shorten(self, pieces: Iterator[str]) -> str:
-        """Skip the pieces of a line that is too long. A subclass may return what it keeps of the line."""
+        """Skip a line that is too long and raise RowError. A subclass may return a shorter line."""
         for _ in pieces:
             pass
         raise RowError(f"is longer than {self.longest} characters")
 
     def _pieces(self, piece: str) -> Iterator[str]:
-        """Yield a line in pieces, of which `piece` is the first."""
+        """Yield a line in pieces, starting with `piece`."""
         while piece:
             yield piece
             piece = "" if piece[-1] in "\r\n" else self._readline(self.longest)

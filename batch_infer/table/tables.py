@@ -1,4 +1,4 @@
-"""All tables of a run as one stream of requests and invalid results, in input order."""
+"""Read all tables of a run as one stream of requests and invalid results, in input order."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from batch_infer.table.urls import path_columns
 
 @dataclass(frozen=True, slots=True)
 class UnreadableTable:
-    """A file or argument that cannot be read, and why."""
+    """A file or argument that cannot be read, with an error message."""
 
     file: TableFile
     error: str
@@ -35,14 +35,14 @@ class UnreadableTable:
 
 @dataclass(frozen=True, slots=True)
 class OtherTables:
-    """What is known of the tables in the same folder that are read elsewhere, at another time.
+    """Tables in the same folder that are read elsewhere, at another time.
 
-    `names` are those of all files there; `has_id` returns whether an id, given the name of the file that has it, is
-    another file's.
+    `names` contains the names of all files in the folder. `has_id(id, file)` returns whether a file other than `file`
+    uses the id.
 
-    Of files with the same stem the first table by name keeps it for the default ids of its rows, and the others use
-    their whole name (`p.txt-00000000` next to p.csv): which of them will be read is not known here, so none is refused.
-    For the same reason no row may have the default id of another file's row, whether or not that file is read.
+    If files share a stem, the first table by name uses the stem in its default ids, and other files use their full name
+    (`p.txt-00000000` next to p.csv). No file is rejected, since it is unknown which files will be read. For the same
+    reason, a row must not use the default id of a row in another file, even if that file is never read.
     """
 
     names: Collection[str]
@@ -52,8 +52,8 @@ class OtherTables:
 class Tables:
     """The tables of a run.
 
-    `carried` is the schema of the columns that are carried through to the results. `left_out` are the files of folders
-    and globs that are no tables. Downloaded, piped and decompressed files are in a temporary folder until `close`.
+    `carried` is the schema of the columns that are carried through to the results. `left_out` contains files of folders
+    and globs that are not tables. Downloaded, piped and decompressed files stay in a temporary folder until `close`.
     """
 
     def __init__(
@@ -61,9 +61,9 @@ class Tables:
     ) -> None:
         """Open every file and find its columns.
 
-        With `others`, files that cannot be read are in `unreadable_files`, and default ids are distinct. Without,
-        raises TableError where an argument cannot be read, no file of folders and globs can, or default ids would
-        collide. Raises ServiceError where a file cannot be downloaded, StorageError where the temporary folder is full.
+        With `others`, unreadable files appear in `unreadable_files`, and default ids are unique. Without `others`,
+        raises TableError if a named argument cannot be read, if no file at all can be read, or if default ids would
+        collide. Raises ServiceError if a file cannot be downloaded, StorageError if the temporary folder is full.
         """
         self._settings, self._others = settings, others
         self._limit = None if settings.limit is None else min(settings.limit, sys.maxsize)
@@ -75,7 +75,7 @@ class Tables:
         with ExitStack() as undo:
             undo.callback(self.close)
             files, self.left_out = find_files(settings.tables, settings.folder, self._scratch)
-            self._tables = self._open_all(files) if others is None else self._open_among(files, others.names)
+            self._tables = self._open_all(files) if others is None else self._open_with_others(files, others.names)
             undo.pop_all()
         names = self.files if others is None else sorted(map(clean, others.names))
         self._colliding = colliding_stems(Source(name, 0).stem for name in names)
@@ -87,7 +87,7 @@ class Tables:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, exc_type: type[BaseException] | None, error: BaseException | None, exc_traceback: TracebackType | None
     ) -> None:
         self.close()
 
@@ -97,28 +97,28 @@ class Tables:
 
     @property
     def files(self) -> list[str]:
-        """The names of all files, as the user gave them."""
+        """Names of all files as shown to the user."""
         return [table.file.name for table in self._tables]
 
     @property
     def unreadable_files(self) -> dict[str, str]:
-        """The error of each file that cannot be read, by its name."""
+        """Error messages of unreadable files, by file name."""
         return {table.file.name: table.error for table in self._unreadable()}
 
     @property
     def local_paths(self) -> list[Path]:
-        """The absolute paths of the tables that are the user's own files on this machine."""
+        """Absolute paths of the user's own tables on this machine."""
         files = (table.file for table in self._tables)
         return [file.path.absolute() for file in files if file.origin == "file" and file.error is None]
 
     @property
     def remarks(self) -> list[str]:
-        """What the user should know and is no row's error: of the files and, after `rows` has ended, of their rows."""
+        """Notices other than row errors: about files and, after `rows` ends, about rows."""
         return [*self._remarks, *self._remark_counts.sentences()]
 
     @property
     def default_id_source(self) -> IdSource | None:
-        """What the ids of rows are made of in tables without an id column. None where every table has one."""
+        """Source of ids in tables without an id column, or None if every table has an id column."""
         return None if all("id" in table.fields for table in self._readable()) else self._settings.id_from
 
     def changed_files(self) -> list[str]:
@@ -126,7 +126,7 @@ class Tables:
         return [str(path) for path, before in self._stamps.items() if _stamp(path) != before]
 
     def rows(self, rules: RowRules, is_finished: IsFinished = lambda _: False) -> Iterator[PromptRequest | ResultRow]:
-        """Yield the requests or the invalid result of every row, in input order; see `make_requests`."""
+        """Yield the requests or the invalid result for every row, in input order. See `make_requests`."""
         remarks = RemarkCounts()
         for cells, error in self._read_rows(remarks):
             if error is None:
@@ -138,40 +138,42 @@ class Tables:
     def compared_rows(
         self, rules: RowRules, others: Sequence[RowRules], is_finished: IsFinished = lambda _: False
     ) -> Iterator[tuple[PromptRequest | ResultRow, list[PromptRequest | ResultRow | None]]]:
-        """Yield every row as `rows` does, each with what it is under each of the other rules."""
+        """Yield the same items as `rows`, each with the corresponding items under `others` (None if there is none)."""
         for cells, error in self._read_rows(RemarkCounts()):
             if error is not None:
                 yield make_invalid(cells, error), [None for _ in others]
                 continue
-            old = [{item.image_index: item for item in make_requests(cells, other, is_finished)} for other in others]
+            other_items = [
+                {item.image_index: item for item in make_requests(cells, other, is_finished)} for other in others
+            ]
             for item in make_requests(cells, rules, is_finished):
-                yield item, [items.get(item.image_index) for items in old]
+                yield item, [items.get(item.image_index) for items in other_items]
 
     def _open_all(self, files: list[TableFile]) -> list[OpenTable | UnreadableTable]:
-        """Open all tables of a run. Raises TableError where the run must not start."""
-        # Missing arguments first, before any file is read: one may be misspelt.
+        """Open all tables of a run. Raises TableError if the run must not start."""
+        # Report missing arguments, which may be misspelt, before reading any file.
         if missing := [file.error for file in files if file.error is not None and file.is_named]:
             raise TableError(" · ".join(dict.fromkeys(missing)))
         tables = [self._open(file) for file in number_names(files)]
         unreadable = [table for table in tables if isinstance(table, UnreadableTable)]
-        if len(unreadable) < len(tables):  # a file that is only in a folder or glob costs one invalid result
+        if len(unreadable) < len(tables):  # an unreadable file in a folder or glob becomes one invalid result
             unreadable = [table for table in unreadable if table.file.is_named]
         if unreadable:
             raise TableError(" · ".join(table.error for table in unreadable))
         if self._settings.id_from == "row":
-            _refuse_equal_ids([table for table in tables if isinstance(table, OpenTable)])
+            _reject_equal_ids([table for table in tables if isinstance(table, OpenTable)])
         return tables
 
-    def _open_among(self, files: list[TableFile], names: Collection[str]) -> list[OpenTable | UnreadableTable]:
-        """Open tables with stems that are distinct among all files of their folder."""
+    def _open_with_others(self, files: list[TableFile], names: Collection[str]) -> list[OpenTable | UnreadableTable]:
+        """Open tables with stems that are unique among all files of their folder."""
         stems = assign_stems(map(clean, names))
         self._owners = {stem: name for name, stem in stems.items() if parse_name(name)}
         tables = [self._open(file) for file in files]
-        for k, table in enumerate(tables):
-            name = table.file.name.removeprefix("./")  # ./ only tells a name from a URL
+        for index, table in enumerate(tables):
+            name = table.file.name.removeprefix("./")  # ./ only distinguishes a name from a URL
             file = replace(table.file, name=name, stem=stems.get(name, table.file.stem))
             if isinstance(table, UnreadableTable):
-                tables[k] = UnreadableTable(file, table.error.removeprefix("./"))
+                tables[index] = UnreadableTable(file, table.error.removeprefix("./"))
             else:
                 table.file = file
         return tables
@@ -182,18 +184,18 @@ class Tables:
         columns = self._settings.columns
         try:
             reader = open_reader(file, columns.get("prompt", "prompt"), self._scratch)
-            # Among others, a file is named by its last part alone.
-            values = path_columns(file.path.as_posix() if self._others else file.name)
-            own = reader.schema.names
-            names = [*own, *(name for name in values if name not in own)]
+            # With `others`, file.name is only the last part of the path.
+            path_values = path_columns(file.path.as_posix() if self._others else file.name)
+            file_columns = reader.schema.names
+            names = [*file_columns, *(name for name in path_values if name not in file_columns)]
             fields = map_fields(file, names, columns, reader.renamed)
         except TableError as error:
             return UnreadableTable(file, str(error))
-        self._overlaps += [(file.name, name) for name in values if name in own]
+        self._overlaps += [(file.name, name) for name in path_values if name in file_columns]
         if reader.renamed:
             self._remarks.append(describe_renamed(file.name, reader.renamed))
         carried = {name: name for name in names if name not in fields.values()}
-        return OpenTable(file, reader, values, fields, carried)
+        return OpenTable(file, reader, path_values, fields, carried)
 
     def _describe_overlaps(self) -> list[str]:
         if not self._overlaps:
@@ -209,7 +211,7 @@ class Tables:
         return [table for table in self._tables if isinstance(table, UnreadableTable)]
 
     def _find_conflict(self, name: str, file: str) -> str | None:
-        """Return why an id of this file's own is another file's, else None."""
+        """Return an error message if an id in this file belongs to another file, else None."""
         stem, _, number = name.rstrip("+").rpartition("-")
         owner = self._owners.get(stem, file) if len(number) == ID_DIGITS and number.isdecimal() else file
         if owner != file:
@@ -217,8 +219,8 @@ class Tables:
         return f"duplicate id {name!r}" if self._others and self._others.has_id(name, file) else None
 
     def _read_rows(self, remarks: RemarkCounts) -> Iterator[tuple[RowCells, str | None]]:
-        """Yield the cells of up to `limit` rows, each with its error."""
-        # Default ids are distinct where their stems differ by more than case.
+        """Yield the cells of up to `limit` rows, each with an error message or None."""
+        # Default ids are distinct if their stems differ by more than case.
         stems = {table.file.stem.lower() for table in self._tables}
         is_distinct = len(stems) == len(self._tables) and not any("id" in table.fields for table in self._readable())
         with closing(Ids(self._find_conflict if self._others else None, distinct=is_distinct)) as ids:
@@ -254,8 +256,8 @@ class Tables:
         return cells, row.error or error
 
 
-def _refuse_equal_ids(tables: list[OpenTable]) -> None:
-    """Raise TableError where rows of two files would have the same default ids."""
+def _reject_equal_ids(tables: list[OpenTable]) -> None:
+    """Raise TableError if rows of two files would have the same default ids."""
     count = Counter(table.file.stem for table in tables)
     for table in tables:
         if count[table.file.stem] > 1 and "id" not in table.fields:
@@ -272,7 +274,7 @@ def _refuse_equal_ids(tables: list[OpenTable]) -> None:
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
-    """Return the size and modification time of a file, None where it is gone."""
+    """Return the size and modification time of a file, or None if it no longer exists."""
     try:
         status = path.stat()
     except OSError:

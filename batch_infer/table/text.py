@@ -1,4 +1,4 @@
-"""Plain text: one prompt a line."""
+"""Read plain text with one prompt per line."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from batch_infer.table.base import RawRow, Reader, Remark, Scratch, TableFile, b
 from batch_infer.table.streams import LineReader, open_bytes, open_text
 
 NOT_A_PROMPT = re.compile(r"^\s*(#|//)|(^|\s)--[A-Za-z][\w-]*([\s=]|$)|\s-[A-Za-z][ =]?[0-9.]+(\s|$)")
-"""Comments and options in the prompt files of other programs: sd-scripts and AUTOMATIC1111 (`--steps 20`), Midjourney
-(`--ar 16:9`), InvokeAI (`-s50`)."""
+"""Matches comments and options in prompt files of other programs: sd-scripts and AUTOMATIC1111 (`--steps 20`),
+Midjourney (`--ar 16:9`), InvokeAI (`-s50`)."""
 SHOWN_CHARACTERS = 60
 
 
@@ -28,10 +28,10 @@ def open_plain_text(file: TableFile, prompt_column: str, scratch: Scratch) -> Te
 
 @dataclass(frozen=True, slots=True)
 class TextReader(Reader):
-    """The lines of a plain text file that are not blank."""
+    """Reads the nonblank lines of a plain text file."""
 
     def rows(self) -> Iterator[RawRow]:
-        number = 0
+        row_number = 0
         try:
             with open_text(self.file, newline=None) as stream:
                 lines = LineReader(stream)
@@ -41,18 +41,18 @@ class TextReader(Reader):
                     except StopIteration:
                         return
                     except RowError as error:
-                        yield RawRow(number, {}, f"line {lines.number} {error}", lines.number)
+                        yield RawRow(row_number, {}, f"line {lines.number} {error}", lines.number)
                     else:
                         if not prompt.strip():
                             continue
-                        yield RawRow(number, {"prompt": prompt}, None, lines.number, _remark(prompt))
-                    number += 1
+                        yield RawRow(row_number, {"prompt": prompt}, None, lines.number, _remark(prompt))
+                    row_number += 1
         except OSError as error:
-            yield broken_off_row(self.file, number, error)
+            yield broken_off_row(self.file, row_number, error)
 
 
 def _remark(prompt: str) -> Remark | None:
-    """Return the remark on a line that other programs read as more than a prompt."""
+    """Return the remark on a line that other programs would not read as a plain prompt."""
     if not NOT_A_PROMPT.search(prompt):
         return None
     shown = prompt if len(prompt) <= SHOWN_CHARACTERS else f"{prompt[: SHOWN_CHARACTERS - 3]}..."

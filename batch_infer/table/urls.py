@@ -1,4 +1,4 @@
-"""What the text of a path or URL says: its protocol, its links, its columns, and which parts may be secret."""
+"""Parse paths and URLs, and remove parts that may be secret."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ PUBLIC_USERS = frozenset(
         *("sftp", "ssh", "ftp", "smb", "hdfs", "webhdfs"),
     }
 )
-"""Protocols where a name before @ without a password is no secret."""
+"""Protocols in which a name before @ is not secret if it has no password."""
 QUERY = re.compile(r"\?[\w.~%-]+=.*", re.DOTALL)
-"""The query in protocols other than http, where a ? alone is part of a glob."""
+"""Matches the query in protocols other than HTTP, where a bare ? is part of a glob."""
 URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]*")
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
@@ -34,19 +34,19 @@ def is_http(argument: str) -> bool:
 
 
 def redact_url(argument: str) -> str:
-    """Remove the query, the password and mostly the user, often a token, from each link of a URL.
+    """Remove the query, the password and usually the user, often a token, from each link of a URL.
 
-    Names, ids and messages contain an argument only in this form.
+    Names, ids and messages contain only redacted arguments.
     """
     if protocol_of(argument) is None:
         return argument
-    if is_http(argument):  # never a chain: what follows :: belongs to the query
+    if is_http(argument):  # never a chain: text after :: is part of the query
         return _redact_link(argument)
     return "::".join(map(_redact_link, argument.split("::")))
 
 
 def redact_urls(text: str) -> str:
-    """Redact the URLs in a library's message."""
+    """Redact the URLs in a message from a library."""
     return URL_IN_TEXT.sub(lambda match: redact_url(match[0]), text)
 
 
@@ -60,18 +60,19 @@ def _redact_link(link: str) -> str:
 
 
 def split_chain(url: str) -> tuple[str, str, str]:
-    """Return the link of a chain that has the path of the files, with what is before and after it.
+    """Split a chain into the text before the link with the file path, that link, and the text after it.
 
-    In `simplecache::s3://bucket/a.csv` it is the second link: the first has no path.
+    In `simplecache::s3://bucket/a.csv`, only the second link has a path.
     """
     links = url.split("::")
     index = next((index for index, link in enumerate(links) if "://" in link), 0)
-    before, after = links[:index], links[index + 1 :]
-    return "".join(f"{link}::" for link in before), links[index], "".join(f"::{link}" for link in after)
+    before = "".join(f"{link}::" for link in links[:index])
+    after = "".join(f"::{link}" for link in links[index + 1 :])
+    return before, links[index], after
 
 
 def split_query(link: str) -> tuple[str, str]:
-    """Return a link of a chain without its query, and the query."""
+    """Split a link of a chain into the part before the query, and the query."""
     head = re.split("[?#]", link, maxsplit=1)[0] if is_http(link) else QUERY.sub("", link)
     return head, link[len(head) :]
 
@@ -84,17 +85,17 @@ def join_url(url: str, relative: str) -> str:
 
 
 def path_columns(name: str) -> dict[str, str | None]:
-    """Return the columns in a path or URL: Hive's `key=value` folders, as Spark, pyarrow and DuckDB write them.
+    """Return the columns in Hive's `key=value` folders of a path or URL, as written by Spark, pyarrow and DuckDB.
 
-    Names and values are URL-decoded text: `month=05` stays 05. All folders of the path count, also those of the
-    argument, so that `ds`, `ds/*/*.csv` and `ds/lang=en/a.csv` give a file the same columns.
+    Names and values are URL-decoded text: `month=05` stays 05. Folders in the argument count too, so that `ds`,
+    `ds/*/*.csv` and `ds/lang=en/a.csv` give a file the same columns.
     https://spark.apache.org/docs/latest/sql-data-sources-parquet.html#partition-discovery
     """
     path = name
     if protocol_of(name) is not None:
         link = split_chain(name)[1]
         path = link.partition("://")[2]
-        if is_http(link):  # http encodes the path once more
+        if is_http(link):  # HTTP encodes the path once more
             path = "/".join(unquote(part) for part in path.split("/")[1:])
     columns: dict[str, str | None] = {}
     for folder in path.split("/")[:-1]:
