@@ -1,4 +1,4 @@
-"""Carry out each command from start to finish: run, plan, status, retry, merge, rescore and export-mlflow.
+"""Implement each command from start to finish: run, plan, status, retry, merge, rescore and export-mlflow.
 
 One function per command takes settings and returns what the command line prints. The other functions serve the
 endpoints, whose workers share OUT without its lock.

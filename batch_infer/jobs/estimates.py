@@ -135,7 +135,7 @@ def _scale_rates(size: Size, measured: Mapping[Size, Rates]) -> Rates:
 
 
 def _find_nearest(size: Size, measured: Iterable[Size]) -> Size:
-    return min(measured, key=lambda other: abs(_pixels(other) - _pixels(size)))
+    return min(measured, key=lambda candidate: abs(_pixels(candidate) - _pixels(size)))
 
 
 def _pixels(size: Size) -> int:

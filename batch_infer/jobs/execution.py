@@ -289,7 +289,11 @@ class RunExecution:
             return merge(self._job.items(index), index, tables.carried, self._folder.out, output, least)
 
     def _merge_after_error(
-        self, scan: ScanResult, exc_type: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+        self,
+        scan: ScanResult,
+        exc_type: type[BaseException] | None,
+        error: BaseException | None,
+        _: TracebackType | None,
     ) -> None:
         """Merge committed results after a rendering error, without hiding that error."""
         if isinstance(error, Exception) and self._commits.results:

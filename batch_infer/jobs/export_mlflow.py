@@ -86,7 +86,7 @@ def export_model(folder: Path, model: ModelSettings, compute: ComputeSettings) -
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SettingsError(f"{folder} already exists; name a folder that is new or empty")
     card = read_card(model)
-    parts = _parts(card, model, compute)
+    parts = _collect_parts(card, model, compute)
     # Next to the folder: if the model is on the same disk, its files are hard-linked and take no space.
     temporary = temporary_path(folder.absolute())
     with write_errors(folder):
@@ -124,13 +124,13 @@ def _save(path: Path, parts: _Parts, scratch: Path) -> None:
         code_paths=[str(package)],
         signature=SIGNATURE,
         input_example=EXAMPLE,
-        pip_requirements=_requirements(parts.extras),
+        pip_requirements=_list_requirements(parts.extras),
         model_config={"variables": dict(parts.variables)},
     )
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy or hard-link a file or folder. Follow symbolic links: MLflow refuses those of the Hub's cache."""
+    """Copy or hard-link a file or folder. Follow the symbolic links of the Hub's cache, which MLflow refuses."""
     target.parent.mkdir()
     if source.is_dir():
         shutil.copytree(source, target, copy_function=_link_or_copy)
@@ -145,7 +145,7 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
-def _parts(card: ModelCard, model: ModelSettings, compute: ComputeSettings) -> _Parts:
+def _collect_parts(card: ModelCard, model: ModelSettings, compute: ComputeSettings) -> _Parts:
     variables = {
         "VARIANT": card.variant,
         "DTYPE": None if model.dtype == "auto" else model.dtype,
@@ -155,22 +155,26 @@ def _parts(card: ModelCard, model: ModelSettings, compute: ComputeSettings) -> _
         "SLOTS": compute.slots,
         "THREADS": compute.threads,
         "COMPILE": None if compute.compiled is None else str(compute.compiled).lower(),
-        "LORA": ";".join(f"{{lora-{k}}}:{lora.weight!r}" for k, lora in enumerate(card.loras)) or None,
+        "LORA": ";".join(f"{{lora-{number}}}:{lora.weight!r}" for number, lora in enumerate(card.loras)) or None,
         "MODEL": "{model}",
     }
     if compute.slots == "auto":
         raise SettingsError("--slots auto: give a number here; `batch-infer bench` measures which one suits a device")
-    extras = {"azure"} | ({"lora"} if card.loras else set()) | ({"long-prompts"} if model.long_prompts else set())
+    extras = {"azure"}
+    if card.loras:
+        extras.add("lora")
+    if model.long_prompts:
+        extras.add("long-prompts")
     name = card.path.name if card.path == DEMO_MODEL else card.name.rpartition("/")[2]  # image metadata contains it
-    loras = {f"lora-{k}": (lora.path, f"lora-{k}-{lora.path.name}") for k, lora in enumerate(card.loras)}
+    loras = {f"lora-{number}": (lora.path, f"lora-{number}-{lora.path.name}") for number, lora in enumerate(card.loras)}
     return _Parts(
-        {"model": (card.path, name), **loras},
-        {f"BATCH_INFER_{option}": str(value) for option, value in variables.items() if value is not None},
-        frozenset(extras),
+        files={"model": (card.path, name), **loras},
+        variables={f"BATCH_INFER_{option}": str(value) for option, value in variables.items() if value is not None},
+        extras=frozenset(extras),
     )
 
 
-def _requirements(extras: frozenset[str]) -> list[str]:
+def _list_requirements(extras: frozenset[str]) -> list[str]:
     """Return the dependencies of batch-infer, whose code is part of the model.
 
     Packages that affect pixels are pinned to the installed versions. More pins would conflict with MLflow's.

@@ -127,7 +127,7 @@ def prepare(settings: RunSettings, tables: Tables, card: ModelCard, device: Devi
     parts = [] if settings.overwrite else Manifest(settings.out).parts()
     if earlier is not None and parts:
         check_identity(earlier, record, settings.out)
-    record |= {**_number_run(earlier, parts), **_history(earlier, tables, rules)}
+    record |= {**_number_run(earlier, parts), **_describe_history(earlier, tables, rules)}
     return Job(settings, tables, card, compute, record, earlier, rules)
 
 
@@ -182,7 +182,7 @@ def _number_run(earlier: Mapping[str, Any] | None, parts: Sequence[Path]) -> dic
     return {"run_number": number, "recover_from": number if ended_cleanly(record) else record.get("recover_from", 0)}
 
 
-def _history(earlier: Mapping[str, Any] | None, tables: Tables, rules: RowRules) -> dict[str, Any]:
+def _describe_history(earlier: Mapping[str, Any] | None, tables: Tables, rules: RowRules) -> dict[str, Any]:
     """Return the other rules by which runs in this OUT read their rows, and the source of default ids.
 
     `find_changes` needs them to detect images that an option would replace, whichever run rendered them.

@@ -62,7 +62,7 @@ def merge_results(
         output = OutputSettings(results=formats, base64=base64 or settings.output.base64)
         try:
             if not ended_cleanly(record) and settings.table.tables:
-                remove_leftovers(out)  # an endpoint's workers may be writing now
+                remove_leftovers(out)  # not for an endpoint, whose workers may be writing
             counts = _merge_recorded(record, settings, output)
         except DamagedPart as damage:
             if settings.table.tables:
@@ -171,7 +171,7 @@ def read_results(items: Iterable[Item], index: ManifestIndex, carried: pa.Schema
 
     If a row has changed since its result was committed, that result does not count.
     """
-    for batch in _batches(items):
+    for batch in _split_into_batches(items):
         matches = [
             (item, committed)
             for item in batch
@@ -186,7 +186,7 @@ def read_results(items: Iterable[Item], index: ManifestIndex, carried: pa.Schema
             yield table
 
 
-def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
+def _split_into_batches(items: Iterable[Item]) -> Iterator[list[Item]]:
     """Yield items in batches that never split the images of a row."""
     batch: list[Item] = []
     byte_count = 0

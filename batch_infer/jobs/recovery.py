@@ -174,7 +174,7 @@ def set_aside(damage: DamagedPart) -> Path:
     """Rename a damaged part so that its rows are rendered again. Return its new path. Raises StorageError."""
     part = damage.part
     path, number = part.with_name(f"{part.name}{_DAMAGED}"), 1
-    while path_exists(path):  # an earlier damaged part of the same rows has the same name
+    while path_exists(path):  # an earlier damaged part of the same rows may have this name
         number += 1
         path = part.with_name(f"{part.name}{_DAMAGED}-{number}")
     with write_errors(path):

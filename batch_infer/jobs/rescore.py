@@ -55,7 +55,7 @@ def rescore_images(
     report: Callable[[RescoreCounts], None],
     stop: Callable[[], bool] = lambda: False,
 ) -> tuple[RescoreCounts, Counts]:
-    """Check the images of OUT as `safety` says, and merge.
+    """Check the images of OUT with the checkers in `safety`, and merge.
 
     If `safety` has no policy, the run's policy for flagged images applies. If the policy discards original images, a
     warning says so first. Until the rescore finishes, run.json marks it as unfinished and other commands refuse OUT.
@@ -69,7 +69,7 @@ def rescore_images(
         if safety.service is None and not safety.uses_checker(has_checker=card.has_checker):
             raise SettingsError(f"--safety {safety.mode}: no safety checker is available; say checker, azure, or both")
         with outdir.locked(out):
-            record = outdir.read_existing_run(out)  # another command may have changed it in the meantime
+            record = outdir.read_existing_run(out)  # another command may have changed it meanwhile
             rescore = _Rescore(record, _read_settings(record, out, tables, safety), open_files, card)
             if tables:
                 rescore.refuse_fewer_rows()
@@ -115,7 +115,7 @@ class _Rescore:
             raise SettingsError(f"these tables have {results} results and those of the run had {total}: name all")
 
     def check(self, report: Callable[[RescoreCounts], None], stop: Callable[[], bool]) -> RescoreCounts:
-        """Check all results that are not stored under the new rules yet. Raises StorageError, ServiceError, Interrupted."""
+        """Check all results not yet stored under the new rules. Raises StorageError, ServiceError, Interrupted."""
         out = self._settings.out
         if self._is_resumed or not ended_cleanly(self._record):
             remove_leftovers(out, set_aside)
@@ -152,7 +152,7 @@ class _Rescore:
             )
 
     def _pending_results(self, index: ManifestIndex, rescorer: Rescorer) -> Iterator[StoredResult]:
-        """Yield the results of current rows that are not stored under the new rules yet."""
+        """Yield results of current rows that are not yet stored under the new rules."""
         items, collisions = self._items(index), rescorer.sink.collisions(index)
         while batch := list(islice(items, BATCH)):
             matches: list[tuple[PromptRequest, CommittedImage, OnFlagged]] = []

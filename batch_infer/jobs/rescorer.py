@@ -97,9 +97,9 @@ class Rescorer:
         without changing any of these results.
         """
         self._rescore_images([result for result in results if result.is_original])
-        others = [result for result in results if not result.is_original]
-        self._rescore_blocked([result for result in others if result.row.status == "blocked"])
-        for result in others:
+        without_original = [result for result in results if not result.is_original]
+        self._rescore_blocked([result for result in without_original if result.row.status == "blocked"])
+        for result in without_original:
             row = result.row
             if row.status == "flagged":
                 self.counts.unjudged += 1
@@ -113,18 +113,19 @@ class Rescorer:
 
         A kill at any time loses no image. Raises StorageError.
         """
-        commit_images(self.sink, self._manifest, self._rows, carried, written=self._written_paths, former=self._replaced_paths)
-        for pending in (self._rows, self._written_paths, self._replaced_paths):
+        written, replaced = self._written_paths, self._replaced_paths
+        commit_images(self.sink, self._manifest, self._rows, carried, written=written, former=replaced)
+        for pending in (self._rows, written, replaced):
             pending.clear()
 
     def remove_duplicates(self, request: PromptRequest, committed: CommittedImage) -> None:
         """Remove files that a killed rescore left under other names for a row that is already rescored."""
         path = committed.path if committed.path and resolve_path(self._settings.out, committed.path) else None
-        others = self.sink.possible_paths(request)
+        possible_paths = self.sink.possible_paths(request)
         if path is not None:
-            others |= {self.sink.path_in(path, quarantine=quarantine) for quarantine in (False, True)}
-        for other in others - {path}:
-            self.sink.remove(other)
+            possible_paths |= {self.sink.path_in(path, quarantine=quarantine) for quarantine in (False, True)}
+        for duplicate in possible_paths - {path}:
+            self.sink.remove(duplicate)
 
     def close(self) -> None:
         if self._gate is not None:
@@ -136,8 +137,8 @@ class Rescorer:
         readable = [(result, file) for result, file in zip(results, files, strict=True) if isinstance(file, _ImageFile)]
         image_verdicts = self._check_images([file.pixels for _, file in readable])
         prompt_verdicts = self._check_prompts([result for result, _ in readable])
-        for (result, file), image_verdict, prompt_verdict in zip(readable, image_verdicts, prompt_verdicts, strict=True):
-            verdict = _join(prompt_verdict, image_verdict)
+        verdicts = map(_merge_verdicts, prompt_verdicts, image_verdicts)
+        for (result, file), verdict in zip(readable, verdicts, strict=True):
             if isinstance(verdict, RowBroken):
                 self._fail(result, str(verdict))
             else:
@@ -174,7 +175,7 @@ class Rescorer:
                 for index, verdict in zip(indices, batch_verdicts, strict=True):
                     verdicts[index] = verdict
         if self._gate is not None:
-            verdicts = list(map(_join, verdicts, _check_all(self._gate, self._gate.check_image, pixels)))
+            verdicts = list(map(_merge_verdicts, verdicts, _check_all(self._gate, self._gate.check_image, pixels)))
         return verdicts
 
     def _check_prompts(self, results: Sequence[StoredResult]) -> list[Verdict | RowBroken]:
@@ -252,7 +253,7 @@ def _check_all(gate: Gate, check: Callable[[T], Verdict], contents: Sequence[T])
         return list(pool.map(check_one, contents))
 
 
-def _join(first: Verdict | RowBroken, second: Verdict | RowBroken) -> Verdict | RowBroken:
+def _merge_verdicts(first: Verdict | RowBroken, second: Verdict | RowBroken) -> Verdict | RowBroken:
     if isinstance(first, RowBroken):
         return first
     return second if isinstance(second, RowBroken) else first.merge(second)

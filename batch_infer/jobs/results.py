@@ -50,13 +50,13 @@ def _open_writer(stack: ExitStack, path: Path, schema: pa.Schema, images: Sink |
         return lambda table: parquet.write_table(table)
     stream = stack.enter_context(path.open("w", encoding="utf-8", newline=""))
     if path.suffix == ".jsonl":
-        return lambda table: stream.writelines(f"{to_json(row)}\n" for row in _rows(table, images))
+        return lambda table: stream.writelines(f"{to_json(row)}\n" for row in _iterate_rows(table, images))
     writer = csv.writer(stream)
     writer.writerow(schema.names)
-    return lambda table: writer.writerows(map(_csv_cell, row.values()) for row in _rows(table, images))
+    return lambda table: writer.writerows(map(_format_csv_cell, row.values()) for row in _iterate_rows(table, images))
 
 
-def _rows(table: pa.Table, images: Sink | None) -> Iterator[dict[str, Any]]:
+def _iterate_rows(table: pa.Table, images: Sink | None) -> Iterator[dict[str, Any]]:
     """Yield rows as dictionaries. With `images`, generated_image holds the file's bytes, as on Azure's model card."""
     for cells in zip(*map(to_python_values, table.columns), strict=True):
         row = dict(zip(table.column_names, cells, strict=True))
@@ -82,7 +82,7 @@ def shorten_float32(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.7g}")
 
 
-def _csv_cell(value: Any) -> Any:
+def _format_csv_cell(value: Any) -> Any:
     match value:
         case bool():
             return "true" if value else "false"
@@ -96,18 +96,18 @@ def _csv_cell(value: Any) -> Any:
 
 def to_json(value: Any) -> str:
     """Format any value as JSON: null for NaN and infinity, text for types that JSON lacks."""
-    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, default=_to_text)
+    return json.dumps(_replace_non_finite(value), ensure_ascii=False, allow_nan=False, default=_to_text)
 
 
-def _finite(value: Any) -> Any:
+def _replace_non_finite(value: Any) -> Any:
     """Replace NaN and infinity with None, as pandas does."""
     match value:
         case float():
             return value if math.isfinite(value) else None
         case dict():
-            return {name: _finite(inner) for name, inner in value.items()}
+            return {name: _replace_non_finite(inner) for name, inner in value.items()}
         case list() | tuple():
-            return [_finite(inner) for inner in value]
+            return [_replace_non_finite(inner) for inner in value]
         case _:
             return value
 

@@ -39,7 +39,7 @@ def retry_rows(
     settings = replace(settings, rerender_changed=True)  # only the chosen rows are rendered
     if not tables:
         refuse_unrepeatable_tables(record, out)
-    summary = render_tables(settings, progress, stop, _NotChosen(statuses, out))
+    summary = render_tables(settings, progress, stop, _SkipOtherStatuses(statuses, out))
     before, after = scanned_results(record), scanned_results(outdir.read_existing_run(out))
     if after < before:
         log.warning("these tables have %d results and those of the run had %d: results.* list these", after, before)
@@ -60,7 +60,7 @@ def _with_service(settings: RunSettings) -> RunSettings:
     return replace(settings, safety=replace(settings.safety, service=service))
 
 
-class _NotChosen:
+class _SkipOtherStatuses:
     """Skips all images except those with one of these statuses. Implements SkipRule.
 
     An invalid row has one result. If the row is valid now, its new images are rendered with the first one: the rule
@@ -69,19 +69,21 @@ class _NotChosen:
 
     def __init__(self, statuses: Collection[RetryStatus], out: Path) -> None:
         self._statuses, self._sink = statuses, make_sink(out)
-        self._chosen_row: str | None = None
+        self._selected_row: str | None = None
 
     def __call__(self, item: Item, committed: ManifestEntry | None) -> bool:
         if isinstance(item, ResultRow):
             return True
         if item.image_index == 0:
-            self._chosen_row = None
+            self._selected_row = None
         if committed is None:
-            return self._chosen_row != item.id
-        is_chosen = committed.status in self._statuses or ("missing" in self._statuses and self._is_missing(committed))
-        if is_chosen and committed.status == "invalid":
-            self._chosen_row = item.id
-        return not is_chosen
+            return self._selected_row != item.id
+        is_selected = committed.status in self._statuses or (
+            "missing" in self._statuses and self._is_missing(committed)
+        )
+        if is_selected and committed.status == "invalid":
+            self._selected_row = item.id
+        return not is_selected
 
     def _is_missing(self, committed: ManifestEntry) -> bool:
         return committed.path is not None and not self._sink.has(committed.path)

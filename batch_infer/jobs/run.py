@@ -48,7 +48,7 @@ def render_tables(
             with make_engine(settings.model.device, settings.compute.processes, rank, settings.out) as engine:
                 job = prepare(settings, tables, card, engine.find_device())
                 with _run_log(settings.out):
-                    execution = RunExecution(job, engine, progress, stop, _recovering(job, skip))
+                    execution = RunExecution(job, engine, progress, stop, _recover_if_needed(job, skip))
                     return execution.execute(started)
 
 
@@ -75,7 +75,7 @@ def _read_rank(settings: RunSettings) -> RankInfo | None:
     return rank
 
 
-def _recovering(job: Job, skip: SkipRule) -> SkipRule:
+def _recover_if_needed(job: Job, skip: SkipRule) -> SkipRule:
     """Recover OUT if the earlier run did not end cleanly. The returned rule does not skip lost images."""
     out = job.settings.out
     if job.settings.overwrite or ended_cleanly(job.earlier):

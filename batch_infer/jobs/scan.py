@@ -201,7 +201,9 @@ def find_changes(job: Job, index: ManifestIndex) -> Changes:
         return _changes_without_record(job, index)
     earlier = parse_record(job.earlier)
     if earlier.ids_from is not None and job.tables.default_id_source not in (None, earlier.ids_from):
-        return Changes(_finished(index), {"--id-from": f"id from {earlier.ids_from} -> {job.tables.default_id_source}"})
+        return Changes(
+            _count_finished(index), {"--id-from": f"id from {earlier.ids_from} -> {job.tables.default_id_source}"}
+        )
     earlier_rules = [rules for rules in earlier.known_rules if rules != job.rules]
     earlier_columns = dict(earlier.settings.table.columns) if earlier.settings else {}
     columns = dict(job.settings.table.columns)
@@ -215,7 +217,7 @@ def find_changes(job: Job, index: ManifestIndex) -> Changes:
         rendered = _find_rendered(replaced.fingerprint, earlier_items, earlier_rules)
         if rendered is not None:
             changes.images += 1
-            changes.causes |= _causes(item, *rendered, job.rules)
+            changes.causes |= _find_causes(item, *rendered, job.rules)
         elif earlier_columns != columns:
             changes.images += 1
             changes.causes["--column"] = f"columns {_format_columns(earlier_columns)} -> {_format_columns(columns)}"
@@ -243,18 +245,18 @@ def _find_rendered(
 
 def _changes_without_record(job: Job, index: ManifestIndex) -> Changes:
     """Count the finished images that the run would replace if run.json is missing."""
-    if not _finished(index):
+    if not _count_finished(index):
         return Changes()
     images = sum(_find_replaced(item, index) is not None for item in job.items(index))
     return Changes(images, {"an option or a row": "run.json, which records the options, is missing"} if images else {})
 
 
-def _finished(index: ManifestIndex) -> int:
+def _count_finished(index: ManifestIndex) -> int:
     statuses = index.count_statuses()
     return sum(statuses[status] for status in FINAL_STATUSES)
 
 
-def _causes(item: Item, old_item: Item, old_rules: RowRules, rules: RowRules) -> dict[str, str]:
+def _find_causes(item: Item, old_item: Item, old_rules: RowRules, rules: RowRules) -> dict[str, str]:
     """Return the options whose changed defaults give this row another value or make it invalid."""
     old_defaults, defaults = asdict(old_rules.defaults), asdict(rules.defaults)
 

@@ -60,12 +60,12 @@ def read_status(out: Path) -> RunStatus:
     else:
         status.state = "open" if is_open else status.state
         status.is_stale = status.state == "stopped" and not record.rescoring
-        _count(status, record, Manifest(out))
+        _count_results(status, record, Manifest(out))
     status.state = "rescoring" if record.rescoring else status.state
     return status
 
 
-def _count(status: RunStatus, record: RunRecord, manifest: Manifest) -> None:
+def _count_results(status: RunStatus, record: RunRecord, manifest: Manifest) -> None:
     """Count the results that the run's scan skipped and the results that the run committed since.
 
     Count the whole manifest if the scan has not ended, during a rescore, which commits results of earlier runs again,

@@ -36,7 +36,7 @@ class Counts:
     bad_rows: int = 0
     """Rows with a failed or invalid result."""
     truncated: int = 0
-    """Rows whose prompt is longer than the model reads."""
+    """Rows whose prompt exceeds the length that the model reads."""
     bad_results: list[str] = field(default_factory=list, compare=False)
     """First failed and invalid results: file, row, id and error."""
 
