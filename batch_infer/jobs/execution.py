@@ -80,7 +80,7 @@ class RunExecution:
 
     def execute(self, started: float) -> Summary:
         """Execute the run. `started` is the `time.monotonic` reading at the start of the command."""
-        self._warn_of_threads()
+        self._warn_about_threads()
         self._setup_seconds = time.monotonic() - started
         while True:
             try:
@@ -91,12 +91,12 @@ class RunExecution:
                 self._summary, self._commits = Summary(), _Commits()
         self._folder.pinned.check()
         remove_other_results(self._folder.out, self._job.settings.output)
-        self._sum_up(counts, time.monotonic() - started)
+        self._summarise(counts, time.monotonic() - started)
         self._folder.update_record(finished_at=utc_now(), summary=self._summary.as_dict())
         log.debug("%d images rendered, %d left; run.json has the summary", self._summary.rendered, counts.left)
         return self._summary
 
-    def _warn_of_threads(self) -> None:
+    def _warn_about_threads(self) -> None:
         workers, compute = self._engine.workers, self._job.compute
         if count_parallel(workers, compute) < workers:
             message = "%d workers with %d threads each share %d cores and slow each other down: reduce --threads"
@@ -132,7 +132,7 @@ class RunExecution:
         self._folder.update_record(survey={**scan.as_dict(), "finished_at": utc_now()}, rendering_since=None)
         return scan
 
-    def _sum_up(self, counts: Counts, seconds: float) -> None:
+    def _summarise(self, counts: Counts, seconds: float) -> None:
         summary = self._summary
         summary.counts, summary.seconds = counts, seconds
         if (price := self._job.settings.price_per_hour) is not None:
@@ -170,7 +170,7 @@ class RunExecution:
             self._folder.update_record(has_strays=True)
         elif report.deaths:
             remove_leftovers(self._folder.out)
-        self._remember(report, self._setup_seconds + time.monotonic() - started - report.seconds)
+        self._save_measurements(report, self._setup_seconds + time.monotonic() - started - report.seconds)
 
     def _render_compiled(self, index: ManifestIndex, scan: ScanResult) -> TaskReport | None:
         """Render. If compiling fails, disable torch.compile and return None.
@@ -180,7 +180,7 @@ class RunExecution:
         try:
             return self._render_once(index, scan)
         except CompilationError as error:
-            self._stop_compiling(error, scan)
+            self._disable_compiling(error, scan)
             return None
 
     def _render_once(self, index: ManifestIndex, scan: ScanResult) -> TaskReport:
@@ -219,7 +219,7 @@ class RunExecution:
             run=job.number,
         )
 
-    def _stop_compiling(self, error: CompilationError, scan: ScanResult) -> None:
+    def _disable_compiling(self, error: CompilationError, scan: ScanResult) -> None:
         """Disable torch.compile in all workers. Raises CompilationError if the user must decide.
 
         Compiled and uncompiled networks produce different bytes, so the run continues only while OUT holds no image.
@@ -235,7 +235,7 @@ class RunExecution:
         log.warning("%s; no image is rendered yet, so this run continues without it", error)
         self._set_compute(replace(self._job.compute, compiled=False))
 
-    def _remember(self, report: TaskReport, startup_seconds: float) -> None:
+    def _save_measurements(self, report: TaskReport, startup_seconds: float) -> None:
         """Save the measured rates for estimates, or batch sizes if they were halved after running out of memory."""
         computes = [worker.compute for worker in report.worker_reports]
         if all(compute == self._job.compute for compute in computes):
@@ -265,7 +265,7 @@ class RunExecution:
                 time.sleep(seconds)
             return self._merge_once(scan)
         except StopRequested:
-            self._warn_of_stale_results("there was no time to merge")
+            self._warn_about_stale_results("there was no time to merge")
             raise
 
     def _merge_once(self, scan: ScanResult) -> Counts:
@@ -300,9 +300,9 @@ class RunExecution:
             try:
                 self._merge(scan)
             except BatchInferError as merge_error:
-                self._warn_of_stale_results(merge_error)
+                self._warn_about_stale_results(merge_error)
 
-    def _warn_of_stale_results(self, reason: object) -> None:
+    def _warn_about_stale_results(self, reason: object) -> None:
         """Warn that results.* lack rows committed by this run."""
         path = self._folder.out / "results.parquet"
         log.warning("%s was not updated (%s): run `batch-infer merge %s`", path, reason, self._folder.out)

@@ -64,13 +64,13 @@ def rescore_images(
     """
     out = out.absolute()
     settings = _read_settings(outdir.read_existing_run(out), out, tables, safety)
-    with open_tables(settings) as open_files:
+    with open_tables(settings) as opened_tables:
         card = find_model(settings)
         if safety.service is None and not safety.uses_checker(has_checker=card.has_checker):
             raise SettingsError(f"--safety {safety.mode}: no safety checker is available; say checker, azure, or both")
         with outdir.locked(out):
             record = outdir.read_existing_run(out)  # another command may have changed it meanwhile
-            rescore = _Rescore(record, _read_settings(record, out, tables, safety), open_files, card)
+            rescore = _Rescore(record, _read_settings(record, out, tables, safety), opened_tables, card)
             if tables:
                 rescore.refuse_fewer_rows()
             counts = rescore.check(report, stop)
@@ -130,7 +130,7 @@ class _Rescore:
             pending = self._pending_results(index, rescorer)
             first_result = next(pending, None)
             if first_result is not None:
-                self._warn_of_loss()
+                self._warn_about_loss()
                 pending = chain([first_result], pending)
             while batch := list(islice(pending, BATCH)):
                 if stop():
@@ -140,7 +140,7 @@ class _Rescore:
                     rescorer.commit(self._tables.carried)
                 report(rescorer.counts)
 
-    def _warn_of_loss(self) -> None:
+    def _warn_about_loss(self) -> None:
         """Warn if the policy discards the originals of flagged images."""
         policy = self._settings.safety.policy
         if policy in LOSSES:

@@ -36,13 +36,15 @@ def retry_rows(
     """
     record = outdir.read_existing_run(out)
     settings = _with_service(read_settings(record, out, tables))
-    settings = replace(settings, rerender_changed=True)  # only the chosen rows are rendered
+    settings = replace(settings, rerender_changed=True)  # renders only the selected rows
     if not tables:
         refuse_unrepeatable_tables(record, out)
     summary = render_tables(settings, progress, stop, _SkipOtherStatuses(statuses, out))
-    before, after = scanned_results(record), scanned_results(outdir.read_existing_run(out))
-    if after < before:
-        log.warning("these tables have %d results and those of the run had %d: results.* list these", after, before)
+    earlier_total, total = scanned_results(record), scanned_results(outdir.read_existing_run(out))
+    if total < earlier_total:
+        log.warning(
+            "these tables have %d results and those of the run had %d: results.* list these", total, earlier_total
+        )
     return summary, settings
 
 
