@@ -1,7 +1,7 @@
-"""What each command does from start to finish: run, plan, status, retry, merge, rescore and export-mlflow.
+"""Implement each command from start to finish: run, plan, status, retry, merge, rescore and export-mlflow.
 
-Each has one function here that takes settings and returns what the command line prints. The others serve the endpoints,
-whose workers share OUT without its lock.
+One function per command takes settings and returns what the command line prints. The other functions serve the
+endpoints, whose workers share OUT without its lock.
 """
 
 from typing import TYPE_CHECKING

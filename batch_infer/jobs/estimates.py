@@ -1,6 +1,6 @@
-"""What is known of this machine by image size: batch sizes for --slots auto, and rates for time and cost estimates.
+"""Provide batch sizes for --slots auto and rates for time and cost estimates, both by image size.
 
-Both are recalled where a plan or a run has measured them under the same conditions, else measured now.
+Figures from an earlier plan or run under the same conditions are reused; others are measured now.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from batch_infer.autotune import Probe
 
 MOST_MEASURED = 4
-"""Image sizes that are measured; figures of the others are scaled from the nearest of these."""
+"""Maximum number of image sizes to measure. Figures for other sizes are scaled from the nearest measured size."""
 MIN_TICKS = 100
-"""UNet calls of one size that a run must have made for its rates to be reliable."""
+"""Minimum number of UNet calls at one image size for a run's rates to be reliable."""
 LIBRARIES = ("batch-infer", "torch", "diffusers")
 
 Size = tuple[int, int]
@@ -36,29 +36,30 @@ log = logging.getLogger("batch_infer")
 
 
 class BatchShapes:
-    """The batch sizes of a job's image sizes, measured or recalled when first requested."""
+    """Batch sizes for a job's image sizes, measured or loaded on first use."""
 
     def __init__(self, job: Job, probe: Probe) -> None:
         self._job, self._probe = job, probe
         self._is_auto = job.settings.compute.slots == "auto"
-        self._known = {(shape.height, shape.width): shape for shape in job.compute.by_size}
+        self._shapes = {(shape.height, shape.width): shape for shape in job.compute.by_size}
         self._measured: dict[Size, BatchShape] = {}
 
     def of(self, size: Size) -> BatchShape:
-        """Return the batch sizes of an image size. Raises ModelError where the model cannot be tried."""
-        if size not in self._known:
-            self._known[size] = self._find(size) if self._is_auto else self._job.compute.shape_of(*size)
-        return self._known[size]
+        """Return the batch sizes for an image size. Raises ModelError if measuring fails."""
+        if size not in self._shapes:
+            self._shapes[size] = self._load_or_measure(size) if self._is_auto else self._job.compute.shape_of(*size)
+        return self._shapes[size]
 
     def choose(self, sizes: Iterable[Size]) -> Compute:
-        """Return the job's compute settings with the batch sizes of these image sizes."""
+        """Return the job's compute settings with the batch sizes for these image sizes."""
         if not self._is_auto:
             return self._job.compute
         return self._job.compute.with_shapes([self.of(size) for size in sizes])
 
-    def _find(self, size: Size) -> BatchShape:
+    def _load_or_measure(self, size: Size) -> BatchShape:
         conditions = _shape_conditions(self._job, size)
-        if (plateau := load_calibration(Plateau, conditions)) is None:
+        plateau = load_calibration(Plateau, conditions)
+        if plateau is None:
             if len(self._measured) >= MOST_MEASURED:
                 return _scale_shape(size, self._measured)
             log.info("looking for the best number of slots at %dx%d pixels", *size[::-1])
@@ -69,7 +70,7 @@ class BatchShapes:
 
 
 def remember_shapes(job: Job, compute: Compute) -> None:
-    """Save batch sizes that were halved on out-of-memory, with --slots auto."""
+    """With --slots auto, save the batch sizes that were halved after running out of memory."""
     if job.settings.compute.slots != "auto":
         return
     for shape in compute.by_size:
@@ -78,60 +79,63 @@ def remember_shapes(job: Job, compute: Compute) -> None:
             save_calibration(_shape_conditions(job, size), Plateau(shape.slots, shape.decode_batch, utc_now()))
 
 
-def find_rates(loads: Mapping[Size, SizeCost], job: Job, probe: Probe) -> dict[Size, Rates]:
-    """Return the rates of every size. Raises ModelError where the model cannot be tried."""
-    known = {size: rates for size in loads if (rates := load_calibration(Rates, _rate_conditions(job, size)))}
-    costliest = sorted(loads, key=lambda size: loads[size].row_forwards * _pixels(size), reverse=True)
+def find_rates(costs: Mapping[Size, SizeCost], job: Job, probe: Probe) -> dict[Size, Rates]:
+    """Return the rates for every image size. Raises ModelError if measuring fails."""
+    measured = {size: rates for size in costs if (rates := load_calibration(Rates, _rate_conditions(job, size)))}
+    costliest = sorted(costs, key=lambda size: costs[size].row_forwards * _pixels(size), reverse=True)
     for size in costliest[:MOST_MEASURED]:
-        if size not in known:
+        if size not in measured:
             log.info("measuring %dx%d pixels", *size[::-1])
-            known[size] = _measure_rates(size, job, probe)
-            save_calibration(_rate_conditions(job, size), known[size])
-    return {size: known[size] if size in known else _scale_rates(size, known) for size in loads}
+            measured[size] = _measure_rates(size, job, probe)
+            save_calibration(_rate_conditions(job, size), measured[size])
+    return {size: measured[size] if size in measured else _scale_rates(size, measured) for size in costs}
 
 
 def _measure_rates(size: Size, job: Job, probe: Probe) -> Rates:
-    """Measure one size, without torch.compile where that fails and a run would continue without it."""
+    """Measure one size. Measure without torch.compile if it fails and a run would continue without it."""
     settings = job.settings
-    others = settings.safety, settings.output.image_format, size
+    image_format = settings.output.image_format
     try:
-        return probe.measure_rates(job.card, job.compute, *others)
+        return probe.measure_rates(job.card, job.compute, settings.safety, image_format, size)
     except CompilationError as error:
         if settings.compute.compiled:
             raise
         log.warning("%s; measured without it", error)
-    return probe.measure_rates(job.card, replace(job.compute, compiled=False), *others)
+    compute = replace(job.compute, compiled=False)
+    return probe.measure_rates(job.card, compute, settings.safety, image_format, size)
 
 
 def remember_rates(job: Job, by_size: Mapping[Size, Stages], image_bytes: Mapping[Size, int], startup: float) -> None:
-    """Save what a run took, which is more accurate than a calibration.
+    """Save the rates of a run, which are more accurate than a calibration.
 
-    `image_bytes`: of all images of a size; `startup`: seconds before the first UNet call.
+    `image_bytes` holds the total bytes of all images by size; `startup` is the seconds before the first UNet call.
     """
     for size, stages in by_size.items():
         if stages.images and stages.ticks >= MIN_TICKS:
-            tick, image = stages.denoise / stages.ticks, (stages.seconds - stages.denoise) / stages.images
+            tick = stages.denoise / stages.ticks
+            image = (stages.seconds - stages.denoise) / stages.images
             rates = Rates(startup, tick, image, image_bytes[size] / stages.images, utc_now())
             save_calibration(_rate_conditions(job, size), rates)
 
 
-def _scale_shape(size: Size, known: Mapping[Size, BatchShape]) -> BatchShape:
-    """Return batch sizes with as many pixels per call as those of the nearest size."""
-    near = _nearest(size, known)
-    factor = _pixels(near) / _pixels(size)
-    slots, decode_batch = max(2, int(known[near].slots * factor)), max(1, int(known[near].decode_batch * factor))
+def _scale_shape(size: Size, measured: Mapping[Size, BatchShape]) -> BatchShape:
+    """Scale the nearest size's batch sizes to keep the number of pixels per call."""
+    nearest = _find_nearest(size, measured)
+    factor = _pixels(nearest) / _pixels(size)
+    slots = max(2, int(measured[nearest].slots * factor))
+    decode_batch = max(1, int(measured[nearest].decode_batch * factor))
     return BatchShape(*size, slots - slots % 2, decode_batch)
 
 
-def _scale_rates(size: Size, known: Mapping[Size, Rates]) -> Rates:
-    """Return the rates of the nearest size in proportion to the pixels."""
-    near = _nearest(size, known)
-    rates, factor = known[near], _pixels(size) / _pixels(near)
+def _scale_rates(size: Size, measured: Mapping[Size, Rates]) -> Rates:
+    """Scale the nearest size's rates by the number of pixels."""
+    nearest = _find_nearest(size, measured)
+    rates, factor = measured[nearest], _pixels(size) / _pixels(nearest)
     return replace(rates, tick=rates.tick * factor, image=rates.image * factor, image_bytes=rates.image_bytes * factor)
 
 
-def _nearest(size: Size, known: Iterable[Size]) -> Size:
-    return min(known, key=lambda other: abs(_pixels(other) - _pixels(size)))
+def _find_nearest(size: Size, measured: Iterable[Size]) -> Size:
+    return min(measured, key=lambda candidate: abs(_pixels(candidate) - _pixels(size)))
 
 
 def _pixels(size: Size) -> int:
@@ -139,7 +143,7 @@ def _pixels(size: Size) -> int:
 
 
 def _shape_conditions(job: Job, size: Size) -> dict[str, Any]:
-    """Return what the throughput plateau depends on, as far as known."""
+    """Return the known conditions that determine the throughput plateau."""
     compute = job.compute
     return {
         "model": job.card.fingerprint,
@@ -150,7 +154,7 @@ def _shape_conditions(job: Job, size: Size) -> dict[str, Any]:
 
 
 def _rate_conditions(job: Job, size: Size) -> dict[str, Any]:
-    """Return what the rates depend on, as far as known."""
+    """Return the known conditions that determine the rates."""
     compute = replace(job.compute, by_size=(job.compute.shape_of(*size),), slots=0, decode_batch=0)
     return {
         "machine": platform.node(),

@@ -1,4 +1,4 @@
-"""A run that holds the lock of OUT: scan the tables, render what is pending, merge the results, sum up."""
+"""Execute a run while OUT is locked: scan the tables, render pending rows, merge the results and summarise."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from batch_infer.stopping import GRACE_SECONDS, StopRequested, deferred
 from batch_infer.worker import WorkerSettings, peak_memory, smallest_batches, sum_stages_by_size
 
 LISTING_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-"""Pauses before the manifest is listed again where it lists too few results."""
+"""Seconds to wait before each new listing of a manifest that lists too few results."""
 
 log = logging.getLogger("batch_infer")
 
@@ -44,7 +44,7 @@ class Progress(Protocol):
         ...
 
     def ready(self, throughput: Throughput) -> None:
-        """Called when the first worker is ready. `throughput` includes each commit before `committed` is called."""
+        """Called when the first worker is ready. `throughput` is updated before each call of `committed`."""
         ...
 
     def committed(self, rows: Sequence[ResultRow]) -> None: ...
@@ -52,7 +52,7 @@ class Progress(Protocol):
 
 
 class _Commits:
-    """What the workers have committed in this run."""
+    """Counts what the workers commit during this run."""
 
     def __init__(self) -> None:
         self.results = 0
@@ -69,7 +69,7 @@ class _Commits:
 
 
 class RunExecution:
-    """One run of a job by an engine. `_has_invalid`: invalid rows wait for --overwrite to clear OUT."""
+    """Runs a job on an engine. `_has_invalid` is true while invalid rows wait for --overwrite to clear OUT."""
 
     def __init__(self, job: Job, engine: Engine, progress: Progress, stop: Callable[[], bool], skip: SkipRule) -> None:
         self._job, self._engine, self._progress, self._stop, self._skip = job, engine, progress, stop, skip
@@ -79,31 +79,31 @@ class RunExecution:
         self._setup_seconds = 0.0
 
     def execute(self, started: float) -> Summary:
-        """Carry out the run. `started` is the command's start by `time.monotonic`."""
-        self._warn_of_threads()
+        """Execute the run. `started` is the `time.monotonic` reading at the start of the command."""
+        self._warn_about_threads()
         self._setup_seconds = time.monotonic() - started
         while True:
             try:
                 counts = self._scan_render_merge()
                 break
-            except DamagedPart as damage:  # in its carried columns, which only merging reads
+            except DamagedPart as damage:  # in carried columns, which only the merge reads
                 set_aside(damage)
                 self._summary, self._commits = Summary(), _Commits()
         self._folder.pinned.check()
         remove_other_results(self._folder.out, self._job.settings.output)
-        self._sum_up(counts, time.monotonic() - started)
+        self._summarise(counts, time.monotonic() - started)
         self._folder.update_record(finished_at=utc_now(), summary=self._summary.as_dict())
         log.debug("%d images rendered, %d left; run.json has the summary", self._summary.rendered, counts.left)
         return self._summary
 
-    def _warn_of_threads(self) -> None:
+    def _warn_about_threads(self) -> None:
         workers, compute = self._engine.workers, self._job.compute
         if count_parallel(workers, compute) < workers:
-            sentence = "%d workers with %d threads each share %d cores and slow each other down: reduce --threads"
-            log.warning(sentence, workers, compute.threads, count_cores())
+            message = "%d workers with %d threads each share %d cores and slow each other down: reduce --threads"
+            log.warning(message, workers, compute.threads, count_cores())
 
     def _scan_render_merge(self) -> Counts:
-        """Render what is pending, and merge. Raises DamagedPart where its rows are then to be rendered again."""
+        """Scan, render pending rows and merge. Raises DamagedPart if a part's rows must be rendered again."""
         with self._folder.index() as index:
             scan = self._scan(index)
             if scan.pending and not self._stop():
@@ -117,13 +117,13 @@ class RunExecution:
                     except SettingsError as error:
                         if not self._commits.results:
                             raise
-                        raise ServiceError(str(error)) from error  # a key that was valid when the run began
+                        raise ServiceError(str(error)) from error  # the key was valid when the run began
             self._folder.clear()
         self._summary.unfinished = max(0, scan.pending - self._commits.results)
         return self._merge(scan)
 
     def _scan(self, index: ManifestIndex) -> ScanResult:
-        # Before run.json is replaced: if this is interrupted, the next run must compare with the same earlier run.
+        # Compare before replacing run.json: after an interruption, the next run must compare with the same earlier run.
         changes = find_changes(self._job, index)
         changes.refuse(self._job)
         self._folder.update_record()
@@ -132,7 +132,7 @@ class RunExecution:
         self._folder.update_record(survey={**scan.as_dict(), "finished_at": utc_now()}, rendering_since=None)
         return scan
 
-    def _sum_up(self, counts: Counts, seconds: float) -> None:
+    def _summarise(self, counts: Counts, seconds: float) -> None:
         summary = self._summary
         summary.counts, summary.seconds = counts, seconds
         if (price := self._job.settings.price_per_hour) is not None:
@@ -145,15 +145,15 @@ class RunExecution:
         return self._commits.results > 0
 
     def _choose_slots(self, scan: ScanResult) -> None:
-        """Measure or recall the slots of the pending sizes, with --slots auto."""
+        """With --slots auto, measure or load the slots for the pending sizes."""
         if self._job.settings.compute.slots == "auto":
             from batch_infer.autotune import Probe
 
             with Probe() as probe:
-                self._use(BatchShapes(self._job, probe).choose(sorted(scan.sizes)))
+                self._set_compute(BatchShapes(self._job, probe).choose(sorted(scan.sizes)))
 
-    def _use(self, compute: Compute) -> None:
-        """Compute like this from here on, and in runs that continue this one."""
+    def _set_compute(self, compute: Compute) -> None:
+        """Use these settings from now on, and in runs that continue this one."""
         self._job = replace(self._job, compute=compute)
         self._folder.update_record(compute=asdict(compute))
 
@@ -166,22 +166,21 @@ class RunExecution:
         if (throughput := self._commits.throughput) is not None:
             self._summary.rendered, self._summary.rendering_seconds = throughput.rendered, throughput.seconds
         self._summary.add(report)
-        if report.lost_remote_worker:  # the next run removes what it leaves
+        if report.lost_remote_worker:  # the next run removes that worker's files
             self._folder.update_record(has_strays=True)
         elif report.deaths:
             remove_leftovers(self._folder.out)
-        self._remember(report, self._setup_seconds + time.monotonic() - started - report.seconds)
+        self._save_measurements(report, self._setup_seconds + time.monotonic() - started - report.seconds)
 
     def _render_compiled(self, index: ManifestIndex, scan: ScanResult) -> TaskReport | None:
-        """Render, or return None once compiling has failed and the run is set to do without it.
+        """Render. If compiling fails, disable torch.compile and return None.
 
-        The caller renders again after this has returned: within the except block, the error's traceback would keep the
-        first model in memory.
+        The caller then renders again: inside the except block, the traceback would keep the first model in memory.
         """
         try:
             return self._render_once(index, scan)
         except CompilationError as error:
-            self._stop_compiling(error, scan)
+            self._disable_compiling(error, scan)
             return None
 
     def _render_once(self, index: ManifestIndex, scan: ScanResult) -> TaskReport:
@@ -194,7 +193,7 @@ class RunExecution:
 
     def _on_ready(self, scan: ScanResult) -> None:
         self._folder.clear()
-        # Results in progress at a time, if each row has guidance and takes two slots.
+        # Number of results in progress at once if every row uses guidance, which takes two slots.
         slots = max(self._slots_of(size) for size in scan.sizes)
         in_flight = min(scan.pending, max(1, slots // 2))
         throughput = self._commits.throughput = Throughput(in_flight=in_flight)
@@ -220,11 +219,11 @@ class RunExecution:
             run=job.number,
         )
 
-    def _stop_compiling(self, error: CompilationError, scan: ScanResult) -> None:
-        """Continue without torch.compile in all workers. Raises CompilationError where the user must decide.
+    def _disable_compiling(self, error: CompilationError, scan: ScanResult) -> None:
+        """Disable torch.compile in all workers. Raises CompilationError if the user must decide.
 
-        Compiled and uncompiled networks give different bytes. So this is done only while OUT holds no image,
-        and neither for --compile nor for a launcher, whose other ranks have ended.
+        Compiled and uncompiled networks produce different bytes, so the run continues only while OUT holds no image.
+        It never continues with --compile, or under a launcher, whose other ranks have already exited.
         """
         if self._commits.results or scan.skipped.get("ok") or scan.skipped.get("flagged"):
             raise CompilationError(
@@ -234,10 +233,10 @@ class RunExecution:
         if self._job.settings.compute.compiled or isinstance(self._engine, LaunchedEngine):
             raise error
         log.warning("%s; no image is rendered yet, so this run continues without it", error)
-        self._use(replace(self._job.compute, compiled=False))
+        self._set_compute(replace(self._job.compute, compiled=False))
 
-    def _remember(self, report: TaskReport, startup_seconds: float) -> None:
-        """Keep the measured rates for estimates, or the batch sizes where they were halved on out-of-memory."""
+    def _save_measurements(self, report: TaskReport, startup_seconds: float) -> None:
+        """Save the measured rates for estimates, or batch sizes if they were halved after running out of memory."""
         computes = [worker.compute for worker in report.worker_reports]
         if all(compute == self._job.compute for compute in computes):
             if not self._job.compute.compiled:
@@ -246,15 +245,15 @@ class RunExecution:
         else:
             compute = smallest_batches(computes)
             remember_shapes(self._job, compute)
-            self._use(compute)
+            self._set_compute(compute)
 
     # Merging
 
     @deferred(GRACE_SECONDS)
     def _merge(self, scan: ScanResult) -> Counts:
-        """Merge, and list the manifest again where it lists fewer results than this run knows of.
+        """Merge, and list the manifest again while it lists fewer results than expected.
 
-        Network file systems, NFS and FUSE among them, may show a directory as it was up to a minute ago.
+        Network file systems such as NFS and FUSE may show a directory's state from up to a minute ago.
         """
         try:
             if self._has_invalid and not self._job.tables.changed_files():
@@ -266,15 +265,16 @@ class RunExecution:
                 time.sleep(seconds)
             return self._merge_once(scan)
         except StopRequested:
-            self._warn_of_stale_results("there was no time to merge")
+            self._warn_about_stale_results("there was no time to merge")
             raise
 
     def _merge_once(self, scan: ScanResult) -> Counts:
-        """Merge by the tables, or by the manifest alone where the tables have changed during the run."""
+        """Merge in table order, or from the manifest alone if the tables changed during the run."""
         self._folder.pinned.check()
-        left = max(0, scan.pending - self._commits.results) + scan.skipped.get("left", 0)
-        left += scan.invalid * self._has_invalid
-        least = scan.total - left - scan.unsettled
+        remaining = max(0, scan.pending - self._commits.results) + scan.skipped.get("left", 0)
+        if self._has_invalid:
+            remaining += scan.invalid
+        least = scan.total - remaining - scan.unsettled
         tables, output = self._job.tables, self._job.settings.output
         if changed := tables.changed_files():
             log.warning(
@@ -283,22 +283,26 @@ class RunExecution:
                 ", ".join(changed),
             )
             counts = merge_parts(self._folder.manifest, tables.files, self._folder.out, output, least)
-            counts.left = left
+            counts.left = remaining
             return counts
         with self._folder.manifest.index() as index:
             return merge(self._job.items(index), index, tables.carried, self._folder.out, output, least)
 
     def _merge_after_error(
-        self, scan: ScanResult, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+        self,
+        scan: ScanResult,
+        exc_type: type[BaseException] | None,
+        error: BaseException | None,
+        _: TracebackType | None,
     ) -> None:
-        """Merge what is committed when rendering ends with an error, without hiding that error."""
+        """Merge committed results after a rendering error, without hiding that error."""
         if isinstance(error, Exception) and self._commits.results:
             try:
                 self._merge(scan)
-            except BatchInferError as fault:
-                self._warn_of_stale_results(fault)
+            except BatchInferError as merge_error:
+                self._warn_about_stale_results(merge_error)
 
-    def _warn_of_stale_results(self, reason: object) -> None:
-        """Warn that results.* lack rows that this run has committed."""
+    def _warn_about_stale_results(self, reason: object) -> None:
+        """Warn that results.* lack rows committed by this run."""
         path = self._folder.out / "results.parquet"
         log.warning("%s was not updated (%s): run `batch-infer merge %s`", path, reason, self._folder.out)

@@ -1,6 +1,6 @@
-"""`export-mlflow`: an MLflow model with the signature of the catalog's text-to-image models, for no-code deployments.
+"""Export an MLflow model for no-code deployments, with the signature of the catalog's text-to-image models.
 
-The folder holds a diffusers folder, batch-infer itself and no pickle: MLflow runs model.py from it
+It contains a diffusers folder and batch-infer itself, but no pickle: MLflow runs its model.py
 (https://mlflow.org/docs/latest/ml/model/models-from-code).
 """
 
@@ -50,7 +50,7 @@ SIGNATURE = ModelSignature(
         ]
     ),
 )
-"""That of the catalog's models, plus `error`, and parameters for all rows of a call; None is the model's default."""
+"""The catalog models' signature, plus `error` and parameters for all rows of a call. None is the model's default."""
 CODE = """\
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
@@ -72,8 +72,8 @@ _PACKAGE = Path(__file__).parent.parent
 class _Parts:
     """The contents of an MLflow model.
 
-    `files` maps the name of each artifact to its path and its file name in the model. A variable holds the name in
-    braces for the path.
+    `files` maps each artifact's name to its source path and its file name in the model. In variables, an artifact's
+    name in braces stands for its path.
     """
 
     files: Mapping[str, tuple[Path, str]]
@@ -86,8 +86,8 @@ def export_model(folder: Path, model: ModelSettings, compute: ComputeSettings) -
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SettingsError(f"{folder} already exists; name a folder that is new or empty")
     card = read_card(model)
-    parts = _parts(card, model, compute)
-    # Next to the folder: on the same disk as the model, its files are hard-linked and take no space.
+    parts = _collect_parts(card, model, compute)
+    # Next to the folder: if the model is on the same disk, its files are hard-linked and take no space.
     temporary = temporary_path(folder.absolute())
     with write_errors(folder):
         temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ def export_model(folder: Path, model: ModelSettings, compute: ComputeSettings) -
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove the copies of a model that killed exports to this folder have left next to it."""
+    """Remove the partial copies that killed exports to this folder left next to it."""
     for path in folder.parent.glob(f"{TEMPORARY_PREFIX}*-{glob.escape(folder.name)}*"):
         if is_abandoned(path.name) and path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -112,7 +112,7 @@ def _remove_abandoned(folder: Path) -> None:
 def _save(path: Path, parts: _Parts, scratch: Path) -> None:
     code, package = scratch / "model.py", scratch / _PACKAGE.name
     code.write_text(CODE, "utf-8")
-    # The built-in model is packed like any other, if it is the one to export.
+    # If the built-in model is exported, it is an artifact like any other model.
     shutil.copytree(_PACKAGE, package, ignore=shutil.ignore_patterns("demo_model", "__pycache__"))
     for name, (source, file_name) in parts.files.items():
         _copy(source, scratch / name / file_name)
@@ -124,13 +124,13 @@ def _save(path: Path, parts: _Parts, scratch: Path) -> None:
         code_paths=[str(package)],
         signature=SIGNATURE,
         input_example=EXAMPLE,
-        pip_requirements=_requirements(parts.extras),
+        pip_requirements=_list_requirements(parts.extras),
         model_config={"variables": dict(parts.variables)},
     )
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy or hard-link a file or folder without its symbolic links: MLflow refuses them, the Hub's cache has them."""
+    """Copy or hard-link a file or folder. Follow the symbolic links of the Hub's cache, which MLflow refuses."""
     target.parent.mkdir()
     if source.is_dir():
         shutil.copytree(source, target, copy_function=_link_or_copy)
@@ -145,7 +145,7 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
-def _parts(card: ModelCard, model: ModelSettings, compute: ComputeSettings) -> _Parts:
+def _collect_parts(card: ModelCard, model: ModelSettings, compute: ComputeSettings) -> _Parts:
     variables = {
         "VARIANT": card.variant,
         "DTYPE": None if model.dtype == "auto" else model.dtype,
@@ -155,25 +155,29 @@ def _parts(card: ModelCard, model: ModelSettings, compute: ComputeSettings) -> _
         "SLOTS": compute.slots,
         "THREADS": compute.threads,
         "COMPILE": None if compute.compiled is None else str(compute.compiled).lower(),
-        "LORA": ";".join(f"{{lora-{k}}}:{lora.weight!r}" for k, lora in enumerate(card.loras)) or None,
+        "LORA": ";".join(f"{{lora-{number}}}:{lora.weight!r}" for number, lora in enumerate(card.loras)) or None,
         "MODEL": "{model}",
     }
     if compute.slots == "auto":
         raise SettingsError("--slots auto: give a number here; `batch-infer bench` measures which one suits a device")
-    extras = {"azure"} | ({"lora"} if card.loras else set()) | ({"long-prompts"} if model.long_prompts else set())
-    name = card.path.name if card.path == DEMO_MODEL else card.name.rpartition("/")[2]  # part of the images' metadata
-    loras = {f"lora-{k}": (lora.path, f"lora-{k}-{lora.path.name}") for k, lora in enumerate(card.loras)}
+    extras = {"azure"}
+    if card.loras:
+        extras.add("lora")
+    if model.long_prompts:
+        extras.add("long-prompts")
+    name = card.path.name if card.path == DEMO_MODEL else card.name.rpartition("/")[2]  # image metadata contains it
+    loras = {f"lora-{number}": (lora.path, f"lora-{number}-{lora.path.name}") for number, lora in enumerate(card.loras)}
     return _Parts(
-        {"model": (card.path, name), **loras},
-        {f"BATCH_INFER_{option}": str(value) for option, value in variables.items() if value is not None},
-        frozenset(extras),
+        files={"model": (card.path, name), **loras},
+        variables={f"BATCH_INFER_{option}": str(value) for option, value in variables.items() if value is not None},
+        extras=frozenset(extras),
     )
 
 
-def _requirements(extras: frozenset[str]) -> list[str]:
+def _list_requirements(extras: frozenset[str]) -> list[str]:
     """Return the dependencies of batch-infer, whose code is part of the model.
 
-    Those that pixels depend on are pinned to the installed versions. More pins would contradict MLflow's own.
+    Packages that affect pixels are pinned to the installed versions. More pins would conflict with MLflow's.
     """
     requirements = []
     for line in metadata.requires("batch-infer") or []:

@@ -1,4 +1,4 @@
-"""A job: tables, model, device and settings that fit together and fit OUT, before anything is written."""
+"""Combine tables, model, device and settings into a job, and check it against OUT before anything is written."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ log = logging.getLogger("batch_infer")
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What to do. `record` is the run.json to write, `earlier` that of the run that this one continues."""
+    """Everything a run needs. `record` is its run.json; `earlier` is the run.json of the run that it continues."""
 
     settings: RunSettings
     tables: Tables
@@ -41,16 +41,16 @@ class Job:
 
     @property
     def number(self) -> int:
-        """The number of this run among those of its OUT, from 1; 0 for an endpoint."""
+        """Number of this run in OUT, counted from 1; 0 for an endpoint."""
         return int(self.record.get("run_number", 0))
 
     def items(self, index: ManifestIndex) -> Iterator[Item]:
-        """Yield every row of the tables in input order. `index` says which rows are finished."""
+        """Yield every row of the tables in input order. `index` identifies finished rows."""
         return self.tables.rows(self.rules, make_finished_check(index))
 
 
 def make_paths_absolute(settings: RunSettings) -> RunSettings:
-    """Return settings that mean the same from any folder. (Arrow reads a relative path with a colon as a URI.)"""
+    """Make the paths independent of the working folder. (Arrow reads a relative path with a colon as a URI.)"""
     try:
         table = replace(settings.table, folder=settings.table.folder.absolute())
         out = _absolute(settings.out)
@@ -61,7 +61,7 @@ def make_paths_absolute(settings: RunSettings) -> RunSettings:
 
 
 def _absolute(path: Path) -> Path:
-    """Make a path absolute without its leading `..`: those lead through the working folder, which may be removed."""
+    """Make a path absolute and resolve its leading `..`, since the working folder may be deleted later."""
     base, parts = Path(path.anchor or Path.cwd()), path.parts[bool(path.anchor) :]
     while parts[:1] == ("..",):
         base, parts = base.parent, parts[1:]
@@ -69,31 +69,32 @@ def _absolute(path: Path) -> Path:
 
 
 def finish_overwrite(settings: RunSettings) -> RunSettings:
-    """Return settings with --overwrite where an earlier --overwrite was stopped before OUT was empty."""
+    """Return settings with --overwrite if an earlier --overwrite was stopped before OUT was empty."""
     return replace(settings, overwrite=settings.overwrite or outdir.is_clearing(settings.out))
 
 
 def open_tables(settings: RunSettings) -> Tables:
-    """Open the tables and log which files of folders and globs are left out. Raises TableError, ServiceError."""
+    """Open the tables and log the skipped files of folders and globs. Raises TableError, ServiceError."""
     tables = Tables(settings.table, SCHEMA.names)
-    if left_out := str(tables.left_out):
+    left_out = str(tables.left_out)
+    if left_out:
         log.info("files left out %s", left_out)
     return tables
 
 
-def find_model(settings: RunSettings, facts: Callable[[Path], SamplingRules] | None = None) -> ModelCard:
-    """Return the model, fetched where needed, with the safety check that the settings require.
+def find_model(settings: RunSettings, read_facts: Callable[[Path], SamplingRules] | None = None) -> ModelCard:
+    """Return the model, downloaded if needed. Check that it has the safety checker that the settings require.
 
-    `facts` reads what only diffusers knows about a model; by default that happens here, which imports torch. Raises
-    ModelError, SettingsError.
+    `read_facts` reads model properties that only diffusers knows. The default reads them in this process, which imports
+    torch. Raises ModelError, SettingsError.
     """
-    card = read_card(settings.model, facts, needs_checker=settings.safety.uses_checker(has_checker=True))
+    card = read_card(settings.model, read_facts, needs_checker=settings.safety.uses_checker(has_checker=True))
     _check_safety(settings, card)
     return card
 
 
 def _check_safety(settings: RunSettings, card: ModelCard) -> None:
-    """Raise SettingsError where a required checker is missing, and warn where none will run."""
+    """Raise SettingsError if a required checker is missing, and warn if none will run."""
     safety = settings.safety
     if safety.service is not None:
         from batch_infer.safety import check_credentials  # imports Azure's libraries
@@ -113,7 +114,7 @@ def _check_safety(settings: RunSettings, card: ModelCard) -> None:
 
 
 def prepare(settings: RunSettings, tables: Tables, card: ModelCard, device: Device) -> Job:
-    """Check that a run can start on OUT as it is now, and return its job. Writes nothing. Raises UsageError."""
+    """Check that a run can start in OUT, and return its job. Writes nothing. Raises UsageError."""
     existing = outdir.read_run(settings.out)
     outdir.refuse_foreign_files(settings.out, tables.local_paths, existing)
     if settings.overwrite:
@@ -126,7 +127,7 @@ def prepare(settings: RunSettings, tables: Tables, card: ModelCard, device: Devi
     parts = [] if settings.overwrite else Manifest(settings.out).parts()
     if earlier is not None and parts:
         check_identity(earlier, record, settings.out)
-    record |= {**_number_run(earlier, parts), **_history(earlier, tables, rules)}
+    record |= {**_number_run(earlier, parts), **_describe_history(earlier, tables, rules)}
     return Job(settings, tables, card, compute, record, earlier, rules)
 
 
@@ -137,12 +138,13 @@ def resolve_run(
     earlier: Mapping[str, Any] | None,
     tables: Tables | None = None,
 ) -> tuple[RunSettings, Compute, dict[str, Any], RowRules]:
-    """Return what is left open by the settings of a run, and its run.json: from the earlier run, model and device.
+    """Complete a run's settings from the earlier run, the model and the device, and describe the run for run.json.
 
-    `tables` is None for an endpoint, whose tables come one by one. Raises SettingsError.
+    `tables` is None for an endpoint, which receives its tables one at a time. Raises SettingsError.
     """
-    before = parse_record(earlier or {}).settings
-    settings = replace(settings, safety=settings.safety.with_policy_of(before.safety if before else None))
+    earlier_settings = parse_record(earlier or {}).settings
+    earlier_safety = earlier_settings.safety if earlier_settings else None
+    settings = replace(settings, safety=settings.safety.with_policy_of(earlier_safety))
     compute = choose_compute(settings, device, earlier, card)
     record = describe_run(settings, card, compute, tables)
     rules = RowRules(
@@ -157,36 +159,37 @@ def resolve_run(
 
 
 def _fill_defaults(defaults: RowDefaults, card: ModelCard) -> RowDefaults:
-    """Return the defaults of rows, with the model's own where no option sets one."""
-    own: dict[str, Any] = {
+    """Return the row defaults. If no option sets a default, use the model's."""
+    model_defaults: dict[str, Any] = {
         "num_inference_steps": card.num_inference_steps,
         "guidance_scale": card.guidance_scale,
         "guidance_rescale": card.guidance_rescale,
         "height": card.sizes.native_height,
         "width": card.sizes.native_width,
     }
-    missing: dict[str, Any] = {name: value for name, value in own.items() if getattr(defaults, name) is None}
+    missing: dict[str, Any] = {name: value for name, value in model_defaults.items() if getattr(defaults, name) is None}
     return replace(defaults, **missing)
 
 
 def _number_run(earlier: Mapping[str, Any] | None, parts: Sequence[Path]) -> dict[str, int]:
-    """Return this run's number, and the first run to recover if this one is killed: all since one that ended cleanly.
+    """Return this run's number, and the first run to recover if this one is killed.
 
-    The parts are read too: run.json may be missing.
+    Recovery covers every run since the last that ended cleanly. The number also depends on the parts, because run.json
+    may be missing.
     """
-    known = earlier or {}
-    number = 1 + max([known.get("run_number") or 0, *map(run_number, parts)])
-    return {"run_number": number, "recover_from": number if ended_cleanly(known) else known.get("recover_from", 0)}
+    record = earlier or {}
+    number = 1 + max([record.get("run_number") or 0, *map(run_number, parts)])
+    return {"run_number": number, "recover_from": number if ended_cleanly(record) else record.get("recover_from", 0)}
 
 
-def _history(earlier: Mapping[str, Any] | None, tables: Tables, rules: RowRules) -> dict[str, Any]:
-    """Return all other rules by which runs of this OUT read their rows, and the source of default ids.
+def _describe_history(earlier: Mapping[str, Any] | None, tables: Tables, rules: RowRules) -> dict[str, Any]:
+    """Return the other rules by which runs in this OUT read their rows, and the source of default ids.
 
-    So `find_changes` knows the images that an option would replace, whichever run made them.
+    `find_changes` needs them to detect images that an option would replace, whichever run rendered them.
     """
-    known = parse_record(earlier or {})
-    others = [asdict(each) for each in dict.fromkeys(known.known_rules) if each != rules]
-    return {"earlier_rules": others, "default_ids": tables.default_id_source or known.ids_from}
+    record = parse_record(earlier or {})
+    earlier_rules = [asdict(known) for known in dict.fromkeys(record.known_rules) if known != rules]
+    return {"earlier_rules": earlier_rules, "default_ids": tables.default_id_source or record.ids_from}
 
 
 # Compute
@@ -195,23 +198,23 @@ def _history(earlier: Mapping[str, Any] | None, tables: Tables, rules: RowRules)
 def choose_compute(
     settings: RunSettings, device: Device, earlier: Mapping[str, Any] | None = None, card: ModelCard | None = None
 ) -> Compute:
-    """Return how to compute: as requested, else as in the earlier run, else as suits the device.
+    """Return the requested compute settings, else those of the earlier run, else defaults for the device.
 
-    `decode_batch` follows from the first slots of an OUT and is kept. So are batch sizes of single image sizes, which
-    were measured, or halved on out-of-memory, until another number of slots is requested. Raises SettingsError where
-    --compile does not suit the model.
+    `decode_batch` is derived from the first run's slots and then kept. Batch sizes for single image sizes, measured or
+    halved after running out of memory, are kept until another number of slots is requested. Raises SettingsError if
+    the model does not support --compile.
     """
     earlier_compute = (earlier or {}).get("compute", {})
     requested = settings.compute.slots if isinstance(settings.compute.slots, int) else None
     slots = requested or earlier_compute.get("slots") or SLOTS[device.kind]
     shapes = earlier_compute.get("by_size", ()) if requested in (None, earlier_compute.get("slots")) else ()
-    threads = max(1, count_cores() // max(1, count_workers(settings, device)))
+    default_threads = max(1, count_cores() // max(1, count_workers(settings, device)))
     return Compute(
         device=device.kind,
         dtype=_choose_dtype(settings, device, earlier_compute, card),
         slots=slots,
         decode_batch=earlier_compute.get("decode_batch") or max(1, min(DECODE_BATCH, slots // 2)),
-        threads=settings.compute.threads or earlier_compute.get("threads") or threads,
+        threads=settings.compute.threads or earlier_compute.get("threads") or default_threads,
         device_name=device.name,
         compiled=_choose_compiled(settings, device, earlier_compute, card),
         by_size=tuple(BatchShape(**shape) for shape in shapes),
@@ -223,22 +226,25 @@ def _choose_dtype(
 ) -> str:
     """Return the requested dtype, else float32 on a CPU, and float16 or bfloat16 on a GPU.
 
-    Stable Diffusion 3 and other pipelines often overflow in float16. A Stable Diffusion 3 run in float16, the default
-    of an earlier version, keeps it.
+    Stable Diffusion 3 and models that need their pipeline's own call often overflow in float16. A Stable Diffusion 3
+    run that started in float16, an earlier version's default, continues in float16.
     """
     if settings.model.dtype != "auto":
         return settings.model.dtype
     if device.kind != "cuda":
         return "float32"
-    is_sd3 = card is not None and card.family == "stable_diffusion_3"
-    overflows = is_sd3 or (card is not None and card.uses_pipeline_call)
-    return "bfloat16" if overflows and not (is_sd3 and earlier_compute.get("dtype") == "float16") else "float16"
+    if card is None:
+        return "float16"
+    is_sd3 = card.family == "stable_diffusion_3"
+    if is_sd3 and earlier_compute.get("dtype") == "float16":
+        return "float16"
+    return "bfloat16" if is_sd3 or card.uses_pipeline_call else "float16"
 
 
 def _choose_compiled(
     settings: RunSettings, device: Device, earlier_compute: Mapping[str, Any], card: ModelCard | None
 ) -> bool:
-    """Return whether to use torch.compile, which needs Triton and a C compiler for it on a GPU."""
+    """Return whether to use torch.compile, which needs Triton and a C compiler on a GPU."""
     requested = settings.compute.compiled
     if card is not None and card.uses_pipeline_call:
         if requested:
@@ -252,13 +258,15 @@ def _choose_compiled(
 
 
 def count_workers(settings: RunSettings, device: Device) -> int:
-    """Return how many workers render, 0 where the command itself does: as requested, else one per device."""
+    """Return the number of workers: as requested, else one per device. 0 means that the command itself renders."""
     return device.count if settings.compute.processes is None else settings.compute.processes
 
 
 def count_parallel(workers: int, compute: Compute) -> int:
-    """Return how many workers compute at the same time: on a CPU as many as have cores of their own."""
-    return max(1, min(workers, count_cores() // compute.threads) if compute.device == "cpu" else workers)
+    """Return how many workers compute at the same time. On a CPU, the number of cores limits them."""
+    if compute.device == "cpu":
+        workers = min(workers, count_cores() // compute.threads)
+    return max(1, workers)
 
 
 def count_cores() -> int:

@@ -1,4 +1,4 @@
-"""Merging: the committed results as results.*, in the order of the tables. `merge` does it without a run."""
+"""Merge the committed results into results.* in table order, at the end of a run or for the `merge` command."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class MissingResults(StorageError):
 def merge_results(
     out: Path, results: tuple[ResultsFormat, ...], *, base64: bool
 ) -> tuple[Counts, tuple[ResultsFormat, ...]]:
-    """Write results.* in these formats and those of the run, and return the counts and the formats.
+    """Write results.* in these formats and the run's formats. Return the counts and all formats.
 
-    run.json then has these counts, for `status`. Raises UsageError where OUT holds nothing to merge or no format takes
-    base64, LockedError while another process holds OUT, StorageError.
+    The counts are also stored in run.json for `status`. Raises UsageError if OUT holds nothing to merge or no format
+    supports base64, LockedError while another process holds OUT, StorageError.
     """
     out = out.absolute()
     if not path_exists(out / "run.json") and not Manifest(out).parts():
@@ -58,11 +58,11 @@ def merge_results(
         record = outdir.read_existing_run(out)
         outdir.refuse_while_rescoring(out, record)
         settings = read_settings(record, out)
-        formats = tuple(dict.fromkeys((*settings.output.results, *results)))  # those of the run must not become stale
+        formats = tuple(dict.fromkeys((*settings.output.results, *results)))  # the run's files must not go stale
         output = OutputSettings(results=formats, base64=base64 or settings.output.base64)
         try:
             if not ended_cleanly(record) and settings.table.tables:
-                remove_leftovers(out)  # not of an endpoint, whose workers may be writing now
+                remove_leftovers(out)  # not for an endpoint, whose workers may be writing
             counts = _merge_recorded(record, settings, output)
         except DamagedPart as damage:
             if settings.table.tables:
@@ -76,23 +76,23 @@ def merge_results(
 
 
 def _merge_recorded(record: Mapping[str, Any], settings: RunSettings, output: OutputSettings) -> Counts:
-    """Merge by the tables of the run if they can be read again, else by the manifest alone."""
+    """Merge in the order of the run's tables if they can be read again, else from the manifest alone."""
     out, rules = settings.out, read_rules(record, settings.out)
-    if not settings.table.tables:  # an endpoint's, which come one by one
+    if not settings.table.tables:  # an endpoint receives its tables one at a time
         return merge_parts(Manifest(out), [], out, output)
     try:
         refuse_unrepeatable_tables(record, out)
         tables = open_tables(settings)
-    except (UsageError, ServiceError) as error:
-        reason = str(error)
+    except (UsageError, ServiceError) as open_error:
+        reason = str(open_error)
     else:
         with tables:
-            known = record.get("unreadable_tables", ())
-            new = [fault for name, fault in tables.unreadable_files.items() if name not in known]
-            if not new:
+            already_unreadable = record.get("unreadable_tables", ())
+            errors = [error for name, error in tables.unreadable_files.items() if name not in already_unreadable]
+            if not errors:
                 with Manifest(out).index() as index:
                     return merge(tables.rows(rules, make_finished_check(index)), index, tables.carried, out, output)
-        reason = "; ".join(new)
+        reason = "; ".join(errors)
     log.warning("the tables of this run cannot be read, so all that the manifest holds is merged (%s)", reason)
     counts = merge_parts(Manifest(out), record.get("tables", ()), out, output)
     counts.left = max(0, scanned_results(record) - counts.results)
@@ -102,10 +102,10 @@ def _merge_recorded(record: Mapping[str, Any], settings: RunSettings, output: Ou
 def merge(
     items: Iterable[Item], index: ManifestIndex, carried: pa.Schema, out: Path, output: OutputSettings, least: int = 0
 ) -> Counts:
-    """Write the results of these items, in their order, and count them.
+    """Write and count the results of these items, in their order.
 
-    `least` results are known to be committed. Raises StorageError, and MissingResults where the index has fewer:
-    results.* then stay as they were.
+    At least `least` results are committed. Raises StorageError, and MissingResults if the index has fewer: results.*
+    then stay unchanged.
     """
     counts = Counts()
     tables = _require_results(read_results(items, index, carried, counts), counts, least)
@@ -114,9 +114,9 @@ def merge(
 
 
 def merge_parts(manifest: Manifest, tables: Sequence[str], out: Path, output: OutputSettings, least: int = 0) -> Counts:
-    """Write all results that the manifest holds, in the order of these tables, and count them. Raises as `merge` does.
+    """Write and count all results in the manifest, in the order of these tables. Raises the errors of `merge`.
 
-    For an OUT whose tables cannot be read. Rows that were removed from them or changed since are included too.
+    Used if the tables cannot be read. Includes the results of rows that were since removed or changed.
     """
     schema = results_schema(manifest.schemas())
     with manifest.index() as index:
@@ -135,7 +135,7 @@ def _read_all(index: ManifestIndex, tables: Sequence[str], schema: pa.Schema, co
 
 
 def _require_results(tables: Iterable[pa.Table], counts: Counts, least: int) -> Iterator[pa.Table]:
-    """Raise MissingResults where these tables end before `least` results."""
+    """Yield the tables. Raises MissingResults if they hold fewer than `least` results."""
     yield from tables
     if counts.results < least:
         raise MissingResults(
@@ -145,33 +145,33 @@ def _require_results(tables: Iterable[pa.Table], counts: Counts, least: int) -> 
 
 
 def results_schema(schemas: Iterable[pa.Schema]) -> pa.Schema:
-    """Return the result columns and the carried ones of all parts, each of a type that holds its values in all parts.
+    """Return the result columns and the carried columns of all parts, with types that hold the values of every part.
 
-    Parts of earlier versions have carried columns whose names differ from another's by case alone.
+    In parts of earlier versions, names of carried columns may differ only in case.
     """
     by_name: dict[str, set[pa.DataType]] = {}
     for schema in schemas:
         for column in schema:
             if column.name not in SCHEMA.names:
                 by_name.setdefault(column.name, set()).add(result_type(column.type))
-    types: dict[str, set[pa.DataType]] = {}
-    for name, new in make_result_names(by_name, SCHEMA.names, known=True).items():
-        types.setdefault(new, set()).update(by_name[name])
-    fields = [(name, common_type(kinds)) for name, kinds in types.items()]
-    for name, kind in fields:
-        others = types[name] - {pa.null()}
-        if pa.types.is_string(kind) and len(others) > 1:
-            names = " and ".join(sorted(map(str, others)))
-            log.warning("column %r is %s in the manifest's parts: its values are carried as text", name, names)
+    by_result_name: dict[str, set[pa.DataType]] = {}
+    for name, result_name in make_result_names(by_name, SCHEMA.names, known=True).items():
+        by_result_name.setdefault(result_name, set()).update(by_name[name])
+    fields = [(name, common_type(types)) for name, types in by_result_name.items()]
+    for name, field_type in fields:
+        types = by_result_name[name] - {pa.null()}
+        if pa.types.is_string(field_type) and len(types) > 1:
+            type_names = " and ".join(sorted(map(str, types)))
+            log.warning("column %r is %s in the manifest's parts: its values are carried as text", name, type_names)
     return pa.schema([*SCHEMA, *fields])
 
 
 def read_results(items: Iterable[Item], index: ManifestIndex, carried: pa.Schema, counts: Counts) -> Iterator[pa.Table]:
     """Yield the committed results of these items in tables of a few thousand rows, and count them.
 
-    A result of a row as it was before it changed does not count.
+    If a row has changed since its result was committed, that result does not count.
     """
-    for batch in _batches(items):
+    for batch in _split_into_batches(items):
         matches = [
             (item, committed)
             for item in batch
@@ -186,16 +186,16 @@ def read_results(items: Iterable[Item], index: ManifestIndex, carried: pa.Schema
             yield table
 
 
-def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
-    """Yield items in batches that hold all images of a row."""
+def _split_into_batches(items: Iterable[Item]) -> Iterator[list[Item]]:
+    """Yield items in batches that never split the images of a row."""
     batch: list[Item] = []
-    size = 0
+    byte_count = 0
     for _, images in groupby(items, attrgetter("id")):
         batch.extend(images)
-        size += estimate_bytes(batch[-1].carried.values())
-        if len(batch) >= BATCH or size >= BATCH_BYTES:
+        byte_count += estimate_bytes(batch[-1].carried.values())
+        if len(batch) >= BATCH or byte_count >= BATCH_BYTES:
             yield batch
-            batch, size = [], 0
+            batch, byte_count = [], 0
     if batch:
         yield batch
 
@@ -203,11 +203,11 @@ def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
 def _with_current_cells(
     matches: Sequence[tuple[Item, CommittedImage]], index: ManifestIndex, carried: pa.Schema
 ) -> pa.Table:
-    """Return results with the place and the carried cells that rows have in the table now: neither changes an image."""
+    """Return results with each row's current file, row number and carried cells, none of which affect an image."""
     table = index.take([committed for _, committed in matches])
-    places = [source_of(item) for item, _ in matches]
-    for k, name in enumerate(("source_file", "source_row")):
-        current = [place[k] for place in places]
+    sources = [source_of(item) for item, _ in matches]
+    for index_in_source, name in enumerate(("source_file", "source_row")):
+        current = [source[index_in_source] for source in sources]
         table = table.set_column(table.column_names.index(name), SCHEMA.field(name), [current])
     for column in carried:
         values = [item.carried.get(column.name) for item, _ in matches]

@@ -1,4 +1,4 @@
-"""The output folder OUT: the names in it, its lock, run.json on disk, and the checks before anything is written."""
+"""Lock the output folder OUT, read and write its run.json, and check its contents before anything is written."""
 
 from __future__ import annotations
 
@@ -37,25 +37,25 @@ OWN_NAMES = (*FOLDERS, *RESULTS, "run.json")
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EXDEV}
 _REMEDY = "remove it to continue with what the manifest holds, or start anew in another --out"
 _CLEARING = "overwriting"
-"""Key of run.json while --overwrite removes what OUT holds."""
+"""Key of run.json while --overwrite removes the contents of OUT."""
 
 
 @contextmanager
 def locked(out: Path) -> Iterator[PinnedFolder]:
-    """Lock OUT, which is created if missing, and yield it as the folder that it is now.
+    """Lock OUT, creating it if missing, and yield it as a pinned folder.
 
-    Temporary files of results.* that a killed process has left are removed: only the process that holds the lock writes
-    them. An OSError on a path in OUT becomes a StorageError. Raises LockedError, SettingsError, StorageError.
+    Removes temporary results.* files of killed processes, since only the lock holder writes results.*. An OSError on a
+    path in OUT becomes a StorageError. Raises LockedError, SettingsError, StorageError.
     """
     refuse_unprintable(out)
-    with locked_folder(out, IMAGE_FOLDERS) as known:
+    with locked_folder(out, IMAGE_FOLDERS) as pinned:
         with write_errors(out):
             sweep(out, lambda name: is_abandoned(name) or (is_temporary(name) and name.endswith(RESULTS)))
-        yield known
+        yield pinned
 
 
 def refuse_unprintable(out: Path) -> None:
-    """Raise SettingsError for a path that is not UTF-8: neither Parquet libraries nor JSON can name it."""
+    """Raise SettingsError for a path that is not UTF-8: neither Parquet libraries nor JSON can store it."""
     try:
         str(out.absolute()).encode()
     except UnicodeEncodeError as error:
@@ -66,7 +66,7 @@ def refuse_unprintable(out: Path) -> None:
 
 
 def read_run(out: Path) -> dict[str, Any] | None:
-    """Return run.json with its types checked, None where OUT has none. Raises UsageError, StorageError."""
+    """Return run.json with its types checked, or None if OUT has none. Raises UsageError, StorageError."""
     refuse_unprintable(out)
     path = out / "run.json"
     try:
@@ -89,7 +89,7 @@ def read_run(out: Path) -> dict[str, Any] | None:
 
 
 def read_existing_run(out: Path) -> dict[str, Any]:
-    """Return run.json. Raises UsageError where OUT holds no run."""
+    """Return run.json. Raises UsageError if OUT holds no run."""
     record = read_run(out)
     if not record or "identity" not in record:
         raise UsageError(f"{out} holds no run of batch-infer: it has no run.json written by batch-infer")
@@ -105,7 +105,7 @@ def write_run(out: Path, record: Mapping[str, Any]) -> None:
 
 
 def create_run_json(out: Path, record: Mapping[str, Any]) -> None:
-    """Write run.json unless OUT has one: of several processes that start together, one writes it.
+    """Write run.json unless OUT has one. If several processes start together, only one writes it.
 
     Raises StorageError.
     """
@@ -139,7 +139,7 @@ def restore_run(out: Path, earlier: Mapping[str, Any] | None) -> None:
 
 
 def _write_json(path: Path, record: Mapping[str, Any]) -> None:
-    # In ASCII with surrogates escaped: a file name need not be valid UTF-8.
+    # ASCII, because a file name that is not valid UTF-8 contains surrogates, which must be escaped.
     path.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="ascii")
 
 
@@ -147,11 +147,11 @@ def _write_json(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def refuse_foreign_files(out: Path, tables: Iterable[Path], earlier: Mapping[str, Any] | None) -> None:
-    """Raise SettingsError where a run would write over, or --overwrite would remove, files of another program."""
+    """Raise SettingsError if a run would overwrite, or --overwrite would remove, another program's files."""
     _check_kinds(out)
-    own = [(out / name).resolve() for name in OWN_NAMES]
+    own_paths = [(out / name).resolve() for name in OWN_NAMES]
     for table in tables:
-        if any(table.resolve().is_relative_to(path) for path in own):
+        if any(table.resolve().is_relative_to(path) for path in own_paths):
             raise SettingsError(f"{table} lies where a run into {out} writes its own files: give another --out")
     has_parts = any(name.startswith("part-") for name in list_names(out / "manifest"))
     if (earlier is None or "identity" not in earlier) and not has_parts:
@@ -161,7 +161,7 @@ def refuse_foreign_files(out: Path, tables: Iterable[Path], earlier: Mapping[str
 
 
 def _check_kinds(out: Path) -> None:
-    """Refuse files in place of folders, folders in place of files, and links. Raises SettingsError, StorageError."""
+    """Refuse links, and files and folders of the wrong kind. Raises SettingsError, StorageError."""
     for name in OWN_NAMES:
         path = out / name
         with read_errors(path):
@@ -179,7 +179,7 @@ def _check_kinds(out: Path) -> None:
 
 
 def refuse_while_rescoring(out: Path, record: Mapping[str, Any] | None) -> None:
-    """Raise SettingsError where an unfinished rescore has left results of two safety policies."""
+    """Raise SettingsError if an unfinished rescore left results of two safety policies."""
     if (record or {}).get("rescoring"):
         mode = require(parse_record(record).settings, "settings", out).safety.mode
         raise SettingsError(
@@ -192,8 +192,8 @@ def refuse_while_rescoring(out: Path, record: Mapping[str, Any] | None) -> None:
 
 
 def refuse_to_clear(out: Path) -> None:
-    """Raise SettingsError for an OUT that may hold the files of another program."""
-    names = (name for name in OWN_NAMES if name != "logs")  # a run that could not start leaves logs/ alone
+    """Raise SettingsError if OUT may hold another program's files."""
+    names = (name for name in OWN_NAMES if name != "logs")  # a run that fails to start creates only logs/
     if "identity" not in (read_run(out) or {}) and any(path_exists(out / name) for name in names):
         raise SettingsError(
             f"--overwrite: {out} has no run.json written by batch-infer, so its files may belong to something else;"
@@ -202,7 +202,7 @@ def refuse_to_clear(out: Path) -> None:
 
 
 def mark_clearing(out: Path) -> None:
-    """Write a run.json that says that what OUT holds is being removed. Raises StorageError."""
+    """Mark OUT in run.json as being cleared. Raises StorageError."""
     write_run(out, {"batch_infer": __version__, "identity": {}, _CLEARING: True})
 
 

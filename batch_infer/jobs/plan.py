@@ -1,4 +1,4 @@
-"""`plan`: every row validated, and what rendering them would take, with nothing rendered or written."""
+"""Validate every row and estimate the cost of a run, without rendering or writing anything."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ from batch_infer.settings import IdSource, RunSettings
 from batch_infer.worker import make_row
 
 TABLE_READS = 3
-"""How often a run reads the tables: to scan, to render and to merge."""
+"""Number of times that a run reads the tables: to scan, to render and to merge."""
 
 
 @dataclass(slots=True)
 class SizePlan:
-    """What the images of one size take: `seconds` of device time."""
+    """Cost of the images of one size. `seconds` is device time."""
 
     height: int
     width: int
@@ -57,12 +57,12 @@ class SizePlan:
 
 @dataclass(slots=True)
 class Plan:
-    """What a run would do, counted in results (a row has one per image) unless rows are named.
+    """What a run would do. Counts are of results (one per image) unless they name rows.
 
-    `seconds` are of the whole command; those of a size are device time, shared by the `processes`. `truncated` is None
-    where only the model's pipeline knows. `reasons` says why results are pending, `changes` which options changed them,
-    and `refused` why the run would not start. `files` maps each file read to its number of rows, `left_out` the files
-    of folders and globs that are not read, by reason.
+    `seconds` covers the whole command; in `sizes` it is device time, which the `processes` share. `truncated` is None
+    if only the model's pipeline knows. `reasons` says why results are pending, `changes` names the options that changed
+    them, and `refused` says why the run would not start. `files` maps each file read to its number of rows. `left_out`
+    lists by reason the files of folders and globs that are not read.
     """
 
     rows: int = 0
@@ -91,14 +91,14 @@ class Plan:
     measured_at: datetime | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the keys of --json."""
+        """Return the --json output."""
         return {**asdict(self), "measured_at": self.measured_at and self.measured_at.isoformat()}
 
 
 def make_plan(settings: RunSettings, report: Callable[[ResultRow], None]) -> Plan:
-    """Return what `run` would do with these settings; `report` is called with every invalid row.
+    """Return what `run` would do with these settings, and call `report` with every invalid row.
 
-    Raises the UsageErrors that `run` would raise.
+    Raises the same UsageErrors as `run`.
     """
     end_unguarded_process()
     settings = finish_overwrite(make_paths_absolute(settings))
@@ -111,7 +111,7 @@ def make_plan(settings: RunSettings, report: Callable[[ResultRow], None]) -> Pla
 
 
 class _Planner:
-    """Reads the tables once and counts."""
+    """Reads the tables once and counts their results and costs."""
 
     def __init__(
         self, job: Job, processes: int, probe: Probe, index: ManifestIndex, report: Callable[[ResultRow], None]
@@ -126,7 +126,7 @@ class _Planner:
 
     def make(self) -> Plan:
         plan, tables = self._plan, self._job.tables
-        started, waited = time.monotonic(), self._probe.seconds_waited
+        started, waited_before = time.monotonic(), self._probe.seconds_waited
         changes = find_changes(self._job, self._index)
         plan.changes = str(changes)
         try:
@@ -138,8 +138,8 @@ class _Planner:
         plan.remarks, plan.left_out = tables.remarks, tables.left_out.items()
         plan.truncated = self._tokens.close() if self._tokens else None
         plan.done = plan.total - plan.invalid - plan.pending
-        reading = time.monotonic() - started - (self._probe.seconds_waited - waited)
-        self._estimate(TABLE_READS * reading)
+        reading_seconds = time.monotonic() - started - (self._probe.seconds_waited - waited_before)
+        self._estimate(TABLE_READS * reading_seconds)
         return plan
 
     def _count_evaluations(self) -> None:
@@ -162,7 +162,7 @@ class _Planner:
         return done
 
     def _valid_rows(self) -> Iterator[PromptRequest]:
-        """Yield the rows that are valid for the run, and count and report the others."""
+        """Yield the rows that are valid for the run, and count and report invalid rows."""
         plan = self._plan
         plan.files = dict.fromkeys(self._job.tables.files, 0)
         for item in self._job.items(self._index):
@@ -184,23 +184,31 @@ class _Planner:
             plan.invalid_rows += item.image_index == 0
             self._report(item)
 
-    def _estimate(self, reading: float) -> None:
-        """Estimate time, disk and cost. `reading`: seconds that the run spends on the tables."""
-        plan, settings, loads = self._plan, self._job.settings, self._estimator.costs
-        if not loads:
+    def _estimate(self, reading_seconds: float) -> None:
+        """Estimate time, disk space and cost. The run spends `reading_seconds` on reading tables."""
+        plan, settings, costs = self._plan, self._job.settings, self._estimator.costs
+        if not costs:
             return
-        job = replace(self._job, compute=self._shapes.choose(loads))
-        rates = find_rates(loads, job, self._probe)
-        for size, load in loads.items():
-            seconds = load.ticks * rates[size].tick + load.images * rates[size].image
-            counts = load.images, load.row_forwards, load.ticks, load.slots
-            plan.sizes.append(SizePlan(*size, *counts, round(seconds, 3)))
-        plan.row_forwards = sum(load.row_forwards for load in loads.values())
-        plan.ticks = sum(load.ticks for load in loads.values())
-        plan.occupancy = round(plan.row_forwards / sum(load.ticks * load.slots for load in loads.values()), 4)
+        job = replace(self._job, compute=self._shapes.choose(costs))
+        rates = find_rates(costs, job, self._probe)
+        for (height, width), cost in costs.items():
+            rate = rates[height, width]
+            size_plan = SizePlan(
+                height=height,
+                width=width,
+                images=cost.images,
+                row_forwards=cost.row_forwards,
+                ticks=cost.ticks,
+                slots=cost.slots,
+                seconds=round(cost.ticks * rate.tick + cost.images * rate.image, 3),
+            )
+            plan.sizes.append(size_plan)
+        plan.row_forwards = sum(cost.row_forwards for cost in costs.values())
+        plan.ticks = sum(cost.ticks for cost in costs.values())
+        plan.occupancy = round(plan.row_forwards / sum(cost.ticks * cost.slots for cost in costs.values()), 4)
         rendering = sum(size.seconds for size in plan.sizes) / count_parallel(plan.processes, job.compute)
-        plan.seconds = reading + next(iter(rates.values())).start + rendering
-        plan.bytes = round(sum(load.images * rates[size].image_bytes for size, load in loads.items()))
+        plan.seconds = reading_seconds + next(iter(rates.values())).start + rendering
+        plan.bytes = round(sum(cost.images * rates[size].image_bytes for size, cost in costs.items()))
         plan.measured_at = min(rate.measured_at for rate in rates.values())
         if settings.price_per_hour is not None:
             plan.cost = plan.seconds / 3600 * settings.price_per_hour

@@ -1,4 +1,4 @@
-"""Recovery of OUT: the files of processes that died are removed, images set aside are restored, lost ones are found."""
+"""Recover OUT from killed processes: remove their files, restore images that they set aside, and find lost images."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from batch_infer.store import (
 )
 
 RECENT_SECONDS = 600.0
-"""Images of parts committed within this time before the last one are read.
+"""Seconds before the last commit. Images committed since then are read and checked.
 
-Durable commits do not need this; disks and file systems that acknowledge a flush too early do.
+Only disks and file systems that acknowledge a flush too early need this.
 """
 READING_THREADS = 8
 BATCH = 2048
@@ -50,11 +50,11 @@ OnDamage = Callable[[DamagedPart], object]
 
 
 def recover(out: Path, since_run: int = 0) -> frozenset[Key]:
-    """Clean up after a run that was killed, and return the keys of recent images that are missing or damaged.
+    """Clean up after a killed run, and return the keys of recent images that are missing or damaged.
 
-    `since_run`: the first run after the last one that ended cleanly. Leftovers are removed, and damaged parts are set
-    aside, so that their rows are rendered again. Images of the last minutes of those runs are read; older images, and
-    the columns of older parts, are not. The caller holds the lock and has written nothing yet. Raises StorageError.
+    `since_run` is the first run after the last one that ended cleanly. Removes leftovers and sets damaged parts aside,
+    so that their rows are rendered again. Reads images from the last minutes of those runs, but not older images or
+    the columns of older parts. The caller holds the lock and has written nothing yet. Raises StorageError.
     """
     remove_leftovers(out, set_aside)
     recent = _recent_parts(Manifest(out).parts(since_run))
@@ -62,7 +62,9 @@ def recover(out: Path, since_run: int = 0) -> frozenset[Key]:
     with ManifestIndex(recent, set_aside) as index, ThreadPoolExecutor(READING_THREADS) as pool:
         for images in _stored_images(index):
             intact = pool.map(lambda image: is_intact(sink, *image[1:]), images)
-            missing += [(key, path) for (key, path, *_), good in zip(images, intact, strict=True) if not good]
+            for (key, path, *_), image_is_intact in zip(images, intact, strict=True):
+                if not image_is_intact:
+                    missing.append((key, path))
     if missing:
         log.warning(
             "%d images of the manifest are missing or damaged and must be rendered again, the first is %s",
@@ -73,58 +75,63 @@ def recover(out: Path, since_run: int = 0) -> frozenset[Key]:
 
 
 def remove_leftovers(out: Path, on_damage: OnDamage | None = None) -> None:
-    """Remove what a killed run has left in OUT and restore the images that it had set aside.
+    """Remove what a killed run left in OUT and restore the images that it set aside.
 
-    The caller holds the lock. Raises StorageError, and DamagedPart without `on_damage`.
+    The caller holds the lock. Raises StorageError, and DamagedPart if `on_damage` is None.
     """
     restore_images(out, remove_temporary_files(out), lambda: Manifest(out).index(damaged=on_damage), on_damage)
 
 
 def remove_temporary_files(out: Path) -> list[str]:
-    """Remove the temporary files and the lock holder's name of a killed run; return the images that it had set aside.
+    """Remove a killed run's temporary files and lock holder file. Return the images that it set aside.
 
-    The paths are relative to OUT. The caller holds the lock, or knows that no other process writes there. Links are
-    not followed, except that images/ and quarantine/ may be links. This process's own marker stays. Raises
-    StorageError.
+    Paths are relative to OUT. The caller holds the lock, or knows that no other process writes there. Only images/ and
+    quarantine/ may be links; no other link is followed. Keeps this process's marker. Raises StorageError.
     """
     marker = marker_name()
     originals: list[str] = []
 
-    def is_own(name: str) -> bool:
+    def is_leftover(name: str) -> bool:
         return (is_temporary(name) and name != marker) or original_path(name) is not None
 
     with write_errors(out):
-        _sweep(out, out, is_own, originals)
+        _sweep(out, out, is_leftover, originals)
         folders = [out / name for name in OWN_NAMES if is_folder(out / name, follow=name in IMAGE_FOLDERS)]
         while folders:
-            folders += _sweep(out, folders.pop(), is_own, originals)
+            folders += _sweep(out, folders.pop(), is_leftover, originals)
         remove_stale_holder(out)
     return originals
 
 
 def remove_abandoned(out: Path, folders: Iterable[Path]) -> list[str]:
-    """Remove temporary files of dead processes of this machine from folders of OUT; return the images set aside.
+    """Remove temporary files of this machine's dead processes from folders of OUT. Return the images set aside.
 
-    For a process that shares OUT with others that are writing. Links are not followed. Raises StorageError.
+    Safe while other processes write to OUT. Links are not followed. Raises StorageError.
     """
+
+    def is_leftover(name: str) -> bool:
+        return is_abandoned(name) or is_abandoned(name, BACKUP_PREFIX)
+
     originals: list[str] = []
     for folder in folders:
         with write_errors(folder), suppress(FileNotFoundError, NotADirectoryError):
             if not is_link(folder):
-                _sweep(out, folder, lambda name: is_abandoned(name) or is_abandoned(name, BACKUP_PREFIX), originals)
+                _sweep(out, folder, is_leftover, originals)
     return originals
 
 
-def _sweep(out: Path, folder: Path, is_own: Callable[[str], bool], originals: list[str]) -> list[Path]:
-    """Remove matching files, but add images that were set aside to `originals`. Return the folders in this one."""
+def _sweep(out: Path, folder: Path, is_leftover: Callable[[str], bool], originals: list[str]) -> list[Path]:
+    """Remove leftover files, but add images that were set aside to `originals`. Return the subfolders."""
 
     def remove(path: Path) -> None:
         if original_path(path.name) is None:
             path.unlink(missing_ok=True)
-        elif resolve_path(out, aside := path.relative_to(out).as_posix()) is not None:
-            originals.append(aside)
+            return
+        backup = path.relative_to(out).as_posix()
+        if resolve_path(out, backup) is not None:
+            originals.append(backup)
 
-    return sweep(folder, is_own, remove)
+    return sweep(folder, is_leftover, remove)
 
 
 def restore_images(
@@ -133,41 +140,41 @@ def restore_images(
     open_index: Callable[[], AbstractContextManager[ManifestIndex]],
     on_damage: OnDamage | None = None,
 ) -> None:
-    """Restore images that were set aside for others which were never committed.
+    """Restore images that were set aside for replacements that were never committed.
 
-    `originals`: the paths of files set aside, which are removed where the image in place is the committed one.
-    `on_damage` is called with each damaged part, before the index is opened again. Raises StorageError, and DamagedPart
-    without `on_damage`.
+    `originals` holds the paths of the files set aside. A file is removed if its replacement was committed. `on_damage`
+    is called with each damaged part before the index is opened again. Raises StorageError, and DamagedPart if
+    `on_damage` is None.
     """
     while originals:
         try:
             with open_index() as index:
                 _restore(out, index, originals)
             return
-        except DamagedPart as damage:  # in columns that the index does not read
+        except DamagedPart as damage:  # in columns that opening the index does not read
             if on_damage is None:
                 raise
             on_damage(damage)
 
 
 def _restore(out: Path, index: ManifestIndex, originals: Sequence[str]) -> None:
-    places = {aside: original_path(aside) or aside for aside in originals}
-    sink, committed = make_sink(out), index.get_by_paths(places.values())
+    path_by_backup = {backup: original_path(backup) or backup for backup in originals}
+    sink, committed = make_sink(out), index.get_by_paths(path_by_backup.values())
     rows = index.take(list(committed.values()), _IMAGE).to_pylist()
     contents = {row["generated_image"]: (row["sha256"], row["image_bytes"]) for row in rows}
-    for aside, path in places.items():
-        content = contents.get(path, (None, None))
-        if not is_intact(sink, path, *content) and is_intact(sink, aside, *content):
-            sink.restore(aside)
+    for backup, path in path_by_backup.items():
+        sha256, length = contents.get(path, (None, None))
+        if not is_intact(sink, path, sha256, length) and is_intact(sink, backup, sha256, length):
+            sink.restore(backup)
         else:
-            sink.remove(aside)
+            sink.remove(backup)
 
 
 def set_aside(damage: DamagedPart) -> Path:
-    """Rename a damaged part, so that its rows are rendered again, and return its new path. Raises StorageError."""
+    """Rename a damaged part so that its rows are rendered again. Return its new path. Raises StorageError."""
     part = damage.part
     path, number = part.with_name(f"{part.name}{_DAMAGED}"), 1
-    while path_exists(path):  # a part of the same rows has the same name, and may be damaged too
+    while path_exists(path):  # an earlier damaged part of the same rows may have this name
         number += 1
         path = part.with_name(f"{part.name}{_DAMAGED}-{number}")
     with write_errors(path):
@@ -178,28 +185,28 @@ def set_aside(damage: DamagedPart) -> Path:
 
 
 def is_intact(sink: Sink, path: str, sha256: str | None, length: int | None) -> bool:
-    """Return whether an image is stored as it was written. Raises StorageError."""
+    """Return whether a stored image is unchanged since it was written. Raises StorageError."""
     return read_intact(sink, path, sha256, length) is not None
 
 
 def read_intact(sink: Sink, path: str, sha256: str | None, length: int | None) -> bytes | None:
-    """Return an image as it was written, or None where it is missing, damaged or its path leads out of OUT.
+    """Return an image as it was written, or None if it is missing or damaged, or its path leads out of OUT.
 
-    Raises StorageError where it cannot be read.
+    Raises StorageError if it cannot be read.
     """
     if length is None:
         return None
     try:
         content = sink.read(path, length)
     except StorageError as error:
-        if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EIO:  # the disk has lost it
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EIO:  # damaged on disk
             return None
         raise
     return content if content is not None and hashlib.sha256(content).hexdigest() == sha256 else None
 
 
 def _recent_parts(parts: Sequence[Path]) -> list[Path]:
-    """Return the parts that were committed last, by the clock of each machine. Unreadable parts are set aside."""
+    """Return the most recent parts by each machine's clock. Set unreadable parts aside."""
     times = {part: time for part in parts if (time := _read_or_set_aside(commit_time, part)) is not None}
     latest: dict[str, float] = {}
     for clock, seconds in times.values():
@@ -217,9 +224,10 @@ def _read_or_set_aside(read: Callable[[Path], T], part: Path) -> T | None:
 
 
 def _stored_images(index: ManifestIndex) -> Iterator[list[tuple[Key, str, str | None, int | None]]]:
-    """Yield the images of an index in batches: key, path, sha256 and length."""
+    """Yield the images of an index in batches of (key, path, sha256, length in bytes)."""
     stored = (committed for committed in index.in_order([]) if committed.path is not None)
     while batch := list(islice(stored, BATCH)):
         columns = index.take(batch, _IMAGE).to_pydict()
-        ids, numbers, *others = (columns[name] for name in _IMAGE.names)
-        yield list(zip(zip(ids, numbers, strict=True), *others, strict=True))
+        keys = zip(columns["id"], columns["image_index"], strict=True)
+        paths, hashes, lengths = columns["generated_image"], columns["sha256"], columns["image_bytes"]
+        yield list(zip(keys, paths, hashes, lengths, strict=True))

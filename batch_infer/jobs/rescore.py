@@ -1,4 +1,4 @@
-"""`rescore`: check the stored images of OUT again, with other checkers or thresholds, and render nothing."""
+"""Check the stored images of OUT again with other checkers or thresholds, without rendering."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from batch_infer.stopping import GRACE_SECONDS, deferred
 from batch_infer.table import Tables
 
 BATCH = 64
-"""Results that are read, checked and committed together, with their pixels in memory."""
+"""Number of results to read, check and commit together, with their pixels in memory."""
 LOSSES: Mapping[OnFlagged, str] = {
     "blank": "replaced by a black image",
     "blur": "replaced by a blurred image",
     "drop": "removed",
 }
-"""What happens to the original of a flagged image, by policy; the other policies keep it."""
+"""What happens to the original of a flagged image, by policy. Other policies keep it."""
 
 T = TypeVar("T")
 
@@ -55,21 +55,22 @@ def rescore_images(
     report: Callable[[RescoreCounts], None],
     stop: Callable[[], bool] = lambda: False,
 ) -> tuple[RescoreCounts, Counts]:
-    """Check the images of OUT as `safety` says, and merge.
+    """Check the images of OUT with the checkers in `safety`, and merge.
 
-    Without a policy in `safety`, flagged images are stored as in the run; a warning first names what that loses. Until
-    this has finished, run.json says so and other commands refuse OUT; the same call continues it. `report` is called
-    with the counts after each batch. Raises UsageError, LockedError, ServiceError, StorageError, Interrupted.
+    If `safety` has no policy, the run's policy for flagged images applies. If the policy discards original images, a
+    warning says so first. Until the rescore finishes, run.json marks it as unfinished and other commands refuse OUT.
+    The same call continues it. `report` receives the counts after each batch. Raises UsageError, LockedError,
+    ServiceError, StorageError, Interrupted.
     """
     out = out.absolute()
     settings = _read_settings(outdir.read_existing_run(out), out, tables, safety)
-    with open_tables(settings) as opened:
+    with open_tables(settings) as opened_tables:
         card = find_model(settings)
         if safety.service is None and not safety.uses_checker(has_checker=card.has_checker):
             raise SettingsError(f"--safety {safety.mode}: no safety checker is available; say checker, azure, or both")
         with outdir.locked(out):
-            record = outdir.read_existing_run(out)  # another command may have changed it until now
-            rescore = _Rescore(record, _read_settings(record, out, tables, safety), opened, card)
+            record = outdir.read_existing_run(out)  # another command may have changed it meanwhile
+            rescore = _Rescore(record, _read_settings(record, out, tables, safety), opened_tables, card)
             if tables:
                 rescore.refuse_fewer_rows()
             counts = rescore.check(report, stop)
@@ -84,10 +85,10 @@ def _read_settings(record: Mapping[str, Any], out: Path, tables: Sequence[str], 
 
 
 class _Rescore:
-    """A rescore of a locked OUT.
+    """Rescores a locked OUT.
 
-    `_sources` maps the fingerprints of the rules that results may still have to the policy under which they were
-    stored. There are several after a rescore that was stopped.
+    `_sources` maps the fingerprints of the rules under which results are still stored to the policy of those rules.
+    There are several if an earlier rescore was stopped.
     """
 
     def __init__(self, record: Mapping[str, Any], settings: RunSettings, tables: Tables, card: ModelCard) -> None:
@@ -107,13 +108,14 @@ class _Rescore:
         }
 
     def refuse_fewer_rows(self) -> None:
-        """Raise SettingsError where a table is missing: its results would be left out, and rendered again."""
-        results, total = sum(1 for _ in self._tables.rows(self._rules, lambda _: True)), scanned_results(self._record)
+        """Raise SettingsError if a table is missing: its results would be omitted, and rendered again later."""
+        results = sum(1 for _ in self._tables.rows(self._rules, lambda _: True))
+        total = scanned_results(self._record)
         if results < total:
             raise SettingsError(f"these tables have {results} results and those of the run had {total}: name all")
 
     def check(self, report: Callable[[RescoreCounts], None], stop: Callable[[], bool]) -> RescoreCounts:
-        """Check all results that do not have the new rules yet. Raises StorageError, ServiceError, Interrupted."""
+        """Check all results not yet stored under the new rules. Raises StorageError, ServiceError, Interrupted."""
         out = self._settings.out
         if self._is_resumed or not ended_cleanly(self._record):
             remove_leftovers(out, set_aside)
@@ -125,10 +127,11 @@ class _Rescore:
 
     def _check_all(self, rescorer: Rescorer, report: Callable[[RescoreCounts], None], stop: Callable[[], bool]) -> None:
         with Manifest(self._settings.out).index() as index:
-            pending = self._pending(index, rescorer)
-            if first := next(pending, None):
-                self._warn_of_loss()
-                pending = chain([first], pending)
+            pending = self._pending_results(index, rescorer)
+            first_result = next(pending, None)
+            if first_result is not None:
+                self._warn_about_loss()
+                pending = chain([first_result], pending)
             while batch := list(islice(pending, BATCH)):
                 if stop():
                     raise Interrupted("stopped; what is rescored is kept, and the same command continues")
@@ -137,8 +140,8 @@ class _Rescore:
                     rescorer.commit(self._tables.carried)
                 report(rescorer.counts)
 
-    def _warn_of_loss(self) -> None:
-        """Warn that originals of flagged images will be lost."""
+    def _warn_about_loss(self) -> None:
+        """Warn if the policy discards the originals of flagged images."""
         policy = self._settings.safety.policy
         if policy in LOSSES:
             log.warning(
@@ -148,8 +151,8 @@ class _Rescore:
                 policy,
             )
 
-    def _pending(self, index: ManifestIndex, rescorer: Rescorer) -> Iterator[StoredResult]:
-        """Yield the results of current rows that do not have the new rules yet."""
+    def _pending_results(self, index: ManifestIndex, rescorer: Rescorer) -> Iterator[StoredResult]:
+        """Yield results of current rows that are not yet stored under the new rules."""
         items, collisions = self._items(index), rescorer.sink.collisions(index)
         while batch := list(islice(items, BATCH)):
             matches: list[tuple[PromptRequest, CommittedImage, OnFlagged]] = []
@@ -161,18 +164,18 @@ class _Rescore:
                     if self._is_resumed:
                         rescorer.remove_duplicates(collisions.mark(new, committed.path), committed)
                     continue
-                known = {item.fingerprint: policy for item, policy in zip(old, self._sources.values(), strict=True)}
-                if committed.fingerprint in known:
-                    matches.append((new, committed, known[committed.fingerprint]))
+                policies = {item.fingerprint: policy for item, policy in zip(old, self._sources.values(), strict=True)}
+                if committed.fingerprint in policies:
+                    matches.append((new, committed, policies[committed.fingerprint]))
             rows = index.take([committed for _, committed, _ in matches]).to_pylist(maps_as_pydicts="strict")
             for (new, _, policy), row in zip(matches, rows, strict=True):
                 yield StoredResult(new, ResultRow(**row, carried=new.carried), policy)
 
     def _items(self, index: ManifestIndex) -> Iterator[tuple[Item, ...]]:
-        """Yield each row as it is under the new rules, and under those of each source."""
+        """Yield each row as it reads under the new rules, followed by its versions under the rules of each source."""
 
         def is_finished(request: PromptRequest) -> bool:
-            """Return whether the row is finished under any rules: every scan then yields the same number of items."""
+            """Return whether the row is finished under any rules, so that all scans yield the same number of items."""
             return (committed := index.find(request.key)) is not None and committed.status in FINAL_STATUSES
 
         fingerprints = (self._rules.fingerprint, *self._sources)
@@ -180,7 +183,7 @@ class _Rescore:
         return zip(*scans, strict=True)
 
     def conclude(self) -> Counts:
-        """Write results.*, and the checkers of the images to run.json. Raises StorageError."""
+        """Write results.* and store the new checkers in run.json. Raises StorageError."""
         out = self._settings.out
         counts = _without_damaged_parts(self._merge)
         record = {name: value for name, value in self._record.items() if name != "rescoring"}
@@ -195,9 +198,9 @@ class _Rescore:
 
 
 def _without_damaged_parts(work: Callable[[], T]) -> T:
-    """Do work on the manifest, and again after each damaged part is set aside, whose rows are left to `run`.
+    """Call `work`, setting aside each damaged part and trying again. The rows of such parts are left to `run`.
 
-    Until a rescore has finished no other command may set the part aside.
+    No other command may set a part aside until the rescore has finished.
     """
     while True:
         try:

@@ -1,4 +1,4 @@
-"""Batches of stored images that are checked again, and stored as the policy for flagged images says."""
+"""Check batches of stored images again, and apply the policy for flagged images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from batch_infer.worker import commit_images, explain_flag, format_worker_name, 
 
 READING_THREADS = 8
 NOT_KEPT = "its image was not kept and cannot be judged again"
-"""Part of the stored `error`, by which such a row is recognised: do not reword it."""
+"""Part of the stored `error` that identifies such a row. Do not reword it."""
 LOST = "its image is missing or damaged and cannot be checked again"
 
 T = TypeVar("T")
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class StoredResult:
-    """A committed result, the request that replaces its own, and the policy under which it was stored."""
+    """A committed result, its request under the new rules, and the policy under which it was stored."""
 
     request: PromptRequest
     row: ResultRow
@@ -41,7 +41,7 @@ class StoredResult:
 
     @property
     def is_original(self) -> bool:
-        """Whether the image is stored as it was rendered."""
+        """Whether the stored image is the one that was rendered."""
         row = self.row
         is_kept = self.on_flagged in ("keep", "quarantine") and NOT_KEPT not in (row.error or "")
         return row.generated_image is not None and (row.status == "ok" or is_kept)
@@ -49,9 +49,11 @@ class StoredResult:
 
 @dataclass(slots=True)
 class RescoreCounts:
-    """Results by outcome: `judged` images were checked, `flagged` of them are flagged now, `changed` differ in that.
+    """Number of results by outcome.
 
-    `unjudged` were flagged and have no image to check; `failed` have a missing or damaged one, or no answer.
+    `judged` counts checked images, `flagged` those that are flagged now, and `changed` those whose flag changed.
+    `unjudged` counts flagged results without an image to check, and `failed` those with a missing or damaged image or
+    without a verdict.
     """
 
     judged: int = 0
@@ -63,19 +65,19 @@ class RescoreCounts:
 
 @dataclass(frozen=True, slots=True)
 class _ImageFile:
-    """A stored image, and its pixels (H, W, 3) uint8."""
+    """A stored image and its pixels, (H, W, 3) uint8."""
 
     content: bytes
     pixels: np.ndarray
 
 
 class Rescorer:
-    """Checks stored images with the checkers of its settings, and commits the results; `counts` are so far."""
+    """Checks stored images with the configured checkers and commits the results. `counts` is the running total."""
 
     def __init__(
         self, settings: RunSettings, card: ModelCard, record: Mapping[str, Any], stop: Callable[[], bool]
     ) -> None:
-        """Load the checker if the settings name it. Raises ModelError, SettingsError."""
+        """Load the checker if the settings require it. Raises ModelError, SettingsError."""
         self._settings, self._card = settings, card
         self.sink = make_sink(settings.out, settings.output.image_format)
         self._manifest = Manifest(settings.out, record.get("run_number") or 0)
@@ -84,45 +86,46 @@ class Rescorer:
         self._gate = make_gate(settings.safety.service, stop)
         self.counts = RescoreCounts()
         self._rows: list[ResultRow] = []
-        self._written: list[str] = []
-        self._former: list[str] = []
+        self._written_paths: list[str] = []
+        self._replaced_paths: list[str] = []
 
     def rescore(self, results: Sequence[StoredResult]) -> None:
-        """Check the images that are stored as they were rendered, and store what the policy says.
+        """Check the images that are stored as rendered, and apply the policy.
 
-        A flagged image that was not kept stays flagged. A blocked prompt stays blocked if it is refused again; if not,
-        it gets no result and is left to `run`. Raises ServiceError, SettingsError, Interrupted, StorageError: then none
-        of these results has changed.
+        A flagged image that was not kept stays flagged. A blocked prompt stays blocked if the service refuses it again;
+        otherwise it gets no result and is left to `run`. Raises ServiceError, SettingsError, Interrupted, StorageError,
+        without changing any of these results.
         """
         self._rescore_images([result for result in results if result.is_original])
-        others = [result for result in results if not result.is_original]
-        self._rescore_blocked([result for result in others if result.row.status == "blocked"])
-        for result in others:
+        without_original = [result for result in results if not result.is_original]
+        self._rescore_blocked([result for result in without_original if result.row.status == "blocked"])
+        for result in without_original:
             row = result.row
             if row.status == "flagged":
                 self.counts.unjudged += 1
                 reason = (row.error or "").removesuffix(f"; {NOT_KEPT}")
                 self._add(result, replace(row, error=f"{reason}; {NOT_KEPT}"))
-            elif row.status != "blocked":  # failed before, or refused by the model itself
+            elif row.status != "blocked":  # failed earlier, or refused by the model itself
                 self._add(result, row)
 
     def commit(self, carried: pa.Schema) -> None:
-        """Put new images in place, commit the rows, and remove the images that they no longer name.
+        """Move new images into place, commit the rows, and remove images to which they no longer refer.
 
-        A kill at any moment loses no image. Raises StorageError.
+        A kill at any time loses no image. Raises StorageError.
         """
-        commit_images(self.sink, self._manifest, self._rows, carried, written=self._written, former=self._former)
-        for pending in (self._rows, self._written, self._former):
+        written, replaced = self._written_paths, self._replaced_paths
+        commit_images(self.sink, self._manifest, self._rows, carried, written=written, former=replaced)
+        for pending in (self._rows, written, replaced):
             pending.clear()
 
     def remove_duplicates(self, request: PromptRequest, committed: CommittedImage) -> None:
-        """Remove files that a killed rescore has left under other names for a row that is already rescored."""
+        """Remove files that a killed rescore left under other names for a row that is already rescored."""
         path = committed.path if committed.path and resolve_path(self._settings.out, committed.path) else None
-        others = self.sink.possible_paths(request)
+        possible_paths = self.sink.possible_paths(request)
         if path is not None:
-            others |= {self.sink.path_in(path, quarantine=quarantine) for quarantine in (False, True)}
-        for other in others - {path}:
-            self.sink.remove(other)
+            possible_paths |= {self.sink.path_in(path, quarantine=quarantine) for quarantine in (False, True)}
+        for duplicate in possible_paths - {path}:
+            self.sink.remove(duplicate)
 
     def close(self) -> None:
         if self._gate is not None:
@@ -132,10 +135,10 @@ class Rescorer:
         with ThreadPoolExecutor(READING_THREADS) as pool:
             files = list(pool.map(self._read, results))
         readable = [(result, file) for result, file in zip(results, files, strict=True) if isinstance(file, _ImageFile)]
-        of_images = self._check_images([file.pixels for _, file in readable])
-        of_prompts = self._check_prompts([result for result, _ in readable])
-        for (result, file), of_image, of_prompt in zip(readable, of_images, of_prompts, strict=True):
-            verdict = _join(of_prompt, of_image)
+        image_verdicts = self._check_images([file.pixels for _, file in readable])
+        prompt_verdicts = self._check_prompts([result for result, _ in readable])
+        verdicts = map(_merge_verdicts, prompt_verdicts, image_verdicts)
+        for (result, file), verdict in zip(readable, verdicts, strict=True):
             if isinstance(verdict, RowBroken):
                 self._fail(result, str(verdict))
             else:
@@ -163,19 +166,20 @@ class Rescorer:
             return f"{error}, and cannot be checked again"
 
     def _check_images(self, pixels: Sequence[np.ndarray]) -> list[Verdict | RowBroken]:
-        """Return the joint verdicts of the checker and the service."""
+        """Return the combined verdicts of the checker and the service."""
         verdicts: list[Verdict | RowBroken] = [Verdict()] * len(pixels)
         if self._checker is not None:
             for shape in {image.shape for image in pixels}:
-                alike = [k for k, image in enumerate(pixels) if image.shape == shape]
-                for k, verdict in zip(alike, self._checker.check([pixels[k] for k in alike]), strict=True):
-                    verdicts[k] = verdict
+                indices = [index for index, image in enumerate(pixels) if image.shape == shape]
+                batch_verdicts = self._checker.check([pixels[index] for index in indices])
+                for index, verdict in zip(indices, batch_verdicts, strict=True):
+                    verdicts[index] = verdict
         if self._gate is not None:
-            verdicts = list(map(_join, verdicts, _check_all(self._gate, self._gate.check_image, pixels)))
+            verdicts = list(map(_merge_verdicts, verdicts, _check_all(self._gate, self._gate.check_image, pixels)))
         return verdicts
 
     def _check_prompts(self, results: Sequence[StoredResult]) -> list[Verdict | RowBroken]:
-        """Return the verdicts of the service on the prompts, each of which is sent once."""
+        """Return the service's verdict on each prompt. Each distinct prompt is sent once."""
         if self._gate is None:
             return [Verdict()] * len(results)
         prompts = list(dict.fromkeys(result.request.prompt for result in results))
@@ -195,7 +199,7 @@ class Rescorer:
             self._add(result, replace(row, status="ok", error=None))
 
     def _store_image(self, result: StoredResult, file: _ImageFile, *, is_flagged: bool) -> StoredImage | None:
-        """Write the image as the policy says, unless it is stored like that already."""
+        """Write the image as the policy requires, unless it is already stored that way."""
         policy, row = self._settings.safety.policy, result.row
         pixels = images.by_policy(file.pixels, policy) if is_flagged else file.pixels
         path = self.sink.path_in(row.generated_image or "", quarantine=is_flagged and policy == "quarantine")
@@ -203,17 +207,17 @@ class Rescorer:
             return None
         if pixels is file.pixels and path == row.generated_image:
             return StoredImage(path, row.sha256 or "", row.image_bytes or 0, row.pixels_sha256)
-        self._written.append(path)
+        self._written_paths.append(path)
         if pixels is file.pixels:
             return replace(self.sink.write(path, file.content), pixels_sha256=row.pixels_sha256)
         parameters = images.parameters_text(result.request, self._card.scheduler_name, self._card.fingerprint)
-        # The image keeps its name, so its format too: a later run may have had another --image-format.
+        # The file name stays the same, so the format must too. A later run may have used another --image-format.
         image_format = images.FORMATS.get(Path(path).suffix, self._settings.output.image_format)
         stored = self.sink.write(path, images.encode(pixels, image_format, parameters))
         return replace(stored, pixels_sha256=images.pixels_sha256(pixels))
 
     def _fail(self, result: StoredResult, error: str) -> None:
-        """Fail closed: without an answer there is no image, and the next run renders it again."""
+        """Fail closed: without a verdict, no image is kept and the next run renders it again."""
         self.counts.failed += 1
         row = set_image(set_verdict(result.row, Verdict()), None)
         self._add(result, replace(row, status="failed", error=error))
@@ -221,7 +225,7 @@ class Rescorer:
     def _add(self, result: StoredResult, row: ResultRow) -> None:
         request = result.request
         if result.row.generated_image is not None:
-            self._former.append(result.row.generated_image)
+            self._replaced_paths.append(result.row.generated_image)
         self._rows.append(
             replace(
                 row,
@@ -236,7 +240,7 @@ class Rescorer:
 
 
 def _check_all(gate: Gate, check: Callable[[T], Verdict], contents: Sequence[T]) -> list[Verdict | RowBroken]:
-    """Return the verdict of a gate on each content. It fails closed: no verdict is a RowBroken."""
+    """Return the gate's verdict on each content. Fails closed: a missing verdict becomes a RowBroken."""
 
     def check_one(content: T) -> Verdict | RowBroken:
         try:
@@ -249,14 +253,14 @@ def _check_all(gate: Gate, check: Callable[[T], Verdict], contents: Sequence[T])
         return list(pool.map(check_one, contents))
 
 
-def _join(first: Verdict | RowBroken, second: Verdict | RowBroken) -> Verdict | RowBroken:
+def _merge_verdicts(first: Verdict | RowBroken, second: Verdict | RowBroken) -> Verdict | RowBroken:
     if isinstance(first, RowBroken):
         return first
     return second if isinstance(second, RowBroken) else first.merge(second)
 
 
 def _load_checker(settings: RunSettings, card: ModelCard, record: Mapping[str, Any]) -> ImageChecker:
-    from batch_infer.autotune import find_device  # these import torch, which a service alone does without
+    from batch_infer.autotune import find_device  # imports torch, which a service alone does not need
     from batch_infer.worker import load_image_checker
 
     return load_image_checker(card, choose_compute(settings, find_device(settings.model.device), record, card))

@@ -1,4 +1,4 @@
-"""The files results.parquet, results.csv and results.jsonl."""
+"""Write results.parquet, results.csv and results.jsonl."""
 
 from __future__ import annotations
 
@@ -25,41 +25,39 @@ log = logging.getLogger("batch_infer")
 
 
 def write_results(tables: Iterable[pa.Table], schema: pa.Schema, out: Path, output: OutputSettings) -> None:
-    """Write all tables, each of this schema, to results.parquet and the other formats. Raises StorageError."""
+    """Write tables of this schema to results.parquet and the requested formats. Raises StorageError."""
     images = make_sink(out) if output.base64 else None
     with ExitStack() as stack:
-        writers = [
-            _open_writer(
-                stack, stack.enter_context(atomic_write(out / f"results.{name}", parents=False)), schema, images
-            )
-            for name in dict.fromkeys(("parquet", *output.results))
-        ]
+        writers = []
+        for name in dict.fromkeys(("parquet", *output.results)):
+            temporary = stack.enter_context(atomic_write(out / f"results.{name}", parents=False))
+            writers.append(_open_writer(stack, temporary, schema, images))
         for table in tables:
             for write in writers:
                 write(table)
 
 
 def remove_other_results(out: Path, output: OutputSettings) -> None:
-    """Remove what an earlier run wrote in formats that are no longer requested: it is out of date now."""
+    """Remove out-of-date results in formats that are no longer requested."""
     for name in {"csv", "jsonl"} - set(output.results):
         (out / f"results.{name}").unlink(missing_ok=True)
 
 
 def _open_writer(stack: ExitStack, path: Path, schema: pa.Schema, images: Sink | None) -> Callable[[pa.Table], object]:
-    """Return the function that appends a table to a file; with `images`, an image is its bytes instead of its path."""
+    """Return a function that appends a table to a file. With `images`, it writes images as bytes, not as paths."""
     if path.suffix == ".parquet":
         parquet = stack.enter_context(pq.ParquetWriter(path, schema, compression="zstd"))
         return lambda table: parquet.write_table(table)
     stream = stack.enter_context(path.open("w", encoding="utf-8", newline=""))
     if path.suffix == ".jsonl":
-        return lambda table: stream.writelines(f"{to_json(row)}\n" for row in _rows(table, images))
+        return lambda table: stream.writelines(f"{to_json(row)}\n" for row in _iterate_rows(table, images))
     writer = csv.writer(stream)
     writer.writerow(schema.names)
-    return lambda table: writer.writerows(map(_csv_cell, row.values()) for row in _rows(table, images))
+    return lambda table: writer.writerows(map(_format_csv_cell, row.values()) for row in _iterate_rows(table, images))
 
 
-def _rows(table: pa.Table, images: Sink | None) -> Iterator[dict[str, Any]]:
-    """Yield rows as dictionaries. With `images`, generated_image is the file's bytes, as on Azure's model card."""
+def _iterate_rows(table: pa.Table, images: Sink | None) -> Iterator[dict[str, Any]]:
+    """Yield rows as dictionaries. With `images`, generated_image holds the file's bytes, as on Azure's model card."""
     for cells in zip(*map(to_python_values, table.columns), strict=True):
         row = dict(zip(table.column_names, cells, strict=True))
         if images is not None and row["generated_image"] is not None:
@@ -72,7 +70,7 @@ def _rows(table: pa.Table, images: Sink | None) -> Iterator[dict[str, Any]]:
 
 
 def _read_image(images: Sink, name: str) -> bytes | None:
-    """Return an image, or None where it was deleted or is not a file of this run. Raises StorageError."""
+    """Return an image, or None if it was deleted or is not a file of this run. Raises StorageError."""
     content = images.read(name)
     if content is None:
         log.warning("%s is missing, or is not an image of this run, so it is left out", name)
@@ -80,11 +78,11 @@ def _read_image(images: Sink, name: str) -> bytes | None:
 
 
 def shorten_float32(value: float | None) -> float | None:
-    """Return a float32 with its own digits only, not those of the double that holds it."""
+    """Round a float32 to its significant digits, dropping digits added by conversion to double."""
     return None if value is None else float(f"{value:.7g}")
 
 
-def _csv_cell(value: Any) -> Any:
+def _format_csv_cell(value: Any) -> Any:
     match value:
         case bool():
             return "true" if value else "false"
@@ -98,24 +96,24 @@ def _csv_cell(value: Any) -> Any:
 
 def to_json(value: Any) -> str:
     """Format any value as JSON: null for NaN and infinity, text for types that JSON lacks."""
-    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, default=_to_text)
+    return json.dumps(_replace_non_finite(value), ensure_ascii=False, allow_nan=False, default=_to_text)
 
 
-def _finite(value: Any) -> Any:
-    """Replace numbers that JSON lacks by None, as pandas does."""
+def _replace_non_finite(value: Any) -> Any:
+    """Replace NaN and infinity with None, as pandas does."""
     match value:
         case float():
             return value if math.isfinite(value) else None
         case dict():
-            return {name: _finite(inner) for name, inner in value.items()}
+            return {name: _replace_non_finite(inner) for name, inner in value.items()}
         case list() | tuple():
-            return [_finite(inner) for inner in value]
+            return [_replace_non_finite(inner) for inner in value]
         case _:
             return value
 
 
 def _to_text(value: Any) -> str:
-    """Format a value whose type JSON and CSV lack."""
+    """Format a value of a type that JSON and CSV lack."""
     if isinstance(value, bytes):
         return base64.b64encode(value).decode("ascii")
     return value.isoformat() if hasattr(value, "isoformat") else str(value)

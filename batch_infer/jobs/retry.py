@@ -1,4 +1,4 @@
-"""`retry`: render again the rows with a certain status."""
+"""Render rows with certain statuses again."""
 
 from __future__ import annotations
 
@@ -29,58 +29,63 @@ def retry_rows(
     progress: Progress,
     stop: Callable[[], bool] = lambda: False,
 ) -> tuple[Summary, RunSettings]:
-    """Render again the rows with one of these statuses, with the settings of the last run in OUT, and merge.
+    """Render rows with one of these statuses again, using the settings of the last run in OUT, and merge.
 
-    The tables are those of that run unless `tables` names others. A row is tried once more however often it has failed.
-    Rows without a result are left to `run`. Raises UsageError where OUT holds no run or its tables cannot be read.
+    `tables` replaces the tables of that run, unless it is empty. Each row gets one more attempt, however often it has
+    failed. Rows without a result are left to `run`. Raises UsageError if OUT holds no run or its tables cannot be read.
     """
     record = outdir.read_existing_run(out)
     settings = _with_service(read_settings(record, out, tables))
-    settings = replace(settings, rerender_changed=True)  # only the chosen rows are rendered
+    settings = replace(settings, rerender_changed=True)  # renders only the selected rows
     if not tables:
         refuse_unrepeatable_tables(record, out)
-    summary = render_tables(settings, progress, stop, _NotChosen(statuses, out))
-    before, after = scanned_results(record), scanned_results(outdir.read_existing_run(out))
-    if after < before:
-        log.warning("these tables have %d results and those of the run had %d: results.* list these", after, before)
+    summary = render_tables(settings, progress, stop, _SkipOtherStatuses(statuses, out))
+    earlier_total, total = scanned_results(record), scanned_results(outdir.read_existing_run(out))
+    if total < earlier_total:
+        log.warning(
+            "these tables have %d results and those of the run had %d: results.* list these", total, earlier_total
+        )
     return summary, settings
 
 
 def _with_service(settings: RunSettings) -> RunSettings:
-    """Return settings with the safety service of the environment: OUT must not decide where a key is sent.
+    """Return settings with the safety endpoint from the environment: OUT must not decide where a key is sent.
 
     Raises SettingsError.
     """
     if settings.safety.service is None:
         return settings
-    if (current := ServiceSettings.from_environment(os.environ)) is None:
+    current = ServiceSettings.from_environment(os.environ)
+    if current is None:
         raise SettingsError("the run used a safety service, and CONTENT_SAFETY_ENDPOINT is not set")
     service = replace(settings.safety.service, endpoint=current.endpoint)
     return replace(settings, safety=replace(settings.safety, service=service))
 
 
-class _NotChosen:
-    """The SkipRule that skips all rows except those of which an image has one of these statuses.
+class _SkipOtherStatuses:
+    """Skips all images except those with one of these statuses. Implements SkipRule.
 
-    Rows come in order, and a row's images one after the other: images that an invalid row did not have are rendered
-    with its first. Rows that are invalid now are skipped.
+    An invalid row has one result. If the row is valid now, its new images are rendered with the first one: the rule
+    sees the images of a row in order, one after another. Rows that are invalid now are skipped.
     """
 
     def __init__(self, statuses: Collection[RetryStatus], out: Path) -> None:
         self._statuses, self._sink = statuses, make_sink(out)
-        self._chosen_row: str | None = None
+        self._selected_row: str | None = None
 
     def __call__(self, item: Item, committed: ManifestEntry | None) -> bool:
         if isinstance(item, ResultRow):
             return True
         if item.image_index == 0:
-            self._chosen_row = None
+            self._selected_row = None
         if committed is None:
-            return self._chosen_row != item.id
-        is_chosen = committed.status in self._statuses or ("missing" in self._statuses and self._is_missing(committed))
-        if is_chosen and committed.status == "invalid":
-            self._chosen_row = item.id
-        return not is_chosen
+            return self._selected_row != item.id
+        is_selected = committed.status in self._statuses or (
+            "missing" in self._statuses and self._is_missing(committed)
+        )
+        if is_selected and committed.status == "invalid":
+            self._selected_row = item.id
+        return not is_selected
 
     def _is_missing(self, committed: ManifestEntry) -> bool:
         return committed.path is not None and not self._sink.has(committed.path)

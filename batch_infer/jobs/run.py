@@ -1,4 +1,4 @@
-"""`run` from its settings to its summary: the tables, the model, the lock, the engine and the log, then the run."""
+"""Prepare and execute a run: open the tables, find the model, lock OUT, start the engine and the log."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ def render_tables(
         card = find_model(settings)
         with outdir.locked(settings.out):
             settings = finish_overwrite(settings)
-            remove_rendezvous(settings.out)  # left by a run that was killed
+            remove_rendezvous(settings.out)  # left by a killed run
             with make_engine(settings.model.device, settings.compute.processes, rank, settings.out) as engine:
                 job = prepare(settings, tables, card, engine.find_device())
                 with _run_log(settings.out):
-                    execution = RunExecution(job, engine, progress, stop, _recovering(job, skip))
+                    execution = RunExecution(job, engine, progress, stop, _recover_if_needed(job, skip))
                     return execution.execute(started)
 
 
 def join_run(settings: RunSettings, stop: Callable[[], bool] = lambda: False) -> bool:
-    """Render for rank 0 if a launcher has started this process as another rank, else return False.
+    """Render for rank 0 if a launcher started this process as another rank, else return False.
 
     Raises the errors of `batch_infer.errors`.
     """
@@ -61,7 +61,7 @@ def join_run(settings: RunSettings, stop: Callable[[], bool] = lambda: False) ->
     rank = _read_rank(settings)
     if rank is None or not rank.rank:
         return False
-    log.setLevel(logging.WARNING)  # rank 0 logs what the settings imply
+    log.setLevel(logging.WARNING)  # rank 0 already logs notes on the settings
     join_launch(rank, settings.model.device, settings.out, find_model(settings), stop)
     return True
 
@@ -75,8 +75,8 @@ def _read_rank(settings: RunSettings) -> RankInfo | None:
     return rank
 
 
-def _recovering(job: Job, skip: SkipRule) -> SkipRule:
-    """Recover OUT if the earlier run did not end cleanly, and do not skip results whose image is lost."""
+def _recover_if_needed(job: Job, skip: SkipRule) -> SkipRule:
+    """Recover OUT if the earlier run did not end cleanly. The returned rule does not skip lost images."""
     out = job.settings.out
     if job.settings.overwrite or ended_cleanly(job.earlier):
         return skip
@@ -86,7 +86,7 @@ def _recovering(job: Job, skip: SkipRule) -> SkipRule:
 
 @contextmanager
 def _run_log(out: Path) -> Iterator[None]:
-    """Write the log to OUT too."""
+    """Also write the log to OUT."""
     with open_log(out / "logs" / "run.log") as file:
         handler = log_handler(file)
         log.addHandler(handler)

@@ -1,4 +1,4 @@
-"""OUT during a run: its manifest, run.json while it runs, and what --overwrite removes first."""
+"""Manage OUT during a run: its manifest, its run.json, and the removal of old files for --overwrite."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from batch_infer.store import PinnedFolder, fsync_folder, is_folder, is_link, li
 class RunFolder:
     """OUT, locked by a run.
 
-    With --overwrite, what it holds is removed once the first worker is ready, since a model that does not load must
-    cost no images. Until then (`is_cleared`) nothing is written.
+    With --overwrite, old files are removed only once the first worker is ready, so that a model that fails to load
+    costs no images. Until then `is_cleared` is false and nothing is written.
     """
 
     def __init__(self, job: Job, stop: Callable[[], bool]) -> None:
@@ -34,18 +34,18 @@ class RunFolder:
         self._earlier = job.earlier
 
     def index(self) -> ManifestIndex:
-        """Return the index of what a run can continue. Damaged parts are set aside."""
+        """Return the index of the results that a run can continue. Sets damaged parts aside."""
         return self.manifest.index(damaged=set_aside) if self.is_cleared else ManifestIndex(())
 
     def update_record(self, **entries: Any) -> None:
-        """Add entries to run.json, which stays as it was until OUT is cleared."""
+        """Add entries to run.json, which is not written until OUT is cleared."""
         self._record = {**self._record, **entries}
         if self.is_cleared:
             outdir.write_run(self.out, self._record)
 
     @contextmanager
     def restored_on_usage_error(self, has_commits: Callable[[], bool]) -> Iterator[None]:
-        """Restore run.json after a UsageError before the first commit: these settings must not refuse others."""
+        """Restore run.json after a UsageError before the first commit, so that its settings do not bind later runs."""
         try:
             yield
         except UsageError:
@@ -55,7 +55,7 @@ class RunFolder:
             raise
 
     def clear(self) -> None:
-        """Remove what OUT held, for --overwrite. Raises Interrupted, StorageError."""
+        """For --overwrite, remove the old files. Raises Interrupted, StorageError."""
         if self.is_cleared:
             return
         if self._stop():
@@ -67,12 +67,12 @@ class RunFolder:
 
 
 def clear(out: Path, stop: Callable[[], bool] = lambda: False) -> None:
-    """Remove what earlier runs made in OUT except logs/, and nothing else.
+    """Remove only what earlier runs wrote to OUT, except logs/.
 
-    run.json is first replaced by one that says so: after a kill at any moment OUT holds no results for any command, and
-    the next run continues. If images/ or quarantine/ is a link to a larger disk, the link stays, and only the files
-    that the manifest names are removed behind it. Raises UsageError where OUT is not a run's, StorageError, and
-    Interrupted once `stop` returns True.
+    First, run.json marks OUT as being cleared: after a kill at any time, no command sees results in OUT, and the next
+    run continues. If images/ or quarantine/ is a link to a larger disk, the link stays, and only files named in the
+    manifest are removed behind it. Raises UsageError if OUT is not a run's, StorageError, and Interrupted once `stop`
+    returns True.
     """
     outdir.refuse_to_clear(out)
     if not path_exists(out / "run.json"):
@@ -82,9 +82,10 @@ def clear(out: Path, stop: Callable[[], bool] = lambda: False) -> None:
     if linked:
         _remove_named_images(out)
     names = [name for name in outdir.OWN_NAMES if name not in ("manifest", "logs", "run.json", *linked)]
-    for path in (out / name for name in ("manifest", *names)):
-        children = list_names(path) if is_folder(path) else []
-        for target in (*filter(is_folder, (path / child for child in children)), path):
+    for name in ("manifest", *names):
+        path = out / name
+        children = [path / child for child in list_names(path)] if is_folder(path) else []
+        for target in (*filter(is_folder, children), path):
             if stop():
                 raise Interrupted(f"stopped while --overwrite removed what {out} held; run again to continue")
             with write_errors(target):
@@ -94,7 +95,7 @@ def clear(out: Path, stop: Callable[[], bool] = lambda: False) -> None:
 
 
 def _remove_named_images(out: Path) -> None:
-    """Remove the images that the manifest names, and the folders that are then empty."""
+    """Remove the images named in the manifest, and then their empty folders."""
     sink, folders = make_sink(out), set()
     for part in Manifest(out).parts():
         try:
@@ -103,7 +104,8 @@ def _remove_named_images(out: Path) -> None:
             continue
         for path in paths:
             sink.remove(path)
-            if (image := resolve_path(out, path)) is not None:
+            image = resolve_path(out, path)
+            if image is not None:
                 folders.add(image.parent)
     for folder in folders:
         if folder.parent.parent == out and not is_link(folder):

@@ -1,4 +1,4 @@
-"""run.json: the record that a run writes, and the types of the keys that later commands read."""
+"""Describe a run in run.json, and check the types of the keys that later commands read."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ScanRecord(msgspec.Struct, frozen=True, rename={"skipped": "standing"}):
 
 @dataclass(slots=True)
 class SummaryRecord(Counts):
-    """Counts of a `Summary`, or of results.* merged after a run that did not end."""
+    """Counts of a `Summary`, or of results.* that were merged after an unfinished run."""
 
     images_per_second: float | None = None
 
@@ -53,7 +53,7 @@ class NameRecord:
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """The keys of run.json that commands read. The file has others, for people."""
+    """The keys of run.json that commands read. Its other keys are for people."""
 
     identity: Mapping[str, str] | UnsetType = UNSET
     batch_infer: str | None = None
@@ -81,20 +81,20 @@ class RunRecord:
 
     @property
     def ids_from(self) -> str | None:
-        """The source of default ids, None where no row has one. Earlier versions record --id-from only."""
+        """Source of default ids, or None if no row has a default id. Earlier versions recorded only --id-from."""
         if not isinstance(self.default_ids, UnsetType):
             return self.default_ids
         return None if isinstance(self.settings, UnsetType) else self.settings.table.id_from
 
     @property
     def known_rules(self) -> tuple[RowRules, ...]:
-        """Every set of rules by which runs of this OUT have read their rows, the last run's first."""
+        """All rules by which runs in this OUT read their rows, starting with the last run's."""
         last = () if isinstance(self.rules, UnsetType) else (self.rules,)
         return *last, *self.earlier_rules
 
 
 def parse_record(record: Any) -> RunRecord:
-    """Check the types of run.json's keys. Raises ValueError that names the key."""
+    """Check the types of run.json's keys. Raises ValueError naming the key."""
     try:
         return msgspec.convert(record, RunRecord, dec_hook=_decode_path)
     except msgspec.ValidationError as error:
@@ -104,14 +104,14 @@ def parse_record(record: Any) -> RunRecord:
         raise ValueError(f"settings: {error}") from error
 
 
-def _decode_path(kind: type, value: Any) -> Any:
-    if kind is Path and isinstance(value, str):
+def _decode_path(expected_type: type, value: Any) -> Any:
+    if expected_type is Path and isinstance(value, str):
         return Path(value)
     raise TypeError(f"expected a path, got {type(value).__name__}")
 
 
 def require(value: T | UnsetType, key: str, out: Path) -> T:
-    """Return the value of a key. Raises UsageError where run.json lacks it, as one of another version may."""
+    """Return a key's value. Raises UsageError if run.json lacks the key, which another version may not write."""
     if isinstance(value, UnsetType):
         raise UsageError(
             f"{out / 'run.json'} has no {key}, so another version of batch-infer wrote it: continue with "
@@ -121,7 +121,7 @@ def require(value: T | UnsetType, key: str, out: Path) -> T:
 
 
 def read_settings(record: Mapping[str, Any], out: Path, tables: Sequence[str] = ()) -> RunSettings:
-    """Return the settings of a recorded run, for OUT and the tables as they are named now. Raises UsageError."""
+    """Return the settings of a recorded run, with `out` and, if not empty, `tables`. Raises UsageError."""
     settings = require(parse_record(record).settings, "settings", out)
     folder, table, model = settings.table.folder, settings.table, settings.model
     if tables:
@@ -139,7 +139,7 @@ def read_rules(record: Mapping[str, Any], out: Path) -> RowRules:
 
 
 def scanned_results(record: Mapping[str, Any]) -> int:
-    """Return how many results the tables of a recorded run have, 0 where it did not finish its scan."""
+    """Return the number of results in the tables of a recorded run, or 0 if its scan did not finish."""
     return int((record.get("survey") or {}).get("total", 0))
 
 
@@ -157,21 +157,22 @@ def refuse_unrepeatable_tables(record: Mapping[str, Any], out: Path) -> None:
 
 
 def ended_cleanly(record: Mapping[str, Any] | None) -> bool:
-    """Return whether a recorded run left nothing that the next command must recover."""
+    """Return whether a recorded run left nothing for the next command to recover."""
     return record is not None and record.get("summary") is not None and not record.get("has_strays")
 
 
 def with_counts(record: Mapping[str, Any], counts: Counts) -> dict[str, Any]:
-    """Return run.json with the counts of results.* as they are now, for `status`."""
+    """Return run.json with the current counts of results.*, for `status`."""
     summary = record.get("summary")
     key = "merged" if summary is None else "summary"
     return {**record, key: {**(summary or {}), **asdict(counts)}}
 
 
 def describe_run(settings: RunSettings, card: ModelCard, compute: Compute, tables: Tables | None) -> dict[str, Any]:
-    """Return run.json as it is when a run starts.
+    """Return run.json for the start of a run.
 
-    `identity` is what a later run must share. `tables` is None for an endpoint, whose tables come one by one.
+    Later runs in OUT must have the same `identity`. `tables` is None for an endpoint, which receives its tables one at
+    a time.
     """
     arguments = settings.table.tables
     table = replace(settings.table, tables=tuple(map(redact_url, arguments)))
@@ -181,7 +182,7 @@ def describe_run(settings: RunSettings, card: ModelCard, compute: Compute, table
         "finished_at": None,
         "tables": tables.files if tables else [],
         "unreadable_tables": sorted(tables.unreadable_files) if tables else [],
-        # --rerender-changed permits one command to replace images, and not those that continue it.
+        # --rerender-changed lets one command replace images, but not the commands that continue it.
         "settings": asdict(replace(settings, table=table, rerender_changed=False)),
         "unrepeatable_tables": [redact_url(name) for name in arguments if name == "-" or redact_url(name) != name],
         "model": {
@@ -209,7 +210,7 @@ def describe_run(settings: RunSettings, card: ModelCard, compute: Compute, table
 
 
 def describe_safety(safety: SafetySettings, card: ModelCard) -> str:
-    """Return the checkers, thresholds and policy: all that a verdict depends on besides the image."""
+    """Return the checkers, thresholds and policy: everything that affects a verdict except the image."""
     checkers = [f"checker {card.checker_fingerprint}"] if safety.uses_checker(has_checker=card.has_checker) else []
     if (service := safety.service) is not None:
         levels = ", ".join(f"{name} {level}" for name, level in zip(CATEGORIES, service.thresholds, strict=True))
@@ -219,7 +220,7 @@ def describe_safety(safety: SafetySettings, card: ModelCard) -> str:
 
 
 def check_identity(earlier: Mapping[str, Any], record: Mapping[str, Any], out: Path) -> None:
-    """Raise SettingsError where a run with another identity would continue an earlier one."""
+    """Raise SettingsError if the run would continue an earlier run with another identity."""
     for name, value in record["identity"].items():
         if earlier.get("identity", {}).get(name) != value:
             remedy = "check its images again with `batch-infer rescore`, " if name == "safety" else ""
@@ -230,7 +231,7 @@ def check_identity(earlier: Mapping[str, Any], record: Mapping[str, Any], out: P
 
 
 def _format_identity(record: Mapping[str, Any], name: str) -> str:
-    """Return a name with the start of its fingerprint, or the fingerprint where there is no name."""
+    """Return a name and the start of its fingerprint, or only the fingerprint if there is no name."""
     value = str(record.get("identity", {}).get(name))
     display_name = record.get(name, {}).get("name") if isinstance(record.get(name), Mapping) else None
     return f"{display_name} ({value[:12]})" if display_name else value

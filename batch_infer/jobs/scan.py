@@ -1,4 +1,4 @@
-"""The scan of the tables before anything is rendered: what there is to do and why, and the rows that are invalid."""
+"""Scan the tables before rendering: count pending results, explain why they are pending, and commit invalid rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from batch_infer.table import RowRules
 INVALID_BATCH = 1024
 INVALID_BYTES = 64 << 20
 INVALID_SHOWN = 20
-"""Invalid rows that are logged; the results name them all."""
+"""Maximum number of invalid rows to log. The results name them all."""
 OPTIONS = {
     "num_inference_steps": "--steps",
     "guidance_scale": "--guidance-scale",
@@ -31,18 +31,18 @@ OPTIONS = {
     "seed": "--seed",
     "num_images_per_prompt": "--images-per-prompt",
 }
-"""The option that sets a field's default."""
+"""Option that sets each field's default."""
 
 log = logging.getLogger("batch_infer")
 
 
 @dataclass(slots=True)
 class ScanResult:
-    """Counts of the results that the tables ask for (a row has one per image).
+    """Counts of the results that the tables request (one per image).
 
-    `done` results are skipped; `skipped` counts them by status, where `left` are those without a result that `retry`
-    leaves to `run`, as it does `unsettled` invalid rows. `sizes` (height, width) and `reasons` are of the pending ones,
-    and `changes` names the options that changed them.
+    `done` results are skipped. `skipped` counts them by status; its `left` counts those without a result, which `retry`
+    leaves to `run`. `unsettled` counts invalid rows that `retry` leaves to `run`. `sizes` (height, width) and `reasons`
+    describe pending results, and `changes` names the options that changed them.
     """
 
     total: int = 0
@@ -84,7 +84,7 @@ class ScanResult:
 
 
 def reason_of(item: Item, committed: ManifestEntry | None) -> str:
-    """Return why an item is to be rendered, given its committed result."""
+    """Return why an item must be rendered, given its committed result."""
     if committed is None:
         return "new"
     if committed.status == "invalid":
@@ -95,7 +95,7 @@ def reason_of(item: Item, committed: ManifestEntry | None) -> str:
 
 
 def format_reasons(reasons: Mapping[str, int], changes: str) -> str:
-    """Format the counts of `reason_of`, with the options that changed rows; empty where all rows are new."""
+    """Format the counts by reason and the options that changed rows. Returns an empty string if all rows are new."""
     if set(reasons) <= {"new"}:
         return ""
     cause = {"changed": f" ({changes})"} if changes else {}
@@ -105,33 +105,33 @@ def format_reasons(reasons: Mapping[str, int], changes: str) -> str:
 def scan_tables(
     job: Job, index: ManifestIndex, skip: SkipRule, changes: str = "", *, writes: bool = True
 ) -> ScanResult:
-    """Count what is to be done, and commit the invalid rows, which need no device. Raises StorageError.
+    """Count pending results, and commit the invalid rows, which need no device. Raises StorageError.
 
     `changes` names the options that changed rows. Without `writes`, invalid rows are left to `commit_invalid`.
     """
     result = ScanResult(changes=changes)
     invalid = _InvalidRows(job)
-    count = 0
+    new_invalid = 0
     for item in job.items(index):
         committed = index.find(item.key)
         is_skipped = skip(item, committed)
         result.add(item, committed, skip=is_skipped)
         if isinstance(item, ResultRow) and not is_skipped:
-            count += 1
-            level = logging.WARNING if count <= INVALID_SHOWN else logging.DEBUG
+            new_invalid += 1
+            level = logging.WARNING if new_invalid <= INVALID_SHOWN else logging.DEBUG
             log.log(level, "%s (%s): %s", item.source, item.id, item.error)
             if writes:
                 invalid.add(item, committed)
     invalid.commit()
     for remark in job.tables.remarks:
         log.warning("%s", remark)
-    if result.invalid > min(count, INVALID_SHOWN):
+    if result.invalid > min(new_invalid, INVALID_SHOWN):
         log.warning("invalid in all: %d; results.parquet names each with its error", result.invalid)
     return result
 
 
 def commit_invalid(job: Job) -> None:
-    """Commit the invalid rows of an OUT that held no results when its tables were scanned. Raises StorageError."""
+    """Commit the invalid rows once --overwrite has cleared OUT. Raises StorageError."""
     invalid = _InvalidRows(job)
     with ManifestIndex(()) as index:
         for item in job.items(index):
@@ -141,21 +141,21 @@ def commit_invalid(job: Job) -> None:
 
 
 class _InvalidRows:
-    """Invalid rows to commit, and the images that they had while they were valid, which are then removed."""
+    """Commits invalid rows, then removes the images that they had while they were valid."""
 
     def __init__(self, job: Job) -> None:
         self._carried = job.tables.carried
         self._manifest, self._sink = Manifest(job.settings.out, job.number), make_sink(job.settings.out)
         self._rows: list[ResultRow] = []
-        self._size = 0
+        self._byte_count = 0
         self._obsolete: list[str] = []
 
     def add(self, row: ResultRow, committed: ManifestEntry | None) -> None:
         self._rows.append(replace(row, attempt=committed.attempt + 1 if committed else 1, worker="table"))
         if committed and committed.path:
             self._obsolete.append(committed.path)
-        self._size += estimate_bytes(row.carried.values())
-        if len(self._rows) == INVALID_BATCH or self._size > INVALID_BYTES:
+        self._byte_count += estimate_bytes(row.carried.values())
+        if len(self._rows) == INVALID_BATCH or self._byte_count > INVALID_BYTES:
             self.commit()
 
     def commit(self) -> None:
@@ -163,14 +163,14 @@ class _InvalidRows:
             self._manifest.commit(self._rows, self._carried)
         for path in self._obsolete:
             self._sink.remove(path)
-        self._size = 0
+        self._byte_count = 0
         self._rows.clear()
         self._obsolete.clear()
 
 
 @dataclass(slots=True)
 class Changes:
-    """How many finished images changed options would replace, and the cause by option."""
+    """Number of finished images that changed options would replace, and the cause by option."""
 
     images: int = 0
     causes: dict[str, str] = field(default_factory=dict)
@@ -179,7 +179,7 @@ class Changes:
         return ", ".join(self.causes.values())
 
     def refuse(self, job: Job) -> None:
-        """Raise SettingsError where finished images would be replaced without --rerender-changed."""
+        """Raise SettingsError if finished images would be replaced without --rerender-changed."""
         if not self.images or job.settings.rerender_changed:
             return
         options = list(self.causes)
@@ -193,31 +193,34 @@ class Changes:
 
 
 def find_changes(job: Job, index: ManifestIndex) -> Changes:
-    """Return which finished images the options of this run would replace. Rows whose own cells changed do not count.
+    """Count the finished images that this run's options would replace. Rows whose cells changed do not count.
 
-    The tables are scanned only where a default has ever differed in this OUT, --column differs or run.json is missing.
+    Scans the tables only if a default ever differed in this OUT, --column differs or run.json is missing.
     """
     if job.earlier is None:
         return _changes_without_record(job, index)
     earlier = parse_record(job.earlier)
     if earlier.ids_from is not None and job.tables.default_id_source not in (None, earlier.ids_from):
-        return Changes(_finished(index), {"--id-from": f"id from {earlier.ids_from} -> {job.tables.default_id_source}"})
-    rules = [each for each in earlier.known_rules if each != job.rules]
-    before = dict(earlier.settings.table.columns) if earlier.settings else {}
-    now = dict(job.settings.table.columns)
+        return Changes(
+            _count_finished(index), {"--id-from": f"id from {earlier.ids_from} -> {job.tables.default_id_source}"}
+        )
+    earlier_rules = [rules for rules in earlier.known_rules if rules != job.rules]
+    earlier_columns = dict(earlier.settings.table.columns) if earlier.settings else {}
+    columns = dict(job.settings.table.columns)
     changes = Changes()
-    if not rules and before == now:
+    if not earlier_rules and earlier_columns == columns:
         return changes
-    for item, others in job.tables.compared_rows(job.rules, rules, make_finished_check(index)):
+    for item, earlier_items in job.tables.compared_rows(job.rules, earlier_rules, make_finished_check(index)):
         replaced = _find_replaced(item, index)
         if replaced is None:
             continue
-        if rendered := _find_rendered(replaced.fingerprint, others, rules):
+        rendered = _find_rendered(replaced.fingerprint, earlier_items, earlier_rules)
+        if rendered is not None:
             changes.images += 1
-            changes.causes |= _causes(item, *rendered, job.rules)
-        elif before != now:
+            changes.causes |= _find_causes(item, *rendered, job.rules)
+        elif earlier_columns != columns:
             changes.images += 1
-            changes.causes["--column"] = f"columns {_format_columns(before)} -> {_format_columns(now)}"
+            changes.causes["--column"] = f"columns {_format_columns(earlier_columns)} -> {_format_columns(columns)}"
     return changes
 
 
@@ -231,39 +234,42 @@ def _find_replaced(item: Item, index: ManifestIndex) -> ManifestEntry | None:
 
 
 def _find_rendered(
-    fingerprint: str, others: Sequence[Item | None], rules: Sequence[RowRules]
+    fingerprint: str, earlier_items: Sequence[Item | None], earlier_rules: Sequence[RowRules]
 ) -> tuple[Item, RowRules] | None:
-    """Return the row as it was when its committed result was made, and the rules of that run."""
-    pairs = zip(others, rules, strict=True)
-    return next(((old, each) for old, each in pairs if old is not None and old.fingerprint == fingerprint), None)
+    """Return the version of a row that was rendered as its committed result, and the rules of that run."""
+    for item, rules in zip(earlier_items, earlier_rules, strict=True):
+        if item is not None and item.fingerprint == fingerprint:
+            return item, rules
+    return None
 
 
 def _changes_without_record(job: Job, index: ManifestIndex) -> Changes:
-    """Count the finished images that would be replaced in an OUT whose run.json is missing."""
-    if not _finished(index):
+    """Count the finished images that the run would replace if run.json is missing."""
+    if not _count_finished(index):
         return Changes()
     images = sum(_find_replaced(item, index) is not None for item in job.items(index))
     return Changes(images, {"an option or a row": "run.json, which records the options, is missing"} if images else {})
 
 
-def _finished(index: ManifestIndex) -> int:
+def _count_finished(index: ManifestIndex) -> int:
     statuses = index.count_statuses()
     return sum(statuses[status] for status in FINAL_STATUSES)
 
 
-def _causes(item: Item, old: Item, before: RowRules, after: RowRules) -> dict[str, str]:
-    """Return the options whose defaults differ and give this row another value, or make it invalid."""
-    then, now = asdict(before.defaults), asdict(after.defaults)
-    values: list[Mapping[str, Any]] = [
-        {**asdict(request.params), "negative_prompt": request.negative_prompt, "seed": request.seed}
-        if isinstance(request, PromptRequest)
-        else now
-        for request in (old, item)
-    ]
+def _find_causes(item: Item, old_item: Item, old_rules: RowRules, rules: RowRules) -> dict[str, str]:
+    """Return the options whose changed defaults give this row another value or make it invalid."""
+    old_defaults, defaults = asdict(old_rules.defaults), asdict(rules.defaults)
+
+    def values_of(request: Item) -> dict[str, Any]:
+        if not isinstance(request, PromptRequest):
+            return defaults
+        return {**asdict(request.params), "negative_prompt": request.negative_prompt, "seed": request.seed}
+
+    old_values, values = values_of(old_item), values_of(item)
     return {
-        option: f"{name} {_format_value(then[name])} -> {_format_value(now[name])}"
+        option: f"{name} {_format_value(old_defaults[name])} -> {_format_value(defaults[name])}"
         for name, option in OPTIONS.items()
-        if then[name] != now[name] and values[0].get(name) != values[1].get(name)
+        if old_defaults[name] != defaults[name] and old_values.get(name) != values.get(name)
     }
 
 

@@ -1,4 +1,4 @@
-"""`status`: the progress of a run from what it has written, while it works and after it has ended or was killed."""
+"""Report the progress of a run from its files, while it runs and after it has ended or was killed."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ STATUSES = get_args(Status)
 
 @dataclass(slots=True)
 class RunStatus:
-    """Results by status and how many are left, None while the tables are being scanned.
+    """Number of results by status. `left` results do not exist yet; it is None while the tables are scanned.
 
-    `state`: running, finished, stopped (run again to continue), rescoring (not finished), open (an endpoint's OUT,
-    whose total is unknown), or unknown (not finished, and this user may not read OUT's lock). `holder` is the process
-    that works in OUT. `is_stale`: results.* lack rows that were committed later. `images_per_second` is that of
-    `Throughput`, or of the summary once the run has ended; `seconds_left` is set while it works.
+    `state` is running, finished, stopped (run again to continue), rescoring (unfinished), open (an endpoint's OUT,
+    whose total is unknown) or unknown (unfinished, and this user may not read OUT's lock). `holder` is the process that
+    works in OUT. `is_stale` means that results.* lack rows that were committed later. `images_per_second` comes from
+    `Throughput`, or from the summary once the run has ended. `seconds_left` is set only while the run works.
     """
 
     state: str
@@ -41,17 +41,17 @@ class RunStatus:
 
 
 def read_status(out: Path) -> RunStatus:
-    """Return the status of OUT, without its lock. Raises UsageError where it holds no run."""
+    """Return the status of OUT without locking it. Raises UsageError if OUT holds no run."""
     record = parse_record(outdir.read_existing_run(out))
     try:
         holder = find_holder(out)
         state = "running" if holder else "stopped"
-    except StorageError:  # not readable by this user
+    except StorageError:  # this user may not read the lock
         holder, state = None, "unknown"
     status = RunStatus(state, holder, require(record.started_at, "started_at", out))
     is_open = not require(record.settings, "settings", out).table.tables
     summary = record.summary or (None if is_open else record.merged)
-    if summary is not None:  # a run that works there now has not scanned its tables yet
+    if summary is not None:  # a run that holds OUT now has not scanned its tables yet
         status.counts = {name: getattr(summary, name) for name in STATUSES}
         status.left = summary.left
         if not holder:
@@ -60,16 +60,16 @@ def read_status(out: Path) -> RunStatus:
     else:
         status.state = "open" if is_open else status.state
         status.is_stale = status.state == "stopped" and not record.rescoring
-        _count(status, record, Manifest(out))
+        _count_results(status, record, Manifest(out))
     status.state = "rescoring" if record.rescoring else status.state
     return status
 
 
-def _count(status: RunStatus, record: RunRecord, manifest: Manifest) -> None:
-    """Count the results that the run's scan skipped, and those that it has committed since.
+def _count_results(status: RunStatus, record: RunRecord, manifest: Manifest) -> None:
+    """Count the results that the run's scan skipped and the results that the run committed since.
 
-    The whole manifest is counted where the scan has not ended, during a rescore, which commits results of earlier runs
-    again, and in an OUT of an earlier version, which has no run number.
+    Count the whole manifest if the scan has not ended, during a rescore, which commits results of earlier runs again,
+    or if an earlier version wrote OUT without a run number.
     """
     scan, run = record.survey, record.run_number
     is_partial = scan is not None and run is not None and not record.rescoring
@@ -90,7 +90,7 @@ def _count(status: RunStatus, record: RunRecord, manifest: Manifest) -> None:
 
 
 def _estimate(status: RunStatus, record: RunRecord, rendered: Counter[str]) -> None:
-    """Set the rate until now, not until the last commit: a run that stalls is then seen to slow down."""
+    """Set the rate up to now rather than to the last commit, so that a stalled run visibly slows down."""
     committed = rendered.total()
     if record.rendering_since is None or committed < max(1, record.in_flight):
         return

@@ -1,4 +1,4 @@
-"""The figures of a run: counts of its results, throughput, and the summary that run.json and --json hold."""
+"""Count the results of a run, measure its throughput, and summarise it for run.json and --json."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from batch_infer.records import ResultRow, Source
 from batch_infer.stages import Stages
 
 BAD_SHOWN = 20
-"""Failed and invalid results that a report names; results.* name all."""
+"""Maximum number of failed and invalid results that a report names. results.* name them all."""
 _DESCRIBED = ["id", "image_index", "error", "source_file", "source_row"]
 
 
 @dataclass(slots=True)
 class Counts:
-    """Rows of a table, and its results (one per image) by status; `left` results do not exist yet."""
+    """Number of rows, and of results (one per image) by status. `left` results do not exist yet."""
 
     rows: int = 0
     images: int = 0
@@ -36,22 +36,22 @@ class Counts:
     bad_rows: int = 0
     """Rows with a failed or invalid result."""
     truncated: int = 0
-    """Rows whose prompt is longer than the model reads."""
+    """Rows whose prompt exceeds the length that the model reads."""
     bad_results: list[str] = field(default_factory=list, compare=False)
-    """The first failed and invalid results: file, row, id and error."""
+    """First failed and invalid results: file, row, id and error."""
 
     def add(self, table: pa.Table, sources: Sequence[Source] = ()) -> None:
-        """Count some results. `sources` has the place of each, where the tables were read."""
+        """Count the results in a table. `sources` holds their files and row numbers if the tables were read."""
         statuses = table["status"].to_pylist()
-        for status, number in Counter(statuses).items():
-            setattr(self, status, getattr(self, status) + number)
+        for status, count in Counter(statuses).items():
+            setattr(self, status, getattr(self, status) + count)
         self.images += len(table) - table["generated_image"].null_count
         truncated = pc.and_(pc.equal(table["image_index"], 0), pc.fill_null(table["prompt_truncated"], False))
         self.truncated += pc.sum(truncated).as_py() or 0
-        bad = (number for number, status in enumerate(statuses) if status in ("failed", "invalid"))
-        for number in islice(bad, BAD_SHOWN - len(self.bad_results)):
-            (row,) = table.select(_DESCRIBED).slice(number, 1).to_pylist()
-            source = sources[number] if sources else Source(row["source_file"], row["source_row"])
+        bad_indices = (index for index, status in enumerate(statuses) if status in ("failed", "invalid"))
+        for index in islice(bad_indices, BAD_SHOWN - len(self.bad_results)):
+            (row,) = table.select(_DESCRIBED).slice(index, 1).to_pylist()
+            source = sources[index] if sources else Source(row["source_file"], row["source_row"])
             self.bad_results.append(_format_bad_result(row, source))
 
     @property
@@ -65,13 +65,13 @@ def _format_bad_result(row: Mapping[str, Any], source: Source) -> str:
 
 
 class Throughput:
-    """Images rendered from when the first worker was ready until the latest commit, divided by the time between.
+    """Measures images per second from when the first worker is ready to the latest commit.
 
-    One definition for progress, metrics, the summary and `status`. Create it when the first worker is ready, since
+    Progress, metrics, the summary and `status` all use this definition. Create it when the first worker is ready, since
     loading the model does not count. An image counts once it is committed, unless it failed or was blocked.
 
-    Rows that are rendered together finish together, and their results come one by one. Before `in_flight` results, the
-    number in progress at a time, are committed, a rate would divide few results by the time of all, so it is None.
+    Rows rendered together finish together, but their results arrive one by one. Until `in_flight` results, the number
+    in progress at a time, are committed, the rate is None: it would divide few results by the time of all.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, in_flight: int = 1) -> None:
@@ -87,7 +87,7 @@ class Throughput:
 
     @property
     def seconds(self) -> float:
-        """Seconds from when the first worker was ready to the latest commit."""
+        """Seconds from when the first worker is ready to the latest commit."""
         return self._latest - self._ready_at
 
     @property
@@ -95,7 +95,7 @@ class Throughput:
         return self.rendered / self.seconds if self._is_settled and self.rendered and self.seconds else None
 
     def seconds_for(self, results: int) -> float | None:
-        """Estimate the seconds that further results take."""
+        """Estimate the seconds that this many more results take."""
         return results * self.seconds / self.committed if self._is_settled else None
 
     @property
@@ -105,14 +105,15 @@ class Throughput:
 
 @dataclass(slots=True)
 class Summary:
-    """The figures of one run. `counts` are those of its tables; all others cover only what this run rendered.
+    """Figures of one run. `counts` covers its tables; all other figures cover only what this run rendered.
 
-    `row_forwards` counts the UNet's batch elements and `ticks` its calls. `occupancy` is the share of slots that were
-    full, `unet_busy` the share of the time between the first and last UNet call that was spent in one, `mfu` the model
-    FLOPS utilisation (None where the device's peak is unknown). Where stages overlap, on a GPU, `stage_shares` divide
-    the sum of their times. Shares are means over the workers: `processes`, 0 where the command itself rendered;
-    `deaths` of them were replaced. `peak_memory` is that of the largest process. `unfinished` images are left to the
-    next run. `rendered` and `rendering_seconds` are those of `Throughput`.
+    `row_forwards` counts UNet batch elements and `ticks` UNet calls. `occupancy` is the share of slots that were full.
+    `unet_busy` is the share of time in UNet calls between the first and the last call. `mfu` is the model FLOPS
+    utilisation, or None if the device's peak is unknown. `stage_shares` divides the sum of the stages' times, since
+    stages overlap on a GPU. Shares are means over the workers. `processes` is the number of workers, or 0 if the
+    command itself rendered, and `deaths` the number of workers that were replaced. `peak_memory` is that of the largest
+    process, in bytes. `unfinished` images are left to the next run. `rendered` and `rendering_seconds` come from
+    `Throughput`.
     """
 
     counts: Counts = field(default_factory=Counts)
@@ -132,7 +133,7 @@ class Summary:
     unfinished: int = 0
 
     def add(self, report: TaskReport) -> None:
-        """Take over the figures of the workers."""
+        """Set the figures from the workers' reports."""
         self.processes, self.deaths = report.processes, report.deaths
         for worker in report.worker_reports:
             self.add_peak_memory(worker.peak_memory)
@@ -145,9 +146,10 @@ class Summary:
         self.stage_shares = stages.shares
         spans = sum(total.span for total in totals)
         self.unet_busy = round(stages.denoise / spans, 4) if spans else 0.0
-        known = [(worker.mfu, worker.total.seconds) for worker in report.worker_reports if worker.mfu is not None]
-        if seconds := sum(seconds for _, seconds in known):
-            self.mfu = round(sum(mfu * seconds for mfu, seconds in known) / seconds, 4)
+        measured = [(worker.mfu, worker.total.seconds) for worker in report.worker_reports if worker.mfu is not None]
+        total_seconds = sum(seconds for _, seconds in measured)
+        if total_seconds:
+            self.mfu = round(sum(mfu * seconds for mfu, seconds in measured) / total_seconds, 4)
 
     def add_peak_memory(self, peaks: Mapping[str, int]) -> None:
         """Keep the larger peak of each kind of memory, in bytes."""
