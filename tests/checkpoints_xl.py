@@ -53,7 +53,7 @@ def _save(folder: Path, scheduler: Any, seed: int) -> Path:
             projection_dim=PROJECTION,
         )
         vae = make_vae(scaling_factor=0.13025, force_upcast=True)
-    # The second tokenizer pads with "!", which becomes a word of its own.
+    # The second tokenizer pads with "!", which is a separate word.
     tokenizers = make_tokenizer(), make_tokenizer(pad_token="!")
     pipe = StableDiffusionXLPipeline(vae, first, second, *tokenizers, unet, scheduler, add_watermarker=False)
     pipe.save_pretrained(folder)

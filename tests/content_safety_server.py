@@ -245,7 +245,7 @@ def _json(raw: bytes) -> Any:
 
 def _error(status: int) -> tuple[int, dict[str, Any]]:
     codes = {400: "InvalidRequestBody", 429: "TooManyRequests", 500: "InternalError", 503: "ServerBusy"}
-    return status, {"error": {"code": codes.get(status, str(status)), "message": f"told to answer {status}"}}
+    return status, {"error": {"code": codes.get(status, str(status)), "message": f"instructed to answer {status}"}}
 
 
 def _check_caller(headers: Any, query: str, rules: Rules) -> None:

@@ -111,6 +111,8 @@ def in_format(ending: str, rows: list[dict[str, Any]]) -> bytes:
         return exact_json(rows).encode()
     if ending == "txt":
         return "".join(f"{row['prompt']}\n" for row in rows).encode()
+    if ending not in ("parquet", "pq", "parq"):
+        raise ValueError(f"no encoder for .{ending}")
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows), sink)
     return bytes(sink.getvalue())

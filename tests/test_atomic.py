@@ -128,7 +128,7 @@ def test_a_pinned_folder_is_recognised_until_another_replaces_it(tmp_path: Path)
 
 
 def assert_gone(known: PinnedFolder, name: str = "out") -> None:
-    with pytest.raises(StorageError, match=f"{name} has gone since the run began: .* put it back and run again"):
+    with pytest.raises(StorageError, match=f"{name} has disappeared since the run began: .* put it back and run again"):
         known.check()
 
 

@@ -85,8 +85,8 @@ def test_mini_batches_have_the_results_of_a_run(tmp_path: Path, out: Path) -> No
     assert set(found["carried"]) == {"{}"}
     assert list(found["id"]) == [f"part-{k}-0000000{row}" for k in range(3) for row in range(3)]
     assert set(found["status"]) == {"ok"}
-    told = runs.command("status", out).stdout
-    assert ": open, started" in told and "9 ok · 0 failed · total unknown" in told and "run again" not in told
+    text = runs.command("status", out).stdout
+    assert ": open, started" in text and "9 ok · 0 failed · total unknown" in text and "run again" not in text
     assert runs.command("merge", out).code == 0
     assert runs.run(tmp_path / "in", tmp_path / "plain", "--steps", "2", "--safety", "none").code == 0
     assert runs.hashes(out) == runs.hashes(tmp_path / "plain")
@@ -105,14 +105,14 @@ def test_every_file_has_results(tmp_path: Path, out: Path) -> None:
     (folder / "notes.docx").write_bytes(b"PK")
     names = ("p.parquet", "payload.json", "empty.csv", "notes.docx", "gone.csv")
     found = score(good, *(str(folder / name) for name in names))
-    told = {row["id"]: (row["status"], row["error"]) for row in found.to_dict("records")}
-    assert [name for name, (state, _) in told.items() if state == "ok"] == [
+    outcomes = {row["id"]: (row["status"], row["error"]) for row in found.to_dict("records")}
+    assert [name for name, (state, _) in outcomes.items() if state == "ok"] == [
         "good-00000000", "p-00000000", "payload-00000000", "payload-00000001"
     ]  # fmt: skip
-    assert told["good-00000001"] == ("invalid", "the prompt is empty")
-    assert told["empty-00000000"] == ("invalid", "empty.csv is empty")
-    assert "no such file" in told["gone-00000000"][1]
-    assert "unknown ending .docx" in told["notes-00000000"][1]
+    assert outcomes["good-00000001"] == ("invalid", "the prompt is empty")
+    assert outcomes["empty-00000000"] == ("invalid", "empty.csv is empty")
+    assert "no such file" in outcomes["gone-00000000"][1]
+    assert "unknown ending .docx" in outcomes["notes-00000000"][1]
     notes = {row["id"]: json.loads(row["carried"])["note"] for row in found.to_dict("records")}
     assert [note for note in notes.values() if note is not None] == ["a", "b", "7"]
     assert set(found["source_file"]) == {"good.csv", *names}
@@ -121,7 +121,7 @@ def test_every_file_has_results(tmp_path: Path, out: Path) -> None:
 
 
 def test_markers_and_documentation_are_left_out(tmp_path: Path, out: Path) -> None:
-    """By the rule that a folder of `run` goes by. Of two files that come so, one that cannot be read is still told."""
+    """The rule is that of a folder of `run`. Of two such files, one that cannot be read still has a result."""
     folder = tmp_path / "in"
     names = ("_SUCCESS", "_committed_1", ".good.csv.crc", "good.csv.crc", "README.txt", ".hidden.csv")
     for name in names:
@@ -218,7 +218,7 @@ def worker(load: Any = None) -> MiniBatchScorer:
         return MiniBatchScorer(found)
 
 
-def told(results: pa.Table) -> list[tuple[str, str, str | None]]:
+def list_outcomes(results: pa.Table) -> list[tuple[str, str, str | None]]:
     return list(zip(*(results[name].to_pylist() for name in ("id", "status", "error")), strict=True))
 
 
@@ -284,8 +284,8 @@ def test_the_first_file_by_name_owns_a_shared_id(
     assert [row["prompt"] for row in runs.results(out) if row["id"] == "x"] == ["a ring"]
     runs.assert_whole(out)
     before = runs.images(out)
-    assert [name for name, *_ in told(two.score([files["b"], files["a"]]))] == ["b-00000000", "z", "x"]
-    assert [name for name, *_ in told(one.score([files["a"]]))] == ["x"]
+    assert [name for name, *_ in list_outcomes(two.score([files["b"], files["a"]]))] == ["b-00000000", "z", "x"]
+    assert [name for name, *_ in list_outcomes(one.score([files["a"]]))] == ["x"]
     assert runs.images(out) == before
     one.close()
     two.close()
@@ -301,7 +301,7 @@ def test_an_id_may_not_be_the_default_id_of_another_file(tmp_path: Path, out: Pa
     why = "the id 'p-00000000' would be the default id of a row of p.csv: give it another"
     for files in ([plain, named], [named, plain]):
         scoring = worker()
-        found = {name: (state, error) for file in files for name, state, error in told(scoring.score([file]))}
+        found = {name: (state, error) for file in files for name, state, error in list_outcomes(scoring.score([file]))}
         scoring.close()
         assert found["aa-00000000"] == ("invalid", why)
         assert found["p-00000000"] == found["p-00000001"] == found["cat-00000000"] == ("ok", None)
@@ -318,8 +318,8 @@ def test_files_with_one_stem_have_different_ids(tmp_path: Path, out: Path) -> No
     (folder / "p.txt").write_text("a ring\n")
     (folder / "p.docx").write_bytes(b"PK")
     scoring = worker()
-    assert told(scoring.score([one])) == [("p-00000000", "ok", None)]
-    found = told(scoring.score([str(folder / "p.docx"), str(folder / "p.txt")]))
+    assert list_outcomes(scoring.score([one])) == [("p-00000000", "ok", None)]
+    found = list_outcomes(scoring.score([str(folder / "p.docx"), str(folder / "p.txt")]))
     assert [(name, state) for name, state, _ in found] == [("p.docx-00000000", "invalid"), ("p.txt-00000000", "ok")]
     scoring.close()
     assert runs.command("merge", out).code == 0
@@ -330,7 +330,7 @@ def test_a_second_file_with_the_same_name_is_refused(tmp_path: Path, out: Path) 
     one, two = (prompts(tmp_path / name / "p.csv", 1) for name in "ab")
     scoring = worker()
     for _ in range(2):
-        found = told(scoring.score([one, two]))
+        found = list_outcomes(scoring.score([one, two]))
         assert found[0] == ("p-00000000", "ok", None)
         assert found[1][:2] == ("b/p.csv-00000000", "invalid") and "have one name" in str(found[1][2])
     scoring.close()
@@ -510,9 +510,9 @@ def test_integers_stay_integers_next_to_nulls(tmp_path: Path, out: Path, monkeyp
     monkeypatch.setenv("BATCH_INFER_SAFETY", "checker")
     found = score(table(tmp_path / "in.csv", [{"prompt": "a ring", "seed": 5}, {"prompt": "", "seed": 6}]))
     line, _ = csv.reader(io.StringIO(found.to_csv(sep=" ", header=False, index=False)), delimiter=" ")
-    told = dict(zip(found.columns, line, strict=True))
-    assert (told["seed"], told["height"], told["image_index"]) == ("5", "64", "0")
-    assert json.loads(told["safety_scores"])["concept_0"] == round(json.loads(told["safety_scores"])["concept_0"], 3)
+    cells = dict(zip(found.columns, line, strict=True))
+    assert (cells["seed"], cells["height"], cells["image_index"]) == ("5", "64", "0")
+    assert json.loads(cells["safety_scores"])["concept_0"] == round(json.loads(cells["safety_scores"])["concept_0"], 3)
 
 
 def test_a_safety_outage_raises_and_a_retry_continues(
@@ -535,7 +535,7 @@ def test_a_safety_outage_raises_and_a_retry_continues(
 
 
 @pytest.mark.parametrize(
-    ("variables", "told"),
+    ("variables", "message"),
     [
         ({"BATCH_INFER_STEPS": "many"}, "'many' is not a valid integer"),
         ({"BATCH_INFER_SLOTS": "auto"}, "BATCH_INFER_SLOTS=auto: use a number"),
@@ -548,12 +548,12 @@ def test_a_safety_outage_raises_and_a_retry_continues(
     ],
 )
 def test_init_refuses_invalid_settings(
-    out: Path, monkeypatch: pytest.MonkeyPatch, variables: Mapping[str, str], told: str
+    out: Path, monkeypatch: pytest.MonkeyPatch, variables: Mapping[str, str], message: str
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(SettingsError, match=told):
+    with pytest.raises(SettingsError, match=message):
         batch.init()
     assert not out.exists()
 
@@ -563,12 +563,12 @@ def test_another_model_or_policy_in_the_same_out_is_refused(
 ) -> None:
     score(prompts(tmp_path / "in.csv"))
     monkeypatch.setenv("BATCH_INFER_SAFETY", "checker")
-    told = "was made with safety none, and this run has safety .*: give the job another output path$"
-    with pytest.raises(SettingsError, match=told):
+    message = "was made with safety none, and this run has safety .*: give the job another output path$"
+    with pytest.raises(SettingsError, match=message):
         batch.init()
     for part in (out / "manifest").iterdir():
         part.unlink()
-    with pytest.raises(SettingsError, match=told):
+    with pytest.raises(SettingsError, match=message):
         batch.init()  # another worker may have written run.json and be at its first rows
     (out / "run.json").unlink()
     batch.init()

@@ -223,9 +223,9 @@ def texts() -> Iterator[tuple[str, str]]:
 
 def test_every_variable_of_batch_infer_is_known() -> None:
     read = options_as_variables() | DOORS_OWN
-    told = {(name, word) for name, text in texts() for word in re.findall(r"\bBATCH_INFER_[A-Z_]+\b", text)}
-    assert len(told) > 8
-    assert not {(name, word) for name, word in told if word not in read}
+    names = {(name, word) for name, text in texts() for word in re.findall(r"\bBATCH_INFER_[A-Z_]+\b", text)}
+    assert len(names) > 8
+    assert not {(name, word) for name, word in names if word not in read}
 
 
 def test_every_other_variable_is_known() -> None:
@@ -236,12 +236,12 @@ def test_every_other_variable_is_known() -> None:
         sources += [site / "azureml_inference_server_http/constants.py"]
     read = "\n".join(path.read_text("utf-8") for path in sources if path.is_file())
     pattern = r"\b(?:CONTENT_SAFETY|WORKER|GUNICORN|AZURE|AML|UAI|AZUREML)_[A-Z_]+\b|\bSUBSCRIPTION_ID\b"
-    told = {word for name, text in texts() if name != "workspace.py" for word in re.findall(pattern, text)}
-    told -= REPLACED | {"AZUREML_CONDA_ENVIRONMENT_PATH"}  # which the Dockerfile sets for itself, as Azure's do
+    names = {word for name, text in texts() if name != "workspace.py" for word in re.findall(pattern, text)}
+    names -= REPLACED | {"AZUREML_CONDA_ENVIRONMENT_PATH"}  # which the Dockerfile sets for itself, as Azure's do
     if not SERVER.is_dir():
-        told -= {"GUNICORN_CMD_ARGS", "WORKER_COUNT", "WORKER_TIMEOUT", "AML_APP_ROOT", "AZUREML_ENTRY_SCRIPT"}
-    assert {"CONTENT_SAFETY_ENDPOINT", "CONTENT_SAFETY_KEY", "CONTENT_SAFETY_THRESHOLD", "AZURE_CLIENT_ID"} <= told
-    assert not {word for word in told if f'"{word}"' not in read and f"'{word}'" not in read}
+        names -= {"GUNICORN_CMD_ARGS", "WORKER_COUNT", "WORKER_TIMEOUT", "AML_APP_ROOT", "AZUREML_ENTRY_SCRIPT"}
+    assert {"CONTENT_SAFETY_ENDPOINT", "CONTENT_SAFETY_KEY", "CONTENT_SAFETY_THRESHOLD", "AZURE_CLIENT_ID"} <= names
+    assert not {word for word in names if f'"{word}"' not in read and f"'{word}'" not in read}
 
 
 def test_predictions_have_the_format_of_the_managed_models() -> None:
@@ -330,9 +330,9 @@ def test_the_log_has_the_requested_format_and_names_ignored_settings(
     line: list[str | Path] = [sys.executable, "-c", TELL, tmp_path / "out"]
     done = subprocess.run(line, capture_output=True, text=True, timeout=600, check=True, cwd=ROOT)
     # OpenMP may say something of its own before anything of ours runs.
-    told = json.loads(next(line for line in done.stderr.splitlines() if line.startswith("{")))
+    entry = json.loads(next(line for line in done.stderr.splitlines() if line.startswith("{")))
     message = "BATCH_INFER_RESULTS, BATCH_INFER_TIME_LIMIT: ignored in an endpoint"
-    assert (told["level"], told["message"]) == ("WARNING", message)
+    assert (entry["level"], entry["message"]) == ("WARNING", message)
 
 
 def test_every_ignored_variable_is_an_option() -> None:

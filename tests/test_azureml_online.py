@@ -51,8 +51,8 @@ from batch_infer.azureml import online
 from batch_infer.azureml.online import init
 
 def run(raw_data):
-    told = Path(__file__).with_name("seconds")
-    os.environ["BATCH_INFER_REQUEST_TIMEOUT"] = told.read_text() if told.exists() else ""
+    seconds = Path(__file__).with_name("seconds")
+    os.environ["BATCH_INFER_REQUEST_TIMEOUT"] = seconds.read_text() if seconds.exists() else ""
     return online.run(raw_data)
 """
 """A request has as many seconds as a file says, where there is one."""

@@ -165,8 +165,8 @@ def test_a_worker_has_a_temporary_folder_and_a_log(tmp_path: Path) -> None:
         meet(2)
         note("folders", os.getcwd(), *os.listdir())
         Path("left").touch()
-        print("told on stdout")
-        print("told on stderr", file=sys.stderr)
+        print("written on stdout")
+        print("written on stderr", file=sys.stderr)
         return mini_batch
     """
     run(tmp_path, body, workers=2)
@@ -176,7 +176,7 @@ def test_a_worker_has_a_temporary_folder_and_a_log(tmp_path: Path) -> None:
     assert len(folders) == 2
     assert all(folder.is_relative_to(tempfile.gettempdir()) and not folder.exists() for folder in folders)
     logs = [worker_log(tmp_path, index) for index in range(2)]
-    assert [log.count(f"told on {name}") for log in logs for name in ("stdout", "stderr")] == [2, 2, 2, 2]
+    assert [log.count(f"written on {name}") for log in logs for name in ("stdout", "stderr")] == [2, 2, 2, 2]
 
 
 def test_a_script_has_its_neighbours_and_variables_and_nothing_imported(tmp_path: Path) -> None:
@@ -331,16 +331,16 @@ def test_predictions_of_an_earlier_job_are_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("returned", "told"),
+    ("returned", "message"),
     [("'text'", "returned a str"), ("None", "returned a NoneType")],
 )
 def test_a_result_of_another_type_fails_the_mini_batch(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, returned: str, told: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, returned: str, message: str
 ) -> None:
     body = f"def run(mini_batch):\n    return {returned} if mini_batch[0].endswith('01.csv') else mini_batch"
     done = run(tmp_path, body, max_retries=1)
     assert (done.succeeded, done.failed, done.failed_files, done.retries, done.fault) == (3, 1, 1, 1, None)
-    assert f"run() {told}; return a list or a pandas DataFrame" in caplog.text
+    assert f"run() {message}; return a list or a pandas DataFrame" in caplog.text
     assert "try 2 of 2" in caplog.text
 
 
@@ -432,7 +432,7 @@ def test_a_job_without_a_successful_mini_batch_fails(tmp_path: Path, body: str) 
 
 
 @pytest.mark.parametrize(
-    ("body", "told"),
+    ("body", "message"),
     [
         ("def init():\n    raise ValueError('no model')\n" + NAMES, "ValueError: no model"),
         ("import nothing_of_the_kind", "No module named 'nothing_of_the_kind'"),
@@ -440,9 +440,9 @@ def test_a_job_without_a_successful_mini_batch_fails(tmp_path: Path, body: str) 
         ("def init():\n    os._exit(7)\n" + NAMES, "exit code 7"),
     ],
 )
-def test_a_script_that_cannot_start_fails_the_job(tmp_path: Path, body: str, told: str) -> None:
+def test_a_script_that_cannot_start_fails_the_job(tmp_path: Path, body: str, message: str) -> None:
     done = run(tmp_path, body)
-    assert told in str(done.fault)
+    assert message in str(done.fault)
     assert "worker-0.log" in str(done.fault)
     assert (done.deliveries, done.succeeded) == (0, 0)
 
@@ -514,7 +514,7 @@ def test_kill_times_are_spread_over_the_duration_of_a_mini_batch() -> None:
     for seed in range(200):
         kills = KillSchedule(0.5, 2, random.Random(seed))
         first, second = MiniBatch(0, ("a",)), MiniBatch(1, ("b", "c"))
-        assert kills.assign(first, is_new=True) is None  # nobody knows yet how long one takes
+        assert kills.assign(first, is_new=True) is None  # the duration of one is not known yet
         kills.record_duration(first, 10.0)
         moment = kills.assign(second, is_new=True)
         assert moment is not None
@@ -559,10 +559,10 @@ def test_the_command_prints_the_outcome(tmp_path: Path) -> None:
 
 def test_the_command_prints_json(tmp_path: Path) -> None:
     done = simulated(tmp_path, "def run(mini_batch):\n    return None", "--max-retries", "0", "--json", "-q", files=1)
-    told = json.loads(done.stdout)
+    outcome = json.loads(done.stdout)
     assert (done.code, done.stderr) == (3, "")
-    assert (told["mini_batches"], told["failed_files"], told["rows_per_second"]) == (1, 1, None)
-    assert told["fault"].startswith("no succeeded mini batch")
+    assert (outcome["mini_batches"], outcome["failed_files"], outcome["rows_per_second"]) == (1, 1, None)
+    assert outcome["fault"].startswith("no succeeded mini batch")
 
 
 def test_quiet_prints_nothing_on_success_and_usage_ends_with_2(tmp_path: Path) -> None:

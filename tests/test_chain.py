@@ -143,7 +143,7 @@ def test_mixed_rows_keep_the_slots_full() -> None:
 
 
 def test_a_single_free_slot_goes_to_a_row_without_guidance() -> None:
-    """Two guided rows do not fit into three slots, but an unguided one fits beside the first."""
+    """Two guided rows do not fit into three slots, but an unguided one fits with the first."""
     chain, outcomes = run([paint("a", steps=4), paint("b", steps=4), paint("c", steps=4, guidance=1.0)], slots=3)
     assert {outcome.request.id for outcome in outcomes[:2]} == {"a", "c"}
     assert chain.stages.ticks == 2 * chain.model.solver.table(4).evaluations

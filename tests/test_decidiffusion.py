@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from batch_infer.errors import ModelError
 from batch_infer.models import load_latent_diffusion, load_solver, load_token_counter, read_card
-from batch_infer.models.decidiffusion import FlexibleUNet, FlexibleUNetConfig
+from batch_infer.models.flexible_unet import FlexibleUNet, FlexibleUNetConfig
 from batch_infer.records import SizeRules
 from batch_infer.settings import ModelSettings
 from tests import straight_line

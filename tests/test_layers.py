@@ -37,7 +37,7 @@ LAYERS = (
 )
 """Packages and modules from the lowest layer up. Imports point down, so two of one layer do not import each other."""
 
-LOADS_TORCH = {"accelerator", "diffusion", "images", "serving", "azureml"}
+LOADS_TORCH = {"accelerator", "diffusion", "serving", "azureml"}
 """Packages that load torch, or may, when they are imported. All others do it when a name that needs it is used."""
 COMMAND_LINE = {"cli", "__main__", "errors", "records", "settings", "store", "lazy"}
 RENDERING = {"torch", "diffusers", "transformers", "accelerate"}

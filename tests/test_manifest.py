@@ -388,11 +388,11 @@ def test_a_removed_out_is_not_created_again(tmp_path: Path, again: bool) -> None
     if again:
         out.mkdir()
     for name in ("a", "b"):
-        with pytest.raises(StorageError, match="has gone since the run began"):
+        with pytest.raises(StorageError, match="has disappeared since the run began"):
             manifest.commit([row(name)], NONE)
     assert out.exists() == again
     assert not again or not list(out.iterdir())
-    with pytest.raises(StorageError, match="has gone since the run began"):
+    with pytest.raises(StorageError, match="has disappeared since the run began"):
         Manifest(tmp_path / "missing").commit([row()], NONE)
 
 

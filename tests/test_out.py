@@ -306,7 +306,7 @@ def test_a_replaced_folder_is_recognised(out: Path, vanish: Callable[[Path], Non
         there = out.exists()
         if there:
             (out / ".holder").write_text("another")
-        with pytest.raises(StorageError, match="has gone since the run began"):
+        with pytest.raises(StorageError, match="has disappeared since the run began"):
             held.check()
         if not there:
             with pytest.raises(StorageError, match=r"cannot write .*run.json"):

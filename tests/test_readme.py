@@ -13,6 +13,7 @@ from batch_infer.cli import commands
 from batch_infer.cli.run import run
 from batch_infer.manifest import SCHEMA
 from batch_infer.settings import FIELDS
+from batch_infer.table.formats import FORMATS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -33,6 +34,12 @@ def test_commands_of_the_readme_are_valid(line: str) -> None:
     with command.make_context(name, arguments) as context:
         named = {"tables", "out", "folder"} & {key for key, value in context.params.items() if value}
         assert named or name == "bench"
+
+
+def test_every_table_format_is_in_the_readme_and_in_the_help_of_run() -> None:
+    for ending in FORMATS:
+        assert f"`{ending}`" in README
+        assert re.search(rf"{re.escape(ending)}\b", run.help or "")
 
 
 def test_every_command_is_in_the_readme() -> None:

@@ -386,8 +386,8 @@ def test_plan_and_run_log_remarks_on_the_tables(tmp_path: Path, out: Path) -> No
     short, blank = json.loads(planned.stdout)["remarks"]
     assert short.endswith("t.csv, line 3: 1 of 2 cells, without 'seed')")
     assert blank.endswith("t.csv, line 4)")
-    for told in (planned.stderr, done.stderr, (out / "logs" / "run.log").read_text()):
-        assert told.count(short) == told.count(blank) == 1
+    for text in (planned.stderr, done.stderr, (out / "logs" / "run.log").read_text()):
+        assert text.count(short) == text.count(blank) == 1
     assert len(results(out)) == json.loads(planned.stdout)["rows"] == 2
 
 

@@ -509,8 +509,8 @@ def test_a_rescore_whose_process_is_killed_is_continued(
     checks = ("--safety", "azure", "--on-flagged", policy)
     held = Event()
 
-    def hold(asked: ReceivedRequest) -> Fault | None:
-        if asked.kind == "image" and len(service.images) >= requests:
+    def hold(request: ReceivedRequest) -> Fault | None:
+        if request.kind == "image" and len(service.images) >= requests:
             held.set()
             return Fault(hang=600.0)
         return None

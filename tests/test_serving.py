@@ -278,9 +278,9 @@ def test_a_request_is_cancelled_on_timeout_and_on_disconnection(deployment: Azur
             yield rendered(request)
 
     client = Client(0.1) if ends == "timeout" else Client(is_disconnected=under_way.is_set)
-    told = "not ready in 0.1 seconds: request fewer images" if ends == "timeout" else "the client has disconnected"
+    message = "not ready in 0.1 seconds: request fewer images" if ends == "timeout" else "the client has disconnected"
     with closing(scripted(deployment, render)) as found:
-        with pytest.raises(RequestCancelled, match=told):
+        with pytest.raises(RequestCancelled, match=message):
             list(found.render([make_request(prompt=f"{i}") for i in range(9)], client))
         gone.set()
         all_of(found, [make_request(prompt="another")])
@@ -518,13 +518,13 @@ def test_preloading_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         online.init()
 
 
-@pytest.mark.parametrize(("fewest", "told"), [(4, ""), (20, "the model rendered no first image: it wants 20 steps")])
+@pytest.mark.parametrize(("fewest", "message"), [(4, ""), (20, "the model rendered no first image: it wants 20 steps")])
 def test_init_renders_a_first_image(
     deployment: AzureDeployment,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     fewest: int,
-    told: str,
+    message: str,
 ) -> None:
     steps = []
 
@@ -538,5 +538,5 @@ def test_init_renders_a_first_image(
         monkeypatch.setattr(online, "_load_service", lambda: found)
         with caplog.at_level("WARNING", "batch_infer"):
             online.init()
-    assert steps == ([2, 4] if not told else [2, 4, 10])
-    assert caplog.messages == ([told] if told else [])
+    assert steps == ([2, 4] if not message else [2, 4, 10])
+    assert caplog.messages == ([message] if message else [])

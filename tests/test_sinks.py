@@ -302,7 +302,7 @@ def test_all_images_are_fsynced_before_the_first_rename_and_then_the_folders(
     assert steps == ["sync"] * 6 + ["replace"] * 6 + ["sync folder"] * 2
 
 
-GONE = "has gone since the run began: .* run again to continue"
+GONE = "has disappeared since the run began: .* run again to continue"
 
 
 def replaced_by_another(folder: Path) -> None:

@@ -102,7 +102,7 @@ def azureml_simulate(*, as_json: bool, quiet: bool, no_progress: bool, **options
     """Run a batch scoring script over files as Azure ML's batch endpoint does, before you deploy it.
 
     INPUT is a file or a folder, of which the files are scored but not those of its subfolders. Worker processes get
-    the files in mini-batches. Each worker has a temporary working folder, a GPU of its own if there are any, a log in
+    the files in mini-batches. Each worker has a temporary working folder, its own GPU if there are any, a log in
     OUT/logs/azureml, and your environment variables. Results that run() returns are written to OUT/predictions.csv,
     which is replaced.
 

@@ -1,7 +1,7 @@
 """`--metrics-file FILE`: the progress and the end of a run as Prometheus metrics.
 
 The text format is that of node_exporter's textfile collector (https://github.com/prometheus/node_exporter). Every
-series has the label `out`, so that each OUT can have a file of its own.
+series has the label `out`, so that each OUT can have its own file.
 """
 
 from __future__ import annotations

@@ -24,11 +24,11 @@ def run(
 ) -> int:
     """Render the prompts of TABLE... into OUT.
 
-    TABLE is a file (.csv, .tsv, .parquet, .pq, .jsonl, .ndjson, .json, .txt, each also .gz, .bz2, .xz or .zst), a
-    folder of them, a glob in quotes, a URL (s3://, https://, ...), or - for standard input. The column `prompt` is
-    required; id, negative_prompt, seed, height, width, num_inference_steps, guidance_scale, guidance_rescale and
-    num_images_per_prompt are optional, and all other columns are carried through to the results. Folders named
-    key=value in the path of a file are columns too.
+    TABLE is a file (.csv, .tsv, .parquet, .pq, .parq, .jsonl, .ndjson, .json, .txt, each also .gz, .bz2, .xz or
+    .zst), a folder of them, a glob in quotes, a URL (s3://, https://, ...), or - for standard input. The column
+    `prompt` is required; id, negative_prompt, seed, height, width, num_inference_steps, guidance_scale,
+    guidance_rescale and num_images_per_prompt are optional, and all other columns are carried through to the results.
+    Folders named key=value in the path of a file are columns too.
 
     Run the same command again to resume: finished rows are skipped, new and changed ones are rendered.
 

@@ -73,7 +73,7 @@ class _Parts:
     """The contents of an MLflow model.
 
     `files` maps each artifact's name to its source path and its file name in the model. In variables, an artifact's
-    name in braces stands for its path.
+    name in braces is replaced by its path.
     """
 
     files: Mapping[str, tuple[Path, str]]

@@ -19,8 +19,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from batch_infer.errors import ModelError
 from batch_infer.models.card import DEMO_MODEL, SamplingRules
-from batch_infer.models.decidiffusion import DeciDiffusion, FlexibleUNet, FlexibleUNetConfig
+from batch_infer.models.decidiffusion import DeciDiffusion
 from batch_infer.models.families import FAMILIES
+from batch_infer.models.flexible_unet import FlexibleUNet, FlexibleUNetConfig
 from batch_infer.models.latent_diffusion import LatentDiffusion
 from batch_infer.models.stable_diffusion import StableDiffusion
 from batch_infer.models.stable_diffusion_xl import StableDiffusionXL

@@ -56,7 +56,7 @@ class RetryingClient:
                 raise RowBroken(f"{SERVICE} gave no answer on this row's {kind} ({error})") from error
             raise ServiceError(
                 f"{SERVICE} at {self._settings.endpoint} has not answered for {tried:.0f} s (last: {error});"
-                " finished images are kept, run again to go on"
+                " finished images are kept. Run the same command again to continue"
             ) from error
 
     def close(self) -> None:
@@ -87,7 +87,7 @@ class RetryingClient:
     def _gives_up(self, state: RetryCallState, kind: Kind) -> bool:
         """Return whether `patience` is over and the cause is known.
 
-        If the last answer to another request is neither recent nor long ago, the service may have gone down since.
+        If the last answer to another request is neither recent nor long ago, the service may have failed since.
         Retries then continue until it has been silent for `patience` seconds, so that no row is blamed for it.
         """
         patience = self._settings.patience
@@ -122,7 +122,7 @@ class RetryingClient:
 
     def _raise_if_stopped(self) -> None:
         if self._stop():
-            raise Interrupted(f"stopped while waiting for {SERVICE}; run again to go on")
+            raise Interrupted(f"stopped while waiting for {SERVICE}; run the same command again to continue")
 
 
 def make_rate(per_second: float) -> Rate:

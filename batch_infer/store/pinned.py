@@ -66,7 +66,7 @@ class PinnedFolder:
             return
         if identity is None or self.marker is None or not path_exists(self.path / self.marker):
             raise StorageError(
-                f"{self.path} has gone since the run began: it was removed, renamed, unmounted or"
+                f"{self.path} has disappeared since the run began: it was removed, renamed, unmounted or"
                 " replaced by another folder; put it back and run again to continue"
             )
 
