@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 from batch_infer.cli.options import command, json_option, out_argument, results_options
@@ -28,5 +27,5 @@ def merge(*, out: Path, results: tuple[ResultsFormat, ...], base64: bool, as_jso
         lines = [format_counts(counts), format_results(out, formats)]
         if counts.left:
             lines.append(f"{counts.left:,} left: run again to continue")
-        print_result(lines, asdict(counts) if as_json else None)
+        print_result(lines, counts.as_dict() if as_json else None)
     return 0

@@ -66,9 +66,9 @@ class ProgressCounts:
         self.total, self.done, self.invalid = scan.total, scan.done + scan.invalid, scan.invalid
         self._throughput = None
         reasons = f": {scan.explanation};" if scan.explanation else ","
-        fields = {name: getattr(scan, name) for name in ("pending", "done", "invalid", "reasons", "changes")}
+        fields = {name: getattr(scan, name) for name in ("pending", "invalid", "reasons", "changes")}
         counts = scan.pending, reasons, scan.done, scan.invalid
-        log.info("%d to render%s %d done before, %d invalid", *counts, extra=fields)
+        log.info("%d to render%s %d done before, %d invalid", *counts, extra={**fields, "done": scan.done})
 
     def ready(self, throughput: Throughput) -> None:
         self._throughput = throughput

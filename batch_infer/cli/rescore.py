@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +52,7 @@ def rescore(*, out: Path, tables: tuple[str, ...], as_json: bool, quiet: bool, *
         result, counts = rescore_images(out, tables, safety, log_progress, stop)
     code = ROWS_FAILED if result.failed else 0
     if code or not quiet:
-        print_result(_lines(result, counts), {**asdict(result), "counts": asdict(counts)} if as_json else None)
+        print_result(_lines(result, counts), {**result.as_dict(), "counts": counts.as_dict()} if as_json else None)
     return code
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -22,6 +22,7 @@ from batch_infer.jobs.job import (
     prepare,
 )
 from batch_infer.jobs.scan import find_changes, reason_of
+from batch_infer.jobs.summary import JsonStruct
 from batch_infer.main_guard import end_unguarded_process
 from batch_infer.manifest import Manifest, ManifestIndex
 from batch_infer.models import TruncationCounter, load_token_counter
@@ -55,8 +56,7 @@ class SizePlan:
     seconds: float
 
 
-@dataclass(slots=True)
-class Plan:
+class Plan(JsonStruct, rename={"finished": "done", "refusal": "refused"}):
     """What a run would do. Counts are of results (one per image) unless they name rows.
 
     `seconds` covers the whole command; in `sizes` it is device time, which the `processes` share. `truncated` is None
@@ -74,25 +74,24 @@ class Plan:
     truncated: int | None = 0
     slots: int = 0
     processes: int = 1
-    sizes: list[SizePlan] = field(default_factory=list)
+    sizes: list[SizePlan] = []
     row_forwards: int = 0
     ticks: int = 0
     occupancy: float | None = None
     seconds: float = 0.0
     bytes: int = 0
-    reasons: dict[str, int] = field(default_factory=dict)
+    reasons: dict[str, int] = {}
     changes: str = ""
     refused: str | None = None
     cost: float | None = None
-    files: dict[str, int] = field(default_factory=dict)
-    left_out: dict[str, dict[str, int]] = field(default_factory=dict)
-    remarks: list[str] = field(default_factory=list)
+    files: dict[str, int] = {}
+    left_out: dict[str, dict[str, int]] = {}
+    remarks: list[str] = []
     default_ids: IdSource | None = None
     measured_at: datetime | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the --json output."""
-        return {**asdict(self), "measured_at": self.measured_at and self.measured_at.isoformat()}
+        return {**super().as_dict(), "measured_at": self.measured_at and self.measured_at.isoformat()}
 
 
 def make_plan(settings: RunSettings, report: Callable[[ResultRow], None]) -> Plan:

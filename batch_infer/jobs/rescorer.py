@@ -15,6 +15,7 @@ from batch_infer import images
 from batch_infer.errors import RowBroken, RowError
 from batch_infer.jobs.job import choose_compute
 from batch_infer.jobs.recovery import read_intact
+from batch_infer.jobs.summary import JsonStruct
 from batch_infer.manifest import CommittedImage, Manifest
 from batch_infer.models import ModelCard
 from batch_infer.records import PromptRequest, ResultRow, StoredImage, Verdict, utc_now
@@ -47,8 +48,7 @@ class StoredResult:
         return row.generated_image is not None and (row.status == "ok" or is_kept)
 
 
-@dataclass(slots=True)
-class RescoreCounts:
+class RescoreCounts(JsonStruct, rename={"checked": "judged", "unchecked": "unjudged"}):
     """Number of results by outcome.
 
     `judged` counts checked images, `flagged` those that are flagged now, and `changed` those whose flag changed.

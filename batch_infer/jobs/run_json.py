@@ -26,7 +26,7 @@ T = TypeVar("T")
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "pyarrow", "pillow", "numpy")
 
 
-class ScanRecord(msgspec.Struct, frozen=True, rename={"skipped": "standing"}):
+class ScanRecord(msgspec.Struct, frozen=True, rename={"finished": "done", "skipped": "standing"}):
     """Counts of a `ScanResult`."""
 
     finished_at: datetime
@@ -37,7 +37,6 @@ class ScanRecord(msgspec.Struct, frozen=True, rename={"skipped": "standing"}):
     skipped: Mapping[str, int] = {}
 
 
-@dataclass(slots=True)
 class SummaryRecord(Counts):
     """Counts of a `Summary`, or of results.* that were merged after an unfinished run."""
 
@@ -165,7 +164,7 @@ def with_counts(record: Mapping[str, Any], counts: Counts) -> dict[str, Any]:
     """Return run.json with the current counts of results.*, for `status`."""
     summary = record.get("summary")
     key = "merged" if summary is None else "summary"
-    return {**record, key: {**(summary or {}), **asdict(counts)}}
+    return {**record, key: {**(summary or {}), **counts.as_dict()}}
 
 
 def describe_run(settings: RunSettings, card: ModelCard, compute: Compute, tables: Tables | None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from batch_infer.carried import estimate_bytes
 from batch_infer.errors import SettingsError
 from batch_infer.jobs.job import Job
 from batch_infer.jobs.run_json import parse_record
+from batch_infer.jobs.summary import JsonStruct
 from batch_infer.manifest import Manifest, ManifestIndex
 from batch_infer.planning import Item, ManifestEntry, SkipRule, make_finished_check
 from batch_infer.records import FINAL_STATUSES, PromptRequest, ResultRow
@@ -36,8 +37,7 @@ OPTIONS = {
 log = logging.getLogger("batch_infer")
 
 
-@dataclass(slots=True)
-class ScanResult:
+class ScanResult(JsonStruct, rename={"finished": "done", "skipped": "standing", "uncommitted": "unsettled"}):
     """Counts of the results that the tables request (one per image).
 
     `done` results are skipped. `skipped` counts them by status; its `left` counts those without a result, which `retry`
@@ -49,9 +49,9 @@ class ScanResult:
     done: int = 0
     invalid: int = 0
     pending: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)
-    sizes: list[tuple[int, int]] = field(default_factory=list)
-    reasons: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, int] = {}
+    sizes: list[tuple[int, int]] = []
+    reasons: dict[str, int] = {}
     changes: str = ""
     unsettled: int = 0
 
@@ -77,10 +77,6 @@ class ScanResult:
     def explanation(self) -> str:
         """Why results are pending: `1 new, 22 changed (num_inference_steps 8 -> 50)`."""
         return format_reasons(self.reasons, self.changes)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the keys of `survey` in run.json."""
-        return {"standing" if name == "skipped" else name: value for name, value in asdict(self).items()}
 
 
 def reason_of(item: Item, committed: ManifestEntry | None) -> str:

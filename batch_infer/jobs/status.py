@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from batch_infer.errors import StorageError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.run_json import RunRecord, parse_record, require
+from batch_infer.jobs.summary import JsonStruct
 from batch_infer.manifest import Manifest
 from batch_infer.records import Status, utc_now
 from batch_infer.store import find_holder
@@ -17,8 +17,7 @@ from batch_infer.store import find_holder
 STATUSES = get_args(Status)
 
 
-@dataclass(slots=True)
-class RunStatus:
+class RunStatus(JsonStruct, rename={"remaining": "left"}):
     """Number of results by status. `left` results do not exist yet; it is None while the tables are scanned.
 
     `state` is running, finished, stopped (run again to continue), rescoring (unfinished), open (an endpoint's OUT,
@@ -30,14 +29,11 @@ class RunStatus:
     state: str
     holder: str | None
     started_at: str
-    counts: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, int] = {}
     left: int | None = None
     images_per_second: float | None = None
     seconds_left: float | None = None
     is_stale: bool = False
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def read_status(out: Path) -> RunStatus:

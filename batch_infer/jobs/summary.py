@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
+import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -21,8 +21,14 @@ BAD_SHOWN = 20
 _DESCRIBED = ["id", "image_index", "error", "source_file", "source_row"]
 
 
-@dataclass(slots=True)
-class Counts:
+class JsonStruct(msgspec.Struct):
+    """Figures that --json or run.json contain. `rename` gives a field another key."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return dict(msgspec.to_builtins(self))
+
+
+class Counts(JsonStruct, rename={"remaining": "left"}):
     """Number of rows, and of results (one per image) by status. `left` results do not exist yet."""
 
     rows: int = 0
@@ -37,7 +43,7 @@ class Counts:
     """Rows with a failed or invalid result."""
     truncated: int = 0
     """Rows whose prompt exceeds the length that the model reads."""
-    bad_results: list[str] = field(default_factory=list, compare=False)
+    bad_results: list[str] = []
     """First failed and invalid results: file, row, id and error."""
 
     def add(self, table: pa.Table, sources: Sequence[Source] = ()) -> None:
@@ -103,8 +109,7 @@ class Throughput:
         return self.committed >= max(1, self._in_flight)
 
 
-@dataclass(slots=True)
-class Summary:
+class Summary(JsonStruct, rename={"unfinished": "undone"}):
     """Figures of one run. `counts` covers its tables; all other figures cover only what this run rendered.
 
     `row_forwards` counts UNet batch elements and `ticks` UNet calls. `occupancy` is the share of slots that were full.
@@ -116,7 +121,7 @@ class Summary:
     `Throughput`.
     """
 
-    counts: Counts = field(default_factory=Counts)
+    counts: Counts = msgspec.field(default_factory=Counts)
     rendered: int = 0
     seconds: float = 0.0
     cost: float | None = None
@@ -126,8 +131,8 @@ class Summary:
     occupancy: float | None = None
     unet_busy: float | None = None
     mfu: float | None = None
-    stage_shares: dict[str, float] = field(default_factory=dict)
-    peak_memory: dict[str, int] = field(default_factory=dict)
+    stage_shares: dict[str, float] = {}
+    peak_memory: dict[str, int] = {}
     processes: int = 0
     deaths: int = 0
     unfinished: int = 0
@@ -162,21 +167,8 @@ class Summary:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the keys of run.json and --json."""
-        rate = self.images_per_second
-        return {
-            **asdict(self.counts),
-            "rendered": self.rendered,
-            "seconds": round(self.seconds, 3),
-            "cost": self.cost,
-            "images_per_second": None if rate is None else round(rate, 3),
-            "row_forwards": self.row_forwards,
-            "ticks": self.ticks,
-            "occupancy": self.occupancy,
-            "unet_busy": self.unet_busy,
-            "mfu": self.mfu,
-            "stage_shares": self.stage_shares,
-            "peak_memory": self.peak_memory,
-            "processes": self.processes,
-            "deaths": self.deaths,
-            "undone": self.unfinished,
-        }
+        figures = super().as_dict()
+        counts, rate = figures.pop("counts"), self.images_per_second
+        del figures["rendering_seconds"]
+        rounded = {"seconds": round(self.seconds, 3), "images_per_second": rate and round(rate, 3)}
+        return {**counts, **figures, **rounded}
