@@ -27,7 +27,7 @@ import tenacity
 from PIL import Image
 from pyrate_limiter import Rate
 
-from batch_infer.errors import Interrupted, RowBroken, ServiceError, SettingsError
+from batch_infer.errors import Interrupted, RowFailure, ServiceError, SettingsError
 from batch_infer.records import Verdict
 from batch_infer.safety import Gate, content_safety, payloads, retries
 from batch_infer.safety.content_safety import ContentSafety, check_credentials
@@ -342,7 +342,7 @@ def test_a_row_without_an_answer_fails_if_others_are_answered(clock: Clock, monk
             results = pool.submit(gate.check_prompt, "an odd one")
             while not results.done():
                 assert gate.check_prompt("another").nsfw is False
-        with pytest.raises(RowBroken, match=r"no answer on this row's prompt \(HTTP 500: InternalError: instructed"):
+        with pytest.raises(RowFailure, match=r"no answer on this row's prompt \(HTTP 500: InternalError: instructed"):
             results.result()
     assert "a red square" not in service.texts, "no probe is needed if others are answered"
 
@@ -350,7 +350,7 @@ def test_a_row_without_an_answer_fails_if_others_are_answered(clock: Clock, monk
 @pytest.mark.usefixtures("short_backoff")
 def test_a_row_without_an_answer_fails_if_a_probe_is_answered() -> None:
     """Otherwise the last row of a table could end every run."""
-    with serving(faults=odd) as service, gate_to(service, patience=0.2) as gate, pytest.raises(RowBroken):
+    with serving(faults=odd) as service, gate_to(service, patience=0.2) as gate, pytest.raises(RowFailure):
         gate.check_prompt("an odd one")
     assert service.texts[-1] == "a red square" and service.texts.count("a red square") == 1
 
@@ -394,13 +394,13 @@ def _check_repeatedly(gate: ContentSafety) -> Verdict:
 def test_a_refused_row_fails_at_once_with_the_message_of_the_service() -> None:
     with serving(faults=[REFUSES, status(413), status(415)]) as service, gate_to(service) as gate:
         with pytest.raises(
-            RowBroken, match=r"this row's prompt \(HTTP 400: InvalidRequestBody: The text is too odd\.\)"
+            RowFailure, match=r"this row's prompt \(HTTP 400: InvalidRequestBody: The text is too odd\.\)"
         ):
             gate.check_prompt("an odd one")
         for code in (413, 415):
-            with pytest.raises(RowBroken, match=f"this row's image .*HTTP {code}"):
+            with pytest.raises(RowFailure, match=f"this row's image .*HTTP {code}"):
                 gate.check_image(GREY)
-        with pytest.raises(RowBroken, match="1 to 10000 characters"):
+        with pytest.raises(RowFailure, match="1 to 10000 characters"):
             gate.check_prompt("")
     assert len(service.requests) == 4
 
@@ -436,7 +436,7 @@ def test_a_response_that_echoes_the_key_does_not_put_it_into_messages(
     with (
         serving(faults=lambda request: fault) as service,
         gate_to(service, patience=0.2) as gate,
-        pytest.raises((SettingsError, RowBroken, ServiceError), match=f"HTTP {code}: Denied: no: key") as caught,
+        pytest.raises((SettingsError, RowFailure, ServiceError), match=f"HTTP {code}: Denied: no: key") as caught,
     ):
         gate.check_prompt("a red square")
     assert KEY not in str(caught.value)

@@ -19,7 +19,7 @@ from batch_infer.chain import GatedChain, GracePeriod, NoRequest, Rendered, Requ
 from batch_infer.chain import gated as gated_chain
 from batch_infer.chain.gated import BLOCKED_AHEAD, IMAGES_AHEAD, PROMPTS_AHEAD
 from batch_infer.chain.sources import IteratorSource
-from batch_infer.errors import Interrupted, RowBroken, ServiceError
+from batch_infer.errors import Interrupted, RowFailure, ServiceError
 from batch_infer.manifest import Manifest
 from batch_infer.models import read_card
 from batch_infer.records import PromptRequest, Verdict
@@ -61,7 +61,7 @@ class WordGate:
             self.images[shade] += 1
         time.sleep(self._seconds)
         if shade == 200:
-            raise RowBroken("this image was not checked")
+            raise RowFailure("this image was not checked")
         if shade == 201:
             raise ServiceError("the service is down")
         return Verdict(shade >= 100, self.name, {"Hate": float(shade >= 100)}, "a bad image" if shade >= 100 else None)
@@ -69,7 +69,7 @@ class WordGate:
     def _fault(self, prompt: str) -> None:
         match prompt.split()[0]:
             case "broken":
-                raise RowBroken("this prompt was not checked")
+                raise RowFailure("this prompt was not checked")
             case "gone":
                 self._wait()
                 raise ServiceError("the service is down")
