@@ -18,7 +18,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from batch_infer.chain import BatchSizes, PipelineCallChain, Rendered, Unrendered
+from batch_infer.chain import BatchSizes, PipelineCallChain, RenderedImage, UnrenderedRow
 from batch_infer.errors import ModelError, RowFailure
 from batch_infer.models import AnyPipeline, ModelCard, read_card, trial_calls
 from batch_infer.models.pipelines import find_class
@@ -92,10 +92,10 @@ def rows_of(model: str) -> list[PromptRequest]:
 
 def render(
     model: AnyPipeline, requests: list[PromptRequest], *, slots: int = 8, judge: ImageChecker | None = None
-) -> dict[str, Rendered]:
+) -> dict[str, RenderedImage]:
     rendered = {}
     for outcome in PipelineCallChain(model, BatchSizes(slots, 2), judge).render(sorted(requests, key=_key_of_call)):
-        assert isinstance(outcome, Rendered), outcome.error
+        assert isinstance(outcome, RenderedImage), outcome.error
         rendered[outcome.request.id] = outcome
     return rendered
 
@@ -262,10 +262,10 @@ def test_an_error_fails_its_row_and_not_the_neighbours(
     }
     for name in "ac":
         image = outcomes[name]
-        assert isinstance(image, Rendered)
+        assert isinstance(image, RenderedImage)
         assert np.array_equal(image.pixels, wanted[name].pixels)
     bad = outcomes["bad"]
-    assert isinstance(bad, Unrendered)
+    assert isinstance(bad, UnrenderedRow)
     assert (bad.status == "invalid", bad.error) == (invalid, message)
 
 
@@ -302,7 +302,7 @@ def test_a_device_lost_during_trial_calls_is_reported(
 
 def test_a_size_that_the_pipeline_rounds_is_refused(models: dict[str, AnyPipeline]) -> None:
     (outcome,) = PipelineCallChain(models["flux"], BatchSizes(4, 2), None).render([row("flux", "row", size=(64, 72))])
-    assert isinstance(outcome, Unrendered)
+    assert isinstance(outcome, UnrenderedRow)
     assert outcome.status == "invalid"
     assert outcome.error.startswith("FluxPipeline makes images of 64x64 pixels instead of 72x64")
 
@@ -314,7 +314,7 @@ def test_values_that_are_not_finite_are_reported(folders: dict[str, Path], tmp_p
     weights["proj_out.bias"].fill_(float("nan"))
     save_file(weights, file, metadata={"format": "pt"})
     (outcome,) = PipelineCallChain(load_model(own), BatchSizes(4, 2), None).render([row("flux", "row", guidance=2.5)])
-    assert isinstance(outcome, Unrendered)
+    assert isinstance(outcome, UnrenderedRow)
     assert outcome.status == "failed"
     assert "not finite at 3 steps and guidance_scale 2.5" in outcome.error
 

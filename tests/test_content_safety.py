@@ -377,11 +377,11 @@ def test_an_outage_fails_no_row_even_if_others_were_answered_before() -> None:
     with (
         serving(faults=outage, latency=0.02) as service,
         gate_to(service, patience=2.0) as gate,
-        ThreadPoolExecutor(gate.at_once) as pool,
+        ThreadPoolExecutor(gate.concurrency) as pool,
     ):
         end = time.monotonic() + 0.5
         results = [pool.submit(gate.check_prompt, "the first to fail")]
-        results += [pool.submit(_check_repeatedly, gate) for _ in range(gate.at_once - 1)]
+        results += [pool.submit(_check_repeatedly, gate) for _ in range(gate.concurrency - 1)]
     assert {type(error.exception()) for error in results} == {ServiceError}
 
 
@@ -482,7 +482,7 @@ def test_a_stop_ends_the_wait_for_the_rate_limit() -> None:
 
 
 def check_from_threads(service: Service, count: int, **settings: Any) -> list[Verdict]:
-    with gate_to(service, **settings) as gate, ThreadPoolExecutor(gate.at_once) as pool:
+    with gate_to(service, **settings) as gate, ThreadPoolExecutor(gate.concurrency) as pool:
         return list(pool.map(gate.check_prompt, [f"prompt {k}" for k in range(count)]))
 
 
@@ -516,13 +516,13 @@ def test_a_rate_is_a_count_per_window(per_second: float, limit: int, millisecond
 def test_threads_keep_their_connections(caplog: pytest.LogCaptureFixture) -> None:
     """The SDK itself would keep ten of sixteen."""
     with (
-        serving(together=ContentSafety.at_once) as service,
+        serving(together=ContentSafety.concurrency) as service,
         gate_to(service) as gate,
-        ThreadPoolExecutor(gate.at_once) as pool,
+        ThreadPoolExecutor(gate.concurrency) as pool,
     ):
         for _ in range(3):
-            assert len(list(pool.map(gate.check_prompt, ["a red square"] * gate.at_once))) == gate.at_once
-        assert service.connections == gate.at_once
+            assert len(list(pool.map(gate.check_prompt, ["a red square"] * gate.concurrency))) == gate.concurrency
+        assert service.connections == gate.concurrency
     assert not caplog.records
 
 
@@ -538,7 +538,7 @@ def test_no_verdict_is_lost_or_swapped_if_every_other_request_fails(
     with (
         serving(words=WORDS, faults=(rng.choice([None, rng.choice(faults)]) for _ in iter(int, 1))) as service,
         gate_to(service, patience=20) as gate,
-        ThreadPoolExecutor(gate.at_once) as pool,
+        ThreadPoolExecutor(gate.concurrency) as pool,
     ):
         verdicts = list(pool.map(gate.check_prompt, prompts))
     assert [verdict.nsfw for verdict in verdicts] == [k % 3 == 0 for k in range(150)]

@@ -201,7 +201,7 @@ class Rescorer:
     def _store_image(self, result: StoredResult, file: _ImageFile, *, is_flagged: bool) -> StoredImage | None:
         """Write the image as the policy requires, unless it is already stored that way."""
         policy, row = self._settings.safety.policy, result.row
-        pixels = images.by_policy(file.pixels, policy) if is_flagged else file.pixels
+        pixels = images.apply_policy(file.pixels, policy) if is_flagged else file.pixels
         path = self.sink.path_in(row.generated_image or "", quarantine=is_flagged and policy == "quarantine")
         if pixels is None:
             return None
@@ -210,11 +210,11 @@ class Rescorer:
         self._written_paths.append(path)
         if pixels is file.pixels:
             return replace(self.sink.write(path, file.content), pixels_sha256=row.pixels_sha256)
-        parameters = images.parameters_text(result.request, self._card.scheduler_name, self._card.fingerprint)
+        parameters = images.format_parameters(result.request, self._card.scheduler_name, self._card.fingerprint)
         # The file name stays the same, so the format must too. A later run may have used another --image-format.
-        image_format = images.FORMATS.get(Path(path).suffix, self._settings.output.image_format)
+        image_format = images.FORMAT_BY_SUFFIX.get(Path(path).suffix, self._settings.output.image_format)
         stored = self.sink.write(path, images.encode(pixels, image_format, parameters))
-        return replace(stored, pixels_sha256=images.pixels_sha256(pixels))
+        return replace(stored, pixels_sha256=images.hash_pixels(pixels))
 
     def _fail(self, result: StoredResult, error: str) -> None:
         """Fail closed: without a verdict, no image is kept and the next run renders it again."""
@@ -249,7 +249,7 @@ def _check_all(gate: Gate, check: Callable[[T], Verdict], contents: Sequence[T])
             return error
         return RowFailure(f"{gate.name} gave no verdict") if verdict.nsfw is None else verdict
 
-    with ThreadPoolExecutor(gate.at_once) as pool:
+    with ThreadPoolExecutor(gate.concurrency) as pool:
         return list(pool.map(check_one, contents))
 
 

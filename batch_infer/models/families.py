@@ -25,8 +25,9 @@ CHECKER_COMPONENTS = frozenset({"safety_checker", "feature_extractor"})
 class Family:
     """A model family: its components, its implementation and the defaults of diffusers' pipeline class.
 
-    `implementation` is `module.Class` in this package. `skipped_components` are neither downloaded nor read. `pixel_options`
-    pairs each key of model_index.json that affects pixels with its default. `fingerprints_class` includes the pipeline class in the fingerprint. `sample_size` (latent side) and `latent_channels` apply if the
+    `implementation` is `module.Class` in this package. `skipped_components` are neither downloaded nor read.
+    `pixel_options` pairs each key of model_index.json that affects pixels with its default. `fingerprints_class`
+    includes the pipeline class in the fingerprint. `sample_size` (latent side) and `latent_channels` apply if the
     denoiser's config omits them. `joint_attention` means attention over text and image together (Stable Diffusion 3)
     instead of cross-attention.
     """

@@ -48,11 +48,11 @@ BLACK_IMAGE = payloads.encode_image(np.zeros((64, 64, 3), np.uint8))
 class ContentSafety:
     """The service as a gate. `stop` returns whether the run stops, which ends every wait.
 
-    Its methods may be called by `at_once` threads, which share its connections and its rate limit.
+    Its methods may be called by `concurrency` threads, which share its connections and its rate limit.
     """
 
     name = payloads.NAME
-    at_once = 16
+    concurrency = 16
 
     def __init__(self, settings: ServiceSettings, stop: Callable[[], bool] = lambda: False) -> None:
         """Raises SettingsError."""
@@ -64,7 +64,7 @@ class ContentSafety:
 
         self._settings = settings
         self._credential = _make_credential(settings)
-        self._session = _make_session(self.at_once)
+        self._session = _make_session(self.concurrency)
         transport = RequestsTransport(
             session=self._session,
             session_owner=False,
