@@ -92,7 +92,7 @@ def test_counts_are_by_status_and_row(tmp_path: Path) -> None:
     items.append(replace(rows[7], source_file="t.csv", source_row=8))
     counts, table = merge(tmp_path, items)
     counts.bad_results.clear()
-    assert counts == Counts(rows=8, images=3, ok=2, flagged=2, blocked=1, invalid=1, failed=1, left=2, bad_rows=2)
+    assert counts == Counts(rows=8, images=3, ok=2, flagged=2, blocked=1, invalid=1, failed=1, remaining=2, bad_rows=2)
     assert table["id"].to_pylist() == ["two", "two", "flagged", "dropped", "failed", "blocked", "invalid"]
 
 

@@ -25,7 +25,7 @@ def merge(*, out: Path, results: tuple[ResultsFormat, ...], base64: bool, as_jso
         counts, formats = merge_results(out, results, base64=base64)
     if not quiet:
         lines = [format_counts(counts), format_results(out, formats)]
-        if counts.left:
-            lines.append(f"{counts.left:,} left: run again to continue")
+        if counts.remaining:
+            lines.append(f"{counts.remaining:,} left: run again to continue")
         print_result(lines, counts.as_dict() if as_json else None)
     return 0

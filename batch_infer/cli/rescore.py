@@ -43,7 +43,7 @@ def rescore(*, out: Path, tables: tuple[str, ...], as_json: bool, quiet: bool, *
     """
 
     def log_progress(result: RescoreCounts) -> None:
-        log.debug("%s checked", format_count(result.judged, "image"))
+        log.debug("%s checked", format_count(result.checked, "image"))
 
     with stoppable() as stop:
         from batch_infer.jobs import rescore_images
@@ -57,11 +57,11 @@ def rescore(*, out: Path, tables: tuple[str, ...], as_json: bool, quiet: bool, *
 
 
 def _lines(result: RescoreCounts, counts: Counts) -> Iterator[str]:
-    yield f"{format_count(result.judged, 'image')} checked: {result.flagged:,} flagged, {result.changed:,} changed"
-    if result.unjudged:
-        yield f"{result.unjudged:,} flagged earlier cannot be checked again: their images were not kept"
+    yield f"{format_count(result.checked, 'image')} checked: {result.flagged:,} flagged, {result.changed:,} changed"
+    if result.unchecked:
+        yield f"{result.unchecked:,} flagged earlier cannot be checked again: their images were not kept"
     if result.failed:
         yield f"{result.failed:,} failed: `batch-infer run` renders them"
     yield format_counts(counts)
-    if counts.left:
-        yield f"{counts.left:,} left: `batch-infer run` renders them"
+    if counts.remaining:
+        yield f"{counts.remaining:,} left: `batch-infer run` renders them"

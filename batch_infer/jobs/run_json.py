@@ -31,7 +31,7 @@ class ScanRecord(msgspec.Struct, frozen=True, rename={"finished": "done", "skipp
 
     finished_at: datetime
     total: int = 0
-    done: int = 0
+    finished: int = 0
     invalid: int = 0
     pending: int = 0
     skipped: Mapping[str, int] = {}
@@ -137,7 +137,7 @@ def read_rules(record: Mapping[str, Any], out: Path) -> RowRules:
     return require(parse_record(record).rules, "rules", out)
 
 
-def scanned_results(record: Mapping[str, Any]) -> int:
+def count_scanned_results(record: Mapping[str, Any]) -> int:
     """Return the number of results in the tables of a recorded run, or 0 if its scan did not finish."""
     return int((record.get("survey") or {}).get("total", 0))
 
@@ -160,7 +160,7 @@ def ended_cleanly(record: Mapping[str, Any] | None) -> bool:
     return record is not None and record.get("summary") is not None and not record.get("has_strays")
 
 
-def with_counts(record: Mapping[str, Any], counts: Counts) -> dict[str, Any]:
+def add_counts(record: Mapping[str, Any], counts: Counts) -> dict[str, Any]:
     """Return run.json with the current counts of results.*, for `status`."""
     summary = record.get("summary")
     key = "merged" if summary is None else "summary"

@@ -18,7 +18,7 @@ STATUSES = get_args(Status)
 
 
 class RunStatus(JsonStruct, rename={"remaining": "left"}):
-    """Number of results by status. `left` results do not exist yet; it is None while the tables are scanned.
+    """Number of results by status. `remaining` is None while the tables are scanned.
 
     `state` is running, finished, stopped (run again to continue), rescoring (unfinished), open (an endpoint's OUT,
     whose total is unknown) or unknown (unfinished, and this user may not read OUT's lock). `holder` is the process that
@@ -30,7 +30,7 @@ class RunStatus(JsonStruct, rename={"remaining": "left"}):
     holder: str | None
     started_at: str
     counts: dict[str, int] = {}
-    left: int | None = None
+    remaining: int | None = None
     images_per_second: float | None = None
     seconds_left: float | None = None
     is_stale: bool = False
@@ -49,10 +49,10 @@ def read_status(out: Path) -> RunStatus:
     summary = record.summary or (None if is_open else record.merged)
     if summary is not None:  # a run that holds OUT now has not scanned its tables yet
         status.counts = {name: getattr(summary, name) for name in STATUSES}
-        status.left = summary.left
+        status.remaining = summary.remaining
         if not holder:
             status.images_per_second = summary.images_per_second
-            status.state = "stopped" if status.left else "finished"
+            status.state = "stopped" if status.remaining else "finished"
     else:
         status.state = "open" if is_open else status.state
         status.is_stale = status.state == "stopped" and not record.rescoring
@@ -75,12 +75,12 @@ def _count_results(status: RunStatus, record: RunRecord, manifest: Manifest) -> 
     if scan is None:
         return
     if not is_partial:
-        status.left = max(0, scan.total - committed.total())
+        status.remaining = max(0, scan.total - committed.total())
         return
     rendered = committed - Counter(invalid=committed["invalid"])
     counts = Counter(scan.skipped) + Counter(invalid=scan.invalid) + rendered
     status.counts = {name: counts[name] for name in STATUSES}
-    status.left = max(0, scan.pending - rendered.total()) + counts["left"]
+    status.remaining = max(0, scan.pending - rendered.total()) + counts["left"]
     if status.holder:
         _estimate(status, record, rendered)
 
@@ -91,6 +91,6 @@ def _estimate(status: RunStatus, record: RunRecord, rendered: Counter[str]) -> N
     if record.rendering_since is None or committed < max(1, record.in_flight):
         return
     seconds = (utc_now() - record.rendering_since).total_seconds()
-    if seconds > 0 and status.left is not None:
+    if seconds > 0 and status.remaining is not None:
         status.images_per_second = round((rendered["ok"] + rendered["flagged"]) / seconds, 3)
-        status.seconds_left = round(status.left * seconds / committed)
+        status.seconds_left = round(status.remaining * seconds / committed)

@@ -16,7 +16,7 @@ from batch_infer.engines import TaskReport
 from batch_infer.records import ResultRow, Source
 from batch_infer.stages import Stages
 
-BAD_SHOWN = 20
+MAX_BAD_RESULTS = 20
 """Maximum number of failed and invalid results that a report names. results.* name them all."""
 _DESCRIBED = ["id", "image_index", "error", "source_file", "source_row"]
 
@@ -29,7 +29,7 @@ class JsonStruct(msgspec.Struct):
 
 
 class Counts(JsonStruct, rename={"remaining": "left"}):
-    """Number of rows, and of results (one per image) by status. `left` results do not exist yet."""
+    """Number of rows, and of results (one per image) by status. `remaining` results do not exist yet."""
 
     rows: int = 0
     images: int = 0
@@ -38,7 +38,7 @@ class Counts(JsonStruct, rename={"remaining": "left"}):
     blocked: int = 0
     invalid: int = 0
     failed: int = 0
-    left: int = 0
+    remaining: int = 0
     bad_rows: int = 0
     """Rows with a failed or invalid result."""
     truncated: int = 0
@@ -55,7 +55,7 @@ class Counts(JsonStruct, rename={"remaining": "left"}):
         truncated = pc.and_(pc.equal(table["image_index"], 0), pc.fill_null(table["prompt_truncated"], False))
         self.truncated += pc.sum(truncated).as_py() or 0
         bad_indices = (index for index, status in enumerate(statuses) if status in ("failed", "invalid"))
-        for index in islice(bad_indices, BAD_SHOWN - len(self.bad_results)):
+        for index in islice(bad_indices, MAX_BAD_RESULTS - len(self.bad_results)):
             (row,) = table.select(_DESCRIBED).slice(index, 1).to_pylist()
             source = sources[index] if sources else Source(row["source_file"], row["source_row"])
             self.bad_results.append(_format_bad_result(row, source))
@@ -100,7 +100,7 @@ class Throughput:
     def images_per_second(self) -> float | None:
         return self.rendered / self.seconds if self._is_settled and self.rendered and self.seconds else None
 
-    def seconds_for(self, results: int) -> float | None:
+    def estimate_seconds(self, results: int) -> float | None:
         """Estimate the seconds that this many more results take."""
         return results * self.seconds / self.committed if self._is_settled else None
 

@@ -40,21 +40,21 @@ def commit_images(
     rows: Sequence[ResultRow],
     carried: pa.Schema,
     *,
-    written: Collection[str],
-    former: Collection[str],
+    written_paths: Collection[str],
+    replaced_paths: Collection[str],
 ) -> None:
-    """Rename the written images to their final paths, commit rows, and remove the former images that no row names.
+    """Rename the written images to their final paths, commit rows, and remove replaced images that no row names.
 
-    A former image whose path is reused is set aside until the rows are committed. If the process is killed before,
-    none is lost: `jobs.recovery` restores them. Raises StorageError.
+    A replaced image whose path is reused is set aside until the rows are committed. If the process is killed before,
+    `jobs.recovery` restores the image. Raises StorageError.
     """
-    new, kept = set(written), {row.generated_image for row in rows}
-    replaced = [path for path in former if path in new]
-    sink.back_up(replaced)
-    sink.publish(written)
+    new, current = set(written_paths), {row.generated_image for row in rows}
+    reused = [path for path in replaced_paths if path in new]
+    sink.back_up(reused)
+    sink.publish(written_paths)
     if rows:
         manifest.commit(rows, carried)
-    for path in (*(path for path in former if path not in kept), *map(sink.backup_path, replaced)):
+    for path in (*(path for path in replaced_paths if path not in current), *map(sink.backup_path, reused)):
         sink.remove(path)
 
 
@@ -65,9 +65,9 @@ def commit_failed(
     scheduler = settings.card.scheduler_name
     rows = [make_row(request, "failed", reason, scheduler=scheduler, worker=worker) for request in requests]
     if rows:
-        former = [request.replaces for request in requests if request.replaces]
+        replaced = [request.replaces for request in requests if request.replaces]
         manifest, sink = Manifest(settings.out, settings.run), make_sink(settings.out)
-        commit_images(sink, manifest, rows, settings.carried, written=(), former=former)
+        commit_images(sink, manifest, rows, settings.carried, written_paths=(), replaced_paths=replaced)
     return rows
 
 

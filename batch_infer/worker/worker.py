@@ -123,9 +123,10 @@ class Worker:
 
     def _commit(self, batch: list[_StoredRow], on_commit: Callable[[Sequence[ResultRow]], None]) -> None:
         rows = [stored.row for stored in batch]
-        written = [stored.written for stored in batch if stored.written]
-        former = [stored.former for stored in batch if stored.former]
-        commit_images(self._sink, self._manifest, rows, self._settings.carried, written=written, former=former)
+        written = [stored.written_path for stored in batch if stored.written_path]
+        replaced = [stored.replaced_path for stored in batch if stored.replaced_path]
+        carried = self._settings.carried
+        commit_images(self._sink, self._manifest, rows, carried, written_paths=written, replaced_paths=replaced)
         on_commit(rows)
 
 
@@ -141,5 +142,5 @@ class _StoredRow:
     """A row, the path of the image written for it, and the path of the image of an earlier attempt."""
 
     row: ResultRow
-    written: str | None
-    former: str | None
+    written_path: str | None
+    replaced_path: str | None
