@@ -11,6 +11,8 @@ from datetime import datetime, timezone
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
+import msgspec
+
 Status = Literal["ok", "flagged", "blocked", "invalid", "failed"]
 FINAL_STATUSES: frozenset[str] = frozenset({"ok", "flagged", "blocked"})
 """Later runs skip rows with these statuses."""
@@ -49,8 +51,7 @@ class SamplingParams:
         return 2 if self.uses_guidance else 1
 
 
-@dataclass(frozen=True, slots=True)
-class SizeRules:
+class SizeRules(msgspec.Struct, frozen=True):
     """Image sizes in pixels that a model accepts. `most` is the model's own limit. run.json stores these fields."""
 
     native_height: int

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
+
+import msgspec
 
 from batch_infer.errors import DamagedPart, Interrupted, SettingsError
 from batch_infer.jobs import out as outdir
@@ -102,7 +104,7 @@ class _Rescore:
         self._sources = {name: policy for name, policy in sources.items() if name != self._rules.fingerprint}
         self._record = {
             **record,
-            "settings": {**record["settings"], "safety": asdict(settings.safety)},
+            "settings": {**record["settings"], "safety": msgspec.to_builtins(settings.safety)},
             "identity": identity,
             "rules": {**record["rules"], "fingerprint": self._rules.fingerprint},
         }

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from queue import Empty
 from threading import Event, Lock
 
+from msgspec import structs
+
 from batch_infer.chain import Chain, RowOutcome
 from batch_infer.errors import Interrupted, TryAgainLater
 from batch_infer.models import ModelCard
@@ -180,4 +182,4 @@ def _real_time_compute(deployment: Deployment) -> Compute:
 def _limit_patience(safety: SafetySettings) -> SafetySettings:
     if safety.service is None:
         return safety
-    return replace(safety, service=replace(safety.service, patience=SAFETY_TIMEOUT_SECONDS))
+    return replace(safety, service=structs.replace(safety.service, patience=SAFETY_TIMEOUT_SECONDS))
