@@ -45,7 +45,7 @@ class EngineRun:
             compute=Compute("cpu", "float32", 16, 8, 1),
             safety=SafetySettings("none"),
             output=OutputSettings(),
-            out=PinnedFolder.of(self.out),
+            out=PinnedFolder.pin(self.out),
             carried=pa.schema([("tag", pa.string())]),
         )
         requests = [self._request(k, prompt) for k, prompt in enumerate(self.prompts)]

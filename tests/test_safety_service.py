@@ -55,10 +55,10 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     wait_for(monkeypatch, 0.5)
 
 
-def wait_for(monkeypatch: pytest.MonkeyPatch, patience: float) -> None:
+def wait_for(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     def from_environment(environment: Mapping[str, str]) -> ServiceSettings | None:
         found = READ(environment)
-        return found and structs.replace(found, patience=patience)
+        return found and structs.replace(found, timeout_seconds=seconds)
 
     monkeypatch.setattr(ServiceSettings, "from_environment", from_environment)
 

@@ -196,7 +196,7 @@ def join_launch(
         fingerprints = (theirs.fingerprint, theirs.scheduler_fingerprint)
         if (card.fingerprint, card.scheduler_fingerprint) != fingerprints:
             raise ModelError(f"rank {rank_info.rank}: {card.name} differs from what rank 0 has under that name")
-        return replace(settings, card=card, out=replace(PinnedFolder.of(out), marker=settings.out.marker))
+        return replace(settings, card=card, out=replace(PinnedFolder.pin(out), marker=settings.out.marker))
 
     spec = WorkerSpec(rank_info.rank, rank_info.local_rank, requested_device, is_child=False)
     with suppress(StopRequested):  # the other ranks continue

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from batch_infer.engines import messages
 from batch_infer.engines.handle import Timeouts, WorkerHandle, start_worker
-from batch_infer.engines.protocol import OnCommit, OnReady, Stop, Task, TaskReport, WorkersLost
+from batch_infer.engines.protocol import OnCommit, OnReady, Stop, Task, TaskReport, WorkersLostError
 from batch_infer.engines.supervisor import POLL_SECONDS, Supervisor
 from batch_infer.engines.worker_process import WorkerSpec
 from batch_infer.errors import SettingsError
@@ -78,7 +78,7 @@ class LocalEngine:
 
 
 def _wait_for_device(worker: WorkerHandle, seconds: float) -> Device:
-    """Return the device that a worker reports. Raises WorkersLost on timeout, as with a driver that hangs."""
+    """Return the device that a worker reports. Raises WorkersLostError on timeout, as with a driver that hangs."""
     deadline = time.monotonic() + seconds
     try:
         while time.monotonic() <= deadline:
@@ -94,4 +94,4 @@ def _wait_for_device(worker: WorkerHandle, seconds: float) -> Device:
                         worker.error = message
     except EOFError:
         raise worker.exit_error(worker.describe_exit()) from None
-    raise WorkersLost(f"worker {worker.rank} found no device in {seconds:.0f} s: does `nvidia-smi` respond?")
+    raise WorkersLostError(f"worker {worker.rank} found no device in {seconds:.0f} s: does `nvidia-smi` respond?")

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Protocol
 
 from batch_infer.engines.handle import Timeouts, WorkerHandle
-from batch_infer.errors import TryAgainLater
+from batch_infer.errors import RetryableError
 from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.settings import Device
 from batch_infer.worker import WorkerReport, WorkerSettings
@@ -18,7 +18,7 @@ OnReady = Callable[[], None]
 Stop = Callable[[], bool]
 
 
-class WorkersLost(TryAgainLater):
+class WorkersLostError(RetryableError):
     """Every worker died, repeatedly, or none found a device."""
 
 
@@ -66,7 +66,7 @@ class Engine(Protocol):
     def find_device(self) -> Device:
         """Return the device of the workers.
 
-        Raises SettingsError if the requested device is missing, WorkersLost if no worker finds a device in time.
+        Raises SettingsError if the requested device is missing, WorkersLostError if no worker finds a device in time.
         """
         ...
 
@@ -75,7 +75,7 @@ class Engine(Protocol):
 
         `on_ready` is called once, when the first worker has loaded its model. `on_commit` is called with rows that are
         in the manifest; their texts and carried cells may be missing. Raises ModelError and SettingsError before
-        anything is rendered, StorageError, WorkersLost.
+        anything is rendered, StorageError, WorkersLostError.
         """
         ...
 

@@ -13,10 +13,10 @@ from types import TracebackType
 from typing import Protocol
 
 from batch_infer.engines import Engine, LaunchedEngine, Task, TaskReport
-from batch_infer.errors import BatchInferError, CompilationError, DamagedPart, ServiceError, SettingsError
+from batch_infer.errors import BatchInferError, CompilationError, DamagedPartError, ServiceError, SettingsError
 from batch_infer.jobs.estimates import BatchShapes, Size, remember_rates, remember_shapes
 from batch_infer.jobs.job import Job, count_cores, count_parallel
-from batch_infer.jobs.merge import MissingResults, merge, merge_parts
+from batch_infer.jobs.merge import MissingResultsError, merge, merge_parts
 from batch_infer.jobs.recovery import remove_leftovers, set_aside
 from batch_infer.jobs.results import remove_other_results
 from batch_infer.jobs.run_folder import RunFolder
@@ -86,7 +86,7 @@ class RunExecution:
             try:
                 counts = self._scan_render_merge()
                 break
-            except DamagedPart as damage:  # in carried columns, which only the merge reads
+            except DamagedPartError as damage:  # in carried columns, which only the merge reads
                 set_aside(damage)
                 self._summary, self._commits = Summary(), _Commits()
         self._folder.pinned.check()
@@ -103,7 +103,7 @@ class RunExecution:
             log.warning(message, workers, compute.threads, count_cores())
 
     def _scan_render_merge(self) -> Counts:
-        """Scan, render pending rows and merge. Raises DamagedPart if a part's rows must be rendered again."""
+        """Scan, render pending rows and merge. Raises DamagedPartError if a part's rows must be rendered again."""
         with self._folder.index() as index:
             scan = self._scan(index)
             if scan.pending and not self._stop():
@@ -260,7 +260,7 @@ class RunExecution:
                 commit_invalid(self._job)
                 self._has_invalid = False
             for seconds in LISTING_SECONDS:
-                with suppress(MissingResults):
+                with suppress(MissingResultsError):
                     return self._merge_once(scan)
                 time.sleep(seconds)
             return self._merge_once(scan)

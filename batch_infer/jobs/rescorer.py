@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from batch_infer import images
-from batch_infer.errors import RowError, RowFailure
+from batch_infer.errors import FailedRowError, RowError
 from batch_infer.jobs.job import choose_compute
 from batch_infer.jobs.recovery import read_intact
 from batch_infer.manifest import CommittedImage, Manifest
@@ -93,8 +93,8 @@ class Rescorer:
         """Check the images that are stored as rendered, and apply the policy.
 
         A flagged image that was not kept stays flagged. A blocked prompt stays blocked if the service refuses it again;
-        otherwise it gets no result and is left to `run`. Raises ServiceError, SettingsError, Interrupted, StorageError,
-        without changing any of these results.
+        otherwise it gets no result and is left to `run`. Raises ServiceError, SettingsError, StoppedError and
+        StorageError without changing any of these results.
         """
         self._rescore_images([result for result in results if result.is_original])
         without_original = [result for result in results if not result.is_original]
@@ -139,7 +139,7 @@ class Rescorer:
         prompt_verdicts = self._check_prompts([result for result, _ in readable])
         verdicts = map(_merge_verdicts, prompt_verdicts, image_verdicts)
         for (result, file), verdict in zip(readable, verdicts, strict=True):
-            if isinstance(verdict, RowFailure):
+            if isinstance(verdict, FailedRowError):
                 self._fail(result, str(verdict))
             else:
                 self._store(result, file, verdict)
@@ -149,7 +149,7 @@ class Rescorer:
 
     def _rescore_blocked(self, results: Sequence[StoredResult]) -> None:
         for result, verdict in zip(results, self._check_prompts(results), strict=True):
-            if isinstance(verdict, RowFailure):
+            if isinstance(verdict, FailedRowError):
                 self._fail(result, str(verdict))
             elif verdict.nsfw:
                 self._add(result, replace(set_verdict(result.row, verdict), error=verdict.reason))
@@ -165,9 +165,9 @@ class Rescorer:
         except RowError as error:
             return f"{error}, and cannot be checked again"
 
-    def _check_images(self, pixels: Sequence[np.ndarray]) -> list[Verdict | RowFailure]:
+    def _check_images(self, pixels: Sequence[np.ndarray]) -> list[Verdict | FailedRowError]:
         """Return the combined verdicts of the checker and the service."""
-        verdicts: list[Verdict | RowFailure] = [Verdict()] * len(pixels)
+        verdicts: list[Verdict | FailedRowError] = [Verdict()] * len(pixels)
         if self._checker is not None:
             for shape in {image.shape for image in pixels}:
                 indices = [index for index, image in enumerate(pixels) if image.shape == shape]
@@ -178,7 +178,7 @@ class Rescorer:
             verdicts = list(map(_merge_verdicts, verdicts, _check_all(self._gate, self._gate.check_image, pixels)))
         return verdicts
 
-    def _check_prompts(self, results: Sequence[StoredResult]) -> list[Verdict | RowFailure]:
+    def _check_prompts(self, results: Sequence[StoredResult]) -> list[Verdict | FailedRowError]:
         """Return the service's verdict on each prompt. Each distinct prompt is sent once."""
         if self._gate is None:
             return [Verdict()] * len(results)
@@ -239,24 +239,24 @@ class Rescorer:
         )
 
 
-def _check_all(gate: Gate, check: Callable[[T], Verdict], contents: Sequence[T]) -> list[Verdict | RowFailure]:
-    """Return the gate's verdict on each content. Fails closed: a missing verdict becomes a RowFailure."""
+def _check_all(gate: Gate, check: Callable[[T], Verdict], contents: Sequence[T]) -> list[Verdict | FailedRowError]:
+    """Return the gate's verdict on each content. Fails closed: a missing verdict becomes a FailedRowError."""
 
-    def check_one(content: T) -> Verdict | RowFailure:
+    def check_one(content: T) -> Verdict | FailedRowError:
         try:
             verdict = check(content)
-        except RowFailure as error:
+        except FailedRowError as error:
             return error
-        return RowFailure(f"{gate.name} gave no verdict") if verdict.nsfw is None else verdict
+        return FailedRowError(f"{gate.name} gave no verdict") if verdict.nsfw is None else verdict
 
     with ThreadPoolExecutor(gate.concurrency) as pool:
         return list(pool.map(check_one, contents))
 
 
-def _merge_verdicts(first: Verdict | RowFailure, second: Verdict | RowFailure) -> Verdict | RowFailure:
-    if isinstance(first, RowFailure):
+def _merge_verdicts(first: Verdict | FailedRowError, second: Verdict | FailedRowError) -> Verdict | FailedRowError:
+    if isinstance(first, FailedRowError):
         return first
-    return second if isinstance(second, RowFailure) else first.merge(second)
+    return second if isinstance(second, FailedRowError) else first.merge(second)
 
 
 def _load_checker(settings: RunSettings, card: ModelCard, record: Mapping[str, Any]) -> ImageChecker:

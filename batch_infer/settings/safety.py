@@ -20,7 +20,7 @@ CATEGORIES = ("Hate", "SelfHarm", "Sexual", "Violence")
 """Categories of Azure AI Content Safety, each with a severity of 0, 2, 4 or 6."""
 
 
-class ServiceSettings(msgspec.Struct, frozen=True):
+class ServiceSettings(msgspec.Struct, frozen=True, rename={"timeout_seconds": "patience"}):
     """Settings for Azure AI Content Safety.
 
     A severity above its category's threshold blocks a prompt or flags an image, as does a match in a blocklist of the
@@ -32,7 +32,7 @@ class ServiceSettings(msgspec.Struct, frozen=True):
     blocklists: tuple[str, ...] = ()
     requests_per_second: float = 100.0
     """The service accepts 1,000 requests in 10 s. All workers share this rate."""
-    patience: float = 120.0
+    timeout_seconds: float = 120.0
     """Seconds without a successful response after which a run ends."""
 
     @classmethod
