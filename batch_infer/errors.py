@@ -18,7 +18,7 @@
     │   ├── Interrupted     SIGINT, SIGTERM or the time limit
     │   └── serving.service.RequestCancelled   the client of a real-time request disconnected or timed out
     └── RowError            an error in one row: sets the row's status and never ends a run
-        ├── RowBroken       a row failed for an unknown reason and is retried
+        ├── RowFailure      a row failed for an unknown reason and is retried
         └── diffusion.solver.NotPackable   the scheduler cannot batch rows with different settings
 
 Any other uncaught exception is a bug: exit 1 with a traceback.
@@ -110,5 +110,5 @@ class RowError(BatchInferError):
     pass
 
 
-class RowBroken(RowError):
+class RowFailure(RowError):
     pass

@@ -152,7 +152,7 @@ class Verdict:
 class StoredImage:
     """Stored image file: path relative to OUT, SHA-256 and size in bytes.
 
-    `pixels_sha256` comes from `images.pixels_sha256`.
+    `pixels_sha256` comes from `images.hash_pixels`.
     """
 
     path: str

@@ -528,7 +528,7 @@ def test_flops_equal_those_of_a_real_call(demo: Any) -> None:
     ],
 )
 def test_peak_flops_of_gpus_by_their_names_in_torch(name: str, dtype: str, tflops: float | None) -> None:
-    assert peak_flops.dense_tflops(name, dtype) == tflops
+    assert peak_flops.peak_tflops(name, dtype) == tflops
 
 
 def test_matrix_product_is_timed() -> None:

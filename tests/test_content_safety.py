@@ -27,7 +27,7 @@ import tenacity
 from PIL import Image
 from pyrate_limiter import Rate
 
-from batch_infer.errors import Interrupted, RowBroken, ServiceError, SettingsError
+from batch_infer.errors import Interrupted, RowFailure, ServiceError, SettingsError
 from batch_infer.records import Verdict
 from batch_infer.safety import Gate, content_safety, payloads, retries
 from batch_infer.safety.content_safety import ContentSafety, check_credentials
@@ -342,7 +342,7 @@ def test_a_row_without_an_answer_fails_if_others_are_answered(clock: Clock, monk
             results = pool.submit(gate.check_prompt, "an odd one")
             while not results.done():
                 assert gate.check_prompt("another").nsfw is False
-        with pytest.raises(RowBroken, match=r"no answer on this row's prompt \(HTTP 500: InternalError: instructed"):
+        with pytest.raises(RowFailure, match=r"no answer on this row's prompt \(HTTP 500: InternalError: instructed"):
             results.result()
     assert "a red square" not in service.texts, "no probe is needed if others are answered"
 
@@ -350,7 +350,7 @@ def test_a_row_without_an_answer_fails_if_others_are_answered(clock: Clock, monk
 @pytest.mark.usefixtures("short_backoff")
 def test_a_row_without_an_answer_fails_if_a_probe_is_answered() -> None:
     """Otherwise the last row of a table could end every run."""
-    with serving(faults=odd) as service, gate_to(service, patience=0.2) as gate, pytest.raises(RowBroken):
+    with serving(faults=odd) as service, gate_to(service, patience=0.2) as gate, pytest.raises(RowFailure):
         gate.check_prompt("an odd one")
     assert service.texts[-1] == "a red square" and service.texts.count("a red square") == 1
 
@@ -377,11 +377,11 @@ def test_an_outage_fails_no_row_even_if_others_were_answered_before() -> None:
     with (
         serving(faults=outage, latency=0.02) as service,
         gate_to(service, patience=2.0) as gate,
-        ThreadPoolExecutor(gate.at_once) as pool,
+        ThreadPoolExecutor(gate.concurrency) as pool,
     ):
         end = time.monotonic() + 0.5
         results = [pool.submit(gate.check_prompt, "the first to fail")]
-        results += [pool.submit(_check_repeatedly, gate) for _ in range(gate.at_once - 1)]
+        results += [pool.submit(_check_repeatedly, gate) for _ in range(gate.concurrency - 1)]
     assert {type(error.exception()) for error in results} == {ServiceError}
 
 
@@ -394,13 +394,13 @@ def _check_repeatedly(gate: ContentSafety) -> Verdict:
 def test_a_refused_row_fails_at_once_with_the_message_of_the_service() -> None:
     with serving(faults=[REFUSES, status(413), status(415)]) as service, gate_to(service) as gate:
         with pytest.raises(
-            RowBroken, match=r"this row's prompt \(HTTP 400: InvalidRequestBody: The text is too odd\.\)"
+            RowFailure, match=r"this row's prompt \(HTTP 400: InvalidRequestBody: The text is too odd\.\)"
         ):
             gate.check_prompt("an odd one")
         for code in (413, 415):
-            with pytest.raises(RowBroken, match=f"this row's image .*HTTP {code}"):
+            with pytest.raises(RowFailure, match=f"this row's image .*HTTP {code}"):
                 gate.check_image(GREY)
-        with pytest.raises(RowBroken, match="1 to 10000 characters"):
+        with pytest.raises(RowFailure, match="1 to 10000 characters"):
             gate.check_prompt("")
     assert len(service.requests) == 4
 
@@ -436,7 +436,7 @@ def test_a_response_that_echoes_the_key_does_not_put_it_into_messages(
     with (
         serving(faults=lambda request: fault) as service,
         gate_to(service, patience=0.2) as gate,
-        pytest.raises((SettingsError, RowBroken, ServiceError), match=f"HTTP {code}: Denied: no: key") as caught,
+        pytest.raises((SettingsError, RowFailure, ServiceError), match=f"HTTP {code}: Denied: no: key") as caught,
     ):
         gate.check_prompt("a red square")
     assert KEY not in str(caught.value)
@@ -482,7 +482,7 @@ def test_a_stop_ends_the_wait_for_the_rate_limit() -> None:
 
 
 def check_from_threads(service: Service, count: int, **settings: Any) -> list[Verdict]:
-    with gate_to(service, **settings) as gate, ThreadPoolExecutor(gate.at_once) as pool:
+    with gate_to(service, **settings) as gate, ThreadPoolExecutor(gate.concurrency) as pool:
         return list(pool.map(gate.check_prompt, [f"prompt {k}" for k in range(count)]))
 
 
@@ -516,13 +516,13 @@ def test_a_rate_is_a_count_per_window(per_second: float, limit: int, millisecond
 def test_threads_keep_their_connections(caplog: pytest.LogCaptureFixture) -> None:
     """The SDK itself would keep ten of sixteen."""
     with (
-        serving(together=ContentSafety.at_once) as service,
+        serving(together=ContentSafety.concurrency) as service,
         gate_to(service) as gate,
-        ThreadPoolExecutor(gate.at_once) as pool,
+        ThreadPoolExecutor(gate.concurrency) as pool,
     ):
         for _ in range(3):
-            assert len(list(pool.map(gate.check_prompt, ["a red square"] * gate.at_once))) == gate.at_once
-        assert service.connections == gate.at_once
+            assert len(list(pool.map(gate.check_prompt, ["a red square"] * gate.concurrency))) == gate.concurrency
+        assert service.connections == gate.concurrency
     assert not caplog.records
 
 
@@ -538,7 +538,7 @@ def test_no_verdict_is_lost_or_swapped_if_every_other_request_fails(
     with (
         serving(words=WORDS, faults=(rng.choice([None, rng.choice(faults)]) for _ in iter(int, 1))) as service,
         gate_to(service, patience=20) as gate,
-        ThreadPoolExecutor(gate.at_once) as pool,
+        ThreadPoolExecutor(gate.concurrency) as pool,
     ):
         verdicts = list(pool.map(gate.check_prompt, prompts))
     assert [verdict.nsfw for verdict in verdicts] == [k % 3 == 0 for k in range(150)]

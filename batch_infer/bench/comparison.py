@@ -150,7 +150,7 @@ def _find_peak(settings: BenchSettings, subject: Subject) -> Peak:
     measured = timing.matmul_tflops(model.device, model.dtype)
     if settings.peak_tflops is not None:
         return Peak(settings.peak_tflops, "given", measured)
-    known = peak_flops.dense_tflops(compute.device_name, compute.dtype) if compute.device == "cuda" else None
+    known = peak_flops.peak_tflops(compute.device_name, compute.dtype) if compute.device == "cuda" else None
     return Peak(known, "datasheet", measured) if known else Peak(measured, "measured matmul", measured)
 
 

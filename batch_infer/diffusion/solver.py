@@ -26,7 +26,7 @@ TOLERANCE = 1e-4
 
 Some schedulers compute in float32.
 """
-TABLES_KEPT = 32
+CACHED_TABLES = 32
 """Step counts whose tables are cached. A table of 1,000 steps takes 4 MB, 8 MB if the sampler draws noise at each step,
 and 24 MB if it also evaluates the model twice per step."""
 TRIAL_SHAPE = (1, 4, 4, 4)
@@ -86,7 +86,7 @@ class Solver:
                 )
         self._scheduler = scheduler
         self._begin_index = begin_index
-        self._tables: Callable[[int], CoefficientTable | RowError] = lru_cache(TABLES_KEPT)(self._make)
+        self._tables: Callable[[int], CoefficientTable | RowError] = lru_cache(CACHED_TABLES)(self._make)
         self._probe()
 
     def table(self, num_inference_steps: int) -> CoefficientTable:

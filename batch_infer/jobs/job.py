@@ -152,7 +152,7 @@ def resolve_run(
         card.sizes,
         digest(record["identity"]),
         card.embedded_guidance,
-        card.fixed,
+        card.unsupported_fields,
     )
     rules.check()
     return settings, compute, {**record, "rules": asdict(rules)}, rules

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from batch_infer import images
-from batch_infer.errors import RowBroken, RowError
+from batch_infer.errors import RowError, RowFailure
 from batch_infer.jobs.job import choose_compute
 from batch_infer.jobs.recovery import read_intact
 from batch_infer.manifest import CommittedImage, Manifest
@@ -139,7 +139,7 @@ class Rescorer:
         prompt_verdicts = self._check_prompts([result for result, _ in readable])
         verdicts = map(_merge_verdicts, prompt_verdicts, image_verdicts)
         for (result, file), verdict in zip(readable, verdicts, strict=True):
-            if isinstance(verdict, RowBroken):
+            if isinstance(verdict, RowFailure):
                 self._fail(result, str(verdict))
             else:
                 self._store(result, file, verdict)
@@ -149,7 +149,7 @@ class Rescorer:
 
     def _rescore_blocked(self, results: Sequence[StoredResult]) -> None:
         for result, verdict in zip(results, self._check_prompts(results), strict=True):
-            if isinstance(verdict, RowBroken):
+            if isinstance(verdict, RowFailure):
                 self._fail(result, str(verdict))
             elif verdict.nsfw:
                 self._add(result, replace(with_verdict(result.row, verdict), error=verdict.reason))
@@ -165,9 +165,9 @@ class Rescorer:
         except RowError as error:
             return f"{error}, and cannot be checked again"
 
-    def _check_images(self, pixels: Sequence[np.ndarray]) -> list[Verdict | RowBroken]:
+    def _check_images(self, pixels: Sequence[np.ndarray]) -> list[Verdict | RowFailure]:
         """Return the combined verdicts of the checker and the service."""
-        verdicts: list[Verdict | RowBroken] = [Verdict()] * len(pixels)
+        verdicts: list[Verdict | RowFailure] = [Verdict()] * len(pixels)
         if self._checker is not None:
             for shape in {image.shape for image in pixels}:
                 indices = [index for index, image in enumerate(pixels) if image.shape == shape]
@@ -178,7 +178,7 @@ class Rescorer:
             verdicts = list(map(_merge_verdicts, verdicts, _check_all(self._gate, self._gate.check_image, pixels)))
         return verdicts
 
-    def _check_prompts(self, results: Sequence[StoredResult]) -> list[Verdict | RowBroken]:
+    def _check_prompts(self, results: Sequence[StoredResult]) -> list[Verdict | RowFailure]:
         """Return the service's verdict on each prompt. Each distinct prompt is sent once."""
         if self._gate is None:
             return [Verdict()] * len(results)
@@ -201,7 +201,7 @@ class Rescorer:
     def _store_image(self, result: StoredResult, file: _ImageFile, *, is_flagged: bool) -> StoredImage | None:
         """Write the image as the policy requires, unless it is already stored that way."""
         policy, row = self._settings.safety.policy, result.row
-        pixels = images.by_policy(file.pixels, policy) if is_flagged else file.pixels
+        pixels = images.apply_policy(file.pixels, policy) if is_flagged else file.pixels
         path = self.sink.path_in(row.generated_image or "", quarantine=is_flagged and policy == "quarantine")
         if pixels is None:
             return None
@@ -210,11 +210,11 @@ class Rescorer:
         self._written_paths.append(path)
         if pixels is file.pixels:
             return replace(self.sink.write(path, file.content), pixels_sha256=row.pixels_sha256)
-        parameters = images.parameters_text(result.request, self._card.scheduler_name, self._card.fingerprint)
+        parameters = images.format_parameters(result.request, self._card.scheduler_name, self._card.fingerprint)
         # The file name stays the same, so the format must too. A later run may have used another --image-format.
-        image_format = images.FORMATS.get(Path(path).suffix, self._settings.output.image_format)
+        image_format = images.FORMAT_BY_SUFFIX.get(Path(path).suffix, self._settings.output.image_format)
         stored = self.sink.write(path, images.encode(pixels, image_format, parameters))
-        return replace(stored, pixels_sha256=images.pixels_sha256(pixels))
+        return replace(stored, pixels_sha256=images.hash_pixels(pixels))
 
     def _fail(self, result: StoredResult, error: str) -> None:
         """Fail closed: without a verdict, no image is kept and the next run renders it again."""
@@ -239,24 +239,24 @@ class Rescorer:
         )
 
 
-def _check_all(gate: Gate, check: Callable[[T], Verdict], contents: Sequence[T]) -> list[Verdict | RowBroken]:
-    """Return the gate's verdict on each content. Fails closed: a missing verdict becomes a RowBroken."""
+def _check_all(gate: Gate, check: Callable[[T], Verdict], contents: Sequence[T]) -> list[Verdict | RowFailure]:
+    """Return the gate's verdict on each content. Fails closed: a missing verdict becomes a RowFailure."""
 
-    def check_one(content: T) -> Verdict | RowBroken:
+    def check_one(content: T) -> Verdict | RowFailure:
         try:
             verdict = check(content)
-        except RowBroken as error:
+        except RowFailure as error:
             return error
-        return RowBroken(f"{gate.name} gave no verdict") if verdict.nsfw is None else verdict
+        return RowFailure(f"{gate.name} gave no verdict") if verdict.nsfw is None else verdict
 
-    with ThreadPoolExecutor(gate.at_once) as pool:
+    with ThreadPoolExecutor(gate.concurrency) as pool:
         return list(pool.map(check_one, contents))
 
 
-def _merge_verdicts(first: Verdict | RowBroken, second: Verdict | RowBroken) -> Verdict | RowBroken:
-    if isinstance(first, RowBroken):
+def _merge_verdicts(first: Verdict | RowFailure, second: Verdict | RowFailure) -> Verdict | RowFailure:
+    if isinstance(first, RowFailure):
         return first
-    return second if isinstance(second, RowBroken) else first.merge(second)
+    return second if isinstance(second, RowFailure) else first.merge(second)
 
 
 def _load_checker(settings: RunSettings, card: ModelCard, record: Mapping[str, Any]) -> ImageChecker:

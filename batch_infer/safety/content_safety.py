@@ -18,7 +18,7 @@ from urllib.parse import quote
 import numpy as np
 
 from batch_infer import __version__
-from batch_infer.errors import RowBroken, SettingsError, first_line
+from batch_infer.errors import RowFailure, SettingsError, first_line
 from batch_infer.records import Verdict
 from batch_infer.safety import payloads
 from batch_infer.safety.payloads import SERVICE, Analysis, Kind, NoAnswer
@@ -48,11 +48,11 @@ BLACK_IMAGE = payloads.encode_image(np.zeros((64, 64, 3), np.uint8))
 class ContentSafety:
     """The service as a gate. `stop` returns whether the run stops, which ends every wait.
 
-    Its methods may be called by `at_once` threads, which share its connections and its rate limit.
+    Its methods may be called by `concurrency` threads, which share its connections and its rate limit.
     """
 
     name = payloads.NAME
-    at_once = 16
+    concurrency = 16
 
     def __init__(self, settings: ServiceSettings, stop: Callable[[], bool] = lambda: False) -> None:
         """Raises SettingsError."""
@@ -64,7 +64,7 @@ class ContentSafety:
 
         self._settings = settings
         self._credential = _make_credential(settings)
-        self._session = _make_session(self.at_once)
+        self._session = _make_session(self.concurrency)
         transport = RequestsTransport(
             session=self._session,
             session_owner=False,
@@ -122,7 +122,7 @@ class ContentSafety:
         return self._send("image", self._client.analyze_image, options)
 
     def _send(self, kind: Kind, method: Callable[..., Any], options: Any, *, with_blocklists: bool = False) -> Analysis:
-        """Send one request. Raises NoAnswer, RowBroken, SettingsError."""
+        """Send one request. Raises NoAnswer, RowFailure, SettingsError."""
         from azure.core.exceptions import AzureError
 
         try:
@@ -150,7 +150,7 @@ class ContentSafety:
             return SettingsError(f"{service} refuses the blocklists ({reason}): see CONTENT_SAFETY_BLOCKLISTS")
         if status < 400 or status == NOT_FOUND:
             return SettingsError(f"{service} is not found ({reason}): see CONTENT_SAFETY_ENDPOINT")
-        return RowBroken(f"{SERVICE} refuses this row's {kind} ({reason})")
+        return RowFailure(f"{SERVICE} refuses this row's {kind} ({reason})")
 
 
 def check_credentials(settings: ServiceSettings) -> None:

@@ -10,7 +10,7 @@ from typing import TypeAlias
 from pyrate_limiter import Limiter, Rate
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_exponential, wait_random
 
-from batch_infer.errors import Interrupted, RowBroken, ServiceError
+from batch_infer.errors import Interrupted, RowFailure, ServiceError
 from batch_infer.safety.payloads import SERVICE, Analysis, Kind, NoAnswer
 from batch_infer.settings import ServiceSettings
 
@@ -37,7 +37,7 @@ class RetryingClient:
         """Return the result of an attempt, which is repeated for at least `patience` seconds.
 
         `probe` sends a harmless request of the same kind, to distinguish a bad row from a service that is down. Raises
-        RowBroken if only this request is not answered, ServiceError if none is, and Interrupted.
+        RowFailure if only this request is not answered, ServiceError if none is, and Interrupted.
         """
         retrying = Retrying(
             retry=retry_if_exception_type(NoAnswer),
@@ -53,7 +53,7 @@ class RetryingClient:
         except NoAnswer as error:
             tried = time.monotonic() - started
             if self._silence(kind) < self._settings.patience or self._is_answered(kind, probe):
-                raise RowBroken(f"{SERVICE} gave no answer on this row's {kind} ({error})") from error
+                raise RowFailure(f"{SERVICE} gave no answer on this row's {kind} ({error})") from error
             raise ServiceError(
                 f"{SERVICE} at {self._settings.endpoint} has not answered for {tried:.0f} s (last: {error});"
                 " finished images are kept. Run the same command again to continue"
@@ -66,7 +66,7 @@ class RetryingClient:
         """Make an attempt and note the time if the service answers, if only by refusing this request."""
         try:
             analysis = attempt()
-        except RowBroken:
+        except RowFailure:
             self._answered_at[kind] = time.monotonic()
             raise
         self._answered_at[kind] = time.monotonic()
@@ -99,7 +99,7 @@ class RetryingClient:
             self._attempt(kind, probe)
         except NoAnswer:
             return False
-        except RowBroken:
+        except RowFailure:
             pass
         return True
 

@@ -9,11 +9,11 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeAlias, cast
 
 from batch_infer import images
-from batch_infer.chain import Chain, Rendered, RowOutcome, Unrendered
+from batch_infer.chain import Chain, RenderedImage, RowOutcome, UnrenderedRow
 from batch_infer.errors import BatchInferError
 from batch_infer.manifest import Manifest
 from batch_infer.models import ModelCard
-from batch_infer.peak_flops import dense_tflops
+from batch_infer.peak_flops import peak_tflops
 from batch_infer.records import PromptRequest, ResultRow, Status, StoredImage
 from batch_infer.settings import BatchShape, Compute, SafetySettings
 from batch_infer.sinks import make_sink
@@ -57,7 +57,7 @@ class Worker:
 
     def _mfu(self) -> float | None:
         compute, chain = self._settings.compute, self._chain
-        peak = dense_tflops(compute.device_name, compute.dtype)
+        peak = peak_tflops(compute.device_name, compute.dtype)
         if peak is None or not chain.stages.seconds or chain.uses_pipeline_call:
             return None
         from batch_infer.models import decode_flops, denoise_flops
@@ -93,11 +93,11 @@ class Worker:
         request, verdict = outcome.request, outcome.verdict
         status: Status = "flagged" if verdict.nsfw else "ok"
         error = explain_flag(verdict) if verdict.nsfw else None
-        if isinstance(outcome, Unrendered):
+        if isinstance(outcome, UnrenderedRow):
             status, error = outcome.status, outcome.error
         scheduler = self._settings.card.scheduler_name
         row = with_verdict(make_row(request, status, error, scheduler=scheduler, worker=self._name), verdict)
-        if isinstance(outcome, Unrendered):
+        if isinstance(outcome, UnrenderedRow):
             return _StoredRow(row, None, request.replaces)
         stored = self._write(outcome, flagged=status == "flagged")
         row = replace(
@@ -109,17 +109,17 @@ class Worker:
         )
         return _StoredRow(row, stored.path if stored else None, request.replaces)
 
-    def _write(self, outcome: Rendered, *, flagged: bool) -> StoredImage | None:
+    def _write(self, outcome: RenderedImage, *, flagged: bool) -> StoredImage | None:
         """Write the image, or what the policy stores of a flagged one. Returns None if it stores nothing."""
         policy = self._settings.safety.policy
-        pixels = images.by_policy(outcome.pixels, policy) if flagged else outcome.pixels
+        pixels = images.apply_policy(outcome.pixels, policy) if flagged else outcome.pixels
         if pixels is None:
             return None
         card, request = self._settings.card, outcome.request
-        parameters = images.parameters_text(request, card.scheduler_name, card.fingerprint)
+        parameters = images.format_parameters(request, card.scheduler_name, card.fingerprint)
         path = self._sink.path_of(request, quarantine=flagged and policy == "quarantine")
         stored = self._sink.write(path, images.encode(pixels, self._settings.output.image_format, parameters))
-        return replace(stored, pixels_sha256=images.pixels_sha256(pixels))
+        return replace(stored, pixels_sha256=images.hash_pixels(pixels))
 
     def _commit(self, batch: list[_StoredRow], on_commit: Callable[[Sequence[ResultRow]], None]) -> None:
         rows = [stored.row for stored in batch]
