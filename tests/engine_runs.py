@@ -50,7 +50,7 @@ class EngineRun:
         )
         requests = [self._request(k, prompt) for k, prompt in enumerate(self.prompts)]
         with LocalEngine("cpu", self.processes, timeouts=self.timeouts, load=self.load) as engine:
-            assert engine.find_device().kind == "cpu"
+            assert engine.detect_device().kind == "cpu"
             return engine.render(Task(iter(requests), len(requests), settings), self.committed.extend, stop)
 
     def _request(self, number: int, prompt: str) -> PromptRequest:

@@ -146,7 +146,7 @@ def test_a_storage_error_ends_the_run(tmp_path: Path) -> None:
 
 def test_a_missing_device_is_refused_before_anything_is_rendered() -> None:
     with LocalEngine("cuda", 1) as engine, pytest.raises(SettingsError, match="torch finds no CUDA device"):
-        engine.find_device()
+        engine.detect_device()
 
 
 UNGUARDED = """
@@ -183,7 +183,7 @@ def test_a_script_without_a_main_guard_is_refused_with_advice(tmp_path: Path, jo
 @pytest.mark.parametrize("end", ["left", "killed"])
 def test_workers_end_when_their_parent_does(end: str) -> None:
     with LocalEngine("cpu", 1, load=dummies.load) as engine:
-        engine.find_device()
+        engine.detect_device()
         (worker,) = engine.start(1)
         process = worker._process
         assert process is not None and process.is_alive()

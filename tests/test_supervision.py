@@ -113,7 +113,7 @@ class FakeSource:
     timeouts = Timeouts(load=3600, start=3600, least=600, factor=10)
 
     def __init__(self, workers: int = 1) -> None:
-        self.workers = workers
+        self.worker_count = workers
         self.handles, self.ends = [], []
         for rank in range(workers):
             connection, end = Pipe()

@@ -176,7 +176,7 @@ class WorkerHandle:
     def exit_error(self, cause: str) -> Exception:
         """Return the error to raise for a worker that has ended: its own, or one that names the cause."""
         if self.error is not None:
-            known = getattr(errors, self.error.kind, None)
+            known = getattr(errors, self.error.class_name, None)
             if isinstance(known, type) and issubclass(known, BatchInferError):
                 return known.from_text(self.error.text)
             return WorkerCrashError(self.error.traceback)

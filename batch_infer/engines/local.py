@@ -32,7 +32,7 @@ class LocalEngine:
     ) -> None:
         """`processes`: number of workers, by default one per visible GPU, else one."""
         self.timeouts = timeouts or Timeouts()
-        self.workers = self._children = processes or 1
+        self.worker_count = self._children = processes or 1
         self._requested_device, self._processes, self._load = requested_device, processes, load
         self._started: dict[int, WorkerHandle] = {}
         self._first: WorkerHandle | None = None
@@ -50,12 +50,12 @@ class LocalEngine:
         for process in set(active_children()) - self._other_children:  # started just before an interrupt
             process.kill()
 
-    def find_device(self) -> Device:
+    def detect_device(self) -> Device:
         device = _wait_for_device(self._started[0], self.timeouts.device)
         gpus = device.count if device.kind == "cuda" else None
-        self.workers = self._children = self._processes or gpus or 1
-        if gpus is not None and self.workers > gpus:
-            raise SettingsError(f"--num-processes {self.workers}: torch sees {gpus} GPUs, and each worker needs one")
+        count = self.worker_count = self._children = self._processes or gpus or 1
+        if gpus is not None and count > gpus:
+            raise SettingsError(f"--num-processes {count}: torch sees {gpus} GPUs, and each worker needs one")
         return device
 
     def render(self, task: Task, on_commit: OnCommit, stop: Stop, on_ready: OnReady = lambda: None) -> TaskReport:

@@ -34,7 +34,7 @@ class Supervisor:
 
     def __init__(self, task: Task, source: WorkerSource, on_commit: OnCommit, on_ready: OnReady = lambda: None) -> None:
         self._task, self._source, self._on_commit, self._on_ready = task, source, on_commit, on_ready
-        self._ledger = Ledger(task.requests, task.expected, source.workers)
+        self._ledger = Ledger(task.requests, task.expected_count, source.worker_count)
         self._workers: dict[int, WorkerHandle] = {}
         self._inbox_event = Event()
         self._starting: set[int] = set()
@@ -51,7 +51,7 @@ class Supervisor:
 
         Raises the errors of `Engine.render`, and WorkerCrashError.
         """
-        for worker in self._source.start(self._task.expected):
+        for worker in self._source.start(self._task.expected_count):
             self._starting.add(worker.rank)
             self._add(worker)
         self._ledger.prefetch()
@@ -72,7 +72,7 @@ class Supervisor:
         if self._error is not None:
             raise self._error
         seconds = time.monotonic() - self._rendering_since if self._rendering_since is not None else 0.0
-        return TaskReport(self._reports, seconds, self._source.workers, self._deaths, self._lost_remote_worker)
+        return TaskReport(self._reports, seconds, self._source.worker_count, self._deaths, self._lost_remote_worker)
 
     def _excuse_suspension(self, last_turn: float) -> float:
         """Reset all silence if this process was suspended. Returns the time of this turn."""

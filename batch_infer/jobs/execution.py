@@ -28,7 +28,7 @@ from batch_infer.records import ResultRow, utc_now
 from batch_infer.settings import Compute
 from batch_infer.sinks import make_sink
 from batch_infer.stopping import GRACE_SECONDS, StopRequested, deferred
-from batch_infer.worker import WorkerSettings, peak_memory, smallest_batches, sum_stages_by_size
+from batch_infer.worker import WorkerSettings, read_peak_memory, sum_stages_by_size, take_smallest_batches
 
 LISTING_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """Seconds to wait before each new listing of a manifest that lists too few results."""
@@ -97,7 +97,7 @@ class RunExecution:
         return self._summary
 
     def _warn_about_threads(self) -> None:
-        workers, compute = self._engine.workers, self._job.compute
+        workers, compute = self._engine.worker_count, self._job.compute
         if count_parallel(workers, compute) < workers:
             message = "%d workers with %d threads each share %d cores and slow each other down: reduce --threads"
             log.warning(message, workers, compute.threads, count_cores())
@@ -137,7 +137,7 @@ class RunExecution:
         summary.counts, summary.seconds = counts, seconds
         if (price := self._job.settings.price_per_hour) is not None:
             summary.cost = round(price * seconds / 3600, 4)
-        summary.add_peak_memory(peak_memory("cpu"))
+        summary.add_peak_memory(read_peak_memory("cpu"))
 
     # Rendering
 
@@ -205,14 +205,14 @@ class RunExecution:
         self._progress.committed(rows)
 
     def _slots_of(self, size: Size) -> int:
-        return self._job.compute.shape_of(*size).slots * self._engine.workers
+        return self._job.compute.shape_of(*size).slots * self._engine.worker_count
 
     def _worker_settings(self) -> WorkerSettings:
         job = self._job
         return WorkerSettings(
             card=job.card,
             compute=job.compute,
-            safety=job.settings.safety.split_among(self._engine.workers),
+            safety=job.settings.safety.split_among(self._engine.worker_count),
             output=job.settings.output,
             out=self._folder.pinned,
             carried=job.tables.carried,
@@ -243,7 +243,7 @@ class RunExecution:
                 stages = sum_stages_by_size(report.worker_reports)
                 remember_rates(self._job, stages, self._commits.bytes_by_size, startup_seconds)
         else:
-            compute = smallest_batches(computes)
+            compute = take_smallest_batches(computes)
             remember_shapes(self._job, compute)
             self._set_compute(compute)
 

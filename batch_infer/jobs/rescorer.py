@@ -21,7 +21,7 @@ from batch_infer.records import PromptRequest, ResultRow, StoredImage, Verdict, 
 from batch_infer.safety import Gate, ImageChecker, make_gate
 from batch_infer.settings import OnFlagged, RunSettings
 from batch_infer.sinks import make_sink, resolve_path
-from batch_infer.worker import commit_images, explain_flag, format_worker_name, set_image, set_verdict
+from batch_infer.worker import commit_images, explain_flag, format_worker_name, with_image, with_verdict
 
 READING_THREADS = 8
 NOT_KEPT = "its image was not kept and cannot be judged again"
@@ -114,7 +114,7 @@ class Rescorer:
         A kill at any time loses no image. Raises StorageError.
         """
         written, replaced = self._written_paths, self._replaced_paths
-        commit_images(self.sink, self._manifest, self._rows, carried, written=written, former=replaced)
+        commit_images(self.sink, self._manifest, self._rows, carried, written=written, previous=replaced)
         for pending in (self._rows, written, replaced):
             pending.clear()
 
@@ -152,7 +152,7 @@ class Rescorer:
             if isinstance(verdict, FailedRowError):
                 self._fail(result, str(verdict))
             elif verdict.nsfw:
-                self._add(result, replace(set_verdict(result.row, verdict), error=verdict.reason))
+                self._add(result, replace(with_verdict(result.row, verdict), error=verdict.reason))
 
     def _read(self, result: StoredResult) -> _ImageFile | str:
         """Return the stored image, or why it cannot be checked. Raises StorageError."""
@@ -192,7 +192,7 @@ class Rescorer:
         self.counts.flagged += is_flagged
         self.counts.changed += is_flagged != (result.row.status == "flagged")
         stored = self._store_image(result, file, is_flagged=is_flagged)
-        row = set_image(set_verdict(result.row, verdict), stored)
+        row = with_image(with_verdict(result.row, verdict), stored)
         if is_flagged:
             self._add(result, replace(row, status="flagged", error=explain_flag(verdict)))
         else:
@@ -219,7 +219,7 @@ class Rescorer:
     def _fail(self, result: StoredResult, error: str) -> None:
         """Fail closed: without a verdict, no image is kept and the next run renders it again."""
         self.counts.failed += 1
-        row = set_image(set_verdict(result.row, Verdict()), None)
+        row = with_image(with_verdict(result.row, Verdict()), None)
         self._add(result, replace(row, status="failed", error=error))
 
     def _add(self, result: StoredResult, row: ResultRow) -> None:
@@ -260,7 +260,7 @@ def _merge_verdicts(first: Verdict | FailedRowError, second: Verdict | FailedRow
 
 
 def _load_checker(settings: RunSettings, card: ModelCard, record: Mapping[str, Any]) -> ImageChecker:
-    from batch_infer.autotune import find_device  # imports torch, which a service alone does not need
+    from batch_infer.autotune import detect_device  # imports torch, which a service alone does not need
     from batch_infer.worker import load_image_checker
 
-    return load_image_checker(card, choose_compute(settings, find_device(settings.model.device), record, card))
+    return load_image_checker(card, choose_compute(settings, detect_device(settings.model.device), record, card))
