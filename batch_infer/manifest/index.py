@@ -61,7 +61,7 @@ class ManifestIndex:
     """Index of committed images in a temporary file, so that memory does not grow with the manifest."""
 
     def __init__(self, parts: Iterable[Path], damaged: Callable[[DamagedPartError], object] | None = None) -> None:
-        """Read parts. Raises StorageError, and DamagedPartError without `damaged`, which is called for damaged parts."""
+        """Index parts, and call `damaged` for damaged ones. Raises DamagedPartError without `damaged`, StorageError."""
         self.image_folders: set[str] = set()
         """Folders of all images in the parts, relative to OUT."""
         self._parts: dict[str, Path] = {}

@@ -98,8 +98,8 @@ def commit_time(part: Path) -> tuple[str, float]:
 def open_part(part: Path) -> Iterator[pq.ParquetFile]:
     """Open a part and read only its footer.
 
-    Raises NewerPartError, and DamagedPartError also for reads inside the context. Raises StorageError if the disk cannot
-    be read or the part does not exist, which may be temporary.
+    Raises NewerPartError, and DamagedPartError also for reads inside the context. Raises StorageError if the disk
+    cannot be read or the part does not exist, which may be temporary.
     """
     try:
         with pa.OSFile(str(part)) as stream, pq.ParquetFile(stream, page_checksum_verification=True) as file:
