@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from batch_infer.chain.base import BatchSizes, Chain, DeviceChain, RenderedImage, RowOutcome, UnrenderedRow
 from batch_infer.chain.sources import NoRequest, RequestSource, as_source
-from batch_infer.errors import BatchInferError, Interrupted, RowFailure
+from batch_infer.errors import BatchInferError, FailedRowError, StoppedError
 from batch_infer.records import PromptRequest, Verdict
 from batch_infer.safety import Gate
 
@@ -95,7 +95,7 @@ class GatedChain(Chain):
                     yield from images.take_checked()
                     yield from prompts.take_blocked()
                 yield from self._finish(prompts, images)
-            except Interrupted:
+            except StoppedError:
                 yield from self._finish(prompts, images)
             except BatchInferError:
                 yield from images.finish()
@@ -192,7 +192,7 @@ class _PromptGate:
         request, future = self._pending.pop(index)
         try:
             verdict = future.result()
-        except RowFailure as error:
+        except FailedRowError as error:
             self._blocked.append(UnrenderedRow(request, "failed", str(error)))
             return None
         if verdict.nsfw is not False:
@@ -249,7 +249,7 @@ class _ImageGate:
         rendered, prompt_verdict, future = self._pending.pop(index)
         try:
             verdict = future.result()
-        except RowFailure as error:
+        except FailedRowError as error:
             return UnrenderedRow(rendered.request, "failed", str(error))
         if verdict.nsfw is None:
             return UnrenderedRow(rendered.request, "failed", f"{self._gate.name} has no verdict on the image")
@@ -263,4 +263,4 @@ def _first_done(futures: list[Future[Verdict]]) -> int | None:
 def _has_verdict(future: Future[Verdict]) -> bool:
     """Return whether a check is done, if only with a failure of its row."""
     is_done = future.done() and not future.cancelled()
-    return is_done and (future.exception() is None or isinstance(future.exception(), RowFailure))
+    return is_done and (future.exception() is None or isinstance(future.exception(), FailedRowError))

@@ -14,7 +14,7 @@ from batch_infer.chain.base import BatchSizes, DeviceChain, RenderedImage, RowOu
 from batch_infer.chain.pacing import make_pacer
 from batch_infer.chain.postprocessing import check_images, fail_not_finite, to_pixels
 from batch_infer.chain.sources import ReadAhead, Size, size_of
-from batch_infer.errors import RowError, RowFailure, first_line
+from batch_infer.errors import FailedRowError, RowError, first_line
 from batch_infer.records import PromptRequest
 from batch_infer.safety import ImageChecker
 from batch_infer.stages import Stages
@@ -86,7 +86,9 @@ class PipelineCallChain(DeviceChain):
             return self._call_pipeline(rows, slots, stages)
         except RowError as error:
             if len(rows) == 1:
-                return [UnrenderedRow(rows[0], "failed" if isinstance(error, RowFailure) else "invalid", str(error))]
+                return [
+                    UnrenderedRow(rows[0], "failed" if isinstance(error, FailedRowError) else "invalid", str(error))
+                ]
         return [outcome for row in rows for outcome in self._render_rows([row], slots, stages)]
 
     def _call_pipeline(self, rows: Sequence[PromptRequest], slots: int, stages: Stages) -> list[RowOutcome]:

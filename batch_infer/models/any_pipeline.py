@@ -11,7 +11,7 @@ import torch
 from diffusers import ModelMixin
 
 from batch_infer.accelerator import is_device_fault, out_of_memory_errors
-from batch_infer.errors import RowError, RowFailure, first_line
+from batch_infer.errors import FailedRowError, RowError, first_line
 from batch_infer.models.card import ModelCard
 from batch_infer.models.latent_diffusion import Conditioning
 from batch_infer.models.loading import load_checker, load_network, load_pipeline
@@ -131,7 +131,7 @@ class AnyPipeline:
 
     @contextmanager
     def _row_errors(self) -> Iterator[None]:
-        """Raise RowError if the pipeline refuses a row, RowFailure for other errors, and device errors unchanged."""
+        """Raise RowError if the pipeline refuses a row, and FailedRowError for other errors except device errors."""
         try:
             with out_of_memory_errors():
                 yield
@@ -140,7 +140,7 @@ class AnyPipeline:
                 raise
             if isinstance(error, REFUSALS):
                 raise RowError(f"{self._name} does not support this row: {first_line(error)}") from error
-            raise RowFailure(f"{self._name} failed: {first_line(error)}") from error
+            raise FailedRowError(f"{self._name} failed: {first_line(error)}") from error
 
 
 def _load(network_type: Any, card: ModelCard, name: str, dtype: torch.dtype) -> Any:
