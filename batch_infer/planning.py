@@ -21,7 +21,7 @@ FEW = 2048
 SlotsOf: TypeAlias = "Callable[[tuple[int, int]], int]"
 """Returns the number of slots for an image size (height, width)."""
 Item: TypeAlias = PromptRequest | ResultRow
-Row = TypeVar("Row", PromptRequest, Item)
+Row = TypeVar("Row", PromptRequest, ResultRow, Item)
 
 
 class ManifestEntry(Protocol):

@@ -405,7 +405,7 @@ def test_an_unreadable_manifest_is_an_error(shared: Path) -> None:
 def test_files_of_the_wrong_kind_are_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.touch() if name in outdir.FOLDERS else path.mkdir()
-    with pytest.raises(SettingsError, match=rf"{name} is not a f\w+, and a run writes one there: remove it"):
+    with pytest.raises(SettingsError, match=rf"{name} is not a f\w+, but a run needs one: remove it"):
         outdir.refuse_foreign_files(tmp_path, [], {"identity": {}})
 
 

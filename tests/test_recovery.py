@@ -179,7 +179,7 @@ def test_recent_lost_images_are_warned_about(tmp_path: Path, caplog: pytest.LogC
     with caplog.at_level(logging.WARNING):
         missing = recover(tmp_path)
     assert missing == {(name, 0) for name in ("a gone", "a short", "another", "a recent", "an outside")}
-    assert f"5 images of the manifest are missing or damaged and must be rendered again, the first is {tmp_path}/" in (
+    assert f"5 committed images are missing or damaged and must be rendered again; the first is {tmp_path}/" in (
         caplog.text
     )
 

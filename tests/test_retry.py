@@ -198,7 +198,7 @@ def test_moved_tables_can_be_named(table: Path, out: Path, tmp_path: Path) -> No
     [
         ((), "Missing option '--status'"),
         (("--status", "ok"), "'ok' is not one of"),
-        (("--status", "failed"), "holds no run of batch-infer: it has no run.json"),
+        (("--status", "failed"), "contains no run: it has no run.json"),
     ],
 )
 def test_retry_refuses_what_it_cannot_repeat(tmp_path: Path, arguments: tuple[str, ...], sentence: str) -> None:

@@ -363,7 +363,7 @@ def test_invalid_rows_are_logged_to_stderr_and_to_the_file(tmp_path: Path, out: 
     done = run(table, out)
     assert done.stderr.count("seed 'ten' is not a whole number") == 20
     assert "t.csv, line 21 (t-00000019): seed 'ten'" in done.stderr
-    assert "invalid in all: 30; results.parquet names each" in done.stderr
+    assert "30 rows are invalid; results.parquet contains each" in done.stderr
     assert "t.csv, line 31 (t-00000029): seed 'ten'" in (out / "logs" / "run.log").read_text()
     assert not images(out)
 
@@ -755,7 +755,7 @@ def test_overwrite_removes_nothing_for_a_model_that_does_not_load(
 def test_overwrite_removes_nothing_for_a_run_that_is_stopped_before_the_model_is_loaded(table: Path, out: Path) -> None:
     run(table, out)
     before = hashes(out)
-    with pytest.raises(StoppedError, match="stopped before --overwrite removed what .* holds"):
+    with pytest.raises(StoppedError, match="stopped before --overwrite removed old files from"):
         score(replace(settings_of(table, out), overwrite=True), make_progress(shown=False), lambda: True)
     assert hashes(out) == before
     assert_whole(out)

@@ -17,7 +17,7 @@ def merge(*, out: Path, results: tuple[ResultsFormat, ...], base64: bool, as_jso
     for the output of a batch endpoint. Results are limited to the rows of the tables that run.json names; if these
     cannot be read, all rows of the manifest are merged. The formats are those of the run and those of --results.
 
-    Exit codes: 0; 2 if OUT holds no run; 75 if another command works in OUT, or interrupted.
+    Exit codes: 0; 2 if OUT contains no run; 75 if another command works in OUT, or interrupted.
     """
     with stoppable(hint="results.* are as they were. Run the same command again"):
         from batch_infer.jobs import merge_results

@@ -20,7 +20,7 @@ def status(*, out: Path, as_json: bool, quiet: bool) -> int:
     Counts results by status, and those that are left: a row has one result per image. Rows that a killed run has
     committed count as done.
 
-    Exit codes: 0; 2 if OUT holds no run. With -q only this error is printed.
+    Exit codes: 0; 2 if OUT contains no run. With -q only this error is printed.
     """
     from batch_infer.jobs import read_status
 

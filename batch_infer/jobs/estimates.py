@@ -1,11 +1,12 @@
 """Provide batch sizes for --slots auto and rates for time and cost estimates, both by image size.
 
-Figures from an earlier plan or run under the same conditions are reused; others are measured now.
+Load them from an earlier plan or run under the same conditions, or else measure them.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from batch_infer.autotune import Probe
 
 MAX_MEASURED_SIZES = 4
-"""Maximum number of image sizes to measure. Figures for other sizes are scaled from the nearest measured size."""
+"""Maximum number of image sizes to measure. Other sizes use the scaled figures of the nearest measured size."""
 MIN_TICKS = 100
 """Minimum number of UNet calls at one image size for a run's rates to be reliable."""
 LIBRARIES = ("batch-infer", "torch", "diffusers")
@@ -52,9 +53,8 @@ class BatchShapes:
 
     def choose(self, sizes: Iterable[Size]) -> Compute:
         """Return the job's compute settings with the batch sizes for these image sizes."""
-        if not self._is_auto:
-            return self._job.compute
-        return self._job.compute.with_shapes([self.for_size(size) for size in sizes])
+        compute = self._job.compute
+        return compute.with_shapes([self.for_size(size) for size in sizes]) if self._is_auto else compute
 
     def _load_or_measure(self, size: Size) -> BatchShape:
         conditions = _shape_conditions(self._job, size)
@@ -71,9 +71,7 @@ class BatchShapes:
 
 def remember_shapes(job: Job, compute: Compute) -> None:
     """With --slots auto, save the batch sizes that were halved after running out of memory."""
-    if job.settings.compute.slots != "auto":
-        return
-    for shape in compute.by_size:
+    for shape in compute.by_size if job.settings.compute.slots == "auto" else ():
         size = shape.height, shape.width
         if shape != job.compute.shape_of(*size):
             save_calibration(_shape_conditions(job, size), Plateau(shape.slots, shape.decode_batch, utc_now()))
@@ -82,7 +80,7 @@ def remember_shapes(job: Job, compute: Compute) -> None:
 def find_rates(costs: Mapping[Size, SizeCost], job: Job, probe: Probe) -> dict[Size, Rates]:
     """Return the rates for every image size. Raises ModelError if measuring fails."""
     measured = {size: rates for size in costs if (rates := load_calibration(Rates, _rate_conditions(job, size)))}
-    costliest = sorted(costs, key=lambda size: costs[size].row_forwards * _pixels(size), reverse=True)
+    costliest = sorted(costs, key=lambda size: costs[size].row_forwards * math.prod(size), reverse=True)
     for size in costliest[:MAX_MEASURED_SIZES]:
         if size not in measured:
             log.info("measuring %dx%d pixels", *size[::-1])
@@ -92,23 +90,24 @@ def find_rates(costs: Mapping[Size, SizeCost], job: Job, probe: Probe) -> dict[S
 
 
 def _measure_rates(size: Size, job: Job, probe: Probe) -> Rates:
-    """Measure one size. Measure without torch.compile if it fails and a run would continue without it."""
-    settings = job.settings
-    image_format = settings.output.image_format
+    """Measure one size. If compiling fails and a run would continue without torch.compile, measure without it."""
+
+    def measure(compute: Compute) -> Rates:
+        return probe.measure_rates(job.card, compute, job.settings.safety, job.settings.output.image_format, size)
+
     try:
-        return probe.measure_rates(job.card, job.compute, settings.safety, image_format, size)
+        return measure(job.compute)
     except CompilationError as error:
-        if settings.compute.compiled:
+        if job.settings.compute.compiled:
             raise
         log.warning("%s; measured without it", error)
-    compute = replace(job.compute, compiled=False)
-    return probe.measure_rates(job.card, compute, settings.safety, image_format, size)
+    return measure(replace(job.compute, compiled=False))
 
 
 def remember_rates(job: Job, by_size: Mapping[Size, Stages], image_bytes: Mapping[Size, int], startup: float) -> None:
     """Save the rates of a run, which are more accurate than a calibration.
 
-    `image_bytes` holds the total bytes of all images by size; `startup` is the seconds before the first UNet call.
+    `image_bytes` is the total over all images of a size. `startup` is the number of seconds before the first UNet call.
     """
     for size, stages in by_size.items():
         if stages.images and stages.ticks >= MIN_TICKS:
@@ -121,29 +120,24 @@ def remember_rates(job: Job, by_size: Mapping[Size, Stages], image_bytes: Mappin
 def _scale_shape(size: Size, measured: Mapping[Size, BatchShape]) -> BatchShape:
     """Scale the nearest size's batch sizes to keep the number of pixels per call."""
     nearest = _find_nearest(size, measured)
-    factor = _pixels(nearest) / _pixels(size)
+    factor = math.prod(nearest) / math.prod(size)
     slots = max(2, int(measured[nearest].slots * factor))
-    decode_batch = max(1, int(measured[nearest].decode_batch * factor))
-    return BatchShape(*size, slots - slots % 2, decode_batch)
+    return BatchShape(*size, slots - slots % 2, max(1, int(measured[nearest].decode_batch * factor)))
 
 
 def _scale_rates(size: Size, measured: Mapping[Size, Rates]) -> Rates:
     """Scale the nearest size's rates by the number of pixels."""
     nearest = _find_nearest(size, measured)
-    rates, factor = measured[nearest], _pixels(size) / _pixels(nearest)
+    rates, factor = measured[nearest], math.prod(size) / math.prod(nearest)
     return replace(rates, tick=rates.tick * factor, image=rates.image * factor, image_bytes=rates.image_bytes * factor)
 
 
 def _find_nearest(size: Size, measured: Iterable[Size]) -> Size:
-    return min(measured, key=lambda candidate: abs(_pixels(candidate) - _pixels(size)))
-
-
-def _pixels(size: Size) -> int:
-    return size[0] * size[1]
+    return min(measured, key=lambda candidate: abs(math.prod(candidate) - math.prod(size)))
 
 
 def _shape_conditions(job: Job, size: Size) -> dict[str, Any]:
-    """Return the known conditions that determine the throughput plateau."""
+    """Return everything known that affects the throughput plateau."""
     compute = job.compute
     return {
         "model": job.card.fingerprint,
@@ -154,7 +148,7 @@ def _shape_conditions(job: Job, size: Size) -> dict[str, Any]:
 
 
 def _rate_conditions(job: Job, size: Size) -> dict[str, Any]:
-    """Return the known conditions that determine the rates."""
+    """Return everything known that affects the rates."""
     compute = replace(job.compute, by_size=(job.compute.shape_of(*size),), slots=0, decode_batch=0)
     return {
         "machine": platform.node(),

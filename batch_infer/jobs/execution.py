@@ -9,15 +9,20 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, replace
 from functools import partial
-from types import TracebackType
 from typing import Protocol
 
 from batch_infer.engines import Engine, LaunchedEngine, Task, TaskReport
-from batch_infer.errors import BatchInferError, CompilationError, DamagedPartError, ServiceError, SettingsError
+from batch_infer.errors import (
+    BatchInferError,
+    CompilationError,
+    ServiceError,
+    SettingsError,
+    UsageError,
+)
 from batch_infer.jobs.estimates import BatchShapes, Size, remember_rates, remember_shapes
 from batch_infer.jobs.job import Job, count_cores, count_parallel
 from batch_infer.jobs.merge import MissingResultsError, merge, merge_parts
-from batch_infer.jobs.recovery import remove_leftovers, set_aside
+from batch_infer.jobs.recovery import remove_leftovers, without_damaged_parts
 from batch_infer.jobs.results import remove_other_results
 from batch_infer.jobs.run_folder import RunFolder
 from batch_infer.jobs.scan import ScanResult, commit_invalid, find_changes, scan_tables
@@ -51,75 +56,62 @@ class Progress(Protocol):
     def close(self) -> None: ...
 
 
-class _Commits:
-    """Counts what the workers commit during this run."""
-
-    def __init__(self) -> None:
-        self.results = 0
-        self.bytes_by_size: Counter[Size] = Counter()
-        self.throughput: Throughput | None = None
-        """None until the first worker is ready."""
-
-    def add(self, rows: Sequence[ResultRow]) -> None:
-        self.results += len(rows)
-        if self.throughput is not None:
-            self.throughput.add(rows)
-        for row in rows:
-            self.bytes_by_size[row.height or 0, row.width or 0] += row.image_bytes or 0
-
-
 class RunExecution:
     """Runs a job on an engine. `_has_invalid` is true while invalid rows wait for --overwrite to clear OUT."""
 
     def __init__(self, job: Job, engine: Engine, progress: Progress, stop: Callable[[], bool], skip: SkipRule) -> None:
         self._job, self._engine, self._progress, self._stop, self._skip = job, engine, progress, stop, skip
         self._folder = RunFolder(job, stop)
-        self._summary, self._commits = Summary(), _Commits()
         self._has_invalid = False
         self._setup_seconds = 0.0
+        self._summary = Summary()
+        self._throughput: Throughput | None = None  # until the first worker is ready
+        self._bytes_by_size: Counter[Size] = Counter()
+
+    @property
+    def _committed(self) -> int:
+        """Number of results that the workers committed during this run."""
+        return self._throughput.committed if self._throughput else 0
 
     def execute(self, started: float) -> Summary:
         """Execute the run. `started` is the `time.monotonic` reading at the start of the command."""
-        self._warn_about_threads()
+        workers, threads = self._engine.worker_count, self._job.compute.threads
+        if count_parallel(workers, self._job.compute) < workers:
+            message = "%d workers with %d threads each share %d cores and slow each other down: reduce --threads"
+            log.warning(message, workers, threads, count_cores())
         self._setup_seconds = time.monotonic() - started
-        while True:
-            try:
-                counts = self._scan_render_merge()
-                break
-            except DamagedPartError as damage:  # in carried columns, which only the merge reads
-                set_aside(damage)
-                self._summary, self._commits = Summary(), _Commits()
+        counts = without_damaged_parts(self._scan_render_merge)
         self._folder.pinned.check()
         remove_other_results(self._folder.out, self._job.settings.output)
-        self._summarise(counts, time.monotonic() - started)
-        self._folder.update_record(finished_at=utc_now(), summary=self._summary.as_dict())
-        log.debug("%d images rendered, %d left; run.json has the summary", self._summary.rendered, counts.remaining)
-        return self._summary
-
-    def _warn_about_threads(self) -> None:
-        workers, compute = self._engine.worker_count, self._job.compute
-        if count_parallel(workers, compute) < workers:
-            message = "%d workers with %d threads each share %d cores and slow each other down: reduce --threads"
-            log.warning(message, workers, compute.threads, count_cores())
+        summary, price = self._summary, self._job.settings.price_per_hour
+        summary.counts, summary.seconds = counts, time.monotonic() - started
+        summary.cost = None if price is None else round(price * summary.seconds / 3600, 4)
+        summary.add_peak_memory(read_peak_memory("cpu"))
+        self._folder.update_record(finished_at=utc_now(), summary=summary.as_dict())
+        log.debug("%d images rendered, %d left; run.json has the summary", summary.rendered, summary.counts.remaining)
+        return summary
 
     def _scan_render_merge(self) -> Counts:
-        """Scan, render pending rows and merge. Raises DamagedPartError if a part's rows must be rendered again."""
+        """Scan, render pending rows and merge.
+
+        Raises DamagedPartError if carried columns are damaged, which only the merge reads: the rows must be rendered
+        again.
+        """
+        self._summary, self._throughput = Summary(), None
+        self._bytes_by_size.clear()
         with self._folder.index() as index:
             scan = self._scan(index)
             if scan.pending and not self._stop():
-                with self._folder.restored_on_usage_error(self._has_commits):
-                    self._choose_slots(scan)
-                with closing(self._progress), ExitStack() as stack:
-                    stack.push(partial(self._merge_after_error, scan))
-                    self._progress.start(scan)
-                    try:
-                        self._render(index, scan)
-                    except SettingsError as error:
-                        if not self._commits.results:
-                            raise
+                try:
+                    self._render(index, scan)
+                except UsageError as error:
+                    if not self._committed:
+                        self._folder.restore_record()
+                    elif isinstance(error, SettingsError):
                         raise ServiceError(str(error)) from error  # the key was valid when the run began
+                    raise
             self._folder.clear()
-        self._summary.unfinished = max(0, scan.pending - self._commits.results)
+        self._summary.unfinished = max(0, scan.pending - self._committed)
         return self._merge(scan)
 
     def _scan(self, index: ManifestIndex) -> ScanResult:
@@ -132,25 +124,7 @@ class RunExecution:
         self._folder.update_record(survey={**scan.as_dict(), "finished_at": utc_now()}, rendering_since=None)
         return scan
 
-    def _summarise(self, counts: Counts, seconds: float) -> None:
-        summary = self._summary
-        summary.counts, summary.seconds = counts, seconds
-        if (price := self._job.settings.price_per_hour) is not None:
-            summary.cost = round(price * seconds / 3600, 4)
-        summary.add_peak_memory(read_peak_memory("cpu"))
-
     # Rendering
-
-    def _has_commits(self) -> bool:
-        return self._commits.results > 0
-
-    def _choose_slots(self, scan: ScanResult) -> None:
-        """With --slots auto, measure or load the slots for the pending sizes."""
-        if self._job.settings.compute.slots == "auto":
-            from batch_infer.autotune import Probe
-
-            with Probe() as probe:
-                self._set_compute(BatchShapes(self._job, probe).choose(sorted(scan.sizes)))
 
     def _set_compute(self, compute: Compute) -> None:
         """Use these settings from now on, and in runs that continue this one."""
@@ -158,58 +132,46 @@ class RunExecution:
         self._folder.update_record(compute=asdict(compute))
 
     def _render(self, index: ManifestIndex, scan: ScanResult) -> None:
-        started = time.monotonic()
-        with self._folder.restored_on_usage_error(self._has_commits):
-            report = self._render_compiled(index, scan)
-            if report is None:
-                report = self._render_once(index, scan)
-        if (throughput := self._commits.throughput) is not None:
+        """Render the pending rows. After an error, merge the results that are already committed."""
+        if self._job.settings.compute.slots == "auto":
+            from batch_infer.autotune import Probe
+
+            with Probe() as probe:
+                self._set_compute(BatchShapes(self._job, probe).choose(sorted(scan.sizes)))
+        with closing(self._progress), ExitStack() as stack:
+            stack.push(partial(self._merge_after_error, scan))
+            self._progress.start(scan)
+            started = time.monotonic()
+            report = None
+            while report is None:
+                try:
+                    report = self._render_once(index, scan)
+                except CompilationError as error:
+                    self._disable_compiling(error, scan)
+                # Retry outside the except block, whose traceback would keep the first model in memory.
+            self._conclude(report, self._setup_seconds + time.monotonic() - started - report.seconds)
+
+    def _conclude(self, report: TaskReport, startup_seconds: float) -> None:
+        """Add a report to the summary, clean up after lost workers, and save measurements for later estimates."""
+        if (throughput := self._throughput) is not None:
             self._summary.rendered, self._summary.rendering_seconds = throughput.rendered, throughput.seconds
         self._summary.add(report)
         if report.lost_remote_worker:  # the next run removes that worker's files
             self._folder.update_record(has_strays=True)
         elif report.deaths:
             remove_leftovers(self._folder.out)
-        self._save_measurements(report, self._setup_seconds + time.monotonic() - started - report.seconds)
-
-    def _render_compiled(self, index: ManifestIndex, scan: ScanResult) -> TaskReport | None:
-        """Render. If compiling fails, disable torch.compile and return None.
-
-        The caller then renders again: inside the except block, the traceback would keep the first model in memory.
-        """
-        try:
-            return self._render_once(index, scan)
-        except CompilationError as error:
-            self._disable_compiling(error, scan)
-            return None
+        computes = [worker.compute for worker in report.worker_reports]
+        if any(compute != self._job.compute for compute in computes):  # halved after running out of memory
+            compute = take_smallest_batches(computes)
+            remember_shapes(self._job, compute)
+            self._set_compute(compute)
+        elif not self._job.compute.compiled:
+            stages = sum_stages_by_size(report.worker_reports)
+            remember_rates(self._job, stages, self._bytes_by_size, startup_seconds)
 
     def _render_once(self, index: ManifestIndex, scan: ScanResult) -> TaskReport:
-        slots_of = None if self._job.card.uses_pipeline_call else self._slots_of
-        new = select_pending(self._job.items(index), index, self._skip)
-        collisions = make_sink(self._folder.out).collisions(index)
-        requests = order_requests((collisions.mark(request, request.replaces) for request in new), slots_of)
-        task = Task(requests, scan.pending, self._worker_settings())
-        return self._engine.render(task, self._on_commit, self._stop, partial(self._on_ready, scan))
-
-    def _on_ready(self, scan: ScanResult) -> None:
-        self._folder.clear()
-        # Number of results in progress at once if every row uses guidance, which takes two slots.
-        slots = max(self._slots_of(size) for size in scan.sizes)
-        in_flight = min(scan.pending, max(1, slots // 2))
-        throughput = self._commits.throughput = Throughput(in_flight=in_flight)
-        self._folder.update_record(rendering_since=utc_now(), in_flight=in_flight)
-        self._progress.ready(throughput)
-
-    def _on_commit(self, rows: Sequence[ResultRow]) -> None:
-        self._commits.add(rows)
-        self._progress.committed(rows)
-
-    def _slots_of(self, size: Size) -> int:
-        return self._job.compute.shape_of(*size).slots * self._engine.worker_count
-
-    def _worker_settings(self) -> WorkerSettings:
         job = self._job
-        return WorkerSettings(
+        settings = WorkerSettings(
             card=job.card,
             compute=job.compute,
             safety=job.settings.safety.split_among(self._engine.worker_count),
@@ -218,6 +180,31 @@ class RunExecution:
             carried=job.tables.carried,
             run=job.number,
         )
+        pending = select_pending(job.items(index), index, self._skip)
+        collisions = make_sink(self._folder.out).collisions(index)
+        marked = (collisions.mark(request, request.replaces) for request in pending)
+        requests = order_requests(marked, None if job.card.uses_pipeline_call else self._slots_of)
+        task = Task(requests, scan.pending, settings)
+        return self._engine.render(task, self._on_commit, self._stop, partial(self._on_ready, scan))
+
+    def _on_ready(self, scan: ScanResult) -> None:
+        self._folder.clear()
+        # Number of results in progress at once if every row uses guidance, which takes two slots.
+        slots = max(self._slots_of(size) for size in scan.sizes)
+        in_flight = min(scan.pending, max(1, slots // 2))
+        self._throughput = Throughput(in_flight=in_flight)
+        self._folder.update_record(rendering_since=utc_now(), in_flight=in_flight)
+        self._progress.ready(self._throughput)
+
+    def _on_commit(self, rows: Sequence[ResultRow]) -> None:
+        if self._throughput is not None:
+            self._throughput.add(rows)
+        for row in rows:
+            self._bytes_by_size[row.height or 0, row.width or 0] += row.image_bytes or 0
+        self._progress.committed(rows)
+
+    def _slots_of(self, size: Size) -> int:
+        return self._job.compute.shape_of(*size).slots * self._engine.worker_count
 
     def _disable_compiling(self, error: CompilationError, scan: ScanResult) -> None:
         """Disable torch.compile in all workers. Raises CompilationError if the user must decide.
@@ -225,27 +212,16 @@ class RunExecution:
         Compiled and uncompiled networks produce different bytes, so the run continues only while OUT holds no image.
         It never continues with --compile, or under a launcher, whose other ranks have already exited.
         """
-        if self._commits.results or scan.skipped.get("ok") or scan.skipped.get("flagged"):
+        if self._committed or scan.skipped.get("ok") or scan.skipped.get("flagged"):
             raise CompilationError(
                 f"{error}, but the images that {self._folder.out} already holds were compiled: to have all alike, "
                 "add --overwrite or give another --out"
             ) from error
-        if self._job.settings.compute.compiled or isinstance(self._engine, LaunchedEngine):
+        is_required = self._job.settings.compute.compiled or not self._job.compute.compiled
+        if is_required or isinstance(self._engine, LaunchedEngine):
             raise error
         log.warning("%s; no image is rendered yet, so this run continues without it", error)
         self._set_compute(replace(self._job.compute, compiled=False))
-
-    def _save_measurements(self, report: TaskReport, startup_seconds: float) -> None:
-        """Save the measured rates for estimates, or batch sizes if they were halved after running out of memory."""
-        computes = [worker.compute for worker in report.worker_reports]
-        if all(compute == self._job.compute for compute in computes):
-            if not self._job.compute.compiled:
-                stages = sum_stages_by_size(report.worker_reports)
-                remember_rates(self._job, stages, self._commits.bytes_by_size, startup_seconds)
-        else:
-            compute = take_smallest_batches(computes)
-            remember_shapes(self._job, compute)
-            self._set_compute(compute)
 
     # Merging
 
@@ -271,7 +247,7 @@ class RunExecution:
     def _merge_once(self, scan: ScanResult) -> Counts:
         """Merge in table order, or from the manifest alone if the tables changed during the run."""
         self._folder.pinned.check()
-        remaining = max(0, scan.pending - self._commits.results) + scan.skipped.get("left", 0)
+        remaining = max(0, scan.pending - self._committed) + scan.skipped.get("left", 0)
         if self._has_invalid:
             remaining += scan.invalid
         least = scan.total - remaining - scan.uncommitted
@@ -288,15 +264,9 @@ class RunExecution:
         with self._folder.manifest.index() as index:
             return merge(self._job.items(index), index, tables.carried, self._folder.out, output, least)
 
-    def _merge_after_error(
-        self,
-        scan: ScanResult,
-        exc_type: type[BaseException] | None,
-        error: BaseException | None,
-        _: TracebackType | None,
-    ) -> None:
+    def _merge_after_error(self, scan: ScanResult, _type: object, error: object, _traceback: object) -> None:
         """Merge committed results after a rendering error, without hiding that error."""
-        if isinstance(error, Exception) and self._commits.results:
+        if isinstance(error, Exception) and self._committed:
             try:
                 self._merge(scan)
             except BatchInferError as merge_error:

@@ -1,4 +1,4 @@
-"""Lock the output folder OUT, read and write its run.json, and check its contents before anything is written."""
+"""Lock the output folder OUT, read and write its run.json, and refuse an OUT that a run must not write to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from batch_infer import __version__
 from batch_infer.errors import SettingsError, StorageError, UsageError, first_line
 from batch_infer.jobs.run_json import parse_record, require
 from batch_infer.sinks import IMAGE_FOLDERS
@@ -35,8 +34,8 @@ FOLDERS = (*IMAGE_FOLDERS, "manifest", "logs")
 RESULTS = ("results.parquet", "results.csv", "results.jsonl")
 OWN_NAMES = (*FOLDERS, *RESULTS, "run.json")
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EXDEV}
-_REMEDY = "remove it to continue with what the manifest holds, or start anew in another --out"
-_CLEARING = "overwriting"
+_REMEDY = "remove it to continue from the manifest, or start anew in another --out"
+CLEARING = "overwriting"
 """Key of run.json while --overwrite removes the contents of OUT."""
 
 
@@ -44,8 +43,8 @@ _CLEARING = "overwriting"
 def locked(out: Path) -> Iterator[PinnedFolder]:
     """Lock OUT, creating it if missing, and yield it as a pinned folder.
 
-    Removes temporary results.* files of killed processes, since only the lock holder writes results.*. An OSError on a
-    path in OUT becomes a StorageError. Raises LockedError, SettingsError, StorageError.
+    Temporary results.* files from killed processes are removed, since only the lock holder writes results.*. An OSError
+    for a path in OUT becomes StorageError. Raises LockedError, SettingsError, StorageError.
     """
     refuse_unprintable(out)
     with locked_folder(out, IMAGE_FOLDERS) as pinned:
@@ -55,7 +54,7 @@ def locked(out: Path) -> Iterator[PinnedFolder]:
 
 
 def refuse_unprintable(out: Path) -> None:
-    """Raise SettingsError for a path that is not UTF-8: neither Parquet libraries nor JSON can store it."""
+    """Raise SettingsError if the path is not UTF-8, which neither Parquet libraries nor JSON can store."""
     try:
         str(out.absolute()).encode()
     except UnicodeEncodeError as error:
@@ -66,7 +65,7 @@ def refuse_unprintable(out: Path) -> None:
 
 
 def read_run(out: Path) -> dict[str, Any] | None:
-    """Return run.json with its types checked, or None if OUT has none. Raises UsageError, StorageError."""
+    """Return run.json after checking its types, or None if it does not exist. Raises UsageError, StorageError."""
     refuse_unprintable(out)
     path = out / "run.json"
     try:
@@ -80,7 +79,7 @@ def read_run(out: Path) -> dict[str, Any] | None:
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read: {first_line(error)}; {_REMEDY}") from error
     if not isinstance(record, dict):
-        raise UsageError(f"{path} does not hold a JSON object; {_REMEDY}")
+        raise UsageError(f"{path} is not a JSON object; {_REMEDY}")
     try:
         parse_record(record)
     except ValueError as error:
@@ -89,12 +88,12 @@ def read_run(out: Path) -> dict[str, Any] | None:
 
 
 def read_existing_run(out: Path) -> dict[str, Any]:
-    """Return run.json. Raises UsageError if OUT holds no run."""
+    """Return run.json. Raises UsageError if OUT contains no run."""
     record = read_run(out)
     if not record or "identity" not in record:
-        raise UsageError(f"{out} holds no run of batch-infer: it has no run.json written by batch-infer")
-    if record.get(_CLEARING):
-        raise UsageError(f"{out}: `run --overwrite` was stopped while it removed what was there; run again to continue")
+        raise UsageError(f"{out} contains no run: it has no run.json written by batch-infer")
+    if record.get(CLEARING):
+        raise UsageError(f"{out}: `run --overwrite` was stopped while removing old files; run it again to continue")
     return record
 
 
@@ -105,10 +104,7 @@ def write_run(out: Path, record: Mapping[str, Any]) -> None:
 
 
 def create_run_json(out: Path, record: Mapping[str, Any]) -> None:
-    """Write run.json unless OUT has one. If several processes start together, only one writes it.
-
-    Raises StorageError.
-    """
+    """Write run.json unless it exists, even if several processes start at the same time. Raises StorageError."""
     path = out / "run.json"
     temporary = temporary_path(path)
     with write_errors(path):
@@ -129,17 +125,8 @@ def create_run_json(out: Path, record: Mapping[str, Any]) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def restore_run(out: Path, earlier: Mapping[str, Any] | None) -> None:
-    """Restore run.json as it was before this run, or remove it if there was none. Raises StorageError."""
-    if earlier is not None:
-        write_run(out, earlier)
-    else:
-        with write_errors(out / "run.json"):
-            (out / "run.json").unlink(missing_ok=True)
-
-
 def _write_json(path: Path, record: Mapping[str, Any]) -> None:
-    # ASCII, because a file name that is not valid UTF-8 contains surrogates, which must be escaped.
+    # ASCII escapes the surrogates of file names that are not valid UTF-8.
     path.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="ascii")
 
 
@@ -147,21 +134,21 @@ def _write_json(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def refuse_foreign_files(out: Path, tables: Iterable[Path], earlier: Mapping[str, Any] | None) -> None:
-    """Raise SettingsError if a run would overwrite, or --overwrite would remove, another program's files."""
+    """Raise SettingsError if a run would overwrite another program's files, or --overwrite would remove them."""
     _check_kinds(out)
     own_paths = [(out / name).resolve() for name in OWN_NAMES]
     for table in tables:
         if any(table.resolve().is_relative_to(path) for path in own_paths):
-            raise SettingsError(f"{table} lies where a run into {out} writes its own files: give another --out")
+            raise SettingsError(f"{table} is in a folder that a run into {out} writes to: give another --out")
     has_parts = any(name.startswith("part-") for name in list_names(out / "manifest"))
     if (earlier is None or "identity" not in earlier) and not has_parts:
         for name in RESULTS:
             if path_exists(out / name):
-                raise SettingsError(f"{out / name} is there, and no run of batch-infer made it: give another --out")
+                raise SettingsError(f"{out / name} was not written by batch-infer: give another --out")
 
 
 def _check_kinds(out: Path) -> None:
-    """Refuse links, and files and folders of the wrong kind. Raises SettingsError, StorageError."""
+    """Refuse links, and a file in place of a folder or vice versa. Raises SettingsError, StorageError."""
     for name in OWN_NAMES:
         path = out / name
         with read_errors(path):
@@ -171,19 +158,19 @@ def _check_kinds(out: Path) -> None:
                 continue
         if stat.S_ISLNK(mode) and name in FOLDERS:
             raise SettingsError(
-                f"{path} is a link; in OUT only images/ and quarantine/ may be links: put the folder itself there"
+                f"{path} is a link; in OUT only images/ and quarantine/ may be links: replace it with a folder"
             )
         if stat.S_ISDIR(mode) != (name in FOLDERS):
-            kind = "folder" if name in FOLDERS else "file"
-            raise SettingsError(f"{path} is not a {kind}, and a run writes one there: remove it or give another --out")
+            expected = "folder" if name in FOLDERS else "file"
+            raise SettingsError(f"{path} is not a {expected}, but a run needs one: remove it or give another --out")
 
 
 def refuse_while_rescoring(out: Path, record: Mapping[str, Any] | None) -> None:
-    """Raise SettingsError if an unfinished rescore left results of two safety policies."""
+    """Raise SettingsError if a rescore is unfinished, since OUT then contains results under two safety policies."""
     if (record or {}).get("rescoring"):
         mode = require(parse_record(record).settings, "settings", out).safety.mode
         raise SettingsError(
-            f"a rescore of {out} has not finished: continue it with `batch-infer rescore {out} --safety {mode}` and its"
+            f"a rescore of {out} is unfinished: continue it with `batch-infer rescore {out} --safety {mode}` and its"
             " other options, or start anew with `run --overwrite`"
         )
 
@@ -192,20 +179,15 @@ def refuse_while_rescoring(out: Path, record: Mapping[str, Any] | None) -> None:
 
 
 def refuse_to_clear(out: Path) -> None:
-    """Raise SettingsError if OUT may hold another program's files."""
+    """Raise SettingsError if OUT may contain another program's files."""
     names = (name for name in OWN_NAMES if name != "logs")  # a run that fails to start creates only logs/
     if "identity" not in (read_run(out) or {}) and any(path_exists(out / name) for name in names):
         raise SettingsError(
-            f"--overwrite: {out} has no run.json written by batch-infer, so its files may belong to something else;"
+            f"--overwrite: {out} has no run.json written by batch-infer, so its files may belong to another program;"
             " remove them yourself"
         )
 
 
-def mark_clearing(out: Path) -> None:
-    """Mark OUT in run.json as being cleared. Raises StorageError."""
-    write_run(out, {"batch_infer": __version__, "identity": {}, _CLEARING: True})
-
-
 def is_clearing(out: Path) -> bool:
     """Return whether an --overwrite was stopped before OUT was empty. Raises UsageError, StorageError."""
-    return bool((read_run(out) or {}).get(_CLEARING))
+    return bool((read_run(out) or {}).get(CLEARING))

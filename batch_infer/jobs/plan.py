@@ -45,7 +45,7 @@ TABLE_READS = 3
 
 @dataclass(slots=True)
 class SizePlan:
-    """Cost of the images of one size. `seconds` is device time."""
+    """Cost of all images of one size. `seconds` is device time."""
 
     height: int
     width: int
@@ -57,12 +57,12 @@ class SizePlan:
 
 
 class Plan(JsonStruct, rename={"finished": "done", "refusal": "refused"}):
-    """What a run would do. Counts are of results (one per image) unless they name rows.
+    """What a run would do. Counts are numbers of results (one per image) unless their name says rows.
 
-    `seconds` covers the whole command; in `sizes` it is device time, which the `processes` share. `truncated` is None
-    if only the model's pipeline knows. `reasons` says why results are pending, `changes` names the options that changed
-    them, and `refused` says why the run would not start. `files` maps each file read to its number of rows. `left_out`
-    lists by reason the files of folders and globs that are not read.
+    `seconds` is the duration of the whole command. In `sizes` it is device time, which the `processes` share.
+    `truncated` is None if only the model's pipeline can count tokens. `reasons` says why results are pending, `changes`
+    names the options that changed, and `refusal` is the error with which the run would stop. `files` maps each table to
+    its number of rows. `left_out` lists the ignored files of folders and globs by reason.
     """
 
     rows: int = 0
@@ -95,10 +95,7 @@ class Plan(JsonStruct, rename={"finished": "done", "refusal": "refused"}):
 
 
 def make_plan(settings: RunSettings, report: Callable[[ResultRow], None]) -> Plan:
-    """Return what `run` would do with these settings, and call `report` with every invalid row.
-
-    Raises the same UsageErrors as `run`.
-    """
+    """Return what `run` would do, and call `report` with every invalid row. Raises the UsageErrors of `run`."""
     end_unguarded_process()
     settings = finish_overwrite(make_paths_absolute(settings))
     with open_tables(settings) as tables, Probe() as probe:
@@ -110,7 +107,7 @@ def make_plan(settings: RunSettings, report: Callable[[ResultRow], None]) -> Pla
 
 
 class _Planner:
-    """Reads the tables once and counts their results and costs."""
+    """Reads the tables once and counts results and costs."""
 
     def __init__(
         self, job: Job, processes: int, probe: Probe, index: ManifestIndex, report: Callable[[ResultRow], None]
@@ -142,7 +139,7 @@ class _Planner:
         return plan
 
     def _count_evaluations(self) -> None:
-        """Count the UNet evaluations of the pending rows, in the order of the run."""
+        """Count the UNet evaluations of pending rows in rendering order."""
         card = self._job.card
         slots_of = None if card.uses_pipeline_call else self._slots_of
         for request in order_requests(select_pending(self._valid_rows(), self._index, self._is_finished), slots_of):
@@ -161,7 +158,7 @@ class _Planner:
         return False
 
     def _valid_rows(self) -> Iterator[PromptRequest]:
-        """Yield the rows that are valid for the run, and count and report invalid rows."""
+        """Count all rows, yield the valid ones and report the invalid ones."""
         plan = self._plan
         plan.files = dict.fromkeys(self._job.tables.files, 0)
         for item in self._job.items(self._index):
@@ -184,7 +181,7 @@ class _Planner:
             self._report(item)
 
     def _estimate(self, reading_seconds: float) -> None:
-        """Estimate time, disk space and cost. The run spends `reading_seconds` on reading tables."""
+        """Estimate time, disk space and cost. `reading_seconds` is the time in which the run reads the tables."""
         plan, settings, costs = self._plan, self._job.settings, self._estimator.costs
         if not costs:
             return
@@ -192,16 +189,9 @@ class _Planner:
         rates = find_rates(costs, job, self._probe)
         for (height, width), cost in costs.items():
             rate = rates[height, width]
-            size_plan = SizePlan(
-                height=height,
-                width=width,
-                images=cost.images,
-                row_forwards=cost.row_forwards,
-                ticks=cost.ticks,
-                slots=cost.slots,
-                seconds=round(cost.ticks * rate.tick + cost.images * rate.image, 3),
-            )
-            plan.sizes.append(size_plan)
+            seconds = round(cost.ticks * rate.tick + cost.images * rate.image, 3)
+            size = SizePlan(height, width, cost.images, cost.row_forwards, cost.ticks, cost.slots, seconds)
+            plan.sizes.append(size)
         plan.row_forwards = sum(cost.row_forwards for cost in costs.values())
         plan.ticks = sum(cost.ticks for cost in costs.values())
         plan.occupancy = round(plan.row_forwards / sum(cost.ticks * cost.slots for cost in costs.values()), 4)

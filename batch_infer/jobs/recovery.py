@@ -1,4 +1,4 @@
-"""Recover OUT from killed processes: remove their files, restore images that they set aside, and find lost images."""
+"""Recover OUT after processes were killed: remove their files, restore images and find missing ones."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import errno
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
@@ -33,49 +33,50 @@ from batch_infer.store import (
 )
 
 RECENT_SECONDS = 600.0
-"""Seconds before the last commit. Images committed since then are read and checked.
+"""Maximum seconds between a commit and the last commit for its images to be read and checked.
 
-Only disks and file systems that acknowledge a flush too early need this.
+Only disks and file systems that acknowledge a flush too early need this check.
 """
 READING_THREADS = 8
 BATCH = 2048
+"""Number of images to look up together."""
 _DAMAGED = ".damaged"
-_IMAGE = pa.schema([SCHEMA.field(name) for name in ("id", "image_index", "generated_image", "sha256", "image_bytes")])
+_CONTENT = ("generated_image", "sha256", "image_bytes")
+_IMAGE = pa.schema([SCHEMA.field(name) for name in ("id", "image_index", *_CONTENT)])
 
 log = logging.getLogger("batch_infer")
 
 T = TypeVar("T")
-Key = tuple[str, int]
 OnDamage = Callable[[DamagedPartError], object]
 
 
-def recover(out: Path, since_run: int = 0) -> frozenset[Key]:
+def recover(out: Path, since_run: int = 0) -> frozenset[tuple[str, int]]:
     """Clean up after a killed run, and return the keys of recent images that are missing or damaged.
 
-    `since_run` is the first run after the last one that ended cleanly. Removes leftovers and sets damaged parts aside,
-    so that their rows are rendered again. Reads images from the last minutes of those runs, but not older images or
-    the columns of older parts. The caller holds the lock and has written nothing yet. Raises StorageError.
+    `since_run` is the first run after the last one that ended cleanly. Remove leftovers and set damaged parts aside, so
+    that their rows are rendered again. Only images that those runs committed in their last minutes are read, and only
+    their parts are read in full. The caller holds the lock and has written nothing yet. Raises StorageError.
     """
     remove_leftovers(out, set_aside)
+    sink, missing = make_sink(out), list[dict[str, Any]]()
     recent = _recent_parts(Manifest(out).parts(since_run))
-    sink, missing = make_sink(out), list[tuple[Key, str]]()
     with ManifestIndex(recent, set_aside) as index, ThreadPoolExecutor(READING_THREADS) as pool:
-        for images in _stored_images(index):
-            intact = pool.map(lambda image: is_intact(sink, *image[1:]), images)
-            for (key, path, *_), image_is_intact in zip(images, intact, strict=True):
-                if not image_is_intact:
-                    missing.append((key, path))
+        committed = (image for image in index.iterate_in_table_order([]) if image.path is not None)
+        while batch := list(islice(committed, BATCH)):
+            rows = index.read_results(batch, _IMAGE).to_pylist()
+            contents = pool.map(lambda row: read_intact(sink, *(row[name] for name in _CONTENT)), rows)
+            missing += [row for row, content in zip(rows, contents, strict=True) if content is None]
     if missing:
         log.warning(
-            "%d images of the manifest are missing or damaged and must be rendered again, the first is %s",
+            "%d committed images are missing or damaged and must be rendered again; the first is %s",
             len(missing),
-            out / missing[0][1],
+            out / missing[0]["generated_image"],
         )
-    return frozenset(key for key, _ in missing)
+    return frozenset((row["id"], row["image_index"]) for row in missing)
 
 
 def remove_leftovers(out: Path, on_damage: OnDamage | None = None) -> None:
-    """Remove what a killed run left in OUT and restore the images that it set aside.
+    """Remove a killed run's leftovers from OUT and restore the images that it set aside.
 
     The caller holds the lock. Raises StorageError, and DamagedPartError if `on_damage` is None.
     """
@@ -83,10 +84,10 @@ def remove_leftovers(out: Path, on_damage: OnDamage | None = None) -> None:
 
 
 def remove_temporary_files(out: Path) -> list[str]:
-    """Remove a killed run's temporary files and lock holder file. Return the images that it set aside.
+    """Remove a killed run's temporary files and lock holder file. Return the paths of images that the run set aside.
 
-    Paths are relative to OUT. The caller holds the lock, or knows that no other process writes there. Only images/ and
-    quarantine/ may be links; no other link is followed. Keeps this process's marker. Raises StorageError.
+    Paths are relative to OUT. The caller holds the lock, or knows that no other process writes to OUT. Links are not
+    followed, except images/ and quarantine/. This process's marker stays. Raises StorageError.
     """
     marker = marker_name()
     originals: list[str] = []
@@ -104,9 +105,9 @@ def remove_temporary_files(out: Path) -> list[str]:
 
 
 def remove_abandoned(out: Path, folders: Iterable[Path]) -> list[str]:
-    """Remove temporary files of this machine's dead processes from folders of OUT. Return the images set aside.
+    """Remove temporary files of dead processes on this machine. Return the paths of images that they set aside.
 
-    Safe while other processes write to OUT. Links are not followed. Raises StorageError.
+    `folders` are in OUT. Safe while other processes write to OUT. Links are not followed. Raises StorageError.
     """
 
     def is_leftover(name: str) -> bool:
@@ -121,7 +122,7 @@ def remove_abandoned(out: Path, folders: Iterable[Path]) -> list[str]:
 
 
 def _sweep(out: Path, folder: Path, is_leftover: Callable[[str], bool], originals: list[str]) -> list[Path]:
-    """Remove leftover files, but add images that were set aside to `originals`. Return the subfolders."""
+    """Remove leftover files, but add images that were set aside to `originals`. Return subfolders."""
 
     def remove(path: Path) -> None:
         if original_path(path.name) is None:
@@ -142,39 +143,46 @@ def restore_images(
 ) -> None:
     """Restore images that were set aside for replacements that were never committed.
 
-    `originals` holds the paths of the files set aside. A file is removed if its replacement was committed. `on_damage`
-    is called with each damaged part before the index is opened again. Raises StorageError, and DamagedPartError if
-    `on_damage` is None.
+    `originals` contains the paths of the files set aside. If the replacement was committed, the file is removed.
+    `on_damage` is called for each damaged part before the index is opened again. Raises StorageError, and
+    DamagedPartError if `on_damage` is None.
     """
+    path_by_backup = {backup: original_path(backup) or backup for backup in originals}
+    contents: dict[str, tuple[str, int]] = {}
     while originals:
         try:
             with open_index() as index:
-                _restore(out, index, originals)
-            return
+                committed = index.get_by_paths(path_by_backup.values())
+                rows = index.read_results(list(committed.values()), _IMAGE).to_pylist()
+            contents = {row["generated_image"]: (row["sha256"], row["image_bytes"]) for row in rows}
+            break
         except DamagedPartError as damage:  # in columns that opening the index does not read
             if on_damage is None:
                 raise
             on_damage(damage)
-
-
-def _restore(out: Path, index: ManifestIndex, originals: Sequence[str]) -> None:
-    path_by_backup = {backup: original_path(backup) or backup for backup in originals}
-    sink, committed = make_sink(out), index.get_by_paths(path_by_backup.values())
-    rows = index.read_results(list(committed.values()), _IMAGE).to_pylist()
-    contents = {row["generated_image"]: (row["sha256"], row["image_bytes"]) for row in rows}
+    sink = make_sink(out)
     for backup, path in path_by_backup.items():
-        sha256, length = contents.get(path, (None, None))
-        if not is_intact(sink, path, sha256, length) and is_intact(sink, backup, sha256, length):
+        sha256, byte_count = contents.get(path, (None, None))
+        if not is_intact(sink, path, sha256, byte_count) and is_intact(sink, backup, sha256, byte_count):
             sink.restore(backup)
         else:
             sink.remove(backup)
+
+
+def without_damaged_parts(work: Callable[[], T]) -> T:
+    """Return the value of `work`. For each damaged part, set it aside and call `work` again. Raises StorageError."""
+    while True:
+        try:
+            return work()
+        except DamagedPartError as damage:
+            set_aside(damage)
 
 
 def set_aside(damage: DamagedPartError) -> Path:
     """Rename a damaged part so that its rows are rendered again. Return its new path. Raises StorageError."""
     part = damage.part
     path, number = part.with_name(f"{part.name}{_DAMAGED}"), 1
-    while path_exists(path):  # an earlier damaged part of the same rows may have this name
+    while path_exists(path):  # a damaged part with the same rows may have this name
         number += 1
         path = part.with_name(f"{part.name}{_DAMAGED}-{number}")
     with write_errors(path):
@@ -184,20 +192,20 @@ def set_aside(damage: DamagedPartError) -> Path:
     return path
 
 
-def is_intact(sink: Sink, path: str, sha256: str | None, length: int | None) -> bool:
+def is_intact(sink: Sink, path: str, sha256: str | None, byte_count: int | None) -> bool:
     """Return whether a stored image is unchanged since it was written. Raises StorageError."""
-    return read_intact(sink, path, sha256, length) is not None
+    return read_intact(sink, path, sha256, byte_count) is not None
 
 
-def read_intact(sink: Sink, path: str, sha256: str | None, length: int | None) -> bytes | None:
-    """Return an image as it was written, or None if it is missing or damaged, or its path leads out of OUT.
+def read_intact(sink: Sink, path: str, sha256: str | None, byte_count: int | None) -> bytes | None:
+    """Return the bytes of an image, or None if it is missing, damaged or outside OUT.
 
     Raises StorageError if it cannot be read.
     """
-    if length is None:
+    if byte_count is None:
         return None
     try:
-        content = sink.read(path, length)
+        content = sink.read(path, byte_count)
     except StorageError as error:
         if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EIO:  # damaged on disk
             return None
@@ -206,7 +214,7 @@ def read_intact(sink: Sink, path: str, sha256: str | None, length: int | None) -
 
 
 def _recent_parts(parts: Sequence[Path]) -> list[Path]:
-    """Return the most recent parts by each machine's clock. Set unreadable parts aside."""
+    """Return the most recent parts by each machine's clock. Set damaged parts aside."""
     times = {part: time for part in parts if (time := _read_or_set_aside(commit_time, part)) is not None}
     latest: dict[str, float] = {}
     for clock, seconds in times.values():
@@ -221,13 +229,3 @@ def _read_or_set_aside(read: Callable[[Path], T], part: Path) -> T | None:
     except DamagedPartError as damage:
         set_aside(damage)
         return None
-
-
-def _stored_images(index: ManifestIndex) -> Iterator[list[tuple[Key, str, str | None, int | None]]]:
-    """Yield the images of an index in batches of (key, path, sha256, length in bytes)."""
-    stored = (committed for committed in index.iterate_in_table_order([]) if committed.path is not None)
-    while batch := list(islice(stored, BATCH)):
-        columns = index.read_results(batch, _IMAGE).to_pydict()
-        keys = zip(columns["id"], columns["image_index"], strict=True)
-        paths, hashes, lengths = columns["generated_image"], columns["sha256"], columns["image_bytes"]
-        yield list(zip(keys, paths, hashes, lengths, strict=True))

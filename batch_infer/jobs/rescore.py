@@ -6,17 +6,17 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
-from batch_infer.errors import DamagedPartError, SettingsError, StoppedError
+from batch_infer.errors import SettingsError, StoppedError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.job import find_model, open_tables
 from batch_infer.jobs.merge import merge
-from batch_infer.jobs.recovery import remove_leftovers, set_aside
+from batch_infer.jobs.recovery import remove_leftovers, set_aside, without_damaged_parts
 from batch_infer.jobs.rescorer import RescoreCounts, Rescorer, StoredResult
 from batch_infer.jobs.run_json import (
     add_counts,
@@ -37,15 +37,13 @@ from batch_infer.stopping import GRACE_SECONDS, deferred
 from batch_infer.table import Tables
 
 BATCH = 64
-"""Number of results to read, check and commit together, with their pixels in memory."""
+"""Number of results to check and commit together. Their pixels are in memory."""
 DISCARDING_POLICIES: Mapping[OnFlagged, str] = {
     "blank": "replaced by a black image",
     "blur": "replaced by a blurred image",
     "drop": "removed",
 }
-"""What happens to the original of a flagged image, by policy. Other policies keep it."""
-
-T = TypeVar("T")
+"""What happens to the original of a flagged image. Other policies keep the original."""
 
 log = logging.getLogger("batch_infer")
 
@@ -57,26 +55,25 @@ def rescore_images(
     report: Callable[[RescoreCounts], None],
     stop: Callable[[], bool] = lambda: False,
 ) -> tuple[RescoreCounts, Counts]:
-    """Check the images of OUT with the checkers in `safety`, and merge.
+    """Check the stored images of OUT with the checkers in `safety`, and merge.
 
-    If `safety` has no policy, the run's policy for flagged images applies. If the policy discards original images, a
-    warning says so first. Until the rescore finishes, run.json marks it as unfinished and other commands refuse OUT.
-    The same call continues it. `report` receives the counts after each batch. Raises UsageError, LockedError,
-    ServiceError, StorageError, StoppedError.
+    `safety` without a policy takes the run's policy for flagged images. If the policy discards originals, a warning is
+    logged first. Until the rescore finishes, run.json marks it as unfinished, other commands refuse OUT, and the same
+    call continues. `report` receives the counts after each batch. Raises UsageError, LockedError, ServiceError,
+    StorageError, StoppedError.
     """
     out = out.absolute()
     settings = _read_settings(outdir.read_existing_run(out), out, tables, safety)
     with open_tables(settings) as opened_tables:
         card = find_model(settings)
         if safety.service is None and not safety.uses_checker(has_checker=card.has_checker):
-            raise SettingsError(f"--safety {safety.mode}: no safety checker is available; say checker, azure, or both")
+            raise SettingsError(f"--safety {safety.mode}: no safety checker is available; use checker, azure or both")
         with outdir.locked(out):
-            record = outdir.read_existing_run(out)  # another command may have changed it meanwhile
+            record = outdir.read_existing_run(out)  # another command may have changed it before the lock
             rescore = _Rescore(record, _read_settings(record, out, tables, safety), opened_tables, card)
             if tables:
                 rescore.refuse_fewer_rows()
-            counts = rescore.check(report, stop)
-            return counts, rescore.conclude()
+            return rescore.run(report, stop)
 
 
 def _read_settings(record: Mapping[str, Any], out: Path, tables: Sequence[str], safety: SafetySettings) -> RunSettings:
@@ -89,8 +86,8 @@ def _read_settings(record: Mapping[str, Any], out: Path, tables: Sequence[str], 
 class _Rescore:
     """Rescores a locked OUT.
 
-    `_sources` maps the fingerprints of the rules under which results are still stored to the policy of those rules.
-    There are several if an earlier rescore was stopped.
+    Until the rescore finishes, OUT contains results under the rules of earlier runs and stopped rescores. `_sources`
+    maps the fingerprints of these rules to their policies.
     """
 
     def __init__(self, record: Mapping[str, Any], settings: RunSettings, tables: Tables, card: ModelCard) -> None:
@@ -110,51 +107,52 @@ class _Rescore:
         }
 
     def refuse_fewer_rows(self) -> None:
-        """Raise SettingsError if a table is missing: its results would be omitted, and rendered again later."""
+        """Raise SettingsError if a table is missing: its results would not be merged, and be rendered again later."""
         results = sum(1 for _ in self._tables.rows(self._rules, lambda _: True))
         total = count_scanned_results(self._record)
         if results < total:
-            raise SettingsError(f"these tables have {results} results and those of the run had {total}: name all")
+            raise SettingsError(
+                f"these tables have {results} results and those of the run had {total}: name all of them"
+            )
 
-    def check(self, report: Callable[[RescoreCounts], None], stop: Callable[[], bool]) -> RescoreCounts:
-        """Check all results not yet stored under the new rules. Raises StorageError, ServiceError, StoppedError."""
+    def run(self, report: Callable[[RescoreCounts], None], stop: Callable[[], bool]) -> tuple[RescoreCounts, Counts]:
+        """Check results, merge, and store the new settings in run.json.
+
+        Raises StorageError, ServiceError, StoppedError.
+        """
         out = self._settings.out
         if self._is_resumed or not ended_cleanly(self._record):
             remove_leftovers(out, set_aside)
-        rescorer = Rescorer(self._settings, self._card, self._record, stop)
-        outdir.write_run(out, {**self._record, "rescoring": self._sources})
-        with closing(rescorer):
-            _without_damaged_parts(lambda: self._check_all(rescorer, report, stop))
-        return rescorer.counts
+        with closing(Rescorer(self._settings, self._card, self._record, stop)) as rescorer:
+            outdir.write_run(out, {**self._record, "rescoring": self._sources})
+            without_damaged_parts(lambda: self._check(rescorer, report, stop))
+        counts = without_damaged_parts(self._merge)
+        record = {name: value for name, value in self._record.items() if name != "rescoring"}
+        outdir.write_run(out, {**add_counts(record, counts), "rescored_at": utc_now()})
+        return rescorer.counts, counts
 
-    def _check_all(self, rescorer: Rescorer, report: Callable[[RescoreCounts], None], stop: Callable[[], bool]) -> None:
+    def _check(self, rescorer: Rescorer, report: Callable[[RescoreCounts], None], stop: Callable[[], bool]) -> None:
+        """Check all results that are not stored under the new rules yet."""
+        policy = self._settings.safety.policy
         with Manifest(self._settings.out).index() as index:
             pending = self._pending_results(index, rescorer)
-            first_result = next(pending, None)
-            if first_result is not None:
-                self._warn_about_loss()
-                pending = chain([first_result], pending)
-            while batch := list(islice(pending, BATCH)):
+            for number, batch in enumerate(iter(lambda: list(islice(pending, BATCH)), [])):
+                if number == 0 and policy in DISCARDING_POLICIES:
+                    log.warning(
+                        "originals of images that are flagged now will be %s (--on-flagged %s) and can only be rendered"
+                        " again; --on-flagged quarantine or keep would keep them",
+                        DISCARDING_POLICIES[policy],
+                        policy,
+                    )
                 if stop():
-                    raise StoppedError("stopped; what is rescored is kept, and the same command continues")
+                    raise StoppedError("stopped; results so far are kept, and the same command continues")
                 with deferred(GRACE_SECONDS):
                     rescorer.rescore(batch)
                     rescorer.commit(self._tables.carried)
                 report(rescorer.counts)
 
-    def _warn_about_loss(self) -> None:
-        """Warn if the policy discards the originals of flagged images."""
-        policy = self._settings.safety.policy
-        if policy in DISCARDING_POLICIES:
-            log.warning(
-                "the original of every image that is flagged now will be %s (--on-flagged %s), and only rendering it"
-                " again brings it back; --on-flagged quarantine or keep would keep it",
-                DISCARDING_POLICIES[policy],
-                policy,
-            )
-
     def _pending_results(self, index: ManifestIndex, rescorer: Rescorer) -> Iterator[StoredResult]:
-        """Yield results of current rows that are not yet stored under the new rules."""
+        """Yield results of current rows that are not stored under the new rules yet."""
         items, collisions = self._items(index), rescorer.sink.collisions(index)
         while batch := list(islice(items, BATCH)):
             matches: list[tuple[PromptRequest, CommittedImage, OnFlagged]] = []
@@ -174,38 +172,18 @@ class _Rescore:
                 yield StoredResult(new, ResultRow(**row, carried=new.carried), policy)
 
     def _items(self, index: ManifestIndex) -> Iterator[tuple[Item, ...]]:
-        """Yield each row as it reads under the new rules, followed by its versions under the rules of each source."""
+        """Yield each row as read by the new rules, followed by its versions as read by the rules of each source."""
 
         def is_finished(request: PromptRequest) -> bool:
-            """Return whether the row is finished under any rules, so that all scans yield the same number of items."""
+            """Ignore the rules, so that all scans yield the same number of items."""
             return (committed := index.find(request.key)) is not None and committed.status in FINAL_STATUSES
 
         fingerprints = (self._rules.fingerprint, *self._sources)
         scans = [self._tables.rows(replace(self._rules, fingerprint=name), is_finished) for name in fingerprints]
         return zip(*scans, strict=True)
 
-    def conclude(self) -> Counts:
-        """Write results.* and store the new checkers in run.json. Raises StorageError."""
-        out = self._settings.out
-        counts = _without_damaged_parts(self._merge)
-        record = {name: value for name, value in self._record.items() if name != "rescoring"}
-        outdir.write_run(out, {**add_counts(record, counts), "rescored_at": utc_now()})
-        return counts
-
     def _merge(self) -> Counts:
         out, tables = self._settings.out, self._tables
         with Manifest(out).index() as index:
             items = tables.rows(self._rules, make_finished_check(index))
             return merge(items, index, tables.carried, out, self._settings.output)
-
-
-def _without_damaged_parts(work: Callable[[], T]) -> T:
-    """Call `work`, setting aside each damaged part and trying again. The rows of such parts are left to `run`.
-
-    No other command may set a part aside until the rescore has finished.
-    """
-    while True:
-        try:
-            return work()
-        except DamagedPartError as damage:
-            set_aside(damage)

@@ -34,7 +34,7 @@ def retry_rows(
     """Render rows with one of these statuses again, using the settings of the last run in OUT, and merge.
 
     `tables` replaces the tables of that run, unless it is empty. Each row gets one more attempt, however often it has
-    failed. Rows without a result are left to `run`. Raises UsageError if OUT holds no run or its tables cannot be read.
+    failed. Rows without a result are left to `run`. Raises UsageError, also if OUT contains no run.
     """
     record = outdir.read_existing_run(out)
     settings = _with_service(read_settings(record, out, tables))

@@ -1,13 +1,14 @@
-"""Manage OUT during a run: its manifest, its run.json, and the removal of old files for --overwrite."""
+"""Manage OUT during a run: the manifest, run.json, and the removal of old files for --overwrite."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from batch_infer import __version__
 from batch_infer.errors import DamagedPartError, StoppedError, UsageError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.job import Job
@@ -18,10 +19,10 @@ from batch_infer.store import PinnedFolder, fsync_folder, is_folder, is_link, li
 
 
 class RunFolder:
-    """OUT, locked by a run.
+    """OUT during a run, which holds its lock.
 
-    With --overwrite, old files are removed only once the first worker is ready, so that a model that fails to load
-    costs no images. Until then `is_cleared` is false and nothing is written.
+    With --overwrite, old files are removed only when the first worker is ready, so that no images are lost if the model
+    fails to load. Until then `is_cleared` is false and nothing is written.
     """
 
     def __init__(self, job: Job, stop: Callable[[], bool]) -> None:
@@ -34,7 +35,7 @@ class RunFolder:
         self._earlier = job.earlier
 
     def index(self) -> ManifestIndex:
-        """Return the index of the results that a run can continue. Sets damaged parts aside."""
+        """Return the index of the results that the run continues from. Set damaged parts aside."""
         return self.manifest.index(on_damage=set_aside) if self.is_cleared else ManifestIndex(())
 
     def update_record(self, **entries: Any) -> None:
@@ -43,23 +44,22 @@ class RunFolder:
         if self.is_cleared:
             outdir.write_run(self.out, self._record)
 
-    @contextmanager
-    def restored_on_usage_error(self, has_commits: Callable[[], bool]) -> Iterator[None]:
-        """Restore run.json after a UsageError before the first commit, so that its settings do not bind later runs."""
-        try:
-            yield
-        except UsageError:
-            if self.is_cleared and not has_commits():
-                remove_leftovers(self.out)
-                outdir.restore_run(self.out, self._earlier)
-            raise
+    def restore_record(self) -> None:
+        """Restore the previous run.json or its absence, so that later runs need not match this run's settings."""
+        if self.is_cleared:
+            remove_leftovers(self.out)
+            if self._earlier is not None:
+                outdir.write_run(self.out, self._earlier)
+            else:
+                with write_errors(self.out / "run.json"):
+                    (self.out / "run.json").unlink(missing_ok=True)
 
     def clear(self) -> None:
         """For --overwrite, remove the old files. Raises StoppedError, StorageError."""
         if self.is_cleared:
             return
         if self._stop():
-            raise StoppedError(f"stopped before --overwrite removed what {self.out} holds; run the same command again")
+            raise StoppedError(f"stopped before --overwrite removed old files from {self.out}; run it again")
         clear(self.out, self._stop)
         remove_leftovers(self.out)
         self.is_cleared = True
@@ -69,15 +69,15 @@ class RunFolder:
 def clear(out: Path, stop: Callable[[], bool] = lambda: False) -> None:
     """Remove only what earlier runs wrote to OUT, except logs/.
 
-    First, run.json marks OUT as being cleared: after a kill at any time, no command sees results in OUT, and the next
-    run continues. If images/ or quarantine/ is a link to a larger disk, the link stays, and only files named in the
-    manifest are removed behind it. Raises UsageError if OUT is not a run's, StorageError, and StoppedError once `stop`
+    run.json first marks OUT as being cleared: after a kill, no command sees results in OUT, and the next run continues
+    clearing. If images/ or quarantine/ is a link to a larger disk, the link stays, and only files named in the manifest
+    are removed from its target. Raises UsageError if OUT contains no run, StorageError, and StoppedError once `stop`
     returns True.
     """
     outdir.refuse_to_clear(out)
     if not path_exists(out / "run.json"):
         return
-    outdir.mark_clearing(out)
+    outdir.write_run(out, {"batch_infer": __version__, "identity": {}, outdir.CLEARING: True})
     linked = [name for name in IMAGE_FOLDERS if is_link(out / name)]
     if linked:
         _remove_named_images(out)
@@ -87,7 +87,7 @@ def clear(out: Path, stop: Callable[[], bool] = lambda: False) -> None:
         children = [path / child for child in list_names(path)] if is_folder(path) else []
         for target in (*filter(is_folder, children), path):
             if stop():
-                raise StoppedError(f"stopped while --overwrite removed what {out} held; run again to continue")
+                raise StoppedError(f"stopped while --overwrite removed old files from {out}; run again to continue")
             with write_errors(target):
                 shutil.rmtree(target) if is_folder(target) else target.unlink(missing_ok=True)
     with write_errors(out):
@@ -95,7 +95,7 @@ def clear(out: Path, stop: Callable[[], bool] = lambda: False) -> None:
 
 
 def _remove_named_images(out: Path) -> None:
-    """Remove the images named in the manifest, and then their empty folders."""
+    """Remove the images named in the manifest, then their empty folders."""
     sink, folders = make_sink(out), set()
     for part in Manifest(out).parts():
         try:

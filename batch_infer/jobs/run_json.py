@@ -1,4 +1,4 @@
-"""Describe a run in run.json, and check the types of the keys that later commands read."""
+"""Describe a run in run.json, and parse run.json for later commands."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "pyarrow", "pil
 
 
 class ScanRecord(msgspec.Struct, frozen=True, rename={"finished": "done", "skipped": "standing"}):
-    """Counts of a `ScanResult`."""
+    """The counts of a `ScanResult` that commands read."""
 
     finished_at: datetime
     total: int = 0
@@ -38,21 +38,21 @@ class ScanRecord(msgspec.Struct, frozen=True, rename={"finished": "done", "skipp
 
 
 class SummaryRecord(Counts):
-    """Counts of a `Summary`, or of results.* that were merged after an unfinished run."""
+    """Counts from a `Summary`, or from results.* if they were merged after an unfinished run."""
 
     images_per_second: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class NameRecord:
-    """A model or scheduler."""
+    """Name of a model or scheduler."""
 
     name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """The keys of run.json that commands read. Its other keys are for people."""
+    """The keys of run.json that commands read. The other keys are for people."""
 
     identity: Mapping[str, str] | UnsetType = UNSET
     batch_infer: str | None = None
@@ -73,29 +73,29 @@ class RunRecord:
     rendering_since: datetime | None = None
     in_flight: int = 1
     has_strays: bool = False
-    """Whether a lost worker may still have been writing in OUT when the run ended; see TaskReport."""
+    """Whether a lost worker may have written to OUT after the run ended; see TaskReport."""
     summary: SummaryRecord | None = None
     merged: SummaryRecord | None = None
     rescoring: Mapping[str, OnFlagged] = field(default_factory=dict)
 
     @property
     def ids_from(self) -> str | None:
-        """Source of default ids, or None if no row has a default id. Earlier versions recorded only --id-from."""
+        """Source of default ids, or None if no row has one. Earlier versions recorded only --id-from."""
         if not isinstance(self.default_ids, UnsetType):
             return self.default_ids
         return None if isinstance(self.settings, UnsetType) else self.settings.table.id_from
 
     @property
     def known_rules(self) -> tuple[RowRules, ...]:
-        """All rules by which runs in this OUT read their rows, starting with the last run's."""
+        """All rules by which runs in this OUT read rows, starting with those of the last run."""
         last = () if isinstance(self.rules, UnsetType) else (self.rules,)
         return *last, *self.earlier_rules
 
 
 def parse_record(record: Any) -> RunRecord:
-    """Check the types of run.json's keys. Raises ValueError naming the key."""
+    """Parse run.json and check its types. Raises ValueError naming the key."""
     try:
-        return msgspec.convert(record, RunRecord, dec_hook=_decode_path)
+        return msgspec.convert(record, RunRecord, dec_hook=lambda _, value: Path(value))
     except msgspec.ValidationError as error:
         reason, _, key = str(error).partition(" - at `$.")
         raise ValueError(f"{key.removesuffix('`')}: {reason}" if key else reason) from error
@@ -103,14 +103,8 @@ def parse_record(record: Any) -> RunRecord:
         raise ValueError(f"settings: {error}") from error
 
 
-def _decode_path(expected_type: type, value: Any) -> Any:
-    if expected_type is Path and isinstance(value, str):
-        return Path(value)
-    raise TypeError(f"expected a path, got {type(value).__name__}")
-
-
 def require(value: T | UnsetType, key: str, out: Path) -> T:
-    """Return a key's value. Raises UsageError if run.json lacks the key, which another version may not write."""
+    """Return a key's value. Raises UsageError if run.json lacks the key because another version wrote it."""
     if isinstance(value, UnsetType):
         raise UsageError(
             f"{out / 'run.json'} has no {key}, so another version of batch-infer wrote it: continue with "
@@ -120,7 +114,7 @@ def require(value: T | UnsetType, key: str, out: Path) -> T:
 
 
 def read_settings(record: Mapping[str, Any], out: Path, tables: Sequence[str] = ()) -> RunSettings:
-    """Return the settings of a recorded run, with `out` and, if not empty, `tables`. Raises UsageError."""
+    """Return a recorded run's settings, with `out` and, unless empty, `tables`. Raises UsageError."""
     settings = require(parse_record(record).settings, "settings", out)
     folder, table, model = settings.table.folder, settings.table, settings.model
     if tables:
@@ -133,45 +127,44 @@ def read_settings(record: Mapping[str, Any], out: Path, tables: Sequence[str] = 
 
 
 def read_rules(record: Mapping[str, Any], out: Path) -> RowRules:
-    """Return the rules by which a recorded run read its tables. Raises UsageError."""
+    """Return the rules by which a recorded run read rows. Raises UsageError."""
     return require(parse_record(record).rules, "rules", out)
 
 
 def count_scanned_results(record: Mapping[str, Any]) -> int:
-    """Return the number of results in the tables of a recorded run, or 0 if its scan did not finish."""
+    """Return the number of results that a recorded run counted in its tables, or 0 if its scan did not finish."""
     return int((record.get("survey") or {}).get("total", 0))
 
 
 def refuse_unrepeatable_tables(record: Mapping[str, Any], out: Path) -> None:
-    """Raise SettingsError for tables that run.json cannot name: standard input, and URLs whose secrets it omits."""
+    """Raise SettingsError for tables that cannot be read again: standard input, and URLs stored without secrets."""
     if not require(parse_record(record).settings, "settings", out).table.tables:
         raise SettingsError(
-            f"{out} was written by an endpoint, which gets its tables one by one; name the TABLEs after OUT"
+            f"{out} was written by an endpoint, which receives its tables one by one; name the TABLEs after OUT"
         )
     if tables := record.get("unrepeatable_tables"):
         names = ", ".join("standard input" if table == "-" else table for table in tables)
         raise SettingsError(
-            f"{names}: {out / 'run.json'} does not say how to read this again; name the TABLEs after OUT"
+            f"{names}: {out / 'run.json'} does not contain how to read this again; name the TABLEs after OUT"
         )
 
 
 def ended_cleanly(record: Mapping[str, Any] | None) -> bool:
-    """Return whether a recorded run left nothing for the next command to recover."""
+    """Return whether a run ended without leftovers that the next command must recover."""
     return record is not None and record.get("summary") is not None and not record.get("has_strays")
 
 
 def add_counts(record: Mapping[str, Any], counts: Counts) -> dict[str, Any]:
-    """Return run.json with the current counts of results.*, for `status`."""
+    """Return run.json with the current counts of results.*, which `status` reports."""
     summary = record.get("summary")
     key = "merged" if summary is None else "summary"
     return {**record, key: {**(summary or {}), **counts.as_dict()}}
 
 
 def describe_run(settings: RunSettings, card: ModelCard, compute: Compute, tables: Tables | None) -> dict[str, Any]:
-    """Return run.json for the start of a run.
+    """Return run.json for the start of a run. `tables` is None for an endpoint, which receives them one at a time.
 
-    Later runs in OUT must have the same `identity`. `tables` is None for an endpoint, which receives its tables one at
-    a time.
+    Later runs in OUT must have the same `identity`.
     """
     arguments = settings.table.tables
     table = replace(settings.table, tables=tuple(map(redact_url, arguments)))
@@ -181,7 +174,7 @@ def describe_run(settings: RunSettings, card: ModelCard, compute: Compute, table
         "finished_at": None,
         "tables": tables.files if tables else [],
         "unreadable_tables": sorted(tables.unreadable_files) if tables else [],
-        # --rerender-changed lets one command replace images, but not the commands that continue it.
+        # --rerender-changed applies to one command, not to those that continue it.
         "settings": msgspec.to_builtins(replace(settings, table=table, rerender_changed=False), enc_hook=str),
         "unrepeatable_tables": [redact_url(name) for name in arguments if name == "-" or redact_url(name) != name],
         "model": {
@@ -209,7 +202,7 @@ def describe_run(settings: RunSettings, card: ModelCard, compute: Compute, table
 
 
 def describe_safety(safety: SafetySettings, card: ModelCard) -> str:
-    """Return the checkers, thresholds and policy: everything that affects a verdict except the image."""
+    """Return the checkers, thresholds and policy: everything that affects a verdict, except the image."""
     checkers = [f"checker {card.checker_fingerprint}"] if safety.uses_checker(has_checker=card.has_checker) else []
     if (service := safety.service) is not None:
         levels = ", ".join(f"{name} {level}" for name, level in zip(CATEGORIES, service.thresholds, strict=True))
@@ -219,7 +212,7 @@ def describe_safety(safety: SafetySettings, card: ModelCard) -> str:
 
 
 def check_identity(earlier: Mapping[str, Any], record: Mapping[str, Any], out: Path) -> None:
-    """Raise SettingsError if the run would continue an earlier run with another identity."""
+    """Raise SettingsError if the earlier run in OUT has another identity."""
     for name, value in record["identity"].items():
         if earlier.get("identity", {}).get(name) != value:
             remedy = "check its images again with `batch-infer rescore`, " if name == "safety" else ""
@@ -230,7 +223,7 @@ def check_identity(earlier: Mapping[str, Any], record: Mapping[str, Any], out: P
 
 
 def _format_identity(record: Mapping[str, Any], name: str) -> str:
-    """Return a name and the start of its fingerprint, or only the fingerprint if there is no name."""
+    """Return a name with the start of its fingerprint, or only the fingerprint if there is no name."""
     value = str(record.get("identity", {}).get(name))
     display_name = record.get(name, {}).get("name") if isinstance(record.get(name), Mapping) else None
     return f"{display_name} ({value[:12]})" if display_name else value

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from batch_infer.carried import estimate_bytes
 from batch_infer.errors import SettingsError
 from batch_infer.jobs.job import Job
 from batch_infer.jobs.run_json import parse_record
 from batch_infer.jobs.summary import JsonStruct
 from batch_infer.manifest import Manifest, ManifestIndex
-from batch_infer.planning import Item, ManifestEntry, SkipRule, make_finished_check
+from batch_infer.planning import Item, ManifestEntry, SkipRule, make_finished_check, split_batches
 from batch_infer.records import FINAL_STATUSES, PromptRequest, ResultRow
 from batch_infer.sinks import make_sink
 from batch_infer.table import RowRules
 
 INVALID_BATCH = 1024
+"""Maximum number of invalid rows to commit together."""
 INVALID_BYTES = 64 << 20
+"""Maximum bytes of texts and carried cells to commit together."""
 MAX_LOGGED_INVALID = 20
 """Maximum number of invalid rows to log. The results name them all."""
 OPTIONS = {
@@ -105,63 +106,46 @@ def scan_tables(
 
     `changes` names the options that changed rows. Without `writes`, invalid rows are left to `commit_invalid`.
     """
-    result = ScanResult(changes=changes)
-    invalid = _InvalidRows(job)
-    new_invalid = 0
-    for item in job.items(index):
-        committed = index.find(item.key)
-        is_skipped = skip(item, committed)
-        result.add(item, committed, skip=is_skipped)
-        if isinstance(item, ResultRow) and not is_skipped:
-            new_invalid += 1
-            level = logging.WARNING if new_invalid <= MAX_LOGGED_INVALID else logging.DEBUG
-            log.log(level, "%s (%s): %s", item.source, item.id, item.error)
-            if writes:
-                invalid.add(item, committed)
-    invalid.commit()
+    result, new_invalid = ScanResult(changes=changes), 0
+
+    def find_new_invalid() -> Iterator[ResultRow]:
+        nonlocal new_invalid
+        for item in job.items(index):
+            committed = index.find(item.key)
+            is_skipped = skip(item, committed)
+            result.add(item, committed, skip=is_skipped)
+            if isinstance(item, ResultRow) and not is_skipped:
+                new_invalid += 1
+                level = logging.WARNING if new_invalid <= MAX_LOGGED_INVALID else logging.DEBUG
+                log.log(level, "%s (%s): %s", item.source, item.id, item.error)
+                yield item
+
+    _commit_invalid(job, find_new_invalid(), index, writes=writes)
     for remark in job.tables.remarks:
         log.warning("%s", remark)
     if result.invalid > min(new_invalid, MAX_LOGGED_INVALID):
-        log.warning("invalid in all: %d; results.parquet names each with its error", result.invalid)
+        log.warning("%d rows are invalid; results.parquet contains each with its error", result.invalid)
     return result
 
 
 def commit_invalid(job: Job) -> None:
     """Commit the invalid rows once --overwrite has cleared OUT. Raises StorageError."""
-    invalid = _InvalidRows(job)
     with ManifestIndex(()) as index:
-        for item in job.items(index):
-            if isinstance(item, ResultRow):
-                invalid.add(item, None)
-    invalid.commit()
+        _commit_invalid(job, (item for item in job.items(index) if isinstance(item, ResultRow)), index)
 
 
-class _InvalidRows:
-    """Commits invalid rows, then removes the images that they had while they were valid."""
-
-    def __init__(self, job: Job) -> None:
-        self._carried = job.tables.carried
-        self._manifest, self._sink = Manifest(job.settings.out, job.number), make_sink(job.settings.out)
-        self._rows: list[ResultRow] = []
-        self._byte_count = 0
-        self._obsolete: list[str] = []
-
-    def add(self, row: ResultRow, committed: ManifestEntry | None) -> None:
-        self._rows.append(replace(row, attempt=committed.attempt + 1 if committed else 1, worker="table"))
-        if committed and committed.path:
-            self._obsolete.append(committed.path)
-        self._byte_count += estimate_bytes(row.carried.values())
-        if len(self._rows) == INVALID_BATCH or self._byte_count > INVALID_BYTES:
-            self.commit()
-
-    def commit(self) -> None:
-        if self._rows:
-            self._manifest.commit(self._rows, self._carried)
-        for path in self._obsolete:
-            self._sink.remove(path)
-        self._byte_count = 0
-        self._rows.clear()
-        self._obsolete.clear()
+def _commit_invalid(job: Job, rows: Iterable[ResultRow], index: ManifestIndex, *, writes: bool = True) -> None:
+    """Commit invalid rows, then remove the images that they had while they were valid. Read all rows in any case."""
+    manifest, sink, carried = Manifest(job.settings.out, job.number), make_sink(job.settings.out), job.tables.carried
+    for batch in split_batches(rows, INVALID_BATCH, INVALID_BYTES):
+        if writes:
+            entries = [index.find(row.key) for row in batch]
+            attempts = [entry.attempt + 1 if entry else 1 for entry in entries]
+            numbered = zip(batch, attempts, strict=True)
+            manifest.commit([replace(row, attempt=attempt, worker="table") for row, attempt in numbered], carried)
+            for entry in entries:
+                if entry and entry.path:
+                    sink.remove(entry.path)
 
 
 @dataclass(slots=True)
@@ -210,7 +194,14 @@ def find_changes(job: Job, index: ManifestIndex) -> Changes:
         replaced = _find_replaced(item, index)
         if replaced is None:
             continue
-        rendered = _find_rendered(replaced.fingerprint, earlier_items, earlier_rules)
+        rendered = next(
+            (
+                (earlier_item, rules)
+                for earlier_item, rules in zip(earlier_items, earlier_rules, strict=True)
+                if earlier_item is not None and earlier_item.fingerprint == replaced.fingerprint
+            ),
+            None,
+        )
         if rendered is not None:
             changes.images += 1
             changes.causes |= _find_causes(item, *rendered, job.rules)
@@ -223,20 +214,9 @@ def find_changes(job: Job, index: ManifestIndex) -> Changes:
 def _find_replaced(item: Item, index: ManifestIndex) -> ManifestEntry | None:
     """Return the finished result that rendering this row would replace."""
     committed = index.find(item.key)
-    is_replaced = (
-        committed is not None and committed.status in FINAL_STATUSES and committed.fingerprint != item.fingerprint
-    )
-    return committed if is_replaced else None
-
-
-def _find_rendered(
-    fingerprint: str, earlier_items: Sequence[Item | None], earlier_rules: Sequence[RowRules]
-) -> tuple[Item, RowRules] | None:
-    """Return the version of a row that was rendered as its committed result, and the rules of that run."""
-    for item, rules in zip(earlier_items, earlier_rules, strict=True):
-        if item is not None and item.fingerprint == fingerprint:
-            return item, rules
-    return None
+    if committed is None or committed.status not in FINAL_STATUSES or committed.fingerprint == item.fingerprint:
+        return None
+    return committed
 
 
 def _changes_without_record(job: Job, index: ManifestIndex) -> Changes:
@@ -263,7 +243,7 @@ def _find_causes(item: Item, old_item: Item, old_rules: RowRules, rules: RowRule
 
     old_values, values = values_of(old_item), values_of(item)
     return {
-        option: f"{name} {_format_value(old_defaults[name])} -> {_format_value(defaults[name])}"
+        option: f"{name} {old_defaults[name]!r} -> {defaults[name]!r}"
         for name, option in OPTIONS.items()
         if old_defaults[name] != defaults[name] and old_values.get(name) != values.get(name)
     }
@@ -271,7 +251,3 @@ def _find_causes(item: Item, old_item: Item, old_rules: RowRules, rules: RowRule
 
 def _format_columns(columns: Mapping[str, str]) -> str:
     return " ".join(f"{field}={name}" for field, name in columns.items()) or "as they are named"
-
-
-def _format_value(value: Any) -> str:
-    return repr(value) if isinstance(value, str) else str(value)

@@ -1,4 +1,4 @@
-"""Report the progress of a run from its files, while it runs and after it has ended or was killed."""
+"""Report the progress of a run from its files, even after it ended or was killed."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ STATUSES = get_args(Status)
 class RunStatus(JsonStruct, rename={"remaining": "left"}):
     """Number of results by status. `remaining` is None while the tables are scanned.
 
-    `state` is running, finished, stopped (run again to continue), rescoring (unfinished), open (an endpoint's OUT,
-    whose total is unknown) or unknown (unfinished, and this user may not read OUT's lock). `holder` is the process that
-    works in OUT. `is_stale` means that results.* lack rows that were committed later. `images_per_second` comes from
-    `Throughput`, or from the summary once the run has ended. `seconds_left` is set only while the run works.
+    `state` is running, finished, stopped (run again to continue), rescoring (unfinished), open (written by an endpoint,
+    so that the total is unknown) or unknown (unfinished, and this user may not read the lock). `holder` is the process
+    that holds the lock. `is_stale` means that results.* lack rows that were committed later. `images_per_second` comes
+    from `Throughput`, or from the summary once the run has ended. `seconds_left` is None unless the run is active.
     """
 
     state: str
@@ -37,7 +37,7 @@ class RunStatus(JsonStruct, rename={"remaining": "left"}):
 
 
 def read_status(out: Path) -> RunStatus:
-    """Return the status of OUT without locking it. Raises UsageError if OUT holds no run."""
+    """Return the status of OUT without locking it. Raises UsageError if OUT contains no run."""
     record = parse_record(outdir.read_existing_run(out))
     try:
         holder = find_holder(out)
@@ -47,7 +47,7 @@ def read_status(out: Path) -> RunStatus:
     status = RunStatus(state, holder, require(record.started_at, "started_at", out))
     is_open = not require(record.settings, "settings", out).table.tables
     summary = record.summary or (None if is_open else record.merged)
-    if summary is not None:  # a run that holds OUT now has not scanned its tables yet
+    if summary is not None:  # it may be that of an earlier run if an active run has not scanned its tables yet
         status.counts = {name: getattr(summary, name) for name in STATUSES}
         status.remaining = summary.remaining
         if not holder:
@@ -62,10 +62,10 @@ def read_status(out: Path) -> RunStatus:
 
 
 def _count_results(status: RunStatus, record: RunRecord, manifest: Manifest) -> None:
-    """Count the results that the run's scan skipped and the results that the run committed since.
+    """Count the results that the run skipped or committed.
 
-    Count the whole manifest if the scan has not ended, during a rescore, which commits results of earlier runs again,
-    or if an earlier version wrote OUT without a run number.
+    Count the whole manifest if the scan is unfinished, if an earlier version wrote OUT without a run number, or during
+    a rescore, which commits results of earlier runs again.
     """
     scan, run = record.survey, record.run_number
     is_partial = scan is not None and run is not None and not record.rescoring
@@ -86,7 +86,7 @@ def _count_results(status: RunStatus, record: RunRecord, manifest: Manifest) -> 
 
 
 def _estimate(status: RunStatus, record: RunRecord, rendered: Counter[str]) -> None:
-    """Set the rate up to now rather than to the last commit, so that a stalled run visibly slows down."""
+    """Set the rate up to now, not to the last commit, so that it drops while a run is stalled."""
     committed = rendered.total()
     if record.rendering_since is None or committed < max(1, record.in_flight):
         return

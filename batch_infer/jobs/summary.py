@@ -17,12 +17,12 @@ from batch_infer.records import ResultRow, Source
 from batch_infer.stages import Stages
 
 MAX_BAD_RESULTS = 20
-"""Maximum number of failed and invalid results that a report names. results.* name them all."""
+"""Maximum number of failed and invalid results to list. results.* contain all."""
 _DESCRIBED = ["id", "image_index", "error", "source_file", "source_row"]
 
 
 class JsonStruct(msgspec.Struct):
-    """Figures that --json or run.json contain. `rename` gives a field another key."""
+    """Values for --json or run.json. `rename` sets the key of a field."""
 
     def as_dict(self) -> dict[str, Any]:
         return dict(msgspec.to_builtins(self))
@@ -44,10 +44,10 @@ class Counts(JsonStruct, rename={"remaining": "left"}):
     truncated: int = 0
     """Rows whose prompt exceeds the length that the model reads."""
     bad_results: list[str] = []
-    """First failed and invalid results: file, row, id and error."""
+    """The first failed and invalid results: file, row, id and error."""
 
     def add(self, table: pa.Table, sources: Sequence[Source] = ()) -> None:
-        """Count the results in a table. `sources` holds their files and row numbers if the tables were read."""
+        """Count the results in a table. `sources` are their current files and row numbers, if known."""
         statuses = table["status"].to_pylist()
         for status, count in Counter(statuses).items():
             setattr(self, status, getattr(self, status) + count)
@@ -73,11 +73,11 @@ def _format_bad_result(row: Mapping[str, Any], source: Source) -> str:
 class Throughput:
     """Measures images per second from when the first worker is ready to the latest commit.
 
-    Progress, metrics, the summary and `status` all use this definition. Create it when the first worker is ready, since
-    loading the model does not count. An image counts once it is committed, unless it failed or was blocked.
+    Create it when the first worker is ready, since loading the model does not count. Progress, metrics, the summary and
+    `status` use this definition. Failed and blocked results do not count as images.
 
-    Rows rendered together finish together, but their results arrive one by one. Until `in_flight` results, the number
-    in progress at a time, are committed, the rate is None: it would divide few results by the time of all.
+    Rows rendered together finish together, but their results arrive one by one. The rate is None until `in_flight`
+    results, the number in progress at a time, are committed: it would divide few results by the time spent on all.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, in_flight: int = 1) -> None:
@@ -101,7 +101,7 @@ class Throughput:
         return self.rendered / self.seconds if self._is_settled and self.rendered and self.seconds else None
 
     def estimate_seconds(self, results: int) -> float | None:
-        """Estimate the seconds that this many more results take."""
+        """Estimate the seconds for this many more results."""
         return results * self.seconds / self.committed if self._is_settled else None
 
     @property
@@ -110,14 +110,14 @@ class Throughput:
 
 
 class Summary(JsonStruct, rename={"unfinished": "undone"}):
-    """Figures of one run. `counts` covers its tables; all other figures cover only what this run rendered.
+    """Results and performance of one run. Only `counts` includes results of earlier runs.
 
     `row_forwards` counts UNet batch elements and `ticks` UNet calls. `occupancy` is the share of slots that were full.
-    `unet_busy` is the share of time in UNet calls between the first and the last call. `mfu` is the model FLOPS
-    utilisation, or None if the device's peak is unknown. `stage_shares` divides the sum of the stages' times, since
-    stages overlap on a GPU. Shares are means over the workers. `processes` is the number of workers, or 0 if the
-    command itself rendered, and `deaths` the number of workers that were replaced. `peak_memory` is that of the largest
-    process, in bytes. `unfinished` images are left to the next run. `rendered` and `rendering_seconds` come from
+    `unet_busy` is the share of time spent in UNet calls between the first and the last call. `mfu` is the model FLOPS
+    utilisation, or None if the device's peak is unknown. `stage_shares` are shares of the sum of all stages' times,
+    since stages overlap on a GPU. Shares are means over workers. `processes` is the number of workers, or 0 if the
+    command itself rendered, and `deaths` the number of workers that were replaced. `peak_memory` is the maximum over
+    processes, in bytes. `unfinished` images remain for the next run. `rendered` and `rendering_seconds` come from
     `Throughput`.
     """
 
@@ -138,7 +138,7 @@ class Summary(JsonStruct, rename={"unfinished": "undone"}):
     unfinished: int = 0
 
     def add(self, report: TaskReport) -> None:
-        """Set the figures from the workers' reports."""
+        """Add the workers' reports."""
         self.processes, self.deaths = report.processes, report.deaths
         for worker in report.worker_reports:
             self.add_peak_memory(worker.peak_memory)
@@ -157,7 +157,7 @@ class Summary(JsonStruct, rename={"unfinished": "undone"}):
             self.mfu = round(sum(mfu * seconds for mfu, seconds in measured) / total_seconds, 4)
 
     def add_peak_memory(self, peaks: Mapping[str, int]) -> None:
-        """Keep the larger peak of each kind of memory, in bytes."""
+        """Update the peak of each memory kind, in bytes."""
         for name, peak in peaks.items():
             self.peak_memory[name] = max(peak, self.peak_memory.get(name, 0))
 
