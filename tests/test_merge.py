@@ -300,7 +300,7 @@ def test_merge_follows_the_tables_of_the_run(tmp_path: Path) -> None:
     table.unlink()
     done = command("merge", out)
     assert done.code == 0
-    assert "cannot be read, so all that the manifest holds is merged" in done.stderr
+    assert "cannot be read, so all results in the manifest are merged" in done.stderr
     assert results(out) == before
 
 

@@ -1,19 +1,13 @@
 """Implement each command from start to finish: run, plan, status, retry, merge, rescore and export-mlflow.
 
-One function per command takes settings and returns what the command line prints. The other functions serve the
-endpoints, whose workers share OUT without its lock.
+One function per command takes settings and returns the values to print. The other functions are for endpoints, whose
+workers share OUT without its lock.
 """
 
 from typing import TYPE_CHECKING
 
 from batch_infer.jobs.execution import Progress
-from batch_infer.jobs.job import (
-    Job,
-    choose_compute,
-    find_model,
-    make_paths_absolute,
-    resolve_run,
-)
+from batch_infer.jobs.job import Job, choose_compute, find_model, make_paths_absolute, resolve_run
 from batch_infer.jobs.merge import make_results_schema, merge_results, read_results
 from batch_infer.jobs.out import create_run_json, read_run, refuse_foreign_files
 from batch_infer.jobs.plan import Plan, make_plan
@@ -32,10 +26,7 @@ from batch_infer.lazy import import_on_use
 if TYPE_CHECKING:
     from batch_infer.jobs.export_mlflow import export_model
 else:
-    __getattr__ = import_on_use(
-        __name__,
-        export_mlflow=("export_model",),
-    )
+    __getattr__ = import_on_use(__name__, export_mlflow=("export_model",))
 
 __all__ = [
     "Counts",

@@ -1,6 +1,6 @@
 """Export an MLflow model for no-code deployments, with the signature of the catalog's text-to-image models.
 
-It contains a diffusers folder and batch-infer itself, but no pickle: MLflow runs its model.py
+The MLflow model contains a diffusers folder and batch-infer, but no pickle: MLflow runs model.py
 (https://mlflow.org/docs/latest/ml/model/models-from-code).
 """
 
@@ -10,8 +10,8 @@ import glob
 import logging
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -50,7 +50,7 @@ SIGNATURE = ModelSignature(
         ]
     ),
 )
-"""The catalog models' signature, plus `error` and parameters for all rows of a call. None is the model's default."""
+"""The catalog models' signature, plus `error` and parameters that apply to all rows of a call."""
 CODE = """\
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
@@ -68,74 +68,58 @@ PINNED = ("torch", "diffusers", "transformers")
 _PACKAGE = Path(__file__).parent.parent
 
 
-@dataclass(frozen=True, slots=True)
-class _Parts:
-    """The contents of an MLflow model.
-
-    `files` maps each artifact's name to its source path and its file name in the model. In variables, an artifact's
-    name in braces is replaced by its path.
-    """
-
-    files: Mapping[str, tuple[Path, str]]
-    variables: Mapping[str, str]
-    extras: frozenset[str]
-
-
 def export_model(folder: Path, model: ModelSettings, compute: ComputeSettings) -> ModelCard:
     """Write the model atomically to a new or empty folder. Raises SettingsError, ModelError, StorageError."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SettingsError(f"{folder} already exists; name a folder that is new or empty")
-    card = read_card(model)
-    parts = _collect_parts(card, model, compute)
+    if compute.slots == "auto":
+        raise SettingsError("--slots auto: give a number here; `batch-infer bench` measures which one suits a device")
+    card, target = read_card(model), folder.absolute()
+    extras = ["azure", *["lora"] * bool(card.loras), *["long-prompts"] * model.long_prompts]
     # Next to the folder: if the model is on the same disk, its files are hard-linked and take no space.
-    temporary = temporary_path(folder.absolute())
+    temporary = temporary_path(target)
+    scratch = temporary / "scratch"
     with write_errors(folder):
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(folder.absolute())
-        scratch = temporary / "scratch"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for path in target.parent.glob(f"{TEMPORARY_PREFIX}*-{glob.escape(target.name)}*"):
+            if is_abandoned(path.name) and path.is_dir() and not path.is_symlink():  # of a killed export
+                shutil.rmtree(path, ignore_errors=True)
         try:
             scratch.mkdir(parents=True)
-            _save(temporary / "model", parts, scratch)
-            (temporary / "model").replace(folder.absolute())
+            _save(temporary / "model", scratch, card, _make_variables(card, model, compute), extras)
+            (temporary / "model").replace(target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return card
 
 
-def _remove_abandoned(folder: Path) -> None:
-    """Remove the partial copies that killed exports to this folder left next to it."""
-    for path in folder.parent.glob(f"{TEMPORARY_PREFIX}*-{glob.escape(folder.name)}*"):
-        if is_abandoned(path.name) and path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _save(path: Path, parts: _Parts, scratch: Path) -> None:
+def _save(path: Path, scratch: Path, card: ModelCard, variables: Mapping[str, str], extras: Sequence[str]) -> None:
+    """Save the model to a new folder. `scratch` is an empty folder on the same disk."""
     code, package = scratch / "model.py", scratch / _PACKAGE.name
     code.write_text(CODE, "utf-8")
     # If the built-in model is exported, it is an artifact like any other model.
     shutil.copytree(_PACKAGE, package, ignore=shutil.ignore_patterns("demo_model", "__pycache__"))
-    for name, (source, file_name) in parts.files.items():
-        _copy(source, scratch / name / file_name)
+    name = card.path.name if card.path == DEMO_MODEL else card.name.rpartition("/")[2]  # image metadata contains it
+    files = {"model": (card.path, name)}
+    files |= {
+        f"lora-{number}": (lora.path, f"lora-{number}-{lora.path.name}") for number, lora in enumerate(card.loras)
+    }
+    for artifact, (source, file_name) in files.items():
+        (scratch / artifact).mkdir()
+        # Follow the symbolic links of the Hub's cache, which MLflow refuses.
+        copy = partial(shutil.copytree, copy_function=_link_or_copy) if source.is_dir() else _link_or_copy
+        copy(str(source), str(scratch / artifact / file_name))
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     pyfunc.save_model(
         path=str(path),
         python_model=str(code),
-        artifacts={name: str(scratch / name / file_name) for name, (_, file_name) in parts.files.items()},
+        artifacts={artifact: str(scratch / artifact / file_name) for artifact, (_, file_name) in files.items()},
         code_paths=[str(package)],
         signature=SIGNATURE,
         input_example=EXAMPLE,
-        pip_requirements=_list_requirements(parts.extras),
-        model_config={"variables": dict(parts.variables)},
+        pip_requirements=_list_requirements(extras),
+        model_config={"variables": dict(variables)},
     )
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Copy or hard-link a file or folder. Follow the symbolic links of the Hub's cache, which MLflow refuses."""
-    target.parent.mkdir()
-    if source.is_dir():
-        shutil.copytree(source, target, copy_function=_link_or_copy)
-    else:
-        _link_or_copy(str(source), str(target))
 
 
 def _link_or_copy(source: str, target: str) -> None:
@@ -145,7 +129,8 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
-def _collect_parts(card: ModelCard, model: ModelSettings, compute: ComputeSettings) -> _Parts:
+def _make_variables(card: ModelCard, model: ModelSettings, compute: ComputeSettings) -> dict[str, str]:
+    """Return variables for the scoring script. MLflow replaces an artifact's name in braces with its path."""
     variables = {
         "VARIANT": card.variant,
         "DTYPE": None if model.dtype == "auto" else model.dtype,
@@ -158,26 +143,13 @@ def _collect_parts(card: ModelCard, model: ModelSettings, compute: ComputeSettin
         "LORA": ";".join(f"{{lora-{number}}}:{lora.weight!r}" for number, lora in enumerate(card.loras)) or None,
         "MODEL": "{model}",
     }
-    if compute.slots == "auto":
-        raise SettingsError("--slots auto: give a number here; `batch-infer bench` measures which one suits a device")
-    extras = {"azure"}
-    if card.loras:
-        extras.add("lora")
-    if model.long_prompts:
-        extras.add("long-prompts")
-    name = card.path.name if card.path == DEMO_MODEL else card.name.rpartition("/")[2]  # image metadata contains it
-    loras = {f"lora-{number}": (lora.path, f"lora-{number}-{lora.path.name}") for number, lora in enumerate(card.loras)}
-    return _Parts(
-        files={"model": (card.path, name), **loras},
-        variables={f"BATCH_INFER_{option}": str(value) for option, value in variables.items() if value is not None},
-        extras=frozenset(extras),
-    )
+    return {f"BATCH_INFER_{option}": str(value) for option, value in variables.items() if value is not None}
 
 
-def _list_requirements(extras: frozenset[str]) -> list[str]:
+def _list_requirements(extras: Sequence[str]) -> list[str]:
     """Return the dependencies of batch-infer, whose code is part of the model.
 
-    Packages that affect pixels are pinned to the installed versions. More pins would conflict with MLflow's.
+    Packages that affect pixels are pinned to their installed versions. More pins would conflict with those of MLflow.
     """
     requirements = []
     for line in metadata.requires("batch-infer") or []:

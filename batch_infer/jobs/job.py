@@ -1,11 +1,11 @@
-"""Combine tables, model, device and settings into a job, and check it against OUT before anything is written."""
+"""Combine tables, model, device and settings into a job, and check it against OUT before writing anything."""
 
 from __future__ import annotations
 
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,14 +24,16 @@ from batch_infer.settings import BatchShape, Compute, Device, RowDefaults, RunSe
 from batch_infer.table import RowRules, Tables
 
 SLOTS = {"cpu": 16, "cuda": 32}
+"""Default slots by kind of device."""
 DECODE_BATCH = 8
+"""Maximum default number of images to decode together."""
 
 log = logging.getLogger("batch_infer")
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Everything a run needs. `record` is its run.json; `earlier` is the run.json of the run that it continues."""
+    """Everything a run needs. `record` is its run.json, `earlier` that of the run that it continues."""
 
     settings: RunSettings
     tables: Tables
@@ -43,27 +45,27 @@ class Job:
 
     @property
     def number(self) -> int:
-        """Number of this run in OUT, counted from 1; 0 for an endpoint."""
+        """Number of this run in OUT, starting from 1, or 0 for an endpoint."""
         return int(self.record.get("run_number", 0))
 
     def items(self, index: ManifestIndex) -> Iterator[Item]:
-        """Yield every row of the tables in input order. `index` identifies finished rows."""
+        """Yield every row of the tables in input order. `index` is used to identify finished rows."""
         return self.tables.rows(self.rules, make_finished_check(index))
 
 
 def make_paths_absolute(settings: RunSettings) -> RunSettings:
-    """Make the paths independent of the working folder. (Arrow reads a relative path with a colon as a URI.)"""
+    """Make paths independent of the working folder. Arrow would read a relative path with a colon as a URI."""
     try:
         table = replace(settings.table, folder=settings.table.folder.absolute())
         out = _absolute(settings.out)
     except FileNotFoundError as error:
-        raise SettingsError("the working folder has been deleted; change to one that exists") from error
+        raise SettingsError("the working folder was deleted; change to one that exists") from error
     outdir.refuse_unprintable(out)
     return replace(settings, out=out, table=table)
 
 
 def _absolute(path: Path) -> Path:
-    """Make a path absolute and resolve its leading `..`, since the working folder may be deleted later."""
+    """Make a path absolute and resolve leading `..`, since the working folder may be deleted later."""
     base, parts = Path(path.anchor or Path.cwd()), path.parts[bool(path.anchor) :]
     while parts[:1] == ("..",):
         base, parts = base.parent, parts[1:]
@@ -76,19 +78,18 @@ def finish_overwrite(settings: RunSettings) -> RunSettings:
 
 
 def open_tables(settings: RunSettings) -> Tables:
-    """Open the tables and log the skipped files of folders and globs. Raises TableError, ServiceError."""
+    """Open the tables and log ignored files in folders and globs. Raises TableError, ServiceError."""
     tables = Tables(settings.table, SCHEMA.names)
-    left_out = str(tables.left_out)
-    if left_out:
+    if left_out := str(tables.left_out):
         log.info("files left out %s", left_out)
     return tables
 
 
 def find_model(settings: RunSettings, read_facts: Callable[[Path], SamplingRules] | None = None) -> ModelCard:
-    """Return the model, downloaded if needed. Check that it has the safety checker that the settings require.
+    """Download the model if needed, check that it has a required safety checker, and return its card.
 
-    `read_facts` reads model properties that only diffusers knows. The default reads them in this process, which imports
-    torch. Raises ModelError, SettingsError.
+    `read_facts` reads model properties that only diffusers knows. The default imports torch in this process. Raises
+    ModelError, SettingsError.
     """
     card = read_card(settings.model, read_facts, needs_checker=settings.safety.uses_checker(has_checker=True))
     _check_safety(settings, card)
@@ -110,13 +111,13 @@ def _check_safety(settings: RunSettings, card: ModelCard) -> None:
         return
     if safety.required or safety.mode in ("checker", "checker,azure"):
         raise SettingsError(
-            f"{card.name} has no safety checker, and this run asks for one; images would not be checked"
+            f"{card.name} has no safety checker, but this run requires one; images would not be checked"
         )
     log.warning("%s has no safety checker: images will not be checked; nsfw_content_detected will be null", card.name)
 
 
 def prepare(settings: RunSettings, tables: Tables, card: ModelCard, device: Device) -> Job:
-    """Check that a run can start in OUT, and return its job. Writes nothing. Raises UsageError."""
+    """Check that a run can start in OUT, and return its job. Write nothing. Raises UsageError."""
     existing = outdir.read_run(settings.out)
     outdir.refuse_foreign_files(settings.out, tables.local_paths, existing)
     if settings.overwrite:
@@ -129,7 +130,16 @@ def prepare(settings: RunSettings, tables: Tables, card: ModelCard, device: Devi
     parts = [] if settings.overwrite else Manifest(settings.out).parts()
     if earlier is not None and parts:
         check_identity(earlier, record, settings.out)
-    record |= {**_number_run(earlier, parts), **_describe_history(earlier, tables, rules)}
+    history = parse_record(earlier or {})
+    number = 1 + max([history.run_number or 0, *map(run_number, parts)])  # run.json may be missing
+    record |= {
+        "run_number": number,
+        # After a kill, recover all runs since the last that ended cleanly.
+        "recover_from": number if ended_cleanly(earlier) else history.recover_from,
+        # `find_changes` compares with all earlier rules, whichever run rendered an image.
+        "earlier_rules": [msgspec.to_builtins(old) for old in dict.fromkeys(history.known_rules) if old != rules],
+        "default_ids": tables.default_id_source or history.ids_from,
+    }
     return Job(settings, tables, card, compute, record, earlier, rules)
 
 
@@ -140,7 +150,7 @@ def resolve_run(
     earlier: Mapping[str, Any] | None,
     tables: Tables | None = None,
 ) -> tuple[RunSettings, Compute, dict[str, Any], RowRules]:
-    """Complete a run's settings from the earlier run, the model and the device, and describe the run for run.json.
+    """Complete the settings from the earlier run, model and device, and describe the run for run.json.
 
     `tables` is None for an endpoint, which receives its tables one at a time. Raises SettingsError.
     """
@@ -161,7 +171,7 @@ def resolve_run(
 
 
 def _fill_defaults(defaults: RowDefaults, card: ModelCard) -> RowDefaults:
-    """Return the row defaults. If no option sets a default, use the model's."""
+    """Return the row defaults from the options, else from the model."""
     model_defaults: dict[str, Any] = {
         "num_inference_steps": card.num_inference_steps,
         "guidance_scale": card.guidance_scale,
@@ -173,27 +183,6 @@ def _fill_defaults(defaults: RowDefaults, card: ModelCard) -> RowDefaults:
     return replace(defaults, **missing)
 
 
-def _number_run(earlier: Mapping[str, Any] | None, parts: Sequence[Path]) -> dict[str, int]:
-    """Return this run's number, and the first run to recover if this one is killed.
-
-    Recovery covers every run since the last that ended cleanly. The number also depends on the parts, because run.json
-    may be missing.
-    """
-    record = earlier or {}
-    number = 1 + max([record.get("run_number") or 0, *map(run_number, parts)])
-    return {"run_number": number, "recover_from": number if ended_cleanly(record) else record.get("recover_from", 0)}
-
-
-def _describe_history(earlier: Mapping[str, Any] | None, tables: Tables, rules: RowRules) -> dict[str, Any]:
-    """Return the other rules by which runs in this OUT read their rows, and the source of default ids.
-
-    `find_changes` needs them to detect images that an option would replace, whichever run rendered them.
-    """
-    record = parse_record(earlier or {})
-    earlier_rules = [msgspec.to_builtins(known) for known in dict.fromkeys(record.known_rules) if known != rules]
-    return {"earlier_rules": earlier_rules, "default_ids": tables.default_id_source or record.ids_from}
-
-
 # Compute
 
 
@@ -202,9 +191,9 @@ def choose_compute(
 ) -> Compute:
     """Return the requested compute settings, else those of the earlier run, else defaults for the device.
 
-    `decode_batch` is derived from the first run's slots and then kept. Batch sizes for single image sizes, measured or
-    halved after running out of memory, are kept until another number of slots is requested. Raises SettingsError if
-    the model does not support --compile.
+    `decode_batch` is derived from the slots of the first run and then kept. Batch sizes for single image sizes were
+    measured or halved after running out of memory, and are kept until another number of slots is requested. Raises
+    SettingsError if the model does not support --compile.
     """
     earlier_compute = (earlier or {}).get("compute", {})
     requested = settings.compute.slots if isinstance(settings.compute.slots, int) else None
@@ -228,8 +217,8 @@ def _choose_dtype(
 ) -> str:
     """Return the requested dtype, else float32 on a CPU, and float16 or bfloat16 on a GPU.
 
-    Stable Diffusion 3 and models that need their pipeline's own call often overflow in float16. A Stable Diffusion 3
-    run that started in float16, an earlier version's default, continues in float16.
+    Stable Diffusion 3 and models that run through their pipeline's call often overflow in float16. A run of Stable
+    Diffusion 3 that an earlier version started in float16, then the default, continues in float16.
     """
     if settings.model.dtype != "auto":
         return settings.model.dtype
@@ -246,11 +235,11 @@ def _choose_dtype(
 def _choose_compiled(
     settings: RunSettings, device: Device, earlier_compute: Mapping[str, Any], card: ModelCard | None
 ) -> bool:
-    """Return whether to use torch.compile, which needs Triton and a C compiler on a GPU."""
+    """Return whether to use torch.compile, which on a GPU needs Triton and a C compiler."""
     requested = settings.compute.compiled
     if card is not None and card.uses_pipeline_call:
         if requested:
-            raise SettingsError(f"--compile: {card.name} is driven by its pipeline's own call, which is not compiled")
+            raise SettingsError(f"--compile: {card.name} runs through its pipeline's call, which is not compiled")
         return False
     if requested is not None:
         return requested
@@ -260,12 +249,12 @@ def _choose_compiled(
 
 
 def count_workers(settings: RunSettings, device: Device) -> int:
-    """Return the number of workers: as requested, else one per device. 0 means that the command itself renders."""
+    """Return the requested number of workers, else one per device. With 0, the command itself renders."""
     return device.count if settings.compute.processes is None else settings.compute.processes
 
 
 def count_parallel(workers: int, compute: Compute) -> int:
-    """Return how many workers compute at the same time. On a CPU, the number of cores limits them."""
+    """Return how many workers compute at the same time, which the number of CPU cores limits."""
     if compute.device == "cpu":
         workers = min(workers, count_cores() // compute.threads)
     return max(1, workers)

@@ -1,17 +1,16 @@
-"""Merge the committed results into results.* in table order, at the end of a run or for the `merge` command."""
+"""Merge committed results into results.* in table order."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import groupby, islice
-from operator import attrgetter
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from batch_infer.carried import common_type, estimate_bytes, make_result_names, result_type, to_array
+from batch_infer.carried import common_type, make_result_names, result_type, to_array
 from batch_infer.errors import DamagedPartError, ServiceError, StorageError, UsageError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.job import open_tables
@@ -27,12 +26,14 @@ from batch_infer.jobs.run_json import (
 )
 from batch_infer.jobs.summary import Counts
 from batch_infer.manifest import SCHEMA, CommittedImage, Manifest, ManifestIndex
-from batch_infer.planning import Item, make_finished_check, source_of
+from batch_infer.planning import Item, make_finished_check, source_of, split_batches
 from batch_infer.settings import OutputSettings, ResultsFormat, RunSettings
 from batch_infer.store import path_exists
 
 BATCH = 2048
+"""Maximum number of results to read and write together."""
 BATCH_BYTES = 64 << 20
+"""Maximum bytes of texts and carried cells to read and write together."""
 
 log = logging.getLogger("batch_infer")
 
@@ -44,25 +45,25 @@ class MissingResultsError(StorageError):
 def merge_results(
     out: Path, results: tuple[ResultsFormat, ...], *, base64: bool
 ) -> tuple[Counts, tuple[ResultsFormat, ...]]:
-    """Write results.* in these formats and the run's formats. Return the counts and all formats.
+    """Write results.* in these formats and those of the run. Return the counts and all formats.
 
-    The counts are also stored in run.json for `status`. Raises UsageError if OUT holds nothing to merge or no format
-    supports base64, LockedError while another process holds OUT, StorageError.
+    Store the counts in run.json too, for `status`. Raises UsageError if OUT contains nothing to merge or no format
+    supports base64, LockedError while another process holds the lock, StorageError.
     """
     out = out.absolute()
     if not path_exists(out / "run.json") and not Manifest(out).parts():
-        raise UsageError(f"{out} holds neither a run.json nor a manifest: nothing to merge")
+        raise UsageError(f"nothing to merge: {out} has neither a run.json nor a manifest")
     with outdir.locked(out):
         if outdir.read_run(out) is None:
             return merge_parts(Manifest(out), [], out, OutputSettings(results=results, base64=base64)), results
         record = outdir.read_existing_run(out)
         outdir.refuse_while_rescoring(out, record)
         settings = read_settings(record, out)
-        formats = tuple(dict.fromkeys((*settings.output.results, *results)))  # the run's files must not go stale
+        formats = tuple(dict.fromkeys((*settings.output.results, *results)))  # or the run's files would become stale
         output = OutputSettings(results=formats, base64=base64 or settings.output.base64)
         try:
             if not ended_cleanly(record) and settings.table.tables:
-                remove_leftovers(out)  # not for an endpoint, whose workers may be writing
+                remove_leftovers(out)  # but not for an endpoint, whose workers may be writing
             counts = _merge_recorded(record, settings, output)
         except DamagedPartError as damage:
             if settings.table.tables:
@@ -76,9 +77,9 @@ def merge_results(
 
 
 def _merge_recorded(record: Mapping[str, Any], settings: RunSettings, output: OutputSettings) -> Counts:
-    """Merge in the order of the run's tables if they can be read again, else from the manifest alone."""
+    """Merge in the order of the run's tables. If they cannot be read again, merge all results in the manifest."""
     out, rules = settings.out, read_rules(record, settings.out)
-    if not settings.table.tables:  # an endpoint receives its tables one at a time
+    if not settings.table.tables:  # an endpoint
         return merge_parts(Manifest(out), [], out, output)
     try:
         refuse_unrepeatable_tables(record, out)
@@ -93,7 +94,7 @@ def _merge_recorded(record: Mapping[str, Any], settings: RunSettings, output: Ou
                 with Manifest(out).index() as index:
                     return merge(tables.rows(rules, make_finished_check(index)), index, tables.carried, out, output)
         reason = "; ".join(errors)
-    log.warning("the tables of this run cannot be read, so all that the manifest holds is merged (%s)", reason)
+    log.warning("the tables of this run cannot be read, so all results in the manifest are merged (%s)", reason)
     counts = merge_parts(Manifest(out), record.get("tables", ()), out, output)
     counts.remaining = max(0, count_scanned_results(record) - counts.results)
     return counts
@@ -104,8 +105,7 @@ def merge(
 ) -> Counts:
     """Write and count the results of these items, in their order.
 
-    At least `least` results are committed. Raises StorageError, and MissingResultsError if the index has fewer:
-    results.* then stay unchanged.
+    Raises StorageError, and MissingResultsError if there are fewer than `least` results: results.* then stay unchanged.
     """
     counts = Counts()
     tables = _require_results(read_results(items, index, carried, counts), counts, least)
@@ -114,9 +114,9 @@ def merge(
 
 
 def merge_parts(manifest: Manifest, tables: Sequence[str], out: Path, output: OutputSettings, least: int = 0) -> Counts:
-    """Write and count all results in the manifest, in the order of these tables. Raises the errors of `merge`.
+    """Write and count all results in the manifest, even of rows that were removed or changed since.
 
-    Used if the tables cannot be read. Includes the results of rows that were since removed or changed.
+    Use it if the tables cannot be read. Results are in the order of `tables`. Raises the errors of `merge`.
     """
     schema = make_results_schema(manifest.schemas())
     with manifest.index() as index:
@@ -135,19 +135,19 @@ def _read_all(index: ManifestIndex, tables: Sequence[str], schema: pa.Schema, co
 
 
 def _require_results(tables: Iterable[pa.Table], counts: Counts, least: int) -> Iterator[pa.Table]:
-    """Yield the tables. Raises MissingResultsError if they hold fewer than `least` results."""
+    """Yield the tables. Raises MissingResultsError if they contain fewer than `least` results."""
     yield from tables
     if counts.results < least:
         raise MissingResultsError(
-            f"the manifest lists {counts.results} results, and {least} were committed: its folder shows too few parts. "
-            "results.* are as they were before; run the same command again"
+            f"the manifest lists {counts.results} results, but {least} were committed: its folder shows too few parts. "
+            "results.* are unchanged; run the same command again"
         )
 
 
 def make_results_schema(schemas: Iterable[pa.Schema]) -> pa.Schema:
-    """Return the result columns and the carried columns of all parts, with types that hold the values of every part.
+    """Return the result columns and the carried columns of all parts, with types that fit the values of all parts.
 
-    In parts of earlier versions, names of carried columns may differ only in case.
+    In parts from earlier versions, names of carried columns may differ only in case.
     """
     by_name: dict[str, set[pa.DataType]] = {}
     for schema in schemas:
@@ -162,23 +162,27 @@ def make_results_schema(schemas: Iterable[pa.Schema]) -> pa.Schema:
         types = by_result_name[name] - {pa.null()}
         if pa.types.is_string(field_type) and len(types) > 1:
             type_names = " and ".join(sorted(map(str, types)))
-            log.warning("column %r is %s in the manifest's parts: its values are carried as text", name, type_names)
+            log.warning("column %r is %s in different parts: its values are carried as text", name, type_names)
     return pa.schema([*SCHEMA, *fields])
 
 
 def read_results(items: Iterable[Item], index: ManifestIndex, carried: pa.Schema, counts: Counts) -> Iterator[pa.Table]:
-    """Yield the committed results of these items in tables of a few thousand rows, and count them.
+    """Count the committed results of these items, and yield them in tables of a few thousand rows.
 
-    If a row has changed since its result was committed, that result does not count.
+    Skip results of rows that changed after the commit.
     """
-    for batch in _split_into_batches(items):
+    ids, bad_ids = set[str](), set[str]()
+    for batch in split_batches(items, BATCH, BATCH_BYTES):
         matches = [
             (item, committed)
             for item in batch
             if (committed := index.find(item.key)) is not None and committed.fingerprint == item.fingerprint
         ]
-        counts.rows += len({item.id for item in batch})
-        counts.bad_rows += len({item.id for item, match in matches if match.status in ("failed", "invalid")})
+        previous_ids, previous_bad_ids = ids, bad_ids  # a row's images may be in two batches
+        ids = {item.id for item in batch}
+        bad_ids = {item.id for item, committed in matches if committed.status in ("failed", "invalid")}
+        counts.rows += len(ids - previous_ids)
+        counts.bad_rows += len(bad_ids - previous_bad_ids)
         counts.remaining += len(batch) - len(matches)
         if matches:
             table = _with_current_cells(matches, index, carried)
@@ -186,28 +190,14 @@ def read_results(items: Iterable[Item], index: ManifestIndex, carried: pa.Schema
             yield table
 
 
-def _split_into_batches(items: Iterable[Item]) -> Iterator[list[Item]]:
-    """Yield items in batches that never split the images of a row."""
-    batch: list[Item] = []
-    byte_count = 0
-    for _, images in groupby(items, attrgetter("id")):
-        batch.extend(images)
-        byte_count += estimate_bytes(batch[-1].carried.values())
-        if len(batch) >= BATCH or byte_count >= BATCH_BYTES:
-            yield batch
-            batch, byte_count = [], 0
-    if batch:
-        yield batch
-
-
 def _with_current_cells(
     matches: Sequence[tuple[Item, CommittedImage]], index: ManifestIndex, carried: pa.Schema
 ) -> pa.Table:
-    """Return results with each row's current file, row number and carried cells, none of which affect an image."""
+    """Return results with each row's current file, row number and carried cells, which do not affect images."""
     table = index.read_results([committed for _, committed in matches])
     sources = [source_of(item) for item, _ in matches]
-    for index_in_source, name in enumerate(("source_file", "source_row")):
-        current = [source[index_in_source] for source in sources]
+    for position, name in enumerate(("source_file", "source_row")):
+        current = [source[position] for source in sources]
         table = table.set_column(table.column_names.index(name), SCHEMA.field(name), [current])
     for column in carried:
         values = [item.carried.get(column.name) for item, _ in matches]

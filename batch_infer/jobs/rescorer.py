@@ -1,4 +1,4 @@
-"""Check batches of stored images again, and apply the policy for flagged images."""
+"""Check stored images again in batches, and apply the policy for flagged images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from batch_infer.worker import commit_images, explain_flag, format_worker_name, 
 
 READING_THREADS = 8
 IMAGE_NOT_KEPT = "its image was not kept and cannot be judged again"
-"""Part of the stored `error` that identifies such a row. Do not reword it."""
+"""Part of the stored `error` that identifies such rows. Do not change it: OUT may contain it."""
 IMAGE_LOST = "its image is missing or damaged and cannot be checked again"
 
 T = TypeVar("T")
@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class StoredResult:
-    """A committed result, its request under the new rules, and the policy under which it was stored."""
+    """A committed result, its request under the new rules, and the policy with which it was stored."""
 
     request: PromptRequest
     row: ResultRow
@@ -42,7 +42,7 @@ class StoredResult:
 
     @property
     def is_original(self) -> bool:
-        """Whether the stored image is the one that was rendered."""
+        """Whether the stored image is the original."""
         row = self.row
         is_kept = self.on_flagged in ("keep", "quarantine") and IMAGE_NOT_KEPT not in (row.error or "")
         return row.generated_image is not None and (row.status == "ok" or is_kept)
@@ -51,8 +51,8 @@ class StoredResult:
 class RescoreCounts(JsonStruct, rename={"checked": "judged", "unchecked": "unjudged"}):
     """Number of results by outcome.
 
-    `flagged` counts the checked images that are flagged now, and `changed` those whose flag changed. `unchecked` counts
-    flagged results without an image to check, and `failed` those without a verdict or with a missing or damaged image.
+    `flagged` counts checked images that are flagged now, and `changed` those whose flag changed. `unchecked` counts
+    flagged results without an image to check, and `failed` those with a missing or damaged image or without a verdict.
     """
 
     checked: int = 0
@@ -64,14 +64,14 @@ class RescoreCounts(JsonStruct, rename={"checked": "judged", "unchecked": "unjud
 
 @dataclass(frozen=True, slots=True)
 class _ImageFile:
-    """A stored image and its pixels, (H, W, 3) uint8."""
+    """The bytes of a stored image and its pixels, (H, W, 3) uint8."""
 
     content: bytes
     pixels: np.ndarray
 
 
 class Rescorer:
-    """Checks stored images with the configured checkers and commits the results. `counts` is the running total."""
+    """Checks stored images with the configured checkers and commits the results. `counts` covers all batches so far."""
 
     def __init__(
         self, settings: RunSettings, card: ModelCard, record: Mapping[str, Any], stop: Callable[[], bool]
@@ -80,8 +80,13 @@ class Rescorer:
         self._settings, self._card = settings, card
         self.sink = make_sink(settings.out, settings.output.image_format)
         self._manifest = Manifest(settings.out, record.get("run_number") or 0)
-        has_checker = settings.safety.uses_checker(has_checker=card.has_checker)
-        self._checker = _load_checker(settings, card, record) if has_checker else None
+        self._checker: ImageChecker | None = None
+        if settings.safety.uses_checker(has_checker=card.has_checker):
+            from batch_infer.autotune import detect_device  # imports torch, which a service alone does not need
+            from batch_infer.worker import load_image_checker
+
+            compute = choose_compute(settings, detect_device(settings.model.device), record, card)
+            self._checker = load_image_checker(card, compute)
         self._gate = make_gate(settings.safety.service, stop)
         self.counts = RescoreCounts()
         self._rows: list[ResultRow] = []
@@ -89,11 +94,11 @@ class Rescorer:
         self._replaced_paths: list[str] = []
 
     def rescore(self, results: Sequence[StoredResult]) -> None:
-        """Check the images that are stored as rendered, and apply the policy.
+        """Check the original images and apply the policy.
 
         A flagged image that was not kept stays flagged. A blocked prompt stays blocked if the service refuses it again;
-        otherwise it gets no result and is left to `run`. Raises ServiceError, SettingsError, StoppedError and
-        StorageError without changing any of these results.
+        otherwise its result is left to `run`. Raises ServiceError, SettingsError, StoppedError and StorageError without
+        changing any of these results.
         """
         self._rescore_images([result for result in results if result.is_original])
         without_original = [result for result in results if not result.is_original]
@@ -104,11 +109,11 @@ class Rescorer:
                 self.counts.unchecked += 1
                 reason = (row.error or "").removesuffix(f"; {IMAGE_NOT_KEPT}")
                 self._add(result, replace(row, error=f"{reason}; {IMAGE_NOT_KEPT}"))
-            elif row.status != "blocked":  # failed earlier, or refused by the model itself
+            elif row.status != "blocked":  # failed earlier, or the model refused it
                 self._add(result, row)
 
     def commit(self, carried: pa.Schema) -> None:
-        """Move new images into place, commit the rows, and remove images to which they no longer refer.
+        """Publish new images, commit the rows, and remove images that no row names any more.
 
         A kill at any time loses no image. Raises StorageError.
         """
@@ -118,7 +123,7 @@ class Rescorer:
             pending.clear()
 
     def remove_duplicates(self, request: PromptRequest, committed: CommittedImage) -> None:
-        """Remove files that a killed rescore left under other names for a row that is already rescored."""
+        """Remove files under other names that a killed rescore wrote for a row that is already rescored."""
         path = committed.path if committed.path and resolve_path(self._settings.out, committed.path) else None
         possible_paths = self.sink.possible_paths(request)
         if path is not None:
@@ -165,7 +170,7 @@ class Rescorer:
             return f"{error}, and cannot be checked again"
 
     def _check_images(self, pixels: Sequence[np.ndarray]) -> list[Verdict | FailedRowError]:
-        """Return the combined verdicts of the checker and the service."""
+        """Return the combined verdicts of checker and service."""
         verdicts: list[Verdict | FailedRowError] = [Verdict()] * len(pixels)
         if self._checker is not None:
             for shape in {image.shape for image in pixels}:
@@ -178,7 +183,7 @@ class Rescorer:
         return verdicts
 
     def _check_prompts(self, results: Sequence[StoredResult]) -> list[Verdict | FailedRowError]:
-        """Return the service's verdict on each prompt. Each distinct prompt is sent once."""
+        """Return the service's verdict on each prompt. Send each distinct prompt once."""
         if self._gate is None:
             return [Verdict()] * len(results)
         prompts = list(dict.fromkeys(result.request.prompt for result in results))
@@ -198,7 +203,7 @@ class Rescorer:
             self._add(result, replace(row, status="ok", error=None))
 
     def _store_image(self, result: StoredResult, file: _ImageFile, *, is_flagged: bool) -> StoredImage | None:
-        """Write the image as the policy requires, unless it is already stored that way."""
+        """Store the image as the policy requires, unless it already is."""
         policy, row = self._settings.safety.policy, result.row
         pixels = images.apply_policy(file.pixels, policy) if is_flagged else file.pixels
         path = self.sink.path_in(row.generated_image or "", quarantine=is_flagged and policy == "quarantine")
@@ -210,13 +215,13 @@ class Rescorer:
         if pixels is file.pixels:
             return replace(self.sink.write(path, file.content), pixels_sha256=row.pixels_sha256)
         parameters = images.format_parameters(result.request, self._card.scheduler_name, self._card.fingerprint)
-        # The file name stays the same, so the format must too. A later run may have used another --image-format.
+        # Keep the format because the file name stays. A later run may have used another --image-format.
         image_format = images.FORMAT_BY_SUFFIX.get(Path(path).suffix, self._settings.output.image_format)
         stored = self.sink.write(path, images.encode(pixels, image_format, parameters))
         return replace(stored, pixels_sha256=images.hash_pixels(pixels))
 
     def _fail(self, result: StoredResult, error: str) -> None:
-        """Fail closed: without a verdict, no image is kept and the next run renders it again."""
+        """Fail closed: without a verdict, remove the image, which the next run renders again."""
         self.counts.failed += 1
         row = with_image(with_verdict(result.row, Verdict()), None)
         self._add(result, replace(row, status="failed", error=error))
@@ -239,7 +244,7 @@ class Rescorer:
 
 
 def _check_all(gate: Gate, check: Callable[[T], Verdict], contents: Sequence[T]) -> list[Verdict | FailedRowError]:
-    """Return the gate's verdict on each content. Fails closed: a missing verdict becomes a FailedRowError."""
+    """Return the gate's verdicts in order. Fail closed: a missing verdict becomes a FailedRowError."""
 
     def check_one(content: T) -> Verdict | FailedRowError:
         try:
@@ -256,10 +261,3 @@ def _merge_verdicts(first: Verdict | FailedRowError, second: Verdict | FailedRow
     if isinstance(first, FailedRowError):
         return first
     return second if isinstance(second, FailedRowError) else first.merge(second)
-
-
-def _load_checker(settings: RunSettings, card: ModelCard, record: Mapping[str, Any]) -> ImageChecker:
-    from batch_infer.autotune import detect_device  # imports torch, which a service alone does not need
-    from batch_infer.worker import load_image_checker
-
-    return load_image_checker(card, choose_compute(settings, detect_device(settings.model.device), record, card))

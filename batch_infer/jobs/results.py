@@ -38,13 +38,13 @@ def write_results(tables: Iterable[pa.Table], schema: pa.Schema, out: Path, outp
 
 
 def remove_other_results(out: Path, output: OutputSettings) -> None:
-    """Remove out-of-date results in formats that are no longer requested."""
+    """Remove results in formats that are no longer requested."""
     for name in {"csv", "jsonl"} - set(output.results):
         (out / f"results.{name}").unlink(missing_ok=True)
 
 
 def _open_writer(stack: ExitStack, path: Path, schema: pa.Schema, images: Sink | None) -> Callable[[pa.Table], object]:
-    """Return a function that appends a table to a file. With `images`, it writes images as bytes, not as paths."""
+    """Return a function that appends a table to a file. With `images`, write the bytes of images instead of paths."""
     if path.suffix == ".parquet":
         parquet = stack.enter_context(pq.ParquetWriter(path, schema, compression="zstd"))
         return lambda table: parquet.write_table(table)
@@ -57,11 +57,13 @@ def _open_writer(stack: ExitStack, path: Path, schema: pa.Schema, images: Sink |
 
 
 def _iterate_rows(table: pa.Table, images: Sink | None) -> Iterator[dict[str, Any]]:
-    """Yield rows as dictionaries. With `images`, generated_image holds the file's bytes, as on Azure's model card."""
+    """Yield rows as dictionaries. With `images`, generated_image contains bytes, as in Azure's model card."""
     for cells in zip(*map(to_python_values, table.columns), strict=True):
         row = dict(zip(table.column_names, cells, strict=True))
         if images is not None and row["generated_image"] is not None:
-            row["generated_image"] = _read_image(images, row["generated_image"])
+            path, row["generated_image"] = row["generated_image"], images.read(row["generated_image"])
+            if row["generated_image"] is None:
+                log.warning("%s is missing or not an image of this run, so it is omitted", path)
         for name in ("guidance_scale", "guidance_rescale", "seconds"):
             row[name] = shorten_float32(row[name])
         if row["safety_scores"] is not None:
@@ -69,16 +71,8 @@ def _iterate_rows(table: pa.Table, images: Sink | None) -> Iterator[dict[str, An
         yield row
 
 
-def _read_image(images: Sink, name: str) -> bytes | None:
-    """Return an image, or None if it was deleted or is not a file of this run. Raises StorageError."""
-    content = images.read(name)
-    if content is None:
-        log.warning("%s is missing, or is not an image of this run, so it is left out", name)
-    return content
-
-
 def shorten_float32(value: float | None) -> float | None:
-    """Round a float32 to its significant digits, dropping digits added by conversion to double."""
+    """Round a float32 to its significant digits. Conversion to double adds meaningless digits."""
     return None if value is None else float(f"{value:.7g}")
 
 
@@ -95,7 +89,7 @@ def _format_csv_cell(value: Any) -> Any:
 
 
 def to_json(value: Any) -> str:
-    """Format any value as JSON: null for NaN and infinity, text for types that JSON lacks."""
+    """Format a value as JSON. NaN and infinity become null, and types that JSON lacks become text."""
     return json.dumps(_replace_non_finite(value), ensure_ascii=False, allow_nan=False, default=_to_text)
 
 
@@ -113,7 +107,7 @@ def _replace_non_finite(value: Any) -> Any:
 
 
 def _to_text(value: Any) -> str:
-    """Format a value of a type that JSON and CSV lack."""
+    """Format a value whose type JSON and CSV lack."""
     if isinstance(value, bytes):
         return base64.b64encode(value).decode("ascii")
     return value.isoformat() if hasattr(value, "isoformat") else str(value)

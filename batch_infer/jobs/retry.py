@@ -1,4 +1,4 @@
-"""Render rows with certain statuses again."""
+"""Render rows with selected statuses again."""
 
 from __future__ import annotations
 
@@ -31,44 +31,43 @@ def retry_rows(
     progress: Progress,
     stop: Callable[[], bool] = lambda: False,
 ) -> tuple[Summary, RunSettings]:
-    """Render rows with one of these statuses again, using the settings of the last run in OUT, and merge.
+    """Render rows with these statuses again with the settings of the last run in OUT, and merge.
 
-    `tables` replaces the tables of that run, unless it is empty. Each row gets one more attempt, however often it has
+    `tables` replaces that run's tables unless it is empty. Each row gets one more attempt, no matter how often it
     failed. Rows without a result are left to `run`. Raises UsageError, also if OUT contains no run.
     """
     record = outdir.read_existing_run(out)
     settings = _with_service(read_settings(record, out, tables))
-    settings = replace(settings, rerender_changed=True)  # renders only the selected rows
+    settings = replace(settings, rerender_changed=True)  # affects only the selected rows
     if not tables:
         refuse_unrepeatable_tables(record, out)
     summary = render_tables(settings, progress, stop, _SkipOtherStatuses(statuses, out))
     earlier_total, total = count_scanned_results(record), count_scanned_results(outdir.read_existing_run(out))
     if total < earlier_total:
         log.warning(
-            "these tables have %d results and those of the run had %d: results.* list these", total, earlier_total
+            "these tables have %d results and those of the run had %d: results.* contain only these",
+            total,
+            earlier_total,
         )
     return summary, settings
 
 
 def _with_service(settings: RunSettings) -> RunSettings:
-    """Return settings with the safety endpoint from the environment: OUT must not decide where a key is sent.
-
-    Raises SettingsError.
-    """
+    """Take the safety endpoint from the environment: OUT must not decide where a key is sent. Raises SettingsError."""
     if settings.safety.service is None:
         return settings
     current = ServiceSettings.from_environment(os.environ)
     if current is None:
-        raise SettingsError("the run used a safety service, and CONTENT_SAFETY_ENDPOINT is not set")
+        raise SettingsError("the run used a safety service, but CONTENT_SAFETY_ENDPOINT is not set")
     service = structs.replace(settings.safety.service, endpoint=current.endpoint)
     return replace(settings, safety=replace(settings.safety, service=service))
 
 
 class _SkipOtherStatuses:
-    """Skips all images except those with one of these statuses. Implements SkipRule.
+    """Skips all images except those with these statuses. Implements SkipRule.
 
-    An invalid row has one result. If the row is valid now, its new images are rendered with the first one: the rule
-    sees the images of a row in order, one after another. Rows that are invalid now are skipped.
+    An invalid row has one result. If the row is valid now, all its images are rendered with the first one: the rule is
+    called for the images of a row in order. Rows that are invalid now are skipped.
     """
 
     def __init__(self, statuses: Collection[RetryStatus], out: Path) -> None:
@@ -82,12 +81,8 @@ class _SkipOtherStatuses:
             self._selected_row = None
         if committed is None:
             return self._selected_row != item.id
-        is_selected = committed.status in self._statuses or (
-            "missing" in self._statuses and self._is_missing(committed)
-        )
+        is_missing = committed.path is not None and "missing" in self._statuses and not self._sink.has(committed.path)
+        is_selected = is_missing or committed.status in self._statuses
         if is_selected and committed.status == "invalid":
             self._selected_row = item.id
         return not is_selected
-
-    def _is_missing(self, committed: ManifestEntry) -> bool:
-        return committed.path is not None and not self._sink.has(committed.path)

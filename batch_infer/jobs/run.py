@@ -1,4 +1,4 @@
-"""Prepare and execute a run: open the tables, find the model, lock OUT, start the engine and the log."""
+"""Prepare a run and execute it: open tables, find the model, lock OUT, and start the engine and the log."""
 
 from __future__ import annotations
 
@@ -8,13 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from batch_infer.engines import (
-    RankInfo,
-    join_launch,
-    make_engine,
-    read_rank_info,
-    remove_rendezvous,
-)
+from batch_infer.engines import RankInfo, join_launch, make_engine, read_rank_info, remove_rendezvous
 from batch_infer.errors import SettingsError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.execution import Progress, RunExecution
@@ -39,12 +33,12 @@ def render_tables(
     settings = make_paths_absolute(settings)
     rank = _read_rank(settings)
     if rank is not None and rank.rank:
-        raise SettingsError("this command is not for a launcher: start it once, by itself")
+        raise SettingsError("this command does not run under a launcher: start it once, by itself")
     with open_tables(settings) as tables:
         card = find_model(settings)
         with outdir.locked(settings.out):
             settings = finish_overwrite(settings)
-            remove_rendezvous(settings.out)  # left by a killed run
+            remove_rendezvous(settings.out)  # of a killed run
             with make_engine(settings.model.device, settings.compute.processes, rank, settings.out) as engine:
                 job = prepare(settings, tables, card, engine.detect_device())
                 with _run_log(settings.out):
@@ -53,7 +47,7 @@ def render_tables(
 
 
 def join_run(settings: RunSettings, stop: Callable[[], bool] = lambda: False) -> bool:
-    """Render for rank 0 if a launcher started this process as another rank, else return False.
+    """If a launcher started this process as a rank above 0, render for rank 0 and return True, else return False.
 
     Raises the errors of `batch_infer.errors`.
     """
@@ -76,7 +70,7 @@ def _read_rank(settings: RunSettings) -> RankInfo | None:
 
 
 def _recover_if_needed(job: Job, skip: SkipRule) -> SkipRule:
-    """Recover OUT if the earlier run did not end cleanly. The returned rule does not skip lost images."""
+    """Recover OUT if the earlier run did not end cleanly. Return a rule that does not skip missing images."""
     out = job.settings.out
     if job.settings.overwrite or ended_cleanly(job.earlier):
         return skip
@@ -86,7 +80,7 @@ def _recover_if_needed(job: Job, skip: SkipRule) -> SkipRule:
 
 @contextmanager
 def _run_log(out: Path) -> Iterator[None]:
-    """Also write the log to OUT."""
+    """Write the log to OUT too."""
     with open_log(out / "logs" / "run.log") as file:
         handler = log_handler(file)
         log.addHandler(handler)

@@ -1,4 +1,4 @@
-"""Scan the tables before rendering: count pending results, explain why they are pending, and commit invalid rows."""
+"""Scan the tables before rendering: count and explain pending results, and commit invalid rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INVALID_BATCH = 1024
 INVALID_BYTES = 64 << 20
 """Maximum bytes of texts and carried cells to commit together."""
 MAX_LOGGED_INVALID = 20
-"""Maximum number of invalid rows to log. The results name them all."""
+"""Maximum number of invalid rows to log. The results contain all."""
 OPTIONS = {
     "num_inference_steps": "--steps",
     "guidance_scale": "--guidance-scale",
@@ -33,17 +33,17 @@ OPTIONS = {
     "seed": "--seed",
     "num_images_per_prompt": "--images-per-prompt",
 }
-"""Option that sets each field's default."""
+"""The option that sets the default of each field."""
 
 log = logging.getLogger("batch_infer")
 
 
 class ScanResult(JsonStruct, rename={"finished": "done", "skipped": "standing", "uncommitted": "unsettled"}):
-    """Counts of the results that the tables request (one per image).
+    """Counts of all results that the tables require (one per image).
 
-    `skipped` counts the finished results by status; `left` is the status of results that do not exist yet, which
-    `retry` leaves to `run`. `uncommitted` counts invalid rows that `retry` leaves to `run`. `sizes` (height, width) and
-    `reasons` describe pending results, and `changes` names the options that changed them.
+    `skipped` counts finished results by status, and as `left` those without a result, which `retry` leaves to `run`.
+    `uncommitted` counts invalid rows that `retry` leaves to `run`. `sizes` (height, width) and `reasons` are those of
+    pending results. `changes` names the options that changed rows.
     """
 
     total: int = 0
@@ -76,12 +76,12 @@ class ScanResult(JsonStruct, rename={"finished": "done", "skipped": "standing", 
 
     @property
     def explanation(self) -> str:
-        """Why results are pending: `1 new, 22 changed (num_inference_steps 8 -> 50)`."""
+        """The reasons for pending results: `1 new, 22 changed (num_inference_steps 8 -> 50)`."""
         return format_reasons(self.reasons, self.changes)
 
 
 def explain_pending(item: Item, committed: ManifestEntry | None) -> str:
-    """Return why an item must be rendered, given its committed result."""
+    """Return the reason to render an item that has this committed result."""
     if committed is None:
         return "new"
     if committed.status == "invalid":
@@ -92,7 +92,7 @@ def explain_pending(item: Item, committed: ManifestEntry | None) -> str:
 
 
 def format_reasons(reasons: Mapping[str, int], changes: str) -> str:
-    """Format the counts by reason and the options that changed rows. Returns an empty string if all rows are new."""
+    """Format counts by reason and the options that changed rows, or an empty string if all rows are new."""
     if set(reasons) <= {"new"}:
         return ""
     cause = {"changed": f" ({changes})"} if changes else {}
@@ -102,7 +102,7 @@ def format_reasons(reasons: Mapping[str, int], changes: str) -> str:
 def scan_tables(
     job: Job, index: ManifestIndex, skip: SkipRule, changes: str = "", *, writes: bool = True
 ) -> ScanResult:
-    """Count pending results, and commit the invalid rows, which need no device. Raises StorageError.
+    """Count pending results, and commit invalid rows, which need no device. Raises StorageError.
 
     `changes` names the options that changed rows. Without `writes`, invalid rows are left to `commit_invalid`.
     """
@@ -129,13 +129,13 @@ def scan_tables(
 
 
 def commit_invalid(job: Job) -> None:
-    """Commit the invalid rows once --overwrite has cleared OUT. Raises StorageError."""
+    """Commit invalid rows after --overwrite cleared OUT. Raises StorageError."""
     with ManifestIndex(()) as index:
         _commit_invalid(job, (item for item in job.items(index) if isinstance(item, ResultRow)), index)
 
 
 def _commit_invalid(job: Job, rows: Iterable[ResultRow], index: ManifestIndex, *, writes: bool = True) -> None:
-    """Commit invalid rows, then remove the images that they had while they were valid. Read all rows in any case."""
+    """Commit invalid rows and remove their images from when they were valid. Without `writes`, only read the rows."""
     manifest, sink, carried = Manifest(job.settings.out, job.number), make_sink(job.settings.out), job.tables.carried
     for batch in split_batches(rows, INVALID_BATCH, INVALID_BYTES):
         if writes:
@@ -150,7 +150,7 @@ def _commit_invalid(job: Job, rows: Iterable[ResultRow], index: ManifestIndex, *
 
 @dataclass(slots=True)
 class Changes:
-    """Number of finished images that changed options would replace, and the cause by option."""
+    """Number of finished images that changed options would replace, and a description by option."""
 
     images: int = 0
     causes: dict[str, str] = field(default_factory=dict)
@@ -162,28 +162,28 @@ class Changes:
         """Raise SettingsError if finished images would be replaced without --rerender-changed."""
         if not self.images or job.settings.rerender_changed:
             return
-        options = list(self.causes)
+        verb = "differs" if len(self.causes) == 1 else "differ"
         raise SettingsError(
             f"{self.images:,} finished image{'s' * (self.images != 1)} in {job.settings.out} would be rendered again "
-            "and replaced, because "
-            f"{' and '.join(options)} {'differs' if len(options) == 1 else 'differ'} from the run that made them "
-            f"({self}): give the same options again, or add --rerender-changed to render them again, or "
-            "--overwrite to start anew"
+            f"and replaced, because {' and '.join(self.causes)} {verb} from the run that made them ({self}): give the "
+            "same options again, or add --rerender-changed to render them again, or --overwrite to start anew"
         )
 
 
 def find_changes(job: Job, index: ManifestIndex) -> Changes:
     """Count the finished images that this run's options would replace. Rows whose cells changed do not count.
 
-    Scans the tables only if a default ever differed in this OUT, --column differs or run.json is missing.
+    Scan the tables only if a default ever differed in this OUT, --column differs, or run.json is missing.
     """
     if job.earlier is None:
-        return _changes_without_record(job, index)
-    earlier = parse_record(job.earlier)
-    if earlier.ids_from is not None and job.tables.default_id_source not in (None, earlier.ids_from):
-        return Changes(
-            _count_finished(index), {"--id-from": f"id from {earlier.ids_from} -> {job.tables.default_id_source}"}
-        )
+        images = 0
+        if _count_finished(index):
+            images = sum(_find_replaced(item, index) is not None for item in job.items(index))
+        causes = {"an option or a row": "run.json, which records the options, is missing"}
+        return Changes(images, causes if images else {})
+    earlier, ids_from = parse_record(job.earlier), job.tables.default_id_source
+    if earlier.ids_from is not None and ids_from not in (None, earlier.ids_from):
+        return Changes(_count_finished(index), {"--id-from": f"id from {earlier.ids_from} -> {ids_from}"})
     earlier_rules = [rules for rules in earlier.known_rules if rules != job.rules]
     earlier_columns = dict(earlier.settings.table.columns) if earlier.settings else {}
     columns = dict(job.settings.table.columns)
@@ -194,20 +194,15 @@ def find_changes(job: Job, index: ManifestIndex) -> Changes:
         replaced = _find_replaced(item, index)
         if replaced is None:
             continue
-        rendered = next(
-            (
-                (earlier_item, rules)
-                for earlier_item, rules in zip(earlier_items, earlier_rules, strict=True)
-                if earlier_item is not None and earlier_item.fingerprint == replaced.fingerprint
-            ),
-            None,
-        )
-        if rendered is not None:
-            changes.images += 1
-            changes.causes |= _find_causes(item, *rendered, job.rules)
+        versions = zip(earlier_items, earlier_rules, strict=True)
+        rendered = [(old, rules) for old, rules in versions if old and old.fingerprint == replaced.fingerprint]
+        if rendered:
+            changes.causes |= _find_causes(item, *rendered[0], job.rules)
         elif earlier_columns != columns:
-            changes.images += 1
             changes.causes["--column"] = f"columns {_format_columns(earlier_columns)} -> {_format_columns(columns)}"
+        else:
+            continue
+        changes.images += 1
     return changes
 
 
@@ -219,29 +214,21 @@ def _find_replaced(item: Item, index: ManifestIndex) -> ManifestEntry | None:
     return committed
 
 
-def _changes_without_record(job: Job, index: ManifestIndex) -> Changes:
-    """Count the finished images that the run would replace if run.json is missing."""
-    if not _count_finished(index):
-        return Changes()
-    images = sum(_find_replaced(item, index) is not None for item in job.items(index))
-    return Changes(images, {"an option or a row": "run.json, which records the options, is missing"} if images else {})
-
-
 def _count_finished(index: ManifestIndex) -> int:
     statuses = index.count_statuses()
     return sum(statuses[status] for status in FINAL_STATUSES)
 
 
 def _find_causes(item: Item, old_item: Item, old_rules: RowRules, rules: RowRules) -> dict[str, str]:
-    """Return the options whose changed defaults give this row another value or make it invalid."""
+    """Return the options with changed defaults that change a value of this row or make it invalid."""
     old_defaults, defaults = asdict(old_rules.defaults), asdict(rules.defaults)
 
-    def values_of(request: Item) -> dict[str, Any]:
+    def get_values(request: Item) -> dict[str, Any]:
         if not isinstance(request, PromptRequest):
             return defaults
         return {**asdict(request.params), "negative_prompt": request.negative_prompt, "seed": request.seed}
 
-    old_values, values = values_of(old_item), values_of(item)
+    old_values, values = get_values(old_item), get_values(item)
     return {
         option: f"{name} {old_defaults[name]!r} -> {defaults[name]!r}"
         for name, option in OPTIONS.items()
