@@ -100,7 +100,7 @@ def _measure_rates(size: Size, job: Job, probe: Probe) -> Rates:
     except CompilationError as error:
         if job.settings.compute.compiled:
             raise
-        log.warning("%s; measured without it", error)
+        log.warning("%s; measuring without it", error)
     return measure(replace(job.compute, compiled=False))
 
 

@@ -1,4 +1,4 @@
-"""Execute a run while OUT is locked: scan the tables, render pending rows, merge the results and summarise."""
+"""Execute a run in a locked OUT: scan the tables, render pending rows, merge results and summarise."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from batch_infer.stopping import GRACE_SECONDS, StopRequested, deferred
 from batch_infer.worker import WorkerSettings, read_peak_memory, sum_stages_by_size, take_smallest_batches
 
 LISTING_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-"""Seconds to wait before each new listing of a manifest that lists too few results."""
+"""Seconds to wait before each new listing of a manifest with too few results."""
 
 log = logging.getLogger("batch_infer")
 
@@ -115,7 +115,7 @@ class RunExecution:
         return self._merge(scan)
 
     def _scan(self, index: ManifestIndex) -> ScanResult:
-        # Compare before replacing run.json: after an interruption, the next run must compare with the same earlier run.
+        # Compare before replacing run.json: if interrupted, the next run must compare with the same earlier run.
         changes = find_changes(self._job, index)
         changes.refuse(self._job)
         self._folder.update_record()
@@ -127,7 +127,7 @@ class RunExecution:
     # Rendering
 
     def _set_compute(self, compute: Compute) -> None:
-        """Use these settings from now on, and in runs that continue this one."""
+        """Use these settings from now on, also in runs that continue this one."""
         self._job = replace(self._job, compute=compute)
         self._folder.update_record(compute=asdict(compute))
 
@@ -189,7 +189,7 @@ class RunExecution:
 
     def _on_ready(self, scan: ScanResult) -> None:
         self._folder.clear()
-        # Number of results in progress at once if every row uses guidance, which takes two slots.
+        # The number of results in progress if every row uses guidance, which takes two slots.
         slots = max(self._slots_of(size) for size in scan.sizes)
         in_flight = min(scan.pending, max(1, slots // 2))
         self._throughput = Throughput(in_flight=in_flight)
@@ -209,13 +209,13 @@ class RunExecution:
     def _disable_compiling(self, error: CompilationError, scan: ScanResult) -> None:
         """Disable torch.compile in all workers. Raises CompilationError if the user must decide.
 
-        Compiled and uncompiled networks produce different bytes, so the run continues only while OUT holds no image.
+        Compiled and uncompiled networks produce different bytes, so the run continues only while OUT contains no image.
         It never continues with --compile, or under a launcher, whose other ranks have already exited.
         """
         if self._committed or scan.skipped.get("ok") or scan.skipped.get("flagged"):
             raise CompilationError(
-                f"{error}, but the images that {self._folder.out} already holds were compiled: to have all alike, "
-                "add --overwrite or give another --out"
+                f"{error}, but images in {self._folder.out} were compiled, and others would differ: add --overwrite or "
+                "give another --out"
             ) from error
         is_required = self._job.settings.compute.compiled or not self._job.compute.compiled
         if is_required or isinstance(self._engine, LaunchedEngine):
@@ -227,9 +227,9 @@ class RunExecution:
 
     @deferred(GRACE_SECONDS)
     def _merge(self, scan: ScanResult) -> Counts:
-        """Merge, and list the manifest again while it lists fewer results than expected.
+        """Merge, and list the manifest again while it has fewer results than expected.
 
-        Network file systems such as NFS and FUSE may show a directory's state from up to a minute ago.
+        Network file systems such as NFS and FUSE may show a directory as it was up to a minute ago.
         """
         try:
             if self._has_invalid and not self._job.tables.changed_files():
@@ -245,7 +245,7 @@ class RunExecution:
             raise
 
     def _merge_once(self, scan: ScanResult) -> Counts:
-        """Merge in table order, or from the manifest alone if the tables changed during the run."""
+        """Merge in table order, or all results in the manifest if the tables changed during the run."""
         self._folder.pinned.check()
         remaining = max(0, scan.pending - self._committed) + scan.skipped.get("left", 0)
         if self._has_invalid:
@@ -254,8 +254,8 @@ class RunExecution:
         tables, output = self._job.tables, self._job.settings.output
         if changed := tables.changed_files():
             log.warning(
-                "%s changed or disappeared during the run, so results.* hold all that the manifest does; run again to "
-                "merge by the tables as they are now",
+                "%s changed or disappeared during the run, so results.* contain all results in the manifest; run again "
+                "to merge by the current tables",
                 ", ".join(changed),
             )
             counts = merge_parts(self._folder.manifest, tables.files, self._folder.out, output, least)
@@ -273,6 +273,6 @@ class RunExecution:
                 self._warn_about_stale_results(merge_error)
 
     def _warn_about_stale_results(self, reason: object) -> None:
-        """Warn that results.* lack rows committed by this run."""
+        """Warn that results.* lack results of this run."""
         path = self._folder.out / "results.parquet"
         log.warning("%s was not updated (%s): run `batch-infer merge %s`", path, reason, self._folder.out)

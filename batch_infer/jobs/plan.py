@@ -21,20 +21,12 @@ from batch_infer.jobs.job import (
     open_tables,
     prepare,
 )
-from batch_infer.jobs.scan import explain_pending, find_changes
+from batch_infer.jobs.scan import ScanResult, find_changes
 from batch_infer.jobs.summary import JsonStruct
 from batch_infer.main_guard import end_unguarded_process
 from batch_infer.manifest import Manifest, ManifestIndex
 from batch_infer.models import TruncationCounter, load_token_counter
-from batch_infer.planning import (
-    Item,
-    ManifestEntry,
-    PipelineBatchingEstimator,
-    StepBatchingEstimator,
-    is_finished,
-    order_requests,
-    select_pending,
-)
+from batch_infer.planning import PipelineBatchingEstimator, StepBatchingEstimator, is_finished, order_requests
 from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.settings import IdSource, RunSettings
 from batch_infer.worker import make_row
@@ -118,10 +110,10 @@ class _Planner:
         self._estimator = estimator(self._slots_of)
         counter = load_token_counter(job.card)
         self._tokens = TruncationCounter(counter) if counter else None
-        self._plan = Plan(slots=job.compute.slots, processes=processes)
+        self._plan, self._scan = Plan(slots=job.compute.slots, processes=processes), ScanResult()
 
     def make(self) -> Plan:
-        plan, tables = self._plan, self._job.tables
+        plan, scan, tables, card = self._plan, self._scan, self._job.tables, self._job.card
         started, waited_before = time.monotonic(), self._probe.seconds_waited
         changes = find_changes(self._job, self._index)
         plan.changes = str(changes)
@@ -129,56 +121,44 @@ class _Planner:
             changes.refuse(self._job)
         except SettingsError as error:
             plan.refusal = str(error)
-        self._count_evaluations()
-        plan.default_ids = tables.default_id_source
+        for request in order_requests(self._pending_rows(), None if card.uses_pipeline_call else self._slots_of):
+            self._estimator.add(request, self._probe.count_evaluations(card, request.params.num_inference_steps))
+        self._estimator.close()
+        plan.total, plan.invalid, plan.finished, plan.pending = scan.total, scan.invalid, scan.finished, scan.pending
+        plan.reasons, plan.default_ids = scan.reasons, tables.default_id_source
         plan.remarks, plan.left_out = tables.remarks, tables.left_out.items()
         plan.truncated = self._tokens.close() if self._tokens else None
-        plan.finished = plan.total - plan.invalid - plan.pending
         reading_seconds = time.monotonic() - started - (self._probe.seconds_waited - waited_before)
         self._estimate(TABLE_READS * reading_seconds)
         return plan
 
-    def _count_evaluations(self) -> None:
-        """Count the UNet evaluations of pending rows in rendering order."""
-        card = self._job.card
-        slots_of = None if card.uses_pipeline_call else self._slots_of
-        for request in order_requests(select_pending(self._valid_rows(), self._index, self._is_finished), slots_of):
-            self._plan.pending += 1
-            self._estimator.add(request, self._probe.count_evaluations(card, request.params.num_inference_steps))
-        self._estimator.close()
-
     def _slots_of(self, size: Size) -> int:
         return self._shapes.for_size(size).slots
 
-    def _is_finished(self, item: Item, committed: ManifestEntry | None) -> bool:
-        if is_finished(item, committed):
-            return True
-        reason = explain_pending(item, committed)
-        self._plan.reasons[reason] = self._plan.reasons.get(reason, 0) + 1
-        return False
-
-    def _valid_rows(self) -> Iterator[PromptRequest]:
-        """Count all rows, yield the valid ones and report the invalid ones."""
-        plan = self._plan
+    def _pending_rows(self) -> Iterator[PromptRequest]:
+        """Count all rows, report the invalid ones and yield the pending ones."""
+        plan, card = self._plan, self._job.card
         plan.files = dict.fromkeys(self._job.tables.files, 0)
         for item in self._job.items(self._index):
-            plan.total += 1
-            if item.image_index == 0:
-                plan.rows += 1
-                plan.files[item.source.file] += 1
+            is_first_image = item.image_index == 0
+            plan.rows += is_first_image
+            plan.files[item.source.file] += is_first_image
             if isinstance(item, PromptRequest):
                 try:
-                    self._probe.count_evaluations(self._job.card, item.params.num_inference_steps)
+                    self._probe.count_evaluations(card, item.params.num_inference_steps)
                 except RowError as error:
-                    item = make_row(item, "invalid", str(error), scheduler=self._job.card.scheduler_name, worker="")
-                else:
-                    if item.image_index == 0 and self._tokens:
-                        self._tokens.add(item.prompt)
-                    yield item
-                    continue
-            plan.invalid += 1
-            plan.invalid_rows += item.image_index == 0
-            self._report(item)
+                    item = make_row(item, "invalid", str(error), scheduler=card.scheduler_name, worker="")
+            committed = self._index.find(item.key)
+            is_skipped = is_finished(item, committed)
+            self._scan.add(item, committed, skip=is_skipped)
+            if isinstance(item, ResultRow):
+                plan.invalid_rows += is_first_image
+                self._report(item)
+                continue
+            if is_first_image and self._tokens:
+                self._tokens.add(item.prompt)
+            if not is_skipped:
+                yield item
 
     def _estimate(self, reading_seconds: float) -> None:
         """Estimate time, disk space and cost. `reading_seconds` is the time in which the run reads the tables."""
