@@ -100,9 +100,9 @@ def run_json(out: Path) -> dict[str, Any]:
 def hashes(out: Path) -> dict[Key, str | None]:
     """Return the sha256 of each image by id and index; no key may occur twice."""
     rows = results(out)
-    found = {(row["id"], row["image_index"]): row["sha256"] for row in rows}
-    assert len(found) == len(rows)
-    return found
+    hash_by_key = {(row["id"], row["image_index"]): row["sha256"] for row in rows}
+    assert len(hash_by_key) == len(rows)
+    return hash_by_key
 
 
 def images(out: Path) -> set[str]:

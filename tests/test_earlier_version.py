@@ -63,11 +63,11 @@ def rendered(done: Done, code: int = 0) -> int:
 
 def committed(out: Path) -> dict[Key, dict[str, Any]]:
     """Return the results in the parts of an OUT without bookkeeping, where no key has two."""
-    found: dict[Key, dict[str, Any]] = {}
+    rows: dict[Key, dict[str, Any]] = {}
     for part in (out / "manifest").glob("part-*.parquet"):
         for row in pq.read_table(part).to_pylist(maps_as_pydicts="strict"):
-            assert found.setdefault((row["id"], row["image_index"]), row) is row
-    return found
+            assert rows.setdefault((row["id"], row["image_index"]), row) is row
+    return rows
 
 
 def assert_as_before(out: Path, before: Mapping[Key, Mapping[str, Any]]) -> None:

@@ -103,8 +103,8 @@ def test_source_and_carried_columns_are_current(tmp_path: Path) -> None:
     carried = pa.schema([("kept", pa.int64()), ("new", pa.list_(pa.int8()))])
     _, table = merge(tmp_path, [request("a", row=5, kept=7, new=[1])], carried)
     assert table.schema.names == [*SCHEMA.names, "kept", "new"]
-    found = table.to_pylist()[0]
-    assert (found["source_file"], found["source_row"], found["kept"], found["new"]) == ("t.csv", 5, 7, [1])
+    row = table.to_pylist()[0]
+    assert (row["source_file"], row["source_row"], row["kept"], row["new"]) == ("t.csv", 5, 7, [1])
     assert table.schema.field("new").type == pa.list_(pa.int8())
 
 
@@ -291,7 +291,7 @@ def test_merge_follows_the_tables_of_the_run(tmp_path: Path) -> None:
     assert results(out) == before
     assert len(csv_rows(out)) == 2, "in the formats of the run"
     assert command("merge", out, "--results", "jsonl").code == 0
-    assert len(csv_rows(out)) == len(json_rows(out)) == 2, "and in those that are asked for"
+    assert len(csv_rows(out)) == len(json_rows(out)) == 2, "and in those requested"
     assert command("merge", out, "--base64").code == 0, "which the run's own can hold"
     write_csv(table, [["id", "prompt", "n"], ["b", "a blue square", 5], ["c", "a star", 6]])
     done = command("merge", out)
@@ -315,8 +315,8 @@ def test_status_agrees_with_results(tmp_path: Path, ended: bool) -> None:
         (out / "run.json").write_text(json.dumps({**record, "summary": None, "finished_at": None}))
 
     def report() -> tuple[dict[str, int], int, str]:
-        standing = json.loads(command("status", out, "--json").stdout)
-        return standing["counts"], standing["left"], standing["state"]
+        status = json.loads(command("status", out, "--json").stdout)
+        return status["counts"], status["left"], status["state"]
 
     def merged() -> tuple[dict[str, int], int, str]:
         counts = json.loads(command("merge", out, "--json").stdout)

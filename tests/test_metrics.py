@@ -73,8 +73,8 @@ def test_metrics_during_a_run(file: Path, clock: SimpleNamespace) -> None:
     with Metrics(file, "/out", "sd") as metrics:
         assert not file.exists(), "OUT may belong to another run"
         clock.now = 108
-        standing = {"ok": 3, "failed": 1, "left": 2}
-        metrics.start(ScanResult(total=15, finished=6, invalid=1, pending=8, skipped=standing))
+        skipped = {"ok": 3, "failed": 1, "left": 2}
+        metrics.start(ScanResult(total=15, finished=6, invalid=1, pending=8, skipped=skipped))
         assert read(file, "/out") == {
             "results": results_by_status(ok=3, failed=1, invalid=1), "results_left": 10,
             "info": {"version": batch_infer.__version__, "model": "sd"}, "running": 1,
@@ -94,7 +94,7 @@ def test_metrics_during_a_run(file: Path, clock: SimpleNamespace) -> None:
         assert (during["results_left"], during["images_rendered"]) == (4, 3)
         assert during["images_per_second"] == pytest.approx(0.3)
         assert during["running"] == 1
-        assert standing == {"ok": 3, "failed": 1, "left": 2}, "the scan is shared"
+        assert skipped == {"ok": 3, "failed": 1, "left": 2}, "the scan is shared"
         metrics.close()
         clock.now = 130
         counts = Counts(rows=15, ok=7, flagged=1, failed=2, invalid=2, blocked=1, remaining=2)

@@ -89,8 +89,8 @@ def test_a_file_in_place_of_out_is_refused(tmp_path: Path, place: str) -> None:
 def test_run_json_is_read_as_written(tmp_path: Path) -> None:
     assert outdir.read_run(tmp_path) is None
     outdir.write_run(tmp_path, {"tables": ["größe.csv", os.fsdecode(b"caf\xe9.csv")], "out": tmp_path, "summary": None})
-    found = outdir.read_run(tmp_path)
-    assert found == {"tables": ["größe.csv", os.fsdecode(b"caf\xe9.csv")], "out": str(tmp_path), "summary": None}
+    record = outdir.read_run(tmp_path)
+    assert record == {"tables": ["größe.csv", os.fsdecode(b"caf\xe9.csv")], "out": str(tmp_path), "summary": None}
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
@@ -122,8 +122,8 @@ def test_clearing_removes_what_runs_made_and_nothing_else(out: Path, tmp_path: P
     (tmp_path / "elsewhere" / "precious").touch()
     (out / "logs" / "link").symlink_to(tmp_path / "elsewhere")
     run_folder.clear(out)
-    kept = [*others, out / "logs" / "worker-0.log", out / "run.json"]  # this run's own log is open already
-    assert [path for path in sorted(out.rglob("*")) if path.is_file()] == sorted(kept)
+    remaining = [*others, out / "logs" / "worker-0.log", out / "run.json"]  # this run's own log is open already
+    assert [path for path in sorted(out.rglob("*")) if path.is_file()] == sorted(remaining)
     assert (tmp_path / "elsewhere" / "precious").exists()
 
 
@@ -300,14 +300,14 @@ def removed_and_made_again(out: Path) -> None:
 
 @pytest.mark.parametrize("vanish", [replaced, shutil.rmtree, removed_and_made_again])
 def test_a_replaced_folder_is_recognised(out: Path, vanish: Callable[[Path], None]) -> None:
-    with outdir.locked(out) as held:
-        held.check()
+    with outdir.locked(out) as folder:
+        folder.check()
         vanish(out)
         there = out.exists()
         if there:
             (out / ".holder").write_text("another")
         with pytest.raises(StorageError, match="has disappeared since the run began"):
-            held.check()
+            folder.check()
         if not there:
             with pytest.raises(StorageError, match=r"cannot write .*run.json"):
                 outdir.write_run(out, {})

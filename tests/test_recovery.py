@@ -111,10 +111,10 @@ def die_everywhere(root: Path) -> None:
 def mixed_up(out: Path) -> set[tuple[str, int]]:
     """Keys of images that are not those of the committed attempt."""
     with Manifest(out).index() as index:
-        found = {name: index.find((name, 0)) for name in "abc"}
+        matches = {name: index.find((name, 0)) for name in "abc"}
         return {
             (name, 0)
-            for name, committed in found.items()
+            for name, committed in matches.items()
             if committed and (out / str(committed.path)).read_bytes() != f"{name} {committed.attempt}".encode()
         }
 
@@ -216,14 +216,14 @@ def test_damaged_parts_are_set_aside_with_a_warning(
     part = commit(tmp_path, result(sink, "a", scheduler=LONG))
     content = part.read_bytes()
     bad = {"empty": b"", "cut": content[:-7], "late column": garbled(content)}[damage]
-    for kept in (f"{part.name}.damaged", f"{part.name}.damaged-2"):  # it happens twice
+    for name in (f"{part.name}.damaged", f"{part.name}.damaged-2"):  # it happens twice
         part.write_bytes(bad)
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             assert recover(tmp_path) == frozenset()
         assert f"{part} is damaged (" in caplog.text
-        assert f"its rows are rendered again, and it is kept as {kept}" in caplog.text
-        assert part.with_name(kept).read_bytes() == bad
+        assert f"its rows are rendered again, and it is kept as {name}" in caplog.text
+        assert part.with_name(name).read_bytes() == bad
         assert Manifest(tmp_path).parts() == [intact]
         with Manifest(tmp_path).index() as index:
             assert index.find(("a", 0)) is None
@@ -245,10 +245,10 @@ def test_damage_outside_indexed_columns_is_set_aside_too(tmp_path: Path) -> None
     part.write_bytes(garbled(content))
     assert recover(tmp_path) == frozenset()
     with Manifest(tmp_path).index() as index:
-        found = index.find(("a", 0))
-        assert found is not None
+        committed = index.find(("a", 0))
+        assert committed is not None
         with pytest.raises(DamagedPartError) as error:
-            index.read_results([found])
+            index.read_results([committed])
     assert set_aside(error.value).exists()
     part.write_bytes(content[:100])
     with Manifest(tmp_path).index(on_damage=set_aside) as index:

@@ -160,11 +160,11 @@ def test_an_uncommitted_original_is_removed(folder: Path) -> None:
     assert all(path.exists() for path in strangers)
 
 
-def of_another_process(aside: Path) -> Path:
-    """Rename an image that this process has set aside, as if a dead process had done it."""
-    _, where, number, *rest = aside.name.split("-")
+def of_another_process(backup: Path) -> Path:
+    """Rename an image that this process set aside, as if a dead process had done it."""
+    _, folder, number, *rest = backup.name.split("-")
     assert int(number) == os.getpid()
-    return aside.rename(aside.with_name("-".join([".original", where, "99999999", *rest])))
+    return backup.rename(backup.with_name("-".join([".original", folder, "99999999", *rest])))
 
 
 def test_the_committed_one_of_several_originals_is_restored(folder: Path) -> None:
@@ -187,10 +187,10 @@ def test_originals_of_live_workers_are_not_leftovers(folder: Path) -> None:
     out = folder / "out"
     first, *_ = sorted(runs.images(out))
     FolderSink(out).back_up([first])
-    (aside,) = out.rglob(".original-*")
-    assert recovery.remove_abandoned(out, [aside.parent]) == []
-    aside = of_another_process(aside)
-    assert recovery.remove_abandoned(out, [aside.parent]) == [aside.relative_to(out).as_posix()]
+    (backup,) = out.rglob(".original-*")
+    assert recovery.remove_abandoned(out, [backup.parent]) == []
+    backup = of_another_process(backup)
+    assert recovery.remove_abandoned(out, [backup.parent]) == [backup.relative_to(out).as_posix()]
 
 
 def test_a_run_with_a_lost_remote_worker_is_recovered_by_the_next(folder: Path) -> None:

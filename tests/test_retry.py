@@ -1,4 +1,4 @@
-"""`batch-infer retry`: only rows with the given statuses are rendered again."""
+"""`batch-infer retry`: renders only rows with the selected statuses again."""
 
 from __future__ import annotations
 

@@ -115,9 +115,9 @@ def mixed_hashes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, in
     folder = tmp_path_factory.mktemp("mixed")
     assert run(write_csv(folder / "t.csv", MIXED), folder / "out").code == 0
     assert_whole(folder / "out")
-    found = hashes(folder / "out")
-    assert len(set(found.values())) == len(found) == 9
-    return found
+    image_hashes = hashes(folder / "out")
+    assert len(set(image_hashes.values())) == len(image_hashes) == 9
+    return image_hashes
 
 
 # What a run leaves
@@ -137,12 +137,12 @@ def test_every_row_is_accounted_for_in_input_order(tmp_path: Path, out: Path) ->
     )
     done = run(table, out, "--safety", "none")  # one step: who knows what it looks like
     assert done.code == 3
-    found = pq.read_table(out / "results.parquet")
-    assert found.schema.remove_metadata() == pa.schema(
+    written = pq.read_table(out / "results.parquet")
+    assert written.schema.remove_metadata() == pa.schema(
         [*SCHEMA, ("input_status", pa.string()), ("tags", pa.list_(pa.field("element", pa.string()))),
          ("when", pa.timestamp("ms"))]
     )  # fmt: skip
-    rows = found.to_pylist()
+    rows = written.to_pylist()
     assert [(row["id"], row["image_index"], row["status"]) for row in rows] == [
         ("prompts-00000000", 0, "ok"),
         ("prompts-00000000", 1, "ok"),
@@ -185,21 +185,21 @@ def test_a_result_has_every_column(table: Path, out: Path) -> None:
 
 def test_run_json_has_settings_versions_and_summary(table: Path, out: Path) -> None:
     run(table, out, "--max-failed", "1%")
-    found = run_json(out)
-    assert found["tables"] == [str(table)]
-    assert found["settings"]["defaults"]["num_inference_steps"] == 2
-    assert set(found["model"]) == {"name", "path", "revision", "family", "fingerprint", "loras"}
-    assert Path(found["model"]["path"]) == DEMO_MODEL
-    assert {"torch", "diffusers", "transformers", "python"} <= set(found["versions"])
-    assert (found["compute"]["slots"], found["compute"]["threads"]) == (8, 1)
-    assert found["compute"]["decode_batch"] >= 1
-    summary = found["summary"]
+    record = run_json(out)
+    assert record["tables"] == [str(table)]
+    assert record["settings"]["defaults"]["num_inference_steps"] == 2
+    assert set(record["model"]) == {"name", "path", "revision", "family", "fingerprint", "loras"}
+    assert Path(record["model"]["path"]) == DEMO_MODEL
+    assert {"torch", "diffusers", "transformers", "python"} <= set(record["versions"])
+    assert (record["compute"]["slots"], record["compute"]["threads"]) == (8, 1)
+    assert record["compute"]["decode_batch"] >= 1
+    summary = record["summary"]
     assert (summary["rows"], summary["images"], summary["ok"] + summary["flagged"]) == (3, 3, 3)
     assert summary["seconds"] > 0 < summary["images_per_second"]
     assert 0 < summary["occupancy"] <= 1
     assert sum(summary["stage_shares"].values()) == pytest.approx(1, abs=0.01)
     assert summary["peak_memory"]["host_bytes"] > 2**20
-    assert found["started_at"] < found["finished_at"]
+    assert record["started_at"] < record["finished_at"]
 
 
 def test_image_k_is_the_image_of_seed_plus_k(tmp_path: Path) -> None:
@@ -1005,13 +1005,13 @@ def test_a_signal_stops_a_run_cleanly(
     assert process.returncode == 75, stderr
     assert "batch-infer: stopping" in stderr
     assert "Traceback" not in stderr
-    kept = hashes(out)
-    assert 0 < len(kept) < 24
-    assert f"stopped early: {24 - len(kept)} left; run the same command again to continue" in stdout
-    assert run_json(out)["summary"]["left"] == 24 - len(kept)
+    committed = hashes(out)
+    assert 0 < len(committed) < 24
+    assert f"stopped early: {24 - len(committed)} left; run the same command again to continue" in stdout
+    assert run_json(out)["summary"]["left"] == 24 - len(committed)
     assert_whole(out)
     done = run(long_table, out, *STEPS, "--json")
-    assert (done.code, json.loads(done.stdout)["rendered"]) == (0, 24 - len(kept))
+    assert (done.code, json.loads(done.stdout)["rendered"]) == (0, 24 - len(committed))
     assert hashes(out) == undisturbed
     assert_whole(out)
 

@@ -152,15 +152,15 @@ def test_the_summary_has_the_model_flops_utilisation(settings: RunSettings, monk
 
 
 @pytest.mark.parametrize(
-    ("family", "kept", "dtype"),
+    ("family", "earlier_dtype", "dtype"),
     [("stable_diffusion", None, "float16"), ("stable_diffusion_3", None, "bfloat16"),
      ("stable_diffusion_3", "float16", "float16"), ("any_pipeline", None, "bfloat16")],
 )  # fmt: skip
 def test_the_default_dtype_on_a_gpu_depends_on_the_family(
-    family: str, kept: str | None, dtype: str, tmp_path: Path
+    family: str, earlier_dtype: str | None, dtype: str, tmp_path: Path
 ) -> None:
     """Diffusion transformers overflow in float16; a run that an earlier version started in it continues in it."""
     card = replace(read_card(ModelSettings()), family=family)
-    earlier = None if kept is None else {"compute": {"dtype": kept}}
+    earlier = None if earlier_dtype is None else {"compute": {"dtype": earlier_dtype}}
     settings = RunSettings(TableSettings(()), tmp_path, compute=ComputeSettings(compiled=False))
     assert job.choose_compute(settings, Device("cuda", "NVIDIA H200"), earlier, card).dtype == dtype

@@ -59,11 +59,11 @@ def hide_parts(monkeypatch: pytest.MonkeyPatch, listings: int) -> None:
     parts, left = Manifest.parts, [listings]
 
     def stale(self: Manifest, since_run: int = 0) -> list[Path]:
-        found = parts(self, since_run)
-        if not found or not left[0]:
-            return found
+        listed = parts(self, since_run)
+        if not listed or not left[0]:
+            return listed
         left[0] -= 1
-        return found[:-1]
+        return listed[:-1]
 
     monkeypatch.setattr(Manifest, "parts", stale)
 

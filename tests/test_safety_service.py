@@ -57,8 +57,8 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def wait_for(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     def from_environment(environment: Mapping[str, str]) -> ServiceSettings | None:
-        found = READ(environment)
-        return found and structs.replace(found, timeout_seconds=seconds)
+        settings = READ(environment)
+        return settings and structs.replace(settings, timeout_seconds=seconds)
 
     monkeypatch.setattr(ServiceSettings, "from_environment", from_environment)
 
@@ -290,8 +290,8 @@ class Killed(BaseException):
 
 
 def without_bookkeeping(out: Path) -> list[dict[str, Any]]:
-    kept = {"slots", "seconds", "attempt", "worker", "finished_at"}
-    return [{name: value for name, value in row.items() if name not in kept} for row in runs.results(out)]
+    changing = {"slots", "seconds", "attempt", "worker", "finished_at"}
+    return [{name: value for name, value in row.items() if name not in changing} for row in runs.results(out)]
 
 
 @pytest.mark.parametrize("policy", ["blank", "quarantine", *(pytest.param(name, marks=pytest.mark.promises) for name in
@@ -507,11 +507,11 @@ def test_a_rescore_whose_process_is_killed_is_continued(
     shutil.copytree(unchecked, tmp_path / "once")
     out, once = tmp_path / "folder" / "out", tmp_path / "once" / "out"
     checks = ("--safety", "azure", "--on-flagged", policy)
-    held = Event()
+    started = Event()
 
     def hold(request: ReceivedRequest) -> Fault | None:
         if request.kind == "image" and len(service.images) >= requests:
-            held.set()
+            started.set()
             return Fault(hang=600.0)
         return None
 
@@ -520,7 +520,7 @@ def test_a_rescore_whose_process_is_killed_is_continued(
         use(monkeypatch, service)
         line = [sys.executable, "-c", program, "rescore", str(out), *checks]
         with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            assert runs.wait_for(process, held.is_set), process.communicate()[1]
+            assert runs.wait_for(process, started.is_set), process.communicate()[1]
             process.kill()
             process.communicate()
     assert process.returncode == -signal.SIGKILL
@@ -639,12 +639,12 @@ def test_a_rescore_after_a_killed_run_is_counted(
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Manifest, "commit", dying(2))
         runs.command("rescore", out, *checks)
-    found = read_status()
-    assert (found["state"], found["left"], found["total"]) == ("rescoring", 1, 10)
+    status = read_status()
+    assert (status["state"], status["left"], status["total"]) == ("rescoring", 1, 10)
     assert runs.command("rescore", out, *checks).code == 0
-    found = read_status()
-    assert (found["state"], found["left"], found["total"]) == ("stopped", 1, 10)
-    assert found["flagged"] >= 1
+    status = read_status()
+    assert (status["state"], status["left"], status["total"]) == ("stopped", 1, 10)
+    assert status["flagged"] >= 1
     done = runs.run(path, out, *SHARP, *checks, "--json")
     assert json.loads(done.stdout)["rendered"] == 1, done.stderr
     assert "missing or damaged" not in done.stderr
@@ -773,5 +773,5 @@ def test_a_run_with_other_checkers_is_pointed_to_rescore(tmp_path: Path) -> None
     assert runs.run(path, tmp_path / "out", "--safety", "none").code == 0
     done = runs.run(path, tmp_path / "out", "--safety", "checker")
     assert done.code == 2 and "`batch-infer rescore`" in done.stderr
-    for asked in (("--safety", "none"), ()):
-        assert runs.command("rescore", tmp_path / "out", *asked).code == 2
+    for options in (("--safety", "none"), ()):
+        assert runs.command("rescore", tmp_path / "out", *options).code == 2

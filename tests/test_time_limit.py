@@ -129,8 +129,8 @@ def test_retry_is_stopped_too(table: Path, tmp_path: Path) -> None:
 
 def test_plan_checks_the_time_limit(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     size = SizePlan(64, 64, images=ROWS, row_forwards=80, ticks=40, slots=16, seconds=80.0)
-    found = Plan(rows=ROWS, total=ROWS, pending=ROWS, sizes=[size], occupancy=1.0, seconds=90.0, measured_at=utc_now())
-    monkeypatch.setattr("batch_infer.jobs.make_plan", lambda *_: found)
+    plan = Plan(rows=ROWS, total=ROWS, pending=ROWS, sizes=[size], occupancy=1.0, seconds=90.0, measured_at=utc_now())
+    monkeypatch.setattr("batch_infer.jobs.make_plan", lambda *_: plan)
     arguments = ("plan", table, "--out", tmp_path / "out", *QUICK)
     short = command(*arguments, "--time-limit", "1m")
     assert short.code == 0, "a short limit is not an error"

@@ -64,8 +64,8 @@ def recover(out: Path, since_run: int = 0) -> frozenset[tuple[str, int]]:
         committed = (image for image in index.iterate_in_table_order([]) if image.path is not None)
         while batch := list(islice(committed, BATCH)):
             rows = index.read_results(batch, _IMAGE).to_pylist()
-            contents = pool.map(lambda row: read_intact(sink, *(row[name] for name in _CONTENT)), rows)
-            missing += [row for row, content in zip(rows, contents, strict=True) if content is None]
+            intact = pool.map(lambda row: is_intact(sink, *(row[name] for name in _CONTENT)), rows)
+            missing += [row for row, is_row_intact in zip(rows, intact, strict=True) if not is_row_intact]
     if missing:
         log.warning(
             "%d committed images are missing or damaged and must be rendered again; the first is %s",
@@ -90,18 +90,18 @@ def remove_temporary_files(out: Path) -> list[str]:
     followed, except images/ and quarantine/. This process's marker stays. Raises StorageError.
     """
     marker = marker_name()
-    originals: list[str] = []
+    backups: list[str] = []
 
     def is_leftover(name: str) -> bool:
         return (is_temporary(name) and name != marker) or original_path(name) is not None
 
     with write_errors(out):
-        _sweep(out, out, is_leftover, originals)
+        _sweep(out, out, is_leftover, backups)
         folders = [out / name for name in OWN_NAMES if is_folder(out / name, follow=name in IMAGE_FOLDERS)]
         while folders:
-            folders += _sweep(out, folders.pop(), is_leftover, originals)
+            folders += _sweep(out, folders.pop(), is_leftover, backups)
         remove_stale_holder(out)
-    return originals
+    return backups
 
 
 def remove_abandoned(out: Path, folders: Iterable[Path]) -> list[str]:
@@ -113,16 +113,16 @@ def remove_abandoned(out: Path, folders: Iterable[Path]) -> list[str]:
     def is_leftover(name: str) -> bool:
         return is_abandoned(name) or is_abandoned(name, BACKUP_PREFIX)
 
-    originals: list[str] = []
+    backups: list[str] = []
     for folder in folders:
         with write_errors(folder), suppress(FileNotFoundError, NotADirectoryError):
             if not is_link(folder):
-                _sweep(out, folder, is_leftover, originals)
-    return originals
+                _sweep(out, folder, is_leftover, backups)
+    return backups
 
 
-def _sweep(out: Path, folder: Path, is_leftover: Callable[[str], bool], originals: list[str]) -> list[Path]:
-    """Remove leftover files, but add images that were set aside to `originals`. Return subfolders."""
+def _sweep(out: Path, folder: Path, is_leftover: Callable[[str], bool], backups: list[str]) -> list[Path]:
+    """Remove leftover files, but add images that were set aside to `backups`. Return subfolders."""
 
     def remove(path: Path) -> None:
         if original_path(path.name) is None:
@@ -130,26 +130,26 @@ def _sweep(out: Path, folder: Path, is_leftover: Callable[[str], bool], original
             return
         backup = path.relative_to(out).as_posix()
         if resolve_path(out, backup) is not None:
-            originals.append(backup)
+            backups.append(backup)
 
     return sweep(folder, is_leftover, remove)
 
 
 def restore_images(
     out: Path,
-    originals: Sequence[str],
+    backups: Sequence[str],
     open_index: Callable[[], AbstractContextManager[ManifestIndex]],
     on_damage: OnDamage | None = None,
 ) -> None:
     """Restore images that were set aside for replacements that were never committed.
 
-    `originals` contains the paths of the files set aside. If the replacement was committed, the file is removed.
+    `backups` contains the paths of the files set aside. If the replacement was committed, the file is removed.
     `on_damage` is called for each damaged part before the index is opened again. Raises StorageError, and
     DamagedPartError if `on_damage` is None.
     """
-    path_by_backup = {backup: original_path(backup) or backup for backup in originals}
+    path_by_backup = {backup: original_path(backup) or backup for backup in backups}
     contents: dict[str, tuple[str, int]] = {}
-    while originals:
+    while backups:
         try:
             with open_index() as index:
                 committed = index.get_by_paths(path_by_backup.values())
