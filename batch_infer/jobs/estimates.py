@@ -61,7 +61,10 @@ class BatchShapes:
         plateau = load_calibration(Plateau, conditions)
         if plateau is None:
             if len(self._measured) >= MAX_MEASURED_SIZES:
-                return _scale_shape(size, self._measured)
+                nearest = _find_nearest(size, self._measured)  # keep the number of pixels per call
+                shape, factor = self._measured[nearest], math.prod(nearest) / math.prod(size)
+                slots = max(2, int(shape.slots * factor))
+                return BatchShape(*size, slots - slots % 2, max(1, int(shape.decode_batch * factor)))
             log.info("looking for the best number of slots at %dx%d pixels", *size[::-1])
             plateau = self._probe.measure_plateau(self._job.card, self._job.compute, self._job.settings.safety, size)
             save_calibration(conditions, plateau)
@@ -115,14 +118,6 @@ def remember_rates(job: Job, by_size: Mapping[Size, Stages], image_bytes: Mappin
             image = (stages.seconds - stages.denoise) / stages.images
             rates = Rates(startup, tick, image, image_bytes[size] / stages.images, utc_now())
             save_calibration(_rate_conditions(job, size), rates)
-
-
-def _scale_shape(size: Size, measured: Mapping[Size, BatchShape]) -> BatchShape:
-    """Scale the nearest size's batch sizes to keep the number of pixels per call."""
-    nearest = _find_nearest(size, measured)
-    factor = math.prod(nearest) / math.prod(size)
-    slots = max(2, int(measured[nearest].slots * factor))
-    return BatchShape(*size, slots - slots % 2, max(1, int(measured[nearest].decode_batch * factor)))
 
 
 def _scale_rates(size: Size, measured: Mapping[Size, Rates]) -> Rates:

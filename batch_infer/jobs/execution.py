@@ -22,7 +22,7 @@ from batch_infer.errors import (
 from batch_infer.jobs.estimates import BatchShapes, Size, remember_rates, remember_shapes
 from batch_infer.jobs.job import Job, count_cores, count_parallel
 from batch_infer.jobs.merge import MissingResultsError, merge, merge_parts
-from batch_infer.jobs.recovery import remove_leftovers, without_damaged_parts
+from batch_infer.jobs.recovery import remove_leftovers, retry_without_damaged_parts
 from batch_infer.jobs.results import remove_other_results
 from batch_infer.jobs.run_folder import RunFolder
 from batch_infer.jobs.scan import ScanResult, commit_invalid, find_changes, scan_tables
@@ -80,7 +80,7 @@ class RunExecution:
             message = "%d workers with %d threads each share %d cores and slow each other down: reduce --threads"
             log.warning(message, workers, threads, count_cores())
         self._setup_seconds = time.monotonic() - started
-        counts = without_damaged_parts(self._scan_render_merge)
+        counts = retry_without_damaged_parts(self._scan_render_merge)
         self._folder.pinned.check()
         remove_other_results(self._folder.out, self._job.settings.output)
         summary, price = self._summary, self._job.settings.price_per_hour

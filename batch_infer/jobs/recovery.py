@@ -169,7 +169,7 @@ def restore_images(
             sink.remove(backup)
 
 
-def without_damaged_parts(work: Callable[[], T]) -> T:
+def retry_without_damaged_parts(work: Callable[[], T]) -> T:
     """Return the value of `work`. For each damaged part, set it aside and call `work` again. Raises StorageError."""
     while True:
         try:

@@ -16,7 +16,7 @@ from batch_infer.errors import SettingsError, StoppedError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.job import find_model, open_tables
 from batch_infer.jobs.merge import merge
-from batch_infer.jobs.recovery import remove_leftovers, set_aside, without_damaged_parts
+from batch_infer.jobs.recovery import remove_leftovers, retry_without_damaged_parts, set_aside
 from batch_infer.jobs.rescorer import RescoreCounts, Rescorer, StoredResult
 from batch_infer.jobs.run_json import (
     add_counts,
@@ -125,8 +125,8 @@ class _Rescore:
             remove_leftovers(out, set_aside)
         with closing(Rescorer(self._settings, self._card, self._record, stop)) as rescorer:
             outdir.write_run(out, {**self._record, "rescoring": self._sources})
-            without_damaged_parts(lambda: self._check(rescorer, report, stop))
-        counts = without_damaged_parts(self._merge)
+            retry_without_damaged_parts(lambda: self._check(rescorer, report, stop))
+        counts = retry_without_damaged_parts(self._merge)
         record = {name: value for name, value in self._record.items() if name != "rescoring"}
         outdir.write_run(out, {**add_counts(record, counts), "rescored_at": utc_now()})
         return rescorer.counts, counts

@@ -102,7 +102,12 @@ class Rescorer:
         """
         self._rescore_images([result for result in results if result.is_original])
         without_original = [result for result in results if not result.is_original]
-        self._rescore_blocked([result for result in without_original if result.row.status == "blocked"])
+        blocked = [result for result in without_original if result.row.status == "blocked"]
+        for result, verdict in zip(blocked, self._check_prompts(blocked), strict=True):
+            if isinstance(verdict, FailedRowError):
+                self._fail(result, str(verdict))
+            elif verdict.nsfw:
+                self._add(result, replace(with_verdict(result.row, verdict), error=verdict.reason))
         for result in without_original:
             row = result.row
             if row.status == "flagged":
@@ -150,13 +155,6 @@ class Rescorer:
         for result, file_or_error in zip(results, files, strict=True):
             if isinstance(file_or_error, str):
                 self._fail(result, file_or_error)
-
-    def _rescore_blocked(self, results: Sequence[StoredResult]) -> None:
-        for result, verdict in zip(results, self._check_prompts(results), strict=True):
-            if isinstance(verdict, FailedRowError):
-                self._fail(result, str(verdict))
-            elif verdict.nsfw:
-                self._add(result, replace(with_verdict(result.row, verdict), error=verdict.reason))
 
     def _read(self, result: StoredResult) -> _ImageFile | str:
         """Return the stored image, or why it cannot be checked. Raises StorageError."""

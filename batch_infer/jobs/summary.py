@@ -58,16 +58,12 @@ class Counts(JsonStruct, rename={"remaining": "left"}):
         for index in islice(bad_indices, MAX_BAD_RESULTS - len(self.bad_results)):
             (row,) = table.select(_DESCRIBED).slice(index, 1).to_pylist()
             source = sources[index] if sources else Source(row["source_file"], row["source_row"])
-            self.bad_results.append(_format_bad_result(row, source))
+            image = f", image {row['image_index']}" if row["image_index"] else ""
+            self.bad_results.append(f"{source} ({row['id']}{image}): {row['error']}")
 
     @property
     def results(self) -> int:
         return self.ok + self.flagged + self.blocked + self.invalid + self.failed
-
-
-def _format_bad_result(row: Mapping[str, Any], source: Source) -> str:
-    image = f", image {row['image_index']}" if row["image_index"] else ""
-    return f"{source} ({row['id']}{image}): {row['error']}"
 
 
 class Throughput:
