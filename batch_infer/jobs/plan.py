@@ -161,7 +161,7 @@ class _Planner:
                 yield item
 
     def _estimate(self, reading_seconds: float) -> None:
-        """Estimate time, disk space and cost. `reading_seconds` is the time in which the run reads the tables."""
+        """Estimate time, disk space and cost. `reading_seconds` is the time that the run spends reading tables."""
         plan, settings, costs = self._plan, self._job.settings, self._estimator.costs
         if not costs:
             return

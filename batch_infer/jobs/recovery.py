@@ -33,7 +33,7 @@ from batch_infer.store import (
 )
 
 RECENT_SECONDS = 600.0
-"""Maximum seconds between a commit and the last commit for its images to be read and checked.
+"""Images committed up to this many seconds before the last commit are read and checked.
 
 Only disks and file systems that acknowledge a flush too early need this check.
 """

@@ -107,7 +107,7 @@ class _Rescore:
         }
 
     def refuse_fewer_rows(self) -> None:
-        """Raise SettingsError if a table is missing: its results would not be merged, and be rendered again later."""
+        """Raise SettingsError if a table is missing: its results would be omitted now and rendered again later."""
         results = sum(1 for _ in self._tables.rows(self._rules, lambda _: True))
         total = count_scanned_results(self._record)
         if results < total:

@@ -135,7 +135,7 @@ def commit_invalid(job: Job) -> None:
 
 
 def _commit_invalid(job: Job, rows: Iterable[ResultRow], index: ManifestIndex, *, writes: bool = True) -> None:
-    """Commit invalid rows and remove their images from when they were valid. Without `writes`, only read the rows."""
+    """Commit invalid rows and remove images from when they were valid. Without `writes`, only read the rows."""
     manifest, sink, carried = Manifest(job.settings.out, job.number), make_sink(job.settings.out), job.tables.carried
     for batch in split_batches(rows, INVALID_BATCH, INVALID_BYTES):
         if writes:
