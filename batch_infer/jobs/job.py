@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -159,28 +159,14 @@ def resolve_run(
     settings = replace(settings, safety=settings.safety.with_policy_of(earlier_safety))
     compute = choose_compute(settings, device, earlier, card)
     record = describe_run(settings, card, compute, tables)
-    rules = RowRules(
-        _fill_defaults(settings.defaults, card),
-        card.sizes,
-        digest(record["identity"]),
-        card.embedded_guidance,
-        card.unsupported_fields,
-    )
+    model_defaults = RowDefaults(card.num_inference_steps, card.guidance_scale, card.guidance_rescale)
+    native_size = {"height": card.sizes.native_height, "width": card.sizes.native_width}
+    requested = {name: value for name, value in asdict(settings.defaults).items() if value is not None}
+    defaults = replace(model_defaults, **{**native_size, **requested})
+    fingerprint = digest(record["identity"])
+    rules = RowRules(defaults, card.sizes, fingerprint, card.embedded_guidance, card.unsupported_fields)
     rules.check()
     return settings, compute, {**record, "rules": msgspec.to_builtins(rules)}, rules
-
-
-def _fill_defaults(defaults: RowDefaults, card: ModelCard) -> RowDefaults:
-    """Return the row defaults from the options, else from the model."""
-    model_defaults: dict[str, Any] = {
-        "num_inference_steps": card.num_inference_steps,
-        "guidance_scale": card.guidance_scale,
-        "guidance_rescale": card.guidance_rescale,
-        "height": card.sizes.native_height,
-        "width": card.sizes.native_width,
-    }
-    missing: dict[str, Any] = {name: value for name, value in model_defaults.items() if getattr(defaults, name) is None}
-    return replace(defaults, **missing)
 
 
 # Compute
