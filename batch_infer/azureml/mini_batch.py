@@ -26,10 +26,10 @@ from batch_infer.jobs import (
     set_aside,
 )
 from batch_infer.manifest import SCHEMA, Manifest, ManifestIndex
-from batch_infer.planning import Item, ManifestEntry, is_done, select_pending, source_of
+from batch_infer.planning import Item, ManifestEntry, get_source, is_done, select_pending
 from batch_infer.sinks import make_sink
 from batch_infer.store import PinnedFolder, path_exists
-from batch_infer.table import OtherTables, Tables
+from batch_infer.table import SharedFolder, Tables
 
 MAX_PASSES = 5
 """Passes over the files of a delivery, if other workers claim their ids meanwhile or parts are damaged."""
@@ -139,7 +139,7 @@ class MiniBatchScorer:
         """Render and commit pending rows. The ids of rows do not change meanwhile: they follow from the claims read."""
 
         def is_skipped(item: Item, entry: ManifestEntry | None) -> bool:
-            file, _ = source_of(item)
+            file, _ = get_source(item)
             other = getattr(entry, "source_file", file)
             return is_done(item, entry) and (other == file or other not in folder.existing)
 
@@ -173,7 +173,7 @@ class MiniBatchScorer:
         def has_id(name: str, file: str) -> bool:
             return self._ownership.has_earlier_owner(name, file, folder.existing)
 
-        return Tables(settings, SCHEMA.names, OtherTables(folder.existing, has_id))
+        return Tables(settings, SCHEMA.names, SharedFolder(folder.existing, has_id))
 
     def _make_job(self, tables: Tables, sources: Collection[tuple[str, int]] | None = None) -> Job:
         it = self._deployment
@@ -217,7 +217,7 @@ class RowSelectionJob(Job):
     sources: Collection[tuple[str, int]]
 
     def items(self, index: ManifestIndex) -> Iterator[Item]:
-        return (item for item in super(RowSelectionJob, self).items(index) if source_of(item) in self.sources)
+        return (item for item in super(RowSelectionJob, self).items(index) if get_source(item) in self.sources)
 
 
 def _set_aside(damage: DamagedPart) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from batch_infer.carried import common_type, estimate_bytes, make_result_names, result_type, to_array
+from batch_infer.carried import estimate_bytes, find_common_type, make_result_names, to_array, to_result_type
 from batch_infer.errors import DamagedPart, ServiceError, StorageError, UsageError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.job import open_tables
@@ -27,7 +27,7 @@ from batch_infer.jobs.run_json import (
 )
 from batch_infer.jobs.summary import Counts
 from batch_infer.manifest import SCHEMA, CommittedImage, Manifest, ManifestIndex
-from batch_infer.planning import Item, make_finished_check, source_of
+from batch_infer.planning import Item, get_source, make_finished_check
 from batch_infer.settings import OutputSettings, ResultsFormat, RunSettings
 from batch_infer.store import path_exists
 
@@ -91,7 +91,9 @@ def _merge_recorded(record: Mapping[str, Any], settings: RunSettings, output: Ou
             errors = [error for name, error in tables.unreadable_files.items() if name not in already_unreadable]
             if not errors:
                 with Manifest(out).index() as index:
-                    return merge(tables.rows(rules, make_finished_check(index)), index, tables.carried, out, output)
+                    return merge(
+                        tables.read_rows(rules, make_finished_check(index)), index, tables.carried, out, output
+                    )
         reason = "; ".join(errors)
     log.warning("the tables of this run cannot be read, so all that the manifest holds is merged (%s)", reason)
     counts = merge_parts(Manifest(out), record.get("tables", ()), out, output)
@@ -153,11 +155,11 @@ def results_schema(schemas: Iterable[pa.Schema]) -> pa.Schema:
     for schema in schemas:
         for column in schema:
             if column.name not in SCHEMA.names:
-                by_name.setdefault(column.name, set()).add(result_type(column.type))
+                by_name.setdefault(column.name, set()).add(to_result_type(column.type))
     by_result_name: dict[str, set[pa.DataType]] = {}
-    for name, result_name in make_result_names(by_name, SCHEMA.names, known=True).items():
+    for name, result_name in make_result_names(by_name, SCHEMA.names, reuse_prefixed=True).items():
         by_result_name.setdefault(result_name, set()).update(by_name[name])
-    fields = [(name, common_type(types)) for name, types in by_result_name.items()]
+    fields = [(name, find_common_type(types)) for name, types in by_result_name.items()]
     for name, field_type in fields:
         types = by_result_name[name] - {pa.null()}
         if pa.types.is_string(field_type) and len(types) > 1:
@@ -205,7 +207,7 @@ def _with_current_cells(
 ) -> pa.Table:
     """Return results with each row's current file, row number and carried cells, none of which affect an image."""
     table = index.take([committed for _, committed in matches])
-    sources = [source_of(item) for item, _ in matches]
+    sources = [get_source(item) for item, _ in matches]
     for index_in_source, name in enumerate(("source_file", "source_row")):
         current = [source[index_in_source] for source in sources]
         table = table.set_column(table.column_names.index(name), SCHEMA.field(name), [current])

@@ -135,7 +135,7 @@ class _Planner:
             plan.refused = str(error)
         self._count_evaluations()
         plan.default_ids = tables.default_id_source
-        plan.remarks, plan.left_out = tables.remarks, tables.left_out.items()
+        plan.remarks, plan.left_out = tables.notices, tables.ignored_files.items()
         plan.truncated = self._tokens.close() if self._tokens else None
         plan.done = plan.total - plan.invalid - plan.pending
         reading_seconds = time.monotonic() - started - (self._probe.seconds_waited - waited_before)

@@ -123,7 +123,7 @@ def scan_tables(
             if writes:
                 invalid.add(item, committed)
     invalid.commit()
-    for remark in job.tables.remarks:
+    for remark in job.tables.notices:
         log.warning("%s", remark)
     if result.invalid > min(new_invalid, INVALID_SHOWN):
         log.warning("invalid in all: %d; results.parquet names each with its error", result.invalid)
@@ -210,7 +210,7 @@ def find_changes(job: Job, index: ManifestIndex) -> Changes:
     changes = Changes()
     if not earlier_rules and earlier_columns == columns:
         return changes
-    for item, earlier_items in job.tables.compared_rows(job.rules, earlier_rules, make_finished_check(index)):
+    for item, earlier_items in job.tables.compare_rows(job.rules, earlier_rules, make_finished_check(index)):
         replaced = _find_replaced(item, index)
         if replaced is None:
             continue
