@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import batch_infer
 from batch_infer.cli import metrics as metrics_module
 from batch_infer.cli.metrics import GAUGES, STATUSES, Metrics
-from batch_infer.errors import Interrupted, SettingsError
+from batch_infer.errors import SettingsError, StoppedError
 from batch_infer.jobs.out import locked
 from batch_infer.jobs.scan import ScanResult
 from batch_infer.jobs.summary import Counts, Summary, Throughput
@@ -110,7 +110,7 @@ def test_metrics_during_a_run(file: Path, clock: SimpleNamespace) -> None:
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(Interrupted("now"), 75), (KeyboardInterrupt(), 75), (SettingsError("x"), 2), (ZeroDivisionError(), 1)],
+    [(StoppedError("now"), 75), (KeyboardInterrupt(), 75), (SettingsError("x"), 2), (ZeroDivisionError(), 1)],
 )
 @pytest.mark.parametrize("started", [False, True])
 def test_error_sets_the_exit_code_and_keeps_the_last_success(
@@ -260,7 +260,7 @@ def test_every_exit_code_of_real_runs(tmp_path: Path, file: Path, monkeypatch: p
         return values
 
     def stop(*_: Any) -> None:
-        raise Interrupted("stopped")
+        raise StoppedError("stopped")
 
     with monkeypatch.context() as patch:
         patch.setattr("batch_infer.jobs.render_tables", stop)

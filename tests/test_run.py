@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from batch_infer.cli.names import variables_of_option
 from batch_infer.cli.progress import ProgressGroup, make_progress
 from batch_infer.cli.run import run as run_command
-from batch_infer.errors import Interrupted, ModelError, StorageError
+from batch_infer.errors import ModelError, StoppedError, StorageError
 from batch_infer.jobs.run import render_tables as score
 from batch_infer.manifest import SCHEMA
 from batch_infer.models import DEMO_MODEL
@@ -755,7 +755,7 @@ def test_overwrite_removes_nothing_for_a_model_that_does_not_load(
 def test_overwrite_removes_nothing_for_a_run_that_is_stopped_before_the_model_is_loaded(table: Path, out: Path) -> None:
     run(table, out)
     before = hashes(out)
-    with pytest.raises(Interrupted, match="stopped before --overwrite removed what .* holds"):
+    with pytest.raises(StoppedError, match="stopped before --overwrite removed what .* holds"):
         score(replace(settings_of(table, out), overwrite=True), make_progress(shown=False), lambda: True)
     assert hashes(out) == before
     assert_whole(out)

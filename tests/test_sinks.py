@@ -336,7 +336,7 @@ def test_a_sink_without_its_folder_writes_nothing(tmp_path: Path) -> None:
     """A worker that starts after OUT was removed receives the folder that the run has pinned."""
     out = tmp_path / "out"
     out.mkdir()
-    known = PinnedFolder.of(out)
+    known = PinnedFolder.pin(out)
     replaced_by_another(out)
     for sink in (FolderSink(known), FolderSink(tmp_path / "missing")):
         with pytest.raises(StorageError, match=GONE):

@@ -18,7 +18,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from batch_infer.errors import ServiceError, StorageError, TableError, TryAgainLater
+from batch_infer.errors import RetryableError, ServiceError, StorageError, TableError
 from batch_infer.manifest import SCHEMA
 from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.settings import TableSettings
@@ -585,9 +585,9 @@ class Stubborn:
     [
         (PermissionError(13, "Forbidden"), TableError, "x://a.csv: no permission to read it: "),
         (NotImplementedError("no listing"), TableError, "x://a.csv cannot be opened: no listing"),
-        (ConnectionResetError("gone"), TryAgainLater, "could not fetch x://a.csv: gone; run again"),
-        (TimeoutError(), TryAgainLater, "could not fetch x://a.csv: TimeoutError; run again"),
-        (ftplib.error_temp("421 busy"), TryAgainLater, "could not fetch x://a.csv: 421 busy; run again"),
+        (ConnectionResetError("gone"), RetryableError, "could not fetch x://a.csv: gone; run again"),
+        (TimeoutError(), RetryableError, "could not fetch x://a.csv: TimeoutError; run again"),
+        (ftplib.error_temp("421 busy"), RetryableError, "could not fetch x://a.csv: 421 busy; run again"),
         (ftplib.error_perm("550 no"), TableError, "x://a.csv: the server refuses it: 550 no"),
         (EOFError(), TableError, "x://a.csv cannot be opened: EOFError"),
         (KeyError("size"), TableError, "x://a.csv cannot be opened: KeyError: 'size'"),
@@ -771,7 +771,7 @@ def test_secrets_of_a_chain_are_used_and_not_shown(
         assert (found.id, found.prompt) == ("t-00000000", "x")
         text = found.source.file
     else:
-        with pytest.raises((TableError, TryAgainLater), match=answer) as caught:
+        with pytest.raises((TableError, RetryableError), match=answer) as caught:
             open_tables(url)
         text = str(caught.value)
     assert server in text
@@ -837,9 +837,9 @@ def test_file_names_that_are_not_utf_8_are_different_files() -> None:
     [
         ("missing.csv", TableError, "{url}: no such file or folder"),
         ("403/t.csv", TableError, "{url}: the server refuses it: HTTP 403 Forbidden"),
-        ("500/t.csv", TryAgainLater, "could not fetch {url}: HTTP 500 Internal Server Error; run again"),
-        ("429/t.csv", TryAgainLater, "could not fetch {url}: HTTP 429 Too Many Requests; run again"),
-        ("short/t.csv", TryAgainLater, "could not fetch {url}: "),
+        ("500/t.csv", RetryableError, "could not fetch {url}: HTTP 500 Internal Server Error; run again"),
+        ("429/t.csv", RetryableError, "could not fetch {url}: HTTP 429 Too Many Requests; run again"),
+        ("short/t.csv", RetryableError, "could not fetch {url}: "),
         ("folder/", TableError, "{url}: unknown ending (none)"),
         ("*.csv", TableError, "{url}: no such file or folder"),
     ],
@@ -860,7 +860,7 @@ def test_a_service_that_is_down_ends_the_run_temporarily(temporary: Path) -> Non
         taken.bind(("127.0.0.1", 0))  # bound and not listening: no server answers
         port = taken.getsockname()[1]
         write_csv(Path("good.csv"), [["prompt"], ["x"]])
-        with pytest.raises(TryAgainLater, match=rf"could not fetch http://127.0.0.1:{port}/t.csv: .*; run again"):
+        with pytest.raises(RetryableError, match=rf"could not fetch http://127.0.0.1:{port}/t.csv: .*; run again"):
             open_tables("good.csv", f"http://127.0.0.1:{port}/t.csv")
     assert not list(temporary.iterdir())
 

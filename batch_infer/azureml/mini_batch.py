@@ -12,7 +12,7 @@ from batch_infer.azureml.deployment import AzureDeployment, read_cached_run
 from batch_infer.azureml.folders import FolderFiles, concatenate, group_by_folder
 from batch_infer.azureml.id_ownership import IdClaim, IdOwnership
 from batch_infer.azureml.rendering import MiniBatchRenderer
-from batch_infer.errors import DamagedPart, SettingsError, StorageError, TableError
+from batch_infer.errors import DamagedPartError, SettingsError, StorageError, TableError
 from batch_infer.jobs import (
     Counts,
     Job,
@@ -47,7 +47,7 @@ class MiniBatchScorer:
         self._deployment, self._path = deployment, deployment.settings.out
         self._prepare_out()
         # run.json marks the folder: a separate marker would remain where a worker is killed.
-        self._out = replace(PinnedFolder.of(self._path), marker="run.json")
+        self._out = replace(PinnedFolder.pin(self._path), marker="run.json")
         self._manifest, self._renderer = Manifest(self._out), MiniBatchRenderer(deployment, self._out)
         self._index, self._ownership = ManifestIndex(()), IdOwnership()
         self._known_parts: set[str] = set()
@@ -111,7 +111,7 @@ class MiniBatchScorer:
             for _ in range(MAX_PASSES):
                 try:
                     results = self._try_pass(job, folder)
-                except DamagedPart as damage:
+                except DamagedPartError as damage:
                     _set_aside(damage)
                     continue
                 if results is not None:
@@ -220,7 +220,7 @@ class RowSelectionJob(Job):
         return (item for item in super(RowSelectionJob, self).items(index) if get_source(item) in self.sources)
 
 
-def _set_aside(damage: DamagedPart) -> None:
+def _set_aside(damage: DamagedPartError) -> None:
     """Set a damaged part aside, unless another worker does so at the same time."""
     try:
         set_aside(damage)

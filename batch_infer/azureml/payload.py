@@ -21,7 +21,7 @@ MAX_IMAGES = 256
 """Images per request. A real-time endpoint cancels a request after three minutes at most."""
 
 
-class TooManyImages(TableError):
+class TooManyImagesError(TableError):
     """A request has more than MAX_IMAGES images."""
 
     def __init__(self, prompt_count: int) -> None:
@@ -127,7 +127,7 @@ def _read_elements(payload: Mapping[str, Any]) -> list[Any]:
     if not elements:
         raise TableError(f"data in input_data is empty: send {SAMPLE}")
     if len(elements) > MAX_IMAGES:
-        raise TooManyImages(len(elements))
+        raise TooManyImagesError(len(elements))
     return elements
 
 

@@ -19,7 +19,7 @@ import click
 
 from batch_infer import __version__
 from batch_infer.cli.logs import log
-from batch_infer.errors import BatchInferError, Interrupted, LockedError, SettingsError
+from batch_infer.errors import BatchInferError, LockedError, SettingsError, StoppedError
 from batch_infer.records import Status
 
 if TYPE_CHECKING:
@@ -204,4 +204,4 @@ def _exit_code_of(error: BaseException) -> int:
     """Return the exit code with which `__main__` will end."""
     if isinstance(error, (BatchInferError, click.ClickException)):
         return error.exit_code
-    return Interrupted.exit_code if isinstance(error, (KeyboardInterrupt, click.Abort)) else BUG
+    return StoppedError.exit_code if isinstance(error, (KeyboardInterrupt, click.Abort)) else BUG

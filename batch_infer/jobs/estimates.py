@@ -63,7 +63,7 @@ class BatchShapes:
             if len(self._measured) >= MOST_MEASURED:
                 return _scale_shape(size, self._measured)
             log.info("looking for the best number of slots at %dx%d pixels", *size[::-1])
-            plateau = self._probe.find_plateau(self._job.card, self._job.compute, self._job.settings.safety, size)
+            plateau = self._probe.measure_plateau(self._job.card, self._job.compute, self._job.settings.safety, size)
             save_calibration(conditions, plateau)
         self._measured[size] = BatchShape(*size, plateau.slots, plateau.decode_batch)
         return self._measured[size]

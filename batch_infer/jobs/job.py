@@ -6,10 +6,12 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from batch_infer.errors import SettingsError
 from batch_infer.jobs import out as outdir
@@ -152,10 +154,10 @@ def resolve_run(
         card.sizes,
         digest(record["identity"]),
         card.embedded_guidance,
-        card.fixed,
+        card.unsupported_fields,
     )
     rules.validate()
-    return settings, compute, {**record, "rules": asdict(rules)}, rules
+    return settings, compute, {**record, "rules": msgspec.to_builtins(rules)}, rules
 
 
 def _fill_defaults(defaults: RowDefaults, card: ModelCard) -> RowDefaults:
@@ -188,7 +190,7 @@ def _describe_history(earlier: Mapping[str, Any] | None, tables: Tables, rules: 
     `find_changes` needs them to detect images that an option would replace, whichever run rendered them.
     """
     record = parse_record(earlier or {})
-    earlier_rules = [asdict(known) for known in dict.fromkeys(record.known_rules) if known != rules]
+    earlier_rules = [msgspec.to_builtins(known) for known in dict.fromkeys(record.known_rules) if known != rules]
     return {"earlier_rules": earlier_rules, "default_ids": tables.default_id_source or record.ids_from}
 
 

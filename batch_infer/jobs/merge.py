@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from batch_infer.carried import estimate_bytes, find_common_type, make_result_names, to_array, to_result_type
-from batch_infer.errors import DamagedPart, ServiceError, StorageError, UsageError
+from batch_infer.errors import DamagedPartError, ServiceError, StorageError, UsageError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.job import open_tables
 from batch_infer.jobs.recovery import remove_leftovers
@@ -37,7 +37,7 @@ BATCH_BYTES = 64 << 20
 log = logging.getLogger("batch_infer")
 
 
-class MissingResults(StorageError):
+class MissingResultsError(StorageError):
     """The manifest lists fewer results than were committed."""
 
 
@@ -64,7 +64,7 @@ def merge_results(
             if not ended_cleanly(record) and settings.table.tables:
                 remove_leftovers(out)  # not for an endpoint, whose workers may be writing
             counts = _merge_recorded(record, settings, output)
-        except DamagedPart as damage:
+        except DamagedPartError as damage:
             if settings.table.tables:
                 raise
             raise UsageError(
@@ -106,8 +106,8 @@ def merge(
 ) -> Counts:
     """Write and count the results of these items, in their order.
 
-    At least `least` results are committed. Raises StorageError, and MissingResults if the index has fewer: results.*
-    then stay unchanged.
+    At least `least` results are committed. Raises StorageError, and MissingResultsError if the index has fewer:
+    results.* then stay unchanged.
     """
     counts = Counts()
     tables = _require_results(read_results(items, index, carried, counts), counts, least)
@@ -129,18 +129,18 @@ def merge_parts(manifest: Manifest, tables: Sequence[str], out: Path, output: Ou
 
 
 def _read_all(index: ManifestIndex, tables: Sequence[str], schema: pa.Schema, counts: Counts) -> Iterator[pa.Table]:
-    committed = index.in_order(tables)
+    committed = index.iterate_in_table_order(tables)
     while batch := list(islice(committed, BATCH)):
-        table = index.take(batch, schema)
+        table = index.read_results(batch, schema)
         counts.add(table)
         yield table
 
 
 def _require_results(tables: Iterable[pa.Table], counts: Counts, least: int) -> Iterator[pa.Table]:
-    """Yield the tables. Raises MissingResults if they hold fewer than `least` results."""
+    """Yield the tables. Raises MissingResultsError if they hold fewer than `least` results."""
     yield from tables
     if counts.results < least:
-        raise MissingResults(
+        raise MissingResultsError(
             f"the manifest lists {counts.results} results, and {least} were committed: its folder shows too few parts. "
             "results.* are as they were before; run the same command again"
         )
@@ -206,7 +206,7 @@ def _with_current_cells(
     matches: Sequence[tuple[Item, CommittedImage]], index: ManifestIndex, carried: pa.Schema
 ) -> pa.Table:
     """Return results with each row's current file, row number and carried cells, none of which affect an image."""
-    table = index.take([committed for _, committed in matches])
+    table = index.read_results([committed for _, committed in matches])
     sources = [get_source(item) for item, _ in matches]
     for index_in_source, name in enumerate(("source_file", "source_row")):
         current = [source[index_in_source] for source in sources]

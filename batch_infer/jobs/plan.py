@@ -103,8 +103,8 @@ def make_plan(settings: RunSettings, report: Callable[[ResultRow], None]) -> Pla
     end_unguarded_process()
     settings = finish_overwrite(make_paths_absolute(settings))
     with open_tables(settings) as tables, Probe() as probe:
-        card = find_model(settings, probe.read_pipeline_facts)
-        device = probe.find_device(settings.model.device)
+        card = find_model(settings, probe.inspect_pipeline)
+        device = probe.detect_device(settings.model.device)
         job = prepare(settings, tables, card, device)
         with ManifestIndex([]) if settings.overwrite else Manifest(settings.out).index() as index:
             return _Planner(job, count_workers(settings, device), probe, index, report).make()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from batch_infer.errors import DamagedPart, Interrupted, SettingsError
+import msgspec
+
+from batch_infer.errors import DamagedPartError, SettingsError, StoppedError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.job import find_model, open_tables
 from batch_infer.jobs.merge import merge
@@ -60,7 +62,7 @@ def rescore_images(
     If `safety` has no policy, the run's policy for flagged images applies. If the policy discards original images, a
     warning says so first. Until the rescore finishes, run.json marks it as unfinished and other commands refuse OUT.
     The same call continues it. `report` receives the counts after each batch. Raises UsageError, LockedError,
-    ServiceError, StorageError, Interrupted.
+    ServiceError, StorageError, StoppedError.
     """
     out = out.absolute()
     settings = _read_settings(outdir.read_existing_run(out), out, tables, safety)
@@ -102,7 +104,7 @@ class _Rescore:
         self._sources = {name: policy for name, policy in sources.items() if name != self._rules.fingerprint}
         self._record = {
             **record,
-            "settings": {**record["settings"], "safety": asdict(settings.safety)},
+            "settings": {**record["settings"], "safety": msgspec.to_builtins(settings.safety)},
             "identity": identity,
             "rules": {**record["rules"], "fingerprint": self._rules.fingerprint},
         }
@@ -115,7 +117,7 @@ class _Rescore:
             raise SettingsError(f"these tables have {results} results and those of the run had {total}: name all")
 
     def check(self, report: Callable[[RescoreCounts], None], stop: Callable[[], bool]) -> RescoreCounts:
-        """Check all results not yet stored under the new rules. Raises StorageError, ServiceError, Interrupted."""
+        """Check all results not yet stored under the new rules. Raises StorageError, ServiceError, StoppedError."""
         out = self._settings.out
         if self._is_resumed or not ended_cleanly(self._record):
             remove_leftovers(out, set_aside)
@@ -134,7 +136,7 @@ class _Rescore:
                 pending = chain([first_result], pending)
             while batch := list(islice(pending, BATCH)):
                 if stop():
-                    raise Interrupted("stopped; what is rescored is kept, and the same command continues")
+                    raise StoppedError("stopped; what is rescored is kept, and the same command continues")
                 with deferred(GRACE_SECONDS):
                     rescorer.rescore(batch)
                     rescorer.commit(self._tables.carried)
@@ -167,7 +169,7 @@ class _Rescore:
                 policies = {item.fingerprint: policy for item, policy in zip(old, self._sources.values(), strict=True)}
                 if committed.fingerprint in policies:
                     matches.append((new, committed, policies[committed.fingerprint]))
-            rows = index.take([committed for _, committed, _ in matches]).to_pylist(maps_as_pydicts="strict")
+            rows = index.read_results([committed for _, committed, _ in matches]).to_pylist(maps_as_pydicts="strict")
             for (new, _, policy), row in zip(matches, rows, strict=True):
                 yield StoredResult(new, ResultRow(**row, carried=new.carried), policy)
 
@@ -205,5 +207,5 @@ def _without_damaged_parts(work: Callable[[], T]) -> T:
     while True:
         try:
             return work()
-        except DamagedPart as damage:
+        except DamagedPartError as damage:
             set_aside(damage)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from msgspec import structs
+
 from batch_infer.errors import SettingsError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.execution import Progress
@@ -58,7 +60,7 @@ def _with_service(settings: RunSettings) -> RunSettings:
     current = ServiceSettings.from_environment(os.environ)
     if current is None:
         raise SettingsError("the run used a safety service, and CONTENT_SAFETY_ENDPOINT is not set")
-    service = replace(settings.safety.service, endpoint=current.endpoint)
+    service = structs.replace(settings.safety.service, endpoint=current.endpoint)
     return replace(settings, safety=replace(settings.safety, service=service))
 
 

@@ -46,7 +46,7 @@ def render_tables(
             settings = finish_overwrite(settings)
             remove_rendezvous(settings.out)  # left by a killed run
             with make_engine(settings.model.device, settings.compute.processes, rank, settings.out) as engine:
-                job = prepare(settings, tables, card, engine.find_device())
+                job = prepare(settings, tables, card, engine.detect_device())
                 with _run_log(settings.out):
                     execution = RunExecution(job, engine, progress, stop, _recover_if_needed(job, skip))
                     return execution.execute(started)
@@ -67,10 +67,10 @@ def join_run(settings: RunSettings, stop: Callable[[], bool] = lambda: False) ->
 
 
 def _read_rank(settings: RunSettings) -> RankInfo | None:
-    rank = read_rank_info()
-    if rank is not None and settings.compute.processes not in (None, rank.world):
+    rank, processes = read_rank_info(), settings.compute.processes
+    if rank is not None and processes not in (None, rank.world_size):
         raise SettingsError(
-            f"--num-processes {settings.compute.processes}: a launcher has started {rank.world}; leave the option out"
+            f"--num-processes {processes}: a launcher has started {rank.world_size}; leave the option out"
         )
     return rank
 

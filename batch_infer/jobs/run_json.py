@@ -183,7 +183,7 @@ def describe_run(settings: RunSettings, card: ModelCard, compute: Compute, table
         "tables": tables.files if tables else [],
         "unreadable_tables": sorted(tables.unreadable_files) if tables else [],
         # --rerender-changed lets one command replace images, but not the commands that continue it.
-        "settings": asdict(replace(settings, table=table, rerender_changed=False)),
+        "settings": msgspec.to_builtins(replace(settings, table=table, rerender_changed=False), enc_hook=str),
         "unrepeatable_tables": [redact_url(name) for name in arguments if name == "-" or redact_url(name) != name],
         "model": {
             "name": card.name,

@@ -89,10 +89,10 @@ def _parse_whole(field: str, value: Any, minimum: int, maximum: int) -> int:
 
 
 def _parse_side(field: str, value: Any, sizes: SizeRules) -> int:
-    side = _parse_whole(field, value, sizes.smallest, sizes.largest)
-    if side % sizes.factor:
-        nearest = max(sizes.smallest, round(side / sizes.factor) * sizes.factor)
-        raise RowError(f"{field} {side} is not a multiple of {sizes.factor}; the nearest is {nearest}")
+    side = _parse_whole(field, value, sizes.min_side, sizes.max_side)
+    if side % sizes.side_multiple:
+        nearest = max(sizes.min_side, round(side / sizes.side_multiple) * sizes.side_multiple)
+        raise RowError(f"{field} {side} is not a multiple of {sizes.side_multiple}; the nearest is {nearest}")
     return side
 
 

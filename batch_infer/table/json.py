@@ -22,7 +22,7 @@ from batch_infer.table.base import (
 )
 from batch_infer.table.columns import MAX_COLUMNS, JsonColumns, check_row, rename_doubled
 from batch_infer.table.jsonl import open_jsonl
-from batch_infer.table.scanner import BrokenDocument, Scanner
+from batch_infer.table.scanner import BrokenDocumentError, Scanner
 from batch_infer.table.streams import BUFFER, open_bytes
 
 ACCEPTED = (
@@ -146,7 +146,7 @@ def _read_payload_format(
                 case _, mark:
                     has_rows = has_rows or (key == "data" and mark == "[")
                     scanner.skip_value()
-    except (OSError, BrokenDocument) as exc:
+    except (OSError, BrokenDocumentError) as exc:
         error = error_text(exc)  # the rows before the damage can be read once the columns are known
     except RowError as exc:
         raise TableError(f"{file.name} cannot be read: its columns or parameters: {exc}") from exc
@@ -187,7 +187,7 @@ def _read_elements(file: TableFile, document: DocumentFormat) -> Iterator[RawRow
                 yield _make_row(row_number, scanner.read_value(), document)
                 row_number += 1
             scanner.read_end()
-    except (OSError, BrokenDocument) as error:
+    except (OSError, BrokenDocumentError) as error:
         yield broken_off_row(file, row_number, error)
 
 
