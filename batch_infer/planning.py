@@ -56,7 +56,7 @@ def get_source(item: Item) -> tuple[str, int]:
     return item.source_file, item.source_row
 
 
-def is_done(item: Item, entry: ManifestEntry | None) -> bool:
+def is_finished(item: Item, entry: ManifestEntry | None) -> bool:
     """Return whether `run` skips an item because its manifest entry is final."""
     if entry is None or entry.fingerprint != item.fingerprint:
         return False
@@ -68,15 +68,15 @@ def is_done(item: Item, entry: ManifestEntry | None) -> bool:
 def make_finished_check(index: ManifestLookup) -> Callable[[PromptRequest], bool]:
     """Return a function that checks whether the manifest has a final result with a request's current fingerprint."""
 
-    def is_finished(request: PromptRequest) -> bool:
+    def has_final_result(request: PromptRequest) -> bool:
         entry = index.find(request.key)
         return entry is not None and entry.status in FINAL_STATUSES and entry.fingerprint == request.fingerprint
 
-    return is_finished
+    return has_final_result
 
 
 def select_pending(
-    items: Iterable[Item], index: ManifestLookup, is_skipped: SkipRule = is_done
+    items: Iterable[Item], index: ManifestLookup, is_skipped: SkipRule = is_finished
 ) -> Iterator[PromptRequest]:
     """Yield the requests to render with their attempt numbers. Invalid rows are skipped."""
     for item in items:

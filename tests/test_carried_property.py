@@ -251,7 +251,7 @@ def check_rows(tables: Iterable[tuple[str, list[dict[str, Any]]]], id_from: IdSo
         counts, found = settle(folder, id_from)
         rows = found.select(["source_file", "source_row", "image_index", "status"]).to_pylist()
         assert Counter((row["source_file"], row["source_row"]) for row in rows).keys() == set(places)
-        assert (counts.rows, counts.left) == (len(places), 0)
+        assert (counts.rows, counts.remaining) == (len(places), 0)
         images: dict[Any, list[dict[str, Any]]] = {}
         for row in rows:
             images.setdefault((row["source_file"], row["source_row"]), []).append(row)

@@ -26,7 +26,7 @@ from batch_infer.jobs import (
     set_aside,
 )
 from batch_infer.manifest import SCHEMA, Manifest, ManifestIndex
-from batch_infer.planning import Item, ManifestEntry, get_source, is_done, select_pending
+from batch_infer.planning import Item, ManifestEntry, get_source, is_finished, select_pending
 from batch_infer.sinks import make_sink
 from batch_infer.store import PinnedFolder, path_exists
 from batch_infer.table import SharedFolder, Tables
@@ -63,7 +63,7 @@ class MiniBatchScorer:
         self._check_identity()
         folders, refused = group_by_folder(files)
         scored = [self._score_folder(folder) for folder in folders]
-        if new := [row for row in refused if not is_done(row, self._index.find(row.key))]:
+        if new := [row for row in refused if not is_finished(row, self._index.find(row.key))]:
             self._manifest.commit(new, pa.schema([]))
             self._read_new_parts()
         self._renderer.remove_settled_markers(self._is_committed)
@@ -133,7 +133,7 @@ class MiniBatchScorer:
         counts = Counts()
         batches = list(read_results(job.items(self._index), self._index, job.tables.carried, counts))
         empty = pa.schema([*SCHEMA, *job.tables.carried]).empty_table()
-        return None if counts.left else pa.concat_tables([empty, *batches])
+        return None if counts.remaining else pa.concat_tables([empty, *batches])
 
     def _commit_pending(self, job: Job, folder: FolderFiles) -> None:
         """Render and commit pending rows. The ids of rows do not change meanwhile: they follow from the claims read."""
@@ -141,7 +141,7 @@ class MiniBatchScorer:
         def is_skipped(item: Item, entry: ManifestEntry | None) -> bool:
             file, _ = get_source(item)
             other = getattr(entry, "source_file", file)
-            return is_done(item, entry) and (other == file or other not in folder.existing)
+            return is_finished(item, entry) and (other == file or other not in folder.existing)
 
         scan_tables(job, self._index, is_skipped)
         self._update_index()

@@ -18,12 +18,12 @@ from batch_infer.jobs.job import open_tables
 from batch_infer.jobs.recovery import remove_leftovers
 from batch_infer.jobs.results import write_results
 from batch_infer.jobs.run_json import (
+    add_counts,
+    count_scanned_results,
     ended_cleanly,
     read_rules,
     read_settings,
     refuse_unrepeatable_tables,
-    scanned_results,
-    with_counts,
 )
 from batch_infer.jobs.summary import Counts
 from batch_infer.manifest import SCHEMA, CommittedImage, Manifest, ManifestIndex
@@ -71,7 +71,7 @@ def merge_results(
                 f"{damage.part} is damaged ({damage.reason}): send its tables to the endpoint again with the same"
                 " output folder, which renders their rows again, or move the part away to merge without it"
             ) from damage
-        outdir.write_run(out, with_counts(record, counts))
+        outdir.write_run(out, add_counts(record, counts))
         return counts, formats
 
 
@@ -97,7 +97,7 @@ def _merge_recorded(record: Mapping[str, Any], settings: RunSettings, output: Ou
         reason = "; ".join(errors)
     log.warning("the tables of this run cannot be read, so all that the manifest holds is merged (%s)", reason)
     counts = merge_parts(Manifest(out), record.get("tables", ()), out, output)
-    counts.left = max(0, scanned_results(record) - counts.results)
+    counts.remaining = max(0, count_scanned_results(record) - counts.results)
     return counts
 
 
@@ -120,7 +120,7 @@ def merge_parts(manifest: Manifest, tables: Sequence[str], out: Path, output: Ou
 
     Used if the tables cannot be read. Includes the results of rows that were since removed or changed.
     """
-    schema = results_schema(manifest.schemas())
+    schema = make_results_schema(manifest.schemas())
     with manifest.index() as index:
         counts = Counts()
         counts.rows, counts.bad_rows = index.count_rows()
@@ -146,7 +146,7 @@ def _require_results(tables: Iterable[pa.Table], counts: Counts, least: int) -> 
         )
 
 
-def results_schema(schemas: Iterable[pa.Schema]) -> pa.Schema:
+def make_results_schema(schemas: Iterable[pa.Schema]) -> pa.Schema:
     """Return the result columns and the carried columns of all parts, with types that hold the values of every part.
 
     In parts of earlier versions, names of carried columns may differ only in case.
@@ -181,7 +181,7 @@ def read_results(items: Iterable[Item], index: ManifestIndex, carried: pa.Schema
         ]
         counts.rows += len({item.id for item in batch})
         counts.bad_rows += len({item.id for item, match in matches if match.status in ("failed", "invalid")})
-        counts.left += len(batch) - len(matches)
+        counts.remaining += len(batch) - len(matches)
         if matches:
             table = _with_current_cells(matches, index, carried)
             counts.add(table, [item.source for item, _ in matches])
