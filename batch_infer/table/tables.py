@@ -52,8 +52,9 @@ class SharedFolder:
 class Tables:
     """The tables of a run.
 
-    `carried` is the schema of the columns that are carried through to the results. `ignored_files` contains the files in
-    folders and globs that are not tables. Downloaded, piped and decompressed files stay in a temporary folder until `close`.
+    `carried` is the schema of the columns that are carried through to the results. `ignored_files` are the files in
+    folders and globs that are not tables. Temporary files of downloaded, piped and decompressed tables exist until
+    `close`.
     """
 
     def __init__(
