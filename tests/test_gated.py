@@ -26,7 +26,7 @@ from batch_infer.chain import (
 from batch_infer.chain import gated as gated_chain
 from batch_infer.chain.base import IteratorSource
 from batch_infer.chain.gated import BLOCKED_AHEAD, IMAGES_AHEAD, PROMPTS_AHEAD
-from batch_infer.errors import Interrupted, RowBroken, ServiceError
+from batch_infer.errors import FailedRowError, ServiceError, StoppedError
 from batch_infer.manifest import Manifest
 from batch_infer.models import read_card
 from batch_infer.records import PromptRequest, Verdict
@@ -68,7 +68,7 @@ class WordGate:
             self.images[shade] += 1
         time.sleep(self._seconds)
         if shade == 200:
-            raise RowBroken("this image was not checked")
+            raise FailedRowError("this image was not checked")
         if shade == 201:
             raise ServiceError("the service is down")
         return Verdict(shade >= 100, self.name, {"Hate": float(shade >= 100)}, "a bad image" if shade >= 100 else None)
@@ -76,12 +76,12 @@ class WordGate:
     def _fault(self, prompt: str) -> None:
         match prompt.split()[0]:
             case "broken":
-                raise RowBroken("this prompt was not checked")
+                raise FailedRowError("this prompt was not checked")
             case "gone":
                 self._wait()
                 raise ServiceError("the service is down")
             case "stopped":
-                raise Interrupted("the run stops")
+                raise StoppedError("the run stops")
             case "slow":
                 self._wait()
 
@@ -189,7 +189,7 @@ def test_finished_rows_are_committed_before_a_service_error_is_raised(tmp_path: 
         compute,
         SafetySettings(),
         OutputSettings(),
-        PinnedFolder.of(tmp_path),
+        PinnedFolder.pin(tmp_path),
         pa.schema([]),
     )
     worker = Worker(settings, "w", lambda *_: gated(LateError()))
@@ -252,7 +252,7 @@ def test_a_stopped_run_does_not_wait_for_a_service_that_hangs(monkeypatch: pytes
             if image[0, 0, 0] == 3:
                 hung.set()
                 eventually(self._must_stop)
-                raise Interrupted("stopped")
+                raise StoppedError("stopped")
             return super().check_image(image)
 
     def stop_once_it_hangs() -> None:

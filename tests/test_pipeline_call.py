@@ -61,14 +61,14 @@ ROWS = st.lists(
 
 
 @settings(max_examples=80)
-@given(rows=ROWS, slots=st.integers(2, 7), one_row_per_call=st.booleans())
-def test_every_request_gets_one_outcome_as_planned(rows: list[Any], slots: int, one_row_per_call: bool) -> None:
+@given(rows=ROWS, slots=st.integers(2, 7), needs_separate_calls=st.booleans())
+def test_every_request_gets_one_outcome_as_planned(rows: list[Any], slots: int, needs_separate_calls: bool) -> None:
     requests = [
         paint(str(k), colour, steps=steps, guidance=guidance, rescale=rescale, negative=negative, size=size)
         for k, (steps, guidance, rescale, negative, colour, size) in enumerate(rows)
     ]
     planned = list(order_requests(requests))
-    chain, results = run(planned, slots, one_row_per_call=one_row_per_call)
+    chain, results = run(planned, slots, needs_separate_calls=needs_separate_calls)
     assert results.keys() == {request.id for request in requests}
     for request in requests:
         outcome = results[request.id]
@@ -170,9 +170,9 @@ def test_rows_are_rendered_one_by_one_if_only_one_fits(caplog: pytest.LogCapture
     assert "out of memory at 16x16 pixels: going on with one row per call" in caplog.text
 
 
-@pytest.mark.parametrize("one_row_per_call", [False, True])
-def test_an_image_that_does_not_fit_into_memory_fails(one_row_per_call: bool) -> None:
-    _, results = run([paint("a"), paint("b", size=(16, 24))], memory=0, one_row_per_call=one_row_per_call)
+@pytest.mark.parametrize("needs_separate_calls", [False, True])
+def test_an_image_that_does_not_fit_into_memory_fails(needs_separate_calls: bool) -> None:
+    _, results = run([paint("a"), paint("b", size=(16, 24))], memory=0, needs_separate_calls=needs_separate_calls)
     for outcome in results.values():
         assert isinstance(outcome, UnrenderedRow)
         assert outcome.status == "failed"

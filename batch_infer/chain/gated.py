@@ -21,7 +21,7 @@ from batch_infer.chain.base import (
     UnrenderedRow,
     as_source,
 )
-from batch_infer.errors import BatchInferError, Interrupted, RowBroken
+from batch_infer.errors import BatchInferError, FailedRowError, StoppedError
 from batch_infer.records import PromptRequest, Verdict
 from batch_infer.safety import Gate
 
@@ -85,7 +85,7 @@ class GatedChain(Chain):
                     wait(images.pending, POLL_SECONDS, FIRST_COMPLETED)
                     yield from images.take_checked()
                 yield from self._finish(prompts, images)
-            except Interrupted:
+            except StoppedError:
                 yield from self._finish(prompts, images)
             except BatchInferError:
                 yield from images.finish()
@@ -183,7 +183,7 @@ class _PromptGate:
         request, future = self._pending.pop(index)
         try:
             verdict = future.result()
-        except RowBroken as error:
+        except FailedRowError as error:
             self._blocked.append(UnrenderedRow(request, "failed", str(error)))
             return None
         if verdict.nsfw is not False:
@@ -227,14 +227,14 @@ class _ImageGate:
         else:
             wait(self.pending, seconds)
         for future in list(self.pending):
-            if future.done() and not future.cancelled() and isinstance(future.exception(), (RowBroken, NoneType)):
+            if future.done() and not future.cancelled() and isinstance(future.exception(), (FailedRowError, NoneType)):
                 yield self._take(future)
 
     def _take(self, future: Future[Verdict]) -> RowOutcome:
         rendered, prompt_verdict = self.pending.pop(future)
         try:
             verdict = future.result()
-        except RowBroken as error:
+        except FailedRowError as error:
             return UnrenderedRow(rendered.request, "failed", str(error))
         if verdict.nsfw is None:
             return UnrenderedRow(rendered.request, "failed", f"{self._gate.name} has no verdict on the image")

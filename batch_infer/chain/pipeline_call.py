@@ -22,7 +22,7 @@ from batch_infer.chain.base import (
 )
 from batch_infer.chain.pacing import make_pacer
 from batch_infer.chain.postprocessing import check_images, fail_not_finite, to_pixels
-from batch_infer.errors import RowBroken, RowError, first_line
+from batch_infer.errors import FailedRowError, RowError, first_line
 from batch_infer.records import PromptRequest
 from batch_infer.safety import ImageChecker
 from batch_infer.stages import Stages
@@ -83,7 +83,7 @@ class PipelineCallChain(DeviceChain):
             self._single_row_sizes.add(size)
             return self._retry(requests, rows, size, "one row per call")
         smaller = self.batch_sizes.halve(size, "denoise") if slots >= 4 else None
-        if smaller is None or self.model.one_row_per_call or slots // slots_per_row < 2:
+        if smaller is None or self.model.needs_separate_calls or slots // slots_per_row < 2:
             return self._fail(rows, size, message)
         self._batch_sizes = smaller
         return self._retry(requests, rows, size, f"{smaller.for_size(size)[0]} slots, not {slots}")
@@ -98,7 +98,9 @@ class PipelineCallChain(DeviceChain):
             return self._call_pipeline(rows, slots, stages)
         except RowError as error:
             if len(rows) == 1:
-                return [UnrenderedRow(rows[0], "failed" if isinstance(error, RowBroken) else "invalid", str(error))]
+                return [
+                    UnrenderedRow(rows[0], "failed" if isinstance(error, FailedRowError) else "invalid", str(error))
+                ]
         return [outcome for row in rows for outcome in self._render_rows([row], slots, stages)]
 
     def _call_pipeline(self, rows: Sequence[PromptRequest], slots: int, stages: Stages) -> list[RowOutcome]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 from batch_infer.cli.options import command, json_option, out_argument, results_options
@@ -26,7 +25,7 @@ def merge(*, out: Path, results: tuple[ResultsFormat, ...], base64: bool, as_jso
         counts, formats = merge_results(out, results, base64=base64)
     if not quiet:
         lines = [format_counts(counts), format_results(out, formats)]
-        if counts.left:
-            lines.append(f"{counts.left:,} left: run again to continue")
-        print_result(lines, asdict(counts) if as_json else None)
+        if counts.remaining:
+            lines.append(f"{counts.remaining:,} left: run again to continue")
+        print_result(lines, counts.as_dict() if as_json else None)
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +43,7 @@ def rescore(*, out: Path, tables: tuple[str, ...], as_json: bool, quiet: bool, *
     """
 
     def log_progress(result: RescoreCounts) -> None:
-        log.debug("%s checked", format_count(result.judged, "image"))
+        log.debug("%s checked", format_count(result.checked, "image"))
 
     with stoppable() as stop:
         from batch_infer.jobs import rescore_images
@@ -53,16 +52,16 @@ def rescore(*, out: Path, tables: tuple[str, ...], as_json: bool, quiet: bool, *
         result, counts = rescore_images(out, tables, safety, log_progress, stop)
     code = ROWS_FAILED if result.failed else 0
     if code or not quiet:
-        print_result(_lines(result, counts), {**asdict(result), "counts": asdict(counts)} if as_json else None)
+        print_result(_lines(result, counts), {**result.as_dict(), "counts": counts.as_dict()} if as_json else None)
     return code
 
 
 def _lines(result: RescoreCounts, counts: Counts) -> Iterator[str]:
-    yield f"{format_count(result.judged, 'image')} checked: {result.flagged:,} flagged, {result.changed:,} changed"
-    if result.unjudged:
-        yield f"{result.unjudged:,} flagged earlier cannot be checked again: their images were not kept"
+    yield f"{format_count(result.checked, 'image')} checked: {result.flagged:,} flagged, {result.changed:,} changed"
+    if result.unchecked:
+        yield f"{result.unchecked:,} flagged earlier cannot be checked again: their images were not kept"
     if result.failed:
         yield f"{result.failed:,} failed: `batch-infer run` renders them"
     yield format_counts(counts)
-    if counts.left:
-        yield f"{counts.left:,} left: `batch-infer run` renders them"
+    if counts.remaining:
+        yield f"{counts.remaining:,} left: `batch-infer run` renders them"

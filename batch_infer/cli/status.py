@@ -34,8 +34,8 @@ def _lines(run: RunStatus, out: Path) -> Iterator[str]:
     holder = f" by {run.holder}" if run.holder else ""
     yield f"{out}: {run.state}{holder}, started {run.started_at[:16]} UTC"
     counts = [f"{count:,} {name}" for name, count in run.counts.items() if count or name in ("ok", "failed")]
-    if run.left is not None:
-        left = f"{run.left:,} left"
+    if run.remaining is not None:
+        left = f"{run.remaining:,} left"
     elif run.state == "open":
         left = "total unknown (Azure ML endpoint output)"
     else:

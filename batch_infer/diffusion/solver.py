@@ -32,7 +32,7 @@ and 24 MB if it also evaluates the model twice per step."""
 TRIAL_SHAPE = (1, 4, 4, 4)
 
 
-class NotPackable(RowError):
+class NotBatchableError(RowError):
     """The scheduler's steps are not a fixed linear map."""
 
 
@@ -103,7 +103,7 @@ class Solver:
         for steps in (10, 20, 4, 1):
             try:
                 self.table(steps)
-            except NotPackable as error:
+            except NotBatchableError as error:
                 raise ModelError(f"{error}; choose another with --scheduler") from error
             except RowError as error:
                 refusals.append(str(error))
@@ -123,18 +123,18 @@ class Solver:
             table = _compute_table(self._copy_scheduler(steps), len(first.known), intercepts=intercepts)
         except (ValueError, IndexError, ZeroDivisionError, RuntimeError, AssertionError) as error:
             return RowError(f"{refusal}: {first_line(error)}")
-        except NotPackable as error:
-            return NotPackable(f"{self.name} {error}")
+        except NotBatchableError as error:
+            return NotBatchableError(f"{self.name} {error}")
         if not torch.isfinite(table.coefficients).all():
             return RowError(f"{refusal}: its steps are not finite")
         if not torch.equal(first.samples, second.samples):
-            return NotPackable(
+            return NotBatchableError(
                 f"{self.name} draws noise from a global generator, so an image would not depend only on its row's seed"
             )
         errors = (table.coefficients.double() @ first.known - first.samples).abs().amax(dim=1)
         # Not any(errors > ...): a difference of nan must not pass.
         if not (errors <= TOLERANCE * first.samples.abs().amax(dim=1)).all():
-            return NotPackable(f"{self.name} with these settings is not linear in the model's outputs")
+            return NotBatchableError(f"{self.name} with these settings is not linear in the model's outputs")
         return table
 
     def _copy_scheduler(self, steps: int) -> Scheduler:
@@ -233,10 +233,10 @@ class _InterceptDraws(TorchFunctionMode):
             return func(*args, **options)
         # The packer draws unit noise in the shape of the latents.
         if func is not torch.randn:
-            raise NotPackable("draws noise that is not normal")
+            raise NotBatchableError("draws noise that is not normal")
         drawn = self._supply()
         if drawn.shape != torch.empty(*args, device="meta").shape:
-            raise NotPackable("draws noise of another shape than its sample's")
+            raise NotBatchableError("draws noise of another shape than its sample's")
         self.count += 1
         return drawn.to(options.get("dtype") or torch.float32, copy=True)
 

@@ -38,8 +38,8 @@ class ImageChecker(Protocol):
 class Gate(Protocol):
     """A service that checks one prompt or image per call, called by up to `concurrency` threads.
 
-    Both checks raise RowBroken if only this prompt or image cannot be checked, ServiceError if none can, SettingsError
-    if the service refuses the credentials or settings, and Interrupted if the run stops meanwhile.
+    Both checks raise FailedRowError if only this prompt or image cannot be checked, ServiceError if none can,
+    SettingsError if the service refuses the credentials or settings, and StoppedError if the run stops meanwhile.
     """
 
     name: str
