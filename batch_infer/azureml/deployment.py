@@ -58,9 +58,9 @@ def find_deployment(out: str, *, alone: bool = False) -> AzureDeployment:
         log.warning("neither BATCH_INFER_MODEL nor AZUREML_MODEL_DIR names a model: using the built-in demo model")
     card = find_model(settings)
     earlier = read_cached_run(settings.out)
-    from batch_infer.autotune import find_device  # imports torch, which takes seconds
+    from batch_infer.autotune import detect_device  # imports torch, which takes seconds
 
-    settings, compute, record, rules = resolve_run(settings, card, find_device(settings.model.device), earlier)
+    settings, compute, record, rules = resolve_run(settings, card, detect_device(settings.model.device), earlier)
     return AzureDeployment(settings, card, compute, rules, record, earlier)
 
 

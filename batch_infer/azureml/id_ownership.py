@@ -45,7 +45,7 @@ class IdOwnership:
         self._parts: set[str] = set()
 
     def add(self, parts: Iterable[Path]) -> None:
-        """Read those of these parts that have not been read yet. Raises DamagedPart, StorageError."""
+        """Read those of these parts that have not been read yet. Raises DamagedPartError, StorageError."""
         for part in parts:
             if part.name in self._parts:
                 continue

@@ -35,8 +35,8 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from batch_infer.azureml.deployment import find_deployment
-from batch_infer.azureml.payload import MAX_IMAGES, TooManyImages, read_payload
-from batch_infer.errors import BatchInferError, ServiceError, SettingsError, TableError, TryAgainLater
+from batch_infer.azureml.payload import MAX_IMAGES, TooManyImagesError, read_payload
+from batch_infer.errors import BatchInferError, RetryableError, ServiceError, SettingsError, TableError
 
 if TYPE_CHECKING:
     from batch_infer.serving import Client, Service
@@ -65,18 +65,18 @@ def init() -> None:
 def run(raw_data: str | bytes) -> Any:
     """Return the objects of a request, or the server's response if the status is not 200."""
     service = _load_service()
-    from batch_infer.serving import Client, RequestCancelled
+    from batch_infer.serving import Client, RequestCancelledError
 
     try:
         return _score(raw_data, service, Client(_read_timeout(), _find_disconnection_check()))
-    except TooManyImages as error:
+    except TooManyImagesError as error:
         return _make_response(error, TOO_LARGE, str(error))
     except TableError as error:
         return _make_response(error, BAD_REQUEST, str(error))
-    except RequestCancelled as error:
+    except RequestCancelledError as error:
         log.warning("%s", error)
         return _make_response(error, UNAVAILABLE, str(error))
-    except TryAgainLater as error:  # its message may have addresses, which are not for clients
+    except RetryableError as error:  # its message may have addresses, which are not for clients
         log.error("%s", error)
         return _make_response(error, UNAVAILABLE, BUSY)
 
@@ -98,7 +98,7 @@ def _score(raw_data: str | bytes, service: Service, client: Client) -> list[dict
     check_parameters(parameters, deployment)
     items = list(islice(read_rows(rows, deployment), MAX_IMAGES + 1))
     if len(items) > MAX_IMAGES:
-        raise TooManyImages(len(rows))
+        raise TooManyImagesError(len(rows))
     return score(items, service, client)
 
 

@@ -6,7 +6,7 @@ the prompts and images of one of them checked by a safety service.
 
 from typing import TYPE_CHECKING
 
-from batch_infer.chain.base import BatchSizes, Chain, DeviceChain, Rendered, RowOutcome, Unrendered
+from batch_infer.chain.base import BatchSizes, Chain, DeviceChain, RenderedImage, RowOutcome, UnrenderedRow
 from batch_infer.chain.sources import NoRequest, RequestSource
 from batch_infer.lazy import import_on_use
 
@@ -31,8 +31,8 @@ __all__ = [
     "NoRequest",
     "RowOutcome",
     "PipelineCallChain",
-    "Rendered",
+    "RenderedImage",
     "RequestSource",
     "StepLevelChain",
-    "Unrendered",
+    "UnrenderedRow",
 ]

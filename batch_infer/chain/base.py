@@ -28,7 +28,7 @@ Stage: TypeAlias = Literal["denoise", "decode"]
 
 
 @dataclass(frozen=True, slots=True)
-class Rendered:
+class RenderedImage:
     """An image (H, W, 3) uint8 and its safety verdict. `seconds` passed while the row was denoised."""
 
     request: PromptRequest
@@ -40,7 +40,7 @@ class Rendered:
 
 
 @dataclass(frozen=True, slots=True)
-class Unrendered:
+class UnrenderedRow:
     """A request without an image: `invalid` if the model refuses its values, `blocked` if its prompt is unsafe."""
 
     request: PromptRequest
@@ -49,7 +49,7 @@ class Unrendered:
     verdict: Verdict = Verdict()
 
 
-RowOutcome: TypeAlias = Rendered | Unrendered
+RowOutcome: TypeAlias = RenderedImage | UnrenderedRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +70,16 @@ class BatchSizes:
                     f"{self}: a row with guidance takes two slots, and an image one place in a decoder call"
                 )
 
-    def of(self, size: Size) -> tuple[int, int]:
+    def for_size(self, size: Size) -> tuple[int, int]:
         """Return the slots and the decoder batch size for an image size."""
         return self.by_size.get(size, (self.slots, self.decode))
 
-    def halved(self, size: Size, stage: Stage) -> BatchSizes | None:
+    def halve(self, size: Size, stage: Stage) -> BatchSizes | None:
         """Halve the batch size of a stage for one image size, or that of the other stage if it cannot be halved.
 
         Returns None if neither can.
         """
-        slots, decode = self.of(size)
+        slots, decode = self.for_size(size)
         if slots < 4 and decode < 2:
             return None
         halve_slots = decode < 2 or (stage == "denoise" and slots >= 4)
@@ -159,13 +159,15 @@ class DeviceChain(Chain):
     def _render_next(self, requests: ReadAhead, first: PromptRequest, stages: Stages) -> Iterator[Sequence[RowOutcome]]:
         """Render the next requests, as many as share a batch with the first one. See `steps`."""
 
-    def _retry(self, requests: ReadAhead, rows: Sequence[PromptRequest], size: Size, change: str) -> list[Unrendered]:
+    def _retry(
+        self, requests: ReadAhead, rows: Sequence[PromptRequest], size: Size, change: str
+    ) -> list[UnrenderedRow]:
         """Put the rows of a batch that ran out of memory back, and log which batch size is used from now on."""
         log.warning("out of memory at %dx%d pixels: going on with %s", size[1], size[0], change)
         requests.put_back(rows)
         return []
 
-    def _fail(self, rows: Sequence[PromptRequest], size: Size, message: str) -> list[Unrendered]:
+    def _fail(self, rows: Sequence[PromptRequest], size: Size, message: str) -> list[UnrenderedRow]:
         """Return the failures of rows of which not even the smallest batch fits into memory."""
         error = f"the device's memory does not hold one image of {size[1]}x{size[0]} pixels ({message})"
-        return [Unrendered(row, "failed", error) for row in rows]
+        return [UnrenderedRow(row, "failed", error) for row in rows]

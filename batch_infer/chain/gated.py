@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 
-from batch_infer.chain.base import BatchSizes, Chain, DeviceChain, Rendered, RowOutcome, Unrendered
+from batch_infer.chain.base import BatchSizes, Chain, DeviceChain, RenderedImage, RowOutcome, UnrenderedRow
 from batch_infer.chain.sources import NoRequest, RequestSource, as_source
-from batch_infer.errors import BatchInferError, Interrupted, RowBroken
+from batch_infer.errors import BatchInferError, FailedRowError, StoppedError
 from batch_infer.records import PromptRequest, Verdict
 from batch_infer.safety import Gate
 
@@ -81,7 +81,7 @@ class GatedChain(Chain):
         the service checks them within GRACE_SECONDS. Raises ServiceError and SettingsError, after yielding everything
         that was checked before.
         """
-        with ThreadPoolExecutor(self._gate.at_once, "gate") as pool:
+        with ThreadPoolExecutor(self._gate.concurrency, "gate") as pool:
             images = _ImageGate(self._gate, pool)
             prompts = _PromptGate(as_source(requests), self._gate, pool, images, batching=self.uses_pipeline_call)
             try:
@@ -95,7 +95,7 @@ class GatedChain(Chain):
                     yield from images.take_checked()
                     yield from prompts.take_blocked()
                 yield from self._finish(prompts, images)
-            except Interrupted:
+            except StoppedError:
                 yield from self._finish(prompts, images)
             except BatchInferError:
                 yield from images.finish()
@@ -125,7 +125,7 @@ class _PromptGate:
         self._pending: list[tuple[PromptRequest, Future[Verdict]]] = []
         self._cache: OrderedDict[str, Future[Verdict]] = OrderedDict()
         self._passed: dict[tuple[str, int], Verdict] = {}
-        self._blocked: list[Unrendered] = []
+        self._blocked: list[UnrenderedRow] = []
 
     def poll(self, timeout: float = 0.0) -> PromptRequest | NoRequest:
         """Return the first request whose prompt passes. See `RequestSource`.
@@ -153,7 +153,7 @@ class _PromptGate:
         for future in self.futures:
             future.cancel()
 
-    def take_blocked(self) -> Iterator[Unrendered]:
+    def take_blocked(self) -> Iterator[UnrenderedRow]:
         blocked, self._blocked = self._blocked, []
         yield from blocked
 
@@ -192,11 +192,11 @@ class _PromptGate:
         request, future = self._pending.pop(index)
         try:
             verdict = future.result()
-        except RowBroken as error:
-            self._blocked.append(Unrendered(request, "failed", str(error)))
+        except FailedRowError as error:
+            self._blocked.append(UnrenderedRow(request, "failed", str(error)))
             return None
         if verdict.nsfw is not False:
-            self._blocked.append(Unrendered(request, "blocked", verdict.reason or "the prompt was refused", verdict))
+            self._blocked.append(UnrenderedRow(request, "blocked", verdict.reason or "the prompt was refused", verdict))
             return None
         self._passed[request.key] = verdict
         return request
@@ -207,7 +207,7 @@ class _ImageGate:
 
     def __init__(self, gate: Gate, pool: ThreadPoolExecutor) -> None:
         self._gate, self._pool = gate, pool
-        self._pending: list[tuple[Rendered, Verdict, Future[Verdict]]] = []
+        self._pending: list[tuple[RenderedImage, Verdict, Future[Verdict]]] = []
 
     @property
     def futures(self) -> list[Future[Verdict]]:
@@ -215,7 +215,7 @@ class _ImageGate:
 
     def add(self, outcome: RowOutcome, prompt_verdict: Verdict) -> Iterator[RowOutcome]:
         """Submit an image, and yield what is checked."""
-        if isinstance(outcome, Unrendered):
+        if isinstance(outcome, UnrenderedRow):
             yield outcome
         else:
             future = self._pool.submit(self._gate.check_image, outcome.pixels)
@@ -249,10 +249,10 @@ class _ImageGate:
         rendered, prompt_verdict, future = self._pending.pop(index)
         try:
             verdict = future.result()
-        except RowBroken as error:
-            return Unrendered(rendered.request, "failed", str(error))
+        except FailedRowError as error:
+            return UnrenderedRow(rendered.request, "failed", str(error))
         if verdict.nsfw is None:
-            return Unrendered(rendered.request, "failed", f"{self._gate.name} has no verdict on the image")
+            return UnrenderedRow(rendered.request, "failed", f"{self._gate.name} has no verdict on the image")
         return replace(rendered, verdict=rendered.verdict.merge(prompt_verdict).merge(verdict))
 
 
@@ -263,4 +263,4 @@ def _first_done(futures: list[Future[Verdict]]) -> int | None:
 def _has_verdict(future: Future[Verdict]) -> bool:
     """Return whether a check is done, if only with a failure of its row."""
     is_done = future.done() and not future.cancelled()
-    return is_done and (future.exception() is None or isinstance(future.exception(), RowBroken))
+    return is_done and (future.exception() is None or isinstance(future.exception(), FailedRowError))

@@ -65,11 +65,11 @@ class Pacer:
 
     def start(self) -> None:
         self._started = time.perf_counter()
-        self._stages.began = min(self._stages.began, self._started)
+        self._stages.started_at = min(self._stages.started_at, self._started)
 
     def end(self) -> None:
-        self._stages.ended = time.perf_counter()
-        self._stages.denoise += self._stages.ended - self._started
+        self._stages.ended_at = time.perf_counter()
+        self._stages.denoise += self._stages.ended_at - self._started
 
     def finish(self) -> None:
         """Wait for the calls that are unfinished."""
@@ -87,7 +87,7 @@ class CudaPacer(Pacer):
         if self._began is None:
             torch.cuda.current_stream().synchronize()  # once: the clock starts with the first call
             self._began = time.perf_counter()
-            self._stages.began = min(self._stages.began, self._began)
+            self._stages.started_at = min(self._stages.started_at, self._began)
         self._event = _record_event()
 
     def end(self) -> None:
@@ -103,7 +103,7 @@ class CudaPacer(Pacer):
         started, ended = self._unfinished.popleft()
         ended.synchronize()
         self._stages.denoise += started.elapsed_time(ended) / 1000
-        self._stages.ended = time.perf_counter()
+        self._stages.ended_at = time.perf_counter()
 
 
 def _record_event() -> torch.cuda.Event:

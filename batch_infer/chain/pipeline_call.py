@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from batch_infer.accelerator import out_of_memory_errors
-from batch_infer.chain.base import BatchSizes, DeviceChain, Rendered, RowOutcome, Unrendered
+from batch_infer.chain.base import BatchSizes, DeviceChain, RenderedImage, RowOutcome, UnrenderedRow
 from batch_infer.chain.pacing import make_pacer
 from batch_infer.chain.postprocessing import check_images, fail_not_finite, to_pixels
 from batch_infer.chain.sources import ReadAhead, Size, size_of
-from batch_infer.errors import RowBroken, RowError, first_line
+from batch_infer.errors import FailedRowError, RowError, first_line
 from batch_infer.records import PromptRequest
 from batch_infer.safety import ImageChecker
 from batch_infer.stages import Stages
@@ -48,7 +48,7 @@ class PipelineCallChain(DeviceChain):
         """Render one batch."""
         size = size_of(first)
         is_single = size in self._single_row_sizes and first.params.slots == 1
-        slots = 1 if is_single else self.batch_sizes.of(size)[0]
+        slots = 1 if is_single else self.batch_sizes.for_size(size)[0]
         rows = _take_batch(requests, size, slots)
         try:
             with out_of_memory_errors():
@@ -62,17 +62,19 @@ class PipelineCallChain(DeviceChain):
             torch.cuda.empty_cache()
         yield self._halve(requests, size, rows, message)
 
-    def _halve(self, requests: ReadAhead, size: Size, rows: Sequence[PromptRequest], message: str) -> list[Unrendered]:
+    def _halve(
+        self, requests: ReadAhead, size: Size, rows: Sequence[PromptRequest], message: str
+    ) -> list[UnrenderedRow]:
         """Halve the slots and put the rows back. Returns them as failed if the call rendered a single image."""
-        slots, slots_per_row = self.batch_sizes.of(size)[0], rows[0].params.slots
+        slots, slots_per_row = self.batch_sizes.for_size(size)[0], rows[0].params.slots
         if slots_per_row == 1 and 1 < slots < 4 and size not in self._single_row_sizes:
             self._single_row_sizes.add(size)
             return self._retry(requests, rows, size, "one row per call")
-        smaller = self.batch_sizes.halved(size, "denoise") if slots >= 4 else None
-        if smaller is None or self.model.one_row_per_call or slots // slots_per_row < 2:
+        smaller = self.batch_sizes.halve(size, "denoise") if slots >= 4 else None
+        if smaller is None or self.model.needs_separate_calls or slots // slots_per_row < 2:
             return self._fail(rows, size, message)
         self._batch_sizes = smaller
-        return self._retry(requests, rows, size, f"{smaller.of(size)[0]} slots, not {slots}")
+        return self._retry(requests, rows, size, f"{smaller.for_size(size)[0]} slots, not {slots}")
 
     def _render_rows(self, rows: Sequence[PromptRequest], slots: int, stages: Stages) -> list[RowOutcome]:
         """Render the rows of a batch, one by one if the pipeline refuses them together.
@@ -84,7 +86,9 @@ class PipelineCallChain(DeviceChain):
             return self._call_pipeline(rows, slots, stages)
         except RowError as error:
             if len(rows) == 1:
-                return [Unrendered(rows[0], "failed" if isinstance(error, RowBroken) else "invalid", str(error))]
+                return [
+                    UnrenderedRow(rows[0], "failed" if isinstance(error, FailedRowError) else "invalid", str(error))
+                ]
         return [outcome for row in rows for outcome in self._render_rows([row], slots, stages)]
 
     def _call_pipeline(self, rows: Sequence[PromptRequest], slots: int, stages: Stages) -> list[RowOutcome]:
@@ -99,7 +103,7 @@ class PipelineCallChain(DeviceChain):
         stages.slot_ticks += params.num_inference_steps * slots
         verdicts = check_images(self._checker, images, self.batch_sizes.decode, stages)
         return [
-            Rendered(row, image, verdict, self.model.count_tokens(row), slots, seconds)
+            RenderedImage(row, image, verdict, self.model.count_tokens(row), slots, seconds)
             if is_finite
             else fail_not_finite(row, self.model.dtype)
             for row, image, is_finite, verdict in zip(rows, images, are_finite, verdicts, strict=True)

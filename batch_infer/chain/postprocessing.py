@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import torch
 
-from batch_infer.chain.base import Rendered, RowOutcome, Unrendered
+from batch_infer.chain.base import RenderedImage, RowOutcome, UnrenderedRow
 from batch_infer.chain.pacing import stream_for
-from batch_infer.diffusion import Finished
+from batch_infer.diffusion import FinishedRow
 from batch_infer.records import PromptRequest, Verdict
 from batch_infer.safety import ImageChecker
 from batch_infer.stages import Stages
@@ -47,7 +47,7 @@ class Postprocessing:
         """`batch_sizes`: the slots, which are reported with each image, and the size of a micro-batch."""
         self._model, self._checker, self._stages = model, checker, stages
         self.slots, self._batch = batch_sizes
-        self._rows: list[Finished[Tag]] = []
+        self._rows: list[FinishedRow[Tag]] = []
         """Rows for which no micro-batch is full yet."""
         self.micro_batches_ahead = max(MICRO_BATCHES_AHEAD, 2 * self.slots // self._batch)
         """Micro-batches between the UNet and the decoder. Beyond this the UNet waits.
@@ -64,7 +64,7 @@ class Postprocessing:
         with torch.inference_mode():
             self._model.decode(torch.zeros(self._batch, *latent_shape, device=self._model.device))
 
-    def add(self, rows: Sequence[Finished[Tag]]) -> Iterator[list[RowOutcome]]:
+    def add(self, rows: Sequence[FinishedRow[Tag]]) -> Iterator[list[RowOutcome]]:
         """Add rows, and yield the outcomes of each micro-batch that is finished."""
         self._rows += rows
         while len(self._rows) >= self._batch:
@@ -86,7 +86,7 @@ class Postprocessing:
         self._futures.clear()
         self._rows.clear()
 
-    def _start(self, batch: list[Finished[Tag]]) -> Iterator[list[RowOutcome]]:
+    def _start(self, batch: list[FinishedRow[Tag]]) -> Iterator[list[RowOutcome]]:
         latents = torch.stack([row.latents for row in batch] + [batch[-1].latents] * (self._batch - len(batch)))
         if self._pool is None:
             yield self._process(batch, latents, None)
@@ -104,7 +104,7 @@ class Postprocessing:
             yield self._futures.popleft().result()
 
     def _process(
-        self, batch: list[Finished[Tag]], latents: torch.Tensor, ready: torch.cuda.Event | None
+        self, batch: list[FinishedRow[Tag]], latents: torch.Tensor, ready: torch.cuda.Event | None
     ) -> list[RowOutcome]:
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
             if ready is not None and self._stream is not None:
@@ -116,7 +116,7 @@ class Postprocessing:
         for row, image, is_finite, verdict in zip(batch, images, are_finite, verdicts, strict=True):
             request, conditioning = row.tag
             if is_finite:
-                outcomes.append(Rendered(request, image, verdict, conditioning, self.slots, row.seconds))
+                outcomes.append(RenderedImage(request, image, verdict, conditioning, self.slots, row.seconds))
             else:
                 outcomes.append(fail_not_finite(request, self._model.dtype))
         return outcomes
@@ -156,7 +156,7 @@ def to_pixels(images: torch.Tensor) -> tuple[list[np.ndarray], list[bool]]:
     return list(pixels.numpy()), finite.tolist()
 
 
-def fail_not_finite(request: PromptRequest, dtype: torch.dtype) -> Unrendered:
+def fail_not_finite(request: PromptRequest, dtype: torch.dtype) -> UnrenderedRow:
     """Return the failure of a row whose image has values that are not finite."""
     params = request.params
     advice = "" if dtype == torch.float32 else ", or compute with --dtype float32"
@@ -164,4 +164,4 @@ def fail_not_finite(request: PromptRequest, dtype: torch.dtype) -> Unrendered:
         f"the model's output is not finite at {params.num_inference_steps} steps and guidance_scale "
         f"{params.guidance_scale:g}; try other values{advice}"
     )
-    return Unrendered(request, "failed", error)
+    return UnrenderedRow(request, "failed", error)

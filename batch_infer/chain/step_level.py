@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from batch_infer.accelerator import out_of_memory_errors
-from batch_infer.chain.base import BatchSizes, DeviceChain, RowOutcome, Stage, Unrendered
+from batch_infer.chain.base import BatchSizes, DeviceChain, RowOutcome, Stage, UnrenderedRow
 from batch_infer.chain.pacing import EncodeStream, make_pacer
 from batch_infer.chain.postprocessing import Postprocessing, Tag
 from batch_infer.chain.sources import ReadAhead, Size, size_of
-from batch_infer.diffusion import Finished, Slots
+from batch_infer.diffusion import FinishedRow, Slots
 from batch_infer.errors import RowError, first_line
 from batch_infer.models import is_compiled
 from batch_infer.records import PromptRequest
@@ -51,7 +51,7 @@ class StepLevelChain(DeviceChain):
     def _render_next(self, requests: ReadAhead, first: PromptRequest, stages: Stages) -> Iterator[Sequence[RowOutcome]]:
         """Render the next requests of one size."""
         size = size_of(first)
-        batch_sizes = self.batch_sizes.of(size)
+        batch_sizes = self.batch_sizes.for_size(size)
         postprocessing = Postprocessing(
             self.model, self._checker, batch_sizes, stages, in_background=self._in_background
         )
@@ -76,12 +76,12 @@ class StepLevelChain(DeviceChain):
 
     def _halve(
         self, requests: ReadAhead, size: Size, stage: Stage, unfinished: Sequence[PromptRequest], message: str
-    ) -> list[Unrendered]:
+    ) -> list[UnrenderedRow]:
         """Halve a batch size and put unfinished rows back. Returns them as failed if no batch size can be halved."""
-        smaller = self.batch_sizes.halved(size, stage)
+        smaller = self.batch_sizes.halve(size, stage)
         if smaller is None:
             return self._fail(unfinished, size, message)
-        before, after = (sizes.of(size)[stage == "decode"] for sizes in (self.batch_sizes, smaller))
+        before, after = (sizes.for_size(size)[stage == "decode"] for sizes in (self.batch_sizes, smaller))
         what = "slots" if stage == "denoise" else "images in a decoder call"
         self._batch_sizes = smaller
         return self._retry(requests, unfinished, size, f"{after} {what}, not {before}")
@@ -112,7 +112,7 @@ class _SizePass:
         while not stop():
             self._encode_ahead(requests, size)
             yield self._admit()
-            if self._slots.busy:
+            if self._slots.has_rows:
                 if self.must_compile:
                     self._compile()
                 yield from self._postprocess(self._postprocessing.add(self._evaluate()))
@@ -169,7 +169,7 @@ class _SizePass:
                 table = self._model.solver.table(request.params.num_inference_steps)
             except RowError as error:
                 self.unfinished.pop(request.key, None)
-                refused.append(Unrendered(request, "invalid", str(error)))
+                refused.append(UnrenderedRow(request, "invalid", str(error)))
                 continue
             self._slots.admit(row, request.params, request.seed, table, conditioning.context)
         return refused
@@ -177,11 +177,11 @@ class _SizePass:
     def _take_fitting(self) -> Tag | None:
         """Take the oldest row that fits into the free slots. A single one fits only a row without guidance."""
         for index, (request, _) in enumerate(self._encoded):
-            if request.params.slots <= self._slots.free:
+            if request.params.slots <= self._slots.free_count:
                 return self._encoded.pop(index)
         return None
 
-    def _evaluate(self) -> list[Finished[Tag]]:
+    def _evaluate(self) -> list[FinishedRow[Tag]]:
         """Make one UNet call and return the rows that it finishes."""
         self._pacer.start()
         before = self._slots.row_forwards

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,8 +55,8 @@ def _status_lines(run: RunStatus, out: Path) -> Iterator[str]:
     holder = f" by {run.holder}" if run.holder else ""
     yield f"{out}: {run.state}{holder}, started {run.started_at[:16]} UTC"
     counts = [f"{count:,} {name}" for name, count in run.counts.items() if count or name in ("ok", "failed")]
-    if run.left is not None:
-        counts.append(f"{run.left:,} left")
+    if run.remaining is not None:
+        counts.append(f"{run.remaining:,} left")
     elif run.state == "open":
         counts.append("total unknown (Azure ML endpoint output)")
     else:
@@ -91,9 +90,9 @@ def merge(*, out: Path, results: tuple[ResultsFormat, ...], base64: bool, as_jso
         counts, formats = merge_results(out, results, base64=base64)
     if not quiet:
         lines = [format_counts(counts), format_results(out, formats)]
-        if counts.left:
-            lines.append(f"{counts.left:,} left: run again to continue")
-        print_result(lines, asdict(counts) if as_json else None)
+        if counts.remaining:
+            lines.append(f"{counts.remaining:,} left: run again to continue")
+        print_result(lines, counts.as_dict() if as_json else None)
     return 0
 
 
@@ -123,7 +122,7 @@ def rescore(*, out: Path, tables: tuple[str, ...], as_json: bool, quiet: bool, *
     """
 
     def log_progress(result: RescoreCounts) -> None:
-        log.debug("%s checked", format_count(result.judged, "image"))
+        log.debug("%s checked", format_count(result.checked, "image"))
 
     with stoppable() as stop:
         from batch_infer.jobs import rescore_images
@@ -132,17 +131,17 @@ def rescore(*, out: Path, tables: tuple[str, ...], as_json: bool, quiet: bool, *
         result, counts = rescore_images(out, tables, safety, log_progress, stop)
     code = ROWS_FAILED if result.failed else 0
     if code or not quiet:
-        data = {**asdict(result), "counts": asdict(counts)} if as_json else None
+        data = {**result.as_dict(), "counts": counts.as_dict()} if as_json else None
         print_result(_rescore_lines(result, counts), data)
     return code
 
 
 def _rescore_lines(result: RescoreCounts, counts: Counts) -> Iterator[str]:
-    yield f"{format_count(result.judged, 'image')} checked: {result.flagged:,} flagged, {result.changed:,} changed"
-    if result.unjudged:
-        yield f"{result.unjudged:,} flagged earlier cannot be checked again: their images were not kept"
+    yield f"{format_count(result.checked, 'image')} checked: {result.flagged:,} flagged, {result.changed:,} changed"
+    if result.unchecked:
+        yield f"{result.unchecked:,} flagged earlier cannot be checked again: their images were not kept"
     if result.failed:
         yield f"{result.failed:,} failed: `batch-infer run` renders them"
     yield format_counts(counts)
-    if counts.left:
-        yield f"{counts.left:,} left: `batch-infer run` renders them"
+    if counts.remaining:
+        yield f"{counts.remaining:,} left: `batch-infer run` renders them"

@@ -21,7 +21,7 @@ from batch_infer.cli.options import (
 from batch_infer.cli.progress import ProgressGroup, make_progress
 from batch_infer.cli.report import ROWS_FAILED, log_time_limit, print_result, stoppable, summary_lines
 from batch_infer.cli.settings import job_options, make_run_settings
-from batch_infer.errors import Interrupted
+from batch_infer.errors import StoppedError
 from batch_infer.settings import RetryStatus
 
 if TYPE_CHECKING:
@@ -116,8 +116,10 @@ def _render(
         summary, settings = result
         metrics.model = settings.model.name or "demo"
         code = 0 if settings.max_failed.allows(summary.counts.bad_rows, summary.counts.rows) else ROWS_FAILED
-        if summary.unfinished or (summary.counts.left and not is_retry):  # retry leaves rows without a result to run
-            code = Interrupted.exit_code
+        if summary.unfinished or (
+            summary.counts.remaining and not is_retry
+        ):  # retry leaves rows without a result to run
+            code = StoppedError.exit_code
         metrics.conclude(summary, code)
     log_time_limit(stop, summary.unfinished)
     if code or not quiet:

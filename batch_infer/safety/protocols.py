@@ -36,14 +36,14 @@ class ImageChecker(Protocol):
 
 
 class Gate(Protocol):
-    """A service that checks one prompt or image per call, called by up to `at_once` threads.
+    """A service that checks one prompt or image per call, called by up to `concurrency` threads.
 
-    Both checks raise RowBroken if only this prompt or image cannot be checked, ServiceError if none can, SettingsError
-    if the service refuses the credentials or settings, and Interrupted if the run stops meanwhile.
+    Both checks raise FailedRowError if only this prompt or image cannot be checked, ServiceError if none can,
+    SettingsError if the service refuses the credentials or settings, and StoppedError if the run stops meanwhile.
     """
 
     name: str
-    at_once: int
+    concurrency: int
 
     def check_prompt(self, prompt: str) -> Verdict: ...
 
