@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from batch_infer.cli.names import variables_of_option
+from batch_infer.cli.config import variables_of_option
 from batch_infer.cli.progress import ProgressGroup, make_progress
 from batch_infer.cli.run import run as run_command
 from batch_infer.errors import ModelError, StoppedError, StorageError
