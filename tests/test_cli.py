@@ -59,7 +59,7 @@ def test_bar_counts_finished_rows_of_earlier_runs(monkeypatch: pytest.MonkeyPatc
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     bar = make_progress(shown=True)
-    bar.start(ScanResult(total=10, done=5, invalid=1, pending=4))
+    bar.start(ScanResult(total=10, finished=5, invalid=1, pending=4))
     bar.committed(rows("ok", "flagged", "failed", "ok"))
     bar.close()
     last = terminal.getvalue().strip().split("\r")[-1]
@@ -93,7 +93,7 @@ def test_summary_formats_durations(seconds: float, text: str) -> None:
 
 
 def test_summary_lists_counts_and_files() -> None:
-    counts = Counts(rows=12_345, images=12_000, ok=12_000, flagged=0, invalid=3, failed=2, left=340)
+    counts = Counts(rows=12_345, images=12_000, ok=12_000, flagged=0, invalid=3, failed=2, remaining=340)
     assert list(summary_lines(Summary(counts, unfinished=340), Path("o"), ("csv", "parquet"))) == [
         "12,345 rows · 12,000 ok · 0 flagged · 3 invalid · 2 failed",
         "images   o/images",

@@ -220,7 +220,7 @@ def test_the_error_of_a_damaged_part_names_it_and_what_to_do(tmp_path: Path, con
     assert error.value.part == part
     assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
     damages: list[DamagedPartError] = []
-    with manifest.index(damaged=damages.append) as index:
+    with manifest.index(on_damage=damages.append) as index:
         assert (index.find(("a", 0)), index.count_rows()) == (None, (1, 0))
     assert [damage.part for damage in damages] == [part]
     assert part.exists()
@@ -312,7 +312,7 @@ def test_a_part_of_a_later_version_is_refused_and_unchanged(tmp_path: Path) -> N
     before = part.read_bytes()
     damages: list[DamagedPartError] = []
     with pytest.raises(NewerPartError, match=rf"{re.escape(str(part))} was written by a newer batch-infer \(format 3"):
-        manifest.index(damaged=damages.append)
+        manifest.index(on_damage=damages.append)
     assert (damages, part.read_bytes()) == ([], before)
 
 

@@ -74,7 +74,7 @@ def test_metrics_during_a_run(file: Path, clock: SimpleNamespace) -> None:
         assert not file.exists(), "OUT may belong to another run"
         clock.now = 108
         standing = {"ok": 3, "failed": 1, "left": 2}
-        metrics.start(ScanResult(total=15, done=6, invalid=1, pending=8, skipped=standing))
+        metrics.start(ScanResult(total=15, finished=6, invalid=1, pending=8, skipped=standing))
         assert read(file, "/out") == {
             "results": results_by_status(ok=3, failed=1, invalid=1), "results_left": 10,
             "info": {"version": batch_infer.__version__, "model": "sd"}, "running": 1,
@@ -97,7 +97,7 @@ def test_metrics_during_a_run(file: Path, clock: SimpleNamespace) -> None:
         assert standing == {"ok": 3, "failed": 1, "left": 2}, "the scan is shared"
         metrics.close()
         clock.now = 130
-        counts = Counts(rows=15, ok=7, flagged=1, failed=2, invalid=2, blocked=1, left=2)
+        counts = Counts(rows=15, ok=7, flagged=1, failed=2, invalid=2, blocked=1, remaining=2)
         metrics.conclude(Summary(counts, rendered=5, rendering_seconds=20.0, processes=2, deaths=1), 0)
     ended = read(file, "/out")
     assert ended["results"] == results_by_status(ok=7, flagged=1, failed=2, invalid=2, blocked=1)
@@ -117,11 +117,11 @@ def test_error_sets_the_exit_code_and_keeps_the_last_success(
     file: Path, clock: SimpleNamespace, error: BaseException, code: int, started: bool
 ) -> None:
     with Metrics(file, "/out", "sd") as metrics:
-        metrics.conclude(Summary(Counts(rows=2, ok=1, left=1), rendered=1, rendering_seconds=1.0, deaths=1), 0)
+        metrics.conclude(Summary(Counts(rows=2, ok=1, remaining=1), rendered=1, rendering_seconds=1.0, deaths=1), 0)
     clock.now = 500
     with pytest.raises(type(error)), Metrics(file, "/out") as metrics:
         if started:
-            metrics.start(ScanResult(total=2, done=1, pending=1, skipped={"ok": 1}))
+            metrics.start(ScanResult(total=2, finished=1, pending=1, skipped={"ok": 1}))
         before_the_error = read(file, "/out")
         assert (before_the_error["running"], before_the_error["exit_code"]) == (started, 0)
         assert before_the_error["end_timestamp_seconds"] == 1e9 + 100

@@ -251,7 +251,7 @@ def test_damage_outside_indexed_columns_is_set_aside_too(tmp_path: Path) -> None
             index.read_results([found])
     assert set_aside(error.value).exists()
     part.write_bytes(content[:100])
-    with Manifest(tmp_path).index(damaged=set_aside) as index:
+    with Manifest(tmp_path).index(on_damage=set_aside) as index:
         assert index.find(("a", 0)) is None
         assert index.find(("b", 0)) is not None
     assert not part.exists()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batch_infer.jobs import results_schema
+from batch_infer.jobs import make_results_schema
 from batch_infer.manifest import cast_table, to_table
 from batch_infer.records import ResultRow, digest, utc_now
 from batch_infer.table import is_ignored_name, make_default_id
@@ -84,5 +84,5 @@ def _refuse(file: Path, other: Path) -> ResultRow:
 def concatenate(tables: Sequence[pa.Table], rows: Sequence[ResultRow]) -> pa.Table:
     """Return results as one table, each carried column with a type that can hold the values of all tables."""
     everything = [*tables, to_table(rows, pa.schema([]))]
-    schema = results_schema(table.schema for table in everything)
+    schema = make_results_schema(table.schema for table in everything)
     return pa.concat_tables([cast_table(table, schema) for table in everything])

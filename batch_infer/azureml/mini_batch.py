@@ -26,10 +26,10 @@ from batch_infer.jobs import (
     set_aside,
 )
 from batch_infer.manifest import SCHEMA, Manifest, ManifestIndex
-from batch_infer.planning import Item, ManifestEntry, is_done, select_pending, source_of
+from batch_infer.planning import Item, ManifestEntry, get_source, is_finished, select_pending
 from batch_infer.sinks import make_sink
 from batch_infer.store import PinnedFolder, path_exists
-from batch_infer.table import OtherTables, Tables
+from batch_infer.table import SharedFolder, Tables
 
 MAX_PASSES = 5
 """Passes over the files of a delivery, if other workers claim their ids meanwhile or parts are damaged."""
@@ -63,7 +63,7 @@ class MiniBatchScorer:
         self._check_identity()
         folders, refused = group_by_folder(files)
         scored = [self._score_folder(folder) for folder in folders]
-        if new := [row for row in refused if not is_done(row, self._index.find(row.key))]:
+        if new := [row for row in refused if not is_finished(row, self._index.find(row.key))]:
             self._manifest.commit(new, pa.schema([]))
             self._read_new_parts()
         self._renderer.remove_settled_markers(self._is_committed)
@@ -133,15 +133,15 @@ class MiniBatchScorer:
         counts = Counts()
         batches = list(read_results(job.items(self._index), self._index, job.tables.carried, counts))
         empty = pa.schema([*SCHEMA, *job.tables.carried]).empty_table()
-        return None if counts.left else pa.concat_tables([empty, *batches])
+        return None if counts.remaining else pa.concat_tables([empty, *batches])
 
     def _commit_pending(self, job: Job, folder: FolderFiles) -> None:
         """Render and commit pending rows. The ids of rows do not change meanwhile: they follow from the claims read."""
 
         def is_skipped(item: Item, entry: ManifestEntry | None) -> bool:
-            file, _ = source_of(item)
+            file, _ = get_source(item)
             other = getattr(entry, "source_file", file)
-            return is_done(item, entry) and (other == file or other not in folder.existing)
+            return is_finished(item, entry) and (other == file or other not in folder.existing)
 
         scan_tables(job, self._index, is_skipped)
         self._update_index()
@@ -173,7 +173,7 @@ class MiniBatchScorer:
         def has_id(name: str, file: str) -> bool:
             return self._ownership.has_earlier_owner(name, file, folder.existing)
 
-        return Tables(settings, SCHEMA.names, OtherTables(folder.existing, has_id))
+        return Tables(settings, SCHEMA.names, SharedFolder(folder.existing, has_id))
 
     def _make_job(self, tables: Tables, sources: Collection[tuple[str, int]] | None = None) -> Job:
         it = self._deployment
@@ -217,7 +217,7 @@ class RowSelectionJob(Job):
     sources: Collection[tuple[str, int]]
 
     def items(self, index: ManifestIndex) -> Iterator[Item]:
-        return (item for item in super(RowSelectionJob, self).items(index) if source_of(item) in self.sources)
+        return (item for item in super(RowSelectionJob, self).items(index) if get_source(item) in self.sources)
 
 
 def _set_aside(damage: DamagedPartError) -> None:

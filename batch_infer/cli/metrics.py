@@ -106,7 +106,7 @@ class Metrics:
         counts, self._code = summary.counts, code
         self._results = {status: getattr(counts, status) for status in STATUSES}
         self._gauges |= {
-            "results_left": counts.left,
+            "results_left": counts.remaining,
             "images_rendered": summary.rendered,
             "images_per_second": summary.images_per_second or 0,
             "workers": summary.processes,

@@ -93,7 +93,7 @@ class RunExecution:
         remove_other_results(self._folder.out, self._job.settings.output)
         self._summarise(counts, time.monotonic() - started)
         self._folder.update_record(finished_at=utc_now(), summary=self._summary.as_dict())
-        log.debug("%d images rendered, %d left; run.json has the summary", self._summary.rendered, counts.left)
+        log.debug("%d images rendered, %d left; run.json has the summary", self._summary.rendered, counts.remaining)
         return self._summary
 
     def _warn_about_threads(self) -> None:
@@ -274,7 +274,7 @@ class RunExecution:
         remaining = max(0, scan.pending - self._commits.results) + scan.skipped.get("left", 0)
         if self._has_invalid:
             remaining += scan.invalid
-        least = scan.total - remaining - scan.unsettled
+        least = scan.total - remaining - scan.uncommitted
         tables, output = self._job.tables, self._job.settings.output
         if changed := tables.changed_files():
             log.warning(
@@ -283,7 +283,7 @@ class RunExecution:
                 ", ".join(changed),
             )
             counts = merge_parts(self._folder.manifest, tables.files, self._folder.out, output, least)
-            counts.left = remaining
+            counts.remaining = remaining
             return counts
         with self._folder.manifest.index() as index:
             return merge(self._job.items(index), index, tables.carried, self._folder.out, output, least)

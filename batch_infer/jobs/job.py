@@ -48,7 +48,7 @@ class Job:
 
     def items(self, index: ManifestIndex) -> Iterator[Item]:
         """Yield every row of the tables in input order. `index` identifies finished rows."""
-        return self.tables.rows(self.rules, make_finished_check(index))
+        return self.tables.read_rows(self.rules, make_finished_check(index))
 
 
 def make_paths_absolute(settings: RunSettings) -> RunSettings:
@@ -78,9 +78,9 @@ def finish_overwrite(settings: RunSettings) -> RunSettings:
 def open_tables(settings: RunSettings) -> Tables:
     """Open the tables and log the skipped files of folders and globs. Raises TableError, ServiceError."""
     tables = Tables(settings.table, SCHEMA.names)
-    left_out = str(tables.left_out)
-    if left_out:
-        log.info("files left out %s", left_out)
+    ignored = str(tables.ignored_files)
+    if ignored:
+        log.info("files ignored %s", ignored)
     return tables
 
 
@@ -156,7 +156,7 @@ def resolve_run(
         card.embedded_guidance,
         card.unsupported_fields,
     )
-    rules.check()
+    rules.validate()
     return settings, compute, {**record, "rules": msgspec.to_builtins(rules)}, rules
 
 

@@ -79,7 +79,7 @@ def remove_leftovers(out: Path, on_damage: OnDamage | None = None) -> None:
 
     The caller holds the lock. Raises StorageError, and DamagedPartError if `on_damage` is None.
     """
-    restore_images(out, remove_temporary_files(out), lambda: Manifest(out).index(damaged=on_damage), on_damage)
+    restore_images(out, remove_temporary_files(out), lambda: Manifest(out).index(on_damage=on_damage), on_damage)
 
 
 def remove_temporary_files(out: Path) -> list[str]:

@@ -19,13 +19,13 @@ from batch_infer.jobs.merge import merge
 from batch_infer.jobs.recovery import remove_leftovers, set_aside
 from batch_infer.jobs.rescorer import RescoreCounts, Rescorer, StoredResult
 from batch_infer.jobs.run_json import (
+    add_counts,
+    count_scanned_results,
     describe_safety,
     ended_cleanly,
     read_rules,
     read_settings,
     refuse_unrepeatable_tables,
-    scanned_results,
-    with_counts,
 )
 from batch_infer.jobs.summary import Counts
 from batch_infer.manifest import CommittedImage, Manifest, ManifestIndex
@@ -38,7 +38,7 @@ from batch_infer.table import Tables
 
 BATCH = 64
 """Number of results to read, check and commit together, with their pixels in memory."""
-LOSSES: Mapping[OnFlagged, str] = {
+DISCARDING_POLICIES: Mapping[OnFlagged, str] = {
     "blank": "replaced by a black image",
     "blur": "replaced by a blurred image",
     "drop": "removed",
@@ -111,8 +111,8 @@ class _Rescore:
 
     def refuse_fewer_rows(self) -> None:
         """Raise SettingsError if a table is missing: its results would be omitted, and rendered again later."""
-        results = sum(1 for _ in self._tables.rows(self._rules, lambda _: True))
-        total = scanned_results(self._record)
+        results = sum(1 for _ in self._tables.read_rows(self._rules, lambda _: True))
+        total = count_scanned_results(self._record)
         if results < total:
             raise SettingsError(f"these tables have {results} results and those of the run had {total}: name all")
 
@@ -145,11 +145,11 @@ class _Rescore:
     def _warn_about_loss(self) -> None:
         """Warn if the policy discards the originals of flagged images."""
         policy = self._settings.safety.policy
-        if policy in LOSSES:
+        if policy in DISCARDING_POLICIES:
             log.warning(
                 "the original of every image that is flagged now will be %s (--on-flagged %s), and only rendering it"
                 " again brings it back; --on-flagged quarantine or keep would keep it",
-                LOSSES[policy],
+                DISCARDING_POLICIES[policy],
                 policy,
             )
 
@@ -181,7 +181,7 @@ class _Rescore:
             return (committed := index.find(request.key)) is not None and committed.status in FINAL_STATUSES
 
         fingerprints = (self._rules.fingerprint, *self._sources)
-        scans = [self._tables.rows(replace(self._rules, fingerprint=name), is_finished) for name in fingerprints]
+        scans = [self._tables.read_rows(replace(self._rules, fingerprint=name), is_finished) for name in fingerprints]
         return zip(*scans, strict=True)
 
     def conclude(self) -> Counts:
@@ -189,13 +189,13 @@ class _Rescore:
         out = self._settings.out
         counts = _without_damaged_parts(self._merge)
         record = {name: value for name, value in self._record.items() if name != "rescoring"}
-        outdir.write_run(out, {**with_counts(record, counts), "rescored_at": utc_now()})
+        outdir.write_run(out, {**add_counts(record, counts), "rescored_at": utc_now()})
         return counts
 
     def _merge(self) -> Counts:
         out, tables = self._settings.out, self._tables
         with Manifest(out).index() as index:
-            items = tables.rows(self._rules, make_finished_check(index))
+            items = tables.read_rows(self._rules, make_finished_check(index))
             return merge(items, index, tables.carried, out, self._settings.output)
 
 

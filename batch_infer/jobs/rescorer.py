@@ -15,6 +15,7 @@ from batch_infer import images
 from batch_infer.errors import FailedRowError, RowError
 from batch_infer.jobs.job import choose_compute
 from batch_infer.jobs.recovery import read_intact
+from batch_infer.jobs.summary import JsonStruct
 from batch_infer.manifest import CommittedImage, Manifest
 from batch_infer.models import ModelCard
 from batch_infer.records import PromptRequest, ResultRow, StoredImage, Verdict, utc_now
@@ -24,9 +25,9 @@ from batch_infer.sinks import make_sink, resolve_path
 from batch_infer.worker import commit_images, explain_flag, format_worker_name, with_image, with_verdict
 
 READING_THREADS = 8
-NOT_KEPT = "its image was not kept and cannot be judged again"
+IMAGE_NOT_KEPT = "its image was not kept and cannot be judged again"
 """Part of the stored `error` that identifies such a row. Do not reword it."""
-LOST = "its image is missing or damaged and cannot be checked again"
+IMAGE_LOST = "its image is missing or damaged and cannot be checked again"
 
 T = TypeVar("T")
 
@@ -43,23 +44,21 @@ class StoredResult:
     def is_original(self) -> bool:
         """Whether the stored image is the one that was rendered."""
         row = self.row
-        is_kept = self.on_flagged in ("keep", "quarantine") and NOT_KEPT not in (row.error or "")
+        is_kept = self.on_flagged in ("keep", "quarantine") and IMAGE_NOT_KEPT not in (row.error or "")
         return row.generated_image is not None and (row.status == "ok" or is_kept)
 
 
-@dataclass(slots=True)
-class RescoreCounts:
+class RescoreCounts(JsonStruct, rename={"checked": "judged", "unchecked": "unjudged"}):
     """Number of results by outcome.
 
-    `judged` counts checked images, `flagged` those that are flagged now, and `changed` those whose flag changed.
-    `unjudged` counts flagged results without an image to check, and `failed` those with a missing or damaged image or
-    without a verdict.
+    `flagged` counts the checked images that are flagged now, and `changed` those whose flag changed. `unchecked` counts
+    flagged results without an image to check, and `failed` those without a verdict or with a missing or damaged image.
     """
 
-    judged: int = 0
+    checked: int = 0
     flagged: int = 0
     changed: int = 0
-    unjudged: int = 0
+    unchecked: int = 0
     failed: int = 0
 
 
@@ -83,7 +82,8 @@ class Rescorer:
         self._manifest = Manifest(settings.out, record.get("run_number") or 0)
         has_checker = settings.safety.uses_checker(has_checker=card.has_checker)
         self._checker = _load_checker(settings, card, record) if has_checker else None
-        self._gate = make_gate(settings.safety.service, stop)
+        service = settings.safety.service
+        self._gate = None if service is None else make_gate(service, stop)
         self.counts = RescoreCounts()
         self._rows: list[ResultRow] = []
         self._written_paths: list[str] = []
@@ -102,9 +102,9 @@ class Rescorer:
         for result in without_original:
             row = result.row
             if row.status == "flagged":
-                self.counts.unjudged += 1
-                reason = (row.error or "").removesuffix(f"; {NOT_KEPT}")
-                self._add(result, replace(row, error=f"{reason}; {NOT_KEPT}"))
+                self.counts.unchecked += 1
+                reason = (row.error or "").removesuffix(f"; {IMAGE_NOT_KEPT}")
+                self._add(result, replace(row, error=f"{reason}; {IMAGE_NOT_KEPT}"))
             elif row.status != "blocked":  # failed earlier, or refused by the model itself
                 self._add(result, row)
 
@@ -159,7 +159,7 @@ class Rescorer:
         row = result.row
         content = read_intact(self.sink, row.generated_image or "", row.sha256, row.image_bytes)
         if content is None:
-            return LOST
+            return IMAGE_LOST
         try:
             return _ImageFile(content, images.decode(content))
         except RowError as error:
@@ -188,7 +188,7 @@ class Rescorer:
 
     def _store(self, result: StoredResult, file: _ImageFile, verdict: Verdict) -> None:
         is_flagged = bool(verdict.nsfw)
-        self.counts.judged += 1
+        self.counts.checked += 1
         self.counts.flagged += is_flagged
         self.counts.changed += is_flagged != (result.row.status == "flagged")
         stored = self._store_image(result, file, is_flagged=is_flagged)

@@ -14,7 +14,7 @@ from batch_infer.errors import SettingsError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.execution import Progress
 from batch_infer.jobs.run import render_tables
-from batch_infer.jobs.run_json import read_settings, refuse_unrepeatable_tables, scanned_results
+from batch_infer.jobs.run_json import count_scanned_results, read_settings, refuse_unrepeatable_tables
 from batch_infer.jobs.summary import Summary
 from batch_infer.planning import Item, ManifestEntry
 from batch_infer.records import ResultRow
@@ -42,7 +42,7 @@ def retry_rows(
     if not tables:
         refuse_unrepeatable_tables(record, out)
     summary = render_tables(settings, progress, stop, _SkipOtherStatuses(statuses, out))
-    earlier_total, total = scanned_results(record), scanned_results(outdir.read_existing_run(out))
+    earlier_total, total = count_scanned_results(record), count_scanned_results(outdir.read_existing_run(out))
     if total < earlier_total:
         log.warning(
             "these tables have %d results and those of the run had %d: results.* list these", total, earlier_total

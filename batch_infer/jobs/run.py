@@ -23,7 +23,7 @@ from batch_infer.jobs.recovery import recover
 from batch_infer.jobs.run_json import ended_cleanly
 from batch_infer.jobs.summary import Summary
 from batch_infer.main_guard import end_unguarded_process
-from batch_infer.planning import SkipRule, is_done
+from batch_infer.planning import SkipRule, is_finished
 from batch_infer.settings import RunSettings
 from batch_infer.store import log_handler, open_log
 
@@ -31,7 +31,7 @@ log = logging.getLogger("batch_infer")
 
 
 def render_tables(
-    settings: RunSettings, progress: Progress, stop: Callable[[], bool] = lambda: False, skip: SkipRule = is_done
+    settings: RunSettings, progress: Progress, stop: Callable[[], bool] = lambda: False, skip: SkipRule = is_finished
 ) -> Summary:
     """Render the tables into OUT, continuing earlier runs. Raises the errors of `batch_infer.errors`."""
     end_unguarded_process()

@@ -35,7 +35,7 @@ class RunFolder:
 
     def index(self) -> ManifestIndex:
         """Return the index of the results that a run can continue. Sets damaged parts aside."""
-        return self.manifest.index(damaged=set_aside) if self.is_cleared else ManifestIndex(())
+        return self.manifest.index(on_damage=set_aside) if self.is_cleared else ManifestIndex(())
 
     def update_record(self, **entries: Any) -> None:
         """Add entries to run.json, which is not written until OUT is cleared."""

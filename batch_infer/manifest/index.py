@@ -60,8 +60,8 @@ class CommittedImage:
 class ManifestIndex:
     """Index of committed images in a temporary file, so that memory does not grow with the manifest."""
 
-    def __init__(self, parts: Iterable[Path], damaged: Callable[[DamagedPartError], object] | None = None) -> None:
-        """Index parts, and call `damaged` for damaged ones. Raises DamagedPartError without `damaged`, StorageError."""
+    def __init__(self, parts: Iterable[Path], on_damage: Callable[[DamagedPartError], object] | None = None) -> None:
+        """Index parts. Damaged parts are raised as DamagedPartError, or passed to `on_damage`. Raises StorageError."""
         self.image_folders: set[str] = set()
         """Folders of all images in the parts, relative to OUT."""
         self._parts: dict[str, Path] = {}
@@ -71,12 +71,12 @@ class ManifestIndex:
             for statement in _CREATE:
                 self._database.execute(statement)
             for part in parts:
-                self._add(part, damaged)
+                self._add(part, on_damage)
         except BatchInferError:
             self.close()
             raise
 
-    def add(self, parts: Iterable[Path], damaged: Callable[[DamagedPartError], object] | None = None) -> None:
+    def add(self, parts: Iterable[Path], on_damage: Callable[[DamagedPartError], object] | None = None) -> None:
         """Read the parts that are not indexed yet. Raises DamagedPartError, StorageError.
 
         After an error, the next call continues. A part that no longer exists is skipped, since another process moved
@@ -85,18 +85,18 @@ class ManifestIndex:
         for part in parts:
             if part.name not in self._parts:
                 try:
-                    self._add(part, damaged)
+                    self._add(part, on_damage)
                 except StorageError:
                     if path_exists(part):
                         raise
 
-    def _add(self, part: Path, damaged: Callable[[DamagedPartError], object] | None) -> None:
+    def _add(self, part: Path, on_damage: Callable[[DamagedPartError], object] | None) -> None:
         try:
             table = read_part(part, _COLUMNS)
         except DamagedPartError as error:
-            if damaged is None:
+            if on_damage is None:
                 raise
-            damaged(error)
+            on_damage(error)
             return
         times = table["finished_at"].cast(pa.int64())
         columns = [*(table[name].to_pylist() for name in _COLUMNS[:-1]), times.to_pylist()]

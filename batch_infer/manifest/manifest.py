@@ -52,10 +52,10 @@ class Manifest:
         """Yield the carried columns of every part. Raises DamagedPartError, NewerPartError, StorageError."""
         return (pa.schema(read_carried_fields(part)) for part in self.parts())
 
-    def index(self, since_run: int = 0, damaged: Callable[[DamagedPartError], object] | None = None) -> ManifestIndex:
+    def index(self, since_run: int = 0, on_damage: Callable[[DamagedPartError], object] | None = None) -> ManifestIndex:
         """Index the parts of runs with at least this number.
 
-        `damaged` is called for each damaged part, which is then skipped. Raises NewerPartError, StorageError, and
-        DamagedPartError without `damaged`.
+        `on_damage` is called for each damaged part, which is then skipped. Raises NewerPartError, StorageError, and
+        DamagedPartError without `on_damage`.
         """
-        return ManifestIndex(self.parts(since_run), damaged)
+        return ManifestIndex(self.parts(since_run), on_damage)
