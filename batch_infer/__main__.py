@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from batch_infer.cli import commands, detect_log_format, is_json, log_error, restore_stderr, with_suggestion
-from batch_infer.errors import BatchInferError, Interrupted, UsageError
+from batch_infer.errors import BatchInferError, StoppedError, UsageError
 from batch_infer.terminal import escape_controls, never_fail_to_encode
 
 
@@ -58,8 +58,8 @@ def _run() -> int | None:
         log_error(error, error.exit_code)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        log_error("interrupted. Run the same command again to continue", Interrupted.exit_code)
-        return Interrupted.exit_code
+        log_error("interrupted. Run the same command again to continue", StoppedError.exit_code)
+        return StoppedError.exit_code
     return code
 
 

@@ -15,7 +15,7 @@ MEMORY_FRACTION = 0.92
 cuDNN and cuBLAS allocate memory outside this allocator. Without the limit they run out first, and torch then silently
 chooses another algorithm, which changes image bytes.
 """
-COMFORTABLE_FRACTION = 0.85
+PEAK_FRACTION = 0.85
 """Maximum share of a GPU's memory for the peak of a measured batch size. The rest allows for fragmentation."""
 OUT_OF_MEMORY = (
     "out of memory",
@@ -37,12 +37,12 @@ def limit_memory(device: torch.device) -> None:
         torch.cuda.set_per_process_memory_fraction(MEMORY_FRACTION)
 
 
-def is_comfortable(device: torch.device) -> bool:
+def has_memory_headroom(device: torch.device) -> bool:
     """Return whether peak memory since `torch.cuda.reset_peak_memory_stats` is low enough. Always True on a CPU."""
     if device.type != "cuda":
         return True
     _, total = torch.cuda.mem_get_info()
-    return torch.cuda.max_memory_allocated() <= COMFORTABLE_FRACTION * total
+    return torch.cuda.max_memory_allocated() <= PEAK_FRACTION * total
 
 
 def set_float32_precision(dtype: torch.dtype) -> None:

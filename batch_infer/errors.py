@@ -5,21 +5,21 @@
     │   ├── SettingsError   an invalid option, or options that conflict
     │   │   └── CompilationError   torch.compile failed; `run` continues without it unless --compile was given
     │   ├── TableError      no table can be read
-    │   │   └── azureml.payload.TooManyImages   a real-time request has too many prompts
+    │   │   └── azureml.payload.TooManyImagesError   a real-time request has too many prompts
     │   ├── ModelError      the model cannot be loaded, or does not support the settings
-    │   ├── DamagedPart     a manifest part is corrupt; `run` sets it aside and continues
-    │   └── NewerPart       a manifest part was written by a later version of batch-infer
-    ├── TryAgainLater       exit 75: run the same command again to continue
+    │   ├── DamagedPartError   a manifest part is corrupt; `run` sets it aside and continues
+    │   └── NewerPartError  a manifest part was written by a later version of batch-infer
+    ├── RetryableError      exit 75: run the same command again to continue
     │   ├── LockedError     another run has locked OUT
     │   ├── StorageError    OUT or the temporary folder cannot be read or written
-    │   │   └── jobs.merge.MissingResults   the manifest lists fewer results than were committed
+    │   │   └── jobs.merge.MissingResultsError   the manifest lists fewer results than were committed
     │   ├── ServiceError    a network service does not respond
-    │   ├── engines.protocol.WorkersLost   every worker died, repeatedly
-    │   ├── Interrupted     SIGINT, SIGTERM or the time limit
-    │   └── serving.service.RequestCancelled   the client of a real-time request disconnected or timed out
+    │   ├── engines.protocol.WorkersLostError   every worker died, repeatedly
+    │   ├── StoppedError    SIGINT, SIGTERM or the time limit
+    │   └── serving.service.RequestCancelledError   the client of a real-time request disconnected or timed out
     └── RowError            an error in one row: sets the row's status and never ends a run
-        ├── RowBroken       a row failed for an unknown reason and is retried
-        └── diffusion.solver.NotPackable   the scheduler cannot batch rows with different settings
+        ├── FailedRowError  a row failed for an unknown reason and is retried
+        └── diffusion.solver.NotBatchableError   the scheduler cannot batch rows with different settings
 
 Any other uncaught exception is a bug: exit 1 with a traceback.
 """
@@ -66,7 +66,7 @@ class ModelError(UsageError):
     pass
 
 
-class DamagedPart(UsageError):
+class DamagedPartError(UsageError):
     """`part` is the path of the damaged part and `reason` describes the damage."""
 
     def __init__(self, part: Path, reason: str) -> None:
@@ -82,27 +82,27 @@ class DamagedPart(UsageError):
         return f"{self.part} is damaged ({self.reason}); run again: that sets it aside and renders its rows again"
 
 
-class NewerPart(UsageError):
+class NewerPartError(UsageError):
     pass
 
 
-class TryAgainLater(BatchInferError):
+class RetryableError(BatchInferError):
     exit_code = 75
 
 
-class LockedError(TryAgainLater):
+class LockedError(RetryableError):
     pass
 
 
-class StorageError(TryAgainLater):
+class StorageError(RetryableError):
     pass
 
 
-class ServiceError(TryAgainLater):
+class ServiceError(RetryableError):
     pass
 
 
-class Interrupted(TryAgainLater):
+class StoppedError(RetryableError):
     pass
 
 
@@ -110,5 +110,5 @@ class RowError(BatchInferError):
     pass
 
 
-class RowBroken(RowError):
+class FailedRowError(RowError):
     pass

@@ -17,7 +17,7 @@ from batch_infer.errors import RowError, first_line
 from batch_infer.records import PromptRequest
 from batch_infer.settings import IMAGE_SUFFIXES, ImageFormat, OnFlagged
 
-FORMATS: dict[str, ImageFormat] = {suffix: image_format for image_format, suffix in IMAGE_SUFFIXES.items()}
+FORMAT_BY_SUFFIX: dict[str, ImageFormat] = {suffix: image_format for image_format, suffix in IMAGE_SUFFIXES.items()}
 PNG_LEVEL = 4
 JPEG_QUALITY = 95
 WEBP_QUALITY = 90
@@ -42,7 +42,7 @@ XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 """Marks an image as generated: IPTC Photo Metadata Standard, Digital Source Type `trainedAlgorithmicMedia`."""
 
 
-def parameters_text(request: PromptRequest, scheduler: str, model_hash: str) -> str:
+def format_parameters(request: PromptRequest, scheduler: str, model_hash: str) -> str:
     """Format a row's parameters like AUTOMATIC1111's web UI, so that other programs can read them.
 
     The text has the model's fingerprint and no version of this package, so that image bytes depend neither on the name
@@ -116,7 +116,7 @@ def _without_text(content: bytes) -> bytes:
     return b"".join(chunks)
 
 
-def pixels_sha256(pixels: np.ndarray) -> str:
+def hash_pixels(pixels: np.ndarray) -> str:
     """Return the SHA-256 of an image's mode, size and pixels (H, W, 3) uint8.
 
     It does not depend on the file format, the text in the file or the encoder version.
@@ -144,7 +144,7 @@ def _exif(parameters: str) -> Image.Exif:
     return exif
 
 
-def by_policy(pixels: np.ndarray, on_flagged: OnFlagged) -> np.ndarray | None:
+def apply_policy(pixels: np.ndarray, on_flagged: OnFlagged) -> np.ndarray | None:
     """Return the pixels to store for a flagged image, or None to store no image."""
     match on_flagged:
         case "blank":

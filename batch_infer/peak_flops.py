@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-DENSE_TFLOPS = (
+PEAK_TFLOPS = (
     ("B200", 2250.0),
     ("H200 NVL", 835.0),
     ("H200", 989.4),
@@ -21,7 +21,7 @@ More specific names come first. H100, H200 and B200 without a suffix are the SXM
 HALF_DTYPES = ("float16", "bfloat16")
 
 
-def dense_tflops(device_name: str, dtype: str) -> float | None:
+def peak_tflops(device_name: str, dtype: str) -> float | None:
     """Return a device's peak TFLOP/s for a dtype, or None if unknown.
 
     `device_name` comes from `torch.cuda.get_device_name`, such as `NVIDIA H100 80GB HBM3`.
@@ -29,4 +29,4 @@ def dense_tflops(device_name: str, dtype: str) -> float | None:
     if dtype not in HALF_DTYPES or " MIG " in f" {device_name} ":  # a MIG slice is only part of a GPU
         return None
     words = f" {device_name.replace('-', ' ')} "
-    return next((tflops for name, tflops in DENSE_TFLOPS if f" {name} " in words), None)
+    return next((tflops for name, tflops in PEAK_TFLOPS if f" {name} " in words), None)

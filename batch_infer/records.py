@@ -11,6 +11,8 @@ from datetime import datetime, timezone
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
+import msgspec
+
 Status = Literal["ok", "flagged", "blocked", "invalid", "failed"]
 FINAL_STATUSES: frozenset[str] = frozenset({"ok", "flagged", "blocked"})
 """Later runs skip rows with these statuses."""
@@ -49,21 +51,27 @@ class SamplingParams:
         return 2 if self.uses_guidance else 1
 
 
-@dataclass(frozen=True, slots=True)
-class SizeRules:
-    """Image sizes in pixels that a model accepts. `most` is the model's own limit. run.json stores these fields."""
+class SizeRules(
+    msgspec.Struct,
+    frozen=True,
+    rename={"side_multiple": "factor", "min_side": "smallest", "model_max_side": "most"},
+):
+    """Image sizes that a model accepts, in pixels. `model_max_side` is the model's own limit.
+
+    run.json stores these fields, some under an earlier name.
+    """
 
     native_height: int
     native_width: int
-    factor: int
-    smallest: int
-    most: int | None = None
+    side_multiple: int
+    min_side: int
+    model_max_side: int | None = None
 
     @property
-    def largest(self) -> int:
+    def max_side(self) -> int:
         """Longest accepted side in pixels."""
-        largest = 8 * max(self.native_height, self.native_width)
-        return largest if self.most is None else min(largest, self.most)
+        limit = 8 * max(self.native_height, self.native_width)
+        return limit if self.model_max_side is None else min(limit, self.model_max_side)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +160,7 @@ class Verdict:
 class StoredImage:
     """Stored image file: path relative to OUT, SHA-256 and size in bytes.
 
-    `pixels_sha256` comes from `images.pixels_sha256`.
+    `pixels_sha256` comes from `images.hash_pixels`.
     """
 
     path: str

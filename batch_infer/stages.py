@@ -12,8 +12,8 @@ class Stages:
 
     `seconds` is the total without `compilation`, the time to compile a network for a new shape. On a GPU, decoding and
     checking run concurrently with the UNet, so the UNet's seconds include theirs. `ticks` counts UNet calls,
-    `slot_ticks` their batch elements and `row_forwards` the elements that belong to a row. `began` is the start of the
-    first UNet call, `ended` the end of the last one.
+    `slot_ticks` their batch elements and `row_forwards` UNet evaluations: the elements that belong to a row.
+    `started_at` is the start of the first UNet call, `ended_at` the end of the last one.
     """
 
     encode: float = 0.0
@@ -26,12 +26,18 @@ class Stages:
     row_forwards: int = 0
     slot_ticks: int = 0
     ticks: int = 0
-    began: float = math.inf
-    ended: float = -math.inf
+    started_at: float = math.inf
+    ended_at: float = -math.inf
 
     def __add__(self, other: Stages) -> Stages:
         totals = {field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(Stages)}
-        return Stages(**{**totals, "began": min(self.began, other.began), "ended": max(self.ended, other.ended)})
+        return Stages(
+            **{
+                **totals,
+                "started_at": min(self.started_at, other.started_at),
+                "ended_at": max(self.ended_at, other.ended_at),
+            }
+        )
 
     @property
     def occupancy(self) -> float:
@@ -41,12 +47,7 @@ class Stages:
     @property
     def span(self) -> float:
         """Seconds from the start of the first UNet call to the end of the last one."""
-        return max(0.0, self.ended - self.began)
-
-    @property
-    def busy(self) -> float:
-        """Share of the span during which a UNet call was running."""
-        return self.denoise / self.span if self.span else 0.0
+        return max(0.0, self.ended_at - self.started_at)
 
     @property
     def shares(self) -> dict[str, float]:

@@ -19,7 +19,7 @@ from multiprocessing import active_children
 from types import FrameType
 from typing import Any
 
-from batch_infer.errors import Interrupted
+from batch_infer.errors import StoppedError
 
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 GRACE_SECONDS = 3.0
@@ -76,10 +76,10 @@ class Stopper:
             self.reason = TIME_LIMIT
         return self.reason is not None
 
-    def error(self) -> Interrupted:
+    def error(self) -> StoppedError:
         """Return the error that ends the command after StopRequested."""
         cause = f"{TIME_LIMIT} came" if self.reason == TIME_LIMIT else f"stopped by {self.reason}"
-        return Interrupted(f"{cause}; {self._hint}")
+        return StoppedError(f"{cause}; {self._hint}")
 
     @contextmanager
     def deferring(self, seconds: float) -> Iterator[None]:
@@ -196,7 +196,7 @@ class Stopper:
         while threading.main_thread().is_alive():
             time.sleep(TICK_SECONDS)
         time.sleep(END_SECONDS)
-        os._exit(Interrupted.exit_code)
+        os._exit(StoppedError.exit_code)
 
     def _end_process(self) -> None:
         for process in active_children():
@@ -208,7 +208,7 @@ class Stopper:
             thread.start()
         for thread in threads:
             thread.join(END_SECONDS / 4)
-        os._exit(Interrupted.exit_code)
+        os._exit(StoppedError.exit_code)
 
 
 def _signal_name(number: int) -> str:

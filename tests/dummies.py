@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from batch_infer.chain import BatchSizes, DeviceChain, Rendered, RowOutcome
+from batch_infer.chain import BatchSizes, DeviceChain, RenderedImage, RowOutcome
 from batch_infer.records import PromptRequest, Verdict
 from batch_infer.stages import Stages
 
@@ -51,7 +51,7 @@ class DummyChain(DeviceChain):
         for request in batch:
             pixels = np.full((request.params.height, request.params.width, 3), request.seed % 251, np.uint8)
             seconds = time.perf_counter() - started
-            outcomes.append(Rendered(request, pixels, Verdict(), conditioning, self.batch_sizes.slots, seconds))
+            outcomes.append(RenderedImage(request, pixels, Verdict(), conditioning, self.batch_sizes.slots, seconds))
         return outcomes
 
 

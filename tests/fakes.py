@@ -10,7 +10,7 @@ import torch
 from diffusers import PNDMScheduler
 
 from batch_infer.diffusion import Context, Solver
-from batch_infer.errors import RowBroken, RowError
+from batch_infer.errors import FailedRowError, RowError
 from batch_infer.models import Conditioning, LatentDiffusion
 from batch_infer.records import PromptRequest, Verdict
 from tests.rendering import CPU, make_request
@@ -75,21 +75,21 @@ class PaintingPipeline:
 
     device, dtype, denoiser = CPU, torch.float32, None
 
-    def __init__(self, *, one_row_per_call: bool = False, memory: int = 1000) -> None:
-        self.one_row_per_call, self._memory = one_row_per_call, memory
+    def __init__(self, *, needs_separate_calls: bool = False, memory: int = 1000) -> None:
+        self.needs_separate_calls, self._memory = needs_separate_calls, memory
         self.calls: list[tuple[int, int]] = []
 
     def render(self, requests: Sequence[PromptRequest], batch: int) -> torch.Tensor:
         self.calls.append((len(requests), batch))
         assert len(requests) <= batch
         assert len({request.batch_key for request in requests}) == 1
-        if (1 if self.one_row_per_call else batch) > self._memory:
+        if (1 if self.needs_separate_calls else batch) > self._memory:
             raise torch.OutOfMemoryError("out of memory\nand more")
         for request in requests:
             if request.prompt == "refused":
                 raise RowError("PaintingPipeline does not take this row")
             if request.prompt == "broken":
-                raise RowBroken("PaintingPipeline broke off")
+                raise FailedRowError("PaintingPipeline broke off")
         colours = torch.tensor([0.5 if request.prompt == "a trial" else float(request.prompt) for request in requests])
         params = requests[0].params
         return colours.reshape(-1, 1, 1, 1).expand(-1, 3, params.height, params.width)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from batch_infer.__main__ import main
-from batch_infer.chain import Rendered, Unrendered
+from batch_infer.chain import RenderedImage, UnrenderedRow
 from batch_infer.records import PromptRequest
 from batch_infer.worker import committing, loading
 from tests.dummies import meet
@@ -35,7 +35,7 @@ class PacedChain:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._chain, name)
 
-    def render(self, requests: Iterable[PromptRequest]) -> Iterator[Rendered | Unrendered]:
+    def render(self, requests: Iterable[PromptRequest]) -> Iterator[RenderedImage | UnrenderedRow]:
         for outcome in self._chain.render(requests):
             yield outcome
             if folder := os.environ.get("PACE_MEET"):

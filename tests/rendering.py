@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from batch_infer.chain import BatchSizes, Rendered, StepLevelChain
+from batch_infer.chain import BatchSizes, RenderedImage, StepLevelChain
 from batch_infer.models import load_latent_diffusion, read_card
 from batch_infer.records import PromptRequest, SamplingParams, Source
 from batch_infer.safety import ImageChecker
@@ -57,11 +57,11 @@ def render(
     slots: int = 6,
     decode: int = 2,
     checker: ImageChecker | None = None,
-) -> dict[str, Rendered]:
+) -> dict[str, RenderedImage]:
     """Render requests that must all give an image, and return the outcomes by id."""
     rendered = {}
     for outcome in StepLevelChain(model, BatchSizes(slots, decode), checker).render(requests):
-        assert isinstance(outcome, Rendered), outcome.error
+        assert isinstance(outcome, RenderedImage), outcome.error
         rendered[outcome.request.id] = outcome
     return rendered
 

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from batch_infer.__main__ import main
-from batch_infer.images import pixels_sha256
+from batch_infer.images import hash_pixels
 from batch_infer.settings import ComputeSettings, ModelSettings, RowDefaults, RunSettings, SafetySettings, TableSettings
 
 QUICK = ("--steps", "2", "--slots", "8", "--threads", "1", "--device", "cpu", "--on-flagged", "keep",
@@ -122,7 +122,7 @@ def assert_whole(out: Path) -> None:
         if row["generated_image"].endswith(".png"):
             with Image.open(io.BytesIO(content)) as image:
                 # None: an image of a version without this column
-                assert row["pixels_sha256"] in (None, pixels_sha256(np.asarray(image)))
+                assert row["pixels_sha256"] in (None, hash_pixels(np.asarray(image)))
     assert not [path for path in out.rglob(".*") if path.name != ".lock"]
 
 

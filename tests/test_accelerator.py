@@ -16,14 +16,14 @@ from batch_infer import accelerator, peak_flops
 from batch_infer.accelerator import out_of_memory_errors
 from batch_infer.autotune import plateau
 from batch_infer.bench.contenders import unet_rate
-from batch_infer.chain import BatchSizes, Rendered, StepLevelChain, pacing
+from batch_infer.chain import BatchSizes, RenderedImage, StepLevelChain, pacing
 from batch_infer.chain.postprocessing import Postprocessing
 from batch_infer.errors import CompilationError, RowError
 from batch_infer.models.acceleration import Compiled, optimize_networks
 from batch_infer.settings import Compute
 from batch_infer.stages import Stages
 from batch_infer.worker.loading import prepare_torch
-from batch_infer.worker.worker import storing_threads
+from batch_infer.worker.worker import count_storing_threads
 from tests.rendering import CPU, load_family, make_request
 
 GPU = torch.device("cuda")
@@ -70,8 +70,8 @@ def test_the_chain_halves_its_slots_on_every_such_report(text: str, sd1_folder: 
     model.denoise = limited
     chain = StepLevelChain(model, BatchSizes(16, 2), None)
     outcomes = list(chain.render([make_request(str(k), seed=k) for k in range(5)]))
-    assert all(isinstance(outcome, Rendered) for outcome in outcomes)
-    assert (len(outcomes), chain.batch_sizes.of((64, 64))[0]) == (5, 4)
+    assert all(isinstance(outcome, RenderedImage) for outcome in outcomes)
+    assert (len(outcomes), chain.batch_sizes.for_size((64, 64))[0]) == (5, 4)
 
 
 @pytest.mark.parametrize(("dtype", "allowed"), [("float32", False), ("float16", True), ("bfloat16", True)])
@@ -140,7 +140,7 @@ def test_compilation_is_part_of_no_stage(sd1_folder: Path, monkeypatch: pytest.M
     chain = StepLevelChain(model, BatchSizes(4, 2), None)
     rows = [make_request("a", steps=3), make_request("b", steps=3, size=(72, 64)), make_request("c", steps=3)]
     started = time.perf_counter()
-    assert all(isinstance(outcome, Rendered) for outcome in chain.render(rows))
+    assert all(isinstance(outcome, RenderedImage) for outcome in chain.render(rows))
     elapsed = time.perf_counter() - started
     assert chain.stages.ticks >= 9
     assert len(calls) == chain.stages.ticks + 2
@@ -162,10 +162,10 @@ def test_a_size_is_not_compiled_while_it_renders_nothing(sd1_folder: Path, monke
     monkeypatch.setattr("batch_infer.chain.step_level.is_compiled", lambda networks: True)
     chain = StepLevelChain(model, BatchSizes(4, 2), None)
     (refused,) = chain.render([make_request("a", steps=2)])
-    assert not isinstance(refused, Rendered)
+    assert not isinstance(refused, RenderedImage)
     assert chain.stages.compilation == 0
     (rendered,) = chain.render([make_request("b", steps=4)])
-    assert isinstance(rendered, Rendered)
+    assert isinstance(rendered, RenderedImage)
     assert chain.stages.compilation > 0
 
 
@@ -197,15 +197,15 @@ def test_streams_that_run_concurrently_with_the_unet_have_high_priority(monkeypa
 
 
 def test_on_a_gpu_the_cores_are_for_threads_that_store() -> None:
-    assert storing_threads(ON_CUDA) == 16
-    assert storing_threads(replace(ON_CUDA, threads=2)) == 4
-    assert storing_threads(replace(ON_CUDA, threads=128)) == 32
-    assert storing_threads(replace(ON_CUDA, device="cpu", threads=64)) == 4
+    assert count_storing_threads(ON_CUDA) == 16
+    assert count_storing_threads(replace(ON_CUDA, threads=2)) == 4
+    assert count_storing_threads(replace(ON_CUDA, threads=128)) == 32
+    assert count_storing_threads(replace(ON_CUDA, device="cpu", threads=64)) == 4
 
 
 def test_a_mig_slice_has_no_known_peak() -> None:
-    assert peak_flops.dense_tflops("NVIDIA H100 80GB HBM3", "float16") == 989.4
-    assert peak_flops.dense_tflops("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "float16") is None
+    assert peak_flops.peak_tflops("NVIDIA H100 80GB HBM3", "float16") == 989.4
+    assert peak_flops.peak_tflops("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "float16") is None
 
 
 def test_an_error_of_the_compiler_is_a_settings_error() -> None:

@@ -18,8 +18,8 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from batch_infer.chain import BatchSizes, PipelineCallChain, Rendered, Unrendered
-from batch_infer.errors import ModelError, RowBroken
+from batch_infer.chain import BatchSizes, PipelineCallChain, RenderedImage, UnrenderedRow
+from batch_infer.errors import FailedRowError, ModelError
 from batch_infer.models import AnyPipeline, ModelCard, read_card, trial_calls
 from batch_infer.models.pipelines import find_class
 from batch_infer.records import PromptRequest, SizeRules
@@ -55,7 +55,7 @@ def card_of(folder: Path, **settings: Any) -> ModelCard:
     card = read_card(ModelSettings(name=str(folder), **settings))
     # The native size of Flux and Z-Image is 1024 pixels, whatever the config.
     size = SIZES.get(folder.name, (64, 64))
-    return replace(card, sizes=SizeRules(*size, card.sizes.factor, card.sizes.smallest))
+    return replace(card, sizes=SizeRules(*size, card.sizes.side_multiple, card.sizes.min_side))
 
 
 def load_model(folder: Path, scheduler: str | None = None, *, with_checker: bool = False) -> AnyPipeline:
@@ -92,10 +92,10 @@ def rows_of(model: str) -> list[PromptRequest]:
 
 def render(
     model: AnyPipeline, requests: list[PromptRequest], *, slots: int = 8, judge: ImageChecker | None = None
-) -> dict[str, Rendered]:
+) -> dict[str, RenderedImage]:
     rendered = {}
     for outcome in PipelineCallChain(model, BatchSizes(slots, 2), judge).render(sorted(requests, key=_key_of_call)):
-        assert isinstance(outcome, Rendered), outcome.error
+        assert isinstance(outcome, RenderedImage), outcome.error
         rendered[outcome.request.id] = outcome
     return rendered
 
@@ -157,7 +157,7 @@ def test_the_text_changes_the_image(models: dict[str, AnyPipeline]) -> None:
 
 
 def test_rows_share_calls_where_shapes_do_not_depend_on_texts(models: dict[str, AnyPipeline]) -> None:
-    assert {name for name, model in models.items() if model.one_row_per_call} == ONE_BY_ONE
+    assert {name for name, model in models.items() if model.needs_separate_calls} == ONE_BY_ONE
     for name, model in models.items():
         batch_sizes: list[int] = []
 
@@ -262,10 +262,10 @@ def test_an_error_fails_its_row_and_not_the_neighbours(
     }
     for name in "ac":
         image = outcomes[name]
-        assert isinstance(image, Rendered)
+        assert isinstance(image, RenderedImage)
         assert np.array_equal(image.pixels, wanted[name].pixels)
     bad = outcomes["bad"]
-    assert isinstance(bad, Unrendered)
+    assert isinstance(bad, UnrenderedRow)
     assert (bad.status == "invalid", bad.error) == (invalid, message)
 
 
@@ -286,7 +286,7 @@ def test_a_lost_device_fails_no_row(
     failing(models["flux"], error, "bad", monkeypatch)
     with pytest.raises(type(error)) as raised:
         models["flux"].render([row("flux", "bad", "bad")], 2)
-    assert not isinstance(raised.value, RowBroken)
+    assert not isinstance(raised.value, FailedRowError)
 
 
 def test_a_device_lost_during_trial_calls_is_reported(
@@ -302,7 +302,7 @@ def test_a_device_lost_during_trial_calls_is_reported(
 
 def test_a_size_that_the_pipeline_rounds_is_refused(models: dict[str, AnyPipeline]) -> None:
     (outcome,) = PipelineCallChain(models["flux"], BatchSizes(4, 2), None).render([row("flux", "row", size=(64, 72))])
-    assert isinstance(outcome, Unrendered)
+    assert isinstance(outcome, UnrenderedRow)
     assert outcome.status == "invalid"
     assert outcome.error.startswith("FluxPipeline makes images of 64x64 pixels instead of 72x64")
 
@@ -314,7 +314,7 @@ def test_values_that_are_not_finite_are_reported(folders: dict[str, Path], tmp_p
     weights["proj_out.bias"].fill_(float("nan"))
     save_file(weights, file, metadata={"format": "pt"})
     (outcome,) = PipelineCallChain(load_model(own), BatchSizes(4, 2), None).render([row("flux", "row", guidance=2.5)])
-    assert isinstance(outcome, Unrendered)
+    assert isinstance(outcome, UnrenderedRow)
     assert outcome.status == "failed"
     assert "not finite at 3 steps and guidance_scale 2.5" in outcome.error
 
@@ -328,7 +328,7 @@ def test_the_sampling_rules(folders: dict[str, Path]) -> None:
     assert {name: (card.num_inference_steps, card.guidance_scale) for name, card in cards.items()} == {
         "pixart": (20, 4.5), "flux": (28, 3.5), "z_image": (50, 5.0), "perturbed": (50, 7.5),
     }  # fmt: skip
-    assert {name: [field for field, _ in card.fixed] for name, card in cards.items()} == {
+    assert {name: [field for field, _ in card.unsupported_fields] for name, card in cards.items()} == {
         "pixart": ["guidance_rescale"], "flux": ["negative_prompt", "guidance_rescale"],
         "z_image": ["guidance_rescale"], "perturbed": [],
     }  # fmt: skip
@@ -344,7 +344,7 @@ def test_a_distilled_flux_has_no_guidance(folders: dict[str, Path], tmp_path: Pa
     own = copied(folders["flux"], tmp_path)
     amend(own / "transformer" / "config.json", guidance_embeds=False)
     card = read_card(ModelSettings(name=str(own)))
-    assert ("guidance_scale", 1.0) in card.fixed
+    assert ("guidance_scale", 1.0) in card.unsupported_fields
     assert (card.guidance_scale, card.embedded_guidance) == (1.0, False)
 
 

@@ -24,6 +24,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from msgspec import structs
 
 from batch_infer.azureml import batch, deployment, rendering
 from batch_infer.azureml.mini_batch import MiniBatchScorer
@@ -525,7 +526,9 @@ def test_a_safety_outage_raises_and_a_retry_continues(
         monkeypatch.setenv("CONTENT_SAFETY_ENDPOINT", service.endpoint)
         found = deployment.read_deployment(str(out))
         assert found.settings.safety.service
-        safety = replace(found.settings.safety, service=replace(found.settings.safety.service, patience=0.5))
+        safety = replace(
+            found.settings.safety, service=structs.replace(found.settings.safety.service, timeout_seconds=0.5)
+        )
         worker = MiniBatchScorer(replace(found, settings=replace(found.settings, safety=safety)))
         with pytest.raises(ServiceError, match="has not answered"):
             worker.score([file])

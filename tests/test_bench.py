@@ -44,7 +44,7 @@ from tests.runs import Done, command
 
 ROWS = ("--rows", "9", "--steps", "1-3", "--slots", "4", "--threads", "1", "--device", "cpu")
 SAMPLED = 4
-RULES = SizeRules(native_height=512, native_width=512, factor=8, smallest=64)
+RULES = SizeRules(native_height=512, native_width=512, side_multiple=8, min_side=64)
 MIXED = WorkloadSettings()
 DEFAULTS = SamplingParams(512, 512, 50, 7.5, 0.0)
 
@@ -528,7 +528,7 @@ def test_flops_equal_those_of_a_real_call(demo: Any) -> None:
     ],
 )
 def test_peak_flops_of_gpus_by_their_names_in_torch(name: str, dtype: str, tflops: float | None) -> None:
-    assert peak_flops.dense_tflops(name, dtype) == tflops
+    assert peak_flops.peak_tflops(name, dtype) == tflops
 
 
 def test_matrix_product_is_timed() -> None:

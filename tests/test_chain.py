@@ -21,9 +21,9 @@ from batch_infer.chain import (
     DeviceChain,
     NoRequest,
     PipelineCallChain,
-    Rendered,
+    RenderedImage,
     StepLevelChain,
-    Unrendered,
+    UnrenderedRow,
 )
 from batch_infer.diffusion import Context
 from batch_infer.planning import StepBatchingEstimator
@@ -38,7 +38,7 @@ REFUSED_STEPS = 3
 
 def run(
     requests: Sequence[PromptRequest], slots: int = 4, decode: int = 2
-) -> tuple[StepLevelChain, list[Rendered | Unrendered]]:
+) -> tuple[StepLevelChain, list[RenderedImage | UnrenderedRow]]:
     chain = StepLevelChain(Painter(), BatchSizes(slots, decode), None)
     return chain, list(chain.render(requests))
 
@@ -67,7 +67,7 @@ def test_every_request_gets_one_outcome(rows: list[Any], slots: int, decode: int
     for outcome in outcomes:
         params = outcome.request.params
         refused = params.num_inference_steps <= REFUSED_STEPS
-        if isinstance(outcome, Rendered):
+        if isinstance(outcome, RenderedImage):
             assert outcome.request.prompt != "nan"
             assert not refused
             assert outcome.pixels.shape == (params.height, params.width, 3)
@@ -101,10 +101,10 @@ def test_an_image_depends_only_on_its_row(sd1_folder: Path) -> None:
 def test_a_step_count_that_the_scheduler_refuses_affects_only_its_row() -> None:
     _, outcomes = run([paint("few", steps=REFUSED_STEPS), paint("fine", steps=5), paint("fewer", steps=1)])
     results = {outcome.request.id: outcome for outcome in outcomes}
-    assert isinstance(results["fine"], Rendered)
+    assert isinstance(results["fine"], RenderedImage)
     for name, steps in (("few", 3), ("fewer", 1)):
         refused = results[name]
-        assert isinstance(refused, Unrendered)
+        assert isinstance(refused, UnrenderedRow)
         assert refused.status == "invalid"
         assert f"num_inference_steps={steps}" in refused.error
 
@@ -115,11 +115,11 @@ def test_values_that_are_not_finite_fail_the_row(dtype: torch.dtype, advice: boo
     outcomes = list(StepLevelChain(Painter(dtype), BatchSizes(4, 2), Recorder()).render(rows))
     results = {outcome.request.id: outcome for outcome in outcomes}
     broken = results["broken"]
-    assert isinstance(broken, Unrendered)
+    assert isinstance(broken, UnrenderedRow)
     assert broken.status == "failed"
     assert "not finite at 4 steps and guidance_scale 7.5" in broken.error
     assert ("--dtype float32" in broken.error) == advice
-    assert isinstance(results["fine"], Rendered)
+    assert isinstance(results["fine"], RenderedImage)
 
 
 def test_occupancy_is_unet_evaluations_per_slot() -> None:
@@ -155,7 +155,7 @@ def test_no_more_rows_finish_after_a_stop() -> None:
     rows = [paint("short", steps=4), paint("long", steps=500), paint("waiting", steps=4, size=(16, 24))]
     outcomes = list(chain.render(rows))
     assert [outcome.request.id for outcome in outcomes] == ["short"]
-    assert isinstance(outcomes[0], Rendered)
+    assert isinstance(outcomes[0], RenderedImage)
     assert chain.stages.ticks < 26
 
 
@@ -211,7 +211,7 @@ def test_a_row_is_finished_while_the_source_has_no_other_yet(chain: DeviceChain)
 
 def test_the_verdict_is_empty_without_a_checker() -> None:
     _, (outcome,) = run([paint(steps=4)])
-    assert isinstance(outcome, Rendered)
+    assert isinstance(outcome, RenderedImage)
     assert outcome.verdict == Verdict(nsfw=None, checker=None, scores=None)
 
 
@@ -219,7 +219,7 @@ def test_the_checker_gets_images_of_one_size_and_of_one_micro_batch() -> None:
     checker = Recorder()
     rows = [paint(str(k), steps=4, size=(16, 16 + 8 * (k > 4))) for k in range(8)]
     outcomes = list(StepLevelChain(Painter(), BatchSizes(4, 2), checker).render(rows))
-    assert all(isinstance(outcome, Rendered) and outcome.verdict.nsfw is False for outcome in outcomes)
+    assert all(isinstance(outcome, RenderedImage) and outcome.verdict.nsfw is False for outcome in outcomes)
     assert all(len(set(shapes)) == 1 and len(shapes) <= 2 for shapes in checker.calls)
     assert sum(map(len, checker.calls)) == 8
 
@@ -275,9 +275,9 @@ def test_decoding_in_background_changes_no_byte(sd1_folder: Path) -> None:
         assert chain.stages.check > 0
     assert results[0].keys() == results[1].keys() == {row.id for row in rows}
     for name, here in results[0].items():
-        assert isinstance(here, Rendered)
+        assert isinstance(here, RenderedImage)
         there = results[1][name]
-        assert isinstance(there, Rendered)
+        assert isinstance(there, RenderedImage)
         assert np.array_equal(here.pixels, there.pixels)
         assert here.verdict == there.verdict
 
@@ -317,7 +317,7 @@ def test_closing_the_generator_ends_the_thread() -> None:
     outcomes = StepLevelChain(Painter(), BatchSizes(4, 1), None, in_background=True).render(
         paint(str(k), steps=4) for k in count()
     )
-    assert isinstance(next(outcomes), Rendered)
+    assert isinstance(next(outcomes), RenderedImage)
     outcomes.close()  # type: ignore[attr-defined]
     assert active_count() == threads
 
@@ -338,14 +338,14 @@ def test_out_of_memory_halves_a_batch_and_loses_no_row(
     chain = StepLevelChain(device, BatchSizes(16, 4), None, in_background=in_background)
     outcomes = list(chain.render(rows))
     assert Counter(outcome.request.id for outcome in outcomes) == Counter(row.id for row in rows)
-    assert all(isinstance(outcome, Rendered) for outcome in outcomes)
-    assert chain.batch_sizes.of((16, 16)) == final_sizes
-    assert {outcome.slots for outcome in outcomes if isinstance(outcome, Rendered)} <= {final_sizes[0], 16}
+    assert all(isinstance(outcome, RenderedImage) for outcome in outcomes)
+    assert chain.batch_sizes.for_size((16, 16)) == final_sizes
+    assert {outcome.slots for outcome in outcomes if isinstance(outcome, RenderedImage)} <= {final_sizes[0], 16}
     assert "out of memory at 16x16 pixels: going on with" in caplog.text
     # Batches stay halved for later rows of this size, and for no other size.
     list(chain.render([paint("later", steps=4)]))
-    assert chain.batch_sizes.of((16, 16)) == final_sizes
-    assert chain.batch_sizes.of((16, 24)) == (16, 4)
+    assert chain.batch_sizes.for_size((16, 16)) == final_sizes
+    assert chain.batch_sizes.for_size((16, 24)) == (16, 4)
 
 
 def test_out_of_memory_later_keeps_finished_rows() -> None:
@@ -357,13 +357,13 @@ def test_out_of_memory_later_keeps_finished_rows() -> None:
     late = list(outcomes)
     names = [outcome.request.id for outcome in (*early, *late)]
     assert sorted(names, key=int) == [str(k) for k in range(40)]
-    slots = [outcome.slots for outcome in (*early, *late) if isinstance(outcome, Rendered)]
+    slots = [outcome.slots for outcome in (*early, *late) if isinstance(outcome, RenderedImage)]
     assert slots == sorted(slots, reverse=True)
     assert set(slots) == {8, 4}
     alone = run([paint("9", steps=4, guidance=1.0, seed=9)], slots=4)[1][0]
     (same,) = (outcome for outcome in (*early, *late) if outcome.request.id == "9")
-    assert isinstance(alone, Rendered)
-    assert isinstance(same, Rendered)
+    assert isinstance(alone, RenderedImage)
+    assert isinstance(same, RenderedImage)
     assert np.array_equal(alone.pixels, same.pixels)
 
 
@@ -379,9 +379,9 @@ def test_a_size_that_does_not_fit_into_memory_fails_only_its_rows() -> None:
     assert Counter(outcome.request.id for outcome in outcomes) == Counter(row.id for row in rows)
     for outcome in outcomes:
         if outcome.request.params.width == 16:
-            assert isinstance(outcome, Rendered)
+            assert isinstance(outcome, RenderedImage)
         else:
-            assert isinstance(outcome, Unrendered)
+            assert isinstance(outcome, UnrenderedRow)
             assert outcome.status == "failed"
             assert outcome.error == "the device's memory does not hold one image of 24x16 pixels (CUDA out of memory)"
 
@@ -399,8 +399,8 @@ def test_a_size_that_does_not_fit_into_memory_fails_only_its_rows() -> None:
 def test_the_batch_of_the_failed_stage_is_halved_if_possible(
     shape: tuple[int, int], part: Any, smaller: tuple[int, int] | None
 ) -> None:
-    smaller_sizes = BatchSizes(*shape).halved((64, 64), part)
-    assert (smaller_sizes and smaller_sizes.of((64, 64))) == smaller
+    smaller_sizes = BatchSizes(*shape).halve((64, 64), part)
+    assert (smaller_sizes and smaller_sizes.for_size((64, 64))) == smaller
 
 
 def test_sizes_may_have_their_own_batch_sizes() -> None:

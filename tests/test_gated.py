@@ -15,11 +15,18 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from batch_infer.chain import GatedChain, GracePeriod, NoRequest, Rendered, RequestSource, StepLevelChain, Unrendered
+from batch_infer.chain import (
+    GatedChain,
+    NoRequest,
+    RenderedImage,
+    RequestSource,
+    StepLevelChain,
+    UnrenderedRow,
+)
 from batch_infer.chain import gated as gated_chain
+from batch_infer.chain.base import IteratorSource
 from batch_infer.chain.gated import BLOCKED_AHEAD, IMAGES_AHEAD, PROMPTS_AHEAD
-from batch_infer.chain.sources import IteratorSource
-from batch_infer.errors import Interrupted, RowBroken, ServiceError
+from batch_infer.errors import FailedRowError, ServiceError, StoppedError
 from batch_infer.manifest import Manifest
 from batch_infer.models import read_card
 from batch_infer.records import PromptRequest, Verdict
@@ -39,7 +46,7 @@ COMPUTE = Compute("cpu", "float32", 16, 8, 1)
 class WordGate:
     """A gate controlled by prompts (`bad` is blocked, `broken` fails) and seeds (from 100 flagged, 200 fails)."""
 
-    name, at_once = "words", 4
+    name, concurrency = "words", 4
 
     def __init__(self, seconds: float = 0.0, wait: Callable[[], object] = lambda: None) -> None:
         self.prompts: Counter[str] = Counter()
@@ -61,7 +68,7 @@ class WordGate:
             self.images[shade] += 1
         time.sleep(self._seconds)
         if shade == 200:
-            raise RowBroken("this image was not checked")
+            raise FailedRowError("this image was not checked")
         if shade == 201:
             raise ServiceError("the service is down")
         return Verdict(shade >= 100, self.name, {"Hate": float(shade >= 100)}, "a bad image" if shade >= 100 else None)
@@ -69,12 +76,12 @@ class WordGate:
     def _fault(self, prompt: str) -> None:
         match prompt.split()[0]:
             case "broken":
-                raise RowBroken("this prompt was not checked")
+                raise FailedRowError("this prompt was not checked")
             case "gone":
                 self._wait()
                 raise ServiceError("the service is down")
             case "stopped":
-                raise Interrupted("the run stops")
+                raise StoppedError("the run stops")
             case "slow":
                 self._wait()
 
@@ -88,10 +95,10 @@ def requests(*prompts: str) -> list[PromptRequest]:
 
 def gated(gate: WordGate, stop: Callable[[], bool] = lambda: False) -> GatedChain:
     chain: Any = DummyChain(stop)
-    return GatedChain(chain, gate, stop)
+    return GatedChain(chain, lambda _: gate, stop)
 
 
-def by_id(outcomes: Iterable[Rendered | Unrendered]) -> dict[str, Rendered | Unrendered]:
+def by_id(outcomes: Iterable[RenderedImage | UnrenderedRow]) -> dict[str, RenderedImage | UnrenderedRow]:
     results = list(outcomes)
     assert len({outcome.request.id for outcome in results}) == len(results)
     return {outcome.request.id: outcome for outcome in results}
@@ -105,11 +112,11 @@ def test_a_blocked_prompt_is_checked_once_and_not_rendered() -> None:
     assert gate.images == Counter([0, 2])
     assert chain.stages.images == 2
     refused = results["row-1"]
-    assert isinstance(refused, Unrendered)
+    assert isinstance(refused, UnrenderedRow)
     assert (refused.status, refused.error) == ("blocked", "the words are bad")
     assert refused.verdict == Verdict(True, "words", {"Hate": 4.0, "Sexual": 1.0}, "the words are bad")
     good = results["row-0"]
-    assert isinstance(good, Rendered)
+    assert isinstance(good, RenderedImage)
     assert good.verdict == Verdict(False, "words", {"Hate": 0.0, "Sexual": 1.0})
 
 
@@ -128,22 +135,22 @@ def test_without_an_answer_the_row_fails(word: str, error: str) -> None:
     rows = [make_request("lost", f"{word} prompt", seed=200), make_request("other", "good other", seed=1)]
     results = by_id(gated(WordGate()).render(rows))
     lost = results["lost"]
-    assert isinstance(lost, Unrendered)
+    assert isinstance(lost, UnrenderedRow)
     assert (lost.status, lost.error) == ("failed", error)
-    assert isinstance(results["other"], Rendered)
+    assert isinstance(results["other"], RenderedImage)
 
 
 def test_verdicts_of_checker_and_gate_are_merged_with_the_highest_scores() -> None:
     class Checked(DummyChain):
-        def steps(self, source: RequestSource) -> Iterator[list[Rendered | Unrendered]]:
+        def steps(self, source: RequestSource) -> Iterator[list[RenderedImage | UnrenderedRow]]:
             for outcomes in super().steps(source):
                 for outcome in outcomes:
-                    assert isinstance(outcome, Rendered)
+                    assert isinstance(outcome, RenderedImage)
                     yield [replace(outcome, verdict=Verdict(True, "own", {"concept_0": -0.5, "Hate": 0.5}))]
 
     chain: Any = Checked(lambda: False)
-    (outcome,) = GatedChain(chain, WordGate()).render([make_request("row", "good", seed=120)])
-    assert isinstance(outcome, Rendered)
+    (outcome,) = GatedChain(chain, lambda _: WordGate()).render([make_request("row", "good", seed=120)])
+    assert isinstance(outcome, RenderedImage)
     scores = {"concept_0": -0.5, "Hate": 1.0, "Sexual": 1.0}
     assert outcome.verdict == Verdict(True, "own+words", scores, "a bad image")
 
@@ -182,7 +189,7 @@ def test_finished_rows_are_committed_before_a_service_error_is_raised(tmp_path: 
         compute,
         SafetySettings(),
         OutputSettings(),
-        PinnedFolder.of(tmp_path),
+        PinnedFolder.pin(tmp_path),
         pa.schema([]),
     )
     worker = Worker(settings, "w", lambda *_: gated(LateError()))
@@ -228,21 +235,24 @@ def test_rendered_images_are_checked_after_a_stop() -> None:
     results = by_id(chain.render(requests(*[f"good {k}" for k in range(200)])))
     thread.join()
     assert len(results) == chain.stages.images == gate.images.total() > 0
-    assert all(isinstance(outcome, Rendered) for outcome in results.values())
+    assert all(isinstance(outcome, RenderedImage) for outcome in results.values())
 
 
 def test_a_stopped_run_does_not_wait_for_a_service_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gated_chain, "GRACE_SECONDS", 0.05)
     stop = threading.Event()
-    grace = GracePeriod(stop.is_set)
     hung = threading.Event()
 
     class Hanging(WordGate):
+        def __init__(self, must_stop: Callable[[], bool]) -> None:
+            super().__init__()
+            self._must_stop = must_stop
+
         def check_image(self, image: np.ndarray) -> Verdict:
             if image[0, 0, 0] == 3:
                 hung.set()
-                eventually(grace)
-                raise Interrupted("stopped")
+                eventually(self._must_stop)
+                raise StoppedError("stopped")
             return super().check_image(image)
 
     def stop_once_it_hangs() -> None:
@@ -251,7 +261,7 @@ def test_a_stopped_run_does_not_wait_for_a_service_that_hangs(monkeypatch: pytes
 
     threading.Thread(target=stop_once_it_hangs).start()
     chain: Any = DummyChain(stop.is_set)
-    results = by_id(GatedChain(chain, Hanging(), stop.is_set, grace).render(requests(*[f"good {k}" for k in range(8)])))
+    results = by_id(GatedChain(chain, Hanging, stop.is_set).render(requests(*[f"good {k}" for k in range(8)])))
     assert "row-3" not in results
 
 
@@ -260,7 +270,7 @@ def test_outcomes_of_the_gate_are_yielded_while_the_device_is_busy() -> None:
     ids: list[str] = []
 
     class Slow(DummyChain):
-        def steps(self, source: RequestSource) -> Iterator[list[Rendered | Unrendered]]:
+        def steps(self, source: RequestSource) -> Iterator[list[RenderedImage | UnrenderedRow]]:
             while (first := source.poll(1.0)) is NoRequest.NOT_YET:
                 yield []
             assert isinstance(first, PromptRequest)
@@ -273,7 +283,7 @@ def test_outcomes_of_the_gate_are_yielded_while_the_device_is_busy() -> None:
 
     chain: Any = Slow(lambda: False)
     rows = requests("good first", "bad", "good second")
-    for outcome in GatedChain(chain, WordGate()).render(rows):
+    for outcome in GatedChain(chain, lambda _: WordGate()).render(rows):
         ids.append(outcome.request.id)
     assert len(set(ids[:2])) == 2 and "row-1" in ids[:2], "either good prompt may pass first"
 
@@ -297,7 +307,7 @@ def test_an_image_without_a_verdict_fails() -> None:
             return Verdict()
 
     (outcome,) = gated(Silent()).render([make_request("row", "good")])
-    assert isinstance(outcome, Unrendered)
+    assert isinstance(outcome, UnrenderedRow)
     assert (outcome.status, outcome.error) == ("failed", "words has no verdict on the image")
 
 

@@ -18,7 +18,7 @@ from batch_infer import __version__, images
 from batch_infer.records import PromptRequest, SamplingParams, Source
 from batch_infer.settings import IMAGE_SUFFIXES, ImageFormat
 from batch_infer.sinks.folder import FolderSink
-from batch_infer.table.fields import MAX_TEXT
+from batch_infer.table.fields import MAX_TEXT_LENGTH
 from batch_infer.table.rows import RowCells, make_requests
 from tests.tables import RULES
 
@@ -55,7 +55,7 @@ def mark_of(content: bytes) -> str:
 
 def test_parameters_have_the_format_of_a1111() -> None:
     """Prompt, negative prompt, and one line that begins with the steps, as programs that read A1111's images expect."""
-    text = images.parameters_text(replace(REQUEST, params=replace(REQUEST.params, guidance_rescale=0.7)), "S", "a1b2")
+    text = images.format_parameters(replace(REQUEST, params=replace(REQUEST.params, guidance_rescale=0.7)), "S", "a1b2")
     lines = text.split("\n")
     assert lines[:2] == ["a red circle", "Negative prompt: blurry"]
     assert re.match(
@@ -66,19 +66,19 @@ def test_parameters_have_the_format_of_a1111() -> None:
 
 
 def test_absent_parameters_are_not_written() -> None:
-    text = images.parameters_text(replace(REQUEST, negative_prompt=None), "DDIMScheduler", "m")
+    text = images.format_parameters(replace(REQUEST, negative_prompt=None), "DDIMScheduler", "m")
     assert "Negative" not in text
     assert "rescale" not in text
 
 
 def test_no_byte_depends_on_the_release() -> None:
-    text = images.parameters_text(REQUEST, "DDIMScheduler", "a1b2")
+    text = images.format_parameters(REQUEST, "DDIMScheduler", "a1b2")
     assert text.endswith("Version: batch-infer")
     assert __version__ not in text
 
 
 def test_values_with_commas_are_quoted() -> None:
-    last = images.parameters_text(REQUEST, 'DPM:a=1,b="x"', "a\\b, c").split("\n")[-1]
+    last = images.format_parameters(REQUEST, 'DPM:a=1,b="x"', "a\\b, c").split("\n")[-1]
     found = dict(re.findall(r'\s*([\w ]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last))
     assert found["Sampler"] == r'"DPM:a=1,b=\"x\""'
     assert found["Model hash"] == r'"a\\b, c"'
@@ -88,7 +88,7 @@ def test_values_with_commas_are_quoted() -> None:
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=list(PROMPTS))
 @pytest.mark.parametrize("image_format", FORMATS)
 def test_parameters_round_trip(image_format: ImageFormat, prompt: str) -> None:
-    text = images.parameters_text(replace(REQUEST, prompt=prompt, negative_prompt=prompt), "DDIMScheduler", "model")
+    text = images.format_parameters(replace(REQUEST, prompt=prompt, negative_prompt=prompt), "DDIMScheduler", "model")
     assert parameters_of(images.encode(PIXELS, image_format, text)) == text
 
 
@@ -105,7 +105,7 @@ def test_parameters_of_any_length_fit(image_format: ImageFormat) -> None:
 
 
 LONG = st.tuples(st.sampled_from(["a", "é", "赤", "🎨", ".\n", "\\", "á\t"]), st.text(max_size=20)).map(
-    lambda parts: (parts[1].replace("\0", "") + parts[0] * MAX_TEXT)[:MAX_TEXT]
+    lambda parts: (parts[1].replace("\0", "") + parts[0] * MAX_TEXT_LENGTH)[:MAX_TEXT_LENGTH]
 )
 
 
@@ -117,9 +117,9 @@ def test_the_longest_row_gives_a_file_that_opens(
 ) -> None:
     """With Pillow's default limits, as other programs have them."""
     cells = {"prompt": prompt, "negative_prompt": negative, "seed": 2**63 - 1, "height": 512, "width": 512}
-    (request,) = make_requests(RowCells("a" * MAX_TEXT, Source("t.csv", 0), cells, {}), RULES)
+    (request,) = make_requests(RowCells("a" * MAX_TEXT_LENGTH, Source("t.csv", 0), cells, {}), RULES)
     assert isinstance(request, PromptRequest)
-    content = images.encode(PIXELS, image_format, images.parameters_text(request, scheduler, "f" * 64))
+    content = images.encode(PIXELS, image_format, images.format_parameters(request, scheduler, "f" * 64))
     with Image.open(io.BytesIO(content)) as image:
         assert image.convert("RGB").size == (40, 24)
     found = parameters_of(content)
@@ -131,7 +131,7 @@ def test_the_longest_row_gives_a_file_that_opens(
 
 
 def test_the_longest_id_has_a_short_path() -> None:
-    assert len(FolderSink(Path(), ".png").path_of(replace(REQUEST, id="ä" * MAX_TEXT)).encode()) < 200
+    assert len(FolderSink(Path(), ".png").path_of(replace(REQUEST, id="ä" * MAX_TEXT_LENGTH)).encode()) < 200
 
 
 @pytest.mark.parametrize("image_format", FORMATS)

@@ -62,7 +62,7 @@ def test_mfu_is_reported_if_the_peak_is_known(tmp_path: Path, monkeypatch: pytes
     table = table_of(tmp_path / "t.csv", 4)
     assert run(table, tmp_path / "unknown").code == 0
     assert run_json(tmp_path / "unknown")["summary"]["mfu"] is None
-    monkeypatch.setattr(worker_module, "dense_tflops", lambda name, dtype: 1.0)
+    monkeypatch.setattr(worker_module, "peak_tflops", lambda name, dtype: 1.0)
     assert run(table, tmp_path / "known").code == 0
     summary = run_json(tmp_path / "known")["summary"]
     assert 0 < summary["mfu"] < 1

@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from batch_infer.errors import Interrupted, LockedError, SettingsError, StorageError, UsageError
+from batch_infer.errors import LockedError, SettingsError, StoppedError, StorageError, UsageError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs import recovery, run_folder
 from batch_infer.manifest import Manifest
@@ -190,7 +190,7 @@ def test_a_killed_overwrite_is_finished_by_the_next_run(
 
 def test_clearing_stops_on_request(out: Path) -> None:
     full(out)
-    with pytest.raises(Interrupted, match="run again"):
+    with pytest.raises(StoppedError, match="run again"):
         run_folder.clear(out, lambda: not (out / "manifest").exists())
     assert outdir.is_clearing(out)
     assert (out / "images" / "t-00000" / "a-0.png").exists()

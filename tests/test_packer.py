@@ -14,7 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from batch_infer.diffusion import Context, Slots, Solver
 from batch_infer.diffusion.guidance import guide
 from batch_infer.diffusion.packer import draw_noise
-from batch_infer.diffusion.solver import TABLES_KEPT
+from batch_infer.diffusion.solver import CACHED_TABLES
 from batch_infer.records import SamplingParams
 
 SHAPE = (2, 4, 4)
@@ -56,7 +56,7 @@ def admit(slots: Slots[str], solver: Solver, name: str, **values: Any) -> None:
 
 def finish(slots: Slots[str]) -> dict[str, torch.Tensor]:
     latents = {}
-    while slots.busy:
+    while slots.has_rows:
         latents.update({row.tag: row.latents for row in slots.tick()})
     return latents
 
@@ -64,16 +64,16 @@ def finish(slots: Slots[str]) -> dict[str, torch.Tensor]:
 def test_a_guided_row_takes_two_slots_and_an_unguided_row_one(solver: Solver) -> None:
     slots = make_slots(size=5)
     admit(slots, solver, "guided")
-    assert slots.free == 3
+    assert slots.free_count == 3
     admit(slots, solver, "unguided", guidance=1.0)
-    assert slots.free == 2
+    assert slots.free_count == 2
     admit(slots, solver, "guided too", steps=2)
-    assert slots.free == 0
+    assert slots.free_count == 0
     assert [row.tag for row in slots.tick()] == []
     assert [row.tag for row in slots.tick()] == ["guided too"]
-    assert slots.free == 2
+    assert slots.free_count == 2
     assert [row.tag for row in slots.tick()] == ["guided", "unguided"]
-    assert (slots.free, slots.busy) == (5, False)
+    assert (slots.free_count, slots.has_rows) == (5, False)
     assert slots.row_forwards == 5 + 5 + 3
 
 
@@ -162,7 +162,7 @@ def test_tables_on_the_device_are_shared_and_released(solver: Solver) -> None:
     table = weakref.ref(first.table.coefficients)
     finish(slots)
     del first, second
-    for steps in range(10, 10 + TABLES_KEPT):
+    for steps in range(10, 10 + CACHED_TABLES):
         admit(slots, solver, "other", steps=steps, guidance=1.0)
         finish(slots)
     assert table() is None

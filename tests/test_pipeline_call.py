@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from batch_infer.autotune import plateau
 from batch_infer.autotune.plateau import find_pipeline_plateau
-from batch_infer.chain import BatchSizes, PipelineCallChain, Rendered, Unrendered
+from batch_infer.chain import BatchSizes, PipelineCallChain, RenderedImage, UnrenderedRow
 from batch_infer.planning import PipelineBatchingEstimator, order_requests
 from batch_infer.records import PromptRequest, Verdict
 from tests.fakes import PaintingPipeline, paint
@@ -35,7 +35,7 @@ class Recorder:
 
 def run(
     requests: Sequence[PromptRequest], slots: int = 4, stop: Callable[[], bool] = lambda: False, **painter: Any
-) -> tuple[PipelineCallChain, dict[str, Rendered | Unrendered]]:
+) -> tuple[PipelineCallChain, dict[str, RenderedImage | UnrenderedRow]]:
     chain = PipelineCallChain(PaintingPipeline(**painter), BatchSizes(slots, 2), None, stop)  # type: ignore[arg-type]
     outcomes = list(chain.render(requests))
     results = {outcome.request.id: outcome for outcome in outcomes}
@@ -61,24 +61,24 @@ ROWS = st.lists(
 
 
 @settings(max_examples=80)
-@given(rows=ROWS, slots=st.integers(2, 7), one_row_per_call=st.booleans())
-def test_every_request_gets_one_outcome_as_planned(rows: list[Any], slots: int, one_row_per_call: bool) -> None:
+@given(rows=ROWS, slots=st.integers(2, 7), needs_separate_calls=st.booleans())
+def test_every_request_gets_one_outcome_as_planned(rows: list[Any], slots: int, needs_separate_calls: bool) -> None:
     requests = [
         paint(str(k), colour, steps=steps, guidance=guidance, rescale=rescale, negative=negative, size=size)
         for k, (steps, guidance, rescale, negative, colour, size) in enumerate(rows)
     ]
     planned = list(order_requests(requests))
-    chain, results = run(planned, slots, one_row_per_call=one_row_per_call)
+    chain, results = run(planned, slots, needs_separate_calls=needs_separate_calls)
     assert results.keys() == {request.id for request in requests}
     for request in requests:
         outcome = results[request.id]
         assert outcome.request is request
         if request.prompt == "0.25":
-            assert isinstance(outcome, Rendered)
+            assert isinstance(outcome, RenderedImage)
             assert (outcome.pixels == 64).all()
             assert outcome.pixels.shape == (request.params.height, request.params.width, 3)
         else:
-            assert isinstance(outcome, Unrendered)
+            assert isinstance(outcome, UnrenderedRow)
             assert (outcome.status == "invalid") == (request.prompt == "refused")
     if not any(request.prompt in ("refused", "broken") for request in requests):
         packing = PipelineBatchingEstimator(lambda size: slots)
@@ -122,12 +122,18 @@ def test_a_refused_row_affects_no_other() -> None:
     """Each is rendered again in a batch of the same shape."""
     rows = [paint("a", 0.1), paint("b", "refused"), paint("c", 0.2), paint("d", "broken"), paint("e", 0.3)]
     chain, results = run(rows, slots=10)
-    assert [type(results[name]) for name in "abcde"] == [Rendered, Unrendered, Rendered, Unrendered, Rendered]
+    assert [type(results[name]) for name in "abcde"] == [
+        RenderedImage,
+        UnrenderedRow,
+        RenderedImage,
+        UnrenderedRow,
+        RenderedImage,
+    ]
     assert calls_of(chain) == [(5, 5), (1, 5), (1, 5), (1, 5), (1, 5), (1, 5)]
     errors = {
         name: (outcome.status == "invalid", outcome.error)
         for name, outcome in results.items()
-        if isinstance(outcome, Unrendered)
+        if isinstance(outcome, UnrenderedRow)
     }
     assert errors == {
         "b": (True, "PaintingPipeline does not take this row"),
@@ -139,19 +145,19 @@ def test_a_refused_row_affects_no_other() -> None:
 def test_values_that_are_not_finite_fail_the_row() -> None:
     _, results = run([paint("broken", float("nan"), steps=3), paint("fine", steps=3)])
     broken = results["broken"]
-    assert isinstance(broken, Unrendered)
+    assert isinstance(broken, UnrenderedRow)
     assert broken.status == "failed"
     assert "not finite at 3 steps and guidance_scale 7.5" in broken.error
-    assert isinstance(results["fine"], Rendered)
+    assert isinstance(results["fine"], RenderedImage)
 
 
 def test_out_of_memory_halves_the_batch(caplog: pytest.LogCaptureFixture) -> None:
     rows = [paint(f"{size} {k}", size=size) for size in ((16, 16), (16, 24)) for k in range(9)]
     chain, results = run(rows, slots=16, memory=3)
-    assert all(isinstance(outcome, Rendered) and outcome.slots == 4 for outcome in results.values())
+    assert all(isinstance(outcome, RenderedImage) and outcome.slots == 4 for outcome in results.values())
     assert len(results) == len(rows)
     assert {batch for _, batch in calls_of(chain)} == {8, 4, 2}
-    assert chain.batch_sizes.of((16, 16))[0] == 4
+    assert chain.batch_sizes.for_size((16, 16))[0] == 4
     assert "out of memory at 16x16 pixels: going on with 8 slots, not 16" in caplog.text
 
 
@@ -159,16 +165,16 @@ def test_rows_are_rendered_one_by_one_if_only_one_fits(caplog: pytest.LogCapture
     rows = [paint(str(k), guidance=1.0) for k in range(5)]
     chain, results = run(rows, slots=8, memory=1)
     assert sorted(results) == [str(k) for k in range(5)]
-    assert all(isinstance(outcome, Rendered) for outcome in results.values())
+    assert all(isinstance(outcome, RenderedImage) for outcome in results.values())
     assert calls_of(chain)[-5:] == [(1, 1)] * 5
     assert "out of memory at 16x16 pixels: going on with one row per call" in caplog.text
 
 
-@pytest.mark.parametrize("one_row_per_call", [False, True])
-def test_an_image_that_does_not_fit_into_memory_fails(one_row_per_call: bool) -> None:
-    _, results = run([paint("a"), paint("b", size=(16, 24))], memory=0, one_row_per_call=one_row_per_call)
+@pytest.mark.parametrize("needs_separate_calls", [False, True])
+def test_an_image_that_does_not_fit_into_memory_fails(needs_separate_calls: bool) -> None:
+    _, results = run([paint("a"), paint("b", size=(16, 24))], memory=0, needs_separate_calls=needs_separate_calls)
     for outcome in results.values():
-        assert isinstance(outcome, Unrendered)
+        assert isinstance(outcome, UnrenderedRow)
         assert outcome.status == "failed"
         assert "memory does not hold one image of" in outcome.error
         assert "\n" not in outcome.error
@@ -201,7 +207,7 @@ def test_images_are_checked_in_batches() -> None:
     chain = PipelineCallChain(PaintingPipeline(), BatchSizes(16, 3), checker)  # type: ignore[arg-type]
     outcomes = list(chain.render([paint(str(k)) for k in range(8)]))
     assert checker.calls == [3, 3, 2]
-    assert all(isinstance(outcome, Rendered) and outcome.verdict.checker == "recorder" for outcome in outcomes)
+    assert all(isinstance(outcome, RenderedImage) and outcome.verdict.checker == "recorder" for outcome in outcomes)
 
 
 def test_stages_add_up() -> None:

@@ -142,11 +142,11 @@ def test_a_plan_measures_without_compilation_where_the_run_would(
 
 
 def test_the_summary_has_the_model_flops_utilisation(settings: RunSettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batch_infer.worker.worker.dense_tflops", lambda name, dtype: 1e-3)
+    monkeypatch.setattr("batch_infer.worker.worker.peak_tflops", lambda name, dtype: 1e-3)
     settings = replace(settings, compute=replace(settings.compute, compiled=False, processes=0))
     once = render_tables(settings, Silent()).mfu
     assert once is not None
-    monkeypatch.setattr("batch_infer.worker.worker.dense_tflops", lambda name, dtype: None)
+    monkeypatch.setattr("batch_infer.worker.worker.peak_tflops", lambda name, dtype: None)
     assert render_tables(replace(settings, overwrite=True), Silent()).mfu is None
     assert once > 0
 

@@ -21,21 +21,21 @@ from PIL import Image
 
 from batch_infer.azureml import online
 from batch_infer.azureml.deployment import AzureDeployment, read_deployment
-from batch_infer.azureml.payload import MAX_IMAGES, TooManyImages
-from batch_infer.chain import BatchSizes, NoRequest, PipelineCallChain, Rendered, RequestSource, Unrendered
-from batch_infer.errors import Interrupted, ServiceError, SettingsError, TableError
+from batch_infer.azureml.payload import MAX_IMAGES, TooManyImagesError
+from batch_infer.chain import BatchSizes, NoRequest, PipelineCallChain, RenderedImage, RequestSource, UnrenderedRow
+from batch_infer.errors import ServiceError, SettingsError, StoppedError, TableError
 from batch_infer.records import PromptRequest, Verdict
 from batch_infer.serving import request_queue
 from batch_infer.serving.request_queue import RequestQueue
 from batch_infer.serving.scoring import check_parameters, score_rows
-from batch_infer.serving.service import DEFAULT_SLOTS, SAFETY_TIMEOUT_SECONDS, Client, RequestCancelled, Service
+from batch_infer.serving.service import DEFAULT_SLOTS, SAFETY_TIMEOUT_SECONDS, Client, RequestCancelledError, Service
 from batch_infer.settings import OnFlagged, ServiceSettings
 from tests import runs
 from tests.dummies import DummyChain
 from tests.fakes import PaintingPipeline, paint
 from tests.rendering import furthest, make_request
 
-Render = Callable[[Iterator[PromptRequest]], Iterator[Rendered | Unrendered]]
+Render = Callable[[Iterator[PromptRequest]], Iterator[RenderedImage | UnrenderedRow]]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def dummy(deployment: AzureDeployment) -> Iterator[Service]:
         yield found
 
 
-def all_of(service: Service, requests: Sequence[PromptRequest]) -> list[Rendered | Unrendered]:
+def all_of(service: Service, requests: Sequence[PromptRequest]) -> list[RenderedImage | UnrenderedRow]:
     """What comes of requests, in their order."""
     found = dict(service.render(requests))
     return [found[place] for place in range(len(requests))]
@@ -96,10 +96,10 @@ def scripted(deployment: AzureDeployment, render: Render) -> Service:
     return Service(deployment, lambda *_: chain_of(render))
 
 
-def rendered(request: PromptRequest, verdict: Verdict = Verdict(), shade: int = 100) -> Rendered:  # noqa: B008
+def rendered(request: PromptRequest, verdict: Verdict = Verdict(), shade: int = 100) -> RenderedImage:  # noqa: B008
     pixels = np.full((64, 64, 3), shade, np.uint8)
     pixels[:32] = 200
-    return Rendered(request, pixels, verdict, None, 8, 1.0)  # type: ignore[arg-type]
+    return RenderedImage(request, pixels, verdict, None, 8, 1.0)  # type: ignore[arg-type]
 
 
 def opened(answer: dict[str, Any]) -> np.ndarray:
@@ -188,7 +188,7 @@ def test_each_client_gets_its_own_outcomes_in_order(dummy: Service) -> None:
 
     with ThreadPoolExecutor(12) as clients:
         found = list(clients.map(ask, range(60)))
-    assert found == [[(f"{client} {i}", "Rendered", client + i) for i in range(5)] for client in range(60)]
+    assert found == [[(f"{client} {i}", "RenderedImage", client + i) for i in range(5)] for client in range(60)]
     assert all_of(dummy, []) == []
 
 
@@ -199,7 +199,7 @@ def test_an_error_of_the_chain_is_raised_and_later_clients_are_served(
 ) -> None:
     errors = [error]
 
-    def render(source: Iterator[PromptRequest]) -> Iterator[Rendered | Unrendered]:
+    def render(source: Iterator[PromptRequest]) -> Iterator[RenderedImage | UnrenderedRow]:
         if errors:
             for _ in range(taken):
                 next(source)
@@ -213,7 +213,7 @@ def test_an_error_of_the_chain_is_raised_and_later_clients_are_served(
 
 
 def test_a_row_without_an_outcome_is_an_error(deployment: AzureDeployment) -> None:
-    def render(source: Iterator[PromptRequest]) -> Iterator[Rendered | Unrendered]:
+    def render(source: Iterator[PromptRequest]) -> Iterator[RenderedImage | UnrenderedRow]:
         yield rendered(next(source))
         next(source)
 
@@ -229,7 +229,7 @@ def test_a_request_joins_rows_that_are_being_rendered(deployment: AzureDeploymen
     under_way, posted = threading.Event(), threading.Event()
     calls = []
 
-    def render(source: Iterator[PromptRequest]) -> Iterator[Rendered | Unrendered]:
+    def render(source: Iterator[PromptRequest]) -> Iterator[RenderedImage | UnrenderedRow]:
         calls.append(1)
         first = next(source)
         assert next(source, None) is None
@@ -252,7 +252,7 @@ def test_a_request_joins_rows_that_are_being_rendered(deployment: AzureDeploymen
 def test_rows_of_a_closed_request_are_not_rendered(deployment: AzureDeployment) -> None:
     gone, rows = threading.Event(), []
 
-    def render(source: Iterator[PromptRequest]) -> Iterator[Rendered | Unrendered]:
+    def render(source: Iterator[PromptRequest]) -> Iterator[RenderedImage | UnrenderedRow]:
         for request in source:
             rows.append(request.prompt)
             yield rendered(request)
@@ -270,7 +270,7 @@ def test_rows_of_a_closed_request_are_not_rendered(deployment: AzureDeployment) 
 def test_a_request_is_cancelled_on_timeout_and_on_disconnection(deployment: AzureDeployment, ends: str) -> None:
     under_way, gone, rows = threading.Event(), threading.Event(), []
 
-    def render(source: Iterator[PromptRequest]) -> Iterator[Rendered | Unrendered]:
+    def render(source: Iterator[PromptRequest]) -> Iterator[RenderedImage | UnrenderedRow]:
         for request in source:
             rows.append(request.prompt)
             under_way.set()
@@ -280,11 +280,11 @@ def test_a_request_is_cancelled_on_timeout_and_on_disconnection(deployment: Azur
     client = Client(0.1) if ends == "timeout" else Client(is_disconnected=under_way.is_set)
     message = "not ready in 0.1 seconds: request fewer images" if ends == "timeout" else "the client has disconnected"
     with closing(scripted(deployment, render)) as found:
-        with pytest.raises(RequestCancelled, match=message):
+        with pytest.raises(RequestCancelledError, match=message):
             list(found.render([make_request(prompt=f"{i}") for i in range(9)], client))
         gone.set()
         all_of(found, [make_request(prompt="another")])
-        with pytest.raises(RequestCancelled):
+        with pytest.raises(RequestCancelledError):
             list(found.render([make_request(prompt="too late")], client))
     assert rows == ["0", "another"]
 
@@ -293,7 +293,7 @@ def test_closing_the_service_cancels_all_requests(deployment: AzureDeployment) -
     under_way = threading.Event()
 
     def load(card: Any, compute: Any, safety: Any, stop: Callable[[], bool]) -> Any:
-        def render(source: Iterator[PromptRequest]) -> Iterator[Rendered | Unrendered]:
+        def render(source: Iterator[PromptRequest]) -> Iterator[RenderedImage | UnrenderedRow]:
             next(source)
             under_way.set()
             while not stop():
@@ -307,9 +307,9 @@ def test_closing_the_service_cancels_all_requests(deployment: AzureDeployment) -
         waiting = clients.submit(all_of, found, [make_request() for _ in range(3)])
         assert under_way.wait(300)
         found.close()
-        with pytest.raises(Interrupted):
+        with pytest.raises(StoppedError):
             waiting.result(300)
-    with pytest.raises(Interrupted):
+    with pytest.raises(StoppedError):
         all_of(found, [make_request()])
 
 
@@ -318,7 +318,7 @@ def test_rows_with_equal_settings_share_a_pipeline_call(deployment: AzureDeploym
     chain = PipelineCallChain(painter, BatchSizes(8, 1), None)
     with closing(Service(deployment, lambda *_: chain)) as found:
         outcomes = all_of(found, [paint(colour=i / 10, steps=4 + i % 2) for i in range(6)])
-    shades = [round(int(outcome.pixels[0, 0, 0]) / 25.5) for outcome in outcomes if isinstance(outcome, Rendered)]
+    shades = [round(int(outcome.pixels[0, 0, 0]) / 25.5) for outcome in outcomes if isinstance(outcome, RenderedImage)]
     assert shades == list(range(6))
     assert painter.calls == [(3, 4), (3, 4)]
 
@@ -327,7 +327,7 @@ def test_batch_sizes_and_timeouts_are_those_of_a_real_time_service(deployment: A
     seen: list[Any] = []
 
     def load(card: Any, compute: Any, safety: Any, stop: Any) -> Any:
-        seen.append((compute.slots, compute.decode_batch, safety.service and safety.service.patience))
+        seen.append((compute.slots, compute.decode_batch, safety.service and safety.service.timeout_seconds))
         return DummyChain(stop)
 
     settings = deployment.settings
@@ -426,9 +426,9 @@ def test_a_flagged_image_follows_the_policy(deployment: AzureDeployment, policy:
 
 
 def test_a_blocked_prompt_has_no_image(deployment: AzureDeployment) -> None:
-    def render(source: Iterator[PromptRequest]) -> Iterator[Rendered | Unrendered]:
+    def render(source: Iterator[PromptRequest]) -> Iterator[RenderedImage | UnrenderedRow]:
         for request in source:
-            yield Unrendered(request, "blocked", "the service refused it", Verdict(True, "azure"))
+            yield UnrenderedRow(request, "blocked", "the service refused it", Verdict(True, "azure"))
 
     with closing(scripted(deployment, render)) as found:
         assert score_rows([{"prompt": "p"}], found) == [
@@ -488,14 +488,14 @@ def test_the_script_returns_objects(online_service: Service) -> None:
     ],
 )
 def test_a_request_for_too_many_images_is_refused(online_service: Service, sent: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(TooManyImages) as caught:
+    with pytest.raises(TooManyImagesError) as caught:
         online.run(payload(**sent))
     assert str(caught.value).startswith(sentence)
 
 
 def test_a_request_times_out(online_service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BATCH_INFER_REQUEST_TIMEOUT", "1e-9")
-    with pytest.raises(RequestCancelled, match="not ready in 1e-09 seconds"):
+    with pytest.raises(RequestCancelledError, match="not ready in 1e-09 seconds"):
         online.run(payload(data=["p"]))
     for wrong in ("soon", "0", "-1", "nan", "inf"):
         monkeypatch.setenv("BATCH_INFER_REQUEST_TIMEOUT", wrong)
@@ -528,11 +528,11 @@ def test_init_renders_a_first_image(
 ) -> None:
     steps = []
 
-    def render(source: Iterable[PromptRequest]) -> Iterator[Rendered | Unrendered]:
+    def render(source: Iterable[PromptRequest]) -> Iterator[RenderedImage | UnrenderedRow]:
         for request in source:
             steps.append(request.params.num_inference_steps)
             few = steps[-1] < fewest
-            yield Unrendered(request, "invalid", f"it wants {fewest} steps") if few else rendered(request)
+            yield UnrenderedRow(request, "invalid", f"it wants {fewest} steps") if few else rendered(request)
 
     with closing(scripted(deployment, render)) as found:
         monkeypatch.setattr(online, "_load_service", lambda: found)

@@ -12,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
 
 from batch_infer.diffusion import CoefficientTable, Solver
-from batch_infer.diffusion.solver import TABLES_KEPT
+from batch_infer.diffusion.solver import CACHED_TABLES
 from batch_infer.errors import ModelError, RowError
 from batch_infer.settings import SchedulerSpec
 from tests.checkpoints import NOISE_SCHEDULE
@@ -137,7 +137,7 @@ def test_the_latest_tables_are_cached_and_an_older_one_is_computed_again() -> No
     solver = Solver(EulerAncestralDiscreteScheduler())
     first, freed = solver.table(3), weakref.ref(solver.table(3).coefficients)
     values = first.coefficients.clone()
-    for steps in range(10, 10 + TABLES_KEPT):
+    for steps in range(10, 10 + CACHED_TABLES):
         solver.table(steps)
     assert solver.table(10) is solver.table(10)
     del first

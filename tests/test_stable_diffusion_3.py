@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline, FlowMatchHeunDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from batch_infer.chain import BatchSizes, PipelineCallChain, Rendered
+from batch_infer.chain import BatchSizes, PipelineCallChain, RenderedImage
 from batch_infer.errors import ModelError
 from batch_infer.models import AnyPipeline, load_latent_diffusion, load_solver, load_token_counter, read_card
 from batch_infer.records import PromptRequest, SizeRules
@@ -113,8 +113,8 @@ def test_the_card(folder: Path) -> None:
     card = read_card(ModelSettings(name=str(folder)))
     assert (card.family, card.num_inference_steps, card.guidance_scale) == ("stable_diffusion_3", 28, 7.0)
     assert card.sizes == SizeRules(64, 64, 16, 16, 192)
-    assert card.sizes.largest == 192
-    assert (card.has_checker, card.embedded_guidance, card.fixed) == (False, False, ())
+    assert card.sizes.max_side == 192
+    assert (card.has_checker, card.embedded_guidance, card.unsupported_fields) == (False, False, ())
     assert load_solver(card).table(5).evaluations == 5
     counter = load_token_counter(card)
     assert counter is not None
@@ -130,7 +130,7 @@ def test_a_schedule_that_depends_on_the_size_uses_the_pipeline_call(folder: Path
     assert (card.num_inference_steps, card.guidance_scale) == (28, 7.0)
     request, model = make_request(), AnyPipeline.load(card, CPU, torch.float32, with_checker=False)
     (outcome,) = PipelineCallChain(model, BatchSizes(4, 2), None).render([request])
-    assert isinstance(outcome, Rendered)
+    assert isinstance(outcome, RenderedImage)
     assert furthest(outcome.pixels, ask(load_oracle(own), request)) <= 1
 
 

@@ -99,7 +99,7 @@ def measure_rates(
     if compute.device == "cpu":  # the cores that render also encode
         image += encode_seconds / compute.threads
     # If the slots did not fit into memory, a run makes as many more calls as it has fewer slots.
-    tick *= compute.shape_of(*size).slots / chain.batch_sizes.of(size)[0]
+    tick *= compute.shape_of(*size).slots / chain.batch_sizes.for_size(size)[0]
     return Rates(start, tick, image, image_bytes, utc_now())
 
 
@@ -150,7 +150,7 @@ def _render(
 ) -> tuple[float, list[np.ndarray]]:
     """Return the seconds that filling all slots once and emptying them takes, and the images."""
     params = _make_params(card, size, steps)
-    rows = range(chain.batch_sizes.of(size)[0] // params.slots)
+    rows = range(chain.batch_sizes.for_size(size)[0] // params.slots)
     requests = [PromptRequest(str(i), 0, f"number {i}", None, i, params, Source("", i), "") for i in rows]
     started = time.perf_counter()
     images = [getattr(outcome, "pixels", None) for outcome in chain.render(requests)]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from batch_infer.accelerator import is_comfortable, out_of_memory_errors
+from batch_infer.accelerator import has_memory_headroom, out_of_memory_errors
 from batch_infer.autotune.cache import Plateau
 from batch_infer.diffusion import Slots
 from batch_infer.records import PromptRequest, SamplingParams, Source, utc_now
@@ -67,7 +67,7 @@ def _grow(sizes: Sequence[int], make_trial: Callable[[int], Trial], device: torc
             if not rates:
                 raise
             break
-        if rates and not is_comfortable(device):
+        if rates and not has_memory_headroom(device):
             break
         best_before = max(rates.values(), default=0.0)
         rates[size], last = rate, trial
@@ -105,7 +105,7 @@ def _make_tick(model: LatentDiffusion, params: SamplingParams, size: int) -> Tri
 
     @torch.inference_mode()
     def tick() -> None:
-        while slots.free >= params.slots:
+        while slots.free_count >= params.slots:
             slots.admit(None, params, 0, table, conditioning.context)
         slots.tick()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from batch_infer.autotune import find_device
+from batch_infer.autotune import detect_device
 from batch_infer.cli import set_up_logging, settings_from_environment
 from batch_infer.errors import SettingsError, UsageError
 from batch_infer.jobs import find_model, make_paths_absolute, read_run, resolve_run
@@ -58,7 +58,7 @@ def read_deployment(out: str | None = None, *, is_only_worker: bool = False) -> 
         log.warning("neither BATCH_INFER_MODEL nor AZUREML_MODEL_DIR names a model: using the built-in demo model")
     card = find_model(settings)
     earlier = read_cached_run(settings.out)
-    settings, compute, record, rules = resolve_run(settings, card, find_device(settings.model.device), earlier)
+    settings, compute, record, rules = resolve_run(settings, card, detect_device(settings.model.device), earlier)
     return AzureDeployment(settings, card, compute, rules, record, earlier)
 
 

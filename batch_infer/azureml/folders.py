@@ -116,7 +116,7 @@ class IdOwnership:
         self._part_names: set[str] = set()
 
     def add(self, parts: Iterable[Path]) -> None:
-        """Read the parts that have not been read yet. Raises DamagedPart, StorageError."""
+        """Read the parts that have not been read yet. Raises DamagedPartError, StorageError."""
         for part in parts:
             if part.name in self._part_names:
                 continue

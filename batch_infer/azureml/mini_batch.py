@@ -11,25 +11,25 @@ import pyarrow as pa
 from batch_infer.azureml.deployment import AzureDeployment, read_cached_run
 from batch_infer.azureml.folders import CommittedId, FolderFiles, IdOwnership, group_by_folder
 from batch_infer.azureml.rendering import MiniBatchRenderer
-from batch_infer.errors import DamagedPart, SettingsError, StorageError, TableError
+from batch_infer.errors import DamagedPartError, SettingsError, StorageError, TableError
 from batch_infer.jobs import (
     Counts,
     Job,
     check_identity,
     create_run_json,
+    make_results_schema,
     read_results,
     refuse_foreign_files,
     remove_abandoned,
     restore_images,
-    results_schema,
     scan_tables,
     set_aside,
 )
 from batch_infer.manifest import SCHEMA, Manifest, ManifestIndex, cast_table, to_table
-from batch_infer.planning import Item, ManifestEntry, is_done, select_pending, source_of
+from batch_infer.planning import Item, ManifestEntry, get_source, is_finished, select_pending
 from batch_infer.sinks import make_sink
 from batch_infer.store import PinnedFolder, path_exists
-from batch_infer.table import OtherTables, Tables
+from batch_infer.table import SharedFolder, Tables
 
 MAX_PASSES = 5
 """Maximum number of passes over a folder's files. Other workers' commits and damaged parts require another pass."""
@@ -47,7 +47,7 @@ class MiniBatchScorer:
         self._deployment, self._path = deployment, deployment.settings.out
         self._prepare_out()
         # run.json marks the folder: a separate marker would remain if a worker is killed.
-        self._out = replace(PinnedFolder.of(self._path), marker="run.json")
+        self._out = replace(PinnedFolder.pin(self._path), marker="run.json")
         self._manifest, self._renderer = Manifest(self._out), MiniBatchRenderer(deployment, self._out)
         self._index, self._ids = ManifestIndex(()), IdOwnership()
         self._part_names: set[str] = set()
@@ -63,7 +63,7 @@ class MiniBatchScorer:
         self._check_identity()
         folders, refused = group_by_folder(files)
         scored = [self._score_folder(folder) for folder in folders]
-        if new := [row for row in refused if not is_done(row, self._index.find(row.key))]:
+        if new := [row for row in refused if not is_finished(row, self._index.find(row.key))]:
             self._manifest.commit(new, pa.schema([]))
             self._read_new_parts()
         self._renderer.markers.remove_settled(self._index)
@@ -73,7 +73,7 @@ class MiniBatchScorer:
         if errors and len(errors) == sum(len(folder.files) for folder in folders) + len(refused):
             raise TableError(" · ".join(errors))
         tables = [*(results for results, _ in scored), to_table(refused, pa.schema([]))]
-        schema = results_schema(table.schema for table in tables)
+        schema = make_results_schema(table.schema for table in tables)
         return pa.concat_tables([cast_table(table, schema) for table in tables])
 
     def close(self) -> None:
@@ -116,7 +116,7 @@ class MiniBatchScorer:
             for _ in range(MAX_PASSES):
                 try:
                     results = self._try_pass(job, folder)
-                except DamagedPart as damage:
+                except DamagedPartError as damage:
                     _set_aside(damage)
                     continue
                 if results is not None:
@@ -138,15 +138,15 @@ class MiniBatchScorer:
         counts = Counts()
         batches = list(read_results(job.items(self._index), self._index, job.tables.carried, counts))
         empty = pa.schema([*SCHEMA, *job.tables.carried]).empty_table()
-        return None if counts.left else pa.concat_tables([empty, *batches])
+        return None if counts.remaining else pa.concat_tables([empty, *batches])
 
     def _commit_pending(self, job: Job, folder: FolderFiles) -> None:
         """Render and commit pending rows. Their ids depend only on the parts that were read before."""
 
         def is_skipped(item: Item, entry: ManifestEntry | None) -> bool:
-            file, _ = source_of(item)
+            file, _ = get_source(item)
             owner = getattr(entry, "source_file", file)
-            return is_done(item, entry) and (owner == file or owner not in folder.existing)
+            return is_finished(item, entry) and (owner == file or owner not in folder.existing)
 
         scan_tables(job, self._index, is_skipped)
         self._update_index()
@@ -169,7 +169,7 @@ class MiniBatchScorer:
     def _open_tables(self, folder: FolderFiles, names: Sequence[str]) -> Tables:
         settings = self._deployment.settings.table
         settings = replace(settings, tables=tuple(f"./{name}" for name in names), folder=folder.path)
-        others = OtherTables(folder.existing, lambda name, file: self._ids.has_earlier_owner(name, file, folder))
+        others = SharedFolder(folder.existing, lambda name, file: self._ids.has_earlier_owner(name, file, folder))
         return Tables(settings, SCHEMA.names, others)
 
     def _make_job(self, tables: Tables, sources: Collection[tuple[str, int]] | None = None) -> Job:
@@ -200,10 +200,10 @@ class RowSelectionJob(Job):
 
     def items(self, index: ManifestIndex) -> Iterator[Item]:
         items = super(RowSelectionJob, self).items(index)
-        return items if self.sources is None else (item for item in items if source_of(item) in self.sources)
+        return items if self.sources is None else (item for item in items if get_source(item) in self.sources)
 
 
-def _set_aside(damage: DamagedPart) -> None:
+def _set_aside(damage: DamagedPartError) -> None:
     """Set a damaged part aside, unless another worker does so at the same time."""
     try:
         set_aside(damage)

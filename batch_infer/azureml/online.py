@@ -33,9 +33,9 @@ from itertools import islice
 from typing import Any
 
 from batch_infer.azureml.deployment import read_deployment
-from batch_infer.azureml.payload import MAX_IMAGES, TooManyImages, read_payload
-from batch_infer.errors import BatchInferError, ServiceError, SettingsError, TableError, TryAgainLater
-from batch_infer.serving import Client, RequestCancelled, Service, check_parameters, read_rows, score, score_rows
+from batch_infer.azureml.payload import MAX_IMAGES, TooManyImagesError, read_payload
+from batch_infer.errors import BatchInferError, RetryableError, ServiceError, SettingsError, TableError
+from batch_infer.serving import Client, RequestCancelledError, Service, check_parameters, read_rows, score, score_rows
 
 BAD_REQUEST, TOO_LARGE, UNAVAILABLE = 400, 413, 503
 RETRY_AFTER = 10
@@ -72,14 +72,14 @@ def run(raw_data: str | bytes) -> Any:
     service = _load_service()
     try:
         return _score(raw_data, service, Client(_read_timeout(), _find_disconnection_check()))
-    except TooManyImages as error:
+    except TooManyImagesError as error:
         return _make_response(error, TOO_LARGE, str(error))
     except TableError as error:
         return _make_response(error, BAD_REQUEST, str(error))
-    except RequestCancelled as error:
+    except RequestCancelledError as error:
         log.warning("%s", error)
         return _make_response(error, UNAVAILABLE, str(error))
-    except TryAgainLater as error:  # its message may contain addresses that clients must not see
+    except RetryableError as error:  # its message may contain addresses that clients must not see
         log.error("%s", error)
         return _make_response(error, UNAVAILABLE, BUSY)
 
@@ -95,7 +95,7 @@ def _score(raw_data: str | bytes, service: Service, client: Client) -> list[dict
     check_parameters(parameters, deployment)
     items = list(islice(read_rows(rows, deployment), MAX_IMAGES + 1))
     if len(items) > MAX_IMAGES:
-        raise TooManyImages(len(rows))
+        raise TooManyImagesError(len(rows))
     return score(items, service, client)
 
 

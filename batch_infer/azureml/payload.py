@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from batch_infer.errors import RowError, TableError, first_line
 from batch_infer.settings import FIELDS
-from batch_infer.table import DocumentFormat, element_cells, is_too_deep, payload_columns
+from batch_infer.table import DocumentFormat, is_too_deep, parse_element, parse_payload_columns
 
 SAMPLE = '{"input_data": {"columns": ["prompt"], "data": ["a prompt"]}}'
 PARAMETER_KEYS = ("parameters", "params")
@@ -21,7 +21,7 @@ MAX_IMAGES = 256
 """Maximum number of images per request. A real-time endpoint cancels a request after at most three minutes."""
 
 
-class TooManyImages(TableError):
+class TooManyImagesError(TableError):
     """A request has more than MAX_IMAGES images."""
 
     def __init__(self, prompt_count: int) -> None:
@@ -127,7 +127,7 @@ def _read_elements(payload: Mapping[str, Any]) -> list[Any]:
     if not elements:
         raise TableError(f"data in input_data is empty: send {SAMPLE}")
     if len(elements) > MAX_IMAGES:
-        raise TooManyImages(len(elements))
+        raise TooManyImagesError(len(elements))
     return elements
 
 
@@ -136,7 +136,7 @@ def _read_format(payload: Mapping[str, Any], prompt: str, parameters: dict[str, 
     if not isinstance(columns, list) or not all(isinstance(name, str) for name in columns):
         raise TableError(f"columns in input_data is not a list of names, as it is in {SAMPLE}")
     try:
-        return DocumentFormat(True, payload_columns(columns), parameters)
+        return DocumentFormat(True, parse_payload_columns(columns), parameters)
     except RowError as error:
         raise TableError(f"columns in input_data: {error}") from error
 
@@ -151,7 +151,7 @@ def _read_row(number: int, element: Any, document_format: DocumentFormat) -> dic
         problem = f"element {number} of data has {cells} where columns names {columns}"
         raise TableError(f"{problem}; send null for a cell without a value")
     try:
-        return element_cells(element, document_format)
+        return parse_element(element, document_format)
     except RowError as error:
         raise TableError(f"element {number} of data {error}: send {SAMPLE}") from error
 

@@ -27,7 +27,7 @@ from batch_infer.bench.workload import Workload, make_workload, sample_evenly, s
 from batch_infer.errors import SettingsError
 from batch_infer.jobs import LIBRARIES
 from batch_infer.models import is_compiled
-from batch_infer.worker import peak_memory
+from batch_infer.worker import read_peak_memory
 
 SAMPLE = 24
 """Number of rows whose images are compared, and that are timed one by one."""
@@ -150,7 +150,7 @@ def _find_peak(settings: BenchSettings, subject: Subject) -> Peak:
     measured = timing.matmul_tflops(model.device, model.dtype)
     if settings.peak_tflops is not None:
         return Peak(settings.peak_tflops, "given", measured)
-    known = peak_flops.dense_tflops(compute.device_name, compute.dtype) if compute.device == "cuda" else None
+    known = peak_flops.peak_tflops(compute.device_name, compute.dtype) if compute.device == "cuda" else None
     return Peak(known, "datasheet", measured) if known else Peak(measured, "measured matmul", measured)
 
 
@@ -184,7 +184,7 @@ def _compare_images(contenders: Sequence[Contender]) -> Parity | None:
 
 def _peak_memory(subject: Subject, contenders: Sequence[Contender], sweep: Sweep) -> dict[str, int]:
     """Return the largest peak of all measurements, each of which starts the GPU's count anew."""
-    memory = peak_memory(subject.compute.device)
+    memory = read_peak_memory(subject.compute.device)
     if "device_bytes" in memory:
         peaks = [each.device_bytes for each in contenders] + [point.device_bytes for point in sweep.points]
         memory["device_bytes"] = max(peak or 0 for peak in peaks)

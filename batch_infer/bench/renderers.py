@@ -15,7 +15,7 @@ import torch
 
 from batch_infer.accelerator import out_of_memory_errors
 from batch_infer.bench.workload import size_name, size_of
-from batch_infer.chain import StepLevelChain, Unrendered
+from batch_infer.chain import StepLevelChain, UnrenderedRow
 from batch_infer.errors import ModelError
 from batch_infer.planning import order_requests
 from batch_infer.records import PromptRequest
@@ -37,20 +37,20 @@ class BatchInfer:
 
     def capacity(self, row: PromptRequest) -> int:
         """Return how many rows like this one are computed together."""
-        return self.chain.batch_sizes.of(size_of(row))[0] // row.params.slots
+        return self.chain.batch_sizes.for_size(size_of(row))[0] // row.params.slots
 
     def render(self, rows: Sequence[PromptRequest]) -> Iterator[RowImage]:
         """Yield each image once its pixels are on the host. Raises ModelError for a row that gives no image."""
         self.chain.stages_by_size.clear()
-        for outcome in self.chain.render(order_requests(rows, lambda size: self.chain.batch_sizes.of(size)[0])):
-            if isinstance(outcome, Unrendered):
+        for outcome in self.chain.render(order_requests(rows, lambda size: self.chain.batch_sizes.for_size(size)[0])):
+            if isinstance(outcome, UnrenderedRow):
                 raise ModelError(f"a row of {outcome.request.params} gave no image: {outcome.error}")
             yield outcome.request, outcome.pixels
 
     def details(self) -> Mapping[str, Any]:
         """Return further figures of the last rendering, as --json prints them."""
         stages = self.chain.stages
-        shapes = {size_name(size): self.chain.batch_sizes.of(size) for size in self.chain.stages_by_size}
+        shapes = {size_name(size): self.chain.batch_sizes.for_size(size) for size in self.chain.stages_by_size}
         return {
             "ticks": stages.ticks,
             "row_forwards": stages.row_forwards,

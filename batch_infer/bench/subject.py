@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from batch_infer.autotune import explain_out_of_memory, find_device, find_plateau
+from batch_infer.autotune import detect_device, explain_out_of_memory, find_plateau
 from batch_infer.bench.settings import BenchSettings, Size
 from batch_infer.errors import RowError, SettingsError
 from batch_infer.jobs import choose_compute
@@ -55,7 +55,7 @@ class Subject:
 
 def load_subject(settings: BenchSettings) -> Subject:
     """Load the model. Raises ModelError, and SettingsError if the device is missing or its memory too small."""
-    device = find_device(settings.model.device)
+    device = detect_device(settings.model.device)
     run = RunSettings(TableSettings(()), Path(), model=settings.model, compute=settings.compute)
     try:
         if settings.architecture is not None:

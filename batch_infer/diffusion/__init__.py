@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from batch_infer.lazy import import_on_use
 
 if TYPE_CHECKING:
-    from batch_infer.diffusion.packer import Context, Denoiser, Finished, Slots
+    from batch_infer.diffusion.packer import Context, Denoiser, FinishedRow, Slots
     from batch_infer.diffusion.solver import CoefficientTable, Solver
 else:
     __getattr__ = import_on_use(
@@ -16,7 +16,7 @@ else:
         packer=(
             "Context",
             "Denoiser",
-            "Finished",
+            "FinishedRow",
             "Slots",
         ),
         solver=(
@@ -25,4 +25,4 @@ else:
         ),
     )
 
-__all__ = ["CoefficientTable", "Context", "Denoiser", "Finished", "Slots", "Solver"]
+__all__ = ["CoefficientTable", "Context", "Denoiser", "FinishedRow", "Slots", "Solver"]

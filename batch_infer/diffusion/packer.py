@@ -17,7 +17,7 @@ import torch
 
 from batch_infer.accelerator import copy_to
 from batch_infer.diffusion.guidance import guide
-from batch_infer.diffusion.solver import TABLES_KEPT, CoefficientTable
+from batch_infer.diffusion.solver import CACHED_TABLES, CoefficientTable
 from batch_infer.records import SamplingParams
 
 Tag = TypeVar("Tag")
@@ -32,7 +32,7 @@ class Denoiser(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Finished(Generic[Tag]):
+class FinishedRow(Generic[Tag]):
     """A finished row: its tag, its latents (C, h, w) float32, and the seconds it spent in the slots."""
 
     tag: Tag
@@ -87,7 +87,7 @@ class Slots(Generic[Tag]):
         self._samples = torch.zeros(size, *latent_shape, device=device)
         self._context: dict[str, torch.Tensor] = {}
         # One copy for all rows that use a table. A cached method would keep this object alive after its last use.
-        self._on_device: Callable[[CoefficientTable], torch.Tensor] = lru_cache(TABLES_KEPT)(
+        self._on_device: Callable[[CoefficientTable], torch.Tensor] = lru_cache(CACHED_TABLES)(
             lambda table: copy_to(device, table.coefficients)
         )
         # The row at each position and the two positions of each row: on the host, sent when rows enter or leave.
@@ -97,11 +97,11 @@ class Slots(Generic[Tag]):
         self._is_stale = True
 
     @property
-    def free(self) -> int:
+    def free_count(self) -> int:
         return len(self._free_positions)
 
     @property
-    def busy(self) -> bool:
+    def has_rows(self) -> bool:
         return bool(self._rows)
 
     @torch.inference_mode()
@@ -133,7 +133,7 @@ class Slots(Generic[Tag]):
         self._is_stale = True
 
     @torch.inference_mode()
-    def tick(self) -> list[Finished[Tag]]:
+    def tick(self) -> list[FinishedRow[Tag]]:
         """Make one UNet call over all slots, advance every row by one step, and return the rows that are finished."""
         output = self.evaluate().float()
         guided = guide(output[self._conditional], output[self._unconditional], self._scale, self._rescale)
@@ -149,7 +149,7 @@ class Slots(Generic[Tag]):
         sample = self._samples[self._position_rows] * input_scale.reshape(-1, 1, 1, 1)
         return self._denoiser.denoise(sample.to(self._dtype), timestep, self._context)
 
-    def _advance(self, index: int, output: torch.Tensor) -> Finished[Tag] | None:
+    def _advance(self, index: int, output: torch.Tensor) -> FinishedRow[Tag] | None:
         """Advance one row by one line of its table. Shapes depend on this row only, and so do the bytes."""
         row = self._rows[index]
         row.history[row.known] = output.flatten()
@@ -162,7 +162,7 @@ class Slots(Generic[Tag]):
             self._samples[index] = sample.reshape(self.latent_shape)
             return None
         self._release(index)
-        return Finished(row.tag, sample.reshape(self.latent_shape), time.perf_counter() - row.started)
+        return FinishedRow(row.tag, sample.reshape(self.latent_shape), time.perf_counter() - row.started)
 
     def _release(self, index: int) -> None:
         row = self._rows.pop(index)

@@ -26,13 +26,13 @@ TOLERANCE = 1e-4
 
 Some schedulers compute in float32.
 """
-TABLES_KEPT = 32
+CACHED_TABLES = 32
 """Step counts whose tables are cached. A table of 1,000 steps takes 4 MB, 8 MB if the sampler draws noise at each step,
 and 24 MB if it also evaluates the model twice per step."""
 TRIAL_SHAPE = (1, 4, 4, 4)
 
 
-class NotPackable(RowError):
+class NotBatchableError(RowError):
     """The scheduler's steps are not a fixed linear map."""
 
 
@@ -86,7 +86,7 @@ class Solver:
                 )
         self._scheduler = scheduler
         self._begin_index = begin_index
-        self._tables: Callable[[int], CoefficientTable | RowError] = lru_cache(TABLES_KEPT)(self._make)
+        self._tables: Callable[[int], CoefficientTable | RowError] = lru_cache(CACHED_TABLES)(self._make)
         self._probe()
 
     def table(self, num_inference_steps: int) -> CoefficientTable:
@@ -103,7 +103,7 @@ class Solver:
         for steps in (10, 20, 4, 1):
             try:
                 self.table(steps)
-            except NotPackable as error:
+            except NotBatchableError as error:
                 raise ModelError(f"{error}; choose another with --scheduler") from error
             except RowError as error:
                 refusals.append(str(error))
@@ -123,18 +123,18 @@ class Solver:
             table = _compute_table(self._copy_scheduler(steps), len(first.known), intercepts=intercepts)
         except (ValueError, IndexError, ZeroDivisionError, RuntimeError, AssertionError) as error:
             return RowError(f"{refusal}: {first_line(error)}")
-        except NotPackable as error:
-            return NotPackable(f"{self.name} {error}")
+        except NotBatchableError as error:
+            return NotBatchableError(f"{self.name} {error}")
         if not torch.isfinite(table.coefficients).all():
             return RowError(f"{refusal}: its steps are not finite")
         if not torch.equal(first.samples, second.samples):
-            return NotPackable(
+            return NotBatchableError(
                 f"{self.name} draws noise from a global generator, so an image would not depend only on its row's seed"
             )
         errors = (table.coefficients.double() @ first.known - first.samples).abs().amax(dim=1)
         # Not any(errors > ...): a difference of nan must not pass.
         if not (errors <= TOLERANCE * first.samples.abs().amax(dim=1)).all():
-            return NotPackable(f"{self.name} with these settings is not linear in the model's outputs")
+            return NotBatchableError(f"{self.name} with these settings is not linear in the model's outputs")
         return table
 
     def _copy_scheduler(self, steps: int) -> Scheduler:
@@ -233,10 +233,10 @@ class _InterceptDraws(TorchFunctionMode):
             return func(*args, **options)
         # The packer draws unit noise in the shape of the latents.
         if func is not torch.randn:
-            raise NotPackable("draws noise that is not normal")
+            raise NotBatchableError("draws noise that is not normal")
         drawn = self._supply()
         if drawn.shape != torch.empty(*args, device="meta").shape:
-            raise NotPackable("draws noise of another shape than its sample's")
+            raise NotBatchableError("draws noise of another shape than its sample's")
         self.count += 1
         return drawn.to(options.get("dtype") or torch.float32, copy=True)
 

@@ -9,7 +9,7 @@ from typing import Any, get_args, get_type_hints
 
 import pyarrow as pa
 
-from batch_infer.carried import make_converter, result_type, to_array, to_values
+from batch_infer.carried import make_converter, to_array, to_result_type, to_values
 from batch_infer.records import RESULT_COLUMNS, Int32, ResultRow, Status
 
 _ARROW_TYPES: dict[Any, pa.DataType] = {
@@ -76,7 +76,7 @@ def _name_in(schema: pa.Schema, name: str) -> str:
 def _cast(column: pa.ChunkedArray, target: pa.DataType) -> pa.ChunkedArray:
     if column.type == target:
         return column
-    convert = make_converter(result_type(column.type), target) or (lambda value: value)
+    convert = make_converter(to_result_type(column.type), target) or (lambda value: value)
     values = [None if value is None else convert(value) for value in to_values(column)]
     return pa.chunked_array([to_array(values, target)])
 

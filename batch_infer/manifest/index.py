@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from batch_infer.errors import BatchInferError, DamagedPart, StorageError
+from batch_infer.errors import BatchInferError, DamagedPartError, StorageError
 from batch_infer.manifest.columns import SCHEMA, cast_table
 from batch_infer.manifest.parts import read_part
 from batch_infer.store import path_exists, temporary_database
@@ -60,8 +60,8 @@ class CommittedImage:
 class ManifestIndex:
     """Index of committed images in a temporary file, so that memory does not grow with the manifest."""
 
-    def __init__(self, parts: Iterable[Path], damaged: Callable[[DamagedPart], object] | None = None) -> None:
-        """Read parts and call `damaged` for damaged parts. Raises StorageError, and DamagedPart without `damaged`."""
+    def __init__(self, parts: Iterable[Path], on_damage: Callable[[DamagedPartError], object] | None = None) -> None:
+        """Index parts. Damaged parts are raised as DamagedPartError, or passed to `on_damage`. Raises StorageError."""
         self.image_folders: set[str] = set()
         """Folders of all images in the parts, relative to OUT."""
         self._parts: dict[str, Path] = {}
@@ -71,13 +71,13 @@ class ManifestIndex:
             for statement in _CREATE:
                 self._database.execute(statement)
             for part in parts:
-                self._add(part, damaged)
+                self._add(part, on_damage)
         except BatchInferError:
             self.close()
             raise
 
-    def add(self, parts: Iterable[Path], damaged: Callable[[DamagedPart], object] | None = None) -> None:
-        """Read the parts that are not indexed yet. Raises DamagedPart, StorageError.
+    def add(self, parts: Iterable[Path], on_damage: Callable[[DamagedPartError], object] | None = None) -> None:
+        """Read the parts that are not indexed yet. Raises DamagedPartError, StorageError.
 
         After an error, the next call continues. A part that no longer exists is skipped, since another process moved
         it.
@@ -85,18 +85,18 @@ class ManifestIndex:
         for part in parts:
             if part.name not in self._parts:
                 try:
-                    self._add(part, damaged)
+                    self._add(part, on_damage)
                 except StorageError:
                     if path_exists(part):
                         raise
 
-    def _add(self, part: Path, damaged: Callable[[DamagedPart], object] | None) -> None:
+    def _add(self, part: Path, on_damage: Callable[[DamagedPartError], object] | None) -> None:
         try:
             table = read_part(part, _COLUMNS)
-        except DamagedPart as error:
-            if damaged is None:
+        except DamagedPartError as error:
+            if on_damage is None:
                 raise
-            damaged(error)
+            on_damage(error)
             return
         times = table["finished_at"].cast(pa.int64())
         columns = [*(table[name].to_pylist() for name in _COLUMNS[:-1]), times.to_pylist()]
@@ -131,7 +131,7 @@ class ManifestIndex:
         )
         return similar.fetchall()
 
-    def in_order(self, tables: Sequence[str]) -> Iterator[CommittedImage]:
+    def iterate_in_table_order(self, tables: Sequence[str]) -> Iterator[CommittedImage]:
         """Yield all images in the row order of these tables, followed by images from other tables by table name."""
         self._database.execute("DELETE FROM tables")
         self._database.executemany("INSERT OR IGNORE INTO tables VALUES (?, ?)", ((t, i) for i, t in enumerate(tables)))
@@ -149,10 +149,10 @@ class ManifestIndex:
         """Count images by status."""
         return Counter(dict(self._database.execute("SELECT status, count(*) FROM committed GROUP BY status")))
 
-    def take(self, images: Sequence[CommittedImage], schema: pa.Schema = SCHEMA) -> pa.Table:
+    def read_results(self, images: Sequence[CommittedImage], schema: pa.Schema = SCHEMA) -> pa.Table:
         """Return the results of committed images in order, cast to a schema. Columns missing from a part are null.
 
-        Raises DamagedPart, StorageError.
+        Raises DamagedPartError, StorageError.
         """
         positions: dict[str, list[int]] = {}
         for position, image in enumerate(images):
@@ -185,7 +185,7 @@ class _Cache:
         self._size = 0
 
     def read(self, part: Path, columns: tuple[str, ...] | None) -> pa.Table:
-        """Read these columns of a part, or all columns if None. Raises DamagedPart, StorageError."""
+        """Read these columns of a part, or all columns if None. Raises DamagedPartError, StorageError."""
         key = part, columns
         if key not in self._tables:
             self._tables[key] = read_part(part, columns)

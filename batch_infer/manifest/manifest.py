@@ -9,7 +9,7 @@ from time import monotonic
 
 import pyarrow as pa
 
-from batch_infer.errors import DamagedPart
+from batch_infer.errors import DamagedPartError
 from batch_infer.manifest.columns import to_table
 from batch_infer.manifest.index import ManifestIndex
 from batch_infer.manifest.parts import part_name, read_carried_fields, run_number, write_part
@@ -22,7 +22,7 @@ class Manifest:
 
     def __init__(self, out: Path | PinnedFolder, run: int = 0) -> None:
         """`run` is the number of the committing run, from 1 in each OUT, or 0 if the writer is not a run."""
-        self._out, self._run = PinnedFolder.of(out), run
+        self._out, self._run = PinnedFolder.pin(out), run
         self._has_folder = False
         self.folder = self._out.path / "manifest"
 
@@ -49,13 +49,13 @@ class Manifest:
         return [part for part in parts if run_number(part) >= since_run]
 
     def schemas(self) -> Iterator[pa.Schema]:
-        """Yield the carried columns of every part. Raises DamagedPart, NewerPart, StorageError."""
+        """Yield the carried columns of every part. Raises DamagedPartError, NewerPartError, StorageError."""
         return (pa.schema(read_carried_fields(part)) for part in self.parts())
 
-    def index(self, since_run: int = 0, damaged: Callable[[DamagedPart], object] | None = None) -> ManifestIndex:
+    def index(self, since_run: int = 0, on_damage: Callable[[DamagedPartError], object] | None = None) -> ManifestIndex:
         """Index the parts of runs with at least this number.
 
-        `damaged` is called for each damaged part, which is then skipped. Raises NewerPart, StorageError, and
-        DamagedPart without `damaged`.
+        `on_damage` is called for each damaged part, which is then skipped. Raises NewerPartError, StorageError, and
+        DamagedPartError without `on_damage`.
         """
-        return ManifestIndex(self.parts(since_run), damaged)
+        return ManifestIndex(self.parts(since_run), on_damage)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batch_infer.errors import DamagedPart, NewerPart, StorageError, first_line
+from batch_infer.errors import DamagedPartError, NewerPartError, StorageError, first_line
 from batch_infer.manifest.columns import SCHEMA, SINCE, VERSION, upgrade_table
 from batch_infer.records import digest
 from batch_infer.store import atomic_write
@@ -49,7 +49,7 @@ def write_part(path: Path, table: pa.Table, clock: str, seconds: float) -> None:
 def read_part(part: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """Read these columns of a part, or all columns if None. Result columns newer than its format version are null.
 
-    Raises DamagedPart, NewerPart, StorageError.
+    Raises DamagedPartError, NewerPartError, StorageError.
     """
     names = SCHEMA.names if columns is None else list(columns)
     with open_part(part) as file:
@@ -57,10 +57,10 @@ def read_part(part: Path, columns: Sequence[str] | None = None) -> pa.Table:
         available = [name for name in names if SINCE.get(name, 1) <= version]
         for field in (SCHEMA.field(name) for name in available):
             if field.name not in file.schema_arrow.names:
-                raise DamagedPart(part, f"it has no column {field.name}")
+                raise DamagedPartError(part, f"it has no column {field.name}")
             actual = file.schema_arrow.field(field.name)
             if actual != field:
-                raise DamagedPart(part, f"its column {field.name} is {actual.type}, and not {field.type}")
+                raise DamagedPartError(part, f"its column {field.name} is {actual.type}, and not {field.type}")
         table = file.read(None if columns is None else available, use_threads=False)
         table.validate(full=True)
     return table if len(available) == len(names) else upgrade_table(table, names, version)
@@ -69,7 +69,7 @@ def read_part(part: Path, columns: Sequence[str] | None = None) -> pa.Table:
 def read_carried_fields(part: Path) -> list[pa.Field]:
     """Return the carried columns of a part under their names in this version.
 
-    Raises DamagedPart, NewerPart, StorageError.
+    Raises DamagedPartError, NewerPartError, StorageError.
     """
     with open_part(part) as file:
         schema = file.schema_arrow
@@ -83,7 +83,7 @@ def commit_time(part: Path) -> tuple[str, float]:
     """Return a clock's name and the commit time in seconds. Times of one clock are in commit order.
 
     A machine's clock starts when the machine boots, and setting the time of day does not change it. Parts of version 1
-    have the time of day, with "" as the clock's name. Raises DamagedPart, StorageError.
+    have the time of day, with "" as the clock's name. Raises DamagedPartError, StorageError.
     """
     with open_part(part) as file:
         mark = (file.schema_arrow.metadata or {}).get(_COMMITTED_KEY, b"").decode("ascii", "replace")
@@ -96,15 +96,16 @@ def commit_time(part: Path) -> tuple[str, float]:
 
 @contextmanager
 def open_part(part: Path) -> Iterator[pq.ParquetFile]:
-    """Open a part and read only its footer. Raises NewerPart, and DamagedPart also for reads inside the context.
+    """Open a part and read only its footer.
 
-    Raises StorageError if the disk cannot be read or the part does not exist, which may be temporary.
+    Raises NewerPartError, and DamagedPartError also for reads inside the context. Raises StorageError if the disk
+    cannot be read or the part does not exist, which may be temporary.
     """
     try:
         with pa.OSFile(str(part)) as stream, pq.ParquetFile(stream, page_checksum_verification=True) as file:
             version = _version_of(part, file.schema_arrow)
             if version > VERSION:
-                raise NewerPart(
+                raise NewerPartError(
                     f"{part} was written by a newer batch-infer (format {version}, this one reads up to {VERSION}): "
                     "upgrade batch-infer, or give another --out"
                 )
@@ -112,7 +113,7 @@ def open_part(part: Path) -> Iterator[pq.ParquetFile]:
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         number = getattr(error, "errno", None)  # None for Arrow's errors about the content
         if number is None:
-            raise DamagedPart(part, first_line(error).rstrip(".")) from error
+            raise DamagedPartError(part, first_line(error).rstrip(".")) from error
         raise StorageError(f"cannot read {part}: {os.strerror(number)}") from error
 
 
@@ -123,12 +124,12 @@ def _columns_mark(version: int, names: Sequence[str]) -> bytes:
 
 
 def _version_of(part: Path, schema: pa.Schema) -> int:
-    """Return a part's format version. Raises DamagedPart."""
+    """Return a part's format version. Raises DamagedPartError."""
     mark = (schema.metadata or {}).get(_COLUMNS_KEY)
     first = (mark or b"").partition(b" ")[0]
     version = int(first) if mark and len(first) < 9 and first.isdigit() else 1
     if mark is None and not SINCE.keys().isdisjoint(schema.names):
-        raise DamagedPart(part, "the version of its columns is missing")
+        raise DamagedPartError(part, "the version of its columns is missing")
     if mark is not None and mark != _columns_mark(version, schema.names):
-        raise DamagedPart(part, "its columns are not those that were written")
+        raise DamagedPartError(part, "its columns are not those that were written")
     return version

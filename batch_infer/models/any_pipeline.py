@@ -11,7 +11,7 @@ import torch
 from diffusers import ModelMixin
 
 from batch_infer.accelerator import is_device_fault, out_of_memory_errors
-from batch_infer.errors import RowBroken, RowError, first_line
+from batch_infer.errors import FailedRowError, RowError, first_line
 from batch_infer.models.card import ModelCard
 from batch_infer.models.latent_diffusion import Conditioning
 from batch_infer.models.loading import load_checker, load_network, load_pipeline
@@ -52,7 +52,7 @@ class AnyPipeline:
             "width": card.sizes.native_width,
             "num_inference_steps": card.num_inference_steps,
         }
-        self.one_row_per_call: bool = not can_share_calls(pipeline, self.denoiser, card.path, arguments)
+        self.needs_separate_calls: bool = not can_share_calls(pipeline, self.denoiser, card.path, arguments)
         """Whether a row in a shared call would depend on the text lengths of other rows."""
 
     @classmethod
@@ -76,7 +76,7 @@ class AnyPipeline:
         The rows share one call, padded to `batch` with copies of the last row, or get separate calls. Raises RowError
         if the pipeline does not support a row.
         """
-        if self.one_row_per_call:
+        if self.needs_separate_calls:
             return torch.cat([self._call([request]) for request in requests])
         padding = [requests[-1]] * (batch - len(requests))
         return self._call([*requests, *padding])[: len(requests)]
@@ -131,7 +131,7 @@ class AnyPipeline:
 
     @contextmanager
     def _row_errors(self) -> Iterator[None]:
-        """Raise RowError if the pipeline refuses a row, RowBroken for other errors, and device errors unchanged."""
+        """Raise RowError if the pipeline refuses a row, and FailedRowError for other errors except device errors."""
         try:
             with out_of_memory_errors():
                 yield
@@ -140,7 +140,7 @@ class AnyPipeline:
                 raise
             if isinstance(error, REFUSALS):
                 raise RowError(f"{self._name} does not support this row: {first_line(error)}") from error
-            raise RowBroken(f"{self._name} failed: {first_line(error)}") from error
+            raise FailedRowError(f"{self._name} failed: {first_line(error)}") from error
 
 
 def _load(network_type: Any, card: ModelCard, name: str, dtype: torch.dtype) -> Any:

@@ -19,8 +19,9 @@ ANY_PIPELINE = "any_pipeline"
 class SamplingRules:
     """Limits and defaults of a model's sampling parameters.
 
-    `fixed` lists row fields that the model does not support, with their only valid value. With `embedded_guidance` the
-    guidance scale is a model input (Meng et al., arXiv 2210.03142), so that each step needs one pass instead of two.
+    `unsupported_fields` pairs each row field that the model does not support with its only valid value. With
+    `embedded_guidance`, the guidance scale is a model input (Meng et al., arXiv 2210.03142), and each step needs one
+    pass instead of two.
     """
 
     sizes: SizeRules
@@ -28,7 +29,7 @@ class SamplingRules:
     guidance_scale: float
     guidance_rescale: float = 0.0
     embedded_guidance: bool = False
-    fixed: tuple[tuple[str, Any], ...] = ()
+    unsupported_fields: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class ModelCard:
     `name` is the Hub id, the folder name or the file name without its path, because images contain it. `revision` is
     the commit of a Hub checkpoint. `pipeline` is the class named by model_index.json. `scheduler` is the requested
     scheduler, None for the checkpoint's default. `windows` is the number of windows of 77 tokens that a prompt may
-    fill. SamplingRules describes `embedded_guidance` and `fixed`.
+    fill. SamplingRules describes `embedded_guidance` and `unsupported_fields`.
     """
 
     name: str
@@ -57,7 +58,7 @@ class ModelCard:
     guidance_scale: float
     guidance_rescale: float
     embedded_guidance: bool = False
-    fixed: tuple[tuple[str, Any], ...] = ()
+    unsupported_fields: tuple[tuple[str, Any], ...] = ()
     loras: tuple[Lora, ...] = ()
     windows: int = 1
 

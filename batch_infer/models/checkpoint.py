@@ -12,7 +12,7 @@ from batch_infer.errors import ModelError
 from batch_infer.models.card import DEMO_MODEL, ModelCard, SamplingRules
 from batch_infer.models.components import check_vocabularies, named_components, refuse_code
 from batch_infer.models.configs import check_configs, check_widths
-from batch_infer.models.families import CHECKER, FAMILIES, OTHER, Family
+from batch_infer.models.families import CHECKER_COMPONENTS, FAMILIES, OTHER_FAMILY, Family
 from batch_infer.models.lora import Lora, read_loras
 from batch_infer.models.schedulers import refuse_unknown_scheduler
 from batch_infer.models.tokens import WINDOWS
@@ -21,7 +21,7 @@ from batch_infer.records import digest
 from batch_infer.settings import ModelSettings
 
 SUPPORTED_CHECKER = ("stable_diffusion", "StableDiffusionSafetyChecker")
-SEPARATE = CHECKER | {"scheduler"}
+SEPARATE = CHECKER_COMPONENTS | {"scheduler"}
 """Components with separate fingerprints, excluded from the model's fingerprint."""
 
 
@@ -45,16 +45,16 @@ def read_card(
     family, all_components = _find_family(index, name), named_components(index, name)
     components = _choose_components(all_components, family, name)
     if not needs_checker:
-        components -= {component for component in CHECKER if not (path / component).is_dir()}
+        components -= {component for component in CHECKER_COMPONENTS if not (path / component).is_dir()}
     chosen = {component: all_components.get(component, ("", "")) for component in components}
     if repository is not None:
         from batch_infer.models.hub import fetch
 
         fetch(repository, path, chosen, settings.variant)
-    _check(path, chosen, name, settings.variant, strict=family is not OTHER)
+    _check(path, chosen, name, settings.variant, strict=family is not OTHER_FAMILY)
     scheduler = read_object(path / "scheduler" / "scheduler_config.json", name) if "scheduler" in all_components else {}
     if scheduler.get("use_dynamic_shifting"):
-        family = OTHER  # timesteps depend on the image size, so rows of different sizes could not share a step
+        family = OTHER_FAMILY  # timesteps depend on the image size, so rows of different sizes could not share a step
     if spec and not scheduler:
         raise ModelError(f"{name} has no scheduler for --scheduler {spec} to replace")
     rules = _read_rules(family, path, name, inspect)
@@ -71,7 +71,9 @@ def read_card(
         scheduler=spec,
         scheduler_name=str(spec) if spec else all_components["scheduler"][1] if scheduler else "None",
         scheduler_fingerprint=digest([scheduler, str(spec)]),
-        checker_fingerprint=hash_files(path, CHECKER, settings.variant) if "safety_checker" in components else None,
+        checker_fingerprint=hash_files(path, CHECKER_COMPONENTS, settings.variant)
+        if "safety_checker" in components
+        else None,
         loras=loras,
         windows=windows,
         **{field.name: getattr(rules, field.name) for field in fields(rules)},
@@ -110,17 +112,17 @@ def _find_family(index: Mapping[str, Any], name: str) -> Family:
     pipeline = index.get("_class_name")
     if not isinstance(pipeline, str) or not pipeline.isidentifier():
         raise ModelError(f"{name} is a {pipeline}, and only pipeline classes of diffusers are run")
-    return FAMILIES.get(pipeline, OTHER)
+    return FAMILIES.get(pipeline, OTHER_FAMILY)
 
 
 def _choose_components(all_components: Mapping[str, tuple[str, str]], family: Family, name: str) -> set[str]:
     """Return the names of the components to load. Raises ModelError if a required component is missing."""
-    components = set(all_components) - family.unread
+    components = set(all_components) - family.skipped_components
     if family.denoiser is not None:
         components.add(family.denoiser)  # model_index.json of DeciDiffusion does not name it
     elif all_components.get("safety_checker") != SUPPORTED_CHECKER:
-        components -= CHECKER
-    if missing := family.required - components:
+        components -= CHECKER_COMPONENTS
+    if missing := family.required_components - components:
         raise ModelError(f"{name}: model_index.json names no {', '.join(sorted(missing))}; is the folder complete?")
     return components
 
@@ -176,10 +178,10 @@ def _count_windows(settings: ModelSettings, family: Family, name: str) -> int:
 
 def _fingerprint(weights: str, index: Mapping[str, Any], family: Family, loras: tuple[Lora, ...], windows: int) -> str:
     """Return a digest of everything that defines the model except its scheduler."""
-    if family is OTHER:
+    if family is OTHER_FAMILY:
         weights = digest([{**index, "_diffusers_version": None}, weights])
-    elif family.options:
-        weights = digest([{key: index.get(key, value) for key, value in family.options}, weights])
+    elif family.pixel_options:
+        weights = digest([{key: index.get(key, value) for key, value in family.pixel_options}, weights])
     elif family.fingerprints_class:
         weights = digest([index["_class_name"], weights])
     if not loras and windows == 1:

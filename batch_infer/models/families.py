@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from batch_infer.diffusion import Solver
     from batch_infer.models.latent_diffusion import LatentDiffusion
 
-CHECKER = frozenset({"safety_checker", "feature_extractor"})
+CHECKER_COMPONENTS = frozenset({"safety_checker", "feature_extractor"})
 """Components of the safety checker."""
 
 
@@ -25,8 +25,8 @@ CHECKER = frozenset({"safety_checker", "feature_extractor"})
 class Family:
     """A model family: its components, its implementation and the defaults of diffusers' pipeline class.
 
-    `implementation` is `module.Class` in this package. `unread` lists components that are neither downloaded nor
-    read. `options` lists keys of model_index.json that affect pixels, with their defaults. `fingerprints_class`
+    `implementation` is `module.Class` in this package. `skipped_components` are neither downloaded nor read.
+    `pixel_options` pairs each key of model_index.json that affects pixels with its default. `fingerprints_class`
     includes the pipeline class in the fingerprint. `sample_size` (latent side) and `latent_channels` apply if the
     denoiser's config omits them. `joint_attention` means attention over text and image together (Stable Diffusion 3)
     instead of cross-attention.
@@ -36,8 +36,8 @@ class Family:
     implementation: str = ""
     denoiser: str | None = "unet"
     text_encoders: tuple[str, ...] = ("text_encoder",)
-    unread: frozenset[str] = frozenset()
-    options: tuple[tuple[str, Any], ...] = ()
+    skipped_components: frozenset[str] = frozenset()
+    pixel_options: tuple[tuple[str, Any], ...] = ()
     fingerprints_class: bool = False
     num_inference_steps: int = 50
     guidance_scale: float = 7.5
@@ -53,7 +53,7 @@ class Family:
         return tuple(name.replace("text_encoder", "tokenizer") for name in self.text_encoders)
 
     @property
-    def required(self) -> set[str]:
+    def required_components(self) -> set[str]:
         """Components that every checkpoint of this family must have."""
         if self.denoiser is None:
             return set()
@@ -76,7 +76,7 @@ class Family:
             self.guidance_rescale,
             embedded_guidance=is_embedded,
             # Embedded guidance has no second pass to use a negative prompt, and nothing to rescale.
-            fixed=(("negative_prompt", None), ("guidance_rescale", 0.0)) if is_embedded else (),
+            unsupported_fields=(("negative_prompt", None), ("guidance_rescale", 0.0)) if is_embedded else (),
         )
 
 
@@ -107,8 +107,8 @@ FAMILIES = {
         "stable_diffusion_xl.StableDiffusionXL",
         text_encoders=("text_encoder", "text_encoder_2"),
         # The image encoder is for image prompts, and diffusers' pipeline class has no safety checker.
-        unread=CHECKER | {"image_encoder"},
-        options=(("force_zeros_for_empty_prompt", True),),
+        skipped_components=CHECKER_COMPONENTS | {"image_encoder"},
+        pixel_options=(("force_zeros_for_empty_prompt", True),),
         guidance_scale=5.0,
         sample_size=128,
         supports_lora=True,
@@ -119,7 +119,7 @@ FAMILIES = {
         "stable_diffusion_3.StableDiffusion3",
         denoiser="transformer",
         text_encoders=("text_encoder", "text_encoder_2"),
-        unread=CHECKER | {"image_encoder"},
+        skipped_components=CHECKER_COMPONENTS | {"image_encoder"},
         num_inference_steps=28,
         guidance_scale=7.0,
         sample_size=128,
@@ -130,7 +130,7 @@ FAMILIES = {
         "decidiffusion",
         "decidiffusion.DeciDiffusion",
         denoiser="flexible_unet",
-        unread=frozenset({"unet"}),
+        skipped_components=frozenset({"unet"}),
         num_inference_steps=30,
         guidance_rescale=0.7,
         sample_size=None,
@@ -138,7 +138,9 @@ FAMILIES = {
     ),
 }
 """Model families by the pipeline class in model_index.json."""
-OTHER = Family(ANY_PIPELINE, denoiser=None, text_encoders=(), unread=frozenset({"watermarker", "image_encoder"}))
+OTHER_FAMILY = Family(
+    ANY_PIPELINE, denoiser=None, text_encoders=(), skipped_components=frozenset({"watermarker", "image_encoder"})
+)
 """Family of all other pipeline classes, which use pipeline-call batching. The image encoder is for image prompts."""
 
 

@@ -74,7 +74,7 @@ class LatentDiffusion:
     Subclasses implement `load_modules` and `_encode`, and override methods for a different denoiser or VAE.
     """
 
-    absent: ClassVar[Mapping[str, Any]] = {}
+    absent_components: ClassVar[Mapping[str, Any]] = {}
     """Constructor arguments that replace pipeline components that are not loaded."""
     begin_index: ClassVar[int | None] = None
     """The begin index that diffusers' pipeline sets, None if its scheduler searches for the index."""
@@ -102,7 +102,7 @@ class LatentDiffusion:
     def load(cls, card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_checker: bool) -> LatentDiffusion:
         """Load a checkpoint and optionally its safety checker. Raises ModelError."""
         denoiser, modules = cls.load_modules(card, dtype)
-        modules = {**cls.absent, **modules}
+        modules = {**cls.absent_components, **modules}
         if with_checker:
             modules["safety_checker"], modules["feature_extractor"] = load_checker(card, device, dtype)
         pipeline = load_pipeline(cls.pipeline_class(card), card, modules)
@@ -116,7 +116,7 @@ class LatentDiffusion:
         pipeline_type = cls.pipeline_class(card)
         arguments = inspect.signature(pipeline_type).parameters.values()
         components = [argument.name for argument in arguments if argument.default is argument.empty]
-        absent = {**dict.fromkeys(name for name in components if name != "scheduler"), **cls.absent}
+        absent = {**dict.fromkeys(name for name in components if name != "scheduler"), **cls.absent_components}
         return make_solver(load_pipeline(pipeline_type, card, absent).scheduler, cls.begin_index)
 
     @classmethod

@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from batch_infer.errors import ModelError
 from batch_infer.models.card import SamplingRules
 from batch_infer.models.components import named_components
-from batch_infer.models.families import CHECKER, OTHER
+from batch_infer.models.families import CHECKER_COMPONENTS, OTHER_FAMILY
 from batch_infer.models.loading import make_pipeline
 from batch_infer.models.untrusted import LOADING_ERRORS, LoadingErrors, read_object
 from batch_infer.records import SizeRules
@@ -84,7 +84,7 @@ def network_classes(path: Path) -> dict[str, Any]:
         module: Any = {"diffusers": diffusers, "transformers": transformers}.get(library)
         with LoadingErrors(f"{path}: {name} ({class_name})"):
             network_type = getattr(module or getattr(diffusers.pipelines, library), class_name, None)
-        if name in OTHER.unread | CHECKER:
+        if name in OTHER_FAMILY.skipped_components | CHECKER_COMPONENTS:
             continue
         if network_type is None:
             raise ModelError(f"{path}: {name} is a {class_name}, which {library} does not have; a later version may")
@@ -102,7 +102,10 @@ def absent_components(pipeline_type: Any, path: Path) -> dict[str, Any]:
     """
     parameters = inspect.signature(pipeline_type.__init__).parameters
     missing = [name for name, value in _read_index(path).items() if isinstance(value, list) and value[:1] == [None]]
-    absent = {**dict.fromkeys([*missing, *CHECKER, *OTHER.unread]), "requires_safety_checker": False}
+    absent = {
+        **dict.fromkeys([*missing, *CHECKER_COMPONENTS, *OTHER_FAMILY.skipped_components]),
+        "requires_safety_checker": False,
+    }
     return {name: value for name, value in absent.items() if name in parameters}
 
 
@@ -123,19 +126,19 @@ def _make_rules(pipeline_type: Any, pipeline: Any) -> SamplingRules:
     call, config = parameters_of(pipeline_type), denoiser_config(pipeline)
     steps, guidance = call["num_inference_steps"].default, guidance_argument(pipeline_type, config)
     uses_negative = "negative_prompt" in call and not ("true_cfg_scale" in call and guidance != "true_cfg_scale")
-    fixed: dict[str, Any] = {}
+    unsupported: dict[str, Any] = {}
     if guidance is None:
-        fixed["guidance_scale"] = 1.0
+        unsupported["guidance_scale"] = 1.0
     if not uses_negative:
-        fixed["negative_prompt"] = None
+        unsupported["negative_prompt"] = None
     if "guidance_rescale" not in call:
-        fixed["guidance_rescale"] = 0.0
+        unsupported["guidance_rescale"] = 0.0
     return SamplingRules(
         _size_rules(pipeline, config),
         steps if isinstance(steps, int) else 50,
         float(call[guidance].default) if guidance else 1.0,
         embedded_guidance=_is_embedded(config),
-        fixed=tuple(fixed.items()),
+        unsupported_fields=tuple(unsupported.items()),
     )
 
 

@@ -21,7 +21,7 @@ from batch_infer.models.untrusted import read_object
 class StableDiffusion(LatentDiffusion):
     """A loaded Stable Diffusion 1.x or 2.x checkpoint, which predicts noise or velocity."""
 
-    absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    absent_components = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
     @classmethod
     def load_modules(cls, card: ModelCard, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:

@@ -27,7 +27,7 @@ T5 = "text_encoder_3"
 class StableDiffusion3(LatentDiffusion):
     """A loaded Stable Diffusion 3 checkpoint. Unlike diffusers' pipeline, it supports guidance rescale."""
 
-    absent = {"image_encoder": None, "feature_extractor": None}
+    absent_components = {"image_encoder": None, "feature_extractor": None}
 
     @classmethod
     def load_modules(cls, card: ModelCard, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:

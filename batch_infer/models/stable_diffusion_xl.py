@@ -36,7 +36,7 @@ SIZE_INPUTS = 6
 class StableDiffusionXL(LatentDiffusion):
     """A loaded Stable Diffusion XL checkpoint."""
 
-    absent = {"image_encoder": None, "feature_extractor": None, "add_watermarker": False}
+    absent_components = {"image_encoder": None, "feature_extractor": None, "add_watermarker": False}
     begin_index = 0
 
     def __init__(

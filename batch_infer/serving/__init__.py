@@ -4,12 +4,12 @@ A `Service` holds the loaded model. `read_rows` and `score` turn rows into the o
 """
 
 from batch_infer.serving.scoring import check_parameters, read_rows, score, score_rows
-from batch_infer.serving.service import Client, Deployment, RequestCancelled, Service
+from batch_infer.serving.service import Client, Deployment, RequestCancelledError, Service
 
 __all__ = [
     "Client",
     "Deployment",
-    "RequestCancelled",
+    "RequestCancelledError",
     "Service",
     "check_parameters",
     "read_rows",

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from batch_infer import images
-from batch_infer.chain import Rendered, Unrendered
+from batch_infer.chain import RenderedImage, UnrenderedRow
 from batch_infer.errors import TableError
 from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.serving.service import NO_TIMEOUT, Client, Deployment, Service
@@ -48,20 +48,20 @@ def score_rows(rows: Iterable[Mapping[str, Any]], service: Service) -> list[dict
     return score(list(read_rows(rows, service.deployment)), service)
 
 
-def _to_object(outcome: Rendered | Unrendered, deployment: Deployment) -> dict[str, Any]:
+def _to_object(outcome: RenderedImage | UnrenderedRow, deployment: Deployment) -> dict[str, Any]:
     request, nsfw = outcome.request, outcome.verdict.nsfw
-    if isinstance(outcome, Unrendered):
+    if isinstance(outcome, UnrenderedRow):
         return _without_image(request.prompt, nsfw, outcome.error)
     settings, card = deployment.settings, deployment.card
     pixels = outcome.pixels
     if nsfw:
         # A service stores nothing, so it has no quarantine either.
         policy = settings.safety.policy
-        allowed = images.by_policy(pixels, "drop" if policy == "quarantine" else policy)
+        allowed = images.apply_policy(pixels, "drop" if policy == "quarantine" else policy)
         if allowed is None:
             return _without_image(request.prompt, nsfw, explain_flag(outcome.verdict))
         pixels = allowed
-    parameters = images.parameters_text(request, card.scheduler_name, card.fingerprint)
+    parameters = images.format_parameters(request, card.scheduler_name, card.fingerprint)
     file = base64.b64encode(images.encode(pixels, settings.output.image_format, parameters)).decode("ascii")
     return {"prompt": request.prompt, "generated_image": file, "nsfw_content_detected": nsfw}
 

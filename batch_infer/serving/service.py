@@ -10,8 +10,10 @@ from dataclasses import dataclass, field, replace
 from queue import Empty
 from threading import Event, Lock
 
+from msgspec import structs
+
 from batch_infer.chain import RowOutcome
-from batch_infer.errors import Interrupted, TryAgainLater
+from batch_infer.errors import RetryableError, StoppedError
 from batch_infer.models import ModelCard
 from batch_infer.records import PromptRequest
 from batch_infer.serving.request_queue import RequestQueue, Submission
@@ -31,7 +33,7 @@ POLL_SECONDS = 0.5
 CLOSED = "the service was closed before this was rendered"
 
 
-class RequestCancelled(TryAgainLater):
+class RequestCancelledError(RetryableError):
     """A request has timed out, or its client has disconnected."""
 
 
@@ -44,12 +46,12 @@ class Client:
     start: float = field(default_factory=time.monotonic)
 
     def check(self) -> float:
-        """Return the remaining seconds. Raises RequestCancelled."""
+        """Return the remaining seconds. Raises RequestCancelledError."""
         if self.is_disconnected():
-            raise RequestCancelled("the client has disconnected: the rest of its request is not rendered")
+            raise RequestCancelledError("the client has disconnected: the rest of its request is not rendered")
         remaining = self.start + self.timeout - time.monotonic()
         if remaining <= 0:
-            raise RequestCancelled(
+            raise RequestCancelledError(
                 f"the images were not ready in {self.timeout:g} seconds: request fewer images at a time, or use a batch"
                 " endpoint"
             )
@@ -82,9 +84,13 @@ class Service:
         self._closed = Event()
         self._lock = Lock()
         self._is_rendering = False
-        card, compute, safety = deployment.card, self.deployment.compute, _limit_timeout(deployment.settings.safety)
+        card, compute, safety = (
+            deployment.card,
+            self.deployment.compute,
+            _limit_service_timeout(deployment.settings.safety),
+        )
         self._pool = ThreadPoolExecutor(1, "render")  # also loads: a compiled network may be bound to its thread
-        self._chain = self._pool.submit(load, card, compute, safety, self._closed.is_set).result()
+        self._chain = self._pool.submit(load, deployment.card, compute, safety, self._closed.is_set).result()
         uses_pipeline_call = self._chain.uses_pipeline_call
         self._queue = RequestQueue(
             lambda request: request.batch_key if uses_pipeline_call else (request.params.height, request.params.width),
@@ -102,8 +108,8 @@ class Service:
         """Yield the outcomes of requests as they finish, each with the index of its request.
 
         Closing the generator cancels the rest, except for rows that the chain has already taken. Raises
-        RequestCancelled, ServiceError and SettingsError from a safety service, Interrupted once the service is closed,
-        and errors from rendering these rows or rows in the same batch.
+        RequestCancelledError, ServiceError and SettingsError from a safety service, StoppedError once the service is
+        closed, and errors from rendering these rows or rows in the same batch.
         """
         client.check()  # the client may have disconnected while the request waited for a thread
         submission = self._queue.submit(requests)
@@ -131,7 +137,7 @@ class Service:
             if self._is_rendering:
                 return
             if self._closed.is_set():
-                self._queue.fail(Interrupted(CLOSED), include_pending=True)
+                self._queue.fail(StoppedError(CLOSED), include_pending=True)
             if not self._queue:
                 return
             self._is_rendering = True
@@ -146,7 +152,7 @@ class Service:
     def _finish(self, work: Future[None]) -> None:
         """Fail the requests without an outcome, and render requests that were submitted too late for this round."""
         error = work.exception()
-        closed = Interrupted(CLOSED) if self._closed.is_set() else None
+        closed = StoppedError(CLOSED) if self._closed.is_set() else None
         no_outcome = RuntimeError("the chain returned no outcome for a request that it took")
         has_failed = self._queue.fail(error or closed or no_outcome)
         if error is not None and not has_failed:
@@ -172,7 +178,7 @@ def _real_time_compute(deployment: Deployment) -> Compute:
     return replace(deployment.compute, slots=slots, decode_batch=1, by_size=())
 
 
-def _limit_timeout(safety: SafetySettings) -> SafetySettings:
+def _limit_service_timeout(safety: SafetySettings) -> SafetySettings:
     if safety.service is None:
         return safety
-    return replace(safety, service=replace(safety.service, patience=SAFETY_TIMEOUT_SECONDS))
+    return replace(safety, service=structs.replace(safety.service, timeout_seconds=SAFETY_TIMEOUT_SECONDS))

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from batch_infer.errors import StorageError
 from batch_infer.records import PromptRequest, Source, StoredImage
-from batch_infer.sinks.names import Collisions, ImageIndex, former_names, hashed_name, possible_names, safe_name
+from batch_infer.sinks.names import Collisions, ImageIndex, earlier_names, hashed_name, possible_names, safe_name
 from batch_infer.store import (
     TEMPORARY_PREFIX,
     PinnedFolder,
@@ -58,7 +58,7 @@ class FolderSink:
     """
 
     def __init__(self, out: Path | PinnedFolder, suffix: str = "") -> None:
-        pinned = PinnedFolder.of(out)
+        pinned = PinnedFolder.pin(out)
         self._out, self._suffix = pinned.path, suffix
         self._pinned = {pinned.path: pinned}
         self._created_folders = {pinned.path}
@@ -78,7 +78,7 @@ class FolderSink:
         return previous_path if request.replaces and previous_path in possible_paths else path
 
     def possible_paths(self, request: PromptRequest) -> set[str]:
-        return set().union(*(self._possible_paths(request, top, former_names) for top in IMAGE_FOLDERS))
+        return set().union(*(self._possible_paths(request, top, earlier_names) for top in IMAGE_FOLDERS))
 
     def path_in(self, path: str, *, quarantine: bool) -> str:
         return f"{IMAGE_FOLDERS[quarantine]}/{path.partition('/')[2]}"
@@ -227,9 +227,9 @@ class FolderSink:
         """Check images/ or quarantine/ before each write, like OUT, with a marker if it is on another disk."""
         marker = self._pinned[self._out].marker
         if marker is None or not marker.startswith(TEMPORARY_PREFIX):
-            self._pinned.setdefault(folder, PinnedFolder.of(folder))
+            self._pinned.setdefault(folder, PinnedFolder.pin(folder))
         elif is_link(folder) or folder.is_mount():  # otherwise it disappears with OUT
-            self._pinned.setdefault(folder, PinnedFolder.of(folder).with_marker(marker))
+            self._pinned.setdefault(folder, PinnedFolder.pin(folder).with_marker(marker))
 
 
 def resolve_path(out: Path, path: str) -> Path | None:

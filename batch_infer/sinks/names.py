@@ -31,7 +31,7 @@ def hashed_name(text: str) -> str:
     return f"{readable}~{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
 
 
-def former_names(text: str) -> set[str]:
+def earlier_names(text: str) -> set[str]:
     """Return the hashed name that earlier versions used for a text, or nothing if they used the text itself."""
     return {safe_name(text)} - {text}
 

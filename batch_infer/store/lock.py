@@ -35,7 +35,7 @@ def locked_folder(folder: Path, inner: Sequence[str] = ()) -> Iterator[PinnedFol
     becomes StorageError. Raises LockedError, SettingsError, StorageError.
     """
     lock = _acquire(folder)
-    pinned = PinnedFolder.of(folder)
+    pinned = PinnedFolder.pin(folder)
     try:
         with _keep_open(folder), _storage_errors(folder):
             _write_holder(folder)
@@ -44,7 +44,7 @@ def locked_folder(folder: Path, inner: Sequence[str] = ()) -> Iterator[PinnedFol
     finally:
         pinned.remove_markers(inner)
         with suppress(OSError, StorageError):  # these would mask the original exception
-            if PinnedFolder.of(folder).identity == pinned.identity:  # a replacement folder may have another holder
+            if PinnedFolder.pin(folder).identity == pinned.identity:  # a replacement folder may have another holder
                 (folder / HOLDER).unlink(missing_ok=True)
         lock.release()
 

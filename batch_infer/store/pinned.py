@@ -30,7 +30,7 @@ class PinnedFolder:
     marker: str | None = None
 
     @classmethod
-    def of(cls, path: Path | PinnedFolder) -> PinnedFolder:
+    def pin(cls, path: Path | PinnedFolder) -> PinnedFolder:
         """Pin the folder at a path, with this process's marker if the folder contains it. Raises StorageError."""
         if isinstance(path, PinnedFolder):
             return path

@@ -7,8 +7,14 @@ from typing import TYPE_CHECKING
 
 from batch_infer.lazy import import_on_use
 from batch_infer.worker.committing import commit_failed, commit_images
-from batch_infer.worker.interface import WorkerReport, WorkerSettings, peak_memory, smallest_batches, sum_stages_by_size
-from batch_infer.worker.rows import explain_flag, format_worker_name, make_row, set_image, set_verdict
+from batch_infer.worker.interface import (
+    WorkerReport,
+    WorkerSettings,
+    read_peak_memory,
+    sum_stages_by_size,
+    take_smallest_batches,
+)
+from batch_infer.worker.rows import explain_flag, format_worker_name, make_row, with_image, with_verdict
 
 if TYPE_CHECKING:
     from batch_infer.worker.loading import (
@@ -42,10 +48,10 @@ __all__ = [
     "load_model",
     "make_chain",
     "make_row",
-    "peak_memory",
+    "read_peak_memory",
     "prepare_torch",
-    "set_image",
-    "set_verdict",
-    "smallest_batches",
+    "with_image",
+    "with_verdict",
+    "take_smallest_batches",
     "sum_stages_by_size",
 ]

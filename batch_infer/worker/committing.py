@@ -41,20 +41,20 @@ def commit_images(
     carried: pa.Schema,
     *,
     written: Collection[str],
-    former: Collection[str],
+    previous: Collection[str],
 ) -> None:
-    """Rename the written images to their final paths, commit rows, and remove the former images that no row names.
+    """Rename the written images to their final paths, commit rows, and remove the previous images that no row names.
 
-    A former image whose path is reused is set aside until the rows are committed. If the process is killed before,
+    A previous image whose path is reused is set aside until the rows are committed. If the process is killed before,
     none is lost: `jobs.recovery` restores them. Raises StorageError.
     """
     new, kept = set(written), {row.generated_image for row in rows}
-    replaced = [path for path in former if path in new]
+    replaced = [path for path in previous if path in new]
     sink.back_up(replaced)
     sink.publish(written)
     if rows:
         manifest.commit(rows, carried)
-    for path in (*(path for path in former if path not in kept), *map(sink.backup_path, replaced)):
+    for path in (*(path for path in previous if path not in kept), *map(sink.backup_path, replaced)):
         sink.remove(path)
 
 
@@ -65,9 +65,9 @@ def commit_failed(
     scheduler = settings.card.scheduler_name
     rows = [make_row(request, "failed", reason, scheduler=scheduler, worker=worker) for request in requests]
     if rows:
-        former = [request.replaces for request in requests if request.replaces]
+        previous = [request.replaces for request in requests if request.replaces]
         manifest, sink = Manifest(settings.out, settings.run), make_sink(settings.out)
-        commit_images(sink, manifest, rows, settings.carried, written=(), former=former)
+        commit_images(sink, manifest, rows, settings.carried, written=(), previous=previous)
     return rows
 
 

@@ -61,7 +61,7 @@ def sum_stages_by_size(reports: Iterable[WorkerReport]) -> dict[Size, Stages]:
     return sums
 
 
-def smallest_batches(computes: Sequence[Compute]) -> Compute:
+def take_smallest_batches(computes: Sequence[Compute]) -> Compute:
     """Return settings with the smallest batch sizes of each image size, which fit on every device."""
     shapes = []
     for size in sorted({(shape.height, shape.width) for compute in computes for shape in compute.by_size}):
@@ -71,7 +71,7 @@ def smallest_batches(computes: Sequence[Compute]) -> Compute:
     return computes[0].with_shapes(shapes)
 
 
-def peak_memory(device: str) -> dict[str, int]:
+def read_peak_memory(device: str) -> dict[str, int]:
     """Return the peak of this process in bytes: `host_bytes`, and `device_bytes` if `device` is "cuda"."""
     peaks = {}
     if (host := _peak_host_memory()) is not None:

@@ -37,14 +37,14 @@ def make_row(request: PromptRequest, status: Status, error: str | None, *, sched
     )
 
 
-def set_verdict(row: ResultRow, verdict: Verdict) -> ResultRow:
+def with_verdict(row: ResultRow, verdict: Verdict) -> ResultRow:
     """Return the row with the safety verdict on its prompt or image."""
     return replace(
         row, nsfw_content_detected=verdict.nsfw, safety_checker=verdict.checker, safety_scores=verdict.scores
     )
 
 
-def set_image(row: ResultRow, stored: StoredImage | None) -> ResultRow:
+def with_image(row: ResultRow, stored: StoredImage | None) -> ResultRow:
     """Return the row with its stored image, or without an image if `stored` is None."""
     return replace(
         row,

@@ -9,17 +9,17 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeAlias, cast
 
 from batch_infer import images
-from batch_infer.chain import Chain, Rendered, RowOutcome, Unrendered
+from batch_infer.chain import Chain, RenderedImage, RowOutcome, UnrenderedRow
 from batch_infer.errors import BatchInferError
 from batch_infer.manifest import Manifest
 from batch_infer.models import ModelCard
-from batch_infer.peak_flops import dense_tflops
+from batch_infer.peak_flops import peak_tflops
 from batch_infer.records import PromptRequest, ResultRow, Status, StoredImage
 from batch_infer.settings import BatchShape, Compute, SafetySettings
 from batch_infer.sinks import make_sink
 from batch_infer.worker.committing import Committer, commit_images
-from batch_infer.worker.interface import WorkerReport, WorkerSettings, peak_memory
-from batch_infer.worker.rows import explain_flag, make_row, set_image, set_verdict
+from batch_infer.worker.interface import WorkerReport, WorkerSettings, read_peak_memory
+from batch_infer.worker.rows import explain_flag, make_row, with_image, with_verdict
 
 if TYPE_CHECKING:
     from batch_infer.models import LatentDiffusion
@@ -30,7 +30,7 @@ STORING_THREADS = 4
 A GPU leaves the worker's cores to them: four compress about 40 PNGs of 512x512 pixels a second, and few-step models
 render more.
 """
-MOST_STORING_THREADS = 32
+MAX_STORING_THREADS = 32
 
 ChainLoader: TypeAlias = Callable[[ModelCard, Compute, SafetySettings, Callable[[], bool]], Chain]
 """Loads a model and returns its chain. The last argument returns whether to stop."""
@@ -53,11 +53,11 @@ class Worker:
         shapes = (BatchShape(*size, *shape) for size, shape in self._chain.batch_sizes.by_size.items())
         compute = self._settings.compute.with_shapes(shapes)
         mfu = self._mfu() if final else None
-        return WorkerReport(dict(self._chain.stages_by_size), compute, mfu, peak_memory(compute.device))
+        return WorkerReport(dict(self._chain.stages_by_size), compute, mfu, read_peak_memory(compute.device))
 
     def _mfu(self) -> float | None:
         compute, chain = self._settings.compute, self._chain
-        peak = dense_tflops(compute.device_name, compute.dtype)
+        peak = peak_tflops(compute.device_name, compute.dtype)
         if peak is None or not chain.stages.seconds or chain.uses_pipeline_call:
             return None
         from batch_infer.models import decode_flops, denoise_flops
@@ -78,7 +78,7 @@ class Worker:
         """
         chain_error: BatchInferError | None = None
         with (
-            ThreadPoolExecutor(storing_threads(self._settings.compute), "storing") as pool,
+            ThreadPoolExecutor(count_storing_threads(self._settings.compute), "storing") as pool,
             Committer[_StoredRow](lambda batch: self._commit(batch, on_commit)) as committer,
         ):
             try:
@@ -93,15 +93,15 @@ class Worker:
         request, verdict = outcome.request, outcome.verdict
         status: Status = "flagged" if verdict.nsfw else "ok"
         error = explain_flag(verdict) if verdict.nsfw else None
-        if isinstance(outcome, Unrendered):
+        if isinstance(outcome, UnrenderedRow):
             status, error = outcome.status, outcome.error
         scheduler = self._settings.card.scheduler_name
-        row = set_verdict(make_row(request, status, error, scheduler=scheduler, worker=self._name), verdict)
-        if isinstance(outcome, Unrendered):
+        row = with_verdict(make_row(request, status, error, scheduler=scheduler, worker=self._name), verdict)
+        if isinstance(outcome, UnrenderedRow):
             return _StoredRow(row, None, request.replaces)
         stored = self._write(outcome, flagged=status == "flagged")
         row = replace(
-            set_image(row, stored),
+            with_image(row, stored),
             prompt_tokens=outcome.conditioning.prompt_tokens,
             prompt_truncated=outcome.conditioning.prompt_truncated,
             slots=outcome.slots,
@@ -109,31 +109,31 @@ class Worker:
         )
         return _StoredRow(row, stored.path if stored else None, request.replaces)
 
-    def _write(self, outcome: Rendered, *, flagged: bool) -> StoredImage | None:
+    def _write(self, outcome: RenderedImage, *, flagged: bool) -> StoredImage | None:
         """Write the image, or what the policy stores of a flagged one. Returns None if it stores nothing."""
         policy = self._settings.safety.policy
-        pixels = images.by_policy(outcome.pixels, policy) if flagged else outcome.pixels
+        pixels = images.apply_policy(outcome.pixels, policy) if flagged else outcome.pixels
         if pixels is None:
             return None
         card, request = self._settings.card, outcome.request
-        parameters = images.parameters_text(request, card.scheduler_name, card.fingerprint)
+        parameters = images.format_parameters(request, card.scheduler_name, card.fingerprint)
         path = self._sink.path_of(request, quarantine=flagged and policy == "quarantine")
         stored = self._sink.write(path, images.encode(pixels, self._settings.output.image_format, parameters))
-        return replace(stored, pixels_sha256=images.pixels_sha256(pixels))
+        return replace(stored, pixels_sha256=images.hash_pixels(pixels))
 
     def _commit(self, batch: list[_StoredRow], on_commit: Callable[[Sequence[ResultRow]], None]) -> None:
         rows = [stored.row for stored in batch]
         written = [stored.written for stored in batch if stored.written]
-        former = [stored.former for stored in batch if stored.former]
-        commit_images(self._sink, self._manifest, rows, self._settings.carried, written=written, former=former)
+        previous = [stored.previous for stored in batch if stored.previous]
+        commit_images(self._sink, self._manifest, rows, self._settings.carried, written=written, previous=previous)
         on_commit(rows)
 
 
-def storing_threads(compute: Compute) -> int:
+def count_storing_threads(compute: Compute) -> int:
     """Return the number of threads that compress and write a worker's images."""
     if compute.device == "cpu":
         return STORING_THREADS
-    return max(STORING_THREADS, min(compute.threads, MOST_STORING_THREADS))
+    return max(STORING_THREADS, min(compute.threads, MAX_STORING_THREADS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,4 +142,4 @@ class _StoredRow:
 
     row: ResultRow
     written: str | None
-    former: str | None
+    previous: str | None

@@ -11,7 +11,7 @@ import torch
 from batch_infer.bench.settings import BenchSettings, WorkloadSettings
 from batch_infer.bench.subject import Subject, load_subject
 from batch_infer.bench.workload import make_rows
-from batch_infer.chain import BatchSizes, Rendered, StepLevelChain
+from batch_infer.chain import BatchSizes, RenderedImage, StepLevelChain
 from batch_infer.models import is_compiled
 from batch_infer.records import PromptRequest
 from batch_infer.settings import ComputeSettings, ModelSettings
@@ -76,7 +76,7 @@ def render(model: LatentDiffusion, rows: Sequence[PromptRequest], slots: int, de
 def pixels_of(outcomes: Sequence[Any]) -> dict[str, Any]:
     """Return pixels by id. Raises RuntimeError for a row without an image."""
     for outcome in outcomes:
-        if not isinstance(outcome, Rendered):
+        if not isinstance(outcome, RenderedImage):
             raise RuntimeError(f"{outcome.request.id}: {outcome.error}")
     return {outcome.request.id: outcome.pixels for outcome in outcomes}
 

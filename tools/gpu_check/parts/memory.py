@@ -9,7 +9,7 @@ import torch
 
 from batch_infer.accelerator import MEMORY_FRACTION
 from batch_infer.bench.subject import Subject, load_subject
-from batch_infer.chain import BatchSizes, Rendered, StepLevelChain
+from batch_infer.chain import BatchSizes, RenderedImage, StepLevelChain
 from tools.gpu_check import subjects
 from tools.gpu_check.measure import count_equal
 
@@ -44,9 +44,9 @@ def render_twice(subject: Subject, shape: BatchSizes, rows: int, leave: int | No
     started = time.perf_counter()
     outcomes = list(chain.render(requests))
     seconds = round(time.perf_counter() - started, 1)
-    slots, decode = chain.batch_sizes.of(subjects.native_size(subject))
-    errors = [str(getattr(outcome, "error", "")) for outcome in outcomes if not isinstance(outcome, Rendered)]
-    images = {outcome.request.id: outcome.pixels for outcome in outcomes if isinstance(outcome, Rendered)}
+    slots, decode = chain.batch_sizes.for_size(subjects.native_size(subject))
+    errors = [str(getattr(outcome, "error", "")) for outcome in outcomes if not isinstance(outcome, RenderedImage)]
+    images = {outcome.request.id: outcome.pixels for outcome in outcomes if isinstance(outcome, RenderedImage)}
     del ballast, chain, outcomes
     torch.cuda.empty_cache()
     kept = torch.cuda.memory_allocated() - before
