@@ -84,11 +84,7 @@ class Service:
         self._closed = Event()
         self._lock = Lock()
         self._is_rendering = False
-        card, compute, safety = (
-            deployment.card,
-            self.deployment.compute,
-            _limit_service_timeout(deployment.settings.safety),
-        )
+        compute, safety = self.deployment.compute, _limit_service_timeout(deployment.settings.safety)
         self._pool = ThreadPoolExecutor(1, "render")  # also loads: a compiled network may be bound to its thread
         self._chain = self._pool.submit(load, deployment.card, compute, safety, self._closed.is_set).result()
         uses_pipeline_call = self._chain.uses_pipeline_call
