@@ -35,13 +35,13 @@ def stoppable(time_limit: float | None = None, *, hint: str = RESUME) -> Iterato
     `hint` says what is kept and what to do next. Raises StoppedError.
     """
 
-    def announce() -> None:
+    def log_stop() -> None:
         stop_log.warning("stopping; finished images are being committed (press Ctrl-C again to stop at once)")
 
-    def log_last_message(message: str) -> None:
+    def log_stop_error(message: str) -> None:
         log_error(message, StoppedError.exit_code)
 
-    stop = Stopper(time_limit, hint, announce=announce, farewell=log_last_message, clean_up=remove_unfinished)
+    stop = Stopper(time_limit, hint, log_stop=log_stop, log_error=log_stop_error, remove_files=remove_unfinished)
     try:
         with stop:
             yield stop
