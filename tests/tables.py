@@ -64,7 +64,7 @@ def open_tables(
 def read(*tables: Path | str, rules: RowRules = RULES, **options: Any) -> list[PromptRequest | ResultRow]:
     """Read all rows of tables, and check that carried cells fit into the results."""
     with open_tables(*tables, **options) as opened:
-        found = list(opened.rows(rules))
+        found = list(opened.read_rows(rules))
         for field in opened.carried:
             to_array([item.carried.get(field.name) for item in found], field.type).validate(full=True)
     return found

@@ -50,7 +50,7 @@ class Job:
 
     def items(self, index: ManifestIndex) -> Iterator[Item]:
         """Yield every row of the tables in input order. `index` is used to identify finished rows."""
-        return self.tables.rows(self.rules, make_finished_check(index))
+        return self.tables.read_rows(self.rules, make_finished_check(index))
 
 
 def make_paths_absolute(settings: RunSettings) -> RunSettings:
@@ -80,8 +80,8 @@ def finish_overwrite(settings: RunSettings) -> RunSettings:
 def open_tables(settings: RunSettings) -> Tables:
     """Open the tables and log ignored files in folders and globs. Raises TableError, ServiceError."""
     tables = Tables(settings.table, SCHEMA.names)
-    if left_out := str(tables.left_out):
-        log.info("files left out %s", left_out)
+    if ignored := str(tables.ignored_files):
+        log.info("files ignored %s", ignored)
     return tables
 
 
@@ -165,7 +165,7 @@ def resolve_run(
     defaults = replace(model_defaults, **{**native_size, **requested})
     fingerprint = digest(record["identity"])
     rules = RowRules(defaults, card.sizes, fingerprint, card.embedded_guidance, card.unsupported_fields)
-    rules.check()
+    rules.validate()
     return settings, compute, {**record, "rules": msgspec.to_builtins(rules)}, rules
 
 

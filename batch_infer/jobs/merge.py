@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from batch_infer.carried import common_type, make_result_names, result_type, to_array
+from batch_infer.carried import find_common_type, make_result_names, to_array, to_result_type
 from batch_infer.errors import DamagedPartError, ServiceError, StorageError, UsageError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.job import open_tables
@@ -26,7 +26,7 @@ from batch_infer.jobs.run_json import (
 )
 from batch_infer.jobs.summary import Counts
 from batch_infer.manifest import SCHEMA, CommittedImage, Manifest, ManifestIndex
-from batch_infer.planning import Item, make_finished_check, source_of, split_batches
+from batch_infer.planning import Item, get_source, make_finished_check, split_batches
 from batch_infer.settings import OutputSettings, ResultsFormat, RunSettings
 from batch_infer.store import path_exists
 
@@ -92,7 +92,9 @@ def _merge_recorded(record: Mapping[str, Any], settings: RunSettings, output: Ou
             errors = [error for name, error in tables.unreadable_files.items() if name not in already_unreadable]
             if not errors:
                 with Manifest(out).index() as index:
-                    return merge(tables.rows(rules, make_finished_check(index)), index, tables.carried, out, output)
+                    return merge(
+                        tables.read_rows(rules, make_finished_check(index)), index, tables.carried, out, output
+                    )
         reason = "; ".join(errors)
     log.warning("the tables of this run cannot be read, so all results in the manifest are merged (%s)", reason)
     counts = merge_parts(Manifest(out), record.get("tables", ()), out, output)
@@ -153,11 +155,11 @@ def make_results_schema(schemas: Iterable[pa.Schema]) -> pa.Schema:
     for schema in schemas:
         for column in schema:
             if column.name not in SCHEMA.names:
-                by_name.setdefault(column.name, set()).add(result_type(column.type))
+                by_name.setdefault(column.name, set()).add(to_result_type(column.type))
     by_result_name: dict[str, set[pa.DataType]] = {}
-    for name, result_name in make_result_names(by_name, SCHEMA.names, known=True).items():
+    for name, result_name in make_result_names(by_name, SCHEMA.names, reuse_prefixed=True).items():
         by_result_name.setdefault(result_name, set()).update(by_name[name])
-    fields = [(name, common_type(types)) for name, types in by_result_name.items()]
+    fields = [(name, find_common_type(types)) for name, types in by_result_name.items()]
     for name, field_type in fields:
         types = by_result_name[name] - {pa.null()}
         if pa.types.is_string(field_type) and len(types) > 1:
@@ -195,7 +197,7 @@ def _with_current_cells(
 ) -> pa.Table:
     """Return results with each row's current file, row number and carried cells, which do not affect images."""
     table = index.read_results([committed for _, committed in matches])
-    sources = [source_of(item) for item, _ in matches]
+    sources = [get_source(item) for item, _ in matches]
     for position, name in enumerate(("source_file", "source_row")):
         current = [source[position] for source in sources]
         table = table.set_column(table.column_names.index(name), SCHEMA.field(name), [current])

@@ -108,7 +108,7 @@ class _Rescore:
 
     def refuse_fewer_rows(self) -> None:
         """Raise SettingsError if a table is missing: its results would be omitted now and rendered again later."""
-        results = sum(1 for _ in self._tables.rows(self._rules, lambda _: True))
+        results = sum(1 for _ in self._tables.read_rows(self._rules, lambda _: True))
         total = count_scanned_results(self._record)
         if results < total:
             raise SettingsError(
@@ -179,11 +179,11 @@ class _Rescore:
             return (committed := index.find(request.key)) is not None and committed.status in FINAL_STATUSES
 
         fingerprints = (self._rules.fingerprint, *self._sources)
-        scans = [self._tables.rows(replace(self._rules, fingerprint=name), is_finished) for name in fingerprints]
+        scans = [self._tables.read_rows(replace(self._rules, fingerprint=name), is_finished) for name in fingerprints]
         return zip(*scans, strict=True)
 
     def _merge(self) -> Counts:
         out, tables = self._settings.out, self._tables
         with Manifest(out).index() as index:
-            items = tables.rows(self._rules, make_finished_check(index))
+            items = tables.read_rows(self._rules, make_finished_check(index))
             return merge(items, index, tables.carried, out, self._settings.output)

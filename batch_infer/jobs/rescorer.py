@@ -87,7 +87,8 @@ class Rescorer:
 
             compute = choose_compute(settings, detect_device(settings.model.device), record, card)
             self._checker = load_image_checker(card, compute)
-        self._gate = make_gate(settings.safety.service, stop)
+        service = settings.safety.service
+        self._gate = None if service is None else make_gate(service, stop)
         self.counts = RescoreCounts()
         self._rows: list[ResultRow] = []
         self._written_paths: list[str] = []

@@ -121,8 +121,8 @@ def scan_tables(
                 yield item
 
     _commit_invalid(job, find_new_invalid(), index, writes=writes)
-    for remark in job.tables.remarks:
-        log.warning("%s", remark)
+    for notice in job.tables.notices:
+        log.warning("%s", notice)
     if result.invalid > min(new_invalid, MAX_LOGGED_INVALID):
         log.warning("%d rows are invalid; results.parquet contains each with its error", result.invalid)
     return result
@@ -190,7 +190,7 @@ def find_changes(job: Job, index: ManifestIndex) -> Changes:
     changes = Changes()
     if not earlier_rules and earlier_columns == columns:
         return changes
-    for item, earlier_items in job.tables.compared_rows(job.rules, earlier_rules, make_finished_check(index)):
+    for item, earlier_items in job.tables.compare_rows(job.rules, earlier_rules, make_finished_check(index)):
         replaced = _find_replaced(item, index)
         if replaced is None:
             continue

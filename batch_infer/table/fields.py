@@ -17,7 +17,7 @@ MAX_SEED = 2**63 - 1
 MAX_STEPS = 1000
 MAX_GUIDANCE = 100.0
 MAX_IMAGES = 1000
-MAX_TEXT = 10_000
+MAX_TEXT_LENGTH = 10_000
 """Maximum number of characters in a prompt, negative prompt or id.
 
 A text encoder reads about 75 words, and tokenizing a megabyte delays all other rows by seconds.
