@@ -379,7 +379,7 @@ def test_a_warning_names_what_will_be_lost_first(
         runs.command("rescore", out, "--safety", "checker")
     assert runs.hashes(out) == before
     done = runs.command("rescore", out, "--safety", "checker")
-    assert (f"every image that is flagged now will be {loss} (--on-flagged {policy})" in done.stderr) == bool(loss)
+    assert (f"images that are flagged now will be {loss} (--on-flagged {policy})" in done.stderr) == bool(loss)
     assert "original" not in runs.command("rescore", out, "--safety", "checker").stderr, "nothing is left to judge"
 
 
