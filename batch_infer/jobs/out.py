@@ -93,7 +93,7 @@ def read_existing_run(out: Path) -> dict[str, Any]:
     if not record or "identity" not in record:
         raise UsageError(f"{out} contains no run: it has no run.json written by batch-infer")
     if record.get(CLEARING):
-        raise UsageError(f"{out}: `run --overwrite` was stopped while removing old files; run it again to continue")
+        raise UsageError(f"{out}: `run --overwrite` was stopped while removing old files; run again to continue")
     return record
 
 

@@ -95,12 +95,18 @@ class RunRecord:
 def parse_record(record: Any) -> RunRecord:
     """Parse run.json and check its types. Raises ValueError naming the key."""
     try:
-        return msgspec.convert(record, RunRecord, dec_hook=lambda _, value: Path(value))
+        return msgspec.convert(record, RunRecord, dec_hook=_decode_path)
     except msgspec.ValidationError as error:
         reason, _, key = str(error).partition(" - at `$.")
         raise ValueError(f"{key.removesuffix('`')}: {reason}" if key else reason) from error
     except SettingsError as error:  # settings that contradict each other
         raise ValueError(f"settings: {error}") from error
+
+
+def _decode_path(_: type, value: Any) -> Path:
+    if isinstance(value, str):
+        return Path(value)
+    raise TypeError(f"expected a path, got {type(value).__name__}")
 
 
 def require(value: T | UnsetType, key: str, out: Path) -> T:
