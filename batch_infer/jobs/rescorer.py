@@ -62,14 +62,6 @@ class RescoreCounts(JsonStruct, rename={"checked": "judged", "unchecked": "unjud
     failed: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class _ImageFile:
-    """The bytes of a stored image and its pixels, (H, W, 3) uint8."""
-
-    content: bytes
-    pixels: np.ndarray
-
-
 class Rescorer:
     """Checks stored images with the configured checkers and commits the results. `counts` covers all batches so far."""
 
@@ -144,27 +136,27 @@ class Rescorer:
     def _rescore_images(self, results: Sequence[StoredResult]) -> None:
         with ThreadPoolExecutor(READING_THREADS) as pool:
             files = list(pool.map(self._read, results))
-        readable = [(result, file) for result, file in zip(results, files, strict=True) if isinstance(file, _ImageFile)]
-        image_verdicts = self._check_images([file.pixels for _, file in readable])
-        prompt_verdicts = self._check_prompts([result for result, _ in readable])
+        readable = [(result, *file) for result, file in zip(results, files, strict=True) if not isinstance(file, str)]
+        image_verdicts = self._check_images([pixels for _, _, pixels in readable])
+        prompt_verdicts = self._check_prompts([result for result, _, _ in readable])
         verdicts = map(_merge_verdicts, prompt_verdicts, image_verdicts)
-        for (result, file), verdict in zip(readable, verdicts, strict=True):
+        for (result, content, pixels), verdict in zip(readable, verdicts, strict=True):
             if isinstance(verdict, FailedRowError):
                 self._fail(result, str(verdict))
             else:
-                self._store(result, file, verdict)
+                self._store(result, content, pixels, verdict)
         for result, file_or_error in zip(results, files, strict=True):
             if isinstance(file_or_error, str):
                 self._fail(result, file_or_error)
 
-    def _read(self, result: StoredResult) -> _ImageFile | str:
-        """Return the stored image, or why it cannot be checked. Raises StorageError."""
+    def _read(self, result: StoredResult) -> tuple[bytes, np.ndarray] | str:
+        """Return a stored image and its pixels, or the reason why it cannot be checked. Raises StorageError."""
         row = result.row
         content = read_intact(self.sink, row.generated_image or "", row.sha256, row.image_bytes)
         if content is None:
             return IMAGE_LOST
         try:
-            return _ImageFile(content, images.decode(content))
+            return content, images.decode(content)
         except RowError as error:
             return f"{error}, and cannot be checked again"
 
@@ -189,30 +181,32 @@ class Rescorer:
         verdicts = dict(zip(prompts, _check_all(self._gate, self._gate.check_prompt, prompts), strict=True))
         return [verdicts[result.request.prompt] for result in results]
 
-    def _store(self, result: StoredResult, file: _ImageFile, verdict: Verdict) -> None:
+    def _store(self, result: StoredResult, content: bytes, pixels: np.ndarray, verdict: Verdict) -> None:
         is_flagged = bool(verdict.nsfw)
         self.counts.checked += 1
         self.counts.flagged += is_flagged
         self.counts.changed += is_flagged != (result.row.status == "flagged")
-        stored = self._store_image(result, file, is_flagged=is_flagged)
+        stored = self._store_image(result, content, pixels, is_flagged=is_flagged)
         row = with_image(with_verdict(result.row, verdict), stored)
         if is_flagged:
             self._add(result, replace(row, status="flagged", error=explain_flag(verdict)))
         else:
             self._add(result, replace(row, status="ok", error=None))
 
-    def _store_image(self, result: StoredResult, file: _ImageFile, *, is_flagged: bool) -> StoredImage | None:
+    def _store_image(
+        self, result: StoredResult, content: bytes, original: np.ndarray, *, is_flagged: bool
+    ) -> StoredImage | None:
         """Store the image as the policy requires, unless it already is."""
         policy, row = self._settings.safety.policy, result.row
-        pixels = images.apply_policy(file.pixels, policy) if is_flagged else file.pixels
+        pixels = images.apply_policy(original, policy) if is_flagged else original
         path = self.sink.path_in(row.generated_image or "", quarantine=is_flagged and policy == "quarantine")
         if pixels is None:
             return None
-        if pixels is file.pixels and path == row.generated_image:
+        if pixels is original and path == row.generated_image:
             return StoredImage(path, row.sha256 or "", row.image_bytes or 0, row.pixels_sha256)
         self._written_paths.append(path)
-        if pixels is file.pixels:
-            return replace(self.sink.write(path, file.content), pixels_sha256=row.pixels_sha256)
+        if pixels is original:
+            return replace(self.sink.write(path, content), pixels_sha256=row.pixels_sha256)
         parameters = images.format_parameters(result.request, self._card.scheduler_name, self._card.fingerprint)
         # Keep the format because the file name stays. A later run may have used another --image-format.
         image_format = images.FORMAT_BY_SUFFIX.get(Path(path).suffix, self._settings.output.image_format)
