@@ -19,7 +19,7 @@ from batch_infer.bench import (
     parse_steps,
     parse_sweep,
 )
-from batch_infer.cli.options import command, json_option, model_options, option
+from batch_infer.cli.options import POSITIVE, command, json_option, model_options, option
 from batch_infer.cli.report import NOTHING_KEPT, format_count, print_result, stoppable
 from batch_infer.cli.settings import make_compute_settings, make_model_settings
 from batch_infer.errors import StoppedError
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
         type=click.Choice(ARCHITECTURES),
         help="A released architecture at full size with random weights, instead of a model.",
     ),
-    option("--rows", type=click.IntRange(min=1), default=200, metavar="N", help="Number of rows."),
+    option("--rows", type=POSITIVE, default=200, metavar="N", help="Number of rows."),
     option("--steps", default="20-50", metavar="A-B|N", help="Steps of each row, drawn from this range."),
     option(
         "--sizes",
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     option(
         "--unguided", type=click.FloatRange(0, 1), default=0.2, metavar="SHARE", help="Share of rows without guidance."
     ),
-    option("--rounds", type=click.IntRange(min=1), default=3, metavar="N", help="Timed rounds per contender."),
+    option("--rounds", type=POSITIVE, default=3, metavar="N", help="Timed rounds per contender."),
     option(
         "--against", default="grouped,one-by-one,bare", metavar="NAME,...", help=f"Baselines: {', '.join(BASELINES)}."
     ),
