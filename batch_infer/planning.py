@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from itertools import groupby
 from typing import Protocol, TypeAlias, TypeVar
@@ -84,7 +84,7 @@ def select_pending(
             continue
         entry = index.find(item.key)
         if not is_skipped(item, entry):
-            yield item if entry is None else item.as_attempt(entry.attempt + 1, entry.path)
+            yield item if entry is None else replace(item, attempt=entry.attempt + 1, replaces=entry.path)
 
 
 def order_requests(requests: Iterable[PromptRequest], slots_of: SlotsOf | None = None) -> Iterator[PromptRequest]:

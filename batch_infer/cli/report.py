@@ -36,13 +36,8 @@ def stoppable(time_limit: float | None = None, *, hint: str = RESUME) -> Iterato
     `hint` says what is kept and what to do next. Raises StoppedError.
     """
     stopping = "stopping; finished images are being committed (press Ctrl-C again to stop at once)"
-    stop = Stopper(
-        time_limit,
-        hint,
-        announce=partial(stop_log.warning, stopping),
-        farewell=partial(log_error, code=StoppedError.exit_code),
-        clean_up=remove_unfinished,
-    )
+    log_stop, log_stop_error = partial(stop_log.warning, stopping), partial(log_error, code=StoppedError.exit_code)
+    stop = Stopper(time_limit, hint, log_stop=log_stop, log_error=log_stop_error, remove_files=remove_unfinished)
     try:
         with stop:
             yield stop

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, cast, overload
 
 import torch
 
 from batch_infer.accelerator import limit_memory, out_of_memory_errors, set_float32_precision
-from batch_infer.chain import BatchSizes, Chain, GatedChain, GracePeriod, PipelineCallChain, StepLevelChain
+from batch_infer.chain import BatchSizes, Chain, GatedChain, PipelineCallChain, StepLevelChain
 from batch_infer.models import ModelCard, load_checker, load_latent_diffusion, optimize_networks
 from batch_infer.safety import ImageChecker, make_gate, make_image_checker
 from batch_infer.settings import Compute, SafetySettings
@@ -26,9 +27,7 @@ def load_chain(
     """
     with_checker = safety.uses_checker(has_checker=card.has_checker)
     chain = make_chain(load_any_model(card, compute, with_checker=with_checker), compute, stop)
-    grace = GracePeriod(stop)
-    gate = make_gate(safety.service, grace)
-    return chain if gate is None else GatedChain(chain, gate, stop, grace)
+    return chain if safety.service is None else GatedChain(chain, partial(make_gate, safety.service), stop)
 
 
 def load_any_model(card: ModelCard, compute: Compute, *, with_checker: bool) -> LatentDiffusion | AnyPipeline:
