@@ -183,11 +183,10 @@ def _compare_images(contenders: Sequence[Contender]) -> Parity | None:
 
 
 def _peak_memory(subject: Subject, contenders: Sequence[Contender], sweep: Sweep) -> dict[str, int]:
-    """Return the largest peak of all measurements, each of which starts the GPU's count anew."""
+    """Return the largest peak of all measurements. Each measurement resets the GPU's peak."""
     memory = read_peak_memory(subject.compute.device)
     if "device_bytes" in memory:
-        peaks = [each.device_bytes for each in contenders] + [point.device_bytes for point in sweep.points]
-        memory["device_bytes"] = max(peak or 0 for peak in peaks)
+        memory["device_bytes"] = max(measured.device_bytes or 0 for measured in (*contenders, *sweep.points))
     return memory
 
 
