@@ -186,7 +186,8 @@ def _peak_memory(subject: Subject, contenders: Sequence[Contender], sweep: Sweep
     """Return the largest peak of all measurements. Each measurement resets the GPU's peak."""
     memory = read_peak_memory(subject.compute.device)
     if "device_bytes" in memory:
-        memory["device_bytes"] = max(measured.device_bytes or 0 for measured in (*contenders, *sweep.points))
+        peaks = [contender.device_bytes for contender in contenders] + [point.device_bytes for point in sweep.points]
+        memory["device_bytes"] = max(peak or 0 for peak in peaks)
     return memory
 
 
