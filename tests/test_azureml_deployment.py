@@ -315,8 +315,8 @@ def quick() -> dict[str, str]:
 
 TELL = """
 import sys
-from batch_infer.azureml.deployment import find_deployment
-find_deployment(sys.argv[1])
+from batch_infer.azureml.deployment import read_deployment
+read_deployment(sys.argv[1])
 """
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -65,7 +65,8 @@ def load_subject(settings: BenchSettings) -> Subject:
             raise SettingsError(f"{card.name} runs in its diffusers pipeline: there is nothing to compare it with")
         compute = choose_compute(run, device, card=card)
         defaults = _defaults(card.sizes, card.guidance_scale, card.guidance_rescale, card.embedded_guidance)
-        return Subject(card.name, load_model(card, compute, with_checker=False), compute, card.sizes, defaults)
+        model = cast("LatentDiffusion", load_model(card, compute, with_checker=False))
+        return Subject(card.name, model, compute, card.sizes, defaults)
     except torch.OutOfMemoryError as error:
         raise explain_out_of_memory(error) from error
 
