@@ -121,8 +121,9 @@ def _cost_lines(plan: Plan) -> Iterator[str]:
     for size in plan.sizes:
         name, seconds = f"{size.width}x{size.height}", format_duration(size.seconds)
         yield f"{name:12}{size.images:12,}{size.row_forwards:16,}{size.ticks:14,}{seconds:>16}"
-    slots = sorted({size.slots for size in plan.sizes})
-    yield f"slots    {' to '.join(map(str, slots[:1] + slots[1:][-1:]))}, occupancy {plan.occupancy:.0%}"
+    slots = [size.slots for size in plan.sizes]
+    slot_range = " to ".join(map(str, sorted({min(slots), max(slots)})))
+    yield f"slots    {slot_range}, occupancy {plan.occupancy:.0%}"
     if plan.processes > 1:
         yield f"workers  {plan.processes}, one per device"
     yield f"time     about {format_duration(plan.seconds)}, as measured {plan.measured_at:%Y-%m-%d %H:%M} UTC"
