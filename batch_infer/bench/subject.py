@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
-
 from batch_infer.autotune import detect_device, explain_out_of_memory, find_plateau
 from batch_infer.bench.settings import BenchSettings, Size
 from batch_infer.errors import RowError, SettingsError
@@ -57,7 +55,7 @@ def load_subject(settings: BenchSettings) -> Subject:
     """Load the model. Raises ModelError, or SettingsError if the device is missing or has too little memory."""
     device = detect_device(settings.model.device)
     run = RunSettings(TableSettings(()), Path(), model=settings.model, compute=settings.compute)
-    try:
+    with explain_out_of_memory():
         if settings.architecture is not None:
             return _build(settings.architecture, choose_compute(run, device))
         card = read_card(settings.model)
@@ -67,8 +65,6 @@ def load_subject(settings: BenchSettings) -> Subject:
         defaults = _defaults(card.sizes, card.guidance_scale, card.guidance_rescale, card.embedded_guidance)
         model = cast("LatentDiffusion", load_model(card, compute, with_checker=False))
         return Subject(card.name, model, compute, card.sizes, defaults)
-    except torch.OutOfMemoryError as error:
-        raise explain_out_of_memory(error) from error
 
 
 def _build(name: str, compute: Compute) -> Subject:
