@@ -1,4 +1,4 @@
-"""Read and write manifest parts: Parquet files of results, with page checksums to detect corruption."""
+"""Read and write manifest parts: Parquet files with page checksums, which detect corruption."""
 
 from __future__ import annotations
 
@@ -19,17 +19,12 @@ from batch_infer.store import atomic_write
 
 _NAME = re.compile(r"part-(?:(?P<run>[0-9]{5,})-)?.*\.parquet")
 _COLUMNS_KEY = b"batch-infer-columns"
-"""Metadata key of the format version, and of its checksum with the column names, which page checksums do not cover.
+"""Metadata key of the format version and a checksum of the column names, which page checksums do not cover.
 
-Types are not included: another version of Arrow may read carried columns as different types.
+The checksum omits types: another version of Arrow may read carried columns as different types.
 """
 _COMMITTED_KEY = b"batch-infer-committed"
-"""Metadata key of the clock's name and the commit time in seconds."""
-
-
-def part_name(run: int, content: str) -> str:
-    """Return the file name of a part committed by run number `run`. 0 means that the writer is not a run."""
-    return f"part-{run:05d}-{content}.parquet" if run else f"part-{content}.parquet"
+"""Metadata key of the commit time: the clock's name and seconds."""
 
 
 def run_number(part: Path) -> int:
@@ -47,13 +42,12 @@ def write_part(path: Path, table: pa.Table, clock: str, seconds: float) -> None:
 
 
 def read_part(part: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read these columns of a part, or all columns if None. Result columns newer than its format version are null.
+    """Read these columns of a part, or all columns if None. Result columns newer than the part's format are null.
 
     Raises DamagedPartError, NewerPartError, StorageError.
     """
     names = SCHEMA.names if columns is None else list(columns)
-    with open_part(part) as file:
-        version = _version_of(part, file.schema_arrow)
+    with open_part(part) as (file, version):
         available = [name for name in names if SINCE.get(name, 1) <= version]
         for field in (SCHEMA.field(name) for name in available):
             if field.name not in file.schema_arrow.names:
@@ -67,25 +61,24 @@ def read_part(part: Path, columns: Sequence[str] | None = None) -> pa.Table:
 
 
 def read_carried_fields(part: Path) -> list[pa.Field]:
-    """Return the carried columns of a part under their names in this version.
+    """Return a part's carried columns under their names in this version.
 
     Raises DamagedPartError, NewerPartError, StorageError.
     """
-    with open_part(part) as file:
+    with open_part(part) as (file, version):
         schema = file.schema_arrow
-        version = _version_of(part, schema)
     added = {name for name, since in SINCE.items() if since > version}
     carried = (field for field in schema if field.name in added or field.name not in SCHEMA.names)
     return [field.with_name(f"input_{field.name}") if field.name in added else field for field in carried]
 
 
 def commit_time(part: Path) -> tuple[str, float]:
-    """Return a clock's name and the commit time in seconds. Times of one clock are in commit order.
+    """Return the clock's name and the commit time in seconds. One clock's times are in commit order.
 
-    A machine's clock starts when the machine boots, and setting the time of day does not change it. Parts of version 1
-    have the time of day, with "" as the clock's name. Raises DamagedPartError, StorageError.
+    A clock starts when its machine boots, and setting the time of day does not change it. A part of version 1 has the
+    time of day, and its clock is "". Raises DamagedPartError, StorageError.
     """
-    with open_part(part) as file:
+    with open_part(part) as (file, _):
         mark = (file.schema_arrow.metadata or {}).get(_COMMITTED_KEY, b"").decode("ascii", "replace")
         clock, _, seconds = mark.partition(" ")
         with suppress(ValueError):
@@ -95,21 +88,21 @@ def commit_time(part: Path) -> tuple[str, float]:
 
 
 @contextmanager
-def open_part(part: Path) -> Iterator[pq.ParquetFile]:
-    """Open a part and read only its footer.
+def open_part(part: Path) -> Iterator[tuple[pq.ParquetFile, int]]:
+    """Open a part, read only its footer, and yield the part with its format version.
 
     Raises NewerPartError, and DamagedPartError also for reads inside the context. Raises StorageError if the disk
-    cannot be read or the part does not exist, which may be temporary.
+    cannot be read or the part does not exist, because both may be temporary.
     """
     try:
         with pa.OSFile(str(part)) as stream, pq.ParquetFile(stream, page_checksum_verification=True) as file:
             version = _version_of(part, file.schema_arrow)
             if version > VERSION:
                 raise NewerPartError(
-                    f"{part} was written by a newer batch-infer (format {version}, this one reads up to {VERSION}): "
-                    "upgrade batch-infer, or give another --out"
+                    f"{part} was written by a newer batch-infer (format {version}, this one reads up to {VERSION}):"
+                    " upgrade batch-infer, or give another --out"
                 )
-            yield file
+            yield file, version
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         number = getattr(error, "errno", None)  # None for Arrow's errors about the content
         if number is None:
