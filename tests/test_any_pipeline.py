@@ -437,7 +437,7 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a component less": (lambda f: amend(f / "model_index.json", vae=None), "could not be loaded: .*expected"),
     "pickles": (pickle_weights, "text_encoder_2/pytorch_model.bin is pickled"),
-    "no words": (lambda f: (f / "tokenizer_2" / "tokenizer.json").unlink(), "tokenizer_2/ holds none of tokenizer"),
+    "no words": (lambda f: (f / "tokenizer_2" / "tokenizer.json").unlink(), "tokenizer_2/ has none of tokenizer"),
     "no folder": (lambda f: shutil.rmtree(f / "vae"), "names vae/, which is missing"),
 }  # fmt: skip
 

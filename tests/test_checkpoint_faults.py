@@ -222,7 +222,7 @@ def test_a_key_with_escapes_is_found(own: Path) -> None:
     assert "auto_map" not in (own / TEXT).read_text("utf-8")
     with pytest.raises(
         ModelError,
-        match="text_encoder/config.json names code to load .auto_map.: batch-infer does not run code from a checkpoint",
+        match="text_encoder/config.json would run code .auto_map.: batch-infer does not run code from a checkpoint",
     ):
         read_card(ModelSettings(name=str(own)))
 
@@ -239,11 +239,11 @@ FOREIGN: list[tuple[str, dict[str, Any], str]] = [
         "_attn_implementation_internal='someone/kernel'",
     ),
     (TEXT, {"attribute_map": {"a": "_attn_implementation"}, "a": "someone/kernel"}, "renames settings"),
-    (TEXT, {"use_kernels": True}, "requests kernels, which would be fetched and run .use_kernels."),
-    (TEXT, {"kernel_config": {"kernel_mapping": {"GeLU": "someone/kernel:GeLU"}}}, "requests kernels"),
-    (TEXT, {"transformers_weights": "adapter_model.bin"}, "names weights to load .* .transformers_weights."),
-    (WORDS, {"gguf_file": "words.gguf", "name_or_path": "someone/words"}, "names a tokenizer to load"),
-    (PROCESSOR, {"audio_tokenizer": {"audio_tokenizer_name_or_path": "someone/model"}}, "names another model to load"),
+    (TEXT, {"use_kernels": True}, "would fetch and run kernels .use_kernels."),
+    (TEXT, {"kernel_config": {"kernel_mapping": {"GeLU": "someone/kernel:GeLU"}}}, "would fetch and run kernels"),
+    (TEXT, {"transformers_weights": "adapter_model.bin"}, "would load unchecked weights .transformers_weights."),
+    (WORDS, {"gguf_file": "words.gguf", "name_or_path": "someone/words"}, "would load an unchecked tokenizer"),
+    (PROCESSOR, {"audio_tokenizer": {"audio_tokenizer_name_or_path": "someone/model"}}, "would load another model"),
     *(
         (file, {"quantization_config": {"quant_method": method}}, f"has quant_method '{method}', which may")
         for file, method in ((UNET, "nunchaku_lite"), (UNET, "gguf"), (TEXT, "fp8"), (TEXT, "mxfp4"), (TEXT, "custom"))

@@ -185,7 +185,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no scheduler": (lambda f: (f / "scheduler" / "scheduler_config.json").unlink(), "scheduler_config.json is miss"),
     "no vocabulary": (
         lambda f: empty(f / "tokenizer"),
-        "tokenizer/ holds none of tokenizer.json",
+        "tokenizer/ has none of tokenizer.json",
     ),
     "an index that is no JSON": (lambda f: (f / "model_index.json").write_text("{", "utf-8"), "is not JSON"),
     "an index that is a list": (lambda f: (f / "model_index.json").write_text("[]", "utf-8"), "not hold a JSON object"),
@@ -200,15 +200,15 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a missing shard": (name_a_missing_shard, "00002-of-00002.safetensors is missing"),
     "code named by a config": (
         lambda f: amend(f / "text_encoder" / "config.json", auto_map={"AutoModel": "m.Model"}),
-        "text_encoder/config.json names code to load .auto_map.: batch-infer does not run code from a checkpoint",
+        "text_encoder/config.json would run code .auto_map.: batch-infer does not run code from a checkpoint",
     ),
     "an Auto class": (
         lambda f: amend(f / "model_index.json", text_encoder=["transformers", "AutoModel"]),
-        "text_encoder is any class that its folder names",
+        "text_encoder is of class AutoModel, which loads any class",
     ),
     "an adapter": (
         lambda f: (f / "text_encoder" / "adapter_config.json").write_text("{}"),
-        "text_encoder/ holds an adapter; merge it",
+        "text_encoder/ contains an adapter; merge it",
     ),
     "a shard outside the folder": (
         lambda f: (f / f"{UNET}.index.json").write_text('{"weight_map": {"a": "../../out.safetensors"}}', "utf-8"),

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from batch_infer.errors import ModelError
 from batch_infer.models.families import Family
-from batch_infer.models.untrusted import read_object, read_shapes
+from batch_infer.models.untrusted import json_objects, read_object, read_shapes
 
 MAX_IMAGE_SIDE = 8192
-"""Maximum image or latent side in the config of a network or image processor."""
+"""Maximum side of an image or latents in the config of a network or image processor."""
 MAX_SIZE = 1 << 24
 """Maximum for all other sizes, such as the positions of a language model."""
 MAX_TRAIN_TIMESTEPS = 100_000
 SHORTEST_TEXT = 3
-"""Minimum length of a tokenized text: a start token, one token of text and an end token."""
+"""Minimum number of tokens of a text: a start token, one token and an end token."""
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
 
 LAYER_COUNTS = {
@@ -26,7 +26,7 @@ LAYER_COUNTS = {
     *("n_refiner_layers", "transformer_layers_per_block", "down_blocks_num_attentions", "down_blocks_num_resnets"),
     *("mid_num_resnets", "mid_num_attentions", "up_blocks_num_attentions", "depth"),
 }
-"""Keys that count layers. A layer has at least one tensor, so no count can exceed the number of tensors."""
+"""Keys that count layers. Each layer has a tensor, so no count can exceed the number of tensors."""
 SIDES = {"sample_size", "image_size", "crop_size", "pos_embed_max_size"}
 POSITIVE = {
     *("in_channels", "out_channels", "latent_channels", "block_out_channels", "norm_num_groups", "patch_size"),
@@ -50,33 +50,25 @@ Fault = str | None
 def check_configs(path: Path, components: Iterable[str], name: str, variant: str | None, *, strict: bool) -> None:
     """Check the configs of the components to load. Raises ModelError naming the file and the key.
 
-    `strict` also checks types, and is for model families whose networks are known. Without it only sizes are checked,
-    so that no network requests more memory than can be allocated.
+    `strict` also checks types, and is for model families, whose networks are known. Without it only sizes are checked,
+    to bound the memory that networks allocate.
     """
     for component in sorted(components):
         folder = path / component
-        if (folder / "config.json").is_file():
-            fault_of = partial(_network_fault, read_shapes(folder, variant, name))
-            _check(folder / "config.json", name, fault_of, strict=strict)
-        for file in ("preprocessor_config.json", "scheduler_config.json"):
-            if (folder / file).is_file():
-                _check(folder / file, name, _size_fault, strict=strict)
-        if (folder / "tokenizer_config.json").is_file():
-            _check(folder / "tokenizer_config.json", name, _tokenizer_fault, strict=False)
-
-
-def _check(path: Path, name: str, fault_of: Callable[[str, Any], Fault], *, strict: bool) -> None:
-    for key, value in _settings(read_object(path, name)):
-        if fault := fault_of(key, value) or (_type_fault(key, value) if strict else None):
-            raise ModelError(f"{name}: {path.parent.name}/{path.name} has {key}={_shorten(value)}, but {fault}")
-
-
-def _settings(document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield all keys and values of a config and its nested configs (text_config, vision_config)."""
-    for key, value in document.items():
-        yield key, value
-        if isinstance(value, dict):
-            yield from _settings(value)
+        find_network_fault = partial(_network_fault, read_shapes(folder, variant, name))
+        for file, find_fault in (
+            ("config.json", find_network_fault),
+            ("preprocessor_config.json", _size_fault),
+            ("scheduler_config.json", _size_fault),
+            ("tokenizer_config.json", _tokenizer_fault),
+        ):
+            document = read_object(folder / file, name) if (folder / file).is_file() else {}
+            for key, value in ((key, value) for settings in json_objects(document) for key, value in settings.items()):
+                fault = find_fault(key, value)
+                if strict and not fault and file != "tokenizer_config.json":
+                    fault = _type_fault(key, value)
+                if fault:
+                    raise ModelError(f"{name}: {component}/{file} has {key}={_shorten(value)}, but {fault}")
 
 
 def _network_fault(shapes: Mapping[str, tuple[int, ...]], key: str, value: Any) -> Fault:
@@ -170,20 +162,20 @@ def check_widths(path: Path, family: Family, name: str) -> None:
     denoiser = family.denoiser or ""
     network = _read_config(path, denoiser, name)
     network = network.get("configurations", network)
-    inputs, outputs = (_get(network, key, family.latent_channels) for key in ("in_channels", "out_channels"))
+    inputs, outputs = (network.get(key) or family.latent_channels for key in ("in_channels", "out_channels"))
     if inputs != outputs:
         raise ModelError(
             f"{name}: its {denoiser} takes {inputs} channels and gives {outputs}, so it is not a text-to-image "
             "checkpoint"
         )
-    latents = _get(_read_config(path, "vae", name), "latent_channels", 4)
+    latents = _read_config(path, "vae", name).get("latent_channels") or 4
     _compare(name, f"{denoiser}/config.json has in_channels", inputs, "vae/config.json has latent_channels", latents)
-    encoders = [_text_config(_read_config(path, component, name)) for component in family.text_encoders]
-    width = sum(_get(encoder, "hidden_size", 512) for encoder in encoders)
+    encoders = [_read_text_config(path, component, name) for component in family.text_encoders]
+    width = sum(encoder.get("hidden_size") or 512 for encoder in encoders)
     if family.joint_attention:
         _check_joint_attention(path, network, encoders, name)
         return
-    expected = _get(network, "cross_attention_dim", 1280)
+    expected = network.get("cross_attention_dim") or 1280
     source = f"hidden_size of {' and '.join(family.text_encoders)} makes"
     for dim in expected if isinstance(expected, list) else [expected]:
         _compare(name, f"{denoiser}/config.json has cross_attention_dim", dim, source, width)
@@ -193,40 +185,36 @@ def _check_joint_attention(
     path: Path, network: Mapping[str, Any], encoders: list[Mapping[str, Any]], name: str
 ) -> None:
     """Compare the widths of Stable Diffusion 3's transformer and text encoders. Raises ModelError."""
-    projection = sum(_get(encoder, "projection_dim", 512) for encoder in encoders)
-    pooled = _get(network, "pooled_projection_dim", 2048)
+    projection = sum(encoder.get("projection_dim") or 512 for encoder in encoders)
+    pooled = network.get("pooled_projection_dim") or 2048
     _compare(name, "transformer/config.json has pooled_projection_dim", pooled, "both projection_dim make", projection)
-    key, joint = "transformer/config.json has joint_attention_dim", _get(network, "joint_attention_dim", 4096)
+    key, joint = "transformer/config.json has joint_attention_dim", network.get("joint_attention_dim") or 4096
     if (path / "text_encoder_3").is_dir():
-        t5_width = _get(_read_config(path, "text_encoder_3", name), "d_model", 512)
+        t5_width = _read_config(path, "text_encoder_3", name).get("d_model") or 512
         _compare(name, key, joint, "text_encoder_3 has d_model", t5_width)
-    width = sum(_get(encoder, "hidden_size", 512) for encoder in encoders)
+    width = sum(encoder.get("hidden_size") or 512 for encoder in encoders)
     if width > joint:
         _compare(name, key, joint, "two text encoders make", width)
+
+
+def _compare(name: str, key: str, value: Any, other: str, expected: Any) -> None:
+    if value != expected:
+        raise ModelError(
+            f"{name}: {key}={_shorten(value)}, but {other} {_shorten(expected)}; do these components belong together?"
+        )
 
 
 def _read_config(path: Path, component: str, name: str) -> dict[str, Any]:
     return read_object(path / component / "config.json", name)
 
 
-def _compare(name: str, key: str, value: Any, other: str, expected: Any) -> None:
-    if value != expected:
-        raise ModelError(
-            f"{name}: {key}={_shorten(value)}, but {other} {_shorten(expected)}; do its parts belong together?"
-        )
-
-
-def _get(config: Mapping[str, Any], key: str, default: int) -> Any:
-    value = config.get(key)
-    return default if value is None else value
-
-
-def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def _read_text_config(path: Path, encoder: str, name: str) -> Mapping[str, Any]:
+    config = _read_config(path, encoder, name)
     inner = config.get("text_config")
     return inner if isinstance(inner, dict) else config
 
 
 def text_positions(path: Path, encoder: str, name: str) -> tuple[int, int]:
     """Return the numbers of positions and of token embeddings of a CLIP text encoder. Raises ModelError."""
-    config = _text_config(_read_config(path, encoder, name))
-    return _get(config, "max_position_embeddings", 77), _get(config, "vocab_size", 49408)
+    config = _read_text_config(path, encoder, name)
+    return config.get("max_position_embeddings") or 77, config.get("vocab_size") or 49408

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import zip_longest
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
+import msgspec
 import torch
 from diffusers import Transformer2DModel
 from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
@@ -14,6 +15,7 @@ from diffusers.models.downsampling import Downsample2D
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
+from msgspec import Meta
 from torch import nn
 from torch.nn.functional import silu
 
@@ -22,8 +24,10 @@ from batch_infer.errors import ModelError
 CLASS_NAME = "FlexibleUNet2DConditionModel"
 GROUPS = 32
 """Number of groups in every group normalization."""
-IN_CHANNELS = 4
 
+Count = Annotated[int, Meta(ge=0)]
+Size = Annotated[int, Meta(gt=0)]
+Widths = Annotated[tuple[Size, ...], Meta(min_length=1)]
 Skips = list[torch.Tensor]
 
 
@@ -35,18 +39,20 @@ class FlexibleUNetConfig:
     Keys that follow from these fields are checked but not stored.
     """
 
-    sample_size: int
-    temb_dim: int
-    resnet_eps: float
-    num_attention_heads: int
-    cross_attention_dim: int
-    down_blocks_in_channels: tuple[int, ...]
-    down_blocks_out_channels: tuple[int, ...]
-    down_blocks_num_attentions: tuple[int, ...]
-    down_blocks_num_resnets: tuple[int, ...]
-    mid_num_resnets: int
-    mid_num_attentions: int
-    up_blocks_num_attentions: tuple[int, ...]
+    in_channels: ClassVar[int] = 4
+
+    sample_size: Size
+    temb_dim: Size
+    resnet_eps: Annotated[float, Meta(gt=0)]
+    num_attention_heads: Size
+    cross_attention_dim: Size
+    down_blocks_in_channels: Widths
+    down_blocks_out_channels: Widths
+    down_blocks_num_attentions: tuple[Count, ...]
+    down_blocks_num_resnets: tuple[Size, ...]
+    mid_num_resnets: Count
+    mid_num_attentions: Count
+    up_blocks_num_attentions: tuple[Count, ...]
 
     @classmethod
     def read(cls, config: Mapping[str, Any], source: object) -> FlexibleUNetConfig:
@@ -55,28 +61,33 @@ class FlexibleUNetConfig:
         Keys outside `configurations` describe a stock UNet and are ignored. Raises ModelError naming the key if a key
         is missing, unknown or contradictory.
         """
-        name = config.get("_class_name")
-        if name != CLASS_NAME:
+        settings: Any = config.get("configurations")
+        if (name := config.get("_class_name")) != CLASS_NAME:
             raise ModelError(f"{source}: config.json describes a {name}, not a {CLASS_NAME}")
-        settings = config.get("configurations")
-        if not isinstance(settings, dict):
-            raise ModelError(f"{source}: config.json has no `configurations`, which describe this UNet's architecture")
-        values = {field.name: _read_key(settings, field.name, str(field.type), source) for field in fields(cls)}
-        result = cls(**values)
-        result._refuse_impossible(source)
-        implied = result._implied_keys()
-        for key, value in implied.items():
-            actual = _get(settings, key, source)
-            if actual != value:
-                raise _config_error(source, key, actual, f"by the other keys it must be {value}")
-        for key in sorted(settings.keys() - values.keys() - implied.keys()):
-            raise _config_error(source, key, settings[key], "this version does not know that key")
+        try:
+            result = msgspec.convert(settings, cls)
+        except msgspec.ValidationError as error:
+            raise ModelError(f"{source}: config.json is invalid under `configurations`: {error}") from error
+        for key, reason in result._find_faults(settings):
+            value = settings.get(key)
+            raise ModelError(f"{source}: config.json has {key}={value!r} under `configurations`: {reason}")
         return result
 
-    @property
-    def in_channels(self) -> int:
-        """Channels of the latents."""
-        return IN_CHANNELS
+    def _find_faults(self, settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """Yield each key that contradicts other keys or is unknown, with the reason."""
+        heads, levels = self.num_attention_heads, len(self.down_blocks_in_channels)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, tuple) and len(value) != levels:
+                yield field.name, f"down_blocks_in_channels has {levels} entries"
+            if field.name.endswith("channels") and any(width % GROUPS or width % heads for width in value):
+                yield field.name, f"widths must be divisible by {GROUPS} groups and {heads} attention heads"
+        implied = self._implied_keys()
+        for key, value in implied.items():
+            if settings.get(key) != value:
+                yield key, f"by the other keys it must be {value}"
+        for key in sorted(settings.keys() - implied.keys() - {field.name for field in fields(self)}):
+            yield key, "this version does not know that key"
 
     def _implied_keys(self) -> dict[str, Any]:
         """Return the required values of all other keys: each skip is popped at the size at which it was pushed."""
@@ -92,52 +103,11 @@ class FlexibleUNetConfig:
             "add_upsample": [True] * (levels - 1) + [False],
         }
 
-    def _refuse_impossible(self, source: object) -> None:
-        """Raise ModelError for values from which no network can be built."""
-        levels, heads = len(self.down_blocks_in_channels), self.num_attention_heads
-        for field in fields(self):
-            key, value = field.name, getattr(self, field.name)
-            entries = value if isinstance(value, tuple) else (value,)
-            if isinstance(value, tuple) and len(value) != levels:
-                raise _config_error(source, key, value, f"down_blocks_in_channels has {levels} entries")
-            may_be_zero = key.endswith("num_attentions") or key == "mid_num_resnets"
-            if any(entry < 0 or (entry == 0 and not may_be_zero) for entry in entries):
-                raise _config_error(source, key, value, "that is too small")
-            if key.endswith("channels") and any(entry % GROUPS or entry % heads for entry in entries):
-                raise _config_error(
-                    source, key, value, f"widths must be divisible by {GROUPS} groups and {heads} attention heads"
-                )
-
-
-def _get(settings: Mapping[str, Any], key: str, source: object) -> Any:
-    if key not in settings:
-        raise ModelError(f"{source}: config.json has no {key} under `configurations`; is it DeciDiffusion's?")
-    return settings[key]
-
-
-def _read_key(settings: Mapping[str, Any], key: str, type_name: str, source: object) -> Any:
-    # Uses type() instead of isinstance(), which accepts JSON's true as an int.
-    value = _get(settings, key, source)
-    match type_name:
-        case "int" if type(value) is int:
-            return value
-        case "float" if type(value) in (int, float):
-            return float(value)
-        case "tuple[int, ...]" if type(value) is list and value and all(type(entry) is int for entry in value):
-            return tuple(value)
-    expected = {"int": "a whole number", "float": "a number"}.get(type_name, "a list of whole numbers")
-    raise _config_error(source, key, value, f"it must be {expected}")
-
-
-def _config_error(source: object, key: str, value: object, reason: str) -> ModelError:
-    json_value = list(value) if isinstance(value, tuple) else value
-    return ModelError(f"{source}: config.json has {key}={json_value!r} under `configurations`: {reason}")
-
 
 class FlexibleUNet(nn.Module):
     """A UNet with the tensor names of the published checkpoint.
 
-    Apart from the order of its layers, it differs from diffusers' UNet2DConditionModel in three ways. The mid block
+    Besides the order of its layers, it differs from diffusers' UNet2DConditionModel in three ways. The mid block
     runs its first resnet twice. A skip is the output of a resnet, before the transformer that follows. The last down
     block also halves the sides, and the mid block doubles them again before the first skip is popped.
     """
@@ -188,7 +158,7 @@ class FlexibleUNet(nn.Module):
 
 
 class _Block(nn.Module):
-    """A list that alternates resnets and transformers, and ends with the surplus of one kind."""
+    """A list that alternates resnets and transformers until one of them runs out."""
 
     def __init__(self, config: FlexibleUNetConfig, inputs: Sequence[int], width: int, attentions: int) -> None:
         """`inputs` contains the input channels of each resnet. All resnets have `width` output channels."""
@@ -217,7 +187,7 @@ class _DownBlock(_Block):
         width, resnets = config.down_blocks_out_channels[level], config.down_blocks_num_resnets[level]
         inputs = [config.down_blocks_in_channels[level]] + [width] * (resnets - 1)
         super().__init__(config, inputs, width, config.down_blocks_num_attentions[level])
-        # With diffusers' default name, the state dict would contain these weights under two names.
+        # With diffusers' default name, the state dict would list these weights under two names.
         self.downsamplers = nn.ModuleList([Downsample2D(width, use_conv=True, name="op")])
 
     def forward(self, hidden: torch.Tensor, temb: torch.Tensor, context: torch.Tensor, skips: Skips) -> torch.Tensor:

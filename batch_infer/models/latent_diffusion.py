@@ -13,6 +13,7 @@ import torch
 
 from batch_infer.diffusion import Context, Solver
 from batch_infer.models.card import ModelCard
+from batch_infer.models.families import FAMILIES
 from batch_infer.models.loading import load_checker, load_pipeline
 from batch_infer.models.lora import fuse_loras
 from batch_infer.models.schedulers import make_solver
@@ -105,7 +106,7 @@ class LatentDiffusion:
         modules = {**cls.absent_components, **modules}
         if with_checker:
             modules["safety_checker"], modules["feature_extractor"] = load_checker(card, device, dtype)
-        pipeline = load_pipeline(cls.pipeline_class(card), card, modules)
+        pipeline = load_pipeline(_pipeline_class(card), card, modules)
         fuse_loras(pipeline, card.loras, card.name)
         pipeline.to(device)
         return cls(pipeline, denoiser.to(device), device, dtype, card.windows)
@@ -113,16 +114,11 @@ class LatentDiffusion:
     @classmethod
     def load_solver(cls, card: ModelCard) -> Solver:
         """Load the full pipeline's sampler without its networks. Raises ModelError."""
-        pipeline_type = cls.pipeline_class(card)
+        pipeline_type = _pipeline_class(card)
         arguments = inspect.signature(pipeline_type).parameters.values()
         components = [argument.name for argument in arguments if argument.default is argument.empty]
         absent = {**dict.fromkeys(name for name in components if name != "scheduler"), **cls.absent_components}
         return make_solver(load_pipeline(pipeline_type, card, absent).scheduler, cls.begin_index)
-
-    @classmethod
-    def pipeline_class(cls, card: ModelCard) -> Any:
-        """Return the diffusers pipeline class for the networks."""
-        return getattr(diffusers, card.pipeline)
 
     @classmethod
     def load_modules(cls, card: ModelCard, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
@@ -195,3 +191,7 @@ class LatentDiffusion:
         """Return the latents with the scale and offset that the VAE's decoder expects."""
         scaled: torch.Tensor = latents / self._vae.config.scaling_factor
         return scaled
+
+
+def _pipeline_class(card: ModelCard) -> Any:
+    return getattr(diffusers, FAMILIES[card.pipeline].pipeline_class or card.pipeline)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import ast
 from difflib import get_close_matches
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from batch_infer.errors import ModelError
+from batch_infer.models.components import diffusers_folder
 from batch_infer.models.untrusted import LOADING_ERRORS, LoadingErrors, describe
 from batch_infer.settings import SHORT_NAMES, SchedulerSpec
 
@@ -83,10 +83,8 @@ def _stem(name: str) -> str:
 @cache
 def _find_classes() -> dict[str, Path]:
     """Map each scheduler class to its source file."""
-    spec = find_spec("diffusers")
-    folders = [Path(package) / "schedulers" for package in (spec and spec.submodule_search_locations) or ()]
     classes = {}
-    for file in sorted(file for folder in folders for file in folder.rglob("scheduling_*.py")):
+    for file in sorted((diffusers_folder() / "schedulers").rglob("scheduling_*.py")):
         for line in file.read_text("utf-8").splitlines():
             if line.startswith("class ") and "SchedulerMixin" in line and not line.startswith("class Flax"):
                 classes[line.removeprefix("class ").partition("(")[0]] = file
