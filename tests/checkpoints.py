@@ -25,7 +25,7 @@ from torch.nn.functional import normalize
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from batch_infer.models import DEMO_MODEL
-from batch_infer.models.flexible_unet import FlexibleUNet, FlexibleUNetConfig
+from batch_infer.models.decidiffusion import FlexibleUNet, FlexibleUNetConfig
 
 VIEW = 32
 """Side of the tiny checker's input."""

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from batch_infer.chain import BatchSizes, PipelineCallChain, RenderedImage, UnrenderedRow
 from batch_infer.errors import ModelError, RowFailure
 from batch_infer.models import AnyPipeline, ModelCard, read_card, trial_calls
-from batch_infer.models.pipelines import find_class
+from batch_infer.models.any_pipeline import find_class
 from batch_infer.records import PromptRequest, SizeRules
 from batch_infer.safety import ImageChecker
 from batch_infer.safety.checker import StableDiffusionChecker

@@ -393,7 +393,7 @@ def test_a_run_refuses_a_fault_before_any_row_in_one_message(own: Path, tmp_path
     put(own / WORDS, "pad_token", "<new>")
     done = run(table, out, "--model", own)
     assert done.code == 2
-    assert "token '<new>' has the number 645, but text_encoder has 645 embeddings" in done.stderr
+    assert "token '<new>' has id 645, but text_encoder has only 645 embeddings" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (out / "results.parquet").exists()
 

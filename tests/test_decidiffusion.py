@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from batch_infer.errors import ModelError
 from batch_infer.models import load_latent_diffusion, load_solver, load_token_counter, read_card
-from batch_infer.models.flexible_unet import FlexibleUNet, FlexibleUNetConfig
+from batch_infer.models.decidiffusion import FlexibleUNet, FlexibleUNetConfig
 from batch_infer.records import SizeRules
 from batch_infer.settings import ModelSettings
 from tests import straight_line
@@ -277,7 +277,7 @@ SPOILED: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
     ),
     "unexpected": (
         lambda w: w.update({"mid_block.modules_list.7.conv1.bias": torch.zeros(96)}),
-        r"holds, besides its network's, 1 tensor \(mid_block.modules_list.7.conv1.bias\)",
+        r"has 1 unexpected tensor \(mid_block.modules_list.7.conv1.bias\)",
     ),
     "of diffusers' order": (
         lambda w: w.update({"mid_block.resnets.0.conv1.bias": w.pop("mid_block.modules_list.0.conv1.bias")}),

@@ -188,15 +188,21 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         "tokenizer/ has none of tokenizer.json",
     ),
     "an index that is no JSON": (lambda f: (f / "model_index.json").write_text("{", "utf-8"), "is not JSON"),
-    "an index that is a list": (lambda f: (f / "model_index.json").write_text("[]", "utf-8"), "not hold a JSON object"),
-    "half a UNet": (lambda f: cut(f, UNET), "unet/diffusion_pytorch_model.safetensors is incomplete: fetch it again"),
-    "half a text encoder": (lambda f: cut(f, TEXT), "text_encoder/model.safetensors is incomplete"),
+    "an index that is a list": (lambda f: (f / "model_index.json").write_text("[]", "utf-8"), "is not a JSON object"),
+    "half a UNet": (
+        lambda f: cut(f, UNET),
+        "unet/diffusion_pytorch_model.* is damaged or incomplete; download it again",
+    ),
+    "half a text encoder": (lambda f: cut(f, TEXT), "text_encoder/model.safetensors is damaged or incomplete"),
     "a missing last byte": (
         lambda f: (f / UNET).write_bytes((f / UNET).read_bytes()[:-1]),
-        "unet/diffusion_pytorch_model.safetensors is incomplete",
+        "unet/diffusion_pytorch_model.safetensors is damaged or incomplete",
     ),
-    "a pointer": (lambda f: write_lfs_pointer(f, UNET), "is a Git LFS pointer: fetch the weights with `git lfs pull`"),
-    "a page of text": (lambda f: (f / UNET).write_text("not found"), "is incomplete|is not a safetensors file"),
+    "a pointer": (
+        lambda f: write_lfs_pointer(f, UNET),
+        "a Git LFS pointer: download the weights with `git lfs pull`",
+    ),
+    "a page of text": (lambda f: (f / UNET).write_text("not found"), "is damaged or incomplete"),
     "a missing shard": (name_a_missing_shard, "00002-of-00002.safetensors is missing"),
     "code named by a config": (
         lambda f: amend(f / "text_encoder" / "config.json", auto_map={"AutoModel": "m.Model"}),
@@ -212,11 +218,11 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a shard outside the folder": (
         lambda f: (f / f"{UNET}.index.json").write_text('{"weight_map": {"a": "../../out.safetensors"}}', "utf-8"),
-        "names ../../out.safetensors, which is no shard",
+        "names ../../out.safetensors, which is not a shard",
     ),
     "weights of a variant alone": (
         lambda f: (f / UNET).rename(f / "unet" / "diffusion_pytorch_model.fp16.safetensors"),
-        "unet/ has weights of a variant alone .*: set --variant",
+        "unet/ has only weights of a variant .*: set --variant",
     ),
     "no index": (lambda f: (f / "model_index.json").unlink(), "not a diffusers folder"),
 }
@@ -227,7 +233,7 @@ UNLOADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
         "unet/config.json has cross_attention_dim=48, but hidden_size of text_encoder makes 32",
     ),
     "a UNet without a weight": (lambda f: remove_a_weight(f, UNET), r"unet lacks 1 tensor \(conv_in.bias\)"),
-    "a UNet with an extra weight": (lambda f: add_a_weight(f, UNET), r"besides its network's, 1 tensor \(strange\)"),
+    "a UNet with an extra weight": (lambda f: add_a_weight(f, UNET), r"unet has 1 unexpected tensor \(strange\)"),
     "a text encoder without a weight": (lambda f: remove_a_weight(f, TEXT), r"text_encoder lacks 1 tensor \("),
     "a checker without a weight": (
         lambda f: remove_a_weight(f, "safety_checker/model.safetensors"),
@@ -282,7 +288,7 @@ def test_a_name_without_a_model_is_refused(name: str, reason: str) -> None:
 
 
 def test_a_component_file_is_not_a_checkpoint(sd1_folder: Path) -> None:
-    with pytest.raises(ModelError, match="give a complete checkpoint of Stable Diffusion, or the folder"):
+    with pytest.raises(ModelError, match="use a complete checkpoint of Stable Diffusion, or the folder"):
         card_of(sd1_folder / UNET)
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from batch_infer.errors import ModelError
 from batch_infer.models import read_card
 from batch_infer.models.conversion import PIPELINES, infer_kind
-from batch_infer.models.untrusted import read_header
+from batch_infer.models.untrusted import read_shapes
 from batch_infer.settings import ModelSettings
 from tests.checkpoints import amend
 from tests.rendering import load_family, make_request, render
@@ -118,8 +118,8 @@ def test_the_fingerprint_changes_with_a_weight_but_not_with_the_path(
 
 def test_weights_keep_their_precision(file: Path, filled: Path) -> None:
     save_file({name: tensor.half() for name, tensor in load_file(file).items()}, file)
-    header = read_header(card_of(file).path / "unet" / "diffusion_pytorch_model.safetensors", "the UNet")
-    assert {tensor["dtype"] for tensor in header.values()} == {"F16"}
+    weights = load_file(card_of(file).path / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
 
 
 def test_a_run_names_the_file_and_the_folder(file: Path, filled: Path, tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_a_missing_tensor_is_named(file: Path, filled: Path, name: str) -> None:
 def test_kinds_are_inferred_from_names_and_shapes(tmp_path: Path, cache: Path, tensors: Any, kind: str) -> None:
     path = tmp_path / "some.safetensors"
     save_file(tensors, path)
-    assert infer_kind(read_header(path, str(path))) == kind
+    assert infer_kind(read_shapes(path, str(path))) == kind
     expected = {
         "v1": "StableDiffusionPipeline",
         "v2": "StableDiffusionPipeline",
@@ -214,7 +214,7 @@ def test_kinds_are_inferred_from_names_and_shapes(tmp_path: Path, cache: Path, t
     if kind in expected:
         assert PIPELINES[kind].__name__ == expected[kind]
         return
-    with pytest.raises(ModelError, match=f"is of the kind {kind}; only files of Stable Diffusion 1.x, 2.x and XL"):
+    with pytest.raises(ModelError, match=f"is a {kind} checkpoint; only files of Stable Diffusion 1.x, 2.x and XL"):
         card_of(path)
 
 
@@ -236,15 +236,15 @@ def write(*names: str) -> Callable[[Path], object]:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a LoRA of kohya": (write("lora_unet_mid_block_proj_in.lora_down.weight"), "is a LoRA: give it with --lora"),
-    "a LoRA of diffusers": (write("unet.mid_block.proj_in.lora_A.weight"), "is a LoRA: give it with --lora"),
+    "a LoRA of kohya": (write("lora_unet_mid_block_proj_in.lora_down.weight"), "is a LoRA: name it in --lora"),
+    "a LoRA of diffusers": (write("unet.mid_block.proj_in.lora_A.weight"), "is a LoRA: name it in --lora"),
     "a ControlNet": (write("control_model.time_embed.0.weight"), "is a ControlNet"),
     "a ControlNet of diffusers": (write("controlnet_cond_embedding.conv_in.weight"), "is a ControlNet"),
-    "an embedding": (write("emb_params"), "UNet and VAE and text encoder: give a complete checkpoint"),
+    "an embedding": (write("emb_params"), "UNet and VAE and text encoder: use a complete checkpoint"),
     "a UNet": (keep("model.diffusion_model."), "no tensors of a checkpoint's VAE and text encoder"),
     "no text encoder": (rewrite(lambda t: [t.pop(n) for n in list(t) if "cond_" in n]), "checkpoint.s text encoder"),
-    "half a file": (lambda f: f.write_bytes(f.read_bytes()[: f.stat().st_size // 2]), "is incomplete: fetch"),
-    "a page of text": (lambda f: f.write_text("not found, sorry"), "is incomplete|is not a safetensors file"),
+    "half a file": (lambda f: f.write_bytes(f.read_bytes()[: f.stat().st_size // 2]), "incomplete; download it again"),
+    "a page of text": (lambda f: f.write_text("not found, sorry"), "is damaged or incomplete"),
     "a pointer": (lambda f: f.write_text("version https://git-lfs.github.com/spec/v1\n"), "is a Git LFS pointer"),
 }  # fmt: skip
 
@@ -264,7 +264,7 @@ def test_other_files_are_refused_by_kind(file: Path, case: str) -> None:
     [
         ("a.ckpt", "is pickled and pickles run code"),
         ("a.bin", "is pickled"),
-        ("a.gguf", "is a file; give a .safetensors"),
+        ("a.gguf", "is a file; use a .safetensors"),
     ],
 )
 def test_other_file_formats_are_refused(tmp_path: Path, name: str, reason: str) -> None:

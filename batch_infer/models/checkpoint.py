@@ -13,7 +13,7 @@ from batch_infer.models.card import DEMO_MODEL, ModelCard, SamplingRules
 from batch_infer.models.components import check_vocabularies, named_components, refuse_code
 from batch_infer.models.configs import check_configs, check_widths
 from batch_infer.models.families import CHECKER_COMPONENTS, FAMILIES, OTHER_FAMILY, Family
-from batch_infer.models.lora import Lora, read_loras
+from batch_infer.models.lora import Lora, read_lora
 from batch_infer.models.schedulers import refuse_unknown_scheduler
 from batch_infer.models.tokens import WINDOWS
 from batch_infer.models.untrusted import check_weights, hash_files, read_object
@@ -113,7 +113,8 @@ def _make_card(
         raise ModelError(f"{name} has no scheduler for --scheduler {spec} to replace")
     _check_options(settings, family, f"{name} is a {pipeline}")
     rules = _read_rules(family, path, name, inspect)
-    loras, windows = read_loras(settings.loras), WINDOWS if settings.long_prompts else 1
+    loras = tuple(map(read_lora, settings.loras))
+    windows = WINDOWS if settings.long_prompts else 1
     weights = hash_files(path, components.keys() - SEPARATE, settings.variant)
     has_checker = "safety_checker" in components
     return ModelCard(
@@ -151,7 +152,7 @@ def _read_rules(
         return rules
     if inspect is not None:
         return inspect(path)
-    from batch_infer.models.pipelines import inspect_pipeline
+    from batch_infer.models.any_pipeline import inspect_pipeline
 
     return inspect_pipeline(path)
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
 
 from batch_infer.errors import ModelError
 from batch_infer.models.families import Family
-from batch_infer.models.untrusted import json_objects, read_object, read_shapes
+from batch_infer.models.untrusted import choose_weights, json_objects, read_object, read_shapes
 
 MAX_IMAGE_SIDE = 8192
 """Maximum side of an image or latents in the config of a network or image processor."""
@@ -19,7 +22,6 @@ MAX_SIZE = 1 << 24
 MAX_TRAIN_TIMESTEPS = 100_000
 SHORTEST_TEXT = 3
 """Minimum number of tokens of a text: a start token, one token and an end token."""
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
 
 LAYER_COUNTS = {
     *("layers_per_block", "num_layers", "num_hidden_layers", "num_single_layers", "num_decoder_layers", "n_layers"),
@@ -35,14 +37,27 @@ POSITIVE = {
     *("num_heads", "joint_attention_dim", "pooled_projection_dim", "caption_projection_dim"),
     *("addition_time_embed_dim", "projection_class_embeddings_input_dim", "time_cond_proj_dim"),
 }
-"""Keys whose values are positive whole numbers. Null means the default of the class."""
-LISTS = LAYER_COUNTS | {"block_out_channels", "cross_attention_dim", "attention_head_dim", "num_attention_heads"}
-"""Keys whose values may be lists with one entry per level of the network."""
-NUMBERS = {
-    *("scaling_factor", "shift_factor", "norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rescale_factor"),
-    *("beta_start", "beta_end"),
+"""Keys whose values are positive whole numbers."""
+Count = Annotated[int, Meta(ge=0)]
+Size = Annotated[int, Meta(ge=1)]
+Number = Annotated[float, Meta(ge=-1e6, le=1e6)]
+TYPES: dict[str, Any] = {
+    **dict.fromkeys(POSITIVE, Size),
+    **dict.fromkeys(
+        ("block_out_channels", "cross_attention_dim", "attention_head_dim", "num_attention_heads"),
+        Size | Annotated[list[Size], Meta(min_length=1)],
+    ),
+    **dict.fromkeys(LAYER_COUNTS, Count | Annotated[list[Count | list[Count]], Meta(min_length=1)]),
+    **dict.fromkeys(SIDES, Size | Annotated[list[Size], Meta(min_length=1, max_length=2)] | dict[str, Any]),
+    **dict.fromkeys(("shift_factor", "norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rescale_factor"), Number),
+    **dict.fromkeys(("beta_start", "beta_end"), Number),
+    **dict.fromkeys(("act_fn", "hidden_act", "beta_schedule", "timestep_spacing"), str),
+    "scaling_factor": Annotated[float, Meta(gt=0, le=1e6)],  # latents are divided by it
+    "prediction_type": Annotated[str, Meta(pattern="^(epsilon|sample|v_prediction|flow_prediction)$")],
+    "num_train_timesteps": Size,
+    "steps_offset": int,
 }
-TEXTS = {"act_fn", "hidden_act", "beta_schedule", "timestep_spacing", "prediction_type"}
+"""Types of values in the configs of model families. Lists have one entry per level of the network."""
 
 Fault = str | None
 
@@ -55,7 +70,9 @@ def check_configs(path: Path, components: Iterable[str], name: str, variant: str
     """
     for component in sorted(components):
         folder = path / component
-        find_network_fault = partial(_network_fault, read_shapes(folder, variant, name))
+        files = choose_weights(folder.glob("*"), variant)
+        shapes = [shape for file in files for shape in read_shapes(file, f"{name}: {component}/{file.name}").values()]
+        find_network_fault = partial(_network_fault, shapes)
         for file, find_fault in (
             ("config.json", find_network_fault),
             ("preprocessor_config.json", _size_fault),
@@ -71,16 +88,17 @@ def check_configs(path: Path, components: Iterable[str], name: str, variant: str
                     raise ModelError(f"{name}: {component}/{file} has {key}={_shorten(value)}, but {fault}")
 
 
-def _network_fault(shapes: Mapping[str, tuple[int, ...]], key: str, value: Any) -> Fault:
+def _network_fault(shapes: Sequence[tuple[int, ...]], key: str, value: Any) -> Fault:
     """Return why a network with these tensor shapes cannot have this value, or None."""
     if shapes:
-        longest = max((side for shape in shapes.values() for side in shape), default=0)
-        if key in LAYER_COUNTS and any(number > len(shapes) for number in _integers(value)):
+        longest = max((side for shape in shapes for side in shape), default=0)
+        too_many = any(number > len(shapes) for number in _integers(value)) if key in LAYER_COUNTS else False
+        if isinstance(value, list) and key.endswith(("_channels", "_types")):
+            too_many |= len(value) > len(shapes)
+        if too_many:
             return f"its weights are {len(shapes)} tensors"
         if key == "pos_embed_max_size" and any(number**2 > longest for number in _integers(value)):
             return f"the largest tensor of its weights has a side of {longest}"
-        if isinstance(value, list) and key.endswith(("_channels", "_types")) and len(value) > len(shapes):
-            return f"its weights are {len(shapes)} tensors"
     return _size_fault(key, value)
 
 
@@ -99,32 +117,11 @@ def _size_fault(key: str, value: Any) -> Fault:
 
 
 def _type_fault(key: str, value: Any) -> Fault:
-    """Return what the type or value should be, or None. Null is valid and means the default of the class."""
-    if value is None:
-        return None
-    if key in POSITIVE | LAYER_COUNTS:
-        minimum = 0 if key in LAYER_COUNTS else 1
-        parts = list(_flatten(value))
-        if isinstance(value, list) and key not in LISTS:
-            return "it should be a whole number"
-        if not parts or not all(type(part) is int and part >= minimum for part in parts):
-            return f"it should be a whole number of at least {minimum}"
-    if key in SIDES and not isinstance(value, dict):
-        parts = value if isinstance(value, list) else [value]
-        if len(parts) not in (1, 2) or not all(type(part) is int and part > 0 for part in parts):
-            return "it should be a whole number above 0, or two"
-    if key in NUMBERS and (type(value) not in (int, float) or not math.isfinite(value)):
-        return "it should be a finite number"
-    if key == "scaling_factor" and value == 0:
-        return "latents are divided by it"
-    if key == "prediction_type" and value not in PREDICTION_TYPES:
-        return f"it should be one of {', '.join(PREDICTION_TYPES)}"
-    if "train_timesteps" in key and (type(value) is not int or value < 1):
-        return "it should be a whole number above 0"
-    if key == "steps_offset" and type(value) is not int:
-        return "it should be a whole number"
-    if key in TEXTS and not isinstance(value, str):
-        return "it should be a text"
+    """Return why a value is invalid, or None. Null is valid and means the default of the class."""
+    try:
+        msgspec.convert(value, TYPES.get(key, Any) | None)
+    except msgspec.ValidationError as error:
+        return f"that is invalid: {error}"
     return None
 
 

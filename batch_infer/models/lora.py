@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from batch_infer.errors import ModelError, first_line
-from batch_infer.models.untrusted import LOADING_ERRORS, hash_file, read_header
+from batch_infer.models.untrusted import LOADING_ERRORS, hash_file, read_shapes
 from batch_infer.settings import LoraSpec
 
 NAME_PARTS = ("lora_", ".lora", "hada_w", "lokr_")
-"""Substrings of a LoRA's tensor names. The last two belong to LoHa and LoKr."""
+"""Substrings of a LoRA's tensor names. The last two are of LoHa and LoKr."""
 UNSUPPORTED_NAME_PARTS = ("dora_scale", "lora_magnitude_vector", "hada_w", "lokr_")
-"""Name substrings of tensors that diffusers ignores, or adds to weights that these families lack."""
+"""Substrings of the names of tensors that diffusers ignores, or adds to weights that these families lack."""
 UNSUPPORTED_SUFFIXES = (".diff", ".diff_b", ".set_weight")
-"""Name suffixes of full weights and full differences, which diffusers also ignores."""
+"""Suffixes of the names of full weights and full differences, which diffusers also ignores."""
 ADAPTER = "lora"
 
-# This module logs why a LoRA does not fit, and raises an error with the same text.
+# diffusers logs why a LoRA does not fit, and raises an error with the same text.
 logging.getLogger("diffusers.loaders.peft").setLevel(logging.CRITICAL)
 
 
@@ -39,25 +39,21 @@ class Lora:
 
 def is_lora(names: Collection[str]) -> bool:
     """Return whether any tensor name belongs to a LoRA."""
-    return any(mark in name for name in names for mark in NAME_PARTS)
+    return any(part in name for name in names for part in NAME_PARTS)
 
 
-def read_loras(specs: Sequence[LoraSpec]) -> tuple[Lora, ...]:
-    """Read the headers of LoRA files. Raises ModelError for missing, damaged and unsupported files."""
-    return tuple(map(_read, specs))
-
-
-def _read(spec: LoraSpec) -> Lora:
+def read_lora(spec: LoraSpec) -> Lora:
+    """Read the header of a LoRA file. Raises ModelError for a missing, damaged or unsupported file."""
     path = Path(spec.file).expanduser().absolute()
     if not path.is_file():
         raise ModelError(f"--lora {spec.file}: there is no such file")
-    names = read_header(path, str(path)).keys()
+    names = read_shapes(path, str(path)).keys()
     if not is_lora(names):
         raise ModelError(f"{path} is not a LoRA: none of its tensors has a LoRA's name")
     for name in names:
-        if name.endswith(UNSUPPORTED_SUFFIXES) or any(mark in name for mark in UNSUPPORTED_NAME_PARTS):
+        if name.endswith(UNSUPPORTED_SUFFIXES) or any(part in name for part in UNSUPPORTED_NAME_PARTS):
             raise ModelError(
-                f"{path} holds {name}: only plain LoRA is supported, not DoRA, LoHa, LoKr or full differences"
+                f"{path} contains {name}: only plain LoRA is supported, not DoRA, LoHa, LoKr or full differences"
             )
     return Lora(path, spec.weight, hash_file(path), sum(not name.endswith("alpha") for name in names))
 
@@ -78,12 +74,12 @@ def fuse_loras(pipeline: Any, loras: Sequence[Lora], model: str) -> None:
             raise _misfit_error(lora, model, reason) from error
         loaded = _count_loaded(pipeline)
         if loaded != lora.tensors:
-            raise _misfit_error(lora, model, f"{loaded} of its {lora.tensors} tensors have a place in it")
+            raise _misfit_error(lora, model, f"only {loaded} of its {lora.tensors} tensors match the model")
         pipeline.set_adapters(ADAPTER, lora.weight)
         try:
             pipeline.fuse_lora(safe_fusing=True)
         except ValueError as error:
-            raise ModelError(f"{lora.path} could not be added to {model}: {first_line(error)}") from error
+            raise ModelError(f"{lora.path} cannot be added to {model}: {first_line(error)}") from error
         pipeline.unload_lora_weights()
 
 

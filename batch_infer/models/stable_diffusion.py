@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x (Rombach et al., arXiv 2112.10752), and their distilled latent consistency models."""
+"""Load Stable Diffusion 1.x and 2.x (Rombach et al., arXiv 2112.10752) and latent consistency models."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class StableDiffusion(LatentDiffusion):
         return unet, {"unet": unet, **load_vae_and_encoder(card, dtype)}
 
     def _encode(self, texts: Sequence[str]) -> list[Context]:
-        """Return an embedding (77, width) per text. Longer texts are truncated."""
+        """Return an embedding (77, width) per text, truncating longer texts."""
         network = self.pipeline.text_encoder
         tokens = tokenize(self.pipeline.tokenizer, texts)
         use_mask = getattr(network.config, "use_attention_mask", False)
@@ -42,19 +42,21 @@ class StableDiffusion(LatentDiffusion):
 
 def load_vae_and_encoder(card: ModelCard, dtype: torch.dtype) -> dict[str, Any]:
     """Load the VAE and text encoder of Stable Diffusion or DeciDiffusion. Raises ModelError."""
-    classes = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-    return {name: load_module(component_type, card, name, dtype) for name, component_type in classes.items()}
+    return {
+        "vae": load_module(AutoencoderKL, card, "vae", dtype),
+        "text_encoder": load_module(CLIPTextModel, card, "text_encoder", dtype),
+    }
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str]) -> Any:
-    """Tokenize texts, padded and truncated to the text encoder's length."""
+    """Tokenize texts, padding and truncating them to the text encoder's length."""
     return tokenizer(
         texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
     )
 
 
 def refuse_variations(config: Mapping[str, Any], card: ModelCard, family: str, embedding: str | None = None) -> None:
-    """Raise ModelError if a UNet's inputs are not the family's. `embedding` is the family's `addition_embed_type`."""
+    """Raise ModelError if a UNet takes other inputs than its family's, whose `addition_embed_type` is `embedding`."""
     expected = {"class_embed_type": None, "addition_embed_type": embedding, "encoder_hid_dim_type": None}
     for option, value in expected.items():
         actual = config.get(option)

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5 (Esser et al., arXiv 2403.03206): a transformer trained with flow matching."""
+"""Load Stable Diffusion 3 and 3.5 (Esser et al., arXiv 2403.03206): a transformer trained with flow matching."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NETWORKS = {
     "text_encoder_2": CLIPTextModelWithProjection,
 }
 T5 = "text_encoder_3"
-"""An optional component. If it is missing, diffusers' pipeline replaces its embeddings by zeros."""
+"""An optional component. Without it, diffusers' pipeline uses zeros as its embeddings."""
 
 
 class StableDiffusion3(LatentDiffusion):
@@ -35,7 +35,7 @@ class StableDiffusion3(LatentDiffusion):
             name: load_module(network_type, card, name, dtype) for name, network_type in NETWORKS.items()
         }
         if (card.path / T5).is_dir():
-            # With the `dtype` argument, the layers that would overflow in float16 stay in float32.
+            # Because of `dtype`, layers that would overflow in float16 stay in float32.
             modules[T5] = load_network(T5EncoderModel, card, T5, dtype=dtype)
         else:
             modules |= {T5: None, "tokenizer_3": None}
@@ -46,12 +46,8 @@ class StableDiffusion3(LatentDiffusion):
         embeddings, _, pooled, _ = self.pipeline.encode_prompt(
             list(texts), None, None, device=self.device, do_classifier_free_guidance=False
         )
-        return [
-            {"encoder_hidden_states": embedding, "pooled_projections": projection}
-            for embedding, projection in zip(
-                embeddings.to(self.dtype).unbind(), pooled.to(self.dtype).unbind(), strict=True
-            )
-        ]
+        pairs = zip(embeddings.to(self.dtype), pooled.to(self.dtype), strict=True)
+        return [{"encoder_hidden_states": text, "pooled_projections": projection} for text, projection in pairs]
 
     def _unscale(self, latents: torch.Tensor) -> torch.Tensor:
         return super()._unscale(latents) + (self._vae.config.shift_factor or 0.0)

@@ -1,6 +1,6 @@
-"""Stable Diffusion XL (Podell et al., arXiv 2307.01952), and checkpoints distilled from it to need few steps.
+"""Load Stable Diffusion XL (Podell et al., arXiv 2307.01952) and distilled checkpoints such as SDXL-Turbo.
 
-Images have no invisible watermark, which diffusers adds if its watermark package is installed.
+Images get no invisible watermark, which diffusers adds if its watermark package is installed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NETWORKS = {
     "text_encoder_2": CLIPTextModelWithProjection,
 }
 SIZE_INPUTS = 6
-"""Number of size inputs to the UNet: original size, top left corner of the crop and image size, two numbers each."""
+"""Number of size inputs of the UNet: two each for the original size, the crop's top left corner and the image size."""
 
 
 class StableDiffusionXL(LatentDiffusion):
@@ -45,7 +45,7 @@ class StableDiffusionXL(LatentDiffusion):
         super().__init__(pipeline, denoiser, device, dtype, windows)
         vae = pipeline.vae
         if vae.dtype == torch.float16 and vae.config.force_upcast:
-            # This VAE overflows in float16. The pipeline still holds the float16 VAE.
+            # This VAE overflows in float16. The pipeline retains the float16 VAE.
             self._vae = copy.deepcopy(vae).to(torch.float32)
 
     @classmethod
@@ -74,19 +74,17 @@ class StableDiffusionXL(LatentDiffusion):
             output = network(copy_to(network.device, tokens.input_ids), output_hidden_states=True)
             hidden.append(output.hidden_states[-2])
         embeddings, pooled = torch.cat(hidden, dim=-1).to(self.dtype), output.text_embeds.to(self.dtype)
-        return [
-            {"encoder_hidden_states": embedding, "text_embeds": text_embedding}
-            for embedding, text_embedding in zip(embeddings.unbind(), pooled.unbind(), strict=True)
-        ]
+        pairs = zip(embeddings, pooled, strict=True)
+        return [{"encoder_hidden_states": text, "text_embeds": projection} for text, projection in pairs]
 
     def _negative_prompt(self, request: PromptRequest) -> str | None:
-        """Return None for zeros, which some checkpoints use for a missing but not for an empty negative prompt."""
+        """Return None for zeros, which replace a missing, but not an empty, negative prompt in some checkpoints."""
         if request.negative_prompt is None and self.pipeline.config.force_zeros_for_empty_prompt:
             return None
         return request.negative_prompt or ""
 
     def _make_inputs(self, params: SamplingParams) -> Context:
-        """Add the size inputs of an image that is neither scaled nor cropped."""
+        """Add the size inputs for an image without scaling or cropping."""
         size = (params.height, params.width)
         sizes = torch.tensor([*size, 0, 0, *size], dtype=self.dtype, device=self.device)
         return {"time_ids": sizes, **super()._make_inputs(params)}
@@ -106,6 +104,6 @@ def _refuse_refiner(config: Mapping[str, Any], projection: int, card: ModelCard)
     expected = SIZE_INPUTS * config.get("addition_time_embed_dim", 0) + projection
     if actual != expected:
         raise ModelError(
-            f"{card.path}: its UNet takes {actual} numbers besides the text, and a base checkpoint of Stable Diffusion "
-            f"XL takes {expected} here; is it a refiner?"
+            f"{card.path}: its UNet takes {actual} numbers besides the text, but a base checkpoint of Stable Diffusion "
+            f"XL takes {expected}; is it a refiner?"
         )
