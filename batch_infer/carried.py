@@ -22,7 +22,7 @@ Convert = Callable[[Any], Any]
 
 
 @lru_cache(maxsize=4096)
-def result_type(dtype: pa.DataType) -> pa.DataType:
+def to_result_type(dtype: pa.DataType) -> pa.DataType:
     """Return the type of a column in the results: the same type without dictionaries and views.
 
     Types that Arrow cannot build from plain values become their storage type, or text.
@@ -36,13 +36,13 @@ def result_type(dtype: pa.DataType) -> pa.DataType:
         _from_plain(pa.nulls(1, plain), candidate)
         pa.array([None], candidate).take(pa.array([0]))
     except (NotImplementedError, ValueError, TypeError):  # Arrow's own errors are subclasses of these
-        return result_type(dtype.storage_type) if isinstance(dtype, pa.BaseExtensionType) else pa.string()
+        return to_result_type(dtype.storage_type) if isinstance(dtype, pa.BaseExtensionType) else pa.string()
     return candidate
 
 
 def to_result_array(array: pa.Array) -> pa.Array:
     """Cast an array to its result type. Return it unchanged if that type is text only as a last resort."""
-    dtype = result_type(array.type)
+    dtype = to_result_type(array.type)
     return array if types.is_string(dtype) and not _is_text(array.type) else _cast(array, dtype)
 
 
@@ -54,7 +54,7 @@ def to_values(array: pa.Array | pa.ChunkedArray) -> list[Any]:
         indices = array.indices.unique().drop_null()
         values = dict(zip(indices.to_pylist(), to_values(array.dictionary.take(indices)), strict=True))
         return [values.get(index) for index in array.indices.to_pylist()]
-    dtype = result_type(array.type)
+    dtype = to_result_type(array.type)
     if types.is_string(dtype) and not _is_text(array.type):
         return [str(value) if value.is_valid else None for value in array]
     return list(_cast(_cast(array, dtype), _plain_type(dtype)).to_pylist())
@@ -71,7 +71,7 @@ def to_array(values: Iterable[Any], dtype: pa.DataType) -> pa.Array:
 
 def make_python_reader(dtype: pa.DataType) -> Convert | None:
     """Return a function from plain values to Python's own types such as datetime, or None if they are the same."""
-    result = result_type(dtype)
+    result = to_result_type(dtype)
     if _plain_type(result) == result:
         return None
 
@@ -86,7 +86,7 @@ def make_python_reader(dtype: pa.DataType) -> Convert | None:
 
 def to_python_values(array: pa.Array | pa.ChunkedArray) -> list[Any]:
     """Return the values of an array as Python's own types such as datetime, or as text if Python has no such type."""
-    dtype = result_type(array.type)
+    dtype = to_result_type(array.type)
     if "time64[ns]" not in str(dtype):  # Python's type would lose the nanoseconds
         try:
             return list(array.to_pylist())
@@ -183,7 +183,9 @@ def _temporal_text(value: int, dtype: pa.DataType) -> str:
     return f"{text}Z" if has_zone else text
 
 
-def common_type(dtypes: Collection[pa.DataType], arrays: Callable[[], Iterable[pa.Array]] | None = None) -> pa.DataType:
+def find_common_type(
+    dtypes: Collection[pa.DataType], arrays: Callable[[], Iterable[pa.Array]] | None = None
+) -> pa.DataType:
     """Return a type that represents every value of all these result types, text if no other type does.
 
     Whether 64-bit integers and floats share a type depends on their values, which `arrays` returns if given.
@@ -231,10 +233,12 @@ def make_converter(source: pa.DataType, target: pa.DataType) -> Convert | None:
     return int if types.is_integer(target) and types.is_floating(source) else None
 
 
-def make_result_names(names: Iterable[str], reserved: Collection[str], *, known: bool = False) -> dict[str, str]:
+def make_result_names(
+    names: Iterable[str], reserved: Collection[str], *, reuse_prefixed: bool = False
+) -> dict[str, str]:
     """Return a result name for each name. Ignoring case, no result name equals another or a name in `reserved`.
 
-    SQL engines ignore case. A conflicting name is prefixed with `input_` until it is unique. With `known`, an
+    SQL engines ignore case. A conflicting name is prefixed with `input_` until it is unique. With `reuse_prefixed`, an
     `input_<name>` in `names` is the earlier result name of the same column, and both share that result name.
     """
     distinct = dict.fromkeys(names)
@@ -244,7 +248,7 @@ def make_result_names(names: Iterable[str], reserved: Collection[str], *, known:
         candidate = name
         while candidate.lower() in used or (candidate != name and candidate in distinct):
             candidate = f"input_{candidate}"
-            if known and candidate in distinct:
+            if reuse_prefixed and candidate in distinct:
                 break
         used.add(candidate.lower())
         result_names[name] = candidate

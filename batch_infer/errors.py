@@ -1,28 +1,4 @@
-"""Exceptions of batch-infer. The tree includes those defined in other modules.
-
-    BatchInferError
-    ├── UsageError          exit 2: nothing was rendered; the command or its settings must change
-    │   ├── SettingsError   an invalid option, or options that conflict
-    │   │   └── CompilationError   torch.compile failed; `run` continues without it unless --compile was given
-    │   ├── TableError      no table can be read
-    │   │   └── azureml.payload.TooManyImages   a real-time request has too many prompts
-    │   ├── ModelError      the model cannot be loaded, or does not support the settings
-    │   ├── DamagedPart     a manifest part is corrupt; `run` sets it aside and continues
-    │   └── NewerPart       a manifest part was written by a later version of batch-infer
-    ├── TryAgainLater       exit 75: run the same command again to continue
-    │   ├── LockedError     another run has locked OUT
-    │   ├── StorageError    OUT or the temporary folder cannot be read or written
-    │   │   └── jobs.merge.MissingResults   the manifest lists fewer results than were committed
-    │   ├── ServiceError    a network service does not respond
-    │   ├── engines.protocol.WorkersLost   every worker died, repeatedly
-    │   ├── Interrupted     SIGINT, SIGTERM or the time limit
-    │   └── serving.service.RequestCancelled   the client of a real-time request disconnected or timed out
-    └── RowError            an error in one row: sets the row's status and never ends a run
-        ├── RowFailure      a row failed for an unknown reason and is retried
-        └── diffusion.solver.NotPackable   the scheduler cannot batch rows with different settings
-
-Any other uncaught exception is a bug: exit 1 with a traceback.
-"""
+"""Exceptions of batch-infer. Any other uncaught exception is a bug: exit code 1 with a traceback."""
 
 from __future__ import annotations
 
@@ -47,27 +23,29 @@ class BatchInferError(Exception):
 
 
 class UsageError(BatchInferError):
+    """Nothing was rendered: the command or its settings must change."""
+
     exit_code = 2
 
 
 class SettingsError(UsageError):
-    pass
+    """An option is invalid, or options conflict."""
 
 
 class CompilationError(SettingsError):
-    pass
+    """torch.compile failed. `run` continues without it unless --compile was given."""
 
 
 class TableError(UsageError):
-    pass
+    """No table can be read."""
 
 
 class ModelError(UsageError):
-    pass
+    """The model cannot be loaded, or does not support the settings."""
 
 
-class DamagedPart(UsageError):
-    """`part` is the path of the damaged part and `reason` describes the damage."""
+class DamagedPartError(UsageError):
+    """The manifest part at path `part` is damaged. `run` sets it aside and continues."""
 
     def __init__(self, part: Path, reason: str) -> None:
         super().__init__(part, reason)  # pickling needs both arguments
@@ -82,33 +60,35 @@ class DamagedPart(UsageError):
         return f"{self.part} is damaged ({self.reason}); run again: that sets it aside and renders its rows again"
 
 
-class NewerPart(UsageError):
-    pass
+class NewerPartError(UsageError):
+    """A later version of batch-infer wrote a manifest part."""
 
 
-class TryAgainLater(BatchInferError):
+class RetryableError(BatchInferError):
+    """Run the same command again to continue."""
+
     exit_code = 75
 
 
-class LockedError(TryAgainLater):
-    pass
+class LockedError(RetryableError):
+    """Another run has locked OUT."""
 
 
-class StorageError(TryAgainLater):
-    pass
+class StorageError(RetryableError):
+    """OUT or the temporary folder cannot be read or written."""
 
 
-class ServiceError(TryAgainLater):
-    pass
+class ServiceError(RetryableError):
+    """A network service does not respond."""
 
 
-class Interrupted(TryAgainLater):
-    pass
+class StoppedError(RetryableError):
+    """SIGINT, SIGTERM, SIGHUP or the time limit stopped the command."""
 
 
 class RowError(BatchInferError):
-    pass
+    """An error in one row sets the row's status and never ends a run."""
 
 
-class RowFailure(RowError):
-    pass
+class FailedRowError(RowError):
+    """A row failed for an unknown reason and is retried."""

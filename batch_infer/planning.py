@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from itertools import groupby
 from typing import Protocol, TypeAlias, TypeVar
@@ -15,7 +15,7 @@ WINDOW = 8192
 """Maximum number of requests to sort together, so that memory does not grow with the table."""
 WINDOW_BYTES = 64 << 20
 """Maximum bytes of texts and carried cells in a window. A window ends early when it reaches this size."""
-FEW = 2048
+MAX_BALANCED_ROWS = 2048
 """Maximum number of rows of one size to balance over the slots. With more rows, idle slots at the end matter little."""
 
 SlotsOf: TypeAlias = "Callable[[tuple[int, int]], int]"
@@ -49,14 +49,14 @@ SkipRule: TypeAlias = "Callable[[Item, ManifestEntry | None], bool]"
 """Returns whether a command skips an item, given its manifest entry."""
 
 
-def source_of(item: Item) -> tuple[str, int]:
+def get_source(item: Item) -> tuple[str, int]:
     """Return an item's file name and row number."""
     if isinstance(item, PromptRequest):
         return item.source.file, item.source.row
     return item.source_file, item.source_row
 
 
-def is_done(item: Item, entry: ManifestEntry | None) -> bool:
+def is_finished(item: Item, entry: ManifestEntry | None) -> bool:
     """Return whether `run` skips an item because its manifest entry is final."""
     if entry is None or entry.fingerprint != item.fingerprint:
         return False
@@ -68,15 +68,15 @@ def is_done(item: Item, entry: ManifestEntry | None) -> bool:
 def make_finished_check(index: ManifestLookup) -> Callable[[PromptRequest], bool]:
     """Return a function that checks whether the manifest has a final result with a request's current fingerprint."""
 
-    def is_finished(request: PromptRequest) -> bool:
+    def has_final_result(request: PromptRequest) -> bool:
         entry = index.find(request.key)
         return entry is not None and entry.status in FINAL_STATUSES and entry.fingerprint == request.fingerprint
 
-    return is_finished
+    return has_final_result
 
 
 def select_pending(
-    items: Iterable[Item], index: ManifestLookup, is_skipped: SkipRule = is_done
+    items: Iterable[Item], index: ManifestLookup, is_skipped: SkipRule = is_finished
 ) -> Iterator[PromptRequest]:
     """Yield the requests to render with their attempt numbers. Invalid rows are skipped."""
     for item in items:
@@ -84,7 +84,7 @@ def select_pending(
             continue
         entry = index.find(item.key)
         if not is_skipped(item, entry):
-            yield item if entry is None else item.as_attempt(entry.attempt + 1, entry.path)
+            yield item if entry is None else replace(item, attempt=entry.attempt + 1, replaces=entry.path)
 
 
 def order_requests(requests: Iterable[PromptRequest], slots_of: SlotsOf | None = None) -> Iterator[PromptRequest]:
@@ -97,7 +97,7 @@ def order_requests(requests: Iterable[PromptRequest], slots_of: SlotsOf | None =
     for window in split_batches(requests, WINDOW, WINDOW_BYTES):
         for size, group in groupby(sorted(window, key=_sort_key), key=_size):
             rows = list(group)
-            if slots_of is not None and len(rows) <= FEW:
+            if slots_of is not None and len(rows) <= MAX_BALANCED_ROWS:
                 rows = _balance(rows, slots_of(size) // 2)
             yield from rows
 

@@ -45,12 +45,12 @@ class EngineRun:
             compute=Compute("cpu", "float32", 16, 8, 1),
             safety=SafetySettings("none"),
             output=OutputSettings(),
-            out=PinnedFolder.of(self.out),
+            out=PinnedFolder.pin(self.out),
             carried=pa.schema([("tag", pa.string())]),
         )
         requests = [self._request(k, prompt) for k, prompt in enumerate(self.prompts)]
         with LocalEngine("cpu", self.processes, timeouts=self.timeouts, load=self.load) as engine:
-            assert engine.find_device().kind == "cpu"
+            assert engine.detect_device().kind == "cpu"
             return engine.render(Task(iter(requests), len(requests), settings), self.committed.extend, stop)
 
     def _request(self, number: int, prompt: str) -> PromptRequest:

@@ -10,7 +10,7 @@ import torch
 from diffusers import PNDMScheduler
 
 from batch_infer.diffusion import Context, Solver
-from batch_infer.errors import RowError, RowFailure
+from batch_infer.errors import FailedRowError, RowError
 from batch_infer.models import Conditioning, LatentDiffusion
 from batch_infer.records import PromptRequest, Verdict
 from tests.rendering import CPU, make_request
@@ -89,7 +89,7 @@ class PaintingPipeline:
             if request.prompt == "refused":
                 raise RowError("PaintingPipeline does not take this row")
             if request.prompt == "broken":
-                raise RowFailure("PaintingPipeline broke off")
+                raise FailedRowError("PaintingPipeline broke off")
         colours = torch.tensor([0.5 if request.prompt == "a trial" else float(request.prompt) for request in requests])
         params = requests[0].params
         return colours.reshape(-1, 1, 1, 1).expand(-1, 3, params.height, params.width)

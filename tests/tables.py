@@ -24,7 +24,7 @@ from batch_infer.table import RowRules, Tables
 
 RULES = RowRules(
     RowDefaults(num_inference_steps=20, guidance_scale=5.0, guidance_rescale=0.0, height=64, width=64),
-    SizeRules(native_height=64, native_width=64, factor=8, smallest=16),
+    SizeRules(native_height=64, native_width=64, side_multiple=8, min_side=16),
     fingerprint="the run",
 )
 """Rules of a model whose images are 64 pixels wide."""
@@ -64,7 +64,7 @@ def open_tables(
 def read(*tables: Path | str, rules: RowRules = RULES, **options: Any) -> list[PromptRequest | ResultRow]:
     """Read all rows of tables, and check that carried cells fit into the results."""
     with open_tables(*tables, **options) as opened:
-        found = list(opened.rows(rules))
+        found = list(opened.read_rows(rules))
         for field in opened.carried:
             to_array([item.carried.get(field.name) for item in found], field.type).validate(full=True)
     return found

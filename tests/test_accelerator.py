@@ -23,7 +23,7 @@ from batch_infer.models.acceleration import Compiled, optimize_networks
 from batch_infer.settings import Compute
 from batch_infer.stages import Stages
 from batch_infer.worker.loading import prepare_torch
-from batch_infer.worker.worker import storing_threads
+from batch_infer.worker.worker import count_storing_threads
 from tests.rendering import CPU, load_family, make_request
 
 GPU = torch.device("cuda")
@@ -197,10 +197,10 @@ def test_streams_that_run_concurrently_with_the_unet_have_high_priority(monkeypa
 
 
 def test_on_a_gpu_the_cores_are_for_threads_that_store() -> None:
-    assert storing_threads(ON_CUDA) == 16
-    assert storing_threads(replace(ON_CUDA, threads=2)) == 4
-    assert storing_threads(replace(ON_CUDA, threads=128)) == 32
-    assert storing_threads(replace(ON_CUDA, device="cpu", threads=64)) == 4
+    assert count_storing_threads(ON_CUDA) == 16
+    assert count_storing_threads(replace(ON_CUDA, threads=2)) == 4
+    assert count_storing_threads(replace(ON_CUDA, threads=128)) == 32
+    assert count_storing_threads(replace(ON_CUDA, device="cpu", threads=64)) == 4
 
 
 def test_a_mig_slice_has_no_known_peak() -> None:

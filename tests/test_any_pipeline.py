@@ -19,7 +19,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from batch_infer.chain import BatchSizes, PipelineCallChain, RenderedImage, UnrenderedRow
-from batch_infer.errors import ModelError, RowFailure
+from batch_infer.errors import FailedRowError, ModelError
 from batch_infer.models import AnyPipeline, ModelCard, read_card, trial_calls
 from batch_infer.models.any_pipeline import find_class
 from batch_infer.records import PromptRequest, SizeRules
@@ -55,7 +55,7 @@ def card_of(folder: Path, **settings: Any) -> ModelCard:
     card = read_card(ModelSettings(name=str(folder), **settings))
     # The native size of Flux and Z-Image is 1024 pixels, whatever the config.
     size = SIZES.get(folder.name, (64, 64))
-    return replace(card, sizes=SizeRules(*size, card.sizes.factor, card.sizes.smallest))
+    return replace(card, sizes=SizeRules(*size, card.sizes.side_multiple, card.sizes.min_side))
 
 
 def load_model(folder: Path, scheduler: str | None = None, *, with_checker: bool = False) -> AnyPipeline:
@@ -286,7 +286,7 @@ def test_a_lost_device_fails_no_row(
     failing(models["flux"], error, "bad", monkeypatch)
     with pytest.raises(type(error)) as raised:
         models["flux"].render([row("flux", "bad", "bad")], 2)
-    assert not isinstance(raised.value, RowFailure)
+    assert not isinstance(raised.value, FailedRowError)
 
 
 def test_a_device_lost_during_trial_calls_is_reported(

@@ -25,7 +25,6 @@ from batch_infer.store import (
     is_temporary,
     path_exists,
     paths,
-    pinned,
     temporary_path,
 )
 
@@ -113,9 +112,9 @@ def test_without_parents_no_folder_is_created(tmp_path: Path) -> None:
 def test_a_pinned_folder_is_recognised_until_another_replaces_it(tmp_path: Path) -> None:
     """Also in another process that receives it."""
     folder = tmp_path / "out"
-    assert_gone(PinnedFolder.of(folder))
+    assert_gone(PinnedFolder.pin(folder))
     folder.mkdir()
-    known = pickle.loads(pickle.dumps(PinnedFolder.of(folder)))
+    known = pickle.loads(pickle.dumps(PinnedFolder.pin(folder)))
     known.check()
     folder.rename(tmp_path / "renamed")
     assert_gone(known)
@@ -124,7 +123,7 @@ def test_a_pinned_folder_is_recognised_until_another_replaces_it(tmp_path: Path)
     folder.rmdir()
     (tmp_path / "renamed").rename(folder)
     known.check()
-    assert PinnedFolder.of(known) is known
+    assert PinnedFolder.pin(known) is known
 
 
 def assert_gone(known: PinnedFolder, name: str = "out") -> None:
@@ -172,12 +171,12 @@ def test_a_folder_whose_inode_changes_is_recognised_by_its_marker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on FUSE mounts. The marker is read only then."""
-    known = PinnedFolder.of(tmp_path)
+    known = PinnedFolder.pin(tmp_path)
     marked = known.with_marker()
-    assert PinnedFolder.of(tmp_path) == marked
+    assert PinnedFolder.pin(tmp_path) == marked
     assert pickle.loads(pickle.dumps(marked)) == marked
     with monkeypatch.context() as patch:
-        patch.setattr(pinned, "_identity", lambda _: (1, 2))
+        patch.setattr("batch_infer.store.folder._identity", lambda _: (1, 2))
         marked.check()
         assert_gone(known, tmp_path.name)
         marked.remove_markers(())
@@ -187,7 +186,7 @@ def test_a_folder_whose_inode_changes_is_recognised_by_its_marker(
 
 
 def test_a_folder_that_cannot_be_read_is_not_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = PinnedFolder.of(tmp_path)
+    known = PinnedFolder.pin(tmp_path)
 
     def stat(path: Path, **_: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
@@ -202,12 +201,12 @@ def test_a_folder_that_cannot_be_read_is_not_missing(tmp_path: Path, monkeypatch
 def test_host_ids_of_containers_with_one_name_differ_by_boot_id(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    places = set()
+    ids = set()
     for boot in ("a", "b", "a"):
         monkeypatch.setattr(atomic, "_BOOT_ID", tmp_path / "boot_id")
         (tmp_path / "boot_id").write_text(boot)
-        places.add(host_id())
-    assert len(places) == 2
+        ids.add(host_id.__wrapped__())
+    assert len(ids) == 2
 
 
 def test_only_our_own_names_are_temporary() -> None:

@@ -44,7 +44,7 @@ from tests.runs import Done, command
 
 ROWS = ("--rows", "9", "--steps", "1-3", "--slots", "4", "--threads", "1", "--device", "cpu")
 SAMPLED = 4
-RULES = SizeRules(native_height=512, native_width=512, factor=8, smallest=64)
+RULES = SizeRules(native_height=512, native_width=512, side_multiple=8, min_side=64)
 MIXED = WorkloadSettings()
 DEFAULTS = SamplingParams(512, 512, 50, 7.5, 0.0)
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batch_infer.carried import result_type, to_python_values, to_values
+from batch_infer.carried import to_python_values, to_result_type, to_values
 from batch_infer.jobs.merge import merge, merge_parts
 from batch_infer.manifest import SCHEMA, Manifest
 from batch_infer.records import PromptRequest, ResultRow, utc_now
@@ -33,7 +33,7 @@ def carry(table: str | Path, out: Path = Path("out")) -> pa.Table:
     """The carried columns of results.parquet for these tables, committed as if every row had failed."""
     out.mkdir(exist_ok=True)
     with open_tables(table) as tables:
-        rows = list(tables.rows(RULES))
+        rows = list(tables.read_rows(RULES))
         failed = [
             make_row(row, "failed", "x", scheduler="s", worker="w") if isinstance(row, PromptRequest) else row
             for row in rows
@@ -116,8 +116,8 @@ def test_if_types_differ_values_are_exact_text(array: pa.Array, texts: list[str]
     found = carry("t")["column"]
     assert found.type == pa.string()
     assert [text for text in found.to_pylist() if text is not None] == [*texts, "text"]
-    (warning,) = open_tables("t").remarks
-    kind = result_type(pq.read_schema("t/a.parquet").field("column").type)
+    (warning,) = open_tables("t").notices
+    kind = to_result_type(pq.read_schema("t/a.parquet").field("column").type)
     where = f"column 'column' is {kind} in t/a.parquet and string in t/b.parquet"
     assert warning == f"{where}: its values are carried as text"
 
@@ -140,7 +140,7 @@ def test_two_fields_of_one_name_in_a_struct_have_two_names() -> None:
         {"struct": {"k": k, "k_2": name}, "deep": [{"k": k, "k_2": name}], "tag": [tag]}
         for k, name, tag in [(1, "a", "p"), (2, "b", "q")]
     ]
-    (warning,) = open_tables("t.parquet").remarks
+    (warning,) = open_tables("t.parquet").notices
     assert warning == (
         "t.parquet has columns of one name: carried are another 'struct.k' as 'struct.k_2', "
         "another 'deep.k' as 'deep.k_2'"

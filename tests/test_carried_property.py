@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batch_infer.carried import result_type, to_array, to_text, to_values
+from batch_infer.carried import to_array, to_result_type, to_text, to_values
 from batch_infer.jobs.merge import merge, merge_parts
 from batch_infer.jobs.summary import Counts
 from batch_infer.manifest import Manifest
@@ -34,7 +34,7 @@ def settle(folder: Path, id_from: IdSource = "row") -> tuple[Counts, pa.Table]:
     out = folder / "out"
     out.mkdir()
     with open_tables(folder / "tables", id_from=id_from) as tables:
-        rows = list(tables.rows(RULES))
+        rows = list(tables.read_rows(RULES))
         done = [
             make_row(row, "failed", "x", scheduler="s", worker="w") if isinstance(row, PromptRequest) else row
             for row in rows
@@ -44,7 +44,7 @@ def settle(folder: Path, id_from: IdSource = "row") -> tuple[Counts, pa.Table]:
             if part:
                 manifest.commit(part, tables.carried)
         with manifest.index() as index:
-            counts = merge(tables.rows(RULES), index, tables.carried, out, EVERYTHING)
+            counts = merge(tables.read_rows(RULES), index, tables.carried, out, EVERYTHING)
         found = pq.read_table(out / "results.parquet")
         merge_parts(manifest, tables.files, out, EVERYTHING)
         again = pq.read_table(out / "results.parquet")
@@ -160,7 +160,7 @@ def check_values(tables: list[Any]) -> None:
                 if pa.types.is_struct(shard.type) and TWICE in shard.type.names:
                     twins = with_twins(stored.combine_chunks())
                     pq.write_table(pa.table({"prompt": ["x"] * len(shard), "column": twins}), path)
-                expected += [(value, result_type(stored.type)) for value in to_values(stored)]
+                expected += [(value, to_result_type(stored.type)) for value in to_values(stored)]
                 continue
             ending, cells = shard
             rows = [{"prompt": "x", "column": cell} for cell in cells]
@@ -251,7 +251,7 @@ def check_rows(tables: Iterable[tuple[str, list[dict[str, Any]]]], id_from: IdSo
         counts, found = settle(folder, id_from)
         rows = found.select(["source_file", "source_row", "image_index", "status"]).to_pylist()
         assert Counter((row["source_file"], row["source_row"]) for row in rows).keys() == set(places)
-        assert (counts.rows, counts.left) == (len(places), 0)
+        assert (counts.rows, counts.remaining) == (len(places), 0)
         images: dict[Any, list[dict[str, Any]]] = {}
         for row in rows:
             images.setdefault((row["source_file"], row["source_row"]), []).append(row)

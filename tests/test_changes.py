@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from batch_infer.errors import Interrupted
+from batch_infer.errors import StoppedError
 from tests.runs import QUICK, assert_whole, command, hashes, results, run
 from tests.tables import write_csv
 
@@ -104,7 +104,7 @@ def test_an_interrupted_scan_keeps_the_earlier_options(table: Path, out: Path, m
     before = state(out)
 
     def interrupt(*_: Any) -> None:
-        raise Interrupted("stopped by SIGTERM")
+        raise StoppedError("stopped by SIGTERM")
 
     with monkeypatch.context() as patch:
         patch.setattr("batch_infer.jobs.execution.find_changes", interrupt)
@@ -121,7 +121,7 @@ def test_retry_renders_the_chosen_rows_despite_changed_options(
     before = hashes(out)
 
     def interrupt(*_: Any) -> None:
-        raise Interrupted("stopped by SIGTERM")
+        raise StoppedError("stopped by SIGTERM")
 
     with monkeypatch.context() as patch:
         patch.setattr("batch_infer.jobs.execution.RunExecution._render", interrupt)

@@ -19,7 +19,7 @@ from batch_infer.cli import commands, logs
 from batch_infer.cli.logs import set_up_logging
 from batch_infer.cli.progress import ProgressBar, ProgressGroup, ProgressLog, make_progress
 from batch_infer.cli.report import NOTHING_KEPT, stoppable, summary_lines
-from batch_infer.errors import Interrupted
+from batch_infer.errors import StoppedError
 from batch_infer.jobs.scan import ScanResult
 from batch_infer.jobs.summary import Counts, Summary
 from batch_infer.records import ResultRow, utc_now
@@ -59,7 +59,7 @@ def test_bar_counts_finished_rows_of_earlier_runs(monkeypatch: pytest.MonkeyPatc
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     bar = make_progress(shown=True)
-    bar.start(ScanResult(total=10, done=5, invalid=1, pending=4))
+    bar.start(ScanResult(total=10, finished=5, invalid=1, pending=4))
     bar.committed(rows("ok", "flagged", "failed", "ok"))
     bar.close()
     last = terminal.getvalue().strip().split("\r")[-1]
@@ -93,7 +93,7 @@ def test_summary_formats_durations(seconds: float, text: str) -> None:
 
 
 def test_summary_lists_counts_and_files() -> None:
-    counts = Counts(rows=12_345, images=12_000, ok=12_000, flagged=0, invalid=3, failed=2, left=340)
+    counts = Counts(rows=12_345, images=12_000, ok=12_000, flagged=0, invalid=3, failed=2, remaining=340)
     assert list(summary_lines(Summary(counts, unfinished=340), Path("o"), ("csv", "parquet"))) == [
         "12,345 rows · 12,000 ok · 0 flagged · 3 invalid · 2 failed",
         "images   o/images",
@@ -139,7 +139,7 @@ def test_help_does_not_break_words(name: str) -> None:
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_signal_interrupts_a_command(number: signal.Signals) -> None:
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
-    with pytest.raises(Interrupted, match=f"stopped by {number.name}; nothing is kept"), stoppable(hint=NOTHING_KEPT):
+    with pytest.raises(StoppedError, match=f"stopped by {number.name}; nothing is kept"), stoppable(hint=NOTHING_KEPT):
         os.kill(os.getpid(), number)
         time.sleep(60)
     assert before == [signal.getsignal(number) for number in STOP_SIGNALS]
@@ -148,7 +148,7 @@ def test_signal_interrupts_a_command(number: signal.Signals) -> None:
 @pytest.mark.usefixtures("default_hangup")
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_second_signal_ends_a_deferred_stop_at_once(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(Interrupted), stoppable() as stop, deferred():
+    with pytest.raises(StoppedError), stoppable() as stop, deferred():
         os.kill(os.getpid(), number)
         assert stop()
         os.kill(os.getpid(), signal.SIGTERM)
@@ -159,17 +159,17 @@ def test_second_signal_ends_a_deferred_stop_at_once(number: signal.Signals, monk
 
 
 def test_time_limit_interrupts_a_command() -> None:
-    with pytest.raises(Interrupted, match="the time limit came; what was committed is kept"), stoppable(0.01):
+    with pytest.raises(StoppedError, match="the time limit was reached; what was committed is kept"), stoppable(0.01):
         time.sleep(60)
 
 
 def test_grace_period_after_a_deferred_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stopping, "GRACE_SECONDS", 0.01)
-    with pytest.raises(Interrupted), stoppable():
+    with pytest.raises(StoppedError), stoppable():
         with deferred():
             os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
-    with pytest.raises(Interrupted), stoppable(), deferred(0.01):
+    with pytest.raises(StoppedError), stoppable(), deferred(0.01):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
 

@@ -27,7 +27,7 @@ import tenacity
 from PIL import Image
 from pyrate_limiter import Rate
 
-from batch_infer.errors import Interrupted, RowFailure, ServiceError, SettingsError
+from batch_infer.errors import FailedRowError, ServiceError, SettingsError, StoppedError
 from batch_infer.records import Verdict
 from batch_infer.safety import Gate, content_safety, payloads, retries
 from batch_infer.safety.content_safety import ContentSafety, check_credentials
@@ -83,7 +83,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @contextmanager
 def gate_to(service: Service, stop: Callable[[], bool] = lambda: False, **settings: Any) -> Iterator[ContentSafety]:
-    gate = ContentSafety(ServiceSettings(service.endpoint, **{"patience": 120.0, **settings}), stop)
+    gate = ContentSafety(ServiceSettings(service.endpoint, **{"timeout_seconds": 120.0, **settings}), stop)
     try:
         yield gate
     finally:
@@ -268,7 +268,7 @@ def test_retry_after_is_respected(clock: Clock) -> None:
         times.append(clock.now)
         return next(faults)
 
-    with serving(faults=fault) as service, gate_to(service, patience=10_000) as gate:
+    with serving(faults=fault) as service, gate_to(service, timeout_seconds=10_000) as gate:
         assert gate.check_prompt("a red square").nsfw is False
     assert service.statuses == [429, 429, 503, 200]
     dated_gap, seconds_gap, zero_gap = (after - before for before, after in pairwise(times))
@@ -299,7 +299,7 @@ def test_backoff_grows_to_twenty_seconds() -> None:
     "fault", [status(500), status(429, "3600"), RESET, without("Hate")], ids=["500", "429", "reset", "no category"]
 )
 def test_a_service_that_never_answers_is_an_error_after_the_timeout(fault: Fault, clock: Clock) -> None:
-    with serving(faults=lambda request: fault) as service, gate_to(service, patience=0.2) as gate:
+    with serving(faults=lambda request: fault) as service, gate_to(service, timeout_seconds=0.2) as gate:
         checks: list[Callable[[], Verdict]] = [
             lambda: gate.check_prompt("a red square"),
             lambda: gate.check_image(GREY),
@@ -319,7 +319,7 @@ def test_a_service_that_never_answers_is_an_error_after_the_timeout(fault: Fault
 def test_a_refused_connection_is_an_error_after_the_timeout() -> None:
     with serving() as service:
         pass
-    with gate_to(service, patience=0.2) as gate, pytest.raises(ServiceError, match="Connection refused"):
+    with gate_to(service, timeout_seconds=0.2) as gate, pytest.raises(ServiceError, match="Connection refused"):
         gate.check_prompt("a red square")
 
 
@@ -337,12 +337,14 @@ def test_a_row_without_an_answer_fails_if_others_are_answered(clock: Clock, monk
         Clock.sleep(clock, seconds)
 
     monkeypatch.setattr(clock, "sleep", sleep)
-    with serving(faults=odd) as service, gate_to(service, patience=0.2, requests_per_second=1e6) as gate:
+    with serving(faults=odd) as service, gate_to(service, timeout_seconds=0.2, requests_per_second=1e6) as gate:
         with ThreadPoolExecutor(1) as pool:
             results = pool.submit(gate.check_prompt, "an odd one")
             while not results.done():
                 assert gate.check_prompt("another").nsfw is False
-        with pytest.raises(RowFailure, match=r"no answer on this row's prompt \(HTTP 500: InternalError: instructed"):
+        with pytest.raises(
+            FailedRowError, match=r"no answer on this row's prompt \(HTTP 500: InternalError: instructed"
+        ):
             results.result()
     assert "a red square" not in service.texts, "no probe is needed if others are answered"
 
@@ -350,7 +352,7 @@ def test_a_row_without_an_answer_fails_if_others_are_answered(clock: Clock, monk
 @pytest.mark.usefixtures("short_backoff")
 def test_a_row_without_an_answer_fails_if_a_probe_is_answered() -> None:
     """Otherwise the last row of a table could end every run."""
-    with serving(faults=odd) as service, gate_to(service, patience=0.2) as gate, pytest.raises(RowFailure):
+    with serving(faults=odd) as service, gate_to(service, timeout_seconds=0.2) as gate, pytest.raises(FailedRowError):
         gate.check_prompt("an odd one")
     assert service.texts[-1] == "a red square" and service.texts.count("a red square") == 1
 
@@ -358,7 +360,7 @@ def test_a_row_without_an_answer_fails_if_a_probe_is_answered() -> None:
 @pytest.mark.usefixtures("short_backoff")
 def test_the_service_can_be_down_for_images_alone() -> None:
     faults = {"image": status(503), "text": None}
-    with serving(faults=lambda request: faults[request.kind]) as service, gate_to(service, patience=0.3) as gate:
+    with serving(faults=lambda request: faults[request.kind]) as service, gate_to(service, timeout_seconds=0.3) as gate:
         with ThreadPoolExecutor(1) as pool:
             image = pool.submit(gate.check_image, GREY)
             while not image.done():
@@ -376,7 +378,7 @@ def test_an_outage_fails_no_row_even_if_others_were_answered_before() -> None:
 
     with (
         serving(faults=outage, latency=0.02) as service,
-        gate_to(service, patience=2.0) as gate,
+        gate_to(service, timeout_seconds=2.0) as gate,
         ThreadPoolExecutor(gate.concurrency) as pool,
     ):
         end = time.monotonic() + 0.5
@@ -394,13 +396,13 @@ def _check_repeatedly(gate: ContentSafety) -> Verdict:
 def test_a_refused_row_fails_at_once_with_the_message_of_the_service() -> None:
     with serving(faults=[REFUSES, status(413), status(415)]) as service, gate_to(service) as gate:
         with pytest.raises(
-            RowFailure, match=r"this row's prompt \(HTTP 400: InvalidRequestBody: The text is too odd\.\)"
+            FailedRowError, match=r"this row's prompt \(HTTP 400: InvalidRequestBody: The text is too odd\.\)"
         ):
             gate.check_prompt("an odd one")
         for code in (413, 415):
-            with pytest.raises(RowFailure, match=f"this row's image .*HTTP {code}"):
+            with pytest.raises(FailedRowError, match=f"this row's image .*HTTP {code}"):
                 gate.check_image(GREY)
-        with pytest.raises(RowFailure, match="1 to 10000 characters"):
+        with pytest.raises(FailedRowError, match="1 to 10000 characters"):
             gate.check_prompt("")
     assert len(service.requests) == 4
 
@@ -435,8 +437,8 @@ def test_a_response_that_echoes_the_key_does_not_put_it_into_messages(
     fault = Fault(code, body=json.dumps({"error": {"code": "Denied", "message": echo}}).encode())
     with (
         serving(faults=lambda request: fault) as service,
-        gate_to(service, patience=0.2) as gate,
-        pytest.raises((SettingsError, RowFailure, ServiceError), match=f"HTTP {code}: Denied: no: key") as caught,
+        gate_to(service, timeout_seconds=0.2) as gate,
+        pytest.raises((SettingsError, FailedRowError, ServiceError), match=f"HTTP {code}: Denied: no: key") as caught,
     ):
         gate.check_prompt("a red square")
     assert KEY not in str(caught.value)
@@ -457,15 +459,18 @@ def test_a_wrong_key_and_an_unknown_blocklist_are_settings_errors() -> None:
 @pytest.mark.parametrize("fault", [status(500), status(429, "3600")], ids=["backoff", "Retry-After"])
 def test_a_stop_ends_the_wait_before_a_retry(fault: Fault) -> None:
     stopping = threading.Event()
-    with serving(faults=lambda request: fault) as service, gate_to(service, stopping.is_set, patience=7200) as gate:
+    with (
+        serving(faults=lambda request: fault) as service,
+        gate_to(service, stopping.is_set, timeout_seconds=7200) as gate,
+    ):
         with ThreadPoolExecutor(1) as pool:
             request = pool.submit(gate.check_prompt, "a red square")
             assert eventually(lambda: bool(service.statuses))
             stopping.set()
-            with pytest.raises(Interrupted):
+            with pytest.raises(StoppedError):
                 request.result(120)
         count = len(service.requests)
-        with pytest.raises(Interrupted):
+        with pytest.raises(StoppedError):
             gate.check_image(GREY)
         assert len(service.requests) == count
 
@@ -475,7 +480,7 @@ def test_a_stop_ends_the_wait_for_the_rate_limit() -> None:
     with serving() as service, gate_to(service, stopping.is_set, requests_per_second=0.001) as gate:
         gate.check_prompt("a red square")
         threading.Timer(0.2, stopping.set).start()
-        with pytest.raises(Interrupted):
+        with pytest.raises(StoppedError):
             gate.check_prompt("a red square")
         assert stopping.is_set()
     assert len(service.requests) == 1
@@ -537,7 +542,7 @@ def test_no_verdict_is_lost_or_swapped_if_every_other_request_fails(
     prompts = [f"{'gore' if k % 3 == 0 else 'peace'} {k}" for k in range(150)]
     with (
         serving(words=WORDS, faults=(rng.choice([None, rng.choice(faults)]) for _ in iter(int, 1))) as service,
-        gate_to(service, patience=20) as gate,
+        gate_to(service, timeout_seconds=20) as gate,
         ThreadPoolExecutor(gate.concurrency) as pool,
     ):
         verdicts = list(pool.map(gate.check_prompt, prompts))
@@ -648,7 +653,7 @@ def test_the_server_can_run_as_a_process() -> None:
         try:
             assert process.stdout is not None
             endpoint = process.stdout.readline().strip()
-            gate = ContentSafety(ServiceSettings(endpoint, patience=5))
+            gate = ContentSafety(ServiceSettings(endpoint, timeout_seconds=5))
             assert gate.check_prompt("gore").nsfw is True
             gate.close()
             with urllib.request.urlopen(endpoint) as answer:

@@ -248,7 +248,7 @@ def test_the_card_has_the_models_own_defaults(decidiffusion_folder: Path) -> Non
     assert (card.num_inference_steps, card.guidance_rescale, card.guidance_scale) == (30, 0.7, 7.5)
     assert card.scheduler_name == "DDIMScheduler"
     assert card.has_checker
-    assert card.sizes == SizeRules(native_height=64, native_width=64, factor=8, smallest=64)
+    assert card.sizes == SizeRules(native_height=64, native_width=64, side_multiple=8, min_side=64)
     counter = load_token_counter(card)
     assert counter is not None and counter.count(["a red circle"]) == [3]
 

@@ -15,10 +15,10 @@ import pytest
 
 from batch_infer import errors
 from batch_infer.engines import supervisor
-from batch_infer.engines.handle import Timeouts, WorkerCrash, WorkerHandle, shut_down
+from batch_infer.engines.handle import Timeouts, WorkerCrashError, WorkerHandle, shut_down
 from batch_infer.engines.local import LocalEngine
 from batch_infer.engines.messages import WorkerError
-from batch_infer.engines.protocol import WorkersLost
+from batch_infer.engines.protocol import WorkersLostError
 from batch_infer.errors import BatchInferError, ModelError, SettingsError, StorageError
 from batch_infer.manifest import Manifest
 from tests import dummies
@@ -91,8 +91,8 @@ def test_a_suspended_worker_is_replaced(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("prompt", "error", "message"),
     [
-        ("die by SIGKILL", WorkersLost, "no worker is left: the last one died .killed by SIGKILL"),
-        ("raise fault", WorkerCrash, "(?s)Traceback.*RuntimeError: the device said fault"),
+        ("die by SIGKILL", WorkersLostError, "no worker is left: the last one died .killed by SIGKILL"),
+        ("raise fault", WorkerCrashError, "(?s)Traceback.*RuntimeError: the device said fault"),
     ],
 )
 def test_a_worker_that_always_dies_ends_the_run(
@@ -105,12 +105,12 @@ def test_a_worker_that_always_dies_ends_the_run(
         engine_run.run()
     assert not engine_run.committed
     log = (tmp_path / "out" / "logs" / "worker-0.log").read_text()
-    assert log.count("RuntimeError: the device said fault") == (2 if error is WorkerCrash else 0)
+    assert log.count("RuntimeError: the device said fault") == (2 if error is WorkerCrashError else 0)
 
 
 @pytest.mark.promises
 def test_a_worker_that_dies_while_loading_ends_the_run_with_its_error(tmp_path: Path) -> None:
-    with pytest.raises(WorkerCrash, match="no such weights"):
+    with pytest.raises(WorkerCrashError, match="no such weights"):
         EngineRun(tmp_path / "out", ["a"] * 10, load=dummies.load_broken).run()
     with pytest.raises(ModelError, match=r"worker \d died while it loaded the model .killed by SIGKILL"):
         EngineRun(tmp_path / "out", ["a"] * 10, load=dummies.load_dying).run()
@@ -146,7 +146,7 @@ def test_a_storage_error_ends_the_run(tmp_path: Path) -> None:
 
 def test_a_missing_device_is_refused_before_anything_is_rendered() -> None:
     with LocalEngine("cuda", 1) as engine, pytest.raises(SettingsError, match="torch finds no CUDA device"):
-        engine.find_device()
+        engine.detect_device()
 
 
 UNGUARDED = """
@@ -183,7 +183,7 @@ def test_a_script_without_a_main_guard_is_refused_with_advice(tmp_path: Path, jo
 @pytest.mark.parametrize("end", ["left", "killed"])
 def test_workers_end_when_their_parent_does(end: str) -> None:
     with LocalEngine("cpu", 1, load=dummies.load) as engine:
-        engine.find_device()
+        engine.detect_device()
         (worker,) = engine.start(1)
         process = worker._process
         assert process is not None and process.is_alive()

@@ -18,7 +18,7 @@ from batch_infer import __version__, images
 from batch_infer.records import PromptRequest, SamplingParams, Source
 from batch_infer.settings import IMAGE_SUFFIXES, ImageFormat
 from batch_infer.sinks.folder import FolderSink
-from batch_infer.table.fields import MAX_TEXT
+from batch_infer.table.fields import MAX_TEXT_LENGTH
 from batch_infer.table.rows import RowCells, make_requests
 from tests.tables import RULES
 
@@ -105,7 +105,7 @@ def test_parameters_of_any_length_fit(image_format: ImageFormat) -> None:
 
 
 LONG = st.tuples(st.sampled_from(["a", "é", "赤", "🎨", ".\n", "\\", "á\t"]), st.text(max_size=20)).map(
-    lambda parts: (parts[1].replace("\0", "") + parts[0] * MAX_TEXT)[:MAX_TEXT]
+    lambda parts: (parts[1].replace("\0", "") + parts[0] * MAX_TEXT_LENGTH)[:MAX_TEXT_LENGTH]
 )
 
 
@@ -117,7 +117,7 @@ def test_the_longest_row_gives_a_file_that_opens(
 ) -> None:
     """With Pillow's default limits, as other programs have them."""
     cells = {"prompt": prompt, "negative_prompt": negative, "seed": 2**63 - 1, "height": 512, "width": 512}
-    (request,) = make_requests(RowCells("a" * MAX_TEXT, Source("t.csv", 0), cells, {}), RULES)
+    (request,) = make_requests(RowCells("a" * MAX_TEXT_LENGTH, Source("t.csv", 0), cells, {}), RULES)
     assert isinstance(request, PromptRequest)
     content = images.encode(PIXELS, image_format, images.format_parameters(request, scheduler, "f" * 64))
     with Image.open(io.BytesIO(content)) as image:
@@ -131,7 +131,7 @@ def test_the_longest_row_gives_a_file_that_opens(
 
 
 def test_the_longest_id_has_a_short_path() -> None:
-    assert len(FolderSink(Path(), ".png").path_of(replace(REQUEST, id="ä" * MAX_TEXT)).encode()) < 200
+    assert len(FolderSink(Path(), ".png").path_of(replace(REQUEST, id="ä" * MAX_TEXT_LENGTH)).encode()) < 200
 
 
 @pytest.mark.parametrize("image_format", FORMATS)

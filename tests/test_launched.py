@@ -283,9 +283,9 @@ def has_ipv6() -> bool:
 
 
 @pytest.mark.skipif(not has_ipv6(), reason="needs IPv6")
-@pytest.mark.parametrize("local_world", [1, 2])
-def test_a_master_address_may_be_ipv6(tmp_path: Path, local_world: int) -> None:
-    rank_info = RankInfo(0, 2, 0, local_world, "::1", "launch")
+@pytest.mark.parametrize("local_world_size", [1, 2])
+def test_a_master_address_may_be_ipv6(tmp_path: Path, local_world_size: int) -> None:
+    rank_info = RankInfo(0, 2, 0, local_world_size, "::1", "launch")
     with LaunchedEngine("cpu", rank_info, tmp_path) as engine, connect(tmp_path, "launch") as connection:
         connection.send_bytes(encode(Hello(1)))
         assert eventually(lambda: any(worker.rank == 1 for worker in engine.arrivals()))
@@ -308,7 +308,7 @@ def test_rank_info_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch)
     variables = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node-0"}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert read_rank_info() == RankInfo(3, 4, 1, 2, "node-0", launch="  ")
+    assert read_rank_info() == RankInfo(3, 4, 1, 2, "node-0", launch_id="  ")
     monkeypatch.setenv("WORLD_SIZE", "many")
     with pytest.raises(SettingsError, match="WORLD_SIZE"):
         read_rank_info()

@@ -62,7 +62,7 @@ def test_a_row_that_kills_workers_is_retried_in_smaller_chunks() -> None:
     assert ledger.record_death(0) == []
     together = ledger.next_retry(1)
     assert together is not None
-    assert together.isolated
+    assert together.is_isolated
     assert killer in keys(together)
     assert len(together.requests) == RETRY_ROWS
     assert ledger.record_death(1) == []

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from batch_infer.errors import DamagedPart, NewerPart, StorageError
+from batch_infer.errors import DamagedPartError, NewerPartError, StorageError
 from batch_infer.manifest import SCHEMA, Manifest, read_part, to_table
 from batch_infer.manifest.parts import write_part
 from batch_infer.records import BOOKKEEPING, PromptRequest, ResultRow, SamplingParams, Source, digest, utc_now
@@ -85,7 +85,7 @@ def test_carried_columns_keep_their_types() -> None:
 def test_find_returns_only_committed_images(tmp_path: Path) -> None:
     with Manifest(tmp_path).index() as index:
         assert index.find(("a", 0)) is None
-        assert len(index.take([])) == 0
+        assert len(index.read_results([])) == 0
 
 
 def test_requests_collide_with_images_whose_paths_differ_by_case_alone(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_the_highest_attempt_counts(tmp_path: Path, order: tuple[int, ...]) -> N
         image = index.find(("a", 0))
         assert image is not None
         assert (image.attempt, image.status) == (3, "failed")
-        assert index.take([image])["seed"].to_pylist() == [3]
+        assert index.read_results([image])["seed"].to_pylist() == [3]
 
 
 def test_of_two_rows_with_one_attempt_the_same_one_always_counts(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_of_two_rows_with_one_attempt_the_same_one_always_counts(tmp_path: Path)
         with manifest.index() as index:
             image = index.find(("a", 0))
             assert image is not None
-            assert index.take([image])["fingerprint"].to_pylist() == [image.fingerprint]
+            assert index.read_results([image])["fingerprint"].to_pylist() == [image.fingerprint]
             counted.add(image.fingerprint)
     assert len(counted) == 1
 
@@ -150,10 +150,10 @@ def test_add_reads_parts_again_that_it_could_not_read(
             manifest.commit([row(name)], NONE)
         parts = manifest.parts()
         whole = parts[1].read_bytes()
-        damages: list[DamagedPart] = []
+        damages: list[DamagedPartError] = []
         if fault == "error":
             with monkeypatch.context() as patch, pytest.raises(StorageError, match="away"):
-                patch.setattr("batch_infer.manifest.index.read_part", _raising(parts[1], read_part))
+                patch.setattr("batch_infer.manifest.manifest.read_part", _raising(parts[1], read_part))
                 index.add(parts, damages.append)
         else:
             parts[1].unlink() if fault == "gone" else parts[1].write_bytes(whole[:50])
@@ -194,7 +194,7 @@ def test_a_recreated_manifest_is_read_again(tmp_path: Path) -> None:
         with manifest.index() as index:
             image = index.find(("a", 0))
             assert image is not None
-            assert index.take([image])["status"].to_pylist() == [image.status] == [status]
+            assert index.read_results([image])["status"].to_pylist() == [image.status] == [status]
 
 
 def test_only_complete_parts_are_listed(tmp_path: Path) -> None:
@@ -215,12 +215,12 @@ def test_the_error_of_a_damaged_part_names_it_and_what_to_do(tmp_path: Path, con
     else:
         part.write_bytes(content)
     sentence = rf"{re.escape(str(part))} is damaged \(.*[^.]\); run again: that sets it aside"
-    with pytest.raises(DamagedPart, match=sentence) as error:
+    with pytest.raises(DamagedPartError, match=sentence) as error:
         manifest.index()
     assert error.value.part == part
     assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
-    damages: list[DamagedPart] = []
-    with manifest.index(damaged=damages.append) as index:
+    damages: list[DamagedPartError] = []
+    with manifest.index(on_damage=damages.append) as index:
         assert (index.find(("a", 0)), index.count_rows()) == (None, (1, 0))
     assert [damage.part for damage in damages] == [part]
     assert part.exists()
@@ -236,7 +236,7 @@ def test_a_part_that_cannot_be_read_is_not_damaged(tmp_path: Path) -> None:
         part.unlink()
         assert image is not None
         with pytest.raises(StorageError, match=f"cannot read {re.escape(str(part))}: No such file"):
-            index.take([image])
+            index.read_results([image])
 
 
 def test_columns_that_are_read_later_are_verified_too(tmp_path: Path) -> None:
@@ -249,8 +249,8 @@ def test_columns_that_are_read_later_are_verified_too(tmp_path: Path) -> None:
         part.write_bytes(content[:at] + b"9876543210" + content[at + 10 :])
         image = index.find(("a", 0))
         assert image is not None
-        with pytest.raises(DamagedPart, match="CRC checksum"):
-            index.take([image])
+        with pytest.raises(DamagedPartError, match="CRC checksum"):
+            index.read_results([image])
 
 
 @pytest.mark.parametrize("change", ["renamed", "of another type"])
@@ -263,10 +263,10 @@ def test_a_part_with_other_columns_is_damaged(tmp_path: Path, change: str) -> No
     else:
         table = table.set_column(2, "prompt", pa.array([7]))
     pq.write_table(table, part)
-    with pytest.raises(DamagedPart, match=r"its column"), manifest.index() as index:
+    with pytest.raises(DamagedPartError, match=r"its column"), manifest.index() as index:
         image = index.find(("a", 0))
         assert image is not None
-        index.take([image])
+        index.read_results([image])
 
 
 def as_version_1(part: Path, extra: dict[str, Any] | None = None) -> None:
@@ -285,7 +285,7 @@ def test_a_part_of_an_earlier_version_has_null_in_newer_columns(tmp_path: Path) 
     as_version_1(old)
     with manifest.index() as index:
         found = [index.find((name, 0)) for name in "ab"]
-        table = index.take([entry for entry in found if entry is not None])
+        table = index.read_results([entry for entry in found if entry is not None])
     assert table.schema == SCHEMA
     assert table.select(["id", "sha256", "pixels_sha256"]).to_pylist() == [
         {"id": "a", "sha256": "00", "pixels_sha256": None},
@@ -310,9 +310,9 @@ def test_a_part_of_a_later_version_is_refused_and_unchanged(tmp_path: Path) -> N
     mark = f"3 {digest([3, *table.column_names])}"
     pq.write_table(table.replace_schema_metadata({"batch-infer-columns": mark}), part)
     before = part.read_bytes()
-    damages: list[DamagedPart] = []
-    with pytest.raises(NewerPart, match=rf"{re.escape(str(part))} was written by a newer batch-infer \(format 3"):
-        manifest.index(damaged=damages.append)
+    damages: list[DamagedPartError] = []
+    with pytest.raises(NewerPartError, match=rf"{re.escape(str(part))} was written by a newer batch-infer \(format 3"):
+        manifest.index(on_damage=damages.append)
     assert (damages, part.read_bytes()) == ([], before)
 
 
@@ -329,18 +329,18 @@ def test_the_cache_of_parts_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pyt
             reads.append(part)
             return read_part(part, columns)
 
-        monkeypatch.setattr("batch_infer.manifest.index.read_part", read)
+        monkeypatch.setattr("batch_infer.manifest.manifest.read_part", read)
         schema = pa.schema([*SCHEMA, *carried])
 
         def take_twice() -> int:
             reads.clear()
             for entry in (*found, *found):
-                assert index.take([entry], schema)["text"].to_pylist() == ["x" * 1000]
+                assert index.read_results([entry], schema)["text"].to_pylist() == ["x" * 1000]
             return len(reads)
 
         assert take_twice() == 3
-        monkeypatch.setattr("batch_infer.manifest.index.CACHED_BYTES", 2500)
-        index.take(found[:1], SCHEMA)  # other columns: what is too much goes
+        monkeypatch.setattr("batch_infer.manifest.manifest.CACHED_BYTES", 2500)
+        index.read_results(found[:1], SCHEMA)  # other columns: what is too much goes
         assert take_twice() == 6
 
 
@@ -372,8 +372,8 @@ def test_damage_is_detected_or_harmless(tmp_path: Path) -> None:
             list(manifest.schemas())
             with manifest.index() as index:
                 found = [index.find(r.key) for r in rows]
-                assert index.take([f for f in found if f is not None]).equals(table)
-        except DamagedPart:
+                assert index.read_results([f for f in found if f is not None]).equals(table)
+        except DamagedPartError:
             detected += 1
     assert detected > 400
 
@@ -436,5 +436,5 @@ def test_take_returns_rows_in_the_given_order(
         manifest.commit([row(*key) for key in names[start : start + size]], NONE)
     wanted = data.draw(st.lists(st.sampled_from(names), max_size=20))
     with manifest.index() as index:
-        table = index.take([found for key in wanted if (found := index.find(key)) is not None])
+        table = index.read_results([found for key in wanted if (found := index.find(key)) is not None])
     assert list(zip(table["id"].to_pylist(), table["image_index"].to_pylist(), strict=True)) == wanted

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import batch_infer
 from batch_infer.cli import metrics as metrics_module
 from batch_infer.cli.metrics import GAUGES, STATUSES, Metrics
-from batch_infer.errors import Interrupted, SettingsError
+from batch_infer.errors import SettingsError, StoppedError
 from batch_infer.jobs.out import locked
 from batch_infer.jobs.scan import ScanResult
 from batch_infer.jobs.summary import Counts, Summary, Throughput
@@ -74,7 +74,7 @@ def test_metrics_during_a_run(file: Path, clock: SimpleNamespace) -> None:
         assert not file.exists(), "OUT may belong to another run"
         clock.now = 108
         standing = {"ok": 3, "failed": 1, "left": 2}
-        metrics.start(ScanResult(total=15, done=6, invalid=1, pending=8, skipped=standing))
+        metrics.start(ScanResult(total=15, finished=6, invalid=1, pending=8, skipped=standing))
         assert read(file, "/out") == {
             "results": results_by_status(ok=3, failed=1, invalid=1), "results_left": 10,
             "info": {"version": batch_infer.__version__, "model": "sd"}, "running": 1,
@@ -97,7 +97,7 @@ def test_metrics_during_a_run(file: Path, clock: SimpleNamespace) -> None:
         assert standing == {"ok": 3, "failed": 1, "left": 2}, "the scan is shared"
         metrics.close()
         clock.now = 130
-        counts = Counts(rows=15, ok=7, flagged=1, failed=2, invalid=2, blocked=1, left=2)
+        counts = Counts(rows=15, ok=7, flagged=1, failed=2, invalid=2, blocked=1, remaining=2)
         metrics.conclude(Summary(counts, rendered=5, rendering_seconds=20.0, processes=2, deaths=1), 0)
     ended = read(file, "/out")
     assert ended["results"] == results_by_status(ok=7, flagged=1, failed=2, invalid=2, blocked=1)
@@ -110,18 +110,18 @@ def test_metrics_during_a_run(file: Path, clock: SimpleNamespace) -> None:
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(Interrupted("now"), 75), (KeyboardInterrupt(), 75), (SettingsError("x"), 2), (ZeroDivisionError(), 1)],
+    [(StoppedError("now"), 75), (KeyboardInterrupt(), 75), (SettingsError("x"), 2), (ZeroDivisionError(), 1)],
 )
 @pytest.mark.parametrize("started", [False, True])
 def test_error_sets_the_exit_code_and_keeps_the_last_success(
     file: Path, clock: SimpleNamespace, error: BaseException, code: int, started: bool
 ) -> None:
     with Metrics(file, "/out", "sd") as metrics:
-        metrics.conclude(Summary(Counts(rows=2, ok=1, left=1), rendered=1, rendering_seconds=1.0, deaths=1), 0)
+        metrics.conclude(Summary(Counts(rows=2, ok=1, remaining=1), rendered=1, rendering_seconds=1.0, deaths=1), 0)
     clock.now = 500
     with pytest.raises(type(error)), Metrics(file, "/out") as metrics:
         if started:
-            metrics.start(ScanResult(total=2, done=1, pending=1, skipped={"ok": 1}))
+            metrics.start(ScanResult(total=2, finished=1, pending=1, skipped={"ok": 1}))
         before_the_error = read(file, "/out")
         assert (before_the_error["running"], before_the_error["exit_code"]) == (started, 0)
         assert before_the_error["end_timestamp_seconds"] == 1e9 + 100
@@ -260,7 +260,7 @@ def test_every_exit_code_of_real_runs(tmp_path: Path, file: Path, monkeypatch: p
         return values
 
     def stop(*_: Any) -> None:
-        raise Interrupted("stopped")
+        raise StoppedError("stopped")
 
     with monkeypatch.context() as patch:
         patch.setattr("batch_infer.jobs.render_tables", stop)

@@ -55,7 +55,7 @@ def test_cards_of_both_versions(sd1_folder: Path, sd2_folder: Path) -> None:
     assert (first.scheduler_name, second.scheduler_name) == ("PNDMScheduler", "DDIMScheduler")
     assert (first.has_checker, second.has_checker) == (True, False)
     assert first.sizes.native_width == first.sizes.native_height == 64
-    assert first.sizes.largest == 512
+    assert first.sizes.max_side == 512
     assert first.fingerprint != second.fingerprint
 
 

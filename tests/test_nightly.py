@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from batch_infer.errors import TryAgainLater
+from batch_infer.errors import RetryableError
 from tests.runs import assert_whole, results
 
 NIGHTLY = Path(__file__).parent.parent / "examples" / "nightly"
@@ -179,7 +179,7 @@ def test_only_unattended_runs_are_quiet() -> None:
 
 def test_service_treats_75_as_success_and_leaves_time_to_stop() -> None:
     service = unit(NIGHTLY / "batch-infer.service")
-    assert service["SuccessExitStatus"] == [str(TryAgainLater.exit_code)]
+    assert service["SuccessExitStatus"] == [str(RetryableError.exit_code)]
     assert (service["Type"], service["KillSignal"]) == (["oneshot"], ["SIGTERM"])
     assert not {"Restart", "RestartForceExitStatus"} & service.keys(), "it would start again at once"
 

@@ -125,7 +125,7 @@ def test_the_files_that_are_read_and_left_out_are_listed(tmp_path: Path, out: Pa
     assert [line for line in done.stdout.splitlines() if line.startswith("read")] == [
         f"read     {folder}/{name}" for name in ("a.csv: 2 rows", "b.csv: 0 rows", "bad.parquet: 1 row")
     ]
-    sentence = f"files left out for their names: {folder}/README.csv; for their endings: {folder}/c.zip\n"
+    sentence = f"files ignored for their names: {folder}/README.csv; for their endings: {folder}/c.zip\n"
     assert sentence in done.stderr
     planned = plan(folder, out)
     assert planned["files"] == {
@@ -152,7 +152,7 @@ def test_a_table_without_a_valid_row(tmp_path: Path, out: Path) -> None:
         (("--steps", "0"), "num_inference_steps '0' is not within"),
         (("--model", "/nowhere"), "no model folder at /nowhere"),
         (("--scheduler", "NoScheduler"), "diffusers has no scheduler NoScheduler"),
-        (("--scheduler", "DDIMScheduler:clip_sample=true"), "clip_sample=true cannot be packed"),
+        (("--scheduler", "DDIMScheduler:clip_sample=true"), "clip_sample=true is not supported"),
     ],
 )
 def test_a_plan_refuses_what_a_run_would_refuse(

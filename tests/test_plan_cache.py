@@ -94,8 +94,8 @@ def test_the_first_plan_probes_each_fact_once(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
     plan(table, "--device", device)
-    found_by_torch = ["find_device"] if device == "auto" else []
-    assert questions == [*found_by_torch, "count_evaluations", "count_evaluations", "import_renderer", "measure_rates"]
+    detected = ["detect_device"] if device == "auto" else []
+    assert questions == [*detected, "count_evaluations", "count_evaluations", "import_renderer", "measure_rates"]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_another_choice_of_gpus_is_probed_again(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     plan(table)
-    assert questions == ["find_device"]
+    assert questions == ["detect_device"]
     questions.clear()
     plan(table)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
@@ -155,7 +155,7 @@ def test_damaged_cache_files_are_probed_again(table: Path, cache: Path, question
         if not file.name.startswith("rates"):
             file.write_text('{"measured": {"x": []}}')
     plan(table)
-    assert questions == ["find_device", "count_evaluations", "count_evaluations"]
+    assert questions == ["detect_device", "count_evaluations", "count_evaluations"]
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batch_infer import planning
-from batch_infer.planning import SizeCost, StepBatchingEstimator, is_done, order_requests, select_pending
+from batch_infer.planning import SizeCost, StepBatchingEstimator, is_finished, order_requests, select_pending
 from batch_infer.records import FINAL_STATUSES, MAX_ATTEMPTS, PromptRequest, ResultRow, SamplingParams, Source, utc_now
 
 GUIDANCE = [1.0, 7.5, 7.5, 7.5, 7.5]
@@ -55,22 +55,22 @@ def invalid_row(fingerprint: str = "f") -> ResultRow:
 @pytest.mark.parametrize("status", ["ok", "flagged", "blocked"])
 def test_a_final_row_is_skipped_until_it_changes(status: str) -> None:
     assert status in FINAL_STATUSES
-    assert is_done(request(), Entry(status))
-    assert not is_done(request(), Entry(status, fingerprint="another"))
-    assert not is_done(request(), None)
+    assert is_finished(request(), Entry(status))
+    assert not is_finished(request(), Entry(status, fingerprint="another"))
+    assert not is_finished(request(), None)
 
 
 def test_a_failed_row_is_tried_three_times() -> None:
-    tried = [is_done(request(), Entry("failed", failures=failures)) for failures in range(1, 5)]
+    tried = [is_finished(request(), Entry("failed", failures=failures)) for failures in range(1, 5)]
     assert tried == [False, False, True, True]
     assert MAX_ATTEMPTS == 3
 
 
 def test_an_invalid_row_is_recorded_once() -> None:
-    assert is_done(invalid_row(), Entry("invalid"))
-    assert not is_done(invalid_row(), Entry("invalid", fingerprint="another fault"))
-    assert not is_done(invalid_row(), Entry("ok"))
-    assert not is_done(request(), Entry("invalid")), "it is none any more"
+    assert is_finished(invalid_row(), Entry("invalid"))
+    assert not is_finished(invalid_row(), Entry("invalid", fingerprint="another fault"))
+    assert not is_finished(invalid_row(), Entry("ok"))
+    assert not is_finished(request(), Entry("invalid")), "it is none any more"
 
 
 def test_pending_requests_have_the_images_that_they_replace() -> None:

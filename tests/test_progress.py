@@ -81,12 +81,12 @@ def commit(listener: Any, throughput: Throughput, *statuses: Status) -> None:
 
 def test_throughput_counts_from_its_start_to_the_latest_commit(clock: Clock) -> None:
     throughput = Throughput(clock)
-    assert (throughput.images_per_second, throughput.seconds_for(3)) == (None, None)
+    assert (throughput.images_per_second, throughput.estimate_seconds(3)) == (None, None)
     clock.seconds += 10
     throughput.add(rows("ok", "flagged", "failed", "blocked"))
     clock.seconds += 100
     assert (throughput.rendered, throughput.committed, throughput.seconds) == (2, 4, 10)
-    assert (throughput.images_per_second, throughput.seconds_for(6)) == (0.2, 15)
+    assert (throughput.images_per_second, throughput.estimate_seconds(6)) == (0.2, 15)
 
 
 def test_log_lines_say_when_the_model_loads_and_count_from_then(
@@ -94,7 +94,9 @@ def test_log_lines_say_when_the_model_loads_and_count_from_then(
 ) -> None:
     set_up_logging(quiet=False, verbose=False)
     lines = ProgressLog(clock)
-    lines.start(ScanResult(total=10, done=2, pending=8, reasons={"new": 1, "changed": 7}, changes="height 64 -> 72"))
+    lines.start(
+        ScanResult(total=10, finished=2, pending=8, reasons={"new": 1, "changed": 7}, changes="height 64 -> 72")
+    )
     started = [
         "batch-infer: 8 to render: 1 new, 7 changed (height 64 -> 72); 2 done before, 0 invalid",
         "batch-infer: loading model",
@@ -133,7 +135,7 @@ def test_bar_shows_the_same(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> No
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     bar = ProgressBar()
-    bar.start(ScanResult(total=10, done=2, pending=8))
+    bar.start(ScanResult(total=10, finished=2, pending=8))
     assert terminal.getvalue().rstrip().endswith("2/10, loading model")
     clock.seconds += 50
     throughput = Throughput(clock)
@@ -216,9 +218,9 @@ def test_no_rate_before_the_first_batch_is_committed() -> None:
     clock.seconds += 80
     for _ in range(7):
         throughput.add(rows("ok"))
-        assert (throughput.images_per_second, throughput.seconds_for(15)) == (None, None)
+        assert (throughput.images_per_second, throughput.estimate_seconds(15)) == (None, None)
     throughput.add(rows("ok"))
-    assert (throughput.images_per_second, throughput.seconds_for(15)) == (0.1, 150)
+    assert (throughput.images_per_second, throughput.estimate_seconds(15)) == (0.1, 150)
 
 
 def test_run_has_no_rate_before_it_renders(table: Path, tmp_path: Path) -> None:

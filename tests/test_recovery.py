@@ -18,7 +18,7 @@ from unittest import mock
 import pyarrow as pa
 import pytest
 
-from batch_infer.errors import DamagedPart, StorageError
+from batch_infer.errors import DamagedPartError, StorageError
 from batch_infer.jobs import recovery
 from batch_infer.jobs.recovery import recover, set_aside
 from batch_infer.manifest import Manifest
@@ -247,11 +247,11 @@ def test_damage_outside_indexed_columns_is_set_aside_too(tmp_path: Path) -> None
     with Manifest(tmp_path).index() as index:
         found = index.find(("a", 0))
         assert found is not None
-        with pytest.raises(DamagedPart) as error:
-            index.take([found])
+        with pytest.raises(DamagedPartError) as error:
+            index.read_results([found])
     assert set_aside(error.value).exists()
     part.write_bytes(content[:100])
-    with Manifest(tmp_path).index(damaged=set_aside) as index:
+    with Manifest(tmp_path).index(on_damage=set_aside) as index:
         assert index.find(("a", 0)) is None
         assert index.find(("b", 0)) is not None
     assert not part.exists()

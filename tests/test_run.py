@@ -26,10 +26,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from batch_infer.cli.names import variables_of_option
+from batch_infer.cli.config import variables_of_option
 from batch_infer.cli.progress import ProgressGroup, make_progress
 from batch_infer.cli.run import run as run_command
-from batch_infer.errors import Interrupted, ModelError, StorageError
+from batch_infer.errors import ModelError, StoppedError, StorageError
 from batch_infer.jobs.run import render_tables as score
 from batch_infer.manifest import SCHEMA
 from batch_infer.models import DEMO_MODEL
@@ -582,7 +582,7 @@ def test_a_table_that_changes_during_a_run_loses_no_result(tmp_path: Path, out: 
                 write_csv(table, [["prompt"], *(["a blue square"] for _ in range(20))])
 
     summary = score(settings_of(table, out), Changing())
-    assert (summary.counts.rows, summary.counts.left) == (6, 0)
+    assert (summary.counts.rows, summary.counts.remaining) == (6, 0)
     assert len(results(out)) == 6
     assert_whole(out)
 
@@ -755,7 +755,7 @@ def test_overwrite_removes_nothing_for_a_model_that_does_not_load(
 def test_overwrite_removes_nothing_for_a_run_that_is_stopped_before_the_model_is_loaded(table: Path, out: Path) -> None:
     run(table, out)
     before = hashes(out)
-    with pytest.raises(Interrupted, match="stopped before --overwrite removed what .* holds"):
+    with pytest.raises(StoppedError, match="stopped before --overwrite removed what .* holds"):
         score(replace(settings_of(table, out), overwrite=True), make_progress(shown=False), lambda: True)
     assert hashes(out) == before
     assert_whole(out)
@@ -964,7 +964,7 @@ def test_an_uncommitted_change_leaves_the_committed_image(
 def test_a_run_stopped_before_rendering_reports_its_scan(tmp_path: Path, out: Path) -> None:
     table = write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"], [""]])
     summary = score(settings_of(table, out), ProgressGroup(), lambda: True)
-    assert (summary.counts.left, summary.counts.invalid) == (1, 1)
+    assert (summary.counts.remaining, summary.counts.invalid) == (1, 1)
     assert [row["status"] for row in results(out)] == ["invalid"]
 
 
@@ -998,7 +998,7 @@ def test_a_signal_stops_a_run_cleanly(
         assert wait_for(process, lambda: bool(images(out)))
         second = run(long_table, out, *STEPS)
         assert second.code == 75
-        assert "is held by another run (" in second.stderr
+        assert "is locked by another run (" in second.stderr
         assert f"process {process.pid}," in second.stderr
         process.send_signal(number)
         stdout, stderr = process.communicate(timeout=600)

@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from batch_infer.errors import UsageError
@@ -45,9 +46,9 @@ RECORD: dict[str, Any] = json.loads(
             "identity": {"model": "m", "safety": "none"},
             "batch_infer": "0.1.0",
             "started_at": utc_now(),
-            "settings": asdict(SETTINGS),
+            "settings": msgspec.to_builtins(SETTINGS, enc_hook=str),
             "compute": asdict(Compute("cpu", "float32", 8, 4, 1, by_size=(BatchShape(64, 64, 8, 4),))),
-            "rules": asdict(RULES),
+            "rules": msgspec.to_builtins(RULES),
             "model": {"name": "m"},
             "scheduler": {"name": "s"},
             "tables": ["t.csv"],

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -20,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from msgspec import structs
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -55,10 +55,10 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     wait_for(monkeypatch, 0.5)
 
 
-def wait_for(monkeypatch: pytest.MonkeyPatch, patience: float) -> None:
+def wait_for(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     def from_environment(environment: Mapping[str, str]) -> ServiceSettings | None:
         found = READ(environment)
-        return found and replace(found, patience=patience)
+        return found and structs.replace(found, timeout_seconds=seconds)
 
     monkeypatch.setattr(ServiceSettings, "from_environment", from_environment)
 

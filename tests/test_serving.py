@@ -20,15 +20,15 @@ import pytest
 from PIL import Image
 
 from batch_infer.azureml import online
-from batch_infer.azureml.deployment import AzureDeployment, find_deployment
-from batch_infer.azureml.payload import MAX_IMAGES, TooManyImages
+from batch_infer.azureml.deployment import AzureDeployment, read_deployment
+from batch_infer.azureml.payload import MAX_IMAGES, TooManyImagesError
 from batch_infer.chain import BatchSizes, NoRequest, PipelineCallChain, RenderedImage, RequestSource, UnrenderedRow
-from batch_infer.errors import Interrupted, ServiceError, SettingsError, TableError
+from batch_infer.errors import ServiceError, SettingsError, StoppedError, TableError
 from batch_infer.records import PromptRequest, Verdict
 from batch_infer.serving import request_queue
 from batch_infer.serving.request_queue import RequestQueue
 from batch_infer.serving.scoring import check_parameters, score_rows
-from batch_infer.serving.service import DEFAULT_SLOTS, SAFETY_TIMEOUT_SECONDS, Client, RequestCancelled, Service
+from batch_infer.serving.service import DEFAULT_SLOTS, SAFETY_TIMEOUT_SECONDS, Client, RequestCancelledError, Service
 from batch_infer.settings import OnFlagged, ServiceSettings
 from tests import runs
 from tests.dummies import DummyChain
@@ -48,7 +48,7 @@ def deployment() -> AzureDeployment:
         for name, value in settings.items():
             patch.setenv(f"BATCH_INFER_{name}", value)
         patch.delenv("AZUREML_MODEL_DIR", raising=False)
-        found = find_deployment("nowhere")
+        found = read_deployment("nowhere")
     logging.captureWarnings(False)
     for logger, kept in zip(loggers, before, strict=True):
         logger.handlers, logger.level, logger.propagate = kept
@@ -280,11 +280,11 @@ def test_a_request_is_cancelled_on_timeout_and_on_disconnection(deployment: Azur
     client = Client(0.1) if ends == "timeout" else Client(is_disconnected=under_way.is_set)
     message = "not ready in 0.1 seconds: request fewer images" if ends == "timeout" else "the client has disconnected"
     with closing(scripted(deployment, render)) as found:
-        with pytest.raises(RequestCancelled, match=message):
+        with pytest.raises(RequestCancelledError, match=message):
             list(found.render([make_request(prompt=f"{i}") for i in range(9)], client))
         gone.set()
         all_of(found, [make_request(prompt="another")])
-        with pytest.raises(RequestCancelled):
+        with pytest.raises(RequestCancelledError):
             list(found.render([make_request(prompt="too late")], client))
     assert rows == ["0", "another"]
 
@@ -307,9 +307,9 @@ def test_closing_the_service_cancels_all_requests(deployment: AzureDeployment) -
         waiting = clients.submit(all_of, found, [make_request() for _ in range(3)])
         assert under_way.wait(300)
         found.close()
-        with pytest.raises(Interrupted):
+        with pytest.raises(StoppedError):
             waiting.result(300)
-    with pytest.raises(Interrupted):
+    with pytest.raises(StoppedError):
         all_of(found, [make_request()])
 
 
@@ -327,7 +327,7 @@ def test_batch_sizes_and_timeouts_are_those_of_a_real_time_service(deployment: A
     seen: list[Any] = []
 
     def load(card: Any, compute: Any, safety: Any, stop: Any) -> Any:
-        seen.append((compute.slots, compute.decode_batch, safety.service and safety.service.patience))
+        seen.append((compute.slots, compute.decode_batch, safety.service and safety.service.timeout_seconds))
         return DummyChain(stop)
 
     settings = deployment.settings
@@ -488,18 +488,18 @@ def test_the_script_returns_objects(online_service: Service) -> None:
     ],
 )
 def test_a_request_for_too_many_images_is_refused(online_service: Service, sent: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(TooManyImages) as caught:
+    with pytest.raises(TooManyImagesError) as caught:
         online.run(payload(**sent))
     assert str(caught.value).startswith(sentence)
 
 
 def test_a_request_times_out(online_service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BATCH_INFER_REQUEST_TIMEOUT", "1e-9")
-    with pytest.raises(RequestCancelled, match="not ready in 1e-09 seconds"):
+    with pytest.raises(RequestCancelledError, match="not ready in 1e-09 seconds"):
         online.run(payload(data=["p"]))
     for wrong in ("soon", "0", "-1", "nan", "inf"):
         monkeypatch.setenv("BATCH_INFER_REQUEST_TIMEOUT", wrong)
-        with pytest.raises(SettingsError, match=f"BATCH_INFER_REQUEST_TIMEOUT={wrong}: give seconds"):
+        with pytest.raises(SettingsError, match=f"BATCH_INFER_REQUEST_TIMEOUT={wrong}: use seconds"):
             online.init()
 
 

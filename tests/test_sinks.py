@@ -23,7 +23,7 @@ from batch_infer.records import PromptRequest, SamplingParams, Source
 from batch_infer.sinks.folder import FolderSink, resolve_path
 from batch_infer.sinks.names import hashed_name, safe_name
 from batch_infer.store import TEMPORARY_PREFIX, PinnedFolder
-from batch_infer.table.ids import Ids, colliding_stems
+from batch_infer.table.ids import Ids, find_colliding_stems
 
 SAFE = ["a", "row-00000012", "a.b_c-d", "0", "_", "x" * 80, "prompts-2026.05"]
 relaxed = settings(deadline=None)
@@ -124,7 +124,11 @@ SIMILAR_NAMES = st.text("aAbB.~ Kk", min_size=1, max_size=3)
 @given(st.lists(st.tuples(SIMILAR_NAMES, SIMILAR_NAMES), unique_by=lambda row: row[0]), st.booleans())
 def test_paths_of_a_run_do_not_collide_on_any_file_system(rows: list[tuple[str, str]], case_matters: bool) -> None:
     """Even if OUT is copied to another one."""
-    sink, ids, colliding = sink_on(case_matters=case_matters), Ids(distinct=False), colliding_stems(s for _, s in rows)
+    sink, ids, colliding = (
+        sink_on(case_matters=case_matters),
+        Ids(distinct=False),
+        find_colliding_stems(s for _, s in rows),
+    )
     paths: dict[str, str] = {}
     for name, stem in rows:
         assert ids.add(name, stem)
@@ -332,7 +336,7 @@ def test_a_sink_without_its_folder_writes_nothing(tmp_path: Path) -> None:
     """A worker that starts after OUT was removed receives the folder that the run has pinned."""
     out = tmp_path / "out"
     out.mkdir()
-    known = PinnedFolder.of(out)
+    known = PinnedFolder.pin(out)
     replaced_by_another(out)
     for sink in (FolderSink(known), FolderSink(tmp_path / "missing")):
         with pytest.raises(StorageError, match=GONE):

@@ -113,7 +113,7 @@ def test_the_card(folder: Path) -> None:
     card = read_card(ModelSettings(name=str(folder)))
     assert (card.family, card.num_inference_steps, card.guidance_scale) == ("stable_diffusion_3", 28, 7.0)
     assert card.sizes == SizeRules(64, 64, 16, 16, 192)
-    assert card.sizes.largest == 192
+    assert card.sizes.max_side == 192
     assert (card.has_checker, card.embedded_guidance, card.unsupported_fields) == (False, False, ())
     assert load_solver(card).table(5).evaluations == 5
     counter = load_token_counter(card)

@@ -38,7 +38,7 @@ from batch_infer.engines.messages import (
     decode_to_worker,
     encode,
 )
-from batch_infer.engines.protocol import WorkersLost
+from batch_infer.engines.protocol import WorkersLostError
 from batch_infer.engines.supervisor import Supervisor
 from batch_infer.engines.worker_process import LAUNCHER_NAMES, WorkerSpec, select_gpu
 from batch_infer.errors import ModelError, SettingsError
@@ -113,7 +113,7 @@ class FakeSource:
     timeouts = Timeouts(load=3600, start=3600, least=600, factor=10)
 
     def __init__(self, workers: int = 1) -> None:
-        self.workers = workers
+        self.worker_count = workers
         self.handles, self.ends = [], []
         for rank in range(workers):
             connection, end = Pipe()
@@ -143,7 +143,7 @@ def make_supervisor(
     source: FakeSource, out: Path, rows: int = 2, on_commit: Callable[[Sequence[ResultRow]], None] = lambda rows: None
 ) -> Supervisor:
     (out / "manifest").mkdir(parents=True, exist_ok=True)
-    card, safety, folder = read_card(ModelSettings()), SafetySettings("none"), PinnedFolder.of(out)
+    card, safety, folder = read_card(ModelSettings()), SafetySettings("none"), PinnedFolder.pin(out)
     settings = WorkerSettings(card, COMPUTE, safety, OutputSettings(), folder, pa.schema([]))
     requests = [make_request(str(k)) for k in range(rows)]
     supervisor = Supervisor(Task(iter(requests), rows, settings), source, on_commit)
@@ -246,7 +246,7 @@ def test_waiting_for_a_device_times_out(monkeypatch: pytest.MonkeyPatch, clock: 
     monkeypatch.setattr(local, "POLL_SECONDS", 0.0)
     with silent_worker() as worker:
         monkeypatch.setattr(worker, "receive", wait_long)
-        with pytest.raises(WorkersLost, match="found no device in 600 s"):
+        with pytest.raises(WorkersLostError, match="found no device in 600 s"):
             local._wait_for_device(worker, 600.0)
     assert clock.now == 700.0
 

@@ -191,7 +191,7 @@ def test_ids_and_files_that_differ_by_case_alone_are_marked_from_the_second_on()
         "A-00000001": (True, True),
     }
     with open_tables("t/A.csv", "t/a.csv") as tables:
-        assert [getattr(new, "id_collides", None) for new, _ in tables.compared_rows(RULES, [RULES])] == [
+        assert [getattr(new, "id_collides", None) for new, _ in tables.compare_rows(RULES, [RULES])] == [
             collides for collides, _ in found.values()
         ]
 
@@ -262,7 +262,7 @@ def test_other_columns_are_carried_unchanged() -> None:
     tables = open_tables(table)
     written = pq.read_table(table).select(columns)
     assert tables.carried.equals(written.schema.remove_metadata())
-    found = list(tables.rows(RULES))
+    found = list(tables.read_rows(RULES))
     arrays = [to_array([item.carried[field.name] for item in found], field.type) for field in tables.carried]
     assert pa.table(arrays, tables.carried).equals(written.replace_schema_metadata())
 
@@ -467,9 +467,9 @@ def test_all_errors_of_a_row_are_reported() -> None:
 
 
 def test_defaults_obey_the_rules_for_rows() -> None:
-    RULES.check()
+    RULES.validate()
     with pytest.raises(SettingsError, match="num_inference_steps '0' is not within 1 to 1000; guidance_scale"):
-        RowRules(RowDefaults(0, 101.0, 0.0, 64, 64), RULES.sizes, "f").check()
+        RowRules(RowDefaults(0, 101.0, 0.0, 64, 64), RULES.sizes, "f").validate()
 
 
 # Seeds and fingerprints
@@ -770,7 +770,7 @@ def test_a_failing_disk_makes_no_row_invalid(ending: str, when: str) -> None:
         if when != "gone":
             path.symlink_to(UNREADABLE)
         with pytest.raises(StorageError, match=sentence):
-            list((tables if when != "at first" else open_tables("t")).rows(RULES))
+            list((tables if when != "at first" else open_tables("t")).read_rows(RULES))
 
 
 @pytest.mark.parametrize("call", ["read_schema", "iter_batches"])
@@ -961,12 +961,12 @@ def test_a_column_named_almost_like_a_field_is_carried_with_a_remark(
     header: list[str], field: str, column: str
 ) -> None:
     write_csv(Path("t.csv"), [header, ["x", "2"]])
-    (remark,) = open_tables("t.csv").remarks
+    (remark,) = open_tables("t.csv").notices
     option = f"{field}={column}"
     advice = f"if it is the {field}, add --column {shlex.quote(option)}"
     assert remark == f"t.csv: column {column!r} is carried and has no effect; {advice}"
-    assert not open_tables("t.csv", columns={field: ""}).remarks
-    assert not open_tables("t.csv", columns={field: column}).remarks
+    assert not open_tables("t.csv", columns={field: ""}).notices
+    assert not open_tables("t.csv", columns={field: column}).notices
     assert list(read_requests("t.csv")[0].carried.values()) == ["2"]
 
 
@@ -982,13 +982,13 @@ def test_a_column_named_almost_like_a_field_is_carried_with_a_remark(
 )
 def test_other_carried_columns_have_no_remark(header: list[str]) -> None:
     write_csv(Path("t.csv"), [header, ["1"] * len(header)])
-    assert not open_tables("t.csv").remarks
+    assert not open_tables("t.csv").notices
 
 
 def test_shards_with_one_header_have_one_remark() -> None:
     for name in "abc":
         write_csv(Path(f"t/{name}.csv"), [["prompt", "steps"], ["x", "2"]])
-    (remark,) = open_tables("t").remarks
+    (remark,) = open_tables("t").notices
     assert remark.startswith("t/a.csv and 2 more: column 'steps'")
 
 

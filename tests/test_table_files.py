@@ -18,11 +18,11 @@ from typing import Any
 import fsspec
 import pytest
 
-from batch_infer.errors import ServiceError, StorageError, TableError, TryAgainLater
+from batch_infer.errors import RetryableError, ServiceError, StorageError, TableError
 from batch_infer.manifest import SCHEMA
 from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.settings import TableSettings
-from batch_infer.table import OtherTables, Tables, redact_url
+from batch_infer.table import SharedFolder, Tables, redact_url
 from batch_infer.table.urls import redact_urls
 from tests.file_servers import answer_ftp, serve_folder
 from tests.tables import (
@@ -132,7 +132,7 @@ def test_relative_names_start_at_the_folder_of_the_settings(tmp_path: Path) -> N
     with open_tables("a.csv", "more", "mo*/c.txt", folder=tmp_path / "there") as tables:
         assert tables.files == ["a.csv", "more/b.csv", "more/c.txt"]
         assert tables.local_paths == [tmp_path / "there" / name for name in tables.files]
-        found = list(tables.rows(RULES))
+        found = list(tables.read_rows(RULES))
     assert [item.id for item in found] == [
         "a-00000000",
         "b-00000000",
@@ -191,7 +191,7 @@ def fill(folder: Path, *names: str) -> None:
 
 
 @pytest.mark.parametrize("argument", ["t", "t/", "t/**/*", "memory://t", "memory://t/**"])
-def test_documentation_markers_and_other_endings_are_left_out_and_named(argument: str, memory: Any) -> None:
+def test_documentation_markers_and_other_endings_are_ignored_files_and_named(argument: str, memory: Any) -> None:
     """One rule for folders and globs, local and remote."""
     fill(Path("t"), *TABLES, *NO_TABLES["name"], *NO_TABLES["ending"])
     for path in Path("t").rglob("*.*" if "memory" in argument else "nothing"):
@@ -201,8 +201,8 @@ def test_documentation_markers_and_other_endings_are_left_out_and_named(argument
     scheme = "memory://" if "memory" in argument else ""
     with open_tables(argument) as tables:
         assert tables.files == [f"{scheme}t/{name}" for name in TABLES]
-        left_out = tables.left_out.items()
-    assert left_out == {
+        ignored_files = tables.ignored_files.items()
+    assert ignored_files == {
         reason: {f"{scheme}t/{name}": 1 for name in sorted(names, key=lambda name: name.split("/"))}
         for reason, names in NO_TABLES.items()
     } | {"name": {"*.txt": 4, **{f"{scheme}t/{n}": 1 for n in NO_TABLES["name"] if not n.endswith(".txt")}}}
@@ -214,27 +214,27 @@ def test_thousands_of_similar_files_are_one_item() -> None:
     fill(Path("t/out"), "run.json", ".lock", "results.parquet", *(f"images/p-00000/{i}.txt" for i in range(50)))
     with open_tables("t") as tables:
         assert tables.files == ["t/a.csv"]
-        assert str(tables.left_out) == (
+        assert str(tables.ignored_files) == (
             "for their names: t/.git/, 9 */_SUCCESS; for their endings: 2,000 *.png, t/x.npy; "
             "as output of an earlier run: t/out/"
         )
     with open_tables("t/**/*.*") as tables:
         assert tables.files == ["t/a.csv"]
-        assert str(tables.left_out) == (
+        assert str(tables.ignored_files) == (
             "for their names: t/.git/; for their endings: 2,000 *.png, t/x.npy; as output of an earlier run: t/out/"
         )
 
 
-def test_a_file_that_another_argument_reads_is_not_left_out() -> None:
+def test_a_file_that_another_argument_reads_is_not_ignored_files() -> None:
     fill(Path("t"), "a.csv", "README.csv")
     with open_tables("t", "t/README.csv") as tables:
         assert tables.files == ["t/a.csv", "t/README.csv"]
-        assert str(tables.left_out) == ""
+        assert str(tables.ignored_files) == ""
 
 
 def test_the_error_of_a_folder_without_tables_names_its_files() -> None:
     fill(Path("t"), "README.txt", "a.zip")
-    assert refusal_of("t").endswith("after it); left out for their names: t/README.txt; for their endings: t/a.zip")
+    assert refusal_of("t").endswith("after it); ignored for their names: t/README.txt; for their endings: t/a.zip")
 
 
 def test_unreadable_links_and_folders_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,7 +253,7 @@ def test_unreadable_links_and_folders_are_reported(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(os, "scandir", refusing)
     with open_tables("t") as tables:
-        assert str(tables.left_out) == "as links to folders: t/linked/"
+        assert str(tables.ignored_files) == "as links to folders: t/linked/"
         assert tables.files == ["t/a.csv", "t/also.csv", "t/broken.csv", "t/closed"]
         assert tables.unreadable_files == {
             "t/broken.csv": "t/broken.csv: the link leads to no file",
@@ -325,8 +325,8 @@ def test_a_column_of_the_path_replaces_that_of_the_file_with_a_remark() -> None:
     write_parquet(Path("t/b.parquet"), prompt=["y"], n=[7])
     with open_tables("t", columns={"seed": ""}) as tables:
         assert tables.carried.field("n").type == "string"
-        first, second = tables.rows(RULES)
-        assert any("t/height=128/n=5/a.parquet has a column 'height' (and 1 more" in text for text in tables.remarks)
+        first, second = tables.read_rows(RULES)
+        assert any("t/height=128/n=5/a.parquet has a column 'height' (and 1 more" in text for text in tables.notices)
     assert isinstance(second, PromptRequest)
     assert (second.params.height, second.carried, first.carried) == (128, {"n": "5"}, {"n": "7"})
 
@@ -345,8 +345,8 @@ def test_a_file_of_a_mini_batch_has_the_columns_of_its_path(tmp_path: Path) -> N
     """Although it is named by its last part alone."""
     write_csv(tmp_path / "lang=en" / "height=128" / "a.csv", [["prompt"], ["x"]])
     settings = TableSettings(("./a.csv",), folder=tmp_path / "lang=en" / "height=128")
-    with Tables(settings, SCHEMA.names, OtherTables(("a.csv",), lambda name, file: False)) as tables:
-        (found,) = tables.rows(RULES)
+    with Tables(settings, SCHEMA.names, SharedFolder(("a.csv",), lambda name, file: False)) as tables:
+        (found,) = tables.read_rows(RULES)
     assert isinstance(found, PromptRequest)
     assert (found.id, found.params.height, found.carried) == ("a-00000000", 128, {"lang": "en"})
 
@@ -356,9 +356,9 @@ def test_collisions_in_a_mini_batch_do_not_depend_on_its_other_files(tmp_path: P
     for name, ids in {"a.csv": ["SKU", "Z"], "b.csv": ["Sku", "sku", "z"], "B.csv": ["sKu"]}.items():
         write_csv(tmp_path / name, [["id", "prompt"], *([known, "x"] for known in ids)])
     settings = TableSettings(tuple(f"./{name}" for name in names), folder=tmp_path)
-    others = OtherTables(("b.csv", "a.csv", "B.csv"), lambda name, file: False)
+    others = SharedFolder(("b.csv", "a.csv", "B.csv"), lambda name, file: False)
     with Tables(settings, SCHEMA.names, others) as tables:
-        found = {row.id: (row.id_collides, row.stem_collides) for row in tables.rows(RULES)
+        found = {row.id: (row.id_collides, row.stem_collides) for row in tables.read_rows(RULES)
                  if isinstance(row, PromptRequest) and row.source.file == "b.csv"}  # fmt: skip
     assert found == {"Sku": (False, True), "sku": (True, True), "z": (False, True)}
 
@@ -368,7 +368,7 @@ def test_only_a_name_and_an_equals_sign_make_a_column() -> None:
         write_csv(Path("t", path), [["prompt"], [path]])
     with open_tables("t") as tables:
         assert tables.carried.names == ["a"]
-        assert [item.carried for item in tables.rows(RULES)] == [{}, {"a": ""}, {}]
+        assert [item.carried for item in tables.read_rows(RULES)] == [{}, {"a": ""}, {}]
 
 
 # Standard input
@@ -386,8 +386,8 @@ def test_any_format_may_be_piped_in(ending: str, monkeypatch: pytest.MonkeyPatch
     with open_tables("-", "-") as tables:
         assert tables.files == ["stdin"]
         assert tables.local_paths == []
-        found = list(tables.rows(RULES))
-        assert list(tables.rows(RULES)) == found, "it is read again and again"
+        found = list(tables.read_rows(RULES))
+        assert list(tables.read_rows(RULES)) == found, "it is read again and again"
         assert list(temporary.iterdir())
     assert not list(temporary.iterdir())
     assert essence(item for item in found if isinstance(item, PromptRequest)) == essence(equal)
@@ -501,7 +501,7 @@ def test_any_format_can_be_read_from_a_url(ending: str, memory: Any, temporary: 
         with open_tables(url) as tables:
             assert tables.files == [url]
             assert tables.local_paths == []
-            found = [item for item in tables.rows(RULES) if isinstance(item, PromptRequest)]
+            found = [item for item in tables.read_rows(RULES) if isinstance(item, PromptRequest)]
         assert essence(found) == expected()
         assert {item.source.file for item in found} == {url}
         assert not list(temporary.iterdir())
@@ -514,13 +514,13 @@ def test_a_folder_and_a_glob_behind_a_url(memory: Any) -> None:
         memory.pipe(f"/t/out/{name}", b"prompt\na result\n")
     with open_tables("memory://t/") as tables:
         assert tables.files == ["memory://t/a.csv", "memory://t/deep/er/b.txt"]
-        assert [item.id for item in tables.rows(RULES)] == ["deep-er-b-00000000"]
+        assert [item.id for item in tables.read_rows(RULES)] == ["deep-er-b-00000000"]
     with open_tables("memory://t/**/*.*") as tables:
         assert tables.files == ["memory://t/a.csv", "memory://t/deep/er/b.txt"]
     with open_tables("memory://t/deep/*/b.txt") as tables:
-        assert [item.id for item in tables.rows(RULES)] == ["er-b-00000000"]
+        assert [item.id for item in tables.read_rows(RULES)] == ["er-b-00000000"]
     with open_tables("memory://t/out/results.csv") as tables:
-        assert len(list(tables.rows(RULES))) == 1, "what is named is read"
+        assert len(list(tables.read_rows(RULES))) == 1, "what is named is read"
 
 
 def test_a_file_behind_a_url_is_read_once(memory: Any) -> None:
@@ -537,7 +537,7 @@ def test_a_file_in_an_archive_is_read(tmp_path: Path) -> None:
     assert [item.prompt for item in read_requests(f"zip://in/a.csv::file://{tmp_path}/t.zip")] == ["x"]
     with open_tables(f"zip://in::file://{tmp_path}/t.zip") as tables:
         assert tables.files == [f"zip://in/{name}.csv::file://{tmp_path}/t.zip" for name in "ab"]
-        assert [item.id for item in tables.rows(RULES)] == ["a-00000000", "b-00000000"]
+        assert [item.id for item in tables.read_rows(RULES)] == ["a-00000000", "b-00000000"]
 
 
 @pytest.mark.parametrize(
@@ -585,9 +585,9 @@ class Stubborn:
     [
         (PermissionError(13, "Forbidden"), TableError, "x://a.csv: no permission to read it: "),
         (NotImplementedError("no listing"), TableError, "x://a.csv cannot be opened: no listing"),
-        (ConnectionResetError("gone"), TryAgainLater, "could not fetch x://a.csv: gone; run again"),
-        (TimeoutError(), TryAgainLater, "could not fetch x://a.csv: TimeoutError; run again"),
-        (ftplib.error_temp("421 busy"), TryAgainLater, "could not fetch x://a.csv: 421 busy; run again"),
+        (ConnectionResetError("gone"), RetryableError, "could not fetch x://a.csv: gone; run again"),
+        (TimeoutError(), RetryableError, "could not fetch x://a.csv: TimeoutError; run again"),
+        (ftplib.error_temp("421 busy"), RetryableError, "could not fetch x://a.csv: 421 busy; run again"),
         (ftplib.error_perm("550 no"), TableError, "x://a.csv: the server refuses it: 550 no"),
         (EOFError(), TableError, "x://a.csv cannot be opened: EOFError"),
         (KeyError("size"), TableError, "x://a.csv cannot be opened: KeyError: 'size'"),
@@ -638,11 +638,11 @@ def test_a_folder_that_a_glob_matches_is_read_as_a_folder(memory: Any) -> None:
     for base in ("ds", "memory://ds"):
         for pattern in ("*", "**", "**/*"):
             with open_tables(f"{base}/{pattern}") as tables:
-                requests = [item for item in tables.rows(RULES) if isinstance(item, PromptRequest)]
+                requests = [item for item in tables.read_rows(RULES) if isinstance(item, PromptRequest)]
                 assert tables.files == [f"{base}/{name}" for name in ("c.csv", "lang=de/deep/b.csv", "lang=en/a.csv")]
                 assert {"_tmp/", ".hidden.csv", "notes.md"} == {
                     Path(name).name + "/" * name.endswith("/")
-                    for items in tables.left_out.items().values()
+                    for items in tables.ignored_files.items().values()
                     for name in items
                 }
             assert [item.id for item in requests] == ["c-00000000", "lang=de-deep-b-00000000", "lang=en-a-00000000"]
@@ -669,7 +669,7 @@ def test_unreadable_links_and_folders_that_a_glob_matches_are_reported(
     monkeypatch.setattr(os, "scandir", refusing)
     with open_tables("ds/*") as tables:
         assert tables.unreadable_files == {"ds/closed": "ds/closed: Permission denied"}
-        assert str(tables.left_out) == "as links to folders: ds/link/"
+        assert str(tables.ignored_files) == "as links to folders: ds/link/"
         assert tables.files == ["ds/a/t.csv", "ds/closed"]
     for pattern in ("ds/*/*.csv", "ds/**/t.csv"):
         with open_tables(pattern) as tables:
@@ -737,7 +737,7 @@ def test_any_format_can_be_read_over_http(ending: str, server: str, temporary: P
     write_bytes(Path(f"served/t.{ending}"), in_format(ending, ROWS))
     with open_tables(f"{server}/t.{ending}?sig=secret#part") as tables:
         assert tables.files == [f"{server}/t.{ending}"]
-        found = [item for item in tables.rows(RULES) if isinstance(item, PromptRequest)]
+        found = [item for item in tables.read_rows(RULES) if isinstance(item, PromptRequest)]
     assert essence(found) == expected()
     assert not list(temporary.iterdir())
 
@@ -771,7 +771,7 @@ def test_secrets_of_a_chain_are_used_and_not_shown(
         assert (found.id, found.prompt) == ("t-00000000", "x")
         text = found.source.file
     else:
-        with pytest.raises((TableError, TryAgainLater), match=answer) as caught:
+        with pytest.raises((TableError, RetryableError), match=answer) as caught:
             open_tables(url)
         text = str(caught.value)
     assert server in text
@@ -837,9 +837,9 @@ def test_file_names_that_are_not_utf_8_are_different_files() -> None:
     [
         ("missing.csv", TableError, "{url}: no such file or folder"),
         ("403/t.csv", TableError, "{url}: the server refuses it: HTTP 403 Forbidden"),
-        ("500/t.csv", TryAgainLater, "could not fetch {url}: HTTP 500 Internal Server Error; run again"),
-        ("429/t.csv", TryAgainLater, "could not fetch {url}: HTTP 429 Too Many Requests; run again"),
-        ("short/t.csv", TryAgainLater, "could not fetch {url}: "),
+        ("500/t.csv", RetryableError, "could not fetch {url}: HTTP 500 Internal Server Error; run again"),
+        ("429/t.csv", RetryableError, "could not fetch {url}: HTTP 429 Too Many Requests; run again"),
+        ("short/t.csv", RetryableError, "could not fetch {url}: "),
         ("folder/", TableError, "{url}: unknown ending (none)"),
         ("*.csv", TableError, "{url}: no such file or folder"),
     ],
@@ -860,7 +860,7 @@ def test_a_service_that_is_down_ends_the_run_temporarily(temporary: Path) -> Non
         taken.bind(("127.0.0.1", 0))  # bound and not listening: no server answers
         port = taken.getsockname()[1]
         write_csv(Path("good.csv"), [["prompt"], ["x"]])
-        with pytest.raises(TryAgainLater, match=rf"could not fetch http://127.0.0.1:{port}/t.csv: .*; run again"):
+        with pytest.raises(RetryableError, match=rf"could not fetch http://127.0.0.1:{port}/t.csv: .*; run again"):
             open_tables("good.csv", f"http://127.0.0.1:{port}/t.csv")
     assert not list(temporary.iterdir())
 

@@ -223,8 +223,8 @@ def test_columns_without_a_name_are_named_by_position() -> None:
 def remarks_of(path: Path | str, **options: Any) -> list[str]:
     """Return the remarks on a table after its rows were read."""
     with open_tables(path, **options) as tables:
-        list(tables.rows(RULES))
-        return tables.remarks
+        list(tables.read_rows(RULES))
+        return tables.notices
 
 
 @pytest.mark.parametrize("ending", ["csv", "tsv"])
@@ -575,7 +575,7 @@ def test_lines_appended_during_a_run_are_left_to_the_next_run() -> None:
     with open_tables(table) as tables:
         with table.open("a") as stream:
             stream.write('{"prompt": "y", "n": "two", "m": 3}\n')
-        assert len(list(tables.rows(RULES))) == 1
+        assert len(list(tables.read_rows(RULES))) == 1
     assert len(read_requests(table)) == 2
 
 
@@ -857,7 +857,7 @@ def peak_of(path: Path) -> int:
     tracemalloc.start()
     try:
         with open_tables(path) as tables:
-            count = sum(1 for _ in tables.rows(RULES))
+            count = sum(1 for _ in tables.read_rows(RULES))
         assert count >= 500
         return tracemalloc.get_traced_memory()[1]
     finally:
@@ -896,7 +896,7 @@ def test_memory_does_not_grow_with_a_parquet_row_group() -> None:
     del prompts
     before, most = pa.total_allocated_bytes(), 0
     with open_tables("t.parquet") as tables:
-        for _ in islice(tables.rows(RULES), 0, None, 50):
+        for _ in islice(tables.read_rows(RULES), 0, None, 50):
             most = max(most, pa.total_allocated_bytes() - before)
     assert most < size / 3
 

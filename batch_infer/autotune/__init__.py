@@ -6,7 +6,7 @@ They are kept in the user's cache. The probe measures in another process, so tha
 from typing import TYPE_CHECKING
 
 from batch_infer.autotune.cache import Plateau, Rates, load_calibration, save_calibration
-from batch_infer.autotune.devices import explain_out_of_memory, find_device
+from batch_infer.autotune.devices import detect_device, explain_out_of_memory
 from batch_infer.autotune.probe import Probe
 from batch_infer.lazy import import_on_use
 
@@ -20,7 +20,7 @@ __all__ = [
     "Probe",
     "Rates",
     "explain_out_of_memory",
-    "find_device",
+    "detect_device",
     "find_plateau",
     "load_calibration",
     "save_calibration",

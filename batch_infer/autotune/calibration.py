@@ -34,7 +34,7 @@ REPEATS = 2
 
 def import_renderer() -> None:
     """Import the libraries that a run imports too."""
-    from batch_infer.worker import load_any_model  # noqa: F401
+    from batch_infer.worker import load_model  # noqa: F401
 
 
 def count_evaluations(card: ModelCard, steps: int) -> int | str:
@@ -114,9 +114,9 @@ def _load_model(
 @cache
 def _load_once(card: ModelCard, compute: Compute, with_checker: bool) -> tuple[LatentDiffusion | AnyPipeline, float]:
     started = time.perf_counter()
-    from batch_infer.worker import load_any_model
+    from batch_infer.worker import load_model
 
-    return load_any_model(card, compute, with_checker=with_checker), time.perf_counter() - started
+    return load_model(card, compute, with_checker=with_checker), time.perf_counter() - started
 
 
 @contextmanager

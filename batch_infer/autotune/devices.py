@@ -32,7 +32,7 @@ DEVICE_NODES = ("nvidia*", "nvidia-caps/*", "nvhost*", "kfd", "dxg", "dri/*")
 """Files under /dev through which CUDA or ROCm reaches a GPU."""
 
 
-def find_device(requested: str) -> Device:
+def detect_device(requested: str) -> Device:
     """Return the device for `--device`: the requested one, or the one that accelerate chooses. Imports torch.
 
     Raises SettingsError if the requested device is missing.
@@ -47,7 +47,7 @@ def find_device(requested: str) -> Device:
     kind = PartialState(cpu=requested == "cpu" or not torch.cuda.is_available()).device.type
     if kind == "cuda":
         return Device(kind, torch.cuda.get_device_name(), count)
-    return Device(kind, processor_name())
+    return Device(kind, read_processor_name())
 
 
 def _count_cuda_devices() -> int:
@@ -62,7 +62,7 @@ def _count_cuda_devices() -> int:
     return len(names) if count and all(name.strip().startswith("MIG-") for name in names) else count
 
 
-def processor_name() -> str:
+def read_processor_name() -> str:
     """Return the CPU's model name, or the next best that the platform reports."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
@@ -97,13 +97,13 @@ def save_device(requested: str, device: Device) -> None:
 
 
 def _device_conditions(requested: str) -> dict[str, Any] | None:
-    """Return everything that determines the result of `find_device`, or None if it cannot be read without torch.
+    """Return everything that determines the result of `detect_device`, or None if it cannot be read without torch.
 
-    `find_device` uses CUDA if torch.cuda counts a device, and else the CPU. That count and the name of device 0 follow
-    from the machine, from the build of torch (version.py names its CUDA or ROCm), from the driver and its GPUs (the
-    files below; an added, exchanged or MIG-partitioned GPU changes them), and from the variables that hide or reorder
-    GPUs. A container with fewer GPUs has fewer device nodes. Outside Linux, and under WSL (/dev/dxg), no file holds the
-    GPU's model, so nothing is kept there. Only `plan` uses a kept device; `run` uses torch.
+    `detect_device` uses CUDA if torch.cuda counts a device, and else the CPU. That count and the name of device 0
+    follow from the machine, from the build of torch (version.py names its CUDA or ROCm), from the driver and its GPUs
+    (the files below; an added, exchanged or MIG-partitioned GPU changes them), and from the variables that hide or
+    reorder GPUs. A container with fewer GPUs has fewer device nodes. Outside Linux, and under WSL (/dev/dxg), no file
+    holds the GPU's model, so nothing is cached there. Only `plan` uses a cached device. `run` uses torch.
     """
     if sys.platform != "linux" or Path("/dev/dxg").exists():
         return None
@@ -111,7 +111,7 @@ def _device_conditions(requested: str) -> dict[str, Any] | None:
     origin = spec.origin if spec is not None else None
     return {
         "machine": platform.node(),
-        "processor": processor_name(),
+        "processor": read_processor_name(),
         "requested": requested,
         "variables": {name: os.environ.get(name) for name in DEVICE_VARIABLES},
         "torch_build": _read(Path(origin).with_name("version.py")) if origin else None,

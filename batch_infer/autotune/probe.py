@@ -20,7 +20,7 @@ from typing import Any, ParamSpec, TypeVar
 from batch_infer import main_guard
 from batch_infer.autotune.cache import Plateau, Rates, load_facts, save_facts
 from batch_infer.autotune.calibration import count_evaluations, import_renderer, measure_plateau, measure_rates
-from batch_infer.autotune.devices import find_device, load_device, processor_name, save_device
+from batch_infer.autotune.devices import detect_device, load_device, read_processor_name, save_device
 from batch_infer.errors import ModelError, RowError, SettingsError
 from batch_infer.models import ModelCard, SamplingRules
 from batch_infer.settings import Compute, Device, ImageFormat, SafetySettings
@@ -47,16 +47,16 @@ class Probe:
         self.seconds_waited = 0.0
         """Seconds spent waiting for the process."""
 
-    def find_device(self, requested: str) -> Device:
+    def detect_device(self, requested: str) -> Device:
         """Return the device for `--device`. Raises SettingsError if the requested device is missing."""
         if requested == "cpu":
-            return Device("cpu", processor_name())
+            return Device("cpu", read_processor_name())
         if (device := load_device(requested)) is None:
-            device = self._call(find_device, requested)
+            device = self._call(detect_device, requested)
             save_device(requested, device)
         return device
 
-    def read_pipeline_facts(self, path: Path) -> SamplingRules:
+    def inspect_pipeline(self, path: Path) -> SamplingRules:
         """Return what only diffusers can tell about a checkpoint's pipeline. Raises ModelError."""
         return self._call(_inspect_pipeline, path)
 
@@ -78,7 +78,9 @@ class Probe:
             raise RowError(count)
         return count
 
-    def find_plateau(self, card: ModelCard, compute: Compute, safety: SafetySettings, size: tuple[int, int]) -> Plateau:
+    def measure_plateau(
+        self, card: ModelCard, compute: Compute, safety: SafetySettings, size: tuple[int, int]
+    ) -> Plateau:
         """Measure the throughput plateau of a (height, width). Raises ModelError, SettingsError."""
         return self._call(measure_plateau, card, compute, safety, size)
 

@@ -27,7 +27,7 @@ from batch_infer.bench.workload import Workload, make_workload, sample_evenly, s
 from batch_infer.errors import SettingsError
 from batch_infer.jobs import LIBRARIES
 from batch_infer.models import is_compiled
-from batch_infer.worker import peak_memory
+from batch_infer.worker import read_peak_memory
 
 SAMPLE = 24
 """Number of rows whose images are compared, and that are timed one by one."""
@@ -184,7 +184,7 @@ def _compare_images(contenders: Sequence[Contender]) -> Parity | None:
 
 def _peak_memory(subject: Subject, contenders: Sequence[Contender], sweep: Sweep) -> dict[str, int]:
     """Return the largest peak of all measurements, each of which starts the GPU's count anew."""
-    memory = peak_memory(subject.compute.device)
+    memory = read_peak_memory(subject.compute.device)
     if "device_bytes" in memory:
         peaks = [each.device_bytes for each in contenders] + [point.device_bytes for point in sweep.points]
         memory["device_bytes"] = max(peak or 0 for peak in peaks)

@@ -51,7 +51,7 @@ class WorkloadSettings:
 
 def _scale(rules: SizeRules, factor: float) -> Size:
     """Return the native sides times a factor, rounded to what the deepest level of the UNet is divisible by."""
-    unit = rules.smallest
+    unit = rules.min_side
     height, width = (max(1, round(side * factor / unit)) for side in (rules.native_height, rules.native_width))
     return unit * height, unit * width
 
@@ -62,10 +62,10 @@ def _parse_size(text: str, rules: SizeRules) -> Size:
         raise SettingsError(f"--sizes {text}: write `mixed`, `native`, or width x height as 512x512,640x448")
     width, height = int(match[1]), int(match[2])
     for side in (width, height):
-        if side % rules.factor or not rules.smallest <= side <= rules.largest:
+        if side % rules.side_multiple or not rules.min_side <= side <= rules.max_side:
             raise SettingsError(
-                f"--sizes {text.strip()}: {side} is not a multiple of {rules.factor} from {rules.smallest} to "
-                f"{rules.largest}"
+                f"--sizes {text.strip()}: {side} is not a multiple of {rules.side_multiple} from {rules.min_side} to "
+                f"{rules.max_side}"
             )
     return height, width
 

@@ -22,14 +22,14 @@ from batch_infer.bench import (
 from batch_infer.cli.options import command, json_option, model_options, option
 from batch_infer.cli.report import NOTHING_KEPT, format_count, print_result, stoppable
 from batch_infer.cli.settings import make_compute_settings, make_model_settings
-from batch_infer.errors import Interrupted
+from batch_infer.errors import StoppedError
 
 if TYPE_CHECKING:
     from batch_infer.bench import BenchReport
 
 
 @command(
-    model_options,
+    *model_options,
     option(
         "--architecture",
         type=click.Choice(ARCHITECTURES),
@@ -91,7 +91,7 @@ def bench(*, as_json: bool, quiet: bool, **options: Any) -> int:
         report = benchmark(settings)
     if as_json or report.stopped or not quiet:
         print_result(_lines(report), report.as_dict() if as_json else None)
-    return Interrupted.exit_code if report.stopped else 0
+    return StoppedError.exit_code if report.stopped else 0
 
 
 def _make_settings(options: dict[str, Any]) -> BenchSettings:

@@ -19,7 +19,7 @@ import click
 
 from batch_infer import __version__
 from batch_infer.cli.logs import log
-from batch_infer.errors import BatchInferError, Interrupted, LockedError, SettingsError
+from batch_infer.errors import BatchInferError, LockedError, SettingsError, StoppedError
 from batch_infer.records import Status
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class Metrics:
         counts, self._code = summary.counts, code
         self._results = {status: getattr(counts, status) for status in STATUSES}
         self._gauges |= {
-            "results_left": counts.left,
+            "results_left": counts.remaining,
             "images_rendered": summary.rendered,
             "images_per_second": summary.images_per_second or 0,
             "workers": summary.processes,
@@ -204,4 +204,4 @@ def _exit_code_of(error: BaseException) -> int:
     """Return the exit code with which `__main__` will end."""
     if isinstance(error, (BatchInferError, click.ClickException)):
         return error.exit_code
-    return Interrupted.exit_code if isinstance(error, (KeyboardInterrupt, click.Abort)) else BUG
+    return StoppedError.exit_code if isinstance(error, (KeyboardInterrupt, click.Abort)) else BUG

@@ -10,7 +10,7 @@ import click
 from tqdm import tqdm
 
 from batch_infer.cli.logs import log
-from batch_infer.cli.options import command, job_options, json_option, progress_option
+from batch_infer.cli.options import command, json_option, progress_option
 from batch_infer.cli.report import (
     NOTHING_KEPT,
     ROWS_FAILED,
@@ -20,7 +20,7 @@ from batch_infer.cli.report import (
     printing,
     stoppable,
 )
-from batch_infer.cli.settings import make_run_settings
+from batch_infer.cli.settings import job_options, make_run_settings
 from batch_infer.errors import SettingsError
 from batch_infer.records import ResultRow, Source
 from batch_infer.store import open_temporary_text
@@ -38,7 +38,7 @@ FILES_SHOWN = 100
 TOO_SHORT = "too short: the run would stop with exit code 75, and the same command would continue it"
 
 
-@command(job_options, json_option, progress_option)
+@command(*job_options, json_option, progress_option)
 def plan(*, time_limit: float | None, as_json: bool, quiet: bool, **options: Any) -> int:
     """Show what `run` would do, without rendering.
 
@@ -61,7 +61,7 @@ def plan(*, time_limit: float | None, as_json: bool, quiet: bool, **options: Any
         errors.seek(0)
         is_accepted = settings.max_failed.allows(plan.invalid_rows, plan.rows)
         is_in_time = None if time_limit is None else plan.seconds <= time_limit
-        if quiet and is_accepted and is_in_time is not False and not plan.refused:
+        if quiet and is_accepted and is_in_time is not False and not plan.refusal:
             return 0
         with printing():
             if as_json:
@@ -72,8 +72,8 @@ def plan(*, time_limit: float | None, as_json: bool, quiet: bool, **options: Any
                     print_lines(
                         [f"limit    {format_duration(time_limit)}, {'sufficient' if is_in_time else TOO_SHORT}"]
                     )
-    if plan.refused:
-        raise SettingsError(plan.refused)
+    if plan.refusal:
+        raise SettingsError(plan.refusal)
     return 0 if is_accepted else ROWS_FAILED
 
 
@@ -104,8 +104,8 @@ def _lines(plan: Plan, errors: TextIO, settings: RunSettings) -> Iterator[str]:
         yield f"read     {len(plan.files) - FILES_SHOWN:,} more files (--json names all)"
     if plan.default_ids:
         yield f"ids      {DEFAULT_IDS[plan.default_ids]}"
-    if plan.done:
-        yield f"{plan.done:,} done before, in {settings.out}"
+    if plan.finished:
+        yield f"{plan.finished:,} done before, in {settings.out}"
     if plan.pending:
         yield from _cost_lines(plan)
     else:

@@ -63,12 +63,12 @@ class ProgressCounts:
         self._throughput: Throughput | None = None
 
     def start(self, scan: ScanResult) -> None:
-        self.total, self.done, self.invalid = scan.total, scan.done + scan.invalid, scan.invalid
+        self.total, self.done, self.invalid = scan.total, scan.finished + scan.invalid, scan.invalid
         self._throughput = None
         reasons = f": {scan.explanation};" if scan.explanation else ","
-        fields = {name: getattr(scan, name) for name in ("pending", "done", "invalid", "reasons", "changes")}
-        counts = scan.pending, reasons, scan.done, scan.invalid
-        log.info("%d to render%s %d done before, %d invalid", *counts, extra=fields)
+        fields = {name: getattr(scan, name) for name in ("pending", "invalid", "reasons", "changes")}
+        counts = scan.pending, reasons, scan.finished, scan.invalid
+        log.info("%d to render%s %d done before, %d invalid", *counts, extra={**fields, "done": scan.finished})
 
     def ready(self, throughput: Throughput) -> None:
         self._throughput = throughput
@@ -86,7 +86,7 @@ class ProgressCounts:
 
     @property
     def seconds_left(self) -> float | None:
-        return self._throughput.seconds_for(self.total - self.done) if self._throughput else None
+        return self._throughput.estimate_seconds(self.total - self.done) if self._throughput else None
 
     def __str__(self) -> str:
         parts = []

@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batch_infer.cli.logs import log, log_error, stop_log
-from batch_infer.errors import Interrupted
+from batch_infer.errors import StoppedError
 from batch_infer.stopping import TIME_LIMIT, Stopper, StopRequested
 from batch_infer.store import remove_unfinished
 from batch_infer.terminal import escape_controls
 
 if TYPE_CHECKING:
     from batch_infer.jobs import Counts, Summary
-    from batch_infer.settings import RunSettings
 
 ROWS_FAILED = 3
 """Exit code if more rows failed or were invalid than --max-failed."""
@@ -33,16 +32,16 @@ NOTHING_KEPT = "nothing is kept. Run the same command again"
 def stoppable(time_limit: float | None = None, *, hint: str = RESUME) -> Iterator[Stopper]:
     """Let SIGINT, SIGTERM, SIGHUP and the time limit stop the command. Previous signal handlers are restored.
 
-    `hint` says what is kept and what to do next. Raises Interrupted.
+    `hint` says what is kept and what to do next. Raises StoppedError.
     """
 
-    def announce() -> None:
+    def log_stop() -> None:
         stop_log.warning("stopping; finished images are being committed (press Ctrl-C again to stop at once)")
 
-    def log_last_message(message: str) -> None:
-        log_error(message, Interrupted.exit_code)
+    def log_stop_error(message: str) -> None:
+        log_error(message, StoppedError.exit_code)
 
-    stop = Stopper(time_limit, hint, announce=announce, farewell=log_last_message, clean_up=remove_unfinished)
+    stop = Stopper(time_limit, hint, log_stop=log_stop, log_error=log_stop_error, remove_files=remove_unfinished)
     try:
         with stop:
             yield stop
@@ -59,14 +58,6 @@ def log_time_limit(stop: Stopper, left: int) -> None:
             f"{format_count(left, 'image')} {'is' if left == 1 else 'are'}",
             extra={"left": left},
         )
-
-
-def exit_code(summary: Summary, settings: RunSettings, *, retry: bool = False) -> int:
-    """Return the exit code of `run`, or of `retry`, which leaves rows without a result to `run`."""
-    counts = summary.counts
-    if summary.unfinished or (counts.left and not retry):
-        return Interrupted.exit_code
-    return 0 if settings.max_failed.allows(counts.bad_rows, counts.rows) else ROWS_FAILED
 
 
 @contextmanager
@@ -114,14 +105,14 @@ def summary_lines(summary: Summary, out: Path, formats: Sequence[str]) -> Iterat
         yield f"{images} in {rendering} ({rate:.2f} images/s{occupancy}), {total} in all"
         if summary.cost is not None:
             yield f"cost     {summary.cost:,.2f}"
-    elif not counts.left and not summary.rendering_seconds:
+    elif not counts.remaining and not summary.rendering_seconds:
         yield "nothing to render" if counts.rows else "nothing to render: no rows"
     yield f"images   {out / 'images'}"
     yield format_results(out, formats)
     if summary.unfinished:
         yield f"stopped early: {summary.unfinished:,} left; run the same command again to continue"
-    elif counts.left:
-        yield f"{counts.left:,} left: `batch-infer run` renders them"
+    elif counts.remaining:
+        yield f"{counts.remaining:,} left: `batch-infer run` renders them"
 
 
 def format_counts(counts: Counts) -> str:

@@ -3,9 +3,9 @@
 An engine renders inline, in local worker processes, or in the processes of a launcher; the registry chooses one.
 """
 
+from batch_infer.engines.factory import make_engine
 from batch_infer.engines.launched import LaunchedEngine, RankInfo, join_launch, read_rank_info
 from batch_infer.engines.protocol import Engine, Task, TaskReport
-from batch_infer.engines.registry import make_engine
 from batch_infer.engines.rendezvous import remove_rendezvous
 
 __all__ = [

@@ -105,7 +105,7 @@ class SupervisorConnection:
             message = self._wait_for_message()
             if not isinstance(message, messages.RowChunk):
                 break
-            worker.render(message.to_chunk().requests if message.isolated else self._stream(message), report_commit)
+            worker.render(message.to_chunk().requests if message.is_isolated else self._stream(message), report_commit)
         report = worker.report(final=True)
         self._is_done.set()
         self.send(messages.WorkerDone(report))

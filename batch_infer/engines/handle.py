@@ -46,7 +46,7 @@ INTERVALS = 99
 log = logging.getLogger("batch_infer")
 
 
-class WorkerCrash(RuntimeError):
+class WorkerCrashError(RuntimeError):
     """A worker has crashed without an error of this package. The message is the traceback, or how its process ended."""
 
 
@@ -176,14 +176,14 @@ class WorkerHandle:
     def exit_error(self, cause: str) -> Exception:
         """Return the error to raise for a worker that has ended: its own, or one that names the cause."""
         if self.error is not None:
-            known = getattr(errors, self.error.kind, None)
+            known = getattr(errors, self.error.class_name, None)
             if isinstance(known, type) and issubclass(known, BatchInferError):
                 return known.from_text(self.error.text)
-            return WorkerCrash(self.error.traceback)
+            return WorkerCrashError(self.error.traceback)
         if self._process is not None and self._process.exitcode == main_guard.EXIT_CODE:
             return SettingsError(main_guard.ADVICE)
         if self.is_loaded:
-            return WorkerCrash(cause)
+            return WorkerCrashError(cause)
         return ModelError(
             f"worker {self.rank} died while it loaded the model ({cause}): is there enough memory for all workers?"
         )

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from batch_infer.autotune import explain_out_of_memory, find_device
+from batch_infer.autotune import detect_device, explain_out_of_memory
 from batch_infer.engines.ledger import prefetch_first
 from batch_infer.engines.protocol import OnCommit, OnReady, Stop, Task, TaskReport
 from batch_infer.engines.worker_process import loading
@@ -18,13 +18,13 @@ from batch_infer.worker import Worker, format_worker_name, load_chain
 class InlineEngine:
     """Renders in this process: for a debugger, a notebook, or where no other process may be started."""
 
-    workers = 1
+    worker_count = 1
 
     def __init__(self, requested_device: str) -> None:
         self._requested_device = requested_device
 
-    def find_device(self) -> Device:
-        return find_device(self._requested_device)
+    def detect_device(self) -> Device:
+        return detect_device(self._requested_device)
 
     def render(self, task: Task, on_commit: OnCommit, stop: Stop, on_ready: OnReady = lambda: None) -> TaskReport:
         try:

@@ -57,11 +57,11 @@ class RankInfo:
     """
 
     rank: int
-    world: int
+    world_size: int
     local_rank: int
-    local_world: int
-    address: str
-    launch: str = ""
+    local_world_size: int
+    master_address: str
+    launch_id: str = ""
 
 
 def read_rank_info() -> RankInfo | None:
@@ -71,11 +71,11 @@ def read_rank_info() -> RankInfo | None:
     if not all(values):
         return None
     try:
-        rank, world, local_rank, local_world = map(int, values[:4])
+        rank, world_size, local_rank, local_world_size = map(int, values[:4])
     except ValueError:
         raise SettingsError(f"{', '.join(names)} are set, but not to the numbers that a launcher sets") from None
     launch = [os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")]
-    return RankInfo(rank, world, local_rank, local_world, values[4], " ".join(launch))
+    return RankInfo(rank, world_size, local_rank, local_world_size, values[4], " ".join(launch))
 
 
 class LaunchedEngine(LocalEngine):
@@ -85,13 +85,14 @@ class LaunchedEngine(LocalEngine):
         super().__init__(requested_device, 1)
         self._rank_info, self._out = rank_info, out
         self._arrivals: queue.Queue[WorkerHandle] = queue.Queue()
-        self._missing_ranks = rank_info.world - 1
+        self._missing_ranks = rank_info.world_size - 1
         self._is_closed = False
 
     def __enter__(self) -> LaunchedEngine:
         self._listener = _listen(self._rank_info)
         port = self._listener.getsockname()[1]
-        self._rendezvous = Rendezvous(self._rank_info.launch, self._rank_info.address, port, secrets.token_hex(32))
+        info = self._rank_info
+        self._rendezvous = Rendezvous(info.launch_id, info.master_address, port, secrets.token_hex(32))
         self._key = write_rendezvous(self._out, self._rendezvous)
         Thread(target=self._accept, daemon=True).start()
         super().__enter__()
@@ -116,9 +117,9 @@ class LaunchedEngine(LocalEngine):
         else:
             remove_rendezvous(self._out)
 
-    def find_device(self) -> Device:
-        device = replace(super().find_device(), count=self._rank_info.local_world)
-        self.workers = self._rank_info.world
+    def detect_device(self) -> Device:
+        device = replace(super().detect_device(), count=self._rank_info.local_world_size)
+        self.worker_count = self._rank_info.world_size
         return device
 
     def arrivals(self) -> Iterable[WorkerHandle]:
@@ -143,7 +144,7 @@ class LaunchedEngine(LocalEngine):
                 deliver_challenge(connection, self._key)
                 answer_challenge(connection, self._key)
                 message = decode_from_worker(connection.recv_bytes(HELLO_BYTES))
-            if isinstance(message, Hello) and 0 < message.rank < self._rank_info.world:
+            if isinstance(message, Hello) and 0 < message.rank < self._rank_info.world_size:
                 self._arrivals.put(WorkerHandle(message.rank, connection))
                 return
         except (AuthenticationError, EOFError, OSError, msgspec.DecodeError):
@@ -169,15 +170,15 @@ def _listen(rank_info: RankInfo) -> socket.socket:
     If some are on other machines, listen on all interfaces: this machine's name may mean its loopback here.
     """
     try:
-        family, _, _, _, address = socket.getaddrinfo(rank_info.address, 0, type=socket.SOCK_STREAM)[0]
-        if rank_info.world == rank_info.local_world:
+        family, _, _, _, address = socket.getaddrinfo(rank_info.master_address, 0, type=socket.SOCK_STREAM)[0]
+        if rank_info.world_size == rank_info.local_world_size:
             return socket.create_server(address[:2], family=family)
         is_dual = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if is_dual else family
         return socket.create_server(("", 0), family=family, dualstack_ipv6=is_dual)
     except OSError as error:
         reason = error.strerror or error
-        raise SettingsError(f"MASTER_ADDR={rank_info.address}: rank 0 cannot listen there: {reason}") from error
+        raise SettingsError(f"MASTER_ADDR={rank_info.master_address}: rank 0 cannot listen there: {reason}") from error
 
 
 def join_launch(
@@ -187,7 +188,7 @@ def join_launch(
 
     Raises ServiceError if rank 0 is not found.
     """
-    if (connection := connect_to_rank_0(out, rank_info.launch, stop)) is None:
+    if (connection := connect_to_rank_0(out, rank_info.launch_id, stop)) is None:
         return
     connection.send_bytes(encode(Hello(rank_info.rank)))
 
@@ -196,14 +197,14 @@ def join_launch(
         fingerprints = (theirs.fingerprint, theirs.scheduler_fingerprint)
         if (card.fingerprint, card.scheduler_fingerprint) != fingerprints:
             raise ModelError(f"rank {rank_info.rank}: {card.name} differs from what rank 0 has under that name")
-        return replace(settings, card=card, out=replace(PinnedFolder.of(out), marker=settings.out.marker))
+        return replace(settings, card=card, out=replace(PinnedFolder.pin(out), marker=settings.out.marker))
 
     spec = WorkerSpec(rank_info.rank, rank_info.local_rank, requested_device, is_child=False)
     with suppress(StopRequested):  # the other ranks continue
         work(SupervisorConnection(connection, stop), spec, localize)
 
 
-def connect_to_rank_0(out: Path, launch: str, stop: Callable[[], bool]) -> Connection | None:
+def connect_to_rank_0(out: Path, launch_id: str, stop: Callable[[], bool]) -> Connection | None:
     """Connect to rank 0. Returns None once `stop` returns True or rank 0 of this launch has ended.
 
     A rendezvous of another launch or user is ignored, since ours will replace it. Launches may share a name, so one
@@ -216,7 +217,7 @@ def connect_to_rank_0(out: Path, launch: str, stop: Callable[[], bool]) -> Conne
             if result != warning:
                 log.warning("%s", result)
             warning = result
-        elif result is not None and result.rendezvous.launch == launch:
+        elif result is not None and result.rendezvous.launch_id == launch_id:
             if not result.rendezvous.has_ended:
                 if (connection := _connect(result.rendezvous, result.key)) is not None:
                     return connection

@@ -32,7 +32,7 @@ class Chunk:
     """Rows for a worker. Isolated ones are rendered and committed before it gets others."""
 
     requests: tuple[PromptRequest, ...]
-    isolated: bool = False
+    is_isolated: bool = False
 
 
 class Ledger:
@@ -106,4 +106,4 @@ class Ledger:
 
     def _retry(self, requests: Sequence[PromptRequest], rows: int) -> None:
         chunks = (requests[start : start + rows] for start in range(0, len(requests), rows))
-        self._retries.extend(Chunk(tuple(chunk), isolated=True) for chunk in chunks)
+        self._retries.extend(Chunk(tuple(chunk), is_isolated=True) for chunk in chunks)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from batch_infer.engines import messages
 from batch_infer.engines.handle import Timeouts, WorkerHandle, start_worker
-from batch_infer.engines.protocol import OnCommit, OnReady, Stop, Task, TaskReport, WorkersLost
+from batch_infer.engines.protocol import OnCommit, OnReady, Stop, Task, TaskReport, WorkersLostError
 from batch_infer.engines.supervisor import POLL_SECONDS, Supervisor
 from batch_infer.engines.worker_process import WorkerSpec
 from batch_infer.errors import SettingsError
@@ -32,7 +32,7 @@ class LocalEngine:
     ) -> None:
         """`processes`: number of workers, by default one per visible GPU, else one."""
         self.timeouts = timeouts or Timeouts()
-        self.workers = self._children = processes or 1
+        self.worker_count = self._children = processes or 1
         self._requested_device, self._processes, self._load = requested_device, processes, load
         self._started: dict[int, WorkerHandle] = {}
         self._first: WorkerHandle | None = None
@@ -50,12 +50,12 @@ class LocalEngine:
         for process in set(active_children()) - self._other_children:  # started just before an interrupt
             process.kill()
 
-    def find_device(self) -> Device:
+    def detect_device(self) -> Device:
         device = _wait_for_device(self._started[0], self.timeouts.device)
         gpus = device.count if device.kind == "cuda" else None
-        self.workers = self._children = self._processes or gpus or 1
-        if gpus is not None and self.workers > gpus:
-            raise SettingsError(f"--num-processes {self.workers}: torch sees {gpus} GPUs, and each worker needs one")
+        count = self.worker_count = self._children = self._processes or gpus or 1
+        if gpus is not None and count > gpus:
+            raise SettingsError(f"--num-processes {count}: torch sees {gpus} GPUs, and each worker needs one")
         return device
 
     def render(self, task: Task, on_commit: OnCommit, stop: Stop, on_ready: OnReady = lambda: None) -> TaskReport:
@@ -78,7 +78,7 @@ class LocalEngine:
 
 
 def _wait_for_device(worker: WorkerHandle, seconds: float) -> Device:
-    """Return the device that a worker reports. Raises WorkersLost on timeout, as with a driver that hangs."""
+    """Return the device that a worker reports. Raises WorkersLostError on timeout, as with a driver that hangs."""
     deadline = time.monotonic() + seconds
     try:
         while time.monotonic() <= deadline:
@@ -94,4 +94,4 @@ def _wait_for_device(worker: WorkerHandle, seconds: float) -> Device:
                         worker.error = message
     except EOFError:
         raise worker.exit_error(worker.describe_exit()) from None
-    raise WorkersLost(f"worker {worker.rank} found no device in {seconds:.0f} s: does `nvidia-smi` respond?")
+    raise WorkersLostError(f"worker {worker.rank} found no device in {seconds:.0f} s: does `nvidia-smi` respond?")

@@ -81,7 +81,7 @@ class LogMessage(msgspec.Struct, tag=True, frozen=True):
 class WorkerError(msgspec.Struct, tag=True, frozen=True):
     """A worker ends with an error. `traceback` is empty unless the error is a bug."""
 
-    kind: str
+    class_name: str
     text: str
     traceback: str
 
@@ -102,31 +102,31 @@ class RowChunk(msgspec.Struct, tag=True, frozen=True):
     """Rows to render. `carried` holds their carried cells as an Arrow IPC stream."""
 
     requests: tuple[PromptRequest, ...]
-    isolated: bool
+    is_isolated: bool
     carried: bytes
 
     @classmethod
     def from_chunk(cls, chunk: Chunk, carried: pa.Schema) -> RowChunk:
         requests = tuple(replace(request, carried={}) for request in chunk.requests)
         if not len(carried):
-            return cls(requests, chunk.isolated, b"")
+            return cls(requests, chunk.is_isolated, b"")
         cells = [
             to_array([request.carried.get(field.name) for request in chunk.requests], field.type) for field in carried
         ]
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, carried) as stream:
             stream.write_batch(pa.record_batch(cells, schema=carried))
-        return cls(requests, chunk.isolated, sink.getvalue().to_pybytes())
+        return cls(requests, chunk.is_isolated, sink.getvalue().to_pybytes())
 
     def to_chunk(self) -> Chunk:
         if not self.carried:
-            return Chunk(self.requests, self.isolated)
+            return Chunk(self.requests, self.is_isolated)
         with pa.ipc.open_stream(self.carried) as stream:
             table = stream.read_all()
         rows = zip(*map(to_values, table.columns), strict=True)
         carried = (dict(zip(table.column_names, row, strict=True)) for row in rows)
         pairs = zip(self.requests, carried, strict=True)
-        return Chunk(tuple(replace(request, carried=cells) for request, cells in pairs), self.isolated)
+        return Chunk(tuple(replace(request, carried=cells) for request, cells in pairs), self.is_isolated)
 
 
 class NoMoreRows(msgspec.Struct, tag=True, frozen=True):

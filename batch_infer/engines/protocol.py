@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Protocol
 
 from batch_infer.engines.handle import Timeouts, WorkerHandle
-from batch_infer.errors import TryAgainLater
+from batch_infer.errors import RetryableError
 from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.settings import Device
 from batch_infer.worker import WorkerReport, WorkerSettings
@@ -18,7 +18,7 @@ OnReady = Callable[[], None]
 Stop = Callable[[], bool]
 
 
-class WorkersLost(TryAgainLater):
+class WorkersLostError(RetryableError):
     """Every worker died, repeatedly, or none found a device."""
 
 
@@ -27,7 +27,7 @@ class Task:
     """Requests in rendering order, about how many there are, and the settings of the workers."""
 
     requests: Iterable[PromptRequest]
-    expected: int
+    expected_count: int
     settings: WorkerSettings
 
 
@@ -49,24 +49,24 @@ class TaskReport:
 class Engine(Protocol):
     """Renders a task with one or more workers, each on its own device.
 
-    A run enters the engine, calls `find_device` and then `render` once, and exits. `__enter__` may start workers, so
+    A run enters the engine, calls `detect_device` and then `render` once, and exits. `__enter__` may start workers, so
     that they import libraries while tables are read. Every worker calls `batch_infer.worker.Worker.render`, which
     stores and commits rows itself. The engine decides which worker gets which rows, reports committed rows, and
     accounts for every row: one that no worker can render is committed as failed. An engine whose workers are other
     processes leaves all of that to `supervisor.Supervisor`, and only needs to be a `WorkerSource`, as `LocalEngine` is.
     `InlineEngine` is the shortest example. To add an engine, write it in a file of this package and add a line to
-    `registry.make_engine`.
+    `factory.make_engine`.
     """
 
     @property
-    def workers(self) -> int:
-        """Number of workers. Known once `find_device` has returned."""
+    def worker_count(self) -> int:
+        """Number of workers. Known once `detect_device` has returned."""
         ...
 
-    def find_device(self) -> Device:
+    def detect_device(self) -> Device:
         """Return the device of the workers.
 
-        Raises SettingsError if the requested device is missing, WorkersLost if no worker finds a device in time.
+        Raises SettingsError if the requested device is missing, WorkersLostError if no worker finds a device in time.
         """
         ...
 
@@ -75,7 +75,7 @@ class Engine(Protocol):
 
         `on_ready` is called once, when the first worker has loaded its model. `on_commit` is called with rows that are
         in the manifest; their texts and carried cells may be missing. Raises ModelError and SettingsError before
-        anything is rendered, StorageError, WorkersLost.
+        anything is rendered, StorageError, WorkersLostError.
         """
         ...
 
@@ -89,7 +89,7 @@ class WorkerSource(Protocol):
     """Starts workers, or accepts those that a launcher starts."""
 
     @property
-    def workers(self) -> int: ...
+    def worker_count(self) -> int: ...
     @property
     def timeouts(self) -> Timeouts: ...
 

@@ -26,7 +26,7 @@ MAX_BYTES = 4096
 class Rendezvous(msgspec.Struct, frozen=True):
     """The address of rank 0 of a launch, or that it has ended."""
 
-    launch: str
+    launch_id: str
     host: str
     port: int
     key: str = ""

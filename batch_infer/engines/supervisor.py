@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from threading import Event
 
 from batch_infer.engines import messages
-from batch_infer.engines.handle import WorkerCrash, WorkerHandle, last_line
+from batch_infer.engines.handle import WorkerCrashError, WorkerHandle, last_line
 from batch_infer.engines.ledger import MAX_DEATHS, Chunk, Ledger
-from batch_infer.engines.protocol import OnCommit, OnReady, Stop, Task, TaskReport, WorkersLost, WorkerSource
-from batch_infer.errors import ModelError, SettingsError, TryAgainLater
+from batch_infer.engines.protocol import OnCommit, OnReady, Stop, Task, TaskReport, WorkersLostError, WorkerSource
+from batch_infer.errors import ModelError, RetryableError, SettingsError
 from batch_infer.records import PromptRequest
 from batch_infer.settings import Device
 from batch_infer.stopping import deferred
@@ -34,7 +34,7 @@ class Supervisor:
 
     def __init__(self, task: Task, source: WorkerSource, on_commit: OnCommit, on_ready: OnReady = lambda: None) -> None:
         self._task, self._source, self._on_commit, self._on_ready = task, source, on_commit, on_ready
-        self._ledger = Ledger(task.requests, task.expected, source.workers)
+        self._ledger = Ledger(task.requests, task.expected_count, source.worker_count)
         self._workers: dict[int, WorkerHandle] = {}
         self._inbox_event = Event()
         self._starting: set[int] = set()
@@ -49,9 +49,9 @@ class Supervisor:
     def run(self, stop: Stop) -> TaskReport:
         """Supervise until every row is committed, or `stop` returns True and finished rows are committed.
 
-        Raises the errors of `Engine.render`, and WorkerCrash.
+        Raises the errors of `Engine.render`, and WorkerCrashError.
         """
-        for worker in self._source.start(self._task.expected):
+        for worker in self._source.start(self._task.expected_count):
             self._starting.add(worker.rank)
             self._add(worker)
         self._ledger.prefetch()
@@ -72,7 +72,7 @@ class Supervisor:
         if self._error is not None:
             raise self._error
         seconds = time.monotonic() - self._rendering_since if self._rendering_since is not None else 0.0
-        return TaskReport(self._reports, seconds, self._source.workers, self._deaths, self._lost_remote_worker)
+        return TaskReport(self._reports, seconds, self._source.worker_count, self._deaths, self._lost_remote_worker)
 
     def _excuse_suspension(self, last_turn: float) -> float:
         """Reset all silence if this process was suspended. Returns the time of this turn."""
@@ -217,10 +217,10 @@ class Supervisor:
         was_starting = rank in self._starting
         self._failures[rank] += 1
         may_retry_start = worker.error is None and self._failures[rank] < MAX_STARTS
-        if (was_starting and not may_retry_start) or isinstance(error, (TryAgainLater, SettingsError)):
+        if (was_starting and not may_retry_start) or isinstance(error, (RetryableError, SettingsError)):
             self._remove(worker)
             if self._rendering_since is not None and isinstance(error, ModelError):  # keeps what others have committed
-                error = WorkersLost(f"worker {rank} cannot start: {last_line(error)}")
+                error = WorkersLostError(f"worker {rank} cannot start: {last_line(error)}")
             self._error = self._error or error
             self._stop()
             return
@@ -242,9 +242,9 @@ class Supervisor:
         log.warning("worker %d is not started again; %d remain", lost.rank, len(self._workers))
         if self._workers:
             return
-        if lost.error is not None and isinstance(error, WorkerCrash):  # a bug, which another run would meet again
+        if lost.error is not None and isinstance(error, WorkerCrashError):  # a bug, which another run would meet again
             raise error
-        raise WorkersLost(f"no worker is left: the last one died ({last_line(error)})") from error
+        raise WorkersLostError(f"no worker is left: the last one died ({last_line(error)})") from error
 
     def _fail(self, requests: Sequence[PromptRequest], reason: str) -> None:
         """Commit rows as failed that no worker has a result for."""

@@ -70,9 +70,9 @@ def work(
     # Objects that imports create stay alive; scanning them for garbage takes a sixth of the import time.
     gc.disable()
     with supervisor:
-        from batch_infer.autotune import find_device
+        from batch_infer.autotune import detect_device
 
-        supervisor.send(messages.DeviceReport(find_device(spec.requested_device)))
+        supervisor.send(messages.DeviceReport(detect_device(spec.requested_device)))
         settings = localize(supervisor.wait_for_settings())
         with _logging(settings.out.path, spec, supervisor):
             with loading():

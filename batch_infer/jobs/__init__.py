@@ -14,7 +14,7 @@ from batch_infer.jobs.job import (
     make_paths_absolute,
     resolve_run,
 )
-from batch_infer.jobs.merge import merge_results, read_results, results_schema
+from batch_infer.jobs.merge import make_results_schema, merge_results, read_results
 from batch_infer.jobs.out import create_run_json, read_run, refuse_foreign_files
 from batch_infer.jobs.plan import Plan, make_plan
 from batch_infer.jobs.recovery import remove_abandoned, restore_images, set_aside
@@ -67,7 +67,7 @@ __all__ = [
     "rescore_images",
     "resolve_run",
     "restore_images",
-    "results_schema",
+    "make_results_schema",
     "retry_rows",
     "scan_tables",
     "set_aside",

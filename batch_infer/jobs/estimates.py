@@ -23,7 +23,7 @@ from batch_infer.stages import Stages
 if TYPE_CHECKING:
     from batch_infer.autotune import Probe
 
-MOST_MEASURED = 4
+MAX_MEASURED_SIZES = 4
 """Maximum number of image sizes to measure. Figures for other sizes are scaled from the nearest measured size."""
 MIN_TICKS = 100
 """Minimum number of UNet calls at one image size for a run's rates to be reliable."""
@@ -44,7 +44,7 @@ class BatchShapes:
         self._shapes = {(shape.height, shape.width): shape for shape in job.compute.by_size}
         self._measured: dict[Size, BatchShape] = {}
 
-    def of(self, size: Size) -> BatchShape:
+    def for_size(self, size: Size) -> BatchShape:
         """Return the batch sizes for an image size. Raises ModelError if measuring fails."""
         if size not in self._shapes:
             self._shapes[size] = self._load_or_measure(size) if self._is_auto else self._job.compute.shape_of(*size)
@@ -54,16 +54,16 @@ class BatchShapes:
         """Return the job's compute settings with the batch sizes for these image sizes."""
         if not self._is_auto:
             return self._job.compute
-        return self._job.compute.with_shapes([self.of(size) for size in sizes])
+        return self._job.compute.with_shapes([self.for_size(size) for size in sizes])
 
     def _load_or_measure(self, size: Size) -> BatchShape:
         conditions = _shape_conditions(self._job, size)
         plateau = load_calibration(Plateau, conditions)
         if plateau is None:
-            if len(self._measured) >= MOST_MEASURED:
+            if len(self._measured) >= MAX_MEASURED_SIZES:
                 return _scale_shape(size, self._measured)
             log.info("looking for the best number of slots at %dx%d pixels", *size[::-1])
-            plateau = self._probe.find_plateau(self._job.card, self._job.compute, self._job.settings.safety, size)
+            plateau = self._probe.measure_plateau(self._job.card, self._job.compute, self._job.settings.safety, size)
             save_calibration(conditions, plateau)
         self._measured[size] = BatchShape(*size, plateau.slots, plateau.decode_batch)
         return self._measured[size]
@@ -83,7 +83,7 @@ def find_rates(costs: Mapping[Size, SizeCost], job: Job, probe: Probe) -> dict[S
     """Return the rates for every image size. Raises ModelError if measuring fails."""
     measured = {size: rates for size in costs if (rates := load_calibration(Rates, _rate_conditions(job, size)))}
     costliest = sorted(costs, key=lambda size: costs[size].row_forwards * _pixels(size), reverse=True)
-    for size in costliest[:MOST_MEASURED]:
+    for size in costliest[:MAX_MEASURED_SIZES]:
         if size not in measured:
             log.info("measuring %dx%d pixels", *size[::-1])
             measured[size] = _measure_rates(size, job, probe)

@@ -13,10 +13,10 @@ from types import TracebackType
 from typing import Protocol
 
 from batch_infer.engines import Engine, LaunchedEngine, Task, TaskReport
-from batch_infer.errors import BatchInferError, CompilationError, DamagedPart, ServiceError, SettingsError
+from batch_infer.errors import BatchInferError, CompilationError, DamagedPartError, ServiceError, SettingsError
 from batch_infer.jobs.estimates import BatchShapes, Size, remember_rates, remember_shapes
 from batch_infer.jobs.job import Job, count_cores, count_parallel
-from batch_infer.jobs.merge import MissingResults, merge, merge_parts
+from batch_infer.jobs.merge import MissingResultsError, merge, merge_parts
 from batch_infer.jobs.recovery import remove_leftovers, set_aside
 from batch_infer.jobs.results import remove_other_results
 from batch_infer.jobs.run_folder import RunFolder
@@ -28,7 +28,7 @@ from batch_infer.records import ResultRow, utc_now
 from batch_infer.settings import Compute
 from batch_infer.sinks import make_sink
 from batch_infer.stopping import GRACE_SECONDS, StopRequested, deferred
-from batch_infer.worker import WorkerSettings, peak_memory, smallest_batches, sum_stages_by_size
+from batch_infer.worker import WorkerSettings, read_peak_memory, sum_stages_by_size, take_smallest_batches
 
 LISTING_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """Seconds to wait before each new listing of a manifest that lists too few results."""
@@ -86,24 +86,24 @@ class RunExecution:
             try:
                 counts = self._scan_render_merge()
                 break
-            except DamagedPart as damage:  # in carried columns, which only the merge reads
+            except DamagedPartError as damage:  # in carried columns, which only the merge reads
                 set_aside(damage)
                 self._summary, self._commits = Summary(), _Commits()
         self._folder.pinned.check()
         remove_other_results(self._folder.out, self._job.settings.output)
         self._summarise(counts, time.monotonic() - started)
         self._folder.update_record(finished_at=utc_now(), summary=self._summary.as_dict())
-        log.debug("%d images rendered, %d left; run.json has the summary", self._summary.rendered, counts.left)
+        log.debug("%d images rendered, %d left; run.json has the summary", self._summary.rendered, counts.remaining)
         return self._summary
 
     def _warn_about_threads(self) -> None:
-        workers, compute = self._engine.workers, self._job.compute
+        workers, compute = self._engine.worker_count, self._job.compute
         if count_parallel(workers, compute) < workers:
             message = "%d workers with %d threads each share %d cores and slow each other down: reduce --threads"
             log.warning(message, workers, compute.threads, count_cores())
 
     def _scan_render_merge(self) -> Counts:
-        """Scan, render pending rows and merge. Raises DamagedPart if a part's rows must be rendered again."""
+        """Scan, render pending rows and merge. Raises DamagedPartError if a part's rows must be rendered again."""
         with self._folder.index() as index:
             scan = self._scan(index)
             if scan.pending and not self._stop():
@@ -137,7 +137,7 @@ class RunExecution:
         summary.counts, summary.seconds = counts, seconds
         if (price := self._job.settings.price_per_hour) is not None:
             summary.cost = round(price * seconds / 3600, 4)
-        summary.add_peak_memory(peak_memory("cpu"))
+        summary.add_peak_memory(read_peak_memory("cpu"))
 
     # Rendering
 
@@ -205,14 +205,14 @@ class RunExecution:
         self._progress.committed(rows)
 
     def _slots_of(self, size: Size) -> int:
-        return self._job.compute.shape_of(*size).slots * self._engine.workers
+        return self._job.compute.shape_of(*size).slots * self._engine.worker_count
 
     def _worker_settings(self) -> WorkerSettings:
         job = self._job
         return WorkerSettings(
             card=job.card,
             compute=job.compute,
-            safety=job.settings.safety.split_among(self._engine.workers),
+            safety=job.settings.safety.split_among(self._engine.worker_count),
             output=job.settings.output,
             out=self._folder.pinned,
             carried=job.tables.carried,
@@ -243,7 +243,7 @@ class RunExecution:
                 stages = sum_stages_by_size(report.worker_reports)
                 remember_rates(self._job, stages, self._commits.bytes_by_size, startup_seconds)
         else:
-            compute = smallest_batches(computes)
+            compute = take_smallest_batches(computes)
             remember_shapes(self._job, compute)
             self._set_compute(compute)
 
@@ -260,7 +260,7 @@ class RunExecution:
                 commit_invalid(self._job)
                 self._has_invalid = False
             for seconds in LISTING_SECONDS:
-                with suppress(MissingResults):
+                with suppress(MissingResultsError):
                     return self._merge_once(scan)
                 time.sleep(seconds)
             return self._merge_once(scan)
@@ -274,7 +274,7 @@ class RunExecution:
         remaining = max(0, scan.pending - self._commits.results) + scan.skipped.get("left", 0)
         if self._has_invalid:
             remaining += scan.invalid
-        least = scan.total - remaining - scan.unsettled
+        least = scan.total - remaining - scan.uncommitted
         tables, output = self._job.tables, self._job.settings.output
         if changed := tables.changed_files():
             log.warning(
@@ -283,7 +283,7 @@ class RunExecution:
                 ", ".join(changed),
             )
             counts = merge_parts(self._folder.manifest, tables.files, self._folder.out, output, least)
-            counts.left = remaining
+            counts.remaining = remaining
             return counts
         with self._folder.manifest.index() as index:
             return merge(self._job.items(index), index, tables.carried, self._folder.out, output, least)

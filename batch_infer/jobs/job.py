@@ -6,10 +6,12 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from batch_infer.errors import SettingsError
 from batch_infer.jobs import out as outdir
@@ -46,7 +48,7 @@ class Job:
 
     def items(self, index: ManifestIndex) -> Iterator[Item]:
         """Yield every row of the tables in input order. `index` identifies finished rows."""
-        return self.tables.rows(self.rules, make_finished_check(index))
+        return self.tables.read_rows(self.rules, make_finished_check(index))
 
 
 def make_paths_absolute(settings: RunSettings) -> RunSettings:
@@ -76,9 +78,9 @@ def finish_overwrite(settings: RunSettings) -> RunSettings:
 def open_tables(settings: RunSettings) -> Tables:
     """Open the tables and log the skipped files of folders and globs. Raises TableError, ServiceError."""
     tables = Tables(settings.table, SCHEMA.names)
-    left_out = str(tables.left_out)
-    if left_out:
-        log.info("files left out %s", left_out)
+    ignored = str(tables.ignored_files)
+    if ignored:
+        log.info("files ignored %s", ignored)
     return tables
 
 
@@ -154,8 +156,8 @@ def resolve_run(
         card.embedded_guidance,
         card.unsupported_fields,
     )
-    rules.check()
-    return settings, compute, {**record, "rules": asdict(rules)}, rules
+    rules.validate()
+    return settings, compute, {**record, "rules": msgspec.to_builtins(rules)}, rules
 
 
 def _fill_defaults(defaults: RowDefaults, card: ModelCard) -> RowDefaults:
@@ -188,7 +190,7 @@ def _describe_history(earlier: Mapping[str, Any] | None, tables: Tables, rules: 
     `find_changes` needs them to detect images that an option would replace, whichever run rendered them.
     """
     record = parse_record(earlier or {})
-    earlier_rules = [asdict(known) for known in dict.fromkeys(record.known_rules) if known != rules]
+    earlier_rules = [msgspec.to_builtins(known) for known in dict.fromkeys(record.known_rules) if known != rules]
     return {"earlier_rules": earlier_rules, "default_ids": tables.default_id_source or record.ids_from}
 
 

@@ -11,23 +11,23 @@ from typing import Any
 
 import pyarrow as pa
 
-from batch_infer.carried import common_type, estimate_bytes, make_result_names, result_type, to_array
-from batch_infer.errors import DamagedPart, ServiceError, StorageError, UsageError
+from batch_infer.carried import estimate_bytes, find_common_type, make_result_names, to_array, to_result_type
+from batch_infer.errors import DamagedPartError, ServiceError, StorageError, UsageError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.job import open_tables
 from batch_infer.jobs.recovery import remove_leftovers
 from batch_infer.jobs.results import write_results
 from batch_infer.jobs.run_json import (
+    add_counts,
+    count_scanned_results,
     ended_cleanly,
     read_rules,
     read_settings,
     refuse_unrepeatable_tables,
-    scanned_results,
-    with_counts,
 )
 from batch_infer.jobs.summary import Counts
 from batch_infer.manifest import SCHEMA, CommittedImage, Manifest, ManifestIndex
-from batch_infer.planning import Item, make_finished_check, source_of
+from batch_infer.planning import Item, get_source, make_finished_check
 from batch_infer.settings import OutputSettings, ResultsFormat, RunSettings
 from batch_infer.store import path_exists
 
@@ -37,7 +37,7 @@ BATCH_BYTES = 64 << 20
 log = logging.getLogger("batch_infer")
 
 
-class MissingResults(StorageError):
+class MissingResultsError(StorageError):
     """The manifest lists fewer results than were committed."""
 
 
@@ -64,14 +64,14 @@ def merge_results(
             if not ended_cleanly(record) and settings.table.tables:
                 remove_leftovers(out)  # not for an endpoint, whose workers may be writing
             counts = _merge_recorded(record, settings, output)
-        except DamagedPart as damage:
+        except DamagedPartError as damage:
             if settings.table.tables:
                 raise
             raise UsageError(
                 f"{damage.part} is damaged ({damage.reason}): send its tables to the endpoint again with the same"
                 " output folder, which renders their rows again, or move the part away to merge without it"
             ) from damage
-        outdir.write_run(out, with_counts(record, counts))
+        outdir.write_run(out, add_counts(record, counts))
         return counts, formats
 
 
@@ -91,11 +91,13 @@ def _merge_recorded(record: Mapping[str, Any], settings: RunSettings, output: Ou
             errors = [error for name, error in tables.unreadable_files.items() if name not in already_unreadable]
             if not errors:
                 with Manifest(out).index() as index:
-                    return merge(tables.rows(rules, make_finished_check(index)), index, tables.carried, out, output)
+                    return merge(
+                        tables.read_rows(rules, make_finished_check(index)), index, tables.carried, out, output
+                    )
         reason = "; ".join(errors)
     log.warning("the tables of this run cannot be read, so all that the manifest holds is merged (%s)", reason)
     counts = merge_parts(Manifest(out), record.get("tables", ()), out, output)
-    counts.left = max(0, scanned_results(record) - counts.results)
+    counts.remaining = max(0, count_scanned_results(record) - counts.results)
     return counts
 
 
@@ -104,8 +106,8 @@ def merge(
 ) -> Counts:
     """Write and count the results of these items, in their order.
 
-    At least `least` results are committed. Raises StorageError, and MissingResults if the index has fewer: results.*
-    then stay unchanged.
+    At least `least` results are committed. Raises StorageError, and MissingResultsError if the index has fewer:
+    results.* then stay unchanged.
     """
     counts = Counts()
     tables = _require_results(read_results(items, index, carried, counts), counts, least)
@@ -118,7 +120,7 @@ def merge_parts(manifest: Manifest, tables: Sequence[str], out: Path, output: Ou
 
     Used if the tables cannot be read. Includes the results of rows that were since removed or changed.
     """
-    schema = results_schema(manifest.schemas())
+    schema = make_results_schema(manifest.schemas())
     with manifest.index() as index:
         counts = Counts()
         counts.rows, counts.bad_rows = index.count_rows()
@@ -127,24 +129,24 @@ def merge_parts(manifest: Manifest, tables: Sequence[str], out: Path, output: Ou
 
 
 def _read_all(index: ManifestIndex, tables: Sequence[str], schema: pa.Schema, counts: Counts) -> Iterator[pa.Table]:
-    committed = index.in_order(tables)
+    committed = index.iterate_in_table_order(tables)
     while batch := list(islice(committed, BATCH)):
-        table = index.take(batch, schema)
+        table = index.read_results(batch, schema)
         counts.add(table)
         yield table
 
 
 def _require_results(tables: Iterable[pa.Table], counts: Counts, least: int) -> Iterator[pa.Table]:
-    """Yield the tables. Raises MissingResults if they hold fewer than `least` results."""
+    """Yield the tables. Raises MissingResultsError if they hold fewer than `least` results."""
     yield from tables
     if counts.results < least:
-        raise MissingResults(
+        raise MissingResultsError(
             f"the manifest lists {counts.results} results, and {least} were committed: its folder shows too few parts. "
             "results.* are as they were before; run the same command again"
         )
 
 
-def results_schema(schemas: Iterable[pa.Schema]) -> pa.Schema:
+def make_results_schema(schemas: Iterable[pa.Schema]) -> pa.Schema:
     """Return the result columns and the carried columns of all parts, with types that hold the values of every part.
 
     In parts of earlier versions, names of carried columns may differ only in case.
@@ -153,11 +155,11 @@ def results_schema(schemas: Iterable[pa.Schema]) -> pa.Schema:
     for schema in schemas:
         for column in schema:
             if column.name not in SCHEMA.names:
-                by_name.setdefault(column.name, set()).add(result_type(column.type))
+                by_name.setdefault(column.name, set()).add(to_result_type(column.type))
     by_result_name: dict[str, set[pa.DataType]] = {}
-    for name, result_name in make_result_names(by_name, SCHEMA.names, known=True).items():
+    for name, result_name in make_result_names(by_name, SCHEMA.names, reuse_prefixed=True).items():
         by_result_name.setdefault(result_name, set()).update(by_name[name])
-    fields = [(name, common_type(types)) for name, types in by_result_name.items()]
+    fields = [(name, find_common_type(types)) for name, types in by_result_name.items()]
     for name, field_type in fields:
         types = by_result_name[name] - {pa.null()}
         if pa.types.is_string(field_type) and len(types) > 1:
@@ -179,7 +181,7 @@ def read_results(items: Iterable[Item], index: ManifestIndex, carried: pa.Schema
         ]
         counts.rows += len({item.id for item in batch})
         counts.bad_rows += len({item.id for item, match in matches if match.status in ("failed", "invalid")})
-        counts.left += len(batch) - len(matches)
+        counts.remaining += len(batch) - len(matches)
         if matches:
             table = _with_current_cells(matches, index, carried)
             counts.add(table, [item.source for item, _ in matches])
@@ -204,8 +206,8 @@ def _with_current_cells(
     matches: Sequence[tuple[Item, CommittedImage]], index: ManifestIndex, carried: pa.Schema
 ) -> pa.Table:
     """Return results with each row's current file, row number and carried cells, none of which affect an image."""
-    table = index.take([committed for _, committed in matches])
-    sources = [source_of(item) for item, _ in matches]
+    table = index.read_results([committed for _, committed in matches])
+    sources = [get_source(item) for item, _ in matches]
     for index_in_source, name in enumerate(("source_file", "source_row")):
         current = [source[index_in_source] for source in sources]
         table = table.set_column(table.column_names.index(name), SCHEMA.field(name), [current])

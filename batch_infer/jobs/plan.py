@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -21,7 +21,8 @@ from batch_infer.jobs.job import (
     open_tables,
     prepare,
 )
-from batch_infer.jobs.scan import find_changes, reason_of
+from batch_infer.jobs.scan import explain_pending, find_changes
+from batch_infer.jobs.summary import JsonStruct
 from batch_infer.main_guard import end_unguarded_process
 from batch_infer.manifest import Manifest, ManifestIndex
 from batch_infer.models import TruncationCounter, load_token_counter
@@ -30,7 +31,7 @@ from batch_infer.planning import (
     ManifestEntry,
     PipelineBatchingEstimator,
     StepBatchingEstimator,
-    is_done,
+    is_finished,
     order_requests,
     select_pending,
 )
@@ -55,8 +56,7 @@ class SizePlan:
     seconds: float
 
 
-@dataclass(slots=True)
-class Plan:
+class Plan(JsonStruct, rename={"finished": "done", "refusal": "refused"}):
     """What a run would do. Counts are of results (one per image) unless they name rows.
 
     `seconds` covers the whole command; in `sizes` it is device time, which the `processes` share. `truncated` is None
@@ -69,30 +69,29 @@ class Plan:
     invalid_rows: int = 0
     total: int = 0
     invalid: int = 0
-    done: int = 0
+    finished: int = 0
     pending: int = 0
     truncated: int | None = 0
     slots: int = 0
     processes: int = 1
-    sizes: list[SizePlan] = field(default_factory=list)
+    sizes: list[SizePlan] = []
     row_forwards: int = 0
     ticks: int = 0
     occupancy: float | None = None
     seconds: float = 0.0
     bytes: int = 0
-    reasons: dict[str, int] = field(default_factory=dict)
+    reasons: dict[str, int] = {}
     changes: str = ""
-    refused: str | None = None
+    refusal: str | None = None
     cost: float | None = None
-    files: dict[str, int] = field(default_factory=dict)
-    left_out: dict[str, dict[str, int]] = field(default_factory=dict)
-    remarks: list[str] = field(default_factory=list)
+    files: dict[str, int] = {}
+    left_out: dict[str, dict[str, int]] = {}
+    remarks: list[str] = []
     default_ids: IdSource | None = None
     measured_at: datetime | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the --json output."""
-        return {**asdict(self), "measured_at": self.measured_at and self.measured_at.isoformat()}
+        return {**super().as_dict(), "measured_at": self.measured_at and self.measured_at.isoformat()}
 
 
 def make_plan(settings: RunSettings, report: Callable[[ResultRow], None]) -> Plan:
@@ -103,8 +102,8 @@ def make_plan(settings: RunSettings, report: Callable[[ResultRow], None]) -> Pla
     end_unguarded_process()
     settings = finish_overwrite(make_paths_absolute(settings))
     with open_tables(settings) as tables, Probe() as probe:
-        card = find_model(settings, probe.read_pipeline_facts)
-        device = probe.find_device(settings.model.device)
+        card = find_model(settings, probe.inspect_pipeline)
+        device = probe.detect_device(settings.model.device)
         job = prepare(settings, tables, card, device)
         with ManifestIndex([]) if settings.overwrite else Manifest(settings.out).index() as index:
             return _Planner(job, count_workers(settings, device), probe, index, report).make()
@@ -132,12 +131,12 @@ class _Planner:
         try:
             changes.refuse(self._job)
         except SettingsError as error:
-            plan.refused = str(error)
+            plan.refusal = str(error)
         self._count_evaluations()
         plan.default_ids = tables.default_id_source
-        plan.remarks, plan.left_out = tables.remarks, tables.left_out.items()
+        plan.remarks, plan.left_out = tables.notices, tables.ignored_files.items()
         plan.truncated = self._tokens.close() if self._tokens else None
-        plan.done = plan.total - plan.invalid - plan.pending
+        plan.finished = plan.total - plan.invalid - plan.pending
         reading_seconds = time.monotonic() - started - (self._probe.seconds_waited - waited_before)
         self._estimate(TABLE_READS * reading_seconds)
         return plan
@@ -146,20 +145,20 @@ class _Planner:
         """Count the UNet evaluations of the pending rows, in the order of the run."""
         card = self._job.card
         slots_of = None if card.uses_pipeline_call else self._slots_of
-        for request in order_requests(select_pending(self._valid_rows(), self._index, self._is_done), slots_of):
+        for request in order_requests(select_pending(self._valid_rows(), self._index, self._is_finished), slots_of):
             self._plan.pending += 1
             self._estimator.add(request, self._probe.count_evaluations(card, request.params.num_inference_steps))
         self._estimator.close()
 
     def _slots_of(self, size: Size) -> int:
-        return self._shapes.of(size).slots
+        return self._shapes.for_size(size).slots
 
-    def _is_done(self, item: Item, committed: ManifestEntry | None) -> bool:
-        done = is_done(item, committed)
-        if not done:
-            reason = reason_of(item, committed)
-            self._plan.reasons[reason] = self._plan.reasons.get(reason, 0) + 1
-        return done
+    def _is_finished(self, item: Item, committed: ManifestEntry | None) -> bool:
+        if is_finished(item, committed):
+            return True
+        reason = explain_pending(item, committed)
+        self._plan.reasons[reason] = self._plan.reasons.get(reason, 0) + 1
+        return False
 
     def _valid_rows(self) -> Iterator[PromptRequest]:
         """Yield the rows that are valid for the run, and count and report invalid rows."""

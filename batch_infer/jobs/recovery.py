@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import pyarrow as pa
 
-from batch_infer.errors import DamagedPart, StorageError
+from batch_infer.errors import DamagedPartError, StorageError
 from batch_infer.jobs.out import OWN_NAMES
 from batch_infer.manifest import SCHEMA, Manifest, ManifestIndex, commit_time, read_part
 from batch_infer.sinks import BACKUP_PREFIX, IMAGE_FOLDERS, Sink, make_sink, original_path, resolve_path
@@ -46,7 +46,7 @@ log = logging.getLogger("batch_infer")
 
 T = TypeVar("T")
 Key = tuple[str, int]
-OnDamage = Callable[[DamagedPart], object]
+OnDamage = Callable[[DamagedPartError], object]
 
 
 def recover(out: Path, since_run: int = 0) -> frozenset[Key]:
@@ -77,9 +77,9 @@ def recover(out: Path, since_run: int = 0) -> frozenset[Key]:
 def remove_leftovers(out: Path, on_damage: OnDamage | None = None) -> None:
     """Remove what a killed run left in OUT and restore the images that it set aside.
 
-    The caller holds the lock. Raises StorageError, and DamagedPart if `on_damage` is None.
+    The caller holds the lock. Raises StorageError, and DamagedPartError if `on_damage` is None.
     """
-    restore_images(out, remove_temporary_files(out), lambda: Manifest(out).index(damaged=on_damage), on_damage)
+    restore_images(out, remove_temporary_files(out), lambda: Manifest(out).index(on_damage=on_damage), on_damage)
 
 
 def remove_temporary_files(out: Path) -> list[str]:
@@ -143,7 +143,7 @@ def restore_images(
     """Restore images that were set aside for replacements that were never committed.
 
     `originals` holds the paths of the files set aside. A file is removed if its replacement was committed. `on_damage`
-    is called with each damaged part before the index is opened again. Raises StorageError, and DamagedPart if
+    is called with each damaged part before the index is opened again. Raises StorageError, and DamagedPartError if
     `on_damage` is None.
     """
     while originals:
@@ -151,7 +151,7 @@ def restore_images(
             with open_index() as index:
                 _restore(out, index, originals)
             return
-        except DamagedPart as damage:  # in columns that opening the index does not read
+        except DamagedPartError as damage:  # in columns that opening the index does not read
             if on_damage is None:
                 raise
             on_damage(damage)
@@ -160,7 +160,7 @@ def restore_images(
 def _restore(out: Path, index: ManifestIndex, originals: Sequence[str]) -> None:
     path_by_backup = {backup: original_path(backup) or backup for backup in originals}
     sink, committed = make_sink(out), index.get_by_paths(path_by_backup.values())
-    rows = index.take(list(committed.values()), _IMAGE).to_pylist()
+    rows = index.read_results(list(committed.values()), _IMAGE).to_pylist()
     contents = {row["generated_image"]: (row["sha256"], row["image_bytes"]) for row in rows}
     for backup, path in path_by_backup.items():
         sha256, length = contents.get(path, (None, None))
@@ -170,7 +170,7 @@ def _restore(out: Path, index: ManifestIndex, originals: Sequence[str]) -> None:
             sink.remove(backup)
 
 
-def set_aside(damage: DamagedPart) -> Path:
+def set_aside(damage: DamagedPartError) -> Path:
     """Rename a damaged part so that its rows are rendered again. Return its new path. Raises StorageError."""
     part = damage.part
     path, number = part.with_name(f"{part.name}{_DAMAGED}"), 1
@@ -218,16 +218,16 @@ def _recent_parts(parts: Sequence[Path]) -> list[Path]:
 def _read_or_set_aside(read: Callable[[Path], T], part: Path) -> T | None:
     try:
         return read(part)
-    except DamagedPart as damage:
+    except DamagedPartError as damage:
         set_aside(damage)
         return None
 
 
 def _stored_images(index: ManifestIndex) -> Iterator[list[tuple[Key, str, str | None, int | None]]]:
     """Yield the images of an index in batches of (key, path, sha256, length in bytes)."""
-    stored = (committed for committed in index.in_order([]) if committed.path is not None)
+    stored = (committed for committed in index.iterate_in_table_order([]) if committed.path is not None)
     while batch := list(islice(stored, BATCH)):
-        columns = index.take(batch, _IMAGE).to_pydict()
+        columns = index.read_results(batch, _IMAGE).to_pydict()
         keys = zip(columns["id"], columns["image_index"], strict=True)
         paths, hashes, lengths = columns["generated_image"], columns["sha256"], columns["image_bytes"]
         yield list(zip(keys, paths, hashes, lengths, strict=True))

@@ -5,25 +5,27 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from batch_infer.errors import DamagedPart, Interrupted, SettingsError
+import msgspec
+
+from batch_infer.errors import DamagedPartError, SettingsError, StoppedError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.job import find_model, open_tables
 from batch_infer.jobs.merge import merge
 from batch_infer.jobs.recovery import remove_leftovers, set_aside
 from batch_infer.jobs.rescorer import RescoreCounts, Rescorer, StoredResult
 from batch_infer.jobs.run_json import (
+    add_counts,
+    count_scanned_results,
     describe_safety,
     ended_cleanly,
     read_rules,
     read_settings,
     refuse_unrepeatable_tables,
-    scanned_results,
-    with_counts,
 )
 from batch_infer.jobs.summary import Counts
 from batch_infer.manifest import CommittedImage, Manifest, ManifestIndex
@@ -36,7 +38,7 @@ from batch_infer.table import Tables
 
 BATCH = 64
 """Number of results to read, check and commit together, with their pixels in memory."""
-LOSSES: Mapping[OnFlagged, str] = {
+DISCARDING_POLICIES: Mapping[OnFlagged, str] = {
     "blank": "replaced by a black image",
     "blur": "replaced by a blurred image",
     "drop": "removed",
@@ -60,7 +62,7 @@ def rescore_images(
     If `safety` has no policy, the run's policy for flagged images applies. If the policy discards original images, a
     warning says so first. Until the rescore finishes, run.json marks it as unfinished and other commands refuse OUT.
     The same call continues it. `report` receives the counts after each batch. Raises UsageError, LockedError,
-    ServiceError, StorageError, Interrupted.
+    ServiceError, StorageError, StoppedError.
     """
     out = out.absolute()
     settings = _read_settings(outdir.read_existing_run(out), out, tables, safety)
@@ -102,20 +104,20 @@ class _Rescore:
         self._sources = {name: policy for name, policy in sources.items() if name != self._rules.fingerprint}
         self._record = {
             **record,
-            "settings": {**record["settings"], "safety": asdict(settings.safety)},
+            "settings": {**record["settings"], "safety": msgspec.to_builtins(settings.safety)},
             "identity": identity,
             "rules": {**record["rules"], "fingerprint": self._rules.fingerprint},
         }
 
     def refuse_fewer_rows(self) -> None:
         """Raise SettingsError if a table is missing: its results would be omitted, and rendered again later."""
-        results = sum(1 for _ in self._tables.rows(self._rules, lambda _: True))
-        total = scanned_results(self._record)
+        results = sum(1 for _ in self._tables.read_rows(self._rules, lambda _: True))
+        total = count_scanned_results(self._record)
         if results < total:
             raise SettingsError(f"these tables have {results} results and those of the run had {total}: name all")
 
     def check(self, report: Callable[[RescoreCounts], None], stop: Callable[[], bool]) -> RescoreCounts:
-        """Check all results not yet stored under the new rules. Raises StorageError, ServiceError, Interrupted."""
+        """Check all results not yet stored under the new rules. Raises StorageError, ServiceError, StoppedError."""
         out = self._settings.out
         if self._is_resumed or not ended_cleanly(self._record):
             remove_leftovers(out, set_aside)
@@ -134,7 +136,7 @@ class _Rescore:
                 pending = chain([first_result], pending)
             while batch := list(islice(pending, BATCH)):
                 if stop():
-                    raise Interrupted("stopped; what is rescored is kept, and the same command continues")
+                    raise StoppedError("stopped; what is rescored is kept, and the same command continues")
                 with deferred(GRACE_SECONDS):
                     rescorer.rescore(batch)
                     rescorer.commit(self._tables.carried)
@@ -143,11 +145,11 @@ class _Rescore:
     def _warn_about_loss(self) -> None:
         """Warn if the policy discards the originals of flagged images."""
         policy = self._settings.safety.policy
-        if policy in LOSSES:
+        if policy in DISCARDING_POLICIES:
             log.warning(
                 "the original of every image that is flagged now will be %s (--on-flagged %s), and only rendering it"
                 " again brings it back; --on-flagged quarantine or keep would keep it",
-                LOSSES[policy],
+                DISCARDING_POLICIES[policy],
                 policy,
             )
 
@@ -167,7 +169,7 @@ class _Rescore:
                 policies = {item.fingerprint: policy for item, policy in zip(old, self._sources.values(), strict=True)}
                 if committed.fingerprint in policies:
                     matches.append((new, committed, policies[committed.fingerprint]))
-            rows = index.take([committed for _, committed, _ in matches]).to_pylist(maps_as_pydicts="strict")
+            rows = index.read_results([committed for _, committed, _ in matches]).to_pylist(maps_as_pydicts="strict")
             for (new, _, policy), row in zip(matches, rows, strict=True):
                 yield StoredResult(new, ResultRow(**row, carried=new.carried), policy)
 
@@ -179,7 +181,7 @@ class _Rescore:
             return (committed := index.find(request.key)) is not None and committed.status in FINAL_STATUSES
 
         fingerprints = (self._rules.fingerprint, *self._sources)
-        scans = [self._tables.rows(replace(self._rules, fingerprint=name), is_finished) for name in fingerprints]
+        scans = [self._tables.read_rows(replace(self._rules, fingerprint=name), is_finished) for name in fingerprints]
         return zip(*scans, strict=True)
 
     def conclude(self) -> Counts:
@@ -187,13 +189,13 @@ class _Rescore:
         out = self._settings.out
         counts = _without_damaged_parts(self._merge)
         record = {name: value for name, value in self._record.items() if name != "rescoring"}
-        outdir.write_run(out, {**with_counts(record, counts), "rescored_at": utc_now()})
+        outdir.write_run(out, {**add_counts(record, counts), "rescored_at": utc_now()})
         return counts
 
     def _merge(self) -> Counts:
         out, tables = self._settings.out, self._tables
         with Manifest(out).index() as index:
-            items = tables.rows(self._rules, make_finished_check(index))
+            items = tables.read_rows(self._rules, make_finished_check(index))
             return merge(items, index, tables.carried, out, self._settings.output)
 
 
@@ -205,5 +207,5 @@ def _without_damaged_parts(work: Callable[[], T]) -> T:
     while True:
         try:
             return work()
-        except DamagedPart as damage:
+        except DamagedPartError as damage:
             set_aside(damage)

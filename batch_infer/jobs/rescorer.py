@@ -12,21 +12,22 @@ import numpy as np
 import pyarrow as pa
 
 from batch_infer import images
-from batch_infer.errors import RowError, RowFailure
+from batch_infer.errors import FailedRowError, RowError
 from batch_infer.jobs.job import choose_compute
 from batch_infer.jobs.recovery import read_intact
+from batch_infer.jobs.summary import JsonStruct
 from batch_infer.manifest import CommittedImage, Manifest
 from batch_infer.models import ModelCard
 from batch_infer.records import PromptRequest, ResultRow, StoredImage, Verdict, utc_now
 from batch_infer.safety import Gate, ImageChecker, make_gate
 from batch_infer.settings import OnFlagged, RunSettings
 from batch_infer.sinks import make_sink, resolve_path
-from batch_infer.worker import commit_images, explain_flag, format_worker_name, set_image, set_verdict
+from batch_infer.worker import commit_images, explain_flag, format_worker_name, with_image, with_verdict
 
 READING_THREADS = 8
-NOT_KEPT = "its image was not kept and cannot be judged again"
+IMAGE_NOT_KEPT = "its image was not kept and cannot be judged again"
 """Part of the stored `error` that identifies such a row. Do not reword it."""
-LOST = "its image is missing or damaged and cannot be checked again"
+IMAGE_LOST = "its image is missing or damaged and cannot be checked again"
 
 T = TypeVar("T")
 
@@ -43,23 +44,21 @@ class StoredResult:
     def is_original(self) -> bool:
         """Whether the stored image is the one that was rendered."""
         row = self.row
-        is_kept = self.on_flagged in ("keep", "quarantine") and NOT_KEPT not in (row.error or "")
+        is_kept = self.on_flagged in ("keep", "quarantine") and IMAGE_NOT_KEPT not in (row.error or "")
         return row.generated_image is not None and (row.status == "ok" or is_kept)
 
 
-@dataclass(slots=True)
-class RescoreCounts:
+class RescoreCounts(JsonStruct, rename={"checked": "judged", "unchecked": "unjudged"}):
     """Number of results by outcome.
 
-    `judged` counts checked images, `flagged` those that are flagged now, and `changed` those whose flag changed.
-    `unjudged` counts flagged results without an image to check, and `failed` those with a missing or damaged image or
-    without a verdict.
+    `flagged` counts the checked images that are flagged now, and `changed` those whose flag changed. `unchecked` counts
+    flagged results without an image to check, and `failed` those without a verdict or with a missing or damaged image.
     """
 
-    judged: int = 0
+    checked: int = 0
     flagged: int = 0
     changed: int = 0
-    unjudged: int = 0
+    unchecked: int = 0
     failed: int = 0
 
 
@@ -83,7 +82,8 @@ class Rescorer:
         self._manifest = Manifest(settings.out, record.get("run_number") or 0)
         has_checker = settings.safety.uses_checker(has_checker=card.has_checker)
         self._checker = _load_checker(settings, card, record) if has_checker else None
-        self._gate = make_gate(settings.safety.service, stop)
+        service = settings.safety.service
+        self._gate = None if service is None else make_gate(service, stop)
         self.counts = RescoreCounts()
         self._rows: list[ResultRow] = []
         self._written_paths: list[str] = []
@@ -93,8 +93,8 @@ class Rescorer:
         """Check the images that are stored as rendered, and apply the policy.
 
         A flagged image that was not kept stays flagged. A blocked prompt stays blocked if the service refuses it again;
-        otherwise it gets no result and is left to `run`. Raises ServiceError, SettingsError, Interrupted, StorageError,
-        without changing any of these results.
+        otherwise it gets no result and is left to `run`. Raises ServiceError, SettingsError, StoppedError and
+        StorageError without changing any of these results.
         """
         self._rescore_images([result for result in results if result.is_original])
         without_original = [result for result in results if not result.is_original]
@@ -102,9 +102,9 @@ class Rescorer:
         for result in without_original:
             row = result.row
             if row.status == "flagged":
-                self.counts.unjudged += 1
-                reason = (row.error or "").removesuffix(f"; {NOT_KEPT}")
-                self._add(result, replace(row, error=f"{reason}; {NOT_KEPT}"))
+                self.counts.unchecked += 1
+                reason = (row.error or "").removesuffix(f"; {IMAGE_NOT_KEPT}")
+                self._add(result, replace(row, error=f"{reason}; {IMAGE_NOT_KEPT}"))
             elif row.status != "blocked":  # failed earlier, or refused by the model itself
                 self._add(result, row)
 
@@ -114,7 +114,7 @@ class Rescorer:
         A kill at any time loses no image. Raises StorageError.
         """
         written, replaced = self._written_paths, self._replaced_paths
-        commit_images(self.sink, self._manifest, self._rows, carried, written=written, former=replaced)
+        commit_images(self.sink, self._manifest, self._rows, carried, written=written, previous=replaced)
         for pending in (self._rows, written, replaced):
             pending.clear()
 
@@ -139,7 +139,7 @@ class Rescorer:
         prompt_verdicts = self._check_prompts([result for result, _ in readable])
         verdicts = map(_merge_verdicts, prompt_verdicts, image_verdicts)
         for (result, file), verdict in zip(readable, verdicts, strict=True):
-            if isinstance(verdict, RowFailure):
+            if isinstance(verdict, FailedRowError):
                 self._fail(result, str(verdict))
             else:
                 self._store(result, file, verdict)
@@ -149,25 +149,25 @@ class Rescorer:
 
     def _rescore_blocked(self, results: Sequence[StoredResult]) -> None:
         for result, verdict in zip(results, self._check_prompts(results), strict=True):
-            if isinstance(verdict, RowFailure):
+            if isinstance(verdict, FailedRowError):
                 self._fail(result, str(verdict))
             elif verdict.nsfw:
-                self._add(result, replace(set_verdict(result.row, verdict), error=verdict.reason))
+                self._add(result, replace(with_verdict(result.row, verdict), error=verdict.reason))
 
     def _read(self, result: StoredResult) -> _ImageFile | str:
         """Return the stored image, or why it cannot be checked. Raises StorageError."""
         row = result.row
         content = read_intact(self.sink, row.generated_image or "", row.sha256, row.image_bytes)
         if content is None:
-            return LOST
+            return IMAGE_LOST
         try:
             return _ImageFile(content, images.decode(content))
         except RowError as error:
             return f"{error}, and cannot be checked again"
 
-    def _check_images(self, pixels: Sequence[np.ndarray]) -> list[Verdict | RowFailure]:
+    def _check_images(self, pixels: Sequence[np.ndarray]) -> list[Verdict | FailedRowError]:
         """Return the combined verdicts of the checker and the service."""
-        verdicts: list[Verdict | RowFailure] = [Verdict()] * len(pixels)
+        verdicts: list[Verdict | FailedRowError] = [Verdict()] * len(pixels)
         if self._checker is not None:
             for shape in {image.shape for image in pixels}:
                 indices = [index for index, image in enumerate(pixels) if image.shape == shape]
@@ -178,7 +178,7 @@ class Rescorer:
             verdicts = list(map(_merge_verdicts, verdicts, _check_all(self._gate, self._gate.check_image, pixels)))
         return verdicts
 
-    def _check_prompts(self, results: Sequence[StoredResult]) -> list[Verdict | RowFailure]:
+    def _check_prompts(self, results: Sequence[StoredResult]) -> list[Verdict | FailedRowError]:
         """Return the service's verdict on each prompt. Each distinct prompt is sent once."""
         if self._gate is None:
             return [Verdict()] * len(results)
@@ -188,11 +188,11 @@ class Rescorer:
 
     def _store(self, result: StoredResult, file: _ImageFile, verdict: Verdict) -> None:
         is_flagged = bool(verdict.nsfw)
-        self.counts.judged += 1
+        self.counts.checked += 1
         self.counts.flagged += is_flagged
         self.counts.changed += is_flagged != (result.row.status == "flagged")
         stored = self._store_image(result, file, is_flagged=is_flagged)
-        row = set_image(set_verdict(result.row, verdict), stored)
+        row = with_image(with_verdict(result.row, verdict), stored)
         if is_flagged:
             self._add(result, replace(row, status="flagged", error=explain_flag(verdict)))
         else:
@@ -219,7 +219,7 @@ class Rescorer:
     def _fail(self, result: StoredResult, error: str) -> None:
         """Fail closed: without a verdict, no image is kept and the next run renders it again."""
         self.counts.failed += 1
-        row = set_image(set_verdict(result.row, Verdict()), None)
+        row = with_image(with_verdict(result.row, Verdict()), None)
         self._add(result, replace(row, status="failed", error=error))
 
     def _add(self, result: StoredResult, row: ResultRow) -> None:
@@ -239,28 +239,28 @@ class Rescorer:
         )
 
 
-def _check_all(gate: Gate, check: Callable[[T], Verdict], contents: Sequence[T]) -> list[Verdict | RowFailure]:
-    """Return the gate's verdict on each content. Fails closed: a missing verdict becomes a RowFailure."""
+def _check_all(gate: Gate, check: Callable[[T], Verdict], contents: Sequence[T]) -> list[Verdict | FailedRowError]:
+    """Return the gate's verdict on each content. Fails closed: a missing verdict becomes a FailedRowError."""
 
-    def check_one(content: T) -> Verdict | RowFailure:
+    def check_one(content: T) -> Verdict | FailedRowError:
         try:
             verdict = check(content)
-        except RowFailure as error:
+        except FailedRowError as error:
             return error
-        return RowFailure(f"{gate.name} gave no verdict") if verdict.nsfw is None else verdict
+        return FailedRowError(f"{gate.name} gave no verdict") if verdict.nsfw is None else verdict
 
     with ThreadPoolExecutor(gate.concurrency) as pool:
         return list(pool.map(check_one, contents))
 
 
-def _merge_verdicts(first: Verdict | RowFailure, second: Verdict | RowFailure) -> Verdict | RowFailure:
-    if isinstance(first, RowFailure):
+def _merge_verdicts(first: Verdict | FailedRowError, second: Verdict | FailedRowError) -> Verdict | FailedRowError:
+    if isinstance(first, FailedRowError):
         return first
-    return second if isinstance(second, RowFailure) else first.merge(second)
+    return second if isinstance(second, FailedRowError) else first.merge(second)
 
 
 def _load_checker(settings: RunSettings, card: ModelCard, record: Mapping[str, Any]) -> ImageChecker:
-    from batch_infer.autotune import find_device  # imports torch, which a service alone does not need
+    from batch_infer.autotune import detect_device  # imports torch, which a service alone does not need
     from batch_infer.worker import load_image_checker
 
-    return load_image_checker(card, choose_compute(settings, find_device(settings.model.device), record, card))
+    return load_image_checker(card, choose_compute(settings, detect_device(settings.model.device), record, card))

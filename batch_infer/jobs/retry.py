@@ -8,11 +8,13 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from msgspec import structs
+
 from batch_infer.errors import SettingsError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.execution import Progress
 from batch_infer.jobs.run import render_tables
-from batch_infer.jobs.run_json import read_settings, refuse_unrepeatable_tables, scanned_results
+from batch_infer.jobs.run_json import count_scanned_results, read_settings, refuse_unrepeatable_tables
 from batch_infer.jobs.summary import Summary
 from batch_infer.planning import Item, ManifestEntry
 from batch_infer.records import ResultRow
@@ -40,7 +42,7 @@ def retry_rows(
     if not tables:
         refuse_unrepeatable_tables(record, out)
     summary = render_tables(settings, progress, stop, _SkipOtherStatuses(statuses, out))
-    earlier_total, total = scanned_results(record), scanned_results(outdir.read_existing_run(out))
+    earlier_total, total = count_scanned_results(record), count_scanned_results(outdir.read_existing_run(out))
     if total < earlier_total:
         log.warning(
             "these tables have %d results and those of the run had %d: results.* list these", total, earlier_total
@@ -58,7 +60,7 @@ def _with_service(settings: RunSettings) -> RunSettings:
     current = ServiceSettings.from_environment(os.environ)
     if current is None:
         raise SettingsError("the run used a safety service, and CONTENT_SAFETY_ENDPOINT is not set")
-    service = replace(settings.safety.service, endpoint=current.endpoint)
+    service = structs.replace(settings.safety.service, endpoint=current.endpoint)
     return replace(settings, safety=replace(settings.safety, service=service))
 
 

@@ -23,7 +23,7 @@ from batch_infer.jobs.recovery import recover
 from batch_infer.jobs.run_json import ended_cleanly
 from batch_infer.jobs.summary import Summary
 from batch_infer.main_guard import end_unguarded_process
-from batch_infer.planning import SkipRule, is_done
+from batch_infer.planning import SkipRule, is_finished
 from batch_infer.settings import RunSettings
 from batch_infer.store import log_handler, open_log
 
@@ -31,7 +31,7 @@ log = logging.getLogger("batch_infer")
 
 
 def render_tables(
-    settings: RunSettings, progress: Progress, stop: Callable[[], bool] = lambda: False, skip: SkipRule = is_done
+    settings: RunSettings, progress: Progress, stop: Callable[[], bool] = lambda: False, skip: SkipRule = is_finished
 ) -> Summary:
     """Render the tables into OUT, continuing earlier runs. Raises the errors of `batch_infer.errors`."""
     end_unguarded_process()
@@ -46,7 +46,7 @@ def render_tables(
             settings = finish_overwrite(settings)
             remove_rendezvous(settings.out)  # left by a killed run
             with make_engine(settings.model.device, settings.compute.processes, rank, settings.out) as engine:
-                job = prepare(settings, tables, card, engine.find_device())
+                job = prepare(settings, tables, card, engine.detect_device())
                 with _run_log(settings.out):
                     execution = RunExecution(job, engine, progress, stop, _recover_if_needed(job, skip))
                     return execution.execute(started)
@@ -67,10 +67,10 @@ def join_run(settings: RunSettings, stop: Callable[[], bool] = lambda: False) ->
 
 
 def _read_rank(settings: RunSettings) -> RankInfo | None:
-    rank = read_rank_info()
-    if rank is not None and settings.compute.processes not in (None, rank.world):
+    rank, processes = read_rank_info(), settings.compute.processes
+    if rank is not None and processes not in (None, rank.world_size):
         raise SettingsError(
-            f"--num-processes {settings.compute.processes}: a launcher has started {rank.world}; leave the option out"
+            f"--num-processes {processes}: a launcher has started {rank.world_size}; leave the option out"
         )
     return rank
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from batch_infer.errors import DamagedPart, Interrupted, UsageError
+from batch_infer.errors import DamagedPartError, StoppedError, UsageError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.job import Job
 from batch_infer.jobs.recovery import remove_leftovers, set_aside
@@ -26,7 +26,7 @@ class RunFolder:
 
     def __init__(self, job: Job, stop: Callable[[], bool]) -> None:
         self.out = job.settings.out
-        self.pinned = PinnedFolder.of(self.out)
+        self.pinned = PinnedFolder.pin(self.out)
         self.manifest = Manifest(self.pinned)
         self.is_cleared = not (job.settings.overwrite and path_exists(self.out / "run.json"))
         self._stop = stop
@@ -35,7 +35,7 @@ class RunFolder:
 
     def index(self) -> ManifestIndex:
         """Return the index of the results that a run can continue. Sets damaged parts aside."""
-        return self.manifest.index(damaged=set_aside) if self.is_cleared else ManifestIndex(())
+        return self.manifest.index(on_damage=set_aside) if self.is_cleared else ManifestIndex(())
 
     def update_record(self, **entries: Any) -> None:
         """Add entries to run.json, which is not written until OUT is cleared."""
@@ -55,11 +55,11 @@ class RunFolder:
             raise
 
     def clear(self) -> None:
-        """For --overwrite, remove the old files. Raises Interrupted, StorageError."""
+        """For --overwrite, remove the old files. Raises StoppedError, StorageError."""
         if self.is_cleared:
             return
         if self._stop():
-            raise Interrupted(f"stopped before --overwrite removed what {self.out} holds; run the same command again")
+            raise StoppedError(f"stopped before --overwrite removed what {self.out} holds; run the same command again")
         clear(self.out, self._stop)
         remove_leftovers(self.out)
         self.is_cleared = True
@@ -71,7 +71,7 @@ def clear(out: Path, stop: Callable[[], bool] = lambda: False) -> None:
 
     First, run.json marks OUT as being cleared: after a kill at any time, no command sees results in OUT, and the next
     run continues. If images/ or quarantine/ is a link to a larger disk, the link stays, and only files named in the
-    manifest are removed behind it. Raises UsageError if OUT is not a run's, StorageError, and Interrupted once `stop`
+    manifest are removed behind it. Raises UsageError if OUT is not a run's, StorageError, and StoppedError once `stop`
     returns True.
     """
     outdir.refuse_to_clear(out)
@@ -87,7 +87,7 @@ def clear(out: Path, stop: Callable[[], bool] = lambda: False) -> None:
         children = [path / child for child in list_names(path)] if is_folder(path) else []
         for target in (*filter(is_folder, children), path):
             if stop():
-                raise Interrupted(f"stopped while --overwrite removed what {out} held; run again to continue")
+                raise StoppedError(f"stopped while --overwrite removed what {out} held; run again to continue")
             with write_errors(target):
                 shutil.rmtree(target) if is_folder(target) else target.unlink(missing_ok=True)
     with write_errors(out):
@@ -100,7 +100,7 @@ def _remove_named_images(out: Path) -> None:
     for part in Manifest(out).parts():
         try:
             paths = read_part(part, ("generated_image",))["generated_image"].drop_null().to_pylist()
-        except (DamagedPart, UsageError):
+        except (DamagedPartError, UsageError):
             continue
         for path in paths:
             sink.remove(path)

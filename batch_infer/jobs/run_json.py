@@ -26,18 +26,17 @@ T = TypeVar("T")
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "pyarrow", "pillow", "numpy")
 
 
-class ScanRecord(msgspec.Struct, frozen=True, rename={"skipped": "standing"}):
+class ScanRecord(msgspec.Struct, frozen=True, rename={"finished": "done", "skipped": "standing"}):
     """Counts of a `ScanResult`."""
 
     finished_at: datetime
     total: int = 0
-    done: int = 0
+    finished: int = 0
     invalid: int = 0
     pending: int = 0
     skipped: Mapping[str, int] = {}
 
 
-@dataclass(slots=True)
 class SummaryRecord(Counts):
     """Counts of a `Summary`, or of results.* that were merged after an unfinished run."""
 
@@ -138,7 +137,7 @@ def read_rules(record: Mapping[str, Any], out: Path) -> RowRules:
     return require(parse_record(record).rules, "rules", out)
 
 
-def scanned_results(record: Mapping[str, Any]) -> int:
+def count_scanned_results(record: Mapping[str, Any]) -> int:
     """Return the number of results in the tables of a recorded run, or 0 if its scan did not finish."""
     return int((record.get("survey") or {}).get("total", 0))
 
@@ -161,11 +160,11 @@ def ended_cleanly(record: Mapping[str, Any] | None) -> bool:
     return record is not None and record.get("summary") is not None and not record.get("has_strays")
 
 
-def with_counts(record: Mapping[str, Any], counts: Counts) -> dict[str, Any]:
+def add_counts(record: Mapping[str, Any], counts: Counts) -> dict[str, Any]:
     """Return run.json with the current counts of results.*, for `status`."""
     summary = record.get("summary")
     key = "merged" if summary is None else "summary"
-    return {**record, key: {**(summary or {}), **asdict(counts)}}
+    return {**record, key: {**(summary or {}), **counts.as_dict()}}
 
 
 def describe_run(settings: RunSettings, card: ModelCard, compute: Compute, tables: Tables | None) -> dict[str, Any]:
@@ -183,7 +182,7 @@ def describe_run(settings: RunSettings, card: ModelCard, compute: Compute, table
         "tables": tables.files if tables else [],
         "unreadable_tables": sorted(tables.unreadable_files) if tables else [],
         # --rerender-changed lets one command replace images, but not the commands that continue it.
-        "settings": asdict(replace(settings, table=table, rerender_changed=False)),
+        "settings": msgspec.to_builtins(replace(settings, table=table, rerender_changed=False), enc_hook=str),
         "unrepeatable_tables": [redact_url(name) for name in arguments if name == "-" or redact_url(name) != name],
         "model": {
             "name": card.name,

@@ -11,6 +11,7 @@ from batch_infer.carried import estimate_bytes
 from batch_infer.errors import SettingsError
 from batch_infer.jobs.job import Job
 from batch_infer.jobs.run_json import parse_record
+from batch_infer.jobs.summary import JsonStruct
 from batch_infer.manifest import Manifest, ManifestIndex
 from batch_infer.planning import Item, ManifestEntry, SkipRule, make_finished_check
 from batch_infer.records import FINAL_STATUSES, PromptRequest, ResultRow
@@ -19,7 +20,7 @@ from batch_infer.table import RowRules
 
 INVALID_BATCH = 1024
 INVALID_BYTES = 64 << 20
-INVALID_SHOWN = 20
+MAX_LOGGED_INVALID = 20
 """Maximum number of invalid rows to log. The results name them all."""
 OPTIONS = {
     "num_inference_steps": "--steps",
@@ -36,38 +37,37 @@ OPTIONS = {
 log = logging.getLogger("batch_infer")
 
 
-@dataclass(slots=True)
-class ScanResult:
+class ScanResult(JsonStruct, rename={"finished": "done", "skipped": "standing", "uncommitted": "unsettled"}):
     """Counts of the results that the tables request (one per image).
 
-    `done` results are skipped. `skipped` counts them by status; its `left` counts those without a result, which `retry`
-    leaves to `run`. `unsettled` counts invalid rows that `retry` leaves to `run`. `sizes` (height, width) and `reasons`
-    describe pending results, and `changes` names the options that changed them.
+    `skipped` counts the finished results by status; `left` is the status of results that do not exist yet, which
+    `retry` leaves to `run`. `uncommitted` counts invalid rows that `retry` leaves to `run`. `sizes` (height, width) and
+    `reasons` describe pending results, and `changes` names the options that changed them.
     """
 
     total: int = 0
-    done: int = 0
+    finished: int = 0
     invalid: int = 0
     pending: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)
-    sizes: list[tuple[int, int]] = field(default_factory=list)
-    reasons: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, int] = {}
+    sizes: list[tuple[int, int]] = []
+    reasons: dict[str, int] = {}
     changes: str = ""
-    unsettled: int = 0
+    uncommitted: int = 0
 
     def add(self, item: Item, committed: ManifestEntry | None, *, skip: bool) -> None:
         self.total += 1
         current = committed if committed is not None and committed.fingerprint == item.fingerprint else None
         if isinstance(item, ResultRow):
             self.invalid += 1
-            self.unsettled += skip and current is None
+            self.uncommitted += skip and current is None
         elif skip:
-            self.done += 1
+            self.finished += 1
             status = current.status if current else "left"
             self.skipped[status] = self.skipped.get(status, 0) + 1
         else:
             self.pending += 1
-            reason = reason_of(item, committed)
+            reason = explain_pending(item, committed)
             self.reasons[reason] = self.reasons.get(reason, 0) + 1
             size = item.params.height, item.params.width
             if size not in self.sizes:
@@ -78,12 +78,8 @@ class ScanResult:
         """Why results are pending: `1 new, 22 changed (num_inference_steps 8 -> 50)`."""
         return format_reasons(self.reasons, self.changes)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the keys of `survey` in run.json."""
-        return {"standing" if name == "skipped" else name: value for name, value in asdict(self).items()}
 
-
-def reason_of(item: Item, committed: ManifestEntry | None) -> str:
+def explain_pending(item: Item, committed: ManifestEntry | None) -> str:
     """Return why an item must be rendered, given its committed result."""
     if committed is None:
         return "new"
@@ -118,14 +114,14 @@ def scan_tables(
         result.add(item, committed, skip=is_skipped)
         if isinstance(item, ResultRow) and not is_skipped:
             new_invalid += 1
-            level = logging.WARNING if new_invalid <= INVALID_SHOWN else logging.DEBUG
+            level = logging.WARNING if new_invalid <= MAX_LOGGED_INVALID else logging.DEBUG
             log.log(level, "%s (%s): %s", item.source, item.id, item.error)
             if writes:
                 invalid.add(item, committed)
     invalid.commit()
-    for remark in job.tables.remarks:
+    for remark in job.tables.notices:
         log.warning("%s", remark)
-    if result.invalid > min(new_invalid, INVALID_SHOWN):
+    if result.invalid > min(new_invalid, MAX_LOGGED_INVALID):
         log.warning("invalid in all: %d; results.parquet names each with its error", result.invalid)
     return result
 
@@ -210,7 +206,7 @@ def find_changes(job: Job, index: ManifestIndex) -> Changes:
     changes = Changes()
     if not earlier_rules and earlier_columns == columns:
         return changes
-    for item, earlier_items in job.tables.compared_rows(job.rules, earlier_rules, make_finished_check(index)):
+    for item, earlier_items in job.tables.compare_rows(job.rules, earlier_rules, make_finished_check(index)):
         replaced = _find_replaced(item, index)
         if replaced is None:
             continue

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from batch_infer.errors import StorageError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.run_json import RunRecord, parse_record, require
+from batch_infer.jobs.summary import JsonStruct
 from batch_infer.manifest import Manifest
 from batch_infer.records import Status, utc_now
 from batch_infer.store import find_holder
@@ -17,9 +17,8 @@ from batch_infer.store import find_holder
 STATUSES = get_args(Status)
 
 
-@dataclass(slots=True)
-class RunStatus:
-    """Number of results by status. `left` results do not exist yet; it is None while the tables are scanned.
+class RunStatus(JsonStruct, rename={"remaining": "left"}):
+    """Number of results by status. `remaining` is None while the tables are scanned.
 
     `state` is running, finished, stopped (run again to continue), rescoring (unfinished), open (an endpoint's OUT,
     whose total is unknown) or unknown (unfinished, and this user may not read OUT's lock). `holder` is the process that
@@ -30,14 +29,11 @@ class RunStatus:
     state: str
     holder: str | None
     started_at: str
-    counts: dict[str, int] = field(default_factory=dict)
-    left: int | None = None
+    counts: dict[str, int] = {}
+    remaining: int | None = None
     images_per_second: float | None = None
     seconds_left: float | None = None
     is_stale: bool = False
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def read_status(out: Path) -> RunStatus:
@@ -53,10 +49,10 @@ def read_status(out: Path) -> RunStatus:
     summary = record.summary or (None if is_open else record.merged)
     if summary is not None:  # a run that holds OUT now has not scanned its tables yet
         status.counts = {name: getattr(summary, name) for name in STATUSES}
-        status.left = summary.left
+        status.remaining = summary.remaining
         if not holder:
             status.images_per_second = summary.images_per_second
-            status.state = "stopped" if status.left else "finished"
+            status.state = "stopped" if status.remaining else "finished"
     else:
         status.state = "open" if is_open else status.state
         status.is_stale = status.state == "stopped" and not record.rescoring
@@ -79,12 +75,12 @@ def _count_results(status: RunStatus, record: RunRecord, manifest: Manifest) -> 
     if scan is None:
         return
     if not is_partial:
-        status.left = max(0, scan.total - committed.total())
+        status.remaining = max(0, scan.total - committed.total())
         return
     rendered = committed - Counter(invalid=committed["invalid"])
     counts = Counter(scan.skipped) + Counter(invalid=scan.invalid) + rendered
     status.counts = {name: counts[name] for name in STATUSES}
-    status.left = max(0, scan.pending - rendered.total()) + counts["left"]
+    status.remaining = max(0, scan.pending - rendered.total()) + counts["left"]
     if status.holder:
         _estimate(status, record, rendered)
 
@@ -95,6 +91,6 @@ def _estimate(status: RunStatus, record: RunRecord, rendered: Counter[str]) -> N
     if record.rendering_since is None or committed < max(1, record.in_flight):
         return
     seconds = (utc_now() - record.rendering_since).total_seconds()
-    if seconds > 0 and status.left is not None:
+    if seconds > 0 and status.remaining is not None:
         status.images_per_second = round((rendered["ok"] + rendered["flagged"]) / seconds, 3)
-        status.seconds_left = round(status.left * seconds / committed)
+        status.seconds_left = round(status.remaining * seconds / committed)

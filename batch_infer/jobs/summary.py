@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
+import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -16,14 +16,20 @@ from batch_infer.engines import TaskReport
 from batch_infer.records import ResultRow, Source
 from batch_infer.stages import Stages
 
-BAD_SHOWN = 20
+MAX_BAD_RESULTS = 20
 """Maximum number of failed and invalid results that a report names. results.* name them all."""
 _DESCRIBED = ["id", "image_index", "error", "source_file", "source_row"]
 
 
-@dataclass(slots=True)
-class Counts:
-    """Number of rows, and of results (one per image) by status. `left` results do not exist yet."""
+class JsonStruct(msgspec.Struct):
+    """Figures that --json or run.json contain. `rename` gives a field another key."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return dict(msgspec.to_builtins(self))
+
+
+class Counts(JsonStruct, rename={"remaining": "left"}):
+    """Number of rows, and of results (one per image) by status. `remaining` results do not exist yet."""
 
     rows: int = 0
     images: int = 0
@@ -32,12 +38,12 @@ class Counts:
     blocked: int = 0
     invalid: int = 0
     failed: int = 0
-    left: int = 0
+    remaining: int = 0
     bad_rows: int = 0
     """Rows with a failed or invalid result."""
     truncated: int = 0
     """Rows whose prompt exceeds the length that the model reads."""
-    bad_results: list[str] = field(default_factory=list, compare=False)
+    bad_results: list[str] = []
     """First failed and invalid results: file, row, id and error."""
 
     def add(self, table: pa.Table, sources: Sequence[Source] = ()) -> None:
@@ -49,7 +55,7 @@ class Counts:
         truncated = pc.and_(pc.equal(table["image_index"], 0), pc.fill_null(table["prompt_truncated"], False))
         self.truncated += pc.sum(truncated).as_py() or 0
         bad_indices = (index for index, status in enumerate(statuses) if status in ("failed", "invalid"))
-        for index in islice(bad_indices, BAD_SHOWN - len(self.bad_results)):
+        for index in islice(bad_indices, MAX_BAD_RESULTS - len(self.bad_results)):
             (row,) = table.select(_DESCRIBED).slice(index, 1).to_pylist()
             source = sources[index] if sources else Source(row["source_file"], row["source_row"])
             self.bad_results.append(_format_bad_result(row, source))
@@ -94,7 +100,7 @@ class Throughput:
     def images_per_second(self) -> float | None:
         return self.rendered / self.seconds if self._is_settled and self.rendered and self.seconds else None
 
-    def seconds_for(self, results: int) -> float | None:
+    def estimate_seconds(self, results: int) -> float | None:
         """Estimate the seconds that this many more results take."""
         return results * self.seconds / self.committed if self._is_settled else None
 
@@ -103,8 +109,7 @@ class Throughput:
         return self.committed >= max(1, self._in_flight)
 
 
-@dataclass(slots=True)
-class Summary:
+class Summary(JsonStruct, rename={"unfinished": "undone"}):
     """Figures of one run. `counts` covers its tables; all other figures cover only what this run rendered.
 
     `row_forwards` counts UNet batch elements and `ticks` UNet calls. `occupancy` is the share of slots that were full.
@@ -116,7 +121,7 @@ class Summary:
     `Throughput`.
     """
 
-    counts: Counts = field(default_factory=Counts)
+    counts: Counts = msgspec.field(default_factory=Counts)
     rendered: int = 0
     seconds: float = 0.0
     cost: float | None = None
@@ -126,8 +131,8 @@ class Summary:
     occupancy: float | None = None
     unet_busy: float | None = None
     mfu: float | None = None
-    stage_shares: dict[str, float] = field(default_factory=dict)
-    peak_memory: dict[str, int] = field(default_factory=dict)
+    stage_shares: dict[str, float] = {}
+    peak_memory: dict[str, int] = {}
     processes: int = 0
     deaths: int = 0
     unfinished: int = 0
@@ -162,21 +167,8 @@ class Summary:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the keys of run.json and --json."""
-        rate = self.images_per_second
-        return {
-            **asdict(self.counts),
-            "rendered": self.rendered,
-            "seconds": round(self.seconds, 3),
-            "cost": self.cost,
-            "images_per_second": None if rate is None else round(rate, 3),
-            "row_forwards": self.row_forwards,
-            "ticks": self.ticks,
-            "occupancy": self.occupancy,
-            "unet_busy": self.unet_busy,
-            "mfu": self.mfu,
-            "stage_shares": self.stage_shares,
-            "peak_memory": self.peak_memory,
-            "processes": self.processes,
-            "deaths": self.deaths,
-            "undone": self.unfinished,
-        }
+        figures = super().as_dict()
+        counts, rate = figures.pop("counts"), self.images_per_second
+        del figures["rendering_seconds"]
+        rounded = {"seconds": round(self.seconds, 3), "images_per_second": rate and round(rate, 3)}
+        return {**counts, **figures, **rounded}

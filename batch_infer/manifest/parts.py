@@ -1,4 +1,4 @@
-"""Read and write manifest parts: Parquet files of results, with page checksums to detect corruption."""
+"""Read and write manifest parts: Parquet files with page checksums, which detect corruption."""
 
 from __future__ import annotations
 
@@ -12,24 +12,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batch_infer.errors import DamagedPart, NewerPart, StorageError, first_line
+from batch_infer.errors import DamagedPartError, NewerPartError, StorageError, first_line
 from batch_infer.manifest.columns import SCHEMA, SINCE, VERSION, upgrade_table
 from batch_infer.records import digest
 from batch_infer.store import atomic_write
 
 _NAME = re.compile(r"part-(?:(?P<run>[0-9]{5,})-)?.*\.parquet")
 _COLUMNS_KEY = b"batch-infer-columns"
-"""Metadata key of the format version, and of its checksum with the column names, which page checksums do not cover.
+"""Metadata key of the format version and a checksum of the column names, which page checksums do not cover.
 
-Types are not included: another version of Arrow may read carried columns as different types.
+The checksum omits types: another version of Arrow may read carried columns as different types.
 """
 _COMMITTED_KEY = b"batch-infer-committed"
-"""Metadata key of the clock's name and the commit time in seconds."""
-
-
-def part_name(run: int, content: str) -> str:
-    """Return the file name of a part committed by run number `run`. 0 means that the writer is not a run."""
-    return f"part-{run:05d}-{content}.parquet" if run else f"part-{content}.parquet"
+"""Metadata key of the commit time: the clock's name and seconds."""
 
 
 def run_number(part: Path) -> int:
@@ -47,9 +42,9 @@ def write_part(path: Path, table: pa.Table, clock: str, seconds: float) -> None:
 
 
 def read_part(part: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read these columns of a part, or all columns if None. Result columns newer than its format version are null.
+    """Read these columns of a part, or all columns if None. Result columns newer than the part's format are null.
 
-    Raises DamagedPart, NewerPart, StorageError.
+    Raises DamagedPartError, NewerPartError, StorageError.
     """
     names = SCHEMA.names if columns is None else list(columns)
     with open_part(part) as file:
@@ -57,19 +52,19 @@ def read_part(part: Path, columns: Sequence[str] | None = None) -> pa.Table:
         available = [name for name in names if SINCE.get(name, 1) <= version]
         for field in (SCHEMA.field(name) for name in available):
             if field.name not in file.schema_arrow.names:
-                raise DamagedPart(part, f"it has no column {field.name}")
+                raise DamagedPartError(part, f"it has no column {field.name}")
             actual = file.schema_arrow.field(field.name)
             if actual != field:
-                raise DamagedPart(part, f"its column {field.name} is {actual.type}, and not {field.type}")
+                raise DamagedPartError(part, f"its column {field.name} is {actual.type}, and not {field.type}")
         table = file.read(None if columns is None else available, use_threads=False)
         table.validate(full=True)
     return table if len(available) == len(names) else upgrade_table(table, names, version)
 
 
 def read_carried_fields(part: Path) -> list[pa.Field]:
-    """Return the carried columns of a part under their names in this version.
+    """Return a part's carried columns under their names in this version.
 
-    Raises DamagedPart, NewerPart, StorageError.
+    Raises DamagedPartError, NewerPartError, StorageError.
     """
     with open_part(part) as file:
         schema = file.schema_arrow
@@ -80,10 +75,10 @@ def read_carried_fields(part: Path) -> list[pa.Field]:
 
 
 def commit_time(part: Path) -> tuple[str, float]:
-    """Return a clock's name and the commit time in seconds. Times of one clock are in commit order.
+    """Return the clock's name and the commit time in seconds. One clock's times are in commit order.
 
-    A machine's clock starts when the machine boots, and setting the time of day does not change it. Parts of version 1
-    have the time of day, with "" as the clock's name. Raises DamagedPart, StorageError.
+    A clock starts when its machine boots, and setting the time of day does not change it. A part of version 1 has the
+    time of day, and its clock is "". Raises DamagedPartError, StorageError.
     """
     with open_part(part) as file:
         mark = (file.schema_arrow.metadata or {}).get(_COMMITTED_KEY, b"").decode("ascii", "replace")
@@ -96,23 +91,24 @@ def commit_time(part: Path) -> tuple[str, float]:
 
 @contextmanager
 def open_part(part: Path) -> Iterator[pq.ParquetFile]:
-    """Open a part and read only its footer. Raises NewerPart, and DamagedPart also for reads inside the context.
+    """Open a part and read only its footer.
 
-    Raises StorageError if the disk cannot be read or the part does not exist, which may be temporary.
+    Raises NewerPartError, and DamagedPartError also for reads inside the context. Raises StorageError if the disk
+    cannot be read or the part does not exist, because both may be temporary.
     """
     try:
         with pa.OSFile(str(part)) as stream, pq.ParquetFile(stream, page_checksum_verification=True) as file:
             version = _version_of(part, file.schema_arrow)
             if version > VERSION:
-                raise NewerPart(
-                    f"{part} was written by a newer batch-infer (format {version}, this one reads up to {VERSION}): "
-                    "upgrade batch-infer, or give another --out"
+                raise NewerPartError(
+                    f"{part} was written by a newer batch-infer (format {version}, this one reads up to {VERSION}):"
+                    " upgrade batch-infer, or give another --out"
                 )
             yield file
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         number = getattr(error, "errno", None)  # None for Arrow's errors about the content
         if number is None:
-            raise DamagedPart(part, first_line(error).rstrip(".")) from error
+            raise DamagedPartError(part, first_line(error).rstrip(".")) from error
         raise StorageError(f"cannot read {part}: {os.strerror(number)}") from error
 
 
@@ -123,12 +119,12 @@ def _columns_mark(version: int, names: Sequence[str]) -> bytes:
 
 
 def _version_of(part: Path, schema: pa.Schema) -> int:
-    """Return a part's format version. Raises DamagedPart."""
+    """Return a part's format version. Raises DamagedPartError."""
     mark = (schema.metadata or {}).get(_COLUMNS_KEY)
     first = (mark or b"").partition(b" ")[0]
     version = int(first) if mark and len(first) < 9 and first.isdigit() else 1
     if mark is None and not SINCE.keys().isdisjoint(schema.names):
-        raise DamagedPart(part, "the version of its columns is missing")
+        raise DamagedPartError(part, "the version of its columns is missing")
     if mark is not None and mark != _columns_mark(version, schema.names):
-        raise DamagedPart(part, "its columns are not those that were written")
+        raise DamagedPartError(part, "its columns are not those that were written")
     return version

@@ -16,7 +16,7 @@ import transformers
 from diffusers import DiffusionPipeline, ModelMixin
 
 from batch_infer.accelerator import is_device_error, out_of_memory_errors
-from batch_infer.errors import ModelError, RowError, RowFailure, first_line
+from batch_infer.errors import FailedRowError, ModelError, RowError, first_line
 from batch_infer.models.card import ModelCard, SamplingRules
 from batch_infer.models.components import named_components
 from batch_infer.models.families import CHECKER_COMPONENTS, OTHER_FAMILY
@@ -83,7 +83,7 @@ class AnyPipeline:
         """Render at most `batch` rows to float32 images (R, 3, H, W) on the CPU: 0 is black and 1 is white.
 
         Rows get separate calls, or share one call, which is padded to `batch` with copies of the last row. Raises
-        RowError if the pipeline does not support a row, and RowFailure for other errors of the pipeline.
+        RowError if the pipeline does not support a row, and FailedRowError for other errors of the pipeline.
         """
         if self.needs_separate_calls:
             return torch.cat([self._call([request]) for request in requests])
@@ -107,7 +107,7 @@ class AnyPipeline:
                 raise
             if isinstance(error, REFUSALS):
                 raise RowError(f"{name} does not support this row: {first_line(error)}") from error
-            raise RowFailure(f"{name} failed: {first_line(error)}") from error
+            raise FailedRowError(f"{name} failed: {first_line(error)}") from error
         # Some pipelines silently round sizes.
         if np.shape(images) != (len(requests), params.height, params.width, 3):
             height, width = np.shape(images)[1:3] if np.ndim(images) == 4 else (0, 0)

@@ -18,10 +18,10 @@ from urllib.parse import quote
 import numpy as np
 
 from batch_infer import __version__
-from batch_infer.errors import RowFailure, SettingsError, first_line
+from batch_infer.errors import FailedRowError, SettingsError, first_line
 from batch_infer.records import Verdict
 from batch_infer.safety import payloads
-from batch_infer.safety.payloads import SERVICE, Analysis, Kind, NoAnswer
+from batch_infer.safety.payloads import SERVICE, Analysis, Kind, NoAnswerError
 from batch_infer.settings import CATEGORIES, ServiceSettings
 
 if TYPE_CHECKING:
@@ -68,8 +68,8 @@ class ContentSafety:
         transport = RequestsTransport(
             session=self._session,
             session_owner=False,
-            connection_timeout=min(CONNECTION_SECONDS, settings.patience),
-            read_timeout=min(READ_SECONDS, settings.patience / 2),  # leaves time for a second attempt
+            connection_timeout=min(CONNECTION_SECONDS, settings.timeout_seconds),
+            read_timeout=min(READ_SECONDS, settings.timeout_seconds / 2),  # leaves time for a second attempt
         )
         self._client = ContentSafetyClient(
             settings.endpoint.rstrip("/"),
@@ -122,7 +122,7 @@ class ContentSafety:
         return self._send("image", self._client.analyze_image, options)
 
     def _send(self, kind: Kind, method: Callable[..., Any], options: Any, *, with_blocklists: bool = False) -> Analysis:
-        """Send one request. Raises NoAnswer, RowFailure, SettingsError."""
+        """Send one request. Raises NoAnswerError, FailedRowError, SettingsError."""
         from azure.core.exceptions import AzureError
 
         try:
@@ -132,7 +132,7 @@ class ContentSafety:
         except AzureError as error:
             raise self._translate(error, kind) from error
         except (ValueError, LookupError, RecursionError) as error:  # invalid JSON or encoding
-            raise NoAnswer(payloads.UNREADABLE) from error
+            raise NoAnswerError(payloads.UNREADABLE) from error
 
     def _translate(self, error: AzureError, kind: Kind) -> Exception:
         """Return our exception for one of the SDK."""
@@ -142,7 +142,7 @@ class ContentSafety:
         reason, service = _describe(error, status), f"{SERVICE} at {self._settings.endpoint}"
         if status < 300 or status >= 500 or status in (TIMED_OUT, TOO_MANY):
             headers = getattr(getattr(error, "response", None), "headers", {})
-            return NoAnswer(reason, payloads.parse_retry_after(headers.get("Retry-After")))
+            return NoAnswerError(reason, payloads.parse_retry_after(headers.get("Retry-After")))
         # ClientAuthenticationError comes from the token issuer, with any status.
         if status in (UNAUTHORIZED, FORBIDDEN) or isinstance(error, ClientAuthenticationError):
             return SettingsError(f"{service} refuses {_describe_credential()} ({reason})")
@@ -150,7 +150,7 @@ class ContentSafety:
             return SettingsError(f"{service} refuses the blocklists ({reason}): see CONTENT_SAFETY_BLOCKLISTS")
         if status < 400 or status == NOT_FOUND:
             return SettingsError(f"{service} is not found ({reason}): see CONTENT_SAFETY_ENDPOINT")
-        return RowFailure(f"{SERVICE} refuses this row's {kind} ({reason})")
+        return FailedRowError(f"{SERVICE} refuses this row's {kind} ({reason})")
 
 
 def check_credentials(settings: ServiceSettings) -> None:

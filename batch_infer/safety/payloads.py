@@ -34,7 +34,7 @@ JPEG_QUALITIES = (95, 90, 80, 65, 50, 30)
 """Noise of the largest size is far below the limit at the last one."""
 
 
-class NoAnswer(Exception):
+class NoAnswerError(Exception):
     """A request failed with an error that may pass, and may be sent again after `retry_after` seconds."""
 
     def __init__(self, reason: str, retry_after: float | None = None) -> None:
@@ -51,28 +51,28 @@ class Analysis:
 
     @classmethod
     def parse(cls, body: Any, *, with_blocklists: bool = False) -> Analysis:
-        """Parse the JSON of a response. Raises NoAnswer if a category, or the requested blocklists, are missing."""
+        """Parse the JSON of a response. Raises NoAnswerError if a category or the requested blocklists are missing."""
         try:
             entries = [(entry["category"], entry["severity"]) for entry in body["categoriesAnalysis"]]
             matches = body["blocklistsMatch"] if with_blocklists else body.get("blocklistsMatch") or []
             if not isinstance(matches, list):
-                raise NoAnswer(UNREADABLE)
+                raise NoAnswerError(UNREADABLE)
             hits = frozenset(match["blocklistName"] for match in matches)
         except (KeyError, TypeError, AttributeError):
-            raise NoAnswer(UNREADABLE) from None
+            raise NoAnswerError(UNREADABLE) from None
         severities = {name: _highest(name, entries) for name in CATEGORIES}
         if not all(isinstance(name, str) for name in hits):
-            raise NoAnswer("a response with a blocklist without a name")
+            raise NoAnswerError("a response with a blocklist without a name")
         return cls(severities, hits)
 
 
 def _highest(category: str, entries: Iterable[tuple[Any, Any]]) -> int:
     severities = [severity for name, severity in entries if name == category]
     if not severities:
-        raise NoAnswer(f"a response without the category {category}")
+        raise NoAnswerError(f"a response without the category {category}")
     # Not isinstance: a bool is an int, but not a severity.
     if any(type(severity) is not int or not 0 <= severity <= HIGHEST_SEVERITY for severity in severities):
-        raise NoAnswer(f"a response without a severity for the category {category}")
+        raise NoAnswerError(f"a response without a severity for the category {category}")
     highest: int = max(severities)
     return highest
 

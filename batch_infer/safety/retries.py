@@ -10,8 +10,8 @@ from typing import TypeAlias
 from pyrate_limiter import Limiter, Rate
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_exponential, wait_random
 
-from batch_infer.errors import Interrupted, RowFailure, ServiceError
-from batch_infer.safety.payloads import SERVICE, Analysis, Kind, NoAnswer
+from batch_infer.errors import FailedRowError, ServiceError, StoppedError
+from batch_infer.safety.payloads import SERVICE, Analysis, Kind, NoAnswerError
 from batch_infer.settings import ServiceSettings
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 20.0
@@ -22,7 +22,7 @@ POLL_SECONDS = 0.05
 """How often a wait checks whether the run stops."""
 
 Attempt: TypeAlias = Callable[[], Analysis]
-"""Sends one request. Raises NoAnswer if it may be sent again."""
+"""Sends one request. Raises NoAnswerError if it may be sent again."""
 
 
 class RetryingClient:
@@ -34,13 +34,13 @@ class RetryingClient:
         self._answered_at: dict[Kind, float] = {}
 
     def call(self, kind: Kind, attempt: Attempt, probe: Attempt) -> Analysis:
-        """Return the result of an attempt, which is repeated for at least `patience` seconds.
+        """Return the result of an attempt, which is repeated for at least `timeout_seconds` seconds.
 
         `probe` sends a harmless request of the same kind, to distinguish a bad row from a service that is down. Raises
-        RowFailure if only this request is not answered, ServiceError if none is, and Interrupted.
+        FailedRowError if only this request is not answered, ServiceError if none is, and StoppedError.
         """
         retrying = Retrying(
-            retry=retry_if_exception_type(NoAnswer),
+            retry=retry_if_exception_type(NoAnswerError),
             wait=self._seconds_to_wait,
             stop=lambda state: self._gives_up(state, kind),
             sleep=self._sleep_before_retry,
@@ -50,10 +50,10 @@ class RetryingClient:
         started = time.monotonic()
         try:
             return retrying(self._attempt, kind, attempt)
-        except NoAnswer as error:
+        except NoAnswerError as error:
             tried = time.monotonic() - started
-            if self._silence(kind) < self._settings.patience or self._is_answered(kind, probe):
-                raise RowFailure(f"{SERVICE} gave no answer on this row's {kind} ({error})") from error
+            if self._silence(kind) < self._settings.timeout_seconds or self._is_answered(kind, probe):
+                raise FailedRowError(f"{SERVICE} gave no answer on this row's {kind} ({error})") from error
             raise ServiceError(
                 f"{SERVICE} at {self._settings.endpoint} has not answered for {tried:.0f} s (last: {error});"
                 " finished images are kept. Run the same command again to continue"
@@ -66,7 +66,7 @@ class RetryingClient:
         """Make an attempt and note the time if the service answers, if only by refusing this request."""
         try:
             analysis = attempt()
-        except RowFailure:
+        except FailedRowError:
             self._answered_at[kind] = time.monotonic()
             raise
         self._answered_at[kind] = time.monotonic()
@@ -77,29 +77,29 @@ class RetryingClient:
         return time.monotonic() - self._answered_at.get(kind, -math.inf)
 
     def _seconds_to_wait(self, state: RetryCallState) -> float:
-        """Return the seconds before the next attempt, limited to what is left of `patience`."""
+        """Return the seconds before the next attempt, limited to what is left of `timeout_seconds`."""
         error = state.outcome.exception() if state.outcome else None
-        retry_after = error.retry_after if isinstance(error, NoAnswer) else None
+        retry_after = error.retry_after if isinstance(error, NoAnswerError) else None
         seconds = BACKOFF(state) if retry_after is None else max(retry_after, FIRST_WAIT)
-        left = self._settings.patience - (state.seconds_since_start or 0)
-        return min(seconds, left if left > 0 else self._settings.patience)
+        left = self._settings.timeout_seconds - (state.seconds_since_start or 0)
+        return min(seconds, left if left > 0 else self._settings.timeout_seconds)
 
     def _gives_up(self, state: RetryCallState, kind: Kind) -> bool:
-        """Return whether `patience` is over and the cause is known.
+        """Return whether `timeout_seconds` is over and the cause is known.
 
         If the last answer to another request is neither recent nor long ago, the service may have failed since.
-        Retries then continue until it has been silent for `patience` seconds, so that no row is blamed for it.
+        Retries then continue until it has been silent for `timeout_seconds` seconds, so that no row is blamed for it.
         """
-        patience = self._settings.patience
-        return (state.seconds_since_start or 0) >= patience and not patience / 2 <= self._silence(kind) < patience
+        timeout = self._settings.timeout_seconds
+        return (state.seconds_since_start or 0) >= timeout and not timeout / 2 <= self._silence(kind) < timeout
 
     def _is_answered(self, kind: Kind, probe: Attempt) -> bool:
         self._acquire()
         try:
             self._attempt(kind, probe)
-        except NoAnswer:
+        except NoAnswerError:
             return False
-        except RowFailure:
+        except FailedRowError:
             pass
         return True
 
@@ -122,7 +122,7 @@ class RetryingClient:
 
     def _raise_if_stopped(self) -> None:
         if self._stop():
-            raise Interrupted(f"stopped while waiting for {SERVICE}; run the same command again to continue")
+            raise StoppedError(f"stopped while waiting for {SERVICE}; run the same command again to continue")
 
 
 def make_rate(per_second: float) -> Rate:

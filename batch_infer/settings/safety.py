@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import msgspec
+from msgspec import structs
+
 from batch_infer.errors import SettingsError
 
 SafetyMode = Literal["auto", "checker", "azure", "checker,azure", "none"]
@@ -17,8 +20,7 @@ CATEGORIES = ("Hate", "SelfHarm", "Sexual", "Violence")
 """Categories of Azure AI Content Safety, each with a severity of 0, 2, 4 or 6."""
 
 
-@dataclass(frozen=True, slots=True)
-class ServiceSettings:
+class ServiceSettings(msgspec.Struct, frozen=True, rename={"timeout_seconds": "patience"}):
     """Settings for Azure AI Content Safety.
 
     A severity above its category's threshold blocks a prompt or flags an image, as does a match in a blocklist of the
@@ -30,7 +32,7 @@ class ServiceSettings:
     blocklists: tuple[str, ...] = ()
     requests_per_second: float = 100.0
     """The service accepts 1,000 requests in 10 s. All workers share this rate."""
-    patience: float = 120.0
+    timeout_seconds: float = 120.0
     """Seconds without a successful response after which a run ends."""
 
     @classmethod
@@ -93,7 +95,7 @@ class SafetySettings:
         if self.service is None:
             return self
         rate = self.service.requests_per_second / max(1, workers)
-        return replace(self, service=replace(self.service, requests_per_second=rate))
+        return replace(self, service=structs.replace(self.service, requests_per_second=rate))
 
     def uses_checker(self, *, has_checker: bool) -> bool:
         """Return whether the model's own checker checks its images."""

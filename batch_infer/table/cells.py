@@ -13,19 +13,19 @@ from typing import Any
 import pyarrow as pa
 
 from batch_infer.carried import (
-    common_type,
     estimate_bytes,
+    find_common_type,
     make_converter,
     make_python_reader,
     make_result_names,
-    result_type,
+    to_result_type,
     to_text,
 )
 from batch_infer.records import digest
 from batch_infer.settings import FIELDS
 from batch_infer.table.base import RawRow, Reader, TableFile
 
-LARGEST_ROW = 1 << 20
+MAX_CARRIED_BYTES = 1 << 20
 """Maximum total bytes of a row's carried cells, which bounds memory use."""
 DIGEST_DIGITS = 20
 """Number of hexadecimal digits in a row's digest. A billion distinct rows have a collision with probability 4e-7."""
@@ -82,7 +82,7 @@ class CellReader:
             for field, column in table.fields.items()
             if (reader := make_python_reader(table.type_of(column)))
         }
-        self._dtypes = {column: result_type(table.type_of(column)) for column in table.carried}
+        self._dtypes = {column: to_result_type(table.type_of(column)) for column in table.carried}
         self._converters = [
             (column, name, make_converter(self._dtypes[column], schema.field(name).type))
             for column, name in table.carried.items()
@@ -115,7 +115,7 @@ class CellReader:
             if convert is not None and value is not None and value.__class__ is not str:
                 value = convert(value)
             cells[name] = value
-        return cells, _drop_largest(cells) if estimate_bytes(cells.values()) > LARGEST_ROW else None
+        return cells, _drop_largest(cells) if estimate_bytes(cells.values()) > MAX_CARRIED_BYTES else None
 
 
 def _digest_text(value: Any, dtype: pa.DataType | None = None) -> str:
@@ -131,11 +131,11 @@ def _drop_largest(cells: dict[str, Any]) -> str:
     """Set the largest cells to None until the rest fit into a row. Return a message that names the dropped cells."""
     sizes = {name: estimate_bytes([value]) for name, value in cells.items()}
     dropped = []
-    while sum(sizes.values()) > LARGEST_ROW:
+    while sum(sizes.values()) > MAX_CARRIED_BYTES:
         name = max(sizes, key=sizes.__getitem__)
         dropped.append(f"{name!r} of {sizes.pop(name)} bytes")
         cells[name] = None
-    return f"the carried cells of a row may be {LARGEST_ROW} bytes together: left out {', '.join(dropped)}"
+    return f"the carried cells of a row may be {MAX_CARRIED_BYTES} bytes together: left out {', '.join(dropped)}"
 
 
 def make_carried_schema(tables: Iterable[OpenTable], result_columns: Collection[str]) -> tuple[pa.Schema, list[str]]:
@@ -153,8 +153,8 @@ def make_carried_schema(tables: Iterable[OpenTable], result_columns: Collection[
             columns.setdefault(name, []).append((table, column))
     fields, warnings = [], list[str]()
     for name, sources in columns.items():
-        dtypes = {table.file.name: result_type(table.type_of(column)) for table, column in sources}
-        dtype = common_type(dtypes.values(), partial(_read_arrays, sources))
+        dtypes = {table.file.name: to_result_type(table.type_of(column)) for table, column in sources}
+        dtype = find_common_type(dtypes.values(), partial(_read_arrays, sources))
         fields.append((name, dtype))
         if pa.types.is_string(dtype):
             warnings += _warn_about_text(name, dtypes)

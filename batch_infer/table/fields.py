@@ -17,7 +17,7 @@ MAX_SEED = 2**63 - 1
 MAX_STEPS = 1000
 MAX_GUIDANCE = 100.0
 MAX_IMAGES = 1000
-MAX_TEXT = 10_000
+MAX_TEXT_LENGTH = 10_000
 """Maximum number of characters in a prompt, negative prompt or id.
 
 A text encoder reads about 75 words, and tokenizing a megabyte delays all other rows by seconds.
@@ -89,10 +89,10 @@ def _parse_whole(field: str, value: Any, minimum: int, maximum: int) -> int:
 
 
 def _parse_side(field: str, value: Any, sizes: SizeRules) -> int:
-    side = _parse_whole(field, value, sizes.smallest, sizes.largest)
-    if side % sizes.factor:
-        nearest = max(sizes.smallest, round(side / sizes.factor) * sizes.factor)
-        raise RowError(f"{field} {side} is not a multiple of {sizes.factor}; the nearest is {nearest}")
+    side = _parse_whole(field, value, sizes.min_side, sizes.max_side)
+    if side % sizes.side_multiple:
+        nearest = max(sizes.min_side, round(side / sizes.side_multiple) * sizes.side_multiple)
+        raise RowError(f"{field} {side} is not a multiple of {sizes.side_multiple}; the nearest is {nearest}")
     return side
 
 

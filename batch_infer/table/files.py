@@ -16,7 +16,7 @@ from batch_infer.errors import TableError
 from batch_infer.store import create_temporary
 from batch_infer.table.base import Scratch, TableFile, clean, error_text, raise_storage_error
 from batch_infer.table.formats import ENDINGS, detect_format, parse_name, stem_of
-from batch_infer.table.left_out import LeftOutFiles, TableFilter, outermost_folders
+from batch_infer.table.selection import IgnoredFiles, TableFilter, outermost_folders
 from batch_infer.table.streams import BUFFER
 from batch_infer.table.urls import is_http, join_url, protocol_of, redact_url, split_chain
 
@@ -26,24 +26,24 @@ if TYPE_CHECKING:
 STDIN = "-"
 
 
-def find_files(arguments: Iterable[str], folder: Path, scratch: Scratch) -> tuple[list[TableFile], LeftOutFiles]:
-    """Return the distinct files of all arguments, in argument order, and the files that are left out.
+def find_files(arguments: Iterable[str], folder: Path, scratch: Scratch) -> tuple[list[TableFile], IgnoredFiles]:
+    """Return the distinct files of all arguments, in argument order, and the ignored files.
 
     Relative names start at `folder`. An argument that matches no file becomes a TableFile with an error. Raises
     TableError if there is no argument, ServiceError if a service does not answer, StorageError if the disk fails.
     """
     files: dict[str | Path, TableFile] = {}
-    left_out = LeftOutFiles()
+    ignored = IgnoredFiles()
     for argument in dict.fromkeys(arguments):
-        for file in _expand(argument, folder, scratch, left_out):
+        for file in _expand(argument, folder, scratch, ignored):
             identity = _identity(file)
             first = files.setdefault(identity, file)
             if file.is_named and not first.is_named:
                 files[identity] = replace(first, is_named=True)
     if not files:
         raise TableError(f"no TABLE given: name a file ({ENDINGS}), a folder of them, a glob, a URL, or -")
-    left_out.remove(file.name for file in files.values())
-    return list(files.values()), left_out
+    ignored.remove(file.name for file in files.values())
+    return list(files.values()), ignored
 
 
 def number_names(files: Iterable[TableFile]) -> list[TableFile]:
@@ -67,14 +67,14 @@ def _identity(file: TableFile) -> str | Path:
     return file.path.resolve() if file.error is None and file.origin == "file" else file.name
 
 
-def _expand(argument: str, folder: Path, scratch: Scratch, left_out: LeftOutFiles) -> list[TableFile]:
+def _expand(argument: str, folder: Path, scratch: Scratch, ignored: IgnoredFiles) -> list[TableFile]:
     name = clean(redact_url(argument))
     try:
         if argument == STDIN:
             return [_spool(scratch)]
         if protocol_of(argument) and not (folder / argument).exists():
-            return _find_remote(argument, name, scratch, left_out)
-        return _find_local(argument, folder, left_out)
+            return _find_remote(argument, name, scratch, ignored)
+        return _find_local(argument, folder, ignored)
     except TableError as exc:
         error = str(exc)
     except (OSError, ValueError) as exc:  # ValueError: pathlib rejects the pattern
@@ -108,7 +108,7 @@ def _make_file(path: Path, name: str, relative: str, **options: Any) -> TableFil
     return TableFile(path, name, *parts, **options)
 
 
-def _find_remote(url: str, name: str, scratch: Scratch, left_out: LeftOutFiles) -> list[TableFile]:
+def _find_remote(url: str, name: str, scratch: Scratch, ignored: IgnoredFiles) -> list[TableFile]:
     """Download the tables behind a URL.
 
     Raises TableError if the URL contains no table, ServiceError if a service does not answer, StorageError if the
@@ -124,7 +124,7 @@ def _find_remote(url: str, name: str, scratch: Scratch, left_out: LeftOutFiles) 
             relative = split_chain(name)[1].rpartition("/")[2]
             files = {remote.path: _make_file(scratch.new_path(), name, relative, origin="url", url=url)}
         else:
-            files = _choose_remote(remote, listing, name, scratch, left_out)
+            files = _choose_remote(remote, listing, name, scratch, ignored)
 
     def download(path: str, file: TableFile) -> TableFile:
         try:
@@ -138,7 +138,7 @@ def _find_remote(url: str, name: str, scratch: Scratch, left_out: LeftOutFiles) 
 
 
 def _choose_remote(
-    remote: RemoteFiles, listing: RemoteListing, name: str, scratch: Scratch, left_out: LeftOutFiles
+    remote: RemoteFiles, listing: RemoteListing, name: str, scratch: Scratch, ignored: IgnoredFiles
 ) -> dict[str, TableFile]:
     """Return the tables in a remote folder or glob by remote path."""
     paths = {path[len(listing.folder) :].lstrip("/"): path for path in listing.paths}
@@ -150,7 +150,7 @@ def _choose_remote(
         return bool(remote.system.isfile("/".join(filter(None, [listing.folder, relative]))))
 
     files = {}
-    for relative in TableFilter(name, is_file, name_of, left_out).choose(paths):
+    for relative in TableFilter(name, is_file, name_of, ignored).choose(paths):
         url = join_url(listing.url, relative)
         files[paths[relative]] = _make_file(
             scratch.new_path(), name_of(relative), relative, origin="url", is_named=False, url=url
@@ -158,17 +158,17 @@ def _choose_remote(
     return files
 
 
-def _find_local(argument: str, folder: Path, left_out: LeftOutFiles) -> list[TableFile]:
+def _find_local(argument: str, folder: Path, ignored: IgnoredFiles) -> list[TableFile]:
     user_path = Path(argument).expanduser()
     path = folder / user_path
     if path.is_dir():
-        return _LocalFolder(argument, user_path, folder, left_out).walk()
+        return _LocalFolder(argument, user_path, folder, ignored).walk()
     if path.exists():
         return [_make_file(path, clean(user_path.as_posix()), path.name)]
     if glob.has_magic(argument):
         parts = user_path.parts
         first = next(index for index, part in enumerate(parts) if glob.has_magic(part))
-        return _LocalFolder(argument, Path(*parts[:first]), folder, left_out).match("/".join(parts[first:]))
+        return _LocalFolder(argument, Path(*parts[:first]), folder, ignored).match("/".join(parts[first:]))
     raise TableError(f"{clean(argument)}: no such file or folder")
 
 
@@ -178,10 +178,10 @@ class _LocalFolder:
     All methods raise TableError and OSError.
     """
 
-    def __init__(self, argument: str, user_path: Path, folder: Path, left_out: LeftOutFiles) -> None:
-        self._user_path, self._folder, self._left_out = user_path, folder / user_path, left_out
+    def __init__(self, argument: str, user_path: Path, folder: Path, ignored: IgnoredFiles) -> None:
+        self._user_path, self._folder, self._ignored = user_path, folder / user_path, ignored
         self._unreadable: list[OSError] = []
-        self._filter = TableFilter(clean(argument), self._is_file, self._name_of, left_out)
+        self._filter = TableFilter(clean(argument), self._is_file, self._name_of, ignored)
 
     def walk(self) -> list[TableFile]:
         """Return all tables below the folder."""
@@ -217,11 +217,11 @@ class _LocalFolder:
             yield from ((parent / name).as_posix() for name in files)
 
     def _should_list(self, relative: str) -> bool:
-        """Return whether to list a folder. A folder that is left out may contain a million images."""
-        if self._filter.is_left_out(f"{relative}/"):
+        """Return whether to list a folder. An ignored folder may contain a million images."""
+        if self._filter.is_ignored(f"{relative}/"):
             return False
         if (self._folder / relative).is_symlink():
-            self._left_out.add(self._name_of(f"{relative}/"), "link")
+            self._ignored.add(self._name_of(f"{relative}/"), "link")
             return False
         return True
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from batch_infer.store import temporary_database
 from batch_infer.table.base import encoding_error
-from batch_infer.table.fields import MAX_TEXT, id_text
+from batch_infer.table.fields import MAX_TEXT_LENGTH, id_text
 from batch_infer.table.formats import parse_name, stem_of
 
 
@@ -63,8 +63,8 @@ class Ids:
         name = id_text(value)
         if isinstance(value, (list, dict)):
             return None, f"the id is not text but {type(value).__name__}"
-        if len(name) > MAX_TEXT:
-            return None, f"the id has {len(name)} characters, and {MAX_TEXT} are the most"
+        if len(name) > MAX_TEXT_LENGTH:
+            return None, f"the id has {len(name)} characters, and {MAX_TEXT_LENGTH} are the most"
         if "\0" in name:
             return None, "the id holds a NUL byte"
         if error := encoding_error(name):
@@ -89,7 +89,7 @@ class Ids:
         self._database.close()
 
 
-def colliding_stems(stems: Iterable[str]) -> frozenset[str]:
+def find_colliding_stems(stems: Iterable[str]) -> frozenset[str]:
     """Return the stems that differ from an earlier one only by case."""
     first: dict[str, str] = {}
     return frozenset(stem for stem in stems if first.setdefault(stem.lower(), stem) != stem)

@@ -22,7 +22,7 @@ from batch_infer.table.base import (
 )
 from batch_infer.table.columns import MAX_COLUMNS, JsonColumns, check_row, rename_doubled
 from batch_infer.table.jsonl import open_jsonl
-from batch_infer.table.scanner import BrokenDocument, Scanner
+from batch_infer.table.scanner import BrokenDocumentError, Scanner
 from batch_infer.table.streams import BUFFER, open_bytes
 
 ACCEPTED = (
@@ -48,7 +48,7 @@ class DocumentFormat:
     parameters: dict[str, Any] = field(default_factory=dict)
 
 
-def payload_columns(values: Sequence[Any]) -> tuple[str, ...]:
+def parse_payload_columns(values: Sequence[Any]) -> tuple[str, ...]:
     """Return the names in a payload's `columns`. Raises RowError for too many or duplicate names."""
     if len(values) > MAX_COLUMNS:
         raise RowError(f"there are more than {MAX_COLUMNS}")
@@ -57,7 +57,7 @@ def payload_columns(values: Sequence[Any]) -> tuple[str, ...]:
     return tuple(map(str, values))
 
 
-def element_cells(element: Any, document: DocumentFormat) -> dict[str, Any]:
+def parse_element(element: Any, document: DocumentFormat) -> dict[str, Any]:
     """Return the cells of a row by column. Raises RowError if the element is not a row."""
     if isinstance(element, dict):
         cells = element
@@ -140,13 +140,13 @@ def _read_payload_format(
             match key, scanner.peek():
                 case "columns", "[":
                     names, renamed = rename_doubled(list(map(str, scanner.read_value())))
-                    document = replace(document, columns=payload_columns(names))
+                    document = replace(document, columns=parse_payload_columns(names))
                 case "parameters", "{":
                     document = replace(document, parameters=scanner.read_value())
                 case _, mark:
                     has_rows = has_rows or (key == "data" and mark == "[")
                     scanner.skip_value()
-    except (OSError, BrokenDocument) as exc:
+    except (OSError, BrokenDocumentError) as exc:
         error = error_text(exc)  # the rows before the damage can be read once the columns are known
     except RowError as exc:
         raise TableError(f"{file.name} cannot be read: its columns or parameters: {exc}") from exc
@@ -187,7 +187,7 @@ def _read_elements(file: TableFile, document: DocumentFormat) -> Iterator[RawRow
                 yield _make_row(row_number, scanner.read_value(), document)
                 row_number += 1
             scanner.read_end()
-    except (OSError, BrokenDocument) as error:
+    except (OSError, BrokenDocumentError) as error:
         yield broken_off_row(file, row_number, error)
 
 
@@ -205,7 +205,7 @@ def _find_elements(scanner: Scanner, document: DocumentFormat) -> Iterator[None]
 
 def _make_row(row_number: int, element: Any, document: DocumentFormat) -> RawRow:
     try:
-        cells = element_cells(element, document)
+        cells = parse_element(element, document)
     except RowError as error:
         return RawRow(row_number, {}, f"element {row_number} {error}")
     is_short = isinstance(element, list) and len(element) < len(document.columns)

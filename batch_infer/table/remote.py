@@ -19,7 +19,7 @@ import fsspec
 
 from batch_infer.errors import BatchInferError, ServiceError, TableError, first_line
 from batch_infer.store import temporary_file_errors
-from batch_infer.table.left_out import outermost_folders
+from batch_infer.table.selection import outermost_folders
 from batch_infer.table.urls import HTTP, is_http, protocol_of, redact_urls, split_chain, split_query
 
 EXTRAS = {

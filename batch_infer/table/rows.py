@@ -12,7 +12,7 @@ from batch_infer.errors import RowError, SettingsError
 from batch_infer.records import PromptRequest, ResultRow, SamplingParams, SizeRules, Source, digest, utc_now
 from batch_infer.settings import FIELDS, RowDefaults
 from batch_infer.table.base import clean, encoding_error, is_utf8, make_default_id
-from batch_infer.table.fields import MAX_SEED, MAX_TEXT, PARSERS, id_text, read_fields, show_value
+from batch_infer.table.fields import MAX_SEED, MAX_TEXT_LENGTH, PARSERS, id_text, read_fields, show_value
 
 REQUEST_STEM = "request"
 """Used instead of a file name, also in ids, for rows that do not come from a file."""
@@ -43,7 +43,7 @@ class RowRules:
     embedded_guidance: bool = False
     fixed: tuple[tuple[str, Any], ...] = ()
 
-    def check(self) -> None:
+    def validate(self) -> None:
         """Raise SettingsError if the defaults violate the rules for rows."""
         errors: list[str] = []
         row = RowCells("", Source("", 0), {**asdict(self.defaults), "prompt": "any"}, {})
@@ -139,11 +139,13 @@ def _make_requests(cells: RowCells, rules: RowRules, values: dict[str, Any]) -> 
 def make_invalid(cells: RowCells, error: str) -> ResultRow:
     """Return the invalid result for a row that cannot be rendered."""
     prompt = cells.fields.get("prompt")
-    fields = {name: value[:MAX_TEXT] if isinstance(value, str) else value for name, value in cells.fields.items()}
+    fields = {
+        name: value[:MAX_TEXT_LENGTH] if isinstance(value, str) else value for name, value in cells.fields.items()
+    }
     return ResultRow(
         id=cells.id,
         image_index=0,
-        prompt=None if prompt is None else clean(str(prompt)[:MAX_TEXT]),
+        prompt=None if prompt is None else clean(str(prompt)[:MAX_TEXT_LENGTH]),
         status="invalid",
         error=clean(error),
         finished_at=utc_now(),
@@ -197,7 +199,7 @@ def derive_seed(seed: int, row_id: str) -> int:
 def _check_lengths(values: Mapping[str, Any]) -> list[str]:
     """Return error messages for texts of a row that are too long."""
     return [
-        f"the {field} has {len(text)} characters, and {MAX_TEXT} are the most: a model reads some 75 words"
+        f"the {field} has {len(text)} characters, and {MAX_TEXT_LENGTH} are the most: a model reads some 75 words"
         for field in ("prompt", "negative_prompt")
-        if len(text := values[field] or "") > MAX_TEXT
+        if len(text := values[field] or "") > MAX_TEXT_LENGTH
     ]

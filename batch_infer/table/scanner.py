@@ -12,12 +12,12 @@ from batch_infer.table.jsonl import exact_float
 from batch_infer.table.streams import BUFFER, LONGEST
 
 
-class BrokenDocument(Exception):
+class BrokenDocumentError(Exception):
     """The rest of the document is not JSON, or is missing."""
 
 
 class Scanner:
-    """Reads JSON text from start to end. All methods raise OSError and BrokenDocument.
+    """Reads JSON text from start to end. All methods raise OSError and BrokenDocumentError.
 
     The standard library's decoder reads one value at a time. (ijson was tried. It stops at a byte that is not UTF-8 or
     at a lone surrogate, or silently changes it, and its memory use grows with the square of the nesting depth.)
@@ -47,30 +47,30 @@ class Scanner:
         character = self.peek()
         if character not in marks:
             expected = " or ".join(marks)
-            raise BrokenDocument(f"{character!r} instead of {expected}" if character else "it ends in the middle")
+            raise BrokenDocumentError(f"{character!r} instead of {expected}" if character else "it ends in the middle")
         self._position += 1
         return character
 
     def read_value(self) -> Any:
         """Read and return one value."""
         if not self.peek():
-            raise BrokenDocument("it ends in the middle")
+            raise BrokenDocumentError("it ends in the middle")
         while True:
             try:
                 value, end = self._decode(self._text, self._position)
             except json.JSONDecodeError as error:
                 message = f"it is not JSON: {error.msg.removesuffix(' at')}"
             except ValueError as error:
-                raise BrokenDocument("a number in it is too long") from error
+                raise BrokenDocumentError("a number in it is too long") from error
             except RecursionError as error:
-                raise BrokenDocument("it is nested too deeply") from error
+                raise BrokenDocumentError("it is nested too deeply") from error
             else:
                 if end < len(self._text) or self._is_at_end:  # else 12 may be the start of 123
                     self._position = end
                     return value
                 message = f"a value is longer than {self._longest} characters"
             if self._is_at_end or len(self._text) - self._position > self._longest:
-                raise BrokenDocument(message)
+                raise BrokenDocumentError(message)
             size = 2 * (len(self._text) - self._position)
             while len(self._text) - self._position < size and self._read_more():
                 pass
@@ -104,14 +104,14 @@ class Scanner:
             yield self._read_key()
 
     def read_end(self) -> None:
-        """Raise BrokenDocument unless the document ends here."""
+        """Raise BrokenDocumentError unless the document ends here."""
         if character := self.peek():
-            raise BrokenDocument(f"{character!r} after its end")
+            raise BrokenDocumentError(f"{character!r} after its end")
 
     def _read_key(self) -> str:
         key = self.read_value()
         if not isinstance(key, str):
-            raise BrokenDocument("a key is not text")
+            raise BrokenDocumentError("a key is not text")
         self.read_mark(":")
         return key
 

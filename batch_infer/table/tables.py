@@ -20,7 +20,7 @@ from batch_infer.table.columns import describe_renamed, map_fields
 from batch_infer.table.fields import read_fields
 from batch_infer.table.files import find_files, number_names
 from batch_infer.table.formats import open_reader, parse_name
-from batch_infer.table.ids import Ids, assign_stems, colliding_stems
+from batch_infer.table.ids import Ids, assign_stems, find_colliding_stems
 from batch_infer.table.rows import IsFinished, RowCells, RowRules, make_invalid, make_requests
 from batch_infer.table.urls import path_columns
 
@@ -34,7 +34,7 @@ class UnreadableTable:
 
 
 @dataclass(frozen=True, slots=True)
-class OtherTables:
+class SharedFolder:
     """Tables in the same folder that are read elsewhere, at another time.
 
     `names` contains the names of all files in the folder. `has_id(id, file)` returns whether a file other than `file`
@@ -52,12 +52,13 @@ class OtherTables:
 class Tables:
     """The tables of a run.
 
-    `carried` is the schema of the columns that are carried through to the results. `left_out` contains files of folders
-    and globs that are not tables. Downloaded, piped and decompressed files stay in a temporary folder until `close`.
+    `carried` is the schema of the columns that are carried through to the results. `ignored_files` are the files in
+    folders and globs that are not tables. Temporary files of downloaded, piped and decompressed tables exist until
+    `close`.
     """
 
     def __init__(
-        self, settings: TableSettings, result_columns: Iterable[str], others: OtherTables | None = None
+        self, settings: TableSettings, result_columns: Iterable[str], others: SharedFolder | None = None
     ) -> None:
         """Open every file and find its columns.
 
@@ -74,11 +75,11 @@ class Tables:
         self._scratch = Scratch()
         with ExitStack() as undo:
             undo.callback(self.close)
-            files, self.left_out = find_files(settings.tables, settings.folder, self._scratch)
+            files, self.ignored_files = find_files(settings.tables, settings.folder, self._scratch)
             self._tables = self._open_all(files) if others is None else self._open_with_others(files, others.names)
             undo.pop_all()
         names = self.files if others is None else sorted(map(clean, others.names))
-        self._colliding = colliding_stems(Source(name, 0).stem for name in names)
+        self._colliding = find_colliding_stems(Source(name, 0).stem for name in names)
         self._stamps = {path: _stamp(path) for path in self.local_paths}
         self.carried, warnings = make_carried_schema(self._readable(), frozenset(result_columns))
         self._remarks += [*find_near_fields(self._readable(), settings.columns), *warnings, *self._describe_overlaps()]
@@ -112,7 +113,7 @@ class Tables:
         return [file.path.absolute() for file in files if file.origin == "file" and file.error is None]
 
     @property
-    def remarks(self) -> list[str]:
+    def notices(self) -> list[str]:
         """Notices other than row errors: about files and, after `rows` ends, about rows."""
         return [*self._remarks, *self._remark_counts.sentences()]
 
@@ -125,7 +126,9 @@ class Tables:
         """Return the user's own files that changed since they were opened."""
         return [str(path) for path, before in self._stamps.items() if _stamp(path) != before]
 
-    def rows(self, rules: RowRules, is_finished: IsFinished = lambda _: False) -> Iterator[PromptRequest | ResultRow]:
+    def read_rows(
+        self, rules: RowRules, is_finished: IsFinished = lambda _: False
+    ) -> Iterator[PromptRequest | ResultRow]:
         """Yield the requests or the invalid result for every row, in input order. See `make_requests`."""
         remarks = RemarkCounts()
         for cells, error in self._read_rows(remarks):
@@ -135,7 +138,7 @@ class Tables:
                 yield make_invalid(cells, error)
         self._remark_counts = remarks
 
-    def compared_rows(
+    def compare_rows(
         self, rules: RowRules, others: Sequence[RowRules], is_finished: IsFinished = lambda _: False
     ) -> Iterator[tuple[PromptRequest | ResultRow, list[PromptRequest | ResultRow | None]]]:
         """Yield the same items as `rows`, each with the corresponding items under `others` (None if there is none)."""

@@ -1,29 +1,28 @@
-"""A worker: one device, requests in, committed results out.
+"""Own one device, and turn requests into committed results.
 
-`interface`, `rows` and `committing` import no torch, so that a process that only supervises workers stays small.
+`interface`, `rows` and `committing` do not import torch, so that a process that only supervises workers stays small.
 """
 
 from typing import TYPE_CHECKING
 
 from batch_infer.lazy import import_on_use
 from batch_infer.worker.committing import commit_failed, commit_images
-from batch_infer.worker.interface import WorkerReport, WorkerSettings, peak_memory, smallest_batches, sum_stages_by_size
-from batch_infer.worker.rows import explain_flag, format_worker_name, make_row, set_image, set_verdict
+from batch_infer.worker.interface import (
+    WorkerReport,
+    WorkerSettings,
+    read_peak_memory,
+    sum_stages_by_size,
+    take_smallest_batches,
+)
+from batch_infer.worker.rows import explain_flag, format_worker_name, make_row, with_image, with_verdict
 
 if TYPE_CHECKING:
-    from batch_infer.worker.loading import (
-        load_any_model,
-        load_chain,
-        load_image_checker,
-        load_model,
-        make_chain,
-        prepare_torch,
-    )
+    from batch_infer.worker.loading import load_chain, load_image_checker, load_model, make_chain, prepare_torch
     from batch_infer.worker.worker import ChainLoader, Worker
 else:
     __getattr__ = import_on_use(
         __name__,
-        loading=("load_any_model", "load_chain", "load_image_checker", "load_model", "make_chain", "prepare_torch"),
+        loading=("load_chain", "load_image_checker", "load_model", "make_chain", "prepare_torch"),
         worker=("ChainLoader", "Worker"),
     )
 
@@ -36,16 +35,15 @@ __all__ = [
     "commit_images",
     "explain_flag",
     "format_worker_name",
-    "load_any_model",
     "load_chain",
     "load_image_checker",
     "load_model",
     "make_chain",
     "make_row",
-    "peak_memory",
     "prepare_torch",
-    "set_image",
-    "set_verdict",
-    "smallest_batches",
+    "read_peak_memory",
     "sum_stages_by_size",
+    "take_smallest_batches",
+    "with_image",
+    "with_verdict",
 ]

@@ -1,4 +1,4 @@
-"""Choose the tables below a folder or glob, and record why other files are left out."""
+"""Choose the tables below a folder or glob, and record why other files are ignored."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def is_ignored_name(name: str, *, is_folder: bool = False) -> bool:
     return name.startswith(".") or (not is_folder and _DOCUMENTATION.fullmatch(name) is not None)
 
 
-class LeftOutFiles:
+class IgnoredFiles:
     """Files of folders and globs that are not read, with reasons."""
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class LeftOutFiles:
         return {reason: _group(names[reason]) for reason in _REASONS if reason in names}
 
     def __str__(self) -> str:
-        """Return one line for the user, or '' if nothing is left out."""
+        """Return one line for the user, or '' if no file is ignored."""
         return "; ".join(f"{_REASONS[reason]}: {_join(items)}" for reason, items in self.items().items())
 
 
@@ -95,7 +95,7 @@ def _join(items: dict[str, int]) -> str:
 
 
 class Cause(NamedTuple):
-    """Why a file is left out. `culprit` is the file, or a folder (ending in /) that is left out completely."""
+    """Why a file is ignored. `culprit` is the file, or a folder (ending in /) that is ignored completely."""
 
     reason: Reason
     culprit: str
@@ -108,14 +108,14 @@ class TableFilter:
     """
 
     def __init__(
-        self, argument: str, is_file: Callable[[str], bool], name_of: Callable[[str], str], left_out: LeftOutFiles
+        self, argument: str, is_file: Callable[[str], bool], name_of: Callable[[str], str], ignored: IgnoredFiles
     ) -> None:
-        """`name_of` returns the displayed name of a path. `left_out` receives files that are not tables."""
-        self._argument, self._name_of, self._left_out = argument, name_of, left_out
+        """`name_of` returns the displayed name of a path. `ignored` receives files that are not tables."""
+        self._argument, self._name_of, self._ignored = argument, name_of, ignored
         self._has_run = cache(lambda folder: is_file(f"{folder}/run.json" if folder else "run.json"))
 
     def find_cause(self, relative: str) -> Cause | None:
-        """Return why a file is not a table, or why a folder (ending in /) is left out, else None."""
+        """Return why a file is not a table, or why a folder (ending in /) is ignored, else None."""
         is_folder = relative.endswith("/")
         parts = relative.rstrip("/").split("/")
         for depth, part in enumerate(parts, 1):
@@ -127,20 +127,20 @@ class TableFilter:
                 return Cause("name", f"{path}/" if is_parent else path)
         return None if is_folder or parse_name(relative) else Cause("ending", relative)
 
-    def is_left_out(self, relative: str) -> bool:
-        """Return whether a file or folder is left out, and record why."""
+    def is_ignored(self, relative: str) -> bool:
+        """Return whether a file or folder is ignored, and record why."""
         cause = self.find_cause(relative)
         if cause:
-            self._left_out.add(self._name_of(cause.culprit), cause.reason)
+            self._ignored.add(self._name_of(cause.culprit), cause.reason)
         return cause is not None
 
     def choose(self, relatives: Iterable[str]) -> list[str]:
         """Return the tables in pathlib's sort order, and record other files. Raises TableError if there is no table."""
         ordered = sorted(relatives, key=lambda relative: relative.split("/"))
-        tables = [relative for relative in ordered if not self.is_left_out(relative)]
+        tables = [relative for relative in ordered if not self.is_ignored(relative)]
         if not tables:
             action = "glob matches" if has_magic(self._argument) else "folder holds"
-            others = f"; left out {self._left_out}" if str(self._left_out) else ""
+            others = f"; ignored {self._ignored}" if str(self._ignored) else ""
             raise TableError(f"{self._argument}: the {action} no table ({ENDINGS}){others}")
         return tables
 
