@@ -25,8 +25,8 @@ from torch.nn.functional import silu
 
 from batch_infer.errors import ModelError
 from batch_infer.models.card import ModelCard
-from batch_infer.models.loading import refuse_unmatched_weights
-from batch_infer.models.stable_diffusion import StableDiffusion, load_vae_and_encoder
+from batch_infer.models.loading import load_components, refuse_unmatched_weights
+from batch_infer.models.stable_diffusion import VAE_AND_ENCODER, StableDiffusion
 from batch_infer.models.untrusted import LoadingErrors, choose_weights, read_object
 
 FOLDER = "flexible_unet"
@@ -271,4 +271,4 @@ class DeciDiffusion(StableDiffusion):
         with LoadingErrors(folder):
             unet.load_state_dict(weights, assign=True)
         # The pipeline accepts only the UNet class in model_index.json.
-        return unet.requires_grad_(False).eval(), {"unet": None, **load_vae_and_encoder(card, dtype)}
+        return unet.requires_grad_(False).eval(), {"unet": None, **load_components(VAE_AND_ENCODER, card, dtype)}

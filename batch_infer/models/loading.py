@@ -28,12 +28,15 @@ COMPUTED_SUFFIX = "position_ids"
 """Suffix of the names of buffers that earlier versions of transformers saved with released checkpoints."""
 
 
-def load_module(component_type: Any, card: ModelCard, name: str, dtype: torch.dtype) -> Any:
-    """Load a component in a dtype. Raises ModelError, also for missing and unexpected weights."""
-    # The dtype is not an argument: its name differs between the supported versions of diffusers and transformers.
-    network = load_network(component_type, card, name)
-    with LoadingErrors(card.path / name):  # quantized weights may refuse the conversion
-        return network.to(dtype)
+def load_components(classes: Mapping[str, Any], card: ModelCard, dtype: torch.dtype) -> dict[str, Any]:
+    """Load components of the given classes in a dtype. Raises ModelError, also for missing and unexpected weights."""
+    components = {}
+    for name, component_type in classes.items():
+        # The dtype is not an argument: its name differs between the supported versions of diffusers and transformers.
+        component = load_network(component_type, card, name)
+        with LoadingErrors(card.path / name):  # quantized weights may refuse the conversion
+            components[name] = component.to(dtype)
+    return components
 
 
 def load_network(component_type: Any, card: ModelCard, name: str, **options: Any) -> Any:
@@ -64,7 +67,7 @@ def refuse_unmatched_weights(folder: Path, missing: Iterable[str], unexpected: I
 
 def load_checker(card: ModelCard, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
     """Load a checkpoint's safety checker and its image processor. Raises ModelError."""
-    checker = load_module(StableDiffusionSafetyChecker, card, "safety_checker", dtype)
+    checker = load_components({"safety_checker": StableDiffusionSafetyChecker}, card, dtype)["safety_checker"]
     folder = card.path / "feature_extractor"
     with LoadingErrors(folder):
         processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)

@@ -14,8 +14,10 @@ from batch_infer.diffusion import Context
 from batch_infer.errors import ModelError
 from batch_infer.models.card import ModelCard
 from batch_infer.models.latent_diffusion import LatentDiffusion
-from batch_infer.models.loading import load_module
+from batch_infer.models.loading import load_components
 from batch_infer.models.untrusted import read_object
+
+VAE_AND_ENCODER = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 
 
 class StableDiffusion(LatentDiffusion):
@@ -27,8 +29,8 @@ class StableDiffusion(LatentDiffusion):
     def load_modules(cls, card: ModelCard, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
         config = read_object(card.path / "unet" / "config.json", card.name)
         refuse_variations(config, card, "Stable Diffusion 1.x or 2.x")
-        unet = load_module(UNet2DConditionModel, card, "unet", dtype)
-        return unet, {"unet": unet, **load_vae_and_encoder(card, dtype)}
+        modules = load_components({"unet": UNet2DConditionModel, **VAE_AND_ENCODER}, card, dtype)
+        return modules["unet"], modules
 
     def _encode(self, texts: Sequence[str]) -> list[Context]:
         """Return an embedding (77, width) per text, truncating longer texts."""
@@ -38,14 +40,6 @@ class StableDiffusion(LatentDiffusion):
         mask = copy_to(network.device, tokens.attention_mask) if use_mask else None
         embeddings = network(copy_to(network.device, tokens.input_ids), attention_mask=mask)[0]
         return [{"encoder_hidden_states": embedding} for embedding in embeddings.to(self.dtype).unbind()]
-
-
-def load_vae_and_encoder(card: ModelCard, dtype: torch.dtype) -> dict[str, Any]:
-    """Load the VAE and text encoder of Stable Diffusion or DeciDiffusion. Raises ModelError."""
-    return {
-        "vae": load_module(AutoencoderKL, card, "vae", dtype),
-        "text_encoder": load_module(CLIPTextModel, card, "text_encoder", dtype),
-    }
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str]) -> Any:

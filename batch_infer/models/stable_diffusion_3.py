@@ -12,7 +12,7 @@ from transformers import CLIPTextModelWithProjection, T5EncoderModel
 from batch_infer.diffusion import Context
 from batch_infer.models.card import ModelCard
 from batch_infer.models.latent_diffusion import LatentDiffusion
-from batch_infer.models.loading import load_module, load_network
+from batch_infer.models.loading import load_components, load_network
 
 NETWORKS = {
     "transformer": SD3Transformer2DModel,
@@ -31,9 +31,7 @@ class StableDiffusion3(LatentDiffusion):
 
     @classmethod
     def load_modules(cls, card: ModelCard, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-        modules: dict[str, Any] = {
-            name: load_module(network_type, card, name, dtype) for name, network_type in NETWORKS.items()
-        }
+        modules = load_components(NETWORKS, card, dtype)
         if (card.path / T5).is_dir():
             # Because of `dtype`, layers that would overflow in float16 stay in float32.
             modules[T5] = load_network(T5EncoderModel, card, T5, dtype=dtype)

@@ -6,7 +6,7 @@ Images get no invisible watermark, which diffusers adds if its watermark package
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from batch_infer.diffusion import Context
 from batch_infer.errors import ModelError
 from batch_infer.models.card import ModelCard
 from batch_infer.models.latent_diffusion import LatentDiffusion
-from batch_infer.models.loading import load_module
+from batch_infer.models.loading import load_components
 from batch_infer.models.stable_diffusion import refuse_variations, tokenize
 from batch_infer.models.untrusted import read_object
 from batch_infer.records import PromptRequest, SamplingParams
@@ -52,10 +52,15 @@ class StableDiffusionXL(LatentDiffusion):
     def load_modules(cls, card: ModelCard, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
         config = read_object(card.path / "unet" / "config.json", card.name)
         refuse_variations(config, card, "Stable Diffusion XL", embedding="text_time")
-        modules: dict[str, Any] = {
-            name: load_module(network_type, card, name, dtype) for name, network_type in NETWORKS.items()
-        }
-        _refuse_refiner(config, modules["text_encoder_2"].config.projection_dim, card)
+        modules = load_components(NETWORKS, card, dtype)
+        actual = config.get("projection_class_embeddings_input_dim")
+        text_width = modules["text_encoder_2"].config.projection_dim
+        expected = SIZE_INPUTS * config.get("addition_time_embed_dim", 0) + text_width
+        if actual != expected:
+            raise ModelError(
+                f"{card.path}: its UNet takes {actual} numbers besides the text, but a base checkpoint of Stable "
+                f"Diffusion XL takes {expected}; is it a refiner?"
+            )
         return modules["unet"], modules
 
     @torch.inference_mode()
@@ -97,13 +102,3 @@ class StableDiffusionXL(LatentDiffusion):
         mean, deviation = (latents.new_tensor(values).reshape(1, -1, 1, 1) for values in (means, deviations))
         scaled: torch.Tensor = latents * deviation / config.scaling_factor + mean
         return scaled
-
-
-def _refuse_refiner(config: Mapping[str, Any], projection: int, card: ModelCard) -> None:
-    actual = config.get("projection_class_embeddings_input_dim")
-    expected = SIZE_INPUTS * config.get("addition_time_embed_dim", 0) + projection
-    if actual != expected:
-        raise ModelError(
-            f"{card.path}: its UNet takes {actual} numbers besides the text, but a base checkpoint of Stable Diffusion "
-            f"XL takes {expected}; is it a refiner?"
-        )

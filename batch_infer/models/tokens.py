@@ -82,26 +82,23 @@ def load_token_counter(card: ModelCard) -> TokenCounter | None:
     """Load a checkpoint's token counter, or return None if only its pipeline can count tokens. Raises ModelError."""
     if card.uses_pipeline_call:
         return None
-    tokenizers = (_load_clip(card.path, name) for name in FAMILIES[card.pipeline].tokenizers)
-    return TokenCounter(*tokenizers, windows=card.windows)
-
-
-def _load_clip(path: Path, name: str) -> Any:
-    """Load a CLIP tokenizer and limit it to its text encoder's length. Raises ModelError."""
     from transformers import CLIPTokenizer
 
-    folder = path / name
-    with LoadingErrors(folder):
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        positions = text_positions(path, name.replace("tokenizer", "text_encoder"), path.name)
-        limit_tokenizer(tokenizer, *positions, folder)
-    return tokenizer
+    tokenizers = []
+    for name in FAMILIES[card.pipeline].tokenizers:
+        folder = card.path / name
+        with LoadingErrors(folder):
+            tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+            positions, embeddings = text_positions(card.path, name.replace("tokenizer", "text_encoder"), card.path.name)
+            limit_tokenizer(tokenizer, positions, embeddings, folder)
+        tokenizers.append(tokenizer)
+    return TokenCounter(*tokenizers, windows=card.windows)
 
 
 def limit_tokenizer(tokenizer: Any, positions: int | None, embeddings: int | None, folder: Path) -> None:
     """Limit a tokenizer's maximum length to the positions of its text encoder.
 
-    Raises ModelError if a token has no embedding or if the limit leaves no room for a word.
+    Raises ModelError if a token has no embedding, or if the limit leaves no room for a word.
     """
     if isinstance(positions, int):
         tokenizer.model_max_length = int(min(tokenizer.model_max_length, positions))
