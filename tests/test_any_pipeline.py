@@ -384,11 +384,11 @@ print(card.family, card.num_inference_steps, sorted({{"torch", "diffusers", "tra
     [
         ("NothingPipeline", "has no pipeline NothingPipeline"),
         ("AutoencoderKL", "has no pipeline AutoencoderKL"),
-        ("FluxControlPipeline", "FluxControlPipeline needs more than a text: control_image"),
-        ("StableDiffusionControlNetPipeline", "needs more than a text: controlnet"),
+        ("FluxControlPipeline", "FluxControlPipeline needs inputs other than text: control_image"),
+        ("StableDiffusionControlNetPipeline", "needs inputs other than text: controlnet"),
         ("StableDiffusionImg2ImgPipeline", "is not text-to-image: its __call__ has no height, width"),
-        ("FluxImg2ImgPipeline", "FluxImg2ImgPipeline needs more than a text: image"),
-        ("FluxFillPipeline", "needs more than a text"),
+        ("FluxImg2ImgPipeline", "FluxImg2ImgPipeline needs inputs other than text: image"),
+        ("FluxFillPipeline", "needs inputs other than text"),
         ("KandinskyV22Pipeline", "is not text-to-image: its __call__ has no prompt"),
         ("WuerstchenPriorPipeline", "WuerstchenPriorPipeline is not text-to-image"),
         ("WanPipeline", "is not text-to-image: its __call__ has no num_images_per_prompt"),
@@ -430,7 +430,7 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "code in a pipeline's name": (lambda f: bring_code(f, "flux", "flux.py"), "transformer/flux.py is code"),
     "a library out of the folder": (lambda f: amend(f / "model_index.json", vae=["..flux", "X"]), "only classes of"),
     "a class that is nowhere": (
-        lambda f: amend(f / "model_index.json", vae=["diffusers", "Nothing"]), "vae is a Nothing, which diffusers",
+        lambda f: amend(f / "model_index.json", vae=["diffusers", "Nothing"]), "vae is a Nothing, which this version of diffusers",
     ),
     "a pipeline that is nowhere": (
         lambda f: amend(f / "model_index.json", _class_name="NothingPipeline"), "has no pipeline NothingPipeline",

@@ -293,17 +293,19 @@ def test_a_tokenizer_without_its_merges_is_refused(own: Path) -> None:
 
 def damage_xl(folder: Path) -> str:
     amend(folder / UNET, cross_attention_dim=32)
-    return "unet/config.json has cross_attention_dim=32, but hidden_size of text_encoder and text_encoder_2 makes 80"
+    return "unet/config.json has cross_attention_dim=32, but the total hidden_size of text_encoder and text_encoder_2 is 80"
 
 
 def damage_sd3(folder: Path) -> str:
     amend(folder / "transformer" / "config.json", pooled_projection_dim=8)
-    return "transformer/config.json has pooled_projection_dim=8, but both projection_dim make 32"
+    return (
+        "transformer/config.json has pooled_projection_dim=8, but the total projection_dim of both text encoders is 32"
+    )
 
 
 def damage_positions(folder: Path) -> str:
     amend(folder / "transformer" / "config.json", pos_embed_max_size=8000)
-    return "transformer/config.json has pos_embed_max_size=8000, but the largest tensor"
+    return "transformer/config.json has pos_embed_max_size=8000, but the longest side of its tensors is"
 
 
 def damage_t5(folder: Path) -> str:
@@ -316,7 +318,7 @@ def damage_decidiffusion(folder: Path) -> str:
     content = json.loads(path.read_text("utf-8"))
     content["configurations"]["mid_num_resnets"] = 10**8
     path.write_text(json.dumps(content), "utf-8")
-    return "flexible_unet/config.json has mid_num_resnets=100000000, but its weights are"
+    return "flexible_unet/config.json has mid_num_resnets=100000000, but its weights have only"
 
 
 @pytest.mark.parametrize("spoil", [damage_xl, damage_sd3, damage_positions, damage_t5, damage_decidiffusion])

@@ -305,11 +305,11 @@ def test_unmatched_tensors_are_named(own: Path, case: str) -> None:
     ("values", "reason"),
     [
         ({"_class_name": "UNet2DConditionModel"}, "describes a UNet2DConditionModel"),
-        ({"configurations": None}, "does not give the image sizes"),
+        ({"configurations": None}, "does not define the image size"),
         ({"configurations": TINY_DECIDIFFUSION | {"temb_dim": 32}}, "size mismatch for time_embedding"),
         ({"configurations": TINY_DECIDIFFUSION | {"temb_dim": "wide"}}, "temb_dim"),
         ({"configurations": TINY_DECIDIFFUSION | {"mid_num_attentions": 1}}, r"lacks \d+ tensors \(mid_block"),
-        ({"configurations": "none"}, "does not give the image sizes"),
+        ({"configurations": "none"}, "does not define the image size"),
     ],
 )  # fmt: skip
 def test_another_networks_config_is_refused(own: Path, values: dict[str, Any], reason: str) -> None:

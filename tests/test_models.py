@@ -164,7 +164,7 @@ def empty(folder: Path) -> None:
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "pickled weights": (pickle_weights, "text_encoder/pytorch_model.bin is pickled.*convert the checkpoint"),
     "code in the folder": (bring_code, "unet is .*only classes of diffusers and transformers"),
-    "a custom pipeline": (bring_pipeline, "only pipeline classes of diffusers are run"),
+    "a custom pipeline": (bring_pipeline, "only pipeline classes of diffusers are supported"),
     "another pipeline": (
         lambda f: amend(f / "model_index.json", _class_name="FluxPipeline"),
         "could not be loaded: .*FluxPipeline.* expected",
@@ -230,7 +230,7 @@ UNLOADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda f: (f / UNET).unlink(), "could not be loaded"),
     "another width": (
         lambda f: amend(f / "unet" / "config.json", cross_attention_dim=48),
-        "unet/config.json has cross_attention_dim=48, but hidden_size of text_encoder makes 32",
+        "unet/config.json has cross_attention_dim=48, but the total hidden_size of text_encoder is 32",
     ),
     "a UNet without a weight": (lambda f: remove_a_weight(f, UNET), r"unet lacks 1 tensor \(conv_in.bias\)"),
     "a UNet with an extra weight": (lambda f: add_a_weight(f, UNET), r"unet has 1 unexpected tensor \(strange\)"),
@@ -274,13 +274,13 @@ def test_an_inpainting_checkpoint_is_refused(own: Path) -> None:
     weights["conv_in.weight"] = weights["conv_in.weight"].repeat(1, 3, 1, 1)[:, :9].contiguous()
     save_file(weights, own / UNET)
     amend(own / "unet" / "config.json", in_channels=9)
-    with pytest.raises(ModelError, match="takes 9 channels"):
+    with pytest.raises(ModelError, match="has 9 input and 4 output channels"):
         load_family(own)
 
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("no/such/folder", "no model folder"), ("./nothing", "no model folder"), ("nothing", "no model folder")],
+    [("no/such/folder", "neither a model folder"), ("./nothing", "neither a model"), ("nothing", "neither a model")],
 )
 def test_a_name_without_a_model_is_refused(name: str, reason: str) -> None:
     with pytest.raises(ModelError, match=reason):
@@ -294,7 +294,7 @@ def test_a_component_file_is_not_a_checkpoint(sd1_folder: Path) -> None:
 
 def test_a_revision_needs_a_hub_id(own: Path) -> None:
     for name in (str(own), None):
-        with pytest.raises(ModelError, match="--revision v1 is for a Hugging Face id"):
+        with pytest.raises(ModelError, match="--revision v1 needs a Hugging Face id"):
             read_card(ModelSettings(name=name, revision="v1"))
 
 
@@ -311,11 +311,11 @@ def test_a_revision_needs_a_hub_id(own: Path) -> None:
             "euler:use_karras_sigma=true",
             "EulerDiscreteScheduler has no option use_karras_sigma; did you mean use_karras_sigmas",
         ),
-        ("VQDiffusionScheduler", "cannot be built on this model's scheduler settings"),
+        ("VQDiffusionScheduler", "cannot be built from this model's scheduler settings"),
         ("FlowMatchEulerDiscreteScheduler", "does not fit: the model was trained for denoising, like its PNDMSched"),
         ("UniPCMultistepScheduler:use_flow_sigmas=true", "does not fit: the model was trained for denoising"),
         ("RePaintScheduler", "not a scheduler for latent diffusion"),
-        ("EulerDiscreteScheduler:beta_schedule=none", "cannot be built on this model's scheduler settings"),
+        ("EulerDiscreteScheduler:beta_schedule=none", "cannot be built from this model's scheduler settings"),
     ],
 )
 def test_schedulers_that_are_unknown_or_do_not_fit(sd1_folder: Path, scheduler: str, reason: str) -> None:

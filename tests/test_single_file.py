@@ -262,7 +262,7 @@ def test_other_files_are_refused_by_kind(file: Path, case: str) -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("a.ckpt", "is pickled and pickles run code"),
+        ("a.ckpt", "is pickled, and reading a pickle can run code"),
         ("a.bin", "is pickled"),
         ("a.gguf", "is a file; use a .safetensors"),
     ],

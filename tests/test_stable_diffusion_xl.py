@@ -224,7 +224,7 @@ def test_only_base_checkpoints_are_accepted(own: Path, changed: dict[str, Any], 
     [
         ({"projection_class_embeddings_input_dim": 64}, "takes 64 numbers .* takes 72 here; is it a refiner?"),
         ({"addition_embed_type": None}, "addition_embed_type=None is not Stable Diffusion XL"),
-        ({"in_channels": 9}, "takes 9 channels"),
+        ({"in_channels": 9}, "has 9 input and 4 output channels"),
     ],
 )
 def test_other_unets_are_refused(own: Path, unet: dict[str, Any], reason: str) -> None:

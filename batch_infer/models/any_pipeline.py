@@ -156,14 +156,14 @@ def find_class(name: str) -> Any:
         missing = [library for library in backends if find_spec(library) is None]
         raise ModelError(f"{name} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     if not (isinstance(pipeline_type, type) and issubclass(pipeline_type, DiffusionPipeline)):
-        raise ModelError(f"diffusers {diffusers.__version__} has no pipeline {name}; a later one may")
+        raise ModelError(f"diffusers {diffusers.__version__} has no pipeline {name}; a later version may have it")
     call = _parameters_of(pipeline_type)
     if absent := [parameter for parameter in REQUIRED if parameter not in call]:
         raise ModelError(f"{name} is not text-to-image: its __call__ has no {', '.join(absent)}")
     if call["output_type"].default != "pil" or VIDEO_INPUTS & call.keys():
         raise ModelError(f"{name} is not text-to-image: its output is not an image")
     if inputs := sorted(_list_other_inputs(pipeline_type, call)):
-        raise ModelError(f"{name} needs more than a text: {', '.join(inputs)}")
+        raise ModelError(f"{name} needs inputs other than text: {', '.join(inputs)}")
     return pipeline_type
 
 
@@ -207,7 +207,7 @@ def _build_pipeline(path: Path, load: Callable[[Any, str], Any], scheduler: Sche
         with LoadingErrors(f"{path}: {name} ({class_name})"):
             component_type = getattr(module or getattr(diffusers.pipelines, library), class_name, None)
         if component_type is None:
-            raise ModelError(f"{path}: {name} is a {class_name}, which {library} does not have; a later version may")
+            raise ModelError(f"{path}: {name} is a {class_name}, which this version of {library} does not have")
         is_network = isinstance(component_type, type) and issubclass(component_type, torch.nn.Module)
         if is_network or hasattr(component_type, "_model_mapping"):
             modules[name] = load(component_type, name)

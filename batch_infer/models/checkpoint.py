@@ -61,7 +61,7 @@ def _locate(settings: ModelSettings) -> tuple[Path, str | None]:
     """Return the model's folder, and its Hub repository if files may have to be downloaded."""
     path = DEMO_MODEL if settings.name is None else Path(settings.name).expanduser()
     if settings.revision and path.exists():
-        raise ModelError(f"--revision {settings.revision} is for a Hugging Face id, and {path} is local")
+        raise ModelError(f"--revision {settings.revision} needs a Hugging Face id, but {path} is local")
     if settings.name is None:
         return DEMO_MODEL, None
     if path.is_dir():
@@ -73,7 +73,7 @@ def _locate(settings: ModelSettings) -> tuple[Path, str | None]:
 
         return convert_once(path), None
     if settings.name.count("/") != 1 or settings.name.startswith((".", "/", "~")):
-        raise ModelError(f"no model folder at {settings.name}, and that is not a Hugging Face id (owner/name) either")
+        raise ModelError(f"{settings.name} is neither a model folder nor a Hugging Face id (owner/name)")
     from batch_infer.models.hub import fetch_index
 
     return fetch_index(settings.name, settings.revision), settings.name
@@ -83,7 +83,7 @@ def _choose_components(index: Mapping[str, Any], name: str) -> dict[str, tuple[s
     """Map each component to load to its library and class. Raises ModelError if a required component is missing."""
     pipeline = index.get("_class_name")
     if not isinstance(pipeline, str) or not pipeline.isidentifier():
-        raise ModelError(f"{name} is a {pipeline}, and only pipeline classes of diffusers are run")
+        raise ModelError(f"{name} is a {pipeline}, but only pipeline classes of diffusers are supported")
     family, components = FAMILIES.get(pipeline, OTHER_FAMILY), named_components(index, name)
     skipped = family.skipped_components
     if family.denoiser is not None:

@@ -54,7 +54,7 @@ def named_components(index: Mapping[str, Any], name: str) -> dict[str, tuple[str
             case [str(library), str(class_name)] if key.isidentifier() and is_library(library):
                 components[key] = library, class_name
             case [*_] if not key.startswith("_"):
-                raise ModelError(f"{name}: {key} is {value}, and only classes of diffusers and transformers are run")
+                raise ModelError(f"{name}: {key} is {value}: only classes of diffusers and transformers are supported")
     return components
 
 
@@ -117,7 +117,7 @@ def _refuse_quantizer(settings: Any, source: str) -> None:
     if not isinstance(method, str) or method not in QUANTIZERS:
         raise ModelError(
             f"{source} has quant_method {method!r}, which may fetch and run code; "
-            f"supported methods are {', '.join(QUANTIZERS)}. Use the checkpoint that is not quantized"
+            f"supported methods are {', '.join(QUANTIZERS)}. Use the unquantized checkpoint"
         )
     if find_spec(QUANTIZERS[method]) is None:
         package = "optimum-quanto" if method == "quanto" else method

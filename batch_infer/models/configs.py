@@ -96,9 +96,9 @@ def _network_fault(shapes: Sequence[tuple[int, ...]], key: str, value: Any) -> F
         if isinstance(value, list) and key.endswith(("_channels", "_types")):
             too_many |= len(value) > len(shapes)
         if too_many:
-            return f"its weights are {len(shapes)} tensors"
+            return f"its weights have only {len(shapes)} tensors"
         if key == "pos_embed_max_size" and any(number**2 > longest for number in _integers(value)):
-            return f"the largest tensor of its weights has a side of {longest}"
+            return f"the longest side of its tensors is {longest}"
     return _size_fault(key, value)
 
 
@@ -113,7 +113,7 @@ def _size_fault(key: str, value: Any) -> Fault:
     else:
         return None
     numbers = _integers([*value.values()] if isinstance(value, dict) else value)
-    return f"at most {maximum} can be used" if any(abs(number) > maximum for number in numbers) else None
+    return f"the maximum is {maximum}" if any(abs(number) > maximum for number in numbers) else None
 
 
 def _type_fault(key: str, value: Any) -> Fault:
@@ -162,7 +162,7 @@ def check_widths(path: Path, family: Family, name: str) -> None:
     inputs, outputs = (network.get(key) or family.latent_channels for key in ("in_channels", "out_channels"))
     if inputs != outputs:
         raise ModelError(
-            f"{name}: its {denoiser} takes {inputs} channels and gives {outputs}, so it is not a text-to-image "
+            f"{name}: its {denoiser} has {inputs} input and {outputs} output channels, so it is not a text-to-image "
             "checkpoint"
         )
     latents = _read_config(path, "vae", name).get("latent_channels") or 4
@@ -173,7 +173,7 @@ def check_widths(path: Path, family: Family, name: str) -> None:
         _check_joint_attention(path, network, encoders, name)
         return
     expected = network.get("cross_attention_dim") or 1280
-    source = f"hidden_size of {' and '.join(family.text_encoders)} makes"
+    source = f"the total hidden_size of {' and '.join(family.text_encoders)} is"
     for dim in expected if isinstance(expected, list) else [expected]:
         _compare(name, f"{denoiser}/config.json has cross_attention_dim", dim, source, width)
 
@@ -184,14 +184,20 @@ def _check_joint_attention(
     """Compare the widths of Stable Diffusion 3's transformer and text encoders. Raises ModelError."""
     projection = sum(encoder.get("projection_dim") or 512 for encoder in encoders)
     pooled = network.get("pooled_projection_dim") or 2048
-    _compare(name, "transformer/config.json has pooled_projection_dim", pooled, "both projection_dim make", projection)
+    _compare(
+        name,
+        "transformer/config.json has pooled_projection_dim",
+        pooled,
+        "the total projection_dim of both text encoders is",
+        projection,
+    )
     key, joint = "transformer/config.json has joint_attention_dim", network.get("joint_attention_dim") or 4096
     if (path / "text_encoder_3").is_dir():
         t5_width = _read_config(path, "text_encoder_3", name).get("d_model") or 512
         _compare(name, key, joint, "text_encoder_3 has d_model", t5_width)
     width = sum(encoder.get("hidden_size") or 512 for encoder in encoders)
     if width > joint:
-        _compare(name, key, joint, "two text encoders make", width)
+        _compare(name, key, joint, "the total hidden_size of both text encoders is", width)
 
 
 def _compare(name: str, key: str, value: Any, other: str, expected: Any) -> None:

@@ -68,7 +68,7 @@ class Family:
             sizes = _size_rules({**settings, "sample_size": native}, 2 ** (len(vae["block_out_channels"]) - 1))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             source = f"{name}: {self.denoiser}/config.json or vae/config.json"
-            raise ModelError(f"{source} does not give the image sizes: {error}") from error
+            raise ModelError(f"{source} does not define the image size: {error}") from error
         is_embedded = denoiser.get("time_cond_proj_dim") is not None
         return SamplingRules(
             sizes,

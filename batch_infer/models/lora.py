@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,37 +58,27 @@ def read_lora(spec: LoraSpec) -> Lora:
     return Lora(path, spec.weight, hash_file(path), sum(not name.endswith("alpha") for name in names))
 
 
-def fuse_loras(pipeline: Any, loras: Sequence[Lora], model: str) -> None:
-    """Fuse LoRAs into the weights of a loaded pipeline, in order. Raises ModelError for a LoRA that does not fit.
+def fuse_lora(pipeline: Any, lora: Lora, model: str) -> None:
+    """Fuse a LoRA into the weights of a loaded pipeline. Raises ModelError if the LoRA does not fit.
 
     The loaded tensors are counted, because diffusers silently drops tensors that do not match the model.
     """
-    for lora in loras:
-        try:
-            pipeline.load_lora_weights(
-                str(lora.path.parent), weight_name=lora.path.name, adapter_name=ADAPTER, use_safetensors=True,
-                local_files_only=True,
-            )  # fmt: skip
-        except LOADING_ERRORS as error:
-            reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
-            raise _misfit_error(lora, model, reason) from error
-        loaded = _count_loaded(pipeline)
-        if loaded != lora.tensors:
-            raise _misfit_error(lora, model, f"only {loaded} of its {lora.tensors} tensors match the model")
-        pipeline.set_adapters(ADAPTER, lora.weight)
-        try:
-            pipeline.fuse_lora(safe_fusing=True)
-        except ValueError as error:
-            raise ModelError(f"{lora.path} cannot be added to {model}: {first_line(error)}") from error
-        pipeline.unload_lora_weights()
-
-
-def _count_loaded(pipeline: Any) -> int:
-    """Count the adapter's tensors in the pipeline's networks."""
+    misfit = f"{lora.path} does not fit {model}; was it made for another family?"
+    try:
+        pipeline.load_lora_weights(
+            str(lora.path.parent), weight_name=lora.path.name, adapter_name=ADAPTER, use_safetensors=True,
+            local_files_only=True,
+        )  # fmt: skip
+    except LOADING_ERRORS as error:
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
+        raise ModelError(f"{misfit} ({reason})") from error
     networks = [network for network in pipeline.components.values() if hasattr(network, "named_parameters")]
-    names = [name for network in networks for name, _ in network.named_parameters()]
-    return sum(f".{ADAPTER}." in name for name in names)
-
-
-def _misfit_error(lora: Lora, model: str, reason: str) -> ModelError:
-    return ModelError(f"{lora.path} does not fit {model}; was it made for another family? ({reason})")
+    loaded = sum(f".{ADAPTER}." in name for network in networks for name, _ in network.named_parameters())
+    if loaded != lora.tensors:
+        raise ModelError(f"{misfit} (only {loaded} of its {lora.tensors} tensors match the model)")
+    pipeline.set_adapters(ADAPTER, lora.weight)
+    try:
+        pipeline.fuse_lora(safe_fusing=True)
+    except ValueError as error:
+        raise ModelError(f"{lora.path} cannot be added to {model}: {first_line(error)}") from error
+    pipeline.unload_lora_weights()

@@ -45,7 +45,7 @@ def build_scheduler(spec: SchedulerSpec, original: Any) -> Any:
     try:
         scheduler: Any = cast(Any, scheduler_type).from_config(original.config, **dict(spec.options))
     except LOADING_ERRORS as error:
-        raise ModelError(f"{spec} cannot be built on this model's scheduler settings: {describe(error)}") from error
+        raise ModelError(f"{spec} cannot be built from this model's scheduler settings: {describe(error)}") from error
     if _is_flow(scheduler) != _is_flow(original):
         objective = "flow matching" if _is_flow(original) else "denoising"
         name = type(original).__name__

@@ -34,7 +34,7 @@ def convert_once(file: Path) -> Path:
     The folder's name is a digest of the file's content. Raises ModelError.
     """
     if file.suffix in PICKLE_SUFFIXES:
-        raise ModelError(f"{file} is pickled and pickles run code when read; convert the checkpoint to safetensors")
+        raise ModelError(f"{file} is pickled, and reading a pickle can run code; convert the checkpoint to safetensors")
     if file.suffix != ".safetensors":
         raise ModelError(f"{file} is a file; use a .safetensors file or the folder of model_index.json")
     shapes = read_shapes(file, str(file))

@@ -177,7 +177,7 @@ def refuse_pickles(component: str, files: Collection[PurePath], name: str) -> No
     pickles = sorted(file.name for file in files if file.suffix in PICKLE_SUFFIXES)
     if pickles and not any(file.suffix == ".safetensors" for file in files):
         raise ModelError(
-            f"{name}: {component}/{pickles[0]} is pickled and pickles run code when read; "
+            f"{name}: {component}/{pickles[0]} is pickled, and reading a pickle can run code; "
             "convert the checkpoint to safetensors (save_pretrained does)"
         )
 
