@@ -430,7 +430,7 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "code in a pipeline's name": (lambda f: bring_code(f, "flux", "flux.py"), "transformer/flux.py is code"),
     "a library out of the folder": (lambda f: amend(f / "model_index.json", vae=["..flux", "X"]), "only classes of"),
     "a class that is nowhere": (
-        lambda f: amend(f / "model_index.json", vae=["diffusers", "Nothing"]), "vae is a Nothing, which this version of diffusers",
+        lambda f: amend(f / "model_index.json", vae=["diffusers", "Nothing"]), "vae is a Nothing, which this version",
     ),
     "a pipeline that is nowhere": (
         lambda f: amend(f / "model_index.json", _class_name="NothingPipeline"), "has no pipeline NothingPipeline",

@@ -293,7 +293,7 @@ def test_a_tokenizer_without_its_merges_is_refused(own: Path) -> None:
 
 def damage_xl(folder: Path) -> str:
     amend(folder / UNET, cross_attention_dim=32)
-    return "unet/config.json has cross_attention_dim=32, but the total hidden_size of text_encoder and text_encoder_2 is 80"
+    return "has cross_attention_dim=32, but the total hidden_size of text_encoder and text_encoder_2 is 80"
 
 
 def damage_sd3(folder: Path) -> str:

@@ -178,19 +178,12 @@ def check_widths(path: Path, family: Family, name: str) -> None:
         _compare(name, f"{denoiser}/config.json has cross_attention_dim", dim, source, width)
 
 
-def _check_joint_attention(
-    path: Path, network: Mapping[str, Any], encoders: list[Mapping[str, Any]], name: str
-) -> None:
+def _check_joint_attention(path: Path, network: Mapping[str, Any], encoders: list[Any], name: str) -> None:
     """Compare the widths of Stable Diffusion 3's transformer and text encoders. Raises ModelError."""
     projection = sum(encoder.get("projection_dim") or 512 for encoder in encoders)
     pooled = network.get("pooled_projection_dim") or 2048
-    _compare(
-        name,
-        "transformer/config.json has pooled_projection_dim",
-        pooled,
-        "the total projection_dim of both text encoders is",
-        projection,
-    )
+    key = "transformer/config.json has pooled_projection_dim"
+    _compare(name, key, pooled, "the total projection_dim of both text encoders is", projection)
     key, joint = "transformer/config.json has joint_attention_dim", network.get("joint_attention_dim") or 4096
     if (path / "text_encoder_3").is_dir():
         t5_width = _read_config(path, "text_encoder_3", name).get("d_model") or 512
