@@ -222,7 +222,7 @@ def test_only_base_checkpoints_are_accepted(own: Path, changed: dict[str, Any], 
 @pytest.mark.parametrize(
     ("unet", "reason"),
     [
-        ({"projection_class_embeddings_input_dim": 64}, "takes 64 numbers .* takes 72 here; is it a refiner?"),
+        ({"projection_class_embeddings_input_dim": 64}, "takes 64 numbers .* takes 72; is it a refiner?"),
         ({"addition_embed_type": None}, "addition_embed_type=None is not Stable Diffusion XL"),
         ({"in_channels": 9}, "has 9 input and 4 output channels"),
     ],
