@@ -68,7 +68,7 @@ def straight(decidiffusion_folder: Path) -> StraightLine:
 
 
 @pytest.fixture
-def own(decidiffusion_folder: Path, tmp_path: Path) -> Path:
+def copy(decidiffusion_folder: Path, tmp_path: Path) -> Path:
     """A copy of the checkpoint to modify."""
     return copied(decidiffusion_folder, tmp_path)
 
@@ -264,10 +264,10 @@ def test_the_sampler_begins_at_pure_noise(decidiffusion_folder: Path) -> None:
     assert solver.table(4).coefficients[0, :2].tolist() == pytest.approx([noise**0.5, -(image**0.5)], abs=3e-6)
 
 
-def damage(own: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    weights = load_file(own / WEIGHTS)
+def damage(copy: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    weights = load_file(copy / WEIGHTS)
     change(weights)
-    save_file(weights, own / WEIGHTS, metadata={"format": "pt"})
+    save_file(weights, copy / WEIGHTS, metadata={"format": "pt"})
 
 
 SPOILED: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
@@ -292,12 +292,12 @@ SPOILED: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
 
 
 @pytest.mark.parametrize("case", SPOILED)
-def test_unmatched_tensors_are_named(own: Path, case: str) -> None:
+def test_unmatched_tensors_are_named(copy: Path, case: str) -> None:
     change, reason = SPOILED[case]
-    damage(own, change)
+    damage(copy, change)
     with pytest.raises(ModelError, match=reason) as refusal:
-        load_family(own)
-    assert str(own / "flexible_unet") in str(refusal.value)
+        load_family(copy)
+    assert str(copy / "flexible_unet") in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
@@ -312,47 +312,47 @@ def test_unmatched_tensors_are_named(own: Path, case: str) -> None:
         ({"configurations": "none"}, "does not define the image size"),
     ],
 )  # fmt: skip
-def test_another_networks_config_is_refused(own: Path, values: dict[str, Any], reason: str) -> None:
-    amend(own / CONFIG, **values)
+def test_another_networks_config_is_refused(copy: Path, values: dict[str, Any], reason: str) -> None:
+    amend(copy / CONFIG, **values)
     with pytest.raises(ModelError, match=reason) as refusal:
-        load_family(own)
-    assert str(own) in str(refusal.value)
+        load_family(copy)
+    assert str(copy) in str(refusal.value)
 
 
-def test_shards_and_variants_are_loaded(own: Path, model: Any) -> None:
+def test_shards_and_variants_are_loaded(copy: Path, model: Any) -> None:
     """Two shards with an index, in half precision as a variant, next to plain weights that are not loaded."""
-    weights = load_file(own / WEIGHTS)
+    weights = load_file(copy / WEIGHTS)
     halves = list(weights)[::2], list(weights)[1::2]
     files = [f"diffusion_pytorch_model.fp16-0000{k}-of-00002.safetensors" for k in (1, 2)]
     for file, names in zip(files, halves, strict=True):
-        save_file({name: weights[name] for name in names}, own / "flexible_unet" / file, metadata={"format": "pt"})
+        save_file({name: weights[name] for name in names}, copy / "flexible_unet" / file, metadata={"format": "pt"})
     index = {"weight_map": {name: file for file, names in zip(files, halves, strict=True) for name in names}}
-    (own / "flexible_unet" / "diffusion_pytorch_model.safetensors.index.fp16.json").write_text(json.dumps(index))
-    damage(own, lambda w: w["conv_out.bias"].add_(1))
-    card = read_card(ModelSettings(name=str(own), variant="fp16"))
+    (copy / "flexible_unet" / "diffusion_pytorch_model.safetensors.index.fp16.json").write_text(json.dumps(index))
+    damage(copy, lambda w: w["conv_out.bias"].add_(1))
+    card = read_card(ModelSettings(name=str(copy), variant="fp16"))
     sharded = load_latent_diffusion(card, CPU, torch.float32, with_checker=False)
     request = make_request(steps=2, rescale=0.7)
     assert np.array_equal(render(sharded, [request])["row"].pixels, render(model, [request])["row"].pixels)
-    assert furthest(render(load_family(own), [request])["row"].pixels, render(model, [request])["row"].pixels) > 1
-    (own / "flexible_unet" / files[1]).unlink()
+    assert furthest(render(load_family(copy), [request])["row"].pixels, render(model, [request])["row"].pixels) > 1
+    (copy / "flexible_unet" / files[1]).unlink()
     with pytest.raises(ModelError, match=f"{files[1]} is missing"):
-        read_card(ModelSettings(name=str(own), variant="fp16"))
+        read_card(ModelSettings(name=str(copy), variant="fp16"))
 
 
-def test_the_stock_unet_is_not_read(own: Path, decidiffusion_folder: Path, model: Any) -> None:
+def test_the_stock_unet_is_not_read(copy: Path, decidiffusion_folder: Path, model: Any) -> None:
     """It may be invalid, as in the fixture, or missing. The repository's code is not run either."""
-    assert (own / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == b"no weights"
-    assert "raise" in (own / "pipeline.py").read_text("utf-8")
-    shutil.rmtree(own / "unet")
-    before, after = (read_card(ModelSettings(name=str(folder))) for folder in (decidiffusion_folder, own))
+    assert (copy / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == b"no weights"
+    assert "raise" in (copy / "pipeline.py").read_text("utf-8")
+    shutil.rmtree(copy / "unet")
+    before, after = (read_card(ModelSettings(name=str(folder))) for folder in (decidiffusion_folder, copy))
     assert before.fingerprint == after.fingerprint
     request = make_request(steps=2, rescale=0.7)
-    assert np.array_equal(render(load_family(own), [request])["row"].pixels, render(model, [request])["row"].pixels)
+    assert np.array_equal(render(load_family(copy), [request])["row"].pixels, render(model, [request])["row"].pixels)
 
 
-def test_the_fingerprint_changes_with_its_weights(own: Path, decidiffusion_folder: Path) -> None:
-    damage(own, lambda w: w["conv_out.bias"].add_(1))
-    before, after = (read_card(ModelSettings(name=str(folder))) for folder in (decidiffusion_folder, own))
+def test_the_fingerprint_changes_with_its_weights(copy: Path, decidiffusion_folder: Path) -> None:
+    damage(copy, lambda w: w["conv_out.bias"].add_(1))
+    before, after = (read_card(ModelSettings(name=str(folder))) for folder in (decidiffusion_folder, copy))
     assert before.fingerprint != after.fingerprint
 
 
@@ -395,8 +395,8 @@ def test_the_command_renders_a_table(decidiffusion_folder: Path, straight: Strai
     )
     out = tmp_path / "out"
     options = ("--model", str(decidiffusion_folder), "--on-flagged", "keep", "--slots", "6", "--threads", "1")
-    done = command("run", table, "--out", out, "--device", "cpu", *options)
-    assert done.code == 0, done.stderr
+    result = command("run", table, "--out", out, "--device", "cpu", *options)
+    assert result.code == 0, result.stderr
     assert_whole(out)
     rows = results(out)
     params = [(row["num_inference_steps"], row["guidance_scale"], round(row["guidance_rescale"], 6)) for row in rows]

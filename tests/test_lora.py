@@ -223,13 +223,13 @@ def test_a_missing_peft_is_named(sd1_folder: Path, files: dict[str, Path], monke
 
 
 def test_a_family_without_lora_support(sd1_folder: Path, files: dict[str, Path], tmp_path: Path) -> None:
-    own = copied(sd1_folder, tmp_path)
-    (own / "unet").rename(own / "flexible_unet")
-    amend(own / "model_index.json", _class_name="DeciDiffusionPipeline")
+    copy = copied(sd1_folder, tmp_path)
+    (copy / "unet").rename(copy / "flexible_unet")
+    amend(copy / "model_index.json", _class_name="DeciDiffusionPipeline")
     with pytest.raises(
         ModelError, match="a DeciDiffusionPipeline; --lora supports only .* stable_diffusion, stable_diffusion_xl"
     ):
-        card_of(own, LoraSpec(str(files["both"])))
+        card_of(copy, LoraSpec(str(files["both"])))
 
 
 def first(tensors: Tensors) -> str:

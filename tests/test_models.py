@@ -29,7 +29,7 @@ def card_of(folder: Path, **settings: Any) -> ModelCard:
 
 
 @pytest.fixture
-def own(sd1_folder: Path, tmp_path: Path) -> Path:
+def copy(sd1_folder: Path, tmp_path: Path) -> Path:
     """A copy of the checkpoint to modify."""
     return copied(sd1_folder, tmp_path)
 
@@ -60,20 +60,20 @@ def test_cards_of_both_versions(sd1_folder: Path, sd2_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
-def test_the_fingerprint_changes_with_one_weight(own: Path, component: str) -> None:
-    before = card_of(own)
-    (file,) = (own / component).glob("*.safetensors")
+def test_the_fingerprint_changes_with_one_weight(copy: Path, component: str) -> None:
+    before = card_of(copy)
+    (file,) = (copy / component).glob("*.safetensors")
     weights = load_file(file)
     next(iter(weights.values())).view(-1)[0] += 1e-3
     save_file(weights, file, metadata={"format": "pt"})
-    after = card_of(own)
+    after = card_of(copy)
     assert after.fingerprint != before.fingerprint
     assert after.checker_fingerprint == before.checker_fingerprint
 
 
-def test_the_fingerprint_changes_with_vocabulary_and_configs_but_not_with_the_path(own: Path, tmp_path: Path) -> None:
-    before = card_of(own)
-    moved = Path(shutil.move(own, tmp_path / "moved"))
+def test_the_fingerprint_changes_with_vocabulary_and_configs_but_not_with_the_path(copy: Path, tmp_path: Path) -> None:
+    before = card_of(copy)
+    moved = Path(shutil.move(copy, tmp_path / "moved"))
     assert card_of(moved).fingerprint == before.fingerprint
     plain = moved / "unet" / "diffusion_pytorch_model.safetensors"
     shutil.copy(plain, plain.with_name("diffusion_pytorch_model.fp16.safetensors"))
@@ -89,21 +89,21 @@ def test_the_fingerprint_changes_with_vocabulary_and_configs_but_not_with_the_pa
     assert card_of(moved).fingerprint != configured
 
 
-def test_a_missing_variant_is_refused(own: Path) -> None:
+def test_a_missing_variant_is_refused(copy: Path) -> None:
     with pytest.raises(ModelError, match="has no weights of variant bf16"):
-        card_of(own, variant="bf16")
+        card_of(copy, variant="bf16")
 
 
-def test_scheduler_and_checker_have_separate_fingerprints(own: Path) -> None:
-    before = card_of(own)
-    amend(own / "scheduler" / "scheduler_config.json", beta_end=0.02)
-    amend(own / "safety_checker" / "config.json", note="changed")
-    after = card_of(own)
+def test_scheduler_and_checker_have_separate_fingerprints(copy: Path) -> None:
+    before = card_of(copy)
+    amend(copy / "scheduler" / "scheduler_config.json", beta_end=0.02)
+    amend(copy / "safety_checker" / "config.json", note="changed")
+    after = card_of(copy)
     assert after.fingerprint == before.fingerprint
     assert after.scheduler_fingerprint != before.scheduler_fingerprint
     assert after.checker_fingerprint != before.checker_fingerprint
     karras = SchedulerSpec.parse("EulerDiscreteScheduler:use_karras_sigmas=true")
-    chosen = card_of(own, scheduler=karras)
+    chosen = card_of(copy, scheduler=karras)
     assert chosen.scheduler_name == str(karras)
     assert chosen.scheduler_fingerprint != after.scheduler_fingerprint
 
@@ -250,32 +250,32 @@ UNLOADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", FAULTS)
-def test_faults_that_reading_finds_are_refused(own: Path, case: str) -> None:
+def test_faults_that_reading_finds_are_refused(copy: Path, case: str) -> None:
     damage, reason = FAULTS[case]
-    damage(own)
+    damage(copy)
     with pytest.raises(ModelError, match=reason) as refusal:
-        card_of(own)
-    assert str(own) in str(refusal.value)
+        card_of(copy)
+    assert str(copy) in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("case", UNLOADABLE)
-def test_faults_that_loading_finds_are_refused(own: Path, case: str) -> None:
+def test_faults_that_loading_finds_are_refused(copy: Path, case: str) -> None:
     damage, reason = UNLOADABLE[case]
-    damage(own)
+    damage(copy)
     with pytest.raises(ModelError, match=reason) as refusal:
-        load_family(own, with_checker=True)
-    assert str(own) in str(refusal.value)
+        load_family(copy, with_checker=True)
+    assert str(copy) in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
-def test_an_inpainting_checkpoint_is_refused(own: Path) -> None:
-    weights = load_file(own / UNET)
+def test_an_inpainting_checkpoint_is_refused(copy: Path) -> None:
+    weights = load_file(copy / UNET)
     weights["conv_in.weight"] = weights["conv_in.weight"].repeat(1, 3, 1, 1)[:, :9].contiguous()
-    save_file(weights, own / UNET)
-    amend(own / "unet" / "config.json", in_channels=9)
+    save_file(weights, copy / UNET)
+    amend(copy / "unet" / "config.json", in_channels=9)
     with pytest.raises(ModelError, match="has 9 input and 4 output channels"):
-        load_family(own)
+        load_family(copy)
 
 
 @pytest.mark.parametrize(
@@ -292,8 +292,8 @@ def test_a_component_file_is_not_a_checkpoint(sd1_folder: Path) -> None:
         card_of(sd1_folder / UNET)
 
 
-def test_a_revision_needs_a_hub_id(own: Path) -> None:
-    for name in (str(own), None):
+def test_a_revision_needs_a_hub_id(copy: Path) -> None:
+    for name in (str(copy), None):
         with pytest.raises(ModelError, match="--revision v1 needs a Hugging Face id"):
             read_card(ModelSettings(name=name, revision="v1"))
 

@@ -70,14 +70,14 @@ def test_the_folder_has_the_original_configs_and_the_files_weights(file: Path, f
     (filled / "unet" / "mine.py").write_text("raise SystemExit")
     (filled / "unet" / "diffusion_pytorch_model.bin").write_text("pickled")
     amend(filled / "unet" / "config.json", _diffusers_version="0.20.0")
-    made = card_of(file).path
-    files = {path.relative_to(made).as_posix() for path in made.rglob("*") if path.is_file()}
+    converted = card_of(file).path
+    files = {path.relative_to(converted).as_posix() for path in converted.rglob("*") if path.is_file()}
     settings = {path.relative_to(filled).as_posix() for path in filled.rglob("*.json")}
     left_out = {"safety_checker/config.json", "feature_extractor/preprocessor_config.json"}
     weights = {f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae")}
     assert files == settings - left_out | weights | {"text_encoder/model.safetensors"}
     for name in settings - left_out - {"model_index.json"}:
-        assert (made / name).read_bytes() == (filled / name).read_bytes()
+        assert (converted / name).read_bytes() == (filled / name).read_bytes()
 
 
 def test_a_file_renders_the_images_of_its_folder(file: Path, filled: Path, sd1_folder: Path) -> None:
@@ -139,9 +139,9 @@ def test_an_interrupted_conversion_is_repeated(file: Path, filled: Path, monkeyp
         patch.setattr(Path, "rename", stop)
         with pytest.raises(KeyboardInterrupt):
             card_of(file)
-    made = user_cache_path("batch-infer") / "converted-1"
-    assert not [path for path in made.iterdir() if path.is_dir()]
-    half = made / f".tmp-{card_of(file).path.name}"  # as left by a power cut
+    converted = user_cache_path("batch-infer") / "converted-1"
+    assert not [path for path in converted.iterdir() if path.is_dir()]
+    half = converted / f".tmp-{card_of(file).path.name}"  # as left by a power cut
     shutil.copytree(card_of(file).path, half)
     shutil.rmtree(card_of(file).path)
     (half / "stray").mkdir()
