@@ -156,7 +156,7 @@ def test_the_text_changes_the_image(models: dict[str, AnyPipeline]) -> None:
         assert furthest(first.pixels, second.pixels) > 2
 
 
-def test_rows_share_calls_where_shapes_do_not_depend_on_texts(models: dict[str, AnyPipeline]) -> None:
+def test_rows_share_calls_if_shapes_do_not_depend_on_texts(models: dict[str, AnyPipeline]) -> None:
     assert {name for name, model in models.items() if model.needs_separate_calls} == ONE_BY_ONE
     for name, model in models.items():
         batch_sizes: list[int] = []
@@ -191,7 +191,7 @@ def test_noise_at_every_step_comes_from_the_rows_generator(folders: dict[str, Pa
     assert np.array_equal(alone["first"].pixels, together["first"].pixels)
 
 
-def test_noise_that_no_seed_decides_is_refused(folders: dict[str, Path]) -> None:
+def test_noise_that_does_not_depend_on_the_seed_is_refused(folders: dict[str, Path]) -> None:
     with pytest.raises(ModelError, match=r"FluxPipeline with FlowMatchEulerDiscreteScheduler draws noise \(randn"):
         load_model(folders["flux"], "FlowMatchEulerDiscreteScheduler:stochastic_sampling=true")
 
@@ -219,7 +219,7 @@ def test_the_checkers_verdict_equals_that_of_diffusers(folders: dict[str, Path])
 
 
 class _Spy:
-    """A pipeline that is recorded or made to fail."""
+    """Records the calls of a pipeline, or makes them fail."""
 
     def __init__(self, pipeline: Any, before: Callable[[dict[str, Any]], object]) -> None:
         self._pipeline, self._before = pipeline, before
@@ -365,7 +365,7 @@ def test_the_fingerprint_changes_with_the_prompt_template(folders: dict[str, Pat
     assert card_of(copy).fingerprint != before
 
 
-def test_a_card_is_read_without_torch_where_another_process_inspects_the_pipeline(folders: dict[str, Path]) -> None:
+def test_reading_a_card_loads_no_torch_if_another_process_inspects_the_pipeline(folders: dict[str, Path]) -> None:
     script = f"""
 import sys
 from batch_infer.models import SamplingRules, read_card
@@ -462,7 +462,7 @@ def test_missing_weights_are_named(folders: dict[str, Path], tmp_path: Path) -> 
         load_model(copy)
 
 
-def test_half_precision_keeps_float32_where_float16_overflows(folders: dict[str, Path]) -> None:
+def test_layers_that_overflow_in_float16_stay_in_float32(folders: dict[str, Path]) -> None:
     """As in diffusers: T5 keeps the last projection of its blocks in float32."""
     model = AnyPipeline.load(card_of(folders["flux"]), CPU, torch.float16, with_checker=False)
     encoder = model.pipeline.text_encoder_2

@@ -217,7 +217,7 @@ def hide(path: Path, text: str) -> None:
     path.write_text(f'{{"\\u{ord(text[0]):04x}{text[1:]}": {{"AutoModel": "m.M"}}, {content[1:]}', "utf-8")
 
 
-def test_a_key_with_escapes_is_found(copy: Path) -> None:
+def test_a_key_with_escapes_is_refused(copy: Path) -> None:
     hide(copy / TEXT, "auto_map")
     assert "auto_map" not in (copy / TEXT).read_text("utf-8")
     with pytest.raises(
@@ -254,7 +254,7 @@ FOREIGN: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize("depth", [0, 2])
 @pytest.mark.parametrize(("file", "keys", "reason"), FOREIGN)
-def test_a_setting_that_brings_code_is_refused_at_any_depth(
+def test_a_setting_that_loads_code_is_refused_at_any_depth(
     copy: Path, file: str, keys: dict[str, Any], reason: str, depth: int
 ) -> None:
     for _ in range(depth):

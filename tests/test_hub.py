@@ -92,7 +92,7 @@ def test_only_files_that_are_loaded_are_fetched(read: Read, served: Hub, sd1_fol
     assert Path(answer["path"]).name == COMMIT
 
 
-def test_a_variant_is_fetched_where_a_component_has_it(read: Read, served: Hub) -> None:
+def test_components_without_the_variant_use_default_weights(read: Read, served: Hub) -> None:
     read(variant="fp16")
     weights = [file for file in served.files("owner/tiny") if file.endswith(".safetensors")]
     assert f"unet/{WEIGHTS}.fp16.safetensors" in weights
@@ -121,7 +121,7 @@ def test_sharded_weights_come_with_their_index(read: Read, served: Hub, reposito
     ]
 
 
-def test_decidiffusion_does_not_fetch_what_it_does_not_read(read: Read, served: Hub, repository: Path) -> None:
+def test_unused_files_of_decidiffusion_are_not_fetched(read: Read, served: Hub, repository: Path) -> None:
     amend(repository / "model_index.json", _class_name="DeciDiffusionPipeline")
     assert "flexible_unet/" in read()["error"]
     (repository / "unet").rename(repository / "flexible_unet")

@@ -1,4 +1,4 @@
-"""LoRAs: fused as diffusers does, part of the fingerprint, and refused where they do not fit."""
+"""LoRAs: fused as diffusers does, part of the fingerprint, and refused if they do not fit."""
 
 from __future__ import annotations
 

@@ -250,7 +250,7 @@ UNLOADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", FAULTS)
-def test_faults_that_reading_finds_are_refused(copy: Path, case: str) -> None:
+def test_faults_are_refused_on_reading(copy: Path, case: str) -> None:
     damage, reason = FAULTS[case]
     damage(copy)
     with pytest.raises(ModelError, match=reason) as refusal:
@@ -260,7 +260,7 @@ def test_faults_that_reading_finds_are_refused(copy: Path, case: str) -> None:
 
 
 @pytest.mark.parametrize("case", UNLOADABLE)
-def test_faults_that_loading_finds_are_refused(copy: Path, case: str) -> None:
+def test_faults_are_refused_on_loading(copy: Path, case: str) -> None:
     damage, reason = UNLOADABLE[case]
     damage(copy)
     with pytest.raises(ModelError, match=reason) as refusal:

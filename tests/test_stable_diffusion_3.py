@@ -134,7 +134,7 @@ def test_a_schedule_that_depends_on_the_size_uses_the_pipeline_call(folder: Path
     assert furthest(outcome.pixels, ask(load_oracle(copy), request)) <= 1
 
 
-def test_half_precision_keeps_float32_where_float16_overflows(sd3_folder: Path) -> None:
+def test_layers_that_overflow_in_float16_stay_in_float32(sd3_folder: Path) -> None:
     card = read_card(ModelSettings(name=str(sd3_folder)))
     model: Any = load_latent_diffusion(card, CPU, torch.float16, with_checker=False)
     encoder = model.pipeline.text_encoder_3

@@ -78,7 +78,7 @@ def test_no_negative_prompt_differs_from_an_empty_one(sdxl: Any, sdxl_folder: Pa
     assert unguided.context[1] is None
 
 
-def test_no_negative_prompt_is_an_empty_one_where_the_checkpoint_says_so(copy: Path) -> None:
+def test_a_missing_negative_prompt_is_empty_if_the_checkpoint_says_so(copy: Path) -> None:
     amend(copy / "model_index.json", force_zeros_for_empty_prompt=False)
     rendered, pipe = render(load_family(copy), NEGATIVES), load_pipeline(copy)
     for row in NEGATIVES:
@@ -98,7 +98,7 @@ def test_embeddings_equal_those_of_the_pipeline(sdxl: Any, sdxl_folder: Path) ->
 
 @pytest.mark.parametrize("name", ["sdxl", "sdxl_turbo"])
 def test_a_rows_bytes_do_not_depend_on_its_neighbours(name: str, request: pytest.FixtureRequest) -> None:
-    """Also where the sampler draws noise at every step."""
+    """Also if the sampler draws noise at every step."""
     model = load_family(request.getfixturevalue(f"{name}_folder"))
     row = make_request("row", "a small star", steps=4, negative="green", seed=3)
     expected = render(model, [row])["row"].pixels
@@ -134,7 +134,7 @@ def test_a_distilled_guidance_scale_is_an_input(copy: Path) -> None:
     assert {conditioning.context[1] for conditioning in model.condition(rows)} == {None}
 
 
-def test_a_prompt_is_truncated_where_either_encoder_cuts_it(copy: Path) -> None:
+def test_a_prompt_is_truncated_if_either_encoder_truncates_it(copy: Path) -> None:
     """The second tokenizer has no merges and splits each word into letters."""
     path = copy / "tokenizer_2" / "tokenizer.json"
     words = json.loads(path.read_text("utf-8"))
@@ -160,7 +160,7 @@ def test_the_card(sdxl_folder: Path) -> None:
     assert load_solver(card).name == "EulerDiscreteScheduler"
 
 
-def test_the_fingerprint_changes_with_both_encoders_and_the_meaning_of_no_negative_prompt(copy: Path) -> None:
+def test_the_fingerprint_depends_on_both_encoders_and_on_the_missing_negative_prompt(copy: Path) -> None:
     before = card_of(copy).fingerprint
     index = copy / "model_index.json"
     amend(index, force_zeros_for_empty_prompt=None)
@@ -181,7 +181,7 @@ def test_latents_are_normalized_as_the_vae_config_says(copy: Path) -> None:
     assert furthest(render(model, row)["row"].pixels, plain) > 2
 
 
-def test_half_precision_decodes_in_float32_where_it_would_overflow(copy: Path) -> None:
+def test_a_decoder_that_overflows_in_float16_decodes_in_float32(copy: Path) -> None:
     StableDiffusionXLPipeline.from_pretrained(copy, dtype=torch.float16, add_watermarker=False).save_pretrained(
         copy, variant="fp16"
     )
