@@ -65,17 +65,13 @@ def out_of_memory_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or not is_out_of_memory(error):
+        if isinstance(error, torch.OutOfMemoryError) or not any(text in str(error) for text in OUT_OF_MEMORY):
             raise
         raise torch.OutOfMemoryError(first_line(error)) from error
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether an error reports exhausted device memory."""
-    return any(text in str(error) for text in OUT_OF_MEMORY)
-
-
-def is_device_fault(error: BaseException) -> bool:
-    """Return whether the device or its libraries, not the computation, caused an error."""
-    accelerator_error = getattr(torch, "AcceleratorError", ())  # since torch 2.8
-    return isinstance(error, accelerator_error) or any(text in str(error) for text in DEVICE_FAULTS)
+def is_device_error(error: BaseException) -> bool:
+    """Return whether the device, its memory or its libraries caused an error, not the computation."""
+    if isinstance(error, (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))):
+        return True  # AcceleratorError exists since torch 2.8
+    return any(text in str(error) for text in (*OUT_OF_MEMORY, *DEVICE_FAULTS))
