@@ -143,7 +143,7 @@ def commit_image(out: Path, name: str) -> Path:
     return out / stored.path
 
 
-def test_clearing_keeps_links_and_removes_only_named_images_behind_them(out: Path, tmp_path: Path) -> None:
+def test_clearing_keeps_links_and_removes_only_named_images_from_their_targets(out: Path, tmp_path: Path) -> None:
     full(out)
     link_images(out, tmp_path / "big disk")
     image = commit_image(out, "b")
@@ -163,7 +163,7 @@ def test_clearing_keeps_links_and_removes_only_named_images_behind_them(out: Pat
 def test_a_killed_overwrite_is_finished_by_the_next_run(
     out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linked: bool
 ) -> None:
-    """At whichever removal it is killed, no command reads what is left as results."""
+    """No command reads the remaining files as results, whichever removal was interrupted."""
     for step in range(1, 20):
         shutil.rmtree(out, ignore_errors=True)
         shutil.rmtree(tmp_path / "big disk", ignore_errors=True)
@@ -379,7 +379,7 @@ def test_an_unreadable_lock_is_an_error(shared: Path) -> None:
     assert f"StorageError: cannot read {shared}/.lock: Permission denied" in done.stderr
 
 
-def test_status_is_unknown_where_the_lock_is_unreadable(shared: Path) -> None:
+def test_status_is_unknown_if_the_lock_is_unreadable(shared: Path) -> None:
     table = write_csv(shared.parent / "t.csv", [["prompt"], ["a red circle"]])
     assert run(table, shared).code == 0
     (shared / "run.json").write_text(json.dumps({**run_json(shared), "summary": None}))

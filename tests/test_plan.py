@@ -116,7 +116,7 @@ def test_a_plan_prints_a_readable_report(table: Path, out: Path) -> None:
     ]  # fmt: skip
 
 
-def test_the_files_that_are_read_and_left_out_are_listed(tmp_path: Path, out: Path) -> None:
+def test_read_and_ignored_files_are_listed(tmp_path: Path, out: Path) -> None:
     folder = tmp_path / "t"
     for name, rows in (("a.csv", 2), ("b.csv", 0), ("README.csv", 1), ("c.zip", 1)):
         write_csv(folder / name, [["prompt"], *([["x"]] * rows)])

@@ -177,7 +177,7 @@ def test_a_gpu_is_cached(driver: Path) -> None:
     assert devices.load_device("cuda") is None
 
 
-def test_a_cpu_is_not_cached_where_gpus_are_visible(driver: Path) -> None:
+def test_a_cpu_is_not_cached_if_gpus_are_visible(driver: Path) -> None:
     """A later command may use them: the driver may have failed, or another torch may be installed."""
     devices.save_device("auto", Device("cpu", "Test"))
     assert devices.load_device("auto") is None

@@ -117,7 +117,7 @@ def test_an_invalid_row_does_not_count_as_a_compiled_image(
 
 
 @pytest.mark.parametrize("requested", [None, True])
-def test_a_plan_measures_without_compilation_where_the_run_would(
+def test_a_plan_measures_without_compilation_if_the_run_would(
     requested: bool | None, settings: RunSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     compiled: list[bool] = []

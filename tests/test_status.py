@@ -84,7 +84,7 @@ def test_status_during_the_scan(table: Path, out: Path) -> None:
         assert "the tables are being scanned" in command("status", out).stdout
 
 
-def test_status_where_the_lock_is_unreadable(table: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_if_the_lock_is_unreadable(table: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(table, out, "--limit", "1").code == 0
     record = json.loads((out / "run.json").read_text())
     (out / "run.json").write_text(json.dumps({**record, "summary": None}))
