@@ -86,34 +86,28 @@ def open_tables(settings: RunSettings) -> Tables:
 
 
 def find_model(settings: RunSettings, read_facts: Callable[[Path], SamplingRules] | None = None) -> ModelCard:
-    """Download the model if needed, check that it has a required safety checker, and return its card.
+    """Download the model if needed, and return its card. Warn if images will not be checked.
 
     `read_facts` reads model properties that only diffusers knows. The default imports torch in this process. Raises
-    ModelError, SettingsError.
+    ModelError, and SettingsError if the run requires a safety checker that is missing.
     """
-    card = read_card(settings.model, read_facts, needs_checker=settings.safety.uses_checker(has_checker=True))
-    _check_safety(settings, card)
-    return card
-
-
-def _check_safety(settings: RunSettings, card: ModelCard) -> None:
-    """Raise SettingsError if a required checker is missing, and warn if none will run."""
-    safety = settings.safety
-    if safety.service is not None:
+    safety, service = settings.safety, settings.safety.service
+    card = read_card(settings.model, read_facts, needs_checker=safety.uses_checker(has_checker=True))
+    if service is not None:
         from batch_infer.safety import check_credentials  # imports Azure's libraries
 
-        check_credentials(safety.service)
+        check_credentials(service)
     if safety.mode == "none":
         if safety.required:
             raise SettingsError("--require-safety and --safety none contradict each other: leave one out")
-        return
-    if card.has_checker or (safety.service is not None and safety.mode != "checker,azure"):
-        return
-    if safety.required or safety.mode in ("checker", "checker,azure"):
-        raise SettingsError(
-            f"{card.name} has no safety checker, but this run requires one; images would not be checked"
-        )
-    log.warning("%s has no safety checker: images will not be checked; nsfw_content_detected will be null", card.name)
+    elif not card.has_checker and (service is None or safety.mode == "checker,azure"):
+        if safety.required or safety.mode in ("checker", "checker,azure"):
+            raise SettingsError(
+                f"{card.name} has no safety checker, but this run requires one; images would not be checked"
+            )
+        message = "%s has no safety checker: images will not be checked; nsfw_content_detected will be null"
+        log.warning(message, card.name)
+    return card
 
 
 def prepare(settings: RunSettings, tables: Tables, card: ModelCard, device: Device) -> Job:
