@@ -92,7 +92,7 @@ def test_merge_embeds_nothing_from_elsewhere(folder: Path) -> None:
     *others, own = (json.loads(line)["generated_image"] for line in lines)
     assert others == [None] * 8
     assert base64.b64decode(own).startswith(b"\x89PNG")
-    assert done.stderr.count("is not an image of this run, so it is left out") == 8
+    assert done.stderr.count("or not an image of this run, so it is omitted") == 8
 
 
 @pytest.mark.parametrize("policy", ["blank", "quarantine"])
