@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,8 +16,6 @@ from batch_infer.manifest import read_part
 from batch_infer.records import ResultRow, Source, digest, utc_now
 from batch_infer.store import path_exists, temporary_database
 from batch_infer.table import is_ignored_name, make_default_id
-
-_COLUMNS = ("id", "image_index", "source_file", "source_row", "generated_image")
 
 log = logging.getLogger("batch_infer")
 
@@ -85,15 +84,21 @@ def _refuse(file: Path, other: Path) -> ResultRow:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class CommittedId:
-    """A row that was committed under an id from its table, and the path of its image."""
+class CommittedId(NamedTuple):
+    """The result columns of a row that was committed under an id from its table."""
 
     id: str
     image_index: int
-    file: str
-    row: int
-    path: str | None
+    source_file: str
+    source_row: int
+    generated_image: str | None
+
+    @property
+    def is_default(self) -> bool:
+        """Whether the id is the default id of its row. No other row can have it."""
+        file, row = self.source_file, self.source_row
+        default_ids = make_default_id(Source(file, row).stem, row), make_default_id(file.rstrip("+"), row)
+        return self.id.rstrip("+") in default_ids
 
 
 class IdOwnership:
@@ -109,10 +114,10 @@ class IdOwnership:
     def __init__(self) -> None:
         self._database = temporary_database()
         self._database.execute(
-            "CREATE TABLE ids (id TEXT, image_index INTEGER, file TEXT, row INTEGER, path TEXT,"
-            " PRIMARY KEY (id, file, image_index)) WITHOUT ROWID"
+            "CREATE TABLE ids (id TEXT, image_index INTEGER, source_file TEXT, source_row INTEGER,"
+            " generated_image TEXT, PRIMARY KEY (id, source_file, image_index)) WITHOUT ROWID"
         )
-        self._database.execute("CREATE INDEX files ON ids (file)")
+        self._database.execute("CREATE INDEX files ON ids (source_file)")
         self._part_names: set[str] = set()
 
     def add(self, parts: Iterable[Path]) -> None:
@@ -121,36 +126,35 @@ class IdOwnership:
             if part.name in self._part_names:
                 continue
             try:
-                columns = read_part(part, _COLUMNS).to_pydict()
+                columns = read_part(part, CommittedId._fields).to_pydict()
             except StorageError:
                 if path_exists(part):
                     raise
                 continue  # another worker has set it aside
-            rows = (row for row in zip(*(columns[name] for name in _COLUMNS), strict=True) if not _has_default_id(*row))
-            self._database.executemany("INSERT OR REPLACE INTO ids VALUES (?,?,?,?,?)", rows)
+            rows = map(CommittedId, *(columns[name] for name in CommittedId._fields))
+            values = (row for row in rows if not row.is_default)
+            self._database.executemany("INSERT OR REPLACE INTO ids VALUES (?,?,?,?,?)", values)
             self._part_names.add(part.name)
 
     def has_earlier_owner(self, name: str, file: str, folder: FolderFiles) -> bool:
         """Return whether a file of the folder that sorts before `file` has a row under the id `name`."""
-        rows = self._database.execute("SELECT DISTINCT file FROM ids WHERE id = ? AND file < ?", (name, file))
-        return any(other in folder.existing for (other,) in rows)
+        query = "SELECT DISTINCT source_file FROM ids WHERE id = ? AND source_file < ?"
+        return any(other in folder.existing for (other,) in self._database.execute(query, (name, file)))
 
     def find_conflicts(self, folder: FolderFiles) -> frozenset[CommittedId]:
         """Return all rows of existing files under an id that a file of the mini-batch and another file contain."""
-        query = "SELECT DISTINCT a.id FROM ids AS a JOIN ids AS b ON b.id = a.id AND b.file <> a.file WHERE a.file = ?"
+        query = (
+            "SELECT DISTINCT a.id FROM ids AS a JOIN ids AS b ON b.id = a.id AND b.source_file <> a.source_file"
+            " WHERE a.source_file = ?"
+        )
         names = {name for file in folder.files for (name,) in self._database.execute(query, (file,))}
         conflicts: list[CommittedId] = []
         for name in names:
-            rows = self._database.execute("SELECT id, image_index, file, row, path FROM ids WHERE id = ?", (name,))
-            committed = [entry for row in rows if (entry := CommittedId(*row)).file in folder.existing]
-            if len({entry.file for entry in committed}) > 1:
-                conflicts += committed
+            rows = map(CommittedId._make, self._database.execute("SELECT * FROM ids WHERE id = ?", (name,)))
+            existing = [row for row in rows if row.source_file in folder.existing]
+            if len({row.source_file for row in existing}) > 1:
+                conflicts += existing
         return frozenset(conflicts)
 
     def close(self) -> None:
         self._database.close()
-
-
-def _has_default_id(name: str, _: int, file: str, row: int, __: str | None) -> bool:
-    """Return whether an id is the default id of its row. No other row can have it."""
-    return name.rstrip("+") in (make_default_id(Source(file, row).stem, row), make_default_id(file.rstrip("+"), row))

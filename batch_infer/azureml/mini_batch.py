@@ -45,7 +45,13 @@ class MiniBatchScorer:
     def __init__(self, deployment: AzureDeployment) -> None:
         """Load the model, and create OUT and its run.json if they do not exist. Raises UsageError, StorageError."""
         self._deployment, self._path = deployment, deployment.settings.out
-        self._prepare_out()
+        refuse_foreign_files(self._path, (), deployment.earlier)
+        try:
+            self._path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SettingsError(f"cannot write to {self._path}: {error.strerror or error}") from error
+        create_run_json(self._path, deployment.record)
+        self._check_identity()
         # run.json marks the folder: a separate marker would remain if a worker is killed.
         self._out = replace(PinnedFolder.pin(self._path), marker="run.json")
         self._manifest, self._renderer = Manifest(self._out), MiniBatchRenderer(deployment, self._out)
@@ -82,15 +88,6 @@ class MiniBatchScorer:
         self._index.close()
         self._ids.close()
         self._renderer.close()
-
-    def _prepare_out(self) -> None:
-        refuse_foreign_files(self._path, (), self._deployment.earlier)
-        try:
-            self._path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SettingsError(f"cannot write to {self._path}: {error.strerror or error}") from error
-        create_run_json(self._path, self._deployment.record)
-        self._check_identity()
 
     def _check_identity(self) -> None:
         """Raise SettingsError if OUT belongs to workers with another model, scheduler, dtype or safety policy.
@@ -156,15 +153,15 @@ class MiniBatchScorer:
 
     def _settle_conflicts(self, conflicts: frozenset[CommittedId], folder: FolderFiles) -> None:
         """Commit results for conflicting rows of other files, and remove images that lost their id."""
-        for file in sorted({conflict.file for conflict in conflicts} - set(folder.files)):
+        for file in sorted({conflict.source_file for conflict in conflicts} - set(folder.files)):
             with self._open_tables(folder, [file]) as tables:
-                sources = {(file, conflict.row) for conflict in conflicts if conflict.file == file}
+                sources = {(file, conflict.source_row) for conflict in conflicts if conflict.source_file == file}
                 self._commit_pending(self._make_job(tables, sources), folder)
         sink = make_sink(self._out)
         for conflict in conflicts:
             entry = self._index.find((conflict.id, conflict.image_index))
-            if conflict.path and entry and entry.path != conflict.path:
-                sink.remove(conflict.path)
+            if conflict.generated_image and entry and entry.path != conflict.generated_image:
+                sink.remove(conflict.generated_image)
 
     def _open_tables(self, folder: FolderFiles, names: Sequence[str]) -> Tables:
         settings = self._deployment.settings.table

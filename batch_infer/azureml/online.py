@@ -70,8 +70,15 @@ def init() -> None:
 def run(raw_data: str | bytes) -> Any:
     """Return the objects for a request, or a response of the server with an error status."""
     service = _load_service()
+    deployment = service.deployment
     try:
-        return _score(raw_data, service, Client(_read_timeout(), _find_disconnection_check()))
+        client = Client(_read_timeout(), _find_disconnection_check())
+        rows, parameters = read_payload(raw_data, deployment.settings.table.columns)
+        check_parameters(parameters, deployment)
+        items = list(islice(read_rows(rows, deployment), MAX_IMAGES + 1))
+        if len(items) > MAX_IMAGES:
+            raise TooManyImagesError(len(rows))
+        return score(items, service, client)
     except TooManyImagesError as error:
         return _make_response(error, TOO_LARGE, str(error))
     except TableError as error:
@@ -87,16 +94,6 @@ def run(raw_data: str | bytes) -> Any:
 @cache
 def _load_service() -> Service:
     return Service(read_deployment(is_only_worker=True))
-
-
-def _score(raw_data: str | bytes, service: Service, client: Client) -> list[dict[str, Any]]:
-    deployment = service.deployment
-    rows, parameters = read_payload(raw_data, deployment.settings.table.columns)
-    check_parameters(parameters, deployment)
-    items = list(islice(read_rows(rows, deployment), MAX_IMAGES + 1))
-    if len(items) > MAX_IMAGES:
-        raise TooManyImagesError(len(rows))
-    return score(items, service, client)
 
 
 def _read_timeout() -> float:

@@ -24,14 +24,6 @@ MODULE = "entry_script"
 """Module name of the script. Its file name could equal the name of a module that it imports."""
 
 
-@dataclass(frozen=True, slots=True)
-class ScriptTask:
-    """The script to run, and the arguments of DataFrame.to_csv, or None to write no rows."""
-
-    script: str
-    to_csv: Mapping[str, Any] | None
-
-
 class Event(Enum):
     """Messages without content: init() has returned, and run() is called."""
 
@@ -56,29 +48,29 @@ class ScriptFailed:
 
 
 MessageFromWorker: TypeAlias = "Event | RunReturned | ScriptFailed"
-MessageToWorker: TypeAlias = "ScriptTask | MiniBatch | None"
-"""None: shut down."""
 
 
 class ScriptError(RuntimeError):
     """The script lacks a function, or returned a result that Azure does not accept."""
 
 
-def run_worker(descriptor: int) -> None:
-    """Run the script until the parent requests shutdown or closes the connection with this file descriptor."""
+def run_worker(descriptor: int, path: str, to_csv: Mapping[str, Any] | None) -> None:
+    """Run a script until the parent requests shutdown or closes the connection with this file descriptor.
+
+    `to_csv` contains the arguments of DataFrame.to_csv, or is None to format no rows.
+    """
     os.set_inheritable(descriptor, False)  # otherwise processes of the script would keep the connection open
     parent = ParentConnection(Connection(descriptor))
-    task = parent.inbox.get()
     script = None
     with parent:
-        script = _start_script(Path(task.script))
+        script = _start_script(Path(path))
     if script is None:
         sys.exit(1)
     parent.send(Event.READY)
     while (mini_batch := parent.inbox.get()) is not None:
         parent.send(Event.RUN_STARTED)
         with parent:
-            parent.send(_format_rows(_call_run(script, mini_batch), task.to_csv))
+            parent.send(_format_rows(_call_run(script, mini_batch), to_csv))
     if callable(shutdown := getattr(script, "shutdown", None)):
         shutdown()
 
@@ -126,8 +118,8 @@ class ParentConnection:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        """Messages of the type MessageToWorker."""
+        self.inbox: queue.SimpleQueue[MiniBatch | None] = queue.SimpleQueue()
+        """The mini-batches to run. None requests shutdown."""
         Thread(target=self._receive_all, daemon=True).start()
 
     def _receive_all(self) -> None:
