@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
-
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from batch_infer.errors import StorageError
 from batch_infer.manifest import read_part
@@ -20,23 +17,15 @@ from batch_infer.table import is_ignored_name, make_default_id
 log = logging.getLogger("batch_infer")
 
 
-@dataclass(frozen=True, slots=True)
-class FolderFiles:
-    """Names of a mini-batch's files in one folder, in order. `existing` contains the names of all files there."""
+class FolderFiles(NamedTuple):
+    """Names of a mini-batch's files in one folder, in order. `existing`: names of all files there.
+
+    A file that was removed no longer owns ids.
+    """
 
     path: Path
     files: tuple[str, ...]
     existing: frozenset[str]
-
-    @property
-    def sorted_files(self) -> list[str]:
-        """The files in reading order. The first file by name owns an id that several files contain."""
-        return sorted(self.files)
-
-    def restore_order(self, results: pa.Table) -> pa.Table:
-        """Return results in the order of the mini-batch's files."""
-        positions = pc.index_in(results["source_file"], value_set=pa.array(self.files, pa.string()))
-        return results.take(pc.sort_indices(positions))
 
 
 def group_by_folder(files: Sequence[str]) -> tuple[list[FolderFiles], list[ResultRow]]:
@@ -55,16 +44,13 @@ def group_by_folder(files: Sequence[str]) -> tuple[list[FolderFiles], list[Resul
             names_by_folder.setdefault(file.parent, []).append(file.name)
         else:
             refused.append(_refuse(file, other))
-    folders = [FolderFiles(path, tuple(names), _list_existing(path, names)) for path, names in names_by_folder.items()]
+    folders = []
+    for path, names in names_by_folder.items():
+        existing = names
+        with suppress(OSError):
+            existing = [*names, *(entry.name for entry in path.iterdir())]
+        folders.append(FolderFiles(path, tuple(names), frozenset(existing)))
     return folders, refused
-
-
-def _list_existing(path: Path, names: Sequence[str]) -> frozenset[str]:
-    """Return the names of a folder's files. A file that was removed no longer owns ids."""
-    try:
-        return frozenset(names).union(entry.name for entry in path.iterdir())
-    except OSError:
-        return frozenset(names)
 
 
 def _refuse(file: Path, other: Path) -> ResultRow:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from batch_infer.azureml.deployment import AzureDeployment, read_cached_run
 from batch_infer.azureml.folders import CommittedId, FolderFiles, IdOwnership, group_by_folder
@@ -104,11 +105,12 @@ class MiniBatchScorer:
 
     def _score_folder(self, folder: FolderFiles) -> tuple[pa.Table, dict[str, str]]:
         """Return the results of a folder's files, and an error message for each file that cannot be read."""
+        files = sorted(folder.files)  # so that the first file by name owns an id that several files contain
         # Remove temporary files of workers that died with these files, and restore the images that they set aside.
-        leftover_folders = [self._path, self._manifest.folder, *make_sink(self._out).folders_of(folder.sorted_files)]
+        leftover_folders = [self._path, self._manifest.folder, *make_sink(self._out).folders_of(files)]
         originals = remove_abandoned(self._path, leftover_folders)
         restore_images(self._path, originals, lambda: nullcontext(self._update_index()), _set_aside)
-        with self._open_tables(folder, folder.sorted_files) as tables:
+        with self._open_tables(folder, files) as tables:
             job = self._make_job(tables)
             for _ in range(MAX_PASSES):
                 try:
@@ -117,9 +119,10 @@ class MiniBatchScorer:
                     _set_aside(damage)
                     continue
                 if results is not None:
-                    return folder.restore_order(results), tables.unreadable_files
+                    positions = pc.index_in(results["source_file"], value_set=pa.array(folder.files, pa.string()))
+                    return results.take(pc.sort_indices(positions)), tables.unreadable_files
         raise StorageError(
-            f"{', '.join(folder.sorted_files)}: {self._manifest.folder} does not have a result of every row, because"
+            f"{', '.join(files)}: {self._manifest.folder} does not have a result of every row, because"
             " other workers rendered the same rows or parts were damaged; committed rows are kept, try again"
         )
 
@@ -137,13 +140,20 @@ class MiniBatchScorer:
         empty = pa.schema([*SCHEMA, *job.tables.carried]).empty_table()
         return None if counts.remaining else pa.concat_tables([empty, *batches])
 
-    def _commit_pending(self, job: Job, folder: FolderFiles) -> None:
-        """Render and commit pending rows. Their ids depend only on the parts that were read before."""
+    def _commit_pending(
+        self, job: Job, folder: FolderFiles, sources: Collection[tuple[str, int]] | None = None
+    ) -> None:
+        """Render and commit pending rows, whose ids depend only on the parts that were read before.
+
+        `sources` (file name, row number) limits them to these rows.
+        """
 
         def is_skipped(item: Item, entry: ManifestEntry | None) -> bool:
-            file, _ = get_source(item)
-            owner = getattr(entry, "source_file", file)
-            return is_finished(item, entry) and (owner == file or owner not in folder.existing)
+            source = get_source(item)
+            if sources is not None and source not in sources:
+                return True
+            owner = getattr(entry, "source_file", source[0])
+            return is_finished(item, entry) and (owner == source[0] or owner not in folder.existing)
 
         scan_tables(job, self._index, is_skipped)
         self._update_index()
@@ -156,7 +166,7 @@ class MiniBatchScorer:
         for file in sorted({conflict.source_file for conflict in conflicts} - set(folder.files)):
             with self._open_tables(folder, [file]) as tables:
                 sources = {(file, conflict.source_row) for conflict in conflicts if conflict.source_file == file}
-                self._commit_pending(self._make_job(tables, sources), folder)
+                self._commit_pending(self._make_job(tables), folder, sources)
         sink = make_sink(self._out)
         for conflict in conflicts:
             entry = self._index.find((conflict.id, conflict.image_index))
@@ -169,9 +179,9 @@ class MiniBatchScorer:
         others = SharedFolder(folder.existing, lambda name, file: self._ids.has_earlier_owner(name, file, folder))
         return Tables(settings, SCHEMA.names, others)
 
-    def _make_job(self, tables: Tables, sources: Collection[tuple[str, int]] | None = None) -> Job:
+    def _make_job(self, tables: Tables) -> Job:
         it = self._deployment
-        return RowSelectionJob(it.settings, tables, it.card, it.compute, it.record, it.earlier, it.rules, sources)
+        return Job(it.settings, tables, it.card, it.compute, it.record, it.earlier, it.rules)
 
     def _read_new_parts(self) -> None:
         """Read the results and ids that workers have committed since the last call."""
@@ -187,17 +197,6 @@ class MiniBatchScorer:
         self._index.add(parts, _set_aside)
         self._part_names = names
         return self._index
-
-
-@dataclass(frozen=True, slots=True)
-class RowSelectionJob(Job):
-    """A job with only the rows of these sources (file name, row number), or with all rows if `sources` is None."""
-
-    sources: Collection[tuple[str, int]] | None
-
-    def items(self, index: ManifestIndex) -> Iterator[Item]:
-        items = super(RowSelectionJob, self).items(index)
-        return items if self.sources is None else (item for item in items if get_source(item) in self.sources)
 
 
 def _set_aside(damage: DamagedPartError) -> None:
