@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import pyarrow as pa
@@ -110,8 +110,7 @@ class MiniBatchScorer:
         leftover_folders = [self._path, self._manifest.folder, *make_sink(self._out).folders_of(files)]
         originals = remove_abandoned(self._path, leftover_folders)
         restore_images(self._path, originals, lambda: nullcontext(self._update_index()), _set_aside)
-        with self._open_tables(folder, files) as tables:
-            job = self._make_job(tables)
+        with self._open_job(folder, files) as job:
             for _ in range(MAX_PASSES):
                 try:
                     results = self._try_pass(job, folder)
@@ -120,7 +119,7 @@ class MiniBatchScorer:
                     continue
                 if results is not None:
                     positions = pc.index_in(results["source_file"], value_set=pa.array(folder.files, pa.string()))
-                    return results.take(pc.sort_indices(positions)), tables.unreadable_files
+                    return results.take(pc.sort_indices(positions)), job.tables.unreadable_files
         raise StorageError(
             f"{', '.join(files)}: {self._manifest.folder} does not have a result of every row, because"
             " other workers rendered the same rows or parts were damaged; committed rows are kept, try again"
@@ -164,24 +163,22 @@ class MiniBatchScorer:
     def _settle_conflicts(self, conflicts: frozenset[CommittedId], folder: FolderFiles) -> None:
         """Commit results for conflicting rows of other files, and remove images that lost their id."""
         for file in sorted({conflict.source_file for conflict in conflicts} - set(folder.files)):
-            with self._open_tables(folder, [file]) as tables:
+            with self._open_job(folder, [file]) as job:
                 sources = {(file, conflict.source_row) for conflict in conflicts if conflict.source_file == file}
-                self._commit_pending(self._make_job(tables), folder, sources)
+                self._commit_pending(job, folder, sources)
         sink = make_sink(self._out)
         for conflict in conflicts:
             entry = self._index.find((conflict.id, conflict.image_index))
             if conflict.generated_image and entry and entry.path != conflict.generated_image:
                 sink.remove(conflict.generated_image)
 
-    def _open_tables(self, folder: FolderFiles, names: Sequence[str]) -> Tables:
-        settings = self._deployment.settings.table
-        settings = replace(settings, tables=tuple(f"./{name}" for name in names), folder=folder.path)
-        others = SharedFolder(folder.existing, lambda name, file: self._ids.has_earlier_owner(name, file, folder))
-        return Tables(settings, SCHEMA.names, others)
-
-    def _make_job(self, tables: Tables) -> Job:
+    @contextmanager
+    def _open_job(self, folder: FolderFiles, names: Sequence[str]) -> Iterator[Job]:
         it = self._deployment
-        return Job(it.settings, tables, it.card, it.compute, it.record, it.earlier, it.rules)
+        settings = replace(it.settings.table, tables=tuple(f"./{name}" for name in names), folder=folder.path)
+        others = SharedFolder(folder.existing, lambda name, file: self._ids.has_earlier_owner(name, file, folder))
+        with Tables(settings, SCHEMA.names, others) as tables:
+            yield Job(it.settings, tables, it.card, it.compute, it.record, it.earlier, it.rules)
 
     def _read_new_parts(self) -> None:
         """Read the results and ids that workers have committed since the last call."""

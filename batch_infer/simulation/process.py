@@ -182,15 +182,11 @@ def find_gpus(limit: int | None) -> Sequence[str]:
     """Return the CUDA_VISIBLE_DEVICES entries of `limit` GPUs, or of all that this process sees, without torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [name.strip() for name in (visible or "").split(",") if name.strip() not in ("", "-1")]
+    if visible is None and limit is None:
+        command = ["nvidia-smi", "-L"]
+        with suppress(OSError, subprocess.SubprocessError):  # not installed, or the driver does not respond
+            listing = subprocess.run(command, capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS, check=True)
+            limit = sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
     if limit is None:
-        limit = _count_gpus() if visible is None else len(names)
+        limit = len(names)
     return [names[index] if index < len(names) else str(index) for index in range(limit)]
-
-
-def _count_gpus() -> int:
-    command = ["nvidia-smi", "-L"]
-    try:
-        listing = subprocess.run(command, capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS, check=True)
-    except (OSError, subprocess.SubprocessError):  # not installed, or the driver does not respond
-        return 0
-    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
