@@ -39,7 +39,7 @@ MARKER_ROWS = 32
 RETRY_ROWS = 16
 """Maximum number of rows that are retried together after a crash."""
 MAX_CRASHES = 3
-"""A row fails if it was in progress in this many crashes, and was alone in the last one."""
+"""Number of crashes after which a row fails, if it was alone in the last one."""
 _PREFIX = ".begun-"
 
 Key = tuple[str, int]

@@ -124,7 +124,7 @@ class DeliveryQueue:
 
 
 class KillSchedule:
-    """Kills the workers of a share of mini-batches, once each, at a random moment within a typical duration.
+    """Kills a share of mini-batches, once each, at a random moment within the durations measured so far.
 
     If a kill comes after the end of its mini-batch, increase `remaining` to assign it to another mini-batch.
     """
@@ -133,7 +133,7 @@ class KillSchedule:
         self.remaining = round(share * mini_batches)
         """Kills that are not assigned to a delivery."""
         self.killed: set[int] = set()
-        """Indices of the mini-batches whose worker was killed."""
+        """Indices of the mini-batches that were killed."""
         self._new_count, self._rng = mini_batches, rng
         self._seconds_per_file: list[float] = []
 
