@@ -31,7 +31,6 @@ from batch_infer.azureml.mini_batch import MiniBatchScorer
 from batch_infer.chain import RowOutcome
 from batch_infer.errors import ServiceError, SettingsError, StorageError, TableError, UsageError
 from batch_infer.manifest import SCHEMA, Manifest
-from batch_infer.manifest import index as manifest_index
 from batch_infer.models import DEMO_MODEL
 from batch_infer.records import PromptRequest
 from batch_infer.simulation import SimulationOutcome, SimulationSettings, simulate
@@ -382,7 +381,7 @@ def test_unreadable_parts_lose_no_row(tmp_path: Path, out: Path, how: str) -> No
         other.score(files[:1])
     (part,) = (out / "manifest").iterdir()
     if how == "error":
-        failure = mock.patch.object(manifest_index, "read_part", side_effect=StorageError("the disk is missing"))
+        failure = mock.patch("batch_infer.manifest.manifest.read_part", side_effect=StorageError("the disk is missing"))
         with failure, pytest.raises(StorageError, match="missing"):
             scoring.score(files)
     elif how == "removed":

@@ -1,4 +1,4 @@
-"""The model that is benchmarked, loaded on its device."""
+"""Load the model to benchmark."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
-
-import torch
 
 from batch_infer.autotune import detect_device, explain_out_of_memory, find_plateau
 from batch_infer.bench.settings import BenchSettings, Size
@@ -26,7 +24,7 @@ FEW_STEPS = (1, 2, 4, 10, 20)
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A loaded model, which all contenders share, how it computes, and its default parameters of a row."""
+    """The loaded model that all contenders share, with its batch sizes, image sizes and default row parameters."""
 
     name: str
     model: LatentDiffusion
@@ -35,7 +33,7 @@ class Subject:
     defaults: SamplingParams
 
     def evaluations(self, steps: int) -> int:
-        """Return the number of model calls of a row. Raises SettingsError if the scheduler refuses these steps."""
+        """Return the number of model calls for a row. Raises SettingsError if the scheduler refuses these steps."""
         try:
             return self.model.solver.table(steps).evaluations
         except RowError as error:
@@ -54,10 +52,10 @@ class Subject:
 
 
 def load_subject(settings: BenchSettings) -> Subject:
-    """Load the model. Raises ModelError, and SettingsError if the device is missing or its memory too small."""
+    """Load the model. Raises ModelError, or SettingsError if the device is missing or has too little memory."""
     device = detect_device(settings.model.device)
     run = RunSettings(TableSettings(()), Path(), model=settings.model, compute=settings.compute)
-    try:
+    with explain_out_of_memory():
         if settings.architecture is not None:
             return _build(settings.architecture, choose_compute(run, device))
         card = read_card(settings.model)
@@ -67,8 +65,6 @@ def load_subject(settings: BenchSettings) -> Subject:
         defaults = _defaults(card.sizes, card.guidance_scale, card.guidance_rescale, card.embedded_guidance)
         model = cast("LatentDiffusion", load_model(card, compute, with_checker=False))
         return Subject(card.name, model, compute, card.sizes, defaults)
-    except torch.OutOfMemoryError as error:
-        raise explain_out_of_memory(error) from error
 
 
 def _build(name: str, compute: Compute) -> Subject:
@@ -83,7 +79,7 @@ def _defaults(sizes: SizeRules, *guidance: Any) -> SamplingParams:
 
 
 def tune_batch_sizes(subject: Subject, sizes: Sequence[Size]) -> Compute:
-    """Measure the batch sizes that `--slots auto` chooses for these image sizes."""
+    """Return `subject.compute` with the batch sizes that `--slots auto` measures for these image sizes."""
     shapes = []
     for size in sizes:
         params = SamplingParams(*size, subject.few_steps, subject.defaults.guidance_scale, 0.0)
