@@ -1,10 +1,10 @@
 """The scoring script of an Azure ML batch endpoint, which renders tables of prompts and returns a row per image.
 
-Azure calls `init` once per worker process, and `run` with the paths of a few files at a time. Settings are environment
-variables of the deployment: those of `batch-infer run` (BATCH_INFER_STEPS=30 is --steps 30), and
-BATCH_INFER_PREDICTIONS=card for the five columns of the model catalog's deployments. By default, rows have the columns
-of results.* and, last, `carried`: a JSON object of the table's other columns. The model is in AZUREML_MODEL_DIR. Images
-and the manifest are written to AZUREML_BI_OUTPUT_PATH, where `batch-infer merge` writes results.*.
+Azure calls `init` once per worker process, and `run` with the paths of a few files at a time. The settings are the
+environment variables of `batch-infer run` (BATCH_INFER_STEPS=30 is --steps 30) and BATCH_INFER_PREDICTIONS=card, which
+selects the five columns of the model catalog's deployments. By default, rows have the columns of results.* and, last,
+`carried`, a JSON object of the table's other columns. The model is in AZUREML_MODEL_DIR. Images and the manifest are
+written to AZUREML_BI_OUTPUT_PATH. `batch-infer merge` writes results.* to the same folder.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def init() -> None:
 
 
 def run(mini_batch: Sequence[str], context: Any = None) -> pd.DataFrame:
-    """Return the results of the tables at these paths. Rows with a committed result are not rendered again.
+    """Return the results of the tables at these paths. Rows with committed results are not rendered again.
 
     Invalid rows, failed rows and unreadable files have results too. Raises TableError if no file can be read,
     ServiceError if a safety service does not answer, StorageError.

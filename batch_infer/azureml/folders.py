@@ -18,7 +18,7 @@ log = logging.getLogger("batch_infer")
 
 
 class FolderFiles(NamedTuple):
-    """Names of a mini-batch's files in one folder, in order. `existing`: names of all files there.
+    """The names of a mini-batch's files in one folder, in order, and the `existing` names of all its files.
 
     A file that was removed no longer owns ids.
     """
@@ -29,7 +29,7 @@ class FolderFiles(NamedTuple):
 
 
 def group_by_folder(files: Sequence[str]) -> tuple[list[FolderFiles], list[ResultRow]]:
-    """Return the files by folder, and an invalid result for each file with the same name as an earlier one.
+    """Return the files by folder, and an invalid result for each file with the name of an earlier file.
 
     A row is identified by the name of its file without the folder, since a worker does not see other mini-batches.
     Hidden files, markers and documentation are left out, as in a folder of `batch-infer run`.
@@ -81,7 +81,7 @@ class CommittedId(NamedTuple):
 
     @property
     def is_default(self) -> bool:
-        """Whether the id is the default id of its row. No other row can have it."""
+        """Whether the id is the default id of its row, which no other row can have."""
         file, row = self.source_file, self.source_row
         default_ids = make_default_id(Source(file, row).stem, row), make_default_id(file.rstrip("+"), row)
         return self.id.rstrip("+") in default_ids
@@ -107,7 +107,7 @@ class IdOwnership:
         self._part_names: set[str] = set()
 
     def add(self, parts: Iterable[Path]) -> None:
-        """Read the parts that have not been read yet. Raises DamagedPartError, StorageError."""
+        """Read the parts that were not read before. Raises DamagedPartError, StorageError."""
         for part in parts:
             if part.name in self._part_names:
                 continue
@@ -128,7 +128,7 @@ class IdOwnership:
         return any(other in folder.existing for (other,) in self._database.execute(query, (name, file)))
 
     def find_conflicts(self, folder: FolderFiles) -> frozenset[CommittedId]:
-        """Return all rows of existing files under an id that a file of the mini-batch and another file contain."""
+        """Return all rows under ids that a file of the mini-batch shares with another existing file."""
         query = (
             "SELECT DISTINCT a.id FROM ids AS a JOIN ids AS b ON b.id = a.id AND b.source_file <> a.source_file"
             " WHERE a.source_file = ?"

@@ -37,7 +37,7 @@ MAX_PASSES = 5
 
 
 class MiniBatchScorer:
-    """One of several workers that write into the same OUT, with its model loaded.
+    """A worker with a loaded model. Several workers write to the same OUT.
 
     Workers do not lock OUT: the image of a row, its file name and its key in the manifest depend only on the row, so
     two workers can render the same row. A row that any worker has committed is not rendered again.
@@ -63,9 +63,8 @@ class MiniBatchScorer:
     def score(self, files: Sequence[str]) -> pa.Table:
         """Render the pending rows of files and return the results of all their rows, in the order of the files.
 
-        A file that cannot be read has one invalid result, and a file whose name is not that of a table has none. Raises
-        TableError after committing these results if no file can be read, ServiceError if a safety service does not
-        answer, StorageError.
+        A file that cannot be read has one invalid result, and an ignored file has none. Raises TableError after
+        committing these results if no file can be read, ServiceError if a safety service does not answer, StorageError.
         """
         self._check_identity()
         folders, refused = group_by_folder(files)
@@ -142,9 +141,9 @@ class MiniBatchScorer:
     def _commit_pending(
         self, job: Job, folder: FolderFiles, sources: Collection[tuple[str, int]] | None = None
     ) -> None:
-        """Render and commit pending rows, whose ids depend only on the parts that were read before.
+        """Render and commit pending rows, or only those of `sources` (file name, row number).
 
-        `sources` (file name, row number) limits them to these rows.
+        Their ids depend only on the parts that were read before.
         """
 
         def is_skipped(item: Item, entry: ManifestEntry | None) -> bool:

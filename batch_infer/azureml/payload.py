@@ -91,7 +91,7 @@ def _read_input_data(document: Mapping[str, Any]) -> Mapping[str, Any]:
 def _read_parameters(
     document: Mapping[str, Any], payload: Mapping[str, Any], names: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return the request-level parameters by column, from everywhere a request may have them."""
+    """Return the request-level parameters by column."""
     allowed = {field: name for field, name in names.items() if field not in ("prompt", "id")}
     parameters: dict[str, Any] = {}
     for parent_name, parent in (("the request", document), ("input_data", payload)):

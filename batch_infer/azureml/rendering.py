@@ -140,7 +140,7 @@ class CrashHistory:
 
 
 class ProgressMarkers:
-    """The in-progress markers of one OUT.
+    """The in-progress markers in OUT. As a context manager, it removes them at the end, or keeps them after a crash.
 
     A marker does not say which rows are finished. It is removed once the manifest contains all of its rows. Markers of
     rows without a result remain for the worker that retries these rows. A marker does not identify the row that crashed
@@ -220,7 +220,7 @@ class ProgressMarkers:
             path = self._out / name
             if not name.startswith(_PREFIX) or (name.startswith(own_prefix) and not is_abandoned(name, _PREFIX)):
                 continue
-            # A marker may be removed meanwhile, and a file with such a name need not be a marker.
+            # Another worker may remove a marker meanwhile, and other files may have similar names.
             with read_errors(path), suppress(FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
                 marker = json.loads(path.read_text("ascii"))
                 yield path, bool(marker["alone"]), [(str(name), int(k)) for name, k in marker["keys"]]

@@ -58,7 +58,7 @@ def _to_object(outcome: RenderedImage | UnrenderedRow, deployment: Deployment) -
     pixels: np.ndarray | None = outcome.pixels
     if nsfw:
         policy = settings.safety.policy
-        # A service stores nothing, so it has no quarantine either.
+        # A service stores no images, so it has no quarantine.
         pixels = images.apply_policy(outcome.pixels, "drop" if policy == "quarantine" else policy)
     if pixels is None:
         return _without_image(request.prompt, nsfw, explain_flag(outcome.verdict))

@@ -141,7 +141,7 @@ class Service:
         work.add_done_callback(self._finish)  # runs at once if the work is already done
 
     def _render_pending(self) -> None:
-        """Render until nothing is pending. Requests that are submitted meanwhile take slots as these become free."""
+        """Render until nothing is pending. Requests that are submitted meanwhile take the next free slots."""
         for outcome in self._chain.render(self._queue):
             self._queue.deliver(outcome)
 
