@@ -193,7 +193,7 @@ class ProgressMarkers:
                     path.replace(path.with_name(f"{_PREFIX}broken-{token_hex(6)}"))
 
     def _remove(self, path: Path) -> None:
-        del self._open[path]
+        self._open.pop(path, None)
         with write_errors(path):
             path.unlink(missing_ok=True)
 
@@ -210,8 +210,7 @@ class ProgressMarkers:
         """Remove markers of dead processes if the index contains all of their rows. Raises StorageError."""
         for path, _, keys in self._read_markers():
             if all(index.find(key) for key in keys):
-                with write_errors(path):
-                    path.unlink(missing_ok=True)
+                self._remove(path)
 
     def _read_markers(self) -> Iterator[tuple[Path, bool, list[Key]]]:
         """Yield the markers of processes that may have died. Raises StorageError if a marker cannot be read."""
