@@ -520,7 +520,7 @@ def test_preloading_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         online.init()
 
 
-@pytest.mark.parametrize(("fewest", "message"), [(4, ""), (20, "the model rendered no first image: it wants 20 steps")])
+@pytest.mark.parametrize(("fewest", "message"), [(4, ""), (20, "the model rendered no first image: it needs 20 steps")])
 def test_init_renders_a_first_image(
     deployment: AzureDeployment,
     monkeypatch: pytest.MonkeyPatch,
