@@ -147,7 +147,7 @@ def test_a_complete_cache_requests_one_header_and_offline_nothing(read: Read, se
 
 
 @pytest.mark.parametrize("listed", [True, False], ids=["with its list of files", "without"])
-@pytest.mark.parametrize("lost", [f"unet/{WEIGHTS}.safetensors", "text_encoder/config.json", "vae"])
+@pytest.mark.parametrize("deleted", [f"unet/{WEIGHTS}.safetensors", "text_encoder/config.json", "vae"])
 def test_an_incomplete_cache_is_named_offline_and_completed_online(
     read: Read, served: Hub, deleted: str, listed: bool
 ) -> None:
