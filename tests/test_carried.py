@@ -122,12 +122,12 @@ def test_if_types_differ_values_are_exact_text(array: pa.Array, texts: list[str]
     assert warning == f"{where}: its values are carried as text"
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "json"])
-def test_numbers_within_a_nested_json_value_stay_numbers_of_all_their_digits(ending: str) -> None:
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_numbers_within_a_nested_json_value_stay_numbers_of_all_their_digits(suffix: str) -> None:
     cell = '{"n": 0.1234567890123456789, "of": [1e400, 2E9999999999999999999, 123456789012345678901, -0.5, "0.5"]}'
     row = f'{{"prompt": "x", "column": {cell}}}'
-    write_bytes(Path(f"t.{ending}"), (row if ending == "jsonl" else f"[{row}]").encode())
-    found = carry(f"t.{ending}")["column"]
+    write_bytes(Path(f"t.{suffix}"), (row if suffix == "jsonl" else f"[{row}]").encode())
+    found = carry(f"t.{suffix}")["column"]
     assert (found.type, found.to_pylist()) == (pa.string(), [cell.replace("1e400", "1E+400")])
 
 
@@ -142,8 +142,8 @@ def test_two_fields_of_one_name_in_a_struct_have_two_names() -> None:
     ]
     (warning,) = open_tables("t.parquet").notices
     assert warning == (
-        "t.parquet has columns of one name: carried are another 'struct.k' as 'struct.k_2', "
-        "another 'deep.k' as 'deep.k_2'"
+        "t.parquet has columns with the same name: another 'struct.k' is carried as 'struct.k_2', "
+        "another 'deep.k' is carried as 'deep.k_2'"
     )
 
 

@@ -162,10 +162,10 @@ def check_values(tables: list[Any]) -> None:
                     pq.write_table(pa.table({"prompt": ["x"] * len(shard), "column": twins}), path)
                 expected += [(value, to_result_type(stored.type)) for value in to_values(stored)]
                 continue
-            ending, cells = shard
+            suffix, cells = shard
             rows = [{"prompt": "x", "column": cell} for cell in cells]
-            path.with_suffix(f".{ending}").write_bytes(in_format(ending, rows))
-            expected += [(cell, pa.string() if ending == "csv" else None) for cell in cells]
+            path.with_suffix(f".{suffix}").write_bytes(in_format(suffix, rows))
+            expected += [(cell, pa.string() if suffix == "csv" else None) for cell in cells]
         _, found = settle(folder)
         column = found["column"] if "column" in found.column_names else pa.chunked_array([pa.nulls(len(expected))])
         assert len(column) == len(expected)
@@ -241,12 +241,12 @@ folders = st.lists(files, min_size=1, max_size=3)
 def check_rows(tables: Iterable[tuple[str, list[dict[str, Any]]]], id_from: IdSource) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder, places = Path(name), []
-        for number, (ending, rows) in enumerate(tables):
-            path = folder / "tables" / f"{number}.{ending}"
+        for number, (suffix, rows) in enumerate(tables):
+            path = folder / "tables" / f"{number}.{suffix}"
             path.parent.mkdir(exist_ok=True)
             names = dict.fromkeys(key for row in rows for key in row)
             whole = [{key: row.get(key) for key in names} for row in rows]
-            path.write_bytes(in_format(ending, whole if ending == "csv" else rows))
+            path.write_bytes(in_format(suffix, whole if suffix == "csv" else rows))
             places += [(str(path), row) for row in range(len(rows))]
         counts, found = settle(folder, id_from)
         rows = found.select(["source_file", "source_row", "image_index", "status"]).to_pylist()

@@ -272,6 +272,10 @@ def test_a_finished_row_over_the_size_limit_is_not_rendered_again(unlimited: Pat
             "the file breaks off here: '\"' stands where , or ] should",
         ),
         ("the file breaks off here: 'x' after its end", "the file breaks off here: 'x' stands after its end"),
+        (
+            "the row's carried cells exceed 1048576 bytes in total: dropped 'a' of 2000000 bytes",
+            "the carried cells of a row may be 1048576 bytes together: left out 'a' of 2000000 bytes",
+        ),
         ("the prompt is empty", "the prompt is empty"),
     ],
 )

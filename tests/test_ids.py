@@ -33,13 +33,13 @@ def known(*tables: Path | str, **options: Any) -> list[tuple[Any, ...]]:
     return sorted((row.id, row.seed, row.prompt, row.params, str(row.carried["tag"])) for row in found)
 
 
-@pytest.mark.parametrize("ending", ["csv", "jsonl", "json", "parquet", "csv.gz"])
-def test_content_ids_do_not_depend_on_where_a_row_is(ending: str) -> None:
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "json", "parquet", "csv.gz"])
+def test_content_ids_do_not_depend_on_where_a_row_is(suffix: str) -> None:
     """Nor on how its table was split and sorted, nor on its format."""
     expected = known(write_bytes(Path("t.jsonl"), in_format("jsonl", ROWS)))
     assert len({row[0] for row in expected}) == len(ROWS)
     shuffled = random.Random(0).sample(ROWS, len(ROWS))
-    parts = [write_bytes(Path(f"s/{n}.{ending}"), in_format(ending, shuffled[n::2])) for n in (0, 1)]
+    parts = [write_bytes(Path(f"s/{n}.{suffix}"), in_format(suffix, shuffled[n::2])) for n in (0, 1)]
     found = known("s")
     assert [(*row[:4], row[4].replace("None", "")) for row in found] == [
         (*row[:4], row[4].replace("None", "")) for row in expected

@@ -957,14 +957,14 @@ def test_text_that_is_not_unicode_is_described(cells: dict[str, str], sentence: 
         (["prompt", "ID"], "id", "ID"),
     ],
 )
-def test_a_column_named_almost_like_a_field_is_carried_with_a_remark(
+def test_a_column_named_almost_like_a_field_is_carried_with_a_notice(
     header: list[str], field: str, column: str
 ) -> None:
     write_csv(Path("t.csv"), [header, ["x", "2"]])
-    (remark,) = open_tables("t.csv").notices
+    (notice,) = open_tables("t.csv").notices
     option = f"{field}={column}"
     advice = f"if it is the {field}, add --column {shlex.quote(option)}"
-    assert remark == f"t.csv: column {column!r} is carried and has no effect; {advice}"
+    assert notice == f"t.csv: column {column!r} is carried and has no effect; {advice}"
     assert not open_tables("t.csv", columns={field: ""}).notices
     assert not open_tables("t.csv", columns={field: column}).notices
     assert list(read_requests("t.csv")[0].carried.values()) == ["2"]
@@ -980,16 +980,16 @@ def test_a_column_named_almost_like_a_field_is_carried_with_a_remark(
     ],
     ids=str,
 )
-def test_other_carried_columns_have_no_remark(header: list[str]) -> None:
+def test_other_carried_columns_have_no_notice(header: list[str]) -> None:
     write_csv(Path("t.csv"), [header, ["1"] * len(header)])
     assert not open_tables("t.csv").notices
 
 
-def test_shards_with_one_header_have_one_remark() -> None:
+def test_shards_with_one_header_have_one_notice() -> None:
     for name in "abc":
         write_csv(Path(f"t/{name}.csv"), [["prompt", "steps"], ["x", "2"]])
-    (remark,) = open_tables("t").notices
-    assert remark.startswith("t/a.csv and 2 more: column 'steps'")
+    (notice,) = open_tables("t").notices
+    assert notice.startswith("t/a.csv and 2 more: column 'steps'")
 
 
 def test_empty_bytes_are_an_empty_cell(tmp_path: Path) -> None:

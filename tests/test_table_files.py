@@ -28,10 +28,10 @@ from tests.file_servers import answer_ftp, serve_folder
 from tests.tables import (
     ROWS,
     RULES,
+    compress,
     essence,
     in_format,
     open_tables,
-    pack,
     read,
     read_requests,
     write_bytes,
@@ -187,7 +187,7 @@ TABLES = ["a.csv", "deep/b.csv.bz2", "deep/license_plates.csv", "p.parq", "q.pq"
 def fill(folder: Path, *names: str) -> None:
     for name in names:
         content = in_format("parquet", [{"prompt": name}]) if name.endswith(("pq", "parq")) else b"prompt\nx\n"
-        write_bytes(folder / name, pack("bz2", content) if name.endswith("bz2") else content)
+        write_bytes(folder / name, compress("bz2", content) if name.endswith("bz2") else content)
 
 
 @pytest.mark.parametrize("argument", ["t", "t/", "t/**/*", "memory://t", "memory://t/**"])
@@ -201,7 +201,7 @@ def test_documentation_markers_and_other_endings_are_ignored_files_and_named(arg
     scheme = "memory://" if "memory" in argument else ""
     with open_tables(argument) as tables:
         assert tables.files == [f"{scheme}t/{name}" for name in TABLES]
-        ignored_files = tables.ignored_files.items()
+        ignored_files = tables.ignored_files.group()
     assert ignored_files == {
         reason: {f"{scheme}t/{name}": 1 for name in sorted(names, key=lambda name: name.split("/"))}
         for reason, names in NO_TABLES.items()
@@ -265,7 +265,7 @@ def test_unreadable_links_and_folders_are_reported(monkeypatch: pytest.MonkeyPat
 # Columns in the path
 
 
-def partitioned(ending: str, store: Callable[[str, bytes], Any]) -> None:
+def partitioned(suffix: str, store: Callable[[str, bytes], Any]) -> None:
     """Write a folder as Spark and pyarrow do, with the columns lang, height and an encoded one in its paths."""
     for path, prompt in (
         ("lang=en/height=128", "a"),
@@ -273,7 +273,7 @@ def partitioned(ending: str, store: Callable[[str, bytes], Any]) -> None:
         ("lang=__HIVE_DEFAULT_PARTITION__/height=__HIVE_DEFAULT_PARTITION__", "c"),
         ("lang=05/height=72/a%20b=S%C3%A3o%2FPaulo=1", "d"),
     ):
-        store(f"ds/{path}/part.0.{ending}", in_format(ending, [{"prompt": prompt, "tag": "t"}]))
+        store(f"ds/{path}/part.0.{suffix}", in_format(suffix, [{"prompt": prompt, "tag": "t"}]))
     store("ds/_SUCCESS", b"")
 
 
@@ -290,19 +290,19 @@ PARTITIONED = {
 }
 
 
-@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "json", "txt", "parquet", "csv.gz", "parquet.xz"])
-def test_key_value_folders_are_columns(ending: str, memory: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "json", "txt", "parquet", "csv.gz", "parquet.xz"])
+def test_key_value_folders_are_columns(suffix: str, memory: Any, tmp_path: Path) -> None:
     """In every format, local and remote, for every way to name the files."""
-    partitioned(ending, lambda path, content: write_bytes(Path(path), content))
-    partitioned(ending, lambda path, content: memory.pipe(f"/{path}", content))
+    partitioned(suffix, lambda path, content: write_bytes(Path(path), content))
+    partitioned(suffix, lambda path, content: memory.pipe(f"/{path}", content))
     for argument in ("ds", "ds/**/*.*", "memory://ds", "memory://ds/**/*.*", f"file://{tmp_path}/ds"):
         assert described(argument) == PARTITIONED
     assert described("ds/lang=en") == described("ds/lang=*n/*/*") == {"a": PARTITIONED["a"]}
-    assert described(f"ds/lang=en/height=128/part.0.{ending}") == {"a": PARTITIONED["a"]}
+    assert described(f"ds/lang=en/height=128/part.0.{suffix}") == {"a": PARTITIONED["a"]}
     with open_tables("ds") as tables:
         kinds = {field.name: str(field.type) for field in tables.carried}
         assert {kinds.pop(name) for name in ("lang", "a b")} == {"string"}
-        assert kinds.keys() == ({"tag"} if ending != "txt" else set())
+        assert kinds.keys() == ({"tag"} if suffix != "txt" else set())
     assert sorted(item.id for item in read_requests("ds"))[-1] == "lang=en-height=128-part.0-00000000"
 
 
@@ -320,7 +320,7 @@ def test_columns_in_the_path_within_an_archive(tmp_path: Path) -> None:
     assert described(f"zip://ds::file://{tmp_path}/seed=9.zip") == PARTITIONED
 
 
-def test_a_column_of_the_path_replaces_that_of_the_file_with_a_remark() -> None:
+def test_a_column_of_the_path_replaces_that_of_the_file_with_a_notice() -> None:
     write_parquet(Path("t/height=128/n=5/a.parquet"), prompt=["x"], n=[7], height=[64])
     write_parquet(Path("t/b.parquet"), prompt=["y"], n=[7])
     with open_tables("t", columns={"seed": ""}) as tables:
@@ -378,11 +378,11 @@ def pipe(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
 
 
-@pytest.mark.parametrize("ending", FORMATS)
-def test_any_format_may_be_piped_in(ending: str, monkeypatch: pytest.MonkeyPatch, temporary: Path) -> None:
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_any_format_may_be_piped_in(suffix: str, monkeypatch: pytest.MonkeyPatch, temporary: Path) -> None:
     rows = [{"id": f"row {i}", **row} for i, row in enumerate(ROWS)]
     equal = read_requests(write_csv(Path("t.csv"), [list(rows[0]), *(list(row.values()) for row in rows)]))
-    pipe(monkeypatch, in_format(ending, rows))
+    pipe(monkeypatch, in_format(suffix, rows))
     with open_tables("-", "-") as tables:
         assert tables.files == ["stdin"]
         assert tables.local_paths == []
@@ -492,12 +492,12 @@ def memory() -> Iterator[Any]:
     files.pseudo_dirs[:] = [""]
 
 
-@pytest.mark.parametrize("ending", FORMATS)
-def test_any_format_can_be_read_from_a_url(ending: str, memory: Any, temporary: Path, tmp_path: Path) -> None:
-    content = in_format(ending, ROWS)
-    memory.pipe(f"/there/t.{ending}", content)
-    write_bytes(tmp_path / "here" / f"t.{ending}", content)
-    for url in (f"memory://there/t.{ending}", f"file://{tmp_path}/here/t.{ending}"):
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_any_format_can_be_read_from_a_url(suffix: str, memory: Any, temporary: Path, tmp_path: Path) -> None:
+    content = in_format(suffix, ROWS)
+    memory.pipe(f"/there/t.{suffix}", content)
+    write_bytes(tmp_path / "here" / f"t.{suffix}", content)
+    for url in (f"memory://there/t.{suffix}", f"file://{tmp_path}/here/t.{suffix}"):
         with open_tables(url) as tables:
             assert tables.files == [url]
             assert tables.local_paths == []
@@ -642,7 +642,7 @@ def test_a_folder_that_a_glob_matches_is_read_as_a_folder(memory: Any) -> None:
                 assert tables.files == [f"{base}/{name}" for name in ("c.csv", "lang=de/deep/b.csv", "lang=en/a.csv")]
                 assert {"_tmp/", ".hidden.csv", "notes.md"} == {
                     Path(name).name + "/" * name.endswith("/")
-                    for items in tables.ignored_files.items().values()
+                    for items in tables.ignored_files.group().values()
                     for name in items
                 }
             assert [item.id for item in requests] == ["c-00000000", "lang=de-deep-b-00000000", "lang=en-a-00000000"]
@@ -732,11 +732,11 @@ def server(tmp_path: Path) -> Iterator[str]:
         yield address
 
 
-@pytest.mark.parametrize("ending", FORMATS)
-def test_any_format_can_be_read_over_http(ending: str, server: str, temporary: Path) -> None:
-    write_bytes(Path(f"served/t.{ending}"), in_format(ending, ROWS))
-    with open_tables(f"{server}/t.{ending}?sig=secret#part") as tables:
-        assert tables.files == [f"{server}/t.{ending}"]
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_any_format_can_be_read_over_http(suffix: str, server: str, temporary: Path) -> None:
+    write_bytes(Path(f"served/t.{suffix}"), in_format(suffix, ROWS))
+    with open_tables(f"{server}/t.{suffix}?sig=secret#part") as tables:
+        assert tables.files == [f"{server}/t.{suffix}"]
         found = [item for item in tables.read_rows(RULES) if isinstance(item, PromptRequest)]
     assert essence(found) == expected()
     assert not list(temporary.iterdir())
@@ -791,7 +791,7 @@ def test_urls_with_different_queries_are_different_files(server: str) -> None:
 def test_urls_that_differ_in_secret_parts_are_different_files(chain: str, server: str) -> None:
     for name in "ab":
         write_bytes(Path(f"served/{name}/t.csv"), f"id,prompt\n{name},in {name}\n".encode())
-        write_bytes(Path(f"served/{name}/t.csv.gz"), pack("gz", f"id,prompt\n{name},in {name}\n".encode()))
+        write_bytes(Path(f"served/{name}/t.csv.gz"), compress("gz", f"id,prompt\n{name},in {name}\n".encode()))
     urls = [chain.format(server, name) for name in "aba"]
     found = read_requests(*urls)
     assert [item.prompt for item in found] == ["in a", "in b"]

@@ -24,11 +24,12 @@ from batch_infer.carried import (
 from batch_infer.records import digest
 from batch_infer.settings import FIELDS
 from batch_infer.table.base import RawRow, Reader, TableFile
+from batch_infer.table.fields import read_fields
 
 MAX_CARRIED_BYTES = 1 << 20
-"""Maximum total bytes of a row's carried cells, which bounds memory use."""
+"""Maximum total bytes of a row's carried cells, to bound memory use."""
 DIGEST_DIGITS = 20
-"""Number of hexadecimal digits in a row's digest. A billion distinct rows have a collision with probability 4e-7."""
+"""Number of hexadecimal digits in a row's digest. Among a billion rows, two share a digest with probability 4e-7."""
 
 SYNONYMS = {
     "id": ("uid", "rowid", "promptid", "customid"),
@@ -41,10 +42,10 @@ SYNONYMS = {
     "guidance_rescale": ("rescale", "cfgrescale"),
     "num_images_per_prompt": ("n", "numimages", "nimages", "imagesperprompt", "numsamples", "nsamples", "numoutputs"),
 }
-"""Names of the fields in other tools, in lower case without spaces, hyphens and underscores."""
-SIMILAR = 0.8
+"""Names of fields in other tools, in lower case without spaces, hyphens and underscores."""
+MIN_SIMILARITY = 0.8
 """Minimum difflib ratio of a misspelt name with the same first letter: `heigth` matches height, `weight` does not."""
-SHORTEST_MISSPELT = 5
+MIN_FUZZY_LENGTH = 5
 """Minimum number of letters in a misspelt name. Shorter names resemble too many other words."""
 
 
@@ -52,8 +53,8 @@ SHORTEST_MISSPELT = 5
 class OpenTable:
     """A readable file and its columns.
 
-    `path_columns` come from the file's path and override columns in the file. `fields` maps each field to its column,
-    and `carried` maps every other column to its name in the results.
+    `path_columns` come from the file's path and override columns in the file. `fields` maps fields to columns, and
+    `carried` maps the other columns to their names in the results.
     """
 
     file: TableFile
@@ -62,13 +63,13 @@ class OpenTable:
     fields: Mapping[str, str]
     carried: dict[str, str]
 
-    def rows(self) -> Iterator[RawRow]:
-        rows = self.reader.rows()
+    def read_rows(self) -> Iterator[RawRow]:
+        rows = self.reader.read_rows()
         if not self.path_columns:
             return rows
         return (row._replace(cells={**row.cells, **self.path_columns}) for row in rows)
 
-    def type_of(self, column: str) -> pa.DataType:
+    def get_type(self, column: str) -> pa.DataType:
         return pa.string() if column in self.path_columns else self.reader.schema.field(column).type
 
 
@@ -76,20 +77,21 @@ class CellReader:
     """Converts the cells of one file. `schema` contains the type of each carried column."""
 
     def __init__(self, table: OpenTable, schema: pa.Schema) -> None:
-        self.fields = table.fields
+        self._fields = table.fields
         self._python_readers = {
             field: reader
             for field, column in table.fields.items()
-            if (reader := make_python_reader(table.type_of(column)))
+            if (reader := make_python_reader(table.get_type(column)))
         }
-        self._dtypes = {column: to_result_type(table.type_of(column)) for column in table.carried}
+        self._dtypes = {column: to_result_type(table.get_type(column)) for column in table.carried}
         self._converters = [
             (column, name, make_converter(self._dtypes[column], schema.field(name).type))
             for column, name in table.carried.items()
         ]
 
-    def to_python(self, cells: dict[str, Any]) -> dict[str, Any]:
-        """Convert field cells in place to Python's own types, such as datetime."""
+    def read_fields(self, row: RawRow) -> dict[str, Any]:
+        """Return the cells by field, None if empty, in Python's own types such as datetime."""
+        cells = read_fields(self._fields, row.cells.get)
         for field, read in self._python_readers.items():
             if cells.get(field) is not None:
                 cells[field] = read(cells[field])
@@ -98,11 +100,11 @@ class CellReader:
     def digest(self, fields: Mapping[str, Any], row: RawRow) -> str:
         """Return a digest of a row's cells as text, independent of the row's file and position.
 
-        Carried cells count: two rows that differ only in carried cells keep their images wherever the rows move. Empty
-        cells and the storage type of whole numbers do not count.
+        Carried cells count, so that rows that differ only in carried cells keep their images if they move. Empty cells
+        and the storage type of whole numbers do not count.
         """
-        carried = {column: _digest_text(row.cells.get(column), dtype) for column, dtype in self._dtypes.items()}
-        cells = {field: _digest_text(value) for field, value in fields.items()}
+        carried = {column: _format_cell(row.cells.get(column), dtype) for column, dtype in self._dtypes.items()}
+        cells = {field: _format_cell(value) for field, value in fields.items()}
         nonempty = [{name: text for name, text in texts.items() if text} for texts in (cells, carried)]
         return digest(nonempty)[:DIGEST_DIGITS]
 
@@ -118,7 +120,7 @@ class CellReader:
         return cells, _drop_largest(cells) if estimate_bytes(cells.values()) > MAX_CARRIED_BYTES else None
 
 
-def _digest_text(value: Any, dtype: pa.DataType | None = None) -> str:
+def _format_cell(value: Any, dtype: pa.DataType | None = None) -> str:
     """Return a cell as text. Whole floats become integers, since a missing cell turns an integer column into floats."""
     if value is None:
         return ""
@@ -128,21 +130,21 @@ def _digest_text(value: Any, dtype: pa.DataType | None = None) -> str:
 
 
 def _drop_largest(cells: dict[str, Any]) -> str:
-    """Set the largest cells to None until the rest fit into a row. Return a message that names the dropped cells."""
+    """Set the largest cells to None until the others fit into a row. Return an error that names them."""
     sizes = {name: estimate_bytes([value]) for name, value in cells.items()}
     dropped = []
     while sum(sizes.values()) > MAX_CARRIED_BYTES:
         name = max(sizes, key=sizes.__getitem__)
         dropped.append(f"{name!r} of {sizes.pop(name)} bytes")
         cells[name] = None
-    return f"the carried cells of a row may be {MAX_CARRIED_BYTES} bytes together: left out {', '.join(dropped)}"
+    return f"the row's carried cells exceed {MAX_CARRIED_BYTES} bytes in total: dropped {', '.join(dropped)}"
 
 
 def make_carried_schema(tables: Iterable[OpenTable], result_columns: Collection[str]) -> tuple[pa.Schema, list[str]]:
     """Return the schema of the carried columns, and a warning for each column that becomes text.
 
     Also set the result names in each table's `carried`. Ignoring case, no result name equals another or one in
-    `result_columns`. A type holds the column's values from every file.
+    `result_columns`. A column's type represents its values from every file.
     """
     tables = list(tables)
     names = make_result_names((column for table in tables for column in table.carried), result_columns)
@@ -153,7 +155,7 @@ def make_carried_schema(tables: Iterable[OpenTable], result_columns: Collection[
             columns.setdefault(name, []).append((table, column))
     fields, warnings = [], list[str]()
     for name, sources in columns.items():
-        dtypes = {table.file.name: to_result_type(table.type_of(column)) for table, column in sources}
+        dtypes = {table.file.name: to_result_type(table.get_type(column)) for table, column in sources}
         dtype = find_common_type(dtypes.values(), partial(_read_arrays, sources))
         fields.append((name, dtype))
         if pa.types.is_string(dtype):
@@ -162,9 +164,9 @@ def make_carried_schema(tables: Iterable[OpenTable], result_columns: Collection[
 
 
 def _read_arrays(sources: Iterable[tuple[OpenTable, str]]) -> Iterator[pa.Array]:
-    """Yield all values of a column whose type depends on them. Path columns never do, since they are text."""
+    """Yield all values of a column. It is in no path, since the type of text does not depend on its values."""
     for table, column in sources:
-        yield from table.reader.arrays(column)
+        yield from table.reader.read_arrays(column)
 
 
 def _warn_about_text(name: str, dtypes: Mapping[str, pa.DataType]) -> Iterator[str]:
@@ -204,7 +206,7 @@ def _match_near(missing: list[str], names: Iterable[str]) -> Iterator[tuple[str,
     for field in missing:
         target = _normalize(field)
         matches = [name for name, key in keys.items() if key == target or key in SYNONYMS.get(field, ())]
-        if not matches and len(target) >= SHORTEST_MISSPELT:
+        if not matches and len(target) >= MIN_FUZZY_LENGTH:
             matches = [name for name, key in keys.items() if _is_similar(key, target)]
         if matches:
             yield field, matches[0]
@@ -215,6 +217,6 @@ def _normalize(name: str) -> str:
 
 
 def _is_similar(key: str, target: str) -> bool:
-    if len(key) < SHORTEST_MISSPELT or key[0] != target[0]:
+    if len(key) < MIN_FUZZY_LENGTH or key[0] != target[0]:
         return False
-    return difflib.SequenceMatcher(None, key, target).ratio() >= SIMILAR
+    return difflib.SequenceMatcher(None, key, target).ratio() >= MIN_SIMILARITY

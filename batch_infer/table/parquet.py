@@ -19,20 +19,20 @@ from batch_infer.table.base import (
     Reader,
     Scratch,
     TableFile,
-    broken_off_row,
-    error_text,
+    format_error,
     raise_storage_error,
+    report_truncation,
 )
-from batch_infer.table.columns import rename_doubled, rename_doubled_fields
-from batch_infer.table.streams import LONGEST, decompress
+from batch_infer.table.columns import rename_duplicate_fields, rename_duplicates
+from batch_infer.table.streams import MAX_ROW_SIZE, decompress
 
 BATCH_BYTES = 32 << 20
 MIN_VALUE_BYTES = 16
-"""Minimum bytes to assume per value, since a long list of equal values takes only a few bytes in the file."""
+"""Bytes to assume per value at least, since a long list of equal values takes only a few bytes in the file."""
 BUFFER = 1 << 20
-"""Bytes per read of a column. Without this limit, pyarrow reads the entire column chunk of a row group."""
+"""Bytes per read of a column. Without this limit, pyarrow reads all of a row group's column at once."""
 PLAUSIBLE_ROWS = 1 << 20
-"""Row count that is plausible for a row group of any size: a million equal rows take only a few bytes."""
+"""Number of rows that a row group of any size can have, since a million equal rows take only a few bytes."""
 READ_ERRORS = (OSError, pa.ArrowException, UnicodeError)
 
 _HAS_LENGTH = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
@@ -43,10 +43,10 @@ def open_parquet(file: TableFile, prompt_column: str, scratch: Scratch) -> Parqu
     # The path is absolute because Arrow parses a relative path with a colon as a URI.
     path = decompress(file, scratch.new_path()) if file.compression else file.path.absolute()
     schema = pq.read_schema(path)
-    names, renamed = rename_doubled(schema.names)
+    names, renamed = rename_duplicates(schema.names)
     renamed_fields: dict[str, str] = {}
     fields = [
-        field.with_name(name).with_type(rename_doubled_fields(field.type, name, renamed_fields))
+        field.with_name(name).with_type(rename_duplicate_fields(field.type, name, renamed_fields))
         for field, name in zip(schema, names, strict=True)
     ]
     return ParquetReader(file, pa.schema(fields), {**renamed, **renamed_fields}, path, renamed)
@@ -54,34 +54,34 @@ def open_parquet(file: TableFile, prompt_column: str, scratch: Scratch) -> Parqu
 
 @dataclass(frozen=True, slots=True)
 class ParquetReader(Reader):
-    """Reads a Parquet file. Its cells are plain values, as defined in `batch_infer.carried`."""
+    """Reads a Parquet file. Cells are plain values, as defined in `batch_infer.carried`."""
 
     path: Path
     renamed_columns: Mapping[str, str]
 
-    def rows(self) -> Iterator[RawRow]:
+    def read_rows(self) -> Iterator[RawRow]:
         """Yield as many rows as the footer counts. The rows of a damaged row group contain its error.
 
         If the counts in the footer are damaged, a single row says so.
         """
-        row_number = counted_rows = 0
-        try:
-            with self._open() as parquet:
-                for group in range(parquet.num_row_groups):
-                    for row in self._read_group(parquet, group, row_number):
-                        yield row
-                        row_number = row.number + 1
-                    counted_rows += max(0, parquet.metadata.row_group(group).num_rows)
-                if counted_rows < (total := parquet.metadata.num_rows):
-                    message = f"the footer is damaged: it counts {total} rows, and its row groups {counted_rows}"
-                    yield RawRow(row_number, {}, message)
-        except READ_ERRORS as error:
-            yield broken_off_row(self.file, row_number, error)
+        return report_truncation(self.file, self._read_groups(), READ_ERRORS)
 
-    def arrays(self, name: str) -> Iterator[pa.Array]:
+    def _read_groups(self) -> Iterator[RawRow]:
+        row_number = counted_rows = 0
+        with self._open_file() as parquet:
+            for group in range(parquet.num_row_groups):
+                for row in self._read_group(parquet, group, row_number):
+                    yield row
+                    row_number = row.number + 1
+                counted_rows += max(0, parquet.metadata.row_group(group).num_rows)
+            if counted_rows < (total := parquet.metadata.num_rows):
+                message = f"the footer is damaged: it counts {total} rows, and its row groups {counted_rows}"
+                yield RawRow(row_number, {}, message)
+
+    def read_arrays(self, name: str) -> Iterator[pa.Array]:
         original = self.renamed_columns.get(name, name)
         duplicates = [column for column in self.schema.names if self.renamed_columns.get(column, column) == original]
-        with self._skip_damage(), self._open() as parquet:
+        with self._skip_damage(), self._open_file() as parquet:
             for group in range(parquet.num_row_groups):
                 with self._skip_damage():
                     for batch in parquet.iter_batches(batch_size=BATCH_ROWS, row_groups=[group], columns=[original]):
@@ -95,7 +95,7 @@ class ParquetReader(Reader):
         except READ_ERRORS as error:
             raise_storage_error(error, self.file.name, was_opened=True)
 
-    def _open(self) -> pq.ParquetFile:
+    def _open_file(self) -> pq.ParquetFile:
         """Open the file. Repeated texts are read as dictionaries, since one long text may be in millions of rows."""
         with pq.ParquetFile(self.path) as parquet:
             repeated = _find_repeated(parquet.metadata)
@@ -106,12 +106,12 @@ class ParquetReader(Reader):
         row_number, count = first, metadata.num_rows
         message = "it has fewer rows than the footer counts"
         try:
-            for batch in parquet.iter_batches(batch_size=_batch_rows(metadata), row_groups=[group]):
+            for batch in parquet.iter_batches(batch_size=_choose_batch_size(metadata), row_groups=[group]):
                 yield from _read_batch(self._rename(batch), row_number)
                 row_number += len(batch)
         except READ_ERRORS as error:
             raise_storage_error(error, self.file.name, was_opened=True)
-            message = error_text(error)
+            message = format_error(error)
         else:
             if row_number - first >= count:
                 return
@@ -144,36 +144,36 @@ def _find_repeated(metadata: pq.FileMetaData) -> list[str]:
     return list(repeated)
 
 
-def _batch_rows(group: pq.RowGroupMetaData) -> int:
-    """Return how many rows of a row group to read together, so that a batch takes about BATCH_BYTES at most."""
+def _choose_batch_size(group: pq.RowGroupMetaData) -> int:
+    """Return the number of rows of a row group to read together, in at most about BATCH_BYTES."""
     columns = map(group.column, range(group.num_columns))
     size = sum(max(column.total_uncompressed_size, MIN_VALUE_BYTES * column.num_values) for column in columns)
     return max(1, min(BATCH_ROWS, BATCH_BYTES * int(group.num_rows) // max(1, int(size))))
 
 
 def _read_batch(batch: pa.RecordBatch, row_number: int) -> Iterator[RawRow]:
-    """Yield the rows of a batch. A row that is too long is not converted to Python values."""
+    """Yield the rows of a batch. Rows that are too long are not converted to Python values."""
     start = 0
-    for index in _find_too_long(batch):
+    for index in _find_long_rows(batch):
         yield from _convert_rows(batch.slice(start, index - start), row_number + start)
-        yield RawRow(row_number + index, {}, f"the row has more than {LONGEST} bytes")
+        yield RawRow(row_number + index, {}, f"the row has more than {MAX_ROW_SIZE} bytes")
         start = index + 1
     yield from _convert_rows(batch.slice(start), row_number + start)
 
 
-def _find_too_long(batch: pa.RecordBatch) -> list[int]:
-    """Return the indices of rows with more than LONGEST bytes."""
-    if batch.nbytes <= LONGEST:
+def _find_long_rows(batch: pa.RecordBatch) -> list[int]:
+    """Return the indices of rows with more than MAX_ROW_SIZE bytes."""
+    if batch.nbytes <= MAX_ROW_SIZE:
         return []
-    total = reduce(pc.add, map(_cell_bytes, batch.columns))
-    return list(pc.indices_nonzero(pc.greater(total, LONGEST)).to_pylist())
+    total = reduce(pc.add, map(_measure_cells, batch.columns))
+    return list(pc.indices_nonzero(pc.greater(total, MAX_ROW_SIZE)).to_pylist())
 
 
-def _cell_bytes(column: pa.Array) -> pa.Array:
+def _measure_cells(column: pa.Array) -> pa.Array:
     """Return the size of each cell in bytes. Fixed-width numbers count as 0."""
     dtype = column.type
     if pa.types.is_dictionary(dtype):
-        sizes = _cell_bytes(column.dictionary).take(column.indices)
+        sizes = _measure_cells(column.dictionary).take(column.indices)
     elif any(test(dtype) for test in _HAS_LENGTH):
         sizes = pc.binary_length(column).cast(pa.int64())
     elif pa.types.is_primitive(dtype):
@@ -202,5 +202,5 @@ def _convert_row(batch: pa.RecordBatch, row_number: int) -> RawRow:
         try:
             (cells[name],) = to_values(batch.column(name))
         except ValueError as error:
-            errors.append(f"column {name!r} cannot be read: {error_text(error)}")
+            errors.append(f"column {name!r} cannot be read: {format_error(error)}")
     return RawRow(row_number, cells, "; ".join(errors) or None)

@@ -19,8 +19,8 @@ import fsspec
 
 from batch_infer.errors import BatchInferError, ServiceError, TableError, first_line
 from batch_infer.store import temporary_file_errors
-from batch_infer.table.selection import outermost_folders
-from batch_infer.table.urls import HTTP, is_http, protocol_of, redact_urls, split_chain, split_query
+from batch_infer.table.selection import find_outermost_folders
+from batch_infer.table.urls import HTTP, get_protocol, is_http, redact_urls, split_chain, split_query
 
 EXTRAS = {
     **dict.fromkeys(("s3", "s3a"), ("s3fs", "s3")),
@@ -36,9 +36,9 @@ CLIENTS = frozenset(
     }
 )
 """Client packages of services. Many of their errors are not OSErrors, and fsspec does not translate them."""
-REFUSALS = ("NoCredentialsError", "ClientAuthenticationError", "DefaultCredentialsError", "error_perm")
+ACCESS_ERRORS = ("NoCredentialsError", "ClientAuthenticationError", "DefaultCredentialsError", "error_perm")
 """Client errors without an HTTP status for requests that a service refuses."""
-SILENCE_SECONDS = 60
+READ_TIMEOUT_SECONDS = 60
 """Seconds to wait for data from a server. aiohttp's default limits the total time, which aborts large downloads."""
 
 
@@ -75,7 +75,7 @@ class RemoteFiles:
     def _list_glob(self) -> RemoteListing:
         matches = self.system.glob(self.path, detail=True)
         paths = {path for path, entry in matches.items() if entry["type"] in ("file", "link")}
-        for folder in outermost_folders(path for path, entry in matches.items() if entry["type"] == "directory"):
+        for folder in find_outermost_folders(path for path, entry in matches.items() if entry["type"] == "directory"):
             paths.update(self.system.find(folder))
         before, link, after = split_chain(self.url)
         head, query = split_query(link)
@@ -91,7 +91,7 @@ def _fixed_part(path: str) -> str:
 
 def connect(url: str, name: str) -> RemoteFiles:
     """Return the files behind a URL. `name` is the URL without secrets. Raises TableError and errors of fsspec."""
-    protocol = protocol_of(url) or ""
+    protocol = get_protocol(url) or ""
     package, extra = EXTRAS.get(protocol, (None, None))
     if package is not None and find_spec(package) is None:
         raise TableError(f"{name}: reading {protocol}:// needs {package}: pip install 'batch-infer[{extra}]'")
@@ -100,7 +100,7 @@ def connect(url: str, name: str) -> RemoteFiles:
 
         system = http.HTTPFileSystem(**_http_options(), use_listings_cache=False, skip_instance_cache=True)
         return RemoteFiles(system, url, url)
-    inner = {protocol_of(link) for link in url.split("::")[1:]}
+    inner = {get_protocol(link) for link in url.split("::")[1:]}
     options: dict[str, Any] = {name: _http_options() for name in inner if name in HTTP}
     try:
         try:  # a cached listing could be older than this run
@@ -115,7 +115,7 @@ def connect(url: str, name: str) -> RemoteFiles:
 def _http_options() -> dict[str, Any]:
     from fsspec.implementations import http
 
-    timeout = http.aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_SECONDS, sock_read=SILENCE_SECONDS)
+    timeout = http.aiohttp.ClientTimeout(total=None, sock_connect=READ_TIMEOUT_SECONDS, sock_read=READ_TIMEOUT_SECONDS)
     # No compression in transit: the client would decompress a .csv.gz too.
     return {"client_kwargs": {"timeout": timeout, "headers": {"Accept-Encoding": "identity"}}}
 
@@ -151,7 +151,7 @@ def _translate(name: str, error: Exception) -> TableError | ServiceError:
         return TableError(f"{name} cannot be opened: {_reason(error)}")
     status = _http_status(error)
     is_refused = status is not None and 400 <= status < 500 and status not in (408, 429)
-    if is_refused or type(error).__name__ in REFUSALS:
+    if is_refused or type(error).__name__ in ACCESS_ERRORS:
         return TableError(f"{name}: the server refuses it: {_reason(error)}")
     return ServiceError(f"could not fetch {name}: {_reason(error)}; run again")
 
